@@ -1,0 +1,43 @@
+# Everything runs in .venv, which the first target to need it makes.  `make help` lists the targets.
+
+BIN := .venv/bin
+ARGS ?=
+# The whole suite must fit; a test that hangs is ended with an interrupt, so that pytest still reports.
+TEST_SECONDS ?= 1200
+TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format types bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "  PYTHON=/path/to/python3 chooses the interpreter, ARGS=... goes to pytest or to the demo."
+
+env: ## Make or renew .venv (every other target does so too)
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh
+
+demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them up until Ctrl-C
+	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep) $(ARGS)
+
+test: env ## Run the tests; ARGS="-k frames -x" goes to pytest
+	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest $(ARGS)
+
+lint: env ## Check style and formatting
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: env ## Put the code into the project's format, and mend what ruff can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+types: env ## Check types
+	@$(BIN)/mypy
+	@$(BIN)/mypy scripts
+
+bench: env ## Measure decoding over one and over three servers
+	@$(BIN)/python -m benchmarks.decode --servers 1 $(ARGS)
+	@$(BIN)/python -m benchmarks.decode --servers 3 $(ARGS)
+
+clean: ## Remove .venv and every cache in this folder (not the models)
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

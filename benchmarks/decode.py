@@ -1,0 +1,164 @@
+"""Decoding over a swarm of processes on this machine, beside the whole model in one process.
+
+    python -m benchmarks.decode --servers 3 --dtype float32
+
+Rounds of both alternate, so that a noisy machine is noisy for both; medians are over all steps of
+all rounds.  The first round of each warms up and does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import LocalSwarm, Worker, equal_spans, local_swarm
+from node.config import ConfigError
+from node.model.info import read_info
+from node.model.source import cache_dir, resolve
+
+TEXT = (
+    "Once upon a time there was a small village at the foot of a mountain, where an old clockmaker"
+    " lived with his daughter. Every morning she walked along the river to the market, and every"
+    " evening she told him what she had seen there. One day she came home with a story that he did"
+    " not believe at first: "
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if the tokens differ."""
+    flags = parse(arguments)
+    threads = {"OMP_NUM_THREADS": str(flags.threads)}
+    try:
+        folder = resolve(flags.model, cache_dir=cache_dir())
+        spans = equal_spans(read_info(folder).blocks, flags.servers)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    model = [] if flags.model is None else ["--model", flags.model]
+    common = ["--dtype", flags.dtype, "--threads", str(flags.threads)]
+    with (
+        local_swarm(common, threads) as swarm,
+        closing(Worker("benchmarks.reference", [*model, *common], threads)) as reference,
+    ):
+        swarm.start_spans(spans, *([] if flags.model is None else [flags.model]))
+        client_flags = [
+            *model,
+            "--peers",
+            *swarm.peers,
+            "--threads",
+            str(flags.threads),
+            "--codec",
+            flags.codec,
+        ]
+        with closing(Worker("benchmarks.swarm_client", client_flags, threads)) as client:
+            result = measure(flags, swarm, client, reference)
+    report(result)
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if result["tokens_equal"] or flags.dtype != "float32" else 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
+    parser.add_argument("--servers", type=int, default=1, help="nodes, with equal spans (%(default)s)")
+    parser.add_argument("--clients", type=int, default=1, help="generations at a time (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens a generation (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--codec", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in each process (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="that count (%(default)s)")
+    parser.add_argument("--json", metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def measure(
+    flags: argparse.Namespace, swarm: LocalSwarm, client: Worker, reference: Worker
+) -> dict[str, Any]:
+    """Alternate rounds of the swarm and of the reference; everything that is reported."""
+    ids = client.ask({"text": TEXT * (1 + flags.prompt_tokens // 50)})["ids"][: flags.prompt_tokens]
+    question = {"ids": ids, "tokens": flags.tokens, "clients": flags.clients}
+    rounds, alone = [], []
+    for number in range(flags.rounds + 1):
+        alone.append(reference.ask(question))
+        cpu = sum(node.cpu_seconds() for node in swarm.nodes)
+        rounds.append(client.ask(question))
+        rounds[-1]["server_cpu_seconds"] = sum(node.cpu_seconds() for node in swarm.nodes) - cpu
+        print(f"round {number + 1} of {flags.rounds + 1}", file=sys.stderr)
+    expected = alone[0]["library"]["tokens"]
+    generations = [generation for each in rounds for generation in each["generations"]]
+    equal = all(generation["tokens"] == expected for generation in generations)
+    counted = [generation for each in rounds[1:] for generation in each["generations"]]
+    step = steps(counted)
+    library = steps([each["library"] for each in alone[1:]])
+    ours = steps([each["ours"] for each in alone[1:]])
+    tokens = sum(len(generation["tokens"]) for generation in counted)
+    wall = sum(each["wall_seconds"] for each in rounds[1:])
+    rates = [1 / statistics.median(generation["seconds"][1:]) for generation in counted]
+    return {
+        "model": flags.model or "built-in",
+        "servers": flags.servers,
+        "clients": flags.clients,
+        "dtype": flags.dtype,
+        "threads": flags.threads,
+        "prompt_tokens": len(ids),
+        "tokens": flags.tokens,
+        "tokens_equal": equal,
+        "steps_per_s": 1 / step["median"],
+        "steps_per_s_p10": 1 / step["p90"],
+        "steps_per_s_p90": 1 / step["p10"],
+        "reference_steps_per_s": 1 / library["median"],
+        "same_code_steps_per_s": 1 / ours["median"],
+        "share_of_reference": library["median"] / step["median"],
+        "hop_overhead_ms": (step["median"] - ours["median"]) / flags.servers * 1e3,
+        "ttft_s": statistics.median(generation["seconds"][0] for generation in counted),
+        "reference_ttft_s": statistics.median(each["library"]["seconds"][0] for each in alone[1:]),
+        "aggregate_tokens_per_s": tokens / wall,
+        "fairness": min(rates) / max(rates),
+        "client_bytes_per_token": sum(each["bytes"] for each in rounds[1:]) / tokens,
+        "server_cpu_s_per_token": sum(each["server_cpu_seconds"] for each in rounds[1:]) / tokens,
+        "client_cpu_s_per_token": sum(each["cpu_seconds"] for each in rounds[1:]) / tokens,
+        "server_rss_mib": max(node.rss_mib() for node in swarm.nodes),
+        "client_rss_mib": client.rss_mib(),
+        "torch_rss_mib": torch_rss_mib(),
+        "start_s": swarm.nodes[0].online_seconds,
+        "start_s_all": [node.online_seconds for node in swarm.nodes],
+    }
+
+
+def steps(generations: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median, p10 and p90 of the seconds of a decode step; first tokens do not count."""
+    seconds = [second for generation in generations for second in generation["seconds"][1:]]
+    cuts = statistics.quantiles(seconds, n=10)
+    return {"median": statistics.median(seconds), "p10": cuts[0], "p90": cuts[-1]}
+
+
+def torch_rss_mib() -> float:
+    """Resident memory of a process that only imports torch and the library's base classes."""
+    code = (
+        "import torch, transformers.modeling_utils, psutil;print(psutil.Process().memory_info().rss / 2**20)"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+
+
+def report(result: dict[str, Any]) -> None:
+    """One figure a line."""
+    names = ("servers", "clients", "dtype", "threads")
+    print(", ".join(f"{name} {result[name]}" for name in names))
+    for key, value in result.items():
+        print(f"  {key:26} {value:.4g}" if isinstance(value, float) else f"  {key:26} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The whole model in one process: transformers' own `generate`, and our parts without a network.
+
+A worker of benchmarks.decode: each line asks for one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.processes import answer_lines
+from node.model.ends import load_ends
+from node.model.source import cache_dir, resolve
+from node.model.span import DTYPES, load_span
+
+
+class Stopwatch:
+    """Stands in for a streamer: notes when `generate` has each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: object) -> None:
+        """The prompt first, then each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """The end."""
+
+
+def main() -> None:
+    """Load, then answer."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    folder = resolve(flags.model, cache_dir=cache_dir())
+    dtype = DTYPES[flags.dtype]
+    folder.need({entry.file for entry in folder.tensors.values()})
+    library = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
+    span = load_span(folder, 0, library.config.num_hidden_layers, dtype=dtype)
+    ends = load_ends(folder, dtype=torch.float32)
+
+    def generate(ids: list[int], tokens: int) -> dict[str, Any]:
+        watch = Stopwatch()
+        began = time.perf_counter()
+        out = library.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=watch,
+        )
+        times = [began, *watch.times[1:]]
+        return {"tokens": out[0, len(ids) :].tolist(), "seconds": _gaps(times)}
+
+    def ours(ids: list[int], tokens: int) -> dict[str, Any]:
+        cache = span.new_cache(1, len(ids) + tokens)
+        times, done, feed = [time.perf_counter()], [], ids
+        for _ in range(tokens):
+            hidden = span.forward(ends.embed(torch.tensor([feed]), cache.length), cache, cache.length)
+            done.append(int(ends.head(hidden[:, -1:].float())[0, -1].argmax()))
+            feed = done[-1:]
+            times.append(time.perf_counter())
+        return {"tokens": done, "seconds": _gaps(times)}
+
+    def answer(question: Any) -> object:  # Any: JSON
+        ids, tokens = question["ids"], question["tokens"]
+        return {"library": generate(ids, tokens), "ours": ours(ids, tokens)}
+
+    answer_lines(answer)
+
+
+def _gaps(times: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A client with one or more generations at a time.  A worker of benchmarks.decode."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import psutil
+import trio
+
+from client.connect import Swarm, connect
+
+
+async def serve_lines(flags: argparse.Namespace) -> None:
+    """Connect, then answer lines of JSON on standard input."""
+    async with connect(flags.model, peers=flags.peers, threads=flags.threads, codec=flags.codec) as swarm:
+        while line := await trio.to_thread.run_sync(sys.stdin.readline):
+            question = json.loads(line)
+            print(json.dumps(await answer(swarm, question)), flush=True)
+
+
+async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
+    """One round: every client generates; or the token ids of a text."""
+    if "text" in question:
+        return {"ids": swarm.ends.tokenizer(question["text"])["input_ids"]}
+    clients = question["clients"]
+    results: list[dict[str, Any]] = [{} for _ in range(clients)]
+    host = swarm._host  # the counters are not part of the client's API
+    bytes_before, cpu_before = host.bytes_sent + host.bytes_received, _cpu()
+    began = time.perf_counter()
+
+    async def one(index: int) -> None:
+        results[index] = await generate(swarm, question["ids"], question["tokens"])
+
+    async with trio.open_nursery() as nursery:
+        for index in range(clients):
+            nursery.start_soon(one, index)
+    return {
+        "generations": results,
+        "wall_seconds": time.perf_counter() - began,
+        "bytes": host.bytes_sent + host.bytes_received - bytes_before,
+        "cpu_seconds": _cpu() - cpu_before,
+    }
+
+
+async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
+    """Greedy; the token ids and the seconds of each."""
+    seconds, found = [], []
+    async for token in swarm.generate(ids, max_new_tokens=tokens):
+        seconds.append(token.seconds)
+        found.append(token.id)
+    return {"tokens": found, "seconds": seconds}
+
+
+def _cpu() -> float:
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system)
+
+
+def main() -> None:
+    """Flags to `serve_lines`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--peers", nargs="+", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--codec", default="auto")
+    trio.run(serve_lines, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

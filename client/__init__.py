@@ -1,0 +1,1 @@
+"""Use a swarm from Python.  Read `client/connect.py` first."""

@@ -1,0 +1,112 @@
+"""The command line of a client, and nothing else: flags to calls, errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from node.config import DEFAULT_MODEL, ConfigError
+from node.logs import set_up_logging
+
+EPILOG = """\
+examples:
+  python -m client generate --peers /ip4/127.0.0.1/tcp/31330/p2p/12D3... "The capital of France is"
+  python -m client chat --peers /ip4/127.0.0.1/tcp/31330/p2p/12D3... --temperature 0.7
+
+exit codes: 0, 2 for what you must fix, 3 when the swarm cannot serve the model now, 4 when its peers failed
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m client",
+        description="Use a swarm: generate text, or chat.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    generate.add_argument(
+        "--show-route", action="store_true", help="print the route first (on standard error)"
+    )
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
+    chat = commands.add_parser("chat", help="talk with the model; its memory stays in one session")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told about its role first")
+    chat.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens of the whole talk")
+    for command, tokens in ((generate, 64), (chat, 256)):
+        _add_options(command, tokens)
+    return _guarded(parser.parse_args(arguments))
+
+
+def _guarded(flags: argparse.Namespace) -> int:
+    set_up_logging("text")
+    try:
+        return _run(flags)
+    except (ConfigError, ValueError) as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(flags: argparse.Namespace) -> int:
+    import trio
+
+    from client.terminal import run_chat, run_generate
+    from routing.chain import NoChain
+    from tensor_codec.errors import PeerFault, Refused
+
+    commands: dict[str, Callable[[argparse.Namespace], Awaitable[None]]] = {
+        "generate": run_generate,
+        "chat": run_chat,
+    }
+    try:
+        trio.run(partial(commands[flags.command], flags))
+    except NoChain as error:
+        return _fail(error, 3)
+    except (PeerFault, Refused) as error:
+        return _fail(error, 4)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {error or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
+    parser.add_argument("--peers", nargs="+", required=True, metavar="MULTIADDR", help="nodes of the swarm")
+    parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"in one answer (default: {tokens})"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 0)")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that sum to P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    half = max(1, (os.cpu_count() or 2) // 2)
+    parser.add_argument(
+        "--threads", type=int, default=half, metavar="N", help=f"threads of torch (default: {half})"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
+    )
+    parser.add_argument(
+        "--codec", choices=("auto", "fp32", "bf16"), default="auto", help="hidden states on the wire"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

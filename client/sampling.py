@@ -1,0 +1,160 @@
+"""From logits to a token, and from tokens to text: pure, and the same for the same seed.
+
+The filters are transformers' own, in the order in which its `generate` applies them, so that the
+same settings and the same logits give the same distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the next token is chosen.
+
+    temperature: None or 0 is greedy.  top_k, top_p: keep so many tokens, so much probability.
+    repetition_penalty: above 1, tokens already there become less likely (arXiv:1909.05858); it
+    counts for greedy too.  seed: for a generator of this generation's own; None draws one.
+    Raises ValueError for a value outside its range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature is {self.temperature}, 0 to 100 is allowed")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, at least 1 is needed")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, above 0 and at most 1 is allowed")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}, above 0 is allowed")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return not self.temperature
+
+
+class Sampler:
+    """Chooses tokens by `options`; its generator is its only state."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._options = options
+        self._generator = torch.Generator()
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+        self._filters = _filters(options)
+
+    def pick(self, logits: Tensor, tokens: Sequence[int]) -> int:
+        """The next token after `tokens`, from logits float32 [vocabulary]."""
+        if self._filters:
+            ids = torch.tensor([tokens], dtype=torch.long)
+            scores = logits[None]  # [1, vocabulary]
+            for keep in self._filters:
+                scores = keep(ids, scores)
+            logits = scores[0]
+        if self._options.greedy:
+            return int(logits.argmax())
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
+
+
+def _filters(options: SamplingOptions) -> list[Any]:  # Any: the library's processors are untyped
+    if options.greedy and options.repetition_penalty in (None, 1.0):
+        return []
+    from transformers.generation.logits_process import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    filters: list[Any] = []
+    if options.repetition_penalty not in (None, 1.0):
+        filters.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.temperature:
+        if options.temperature != 1.0:
+            filters.append(TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_k is not None:
+            filters.append(TopKLogitsWarper(options.top_k))
+        if options.top_p is not None and options.top_p < 1.0:
+            filters.append(TopPLogitsWarper(options.top_p))
+    return filters
+
+
+@dataclass(slots=True)
+class TextStream:
+    """Makes text of tokens as they come, and stops at stop strings.
+
+    Bytes of a character that is not whole yet, and text that may be the beginning of a stop
+    string, are held back.  Promise, checked by tests/unit/test_sampling.py: what `push` and
+    `finish` return, joined, is the text of all tokens, up to the first stop string.
+    """
+
+    tokenizer: Any  # a transformers tokenizer; untyped
+    stop: tuple[str, ...] = ()
+    stopped: bool = False
+    _held: str = ""
+    _tokens: list[int] = field(default_factory=list)
+    _shown: int = 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        return self._release(self._next_text())
+
+    def finish(self) -> str:
+        """What was held back and no stop string came of."""
+        if self.stopped:
+            return ""
+        tail = self._decode(self._tokens)[self._shown :]
+        text = self._release(tail, last=True)
+        self.stopped = True
+        return text
+
+    def _next_text(self) -> str:
+        """Text beyond what was shown; nothing while the last character is incomplete.
+
+        Decoding starts anew at a word boundary every so often, so a long text costs no more per token.
+        """
+        text = self._decode(self._tokens)
+        if text.endswith("\ufffd"):
+            return ""
+        fresh, self._shown = text[self._shown :], len(text)
+        if len(self._tokens) > 64:
+            # The last tokens stay: some tokenizers drop the space in front of a first token.
+            self._tokens = self._tokens[-16:]
+            self._shown = len(self._decode(self._tokens))
+        return fresh
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _release(self, text: str, *, last: bool = False) -> str:
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        hold = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

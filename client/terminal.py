@@ -1,0 +1,181 @@
+"""Generating and chatting in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from client.connect import Swarm, connect
+from client.generate import Token
+from routing.chain import Chain, NoChain
+
+
+@dataclass(slots=True)
+class Measured:
+    """Speed of one generation, from its tokens."""
+
+    tokens: list[Token] = field(default_factory=list)
+
+    @property
+    def first_seconds(self) -> float:
+        """Time to the first token, the session's opening included."""
+        return self.tokens[0].seconds if self.tokens else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first."""
+        rest = sum(token.seconds for token in self.tokens[1:])
+        return (len(self.tokens) - 1) / rest if rest else 0.0
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"{len(self.tokens)} tokens, {self.tokens_per_second:.1f} tokens/s,"
+            f" time to first token {self.first_seconds * 1e3:.0f} ms"
+        )
+
+
+async def run_generate(flags: argparse.Namespace) -> None:
+    """`python -m client generate`."""
+    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    async with _connect(flags) as swarm:
+        route = await wait_for_route(swarm, flags.wait)
+        if flags.show_route:
+            _say(describe_route(swarm, route))
+        measured, texts = Measured(), []
+        tokens = swarm.generate(
+            prompt, max_new_tokens=flags.max_new_tokens, stop=flags.stop, **_sampling(flags)
+        )
+        async with aclosing(tokens):
+            async for token in tokens:
+                measured.tokens.append(token)
+                texts.append(token.text)
+                if not flags.json:
+                    print(token.text, end="", flush=True)
+        if flags.json:
+            print(json.dumps(_result(swarm, route, measured, "".join(texts))))
+        else:
+            print(flush=True)
+            _say(measured.line())
+
+
+async def run_chat(flags: argparse.Namespace) -> None:
+    """`python -m client chat`: a line in, an answer out, until the end of the input."""
+    async with _connect(flags) as swarm:
+        tokenizer = swarm.ends.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"{swarm.info.name} has no chat template: use generate")
+        await wait_for_route(swarm, flags.wait)
+        history: list[dict[str, str]] = []
+        if flags.system:
+            history.append({"role": "system", "content": flags.system})
+        context = swarm.conversation(flags.max_length)
+        _say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
+        try:
+            while line := await _ask("> "):
+                history.append({"role": "user", "content": line})
+                # The template's text already holds the special tokens.
+                ids = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
+                room = flags.max_length - len(ids["input_ids"])
+                if room < 1:
+                    raise ValueError(f"the talk has reached its {flags.max_length} tokens (--max-length)")
+                measured, answer = Measured(), ""
+                tokens = swarm.generate(
+                    ids["input_ids"],
+                    max_new_tokens=min(flags.max_new_tokens, room),
+                    context=context,
+                    **_sampling(flags),
+                )
+                async with aclosing(tokens):
+                    async for token in tokens:
+                        measured.tokens.append(token)
+                        answer += token.text
+                        print(token.text, end="", flush=True)
+                print(flush=True)
+                _say(measured.line())
+                history.append({"role": "assistant", "content": answer})
+        finally:
+            context.close()
+
+
+async def wait_for_route(swarm: Swarm, seconds: float) -> Chain:
+    """The route, as soon as the swarm is complete.  Raises NoChain after `seconds`."""
+    deadline, told = trio.current_time() + seconds, False
+    while True:
+        seen = swarm.view()
+        try:
+            return await swarm.route()
+        except NoChain as missing:
+            if trio.current_time() >= deadline:
+                raise
+            if not told:
+                _say(f"waiting up to {seconds:.0f} s: {missing}")
+                told = True
+        with trio.move_on_at(deadline):
+            await swarm.changed(seen)
+
+
+def describe_route(swarm: Swarm, chain: Chain) -> str:
+    """The route for people: peer, blocks, expected milliseconds."""
+    view = swarm.view()
+    lines = [f"route, {chain.expected_seconds * 1e3:.1f} ms a token expected:"]
+    for hop in chain.hops:
+        record = view.get(hop.peer)
+        compute = (record.seconds_per_block if record else 0.0) * (hop.stop - hop.start)
+        name = f" ({record.name})" if record and record.name else ""
+        lines.append(f"  {hop.peer}{name}  blocks {hop.start}:{hop.stop}  {compute * 1e3:.1f} ms")
+    return "\n".join(lines)
+
+
+def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[Swarm]:
+    return connect(
+        flags.model,
+        peers=flags.peers,
+        swarm_key=flags.swarm_key,
+        threads=flags.threads,
+        wait_seconds=flags.wait,
+        codec=flags.codec,
+    )
+
+
+def _sampling(flags: argparse.Namespace) -> dict[str, Any]:  # Any: keyword arguments
+    return {
+        "temperature": flags.temperature,
+        "top_k": flags.top_k,
+        "top_p": flags.top_p,
+        "repetition_penalty": flags.repetition_penalty,
+        "seed": flags.seed,
+    }
+
+
+def _result(swarm: Swarm, route: Chain, measured: Measured, text: str) -> dict[str, Any]:  # Any: JSON
+    return {
+        "text": text,
+        "tokens": [token.id for token in measured.tokens],
+        "finish_reason": measured.tokens[-1].finish_reason,
+        "tokens_per_s": measured.tokens_per_second,
+        "ttft_s": measured.first_seconds,
+        "model": swarm.info.name,
+        "revision": swarm.info.revision,
+        "route": [{"peer": hop.peer, "blocks": [hop.start, hop.stop]} for hop in route.hops],
+        "expected_s": route.expected_seconds,
+    }
+
+
+async def _ask(prompt: str) -> str:
+    """A line of standard input; empty at its end."""
+    print(prompt, end="", flush=True)
+    line: str = await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+    return line.strip()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The process, `python -m node`.  Read `node/main.py` first."""

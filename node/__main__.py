@@ -1,0 +1,252 @@
+"""The command line of a node, and nothing else: flags to a config, errors to one line and an exit code.
+
+Nothing heavy is imported before it is needed: `--help`, `status`, `models` and `new-swarm-key` start
+without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, ConfigError, NetworkConfig, NodeConfig
+from node.logs import set_up_logging
+
+EPILOG = f"""\
+commands:
+  python -m node [MODEL] ...            serve blocks of a model (default: {DEFAULT_MODEL})
+  python -m node bootstrap ...          help others find each other; needs no model
+  python -m node status --peers ...     show a swarm: peers, blocks, rates, coverage
+  python -m node models                 list the models in the cache, or fetch one
+  python -m node new-swarm-key FILE     make the key of a private swarm
+
+examples:
+  python -m node                                          a new swarm, with as many blocks as fit
+  python -m node --peers /ip4/10.0.0.5/tcp/31330/p2p/12D3...   join it from another machine
+  python -m node --listen /ip4/0.0.0.0/tcp/31330          be reachable from other machines
+
+A command's own options: python -m node COMMAND --help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what the operator must fix."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "bootstrap": _bootstrap,
+        "status": _status,
+        "models": _models,
+        "new-swarm-key": _new_swarm_key,
+    }
+    command = commands.get(words[0]) if words else None
+    try:
+        return command(words[1:]) if command else _serve(words)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(words: list[str]) -> int:
+    parser = _parser("", "Serve blocks of a model in a swarm.", epilog=EPILOG)
+    parser.add_argument(
+        "model", nargs="?", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--blocks", type=_blocks, metavar="A:B", help="serve blocks A to B-1")
+    which.add_argument(
+        "--num-blocks", type=_positive, metavar="N", help="serve N blocks, those that the swarm needs most"
+    )
+    _add_network_options(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="what to compute in (auto: bfloat16 where the hardware has it)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads of torch (default: the cores divided by the servers on this machine)",
+    )
+    parser.add_argument(
+        "--cache-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens that all sessions together may keep in the KV cache (default: what fits)",
+    )
+    flags = parser.parse_args(words)
+    set_up_logging(flags.log_format)
+    config = NodeConfig(
+        network=_network(flags),
+        model=flags.model,
+        blocks=flags.blocks,
+        num_blocks=flags.num_blocks,
+        device=flags.device,
+        dtype=flags.dtype,
+        threads=flags.threads,
+        cache_tokens=flags.cache_tokens,
+    )
+    from node.main import serve
+
+    return _run(partial(serve, config))
+
+
+def _bootstrap(words: list[str]) -> int:
+    parser = _parser("bootstrap", "Help the nodes of a swarm find each other; serves no model.")
+    _add_network_options(parser)
+    flags = parser.parse_args(words)
+    set_up_logging(flags.log_format)
+    from node.main import run_bootstrap
+
+    return _run(partial(run_bootstrap, _network(flags)))
+
+
+def _status(words: list[str]) -> int:
+    parser = _parser("status", "Show a swarm: its peers, their blocks and rates, the coverage of each block.")
+    parser.add_argument("--peers", nargs="+", required=True, metavar="MULTIADDR", help="nodes of the swarm")
+    parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    flags = parser.parse_args(words)
+    set_up_logging("text", logging.WARNING)
+    from node.status import show_status
+
+    config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
+    return _run(partial(show_status, config, as_json=flags.json))
+
+
+def _models(words: list[str]) -> int:
+    parser = _parser("models", "List the models in the cache and the built-in default.")
+    parser.add_argument("--fetch", metavar="MODEL", help="bring a model into the cache")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    flags = parser.parse_args(words)
+    set_up_logging("text", logging.WARNING)
+    from node.status import fetch_model, show_models
+
+    if flags.fetch is not None:
+        fetch_model(flags.fetch)
+    else:
+        show_models(as_json=flags.json)
+    return 0
+
+
+def _new_swarm_key(words: list[str]) -> int:
+    parser = _parser("new-swarm-key", "Make the key of a private swarm; every member needs a copy.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="where to write it; must not exist")
+    flags = parser.parse_args(words)
+    from node.network.membership import new_swarm_key
+
+    new_swarm_key(flags.file)
+    print(f"wrote {flags.file}: give it to every member, and to nobody else")
+    return 0
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> int:
+    import trio
+
+    try:
+        trio.run(main)
+    except* ConfigError as group:
+        errors: list[BaseException] = list(_leaves(group))
+        raise ConfigError(str(errors[0])) from None
+    return 0
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m node {command}".strip(),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_network_options(parser: argparse.ArgumentParser) -> None:
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--peers",
+        nargs="+",
+        default=(),
+        metavar="MULTIADDR",
+        help="nodes of the swarm to join, as they print it (default: found a new swarm)",
+    )
+    network.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
+    network.add_argument(
+        "--identity", type=Path, metavar="FILE", help="keep the peer id here (default: a new one each time)"
+    )
+    network.add_argument(
+        "--listen",
+        nargs="+",
+        default=(DEFAULT_LISTEN,),
+        metavar="MULTIADDR",
+        help=f"where to listen (default: {DEFAULT_LISTEN}, this machine only)",
+    )
+    network.add_argument(
+        "--announce", nargs="+", default=(), metavar="MULTIADDR", help="what others shall dial instead"
+    )
+    network.add_argument("--name", default="", metavar="TEXT", help="a name to show in the status")
+    network.add_argument(
+        "--record-ttl",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="how long others believe that we are there after our last word (default: 90)",
+    )
+    network.add_argument(
+        "--ready-file", type=Path, metavar="PATH", help="write a JSON object here once the node is online"
+    )
+    network.add_argument("--log-format", choices=("text", "json"), default="text")
+
+
+def _network(flags: argparse.Namespace) -> NetworkConfig:
+    from tensor_codec.limits import Limits
+
+    limits = Limits()
+    if flags.record_ttl is not None:
+        if not 1 <= flags.record_ttl <= 3600:
+            raise ConfigError(f"--record-ttl is {flags.record_ttl}, 1 to 3600 seconds are allowed")
+        limits = Limits(record_ttl_seconds=flags.record_ttl, announce_seconds=flags.record_ttl / 3)
+    if len(flags.name) > 64 or not flags.name.isprintable():
+        raise ConfigError(f"--name has {len(flags.name)} characters, 64 printable ones are allowed")
+    return NetworkConfig(
+        peers=tuple(flags.peers),
+        swarm_key=flags.swarm_key,
+        identity=flags.identity,
+        listen=tuple(flags.listen),
+        announce=tuple(flags.announce),
+        name=flags.name,
+        limits=limits,
+        ready_file=flags.ready_file,
+    )
+
+
+def _blocks(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B with 0 <= A < B")
+    return int(found[1]), int(found[2])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

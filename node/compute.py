@@ -1,0 +1,86 @@
+"""One thread for torch, and the only way from trio into it.
+
+Torch computes in one thread so that the event loop goes on answering while a block computes, and in
+always the same one because OpenMP keeps a team of workers for every thread that ever called it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import outcome
+import trio
+
+T = TypeVar("T")
+
+
+class ComputeThread:
+    """Runs functions one after another in a thread of its own, first come, first served.
+
+    A caller that is cancelled gets control back at once; a function of its that waits is not run,
+    and the result of one that runs is dropped.
+    """
+
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Return function(*args), computed in the thread; its exceptions are raised here."""
+        job = _Job(function, args, trio.lowlevel.current_task())
+        self._jobs.put(job)
+
+        def abort(_: Callable[[], object]) -> trio.lowlevel.Abort:
+            job.task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        # Any: trio does not carry the type of what a task is rescheduled with
+        result: Any = await trio.lowlevel.wait_task_rescheduled(abort)
+        return result  # type: ignore[no-any-return]
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if job.task is None:
+                continue  # cancelled while it waited
+            job.result = outcome.capture(job.function, *job.args)
+            try:
+                self._token.run_sync_soon(job.deliver)
+            except trio.RunFinishedError:
+                return
+
+
+class _Job:
+    __slots__ = ("args", "function", "result", "task")
+
+    def __init__(
+        self, function: Callable[..., object], args: tuple[object, ...], task: trio.lowlevel.Task
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.task: trio.lowlevel.Task | None = task
+        self.result: outcome.Outcome[object] | None = None
+
+    def deliver(self) -> None:
+        if self.task is not None and self.result is not None:
+            trio.lowlevel.reschedule(self.task, self.result)
+
+
+@asynccontextmanager
+async def open_compute_thread(name: str = "torch") -> AsyncIterator[ComputeThread]:
+    """A compute thread for the time of the block.
+
+    On leaving, what still runs is finished (a step, not a generation) and the thread is joined.
+    """
+    compute = ComputeThread(trio.lowlevel.current_trio_token())
+    thread = threading.Thread(target=compute._work, name=name, daemon=True)
+    thread.start()
+    try:
+        yield compute
+    finally:
+        compute._jobs.put(None)
+        with trio.CancelScope(shield=True), trio.move_on_after(30):
+            await trio.to_thread.run_sync(thread.join, abandon_on_cancel=True)

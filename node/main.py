@@ -1,0 +1,361 @@
+"""Read this first: what a node is made of, in the order in which it comes up and goes down.
+
+    config -> host (libp2p) -> directory (Kademlia, records) -> model folder -> blocks to serve
+           -> span in memory -> engine -> listener -> online ... draining -> gone
+
+The path of one token through a node is `serving/listener.py` -> `serving/session.py` ->
+`serving/engine.py` -> `model/span.py` -> `serving/push.py`; docs/path-of-a-token.md walks it.
+Everything here is plumbing: what is decided is decided in pure functions elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import trio
+
+from node import capacity
+from node.compute import ComputeThread, open_compute_thread
+from node.config import ConfigError, NetworkConfig, NodeConfig
+from node.tasks import background_nursery
+from routing.names import PeerId
+from routing.placement import choose_blocks
+from routing.records import Record, Role, State
+from routing.swarm import ONLINE_SOON
+from tensor_codec.errors import PeerGone
+
+if TYPE_CHECKING:
+    from node.model.folder import ModelFolder
+    from node.model.info import ModelInfo
+    from node.model.span import Span
+    from node.network.directory import Directory
+    from node.network.host import Host
+    from node.network.streams import FramedStream
+    from node.serving.listener import Listener, Served
+
+log = logging.getLogger("raceme")
+
+VERSION = version("raceme")
+LEAVE_SECONDS = 2.5  # the directory takes 2 at most
+REFRESH_SECONDS = 5.0  # between looks at whether our record still tells the truth
+TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
+
+
+async def serve(config: NodeConfig) -> None:
+    """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
+    from node.serving.listener import SESSION_PROTOCOL
+    from node.serving.push import PUSH_PROTOCOL
+
+    async with (
+        stopped_by_signals() as stopping,
+        open_compute_thread() as compute,
+        open_node(config.network, "serve") as node,
+        background_nursery() as nursery,
+    ):
+        listener, offer = await start_serving(config, node, compute)
+        node.host.handle(SESSION_PROTOCOL, listener.serve_session)
+        node.host.handle(PUSH_PROTOCOL, listener.serve_push)
+        await node.directory.announce(offer.record("online", listener))
+        nursery.start_soon(_keep_record_true, node, offer, listener)
+        write_ready_file(config.network, node, offer)
+        tell_how_to_join(node, f"online with blocks {offer.start}:{offer.stop} of {offer.info.name}")
+
+        stopping.started()
+        await stopping.requested.wait()
+        log.info("leaving, %d sessions are open", listener.session_count)
+        await node.directory.announce(offer.record("draining", listener))
+        await listener.drain()
+
+
+async def run_bootstrap(config: NetworkConfig) -> None:
+    """Be a directory, without a model, until SIGINT or SIGTERM.  Raises ConfigError."""
+    async with stopped_by_signals() as stopping, open_node(config, "bootstrap") as node:
+        await node.directory.announce(Record(role="bootstrap", name=config.name, version=VERSION))
+        write_ready_file(config, node, None)
+        tell_how_to_join(node, "online as a bootstrap node")
+        stopping.started()
+        await stopping.requested.wait()
+
+
+async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[Listener, Offer]:
+    """Find the model, choose the blocks, load and measure them.  Raises ConfigError."""
+    from node.serving.cache import CacheBudget
+    from node.serving.engine import Engine, measure_rates
+    from node.serving.listener import Listener
+    from node.serving.push import PUSH_PROTOCOL
+
+    limits = config.network.limits
+    threads = config.threads or capacity.threads_for_this_node()
+    async with background_nursery() as nursery:  # importing torch takes seconds: find the model meanwhile
+        nursery.start_soon(compute.run, _prepare_torch, threads)
+        folder, info = await trio.to_thread.run_sync(_find_model, config)
+        device, dtype = await compute.run(_device_and_dtype, config)
+    free = await compute.run(capacity.free_bytes, device)
+    start, stop = await _choose_span(config, node, info, dtype, free)
+    cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(info, stop - start, dtype, free)
+    needed = capacity.check_fits(info, stop - start, dtype, cache_tokens, free)
+    offer = Offer(info, start, stop, dtype, config.network.name)
+    await node.directory.announce(offer.record("joining"))
+    log.info(
+        "loading blocks %d:%d of %s (revision %s) as %s on %s: %d threads, %d cache tokens, %.2f GiB",
+        start, stop, info.name, info.revision, dtype, device, threads, cache_tokens, needed / 2**30,
+    )  # fmt: skip
+    span = await compute.run(_load_span, folder, offer, device)
+    engine = Engine(span, compute, await compute.run(measure_rates, span), limits)
+    budget = CacheBudget(cache_tokens, limits.cache_share_per_peer, limits.max_session_tokens)
+    open_push = partial(node.open_stream, protocol=PUSH_PROTOCOL)
+    listener = Listener(offer.served(span.can_cut), engine, budget, open_push, limits, node.host.blame)
+    return listener, offer
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A process in the network: its host and what it knows of the swarm.  Made by `open_node`."""
+
+    config: NetworkConfig
+    host: Host
+    directory: Directory
+
+    @property
+    def joining_address(self) -> str:
+        """What others pass to --peers."""
+        return f"{self.host.addresses[0]}/p2p/{self.host.peer_id}"
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
+        """A stream to a peer of our own verified view.  Raises PeerGone, SlowPeer, NotAMember."""
+        record = self.directory.view().get(peer)
+        if record is None:
+            raise PeerGone(f"{peer} is not in our view of the swarm")
+        seconds = self.config.limits.dial_seconds
+        return await self.host.open_stream(peer, record.addresses, protocol, seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The span that this node serves."""
+
+    info: ModelInfo
+    start: int
+    stop: int
+    dtype: str
+    name: str
+
+    def served(self, can_cut: bool) -> Served:
+        """What sessions are checked against."""
+        from node.serving.listener import Served
+
+        info = self.info
+        return Served(
+            info.name, info.revision, self.start, self.stop, self.dtype, info.hidden_size,
+            info.max_position, can_cut,
+        )  # fmt: skip
+
+    def record(self, state: State, listener: Listener | None = None) -> Record:
+        """What we announce.  listener: for the rates and the room, once there are some."""
+        record = Record(
+            role="serve",
+            state=state,
+            name=self.name,
+            version=VERSION,
+            model=self.info.name,
+            revision=self.info.revision,
+            blocks=self.info.blocks,
+            start=self.start,
+            stop=self.stop,
+            dtype=self.dtype,
+        )
+        if listener is None:
+            return record
+        engine = listener.engine
+        return replace(
+            record,
+            seconds_per_block=engine.rates.decode_seconds_per_block,
+            prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
+            cache_tokens=listener.budget.free_tokens,
+            queue=engine.queue_length,
+        )
+
+
+@asynccontextmanager
+async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
+    """A host in the swarm's directory; on leaving, the others are told.  Raises ConfigError."""
+    from node.network.directory import open_directory
+    from node.network.host import open_host
+    from node.network.identity import load_or_create_identity
+    from node.network.membership import load_swarm_key, swarm_id
+
+    identity = load_or_create_identity(config.identity)
+    key = load_swarm_key(config.swarm_key) if config.swarm_key is not None else None
+    async with (
+        open_host(
+            identity=identity,
+            listen=config.listen,
+            announce=config.announce,
+            swarm_key=key,
+            limits=config.limits,
+        ) as host,
+        open_directory(
+            host, identity, swarm=swarm_id(key), bootstrap=config.peers, role=role, limits=config.limits
+        ) as directory,
+    ):
+        try:
+            yield Node(config, host, directory)
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
+                await directory.leave()
+
+
+@dataclass(slots=True)
+class Stopping:
+    """What a signal does: nothing is online yet: stop at once; later: `requested`."""
+
+    requested: trio.Event
+    scope: trio.CancelScope
+    online: bool = False
+
+    def started(self) -> None:
+        """From here on the first signal asks for a polite end, and the second one stops at once."""
+        self.online = True
+
+    async def watch(self, signals: AsyncIterator[int]) -> None:
+        """Act on signals as they come."""
+        async for number in signals:
+            log.info("%s received", signal.Signals(number).name)
+            if self.requested.is_set() or not self.online:
+                self.scope.cancel()
+            self.requested.set()
+
+
+@asynccontextmanager
+async def stopped_by_signals() -> AsyncIterator[Stopping]:
+    """Run the block until it ends or SIGINT or SIGTERM says so."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with background_nursery() as nursery:
+            stopping = Stopping(trio.Event(), nursery.cancel_scope)
+            nursery.start_soon(stopping.watch, signals)
+            yield stopping
+
+
+async def _keep_record_true(node: Node, offer: Offer, listener: Listener) -> None:
+    """Announce anew when what we said of our speed and room has become wrong."""
+    said = offer.record("online", listener)
+    while not listener.draining:
+        await trio.sleep(REFRESH_SECONDS)
+        now = offer.record("online", listener)
+        if not listener.draining and not _about_equal(said, now):
+            said = now
+            await node.directory.announce(now)
+
+
+def _about_equal(said: Record, now: Record) -> bool:
+    """Whether a client that believes `said` is not far wrong."""
+    numbers = (
+        (said.seconds_per_block, now.seconds_per_block),
+        (said.prefill_seconds_per_token, now.prefill_seconds_per_token),
+        (said.cache_tokens, now.cache_tokens),
+    )
+    return all(abs(a - b) <= TRUE_ENOUGH * max(a, b) for a, b in numbers) and said.queue == now.queue
+
+
+def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
+    from node.model.info import read_info
+    from node.model.progress import progress_bar
+    from node.model.source import cache_dir, resolve
+
+    with progress_bar(sys.stderr) as progress:
+        folder = resolve(config.model, cache_dir=cache_dir(), progress=progress)
+    return folder, read_info(folder)
+
+
+async def _choose_span(
+    config: NodeConfig, node: Node, info: ModelInfo, dtype: str, free: int
+) -> tuple[int, int]:
+    """The blocks to serve, as pinned or where the swarm needs them most.  Raises ConfigError."""
+    if config.blocks is not None:
+        start, stop = config.blocks
+        if not 0 <= start < stop <= info.blocks:
+            raise ConfigError(f"blocks {start}:{stop} of {info.name}, which has 0:{info.blocks}")
+        return start, stop
+    count = config.num_blocks or capacity.blocks_that_fit(info, dtype, config.cache_tokens, free)
+    if not 0 < count <= info.blocks:
+        if config.num_blocks is None:
+            capacity.check_fits(info, 1, dtype, config.cache_tokens or capacity.LEAST_CACHE_TOKENS, free)
+        raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
+    spans = node.directory.view().spans(info.name, info.revision, info.blocks, ONLINE_SOON)
+    return choose_blocks(spans, info.blocks, count, random.Random())
+
+
+def _prepare_torch(threads: int) -> None:
+    """Runs in the torch thread: the seconds of importing, and how many threads it may use."""
+    import torch
+
+    torch.set_num_threads(threads)
+    from node.model import span  # noqa: F401  imports the library
+
+
+def _device_and_dtype(config: NodeConfig) -> tuple[str, str]:
+    """Runs in the torch thread: what "auto" means on this machine.  Raises ConfigError."""
+    import torch
+
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = config.device
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if have[name])
+    if not have[device]:
+        raise ConfigError(f"device {device} is not there; {', '.join(n for n in have if have[n])} would be")
+    if config.dtype != "auto":
+        return device, config.dtype
+    if device == "cuda":
+        return device, "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if device == "mps":
+        return device, "float16"
+    # bfloat16 halves the memory; without support in the CPU it is slower than float32
+    return device, "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def _load_span(folder: ModelFolder, offer: Offer, device: str) -> Span:
+    """Runs in the torch thread."""
+    from node.model.span import DTYPES, load_span
+
+    return load_span(folder, offer.start, offer.stop, dtype=DTYPES[offer.dtype], device=device)
+
+
+def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> None:
+    """Write the facts of a node that is online; the file is there whole or not at all.
+
+    Raises ConfigError where it cannot be written.
+    """
+    if config.ready_file is None:
+        return
+    facts = {
+        "peer_id": node.host.peer_id,
+        "addresses": [f"{address}/p2p/{node.host.peer_id}" for address in node.host.addresses],
+        "model": offer.info.name if offer else None,
+        "revision": offer.info.revision if offer else None,
+        "blocks": [offer.start, offer.stop] if offer else None,
+        "pid": os.getpid(),
+    }
+    part = config.ready_file.with_name(f".{config.ready_file.name}.part")
+    try:
+        part.write_text(json.dumps(facts))
+        part.replace(config.ready_file)
+    except OSError as error:
+        raise ConfigError(f"cannot write the ready file {config.ready_file}: {error.strerror}") from None
+
+
+def tell_how_to_join(node: Node, what: str) -> None:
+    """The lines for whoever started the node."""
+    log.info("%s, peer %s", what, node.host.peer_id)
+    key = f" --swarm-key {node.config.swarm_key}" if node.config.swarm_key else ""
+    log.info("others join with: --peers %s%s", node.joining_address, key)

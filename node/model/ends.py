@@ -1,0 +1,153 @@
+"""The two ends of a model as the library computes them: embedding in front, norm and head behind.
+
+They are the library's own model with all blocks replaced by one that notes what reaches it and
+answers what it is told.  So embedding scales, learned positions, embedding norms, soft caps and
+logit scales are the library's, for every family.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from node.model.architecture import Architecture, architecture_of
+from node.model.cache import tensor_bytes
+from node.model.checkpoint import end_tensors, load_tensors
+from node.model.folder import ModelFolder, read_json
+from node.model.progress import Progress, silent
+from node.model.span import LibraryConfig, library_class, library_config, load_trimmed, sliced_config
+
+
+class Ends:
+    """Embedding, head and tokenizer of a model.  Made by `load_ends`.
+
+    model: the library's causal language model; `remote` stands where its blocks were.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, folder: ModelFolder) -> None:
+        self.model = model
+        self.folder = folder
+        self.architecture = architecture
+        self._base = model.get_submodule(architecture.prefix)
+        self.remote = _remote(self._base, architecture)
+        self.config = cast(LibraryConfig, model.config)
+        self.hidden_size = self.config.hidden_size
+        parameter = next(model.parameters())
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+        # Going through the whole of the library's forward costs 1 ms a token in masks and rotary
+        # embeddings that nobody uses.
+        self._plain: tuple[nn.Module, nn.Module, nn.Module] | None = None
+        if architecture.plain_ends:
+            embedding, norm = (self._base.get_submodule(name) for name in architecture.ends)
+            self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return tensor_bytes(self.model)
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """Token ids [batch, tokens], the first at `position` -> hidden states before the first block."""
+        if self._plain is not None:
+            return cast(Tensor, self._plain[0](ids.to(self.device)))
+        tokens = ids.shape[1]
+        positions = torch.arange(position, position + tokens, device=self.device).unsqueeze(0)
+        self._base(input_ids=ids.to(self.device), position_ids=positions, use_cache=False)
+        return self.remote.take()
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block [batch, tokens, hidden_size] -> float32 logits
+        [batch, tokens, vocab_size], one for each position that is given."""
+        if self._plain is not None:
+            _, norm, head = self._plain
+            return cast(Tensor, head(norm(hidden.to(self.device, self.dtype)))).float()
+        self.remote.answer = hidden.to(self.device, self.dtype)
+        try:
+            # Something must be embedded for the library to go on; what, the remote block ignores.
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            self.remote.answer = None
+            self.remote.take()
+        return cast(Tensor, logits).float()
+
+    @cached_property
+    def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
+        """The folder's tokenizer, with its chat template if the model has one."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder.path, local_files_only=True)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a generation, from the generation config, else the config."""
+        path = self.folder.path / "generation_config.json"
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        if found is None:
+            found = self.folder.config.get("eos_token_id")
+        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+class RemoteBlocks(nn.Module):
+    """Stands where the blocks were: keeps what it is handed and answers `answer`, if there is one."""
+
+    def __init__(self, answers_tuple: bool) -> None:
+        super().__init__()
+        self.answer: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._answers_tuple = answers_tuple
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        """What a block of the library answers."""
+        self._seen = hidden_states
+        answer = hidden_states if self.answer is None else self.answer
+        return (answer,) if self._answers_tuple else answer
+
+    def take(self) -> Tensor:
+        """What was handed in last, once."""
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen
+
+
+def load_ends(
+    folder: ModelFolder,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Ends:
+    """Read embedding, norm and head of a model.  Raises ConfigError, naming what is wrong.
+
+    A head that is tied to the embedding is read once.  Weights that have `dtype` in their file stay
+    mapped from it on the CPU.
+    """
+    architecture = architecture_of(folder.config.get("model_type"))
+    whole = library_class(architecture, architecture.whole)
+    config = library_config(whole, folder)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    tensors = load_tensors(folder, end_tensors(folder, architecture, tied=tied), progress)
+
+    def trim(model: nn.Module) -> None:
+        base = model.get_submodule(architecture.prefix)
+        container = base.get_submodule(architecture.container)
+        setattr(container, architecture.blocks, nn.ModuleList([RemoteBlocks(architecture.answers_tuple)]))
+        one_block = sliced_config(cast(Any, model).config, 0, 1)
+        for module in (model, base, container):
+            cast(Any, module).config = one_block
+
+    model = load_trimmed(whole, trim, config, tensors, folder, "the ends", dtype)
+    return Ends(model.to(device), architecture, folder)
+
+
+def _remote(base: nn.Module, architecture: Architecture) -> RemoteBlocks:
+    blocks = base.get_submodule(architecture.container).get_submodule(architecture.blocks)
+    remote = next(iter(blocks.children()))
+    assert isinstance(remote, RemoteBlocks)
+    return remote

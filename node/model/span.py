@@ -1,0 +1,300 @@
+"""A run of blocks as the library computes them: its own base model, trimmed.
+
+The base class is built without memory (on the meta device) from the full config, so that every
+block is the one it is in the whole model; then only the span's blocks are kept and only their
+tensors are read.  The library's forward goes on to make masks, rotary embeddings and alibi.  What
+belongs to the ends is taken out: embeddings are never asked, because hidden states are given; norms
+and projections let them through; learned positions add zero.  Some families scale or normalise what
+they are given before the first block (granite, bloom), so the first block of a run is wrapped, and
+takes the received hidden states whatever it is handed.
+
+A session may use a part of a span.  Each such run is a view: a shallow copy of the model with
+fewer blocks and a config to match, made when first asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from node.config import ConfigError
+from node.model.architecture import Architecture, architecture_of
+from node.model.cache import SpanCache, tensor_bytes
+from node.model.checkpoint import block_tensors, check_blocks, check_loaded, load_tensors
+from node.model.folder import ModelFolder
+from node.model.progress import Progress, silent
+from tensor_codec.errors import LocalProtocolError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LibraryConfig(Protocol):
+    """What we use of the library's config classes."""
+
+    num_hidden_layers: int
+    hidden_size: int
+
+
+class Span:
+    """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture, start: int, stop: int) -> None:
+        """model: the trimmed base model, whose config is that of the whole model."""
+        self.start = start
+        self.stop = stop
+        self.architecture = architecture
+        self.model = model
+        self.config = cast(LibraryConfig, model.config)
+        parameter = next(model.parameters())
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+        self.hidden_size = self.config.hidden_size
+        kinds = (
+            getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
+        )
+        self._convolutions = tuple(kind == "conv" for kind in kinds[start:stop])
+        self._views: dict[tuple[int, int], tuple[nn.Module, _Entry]] = {}
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether a session's cache can go back to any earlier position."""
+        return not any(self._convolutions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return tensor_bytes(self.model)
+
+    def new_cache(self, batch: int, max_length: int) -> SpanCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens; it takes memory as it fills."""
+        return SpanCache(self.start, self._convolutions, batch, max_length)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: SpanCache,
+        position: int,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Compute a step: [batch, tokens, hidden_size] -> the same shape, in the span's dtype.
+
+        position: of the first token; it continues the cache, which the caller has cut before.
+        start, stop: the run of blocks, the whole span where None; the same for all of a cache's life.
+        """
+        tokens = hidden.shape[1]
+        if position != cache.length or position + tokens > cache.max_length:
+            raise LocalProtocolError(
+                f"{tokens} tokens at {position} do not continue a cache of {cache.length}/{cache.max_length}"
+            )
+        model, entry = self._view(self.start if start is None else start, self.stop if stop is None else stop)
+        entry.given = hidden.to(self.device, self.dtype)
+        try:
+            answer = model(
+                inputs_embeds=entry.given,
+                past_key_values=cache,
+                position_ids=torch.arange(position, position + tokens, device=self.device).unsqueeze(0),
+                use_cache=True,
+            )
+        finally:
+            entry.given = None
+        cache.length += tokens
+        return cast(Tensor, answer.last_hidden_state)
+
+    def _view(self, start: int, stop: int) -> tuple[nn.Module, _Entry]:
+        """The model that runs these blocks, and where the hidden states go in."""
+        if (start, stop) not in self._views:
+            if not self.start <= start < stop <= self.stop:
+                raise LocalProtocolError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
+            blocks = _blocks(self.model, self.architecture)[start - self.start : stop - self.start]
+            entry = _Entry(blocks[0])
+            model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
+            self._views[start, stop] = model, entry
+        return self._views[start, stop]
+
+
+class _Entry(nn.Module):
+    """The first block of a run: computes on `given`, whatever it is handed."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.given: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        assert self.given is not None
+        return self.block(self.given, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # Any: whatever the library looks up on a block
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+class _NoPosition(nn.Module):
+    """Stands in for learned positions, which the client has added: adds nothing."""
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return torch.zeros(())
+
+
+def load_span(
+    folder: ModelFolder,
+    start: int,
+    stop: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Span:
+    """Read the blocks [start, stop) of a model.  Raises ConfigError, naming what is wrong.
+
+    Weights that have `dtype` in their file stay mapped from it on the CPU.
+    """
+    architecture = architecture_of(folder.config.get("model_type"))
+    base = library_class(architecture, architecture.base)
+    config = library_config(base, folder)
+    check_blocks(start, stop, config.num_hidden_layers)
+    tensors = load_tensors(folder, block_tensors(folder, start, stop), progress)
+
+    def trim(model: nn.Module) -> None:
+        container = model.get_submodule(architecture.container)
+        kept = _blocks(model, architecture)[start:stop]
+        setattr(container, architecture.blocks, nn.ModuleList(kept))
+        for name in architecture.ends:
+            if getattr(container, name) is not None:
+                setattr(container, name, _NoPosition() if name in architecture.positions else nn.Identity())
+
+    model = load_trimmed(base, trim, config, tensors, folder, f"blocks {start}:{stop}", dtype)
+    return Span(model.to(device), architecture, start, stop)
+
+
+def library_class(architecture: Architecture, name: str) -> type[nn.Module]:
+    """A class of the library; imports the one module that has it."""
+    module = import_module(f"transformers.models.{architecture.module}.modeling_{architecture.module}")
+    return cast("type[nn.Module]", getattr(module, name))
+
+
+def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
+    """The folder's config as the library's own class.  Raises ConfigError for values that it refuses."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    config_class = cast(Any, base).config_class
+    try:
+        return cast(LibraryConfig, config_class.from_dict(dict(folder.config)))
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"{folder.path / 'config.json'} is not a config of {base.__name__}: {error}"
+        ) from None
+
+
+def load_trimmed(
+    whole: type[nn.Module],
+    trim: Any,  # Callable[[nn.Module], None]; Any because it becomes part of a class
+    config: LibraryConfig,
+    tensors: dict[str, Tensor],
+    folder: ModelFolder,
+    what: str,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A model of the library's class that `trim` has cut down, filled with these tensors.
+
+    Raises ConfigError unless each tensor finds its place, with its shape, and none is missing.
+    """
+
+    def __init__(self: nn.Module, config: LibraryConfig) -> None:
+        whole.__init__(self, config)
+        trim(self)
+
+    # Under the library's own name: it looks up conversions of checkpoints by module and class.
+    trimmed = type(whole.__name__, (whole,), {"__init__": __init__, "__module__": whole.__module__})
+    with _quiet_library():
+        try:
+            model, info = cast(Any, trimmed).from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart and refused below, with the tensor's name
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"{folder.path}: {what} cannot be loaded: {error}") from error
+    check_loaded(
+        folder,
+        what,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    if info.get("error_msgs"):
+        raise ConfigError(f"{folder.path}: {what} cannot be loaded: {info['error_msgs'][0]}")
+    return cast(nn.Module, model.requires_grad_(False).eval())
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep the library's bars and reports off the terminal: what matters is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def with_blocks(
+    model: nn.Module, architecture: Architecture, blocks: list[nn.Module], start: int, stop: int
+) -> nn.Module:
+    """A shallow copy of a base model that runs `blocks`, with the config of the run [start, stop).
+
+    All other modules are shared with the original.
+    """
+    view = _shallow(model)
+    config = cast(Any, view).config = sliced_config(cast(Any, model).config, start, stop)
+    container = view
+    if architecture.container:
+        container = _shallow(model.get_submodule(architecture.container))
+        cast(Any, container).config = config
+        setattr(view, architecture.container, container)
+    setattr(container, architecture.blocks, nn.ModuleList(blocks))
+    return view
+
+
+def sliced_config(config: Any, start: int, stop: int) -> Any:  # Any: the library's config
+    """The config of a run of blocks: each list with one item a block is cut to those of the run."""
+    blocks = config.num_hidden_layers
+    view = copy.copy(config)
+    # Past the class's setters, which would refuse the state between two of these assignments.
+    values = view.__dict__
+    for name, value in list(values.items()):
+        if isinstance(value, list | tuple) and len(value) == blocks:
+            values[name] = value[start:stop]
+    values[(config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")] = stop - start
+    return view
+
+
+def _blocks(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The blocks of a base model, in order."""
+    container = model.get_submodule(architecture.container)
+    return list(container.get_submodule(architecture.blocks).children())
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy that shares submodules and parameters, with a list of submodules of its own."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view

@@ -1,0 +1,1 @@
+"""The only importers of libp2p: host, identity, membership, streams, directory."""

@@ -1,0 +1,626 @@
+"""Knows the swarm: holds the view, and exchanges records with a few neighbours to keep it true.
+
+Each node keeps long-lived `/raceme/records/1` streams to a few peers, bootstrap peers first.  When
+one opens, both sides say what they know (a digest) and send what the other lacks; from then on each
+record that is news to a node goes on to all its neighbours at once.  Every few seconds a digest goes
+to one neighbour at random, which heals whatever was lost.  What a record means and when it ends is
+decided in `routing.swarm`; here are only the streams, the clock and the tasks.
+
+The Kademlia table (`node.network.kademlia`) runs beside this and never before it: it finds peers of
+a model of which no neighbour knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from node.config import ConfigError
+from node.network.addresses import parse_address
+from node.network.neighbour import Neighbour, Retry, TokenBucket
+from node.tasks import background_nursery
+from routing.exchange import Digest, Records, decode
+from routing.names import PeerId, peer_id_of
+from routing.records import (
+    MAX_RTT_SECONDS,
+    NOBODY,
+    Record,
+    RecordError,
+    Role,
+    fit_record,
+    sign_record,
+    signer,
+    verify_record,
+)
+from routing.swarm import Arrival, SwarmView, expire, likely_successors, merge
+from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+from tensor_codec.limits import Limits
+
+if TYPE_CHECKING:
+    from node.network.host import Host
+    from node.network.identity import Identity
+    from node.network.streams import FramedStream
+
+PROTOCOL = "/raceme/records/1"
+
+NEIGHBOURS = 3  # streams that we open; about as many again are opened to us
+BOOTSTRAP_NEIGHBOURS = 2  # of these to bootstrap peers, where they can be reached
+KEEP_SECONDS = 1.0  # between looks at whether a neighbour is missing
+HEAL_SECONDS = 5.0  # a digest to a random neighbour
+JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
+FIND_SECONDS = 5.0
+DISCOVER_SECONDS = 60.0  # between looks into the Kademlia table
+LEAVE_SECONDS = 2.0
+CLOSE_SECONDS = 0.5
+EXPIRY_SECONDS = 1.0  # a record that ended is noticed so much later, at the latest
+FAULTS_BEFORE_DROP = 3
+DIGEST_ENTRY_COST = 0.01  # of a record's
+ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
+BUDGETS_KEPT = 1024  # peers whose budgets are remembered
+OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
+RTT_FRESH_SECONDS = 60.0
+PING_SECONDS = 2.0
+PINGS_AT_ONCE = 8  # the limit on outbound dials
+SUCCESSORS_MEASURED = 8
+
+log = logging.getLogger(__name__)
+
+
+class Finder(Protocol):
+    """What the directory wants of a Kademlia table.  Neither method raises for the network's sake."""
+
+    async def provide(self, model: str, revision: str) -> None:
+        """Write into the table that we serve this model revision."""
+
+    async def find(self, model: str, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
+        """Who is written there, with the addresses where they listen."""
+
+
+class Directory:
+    """The swarm as this node knows it, and this node as the swarm knows it.  See `open_directory`."""
+
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        *,
+        swarm: str,
+        limits: Limits,
+        bootstrap: Mapping[PeerId, tuple[str, ...]],
+        finder: Finder | None,
+        rng: random.Random,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.peer_id = host.peer_id
+        self._host = host
+        self._identity = identity
+        self._swarm = swarm
+        self._limits = limits
+        self._bootstrap = bootstrap
+        self._finder = finder
+        self._rng = rng
+        self._wall_clock = wall_clock
+        self._open = True
+        self._view = SwarmView(swarm, limits.max_records)
+        self._news = trio.Event()
+        self._neighbours: list[Neighbour] = []
+        self._dialling: set[PeerId] = set()
+        self._retries: dict[PeerId, Retry] = {}
+        self._budgets: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
+        self._said: Record | None = None  # what is repeated until we leave
+        self._seq = 0
+        self._overtaken_at = -OVERTAKEN_SECONDS
+        self._pings: dict[PeerId, tuple[float, float]] = {}  # seconds (inf: no answer), and when
+
+    # --- what others read -------------------------------------------------------------------------
+
+    def view(self) -> SwarmView:
+        """The swarm as known now.  A value: it does not change, ask again for a newer one."""
+        self._replace_view(expire(self._view, trio.current_time()))
+        return self._view
+
+    async def changed(self, since: SwarmView | None = None) -> None:
+        """Return as soon as the view is no longer `since`, or by default no longer what it is now.
+
+        Where nothing changes this waits for ever: the caller brings the deadline.
+        """
+        since = self.view() if since is None else since
+        await trio.lowlevel.checkpoint()
+        while self.view() is since:
+            await self._news.wait()
+
+    def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Where to dial that peer: by its own record, else by our configuration; empty if unknown."""
+        record = self.view().get(peer)
+        return record.addresses if record and record.addresses else self._bootstrap.get(peer, ())
+
+    def neighbours(self) -> frozenset[PeerId]:
+        """The peers with which records are exchanged now."""
+        return frozenset(neighbour.peer for neighbour in self._neighbours)
+
+    # --- what we say of ourselves -----------------------------------------------------------------
+
+    async def announce(self, record: Record) -> None:
+        """Say this of ourselves: now, and again every `announce_seconds` until `leave`.
+
+        Filled in here: peer, addresses, swarm, seq, ttl_seconds, and the round-trip times measured.
+        Returns when it is on its way.  Raises ValueError for what no peer would accept.
+        """
+        await trio.lowlevel.checkpoint()
+        self._say(record)
+        self._said = record
+
+    async def leave(self) -> None:
+        """Say that we are gone and wait until the neighbours have been told, 2 s at the most."""
+        await trio.lowlevel.checkpoint()
+        if self._said is None:
+            return
+        said, self._said = self._said, None
+        self._say(replace(said, state="offline"))
+        with trio.move_on_after(LEAVE_SECONDS):
+            for neighbour in list(self._neighbours):
+                await neighbour.flushed()
+
+    def _say(self, record: Record) -> None:
+        # The wall clock only makes a restart higher than what came before: nobody compares it.
+        self._seq = max(self._seq + 1, int(self._wall_clock() * 1e6))
+        record = replace(
+            record,
+            peer=self.peer_id,
+            addresses=tuple(self._host.addresses),
+            swarm=self._swarm,
+            rtt={**self._rtts_to_servers(), **record.rtt},
+            seq=self._seq,
+            ttl_seconds=self._limits.record_ttl_seconds,
+        )
+        record = fit_record(record, self._limits)
+        wire = sign_record(record, self._identity.private_key)
+        self._take_in([Arrival(record, wire)], source=None)
+
+    def _rtts_to_servers(self) -> dict[PeerId, float]:
+        view = self.view()
+        servers = {record.peer for record in view.records() if record.role == "serve"}
+        return {peer: seconds for peer, seconds in self.rtts().items() if peer in servers}
+
+    # --- distances --------------------------------------------------------------------------------
+
+    def rtts(self) -> dict[PeerId, float]:
+        """The round-trip times, in seconds, that were measured within the last minute."""
+        oldest = trio.current_time() - RTT_FRESH_SECONDS
+        return {p: rtt for p, (rtt, when) in self._pings.items() if when > oldest and rtt < MAX_RTT_SECONDS}
+
+    async def rtt(self, peer: PeerId) -> float:
+        """Seconds to that peer and back, measured within the last minute.  Raises PeerFault."""
+        if (known := self.rtts().get(peer)) is not None:
+            await trio.lowlevel.checkpoint()
+            return known
+        if not (addresses := self.addresses(peer)):
+            raise PeerGone(f"no address of {peer} is known")
+        self._pings[peer] = math.inf, trio.current_time()
+        with trio.move_on_after(PING_SECONDS):
+            rtt = await self._host.ping(peer, addresses)
+            self._pings[peer] = rtt, trio.current_time()
+            return rtt
+        raise SlowPeer(f"{peer} did not answer a ping within {PING_SECONDS:g} s")
+
+    async def measure(self, peers: Collection[PeerId], seconds: float = PING_SECONDS) -> dict[PeerId, float]:
+        """The round-trip times of those of these peers that answer within `seconds`.
+
+        Peers that were asked within the last minute, and did not answer, are not asked again.
+        """
+        oldest = trio.current_time() - RTT_FRESH_SECONDS
+        turn = trio.CapacityLimiter(PINGS_AT_ONCE)
+
+        async def ask(peer: PeerId) -> None:
+            async with turn:
+                try:
+                    await self.rtt(peer)
+                except PeerFault as fault:
+                    log.debug("no round trip to %s: %s", peer, fault)
+
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+                for peer in peers:
+                    if peer != self.peer_id and (peer not in self._pings or self._pings[peer][1] <= oldest):
+                        nursery.start_soon(ask, peer)
+        known = self.rtts()
+        return {peer: known[peer] for peer in peers if peer in known}
+
+    # --- finding peers ----------------------------------------------------------------------------
+
+    async def find_peers(
+        self, model: str, revision: str, seconds: float = FIND_SECONDS
+    ) -> tuple[Record, ...]:
+        """The online servers of a model revision, after a look into the Kademlia table.
+
+        Peers found there are asked for their view.  Without a table, or where it does not answer in
+        time, what the neighbours told us is all there is.
+        """
+        if self._finder is not None:
+            with trio.move_on_after(seconds):
+                found = await self._finder.find(model, revision)
+                view = self.view()
+                unknown = [peer for peer in found if peer != self.peer_id and view.get(peer) is None]
+                async with trio.open_nursery() as nursery:
+                    for peer in unknown[:PINGS_AT_ONCE]:
+                        nursery.start_soon(self._ask_once, peer, found[peer])
+        return self.view().spans(model, revision)
+
+    async def _ask_once(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Exchange records with a peer until we have its view."""
+        answered = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._converse, peer, addresses, answered)
+            await answered.wait()
+            nursery.cancel_scope.cancel()
+
+    # --- streams ----------------------------------------------------------------------------------
+
+    async def serve(self, stream: FramedStream) -> None:
+        """Exchange records on a stream that a peer opened.  Raises PeerFault, for the host to count."""
+        if not self._open:
+            return
+        for older in [n for n in self._neighbours if n.peer == stream.peer and not n.ours]:
+            older.scope.cancel()  # the peer came again, so the old one leads nowhere
+        await self._exchange(Neighbour(stream, ours=False))
+
+    async def _converse(
+        self, peer: PeerId, addresses: Sequence[str], answered: trio.Event | None = None
+    ) -> str:
+        """Dial a peer and exchange records for as long as it goes.  Returns why it ended.
+
+        answered: set when the peer has sent us all that it knew, or when that will not happen.
+        The one place that catches a fault of a peer that we dialled.
+        """
+        answered = trio.Event() if answered is None else answered
+        self._dialling.add(peer)
+        try:
+            stream = await self._host.open_stream(
+                peer, addresses, PROTOCOL, seconds=self._limits.dial_seconds
+            )
+        except PeerFault as fault:
+            self._retries.setdefault(peer, Retry()).failed(trio.current_time(), self._rng)
+            answered.set()
+            return str(fault)
+        finally:
+            self._dialling.discard(peer)
+        neighbour = Neighbour(stream, ours=True)
+        neighbour.greeted = answered
+        neighbour.say_digest(ask=True)
+        why = "it ended the exchange"
+        try:
+            await self._exchange(neighbour)
+        except PeerFault as fault:
+            why = str(fault)
+            if not isinstance(fault, PeerGone):
+                self._host.charge(peer, fault)
+            await stream.reset()
+        finally:
+            self._retries.setdefault(peer, Retry()).failed(trio.current_time(), self._rng)
+            answered.set()
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                await stream.aclose()
+        return why
+
+    async def _exchange(self, neighbour: Neighbour) -> None:
+        """Send and receive until either side ends it.  Raises PeerFault."""
+        faults: list[PeerFault] = []
+
+        async def run(job: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await job()
+            except PeerFault as fault:
+                faults.append(fault)
+            nursery.cancel_scope.cancel()
+
+        self._neighbours.append(neighbour)
+        try:
+            with neighbour.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run, partial(neighbour.send_forever, self.view))
+                    nursery.start_soon(run, partial(self._receive_forever, neighbour))
+        finally:
+            self._neighbours.remove(neighbour)
+        if faults:
+            raise faults[0]
+
+    async def _receive_forever(self, neighbour: Neighbour) -> None:
+        """Take in whatever the other side says until it ends its stream.  Raises PeerFault.
+
+        A peer that says more than its budget allows is read more slowly: its own stream fills up.
+        """
+        records, asks = self._budget(neighbour.peer)
+        while (frame := await neighbour.stream.receive()) is not None:
+            match decode(frame):
+                case Records(items):
+                    await trio.sleep(records.take(len(items), trio.current_time()))
+                    self._receive_records(neighbour, items)
+                case Digest() as part:
+                    await trio.sleep(records.take(len(part.seqs) * DIGEST_ENTRY_COST, trio.current_time()))
+                    await trio.sleep(asks.take(part.last, trio.current_time()))
+                    self._receive_digest(neighbour, part)
+
+    def _budget(self, peer: PeerId) -> tuple[TokenBucket, TokenBucket]:
+        """What that peer may still send; remembered for a while, so that a new stream is no new budget."""
+        if peer not in self._budgets:
+            now, limits = trio.current_time(), self._limits
+            records = TokenBucket.full(limits.records_per_peer_per_second, limits.records_per_peer_burst, now)
+            self._budgets[peer] = records, TokenBucket.full(ASKS_PER_SECOND, ASKS_BURST, now)
+        self._budgets.move_to_end(peer)
+        while len(self._budgets) > BUDGETS_KEPT:
+            self._budgets.popitem(last=False)
+        return self._budgets[peer]
+
+    def _receive_digest(self, neighbour: Neighbour, part: Digest) -> None:
+        theirs = neighbour.hear_digest(part, 2 * self._limits.max_records)
+        if theirs is None:
+            return
+        view, now = self.view(), trio.current_time()
+        for arrival in view.missing(theirs, now, asker=neighbour.peer):
+            if arrival.record.peer in view.entries:
+                neighbour.owe([arrival.record.peer])
+            else:
+                neighbour.prove(arrival)
+        if part.ask:
+            neighbour.say_digest(ask=False)
+        else:
+            neighbour.greeted.set()
+            self._retries.pop(neighbour.peer, None)
+
+    def _receive_records(self, neighbour: Neighbour, items: Sequence[tuple[bytes, float]]) -> None:
+        """Verify and take in; a few bad records are only counted.  Raises RecordError after those."""
+        view, arrivals = self.view(), []
+        for wire, age in items:
+            known = view.entries.get(_claimed_peer(wire))
+            if known is not None and known.wire == wire:
+                continue  # from several neighbours we hear the same: that costs no signature
+            try:
+                record = verify_record(wire, swarm=self._swarm, limits=self._limits)
+            except RecordError as error:
+                neighbour.faults += 1
+                if neighbour.faults >= FAULTS_BEFORE_DROP:
+                    raise
+                self._host.charge(neighbour.peer, error)
+                continue
+            if record.peer == self.peer_id:
+                self._hear_of_ourselves(record)
+            elif known is not None and record.seq < known.record.seq:
+                neighbour.owe([record.peer])  # they do not know the newer one
+            else:
+                arrivals.append(Arrival(record, wire, age))
+        self._take_in(arrivals, source=neighbour.peer)
+
+    def _hear_of_ourselves(self, record: Record) -> None:
+        """Our own record with a higher seq: our clock went back, or somebody uses our key.  Go past it."""
+        if record.seq <= self._seq:
+            return
+        self._seq = record.seq
+        now = trio.current_time()
+        if self._said is not None and now >= self._overtaken_at + OVERTAKEN_SECONDS:
+            self._overtaken_at = now
+            log.warning("others know a newer record of us: our clock went back, or our key is used twice")
+            self._say(self._said)
+
+    def _take_in(self, arrivals: Sequence[Arrival], source: PeerId | None) -> None:
+        """Merge, and pass on what was news to everybody but who told us."""
+        view, changed = merge(self._view, arrivals, trio.current_time())
+        self._replace_view(view)
+        for neighbour in {neighbour.peer: neighbour for neighbour in self._neighbours}.values():
+            if neighbour.peer != source:
+                neighbour.owe(peer for peer in changed if peer != neighbour.peer)
+
+    def _replace_view(self, view: SwarmView) -> None:
+        if view is not self._view:
+            self._view = view
+            self._news.set()
+            self._news = trio.Event()
+
+    # --- tasks ------------------------------------------------------------------------------------
+
+    async def join(self, nursery: trio.Nursery, *, required: bool) -> None:
+        """Dial the bootstrap peers; return when one has told us all it knows.
+
+        Raises ConfigError where none can be reached and `required`.
+        """
+        why: dict[PeerId, str] = {}
+        answered = trio.Event()
+
+        async def enter(peer: PeerId, addresses: Sequence[str]) -> None:
+            one_answered = trio.Event()
+            nursery.start_soon(converse, peer, addresses, one_answered)
+            await one_answered.wait()
+            if peer in self.neighbours():
+                answered.set()
+
+        async def converse(peer: PeerId, addresses: Sequence[str], one_answered: trio.Event) -> None:
+            why[peer] = await self._converse(peer, addresses, one_answered)
+
+        peers = {peer: addresses for peer, addresses in self._bootstrap.items() if peer != self.peer_id}
+        seconds = self._limits.dial_seconds + JOIN_SECONDS
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as entering:
+                for peer, addresses in peers.items():
+                    entering.start_soon(enter, peer, addresses)
+                entering.start_soon(_cancel_when, answered, entering.cancel_scope)
+        if peers and required and not answered.is_set():
+            reasons = [
+                f"{addresses[0]}/p2p/{peer}: {why.get(peer, f'no answer within {seconds:g} s')}"
+                for peer, addresses in peers.items()
+            ]
+            raise ConfigError(f"none of {len(peers)} peers could be reached: " + "; ".join(reasons))
+
+    async def keep_neighbours(self, nursery: trio.Nursery) -> None:
+        """See to it that there are a few neighbours."""
+        while True:
+            for peer in self._to_dial():
+                self._dialling.add(peer)
+                nursery.start_soon(self._converse, peer, self._dial_addresses(peer))
+            await trio.sleep(KEEP_SECONDS * self._rng.uniform(0.5, 1.0))
+
+    def _to_dial(self) -> list[PeerId]:
+        now, view = trio.current_time(), self.view()
+        linked = self.neighbours() | self._dialling | {self.peer_id}
+
+        def may_dial(peer: PeerId) -> bool:
+            retry = self._retries.get(peer)
+            return peer not in linked and (retry is None or now >= retry.not_before)
+
+        ways_in = sorted(peer for peer in self._bootstrap if may_dial(peer))
+        missing = BOOTSTRAP_NEIGHBOURS - len(linked & self._bootstrap.keys())
+        chosen = self._rng.sample(ways_in, max(0, min(missing, len(ways_in))))
+        servers = {r.peer for r in view.records() if r.role != "client" and r.addresses}
+        if len(linked) == 1 and not servers - {self.peer_id}:
+            servers = {peer for peer, ended in view.ended.items() if ended.record.addresses}  # once known
+        others = sorted(peer for peer in servers if may_dial(peer) and peer not in chosen)
+        ours = sum(neighbour.ours for neighbour in self._neighbours) + len(self._dialling) + len(chosen)
+        return chosen + self._rng.sample(others, max(0, min(NEIGHBOURS - ours, len(others))))
+
+    def _dial_addresses(self, peer: PeerId) -> tuple[str, ...]:
+        ended = self._view.ended.get(peer)
+        return self.addresses(peer) or (ended.record.addresses if ended else ())
+
+    async def heal(self) -> None:
+        """Compare views with one neighbour after the other, at random."""
+        while True:
+            await trio.sleep(HEAL_SECONDS * self._rng.uniform(0.8, 1.2))
+            if self._neighbours:
+                self._rng.choice(self._neighbours).say_digest(ask=True)
+
+    async def repeat(self) -> None:
+        """Announce again what was announced, before its TTL passes."""
+        while True:
+            await trio.sleep(self._limits.announce_seconds)
+            if self._said is not None:
+                self._say(self._said)
+
+    async def expire_on_time(self) -> None:
+        """Wake those who wait for a change when a record ends."""
+        while True:
+            due = self.view().next_expiry - trio.current_time()
+            await trio.sleep(min(max(due, 0.01), EXPIRY_SECONDS))
+
+    async def measure_successors(self) -> None:
+        """Know the distance to the peers that may follow us in a chain, and say it."""
+        while True:
+            view, said = self.view(), self._said
+            if said is not None and said.role == "serve" and (own := view.get(self.peer_id)) is not None:
+                successors = [record.peer for record in likely_successors(view, own, SUCCESSORS_MEASURED)]
+                measured = await self.measure(successors)
+                if self._said is not None and measured.keys() - own.rtt.keys():
+                    self._say(self._said)
+            await trio.sleep(KEEP_SECONDS)
+            with trio.move_on_after(RTT_FRESH_SECONDS):
+                await self.changed(view)
+
+    async def discover(self, finder: Finder) -> None:
+        """Write our model into the Kademlia table, and look there for peers that nobody told us of."""
+        while True:
+            view, said = self.view(), self._said
+            if said is not None and said.role == "serve":
+                await finder.provide(said.model, said.revision)
+                await self.find_peers(said.model, said.revision)
+                await trio.sleep(DISCOVER_SECONDS * self._rng.uniform(0.8, 1.2))
+            else:
+                await self.changed(view)
+
+    def close(self) -> None:
+        """Take no more streams, and end those that peers opened."""
+        self._open = False
+        for neighbour in self._neighbours:
+            neighbour.scope.cancel()
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+def _claimed_peer(wire: bytes) -> PeerId:
+    key = signer(wire)
+    return peer_id_of(key) if key else NOBODY
+
+
+def bootstrap_peers(multiaddrs: Sequence[str]) -> dict[PeerId, tuple[str, ...]]:
+    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that cannot be dialled."""
+    peers: dict[PeerId, tuple[str, ...]] = {}
+    for text in multiaddrs:
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            raise ConfigError(f"peer {error}") from None
+        if address.peer is None:
+            raise ConfigError(f"peer {text!r} lacks /p2p/ID at its end: whom to expect there")
+        if address.is_wildcard or address.port == 0:
+            raise ConfigError(f"peer {text!r} is an address to listen on, not one to dial")
+        peers[address.peer] = (*peers.get(address.peer, ()), str(address))
+    return peers
+
+
+@asynccontextmanager
+async def open_directory(
+    host: Host,
+    identity: Identity,
+    *,
+    swarm: str,
+    limits: Limits | None = None,
+    bootstrap: Sequence[str] = (),
+    role: Role = "client",
+    required: bool = True,
+    finder: Finder | None = None,
+    kademlia: bool = True,
+    rng: random.Random | None = None,
+    wall_clock: Callable[[], float] = time.time,
+) -> AsyncIterator[Directory]:
+    """Take part in a swarm for as long as the block lasts.
+
+    When the block begins, one bootstrap peer has told all it knows.
+
+    swarm: its id; records of another one are refused.
+    bootstrap: multiaddrs with /p2p/ID of peers of the swarm; empty for the first one.
+    role: "client" reads the Kademlia table, the others also hold a part of it.
+    required: raise ConfigError where no bootstrap peer can be reached; otherwise go on, and keep trying.
+    finder: instead of a Kademlia table of our own; kademlia=False: none at all.
+    """
+    limits = limits or Limits()
+    peers = bootstrap_peers(bootstrap)
+    async with AsyncExitStack() as stack:
+        if finder is None and kademlia:
+            from node.network.kademlia import open_kademlia  # libp2p takes a second to import
+
+            table = open_kademlia(host, swarm=swarm, serves=role != "client")
+            finder = await stack.enter_async_context(table)
+        directory = Directory(
+            host,
+            identity,
+            swarm=swarm,
+            limits=limits,
+            bootstrap=peers,
+            finder=finder,
+            rng=rng or random.Random(),
+            wall_clock=wall_clock,
+        )
+        host.handle(PROTOCOL, directory.serve)
+        stack.callback(directory.close)
+        nursery = await stack.enter_async_context(background_nursery())
+        await directory.join(nursery, required=required)
+        for task in (
+            directory.heal,
+            directory.repeat,
+            directory.expire_on_time,
+            directory.measure_successors,
+        ):
+            nursery.start_soon(task)
+        nursery.start_soon(directory.keep_neighbours, nursery)
+        if finder is not None:
+            nursery.start_soon(directory.discover, finder)
+        yield directory

@@ -1,0 +1,125 @@
+"""py-libp2p's host, kept for Kademlia and identify, with its traps closed.
+
+It neither listens nor dials itself: `Host` hands it connections that are made, secured and muxed
+already, and it asks `Host` where it wants one.  What that avoids, in py-libp2p 0.8:
+
+* dials that take 250 ms after they succeeded, try one address only, and refuse for 60 s a peer that
+  failed once (`Swarm.dial_peer`, overridden here);
+* an auto-connector that tops up towards half of the high watermark (replaced here);
+* listeners with SO_REUSEPORT, so that a port in use is not noticed, and without any TCP option;
+* a muxer table that takes its own yamux whatever class is passed in;
+* a resource manager whose absence is not noticed (asserted here; the exact caps are `Host`'s own).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from node.network.identity import Identity
+from routing.names import PeerId
+from tensor_codec.errors import PeerFault
+from tensor_codec.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+Dial = Callable[[PeerId, Sequence[str]], Awaitable[None]]
+
+
+class NoAutoConnector(AutoConnector):  # type: ignore[misc]  # py-libp2p has no types
+    """Connects to nobody: whom we know, our own directory decides."""
+
+    async def maybe_connect(self) -> None:
+        """Do nothing."""
+
+
+class HostedSwarm(Swarm):  # type: ignore[misc]  # py-libp2p has no types
+    """py-libp2p's table of connections; dialling is left to `dial`."""
+
+    def __init__(self, *arguments: Any, dial: Dial, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._dial = dial
+        self.auto_connector = NoAutoConnector(self)
+
+    async def dial_peer(self, peer_id: ID) -> list[Any]:
+        """Connections to a peer, made if there are none.  Raises SwarmException."""
+        if not self.get_connections(peer_id):
+            try:
+                addresses = [str(address) for address in self.peerstore.addrs(peer_id)]
+            except PeerStoreError as error:
+                raise SwarmException(f"no address of {peer_id} is known") from error
+            try:
+                await self._dial(PeerId(peer_id.to_base58()), addresses)
+            except PeerFault as error:
+                raise SwarmException(str(error)) from error
+        return list(self.get_connections(peer_id))
+
+
+def make_libp2p_host(identity: Identity, addresses: Sequence[str], limits: Limits, dial: Dial) -> BasicHost:
+    """A host that announces `addresses` and dials by `dial`; run it with `host.run([])`."""
+    key_pair = create_new_key_pair(seed=identity.private_key)
+    peer_id = ID.from_base58(identity.peer_id)
+    peerstore = PeerStore()
+    peerstore.add_key_pair(peer_id, key_pair)
+    swarm = HostedSwarm(
+        peer_id,
+        peerstore,
+        TransportUpgrader({}, {}),  # no way to secure or mux anything: nothing comes in but through us
+        transports=[],
+        connection_config=ConnectionConfig(
+            # `Host` counts exactly; these only have to stay out of its way
+            max_connections=limits.max_connections + 2,
+            high_watermark=limits.max_connections + 2,
+            min_connections=0,
+            low_watermark=0,
+            max_connections_per_peer=limits.max_connections_per_peer + 1,
+            inbound_stream_protocol_negotiation_timeout=limits.negotiation_seconds,
+            outbound_stream_protocol_negotiation_timeout=limits.negotiation_seconds,
+        ),
+        dial=dial,
+    )
+    resources = ResourceManager(
+        limits=ResourceLimits(max_connections=limits.max_connections + 2, max_streams=limits.max_streams),
+        enable_metrics=False,
+        enable_connection_tracking=False,
+        enable_memory_limits=False,
+        enable_circuit_breaker=False,
+        enable_graceful_degradation=False,
+        enable_rate_limiting=False,
+    )
+    host = BasicHost(
+        swarm,
+        resource_manager=resources,
+        negotiate_timeout=int(limits.negotiation_seconds),
+        announce_addrs=[Multiaddr(address) for address in addresses],
+        disable_identify_address_discovery=True,
+    )
+    assert swarm._resource_manager is resources, "py-libp2p runs without its resource manager"
+
+    async def serve(net_stream: Any) -> None:
+        """One stream of py-libp2p's own protocols, which `Host` has negotiated."""
+        protocol = net_stream.muxed_stream.protocol
+        net_stream.set_protocol(protocol)
+        try:
+            await host.get_mux().handlers[protocol](net_stream)
+        # Handlers of a library of which 716 in 1,126 catch everything themselves: what gets through is
+        # of any type and, as far as one can tell, the peer's doing.  It must not end the node.
+        except Exception as error:  # noqa: BLE001
+            logger.debug("%s on a stream of %s: %r", protocol, net_stream.muxed_conn.peer_id, error)
+            await net_stream.reset()
+
+    swarm.set_stream_handler(serve)
+    return host

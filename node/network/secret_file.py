@@ -1,0 +1,58 @@
+"""Small secrets on disk: written whole or not at all, readable by their owner alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from node.config import ConfigError
+
+_MAX_SECRET_BYTES = 4096
+
+
+def read_secret(path: Path, what: str) -> bytes:
+    """The bytes of a secret file.  Raises FileNotFoundError, or ConfigError where it is not private.
+
+    what: how to call it in an error, as in "identity".
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{what} {path} is not a regular file")
+            if os.name == "posix" and status.st_mode & 0o077:
+                mode = stat.S_IMODE(status.st_mode)
+                raise ConfigError(
+                    f"{what} {path} has mode {mode:04o}, others can read it; run: chmod 600 {path}"
+                )
+            return file.read(_MAX_SECRET_BYTES + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+
+
+def create_secret(path: Path, content: bytes, what: str) -> None:
+    """Write a new secret file of mode 0600, whole under its final name or not there at all.
+
+    Raises FileExistsError where there is one already, ConfigError where it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(part, path)  # unlike a rename, fails where another process was faster
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"cannot write {what} {path} ({len(content)} bytes): {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

@@ -1,0 +1,513 @@
+"""Yamux, sans-IO: many streams over one connection, with receive windows that are enforced.
+
+The wire is that of hashicorp's specification (libp2p's `/yamux/1.0.0`): a header of 12 bytes
+
+    version (1) | type (1) | flags (2) | stream (4) | length (4)        all big-endian
+
+and, for type DATA, `length` bytes.  A stream starts with 256 KiB of credit in each direction; the
+receiver gives more as its reader takes bytes.  The idea of the windows here: `credit + unread`
+never exceeds the stream's window, so a peer that keeps the rules cannot fill memory, and one that
+does not is closed at its first byte too many.  Credit goes back half a window at a time.  A window
+doubles (as go-yamux's and rust-yamux's do) while a half lasts less than two round trips, as long
+as all windows together stay within the connection's budget.
+
+Bytes come in by `receive` and go out by `data_to_send`; nothing here waits or reads a clock.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone
+from tensor_codec.limits import KIB, MIB
+
+PROTOCOL = "/yamux/1.0.0"
+HEADER = struct.Struct(">BBHII")
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+NORMAL, PROTOCOL_ERROR = 0, 1  # codes of GO_AWAY
+INITIAL_WINDOW = 256 * KIB  # fixed by the protocol
+# Largest payload of one DATA frame that we send: with its header it fills exactly one Noise message
+# (65,535 bytes less the tag), and a small message waits for no more than this of another stream.
+CHUNK = 65_519 - HEADER.size
+_MAX_CREDIT = 2**32 - 1
+_MAX_STRAY = 16 * MIB  # of one frame to a stream that we have closed; what other implementations may send
+
+
+class YamuxError(PeerFault):
+    """The peer broke the multiplexing protocol or a limit: the connection must be closed."""
+
+
+class StreamReset(PeerGone):
+    """The stream was reset, by the peer or by ourselves."""
+
+
+class Happening(Enum):
+    """What `receive` found."""
+
+    OPENED = auto()  # the peer opened this stream
+    READABLE = auto()  # bytes or the end of the stream wait to be taken
+    WRITABLE = auto()  # credit came
+    RESET = auto()
+    GONE_AWAY = auto()  # the peer will open and accept no more; stream is None
+
+
+class Event(NamedTuple):
+    """One happening, to a stream or to the connection."""
+
+    what: Happening
+    stream: Stream | None
+
+
+@dataclass(frozen=True, slots=True)
+class YamuxLimits:
+    """What one connection may cost us."""
+
+    max_inbound_streams: int = 32
+    max_unread_bytes: int = 8 * MIB
+    opens_per_second: float = 20.0
+    open_burst: int = 64
+    reset_window_seconds: float = 10.0  # rapid reset: more than half of >= 20 opens in this time
+    reset_floor: int = 20
+    breaches_allowed: int = 2  # seconds of one minute with more opens than the burst allows
+    max_control_bytes: int = 64 * KIB  # pongs, resets and window updates that the peer does not take
+    linger_seconds: float = 10.0  # for the peer to end a stream that we have closed
+
+
+class Stream:
+    """The state of one stream.  Read it, and change it by the methods of its Yamux alone."""
+
+    __slots__ = (
+        "abandoned_at",
+        "credit",
+        "credited_at",
+        "id",
+        "inbound",
+        "is_reset",
+        "receive_ended",
+        "send_credit",
+        "send_ended",
+        "unread",
+        "window",
+    )
+
+    def __init__(self, stream_id: int, inbound: bool, now: float) -> None:
+        self.id = stream_id
+        self.inbound = inbound
+        self.window = INITIAL_WINDOW  # most bytes that may wait here unread
+        self.credit = INITIAL_WINDOW  # bytes that the peer may still send
+        self.credited_at = now
+        self.send_credit = INITIAL_WINDOW  # bytes that we may still send
+        # one buffer, not a list of chunks: a peer that sends two bytes per frame must not cost fifty
+        self.unread = bytearray()
+        self.send_ended = False
+        self.receive_ended = False
+        self.is_reset = False
+        self.abandoned_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<stream {self.id}, {len(self.unread)} unread, may send {self.send_credit}>"
+
+
+class Yamux:
+    """One connection's streams: bytes in, events and bytes out.
+
+    Promises, checked by tests/unit/test_yamux.py:
+      * any split of the same bytes has the same effect;
+      * from what a peer sends, nothing but YamuxError escapes, and after it every call raises it again;
+      * a stream never holds more than its window, the connection never more than `max_unread_bytes`;
+      * we never send more than the peer's credit;
+      * what we owe in answers (pongs, resets) is bounded, however the peer floods.
+
+    is_client: True for the side that dialled; its streams have odd ids.
+    """
+
+    def __init__(self, is_client: bool, limits: YamuxLimits | None = None, now: float = 0.0) -> None:
+        self._limits = limits or YamuxLimits()
+        self._now = now
+        self._next_id = 1 if is_client else 2
+        self._their_parity = 0 if is_client else 1
+        self._highest_seen = 0
+        self._streams: dict[int, Stream] = {}
+        self._inbound = 0
+        self._unread_bytes = 0
+        self._granted = 0  # all windows together
+        self._abandoned: deque[Stream] = deque()
+        self._failure: str | None = None
+        # the part of a frame that has come so far
+        self._header = b""
+        self._body_left = 0
+        self._body_stream: Stream | None = None
+        self._body_ends_stream = False
+        # to be sent
+        self._outbox: list[bytes | memoryview] = []
+        self._control_bytes = 0
+        # round trip
+        self._ping_sent_at: float | None = None
+        self._ping_value = 0
+        self.round_trip_seconds: float | None = None
+        # floods
+        self._open_tokens = float(self._limits.open_burst)
+        self._tokens_at = now
+        self._breaches: deque[float] = deque()
+        self._recent_since = now
+        self._recent_opens = 0
+        self._recent_resets = 0
+
+    # --- what the connection's owner asks ---
+
+    @property
+    def has_data_to_send(self) -> bool:
+        """True if `data_to_send` would return bytes."""
+        return bool(self._outbox)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes received and not yet taken, of all streams."""
+        return self._unread_bytes
+
+    @property
+    def streams(self) -> int:
+        """How many streams are open, counting those that only the other side has not closed."""
+        return len(self._streams)
+
+    @property
+    def inbound_streams(self) -> int:
+        """How many of them the peer opened."""
+        return self._inbound
+
+    def data_to_send(self) -> bytes:
+        """Everything that is to be sent now, once.  Hand it to the network in this order."""
+        outbox, self._outbox = self._outbox, []
+        self._control_bytes = 0
+        return b"".join(outbox)
+
+    def open(self) -> Stream:
+        """Start a stream.  Says so to the peer with the first bytes that go out."""
+        self._check()
+        if self._next_id > _MAX_CREDIT:
+            raise StreamReset("the connection has used up its stream ids")
+        stream = Stream(self._next_id, False, self._now)
+        self._next_id += 2
+        self._add(stream)
+        self._queue(WINDOW_UPDATE, SYN, stream.id, 0)
+        return stream
+
+    def send(self, stream: Stream, data: memoryview) -> int:
+        """Queue one frame with the beginning of `data`; return how many bytes of it, 0 without credit.
+
+        The bytes are not copied before `data_to_send`: leave them alone until then.
+        Raises StreamReset; LocalProtocolError after `end`.
+        """
+        self._check()
+        if stream.is_reset:
+            raise StreamReset(f"stream {stream.id} was reset")
+        if stream.send_ended:
+            raise LocalProtocolError(f"bytes to send on stream {stream.id} after its end")
+        size = min(len(data), stream.send_credit, CHUNK)
+        if size:
+            stream.send_credit -= size
+            self._outbox.append(HEADER.pack(0, DATA, 0, stream.id, size))
+            self._outbox.append(data[:size])
+        return size
+
+    def take(self, stream: Stream, max_bytes: int) -> bytes:
+        """Up to `max_bytes` that have come in, oldest first; b"" if there are none.  Gives credit back."""
+        data = bytes(memoryview(stream.unread)[:max_bytes])
+        del stream.unread[: len(data)]
+        self._unread_bytes -= len(data)
+        if data and not (stream.receive_ended or stream.is_reset):
+            self._give_credit(stream)
+        return data
+
+    def end(self, stream: Stream) -> None:
+        """Say that no more bytes will be sent on this stream.  Once is enough, twice does no harm."""
+        if stream.send_ended or stream.is_reset or self._failure is not None:
+            return
+        stream.send_ended = True
+        self._queue(DATA, FIN, stream.id, 0)
+        if stream.receive_ended:
+            self._drop(stream)
+
+    def abandon(self, stream: Stream) -> None:
+        """`end`, and want nothing more of it: what comes is thrown away, unread bytes are forgotten.
+
+        A peer that has not ended the stream itself after `linger_seconds` gets a reset.
+        """
+        self.end(stream)
+        self._forget_unread(stream)
+        if not stream.is_reset and stream.id in self._streams and stream.abandoned_at is None:
+            stream.abandoned_at = self._now
+            self._abandoned.append(stream)
+
+    def reset(self, stream: Stream) -> None:
+        """End both directions at once, and forget what was not read."""
+        if stream.is_reset:
+            return
+        was_open = self._streams.get(stream.id) is stream
+        stream.is_reset = True
+        self._forget_unread(stream)
+        if was_open and self._failure is None:
+            self._drop(stream)
+            self._queue(WINDOW_UPDATE, RST, stream.id, 0)
+
+    def ping(self) -> None:
+        """Measure the round trip, unless that is being done: the answer sets `round_trip_seconds`."""
+        if self._ping_sent_at is None:
+            self._ping_value = (self._ping_value + 1) & _MAX_CREDIT
+            self._ping_sent_at = self._now
+            self._queue(PING, SYN, 0, self._ping_value)
+
+    def go_away(self, code: int = NORMAL) -> None:
+        """Say that this connection ends now."""
+        self._queue(GO_AWAY, 0, 0, code)
+
+    # --- what the peer says ---
+
+    def receive(self, data: bytes, now: float) -> list[Event]:
+        """Take bytes from the network.  Raises YamuxError, and nothing else.
+
+        now: seconds on any clock that does not go back.
+        """
+        self._check()
+        self._now = now
+        events: list[Event] = []
+        try:
+            self._parse(data, events)
+            if self._abandoned:
+                self._sweep()
+            if self._control_bytes > self._limits.max_control_bytes:
+                raise YamuxError(
+                    f"{self._control_bytes} bytes of answers wait for a peer that does not take them, "
+                    f"allowed are {self._limits.max_control_bytes}"
+                )
+        except YamuxError as error:
+            self._failure = str(error)
+            raise
+        return events
+
+    def _parse(self, data: bytes, events: list[Event]) -> None:
+        position, size = 0, len(data)
+        while position < size:
+            if self._body_left:
+                body = data[position : position + self._body_left]
+                position += len(body)
+                self._on_body(body, events)
+                continue
+            if not self._header and size - position >= HEADER.size:
+                fields = HEADER.unpack_from(data, position)
+                position += HEADER.size
+            else:
+                missing = HEADER.size - len(self._header)
+                self._header += data[position : position + missing]
+                position += missing
+                if len(self._header) < HEADER.size:
+                    return
+                fields = HEADER.unpack(self._header)
+                self._header = b""
+            self._on_header(fields, events)
+
+    def _on_header(self, fields: tuple[int, ...], events: list[Event]) -> None:
+        version, kind, flags, stream_id, length = fields
+        if version:
+            raise YamuxError(f"yamux version {version}, expected 0")
+        if kind > WINDOW_UPDATE:
+            self._on_session_frame(kind, flags, length, events)
+            return
+        stream = self._streams.get(stream_id)
+        if flags & SYN:
+            if stream is not None:
+                raise YamuxError(f"stream {stream_id} was opened twice")
+            stream = self._on_open(stream_id, events)
+        elif stream is None and not self._was_open(stream_id):
+            raise YamuxError(f"a frame for stream {stream_id}, which was never opened")
+        if flags & RST:
+            if kind == DATA and length:
+                self._expect_body(None, length, False)
+            if stream is not None:
+                self._on_reset(stream, events)
+        elif kind == WINDOW_UPDATE:
+            if stream is not None:
+                self._on_credit(stream, length, events)
+                if flags & FIN:
+                    self._on_end(stream, events)
+        elif length:
+            self._expect_body(stream, length, bool(flags & FIN))
+        elif stream is not None and flags & FIN:
+            self._on_end(stream, events)
+
+    def _on_session_frame(self, kind: int, flags: int, value: int, events: list[Event]) -> None:
+        if kind == PING:
+            if flags & SYN:
+                self._queue(PING, ACK, 0, value)
+            elif self._ping_sent_at is not None and value == self._ping_value:
+                self.round_trip_seconds = self._now - self._ping_sent_at
+                self._ping_sent_at = None
+        elif kind == GO_AWAY:
+            events.append(Event(Happening.GONE_AWAY, None))
+        else:
+            raise YamuxError(f"a frame of type {kind}, known are 0 to {GO_AWAY}")
+
+    def _on_open(self, stream_id: int, events: list[Event]) -> Stream | None:
+        if stream_id == 0 or stream_id % 2 != self._their_parity:
+            raise YamuxError(f"the peer opened stream {stream_id}, an id that is not its own to use")
+        self._highest_seen = max(self._highest_seen, stream_id)
+        self._count_open()
+        if self._inbound >= self._limits.max_inbound_streams or not self._may_open():
+            self._queue(WINDOW_UPDATE, RST, stream_id, 0)
+            return None
+        stream = Stream(stream_id, True, self._now)
+        self._add(stream)
+        self._queue(WINDOW_UPDATE, ACK, stream_id, 0)
+        events.append(Event(Happening.OPENED, stream))
+        return stream
+
+    def _expect_body(self, stream: Stream | None, length: int, ends_stream: bool) -> None:
+        if stream is None:
+            if length > _MAX_STRAY:
+                raise YamuxError(f"a frame of {length} bytes for a closed stream, allowed are {_MAX_STRAY}")
+        else:
+            if stream.receive_ended:
+                raise YamuxError(f"bytes on stream {stream.id} after its end")
+            if length > stream.credit:
+                raise YamuxError(
+                    f"a frame of {length} bytes on stream {stream.id}, its window allows {stream.credit}"
+                )
+            stream.credit -= length
+        self._body_left, self._body_stream, self._body_ends_stream = length, stream, ends_stream
+
+    def _on_body(self, body: bytes, events: list[Event]) -> None:
+        self._body_left -= len(body)
+        stream = self._body_stream
+        if stream is None:
+            return
+        if not (stream.is_reset or stream.abandoned_at is not None):
+            stream.unread += body
+            self._unread_bytes += len(body)
+            if self._unread_bytes > self._limits.max_unread_bytes:
+                raise YamuxError(
+                    f"{self._unread_bytes} bytes wait unread on this connection, "
+                    f"allowed are {self._limits.max_unread_bytes}"
+                )
+            events.append(Event(Happening.READABLE, stream))
+        if not self._body_left:
+            self._body_stream = None
+            if self._body_ends_stream and not stream.is_reset:
+                self._on_end(stream, events)
+
+    def _on_credit(self, stream: Stream, credit: int, events: list[Event]) -> None:
+        stream.send_credit += credit
+        if stream.send_credit > _MAX_CREDIT:
+            raise YamuxError(
+                f"{stream.send_credit} bytes of credit on stream {stream.id}, allowed are {_MAX_CREDIT}"
+            )
+        if credit:
+            events.append(Event(Happening.WRITABLE, stream))
+
+    def _on_end(self, stream: Stream, events: list[Event]) -> None:
+        if stream.receive_ended:
+            return
+        stream.receive_ended = True
+        events.append(Event(Happening.READABLE, stream))
+        if stream.send_ended:
+            self._drop(stream)
+
+    def _on_reset(self, stream: Stream, events: list[Event]) -> None:
+        stream.is_reset = True
+        self._forget_unread(stream)
+        self._drop(stream)
+        events.append(Event(Happening.RESET, stream))
+        if stream.inbound:
+            self._recent_resets += 1
+            if (
+                self._recent_opens >= self._limits.reset_floor
+                and self._recent_resets * 2 > self._recent_opens
+                and self._now - self._recent_since <= self._limits.reset_window_seconds
+            ):
+                raise YamuxError(
+                    f"{self._recent_resets} of {self._recent_opens} streams were opened and reset within "
+                    f"{self._limits.reset_window_seconds} s"
+                )
+
+    # --- accounts ---
+
+    def _count_open(self) -> None:
+        if self._now - self._recent_since > self._limits.reset_window_seconds:
+            self._recent_since, self._recent_opens, self._recent_resets = self._now, 0, 0
+        self._recent_opens += 1
+
+    def _may_open(self) -> bool:
+        """A token bucket over opened streams; a minute with too many dry seconds ends the connection."""
+        limits = self._limits
+        tokens = self._open_tokens + (self._now - self._tokens_at) * limits.opens_per_second
+        self._open_tokens, self._tokens_at = min(tokens, float(limits.open_burst)), self._now
+        if self._open_tokens >= 1:
+            self._open_tokens -= 1
+            return True
+        while self._breaches and self._now - self._breaches[0] > 60:
+            self._breaches.popleft()
+        if not self._breaches or self._now - self._breaches[-1] >= 1:
+            self._breaches.append(self._now)
+        if len(self._breaches) > limits.breaches_allowed:
+            raise YamuxError(
+                f"more than {limits.opens_per_second:g} streams a second were opened, "
+                f"{len(self._breaches)} times within a minute"
+            )
+        return False
+
+    def _give_credit(self, stream: Stream) -> None:
+        owed = stream.window - stream.credit - len(stream.unread)
+        if owed * 2 < stream.window:
+            return
+        round_trip = self.round_trip_seconds
+        if round_trip is not None and self._now - stream.credited_at < 2 * round_trip:
+            growth = min(stream.window, self._limits.max_unread_bytes - self._granted)
+            if growth > 0:
+                stream.window += growth
+                self._granted += growth
+                owed += growth
+        stream.credited_at = self._now
+        stream.credit += owed
+        self._queue(WINDOW_UPDATE, 0, stream.id, owed)
+
+    def _add(self, stream: Stream) -> None:
+        self._streams[stream.id] = stream
+        self._granted += stream.window
+        self._inbound += stream.inbound
+
+    def _drop(self, stream: Stream) -> None:
+        if self._streams.pop(stream.id, None) is not None:
+            self._granted -= stream.window
+            self._inbound -= stream.inbound
+
+    def _forget_unread(self, stream: Stream) -> None:
+        self._unread_bytes -= len(stream.unread)
+        stream.unread.clear()
+
+    def _sweep(self) -> None:
+        while self._abandoned:
+            stream = self._abandoned[0]
+            if self._streams.get(stream.id) is stream:
+                if self._now - (stream.abandoned_at or 0.0) < self._limits.linger_seconds:
+                    return
+                self.reset(stream)
+            self._abandoned.popleft()
+
+    def _was_open(self, stream_id: int) -> bool:
+        if stream_id == 0:
+            return False
+        if stream_id % 2 == self._their_parity:
+            return stream_id <= self._highest_seen
+        return stream_id < self._next_id
+
+    def _queue(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        self._outbox.append(HEADER.pack(0, kind, flags, stream_id, length))
+        self._control_bytes += HEADER.size
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise YamuxError(self._failure)

@@ -1,0 +1,1 @@
+"""What a serving node adds: listener, session, engine, cache."""

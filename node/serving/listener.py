@@ -1,0 +1,367 @@
+"""The door of a serving node: sessions of clients, and steps pushed by previous hops.
+
+    /raceme/session/1   a client opens a session, sends steps, gets results
+    /raceme/push/1      a previous hop sends steps of many sessions
+
+Every byte is checked here, once, against the contract of its session.  Inside a session one worker
+takes step after step from a bounded inbox, asks `session` what to do, has `engine` do it, and
+passes the answer to the next hop or back to the client.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from node.model.cache import SpanCache
+from node.serving.cache import CacheBudget
+from node.serving.engine import Answer, Engine
+from node.serving.push import PushLink, PushLinks, Sender
+from node.serving.session import Repeat, ServerSession
+from routing.names import PeerId
+from tensor_codec.errors import (
+    BadResult,
+    Draining,
+    MessageError,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    TooManyStreams,
+    WrongRevision,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.limits import Limits
+from tensor_codec.messages import (
+    Close,
+    Contract,
+    Failed,
+    Open,
+    Opened,
+    Result,
+    Step,
+    StepRange,
+    decode_from_client,
+    decode_open,
+    encode_failed,
+    encode_opened,
+    encode_result,
+    encode_step,
+    read_message,
+    read_step,
+    step_session,
+)
+
+SESSION_PROTOCOL = "/raceme/session/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What this node offers: a session must ask for exactly this, or for a part of its blocks.
+
+    dtype: what the span computes in, by name.  hidden_size, max_position: of the model.
+    can_cut: whether caches can go back to an earlier position.
+    """
+
+    model: str
+    revision: str
+    start: int
+    stop: int
+    dtype: str
+    hidden_size: int
+    max_position: int
+    can_cut: bool = True
+
+
+class FrameStream(Protocol):
+    """What the listener needs of a framed stream (see node/network/streams.py)."""
+
+    @property
+    def peer(self) -> PeerId:
+        """The authenticated peer at the other end."""
+
+    async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
+        """Send one frame; raises SlowPeer or PeerGone."""
+
+    async def receive(self, seconds: float | None = None) -> Buffer | None:
+        """The next frame, None at a clean end; raises PeerFault."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    step: Step
+    sender: PeerId
+    at: float  # time.perf_counter()
+
+
+@dataclass(slots=True)
+class _Hop:
+    """One session at this node."""
+
+    opened: Open
+    contract: Contract
+    stream: FrameStream
+    state: ServerSession
+    cache: SpanCache
+    inbox: trio.MemorySendChannel[_Arrived]
+    arrivals: trio.MemoryReceiveChannel[_Arrived]
+    scope: trio.CancelScope
+    link: PushLink | None = None
+    answer: Answer | None = None
+    over: PeerFault | Refused | None = None  # why the session ended, if not by its client's wish
+
+    def end(self, reason: PeerFault | Refused | None) -> None:
+        """Stop the session's tasks; the first reason stands."""
+        if self.over is None:
+            self.over = reason
+        self.scope.cancel()
+
+    def offer(self, step: Step, sender: PeerId) -> None:
+        """Put a step into the inbox; a sender that overfills it has broken the protocol."""
+        try:
+            self.inbox.send_nowait(_Arrived(step, sender, time.perf_counter()))
+        except trio.WouldBlock:
+            self.end(RemoteProtocolError(f"step {step.step}: too many steps are in flight"))
+
+
+@dataclass(slots=True)
+class Listener:
+    """Serves sessions over one span.
+
+    served: what is offered.  open_stream: to a peer of our view, for pushing.  blame counts peers'
+    faults ("peer error").
+    """
+
+    served: Served
+    engine: Engine
+    budget: CacheBudget
+    open_stream: Callable[[PeerId], Awaitable[Sender]]
+    limits: Limits = field(default_factory=Limits)
+    blame: Counter[str] = field(default_factory=Counter)
+    draining: bool = False
+    _sessions: dict[bytes, _Hop] = field(default_factory=dict)
+    _links: PushLinks = field(init=False)
+    _no_session: trio.Event = field(default_factory=trio.Event)
+
+    def __post_init__(self) -> None:
+        self._links = PushLinks(self.open_stream)
+
+    @property
+    def session_count(self) -> int:
+        """Sessions that are open."""
+        return len(self._sessions)
+
+    async def serve_session(self, stream: FrameStream) -> None:
+        """Serve the stream of one client until its session ends.  Raises PeerFault."""
+        frame = await stream.receive(self.limits.frame_start_seconds)
+        if frame is None:
+            return
+        opened = decode_open(frame)
+        try:
+            with self._admit(stream, opened) as hop:
+                await self._run(hop)
+        except Refused as refusal:
+            await stream.send(encode_failed(Failed.of(refusal)))
+
+    async def serve_push(self, stream: FrameStream) -> None:
+        """Take steps that a previous hop pushes until it closes the stream.  Raises PeerFault."""
+        while (frame := await stream.receive()) is not None:
+            message = read_message(frame, frozenset({"step"}))
+            hop = self._sessions.get(step_session(message))
+            if hop is None:
+                continue  # it ended while the step was on its way
+            if hop.opened.predecessor != stream.peer:
+                raise MessageError("a step of a session that another peer feeds")
+            try:
+                step = read_step(message, hop.contract)
+            except MessageError as error:
+                hop.end(error)  # this session's client must know; the stream serves others too
+                raise
+            hop.offer(step, stream.peer)
+
+    async def drain(self) -> None:
+        """Take no new session, finish the steps in flight, then end the sessions.  Bounded."""
+        self.draining = True
+        with trio.move_on_after(self.limits.drain_seconds):
+            await self.engine.wait_idle()
+        for hop in list(self._sessions.values()):
+            hop.end(PeerGone("this node is leaving the swarm"))
+        with trio.move_on_after(self.limits.drain_seconds):
+            while self._sessions:
+                self._no_session = trio.Event()
+                await self._no_session.wait()
+
+    @contextmanager
+    def _admit(self, stream: FrameStream, opened: Open) -> Iterator[_Hop]:
+        """Hold a session's place, its promised tokens and its cache.  Raises Refused, MessageError."""
+        peer = stream.peer
+        self._check(peer, opened)
+        contract = Contract(
+            session=opened.session,
+            start=opened.start,
+            stop=opened.stop,
+            batch=opened.batch,
+            max_length=opened.max_length,
+            hidden=self.served.hidden_size,
+            codec=opened.codec,
+            max_step_tokens=self.limits.max_step_tokens,
+        )
+        self.budget.admit(opened.session, peer, opened.batch * opened.max_length)
+        inbox, arrivals = trio.open_memory_channel[_Arrived](self.limits.max_steps_in_flight)
+        try:
+            hop = _Hop(
+                opened=opened,
+                contract=contract,
+                stream=stream,
+                state=ServerSession(opened.max_length, can_cut=self.served.can_cut),
+                cache=self.engine.span.new_cache(opened.batch, opened.max_length),
+                inbox=inbox,
+                arrivals=arrivals,
+                scope=trio.CancelScope(),
+            )
+            self._sessions[opened.session] = hop
+            yield hop
+        finally:
+            self._sessions.pop(opened.session, None)
+            self.budget.release(opened.session)
+            inbox.close()
+            arrivals.close()
+            if not self._sessions:
+                self._no_session.set()
+
+    def _check(self, peer: PeerId, opened: Open) -> None:
+        """Whether we serve what is asked for.  Raises Refused, MessageError."""
+        served = self.served
+        if self.draining:
+            raise Draining("this node is leaving the swarm")
+        if opened.session in self._sessions:
+            raise MessageError("a session with this id is open already")
+        if opened.revision != served.revision:
+            raise WrongRevision(
+                f"revision {opened.revision} of {opened.model} was asked for,"
+                f" {served.revision} of {served.model} is served here"
+            )
+        if opened.dtype != served.dtype:
+            raise WrongRevision(f"dtype {opened.dtype} was asked for, {served.dtype} is served here")
+        if not served.start <= opened.start < opened.stop <= served.stop:
+            raise WrongRevision(
+                f"blocks {opened.start}:{opened.stop} were asked for,"
+                f" {served.start}:{served.stop} are served here"
+            )
+        if opened.adapter is not None:
+            raise WrongRevision(f"adapter {opened.adapter} was asked for, none is served here")
+        tokens = opened.batch * opened.max_length
+        if tokens > self.limits.max_session_tokens:
+            raise Refused(f"a session of {tokens} tokens, {self.limits.max_session_tokens} are allowed")
+        if opened.max_length > served.max_position:
+            raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
+        mine = sum(1 for hop in self._sessions.values() if hop.stream.peer == peer)
+        if mine >= self.limits.max_sessions_per_peer:
+            raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)
+
+    async def _run(self, hop: _Hop) -> None:
+        """Answer Open, then serve until the client, a deadline, a fault or the drain ends it."""
+        async with AsyncExitStack() as stack:
+            successor = hop.opened.successor
+            if successor is not None:
+                try:
+                    hop.link = await stack.enter_async_context(self._links.use(PeerId(successor)))
+                except PeerFault as fault:
+                    self.blame[f"{successor} {type(fault).__name__}"] += 1
+            await hop.stream.send(encode_opened(Opened(push=hop.link is not None)))
+            with hop.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read, hop)
+                    await self._work(hop)
+            hop.state.close()
+            if hop.over is not None:
+                with trio.CancelScope(shield=True), trio.move_on_after(1):
+                    await _tell(hop, Failed.of(hop.over))
+
+    async def _read(self, hop: _Hop) -> None:
+        """Take what the client sends."""
+        try:
+            while (frame := await hop.stream.receive()) is not None:
+                message = decode_from_client(frame, hop.contract)
+                if isinstance(message, Close):
+                    break
+                hop.offer(message, hop.stream.peer)
+        except PeerGone:
+            pass  # the client's going away ends its session; nobody is left to be told
+        except PeerFault as fault:
+            self.blame[f"{hop.stream.peer} {type(fault).__name__}"] += 1
+            hop.end(fault)
+        hop.end(None)
+
+    async def _work(self, hop: _Hop) -> None:
+        """Do step after step; returns when a deadline has passed or the session broke."""
+        limits = self.limits
+        life_ends = trio.current_time() + limits.session_life_seconds
+        patience = limits.session_first_step_seconds
+        while True:
+            arrived = None
+            with trio.move_on_at(min(life_ends, trio.current_time() + patience)):
+                arrived = await hop.arrivals.receive()
+            if arrived is None:
+                old = trio.current_time() >= life_ends
+                why = f"older than {limits.session_life_seconds} s" if old else f"idle for {patience} s"
+                return hop.end(PeerGone(f"the session was {why}"))
+            try:
+                await self._step(hop, arrived)
+            except PeerFault as fault:
+                self.blame[f"{arrived.sender} {type(fault).__name__}"] += 1
+                return hop.end(fault)
+            except Refused as refusal:
+                return hop.end(refusal)
+            patience = limits.session_idle_seconds
+
+    async def _step(self, hop: _Hop, arrived: _Arrived) -> None:
+        """Compute a step, or find its stored answer, and pass it on.  Raises PeerFault."""
+        step, contract = arrived.step, hop.contract
+        what = StepRange(step.position, len(step.body) // contract.row_bytes, step.reply)
+        decision = hop.state.receive(step.step, what)
+        if isinstance(decision, Repeat):
+            answer = hop.answer
+        else:
+            whole = hop.opened.successor is not None
+            try:
+                answer = await self.engine.step(
+                    hop.stream.peer, contract, hop.cache, decision, step.body, whole=whole
+                )
+            except BadResult as bad:
+                raise BadResult(f"step {step.step}, blocks {contract.start}:{contract.stop}: {bad}") from None
+            hop.state.computed(decision)
+            hop.answer = answer
+        if answer is not None:
+            await self._pass_on(hop, arrived, what, answer)
+
+    async def _pass_on(self, hop: _Hop, arrived: _Arrived, what: StepRange, answer: Answer) -> None:
+        step = arrived.step
+        held = int((time.perf_counter() - arrived.at) * 1e6)
+        timings = (*step.timings, (held, answer.compute_micros))
+        if hop.link is None:
+            await hop.stream.send(encode_result(Result(step.step, what.reply_position, answer.body, timings)))
+            return
+        onward = Step(step.session, step.step, step.position, step.reply, answer.body, timings)
+        try:
+            await hop.link.send(encode_step(onward))
+        except PeerFault as fault:
+            self.blame[f"{hop.link.peer} {type(fault).__name__}"] += 1
+            notice = Failed(
+                "cannot_push", f"{type(fault).__name__}: {fault}"[:300], None, step.step, hop.link.peer
+            )
+            await _tell(hop, notice)
+
+
+async def _tell(hop: _Hop, failed: Failed) -> None:
+    """Tell the client, if it is still there."""
+    try:
+        await hop.stream.send(encode_failed(failed))
+    except PeerFault:
+        hop.end(None)

@@ -1,0 +1,157 @@
+"""What `python -m node status` and `models` show: a look at a swarm, and into the cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from node.config import DEFAULT_MODEL, NetworkConfig
+from routing.records import Record
+from routing.swarm import ModelKey, SwarmView, coverage, holes
+
+SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
+
+
+async def show_status(config: NetworkConfig, *, as_json: bool) -> None:
+    """Look at the swarm once and print it.  Raises ConfigError."""
+    from node.main import open_node
+
+    async with open_node(config, "client") as node:
+        await trio.sleep(SETTLE_SECONDS)
+        view = node.directory.view()
+        await node.directory.measure([record.peer for record in view.records()], 1.0)
+        facts = describe(view, dict(node.directory.rtts()))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_status(facts)
+
+
+def describe(view: SwarmView, rtts: dict[Any, float]) -> dict[str, Any]:  # Any: JSON
+    """The swarm as plain values: `peers`, and for each model its `coverage` and `holes`."""
+    records = [record for record in view.records() if record.role != "client"]
+    return {
+        "swarm": view.swarm,
+        "peers": [_peer(record, rtts.get(record.peer)) for record in records],
+        "models": [_model(view, key) for key in _models(records)],
+    }
+
+
+def _models(records: Sequence[Record]) -> list[ModelKey]:
+    return sorted({ModelKey(r.model, r.revision, r.blocks) for r in records if r.role == "serve"})  # type: ignore[arg-type]
+
+
+def _model(view: SwarmView, key: ModelKey) -> dict[str, Any]:  # Any: JSON
+    spans = view.spans(key.model, key.revision, key.blocks)
+    missing = holes(((span.start, span.stop) for span in spans), 0, key.blocks)
+    return {
+        "model": key.model,
+        "revision": key.revision,
+        "blocks": key.blocks,
+        "coverage": list(coverage(spans, key.blocks)),
+        "holes": [list(run) for run in missing],
+        "complete": not missing,
+    }
+
+
+def _peer(record: Record, rtt: float | None) -> dict[str, Any]:  # Any: JSON
+    return {
+        "peer": record.peer,
+        "name": record.name,
+        "role": record.role,
+        "state": record.state,
+        "model": record.model,
+        "blocks": [record.start, record.stop] if record.role == "serve" else None,
+        "dtype": record.dtype,
+        "decode_ms_per_block": round(record.seconds_per_block * 1e3, 4),
+        "prefill_tokens_per_s": round(_prefill_rate(record), 1),
+        "free_cache_tokens": record.cache_tokens,
+        "queue": record.queue,
+        "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
+        "addresses": list(record.addresses),
+        "version": record.version,
+    }
+
+
+def _prefill_rate(record: Record) -> float:
+    """Prefill tokens per second through the whole span of a peer; 0 where not measured."""
+    seconds = record.prefill_seconds_per_token * (record.stop - record.start)
+    return 1 / seconds if seconds > 0 else 0.0
+
+
+def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
+    """The same for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"swarm {facts['swarm']}: {len(facts['peers'])} peers")
+    for column in ("peer", "name", "state", "blocks", "dtype"):
+        table.add_column(column)
+    for column in ("ms/block", "prefill tok/s", "free cache", "rtt ms"):
+        table.add_column(column, justify="right")
+    for peer in facts["peers"]:
+        serves = peer["blocks"] is not None
+        table.add_row(
+            peer["peer"][:4] + "…" + peer["peer"][-6:],
+            peer["name"],
+            peer["state"] if serves else peer["role"],
+            f"{peer['blocks'][0]}:{peer['blocks'][1]}" if serves else "",
+            peer["dtype"],
+            f"{peer['decode_ms_per_block']:.2f}" if serves else "",
+            f"{peer['prefill_tokens_per_s']:.0f}" if serves else "",
+            str(peer["free_cache_tokens"]) if serves else "",
+            "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
+        )
+    console.print(table)
+    if not facts["models"]:
+        console.print("no peer serves a model")
+    for model in facts["models"]:
+        runs = ", ".join(f"{start}:{stop}" for start, stop in model["holes"])
+        state = f"served by nobody: blocks {runs}" if runs else "every block is served"
+        console.print(f"{model['model']} ({model['revision']}), {model['blocks']} blocks: {state}")
+        console.print(f"  servers of each block: {_runs(model['coverage'])}")
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """Counts per block, equal neighbours together: "0:10 x1, 10:20 x2"."""
+    parts, begin = [], 0
+    for block in range(1, len(counts) + 1):
+        if block == len(counts) or counts[block] != counts[begin]:
+            parts.append(f"{begin}:{block} x{counts[begin]}")
+            begin = block
+    return ", ".join(parts)
+
+
+def fetch_model(name: str) -> None:
+    """Bring a model into the cache, with a progress bar.  Raises ConfigError."""
+    from node.model.progress import progress_bar
+    from node.model.source import cache_dir, resolve
+
+    with progress_bar(sys.stderr) as progress:
+        folder = resolve(name, cache_dir=cache_dir(), progress=progress)
+        folder.need({entry.file for entry in folder.tensors.values()}, progress)
+    print(f"{folder.name} (revision {folder.revision}) is in {folder.path}")
+
+
+def show_models(*, as_json: bool) -> None:
+    """List what is in the cache, and the default."""
+    from node.model.source import cache_dir, list_models
+
+    found = list_models(cache_dir())
+    if as_json:
+        models = [
+            {"name": model.name, "path": None if model.path is None else str(model.path), "bytes": model.size}
+            for model in found
+        ]
+        print(json.dumps({"default": DEFAULT_MODEL, "cache": str(cache_dir()), "models": models}, indent=2))
+        return
+    print(f"cache: {cache_dir()}")
+    for model in found:
+        where = "not fetched yet" if model.path is None else f"{model.size / 1e6:.0f} MB in {model.path}"
+        default = ", the default" if model.name == DEFAULT_MODEL else ""
+        print(f"  {model.name}: {where}{default}")

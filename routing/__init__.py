@@ -1,0 +1,1 @@
+"""Decides about the swarm: pure functions over values.  No sockets, no clock, no torch."""

@@ -1,0 +1,336 @@
+"""Three nodes, one client and a real model on this machine: what `make demo` runs.
+
+Everything lives in one temporary folder and ends with this program: after the text, after Ctrl-C, after
+SIGTERM, after a failure, and on Linux also after `kill -9`, because each child asks the kernel to be
+ended with its parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.markup import escape
+
+from node.network.identity import load_or_create_identity
+
+ROOT = Path(__file__).resolve().parent.parent
+SPANS = ((0, 10), (10, 20), (20, 30))  # SmolLM2-135M has 30 blocks
+ONLINE_SECONDS = 120.0  # importing torch, reading ten blocks and measuring them take about 8 s on two cores
+STOP_SECONDS = 12.0  # a node finishes its steps in flight; this is more than it allows itself
+LOG_LINES = 20
+
+console = Console(highlight=False)
+
+
+class DemoError(Exception):
+    """What went wrong, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process of ours, the leader of its own process group."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path | None  # None: it writes to our terminal
+
+
+@dataclass(frozen=True, slots=True)
+class DemoNode:
+    """One node of the demo: what it is told, and where it tells us that it is online."""
+
+    name: str
+    start: int
+    stop: int
+    listen: str
+    identity: Path
+    ready_file: Path
+    log: Path
+
+
+def main() -> int:
+    """Run the demo; the exit code: 0, 1 after a failure, 128 + signal when told to stop."""
+    options = parse_options()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop_running)
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory(prefix="raceme-demo-") as folder:
+        try:
+            run_demo(options, Path(folder), children)
+            code = 0
+        except DemoError as error:
+            console.print(f"[red]demo: {escape(str(error))}[/red]")
+            show_logs(children)
+            code = 1
+        except Stopped as stopped:
+            console.print()
+            code = 128 + stopped.signum
+        finally:
+            # From here on nothing may come between us and the processes that we started.
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, signal.SIG_IGN)
+            stubborn = stop_all(children)
+        if stubborn and code == 0:
+            console.print(f"[red]demo: {', '.join(stubborn)} did not end cleanly[/red]")
+            show_logs(children)
+            code = 1
+    return code
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line; the defaults are the demo."""
+    parser = argparse.ArgumentParser(
+        prog="demo", description="Let text come out of three nodes on this machine."
+    )
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="a model of 30 blocks (%(default)s)")
+    parser.add_argument("--prompt", default="The three most important things about a good garden are")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="length of the text (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="leave the nodes up until Ctrl-C")
+    return parser.parse_args()
+
+
+def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -> None:
+    """The whole story, a stage at a time.  Raises DemoError; appends what it starts to `children`."""
+    swarm_key = folder / "swarm.key"
+    node = [sys.executable, "-m", "node"]
+    started = time.monotonic()
+
+    with stage("the model is in the cache"):
+        run_to_the_end(children, "models", [*node, "models", "--fetch", options.model])
+    with stage("a swarm key, which keeps strangers out"):
+        run_to_the_end(children, "new-swarm-key", [*node, "new-swarm-key", str(swarm_key)])
+    with stage("three nodes, ten blocks each, are online"):
+        nodes = [planned_node(folder, number, span) for number, span in enumerate(SPANS, 1)]
+        bootstrap = f"{nodes[0].listen}/p2p/{load_or_create_identity(nodes[0].identity).peer_id}"
+        join = ["--peers", bootstrap, "--swarm-key", str(swarm_key)]
+        for each in nodes:
+            # The first node founds the swarm.  Its address is known before it runs, so that all three
+            # can load their blocks at the same time.
+            flags = join if each is not nodes[0] else ["--swarm-key", str(swarm_key)]
+            start(children, each.name, [*node, options.model, *node_flags(each), *flags], each.log)
+        wait_until_online(nodes, children)
+    with stage("a client finds the route and generates"):
+        console.print()
+        generate = [
+            sys.executable,
+            "-m",
+            "client",
+            "generate",
+            *join,
+            "--model",
+            options.model,
+            "--show-route",
+        ]
+        generate += ["--max-new-tokens", str(options.max_new_tokens), options.prompt]
+        run_to_the_end(children, "client", generate)
+    console.print(f"\nFrom nothing to here: {time.monotonic() - started:.1f} s.")
+
+    if not options.keep:
+        console.print("The nodes end now. To keep them up and talk to them: [bold]make demo KEEP=1[/bold]")
+        return
+    console.print("\nThe swarm stays up until Ctrl-C. In another terminal, in this folder:")
+    inside = Path(sys.executable).is_relative_to(ROOT)
+    python = os.path.relpath(sys.executable, ROOT) if inside else sys.executable
+    for what, module, arguments in (
+        ("see who serves what", "node", ["status", *join]),
+        ("generate", "client", ["generate", *join, "--model", options.model, "Once upon a time"]),
+        ("talk", "client", ["chat", *join, "--model", options.model]),
+        ("add a node", "node", [options.model, "--num-blocks", "10", *join]),
+    ):
+        console.print(f"\n# {what}", style="dim")
+        console.print(escape(shlex.join([python, "-m", module, *arguments])), soft_wrap=True)
+    with suppress(Stopped):  # here it is the way out
+        while True:
+            check_alive(children)
+            time.sleep(0.5)
+
+
+# The nodes
+
+
+def planned_node(folder: Path, number: int, span: tuple[int, int]) -> DemoNode:
+    """Choose everything that a node is told before it starts."""
+    name = f"demo-{number}"
+    return DemoNode(
+        name=name,
+        start=span[0],
+        stop=span[1],
+        listen=f"/ip4/127.0.0.1/tcp/{free_port()}",
+        identity=folder / f"{name}.identity",
+        ready_file=folder / f"{name}.json",
+        log=folder / f"{name}.log",
+    )
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def node_flags(node: DemoNode) -> list[str]:
+    """The flags of `python -m node` that make this node."""
+    return [
+        *("--blocks", f"{node.start}:{node.stop}"),
+        *("--name", node.name),
+        *("--listen", node.listen),
+        *("--identity", str(node.identity)),
+        *("--ready-file", str(node.ready_file)),
+        *("--threads", "1"),
+    ]
+
+
+def wait_until_online(nodes: Sequence[DemoNode], children: Sequence[Child]) -> None:
+    """Return when each node has written its ready-file, saying so one by one.  Raises DemoError."""
+    started = time.monotonic()
+    waiting = list(nodes)
+    while waiting:
+        check_alive(children)
+        if time.monotonic() - started > ONLINE_SECONDS:
+            names = ", ".join(node.name for node in waiting)
+            raise DemoError(f"not online after {ONLINE_SECONDS:.0f} s: {names}")
+        for node in [node for node in waiting if node.ready_file.exists()]:
+            ready = json.loads(node.ready_file.read_text())
+            first, last = ready["blocks"]
+            seconds = time.monotonic() - started
+            console.print(
+                f"    {node.name}  {ready['peer_id']}  blocks {first}:{last}  after {seconds:.1f} s"
+            )
+            waiting.remove(node)
+        time.sleep(0.05)
+
+
+# Processes
+
+
+class Stopped(Exception):
+    """A signal told us to stop."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.strsignal(signum))
+        self.signum = signum
+
+
+def stop_running(signum: int, frame: FrameType | None) -> None:
+    """Turn a signal into an exception, so that the way out is the same for all of them."""
+    raise Stopped(signum)
+
+
+def start(children: list[Child], name: str, command: Sequence[str], log: Path | None = None) -> Child:
+    """Start a child in a process group of its own: Ctrl-C is then ours to pass on, in our order."""
+    output = None if log is None else log.open("wb")
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,
+            preexec_fn=end_with_parent(),
+        )
+    finally:
+        if output is not None:
+            output.close()
+    children.append(Child(name, process, log))
+    return children[-1]
+
+
+def end_with_parent() -> Callable[[], None] | None:
+    """What a child does before it becomes the program: on Linux, ask to be killed when we die."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # looked up here: a forked child should do little
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+
+    def ask() -> None:
+        prctl(set_parent_death_signal, int(signal.SIGKILL))
+        if os.getppid() != parent:  # we died in between
+            os._exit(1)
+
+    return ask
+
+
+def run_to_the_end(children: list[Child], name: str, command: Sequence[str]) -> None:
+    """Run a command that writes to our terminal.  Raises DemoError if it fails, or if a node does."""
+    child = start(children, name, command)
+    while child.process.poll() is None:
+        check_alive(children)
+        time.sleep(0.02)
+    children.remove(child)
+    if child.process.returncode:
+        raise DemoError(f"{name} failed with exit code {child.process.returncode}")
+
+
+def check_alive(children: Sequence[Child]) -> None:
+    """Raise DemoError if a node ended by itself: none should."""
+    for child in children:
+        if child.log is not None and child.process.poll() is not None:
+            raise DemoError(f"{child.name} ended with exit code {child.process.returncode}")
+
+
+def stop_all(children: Sequence[Child]) -> list[str]:
+    """End every child, politely for STOP_SECONDS; the names of those that did not end with code 0."""
+    for child in children:
+        signal_group(child, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    stubborn = []
+    for child in children:
+        try:
+            code = child.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            signal_group(child, signal.SIGKILL)
+            code = child.process.wait()
+        if code:
+            stubborn.append(f"{child.name} (exit code {code})")
+    return stubborn
+
+
+def signal_group(child: Child, signum: int) -> None:
+    """Send a signal to a child and to whatever it started, unless it has ended."""
+    if child.process.poll() is None:
+        os.killpg(child.process.pid, signum)
+
+
+# Telling
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Say what is going on, and then how long it took."""
+    console.print(f"[bold]{what}[/bold] ...")
+    started = time.monotonic()
+    yield
+    console.print(f"    {time.monotonic() - started:.1f} s", style="green")
+
+
+def show_logs(children: Sequence[Child]) -> None:
+    """Print the end of each node's log."""
+    for child in children:
+        if child.log is not None and child.log.exists():
+            console.rule(f"{child.name}, last lines of its log")
+            lines = child.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            console.print("\n".join(lines) or "(nothing)", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

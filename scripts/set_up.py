@@ -1,0 +1,342 @@
+"""Makes `.venv`: from a bare machine to everything that `make demo` and `make test` need.
+
+Started by scripts/setup.sh with a Python that is new enough; uses the standard library alone.  A stage
+is one line on the terminal and the rest in `.venv/set-up.log`.  The stamp is written last, so a set-up
+that was interrupted runs again from what it left, and one that is finished costs milliseconds.
+
+From the environment: RACEME_TORCH, a requirement that replaces the choice of torch made here;
+RACEME_NO_APT=1, which leaves system packages to you.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+LOG = VENV / "set-up.log"
+MADE_FOR = VENV / "made-for"  # which interpreter and folder: an environment cannot be moved
+STAMP = VENV / "set-up-stamp"
+CONSTRAINTS = ROOT / "constraints.txt"
+
+BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)  # also when .venv's own python runs this
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+class SetUpError(Exception):
+    """Something that the reader must act on; the message is one clear line."""
+
+
+class CommandFailed(Exception):
+    """A command ended with an error, which is in the log."""
+
+
+def main() -> int:
+    """Set up if anything changed since the last time.  0, 1 for a failed stage, 2 for an absent part."""
+    with one_at_a_time():
+        if STAMP.exists() and STAMP.read_text() == wanted_stamp():
+            return 0
+        say(f"set-up: Python {sys.version.split()[0]} ({BASE_PYTHON}), details in .venv/{LOG.name}")
+        try:
+            started = time.monotonic()
+            set_up()
+            say(f"set-up: done in {time.monotonic() - started:.0f} s")
+            return 0
+        except SetUpError as error:
+            print(f"set-up: {error}", file=sys.stderr)
+            return 2
+        except CommandFailed as error:
+            print(f"set-up: {error}; the end of .venv/{LOG.name}:", file=sys.stderr)
+            for line in log_lines()[-20:]:
+                print(f"    {line}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nset-up: interrupted; the next run goes on from here", file=sys.stderr)
+            return 130
+
+
+def set_up() -> None:
+    """Run every stage; each may find that there is nothing left to do."""
+    STAMP.unlink(missing_ok=True)
+    if VENV.exists() and not usable_environment():
+        shutil.rmtree(VENV)
+    VENV.mkdir(exist_ok=True)
+    LOG.write_text("")
+    install_system_packages()
+    if not usable_environment():
+        make_environment()
+    install_torch()
+    pip_install("Raceme and its dependencies", "-e", ".[dev,web]")
+    STAMP.write_text(wanted_stamp())
+
+
+def wanted_stamp() -> str:
+    """A digest of everything that the environment is made from."""
+    digest = hashlib.sha256(made_for().encode())
+    for path in (ROOT / "pyproject.toml", CONSTRAINTS):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def made_for() -> str:
+    """What binds an environment: the interpreter's version and the folder."""
+    return f"{sys.version} {sys.platform} {VENV}"
+
+
+def usable_environment() -> bool:
+    """Whether .venv was made for this interpreter and folder, and to the end."""
+    return MADE_FOR.exists() and MADE_FOR.read_text() == made_for()
+
+
+# System packages: fastecdsa, which py-libp2p requires, is published as source only
+
+
+def install_system_packages() -> None:
+    """Install what is missing to make the environment and to build fastecdsa, where we may."""
+    needs_venv = not usable_environment() and importlib.util.find_spec("ensurepip") is None
+    missing = [] if fastecdsa_is_built() else missing_build_parts()
+    if not missing and not needs_venv:
+        return
+    packages = [APT_NAMES[part] for part in missing] + ([f"python{VERSION}-venv"] if needs_venv else [])
+    if "C compiler" in missing:
+        packages.append("libc6-dev")  # only recommended by gcc, and nothing links without it
+    may = apt_prefix()
+    if may is not None:
+        apt_install(packages, may)
+        missing = missing_build_parts()
+    if missing:
+        what = " and no ".join(missing)
+        raise SetUpError(f"fastecdsa must be compiled here, but found no {what}: {remedy(packages)}")
+
+
+APT_NAMES = {"C compiler": "gcc", "gmp.h": "libgmp-dev", "Python.h": f"python{VERSION}-dev"}
+
+
+def missing_build_parts() -> list[str]:
+    """Which of a C compiler, gmp.h and this interpreter's Python.h a test compilation does not find."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
+    if shutil.which(compiler[0]) is None:
+        # Without a compiler the headers can only be looked for where they usually are.
+        multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
+        gmp = any(Path("/usr/include", folder, "gmp.h").exists() for folder in ("", multiarch))
+        own = Path(sysconfig.get_path("include"), "Python.h").exists()
+        return ["C compiler"] + ([] if gmp else ["gmp.h"]) + ([] if own else ["Python.h"])
+    if not compiles(compiler, ""):
+        return ["C compiler"]
+    return [
+        header
+        for header, source, flags in (
+            ("gmp.h", "#include <gmp.h>\n", ["-lgmp"]),
+            ("Python.h", "#include <Python.h>\n", ["-I", sysconfig.get_path("include")]),
+        )
+        if not compiles(compiler, source, *flags)
+    ]
+
+
+def compiles(compiler: Sequence[str], source: str, *flags: str) -> bool:
+    """Whether a program with these lines in front compiles and links, CFLAGS and LDFLAGS included."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "probe.c")
+        program.write_text(f"{source}int main(void) {{ return 0; }}\n")
+        extra = [*os.environ.get("CFLAGS", "").split(), *os.environ.get("LDFLAGS", "").split(), *flags]
+        command = [*compiler, str(program), "-o", str(Path(folder, "probe")), *extra]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def fastecdsa_is_built() -> bool:
+    """Whether fastecdsa is installed in .venv, or pip kept the wheel of an earlier build."""
+    if any(VENV.glob("lib/python*/site-packages/fastecdsa-*.dist-info")):
+        return True
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    pip = VENV / "bin" / "pip"
+    command = [str(pip)] if pip.exists() else [BASE_PYTHON, "-m", "pip"]
+    listed = subprocess.run([*command, "cache", "list", "fastecdsa"], capture_output=True, text=True)
+    return any(pinned("fastecdsa") in line and f"-{tag}-" in line for line in listed.stdout.splitlines())
+
+
+def apt_prefix() -> list[str] | None:
+    """What to put before apt-get: nothing for root, sudo where it asks for no password; None: we may not."""
+    if shutil.which("apt-get") is None or os.environ.get("RACEME_NO_APT"):
+        return None
+    if os.geteuid() == 0:
+        return ["env"]
+    if shutil.which("sudo") and subprocess.run(["sudo", "-n", "true"], capture_output=True).returncode == 0:
+        return ["sudo", "-n", "env"]
+    return None
+
+
+def apt_install(packages: Sequence[str], prefix: Sequence[str]) -> None:
+    """Install Debian packages, with fresh package lists if those at hand do not do."""
+    apt = [*prefix, "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=120"]
+    install = [*apt, "install", "-y", "--no-install-recommends", *packages]
+    with stage(f"installing system packages: {' '.join(packages)}"):
+        try:
+            run(install)
+        except CommandFailed:
+            run([*apt, "update"])
+            run(install)
+
+
+def remedy(packages: Sequence[str]) -> str:
+    """The command that installs what is missing, for the system at hand."""
+    if sys.platform == "darwin":
+        return "xcode-select --install; brew install gmp (and point CFLAGS and LDFLAGS at it)"
+    if shutil.which("dnf"):
+        return "sudo dnf install gcc gmp-devel python3-devel"
+    if shutil.which("pacman"):
+        return "sudo pacman -S gcc gmp python"
+    return f"sudo apt-get install {' '.join(packages)}"
+
+
+# The environment
+
+
+def make_environment() -> None:
+    """Create .venv, with virtualenv where the interpreter came without ensurepip."""
+    with stage("virtual environment"):
+        if importlib.util.find_spec("ensurepip") is not None or ensurepip_was_just_installed():
+            run([BASE_PYTHON, "-m", "venv", str(VENV)])
+        else:
+            make_environment_with_virtualenv()
+        run([str(VENV / "bin" / "python"), "-m", "pip", "--version"])
+    MADE_FOR.write_text(made_for())
+
+
+def ensurepip_was_just_installed() -> bool:
+    """Ask a new process: this one looked before apt ran."""
+    return subprocess.run([BASE_PYTHON, "-c", "import ensurepip"], capture_output=True).returncode == 0
+
+
+def make_environment_with_virtualenv() -> None:
+    """Put virtualenv into a temporary folder, so that the system's Python stays as it was."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run([BASE_PYTHON, "-m", "pip", "install", "--target", folder, "virtualenv"])
+        except CommandFailed:
+            raise SetUpError(
+                f"{BASE_PYTHON} has neither venv nor pip: {remedy([f'python{VERSION}-venv'])}"
+            ) from None
+        run([BASE_PYTHON, "-m", "virtualenv", str(VENV)], PYTHONPATH=folder)
+
+
+def install_torch() -> None:
+    """Install the pinned torch first, so that nothing else can ask for another build of it.
+
+    Without an NVIDIA GPU the build for CPUs alone is taken where pip's index offers one; the general
+    build for Linux brings gigabytes of CUDA libraries that would never be used.
+    """
+    pin = f"torch=={pinned('torch')}"
+    chosen = os.environ.get("RACEME_TORCH")
+    if chosen:
+        pip_install(chosen, chosen)
+        return
+    if sys.platform == "linux" and not has_nvidia_gpu():
+        try:
+            # Alone, so that pip's answer is about this build; what it depends on comes with the rest.
+            pip_install(f"{pin}, the build for CPUs", "--no-deps", f"{pin}+cpu", constrained=False)
+            return
+        except CommandFailed:
+            if "No matching distribution" not in LOG.read_text():
+                raise
+            say("  pip's index offers no such build; see 'Torch without CUDA' in CONTRIBUTING.md")
+    pip_install(pin, pin)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether a driver or its tool is there."""
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def pip_install(what: str, *requirements: str, constrained: bool = True) -> None:
+    """Install requirements into .venv, at the versions that were tested unless told otherwise."""
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off"]
+    command += ["-c", str(CONSTRAINTS)] if constrained else []
+    with stage(f"installing {what}"):
+        run([*command, *requirements], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+
+
+def pinned(distribution: str) -> str:
+    """The version of `distribution` in constraints.txt."""
+    found = re.search(rf"^{re.escape(distribution)}==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE)
+    if found is None:
+        raise SetUpError(f"constraints.txt pins no {distribution}")
+    return found.group(1)
+
+
+# Running and telling
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Hold a lock on the repository's folder, so that two makes do not set up at once."""
+    folder = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """One line for one stage: what it does, and how long it took."""
+    started = time.monotonic()
+    say(f"  {what} ... ", end="")
+    try:
+        yield
+    except BaseException:
+        say("not done")
+        raise
+    say(f"{time.monotonic() - started:.1f} s")
+
+
+def run(command: Sequence[str], **environment: str) -> None:
+    """Run a command in the repository, its output into the log.  Raises CommandFailed."""
+    merged: Mapping[str, str] = {**os.environ, **environment}
+    with LOG.open("a") as log:
+        print(f"$ {' '.join(command)}", file=log, flush=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=merged
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        raise CommandFailed(f"'{' '.join(command[:6])} ...' failed with exit code {code}")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once, also into a pipe."""
+    print(text, end=end, flush=True)
+
+
+def log_lines() -> list[str]:
+    """The log so far."""
+    return LOG.read_text(errors="replace").splitlines() if LOG.exists() else []
+
+
+def interrupt(signum: int, frame: object) -> None:
+    """SIGTERM ends set-up the way that Ctrl-C does: children first."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(main())

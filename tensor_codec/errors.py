@@ -1,0 +1,97 @@
+"""Every error that can come of talking to a peer, sorted by who must act.
+
+* `PeerFault`: that peer was wrong, slow or gone.  The caller drops the stream and tries another.
+* `Refused`: a peer (or we ourselves) said no, politely.  The caller tries another, or waits.
+* `LocalProtocolError`: our own bug.  Nobody catches it.
+
+`routing.chain.NoChain` (the swarm cannot serve this now) and `node.config.ConfigError` (the
+operator must fix something) stand with the code that raises them.
+"""
+
+from __future__ import annotations
+
+
+class PeerFault(Exception):
+    """A peer did something wrong, was too slow, or went away.
+
+    peer: whom it concerns, where whoever raised it knows.
+    """
+
+    peer: str | None = None
+
+
+class FrameError(PeerFault):
+    """The bytes are not a whole frame within the limits."""
+
+
+class MessageError(PeerFault):
+    """The frame is whole but its content is not a message that the contract allows."""
+
+
+class RemoteProtocolError(PeerFault):
+    """A well-formed message that must not come now."""
+
+
+class SlowPeer(PeerFault):
+    """A deadline passed; the message says which and how long it was."""
+
+
+class PeerGone(PeerFault):
+    """The connection or the stream is closed, reset, or could not be made."""
+
+
+class BadResult(PeerFault):
+    """A peer answered with values that cannot be right (NaN, wrong shape, wrong size)."""
+
+
+class NotAMember(PeerFault):
+    """The peer could not prove that it holds our swarm key, or does not accept that we do."""
+
+
+class Refused(Exception):
+    """A polite no.
+
+    retry_after_seconds: when asking again may help, or None where it will not.
+    peer: who said so, where whoever raised it knows.
+    """
+
+    peer: str | None = None
+
+    code = "refused"
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CacheFull(Refused):
+    """No room for the cache that the session asks for."""
+
+    code = "cache_full"
+
+
+class TooManyStreams(Refused):
+    """A cap on streams, sessions or waiting steps is reached."""
+
+    code = "too_many"
+
+
+class WrongRevision(Refused):
+    """Another model, revision, dtype or span than the one this peer serves."""
+
+    code = "wrong_revision"
+
+
+class Draining(Refused):
+    """The peer is leaving and takes no new session."""
+
+    code = "draining"
+
+
+class LocalProtocolError(Exception):
+    """We broke our own protocol: a bug, never a peer's doing."""
+
+
+REFUSALS: dict[str, type[Refused]] = {
+    kind.code: kind for kind in (Refused, CacheFull, TooManyStreams, WrongRevision, Draining)
+}

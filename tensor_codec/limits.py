@@ -1,0 +1,65 @@
+"""Every limit that a peer can run into, in one place.
+
+Each has its unit in its name.  Where the number comes from stands beside it; docs/protocol.md
+prints the same table for users.  One frozen value is built in `main` and handed down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a node allows its peers.  The defaults suit a 2-core machine with 24 GiB."""
+
+    # Frames and messages
+    max_header_bytes: int = 4 * KIB  # 1 MiB of msgpack can become 72 MiB of objects
+    max_frame_bytes: int = 16 * MIB
+    frame_start_seconds: float = 5.0  # first frame of a stream
+    frame_floor_bytes_per_second: int = 256 * KIB  # whole frame: 5 s + size / this
+    reply_taken_seconds: float = 10.0  # a reply that the peer does not read
+
+    # Connections (go-libp2p's figures where it has one)
+    max_connections: int = 128
+    max_inbound_connections: int = 64
+    max_connections_per_peer: int = 2
+    max_unauthenticated_connections: int = 32
+    handshake_seconds: float = 5.0  # TCP accept to a muxed connection, the whole
+    membership_seconds: float = 1.0  # proof of the swarm key, inside the handshake
+    negotiation_seconds: float = 3.0  # protocol of a stream
+    dial_seconds: float = 5.0
+    tcp_user_timeout_seconds: float = 10.0  # the kernel's own default is a quarter of an hour
+    max_unread_bytes_per_connection: int = 8 * MIB
+
+    # Streams
+    max_streams_per_connection: int = 32
+    max_streams_per_peer: int = 64
+    max_streams: int = 512
+    stream_queue_frames: int = 16  # frames received and not yet taken, per stream
+
+    # Sessions
+    max_sessions_per_peer: int = 8
+    max_session_tokens: int = 8192  # batch * max_length
+    max_step_tokens: int = 2048  # batch * tokens of one step; longer prefill comes in chunks
+    max_steps_in_flight: int = 8  # chunks of one prefill on their way through a hop
+    max_waiting_steps: int = 64  # waiting for compute, of all peers
+    max_waiting_steps_per_peer: int = 16
+    session_first_step_seconds: float = 10.0
+    session_idle_seconds: float = 60.0
+    session_life_seconds: float = 1800.0
+    cache_share_per_peer: float = 0.25
+
+    # Records
+    max_record_bytes: int = 1 * KIB
+    max_records: int = 10_000
+    records_per_peer_per_second: float = 100.0  # verified at 0.1 ms each: 1 % of a core
+    records_per_peer_burst: int = 10_000  # one whole view at the opening
+    record_ttl_seconds: float = 90.0
+    announce_seconds: float = 30.0
+
+    # Leaving
+    drain_seconds: float = 10.0

@@ -1,0 +1,391 @@
+"""The messages of a session, and the only code that reads them from the wire.
+
+    client -> hop      Open, then Step..., then Close (or the end of the stream)
+    hop -> client      Opened or Failed, then Result... and Failed
+    hop -> next hop    Step..., each naming its session
+
+Shapes are worked out from the contract that was agreed at open and the size of the body; they are
+never read from the wire.  Bodies stay bytes here: `compression` makes tensors of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tensor_codec.errors import (
+    REFUSALS,
+    BadResult,
+    MessageError,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    SlowPeer,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.header import Header, pack_header, split_message
+
+SESSION_ID_BYTES = 16
+CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
+DTYPES = frozenset({"float32", "bfloat16", "float16"})
+CODECS = frozenset(CODEC_BYTES)
+MAX_BLOCKS = 4096
+MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
+MAX_HOPS = 64
+
+Reply = Literal["all", "last", "none"]
+REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none"}
+_REPLY_CODES: dict[Reply, int] = {name: code for code, name in REPLIES.items()}
+
+# What a Failed can say besides the refusals, and what it means for whoever reads it.
+FAULTS: dict[str, type[PeerFault]] = {
+    "protocol": RemoteProtocolError,  # you sent what must not come now
+    "message": MessageError,  # you sent what cannot be read
+    "bad_values": BadResult,  # NaN or infinity, found at the door or after computing
+    "cannot_push": PeerGone,  # the next hop is gone or slow; `peer` names it
+    "ended": PeerGone,  # the session is over here: idle, too old, or shut down
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What both ends of a session agreed on; every later message is read against it.
+
+    batch: rows; hidden: values per position; max_length: positions the cache may hold per row;
+    codec: how hidden states travel; max_step_tokens: batch * tokens of one step.
+    """
+
+    session: bytes
+    start: int
+    stop: int
+    batch: int
+    max_length: int
+    hidden: int
+    codec: str
+    max_step_tokens: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Wire bytes of one position of all rows."""
+        return self.batch * self.hidden * CODEC_BYTES[self.codec]
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that one step may carry."""
+        return min(self.max_length, max(1, self.max_step_tokens // self.batch))
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Opens a session at one hop, for blocks [start, stop) of its span.
+
+    predecessor: the peer that will push steps, or None where the client itself sends them;
+    successor: the peer to push outputs to, or None where they go back to the client.
+    """
+
+    session: bytes
+    model: str
+    revision: str
+    start: int
+    stop: int
+    batch: int
+    max_length: int
+    dtype: str
+    codec: str
+    predecessor: str | None = None
+    successor: str | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The hop took the session.  push: it has a stream to the successor (else relay)."""
+
+    push: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Hidden states for the next positions of a session.
+
+    step: a number that only grows; the same one again is a retry.
+    position: of the first token in the session; lower than the cache's length cuts it there.
+    reply: which positions the last hop sends back to the client.
+    timings: for each hop passed so far, microseconds (in its hands, computing).
+    body: [batch, tokens, hidden] in the contract's codec.
+    """
+
+    session: bytes
+    step: int
+    position: int
+    reply: Reply
+    body: Buffer
+    timings: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A hop's answer to a step: the positions asked for, or none.
+
+    position: of the first token of the body in the session.
+    """
+
+    step: int
+    position: int
+    body: Buffer
+    timings: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The client needs the session no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A session could not be opened, or a step could not be done.
+
+    code: a key of REFUSALS or FAULTS.  peer: whom the fault concerns, if not the sender.
+    """
+
+    code: str
+    message: str
+    retry_after_seconds: float | None = None
+    step: int | None = None
+    peer: str | None = None
+
+    def error(self) -> Refused | PeerFault:
+        """The exception that says the same."""
+        if self.code in REFUSALS:
+            return REFUSALS[self.code](self.message, self.retry_after_seconds)
+        return FAULTS[self.code](self.message)
+
+    @staticmethod
+    def of(error: Refused | PeerFault, step: int | None = None, peer: str | None = None) -> Failed:
+        """The message that says what `error` says."""
+        text = "".join(c if c.isprintable() else " " for c in str(error))[:300] or type(error).__name__
+        if isinstance(error, Refused):
+            known = error.code if error.code in REFUSALS else Refused.code
+            return Failed(known, text, error.retry_after_seconds, step, peer)
+        if isinstance(error, PeerGone | SlowPeer):
+            return Failed("ended", text, None, step, peer)
+        code = next((code for code, kind in FAULTS.items() if isinstance(error, kind)), "message")
+        return Failed(code, text, None, step, peer)
+
+
+_FAILURE_CODES = frozenset(REFUSALS) | frozenset(FAULTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A frame split into kind, header and body; `read_*` makes it a value."""
+
+    kind: str
+    header: Header
+    body: memoryview
+
+
+def read_message(frame: Buffer, allowed: frozenset[str]) -> Message:
+    """Split a frame and check its kind.  Raises MessageError."""
+    header, body = split_message(frame)
+    return Message(header.choice("k", allowed), header, body)
+
+
+def encode_open(message: Open) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {
+        "k": "open",
+        "s": message.session,
+        "model": message.model,
+        "revision": message.revision,
+        "start": message.start,
+        "stop": message.stop,
+        "batch": message.batch,
+        "max_length": message.max_length,
+        "dtype": message.dtype,
+        "codec": message.codec,
+    }
+    for name in ("predecessor", "successor", "adapter"):
+        if (value := getattr(message, name)) is not None:
+            fields[name] = value
+    return [pack_header(fields)]
+
+
+def decode_open(frame: Buffer) -> Open:
+    """Read the first message of a session stream.  Raises MessageError."""
+    message = read_message(frame, frozenset({"open"}))
+    _no_body(message)
+    header = message.header
+    start = header.integer("start", 0, MAX_BLOCKS - 1)
+    return Open(
+        session=header.binary("s", SESSION_ID_BYTES),
+        model=header.text("model"),
+        revision=header.text("revision", 128),
+        start=start,
+        stop=header.integer("stop", start + 1, MAX_BLOCKS),
+        batch=header.integer("batch", 1, MAX_TOKENS),
+        max_length=header.integer("max_length", 1, MAX_TOKENS),
+        dtype=header.choice("dtype", DTYPES),
+        codec=header.choice("codec", CODECS),
+        predecessor=header.text("predecessor", 128) if "predecessor" in header else None,
+        successor=header.text("successor", 128) if "successor" in header else None,
+        adapter=header.text("adapter") if "adapter" in header else None,
+    )
+
+
+def encode_opened(message: Opened) -> list[Buffer]:
+    """The parts of a frame."""
+    return [pack_header({"k": "opened", "push": message.push})]
+
+
+def decode_open_reply(frame: Buffer) -> Opened | Failed:
+    """Read a hop's answer to Open.  Raises MessageError."""
+    message = read_message(frame, frozenset({"opened", "failed"}))
+    if message.kind == "failed":
+        return _read_failed(message)
+    _no_body(message)
+    return Opened(message.header.flag("push"))
+
+
+def encode_step(message: Step) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {
+        "k": "step",
+        "s": message.session,
+        "n": message.step,
+        "p": message.position,
+        "r": _REPLY_CODES[message.reply],
+    }
+    if message.timings:
+        fields["t"] = message.timings
+    return [pack_header(fields), message.body]
+
+
+def step_session(message: Message) -> bytes:
+    """The session that a Step belongs to: needed to find the contract it is read against."""
+    return message.header.binary("s", SESSION_ID_BYTES)
+
+
+def read_step(message: Message, contract: Contract) -> Step:
+    """Read a Step against its contract.  Raises MessageError.
+
+    The position may be anywhere below max_length; whether it continues the cache is for the
+    session to say.
+    """
+    header = message.header
+    session = step_session(message)
+    if session != contract.session:
+        raise MessageError("a step of another session")
+    position = header.integer("p", 0, contract.max_length - 1)
+    tokens, rest = divmod(len(message.body), contract.row_bytes)
+    room = min(contract.max_tokens, contract.max_length - position)
+    if rest or not 0 < tokens <= room:
+        raise MessageError(
+            f"{len(message.body)} body bytes at position {position}, 1..{room} positions of"
+            f" {contract.row_bytes} bytes are allowed"
+        )
+    return Step(
+        session=session,
+        step=header.integer("n", 0, 1 << 53),
+        position=position,
+        reply=REPLIES[header.integer("r", 0, len(REPLIES) - 1)],
+        body=message.body,
+        timings=_read_timings(header),
+    )
+
+
+def encode_result(message: Result) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "result", "n": message.step, "p": message.position}
+    if message.timings:
+        fields["t"] = message.timings
+    return [pack_header(fields), message.body]
+
+
+def encode_failed(message: Failed) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: Mapping[str, object] = {
+        "k": "failed",
+        "code": message.code,
+        "message": message.message,
+        "retry": message.retry_after_seconds,
+        "n": message.step,
+        "peer": message.peer,
+    }
+    return [pack_header({name: value for name, value in fields.items() if value is not None})]
+
+
+def encode_close() -> list[Buffer]:
+    """The parts of a frame."""
+    return [pack_header({"k": "close"})]
+
+
+def decode_from_client(frame: Buffer, contract: Contract) -> Step | Close:
+    """Read what a client sends after Open.  Raises MessageError."""
+    message = read_message(frame, frozenset({"step", "close"}))
+    if message.kind == "step":
+        return read_step(message, contract)
+    _no_body(message)
+    return Close()
+
+
+def decode_from_hop(frame: Buffer, contract: Contract) -> Result | Failed:
+    """Read what a hop sends after Opened.  Raises MessageError."""
+    message = read_message(frame, frozenset({"result", "failed"}))
+    if message.kind == "failed":
+        return _read_failed(message)
+    tokens, rest = divmod(len(message.body), contract.row_bytes)
+    position = message.header.integer("p", 0, contract.max_length)
+    if rest or tokens > min(contract.max_tokens, contract.max_length - position):
+        raise MessageError(f"{len(message.body)} body bytes are not whole rows of {contract.row_bytes}")
+    return Result(
+        message.header.integer("n", 0, 1 << 53), position, message.body, _read_timings(message.header)
+    )
+
+
+def _read_failed(message: Message) -> Failed:
+    _no_body(message)
+    header = message.header
+    return Failed(
+        code=header.choice("code", _FAILURE_CODES),
+        message=header.text("message", 300),
+        retry_after_seconds=header.number("retry", 0.0, 3600.0) if "retry" in header else None,
+        step=header.integer("n", 0, 1 << 53) if "n" in header else None,
+        peer=header.text("peer", 128) if "peer" in header else None,
+    )
+
+
+def _read_timings(header: Header) -> tuple[tuple[int, int], ...]:
+    if "t" not in header:
+        return ()
+    pairs = header.items("t", MAX_HOPS)
+    for pair in pairs:
+        if type(pair) is not list or len(pair) != 2 or any(type(n) is not int or n < 0 for n in pair):
+            raise MessageError("timings are pairs of microseconds")
+    return tuple((held, computing) for held, computing in pairs)
+
+
+def _no_body(message: Message) -> None:
+    if len(message.body):
+        raise MessageError(f"{len(message.body)} body bytes behind {message.kind!r}, which has none")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """Positions [position, position + tokens) of a step; what a reply covers is worked out here."""
+
+    position: int
+    tokens: int
+    reply: Reply = field(default="all")
+
+    @property
+    def reply_position(self) -> int:
+        """Position of the first token that is sent back."""
+        return self.position + self.tokens - self.reply_tokens
+
+    @property
+    def reply_tokens(self) -> int:
+        """How many positions are sent back."""
+        return {"all": self.tokens, "last": 1, "none": 0}[self.reply]

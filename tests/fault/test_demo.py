@@ -1,0 +1,166 @@
+"""scripts/demo.py ends what it started, whatever ends it.  The nodes and the client are stand-ins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NODE = """
+import json, os, pathlib, signal, sys, time
+
+arguments = sys.argv[1:]
+if arguments[0] in ("models", "new-swarm-key"):
+    sys.exit(0)
+
+def value(flag):
+    return arguments[arguments.index(flag) + 1]
+
+name = value("--name")
+wish = os.environ.get("WISH")
+pathlib.Path(name + ".pid").write_text(str(os.getpid()))
+if wish == "deaf" and name == "demo-2":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+if wish == "broken" and name == "demo-3":
+    sys.exit("no such port")
+ready = {"peer_id": name, "blocks": [int(block) for block in value("--blocks").split(":")]}
+part = pathlib.Path(value("--ready-file") + ".part")
+part.write_text(json.dumps(ready))
+part.rename(value("--ready-file"))
+time.sleep(60)
+"""
+
+CLIENT = """
+import os, pathlib, time
+
+pathlib.Path("client.pid").write_text(str(os.getpid()))
+print("a garden", flush=True)
+time.sleep(60 if os.environ.get("WISH") == "endless" else 0)
+"""
+
+
+@dataclass
+class Demo:
+    folder: Path
+    process: subprocess.Popen[str]
+
+    def read_until(self, text: str) -> str:
+        assert self.process.stdout is not None
+        seen = ""
+        for line in self.process.stdout:
+            seen += line
+            if text in line:
+                return seen
+        pytest.fail(f"ended without saying {text!r}:\n{seen}")
+
+    def everything_ended(self, seconds: float) -> bool:
+        """Whether each stand-in that ran is gone (or a zombie that init has not fetched) in time."""
+        pids = [int(path.read_text()) for path in self.folder.glob("*.pid")]
+        assert pids
+        running = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        deadline = time.monotonic() + seconds
+        while running and time.monotonic() < deadline:
+            time.sleep(0.02)
+            running = [
+                each for each in running if each.is_running() and each.status() != psutil.STATUS_ZOMBIE
+            ]
+        return not running
+
+    def temporary_folders(self) -> list[Path]:
+        return list((self.folder / "tmp").iterdir())
+
+
+@pytest.fixture
+def demo(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Demo]:
+    for folder in ("scripts", "node", "client", "tmp"):
+        (tmp_path / folder).mkdir()
+    script = (ROOT / "scripts" / "demo.py").read_text()
+    assert "STOP_SECONDS = 12.0" in script
+    hasty = script.replace("STOP_SECONDS = 12.0", "STOP_SECONDS = 2.0")
+    (tmp_path / "scripts" / "demo.py").write_text(hasty)
+    for package, program in (("node", NODE), ("client", CLIENT)):
+        (tmp_path / package / "__init__.py").touch()
+        (tmp_path / package / "__main__.py").write_text(program)
+    wish, *flags = request.param.split()
+    environment = {**os.environ, "WISH": wish, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "scripts/demo.py", *flags],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        yield Demo(tmp_path, process)
+        process.kill()
+
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize("demo", ["none"], indirect=True)
+def test_the_demo_ends_its_nodes_after_the_text(demo: Demo):
+    said = demo.read_until("make demo KEEP=1")
+    assert "blocks 20:30" in said
+    assert "a garden" in said
+    assert "\x1b" not in said
+    assert demo.process.wait(10) == 0
+    assert demo.everything_ended(0)
+    assert demo.temporary_folders() == []
+
+
+@pytest.mark.parametrize("demo", ["endless"], indirect=True)
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda signum: signum.name
+)
+def test_a_signal_in_mid_text_ends_nodes_and_client(demo: Demo, signum: signal.Signals):
+    demo.read_until("a garden")
+    demo.process.send_signal(signum)
+    assert demo.process.wait(10) == 128 + signum
+    assert demo.everything_ended(0)
+    assert demo.temporary_folders() == []
+
+
+@pytest.mark.parametrize("demo", ["endless"], indirect=True)
+def test_nothing_outlives_a_demo_that_was_killed(demo: Demo):
+    demo.read_until("a garden")
+    demo.process.kill()
+    demo.process.wait(10)
+    assert demo.everything_ended(5)
+
+
+@pytest.mark.parametrize("demo", ["none --keep"], indirect=True)
+def test_a_kept_swarm_stays_until_ctrl_c(demo: Demo):
+    demo.read_until("add a node")
+    assert not demo.everything_ended(0.2)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(10) == 0
+    assert demo.everything_ended(0)
+
+
+@pytest.mark.parametrize("demo", ["broken"], indirect=True)
+def test_a_node_that_fails_shows_its_log_and_ends_the_rest(demo: Demo):
+    demo.read_until("demo-3 ended with exit code 1")
+    assert "no such port" in demo.read_until("no such port")
+    assert demo.process.wait(10) == 1
+    assert demo.everything_ended(0)
+
+
+@pytest.mark.parametrize("demo", ["deaf"], indirect=True)
+def test_a_node_that_ignores_sigterm_is_killed_and_named(demo: Demo):
+    demo.read_until("demo-2 (exit code -9) did not end cleanly")
+    assert demo.process.wait(10) == 1
+    assert demo.everything_ended(0)

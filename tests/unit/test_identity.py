@@ -1,0 +1,87 @@
+import os
+import stat
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from node.config import ConfigError
+from node.network import secret_file
+from node.network.identity import identity_of, load_or_create_identity
+from routing.names import public_key_of
+
+
+def test_an_identity_is_made_once_and_kept(tmp_path):
+    path = tmp_path / "new" / "identity"
+    first = load_or_create_identity(path)
+    assert load_or_create_identity(path) == first
+    assert path.read_bytes() == first.private_key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(path.parent.iterdir()) == [path]  # no part file stays
+
+
+def test_without_a_path_every_identity_is_new():
+    assert load_or_create_identity(None).peer_id != load_or_create_identity(None).peer_id
+
+
+def test_the_peer_id_is_that_of_libp2p():
+    from libp2p.crypto.ed25519 import create_new_key_pair
+    from libp2p.peer.id import ID
+
+    seed = bytes(range(32))
+    identity = identity_of(seed)
+    assert identity.peer_id == ID.from_pubkey(create_new_key_pair(seed=seed).public_key).to_base58()
+    public_key = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    assert public_key_of(identity.peer_id) == public_key == identity.public_key
+
+
+def test_the_private_key_is_not_printed():
+    identity = identity_of(b"\x07" * 32)
+    assert repr(identity.private_key) not in repr(identity)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "message"),
+    [
+        (bytes(32), 0o644, r"mode 0644, others can read it; run: chmod 600"),
+        (bytes(32), 0o640, r"mode 0640"),
+        (bytes(31), 0o600, r"has 31 bytes, an Ed25519 key has 32"),
+        (b"", 0o600, r"has 0 bytes"),
+        (bytes(9999), 0o600, r"has more than 32 bytes"),
+    ],
+)
+def test_a_file_that_is_not_a_private_key_of_ours_is_refused(tmp_path, content, mode, message):
+    path = tmp_path / "identity"
+    path.write_bytes(content)
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=message):
+        load_or_create_identity(path)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_in_the_place_of_the_file_is_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_or_create_identity(tmp_path)
+
+
+def test_a_full_disk_leaves_no_file_at_all(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(secret_file.os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"cannot write identity .*identity \(32 bytes\): No space left"):
+        load_or_create_identity(tmp_path / "identity")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_processes_that_make_it_at_once_the_first_one_wins(tmp_path, monkeypatch):
+    path = tmp_path / "identity"
+    link = os.link
+
+    def other_was_faster(source, target):
+        monkeypatch.setattr(secret_file.os, "link", link)
+        theirs.append(load_or_create_identity(path))
+        link(source, target)
+
+    theirs = []
+    monkeypatch.setattr(secret_file.os, "link", other_was_faster)
+    assert [load_or_create_identity(path)] == theirs

@@ -1,0 +1,473 @@
+"""Session messages: round trips, and what a peer may send against its contract."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensor_codec.errors import (
+    REFUSALS,
+    BadResult,
+    CacheFull,
+    Draining,
+    FrameError,
+    MessageError,
+    NotAMember,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    SlowPeer,
+    TooManyStreams,
+    WrongRevision,
+)
+from tensor_codec.header import pack_header
+from tensor_codec.messages import (
+    CODEC_BYTES,
+    FAULTS,
+    MAX_BLOCKS,
+    MAX_HOPS,
+    MAX_TOKENS,
+    Close,
+    Contract,
+    Failed,
+    Open,
+    Opened,
+    Result,
+    Step,
+    StepRange,
+    decode_from_client,
+    decode_from_hop,
+    decode_open,
+    decode_open_reply,
+    encode_close,
+    encode_failed,
+    encode_open,
+    encode_opened,
+    encode_result,
+    encode_step,
+    read_message,
+    read_step,
+)
+
+ID = bytes(range(16))
+CONTRACT = Contract(
+    session=ID, start=2, stop=5, batch=2, max_length=10, hidden=4, codec="fp32", max_step_tokens=12
+)
+ROW = 2 * 4 * 4  # bytes of one position
+OPEN = Open(ID, "m", "r", 2, 5, 2, 10, "float32", "fp32")
+
+
+def joined(parts) -> bytes:
+    return b"".join(bytes(part) for part in parts)
+
+
+def step_frame(body: bytes = bytes(ROW), /, **changes) -> bytes:
+    return header_of({"k": "step", "s": ID, "n": 3, "p": 1, "r": 0}, changes) + body
+
+
+def result_frame(body: bytes = bytes(ROW), /, **changes) -> bytes:
+    return header_of({"k": "result", "n": 3, "p": 1}, changes) + body
+
+
+def open_frame(body: bytes = b"", /, **changes) -> bytes:
+    fields = {
+        "k": "open",
+        "s": ID,
+        "model": "m",
+        "revision": "r",
+        "start": 2,
+        "stop": 5,
+        "batch": 2,
+        "max_length": 10,
+        "dtype": "float32",
+        "codec": "fp32",
+    }
+    return header_of(fields, changes) + body
+
+
+def header_of(fields: dict, changes: dict) -> bytes:
+    """The header with some fields changed; ... takes one out."""
+    return pack_header({k: v for k, v in (fields | changes).items() if v is not ...})
+
+
+names = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=60)
+timings = st.lists(st.tuples(*[st.integers(0, 2**40)] * 2), max_size=MAX_HOPS).map(tuple)
+replies = st.sampled_from(["all", "last", "none"])
+numbers = st.integers(0, 2**53)
+
+
+@st.composite
+def opens(draw):
+    start = draw(st.integers(0, MAX_BLOCKS - 1))
+    return Open(
+        session=draw(st.binary(min_size=16, max_size=16)),
+        model=draw(names),
+        revision=draw(names),
+        start=start,
+        stop=draw(st.integers(start + 1, MAX_BLOCKS)),
+        batch=draw(st.integers(1, MAX_TOKENS)),
+        max_length=draw(st.integers(1, MAX_TOKENS)),
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        codec=draw(st.sampled_from(sorted(CODEC_BYTES))),
+        predecessor=draw(st.none() | names),
+        successor=draw(st.none() | names),
+        adapter=draw(st.none() | names),
+    )
+
+
+@given(opens())
+def test_an_open_comes_back_as_it_was(message):
+    assert decode_open(joined(encode_open(message))) == message
+
+
+@given(numbers, st.integers(0, 9), st.integers(1, 6), replies, timings, st.data())
+def test_a_step_comes_back_as_it_was(number, position, tokens, reply, times, data):
+    tokens = min(tokens, CONTRACT.max_length - position)
+    body = data.draw(st.binary(min_size=tokens * ROW, max_size=tokens * ROW))
+    message = Step(ID, number, position, reply, body, times)
+    found = decode_from_client(joined(encode_step(message)), CONTRACT)
+    assert replace(found, body=bytes(found.body)) == message
+
+
+@given(numbers, st.integers(0, 10), st.integers(0, 6), timings)
+def test_a_result_comes_back_as_it_was(number, position, tokens, times):
+    tokens = min(tokens, CONTRACT.max_length - position)
+    message = Result(number, position, bytes(tokens * ROW), times)
+    found = decode_from_hop(joined(encode_result(message)), CONTRACT)
+    assert replace(found, body=bytes(found.body)) == message
+
+
+@given(
+    st.sampled_from(sorted(FAULTS) + sorted(REFUSALS)),
+    names,
+    st.none() | st.floats(0, 3600),
+    st.none() | numbers,
+    st.none() | names,
+)
+def test_a_failure_comes_back_as_it_was(code, text, retry, step, peer):
+    message = Failed(code, text, retry, step, peer)
+    assert decode_from_hop(joined(encode_failed(message)), CONTRACT) == message
+    assert decode_open_reply(joined(encode_failed(message))) == message
+
+
+@pytest.mark.parametrize("push", [True, False])
+def test_an_opened_and_a_close_come_back_as_they_were(push):
+    assert decode_open_reply(joined(encode_opened(Opened(push)))) == Opened(push)
+    assert decode_from_client(joined(encode_close()), CONTRACT) == Close()
+
+
+def test_unknown_header_fields_are_ignored_so_that_a_later_version_may_add_some():
+    assert decode_open(open_frame(novel=[1, 2])) == OPEN
+    assert decode_from_client(step_frame(novel={"a": 1}), CONTRACT) == Step(ID, 3, 1, "all", bytes(ROW))
+
+
+# (what is wrong, the frame): each is refused with a MessageError.
+BAD_STEPS: dict[str, bytes] = {
+    "nothing at all": b"",
+    "no body": step_frame(b""),
+    "one byte too few": step_frame(bytes(ROW - 1)),
+    "one byte too many": step_frame(bytes(ROW + 1)),
+    "one value": step_frame(bytes(4)),
+    "one row of a batch of two": step_frame(bytes(ROW // 2)),
+    "one and a half positions": step_frame(bytes(ROW * 3 // 2)),
+    "half the size, as in bf16": step_frame(bytes(ROW * 3)[: ROW * 5 // 2]),
+    "more positions than one step may carry": step_frame(bytes(7 * ROW), p=0),
+    "more positions than the session has": step_frame(bytes(2 * ROW), p=9),
+    "a position behind the end": step_frame(p=10),
+    "a position far behind the end": step_frame(p=2**63),
+    "a negative position": step_frame(p=-1),
+    "no position": step_frame(p=...),
+    "a position of nil": step_frame(p=None),
+    "a position that is true": step_frame(p=True),
+    "a position that is a float": step_frame(p=1.0),
+    "a position that is NaN": step_frame(p=math.nan),
+    "a position that is infinite": step_frame(p=math.inf),
+    "a position that is text": step_frame(p="1"),
+    "a position that is bytes": step_frame(p=b"\x01"),
+    "a position that is a list": step_frame(p=[1]),
+    "no session": step_frame(s=...),
+    "another session": step_frame(s=bytes(16)),
+    "a session of 15 bytes": step_frame(s=ID[:15]),
+    "a session of 17 bytes": step_frame(s=ID + b"x"),
+    "a session that is text": step_frame(s="0123456789abcdef"),
+    "no step number": step_frame(n=...),
+    "a negative step number": step_frame(n=-1),
+    "a step number beyond 2^53": step_frame(n=2**53 + 1),
+    "a step number that is true": step_frame(n=True),
+    "a step number that is a float": step_frame(n=3.0),
+    "no reply": step_frame(r=...),
+    "a reply of 3": step_frame(r=3),
+    "a reply of -1": step_frame(r=-1),
+    "a reply that is text": step_frame(r="all"),
+    "a reply that is false": step_frame(r=False),
+    "timings that are a number": step_frame(t=1),
+    "timings that are a map": step_frame(t={"0": 1}),
+    "timings of single numbers": step_frame(t=[1, 2]),
+    "timings of triples": step_frame(t=[[1, 2, 3]]),
+    "timings of nothing": step_frame(t=[[]]),
+    "timings that are negative": step_frame(t=[[1, -1]]),
+    "timings that are floats": step_frame(t=[[1.0, 2.0]]),
+    "timings that are true": step_frame(t=[[True, True]]),
+    "timings that are nil": step_frame(t=[[None, None]]),
+    "timings that are deep": step_frame(t=[[[1, 2], [3, 4]]]),
+    "timings of more hops than there may be": step_frame(t=[[1, 1]] * (MAX_HOPS + 1)),
+    "no kind": step_frame(k=...),
+    "a kind of nil": step_frame(k=None),
+    "an unknown kind": step_frame(k="dance"),
+    "a kind that is bytes": step_frame(k=b"step"),
+    "a kind that a hop sends": step_frame(k="result"),
+    "a second open": open_frame(),
+    "a close with a body": joined(encode_close()) + b"x",
+    "a header that is a list": b"\x00\x01\x90" + bytes(ROW),
+    "a header of no bytes": b"\x00\x00" + bytes(ROW),
+    "a header longer than the message": b"\x0f\xff\x80" + bytes(ROW),
+    "a header of 64 KiB": b"\xff\xff" + bytes(65535),
+    "a header with an extension": b"\x00\x07" + msgpack.packb({"k": msgpack.ExtType(5, b"")}),
+}
+
+BAD_RESULTS: dict[str, bytes] = {
+    "nothing at all": b"",
+    "one byte too few": result_frame(bytes(ROW - 1)),
+    "one byte too many": result_frame(bytes(ROW + 1)),
+    "one row of a batch of two": result_frame(bytes(ROW // 2)),
+    "more positions than one step may carry": result_frame(bytes(7 * ROW), p=0),
+    "more positions than the session has": result_frame(bytes(ROW), p=10),
+    "a position behind the end": result_frame(b"", p=11),
+    "a negative position": result_frame(p=-1),
+    "no position": result_frame(p=...),
+    "a position that is true": result_frame(p=True),
+    "a position that is a float": result_frame(p=1.0),
+    "no step number": result_frame(n=...),
+    "a step number that is text": result_frame(n="3"),
+    "a step number beyond 2^53": result_frame(n=2**64 - 1),
+    "timings that are floats": result_frame(t=[[0.5, 0.5]]),
+    "timings of too many hops": result_frame(t=[[1, 1]] * (MAX_HOPS + 1)),
+    "a kind that a client sends": step_frame(),
+    "a kind that only answers an open": joined(encode_opened(Opened(True))),
+    "a failure with a body": header_of({"k": "failed", "code": "ended", "message": "m"}, {}) + b"x",
+    "a failure without a code": header_of({"k": "failed", "message": "m"}, {}),
+    "a failure with an unknown code": header_of({"k": "failed", "code": "no", "message": "m"}, {}),
+    "a failure with a code that is a list": header_of({"k": "failed", "code": ["ended"], "message": "m"}, {}),
+    "a failure without a message": header_of({"k": "failed", "code": "ended"}, {}),
+    "a failure with a long message": header_of({"k": "failed", "code": "ended", "message": "m" * 301}, {}),
+    "a failure that clears the screen": header_of({"k": "failed", "code": "ended", "message": "\x1b[2J"}, {}),
+    "a failure that says try again in NaN seconds": header_of(
+        {"k": "failed", "code": "cache_full", "message": "m", "retry": math.nan}, {}
+    ),
+    "a failure that says try again in a year": header_of(
+        {"k": "failed", "code": "cache_full", "message": "m", "retry": 3e7}, {}
+    ),
+    "a failure that says try again yesterday": header_of(
+        {"k": "failed", "code": "cache_full", "message": "m", "retry": -1}, {}
+    ),
+    "a failure of a peer with a long name": header_of(
+        {"k": "failed", "code": "ended", "message": "m", "peer": "p" * 129}, {}
+    ),
+    "a failure of a step that is negative": header_of(
+        {"k": "failed", "code": "ended", "message": "m", "n": -1}, {}
+    ),
+}
+
+BAD_OPENS: dict[str, bytes] = {
+    "a body": open_frame(b"x"),
+    "a kind that must not come first": step_frame(),
+    "no session": open_frame(s=...),
+    "a session of 8 bytes": open_frame(s=bytes(8)),
+    "no model": open_frame(model=...),
+    "a model of 257 characters": open_frame(model="m" * 257),
+    "an empty model": open_frame(model=""),
+    "a model over two lines": open_frame(model="a\nb"),
+    "a revision that is bytes": open_frame(revision=b"r"),
+    "a revision of 129 characters": open_frame(revision="r" * 129),
+    "a negative start": open_frame(start=-1),
+    "a start beyond any model": open_frame(start=MAX_BLOCKS, stop=MAX_BLOCKS + 1),
+    "no block": open_frame(start=5, stop=5),
+    "blocks the wrong way round": open_frame(start=5, stop=2),
+    "a stop beyond any model": open_frame(stop=MAX_BLOCKS + 1),
+    "a batch of none": open_frame(batch=0),
+    "a batch beyond measure": open_frame(batch=MAX_TOKENS + 1),
+    "a batch that is true": open_frame(batch=True),
+    "a length of none": open_frame(max_length=0),
+    "a length beyond measure": open_frame(max_length=2**63),
+    "a dtype of another library": open_frame(dtype="complex128"),
+    "a dtype with a prefix": open_frame(dtype="torch.float32"),
+    "a codec that nobody knows": open_frame(codec="int3"),
+    "a codec that is nil": open_frame(codec=None),
+    "a predecessor that is a number": open_frame(predecessor=1),
+    "a predecessor that is empty": open_frame(predecessor=""),
+    "a successor with a long name": open_frame(successor="p" * 129),
+    "an adapter that is a list": open_frame(adapter=["a"]),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_STEPS)
+def test_a_step_that_the_contract_does_not_allow_is_refused(wrong):
+    with pytest.raises(MessageError):
+        decode_from_client(BAD_STEPS[wrong], CONTRACT)
+
+
+@pytest.mark.parametrize("wrong", BAD_RESULTS)
+def test_a_result_that_the_contract_does_not_allow_is_refused(wrong):
+    with pytest.raises(MessageError):
+        decode_from_hop(BAD_RESULTS[wrong], CONTRACT)
+
+
+@pytest.mark.parametrize("wrong", BAD_OPENS)
+def test_an_open_that_no_hop_could_want_is_refused(wrong):
+    with pytest.raises(MessageError):
+        decode_open(BAD_OPENS[wrong])
+
+
+@pytest.mark.parametrize("push", [..., None, 1, 0, "true", []])
+def test_an_opened_says_true_or_false(push):
+    with pytest.raises(MessageError):
+        decode_open_reply(header_of({"k": "opened"}, {"push": push}))
+
+
+def test_the_tables_begin_from_frames_that_are_right():
+    assert decode_from_client(step_frame(), CONTRACT) == Step(ID, 3, 1, "all", bytes(ROW))
+    assert decode_from_hop(result_frame(), CONTRACT) == Result(3, 1, bytes(ROW))
+    assert decode_open(open_frame()) == OPEN
+
+
+def test_the_limits_of_a_contract_are_reached_and_not_passed():
+    assert CONTRACT.row_bytes == ROW
+    assert replace(CONTRACT, codec="bf16").row_bytes == ROW // 2
+    assert CONTRACT.max_tokens == 6  # 12 tokens in rows of 2
+    assert replace(CONTRACT, max_length=4).max_tokens == 4
+    assert replace(CONTRACT, max_step_tokens=1).max_tokens == 1
+    for position, tokens in [(0, 6), (4, 6), (9, 1)]:
+        found = decode_from_client(step_frame(bytes(tokens * ROW), p=position), CONTRACT)
+        assert len(found.body) == tokens * ROW
+    assert decode_from_hop(result_frame(b"", p=10), CONTRACT) == Result(3, 10, b"")
+
+
+READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
+    "open": (decode_open, [open_frame(predecessor="a", successor="b", adapter="c")]),
+    "open's answer": (decode_open_reply, [joined(encode_opened(Opened(True)))]),
+    "from a client": (
+        lambda frame: decode_from_client(frame, CONTRACT),
+        [step_frame(t=[[1, 2], [3, 4]]), joined(encode_close())],
+    ),
+    "from a hop": (
+        lambda frame: decode_from_hop(frame, CONTRACT),
+        [result_frame(t=[[1, 2]]), joined(encode_failed(Failed("ended", "over", 1.0, 2, "p")))],
+    ),
+    "a push": (
+        lambda frame: read_step(read_message(frame, frozenset({"step"})), CONTRACT),
+        [step_frame(bytes(2 * ROW))],
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@given(frame=st.binary(max_size=120))
+def test_of_any_bytes_comes_a_message_or_a_message_error(reader, frame):
+    try:
+        READERS[reader][0](frame)
+    except MessageError:
+        pass
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_of_a_good_frame_with_any_one_byte_changed_or_cut_comes_a_message_or_a_message_error(reader):
+    read, frames = READERS[reader]
+    for frame in frames:
+        header = len(frame) if reader == "open" else min(len(frame), 60)  # the body's bytes are all alike
+        for at in range(header):
+            for value in {0, 0x7F, 0x80, 0xC0, 0xC1, 0xD6, 0xFF, frame[at] ^ 1, frame[at] ^ 0x80}:
+                changed = bytearray(frame)
+                changed[at] = value
+                for one in (changed, changed[: at + 1], changed + b"\x00"):
+                    try:
+                        read(bytes(one))
+                    except MessageError:
+                        pass
+
+
+@given(st.data())
+def test_the_fields_of_a_step_may_hold_anything_and_only_message_errors_escape(data):
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=5,
+    )
+    field = data.draw(st.sampled_from(["k", "s", "n", "p", "r", "t"]))
+    value = data.draw(anything)
+    for frame, read in (
+        (step_frame(**{field: value}), lambda f: decode_from_client(f, CONTRACT)),
+        (result_frame(**{field: value}), lambda f: decode_from_hop(f, CONTRACT)),
+    ):
+        try:
+            read(frame)
+        except MessageError:
+            pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Refused("no", 1.0),
+        CacheFull("full", 2.0),
+        TooManyStreams("many"),
+        WrongRevision("other"),
+        Draining("leaving", 0.0),
+        RemoteProtocolError("not now"),
+        MessageError("unreadable"),
+        BadResult("NaN"),
+        PeerGone("gone"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_told_is_the_same_kind_of_error_where_it_is_read(error):
+    told = decode_from_hop(joined(encode_failed(Failed.of(error, 4, "p"))), CONTRACT)
+    assert (told.step, told.peer) == (4, "p")
+    read = told.error()
+    assert type(read) is type(error)
+    assert str(read) == str(error)
+    assert getattr(read, "retry_after_seconds", None) == getattr(error, "retry_after_seconds", None)
+
+
+def every_kind(base: type) -> list[type]:
+    return [base, *(kind for child in base.__subclasses__() for kind in every_kind(child))]
+
+
+def test_every_fault_and_every_refusal_that_there_is_can_be_told():
+    import node.model.cache  # noqa: F401  has a refusal of its own
+
+    for kind in every_kind(PeerFault) + every_kind(Refused):
+        told = decode_from_hop(joined(encode_failed(Failed.of(kind("a reason")))), CONTRACT)
+        assert issubclass(kind, Refused) == isinstance(told.error(), Refused), kind
+        assert str(told.error()) == "a reason"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PeerGone("idle"), "ended"),
+        (SlowPeer("late"), "ended"),
+        (FrameError("garbage"), "message"),
+        (NotAMember("stranger"), "message"),
+    ],
+)
+def test_a_session_that_is_over_is_told_as_ended_and_not_as_a_push_that_failed(error, code):
+    assert Failed.of(error).code == code
+
+
+@given(st.text())
+def test_whatever_the_reason_is_its_telling_can_be_read(text):
+    told = decode_from_hop(joined(encode_failed(Failed.of(PeerGone(text)))), CONTRACT)
+    assert told.message
+    assert len(told.message) <= 300
+
+
+@given(st.integers(0, 100), st.integers(1, 100), replies)
+def test_what_a_reply_covers_is_the_end_of_its_step(position, tokens, reply):
+    what = StepRange(position, tokens, reply)
+    assert what.reply_tokens == {"all": tokens, "last": 1, "none": 0}[reply]
+    assert what.reply_position + what.reply_tokens == position + tokens

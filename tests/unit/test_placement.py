@@ -1,0 +1,111 @@
+"""A joining node takes the window of blocks that is worst served."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.names import peer_id_of
+from routing.placement import choose_blocks, throughputs
+from routing.records import Record
+from routing.swarm import coverage
+
+
+def span(number, start, stop, seconds=0.01, blocks=12):
+    return Record(
+        peer=peer_id_of(number.to_bytes(32, "big")),
+        role="serve",
+        blocks=blocks,
+        start=start,
+        stop=stop,
+        seconds_per_block=seconds,
+    )
+
+
+parts = st.lists(
+    st.tuples(st.integers(0, 11), st.integers(1, 12), st.sampled_from([0.0, 0.005, 0.01, 0.02])).filter(
+        lambda part: part[0] < part[1]
+    ),
+    max_size=6,
+)
+
+
+@given(parts, st.integers(1, 12))
+def test_the_window_chosen_is_the_least_of_all(found, count):
+    spans = [span(number, *part) for number, part in enumerate(found)]
+    served = throughputs(spans, 12)
+    best = None
+    for start in range(12 - count + 1):
+        window = sorted(served[start : start + count])
+        if best is None or window < best[0]:
+            best = (window, start)
+    assert choose_blocks(spans, 12, count) == (best[1], best[1] + count)
+
+
+@given(parts, st.integers(1, 12), st.randoms(use_true_random=False))
+def test_the_choice_does_not_depend_on_the_order_of_the_records(found, count, rng):
+    spans = [span(number, *part) for number, part in enumerate(found)]
+    assert choose_blocks(rng.sample(spans, len(spans)), 12, count) == choose_blocks(spans, 12, count)
+
+
+@given(parts, st.integers(1, 12), st.integers(0, 2**32))
+def test_chance_only_breaks_ties(found, count, seed):
+    spans = [span(number, *part) for number, part in enumerate(found)]
+    served = throughputs(spans, 12)
+    start, stop = choose_blocks(spans, 12, count, random.Random(seed))
+    first, last = choose_blocks(spans, 12, count)
+    assert sorted(served[start:stop]) == sorted(served[first:last])
+    assert (start, stop) == choose_blocks(spans, 12, count, random.Random(seed))
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_nodes_that_join_one_after_the_other_cover_the_model_with_as_few_as_can(blocks, count):
+    spans = []
+    for number in range(math.ceil(blocks / count)):
+        spans.append(span(number, *choose_blocks(spans, blocks, count), blocks=blocks))
+    assert min(coverage(spans, blocks)) >= 1
+
+
+@given(st.lists(st.integers(1, 12), min_size=12, max_size=20), st.integers(0, 2**32))
+def test_nodes_of_any_size_cover_the_model_before_they_double_it(counts, seed):
+    """With chance among ties too, each node that joins takes at least one block that nobody holds."""
+    spans, rng = [], random.Random(seed)
+    for number, count in enumerate(counts):
+        before = coverage(spans, 12)
+        spans.append(span(number, *choose_blocks(spans, 12, count, rng)))
+        after = coverage(spans, 12)
+        assert min(after) >= 1 or sum(c > 0 for c in after) > sum(c > 0 for c in before)
+    assert min(coverage(spans, 12)) >= 1
+
+
+def test_a_hole_is_filled_before_a_slow_block_is_helped():
+    spans = [span(0, 0, 4), span(1, 4, 8, 10.0), span(2, 9, 12)]
+    start, stop = choose_blocks(spans, 12, 2)
+    assert start <= 8 < stop
+
+
+def test_among_covered_blocks_the_slowest_are_helped():
+    spans = [span(0, 0, 4, 0.01), span(1, 4, 8, 0.04), span(2, 8, 12, 0.01)]
+    assert choose_blocks(spans, 12, 4) == (4, 8)
+
+
+def test_a_boast_does_not_keep_others_away_for_long():
+    honest = [span(n, 0, 12, 0.01) for n in range(3)]
+    boast = span(9, 0, 6, 1e-7)
+    assert throughputs([*honest, boast], 12)[0] == pytest.approx(300 + 400)
+
+
+def test_a_peer_that_has_not_measured_counts_as_the_median():
+    assert throughputs([span(0, 0, 6, 0.01), span(1, 6, 12, 0.0)], 12) == pytest.approx((100.0,) * 12)
+    assert throughputs([span(0, 0, 6, 0.0)], 12) == (1.0,) * 6 + (0.0,) * 6
+
+
+def test_a_node_with_room_for_more_than_the_model_takes_it_all():
+    assert choose_blocks([], 12, 99) == (0, 12)
+
+
+def test_a_node_with_room_for_nothing_is_told_so():
+    with pytest.raises(ValueError, match="at least 1"):
+        choose_blocks([], 12, 0)

@@ -1,0 +1,154 @@
+"""scripts/set_up.py: what is done again, what is not, and what the reader is told."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class SetUp:
+    """The script in a folder of its own, with every command recorded instead of run."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec = importlib.util.spec_from_file_location("set_up", ROOT / "scripts" / "set_up.py")
+        assert spec is not None
+        assert spec.loader is not None
+        self.script: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.script)
+        self.ran: list[list[str]] = []
+        self.on_run: Callable[[list[str]], None] = lambda command: None
+        self.venv = folder / ".venv"
+        monkeypatch.delenv("RACEME_TORCH", raising=False)
+        for name, value in {
+            "ROOT": folder,
+            "VENV": self.venv,
+            "LOG": self.venv / "set-up.log",
+            "MADE_FOR": self.venv / "made-for",
+            "STAMP": self.venv / "set-up-stamp",
+            "CONSTRAINTS": folder / "constraints.txt",
+            "run": self.run,
+            "missing_build_parts": list,
+            "has_nvidia_gpu": lambda: False,
+            "apt_prefix": lambda: None,
+        }.items():
+            monkeypatch.setattr(self.script, name, value)
+        (folder / "pyproject.toml").write_text("[project]\n")
+        (folder / "constraints.txt").write_text("fastecdsa==2.3.2\ntorch==2.13.0\n")
+
+    def run(self, command: list[str], **environment: str) -> None:
+        self.ran.append(command)
+        self.on_run(command)
+
+    def installed(self) -> list[str]:
+        return [command[-1] for command in self.ran if "install" in command]
+
+
+@pytest.fixture
+def set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
+    return SetUp(tmp_path, monkeypatch)
+
+
+def test_a_finished_set_up_is_not_run_again(set_up: SetUp):
+    assert set_up.script.main() == 0
+    set_up.ran.clear()
+    assert set_up.script.main() == 0
+    assert set_up.ran == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_changed_requirement_installs_again_into_the_same_environment(
+    set_up: SetUp, tmp_path: Path, name: str
+):
+    assert set_up.script.main() == 0
+    set_up.ran.clear()
+    with (tmp_path / name).open("a") as file:
+        file.write("# changed\n")
+    assert set_up.script.main() == 0
+    assert ".[dev,web]" in set_up.installed()
+    assert not any("venv" in command for command in set_up.ran)
+
+
+def test_an_interrupted_set_up_runs_again(set_up: SetUp, capsys: pytest.CaptureFixture[str]):
+    def interrupt(command: list[str]) -> None:
+        if command[-1] == ".[dev,web]":
+            raise KeyboardInterrupt
+
+    set_up.on_run = interrupt
+    assert set_up.script.main() == 130
+    assert "the next run goes on from here" in capsys.readouterr().err
+    set_up.on_run = lambda command: None
+    set_up.ran.clear()
+    assert set_up.script.main() == 0
+    assert ".[dev,web]" in set_up.installed()
+
+
+def test_an_environment_that_was_not_finished_is_made_anew(set_up: SetUp):
+    half = set_up.venv / "lib" / "half"
+    half.mkdir(parents=True)
+    assert set_up.script.main() == 0
+    assert not half.exists()
+
+
+def test_a_failed_stage_shows_the_end_of_its_log(set_up: SetUp, capsys: pytest.CaptureFixture[str]):
+    def fail(command: list[str]) -> None:
+        if command[-1] == ".[dev,web]":
+            set_up.script.LOG.write_text("".join(f"line {number}\n" for number in range(100)))
+            raise set_up.script.CommandFailed("pip failed with exit code 1")
+
+    set_up.on_run = fail
+    assert set_up.script.main() == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].strip() == "line 99"
+    assert len(shown) == 21
+    assert not set_up.script.STAMP.exists()
+
+
+def test_torch_for_cpus_is_taken_where_the_index_offers_it(set_up: SetUp):
+    assert set_up.script.main() == 0
+    assert set_up.installed() == ["torch==2.13.0+cpu", ".[dev,web]"]
+
+
+def test_torch_as_it_comes_is_taken_where_the_index_offers_no_other(set_up: SetUp):
+    def fail(command: list[str]) -> None:
+        if command[-1].endswith("+cpu"):
+            set_up.script.LOG.write_text("ERROR: No matching distribution found for torch==2.13.0+cpu\n")
+            raise set_up.script.CommandFailed("pip failed with exit code 1")
+
+    set_up.on_run = fail
+    assert set_up.script.main() == 0
+    assert set_up.installed() == ["torch==2.13.0+cpu", "torch==2.13.0", ".[dev,web]"]
+
+
+def test_no_other_torch_is_tried_after_a_failure_of_another_kind(set_up: SetUp):
+    def fail(command: list[str]) -> None:
+        if command[-1].endswith("+cpu"):
+            set_up.script.LOG.write_text("ERROR: No space left on device\n")
+            raise set_up.script.CommandFailed("pip failed with exit code 1")
+
+    set_up.on_run = fail
+    assert set_up.script.main() == 1
+    assert set_up.installed() == ["torch==2.13.0+cpu"]
+
+
+def test_what_is_missing_and_may_not_be_installed_is_said_in_one_line(
+    set_up: SetUp, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(set_up.script, "missing_build_parts", lambda: ["C compiler", "gmp.h"])
+    monkeypatch.setattr(set_up.script, "fastecdsa_is_built", lambda: False)
+    assert set_up.script.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "found no C compiler and no gmp.h" in line
+
+
+def test_nothing_is_compiled_once_fastecdsa_is_there(set_up: SetUp, monkeypatch: pytest.MonkeyPatch):
+    assert set_up.script.main() == 0
+    (set_up.venv / "lib/python3.11/site-packages/fastecdsa-2.3.2.dist-info").mkdir(parents=True)
+    monkeypatch.setattr(set_up.script, "missing_build_parts", lambda: pytest.fail("looked for a compiler"))
+    set_up.script.STAMP.unlink()
+    assert set_up.script.main() == 0

@@ -1,0 +1,462 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from node.network.yamux import (
+    ACK,
+    CHUNK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEADER,
+    INITIAL_WINDOW,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    Happening,
+    StreamReset,
+    Yamux,
+    YamuxError,
+    YamuxLimits,
+)
+from tensor_codec.errors import LocalProtocolError
+from tensor_codec.limits import KIB, MIB
+
+
+def frame(kind, flags, stream, length, body=b""):
+    return HEADER.pack(0, kind, flags, stream, length) + body
+
+
+def data(stream, body, flags=0):
+    return frame(DATA, flags, stream, len(body), body)
+
+
+def opened(stream=1):
+    return frame(WINDOW_UPDATE, SYN, stream, 0)
+
+
+def frames(wire):
+    """(kind, flags, stream, length) of every frame."""
+    found = []
+    while wire:
+        _, kind, flags, stream, length = HEADER.unpack_from(wire)
+        found.append((kind, flags, stream, length))
+        wire = wire[HEADER.size + (length if kind == DATA else 0) :]
+    return found
+
+
+def send_all(core, stream, payload):
+    """As much of the payload as the stream's credit allows."""
+    view = memoryview(payload)
+    while view and (size := core.send(stream, view)):
+        view = view[size:]
+
+
+def take_all(core, stream):
+    taken = b""
+    while chunk := core.take(stream, MIB):
+        taken += chunk
+    return taken
+
+
+class Pair:
+    """Two cores joined by nothing, with a clock."""
+
+    def __init__(self, **limits):
+        self.now = 0.0
+        self.client = Yamux(True, YamuxLimits(**limits))
+        self.server = Yamux(False, YamuxLimits(**limits))
+
+    def deliver(self):
+        """Carry everything both ways; what happened at the client and the server."""
+        happened = ([], [])
+        while self.client.has_data_to_send or self.server.has_data_to_send:
+            happened[1].extend(self.server.receive(self.client.data_to_send(), self.now))
+            happened[0].extend(self.client.receive(self.server.data_to_send(), self.now))
+        return happened
+
+    def open(self):
+        """A stream, as the client and as the server have it."""
+        stream = self.client.open()
+        _, events = self.deliver()
+        return stream, next(event.stream for event in events if event.what is Happening.OPENED)
+
+
+def test_a_message_arrives_and_so_does_the_end():
+    pair = Pair()
+    ours, theirs = pair.open()
+    send_all(pair.client, ours, b"hello")
+    pair.client.end(ours)
+    pair.deliver()
+    assert take_all(pair.server, theirs) == b"hello"
+    assert theirs.receive_ended
+    pair.server.end(theirs)
+    pair.deliver()
+    assert ours.receive_ended
+    assert pair.client.streams == pair.server.streams == 0
+
+
+def test_the_stream_is_opened_in_the_same_bytes_as_its_first_message():
+    client, server = Yamux(True), Yamux(False)
+    stream = client.open()
+    send_all(client, stream, b"hello")
+    events = server.receive(client.data_to_send(), 0.0)
+    assert [event.what for event in events] == [Happening.OPENED, Happening.READABLE]
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_split_of_the_same_bytes_has_the_same_effect(draw):
+    bodies = draw.draw(st.lists(st.binary(max_size=40), max_size=6))
+    wire = opened() + b"".join(data(1, body) for body in bodies)
+    wire += frame(PING, SYN, 0, 7) + opened(3) + data(3, b"x", FIN) + frame(WINDOW_UPDATE, RST, 1, 0)
+    whole, split = Yamux(False), Yamux(False)
+    events = [(event.what, event.stream.id) for event in whole.receive(wire, 0.0)]
+    split_events = []
+    while wire:
+        cut = draw.draw(st.integers(1, len(wire)))
+        split_events += [(event.what, event.stream.id) for event in split.receive(wire[:cut], 0.0)]
+        wire = wire[cut:]
+    assert list(dict.fromkeys(split_events)) == list(dict.fromkeys(events))
+    assert split.data_to_send() == whole.data_to_send()
+    assert split.unread_bytes == whole.unread_bytes == 1
+
+
+FIELDS = st.tuples(
+    st.sampled_from([0, 0, 0, 0, 0, 1]),
+    st.integers(0, 4),
+    st.sampled_from([0, 0, SYN, SYN, ACK, FIN, RST, SYN | FIN, 0xFFFF]),
+    st.integers(0, 7),
+    st.sampled_from([0, 1, 5, CHUNK, INITIAL_WINDOW, INITIAL_WINDOW + 1, 2**32 - 1]),
+)
+
+
+@given(st.booleans(), st.lists(st.one_of(st.binary(max_size=64), FIELDS), max_size=60))
+@settings(max_examples=300)
+def test_from_random_frames_nothing_but_its_own_error_escapes(is_client, pieces):
+    core = Yamux(is_client, YamuxLimits(max_unread_bytes=INITIAL_WINDOW))
+    core.open()
+    core.ping()
+    try:
+        for number, piece in enumerate(pieces):
+            if isinstance(piece, tuple):
+                body = bytes(min(piece[4], INITIAL_WINDOW)) if piece[1] == DATA else b""
+                piece = HEADER.pack(*piece) + body
+            core.receive(piece, number * 0.1)
+            assert core.unread_bytes <= INITIAL_WINDOW
+            core.data_to_send()
+    except YamuxError as error:
+        with pytest.raises(YamuxError, match="^" + str(error).split("(")[0].split("[")[0][:20]):
+            core.receive(b"", 100.0)
+
+
+def test_a_peer_that_ignores_its_window_is_stopped_at_the_header_of_its_first_frame_too_many():
+    core = Yamux(False)
+    core.receive(opened() + data(1, bytes(INITIAL_WINDOW)), 0.0)
+    with pytest.raises(YamuxError, match="a frame of 1 bytes on stream 1, its window allows 0"):
+        core.receive(frame(DATA, 0, 1, 1), 0.0)
+    assert core.unread_bytes == INITIAL_WINDOW
+
+
+def test_the_unread_bytes_of_a_connection_are_bounded_whatever_its_streams_allow():
+    core = Yamux(False, YamuxLimits(max_unread_bytes=MIB))
+    for number in range(4):
+        core.receive(opened(1 + 2 * number) + data(1 + 2 * number, bytes(INITIAL_WINDOW)), 0.0)
+    with pytest.raises(YamuxError, match="1048577 bytes wait unread on this connection, allowed are 1048576"):
+        core.receive(opened(9) + data(9, b"x"), 0.0)
+
+
+def test_two_bytes_per_frame_cost_no_more_memory_than_their_number():
+    import tracemalloc
+
+    core = Yamux(False)
+    core.receive(opened(), 0.0)
+    wire = data(1, b"ab") * 5000
+    tracemalloc.start()
+    for _ in range(INITIAL_WINDOW // 10_000):
+        core.receive(wire, 0.0)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert core.unread_bytes == 26 * 10_000
+    assert held < 2 * INITIAL_WINDOW
+
+
+def test_credit_comes_back_in_halves_of_the_window():
+    pair = Pair()
+    ours, theirs = pair.open()
+    send_all(pair.client, ours, bytes(INITIAL_WINDOW))
+    pair.deliver()
+    assert ours.send_credit == 0
+    assert pair.client.send(ours, memoryview(b"x")) == 0
+    pair.server.take(theirs, INITIAL_WINDOW // 2 - 1)
+    assert not pair.server.has_data_to_send
+    pair.server.take(theirs, 1)
+    assert frames(pair.server.data_to_send()) == [(WINDOW_UPDATE, 0, 1, INITIAL_WINDOW // 2)]
+
+
+def test_a_window_grows_while_halves_of_it_last_less_than_two_round_trips_and_the_budget_allows():
+    pair = Pair(max_unread_bytes=MIB)
+    pair.server.ping()
+    wire = pair.server.data_to_send()
+    pair.client.receive(wire, 0.0)
+    pair.now = 0.1
+    pair.server.receive(pair.client.data_to_send(), 0.1)
+    assert pair.server.round_trip_seconds == pytest.approx(0.1)
+    ours, theirs = pair.open()
+    windows = []
+    for _ in range(6):
+        send_all(pair.client, ours, bytes(4 * MIB))
+        pair.now += 0.1
+        pair.deliver()
+        take_all(pair.server, theirs)
+        pair.deliver()
+        windows.append(theirs.window)
+    assert windows == sorted(windows)
+    assert windows[-1] == MIB
+
+    slow, slow_theirs = pair.open()
+    for _ in range(6):
+        pair.now += 1.0
+        send_all(pair.client, slow, bytes(4 * MIB))
+        pair.deliver()
+        take_all(pair.server, slow_theirs)
+    assert slow_theirs.window == INITIAL_WINDOW
+
+
+def test_streams_beyond_the_cap_are_reset_and_the_rest_live_on():
+    core = Yamux(False, YamuxLimits(max_inbound_streams=2))
+    events = core.receive(opened(1) + opened(3) + opened(5) + data(5, b"ignored") + data(1, b"read"), 0.0)
+    assert [(event.what, event.stream.id) for event in events] == [
+        (Happening.OPENED, 1),
+        (Happening.OPENED, 3),
+        (Happening.READABLE, 1),
+    ]
+    assert (WINDOW_UPDATE, RST, 5, 0) in frames(core.data_to_send())
+    assert core.unread_bytes == 4
+
+
+def test_streams_opened_faster_than_allowed_are_reset_and_the_third_time_in_a_minute_is_the_last():
+    core = Yamux(False, YamuxLimits(max_inbound_streams=10**6, reset_floor=10**6))
+    stream_id = 1
+
+    def burst(count, now):
+        nonlocal stream_id
+        wire = b""
+        for _ in range(count):
+            wire += opened(stream_id)
+            stream_id += 2
+        return sum(event.what is Happening.OPENED for event in core.receive(wire, now))
+
+    assert burst(64, 0.0) == 64
+    assert burst(21, 1.0) == 20  # 20 a second, and the first breach
+    core.data_to_send()
+    burst(21, 2.0)
+    core.data_to_send()
+    with pytest.raises(
+        YamuxError, match="more than 20 streams a second were opened, 3 times within a minute"
+    ):
+        burst(21, 3.0)
+
+
+def test_opening_and_resetting_in_turn_is_stopped():
+    core = Yamux(False)
+    with pytest.raises(YamuxError, match=r"of \d+ streams were opened and reset within 10.0 s"):
+        for number in range(40):
+            core.receive(opened(1 + 2 * number) + frame(WINDOW_UPDATE, RST, 1 + 2 * number, 0), number * 0.1)
+    assert core._recent_opens == 20
+
+
+def test_resets_spread_over_time_are_nobodys_fault():
+    core = Yamux(False)
+    for number in range(40):
+        core.receive(opened(1 + 2 * number) + frame(WINDOW_UPDATE, RST, 1 + 2 * number, 0), number * 1.0)
+        core.data_to_send()
+    assert core.streams == 0
+
+
+def test_pings_are_answered_and_a_flood_of_them_without_reading_the_answers_ends_the_connection():
+    core = Yamux(False)
+    core.receive(frame(PING, SYN, 0, 77), 0.0)
+    assert frames(core.data_to_send()) == [(PING, ACK, 0, 77)]
+    for _ in range(100):  # as many as one likes while the answers are taken
+        core.receive(frame(PING, SYN, 0, 1) * 100, 0.0)
+        core.data_to_send()
+    with pytest.raises(YamuxError, match="wait for a peer that does not take them"):
+        core.receive(frame(PING, SYN, 0, 1) * 6000, 0.0)
+
+
+def test_a_reset_ends_both_directions_at_once():
+    pair = Pair()
+    ours, theirs = pair.open()
+    send_all(pair.client, ours, b"unread")
+    pair.deliver()
+    pair.client.reset(ours)
+    pair.client.reset(ours)
+    _, events = pair.deliver()
+    assert [event.what for event in events] == [Happening.RESET]
+    with pytest.raises(StreamReset):
+        pair.server.send(theirs, memoryview(b"x"))
+    assert pair.server.take(theirs, 10) == b""
+    assert pair.client.streams == pair.server.streams == pair.server.unread_bytes == 0
+
+
+def test_what_a_peer_had_on_its_way_to_a_stream_that_we_reset_is_thrown_away():
+    pair = Pair()
+    ours, theirs = pair.open()
+    send_all(pair.client, ours, bytes(100_000))
+    pair.server.reset(theirs)
+    pair.deliver()
+    assert ours.is_reset
+    assert pair.server.unread_bytes == 0
+
+
+def test_a_stream_that_we_abandon_and_the_peer_does_not_end_is_reset_after_a_while():
+    pair = Pair(linger_seconds=10.0)
+    ours, theirs = pair.open()
+    pair.server.abandon(theirs)
+    pair.deliver()
+    send_all(pair.client, ours, b"nobody wants this")
+    pair.now = 9.0
+    pair.deliver()
+    assert pair.server.unread_bytes == 0
+    assert pair.server.streams == 1
+    pair.now = 10.0
+    pair.client.ping()
+    pair.deliver()
+    assert ours.is_reset
+    assert pair.server.streams == 0
+
+
+def test_after_its_end_nothing_is_sent_on_a_stream():
+    pair = Pair()
+    ours, _ = pair.open()
+    pair.client.end(ours)
+    pair.client.end(ours)
+    with pytest.raises(LocalProtocolError):
+        pair.client.send(ours, memoryview(b"x"))
+
+
+def test_a_long_message_goes_in_pieces_that_fill_one_noise_message_each():
+    pair = Pair()
+    ours, _ = pair.open()
+    assert pair.client.send(ours, memoryview(bytes(200_000))) == CHUNK
+    assert len(pair.client.data_to_send()) == 65_535 - 16
+
+
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        (HEADER.pack(1, DATA, 0, 1, 0), "yamux version 1, expected 0"),
+        (frame(4, 0, 0, 0), "a frame of type 4, known are 0 to 3"),
+        (frame(DATA, 0, 1, 0), "stream 1, which was never opened"),
+        (frame(DATA, 0, 2, 0), "stream 2, which was never opened"),
+        (frame(WINDOW_UPDATE, 0, 0, 9), "stream 0, which was never opened"),
+        (opened(2), "stream 2, an id that is not its own"),
+        (opened(0), "stream 0, an id that is not its own"),
+        (opened() + opened(), "stream 1 was opened twice"),
+        (opened() + frame(DATA, FIN, 1, 0) + data(1, b"x"), "bytes on stream 1 after its end"),
+        (opened() + frame(WINDOW_UPDATE, 0, 1, 2**32 - 1), "bytes of credit on stream 1, allowed are"),
+        (opened() + frame(DATA, 0, 1, 2**32 - 1), "a frame of 4294967295 bytes on stream 1"),
+        (
+            opened() + frame(DATA, RST, 1, 0) + frame(DATA, 0, 1, 2**32 - 1),
+            "bytes for a closed stream, allowed are 16777216",
+        ),
+    ],
+)
+def test_a_broken_rule_ends_the_connection_and_names_the_rule(wire, message):
+    core = Yamux(False)
+    with pytest.raises(YamuxError, match=message):
+        core.receive(wire, 0.0)
+    with pytest.raises(YamuxError, match=message):
+        core.receive(frame(PING, SYN, 0, 1), 0.0)
+    with pytest.raises(YamuxError):
+        core.open()
+
+
+def test_the_peer_says_that_it_goes_away():
+    core = Yamux(False)
+    assert [event.what for event in core.receive(frame(GO_AWAY, 0, 0, 0), 0.0)] == [Happening.GONE_AWAY]
+    core.go_away()
+    assert frames(core.data_to_send()) == [(GO_AWAY, 0, 0, 0)]
+
+
+class TwoEnds(RuleBasedStateMachine):
+    """Bytes sent = bytes received, in order, on every stream; no window and no credit is exceeded."""
+
+    streams = Bundle("streams")
+
+    def __init__(self):
+        super().__init__()
+        limits = YamuxLimits(
+            max_unread_bytes=2 * MIB, opens_per_second=1000, open_burst=1000, reset_floor=1000
+        )
+        self.cores = (Yamux(True, limits), Yamux(False, limits))
+        self.wires = (bytearray(), bytearray())  # to the client, to the server
+        self.accepted = {}
+        self.sent, self.got = {}, {}
+        self.now = 0.0
+
+    @rule(target=streams, who=st.integers(0, 1))
+    def open(self, who):
+        stream = self.cores[who].open()
+        self.sent[stream.id, who] = self.sent[stream.id, 1 - who] = 0
+        self.got[stream.id, who] = self.got[stream.id, 1 - who] = 0
+        self.accepted[stream.id, who] = stream
+        return stream.id
+
+    @rule(stream=streams, who=st.integers(0, 1), size=st.integers(0, 400 * KIB))
+    def send(self, stream, who, size):
+        state = self.accepted.get((stream, who))
+        if state is None or state.send_ended:
+            return
+        begin = self.sent[stream, who]
+        view = memoryview(bytes((begin + i) % 251 for i in range(min(size, state.send_credit))))
+        while view and (count := self.cores[who].send(state, view)):
+            view = view[count:]
+            self.sent[stream, who] += count
+
+    @rule(stream=streams, who=st.integers(0, 1), size=st.integers(1, 300 * KIB))
+    def take(self, stream, who, size):
+        state = self.accepted.get((stream, who))
+        if state is None:
+            return
+        taken = self.cores[who].take(state, size)
+        begin = self.got[stream, who]
+        assert taken == bytes((begin + i) % 251 for i in range(len(taken)))
+        self.got[stream, who] += len(taken)
+
+    @rule(stream=streams, who=st.integers(0, 1))
+    def end(self, stream, who):
+        if (state := self.accepted.get((stream, who))) is not None:
+            self.cores[who].end(state)
+
+    @rule(who=st.integers(0, 1), share=st.floats(0.1, 1.0), seconds=st.floats(0.0, 0.1))
+    def deliver(self, who, share, seconds):
+        self.now += seconds
+        self.wires[who].extend(self.cores[1 - who].data_to_send())
+        size = int(len(self.wires[who]) * share)
+        for event in self.cores[who].receive(bytes(self.wires[who][:size]), self.now):
+            if event.what is Happening.OPENED:
+                self.accepted[event.stream.id, who] = event.stream
+        del self.wires[who][:size]
+
+    @rule(who=st.integers(0, 1))
+    def ping(self, who):
+        self.cores[who].ping()
+
+    @invariant()
+    def nothing_is_exceeded(self):
+        for core in self.cores:
+            assert core.unread_bytes <= 2 * MIB
+            assert core._granted <= 2 * MIB or core._granted == core.streams * INITIAL_WINDOW
+        for (stream, who), state in self.accepted.items():
+            assert state.credit >= 0
+            assert state.send_credit >= 0
+            assert len(state.unread) + state.credit <= state.window
+            assert self.got[stream, who] <= self.sent[stream, 1 - who]
+
+
+TestTwoEnds = TwoEnds.TestCase
+TestTwoEnds.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
