@@ -1,1 +1,28 @@
-"""Use a swarm from Python.  Read `client/connect.py` first."""
+"""Use a swarm from Python: `async with client.connect(...)`.  Read `client/connect.py` first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from client.api import SwarmLike
+
+# The function takes the place of the module of its name, so it cannot wait for __getattr__: whoever
+# imports the module first would put that here.  `from client.connect import ...` finds the module.
+from client.connect import connect
+from node.config import ConfigError
+from routing.chain import NoChain
+from tensor_codec.errors import PeerFault, Refused
+
+if TYPE_CHECKING:
+    from client.generate import Token
+
+__all__ = ["ConfigError", "NoChain", "PeerFault", "Refused", "SwarmLike", "Token", "connect"]
+
+
+def __getattr__(name: str) -> Any:  # Any: whatever is asked for
+    """Names whose modules import torch: not before somebody wants them."""
+    if name == "Token":
+        from client.generate import Token
+
+        return Token
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from node.arguments import add_addresses, one_address_each
 from node.config import DEFAULT_MODEL, ConfigError
 from node.logs import set_up_logging
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chat.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens of the whole talk")
     for command, tokens in ((generate, 64), (chat, 256)):
         _add_options(command, tokens)
-    return _guarded(parser.parse_args(arguments))
+    return _guarded(parser.parse_args(one_address_each(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _guarded(flags: argparse.Namespace) -> int:
@@ -82,7 +83,7 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
-    parser.add_argument("--peers", nargs="+", required=True, metavar="MULTIADDR", help="nodes of the swarm")
+    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument(
         "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"

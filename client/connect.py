@@ -28,6 +28,7 @@ from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
+    from client.api import SwarmLike
     from client.generate import Generation, Token
     from client.retry import Blame, Context
     from client.session import Session
@@ -276,7 +277,7 @@ def connect(
     wait_seconds: float = 30.0,
     step_seconds: float = 30.0,
     codec: str = "auto",
-) -> AbstractAsyncContextManager[Swarm]:
+) -> AbstractAsyncContextManager[SwarmLike]:
     """Join a swarm as a client: `async with connect(...) as swarm`.
 
     model: a folder, a hub id, or a built-in name; None for the default model.
@@ -306,9 +307,9 @@ class _Connection:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._inner: AbstractAsyncContextManager[Swarm] | None = None
+        self._inner: AbstractAsyncContextManager[SwarmLike] | None = None
 
-    async def __aenter__(self) -> Swarm:
+    async def __aenter__(self) -> SwarmLike:
         if sniffio.current_async_library() == "trio":
             self._inner = open_swarm(self._config)
         else:

@@ -45,7 +45,8 @@ class Blame:
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None, now: float) -> None:
         """A peer said no: ask others for a while, without blaming it."""
-        self._until[peer] = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
+        until = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
+        self._until[peer] = max(until, self._until.get(peer, until))
 
     def worked(self, peer: PeerId) -> None:
         """A peer answered: its earlier faults are forgotten."""

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+LEAST_TEMPERATURE = 1e-5  # logits divided by less could overflow; the likeliest token is certain long before
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How the next token is chosen.
@@ -43,7 +46,7 @@ class SamplingOptions:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return not self.temperature
+        return self.temperature is None or self.temperature < LEAST_TEMPERATURE
 
 
 class Sampler:
@@ -84,7 +87,7 @@ def _filters(options: SamplingOptions) -> list[Any]:  # Any: the library's proce
     filters: list[Any] = []
     if options.repetition_penalty not in (None, 1.0):
         filters.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if options.temperature:
+    if options.temperature is not None and not options.greedy:
         if options.temperature != 1.0:
             filters.append(TemperatureLogitsWarper(float(options.temperature)))
         if options.top_k is not None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import trio
 
-from client.connect import Swarm, connect
+from client.api import SwarmLike
+from client.connect import connect
 from client.generate import Token
 from routing.chain import Chain, NoChain
 
@@ -106,7 +107,7 @@ async def run_chat(flags: argparse.Namespace) -> None:
             context.close()
 
 
-async def wait_for_route(swarm: Swarm, seconds: float) -> Chain:
+async def wait_for_route(swarm: SwarmLike, seconds: float) -> Chain:
     """The route, as soon as the swarm is complete.  Raises NoChain after `seconds`."""
     deadline, told = trio.current_time() + seconds, False
     while True:
@@ -123,7 +124,7 @@ async def wait_for_route(swarm: Swarm, seconds: float) -> Chain:
             await swarm.changed(seen)
 
 
-def describe_route(swarm: Swarm, chain: Chain) -> str:
+def describe_route(swarm: SwarmLike, chain: Chain) -> str:
     """The route for people: peer, blocks, expected milliseconds."""
     view = swarm.view()
     lines = [f"route, {chain.expected_seconds * 1e3:.1f} ms a token expected:"]
@@ -135,7 +136,7 @@ def describe_route(swarm: Swarm, chain: Chain) -> str:
     return "\n".join(lines)
 
 
-def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[Swarm]:
+def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike]:
     return connect(
         flags.model,
         peers=flags.peers,
@@ -156,7 +157,7 @@ def _sampling(flags: argparse.Namespace) -> dict[str, Any]:  # Any: keyword argu
     }
 
 
-def _result(swarm: Swarm, route: Chain, measured: Measured, text: str) -> dict[str, Any]:  # Any: JSON
+def _result(swarm: SwarmLike, route: Chain, measured: Measured, text: str) -> dict[str, Any]:  # Any: JSON
     return {
         "text": text,
         "tokens": [token.id for token in measured.tokens],

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from node.arguments import add_addresses, one_address_each
 from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, ConfigError, NetworkConfig, NodeConfig
 from node.logs import set_up_logging
 
@@ -36,7 +37,7 @@ A command's own options: python -m node COMMAND --help
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the operator must fix."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = one_address_each(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "bootstrap": _bootstrap,
         "status": _status,
@@ -112,7 +113,7 @@ def _bootstrap(words: list[str]) -> int:
 
 def _status(words: list[str]) -> int:
     parser = _parser("status", "Show a swarm: its peers, their blocks and rates, the coverage of each block.")
-    parser.add_argument("--peers", nargs="+", required=True, metavar="MULTIADDR", help="nodes of the swarm")
+    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.parse_args(words)
@@ -178,27 +179,13 @@ def _parser(command: str, description: str, epilog: str | None = None) -> argpar
 
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group("network")
-    network.add_argument(
-        "--peers",
-        nargs="+",
-        default=(),
-        metavar="MULTIADDR",
-        help="nodes of the swarm to join, as they print it (default: found a new swarm)",
-    )
+    add_addresses(network, "--peers", help="nodes of the swarm to join, as they print it (default: a new swarm)")
     network.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     network.add_argument(
         "--identity", type=Path, metavar="FILE", help="keep the peer id here (default: a new one each time)"
     )
-    network.add_argument(
-        "--listen",
-        nargs="+",
-        default=(DEFAULT_LISTEN,),
-        metavar="MULTIADDR",
-        help=f"where to listen (default: {DEFAULT_LISTEN}, this machine only)",
-    )
-    network.add_argument(
-        "--announce", nargs="+", default=(), metavar="MULTIADDR", help="what others shall dial instead"
-    )
+    add_addresses(network, "--listen", help=f"where to listen (default: {DEFAULT_LISTEN}, this machine only)")
+    add_addresses(network, "--announce", help="what others shall dial instead")
     network.add_argument("--name", default="", metavar="TEXT", help="a name to show in the status")
     network.add_argument(
         "--record-ttl",
@@ -227,7 +214,7 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         peers=tuple(flags.peers),
         swarm_key=flags.swarm_key,
         identity=flags.identity,
-        listen=tuple(flags.listen),
+        listen=tuple(flags.listen) or (DEFAULT_LISTEN,),
         announce=tuple(flags.announce),
         name=flags.name,
         limits=limits,

@@ -44,13 +44,13 @@ class ComputeThread:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if job.task is None:
-                continue  # cancelled while it waited
-            job.result = outcome.capture(job.function, *job.args)
-            try:
-                self._token.run_sync_soon(job.deliver)
-            except trio.RunFinishedError:
-                return
+            if job.task is not None:  # else cancelled while it waited
+                job.result = outcome.capture(job.function, *job.args)
+                try:
+                    self._token.run_sync_soon(job.deliver)
+                except trio.RunFinishedError:
+                    return
+            del job  # or an idle thread would keep the last session's cache alive
 
 
 class _Job:

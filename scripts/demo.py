@@ -35,7 +35,7 @@ ONLINE_SECONDS = 120.0  # importing torch, reading ten blocks and measuring them
 STOP_SECONDS = 12.0  # a node finishes its steps in flight; this is more than it allows itself
 LOG_LINES = 20
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class DemoError(Exception):
@@ -58,10 +58,15 @@ class DemoNode:
     name: str
     start: int
     stop: int
-    listen: str
+    port: int
     identity: Path
     ready_file: Path
     log: Path
+
+    @property
+    def listen(self) -> str:
+        """Its multiaddr, without the peer id."""
+        return f"/ip4/127.0.0.1/tcp/{self.port}"
 
 
 def main() -> int:
@@ -120,10 +125,12 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
         bootstrap = f"{nodes[0].listen}/p2p/{load_or_create_identity(nodes[0].identity).peer_id}"
         join = ["--peers", bootstrap, "--swarm-key", str(swarm_key)]
         for each in nodes:
-            # The first node founds the swarm.  Its address is known before it runs, so that all three
-            # can load their blocks at the same time.
+            # The first node founds the swarm. Its address is known before it runs, so that the others
+            # join as soon as it listens, and all three load their blocks at the same time.
             flags = join if each is not nodes[0] else ["--swarm-key", str(swarm_key)]
             start(children, each.name, [*node, options.model, *node_flags(each), *flags], each.log)
+            if each is nodes[0]:
+                wait_until_listening(each, children)
         wait_until_online(nodes, children)
     with stage("a client finds the route and generates"):
         console.print()
@@ -154,7 +161,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
         ("add a node", "node", [options.model, "--num-blocks", "10", *join]),
     ):
         console.print(f"\n# {what}", style="dim")
-        console.print(escape(shlex.join([python, "-m", module, *arguments])), soft_wrap=True)
+        console.print(escape(shlex.join([python, "-m", module, *arguments])))
     with suppress(Stopped):  # here it is the way out
         while True:
             check_alive(children)
@@ -171,7 +178,7 @@ def planned_node(folder: Path, number: int, span: tuple[int, int]) -> DemoNode:
         name=name,
         start=span[0],
         stop=span[1],
-        listen=f"/ip4/127.0.0.1/tcp/{free_port()}",
+        port=free_port(),
         identity=folder / f"{name}.identity",
         ready_file=folder / f"{name}.json",
         log=folder / f"{name}.log",
@@ -196,6 +203,18 @@ def node_flags(node: DemoNode) -> list[str]:
         *("--ready-file", str(node.ready_file)),
         *("--threads", "1"),
     ]
+
+
+def wait_until_listening(node: DemoNode, children: Sequence[Child]) -> None:
+    """Return when the node takes connections.  Raises DemoError."""
+    deadline = time.monotonic() + ONLINE_SECONDS
+    while True:
+        check_alive(children)
+        if time.monotonic() > deadline:
+            raise DemoError(f"{node.name} does not listen after {ONLINE_SECONDS:.0f} s")
+        with suppress(OSError), socket.create_connection(("127.0.0.1", node.port), timeout=1.0):
+            return
+        time.sleep(0.05)
 
 
 def wait_until_online(nodes: Sequence[DemoNode], children: Sequence[Child]) -> None:
@@ -329,7 +348,7 @@ def show_logs(children: Sequence[Child]) -> None:
         if child.log is not None and child.log.exists():
             console.rule(f"{child.name}, last lines of its log")
             lines = child.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-            console.print("\n".join(lines) or "(nothing)", markup=False, soft_wrap=True)
+            console.print("\n".join(lines) or "(nothing)", markup=False)
 
 
 if __name__ == "__main__":

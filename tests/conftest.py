@@ -6,13 +6,25 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
 
+from pathlib import Path
+
 import pytest
 
 from node.model.folder import ModelFolder
 from node.model.source import cache_dir, resolve
+from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
 def builtin_model() -> ModelFolder:
     """The built-in model, fetched into the user's cache by the first run."""
     return resolve(cache_dir=cache_dir())
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of six blocks with a tokenizer of single characters."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny("llama", path)
+    save_tiny_tokenizer(path)
+    return path

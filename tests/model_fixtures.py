@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,93 @@ def save_tiny(variant: str, path: Path, max_shard_size: str = "40KB") -> Any:
     model = tiny_model(variant)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return type(model).from_pretrained(path)
+
+
+# Small enough to convert at once; the names of the tensors are those of the real file.
+GGUF_BLOCKS, GGUF_HIDDEN, GGUF_HEADS, _KV_HEADS, _WIDE = 2, 32, 2, 1, 64
+_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "1", "2", "ab"]
+
+
+def write_gguf(path: Path) -> dict[str, Any]:
+    """A tiny GGUF of the built-in's make; its tensors as they come out of quantisation."""
+    import gguf
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(_TOKENS), GGUF_HIDDEN), "output_norm": (GGUF_HIDDEN,)}
+    for block in range(GGUF_BLOCKS):
+        shapes |= {
+            f"blk.{block}.attn_norm": (GGUF_HIDDEN,),
+            f"blk.{block}.attn_q": (GGUF_HIDDEN, GGUF_HIDDEN),
+            f"blk.{block}.attn_k": (GGUF_HIDDEN // 2, GGUF_HIDDEN),
+            f"blk.{block}.attn_v": (GGUF_HIDDEN // 2, GGUF_HIDDEN),
+            f"blk.{block}.attn_output": (GGUF_HIDDEN, GGUF_HIDDEN),
+            f"blk.{block}.ffn_norm": (GGUF_HIDDEN,),
+            f"blk.{block}.ffn_gate": (_WIDE, GGUF_HIDDEN),
+            f"blk.{block}.ffn_up": (_WIDE, GGUF_HIDDEN),
+            f"blk.{block}.ffn_down": (GGUF_HIDDEN, _WIDE),
+        }
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(_TOKENS)
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    values = {}
+    for name, shape in shapes.items():
+        array = random.standard_normal(shape, dtype=np.float32)
+        kind = gguf.GGMLQuantizationType.F32 if len(shape) == 1 else gguf.GGMLQuantizationType.Q4_1
+        packed = gguf.quantize(array, kind)
+        values[f"{name}.weight"] = gguf.dequantize(packed, kind)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def shrink(patch: Any, gguf_file: Path) -> None:
+    """Let node.model.builtin expect the tiny model instead of the real one."""
+    from node.model import builtin
+
+    config = builtin._CONFIG | {
+        "num_hidden_layers": GGUF_BLOCKS,
+        "hidden_size": GGUF_HIDDEN,
+        "num_attention_heads": GGUF_HEADS,
+        "num_key_value_heads": _KV_HEADS,
+        "head_dim": GGUF_HIDDEN // GGUF_HEADS,
+        "intermediate_size": _WIDE,
+        "vocab_size": len(_TOKENS),
+    }
+    for name, value in {
+        "_CONFIG": config,
+        "_BLOCKS": GGUF_BLOCKS,
+        "_BLOCKS_PER_SHARD": 1,
+        "_HEADS": GGUF_HEADS,
+        "_KV_HEADS": _KV_HEADS,
+        "PINNED_SHA256": {},
+        "GGUF_SHA256": hashlib.sha256(gguf_file.read_bytes()).hexdigest(),
+        "GGUF_BYTES": gguf_file.stat().st_size,
+        "CHECKPOINT_BYTES": 1 << 20,
+        "WHEEL_BYTES": 1 << 20,
+    }.items():
+        patch.setattr(builtin, name, value)
+
+
+def save_tiny_tokenizer(path: Path) -> None:
+    """A tokenizer whose tokens are single characters, for a vocabulary of VOCAB."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    characters = [chr(code) for code in range(32, 32 + VOCAB - len(special) - 1)]
+    vocabulary = {token: index for index, token in enumerate([*special, "<unk>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(path)

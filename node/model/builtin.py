@@ -280,6 +280,7 @@ def convert(gguf_file: Path, out: Path, progress: Progress = silent) -> dict[str
     """
     import gguf
 
+    progress(f"converting {BUILTIN_MODEL}", 0, CHECKPOINT_BYTES)  # reading the vocabulary takes seconds
     reader = gguf.GGUFReader(gguf_file)
     source = {tensor.name: tensor for tensor in reader.tensors}
     wanted = [{"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}]

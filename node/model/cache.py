@@ -65,7 +65,8 @@ class SpanCache(Cache):  # type: ignore[misc]  # the library's class is not type
     """One session's cache in a span, indexed by the model's own block numbers.
 
     length: tokens of the session that every block of its run has seen.  Writing a step does not
-    move it: `Span.forward` does, once the whole step is computed, so a step that failed left no trace.
+    move it: `Span.forward` does, once the whole step is computed, so a step that failed left
+    no trace in keys and values.  A convolution's state may have moved: such a session must begin again.
     """
 
     def __init__(self, start: int, convolutions: Sequence[bool], batch: int, max_length: int) -> None:

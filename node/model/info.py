@@ -83,7 +83,7 @@ def read_info(folder: ModelFolder) -> ModelInfo:
 def memory_needed(info: ModelInfo, n_blocks: int, dtype: str, cache_tokens: int) -> int:
     """Bytes for the weights of `n_blocks` blocks and a cache of `cache_tokens` tokens in each.
 
-    What the process takes without them (about 450 MiB with torch and libp2p) comes on top.
+    What the process takes without them (about 400 MiB with torch, transformers and libp2p) comes on top.
     """
     return n_blocks * (info.block_bytes(dtype) + cache_tokens * info.kv_bytes_per_token_per_block(dtype))
 

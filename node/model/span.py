@@ -191,8 +191,9 @@ def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
     try:
         return cast(LibraryConfig, config_class.from_dict(dict(folder.config)))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        what = " ".join(str(error).split())
         raise ConfigError(
-            f"{folder.path / 'config.json'} is not a config of {base.__name__}: {error}"
+            f"{folder.path / 'config.json'} is not a config of {base.__name__}: {what}"
         ) from None
 
 

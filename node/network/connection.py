@@ -45,6 +45,7 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc]  # py-libp2p has no types
         self.muxed_conn: Connection = connection
         self.state = state
         self.protocol: str | None = None  # as agreed with the peer
+        self.let_in = False  # opened by the peer, and counted
         self._answer_due = b""  # the rest of what says that the peer agrees
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
@@ -177,6 +178,11 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc]  # py-libp2p has no types
     async def reset(self) -> None:
         """As `reset_now`."""
         self.reset_now()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True once we closed it, whatever the peer still sends."""
+        return self.state.abandoned_at is not None
 
     def is_closed(self) -> bool:
         """True once nothing more can come of it."""
@@ -348,8 +354,8 @@ class Connection(IMuxedConn):  # type: ignore[misc]  # py-libp2p has no types
 
     @property
     def inbound_streams(self) -> int:
-        """How many streams of the peer's are open."""
-        return self.core.inbound_streams
+        """How many streams of the peer's were let in and are open."""
+        return sum(stream.let_in and not stream.is_closed() for stream in self._streams.values())
 
     def _new_stream(self, state: Stream) -> MuxedStream:
         if len(self._streams) > 2 * self.core.streams + 16:  # now and then, so that none is kept for ever

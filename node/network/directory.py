@@ -69,6 +69,7 @@ ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole 
 BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
 RTT_FRESH_SECONDS = 60.0
+RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
 PING_SECONDS = 2.0
 PINGS_AT_ONCE = 8  # the limit on outbound dials
 SUCCESSORS_MEASURED = 8
@@ -188,15 +189,15 @@ class Directory:
         self._take_in([Arrival(record, wire)], source=None)
 
     def _rtts_to_servers(self) -> dict[PeerId, float]:
-        view = self.view()
-        servers = {record.peer for record in view.records() if record.role == "serve"}
-        return {peer: seconds for peer, seconds in self.rtts().items() if peer in servers}
+        known, view = self.rtts(RTT_SAID_SECONDS), self.view()
+        records = {peer: view.get(peer) for peer in known}
+        return {peer: known[peer] for peer, record in records.items() if record and record.role == "serve"}
 
     # --- distances --------------------------------------------------------------------------------
 
-    def rtts(self) -> dict[PeerId, float]:
-        """The round-trip times, in seconds, that were measured within the last minute."""
-        oldest = trio.current_time() - RTT_FRESH_SECONDS
+    def rtts(self, seconds: float = RTT_FRESH_SECONDS) -> dict[PeerId, float]:
+        """The round-trip times, in seconds, as last measured, if that was within so many seconds."""
+        oldest = trio.current_time() - seconds
         return {p: rtt for p, (rtt, when) in self._pings.items() if when > oldest and rtt < MAX_RTT_SECONDS}
 
     async def rtt(self, peer: PeerId) -> float:
@@ -432,31 +433,28 @@ class Directory:
 
         Raises ConfigError where none can be reached and `required`.
         """
+        reached: list[PeerId] = []
         why: dict[PeerId, str] = {}
-        answered = trio.Event()
-
-        async def enter(peer: PeerId, addresses: Sequence[str]) -> None:
-            one_answered = trio.Event()
-            nursery.start_soon(converse, peer, addresses, one_answered)
-            await one_answered.wait()
-            if peer in self.neighbours():
-                answered.set()
-
-        async def converse(peer: PeerId, addresses: Sequence[str], one_answered: trio.Event) -> None:
-            why[peer] = await self._converse(peer, addresses, one_answered)
-
         peers = {peer: addresses for peer, addresses in self._bootstrap.items() if peer != self.peer_id}
         seconds = self._limits.dial_seconds + JOIN_SECONDS
+
+        async def converse(peer: PeerId, answered: trio.Event) -> None:
+            why[peer] = await self._converse(peer, peers[peer], answered)
+
+        async def enter(peer: PeerId) -> None:
+            answered = trio.Event()
+            nursery.start_soon(converse, peer, answered)
+            await answered.wait()
+            if peer in self.neighbours():
+                reached.append(peer)
+                entering.cancel_scope.cancel()  # one is enough to begin with
+
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as entering:
-                for peer, addresses in peers.items():
-                    entering.start_soon(enter, peer, addresses)
-                entering.start_soon(_cancel_when, answered, entering.cancel_scope)
-        if peers and required and not answered.is_set():
-            reasons = [
-                f"{addresses[0]}/p2p/{peer}: {why.get(peer, f'no answer within {seconds:g} s')}"
-                for peer, addresses in peers.items()
-            ]
+                for peer in peers:
+                    entering.start_soon(enter, peer)
+        if peers and required and not reached:
+            reasons = [_what_happened(peer, peers[peer], why.get(peer), seconds) for peer in peers]
             raise ConfigError(f"none of {len(peers)} peers could be reached: " + "; ".join(reasons))
 
     async def keep_neighbours(self, nursery: trio.Nursery) -> None:
@@ -468,22 +466,24 @@ class Directory:
             await trio.sleep(KEEP_SECONDS * self._rng.uniform(0.5, 1.0))
 
     def _to_dial(self) -> list[PeerId]:
-        now, view = trio.current_time(), self.view()
         linked = self.neighbours() | self._dialling | {self.peer_id}
+        ways_in_missing = BOOTSTRAP_NEIGHBOURS - len(linked & self._bootstrap.keys())
+        missing = NEIGHBOURS - len(self._dialling) - sum(neighbour.ours for neighbour in self._neighbours)
+        if missing <= 0 and (ways_in_missing <= 0 or self._bootstrap.keys() <= linked):
+            return []
+        now, view = trio.current_time(), self.view()
 
         def may_dial(peer: PeerId) -> bool:
             retry = self._retries.get(peer)
             return peer not in linked and (retry is None or now >= retry.not_before)
 
         ways_in = sorted(peer for peer in self._bootstrap if may_dial(peer))
-        missing = BOOTSTRAP_NEIGHBOURS - len(linked & self._bootstrap.keys())
-        chosen = self._rng.sample(ways_in, max(0, min(missing, len(ways_in))))
+        chosen = self._rng.sample(ways_in, max(0, min(ways_in_missing, len(ways_in))))
         servers = {r.peer for r in view.records() if r.role != "client" and r.addresses}
         if len(linked) == 1 and not servers - {self.peer_id}:
             servers = {peer for peer, ended in view.ended.items() if ended.record.addresses}  # once known
         others = sorted(peer for peer in servers if may_dial(peer) and peer not in chosen)
-        ours = sum(neighbour.ours for neighbour in self._neighbours) + len(self._dialling) + len(chosen)
-        return chosen + self._rng.sample(others, max(0, min(NEIGHBOURS - ours, len(others))))
+        return chosen + self._rng.sample(others, max(0, min(missing - len(chosen), len(others))))
 
     def _dial_addresses(self, peer: PeerId) -> tuple[str, ...]:
         ended = self._view.ended.get(peer)
@@ -540,9 +540,11 @@ class Directory:
             neighbour.scope.cancel()
 
 
-async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
+def _what_happened(peer: PeerId, addresses: Sequence[str], why: str | None, seconds: float) -> str:
+    if why is None:
+        why = f"no answer within {seconds:g} s"
+    why = why.removeprefix(f"{peer} cannot be reached: ").removeprefix(f"{addresses[0]}: ")
+    return f"{addresses[0]}/p2p/{peer}: {why}"
 
 
 def _claimed_peer(wire: bytes) -> PeerId:

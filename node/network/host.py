@@ -206,9 +206,10 @@ class Host:
         connections = self._connections.get(stream.muxed_conn.peer, [stream.muxed_conn])
         of_peer = sum(connection.inbound_streams for connection in connections)
         of_node = sum(each.inbound_streams for all_of in self._connections.values() for each in all_of)
-        if of_peer > self._limits.max_streams_per_peer or of_node > self._limits.max_streams:
+        if of_peer >= self._limits.max_streams_per_peer or of_node >= self._limits.max_streams:
             stream.reset_now()
         else:
+            stream.let_in = True
             self._nursery.start_soon(self._serve, stream)
 
     async def _serve(self, stream: MuxedStream) -> None:
@@ -225,7 +226,8 @@ class Host:
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:
-            stream.reset_now()
+            if not stream.is_abandoned:
+                stream.reset_now()
             self.charge(peer, fault)
         except BaseExceptionGroup as group:  # a handler with a nursery of its own
             stream.reset_now()
@@ -476,8 +478,10 @@ async def _open_tcp(address: Address) -> trio.SocketStream:
         found = await trio.socket.getaddrinfo(address.host, address.port, family, socket.SOCK_STREAM)
         return await trio.open_tcp_stream(str(found[0][4][0]), address.port)
     except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise PeerGone(cause.strerror or str(cause)) from error
+        cause: BaseException = error.__cause__ or error
+        while isinstance(cause, BaseExceptionGroup):  # one for each address that a name has
+            cause = cause.exceptions[0]
+        raise PeerGone(getattr(cause, "strerror", None) or str(cause)) from error
 
 
 def _first_fault(group: BaseExceptionGroup[PeerFault]) -> PeerFault:

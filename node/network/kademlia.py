@@ -25,6 +25,7 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.tools.anyio_service import background_trio_service
 
 from node.network.host import Host
+from node.tasks import background_nursery
 from routing.names import PeerId, public_key_of
 from routing.records import MAX_ADDRESSES, check_address
 
@@ -33,6 +34,8 @@ MAX_PROVIDERS = 20  # that a lookup waits for; the table keeps no more per key
 _SHA256_MULTIHASH = bytes([0x12, 0x20])
 
 log = logging.getLogger(__name__)
+# It warns of every stream that a peer ends early, and of every peer that is gone.
+logging.getLogger("libp2p.kad_dht").setLevel(logging.ERROR)
 
 
 def provider_key(swarm: str, model: str, revision: str) -> bytes:
@@ -100,5 +103,14 @@ async def open_kademlia(host: Host, *, swarm: str, serves: bool) -> AsyncIterato
     serves: hold a part of it and answer others; False for clients, which only ask.
     """
     dht = KadDHT(host.raw, DHTMode.SERVER if serves else DHTMode.CLIENT)
-    async with background_trio_service(dht):
+
+    async def run(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with background_trio_service(dht):
+            task_status.started()
+            await trio.sleep_forever()
+
+    # In a task of its own: the service's nursery would put the caller's exceptions into groups, and
+    # its way of stopping waits for its tasks without a bound; cancelled, it does not.
+    async with background_nursery() as nursery:
+        await nursery.start(run)
         yield Kademlia(host, dht, swarm)

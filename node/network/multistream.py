@@ -106,9 +106,9 @@ async def negotiate(dialogue: Dialogue, speaks: Callable[[str], bool]) -> str | 
 
     The agreement goes out with the next flush.  Raises PeerGone, RemoteProtocolError.
     """
-    await dialogue.write(encode_lines(HEADER))
     if (header := await dialogue.read_line()) != HEADER:
         raise RemoteProtocolError(f"multistream header {header!r}, expected {HEADER!r}")
+    await dialogue.write(encode_lines(HEADER))
     for _ in range(_MAX_PROPOSALS):
         try:
             line = await dialogue.read_line()

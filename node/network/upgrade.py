@@ -53,10 +53,13 @@ class Upgrade:
     async def inbound(self, link: Link) -> SecureChannel:
         """Somebody dialled us.  Raises PeerGone, RemoteProtocolError, NotAMember."""
         connection = HandshakeConnection(link)
-        if await negotiate(connection.dialogue, lambda name: name == self._security) is None:
-            if self._swarm_key is not None:
-                raise NotAMember("it does not speak the private swarm's protocol")
-            raise RemoteProtocolError(f"it does not speak {PROTOCOL}")
+        try:
+            if await negotiate(connection.dialogue, lambda name: name == self._security) is None:
+                raise RemoteProtocolError(f"it does not speak {self._security}")
+        except RemoteProtocolError as error:
+            if self._swarm_key is None:
+                raise
+            raise NotAMember("it knows nothing of swarm keys") from error
         channel = await self._noise.secure(link, connection, None)
         await self._prove(channel, None)
         dialogue = Dialogue(channel.receive_some, channel.send)

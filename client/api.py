@@ -1,0 +1,90 @@
+"""What a program holds of a swarm: the same under trio and under asyncio.
+
+`client.connect.Swarm` (trio) and `client.bridge.BridgedSwarm` (asyncio) are the two that there are;
+what each method does is written at the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from client.connect import ClientConfig
+    from client.generate import Token
+    from node.model.ends import Ends
+    from node.model.info import ModelInfo
+    from routing.chain import Chain
+    from routing.swarm import SwarmView
+    from tensor_codec.messages import Reply
+
+
+class ConversationLike(Protocol):
+    """Caches that outlive one `generate`.  See `client.retry.Context`."""
+
+    def close(self) -> None:
+        """End the session."""
+
+
+class SessionLike(Protocol):
+    """A session for hidden states.  See `client.session.Session`."""
+
+    @property
+    def chain(self) -> Chain:
+        """The hops that it runs along."""
+
+    @property
+    def length(self) -> int:
+        """Positions in the hops' caches."""
+
+    async def step(self, hidden: Tensor, position: int | None = None, reply: Reply = "all") -> Tensor | None:
+        """Run hidden states through the chain.  See `Session.step`."""
+
+
+class SwarmLike(Protocol):
+    """A swarm that serves one model, seen from a client.  See `client.connect.Swarm`."""
+
+    @property
+    def config(self) -> ClientConfig:
+        """How it was joined."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model."""
+
+    @property
+    def ends(self) -> Ends:
+        """The model's embeddings, head and tokenizer."""
+
+    def view(self) -> SwarmView:
+        """See `Swarm.view`."""
+
+    async def changed(self, since: SwarmView) -> None:
+        """See `Swarm.changed`."""
+
+    async def route(self) -> Chain:
+        """See `Swarm.route`."""
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        context: Any = None,  # Any: what `conversation` of the same swarm gave
+    ) -> AsyncGenerator[Token, None]:
+        """See `Swarm.generate`."""
+
+    def conversation(self, max_length: int = 2048) -> ConversationLike:
+        """See `Swarm.conversation`."""
+
+    def session(self, *, batch: int = 1, max_length: int = 2048) -> AbstractAsyncContextManager[SessionLike]:
+        """See `Swarm.session`."""

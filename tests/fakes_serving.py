@@ -1,0 +1,394 @@
+"""A swarm in memory: hops that compute with small integers, streams that are queues, and clients.
+
+The blocks' answers depend on every block's number and on every position before, so a right answer
+proves which blocks ran, once, in order, and over which cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+import trio
+from torch import Tensor
+
+from client.session import SESSION_PROTOCOL, Session, Terms, open_session
+from node.serving.cache import CacheBudget
+from node.serving.engine import Engine, Rates
+from node.serving.listener import Listener, Served
+from node.serving.push import PUSH_PROTOCOL
+from routing.chain import Chain, Hop
+from routing.names import PeerId
+from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
+from tensor_codec.limits import Limits
+from tensor_codec.messages import (
+    Contract,
+    Failed,
+    Open,
+    Result,
+    decode_from_hop,
+    decode_open_reply,
+    encode_open,
+)
+
+HIDDEN = 4
+PRIME = 8191  # all values stay whole numbers that every codec's dtype but bf16 holds exactly
+CLIENT = PeerId("client")
+T = TypeVar("T")
+
+
+class FakeCache:
+    """What every block of the run was given, [batch, length, hidden] each."""
+
+    def __init__(self, batch: int, max_length: int) -> None:
+        self.batch = batch
+        self.max_length = max_length
+        self.given: dict[int, Tensor] = {}
+        self.length = 0
+
+    def cut(self, length: int) -> None:
+        """Forget what comes at and after position `length`."""
+        assert 0 <= length <= self.length
+        self.length = length
+        self.given = {block: given[:, :length] for block, given in self.given.items()}
+
+
+class FakeSpan:
+    """Blocks [start, stop); block b makes (3 h + b + 1 + all it was given before) mod 8191 of each h.
+
+    steps: every step computed, as (position, tokens, start, stop).  poison: a function from what
+    would be the answer to what is.
+    """
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.hidden_size = HIDDEN
+        self.steps: list[tuple[int, int, int, int]] = []
+        self.poison: Callable[[Tensor], Tensor] = lambda hidden: hidden
+
+    def new_cache(self, batch: int, max_length: int) -> FakeCache:
+        """An empty cache."""
+        return FakeCache(batch, max_length)
+
+    def forward(self, hidden: Tensor, cache: FakeCache, position: int, start: int, stop: int) -> Tensor:
+        """Compute a step: [batch, tokens, hidden] -> the same shape."""
+        assert self.start <= start < stop <= self.stop
+        assert position == cache.length, "a hole, or a cache that was not cut"
+        tokens = hidden.shape[1]
+        assert position + tokens <= cache.max_length
+        hidden = hidden.to(torch.float64)
+        for block in range(start, stop):
+            given = cache.given.get(block, hidden[:, :0])
+            cache.given[block] = torch.cat([given, hidden], dim=1)
+            before = cache.given[block].cumsum(1)[:, position:] - hidden
+            hidden = (3 * hidden + block + 1 + before) % PRIME
+        cache.length += tokens
+        self.steps.append((position, tokens, start, stop))
+        return self.poison(hidden.to(torch.float32))
+
+
+def whole_model(hidden: Tensor, start: int, stop: int) -> Tensor:
+    """What blocks [start, stop) make of hidden states [batch, tokens, hidden], all at once."""
+    span = FakeSpan(start, stop)
+    return span.forward(hidden, FakeCache(hidden.shape[0], hidden.shape[1]), 0, start, stop)
+
+
+def some_hidden(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Whole numbers [batch, tokens, hidden]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, PRIME, (batch, tokens, HIDDEN), generator=generator).float()
+
+
+class FakeCompute:
+    """Runs functions one at a time, after `seconds` of the test's clock, in the caller's own task."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._lock = trio.Lock()
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """function(*args)."""
+        async with self._lock:
+            await trio.sleep(self.seconds)
+            return function(*args)
+
+
+@dataclass
+class _Pipe:
+    """What both ends of a stream share."""
+
+    reset: bool = False
+
+
+class FakeStream:
+    """One end of a stream of frames: two bounded queues, with FramedStream's errors and deadlines."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        protocol: str,
+        limits: Limits,
+        send_channel: trio.MemorySendChannel[bytes],
+        receive_channel: trio.MemoryReceiveChannel[bytes],
+        pipe: _Pipe,
+    ) -> None:
+        self.peer = peer
+        self.protocol = protocol
+        self.limits = limits
+        self.closed = False
+        self.pipe = pipe
+        self.other: FakeStream
+        self._send = send_channel
+        self._receive = receive_channel
+        self._decoder = FrameDecoder(limits.max_frame_bytes)
+        self._ready: list[bytearray] = []
+
+    async def send(self, frame: Buffer | Iterable[Buffer]) -> None:
+        """Send one frame.  Raises SlowPeer, PeerGone."""
+        await self.send_bytes(encode_frame(frame, self.limits.max_frame_bytes))
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send bytes, frames or not."""
+        try:
+            with trio.fail_after(self.limits.reply_taken_seconds):
+                await self._send.send(data)
+        except trio.TooSlowError:
+            await self.reset()
+            raise SlowPeer(f"{self.peer} did not take {len(data)} bytes") from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise PeerGone(f"{self.peer} is gone") from error
+        except trio.Cancelled:
+            await self.reset()  # as a frame cut short does
+            raise
+
+    async def receive(self, seconds: float | None = None) -> bytearray | None:
+        """The next frame, None at a clean end.  Raises SlowPeer, PeerGone, FrameError."""
+        with trio.move_on_after(float("inf") if seconds is None else seconds):
+            while not self._ready:
+                try:
+                    data = await self._receive.receive()
+                except trio.EndOfChannel:
+                    if self.pipe.reset:
+                        raise PeerGone(f"{self.peer} reset the stream") from None
+                    self._decoder.close()
+                    return None
+                except trio.ClosedResourceError as error:
+                    raise PeerGone("the stream is closed") from error
+                self._ready += self._decoder.feed(data)
+            return self._ready.pop(0)
+        raise SlowPeer(f"no whole frame from {self.peer} within {seconds} s")
+
+    async def aclose(self) -> None:
+        """End our side cleanly, and want nothing more."""
+        self.closed = True
+        self._send.close()
+        self._receive.close()
+
+    async def reset(self) -> None:
+        """End both sides at once."""
+        self.pipe.reset = True
+        for end in (self, self.other):
+            end._send.close()
+        self.closed = True
+        self._receive.close()
+
+
+def stream_pair(
+    one: PeerId, other: PeerId, protocol: str, limits: Limits, frames: int = 16
+) -> tuple[FakeStream, FakeStream]:
+    """The ends of `one` and `other`; each knows its peer.  frames: that fit in each direction."""
+    there_send, there = trio.open_memory_channel[bytes](frames)
+    back_send, back = trio.open_memory_channel[bytes](frames)
+    pipe = _Pipe()
+    near = FakeStream(other, protocol, limits, there_send, back, pipe)
+    far = FakeStream(one, protocol, limits, back_send, there, pipe)
+    near.other, far.other = far, near
+    return near, far
+
+
+@dataclass
+class FakeNode:
+    """A serving node of a World.  blame: as node.network's host counts it."""
+
+    peer: PeerId
+    span: FakeSpan
+    compute: FakeCompute
+    listener: Listener
+    blame: Counter[str] = field(default_factory=Counter)
+    alive: bool = True
+    handlers: list[trio.CancelScope] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+
+    @property
+    def faults(self) -> Counter[str]:
+        """Whom this node has blamed, and for what."""
+        return self.blame + self.listener.blame
+
+    @property
+    def budget(self) -> CacheBudget:
+        """Of the node's caches."""
+        return self.listener.budget
+
+    def assert_idle(self) -> None:
+        """Nothing lingers: no session, promised token, waiting step, handler, link or stream."""
+        assert self.listener.session_count == 0
+        assert self.budget.free_tokens == self.budget.tokens
+        assert self.listener.engine.queue_length == 0
+        assert self.handlers == []
+        assert self.listener._links._links == {}
+        assert [stream.protocol for stream in self.streams if not stream.closed] == []
+
+
+class World:
+    """Nodes that reach each other by name, over streams in memory.
+
+    unreachable: pairs (from, to) that have no way.  limits: everybody's.
+    """
+
+    def __init__(self, nursery: trio.Nursery, limits: Limits | None = None) -> None:
+        self.nursery = nursery
+        self.limits = limits or Limits()
+        self.nodes: dict[PeerId, FakeNode] = {}
+        self.unreachable: set[tuple[PeerId, PeerId]] = set()
+        self.client_streams: list[FakeStream] = []
+        self.dialled: list[tuple[PeerId, PeerId]] = []
+
+    def add(
+        self, name: str, start: int, stop: int, *, seconds: float = 0.0, tokens: int = 10**6, **served: object
+    ) -> FakeNode:
+        """A node that serves blocks [start, stop); `seconds` for each step."""
+        peer = PeerId(name)
+        span, compute = FakeSpan(start, stop), FakeCompute(seconds)
+        engine = Engine(span, compute, Rates(1.0, 1.0), self.limits)  # type: ignore[arg-type]
+        offer = Served("m", "r", start, stop, "float32", HIDDEN, 4096)
+        listener = Listener(
+            replace(offer, **served),  # type: ignore[arg-type]
+            engine,
+            CacheBudget(tokens),
+            lambda to: self.dial(peer, to, PUSH_PROTOCOL),
+            self.limits,
+        )
+        self.nodes[peer] = FakeNode(peer, span, compute, listener)
+        return self.nodes[peer]
+
+    def add_chain(self, *boundaries: int, seconds: float = 0.0) -> Chain:
+        """A node for each pair of neighbouring boundaries, and the chain of them all."""
+        hops = []
+        for index, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+            node = self.add(f"hop{index}", start, stop, seconds=seconds)
+            hops.append(Hop(node.peer, start, stop))
+        return Chain(tuple(hops), 0.0)
+
+    async def dial(self, me: PeerId, to: PeerId, protocol: str) -> FakeStream:
+        """Open a stream.  Raises PeerGone."""
+        await trio.lowlevel.checkpoint()
+        self.dialled.append((me, to))
+        node = self.nodes.get(to)
+        if node is None or not node.alive or (me, to) in self.unreachable:
+            raise PeerGone(f"{to} cannot be reached")
+        ours, theirs = stream_pair(me, to, protocol, self.limits)
+        node.streams.append(theirs)
+        if me in self.nodes:
+            self.nodes[me].streams.append(ours)
+        else:
+            self.client_streams.append(ours)
+        self.nursery.start_soon(self._handle, node, theirs)
+        return ours
+
+    async def _handle(self, node: FakeNode, stream: FakeStream) -> None:
+        """What node.network's host does with a stream that comes in."""
+        scope = trio.CancelScope()
+        node.handlers.append(scope)
+        try:
+            with scope:
+                if stream.protocol == SESSION_PROTOCOL:
+                    await node.listener.serve_session(stream)
+                else:
+                    await node.listener.serve_push(stream)
+                await stream.aclose()
+        except PeerFault as fault:
+            node.blame[f"{stream.peer} {type(fault).__name__}"] += 1
+            await stream.reset()
+        finally:
+            node.handlers.remove(scope)
+
+    async def kill(self, peer: str) -> None:
+        """The process is gone: all its streams are reset, nothing is said."""
+        node = self.nodes[PeerId(peer)]
+        node.alive = False
+        for stream in node.streams:
+            if not stream.closed:
+                await stream.reset()
+        for scope in list(node.handlers):
+            scope.cancel()
+
+    async def open(
+        self,
+        chain: Chain,
+        *,
+        max_length: int = 64,
+        batch: int = 1,
+        codec: str = "fp32",
+        step_seconds: float = 30.0,
+        client: PeerId = CLIENT,
+        **terms: object,
+    ) -> Session:
+        """A session of a client along `chain`."""
+        dtypes = {hop.peer: "float32" for hop in chain.hops}
+        asked = Terms("m", "r", HIDDEN, batch, max_length, dtypes, codec)
+        return await open_session(
+            chain,
+            replace(asked, **terms),  # type: ignore[arg-type]
+            open_stream=lambda peer: self.dial(client, peer, SESSION_PROTOCOL),  # type: ignore[arg-type, return-value]
+            nursery=self.nursery,
+            compute=FakeCompute(),  # type: ignore[arg-type]
+            limits=self.limits,
+            step_seconds=step_seconds,
+        )
+
+    def assert_idle(self) -> None:
+        """Nothing lingers at any node that lives, nor at the clients."""
+        for node in self.nodes.values():
+            if node.alive:
+                node.assert_idle()
+        assert [stream for stream in self.client_streams if not stream.closed] == []
+
+
+class RawClient:
+    """A client that says what it likes: a stream to one hop, and the messages one by one."""
+
+    def __init__(self, stream: FakeStream, opened: Open) -> None:
+        self.stream = stream
+        self.opened = opened
+
+    @staticmethod
+    async def open(world: World, peer: str, name: str = CLIENT, **changes: object) -> tuple[RawClient, object]:
+        """Dial, say Open, and return the client with what the hop answers."""
+        node = world.nodes[PeerId(peer)]
+        served = node.listener.served
+        wanted = Open(bytes(16), "m", "r", served.start, served.stop, 1, 64, "float32", "fp32")
+        opened = replace(wanted, **changes)  # type: ignore[arg-type]
+        stream = await world.dial(PeerId(name), PeerId(peer), SESSION_PROTOCOL)
+        await stream.send(encode_open(opened))
+        frame = await stream.receive(30.0)
+        return RawClient(stream, opened), None if frame is None else decode_open_reply(frame)
+
+    async def receive(self, world: World) -> Result | Failed | None:
+        """What the hop says next; None when it has closed."""
+        contract = Contract(
+            self.opened.session,
+            self.opened.start,
+            self.opened.stop,
+            self.opened.batch,
+            self.opened.max_length,
+            HIDDEN,
+            self.opened.codec,
+            world.limits.max_step_tokens,
+        )
+        frame = await self.stream.receive(60.0)
+        return None if frame is None else decode_from_hop(frame, contract)

@@ -1,0 +1,577 @@
+"""Two real hosts on loopback, and strangers made of py-libp2p alone."""
+
+import gc
+import os
+import socket
+import struct
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.host.exceptions import StreamFailure
+from libp2p.host.ping import ID as LIBP2P_PING
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.kad_dht.common import PROTOCOL_ID as KADEMLIA
+from libp2p.network.exceptions import SwarmException
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as StockNoise
+from multiaddr import Multiaddr
+
+from node.config import ConfigError
+from node.network.connection import Connection
+from node.network.host import PING_PROTOCOL, open_host
+from node.network.identity import load_or_create_identity
+from node.network.link import SocketLink
+from node.network.noise import PRIVATE_PROTOCOL
+from node.network.upgrade import Upgrade
+from node.network.yamux import HEADER as YAMUX_HEADER
+from node.network.yamux import SYN, WINDOW_UPDATE
+from tensor_codec.errors import BadResult, NotAMember, PeerGone, RemoteProtocolError, SlowPeer
+from tensor_codec.limits import Limits
+
+ECHO = "/raceme/test-echo/1"
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+KEY, OTHER_KEY = b"k" * 32, b"o" * 32
+
+
+async def echo(stream):
+    while (frame := await stream.receive()) is not None:
+        await stream.send(frame)
+
+
+@asynccontextmanager
+async def host(swarm_key=None, listen=(LOOPBACK,), **options):
+    identity = load_or_create_identity(None)
+    async with open_host(identity=identity, listen=listen, swarm_key=swarm_key, **options) as opened:
+        opened.handle(ECHO, echo)
+        yield opened
+
+
+def stock_host(**options):
+    """py-libp2p as a stranger has it: TCP, Noise, its own yamux."""
+    key_pair = create_new_key_pair()
+    noise = StockNoise(key_pair, noise_privkey=create_noise_key_pair().private_key)
+    return new_host(key_pair=key_pair, sec_opt={NOISE: noise}, **options)
+
+
+@pytest.fixture(autouse=True)
+def _quick_dials_of_the_stranger(monkeypatch):
+    monkeypatch.setattr("libp2p.network.swarm._HAPPY_EYEBALLS_DELAY", 0.0)
+
+
+def info(ours):
+    return PeerInfo(ID.from_base58(ours.peer_id), [Multiaddr(address) for address in ours.addresses])
+
+
+async def eventually(condition, seconds=3.0):
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110  # what is waited for happens behind a socket
+            await trio.sleep(0.01)
+
+
+# --- between members ---
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+async def test_frames_go_there_and_back(key):
+    async with host(key) as alice, host(key) as bob:
+        stream = await alice.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3)
+        for size in (0, 1, 70_000, 3_000_000):
+            await stream.send(bytes(size))
+            assert await stream.receive(5) == bytes(size)
+        assert stream.peer == bob.peer_id
+        assert alice.bytes_sent == alice.bytes_received == bob.bytes_received == 3_070_001
+        assert alice.connected() == {bob.peer_id}
+        assert bob.connected() == {alice.peer_id}
+        assert alice.swarm_id == bob.swarm_id
+        await stream.aclose()
+        assert not alice.blame
+        assert not bob.blame
+
+
+async def test_a_dial_takes_no_longer_than_its_round_trips():
+    async with host() as alice, host() as bob:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+            times.append(time.perf_counter() - started)
+            await alice.disconnect(bob.peer_id)
+            await eventually(lambda: not bob.connected())
+        assert min(times) < 0.15  # py-libp2p's own dial waits 250 ms after it succeeded
+
+
+async def test_a_ping_is_measured_in_microseconds():
+    async with host() as alice, host() as bob:
+        seconds = await alice.ping(bob.peer_id, bob.addresses)
+        assert 1e-5 < seconds < 0.5
+
+
+async def test_every_address_is_tried_and_a_peer_that_failed_once_is_dialled_again():
+    async with host() as alice, host() as bob:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            dead = f"/ip4/127.0.0.1/tcp/{nobody.getsockname()[1]}"
+            with pytest.raises(PeerGone, match=r"cannot be reached: .* refused; nonsense: 'nonsense' is"):
+                await alice.connect(bob.peer_id, [dead, "nonsense"], seconds=3)
+            await alice.connect(bob.peer_id, [dead, *bob.addresses], seconds=3)
+        assert alice.connected() == {bob.peer_id}
+
+
+async def test_without_an_address_nobody_can_be_reached():
+    async with host() as alice:
+        with pytest.raises(PeerGone, match="none of its addresses is known"):
+            await alice.open_stream(load_or_create_identity(None).peer_id, [], ECHO, seconds=1)
+        with pytest.raises(PeerGone, match="does not dial itself"):
+            await alice.connect(alice.peer_id, alice.addresses, seconds=1)
+
+
+async def test_a_listener_that_never_answers_costs_its_deadline_and_no_more():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
+        async with host() as alice, host() as bob:
+            started = time.perf_counter()
+            with pytest.raises(SlowPeer, match=r"within 0\.3 s"):
+                await alice.connect(bob.peer_id, [address], seconds=0.3)
+            assert time.perf_counter() - started < 1
+
+
+async def test_another_peer_at_the_address_is_not_taken_for_the_one_we_want():
+    async with host() as alice, host() as bob:
+        other = load_or_create_identity(None).peer_id
+        with pytest.raises(PeerGone, match="cannot be reached"):
+            await alice.connect(other, bob.addresses, seconds=3)
+        assert alice.connected() == set()
+
+
+async def test_simultaneous_calls_share_one_connection():
+    async with host() as alice, host() as bob:
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(alice.ping, bob.peer_id, bob.addresses)
+        assert alice._count() == 1
+
+
+async def test_a_protocol_that_the_peer_does_not_speak_is_found_out_by_the_first_receive():
+    async with host() as alice, host() as bob:
+        stream = await alice.open_stream(bob.peer_id, bob.addresses, "/raceme/nonsense/1", seconds=3)
+        await stream.send(b"x")
+        with pytest.raises(RemoteProtocolError, match="does not speak /raceme/nonsense/1"):
+            await stream.receive(3)
+        await eventually(lambda: bob.blame)
+        assert dict(bob.blame) == {f"{alice.peer_id} RemoteProtocolError": 1}
+
+
+@pytest.mark.parametrize("in_a_group", [False, True])
+async def test_a_fault_in_a_handler_is_counted_and_resets_that_stream_alone(in_a_group):
+    async def handler(stream):
+        await stream.receive()
+        if in_a_group:
+            raise ExceptionGroup("a nursery of the handler's", [BadResult("NaN")])
+        raise BadResult("NaN")
+
+    async with host() as alice, host() as bob:
+        bob.handle("/raceme/bad/1", handler)
+        bad = await alice.open_stream(bob.peer_id, bob.addresses, "/raceme/bad/1", seconds=3)
+        good = await alice.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3)
+        await bad.send(b"x")
+        with pytest.raises(PeerGone, match="reset"):
+            await bad.receive(3)
+        await good.send(b"y")
+        assert await good.receive(3) == b"y"
+        assert dict(bob.blame) == {f"{alice.peer_id} BadResult": 1}
+
+
+async def test_our_own_bug_in_a_handler_ends_the_host():
+    async def handler(stream):
+        await stream.receive()
+        raise ZeroDivisionError
+
+    async def run():
+        async with host() as bob:
+            bob.handle("/raceme/bug/1", handler)
+            stream = await alice.open_stream(bob.peer_id, bob.addresses, "/raceme/bug/1", seconds=3)
+            await stream.send(b"x")
+            await trio.sleep_forever()
+
+    async with host() as alice:
+        with pytest.raises(BaseExceptionGroup) as caught, trio.fail_after(5):
+            await run()
+        assert caught.group_contains(ZeroDivisionError)
+
+
+async def test_an_error_inside_the_block_comes_out_as_it_is():
+    with pytest.raises(KeyError):
+        async with host():
+            raise KeyError("mine")
+
+
+# --- strangers ---
+
+
+async def refused_stranger(ours, protocols=(IDENTIFY, LIBP2P_PING, KADEMLIA, ECHO, PING_PROTOCOL)):
+    """A stock peer asks for everything and gets nothing; how long its first refusal took."""
+    stranger = stock_host()
+    async with stranger.run([]):
+        started = time.perf_counter()
+        with pytest.raises(SwarmException):
+            await stranger.connect(info(ours))
+        seconds = time.perf_counter() - started
+        for protocol in protocols:
+            stranger.get_network()._negative_peer_cache.clear()
+            with pytest.raises((SwarmException, StreamFailure)):
+                await stranger.new_stream(info(ours).peer_id, [protocol])
+        assert stranger.get_network().get_connections() == []
+    return seconds
+
+
+async def test_a_stranger_without_the_swarm_key_gets_nothing_from_any_protocol_within_a_second(monkeypatch):
+    # one attempt of the stranger's, where it would make three with pauses between
+    monkeypatch.setattr("libp2p.network.swarm.RetryConfig.__init__.__defaults__", (0, 0.1, 30.0, 2.0, 0.1))
+    async with host(KEY) as bob:
+        assert await refused_stranger(bob) < 1
+        assert bob.connected() == set()
+        assert bob.blame["127.0.0.1 NotAMember"] >= 6
+        assert bob.raw.get_network().get_connections() == []
+
+
+async def test_a_stranger_with_a_wrong_key_gets_nothing_within_a_second_and_is_told():
+    async with host(KEY) as bob, host(OTHER_KEY) as mallory:
+        started = time.perf_counter()
+        with pytest.raises(NotAMember, match="does not accept this swarm key"):
+            await mallory.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3)
+        assert time.perf_counter() - started < 1
+        await eventually(lambda: bob.blame)
+        assert [key.split()[1] for key in bob.blame] == ["NotAMember"]
+        assert bob.connected() == mallory.connected() == set()
+        assert bob.raw.get_network().get_connections() == []
+
+
+async def test_a_node_without_a_key_is_told_that_the_swarm_is_private():
+    async with host(KEY) as bob, host(None) as mallory:
+        with pytest.raises(NotAMember, match="belongs to a private swarm"):
+            await mallory.connect(bob.peer_id, bob.addresses, seconds=3)
+
+
+async def test_a_member_is_told_that_the_peer_is_public():
+    async with host(None) as bob, host(KEY) as alice:
+        with pytest.raises(NotAMember, match="does not belong to a private swarm"):
+            await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+
+
+async def test_plaintext_and_tls_are_offered_to_nobody():
+    async with host() as bob:
+        port = int(bob.addresses[0].rpartition("/")[2])
+        for name in ("/plaintext/2.0.0", "/secio/1.0.0", "/tls/1.0.0", PRIVATE_PROTOCOL):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                line = f"{name}\n".encode()
+                await stream.send_all(b"\x13/multistream/1.0.0\n" + bytes([len(line)]) + line)
+                answer = b""
+                with trio.fail_after(3):
+                    while not answer.endswith(b"\x03na\n"):
+                        answer += await stream.receive_some()
+                assert answer == b"\x13/multistream/1.0.0\n\x03na\n"
+
+
+async def test_a_stock_peer_reaches_us_and_we_reach_it_where_there_is_no_swarm_key():
+    stock = stock_host()
+    async with host() as ours, stock.run([Multiaddr(LOOPBACK)]):
+
+        async def stock_echo(stream):
+            await stream.write(await stream.read(9))
+            await stream.close()
+
+        stock.set_stream_handler(ECHO, stock_echo)
+        await stock.connect(info(ours))
+        theirs = await stock.new_stream(info(ours).peer_id, [ECHO])
+        payload = os.urandom(600_000)  # more than two windows
+
+        async def send():
+            await theirs.write(struct.pack(">I", len(payload)) + payload)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            got = b""
+            with trio.fail_after(20):
+                while len(got) < 4 + len(payload):
+                    got += await theirs.read(64 * 1024)
+        assert got[4:] == payload
+        await theirs.close()
+
+        # identify and libp2p's ping are answered, too
+        await eventually(lambda: stock.get_peerstore().supports_protocols(info(ours).peer_id, [LIBP2P_PING]))
+        ping = await stock.new_stream(info(ours).peer_id, [LIBP2P_PING])
+        await ping.write(bytes(32))
+        assert await ping.read(32) == bytes(32)
+
+        # and the other way round, over a connection that we dial
+        peer, address = stock.get_id().to_base58(), str(stock.get_addrs()[0]).partition("/p2p/")[0]
+        await ours.disconnect(peer)
+        await eventually(lambda: not ours.connected())
+        stream = await ours.open_stream(peer, [address], ECHO, seconds=3)
+        await stream.send(b"hello")
+        assert await stream.receive(3) == b"hello"
+        await stream.aclose()
+
+
+# --- floods ---
+
+
+@asynccontextmanager
+async def hostile_channel(victim):
+    """A secured channel to a host, and nobody who keeps yamux's rules on it."""
+    port = int(victim.addresses[0].rpartition("/")[2])
+    link = SocketLink(await trio.open_tcp_stream("127.0.0.1", port), 10)
+    yield await Upgrade(load_or_create_identity(None), None, Limits()).outbound(link, victim.peer_id, "there")
+    link.close()
+
+
+@asynccontextmanager
+async def hostile_connection(victim):
+    """A connection to a host whose credit its holder can lie about."""
+    async with hostile_channel(victim) as channel, trio.open_nursery() as nursery:
+        connection = Connection(channel)
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        yield connection
+        connection.close_now("enough")
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_peer_that_ignores_its_window_is_closed_at_the_bound_and_banned():
+    held = []
+
+    async def reads_nothing(stream):
+        held.append(stream)
+        await trio.sleep_forever()
+
+    async with host() as bob:
+        bob.handle("/raceme/idle/1", reads_nothing)
+        async with hostile_connection(bob) as connection:
+            stream = connection.open()
+            stream.propose("/raceme/idle/1")
+            stream.state.send_credit = 2**31
+            with pytest.raises(PeerGone), trio.fail_after(5):
+                await stream.send_all(bytes(64 * 1024 * 1024))
+            await eventually(lambda: not bob.connected())
+            assert [key.split()[1] for key in bob.blame] == ["YamuxError"]
+            assert held[0]._stream.muxed_conn.core.unread_bytes <= 256 * 1024
+
+
+async def test_a_banned_peer_is_not_let_in_again():
+    async with host() as alice, host() as bob:
+        await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+        (connection,) = alice._connections[bob.peer_id]
+        await connection.channel.send(YAMUX_HEADER.pack(7, 0, 0, 0, 0))
+        await eventually(lambda: f"{alice.peer_id} YamuxError" in bob.blame)
+        await eventually(lambda: not alice.connected())
+        with pytest.raises(PeerGone):
+            await alice.ping(bob.peer_id, bob.addresses, seconds=3)
+        assert bob.connected() == set()
+
+
+async def test_streams_beyond_the_caps_are_reset_and_honest_peers_notice_nothing():
+    limits = Limits(max_streams_per_connection=8)
+    async with host(limits=limits) as bob, host() as honest, hostile_channel(bob) as channel:
+        wire = b"".join(YAMUX_HEADER.pack(0, WINDOW_UPDATE, SYN, 1 + 2 * i, 0) for i in range(60))
+        await channel.send(wire)
+        await eventually(lambda: bob._connections)
+        (theirs,) = bob._connections[next(iter(bob._connections))]
+        await eventually(lambda: theirs.inbound_streams >= 8)
+        assert theirs.inbound_streams == 8
+        assert await honest.ping(bob.peer_id, bob.addresses) < 1
+
+
+@pytest.mark.parametrize("limits", [Limits(max_streams_per_peer=3), Limits(max_streams=3)])
+async def test_the_streams_of_a_peer_and_those_of_the_node_are_capped(limits):
+    async with host(limits=limits) as bob, host() as alice:
+        await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+        await eventually(lambda: identified(alice, bob))
+        (connection,) = bob._connections[alice.peer_id]
+        await eventually(lambda: connection.inbound_streams == 0)
+        streams = []
+        for _ in range(4):
+            streams.append(await alice.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3))
+            await streams[-1].send(b"x")
+        for stream in streams[:3]:
+            assert await stream.receive(3) == b"x"
+        with pytest.raises(PeerGone, match="reset"):
+            await streams[3].receive(3)
+
+
+def identified(ours, other):
+    """Whether libp2p's identify, which takes a stream for a moment, is done."""
+    return ID.from_base58(other.peer_id) in ours.raw._identified_peers
+
+
+async def test_connections_beyond_the_caps_are_closed():
+    limits = Limits(max_inbound_connections=2, max_connections_per_peer=1)
+    async with host(limits=limits) as bob, host() as alice, host() as carol, host() as dave:
+        await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+        link = SocketLink(await trio.open_tcp_stream("127.0.0.1", _port(bob)), 10)
+        second = await alice._upgrade.outbound(link, bob.peer_id, "there")
+        with trio.fail_after(3):
+            assert await second.receive() == b""  # one per peer
+        link.close()
+        await carol.connect(bob.peer_id, bob.addresses, seconds=3)
+        with pytest.raises(PeerGone):
+            await dave.connect(bob.peer_id, bob.addresses, seconds=3)
+        assert bob.connected() == {alice.peer_id, carol.peer_id}
+
+
+def _port(ours):
+    return int(ours.addresses[0].rpartition("/")[2])
+
+
+async def test_connections_that_do_not_finish_the_handshake_are_closed_and_hold_nobody_up():
+    limits = Limits(max_unauthenticated_connections=2, handshake_seconds=0.5)
+    async with host(limits=limits) as bob, host() as alice:
+        silent = [await trio.open_tcp_stream("127.0.0.1", _port(bob)) for _ in range(3)]
+        with trio.fail_after(0.4):
+            assert await silent[2].receive_some() == b""  # the third at once
+        with trio.fail_after(2):
+            for stream in silent[:2]:
+                assert await stream.receive_some() == b""  # the others at the deadline
+        for stream in silent:
+            await stream.aclose()
+        await alice.ping(bob.peer_id, bob.addresses)
+        assert bob.blame["127.0.0.1 SlowPeer"] == 2
+
+
+async def test_a_stream_that_names_no_protocol_is_reset():
+    async with host(limits=Limits(negotiation_seconds=0.2)) as bob, hostile_connection(bob) as connection:
+        stream = connection.open()
+        await stream.send_all(b"\x13/multistream/1.0.0\n\x20")
+        assert await stream.receive_some() == b"\x13/multistream/1.0.0\n"
+        with trio.fail_after(2), pytest.raises(PeerGone):
+            await stream.receive_some()
+        assert [key.split()[1] for key in bob.blame] == ["SlowPeer"]
+
+
+# --- what py-libp2p must go on doing as we rely on it ---
+
+
+async def test_libp2p_runs_with_our_resource_manager():
+    async with host() as bob:
+        swarm = bob.raw.get_network()
+        assert swarm._resource_manager is not None
+        assert swarm._resource_manager.limits.max_streams == Limits().max_streams
+
+
+async def test_libp2p_dials_nobody_by_itself_and_dials_by_us_when_kademlia_asks():
+    async with host() as alice, host() as bob:
+        peer = info(bob)
+        alice.raw.get_peerstore().add_addrs(peer.peer_id, peer.addrs, 600)
+        await alice.raw.get_network().auto_connector.maybe_connect()
+        alice.raw.get_network()._schedule_auto_connect()
+        await trio.sleep(0.1)
+        assert alice.connected() == set()
+        stream = await alice.raw.new_stream(peer.peer_id, [LIBP2P_PING])
+        await stream.write(bytes(32))
+        assert await stream.read(32) == bytes(32)
+        await stream.reset()
+        assert alice.connected() == {bob.peer_id}
+
+
+async def test_sockets_of_both_ends_notice_a_dead_peer_in_seconds():
+    async with host() as alice, host() as bob:
+        await alice.ping(bob.peer_id, bob.addresses)
+        for connections in (alice._connections[bob.peer_id], bob._connections[alice.peer_id]):
+            sock = connections[0].channel.link._socket
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+# --- addresses ---
+
+
+@pytest.mark.parametrize(
+    ("listen", "message"),
+    [
+        ("nonsense", "bad listen address: 'nonsense' is not a TCP multiaddr"),
+        ("/dns/localhost/tcp/0", "cannot listen on /dns/localhost/tcp/0: give an IP address"),
+        ("/ip4/192.0.2.1/tcp/0", "cannot listen on /ip4/192.0.2.1/tcp/0: Cannot assign"),
+        ("/ip4/127.0.0.1/udp/0/quic-v1", "is not a TCP multiaddr"),
+    ],
+)
+async def test_an_address_that_cannot_be_listened_on_is_one_clear_line(listen, message):
+    with pytest.raises(ConfigError) as caught:
+        async with host(listen=[listen]):
+            pass
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_port_in_use_is_one_clear_line_and_leaves_no_socket():
+    before = _descriptors()
+    async with host() as bob:
+        inside = _descriptors()
+        with pytest.raises(ConfigError, match=f"cannot listen on {bob.addresses[0]}: the port is in use"):
+            async with host(listen=[LOOPBACK, bob.addresses[0]]):
+                pass
+        assert _descriptors() == inside
+    assert _descriptors() == before
+
+
+async def test_a_wildcard_is_announced_by_addresses_that_can_be_dialled():
+    async with host(listen=["/ip4/0.0.0.0/tcp/0"]) as bob, host() as alice:
+        assert bob.addresses
+        assert not any("0.0.0.0" in address for address in bob.addresses)
+        assert await alice.ping(bob.peer_id, bob.addresses[-1:]) < 1
+
+
+async def test_announced_addresses_replace_those_listened_on():
+    announced = ["/dns/node.example.org/tcp/4001"]
+    async with host(announce=announced) as bob:
+        assert bob.addresses == tuple(announced)
+    with pytest.raises(ConfigError, match="bad announce address"):
+        async with host(announce=["nonsense"]):
+            pass
+
+
+async def test_names_and_ipv6_can_be_dialled():
+    async with host(listen=["/ip6/::1/tcp/0", LOOPBACK]) as bob, host(listen=[]) as alice:
+        six, four = bob.addresses
+        assert alice.addresses == ()
+        port = four.rpartition("/")[2]
+        for address in (six, f"/dns/localhost/tcp/{port}", f"/dns4/localhost/tcp/{port}"):
+            await alice.connect(bob.peer_id, [address], seconds=3)
+            await alice.disconnect(bob.peer_id)
+
+
+# --- the end ---
+
+
+def _descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_at_the_end_no_task_and_no_socket_stays_and_it_takes_no_time():
+    gc.collect()
+    before, tasks = _descriptors(), _tasks()
+    async with host(KEY) as alice:
+        async with host(KEY) as bob:
+            stream = await alice.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3)
+            await stream.send(b"x")
+            await stream.receive(3)
+            started = time.perf_counter()
+        assert time.perf_counter() - started < 1
+        with pytest.raises(PeerGone):
+            await stream.receive(3)
+        await eventually(lambda: not alice.connected())
+    await trio.sleep(0.15)  # py-libp2p waits 100 ms before it tells that a connection closed
+    gc.collect()
+    assert _descriptors() == before
+    assert _tasks() == tasks
+
+
+def _tasks():
+    return trio.lowlevel.current_statistics().tasks_living

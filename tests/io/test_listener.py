@@ -1,0 +1,703 @@
+"""The door of a serving node: what it lets in, what it refuses, and that nothing lingers behind it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from node.serving.push import PUSH_PROTOCOL
+from routing.names import PeerId
+from tensor_codec.compression import decode_hidden, encode_hidden
+from tensor_codec.errors import PeerGone
+from tensor_codec.limits import Limits
+from tensor_codec.messages import (
+    MAX_HOPS,
+    Contract,
+    Failed,
+    Open,
+    Opened,
+    Result,
+    Step,
+    encode_close,
+    encode_open,
+    encode_step,
+)
+from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, whole_model
+
+LIMITS = Limits()
+ROW = HIDDEN * 4
+
+
+@asynccontextmanager
+async def swarm(limits: Limits | None = None):
+    """A world that is gone with the block, with nothing left in it."""
+    async with trio.open_nursery() as nursery:
+        world = World(nursery, limits)
+        yield world
+        with trio.move_on_after(5):  # P6
+            while any(node.handlers for node in world.nodes.values() if node.alive):
+                await trio.sleep(0.1)
+        world.assert_idle()
+        nursery.cancel_scope.cancel()
+
+
+def step(number: int, position: int, tokens: int = 1, *, session: bytes = bytes(16), reply="all", **other):
+    body = other.pop("body", None)
+    if body is None:
+        body = bytes(encode_hidden(some_hidden(64)[:, position : position + tokens], "fp32"))
+    return encode_step(Step(session, number, position, reply, body, **other))
+
+
+def values(result: object) -> torch.Tensor:
+    assert isinstance(result, Result)
+    return decode_hidden(result.body, Contract(bytes(16), 0, 1, 1, 64, HIDDEN, "fp32", 2048))
+
+
+def expected(stop: int, tokens: int, start: int = 0) -> torch.Tensor:
+    """What blocks [start, stop) make of the first positions of `some_hidden(64)`."""
+    return whole_model(some_hidden(64)[:, :tokens], start, stop)
+
+
+async def end(client: RawClient) -> None:
+    with suppress(PeerGone):  # where the hop was first
+        await client.stream.send(encode_close())
+    await client.stream.aclose()
+
+
+# What is asked for, and refused.
+
+REFUSED = {
+    "another revision": ({"revision": "other"}, "wrong_revision"),
+    "another dtype": ({"dtype": "bfloat16"}, "wrong_revision"),
+    "blocks before the span": ({"start": 1, "stop": 4}, "wrong_revision"),
+    "blocks behind the span": ({"start": 4, "stop": 7}, "wrong_revision"),
+    "blocks of another span": ({"start": 10, "stop": 12}, "wrong_revision"),
+    "an adapter": ({"adapter": "a"}, "wrong_revision"),
+    "more tokens than a session may have": ({"max_length": 8193}, "refused"),
+    "more tokens in rows": ({"max_length": 1025, "batch": 8}, "refused"),
+    "more positions than the model has": ({"max_length": 4097}, "refused"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_a_session_that_asks_for_what_is_not_served_is_refused_with_its_reason(what, autojump_clock):
+    changes, code = REFUSED[what]
+    async with swarm() as world:
+        node = world.add("a", 2, 6)
+        client, answer = await RawClient.open(world, "a", **changes)
+        assert isinstance(answer, Failed)
+        assert answer.code == code
+        assert await client.stream.receive() is None
+        await client.stream.aclose()
+        assert node.faults == {}, "a refusal is nobody's fault"
+
+
+@pytest.mark.parametrize(("start", "stop"), [(2, 6), (2, 3), (3, 5), (5, 6)])
+async def test_any_part_of_the_span_is_served(start, stop, autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 2, 6)
+        client, answer = await RawClient.open(world, "a", start=start, stop=stop)
+        assert answer == Opened(push=False)
+        await client.stream.send(step(0, 0, 5))
+        assert torch.equal(values(await client.receive(world)), expected(stop, 5, start))
+        assert node.span.steps == [(0, 5, start, stop)]
+        await end(client)
+
+
+async def test_a_peer_has_so_many_sessions_and_no_more_and_others_have_theirs(autojump_clock):
+    limits = Limits(max_sessions_per_peer=3)
+    async with swarm(limits) as world:
+        world.add("a", 0, 4)
+        clients = []
+        for number in range(3):
+            client, answer = await RawClient.open(world, "a", session=bytes([number]) * 16)
+            assert isinstance(answer, Opened)
+            clients.append(client)
+        client, answer = await RawClient.open(world, "a", session=b"x" * 16)
+        assert isinstance(answer, Failed)
+        assert answer.code == "too_many"
+        assert answer.retry_after_seconds
+        clients.append(client)
+        other, answer = await RawClient.open(world, "a", "someone else", session=b"y" * 16)
+        assert isinstance(answer, Opened)
+        await end(clients[0])
+        await trio.sleep(1)
+        late, answer = await RawClient.open(world, "a", session=b"z" * 16)
+        assert isinstance(answer, Opened), "a place that was given back is a place"
+        for one in (*clients[1:], other, late):
+            await end(one)
+
+
+async def test_a_session_for_which_there_is_no_cache_is_refused_before_anything_is_made(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4, tokens=100)
+        first, answer = await RawClient.open(world, "a", max_length=64)
+        assert isinstance(answer, Opened)
+        second, answer = await RawClient.open(world, "a", "another", session=b"x" * 16, max_length=64)
+        assert isinstance(answer, Failed)
+        assert (answer.code, answer.retry_after_seconds) == ("cache_full", 2.0)
+        assert node.budget.free_tokens == 36
+        await end(first)
+        await second.stream.aclose()
+
+
+async def test_a_session_whose_id_is_taken_is_a_fault_and_the_first_one_goes_on(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        first, _ = await RawClient.open(world, "a")
+        thief = await world.dial(PeerId("thief"), PeerId("a"), first.stream.protocol)
+        await thief.send(encode_open(first.opened))
+        with pytest.raises(PeerGone, match="reset"):
+            await thief.receive()
+        await thief.aclose()
+        assert node.faults == {"thief MessageError": 1}
+        await first.stream.send(step(0, 0))
+        assert torch.equal(values(await first.receive(world)), expected(4, 1))
+        await end(first)
+
+
+@pytest.mark.parametrize("frame", [b"", b"garbage", b"\x00\x00", bytes(5000), b"\xff" * 100])
+async def test_garbage_instead_of_an_open_is_the_clients_fault(frame, autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
+        await stream.send(frame)
+        with pytest.raises(PeerGone, match="reset"):
+            await stream.receive()
+        await stream.aclose()
+        assert node.faults == {"client MessageError": 1}
+
+
+async def test_silence_instead_of_an_open_ends_at_its_deadline(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
+        began = trio.current_time()
+        with pytest.raises(PeerGone, match="reset"):
+            await stream.receive()
+        assert trio.current_time() - began == pytest.approx(LIMITS.frame_start_seconds)
+        await stream.aclose()
+        assert node.faults == {"client SlowPeer": 1}
+
+
+# Steps.
+
+
+async def test_steps_are_computed_in_order_and_each_answer_says_which_positions_it_holds(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        await client.stream.send(step(0, 0, 3))
+        await client.stream.send(step(1, 3, 4, reply="last"))
+        await client.stream.send(step(2, 7, 2, reply="none"))
+        first, second, third = [await client.receive(world) for _ in range(3)]
+        whole = expected(4, 9)
+        assert (first.step, first.position, second.step, second.position) == (0, 0, 1, 6)
+        assert (third.step, third.position, len(third.body)) == (2, 9, 0)
+        assert torch.equal(values(first), whole[:, :3])
+        assert torch.equal(values(second), whole[:, 6:7])
+        assert [len(answer.timings) for answer in (first, second, third)] == [1, 1, 1]
+        await end(client)
+
+
+async def test_a_step_sent_again_is_answered_from_memory(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        for _ in range(3):
+            await client.stream.send(step(0, 0, 3))
+            assert torch.equal(values(await client.receive(world)), expected(4, 3))
+        assert node.span.steps == [(0, 3, 0, 4)]
+        await end(client)
+
+
+async def test_a_lower_position_cuts_the_cache_and_the_answers_are_those_of_the_new_beginning(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        other = some_hidden(64, seed=9)
+        for number, (position, tokens, source) in enumerate(
+            [(0, 8, some_hidden(64)), (5, 2, other), (7, 3, other), (0, 4, other)]
+        ):
+            body = bytes(encode_hidden(source[:, position : position + tokens], "fp32"))
+            await client.stream.send(step(number, position, body=body))
+            answer = values(await client.receive(world))
+        assert torch.equal(answer, whole_model(other[:, :4], 0, 4))
+        assert [one[:2] for one in node.span.steps] == [(0, 8), (5, 2), (7, 3), (0, 4)]
+        await end(client)
+
+
+async def test_a_model_that_cannot_go_back_says_so(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 4, can_cut=False)
+        client, _ = await RawClient.open(world, "a")
+        await client.stream.send(step(0, 0, 3))
+        await client.receive(world)
+        await client.stream.send(step(1, 1, 1))
+        told = await client.receive(world)
+        assert (told.code, told.step) == ("protocol", None)
+        await client.stream.aclose()
+
+
+BROKEN = {
+    "a hole": (step(1, 5, 1), "protocol"),
+    "too many positions": (step(1, 3, 1, body=bytes(62 * ROW)), "message"),
+    "an old step": (step(0, 3, 1), "protocol"),
+    "a body that is half a row": (step(1, 3, body=bytes(ROW // 2)), "message"),
+    "no body": (step(1, 3, body=b""), "message"),
+    "another session": (step(1, 3, session=b"x" * 16), "message"),
+    "NaN": (step(1, 3, body=bytes(ROW - 4) + b"\x00\x00\xc0\x7f"), "bad_values"),
+    "infinity": (step(1, 3, body=bytes(ROW - 4) + b"\x00\x00\x80\xff"), "bad_values"),
+    "garbage": (b"\x01garbage", "message"),
+    "nothing": (b"", "message"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+async def test_a_step_that_may_not_come_ends_the_session_and_touches_nothing(what, autojump_clock):
+    frame, code = BROKEN[what]
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        await client.stream.send(step(0, 0, 3))
+        await client.receive(world)
+        cache = next(iter(node.listener._sessions.values())).cache
+        before = {block: given.clone() for block, given in cache.given.items()}
+        await client.stream.send(frame)
+        told = await client.receive(world)
+        assert isinstance(told, Failed)
+        assert told.code == code
+        assert await client.receive(world) is None
+        assert sum(node.faults.values()) == 1
+        assert next(iter(node.faults)).startswith("client ")
+        assert cache.length == 3
+        assert all(torch.equal(cache.given[block], given) for block, given in before.items())
+        await client.stream.aclose()
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x01"])
+async def test_a_frame_of_hostile_length_ends_the_session_at_its_prefix(data, autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        await client.stream.send_bytes(data)
+        told = await client.receive(world)
+        assert told.code == "message"
+        assert node.faults == {"client FrameError": 1}
+        await client.stream.aclose()
+
+
+async def test_values_that_the_span_itself_made_wrong_are_nobody_elses_fault(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        node.span.poison = lambda hidden: hidden * math.nan
+        client, _ = await RawClient.open(world, "a")
+        await client.stream.send(step(0, 0, 3))
+        told = await client.receive(world)
+        assert (told.code, told.peer) == ("bad_values", None)
+        assert node.faults == {}
+        await client.stream.aclose()
+
+
+async def test_so_many_steps_may_wait_and_one_more_ends_the_session(autojump_clock):
+    limits = Limits(max_steps_in_flight=3)
+    async with swarm(limits) as world:
+        world.add("a", 0, 4, seconds=1)
+        client, _ = await RawClient.open(world, "a")
+        for number in range(4):  # one in the works, three in the inbox
+            await client.stream.send(step(number, number))
+            await trio.testing.wait_all_tasks_blocked()
+        for number in range(4):
+            assert (await client.receive(world)).step == number
+        for number in range(4, 9):
+            await client.stream.send(step(number, number))
+            await trio.testing.wait_all_tasks_blocked()
+        told = await client.receive(world)
+        assert isinstance(told, Failed)
+        assert told.code == "protocol"
+        await client.stream.aclose()
+
+
+async def test_a_full_queue_refuses_a_step_and_says_when_to_come_back(autojump_clock):
+    limits = Limits(max_waiting_steps_per_peer=2)
+    async with swarm(limits) as world:
+        node = world.add("a", 0, 4, seconds=1)
+        clients = []
+        for number in range(3):
+            client, _ = await RawClient.open(world, "a", session=bytes([number]) * 16)
+            await client.stream.send(step(0, 0, session=bytes([number]) * 16))
+            await trio.testing.wait_all_tasks_blocked()
+            clients.append(client)
+        answers = [await client.receive(world) for client in clients]
+        assert [type(answer) for answer in answers] == [Result, Result, Failed]
+        assert (answers[2].code, answers[2].retry_after_seconds) == ("too_many", 1.0)
+        assert node.faults == {}
+        for client in clients:
+            await client.stream.aclose()
+
+
+async def test_a_full_queue_of_one_peer_leaves_room_for_others(autojump_clock):
+    limits = Limits(max_waiting_steps_per_peer=1, max_waiting_steps=2)
+    async with swarm(limits) as world:
+        world.add("a", 0, 4, seconds=1)
+        answers = {}
+        clients = {}
+        for number, name in enumerate(["one", "one", "two", "three"]):
+            session = bytes([number]) * 16
+            clients[number], _ = await RawClient.open(world, "a", name, session=session)
+            await clients[number].stream.send(step(0, 0, session=session))
+            await trio.testing.wait_all_tasks_blocked()
+        for number, client in clients.items():
+            answers[number] = type(await client.receive(world))
+            await client.stream.aclose()
+        assert answers == {0: Result, 1: Failed, 2: Result, 3: Failed}
+
+
+# Time.
+
+
+async def test_a_session_without_a_first_step_ends_exactly_at_its_limit(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        began = trio.current_time()
+        told = await client.receive(world)
+        assert told.code == "ended"
+        assert trio.current_time() - began == pytest.approx(LIMITS.session_first_step_seconds)
+        assert await client.receive(world) is None
+        assert node.listener.session_count == 0
+        await client.stream.aclose()
+
+
+async def test_an_idle_session_ends_exactly_at_its_limit(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        for number in range(3):
+            await trio.sleep(9)
+            await client.stream.send(step(number, number))
+            await client.receive(world)
+        began = trio.current_time()
+        await trio.sleep(LIMITS.session_idle_seconds - 1)
+        await client.stream.send(step(3, 3))
+        assert isinstance(await client.receive(world), Result)
+        told = await client.receive(world)
+        assert told.code == "ended"
+        assert "idle for 60" in told.message
+        assert trio.current_time() - began == pytest.approx(2 * LIMITS.session_idle_seconds - 1)
+        await client.stream.aclose()
+
+
+async def test_a_session_that_is_never_idle_ends_exactly_at_the_end_of_its_life(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        began, number = trio.current_time(), 0
+        while True:
+            await client.stream.send(step(number, number % 50))
+            answer = await client.receive(world)
+            if isinstance(answer, Failed):
+                break
+            number += 1
+            with trio.move_on_after(50):
+                answer = await client.receive(world)
+                break
+        assert answer.code == "ended"
+        assert "older than 1800" in answer.message
+        assert trio.current_time() - began == pytest.approx(LIMITS.session_life_seconds)
+        await client.stream.aclose()
+
+
+async def test_a_client_that_does_not_read_its_answers_is_dropped_at_the_limit(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        began = trio.current_time()
+        for number in range(20):  # the stream holds 16
+            try:
+                await client.stream.send(step(number, number))
+            except PeerGone:  # the hop has given up
+                break
+            await trio.testing.wait_all_tasks_blocked()
+        while node.listener.session_count:
+            await trio.sleep(0.5)
+        taken = trio.current_time() - began
+        assert LIMITS.reply_taken_seconds <= taken <= LIMITS.reply_taken_seconds + 2
+        assert node.faults == {"client SlowPeer": 1}
+        await client.stream.aclose()
+
+
+# Going away.
+
+
+@pytest.mark.parametrize("how", ["close", "end", "reset"])
+@pytest.mark.parametrize("when", ["before a step", "in a step", "with steps waiting", "after a step"])
+async def test_a_client_that_goes_away_frees_everything_at_once(how, when, autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4, seconds=3)
+        client, _ = await RawClient.open(world, "a")
+        if when != "before a step":
+            await client.stream.send(step(0, 0))
+        if when == "after a step":
+            await client.receive(world)
+        if when == "with steps waiting":
+            for number in range(1, 5):
+                await client.stream.send(step(number, number))
+        await trio.testing.wait_all_tasks_blocked()
+        if how == "close":
+            await end(client)
+        elif how == "end":
+            await client.stream.aclose()
+        else:
+            await client.stream.reset()
+        await trio.sleep(0.01)
+        node.assert_idle()
+        assert node.faults == {}
+
+
+async def test_a_client_that_goes_away_while_the_hop_dials_frees_everything_within_the_dial(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        node.listener._links.open_stream = lambda peer: trio.sleep_forever()
+        stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
+        opened = Open(bytes(16), "m", "r", 0, 4, 1, 64, "float32", "fp32", successor="b")
+        await stream.send(encode_open(opened))
+        await trio.testing.wait_all_tasks_blocked()
+        assert node.listener.session_count == 1
+        await stream.reset()
+        await trio.sleep(LIMITS.dial_seconds)
+        node.assert_idle()
+
+
+async def test_a_node_that_drains_finishes_the_steps_in_flight_and_takes_no_new_session(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4, seconds=1)
+        busy, _ = await RawClient.open(world, "a", session=b"b" * 16)
+        idle, _ = await RawClient.open(world, "a", session=b"i" * 16)
+        for number in range(3):
+            await busy.stream.send(step(number, number, session=b"b" * 16))
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.listener.drain)
+            await trio.testing.wait_all_tasks_blocked()
+            late, answer = await RawClient.open(world, "a", session=b"l" * 16)
+            assert isinstance(answer, Failed)
+            assert answer.code == "draining"
+            for number in range(3):
+                assert (await busy.receive(world)).step == number
+            for client in (busy, idle):
+                told = await client.receive(world)
+                assert (told.code, told.message) == ("ended", "this node is leaving the swarm")
+                assert await client.receive(world) is None
+        assert trio.current_time() == pytest.approx(3.0)
+        assert node.listener.session_count == 0
+        for client in (busy, idle, late):
+            await client.stream.aclose()
+
+
+async def test_draining_ends_by_its_limit_whatever_the_steps_take(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4, seconds=1000)
+        client, _ = await RawClient.open(world, "a")
+        await client.stream.send(step(0, 0))
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        await node.listener.drain()
+        assert trio.current_time() - began <= LIMITS.drain_seconds + 1
+        assert (await client.receive(world)).code == "ended"
+        await client.stream.aclose()
+
+
+async def test_draining_an_idle_node_takes_no_time_twice(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.listener.drain)
+            nursery.start_soon(node.listener.drain)
+        assert trio.current_time() == pytest.approx(0.0)
+
+
+# Pushes.
+
+
+@asynccontextmanager
+async def fed_session(world: World, **changes):
+    """A session at "a" that "before" feeds: the client, the pusher's stream, the node."""
+    node = world.add("a", 0, 4)
+    client, answer = await RawClient.open(world, "a", predecessor="before", **changes)
+    assert isinstance(answer, Opened)
+    pusher = await world.dial(PeerId("before"), PeerId("a"), PUSH_PROTOCOL)
+    yield client, pusher, node
+    await client.stream.aclose()
+    await pusher.aclose()
+
+
+async def test_a_pushed_step_is_answered_to_the_client(autojump_clock):
+    async with swarm() as world, fed_session(world) as (client, pusher, node):
+        await pusher.send(step(0, 0, 3, timings=((5, 4),)))
+        answer = await client.receive(world)
+        assert torch.equal(values(answer), expected(4, 3))
+        assert answer.timings[0] == (5, 4)
+        assert len(answer.timings) == 2
+        assert node.faults == {}
+
+
+async def test_a_push_from_another_peer_is_blamed_and_not_applied(autojump_clock):
+    async with swarm() as world, fed_session(world) as (client, pusher, node):
+        thief = await world.dial(PeerId("thief"), PeerId("a"), PUSH_PROTOCOL)
+        await thief.send(step(0, 0, 3))
+        with pytest.raises(PeerGone, match="reset"):
+            await thief.receive()
+        await thief.aclose()
+        assert node.faults == {"thief MessageError": 1}
+        assert node.span.steps == []
+        await pusher.send(step(0, 0, 3))
+        assert torch.equal(values(await client.receive(world)), expected(4, 3))
+
+
+async def test_a_push_into_a_session_that_only_its_client_feeds_is_blamed(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        thief = await world.dial(PeerId("thief"), PeerId("a"), PUSH_PROTOCOL)
+        await thief.send(step(0, 0, 3))
+        with pytest.raises(PeerGone, match="reset"):
+            await thief.receive()
+        assert node.faults == {"thief MessageError": 1}
+        assert node.span.steps == []
+        await thief.aclose()
+        await end(client)
+
+
+async def test_a_push_into_a_session_that_is_over_is_dropped_and_the_stream_goes_on(autojump_clock):
+    async with swarm() as world, fed_session(world) as (client, pusher, node):
+        await pusher.send(step(0, 0, 3, session=b"gone" * 4))
+        await pusher.send(step(0, 0, 3))
+        assert torch.equal(values(await client.receive(world)), expected(4, 3))
+        assert node.faults == {}
+
+
+@pytest.mark.parametrize("frame", [b"", b"garbage", b"\x00\x01\x80", encode_close()[0]])
+async def test_garbage_on_a_push_stream_is_the_pushers_fault(frame, autojump_clock):
+    async with swarm() as world, fed_session(world) as (_, pusher, node):
+        await pusher.send(frame)
+        with pytest.raises(PeerGone, match="reset"):
+            await pusher.receive()
+        assert node.faults == {"before MessageError": 1}
+
+
+@pytest.mark.parametrize("body", [b"", bytes(ROW // 2), bytes(65 * ROW)])
+async def test_a_push_against_its_contract_ends_its_session_alone_and_names_who_sent_it(body, autojump_clock):
+    async with swarm() as world, fed_session(world) as (client, pusher, node):
+        second, _ = await RawClient.open(world, "a", predecessor="before", session=b"2" * 16)
+        await pusher.send(step(0, 0, body=body))
+        told = await client.receive(world)
+        assert (told.code, told.peer) == ("message", "before")
+        assert node.faults == {"before MessageError": 1}
+        # Its client may have opened the two hops differently: no reason to break other sessions.
+        await pusher.send(step(0, 0, 3, session=b"2" * 16))
+        assert torch.equal(values(await second.receive(world)), expected(4, 3))
+        await end(second)
+
+
+async def test_values_that_are_not_finite_from_the_hop_before_are_its_fault_and_the_client_is_told(autojump_clock):
+    async with swarm() as world, fed_session(world) as (client, pusher, node):
+        await pusher.send(step(0, 0, 1, body=bytes(ROW - 4) + b"\x00\x00\xc0\x7f"))
+        told = await client.receive(world)
+        assert (told.code, told.peer) == ("bad_values", "before")
+        assert node.faults == {"before BadResult": 1}
+        assert node.span.steps == []
+
+
+async def test_a_client_that_does_not_read_is_at_fault_and_not_the_hop_before(autojump_clock):
+    async with swarm() as world, fed_session(world) as (_, pusher, node):
+        for number in range(18):
+            await pusher.send(step(number, number))
+            await trio.testing.wait_all_tasks_blocked()
+        while node.listener.session_count:
+            await trio.sleep(0.5)
+        assert node.faults == {"client SlowPeer": 1}
+
+
+async def test_timings_of_as_many_hops_as_there_may_be_can_be_passed_on(autojump_clock):
+    full = tuple((n, n) for n in range(MAX_HOPS))
+    async with swarm() as world:
+        world.add("a", 0, 2)
+        last = world.add("b", 2, 4)
+        behind, _ = await RawClient.open(world, "b", predecessor="a")
+        client, answer = await RawClient.open(world, "a", successor="b")
+        assert answer == Opened(push=True)
+        await client.stream.send(step(0, 0, 2, timings=full))
+        answer = await behind.receive(world)
+        assert torch.equal(values(answer), expected(4, 2))
+        assert len(answer.timings) == MAX_HOPS
+        assert last.faults == {}
+        await end(client)
+        await end(behind)
+
+
+# Pushing on.
+
+
+async def test_a_hop_that_cannot_reach_the_next_one_says_so_when_it_opens(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 2)
+        client, answer = await RawClient.open(world, "a", successor="nobody")
+        assert answer == Opened(push=False)
+        assert node.faults == {"nobody PeerGone": 1}
+        await client.stream.send(step(0, 0, 2))
+        assert torch.equal(values(await client.receive(world)), expected(2, 2))
+        await end(client)
+
+
+async def test_a_next_hop_that_dies_is_named_to_the_client(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 2)
+        world.add("b", 2, 4)
+        behind, _ = await RawClient.open(world, "b", predecessor="a")
+        client, _ = await RawClient.open(world, "a", successor="b")
+        await world.kill("b")
+        await client.stream.send(step(0, 0, 2))
+        told = await client.receive(world)
+        assert (told.code, told.peer, told.step) == ("cannot_push", "b", 0)
+        assert node.faults == {"b PeerGone": 1}
+        await end(client)
+        await behind.stream.aclose()
+
+
+async def test_a_push_stream_that_broke_is_opened_again_and_nothing_is_lost_or_applied_twice(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 2)
+        last = world.add("b", 2, 4)
+        behind, _ = await RawClient.open(world, "b", predecessor="a")
+        client, _ = await RawClient.open(world, "a", successor="b")
+        for number in range(3):
+            await client.stream.send(step(number, number))
+            assert torch.equal(values(await behind.receive(world)), expected(4, number + 1)[:, number:])
+            pushed = next(s for s in node.streams if s.protocol == PUSH_PROTOCOL and not s.closed)
+            await pushed.other.reset()
+            await trio.testing.wait_all_tasks_blocked()
+        assert [one[0] for one in last.span.steps] == [0, 1, 2]
+        await end(client)
+        await end(behind)
+
+
+async def test_sessions_to_the_same_next_hop_share_one_stream_that_ends_with_the_last_of_them(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 2)
+        world.add("b", 2, 4)
+        clients = []
+        for number in range(3):
+            client, _ = await RawClient.open(world, "a", successor="b", session=bytes([number]) * 16)
+            clients.append(client)
+        assert [pair for pair in world.dialled if pair == ("a", "b")] == [("a", "b")]
+        for client in clients:
+            assert len([s for s in world.nodes[PeerId("b")].streams if not s.closed]) == 1
+            await end(client)
+            await trio.sleep(0.1)
+        assert [s for s in world.nodes[PeerId("b")].streams if not s.closed] == []
