@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = [] if flags.model is None else ["--model", flags.model]
     common = ["--dtype", flags.dtype, "--threads", str(flags.threads)]
     with (
-        local_swarm(common, threads) as swarm,
+        local_swarm(common, environment=threads) as swarm,
         closing(Worker("benchmarks.reference", [*model, *common], threads)) as reference,
     ):
         swarm.start_spans(spans, *([] if flags.model is None else [flags.model]))

@@ -90,10 +90,13 @@ class NodeProcess:
 class LocalSwarm:
     """Nodes of one swarm on this machine.  Made by `local_swarm`."""
 
-    def __init__(self, folder: Path, common: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, common: Sequence[str], network: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
         self.folder = folder
         self.nodes: list[NodeProcess] = []
         self._common = list(common)
+        self._network = list(network)
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
 
     @property
@@ -102,11 +105,15 @@ class LocalSwarm:
         return [node.address for node in self.nodes if node.facts][:1]
 
     def start(self, *flags: str, peers: Sequence[str] | None = None) -> NodeProcess:
-        """Start a node; it joins the first one that is online.  Does not wait."""
+        """Start a node, or with "bootstrap" first a directory; it joins the first one that is online.
+
+        Does not wait.
+        """
         number = len(self.nodes)
         ready, log = self.folder / f"node-{number}.json", self.folder / f"node-{number}.log"
         join = self.peers if peers is None else list(peers)
-        command = [sys.executable, "-m", "node", *flags, *self._common, "--ready-file", str(ready)]
+        common = self._network + ([] if flags[:1] == ("bootstrap",) else self._common)
+        command = [sys.executable, "-m", "node", *flags, *common, "--ready-file", str(ready)]
         if join:
             command += ["--peers", *join]
         with log.open("wb") as output:
@@ -130,11 +137,16 @@ class LocalSwarm:
 
 @contextmanager
 def local_swarm(
-    common: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    common: Sequence[str] = (),
+    network: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[LocalSwarm]:
-    """A swarm whose processes all end with the block.  common: flags of every node."""
+    """A swarm whose processes all end with the block.
+
+    common: flags of every serving node; network: of these and of bootstrap nodes.
+    """
     with tempfile.TemporaryDirectory(prefix="raceme-swarm-") as folder:
-        swarm = LocalSwarm(Path(folder), common, environment or {})
+        swarm = LocalSwarm(Path(folder), common, network, environment or {})
         try:
             yield swarm
         finally:

@@ -11,12 +11,13 @@ from typing import Any
 import psutil
 import trio
 
-from client.connect import Swarm, connect
+from client.connect import ClientConfig, Swarm, open_swarm
 
 
 async def serve_lines(flags: argparse.Namespace) -> None:
     """Connect, then answer lines of JSON on standard input."""
-    async with connect(flags.model, peers=flags.peers, threads=flags.threads, codec=flags.codec) as swarm:
+    config = ClientConfig(tuple(flags.peers), flags.model, threads=flags.threads, codec=flags.codec)
+    async with open_swarm(config) as swarm:
         while line := await trio.to_thread.run_sync(sys.stdin.readline):
             question = json.loads(line)
             print(json.dumps(await answer(swarm, question)), flush=True)

@@ -9,7 +9,6 @@ a small message while bulk goes the same way on the same connection.
 from __future__ import annotations
 
 import argparse
-import asyncio.subprocess  # noqa: F401  # keeps trio's import of it out of the timings
 import json
 import statistics
 import subprocess
@@ -217,7 +216,8 @@ def main() -> None:
             stdout=subprocess.PIPE,
             text=True,
         ) as server:
-            assert server.stdin and server.stdout
+            assert server.stdin is not None
+            assert server.stdout is not None
             peer, address = server.stdout.readline().split()
             results[stack] = trio.run(measure, stack, peer, address, options.rounds, options.bulk_mib * MIB)
             server.stdin.close()

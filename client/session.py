@@ -10,6 +10,7 @@ A session never repairs itself: the first fault ends it, and `client.retry` make
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -90,7 +91,11 @@ class StepTimes:
 
 @dataclass(slots=True)
 class Pending:
-    """A step on its way.  timings: of the hops that have answered, in relay mode."""
+    """A step on its way.
+
+    timings: of the hops that have answered, in relay mode.  deadline: on trio's clock, from when its
+    answer is waited for.
+    """
 
     step: int
     what: StepRange
@@ -99,6 +104,7 @@ class Pending:
     here: trio.Event = field(default_factory=trio.Event)
     result: Result | None = None
     timings: tuple[tuple[int, int], ...] = ()
+    deadline: float = math.inf
 
 
 @dataclass(slots=True)
@@ -196,22 +202,25 @@ class Session:
 
     @contextmanager
     def _deadline(self, pending: Pending) -> Iterator[None]:
+        pending.deadline = min(pending.deadline, trio.current_time() + self.step_seconds)
         try:
-            with trio.fail_after(self.step_seconds):
+            with trio.fail_at(pending.deadline):
                 yield
         except trio.TooSlowError:
             late = SlowPeer(f"no answer to step {pending.step} within {self.step_seconds} s")
-            raise self._fail(late, self._slowest()) from None
+            raise self._fail(late, self._slowest(pending)) from None
 
-    def _slowest(self) -> str | None:
-        """Whom to blame for silence: the only hop, or nobody in particular."""
-        return self.chain.hops[0].peer if len(self.chain.hops) == 1 else None
+    def _slowest(self, pending: Pending) -> str | None:
+        """Whom to blame for silence: the hop that has the step, where that is known."""
+        known = self.relay or len(self.chain.hops) == 1
+        return self.chain.hops[pending.key[0]].peer if known else None
 
     async def _carry(self, pending: Pending, body: Buffer) -> None:
         """Relay mode: take the hidden states from hop to hop, up to the last one."""
         last = len(self._streams) - 1
         for hop in range(last):
             here = Pending(pending.step, StepRange(pending.what.position, pending.what.tokens, "all"))
+            pending.key = (hop, pending.step)
             await self._send(hop, hop, here, body)
             result = await self._answer(here)
             pending.timings += result.timings

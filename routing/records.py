@@ -108,15 +108,19 @@ def sign_record(record: Record, private_key: bytes) -> bytes:
 
 
 def fit_record(record: Record, limits: Limits) -> Record:
-    """The record with as many of its round-trip times as fit into max_record_bytes, shortest first."""
-    envelope = _pack([b"", bytes(PUBLIC_KEY_BYTES), bytes(_SIGNATURE_BYTES)])
+    """The record with as much of its lists as fits into max_record_bytes.
+
+    The longest round-trip times go first, then the last addresses, but one.
+    """
     nearest = sorted(record.rtt.items(), key=lambda item: (item[1], item[0]))[:MAX_RTTS]
+    addresses = list(record.addresses[:MAX_ADDRESSES])
     while True:
-        fitted = replace(record, rtt=MappingProxyType(dict(nearest)))
-        payload = _pack(_to_wire(fitted))
-        if not nearest or len(envelope) + len(payload) + 2 <= limits.max_record_bytes:  # + 2: bin 16 header
+        rtt = MappingProxyType(dict(nearest))
+        fitted = replace(record, rtt=rtt, addresses=tuple(addresses))
+        size = len(_pack([_pack(_to_wire(fitted)), bytes(PUBLIC_KEY_BYTES), bytes(_SIGNATURE_BYTES)]))
+        if size <= limits.max_record_bytes or not (nearest or addresses[1:]):
             return fitted
-        nearest.pop()
+        (nearest or addresses).pop()
 
 
 def signer(wire: bytes) -> bytes:
@@ -246,7 +250,7 @@ def _rtt(pairs: list[Any]) -> Mapping[PeerId, float]:
 
 
 _LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
-_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\.?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 

@@ -143,6 +143,7 @@ class FakeHost:
         self.limits = limits
         self.blame: Counter[str] = Counter()
         self.handlers: dict[str, Handler] = {}
+        self.linked: set[PeerId] = set()
         network.hosts[self.peer_id] = self
 
     @property
@@ -164,6 +165,7 @@ class FakeHost:
         if not network.reachable(self.peer_id, peer):
             raise PeerGone(f"{addresses[0]}: no route to host")
         other = network.hosts[peer]
+        self.linked.add(peer)
         if not set(addresses) & set(other.addresses):
             raise PeerGone(f"{addresses[0]}: somebody else listens there")
         if protocol not in other.handlers:
@@ -186,6 +188,10 @@ class FakeHost:
         await trio.sleep(2 * self.network.delay)
         if not self.network.reachable(self.peer_id, peer):
             raise PeerGone("no route to host")
+        self.linked.add(peer)
+
+    def connected(self) -> set[PeerId]:
+        return {peer for peer in self.linked if self.network.reachable(self.peer_id, peer)}
 
     async def ping(self, peer: PeerId, addresses: Sequence[str], *, seconds: float | None = None) -> float:
         if not self.network.reachable(self.peer_id, peer):

@@ -7,7 +7,8 @@ proves which blocks ran, once, in order, and over which cache.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -102,6 +103,40 @@ def some_hidden(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
     """Whole numbers [batch, tokens, hidden]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, PRIME, (batch, tokens, HIDDEN), generator=generator).float()
+
+
+class FakeEnds:
+    """Embeds a token as small numbers and reads the next one out of the sum of a hidden state."""
+
+    vocabulary = 26
+
+    def __init__(self, end_tokens: Iterable[int] = ()) -> None:
+        self.eos_ids = frozenset(end_tokens)
+        self.tokenizer = self
+        self.embedded: list[int] = []  # tokens in each call
+
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """Token ids [1, tokens] -> [1, tokens, hidden]."""
+        self.embedded.append(ids.shape[1])
+        return (ids[..., None] * torch.arange(1, HIDDEN + 1) + 1).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[1, tokens, hidden] -> logits [1, tokens, vocabulary]."""
+        best = hidden.sum(-1).long() % self.vocabulary
+        return torch.nn.functional.one_hot(best, self.vocabulary).float()
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        """A letter for each token."""
+        return "".join(chr(ord("a") + token) for token in tokens)
+
+
+def generated(prompt: list[int], count: int, blocks: int) -> list[int]:
+    """The greedy tokens of the whole model, each from everything before it."""
+    ends, tokens = FakeEnds(), list(prompt)
+    for _ in range(count):
+        hidden = whole_model(ends.embed(torch.tensor([tokens]), 0), 0, blocks)
+        tokens.append(int(ends.head(hidden)[0, -1].argmax()))
+    return tokens[len(prompt) :]
 
 
 class FakeCompute:
@@ -359,6 +394,19 @@ class World:
         assert [stream for stream in self.client_streams if not stream.closed] == []
 
 
+@asynccontextmanager
+async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
+    """A world that is gone with the block, with nothing left in it."""
+    async with trio.open_nursery() as nursery:
+        world = World(nursery, limits)
+        yield world
+        with trio.move_on_after(5):  # P6
+            while any(node.handlers for node in world.nodes.values() if node.alive):
+                await trio.sleep(0.1)
+        world.assert_idle()
+        nursery.cancel_scope.cancel()
+
+
 class RawClient:
     """A client that says what it likes: a stream to one hop, and the messages one by one."""
 
@@ -390,5 +438,5 @@ class RawClient:
             self.opened.codec,
             world.limits.max_step_tokens,
         )
-        frame = await self.stream.receive(60.0)
+        frame = await self.stream.receive(100.0)
         return None if frame is None else decode_from_hop(frame, contract)

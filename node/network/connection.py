@@ -179,11 +179,6 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc]  # py-libp2p has no types
         """As `reset_now`."""
         self.reset_now()
 
-    @property
-    def is_abandoned(self) -> bool:
-        """True once we closed it, whatever the peer still sends."""
-        return self.state.abandoned_at is not None
-
     def is_closed(self) -> bool:
         """True once nothing more can come of it."""
         return self.state.is_reset or (self.state.send_ended and self.state.receive_ended)

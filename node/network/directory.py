@@ -37,6 +37,7 @@ from routing.records import (
     Record,
     RecordError,
     Role,
+    check_address,
     fit_record,
     sign_record,
     signer,
@@ -66,12 +67,13 @@ EXPIRY_SECONDS = 1.0  # a record that ended is noticed so much later, at the lat
 FAULTS_BEFORE_DROP = 3
 DIGEST_ENTRY_COST = 0.01  # of a record's
 ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
+RETRIES_KEPT = 1024  # peers that could not be reached
 BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
 RTT_FRESH_SECONDS = 60.0
 RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
 PING_SECONDS = 2.0
-PINGS_AT_ONCE = 8  # the limit on outbound dials
+DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
 SUCCESSORS_MEASURED = 8
 
 log = logging.getLogger(__name__)
@@ -220,22 +222,40 @@ class Directory:
         Peers that were asked within the last minute, and did not answer, are not asked again.
         """
         oldest = trio.current_time() - RTT_FRESH_SECONDS
-        turn = trio.CapacityLimiter(PINGS_AT_ONCE)
+        asked = [p for p in dict.fromkeys(peers) if p not in self._pings or self._pings[p][1] <= oldest]
+        asked = [peer for peer in asked if peer != self.peer_id]
+        # All connections first: a ping beside a handshake measures the handshake.
+        await self._with_each(asked, self._connect, seconds / 2)
+        await self._with_each(
+            [peer for peer in asked if peer in self._host.connected()], self.rtt, seconds / 2
+        )
+        known = self.rtts()
+        return {peer: known[peer] for peer in peers if peer in known}
 
-        async def ask(peer: PeerId) -> None:
+    async def _connect(self, peer: PeerId) -> None:
+        try:
+            await self._host.connect(peer, self.addresses(peer), seconds=self._limits.dial_seconds)
+        except PeerFault:
+            self._pings[peer] = math.inf, trio.current_time()
+            raise
+
+    async def _with_each(
+        self, peers: Sequence[PeerId], do: Callable[[PeerId], Awaitable[object]], seconds: float
+    ) -> None:
+        """Do something with each peer, a few at once, and let those be that fail or take longer."""
+        turn = trio.CapacityLimiter(DIALS_AT_ONCE)
+
+        async def run(peer: PeerId) -> None:
             async with turn:
                 try:
-                    await self.rtt(peer)
+                    await do(peer)
                 except PeerFault as fault:
                     log.debug("no round trip to %s: %s", peer, fault)
 
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as nursery:
                 for peer in peers:
-                    if peer != self.peer_id and (peer not in self._pings or self._pings[peer][1] <= oldest):
-                        nursery.start_soon(ask, peer)
-        known = self.rtts()
-        return {peer: known[peer] for peer in peers if peer in known}
+                    nursery.start_soon(run, peer)
 
     # --- finding peers ----------------------------------------------------------------------------
 
@@ -251,9 +271,11 @@ class Directory:
             with trio.move_on_after(seconds):
                 found = await self._finder.find(model, revision)
                 view = self.view()
-                unknown = [peer for peer in found if peer != self.peer_id and view.get(peer) is None]
+                unknown = [
+                    p for p in found if p != self.peer_id and view.get(p) is None and self._may_dial(p)
+                ]
                 async with trio.open_nursery() as nursery:
-                    for peer in unknown[:PINGS_AT_ONCE]:
+                    for peer in self._rng.sample(unknown, min(DIALS_AT_ONCE, len(unknown))):
                         nursery.start_soon(self._ask_once, peer, found[peer])
         return self.view().spans(model, revision)
 
@@ -290,7 +312,7 @@ class Directory:
                 peer, addresses, PROTOCOL, seconds=self._limits.dial_seconds
             )
         except PeerFault as fault:
-            self._retries.setdefault(peer, Retry()).failed(trio.current_time(), self._rng)
+            self._dial_later(peer)
             answered.set()
             return str(fault)
         finally:
@@ -307,7 +329,7 @@ class Directory:
                 self._host.charge(peer, fault)
             await stream.reset()
         finally:
-            self._retries.setdefault(peer, Retry()).failed(trio.current_time(), self._rng)
+            self._dial_later(peer)
             answered.set()
             with trio.move_on_after(CLOSE_SECONDS, shield=True):
                 await stream.aclose()
@@ -471,19 +493,24 @@ class Directory:
         missing = NEIGHBOURS - len(self._dialling) - sum(neighbour.ours for neighbour in self._neighbours)
         if missing <= 0 and (ways_in_missing <= 0 or self._bootstrap.keys() <= linked):
             return []
-        now, view = trio.current_time(), self.view()
-
-        def may_dial(peer: PeerId) -> bool:
-            retry = self._retries.get(peer)
-            return peer not in linked and (retry is None or now >= retry.not_before)
-
-        ways_in = sorted(peer for peer in self._bootstrap if may_dial(peer))
+        view = self.view()
+        ways_in = sorted(peer for peer in self._bootstrap.keys() - linked if self._may_dial(peer))
         chosen = self._rng.sample(ways_in, max(0, min(ways_in_missing, len(ways_in))))
         servers = {r.peer for r in view.records() if r.role != "client" and r.addresses}
         if len(linked) == 1 and not servers - {self.peer_id}:
             servers = {peer for peer, ended in view.ended.items() if ended.record.addresses}  # once known
-        others = sorted(peer for peer in servers if may_dial(peer) and peer not in chosen)
+        others = sorted(p for p in servers - linked if self._may_dial(p) and p not in chosen)
         return chosen + self._rng.sample(others, max(0, min(missing - len(chosen), len(others))))
+
+    def _may_dial(self, peer: PeerId) -> bool:
+        retry = self._retries.get(peer)
+        return retry is None or trio.current_time() >= retry.not_before
+
+    def _dial_later(self, peer: PeerId) -> None:
+        now = trio.current_time()
+        self._retries.setdefault(peer, Retry()).failed(now, self._rng)
+        if len(self._retries) > RETRIES_KEPT:
+            self._retries = {p: retry for p, retry in self._retries.items() if retry.not_before > now}
 
     def _dial_addresses(self, peer: PeerId) -> tuple[str, ...]:
         ended = self._view.ended.get(peer)
@@ -595,6 +622,11 @@ async def open_directory(
     """
     limits = limits or Limits()
     peers = bootstrap_peers(bootstrap)
+    for address in host.addresses:
+        try:
+            check_address(address)
+        except ValueError as error:
+            raise ConfigError(f"no peer could dial an address that we announce: {error}") from None
     async with AsyncExitStack() as stack:
         if finder is None and kademlia:
             from node.network.kademlia import open_kademlia  # libp2p takes a second to import

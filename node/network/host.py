@@ -216,9 +216,12 @@ class Host:
         """The one place that catches a peer's fault on a stream that it opened."""
         peer = stream.muxed_conn.peer
         try:
-            protocol = await self._negotiate(stream)
+            protocol = stream.protocol = await self._negotiate(stream)
+            if protocol is None:
+                self.charge(peer, RemoteProtocolError("a stream for no protocol that we speak"))
+                await stream.aclose()  # and no reset, which would overtake our `na`
+                return
             handler = self._handlers.get(protocol)
-            stream.protocol = protocol
             if handler is None:
                 stream.muxed_conn.offer(stream)  # one of py-libp2p's own
                 return
@@ -226,8 +229,7 @@ class Host:
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:
-            if not stream.is_abandoned:
-                stream.reset_now()
+            stream.reset_now()
             self.charge(peer, fault)
         except BaseExceptionGroup as group:  # a handler with a nursery of its own
             stream.reset_now()
@@ -240,17 +242,18 @@ class Host:
             stream.reset_now()
             raise
 
-    async def _negotiate(self, stream: MuxedStream) -> str:
+    async def _negotiate(self, stream: MuxedStream) -> str | None:
         libp2p_protocols = self.raw.get_mux().handlers
         dialogue = Dialogue(stream.receive_some, stream.send_all)
         seconds = self._limits.negotiation_seconds
         with trio.move_on_after(seconds):
-            protocol = await negotiate(
-                dialogue, lambda name: name in self._handlers or name in libp2p_protocols
-            )
+            try:
+                protocol = await negotiate(
+                    dialogue, lambda name: name in self._handlers or name in libp2p_protocols
+                )
+            except RemoteProtocolError:
+                protocol = None  # what follows our `na` is the frame that was sent along with the proposal
             await dialogue.flush()
-            if protocol is None:
-                raise RemoteProtocolError("a stream for no protocol that we speak")
             return protocol
         raise SlowPeer(f"a stream named no protocol within {seconds:g} s")
 
@@ -373,8 +376,8 @@ class Host:
             for connection in list(connections):
                 await connection.close()
         with trio.move_on_after(_SHUTDOWN_SECONDS):
-            while self.raw.get_network().get_connections():
-                await trio.sleep(0.02)  # noqa: ASYNC110  # it has no event to wait for
+            while self.raw.get_network().get_connections():  # noqa: ASYNC110  # it has no event for this
+                await trio.sleep(0.02)
             await self.raw.close()
 
 
@@ -414,8 +417,9 @@ async def open_host(
                     yield host
                 except trio.Cancelled:
                     raise
-                except BaseException as error:
-                    failure = error  # the caller's own: raised below, where no nursery wraps it in a group
+                # the caller's own, whatever it is: raised below, where no nursery wraps it in a group
+                except BaseException as error:  # noqa: BLE001
+                    failure = error
                 finally:
                     listening.cancel()
                     with trio.CancelScope(shield=True):

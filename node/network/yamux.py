@@ -8,8 +8,9 @@ and, for type DATA, `length` bytes.  A stream starts with 256 KiB of credit in e
 receiver gives more as its reader takes bytes.  The idea of the windows here: `credit + unread`
 never exceeds the stream's window, so a peer that keeps the rules cannot fill memory, and one that
 does not is closed at its first byte too many.  Credit goes back half a window at a time.  A window
-doubles (as go-yamux's and rust-yamux's do) while a half lasts less than two round trips, as long
-as all windows together stay within the connection's budget.
+doubles (the idea of go-yamux and rust-yamux) when a whole one was used up in less than two round
+trips, as long as all windows together stay within the connection's budget.  It grows no further,
+because what is under way of a long message stands before every short one.
 
 Bytes come in by `receive` and go out by `data_to_send`; nothing here waits or reads a clock.
 """
@@ -84,7 +85,6 @@ class Stream:
     __slots__ = (
         "abandoned_at",
         "credit",
-        "credited_at",
         "id",
         "inbound",
         "is_reset",
@@ -92,6 +92,8 @@ class Stream:
         "send_credit",
         "send_ended",
         "unread",
+        "used",
+        "used_since",
         "window",
     )
 
@@ -100,7 +102,8 @@ class Stream:
         self.inbound = inbound
         self.window = INITIAL_WINDOW  # most bytes that may wait here unread
         self.credit = INITIAL_WINDOW  # bytes that the peer may still send
-        self.credited_at = now
+        self.used = 0  # bytes of the window that came and were taken, since:
+        self.used_since = now
         self.send_credit = INITIAL_WINDOW  # bytes that we may still send
         # one buffer, not a list of chunks: a peer that sends two bytes per frame must not cost fifty
         self.unread = bytearray()
@@ -340,7 +343,8 @@ class Yamux:
             if flags & SYN:
                 self._queue(PING, ACK, 0, value)
             elif self._ping_sent_at is not None and value == self._ping_value:
-                self.round_trip_seconds = self._now - self._ping_sent_at
+                measured = self._now - self._ping_sent_at  # what is more than the least is waiting
+                self.round_trip_seconds = min(self.round_trip_seconds or measured, measured)
                 self._ping_sent_at = None
         elif kind == GO_AWAY:
             events.append(Event(Happening.GONE_AWAY, None))
@@ -459,13 +463,17 @@ class Yamux:
         if owed * 2 < stream.window:
             return
         round_trip = self.round_trip_seconds
-        if round_trip is not None and self._now - stream.credited_at < 2 * round_trip:
+        stream.used += owed
+        used_up = stream.used >= stream.window
+        if used_up and round_trip is not None and self._now - stream.used_since < 2 * round_trip:
+            self.ping()
             growth = min(stream.window, self._limits.max_unread_bytes - self._granted)
             if growth > 0:
                 stream.window += growth
                 self._granted += growth
                 owed += growth
-        stream.credited_at = self._now
+        if used_up:
+            stream.used, stream.used_since = 0, self._now
         stream.credit += owed
         self._queue(WINDOW_UPDATE, 0, stream.id, owed)
 

@@ -12,20 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import trio
-
 from node.compute import ComputeThread
 from node.model.cache import SpanCache
 from node.model.span import Span
 from node.serving.session import Compute
 from tensor_codec.compression import decode_hidden, encode_hidden
-from tensor_codec.errors import TooManyStreams
+from tensor_codec.errors import BadResult, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages import Contract
 
 EMA_WEIGHT = 0.1  # of the newest step in the running rates
 DECODE_TOKENS = 4  # steps of at most so many tokens count as decode, larger ones as prefill
+
+
+class NotFinite(BadResult):
+    """What came in was finite and what our own span made of it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,6 @@ class Engine:
     rates: Rates
     limits: Limits = field(default_factory=Limits)
     waiting: Counter[str] = field(default_factory=Counter)
-    _idle: trio.Event = field(default_factory=trio.Event)
 
     @property
     def queue_length(self) -> int:
@@ -81,7 +82,8 @@ class Engine:
         """Compute one step: `body` in the contract's codec in, the same out.
 
         whole: answer with all positions, not only with those that the step wants back.
-        Raises TooManyStreams (nothing was done), BadResult (the values are not finite).
+        Raises TooManyStreams (nothing was done), BadResult (what came in is not finite; nothing was
+        done), NotFinite.
         """
         with self._place_in_queue(peer):
             answer, seconds = await self.compute.run(
@@ -90,12 +92,6 @@ class Engine:
         tokens = contract.batch * decision.what.tokens
         self.rates.observe(tokens, contract.stop - contract.start, seconds)
         return Answer(answer, int(seconds * 1e6))
-
-    async def wait_idle(self) -> None:
-        """Return when no step waits or runs.  Set your own deadline."""
-        while self.queue_length:
-            self._idle = trio.Event()
-            await self._idle.wait()
 
     @contextmanager
     def _place_in_queue(self, peer: str) -> Iterator[None]:
@@ -110,8 +106,6 @@ class Engine:
             self.waiting[peer] -= 1
             if not self.waiting[peer]:
                 del self.waiting[peer]
-            if not self.waiting:
-                self._idle.set()
 
 
 def _compute_step(
@@ -125,7 +119,12 @@ def _compute_step(
         cache.cut(position)
     hidden = span.forward(hidden, cache, position, contract.start, contract.stop)
     wanted = decision.what.tokens if whole else decision.what.reply_tokens
-    encoded: Buffer = encode_hidden(hidden[:, hidden.shape[1] - wanted :], contract.codec) if wanted else b""
+    encoded: Buffer = b""
+    if wanted:
+        try:
+            encoded = encode_hidden(hidden[:, hidden.shape[1] - wanted :], contract.codec)
+        except BadResult as bad:
+            raise NotFinite(str(bad)) from None
     return encoded, time.perf_counter() - began
 
 

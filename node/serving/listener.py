@@ -14,14 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
 
 from node.model.cache import SpanCache
 from node.serving.cache import CacheBudget
-from node.serving.engine import Answer, Engine
+from node.serving.engine import Answer, Engine, NotFinite
 from node.serving.push import PushLink, PushLinks, Sender
 from node.serving.session import Repeat, ServerSession
 from routing.names import PeerId
@@ -39,6 +39,7 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
+    MAX_HOPS,
     Close,
     Contract,
     Failed,
@@ -114,7 +115,13 @@ class _Hop:
     scope: trio.CancelScope
     link: PushLink | None = None
     answer: Answer | None = None
+    busy: bool = False  # a step is being computed or passed on
     over: PeerFault | Refused | None = None  # why the session ended, if not by its client's wish
+
+    @property
+    def in_use(self) -> bool:
+        """Whether steps are in flight here."""
+        return self.busy or bool(self.arrivals.statistics().current_buffer_used)
 
     def end(self, reason: PeerFault | Refused | None) -> None:
         """Stop the session's tasks; the first reason stands."""
@@ -123,11 +130,11 @@ class _Hop:
         self.scope.cancel()
 
     def offer(self, step: Step, sender: PeerId) -> None:
-        """Put a step into the inbox; a sender that overfills it has broken the protocol."""
+        """Put a step into the inbox.  RemoteProtocolError if its sender has overfilled it."""
         try:
             self.inbox.send_nowait(_Arrived(step, sender, time.perf_counter()))
         except trio.WouldBlock:
-            self.end(RemoteProtocolError(f"step {step.step}: too many steps are in flight"))
+            raise RemoteProtocolError(f"step {step.step}: too many steps are in flight") from None
 
 
 @dataclass(slots=True)
@@ -174,28 +181,42 @@ class Listener:
         while (frame := await stream.receive()) is not None:
             message = read_message(frame, frozenset({"step"}))
             hop = self._sessions.get(step_session(message))
-            if hop is None:
+            if hop is None or hop.scope.cancel_called:
                 continue  # it ended while the step was on its way
             if hop.opened.predecessor != stream.peer:
                 raise MessageError("a step of a session that another peer feeds")
             try:
-                step = read_step(message, hop.contract)
-            except MessageError as error:
-                hop.end(error)  # this session's client must know; the stream serves others too
-                raise
-            hop.offer(step, stream.peer)
+                hop.offer(read_step(message, hop.contract), stream.peer)
+            except (MessageError, RemoteProtocolError) as fault:
+                # Perhaps the client opened its two hops differently: the stream, which serves
+                # other sessions too, goes on.
+                self._end_for(hop, fault, stream.peer)
 
     async def drain(self) -> None:
-        """Take no new session, finish the steps in flight, then end the sessions.  Bounded."""
+        """Take no new session, and end each one when its steps in flight are answered.  Bounded."""
         self.draining = True
+        for hop in self._sessions.values():
+            if not hop.in_use:
+                hop.end(_leaving())
         with trio.move_on_after(self.limits.drain_seconds):
-            await self.engine.wait_idle()
-        for hop in list(self._sessions.values()):
-            hop.end(PeerGone("this node is leaving the swarm"))
+            await self._no_session_left()
+        for hop in self._sessions.values():
+            hop.end(_leaving())
         with trio.move_on_after(self.limits.drain_seconds):
-            while self._sessions:
+            await self._no_session_left()
+
+    async def _no_session_left(self) -> None:
+        while self._sessions:
+            if self._no_session.is_set():
                 self._no_session = trio.Event()
-                await self._no_session.wait()
+            await self._no_session.wait()
+
+    def _end_for(self, hop: _Hop, fault: PeerFault, sender: PeerId) -> None:
+        """End a session for what `sender` did, and tell its client who it was if not itself."""
+        self.blame[f"{sender} {type(fault).__name__}"] += 1
+        if sender != hop.stream.peer:
+            fault.peer = sender
+        hop.end(fault)
 
     @contextmanager
     def _admit(self, stream: FrameStream, opened: Open) -> Iterator[_Hop]:
@@ -282,7 +303,7 @@ class Listener:
             hop.state.close()
             if hop.over is not None:
                 with trio.CancelScope(shield=True), trio.move_on_after(1):
-                    await _tell(hop, Failed.of(hop.over))
+                    await _tell(hop, Failed.of(hop.over, peer=hop.over.peer))
 
     async def _read(self, hop: _Hop) -> None:
         """Take what the client sends."""
@@ -295,8 +316,7 @@ class Listener:
         except PeerGone:
             pass  # the client's going away ends its session; nobody is left to be told
         except PeerFault as fault:
-            self.blame[f"{hop.stream.peer} {type(fault).__name__}"] += 1
-            hop.end(fault)
+            self._end_for(hop, fault, hop.stream.peer)
         hop.end(None)
 
     async def _work(self, hop: _Hop) -> None:
@@ -312,17 +332,23 @@ class Listener:
                 old = trio.current_time() >= life_ends
                 why = f"older than {limits.session_life_seconds} s" if old else f"idle for {patience} s"
                 return hop.end(PeerGone(f"the session was {why}"))
+            hop.busy = True
             try:
                 await self._step(hop, arrived)
+            except (Refused, NotFinite) as own:
+                return hop.end(own)
             except PeerFault as fault:
-                self.blame[f"{arrived.sender} {type(fault).__name__}"] += 1
-                return hop.end(fault)
-            except Refused as refusal:
-                return hop.end(refusal)
+                return self._end_for(hop, fault, arrived.sender)
+            hop.busy = False
+            if self.draining and not hop.in_use:
+                return hop.end(_leaving())
             patience = limits.session_idle_seconds
 
     async def _step(self, hop: _Hop, arrived: _Arrived) -> None:
-        """Compute a step, or find its stored answer, and pass it on.  Raises PeerFault."""
+        """Compute a step, or find its stored answer, and pass it on.
+
+        Raises Refused, NotFinite, and PeerFault for what is the fault of the step's sender.
+        """
         step, contract = arrived.step, hop.contract
         what = StepRange(step.position, len(step.body) // contract.row_bytes, step.reply)
         decision = hop.state.receive(step.step, what)
@@ -335,7 +361,8 @@ class Listener:
                     hop.stream.peer, contract, hop.cache, decision, step.body, whole=whole
                 )
             except BadResult as bad:
-                raise BadResult(f"step {step.step}, blocks {contract.start}:{contract.stop}: {bad}") from None
+                where = f"step {step.step}, blocks {contract.start}:{contract.stop}"
+                raise type(bad)(f"{where}: {bad}") from None
             hop.state.computed(decision)
             hop.answer = answer
         if answer is not None:
@@ -344,19 +371,28 @@ class Listener:
     async def _pass_on(self, hop: _Hop, arrived: _Arrived, what: StepRange, answer: Answer) -> None:
         step = arrived.step
         held = int((time.perf_counter() - arrived.at) * 1e6)
-        timings = (*step.timings, (held, answer.compute_micros))
+        # No more than the next one takes, whatever came in.
+        timings = (*step.timings, (held, answer.compute_micros))[-MAX_HOPS:]
         if hop.link is None:
-            await hop.stream.send(encode_result(Result(step.step, what.reply_position, answer.body, timings)))
+            result = Result(step.step, what.reply_position, answer.body, timings)
+            try:
+                await hop.stream.send(encode_result(result))
+            except PeerFault as fault:
+                if not isinstance(fault, PeerGone):
+                    self.blame[f"{hop.stream.peer} {type(fault).__name__}"] += 1
+                hop.end(None)  # nobody is left to be told
             return
         onward = Step(step.session, step.step, step.position, step.reply, answer.body, timings)
         try:
             await hop.link.send(encode_step(onward))
         except PeerFault as fault:
             self.blame[f"{hop.link.peer} {type(fault).__name__}"] += 1
-            notice = Failed(
-                "cannot_push", f"{type(fault).__name__}: {fault}"[:300], None, step.step, hop.link.peer
-            )
+            notice = replace(Failed.of(fault, step.step, hop.link.peer), code="cannot_push")
             await _tell(hop, notice)
+
+
+def _leaving() -> PeerGone:
+    return PeerGone("this node is leaving the swarm")
 
 
 async def _tell(hop: _Hop, failed: Failed) -> None:

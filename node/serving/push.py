@@ -60,6 +60,8 @@ class PushLink:
             except PeerFault:
                 if self._stream is stream:
                     self._stream = None
+                    with trio.move_on_after(1):
+                        await stream.aclose()
         await self.connect()
         if self._stream is not None:
             await self._stream.send(parts)

@@ -147,6 +147,15 @@ async def bridged(swarm: FakeSwarm) -> AsyncIterator[BridgedSwarm]:
         yield handle
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Every test collects what is left of it; what was imported before need not be looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(params=["asyncio", "uvloop"])
 def run(request) -> Callable[[Callable[[], Awaitable]], object]:
     """Run an asyncio function; afterwards there is no task, no thread and no complaint of the loop."""

@@ -154,7 +154,7 @@ async def test_a_killed_node_leaves_every_view_within_its_ttl_and_never_comes_ba
     await trio.sleep_until(last + LIMITS.record_ttl_seconds - 1.0)
     assert all(n.view().get(node.peer_id) for n in swarm.nodes)
     await trio.sleep_until(last + LIMITS.record_ttl_seconds + 1.0)
-    for _ in range(30):
+    for _ in range(8):
         assert all(n.view().get(node.peer_id) is None for n in swarm.nodes)
         await trio.sleep(7.0)
     assert swarm.agree()
@@ -200,7 +200,7 @@ async def test_both_sides_of_a_partition_forget_each_other_and_agree_again_withi
     await full_swarm(swarm, 11)
     ours, theirs = swarm.nodes[:6], swarm.nodes[6:]
     swarm.network.split([n.peer_id for n in ours], [n.peer_id for n in theirs])
-    await trio.sleep(200.0)
+    await trio.sleep(120.0)
     for side in (ours, theirs):
         assert {frozenset(r.peer for r in n.view().records()) for n in side} == {
             frozenset(n.peer_id for n in side)
@@ -502,6 +502,14 @@ async def test_several_addresses_of_one_bootstrap_peer_are_one_peer():
     assert bootstrap_peers(texts) == {peer: ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/1")}
 
 
+async def test_an_address_that_nobody_could_dial_is_not_announced(autojump_clock, swarm):
+    host = FakeHost(swarm.network, 60, swarm.nursery, LIMITS)
+    host.addresses = ("/ip6/fe80::1%eth0/tcp/4001",)
+    with pytest.raises(ConfigError, match="no peer could dial"):
+        async with open_directory(host, host.identity, swarm="public", kademlia=False):
+            pass
+
+
 async def test_the_first_node_of_a_swarm_waits_for_nobody(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     assert trio.current_time() == 0.0
@@ -544,10 +552,10 @@ async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(
         began = trio.current_time()
         assert await client.measure(peers, 1.0) == {swarm.nodes[1].peer_id: pytest.approx(0.02)}
         assert trio.current_time() - began <= 1.0
-    assert sorted(pings) == sorted(peers)
+    assert pings == [swarm.nodes[1].peer_id]
     await trio.sleep(61.0)
     await client.measure(peers, 1.0)
-    assert len(pings) == 4
+    assert len(pings) == 2
 
 
 async def test_the_distance_to_a_peer_that_does_not_answer_is_an_error(autojump_clock, swarm):

@@ -13,7 +13,7 @@ import trio.testing
 from node.serving.push import PUSH_PROTOCOL
 from routing.names import PeerId
 from tensor_codec.compression import decode_hidden, encode_hidden
-from tensor_codec.errors import PeerGone
+from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
     MAX_HOPS,
@@ -27,23 +27,10 @@ from tensor_codec.messages import (
     encode_open,
     encode_step,
 )
-from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, whole_model
+from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, swarm, whole_model
 
 LIMITS = Limits()
 ROW = HIDDEN * 4
-
-
-@asynccontextmanager
-async def swarm(limits: Limits | None = None):
-    """A world that is gone with the block, with nothing left in it."""
-    async with trio.open_nursery() as nursery:
-        world = World(nursery, limits)
-        yield world
-        with trio.move_on_after(5):  # P6
-            while any(node.handlers for node in world.nodes.values() if node.alive):
-                await trio.sleep(0.1)
-        world.assert_idle()
-        nursery.cancel_scope.cancel()
 
 
 def step(number: int, position: int, tokens: int = 1, *, session: bytes = bytes(16), reply="all", **other):
@@ -463,14 +450,19 @@ async def test_a_client_that_goes_away_frees_everything_at_once(how, when, autoj
 async def test_a_client_that_goes_away_while_the_hop_dials_frees_everything_within_the_dial(autojump_clock):
     async with swarm() as world:
         node = world.add("a", 0, 4)
-        node.listener._links.open_stream = lambda peer: trio.sleep_forever()
+
+        async def dial_into_nothing(peer):
+            await trio.sleep(LIMITS.dial_seconds)
+            raise SlowPeer("no answer")
+
+        node.listener._links.open_stream = dial_into_nothing
         stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
         opened = Open(bytes(16), "m", "r", 0, 4, 1, 64, "float32", "fp32", successor="b")
         await stream.send(encode_open(opened))
         await trio.testing.wait_all_tasks_blocked()
         assert node.listener.session_count == 1
         await stream.reset()
-        await trio.sleep(LIMITS.dial_seconds)
+        await trio.sleep(LIMITS.dial_seconds + 0.1)
         node.assert_idle()
 
 

@@ -310,9 +310,19 @@ def test_a_record_too_long_keeps_its_nearest_peers():
         sign_record(replace(GOOD, rtt=dict(more)), KEY)
 
 
+def test_a_record_too_long_without_any_distance_loses_its_last_addresses():
+    addresses = tuple(f"/dns4/{'a' * 50}.{number}.example/tcp/65535" for number in range(12))
+    fitted = fit_record(replace(GOOD, addresses=addresses, name="n" * 64), LIMITS)
+    assert fitted.addresses == addresses[: len(fitted.addresses)]
+    assert 1 <= len(fitted.addresses) < 8
+    assert fitted.rtt == {}
+    assert len(sign_record(fitted, KEY)) <= LIMITS.max_record_bytes
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "/dns4/node.example./tcp/4001",
         "/ip4/127.0.0.1/tcp/1",
         "/ip6/::1/tcp/65535",
         "/dns/localhost/tcp/4001",

@@ -1,0 +1,123 @@
+"""The examples do what they say, as the processes that a newcomer would start."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from node.network.membership import new_swarm_key
+
+pytestmark = pytest.mark.process
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+START_SECONDS = 90.0
+
+
+@contextmanager
+def example(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A running example, output and log in one pipe; told to stop at the end, which it must do well."""
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=START_SECONDS)
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest, rest
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if found := re.search(pattern, line):
+            return found
+    raise AssertionError(f"no {pattern!r} in:\n{seen}")
+
+
+def run_to_the_end(name: str, *arguments: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START_SECONDS,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def swarm_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "swarm.key"
+    new_swarm_key(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def joining(tiny_llama: Path, swarm_key: Path) -> Iterator[list[str]]:
+    """A private swarm of one node, and the options with which a client joins it."""
+    with example("run_a_node.py", str(tiny_llama), "--swarm-key", str(swarm_key)) as node:
+        address = read_until(node, r"--peers (/ip4/\S+)").group(1)
+        yield ["--peers", address, "--swarm-key", str(swarm_key), "--model", str(tiny_llama)]
+
+
+def test_a_node_serves_and_a_trio_program_generates_with_it(joining: list[str]):
+    one = run_to_the_end("generate_trio.py", *joining, "--max-new-tokens", "5", "HELLO", "WORLD")
+    assert sorted(line[:5] for line in one.splitlines()) == ["HELLO", "WORLD"]
+    assert all(len(line) > 5 for line in one.splitlines())
+
+
+def test_a_node_says_in_one_line_what_its_operator_must_fix():
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / "run_a_node.py"), "--peers", "next door"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START_SECONDS,
+    )
+    assert ran.returncode == 1
+    assert "next door" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
+
+
+def test_the_web_application_streams_tokens_to_one_browser_after_another(joining: list[str]):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with example("web_app.py", *joining, "--port", str(port)) as application:
+        read_until(application, "Uvicorn running")
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS, trust_env=False
+        ) as http:
+            with http.stream("GET", "/generate", params={"prompt": "HELLO", "max_new_tokens": 5}) as answer:
+                assert answer.headers["content-type"].startswith("text/event-stream")
+                events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+            assert len(events) == 5 or events[-1]["finish_reason"] == "end"
+            assert [event["finish_reason"] for event in events[:-1]] == [None] * (len(events) - 1)
+            text = "".join(event["text"] for event in events)
+            wrong = http.get("/generate", params={"prompt": "HELLO", "max_new_tokens": 100_000})
+            assert (wrong.status_code, "positions" in wrong.text) == (400, True)
+            # A browser that goes away in the middle does no harm to the next one.
+            with http.stream("GET", "/generate", params={"prompt": "BYE", "max_new_tokens": 100}) as answer:
+                next(answer.iter_lines())
+            with http.stream("GET", "/generate", params={"prompt": "HELLO", "max_new_tokens": 5}) as answer:
+                again = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+            assert "".join(event["text"] for event in again) == text

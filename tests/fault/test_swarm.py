@@ -1,0 +1,179 @@
+"""A swarm of real processes: what only processes show."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.processes import ROOT, LocalSwarm, local_swarm
+from node.model.folder import ModelFolder
+
+pytestmark = pytest.mark.process
+
+TTL_SECONDS = 6.0
+PROMPT = "The three most important things about a good garden are"
+
+
+def run(*words: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end."""
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+def answer(*words: object) -> dict[str, object]:
+    """The JSON that a command prints; it must succeed."""
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """Poll a condition; the seconds it took.  Fails after `seconds`."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "swarm.key"
+    assert run("node", "new-swarm-key", path).returncode == 0
+    return path
+
+
+@pytest.fixture
+def swarm(key: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(
+        [
+            "--threads",
+            "1",
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--swarm-key",
+            str(key),
+            "--cache-tokens",
+            "4096",
+        ]
+    ) as swarm:
+        yield swarm
+
+
+@pytest.mark.real_model
+def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve(
+    swarm: LocalSwarm, key: Path, builtin_model: ModelFolder
+) -> None:
+    first = swarm.start("--blocks", "0:10", "--name", "one")
+    first.wait_online()
+    for blocks in ("10:20", "20:30"):
+        swarm.start("--blocks", blocks)
+    for node in swarm.nodes:
+        node.wait_online()
+    join = ["--peers", *swarm.peers, "--swarm-key", key]
+
+    whole = AutoModelForCausalLM.from_pretrained(builtin_model.path)
+    found = answer("client", "generate", *join, "--json", "--max-new-tokens", "12", "--threads", "1", PROMPT)
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(builtin_model.path)(PROMPT, return_tensors="pt")["input_ids"]
+    expected = whole.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert found["tokens"] == expected[0, ids.shape[1] :].tolist()
+    assert [hop["blocks"] for hop in found["route"]] == [[0, 10], [10, 20], [20, 30]]  # type: ignore[attr-defined]
+
+    status = answer("node", "status", "--json", *join)
+    assert {peer["peer"] for peer in status["peers"]} == {n.facts["peer_id"] for n in swarm.nodes}  # type: ignore[attr-defined]
+    (model,) = status["models"]  # type: ignore[misc]
+    assert model["coverage"] == [1] * 30
+    assert model["complete"]
+
+
+def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
+    key: Path, tiny_llama: Path
+) -> None:
+    with local_swarm(
+        ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"],
+        ["--record-ttl", str(TTL_SECONDS), "--swarm-key", str(key)],
+    ) as swarm:
+        bootstrap = swarm.start("bootstrap")
+        bootstrap.wait_online()
+        late = [swarm.start(str(tiny_llama), "--blocks", blocks) for blocks in ("0:2", "2:4")]
+        for node in late:
+            node.wait_online()
+        join = ["--peers", *swarm.peers, "--swarm-key", str(key)]
+        generate = [
+            "client",
+            "generate",
+            *join,
+            "--model",
+            str(tiny_llama),
+            "--json",
+            "--max-new-tokens",
+            "3",
+        ]
+
+        # A client that asks too early waits for the last node, and not much longer.
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", *generate, "--wait", "60", "hello"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stderr is not None
+        assert (
+            "blocks 4:6 of 6 are served by nobody" in waiting.stderr.readline()
+        )  # it says what it waits for
+        last = swarm.start(str(tiny_llama), "--blocks", "4:6")
+        last.wait_online()
+        out, errors = waiting.communicate(timeout=60)
+        assert waiting.returncode == 0, errors
+        assert len(json.loads(out)["tokens"]) == 3
+
+        def holes() -> list[list[int]]:
+            status = answer("node", "status", "--json", *join)
+            return [hole for model in status["models"] for hole in model["holes"]]  # type: ignore[attr-defined]
+
+        assert holes() == []
+        late[0].process.send_signal(signal.SIGTERM)
+        assert late[0].process.wait(15) == 0
+        assert holes() == [[0, 2]]  # it said good-bye: no TTL to wait for
+
+        last.kill()
+        assert holes() == [[0, 2]]  # nobody knows yet
+        wait_until(lambda: holes() == [[0, 2], [4, 6]], TTL_SECONDS + 10)
+
+        refused = run(*generate, "--wait", "0.5", "hello")
+        assert refused.returncode == 3
+        assert "blocks 0:2, 4:6 of 6 are served by nobody" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+        assert late[1].stop() == 0
+        assert bootstrap.stop() == 0
+
+
+def test_a_wrong_or_missing_key_is_refused_with_one_line(key: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.key"
+    assert run("node", "new-swarm-key", other).returncode == 0
+    with local_swarm(network=["--swarm-key", str(key)]) as swarm:
+        swarm.start("bootstrap").wait_online()
+        for stranger in (["--swarm-key", str(other)], []):
+            began = time.monotonic()
+            refused = run("node", "status", "--peers", *swarm.peers, *stranger)
+            assert refused.returncode == 2
+            assert "swarm key" in refused.stderr
+            assert len(refused.stderr.strip().splitlines()) == 1
+            assert time.monotonic() - began < 20
+        assert run("node", "status", "--peers", *swarm.peers, "--swarm-key", key).returncode == 0

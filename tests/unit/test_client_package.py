@@ -1,0 +1,32 @@
+"""`import client` is all that a program needs; `client.connect` is the function, whoever imports what first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import client
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import client", "import client.connect", "from client.connect import Swarm", "import client.bridge"],
+)
+def test_client_connect_is_the_function(first: str):
+    code = f"{first}\nimport client\nfrom client.connect import Swarm\nclient.connect(peers=[]).__aenter__"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("name", client.__all__)
+def test_what_the_package_promises_is_there(name: str):
+    assert getattr(client, name).__name__ == name
+
+
+def test_another_name_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'Tokens'"):
+        _ = client.Tokens
