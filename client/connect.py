@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
 PING_SECONDS = 1.0
+FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
 RATE_WEIGHT = 0.2  # of the newest step in what we believe of a hop's speed
 RETRY_PAUSE_SECONDS = 0.5
 
@@ -94,7 +95,7 @@ class Swarm:
 
     async def route(self) -> Chain:
         """The chain that a session would take now.  Raises NoChain."""
-        spans = self.view().spans(self.info.name, self.info.revision)
+        spans = self.view().spans(self.info.revision, self.info.blocks)
         await self._directory.measure([span.peer for span in spans[:PINGED_PEERS]], PING_SECONDS)
         return self._choose(self.blame.avoided(trio.current_time()))
 
@@ -180,7 +181,7 @@ class Swarm:
         Raises NoChain, or PeerFault and Refused with `peer` from opening.
         """
         deadline = trio.current_time() + self.config.wait_seconds
-        chain = None
+        chain, looked_further = None, False
         while chain is None:
             seen = self.view()
             try:
@@ -188,6 +189,9 @@ class Swarm:
             except NoChain:
                 if trio.current_time() >= deadline:
                     raise
+                if not looked_further:  # beyond what the neighbours know
+                    looked_further = True
+                    await self._directory.find_peers(self.info.revision, FIND_SECONDS)
                 with trio.move_on_at(min(deadline, trio.current_time() + RETRY_PAUSE_SECONDS)) as pause:
                     await self._directory.changed(seen)
                 if pause.cancelled_caught:
@@ -230,7 +234,7 @@ class Swarm:
     def _choose(self, excluded: frozenset[PeerId]) -> Chain:
         info = self.info
         return cheapest_chain(
-            self.view().spans(info.name, info.revision),
+            self.view().spans(info.revision, info.blocks),
             info.blocks,
             client_rtt=self._directory.rtts(),
             measured=self._rates,

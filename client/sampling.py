@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 LEAST_TEMPERATURE = 1e-5  # logits divided by less could overflow; the likeliest token is certain long before
 
 

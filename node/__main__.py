@@ -18,6 +18,8 @@ from node.arguments import add_addresses, one_address_each
 from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, ConfigError, NetworkConfig, NodeConfig
 from node.logs import set_up_logging
 
+PATIENCE_SECONDS = 10.0  # nodes that start together do not have to start in order
+
 EPILOG = f"""\
 commands:
   python -m node [MODEL] ...            serve blocks of a model (default: {DEFAULT_MODEL})
@@ -179,7 +181,9 @@ def _parser(command: str, description: str, epilog: str | None = None) -> argpar
 
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group("network")
-    add_addresses(network, "--peers", help="nodes of the swarm to join, as they print it (default: a new swarm)")
+    add_addresses(
+        network, "--peers", help="nodes of the swarm to join, as they print it (default: a new swarm)"
+    )
     network.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     network.add_argument(
         "--identity", type=Path, metavar="FILE", help="keep the peer id here (default: a new one each time)"
@@ -217,6 +221,7 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         listen=tuple(flags.listen) or (DEFAULT_LISTEN,),
         announce=tuple(flags.announce),
         name=flags.name,
+        patience_seconds=PATIENCE_SECONDS,
         limits=limits,
         ready_file=flags.ready_file,
     )

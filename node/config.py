@@ -31,6 +31,7 @@ class NetworkConfig:
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
     announce: tuple[str, ...] = ()  # what others are told, where it differs from `listen`
     name: str = ""
+    patience_seconds: float = 0.0  # for peers that do not answer yet: they may be starting too
     limits: Limits = field(default_factory=Limits)
     ready_file: Path | None = None
 

@@ -206,7 +206,13 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
             limits=config.limits,
         ) as host,
         open_directory(
-            host, identity, swarm=swarm_id(key), bootstrap=config.peers, role=role, limits=config.limits
+            host,
+            identity,
+            swarm=swarm_id(key),
+            bootstrap=config.peers,
+            role=role,
+            limits=config.limits,
+            patience_seconds=config.patience_seconds,
         ) as directory,
     ):
         try:
@@ -292,7 +298,7 @@ async def _choose_span(
         if config.num_blocks is None:
             capacity.check_fits(info, 1, dtype, config.cache_tokens or capacity.LEAST_CACHE_TOKENS, free)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
-    spans = node.directory.view().spans(info.name, info.revision, info.blocks, ONLINE_SOON)
+    spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(spans, info.blocks, count, random.Random())
 
 

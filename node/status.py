@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
+from routing.names import ModelId, Revision
 from routing.records import Record
 from routing.swarm import ModelKey, SwarmView, coverage, holes
 
@@ -42,11 +43,16 @@ def describe(view: SwarmView, rtts: dict[Any, float]) -> dict[str, Any]:  # Any:
 
 
 def _models(records: Sequence[Record]) -> list[ModelKey]:
-    return sorted({ModelKey(r.model, r.revision, r.blocks) for r in records if r.role == "serve"})  # type: ignore[arg-type]
+    """One for each revision, under the first of the names that its peers give it."""
+    served = sorted((r.model, r.revision, r.blocks) for r in records if r.role == "serve")
+    first = {(revision, blocks): name for name, revision, blocks in reversed(served)}
+    return sorted(
+        ModelKey(ModelId(name), Revision(revision), blocks) for (revision, blocks), name in first.items()
+    )
 
 
 def _model(view: SwarmView, key: ModelKey) -> dict[str, Any]:  # Any: JSON
-    spans = view.spans(key.model, key.revision, key.blocks)
+    spans = view.spans(key.revision, key.blocks)
     missing = holes(((span.start, span.stop) for span in spans), 0, key.blocks)
     return {
         "model": key.model,

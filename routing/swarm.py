@@ -81,12 +81,13 @@ class SwarmView:
 
     def spans(
         self,
-        model: str,
         revision: str,
         blocks: int | None = None,
         states: Collection[State] = ONLINE,
     ) -> tuple[Record, ...]:
         """The serving peers of one model revision, in the order of their ids.
+
+        A revision is a hash of the model's content; the name beside it is for people, and may differ.
 
         blocks: of the whole model, where the caller knows it: peers that claim another number are left out.
         states: ONLINE peers take new sessions; ONLINE_SOON counts when a new node chooses its place.
@@ -96,7 +97,7 @@ class SwarmView:
             for record in self.records()
             if record.role == "serve"
             and record.state in states
-            and (record.model, record.revision) == (model, revision)
+            and record.revision == revision
             and blocks in (None, record.blocks)
         )
 
@@ -234,7 +235,7 @@ def likely_successors(view: SwarmView, record: Record, most: int) -> tuple[Recor
 
     A hop may end anywhere in its span, so any peer that goes on further is a candidate.
     """
-    others = view.spans(record.model, record.revision, record.blocks, ONLINE_SOON)
+    others = view.spans(record.revision, record.blocks, ONLINE_SOON)
     follow = [s for s in others if s.peer != record.peer and s.start <= record.stop < s.stop]
     overlap = [s for s in others if s.peer != record.peer and record.start < s.start < record.stop == s.stop]
     return tuple((follow + overlap)[:most])

@@ -16,9 +16,9 @@ import msgpack
 
 from tensor_codec.errors import LocalProtocolError, MessageError
 from tensor_codec.frame import Buffer
+from tensor_codec.limits import MAX_HEADER_BYTES
 
 _LENGTH = struct.Struct(">H")
-MAX_HEADER_BYTES = 4 * 1024
 MAX_ITEMS = 64  # of one list or map: msgpack makes room for as many as are announced, at every depth
 
 

@@ -6,6 +6,7 @@ proves which blocks ran, once, in order, and over which cache.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -260,6 +261,11 @@ class FakeNode:
     streams: list[FakeStream] = field(default_factory=list)
 
     @property
+    def blocks(self) -> tuple[int, int]:
+        """What it serves."""
+        return self.span.start, self.span.stop
+
+    @property
     def faults(self) -> Counter[str]:
         """Whom this node has blamed, and for what."""
         return self.blame + self.listener.blame
@@ -314,7 +320,7 @@ class World:
     def add_chain(self, *boundaries: int, seconds: float = 0.0) -> Chain:
         """A node for each pair of neighbouring boundaries, and the chain of them all."""
         hops = []
-        for index, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+        for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
             node = self.add(f"hop{index}", start, stop, seconds=seconds)
             hops.append(Hop(node.peer, start, stop))
         return Chain(tuple(hops), 0.0)
@@ -386,12 +392,24 @@ class World:
             step_seconds=step_seconds,
         )
 
+    @property
+    def quiet(self) -> bool:
+        """Whether no handler runs at a node that lives and the clients have closed all streams."""
+        handlers = any(node.handlers for node in self.nodes.values() if node.alive)
+        return not handlers and all(stream.closed for stream in self.client_streams)
+
     def assert_idle(self) -> None:
         """Nothing lingers at any node that lives, nor at the clients."""
         for node in self.nodes.values():
             if node.alive:
                 node.assert_idle()
         assert [stream for stream in self.client_streams if not stream.closed] == []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Look every tenth of a second of the test's clock, which costs none of ours."""
+    while not condition():  # noqa: ASYNC110  what is waited for knows nothing of the test
+        await trio.sleep(0.1)
 
 
 @asynccontextmanager
@@ -401,8 +419,7 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
         world = World(nursery, limits)
         yield world
         with trio.move_on_after(5):  # P6
-            while any(node.handlers for node in world.nodes.values() if node.alive):
-                await trio.sleep(0.1)
+            await until(lambda: world.quiet)
         world.assert_idle()
         nursery.cancel_scope.cancel()
 
@@ -415,7 +432,9 @@ class RawClient:
         self.opened = opened
 
     @staticmethod
-    async def open(world: World, peer: str, name: str = CLIENT, **changes: object) -> tuple[RawClient, object]:
+    async def open(
+        world: World, peer: str, name: str = CLIENT, **changes: object
+    ) -> tuple[RawClient, object]:
         """Dial, say Open, and return the client with what the hop answers."""
         node = world.nodes[PeerId(peer)]
         served = node.listener.served

@@ -44,7 +44,7 @@ from routing.records import (
     verify_record,
 )
 from routing.swarm import Arrival, SwarmView, expire, likely_successors, merge
-from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+from tensor_codec.errors import NotAMember, PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ NEIGHBOURS = 3  # streams that we open; about as many again are opened to us
 BOOTSTRAP_NEIGHBOURS = 2  # of these to bootstrap peers, where they can be reached
 KEEP_SECONDS = 1.0  # between looks at whether a neighbour is missing
 HEAL_SECONDS = 5.0  # a digest to a random neighbour
+JOIN_PAUSE_SECONDS = 0.25  # between two dials to one, for whoever is patient
 JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
 FIND_SECONDS = 5.0
 DISCOVER_SECONDS = 60.0  # between looks into the Kademlia table
@@ -82,10 +83,10 @@ log = logging.getLogger(__name__)
 class Finder(Protocol):
     """What the directory wants of a Kademlia table.  Neither method raises for the network's sake."""
 
-    async def provide(self, model: str, revision: str) -> None:
+    async def provide(self, revision: str) -> None:
         """Write into the table that we serve this model revision."""
 
-    async def find(self, model: str, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
+    async def find(self, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
         """Who is written there, with the addresses where they listen."""
 
 
@@ -118,6 +119,7 @@ class Directory:
         self._news = trio.Event()
         self._neighbours: list[Neighbour] = []
         self._dialling: set[PeerId] = set()
+        self._turned_away: set[PeerId] = set()  # members of another swarm than ours
         self._retries: dict[PeerId, Retry] = {}
         self._budgets: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
         self._said: Record | None = None  # what is repeated until we leave
@@ -259,9 +261,7 @@ class Directory:
 
     # --- finding peers ----------------------------------------------------------------------------
 
-    async def find_peers(
-        self, model: str, revision: str, seconds: float = FIND_SECONDS
-    ) -> tuple[Record, ...]:
+    async def find_peers(self, revision: str, seconds: float = FIND_SECONDS) -> tuple[Record, ...]:
         """The online servers of a model revision, after a look into the Kademlia table.
 
         Peers found there are asked for their view.  Without a table, or where it does not answer in
@@ -269,7 +269,7 @@ class Directory:
         """
         if self._finder is not None:
             with trio.move_on_after(seconds):
-                found = await self._finder.find(model, revision)
+                found = await self._finder.find(revision)
                 view = self.view()
                 unknown = [
                     p for p in found if p != self.peer_id and view.get(p) is None and self._may_dial(p)
@@ -277,7 +277,7 @@ class Directory:
                 async with trio.open_nursery() as nursery:
                     for peer in self._rng.sample(unknown, min(DIALS_AT_ONCE, len(unknown))):
                         nursery.start_soon(self._ask_once, peer, found[peer])
-        return self.view().spans(model, revision)
+        return self.view().spans(revision)
 
     async def _ask_once(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Exchange records with a peer until we have its view."""
@@ -313,6 +313,8 @@ class Directory:
             )
         except PeerFault as fault:
             self._dial_later(peer)
+            if isinstance(fault, NotAMember):
+                self._turned_away.add(peer)
             answered.set()
             return str(fault)
         finally:
@@ -450,9 +452,10 @@ class Directory:
 
     # --- tasks ------------------------------------------------------------------------------------
 
-    async def join(self, nursery: trio.Nursery, *, required: bool) -> None:
+    async def join(self, nursery: trio.Nursery, *, required: bool, patience_seconds: float) -> None:
         """Dial the bootstrap peers; return when one has told us all it knows.
 
+        patience_seconds: dial again for so long those that do not answer: they may be starting too.
         Raises ConfigError where none can be reached and `required`.
         """
         reached: list[PeerId] = []
@@ -464,14 +467,19 @@ class Directory:
             why[peer] = await self._converse(peer, peers[peer], answered)
 
         async def enter(peer: PeerId) -> None:
-            answered = trio.Event()
-            nursery.start_soon(converse, peer, answered)
-            await answered.wait()
-            if peer in self.neighbours():
-                reached.append(peer)
-                entering.cancel_scope.cancel()  # one is enough to begin with
+            while True:
+                answered = trio.Event()
+                nursery.start_soon(converse, peer, answered)
+                await answered.wait()
+                if peer in self.neighbours():
+                    reached.append(peer)
+                    entering.cancel_scope.cancel()  # one is enough to begin with
+                if trio.current_time() >= patient_until or peer in self._turned_away:
+                    return
+                await trio.sleep(JOIN_PAUSE_SECONDS)
 
-        with trio.move_on_after(seconds):
+        patient_until = trio.current_time() + patience_seconds
+        with trio.move_on_after(seconds + patience_seconds):
             async with trio.open_nursery() as entering:
                 for peer in peers:
                     entering.start_soon(enter, peer)
@@ -554,8 +562,8 @@ class Directory:
         while True:
             view, said = self.view(), self._said
             if said is not None and said.role == "serve":
-                await finder.provide(said.model, said.revision)
-                await self.find_peers(said.model, said.revision)
+                await finder.provide(said.revision)
+                await self.find_peers(said.revision)
                 await trio.sleep(DISCOVER_SECONDS * self._rng.uniform(0.8, 1.2))
             else:
                 await self.changed(view)
@@ -605,6 +613,7 @@ async def open_directory(
     bootstrap: Sequence[str] = (),
     role: Role = "client",
     required: bool = True,
+    patience_seconds: float = 0.0,
     finder: Finder | None = None,
     kademlia: bool = True,
     rng: random.Random | None = None,
@@ -617,6 +626,7 @@ async def open_directory(
     swarm: its id; records of another one are refused.
     bootstrap: multiaddrs with /p2p/ID of peers of the swarm; empty for the first one.
     role: "client" reads the Kademlia table, the others also hold a part of it.
+    patience_seconds: how long to dial bootstrap peers again that do not answer yet.
     required: raise ConfigError where no bootstrap peer can be reached; otherwise go on, and keep trying.
     finder: instead of a Kademlia table of our own; kademlia=False: none at all.
     """
@@ -646,7 +656,7 @@ async def open_directory(
         host.handle(PROTOCOL, directory.serve)
         stack.callback(directory.close)
         nursery = await stack.enter_async_context(background_nursery())
-        await directory.join(nursery, required=required)
+        await directory.join(nursery, required=required, patience_seconds=patience_seconds)
         for task in (
             directory.heal,
             directory.repeat,

@@ -25,7 +25,7 @@ from node.network.connection import Connection, MuxedStream
 from node.network.identity import Identity
 from node.network.libp2p_host import make_libp2p_host
 from node.network.link import SocketLink
-from node.network.membership import swarm_id
+from node.network.membership import KEY_BYTES, swarm_id
 from node.network.multistream import Dialogue, negotiate
 from node.network.noise import SecureChannel
 from node.network.streams import FramedStream, Traffic
@@ -399,6 +399,8 @@ async def open_host(
     Raises ConfigError for an address that cannot be read or listened on.
     """
     limits = limits or Limits()
+    if swarm_key is not None and len(swarm_key) != KEY_BYTES:
+        raise ConfigError(f"a swarm key of {len(swarm_key)} bytes, it has {KEY_BYTES}")
     announced = tuple(str(_parse(text, "announce")) for text in announce)
     listeners: list[trio.SocketListener] = []
     failure: BaseException | None = None

@@ -35,12 +35,12 @@ _SHA256_MULTIHASH = bytes([0x12, 0x20])
 
 log = logging.getLogger(__name__)
 # It warns of every stream that a peer ends early, and of every peer that is gone.
-logging.getLogger("libp2p.kad_dht").setLevel(logging.ERROR)
+logging.getLogger("libp2p.kad_dht").setLevel(logging.CRITICAL)
 
 
-def provider_key(swarm: str, model: str, revision: str) -> bytes:
+def provider_key(swarm: str, revision: str) -> bytes:
     """The key under which servers of a model revision are found: a SHA-256 multihash."""
-    text = "\0".join(("raceme-providers-1", swarm, model, revision))
+    text = "\0".join(("raceme-providers-1", swarm, revision))
     return _SHA256_MULTIHASH + hashlib.sha256(text.encode()).digest()
 
 
@@ -52,17 +52,17 @@ class Kademlia:
         self._dht = dht
         self._swarm = swarm
 
-    async def provide(self, model: str, revision: str) -> None:
+    async def provide(self, revision: str) -> None:
         """Write into the table that this node serves a model revision; takes 10 s at the most."""
         with trio.move_on_after(PROVIDE_SECONDS):
             await self._meet_connected()
-            if not await self._dht.provider_store.provide(provider_key(self._swarm, model, revision)):
+            if not await self._dht.provider_store.provide(provider_key(self._swarm, revision)):
                 log.debug("no peer took our entry into the Kademlia table")
 
-    async def find(self, model: str, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
+    async def find(self, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
         """Who is written there as a server, with addresses; the caller brings the deadline."""
         await self._meet_connected()
-        key = provider_key(self._swarm, model, revision)
+        key = provider_key(self._swarm, revision)
         fresh = ProviderStore(self._host.raw, self._dht.peer_routing)
         found = await fresh.find_providers(key, MAX_PROVIDERS)
         peers: dict[PeerId, tuple[str, ...]] = {}

@@ -344,7 +344,8 @@ class Yamux:
                 self._queue(PING, ACK, 0, value)
             elif self._ping_sent_at is not None and value == self._ping_value:
                 measured = self._now - self._ping_sent_at  # what is more than the least is waiting
-                self.round_trip_seconds = min(self.round_trip_seconds or measured, measured)
+                known = self.round_trip_seconds
+                self.round_trip_seconds = measured if known is None else min(known, measured)
                 self._ping_sent_at = None
         elif kind == GO_AWAY:
             events.append(Event(Happening.GONE_AWAY, None))
@@ -459,7 +460,8 @@ class Yamux:
         return False
 
     def _give_credit(self, stream: Stream) -> None:
-        owed = stream.window - stream.credit - len(stream.unread)
+        announced = self._body_left if self._body_stream is stream else 0  # its credit is spent already
+        owed = stream.window - stream.credit - len(stream.unread) - announced
         if owed * 2 < stream.window:
             return
         round_trip = self.round_trip_seconds

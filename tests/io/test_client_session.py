@@ -70,9 +70,9 @@ async def test_a_chain_gives_what_the_whole_model_gives(hops, relay, autojump_cl
         assert session.times is not None
         assert len(session.times.hops) == hops
         await session.aclose()
-        assert all(
-            not node.faults or relay for node in world.nodes.values()
-        ), "in relay mode each hop has noted that the next one is out of reach"
+        assert all(not node.faults or relay for node in world.nodes.values()), (
+            "in relay mode each hop has noted that the next one is out of reach"
+        )
 
 
 @relay_or_push
@@ -329,7 +329,6 @@ async def test_a_hop_that_lies_is_named(lie, autojump_clock):
             await stream.send(answer(0))
             await trio.sleep(1)
 
-
     async with swarm() as world:
         chain = world.add_chain(0, 8)
         honest, world.nodes[PeerId("hop0")].listener = world.nodes[PeerId("hop0")].listener, Liar()
@@ -345,7 +344,7 @@ OPENING_LIES = {
     "closes": (lambda stream: stream.aclose(), RemoteProtocolError),
     "resets": (lambda stream: stream.reset(), PeerGone),
     "says garbage": (lambda stream: stream.send(b"garbage"), MessageError),
-    "says nothing": (lambda stream: trio.sleep(60), SlowPeer),
+    "says nothing": (lambda stream: stream.receive(60), SlowPeer),
     "announces too much": (lambda stream: stream.send_bytes(b"\xff" * 4), FrameError),
     "answers before": (lambda stream: stream.send(encode_result(Result(0, 0, b""))), MessageError),
 }

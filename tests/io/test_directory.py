@@ -529,8 +529,8 @@ async def test_servers_say_how_far_their_likely_successors_are(autojump_clock, s
     await full_swarm(swarm, 6)
     await trio.sleep(5.0)
     view = swarm.nodes[0].view()
-    for first in (r for r in view.spans("m", "r") if r.start == 0):
-        followers = {r.peer for r in view.spans("m", "r") if r.start == 10}
+    for first in (r for r in view.spans("r") if r.start == 0):
+        followers = {r.peer for r in view.spans("r") if r.start == 10}
         assert followers <= first.rtt.keys()
         assert first.rtt[min(followers)] == pytest.approx(2 * swarm.network.delay)
 
@@ -546,7 +546,7 @@ async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(
         return await real(peer, addresses, **options)
 
     host.ping = counting
-    peers = [record.peer for record in client.view().spans("m", "r")]
+    peers = [record.peer for record in client.view().spans("r")]
     swarm.kill(swarm.nodes[2])
     for _ in range(3):
         began = trio.current_time()
@@ -573,7 +573,7 @@ class FakeTable:
     """A Kademlia table that everybody shares: a dict."""
 
     def __init__(self) -> None:
-        self.providers: dict[tuple[str, str], dict] = {}
+        self.providers: dict[str, dict] = {}
         self.slow = False
 
     def at(self, host: FakeHost) -> FakeTable.Finder:
@@ -583,13 +583,13 @@ class FakeTable:
         def __init__(self, table: FakeTable, host: FakeHost) -> None:
             self.table, self.host = table, host
 
-        async def provide(self, model, revision):
+        async def provide(self, revision):
             await trio.sleep(0.1)
-            self.table.providers.setdefault((model, revision), {})[self.host.peer_id] = self.host.addresses
+            self.table.providers.setdefault(revision, {})[self.host.peer_id] = self.host.addresses
 
-        async def find(self, model, revision):
+        async def find(self, revision):
             await trio.sleep(1e9 if self.table.slow else 0.1)
-            return dict(self.table.providers.get((model, revision), {}))
+            return dict(self.table.providers.get(revision, {}))
 
 
 async def test_peers_that_no_neighbour_knows_are_found_through_the_table(autojump_clock):
@@ -618,11 +618,11 @@ async def test_peers_that_no_neighbour_knows_are_found_through_the_table(autojum
         await trio.sleep(2.0)
         _, client = await node(3, None)
         assert client.view().records() == ()
-        assert len(await client.find_peers("m", "r")) == 2
+        assert len(await client.find_peers("r")) == 2
         assert client.neighbours() or client.view().records()
         table.slow = True
         began = trio.current_time()
-        assert len(await client.find_peers("m", "r", seconds=3.0)) == 2
+        assert len(await client.find_peers("r", seconds=3.0)) == 2
         assert trio.current_time() - began == pytest.approx(3.0)
         nursery.cancel_scope.cancel()
 

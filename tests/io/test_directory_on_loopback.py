@@ -73,7 +73,7 @@ async def test_nodes_and_a_client_know_each_other_and_news_travels_at_once():
             span = replace(SERVER, start=10 * number, stop=10 * number + 10)
             servers.append((await add(node(span, [way_in(host)], kademlia=False)))[1])
         _, client = await add(node(None, [way_in(host)], kademlia=False))
-        assert len(client.view().spans("m", "r", 30)) == 3  # nothing to wait for after connecting
+        assert len(client.view().spans("r", 30)) == 3  # nothing to wait for after connecting
 
         await servers[1].announce(replace(SERVER, start=10, stop=20, state="draining"))
         gone = servers[1].peer_id
@@ -117,14 +117,14 @@ async def test_a_client_finds_the_servers_of_a_model_in_the_kademlia_table():
         _, client = await add(node(None, [way_in(host)]))
         assert client._finder is not None
         with trio.fail_after(20.0):
-            while len(found := await client._finder.find("m", "r")) < 3:  # noqa: ASYNC110  by and by
+            while len(found := await client._finder.find("r")) < 3:  # noqa: ASYNC110  by and by
                 await trio.sleep(0.2)
         assert found.keys() == {server.peer_id for server in servers}
         assert all(
             address.startswith("/ip4/127.0.0.1/tcp/") for addresses in found.values() for address in addresses
         )
-        assert await client._finder.find("m", "another revision") == {}
-        assert len(await client.find_peers("m", "r")) == 3
+        assert await client._finder.find("another revision") == {}
+        assert len(await client.find_peers("r")) == 3
 
 
 async def test_a_bootstrap_peer_that_is_not_there_is_an_error_within_its_deadline():

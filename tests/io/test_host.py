@@ -510,6 +510,12 @@ async def test_an_address_that_cannot_be_listened_on_is_one_clear_line(listen, m
     assert "\n" not in str(caught.value)
 
 
+async def test_a_swarm_key_of_another_size_is_one_clear_line():
+    with pytest.raises(ConfigError, match="a swarm key of 5 bytes, it has 32"):
+        async with host(b"short"):
+            pass
+
+
 async def test_a_port_in_use_is_one_clear_line_and_leaves_no_socket():
     before = _descriptors()
     async with host() as bob:

@@ -27,7 +27,7 @@ from tensor_codec.messages import (
     encode_open,
     encode_step,
 )
-from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, swarm, whole_model
+from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, swarm, until, whole_model
 
 LIMITS = Limits()
 ROW = HIDDEN * 4
@@ -411,8 +411,7 @@ async def test_a_client_that_does_not_read_its_answers_is_dropped_at_the_limit(a
             except PeerGone:  # the hop has given up
                 break
             await trio.testing.wait_all_tasks_blocked()
-        while node.listener.session_count:
-            await trio.sleep(0.5)
+        await until(lambda: not node.listener.session_count)
         taken = trio.current_time() - began
         assert LIMITS.reply_taken_seconds <= taken <= LIMITS.reply_taken_seconds + 2
         assert node.faults == {"client SlowPeer": 1}
@@ -597,7 +596,9 @@ async def test_a_push_against_its_contract_ends_its_session_alone_and_names_who_
         await end(second)
 
 
-async def test_values_that_are_not_finite_from_the_hop_before_are_its_fault_and_the_client_is_told(autojump_clock):
+async def test_values_that_are_not_finite_from_the_hop_before_are_its_fault_and_the_client_is_told(
+    autojump_clock,
+):
     async with swarm() as world, fed_session(world) as (client, pusher, node):
         await pusher.send(step(0, 0, 1, body=bytes(ROW - 4) + b"\x00\x00\xc0\x7f"))
         told = await client.receive(world)
@@ -611,8 +612,7 @@ async def test_a_client_that_does_not_read_is_at_fault_and_not_the_hop_before(au
         for number in range(18):
             await pusher.send(step(number, number))
             await trio.testing.wait_all_tasks_blocked()
-        while node.listener.session_count:
-            await trio.sleep(0.5)
+        await until(lambda: not node.listener.session_count)
         assert node.faults == {"client SlowPeer": 1}
 
 

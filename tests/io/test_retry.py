@@ -28,10 +28,8 @@ class Chooser:
         self.opened: list[str] = []
         self.chains = {}
         for names in chains:
-            spans = [world.nodes[PeerId(name)].span for name in names.split()]
-            self.chains[names] = Chain(
-                tuple(Hop(PeerId(name), span.start, span.stop) for name, span in zip(names.split(), spans)), 0.0
-            )
+            nodes = [world.nodes[PeerId(name)] for name in names.split()]
+            self.chains[names] = Chain(tuple(Hop(node.peer, *node.blocks) for node in nodes), 0.0)
 
     async def __call__(self, *, max_length: int):
         avoided = self.blame.avoided(trio.current_time())

@@ -28,10 +28,14 @@ async def test_the_tasks_end_with_the_block():
 
 async def test_an_exception_of_the_block_comes_out_as_it_is():
     error = KeyError("mine")
-    with pytest.raises(KeyError) as caught:
+
+    async def block():
         async with background_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
             raise error
+
+    with pytest.raises(KeyError) as caught:
+        await block()
     assert caught.value is error
 
 
@@ -51,10 +55,13 @@ async def test_an_exception_of_a_task_cancels_the_block_and_comes_out_in_a_group
     async def fails():
         raise ValueError("a bug")
 
-    with pytest.raises(ExceptionGroup) as caught:
+    async def block():
         async with background_nursery() as nursery:
             nursery.start_soon(fails)
             await trio.sleep_forever()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await block()
     assert caught.group_contains(ValueError, match="a bug")
 
 

@@ -1,4 +1,4 @@
-"""`import client` is all that a program needs; `client.connect` is the function, whoever imports what first."""
+"""`import client` is all that a program needs; `client.connect` is the function, whatever came first."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Message headers: bombs, wrong types and noise end in a MessageError, quickly and in little memory."""
 
+import contextlib
 import math
 import struct
 import tracemalloc
@@ -156,10 +157,8 @@ def test_a_header_with_bytes_changed_is_a_header_or_a_message_error(fields, data
     frame = bytearray(pack_header(fields) + b"body")
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(MessageError):
         split_message(frame)
-    except MessageError:
-        pass
 
 
 def test_the_body_is_a_view_and_nothing_of_it_is_copied():
@@ -210,11 +209,9 @@ def test_a_reader_takes_its_own_values_and_nothing_else(reader):
     read, good = READERS[reader]
     for value in VALUES:
         header = Header({"x": value})
-        if any(type(value) is type(one) and value == one for one in good):
-            assert read(header) == value
-        elif reader == "number" and type(value) in (int, float) and 0 <= value <= 10:
-            assert read(header) == value
-        elif reader == "items" and type(value) is list and len(value) <= 2:
+        in_range = reader == "number" and type(value) in (int, float) and 0 <= value <= 10
+        short = reader == "items" and type(value) is list and len(value) <= 2
+        if in_range or short or any(type(value) is type(one) and value == one for one in good):
             assert read(header) == value
         else:
             with pytest.raises(MessageError) as caught:

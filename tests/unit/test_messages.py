@@ -1,5 +1,6 @@
 """Session messages: round trips, and what a peer may send against its contract."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -368,10 +369,8 @@ READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
 @pytest.mark.parametrize("reader", READERS)
 @given(frame=st.binary(max_size=120))
 def test_of_any_bytes_comes_a_message_or_a_message_error(reader, frame):
-    try:
+    with contextlib.suppress(MessageError):
         READERS[reader][0](frame)
-    except MessageError:
-        pass
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -384,10 +383,8 @@ def test_of_a_good_frame_with_any_one_byte_changed_or_cut_comes_a_message_or_a_m
                 changed = bytearray(frame)
                 changed[at] = value
                 for one in (changed, changed[: at + 1], changed + b"\x00"):
-                    try:
+                    with contextlib.suppress(MessageError):
                         read(bytes(one))
-                    except MessageError:
-                        pass
 
 
 @given(st.data())
@@ -403,10 +400,8 @@ def test_the_fields_of_a_step_may_hold_anything_and_only_message_errors_escape(d
         (step_frame(**{field: value}), lambda f: decode_from_client(f, CONTRACT)),
         (result_frame(**{field: value}), lambda f: decode_from_hop(f, CONTRACT)),
     ):
-        try:
+        with contextlib.suppress(MessageError):
             read(frame)
-        except MessageError:
-            pass
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,9 @@ def token_lists(draw, tokenizer):
     """Tokens of real text, of noise, or of both; often more than the window."""
     texts = st.text(st.sampled_from("the end\né😀👩‍👩‍👧✓.𝕏 "), max_size=120)
     noise = st.lists(st.integers(0, len(tokenizer) - 2), max_size=60)
-    parts = draw(st.lists(noise | texts.map(lambda t: tokenizer.encode(t, add_special_tokens=False)), max_size=4))
+    parts = draw(
+        st.lists(noise | texts.map(lambda t: tokenizer.encode(t, add_special_tokens=False)), max_size=4)
+    )
     return [token for part in parts for token in part]
 
 

@@ -244,7 +244,9 @@ class SessionOverABadLink(RuleBasedStateMachine):
 
     @invariant()
     def what_is_in_the_cache_came_in_runs_of_whole_steps_or_of_their_beginnings(self) -> None:
-        for before, after in zip(self.__dict__.get("cache", []), self.__dict__.get("cache", [])[1:], strict=False):
+        for before, after in zip(
+            self.__dict__.get("cache", []), self.__dict__.get("cache", [])[1:], strict=False
+        ):
             (one, offset), (other, begin) = (map(int, token.split(".")) for token in (before, after))
             assert (other, begin) == (one, offset + 1) or (other > one and begin == 0)
 

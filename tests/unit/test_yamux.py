@@ -62,10 +62,11 @@ def take_all(core, stream):
 
 
 class Pair:
-    """Two cores joined by nothing, with a clock."""
+    """Two cores joined by a wire that takes `one_way` seconds, with a clock."""
 
-    def __init__(self, **limits):
+    def __init__(self, one_way=0.0, **limits):
         self.now = 0.0
+        self.one_way = one_way
         self.client = Yamux(True, YamuxLimits(**limits))
         self.server = Yamux(False, YamuxLimits(**limits))
 
@@ -73,8 +74,10 @@ class Pair:
         """Carry everything both ways; what happened at the client and the server."""
         happened = ([], [])
         while self.client.has_data_to_send or self.server.has_data_to_send:
-            happened[1].extend(self.server.receive(self.client.data_to_send(), self.now))
-            happened[0].extend(self.client.receive(self.server.data_to_send(), self.now))
+            to_server, to_client = self.client.data_to_send(), self.server.data_to_send()
+            self.now += self.one_way
+            happened[1].extend(self.server.receive(to_server, self.now))
+            happened[0].extend(self.client.receive(to_client, self.now))
         return happened
 
     def open(self):
@@ -197,18 +200,14 @@ def test_credit_comes_back_in_halves_of_the_window():
 
 
 def test_a_window_grows_when_it_is_used_up_in_two_round_trips_and_the_budget_allows():
-    pair = Pair(max_unread_bytes=MIB)
+    pair = Pair(one_way=0.05, max_unread_bytes=MIB)
     pair.server.ping()
-    wire = pair.server.data_to_send()
-    pair.client.receive(wire, 0.0)
-    pair.now = 0.1
-    pair.server.receive(pair.client.data_to_send(), 0.1)
+    pair.deliver()
     assert pair.server.round_trip_seconds == pytest.approx(0.1)
     ours, theirs = pair.open()
     windows = []
     for _ in range(6):
         send_all(pair.client, ours, bytes(4 * MIB))
-        pair.now += 0.1
         pair.deliver()
         take_all(pair.server, theirs)
         pair.deliver()
