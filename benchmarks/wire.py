@@ -2,7 +2,7 @@
 
     python -m benchmarks.wire [--rounds N] [--bulk-mib N] [--json FILE]
 
-Prints the median and p90 of round trips of one frame, MB/s of frames one way, and the round trip of
+Prints the median, p10 and p90 of round trips of one frame, MB/s of frames one way, and the round trip of
 a small message while bulk goes the same way on the same connection.
 """
 
@@ -181,7 +181,9 @@ async def measure(stack: str, peer: str, address: str, rounds: int, bulk_bytes: 
         for size in SIZES:
             seconds = await round_trips(frames, size, rounds)
             figures[f"{size // KIB} KiB median us"] = statistics.median(seconds) * 1e6
-            figures[f"{size // KIB} KiB p90 us"] = statistics.quantiles(seconds, n=10)[-1] * 1e6
+            tenths = statistics.quantiles(seconds, n=10)
+            figures[f"{size // KIB} KiB p10 us"] = tenths[0] * 1e6
+            figures[f"{size // KIB} KiB p90 us"] = tenths[-1] * 1e6
         to_sink = await open_stream(SINK)
         await bulk(to_sink, 4 * MIB)
         figures["bulk MB/s"] = await bulk(to_sink, bulk_bytes)

@@ -81,6 +81,7 @@ def set_up() -> None:
         make_environment()
     install_torch()
     pip_install("Raceme and its dependencies", "-e", ".[dev,web]")
+    link_trio_types()
     STAMP.write_text(wanted_stamp())
 
 
@@ -267,6 +268,15 @@ def pip_install(what: str, *requirements: str, constrained: bool = True) -> None
     command += ["-c", str(CONSTRAINTS)] if constrained else []
     with stage(f"installing {what}"):
         run([*command, *requirements], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+
+
+def link_trio_types() -> None:
+    """Put trio's own types before the old stubs that py-libp2p brings along (see pyproject.toml)."""
+    link = VENV / "typing" / "trio"
+    for installed in VENV.glob("lib/python*/site-packages/trio"):
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(installed)
 
 
 def pinned(distribution: str) -> str:

@@ -240,6 +240,21 @@ async def test_a_hop_that_dies_is_named_at_once(dead, when, relay, autojump_cloc
         await session.aclose()
 
 
+async def test_when_the_way_between_two_hops_breaks_the_one_out_of_reach_is_named(autojump_clock):
+    async with swarm() as world:
+        chain = world.add_chain(0, 2, 4, 8)
+        session = await world.open(chain)
+        await session.step(some_hidden(3))
+        world.unreachable.add((PeerId("hop1"), PeerId("hop2")))
+        for stream in world.nodes[PeerId("hop2")].streams:
+            if stream.peer == "hop1":
+                await stream.reset()
+        with pytest.raises(PeerGone) as gone:
+            await session.step(some_hidden(1))
+        assert gone.value.peer == "hop2"
+        await session.aclose()
+
+
 async def _later(seconds, function, *args):
     await trio.sleep(seconds)
     await function(*args)

@@ -140,7 +140,7 @@ async def test_a_session_whose_id_is_taken_is_a_fault_and_the_first_one_goes_on(
         thief = await world.dial(PeerId("thief"), PeerId("a"), first.stream.protocol)
         await thief.send(encode_open(first.opened))
         with pytest.raises(PeerGone, match="reset"):
-            await thief.receive()
+            await thief.receive(30.0)
         await thief.aclose()
         assert node.faults == {"thief MessageError": 1}
         await first.stream.send(step(0, 0))
@@ -155,7 +155,7 @@ async def test_garbage_instead_of_an_open_is_the_clients_fault(frame, autojump_c
         stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
         await stream.send(frame)
         with pytest.raises(PeerGone, match="reset"):
-            await stream.receive()
+            await stream.receive(30.0)
         await stream.aclose()
         assert node.faults == {"client MessageError": 1}
 
@@ -166,7 +166,7 @@ async def test_silence_instead_of_an_open_ends_at_its_deadline(autojump_clock):
         stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
         began = trio.current_time()
         with pytest.raises(PeerGone, match="reset"):
-            await stream.receive()
+            await stream.receive(30.0)
         assert trio.current_time() - began == pytest.approx(LIMITS.frame_start_seconds)
         await stream.aclose()
         assert node.faults == {"client SlowPeer": 1}
@@ -543,7 +543,7 @@ async def test_a_push_from_another_peer_is_blamed_and_not_applied(autojump_clock
         thief = await world.dial(PeerId("thief"), PeerId("a"), PUSH_PROTOCOL)
         await thief.send(step(0, 0, 3))
         with pytest.raises(PeerGone, match="reset"):
-            await thief.receive()
+            await thief.receive(30.0)
         await thief.aclose()
         assert node.faults == {"thief MessageError": 1}
         assert node.span.steps == []
@@ -558,7 +558,7 @@ async def test_a_push_into_a_session_that_only_its_client_feeds_is_blamed(autoju
         thief = await world.dial(PeerId("thief"), PeerId("a"), PUSH_PROTOCOL)
         await thief.send(step(0, 0, 3))
         with pytest.raises(PeerGone, match="reset"):
-            await thief.receive()
+            await thief.receive(30.0)
         assert node.faults == {"thief MessageError": 1}
         assert node.span.steps == []
         await thief.aclose()
@@ -578,7 +578,7 @@ async def test_garbage_on_a_push_stream_is_the_pushers_fault(frame, autojump_clo
     async with swarm() as world, fed_session(world) as (_, pusher, node):
         await pusher.send(frame)
         with pytest.raises(PeerGone, match="reset"):
-            await pusher.receive()
+            await pusher.receive(30.0)
         assert node.faults == {"before MessageError": 1}
 
 

@@ -199,6 +199,18 @@ def test_credit_comes_back_in_halves_of_the_window():
     assert frames(pair.server.data_to_send()) == [(WINDOW_UPDATE, 0, 1, INITIAL_WINDOW // 2)]
 
 
+def test_no_credit_is_given_for_the_part_of_a_frame_that_is_still_to_come():
+    core = Yamux(False)
+    (event,) = core.receive(opened() + frame(DATA, 0, 1, INITIAL_WINDOW), 0.0)
+    core.receive(bytes(INITIAL_WINDOW // 4), 0.0)
+    core.data_to_send()
+    assert len(core.take(event.stream, MIB)) == INITIAL_WINDOW // 4
+    assert not core.has_data_to_send  # three quarters of the window are under way
+    core.receive(bytes(INITIAL_WINDOW // 4), 0.0)
+    core.take(event.stream, MIB)
+    assert frames(core.data_to_send()) == [(WINDOW_UPDATE, 0, 1, INITIAL_WINDOW // 2)]
+
+
 def test_a_window_grows_when_it_is_used_up_in_two_round_trips_and_the_budget_allows():
     pair = Pair(one_way=0.05, max_unread_bytes=MIB)
     pair.server.ping()
