@@ -11,6 +11,7 @@ head, and gives a `Swarm`.  Under trio everything runs in the caller's own event
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -358,6 +359,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         background_nursery() as nursery,
     ):
         info, ends = await compute.run(_load_ends, config)
+        gc.freeze()  # what is there now stays: later collections need not look at a million objects
         yield Swarm(config, info, ends, Blame(), host, directory, compute, nursery)
 
 

@@ -10,6 +10,7 @@ Everything here is plumbing: what is decided is decided in pure functions elsewh
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -54,20 +55,28 @@ TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
 
 async def serve(config: NodeConfig) -> None:
     """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
-    from node.serving.listener import SESSION_PROTOCOL
-    from node.serving.push import PUSH_PROTOCOL
-
     async with (
         stopped_by_signals() as stopping,
         open_compute_thread() as compute,
-        open_node(config.network, "serve") as node,
         background_nursery() as nursery,
     ):
+        # Importing torch takes seconds: meanwhile the network comes up and the model is found.
+        nursery.start_soon(compute.run, _prepare_torch, config.threads or capacity.threads_for_this_node())
+        await _serve(config, compute, stopping)
+
+
+async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping) -> None:
+    """In the network until told to stop.  Raises ConfigError."""
+    from node.serving.listener import SESSION_PROTOCOL
+    from node.serving.push import PUSH_PROTOCOL
+
+    async with open_node(config.network, "serve") as node, background_nursery() as nursery:
         listener, offer = await start_serving(config, node, compute)
         node.host.handle(SESSION_PROTOCOL, listener.serve_session)
         node.host.handle(PUSH_PROTOCOL, listener.serve_push)
         await node.directory.announce(offer.record("online", listener))
         nursery.start_soon(_keep_record_true, node, offer, listener)
+        gc.freeze()  # what is there now stays: later collections need not look at a million objects
         write_ready_file(config.network, node, offer)
         tell_how_to_join(node, f"online with blocks {offer.start}:{offer.stop} of {offer.info.name}")
 
@@ -96,11 +105,8 @@ async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) 
     from node.serving.push import PUSH_PROTOCOL
 
     limits = config.network.limits
-    threads = config.threads or capacity.threads_for_this_node()
-    async with background_nursery() as nursery:  # importing torch takes seconds: find the model meanwhile
-        nursery.start_soon(compute.run, _prepare_torch, threads)
-        folder, info = await trio.to_thread.run_sync(_find_model, config)
-        device, dtype = await compute.run(_device_and_dtype, config)
+    folder, info = await trio.to_thread.run_sync(_find_model, config)
+    device, dtype, threads = await compute.run(_device_and_dtype, config)
     free = await compute.run(capacity.free_bytes, device)
     start, stop = await _choose_span(config, node, info, dtype, free)
     cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(info, stop - start, dtype, free)
@@ -307,11 +313,11 @@ def _prepare_torch(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    from node.model import span  # noqa: F401  imports the library
+    import transformers.modeling_utils  # noqa: F401  most of what a model's own module needs
 
 
-def _device_and_dtype(config: NodeConfig) -> tuple[str, str]:
-    """Runs in the torch thread: what "auto" means on this machine.  Raises ConfigError."""
+def _device_and_dtype(config: NodeConfig) -> tuple[str, str, int]:
+    """Runs in the torch thread: device, dtype and threads on this machine.  Raises ConfigError."""
     import torch
 
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -320,14 +326,20 @@ def _device_and_dtype(config: NodeConfig) -> tuple[str, str]:
         device = next(name for name in ("cuda", "mps", "cpu") if have[name])
     if not have[device]:
         raise ConfigError(f"device {device} is not there; {', '.join(n for n in have if have[n])} would be")
-    if config.dtype != "auto":
-        return device, config.dtype
+    dtype = _best_dtype(device) if config.dtype == "auto" else config.dtype
+    return device, dtype, torch.get_num_threads()
+
+
+def _best_dtype(device: str) -> str:
+    """The smaller one, where the hardware computes in it."""
+    import torch
+
     if device == "cuda":
-        return device, "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if device == "mps":
-        return device, "float16"
-    # bfloat16 halves the memory; without support in the CPU it is slower than float32
-    return device, "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+        return "float16"
+    # without support in the CPU it is slower than float32
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def _load_span(folder: ModelFolder, offer: Offer, device: str) -> Span:

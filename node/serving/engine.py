@@ -128,7 +128,7 @@ def _compute_step(
     return encoded, time.perf_counter() - began
 
 
-def measure_rates(span: Span, prefill_tokens: int = 64, seconds: float = 1.0) -> Rates:
+def measure_rates(span: Span, prefill_tokens: int = 64, seconds: float = 0.4) -> Rates:
     """Time decode steps and a prefill on zeros, for about `seconds`.  Runs in the torch thread."""
     import torch
 
