@@ -9,10 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from node.model.folder import ModelFolder
 from node.model.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
+
+settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
+settings.load_profile("raceme")
 
 
 @pytest.fixture(scope="session")

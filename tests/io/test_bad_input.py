@@ -84,7 +84,9 @@ def test_a_port_in_use_is_named(capsys, tiny_llama):
         assert address in refused(capsys, node.__main__, "bootstrap", "--listen", address)
 
 
-@pytest.mark.parametrize("address", ["nonsense", "/ip4/300.1.1.1/tcp/1", "/ip4/127.0.0.1/udp/1", "/ip4/127.0.0.1"])
+@pytest.mark.parametrize(
+    "address", ["nonsense", "/ip4/300.1.1.1/tcp/1", "/ip4/127.0.0.1/udp/1", "/ip4/127.0.0.1"]
+)
 def test_a_bad_listen_address_is_named(capsys, address):
     assert address in refused(capsys, node.__main__, "bootstrap", "--listen", address)
 
