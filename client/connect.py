@@ -233,14 +233,26 @@ class Swarm:
         return await self._host.open_stream(peer, addresses, SESSION_PROTOCOL, seconds=seconds)
 
     def _choose(self, excluded: frozenset[PeerId]) -> Chain:
-        info = self.info
-        return cheapest_chain(
-            self.view().spans(info.revision, info.blocks),
-            info.blocks,
-            client_rtt=self._directory.rtts(),
-            measured=self._rates,
-            excluded=excluded,
-        )
+        info, view = self.info, self.view()
+        try:
+            return cheapest_chain(
+                view.spans(info.revision, info.blocks),
+                info.blocks,
+                client_rtt=self._directory.rtts(),
+                measured=self._rates,
+                excluded=excluded,
+            )
+        except NoChain as none:
+            instead = [f"{key.model} (revision {key.revision})" for key in view.models()]
+            if not none.alone or not instead:
+                raise
+            raise NoChain(
+                none.missing,
+                none.blocks,
+                alone=True,
+                excluded=none.excluded,
+                instead=[*instead, f"not {info.name} (revision {info.revision})"],
+            ) from None
 
     def _learn(self, session: Session) -> None:
         """Take in what a step has shown about its hops."""

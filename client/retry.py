@@ -22,6 +22,7 @@ from node.model.ends import Ends
 from routing.chain import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, Refused, SlowPeer
+from tensor_codec.messages import Reply, Result
 
 T = TypeVar("T")
 
@@ -123,12 +124,7 @@ class Context:
         # At least one token is sent, for there must be an answer to take the logits from.
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[kept:]
-        await self._send_ahead(session, tokens, kept)
-        begin = len(self.tokens)
-        result = await session.exchange(
-            await self._embed(session, tokens[begin:], begin), begin, len(tokens) - begin, "last"
-        )
-        self.tokens = list(tokens)
+        result = await self._feed(session, tokens, kept)
 
         def finish() -> T:
             hidden = session.decode(result)  # [1, 1, hidden]
@@ -138,21 +134,28 @@ class Context:
         self.worked(session)
         return picked
 
-    async def _send_ahead(self, session: Session, tokens: list[int], kept: int) -> None:
-        """Send all but the last chunk of a long prompt, several chunks on their way at a time."""
+    async def _feed(self, session: Session, tokens: list[int], kept: int) -> Result:
+        """Send all tokens from position `kept` on; the answer to the last one.
+
+        A long prompt goes in chunks, several on their way at a time: hops work on different ones.
+        """
         chunk = min(PREFILL_TOKENS, session.max_step_tokens)
         under_way: deque[tuple[int, Pending]] = deque()
-        for begin in range(kept, len(tokens) - chunk, chunk):
-            body = await self._embed(session, tokens[begin : begin + chunk], begin)
+        for begin in range(kept, len(tokens), chunk):
+            stop = min(begin + chunk, len(tokens))
+            body = await self._embed(session, tokens[begin:stop], begin)
             if len(under_way) == CHUNKS_UNDER_WAY:
                 await self._acknowledge(session, tokens, *under_way.popleft())
-            under_way.append((begin + chunk, await session.submit(body, begin, chunk, "none")))
-        while under_way:
+            reply: Reply = "last" if stop == len(tokens) else "none"
+            under_way.append((stop, await session.submit(body, begin, stop - begin, reply)))
+        while len(under_way) > 1:
             await self._acknowledge(session, tokens, *under_way.popleft())
+        return await self._acknowledge(session, tokens, *under_way.popleft())
 
-    async def _acknowledge(self, session: Session, tokens: list[int], stop: int, pending: Pending) -> None:
-        await session.collect(pending)
+    async def _acknowledge(self, session: Session, tokens: list[int], stop: int, pending: Pending) -> Result:
+        result = await session.collect(pending)
         self.tokens = tokens[:stop]
+        return result
 
     async def _embed(self, session: Session, tokens: list[int], position: int) -> memoryview:
         """Token ids to the encoded hidden states [1, tokens, hidden] of the first hop's input."""
@@ -162,8 +165,10 @@ class Context:
 
             return memoryview(session.encode(self.ends.embed(torch.tensor([tokens]), position)))
 
-        # One token takes less time here than its way into the torch thread and back.
-        return embed() if len(tokens) == 1 else await self.compute.run(embed)
+        # One token takes less time here than its way into the torch thread and back; ends that are
+        # not stateless belong to that thread, where another generation may be using them.
+        here = len(tokens) == 1 and self.ends.stateless
+        return embed() if here else await self.compute.run(embed)
 
     def _drop_session(self, error: PeerFault | Refused) -> None:
         now = trio.current_time()

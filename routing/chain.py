@@ -57,10 +57,12 @@ class NoChain(Exception):
         if not alone:
             found = f"blocks {runs} of {blocks} are served by nobody"
         aside = f" ({excluded} left out after a failure)" if excluded else ""
-        super().__init__(found + aside)
+        other = f"; the swarm serves {', '.join(instead)}" if instead else ""
+        super().__init__(found + aside + other)
         self.missing = tuple(missing)
         self.blocks = blocks
         self.alone = alone
+        self.excluded = excluded
 
 
 @dataclass(frozen=True, slots=True)

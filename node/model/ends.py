@@ -46,6 +46,11 @@ class Ends:
             self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
 
     @property
+    def stateless(self) -> bool:
+        """Whether several threads may use it at a time."""
+        return self._plain is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return tensor_bytes(self.model)

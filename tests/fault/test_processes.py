@@ -101,7 +101,7 @@ def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve
 
 
 def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
-    key: Path, tiny_llama: Path
+    key: Path, tiny_llama: Path, builtin_model: ModelFolder
 ) -> None:
     with local_swarm(
         ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"],
@@ -147,6 +147,9 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
             return [hole for model in status["models"] for hole in model["holes"]]  # type: ignore[attr-defined]
 
         assert holes() == []
+        other = run("client", "generate", *join, "--wait", "0.5", "hello")  # the built-in model
+        assert other.returncode == 3
+        assert "the swarm serves tiny-llama" in other.stderr
         late[0].process.send_signal(signal.SIGTERM)
         assert late[0].process.wait(15) == 0
         assert holes() == [[0, 2]]  # it said good-bye: no TTL to wait for
