@@ -243,16 +243,12 @@ class Swarm:
                 excluded=excluded,
             )
         except NoChain as none:
-            instead = [f"{key.model} (revision {key.revision})" for key in view.models()]
-            if not none.alone or not instead:
+            served = view.models()
+            if not served or info.revision in {key.revision for key in served}:
                 raise
-            raise NoChain(
-                none.missing,
-                none.blocks,
-                alone=True,
-                excluded=none.excluded,
-                instead=[*instead, f"not {info.name} (revision {info.revision})"],
-            ) from None
+            ours = f"not {info.name} (revision {info.revision})"
+            instead = [f"{key.model} (revision {key.revision})" for key in served]
+            raise NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours]) from None
 
     def _learn(self, session: Session) -> None:
         """Take in what a step has shown about its hops."""

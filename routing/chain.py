@@ -47,10 +47,17 @@ class NoChain(Exception):
 
     missing: the runs of blocks, [start, stop), that nobody serves.
     alone: nobody serves any block of this model at all.
+    instead: what the swarm serves, where it is something else; for people.
     """
 
     def __init__(
-        self, missing: Sequence[tuple[int, int]], blocks: int, *, alone: bool, excluded: int = 0
+        self,
+        missing: Sequence[tuple[int, int]],
+        blocks: int,
+        *,
+        alone: bool,
+        excluded: int = 0,
+        instead: Sequence[str] = (),
     ) -> None:
         runs = ", ".join(f"{start}:{stop}" for start, stop in missing)
         found = f"no peer serves any of blocks {runs} of {blocks}"
@@ -62,7 +69,6 @@ class NoChain(Exception):
         self.missing = tuple(missing)
         self.blocks = blocks
         self.alone = alone
-        self.excluded = excluded
 
 
 @dataclass(frozen=True, slots=True)
