@@ -3,7 +3,8 @@
     python -m benchmarks.decode --servers 3 --dtype float32
 
 Rounds of both alternate, so that a noisy machine is noisy for both; medians are over all steps of
-all rounds.  The first round of each warms up and does not count.
+all rounds.  The first round of each warms up and does not count.  What a hop adds is measured token
+by token in turn with the same code in one process (`side_by_side`).
 """
 
 from __future__ import annotations
@@ -96,19 +97,16 @@ def measure(
         rounds.append(client.ask(question))
         rounds[-1]["server_cpu_seconds"] = sum(node.cpu_seconds() for node in swarm.nodes) - cpu
         print(f"round {number + 1} of {flags.rounds + 1}", file=sys.stderr)
-    expected = alone[0]["library"]["tokens"]
+    expected = alone[0]["tokens"]
     generations = [generation for each in rounds for generation in each["generations"]]
     equal = all(generation["tokens"] == expected for generation in generations)
     counted = [generation for each in rounds[1:] for generation in each["generations"]]
     step = steps(counted)
-    library = steps([each["library"] for each in alone[1:]])
-    ours = steps([each["ours"] for each in alone[1:]])
+    library = steps(alone[1:])
+    pairs = [pair for _ in range(flags.rounds) for pair in side_by_side(question, client, reference)]
     tokens = sum(len(generation["tokens"]) for generation in counted)
     wall = sum(each["wall_seconds"] for each in rounds[1:])
-    added = [
-        steps(each["generations"])["median"] - steps([beside["ours"]])["median"]
-        for each, beside in zip(rounds[1:], alone[1:], strict=True)
-    ]  # round by round: the machine's speed changes from minute to minute
+    outside = [second for generation in counted for second in generation["outside_compute"][1:]]
     rates = [1 / statistics.median(generation["seconds"][1:]) for generation in counted]
     return {
         "model": flags.model or "built-in",
@@ -123,11 +121,12 @@ def measure(
         "steps_per_s_p10": 1 / step["p90"],
         "steps_per_s_p90": 1 / step["p10"],
         "reference_steps_per_s": 1 / library["median"],
-        "same_code_steps_per_s": 1 / ours["median"],
+        "same_code_steps_per_s": 1 / statistics.median(near for near, _ in pairs),
         "share_of_reference": library["median"] / step["median"],
-        "hop_overhead_ms": statistics.median(added) / flags.servers * 1e3,
+        "hop_overhead_ms": statistics.median(far - near for near, far in pairs) / flags.servers * 1e3,
+        "wire_ms_per_hop": statistics.median(outside) / flags.servers * 1e3,
         "ttft_s": statistics.median(generation["seconds"][0] for generation in counted),
-        "reference_ttft_s": statistics.median(each["library"]["seconds"][0] for each in alone[1:]),
+        "reference_ttft_s": statistics.median(each["seconds"][0] for each in alone[1:]),
         "aggregate_tokens_per_s": tokens / wall,
         "fairness": min(rates) / max(rates),
         "client_bytes_per_token": sum(each["bytes"] for each in rounds[1:]) / tokens,
@@ -139,6 +138,20 @@ def measure(
         "start_s": swarm.nodes[0].online_seconds,
         "start_s_all": [node.online_seconds for node in swarm.nodes],
     }
+
+
+def side_by_side(question: dict[str, Any], client: Worker, reference: Worker) -> list[tuple[float, float]]:
+    """Seconds of each decode step, in one process and over the swarm, token by token in turn.
+
+    The same code computes the same blocks in both.  A step of the one follows a step of the other,
+    so both find the machine equally fast and their caches equally cold.
+    """
+    pairs = []
+    for step in range(question["tokens"]):
+        near, far = reference.ask(question | {"step": step}), client.ask(question | {"step": step})
+        if step:  # the first one is the prefill
+            pairs.append((near[1], far[1]))
+    return pairs
 
 
 def steps(generations: Sequence[dict[str, Any]]) -> dict[str, float]:

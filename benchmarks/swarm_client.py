@@ -6,21 +6,32 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import psutil
 import trio
 
 from client.connect import ClientConfig, Swarm, open_swarm
+from client.generate import Token
 
 
 async def serve_lines(flags: argparse.Namespace) -> None:
     """Connect, then answer lines of JSON on standard input."""
     config = ClientConfig(tuple(flags.peers), flags.model, threads=flags.threads, codec=flags.codec)
     async with open_swarm(config) as swarm:
+        tokens: AsyncGenerator[Token, None] | None = None
         while line := await trio.to_thread.run_sync(sys.stdin.readline):
             question = json.loads(line)
-            print(json.dumps(await answer(swarm, question)), flush=True)
+            if "step" not in question:
+                print(json.dumps(await answer(swarm, question)), flush=True)
+                continue
+            if question["step"] == 0:  # one token at a time, beside the reference's
+                tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"])
+            assert tokens is not None
+            began = time.perf_counter()
+            token = await anext(tokens)
+            print(json.dumps([token.id, time.perf_counter() - began]), flush=True)
 
 
 async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
@@ -48,12 +59,18 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
 
 
 async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Greedy; the token ids and the seconds of each."""
-    seconds, found = [], []
-    async for token in swarm.generate(ids, max_new_tokens=tokens):
+    """Greedy; the token ids, the seconds of each, and the part of them outside the hops' computing."""
+    seconds: list[float] = []
+    outside: list[float] = []
+    found: list[int] = []
+    context = swarm.conversation(len(ids) + tokens)
+    async for token in swarm.generate(ids, max_new_tokens=tokens, context=context):
         seconds.append(token.seconds)
         found.append(token.id)
-    return {"tokens": found, "seconds": seconds}
+        if context.session is not None and (times := context.session.times) is not None:
+            outside.append(times.total - sum(computing for _, computing in times.hops))
+    context.close()
+    return {"tokens": found, "seconds": seconds, "outside_compute": outside}
 
 
 def _cpu() -> float:
