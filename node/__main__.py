@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -48,7 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     command = commands.get(words[0]) if words else None
     try:
-        return command(words[1:]) if command else _serve(words)
+        code = command(words[1:]) if command else _serve(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
