@@ -289,6 +289,7 @@ def connect(
     threads: int | None = None,
     wait_seconds: float = 30.0,
     step_seconds: float = 30.0,
+    give_up_seconds: float = 120.0,
     codec: str = "auto",
 ) -> AbstractAsyncContextManager[SwarmLike]:
     """Join a swarm as a client: `async with connect(...) as swarm`.
@@ -297,6 +298,7 @@ def connect(
     peers: multiaddrs (with /p2p/ID) of one or more nodes of the swarm, bootstrap nodes or others.
     swarm_key: a key file, or the key's 32 bytes, where the swarm is private.
     threads: of torch in this process; None leaves them as they are.
+    wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
     Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
     handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, no peer
     could be reached, the swarm does not accept the key.
@@ -310,6 +312,7 @@ def connect(
         threads=threads,
         wait_seconds=wait_seconds,
         step_seconds=step_seconds,
+        give_up_seconds=give_up_seconds,
         codec=codec,
     )
     return _Connection(config)

@@ -143,6 +143,7 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         swarm_key=flags.swarm_key,
         threads=flags.threads,
         wait_seconds=flags.wait,
+        give_up_seconds=max(flags.wait, 1.0),
         codec=flags.codec,
     )
 

@@ -95,15 +95,17 @@ def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"swarm {facts['swarm']}: {len(facts['peers'])} peers")
+    table = Table(
+        title=f"swarm {facts['swarm']}: {len(facts['peers'])} peers", box=None, padding=(0, 2, 0, 0)
+    )
     for column in ("peer", "name", "state", "blocks", "dtype"):
-        table.add_column(column)
-    for column in ("ms/block", "prefill tok/s", "free cache", "rtt ms"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("ms/block", "prefill/s", "cache", "rtt"):
+        table.add_column(column, justify="right", no_wrap=True)
     for peer in facts["peers"]:
         serves = peer["blocks"] is not None
         table.add_row(
-            peer["peer"][:4] + "…" + peer["peer"][-6:],
+            "…" + peer["peer"][-6:],
             peer["name"],
             peer["state"] if serves else peer["role"],
             f"{peer['blocks'][0]}:{peer['blocks'][1]}" if serves else "",

@@ -162,9 +162,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
         console.print(f"\n# {what}", style="dim")
         console.print(escape(shlex.join([python, "-m", module, *arguments])))
     with suppress(Stopped):  # here it is the way out
-        while True:
-            check_alive(children)
-            time.sleep(0.5)
+        keep_up(children)
 
 
 # The nodes
@@ -292,6 +290,20 @@ def check_alive(children: Sequence[Child]) -> None:
     for child in children:
         if child.log is not None and child.process.poll() is not None:
             raise DemoError(f"{child.name} ended with exit code {child.process.returncode}")
+
+
+def keep_up(children: list[Child]) -> None:
+    """Wait for Ctrl-C; say so when a node ends, for somebody may want to see what the others do then.
+
+    Raises DemoError when none is left.
+    """
+    while children:
+        for child in [child for child in children if child.process.poll() is not None]:
+            code = child.process.returncode
+            console.print(f"{child.name} ended (exit code {code}); `status` shows it gone at last after 90 s")
+            children.remove(child)
+        time.sleep(0.5)
+    raise DemoError("no node is left")
 
 
 def stop_all(children: Sequence[Child]) -> list[str]:
