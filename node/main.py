@@ -60,7 +60,8 @@ async def serve(config: NodeConfig) -> None:
         open_compute_thread() as compute,
         background_nursery() as nursery,
     ):
-        # Importing torch takes seconds: meanwhile the network comes up and the model is found.
+        # Importing torch takes seconds, wherever it is done first; two threads that import at once
+        # only get in each other's way, so the network comes up afterwards.
         nursery.start_soon(compute.run, _prepare_torch, config.threads or capacity.threads_for_this_node())
         await _serve(config, compute, stopping)
 
