@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
@@ -27,12 +29,16 @@ def free_bytes(device: str = "cpu") -> int:
 
 def servers_on_this_machine() -> int:
     """Running `python -m node` processes that serve blocks, this one included."""
-    found = 0
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        serves = "-m" in words and words[words.index("-m") + 1 :][:1] == ["node"]
-        found += serves and not DIRECTORY_COMMANDS.intersection(words)
+    found = sum(serves_blocks(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
     return max(found, 1)
+
+
+def serves_blocks(words: Sequence[str]) -> bool:
+    """Whether this command line is that of a serving node, and not of a program that started one."""
+    if not words or not Path(words[0]).name.startswith("python") or "-m" not in words:
+        return False
+    after = words[words.index("-m") + 1 :]
+    return after[:1] == ["node"] and not DIRECTORY_COMMANDS.intersection(after[1:2])
 
 
 def threads_for_this_node() -> int:

@@ -23,10 +23,12 @@ TTL_SECONDS = 6.0
 PROMPT = "The three most important things about a good garden are"
 
 
-def run(*words: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end."""
+def run(*words: object, seconds: float = 120, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end, with `text` as its standard input."""
     command = [sys.executable, "-m", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False, input=text
+    )
 
 
 def answer(*words: object) -> dict[str, object]:
@@ -92,6 +94,14 @@ def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve
     expected = whole.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
     assert found["tokens"] == expected[0, ids.shape[1] :].tolist()
     assert [hop["blocks"] for hop in found["route"]] == [[0, 10], [10, 20], [20, 30]]  # type: ignore[attr-defined]
+
+    talk = run(
+        *("client", "chat", *join, "--max-new-tokens", "24", "--threads", "1"),
+        text="What is the capital of France?\nAnd of Italy?\n",
+    )
+    assert talk.returncode == 0, talk.stderr
+    assert "Paris" in talk.stdout
+    assert talk.stderr.count("tokens/s") == 2  # two turns, each with its speed
 
     status = answer("node", "status", "--json", *join)
     assert {peer["peer"] for peer in status["peers"]} == {n.facts["peer_id"] for n in swarm.nodes}  # type: ignore[attr-defined]
