@@ -57,9 +57,8 @@ def _guarded(flags: argparse.Namespace) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    import trio
-
     from client.terminal import run_chat, run_generate
+    from node.tasks import run
     from routing.chain import NoChain
     from tensor_codec.errors import PeerFault, Refused
 
@@ -68,7 +67,7 @@ def _run(flags: argparse.Namespace) -> int:
         "chat": run_chat,
     }
     try:
-        trio.run(partial(commands[flags.command], flags))
+        run(partial(commands[flags.command], flags))
     except NoChain as error:
         return _fail(error, 3)
     except (PeerFault, Refused) as error:

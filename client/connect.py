@@ -129,6 +129,8 @@ class Swarm:
         ids = self._token_ids(prompt)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         length = len(ids) + max_new_tokens
+        if "" in stops:
+            raise ValueError("a stop string is empty: it would end every text before its first token")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
         self._check_length(length, f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones")

@@ -159,21 +159,10 @@ def _new_swarm_key(words: list[str]) -> int:
 
 
 def _run(main: Callable[[], Awaitable[None]]) -> int:
-    import trio
+    from node.tasks import run
 
-    try:
-        trio.run(main)
-    except* ConfigError as group:
-        errors: list[BaseException] = list(_leaves(group))
-        raise ConfigError(str(errors[0])) from None
+    run(main)
     return 0
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
-"""Nurseries for things that live as long as an `async with` block."""
+"""Nurseries for things that live as long as an `async with` block, and the way out of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -25,3 +25,26 @@ async def background_nursery() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """`trio.run` for a command line: what ends it comes out as it is, whatever nurseries it passed.
+
+    Ctrl-C is KeyboardInterrupt, even where other errors came with it; errors of one type are the
+    first of them; a mixture stays a group.
+    """
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        errors = _leaves(group)
+        if any(isinstance(error, KeyboardInterrupt) for error in errors):
+            raise KeyboardInterrupt from None
+        if len({type(error) for error in errors}) == 1:
+            raise errors[0] from None
+        raise
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]

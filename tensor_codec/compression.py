@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensor_codec.errors import BadResult, LocalProtocolError
 from tensor_codec.frame import Buffer
-from tensor_codec.messages import CODEC_BYTES, Contract
+from tensor_codec.messages import Contract
 
 WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -63,6 +63,3 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; one reduction, since x * 0 is NaN exactly for those."""
     return bool((values * 0).sum(dtype=torch.float32) == 0)
-
-
-__all__ = ["CODEC_BYTES", "WIRE_DTYPES", "codec_for", "decode_hidden", "encode_hidden"]

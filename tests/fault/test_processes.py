@@ -190,3 +190,21 @@ def test_a_wrong_or_missing_key_is_refused_with_one_line(key: Path, tmp_path: Pa
             assert len(refused.stderr.strip().splitlines()) == 1
             assert time.monotonic() - began < 20
         assert run("node", "status", "--peers", *swarm.peers, "--swarm-key", key).returncode == 0
+
+
+def test_ctrl_c_ends_a_waiting_client_without_a_traceback(tiny_llama: Path) -> None:
+    with local_swarm() as swarm:
+        swarm.start("bootstrap").wait_online()
+        words = ["client", "generate", "--model", str(tiny_llama), "--peers", *swarm.peers, "hello"]
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline().startswith("waiting up to 30 s")
+        waiting.send_signal(signal.SIGINT)
+        out, errors = waiting.communicate(timeout=15)
+        assert (waiting.returncode, out, errors) == (130, "", "")

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.tasks import background_nursery
+from node.tasks import background_nursery, run
 
 
 async def test_the_tasks_end_with_the_block():
@@ -88,3 +88,25 @@ async def test_leaving_the_block_early_from_a_loop_ends_the_tasks():
             await trio.testing.wait_all_tasks_blocked()
             continue
     assert ended == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ([KeyError("a")], KeyError),
+        ([KeyError("a"), KeyError("b")], KeyError),
+        ([KeyboardInterrupt(), KeyError("a")], KeyboardInterrupt),
+        ([KeyError("a"), OSError("b")], BaseExceptionGroup),
+    ],
+)
+def test_a_command_ends_with_its_error_and_not_with_a_group_of_one(raised, expected):
+    async def fail(error):
+        raise error
+
+    async def main():
+        async with trio.open_nursery() as outer, trio.open_nursery() as inner:
+            for nursery, error in zip((outer, inner), raised, strict=False):
+                nursery.start_soon(fail, error)
+
+    with pytest.raises(expected):
+        run(main)
