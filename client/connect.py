@@ -27,6 +27,7 @@ from routing.chain import Chain, NoChain, cheapest_chain
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
+from tensor_codec.messages import SESSION_PROTOCOL
 
 if TYPE_CHECKING:
     from client.api import SwarmLike
@@ -227,8 +228,6 @@ class Swarm:
         )
 
     async def _open_stream(self, peer: PeerId) -> FramedStream:
-        from client.session import SESSION_PROTOCOL
-
         record = self.view().get(peer)
         addresses = record.addresses if record is not None else ()
         seconds = self.config.limits.dial_seconds

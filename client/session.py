@@ -52,8 +52,6 @@ from tensor_codec.messages import (
     encode_step,
 )
 
-SESSION_PROTOCOL = "/raceme/session/1"
-
 OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
 
 

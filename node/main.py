@@ -35,6 +35,7 @@ from routing.placement import choose_blocks
 from routing.records import Record, Role, State
 from routing.swarm import ONLINE_SOON
 from tensor_codec.errors import PeerGone
+from tensor_codec.messages import PUSH_PROTOCOL, SESSION_PROTOCOL
 
 if TYPE_CHECKING:
     from node.model.folder import ModelFolder
@@ -55,22 +56,14 @@ TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
 
 async def serve(config: NodeConfig) -> None:
     """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
-    async with (
-        stopped_by_signals() as stopping,
-        open_compute_thread() as compute,
-        background_nursery() as nursery,
-    ):
-        # Importing torch takes seconds, wherever it is done first; two threads that import at once
-        # only get in each other's way, so the network comes up afterwards.
-        nursery.start_soon(compute.run, _prepare_torch, config.threads or capacity.threads_for_this_node())
+    async with stopped_by_signals() as stopping, open_compute_thread() as compute:
+        # Two threads that import at once only get in each other's way: torch first, then the network.
+        await compute.run(_prepare_torch, config.threads or capacity.threads_for_this_node())
         await _serve(config, compute, stopping)
 
 
 async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping) -> None:
     """In the network until told to stop.  Raises ConfigError."""
-    from node.serving.listener import SESSION_PROTOCOL
-    from node.serving.push import PUSH_PROTOCOL
-
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
         listener, offer = await start_serving(config, node, compute)
         node.host.handle(SESSION_PROTOCOL, listener.serve_session)
@@ -103,7 +96,6 @@ async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) 
     from node.serving.cache import CacheBudget
     from node.serving.engine import Engine, measure_rates
     from node.serving.listener import Listener
-    from node.serving.push import PUSH_PROTOCOL
 
     limits = config.network.limits
     folder, info = await trio.to_thread.run_sync(_find_model, config)

@@ -27,6 +27,8 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header, split_message
 
+SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
+PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
 SESSION_ID_BYTES = 16
 CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
 DTYPES = frozenset({"float32", "bfloat16", "float16"})

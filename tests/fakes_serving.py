@@ -17,17 +17,18 @@ import torch
 import trio
 from torch import Tensor
 
-from client.session import SESSION_PROTOCOL, Session, Terms, open_session
+from client.session import Session, Terms, open_session
 from node.serving.cache import CacheBudget
 from node.serving.engine import Engine, Rates
 from node.serving.listener import Listener, Served
-from node.serving.push import PUSH_PROTOCOL
 from routing.chain import Chain, Hop
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
+    PUSH_PROTOCOL,
+    SESSION_PROTOCOL,
     Contract,
     Failed,
     Open,

@@ -59,8 +59,6 @@ from tensor_codec.messages import (
     step_session,
 )
 
-SESSION_PROTOCOL = "/raceme/session/1"
-
 
 @dataclass(frozen=True, slots=True)
 class Served:

@@ -17,8 +17,6 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerFault
 from tensor_codec.frame import Buffer
 
-PUSH_PROTOCOL = "/raceme/push/1"
-
 
 class Sender(Protocol):
     """What a link needs of a framed stream."""

@@ -9,7 +9,6 @@ import torch
 import trio
 import trio.testing
 
-from client.session import SESSION_PROTOCOL
 from routing.chain import Chain, Hop
 from routing.names import PeerId
 from tensor_codec.errors import (
@@ -27,7 +26,7 @@ from tensor_codec.errors import (
     WrongRevision,
 )
 from tensor_codec.limits import Limits
-from tensor_codec.messages import Opened, Result, encode_opened, encode_result
+from tensor_codec.messages import SESSION_PROTOCOL, Opened, Result, encode_opened, encode_result
 from tests.fakes import memory_framed_pair
 from tests.fakes_serving import (
     HIDDEN,

@@ -10,13 +10,13 @@ import torch
 import trio
 import trio.testing
 
-from node.serving.push import PUSH_PROTOCOL
 from routing.names import PeerId
 from tensor_codec.compression import decode_hidden, encode_hidden
 from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
     MAX_HOPS,
+    PUSH_PROTOCOL,
     Contract,
     Failed,
     Open,
