@@ -5,6 +5,10 @@
 Rounds of both alternate, so that a noisy machine is noisy for both; medians are over all steps of
 all rounds.  The first round of each warms up and does not count.  What a hop adds is measured token
 by token in turn with the same code in one process (`side_by_side`).
+
+With --clients all generations of a round begin at once, from one process, each with a prompt of its
+own; the library answers each of these prompts once, before the rounds, to compare the tokens with.
+With --quantize these are not the library's, for it stays as --dtype says.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model = [] if flags.model is None else ["--model", flags.model]
-    common = ["--dtype", flags.dtype, "--threads", str(flags.threads)]
+    common = ["--dtype", flags.dtype, "--threads", str(flags.threads), "--quantize", flags.quantize]
     with (
         local_swarm(common, environment=threads) as swarm,
         closing(Worker("benchmarks.reference", [*model, *common], threads)) as reference,
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(result)
     if flags.json:
         Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if result["tokens_equal"] or flags.dtype != "float32" else 1
+    exact = flags.dtype == "float32" and flags.quantize == "none"
+    return 0 if result["tokens_equal"] or not exact else 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a generation (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--quantize", default="none", choices=("none", "int8", "nf4"), help="of the nodes")
     parser.add_argument("--codec", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (%(default)s)")
@@ -88,46 +94,59 @@ def measure(
     flags: argparse.Namespace, swarm: LocalSwarm, client: Worker, reference: Worker
 ) -> dict[str, Any]:
     """Alternate rounds of the swarm and of the reference; everything that is reported."""
-    ids = client.ask({"text": TEXT * (1 + flags.prompt_tokens // 50)})["ids"][: flags.prompt_tokens]
-    question = {"ids": ids, "tokens": flags.tokens, "clients": flags.clients}
+    prompts = prompts_of(client, flags.clients, flags.prompt_tokens)
+    expected = [reference.ask({"ids": ids, "tokens": flags.tokens})["tokens"] for ids in prompts]
+    single = {"ids": prompts[0], "tokens": flags.tokens}
     rounds, alone = [], []
     for number in range(flags.rounds + 1):
-        alone.append(reference.ask(question))
+        alone.append(reference.ask(single))
         cpu = sum(node.cpu_seconds() for node in swarm.nodes)
-        rounds.append(client.ask(question))
+        rounds.append(client.ask({"prompts": prompts, "tokens": flags.tokens}))
         rounds[-1]["server_cpu_seconds"] = sum(node.cpu_seconds() for node in swarm.nodes) - cpu
         print(f"round {number + 1} of {flags.rounds + 1}", file=sys.stderr)
-    expected = alone[0]["tokens"]
-    generations = [generation for each in rounds for generation in each["generations"]]
-    equal = all(generation["tokens"] == expected for generation in generations)
+    shares = [
+        equal_share(generation["tokens"], wanted)
+        for each in rounds
+        for generation, wanted in zip(each["generations"], expected, strict=True)
+    ]
     counted = [generation for each in rounds[1:] for generation in each["generations"]]
     step = steps(counted)
     library = steps(alone[1:])
-    pairs = [pair for _ in range(flags.rounds) for pair in side_by_side(question, client, reference)]
+    pairs = [pair for _ in range(flags.rounds) for pair in side_by_side(single, client, reference)]
     tokens = sum(len(generation["tokens"]) for generation in counted)
     wall = sum(each["wall_seconds"] for each in rounds[1:])
     outside = [second for generation in counted for second in generation["outside_compute"][1:]]
-    rates = [1 / statistics.median(generation["seconds"][1:]) for generation in counted]
+    rates = client_rates([each["generations"] for each in rounds[1:]])
+    first = [generation["seconds"][0] for generation in counted]
+    reference_rate = sum(len(each["tokens"]) for each in alone[1:]) / sum(
+        each["wall_seconds"] for each in alone[1:]
+    )
     return {
         "model": flags.model or "built-in",
         "servers": flags.servers,
         "clients": flags.clients,
         "dtype": flags.dtype,
+        "quantize": flags.quantize,
         "threads": flags.threads,
-        "prompt_tokens": len(ids),
+        "prompt_tokens": len(prompts[0]),
         "tokens": flags.tokens,
-        "tokens_equal": equal,
+        "tokens_equal": all(share == 1 for share in shares),
+        "tokens_equal_share": statistics.mean(shares),
         "steps_per_s": 1 / step["median"],
         "steps_per_s_p10": 1 / step["p90"],
         "steps_per_s_p90": 1 / step["p10"],
         "reference_steps_per_s": 1 / library["median"],
+        "reference_tokens_per_s": reference_rate,
         "same_code_steps_per_s": 1 / statistics.median(near for near, _ in pairs),
         "share_of_reference": library["median"] / step["median"],
         "hop_overhead_ms": statistics.median(far - near for near, far in pairs) / flags.servers * 1e3,
         "wire_ms_per_hop": statistics.median(outside) / flags.servers * 1e3,
-        "ttft_s": statistics.median(generation["seconds"][0] for generation in counted),
+        "ttft_s": statistics.median(first),
+        "ttft_max_s": max(first),
         "reference_ttft_s": statistics.median(each["seconds"][0] for each in alone[1:]),
         "aggregate_tokens_per_s": tokens / wall,
+        "aggregate_share_of_reference": tokens / wall / reference_rate,
+        "client_tokens_per_s": rates,
         "fairness": min(rates) / max(rates),
         "client_bytes_per_token": sum(each["bytes"] for each in rounds[1:]) / tokens,
         "server_cpu_s_per_token": sum(each["server_cpu_seconds"] for each in rounds[1:]) / tokens,
@@ -138,6 +157,28 @@ def measure(
         "start_s": swarm.nodes[0].online_seconds,
         "start_s_all": [node.online_seconds for node in swarm.nodes],
     }
+
+
+def prompts_of(client: Worker, clients: int, tokens: int) -> list[list[int]]:
+    """A prompt of so many tokens for each client: the same text, begun a token later by each."""
+    ids = client.ask({"text": TEXT * (2 + (clients + tokens) // 50)})["ids"]
+    return [ids[index : index + tokens] for index in range(clients)]
+
+
+def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
+    """The share of the tokens before the first one that differs: what comes after it has another past."""
+    longest = max(len(tokens), len(expected))
+    pairs = enumerate(zip(tokens, expected, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(tokens), len(expected))) / longest
+
+
+def client_rates(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
+    """Tokens a second of each client over all rounds; first tokens and the seconds before them left out."""
+    rates = []
+    for generations in zip(*rounds, strict=True):
+        seconds = [second for generation in generations for second in generation["seconds"][1:]]
+        rates.append(len(seconds) / sum(seconds))
+    return rates
 
 
 def side_by_side(question: dict[str, Any], client: Worker, reference: Worker) -> list[tuple[float, float]]:
@@ -171,10 +212,11 @@ def torch_rss_mib() -> float:
 
 def report(result: dict[str, Any]) -> None:
     """One figure a line."""
-    names = ("servers", "clients", "dtype", "threads")
+    names = ("servers", "clients", "dtype", "quantize", "threads")
     print(", ".join(f"{name} {result[name]}" for name in names))
     for key, value in result.items():
-        print(f"  {key:26} {value:.4g}" if isinstance(value, float) else f"  {key:26} {value}")
+        values = value if isinstance(value, list) else [value]
+        print(f"  {key:28} {' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--quantize", default="none", help="of our parts; the library stays as it is")
     parser.add_argument("--threads", type=int, required=True)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
@@ -46,7 +47,8 @@ def main() -> None:
     dtype = DTYPES[flags.dtype]
     folder.need({entry.file for entry in folder.tensors.values()})
     library = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
-    span = load_span(folder, 0, library.config.num_hidden_layers, dtype=dtype)
+    blocks = library.config.num_hidden_layers
+    span = load_span(folder, 0, blocks, dtype=dtype, quantize=flags.quantize)
     ends = load_ends(folder, dtype=torch.float32)
 
     def generate(ids: list[int], tokens: int) -> dict[str, Any]:
@@ -59,8 +61,9 @@ def main() -> None:
             do_sample=False,
             streamer=watch,
         )
+        wall = time.perf_counter() - began
         times = [began, *watch.times[1:]]
-        return {"tokens": out[0, len(ids) :].tolist(), "seconds": _gaps(times)}
+        return {"tokens": out[0, len(ids) :].tolist(), "seconds": _gaps(times), "wall_seconds": wall}
 
     def ours(ids: list[int]) -> Iterator[tuple[int, float]]:
         cache = span.new_cache(1, library.config.max_position_embeddings)

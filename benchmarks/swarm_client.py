@@ -35,20 +35,20 @@ async def serve_lines(flags: argparse.Namespace) -> None:
 
 
 async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
-    """One round: every client generates; or the token ids of a text."""
+    """One round: every client generates, from its own prompt; or the token ids of a text."""
     if "text" in question:
         return {"ids": swarm.ends.tokenizer(question["text"])["input_ids"]}
-    clients = question["clients"]
-    results: list[dict[str, Any]] = [{} for _ in range(clients)]
+    prompts = question["prompts"]
+    results: list[dict[str, Any]] = [{} for _ in prompts]
     host = swarm._host  # the counters are not part of the client's API
     bytes_before, cpu_before = host.bytes_sent + host.bytes_received, _cpu()
     began = time.perf_counter()
 
     async def one(index: int) -> None:
-        results[index] = await generate(swarm, question["ids"], question["tokens"])
+        results[index] = await generate(swarm, prompts[index], question["tokens"])
 
     async with trio.open_nursery() as nursery:
-        for index in range(clients):
+        for index in range(len(prompts)):
             nursery.start_soon(one, index)
     return {
         "generations": results,

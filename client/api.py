@@ -86,5 +86,13 @@ class SwarmLike(Protocol):
     def conversation(self, max_length: int = 2048) -> ConversationLike:
         """See `Swarm.conversation`."""
 
+    async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Swarm.forward`."""
+
+    async def backward(
+        self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """See `Swarm.backward`."""
+
     def session(self, *, batch: int = 1, max_length: int = 2048) -> AbstractAsyncContextManager[SessionLike]:
         """See `Swarm.session`."""

@@ -164,6 +164,16 @@ class BridgedSwarm:
         """See `Swarm.conversation`."""
         return BridgedConversation(self._swarm.conversation(max_length), self._thread)
 
+    async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Swarm.forward`."""
+        return await self._thread.call(partial(self._swarm.forward, hidden, start=start, stop=stop))
+
+    async def backward(
+        self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """See `Swarm.backward`."""
+        return await self._thread.call(partial(self._swarm.backward, hidden, grad, start=start, stop=stop))
+
     @asynccontextmanager
     async def session(self, *, batch: int = 1, max_length: int = 2048) -> AsyncIterator[BridgedSession]:
         """See `Swarm.session`."""

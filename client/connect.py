@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,17 @@ from routing.chain import Chain, NoChain, cheapest_chain
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
-from tensor_codec.messages import SESSION_PROTOCOL
+from tensor_codec.messages import COMPUTE_PROTOCOL, SESSION_PROTOCOL
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from client.api import SwarmLike
     from client.generate import Generation, Token
+    from client.heads import Heads
     from client.retry import Blame, Context
     from client.session import Session
+    from client.stateless import Stateless
     from node.compute import ComputeThread
     from node.model.ends import Ends
     from node.model.info import ModelInfo
@@ -55,8 +60,9 @@ class ClientConfig:
 
     model: a folder, a hub id, or a built-in name; None for the default.
     peers: multiaddrs with /p2p/ID of nodes of the swarm.
-    wait_seconds: for a chain to come up.  step_seconds: for one step.  give_up_seconds: for one
-    token, with new chains and replays.
+    wait_seconds: for a chain to come up.  step_seconds: for one step, or one request of `forward`
+    and `backward` at one hop.  give_up_seconds: for one token, or one hop's part of such a request,
+    with new chains and replays.
     codec: how hidden states travel: "auto" (nothing is lost), "fp32" or "bf16".
     """
 
@@ -84,8 +90,27 @@ class Swarm:
     _host: Host
     _directory: Directory
     _compute: ComputeThread
+    _heads: Heads
     _nursery: trio.Nursery
     _rates: dict[PeerId, float] = field(default_factory=dict)  # seconds per block, as seen here
+    _stateless: Stateless = field(init=False)
+
+    def __post_init__(self) -> None:
+        from client.stateless import Stateless
+
+        config = self.config
+        self._stateless = Stateless(
+            info=self.info,
+            find_chain=self._find_run,
+            dtype_of=self._dtype_of,
+            open_stream=partial(self._open_stream, protocol=COMPUTE_PROTOCOL),
+            compute=self._compute,
+            blame=self.blame,
+            limits=config.limits,
+            codec=config.codec,
+            step_seconds=config.step_seconds,
+            give_up_seconds=config.give_up_seconds,
+        )
 
     def view(self) -> SwarmView:
         """What is known of the swarm now."""
@@ -97,9 +122,13 @@ class Swarm:
 
     async def route(self) -> Chain:
         """The chain that a session would take now.  Raises NoChain."""
+        return await self._route(self._choose)
+
+    async def _route(self, choose: Callable[[frozenset[PeerId]], Chain]) -> Chain:
+        """What `choose` makes of the peers to be avoided, once the round trips are known."""
         spans = self.view().spans(self.info.revision, self.info.blocks)
         await self._directory.measure([span.peer for span in spans[:PINGED_PEERS]], PING_SECONDS)
-        return self._choose(self.blame.avoided(trio.current_time()))
+        return choose(self.blame.avoided(trio.current_time()))
 
     def generate(
         self,
@@ -156,6 +185,7 @@ class Swarm:
         return Context(
             ends=self.ends,
             compute=self._compute,
+            heads=self._heads,
             open_chain=self.open_chain,
             blame=self.blame,
             worked=self._learn,
@@ -178,18 +208,62 @@ class Swarm:
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await session.aclose()
 
+    async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """What blocks [start, stop), by default all, make of hidden states [batch, tokens, hidden].
+
+        Without a session or a cache: positions count from 0 in every row.  hidden: any float dtype.
+        Returns the same shape on the CPU, before the final norm: in bfloat16 where that is what the
+        last hop computes in, else in float32.
+        A large batch is cut by rows into requests, several of them on their way at a time.  A server
+        that fails is replaced, and only its part is done again.
+        Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
+        NoChain, PeerFault, Refused.
+        """
+        return await self._stateless.forward(hidden, start, self.info.blocks if stop is None else stop)
+
+    async def backward(
+        self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The gradient of a loss with respect to `hidden`, the input of block `start`.
+
+        grad: its gradient with respect to the output of block `stop` - 1, in the shape of `hidden`.
+        The weights are frozen.  Every server runs its blocks forward once more, so nothing of an earlier
+        `forward` is needed.  Everything else is as in `forward`; what comes out is the gradient that
+        an undisturbed pass would have given, or an error, never a part of it.
+        """
+        stop = self.info.blocks if stop is None else stop
+        return await self._stateless.backward(hidden, grad, start, stop)
+
     async def open_chain(self, *, max_length: int, batch: int = 1) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
         Peers that have failed lately are used only when nothing else covers the model.
         Raises NoChain, or PeerFault and Refused with `peer` from opening.
         """
+        return await self._open(await self._wait_for_chain(self._choose), max_length, batch)
+
+    async def _find_run(
+        self,
+        start: int,
+        stop: int,
+        *,
+        positions: int,
+        measured: Mapping[PeerId, float],
+        waiting: Mapping[PeerId, int],
+    ) -> Chain:
+        """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
+        choose = partial(
+            self._choose, start=start, stop=stop, positions=positions, measured=measured, waiting=waiting
+        )
+        return await self._wait_for_chain(choose)
+
+    async def _wait_for_chain(self, choose: Callable[[frozenset[PeerId]], Chain]) -> Chain:
         deadline = trio.current_time() + self.config.wait_seconds
         chain, looked_further = None, False
         while chain is None:
             seen = self.view()
             try:
-                chain = await self.route()
+                chain = await self._route(choose)
             except NoChain:
                 if trio.current_time() >= deadline:
                     raise
@@ -200,8 +274,8 @@ class Swarm:
                     await self._directory.changed(seen)
                 if pause.cancelled_caught:
                     with suppress(NoChain):
-                        chain = self._choose(frozenset())
-        return await self._open(chain, max_length, batch)
+                        chain = choose(frozenset())
+        return chain
 
     async def _open(self, chain: Chain, max_length: int, batch: int) -> Session:
         from client.session import Terms, open_session
@@ -220,28 +294,46 @@ class Swarm:
         return await open_session(
             chain,
             terms,
-            open_stream=self._open_stream,
+            open_stream=partial(self._open_stream, protocol=SESSION_PROTOCOL),
             nursery=self._nursery,
             compute=self._compute,
             limits=self.config.limits,
             step_seconds=self.config.step_seconds,
         )
 
-    async def _open_stream(self, peer: PeerId) -> FramedStream:
+    def _dtype_of(self, peer: PeerId) -> str | None:
+        record = self.view().get(peer)
+        return record.dtype if record is not None else None
+
+    async def _open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
         record = self.view().get(peer)
         addresses = record.addresses if record is not None else ()
         seconds = self.config.limits.dial_seconds
-        return await self._host.open_stream(peer, addresses, SESSION_PROTOCOL, seconds=seconds)
+        return await self._host.open_stream(peer, addresses, protocol, seconds=seconds)
 
-    def _choose(self, excluded: frozenset[PeerId]) -> Chain:
+    def _choose(
+        self,
+        excluded: frozenset[PeerId],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        positions: int = 1,
+        measured: Mapping[PeerId, float] | None = None,
+        waiting: Mapping[PeerId, int] | None = None,
+    ) -> Chain:
+        """The chain to use, as `cheapest_chain` says.  measured: None for that of decode steps."""
         info, view = self.info, self.view()
         try:
             return cheapest_chain(
                 view.spans(info.revision, info.blocks),
                 info.blocks,
+                start=start,
+                stop=stop,
                 client_rtt=self._directory.rtts(),
-                measured=self._rates,
+                measured=self._rates if measured is None else measured,
                 excluded=excluded,
+                positions=positions,
+                waiting=waiting,
             )
         except NoChain as none:
             served = view.models()
@@ -343,6 +435,7 @@ class _Connection:
 @asynccontextmanager
 async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     """The trio side of `connect`.  Raises ConfigError."""
+    from client.heads import Heads
     from client.retry import Blame
     from node.compute import open_compute_thread
     from node.network.directory import open_directory
@@ -372,7 +465,8 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     ):
         info, ends = await compute.run(_load_ends, config)
         gc.freeze()  # what is there now stays: later collections need not look at a million objects
-        yield Swarm(config, info, ends, Blame(), host, directory, compute, nursery)
+        heads = Heads(ends, compute)
+        yield Swarm(config, info, ends, Blame(), host, directory, compute, heads, nursery)
 
 
 def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 from torch import Tensor
 
+from client.heads import Heads
 from client.session import Pending, Session
 from node.compute import ComputeThread
 from node.model.ends import Ends
@@ -29,7 +31,7 @@ T = TypeVar("T")
 AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
 AVOID_MOST_SECONDS = 3600.0
 CHUNKS_UNDER_WAY = 4  # half of what a hop takes (Limits.max_steps_in_flight)
-PREFILL_TOKENS = 512  # positions of one prefill step: hops work on different ones at a time
+PREFILL_TOKENS = 256  # positions of one prefill step: hops work on different ones at a time
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class OpenChain(Protocol):
 class Context:
     """The tokens of one generation, or of one conversation.
 
+    heads: of all contexts of the swarm, so that they share a batch.
     worked: told of every step that came back.
     max_length: tokens that it may grow to.  give_up_seconds: how long one call of `logits_after`
     may try, new chains and replays included.
@@ -77,6 +80,7 @@ class Context:
 
     ends: Ends
     compute: ComputeThread
+    heads: Heads
     open_chain: OpenChain
     blame: Blame
     worked: Callable[[Session], None]
@@ -125,12 +129,7 @@ class Context:
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[kept:]
         result = await self._feed(session, tokens, kept)
-
-        def finish() -> T:
-            hidden = session.decode(result)  # [1, 1, hidden]
-            return pick(self.ends.head(hidden)[0, -1])
-
-        picked = await self.compute.run(finish)
+        picked = await self.heads.pick(partial(session.decode, result), pick)
         self.worked(session)
         return picked
 

@@ -27,6 +27,7 @@ commands:
   python -m node bootstrap ...          help others find each other; needs no model
   python -m node status --peers ...     show a swarm: peers, blocks, rates, coverage
   python -m node models                 list the models in the cache, or fetch one
+  python -m node prepare MODEL OUT      write a model in 8 bits, so that a node opens it at once
   python -m node new-swarm-key FILE     make the key of a private swarm
 
 examples:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bootstrap": _bootstrap,
         "status": _status,
         "models": _models,
+        "prepare": _prepare,
         "new-swarm-key": _new_swarm_key,
     }
     command = commands.get(words[0]) if words else None
@@ -81,6 +83,11 @@ def _serve(words: list[str]) -> int:
         help="what to compute in (auto: bfloat16 where the hardware has it)",
     )
     parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "nf4"),
+        help="keep the blocks' matrices in 8 or 4 bits (default: int8 on CUDA, none elsewhere)",
+    )
+    parser.add_argument(
         "--threads",
         type=_positive,
         metavar="N",
@@ -101,6 +108,7 @@ def _serve(words: list[str]) -> int:
         num_blocks=flags.num_blocks,
         device=flags.device,
         dtype=flags.dtype,
+        quantize=flags.quantize,
         threads=flags.threads,
         cache_tokens=flags.cache_tokens,
     )
@@ -144,6 +152,34 @@ def _models(words: list[str]) -> int:
         fetch_model(flags.fetch)
     else:
         show_models(as_json=flags.json)
+    return 0
+
+
+def _prepare(words: list[str]) -> int:
+    parser = _parser("prepare", "Write a model's checkpoint in 8 bits, so that a node opens it at once.")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hugging Face id, or a built-in name")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; empty or not there yet")
+    parser.add_argument("--quantize", choices=("int8",), default="int8", help="how matrices are kept")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what is not quantised is kept in this (default: as it is)",
+    )
+    flags = parser.parse_args(words)
+    set_up_logging("text", logging.WARNING)
+    from node.model.folder import HashMemo
+    from node.model.prepare import prepare, size_of
+    from node.model.progress import progress_bar
+    from node.model.source import cache_dir, resolve
+    from node.model.span import DTYPES
+
+    with progress_bar(sys.stderr) as progress:
+        folder = resolve(flags.model, cache_dir=cache_dir(), progress=progress)
+        dtype = None if flags.dtype is None else DTYPES[flags.dtype]
+        memo = HashMemo(cache_dir() / "hashes.json")
+        prepare(folder, flags.out, memo=memo, dtype=dtype, progress=progress)
+    print(f"{folder.name} (revision {folder.revision}) in {flags.quantize} is in {flags.out},")
+    print(f"{size_of(flags.out) / 1e6:.0f} MB; serve it with: python -m node {flags.out}")
     return 0
 
 

@@ -4,18 +4,56 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from node.config import ConfigError
 from node.model.info import ModelInfo, memory_needed
+from tensor_codec.limits import MIB, Limits
 
-MEMORY_SHARE = 0.8  # of what is free now; the rest is for activations and for others
-CACHE_SHARE = 0.25  # of that, for KV caches
+MEMORY_SHARE = 0.8  # of what is free now; the rest is for others
+CACHE_SHARE = 0.25  # of what weights and workspace leave of it, for KV caches; a GPU is ours alone
 LEAST_CACHE_TOKENS = 2048
+USUAL_CACHE_TOKENS = 8192  # a session of the largest size that is allowed (Limits.max_session_tokens)
 MOST_CACHE_TOKENS = 65_536
-DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "new-swarm-key"}
+DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
+
+CHUNK_POSITIONS = 256  # of a prefill, computed at once (Batcher.chunk_tokens)
+TRAINED_POSITIONS = (
+    4096  # positions times blocks whose activations `backward` holds (node/model/stateless.py)
+)
+TRAINED_VALUES = 16  # numbers that it holds for each position and block, as multiples of the hidden size
+LEAST_HEAD_DIM = 64  # of the models that matter here; more heads than this gives have more scores
+OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's waste
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a serving node's memory goes into, in bytes.
+
+    weights, cache: of the span, the cache when it is full.  workspace: what computing takes beside
+    them for a moment.  process: what the process had before it loaded anything.  network: what peers
+    can make it hold.  on_device: whether weights, cache and workspace are not in the process's memory.
+    """
+
+    weights: int
+    cache: int
+    workspace: int
+    process: int
+    network: int
+    on_device: bool = False
+
+    @property
+    def needed(self) -> int:
+        """On the device that computes."""
+        return self.weights + self.cache + self.workspace
+
+    @property
+    def resident_bound(self) -> int:
+        """What the process's resident memory stays below, whatever peers send."""
+        return self.process + self.network + OTHER_BYTES + (0 if self.on_device else self.needed)
 
 
 def free_bytes(device: str = "cpu") -> int:
@@ -49,33 +87,144 @@ def threads_for_this_node() -> int:
     return max(1, len(os.sched_getaffinity(0)) // servers_on_this_machine())
 
 
-def cache_tokens_that_fit(info: ModelInfo, blocks: int, dtype: str, free: int) -> int:
-    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536."""
-    for_caches = MEMORY_SHARE * CACHE_SHARE * free
-    a_token = info.kv_bytes_per_token_per_block(dtype) * blocks
-    return int(max(LEAST_CACHE_TOKENS, min(MOST_CACHE_TOKENS, for_caches // a_token)))
+def process_bytes() -> int:
+    """Resident memory of this process now: torch, transformers and what else it has imported."""
+    return int(psutil.Process().memory_info().rss)
 
 
-def blocks_that_fit(info: ModelInfo, dtype: str, cache_tokens: int | None, free: int) -> int:
-    """The largest number of blocks that fits with its caches, up to the whole model; 0 if none does."""
-    usable = MEMORY_SHARE * free
-    return max(
-        (
-            count
-            for count in range(1, info.blocks + 1)
-            if memory_needed(info, count, dtype, cache_tokens or LEAST_CACHE_TOKENS) <= usable
-        ),
-        default=0,
+def workspace_bytes(
+    info: ModelInfo,
+    dtype: str,
+    cache_tokens: int,
+    quantize: str = "none",
+    activations: str | None = None,
+) -> int:
+    """What is needed for a moment, whatever runs: an estimate from above, in bytes.
+
+    Either a block's weights in float32, while they are quantised at start; or what every matrix of a
+    block answers for a chunk of a prefill, the scores of its attention, and a copy of one block's
+    keys and values for a batch; or what `backward` holds of the blocks that it runs again.
+    """
+    item = info.kv_bytes_per_token_per_block(activations or dtype) / max(info.kv_values, 1)
+    loading = 4 * max(info.block_values) if quantize not in ("none", info.quantize) else 0
+    outputs = max(info.matrix_rows, default=8 * info.hidden_size) + 4 * info.hidden_size
+    heads = -(-info.hidden_size // LEAST_HEAD_DIM)
+    longest = min(info.max_position, cache_tokens)
+    scores = CHUNK_POSITIONS * longest * heads * 4
+    copied = cache_tokens * info.kv_bytes_per_token_per_block(activations or dtype)
+    chunk = int(CHUNK_POSITIONS * outputs * item) + scores + copied
+    training = int(TRAINED_POSITIONS * TRAINED_VALUES * info.hidden_size * item)
+    return max(loading, chunk, training)
+
+
+def memory_of(
+    info: ModelInfo,
+    blocks: int,
+    dtype: str,
+    cache_tokens: int,
+    *,
+    quantize: str = "none",
+    activations: str | None = None,
+    device: str = "cpu",
+    limits: Limits | None = None,
+    process: int = 0,
+) -> Memory:
+    """Where the memory goes for a span of `blocks` with caches for `cache_tokens` tokens.
+
+    activations: what is computed and cached in, where that is not `dtype`.  process: bytes of
+    `process_bytes`, before anything is loaded.
+    """
+    limits = limits or Limits()
+    a_token = info.kv_bytes_per_token_per_block(activations or dtype)
+    return Memory(
+        weights=blocks * info.block_bytes(dtype, quantize),
+        cache=blocks * cache_tokens * a_token,
+        workspace=workspace_bytes(info, dtype, cache_tokens, quantize, activations),
+        process=process,
+        network=limits.max_connections * limits.max_unread_bytes_per_connection
+        + limits.max_compute_streams * limits.max_frame_bytes,
+        on_device=device not in ("cpu", "mps"),
     )
 
 
-def check_fits(info: ModelInfo, blocks: int, dtype: str, cache_tokens: int, free: int) -> int:
-    """The bytes that a span and its caches need.  Raises ConfigError if `free` bytes are too few."""
-    needed = memory_needed(info, blocks, dtype, cache_tokens)
+def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int, free: int) -> str:
+    """How many blocks fit and where the memory goes, for the log."""
+    return (
+        f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
+        f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
+        f" workspace {_gib(memory.workspace)};"
+        f" bound {_gib(memory.resident_bound)} resident; {_gib(free)} free"
+    )
+
+
+def cache_tokens_that_fit(
+    info: ModelInfo,
+    blocks: int,
+    dtype: str,
+    free: int,
+    quantize: str = "none",
+    activations: str | None = None,
+    device: str = "cpu",
+) -> int:
+    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536.
+
+    A part of what the weights leave, so that a machine is not filled with caches; but where there is
+    room for the usual number of tokens it is not less than that.
+    """
+    a_token = info.kv_bytes_per_token_per_block(activations or dtype) * blocks
+    if not a_token:
+        return MOST_CACHE_TOKENS  # convolutions alone: nothing grows with the tokens
+    workspace = workspace_bytes(info, dtype, USUAL_CACHE_TOKENS, quantize, activations)
+    room = MEMORY_SHARE * free - blocks * info.block_bytes(dtype, quantize) - workspace
+    share = CACHE_SHARE if device in ("cpu", "mps") else 1.0
+    tokens = max(share * room, min(room, USUAL_CACHE_TOKENS * a_token)) // a_token
+    return int(max(LEAST_CACHE_TOKENS, min(MOST_CACHE_TOKENS, tokens)))
+
+
+def blocks_that_fit(
+    info: ModelInfo,
+    dtype: str,
+    cache_tokens: int | None,
+    free: int,
+    quantize: str = "none",
+    activations: str | None = None,
+) -> int:
+    """The largest number of blocks that fits with its caches, up to the whole model; 0 if none does.
+
+    cache_tokens: None for the usual number, or for the least where no block would fit with that.
+    """
+    if cache_tokens is None:
+        usual = blocks_that_fit(info, dtype, USUAL_CACHE_TOKENS, free, quantize, activations)
+        return usual or blocks_that_fit(info, dtype, LEAST_CACHE_TOKENS, free, quantize, activations)
+    left = MEMORY_SHARE * free - workspace_bytes(info, dtype, cache_tokens, quantize, activations)
+    one = memory_needed(info, 1, dtype, cache_tokens, quantize, activations)
+    return max(0, min(info.blocks, int(left // one)))
+
+
+def check_fits(
+    info: ModelInfo,
+    blocks: int,
+    dtype: str,
+    cache_tokens: int,
+    free: int,
+    quantize: str = "none",
+    activations: str | None = None,
+) -> int:
+    """The bytes that a span needs, its caches and workspace included.
+
+    Raises ConfigError if `free` bytes are too few.
+    """
+    workspace = workspace_bytes(info, dtype, cache_tokens, quantize, activations)
+    needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, activations) + workspace
     if needed > free:
-        fit = blocks_that_fit(info, dtype, cache_tokens, free)
+        fit = blocks_that_fit(info, dtype, cache_tokens, free, quantize, activations)
+        kept = dtype if quantize == "none" else quantize
         raise ConfigError(
-            f"{blocks} blocks of {info.name} as {dtype} with {cache_tokens} cache tokens need"
-            f" {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: {fit} blocks would fit"
+            f"{blocks} blocks of {info.name} as {kept} with {cache_tokens} cache tokens need"
+            f" {_gib(needed)}, {_gib(free)} are free: {fit} blocks would fit"
         )
     return needed
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -51,5 +51,6 @@ class NodeConfig:
     num_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None  # int8 on CUDA, none elsewhere
     threads: int | None = None
     cache_tokens: int | None = None

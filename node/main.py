@@ -35,7 +35,7 @@ from routing.placement import choose_blocks
 from routing.records import Record, Role, State
 from routing.swarm import ONLINE_SOON
 from tensor_codec.errors import PeerGone
-from tensor_codec.messages import PUSH_PROTOCOL, SESSION_PROTOCOL
+from tensor_codec.messages import COMPUTE_PROTOCOL, PUSH_PROTOCOL, SESSION_PROTOCOL
 
 if TYPE_CHECKING:
     from node.model.folder import ModelFolder
@@ -65,9 +65,16 @@ async def serve(config: NodeConfig) -> None:
 async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping) -> None:
     """In the network until told to stop.  Raises ConfigError."""
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
+        from node.serving.stateless import StatelessListener
+
         listener, offer = await start_serving(config, node, compute)
+        stateless = StatelessListener(
+            listener.served, listener.engine, config.network.limits, node.host.blame
+        )
+        nursery.start_soon(listener.engine.run)
         node.host.handle(SESSION_PROTOCOL, listener.serve_session)
         node.host.handle(PUSH_PROTOCOL, listener.serve_push)
+        node.host.handle(COMPUTE_PROTOCOL, stateless.serve)
         await node.directory.announce(offer.record("online", listener))
         nursery.start_soon(_keep_record_true, node, offer, listener)
         gc.freeze()  # what is there now stays: later collections need not look at a million objects
@@ -78,7 +85,9 @@ async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping)
         await stopping.requested.wait()
         log.info("leaving, %d sessions are open", listener.session_count)
         await node.directory.announce(offer.record("draining", listener))
-        await listener.drain()
+        async with trio.open_nursery() as leaving:
+            leaving.start_soon(listener.drain)
+            leaving.start_soon(stateless.drain)
 
 
 async def run_bootstrap(config: NetworkConfig) -> None:
@@ -93,28 +102,41 @@ async def run_bootstrap(config: NetworkConfig) -> None:
 
 async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[Listener, Offer]:
     """Find the model, choose the blocks, load and measure them.  Raises ConfigError."""
+    from node.model.source import cache_dir
     from node.serving.cache import CacheBudget
-    from node.serving.engine import Engine, measure_rates
+    from node.serving.engine import Engine
     from node.serving.listener import Listener
+    from node.serving.rates import RatesFile, device_name, rates_at_start, rates_key
 
     limits = config.network.limits
     folder, info = await trio.to_thread.run_sync(_find_model, config)
     device, dtype, threads = await compute.run(_device_and_dtype, config)
+    quantize = info.quantize if info.quantize != "none" else config.quantize
+    if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
+        quantize = "int8" if device == "cuda" else "none"
     free = await compute.run(capacity.free_bytes, device)
     start, stop = await _choose_span(config, node, info, dtype, free)
     cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(info, stop - start, dtype, free)
     needed = capacity.check_fits(info, stop - start, dtype, cache_tokens, free)
-    offer = Offer(info, start, stop, dtype, config.network.name)
+    offer = Offer(info, start, stop, dtype, quantize, config.network.name)
     await node.directory.announce(offer.record("joining"))
     log.info(
-        "loading blocks %d:%d of %s (revision %s) as %s on %s: %d threads, %d cache tokens, %.2f GiB",
-        start, stop, info.name, info.revision, dtype, device, threads, cache_tokens, needed / 2**30,
+        "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s:"
+        " %d threads, %d cache tokens, %.2f GiB",
+        start, stop, info.name, info.revision, dtype, quantize, device,
+        threads, cache_tokens, needed / 2**30,
     )  # fmt: skip
     span = await compute.run(_load_span, folder, offer, device)
-    engine = Engine(span, compute, await compute.run(measure_rates, span), limits)
-    budget = CacheBudget(cache_tokens, limits.cache_share_per_peer, limits.max_session_tokens)
+    key = rates_key(info.revision, device_name(device), dtype, quantize, threads)
+    rates = await compute.run(rates_at_start, span, RatesFile(cache_dir() / "rates.json"), key)
+    engine = Engine(span, compute, rates, limits)
+    longest = min(info.max_position, limits.max_session_tokens)
+    arena = await compute.run(span.new_arena, cache_tokens, longest)
+    budget = CacheBudget(
+        arena.free_tokens, limits.cache_share_per_peer, limits.max_session_tokens, arena.page_tokens
+    )
     open_push = partial(node.open_stream, protocol=PUSH_PROTOCOL)
-    listener = Listener(offer.served(span.can_cut), engine, budget, open_push, limits, node.host.blame)
+    listener = Listener(offer.served(span.can_cut), engine, arena, budget, open_push, limits, node.host.blame)
     return listener, offer
 
 
@@ -148,6 +170,7 @@ class Offer:
     start: int
     stop: int
     dtype: str
+    quantize: str
     name: str
 
     def served(self, can_cut: bool) -> Served:
@@ -173,6 +196,7 @@ class Offer:
             start=self.start,
             stop=self.stop,
             dtype=self.dtype,
+            quantize=self.quantize,
         )
         if listener is None:
             return record
@@ -339,7 +363,8 @@ def _load_span(folder: ModelFolder, offer: Offer, device: str) -> Span:
     """Runs in the torch thread."""
     from node.model.span import DTYPES, load_span
 
-    return load_span(folder, offer.start, offer.stop, dtype=DTYPES[offer.dtype], device=device)
+    dtype, quantize = DTYPES[offer.dtype], offer.quantize
+    return load_span(folder, offer.start, offer.stop, dtype=dtype, device=device, quantize=quantize)
 
 
 def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> None:

@@ -106,14 +106,18 @@ def costs(
     client_rtt: Mapping[PeerId, float],
     measured: Mapping[PeerId, float],
     default_rtt: float,
+    positions: int = 1,
+    waiting: Mapping[PeerId, int] | None = None,
 ) -> Costs:
     """The costs that these peers' records and our own measurements give; our own come first.
 
+    positions, waiting: see `cheapest_chain`.
     Where two peers announce their distance differently the longer one counts: no peer can make
     itself near alone.
     """
-    rates = believed_rates(spans, measured)
-    waiting = {s.peer: 0 if s.peer in measured else s.queue for s in spans}
+    rates = believed_rates(spans, measured, positions)
+    ours = waiting or {}
+    queued = {s.peer: (0 if s.peer in measured else s.queue) + ours.get(s.peer, 0) for s in spans}
     near: dict[PeerId, dict[PeerId, float]] = {s.peer: {} for s in spans}
     for span in spans:
         for other, seconds in span.rtt.items():
@@ -121,7 +125,7 @@ def costs(
                 longer = max(seconds, near[other].get(span.peer, 0.0))
                 near[span.peer][other] = near[other][span.peer] = longer
     return Costs(
-        block={s.peer: rates[s.peer] * (1 + waiting[s.peer]) for s in spans},
+        block={s.peer: rates[s.peer] * (1 + queued[s.peer]) for s in spans},
         client_rtt=client_rtt,
         near=near,
         default_rtt=default_rtt,
@@ -138,13 +142,18 @@ def cheapest_chain(
     measured: Mapping[PeerId, float] | None = None,
     excluded: Collection[PeerId] = (),
     default_rtt: float = DEFAULT_RTT_SECONDS,
+    positions: int = 1,
+    waiting: Mapping[PeerId, int] | None = None,
 ) -> Chain:
     """The chain over blocks [start, stop) (by default all) with the least expected seconds per step.
 
     spans: records of one model revision that take new sessions, as `SwarmView.spans` gives them.
     client_rtt: seconds from here to a peer and back.
-    measured: seconds per block of a peer's decode steps as seen from here, waits included.
+    measured: seconds per block of a peer's steps as seen from here, waits included.
     excluded: peers not to be used, for instance because they have just failed.
+    positions: in a step of all rows; 1 is a decode step, more go at the rate of a prefill.
+    waiting: steps of our own that are on their way to a peer and not in its record yet: with many
+        at a time they spread over peers that hold the same blocks.
 
     Ties break on the peer's id, whatever the order of `spans`.  A peer appears once: where the
     cheapest walk would leave a peer and come back, the chain stays with it instead.
@@ -159,7 +168,14 @@ def cheapest_chain(
     if missing := holes(((part.start, part.stop) for part in parts), start, stop):
         left_out = sum(s.peer in excluded for s in spans)
         raise NoChain(missing, blocks, alone=not parts, excluded=left_out)
-    price = costs(usable, client_rtt=client_rtt or {}, measured=measured or {}, default_rtt=default_rtt)
+    price = costs(
+        usable,
+        client_rtt=client_rtt or {},
+        measured=measured or {},
+        default_rtt=default_rtt,
+        positions=positions,
+        waiting=waiting,
+    )
     hops = _each_peer_once(_cheapest_walk(parts, start, stop, price))
     return Chain(hops, price.chain(hops))
 

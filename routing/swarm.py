@@ -218,16 +218,21 @@ def holes(parts: Iterable[tuple[int, int]], start: int, stop: int) -> tuple[tupl
 
 
 def believed_rates(
-    spans: Sequence[Record], measured: Mapping[PeerId, float] | None = None
+    spans: Sequence[Record], measured: Mapping[PeerId, float] | None = None, positions: int = 1
 ) -> dict[PeerId, float]:
     """Seconds per block of each peer: as we measured it, else as it claims, but no faster than four
     times the median claim, so that a false claim draws no more than its share.
+
+    positions: computed at once; more than one go at the rate of a prefill, in `measured` too.
     """
     measured = measured or {}
     if not spans:
         return {}
-    fastest = statistics.median(span.seconds_per_block for span in spans) / MAX_CLAIMED_SPEED
-    return {s.peer: measured.get(s.peer, max(s.seconds_per_block, fastest)) for s in spans}
+    claims = {s.peer: s.seconds_per_block for s in spans}
+    if positions > 1:
+        claims = {s.peer: positions * s.prefill_seconds_per_token for s in spans}
+    fastest = statistics.median(claims.values()) / MAX_CLAIMED_SPEED
+    return {peer: measured.get(peer, max(claim, fastest)) for peer, claim in claims.items()}
 
 
 def likely_successors(view: SwarmView, record: Record, most: int) -> tuple[Record, ...]:

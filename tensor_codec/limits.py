@@ -37,21 +37,27 @@ class Limits:
     max_unread_bytes_per_connection: int = 8 * MIB
 
     # Streams
-    max_streams_per_connection: int = 32
-    max_streams_per_peer: int = 64
+    max_streams_per_connection: int = 80
+    max_streams_per_peer: int = 80  # a session each, and the directory's
     max_streams: int = 512
 
     # Sessions
-    max_sessions_per_peer: int = 8
+    max_sessions_per_peer: int = 64  # a client process may be a gateway; what they hold is bounded below
     max_session_tokens: int = 8192  # batch * max_length
     max_step_tokens: int = 2048  # batch * tokens of one step; longer prefill comes in chunks
     max_steps_in_flight: int = 8  # chunks of one prefill on their way through a hop
-    max_waiting_steps: int = 64  # waiting for compute, of all peers
-    max_waiting_steps_per_peer: int = 16
+    max_waiting_steps: int = 256  # waiting for compute, of all peers
+    max_waiting_steps_per_peer: int = 64
     session_first_step_seconds: float = 10.0
     session_idle_seconds: float = 60.0
     session_life_seconds: float = 1800.0
     cache_share_per_peer: float = 0.25
+    cache_wait_seconds: float = 2.0  # for room in the cache, at the opening and in mid-session
+
+    # Requests without a session, forward and backward: an idle stream of theirs holds a place
+    max_compute_streams_per_peer: int = 4
+    max_compute_streams: int = 32  # with a frame each in hand: 512 MiB
+    compute_idle_seconds: float = 10.0  # a new stream costs no round trip
 
     # Records
     max_record_bytes: int = 1 * KIB

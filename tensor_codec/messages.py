@@ -1,11 +1,15 @@
-"""The messages of a session, and the only code that reads them from the wire.
+"""The messages of sessions and of stateless requests, and the only code that reads them from the wire.
 
     client -> hop      Open, then Step..., then Close (or the end of the stream)
     hop -> client      Opened or Failed, then Result... and Failed
     hop -> next hop    Step..., each naming its session
 
-Shapes are worked out from the contract that was agreed at open and the size of the body; they are
-never read from the wire.  Bodies stay bytes here: `compression` makes tensors of them.
+    client -> peer     Forward or Backward: without a session, each after the answer to the last one
+    peer -> client     Output or Failed
+
+Shapes are worked out from the contract that was agreed at open (a stateless request brings its own)
+and the size of the body; they are never read from the wire.  Bodies stay bytes here: `compression`
+makes tensors of them.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from tensor_codec.header import Header, pack_header, split_message
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
 PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
+COMPUTE_PROTOCOL = "/raceme/compute/1"  # a client and a peer, without a session
 SESSION_ID_BYTES = 16
 CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
 DTYPES = frozenset({"float32", "bfloat16", "float16"})
@@ -146,8 +151,56 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """What a stateless request is about: blocks [start, stop) on `batch` rows of equal length.
+
+    dtype: what the peer is to compute in.  codec: how all tensors of the request and its answer travel.
+    """
+
+    model: str
+    revision: str
+    start: int
+    stop: int
+    batch: int
+    dtype: str
+    codec: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Asks for what the blocks make of `hidden`: [batch, tokens, hidden], positions from 0."""
+
+    run: Run
+    hidden: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Asks for the gradient of a loss with respect to `hidden`, the blocks' input.
+
+    grad: its gradient with respect to their output, [batch, tokens, hidden] like `hidden`.
+    """
+
+    run: Run
+    hidden: Buffer
+    grad: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The answer to Forward or Backward: hidden states or gradients, in the shape of what came.
+
+    timings: microseconds (in the peer's hands, computing), one pair or none.
+    """
+
+    body: Buffer
+    timings: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
-    """A session could not be opened, or a step could not be done.
+    """A session could not be opened, or a step or a stateless request could not be done.
 
     code: a key of REFUSALS or FAULTS.  peer: whom the fault concerns, if not the sender.
     """
@@ -347,6 +400,98 @@ def decode_from_hop(frame: Buffer, contract: Contract) -> Result | Failed:
     )
 
 
+def encode_request(message: Forward | Backward) -> list[Buffer]:
+    """The parts of a frame."""
+    run = message.run
+    fields: dict[str, object] = {
+        "k": "forward" if isinstance(message, Forward) else "backward",
+        "model": run.model,
+        "revision": run.revision,
+        "start": run.start,
+        "stop": run.stop,
+        "batch": run.batch,
+        "dtype": run.dtype,
+        "codec": run.codec,
+    }
+    if run.adapter is not None:
+        fields["adapter"] = run.adapter
+    bodies = [message.hidden] if isinstance(message, Forward) else [message.hidden, message.grad]
+    return [pack_header(fields), *bodies]
+
+
+def decode_request(frame: Buffer) -> Forward | Backward:
+    """Read a stateless request.  Raises MessageError.
+
+    Its tensors are still of any size: `request_contract` checks that, once it is known whether the
+    model is the right one.
+    """
+    message = read_message(frame, frozenset({"forward", "backward"}))
+    header = message.header
+    start = header.integer("start", 0, MAX_BLOCKS - 1)
+    run = Run(
+        model=header.text("model"),
+        revision=header.text("revision", 128),
+        start=start,
+        stop=header.integer("stop", start + 1, MAX_BLOCKS),
+        batch=header.integer("batch", 1, MAX_TOKENS),
+        dtype=header.choice("dtype", DTYPES),
+        codec=header.choice("codec", CODECS),
+        adapter=header.text("adapter") if "adapter" in header else None,
+    )
+    if message.kind == "forward":
+        return Forward(run, message.body)
+    half, rest = divmod(len(message.body), 2)
+    if rest:
+        raise MessageError(f"{len(message.body)} body bytes are not two tensors of one size")
+    return Backward(run, message.body[:half], message.body[half:])
+
+
+def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: int) -> Contract:
+    """What a request's tensors and its answer are read against; its tokens stand as `max_length`.
+
+    hidden: values per position in the model.  Raises MessageError unless the body is 1 position or
+    more, and batch * tokens at most max_step_tokens.
+    """
+    run = message.run
+    row_bytes = run.batch * hidden * CODEC_BYTES[run.codec]
+    tokens, rest = divmod(len(message.hidden), row_bytes)
+    room = max_step_tokens // run.batch
+    if rest or not 0 < tokens <= room:
+        raise MessageError(
+            f"{len(message.hidden)} bytes of hidden states in {run.batch} rows, 1..{room} positions of"
+            f" {row_bytes} bytes are allowed"
+        )
+    return Contract(
+        session=b"",
+        start=run.start,
+        stop=run.stop,
+        batch=run.batch,
+        max_length=tokens,
+        hidden=hidden,
+        codec=run.codec,
+        max_step_tokens=max_step_tokens,
+    )
+
+
+def encode_output(message: Output) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "output"}
+    if message.timings:
+        fields["t"] = message.timings
+    return [pack_header(fields), message.body]
+
+
+def decode_output(frame: Buffer, contract: Contract) -> Output | Failed:
+    """Read the answer to a stateless request with this contract.  Raises MessageError."""
+    message = read_message(frame, frozenset({"output", "failed"}))
+    if message.kind == "failed":
+        return _read_failed(message)
+    expected = contract.max_length * contract.row_bytes
+    if len(message.body) != expected:
+        raise MessageError(f"{len(message.body)} body bytes came back, {expected} were asked for")
+    return Output(message.body, _read_timings(message.header, 1))
+
+
 def _read_failed(message: Message) -> Failed:
     _no_body(message)
     header = message.header
@@ -359,10 +504,10 @@ def _read_failed(message: Message) -> Failed:
     )
 
 
-def _read_timings(header: Header) -> tuple[tuple[int, int], ...]:
+def _read_timings(header: Header, most: int = MAX_HOPS) -> tuple[tuple[int, int], ...]:
     if "t" not in header:
         return ()
-    pairs = header.items("t", MAX_HOPS)
+    pairs = header.items("t", most)
     for pair in pairs:
         if type(pair) is not list or len(pair) != 2 or any(type(n) is not int or n < 0 for n in pair):
             raise MessageError("timings are pairs of microseconds")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from client.session import Session, Terms, open_session
 from node.serving.cache import CacheBudget
-from node.serving.engine import Engine, Rates
+from node.serving.engine import Engine
 from node.serving.listener import Listener, Served
+from node.serving.rates import Rates
 from routing.chain import Chain, Hop
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
@@ -52,12 +53,30 @@ class FakeCache:
         self.max_length = max_length
         self.given: dict[int, Tensor] = {}
         self.length = 0
+        self.closed = False
 
     def cut(self, length: int) -> None:
         """Forget what comes at and after position `length`."""
         assert 0 <= length <= self.length
         self.length = length
         self.given = {block: given[:, :length] for block, given in self.given.items()}
+
+    def reserve(self, length: int) -> None:
+        """Room for the positions before `length`."""
+        assert not self.closed
+        assert length <= self.max_length
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.closed = True
+
+
+class FakeArena:
+    """Makes caches."""
+
+    def open(self, batch: int, max_length: int) -> FakeCache:
+        """An empty cache."""
+        return FakeCache(batch, max_length)
 
 
 class FakeSpan:
@@ -93,6 +112,17 @@ class FakeSpan:
         cache.length += tokens
         self.steps.append((position, tokens, start, stop))
         return self.poison(hidden.to(torch.float32))
+
+    def decode(self, hidden: Tensor, caches: Sequence[FakeCache], start: int, stop: int) -> Tensor:
+        """One position of each row of several sessions: [rows, hidden] -> the same shape."""
+        parts, first = [], 0
+        for cache in caches:
+            length = cache.length
+            rows = hidden[first : first + cache.batch, None]
+            parts.append(self.forward(rows, cache, length, start, stop)[:, 0])
+            cache.length = length  # whoever merged them moves it on
+            first += cache.batch
+        return torch.cat(parts)
 
 
 def whole_model(hidden: Tensor, start: int, stop: int) -> Tensor:
@@ -185,6 +215,11 @@ class FakeStream:
         self._receive = receive_channel
         self._decoder = FrameDecoder(limits.max_frame_bytes)
         self._ready: list[bytearray] = []
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and is not whole."""
+        return self._decoder.in_frame
 
     async def send(self, frame: Buffer | Iterable[Buffer]) -> None:
         """Send one frame.  Raises SlowPeer, PeerGone."""
@@ -312,10 +347,12 @@ class World:
         listener = Listener(
             replace(offer, **served),  # type: ignore[arg-type]
             engine,
+            FakeArena(),  # type: ignore[arg-type]
             CacheBudget(tokens),
             lambda to: self.dial(peer, to, PUSH_PROTOCOL),
             self.limits,
         )
+        self.nursery.start_soon(engine.run)
         self.nodes[peer] = FakeNode(peer, span, compute, listener)
         return self.nodes[peer]
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from node.config import ConfigError
+
+Merge = Literal["mask", "masks", "padding", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,9 @@ class Architecture:
     answers_tuple: a block answers a tuple whose first item is the hidden states.
     plain_ends: the embedding is a lookup and the head a norm and a matrix, with nothing before,
         between or after, so that both may be called by themselves.
+    merge: how rows of different lengths may be computed at once: with one "mask" for all blocks, with
+        "masks" by the blocks' types, with a mask of "padding" (alibi is counted from that), or "never".
+    fused: node/model/fused.py computes its blocks too.
     """
 
     model_type: str
@@ -40,6 +46,8 @@ class Architecture:
     positions: tuple[str, ...] = ()
     answers_tuple: bool = False
     plain_ends: bool = False
+    merge: Merge = "mask"
+    fused: bool = False
 
     def block_of(self, tensor: str) -> tuple[int, str] | None:
         """(block, rest of the name) of a checkpoint's tensor, None for a tensor of the ends.
@@ -55,18 +63,28 @@ class Architecture:
         return ".".join(part for part in (self.container, self.blocks, str(block), rest) if part)
 
 
-def _like_llama(model_type: str, name: str, *, plain_ends: bool = True) -> Architecture:
-    return Architecture(model_type, model_type, f"{name}Model", f"{name}ForCausalLM", plain_ends=plain_ends)
+def _like_llama(
+    model_type: str, name: str, *, plain_ends: bool = True, merge: Merge = "mask", fused: bool = False
+) -> Architecture:
+    return Architecture(
+        model_type,
+        model_type,
+        f"{name}Model",
+        f"{name}ForCausalLM",
+        plain_ends=plain_ends,
+        merge=merge,
+        fused=fused,
+    )
 
 
 _TABLE = (
-    _like_llama("llama", "Llama"),
-    _like_llama("mistral", "Mistral"),
-    _like_llama("qwen2", "Qwen2"),
-    _like_llama("qwen3", "Qwen3"),
+    _like_llama("llama", "Llama", fused=True),
+    _like_llama("mistral", "Mistral", fused=True),
+    _like_llama("qwen2", "Qwen2", merge="masks", fused=True),
+    _like_llama("qwen3", "Qwen3", merge="masks", fused=True),
     _like_llama("gemma", "Gemma"),
-    _like_llama("gemma2", "Gemma2", plain_ends=False),
-    Architecture("gemma3_text", "gemma3", "Gemma3TextModel", "Gemma3ForCausalLM"),
+    _like_llama("gemma2", "Gemma2", plain_ends=False, merge="masks"),
+    Architecture("gemma3_text", "gemma3", "Gemma3TextModel", "Gemma3ForCausalLM", merge="masks"),
     _like_llama("phi3", "Phi3"),
     Architecture("phi", "phi", "PhiModel", "PhiForCausalLM", ends=("embed_tokens", "final_layernorm")),
     Architecture(
@@ -74,6 +92,7 @@ _TABLE = (
         "falcon",
         "FalconModel",
         "FalconForCausalLM",
+        merge="padding",
         prefix="transformer",
         blocks="h",
         ends=("word_embeddings", "ln_f"),
@@ -84,6 +103,7 @@ _TABLE = (
         "bloom",
         "BloomModel",
         "BloomForCausalLM",
+        merge="padding",
         prefix="transformer",
         blocks="h",
         ends=("word_embeddings", "word_embeddings_layernorm", "ln_f"),
@@ -91,9 +111,9 @@ _TABLE = (
     ),
     _like_llama("mixtral", "Mixtral"),
     _like_llama("qwen3_moe", "Qwen3Moe"),
-    _like_llama("gpt_oss", "GptOss"),
+    _like_llama("gpt_oss", "GptOss", merge="masks"),
     _like_llama("olmo2", "Olmo2"),
-    _like_llama("smollm3", "SmolLM3"),
+    _like_llama("smollm3", "SmolLM3", merge="masks", fused=True),
     Architecture(
         "gpt2",
         "gpt2",
@@ -126,19 +146,20 @@ _TABLE = (
         "mpt",
         "MptModel",
         "MptForCausalLM",
+        merge="padding",
         prefix="transformer",
         blocks="blocks",
         ends=("wte", "norm_f"),
         answers_tuple=True,
     ),
     _like_llama("granite", "Granite", plain_ends=False),
-    _like_llama("cohere2", "Cohere2", plain_ends=False),
+    _like_llama("cohere2", "Cohere2", plain_ends=False, merge="masks"),
     _like_llama("stablelm", "StableLm"),
     _like_llama("starcoder2", "Starcoder2"),
     _like_llama("glm4", "Glm4"),
     _like_llama("nemotron", "Nemotron"),
     _like_llama("deepseek_v3", "DeepseekV3"),
-    Architecture("llama4_text", "llama4", "Llama4TextModel", "Llama4ForCausalLM"),
+    Architecture("llama4_text", "llama4", "Llama4TextModel", "Llama4ForCausalLM", merge="never"),
     Architecture(
         "gptj",
         "gptj",
@@ -149,7 +170,9 @@ _TABLE = (
         ends=("wte", "ln_f"),
         answers_tuple=True,
     ),
-    Architecture("lfm2", "lfm2", "Lfm2Model", "Lfm2ForCausalLM", ends=("embed_tokens", "embedding_norm")),
+    Architecture(
+        "lfm2", "lfm2", "Lfm2Model", "Lfm2ForCausalLM", ends=("embed_tokens", "embedding_norm"), merge="never"
+    ),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _TABLE}

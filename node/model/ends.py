@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from node.model.architecture import Architecture, architecture_of
-from node.model.cache import tensor_bytes
+from node.model.arena import tensor_bytes
 from node.model.checkpoint import end_tensors, load_tensors
 from node.model.folder import ModelFolder, read_json
 from node.model.progress import Progress, silent

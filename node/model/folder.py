@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "raceme.json"
+
+QUANTIZE_KEY = "raceme_quantize"  # in the config of a prepared model: how its matrices are kept
+SOURCE_KEY = "raceme_source_revision"  # and the revision of the model that it was made from
 
 _MAX_HEADER_BYTES = 100_000_000  # what the format itself allows
 _CHUNK_BYTES = 1 << 20
@@ -80,6 +84,11 @@ class ModelFolder:
     config: Mapping[str, Any]  # Any: JSON that the library's config class reads
     tensors: Mapping[str, TensorEntry]
     fetch: Callable[[Collection[str], Progress], None] | None = field(default=None, compare=False)
+
+    @property
+    def quantize(self) -> str:
+        """How the matrices are kept: "int8" where node/model/prepare.py made the folder, else "none"."""
+        return "int8" if self.config.get(QUANTIZE_KEY) == "int8" else "none"
 
     def need(self, files: Collection[str], progress: Progress = silent) -> None:
         """Return once these files lie in `path`.  Raises ConfigError, with the name, where one cannot."""
@@ -190,6 +199,18 @@ def revision_of(hashes: Mapping[str, str]) -> Revision:
     """
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
     return Revision(hashlib.blake2b(lines.encode(), digest_size=16).hexdigest())
+
+
+def stated_revision(path: Path, config: Mapping[str, Any]) -> Revision | None:
+    """The revision that a prepared model says that it was made from; None for any other model.
+
+    It serves in that model's swarm: quantising at load would give the same weights.  Raises ConfigError.
+    """
+    if (stated := config.get(SOURCE_KEY)) is None:
+        return None
+    if not isinstance(stated, str) or not re.fullmatch("[0-9a-f]{32}", stated):
+        raise ConfigError(f"{path / CONFIG_FILE} is damaged: its {SOURCE_KEY} is {stated!r}")
+    return Revision(stated)
 
 
 def sha256_of(path: Path, progress: Progress = silent) -> str:
@@ -317,7 +338,8 @@ def open_folder(
     check_manifest(path, memo, progress)
     hashes = {name: memo.sha256(path / name, progress) for name in (CONFIG_FILE, *files)}
     named = name or _manifest_name(path) or path.resolve().name
-    return ModelFolder(path, ModelId(named), revision_of(hashes), config, tensors)
+    revision = stated_revision(path, config) or revision_of(hashes)
+    return ModelFolder(path, ModelId(named), revision, config, tensors)
 
 
 def _manifest_name(path: Path) -> str | None:

@@ -28,6 +28,7 @@ from node.model.folder import (
     read_json,
     read_tensors,
     revision_of,
+    stated_revision,
     weight_files,
     write_atomically,
 )
@@ -187,7 +188,8 @@ def resolve_hub(
                     )
 
     config = read_json(path / CONFIG_FILE)
-    return ModelFolder(path, ModelId(model), revision_of(hashes), config, tensors, fetch)
+    named = stated_revision(path, config) or revision_of(hashes)
+    return ModelFolder(path, ModelId(model), named, config, tensors, fetch)
 
 
 def _files(model: str, path: Path, hashes: Mapping[str, str]) -> tuple[str, ...]:

@@ -11,12 +11,17 @@ from node.model.architecture import architecture_of
 from node.model.folder import ModelFolder
 from routing.names import ModelId, Revision
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 _MAX_POSITION = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_UNBOUNDED_POSITIONS = 2048  # alibi has no limit; its models were trained at this length
+UNBOUNDED_POSITIONS = 2048  # alibi has no limit; its models were trained at this length
+
+QUANTIZATIONS = ("none", "int8", "nf4")
+SCALE_SUFFIX = "_scale"  # of the name of the tensor that has the scales of an int8 matrix
+TRANSPOSED = ("gpt2",)  # keep their matrices as [in, out] (transformers' Conv1D), unless they are prepared
+_GATES = ("gate", "router")  # choose experts: small, and what they decide is not a matter of a little more
 
 _FUSED = ("query_key_value", "c_attn", "Wqkv", "qkv_proj")
 
@@ -27,6 +32,8 @@ class ModelInfo:
 
     block_values: numbers in each block's weights.  kv_values: numbers that a block's cache keeps
     for a token, in the block that keeps most.  end_values: numbers in embedding, norm and head.
+    matrix_values, matrix_rows: of each block's numbers those that quantising concerns, and in how many
+    rows they stand.  quantize: "int8" for a prepared model, else "none".
     """
 
     name: ModelId
@@ -39,14 +46,44 @@ class ModelInfo:
     block_values: tuple[int, ...]
     kv_values: int
     end_values: int
+    matrix_values: tuple[int, ...] = ()
+    matrix_rows: tuple[int, ...] = ()
+    quantize: str = "none"
 
-    def block_bytes(self, dtype: str = "float32") -> int:
-        """Bytes of the largest block's weights."""
-        return max(self.block_values) * _item_bytes(dtype)
+    def block_bytes(self, dtype: str = "float32", quantize: str = "none") -> int:
+        """Bytes of the largest block's weights.  dtype: of what is not quantised."""
+        item = _item_bytes(dtype)
+        kept = self.quantize if quantize == "none" else quantize
+        if kept not in QUANTIZATIONS:
+            raise ConfigError(f"quantization {kept!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if kept == "none" or not self.matrix_values:
+            return max(self.block_values) * item
+        return max(
+            (values - packed) * item + _packed_bytes(kept, packed, rows)
+            for values, packed, rows in zip(
+                self.block_values, self.matrix_values, self.matrix_rows, strict=True
+            )
+        )
 
     def kv_bytes_per_token_per_block(self, dtype: str = "float32") -> int:
-        """Bytes that a block's cache takes for each token; int8 weights have a bfloat16 cache."""
-        return self.kv_values * _item_bytes("bfloat16" if dtype == "int8" else dtype)
+        """Bytes that a block's cache takes for each token.  dtype: of the activations."""
+        return self.kv_values * _item_bytes(dtype)
+
+
+def _packed_bytes(quantize: str, values: int, rows: int) -> int:
+    """Bytes of matrices: int8 with a float32 for each row; nf4 with a byte and a little for every 64."""
+    if quantize == "int8":
+        return values + 4 * rows
+    return values // 2 + values // 64 + values // 4096
+
+
+def is_matrix(rest: str, shape: tuple[int, ...]) -> bool:
+    """Whether this tensor of a block is one that quantising concerns: the matrix of a linear layer.
+
+    rest: its name behind the block's number.
+    """
+    parts = rest.split(".")
+    return len(shape) == 2 and len(parts) > 1 and parts[-1] == "weight" and parts[-2] not in _GATES
 
 
 def read_info(folder: ModelFolder) -> ModelInfo:
@@ -55,15 +92,19 @@ def read_info(folder: ModelFolder) -> ModelInfo:
     architecture = architecture_of(config.get("model_type"))
     blocks = _integer(folder, _BLOCKS)
     hidden = _integer(folder, _HIDDEN)
+    turned = architecture.model_type in TRANSPOSED and folder.quantize == "none"
     shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(blocks)]
-    values, ends = [0] * blocks, 0
+    values, matrices, rows, ends = [0] * blocks, [0] * blocks, [0] * blocks, 0
     for name, entry in folder.tensors.items():
         place = architecture.block_of(name)
         if place is None:
             ends += entry.values
-        elif place[0] < blocks:
+        elif place[0] < blocks and not place[1].endswith(SCALE_SUFFIX):
             values[place[0]] += entry.values
             shapes[place[0]][place[1]] = entry.shape
+            if is_matrix(place[1], entry.shape):
+                matrices[place[0]] += entry.values
+                rows[place[0]] += entry.shape[1 if turned else 0]
     if not all(values):
         raise ConfigError(f"{folder.path} has no tensor of block {values.index(0)}")
     return ModelInfo(
@@ -73,19 +114,32 @@ def read_info(folder: ModelFolder) -> ModelInfo:
         blocks,
         hidden,
         _integer(folder, ("vocab_size",)),
-        _integer(folder, _MAX_POSITION, _UNBOUNDED_POSITIONS),
+        _integer(folder, _MAX_POSITION, UNBOUNDED_POSITIONS),
         tuple(values),
         max(_kv_values(block, config, hidden) for block in shapes),
         ends,
+        tuple(matrices),
+        tuple(rows),
+        folder.quantize,
     )
 
 
-def memory_needed(info: ModelInfo, n_blocks: int, dtype: str, cache_tokens: int) -> int:
+def memory_needed(
+    info: ModelInfo,
+    n_blocks: int,
+    dtype: str,
+    cache_tokens: int,
+    quantize: str = "none",
+    activations: str | None = None,
+) -> int:
     """Bytes for the weights of `n_blocks` blocks and a cache of `cache_tokens` tokens in each.
 
-    What the process takes without them (about 400 MiB with torch, transformers and libp2p) comes on top.
+    activations: what is computed and cached in, where that is not `dtype` (see `packing_for` in
+    node/model/quantize.py).  What the process takes without them (about 400 MiB with torch,
+    transformers and libp2p) comes on top.
     """
-    return n_blocks * (info.block_bytes(dtype) + cache_tokens * info.kv_bytes_per_token_per_block(dtype))
+    a_token = info.kv_bytes_per_token_per_block(activations or dtype)
+    return n_blocks * (info.block_bytes(dtype, quantize) + cache_tokens * a_token)
 
 
 def _kv_values(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], hidden: int) -> int:

@@ -15,20 +15,35 @@ fewer blocks and a config to match, made when first asked for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from node.config import ConfigError
 from node.model.architecture import Architecture, architecture_of
-from node.model.cache import SpanCache, tensor_bytes
+from node.model.arena import PAGE_TOKENS, Arena, BlockShape, SpanCache, tensor_bytes
 from node.model.checkpoint import block_tensors, check_blocks, check_loaded, load_tensors
 from node.model.folder import ModelFolder
+from node.model.fused import fuse
+from node.model.info import TRANSPOSED, UNBOUNDED_POSITIONS
+from node.model.library_cache import ArenaRun, ShapeProbe
 from node.model.progress import Progress, silent
+from node.model.quantize import (
+    Experts,
+    Matrix,
+    await_matrices,
+    fill,
+    has_bfloat16,
+    misplaced,
+    packing_for,
+    take_matrices,
+)
 from tensor_codec.errors import LocalProtocolError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +57,10 @@ class LibraryConfig(Protocol):
 
 
 class Span:
-    """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`."""
+    """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`.
+
+    dtype: of the hidden states inside.  shapes: what each block caches, None for a convolution.
+    """
 
     def __init__(self, model: nn.Module, architecture: Architecture, start: int, stop: int) -> None:
         """model: the trimmed base model, whose config is that of the whole model."""
@@ -51,29 +69,49 @@ class Span:
         self.architecture = architecture
         self.model = model
         self.config = cast(LibraryConfig, model.config)
-        parameter = next(model.parameters())
+        parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.dtype = parameter.dtype
         self.device = parameter.device
         self.hidden_size = self.config.hidden_size
-        kinds = (
-            getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
-        )
-        self._convolutions = tuple(kind == "conv" for kind in kinds[start:stop])
         self._views: dict[tuple[int, int], tuple[nn.Module, _Entry]] = {}
+        self._fused = fuse(model, architecture, _blocks(model, architecture), start)
+        self.shapes = self._probe()
 
     @property
     def can_cut(self) -> bool:
         """Whether a session's cache can go back to any earlier position."""
-        return not any(self._convolutions)
+        return None not in self.shapes
+
+    @property
+    def fused(self) -> bool:
+        """Whether blocks run through our own code (see node/model/fused.py) and not the library's."""
+        return self._fused is not None
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a session may have."""
+        return int(getattr(self.config, "max_position_embeddings", None) or UNBOUNDED_POSITIONS)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return tensor_bytes(self.model)
 
+    def new_arena(self, tokens: int, max_length: int | None = None) -> Arena:
+        """Room for the keys and values of `tokens` positions, in rows of up to `max_length`."""
+        return Arena(
+            self.start,
+            self.shapes,
+            tokens,
+            max_length or self.max_length,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
     def new_cache(self, batch: int, max_length: int) -> SpanCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens; it takes memory as it fills."""
-        return SpanCache(self.start, self._convolutions, batch, max_length)
+        """An empty cache of `batch` rows in an arena of its own; it takes memory as it fills."""
+        row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
+        return self.new_arena(batch * row, max_length).open(batch, max_length)
 
     @torch.inference_mode()
     def forward(
@@ -84,35 +122,137 @@ class Span:
         start: int | None = None,
         stop: int | None = None,
     ) -> Tensor:
-        """Compute a step: [batch, tokens, hidden_size] -> the same shape, in the span's dtype.
+        """Compute a step of one session: [batch, tokens, hidden_size] -> the same shape, in `dtype`.
 
         position: of the first token; it continues the cache, which the caller has cut before.
         start, stop: the run of blocks, the whole span where None; the same for all of a cache's life.
         """
+        start, stop = self._run_of(start, stop)
         tokens = hidden.shape[1]
         if position != cache.length or position + tokens > cache.max_length:
             raise LocalProtocolError(
                 f"{tokens} tokens at {position} do not continue a cache of {cache.length}/{cache.max_length}"
             )
-        model, entry = self._view(self.start if start is None else start, self.stop if stop is None else stop)
-        entry.given = hidden.to(self.device, self.dtype)
+        cache.reserve(position + tokens)
+        hidden = hidden.to(self.device, self.dtype)
+        if self._fused is not None:
+            answer = self._fused.step(hidden, cache.arena, cache.rows, position, start, stop)
+        else:
+            positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
+            write = cache.arena.slots_of(cache.rows[:, None], positions)
+            run = ArenaRun(cache.arena, cache.rows, write, position + tokens, cache.states)
+            answer = self._library(hidden, run, torch.from_numpy(positions[:1].copy()), None, start, stop)
+        cache.length = position + tokens
+        return answer
+
+    @torch.inference_mode()
+    def decode(self, hidden: Tensor, rows: Sequence[SpanCache], start: int, stop: int) -> Tensor:
+        """Compute one position of each row of several sessions: [rows, hidden_size] -> the same shape.
+
+        rows: the sessions' caches, all of one arena, in the order of their rows in `hidden`; each
+        has reserved a position more than its length, which the caller then moves on.
+        """
+        start, stop = self._run_of(start, stop)
+        arena = rows[0].arena
+        hidden = hidden.to(self.device, self.dtype)
+        numbers = np.concatenate([cache.rows for cache in rows])
+        lengths = np.repeat([cache.length for cache in rows], [cache.batch for cache in rows])
+        if self._fused is not None:
+            return self._fused.decode(hidden, arena, numbers, lengths, start, stop)
+        if self.architecture.merge == "never" or bool((lengths == lengths[0]).all()):
+            return self._decode_in_turn(hidden, rows, start, stop)
+        write = arena.slots_of(numbers, lengths)[:, None]
+        longest = int(lengths.max()) + 1
+        mask = self._ragged_mask(torch.from_numpy(lengths).to(self.device), longest)
+        positions = torch.from_numpy(lengths)[:, None]
+        run = ArenaRun(arena, numbers, write, longest)
+        return self._library(hidden[:, None], run, positions, mask, start, stop)[:, 0]
+
+    def _decode_in_turn(self, hidden: Tensor, rows: Sequence[SpanCache], start: int, stop: int) -> Tensor:
+        """Rows of equal length together, the others one session after the other."""
+        answers: list[Tensor] = []
+        together = len({cache.length for cache in rows}) == 1 and not any(cache.states for cache in rows)
+        groups = [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]
+        first = 0
+        for group in groups:
+            numbers = np.concatenate([cache.rows for cache in group])
+            length = group[0].length
+            arena, part = group[0].arena, hidden[first : first + len(numbers), None]
+            write = arena.slots_of(numbers, np.full(len(numbers), length))[:, None]
+            run = ArenaRun(arena, numbers, write, length + 1, group[0].states)
+            positions = torch.full((1, 1), length)
+            answers.append(self._library(part, run, positions, None, start, stop)[:, 0])
+            first += len(numbers)
+        return torch.cat(answers)
+
+    def _library(
+        self,
+        hidden: Tensor,
+        cache: Cache,
+        positions: Tensor,
+        mask: object,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """The library's forward over a run of blocks, hidden [rows, tokens, hidden_size]."""
+        model, entry = self._view(start, stop)
+        entry.given = hidden
         try:
             answer = model(
-                inputs_embeds=entry.given,
+                inputs_embeds=hidden,
+                attention_mask=mask,
                 past_key_values=cache,
-                position_ids=torch.arange(position, position + tokens, device=self.device).unsqueeze(0),
+                position_ids=positions.to(self.device),
                 use_cache=True,
             )
         finally:
             entry.given = None
-        cache.length += tokens
         return cast(Tensor, answer.last_hidden_state)
+
+    def _ragged_mask(self, lengths: Tensor, longest: int) -> object:
+        """What one new position of each row may see, in the form that the architecture takes.
+
+        lengths: positions before it, [rows].
+        """
+        keys = torch.arange(longest, device=self.device)
+        seen = keys <= lengths[:, None]  # [rows, longest]
+        if self.architecture.merge == "padding":
+            return seen.long()
+        config = cast(Any, self.config)
+        window = getattr(config, "sliding_window", None)
+        near = seen & (keys > lengths[:, None] - window) if window else seen
+        if self.architecture.merge == "mask":
+            return self._four_dimensions(near)
+        return {
+            "full_attention": self._four_dimensions(seen),
+            "sliding_attention": self._four_dimensions(near),
+        }
+
+    def _four_dimensions(self, visible: Tensor) -> Tensor:
+        visible = visible[:, None, None]  # [rows, 1, 1, longest]
+        if cast(Any, self.config)._attn_implementation != "eager":
+            return visible
+        least = torch.finfo(self.dtype).min
+        return torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, least)
+
+    def _run_of(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        start, stop = self.start if start is None else start, self.stop if stop is None else stop
+        if not self.start <= start < stop <= self.stop:
+            raise LocalProtocolError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
+        return start, stop
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[BlockShape | None, ...]:
+        """Run one token through and see what each block would cache."""
+        probe = ShapeProbe(self.stop)
+        hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        self._library(hidden, probe, torch.zeros(1, 1, dtype=torch.long), None, self.start, self.stop)
+        return tuple(probe.shapes.get(block) for block in range(self.start, self.stop))
 
     def _view(self, start: int, stop: int) -> tuple[nn.Module, _Entry]:
         """The model that runs these blocks, and where the hidden states go in."""
         if (start, stop) not in self._views:
-            if not self.start <= start < stop <= self.stop:
-                raise LocalProtocolError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
+            self._run_of(start, stop)
             blocks = _blocks(self.model, self.architecture)[start - self.start : stop - self.start]
             entry = _Entry(blocks[0])
             model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
@@ -153,17 +293,31 @@ def load_span(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantize: str = "none",
     progress: Progress = silent,
 ) -> Span:
     """Read the blocks [start, stop) of a model.  Raises ConfigError, naming what is wrong.
 
-    Weights that have `dtype` in their file stay mapped from it on the CPU.
+    quantize: "none", "int8" or "nf4"; a folder that was prepared in int8 is read as it is.  dtype: of
+    what is not quantised.  A CPU that cannot compute in bfloat16 keeps matrices in it and computes in
+    float32, so `Span.dtype` may be another (see `packing_for`).
+    Weights that have in their file the dtype that is wanted stay mapped from it on the CPU.
     """
+    device = torch.device(device)
+    wanted = folder.quantize if quantize == "none" else quantize
+    packing = packing_for(wanted, dtype, device.type, bfloat16=has_bfloat16())
+    what = f"blocks {start}:{stop}"
     architecture = architecture_of(folder.config.get("model_type"))
     base = library_class(architecture, architecture.base)
     config = library_config(base, folder)
     check_blocks(start, stop, config.num_hidden_layers)
     tensors = load_tensors(folder, block_tensors(folder, start, stop), progress)
+    matrices: dict[str, Matrix | Experts] = {}
+    if packing.kind != "plain":
+        transposed = architecture.model_type in TRANSPOSED
+        matrices = take_matrices(
+            tensors, packing.kind, transposed=transposed, what=f"{folder.path}: {what}", progress=progress
+        )
 
     def trim(model: nn.Module) -> None:
         container = model.get_submodule(architecture.container)
@@ -172,9 +326,14 @@ def load_span(
         for name in architecture.ends:
             if getattr(container, name) is not None:
                 setattr(container, name, _NoPosition() if name in architecture.positions else nn.Identity())
+        await_matrices(model, matrices)
 
-    model = load_trimmed(base, trim, config, tensors, folder, f"blocks {start}:{stop}", dtype)
-    return Span(model.to(device), architecture, start, stop)
+    model = load_trimmed(base, trim, config, tensors, folder, what, packing.dtype)
+    homeless, wrong = misplaced(model, matrices)
+    check_loaded(folder, what, missing=(), unexpected=homeless, mismatched=wrong)
+    model = model.to(device)
+    fill(model, matrices, packing, device)
+    return Span(model, architecture, start, stop)
 
 
 def library_class(architecture: Architecture, name: str) -> type[nn.Module]:

@@ -73,6 +73,11 @@ class FramedStream:
         self._send_now: Callable[[bytes], bool] | None = getattr(stream, "send_now", None)
         self._reset_now: Callable[[], None] | None = getattr(stream, "reset_now", None)
 
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame from the peer has begun and is not whole."""
+        return self._decoder.in_frame
+
     async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
         """Send one frame, given whole or in parts; returns when the network has taken it.
 

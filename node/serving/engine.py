@@ -1,29 +1,37 @@
-"""Runs steps over one span in the torch thread, and knows how fast that goes.
+"""Runs what waits over one span in the torch thread: batch after batch, as the batcher decides.
 
-One step runs at a time, first come, first served; how many may wait is bounded, for all and for
-each peer.  From wire bytes to wire bytes a step crosses into the thread once.
+A step is queued here and its caller waits.  One task, `run`, has a batch computed whenever the thread
+is free; which one is decided in the thread at that moment (`node.serving.batcher`), out of all that
+has arrived by then.  So the event loop receives and sends while a batch computes.  From wire bytes to
+wire bytes a batch crosses into the thread once, and rows of many sessions are decoded, computed and
+encoded as one tensor.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import outcome
+import torch
+import trio
+from torch import Tensor
+
 from node.compute import ComputeThread
-from node.model.cache import SpanCache
+from node.model.arena import SpanCache
 from node.model.span import Span
+from node.serving.batcher import Batch, Batcher, Job, Kind, Piece, segments
+from node.serving.rates import Rates
 from node.serving.session import Compute
-from tensor_codec.compression import decode_hidden, encode_hidden
-from tensor_codec.errors import BadResult, TooManyStreams
+from tensor_codec.compression import WIRE_DTYPES, decode_hidden, encode_hidden
+from tensor_codec.errors import BadResult
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages import Contract
-
-EMA_WEIGHT = 0.1  # of the newest step in the running rates
-DECODE_TOKENS = 4  # steps of at most so many tokens count as decode, larger ones as prefill
 
 
 class NotFinite(BadResult):
@@ -38,114 +46,278 @@ class Answer:
     compute_micros: int
 
 
-@dataclass(slots=True)
-class Rates:
-    """Seconds that a block takes: for one decode step, and for each token of a prefill."""
+@dataclass(slots=True, eq=False)
+class _Work:
+    """Somebody's request, from when it is queued until it is answered."""
 
-    decode_seconds_per_block: float
-    prefill_seconds_per_block_token: float
+    job: Job
+    done: trio.Event = field(default_factory=trio.Event)
+    result: outcome.Outcome[Answer] | None = None
+    seconds: float = 0.0
 
-    def observe(self, tokens: int, blocks: int, seconds: float) -> None:
-        """Fold a served step into the running averages."""
-        per_block = seconds / blocks
-        if tokens <= DECODE_TOKENS:
-            self.decode_seconds_per_block += EMA_WEIGHT * (per_block - self.decode_seconds_per_block)
-        else:
-            per_token = per_block / tokens
-            self.prefill_seconds_per_block_token += EMA_WEIGHT * (
-                per_token - self.prefill_seconds_per_block_token
-            )
+    def settle(self, result: outcome.Outcome[Answer]) -> None:
+        """Answer; whoever has left does not mind."""
+        self.result = result
+        self.done.set()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Step(_Work):
+    """A step of a session.  wanted: positions of the answer.  parts: outputs of the chunks so far."""
+
+    contract: Contract = field(kw_only=True)
+    cache: SpanCache = field(kw_only=True)
+    position: int = field(kw_only=True)
+    body: Buffer = field(kw_only=True)
+    wanted: int = field(kw_only=True)
+    hidden: Tensor | None = None
+    parts: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Request(_Work):
+    """A request without a session."""
+
+    work: Callable[[Span], Buffer] = field(kw_only=True)
+
+
 class Engine:
-    """The compute of a serving node.
+    """The compute of a serving node.  `run` must be running for anything to be answered.
 
-    span: the blocks; compute: the torch thread; rates: measured by `measure_rates` at start, then
-    kept up by what is served.
+    rates: measured at start, then kept up by what is served.
     """
 
-    span: Span
-    compute: ComputeThread
-    rates: Rates
-    limits: Limits = field(default_factory=Limits)
-    waiting: Counter[str] = field(default_factory=Counter)
+    def __init__(
+        self, span: Span, compute: ComputeThread, rates: Rates, limits: Limits | None = None
+    ) -> None:
+        self.span = span
+        self.compute = compute
+        self.rates = rates
+        self.batcher = Batcher(
+            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, limits or Limits()
+        )
+        self._lock = threading.Lock()  # around the batcher: the torch thread takes batches from it
+        self._works: dict[int, _Work] = {}
+        self._numbers = itertools.count()
+        self._wanted = trio.Event()
 
     @property
     def queue_length(self) -> int:
-        """Steps waiting or running."""
-        return self.waiting.total()
+        """Steps and requests waiting or running."""
+        return self.batcher.waiting
+
+    async def run(self) -> None:
+        """Compute what is queued, until cancelled.  What escapes is a bug of ours."""
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            while (settled := await self.compute.run(self._turn)) is not None:
+                for work, result in settled:
+                    work.settle(result)
+            with self._lock:
+                again = self.batcher.resume_at()
+            if again < math.inf:
+                with trio.move_on_after(max(0.0, again - time.perf_counter())):
+                    await self._wanted.wait()
+                self._wanted.set()
 
     async def step(
         self, peer: str, contract: Contract, cache: SpanCache, decision: Compute, body: Buffer, *, whole: bool
     ) -> Answer:
         """Compute one step: `body` in the contract's codec in, the same out.
 
+        cache: cut to the step's position, with room for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
         Raises TooManyStreams (nothing was done), BadResult (what came in is not finite; nothing was
         done), NotFinite.
         """
-        with self._place_in_queue(peer):
-            answer, seconds = await self.compute.run(
-                _compute_step, self.span, contract, cache, decision, body, whole
-            )
-        tokens = contract.batch * decision.what.tokens
-        self.rates.observe(tokens, contract.stop - contract.start, seconds)
-        return Answer(answer, int(seconds * 1e6))
+        what = decision.what
+        kind = Kind.DECODE if what.tokens == 1 else Kind.PREFILL
+        job = Job(next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop)
+        wanted = what.tokens if whole else what.reply_tokens
+        return await self._answer(
+            _Step(job, contract=contract, cache=cache, position=what.position, body=body, wanted=wanted)
+        )
 
-    @contextmanager
-    def _place_in_queue(self, peer: str) -> Iterator[None]:
-        if self.queue_length >= self.limits.max_waiting_steps:
-            raise TooManyStreams(f"{self.queue_length} steps wait for compute here", 1.0)
-        if self.waiting[peer] >= self.limits.max_waiting_steps_per_peer:
-            raise TooManyStreams(f"{self.waiting[peer]} steps of yours wait for compute here", 1.0)
-        self.waiting[peer] += 1
+    async def stateless(
+        self, peer: str, rows: int, tokens: int, start: int, stop: int, work: Callable[[Span], Buffer]
+    ) -> Answer:
+        """Run `work` in the torch thread when it is this request's turn.
+
+        rows, tokens, start, stop: what it costs.  Raises TooManyStreams (nothing was done), and what
+        `work` raises of PeerFault.
+        """
+        job = Job(next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop)
+        return await self._answer(_Request(job, work=work))
+
+    async def _answer(self, work: _Work) -> Answer:
+        number = work.job.number
+        with self._lock:
+            self.batcher.submit(work.job, time.perf_counter())
+            self._works[number] = work
+        self._wanted.set()
         try:
-            yield
+            await work.done.wait()
         finally:
-            self.waiting[peer] -= 1
-            if not self.waiting[peer]:
-                del self.waiting[peer]
+            with self._lock:
+                self.batcher.cancel(number)
+                del self._works[number]
+        assert work.result is not None
+        return work.result.unwrap()
 
+    # From here on: in the torch thread.
 
-def _compute_step(
-    span: Span, contract: Contract, cache: SpanCache, decision: Compute, body: Buffer, whole: bool
-) -> tuple[Buffer, float]:
-    """Runs in the torch thread: decode, cut, forward, encode.  Returns the bytes and the seconds."""
-    began = time.perf_counter()
-    hidden = decode_hidden(body, contract)
-    position = decision.what.position
-    if cache.length > position:  # a cut, or what a cancelled step left behind
-        cache.cut(position)
-    hidden = span.forward(hidden, cache, position, contract.start, contract.stop)
-    wanted = decision.what.tokens if whole else decision.what.reply_tokens
-    encoded: Buffer = b""
-    if wanted:
-        try:
-            encoded = encode_hidden(hidden[:, hidden.shape[1] - wanted :], contract.codec)
-        except BadResult as bad:
-            raise NotFinite(str(bad)) from None
-    return encoded, time.perf_counter() - began
-
-
-def measure_rates(span: Span, prefill_tokens: int = 64, seconds: float = 0.4) -> Rates:
-    """Time decode steps and a prefill on zeros, for about `seconds`.  Runs in the torch thread."""
-    import torch
-
-    blocks = span.stop - span.start
-    cache = span.new_cache(1, prefill_tokens)
-
-    def timed(tokens: int, position: int) -> float:
-        hidden = torch.zeros(1, tokens, span.hidden_size)
+    def _turn(self) -> list[tuple[_Work, outcome.Outcome[Answer]]] | None:
+        """Take the next batch and run it; what is answered by it, or None if nothing waits."""
+        with self._lock:
+            batch = self.batcher.next(time.perf_counter())
+            if batch is None:
+                return None
+            works = [self._works[piece.job.number] for piece in batch]
         began = time.perf_counter()
-        span.forward(hidden, cache, position, span.start, span.stop)
-        return time.perf_counter() - began
+        settled: list[tuple[_Work, outcome.Outcome[Answer]]] = []
+        try:
+            self._compute(batch, works, settled)
+        finally:
+            seconds = time.perf_counter() - began
+            with self._lock:
+                for work, result in settled:
+                    if isinstance(result, outcome.Error):
+                        self.batcher.cancel(work.job.number)
+                self.batcher.finished(batch, seconds, time.perf_counter())
+        job = batch[0].job
+        if job.kind is not Kind.STATELESS:
+            self.rates.observe(
+                job.rows * batch[0].tokens, job.blocks, seconds, decode=job.kind is Kind.DECODE
+            )
+        return settled
 
-    timed(prefill_tokens // 2, 0)  # the first call pays for lazy set-up
-    cache = span.new_cache(1, prefill_tokens)
-    prefill = timed(prefill_tokens // 2, 0)
-    decode: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(decode) < prefill_tokens // 2 and (len(decode) < 3 or time.perf_counter() < until):
-        decode.append(timed(1, prefill_tokens // 2 + len(decode)))
-    return Rates(sorted(decode)[len(decode) // 2] / blocks, prefill / blocks / (prefill_tokens // 2))
+    def _compute(
+        self, batch: Batch, works: list[_Work], settled: list[tuple[_Work, outcome.Outcome[Answer]]]
+    ) -> None:
+        began = time.perf_counter()
+
+        def micros() -> int:
+            return int((time.perf_counter() - began) * 1e6)
+
+        first = works[0]
+        if isinstance(first, _Request):
+            try:
+                settled.append((first, outcome.Value(Answer(first.work(self.span), micros()))))
+            except BadResult as bad:
+                settled.append((first, outcome.Error(bad)))
+            return
+        steps = [work for work in works if isinstance(work, _Step)]
+        if batch[0].job.kind is Kind.PREFILL:
+            self._chunk(batch[0], steps[0], began, settled)
+            return
+        steps, hidden = _decoded(steps, settled)
+        if not steps:
+            return
+        hidden = self._decode([Piece(step.job, 0, 1) for step in steps], steps, hidden)
+        for step, body in zip(steps, _encoded(steps, hidden), strict=True):
+            result: outcome.Outcome[Answer]
+            result = (
+                outcome.Error(body) if isinstance(body, NotFinite) else outcome.Value(Answer(body, micros()))
+            )
+            settled.append((step, result))
+
+    def _decode(self, pieces: Sequence[Piece], steps: Sequence[_Step], hidden: Tensor) -> Tensor:
+        """One position of every step's rows: hidden [rows, hidden_size] -> the same shape.
+
+        Each step joins at its first block and leaves behind its last.
+        """
+        parts = list(torch.split(hidden, [step.contract.batch for step in steps]))
+        for start, stop, active in segments(pieces):
+            together = [steps[i].cache for i in active]
+            rows = self.span.decode(torch.cat([parts[i] for i in active]), together, start, stop)
+            for i, part in zip(
+                active, torch.split(rows, [steps[i].contract.batch for i in active]), strict=True
+            ):
+                parts[i] = part
+        for step in steps:
+            step.cache.length = step.position + 1
+        return torch.cat(parts)
+
+    def _chunk(
+        self,
+        piece: Piece,
+        step: _Step,
+        began: float,
+        settled: list[tuple[_Work, outcome.Outcome[Answer]]],
+    ) -> None:
+        """A part of a prefill; the answer when it was the last one."""
+        contract = step.contract
+        try:
+            if step.hidden is None:
+                step.hidden = decode_hidden(step.body, contract)
+            given = step.hidden[:, piece.offset : piece.offset + piece.tokens]
+            answer = self.span.forward(
+                given, step.cache, step.position + piece.offset, contract.start, contract.stop
+            )
+            wanted_from = step.job.tokens - step.wanted - piece.offset
+            if wanted_from < piece.tokens:
+                step.parts.append(answer[:, max(0, wanted_from) :])
+            step.seconds += time.perf_counter() - began
+            if not piece.last:
+                return
+            body: Buffer = b""
+            if step.parts:
+                body = encode_hidden(torch.cat(step.parts, 1), contract.codec)
+        except BadResult as bad:
+            own = bad if step.hidden is None else NotFinite(str(bad))
+            settled.append((step, outcome.Error(own)))
+        else:
+            settled.append((step, outcome.Value(Answer(body, int(step.seconds * 1e6)))))
+
+
+def _decoded(
+    steps: Sequence[_Step], settled: list[tuple[_Work, outcome.Outcome[Answer]]]
+) -> tuple[list[_Step], Tensor]:
+    """The steps' hidden states one below the other, [rows, hidden_size].
+
+    A step that holds NaN or infinity is answered so, and left out.
+    """
+    sound: list[_Step] = []
+    rows: list[Tensor] = []
+    for codec in {step.contract.codec: None for step in steps}:
+        same = [step for step in steps if step.contract.codec == codec]
+        flat = torch.frombuffer(bytearray().join(step.body for step in same), dtype=WIRE_DTYPES[codec])
+        wide = flat.view(-1, same[0].contract.hidden).float()
+        if not bool(torch.isfinite(wide).all()):
+            kept = []
+            for step, part in zip(
+                same, torch.split(wide, [step.contract.batch for step in same]), strict=True
+            ):
+                if bool(torch.isfinite(part).all()):
+                    kept.append((step, part))
+                else:
+                    bad = BadResult("received hidden states hold NaN or infinity")
+                    settled.append((step, outcome.Error(bad)))
+            same, wide = [step for step, _ in kept], torch.cat([part for _, part in kept] or [wide[:0]])
+        sound += same
+        rows.append(wide)
+    return sound, torch.cat(rows)
+
+
+def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
+    """Each step's rows as bytes of its codec, or why they must not leave this machine."""
+    bodies: dict[int, Buffer | NotFinite] = {}
+    first = 0
+    places = []
+    for step in steps:
+        places.append((first, first + step.contract.batch))
+        first += step.contract.batch
+    finite = torch.isfinite(hidden).all(-1).tolist()
+    for codec in {step.contract.codec for step in steps}:
+        wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
+        data = memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+        row = data.nbytes // len(wire)
+        for index, (step, (begin, end)) in enumerate(zip(steps, places, strict=True)):
+            if step.contract.codec != codec:
+                continue
+            if not all(finite[begin:end]):
+                bodies[index] = NotFinite("computed hidden states hold NaN or infinity")
+            else:
+                bodies[index] = data[begin * row : end * row] if step.wanted else b""
+    return [bodies[index] for index in range(len(steps))]

@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import trio
 
-from node.model.cache import SpanCache
+from node.model.arena import Arena, SpanCache
 from node.serving.cache import CacheBudget
 from node.serving.engine import Answer, Engine, NotFinite
 from node.serving.push import PushLink, PushLinks, Sender
@@ -27,6 +28,7 @@ from node.serving.session import Repeat, ServerSession
 from routing.names import PeerId
 from tensor_codec.errors import (
     BadResult,
+    CacheFull,
     Draining,
     MessageError,
     PeerFault,
@@ -139,20 +141,23 @@ class _Hop:
 class Listener:
     """Serves sessions over one span.
 
-    served: what is offered.  open_stream: to a peer of our view, for pushing.  blame counts peers'
-    faults ("peer error").
+    served: what is offered.  arena: where caches are; budget: who may have how much of it.
+    open_stream: to a peer of our view, for pushing.  blame counts peers' faults ("peer error").
     """
 
     served: Served
     engine: Engine
+    arena: Arena
     budget: CacheBudget
     open_stream: Callable[[PeerId], Awaitable[Sender]]
     limits: Limits = field(default_factory=Limits)
     blame: Counter[str] = field(default_factory=Counter)
     draining: bool = False
     _sessions: dict[bytes, _Hop] = field(default_factory=dict)
+    _ids: set[bytes] = field(default_factory=set)  # of sessions, those that wait for room included
     _links: PushLinks = field(init=False)
     _no_session: trio.Event = field(default_factory=trio.Event)
+    _more_room: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self._links = PushLinks(self.open_stream)
@@ -169,8 +174,16 @@ class Listener:
             return
         opened = decode_open(frame)
         try:
-            with self._admit(stream, opened) as hop:
-                await self._run(hop)
+            self._check(stream.peer, opened)
+            self._ids.add(opened.session)
+            try:
+                await self._when_there_is_room(
+                    partial(self.budget.admit, opened.session, stream.peer, opened.batch, opened.max_length)
+                )
+                with self._place(stream, opened) as hop:
+                    await self._run(hop)
+            finally:
+                self._ids.discard(opened.session)
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
 
@@ -216,11 +229,26 @@ class Listener:
             fault.peer = sender
         hop.end(fault)
 
+    async def _when_there_is_room(self, take: Callable[[], None]) -> None:
+        """Take pages of the cache as soon as there are some.  Raises CacheFull after a bounded wait."""
+        deadline = trio.current_time() + self.limits.cache_wait_seconds
+        while True:
+            try:
+                return take()
+            except CacheFull as full:
+                if full.retry_after_seconds is None or trio.current_time() >= deadline:
+                    raise
+            with trio.move_on_at(deadline):
+                await self._more_room.wait()
+
+    def _there_is_room(self) -> None:
+        """Wake those who wait for pages."""
+        self._more_room.set()
+        self._more_room = trio.Event()
+
     @contextmanager
-    def _admit(self, stream: FrameStream, opened: Open) -> Iterator[_Hop]:
-        """Hold a session's place, its promised tokens and its cache.  Raises Refused, MessageError."""
-        peer = stream.peer
-        self._check(peer, opened)
+    def _place(self, stream: FrameStream, opened: Open) -> Iterator[_Hop]:
+        """A session that was admitted, until it ends.  Raises Refused, MessageError."""
         contract = Contract(
             session=opened.session,
             start=opened.start,
@@ -231,15 +259,17 @@ class Listener:
             codec=opened.codec,
             max_step_tokens=self.limits.max_step_tokens,
         )
-        self.budget.admit(opened.session, peer, opened.batch * opened.max_length)
         inbox, arrivals = trio.open_memory_channel[_Arrived](self.limits.max_steps_in_flight)
+        cache = self.arena.open(opened.batch, opened.max_length)
         try:
+            if self.draining:  # since it was checked it may have waited
+                raise _draining()
             hop = _Hop(
                 opened=opened,
                 contract=contract,
                 stream=stream,
                 state=ServerSession(opened.max_length, can_cut=self.served.can_cut),
-                cache=self.engine.span.new_cache(opened.batch, opened.max_length),
+                cache=cache,
                 inbox=inbox,
                 arrivals=arrivals,
                 scope=trio.CancelScope(),
@@ -248,7 +278,11 @@ class Listener:
             yield hop
         finally:
             self._sessions.pop(opened.session, None)
+            # A batch that still computes with these pages has noted where they are, and ends before
+            # any that another session could use them in.
+            cache.close()
             self.budget.release(opened.session)
+            self._there_is_room()
             inbox.close()
             arrivals.close()
             if not self._sessions:
@@ -258,8 +292,8 @@ class Listener:
         """Whether we serve what is asked for.  Raises Refused, MessageError."""
         served = self.served
         if self.draining:
-            raise Draining("this node is leaving the swarm")
-        if opened.session in self._sessions:
+            raise _draining()
+        if opened.session in self._ids:
             raise MessageError("a session with this id is open already")
         if opened.revision != served.revision:
             raise WrongRevision(
@@ -355,6 +389,11 @@ class Listener:
         else:
             whole = hop.opened.successor is not None
             try:
+                await self._make_room(hop, what)
+            except CacheFull as full:
+                hop.state.dropped(decision)
+                return await _tell(hop, Failed.of(full, step.step))
+            try:
                 answer = await self.engine.step(
                     hop.stream.peer, contract, hop.cache, decision, step.body, whole=whole
                 )
@@ -365,6 +404,16 @@ class Listener:
             hop.answer = answer
         if answer is not None:
             await self._pass_on(hop, arrived, what, answer)
+
+    async def _make_room(self, hop: _Hop, what: StepRange) -> None:
+        """Cut the cache to a step's position, and let it have pages for the step.  Raises CacheFull."""
+        if hop.cache.length > what.position:  # a cut, or what a cancelled step left behind
+            hop.cache.cut(what.position)
+            self.budget.shrink(hop.contract.session, what.position)
+            self._there_is_room()
+        length = what.position + what.tokens
+        await self._when_there_is_room(partial(self.budget.grow, hop.contract.session, length))
+        hop.cache.reserve(length)
 
     async def _pass_on(self, hop: _Hop, arrived: _Arrived, what: StepRange, answer: Answer) -> None:
         step = arrived.step
@@ -387,6 +436,10 @@ class Listener:
             self.blame[f"{hop.link.peer} {type(fault).__name__}"] += 1
             notice = replace(Failed.of(fault, step.step, hop.link.peer), code="cannot_push")
             await _tell(hop, notice)
+
+
+def _draining() -> Draining:
+    return Draining("this node is leaving the swarm")
 
 
 def _leaving() -> PeerGone:

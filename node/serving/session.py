@@ -87,6 +87,14 @@ class ServerSession:
         self.length = compute.what.position + compute.what.tokens
         self.last = (compute.step, compute.what)
 
+    def dropped(self, compute: Compute) -> None:
+        """`compute` was refused before it began: it may come again; what was cut is cut."""
+        if self.state is not State.COMPUTING:
+            raise LocalProtocolError(f"step {compute.step} was dropped and nobody asked for it")
+        self.state = State.OPEN
+        if compute.cut is not None:
+            self.length = compute.cut
+
     def close(self) -> None:
         """Refuse everything from now on."""
         self.state = State.CLOSED

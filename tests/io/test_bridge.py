@@ -112,6 +112,18 @@ class FakeSwarm:
     def conversation(self, max_length=2048):
         return FakeConversation(max_length)
 
+    async def forward(self, hidden, *, start=0, stop=None):
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        if hidden < 0:
+            raise PeerGone("a server has gone")
+        return ("forward", hidden, start, stop)
+
+    async def backward(self, hidden, grad, *, start=0, stop=None):
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        return ("backward", hidden, grad, start, stop)
+
     @asynccontextmanager
     async def session(self, *, batch=1, max_length=2048):
         if max_length > 2048:
@@ -351,6 +363,18 @@ def test_a_session_steps_and_is_closed(run):
                 assert await session.step(1, position=2, reply="last") == 2
                 assert (session.length, session.chain, session.times) == (3, "chain", None)
             assert fake.sessions == 0
+
+    run(main)
+
+
+def test_forward_and_backward_cross_with_what_they_are_given(run):
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            assert await swarm.forward(1) == ("forward", 1, 0, None)
+            assert await swarm.forward(1, start=2, stop=5) == ("forward", 1, 2, 5)
+            assert await swarm.backward(1, 7, start=2) == ("backward", 1, 7, 2, None)
+            with pytest.raises(PeerGone):
+                await swarm.forward(-1)
 
     run(main)
 
@@ -596,7 +620,8 @@ def test_a_handle_may_not_be_used_from_another_event_loop():
 
 def test_a_bridged_swarm_has_the_methods_of_a_swarm_with_the_same_parameters():
     for ours, theirs in ((BridgedSwarm, SwarmLike), (Swarm, SwarmLike)):
-        for name in ("view", "changed", "route", "generate", "conversation", "session"):
+        names = ("view", "changed", "route", "generate", "conversation", "session", "forward", "backward")
+        for name in names:
             ours_takes = inspect.signature(getattr(ours, name)).parameters.values()
             theirs_takes = inspect.signature(getattr(theirs, name)).parameters.values()
             assert [(p.name, p.kind, p.default) for p in ours_takes] == [

@@ -194,7 +194,7 @@ async def test_a_full_cache_and_a_full_house_and_a_leaving_node_say_so(autojump_
         with pytest.raises(TooManyStreams) as refused:
             await world.open(chain)
         assert refused.value.retry_after_seconds == 5.0
-        listener.budget.tokens = 70
+        listener.budget.tokens = 64
         with pytest.raises(CacheFull) as refused:
             await world.open(chain, client=PeerId("another"))
         assert refused.value.retry_after_seconds == 2.0

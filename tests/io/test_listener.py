@@ -122,15 +122,43 @@ async def test_a_peer_has_so_many_sessions_and_no_more_and_others_have_theirs(au
 
 async def test_a_session_for_which_there_is_no_cache_is_refused_before_anything_is_made(autojump_clock):
     async with swarm() as world:
-        node = world.add("a", 0, 4, tokens=100)
+        node = world.add("a", 0, 4, tokens=64)
         first, answer = await RawClient.open(world, "a", max_length=64)
         assert isinstance(answer, Opened)
+        began = trio.current_time()
         second, answer = await RawClient.open(world, "a", "another", session=b"x" * 16, max_length=64)
         assert isinstance(answer, Failed)
         assert (answer.code, answer.retry_after_seconds) == ("cache_full", 2.0)
-        assert node.budget.free_tokens == 36
+        assert trio.current_time() - began == world.limits.cache_wait_seconds
+        assert node.budget.free_tokens == 64, "no step has come, and nothing is promised"
+        third, answer = await RawClient.open(world, "a", session=b"y" * 16, max_length=65)
+        assert isinstance(answer, Failed)
+        assert (answer.code, answer.retry_after_seconds) == ("cache_full", None)
+        await third.stream.aclose()
         await end(first)
         await second.stream.aclose()
+
+
+async def test_a_step_for_which_there_is_no_page_is_refused_and_the_session_goes_on_later(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4, tokens=48)
+        old, _ = await RawClient.open(world, "a", max_length=32)
+        young, _ = await RawClient.open(world, "a", "another", session=b"x" * 16, max_length=32)
+        await young.stream.send(step(0, 0, 16, session=b"x" * 16))
+        assert isinstance(await young.receive(world), Result)
+        await young.stream.send(step(1, 16, session=b"x" * 16))  # the older one may still need the rest
+        told = await young.receive(world)
+        assert isinstance(told, Failed)
+        assert (told.code, told.step) == ("cache_full", 1)
+        await old.stream.send(step(0, 0, 32))
+        assert isinstance(await old.receive(world), Result), "the oldest always goes on"
+        await end(old)
+        await young.stream.send(step(1, 16, session=b"x" * 16))
+        assert isinstance(await young.receive(world), Result), "nothing of it was lost"
+        assert node.budget.held_tokens("another") == 32
+        await end(young)
+        await trio.testing.wait_all_tasks_blocked()
+        node.assert_idle()
 
 
 async def test_a_session_whose_id_is_taken_is_a_fault_and_the_first_one_goes_on(autojump_clock):

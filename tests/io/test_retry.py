@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 from client.generate import Generation
+from client.heads import Heads
 from client.retry import PREFILL_TOKENS, Blame, Context
 from client.sampling import SamplingOptions
 from routing.chain import Chain, Hop, NoChain
@@ -51,7 +52,8 @@ def context_of(open_chain, *, max_length: int = 64, give_up_seconds: float = 60.
         "max_length": max_length,
         "give_up_seconds": give_up_seconds,
     }
-    return Context(**(values | changes))
+    values |= changes
+    return Context(heads=Heads(values["ends"], values["compute"]), **values)
 
 
 def best(logits: torch.Tensor) -> int:
@@ -156,13 +158,13 @@ async def test_a_hop_that_refuses_is_passed_over_for_as_long_as_it_says_and_not_
     async with swarm() as world:
         chooser = two_replicas(world)
         world.nodes[PeerId("a")].listener.budget.tokens = 64
-        world.nodes[PeerId("a")].listener.budget.admit(b"other", "other", 60)
+        world.nodes[PeerId("a")].listener.budget.admit(b"other", "other", 1, 60)
         context = context_of(chooser)
         assert await continued(context, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
         assert chooser.opened == ["A b"]
         assert chooser.blame._faults == {}
-        assert chooser.blame.avoided(1.9) == {"a"}
-        assert chooser.blame.avoided(2.1) == frozenset()
+        assert chooser.blame.avoided(3.9) == {"a"}  # asked at 0, refused after a wait of 2 s, for 2 s
+        assert chooser.blame.avoided(4.1) == frozenset()
         assert context.replays == 0
         context.close()
         world.nodes[PeerId("a")].listener.budget.release(b"other")

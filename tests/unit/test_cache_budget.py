@@ -1,114 +1,250 @@
-"""Promised cache tokens: never more than there are, never more than a peer's share."""
+"""Pages of the cache: never more than there are, never more than a peer's share, never a deadlock."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from node.serving.cache import CacheBudget
 from tensor_codec.errors import CacheFull, LocalProtocolError
 from tensor_codec.limits import Limits
 
 
-def test_a_session_that_asks_for_more_than_a_peer_may_ever_have_is_told_not_to_come_back():
-    budget = CacheBudget(1000, 0.25, least_share_tokens=10)
-    with pytest.raises(CacheFull, match="251 tokens, 250 are allowed") as refusal:
-        budget.admit(b"a", "p", 251)
+def test_a_session_that_may_need_more_than_a_peer_may_ever_have_is_told_not_to_come_back():
+    budget = CacheBudget(960, 0.25, least_share_tokens=16)
+    budget.admit(b"a", "p", 1, 240)
+    with pytest.raises(
+        CacheFull, match="1 x 241 tokens takes 256 in pages of 16, 240 are allowed"
+    ) as refusal:
+        budget.admit(b"b", "p", 1, 241)
+    assert refusal.value.retry_after_seconds is None
+    with pytest.raises(CacheFull, match="16 x 1 tokens takes 256") as refusal:
+        budget.admit(b"b", "p", 16, 1)  # each row has a page of its own
     assert refusal.value.retry_after_seconds is None
 
 
-def test_a_peer_that_holds_its_share_is_told_when_to_come_back_and_others_are_let_in():
-    budget = CacheBudget(1000, 0.25, least_share_tokens=10)
-    budget.admit(b"a", "greedy", 200)
-    with pytest.raises(CacheFull, match="51 tokens more than the 200 that you hold") as refusal:
-        budget.admit(b"b", "greedy", 51)
+def test_a_peer_at_its_share_is_told_when_to_come_back_and_others_go_on():
+    budget = CacheBudget(960, 0.25, least_share_tokens=16)
+    budget.admit(b"a", "greedy", 1, 160)
+    budget.admit(b"b", "greedy", 1, 160)
+    budget.grow(b"a", 160)
+    budget.grow(b"b", 80)
+    with pytest.raises(CacheFull, match="16 tokens more than the 240 that you hold, 0 are to be") as refusal:
+        budget.grow(b"b", 81)
     assert refusal.value.retry_after_seconds is not None
-    budget.admit(b"b", "greedy", 50)
-    budget.admit(b"c", "other", 250)
+    with pytest.raises(CacheFull, match="240 are allowed a peer"):
+        budget.admit(b"c", "greedy", 1, 16)
+    budget.admit(b"c", "other", 1, 240)
+    budget.grow(b"c", 240)
+    assert (budget.held_tokens("greedy"), budget.held_tokens("other")) == (240, 240)
 
 
-def test_a_full_cache_says_when_to_come_back_and_has_room_after_a_release():
-    budget = CacheBudget(100, 1.0)
-    budget.admit(b"a", "one", 60)
-    with pytest.raises(CacheFull, match="40 of 100 are free") as refusal:
-        budget.admit(b"b", "two", 41)
+def test_memory_follows_what_is_used_and_not_what_was_asked_for():
+    budget = CacheBudget(16_384)
+    for number in range(200):
+        session = number.to_bytes(16, "big")
+        budget.admit(session, f"peer {number}", 1, 2048)
+        budget.grow(session, 40)
+    assert budget.free_tokens == 16_384 - 200 * 48
+
+
+def test_one_peer_with_many_sessions_leaves_room_for_its_oldest_and_is_then_refused():
+    budget = CacheBudget(16_384)
+    sessions = [number.to_bytes(16, "big") for number in range(200)]
+    room = (8192 - 2048 + 48) // 48  # 2,048 are the oldest one's, 48 each of the others'
+    for session in sessions[:room]:
+        budget.admit(session, "p", 1, 2048)
+        budget.grow(session, 40)
+    with pytest.raises(CacheFull, match="8192 are allowed a peer"):
+        budget.admit(sessions[room], "p", 1, 2048)
+    budget.grow(sessions[0], 2048)
+
+
+def test_a_full_cache_says_when_to_come_back_and_has_room_after_a_cut_or_an_end():
+    budget = CacheBudget(160, 1.0)
+    budget.admit(b"a", "one", 2, 64)
+    budget.grow(b"a", 64)
+    budget.admit(b"b", "two", 1, 160)
+    budget.grow(b"b", 32)
+    with pytest.raises(CacheFull, match="16 tokens more, 0 of 160 are free") as refusal:
+        budget.grow(b"b", 33)
     assert refusal.value.retry_after_seconds is not None
+    budget.shrink(b"a", 48)
+    with pytest.raises(CacheFull, match="32 of 160 are free and 0 to be had beside what older"):
+        budget.grow(b"b", 33)
     budget.release(b"a")
-    budget.admit(b"b", "two", 100)
+    budget.grow(b"b", 160)
+
+
+def test_room_that_is_there_already_is_not_taken_twice_and_a_cut_keeps_begun_pages():
+    budget = CacheBudget(160, 1.0)
+    budget.admit(b"a", "p", 2, 80)
+    budget.grow(b"a", 17)
+    assert budget.held_tokens("p") == 64
+    budget.grow(b"a", 32)
+    budget.grow(b"a", 1)
+    assert budget.held_tokens("p") == 64
+    budget.shrink(b"a", 17)
+    assert budget.held_tokens("p") == 64
+    budget.shrink(b"a", 16)
+    assert budget.held_tokens("p") == 32
+    budget.shrink(b"a", 48)  # never grows
+    assert budget.held_tokens("p") == 32
+    budget.shrink(b"a", 0)
+    assert budget.free_tokens == 160
+
+
+def test_the_next_oldest_can_go_on_to_its_end_as_soon_as_the_oldest_has_ended():
+    # A reserve for the oldest alone would let `c` take what `b` needs once it is the oldest itself.
+    budget = CacheBudget(160, 1.0)
+    budget.admit(b"a", "one", 1, 32)
+    budget.grow(b"a", 32)
+    budget.admit(b"b", "two", 1, 144)
+    budget.admit(b"c", "three", 1, 160)
+    budget.grow(b"c", 16)
+    with pytest.raises(CacheFull, match="112 of 160 are free and 0 to be had"):
+        budget.grow(b"c", 17)
+    budget.release(b"a")
+    budget.grow(b"b", 144)
 
 
 def test_one_session_of_the_largest_allowed_size_fits_into_a_small_share():
     limits = Limits()
     budget = CacheBudget(10_000, limits.cache_share_per_peer, limits.max_session_tokens)
-    budget.admit(b"a", "p", limits.max_session_tokens)
+    budget.admit(b"a", "p", 1, limits.max_session_tokens)
+    budget.grow(b"a", limits.max_session_tokens)
     tiny = CacheBudget(100, limits.cache_share_per_peer, limits.max_session_tokens)
-    assert tiny.peer_tokens == 100
+    assert tiny.peer_tokens == 96
 
 
-def test_a_session_admitted_twice_or_released_twice_is_our_own_bug():
-    budget = CacheBudget(100, 1.0)
-    budget.admit(b"a", "p", 1)
+def test_what_never_may_happen_is_our_own_bug():
+    budget = CacheBudget(160, 1.0)
+    budget.admit(b"a", "p", 1, 20)
     with pytest.raises(LocalProtocolError):
-        budget.admit(b"a", "p", 1)
+        budget.admit(b"a", "p", 1, 20)
+    with pytest.raises(LocalProtocolError, match="21 positions in a session opened for 20"):
+        budget.grow(b"a", 21)
     budget.release(b"a")
     with pytest.raises(KeyError):
         budget.release(b"a")
 
 
+def refusal_of(act: Callable[[], None]) -> CacheFull | None:
+    try:
+        act()
+    except CacheFull as refusal:
+        return refusal
+    return None
+
+
 class Budget(RuleBasedStateMachine):
-    """Peers come and go; what they hold is kept a second time, in a plain dict."""
+    """Sessions come, grow, are cut and go; what they hold is kept a second time, in a plain dict."""
 
-    sessions = Bundle("sessions")
-
-    @initialize(tokens=st.integers(0, 500), share=st.floats(0, 1), least=st.integers(0, 600))
-    def begin(self, tokens: int, share: float, least: int) -> None:
-        self.budget = CacheBudget(tokens, share, least)
-        self.held: dict[bytes, tuple[str, int]] = {}
+    @initialize(
+        tokens=st.integers(0, 500),
+        share=st.floats(0, 1),
+        least=st.integers(0, 600),
+        page=st.sampled_from([1, 4, 16]),
+    )
+    def begin(self, tokens: int, share: float, least: int, page: int) -> None:
+        self.budget = CacheBudget(tokens, share, least, page)
+        self.held: dict[bytes, tuple[str, int, int, int]] = {}  # peer, rows, max_length, pages of a row
         self.count = 0
 
-    @rule(target=sessions, peer=st.sampled_from("abc"), tokens=st.integers(1, 300))
-    def admit(self, peer: str, tokens: int) -> bytes | None:
+    @rule(peer=st.sampled_from("abc"), rows=st.integers(1, 3), max_length=st.integers(1, 200))
+    def admit(self, peer: str, rows: int, max_length: int) -> None:
         self.count += 1
         session = self.count.to_bytes(16, "big")
-        mine = sum(size for who, size in self.held.values() if who == peer)
-        fits = mine + tokens <= self.budget.peer_tokens and tokens <= self.budget.free_tokens
-        try:
-            self.budget.admit(session, peer, tokens)
-        except CacheFull:
-            assert not fits, "refused although there was room"
-            return None
-        assert fits
-        self.held[session] = (peer, tokens)
-        return session
+        before = deepcopy(self.budget)
+        refusal = refusal_of(lambda: self.budget.admit(session, peer, rows, max_length))
+        if refusal is not None:
+            assert self.budget == before
+            for_ever = rows * self.pages(max_length) * self.budget.page_tokens > self.budget.peer_tokens
+            assert (refusal.retry_after_seconds is None) == for_ever
+        else:
+            self.held[session] = (peer, rows, max_length, 0)
 
-    @rule(session=consumes(sessions))
-    def release(self, session: bytes | None) -> None:
-        if session is not None:
-            self.budget.release(session)
-            del self.held[session]
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def grow(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(list(self.held)))
+        peer, rows, max_length, pages = self.held[session]
+        length = data.draw(st.integers(0, max_length))
+        before = deepcopy(self.budget)
+        refusal = refusal_of(lambda: self.budget.grow(session, length))
+        if refusal is not None:
+            assert self.budget == before
+            assert refusal.retry_after_seconds is not None
+            assert session != next(iter(self.held)), "the oldest was refused"
+        else:
+            self.held[session] = (peer, rows, max_length, max(pages, self.pages(length)))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(list(self.held)))
+        peer, rows, max_length, pages = self.held[session]
+        length = data.draw(st.integers(0, max_length))
+        self.budget.shrink(session, length)
+        self.held[session] = (peer, rows, max_length, min(pages, self.pages(length)))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(list(self.held)))
+        self.budget.release(session)
+        del self.held[session]
+
+    def pages(self, length: int) -> int:
+        return -(-length // self.budget.page_tokens)
+
+    def tokens_of(self, peer: str) -> int:
+        page = self.budget.page_tokens
+        return sum(page * rows * pages for who, rows, _, pages in self.held.values() if who == peer)
 
     @invariant()
-    def never_over_promised(self) -> None:
-        if hasattr(self, "held"):
-            promised = sum(tokens for _, tokens in self.held.values())
-            assert 0 <= self.budget.free_tokens == self.budget.tokens - promised
+    def no_more_is_held_than_there_is_and_no_more_by_a_peer_than_its_share(self) -> None:
+        held = {peer: self.tokens_of(peer) for peer in "abc"}
+        assert held == {peer: self.budget.held_tokens(peer) for peer in "abc"}
+        assert all(tokens <= self.budget.peer_tokens <= self.budget.tokens for tokens in held.values())
+        whole = self.budget.tokens - self.budget.tokens % self.budget.page_tokens
+        assert 0 <= self.budget.free_tokens == whole - sum(held.values())
 
     @invariant()
-    def no_peer_has_more_than_its_share(self) -> None:
-        for peer in "abc" if hasattr(self, "held") else "":
-            mine = sum(tokens for who, tokens in self.held.values() if who == peer)
-            assert mine <= self.budget.peer_tokens <= self.budget.tokens
+    def every_session_can_go_on_to_its_end_when_the_older_ones_have_ended(self) -> None:
+        budget = deepcopy(self.budget)
+        for session, (_, _, max_length, _) in self.held.items():
+            budget.grow(session, max_length)
+            budget.release(session)
+        page = budget.page_tokens
+        assert budget.free_tokens == budget.tokens // page * page
+
+    @invariant()
+    def what_promising_whole_lengths_would_let_in_is_let_in(self) -> None:
+        budget = deepcopy(self.budget)
+        page = budget.page_tokens
+        promised = sum(page * rows * self.pages(length) for _, rows, length, _ in self.held.values())
+        room = min(budget.tokens - promised, budget.peer_tokens) // page * page
+        if room > 0:
+            budget.admit(b"new", "nobody yet", 1, room)
+            budget.grow(b"new", room)
 
     def teardown(self) -> None:
-        for session in list(getattr(self, "held", ())):
+        for session in self.held if hasattr(self, "held") else ():
             self.budget.release(session)
         if hasattr(self, "held"):
             assert self.budget == CacheBudget(
-                self.budget.tokens, self.budget.share_per_peer, self.budget.least_share_tokens
+                self.budget.tokens,
+                self.budget.share_per_peer,
+                self.budget.least_share_tokens,
+                self.budget.page_tokens,
             )
 
 
 TestBudget = Budget.TestCase
-TestBudget.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestBudget.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from node import capacity
 from node.config import ConfigError
 from node.model.info import ModelInfo
 from routing.names import ModelId, Revision
+from tensor_codec.limits import Limits
 
 MIB = 2**20
 
 
 def model(blocks: int = 10) -> ModelInfo:
-    """Blocks of 1 MiB in float32, and 1 KiB of cache for each token and block."""
-    return ModelInfo(ModelId("m"), Revision("r"), "llama", blocks, 64, 96, 2048, (MIB // 4,) * blocks, 256, 0)
+    """Blocks of 1 MiB in float32, all of it in 1,024 rows, and 1 KiB of cache for each token and block."""
+    values, rows = (MIB // 4,) * blocks, (1024,) * blocks
+    return ModelInfo(ModelId("m"), Revision("r"), "llama", blocks, 64, 96, 2048, values, 256, 0, values, rows)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,7 @@ def model(blocks: int = 10) -> ModelInfo:
         (["/usr/bin/python3.11", "-X", "dev", "-m", "node", "some/model", "--blocks", "0:2"], True),
         (["python", "-m", "node", "bootstrap"], False),
         (["python", "-m", "node", "status", "--peers", "x"], False),
+        (["python", "-m", "node", "prepare", "m", "out"], False),
         (["python", "-m", "node", "--name", "status"], True),
         (["timeout", "40", "python", "-m", "node"], False),
         (["python", "-m", "client", "generate"], False),
@@ -42,20 +47,119 @@ def test_cores_are_divided_by_the_servers_on_the_machine(monkeypatch):
         assert capacity.threads_for_this_node() == threads
 
 
-def test_as_many_blocks_fit_as_their_weights_and_caches_leave_room_for():
+def test_as_many_blocks_fit_as_their_weights_caches_and_workspace_leave_room_for():
     # 2,048 cache tokens of 1 KiB make 2 MiB a block beside its 1 MiB; 80 % of the memory is used
-    assert capacity.blocks_that_fit(model(), "float32", 2048, 30 * MIB) == 8
+    room = capacity.workspace_bytes(model(), "float32", 2048)
+    free = int((24 * MIB + room) / capacity.MEMORY_SHARE) + 1
+    assert capacity.blocks_that_fit(model(), "float32", 2048, free) == 8
+    assert capacity.blocks_that_fit(model(), "float32", 2048, free - MIB) == 7
     assert capacity.blocks_that_fit(model(), "float32", 2048, 1000 * MIB) == 10
     assert capacity.blocks_that_fit(model(), "float32", 2048, 3 * MIB) == 0
 
 
+def test_blocks_leave_room_for_the_usual_cache_and_a_small_machine_for_the_least():
+    for tokens in (capacity.USUAL_CACHE_TOKENS, capacity.LEAST_CACHE_TOKENS):
+        room = capacity.workspace_bytes(model(), "float32", tokens)
+        free = int((MIB + tokens * 1024 + room) / capacity.MEMORY_SHARE) + 1
+        assert capacity.blocks_that_fit(model(), "float32", None, free) == 1
+    assert capacity.blocks_that_fit(model(), "float32", None, 3 * MIB) == 0
+
+
+def test_in_eight_bits_more_blocks_fit_and_the_cache_is_as_large_as_before():
+    info, free = model(40), 40 * MIB
+    plain = capacity.blocks_that_fit(info, "float32", 2048, free)
+    packed = capacity.blocks_that_fit(info, "float32", 2048, free, "int8")
+    assert packed > plain > 0
+    # a quarter of the weights and four bytes for each of 1,024 rows
+    assert capacity.memory_of(info, 4, "float32", 2048, quantize="int8").weights == 4 * (MIB // 4 + 4096)
+    assert capacity.memory_of(info, 4, "float32", 2048, quantize="int8").cache == 8 * MIB
+    assert capacity.memory_of(info, 4, "bfloat16", 2048, activations="float32").cache == 8 * MIB
+    assert capacity.memory_of(info, 4, "bfloat16", 2048).cache == 4 * MIB
+
+
 def test_a_span_that_does_not_fit_says_how_many_blocks_would():
-    with pytest.raises(ConfigError, match=r"10 blocks of m .* 2 blocks would fit"):
-        capacity.check_fits(model(), 10, "float32", 2048, 8 * MIB)
-    assert capacity.check_fits(model(), 2, "float32", 2048, 8 * MIB) == 6 * MIB
+    room = capacity.workspace_bytes(model(), "float32", 2048)
+    free = room + 12 * MIB
+    with pytest.raises(ConfigError, match=r"10 blocks of m as float32 .* 2 blocks would fit"):
+        capacity.check_fits(model(), 10, "float32", 2048, int((8 * MIB + room) / capacity.MEMORY_SHARE))
+    with pytest.raises(ConfigError, match=r"10 blocks of m as int8 "):
+        capacity.check_fits(model(), 10, "float32", 2048, free, "int8")
+    assert capacity.check_fits(model(), 4, "float32", 2048, free) == free
 
 
-def test_cache_tokens_follow_the_free_memory_between_two_bounds():
+def test_cache_tokens_follow_the_memory_that_the_weights_leave_between_two_bounds():
+    # 10 KiB a token; a quarter of what is left, but the usual number where that fits
+    room = capacity.workspace_bytes(model(), "float32", capacity.USUAL_CACHE_TOKENS)
+    weights = 10 * MIB
+
+    def fits(left: int, device: str = "cpu") -> int:
+        free = int((left + weights + room) / capacity.MEMORY_SHARE) + 1
+        return capacity.cache_tokens_that_fit(model(), 10, "float32", free, device=device)
+
     assert capacity.cache_tokens_that_fit(model(), 10, "float32", 0) == capacity.LEAST_CACHE_TOKENS
-    assert capacity.cache_tokens_that_fit(model(), 10, "float32", 500 * MIB) == 10_240
-    assert capacity.cache_tokens_that_fit(model(), 1, "float32", 10**12) == capacity.MOST_CACHE_TOKENS
+    assert fits(50 * MIB) == 5120
+    assert fits(200 * MIB) == capacity.USUAL_CACHE_TOKENS
+    assert fits(400 * MIB) == 10_240
+    assert fits(400 * MIB, "cuda") == 40_960
+    assert fits(10**12) == capacity.MOST_CACHE_TOKENS
+
+
+@pytest.mark.parametrize("free", [10**8, 3 * 10**8, 10**9, 10**10])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_what_is_chosen_fits(free, device, quantize):
+    info = model(60)
+    blocks = capacity.blocks_that_fit(info, "float32", None, free, quantize)
+    tokens = capacity.cache_tokens_that_fit(info, blocks, "float32", free, quantize, device=device)
+    assert blocks > 0
+    assert tokens >= capacity.LEAST_CACHE_TOKENS
+    assert capacity.check_fits(info, blocks, "float32", tokens, free, quantize) <= free
+
+
+def test_the_workspace_holds_the_largest_of_what_is_done_one_after_the_other():
+    info = replace(model(), max_position=4096)
+    trained = capacity.TRAINED_POSITIONS * capacity.TRAINED_VALUES * 64
+    assert capacity.workspace_bytes(info, "float32", 2048) == 4 * trained
+    assert capacity.workspace_bytes(info, "bfloat16", 2048) == 2 * trained
+    copied, scores = 1024 * 100_000, 256 * 4096 * 1 * 4
+    answers = 256 * (1024 + 4 * 64) * 4
+    assert capacity.workspace_bytes(info, "float32", 100_000) == copied + scores + answers
+    large = replace(info, block_values=(10**8,) * 10)
+    assert capacity.workspace_bytes(large, "float32", 2048, "int8") == 4 * 10**8  # while it is quantised
+    assert capacity.workspace_bytes(large, "float32", 2048) < 10**8
+    prepared = replace(large, quantize="int8")
+    assert capacity.workspace_bytes(prepared, "float32", 2048, "int8") < 10**8
+
+
+def test_backward_is_counted_for_as_many_positions_as_it_runs_at_once():
+    from node.model.stateless import PART_POSITIONS
+
+    assert capacity.TRAINED_POSITIONS == PART_POSITIONS
+
+
+def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
+    limits = replace(
+        Limits(), max_connections=10, max_unread_bytes_per_connection=MIB, max_compute_streams=3,
+        max_frame_bytes=2 * MIB,
+    )  # fmt: skip
+    memory = capacity.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB)
+    room = capacity.workspace_bytes(model(), "float32", 2048)
+    assert (memory.weights, memory.cache, memory.workspace) == (4 * MIB, 8 * MIB, room)
+    assert memory.network == 10 * MIB + 3 * 2 * MIB
+    assert memory.needed == capacity.check_fits(model(), 4, "float32", 2048, 10**9)
+    assert memory.resident_bound == (400 + 16 + 256 + 4 + 8) * MIB + room
+    on_gpu = capacity.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB, device="cuda")
+    assert on_gpu.needed == memory.needed
+    assert on_gpu.resident_bound == (400 + 16 + 256) * MIB
+
+
+def test_the_start_log_says_it_in_one_line():
+    memory = capacity.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30)
+    assert capacity.in_one_line(memory, model(), 7, 16_384, 20 * 2**30) == (
+        "7 of 10 blocks: weights 0.12 GiB, KV cache 0.50 GiB for 16,384 tokens, workspace 0.25 GiB;"
+        " bound 2.62 GiB resident; 20.00 GiB free"
+    )
+
+
+def test_a_process_knows_what_it_takes():
+    assert 10 * MIB < capacity.process_bytes() < 10**11

@@ -171,6 +171,29 @@ def test_a_boastful_peer_gains_at_most_four_times_the_median():
     assert chain.expected_seconds == pytest.approx(6 * 0.001)
 
 
+def test_many_positions_go_by_the_rate_of_a_prefill():
+    quick_decoder = span(0, 0, 6, 0.001, prefill_seconds_per_token=0.003)
+    quick_trainer = span(1, 0, 6, 0.002, prefill_seconds_per_token=0.001)
+    spans = [quick_decoder, quick_trainer]
+    assert cheapest_chain(spans, 6).hops[0].peer == PEERS[0]
+    chain = cheapest_chain(spans, 6, positions=500, default_rtt=0.0)
+    assert chain.hops[0].peer == PEERS[1]
+    assert chain.expected_seconds == pytest.approx(6 * 500 * 0.001)
+    measured = {PEERS[1]: 500 * 0.004}
+    assert cheapest_chain(spans, 6, positions=500, measured=measured).hops[0].peer == PEERS[0]
+    boastful = span(2, 0, 6, 0.001, prefill_seconds_per_token=1e-7)
+    chain = cheapest_chain([*spans, boastful], 6, positions=500, default_rtt=0.0)
+    assert chain.expected_seconds == pytest.approx(6 * 500 * 0.001 / 4)
+
+
+def test_steps_of_our_own_that_are_on_their_way_count_as_waiting_also_where_a_peer_was_measured():
+    spans = [span(0, 0, 6, 0.001), span(1, 0, 6, 0.0015)]
+    assert cheapest_chain(spans, 6, waiting={PEERS[0]: 0}).hops[0].peer == PEERS[0]
+    assert cheapest_chain(spans, 6, waiting={PEERS[0]: 1}).hops[0].peer == PEERS[1]
+    measured = {PEERS[0]: 0.001}
+    assert cheapest_chain(spans, 6, waiting={PEERS[0]: 1}, measured=measured).hops[0].peer == PEERS[1]
+
+
 def test_one_peer_cannot_make_itself_near_to_another_alone():
     first = span(0, 0, 3, rtt={PEERS[1]: 0.2, PEERS[2]: 0.1})
     liar, honest = span(1, 3, 6, rtt={PEERS[0]: 0.0}), span(2, 3, 6)

@@ -143,7 +143,8 @@ def test_the_readme_has_snippets():
 def test_calls_in_the_snippets_fit_the_functions_that_they_call(snippet):
     known = {"client.connect": client.connect}
     known |= {
-        f"swarm.{name}": getattr(Swarm, name) for name in ("generate", "session", "conversation", "route")
+        f"swarm.{name}": getattr(Swarm, name)
+        for name in ("generate", "session", "conversation", "route", "forward", "backward")
     }
     tree = compile(snippet, "README.md", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

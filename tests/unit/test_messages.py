@@ -1,4 +1,4 @@
-"""Session messages: round trips, and what a peer may send against its contract."""
+"""Messages: round trips, and what a peer may send against its contract."""
 
 import contextlib
 import math
@@ -33,26 +33,35 @@ from tensor_codec.messages import (
     MAX_BLOCKS,
     MAX_HOPS,
     MAX_TOKENS,
+    Backward,
     Close,
     Contract,
     Failed,
+    Forward,
     Open,
     Opened,
+    Output,
     Result,
+    Run,
     Step,
     StepRange,
     decode_from_client,
     decode_from_hop,
     decode_open,
     decode_open_reply,
+    decode_output,
+    decode_request,
     encode_close,
     encode_failed,
     encode_open,
     encode_opened,
+    encode_output,
+    encode_request,
     encode_result,
     encode_step,
     read_message,
     read_step,
+    request_contract,
 )
 
 ID = bytes(range(16))
@@ -89,6 +98,34 @@ def open_frame(body: bytes = b"", /, **changes) -> bytes:
         "codec": "fp32",
     }
     return header_of(fields, changes) + body
+
+
+RUN = Run("m", "r", 2, 5, 2, "float32", "fp32")
+REQUEST_TOKENS = 12  # batch * tokens of one request
+ASKED = replace(CONTRACT, session=b"", max_length=3)  # of a request of three positions
+
+
+def request_frame(body: bytes = bytes(3 * ROW), /, **changes) -> bytes:
+    fields = {
+        "k": "forward",
+        "model": "m",
+        "revision": "r",
+        "start": 2,
+        "stop": 5,
+        "batch": 2,
+        "dtype": "float32",
+        "codec": "fp32",
+    }
+    return header_of(fields, changes) + body
+
+
+def output_frame(body: bytes = bytes(3 * ROW), /, **changes) -> bytes:
+    return header_of({"k": "output"}, changes) + body
+
+
+def read_request(frame: bytes) -> tuple[Forward | Backward, Contract]:
+    request = decode_request(frame)
+    return request, request_contract(request, 4, REQUEST_TOKENS)
 
 
 def header_of(fields: dict, changes: dict) -> bytes:
@@ -154,6 +191,28 @@ def test_a_failure_comes_back_as_it_was(code, text, retry, step, peer):
     message = Failed(code, text, retry, step, peer)
     assert decode_from_hop(joined(encode_failed(message)), CONTRACT) == message
     assert decode_open_reply(joined(encode_failed(message))) == message
+
+
+@given(opens(), st.integers(1, 6), st.booleans(), st.data())
+def test_a_stateless_request_comes_back_as_it_was(like, tokens, backward, data):
+    run = Run(like.model, like.revision, like.start, like.stop, 2, like.dtype, like.codec, like.adapter)
+    size = tokens * 2 * 4 * CODEC_BYTES[run.codec]
+    hidden, grad = (data.draw(st.binary(min_size=size, max_size=size)) for _ in range(2))
+    message = Backward(run, hidden, grad) if backward else Forward(run, hidden)
+    found, contract = read_request(joined(encode_request(message)))
+    assert type(found) is type(message)
+    assert (found.run, bytes(found.hidden)) == (run, hidden)
+    assert not backward or bytes(found.grad) == grad
+    assert (contract.start, contract.stop, contract.batch) == (run.start, run.stop, 2)
+    assert (contract.max_length, contract.hidden, contract.codec) == (tokens, 4, run.codec)
+
+
+@given(st.binary(min_size=3 * ROW, max_size=3 * ROW), timings)
+def test_the_answer_to_a_stateless_request_comes_back_as_it_was(body, times):
+    found = decode_output(joined(encode_output(Output(body, times[:1]))), ASKED)
+    assert found == Output(memoryview(body), times[:1])
+    failed = Failed("too_many", "wait", 1.0)
+    assert decode_output(joined(encode_failed(failed)), ASKED) == failed
 
 
 @pytest.mark.parametrize("push", [True, False])
@@ -306,6 +365,63 @@ BAD_OPENS: dict[str, bytes] = {
 }
 
 
+BAD_REQUESTS: dict[str, bytes] = {
+    "nothing at all": b"",
+    "no body": request_frame(b""),
+    "one byte too few": request_frame(bytes(3 * ROW - 1)),
+    "one byte too many": request_frame(bytes(3 * ROW + 1)),
+    "one row of a batch of two": request_frame(bytes(ROW // 2)),
+    "more positions than one request may carry": request_frame(bytes(7 * ROW)),
+    "more rows than one request may carry": request_frame(bytes(13 * 16), batch=13),
+    "more rows than there are bytes": request_frame(batch=MAX_TOKENS),
+    "a batch of none": request_frame(batch=0),
+    "a batch beyond measure": request_frame(batch=MAX_TOKENS + 1),
+    "a batch that is true": request_frame(batch=True),
+    "half the size, as in bf16": request_frame(bytes(3 * ROW // 2)),
+    "a gradient that is missing": request_frame(k="backward"),  # half of three positions is not whole
+    "an odd number of bytes for two tensors": request_frame(bytes(2 * ROW + 1), k="backward"),
+    "two tensors of no size": request_frame(b"", k="backward"),
+    "two tensors of too many positions": request_frame(bytes(14 * ROW), k="backward"),
+    "no kind": request_frame(k=...),
+    "a kind of another protocol": request_frame(k="step"),
+    "a kind that a server sends": request_frame(k="output"),
+    "no model": request_frame(model=...),
+    "a revision that is bytes": request_frame(revision=b"r"),
+    "a negative start": request_frame(start=-1),
+    "no block": request_frame(start=5),
+    "a stop beyond any model": request_frame(stop=MAX_BLOCKS + 1),
+    "a dtype of another library": request_frame(dtype="complex128"),
+    "a codec that nobody knows": request_frame(codec="int3"),
+    "an adapter that is a list": request_frame(adapter=["a"]),
+}
+
+BAD_OUTPUTS: dict[str, bytes] = {
+    "nothing at all": b"",
+    "no body": output_frame(b""),
+    "one byte too few": output_frame(bytes(3 * ROW - 1)),
+    "one byte too many": output_frame(bytes(3 * ROW + 1)),
+    "a position too few": output_frame(bytes(2 * ROW)),
+    "a position too many": output_frame(bytes(4 * ROW)),
+    "the times of two peers": output_frame(t=[[1, 1], [2, 2]]),
+    "times that are floats": output_frame(t=[[1.0, 2.0]]),
+    "a kind that a client sends": request_frame(),
+    "a result": result_frame(bytes(3 * ROW)),
+    "a failure with a body": header_of({"k": "failed", "code": "ended", "message": "m"}, {}) + b"x",
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_REQUESTS)
+def test_a_request_that_is_not_whole_or_too_large_is_refused(wrong):
+    with pytest.raises(MessageError):
+        read_request(BAD_REQUESTS[wrong])
+
+
+@pytest.mark.parametrize("wrong", BAD_OUTPUTS)
+def test_an_output_of_another_size_than_asked_for_is_refused(wrong):
+    with pytest.raises(MessageError):
+        decode_output(BAD_OUTPUTS[wrong], ASKED)
+
+
 @pytest.mark.parametrize("wrong", BAD_STEPS)
 def test_a_step_that_the_contract_does_not_allow_is_refused(wrong):
     with pytest.raises(MessageError):
@@ -334,6 +450,10 @@ def test_the_tables_begin_from_frames_that_are_right():
     assert decode_from_client(step_frame(), CONTRACT) == Step(ID, 3, 1, "all", bytes(ROW))
     assert decode_from_hop(result_frame(), CONTRACT) == Result(3, 1, bytes(ROW))
     assert decode_open(open_frame()) == OPEN
+    assert read_request(request_frame()) == (Forward(RUN, bytes(3 * ROW)), ASKED)
+    assert decode_output(output_frame(), ASKED) == Output(bytes(3 * ROW))
+    backward = read_request(request_frame(bytes(6 * ROW), k="backward"))
+    assert backward == (Backward(RUN, bytes(3 * ROW), bytes(3 * ROW)), ASKED)
 
 
 def test_the_limits_of_a_contract_are_reached_and_not_passed():
@@ -363,6 +483,14 @@ READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
         lambda frame: read_step(read_message(frame, frozenset({"step"})), CONTRACT),
         [step_frame(bytes(2 * ROW))],
     ),
+    "a stateless request": (
+        read_request,
+        [request_frame(adapter="a"), request_frame(bytes(6 * ROW), k="backward")],
+    ),
+    "a stateless request's answer": (
+        lambda frame: decode_output(frame, ASKED),
+        [output_frame(t=[[1, 2]]), joined(encode_failed(Failed("ended", "over", 1.0, 2, "p")))],
+    ),
 }
 
 
@@ -377,7 +505,8 @@ def test_of_any_bytes_comes_a_message_or_a_message_error(reader, frame):
 def test_of_a_good_frame_with_any_one_byte_changed_or_cut_comes_a_message_or_a_message_error(reader):
     read, frames = READERS[reader]
     for frame in frames:
-        header = len(frame) if reader == "open" else min(len(frame), 60)  # the body's bytes are all alike
+        most = {"open": len(frame), "a stateless request": 100}.get(reader, 60)
+        header = min(len(frame), most)  # the body's bytes are all alike
         for at in range(header):
             for value in {0, 0x7F, 0x80, 0xC0, 0xC1, 0xD6, 0xFF, frame[at] ^ 1, frame[at] ^ 0x80}:
                 changed = bytearray(frame)
@@ -388,14 +517,19 @@ def test_of_a_good_frame_with_any_one_byte_changed_or_cut_comes_a_message_or_a_m
 
 
 @given(st.data())
-def test_the_fields_of_a_step_may_hold_anything_and_only_message_errors_escape(data):
+def test_the_fields_of_a_message_may_hold_anything_and_only_message_errors_escape(data):
     anything = st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
         max_leaves=5,
     )
-    field = data.draw(st.sampled_from(["k", "s", "n", "p", "r", "t"]))
     value = data.draw(anything)
+    field = data.draw(st.sampled_from(["k", "model", "revision", "start", "stop", "batch", "dtype", "codec"]))
+    with contextlib.suppress(MessageError):
+        read_request(request_frame(**{field: value}))
+    field = data.draw(st.sampled_from(["k", "s", "n", "p", "r", "t"]))
+    with contextlib.suppress(MessageError):
+        decode_output(output_frame(**{field: value}), ASKED)
     for frame, read in (
         (step_frame(**{field: value}), lambda f: decode_from_client(f, CONTRACT)),
         (result_frame(**{field: value}), lambda f: decode_from_hop(f, CONTRACT)),
@@ -433,7 +567,7 @@ def every_kind(base: type) -> list[type]:
 
 
 def test_every_fault_and_every_refusal_that_there_is_can_be_told():
-    import node.model.cache  # noqa: F401  has a refusal of its own
+    import node.model.arena  # noqa: F401  has a refusal of its own
 
     for kind in every_kind(PeerFault) + every_kind(Refused):
         told = decode_from_hop(joined(encode_failed(Failed.of(kind("a reason")))), CONTRACT)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from node.config import ConfigError
 from node.model.architecture import ARCHITECTURES, architecture_of
-from node.model.cache import CannotCut
+from node.model.arena import CannotCut
 from node.model.ends import Ends, load_ends
 from node.model.folder import HashMemo, ModelFolder, open_folder
 from node.model.info import memory_needed, read_info
@@ -114,6 +114,33 @@ def test_a_cut_cache_goes_on_as_if_the_rest_had_never_been(case):
     assert_close(step(ids[:, 12:], 12), whole_logits(case, ids)[:, 12:])
 
 
+def test_rows_of_different_lengths_in_one_batch_get_what_each_gets_alone(case):
+    lengths, more = (9, 1, 17, 4), 3
+    ids = [ids_of(10 + length, length + more, 1 + length % 2) for length in lengths]
+    arenas = [span.new_arena(400) for span in case.spans]
+    sessions = [[arena.open(len(row), 64) for arena in arenas] for row in ids]
+    for row, caches, length in zip(ids, sessions, lengths, strict=True):
+        hidden = case.ends.embed(row[:, :length], 0)
+        for span, cache in zip(case.spans, caches, strict=True):
+            hidden = span.forward(hidden, cache, 0)
+    for step in range(more):
+        embedded = [
+            case.ends.embed(row[:, length + step :][:, :1], length + step)
+            for row, length in zip(ids, lengths, strict=True)
+        ]
+        hidden = torch.cat(embedded)[:, 0]
+        for index, span in enumerate(case.spans):
+            caches = [session[index] for session in sessions]
+            for cache in caches:
+                cache.reserve(cache.length + 1)
+            hidden = span.decode(hidden, caches, span.start, span.stop)
+            for cache in caches:
+                cache.length += 1
+        logits = case.ends.head(hidden[:, None])
+        for row, length, got in zip(ids, lengths, logits.split([len(row) for row in ids]), strict=True):
+            assert_close(got, whole_logits(case, row[:, : length + step + 1])[:, -1:])
+
+
 def test_calling_the_plain_ends_by_themselves_changes_no_bit(case):
     ends, ids = case.ends, ids_of(4)
     hidden = torch.randn(2, 3, ends.hidden_size)
@@ -131,11 +158,8 @@ def test_info_agrees_with_what_is_loaded_and_cached(case):
     loaded = sum(tensor.nbytes for span in case.spans for tensor in span.model.state_dict().values())
     assert 4 * sum(info.block_values) == loaded
     assert info.block_bytes("bfloat16") == 2 * max(info.block_values)
-    span = case.spans[2]
-    cache = span.new_cache(1, 64)
-    span.forward(torch.zeros(1, 1, info.hidden_size), cache, 0)
-    of_block = [cache.layers[block].nbytes for block in range(4, 6) if hasattr(cache.layers[block], "nbytes")]
-    assert max(of_block) == 64 * info.kv_bytes_per_token_per_block("float32")
+    cached = [shape.values for shape in case.spans[2].shapes if shape is not None]
+    assert max(cached, default=0) * 4 == info.kv_bytes_per_token_per_block("float32")
     assert memory_needed(info, 2, "float32", 10) == 2 * (
         info.block_bytes() + 10 * info.kv_bytes_per_token_per_block()
     )
@@ -189,7 +213,7 @@ def test_a_step_that_fails_leaves_the_cache_where_it_was(llama, monkeypatch):
     span.forward(hidden, cache, 0)
     span.forward(hidden, other, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(span.model.layers[2], "forward", lambda *a, **k: 1 / 0)
+        patch.setattr(span._fused.blocks[2].down, "forward", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             span.forward(torch.randn(1, 2, 32), cache, 5)
     assert cache.length == 5
@@ -197,7 +221,8 @@ def test_a_step_that_fails_leaves_the_cache_where_it_was(llama, monkeypatch):
     assert torch.equal(span.forward(step, cache, 5), span.forward(step, other, 5))
 
 
-def test_a_span_in_bfloat16_computes_in_bfloat16(llama):
+def test_a_span_in_bfloat16_computes_in_bfloat16(llama, monkeypatch):
+    monkeypatch.setattr("node.model.span.has_bfloat16", lambda: True)  # else only the weights are
     folder = opened(llama)
     span = load_span(folder, 0, 6, dtype=torch.bfloat16)
     ends = load_ends(folder, dtype=torch.bfloat16)
@@ -235,8 +260,10 @@ def test_weights_of_the_files_dtype_are_not_copied(llama):
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [m for m in maps if len(m) > 5 and m[5].endswith(".safetensors")]
     ranges = [tuple(int(edge, 16) for edge in m[0].split("-")) for m in mapped]
-    for parameter in span.model.parameters():
-        assert any(low <= parameter.data_ptr() < high for low, high in ranges)
+    merged = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}  # fused blocks lay these side by side
+    for name, parameter in span.model.named_parameters():
+        inside = any(low <= parameter.data_ptr() < high for low, high in ranges)
+        assert inside != bool(merged.intersection(name.split(".")))
 
 
 def test_a_checkpoint_of_the_base_model_alone_is_read_without_its_prefix(tmp_path):

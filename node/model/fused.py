@@ -1,0 +1,329 @@
+"""Blocks of the llama family by our own hand, where they are known to be equal to the library's.
+
+llama, mistral, qwen2, qwen3 and smollm3 share one block: norm, attention with rotary positions and
+grouped key heads, norm, gated MLP.  They differ in biases, in a norm on queries and keys, in windows,
+and in blocks without rotary positions; `FusedBlock` holds what differs.  Queries, keys and values
+come out of one matrix, and so do gate and up.
+
+Two ways lead through a block.  `step` takes positions of one session (prefill, and everything on a
+GPU) with torch's attention.  `decode` takes one position of many rows of different lengths; in
+float32 on the CPU all but the matrices runs in compiled kernels over the arena's pages.
+
+What is not known to be equal (other activations, rotary angles that depend on the length, layers
+that cannot be merged) is left to the library: `fuse` answers None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from node.model.architecture import Architecture
+from node.model.arena import Arena
+from node.model.quantize import kernels, merge_linears
+
+_FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
+_FIRST_ANGLES = 1024  # positions; doubled when a longer session comes
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBlock:
+    """One block.  Norms' weights are vectors, the others are linear layers.
+
+    query_norm, key_norm: [head_dim] each, or None.  window: positions that attention sees, 0 for all.
+    """
+
+    norm: Tensor
+    qkv: nn.Module
+    out: nn.Module
+    mlp_norm: Tensor
+    gate_up: nn.Module
+    down: nn.Module
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    rotary: bool
+    window: int
+    scale: float
+    eps: float
+
+
+def fuse(
+    model: nn.Module, architecture: Architecture, blocks: Sequence[nn.Module], start: int
+) -> FusedSpan | None:
+    """The span's blocks, from block `start` on, for `FusedSpan`; None where the library must compute them.
+
+    The library's layers go on to work: they share the merged ones' memory.
+    """
+    config = cast(Any, model).config
+    rotary = getattr(model, "rotary_emb", None)
+    plain = getattr(config, "hidden_act", None) == "silu" and not getattr(
+        config, "gradient_checkpointing", False
+    )
+    if not architecture.fused or not plain or getattr(rotary, "rope_type", None) not in _FIXED_ROTARY:
+        return None
+    fused = []
+    for number, block in enumerate(blocks):
+        one = _fuse_block(block, config, start + number)
+        if one is None:
+            return None
+        fused.append(one)
+    return FusedSpan(fused, start, cast(nn.Module, rotary), config)
+
+
+def _fuse_block(
+    block: Any, config: Any, number: int
+) -> FusedBlock | None:  # Any: the library's block and config
+    attention, mlp = block.self_attn, block.mlp
+    qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
+    if qkv is None or gate_up is None:
+        return None
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is not None and types[number] != "sliding_attention":
+        window = None
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return FusedBlock(
+        norm=block.input_layernorm.weight.detach(),
+        qkv=qkv,
+        out=attention.o_proj,
+        mlp_norm=block.post_attention_layernorm.weight.detach(),
+        gate_up=gate_up,
+        down=mlp.down_proj,
+        query_norm=None if query_norm is None else query_norm.weight.detach(),
+        key_norm=None if key_norm is None else key_norm.weight.detach(),
+        rotary=bool(getattr(attention, "use_rope", True)),
+        window=window or 0,
+        scale=float(attention.scaling),
+        eps=float(block.input_layernorm.variance_epsilon),
+    )
+
+
+class FusedSpan:
+    """Runs of fused blocks over an arena.  Made by `fuse`."""
+
+    def __init__(
+        self,
+        blocks: Sequence[FusedBlock],
+        start: int,
+        rotary: nn.Module,
+        config: Any,  # the library's
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.start = start
+        self.heads = int(config.num_attention_heads)
+        self.key_heads = int(config.num_key_value_heads)
+        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        self._rotary = rotary
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._no_norm = torch.empty(0)
+
+    def step(
+        self, hidden: Tensor, arena: Arena, rows: NDArray[np.int64], position: int, start: int, stop: int
+    ) -> Tensor:
+        """Positions of one session: hidden [batch, tokens, hidden_size], the first at `position`."""
+        batch, tokens, _ = hidden.shape
+        if tokens == 1 and self._compiled(hidden):
+            lengths = np.full(batch, position)
+            return self.decode(hidden[:, 0], arena, rows, lengths, start, stop)[:, None]
+        length = position + tokens
+        positions = np.arange(position, length)
+        write = _on(arena.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))), hidden)
+        read = _on(arena.slots(rows, length), hidden)
+        cos, sin = (angles[position:length, None] for angles in self._angles_for(length, hidden))
+        masks = {
+            block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
+        }
+        for index, block in self._numbered(start, stop):
+            q, k, v = self._query_key_value(block, hidden, cos, sin)
+            keys, values = arena.keys[index], arena.values[index]
+            keys.index_copy_(0, write.view(-1), k.reshape(-1, *keys.shape[1:]))
+            values.index_copy_(0, write.view(-1), v.reshape(-1, *values.shape[1:]))
+            if position:
+                k, v = (
+                    store.index_select(0, read.view(-1)).view(batch, length, *store.shape[1:])
+                    for store in (keys, values)
+                )
+            mask = masks[block.window]
+            attended = functional.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None and tokens > 1,
+                scale=block.scale,
+                enable_gqa=True,
+            )
+            hidden = self._after(block, hidden, attended.transpose(1, 2).flatten(2))
+        return hidden
+
+    def decode(
+        self,
+        hidden: Tensor,
+        arena: Arena,
+        rows: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """One position of each row, hidden [rows, hidden_size], behind `lengths` positions of its own."""
+        longest = int(lengths.max()) + 1
+        slots = arena.slots_of(rows, lengths)
+        angles = self._angles_for(longest, hidden)
+        if self._compiled(hidden):
+            table = arena.table[rows, : -(-longest // arena.page_tokens)]
+            return self._decode_compiled(hidden, arena, table, lengths, slots, angles, start, stop)
+        places = _on(lengths, hidden)
+        write, read = _on(slots, hidden), _on(arena.slots(rows, longest), hidden).view(-1)
+        cos, sin = (table[places][:, None, None] for table in angles)
+        seen = torch.arange(longest, device=hidden.device)
+        hidden = hidden[:, None]  # [rows, 1, hidden_size]
+        for index, block in self._numbered(start, stop):
+            q, k, v = self._query_key_value(block, hidden, cos, sin)
+            keys, values = arena.keys[index], arena.values[index]
+            keys.index_copy_(0, write, k[:, 0])
+            values.index_copy_(0, write, v[:, 0])
+            visible = seen <= places[:, None]
+            if block.window:
+                visible &= seen > places[:, None] - block.window
+            k, v = (
+                store.index_select(0, read).view(len(rows), longest, *store.shape[1:]).transpose(1, 2)
+                for store in (keys, values)
+            )
+            # The queries of one key head stand where positions would: nothing is repeated for them.
+            grouped = q.view(len(rows), self.key_heads, -1, self.head_dim)
+            attended = functional.scaled_dot_product_attention(
+                grouped, k, v, attn_mask=visible[:, None, None], scale=block.scale
+            )
+            hidden = self._after(block, hidden, attended.reshape(len(rows), 1, -1))
+        return hidden[:, 0]
+
+    def _decode_compiled(
+        self,
+        hidden: Tensor,
+        arena: Arena,
+        table: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        angles: tuple[Tensor, Tensor],
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        kernel = decode_kernels()
+        assert kernel is not None
+        attend = kernel.attention(self.head_dim, self.heads // self.key_heads)
+        cos, sin = angles[0].numpy(), angles[1].numpy()
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        residual = hidden.numpy()
+        normed = torch.empty_like(hidden)
+        attended = torch.empty(len(hidden), self.heads * self.head_dim)
+        normed_rows, attended_rows = normed.numpy(), attended.numpy()
+        seen = lengths + 1
+        for index, block in self._numbered(start, stop):
+            keys, values = arena.keys[index].numpy(), arena.values[index].numpy()
+            kernel.rms_norm(residual, block.norm.numpy(), block.eps, normed_rows)
+            qkv = block.qkv(normed)
+            rows = qkv.numpy()
+            query_norm = (self._no_norm if block.query_norm is None else block.query_norm).numpy()
+            key_norm = (self._no_norm if block.key_norm is None else block.key_norm).numpy()
+            kernel.rotate_and_keep(
+                rows, self.heads, keys, values, lengths, slots, cos, sin, block.rotary,
+                query_norm, key_norm, block.eps,
+            )  # fmt: skip
+            attend(
+                rows, keys, values, table, seen, arena.page_tokens, block.scale, block.window, attended_rows
+            )
+            hidden += block.out(attended)
+            kernel.rms_norm(residual, block.mlp_norm.numpy(), block.eps, normed_rows)
+            gate, up = block.gate_up(normed).chunk(2, -1)
+            hidden += block.down(functional.silu(gate).mul_(up))
+        return hidden
+
+    def _query_key_value(
+        self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, tokens, heads, head_dim] each, normed and rotated."""
+        qkv = block.qkv(_rms_norm(hidden, block.norm, block.eps))
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in qkv.split(
+                [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)], -1
+            )
+        )
+        if block.query_norm is not None and block.key_norm is not None:
+            q, k = _rms_norm(q, block.query_norm, block.eps), _rms_norm(k, block.key_norm, block.eps)
+        if block.rotary:
+            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        return q, k, v
+
+    def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block behind attention."""
+        hidden = hidden + block.out(attended)
+        gate, up = block.gate_up(_rms_norm(hidden, block.mlp_norm, block.eps)).chunk(2, -1)
+        return cast(Tensor, hidden + block.down(functional.silu(gate) * up))
+
+    def _numbered(self, start: int, stop: int) -> list[tuple[int, FusedBlock]]:
+        """The blocks of a run with their places in the arena."""
+        first = start - self.start
+        return list(enumerate(self._run(start, stop), first))
+
+    def _run(self, start: int, stop: int) -> tuple[FusedBlock, ...]:
+        return self.blocks[start - self.start : stop - self.start]
+
+    def _compiled(self, hidden: Tensor) -> bool:
+        """Whether the kernels may be used."""
+        return hidden.dtype == torch.float32 and hidden.device.type == "cpu" and decode_kernels() is not None
+
+    def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [at least length, head_dim], by the library's own module."""
+        if self._angles is None or len(self._angles[0]) < length:
+            most = max(_FIRST_ANGLES, 1 << (length - 1).bit_length())
+            positions = torch.arange(most, device=like.device)[None]
+            cos, sin = self._rotary(like[:0], positions)
+            self._angles = cos[0].contiguous(), sin[0].contiguous()
+        return self._angles
+
+
+def decode_kernels() -> ModuleType | None:
+    """node/model/decode_kernels.py; None where numba cannot be imported."""
+    if kernels() is None:
+        return None
+    from node.model import decode_kernels
+
+    return decode_kernels
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As the library computes it: in float32, rounded to x's dtype before the weight is applied."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) in the arrangement of llama: halves, not neighbours."""
+    one, two = x.chunk(2, -1)
+    return x * cos + torch.cat((-two, one), -1) * sin
+
+
+def _mask(position: int, tokens: int, window: int, like: Tensor) -> Tensor | None:
+    """Which of `position + tokens` positions each of the last `tokens` may see; None: all before it."""
+    length = position + tokens
+    if not position and not 0 < window < length:
+        return None
+    keys = torch.arange(length, device=like.device)
+    queries = keys[position:, None]
+    visible = keys <= queries
+    return visible & (keys > queries - window) if window else visible
+
+
+def _on(numbers: NDArray[np.int64], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers)).to(like.device)

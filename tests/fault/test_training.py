@@ -1,0 +1,73 @@
+"""Forward and backward over real node processes: the same numbers as in one process, whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+import trio
+
+import client
+from benchmarks.processes import local_swarm
+from node.model.folder import HashMemo, open_folder
+from node.model.span import load_span
+from node.model.stateless import backward, forward
+
+pytestmark = pytest.mark.process
+
+# Relative to the largest value.  Requests have other numbers of rows than the batch here, so their
+# products may be summed in another order.
+TOLERANCE = 5e-6
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+async def test_a_gradient_over_two_servers_is_that_of_one_process_also_when_one_of_them_is_killed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = open_folder(tiny_llama, memo=HashMemo(tmp_path / "hashes.json"))
+    whole = load_span(folder, 0, 6)
+    hidden, grad = torch.randn(2, 400, 100, 32, generator=torch.Generator().manual_seed(0))
+    output, gradient = forward(whole, hidden, 0, 6), backward(whole, hidden, grad, 0, 6)
+
+    flags = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"]
+    with local_swarm([str(tiny_llama), *flags]) as swarm:
+        nodes = [swarm.start("--blocks", "0:3")]
+        nodes[0].wait_online()
+        nodes += [swarm.start("--blocks", "3:6") for _ in range(2)]
+        for node in nodes:
+            node.wait_online()
+
+        async def under_asyncio() -> torch.Tensor:
+            async with client.connect(str(tiny_llama), peers=swarm.peers) as handle:
+                return await handle.backward(hidden[:3], grad[:3])
+
+        found = await trio.to_thread.run_sync(lambda: asyncio.run(under_asyncio()))
+        assert error(found, gradient[:3]) <= TOLERANCE
+
+        async with client.connect(str(tiny_llama), peers=swarm.peers) as handle:
+            few = hidden[:3], grad[:3]
+            assert error(await handle.forward(few[0]), output[:3]) <= TOLERANCE
+            assert error(await handle.backward(*few), gradient[:3]) <= TOLERANCE
+            middle = await handle.forward(few[0], start=1, stop=4)
+            assert error(middle, forward(whole, few[0], 1, 4)) <= TOLERANCE
+
+            victim, answers = nodes[2], []
+
+            async def step() -> None:
+                answers.append(await handle.backward(hidden, grad))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(step)
+                await trio.sleep(0.3)
+                assert not answers
+                victim.kill()
+            assert error(answers[0], gradient) <= TOLERANCE
+            assert handle.blame.avoided(trio.current_time()) == {victim.facts["peer_id"]}
+
+        assert [node.stop() for node in nodes[:2]] == [0, 0]

@@ -1,0 +1,197 @@
+"""The engine over a span that computes with small integers: what runs together, and what a fault touches."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+import trio
+from fakes_serving import HIDDEN, FakeCache, FakeCompute, FakeSpan, some_hidden, whole_model
+
+from node.serving.engine import Answer, Engine, NotFinite
+from node.serving.rates import Rates
+from node.serving.session import Compute
+from tensor_codec.compression import decode_hidden, encode_hidden
+from tensor_codec.errors import BadResult, TooManyStreams
+from tensor_codec.limits import Limits
+from tensor_codec.messages import Contract, StepRange
+
+
+class One:
+    """A session at the engine, and what it has sent so far."""
+
+    def __init__(
+        self, engine: Engine, peer: str, seed: int, *, start: int = 0, stop: int = 4, batch: int = 1
+    ):
+        self.engine, self.peer = engine, peer
+        self.contract = Contract(bytes([seed]) * 16, start, stop, batch, 1024, HIDDEN, "fp32", 2048)
+        self.cache = FakeCache(batch, 1024)
+        self.hidden = some_hidden(1024, batch, seed)
+        self.steps = 0
+
+    async def step(self, tokens: int = 1, *, poison: bool = False, reply="all") -> Answer:
+        begin = self.cache.length
+        given = self.hidden[:, begin : begin + tokens].clone()
+        body = bytearray(encode_hidden(given, "fp32"))
+        if poison:
+            body[:4] = b"\x00\x00\xc0\x7f"
+        decision = Compute(self.steps, StepRange(begin, tokens, reply), None)
+        self.steps += 1
+        return await self.engine.step(
+            self.peer, self.contract, self.cache, decision, memoryview(body), whole=False
+        )
+
+    def check(self, answer: Answer) -> None:
+        """Whether the last positions are what the blocks make of everything so far."""
+        got = decode_hidden(answer.body, self.contract)
+        length = self.cache.length
+        right = whole_model(self.hidden[:, :length], self.contract.start, self.contract.stop)
+        assert torch.equal(got, right[:, length - got.shape[1] :])
+
+
+@asynccontextmanager
+async def running(limits: Limits | None = None, seconds: float = 1.0):
+    span = FakeSpan(0, 4)
+    engine = Engine(span, FakeCompute(seconds), Rates(1.0, 1.0), limits or Limits())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        yield engine
+        nursery.cancel_scope.cancel()
+
+
+async def all_at_once(ones: list[One], **options) -> dict[int, Answer | Exception]:
+    answers: dict[int, Answer | Exception] = {}
+
+    async def one(index: int) -> None:
+        try:
+            answers[index] = await ones[index].step(**options.get(str(index), {}))
+        except (BadResult, TooManyStreams) as error:
+            answers[index] = error
+
+    async with trio.open_nursery() as nursery:
+        for index in range(len(ones)):
+            nursery.start_soon(one, index)
+    return answers
+
+
+async def test_decode_steps_of_all_sessions_run_as_one_batch_whatever_blocks_they_use(autojump_clock):
+    async with running() as engine:
+        ones = [
+            One(engine, "a", 0),
+            One(engine, "b", 1, start=1, stop=3),
+            One(engine, "c", 2, start=2, batch=3),
+            One(engine, "d", 3, stop=1),
+        ]
+        for one in ones:
+            one.check(await one.step(5))
+        for _ in range(3):
+            began = trio.current_time()
+            answers = await all_at_once(ones)
+            assert trio.current_time() - began <= 2.0  # and the turn that finds nothing left
+            for index, one in enumerate(ones):
+                one.check(answers[index])
+
+
+async def test_a_long_step_is_computed_in_chunks_between_which_others_decode(autojump_clock):
+    async with running() as engine:
+        long, short = One(engine, "a", 0), One(engine, "b", 1)
+        await short.step(2)
+        done: list[str] = []
+
+        async def prefill() -> None:
+            long.check(await long.step(900))
+            done.append("prefill")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(prefill)
+            await trio.sleep(0.5)
+            for _ in range(3):
+                short.check(await short.step())
+                done.append("decode")
+        assert done[:3] == ["decode"] * 3
+        assert done[3] == "prefill"
+        assert 1 < max(tokens for _, tokens, *_ in engine.span.steps) <= 256
+
+
+async def test_only_the_positions_that_are_wanted_come_back_of_a_chunked_step(autojump_clock):
+    async with running() as engine:
+        one = One(engine, "a", 0)
+        answer = await one.step(600, reply="last")
+        assert len(answer.body) == HIDDEN * 4
+        one.check(answer)
+        assert bytes((await one.step(300, reply="none")).body) == b""
+        one.check(await one.step(100))
+
+
+async def test_a_step_that_holds_nan_fails_alone_and_the_others_of_its_batch_are_right(autojump_clock):
+    async with running() as engine:
+        ones = [One(engine, name, seed) for seed, name in enumerate("abc")]
+        for one in ones:
+            await one.step(3)
+        answers = await all_at_once(ones, **{"1": {"poison": True}})
+        assert isinstance(answers[1], BadResult)
+        assert not isinstance(answers[1], NotFinite)
+        for index in (0, 2):
+            ones[index].check(answers[index])
+        assert ones[1].cache.length == 3
+        ones[1].check(await ones[1].step())
+        with pytest.raises(BadResult):
+            await ones[1].step(40, poison=True)
+
+
+async def test_what_becomes_nan_in_computing_is_told_to_its_own_session_only(autojump_clock):
+    async with running() as engine:
+        ones = [One(engine, name, seed) for seed, name in enumerate("abc")]
+
+        def poison(hidden: torch.Tensor) -> torch.Tensor:
+            bad = torch.tensor(float("nan"))
+            target = whole_model(ones[1].hidden[:, :1], 0, 4)
+            return torch.where((hidden == target).all(-1, keepdim=True), bad, hidden)
+
+        engine.span.poison = poison
+        answers = await all_at_once(ones)
+        assert isinstance(answers[1], NotFinite)
+        for index in (0, 2):
+            ones[index].check(answers[index])
+
+
+async def test_a_cancelled_step_leaves_no_trace_in_the_queue_and_is_not_begun(autojump_clock):
+    async with running() as engine:
+        first, second = One(engine, "a", 0), One(engine, "b", 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first.step, 200)
+            await trio.sleep(0.5)
+            with trio.move_on_after(0.1) as patience:
+                await second.step()
+            assert patience.cancelled_caught
+            assert engine.queue_length == 1
+        assert engine.queue_length == 0
+        assert engine._works == {}
+        assert sum(tokens for _, tokens, *_ in engine.span.steps) == 200
+        second.check(await second.step())
+
+
+async def test_stateless_work_has_its_turn_and_its_faults_are_its_own(autojump_clock):
+    async with running() as engine:
+        answer = await engine.stateless("a", 2, 3, 0, 4, lambda span: bytes([span.stop]))
+        assert bytes(answer.body) == b"\x04"
+
+        def bad(span: object) -> bytes:
+            raise BadResult("no")
+
+        with pytest.raises(BadResult, match="no"):
+            await engine.stateless("a", 2, 3, 0, 4, bad)
+        one = One(engine, "a", 0)
+        one.check(await one.step(2))
+        assert engine.queue_length == 0
+
+
+async def test_a_queue_that_is_full_refuses_and_what_was_queued_is_answered(autojump_clock):
+    async with running(Limits(max_waiting_steps_per_peer=2)) as engine:
+        ones = [One(engine, "a", seed) for seed in range(3)]
+        answers = await all_at_once(ones)
+        refused = [index for index, answer in answers.items() if isinstance(answer, TooManyStreams)]
+        assert len(refused) == 1
+        for index in {0, 1, 2}.difference(refused):
+            ones[index].check(answers[index])
