@@ -483,5 +483,6 @@ def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends]:
     with progress_bar(sys.stderr) as progress:
         folder = resolve(config.model, cache_dir=config.cache_dir or cache_dir(), progress=progress)
         ends = load_ends(folder, progress=progress)
+        ends.compile_head()
     _ = ends.tokenizer  # opened here, so that the event loop never waits for it
     return read_info(folder), ends

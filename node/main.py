@@ -115,19 +115,27 @@ async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) 
     if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
         quantize = "int8" if device == "cuda" else "none"
     free = await compute.run(capacity.free_bytes, device)
-    start, stop = await _choose_span(config, node, info, dtype, free)
-    cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(info, stop - start, dtype, free)
-    needed = capacity.check_fits(info, stop - start, dtype, cache_tokens, free)
+    process = capacity.process_bytes()
+    sizes = Sizes(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
+    start, stop = await _choose_span(config, node, info, sizes, free)
+    blocks = stop - start
+    cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(
+        info, blocks, dtype, free, quantize, sizes.activations, device
+    )
+    capacity.check_fits(info, blocks, dtype, cache_tokens, free, quantize, sizes.activations)
+    memory = capacity.memory_of(
+        info, blocks, dtype, cache_tokens, quantize=quantize, activations=sizes.activations,
+        device=device, limits=limits, process=process,
+    )  # fmt: skip
     offer = Offer(info, start, stop, dtype, quantize, config.network.name)
     await node.directory.announce(offer.record("joining"))
     log.info(
-        "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s:"
-        " %d threads, %d cache tokens, %.2f GiB",
-        start, stop, info.name, info.revision, dtype, quantize, device,
-        threads, cache_tokens, needed / 2**30,
+        "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s, %d threads",
+        start, stop, info.name, info.revision, dtype, quantize, device, threads,
     )  # fmt: skip
+    log.info("%s", capacity.in_one_line(memory, info, blocks, cache_tokens, free))
     span = await compute.run(_load_span, folder, offer, device)
-    key = rates_key(info.revision, device_name(device), dtype, quantize, threads)
+    key = rates_key(info.revision, device_name(device), dtype, quantize, threads, VERSION)
     rates = await compute.run(rates_at_start, span, RatesFile(cache_dir() / "rates.json"), key)
     engine = Engine(span, compute, rates, limits)
     longest = min(info.max_position, limits.max_session_tokens)
@@ -281,6 +289,7 @@ async def _keep_record_true(node: Node, offer: Offer, listener: Listener) -> Non
     said = offer.record("online", listener)
     while not listener.draining:
         await trio.sleep(REFRESH_SECONDS)
+        listener.engine.rates.relax()
         now = offer.record("online", listener)
         if not listener.draining and not _about_equal(said, now):
             said = now
@@ -307,8 +316,17 @@ def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
     return folder, read_info(folder)
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the bytes of a span follow from.  activations: what is computed and cached in."""
+
+    dtype: str
+    quantize: str
+    activations: str
+
+
 async def _choose_span(
-    config: NodeConfig, node: Node, info: ModelInfo, dtype: str, free: int
+    config: NodeConfig, node: Node, info: ModelInfo, sizes: Sizes, free: int
 ) -> tuple[int, int]:
     """The blocks to serve, as pinned or where the swarm needs them most.  Raises ConfigError."""
     if config.blocks is not None:
@@ -316,10 +334,14 @@ async def _choose_span(
         if not 0 <= start < stop <= info.blocks:
             raise ConfigError(f"blocks {start}:{stop} of {info.name}, which has 0:{info.blocks}")
         return start, stop
-    count = config.num_blocks or capacity.blocks_that_fit(info, dtype, config.cache_tokens, free)
+    dtype, quantize, activations = sizes.dtype, sizes.quantize, sizes.activations
+    count = config.num_blocks or capacity.blocks_that_fit(
+        info, dtype, config.cache_tokens, free, quantize, activations
+    )
     if not 0 < count <= info.blocks:
         if config.num_blocks is None:
-            capacity.check_fits(info, 1, dtype, config.cache_tokens or capacity.LEAST_CACHE_TOKENS, free)
+            least = config.cache_tokens or capacity.LEAST_CACHE_TOKENS
+            capacity.check_fits(info, 1, dtype, least, free, quantize, activations)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(spans, info.blocks, count, random.Random())
@@ -357,6 +379,15 @@ def _best_dtype(device: str) -> str:
         return "float16"
     # without support in the CPU it is slower than float32
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def _activations(dtype: str, quantize: str, device: str) -> str:
+    """Runs in the torch thread: what such a span computes in here.  Raises ConfigError."""
+    from node.model.quantize import has_bfloat16, packing_for
+    from node.model.span import DTYPES
+
+    computes = packing_for(quantize, DTYPES[dtype], device, bfloat16=has_bfloat16()).dtype
+    return next(name for name, known in DTYPES.items() if known == computes)
 
 
 def _load_span(folder: ModelFolder, offer: Offer, device: str) -> Span:

@@ -17,7 +17,9 @@ tokens, so such a cache cannot be cut except to nothing.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -250,9 +252,15 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     """Zeros that cost memory only where they are written to, where the system can do that."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    item = torch.empty((), dtype=dtype).element_size()
-    lazy = np.zeros(math.prod(shape) * item, dtype=np.uint8)  # calloc: pages of the system on demand
-    return torch.from_numpy(lazy).view(dtype).view(shape) if lazy.size else torch.zeros(shape, dtype=dtype)
+    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # The rows of sessions lie far apart: with pages of 2 MiB a few tokens would take all of it.
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Products of float32 rows with a matrix of 8 or 16 bit numbers, compiled for this CPU by numba.
+"""Products of float32 rows with a matrix of 8, 16 or 32 bit numbers, compiled for this CPU by numba.
 
 A decode step reads every weight once and does little with it, so its time is that of the memory:
 int8 weights take a quarter of float32's.  torch has no product of float32 rows with int8 weights
@@ -53,7 +53,7 @@ _VECTOR = ir.VectorType(_F32, LANES)
 class _Tile:
     """Writes the code of one tile: `rows` rows of x times `outs` rows of the matrix.
 
-    item: LLVM's type of a weight, i8, or i16 for the upper half of a float32.
+    item: LLVM's type of a weight: i8, i16 for the upper half of a float32, or i32 for all of it.
     """
 
     def __init__(self, builder: Any, rows: int, outs: int, item: ir.IntType) -> None:
@@ -138,6 +138,8 @@ class _Tile:
 
     def _converted(self, weights: Any, width: int) -> Any:
         """Weights as float32, exactly."""
+        if self.item is _I32:
+            return self.build.bitcast(weights, _VECTOR if width > 1 else _F32)
         wide = ir.VectorType(_I32, width) if width > 1 else _I32
         number = _VECTOR if width > 1 else _F32
         if self.item is _I8:
@@ -227,7 +229,7 @@ def _tile(rows: int, outs: int) -> Any:
         context: Any, item: Any, x: Any, w: Any, scale: Any, bias: Any, out: Any, stride: Any, k: Any
     ) -> Any:
         def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-            kind = _I8 if signature.args[0] == types.int8 else _I16
+            kind = {types.int8: _I8, types.int16: _I16, types.int32: _I32}[signature.args[0]]
             _Tile(builder, rows, outs, kind).write(*arguments[1:])
             return context.get_dummy_value()
 
@@ -302,6 +304,12 @@ def _bfloat16(
     _rows(numba.int16(0), 2, x, w, scale, bias, out, m, n, k, stride)
 
 
+def _float32(
+    x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int, stride: int, slices: int
+) -> None:
+    _rows(numba.int32(0), 4, x, w, scale, bias, out, m, n, k, stride)
+
+
 def _int8_in_slices(
     x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int, stride: int, slices: int
 ) -> None:
@@ -327,10 +335,27 @@ def _bfloat16_in_slices(
         )  # fmt: skip
 
 
+def _float32_in_slices(
+    x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int, stride: int, slices: int
+) -> None:
+    for part in prange(slices):
+        first, last = part * n // slices, (part + 1) * n // slices
+        scale_at = scale + first * 4 if scale else 0
+        bias_at = bias + first * 4 if bias else 0
+        _rows(
+            numba.int32(0), 4, x, w + first * k * 4, scale_at, bias_at, out + first * 4, m, last - first, k,
+            stride,
+        )  # fmt: skip
+
+
 Kernel = Callable[..., None]  # ten numbers, as `_int8` takes them
 
-_WHOLE = {torch.int8: _int8, torch.bfloat16: _bfloat16}
-_IN_SLICES = {torch.int8: _int8_in_slices, torch.bfloat16: _bfloat16_in_slices}
+_WHOLE = {torch.int8: _int8, torch.bfloat16: _bfloat16, torch.float32: _float32}
+_IN_SLICES = {
+    torch.int8: _int8_in_slices,
+    torch.bfloat16: _bfloat16_in_slices,
+    torch.float32: _float32_in_slices,
+}
 
 _kernels: dict[tuple[torch.dtype, bool], Kernel] = {}
 _compiling = threading.Lock()
@@ -352,7 +377,7 @@ def kernel_for(dtype: torch.dtype, *, parallel: bool = False) -> Kernel:
 class Rows:
     """A matrix that rows are multiplied with: x [..., k] -> x @ weight.T * scale + bias [..., outs].
 
-    weight: int8 or bfloat16 [outs, k].  scale, bias: float32 [outs] or None.  All on the CPU, of any
+    weight: int8, bfloat16 or float32 [outs, k].  scale, bias: float32 [outs] or None.  All on the CPU, of any
     length and alignment.  A row's result has the same bits whatever the other rows and the threads
     are (see above).  Raises ValueError for other shapes, dtypes and devices: the kernels read what
     they are given as what it should be.
@@ -367,7 +392,9 @@ class Rows:
             sound = sound and (each is None or _are_numbers(each, self.outs))
         if not sound:
             found = ", ".join(_described(each) for each in (weight, scale, bias) if each is not None)
-            raise ValueError(f"contiguous int8 or bfloat16 rows with float32 scales are allowed, not {found}")
+            raise ValueError(
+                f"contiguous int8, bfloat16 or float32 rows with float32 scales are allowed, not {found}"
+            )
         self.weight, self.scale, self.bias = weight, scale, bias
         kernel_for(weight.dtype)
 

@@ -185,11 +185,11 @@ class Engine:
                     if isinstance(result, outcome.Error):
                         self.batcher.cancel(work.job.number)
                 self.batcher.finished(batch, seconds, time.perf_counter())
-        job = batch[0].job
-        if job.kind is not Kind.STATELESS:
-            self.rates.observe(
-                job.rows * batch[0].tokens, job.blocks, seconds, decode=job.kind is Kind.DECODE
-            )
+        kind = batch[0].job.kind
+        if kind is not Kind.STATELESS:
+            rows_tokens = sum(piece.job.rows * piece.tokens for piece in batch)
+            blocks = len(set().union(*(range(piece.job.start, piece.job.stop) for piece in batch)))
+            self.rates.observe(rows_tokens, blocks, seconds, decode=kind is Kind.DECODE)
         return settled
 
     def _compute(

@@ -192,16 +192,25 @@ def test_no_weight_gets_a_gradient_and_what_comes_in_is_left_alone(llama):
     assert all(weight.grad is None for weight in llama.spans[0].model.parameters())
 
 
-def test_half_precision_in_and_out(tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "most"),
+    [
+        (torch.float16, "none", 0.01),  # eleven bits of mantissa through two blocks
+        (torch.bfloat16, "none", 0.05),  # eight
+        (torch.float32, "int8", 0.1),  # eight bits of a row's largest weight
+    ],
+)
+def test_fewer_bits_give_about_the_same_gradient_in_the_spans_own_dtype(dtype, quantize, most, tmp_path):
     save_tiny("llama", tmp_path / "model")
     folder = open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json"))
-    span = load_span(folder, 0, 2, dtype=torch.bfloat16)
-    hidden, grad = torch.randn(2, 1, 5, 32)
-    assert forward(span, hidden, 0, 2).dtype == torch.bfloat16
-    found = backward(span, hidden, grad, 0, 2)
-    assert found.dtype == torch.bfloat16
-    exact = backward(load_span(folder, 0, 2), hidden, grad, 0, 2)
-    assert error(found.float(), exact) < 0.05  # eight bits of mantissa through two blocks
+    span = load_span(folder, 0, 2, dtype=dtype, quantize=quantize)
+    hidden, grad = torch.randn(2, 1, 5, 32, generator=torch.Generator().manual_seed(2))
+    found = forward(span, hidden, 0, 2), backward(span, hidden, grad, 0, 2)
+    exact = load_span(folder, 0, 2)
+    expected = forward(exact, hidden, 0, 2), backward(exact, hidden, grad, 0, 2)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == span.dtype
+        assert 0 < error(got.float(), wanted) < most
 
 
 @pytest.mark.parametrize(
