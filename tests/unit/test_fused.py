@@ -1,0 +1,131 @@
+"""Our own block of llama's family against the library's, in every way that leads through it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model_fixtures import BLOCKS, TINY, save_tiny
+
+from node.model.architecture import ARCHITECTURES
+from node.model.folder import HashMemo, ModelFolder, open_folder
+from node.model.span import Span, load_span
+
+torch.set_num_threads(1)
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+TOLERANCE = 5e-6  # relative to the largest value: sums are taken in another order
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def folder(request, tmp_path_factory) -> ModelFolder:
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def saved(variant: str, path: Path, **changes: object) -> ModelFolder:
+    save_tiny(variant, path / "model")
+    config = path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
+
+
+def library(span: Span) -> Span:
+    """The same blocks, through the library."""
+    span._fused = None
+    return span
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_the_table_names_the_family_and_only_these_blocks_are_ours(folder):
+    assert tuple(sorted(name for name, row in ARCHITECTURES.items() if row.fused)) == tuple(sorted(FAMILY))
+    assert load_span(folder, 1, 4).fused
+
+
+@pytest.mark.parametrize("variant", sorted(set(TINY) - set(FAMILY))[:4])
+def test_other_blocks_are_the_librarys(variant, tmp_path):
+    assert not load_span(saved(variant, tmp_path), 0, 2).fused
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "dynamic",
+    "factor": 2.0, "rope_theta": 10000.0}}])  # fmt: skip
+def test_what_is_not_known_to_be_equal_is_left_to_the_library(changes, tmp_path):
+    assert not load_span(saved("llama", tmp_path, **changes), 0, 2).fused
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_gives_what_the_librarys_block_gives(folder, quantize, dtype):
+    ours = load_span(folder, 1, BLOCKS, dtype=dtype, quantize=quantize)
+    theirs = library(load_span(folder, 1, BLOCKS, dtype=dtype, quantize=quantize))
+    assert ours.dtype == theirs.dtype
+    close = assert_close if ours.dtype == torch.float32 else None
+    generator = torch.Generator().manual_seed(1)
+    caches = [(ours.new_cache(2, 64), theirs.new_cache(2, 64))]
+    position = 0
+    for tokens in (9, 1, 4, 1, 1, 12):
+        hidden = torch.randn(2, tokens, ours.hidden_size, generator=generator)
+        got = ours.forward(hidden, caches[0][0], position, 2, 5)
+        expected = theirs.forward(hidden, caches[0][1], position, 2, 5)
+        if close:
+            close(got, expected)
+        else:
+            assert ((got - expected).float().norm() / expected.float().norm()) < 0.02
+        position += tokens
+
+
+def test_the_compiled_step_and_torchs_own_give_the_same(folder, monkeypatch):
+    span = load_span(folder, 0, BLOCKS)
+    arenas = [span.new_arena(400), span.new_arena(400)]
+    generator = torch.Generator().manual_seed(2)
+    both: list[list] = [[], []]
+    for length in (7, 1, 20):
+        hidden = torch.randn(1, length, span.hidden_size, generator=generator)
+        for arena, caches in zip(arenas, both, strict=True):
+            cache = arena.open(1, 64)
+            span.forward(hidden, cache, 0)
+            caches.append(cache)
+    for _ in range(4):
+        rows = torch.randn(3, span.hidden_size, generator=generator)
+        answers = []
+        for caches, compiled in zip(both, (True, False), strict=True):
+            for cache in caches:
+                cache.reserve(cache.length + 1)
+            with monkeypatch.context() as patch:
+                if not compiled:
+                    patch.setattr(type(span._fused), "_compiled", lambda self, hidden: False)
+                answers.append(span.decode(rows, caches, 0, BLOCKS))
+            for cache in caches:
+                cache.length += 1
+        assert_close(answers[0], answers[1])
+
+
+@pytest.mark.parametrize("quantize", ["int8"])
+def test_a_row_of_an_int8_span_has_the_same_bits_alone_and_in_a_batch(folder, quantize):
+    span = load_span(folder, 0, BLOCKS, quantize=quantize)
+    for name, module in span.model.named_modules():
+        if hasattr(module, "plan"):
+            assert module.plan.way(1) == "compiled", name
+    generator = torch.Generator().manual_seed(3)
+    arena = span.new_arena(600)
+    lengths = (5, 30, 1, 16)
+    prompts = [torch.randn(1, length, span.hidden_size, generator=generator) for length in lengths]
+    rows = torch.randn(4, span.hidden_size, generator=generator)
+
+    def opened() -> list:
+        caches = []
+        for prompt in prompts:
+            cache = arena.open(1, 64)
+            span.forward(prompt, cache, 0)
+            cache.reserve(cache.length + 1)
+            caches.append(cache)
+        return caches
+
+    together = span.decode(rows, opened(), 0, BLOCKS)
+    alone = torch.cat([span.decode(rows[i : i + 1], [cache], 0, BLOCKS) for i, cache in enumerate(opened())])
+    assert torch.equal(together, alone)
