@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from torch.nn import functional
 
 from node.model.architecture import Architecture
 from node.model.arena import Arena
+from node.model.graphs import LEAST_LENGTH, DecodeGraphs, Inputs, bucket
 from node.model.quantize import kernels, merge_linears
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
@@ -125,6 +127,7 @@ class FusedSpan:
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
         self._no_norm = torch.empty(0)
+        self._graphs: WeakKeyDictionary[Arena, DecodeGraphs] = WeakKeyDictionary()
 
     def step(
         self, hidden: Tensor, arena: Arena, rows: NDArray[np.int64], position: int, start: int, stop: int
@@ -181,9 +184,36 @@ class FusedSpan:
         if self._compiled(hidden):
             table = arena.table[rows, : -(-longest // arena.page_tokens)]
             return self._decode_compiled(hidden, arena, table, lengths, slots, angles, start, stop)
-        places = _on(lengths, hidden)
-        write, read = _on(slots, hidden), _on(arena.slots(rows, longest), hidden).view(-1)
-        cos, sin = (table[places][:, None, None] for table in angles)
+        inputs = Inputs(
+            hidden, _on(lengths, hidden), _on(slots, hidden), _on(arena.slots(rows, longest), hidden)
+        )
+
+        def run(hidden: Tensor, places: Tensor, write: Tensor, read: Tensor) -> Tensor:
+            return self._decode_torch(hidden, arena, places, write, read, start, stop)
+
+        if hidden.device.type != "cuda":
+            return inputs.run(run)
+        self._angles_for(bucket(longest, LEAST_LENGTH), hidden)  # whose memory a graph goes on to read
+        graphs = self._graphs.setdefault(arena, DecodeGraphs(arena.nobodys_page * arena.page_tokens))
+        return graphs.run(run, (start, stop), inputs)
+
+    def _decode_torch(
+        self,
+        hidden: Tensor,
+        arena: Arena,
+        places: Tensor,
+        write: Tensor,
+        read: Tensor,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """`decode` in torch's own operations, of fixed shapes and without a word from the CPU.
+
+        places: positions before each row.  write: [rows] slots.  read: [rows, longest] slots.
+        """
+        rows, longest = read.shape
+        assert self._angles is not None
+        cos, sin = (table[places][:, None, None] for table in self._angles)
         seen = torch.arange(longest, device=hidden.device)
         hidden = hidden[:, None]  # [rows, 1, hidden_size]
         for index, block in self._numbered(start, stop):
@@ -193,17 +223,17 @@ class FusedSpan:
             values.index_copy_(0, write, v[:, 0])
             visible = seen <= places[:, None]
             if block.window:
-                visible &= seen > places[:, None] - block.window
+                visible = visible & (seen > places[:, None] - block.window)
             k, v = (
-                store.index_select(0, read).view(len(rows), longest, *store.shape[1:]).transpose(1, 2)
+                store.index_select(0, read.reshape(-1)).view(rows, longest, *store.shape[1:]).transpose(1, 2)
                 for store in (keys, values)
             )
             # The queries of one key head stand where positions would: nothing is repeated for them.
-            grouped = q.view(len(rows), self.key_heads, -1, self.head_dim)
+            grouped = q.view(rows, self.key_heads, -1, self.head_dim)
             attended = functional.scaled_dot_product_attention(
                 grouped, k, v, attn_mask=visible[:, None, None], scale=block.scale
             )
-            hidden = self._after(block, hidden, attended.reshape(len(rows), 1, -1))
+            hidden = self._after(block, hidden, attended.reshape(rows, 1, -1))
         return hidden[:, 0]
 
     def _decode_compiled(
@@ -289,6 +319,7 @@ class FusedSpan:
             positions = torch.arange(most, device=like.device)[None]
             cos, sin = self._rotary(like[:0], positions)
             self._angles = cos[0].contiguous(), sin[0].contiguous()
+            self._graphs.clear()  # they read the old ones
         return self._angles
 
 
