@@ -7,8 +7,9 @@ session that grows takes another one, and going back is setting a number.  Slidi
 keep everything too: what left the window is masked, and going back needs no snapshot.
 
 The last page of every store belongs to nobody: what lies behind a row's end in a batch of longer ones
-is read from there, and masked.  It holds zeros, or what rows that only fill up a CUDA graph wrote.  How many pages a session may take is decided elsewhere
-(`node.serving.cache`); here one that is missing is a bug.
+is read from there, and masked.  It holds zeros, or what rows that only fill up a CUDA graph wrote.
+How many pages a session may take is decided elsewhere (`node.serving.cache`); here one that is missing
+is a bug.
 
 A convolution's state (lfm2) is not positional and stays with its session; it holds only the last
 tokens, so such a cache cannot be cut except to nothing.
