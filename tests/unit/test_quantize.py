@@ -155,7 +155,7 @@ def test_small_products_stay_in_one_thread(products, outs, threads, slices):
 
 def test_what_the_kernels_cannot_read_is_refused():
     weight, scale = random_rows(8, 6, 16, torch.int8)
-    for bad in (weight.float(), weight.t(), weight[:, ::2]):
+    for bad in (weight.double(), weight.t(), weight[:, ::2]):
         with pytest.raises(ValueError, match="are allowed, not"):
             kernels.Rows(bad, scale, None)
     for bad in (scale.double(), scale[:3], torch.rand(12)[::2]):
