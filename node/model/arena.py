@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class BlockShape:
 
 
 class Arena:
-    """The stores of a span and who owns which page.  Used by one thread."""
+    """The stores of a span and who owns which page.  Used by one thread, but for `open`."""
 
     def __init__(
         self,
@@ -85,6 +86,8 @@ class Arena:
             value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
             self.keys.append(_zeros((slots, *key), dtype, device))
             self.values.append(_zeros((slots, *value), dtype, device))
+        self._stores = [store for store in (*self.keys, *self.values) if store.numel()]
+        self._opening = threading.Lock()
         self.nobodys_page = self.pages
         self._free = np.ones(self.pages, bool)
         self._free_pages = self.pages
@@ -114,11 +117,12 @@ class Arena:
         """A cache for `batch` rows of up to `max_length` positions; it owns no page yet."""
         if max_length > self.max_length:
             raise LocalProtocolError(f"a cache of {max_length} positions, rows have {self.max_length}")
-        while len(self._free_rows) < batch:
-            rows = len(self.table)
-            self.table = np.vstack([self.table, np.full_like(self.table, self.nobodys_page)])
-            self._free_rows += range(2 * rows - 1, rows - 1, -1)
-        rows_taken = np.array([self._free_rows.pop() for _ in range(batch)], dtype=np.int64)
+        with self._opening:
+            while len(self._free_rows) < batch:
+                rows = len(self.table)
+                self.table = np.vstack([self.table, np.full_like(self.table, self.nobodys_page)])
+                self._free_rows += range(2 * rows - 1, rows - 1, -1)
+            rows_taken = np.array([self._free_rows.pop() for _ in range(batch)], dtype=np.int64)
         return SpanCache(self, rows_taken, max_length)
 
     def slots(self, rows: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -140,25 +144,34 @@ class Arena:
         """
         if count > self._free_pages:
             raise LocalProtocolError(f"{count} pages of the arena are needed, {self._free_pages} are free")
+        with self._opening:
+            self._take(row, first, count)
+
+    def _take(self, row: int, first: int, count: int) -> None:
         near = int(self.table[row, first - 1]) + 1 if first else self._roomiest()
         for index in range(first, first + count):
             if near >= self.pages or not self._free[near]:
                 near = self._roomiest()
             self.table[row, index] = near
             self._free[near] = False
+            # What another session left there may be NaN, and a masked NaN is still NaN.
+            for store in self._stores:
+                store[near * self.page_tokens : (near + 1) * self.page_tokens].zero_()
             near += 1
         self._free_pages -= count
 
     def give_back(self, row: int, first: int, count: int) -> None:
         """Take the pages first ... first + count - 1 of `row` away."""
-        pages = self.table[row, first : first + count]
-        self._free[pages] = True
-        self._free_pages += len(pages)
-        self.table[row, first : first + count] = self.nobodys_page
+        with self._opening:
+            pages = self.table[row, first : first + count]
+            self._free[pages] = True
+            self._free_pages += len(pages)
+            self.table[row, first : first + count] = self.nobodys_page
 
     def close_rows(self, rows: NDArray[np.int64]) -> None:
         """Rows whose pages have been given back may be used again."""
-        self._free_rows += rows.tolist()
+        with self._opening:
+            self._free_rows += rows.tolist()
 
     def _roomiest(self) -> int:
         """A page in the longest run of free ones: its first, or its middle behind somebody's last,

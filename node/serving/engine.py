@@ -98,6 +98,7 @@ class Engine:
         )
         self._lock = threading.Lock()  # around the batcher: the torch thread takes batches from it
         self._works: dict[int, _Work] = {}
+        self._chores: list[Callable[[], None]] = []
         self._numbers = itertools.count()
         self._wanted = trio.Event()
 
@@ -126,7 +127,7 @@ class Engine:
     ) -> Answer:
         """Compute one step: `body` in the contract's codec in, the same out.
 
-        cache: cut to the step's position, with room for its tokens.
+        cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
         Raises TooManyStreams (nothing was done), BadResult (what came in is not finite; nothing was
         done), NotFinite.
@@ -150,6 +151,14 @@ class Engine:
         job = Job(next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop)
         return await self._answer(_Request(job, work=work))
 
+    def before_next(self, chore: Callable[[], None]) -> None:
+        """Do this in the torch thread before the next batch, after the one that runs now.
+
+        For what a batch must not be surprised by: a cut and the end of a cache that it computes with.
+        """
+        with self._lock:
+            self._chores.append(chore)
+
     async def _answer(self, work: _Work) -> Answer:
         number = work.job.number
         with self._lock:
@@ -170,6 +179,10 @@ class Engine:
     def _turn(self) -> list[tuple[_Work, outcome.Outcome[Answer]]] | None:
         """Take the next batch and run it; what is answered by it, or None if nothing waits."""
         with self._lock:
+            # Before any pages are taken: the budget has counted these as given back.
+            chores, self._chores = self._chores, []
+            for chore in chores:
+                chore()
             batch = self.batcher.next(time.perf_counter())
             if batch is None:
                 return None
@@ -227,6 +240,8 @@ class Engine:
 
         Each step joins at its first block and leaves behind its last.
         """
+        for step in steps:
+            step.cache.reserve(step.position + 1)
         parts = list(torch.split(hidden, [step.contract.batch for step in steps]))
         for start, stop, active in segments(pieces):
             together = [steps[i].cache for i in active]
@@ -308,9 +323,9 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
     for step in steps:
         places.append((first, first + step.contract.batch))
         first += step.contract.batch
-    finite = torch.isfinite(hidden).all(-1).tolist()
     for codec in {step.contract.codec for step in steps}:
         wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
+        finite = torch.isfinite(wire).all(-1).tolist()
         data = memoryview(wire.view(torch.uint8).numpy().data).cast("B")
         row = data.nbytes // len(wire)
         for index, (step, (begin, end)) in enumerate(zip(steps, places, strict=True)):

@@ -278,9 +278,7 @@ class Listener:
             yield hop
         finally:
             self._sessions.pop(opened.session, None)
-            # A batch that still computes with these pages has noted where they are, and ends before
-            # any that another session could use them in.
-            cache.close()
+            self.engine.before_next(cache.close)  # a batch may still be computing with its pages
             self.budget.release(opened.session)
             self._there_is_room()
             inbox.close()
@@ -406,14 +404,13 @@ class Listener:
             await self._pass_on(hop, arrived, what, answer)
 
     async def _make_room(self, hop: _Hop, what: StepRange) -> None:
-        """Cut the cache to a step's position, and let it have pages for the step.  Raises CacheFull."""
+        """Have the cache cut to a step's position, and get pages for the step.  Raises CacheFull."""
         if hop.cache.length > what.position:  # a cut, or what a cancelled step left behind
-            hop.cache.cut(what.position)
+            self.engine.before_next(partial(hop.cache.cut, what.position))
             self.budget.shrink(hop.contract.session, what.position)
             self._there_is_room()
         length = what.position + what.tokens
         await self._when_there_is_room(partial(self.budget.grow, hop.contract.session, length))
-        hop.cache.reserve(length)
 
     async def _pass_on(self, hop: _Hop, arrived: _Arrived, what: StepRange, answer: Answer) -> None:
         step = arrived.step

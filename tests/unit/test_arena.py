@@ -166,3 +166,16 @@ class Sessions(RuleBasedStateMachine):
 
 
 TestSessions = Sessions.TestCase
+
+
+def test_a_page_that_held_nan_is_zero_for_its_next_owner():
+    arena = arena_of(32)
+    one = arena.open(1, 32)
+    one.reserve(32)
+    for store in (*arena.keys, *arena.values):
+        store[: 2 * PAGE_TOKENS].fill_(float("nan"))
+    one.close()
+    two = arena.open(1, 32)
+    two.reserve(3)
+    slots = arena.slots(two.rows, PAGE_TOKENS)[0]
+    assert not any(store[slots].any() for store in (*arena.keys, *arena.values))
