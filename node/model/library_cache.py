@@ -18,7 +18,31 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from node.model.arena import Arena, BlockShape
 
 
-class ArenaRun(Cache):  # type: ignore[misc]  # the library's class is not typed
+class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not typed
+    """What the library is told of every cache of ours, whatever its blocks are."""
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer drops what left its window."""
+        return [False]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Masks are made as for full attention."""
+        return [False]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Every layer keeps something."""
+        return [False]
+
+    @property
+    def is_compileable(self) -> bool:
+        """The rows change their shape with every step."""
+        return False
+
+
+class ArenaRun(_FullAttention):
     """The rows of one run of blocks: `tokens` new positions behind `seen` old ones of the longest row."""
 
     def __init__(
@@ -84,28 +108,8 @@ class ArenaRun(Cache):  # type: ignore[misc]  # the library's class is not typed
         """Most positions of a row."""
         return int(self.arena.max_length)
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        """No layer drops what left its window."""
-        return [False]
 
-    @property
-    def is_linear(self) -> list[bool]:
-        """Masks are made as for full attention."""
-        return [False]
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """Every layer keeps something."""
-        return [False]
-
-    @property
-    def is_compileable(self) -> bool:
-        """The rows change their shape with every step."""
-        return False
-
-
-class ShapeProbe(Cache):  # type: ignore[misc]  # the library's class is not typed
+class ShapeProbe(_FullAttention):
     """Keeps nothing and notes what each block would cache: run one token through with it."""
 
     def __init__(self, blocks: int) -> None:
@@ -128,23 +132,3 @@ class ShapeProbe(Cache):  # type: ignore[misc]  # the library's class is not typ
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Only the new token."""
         return query_length, 0
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Masks are made as for full attention."""
-        return [False]
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Masks are made as for full attention."""
-        return [False]
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """Every layer keeps something."""
-        return [False]
-
-    @property
-    def is_compileable(self) -> bool:
-        """Nothing is kept."""
-        return False
