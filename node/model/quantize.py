@@ -2,11 +2,11 @@
 
 A matrix of a block is kept as int8 rows, each with a scale of its own, its largest value / 127 (row-wise
 absmax, the weights of LLM.int8(), arXiv:2208.07339).  That is what bitsandbytes keeps as well, so one
-checkpoint serves a CPU and CUDA.  On a CPU the weights are exact and activations stay as they are; on
-CUDA bitsandbytes rounds activations to int8 too, but for the columns with outliers.
+checkpoint serves a CPU and CUDA.  On a CPU activations are rounded to 16 bits a row, or not at all (see
+node/model/kernels.py); on CUDA bitsandbytes rounds them to int8, but for the columns with outliers.
 
-bfloat16 rows without scales are for CPUs without bfloat16 arithmetic: half of the memory and of the
-time that reading it takes, and activations in float32.
+bfloat16 rows without scales are half of float32's memory and of the time that reading it takes, with
+activations in float32: what a CPU does with bfloat16 unless it has hardware for whole tiles of it.
 
 "nf4" is bitsandbytes' 4 bits a weight, in blocks of 64 (QLoRA, arXiv:2305.14314).
 
@@ -329,8 +329,13 @@ def kernels() -> ModuleType | None:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16; without it torch's products in it are very slow."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether spans compute in bfloat16 on this CPU.
+
+    Without support in the CPU torch's products in it are very slow; with AVX-512's they are slower than
+    our kernels with float32 rows.  AMX, which should be faster than both, was not there to be measured.
+    """
+    supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return supported and (kernels() is None or bool(torch.cpu._is_amx_tile_supported()))
 
 
 def ways_for(weight: torch.dtype, activations: torch.dtype) -> tuple[Way, ...]:
@@ -395,8 +400,8 @@ def packing_for(quantize: str, dtype: torch.dtype, device: str, *, bfloat16: boo
     """What is made of the operator's wishes on this device.  Raises ConfigError.
 
     device: "cpu", "cuda" or another type.  bfloat16: whether the CPU computes in it.
-    A CPU without bfloat16 arithmetic keeps the weights in it and computes in float32, and none has
-    float16 arithmetic that is worth using.
+    A CPU without bfloat16 arithmetic that is worth using keeps the weights in it and computes in
+    float32, and none has float16 arithmetic that is.
     """
     if quantize not in QUANTIZATIONS:
         raise ConfigError(f"quantization {quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
@@ -659,6 +664,9 @@ def _nf4_linear(
 
     outs, width = matrix.weight.shape
     layer = Linear4bit(width, outs, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+    # On CPUs with AVX-512 and bfloat16 it would repack the weights at the first step, for a kernel that is
+    # a download of its own; shapes that do not fit end in an assertion, and scales lose half of their bits.
+    layer.support_avx512bf16_for_cpu = False
     weight = matrix.weight.to(device).to(dtype).contiguous()
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
     layer.bias = bias

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import BLOCKS, TINY, save_tiny
+from numba import types
 from torch import Tensor, nn
 
 from node.config import ConfigError
@@ -63,14 +68,27 @@ def random_rows(seed: int, outs: int, width: int, kind: torch.dtype) -> tuple[Te
     return torch.randn(outs, width, generator=seeded(seed)).bfloat16(), None
 
 
-def exact(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The product in float64, and the sum of absolute values of its terms."""
+def exact(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    relative: float = TOLERANCE,
+) -> tuple[Tensor, Tensor]:
+    """The product in float64, and by how much a way may miss each number.
+
+    relative: of the sum of the absolute values of its terms.
+
+    Where x is rounded to 16 bits each of its numbers may be wrong by half a step.
+    """
     weights = dequantize_rows(weight.double(), None if scale is None else scale.double(), torch.float64)
     bias = torch.zeros(len(weight)) if bias is None else bias
-    return (
-        x.double() @ weights.T + bias,
-        x.double().abs() @ weights.abs().T + bias.abs(),
-    )
+    terms = x.double().abs() @ weights.abs().T + bias.abs()
+    allowed = relative * terms
+    if kernels.INTEGERS and weight.dtype == torch.int8:
+        half_a_step = x.double().abs().amax(-1, keepdim=True) / kernels.LARGEST / 2
+        allowed += 1.0001 * half_a_step * weights.abs().sum(-1)
+    return x.double() @ weights.T + bias, allowed
 
 
 # The kernels
@@ -94,9 +112,9 @@ def test_any_shape_at_any_address_is_multiplied_right(
     bias = torch.randn(outs, generator=seeded(seed)) if with_bias else None
     x = displaced(torch.randn(rows, width, generator=seeded(seed + 2)), x_off)
     got = kernels.Rows(displaced(weight, weight_off), scale, bias)(x)
-    expected, terms = exact(x, weight, scale, bias)
+    expected, allowed = exact(x, weight, scale, bias)
     assert got.shape == (rows, outs)
-    assert ((got - expected).abs() <= TOLERANCE * terms).all()
+    assert ((got - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
@@ -116,8 +134,73 @@ def test_rows_beyond_a_panel_are_computed_too():
     outs = 3 * kernels.PANEL_BYTES // width + 5
     weight, scale = random_rows(6, outs, width, torch.int8)
     x = torch.randn(7, width, generator=seeded(3))
-    expected, terms = exact(x, weight, scale, None)
-    assert ((kernels.Rows(weight, scale, None)(x) - expected).abs() <= TOLERANCE * terms).all()
+    expected, allowed = exact(x, weight, scale, None)
+    assert ((kernels.Rows(weight, scale, None)(x) - expected).abs() <= allowed).all()
+
+
+def test_long_rows_of_the_largest_numbers_do_not_overflow():
+    width = 3 * kernels.EXACT_VECTORS * 2 * kernels.LANES + 77
+    weight = torch.full((5, width), CODES, dtype=torch.int8)
+    x = torch.ones(3, width) * torch.tensor([[1.0], [-1.0], [1e-3]])
+    got = kernels.Rows(weight, torch.ones(5), None)(x)
+    expected, _ = exact(x, weight, torch.ones(5), None)
+    assert ((got - expected).abs() <= 1e-4 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_holds_no_number_gives_none_and_leaves_the_others_alone(kind, bad):
+    weight, scale = random_rows(5, 40, 100, kind)
+    weight[weight == 0] = 1  # times infinity it would be NaN, which is as good
+    x = torch.randn(9, 100, generator=seeded(2))
+    rows = kernels.Rows(weight, scale, None)
+    sound = rows(x)
+    x[4, 37] = bad
+    got = rows(x)
+    assert not torch.isfinite(got[4]).any()
+    assert torch.equal(got[[0, 1, 2, 3, 5, 6, 7, 8]], sound[[0, 1, 2, 3, 5, 6, 7, 8]])
+
+
+def test_rows_of_zeros_give_the_bias():
+    weight, scale = random_rows(5, 7, 100, torch.int8)
+    bias = torch.randn(7, generator=seeded(1))
+    assert torch.equal(kernels.Rows(weight, scale, bias)(torch.zeros(2, 100)), bias.expand(2, 7))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features"),
+    [("haswell", "+avx,+avx2,+fma,+f16c"), ("x86-64", "+sse2"), ("skylake-avx512", "")],
+    ids=["AVX2", "SSE2", "AVX-512 without VNNI"],
+)
+def test_other_cpus_of_the_family_compute_the_same(cpu, features, tmp_path):
+    if platform.machine() != "x86_64":
+        pytest.skip("x86 only")
+    if cpu == "skylake-avx512" and kernels.LANES != 16:
+        pytest.skip("this CPU has no AVX-512")
+    code = """
+import torch
+from node.model import kernels
+g = torch.Generator().manual_seed(0)
+for outs, width in ((70, 199), (12, 64), (1, 5)):
+    codes = torch.randint(-127, 128, (outs, width), dtype=torch.int8, generator=g)
+    scale, x = torch.rand(outs, generator=g) + 0.01, torch.randn(13, width, generator=g)
+    half = torch.randn(outs, width, generator=g).bfloat16()
+    for rows, weight in ((kernels.Rows(codes, scale, None), codes * scale[:, None]),
+                         (kernels.Rows(half, None, None), half.float())):
+        error = (rows(x) - x @ weight.T).abs() / (x.abs() @ weight.abs().T)
+        assert error.max() < 1e-4, (outs, width, weight.dtype, error.max())
+print(kernels.LANES, kernels.INTEGERS)
+"""
+    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    if features:
+        environment["NUMBA_CPU_FEATURES"] = features
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = {"haswell": "8 True", "x86-64": "8 False", "skylake-avx512": f"{kernels.LANES} True"}
+    assert done.stdout.strip() == expected[cpu]
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
@@ -189,7 +272,7 @@ def test_without_a_folder_for_the_cache_kernels_are_compiled_each_time(monkeypat
         return compiled
 
     monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels._compiled(kernels._int8, parallel=False) is kernels._int8
+    assert kernels._compiled(kernels._whole, types.int8, parallel=False) is kernels._whole
     assert asked == [True, False]
 
 
@@ -333,11 +416,11 @@ def test_each_way_gives_the_product_in_the_dtype_of_x(way, dtype, shape):
     linear.plan = Plan(((1, way),))
     x = torch.randn(shape, generator=seeded(13)).to(dtype)
     got = linear(x)
-    expected, terms = exact(x, linear.weight, linear.scale, linear.bias)
+    relative = TOLERANCE if dtype == torch.float32 else 0.02  # a result in bfloat16 has 8 bits
+    expected, allowed = exact(x, linear.weight, linear.scale, linear.bias, relative)
     assert got.dtype == dtype
     assert got.shape == (*shape[:-1], 24)
-    error = TOLERANCE if dtype == torch.float32 else 0.02  # a result in bfloat16 has 8 bits
-    assert ((got - expected).abs() <= error * terms).all()
+    assert ((got - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("offset", [2, 16, 30])
@@ -536,7 +619,8 @@ def test_a_span_in_int8_computes_what_its_rounded_weights_say(tiny):
     rounded = with_weights(tiny, lambda weight: dequantize_rows(*quantize_rows(weight), torch.float32))
     span = load_span(tiny, 0, BLOCKS, quantize="int8")
     assert span.dtype == torch.float32
-    assert_close(outputs(span), outputs(load_span(rounded, 0, BLOCKS)))
+    # With rows rounded to 16 bits, which norms behind the matrices (olmo2, glm4) make 2e-4.
+    assert_close(outputs(span), outputs(load_span(rounded, 0, BLOCKS)), 1e-3 if kernels.INTEGERS else 1e-5)
 
 
 def test_every_matrix_of_a_block_is_packed_but_for_gates_and_experts_in_one_tensor(tiny, caplog):
