@@ -9,14 +9,17 @@ Each row is computed by itself in one order, so its result has the same bits alo
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from numba import njit
-from numba.core.errors import NumbaError
+import torch
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
+
+from node.model import kernels
 
 # Sums may be taken in lanes and products fused: that is what makes vectors of them.  NaN and infinity
 # keep their meaning.
@@ -27,20 +30,11 @@ _HIDDEN, _STORE, _TABLE = "float32[:, ::1]", "float32[:, :, ::1]", "int64[:, :]"
 
 def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Compile now, or read from the cache: a first step must not wait seconds for a compiler."""
-
-    def compile_now(function: Callable[..., None]) -> Callable[..., None]:
-        try:
-            compiled: Any = njit(signature, nogil=True, fastmath=_FAST, cache=True)(function)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError):
-            # No folder that can be written, a full disk, a file that somebody cut short.
-            compiled = njit(signature, nogil=True, fastmath=_FAST)(function)
-        return compiled  # type: ignore[no-any-return]
-
-    return compile_now
+    return partial(kernels.compiled, signature=signature, fastmath=_FAST)
 
 
-@_compiled(f"void({_HIDDEN}, float32[::1], float32, {_HIDDEN})")
-def rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
     """out [rows, hidden] = x / rms(x) * weight (arXiv:1910.07467)."""
     for row in range(x.shape[0]):
         values, result = x[row], out[row]
@@ -70,30 +64,12 @@ def _norm_and_turn(head: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotary:
             head[i + half] = b * cos[i + half] + a * sin[i + half]
 
 
-@_compiled(
-    f"void({_HIDDEN}, int64, {_STORE}, {_STORE}, int64[::1], int64[::1], {_HIDDEN}, {_HIDDEN}, boolean,"
-    " float32[::1], float32[::1], float32)"
-)
-def rotate_and_keep(
-    qkv: Any,
-    heads: Any,
-    keys: Any,
-    values: Any,
-    positions: Any,
-    slots: Any,
-    cos: Any,
-    sin: Any,
-    rotary: Any,
-    query_norm: Any,
-    key_norm: Any,
-    eps: Any,
-) -> None:
-    """Rotate queries and keys in place and put keys and values into the arena.
-
-    qkv: [rows, (heads + 2 * key_heads) * head_dim].  keys, values: a block's stores [slots, key_heads,
-    head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
-    [head_dim], or empty where the model has none.
-    """
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _rotated_and_kept(
+    qkv: Any, heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
+    query_norm: Any, key_norm: Any, eps: Any,
+) -> None:  # fmt: skip
+    """Rotate queries and keys in place and put keys and values into the arena; see `halves`."""
     key_heads, size = keys.shape[1], keys.shape[2]
     for row in range(qkv.shape[0]):
         turn, turn_sin = cos[positions[row]], sin[positions[row]]
@@ -205,3 +181,121 @@ def attention(head_dim: int, group: int) -> Callable[..., None]:
         f"void(float32[:, ::1], {_STORE}, {_STORE}, {_TABLE}, int64[::1], int64, float32, int64, {_HIDDEN})"
     )
     return _compiled(signature)(attend)
+
+
+def _multiplied(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+    """out [rows, outs] = x [rows, k] times a matrix, given by the addresses of weight, scale and bias."""
+
+
+@overload(_multiplied)  # type: ignore[untyped-decorator]
+def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+    def alone(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+        rows, outs = out.shape
+        kernels.product(
+            item, size, x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data, rows, outs,
+            x.shape[1], outs, 1,
+        )  # fmt: skip
+
+    def together(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+        rows, outs = out.shape
+        slices = kernels.compiled_slices_for(rows * outs * x.shape[1], outs, threads)
+        x_at, w, scale, bias, to = x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data
+        if slices == 1:
+            kernels.product(item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, 1)
+        else:
+            kernels.product_in_slices(
+                item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, slices
+            )
+
+    return alone if isinstance(threads, types.NoneType) else together
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _gated(gate_up: Any, out: Any) -> None:
+    """out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner]."""
+    inner = out.shape[1]
+    powers = np.empty(inner, np.float32)
+    for row in range(out.shape[0]):
+        gate, up, result = gate_up[row, :inner], gate_up[row, inner:], out[row]
+        for i in range(inner):
+            powers[i] = -abs(gate[i])
+        _exp_in_place(powers)
+        for i in range(inner):
+            above = _f(1) if gate[i] >= 0 else powers[i]
+            result[i] = gate[i] * above / (_f(1) + powers[i]) * up[i]
+
+
+@cache
+def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A block before and behind attention, each in one call, for weights of this dtype.
+
+    before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, keys, values, positions, slots,
+    cos, sin, rotary, query_norm, key_norm): norm, one product for queries, keys and values, rotary, arena.
+    after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden): the product behind
+    attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
+
+    together: whether for several threads, else `threads` is None.  item, size: 0 and the bytes of a
+    weight.  matrix, out, gate_up, down: where their weights, scales and biases are (see `addresses_of`).
+    inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
+    head_dim].  attended: [rows, heads * head_dim].  keys, values: the block's stores [slots, key_heads,
+    head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
+    [head_dim], or empty where the model has none.
+    """
+    fingerprint = kernels.FINGERPRINT  # becomes part of what the cache knows these by
+
+    def before(
+        item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
+        heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
+        query_norm: Any, key_norm: Any,
+    ) -> None:  # fmt: skip
+        if fingerprint < 0:
+            return
+        normed = np.empty(hidden.shape, np.float32)
+        _normed(hidden, norm, eps, normed)
+        _multiplied(item, size, threads, matrix, normed, qkv)
+        _rotated_and_kept(
+            qkv, heads, keys, values, positions, slots, cos, sin, rotary, query_norm, key_norm, eps
+        )
+
+    def after(
+        item: Any, size: Any, threads: Any, out: Any, norm: Any, eps: Any, gate_up: Any, down: Any,
+        inner: Any, attended: Any, hidden: Any,
+    ) -> None:  # fmt: skip
+        if fingerprint < 0:
+            return
+        rows, width = hidden.shape
+        given, both = np.empty((rows, width), np.float32), np.empty((rows, 2 * inner), np.float32)
+        gated = np.empty((rows, inner), np.float32)
+        _multiplied(item, size, threads, out, attended, given)
+        _add(given, hidden)
+        _normed(hidden, norm, eps, given)
+        _multiplied(item, size, threads, gate_up, given, both)
+        _gated(both, gated)
+        _multiplied(item, size, threads, down, gated, given)
+        _add(given, hidden)
+
+    item, threads = kernels.ITEMS[dtype], "int64" if together else "none"
+    matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
+    of_before = (
+        f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {_STORE}, {_STORE}, {integers},"
+        f" {integers}, {_HIDDEN}, {_HIDDEN}, boolean, {vector}, {vector}"
+    )
+    of_after = f"{matrix}, {vector}, float32, {matrix}, {matrix}, int64, {_HIDDEN}, {_HIDDEN}"
+    return _for(item, threads, before, of_before), _for(item, threads, after, of_after)
+
+
+def _for(item: Any, threads: str, function: Callable[..., None], arguments: str) -> Callable[..., None]:
+    return _compiled(f"void({item}, int64, {threads}, {arguments})")(function)
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _add(given: Any, hidden: Any) -> None:
+    for row in range(hidden.shape[0]):
+        for i in range(hidden.shape[1]):
+            hidden[row, i] += given[row, i]
+
+
+def addresses_of(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Any:
+    """What `halves` are told of a matrix: where its parts are, 0 for those that it has not."""
+    parts = (weight, scale, bias)
+    return np.array([0 if part is None else part.data_ptr() for part in parts], np.int64)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -30,13 +31,31 @@ from torch.nn import functional
 from node.model.architecture import Architecture
 from node.model.arena import Arena
 from node.model.graphs import LEAST_LENGTH, DecodeGraphs, Inputs, bucket
-from node.model.quantize import kernels, merge_linears
+from node.model.quantize import PackedLinear, kernels, merge_linears
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 _FIRST_ANGLES = 1024  # positions; doubled when a longer session comes
 
 
 @dataclass(frozen=True, slots=True)
+class Compiled:
+    """A block as the kernels take it: numpy views of its vectors, addresses of its matrices.
+
+    query_norm, key_norm: empty where the model has none.  inner: outputs of the gate.
+    """
+
+    norm: NDArray[np.float32]
+    mlp_norm: NDArray[np.float32]
+    query_norm: NDArray[np.float32]
+    key_norm: NDArray[np.float32]
+    qkv: NDArray[np.int64]
+    out: NDArray[np.int64]
+    gate_up: NDArray[np.int64]
+    down: NDArray[np.int64]
+    inner: int
+
+
+@dataclass(frozen=True)
 class FusedBlock:
     """One block.  Norms' weights are vectors, the others are linear layers.
 
@@ -55,6 +74,36 @@ class FusedBlock:
     window: int
     scale: float
     eps: float
+
+    @property
+    def matrices(self) -> tuple[nn.Module, ...]:
+        """Its linear layers."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """For the kernels.  The layers' tensors stay where they are from now on."""
+        empty = np.empty(0, np.float32)
+        norms = (empty if norm is None else norm.numpy() for norm in (self.query_norm, self.key_norm))
+        inner = cast(Tensor, self.gate_up.weight).shape[0] // 2
+        return Compiled(
+            self.norm.numpy(), self.mlp_norm.numpy(), *norms, *map(_addresses, self.matrices), inner
+        )
+
+
+def _kept_in(linear: nn.Module) -> torch.dtype | None:
+    """The dtype of a layer's weights, where the kernels can read them as they lie."""
+    weight, bias = linear.weight, linear.bias
+    plain = type(linear) is nn.Linear and weight.dtype == torch.float32 and weight.is_contiguous()
+    sound = bias is None or (cast(Tensor, bias).dtype == torch.float32 and cast(Tensor, bias).is_contiguous())
+    return cast(torch.dtype, weight.dtype) if sound and (plain or isinstance(linear, PackedLinear)) else None
+
+
+def _addresses(linear: nn.Module) -> NDArray[np.int64]:
+    found = decode_kernels()
+    assert found is not None
+    scale = linear.scale if isinstance(linear, PackedLinear) else None
+    return cast("NDArray[np.int64]", found.addresses_of(linear.weight, scale, linear.bias))
 
 
 def fuse(
@@ -126,7 +175,9 @@ class FusedSpan:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._no_norm = torch.empty(0)
+        kept = {_kept_in(linear) for block in blocks for linear in block.matrices}
+        # What the compiled kernels read, where they can: one dtype of all matrices.
+        self._kept = kept.pop() if len(kept) == 1 else None
         self._graphs: WeakKeyDictionary[Arena, DecodeGraphs] = WeakKeyDictionary()
 
     def step(
@@ -247,34 +298,33 @@ class FusedSpan:
         start: int,
         stop: int,
     ) -> Tensor:
-        kernel = decode_kernels()
-        assert kernel is not None
-        attend = kernel.attention(self.head_dim, self.heads // self.key_heads)
+        """`decode` in three compiled calls a block: before attention, attention over pages, and behind it."""
+        found, kept = decode_kernels(), self._kept
+        assert found is not None
+        assert kept is not None
+        attend = found.attention(self.head_dim, self.heads // self.key_heads)
         cos, sin = angles[0].numpy(), angles[1].numpy()
         hidden = hidden.clone(memory_format=torch.contiguous_format)
+        rows = len(hidden)
         residual = hidden.numpy()
-        normed = torch.empty_like(hidden)
-        attended = torch.empty(len(hidden), self.heads * self.head_dim)
-        normed_rows, attended_rows = normed.numpy(), attended.numpy()
-        seen = lengths + 1
-        for index, block in self._numbered(start, stop):
-            keys, values = arena.keys[index].numpy(), arena.values[index].numpy()
-            kernel.rms_norm(residual, block.norm.numpy(), block.eps, normed_rows)
-            qkv = block.qkv(normed)
-            rows = qkv.numpy()
-            query_norm = (self._no_norm if block.query_norm is None else block.query_norm).numpy()
-            key_norm = (self._no_norm if block.key_norm is None else block.key_norm).numpy()
-            kernel.rotate_and_keep(
-                rows, self.heads, keys, values, lengths, slots, cos, sin, block.rotary,
-                query_norm, key_norm, block.eps,
-            )  # fmt: skip
-            attend(
-                rows, keys, values, table, seen, arena.page_tokens, block.scale, block.window, attended_rows
-            )
-            hidden += block.out(attended)
-            kernel.rms_norm(residual, block.mlp_norm.numpy(), block.eps, normed_rows)
-            gate, up = block.gate_up(normed).chunk(2, -1)
-            hidden += block.down(functional.silu(gate).mul_(up))
+        qkv = np.empty((rows, (self.heads + 2 * self.key_heads) * self.head_dim), np.float32)
+        attended = np.empty((rows, self.heads * self.head_dim), np.float32)
+        seen, size, page = lengths + 1, kept.itemsize, arena.page_tokens
+        with found.kernels.team(torch.get_num_threads()) as together:
+            before, after = found.halves(kept, together=together)
+            threads = torch.get_num_threads() if together else None
+            for index, block in self._numbered(start, stop):
+                it = block.compiled
+                keys, values = arena.keys[index].numpy(), arena.values[index].numpy()
+                before(
+                    0, size, threads, it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values,
+                    lengths, slots, cos, sin, block.rotary, it.query_norm, it.key_norm,
+                )  # fmt: skip
+                attend(qkv, keys, values, table, seen, page, block.scale, block.window, attended)
+                after(
+                    0, size, threads, it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner,
+                    attended, residual,
+                )  # fmt: skip
         return hidden
 
     def _query_key_value(
@@ -310,7 +360,8 @@ class FusedSpan:
 
     def _compiled(self, hidden: Tensor) -> bool:
         """Whether the kernels may be used."""
-        return hidden.dtype == torch.float32 and hidden.device.type == "cpu" and decode_kernels() is not None
+        usable = self._kept is not None and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+        return usable and decode_kernels() is not None
 
     def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [at least length, head_dim], by the library's own module."""

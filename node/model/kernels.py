@@ -34,7 +34,10 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -45,7 +48,7 @@ from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.core.errors import NumbaError
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 _FEATURES = frozenset((numba.config.CPU_FEATURES or get_host_cpu_features()).split(","))
@@ -58,6 +61,9 @@ CACHE_LINE = 64
 LARGEST = 32767  # what the largest number of a row becomes in 16 bits
 # A lane of 32 bits holds this many products of a pair of 16-bit and 8-bit numbers, then it might overflow.
 EXACT_VECTORS = (1 << 31) // (2 * LARGEST * 127)
+
+# Compiled code that uses this module's is cached by its own file's age: it must know of changes here, too.
+FINGERPRINT = zlib.crc32(Path(__file__).read_bytes())
 
 _F32 = ir.FloatType()
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -425,11 +431,8 @@ def _rows(
                 # The last tile is moved back over outputs that are there already: the same bits again.
                 at = min(column, last - outs)
                 x_at, w_at = x + row * k * x_size, w + at * k * size
-                x_scale_at, scale_at, bias_at = (
-                    x_scale + row * x_scaled,
-                    scale + at * scaled,
-                    bias + at * biased,
-                )
+                x_scale_at = x_scale + row * x_scaled
+                scale_at, bias_at = scale + at * scaled, bias + at * biased
                 out_at = out + (row * stride + at) * 4
                 if outs == 1:
                     _tile_1x1(x_item, item, x_at, x_scale_at, w_at, scale_at, bias_at, out_at, stride, k)
@@ -450,7 +453,7 @@ def _rows(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _floats_at(context: Any, address: Any) -> Any:
+def floats_at(context: Any, address: Any) -> Any:
     """An address as a pointer to float32."""
 
     def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
@@ -465,7 +468,7 @@ def _in_16_bits(x: int, m: int, k: int) -> tuple[Any, Any, Any]:
 
     A row with NaN or infinity has the scale NaN, so that its results are NaN.
     """
-    values = carray(_floats_at(x), (m, k))
+    values = carray(floats_at(x), (m, k))
     memory = np.empty(m * k + CACHE_LINE // 2, np.int16)
     first = -memory.ctypes.data % CACHE_LINE // 2
     codes = memory[first : first + m * k].reshape(m, k)
@@ -483,57 +486,71 @@ def _in_16_bits(x: int, m: int, k: int) -> tuple[Any, Any, Any]:
     return codes, scales, memory
 
 
+def _given(item: Any, x: Any, m: Any, k: Any) -> Any:
+    """x as the tiles for such weights take it: a number of its type, its bytes, its address and that of
+    its scales, and the memory that both are in, which must be held until they were used."""
+
+
+@overload(_given)  # type: ignore[untyped-decorator]
+def _given_by_type(item: Any, x: Any, m: Any, k: Any) -> Any:
+    if item == types.int8 and INTEGERS:
+
+        def integers(item: Any, x: Any, m: Any, k: Any) -> Any:
+            codes, scales, memory = _in_16_bits(x, m, k)
+            return np.int16(0), 2, codes.ctypes.data, scales.ctypes.data, (memory, scales)
+
+        return integers
+
+    def floats(item: Any, x: Any, m: Any, k: Any) -> Any:
+        return np.float32(0), 4, x, 0, None
+
+    return floats
+
+
+def slices_for(products: int, outs: int, threads: int) -> int:
+    """Into how many parts a product is cut: no part so small that handing it over costs more."""
+    return max(1, min(threads, products // SLICE_WORK, outs // 64))
+
+
+compiled_slices_for = njit(nogil=True)(slices_for)
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _hold(memory: Any) -> None:
+    """Use `memory` once more, so that it is not given back before."""
+
+
 def _whole(
     item: Any, size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int,
     stride: int, slices: int,
 ) -> None:  # fmt: skip
-    _rows(np.float32(0), item, (4, size), x, 0, w, scale, bias, out, m, n, k, stride)
+    x_item, x_size, x_at, x_scale, memory = _given(item, x, m, k)
+    _rows(x_item, item, (x_size, size), x_at, x_scale, w, scale, bias, out, m, n, k, stride)
+    _hold(memory)
 
 
 def _in_slices(
     item: Any, size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int,
     stride: int, slices: int,
 ) -> None:  # fmt: skip
+    x_item, x_size, x_at, x_scale, memory = _given(item, x, m, k)
     for part in prange(slices):
         first, last = part * n // slices, (part + 1) * n // slices
         scale_at = scale + first * 4 if scale else 0
         bias_at = bias + first * 4 if bias else 0
         _rows(
-            np.float32(0), item, (4, size), x, 0, w + first * k * size, scale_at, bias_at, out + first * 4,
-            m, last - first, k, stride,
-        )  # fmt: skip
-
-
-def _whole_integers(
-    item: Any, size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int,
-    stride: int, slices: int,
-) -> None:  # fmt: skip
-    codes, scales, _memory = _in_16_bits(x, m, k)
-    _rows(
-        np.int16(0), item, (2, size), codes.ctypes.data, scales.ctypes.data, w, scale, bias, out, m, n, k,
-        stride,
-    )  # fmt: skip
-
-
-def _integers_in_slices(
-    item: Any, size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int,
-    stride: int, slices: int,
-) -> None:  # fmt: skip
-    codes, scales, _memory = _in_16_bits(x, m, k)
-    x_at, x_scale = codes.ctypes.data, scales.ctypes.data
-    for part in prange(slices):
-        first, last = part * n // slices, (part + 1) * n // slices
-        scale_at = scale + first * 4 if scale else 0
-        bias_at = bias + first * 4 if bias else 0
-        _rows(
-            np.int16(0), item, (2, size), x_at, x_scale, w + first * k * size, scale_at, bias_at,
+            x_item, item, (x_size, size), x_at, x_scale, w + first * k * size, scale_at, bias_at,
             out + first * 4, m, last - first, k, stride,
         )  # fmt: skip
+    _hold(memory)
 
+
+# For other compiled code.
+product, product_in_slices = njit(nogil=True)(_whole), njit(nogil=True, parallel=True)(_in_slices)
 
 Kernel = Callable[..., None]  # a weight, its bytes, and ten numbers, as `_whole` takes them
 
-_ITEMS = {torch.int8: types.int8, torch.bfloat16: types.int16, torch.float32: types.int32}
+ITEMS = {torch.int8: types.int8, torch.bfloat16: types.int16, torch.float32: types.int32}
 
 _kernels: dict[tuple[torch.dtype, bool], Kernel] = {}
 _compiling = threading.Lock()
@@ -547,10 +564,9 @@ def kernel_for(dtype: torch.dtype, *, parallel: bool = False) -> Kernel:
         with _compiling:
             kernel = _kernels.get((dtype, parallel))
             if kernel is None:
-                whole, in_slices = _whole, _in_slices
-                if dtype == torch.int8 and INTEGERS:
-                    whole, in_slices = _whole_integers, _integers_in_slices
-                kernel = _compiled(in_slices if parallel else whole, _ITEMS[dtype], parallel=parallel)
+                function = _in_slices if parallel else _whole
+                signature = types.void(ITEMS[dtype], *[types.int64] * 11)
+                kernel = compiled(function, signature, parallel=parallel)
                 _kernels[dtype, parallel] = kernel
     return kernel
 
@@ -568,7 +584,7 @@ class Rows:
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
         self.outs, self.k = weight.shape
-        sound = weight.dtype in _ITEMS and weight.is_contiguous() and weight.is_cpu
+        sound = weight.dtype in ITEMS and weight.is_contiguous() and weight.is_cpu
         for each in (scale, bias):
             sound = sound and (each is None or _are_numbers(each, self.outs))
         if not sound:
@@ -603,11 +619,9 @@ class Rows:
             k,
             outs,
         )
-        if threads > 1:
-            slices = slices_for(rows * outs * k, outs, threads)
-            if slices > 1 and _run_in_slices(weight.dtype, arguments, slices):
-                return out
-        _kernels[weight.dtype, False](*arguments, 1)
+        slices = slices_for(rows * outs * k, outs, threads)
+        with team(slices) as together:
+            kernel_for(weight.dtype, parallel=together)(*arguments, slices)
         return out
 
 
@@ -621,36 +635,32 @@ def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def slices_for(products: int, outs: int, threads: int) -> int:
-    """Into how many parts a product is cut: no part so small that handing it over costs more."""
-    return max(1, min(threads, products // SLICE_WORK, outs // 64))
-
-
-def _run_in_slices(dtype: torch.dtype, arguments: tuple[int, ...], slices: int) -> bool:
-    """Compute with several threads; False if another thread is doing that now.
+@contextmanager
+def team(threads: int) -> Iterator[bool]:
+    """Have so many threads for compiled code; False where one must do: another caller has them now.
 
     numba's own threads end the process when two callers come at once.  Its other ways to make
     threads bring a second OpenMP beside torch's, or need libraries that are not there.
     """
-    if not _in_threads.acquire(blocking=False):
-        return False
+    if threads < 2 or not _in_threads.acquire(blocking=False):
+        yield False
+        return
     try:
-        if (dtype, True) not in _kernels:
-            numba.config.THREADING_LAYER = "workqueue"
-        kernel = kernel_for(dtype, parallel=True)
-        numba.set_num_threads(min(slices, numba.config.NUMBA_NUM_THREADS))
-        kernel(*arguments, slices)
+        numba.config.THREADING_LAYER = "workqueue"
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        yield True
     finally:
         _in_threads.release()
-    return True
 
 
-def _compiled(function: Callable[..., None], item: Any, *, parallel: bool) -> Kernel:
-    """The function as machine code for weights of this type, from the cache if that can be used."""
-    signature = types.void(item, *[types.int64] * 11)
+def compiled(function: Callable[..., None], signature: Any, **options: Any) -> Kernel:
+    """The function as machine code, from the cache if it is there and can be used.
+
+    options: of numba's, beside nogil.
+    """
     try:
-        kernel = njit(signature, nogil=True, parallel=parallel, cache=True)(function)
+        kernel = njit(signature, nogil=True, cache=True, **options)(function)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError):
         # No folder that can be written, a full disk, a file that somebody cut short.
-        kernel = njit(signature, nogil=True, parallel=parallel)(function)
+        kernel = njit(signature, nogil=True, **options)(function)
     return kernel  # type: ignore[no-any-return]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from model_fixtures import BLOCKS, TINY, save_tiny
 
+from node.model import decode_kernels, kernels
 from node.model.architecture import ARCHITECTURES
 from node.model.folder import HashMemo, ModelFolder, open_folder
 from node.model.span import Span, load_span
@@ -37,9 +39,9 @@ def library(span: Span) -> Span:
     return span
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_the_table_names_the_family_and_only_these_blocks_are_ours(folder):
@@ -64,7 +66,8 @@ def test_every_way_gives_what_the_librarys_block_gives(folder, quantize, dtype):
     ours = load_span(folder, 1, BLOCKS, dtype=dtype, quantize=quantize)
     theirs = library(load_span(folder, 1, BLOCKS, dtype=dtype, quantize=quantize))
     assert ours.dtype == theirs.dtype
-    close = assert_close if ours.dtype == torch.float32 else None
+    # Beside int8 rows are rounded to 16 bits, and one that differs in its last bit may round otherwise.
+    tolerance = TOLERANCE if quantize == "none" else 1e-4
     generator = torch.Generator().manual_seed(1)
     caches = [(ours.new_cache(2, 64), theirs.new_cache(2, 64))]
     position = 0
@@ -72,8 +75,8 @@ def test_every_way_gives_what_the_librarys_block_gives(folder, quantize, dtype):
         hidden = torch.randn(2, tokens, ours.hidden_size, generator=generator)
         got = ours.forward(hidden, caches[0][0], position, 2, 5)
         expected = theirs.forward(hidden, caches[0][1], position, 2, 5)
-        if close:
-            close(got, expected)
+        if ours.dtype == torch.float32:
+            assert_close(got, expected, tolerance)
         else:
             assert ((got - expected).float().norm() / expected.float().norm()) < 0.02
         position += tokens
@@ -105,12 +108,13 @@ def test_the_compiled_step_and_torchs_own_give_the_same(folder, monkeypatch):
         assert_close(answers[0], answers[1])
 
 
-@pytest.mark.parametrize("quantize", ["int8"])
-def test_a_row_of_an_int8_span_has_the_same_bits_alone_and_in_a_batch(folder, quantize):
-    span = load_span(folder, 0, BLOCKS, quantize=quantize)
-    for name, module in span.model.named_modules():
-        if hasattr(module, "plan"):
-            assert module.plan.way(1) == "compiled", name
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.float32, "int8"), (torch.bfloat16, "none"), (torch.float32, "none")]
+)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(folder, dtype, quantize):
+    span = load_span(folder, 0, BLOCKS, dtype=dtype, quantize=quantize)
+    if span.dtype != torch.float32:
+        pytest.skip("computed by torch on this CPU")
     generator = torch.Generator().manual_seed(3)
     arena = span.new_arena(600)
     lengths = (5, 30, 1, 16)
@@ -129,3 +133,40 @@ def test_a_row_of_an_int8_span_has_the_same_bits_alone_and_in_a_batch(folder, qu
     together = span.decode(rows, opened(), 0, BLOCKS)
     alone = torch.cat([span.decode(rows[i : i + 1], [cache], 0, BLOCKS) for i, cache in enumerate(opened())])
     assert torch.equal(together, alone)
+
+
+def test_several_threads_change_no_bit_of_a_block():
+    dtype = torch.int8
+    generator = torch.Generator().manual_seed(4)
+    rows, width, inner, head = 64, 512, 1024, 64
+    matrices = [
+        (
+            torch.randint(-127, 128, (outs, ins), dtype=dtype, generator=generator),
+            torch.rand(outs, generator=generator) / 1000,
+            None,
+        )
+        for outs, ins in ((1024, width), (width, 512), (2 * inner, width), (width, inner))
+    ]
+    qkv_at, out_at, gate_up_at, down_at = (decode_kernels.addresses_of(*matrix) for matrix in matrices)
+    norm, empty = np.ones(width, np.float32), np.empty(0, np.float32)
+    angles = torch.rand(8, head, generator=generator).numpy()
+    places, slots = np.zeros(rows, np.int64), np.arange(rows)
+    hidden = torch.randn(rows, width, generator=generator).numpy()
+    answers = []
+    for threads in (None, 2):
+        before, after = decode_kernels.halves(dtype, together=threads is not None)
+        keys, values = (np.zeros((rows, 4, head), np.float32) for _ in range(2))
+        qkv, residual = np.zeros((rows, 1024), np.float32), hidden.copy()
+        with kernels.team(threads or 1) as together:
+            assert together == (threads is not None)
+            before(
+                0, 1, threads, qkv_at, norm, 1e-5, residual, qkv, 8, keys, values, places, slots, angles,
+                angles, True, empty, empty,
+            )  # fmt: skip
+            after(
+                0, 1, threads, out_at, norm, 1e-5, gate_up_at, down_at, inner, qkv[:, :512].copy(), residual
+            )
+        answers.append((qkv, keys, values, residual))
+    for one, many in zip(*answers, strict=True):
+        assert np.array_equal(one, many)
+        assert np.abs(one).sum() > 0

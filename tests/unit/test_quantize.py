@@ -215,11 +215,12 @@ def test_threads_change_no_bit(kind, monkeypatch):
 
 def test_while_another_thread_uses_the_threads_one_is_enough(monkeypatch):
     monkeypatch.setattr(kernels, "SLICE_WORK", 1)
-    monkeypatch.setattr(kernels, "_run_in_slices", lambda *arguments: False)
     weight, scale = random_rows(7, 300, 37, torch.int8)
     rows = kernels.Rows(weight, scale, None)
     x = torch.randn(9, 37, generator=seeded(2))
-    assert torch.equal(rows(x, threads=3), rows(x))
+    with kernels.team(3) as together, kernels.team(2) as another:
+        assert (together, another) == (True, False)
+        assert torch.equal(rows(x, threads=3), rows(x))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_without_a_folder_for_the_cache_kernels_are_compiled_each_time(monkeypat
         return compiled
 
     monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels._compiled(kernels._whole, types.int8, parallel=False) is kernels._whole
+    assert kernels.compiled(kernels._whole, types.void(types.int8)) is kernels._whole
     assert asked == [True, False]
 
 
