@@ -50,6 +50,8 @@ def main() -> None:
     blocks = library.config.num_hidden_layers
     span = load_span(folder, 0, blocks, dtype=dtype, quantize=flags.quantize)
     ends = load_ends(folder, dtype=torch.float32)
+    ends.compile_head()
+    ends.make_screen()
 
     def generate(ids: list[int], tokens: int) -> dict[str, Any]:
         watch = Stopwatch()
@@ -71,7 +73,7 @@ def main() -> None:
         while True:
             began = time.perf_counter()
             hidden = span.forward(ends.embed(torch.tensor([feed]), cache.length), cache, cache.length)
-            feed = [int(ends.head(hidden[:, -1:].float())[0, -1].argmax())]
+            feed = [int(ends.head(hidden[:, -1:].float(), best_only=True)[0, -1].argmax())]
             yield feed[0], time.perf_counter() - began
 
     steps: Iterator[tuple[int, float]] = iter(())

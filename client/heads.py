@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Generic, TypeVar
 
 import outcome
@@ -39,12 +40,15 @@ class Heads:
         self._most_rows = most_rows
         self._waiting: deque[_Asked[object]] = deque()  # filled here, emptied in the torch thread
 
-    async def pick(self, read: Callable[[], Tensor], pick: Callable[[Tensor], T]) -> T:
+    async def pick(
+        self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], *, best_only: bool = False
+    ) -> T:
         """pick(logits float32 [vocabulary]) after the last position of read() [1, tokens, hidden].
 
+        best_only: `pick` wants to know which is the largest and no more; others may be -inf.
         Both run in the torch thread; what either raises is raised here.
         """
-        asked: _Asked[T] = _Asked(read, pick)
+        asked: _Asked[T] = _Asked(read, pick, best_only)
         # No await in between: whoever is first among those that wait is first in the thread's queue.
         self._waiting.append(asked)  # type: ignore[arg-type]  # what it picks is its own affair
         try:
@@ -76,7 +80,8 @@ class Heads:
         if not batch:
             return
         # The head knows no positions, so rows of different sessions go beside each other: [rows, 1, hidden].
-        logits = outcome.capture(self._ends.head, torch.cat(rows))
+        best_only = all(asked.best_only for asked in batch)
+        logits = outcome.capture(partial(self._ends.head, torch.cat(rows), best_only=best_only))
         if isinstance(logits, outcome.Error):  # our own bug, and as much the one's as the other's
             for asked in batch:
                 asked.answer = outcome.Error(logits.error)
@@ -88,10 +93,11 @@ class Heads:
 class _Asked(Generic[T]):
     """One who waits.  answer: set in the torch thread; wanted: until its caller has it or is cancelled."""
 
-    __slots__ = ("answer", "pick", "read", "wanted")
+    __slots__ = ("answer", "best_only", "pick", "read", "wanted")
 
-    def __init__(self, read: Callable[[], Tensor], pick: Callable[[Tensor], T]) -> None:
+    def __init__(self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], best_only: bool) -> None:
         self.read = read
         self.pick = pick
+        self.best_only = best_only
         self.answer: outcome.Outcome[T] | None = None
         self.wanted = True

@@ -90,8 +90,12 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     replays: int = 0
 
-    async def logits_after(self, tokens: list[int], pick: Callable[[Tensor], T]) -> T:
+    async def logits_after(
+        self, tokens: list[int], pick: Callable[[Tensor], T], *, best_only: bool = False
+    ) -> T:
         """pick(logits float32 [vocabulary]) after `tokens`; `pick` runs in the torch thread.
+
+        best_only: it wants to know which is the largest and no more; others may be -inf.
 
         Raises ValueError for more than max_length tokens or none; and, when give_up_seconds have
         passed, the last PeerFault, Refused or NoChain.
@@ -103,7 +107,7 @@ class Context:
         while failure is None or trio.current_time() < deadline:
             try:
                 with trio.fail_at(deadline):
-                    return await self._attempt(tokens, pick)
+                    return await self._attempt(tokens, pick, best_only)
             except (PeerFault, Refused) as error:
                 failure = error
                 self._drop_session(error)
@@ -120,7 +124,7 @@ class Context:
             self.session.close()
         self.session, self.tokens = None, []
 
-    async def _attempt(self, tokens: list[int], pick: Callable[[Tensor], T]) -> T:
+    async def _attempt(self, tokens: list[int], pick: Callable[[Tensor], T], best_only: bool) -> T:
         if self.session is None:
             self.session = await self.open_chain(max_length=self.max_length)
             self.tokens = []
@@ -129,7 +133,7 @@ class Context:
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[kept:]
         result = await self._feed(session, tokens, kept)
-        picked = await self.heads.pick(partial(session.decode, result), pick)
+        picked = await self.heads.pick(partial(session.decode, result), pick, best_only=best_only)
         self.worked(session)
         return picked
 

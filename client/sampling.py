@@ -47,6 +47,11 @@ class SamplingOptions:
         """Whether the likeliest token is taken."""
         return self.temperature is None or self.temperature < LEAST_TEMPERATURE
 
+    @property
+    def best_only(self) -> bool:
+        """Whether only the place of the largest logit matters."""
+        return self.greedy and self.repetition_penalty in (None, 1.0)
+
 
 class Sampler:
     """Chooses tokens by `options`; its generator is its only state."""
@@ -74,7 +79,7 @@ class Sampler:
 
 
 def _filters(options: SamplingOptions) -> list[Any]:  # Any: the library's processors are untyped
-    if options.greedy and options.repetition_penalty in (None, 1.0):
+    if options.best_only:
         return []
     from transformers.generation.logits_process import (
         RepetitionPenaltyLogitsProcessor,

@@ -153,7 +153,7 @@ class FakeEnds:
         self.embedded.append(ids.shape[1])
         return (ids[..., None] * torch.arange(1, HIDDEN + 1) + 1).float()
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """[1, tokens, hidden] -> logits [1, tokens, vocabulary]."""
         best = hidden.sum(-1).long() % self.vocabulary
         return torch.nn.functional.one_hot(best, self.vocabulary).float()

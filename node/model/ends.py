@@ -8,8 +8,9 @@ logit scales are the library's, for every family.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from node.model.checkpoint import end_tensors, load_tensors
 from node.model.folder import ModelFolder, read_json
 from node.model.progress import Progress, silent
 from node.model.span import LibraryConfig, library_class, library_config, load_trimmed, sliced_config
+
+if TYPE_CHECKING:
+    from node.model.screen import Screen
 
 
 class Ends:
@@ -46,6 +50,7 @@ class Ends:
             embedding, norm = (self._base.get_submodule(name) for name in architecture.ends)
             self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
         self._product: Callable[..., Tensor] | None = None  # the head's, where it is compiled
+        self._screen: Screen | None = None
 
     @property
     def stateless(self) -> bool:
@@ -72,6 +77,19 @@ class Ends:
             bias = None if head.bias is None else head.bias.detach()
             self._product = compiled.Rows(head.weight.detach(), None, bias)
 
+    def make_screen(self) -> None:
+        """From now on find the likeliest token with less work, where that is possible; takes a second.
+
+        May run beside other threads' calls.  Needs `compile_head` to have been called.
+        """
+        from node.model.screen import Screen
+
+        head = cast("nn.Linear", self._plain[2]) if self._plain is not None else None
+        if head is None or self._product is None or cast("Tensor | None", head.bias) is not None:
+            return
+        with suppress(ValueError):  # a head that holds no numbers; its logits will tell
+            self._screen = Screen(head.weight.detach())
+
     @torch.inference_mode()
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """Token ids [batch, tokens], the first at `position` -> hidden states before the first block."""
@@ -83,13 +101,20 @@ class Ends:
         return self.remote.take()
 
     @torch.inference_mode()
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """Hidden states after the last block [batch, tokens, hidden_size] -> float32 logits
-        [batch, tokens, vocab_size], one for each position that is given."""
+        [batch, tokens, vocab_size], one for each position that is given.
+
+        best_only: only the place and the value of the largest matter; others may be -inf.
+        """
         if self._plain is not None:
             _, norm, head = self._plain
             if self._product is not None:
-                return self._product(norm(hidden.to(self.device, self.dtype)), torch.get_num_threads())
+                normed, threads = norm(hidden.to(self.device, self.dtype)), torch.get_num_threads()
+                if best_only and self._screen is not None:
+                    flat = self._screen(normed.flatten(0, -2), threads)
+                    return flat.view(*hidden.shape[:-1], -1)
+                return self._product(normed, threads)
             return cast(Tensor, head(norm(hidden.to(self.device, self.dtype)))).float()
         self.remote.answer = hidden.to(self.device, self.dtype)
         try:

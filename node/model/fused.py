@@ -15,9 +15,10 @@ that cannot be merged) is left to the library: `fuse` answers None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -34,6 +35,8 @@ from node.model.graphs import LEAST_LENGTH, DecodeGraphs, Inputs, bucket
 from node.model.quantize import PackedLinear, kernels, merge_linears
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
+Halves = tuple[Callable[..., None], Callable[..., None]]
+_NOTHING = np.empty(0, np.float32)
 _FIRST_ANGLES = 1024  # positions; doubled when a longer session comes
 
 
@@ -83,20 +86,28 @@ class FusedBlock:
     @cached_property
     def compiled(self) -> Compiled:
         """For the kernels.  The layers' tensors stay where they are from now on."""
-        empty = np.empty(0, np.float32)
-        norms = (empty if norm is None else norm.numpy() for norm in (self.query_norm, self.key_norm))
-        inner = cast(Tensor, self.gate_up.weight).shape[0] // 2
+        qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
         return Compiled(
-            self.norm.numpy(), self.mlp_norm.numpy(), *norms, *map(_addresses, self.matrices), inner
+            norm=self.norm.numpy(),
+            mlp_norm=self.mlp_norm.numpy(),
+            query_norm=_NOTHING if self.query_norm is None else self.query_norm.numpy(),
+            key_norm=_NOTHING if self.key_norm is None else self.key_norm.numpy(),
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            inner=cast(Tensor, self.gate_up.weight).shape[0] // 2,
         )
 
 
 def _kept_in(linear: nn.Module) -> torch.dtype | None:
     """The dtype of a layer's weights, where the kernels can read them as they lie."""
-    weight, bias = linear.weight, linear.bias
-    plain = type(linear) is nn.Linear and weight.dtype == torch.float32 and weight.is_contiguous()
-    sound = bias is None or (cast(Tensor, bias).dtype == torch.float32 and cast(Tensor, bias).is_contiguous())
-    return cast(torch.dtype, weight.dtype) if sound and (plain or isinstance(linear, PackedLinear)) else None
+    if not isinstance(linear, PackedLinear) and type(linear) is not nn.Linear:
+        return None
+    weight, bias = linear.weight, cast("Tensor | None", linear.bias)
+    sound = weight.is_contiguous() and (isinstance(linear, PackedLinear) or weight.dtype == torch.float32)
+    sound = sound and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+    return weight.dtype if sound else None
 
 
 def _addresses(linear: nn.Module) -> NDArray[np.int64]:
@@ -158,6 +169,22 @@ def _fuse_block(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where the positions of a step lie: what is the same for all of its blocks.
+
+    write: slots of the new positions, read: of these and all before, both flat.  position: the first
+    new one.  masks: by window.  angles: cos and sin of the new positions.
+    """
+
+    arena: Arena
+    write: Tensor
+    read: Tensor
+    position: int
+    masks: dict[int, Tensor | None]
+    angles: tuple[Tensor, Tensor]
+
+
 class FusedSpan:
     """Runs of fused blocks over an arena.  Made by `fuse`."""
 
@@ -196,28 +223,66 @@ class FusedSpan:
         masks = {
             block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
         }
-        for index, block in self._numbered(start, stop):
-            q, k, v = self._query_key_value(block, hidden, cos, sin)
-            keys, values = arena.keys[index], arena.values[index]
-            keys.index_copy_(0, write.view(-1), k.reshape(-1, *keys.shape[1:]))
-            values.index_copy_(0, write.view(-1), v.reshape(-1, *values.shape[1:]))
-            if position:
-                k, v = (
-                    store.index_select(0, read.view(-1)).view(batch, length, *store.shape[1:])
-                    for store in (keys, values)
-                )
-            mask = masks[block.window]
-            attended = functional.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None and tokens > 1,
-                scale=block.scale,
-                enable_gqa=True,
-            )
-            hidden = self._after(block, hidden, attended.transpose(1, 2).flatten(2))
+        where = _Where(arena, write.view(-1), read.view(-1), position, masks, (cos, sin))
+        if not self._compiled(hidden) or not self._compiled_for(batch * tokens):
+            for index, block in self._numbered(start, stop):
+                hidden = self._torch_block(index, block, hidden, where)
+            return hidden
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        with self._halves() as halves:
+            for index, block in self._numbered(start, stop):
+                self._compiled_block(halves, index, block, hidden, where)
         return hidden
+
+    def _torch_block(self, index: int, block: FusedBlock, hidden: Tensor, where: _Where) -> Tensor:
+        q, k, v = self._query_key_value(block, hidden, *where.angles)
+        keys, values = where.arena.keys[index], where.arena.values[index]
+        keys.index_copy_(0, where.write, k.reshape(-1, *keys.shape[1:]))
+        values.index_copy_(0, where.write, v.reshape(-1, *values.shape[1:]))
+        return self._after(block, hidden, self._attended(index, block, q, k, v, where))
+
+    def _compiled_block(
+        self, halves: Halves, index: int, block: FusedBlock, hidden: Tensor, where: _Where
+    ) -> None:
+        """The same in place, with all but attention compiled."""
+        before, after = halves
+        it = block.compiled
+        batch, tokens, width = hidden.shape
+        residual = hidden.view(batch * tokens, width).numpy()
+        qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
+        keys, values = where.arena.keys[index].numpy(), where.arena.values[index].numpy()
+        cos, sin = (angles[:, 0].numpy() for angles in where.angles)
+        places = np.tile(np.arange(tokens), batch)
+        before(
+            it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads, keys,
+            values, places, where.write.numpy(), cos, sin, block.rotary, it.query_norm, it.key_norm,
+        )  # fmt: skip
+        attended = self._attended(index, block, *self._split(qkv), where).reshape(batch * tokens, -1)
+        after(
+            it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended.contiguous().numpy(),
+            residual,
+        )  # fmt: skip
+
+    def _attended(
+        self, index: int, block: FusedBlock, q: Tensor, k: Tensor, v: Tensor, where: _Where
+    ) -> Tensor:
+        """Attention of the new positions over these and all before: [batch, tokens, heads * head_dim]."""
+        if where.position:
+            k, v = (
+                store.index_select(0, where.read).view(len(q), -1, *store.shape[1:])
+                for store in (where.arena.keys[index], where.arena.values[index])
+            )
+        mask = where.masks[block.window]
+        attended = functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and q.shape[1] > 1,
+            scale=block.scale,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).flatten(2)
 
     def decode(
         self,
@@ -299,49 +364,54 @@ class FusedSpan:
         stop: int,
     ) -> Tensor:
         """`decode` in three compiled calls a block: before attention, attention over pages, and behind it."""
-        found, kept = decode_kernels(), self._kept
+        found = decode_kernels()
         assert found is not None
-        assert kept is not None
         attend = found.attention(self.head_dim, self.heads // self.key_heads)
         cos, sin = angles[0].numpy(), angles[1].numpy()
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-        rows = len(hidden)
-        residual = hidden.numpy()
+        residual, rows = hidden.numpy(), len(hidden)
         qkv = np.empty((rows, (self.heads + 2 * self.key_heads) * self.head_dim), np.float32)
         attended = np.empty((rows, self.heads * self.head_dim), np.float32)
-        seen, size, page = lengths + 1, kept.itemsize, arena.page_tokens
-        with found.kernels.team(torch.get_num_threads()) as together:
-            before, after = found.halves(kept, together=together)
-            threads = torch.get_num_threads() if together else None
+        seen, page = lengths + 1, arena.page_tokens
+        with self._halves() as (before, after):
             for index, block in self._numbered(start, stop):
                 it = block.compiled
                 keys, values = arena.keys[index].numpy(), arena.values[index].numpy()
                 before(
-                    0, size, threads, it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values,
-                    lengths, slots, cos, sin, block.rotary, it.query_norm, it.key_norm,
+                    it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values, lengths, slots, cos,
+                    sin, block.rotary, it.query_norm, it.key_norm,
                 )  # fmt: skip
                 attend(qkv, keys, values, table, seen, page, block.scale, block.window, attended)
                 after(
-                    0, size, threads, it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner,
-                    attended, residual,
+                    it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual
                 )  # fmt: skip
         return hidden
+
+    @contextmanager
+    def _halves(self) -> Iterator[Halves]:
+        """A block before and behind attention as compiled code, for as many threads as torch has."""
+        found, kept, threads = decode_kernels(), self._kept, torch.get_num_threads()
+        assert found is not None
+        assert kept is not None
+        with found.kernels.team(threads) as together:
+            before, after = found.halves(kept, together=together)
+            given = (0, kept.itemsize, threads if together else None)
+            yield partial(before, *given), partial(after, *given)
 
     def _query_key_value(
         self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, tokens, heads, head_dim] each, normed and rotated."""
-        qkv = block.qkv(_rms_norm(hidden, block.norm, block.eps))
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in qkv.split(
-                [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)], -1
-            )
-        )
+        q, k, v = self._split(block.qkv(_rms_norm(hidden, block.norm, block.eps)))
         if block.query_norm is not None and block.key_norm is not None:
             q, k = _rms_norm(q, block.query_norm, block.eps), _rms_norm(k, block.key_norm, block.eps)
         if block.rotary:
             q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        return q, k, v
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        counts = [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in torch.split(qkv, counts, -1))
         return q, k, v
 
     def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -362,6 +432,11 @@ class FusedSpan:
         """Whether the kernels may be used."""
         usable = self._kept is not None and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
         return usable and decode_kernels() is not None
+
+    def _compiled_for(self, rows: int) -> bool:
+        """Whether products of so many rows are fastest in the kernels."""
+        matrices = (matrix for block in self.blocks for matrix in block.matrices)
+        return all(isinstance(each, PackedLinear) and each.plan.way(rows) == "compiled" for each in matrices)
 
     def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [at least length, head_dim], by the library's own module."""

@@ -31,7 +31,7 @@ class CountingEnds(FakeEnds):
         super().__init__()
         self.heads: list[int] = []
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """[rows, 1, hidden] -> logits [rows, 1, vocabulary]."""
         self.heads.append(hidden.shape[0])
         return super().head(hidden)
@@ -174,7 +174,7 @@ async def test_an_error_of_the_head_itself_comes_to_all_and_the_next_ones_are_an
 
     async with open_compute_thread() as compute:
         heads, whole = Heads(ends, compute), ends.head
-        ends.head = lambda hidden: 1 // 0
+        ends.head = lambda hidden, best_only: 1 // 0
         async with trio.open_nursery() as nursery:
             busy = Busy(compute)
             await nursery.start(busy.run)
@@ -185,6 +185,28 @@ async def test_an_error_of_the_head_itself_comes_to_all_and_the_next_ones_are_an
         assert sorted(found) == [0, 1, 2]
         ends.head = whole
         assert await heads.pick(partial(some_hidden, 1, seed=5), best) == own_answer(5)
+
+
+async def test_only_a_batch_of_those_who_want_the_best_alone_is_computed_so():
+    asked = []
+
+    class ToldEnds(CountingEnds):
+        def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
+            asked.append(best_only)
+            return super().head(hidden)
+
+    async with open_compute_thread() as compute:
+        heads = Heads(ToldEnds(), compute)
+        for wishes in ((True, True), (True, False), (False,)):
+            busy = Busy(compute)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(busy.run)
+                for index, wish in enumerate(wishes):
+                    read = partial(some_hidden, 1, seed=index)
+                    nursery.start_soon(partial(heads.pick, read, best, best_only=wish))
+                await trio.testing.wait_all_tasks_blocked()
+                busy.let_go()
+    assert asked == [True, False, False]
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -220,7 +242,7 @@ async def test_one_that_is_cancelled_while_it_is_computed_costs_the_others_nothi
     scope = trio.CancelScope()
 
     class SlowEnds(CountingEnds):
-        def head(self, hidden: Tensor) -> Tensor:
+        def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
             computing.set()
             gate.wait(10)
             return super().head(hidden)
