@@ -411,7 +411,7 @@ class FusedSpan:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         counts = [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in torch.split(qkv, counts, -1))
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in torch.split(qkv, counts, -1))
         return q, k, v
 
     def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ class Batcher:
 
     Promises, checked by tests/unit/test_batcher.py:
       * ready decode steps of all sessions run in one batch, whatever blocks each of them uses;
-      * a prefill runs in chunks, in order, each alone in its batch;
+      * a prefill runs in chunks, in order; short ones of a peer share a turn of no more positions than
+        one chunk, so that sessions which begin together get their first tokens together;
       * between two turns of prefill or stateless requests a decode batch runs if a step is ready, so
         a decode step waits for one of them at most, and for the decode batch that it just missed;
       * a step of a peer that had no part in the last decode batch does not even wait for the chunk;
@@ -333,9 +334,22 @@ class Batcher:
         for other in heads:
             self._peers[other.peer].passed_over[kind] += 1
         self._peers[job.peer].passed_over[kind] = 0
+        if kind is Kind.STATELESS:
+            return (Piece(job, 0, job.tokens),)
+        return self._chunks(job, self._chunk(job, now), now)
+
+    def _chunks(self, job: Job, tokens: int, now: float) -> Batch:
+        """The next piece of a prefill, `tokens` a row at most, and whole ones of its peer in what is left."""
         offset = self._offsets[job.number]
-        tokens = self._chunk(job, now) if kind is Kind.PREFILL else job.tokens
-        return (Piece(job, offset, min(tokens, job.tokens - offset)),)
+        pieces = [Piece(job, offset, min(tokens, job.tokens - offset))]
+        left = (tokens - pieces[0].tokens) * job.rows if pieces[0].last else 0
+        for other in self._lanes[Kind.PREFILL][job.peer]:
+            remaining = other.tokens - self._offsets[other.number]
+            if other is job or other.rows * remaining > left or self._held_back(other, now):
+                continue
+            pieces.append(Piece(other, self._offsets[other.number], remaining))
+            left -= other.rows * remaining
+        return tuple(pieces)
 
     def _chunk(self, job: Job, now: float) -> int:
         """Tokens per row of a prefill's next piece."""

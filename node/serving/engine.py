@@ -222,7 +222,8 @@ class Engine:
             return
         steps = [work for work in works if isinstance(work, _Step)]
         if batch[0].job.kind is Kind.PREFILL:
-            self._chunk(batch[0], steps[0], began, settled)
+            for piece, step in zip(batch, steps, strict=True):
+                self._chunk(piece, step, time.perf_counter(), settled)
             return
         steps, hidden = _decoded(steps, settled)
         if not steps:

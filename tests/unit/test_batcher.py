@@ -162,7 +162,7 @@ def test_where_rows_cost_next_to_nothing_batches_stay_large_beside_others():
 # Prefill
 
 
-def test_a_prefill_runs_in_chunks_in_order_each_alone_in_its_batch():
+def test_a_prefill_runs_in_chunks_in_order():
     batcher = batcher_of(chunk_tokens=10)
     long, wide = job(kind=PREFILL, tokens=25), job(kind=PREFILL, rows=4, tokens=5)
     submit(batcher, long, wide)
@@ -175,6 +175,29 @@ def test_a_prefill_runs_in_chunks_in_order_each_alone_in_its_batch():
     assert Piece(wide, 4, 1).last
     assert not Piece(wide, 2, 2).last
     assert batcher.waiting == 0
+
+
+def test_short_prefills_of_a_peer_share_a_turn_of_one_chunk():
+    batcher = batcher_of(chunk_tokens=10)
+    first, second, wide, third = (
+        job(kind=PREFILL, tokens=3), job(kind=PREFILL, tokens=4), job(kind=PREFILL, rows=2, tokens=2),
+        job(kind=PREFILL, tokens=3),
+    )  # fmt: skip
+    other = job("other", PREFILL, 1)
+    submit(batcher, first, second, wide, third, other)
+    # The wide one would make it eleven; a peer that waits too has the next turn.
+    assert run(batcher) == (Piece(first, 0, 3), Piece(second, 0, 4), Piece(third, 0, 3))
+    assert run(batcher) == (Piece(other, 0, 1),)
+    assert run(batcher) == (Piece(wide, 0, 2),)
+    assert batcher.waiting == 0
+
+
+def test_the_end_of_a_long_prefill_leaves_room_for_a_short_one():
+    batcher = batcher_of(chunk_tokens=10)
+    long, short = job(kind=PREFILL, tokens=14), job(kind=PREFILL, tokens=6)
+    submit(batcher, long, short)
+    assert run(batcher) == (Piece(long, 0, 10),)
+    assert run(batcher) == (Piece(long, 10, 4), Piece(short, 0, 6))
 
 
 def test_a_chunk_has_at_least_one_token_of_each_row():
@@ -232,8 +255,9 @@ def test_a_step_of_a_peer_that_missed_the_last_batch_does_not_wait_for_the_chunk
 def test_the_peer_that_had_the_least_compute_prefills_next():
     batcher = batcher_of()
     submit(
-        batcher, job("a", PREFILL, 256), job("a", PREFILL, 10), job("b", PREFILL, 10), job("b", PREFILL, 10)
-    )
+        batcher,
+        job("a", PREFILL, 512), job("a", PREFILL, 10), job("b", PREFILL, 130), job("b", PREFILL, 130),
+    )  # fmt: skip
     assert [run(batcher)[0].job.peer for _ in range(4)] == ["a", "b", "b", "a"]
 
 
@@ -626,15 +650,20 @@ class Serving(RuleBasedStateMachine):
         assert len({piece.job.number for piece in batch}) == len(batch)
         if batch[0].job.kind is DECODE:
             assert len(batch) == 1 or sum(piece.job.rows for piece in batch) <= self.batcher.most_rows
+        elif batch[0].job.kind is PREFILL:
+            assert len({piece.job.peer for piece in batch}) == 1
+            assert all(piece.last for piece in batch[1:])
         else:
             assert len(batch) == 1
+        positions = sum(piece.tokens * piece.job.rows for piece in batch)
         for piece in batch:
             one, ran = self.waiting[piece.job.number]
             assert (one, ran) == (piece.job, piece.offset)
             assert one.deadline > self.now
             assert 1 <= piece.tokens <= one.tokens - ran
             if one.kind is PREFILL:
-                assert piece.tokens == 1 or piece.tokens * one.rows <= self.batcher.chunk_tokens
+                alone = piece.tokens == 1 and len(batch) == 1
+                assert alone or positions <= self.batcher.chunk_tokens
             else:
                 assert piece.last
 
