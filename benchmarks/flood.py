@@ -3,8 +3,9 @@
     python -m benchmarks.flood --quantize int8
 
 The flooder does nothing but send hidden states as fast as answers come back, and opens a session again
-where one is refused or ends.  Rounds alone and beside it alternate.  The node's resident memory is
-compared with the bound that it printed at its start.
+where one is refused or ends; not so fast that it would be banned, and without ever avoiding the
+server.  Rounds alone and beside it alternate.  The node's resident memory is compared with the bound
+that it printed at its start.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from benchmarks.decode import TEXT
 from benchmarks.processes import Worker, local_swarm
 
 PREFILL_TOKENS = 512
+UNDER_WAY_SECONDS = 20  # how long the flooder has for its first steps
+# Who opens faster, or comes again at once, is banned for a minute: the worst guest keeps to the rules.
+OPENS_PER_SECOND, RETRY_SECONDS = 15.0, 5.0
 BOUND = re.compile(r"bound ([\d.]+) GiB resident")
 
 
@@ -97,23 +101,30 @@ async def flood(flags: argparse.Namespace) -> None:
     async with open_swarm(ClientConfig(tuple(flags.peers), threads=1, wait_seconds=60)) as swarm:
         while await trio.to_thread.run_sync(sys.stdin.readline):
             done: Counter[str] = Counter()
-            print(json.dumps({}), flush=True)
+            all_there = trio.current_time() + 2 * flags.sessions / OPENS_PER_SECOND
             async with trio.open_nursery() as nursery:
-                for tokens in (1, PREFILL_TOKENS):
-                    for _ in range(flags.sessions):
-                        nursery.start_soon(_one, swarm, tokens, done)
+                for number in range(2 * flags.sessions):
+                    tokens = (1, PREFILL_TOKENS)[number % 2]
+                    nursery.start_soon(_one, swarm, tokens, number / OPENS_PER_SECOND, done)
+                with trio.move_on_after(UNDER_WAY_SECONDS):
+                    while done["steps of 1"] < flags.sessions or trio.current_time() < all_there:  # noqa: ASYNC110
+                        await trio.sleep(0.05)
+                done.clear()
+                print(json.dumps({}), flush=True)
                 await trio.to_thread.run_sync(sys.stdin.readline)
                 nursery.cancel_scope.cancel()
             print(json.dumps(done), flush=True)
 
 
-async def _one(swarm: Any, tokens: int, done: Counter[str]) -> None:
+async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> None:
     import torch
 
+    from client.retry import Blame
     from routing.chain import NoChain
     from tensor_codec.errors import PeerFault, Refused
 
     hidden = torch.randn(1, tokens, swarm.info.hidden_size)
+    await trio.sleep(delay)
     while True:
         try:
             async with swarm.session(max_length=2 * PREFILL_TOKENS) as session:
@@ -123,7 +134,8 @@ async def _one(swarm: Any, tokens: int, done: Counter[str]) -> None:
                     done[f"steps of {tokens}"] += 1
         except (Refused, PeerFault, NoChain) as error:
             done[type(error).__name__] += 1
-            await trio.sleep(0.1)
+            swarm.blame = Blame()  # who floods does not avoid the server that refuses it
+            await trio.sleep(RETRY_SECONDS)
 
 
 if __name__ == "__main__":
