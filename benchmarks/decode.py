@@ -116,7 +116,8 @@ def measure(
     tokens = sum(len(generation["tokens"]) for generation in counted)
     wall = sum(each["wall_seconds"] for each in rounds[1:])
     outside = [second for generation in counted for second in generation["outside_compute"][1:]]
-    rates = client_rates([each["generations"] for each in rounds[1:]])
+    generations = [each["generations"] for each in rounds[1:]]
+    rates, decode_rates = client_rates(generations, 0), client_rates(generations, 1)
     first = [generation["seconds"][0] for generation in counted]
     reference_rate = sum(len(each["tokens"]) for each in alone[1:]) / sum(
         each["wall_seconds"] for each in alone[1:]
@@ -148,6 +149,7 @@ def measure(
         "aggregate_share_of_reference": tokens / wall / reference_rate,
         "client_tokens_per_s": rates,
         "fairness": min(rates) / max(rates),
+        "decode_fairness": min(decode_rates) / max(decode_rates),
         "client_bytes_per_token": sum(each["bytes"] for each in rounds[1:]) / tokens,
         "server_cpu_s_per_token": sum(each["server_cpu_seconds"] for each in rounds[1:]) / tokens,
         "client_cpu_s_per_token": sum(each["cpu_seconds"] for each in rounds[1:]) / tokens,
@@ -172,11 +174,15 @@ def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
     return next((index for index, (a, b) in pairs if a != b), min(len(tokens), len(expected))) / longest
 
 
-def client_rates(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
-    """Tokens a second of each client over all rounds; first tokens and the seconds before them left out."""
+def client_rates(rounds: Sequence[Sequence[dict[str, Any]]], first: int) -> list[float]:
+    """Tokens a second of each client over all rounds, from token number `first` on.
+
+    From 0 on these are whole generations, with what the first token waited for; from 1 on decode steps
+    alone, in which whoever began first is behind: his steps waited for the prompts of all others.
+    """
     rates = []
     for generations in zip(*rounds, strict=True):
-        seconds = [second for generation in generations for second in generation["seconds"][1:]]
+        seconds = [second for generation in generations for second in generation["seconds"][first:]]
         rates.append(len(seconds) / sum(seconds))
     return rates
 

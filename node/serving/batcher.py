@@ -136,9 +136,9 @@ class Batcher:
 
     Half of its speed: a step that takes D alone, and comes T after the last answer, makes a cycle of
     T + D.  Beside others it waits for the end of the turn that it just missed and for its own batch,
-    1.25 D and 2 D at most: T + 3.25 D, less than twice as much where T is at least 1.25 D.  (4 D,
+    1.25 D and 1.5 D at most: T + 2.75 D, less than twice as much where T is at least 0.75 D.  (3.5 D,
     where it missed another's step of several rows.)  The network's round trip, other hops and the
-    client's own compute are in T; with T near 0 it keeps 1 / 3.  After a long turn it has the server
+    client's own compute are in T; with T near 0 it keeps 0.36.  After a long turn it has the server
     for as long as that turn took: half of its speed on the average, less a step that the next long
     turn catches.  All that compares batches through the same blocks, and is as good as `Cost` is.
 
@@ -157,7 +157,7 @@ class Batcher:
     most_stateless: int = 16  # waiting, of all peers: each may take seconds
     most_stateless_per_peer: int = 4
     recently_active_seconds: float = 2.0  # a token's way through a chain over slow links
-    joint_slowdown: float = 2.0  # of a batch that gives every active peer its step
+    joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
     absent_slowdown: float = 1.25  # of a turn that an active peer waits for; with 1 no row could join
     _costs: dict[Kind, Cost] = field(init=False)
     _lanes: dict[Kind, dict[str, deque[Job]]] = field(init=False)  # peers in the order of their turns

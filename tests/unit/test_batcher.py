@@ -146,11 +146,11 @@ def test_sixteen_equal_peers_are_in_one_batch():
 def test_while_others_are_active_further_steps_join_only_while_the_batch_stays_short():
     batcher = batcher_of()
     submit(batcher, *(job("flood") for _ in range(32)), job("honest"))
-    assert Counter(peers_of(run(batcher))) == {"flood": 3, "honest": 1}  # 8 + 4 * 3 ms <= 2 * 11 ms
+    assert Counter(peers_of(run(batcher))) == {"flood": 1, "honest": 1}  # 8 + 2 * 3 ms <= 1.5 * 11 ms
     # The honest one will be back: what it may have to wait for is as short as can be.
     assert Counter(peers_of(run(batcher))) == {"flood": 1}  # 8 + 2 * 3 ms > 1.25 * 11 ms
     away = batcher.recently_active_seconds + 0.1
-    assert Counter(peers_of(run(batcher, now=away))) == {"flood": 28}  # alone again
+    assert Counter(peers_of(run(batcher, now=away))) == {"flood": 30}  # alone again
 
 
 def test_where_rows_cost_next_to_nothing_batches_stay_large_beside_others():
@@ -211,8 +211,8 @@ def test_a_chunk_is_short_while_another_peer_decodes_and_long_when_it_has_gone()
     submit(batcher, job("honest"), job("flood", PREFILL, 512))
     assert kinds([run(batcher)]) == "D"
     chunk = run(batcher)
-    # Of 3.25 rows' time the next decode batch takes 14 / 11, with the row that may still come.
-    assert chunk[0].tokens == int((2 + 1.25 - 1) * 11 / 3 - 8 / 3)
+    # Of 2.75 rows' time the next decode batch takes 14 / 11, with the row that may still come.
+    assert chunk[0].tokens == int((1.5 + 1.25 - 1) * 11 / 3 - 8 / 3)
     assert run(batcher, now=batcher.recently_active_seconds + 0.1)[0].tokens == 256
 
 
@@ -281,7 +281,7 @@ def test_nobody_is_passed_over_for_ever(seed: int):
     bound = 2 * (1 + decodes_between) * (MOST_PASSED_OVER + len(peers))
     since: dict[tuple[Kind, str], int] = {}
     rng = random.Random(seed)
-    most_tokens = {DECODE: 1, PREFILL: 40, STATELESS: 4}
+    most_tokens = {DECODE: 1, PREFILL: 40, STATELESS: 2}  # none so long that it must rest
     for turn in range(200):
         for kind, peer in itertools.product(Kind, peers):
             if (kind, peer) not in since and rng.random() < 0.75:
@@ -536,7 +536,7 @@ LONG_FLOODS = {
 }
 
 
-@pytest.mark.parametrize("think", [0.015, 0.020, 0.025, 0.040])
+@pytest.mark.parametrize("think", [0.010, 0.015, 0.020, 0.025, 0.040])
 def test_a_peer_with_one_session_keeps_half_of_its_speed_beside_one_that_floods(think: float):
     honest = Client("honest", think=think)
     alone = answers([honest], small)[0]
@@ -558,7 +558,7 @@ def test_a_peer_with_one_session_keeps_half_of_its_speed_where_rows_cost_next_to
     alone = answers([honest], big)[0]
     beside = answers([honest, *SHORT_FLOOD], big)
     assert beside[0] >= 0.5 * alone
-    assert sum(beside[1:33]) > 8 * beside[0]  # and the flood still has large batches
+    assert sum(beside[1:33]) > 4 * beside[0]  # and the flood still has large batches
 
 
 def test_a_flood_is_not_starved_either():

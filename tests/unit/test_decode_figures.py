@@ -15,13 +15,16 @@ def test_tokens_count_as_equal_up_to_the_first_that_differs(tokens, share):
     assert equal_share(tokens, [1, 2, 3, 4]) == share
 
 
-def test_a_clients_rate_leaves_its_first_tokens_out_and_goes_over_all_rounds():
+def test_a_clients_rate_goes_over_all_rounds_and_leaves_first_tokens_out_where_told_to():
     rounds = [
         [{"seconds": [9.0, 0.5, 0.5]}, {"seconds": [1.0, 1.0, 1.0]}],
         [{"seconds": [9.0, 1.0, 2.0]}, {"seconds": [1.0, 1.0]}],
     ]
-    assert client_rates(rounds) == [1.0, 1.0]
-    assert client_rates(rounds[:1]) == [2.0, 1.0]
+    assert client_rates(rounds, 1) == [1.0, 1.0]
+    assert client_rates(rounds[:1], 1) == [2.0, 1.0]
+    whole = [sum(each[client]["seconds"]) for each in rounds for client in (0,)]
+    tokens = sum(len(each[0]["seconds"]) for each in rounds)
+    assert client_rates(rounds, 0)[0] == tokens / sum(whole)
 
 
 class Tokenizing:
