@@ -1,7 +1,8 @@
-"""What a decode step does beside its matrices, compiled by numba: norms, rotary, attention over pages.
+"""A fused block in three compiled calls: all before attention, attention over pages, all behind it.
 
-At one position a row these are a few hundred numbers each, and torch's dispatch costs more than
-computing them; attention over an arena's pages would have to gather them first.  Everything is
+At one position a row what is between two matrices is a few hundred numbers, and torch's dispatch costs
+more than computing them; attention over an arena's pages would have to gather them first.  The matrices
+are node/model/kernels.py's.  Everything is
 float32 on the CPU.  Importing this module imports numba.
 
 Each row is computed by itself in one order, so its result has the same bits alone and in any batch.

@@ -5,9 +5,10 @@ grouped key heads, norm, gated MLP.  They differ in biases, in a norm on queries
 and in blocks without rotary positions; `FusedBlock` holds what differs.  Queries, keys and values
 come out of one matrix, and so do gate and up.
 
-Two ways lead through a block.  `step` takes positions of one session (prefill, and everything on a
-GPU) with torch's attention.  `decode` takes one position of many rows of different lengths; in
-float32 on the CPU all but the matrices runs in compiled kernels over the arena's pages.
+Two ways lead through a block.  `step` takes positions of one session (prefill) with torch's attention.
+`decode` takes one position of many rows of different lengths.  In float32 on the CPU all before
+attention is one compiled call, and so is all behind it; for `decode` attention is the third, over the
+arena's pages.
 
 What is not known to be equal (other activations, rotary angles that depend on the length, layers
 that cannot be merged) is left to the library: `fuse` answers None.
