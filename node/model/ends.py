@@ -78,7 +78,7 @@ class Ends:
             self._product = compiled.Rows(head.weight.detach(), None, bias)
 
     def make_screen(self) -> None:
-        """From now on find the likeliest token with less work, where that is possible; takes a second.
+        """From now on find the likeliest token with less work, where that is possible (see `Screen`).
 
         May run beside other threads' calls.  Needs `compile_head` to have been called.
         """

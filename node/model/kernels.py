@@ -60,7 +60,7 @@ SLICE_WORK = 1 << 23  # products in the smallest slice that is worth handing to 
 CACHE_LINE = 64
 LARGEST = 32767  # what the largest number of a row becomes in 16 bits
 # A lane of 32 bits holds this many products of a pair of 16-bit and 8-bit numbers, then it might overflow.
-EXACT_VECTORS = (1 << 31) // (2 * LARGEST * 127)
+EXACT_VECTORS = (1 << 31) // (2 * LARGEST * 128)
 
 # Compiled code that uses this module's is cached by its own file's age: it must know of changes here, too.
 FINGERPRINT = zlib.crc32(Path(__file__).read_bytes())
@@ -371,7 +371,8 @@ def _tile(rows: int, outs: int) -> Any:
 
 
 # As many sums as fit into the registers (32 of AVX-512, else 16) beside the weights and x; a sum waits
-# four cycles for its last addition, so fewer than eight leave the CPU idle.  Measured best of their rows.
+# four cycles for its last addition, so fewer than eight leave the CPU idle.  Those for
+# 16 registers were measured best of their rows.
 _OUTS = (4, 4, 4, 4, 4, 4) if LANES == 16 else (4, 4, 3, 3, 2, 2)  # by rows, from one on
 _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (
     _tile(rows, outs) for rows, outs in enumerate(_OUTS, 1)
