@@ -466,7 +466,8 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         info, ends = await compute.run(_load_ends, config)
         gc.freeze()  # what is there now stays: later collections need not look at a million objects
         heads = Heads(ends, compute)
-        nursery.start_soon(partial(trio.to_thread.run_sync, ends.make_screen, abandon_on_cancel=True))
+        # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
+        nursery.start_soon(trio.to_thread.run_sync, ends.make_screen)
         yield Swarm(config, info, ends, Blame(), host, directory, compute, heads, nursery)
 
 
