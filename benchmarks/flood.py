@@ -119,7 +119,7 @@ async def flood(flags: argparse.Namespace) -> None:
 async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> None:
     import torch
 
-    from client.retry import Blame
+    from client.blame import Blame
     from routing.chain import NoChain
     from tensor_codec.errors import PeerFault, Refused
 
@@ -134,7 +134,7 @@ async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> Non
                     done[f"steps of {tokens}"] += 1
         except (Refused, PeerFault, NoChain) as error:
             done[type(error).__name__] += 1
-            swarm.blame = Blame()  # who floods does not avoid the server that refuses it
+            swarm.routes.blame = Blame()  # who floods does not avoid the server that refuses it
             await trio.sleep(RETRY_SECONDS)
 
 

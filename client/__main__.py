@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
     generate.add_argument(
-        "--show-route", action="store_true", help="print the route first (on standard error)"
+        "--show-route",
+        action="store_true",
+        help="print the route, and what happened to it (on standard error)",
     )
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
     chat = commands.add_parser("chat", help="talk with the model; its memory stays in one session")
@@ -102,6 +104,9 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
     )
     parser.add_argument(
         "--wait", type=float, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write what happened to the session, one JSON a line"
     )
     parser.add_argument(
         "--codec", choices=("auto", "fp32", "bf16"), default="auto", help="hidden states on the wire"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from client.connect import ClientConfig
     from client.generate import Token
+    from client.trace import Trace
     from node.model.ends import Ends
     from node.model.info import ModelInfo
     from routing.chain import Chain
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 class ConversationLike(Protocol):
     """Caches that outlive one `generate`.  See `client.retry.Context`."""
+
+    @property
+    def trace(self) -> Trace:
+        """What happened to its session."""
 
     def close(self) -> None:
         """End the session."""
@@ -40,7 +45,18 @@ class SessionLike(Protocol):
     def length(self) -> int:
         """Positions in the hops' caches."""
 
-    async def step(self, hidden: Tensor, position: int | None = None, reply: Reply = "all") -> Tensor | None:
+    @property
+    def trace(self) -> Trace:
+        """What happened to it."""
+
+    async def step(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+    ) -> Tensor | None:
         """Run hidden states through the chain.  See `Session.step`."""
 
 
@@ -80,10 +96,11 @@ class SwarmLike(Protocol):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         context: Any = None,  # Any: what `conversation` of the same swarm gave
+        trace: Trace | None = None,
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`."""
 
-    def conversation(self, max_length: int = 2048) -> ConversationLike:
+    def conversation(self, max_length: int = 2048, *, trace: Trace | None = None) -> ConversationLike:
         """See `Swarm.conversation`."""
 
     async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:

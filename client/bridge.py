@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from client.generate import Token
     from client.retry import Context
     from client.session import Session, StepTimes
+    from client.trace import Trace
     from node.model.ends import Ends
     from node.model.info import ModelInfo
     from routing.chain import Chain
@@ -144,6 +145,7 @@ class BridgedSwarm:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         context: BridgedConversation | None = None,
+        trace: Trace | None = None,
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`.  At most TOKENS_AHEAD tokens wait for a consumer that is slow."""
         # The call itself only checks and tokenizes; what needs trio begins with the first token.
@@ -157,12 +159,13 @@ class BridgedSwarm:
             seed=seed,
             stop=stop,
             context=context._context if context is not None else None,
+            trace=trace,
         )
         return self._thread.iterate(tokens)
 
-    def conversation(self, max_length: int = 2048) -> BridgedConversation:
+    def conversation(self, max_length: int = 2048, *, trace: Trace | None = None) -> BridgedConversation:
         """See `Swarm.conversation`."""
-        return BridgedConversation(self._swarm.conversation(max_length), self._thread)
+        return BridgedConversation(self._swarm.conversation(max_length, trace=trace), self._thread)
 
     async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         """See `Swarm.forward`."""
@@ -200,6 +203,11 @@ class BridgedConversation:
         self._context = context
         self._thread = thread
 
+    @property
+    def trace(self) -> Trace:
+        """What happened to its session."""
+        return self._context.trace
+
     def close(self) -> None:
         """End the session; returns at once."""
         self._thread.soon(self._context.close)
@@ -227,9 +235,22 @@ class BridgedSession:
         """Where the time of the last step went."""
         return self._session.times
 
-    async def step(self, hidden: Tensor, position: int | None = None, reply: Reply = "all") -> Tensor | None:
+    @property
+    def trace(self) -> Trace:
+        """What happened to it."""
+        return self._session.trace
+
+    async def step(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+    ) -> Tensor | None:
         """See `Session.step`."""
-        return await self._thread.call(partial(self._session.step, hidden, position, reply))
+        step = partial(self._session.step, hidden, position, reply, seconds=seconds)
+        return await self._thread.call(step)
 
 
 class TrioThread(Generic[V]):

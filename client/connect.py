@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,33 +24,33 @@ import sniffio
 import trio
 
 from node.config import ConfigError
-from routing.chain import Chain, NoChain, cheapest_chain
+from routing.chain import Chain, NoChain
 from routing.names import PeerId
-from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
-from tensor_codec.messages import COMPUTE_PROTOCOL, SESSION_PROTOCOL
+from tensor_codec.messages import COMPUTE_PROTOCOL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from client.api import SwarmLike
+    from client.blame import Blame
     from client.generate import Generation, Token
     from client.heads import Heads
-    from client.retry import Blame, Context
+    from client.retry import Context
+    from client.routes import Routes
     from client.session import Session
     from client.stateless import Stateless
+    from client.trace import Trace
     from node.compute import ComputeThread
     from node.model.ends import Ends
     from node.model.info import ModelInfo
     from node.network.directory import Directory
     from node.network.host import Host
-    from node.network.streams import FramedStream
     from routing.swarm import SwarmView
 
 PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
 PING_SECONDS = 1.0
 FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
-RATE_WEIGHT = 0.2  # of the newest step in what we believe of a hop's speed
 RETRY_PAUSE_SECONDS = 0.5
 
 
@@ -86,13 +86,12 @@ class Swarm:
     config: ClientConfig
     info: ModelInfo
     ends: Ends
-    blame: Blame
+    routes: Routes
     _host: Host
     _directory: Directory
     _compute: ComputeThread
     _heads: Heads
     _nursery: trio.Nursery
-    _rates: dict[PeerId, float] = field(default_factory=dict)  # seconds per block, as seen here
     _stateless: Stateless = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,15 +101,20 @@ class Swarm:
         self._stateless = Stateless(
             info=self.info,
             find_chain=self._find_run,
-            dtype_of=self._dtype_of,
-            open_stream=partial(self._open_stream, protocol=COMPUTE_PROTOCOL),
+            dtype_of=self.routes.dtype_of,
+            open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
             compute=self._compute,
-            blame=self.blame,
+            blame=self.routes.blame,
             limits=config.limits,
             codec=config.codec,
             step_seconds=config.step_seconds,
             give_up_seconds=config.give_up_seconds,
         )
+
+    @property
+    def blame(self) -> Blame:
+        """The peers that are avoided now."""
+        return self.routes.blame
 
     def view(self) -> SwarmView:
         """What is known of the swarm now."""
@@ -122,13 +126,13 @@ class Swarm:
 
     async def route(self) -> Chain:
         """The chain that a session would take now.  Raises NoChain."""
-        return await self._route(self._choose)
+        await self._know_the_distances()
+        return self.routes.choose()
 
-    async def _route(self, choose: Callable[[frozenset[PeerId]], Chain]) -> Chain:
-        """What `choose` makes of the peers to be avoided, once the round trips are known."""
+    async def _know_the_distances(self) -> None:
+        """Measure the round trips to the peers that a chain may begin or end with."""
         spans = self.view().spans(self.info.revision, self.info.blocks)
         await self._directory.measure([span.peer for span in spans[:PINGED_PEERS]], PING_SECONDS)
-        return choose(self.blame.avoided(trio.current_time()))
 
     def generate(
         self,
@@ -142,14 +146,17 @@ class Swarm:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         context: Context | None = None,
+        trace: Trace | None = None,
     ) -> AsyncGenerator[Token, None]:
         """Continue `prompt` (text, or token ids); yields each token with its text as it comes.
 
         Greedy unless `temperature` is above 0.  Ends at the model's end token, at a stop string,
         or after `max_new_tokens`; the last token says which in `finish_reason`.
         context: from `conversation`: keep the caches for the next call.
-        A server that fails is replaced and the tokens so far are sent again: the caller sees a
-        pause.  Raises ValueError (an option or a length out of range), NoChain, PeerFault, Refused.
+        trace: takes down what happens to the session; a conversation has its own.
+        A server that fails is replaced, and what it had is sent to the new one by the server before
+        it: the caller sees a pause.  Raises ValueError (an option or a length out of range), NoChain,
+        PeerFault, Refused.
         Leave the loop early under `contextlib.aclosing`, so that the session ends at once.
         """
         from client.generate import Generation
@@ -167,19 +174,21 @@ class Swarm:
         own = context is None
         generation: Generation = Generation(
             ends=self.ends,
-            context=context or self.conversation(length),
+            context=context or self.conversation(length, trace=trace),
             options=options,
             stop=stops,
             max_new_tokens=max_new_tokens,
         )
         return generation.run(ids, close=own)
 
-    def conversation(self, max_length: int = 2048) -> Context:
+    def conversation(self, max_length: int = 2048, *, trace: Trace | None = None) -> Context:
         """A session whose caches outlive one `generate`: later prompts only send what is new.
 
         Give it to `generate(context=...)` and `close` it at the end.  max_length: in tokens.
+        trace: takes down what happens; `context.trace` if not given.
         """
         from client.retry import Context
+        from client.trace import Trace
 
         self._check_length(max_length, f"a conversation of {max_length} tokens")
         return Context(
@@ -187,17 +196,18 @@ class Swarm:
             compute=self._compute,
             heads=self._heads,
             open_chain=self.open_chain,
-            blame=self.blame,
             worked=self._learn,
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
+            trace=Trace() if trace is None else trace,
         )
 
     @asynccontextmanager
     async def session(self, *, batch: int = 1, max_length: int = 2048) -> AsyncIterator[Session]:
         """A session for hidden states: `await session.step(hidden)`.
 
-        It is not repaired when a hop fails: `step` then raises PeerFault or Refused.
+        A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
+        the session may be used again then.  `session.trace` tells what happened.
         Raises NoChain, PeerFault, Refused.
         """
         self._check_length(max_length, f"a session of {max_length} positions")
@@ -234,13 +244,44 @@ class Swarm:
         stop = self.info.blocks if stop is None else stop
         return await self._stateless.backward(hidden, grad, start, stop)
 
-    async def open_chain(self, *, max_length: int, batch: int = 1) -> Session:
+    async def open_chain(
+        self, *, max_length: int, batch: int = 1, deadline: float | None = None, trace: Trace | None = None
+    ) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
+        deadline: on trio's clock, if it is to be another one.
         Peers that have failed lately are used only when nothing else covers the model.
-        Raises NoChain, or PeerFault and Refused with `peer` from opening.
+        Raises NoChain, PeerFault and Refused when the time is up.
         """
-        return await self._open(await self._wait_for_chain(self._choose), max_length, batch)
+        from client.route import Terms
+        from client.session import open_session
+
+        wait_until = trio.current_time() + self.config.wait_seconds
+        deadline = wait_until if deadline is None else min(deadline, wait_until)
+        chain = await self._wait_for_chain(self.routes.choose, deadline)
+        info = self.info
+        terms = Terms(
+            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self._codec(chain)
+        )
+        return await open_session(
+            terms,
+            self.routes,
+            nursery=self._nursery,
+            compute=self._compute,
+            limits=self.config.limits,
+            give_up_seconds=self.config.give_up_seconds,
+            deadline=deadline,
+            trace=trace,
+        )
+
+    def _codec(self, chain: Chain) -> str:
+        """How hidden states travel along this chain, so that nothing is lost."""
+        from tensor_codec.compression import codec_for
+
+        if self.config.codec != "auto":
+            return self.config.codec
+        known = (self.routes.dtype_of(hop.peer) for hop in chain.hops)
+        return codec_for(frozenset(dtype for dtype in known if dtype is not None))
 
     async def _find_run(
         self,
@@ -253,106 +294,32 @@ class Swarm:
     ) -> Chain:
         """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
         choose = partial(
-            self._choose, start=start, stop=stop, positions=positions, measured=measured, waiting=waiting
+            self.routes.choose_for_throughput,
+            start,
+            stop,
+            positions=positions,
+            measured=measured,
+            waiting=waiting,
         )
-        return await self._wait_for_chain(choose)
+        return await self._wait_for_chain(choose, trio.current_time() + self.config.wait_seconds)
 
-    async def _wait_for_chain(self, choose: Callable[[frozenset[PeerId]], Chain]) -> Chain:
-        deadline = trio.current_time() + self.config.wait_seconds
-        chain, looked_further = None, False
-        while chain is None:
-            seen = self.view()
+    async def _wait_for_chain(self, choose: Callable[..., Chain], deadline: float) -> Chain:
+        """The first chain that can be chosen, with peers that failed lately where nothing else is left."""
+        desperate_at = trio.current_time() + RETRY_PAUSE_SECONDS
+        while True:
+            await self._know_the_distances()
             try:
-                chain = await self._route(choose)
+                return choose(desperate=trio.current_time() >= desperate_at)
             except NoChain:
                 if trio.current_time() >= deadline:
                     raise
-                if not looked_further:  # beyond what the neighbours know
-                    looked_further = True
-                    await self._directory.find_peers(self.info.revision, FIND_SECONDS)
-                with trio.move_on_at(min(deadline, trio.current_time() + RETRY_PAUSE_SECONDS)) as pause:
-                    await self._directory.changed(seen)
-                if pause.cancelled_caught:
-                    with suppress(NoChain):
-                        chain = choose(frozenset())
-        return chain
-
-    async def _open(self, chain: Chain, max_length: int, batch: int) -> Session:
-        from client.session import Terms, open_session
-        from tensor_codec.compression import codec_for
-
-        view, info = self.view(), self.info
-        records = {hop.peer: view.get(hop.peer) for hop in chain.hops}
-        dtypes = {peer: record.dtype for peer, record in records.items() if record is not None}
-        gone = next((peer for peer, record in records.items() if record is None), None)
-        if gone is not None:
-            fault = PeerGone(f"{gone} has just left the swarm")
-            fault.peer = gone
-            raise fault
-        codec = codec_for(frozenset(dtypes.values())) if self.config.codec == "auto" else self.config.codec
-        terms = Terms(info.name, info.revision, info.hidden_size, batch, max_length, dtypes, codec)
-        return await open_session(
-            chain,
-            terms,
-            open_stream=partial(self._open_stream, protocol=SESSION_PROTOCOL),
-            nursery=self._nursery,
-            compute=self._compute,
-            limits=self.config.limits,
-            step_seconds=self.config.step_seconds,
-        )
-
-    def _dtype_of(self, peer: PeerId) -> str | None:
-        record = self.view().get(peer)
-        return record.dtype if record is not None else None
-
-    async def _open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
-        record = self.view().get(peer)
-        addresses = record.addresses if record is not None else ()
-        seconds = self.config.limits.dial_seconds
-        return await self._host.open_stream(peer, addresses, protocol, seconds=seconds)
-
-    def _choose(
-        self,
-        excluded: frozenset[PeerId],
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        positions: int = 1,
-        measured: Mapping[PeerId, float] | None = None,
-        waiting: Mapping[PeerId, int] | None = None,
-    ) -> Chain:
-        """The chain to use, as `cheapest_chain` says.  measured: None for that of decode steps."""
-        info, view = self.info, self.view()
-        try:
-            return cheapest_chain(
-                view.spans(info.revision, info.blocks),
-                info.blocks,
-                start=start,
-                stop=stop,
-                client_rtt=self._directory.rtts(),
-                measured=self._rates if measured is None else measured,
-                excluded=excluded,
-                positions=positions,
-                waiting=waiting,
-            )
-        except NoChain as none:
-            served = view.models()
-            if not served or info.revision in {key.revision for key in served}:
-                raise
-            ours = f"not {info.name} (revision {info.revision})"
-            instead = [f"{key.model} (revision {key.revision})" for key in served]
-            raise NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours]) from None
+            await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
 
     def _learn(self, session: Session) -> None:
         """Take in what a step has shown about its hops."""
-        for hop in session.chain.hops:
-            self.blame.worked(hop.peer)
-        if session.times is None or session.last_tokens != 1:
-            return
-        for hop, (held, _) in zip(session.chain.hops, session.times.hops, strict=False):
-            rate = held / (hop.stop - hop.start)
-            known = self._rates.get(hop.peer, rate)
-            self._rates[hop.peer] = known + RATE_WEIGHT * (rate - known)
+        self.routes.worked(session.well)
+        if session.times is not None and session.last_tokens == 1:
+            self.routes.learn(session.chain.hops, [held for held, _ in session.times.hops])
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -436,7 +403,7 @@ class _Connection:
 async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     """The trio side of `connect`.  Raises ConfigError."""
     from client.heads import Heads
-    from client.retry import Blame
+    from client.routes import Routes
     from node.compute import open_compute_thread
     from node.network.directory import open_directory
     from node.network.host import open_host
@@ -468,7 +435,17 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         heads = Heads(ends, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
         nursery.start_soon(trio.to_thread.run_sync, ends.make_screen)
-        yield Swarm(config, info, ends, Blame(), host, directory, compute, heads, nursery)
+        routes = Routes(
+            info.name,
+            info.revision,
+            info.blocks,
+            view=directory.view,
+            rtts=directory.rtts,
+            changed_since=directory.changed,
+            dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
+            find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
+        )
+        yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery)
 
 
 def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends]:

@@ -1,9 +1,8 @@
-"""Tokens in a chain's caches, and how they get there again when a chain breaks.
+"""Tokens in a session's caches, and how they get there again when something goes wrong.
 
 A `Context` is asked for the logits after some tokens.  It keeps track of which of them the hops
-have in their caches already, sends only the rest, cuts where the tokens differ, and opens a new
-session along another chain when a hop fails: the tokens are then sent again from the first one.
-Which peers have failed lately is kept for all contexts together in `Blame`.
+have in their caches already, sends only the rest, and cuts where the tokens differ.  Hops that fail
+are the session's affair (`client.session`): what comes through to here is the caller's deadline.
 """
 
 from __future__ import annotations
@@ -19,53 +18,26 @@ from torch import Tensor
 
 from client.heads import Heads
 from client.session import Pending, Session
+from client.trace import Trace
 from node.compute import ComputeThread
 from node.model.ends import Ends
-from routing.chain import NoChain
-from routing.names import PeerId
-from tensor_codec.errors import PeerFault, Refused, SlowPeer
+from tensor_codec.errors import BadResult, SlowPeer
 from tensor_codec.messages import Reply, Result
 
 T = TypeVar("T")
 
-AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
-AVOID_MOST_SECONDS = 3600.0
-CHUNKS_UNDER_WAY = 4  # half of what a hop takes (Limits.max_steps_in_flight)
-PREFILL_TOKENS = 256  # positions of one prefill step: hops work on different ones at a time
-
-
-@dataclass(slots=True)
-class Blame:
-    """Peers to be avoided, and until when.  Times are the caller's clock, in seconds."""
-
-    _until: dict[PeerId, float] = field(default_factory=dict)
-    _faults: dict[PeerId, int] = field(default_factory=dict)
-
-    def fault(self, peer: PeerId, now: float) -> None:
-        """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour."""
-        count = self._faults[peer] = self._faults.get(peer, 0) + 1
-        self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), AVOID_MOST_SECONDS)
-
-    def refused(self, peer: PeerId, retry_after_seconds: float | None, now: float) -> None:
-        """A peer said no: ask others for a while, without blaming it."""
-        until = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
-        self._until[peer] = max(until, self._until.get(peer, until))
-
-    def worked(self, peer: PeerId) -> None:
-        """A peer answered: its earlier faults are forgotten."""
-        self._faults.pop(peer, None)
-        self._until.pop(peer, None)
-
-    def avoided(self, now: float) -> frozenset[PeerId]:
-        """The peers to leave out now."""
-        return frozenset(peer for peer, until in self._until.items() if until > now)
+LATE_SECONDS = 0.1  # after the deadline, whatever it is that hangs
+CHUNKS_UNDER_WAY = 6  # of the 8 that a hop takes (Limits.max_steps_in_flight)
+PREFILL_TOKENS = 256  # positions of one prefill step, at the most: hops work on different ones at a time
+LEAST_PREFILL_TOKENS = 32  # below that a chunk costs nearly what a longer one does
+CHUNKS_PER_HOP = 4  # of a prompt: k hops then take (4 k + k - 1) / 4 k times what the slowest alone would
 
 
 class OpenChain(Protocol):
     """How a context gets a session: along the best chain known now."""
 
-    def __call__(self, *, max_length: int) -> Awaitable[Session]:
-        """Raises PeerFault or Refused with `peer`, NoChain when none came up in time."""
+    def __call__(self, *, max_length: int, deadline: float, trace: Trace) -> Awaitable[Session]:
+        """Raises NoChain, PeerFault or Refused when the deadline (trio's clock) has passed."""
 
 
 @dataclass(slots=True)
@@ -82,13 +54,17 @@ class Context:
     compute: ComputeThread
     heads: Heads
     open_chain: OpenChain
-    blame: Blame
     worked: Callable[[Session], None]
     max_length: int
     give_up_seconds: float
+    trace: Trace = field(default_factory=Trace)
     session: Session | None = None
     tokens: list[int] = field(default_factory=list)
-    replays: int = 0
+
+    @property
+    def recoveries(self) -> int:
+        """How often the chain was changed in mid-session."""
+        return self.trace.counts["rerouted"]
 
     async def logits_after(
         self, tokens: list[int], pick: Callable[[Tensor], T], *, best_only: bool = False
@@ -98,25 +74,24 @@ class Context:
         best_only: it wants to know which is the largest and no more; others may be -inf.
 
         Raises ValueError for more than max_length tokens or none; and, when give_up_seconds have
-        passed, the last PeerFault, Refused or NoChain.
+        passed, the last PeerFault, Refused or NoChain.  It may be asked again afterwards: what the
+        hops that are left have in their caches is not sent again.
         """
         if not 0 < len(tokens) <= self.max_length:
             raise ValueError(f"{len(tokens)} tokens, 1 to {self.max_length} are allowed here")
         deadline = trio.current_time() + self.give_up_seconds
-        failure: PeerFault | Refused | NoChain | None = None
-        while failure is None or trio.current_time() < deadline:
+        while True:
             try:
-                with trio.fail_at(deadline):
-                    return await self._attempt(tokens, pick, best_only)
-            except (PeerFault, Refused) as error:
-                failure = error
-                self._drop_session(error)
-            except NoChain as error:
-                raise (failure or error) from error
+                with trio.fail_at(deadline + LATE_SECONDS):
+                    return await self._attempt(tokens, pick, best_only, deadline)
+            except BadResult as bad:
+                if bad.peer is None or self.session is None or trio.current_time() >= deadline:
+                    raise
+                # The hop that made it is left; which positions it spoilt is not known.
+                self.session.distrust(bad)
+                self.tokens = []
             except trio.TooSlowError:
-                break
-        self.close()
-        raise failure or SlowPeer(f"no answer within {self.give_up_seconds} s")
+                raise SlowPeer(f"no answer within {self.give_up_seconds} s") from None
 
     def close(self) -> None:
         """End the session; the context may be used again, and then opens another."""
@@ -124,39 +99,53 @@ class Context:
             self.session.close()
         self.session, self.tokens = None, []
 
-    async def _attempt(self, tokens: list[int], pick: Callable[[Tensor], T], best_only: bool) -> T:
+    async def _attempt(
+        self, tokens: list[int], pick: Callable[[Tensor], T], best_only: bool, deadline: float
+    ) -> T:
         if self.session is None:
-            self.session = await self.open_chain(max_length=self.max_length)
+            self.session = await self.open_chain(
+                max_length=self.max_length, deadline=deadline, trace=self.trace
+            )
             self.tokens = []
         session = self.session
         # At least one token is sent, for there must be an answer to take the logits from.
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[kept:]
-        result = await self._feed(session, tokens, kept)
+        result = await self._feed(session, tokens, kept, deadline)
         picked = await self.heads.pick(partial(session.decode, result), pick, best_only=best_only)
         self.worked(session)
         return picked
 
-    async def _feed(self, session: Session, tokens: list[int], kept: int) -> Result:
+    async def _feed(self, session: Session, tokens: list[int], kept: int, deadline: float) -> Result:
         """Send all tokens from position `kept` on; the answer to the last one.
 
         A long prompt goes in chunks, several on their way at a time: hops work on different ones.
         """
-        chunk = min(PREFILL_TOKENS, session.max_step_tokens)
+        try:
+            return await self._feed_chunks(session, tokens, kept, deadline)
+        except BaseException:
+            session.give_up_steps()
+            raise
+
+    async def _feed_chunks(self, session: Session, tokens: list[int], kept: int, deadline: float) -> Result:
+        chunk = _chunk(len(tokens) - kept, len(session.chain.hops), session.max_step_tokens)
         under_way: deque[tuple[int, Pending]] = deque()
         for begin in range(kept, len(tokens), chunk):
             stop = min(begin + chunk, len(tokens))
             body = await self._embed(session, tokens[begin:stop], begin)
             if len(under_way) == CHUNKS_UNDER_WAY:
-                await self._acknowledge(session, tokens, *under_way.popleft())
+                await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
             reply: Reply = "last" if stop == len(tokens) else "none"
-            under_way.append((stop, await session.submit(body, begin, stop - begin, reply)))
+            pending = await session.submit(body, begin, stop - begin, reply, deadline=deadline)
+            under_way.append((stop, pending))
         while len(under_way) > 1:
-            await self._acknowledge(session, tokens, *under_way.popleft())
-        return await self._acknowledge(session, tokens, *under_way.popleft())
+            await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
+        return await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
 
-    async def _acknowledge(self, session: Session, tokens: list[int], stop: int, pending: Pending) -> Result:
-        result = await session.collect(pending)
+    async def _acknowledge(
+        self, session: Session, tokens: list[int], stop: int, pending: Pending, deadline: float
+    ) -> Result:
+        result = await session.collect(pending, deadline=deadline)
         self.tokens = tokens[:stop]
         return result
 
@@ -173,15 +162,11 @@ class Context:
         here = len(tokens) == 1 and self.ends.stateless
         return embed() if here else await self.compute.run(embed)
 
-    def _drop_session(self, error: PeerFault | Refused) -> None:
-        now = trio.current_time()
-        if error.peer is not None and isinstance(error, Refused):
-            self.blame.refused(PeerId(error.peer), error.retry_after_seconds, now)
-        elif error.peer is not None:
-            self.blame.fault(PeerId(error.peer), now)
-        if self.tokens:
-            self.replays += 1
-        self.close()
+
+def _chunk(tokens: int, hops: int, most: int) -> int:
+    """Positions of one step of a prompt: enough steps that all hops have work, and not more."""
+    chunk = -(-tokens // (CHUNKS_PER_HOP * max(hops, 1))) if hops > 1 else PREFILL_TOKENS
+    return min(max(chunk, LEAST_PREFILL_TOKENS), PREFILL_TOKENS, most)
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -1,74 +1,64 @@
-"""One session along one chain: hidden states in at the first hop, out of the last.
+"""One session: hidden states in at the first block, out of the last, whatever happens to the hops.
 
 The client opens a stream to every hop.  It sends steps to the first one; the hops push them on
-among themselves and the last one answers.  The streams to the hops between carry only bad news.
-Where two hops cannot reach each other the session runs in relay mode: the client carries the
-hidden states from hop to hop itself.
+among themselves and the last one answers.  The streams to the hops between carry orders and bad
+news.  Where two hops cannot reach each other the client carries what goes from one to the other.
 
-A session never repairs itself: the first fault ends it, and `client.retry` makes a new one.
+When a hop fails, `collect` (or the next `submit`) has the route repaired (`client.route`) and goes on:
+steps without an answer are sent again, and a hop that has computed one answers from memory.  A step
+that is late is looked after: every hop is asked how far it is, and one that says nothing is taken for
+dead.  Between steps the session leaves hops that are about to go or have become slow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import statistics
+from collections import deque
 from dataclasses import dataclass, field
 
 import trio
 from torch import Tensor
 
+from client.links import HopLink
+from client.recovery import Sent
+from client.route import Route, Stand, Surroundings, Terms
+from client.trace import Trace
 from node.compute import ComputeThread
-from node.network.streams import FramedStream
-from routing.chain import Chain
+from routing.chain import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.compression import decode_hidden, encode_hidden
-from tensor_codec.errors import (
-    BadResult,
-    MessageError,
-    PeerFault,
-    PeerGone,
-    Refused,
-    RemoteProtocolError,
-    SlowPeer,
-)
+from tensor_codec.errors import BadResult, MessageError, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
-from tensor_codec.limits import Limits
+from tensor_codec.journal import Journal
+from tensor_codec.limits import KIB, Limits
 from tensor_codec.messages import (
     SESSION_ID_BYTES,
     Contract,
     Failed,
-    Open,
     Reply,
     Result,
     Step,
     StepRange,
     decode_from_hop,
-    decode_open_reply,
-    encode_close,
-    encode_open,
-    encode_step,
 )
 
-OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a session asks of every hop.
-
-    dtypes: what each peer of the chain computes in.  codec: how hidden states travel.
-    """
-
-    model: str
-    revision: str
-    hidden: int
-    batch: int
-    max_length: int
-    dtypes: dict[PeerId, str]
-    codec: str
+BULK_BYTES = 16 * KIB  # a step with more takes a stream of its own from hop to hop
+LEAST_HOP_SECONDS = 1.0  # a hop's deadline is 4 x p95 of its recent steps, within these two
+MOST_HOP_SECONDS = 30.0
+DEADLINE_FACTOR = 4.0
+RECENT_STEPS = 64
+ASK_AT = 0.25  # of the deadline: then every hop is asked how far it is
+SUSPICION = 2.0  # times the usual step: then a better chain is looked for
+BETTER = 0.6  # of the present chain's seconds: then it is worth a move
+LOOKS_SHARE = 0.05  # of the time may go into looking for a better chain
+LEAST_GAIN_SECONDS = 0.01  # a step: less is noise
+REST_SECONDS = 5.0  # after a move, before another one
+STEPS_AHEAD = 32  # so many, it is assumed, will still come: their gain has to pay for the replay
+REPLAYED_SHARE = 0.1  # of a decode step's time, for each position of a replay
+SEEN_STEPS = 3  # of a hop, whose median is what it is now
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,46 +77,90 @@ class StepTimes:
         return self.total - sum(held for held, _ in self.hops)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
     """A step on its way.
 
-    timings: of the hops that have answered, in relay mode.  deadline: on trio's clock, from when its
-    answer is waited for.
+    timings: of the hops behind which the client has carried it on.
+    On trio's clock: since: when it was sent, or last looked after and found well; look_at: when somebody
+    should look; moved_at: when it was last seen to get on, by what the hops said (`progress`).
     """
 
     step: int
     what: StepRange
-    began: float = field(default_factory=time.perf_counter)
-    key: tuple[int, int] = (0, 0)  # (hop that answers, step)
-    here: trio.Event = field(default_factory=trio.Event)
+    body: Buffer
+    bulk: bool
+    began: float = field(default_factory=trio.current_time)
     result: Result | None = None
     timings: tuple[tuple[int, int], ...] = ()
-    deadline: float = math.inf
+    since: float = 0.0
+    look_at: float = math.inf
+    asked: bool = False
+    given_up: bool = False
+    moved_at: float = 0.0
+    progress: tuple[object, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
-    """An open session.  Made by `open_session`; its tasks run in the swarm's nursery.
+    """A session.  Made by `open_session`; its tasks run in the swarm's nursery until `close`.
 
     length: positions in the hops' caches, as far as answers have come back.
+    give_up_seconds: how long one call may take, repairs included, where it does not say.
     """
 
-    chain: Chain
     terms: Terms
-    relay: bool
-    step_seconds: float
+    around: Surroundings
+    nursery: trio.Nursery
     compute: ComputeThread
+    limits: Limits
+    give_up_seconds: float = 120.0
+    trace: Trace = field(default_factory=Trace)
     length: int = 0
     times: StepTimes | None = None  # of the last step
     last_tokens: int = 0  # in the last step
-    error: PeerFault | Refused | None = None
+    route: Route = field(init=False)
     _contract: Contract = field(init=False)
-    _streams: list[FramedStream] = field(default_factory=list)
-    _answers: dict[tuple[int, int], Pending] = field(default_factory=dict)  # by (hop, step)
+    _journal: Journal = field(init=False)
     _next_step: int = 0
-    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    _closed: trio.Event = field(default_factory=trio.Event)
+    _pending: dict[int, Pending] = field(default_factory=dict)  # by step, oldest first
+    _sent: list[Sent] = field(default_factory=list)  # without an answer
+    _again: list[Pending] = field(default_factory=list)  # to be sent when the route has changed
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _seen: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
+    _look_at: float = 0.0  # trio.current_time(): not before this for a better chain
+
+    def __post_init__(self) -> None:
+        terms = self.terms
+        contract = self._contract = Contract(
+            session=secrets.token_bytes(SESSION_ID_BYTES),
+            start=0,
+            stop=terms.blocks,
+            batch=terms.batch,
+            max_length=terms.max_length,
+            hidden=terms.hidden,
+            codec=terms.codec,
+            max_step_tokens=self.limits.max_step_tokens,
+        )
+        self._journal = Journal(terms.batch, contract.row_bytes, terms.max_length)
+        self.route = Route(
+            terms, contract, self.around, self, self._journal, self.nursery, self.limits, self.trace
+        )
+
+    @property
+    def chain(self) -> Chain:
+        """The hops that it runs along now."""
+        return self.route.chain
+
+    @property
+    def relay(self) -> bool:
+        """Whether the client carries hidden states between some of the hops."""
+        return any(link.relay for link in self.route.hops)
+
+    @property
+    def well(self) -> tuple[Hop, ...]:
+        """The hops of which nothing bad is known."""
+        return tuple(link.hop for link in self.route.hops if link.alive and not link.refused)
 
     @property
     def max_step_tokens(self) -> int:
@@ -145,283 +179,372 @@ class Session:
             error.peer = self.chain.hops[-1].peer
             raise
 
-    async def step(self, hidden: Tensor, position: int | None = None, reply: Reply = "all") -> Tensor | None:
+    def distrust(self, error: BadResult) -> None:
+        """The last hop answered with what cannot be right (see `decode`): it is to be replaced."""
+        for link in self.route.hops:
+            if link.hop.peer == error.peer:
+                self.route.fail(link, error)
+
+    async def step(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+    ) -> Tensor | None:
         """Run hidden states [batch, tokens, hidden] through the chain.
 
         position: of the first token; default: behind what the caches hold; lower cuts them there.
         reply: positions to get back ("all", "last", or "none": returns None).
+        seconds: that it may take, repairs included; default: `give_up_seconds`.
         Returns hidden states [batch, tokens or 1, hidden] before the final norm, in the codec's
-        dtype.  Raises PeerFault or Refused, with `peer`; the session is over then.
+        dtype.  A hop that fails is replaced, and the step goes on.  Raises NoChain, PeerFault or
+        Refused when the time is up; the session may be used again, from `length` on.
         """
         begin = self.length if position is None else position
+        deadline = trio.current_time() + (self.give_up_seconds if seconds is None else seconds)
         body = await self.compute.run(self.encode, hidden)
-        result = await self.exchange(body, begin, int(hidden.shape[1]), reply)
-        return await self.compute.run(self.decode, result) if reply != "none" else None
+        pending = await self.submit(body, begin, int(hidden.shape[1]), reply, deadline=deadline)
+        result = await self.collect(pending, deadline=deadline)
+        if reply == "none":
+            return None
+        try:
+            return await self.compute.run(self.decode, result)
+        except BadResult as error:
+            self.distrust(error)
+            raise
 
-    async def exchange(self, body: Buffer, position: int, tokens: int, reply: Reply) -> Result:
-        """Send one encoded step and return the answer to it.  Raises PeerFault or Refused."""
-        return await self.collect(await self.submit(body, position, tokens, reply))
-
-    async def submit(self, body: Buffer, position: int, tokens: int, reply: Reply) -> Pending:
-        """Send one encoded step; `collect` waits for the answer.  Raises PeerFault or Refused.
+    async def submit(
+        self, body: Buffer, position: int, tokens: int, reply: Reply, *, deadline: float | None = None
+    ) -> Pending:
+        """Send one encoded step; `collect` waits for the answer.
 
         Several may be on their way (`Limits.max_steps_in_flight`): hops then work on different
-        ones at the same time.  In relay mode there is only ever one.
+        ones at the same time.  Raises as `step`.
         """
-        pending = Pending(self._next_step, StepRange(position, tokens, reply))
+        deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
+        if not 0 < tokens <= self.max_step_tokens or position + tokens > self.terms.max_length:
+            raise ValueError(
+                f"{tokens} positions from {position} on, {self.max_step_tokens} a step and"
+                f" {self.terms.max_length} in all are allowed"
+            )
+        if not self._pending:
+            await self._between_steps(position, deadline)
+        elif position != self._journal.stop:
+            raise ValueError(
+                f"a step from position {position} on, others up to {self._journal.stop} are on their way"
+            )
+        self._journal.append(position, tokens, body)
+        bulk = next((p.bulk for p in self._pending.values()), len(body) > BULK_BYTES)
+        pending = Pending(self._next_step, StepRange(position, tokens, reply), body, bulk)
         self._next_step += 1
-        if self.relay:
-            with self._deadline(pending):
-                await self._carry(pending, body)
-        else:
-            await self._send(0, len(self._streams) - 1, pending, body)
+        self._pending[pending.step] = pending
+        self._sent.append(Sent(pending.step, pending.what))
+        if self.route.broken_at is None:
+            with contextlib.suppress(PeerFault):  # noted; `collect` repairs it
+                await self._dispatch(pending)
         return pending
 
-    async def collect(self, pending: Pending) -> Result:
-        """The answer to a submitted step.  Raises PeerFault or Refused."""
-        with self._deadline(pending):
-            result = await self._answer(pending)
-        self.length = pending.what.position + pending.what.tokens
-        self.last_tokens = pending.what.tokens
-        self.times = StepTimes(
-            time.perf_counter() - pending.began,
-            tuple((held / 1e6, computing / 1e6) for held, computing in pending.timings + result.timings),
-        )
-        return result
+    async def collect(self, pending: Pending, *, deadline: float | None = None) -> Result:
+        """The answer to a submitted step.  Raises as `step`."""
+        deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
+        try:
+            while pending.result is None:
+                if self.route.closed:
+                    raise PeerGone("the session was closed")
+                if pending.given_up:
+                    raise SlowPeer(f"step {pending.step} was given up with one before it")
+                if self.route.broken_at is not None:
+                    await self.route.repair(deadline)
+                    continue
+                await self._wait(pending, deadline)
+        except BaseException:
+            self.give_up_steps()
+            raise
+        self._pending.pop(pending.step, None)
+        self._take_in(pending, pending.result)
+        return pending.result
+
+    def give_up_steps(self) -> None:
+        """Nobody will collect the steps on their way: what is left of them must not meet later ones."""
+        given_up = [pending for pending in self._pending.values() if pending.result is None]
+        self._pending.clear()
+        for pending in given_up:
+            pending.given_up = True
+        if given_up and not self.route.closed:
+            self.route.break_off("steps were given up")
 
     def close(self) -> None:
-        """End the session: its task says goodbye to the hops and closes the streams."""
-        self._scope.cancel()
+        """End the session: its tasks say goodbye to the hops and close the streams."""
+        self.route.close()
 
     async def aclose(self) -> None:
         """The same, and wait until the streams are closed."""
-        self.close()
-        await self._closed.wait()
+        self.route.close()
+        await self.route.wait_closed()
 
-    @contextmanager
-    def _deadline(self, pending: Pending) -> Iterator[None]:
-        pending.deadline = min(pending.deadline, trio.current_time() + self.step_seconds)
-        try:
-            with trio.fail_at(pending.deadline):
-                yield
-        except trio.TooSlowError:
-            late = SlowPeer(f"no answer to step {pending.step} within {self.step_seconds} s")
-            raise self._fail(late, self._slowest(pending)) from None
+    # --- answers ---
 
-    def _slowest(self, pending: Pending) -> str | None:
-        """Whom to blame for silence: the hop that has the step, where that is known."""
-        known = self.relay or len(self.chain.hops) == 1
-        return self.chain.hops[pending.key[0]].peer if known else None
+    def _take_in(self, pending: Pending, result: Result) -> None:
+        """What an answer shows."""
+        what, self.route.last_error = pending.what, None
+        self.length = what.position + what.tokens
+        if result.epoch == self.route.epoch and not self._pending:
+            self.route.behind_replay = False
+        self.last_tokens = what.tokens
+        self._sent = [one for one in self._sent if one.step > pending.step]
+        self.times = StepTimes(
+            trio.current_time() - pending.began,
+            tuple((held / 1e6, computing / 1e6) for held, computing in pending.timings + result.timings),
+        )
+        if self.route.resumed is not None and self.route.broken_at is None:
+            now, (resumed, broken) = trio.current_time(), self.route.resumed
+            self.trace.add("recovered", seconds=now - broken, replay_seconds=now - resumed)
+            self.route.resumed = None
+        elif what.tokens == 1:
+            self._recent.append(self.times.total)
+            for link, (held, _) in zip(self.route.hops, self.times.hops, strict=False):
+                seen = self._seen.setdefault(link.hop.peer, deque(maxlen=SEEN_STEPS))
+                seen.append(held / (link.hop.stop - link.hop.start))
+        self.trace.add(
+            "step",
+            step=pending.step,
+            position=what.position,
+            tokens=what.tokens,
+            seconds=self.times.total,
+            hops=self.times.hops,
+            sent=what.tokens * self._contract.row_bytes,
+            received=len(result.body),
+        )
 
-    async def _carry(self, pending: Pending, body: Buffer) -> None:
-        """Relay mode: take the hidden states from hop to hop, up to the last one."""
-        last = len(self._streams) - 1
-        for hop in range(last):
-            here = Pending(pending.step, StepRange(pending.what.position, pending.what.tokens, "all"))
-            pending.key = (hop, pending.step)
-            await self._send(hop, hop, here, body)
-            result = await self._answer(here)
-            pending.timings += result.timings
-            body = result.body
-        await self._send(last, last, pending, body)
+    async def _wait(self, pending: Pending, deadline: float) -> None:
+        """Until there is news, or it is time to look after the step.  Raises SlowPeer at the deadline."""
+        news = self.route.news
+        first = pending is next(iter(self._pending.values()), None)
+        with trio.move_on_at(min(deadline, pending.look_at if first else math.inf)):
+            await news.wait()
+            return
+        if trio.current_time() >= deadline:
+            raise SlowPeer(f"no answer to step {pending.step} by the caller's deadline")
+        await self._look_after(pending)
 
-    async def _send(self, to: int, answerer: int, pending: Pending, body: Buffer) -> None:
-        """Send a step to hop `to`, to which hop `answerer` will have the answer."""
-        if self.error is not None:
-            raise self.error
-        pending.key = (answerer, pending.step)
-        self._answers[pending.key] = pending
-        what = pending.what
-        message = Step(self._contract.session, pending.step, what.position, what.reply, body)
-        try:
-            await self._streams[to].send(encode_step(message))
-        except PeerFault as fault:
-            raise self._fail(fault, self.chain.hops[to].peer) from None
+    def _hop_seconds(self) -> float:
+        """How long a hop may be silent."""
+        if not self._recent:
+            return LEAST_HOP_SECONDS
+        p95 = sorted(self._recent)[int(0.95 * (len(self._recent) - 1))]
+        return min(max(DEADLINE_FACTOR * p95, LEAST_HOP_SECONDS), MOST_HOP_SECONDS)
 
-    async def _answer(self, pending: Pending) -> Result:
-        try:
-            await pending.here.wait()
-        finally:
-            self._answers.pop(pending.key, None)
-        if pending.result is None:
-            raise self.error or PeerGone("the session was closed")
-        return pending.result
+    async def _look_after(self, pending: Pending) -> None:
+        """A step is late: ask every hop how far it is; who is silent until the deadline has failed."""
+        now, seconds = trio.current_time(), self._hop_seconds()
+        if not pending.asked:
+            pending.asked = True
+            pending.look_at = max(pending.since + seconds, now + (1 - ASK_AT) * seconds)
+            for link in self.route.hops:
+                with contextlib.suppress(PeerFault):
+                    await link.ask()
+            return
+        silent = [link for link in self.route.hops if link.asked_at is not None]
+        for link in silent:
+            quiet = f"{link.hop.peer} has said nothing for {now - pending.since:.2g} s"
+            self.route.fail(link, SlowPeer(quiet))
+        if not silent:
+            self._find_the_step(pending, now)
+        self._look_later(pending, now)
 
-    def _fail(self, error: PeerFault | Refused, peer: str | None) -> PeerFault | Refused:
-        """Record the first fault, wake everyone who waits, and return it."""
-        if self.error is None:
-            if error.peer is None:
-                error.peer = peer
-            self.error = error
-        for answer in self._answers.values():
-            answer.here.set()
-        return self.error
+    def _look_later(self, pending: Pending, now: float) -> None:
+        pending.since, pending.asked = now, False
+        pending.look_at = now + self._hop_seconds() * ASK_AT
 
-    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
-        """Read what the hops say until the session is closed; then close the streams."""
-        try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    for index in range(len(self._streams)):
-                        nursery.start_soon(self._listen, index)
-                    task_status.started()
-        finally:
-            self._fail(PeerGone("the session was closed"), None)
-            await _say_goodbye(self._streams)
-            self._closed.set()
+    def _find_the_step(self, pending: Pending, now: float) -> None:
+        """All hops live: patience while a late step gets on or waits its turn; else it was lost."""
+        heard = (link.here for link in self.route.hops if link.here is not None)
+        progress = tuple((here.length, here.step) for here in heard)
+        if progress != pending.progress:
+            pending.progress, pending.moved_at = progress, now
+            return
+        link = self.route.hops[min(self._place_of(pending), len(self.route.hops) - 1)]
+        busy = link.here is not None and link.here.waiting > 0
+        if not busy or now - pending.moved_at > MOST_HOP_SECONDS:
+            waited = now - pending.moved_at
+            self.route.fail(link, SlowPeer(f"step {pending.step} has not got on for {waited:.2g} s"))
 
-    async def _listen(self, index: int) -> None:
-        hop = self.chain.hops[index]
-        try:
-            while (frame := await self._streams[index].receive()) is not None:
-                message = decode_from_hop(frame, self._contract)
-                if isinstance(message, Failed):
-                    self._fail(message.error(), message.peer or hop.peer)
-                else:
-                    self._take(index, message)
-            self._fail(PeerGone(f"{hop.peer} ended the session"), hop.peer)
-        except PeerFault as fault:
-            self._fail(fault, hop.peer)
+    def _place_of(self, pending: Pending) -> int:
+        """The first hop that has not computed a step, by what the hops have said."""
+        for index, link in enumerate(self.route.hops):
+            if link.here is None or link.here.step is None or link.here.step < pending.step:
+                return index
+        return len(self.route.hops)
 
-    def _take(self, index: int, result: Result) -> None:
-        answer = self._answers.get((index, result.step))
-        if answer is None:
+    # --- sending ---
+
+    async def _dispatch(self, pending: Pending) -> None:
+        """Send a step to the first hop.  Raises PeerFault, which is noted."""
+        what, now = pending.what, trio.current_time()
+        pending.timings, pending.progress, pending.moved_at = (), (), now
+        self._look_later(pending, now)
+        message = Step(
+            self._contract.session,
+            pending.step,
+            what.position,
+            what.reply,
+            pending.body,
+            epoch=self.route.epoch,
+            bulk=pending.bulk or self.route.behind_replay,
+        )
+        await self.route.send(message)
+
+    async def _between_steps(self, position: int, deadline: float) -> None:
+        """Nothing is on its way: the time for repairs and for moves.  Raises as `step`."""
+        route = self.route
+        if position < self.length:
+            self.length = position
+            if position and not all(link.standing.cut for link in route.hops):
+                route.break_off("going back")  # which these caches cannot: they are filled again
+        self._journal.cut(position)
+        if route.broken_at is not None:
+            return await route.repair(deadline)
+        await route.calm_down()
+        if any(link.leaving for link in route.hops):
+            await route.move("draining", deadline)
+        elif self._is_slow():
+            await route.move("slow", deadline)
+
+    # --- for the route (`client.route.Feeder`) ---
+
+    def stand(self) -> Stand:
+        """See Feeder."""
+        self._again = [pending for pending in self._pending.values() if pending.result is None]
+        position = self._again[0].what.position if self._again else self.length
+        return Stand(position, self._sent, [pending.step for pending in self._again])
+
+    async def send_again(self) -> None:
+        """See Feeder.  What has been answered meanwhile goes out too: not every hop may have seen it."""
+        for pending in self._again:
+            await self._dispatch(pending)
+
+    async def hear(self, link: HopLink, frame: Buffer) -> None:
+        """See Feeder."""
+        message = decode_from_hop(frame, self._contract)
+        match message:
+            case Result():
+                await self._answered(link, message)
+            case Failed():
+                self._bad_news(link, message)
+            case _:
+                link.heard(message)
+
+    async def _answered(self, link: HopLink, result: Result) -> None:
+        if link.relay:
+            return await self._carry(link, result)
+        pending = self._pending.get(result.step)
+        if pending is None or result.replay or pending.result is not None:
             return  # nobody waits for it any more
-        tokens = len(result.body) // self._contract.row_bytes
-        if (result.position, tokens) != (answer.what.reply_position, answer.what.reply_tokens):
+        tokens, what = len(result.body) // self._contract.row_bytes, pending.what
+        if (result.position, tokens) != (what.reply_position, what.reply_tokens):
             raise MessageError(
                 f"{tokens} positions from {result.position} on came back,"
-                f" {answer.what.reply_tokens} from {answer.what.reply_position} on were asked for"
+                f" {what.reply_tokens} from {what.reply_position} on were asked for"
             )
-        answer.result = result
-        answer.here.set()
+        pending.result = result
+        self.route.tell()
+
+    async def _carry(self, link: HopLink, result: Result) -> None:
+        """Take what a hop made to the next one, which it cannot reach."""
+        if result.epoch != self.route.epoch or link not in self.route.hops or not len(result.body):
+            return
+        pending = self._pending.get(result.step) if not result.replay else None
+        reply: Reply = "replay" if result.replay else pending.what.reply if pending else "none"
+        if pending is not None:
+            pending.timings += result.timings
+        step = Step(
+            self._contract.session,
+            result.step,
+            result.position,
+            reply,
+            result.body,
+            epoch=result.epoch,
+            bulk=self.route.behind_replay or (pending is not None and pending.bulk),
+        )
+        await self.route.carry(link, step)
+
+    def _bad_news(self, link: HopLink, failed: Failed) -> None:
+        """A hop says that something went wrong: here, or with a neighbour."""
+        route, error = self.route, failed.error()
+        peer = PeerId(failed.peer) if failed.peer is not None else None
+        if failed.code == "leaving":
+            link.leaving = True
+        elif failed.code == "cannot_push" and peer is not None:
+            route.out_of_reach(link, peer)
+        elif isinstance(error, Refused) and failed.step is not None:
+            route.refused(link, error)
+        elif peer is not None and peer != link.hop.peer:
+            for other in route.hops:
+                if other.hop.peer == peer:
+                    route.fail(other, error)
+            ended = PeerGone(f"{link.hop.peer} ended the session for what {peer} did")
+            route.fail(link, ended, blame=False)
+        else:
+            route.fail(link, error, blame=failed.code != "ended")
+
+    # --- moves ---
+
+    def _is_slow(self) -> bool:
+        """Whether the chain has become slow and there is a much better one; marks the hops to be left."""
+        began = trio.current_time()
+        if len(self._recent) < 4 or began < self._look_at:
+            return False
+        if self._recent[-1] < SUSPICION * statistics.median(self._recent):
+            return False
+        leave = self._worth_leaving()
+        now = trio.current_time()
+        self._look_at = now + (REST_SECONDS if leave else (now - began) / LOOKS_SHARE)
+        for link in self.route.hops:
+            link.leaving = link.leaving or link.hop in leave
+        return bool(leave)
+
+    def _worth_leaving(self) -> set[Hop]:
+        """The hops without which the session would be so much faster that a replay pays."""
+        seen = {peer: statistics.median(held) for peer, held in self._seen.items()}
+        hops = self.chain.hops
+        present = self.around.cost(hops, seen)
+        try:
+            better = self.around.choose(0, self.terms.blocks, like=self.route.kinds, seen=seen)
+        except NoChain:
+            return set()
+        gain = present - better.expected_seconds
+        if gain < max(LEAST_GAIN_SECONDS, (1 - BETTER) * present):
+            return set()
+        leave = {hop for hop in hops if hop not in better.hops}
+        rates = [seen.get(hop.peer, 0.0) * (hop.stop - hop.start) for hop in leave]
+        replay = self.length * sum(rates) * REPLAYED_SHARE
+        return leave if gain * STEPS_AHEAD > replay else set()
 
 
 async def open_session(
-    chain: Chain,
     terms: Terms,
+    around: Surroundings,
     *,
-    open_stream: OpenStream,
     nursery: trio.Nursery,
     compute: ComputeThread,
     limits: Limits,
-    step_seconds: float = 30.0,
-    relay: bool = False,
+    give_up_seconds: float = 120.0,
+    deadline: float | None = None,
+    trace: Trace | None = None,
 ) -> Session:
-    """Open a session at every hop of `chain`, at all of them at once.
+    """Open a session along the best chain, at all hops at once.
 
-    nursery: where the session's task runs until `close`.  relay: carry the hidden states from hop
-    to hop here; chosen by itself where a hop cannot reach the next one.
-    Raises PeerFault or Refused, with `peer`.
+    nursery: where the session's tasks run until `close`.  deadline: on trio's clock.
+    Raises NoChain, PeerFault, Refused when the deadline has passed.
     """
-    session = Session(chain, terms, relay, step_seconds, compute)
-    session_id = secrets.token_bytes(SESSION_ID_BYTES)
-    session._contract = Contract(
-        session=session_id,
-        start=0,
-        stop=chain.hops[-1].stop,
-        batch=terms.batch,
-        max_length=terms.max_length,
-        hidden=terms.hidden,
-        codec=terms.codec,
-        max_step_tokens=limits.max_step_tokens,
+    session = Session(
+        terms, around, nursery, compute, limits, give_up_seconds, trace if trace is not None else Trace()
     )
-    opening = _Opening(session, session_id, open_stream, limits)
     try:
-        pushes = await opening.all_hops()
+        await session.route.repair(trio.current_time() + give_up_seconds if deadline is None else deadline)
     except BaseException:
-        with trio.CancelScope(shield=True):
-            await _say_goodbye(opening.streams)
+        session.close()
         raise
-    session._streams = opening.streams
-    if not relay and not all(pushes[:-1]):
-        await _say_goodbye(opening.streams)
-        return await open_session(
-            chain, terms, open_stream=open_stream, nursery=nursery, compute=compute,
-            limits=limits, step_seconds=step_seconds, relay=True,
-        )  # fmt: skip
-    await nursery.start(session._run)
     return session
-
-
-@dataclass(slots=True)
-class _Opening:
-    """Opens the streams of a session, all at once; the first failure cancels the rest."""
-
-    session: Session
-    session_id: bytes
-    open_stream: OpenStream
-    limits: Limits
-    made: dict[int, FramedStream] = field(default_factory=dict)
-    error: PeerFault | Refused | None = None
-
-    @property
-    def streams(self) -> list[FramedStream]:
-        return [self.made[index] for index in sorted(self.made)]
-
-    async def all_hops(self) -> list[bool]:
-        """Whether each hop can push to its successor.  Raises PeerFault, Refused."""
-        hops = self.session.chain.hops
-        pushes = [False] * len(hops)
-
-        async def one(index: int) -> None:
-            try:
-                pushes[index] = await self._open(index)
-            except (PeerFault, Refused) as error:
-                error.peer = error.peer or hops[index].peer
-                self.error = self.error or error
-                nursery.cancel_scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            for index in range(len(hops)):
-                nursery.start_soon(one, index)
-        if self.error is not None:
-            raise self.error
-        return pushes
-
-    async def _open(self, index: int) -> bool:
-        hops, terms, relay = self.session.chain.hops, self.session.terms, self.session.relay
-        hop = hops[index]
-        stream = await self.open_stream(hop.peer)
-        self.made[index] = stream
-        await stream.send(
-            encode_open(
-                Open(
-                    session=self.session_id,
-                    model=terms.model,
-                    revision=terms.revision,
-                    start=hop.start,
-                    stop=hop.stop,
-                    batch=terms.batch,
-                    max_length=terms.max_length,
-                    dtype=terms.dtypes[hop.peer],
-                    codec=terms.codec,
-                    predecessor=hops[index - 1].peer if index and not relay else None,
-                    successor=hops[index + 1].peer if index + 1 < len(hops) and not relay else None,
-                )
-            )
-        )
-        # The hop dials its successor before it answers.
-        frame = await stream.receive(self.limits.dial_seconds + self.limits.frame_start_seconds)
-        if frame is None:
-            raise RemoteProtocolError(f"{hop.peer} closed the stream instead of answering")
-        reply = decode_open_reply(frame)
-        if isinstance(reply, Failed):
-            raise reply.error()
-        return reply.push
-
-
-async def _say_goodbye(streams: list[FramedStream]) -> None:
-    """Tell the hops that the session is over and close the streams.  Bounded by a second."""
-    with trio.CancelScope(shield=True), trio.move_on_after(1):
-        async with trio.open_nursery() as nursery:
-            for stream in streams:
-                nursery.start_soon(_goodbye, stream)
-
-
-async def _goodbye(stream: FramedStream) -> None:
-    try:
-        await stream.send(encode_close())
-        await stream.aclose()
-    except PeerFault:
-        await stream.reset()

@@ -19,8 +19,7 @@ import torch
 import trio
 from torch import Tensor
 
-from client.retry import Blame
-from client.session import OpenStream
+from client.blame import Blame
 from node.compute import ComputeThread
 from node.model.info import ModelInfo
 from node.network.streams import FramedStream
@@ -44,6 +43,7 @@ from tensor_codec.messages import (
 )
 
 T = TypeVar("T")
+OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
 
 REQUEST_POSITIONS = 512  # of all rows of one request, where a row is not longer: see client.retry
 UNDER_WAY = 8  # requests of one call, at all peers together

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -14,6 +16,8 @@ import trio
 from client.api import SwarmLike
 from client.connect import connect
 from client.generate import Token
+from client.trace import Trace
+from node.config import ConfigError
 from routing.chain import Chain, NoChain
 
 
@@ -51,21 +55,24 @@ async def run_generate(flags: argparse.Namespace) -> None:
         route = await wait_for_route(swarm, flags.wait)
         if flags.show_route:
             _say(describe_route(swarm, route))
-        measured, texts = Measured(), []
+        measured, texts, trace = Measured(), [], Trace()
         tokens = swarm.generate(
-            prompt, max_new_tokens=flags.max_new_tokens, stop=flags.stop, **_sampling(flags)
+            prompt, max_new_tokens=flags.max_new_tokens, stop=flags.stop, trace=trace, **_sampling(flags)
         )
-        async with aclosing(tokens):
-            async for token in tokens:
-                measured.tokens.append(token)
-                texts.append(token.text)
-                if not flags.json:
-                    print(token.text, end="", flush=True)
+        with traced(trace, flags.trace):
+            async with aclosing(tokens):
+                async for token in tokens:
+                    measured.tokens.append(token)
+                    texts.append(token.text)
+                    if not flags.json:
+                        print(token.text, end="", flush=True)
         if flags.json:
             print(json.dumps(_result(swarm, route, measured, "".join(texts))))
         else:
             print(flush=True)
             _say(measured.line())
+        if flags.show_route:
+            _say("\n".join(describe_events(trace)))
 
 
 async def run_chat(flags: argparse.Namespace) -> None:
@@ -105,6 +112,44 @@ async def run_chat(flags: argparse.Namespace) -> None:
                 history.append({"role": "assistant", "content": answer})
         finally:
             context.close()
+            with traced(context.trace, flags.trace):
+                pass
+
+
+@contextmanager
+def traced(trace: Trace, path: Path | None) -> Iterator[None]:
+    """Write the trace at the end of the block, however it ends.  Raises ConfigError where it cannot."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            try:
+                trace.write(path)
+            except OSError as error:
+                raise ConfigError(f"cannot write the trace {path}: {error.strerror}") from None
+
+
+def describe_events(trace: Trace) -> list[str]:
+    """What happened to the route, for people: nothing, or a line for each thing."""
+    lines = []
+    for event in trace.of("fault", "rerouted", "replayed", "recovered", "relayed"):
+        data = event.data
+        match event.kind:
+            case "fault":
+                lines.append(f"  {data['peer']} failed: {data['error']}")
+            case "rerouted":
+                hops = ", ".join(
+                    f"{hop['peer']} {hop['blocks'][0]}:{hop['blocks'][1]}" for hop in data["hops"]
+                )
+                lines.append(f"  new route after {data['seconds'] * 1e3:.0f} ms ({data['why']}): {hops}")
+            case "replayed":
+                count = data["stop"] - data["start"]
+                lines.append(f"  {data['sender']} sent {count} positions again to {data['peer']}")
+            case "recovered":
+                lines.append(f"  went on {data['seconds'] * 1e3:.0f} ms after the fault")
+            case "relayed":
+                lines.append(f"  {data['sender']} cannot reach {data['peer']}: this client is between them")
+    return lines or ["  nothing happened to the route"]
 
 
 async def wait_for_route(swarm: SwarmLike, seconds: float) -> Chain:

@@ -99,6 +99,12 @@ def _serve(words: list[str]) -> int:
         metavar="N",
         help="tokens that all sessions together may keep in the KV cache (default: what fits)",
     )
+    parser.add_argument(
+        "--journal-tokens",
+        type=_at_least_none,
+        metavar="N",
+        help="tokens whose outputs are kept in case the next server dies (default: as many as the cache)",
+    )
     flags = parser.parse_args(words)
     set_up_logging(flags.log_format)
     config = NodeConfig(
@@ -111,6 +117,7 @@ def _serve(words: list[str]) -> int:
         quantize=flags.quantize,
         threads=flags.threads,
         cache_tokens=flags.cache_tokens,
+        journal_tokens=flags.journal_tokens,
     )
     from node.main import serve
 
@@ -263,6 +270,10 @@ def _blocks(text: str) -> tuple[int, int]:
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not A:B with 0 <= A < B")
     return int(found[1]), int(found[2])
+
+
+def _at_least_none(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -35,7 +35,8 @@ class Memory:
 
     weights, cache: of the span, the cache when it is full.  workspace: what computing takes beside
     them for a moment.  process: what the process had before it loaded anything.  network: what peers
-    can make it hold.  on_device: whether weights, cache and workspace are not in the process's memory.
+    can make it hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights,
+    cache and workspace are not in the process's memory.
     """
 
     weights: int
@@ -43,6 +44,7 @@ class Memory:
     workspace: int
     process: int
     network: int
+    journal: int = 0
     on_device: bool = False
 
     @property
@@ -53,7 +55,8 @@ class Memory:
     @property
     def resident_bound(self) -> int:
         """What the process's resident memory stays below, whatever peers send."""
-        return self.process + self.network + OTHER_BYTES + (0 if self.on_device else self.needed)
+        beside = self.process + self.network + self.journal + OTHER_BYTES
+        return beside + (0 if self.on_device else self.needed)
 
 
 def free_bytes(device: str = "cpu") -> int:
@@ -128,11 +131,12 @@ def memory_of(
     device: str = "cpu",
     limits: Limits | None = None,
     process: int = 0,
+    journal_tokens: int | None = None,
 ) -> Memory:
     """Where the memory goes for a span of `blocks` with caches for `cache_tokens` tokens.
 
     activations: what is computed and cached in, where that is not `dtype`.  process: bytes of
-    `process_bytes`, before anything is loaded.
+    `process_bytes`, before anything is loaded.  journal_tokens: None for as many as the caches hold.
     """
     limits = limits or Limits()
     a_token = info.kv_bytes_per_token_per_block(activations or dtype)
@@ -143,6 +147,7 @@ def memory_of(
         process=process,
         network=limits.max_connections * limits.max_unread_bytes_per_connection
         + limits.max_compute_streams * limits.max_frame_bytes,
+        journal=(cache_tokens if journal_tokens is None else journal_tokens) * info.hidden_size * 4,
         on_device=device not in ("cpu", "mps"),
     )
 
@@ -152,7 +157,7 @@ def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int,
     return (
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
-        f" workspace {_gib(memory.workspace)};"
+        f" journal {_gib(memory.journal)}, workspace {_gib(memory.workspace)};"
         f" bound {_gib(memory.resident_bound)} resident; {_gib(free)} free"
     )
 

@@ -42,7 +42,8 @@ class NodeConfig:
 
     blocks: the span [start, stop) to serve; num_blocks: or how many, placed where the swarm needs
     them most; neither: as many as fit.  threads: of torch, None for the cores divided by the
-    servers on this machine.  cache_tokens: None for what fits.
+    servers on this machine.  cache_tokens: None for what fits.  journal_tokens: whose outputs are kept
+    for replays; None for as many as the caches hold.
     """
 
     network: NetworkConfig
@@ -54,3 +55,4 @@ class NodeConfig:
     quantize: str | None = None  # int8 on CUDA, none elsewhere
     threads: int | None = None
     cache_tokens: int | None = None
+    journal_tokens: int | None = None

@@ -125,7 +125,7 @@ async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) 
     capacity.check_fits(info, blocks, dtype, cache_tokens, free, quantize, sizes.activations)
     memory = capacity.memory_of(
         info, blocks, dtype, cache_tokens, quantize=quantize, activations=sizes.activations,
-        device=device, limits=limits, process=process,
+        device=device, limits=limits, process=process, journal_tokens=config.journal_tokens,
     )  # fmt: skip
     offer = Offer(info, start, stop, dtype, quantize, config.network.name)
     await node.directory.announce(offer.record("joining"))
@@ -144,7 +144,10 @@ async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) 
         arena.free_tokens, limits.cache_share_per_peer, limits.max_session_tokens, arena.page_tokens
     )
     open_push = partial(node.open_stream, protocol=PUSH_PROTOCOL)
-    listener = Listener(offer.served(span.can_cut), engine, arena, budget, open_push, limits, node.host.blame)
+    listener = Listener(
+        offer.served(span.can_cut), engine, arena, budget, open_push, limits, node.host.blame,
+        journal_tokens=config.journal_tokens,
+    )  # fmt: skip
     return listener, offer
 
 

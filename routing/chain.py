@@ -48,7 +48,10 @@ class NoChain(Exception):
     missing: the runs of blocks, [start, stop), that nobody serves.
     alone: nobody serves any block of this model at all.
     instead: what the swarm serves, where it is something else; for people.
+    after: the last thing that went wrong while a chain was looked for, where something did; for people.
     """
+
+    after: Exception | None = None
 
     def __init__(
         self,
@@ -69,6 +72,10 @@ class NoChain(Exception):
         self.missing = tuple(missing)
         self.blocks = blocks
         self.alone = alone
+
+    def __str__(self) -> str:
+        last = f"; the last that went wrong: {self.after}" if self.after is not None else ""
+        return super().__str__() + last
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,3 +69,4 @@ class Limits:
 
     # Leaving
     drain_seconds: float = 10.0
+    drain_idle_seconds: float = 2.0  # a session that is silent so long will not move before it goes on

@@ -4,6 +4,11 @@
     hop -> client      Opened or Failed, then Result... and Failed
     hop -> next hop    Step..., each naming its session
 
+When hops of a session are replaced, and to find out who has to be:
+
+    client -> hop      Relink and then Resume; Where
+    hop -> client      Relinked; Here
+
     client -> peer     Forward or Backward: without a session, each after the answer to the last one
     peer -> client     Output or Failed
 
@@ -42,8 +47,8 @@ MAX_BLOCKS = 4096
 MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
 MAX_HOPS = 64
 
-Reply = Literal["all", "last", "none"]
-REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none"}
+Reply = Literal["all", "last", "none", "replay"]
+REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none", 3: "replay"}
 _REPLY_CODES: dict[Reply, int] = {name: code for code, name in REPLIES.items()}
 
 # What a Failed can say besides the refusals, and what it means for whoever reads it.
@@ -53,7 +58,10 @@ FAULTS: dict[str, type[PeerFault]] = {
     "bad_values": BadResult,  # NaN or infinity, found at the door or after computing
     "cannot_push": PeerGone,  # the next hop is gone or slow; `peer` names it
     "ended": PeerGone,  # the session is over here: idle, too old, or shut down
+    "leaving": PeerGone,  # the session goes on for a while, but this node is about to leave
 }
+MAX_STEP = 1 << 53
+MAX_EPOCH = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,9 @@ class Open:
 
     predecessor: the peer that will push steps, or None where the client itself sends them;
     successor: the peer to push outputs to, or None where they go back to the client.
+    relay: the client carries them on to a next hop, so the session does not end here.
+    epoch: of the session's route; grows with every change of it.
+    held: steps are to wait for a Resume.
     """
 
     session: bytes
@@ -104,13 +115,79 @@ class Open:
     predecessor: str | None = None
     successor: str | None = None
     adapter: str | None = None
+    relay: bool = False
+    epoch: int = 0
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The hop took the session.  push: it has a stream to the successor (else relay)."""
+    """The hop took the session.
+
+    push: it has a stream to the successor (else relay).  cut: its caches can go back to a lower
+    position; where not, only to none.
+    """
 
     push: bool
+    cut: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Relink:
+    """The session's route has changed: new neighbours.  Steps of older epochs are to be forgotten.
+
+    The hop answers with Relinked, and takes no step before Resume.
+    """
+
+    epoch: int
+    predecessor: str | None = None
+    successor: str | None = None
+    relay: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Relinked:
+    """Where a hop stands.
+
+    push, cut: as in Opened.  length: positions in its cache.  step: the last one that it computed,
+    or None.  kept: of its outputs, those of positions [kept, length) can be sent again.
+    """
+
+    epoch: int
+    push: bool
+    length: int
+    kept: int
+    step: int | None = None
+    cut: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on in this epoch.
+
+    length: of the cache: what comes behind is to be forgotten.
+    has: positions that the successor has.  stop: outputs of [has, stop) are to be sent again to it;
+    of what is replayed to this hop it needs nothing below `has`.
+    """
+
+    epoch: int
+    length: int
+    has: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Asks a hop how far it is, and so whether it lives at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """The answer: the last step that was computed, or None; positions cached; steps that wait."""
+
+    length: int
+    waiting: int
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +196,11 @@ class Step:
 
     step: a number that only grows; the same one again is a retry.
     position: of the first token in the session; lower than the cache's length cuts it there.
-    reply: which positions the last hop sends back to the client.
+    reply: which positions the last hop sends back to the client; "replay": none, and the step, which
+    has no number, fills a new hop's cache with what the hop that it replaces was given.
     timings: for each hop passed so far, microseconds (in its hands, computing).
     body: [batch, tokens, hidden] in the contract's codec.
+    epoch: of the route that it takes.  bulk: it does not travel with other sessions' single tokens.
     """
 
     session: bytes
@@ -130,6 +209,8 @@ class Step:
     reply: Reply
     body: Buffer
     timings: tuple[tuple[int, int], ...] = ()
+    epoch: int = 0
+    bulk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +218,15 @@ class Result:
     """A hop's answer to a step: the positions asked for, or none.
 
     position: of the first token of the body in the session.
+    epoch: of the route.  replay: to be carried on, no answer to a step of the client's.
     """
 
     step: int
     position: int
     body: Buffer
     timings: tuple[tuple[int, int], ...] = ()
+    epoch: int = 0
+    replay: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +349,9 @@ def encode_open(message: Open) -> list[Buffer]:
     for name in ("predecessor", "successor", "adapter"):
         if (value := getattr(message, name)) is not None:
             fields[name] = value
+    for name in ("relay", "epoch", "held"):
+        if value := getattr(message, name):
+            fields[name] = value
     return [pack_header(fields)]
 
 
@@ -284,15 +371,18 @@ def decode_open(frame: Buffer) -> Open:
         max_length=header.integer("max_length", 1, MAX_TOKENS),
         dtype=header.choice("dtype", DTYPES),
         codec=header.choice("codec", CODECS),
-        predecessor=header.text("predecessor", 128) if "predecessor" in header else None,
-        successor=header.text("successor", 128) if "successor" in header else None,
+        predecessor=_peer(header, "predecessor"),
+        successor=_peer(header, "successor"),
         adapter=header.text("adapter") if "adapter" in header else None,
+        relay=_flag(header, "relay"),
+        epoch=_epoch(header, "epoch"),
+        held=_flag(header, "held"),
     )
 
 
 def encode_opened(message: Opened) -> list[Buffer]:
     """The parts of a frame."""
-    return [pack_header({"k": "opened", "push": message.push})]
+    return [pack_header({"k": "opened", "push": message.push, "cut": message.cut})]
 
 
 def decode_open_reply(frame: Buffer) -> Opened | Failed:
@@ -301,7 +391,53 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
     if message.kind == "failed":
         return _read_failed(message)
     _no_body(message)
-    return Opened(message.header.flag("push"))
+    return Opened(message.header.flag("push"), _flag(message.header, "cut", absent=True))
+
+
+def encode_relink(message: Relink) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "relink", "e": message.epoch}
+    for name in ("predecessor", "successor", "relay"):
+        if value := getattr(message, name):
+            fields[name] = value
+    return [pack_header(fields)]
+
+
+def encode_relinked(message: Relinked) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {
+        "k": "relinked",
+        "e": message.epoch,
+        "push": message.push,
+        "cut": message.cut,
+        "p": message.length,
+        "kept": message.kept,
+    }
+    if message.step is not None:
+        fields["n"] = message.step
+    return [pack_header(fields)]
+
+
+def encode_resume(message: Resume) -> list[Buffer]:
+    """The parts of a frame."""
+    return [
+        pack_header(
+            {"k": "resume", "e": message.epoch, "p": message.length, "has": message.has, "stop": message.stop}
+        )
+    ]
+
+
+def encode_where() -> list[Buffer]:
+    """The parts of a frame."""
+    return [pack_header({"k": "where"})]
+
+
+def encode_here(message: Here) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "here", "p": message.length, "waiting": message.waiting}
+    if message.step is not None:
+        fields["n"] = message.step
+    return [pack_header(fields)]
 
 
 def encode_step(message: Step) -> list[Buffer]:
@@ -315,6 +451,10 @@ def encode_step(message: Step) -> list[Buffer]:
     }
     if message.timings:
         fields["t"] = message.timings
+    if message.epoch:
+        fields["e"] = message.epoch
+    if message.bulk:
+        fields["b"] = True
     return [pack_header(fields), message.body]
 
 
@@ -343,11 +483,13 @@ def read_step(message: Message, contract: Contract) -> Step:
         )
     return Step(
         session=session,
-        step=header.integer("n", 0, 1 << 53),
+        step=header.integer("n", 0, MAX_STEP),
         position=position,
         reply=REPLIES[header.integer("r", 0, len(REPLIES) - 1)],
         body=message.body,
         timings=_read_timings(header),
+        epoch=_epoch(header, "e"),
+        bulk=_flag(header, "b"),
     )
 
 
@@ -356,6 +498,10 @@ def encode_result(message: Result) -> list[Buffer]:
     fields: dict[str, object] = {"k": "result", "n": message.step, "p": message.position}
     if message.timings:
         fields["t"] = message.timings
+    if message.epoch:
+        fields["e"] = message.epoch
+    if message.replay:
+        fields["replay"] = True
     return [pack_header(fields), message.body]
 
 
@@ -377,27 +523,82 @@ def encode_close() -> list[Buffer]:
     return [pack_header({"k": "close"})]
 
 
-def decode_from_client(frame: Buffer, contract: Contract) -> Step | Close:
+FromClient = Step | Close | Relink | Resume | Where
+FromHop = Result | Failed | Relinked | Here
+_FROM_CLIENT = frozenset({"step", "close", "relink", "resume", "where"})
+_FROM_HOP = frozenset({"result", "failed", "relinked", "here"})
+
+
+def decode_from_client(frame: Buffer, contract: Contract) -> FromClient:
     """Read what a client sends after Open.  Raises MessageError."""
-    message = read_message(frame, frozenset({"step", "close"}))
+    message = read_message(frame, _FROM_CLIENT)
     if message.kind == "step":
         return read_step(message, contract)
     _no_body(message)
-    return Close()
+    if message.kind == "relink":
+        return _read_relink(message.header)
+    if message.kind == "resume":
+        return _read_resume(message.header, contract)
+    return Where() if message.kind == "where" else Close()
 
 
-def decode_from_hop(frame: Buffer, contract: Contract) -> Result | Failed:
+def decode_from_hop(frame: Buffer, contract: Contract) -> FromHop:
     """Read what a hop sends after Opened.  Raises MessageError."""
-    message = read_message(frame, frozenset({"result", "failed"}))
+    message = read_message(frame, _FROM_HOP)
+    if message.kind == "result":
+        return _read_result(message, contract)
     if message.kind == "failed":
         return _read_failed(message)
+    _no_body(message)
+    return (_read_relinked if message.kind == "relinked" else _read_here)(message.header, contract)
+
+
+def _read_result(message: Message, contract: Contract) -> Result:
     tokens, rest = divmod(len(message.body), contract.row_bytes)
     position = message.header.integer("p", 0, contract.max_length)
     if rest or tokens > min(contract.max_tokens, contract.max_length - position):
         raise MessageError(f"{len(message.body)} body bytes are not whole rows of {contract.row_bytes}")
     return Result(
-        message.header.integer("n", 0, 1 << 53), position, message.body, _read_timings(message.header)
+        message.header.integer("n", 0, MAX_STEP),
+        position,
+        message.body,
+        _read_timings(message.header),
+        _epoch(message.header, "e"),
+        _flag(message.header, "replay"),
     )
+
+
+def _read_relink(header: Header) -> Relink:
+    return Relink(
+        _epoch(header, "e"),
+        _peer(header, "predecessor"),
+        _peer(header, "successor"),
+        _flag(header, "relay"),
+    )
+
+
+def _read_resume(header: Header, contract: Contract) -> Resume:
+    length, has, stop = (header.integer(name, 0, contract.max_length) for name in ("p", "has", "stop"))
+    if stop > length:
+        raise MessageError(f"outputs up to {stop} are to be sent again, the cache is to hold {length}")
+    return Resume(_epoch(header, "e"), length, has, stop)
+
+
+def _read_relinked(header: Header, contract: Contract) -> Relinked:
+    length = header.integer("p", 0, contract.max_length)
+    return Relinked(
+        _epoch(header, "e"),
+        header.flag("push"),
+        length,
+        header.integer("kept", 0, length),
+        _last_step(header),
+        header.flag("cut"),
+    )
+
+
+def _read_here(header: Header, contract: Contract) -> Here:
+    length = header.integer("p", 0, contract.max_length)
+    return Here(length, header.integer("waiting", 0, MAX_TOKENS), _last_step(header))
 
 
 def encode_request(message: Forward | Backward) -> list[Buffer]:
@@ -499,9 +700,25 @@ def _read_failed(message: Message) -> Failed:
         code=header.choice("code", _FAILURE_CODES),
         message=header.text("message", 300),
         retry_after_seconds=header.number("retry", 0.0, 3600.0) if "retry" in header else None,
-        step=header.integer("n", 0, 1 << 53) if "n" in header else None,
-        peer=header.text("peer", 128) if "peer" in header else None,
+        step=_last_step(header),
+        peer=_peer(header, "peer"),
     )
+
+
+def _last_step(header: Header) -> int | None:
+    return header.integer("n", 0, MAX_STEP) if "n" in header else None
+
+
+def _epoch(header: Header, name: str) -> int:
+    return header.integer(name, 0, MAX_EPOCH) if name in header else 0
+
+
+def _flag(header: Header, name: str, *, absent: bool = False) -> bool:
+    return header.flag(name) if name in header else absent
+
+
+def _peer(header: Header, name: str) -> str | None:
+    return header.text(name, 128) if name in header else None
 
 
 def _read_timings(header: Header, most: int = MAX_HOPS) -> tuple[tuple[int, int], ...]:
@@ -535,4 +752,4 @@ class StepRange:
     @property
     def reply_tokens(self) -> int:
         """How many positions are sent back."""
-        return {"all": self.tokens, "last": 1, "none": 0}[self.reply]
+        return {"all": self.tokens, "last": 1, "none": 0, "replay": 0}[self.reply]

@@ -17,13 +17,20 @@ import torch
 import trio
 from torch import Tensor
 
-from client.session import Session, Terms, open_session
+from client.heads import Heads
+from client.retry import Context
+from client.route import Terms
+from client.routes import Routes
+from client.session import Session, open_session
+from client.trace import Trace
 from node.serving.cache import CacheBudget
 from node.serving.engine import Engine
 from node.serving.listener import Listener, Served
 from node.serving.rates import Rates
 from routing.chain import Chain, Hop
 from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import Entry, SwarmView
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
@@ -211,6 +218,7 @@ class FakeStream:
         self.closed = False
         self.pipe = pipe
         self.other: FakeStream
+        self.frozen: dict[PeerId, trio.Event] = {}  # peers whose process is stopped
         self._send = send_channel
         self._receive = receive_channel
         self._decoder = FrameDecoder(limits.max_frame_bytes)
@@ -221,14 +229,14 @@ class FakeStream:
         """Whether a frame has begun and is not whole."""
         return self._decoder.in_frame
 
-    async def send(self, frame: Buffer | Iterable[Buffer]) -> None:
+    async def send(self, frame: Buffer | Iterable[Buffer], seconds: float | None = None) -> None:
         """Send one frame.  Raises SlowPeer, PeerGone."""
-        await self.send_bytes(encode_frame(frame, self.limits.max_frame_bytes))
+        await self.send_bytes(encode_frame(frame, self.limits.max_frame_bytes), seconds)
 
-    async def send_bytes(self, data: bytes) -> None:
+    async def send_bytes(self, data: bytes, seconds: float | None = None) -> None:
         """Send bytes, frames or not."""
         try:
-            with trio.fail_after(self.limits.reply_taken_seconds):
+            with trio.fail_after(self.limits.reply_taken_seconds if seconds is None else seconds):
                 await self._send.send(data)
         except trio.TooSlowError:
             await self.reset()
@@ -245,6 +253,8 @@ class FakeStream:
             while not self._ready:
                 try:
                     data = await self._receive.receive()
+                    while (stopped := self.frozen.get(self.other.peer)) is not None:
+                        await stopped.wait()
                 except trio.EndOfChannel:
                     if self.pipe.reset:
                         raise PeerGone(f"{self.peer} reset the stream") from None
@@ -333,6 +343,8 @@ class World:
         self.limits = limits or Limits()
         self.nodes: dict[PeerId, FakeNode] = {}
         self.unreachable: set[tuple[PeerId, PeerId]] = set()
+        self.out_of_sight: set[PeerId] = set()
+        self.frozen: dict[PeerId, trio.Event] = {}
         self.client_streams: list[FakeStream] = []
         self.dialled: list[tuple[PeerId, PeerId]] = []
 
@@ -356,6 +368,61 @@ class World:
         self.nodes[peer] = FakeNode(peer, span, compute, listener)
         return self.nodes[peer]
 
+    def record(self, node: FakeNode) -> Record:
+        """What the node says of itself."""
+        served = node.listener.served
+        return Record(
+            peer=node.peer,
+            role="serve",
+            state="online",
+            name=node.peer,
+            version="test",
+            model=served.model,
+            revision=served.revision,
+            blocks=self.blocks,
+            start=served.start,
+            stop=served.stop,
+            dtype=served.dtype,
+            quantize="none",
+            seconds_per_block=node.compute.seconds / (served.stop - served.start) or 1e-3,
+            rtt=dict.fromkeys(self.nodes, 1e-3),
+            seq=1,
+            ttl_seconds=86400.0,
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Of the model: as many as the nodes hold."""
+        return max(node.span.stop for node in self.nodes.values())
+
+    def view(self) -> SwarmView:
+        """What everybody knows: all nodes, the dead ones too, but those that were taken out of sight."""
+        entries = {
+            peer: Entry(self.record(node), b"", 0.0)
+            for peer, node in self.nodes.items()
+            if peer not in self.out_of_sight
+        }
+        return SwarmView("", entries=entries)
+
+    def routes(self, client: PeerId = CLIENT) -> Routes:
+        """What a client's sessions ask of the swarm around them, over streams of this world."""
+
+        async def dial(peer: PeerId, addresses: Sequence[str], protocol: str) -> FakeStream:
+            return await self.dial(client, peer, protocol)
+
+        async def changed(since: SwarmView) -> None:
+            await until(lambda: set(self.view().entries) != set(since.entries))
+
+        return Routes(
+            "m",
+            "r",
+            self.blocks,
+            view=self.view,
+            rtts=lambda: dict.fromkeys(self.nodes, 1e-3),
+            changed_since=changed,
+            dial=dial,  # type: ignore[arg-type]
+        )
+
     def add_chain(self, *boundaries: int, seconds: float = 0.0) -> Chain:
         """A node for each pair of neighbouring boundaries, and the chain of them all."""
         hops = []
@@ -372,6 +439,7 @@ class World:
         if node is None or not node.alive or (me, to) in self.unreachable:
             raise PeerGone(f"{to} cannot be reached")
         ours, theirs = stream_pair(me, to, protocol, self.limits)
+        ours.frozen = theirs.frozen = self.frozen
         node.streams.append(theirs)
         if me in self.nodes:
             self.nodes[me].streams.append(ours)
@@ -407,28 +475,45 @@ class World:
         for scope in list(node.handlers):
             scope.cancel()
 
+    def revive(self, peer: str) -> None:
+        """The process is started again: the same identity, nothing in memory."""
+        self.nodes[PeerId(peer)].alive = True
+
+    def freeze(self, peer: str) -> None:
+        """The process is stopped: what is sent to it waits, and it says nothing."""
+        self.frozen[PeerId(peer)] = trio.Event()
+
+    def thaw(self, peer: str) -> None:
+        """It goes on where it was."""
+        self.frozen.pop(PeerId(peer)).set()
+
     async def open(
         self,
-        chain: Chain,
+        chain: Chain | None = None,
         *,
         max_length: int = 64,
         batch: int = 1,
         codec: str = "fp32",
-        step_seconds: float = 30.0,
+        give_up_seconds: float = 30.0,
         client: PeerId = CLIENT,
+        routes: Routes | None = None,
+        deadline: float | None = None,
+        trace: Trace | None = None,
         **terms: object,
     ) -> Session:
-        """A session of a client along `chain`."""
-        dtypes = {hop.peer: "float32" for hop in chain.hops}
-        asked = Terms("m", "r", HIDDEN, batch, max_length, dtypes, codec)
+        """A session of a client, along `chain` at first, where one is given."""
+        blocks = self.blocks if chain is None else chain.hops[-1].stop
+        asked = Terms("m", "r", blocks, HIDDEN, batch, max_length, codec)
+        routes = self.routes(client) if routes is None else routes
         return await open_session(
-            chain,
             replace(asked, **terms),  # type: ignore[arg-type]
-            open_stream=lambda peer: self.dial(client, peer, SESSION_PROTOCOL),  # type: ignore[arg-type, return-value]
+            routes if chain is None else _FirstAlong(chain, routes),
             nursery=self.nursery,
             compute=FakeCompute(),  # type: ignore[arg-type]
             limits=self.limits,
-            step_seconds=step_seconds,
+            give_up_seconds=give_up_seconds,
+            deadline=deadline,
+            trace=trace,
         )
 
     @property
@@ -443,6 +528,21 @@ class World:
             if node.alive:
                 node.assert_idle()
         assert [stream for stream in self.client_streams if not stream.closed] == []
+
+
+class _FirstAlong:
+    """Routes whose first choice is made."""
+
+    def __init__(self, chain: Chain, routes: Routes) -> None:
+        self.chain: Chain | None = chain
+        self.routes = routes
+
+    def choose(self, start: int, stop: int, **how: object) -> Chain:
+        chain, self.chain = self.chain, None
+        return chain or self.routes.choose(start, stop, **how)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.routes, name)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -461,6 +561,48 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
             await until(lambda: world.quiet)
         world.assert_idle()
         nursery.cancel_scope.cancel()
+
+
+def context_of(world: World, routes: Routes | None = None, **changes: object) -> Context:
+    """A client's tokens in this world.  routes: what it knows and whom it avoids."""
+    routes = world.routes() if routes is None and world.nodes else routes
+
+    async def open_chain(*, max_length: int, deadline: float, trace: Trace) -> Session:
+        return await world.open(max_length=max_length, deadline=deadline, trace=trace, routes=routes)
+
+    def worked(session: Session) -> None:
+        assert routes is not None
+        routes.worked(session.well)
+
+    values: dict[str, object] = {
+        "ends": FakeEnds(),
+        "compute": FakeCompute(),
+        "open_chain": open_chain,
+        "worked": worked,
+        "max_length": 64,
+        "give_up_seconds": 60.0,
+    }
+    values |= changes
+    return Context(heads=Heads(values["ends"], values["compute"]), **values)  # type: ignore[arg-type]
+
+
+def best(logits: Tensor) -> int:
+    """The greedy pick."""
+    return int(logits.argmax())
+
+
+async def continued(context: Context, prompt: list[int], count: int) -> list[int]:
+    """So many greedy tokens after `prompt`."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(await context.logits_after(tokens, best))
+    return tokens[len(prompt) :]
+
+
+def hops_of(context: Context) -> str:
+    """The peers of its chain now."""
+    assert context.session is not None
+    return " ".join(hop.peer for hop in context.session.chain.hops)
 
 
 class RawClient:

@@ -16,7 +16,7 @@ import torch
 import trio
 from torch import Tensor
 
-from client.retry import Blame
+from client.blame import Blame
 from client.stateless import Stateless
 from node.serving.engine import Answer
 from node.serving.listener import Served

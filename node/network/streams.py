@@ -78,19 +78,21 @@ class FramedStream:
         """Whether a frame from the peer has begun and is not whole."""
         return self._decoder.in_frame
 
-    async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
+    async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, given whole or in parts; returns when the network has taken it.
 
-        Raises SlowPeer after `reply_taken_seconds` (and what its size takes at the slowest rate that
-        we allow), PeerGone.  A frame that was cut short, by either or by a cancellation, takes the
-        stream with it.
+        Raises SlowPeer after `seconds` (None: `reply_taken_seconds`, and what its size takes at the
+        slowest rate that we allow), PeerGone.  A frame that was cut short, by either or by a
+        cancellation, takes the stream with it.
         """
         data = encode_frame(frame, self._limits.max_frame_bytes)
         self._traffic.sent += len(data) - PREFIX_BYTES
         if self._send_now is not None and not self._sending.locked() and self._send_now(data):
             await trio.lowlevel.checkpoint_if_cancelled()
             return
-        seconds = self._limits.reply_taken_seconds + len(data) / self._limits.frame_floor_bytes_per_second
+        limits = self._limits
+        if seconds is None:
+            seconds = limits.reply_taken_seconds + len(data) / limits.frame_floor_bytes_per_second
         with trio.move_on_after(seconds) as scope:
             async with self._sending:
                 try:

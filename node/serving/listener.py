@@ -3,59 +3,46 @@
     /raceme/session/1   a client opens a session, sends steps, gets results
     /raceme/push/1      a previous hop sends steps of many sessions
 
-Every byte is checked here, once, against the contract of its session.  Inside a session one worker
-takes step after step from a bounded inbox, asks `session` what to do, has `engine` do it, and
-passes the answer to the next hop or back to the client.
+Every byte is checked here, once, against the contract of its session.  What happens inside a session
+stands in `hop`.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Protocol
 
 import trio
 
-from node.model.arena import Arena, SpanCache
+from node.model.arena import Arena
 from node.serving.cache import CacheBudget
-from node.serving.engine import Answer, Engine, NotFinite
-from node.serving.push import PushLink, PushLinks, Sender
-from node.serving.session import Repeat, ServerSession
+from node.serving.engine import Engine
+from node.serving.hop import FrameStream, Hop, HopWorker, Inbox, tell
+from node.serving.push import Outlet, PushLinks, Sender
+from node.serving.room import CacheRoom
+from node.serving.session import ServerSession
 from routing.names import PeerId
 from tensor_codec.errors import (
-    BadResult,
-    CacheFull,
     Draining,
     MessageError,
-    PeerFault,
     PeerGone,
     Refused,
     RemoteProtocolError,
     TooManyStreams,
     WrongRevision,
 )
-from tensor_codec.frame import Buffer
+from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
-    MAX_HOPS,
-    Close,
     Contract,
     Failed,
     Open,
     Opened,
-    Result,
-    Step,
-    StepRange,
-    decode_from_client,
     decode_open,
     encode_failed,
     encode_opened,
-    encode_result,
-    encode_step,
     read_message,
     read_step,
     step_session,
@@ -80,69 +67,13 @@ class Served:
     can_cut: bool = True
 
 
-class FrameStream(Protocol):
-    """What the listener needs of a framed stream (see node/network/streams.py)."""
-
-    @property
-    def peer(self) -> PeerId:
-        """The authenticated peer at the other end."""
-
-    async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
-        """Send one frame; raises SlowPeer or PeerGone."""
-
-    async def receive(self, seconds: float | None = None) -> Buffer | None:
-        """The next frame, None at a clean end; raises PeerFault."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    step: Step
-    sender: PeerId
-    at: float  # time.perf_counter()
-
-
-@dataclass(slots=True)
-class _Hop:
-    """One session at this node."""
-
-    opened: Open
-    contract: Contract
-    stream: FrameStream
-    state: ServerSession
-    cache: SpanCache
-    inbox: trio.MemorySendChannel[_Arrived]
-    arrivals: trio.MemoryReceiveChannel[_Arrived]
-    scope: trio.CancelScope
-    link: PushLink | None = None
-    answer: Answer | None = None
-    busy: bool = False  # a step is being computed or passed on
-    over: PeerFault | Refused | None = None  # why the session ended, if not by its client's wish
-
-    @property
-    def in_use(self) -> bool:
-        """Whether steps are in flight here."""
-        return self.busy or bool(self.arrivals.statistics().current_buffer_used)
-
-    def end(self, reason: PeerFault | Refused | None) -> None:
-        """Stop the session's tasks; the first reason stands."""
-        if self.over is None:
-            self.over = reason
-        self.scope.cancel()
-
-    def offer(self, step: Step, sender: PeerId) -> None:
-        """Put a step into the inbox.  RemoteProtocolError if its sender has overfilled it."""
-        try:
-            self.inbox.send_nowait(_Arrived(step, sender, time.perf_counter()))
-        except trio.WouldBlock:
-            raise RemoteProtocolError(f"step {step.step}: too many steps are in flight") from None
-
-
 @dataclass(slots=True)
 class Listener:
     """Serves sessions over one span.
 
     served: what is offered.  arena: where caches are; budget: who may have how much of it.
     open_stream: to a peer of our view, for pushing.  blame counts peers' faults ("peer error").
+    journal_tokens: how many tokens of outputs are kept for replays; None: as many as the caches hold.
     """
 
     served: Served
@@ -152,15 +83,20 @@ class Listener:
     open_stream: Callable[[PeerId], Awaitable[Sender]]
     limits: Limits = field(default_factory=Limits)
     blame: Counter[str] = field(default_factory=Counter)
+    journal_tokens: int | None = None
     draining: bool = False
-    _sessions: dict[bytes, _Hop] = field(default_factory=dict)
+    _sessions: dict[bytes, Hop] = field(default_factory=dict)
     _ids: set[bytes] = field(default_factory=set)  # of sessions, those that wait for room included
     _links: PushLinks = field(init=False)
-    _no_session: trio.Event = field(default_factory=trio.Event)
-    _more_room: trio.Event = field(default_factory=trio.Event)
+    _room: CacheRoom = field(init=False)
+    _journals: JournalBudget = field(init=False)
+    _one_less: trio.Event = field(default_factory=trio.Event)  # session
 
     def __post_init__(self) -> None:
         self._links = PushLinks(self.open_stream)
+        self._room = CacheRoom(self.budget, self.limits.cache_wait_seconds)
+        tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
+        self._journals = JournalBudget(tokens)
 
     @property
     def session_count(self) -> int:
@@ -174,80 +110,89 @@ class Listener:
             return
         opened = decode_open(frame)
         try:
+            await self._end_earlier(stream.peer, opened)
             self._check(stream.peer, opened)
             self._ids.add(opened.session)
             try:
-                await self._when_there_is_room(
-                    partial(self.budget.admit, opened.session, stream.peer, opened.batch, opened.max_length)
-                )
+                await self._room.admit(opened.session, stream.peer, opened.batch, opened.max_length)
                 with self._place(stream, opened) as hop:
                     await self._run(hop)
             finally:
                 self._ids.discard(opened.session)
+                self._tell_one_less()
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
 
     async def serve_push(self, stream: FrameStream) -> None:
-        """Take steps that a previous hop pushes until it closes the stream.  Raises PeerFault."""
+        """Take steps that a previous hop, or a client, pushes until it closes the stream.
+
+        Raises PeerFault.
+        """
         while (frame := await stream.receive()) is not None:
             message = read_message(frame, frozenset({"step"}))
             hop = self._sessions.get(step_session(message))
             if hop is None or hop.scope.cancel_called:
                 continue  # it ended while the step was on its way
-            if hop.opened.predecessor != stream.peer:
-                raise MessageError("a step of a session that another peer feeds")
             try:
-                hop.offer(read_step(message, hop.contract), stream.peer)
+                step = read_step(message, hop.contract)
+                if step.epoch != hop.epoch:
+                    continue  # from a hop that has been replaced
+                if hop.feeder != stream.peer:
+                    raise MessageError("a step of a session that another peer feeds")
+                if step.bulk:
+                    await hop.offer_when_there_is_room(step, stream.peer)
+                else:
+                    hop.offer(step, stream.peer)
             except (MessageError, RemoteProtocolError) as fault:
+                if hop.feeder != stream.peer:
+                    raise
                 # Perhaps the client opened its two hops differently: the stream, which serves
                 # other sessions too, goes on.
-                self._end_for(hop, fault, stream.peer)
+                self._worker(hop).end_for(fault, stream.peer)
 
     async def drain(self) -> None:
-        """Take no new session, and end each one when its steps in flight are answered.  Bounded."""
+        """Take no new session, and let the clients of those that there are move elsewhere.  Bounded.
+
+        They are told, and served until they have moved, were silent for a while, or time is up.
+        """
         self.draining = True
-        for hop in self._sessions.values():
-            if not hop.in_use:
-                hop.end(_leaving())
-        with trio.move_on_after(self.limits.drain_seconds):
-            await self._no_session_left()
+        limits = self.limits
+        async with trio.open_nursery() as nursery:
+            for hop in self._sessions.values():
+                nursery.start_soon(tell, hop, replace(Failed.of(_leaving()), code="leaving"))
+        with trio.move_on_after(limits.drain_seconds):
+            while self._sessions:
+                silent = trio.current_time() - limits.drain_idle_seconds
+                for hop in self._sessions.values():
+                    if not hop.in_use and hop.active_at <= silent:
+                        hop.end(_leaving())
+                with trio.move_on_after(limits.drain_idle_seconds / 4):
+                    await self._one_less.wait()
         for hop in self._sessions.values():
             hop.end(_leaving())
-        with trio.move_on_after(self.limits.drain_seconds):
-            await self._no_session_left()
+        with trio.move_on_after(limits.drain_seconds):
+            while self._sessions:
+                await self._one_less.wait()
 
-    async def _no_session_left(self) -> None:
-        while self._sessions:
-            if self._no_session.is_set():
-                self._no_session = trio.Event()
-            await self._no_session.wait()
+    async def _end_earlier(self, peer: PeerId, opened: Open) -> None:
+        """A client that comes back to a hop which it had given up: what is left of that session goes."""
+        earlier = self._sessions.get(opened.session)
+        if earlier is None or earlier.stream.peer != peer or opened.epoch <= earlier.epoch:
+            return
+        earlier.end(None)
+        with trio.move_on_after(self.limits.cache_wait_seconds):
+            while opened.session in self._ids:
+                await self._one_less.wait()
 
-    def _end_for(self, hop: _Hop, fault: PeerFault, sender: PeerId) -> None:
-        """End a session for what `sender` did, and tell its client who it was if not itself."""
-        self.blame[f"{sender} {type(fault).__name__}"] += 1
-        if sender != hop.stream.peer:
-            fault.peer = sender
-        hop.end(fault)
+    def _tell_one_less(self) -> None:
+        self._one_less.set()
+        self._one_less = trio.Event()
 
-    async def _when_there_is_room(self, take: Callable[[], None]) -> None:
-        """Take pages of the cache as soon as there are some.  Raises CacheFull after a bounded wait."""
-        deadline = trio.current_time() + self.limits.cache_wait_seconds
-        while True:
-            try:
-                return take()
-            except CacheFull as full:
-                if full.retry_after_seconds is None or trio.current_time() >= deadline:
-                    raise
-            with trio.move_on_at(deadline):
-                await self._more_room.wait()
-
-    def _there_is_room(self) -> None:
-        """Wake those who wait for pages."""
-        self._more_room.set()
-        self._more_room = trio.Event()
+    def _worker(self, hop: Hop) -> HopWorker:
+        return HopWorker(hop, self.engine, self._room, self._journals, self.blame, self.limits)
 
     @contextmanager
-    def _place(self, stream: FrameStream, opened: Open) -> Iterator[_Hop]:
+    def _place(self, stream: FrameStream, opened: Open) -> Iterator[Hop]:
         """A session that was admitted, until it ends.  Raises Refused, MessageError."""
         contract = Contract(
             session=opened.session,
@@ -259,32 +204,31 @@ class Listener:
             codec=opened.codec,
             max_step_tokens=self.limits.max_step_tokens,
         )
-        inbox, arrivals = trio.open_memory_channel[_Arrived](self.limits.max_steps_in_flight)
         cache = self.arena.open(opened.batch, opened.max_length)
         try:
             if self.draining:  # since it was checked it may have waited
                 raise _draining()
-            hop = _Hop(
+            hop = Hop(
                 opened=opened,
                 contract=contract,
                 stream=stream,
                 state=ServerSession(opened.max_length, can_cut=self.served.can_cut),
                 cache=cache,
-                inbox=inbox,
-                arrivals=arrivals,
-                scope=trio.CancelScope(),
+                outlet=Outlet(self._links, self.limits.session_idle_seconds),
+                inbox=Inbox(self.limits.max_steps_in_flight, held=opened.held),
+                predecessor=opened.predecessor,
+                successor=opened.successor,
+                relay=opened.relay,
+                epoch=opened.epoch,
+                active_at=trio.current_time(),
             )
             self._sessions[opened.session] = hop
             yield hop
         finally:
             self._sessions.pop(opened.session, None)
             self.engine.before_next(cache.close)  # a batch may still be computing with its pages
-            self.budget.release(opened.session)
-            self._there_is_room()
-            inbox.close()
-            arrivals.close()
-            if not self._sessions:
-                self._no_session.set()
+            self._room.release(opened.session)
+            self._journals.close(opened.session)
 
     def _check(self, peer: PeerId, opened: Open) -> None:
         """Whether we serve what is asked for.  Raises Refused, MessageError."""
@@ -316,123 +260,16 @@ class Listener:
         if mine >= self.limits.max_sessions_per_peer:
             raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)
 
-    async def _run(self, hop: _Hop) -> None:
+    async def _run(self, hop: Hop) -> None:
         """Answer Open, then serve until the client, a deadline, a fault or the drain ends it."""
-        async with AsyncExitStack() as stack:
-            successor = hop.opened.successor
-            if successor is not None:
-                try:
-                    hop.link = await stack.enter_async_context(self._links.use(PeerId(successor)))
-                except PeerFault as fault:
-                    self.blame[f"{successor} {type(fault).__name__}"] += 1
-            await hop.stream.send(encode_opened(Opened(push=hop.link is not None)))
-            with hop.scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._read, hop)
-                    await self._work(hop)
-            hop.state.close()
-            if hop.over is not None:
-                with trio.CancelScope(shield=True), trio.move_on_after(1):
-                    await _tell(hop, Failed.of(hop.over, peer=hop.over.peer))
-
-    async def _read(self, hop: _Hop) -> None:
-        """Take what the client sends."""
+        worker = self._worker(hop)
         try:
-            while (frame := await hop.stream.receive()) is not None:
-                message = decode_from_client(frame, hop.contract)
-                if isinstance(message, Close):
-                    break
-                hop.offer(message, hop.stream.peer)
-        except PeerGone:
-            pass  # the client's going away ends its session; nobody is left to be told
-        except PeerFault as fault:
-            self._end_for(hop, fault, hop.stream.peer)
-        hop.end(None)
-
-    async def _work(self, hop: _Hop) -> None:
-        """Do step after step; returns when a deadline has passed or the session broke."""
-        limits = self.limits
-        life_ends = trio.current_time() + limits.session_life_seconds
-        patience = limits.session_first_step_seconds
-        while True:
-            arrived = None
-            with trio.move_on_at(min(life_ends, trio.current_time() + patience)):
-                arrived = await hop.arrivals.receive()
-            if arrived is None:
-                old = trio.current_time() >= life_ends
-                why = f"older than {limits.session_life_seconds} s" if old else f"idle for {patience} s"
-                return hop.end(PeerGone(f"the session was {why}"))
-            hop.busy = True
-            try:
-                await self._step(hop, arrived)
-            except (Refused, NotFinite) as own:
-                return hop.end(own)
-            except PeerFault as fault:
-                return self._end_for(hop, fault, arrived.sender)
-            hop.busy = False
-            if self.draining and not hop.in_use:
-                return hop.end(_leaving())
-            patience = limits.session_idle_seconds
-
-    async def _step(self, hop: _Hop, arrived: _Arrived) -> None:
-        """Compute a step, or find its stored answer, and pass it on.
-
-        Raises Refused, NotFinite, and PeerFault for what is the fault of the step's sender.
-        """
-        step, contract = arrived.step, hop.contract
-        what = StepRange(step.position, len(step.body) // contract.row_bytes, step.reply)
-        decision = hop.state.receive(step.step, what)
-        if isinstance(decision, Repeat):
-            answer = hop.answer
-        else:
-            whole = hop.opened.successor is not None
-            try:
-                await self._make_room(hop, what)
-            except CacheFull as full:
-                hop.state.dropped(decision)
-                return await _tell(hop, Failed.of(full, step.step))
-            try:
-                answer = await self.engine.step(
-                    hop.stream.peer, contract, hop.cache, decision, step.body, whole=whole
-                )
-            except BadResult as bad:
-                where = f"step {step.step}, blocks {contract.start}:{contract.stop}"
-                raise type(bad)(f"{where}: {bad}") from None
-            hop.state.computed(decision)
-            hop.answer = answer
-        if answer is not None:
-            await self._pass_on(hop, arrived, what, answer)
-
-    async def _make_room(self, hop: _Hop, what: StepRange) -> None:
-        """Have the cache cut to a step's position, and get pages for the step.  Raises CacheFull."""
-        if hop.cache.length > what.position:  # a cut, or what a cancelled step left behind
-            self.engine.before_next(partial(hop.cache.cut, what.position))
-            self.budget.shrink(hop.contract.session, what.position)
-            self._there_is_room()
-        length = what.position + what.tokens
-        await self._when_there_is_room(partial(self.budget.grow, hop.contract.session, length))
-
-    async def _pass_on(self, hop: _Hop, arrived: _Arrived, what: StepRange, answer: Answer) -> None:
-        step = arrived.step
-        held = int((time.perf_counter() - arrived.at) * 1e6)
-        # No more than the next one takes, whatever came in.
-        timings = (*step.timings, (held, answer.compute_micros))[-MAX_HOPS:]
-        if hop.link is None:
-            result = Result(step.step, what.reply_position, answer.body, timings)
-            try:
-                await hop.stream.send(encode_result(result))
-            except PeerFault as fault:
-                if not isinstance(fault, PeerGone):
-                    self.blame[f"{hop.stream.peer} {type(fault).__name__}"] += 1
-                hop.end(None)  # nobody is left to be told
-            return
-        onward = Step(step.session, step.step, step.position, step.reply, answer.body, timings)
-        try:
-            await hop.link.send(encode_step(onward))
-        except PeerFault as fault:
-            self.blame[f"{hop.link.peer} {type(fault).__name__}"] += 1
-            notice = replace(Failed.of(fault, step.step, hop.link.peer), code="cannot_push")
-            await _tell(hop, notice)
+            push = await worker.lead_to_successor()
+            await hop.stream.send(encode_opened(Opened(push, self.served.can_cut)))
+            await worker.run()
+        finally:
+            hop.inbox.close()
+            await hop.outlet.aclose()
 
 
 def _draining() -> Draining:
@@ -441,11 +278,3 @@ def _draining() -> Draining:
 
 def _leaving() -> PeerGone:
     return PeerGone("this node is leaving the swarm")
-
-
-async def _tell(hop: _Hop, failed: Failed) -> None:
-    """Tell the client, if it is still there."""
-    try:
-        await hop.stream.send(encode_failed(failed))
-    except PeerFault:
-        hop.end(None)

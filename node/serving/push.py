@@ -1,28 +1,34 @@
-"""Streams to the next hops, one a peer, shared by the sessions that push there.
+"""Streams to the next hops: one a peer for single tokens, shared by the sessions that push there, and
+one of its own for each session that has more to send.
 
-A stream costs two round trips to open, so it is opened with the first session that needs it and
-closed with the last.
+A token of a session must not wait behind another's prompt or replay.  So what is long (`Step.bulk`)
+takes a stream that only its session uses, as long as it lasts: the muxer then divides the
+connection among streams, and a receiver that cannot keep up holds back that session alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
 from routing.names import PeerId
-from tensor_codec.errors import PeerFault
+from tensor_codec.errors import PeerFault, PeerGone
 from tensor_codec.frame import Buffer
+
+# Streams of their own for bulk: well below what a peer allows us to open (`Limits`), whatever happens.
+BULK_OPENS_PER_SECOND = 8.0
+BULK_OPENS_BURST = 24
+MAX_BULK_STREAMS = 24
 
 
 class Sender(Protocol):
     """What a link needs of a framed stream."""
 
-    async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
-        """Send one frame; raises SlowPeer or PeerGone."""
+    async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
+        """Send one frame, to be taken within `seconds`; raises SlowPeer or PeerGone."""
 
     async def aclose(self) -> None:
         """Close it."""
@@ -30,22 +36,25 @@ class Sender(Protocol):
 
 @dataclass(slots=True)
 class PushLink:
-    """A stream to one next hop, opened again once when it turns out to be dead."""
+    """The way to one next hop.  Its shared stream is opened again once when it turns out to be dead."""
 
     peer: PeerId
     _open: Callable[[PeerId], Awaitable[Sender]]
+    users: int = 0
     _stream: Sender | None = None
     _lock: trio.Lock = field(default_factory=trio.Lock)
-    users: int = 0
+    _bulk_streams: int = 0
+    _may_open: float = BULK_OPENS_BURST  # a token bucket
+    _filled_at: float = 0.0
 
     async def connect(self) -> None:
-        """Open the stream if it is not open.  Raises PeerGone, SlowPeer."""
+        """Open the shared stream if it is not open.  Raises PeerGone, SlowPeer."""
         async with self._lock:
             if self._stream is None:
                 self._stream = await self._open(self.peer)
 
     async def send(self, parts: list[Buffer]) -> None:
-        """Send one frame.  Raises PeerGone, SlowPeer.
+        """Send one frame on the shared stream.  Raises PeerGone, SlowPeer.
 
         A frame that a dying stream may have delivered goes out again on the new one: the step
         number makes that harmless.
@@ -56,19 +65,55 @@ class PushLink:
                 await stream.send(parts)
                 return
             except PeerFault:
-                if self._stream is stream:
-                    self._stream = None
-                    with trio.move_on_after(1):
-                        await stream.aclose()
+                await self._forget(stream)
         await self.connect()
-        if self._stream is not None:
-            await self._stream.send(parts)
+        stream = self._stream
+        if stream is None:
+            raise PeerGone(f"the stream to {self.peer} was closed")
+        try:
+            await stream.send(parts)
+        except PeerFault:
+            await self._forget(stream)
+            raise
+
+    async def open_bulk(self) -> Sender | None:
+        """A stream for one session alone, to be given back; None where there are too many already.
+
+        Raises PeerGone, SlowPeer.
+        """
+        now = trio.current_time()
+        refilled = self._may_open + (now - self._filled_at) * BULK_OPENS_PER_SECOND
+        self._may_open, self._filled_at = min(BULK_OPENS_BURST, refilled), now
+        if self._bulk_streams >= MAX_BULK_STREAMS or self._may_open < 1:
+            return None
+        self._may_open -= 1
+        self._bulk_streams += 1
+        try:
+            return await self._open(self.peer)
+        except BaseException:
+            self._bulk_streams -= 1
+            raise
+
+    async def close_bulk(self, stream: Sender) -> None:
+        """Give a stream of `open_bulk` back: it is closed.  Bounded."""
+        self._bulk_streams -= 1
+        await _close(stream)
 
     async def aclose(self) -> None:
-        """Close the stream."""
+        """Close the shared stream.  Bounded."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            await stream.aclose()
+            await _close(stream)
+
+    async def _forget(self, stream: Sender) -> None:
+        if self._stream is stream:
+            self._stream = None
+            await _close(stream)
+
+
+async def _close(stream: Sender) -> None:
+    with trio.CancelScope(shield=True), trio.move_on_after(1):
+        await stream.aclose()
 
 
 @dataclass(slots=True)
@@ -78,17 +123,77 @@ class PushLinks:
     open_stream: Callable[[PeerId], Awaitable[Sender]]
     _links: dict[PeerId, PushLink] = field(default_factory=dict)
 
-    @asynccontextmanager
-    async def use(self, peer: PeerId) -> AsyncIterator[PushLink]:
-        """The connected link to `peer`, for the time of a session.  Raises PeerGone, SlowPeer."""
+    async def acquire(self, peer: PeerId) -> PushLink:
+        """The connected link to `peer`, until `release`.  Raises PeerGone, SlowPeer."""
         link = self._links.setdefault(peer, PushLink(peer, self.open_stream))
         link.users += 1
         try:
             await link.connect()
-            yield link
-        finally:
-            link.users -= 1
-            if not link.users:
-                del self._links[peer]
-                with trio.CancelScope(shield=True), trio.move_on_after(1):
-                    await link.aclose()
+        except BaseException:
+            await self.release(link)
+            raise
+        return link
+
+    async def release(self, link: PushLink) -> None:
+        """A session needs the link no more.  Bounded."""
+        link.users -= 1
+        if not link.users:
+            if self._links.get(link.peer) is link:
+                del self._links[link.peer]
+            await link.aclose()
+
+
+@dataclass(slots=True)
+class Outlet:
+    """Where one session's outputs go: to a next hop, or to nobody but its client.
+
+    bulk_seconds: how long the next hop may take to read a frame of a long prompt or replay, which it
+    does no faster than it computes.
+    """
+
+    links: PushLinks
+    bulk_seconds: float
+    link: PushLink | None = None
+    _bulk: Sender | None = None
+
+    @property
+    def peer(self) -> PeerId | None:
+        """The next hop, where there is a way to it."""
+        return self.link.peer if self.link is not None else None
+
+    async def lead_to(self, peer: PeerId | None) -> None:
+        """Have a link to `peer`, and to nobody else.  Raises PeerGone, SlowPeer; there is none then."""
+        if self.peer == peer:
+            return await self.end_bulk()
+        await self.aclose()
+        if peer is not None:
+            self.link = await self.links.acquire(peer)
+
+    async def send(self, parts: list[Buffer], *, bulk: bool) -> None:
+        """Send one frame.  Raises PeerGone, SlowPeer.
+
+        bulk: on a stream of the session's own.  A session changes between the two only when all that
+        it sent has been taken, so its frames stay in order; who breaks that breaks his own session.
+        """
+        assert self.link is not None
+        if bulk and self._bulk is None:
+            self._bulk = await self.link.open_bulk()
+        elif not bulk and self._bulk is not None:
+            await self.end_bulk()
+        if self._bulk is not None:
+            await self._bulk.send(parts, self.bulk_seconds)
+        else:
+            await self.link.send(parts)
+
+    async def end_bulk(self) -> None:
+        """Close the session's own stream, if there is one.  Bounded."""
+        stream, self._bulk = self._bulk, None
+        if stream is not None and self.link is not None:
+            await self.link.close_bulk(stream)
+
+    async def aclose(self) -> None:
+        """Leave the link.  Bounded."""
+        await self.end_bulk()
+        link, self.link = self.link, None
+        if link is not None:
+            await self.links.release(link)

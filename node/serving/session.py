@@ -4,6 +4,9 @@ A session is a cache of `length` positions at one hop.  A step brings hidden sta
 positions from `position` on.  Its number only grows: a number seen before is a retry, whose answer
 goes out again and is never applied twice; a position below the length cuts the cache there first
 (regeneration, speculation, a shared prefix).
+
+When the session's route changes, the client says how much of the cache stays good (`resume`), and
+what is missing behind that comes as a replay: steps without numbers, each continuing the cache.
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run the step.  cut: set the cache to this length first, or None where it fits already."""
+    """Run the step.  cut: set the cache to this length first, or None where it fits already.
 
-    step: int
+    step: None for a part of a replay.
+    """
+
+    step: int | None
     what: StepRange
     cut: int | None
 
@@ -47,6 +53,7 @@ class ServerSession:
       * a step is computed at most once, whatever is retried (P2);
       * the cached length never exceeds max_length, and has no holes;
       * the length advances only when the answer is there: a step that was cancelled leaves no trace;
+      * a replay continues the cache and nothing else: no hole, no overlap;
       * after an error every later call raises RemoteProtocolError.
     """
 
@@ -79,13 +86,42 @@ class ServerSession:
         self.state = State.COMPUTING
         return Compute(step, what, cut)
 
+    def replay(self, what: StepRange) -> Compute:
+        """Decide about a part of a replay.  Raises RemoteProtocolError."""
+        if self.state is State.COMPUTING:
+            raise LocalProtocolError("a replay was offered while a step is being computed")
+        if self.state is State.CLOSED:
+            raise RemoteProtocolError("a replay after the session was closed")
+        if what.position != self.length or not 0 < what.tokens <= self.max_length - what.position:
+            self._fail(
+                f"a replay of {what.tokens} positions from {what.position} on does not continue a cache of"
+                f" {self.length}, opened for {self.max_length}"
+            )
+        self.state = State.COMPUTING
+        return Compute(None, what, None)
+
+    def resume(self, length: int) -> None:
+        """Go on from `length` positions; what comes after them is forgotten.  Raises RemoteProtocolError.
+
+        A step that was computed and is forgotten may come again, under its old number.
+        """
+        if self.state is not State.OPEN:
+            raise LocalProtocolError("a session was resumed in the middle of a step, or after its end")
+        if length > self.length:
+            self._fail(f"the session is to go on from {length}, the cache holds {self.length}")
+        if length < self.length:
+            if length and not self.can_cut:
+                self._fail(f"the session is to go back to position {length}, which this model cannot")
+            self.length, self.last = length, None
+
     def computed(self, compute: Compute) -> None:
         """The answer to `compute` is there: it becomes part of the session."""
         if self.state is not State.COMPUTING:
             raise LocalProtocolError(f"step {compute.step} was computed and nobody asked for it")
         self.state = State.OPEN
         self.length = compute.what.position + compute.what.tokens
-        self.last = (compute.step, compute.what)
+        if compute.step is not None:
+            self.last = (compute.step, compute.what)
 
     def dropped(self, compute: Compute) -> None:
         """`compute` was refused before it began: it may come again; what was cut is cut."""

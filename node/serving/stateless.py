@@ -21,7 +21,8 @@ import trio
 from node.model.span import Span
 from node.model.stateless import backward, forward
 from node.serving.engine import Answer, NotFinite
-from node.serving.listener import FrameStream, Served
+from node.serving.hop import FrameStream
+from node.serving.listener import Served
 from tensor_codec.compression import decode_hidden, encode_hidden
 from tensor_codec.errors import (
     BadResult,

@@ -37,7 +37,9 @@ class FakeSession:
     chain: str = "chain"
     times: None = None
 
-    async def step(self, hidden: int, position: int | None = None, reply: str = "all") -> int:
+    async def step(
+        self, hidden: int, position: int | None = None, reply: str = "all", *, seconds: float | None = None
+    ) -> int:
         assert trio.lowlevel.in_trio_run()
         await trio.lowlevel.checkpoint()
         if hidden < 0:
@@ -109,7 +111,7 @@ class FakeSwarm:
         finally:
             self.generating -= 1
 
-    def conversation(self, max_length=2048):
+    def conversation(self, max_length=2048, *, trace=None):
         return FakeConversation(max_length)
 
     async def forward(self, hidden, *, start=0, stop=None):

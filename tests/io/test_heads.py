@@ -13,7 +13,7 @@ from model_fixtures import save_tiny
 from torch import Tensor
 
 from client.heads import MOST_ROWS, Heads
-from client.retry import Blame, Context
+from client.retry import Context
 from node.compute import ComputeThread, open_compute_thread
 from node.model.ends import load_ends
 from node.model.folder import HashMemo, open_folder
@@ -281,11 +281,11 @@ async def test_sixteen_generations_at_once_are_those_of_the_whole_model(autojump
         heads = Heads(ends, compute)
 
         async def one(index):
-            async def open_chain(*, max_length):
+            async def open_chain(*, max_length, **_):
                 return await world.open(chain, max_length=max_length)
 
             context = Context(
-                ends=ends, compute=compute, heads=heads, open_chain=open_chain, blame=Blame(),
+                ends=ends, compute=compute, heads=heads, open_chain=open_chain,
                 worked=lambda session: None, max_length=64, give_up_seconds=60.0,
             )  # fmt: skip
             tokens = list(prompts[index])

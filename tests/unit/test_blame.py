@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.retry import AVOID_MOST_SECONDS, AVOID_SECONDS, Blame
+from client.blame import AVOID_MOST_SECONDS, AVOID_SECONDS, Blame
 from routing.names import PeerId
 
 A, B = PeerId("a"), PeerId("b")

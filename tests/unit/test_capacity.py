@@ -147,17 +147,21 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     assert (memory.weights, memory.cache, memory.workspace) == (4 * MIB, 8 * MIB, room)
     assert memory.network == 10 * MIB + 3 * 2 * MIB
     assert memory.needed == capacity.check_fits(model(), 4, "float32", 2048, 10**9)
-    assert memory.resident_bound == (400 + 16 + 256 + 4 + 8) * MIB + room
+    journal = 2048 * model().hidden_size * 4
+    assert memory.journal == journal
+    assert memory.resident_bound == (400 + 16 + 256 + 4 + 8) * MIB + room + journal
     on_gpu = capacity.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB, device="cuda")
     assert on_gpu.needed == memory.needed
-    assert on_gpu.resident_bound == (400 + 16 + 256) * MIB
+    assert on_gpu.resident_bound == (400 + 16 + 256) * MIB + journal
+    none = capacity.memory_of(model(), 4, "float32", 2048, journal_tokens=0)
+    assert none.journal == 0
 
 
 def test_the_start_log_says_it_in_one_line():
-    memory = capacity.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30)
+    memory = capacity.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27)
     assert capacity.in_one_line(memory, model(), 7, 16_384, 20 * 2**30) == (
-        "7 of 10 blocks: weights 0.12 GiB, KV cache 0.50 GiB for 16,384 tokens, workspace 0.25 GiB;"
-        " bound 2.62 GiB resident; 20.00 GiB free"
+        "7 of 10 blocks: weights 0.12 GiB, KV cache 0.50 GiB for 16,384 tokens, journal 0.12 GiB,"
+        " workspace 0.25 GiB; bound 2.75 GiB resident; 20.00 GiB free"
     )
 
 

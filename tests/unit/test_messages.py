@@ -38,13 +38,18 @@ from tensor_codec.messages import (
     Contract,
     Failed,
     Forward,
+    Here,
     Open,
     Opened,
     Output,
+    Relink,
+    Relinked,
     Result,
+    Resume,
     Run,
     Step,
     StepRange,
+    Where,
     decode_from_client,
     decode_from_hop,
     decode_open,
@@ -53,12 +58,17 @@ from tensor_codec.messages import (
     decode_request,
     encode_close,
     encode_failed,
+    encode_here,
     encode_open,
     encode_opened,
     encode_output,
+    encode_relink,
+    encode_relinked,
     encode_request,
     encode_result,
+    encode_resume,
     encode_step,
+    encode_where,
     read_message,
     read_step,
     request_contract,
@@ -133,9 +143,53 @@ def header_of(fields: dict, changes: dict) -> bytes:
     return pack_header({k: v for k, v in (fields | changes).items() if v is not ...})
 
 
+ORDERS = [
+    (encode_relink, Relink(1), decode_from_client),
+    (encode_relink, Relink(2**31, "before", "behind", relay=True), decode_from_client),
+    (encode_resume, Resume(3, 10, 4, 9), decode_from_client),
+    (lambda _: encode_where(), Where(), decode_from_client),
+    (encode_relinked, Relinked(1, push=True, length=10, kept=3), decode_from_hop),
+    (encode_relinked, Relinked(1, push=False, length=0, kept=0, step=2**53, cut=False), decode_from_hop),
+    (encode_here, Here(9, 3), decode_from_hop),
+    (encode_here, Here(0, 0, 17), decode_from_hop),
+]
+
+
+@pytest.mark.parametrize(("encode", "message", "decode"), ORDERS, ids=lambda value: type(value).__name__)
+def test_orders_and_their_answers_come_out_as_they_went_in(encode, message, decode):
+    assert decode(joined(encode(message)), CONTRACT) == message
+
+
+BAD_ORDERS: dict[str, tuple[dict, Callable]] = {
+    "a relink without an epoch is of the first": ({"k": "relink", "e": -1}, decode_from_client),
+    "a resume behind the end": ({"k": "resume", "e": 1, "p": 11, "has": 0, "stop": 0}, decode_from_client),
+    "a replay behind what is kept": (
+        {"k": "resume", "e": 1, "p": 3, "has": 0, "stop": 4},
+        decode_from_client,
+    ),
+    "a resume without a length": ({"k": "resume", "e": 1, "has": 0, "stop": 0}, decode_from_client),
+    "an epoch that is true": ({"k": "relink", "e": True}, decode_from_client),
+    "a journal longer than the cache": (
+        {"k": "relinked", "e": 1, "push": True, "cut": True, "p": 3, "kept": 4},
+        decode_from_hop,
+    ),
+    "a cache longer than the session": ({"k": "here", "p": 11, "waiting": 0}, decode_from_hop),
+    "fewer than no steps": ({"k": "here", "p": 1, "waiting": -1}, decode_from_hop),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_ORDERS)
+def test_an_order_that_cannot_be_meant_is_refused(wrong):
+    fields, decode = BAD_ORDERS[wrong]
+    with pytest.raises(MessageError):
+        decode(pack_header(fields), CONTRACT)
+    with pytest.raises(MessageError):
+        decode(pack_header({"k": fields["k"]}) + b"body", CONTRACT)
+
+
 names = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=60)
 timings = st.lists(st.tuples(*[st.integers(0, 2**40)] * 2), max_size=MAX_HOPS).map(tuple)
-replies = st.sampled_from(["all", "last", "none"])
+replies = st.sampled_from(["all", "last", "none", "replay"])
 numbers = st.integers(0, 2**53)
 
 
@@ -261,7 +315,7 @@ BAD_STEPS: dict[str, bytes] = {
     "a step number that is true": step_frame(n=True),
     "a step number that is a float": step_frame(n=3.0),
     "no reply": step_frame(r=...),
-    "a reply of 3": step_frame(r=3),
+    "a reply of 4": step_frame(r=4),
     "a reply of -1": step_frame(r=-1),
     "a reply that is text": step_frame(r="all"),
     "a reply that is false": step_frame(r=False),
@@ -598,5 +652,5 @@ def test_whatever_the_reason_is_its_telling_can_be_read(text):
 @given(st.integers(0, 100), st.integers(1, 100), replies)
 def test_what_a_reply_covers_is_the_end_of_its_step(position, tokens, reply):
     what = StepRange(position, tokens, reply)
-    assert what.reply_tokens == {"all": tokens, "last": 1, "none": 0}[reply]
+    assert what.reply_tokens == {"all": tokens, "last": 1, "none": 0, "replay": 0}[reply]
     assert what.reply_position + what.reply_tokens == position + tokens

@@ -1,0 +1,41 @@
+"""Peers that have failed lately, and for how long they are to be left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from routing.names import PeerId
+
+AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
+AVOID_MOST_SECONDS = 3600.0
+
+
+@dataclass(slots=True)
+class Blame:
+    """Peers to be avoided, and until when.  Times are the caller's clock, in seconds."""
+
+    _until: dict[PeerId, float] = field(default_factory=dict)
+    _faults: dict[PeerId, int] = field(default_factory=dict)
+
+    def fault(self, peer: PeerId, now: float) -> None:
+        """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour."""
+        count = self._faults[peer] = self._faults.get(peer, 0) + 1
+        self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), AVOID_MOST_SECONDS)
+
+    def refused(self, peer: PeerId, retry_after_seconds: float | None, now: float) -> None:
+        """A peer said no: ask others for a while, without blaming it."""
+        until = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
+        self._until[peer] = max(until, self._until.get(peer, until))
+
+    def worked(self, peer: PeerId) -> None:
+        """A peer answered: its earlier faults are forgotten."""
+        self._faults.pop(peer, None)
+        self._until.pop(peer, None)
+
+    def avoided(self, now: float) -> frozenset[PeerId]:
+        """The peers to leave out now."""
+        return frozenset(self.soonest_first(now))
+
+    def soonest_first(self, now: float) -> list[PeerId]:
+        """The same, those first that will be forgiven first."""
+        return sorted((p for p, until in self._until.items() if until > now), key=self._until.__getitem__)

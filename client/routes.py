@@ -1,0 +1,188 @@
+"""Which way a session takes: what is known of the swarm, what this client has seen of it, and a choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from client.blame import Blame
+from node.network.streams import FramedStream
+from routing.chain import DEFAULT_RTT_SECONDS, Chain, Hop, NoChain, cheapest_chain, costs
+from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import SwarmView
+
+RATE_WEIGHT = 0.2  # of the newest step in what we believe of a hop's speed
+FIND_AGAIN_SECONDS = 10.0  # between looks beyond what the neighbours know
+
+
+@dataclass(slots=True)
+class Routes:
+    """What sessions ask of the swarm around them (`client.session.Surroundings`).
+
+    model, revision, blocks: of the model.  view: what is known now.  rtts: seconds from here to a peer
+    and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
+    addresses.  find_peers: looks further than the neighbours know, bounded; may be None.
+    rates: seconds per block of each peer's decode steps, as seen here.
+    """
+
+    model: str
+    revision: str
+    blocks: int
+    view: Callable[[], SwarmView]
+    rtts: Callable[[], Mapping[PeerId, float]]
+    changed_since: Callable[[SwarmView], Awaitable[None]]
+    dial: Callable[[PeerId, Sequence[str], str], Awaitable[FramedStream]]
+    find_peers: Callable[[], Awaitable[object]] | None = None
+    blame: Blame = field(default_factory=Blame)
+    rates: dict[PeerId, float] = field(default_factory=dict)
+    _seen: SwarmView | None = None
+    _found_at: float = -math.inf
+
+    def choose(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        without: frozenset[PeerId] = frozenset(),
+        desperate: bool = False,
+        like: frozenset[str] = frozenset(),
+        seen: Mapping[PeerId, float] | None = None,
+    ) -> Chain:
+        """See `client.session.Surroundings.choose`."""
+        measured = {**self.rates, **(seen or {})}
+        spans = self._spans()
+        if like:
+            alike = [span for span in spans if _kind(span) in like]
+            try:
+                return self._cheapest(alike, start, stop, without, measured, desperate=desperate)
+            except NoChain:
+                pass  # better another kind than none
+        return self._cheapest(spans, start, stop, without, measured, desperate=desperate)
+
+    def choose_for_throughput(
+        self,
+        start: int,
+        stop: int,
+        *,
+        positions: int,
+        measured: Mapping[PeerId, float],
+        waiting: Mapping[PeerId, int],
+        desperate: bool = False,
+    ) -> Chain:
+        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain."""
+        return self._cheapest(
+            self._spans(), start, stop, frozenset(), measured,
+            desperate=desperate, positions=positions, waiting=waiting,
+        )  # fmt: skip
+
+    def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
+        """See `client.session.Surroundings.cost`; infinite where a peer is not in the view."""
+        records = [record for hop in hops if (record := self.view().get(hop.peer)) is not None]
+        if len(records) < len(hops) or not hops:
+            return math.inf
+        price = costs(
+            records,
+            client_rtt=self.rtts(),
+            measured={**self.rates, **seen},
+            default_rtt=DEFAULT_RTT_SECONDS,
+        )
+        return price.chain(hops)
+
+    def kind_of(self, peer: PeerId) -> str | None:
+        """See `client.session.Surroundings.kind_of`."""
+        record = self.view().get(peer)
+        return None if record is None else _kind(record)
+
+    def dtype_of(self, peer: PeerId) -> str | None:
+        """See `client.session.Surroundings.dtype_of`."""
+        record = self.view().get(peer)
+        return None if record is None else record.dtype
+
+    async def changed(self, seconds: float) -> bool:
+        """See `client.session.Surroundings.changed`: since the last choice."""
+        now = trio.current_time()
+        with trio.move_on_after(seconds):
+            if self.find_peers is not None and now - self._found_at > FIND_AGAIN_SECONDS:
+                self._found_at = now
+                await self.find_peers()
+            else:
+                await self.changed_since(self._seen or self.view())
+            return True
+        return False
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
+        """See `client.session.Surroundings.open_stream`."""
+        record = self.view().get(peer)
+        return await self.dial(peer, record.addresses if record is not None else (), protocol)
+
+    def fault(self, peer: PeerId) -> None:
+        """See `client.session.Surroundings.fault`."""
+        self.blame.fault(peer, trio.current_time())
+
+    def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
+        """See `client.session.Surroundings.refused`."""
+        self.blame.refused(peer, retry_after_seconds, trio.current_time())
+
+    def worked(self, hops: Sequence[Hop]) -> None:
+        """These hops have answered: what they did earlier is forgotten."""
+        for hop in hops:
+            self.blame.worked(hop.peer)
+
+    def learn(self, hops: Sequence[Hop], held: Sequence[float]) -> None:
+        """A decode step went along these hops.  held: seconds that each had it."""
+        for hop, seconds in zip(hops, held, strict=False):
+            rate = seconds / (hop.stop - hop.start)
+            known = self.rates.get(hop.peer, rate)
+            self.rates[hop.peer] = known + RATE_WEIGHT * (rate - known)
+
+    def _spans(self) -> tuple[Record, ...]:
+        self._seen = self.view()
+        return self._seen.spans(self.revision, self.blocks)
+
+    def _cheapest(
+        self,
+        spans: Sequence[Record],
+        start: int,
+        stop: int | None,
+        without: frozenset[PeerId],
+        measured: Mapping[PeerId, float],
+        *,
+        desperate: bool,
+        positions: int = 1,
+        waiting: Mapping[PeerId, int] | None = None,
+    ) -> Chain:
+        cheapest = partial(
+            cheapest_chain,
+            spans,
+            self.blocks,
+            start=start,
+            stop=stop,
+            client_rtt=self.rtts(),
+            measured=measured,
+            positions=positions,
+            waiting=waiting,
+        )
+        avoided = self.blame.soonest_first(trio.current_time())
+        for forgiven in range(len(avoided) if desperate else 0):
+            with suppress(NoChain):  # those last that have failed most
+                return cheapest(excluded=without.union(avoided[forgiven:]))
+        try:
+            return cheapest(excluded=without if desperate else without.union(avoided))
+        except NoChain as none:
+            served = self.view().models()
+            if not served or self.revision in {key.revision for key in served}:
+                raise
+            ours = f"not {self.model} (revision {self.revision})"
+            instead = [f"{key.model} (revision {key.revision})" for key in served]
+            raise NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours]) from None
+
+
+def _kind(record: Record) -> str:
+    """What decides which tokens come out, beside the weights."""
+    return f"{record.dtype} {record.quantize}"

@@ -1,0 +1,61 @@
+"""What happened to a session: its hops, its steps, and everything that went wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MAX_EVENTS = 20_000  # about 10 MB; the oldest go first
+
+Kind = Literal["opened", "step", "fault", "rerouted", "replayed", "recovered", "relayed", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened.  at: time.perf_counter().  data: JSON; what is in it depends on the kind.
+
+    opened      hops, seconds
+    step        step, position, tokens, seconds, hops: for each (seconds held, seconds computed),
+                sent, received: bytes of hidden states
+    fault       peer, error
+    rerouted    why, kept, opened: peers; hops, seconds
+    replayed    sender, peer, start, stop: positions; bytes
+    recovered   seconds since the fault, replay_seconds: from the new route to the next answer
+    relayed     sender, peer: the client carries what goes from one to the other
+    ended
+    """
+
+    at: float
+    kind: Kind
+    data: Mapping[str, Any]  # Any: JSON
+
+
+@dataclass(slots=True)
+class Trace:
+    """The events of one session, oldest first; at most `MAX_EVENTS`."""
+
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: Kind, **data: Any) -> None:  # Any: JSON
+        """Note that something happened now."""
+        self.counts[kind] += 1
+        self.events.append(Event(time.perf_counter(), kind, data))
+
+    def of(self, *kinds: Kind) -> Iterator[Event]:
+        """The events of these kinds."""
+        return (event for event in self.events if event.kind in kinds)
+
+    def write(self, path: Path) -> None:
+        """One event a line, as JSON, times in seconds from the first one.  Raises OSError."""
+        began = self.events[0].at if self.events else 0.0
+        lines = (
+            json.dumps({"at": round(event.at - began, 6), "kind": event.kind, **event.data})
+            for event in self.events
+        )
+        path.write_text("".join(line + "\n" for line in lines))

@@ -1,0 +1,495 @@
+"""One session at this node: what waits for its turn, and the worker that takes it step by step.
+
+A step goes inbox -> `session` (what to do) -> `engine` (compute) -> journal -> next hop or client.
+The client's orders come first: after a Relink steps of older epochs are forgotten, and nothing is
+computed until Resume has said how much of the cache stays good and what is to be sent again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import trio
+
+from node.model.arena import SpanCache
+from node.serving.engine import Answer, Engine, NotFinite
+from node.serving.push import Outlet
+from node.serving.room import CacheRoom
+from node.serving.session import Compute, ServerSession
+from routing.names import PeerId
+from tensor_codec.errors import (
+    BadResult,
+    CacheFull,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.journal import Journal, JournalBudget
+from tensor_codec.limits import Limits
+from tensor_codec.messages import (
+    MAX_HOPS,
+    Close,
+    Contract,
+    Failed,
+    Here,
+    Open,
+    Relink,
+    Relinked,
+    Result,
+    Resume,
+    Step,
+    StepRange,
+    Where,
+    decode_from_client,
+    encode_failed,
+    encode_here,
+    encode_relinked,
+    encode_result,
+    encode_step,
+)
+
+REPLAY_TOKENS = 256  # positions of one part of a replay, at the most
+REPLAY_BYTES = 1 << 20  # and bytes of it: parts should be small enough to be worked on one behind the other
+
+
+class FrameStream(Protocol):
+    """What a session needs of a framed stream (see node/network/streams.py)."""
+
+    @property
+    def peer(self) -> PeerId:
+        """The authenticated peer at the other end."""
+
+    async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
+        """Send one frame; raises SlowPeer or PeerGone."""
+
+    async def receive(self, seconds: float | None = None) -> Buffer | None:
+        """The next frame, None at a clean end; raises PeerFault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A step and when it came, on trio's clock."""
+
+    step: Step
+    sender: PeerId
+    at: float
+
+
+class Inbox:
+    """Steps that wait, at most `most`, and the client's orders, which come before them.
+
+    held: steps have to wait for a Resume.
+    """
+
+    def __init__(self, most: int, *, held: bool) -> None:
+        self.held = held
+        self._most = most
+        self._steps: deque[Arrived] = deque()
+        self._orders: deque[Relink | Resume] = deque()
+        self._changed = trio.Event()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def offer(self, arrived: Arrived) -> None:
+        """Put a step in.  RemoteProtocolError if its sender has overfilled it."""
+        if len(self._steps) >= self._most:
+            raise RemoteProtocolError(f"step {arrived.step.step}: too many steps are in flight")
+        self._steps.append(arrived)
+        self._tell()
+
+    async def room(self) -> bool:
+        """Wait for a place; False when the session has ended."""
+        while len(self._steps) >= self._most and not self._closed:
+            await self._changed.wait()
+        return not self._closed
+
+    def order(self, order: Relink | Resume) -> None:
+        """Put an order in.  A Relink takes back what was ordered before, and all steps."""
+        if isinstance(order, Relink):
+            self._orders.clear()
+            self._steps.clear()
+            self.held = True
+        self._orders.append(order)
+        self._tell()
+
+    async def take(self) -> Arrived | Relink | Resume:
+        """What is to be done next."""
+        while True:
+            if self._orders:
+                return self._orders.popleft()
+            if self._steps and not self.held:
+                self._tell()
+                return self._steps.popleft()
+            await self._changed.wait()
+
+    def close(self) -> None:
+        """Nobody takes anything any more."""
+        self._closed = True
+        self._steps.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+@dataclass(slots=True)
+class Hop:
+    """One session at this node, and what belongs to it alone.
+
+    epoch: of the route; steps of others are forgotten.  has: positions that the successor has.
+    answer: to the last step, for a retry.  over: why the session ended, if not by its client's wish.
+    """
+
+    opened: Open
+    contract: Contract
+    stream: FrameStream
+    state: ServerSession
+    cache: SpanCache
+    outlet: Outlet
+    inbox: Inbox
+    predecessor: str | None
+    successor: str | None
+    relay: bool
+    epoch: int
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    journal: Journal | None = None
+    has: int = 0
+    answer: Answer | None = None
+    busy: bool = False  # a step is being computed or passed on
+    active_at: float = 0.0  # trio's clock
+    over: PeerFault | Refused | None = None
+    _interruptible: trio.CancelScope | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether steps are in flight here."""
+        return self.busy or bool(len(self.inbox))
+
+    @property
+    def feeder(self) -> str:
+        """The peer that sends steps."""
+        return self.predecessor or self.stream.peer
+
+    @property
+    def sends_on(self) -> bool:
+        """Whether a next hop gets the outputs, however they travel."""
+        return self.successor is not None or self.relay
+
+    def end(self, reason: PeerFault | Refused | None) -> None:
+        """Stop the session's tasks; the first reason stands."""
+        if self.over is None:
+            self.over = reason
+        self.inbox.close()
+        self.scope.cancel()
+
+    def offer(self, step: Step, sender: PeerId) -> None:
+        """Put a step into the inbox, unless it took an older route.  Raises RemoteProtocolError."""
+        if step.epoch == self.epoch:
+            self.inbox.offer(Arrived(step, sender, trio.current_time()))
+
+    async def offer_when_there_is_room(self, step: Step, sender: PeerId) -> None:
+        """The same for a part of something long: its sender is held back, and only he."""
+        if step.epoch == self.epoch and await self.inbox.room():
+            self.offer(step, sender)
+
+    def relink(self, order: Relink) -> None:
+        """The route has changed.  Raises RemoteProtocolError."""
+        if order.epoch <= self.epoch:
+            raise RemoteProtocolError(f"epoch {order.epoch} after {self.epoch}")
+        self.epoch = order.epoch
+        self.predecessor, self.successor, self.relay = order.predecessor, order.successor, order.relay
+        self.inbox.order(order)
+        if self._interruptible is not None:
+            self._interruptible.cancel()
+
+    def interruptible(self) -> trio.CancelScope:
+        """For what a change of the route makes pointless: it ends the block."""
+        self._interruptible = trio.CancelScope()
+        return self._interruptible
+
+
+@dataclass(slots=True)
+class HopWorker:
+    """What serves one session.  room: of all caches; journals: of all sessions; blame: of the node."""
+
+    hop: Hop
+    engine: Engine
+    room: CacheRoom
+    journals: JournalBudget
+    blame: Counter[str]
+    limits: Limits
+
+    async def run(self) -> None:
+        """Serve until the client, a deadline or a fault ends the session; then tell the client."""
+        hop = self.hop
+        with hop.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read)
+                await self._work()
+        hop.state.close()
+        if hop.over is not None:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await tell(hop, Failed.of(hop.over, peer=hop.over.peer))
+
+    async def lead_to_successor(self) -> bool:
+        """Whether there is a way to the next hop, where the session has one."""
+        hop = self.hop
+        self._keep_journal()
+        successor = PeerId(hop.successor) if hop.successor is not None else None
+        try:
+            await hop.outlet.lead_to(successor)
+        except PeerFault as fault:
+            self.blame[f"{successor} {type(fault).__name__}"] += 1
+            return False
+        return successor is not None
+
+    def _keep_journal(self) -> None:
+        hop, contract = self.hop, self.hop.contract
+        if hop.journal is None and hop.sends_on:
+            hop.journal = self.journals.open(
+                contract.session, contract.batch, contract.row_bytes, contract.max_length
+            )
+
+    def end_for(self, fault: PeerFault, sender: str) -> None:
+        """End the session for what `sender` did, and tell the client who it was if not itself."""
+        self.blame[f"{sender} {type(fault).__name__}"] += 1
+        if sender != self.hop.stream.peer:
+            fault.peer = sender
+        self.hop.end(fault)
+
+    async def _read(self) -> None:
+        """Take what the client sends."""
+        hop = self.hop
+        try:
+            while (frame := await hop.stream.receive()) is not None:
+                message = decode_from_client(frame, hop.contract)
+                if isinstance(message, Close):
+                    break
+                await self._hear(message)
+        except PeerGone:
+            pass  # the client's going away ends its session; nobody is left to be told
+        except PeerFault as fault:
+            self.end_for(fault, hop.stream.peer)
+        hop.end(None)
+
+    async def _hear(self, message: Step | Relink | Resume | Where) -> None:
+        hop = self.hop
+        match message:
+            case Step():
+                if hop.predecessor is None:
+                    hop.offer(message, hop.stream.peer)
+                elif message.epoch == hop.epoch:
+                    raise RemoteProtocolError("a step from the client, where another hop sends them")
+            case Relink():
+                hop.relink(message)
+            case Resume():
+                if message.epoch == hop.epoch:
+                    hop.inbox.order(message)
+            case Where():
+                step = hop.state.last[0] if hop.state.last is not None else None
+                await tell(hop, encode_here(Here(hop.state.length, len(hop.inbox) + hop.busy, step)))
+
+    async def _work(self) -> None:
+        """Do one thing after another; returns when a deadline has passed or the session broke."""
+        hop, limits = self.hop, self.limits
+        life_ends = trio.current_time() + limits.session_life_seconds
+        patience = limits.session_first_step_seconds
+        while True:
+            hop.active_at = trio.current_time()
+            item = None
+            with trio.move_on_at(min(life_ends, trio.current_time() + patience)):
+                item = await hop.inbox.take()
+            if item is None:
+                old = trio.current_time() >= life_ends
+                why = f"older than {limits.session_life_seconds} s" if old else f"idle for {patience} s"
+                return hop.end(PeerGone(f"the session was {why}"))
+            hop.busy = True
+            sender = item.sender if isinstance(item, Arrived) else hop.stream.peer
+            try:
+                await self._do(item)
+            except (Refused, NotFinite) as own:
+                return hop.end(own)
+            except PeerFault as fault:
+                return self.end_for(fault, sender)
+            hop.busy = False
+            patience = limits.session_first_step_seconds if hop.inbox.held else limits.session_idle_seconds
+
+    async def _do(self, item: Arrived | Relink | Resume) -> None:
+        match item:
+            case Arrived():
+                await self._step(item)
+            case Relink():
+                await self._relink(item)
+            case Resume():
+                with self.hop.interruptible():
+                    await self._resume(item)
+
+    async def _relink(self, order: Relink) -> None:
+        """Turn to the new successor and say where we stand."""
+        hop, state = self.hop, self.hop.state
+        push = await self.lead_to_successor()
+        kept = hop.journal.start if hop.journal is not None and hop.journal.stop == state.length else None
+        answer = Relinked(
+            order.epoch,
+            push,
+            state.length,
+            state.length if kept is None else kept,
+            state.last[0] if state.last is not None else None,
+            state.can_cut,
+        )
+        if order.epoch == hop.epoch:
+            await tell(hop, encode_relinked(answer))
+
+    async def _resume(self, order: Resume) -> None:
+        """Go on in a new epoch: cut, and send again what the successor lacks.
+
+        Raises RemoteProtocolError.
+        """
+        hop = self.hop
+        hop.state.resume(order.length)
+        self._cut(order.length)
+        hop.has = order.has
+        if order.has < order.stop:
+            if hop.journal is None or not hop.journal.start <= order.has < order.stop <= hop.journal.stop:
+                raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
+            part = max(1, min(REPLAY_TOKENS, hop.contract.max_tokens, REPLAY_BYTES // hop.contract.row_bytes))
+            for start in range(order.has, order.stop, part):
+                stop = min(start + part, order.stop)
+                await self._send_replay(start, hop.journal.read(start, stop), ())
+        if order.epoch == hop.epoch:
+            hop.inbox.held = False
+
+    def _cut(self, length: int) -> None:
+        """Forget positions from `length` on, those too that a step computes which was interrupted."""
+        hop = self.hop
+        self.engine.before_next(partial(_cut_cache, hop.cache, length))
+        self.room.shrink(hop.contract.session, length)
+        if hop.journal is not None:
+            self.journals.cut(hop.journal, length)
+
+    async def _step(self, arrived: Arrived) -> None:
+        """Compute a step, or find its stored answer, and pass it on.
+
+        Raises Refused, NotFinite, and PeerFault for what is the fault of the step's sender.
+        """
+        step, hop = arrived.step, self.hop
+        what = StepRange(step.position, len(step.body) // hop.contract.row_bytes, step.reply)
+        replay = step.reply == "replay"
+        decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
+        answer = hop.answer
+        if isinstance(decision, Compute):
+            answer = await self._compute(step, decision)
+        if answer is not None and step.epoch == hop.epoch:
+            with hop.interruptible():
+                await self._pass_on(arrived, what, answer)
+
+    async def _compute(self, step: Step, decision: Compute) -> Answer | None:
+        """The answer, part of the session from now on; None where it was refused or interrupted."""
+        hop, what = self.hop, decision.what
+        answer: Answer | None = None
+        try:
+            with hop.interruptible() if hop.state.can_cut else trio.CancelScope():
+                await self._make_room(what)
+                answer = await self.engine.step(
+                    hop.stream.peer, hop.contract, hop.cache, decision, step.body, whole=hop.sends_on
+                )
+        except CacheFull as full:
+            hop.state.dropped(decision)
+            await tell(hop, Failed.of(full, step.step))
+            return None
+        except BadResult as bad:
+            where = f"step {step.step}, blocks {hop.contract.start}:{hop.contract.stop}"
+            raise type(bad)(f"{where}: {bad}") from None
+        if answer is None:
+            hop.state.dropped(decision)
+            return None
+        hop.state.computed(decision)
+        if hop.journal is not None:
+            self.journals.append(hop.journal, what.position, what.tokens, answer.body)
+        if decision.step is not None:
+            hop.answer = answer
+        return answer
+
+    async def _make_room(self, what: StepRange) -> None:
+        """Have the cache cut to a step's position, and get pages for the step.  Raises CacheFull."""
+        hop, session = self.hop, self.hop.contract.session
+        if hop.cache.length > what.position:
+            self._cut(what.position)
+        await self.room.grow(session, what.position + what.tokens)
+
+    async def _pass_on(self, arrived: Arrived, what: StepRange, answer: Answer) -> None:
+        step, hop = arrived.step, self.hop
+        held = int((trio.current_time() - arrived.at) * 1e6)
+        # No more than the next one takes, whatever came in.
+        timings = (*step.timings, (held, answer.compute_micros))[-MAX_HOPS:]
+        if step.reply == "replay":
+            await self._pass_on_replay(what, answer, timings)
+        elif hop.successor is None:
+            position = what.position if hop.relay else what.reply_position
+            await self._answer(Result(step.step, position, answer.body, timings, hop.epoch))
+        else:
+            onward = replace(step, body=answer.body, timings=timings)
+            await self._push(onward, bulk=step.bulk)
+
+    async def _pass_on_replay(
+        self, what: StepRange, answer: Answer, timings: tuple[tuple[int, int], ...]
+    ) -> None:
+        """What of a replay the successor has not got."""
+        hop = self.hop
+        stop = what.position + what.tokens
+        start = max(what.position, hop.has)
+        if hop.journal is None or start >= stop:
+            return
+        body = answer.body if start == what.position else hop.journal.read(start, stop)
+        await self._send_replay(start, body, timings)
+
+    async def _send_replay(self, start: int, body: Buffer, timings: tuple[tuple[int, int], ...]) -> None:
+        hop = self.hop
+        if hop.successor is not None:
+            step = Step(hop.contract.session, 0, start, "replay", body, timings, hop.epoch, bulk=True)
+            await self._push(step, bulk=True)
+        else:
+            await self._answer(Result(0, start, body, timings, hop.epoch, replay=True))
+
+    async def _answer(self, result: Result) -> None:
+        hop = self.hop
+        try:
+            await hop.stream.send(encode_result(result))
+        except PeerFault as fault:
+            if not isinstance(fault, PeerGone):
+                self.blame[f"{hop.stream.peer} {type(fault).__name__}"] += 1
+            hop.end(None)  # nobody is left to be told
+
+    async def _push(self, step: Step, *, bulk: bool) -> None:
+        hop = self.hop
+        peer = hop.successor
+        try:
+            if hop.outlet.link is None:
+                raise PeerGone(f"there is no way to {peer}")
+            await hop.outlet.send(encode_step(step), bulk=bulk)
+        except PeerFault as fault:
+            self.blame[f"{peer} {type(fault).__name__}"] += 1
+            notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
+            await tell(hop, notice)
+
+
+def _cut_cache(cache: SpanCache, length: int) -> None:
+    if cache.length > length:
+        cache.cut(length)
+
+
+async def tell(hop: Hop, message: Failed | list[Buffer]) -> None:
+    """Tell the client, if it is still there."""
+    try:
+        await hop.stream.send(encode_failed(message) if isinstance(message, Failed) else message)
+    except PeerFault:
+        hop.end(None)

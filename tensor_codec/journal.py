@@ -1,0 +1,137 @@
+"""What was sent on, kept for as long as it may have to be sent again: the sender keeps the journal.
+
+A hop that replaces one that has died needs what that one was given.  Whoever gave it has it here:
+each hop for the next one, the client for the first (docs/decisions/0003).  It holds encoded hidden
+states, byte for byte as they went out, so a replay gives the same caches as before.
+
+A journal's address space is set aside when its session opens and takes no memory before it is used:
+a step costs one copy of a few KiB into it, no allocation, and nothing that is there already moves.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tensor_codec.errors import LocalProtocolError
+from tensor_codec.frame import Buffer
+
+_DROPPED_AT_ONCE = 64  # positions: whole pages of memory, and not again at the next token
+
+
+class Journal:
+    """Rows of hidden states for the positions [start, stop) of one session.
+
+    start: the mark: what was before it has been dropped.  batch: rows of each position.
+    """
+
+    def __init__(self, batch: int, row_bytes: int, max_length: int) -> None:
+        """row_bytes: of one position of all rows."""
+        self.batch = batch
+        self.row_bytes = row_bytes
+        self.max_length = max_length
+        self.start = 0
+        self.stop = 0
+        self._memory = mmap.mmap(-1, row_bytes * max_length)
+
+    @property
+    def tokens(self) -> int:
+        """Positions times rows that are held."""
+        return (self.stop - self.start) * self.batch
+
+    def append(self, position: int, tokens: int, body: Buffer) -> None:
+        """Keep `body` [batch, tokens, hidden], the positions from `position` on; what came after goes.
+
+        Where positions are left out the journal begins anew.
+        """
+        if position + tokens > self.max_length:
+            raise LocalProtocolError(f"{position + tokens} positions in a journal of {self.max_length}")
+        if not self.start <= position <= self.stop:
+            self.start = position
+        begin, size = position * self.row_bytes, tokens * self.row_bytes
+        if tokens > 1 and self.batch > 1:
+            rows = np.frombuffer(body, np.uint8).reshape(self.batch, tokens, -1)
+            body = rows.transpose(1, 0, 2).tobytes()
+        self._memory[begin : begin + size] = body
+        self.stop = position + tokens
+
+    def read(self, start: int, stop: int) -> Buffer:
+        """The positions [start, stop) as they went out: [batch, stop - start, hidden]."""
+        if not self.start <= start < stop <= self.stop:
+            raise LocalProtocolError(f"positions {start}:{stop} of a journal of {self.start}:{self.stop}")
+        found = memoryview(self._memory)[start * self.row_bytes : stop * self.row_bytes]
+        if self.batch == 1 or stop - start == 1:
+            return found
+        rows = np.frombuffer(found, np.uint8).reshape(stop - start, self.batch, -1)
+        return rows.transpose(1, 0, 2).tobytes()
+
+    def cut(self, length: int) -> None:
+        """Forget the positions from `length` on."""
+        self._free(max(length, self.start), self.stop)
+        self.stop = min(self.stop, length)
+        self.start = min(self.start, self.stop)
+
+    def drop(self, tokens: int) -> None:
+        """Forget at least so many of the oldest tokens, if there are as many, and move the mark."""
+        positions = max(-(-tokens // self.batch), _DROPPED_AT_ONCE)
+        start = min(self.stop, self.start + positions)
+        self._free(self.start, start)
+        self.start = start
+
+    def _free(self, start: int, stop: int) -> None:
+        """Give the memory of these positions back, in whole pages."""
+        page = mmap.PAGESIZE
+        begin = -(-start * self.row_bytes // page) * page
+        end = stop * self.row_bytes // page * page
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+@dataclass(slots=True)
+class JournalBudget:
+    """The journals of a node, and how many tokens they may hold together.
+
+    When they hold more, the longest one loses its oldest positions.  Its session goes on as before;
+    only if it has to be replayed are those positions computed once more (see `client.recovery`).
+    """
+
+    tokens: int
+    _journals: dict[bytes, Journal] = field(default_factory=dict)
+    _held: int = 0
+
+    @property
+    def held(self) -> int:
+        """Tokens in all journals."""
+        return self._held
+
+    def open(self, session: bytes, batch: int, row_bytes: int, max_length: int) -> Journal:
+        """An empty journal."""
+        if session in self._journals:
+            raise LocalProtocolError("a session has a journal already")
+        journal = self._journals[session] = Journal(batch, row_bytes, max_length)
+        return journal
+
+    def append(self, journal: Journal, position: int, tokens: int, body: Buffer) -> None:
+        """See `Journal.append`; makes room elsewhere where there is none."""
+        before = journal.tokens
+        journal.append(position, tokens, body)
+        self._held += journal.tokens - before
+        while self._held > self.tokens:
+            longest = max(self._journals.values(), key=lambda one: one.tokens)
+            before = longest.tokens
+            longest.drop(self._held - self.tokens)
+            self._held -= before - longest.tokens
+
+    def cut(self, journal: Journal, length: int) -> None:
+        """See `Journal.cut`."""
+        before = journal.tokens
+        journal.cut(length)
+        self._held -= before - journal.tokens
+
+    def close(self, session: bytes) -> None:
+        """Forget a session's journal."""
+        journal = self._journals.pop(session, None)
+        if journal is not None:
+            self._held -= journal.tokens

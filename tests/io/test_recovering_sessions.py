@@ -1,0 +1,351 @@
+"""Sessions that outlive their hops: the right tokens, no work done twice, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from client.retry import PREFILL_TOKENS
+from routing.names import PeerId
+from tensor_codec.limits import Limits
+from tests.fakes_serving import (
+    World,
+    best,
+    context_of,
+    continued,
+    generated,
+    hops_of,
+    some_hidden,
+    swarm,
+    whole_model,
+)
+
+BLOCKS = 9
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def replicas(world: World, seconds: float = 0.0, **served: object) -> World:
+    """Two nodes for each third of the model; those in capitals come first."""
+    for names, start in (("Aa", 0), ("Bb", 3), ("Cc", 6)):
+        for name in names:
+            world.add(name, start, start + 3, seconds=seconds, **served)
+    return world
+
+
+async def later(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+    await trio.sleep(seconds)
+    await act()
+
+
+def steps_of(world: World, peer: str) -> list[tuple[int, int]]:
+    return [one[:2] for one in world.nodes[PeerId(peer)].span.steps]
+
+
+@pytest.mark.parametrize("victims", ["A", "B", "C", "AB", "BC", "AC", "ABC"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("when", [0.0, 0.5, 1.5, 2.5])
+async def test_any_set_of_hops_may_die_at_any_moment(victims, at, when, autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=1).routes()
+        context, tokens = context_of(world, routes), list(PROMPT)
+
+        async def kill():
+            for victim in victims:
+                await world.kill(victim)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(5):
+                if index == at:
+                    nursery.start_soon(later, when, kill)
+                tokens.append(await context.logits_after(tokens, best))
+        assert tokens[len(PROMPT) :] == generated(PROMPT, 5, BLOCKS)
+        assert routes.blame.avoided(trio.current_time()) <= {PeerId(victim) for victim in victims}
+        for survivor in set("ABC") - set(victims):
+            positions = [position for position, _ in steps_of(world, survivor)]
+            assert len(positions) <= 5 + 1, "its cache stayed, and at most one step was computed again"
+        context.close()
+
+
+@pytest.mark.parametrize("victims", ["A", "B", "C", "AC", "BC", "ABC"])
+@pytest.mark.parametrize("when", [0.5, 2.5, 4.5, 6.5])
+async def test_hops_may_die_in_the_middle_of_a_long_prompt(victims, when, autojump_clock):
+    async with swarm() as world:
+        replicas(world, seconds=1)
+        prompt = [index % 26 for index in range(3 * PREFILL_TOKENS)]
+        context = context_of(world, max_length=1000)
+
+        async def kill():
+            for victim in victims:
+                await world.kill(victim)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(later, when, kill)
+            assert await continued(context, prompt, 3) == generated(prompt, 3, BLOCKS)
+        context.close()
+
+
+async def test_a_hop_dies_while_the_one_that_replaces_another_is_being_filled(autojump_clock):
+    async with swarm() as world:
+        replicas(world, seconds=1)
+        world.add("bb", 3, 6, seconds=1)
+        context = context_of(world, max_length=1000)
+        prompt = [index % 26 for index in range(600)]
+        found = await continued(context, prompt, 2)
+        await world.kill("B")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(later, 1.5, lambda: world.kill("b"))
+            nursery.start_soon(later, 2.0, lambda: world.kill("A"))
+            found += await continued(context, prompt + found, 2)
+        assert found == generated(prompt, 4, BLOCKS)
+        assert hops_of(context) == "a bb C"
+        context.close()
+
+
+async def test_the_hop_before_replays_and_neither_client_nor_others_do_anything_twice(autojump_clock):
+    async with swarm() as world:
+        context = context_of(replicas(world))
+        found = await continued(context, PROMPT, 4)
+        await world.kill("B")
+        await trio.testing.wait_all_tasks_blocked()  # the client has seen it before it sends another step
+        found += await continued(context, PROMPT + found, 4)
+        assert found == generated(PROMPT, 8, BLOCKS)
+        assert hops_of(context) == "A b C"
+        assert context.ends.embedded == [5] + [1] * 7, "the client embedded nothing again"
+        assert steps_of(world, "A") == steps_of(world, "C") == [(0, 5), *((at, 1) for at in range(5, 12))]
+        (replay,) = context.trace.of("replayed")
+        assert (replay.data["sender"], replay.data["peer"]) == ("A", "b")
+        assert sum(tokens for _, tokens in steps_of(world, "b")) == 12
+        context.close()
+
+
+async def test_a_server_that_comes_back_empty_with_its_identity_is_used_again(autojump_clock):
+    """Faults 8 and 33."""
+    async with swarm() as world:
+        for name, start in (("A", 0), ("B", 3), ("C", 6)):
+            world.add(name, start, start + 3)
+        context = context_of(world)
+        found = await continued(context, PROMPT, 3)
+        await world.kill("B")
+        async with trio.open_nursery() as nursery:
+
+            async def revive():
+                world.revive("B")
+
+            nursery.start_soon(later, 5.0, revive)
+            found += await continued(context, PROMPT + found, 3)
+        assert found == generated(PROMPT, 6, BLOCKS)
+        assert 5.0 <= trio.current_time() < 6.5
+        assert steps_of(world, "A") == [(0, 5), *((at, 1) for at in range(5, 10))]
+        context.close()
+
+
+@pytest.mark.parametrize("leaver", ["A", "B", "C"])
+async def test_a_server_that_leaves_is_left_between_two_tokens(leaver, autojump_clock):
+    """Fault 32."""
+    async with swarm() as world:
+        routes = replicas(world, seconds=1).routes()
+        context, tokens = context_of(world, routes), list(PROMPT)
+        async with trio.open_nursery() as nursery:
+            for index in range(6):
+                if index == 2:
+                    nursery.start_soon(later, 1.2, world.nodes[PeerId(leaver)].listener.drain)
+                tokens.append(await context.logits_after(tokens, best))
+        assert tokens[len(PROMPT) :] == generated(PROMPT, 6, BLOCKS)
+        assert list(context.trace.of("fault")) == []
+        (moved,) = context.trace.of("rerouted")
+        assert moved.data["why"] == "draining"
+        assert moved.data["opened"] == [leaver.lower()]
+        assert routes.blame.avoided(trio.current_time()) == frozenset()
+        context.close()
+
+
+async def test_the_last_server_of_its_blocks_serves_until_it_is_gone(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 6, seconds=1)
+        world.add("B", 6, 9, seconds=1)
+        context, tokens = context_of(world), list(PROMPT)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(later, 2.5, world.nodes[PeerId("B")].listener.drain)
+            for _ in range(4):
+                tokens.append(await context.logits_after(tokens, best))
+        assert tokens[len(PROMPT) :] == generated(PROMPT, 4, BLOCKS)
+        context.close()
+
+
+@pytest.mark.parametrize("times", [10, 100])
+async def test_a_server_that_has_become_slow_is_left_within_three_steps(times, autojump_clock):
+    """Fault 5."""
+    async with swarm() as world:
+        context = context_of(replicas(world, seconds=0.01))
+        found = await continued(context, PROMPT, 8)
+        world.nodes[PeerId("B")].compute.seconds *= times
+        found += await continued(context, PROMPT + found, 4)
+        assert found == generated(PROMPT, 12, BLOCKS)
+        assert hops_of(context) == "A b C"
+        assert len([position for position, _ in steps_of(world, "B") if position >= 12]) <= 3
+        assert [event.data["why"] for event in context.trace.of("rerouted")] == ["slow"]
+        assert list(context.trace.of("fault")) == []
+        context.close()
+
+
+async def test_a_swarm_that_is_as_slow_everywhere_is_not_wandered_about_in(autojump_clock):
+    async with swarm() as world:
+        context = context_of(replicas(world, seconds=0.01))
+        found = await continued(context, PROMPT, 8)
+        for node in world.nodes.values():
+            node.compute.seconds = 0.1
+        assert found + await continued(context, PROMPT + found, 8) == generated(PROMPT, 16, BLOCKS)
+        assert context.recoveries == 0
+        context.close()
+
+
+async def test_a_journal_that_was_too_small_only_costs_a_longer_replay(autojump_clock):
+    async with swarm() as world:
+        replicas(world)
+        for name in "ABC":
+            world.nodes[PeerId(name)].listener._journals.tokens = 80
+        context = context_of(world, max_length=300)
+        prompt = [index % 26 for index in range(200)]
+        found = await continued(context, prompt, 2)
+        await world.kill("C")
+        found += await continued(context, prompt + found, 2)
+        assert found == generated(prompt, 4, BLOCKS)
+        senders = {event.data["sender"] for event in context.trace.of("replayed")}
+        assert "client" in senders, "what B had dropped it computed again, and so did A for it"
+        context.close()
+
+
+@pytest.mark.parametrize("victim", ["A", "B", "C"])
+async def test_a_model_that_cannot_go_back_recovers_and_goes_back_all_the_same(victim, autojump_clock):
+    async with swarm() as world:
+        context = context_of(replicas(world, can_cut=False))
+        found = await continued(context, PROMPT, 3)
+        await world.kill(victim)
+        found += await continued(context, PROMPT + found, 3)
+        assert found == generated(PROMPT, 6, BLOCKS)
+        other = [*PROMPT, *found[:2], 7]
+        assert await continued(context, other, 2) == generated(other, 2, BLOCKS)
+        context.close()
+
+
+@pytest.mark.parametrize("apart", [[("A", "B")], [("B", "C")], [("A", "B"), ("B", "C")]])
+async def test_hops_that_cannot_reach_each_other_recover_through_the_client(apart, autojump_clock):
+    async with swarm() as world:
+        replicas(world)
+        for one, two in apart:
+            for name in (one, one.lower()):
+                for other in (two, two.lower()):
+                    world.unreachable.add((PeerId(name), PeerId(other)))
+        context = context_of(world, max_length=400)
+        prompt = [index % 26 for index in range(300)]
+        found = await continued(context, prompt, 3)
+        assert context.session is not None
+        assert context.session.relay
+        for victim in "BAC":
+            await world.kill(victim)
+            found += await continued(context, prompt + found, 2)
+        assert found == generated(prompt, 9, BLOCKS)
+        context.close()
+
+
+async def test_a_hop_without_room_for_another_page_is_replaced_and_nothing_is_lost(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world).routes()
+        budget = world.nodes[PeerId("B")].budget
+        context = context_of(world, routes)
+        found = await continued(context, PROMPT, 2)
+        budget.tokens = 16  # of which the session holds a page
+        found += await continued(context, PROMPT + found, 14)
+        assert found == generated(PROMPT, 16, BLOCKS)
+        assert hops_of(context) == "A b C"
+        assert routes.blame._faults == {}
+        context.close()
+        await trio.sleep(1)
+        budget.tokens = 10**6
+
+
+async def test_a_hop_without_room_and_without_a_replica_is_waited_for(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 9)
+        budget = world.nodes[PeerId("A")].budget
+        context = context_of(world)
+        found = await continued(context, PROMPT, 2)
+        budget.tokens = 16
+        async with trio.open_nursery() as nursery:
+
+            async def more():
+                budget.tokens = 10**6
+
+            nursery.start_soon(later, 9.0, more)
+            found += await continued(context, PROMPT + found, 14)
+        assert found == generated(PROMPT, 16, BLOCKS)
+        assert 9.0 <= trio.current_time() < 15.0
+        assert len(steps_of(world, "A")) == 16, "nothing was computed twice"
+        context.close()
+
+
+async def test_a_late_answer_of_a_hop_that_was_frozen_is_not_applied(autojump_clock):
+    """Fault 4."""
+    async with swarm(Limits(session_idle_seconds=300.0)) as world:
+        context = context_of(replicas(world))
+        found = await continued(context, PROMPT, 3)
+        world.freeze("B")
+        found += await continued(context, PROMPT + found, 3)
+        assert hops_of(context) == "A b C"
+        world.thaw("B")
+        await trio.sleep(1)
+        found += await continued(context, PROMPT + found, 3)
+        assert found == generated(PROMPT, 9, BLOCKS)
+        assert steps_of(world, "C") == [(0, 5), *((at, 1) for at in range(5, 13))]
+        assert world.nodes[PeerId("C")].faults == {}
+        context.close()
+
+
+async def test_all_hops_frozen_at_once_are_all_replaced(autojump_clock):
+    async with swarm() as world:
+        context = context_of(replicas(world))
+        found = await continued(context, PROMPT, 2)
+        for name in "ABC":
+            world.freeze(name)
+        found += await continued(context, PROMPT + found, 2)
+        assert found == generated(PROMPT, 4, BLOCKS)
+        assert trio.current_time() < 2.0
+        for name in "ABC":
+            world.thaw(name)
+        context.close()
+
+
+async def test_rows_of_a_batch_are_replayed_each_in_its_place(autojump_clock):
+    async with swarm() as world:
+        session = await replicas(world).open(batch=3)
+        hidden = some_hidden(9, batch=3)
+        expected = whole_model(hidden[:1], 0, BLOCKS)
+        await session.step(hidden[:, :5])
+        await session.step(hidden[:, 5:6])
+        for victim in "ABC":
+            await world.kill(victim)
+        found = await session.step(hidden[:, 6:])
+        for row in range(3):
+            expected = whole_model(hidden[row : row + 1], 0, BLOCKS)[0, 6:]
+            assert torch.equal(found[row], expected)
+        await session.aclose()
+
+
+async def test_the_trace_tells_what_happened_in_order(autojump_clock, tmp_path):
+    async with swarm() as world:
+        context = context_of(replicas(world))
+        found = await continued(context, PROMPT, 2)
+        await world.kill("B")
+        await continued(context, PROMPT + found, 2)
+        context.close()
+        kinds = [event.kind for event in context.trace.events]
+        assert kinds == [
+            *("opened", "step", "step", "fault", "rerouted", "replayed", "recovered", "step", "step", "ended")
+        ]
+        context.trace.write(tmp_path / "trace")
+        lines = (tmp_path / "trace").read_text().splitlines()
+        assert len(lines) == len(kinds)

@@ -1,0 +1,107 @@
+"""What was sent on is there byte for byte as long as the budget allows, and not a byte longer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensor_codec.errors import LocalProtocolError
+from tensor_codec.journal import Journal, JournalBudget
+
+ROW = 24  # bytes of a position of one row
+LENGTH = 200
+
+
+def body(batch: int, position: int, tokens: int, seed: int = 0) -> bytes:
+    """[batch, tokens, ROW]: every row of every position is different."""
+    rows = (
+        random.Random(f"{seed} {row} {at}").randbytes(ROW)
+        for row in range(batch)
+        for at in range(position, position + tokens)
+    )
+    return b"".join(rows)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@given(st.lists(st.tuples(st.integers(0, LENGTH - 1), st.integers(1, 40)), max_size=12), st.data())
+def test_what_comes_out_is_what_went_in_last(batch, steps, data):
+    journal, length = Journal(batch, batch * ROW, LENGTH), 0
+    known: dict[int, int] = {}  # position: seed of what was put there last
+    for seed, (position, tokens) in enumerate(steps):
+        position, tokens = min(position, length), min(tokens, LENGTH - min(position, length))
+        journal.append(position, tokens, body(batch, position, tokens, seed))
+        length = position + tokens
+        known = {at: s for at, s in known.items() if at < position}
+        known |= dict.fromkeys(range(position, length), seed)
+    assert (journal.start, journal.stop) == (0, length)
+    if not length:
+        return
+    start = data.draw(st.integers(0, length - 1))
+    stop = data.draw(st.integers(start + 1, length))
+    expected = [body(batch, at, 1, known[at]) for at in range(start, stop)]
+    by_row = [one[row * ROW : (row + 1) * ROW] for row in range(batch) for one in expected]
+    assert bytes(journal.read(start, stop)) == b"".join(by_row)
+
+
+def test_a_cut_forgets_what_comes_behind_it():
+    journal = Journal(1, 4096, LENGTH)
+    journal.append(0, 50, bytes(range(200)) + bytes(50 * 4096 - 200))
+    journal.cut(10)
+    assert (journal.start, journal.stop, journal.tokens) == (0, 10, 10)
+    assert bytes(journal.read(0, 1)[:200]) == bytes(range(200))
+    with pytest.raises(LocalProtocolError, match="0:11 of a journal of 0:10"):
+        journal.read(0, 11)
+    journal.cut(0)
+    assert journal.tokens == 0
+
+
+def test_what_is_dropped_is_the_oldest_and_the_mark_says_so():
+    journal = Journal(2, 4096, LENGTH)
+    rows = body(2, 0, 150).ljust(150 * 4096, b"x")
+    journal.append(0, 150, rows)
+    before = bytes(journal.read(100, 150))
+    journal.drop(10)
+    assert journal.start == 64, "so many at once that it need not be done again at the next token"
+    assert bytes(journal.read(100, 150)) == before
+    journal.drop(1000)
+    assert journal.start == journal.stop == 150
+    journal.append(150, 1, rows[:4096])
+    assert (journal.start, journal.stop) == (150, 151)
+    journal.append(140, 2, rows[: 2 * 4096])
+    assert (journal.start, journal.stop) == (140, 142), "a hole makes it begin anew"
+
+
+def test_nothing_is_kept_beyond_the_sessions_length():
+    with pytest.raises(LocalProtocolError, match="201 positions in a journal of 200"):
+        Journal(1, ROW, LENGTH).append(200, 1, bytes(ROW))
+
+
+def test_all_journals_together_hold_no_more_than_the_budget_and_the_longest_one_pays():
+    budget = JournalBudget(200)
+    long, short = budget.open(b"l", 1, ROW, LENGTH), budget.open(b"s", 2, 2 * ROW, LENGTH)
+    budget.append(long, 0, 150, body(1, 0, 150))
+    budget.append(short, 0, 20, body(2, 0, 20))
+    assert budget.held == 190
+    for position in range(20, 40):
+        budget.append(short, position, 1, body(2, position, 1))
+        assert budget.held <= 200
+    assert short.start == 0
+    assert long.start == 64
+    budget.cut(long, 100)
+    assert budget.held == long.tokens + short.tokens == 36 + 80
+    budget.close(b"l")
+    budget.close(b"s")
+    budget.close(b"never opened")
+    assert budget.held == 0
+
+
+def test_a_budget_of_nothing_keeps_nothing():
+    budget = JournalBudget(0)
+    journal = budget.open(b"s", 1, ROW, LENGTH)
+    budget.append(journal, 0, 5, body(1, 0, 5))
+    assert (journal.start, journal.stop, budget.held) == (5, 5, 0)
+    with pytest.raises(LocalProtocolError, match="already"):
+        budget.open(b"s", 1, ROW, LENGTH)
