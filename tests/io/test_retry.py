@@ -6,10 +6,12 @@ import pytest
 import torch
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from client.generate import Generation
 from client.heads import Heads
-from client.retry import PREFILL_TOKENS, Blame, Context
+from client.retry import PREFILL_TOKENS, Blame, Context, chunk_tokens
 from client.sampling import SamplingOptions
 from routing.chain import Chain, Hop, NoChain
 from routing.names import PeerId
@@ -177,12 +179,22 @@ async def test_a_prompt_longer_than_a_chunk_is_worked_on_by_several_hops_at_once
         prompt = [index % 26 for index in range(4 * PREFILL_TOKENS + 7)]
         context = context_of(Chooser(world, "h0 h1 h2"), max_length=3000)
         assert await continued(context, prompt, 1) == generated(prompt, 1, BLOCKS)
-        assert trio.current_time() < 5 * 3 - 1  # one after another
-        assert [one[:2] for one in world.nodes[PeerId("h2")].span.steps] == [
-            *((PREFILL_TOKENS * chunk, PREFILL_TOKENS) for chunk in range(4)),
-            (4 * PREFILL_TOKENS, 7),
-        ]
+        chunk = chunk_tokens(len(prompt), hops=3)
+        steps = [one[:2] for one in world.nodes[PeerId("h2")].span.steps]
+        assert steps == [(at, min(chunk, len(prompt) - at)) for at in range(0, len(prompt), chunk)]
+        assert trio.current_time() < len(steps) * 3 / 2  # one after another takes twice as long
         context.close()
+
+
+@pytest.mark.parametrize(("tokens", "hops", "steps"), [(512, 1, 2), (512, 2, 5), (512, 3, 7), (24, 2, 1)])
+def test_the_more_hops_the_shorter_the_steps_of_a_prompt(tokens, hops, steps):
+    chunk = chunk_tokens(tokens, hops)
+    assert -(-tokens // chunk) == steps
+
+
+@given(st.integers(1, 8192), st.integers(1, 64))
+def test_no_step_of_a_prompt_is_empty_or_longer_than_allowed(tokens, hops):
+    assert 1 <= chunk_tokens(tokens, hops) <= min(tokens, PREFILL_TOKENS)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
