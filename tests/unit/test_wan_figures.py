@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 
-from benchmarks.wan import Links, decode_figures, parse, prefill_figures
+from benchmarks.processes import ProcessError
+from benchmarks.wan import Links, check_all_proxied, decode_figures, parse, prefill_figures
 
 LINKS = Links(rtt_ms=100, mbit=8)  # a megabyte a second
 
@@ -51,3 +55,10 @@ def test_links_without_a_bound_take_no_time_for_bytes():
 def test_a_rate_goes_with_a_round_trip():
     with pytest.raises(SystemExit):
         parse(["--mbit", "100"])
+
+
+def test_a_connection_past_the_links_is_found():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        check_all_proxied([os.getpid()], os.getpid())  # this process is both
+        with pytest.raises(ProcessError, match="not all are a link's"):
+            check_all_proxied([os.getpid()], os.getppid())
