@@ -7,6 +7,7 @@ are the session's affair (`client.session`): what comes through to here is the c
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -28,9 +29,9 @@ T = TypeVar("T")
 
 LATE_SECONDS = 0.1  # after the deadline, whatever it is that hangs
 CHUNKS_UNDER_WAY = 6  # of the 8 that a hop takes (Limits.max_steps_in_flight)
-PREFILL_TOKENS = 256  # positions of one prefill step, at the most: hops work on different ones at a time
-LEAST_PREFILL_TOKENS = 32  # below that a chunk costs nearly what a longer one does
-CHUNKS_PER_HOP = 4  # of a prompt: k hops then take (4 k + k - 1) / 4 k times what the slowest alone would
+PREFILL_TOKENS = 256  # most positions of one prefill step: hops work on different ones at a time
+# What a step costs a hop beside its positions, counted in these: on CPUs 32 in float32, 4 in int8.
+STEP_COST_TOKENS = 24
 
 
 class OpenChain(Protocol):
@@ -128,7 +129,7 @@ class Context:
             raise
 
     async def _feed_chunks(self, session: Session, tokens: list[int], kept: int, deadline: float) -> Result:
-        chunk = _chunk(len(tokens) - kept, len(session.chain.hops), session.max_step_tokens)
+        chunk = min(chunk_tokens(len(tokens) - kept, len(session.chain.hops)), session.max_step_tokens)
         under_way: deque[tuple[int, Pending]] = deque()
         for begin in range(kept, len(tokens), chunk):
             stop = min(begin + chunk, len(tokens))
@@ -163,10 +164,18 @@ class Context:
         return embed() if here else await self.compute.run(embed)
 
 
-def _chunk(tokens: int, hops: int, most: int) -> int:
-    """Positions of one step of a prompt: enough steps that all hops have work, and not more."""
-    chunk = -(-tokens // (CHUNKS_PER_HOP * max(hops, 1))) if hops > 1 else PREFILL_TOKENS
-    return min(max(chunk, LEAST_PREFILL_TOKENS), PREFILL_TOKENS, most)
+def chunk_tokens(tokens: int, hops: int) -> int:
+    """Positions of each step of a prompt, so that a chain of so many hops is done with it soonest.
+
+    The last hop is done when it has had all steps and, before the first, every other hop one.  Few long
+    steps let hops wait for each other, many short ones cost more (STEP_COST_TOKENS); ties go to the longer.
+    """
+
+    def cost(steps: int) -> float:
+        return (tokens / steps + STEP_COST_TOKENS) * (steps + hops - 1)
+
+    fewest, most = math.ceil(tokens / PREFILL_TOKENS), math.ceil(tokens / STEP_COST_TOKENS)
+    return math.ceil(tokens / min(range(fewest, most + 1), key=cost))
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -7,7 +7,8 @@ The wire is that of hashicorp's specification (libp2p's `/yamux/1.0.0`): a heade
 and, for type DATA, `length` bytes.  A stream starts with 256 KiB of credit in each direction; the
 receiver gives more as its reader takes bytes.  The idea of the windows here: `credit + unread`
 never exceeds the stream's window, so a peer that keeps the rules cannot fill memory, and one that
-does not is closed at its first byte too many.  Credit goes back half a window at a time.  A window
+does not is closed at its first byte too many.  Credit goes back half a window at a time.  A stream
+that a peer far away opens gets more at once (with the ACK, as the specification allows).  A window
 doubles (the idea of go-yamux and rust-yamux) when a whole one was used up in less than two round
 trips, as long as all windows together stay within the connection's budget.  It grows no further,
 because what is under way of a long message stands before every short one.
@@ -35,6 +36,10 @@ INITIAL_WINDOW = 256 * KIB  # fixed by the protocol
 # Largest payload of one DATA frame that we send: with its header it fills exactly one Noise message
 # (65,535 bytes less the tag), and a small message waits for no more than this of another stream.
 CHUNK = 65_519 - HEADER.size
+# A stream of a peer far away begins with more: what 80 Mbit/s bring in one round trip.  With 256 KiB a
+# prompt of a few hundred kilobytes waits for several of them, and windows grow too late for it.
+FAR_BYTES_PER_SECOND = 10_000_000
+FAR_WINDOW = MIB  # at most
 _MAX_CREDIT = 2**32 - 1
 _MAX_STRAY = 16 * MIB  # of one frame to a stream that we have closed; what other implementations may send
 
@@ -361,8 +366,11 @@ class Yamux:
             self._queue(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         stream = Stream(stream_id, True, self._now)
+        more = self._head_start()
+        stream.window += more
+        stream.credit += more
         self._add(stream)
-        self._queue(WINDOW_UPDATE, ACK, stream_id, 0)
+        self._queue(WINDOW_UPDATE, ACK, stream_id, more)
         events.append(Event(Happening.OPENED, stream))
         return stream
 
@@ -478,6 +486,12 @@ class Yamux:
             stream.used, stream.used_since = 0, self._now
         stream.credit += owed
         self._queue(WINDOW_UPDATE, 0, stream.id, owed)
+
+    def _head_start(self) -> int:
+        """Credit that a new stream gets beyond the protocol's, as far as half of the budget goes."""
+        wanted = min(int((self.round_trip_seconds or 0) * FAR_BYTES_PER_SECOND), FAR_WINDOW)
+        left = self._limits.max_unread_bytes // 2 - self._granted
+        return max(0, min(wanted, left) - INITIAL_WINDOW)
 
     def _add(self, stream: Stream) -> None:
         self._streams[stream.id] = stream

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from client.generate import Generation
-from client.retry import LEAST_PREFILL_TOKENS, PREFILL_TOKENS
+from client.retry import PREFILL_TOKENS, chunk_tokens
 from client.sampling import SamplingOptions
 from routing.chain import NoChain
 from routing.names import PeerId
@@ -75,25 +77,22 @@ async def test_a_long_prompt_over_k_hops_costs_little_more_than_one_of_them(auto
         prompt = [index % 26 for index in range(4 * PREFILL_TOKENS + 7)]
         context = context_of(world, max_length=3000)
         assert await continued(context, prompt, 1) == generated(prompt, 1, BLOCKS)
+        chunk = chunk_tokens(len(prompt), hops=3)
         steps = [one[:2] for one in world.nodes[PeerId("h2")].span.steps]
-        size = -(-len(prompt) // 12)  # four chunks for each hop
-        assert [tokens for _, tokens in steps[:-1]] == [size] * (len(steps) - 1)
-        assert sum(tokens for _, tokens in steps) == len(prompt)
-        assert trio.current_time() <= len(steps) + 2, "each hop works on one chunk while others have theirs"
+        assert steps == [(at, min(chunk, len(prompt) - at)) for at in range(0, len(prompt), chunk)]
+        assert trio.current_time() < len(steps) * 3 / 2  # one after another takes twice as long
         context.close()
 
 
-async def test_a_short_prompt_goes_in_one_step_and_no_chunk_is_tiny(autojump_clock):
-    async with swarm() as world:
-        context = context_of(two_replicas(world), max_length=1000)
-        for count in (1, LEAST_PREFILL_TOKENS, LEAST_PREFILL_TOKENS + 1, 8 * LEAST_PREFILL_TOKENS + 1):
-            before = len(world.nodes[PeerId("b")].span.steps)
-            prompt = [(index + count) % 26 for index in range(count)]
-            assert await continued(context, prompt, 1) == generated(prompt, 1, BLOCKS)
-            steps = [tokens for _, tokens, *_ in world.nodes[PeerId("b")].span.steps[before:]]
-            assert all(tokens >= LEAST_PREFILL_TOKENS for tokens in steps[:-1])
-            assert len(steps) == -(-count // LEAST_PREFILL_TOKENS) or len(steps) <= 8
-        context.close()
+@pytest.mark.parametrize(("tokens", "hops", "steps"), [(512, 1, 2), (512, 2, 5), (512, 3, 7), (24, 2, 1)])
+def test_the_more_hops_the_shorter_the_steps_of_a_prompt(tokens, hops, steps):
+    chunk = chunk_tokens(tokens, hops)
+    assert -(-tokens // chunk) == steps
+
+
+@given(st.integers(1, 8192), st.integers(1, 64))
+def test_no_step_of_a_prompt_is_empty_or_longer_than_allowed(tokens, hops):
+    assert 1 <= chunk_tokens(tokens, hops) <= min(tokens, PREFILL_TOKENS)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])

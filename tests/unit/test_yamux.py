@@ -7,6 +7,8 @@ from node.network.yamux import (
     ACK,
     CHUNK,
     DATA,
+    FAR_BYTES_PER_SECOND,
+    FAR_WINDOW,
     FIN,
     GO_AWAY,
     HEADER,
@@ -235,6 +237,27 @@ def test_a_window_grows_when_it_is_used_up_in_two_round_trips_and_the_budget_all
         while pair.server.take(slow_theirs, 10_000):  # a burst now and then is no reason
             pass
     assert slow_theirs.window == INITIAL_WINDOW
+
+
+def test_a_stream_of_a_peer_far_away_begins_with_more_credit_within_half_of_the_budget():
+    pair = Pair(one_way=0.05, max_unread_bytes=4 * MIB)
+    near = pair.open()
+    pair.server.ping()
+    pair.deliver()
+    streams = [pair.open() for _ in range(4)]
+    windows = [theirs.window for _, theirs in (near, *streams)]
+    assert windows[:2] == [INITIAL_WINDOW, int(pair.server.round_trip_seconds * FAR_BYTES_PER_SECOND)]
+    assert sum(windows[:3]) == 2 * MIB
+    assert windows[3:] == [INITIAL_WINDOW] * 2
+    for ours, theirs in streams:
+        assert ours.send_credit == theirs.credit == theirs.window
+        assert theirs.window <= FAR_WINDOW
+    ours, theirs = streams[0]
+    data = bytes(theirs.window)
+    while data:
+        data = data[pair.client.send(ours, memoryview(data)) :]
+    pair.deliver()
+    assert len(theirs.unread) == theirs.window
 
 
 def test_streams_beyond_the_cap_are_reset_and_the_rest_live_on():

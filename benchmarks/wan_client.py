@@ -1,0 +1,179 @@
+"""A client that says where the time of each token went, or that prefills without pause.
+
+A worker of benchmarks.wan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import trio
+from torch import Tensor
+
+from client.connect import ClientConfig, Swarm, open_swarm
+from client.heads import Heads
+from client.retry import Context
+from client.session import Pending, Session
+from node.model.ends import Ends
+from tensor_codec.messages import Result
+
+
+async def serve_lines(flags: argparse.Namespace) -> None:
+    """Connect, then answer lines of JSON on standard input."""
+    config = ClientConfig(tuple(flags.peers), flags.model, threads=flags.threads)
+    async with open_swarm(config) as swarm:
+        while line := await trio.to_thread.run_sync(sys.stdin.readline):
+            question = json.loads(line)
+            if "text" in question:
+                ids = swarm.ends.tokenizer(question["text"])["input_ids"]
+                say({"ids": ids, "hidden": swarm.info.hidden_size})
+            elif "bulk" in question:
+                await bulk(swarm, question["bulk"])
+            else:
+                say(await generate(swarm, question["ids"], question["tokens"]))
+
+
+def say(answer: object) -> None:
+    """One line."""
+    print(json.dumps(answer), flush=True)
+
+
+async def bulk(swarm: Swarm, ids: list[int]) -> None:
+    """Prefill this prompt in one new session after another.
+
+    Answers {} when the first is done, and the next line of standard input with how many tokens there
+    have been since, and in which time.
+    """
+    done, began, first = 0, time.perf_counter(), trio.Event()
+
+    async def prefill() -> None:
+        nonlocal done
+        while True:
+            async for _ in swarm.generate(ids, max_new_tokens=1):
+                pass
+            done += len(ids)
+            first.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(prefill)
+        await first.wait()
+        done, began = 0, time.perf_counter()
+        say({})
+        await trio.to_thread.run_sync(sys.stdin.readline)
+        nursery.cancel_scope.cancel()
+    say({"tokens": done, "seconds": time.perf_counter() - began})
+
+
+async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
+    """Greedy, in a new session: what came, and for each token where its time went.
+
+    open_seconds: of the first token's, until the session was open.  For each token its `seconds`,
+    `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`: for each
+    step that it took, [held, computing] of each hop.
+    """
+    watch = Watch(swarm.ends)
+    context = watch.watched(swarm.conversation(len(ids) + tokens), swarm)
+    found: list[dict[str, Any]] = []
+    try:
+        async for token in swarm.generate(ids, max_new_tokens=tokens, context=context):
+            found.append({"id": token.id, "seconds": token.seconds, **watch.take()})
+    finally:
+        context.close()
+    return {"tokens": found, "open_seconds": watch.open_seconds}
+
+
+class Watch:
+    """Measures what a context does by standing in for its ends and its session."""
+
+    def __init__(self, ends: Ends) -> None:
+        self.open_seconds = 0.0
+        self._ends = TimedEnds(ends)
+        self._network = 0.0
+        self._hops: list[tuple[tuple[float, float], ...]] = []
+
+    def watched(self, context: Context, swarm: Swarm) -> Context:
+        """The context, which was not used yet, with everything in it that measures."""
+        context.ends = cast(Ends, self._ends)
+        context.heads = Heads(context.ends, swarm._compute)  # not part of the client's API
+        context.open_chain = self._opener(context.open_chain)
+        return context
+
+    def _opener(self, open_chain: Callable[..., Awaitable[Session]]) -> Callable[..., Awaitable[Session]]:
+        async def open_watched(*, max_length: int) -> Session:
+            began = time.perf_counter()
+            session = await open_chain(max_length=max_length)
+            self.open_seconds = time.perf_counter() - began
+            return cast(Session, WatchedSession(session, self._note))
+
+        return open_watched
+
+    def _note(self, session: Session) -> None:
+        if session.times is not None:
+            self._network = session.times.network
+            self._hops.append(session.times.hops)
+
+    def take(self) -> dict[str, Any]:
+        """What there was since the last call."""
+        taken = {"ends": self._ends.seconds, "network": self._network, "hops": self._hops}
+        self._ends.seconds, self._hops = 0.0, []
+        return taken
+
+
+class WatchedSession:
+    """A session that tells of every step that comes back."""
+
+    def __init__(self, session: Session, note: Callable[[Session], None]) -> None:
+        self._session = session
+        self._note = note
+
+    def __getattr__(self, name: str) -> Any:  # Any: whatever a session has
+        return getattr(self._session, name)
+
+    async def collect(self, pending: Pending) -> Result:
+        """See Session."""
+        result = await self._session.collect(pending)
+        self._note(self._session)
+        return result
+
+
+class TimedEnds:
+    """Ends that add up what they take.  seconds: of embedding and head."""
+
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:  # Any: whatever ends have
+        return getattr(self._ends, name)
+
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """See Ends."""
+        began = time.perf_counter()
+        hidden = self._ends.embed(ids, position)
+        self.seconds += time.perf_counter() - began
+        return hidden
+
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
+        """See Ends."""
+        began = time.perf_counter()
+        logits = self._ends.head(hidden, best_only=best_only)
+        self.seconds += time.perf_counter() - began
+        return logits
+
+
+def main() -> None:
+    """Flags to `serve_lines`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--peers", nargs="+", required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    trio.run(serve_lines, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
