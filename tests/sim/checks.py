@@ -1,0 +1,117 @@
+"""The promises, looked at after a run.  Each check returns sentences that begin with the promise's name.
+
+P1        same tokens as the whole model
+P2        no row of a cache computed twice (the span itself raises; see people.py)
+P3        every call ends by its deadline, with a token or an error that names its cause
+P6        nothing lingers 5 s after the end
+progress  a call that fails had a reason: for the last seconds there was no time in which the client
+          could reach servers of all blocks that nothing happened to
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from routing.chain import NoChain
+from routing.swarm import holes
+from tensor_codec.errors import SlowPeer
+from tests.fakes_serving import FakeCache, FakeEnds, FakeSpan
+from tests.sim import glue
+from tests.sim.faults import Happened
+from tests.sim.people import Call, Story, World
+from tests.sim.plan import ROOMY, ClientPlan, Plan
+
+SLACK_SECONDS = 2.5  # beyond the deadline: a session may take a second to say goodbye
+VIEW_SECONDS = 12.0  # until the views are true again after a fault
+RECOVERY_SECONDS = 15.0  # until a session works again, and one step's deadline more
+BASE_TASKS = 2  # of a node without sessions: the engine, the announcements
+
+
+def expected_tokens(prompt: Sequence[int], count: int, blocks: int) -> list[int]:
+    """The greedy tokens of the whole model."""
+    ends, span = FakeEnds(), FakeSpan(0, blocks)
+    cache, tokens = FakeCache(1, len(prompt) + count), list(prompt)
+    new = tokens[:]
+    for _ in range(count):
+        hidden = span.forward(ends.embed(torch.tensor([new]), 0), cache, cache.length, 0, blocks)
+        new = [int(ends.head(hidden[:, -1:])[0, -1].argmax())]
+        tokens += new
+    return tokens[len(prompt) :]
+
+
+def check_story(story: Story, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
+    """P1, P3 and progress of one generation."""
+    who = f"{story.client.name} with {len(story.prompt)} + {story.new_tokens} tokens"
+    expected = expected_tokens(story.prompt, story.new_tokens, plan.blocks)
+    found = story.tokens
+    if found != expected[: len(found)]:
+        at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+        yield f"P1: {who}: token {at} is {found[at]}, not {expected[at]}"
+    failed = any(call.error is not None for call in story.calls)
+    if story.done and not failed and len(found) != story.new_tokens:
+        yield f"P1: {who}: {len(found)} tokens came"
+    for number, call in enumerate(story.calls):
+        for complaint in _check_call(story.client, call, plan, happened):
+            yield f"{complaint} (token {number} of {who}, from {call.began:.2f} to {call.ended:.2f})"
+
+
+def _check_call(client: ClientPlan, call: Call, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
+    if call.ended - call.began > client.give_up_seconds + SLACK_SECONDS:
+        yield f"P3: a call took {call.ended - call.began:.2f} s, {client.give_up_seconds} s are allowed"
+    if call.error is None:
+        return
+    what = f"{type(call.error).__name__}: {call.error}"
+    if not glue.names_its_cause(call.error):
+        yield f"P3: an error names no cause: {what}"
+    patience = VIEW_SECONDS if isinstance(call.error, NoChain) else RECOVERY_SECONDS + client.step_seconds
+    since = _well_since(call, plan, happened)
+    if call.ended - since > patience:
+        yield f"progress: there was a chain {_told(since)}: {what}"
+
+
+def _well_since(call: Call, plan: Plan, happened: Sequence[Happened]) -> float:
+    """Since when in a call the client could reach servers of all blocks, none of which any fault concerned.
+
+    Servers with little room do not count.  Minus infinity where there was no fault before or in the call
+    (frames that come late are none, but may make a step slow).
+    """
+    faults = [fault for fault in happened if fault.began < call.ended]
+    late_frames = plan.loss and isinstance(call.error, SlowPeer)
+    if not faults and not late_frames:
+        return -math.inf
+    since, struck = call.ended, set[str]()
+    for fault in sorted(faults, key=lambda each: -each.well):
+        since = max(min(since, fault.well), call.began)
+        struck.update(fault.who)
+        if call.client in struck or not _covered(plan, struck):
+            return since
+    return call.began
+
+
+def _told(since: float) -> str:
+    return f"since {since:.2f}" if since > -math.inf else "all the time"
+
+
+def _covered(plan: Plan, struck: set[str]) -> bool:
+    useful = [each for each in plan.nodes if each.name not in struck and each.tokens >= ROOMY]
+    return not holes([(each.start, each.stop) for each in useful], 0, plan.blocks)
+
+
+def check_idle(world: World) -> Iterator[str]:
+    """P6: nothing lingers at any node that lives, nor at the clients."""
+    for node in world.nodes.values():
+        if not node.alive:
+            continue
+        found = glue.left_over(node.listener)
+        if node.handlers:
+            found.append(f"{node.handlers} handlers")
+        if (tasks := len(node.nursery.child_tasks)) > BASE_TASKS:
+            found.append(f"{tasks - BASE_TASKS} tasks")
+        if found:
+            yield f"P6: {node.peer} still has {', '.join(found)}"
+    living = [peer for peer, each in world.network.participants.items() if each.alive]
+    for stream in world.network.lingering(living):
+        yield f"P6: a stream is open: {stream}"

@@ -1,0 +1,164 @@
+"""How records get about: everybody holds a real `SwarmView`, filled with real merges, late and incomplete.
+
+Signing and the wire are left out.  What a participant says reaches each other one after a delay of its
+own; where the way is silent it is tried again a few seconds later, and its age is then known.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import Arrival, SwarmView, expire, merge
+from tests.sim.network import Network
+
+TICK_SECONDS = 0.25
+AGAIN_SECONDS = 5.0  # between tries to get a record through
+DELAYS = (0.02, 0.02, 0.3, 2.0)  # seconds, one drawn for each record and receiver
+PING_SECONDS = 2.0
+RTT_FRESH_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Directory:
+    """What one participant knows, with the methods of `node.network.directory.Directory` that are used.
+
+    overtaken: told which seq of our own others have, where theirs is higher.
+    """
+
+    me: PeerId
+    network: Network
+    overtaken: Callable[[int], None] | None = None
+    due: list[tuple[float, int, float, Record]] = field(default_factory=list)  # heap: when, n, said, what
+    _view: SwarmView = field(default_factory=lambda: SwarmView("public"))
+    _news: trio.Event = field(default_factory=trio.Event)
+    _rtts: dict[PeerId, tuple[float, float]] = field(default_factory=dict)
+
+    def view(self) -> SwarmView:
+        """The swarm as known now."""
+        self._replace(expire(self._view, trio.current_time()))
+        return self._view
+
+    async def changed(self, since: SwarmView) -> None:
+        """Return when the view is another one."""
+        await trio.lowlevel.checkpoint()
+        while self.view() is since:
+            await self._news.wait()
+
+    def take_in(self, arrivals: list[Arrival]) -> None:
+        """Merge what came."""
+        self._replace(merge(self._view, arrivals, trio.current_time()).view)
+
+    def rtts(self) -> dict[PeerId, float]:
+        """Round trips measured within the last minute."""
+        oldest = trio.current_time() - RTT_FRESH_SECONDS
+        return {peer: rtt for peer, (rtt, when) in self._rtts.items() if when > oldest and rtt < PING_SECONDS}
+
+    async def measure(self, peers: Collection[PeerId], seconds: float = PING_SECONDS) -> dict[PeerId, float]:
+        """Round trips to these peers; those who do not answer make it take `seconds`."""
+        now = trio.current_time()
+        asked = [p for p in peers if p not in self._rtts or self._rtts[p][1] <= now - RTT_FRESH_SECONDS]
+        longest = 0.0
+        for peer in asked:
+            rtt = self._rtt(peer)
+            longest = max(longest, min(rtt, seconds))
+            self._rtts[peer] = (rtt, now)
+        await trio.sleep(longest)
+        known = self.rtts()
+        return {peer: known[peer] for peer in peers if peer in known}
+
+    async def find_peers(self, revision: str, seconds: float) -> tuple[Record, ...]:
+        """There is no table to look into."""
+        await trio.sleep(0.05)
+        return self.view().spans(revision)
+
+    def _rtt(self, peer: PeerId) -> float:
+        network, now = self.network, trio.current_time()
+        there = network.participants[peer]
+        if not there.alive or max(network.mute_until(self.me, peer), network.frozen_until(peer)) > now:
+            return PING_SECONDS
+        return network.way(self.me, peer).delay + network.way(peer, self.me).delay
+
+    def _replace(self, view: SwarmView) -> None:
+        if view is not self._view:
+            self._view = view
+            self._news.set()
+            self._news = trio.Event()
+
+
+class Gossip:
+    """Carries records between all directories."""
+
+    def __init__(self, network: Network, rng: random.Random) -> None:
+        self.directories: dict[PeerId, Directory] = {}
+        self._network = network
+        self._rng = rng
+        self._numbers = itertools.count()
+
+    def say(self, record: Record) -> None:
+        """A participant announces itself."""
+        now = trio.current_time()
+        for peer, directory in self.directories.items():
+            delay = 0.0 if peer == record.peer else self._rng.choice(DELAYS) * self._rng.random()
+            heapq.heappush(directory.due, (now + delay, next(self._numbers), now, record))
+        self._deliver(self.directories[record.peer])
+
+    def meet(self, peer: PeerId) -> None:
+        """Somebody comes, or comes back, and is told what one other, who can be reached, knows."""
+        now = trio.current_time()
+        me = self.directories[peer]
+        others = [each for each in self.directories if each != peer and self._passes(each, peer)]
+        if not others:
+            return
+        view = self.directories[self._rng.choice(others)].view()
+        own = view.entries.get(peer) or view.ended.get(peer)
+        me.take_in(view.held([each for each in view.entries if each != peer], now))
+        if own is not None and me.overtaken is not None:
+            me.overtaken(own.record.seq)
+
+    async def run(self) -> None:
+        """Deliver what is due."""
+        while True:
+            await trio.sleep(TICK_SECONDS)
+            for peer, directory in self.directories.items():
+                if self._network.participants[peer].alive:
+                    self._deliver(directory)
+                    directory.view()
+                    if self._rng.random() < TICK_SECONDS / AGAIN_SECONDS:
+                        self._heal(peer)
+
+    def _heal(self, peer: PeerId) -> None:
+        if self._network.frozen_until(peer) <= trio.current_time():
+            self.meet(peer)
+
+    def _deliver(self, directory: Directory) -> None:
+        now, arrivals = trio.current_time(), []
+        while directory.due and directory.due[0][0] <= now:
+            _, number, said, record = heapq.heappop(directory.due)
+            if record.peer == directory.me or self._passes(record.peer, directory.me):
+                arrivals.append(Arrival(record, b"", now - said))
+            else:
+                heapq.heappush(directory.due, (now + AGAIN_SECONDS, number, said, record))
+        if arrivals:
+            directory.take_in(arrivals)
+
+    def _passes(self, one: PeerId, other: PeerId) -> bool:
+        network, now = self._network, trio.current_time()
+        return (
+            network.participants[one].alive
+            and network.participants[other].alive
+            and network.silent_until(one, other) <= now
+            and max(network.frozen_until(one), network.frozen_until(other)) <= now
+        )
+
+
+def numbered(record: Record, last_seq: int, wall: float) -> Record:
+    """The record with the next seq by a node's own clock, as `node.network.directory` numbers them."""
+    return replace(record, seq=max(last_seq + 1, int(wall * 1e6)))

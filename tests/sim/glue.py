@@ -1,0 +1,164 @@
+"""The only module here that names the core's entry points: where those change, this changes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from client.connect import ClientConfig, Swarm
+from client.heads import Heads
+from client.retry import Blame, Context
+from node.model.info import ModelInfo
+from node.network.streams import FramedStream
+from node.serving.cache import CacheBudget
+from node.serving.engine import Engine
+from node.serving.listener import Listener, Served
+from node.serving.rates import Rates
+from routing.chain import NoChain
+from routing.names import ModelId, PeerId, Revision
+from tensor_codec.errors import CacheFull, PeerFault, Refused, SlowPeer
+from tensor_codec.limits import Limits
+from tensor_codec.messages import SESSION_PROTOCOL
+from tests.fakes_serving import HIDDEN, FakeArena, FakeEnds, FakeSpan
+
+MODEL, REVISION, DTYPE = ModelId("m"), Revision("r"), "float32"
+MAX_POSITION = 4096
+HOGS = 5  # a peer may have a quarter of a large budget
+
+
+# The server.
+
+
+def make_listener(
+    span: FakeSpan,
+    compute: Any,  # with ComputeThread's one method
+    arena: FakeArena,
+    *,
+    seconds_per_block: float,
+    budget_tokens: int,
+    limits: Limits,
+    open_stream: Callable[[PeerId], Awaitable[FramedStream]],
+) -> Listener:
+    """A real listener over a real engine; whoever makes it runs `listener.engine.run`."""
+    engine = Engine(span, compute, Rates(seconds_per_block, seconds_per_block), limits)  # type: ignore[arg-type]
+    return Listener(
+        Served(MODEL, REVISION, span.start, span.stop, DTYPE, HIDDEN, MAX_POSITION),
+        engine,
+        arena,  # type: ignore[arg-type]
+        CacheBudget(budget_tokens),
+        open_stream,
+        limits,
+    )
+
+
+async def serve(listener: Listener, protocol: str, stream: FramedStream) -> None:
+    """Serve a stream that came in.  Raises PeerFault."""
+    if protocol == SESSION_PROTOCOL:
+        await listener.serve_session(stream)
+    else:
+        await listener.serve_push(stream)
+
+
+def left_over(listener: Listener) -> list[str]:
+    """What a listener that has nothing to do still holds."""
+    budget = listener.budget
+    counts = {
+        "sessions": listener.session_count,
+        "tokens of pages": budget.tokens // budget.page_tokens * budget.page_tokens - budget.free_tokens,
+        "waiting steps": listener.engine.queue_length,
+        "links": len(listener._links._links),
+        "session ids": len(listener._ids),
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def is_hogged(listener: Listener) -> bool:
+    """Whether `hog` was here."""
+    return any(listener.budget.held_tokens(f"hog{number}") for number in range(HOGS))
+
+
+def hog(listener: Listener) -> Callable[[], None]:
+    """Take every page that is to be had, as other clients would; returns what gives them back."""
+    budget, taken = listener.budget, []
+    for number in range(HOGS):
+        session, length = b"hog%d" % number, budget.peer_tokens
+        while length >= budget.page_tokens:
+            with suppress(CacheFull):
+                budget.admit(session, f"hog{number}", 1, length)
+                taken.append(session)
+                budget.grow(session, length)
+                break
+            if session in taken:
+                budget.release(taken.pop())
+            length //= 2
+
+    def give_back() -> None:
+        for session in taken:
+            budget.release(session)
+        listener._there_is_room()
+
+    return give_back
+
+
+# The client.
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTimes:
+    """How long a client waits, in seconds: for a chain, a step, a token."""
+
+    wait: float
+    step: float
+    give_up: float
+
+
+def make_swarm(
+    host: Any,  # with the methods of node.network.host that a client uses
+    directory: Any,  # the same of node.network.directory
+    compute: Any,  # with ComputeThread's one method
+    nursery: trio.Nursery,
+    *,
+    blocks: int,
+    limits: Limits,
+    times: ClientTimes,
+) -> Swarm:
+    """A real client, with small integers for a model."""
+    ends: Any = FakeEnds()
+    config = ClientConfig(
+        peers=("somewhere",),
+        wait_seconds=times.wait,
+        step_seconds=times.step,
+        give_up_seconds=times.give_up,
+        limits=limits,
+    )
+    info = ModelInfo(
+        MODEL, REVISION, "fake", blocks, HIDDEN, FakeEnds.vocabulary, MAX_POSITION, (1,) * blocks, 1, 1
+    )
+    return Swarm(config, info, ends, Blame(), host, directory, compute, Heads(ends, compute), nursery)
+
+
+@asynccontextmanager
+async def tokens_of(
+    swarm: Swarm, context: Context, prompt: tuple[int, ...], new_tokens: int
+) -> AsyncGenerator[AsyncGenerator[Any, None], None]:
+    """The tokens of one generation, one by one."""
+    async with aclosing(swarm.generate(list(prompt), max_new_tokens=new_tokens, context=context)) as tokens:
+        yield tokens
+
+
+def hops_of(context: Context) -> list[PeerId]:
+    """The peers of the chain that a context uses now."""
+    return [hop.peer for hop in context.session.chain.hops] if context.session is not None else []
+
+
+def names_its_cause(error: Exception) -> bool:
+    """P3: whether an error says which peer, which blocks or which limit it is about."""
+    if isinstance(error, NoChain):
+        return bool(error.missing)
+    if isinstance(error, SlowPeer):
+        return " s" in str(error)  # the limit
+    return isinstance(error, PeerFault | Refused) and error.peer is not None

@@ -1,0 +1,412 @@
+"""Servers and clients of the simulation: the real code, over the simulated network and clock."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import trio
+from torch import Tensor
+
+from client.connect import Swarm
+from client.retry import Context
+from node.network.streams import FramedStream
+from routing.chain import NoChain
+from routing.names import PeerId
+from routing.records import Record
+from tensor_codec.errors import PeerFault, PeerGone, Refused
+from tensor_codec.limits import Limits
+from tensor_codec.messages import PUSH_PROTOCOL
+from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan
+from tests.sim import glue
+from tests.sim.directory import Directory, Gossip, numbered
+from tests.sim.network import End, Host, Network
+from tests.sim.plan import ClientPlan, Job, NodePlan
+
+EPOCH = 1.7e9  # what wall clocks show at the beginning
+RTTS_ANNOUNCED = 6
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Clock:
+    """`time.perf_counter` of everybody.  ahead: by the compute of the function that runs just now."""
+
+    ahead: float = 0.0
+
+    def now(self) -> float:
+        """Seconds."""
+        return trio.current_time() + self.ahead
+
+
+class Twice(AssertionError):
+    """P2 is broken: a row of a cache was computed twice, or out of its turn."""
+
+
+class CountingCache(FakeCache):
+    """A cache that knows how often each of its rows was computed since it was cut there."""
+
+    def __init__(self, batch: int, max_length: int) -> None:
+        super().__init__(batch, max_length)
+        self.computed: Counter[tuple[int, int]] = Counter()  # by block and position
+
+    def cut(self, length: int) -> None:
+        """Forget what comes at and after position `length`."""
+        super().cut(length)
+        for key in [key for key in self.computed if key[1] >= length]:
+            del self.computed[key]
+
+    def count(self, block: int, begin: int, stop: int) -> None:
+        """These positions of a block are computed now.  Raises Twice."""
+        for position in range(begin, stop):
+            self.computed[block, position] += 1
+            if self.computed[block, position] > 1:
+                raise Twice(f"P2: position {position} of block {block} was computed twice")
+
+
+class CountingArena(FakeArena):
+    """Makes caches that count."""
+
+    def open(self, batch: int, max_length: int) -> CountingCache:
+        """An empty cache."""
+        return CountingCache(batch, max_length)
+
+
+class Span(FakeSpan):
+    """Fake blocks that take time.  sick: answers NaN."""
+
+    def __init__(self, start: int, stop: int, clock: Clock, seconds_per_block: float) -> None:
+        super().__init__(start, stop)
+        self.clock = clock
+        self.seconds_per_block = seconds_per_block
+        self.slowness = 1.0
+        self.sick = False
+
+    def forward(self, hidden: Tensor, cache: FakeCache, position: int, start: int, stop: int) -> Tensor:
+        """[batch, tokens, hidden] -> the same shape, as `FakeSpan.forward`."""
+        assert isinstance(cache, CountingCache)
+        assert self.start <= start < stop <= self.stop
+        if position != cache.length:
+            raise Twice(f"P2: a step for position {position} of a cache that holds {cache.length}")
+        tokens = hidden.shape[1]
+        assert position + tokens <= cache.max_length
+        hidden = hidden.to(torch.float64)
+        for block in range(start, stop):
+            cache.count(block, position, position + tokens)
+            given = cache.given.get(block)
+            given = cache.given[block] = hidden if given is None else torch.cat([given, hidden], dim=1)
+            if tokens == 1:
+                before = given.sum(1, keepdim=True) - hidden
+            else:
+                before = given.cumsum(1)[:, position:] - hidden
+            hidden = (3 * hidden + block + 1 + before) % PRIME
+        cache.length += tokens
+        self.clock.ahead += self._seconds(tokens, stop - start)
+        return hidden.to(torch.float32) * (math.nan if self.sick else 1.0)
+
+    def _seconds(self, tokens: int, blocks: int) -> float:
+        return self.seconds_per_block * blocks * self.slowness * (1 + 0.05 * (tokens - 1))
+
+
+class Compute:
+    """Runs functions one at a time; what they take passes after them, and while frozen nothing runs."""
+
+    def __init__(self, clock: Clock, network: Network, me: PeerId) -> None:
+        self._clock = clock
+        self._network = network
+        self._me = me
+        self._lock = trio.Lock()
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """function(*args)."""
+        async with self._lock:
+            await self._thaw()
+            self._clock.ahead = 0.0
+            try:
+                return function(*args)
+            finally:
+                seconds, self._clock.ahead = self._clock.ahead, 0.0
+                if seconds:
+                    await trio.sleep(seconds)
+                    await self._thaw()
+
+    async def _thaw(self) -> None:
+        while (until := self._network.frozen_until(self._me)) > trio.current_time():  # noqa: ASYNC110
+            await trio.sleep_until(until)  # it may be frozen for longer meanwhile
+
+
+@dataclass(slots=True)
+class World:
+    """What all participants share.  log: for people, told of what happens."""
+
+    blocks: int
+    limits: Limits
+    network: Network
+    gossip: Gossip
+    clock: Clock
+    nursery: trio.Nursery
+    log: Callable[[str], None]
+    nodes: dict[PeerId, Node] = field(default_factory=dict)
+    clients: dict[PeerId, Client] = field(default_factory=dict)
+
+
+class Node:
+    """A serving node, as `node.main` runs one.  It can be started again."""
+
+    def __init__(self, plan: NodePlan, world: World) -> None:
+        self.plan = plan
+        self.world = world
+        self.peer = PeerId(plan.name)
+        self.alive = False
+        self.vanished = False
+        self.skew_seconds = plan.skew_seconds
+        self.host = Host(world.network, self.peer)
+        self.directory = Directory(self.peer, world.network, self._overtaken)
+        self.handlers = 0
+        self._seq = 0
+        self._state: str | None = None  # what we announce, if anything
+        world.network.participants[self.peer] = self
+        world.gossip.directories[self.peer] = self.directory
+        world.nodes[self.peer] = self
+
+    @property
+    def running(self) -> bool:
+        """Whether its process is there and not frozen."""
+        return self.alive and self.world.network.frozen_until(self.peer) <= trio.current_time()
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Start the process; returns once it is online."""
+        await nursery.start(self._process)
+
+    async def _process(self, task_status: trio.TaskStatus[None]) -> None:
+        world, plan = self.world, self.plan
+        self.span = Span(plan.start, plan.stop, world.clock, plan.seconds_per_block)
+        self.listener = glue.make_listener(
+            self.span,
+            Compute(world.clock, world.network, self.peer),
+            CountingArena(),
+            seconds_per_block=plan.seconds_per_block,
+            budget_tokens=plan.tokens,
+            limits=world.limits,
+            open_stream=self._open_push,
+        )
+        self.directory.__init__(self.peer, world.network, self._overtaken)  # type: ignore[misc]  # an empty one
+        self.alive, self.vanished = True, False
+        self._seq = 0
+        async with trio.open_nursery() as nursery:
+            self.nursery = nursery
+            nursery.start_soon(self.listener.engine.run)
+            nursery.start_soon(self._announce)
+            world.gossip.meet(self.peer)
+            self.say("online")
+            task_status.started()
+
+    def end(self, *, vanish: bool = False) -> None:
+        """The process is gone at once (vanish: its host too, so that no kernel says so)."""
+        if not self.alive:
+            return
+        self.alive, self.vanished, self._state = False, vanish, None
+        self.world.network.gone(self.peer, vanished=vanish)
+        self.nursery.cancel_scope.cancel()
+
+    def say(self, state: str) -> None:
+        """Announce."""
+        self._state = state
+        record = numbered(self._record(state), self._seq, EPOCH + trio.current_time() + self.skew_seconds)
+        self._seq = record.seq
+        self.world.gossip.say(record)
+
+    def accept(self, end: End) -> None:
+        """A stream comes in."""
+        self.nursery.start_soon(self._serve, end)
+
+    async def _serve(self, end: End) -> None:
+        """What `node.network.host` does with a stream."""
+        network = self.world.network
+        stream = FramedStream(end, end.peer, end.protocol, network.limits)
+        self.handlers += 1
+        try:
+            await network.until_here(end)
+            await glue.serve(self.listener, end.protocol, stream)
+            await stream.aclose()
+        except PeerFault:
+            end.reset_now()
+        except BaseExceptionGroup as group:
+            end.reset_now()
+            others = group.split(PeerFault)[1]
+            if others is not None:
+                raise others from None
+        except BaseException:
+            end.reset_now()
+            raise
+        finally:
+            self.handlers -= 1
+
+    async def _open_push(self, peer: PeerId) -> FramedStream:
+        record = self.directory.view().get(peer)
+        if record is None:
+            raise PeerGone(f"{peer} is not in our view of the swarm")
+        return await self.host.open_stream(peer, record.addresses, PUSH_PROTOCOL)
+
+    async def _announce(self) -> None:
+        while True:
+            await trio.sleep(self.world.limits.announce_seconds)
+            self.listener.engine.rates.relax()
+            if self._state is not None and self.running:
+                self.say(self._state)
+
+    def _overtaken(self, seq: int) -> None:
+        """Others have a record of ours that says more than we did: our clock went back."""
+        if seq > self._seq and self._state is not None:
+            self._seq = seq
+            self.say(self._state)
+
+    def _record(self, state: str) -> Record:
+        listener, network, plan = self.listener, self.world.network, self.plan
+        others = [each for each in self.world.nodes.values() if each.plan.start <= plan.stop < each.plan.stop]
+        rtt = {each.peer: 2 * network.way(self.peer, each.peer).delay for each in others[:RTTS_ANNOUNCED]}
+        return Record(
+            peer=self.peer,
+            role="serve",
+            state=state,  # type: ignore[arg-type]  # one of the four
+            model=glue.MODEL,
+            revision=glue.REVISION,
+            blocks=self.world.blocks,
+            start=plan.start,
+            stop=plan.stop,
+            dtype=glue.DTYPE,
+            seconds_per_block=listener.engine.rates.decode_seconds_per_block,
+            prefill_seconds_per_token=listener.engine.rates.prefill_seconds_per_block_token,
+            cache_tokens=listener.budget.free_tokens,
+            queue=listener.engine.queue_length,
+            rtt=rtt,
+            ttl_seconds=self.world.limits.record_ttl_seconds,
+        )
+
+
+@dataclass(slots=True)
+class Call:
+    """One wait of a client for a token.  token or error: how it ended; neither: it was left."""
+
+    client: str
+    began: float
+    ended: float
+    token: int | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class Story:
+    """One generation: what was asked, and every call of it.  done: it ended by itself."""
+
+    client: ClientPlan
+    prompt: tuple[int, ...]
+    new_tokens: int
+    calls: list[Call] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """What came."""
+        return [call.token for call in self.calls if call.token is not None]
+
+
+class Client:
+    """A client process.  stories: of its generations.  progress: tokens that came, in all."""
+
+    def __init__(self, plan: ClientPlan, world: World) -> None:
+        self.plan = plan
+        self.world = world
+        self.peer = PeerId(plan.name)
+        self.alive = True
+        self.vanished = False
+        self.directory = Directory(self.peer, world.network)
+        self.stories: list[Story] = []
+        self.contexts: list[Context] = []
+        self.progress = 0
+        self.moved = trio.Event()
+        self.finished = False
+        self.swarm: Swarm
+        world.network.participants[self.peer] = self
+        world.gossip.directories[self.peer] = self.directory
+        world.clients[self.peer] = self
+
+    def accept(self, end: End) -> None:
+        """Nobody opens streams to a client."""
+        raise AssertionError(f"{end.peer} dialled a client")
+
+    async def run(self) -> None:
+        """Do every job; returns when all have ended and the client has nothing left to do."""
+        plan, world = self.plan, self.world
+        with trio.CancelScope() as self.scope:
+            async with trio.open_nursery() as self.nursery:
+                self.swarm = glue.make_swarm(
+                    Host(world.network, self.peer),
+                    self.directory,
+                    Compute(world.clock, world.network, self.peer),
+                    self.nursery,
+                    blocks=world.blocks,
+                    limits=world.limits,
+                    times=glue.ClientTimes(plan.wait_seconds, plan.step_seconds, plan.give_up_seconds),
+                )
+                world.gossip.meet(self.peer)
+                async with trio.open_nursery() as jobs:
+                    for job in plan.jobs:
+                        jobs.start_soon(self._job, job)
+                self._finish()
+
+    def kill(self) -> None:
+        """The process is gone."""
+        if self.finished:
+            return
+        self.alive = False
+        self._finish()
+        self.world.network.gone(self.peer, vanished=False)
+        self.scope.cancel()
+
+    def _finish(self) -> None:
+        self.finished = True
+        self._moved()
+
+    def _moved(self) -> None:
+        self.moved.set()
+        self.moved = trio.Event()
+
+    async def _job(self, job: Job) -> None:
+        await trio.sleep(job.at)
+        longest = max(len(job.prompt), len(job.again)) + job.new_tokens
+        context = self.swarm.conversation(longest)
+        self.contexts.append(context)
+        try:
+            with trio.move_on_after(math.inf if job.patience is None else job.patience):
+                for prompt in filter(None, (job.prompt, job.again)):
+                    await self._generate(context, prompt, job.new_tokens)
+        finally:
+            context.close()
+
+    async def _generate(self, context: Context, prompt: tuple[int, ...], new_tokens: int) -> None:
+        story = Story(self.plan, prompt, new_tokens)
+        self.stories.append(story)
+        async with glue.tokens_of(self.swarm, context, prompt, new_tokens) as tokens:
+            while not story.done:
+                call = Call(self.plan.name, trio.current_time(), math.inf)
+                story.calls.append(call)
+                try:
+                    call.token = (await anext(tokens)).id
+                except StopAsyncIteration:
+                    story.calls.pop()
+                    story.done = True
+                    return
+                except (PeerFault, Refused, NoChain) as error:
+                    call.error = error
+                    story.done = True
+                    self.world.log(f"{self.plan.name} failed: {type(error).__name__}: {error}")
+                finally:
+                    call.ended = trio.current_time()
+                self.progress += 1
+                self.world.network.note(self.plan.name, call.token)
+                self._moved()

@@ -1,0 +1,207 @@
+"""What happens in one run of the simulation, all of it drawn from one seed before anything starts.
+
+A plan is plain values: a swarm, its clients with what they generate, and the faults with the time at
+which each begins and ends.  Some faults wait for a client to have so many tokens and then strike a hop
+of the very chain that it uses.  Every fault ends, so every generation can come to an end.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+FAULTS_UNTIL = 20.0  # seconds after the start in which faults begin
+LONG_FAULT, LONGEST_FAULT = 25.0, 100.0
+ROOMY = 100_000  # tokens of a budget that nobody fills
+VOCABULARY = 26
+KINDS = (
+    "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
+    "swizzle", "full", "sick", "lossy", "clock",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlan:
+    """A server of blocks [start, stop).
+
+    tokens: of its cache budget.  place: decides the delays.  skew_seconds: of its wall clock.
+    """
+
+    name: str
+    start: int
+    stop: int
+    tokens: int
+    seconds_per_block: float
+    place: tuple[float, float]
+    skew_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One generation.  patience: the client leaves after so many seconds, None: it stays to the end.
+
+    again: the prompt of a second turn in the same context, which shares a beginning with the first.
+    """
+
+    at: float
+    prompt: tuple[int, ...]
+    new_tokens: int
+    patience: float | None
+    again: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPlan:
+    """A client and its generations, which run beside each other.  killed: at that time, if at all."""
+
+    name: str
+    place: tuple[float, float]
+    wait_seconds: float
+    step_seconds: float
+    give_up_seconds: float
+    jobs: tuple[Job, ...]
+    killed: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something goes wrong at `at` and is well again after `seconds`.
+
+    who: participants that it concerns; what they are to each other depends on the kind (see faults.py).
+    hit: (client, tokens, hop): strike when that client has so many tokens, or at `at` if that is
+    earlier, and then that hop of its chain in place of who[0].
+    """
+
+    kind: str
+    at: float
+    seconds: float
+    who: tuple[str, ...]
+    amount: float = 0.0
+    hit: tuple[str, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run.  loss: of a frame that arrives late; max_step_tokens, window: see network.py, Limits."""
+
+    seed: int
+    blocks: int
+    nodes: tuple[NodePlan, ...]
+    clients: tuple[ClientPlan, ...]
+    faults: tuple[Fault, ...]
+    loss: float
+    jitter: float
+    bytes_per_second: float
+    max_step_tokens: int
+    window: int
+
+    @property
+    def faults_end(self) -> float:
+        """When all is well again, at the latest."""
+        return max((fault.at + fault.seconds for fault in self.faults), default=0.0)
+
+
+def make_plan(seed: int, rng: random.Random) -> Plan:
+    """The plan of a seed.  rng: seeded with it; it goes on to the run."""
+    blocks = rng.randint(6, 12)
+    nodes = _nodes(rng, blocks)
+    clients = tuple(_client(rng, index) for index in range(rng.choice((1, 1, 2, 2, 3, 4))))
+    names = [node.name for node in nodes], [client.name for client in clients]
+    count = rng.choice((0, 1, 2, 3, 4, 5, 6, 8))
+    faults = tuple(_fault(rng, *names) for _ in range(count))
+    return Plan(
+        seed=seed,
+        blocks=blocks,
+        nodes=nodes,
+        clients=clients,
+        faults=faults,
+        loss=rng.choice((0.0, 0.0, 0.01, 0.05)),
+        jitter=rng.choice((0.0, 0.005, 0.05)),
+        bytes_per_second=rng.choice((1e4, 1e5, 1e7)),
+        max_step_tokens=rng.choice((2048, 2048, 16, 7)),
+        window=rng.choice((256 * 1024, 256 * 1024, 2048)),
+    )
+
+
+def _nodes(rng: random.Random, blocks: int) -> tuple[NodePlan, ...]:
+    """Servers whose spans cover the model once or more, the first cover of them with room for all."""
+    spans: list[tuple[int, int, bool]] = []
+    for cover in range(rng.choice((1, 2, 2, 2, 3))):
+        start = 0
+        while start < blocks:
+            stop = min(blocks, start + rng.randint(1, max(2, blocks * 2 // 3)))
+            spans.append((start, stop, cover == 0))
+            start = stop
+    wanted = rng.choice((5, 5, 6, 8, 10, 12, 30))
+    while len(spans) < wanted:
+        start = rng.randrange(blocks)
+        spans.append((start, rng.randint(start + 1, blocks), False))
+    rng.shuffle(spans)
+    return tuple(_node(rng, index, *span) for index, span in enumerate(spans))
+
+
+def _node(rng: random.Random, index: int, start: int, stop: int, roomy: bool) -> NodePlan:
+    return NodePlan(
+        name=f"n{index:02}",
+        start=start,
+        stop=stop,
+        tokens=ROOMY if roomy else rng.choice((ROOMY, ROOMY, 256, 96, 32)),
+        seconds_per_block=rng.choice((0.001, 0.01, 0.03)),
+        place=_place(rng),
+        skew_seconds=rng.choice((0.0, 0.0, -120.0, 120.0, 86400.0, -86400.0)),
+    )
+
+
+def _client(rng: random.Random, index: int) -> ClientPlan:
+    return ClientPlan(
+        name=f"c{index}",
+        place=_place(rng),
+        wait_seconds=rng.choice((5.0, 15.0, 30.0)),
+        step_seconds=rng.choice((2.0, 5.0, 30.0)),
+        give_up_seconds=rng.choice((10.0, 30.0, 60.0, 120.0)),
+        jobs=tuple(_job(rng) for _ in range(rng.choice((1, 1, 2)))),
+        killed=rng.uniform(1, FAULTS_UNTIL) if rng.random() < 0.08 else None,
+    )
+
+
+def _job(rng: random.Random) -> Job:
+    prompt = _tokens(rng, rng.choice((rng.randint(1, 60), rng.randint(1, 8))))
+    turns = rng.random() < 0.25
+    return Job(
+        at=rng.uniform(0, 8),
+        prompt=prompt,
+        new_tokens=rng.choice((rng.randint(5, 15), rng.randint(5, 15), rng.randint(5, 40))),
+        patience=rng.uniform(0.2, 15) if rng.random() < 0.12 else None,
+        again=(*prompt[: rng.randint(0, len(prompt))], *_tokens(rng, rng.randint(1, 6))) if turns else (),
+    )
+
+
+def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(VOCABULARY) for _ in range(count))
+
+
+def _place(rng: random.Random) -> tuple[float, float]:
+    return rng.random(), rng.random()
+
+
+def _fault(rng: random.Random, nodes: list[str], clients: list[str]) -> Fault:
+    kind = rng.choice(KINDS)
+    who = _who(rng, kind, nodes, clients)
+    seconds = rng.choice((rng.uniform(0.1, 3), rng.uniform(3, 12), rng.uniform(12, LONG_FAULT)))
+    if rng.random() < 0.08:
+        seconds = rng.uniform(LONG_FAULT, LONGEST_FAULT)
+    amount = {"slow": rng.choice((10.0, 100.0)), "clock": rng.choice((-200.0, 200.0))}.get(kind, 0.0)
+    hit = None
+    if rng.random() < 0.6:
+        hit = rng.choice(clients), rng.randint(0, 20), rng.randrange(8)
+    return Fault(kind, rng.uniform(0, FAULTS_UNTIL), seconds, who, amount, hit)
+
+
+def _who(rng: random.Random, kind: str, nodes: list[str], clients: list[str]) -> tuple[str, ...]:
+    if kind in ("cut", "silence", "deaf", "unreachable", "lossy"):
+        one = rng.choice(nodes)
+        return one, rng.choice([name for name in nodes + clients if name != one])
+    if kind in ("partition", "swizzle"):
+        everybody = nodes + clients if kind == "partition" else nodes
+        return tuple(rng.sample(everybody, rng.randint(1, max(1, len(everybody) // 2))))
+    return (rng.choice(nodes),)
