@@ -74,8 +74,8 @@ class HopLink:
     async def open(self, opened: Open, limits: Limits) -> None:
         """Open the session here.  Raises PeerFault, Refused."""
         await self.stream.send(encode_open(opened))
-        # The hop dials its successor before it answers.
-        frame = await self.stream.receive(limits.dial_seconds + limits.cache_wait_seconds + 1.0)
+        # The hop waits for room, and dials its successor, before it answers.
+        frame = await self.stream.receive(limits.cache_wait_seconds + limits.successor_seconds + 1.0)
         if frame is None:
             raise RemoteProtocolError(f"{self.hop.peer} closed the stream instead of answering")
         reply = decode_open_reply(frame)

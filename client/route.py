@@ -39,6 +39,9 @@ from tensor_codec.messages import (
 )
 
 REPLAY_TOKENS = 256  # positions in one part of a replay
+# For a hop to be dialled, find room for the session and answer.  Doubles with every attempt: somebody else
+# may be quicker, but where everybody is that slow it has to be waited for.
+OPEN_SECONDS = 2.5
 RELINK_SECONDS = 2.0  # for a hop to say where it stands, a dial to its successor not included
 LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 
@@ -155,6 +158,8 @@ class Route:
     _links: set[HopLink] = field(default_factory=set)  # whose tasks run
     _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
     _carried: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # as the trace has been told
+    _patience: float = OPEN_SECONDS
+    _unanswered: set[PeerId] = field(default_factory=set)  # hops that are to take a new route
     _why: str = "opening"
     _troubles: int = 0
     _repairing: trio.Lock = field(default_factory=trio.Lock)
@@ -168,10 +173,12 @@ class Route:
         try:
             with trio.fail_at(deadline):
                 async with self._repairing:
+                    self._patience = OPEN_SECONDS
                     while self.broken_at is not None:
                         if self.closed:
                             raise PeerGone("the session was closed")
                         await self._try_to_repair()
+                        self._patience *= 2
         except trio.TooSlowError:
             raise self._reason() from self.last_error
 
@@ -283,7 +290,11 @@ class Route:
         except NoChain as missing:
             missing.after = self.last_error
             return missing
-        return self.last_error or SlowPeer("a new route could not be opened by the caller's deadline")
+        if self.last_error is not None:
+            return self.last_error
+        late = SlowPeer(f"no answer to a new route from {', '.join(sorted(self._unanswered)) or 'anybody'}")
+        late.peer = min(self._unanswered, default=None)
+        return late
 
     async def _find(self) -> Chain:
         """The chain to go on with, as soon as there is one; with peers that failed, after a while."""
@@ -332,9 +343,8 @@ class Route:
             self._switching = None
         if self._troubles == troubles and not scope.cancelled_caught:
             self.broken_at = None
-        elif scope.cancelled_caught:
-            dead = next((link.error for link in self._links if link.error is not None), None)
-            raise dead or PeerGone("a hop was lost while the route changed")
+        elif scope.cancelled_caught and self.last_error is not None:
+            raise self.last_error
 
     async def _line_up(self, chain: Chain) -> tuple[list[HopLink], bool]:
         """Every hop of the chain in the new epoch, with its neighbours; whether all of them are new.
@@ -364,13 +374,18 @@ class Route:
         """Open or relink all hops at once; the first failure cancels the rest.  Raises it."""
         made: dict[int, HopLink] = {}
         failure: PeerFault | Refused | None = None
+        self._unanswered.clear()
 
         async def one(index: int) -> None:
             nonlocal failure
             link = known[index]
+            self._unanswered.add(hops[index].peer)
             try:
                 if link is None:
-                    made[index] = await self._open(hops, index, held=held)
+                    with trio.move_on_after(self._patience) as waited:
+                        made[index] = await self._open(hops, index, held=held)
+                    if waited.cancelled_caught:
+                        raise SlowPeer(f"the session could not be opened within {self._patience:g} s")
                 else:
                     made[index] = link
                     await self._relink(hops, index, link)
@@ -382,6 +397,7 @@ class Route:
                     self.note(hops[index].peer, error)
                 failure = failure or error
                 nursery.cancel_scope.cancel()
+            self._unanswered.discard(hops[index].peer)
 
         async with trio.open_nursery() as nursery:
             for index in range(len(hops)):
@@ -437,7 +453,7 @@ class Route:
         predecessor, successor, relay = self._neighbours(hops, index)
         link.relay, link.fed, link.refused = relay, predecessor is None, False
         await link.end_bulk()
-        seconds = RELINK_SECONDS + (self.limits.dial_seconds if successor is not None else 0.0)
+        seconds = RELINK_SECONDS + (self.limits.successor_seconds if successor is not None else 0.0)
         await link.relink(Relink(self.epoch, predecessor, successor, relay), seconds)
 
     async def _fill_up(self, links: list[HopLink], fresh: bool, began: float) -> None:

@@ -437,7 +437,7 @@ class Session:
                 link.heard(message)
 
     async def _answered(self, link: HopLink, result: Result) -> None:
-        if link.relay:
+        if link.hop.stop < self.terms.blocks:
             return await self._carry(link, result)
         pending = self._pending.get(result.step)
         if pending is None or result.replay or pending.result is not None:

@@ -52,6 +52,7 @@ class Limits:
     session_idle_seconds: float = 60.0
     session_life_seconds: float = 1800.0
     cache_share_per_peer: float = 0.25
+    successor_seconds: float = 2.0  # for a hop to connect to the next one, while its client waits
     cache_wait_seconds: float = 2.0  # for room in the cache, at the opening and in mid-session
 
     # Requests without a session, forward and backward: an idle stream of theirs holds a place

@@ -245,12 +245,13 @@ class HopWorker:
         hop = self.hop
         self._keep_journal()
         successor = PeerId(hop.successor) if hop.successor is not None else None
-        try:
-            await hop.outlet.lead_to(successor)
-        except PeerFault as fault:
-            self.blame[f"{successor} {type(fault).__name__}"] += 1
-            return False
-        return successor is not None
+        with trio.move_on_after(self.limits.successor_seconds):
+            try:
+                await hop.outlet.lead_to(successor)
+            except PeerFault as fault:
+                self.blame[f"{successor} {type(fault).__name__}"] += 1
+                return False
+        return hop.outlet.link is not None
 
     def _keep_journal(self) -> None:
         hop, contract = self.hop, self.hop.contract

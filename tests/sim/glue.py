@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
 
 from client.connect import ClientConfig, Swarm
 from client.heads import Heads
-from client.retry import Blame, Context
+from client.retry import Context
+from client.routes import Routes
 from node.model.info import ModelInfo
 from node.network.streams import FramedStream
 from node.serving.cache import CacheBudget
@@ -72,6 +74,7 @@ def left_over(listener: Listener) -> list[str]:
         "waiting steps": listener.engine.queue_length,
         "links": len(listener._links._links),
         "session ids": len(listener._ids),
+        "tokens of journals": listener._journals.held,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]
 
@@ -99,7 +102,7 @@ def hog(listener: Listener) -> Callable[[], None]:
     def give_back() -> None:
         for session in taken:
             budget.release(session)
-        listener._there_is_room()
+        listener._room._there_is_more()
 
     return give_back
 
@@ -138,7 +141,17 @@ def make_swarm(
     info = ModelInfo(
         MODEL, REVISION, "fake", blocks, HIDDEN, FakeEnds.vocabulary, MAX_POSITION, (1,) * blocks, 1, 1
     )
-    return Swarm(config, info, ends, Blame(), host, directory, compute, Heads(ends, compute), nursery)
+    routes = Routes(
+        MODEL,
+        REVISION,
+        blocks,
+        view=directory.view,
+        rtts=directory.rtts,
+        changed_since=directory.changed,
+        dial=partial(host.open_stream, seconds=limits.dial_seconds),
+        find_peers=partial(directory.find_peers, REVISION, 1.0),
+    )
+    return Swarm(config, info, ends, routes, host, directory, compute, Heads(ends, compute), nursery)
 
 
 @asynccontextmanager
@@ -160,5 +173,5 @@ def names_its_cause(error: Exception) -> bool:
     if isinstance(error, NoChain):
         return bool(error.missing)
     if isinstance(error, SlowPeer):
-        return " s" in str(error)  # the limit
+        return error.peer is not None or "deadline" in str(error)
     return isinstance(error, PeerFault | Refused) and error.peer is not None
