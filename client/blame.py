@@ -18,7 +18,13 @@ class Blame:
     _faults: dict[PeerId, int] = field(default_factory=dict)
 
     def fault(self, peer: PeerId, now: float) -> None:
-        """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour."""
+        """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour.
+
+        While it is avoided it may be tried where there is nobody else; that it fails again then says nothing
+        new, and does not make it longer.
+        """
+        if self._until.get(peer, now) > now and peer in self._faults:
+            return
         count = self._faults[peer] = self._faults.get(peer, 0) + 1
         self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), AVOID_MOST_SECONDS)
 

@@ -9,6 +9,8 @@ has learnt.  Who is to blame is decided here, in `fail` and `note`.
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +23,7 @@ from client.links import HopLink
 from client.recovery import Plan, Sent, Standing, plan
 from client.trace import Trace
 from node.network.streams import FramedStream
+from node.tasks import background_nursery
 from routing.chain import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
@@ -70,12 +73,14 @@ class Surroundings(Protocol):
         without: frozenset[PeerId] = frozenset(),
         desperate: bool = False,
         like: frozenset[str] = frozenset(),
+        tokens: int = 0,
         seen: dict[PeerId, float] | None = None,
     ) -> Chain:
         """The best chain over blocks [start, stop) known now.  Raises NoChain.
 
         without: peers not to be used.  desperate: peers that have failed lately may be.
-        like: kinds of peers (`kind_of`) to be preferred to all others.
+        like: kinds of peers (`kind_of`) to be preferred to all others.  tokens: of cache that the session
+        may come to need; peers with less are used only where nobody else is left.
         seen: seconds per block of peers as this session sees them now.
         """
 
@@ -159,6 +164,7 @@ class Route:
     _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
     _carried: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # as the trace has been told
     _patience: float = OPEN_SECONDS
+    _refusals: Counter[PeerId] = field(default_factory=Counter)
     _unanswered: set[PeerId] = field(default_factory=set)  # hops that are to take a new route
     _why: str = "opening"
     _troubles: int = 0
@@ -251,6 +257,18 @@ class Route:
         self._apart.add((link.hop.peer, peer))
         self.break_off(f"{link.hop.peer} cannot reach {peer}")
 
+    def leave(self, link: HopLink, why: str) -> None:
+        """A hop works, but too slowly: go elsewhere, if there is anybody else."""
+        link.leaving = True
+        try:
+            self._best(desperate=False)
+        except NoChain:
+            link.leaving = False
+            return
+        self.trace.add("fault", peer=link.hop.peer, error=why)
+        self.around.refused(link.hop.peer, None)
+        self.break_off(why)
+
     def refused(self, link: HopLink, error: Refused) -> None:
         """A hop could not take a step, and may be able to later."""
         link.refused = True
@@ -277,7 +295,9 @@ class Route:
         self.last_error = error
         self.trace.add("fault", peer=peer, error=f"{type(error).__name__}: {error}")
         if isinstance(error, Refused):
-            self.around.refused(peer, error.retry_after_seconds)
+            self._refusals[peer] += 1  # who says "soon" again and again is to be believed less and less
+            soon, times = error.retry_after_seconds, 2 ** min(self._refusals[peer] - 1, 8)
+            self.around.refused(peer, None if soon is None else soon * times)
         else:
             self.around.fault(peer)
 
@@ -292,8 +312,9 @@ class Route:
             return missing
         if self.last_error is not None:
             return self.last_error
-        late = SlowPeer(f"no answer to a new route from {', '.join(sorted(self._unanswered)) or 'anybody'}")
-        late.peer = min(self._unanswered, default=None)
+        waited_for = sorted(self._unanswered) or [link.hop.peer for link in self.hops]
+        late = SlowPeer(f"the route could not be changed by the deadline, for {', '.join(waited_for)}")
+        late.peer = next(iter(waited_for), None)
         return late
 
     async def _find(self) -> Chain:
@@ -313,7 +334,8 @@ class Route:
         Raises NoChain.
         """
         kept = [link for link in self.hops if link.alive and (desperate or not link.avoided)]
-        choose = partial(self.around.choose, desperate=desperate, like=self.kinds)
+        tokens = self.terms.batch * self.terms.max_length
+        choose = partial(self.around.choose, desperate=desperate, like=self.kinds, tokens=tokens)
         gone = frozenset(link.hop.peer for link in self.hops if link.avoided and not desperate)
         taken = frozenset(link.hop.peer for link in kept) | gone
         hops: list[Hop] = [link.hop for link in kept]
@@ -471,7 +493,9 @@ class Route:
             todo = plan([link.standing for link in links], stand.position, stand.sent, stand.again)
             await self._order(todo, links)
             self.behind_replay |= bool(todo.replays) or todo.client_from < stand.position
-            await self._replay(links, todo, stand.position)
+            async with background_nursery() as nursery:
+                nursery.start_soon(self._watch, links)
+                await self._replay(links, todo, stand.position)
         for link in self._links - set(links):
             link.scope.cancel()
         for link in links:
@@ -507,6 +531,18 @@ class Route:
             body = self.journal.read(start, stop)
             message = Step(self.contract.session, 0, start, "replay", body, (), self.epoch, True)
             await self._noting(first, partial(first.send_step, message, self.limits.session_idle_seconds))
+
+    async def _watch(self, links: Sequence[HopLink]) -> None:
+        """While a replay goes on, which may be held back: ask every hop whether it lives."""
+        while True:
+            await trio.sleep(RELINK_SECONDS / 2)
+            for link in links:
+                with trio.CancelScope(shield=True), trio.move_on_after(0.5), contextlib.suppress(PeerFault):
+                    await link.ask()  # one that was cut short would take the stream with it
+            await trio.sleep(RELINK_SECONDS / 2)
+            for link in links:
+                if link.asked_at is not None:
+                    self.fail(link, SlowPeer(f"{link.hop.peer} has said nothing for {RELINK_SECONDS:g} s"))
 
     async def _noting(self, link: HopLink, act: Callable[[], Awaitable[object]]) -> None:
         try:

@@ -52,17 +52,18 @@ class Routes:
         without: frozenset[PeerId] = frozenset(),
         desperate: bool = False,
         like: frozenset[str] = frozenset(),
+        tokens: int = 0,
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
         """See `client.session.Surroundings.choose`."""
         measured = {**self.rates, **(seen or {})}
         spans = self._spans()
-        if like:
-            alike = [span for span in spans if _kind(span) in like]
-            try:
-                return self._cheapest(alike, start, stop, without, measured, desperate=desperate)
-            except NoChain:
-                pass  # better another kind than none
+        alike = [span for span in spans if not like or _kind(span) in like]
+        roomy = [span for span in alike if span.cache_tokens >= tokens]
+        for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
+            if len(some) < len(spans):
+                with suppress(NoChain):
+                    return self._cheapest(some, start, stop, without, measured, desperate=desperate)
         return self._cheapest(spans, start, stop, without, measured, desperate=desperate)
 
     def choose_for_throughput(

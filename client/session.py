@@ -24,7 +24,7 @@ from torch import Tensor
 
 from client.links import HopLink
 from client.recovery import Sent
-from client.route import Route, Stand, Surroundings, Terms
+from client.route import REPLAY_TOKENS, Route, Stand, Surroundings, Terms
 from client.trace import Trace
 from node.compute import ComputeThread
 from routing.chain import Chain, Hop, NoChain
@@ -57,7 +57,7 @@ LOOKS_SHARE = 0.05  # of the time may go into looking for a better chain
 LEAST_GAIN_SECONDS = 0.01  # a step: less is noise
 REST_SECONDS = 5.0  # after a move, before another one
 STEPS_AHEAD = 32  # so many, it is assumed, will still come: their gain has to pay for the replay
-REPLAYED_SHARE = 0.1  # of a decode step's time, for each position of a replay
+REPLAYED_SHARE = 0.15  # of a decode step's time, for each position of a replay
 SEEN_STEPS = 3  # of a hop, whose median is what it is now
 
 
@@ -367,9 +367,21 @@ class Session:
             return
         link = self.route.hops[min(self._place_of(pending), len(self.route.hops) - 1)]
         busy = link.here is not None and link.here.waiting > 0
-        if not busy or now - pending.moved_at > MOST_HOP_SECONDS:
-            waited = now - pending.moved_at
-            self.route.fail(link, SlowPeer(f"step {pending.step} has not got on for {waited:.2g} s"))
+        waited = now - pending.moved_at
+        why = f"step {pending.step} has not got on for {waited:.2g} s"
+        if not busy or waited > MOST_HOP_SECONDS:
+            self.route.fail(link, SlowPeer(why))
+        elif waited > self._patience(pending):
+            self.route.leave(link, why)
+
+    def _patience(self, pending: Pending) -> float:
+        """How long a hop may be busy with one thing before another one is looked for, in seconds."""
+        usual = statistics.median(self._recent) if self._recent else self.chain.expected_seconds
+        positions = pending.what.tokens
+        if self.route.behind_replay:
+            positions = max(positions, min(REPLAY_TOKENS, pending.what.position))
+        seconds = DEADLINE_FACTOR * usual * (1 + REPLAYED_SHARE * (positions - 1))
+        return min(max(seconds, self._hop_seconds()), MOST_HOP_SECONDS)
 
     def _place_of(self, pending: Pending) -> int:
         """The first hop that has not computed a step, by what the hops have said."""
@@ -511,7 +523,8 @@ class Session:
         hops = self.chain.hops
         present = self.around.cost(hops, seen)
         try:
-            better = self.around.choose(0, self.terms.blocks, like=self.route.kinds, seen=seen)
+            tokens = self.terms.batch * self.terms.max_length
+            better = self.around.choose(0, self.terms.blocks, like=self.route.kinds, tokens=tokens, seen=seen)
         except NoChain:
             return set()
         gain = present - better.expected_seconds

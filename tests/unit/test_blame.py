@@ -29,11 +29,30 @@ def test_the_time_doubles_with_every_fault_up_to_an_hour():
 
 
 def test_an_hour_is_the_most_after_any_number_of_faults():
+    blame, now = Blame(), 0.0
+    for _ in range(2000):
+        blame.fault(A, now)
+        now = avoided_until(blame, A, now)
+    blame.fault(A, now)
+    assert avoided_until(blame, A, now) == now + AVOID_MOST_SECONDS
+
+
+def test_a_peer_that_fails_while_it_is_avoided_is_not_avoided_for_longer():
+    """Where there is nobody else it is tried all the time, and one day it will be back."""
     blame = Blame()
-    for _ in range(5000):
-        blame.fault(A, 0.0)
-    assert A in blame.avoided(AVOID_MOST_SECONDS - 1)
-    assert A not in blame.avoided(AVOID_MOST_SECONDS)
+    for tenth in range(140):
+        blame.fault(A, tenth / 10)
+    assert avoided_until(blame, A, 14.0) == AVOID_SECONDS
+    blame.fault(A, AVOID_SECONDS)
+    assert avoided_until(blame, A, AVOID_SECONDS) == 3 * AVOID_SECONDS
+
+
+def test_those_that_will_be_forgiven_first_come_first():
+    blame = Blame()
+    blame.fault(A, 5.0)
+    blame.refused(B, 3.0, 5.0)
+    assert blame.soonest_first(6.0) == [B, A]
+    assert blame.soonest_first(8.5) == [A]
 
 
 def test_a_fault_concerns_its_peer_alone():
@@ -69,10 +88,10 @@ def test_refusals_are_not_faults():
 
 def test_a_refusal_does_not_shorten_the_time_that_a_fault_has_earned():
     blame = Blame()
-    for _ in range(3):
-        blame.fault(A, 0.0)
-    blame.refused(A, 1.0, 5.0)
-    assert A in blame.avoided(4 * AVOID_SECONDS - 1)
+    blame.fault(A, 0.0)
+    blame.fault(A, AVOID_SECONDS)
+    blame.refused(A, 1.0, AVOID_SECONDS + 5.0)
+    assert A in blame.avoided(3 * AVOID_SECONDS - 1)
 
 
 def test_a_peer_that_answers_is_forgiven():
