@@ -1,0 +1,168 @@
+"""Clients that are killed with kill -9: what is left of them at the servers.  A part of benchmarks.recovery.
+
+Every client is a process of its own, forked from one that has everything imported.  It sends a long
+prompt; half of the clients are killed while it is being computed, half in the midst of decoding, some at
+a time.  Afterwards descriptors are counted until they are back where they were, as are the free cache
+tokens that each server announces; at the end each server says how many sessions it still has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import trio
+
+from benchmarks.recovery import fresh_client, prompt_ids, undisturbed
+from benchmarks.replicas import ReplicatedSwarm
+from benchmarks.watched import peers_in_use, watch
+from client.connect import ClientConfig, Swarm, open_swarm
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 64
+CLIENT_SECONDS = 120.0  # for a client to come as far as it shall
+BACK_SECONDS = 30.0  # how long is looked at most
+PROMISED_SECONDS = 5.0
+LEFT_OPEN = re.compile(r"leaving, (\d+) sessions are open")
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What a client process is to do, and where it is to be killed, `wait` seconds into that phase."""
+
+    peers: tuple[str, ...]
+    model: str | None
+    ids: tuple[int, ...]
+    phase: Phase
+    wait: float
+
+
+def lost_clients(flags: argparse.Namespace, replicas: ReplicatedSwarm) -> dict[str, Any]:  # Any: JSON
+    """Kill `flags.runs` clients, `flags.at_once` at a time, and count what is left."""
+    ids = prompt_ids(flags.model, flags.prompt_tokens or PROMPT_TOKENS)
+    result = trio.run(_watched_by_a_client, flags, replicas, ids)
+    for replica in replicas.replicas:
+        replica.node.stop()
+    said = [LEFT_OPEN.search(replica.node.log.read_text()) for replica in replicas.replicas]
+    result["sessions_left"] = [int(found[1]) if found else None for found in said]
+    nothing_left = all(left == 0 for left in result["sessions_left"])
+    in_time = result["descriptors_back_s"] is not None and result["descriptors_back_s"] <= PROMISED_SECONDS
+    result["ok"] = bool(nothing_left and in_time and result["cache_back_s"] is not None and result["alive"])
+    return result
+
+
+async def _watched_by_a_client(
+    flags: argparse.Namespace, replicas: ReplicatedSwarm, ids: list[int]
+) -> dict[str, Any]:  # Any: JSON
+    async with fresh_client(flags.model, replicas) as swarm:
+        usual = await undisturbed(swarm, ids)
+        await trio.sleep(1)  # until that client's own sessions are closed
+        before, free = descriptors(replicas), free_tokens(swarm, replicas)
+        guests = invite(flags, replicas.peers, ids, usual.seconds[0])
+        phases = await trio.to_thread.run_sync(kill_all, guests, flags.at_once)
+        ended = time.perf_counter()
+        back, cache_back = None, None
+        while (waited := time.perf_counter() - ended) < BACK_SECONDS and None in (back, cache_back):
+            if back is None and descriptors(replicas) <= before:
+                back = waited
+            if cache_back is None and free_tokens(swarm, replicas) == free:
+                cache_back = waited
+            await trio.sleep(0.05)
+        left = [now - then for now, then in zip(descriptors(replicas), before, strict=True)]
+        return {
+            "clients": flags.runs,
+            "at_once": flags.at_once,
+            "killed_in": dict(phases),
+            "descriptors_left": left,
+            "descriptors_back_s": back,
+            "cache_back_s": cache_back,  # as announced: a server looks every 5 s what it should say
+            "free_cache_tokens": free_tokens(swarm, replicas),
+            "alive": all(replica.online for replica in replicas.replicas)
+            and (await undisturbed(swarm, ids)).tokens == usual.tokens,
+        }
+
+
+def descriptors(replicas: ReplicatedSwarm) -> list[int]:
+    """Open descriptors of each server."""
+    return [replica.node.descriptors() for replica in replicas.replicas]
+
+
+def free_tokens(swarm: Swarm, replicas: ReplicatedSwarm) -> list[int]:
+    """Free cache tokens of each server, as it announces them."""
+    records = [swarm.view().get(replica.peer) for replica in replicas.replicas if replica.peer is not None]
+    return [record.cache_tokens if record is not None else -1 for record in records]
+
+
+def invite(flags: argparse.Namespace, peers: Sequence[str], ids: list[int], first: float) -> list[Guest]:
+    """Half to be killed in prefill, half in decoding; each at a moment of its own."""
+    rng = random.Random(flags.seed)
+    phases: tuple[Phase, Phase] = ("prefill", "decode")
+    return [
+        Guest(tuple(peers), flags.model, tuple(ids), phases[number % 2], rng.random() * first / 2)
+        for number in range(flags.runs)
+    ]
+
+
+def kill_all(guests: Sequence[Guest], at_once: int) -> Counter[str]:
+    """Start and kill all of them; how many died in which phase."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.lost_clients", "transformers.modeling_utils"])
+
+    def one(guest: Guest) -> str:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=be_guest, args=(guest, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        said = ""
+        while said != guest.phase:
+            if not ours.poll(CLIENT_SECONDS):
+                process.kill()
+                return f"not in {guest.phase} in time"
+            said = ours.recv()
+        time.sleep(guest.wait)
+        process.kill()
+        process.join()
+        with suppress(EOFError):
+            while ours.poll():  # it may have come further in the meantime
+                said = ours.recv()
+        return said
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return Counter(pool.map(one, guests))
+
+
+def be_guest(guest: Guest, pipe: Connection) -> None:
+    """A client process: says which phase it is in, and goes on until it is killed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    trio.run(_generate, guest, pipe)
+
+
+async def _generate(guest: Guest, pipe: Connection) -> None:
+    async with open_swarm(ClientConfig(guest.peers, guest.model, threads=1)) as swarm:
+        context = swarm.conversation(len(guest.ids) + NEW_TOKENS)
+
+        async def tell_when_open() -> None:
+            while not peers_in_use(context):  # noqa: ASYNC110  no event tells
+                await trio.sleep(0.001)
+            pipe.send("prefill")
+
+        async def before(asked: int) -> None:
+            if asked == 1:
+                pipe.send("decode")
+            elif asked == NEW_TOKENS // 2:
+                await trio.sleep_forever()  # far enough
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell_when_open)
+            await watch(swarm, context, guest.ids, NEW_TOKENS, before)
