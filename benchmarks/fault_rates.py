@@ -19,9 +19,8 @@ from typing import Any
 
 import trio
 
-from benchmarks.recovery import fresh_client, prompt_ids, undisturbed
 from benchmarks.replicas import ReplicatedSwarm, kill
-from benchmarks.watched import peers_in_use, watch
+from benchmarks.watched import fresh_client, peers_in_use, prompt_ids, undisturbed, watch
 from client.connect import Swarm
 from client.retry import Context
 

@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 import trio
 
-from benchmarks.recovery import fresh_client, prompt_ids, undisturbed
 from benchmarks.replicas import ReplicatedSwarm
-from benchmarks.watched import peers_in_use, watch
+from benchmarks.watched import fresh_client, peers_in_use, prompt_ids, undisturbed, watch
 from client.connect import ClientConfig, Swarm, open_swarm
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64

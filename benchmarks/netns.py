@@ -21,9 +21,8 @@ def why_not() -> str | None:
     """Why namespaces cannot be made here, in a few words; None where they can."""
     if os.geteuid() != 0:
         return "only root may make network namespaces"
-    script = (
-        f"mkdir -p {MOUNT} && mount -t tmpfs tmpfs {MOUNT} && ip netns add a && ip link add b type bridge"
-    )
+    named = f"mkdir -p {MOUNT} && mount -t tmpfs tmpfs {MOUNT} && ip netns add n0"
+    script = f"{named} && ip link add name {BRIDGE} type bridge"
     try:
         done = subprocess.run(
             ["unshare", "-nm", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=30

@@ -20,35 +20,37 @@ import os
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
 import trio
 
-from benchmarks.decode import TEXT
+from benchmarks.fault_rates import fault_rates
+from benchmarks.lost_clients import lost_clients
 from benchmarks.netns import Network, command_inside, why_not
-from benchmarks.processes import ProcessError, Worker, equal_spans
+from benchmarks.processes import Worker, equal_spans
 from benchmarks.replicas import FAULTS, Replica, ReplicatedSwarm, kill, replicated_swarm
 from benchmarks.watched import (
     Strike,
     Watched,
+    fresh_client,
     peers_in_use,
     percentile,
+    prompt_ids,
     trace_figures,
+    undisturbed,
+    until_known,
     watch,
 )
-from client.connect import ClientConfig, Swarm, open_swarm
 from client.retry import Context
 from node.config import ConfigError
 from node.model.info import read_info
 from node.model.source import cache_dir, resolve
 
 PREFILL_TOKENS = 300
-WARM_UP_TOKENS = 8
-WHOLE_SECONDS = 120.0
 SOCKETS_GONE_SECONDS = 60.0
 Result = dict[str, Any]  # Any: JSON
 
@@ -115,9 +117,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def measure(flags: argparse.Namespace) -> Result:
     """Start the swarm, do what the flags say, and gather the figures.  Raises ConfigError."""
-    from benchmarks.fault_rates import fault_rates
-    from benchmarks.lost_clients import lost_clients
-
     folder = resolve(flags.model, cache_dir=cache_dir())
     spans = equal_spans(read_info(folder).blocks, flags.servers)
     namespaces = Network() if flags.mode == "halfopen" else None
@@ -142,46 +141,6 @@ def reference(flags: argparse.Namespace) -> tuple[list[int], list[int]]:
     with closing(Worker("benchmarks.reference", [*model, *common], {"OMP_NUM_THREADS": "1"})) as worker:
         ids = prompt_ids(flags.model, tokens)
         return ids, worker.ask({"ids": ids, "tokens": flags.tokens[0]})["tokens"]
-
-
-def prompt_ids(model: str | None, tokens: int) -> list[int]:
-    """A prompt of so many tokens."""
-    from transformers import AutoTokenizer
-
-    folder = resolve(model, cache_dir=cache_dir())
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    ids: list[int] = tokenizer(TEXT * (1 + tokens // 50))["input_ids"]
-    return ids[:tokens]
-
-
-@asynccontextmanager
-async def fresh_client(model: str | None, replicas: ReplicatedSwarm) -> AsyncIterator[Swarm]:
-    """A client that has seen no fault, once it knows every server as it is now.  Raises ProcessError."""
-    config = ClientConfig(tuple(replicas.peers), model, threads=1)
-    async with open_swarm(config) as swarm:
-        await until_known(swarm, replicas.whole)
-        yield swarm
-
-
-async def until_known(swarm: Swarm, condition: Callable[..., bool]) -> None:
-    """Wait until a client's view fulfils a condition.  Raises ProcessError."""
-    with trio.move_on_after(WHOLE_SECONDS):
-        while not condition(swarm.view()):  # noqa: ASYNC110  what processes do is no event here either
-            await trio.sleep(0.02)
-        return
-    raise ProcessError(f"the client did not know the whole swarm after {WHOLE_SECONDS} s")
-
-
-async def undisturbed(swarm: Swarm, ids: list[int]) -> Watched:
-    """The second of two short generations in which nothing happens: everything is warm then."""
-    watched = Watched()
-    for _ in range(2):
-        context = swarm.conversation(len(ids) + WARM_UP_TOKENS)
-        watched = await watch(swarm, context, ids, WARM_UP_TOKENS)
-        context.close()
-    if watched.error is not None:
-        raise ProcessError(f"a generation without a fault failed: {watched.error}")
-    return watched
 
 
 async def struck_once(

@@ -9,21 +9,26 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import trio
 
+from benchmarks.decode import TEXT
+from benchmarks.processes import ProcessError
 from benchmarks.replicas import Fault, Replica, ReplicatedSwarm
-from client.connect import Swarm
+from client.connect import ClientConfig, Swarm, open_swarm
 from client.retry import Context
+from node.model.source import cache_dir, resolve
 from routing.chain import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
 LOOK_SECONDS = 0.001
+WARM_UP_TOKENS = 8
+WHOLE_SECONDS = 120.0
 
 
 @dataclass(slots=True)
@@ -82,6 +87,46 @@ async def watch(
             watched.asked.append(began)
             watched.seconds.append(time.perf_counter() - began)
     return watched
+
+
+@asynccontextmanager
+async def fresh_client(model: str | None, replicas: ReplicatedSwarm) -> AsyncIterator[Swarm]:
+    """A client that has seen no fault, once it knows every server as it is now.  Raises ProcessError."""
+    config = ClientConfig(tuple(replicas.peers), model, threads=1)
+    async with open_swarm(config) as swarm:
+        await until_known(swarm, replicas.whole)
+        yield swarm
+
+
+async def until_known(swarm: Swarm, condition: Callable[..., bool]) -> None:
+    """Wait until a client's view fulfils a condition.  Raises ProcessError."""
+    with trio.move_on_after(WHOLE_SECONDS):
+        while not condition(swarm.view()):  # noqa: ASYNC110  what processes do is no event here either
+            await trio.sleep(0.02)
+        return
+    raise ProcessError(f"the client did not know the whole swarm after {WHOLE_SECONDS} s")
+
+
+async def undisturbed(swarm: Swarm, ids: list[int]) -> Watched:
+    """The second of two short generations in which nothing happens: everything is warm then."""
+    watched = Watched()
+    for _ in range(2):
+        context = swarm.conversation(len(ids) + WARM_UP_TOKENS)
+        watched = await watch(swarm, context, ids, WARM_UP_TOKENS)
+        context.close()
+    if watched.error is not None:
+        raise ProcessError(f"a generation without a fault failed: {watched.error}")
+    return watched
+
+
+def prompt_ids(model: str | None, tokens: int) -> list[int]:
+    """A prompt of so many tokens."""
+    from transformers import AutoTokenizer
+
+    folder = resolve(model, cache_dir=cache_dir())
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    ids: list[int] = tokenizer(TEXT * (1 + tokens // 50))["input_ids"]
+    return ids[:tokens]
 
 
 def peers_in_use(context: Context) -> list[str]:
