@@ -130,7 +130,6 @@ class ReplicatedSwarm:
 
     def start(self, replica: Replica) -> None:
         """Start it, again perhaps, with the same identity.  Does not wait."""
-        self.bootstrap_again()
         replica.start(self.swarm, self.peers)
 
     def bootstrap_again(self) -> None:
@@ -141,8 +140,12 @@ class ReplicatedSwarm:
         self.bootstrap = self.swarm.start("bootstrap", peers=known)
         self.bootstrap.wait_online()
 
-    def mend(self) -> None:
-        """Undo every fault: thaw, connect and restart whatever needs it; wait until all are online."""
+    def mend(self, wait: bool = True) -> None:
+        """Undo every fault: thaw, connect and restart whatever needs it.
+
+        wait: until all are online.  Raises ProcessError.
+        """
+        self.bootstrap_again()
         for replica in self.replicas:
             if replica.link is not None:
                 replica.link.up()
@@ -150,7 +153,7 @@ class ReplicatedSwarm:
                 replica.node.thaw()
             else:
                 self.start(replica)
-        for replica in self.replicas:
+        for replica in self.replicas if wait else []:
             replica.wait_online()
 
     def whole(self, view: SwarmView) -> bool:
