@@ -40,8 +40,7 @@ ENOUGH = 2  # servers of each span that a test begins with
 TTL_SECONDS = 6.0
 LONG = 600  # tokens of a prompt that goes in several chunks
 FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "8192"]
-# Relative to the largest value: see test_training.py.
-TOLERANCE = 5e-6
+TOLERANCE = 5e-5  # of losses in float32 behind three steps; each gradient is within 5e-6
 
 Expected = Callable[[list[int], int], list[int]]
 
@@ -55,6 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=BLOCKS,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
         bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        initializer_range=0.2,  # large enough that what comes next depends on what was before
     )  # fmt: skip
     whole = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -77,6 +77,7 @@ def expected(model: Path) -> Expected:
         )
         found: list[int] = out[0, len(ids) :].tolist()
         assert len(found) == tokens
+        assert len(set(found)) > tokens / 5  # a wrong cache would show
         return found
 
     return generate
@@ -339,7 +340,7 @@ async def train(hidden: Tensor, forward: Any, backward: Any, between: Callable[[
         losses.append(loss.item())
         between(step)
         grad = await backward(batch, output.grad)
-        before = before - 10 * grad[:, : before.shape[1]].sum(0, keepdim=True)
+        before = before - grad[:, : before.shape[1]].sum(0, keepdim=True)
     return losses
 
 
