@@ -334,7 +334,7 @@ async def train(hidden: Tensor, forward: Any, backward: Any, between: Callable[[
     losses = []
     for step in range(4):
         batch = torch.cat([before.expand(hidden.shape[0], -1, -1), hidden], dim=1)
-        output = (await forward(batch)).requires_grad_()
+        output = (await forward(batch)).clone().requires_grad_()
         loss = output.square().mean()
         loss.backward()
         losses.append(loss.item())
