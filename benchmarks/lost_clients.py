@@ -31,6 +31,7 @@ from client.connect import ClientConfig, Swarm, open_swarm
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 CLIENT_SECONDS = 120.0  # for a client to come as far as it shall
+COUNT_SECONDS = 0.1
 BACK_SECONDS = 30.0  # how long is looked at most
 PROMISED_SECONDS = 5.0
 SETTLE_SECONDS = 1.0  # for a client's own good-byes
@@ -71,8 +72,8 @@ async def _watched_by_a_client(
         await trio.sleep(SETTLE_SECONDS)
         before = descriptors(replicas)
         guests = invite(flags, replicas.peers, ids, usual.seconds[0])
-        phases = await trio.to_thread.run_sync(kill_all, guests, flags.at_once)
-        ended = time.perf_counter()
+        deaths, most = await _deaths(guests, flags.at_once, replicas)
+        ended = max(at for _, at in deaths)
         back = None
         while back is None and (waited := time.perf_counter() - ended) < BACK_SECONDS:
             if all(now <= then for now, then in zip(descriptors(replicas), before, strict=True)):
@@ -86,7 +87,9 @@ async def _watched_by_a_client(
         return {
             "clients": flags.runs,
             "at_once": flags.at_once,
-            "killed_in": dict(phases),
+            "killed_in": dict(Counter(phase for phase, _ in deaths)),
+            "descriptors_before": before,
+            "descriptors_most": most,
             "descriptors_back_s": back,
             "descriptors_left": [max(more, 0) for more in left],
             "cache_tokens_left": [
@@ -94,6 +97,26 @@ async def _watched_by_a_client(
             ],
             "alive": alive,
         }
+
+
+async def _deaths(
+    guests: Sequence[Guest], at_once: int, replicas: ReplicatedSwarm
+) -> tuple[list[tuple[str, float]], list[int]]:
+    """What `kill_all` says, and the most descriptors that each server had in the meantime."""
+    most = descriptors(replicas)
+    deaths: list[tuple[str, float]] = []
+
+    async def count() -> None:
+        nonlocal most
+        while True:
+            await trio.sleep(COUNT_SECONDS)
+            most = list(map(max, most, descriptors(replicas)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        deaths = await trio.to_thread.run_sync(kill_all, guests, at_once)
+        nursery.cancel_scope.cancel()
+    return deaths, most
 
 
 def stop_all(replicas: ReplicatedSwarm) -> None:
@@ -125,12 +148,12 @@ def invite(flags: argparse.Namespace, peers: Sequence[str], ids: list[int], firs
     ]
 
 
-def kill_all(guests: Sequence[Guest], at_once: int) -> Counter[str]:
-    """Start and kill all of them; how many died in which phase."""
+def kill_all(guests: Sequence[Guest], at_once: int) -> list[tuple[str, float]]:
+    """Start and kill all of them; the phase in which each died, and when."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.lost_clients", "transformers.modeling_utils"])
 
-    def one(guest: Guest) -> str:
+    def one(guest: Guest) -> tuple[str, float]:
         ours, theirs = context.Pipe()
         process = context.Process(target=be_guest, args=(guest, theirs), daemon=True)
         process.start()
@@ -139,18 +162,19 @@ def kill_all(guests: Sequence[Guest], at_once: int) -> Counter[str]:
         while said != guest.phase:
             if not ours.poll(CLIENT_SECONDS):
                 process.kill()
-                return f"not in {guest.phase} in time"
+                return f"not in {guest.phase} in time", time.perf_counter()
             said = ours.recv()
         time.sleep(guest.wait)
         process.kill()
+        killed = time.perf_counter()
         process.join()
         with suppress(EOFError):
             while ours.poll():  # it may have come further in the meantime
                 said = ours.recv()
-        return said
+        return said, killed
 
     with ThreadPoolExecutor(at_once) as pool:
-        return Counter(pool.map(one, guests))
+        return list(pool.map(one, guests))
 
 
 def be_guest(guest: Guest, pipe: Connection) -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.recovery --runs 20
     python -m benchmarks.recovery --mode halfopen --kill-at middle
     python -m benchmarks.recovery --tokens 300 --kill-every 60
+    python -m benchmarks.recovery --copies 1 --give-up 10
     python -m benchmarks.recovery --fault-rate 0 1e-4 1e-3 1e-2 --tokens 128 1024
     python -m benchmarks.recovery --mode clients --runs 50
 
@@ -102,6 +103,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
     parser.add_argument("--servers", type=int, default=3, help="hops, with equal spans (%(default)s)")
     parser.add_argument("--copies", type=int, default=2, help="servers of each span (%(default)s)")
+    parser.add_argument(
+        "--give-up",
+        type=float,
+        default=120.0,
+        help="seconds that the client may take for a token (%(default)s)",
+    )
     parser.add_argument("--at-once", type=int, default=10, help="of --mode clients (%(default)s)")
     parser.add_argument(
         "--limit",
@@ -150,7 +157,7 @@ async def struck_once(
     rng = random.Random(flags.seed * 1_000_003 + run)
     number = strike_number(flags.kill_at, flags.tokens[0], rng)
     strike = Strike(replicas, FAULTS[flags.mode], rng, flags.hop)
-    async with fresh_client(flags.model, replicas) as swarm:
+    async with fresh_client(flags.model, replicas, flags.give_up) as swarm:
         usual = await undisturbed(swarm, ids)
         step, first = usual.typical, usual.seconds[0]
         context = swarm.conversation(len(ids) + flags.tokens[0])
@@ -163,7 +170,11 @@ async def struck_once(
 
             watched = await watch(swarm, context, ids, flags.tokens[0], before)
         row = row_of(flags, run, number, strike, watched, first, context)
-        row |= {"error": watched.error, "tokens_equal": watched.tokens == expected}
+        row |= {
+            "error": watched.error,
+            "error_s": watched.error_seconds,
+            "tokens_equal": watched.tokens == expected,
+        }
         context.close()
     if flags.mode == "halfopen" and strike.victim is not None:
         row["sockets_gone_s"] = await trio.to_thread.run_sync(sockets_gone, replicas, strike)
@@ -275,7 +286,15 @@ def summary(flags: argparse.Namespace, rows: list[Result]) -> Result:
     }
     gaps = [gap for row in rows for gap in row.get("gaps_s", [row.get("gap_s")])]
     result |= {"gap_s_p50": percentile(gaps, 0.5), "gap_s_p95": percentile(gaps, 0.95)}
-    for name in ("largest_gap_s", "typical_step_s", "detect_s", "replay_s", "recovered_s", "sockets_gone_s"):
+    for name in (
+        "largest_gap_s",
+        "typical_step_s",
+        "error_s",
+        "detect_s",
+        "replay_s",
+        "recovered_s",
+        "sockets_gone_s",
+    ):
         result[f"{name}_p50"] = percentile([row.get(name) for row in rows], 0.5)
     return result | {"ok": result["tokens_equal"], "rows": rows}
 

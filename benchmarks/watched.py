@@ -29,19 +29,21 @@ from tensor_codec.errors import PeerFault, Refused
 LOOK_SECONDS = 0.001
 WARM_UP_TOKENS = 8
 WHOLE_SECONDS = 120.0
+WAIT_SECONDS = 30.0  # for a chain: the default
 
 
 @dataclass(slots=True)
 class Watched:
     """The tokens of a generation; when each was asked for, and the seconds until it was there.
 
-    error: why it ended without all of its tokens.
+    error: why it ended without all of its tokens, error_seconds behind the asking for the next one.
     """
 
     tokens: list[int] = field(default_factory=list)
     asked: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
+    error_seconds: float | None = None
 
     @property
     def typical(self) -> float:
@@ -82,6 +84,7 @@ async def watch(
                 break
             except (PeerFault, Refused, NoChain) as error:
                 watched.error = f"{type(error).__name__}: {error}"
+                watched.error_seconds = time.perf_counter() - began
                 break
             watched.tokens.append(token.id)
             watched.asked.append(began)
@@ -90,9 +93,14 @@ async def watch(
 
 
 @asynccontextmanager
-async def fresh_client(model: str | None, replicas: ReplicatedSwarm) -> AsyncIterator[Swarm]:
+async def fresh_client(
+    model: str | None, replicas: ReplicatedSwarm, give_up_seconds: float = 120.0
+) -> AsyncIterator[Swarm]:
     """A client that has seen no fault, once it knows every server as it is now.  Raises ProcessError."""
-    config = ClientConfig(tuple(replicas.peers), model, threads=1)
+    wait_seconds = min(WAIT_SECONDS, give_up_seconds)
+    config = ClientConfig(
+        tuple(replicas.peers), model, threads=1, wait_seconds=wait_seconds, give_up_seconds=give_up_seconds
+    )
     async with open_swarm(config) as swarm:
         await until_known(swarm, replicas.whole)
         yield swarm
