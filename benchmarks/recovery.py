@@ -199,7 +199,7 @@ def row_of(
     context: Context,
 ) -> Result:
     """The figures of a run."""
-    whole = len(watched.tokens) > number
+    whole = watched.error is None and len(watched.tokens) > number
     span = None if strike.victim is None else list(strike.victim.span)
     return {
         "run": run,
