@@ -71,6 +71,18 @@ class NodeProcess:
         times = psutil.Process(self.process.pid).cpu_times()
         return float(times.user + times.system)
 
+    def descriptors(self) -> int:
+        """Open descriptors now (Linux)."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def freeze(self) -> None:
+        """SIGSTOP: its sockets stay open and nothing is answered."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
@@ -80,6 +92,7 @@ class NodeProcess:
         """SIGTERM, and SIGKILL after `seconds`; the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+            self.thaw()  # a frozen process takes no signal
             try:
                 self.process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -104,16 +117,19 @@ class LocalSwarm:
         """What newcomers and clients pass to --peers."""
         return [node.address for node in self.nodes if node.facts][:1]
 
-    def start(self, *flags: str, peers: Sequence[str] | None = None) -> NodeProcess:
+    def start(
+        self, *flags: str, peers: Sequence[str] | None = None, prefix: Sequence[str] = ()
+    ) -> NodeProcess:
         """Start a node, or with "bootstrap" first a directory; it joins the first one that is online.
 
-        Does not wait.
+        prefix: words before the command, such as those that run it in a network namespace; they must
+        become the command by exec.  Does not wait.
         """
         number = len(self.nodes)
         ready, log = self.folder / f"node-{number}.json", self.folder / f"node-{number}.log"
         join = self.peers if peers is None else list(peers)
         common = self._network + ([] if flags[:1] == ("bootstrap",) else self._common)
-        command = [sys.executable, "-m", "node", *flags, *common, "--ready-file", str(ready)]
+        command = [*prefix, sys.executable, "-m", "node", *flags, *common, "--ready-file", str(ready)]
         if join:
             command += ["--peers", *join]
         with log.open("wb") as output:

@@ -1,0 +1,381 @@
+"""Servers and clients that die, freeze or leave in the midst of a generation: the tokens stay the same.
+
+Real processes.  How long each takes is measured by benchmarks.recovery; here every wait is generous.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import trio
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.processes import ROOT
+from benchmarks.recovery import killed_again_and_again, parse
+from benchmarks.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
+from benchmarks.watched import Watched, peers_in_use, trace_events, until_known, watch
+from client.connect import ClientConfig, Swarm, open_swarm
+from client.retry import Context
+from node.model.folder import HashMemo, open_folder
+from node.model.span import load_span
+from node.model.stateless import backward, forward
+from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
+
+pytestmark = pytest.mark.process
+
+SPANS = [(0, 3), (3, 6)]
+COPIES = 3
+ENOUGH = 2  # servers of each span that a test begins with
+TTL_SECONDS = 6.0
+LONG = 600  # tokens of a prompt that goes in several chunks
+FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "8192"]
+TOLERANCE = 5e-5  # of losses in float32 behind three steps; each gradient is within 5e-6
+
+Expected = Callable[[list[int], int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama that takes long prompts and never ends by itself."""
+    path = tmp_path_factory.mktemp("models") / "endless-llama"
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=BLOCKS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        initializer_range=0.2,  # large enough that what comes next depends on what was before
+    )  # fmt: skip
+    whole = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    whole.save_pretrained(path)
+    save_tiny_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Expected:
+    """What the whole model makes of a prompt, in this process."""
+    whole = AutoModelForCausalLM.from_pretrained(model)
+
+    def generate(ids: list[int], tokens: int) -> list[int]:
+        prompt = torch.tensor([ids])
+        out = whole.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False
+        )
+        found: list[int] = out[0, len(ids) :].tolist()
+        assert len(found) == tokens
+        assert len(set(found)) > tokens / 5  # a wrong cache would show
+        return found
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def processes(model: Path) -> Iterator[ReplicatedSwarm]:
+    network = ["--record-ttl", str(TTL_SECONDS)]
+    with replicated_swarm(SPANS, COPIES, model=str(model), flags=FLAGS, network=network) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def servers(processes: ReplicatedSwarm) -> ReplicatedSwarm:
+    """All are there or on their way back; a client waits until it knows enough of them."""
+    processes.mend(wait=False)
+    return processes
+
+
+@asynccontextmanager
+async def joined(servers: ReplicatedSwarm, model: Path, **settings: Any) -> AsyncIterator[Swarm]:
+    """A client that knows `ENOUGH` servers of each span."""
+    peers = settings.pop("peers", tuple(servers.peers))
+    async with open_swarm(ClientConfig(peers, str(model), threads=1, **settings)) as swarm:
+
+        def enough(view: Any) -> bool:
+            known = [replica.span for replica in servers.replicas if replica.known(view)]
+            return all(known.count(span) >= ENOUGH for span in SPANS)
+
+        await until_known(swarm, enough)
+        yield swarm
+
+
+def prompt(tokens: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (tokens,), generator=generator).tolist()
+
+
+def in_use(servers: ReplicatedSwarm, context: Context, hop: int) -> Replica:
+    return servers.of(peers_in_use(context)[hop])
+
+
+async def generate(
+    swarm: Swarm, ids: Sequence[int], tokens: int, before: Callable[[int, Context], None]
+) -> Watched:
+    """A generation in a conversation of its own; `before` is called before each token is asked for."""
+    context = swarm.conversation(len(ids) + tokens)
+
+    async def call(number: int) -> None:
+        before(number, context)
+
+    try:
+        return await watch(swarm, context, ids, tokens, call)
+    finally:
+        context.close()
+
+
+async def kill_later(replica: Replica) -> None:
+    """The token that is waited for is under way, for its server has been frozen."""
+    await trio.sleep(0.1)
+    kill(replica)
+
+
+@pytest.mark.parametrize(("when", "hop"), [("first", 0), ("middle", 1), ("last", 1)])
+async def test_a_server_killed_in_the_midst_of_a_token_costs_no_token(
+    servers: ReplicatedSwarm, model: Path, expected: Expected, when: str, hop: int
+) -> None:
+    ids, tokens = prompt(12, seed=hop), 64
+    number = {"first": 1, "middle": 32, "last": 63}[when]
+    victims: list[Replica] = []
+    async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
+
+        def before(asked: int, context: Context) -> None:
+            if asked == number:
+                victims.append(in_use(servers, context, hop))
+                freeze(victims[0])
+                nursery.start_soon(kill_later, victims[0])
+
+        watched = await generate(swarm, ids, tokens, before)
+        assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
+        assert victims[0].peer in swarm.blame.avoided(trio.current_time())
+
+
+@pytest.mark.parametrize("hop", [0, 1])
+async def test_a_server_killed_while_a_long_prompt_is_computed_costs_no_token(
+    servers: ReplicatedSwarm, model: Path, expected: Expected, hop: int
+) -> None:
+    ids, tokens = prompt(LONG, seed=hop + 2), 16
+    async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
+        context = swarm.conversation(len(ids) + tokens)
+        await watch(swarm, context, ids[:2], 1)  # the session is open, and nearly empty
+        victim = in_use(servers, context, hop)
+        freeze(victim)
+        nursery.start_soon(kill_later, victim)
+        watched = await watch(swarm, context, ids, tokens)
+        assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
+        context.close()
+
+
+async def test_a_server_that_freezes_is_replaced_and_what_it_says_when_it_wakes_up_is_ignored(
+    servers: ReplicatedSwarm, model: Path, expected: Expected
+) -> None:
+    ids, tokens = prompt(12, seed=4), 64
+    frozen: list[Replica] = []
+    async with joined(servers, model) as swarm:
+
+        def before(asked: int, context: Context) -> None:
+            if asked == 10:
+                frozen.append(in_use(servers, context, 1))
+                freeze(frozen[0])
+            if asked == 20:  # ten tokens without it
+                assert frozen[0].peer not in peers_in_use(context)
+                frozen[0].node.thaw()
+
+        watched = await generate(swarm, ids, tokens, before)
+        assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
+        again = await generate(swarm, ids, tokens, lambda asked, context: None)
+        assert again.tokens == watched.tokens
+
+
+async def test_a_server_that_leaves_politely_costs_no_token_and_no_error(
+    servers: ReplicatedSwarm, model: Path, expected: Expected
+) -> None:
+    ids, tokens = prompt(12, seed=5), 200
+    leaving: list[Replica] = []
+    async with joined(servers, model) as swarm:
+
+        def before(asked: int, context: Context) -> None:
+            if asked == 10:
+                leaving.append(in_use(servers, context, 0))
+                drain(leaving[0])
+
+        watched = await generate(swarm, ids, tokens, before)
+        assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
+    assert await trio.to_thread.run_sync(leaving[0].node.process.wait, 60) == 0
+
+
+async def test_without_the_bootstrap_node_generations_go_on_and_clients_join_through_any_server(
+    servers: ReplicatedSwarm, model: Path, expected: Expected
+) -> None:
+    ids, tokens = prompt(12, seed=6), 64
+    context: list[Context] = []
+    async with joined(servers, model) as swarm:
+
+        def before(asked: int, used: Context) -> None:
+            if asked == 10:
+                context.append(used)
+                servers.bootstrap.kill()
+
+        watched = await generate(swarm, ids, tokens, before)
+        assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
+        assert not [event for event in trace_events(context[0]) if event.kind == "fault"]
+        assert not getattr(context[0], "replays", 0)
+    server = next(replica for replica in servers.replicas if replica.online)
+    async with joined(servers, model, peers=(server.node.address,)) as swarm:
+        watched = await generate(swarm, ids, tokens, lambda asked, context: None)
+        assert watched.tokens == expected(ids, tokens)
+
+
+async def test_while_nobody_serves_a_block_one_client_hears_which_in_time_and_another_waits_and_goes_on(
+    servers: ReplicatedSwarm, model: Path, expected: Expected
+) -> None:
+    ids, tokens, give_up_seconds = prompt(12, seed=8), 40, 12.0
+    lost = [replica for replica in servers.replicas if replica.span == SPANS[1]]
+    found: dict[str, Watched] = {}
+    waiting = [trio.Event(), trio.Event()]
+    gone = trio.Event()
+
+    async def client(swarm: Swarm, name: str, number: int) -> None:
+        context = swarm.conversation(len(ids) + tokens)
+
+        async def before(asked: int) -> None:
+            if asked == 10:
+                waiting[number].set()
+                await gone.wait()
+
+        found[name] = await watch(swarm, context, ids, tokens, before)
+        context.close()
+
+    hasty_settings = {"give_up_seconds": give_up_seconds, "wait_seconds": give_up_seconds}
+    async with (
+        joined(servers, model, **hasty_settings) as hasty,
+        joined(servers, model, give_up_seconds=120, wait_seconds=120) as patient,
+    ):
+        records = {replica.peer: patient.view().get(replica.peer) for replica in lost if replica.peer}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client, hasty, "hasty", 0)
+            nursery.start_soon(client, patient, "patient", 1)
+            for event in waiting:
+                await event.wait()
+            for replica in lost:
+                kill(replica)
+            gone.set()
+            began = time.monotonic()
+            while "hasty" not in found:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            assert time.monotonic() - began < give_up_seconds + 5
+
+            busy, began = psutil.Process().cpu_times(), time.monotonic()
+            await trio.sleep(3)
+            now = psutil.Process().cpu_times()
+            assert now.user + now.system - busy.user - busy.system < 0.5 * (time.monotonic() - began)
+            assert "patient" not in found
+
+            await trio.to_thread.run_sync(servers.start, lost[0])
+        assert (found["patient"].error, found["patient"].tokens) == (None, expected(ids, tokens))
+        # It came back as the same peer, and its new record counts.
+        assert lost[0].peer is not None
+        old, new = records[lost[0].peer], patient.view().get(lost[0].peer)
+        assert old is not None
+        assert new is not None
+        assert new.seq > old.seq
+    assert found["hasty"].tokens == expected(ids, tokens)[:10]
+    assert str(found["hasty"].error).startswith("NoChain: blocks 3:6 of 6 are served by nobody")
+
+
+async def test_servers_of_a_span_killed_in_turn_again_and_again_cost_no_token(
+    servers: ReplicatedSwarm, model: Path, expected: Expected
+) -> None:
+    ids = prompt(12, seed=9)
+    words = ["--model", str(model), "--tokens", "120", "--kill-every", "25", "--servers", "2", "--hop", "1"]
+    row = await killed_again_and_again(parse(words), servers, 0, ids, expected(ids, 120))
+    assert (row["kills"], row["error"], row["tokens_lost"], row["tokens_equal"]) == (4, None, 0, True)
+    assert row["servers_killed"] >= 2
+
+
+async def test_a_fine_tuning_whose_servers_die_between_forward_and_backward_loses_nothing(
+    servers: ReplicatedSwarm, model: Path, tmp_path: Path
+) -> None:
+    whole = load_span(open_folder(model, memo=HashMemo(tmp_path / "hashes.json")), 0, BLOCKS)
+    hidden = torch.randn(4, 24, 64, generator=torch.Generator().manual_seed(0))
+
+    async def local_forward(batch: Tensor) -> Tensor:
+        return forward(whole, batch, 0, BLOCKS)
+
+    async def local_backward(batch: Tensor, grad: Tensor) -> Tensor:
+        return backward(whole, batch, grad, 0, BLOCKS)
+
+    undisturbed = await train(hidden, local_forward, local_backward, lambda step: None)
+
+    def between(step: int) -> None:
+        if step in (1, 2):  # all but one server of that span are gone
+            for replica in [each for each in servers.replicas if each.span == SPANS[step - 1]][1:]:
+                kill(replica)
+
+    async with joined(servers, model) as swarm:
+        found = await train(hidden, swarm.forward, swarm.backward, between)
+    assert found == pytest.approx(undisturbed, rel=TOLERANCE)
+
+
+async def train(hidden: Tensor, forward: Any, backward: Any, between: Callable[[int], None]) -> list[float]:
+    """The losses of some steps that learn what to put before every row; `between` the two passes."""
+    before = torch.zeros(1, 4, hidden.shape[2])
+    losses = []
+    for step in range(4):
+        batch = torch.cat([before.expand(hidden.shape[0], -1, -1), hidden], dim=1)
+        output = (await forward(batch)).clone().requires_grad_()
+        loss = output.square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        between(step)
+        grad = await backward(batch, output.grad)
+        before = before - grad[:, : before.shape[1]].sum(0, keepdim=True)
+    return losses
+
+
+def benchmark(*words: str, out: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    """What benchmarks.recovery has found; empty where it could not run."""
+    command = [sys.executable, "-m", "benchmarks.recovery", "--json", str(out), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return (json.loads(out.read_text()) if out.exists() else {}), done
+
+
+def test_a_link_that_goes_down_without_a_reset_costs_no_token(model: Path, tmp_path: Path) -> None:
+    words = ["--mode", "halfopen", "--kill-at", "middle", "--servers", "2", "--model", str(model)]
+    found, done = benchmark(*words, out=tmp_path / "found.json")
+    if done.returncode == 2:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    (row,) = found["rows"]
+    assert (row["error"], row["tokens_equal"]) == (None, True)
+    assert row["sockets_gone_s"] is not None
+
+
+def test_of_clients_killed_in_prefill_and_in_decoding_nothing_is_left(model: Path, tmp_path: Path) -> None:
+    words = ["--mode", "clients", "--runs", "6", "--at-once", "3", "--servers", "2", "--model", str(model)]
+    found, done = benchmark(*words, out=tmp_path / "found.json")
+    assert found, done.stderr
+    assert sum(found["killed_in"].values()) == 6
+    assert found["alive"]
+    assert found["sessions_left"] == [0, 0]
+    assert found["cache_tokens_left"] == [0, 0]
+    assert found["descriptors_left"] == [0, 0]
+
+
+@pytest.mark.real_model
+def test_a_server_of_the_real_model_killed_in_the_midst_of_a_token_costs_no_token(tmp_path: Path) -> None:
+    words = ["--kill-at", "middle", "--tokens", "24", "--servers", "2"]
+    found, done = benchmark(*words, out=tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    assert (found["runs"], found["tokens_equal"]) == (1, True)
