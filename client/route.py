@@ -46,6 +46,7 @@ REPLAY_TOKENS = 256  # positions in one part of a replay
 # may be quicker, but where everybody is that slow it has to be waited for.
 OPEN_SECONDS = 2.5
 RELINK_SECONDS = 2.0  # for a hop to say where it stands, a dial to its successor not included
+MOST_REFUSED_SECONDS = 15.0  # that a peer is left alone which says no again and again
 LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 
 
@@ -297,7 +298,7 @@ class Route:
         if isinstance(error, Refused):
             self._refusals[peer] += 1  # who says "soon" again and again is to be believed less and less
             soon, times = error.retry_after_seconds, 2 ** min(self._refusals[peer] - 1, 8)
-            self.around.refused(peer, None if soon is None else soon * times)
+            self.around.refused(peer, None if soon is None else min(soon * times, MOST_REFUSED_SECONDS))
         else:
             self.around.fault(peer)
 
