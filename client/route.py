@@ -100,7 +100,7 @@ class Surroundings(Protocol):
     async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
         """Raises PeerFault."""
 
-    def fault(self, peer: PeerId) -> None:
+    def fault(self, peer: PeerId, error: PeerFault) -> None:
         """A peer was wrong, slow or gone: it is to be avoided for a while."""
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
@@ -300,7 +300,7 @@ class Route:
             soon, times = error.retry_after_seconds, 2 ** min(self._refusals[peer] - 1, 8)
             self.around.refused(peer, None if soon is None else min(soon * times, MOST_REFUSED_SECONDS))
         else:
-            self.around.fault(peer)
+            self.around.fault(peer, error)
 
     def _reason(self) -> Exception:
         """Why there is no sound route at the deadline."""

@@ -16,6 +16,7 @@ from routing.chain import DEFAULT_RTT_SECONDS, Chain, Hop, NoChain, cheapest_cha
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import SwarmView
+from tensor_codec.errors import PeerFault, PeerGone
 
 RATE_WEIGHT = 0.2  # of the newest step in what we believe of a hop's speed
 FIND_AGAIN_SECONDS = 10.0  # between looks beyond what the neighbours know
@@ -23,7 +24,7 @@ FIND_AGAIN_SECONDS = 10.0  # between looks beyond what the neighbours know
 
 @dataclass(slots=True)
 class Routes:
-    """What sessions ask of the swarm around them (`client.session.Surroundings`).
+    """What sessions ask of the swarm around them (`client.route.Surroundings`).
 
     model, revision, blocks: of the model.  view: what is known now.  rtts: seconds from here to a peer
     and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
@@ -55,7 +56,7 @@ class Routes:
         tokens: int = 0,
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
-        """See `client.session.Surroundings.choose`."""
+        """See `client.route.Surroundings.choose`."""
         measured = {**self.rates, **(seen or {})}
         spans = self._spans()
         alike = [span for span in spans if not like or _kind(span) in like]
@@ -83,7 +84,7 @@ class Routes:
         )  # fmt: skip
 
     def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
-        """See `client.session.Surroundings.cost`; infinite where a peer is not in the view."""
+        """See `client.route.Surroundings.cost`; infinite where a peer is not in the view."""
         records = [record for hop in hops if (record := self.view().get(hop.peer)) is not None]
         if len(records) < len(hops) or not hops:
             return math.inf
@@ -96,17 +97,17 @@ class Routes:
         return price.chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
-        """See `client.session.Surroundings.kind_of`."""
+        """See `client.route.Surroundings.kind_of`."""
         record = self.view().get(peer)
         return None if record is None else _kind(record)
 
     def dtype_of(self, peer: PeerId) -> str | None:
-        """See `client.session.Surroundings.dtype_of`."""
+        """See `client.route.Surroundings.dtype_of`."""
         record = self.view().get(peer)
         return None if record is None else record.dtype
 
     async def changed(self, seconds: float) -> bool:
-        """See `client.session.Surroundings.changed`: since the last choice."""
+        """See `client.route.Surroundings.changed`: since the last choice."""
         now = trio.current_time()
         with trio.move_on_after(seconds):
             if self.find_peers is not None and now - self._found_at > FIND_AGAIN_SECONDS:
@@ -118,16 +119,16 @@ class Routes:
         return False
 
     async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
-        """See `client.session.Surroundings.open_stream`."""
+        """See `client.route.Surroundings.open_stream`."""
         record = self.view().get(peer)
         return await self.dial(peer, record.addresses if record is not None else (), protocol)
 
-    def fault(self, peer: PeerId) -> None:
-        """See `client.session.Surroundings.fault`."""
-        self.blame.fault(peer, trio.current_time())
+    def fault(self, peer: PeerId, error: PeerFault) -> None:
+        """See `client.route.Surroundings.fault`."""
+        self.blame.fault(peer, trio.current_time(), gone=isinstance(error, PeerGone))
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
-        """See `client.session.Surroundings.refused`."""
+        """See `client.route.Surroundings.refused`."""
         self.blame.refused(peer, retry_after_seconds, trio.current_time())
 
     def worked(self, hops: Sequence[Hop]) -> None:
@@ -141,6 +142,14 @@ class Routes:
             rate = seconds / (hop.stop - hop.start)
             known = self.rates.get(hop.peer, rate)
             self.rates[hop.peer] = known + RATE_WEIGHT * (rate - known)
+
+    def _avoided(self) -> list[PeerId]:
+        """The peers that have failed lately, but for those that have been started again since."""
+        entries = self.view().entries
+        for peer in self.blame.soonest_first(trio.current_time()):
+            if (entry := entries.get(peer)) is not None and entry.record.state == "online":
+                self.blame.heard_of(peer, entry.sent)
+        return self.blame.soonest_first(trio.current_time())
 
     def _spans(self) -> tuple[Record, ...]:
         self._seen = self.view()
@@ -169,7 +178,7 @@ class Routes:
             positions=positions,
             waiting=waiting,
         )
-        avoided = self.blame.soonest_first(trio.current_time())
+        avoided = self._avoided()
         for forgiven in range(len(avoided) if desperate else 0):
             with suppress(NoChain):  # those last that have failed most
                 return cheapest(excluded=without.union(avoided[forgiven:]))

@@ -126,3 +126,22 @@ def test_what_is_avoided_is_a_question_of_the_callers_clock(seconds):
     blame.fault(A, seconds)
     assert blame.avoided(seconds) == {A}
     assert blame.avoided(seconds + AVOID_SECONDS) == frozenset()
+
+
+def test_a_peer_that_was_gone_and_says_later_that_it_serves_has_been_started_again():
+    blame = Blame()
+    blame.fault(A, 100.0, gone=True)
+    blame.heard_of(A, 99.0)
+    blame.heard_of(A, 100.5)
+    assert blame.avoided(101.0) == {A}, "it may have said so before it went"
+    blame.heard_of(A, 102.0)
+    assert blame.avoided(102.0) == frozenset()
+    blame.fault(A, 110.0, gone=True)
+    assert avoided_until(blame, A, 110.0) == 110.0 + 2 * AVOID_SECONDS
+
+
+def test_a_peer_that_was_slow_or_wrong_is_not_believed_sooner():
+    blame = Blame()
+    blame.fault(A, 100.0)
+    blame.heard_of(A, 110.0)
+    assert blame.avoided(111.0) == {A}
