@@ -104,9 +104,9 @@ class Watch:
         return context
 
     def _opener(self, open_chain: Callable[..., Awaitable[Session]]) -> Callable[..., Awaitable[Session]]:
-        async def open_watched(*, max_length: int) -> Session:
+        async def open_watched(**options: Any) -> Session:  # Any: passed on
             began = time.perf_counter()
-            session = await open_chain(max_length=max_length)
+            session = await open_chain(**options)
             self.open_seconds = time.perf_counter() - began
             return cast(Session, WatchedSession(session, self._note))
 
@@ -134,9 +134,9 @@ class WatchedSession:
     def __getattr__(self, name: str) -> Any:  # Any: whatever a session has
         return getattr(self._session, name)
 
-    async def collect(self, pending: Pending) -> Result:
+    async def collect(self, pending: Pending, *, deadline: float | None = None) -> Result:
         """See Session."""
-        result = await self._session.collect(pending)
+        result = await self._session.collect(pending, deadline=deadline)
         self._note(self._session)
         return result
 
