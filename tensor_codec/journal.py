@@ -11,6 +11,7 @@ a step costs one copy of a few KiB into it, no allocation, and nothing that is t
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,7 @@ class Journal:
     """Rows of hidden states for the positions [start, stop) of one session.
 
     start: the mark: what was before it has been dropped.  batch: rows of each position.
+    pinned: somebody has been told what is here, and will ask for it: nothing is dropped meanwhile.
     """
 
     def __init__(self, batch: int, row_bytes: int, max_length: int) -> None:
@@ -34,7 +36,12 @@ class Journal:
         self.max_length = max_length
         self.start = 0
         self.stop = 0
-        self._memory = mmap.mmap(-1, row_bytes * max_length)
+        self.pinned = False
+        # Private: what is shared, the system keeps even when it is told that nobody needs it.
+        self._memory = mmap.mmap(-1, row_bytes * max_length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_NOHUGEPAGE)  # a few tokens would take 2 MiB
 
     @property
     def tokens(self) -> int:
@@ -49,6 +56,7 @@ class Journal:
         if position + tokens > self.max_length:
             raise LocalProtocolError(f"{position + tokens} positions in a journal of {self.max_length}")
         if not self.start <= position <= self.stop:
+            self._free(self.start, self.stop)
             self.start = position
         begin, size = position * self.row_bytes, tokens * self.row_bytes
         if tokens > 1 and self.batch > 1:
@@ -93,7 +101,7 @@ class Journal:
 class JournalBudget:
     """The journals of a node, and how many tokens they may hold together.
 
-    When they hold more, the longest one loses its oldest positions.  Its session goes on as before;
+    When they hold more, the longest one that is not pinned loses its oldest positions.  Its session goes on as before;
     only if it has to be replayed are those positions computed once more (see `client.recovery`).
     """
 
@@ -119,7 +127,10 @@ class JournalBudget:
         journal.append(position, tokens, body)
         self._held += journal.tokens - before
         while self._held > self.tokens:
-            longest = max(self._journals.values(), key=lambda one: one.tokens)
+            loose = (one for one in self._journals.values() if not one.pinned)
+            longest = max(loose, key=lambda one: one.tokens, default=None)
+            if longest is None or not longest.tokens:
+                break  # those that are pinned do not grow
             before = longest.tokens
             longest.drop(self._held - self.tokens)
             self._held -= before - longest.tokens

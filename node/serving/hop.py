@@ -255,6 +255,9 @@ class HopWorker:
 
     def _keep_journal(self) -> None:
         hop, contract = self.hop, self.hop.contract
+        if hop.journal is not None and not hop.sends_on:
+            self.journals.close(contract.session)
+            hop.journal = None
         if hop.journal is None and hop.sends_on:
             hop.journal = self.journals.open(
                 contract.session, contract.batch, contract.row_bytes, contract.max_length
@@ -338,6 +341,8 @@ class HopWorker:
         """Turn to the new successor and say where we stand."""
         hop, state = self.hop, self.hop.state
         push = await self.lead_to_successor()
+        if hop.journal is not None:
+            hop.journal.pinned = True  # until Resume, which counts on what is said now, has been followed
         kept = hop.journal.start if hop.journal is not None and hop.journal.stop == state.length else None
         answer = Relinked(
             order.epoch,
@@ -359,6 +364,16 @@ class HopWorker:
         hop.state.resume(order.length)
         self._cut(order.length)
         hop.has = order.has
+        try:
+            await self._replay(order)
+        finally:
+            if hop.journal is not None:
+                hop.journal.pinned = False
+        if order.epoch == hop.epoch:
+            hop.inbox.held = False
+
+    async def _replay(self, order: Resume) -> None:
+        hop = self.hop
         if order.has < order.stop:
             if hop.journal is None or not hop.journal.start <= order.has < order.stop <= hop.journal.stop:
                 raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
@@ -366,8 +381,6 @@ class HopWorker:
             for start in range(order.has, order.stop, part):
                 stop = min(start + part, order.stop)
                 await self._send_replay(start, hop.journal.read(start, stop), ())
-        if order.epoch == hop.epoch:
-            hop.inbox.held = False
 
     def _cut(self, length: int) -> None:
         """Forget positions from `length` on, those too that a step computes which was interrupted."""
@@ -397,11 +410,13 @@ class HopWorker:
         """The answer, part of the session from now on; None where it was refused or interrupted."""
         hop, what = self.hop, decision.what
         answer: Answer | None = None
+        whole = False
         try:
             with hop.interruptible() if hop.state.can_cut else trio.CancelScope():
                 await self._make_room(what)
+                whole = hop.sends_on  # now: a Relink may change it while this is computed
                 answer = await self.engine.step(
-                    hop.stream.peer, hop.contract, hop.cache, decision, step.body, whole=hop.sends_on
+                    hop.stream.peer, hop.contract, hop.cache, decision, step.body, whole=whole
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
@@ -414,7 +429,7 @@ class HopWorker:
             hop.state.dropped(decision)
             return None
         hop.state.computed(decision)
-        if hop.journal is not None:
+        if hop.journal is not None and whole:
             self.journals.append(hop.journal, what.position, what.tokens, answer.body)
         if decision.step is not None:
             hop.answer = answer
@@ -448,9 +463,10 @@ class HopWorker:
         hop = self.hop
         stop = what.position + what.tokens
         start = max(what.position, hop.has)
-        if hop.journal is None or start >= stop:
+        if not hop.sends_on or start >= stop:
             return
-        body = answer.body if start == what.position else hop.journal.read(start, stop)
+        # Out of the answer: the journal may have had no room for it.
+        body = _from_position(answer.body, hop.contract, start - what.position)
         await self._send_replay(start, body, timings)
 
     async def _send_replay(self, start: int, body: Buffer, timings: tuple[tuple[int, int], ...]) -> None:
@@ -481,6 +497,16 @@ class HopWorker:
             self.blame[f"{peer} {type(fault).__name__}"] += 1
             notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
             await tell(hop, notice)
+
+
+def _from_position(body: Buffer, contract: Contract, position: int) -> Buffer:
+    """What comes from `position` on of encoded hidden states [batch, tokens, hidden]."""
+    if not position:
+        return body
+    size = len(body) // contract.batch
+    skipped = position * contract.row_bytes // contract.batch
+    whole = memoryview(body)
+    return b"".join(whole[row * size + skipped : (row + 1) * size] for row in range(contract.batch))
 
 
 def _cut_cache(cache: SpanCache, length: int) -> None:

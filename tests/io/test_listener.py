@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, s
 
 LIMITS = Limits()
 ROW = HIDDEN * 4
+CONTRACT = Contract(bytes(16), 0, 1, 1, 64, HIDDEN, "fp32", 2048)
 
 
 def step(number: int, position: int, tokens: int = 1, *, session: bytes = bytes(16), reply="all", **other):
@@ -49,7 +51,7 @@ def step(number: int, position: int, tokens: int = 1, *, session: bytes = bytes(
 
 def values(result: object) -> torch.Tensor:
     assert isinstance(result, Result)
-    return decode_hidden(result.body, Contract(bytes(16), 0, 1, 1, 64, HIDDEN, "fp32", 2048))
+    return decode_hidden(result.body, CONTRACT)
 
 
 def expected(stop: int, tokens: int, start: int = 0) -> torch.Tensor:
@@ -782,6 +784,61 @@ async def test_a_resume_that_asks_for_what_is_not_there_ends_the_session(order, 
             assert world.nodes[PeerId("a")].faults == {}
         else:
             assert (await client.receive(world)).code in ("protocol", "message")
+
+
+@pytest.mark.parametrize("reply", ["last", "none"])
+async def test_a_hop_that_becomes_the_last_one_keeps_no_journal_any_more(reply, autojump_clock):
+    """The answer then holds less than the step, and would not fit: the node must not stumble over it."""
+    async with swarm() as world, pushing_pair(world) as (client, behind):
+        await client.stream.send(step(0, 0, 2))
+        await behind.receive(world)
+        await client.stream.send(encode_relink(Relink(1)))
+        await client.receive(world)
+        await client.stream.send(encode_resume(Resume(1, 2)))
+        await client.stream.send(step(1, 2, 5, epoch=1, reply=reply))
+        answer = await client.receive(world)
+        assert len(answer.body) == {"last": ROW, "none": 0}[reply]
+        await client.stream.send(encode_relink(Relink(2, relay=True)))
+        assert await client.receive(world) == Relinked(2, push=False, length=7, kept=7, step=1)
+
+
+async def test_what_a_hop_said_it_has_is_there_until_it_was_asked_for(autojump_clock):
+    """However much others write meanwhile."""
+    async with swarm() as world, pushing_pair(world) as (client, behind):
+        world.nodes[PeerId("a")].listener._journals.tokens = 60
+        await client.stream.send(step(0, 0, 55))
+        await behind.receive(world)
+        await client.stream.send(encode_relink(Relink(1, relay=True)))
+        assert (await client.receive(world)).kept == 0
+        other, _ = await RawClient.open(world, "a", session=b"o" * 16, relay=True)
+        await other.stream.send(step(0, 0, 50, session=b"o" * 16))
+        await other.receive(world)
+        await client.stream.send(encode_resume(Resume(1, 55, has=0, stop=55)))
+        again = await client.receive(world)
+        assert again.replay
+        assert torch.equal(decode_hidden(again.body, CONTRACT), expected(2, 55))
+        await other.stream.send(step(1, 50, session=b"o" * 16))
+        await other.receive(world)
+        await end(other)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+async def test_a_replay_is_passed_on_from_where_it_is_wanted_whatever_the_journal_holds(
+    batch, autojump_clock
+):
+    async with swarm() as world:
+        node = world.add("a", 0, 2)
+        node.listener._journals.tokens = 0
+        client, _ = await RawClient.open(world, "a", relay=True, held=True, batch=batch)
+        await client.stream.send(encode_resume(Resume(0, 0, has=3)))
+        hidden = some_hidden(5, batch)
+        body = bytes(encode_hidden(hidden, "fp32"))
+        await client.stream.send(step(0, 0, reply="replay", body=body))
+        result = await client.receive(world)
+        assert result.position == 3
+        found = decode_hidden(result.body, replace(CONTRACT, batch=batch))
+        assert torch.equal(found, whole_model(hidden, 0, 2)[:, 3:])
+        await end(client)
 
 
 async def test_a_replacement_that_is_relinked_in_the_middle_of_a_long_step_answers_at_once(autojump_clock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 
 import pytest
@@ -105,3 +106,37 @@ def test_a_budget_of_nothing_keeps_nothing():
     assert (journal.start, journal.stop, budget.held) == (5, 5, 0)
     with pytest.raises(LocalProtocolError, match="already"):
         budget.open(b"s", 1, ROW, LENGTH)
+
+
+def test_what_is_pinned_stays_and_others_pay():
+    budget = JournalBudget(200)
+    long, short = budget.open(b"l", 1, ROW, LENGTH), budget.open(b"s", 1, ROW, LENGTH)
+    budget.append(long, 0, 150, body(1, 0, 150))
+    long.pinned = True
+    for position in range(100):
+        budget.append(short, position, 1, body(1, position, 1))
+        assert budget.held <= 200
+    assert bytes(long.read(0, 150)) == body(1, 0, 150)
+    long.pinned = False
+    budget.append(short, 100, 60, body(1, 100, 60))
+    assert long.start
+
+
+def test_what_is_forgotten_takes_no_memory():
+    journal, megabyte = Journal(1, 1 << 20, 64), bytes(1 << 20)
+    before = _resident()
+    for position in range(64):
+        journal.append(position, 1, b"x" * (1 << 20))
+    assert _resident() - before > 60 << 20
+    journal.drop(64)
+    assert _resident() - before < 8 << 20
+    for position in range(32):
+        journal.append(position, 1, megabyte)
+    journal.append(40, 1, megabyte)  # a hole: it begins anew
+    assert _resident() - before < 8 << 20
+
+
+def _resident() -> int:
+    """Bytes of memory that this process takes."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * mmap.PAGESIZE
