@@ -101,8 +101,9 @@ class Journal:
 class JournalBudget:
     """The journals of a node, and how many tokens they may hold together.
 
-    When they hold more, the longest one that is not pinned loses its oldest positions.  Its session goes on as before;
-    only if it has to be replayed are those positions computed once more (see `client.recovery`).
+    When they hold more, the longest one that is not pinned loses its oldest positions.  Its session goes
+    on as before; only if it has to be replayed are those positions computed once more (see
+    `client.recovery`).
     """
 
     tokens: int
