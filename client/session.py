@@ -16,7 +16,7 @@ import contextlib
 import math
 import secrets
 import statistics
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import trio
@@ -128,6 +128,7 @@ class Session:
     _again: list[Pending] = field(default_factory=list)  # to be sent when the route has changed
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _seen: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
+    _silences: Counter[PeerId] = field(default_factory=Counter)
     _look_at: float = 0.0  # trio.current_time(): not before this for a better chain
 
     def __post_init__(self) -> None:
@@ -346,13 +347,26 @@ class Session:
                 with contextlib.suppress(PeerFault):
                     await link.ask()
             return
-        silent = [link for link in self.route.hops if link.asked_at is not None]
+        asked = [link for link in self.route.hops if link.asked_at is not None]
+        silent = [link for link in asked if now - (link.asked_at or now) >= 0.99 * self._may_be_silent(link)]
         for link in silent:
+            self._silences[link.hop.peer] += 1
             quiet = f"{link.hop.peer} has said nothing for {now - pending.since:.2g} s"
             self.route.fail(link, SlowPeer(quiet))
-        if not silent:
+        if asked and not silent:
+            pending.look_at = now + seconds / 2
+            return
+        if not asked:
             self._find_the_step(pending, now)
         self._look_later(pending, now)
+
+    def _may_be_silent(self, link: HopLink) -> float:
+        """Seconds from when a hop was asked; twice as many after each time that it was given up for it.
+
+        Who is far away over a bad line would else never be heard out, where there is nobody else.
+        """
+        times: int = 2 ** min(self._silences[link.hop.peer], 5)
+        return min((1 - ASK_AT) * self._hop_seconds() * times, MOST_HOP_SECONDS)
 
     def _look_later(self, pending: Pending, now: float) -> None:
         pending.since, pending.asked = now, False
