@@ -26,7 +26,7 @@ from node.network.streams import FramedStream
 from node.tasks import background_nursery
 from routing.chain import Chain, Hop, NoChain
 from routing.names import PeerId
-from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.errors import Draining, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
@@ -165,6 +165,7 @@ class Route:
     _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
     _carried: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # as the trace has been told
     _patience: float = OPEN_SECONDS
+    _never: frozenset[PeerId] = frozenset()  # peers that cannot serve this session at all
     _refusals: Counter[PeerId] = field(default_factory=Counter)
     _unanswered: set[PeerId] = field(default_factory=set)  # hops that are to take a new route
     _why: str = "opening"
@@ -297,6 +298,8 @@ class Route:
         self.trace.add("fault", peer=peer, error=f"{type(error).__name__}: {error}")
         if isinstance(error, Refused):
             self._refusals[peer] += 1  # who says "soon" again and again is to be believed less and less
+            if error.retry_after_seconds is None and not isinstance(error, Draining):
+                self._never |= {peer}  # what this session asks for it will not have later either
             soon, times = error.retry_after_seconds, 2 ** min(self._refusals[peer] - 1, 8)
             self.around.refused(peer, None if soon is None else min(soon * times, MOST_REFUSED_SECONDS))
         else:
@@ -337,7 +340,7 @@ class Route:
         kept = [link for link in self.hops if link.alive and (desperate or not link.avoided)]
         tokens = self.terms.batch * self.terms.max_length
         choose = partial(self.around.choose, desperate=desperate, like=self.kinds, tokens=tokens)
-        gone = frozenset(link.hop.peer for link in self.hops if link.avoided and not desperate)
+        gone = self._never.union(link.hop.peer for link in self.hops if link.avoided and not desperate)
         taken = frozenset(link.hop.peer for link in kept) | gone
         hops: list[Hop] = [link.hop for link in kept]
         try:
