@@ -463,6 +463,11 @@ def step_session(message: Message) -> bytes:
     return message.header.binary("s", SESSION_ID_BYTES)
 
 
+def step_epoch(message: Message) -> int:
+    """The epoch of a Step that is not for us to read."""
+    return _epoch(message.header, "e")
+
+
 def read_step(message: Message, contract: Contract) -> Step:
     """Read a Step against its contract.  Raises MessageError.
 

@@ -112,11 +112,16 @@ class Inbox:
         return not self._closed
 
     def order(self, order: Relink | Resume) -> None:
-        """Put an order in.  A Relink takes back what was ordered before, and all steps."""
+        """Put an order in.  A Relink takes back what was ordered before, and all steps.
+
+        Raises RemoteProtocolError for a second Resume: there is one after each Relink.
+        """
         if isinstance(order, Relink):
             self._orders.clear()
             self._steps.clear()
             self.held = True
+        elif not self.held or any(isinstance(one, Resume) for one in self._orders):
+            raise RemoteProtocolError("a Resume after another one")
         self._orders.append(order)
         self._tell()
 

@@ -45,6 +45,7 @@ from tensor_codec.messages import (
     encode_opened,
     read_message,
     read_step,
+    step_epoch,
     step_session,
 )
 
@@ -67,6 +68,15 @@ class Served:
     can_cut: bool = True
 
 
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Whose a session is, from when it waits for room on.  epoch: when it was opened."""
+
+    peer: PeerId
+    epoch: int
+    opening: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
 @dataclass(slots=True)
 class Listener:
     """Serves sessions over one span.
@@ -86,7 +96,7 @@ class Listener:
     journal_tokens: int | None = None
     draining: bool = False
     _sessions: dict[bytes, Hop] = field(default_factory=dict)
-    _ids: set[bytes] = field(default_factory=set)  # of sessions, those that wait for room included
+    _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those that wait for room too
     _links: PushLinks = field(init=False)
     _room: CacheRoom = field(init=False)
     _journals: JournalBudget = field(init=False)
@@ -112,13 +122,14 @@ class Listener:
         try:
             await self._end_earlier(stream.peer, opened)
             self._check(stream.peer, opened)
-            self._ids.add(opened.session)
+            place = self._places[opened.session] = _Place(stream.peer, opened.epoch)
             try:
-                await self._room.admit(opened.session, stream.peer, opened.batch, opened.max_length)
-                with self._place(stream, opened) as hop:
-                    await self._run(hop)
+                with place.opening:
+                    await self._room.admit(opened.session, stream.peer, opened.batch, opened.max_length)
+                    with self._place(stream, opened) as hop:
+                        await self._run(hop)
             finally:
-                self._ids.discard(opened.session)
+                del self._places[opened.session]
                 self._tell_one_less()
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
@@ -133,21 +144,21 @@ class Listener:
             hop = self._sessions.get(step_session(message))
             if hop is None or hop.scope.cancel_called:
                 continue  # it ended while the step was on its way
+            if hop.feeder != stream.peer:
+                # A hop that has been replaced, a thief, or the client opened its two hops differently:
+                # the stream, which serves other sessions too, goes on.
+                if step_epoch(message) == hop.epoch:
+                    self.blame[f"{stream.peer} MessageError"] += 1
+                continue
             try:
                 step = read_step(message, hop.contract)
                 if step.epoch != hop.epoch:
-                    continue  # from a hop that has been replaced
-                if hop.feeder != stream.peer:
-                    raise MessageError("a step of a session that another peer feeds")
+                    continue  # took an older route
                 if step.bulk:
                     await hop.offer_when_there_is_room(step, stream.peer)
                 else:
                     hop.offer(step, stream.peer)
             except (MessageError, RemoteProtocolError) as fault:
-                if hop.feeder != stream.peer:
-                    raise
-                # Perhaps the client opened its two hops differently: the stream, which serves
-                # other sessions too, goes on.
                 self._worker(hop).end_for(fault, stream.peer)
 
     async def drain(self) -> None:
@@ -176,12 +187,14 @@ class Listener:
 
     async def _end_earlier(self, peer: PeerId, opened: Open) -> None:
         """A client that comes back to a hop which it had given up: what is left of that session goes."""
-        earlier = self._sessions.get(opened.session)
-        if earlier is None or earlier.stream.peer != peer or opened.epoch <= earlier.epoch:
+        place, earlier = self._places.get(opened.session), self._sessions.get(opened.session)
+        if place is None or place.peer != peer:
             return
-        earlier.end(None)
+        if opened.epoch <= (place.epoch if earlier is None else earlier.epoch):
+            return
+        place.opening.cancel()
         with trio.move_on_after(self.limits.cache_wait_seconds):
-            while opened.session in self._ids:
+            while self._places.get(opened.session) is place:
                 await self._one_less.wait()
 
     def _tell_one_less(self) -> None:
@@ -235,7 +248,7 @@ class Listener:
         served = self.served
         if self.draining:
             raise _draining()
-        if opened.session in self._ids:
+        if opened.session in self._places:
             raise MessageError("a session with this id is open already")
         if opened.revision != served.revision:
             raise WrongRevision(
