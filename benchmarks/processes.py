@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -177,6 +178,13 @@ def equal_spans(blocks: int, servers: int) -> list[tuple[int, int]]:
     """`servers` spans of about equal length that cover the model."""
     cuts = [round(blocks * i / servers) for i in range(servers + 1)]
     return list(pairwise(cuts))
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 class Worker:

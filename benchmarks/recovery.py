@@ -6,6 +6,7 @@
     python -m benchmarks.recovery --copies 1 --give-up 10
     python -m benchmarks.recovery --fault-rate 0 1e-4 1e-3 1e-2 --tokens 128 1024
     python -m benchmarks.recovery --mode clients --runs 50
+    python -m benchmarks.recovery --mode slow --times 10 --runs 5
 
 Real processes: a bootstrap node and two servers for each span, one torch thread in each.  The client
 is this process.  Every run strikes a server of the chain in use once, at a random moment of one
@@ -33,7 +34,7 @@ from benchmarks.fault_rates import fault_rates
 from benchmarks.lost_clients import lost_clients
 from benchmarks.netns import Network, command_inside, why_not
 from benchmarks.processes import Worker, equal_spans
-from benchmarks.replicas import FAULTS, Replica, ReplicatedSwarm, kill, replicated_swarm
+from benchmarks.replicas import FAULTS, Replica, ReplicatedSwarm, Slowdown, kill, replicated_swarm
 from benchmarks.watched import (
     Strike,
     Watched,
@@ -81,12 +82,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recovery", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--mode", choices=(*FAULTS, "clients"), default="kill", help="what fails, and how")
+    parser.add_argument(
+        "--mode", choices=(*FAULTS, "slow", "clients"), default="kill", help="what fails, and how"
+    )
     parser.add_argument(
         "--kill-at",
         choices=("first", "middle", "last", "prefill", "random"),
-        default="random",
-        help="behind which token the fault comes, or while the prompt is being computed (%(default)s)",
+        help="behind which token the fault comes, or in the prompt's time (random; middle if slow)",
+    )
+    parser.add_argument(
+        "--times", type=float, default=10.0, help="of --mode slow: how much slower it becomes (%(default)g)"
     )
     parser.add_argument("--hop", type=int, help="of the chain, from 0 (default: a random one)")
     parser.add_argument("--kill-every", type=int, metavar="K", help="strike again behind every K tokens")
@@ -98,7 +103,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="the chance that a server in use is killed in a step; beside starting over from the prompt",
     )
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="new ones (%(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="+", help="new ones (64; 256 if slow)")
     parser.add_argument("--prompt-tokens", type=int, help="(32; 300 in prefill, 512 for --mode clients)")
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
     parser.add_argument("--servers", type=int, default=3, help="hops, with equal spans (%(default)s)")
@@ -119,7 +124,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    slow = flags.mode == "slow"  # half of the tokens tell how fast it was, half how fast it is
+    flags.kill_at = flags.kill_at or ("middle" if slow else "random")
+    flags.tokens = flags.tokens or [256 if slow else 64]
+    return flags
 
 
 def measure(flags: argparse.Namespace) -> Result:
@@ -156,26 +165,28 @@ async def struck_once(
     """One generation with one fault in it; then everything is mended."""
     rng = random.Random(flags.seed * 1_000_003 + run)
     number = strike_number(flags.kill_at, flags.tokens[0], rng)
-    strike = Strike(replicas, FAULTS[flags.mode], rng, flags.hop)
-    async with fresh_client(flags.model, replicas, flags.give_up) as swarm:
-        usual = await undisturbed(swarm, ids)
-        step, first = usual.typical, usual.seconds[0]
-        context = swarm.conversation(len(ids) + flags.tokens[0])
+    with closing(Slowdown(flags.times)) as slowdown:
+        fault = slowdown if flags.mode == "slow" else FAULTS[flags.mode]
+        strike = Strike(replicas, fault, rng, flags.hop)
+        async with fresh_client(flags.model, replicas, flags.give_up) as swarm:
+            usual = await undisturbed(swarm, ids)
+            step, first = usual.typical, usual.seconds[0]
+            context = swarm.conversation(len(ids) + flags.tokens[0])
 
-        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as nursery:
 
-            async def before(asked: int) -> None:
-                if asked == number:
-                    nursery.start_soon(strike, context, rng.random() * (step if number else first))
+                async def before(asked: int) -> None:
+                    if asked == number:
+                        nursery.start_soon(strike, context, rng.random() * (step if number else first))
 
-            watched = await watch(swarm, context, ids, flags.tokens[0], before)
-        row = row_of(flags, run, number, strike, watched, first, context)
-        row |= {
-            "error": watched.error,
-            "error_s": watched.error_seconds,
-            "tokens_equal": watched.tokens == expected,
-        }
-        context.close()
+                watched = await watch(swarm, context, ids, flags.tokens[0], before)
+            row = row_of(flags, run, number, strike, watched, first, context)
+            row |= {
+                "error": watched.error,
+                "error_s": watched.error_seconds,
+                "tokens_equal": watched.tokens == expected,
+            }
+            context.close()
     if flags.mode == "halfopen" and strike.victim is not None:
         row["sockets_gone_s"] = await trio.to_thread.run_sync(sockets_gone, replicas, strike)
     await trio.to_thread.run_sync(replicas.mend)
@@ -212,6 +223,20 @@ def row_of(
         "first_token_s": first,
         "relay": getattr(context.session, "relay", None),
         **trace_figures(context, strike.at),
+        **(slow_figures(strike, watched) if flags.mode == "slow" and whole else {}),
+    }
+
+
+def slow_figures(strike: Strike, watched: Watched) -> Result:
+    """How many tokens a slow server was kept for, and what it cost: from then to the end, over before."""
+    assert strike.victim is not None
+    assert strike.victim.peer is not None
+    before, behind = watched.speeds(strike.at)
+    return {
+        "steps_until_left": watched.steps_with(strike.victim.peer, strike.at),
+        "tokens_per_s_before": before,
+        "tokens_per_s": behind,
+        "speed_ratio": behind / before,
     }
 
 
@@ -296,6 +321,14 @@ def summary(flags: argparse.Namespace, rows: list[Result]) -> Result:
         "sockets_gone_s",
     ):
         result[f"{name}_p50"] = percentile([row.get(name) for row in rows], 0.5)
+    if flags.mode == "slow":
+        result["times"], steps = flags.times, [row.get("steps_until_left") for row in rows]
+        result |= {
+            "left": sum(each is not None for each in steps),
+            "steps_until_left_most": percentile(steps, 1),
+        }
+        ratios = [row.get("speed_ratio") for row in rows]
+        result |= {"speed_ratio_p50": percentile(ratios, 0.5), "speed_ratio_least": percentile(ratios, 0)}
     return result | {"ok": result["tokens_equal"], "rows": rows}
 
 

@@ -12,12 +12,21 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.netns import Link, Network
-from benchmarks.processes import ONLINE_SECONDS, LocalSwarm, NodeProcess, ProcessError, local_swarm
+from benchmarks.processes import (
+    ONLINE_SECONDS,
+    LocalSwarm,
+    NodeProcess,
+    ProcessError,
+    free_port,
+    local_swarm,
+)
 from routing.names import PeerId
 from routing.swarm import SwarmView
 
+LOOPBACK = "/ip4/127.0.0.1/tcp"
 END_SECONDS = 60.0  # for a process that was told to end; draining takes 20 s at the most
 LOOK_SECONDS = 0.05  # between two looks of the supervisor
+TURN_SECONDS = 0.05  # in which a slow server runs once: about what a token takes
 
 
 @dataclass(slots=True)
@@ -107,6 +116,37 @@ Fault = Callable[[Replica], None]
 FAULTS: dict[str, Fault] = {"kill": kill, "freeze": freeze, "drain": drain, "halfopen": cut}
 
 
+@dataclass(slots=True, eq=False)
+class Slowdown:
+    """A fault: the server may run for one `times`-th of the time, in short turns, until `close`.
+
+    Unlike a frozen one it does all that it is asked to, and answers.
+    """
+
+    times: float
+    _over: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __call__(self, replica: Replica) -> None:
+        """From now on."""
+        self._threads.append(threading.Thread(target=self._run, args=(replica.node,), name="slowdown"))
+        self._threads[-1].start()
+
+    def _run(self, node: NodeProcess) -> None:
+        running = TURN_SECONDS / self.times
+        while not self._over.is_set():
+            node.freeze()
+            self._over.wait(TURN_SECONDS - running)
+            node.thaw()
+            time.sleep(running)
+
+    def close(self) -> None:
+        """As fast as before."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
 @dataclass(slots=True)
 class ReplicatedSwarm:
     """The servers, and a bootstrap node that everyone joins.  Made by `replicated_swarm`."""
@@ -189,11 +229,12 @@ def replicated_swarm(
     flags: Sequence[str] = (),
     network: Sequence[str] = (),
     namespaces: Network | None = None,
+    proxied: Callable[[int], int] | None = None,
 ) -> Iterator[ReplicatedSwarm]:
     """`copies` servers for each span, all online; all processes end with the block.
 
     flags: of the servers; network: of these and of the bootstrap node.  namespaces: where each server
-    has one of its own.  Raises ProcessError.
+    has one of its own.  proxied: the port to be dialled for one that is listened on.  Raises ProcessError.
     """
     with local_swarm(flags, network, {"OMP_NUM_THREADS": "1"}) as swarm:
         here = [] if namespaces is None else ["--listen", f"/ip4/{namespaces.address}/tcp/0"]
@@ -203,6 +244,9 @@ def replicated_swarm(
         for number, (span, _) in enumerate(product(spans, range(copies))):
             link = None if namespaces is None else namespaces.add()
             listen = [] if link is None else ["--listen", f"/ip4/{link.address}/tcp/0"]
+            if proxied is not None:
+                port = free_port()
+                listen = ["--listen", f"{LOOPBACK}/{port}", "--announce", f"{LOOPBACK}/{proxied(port)}"]
             words = _words(model, span, swarm.folder / f"identity-{number}", listen)
             found.replicas.append(Replica(span, words, link))
             found.start(found.replicas[-1])

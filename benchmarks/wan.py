@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from typing import Any
 import psutil
 
 from benchmarks.decode import prompts_of
-from benchmarks.processes import LocalSwarm, ProcessError, Worker, equal_spans, local_swarm
+from benchmarks.processes import LocalSwarm, ProcessError, Worker, equal_spans, free_port, local_swarm
 from node.config import ConfigError
 from node.model.info import read_info
 from node.model.source import cache_dir, resolve
@@ -142,13 +141,6 @@ def wan(
         if proxy is not None:
             processes = [node.process.pid for node in swarm.nodes] + [each.process.pid for each in clients]
             check_all_proxied(processes, proxy.process.pid)
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def open_link(proxy: Worker, port: int, links: Links) -> int:

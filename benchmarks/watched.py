@@ -36,6 +36,7 @@ WAIT_SECONDS = 30.0  # for a chain: the default
 class Watched:
     """The tokens of a generation; when each was asked for, and the seconds until it was there.
 
+    peers: of the chain, when each token was there.
     error: why it ended without all of its tokens, error_seconds behind the asking for the next one.
     """
 
@@ -44,6 +45,7 @@ class Watched:
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
     error_seconds: float | None = None
+    peers: list[list[str]] = field(default_factory=list)
 
     @property
     def typical(self) -> float:
@@ -56,10 +58,25 @@ class Watched:
         first: what the first token takes when nothing happens.  What happens at the end of a token may
         only be felt by the next one: the larger of the two counts.
         """
-        ends = [asked + seconds for asked, seconds in zip(self.asked, self.seconds, strict=True)]
-        hit = next((number for number, end in enumerate(ends) if end >= at), len(ends) - 1)
-        usual = [first] + [self.typical] * (len(ends) - 1)
-        return max(self.seconds[n] - usual[n] for n in range(hit, min(hit + 2, len(ends))))
+        hit, tokens = self.number_at(at), len(self.seconds)
+        usual = [first] + [self.typical] * (tokens - 1)
+        return max(self.seconds[n] - usual[n] for n in range(hit, min(hit + 2, tokens)))
+
+    def number_at(self, at: float) -> int:
+        """The token that was waited for at `at`, or next; the last one if all were there."""
+        ends = (asked + seconds for asked, seconds in zip(self.asked, self.seconds, strict=True))
+        return next((number for number, end in enumerate(ends) if end >= at), len(self.seconds) - 1)
+
+    def steps_with(self, peer: str, at: float) -> int | None:
+        """Tokens behind `at` that were computed with a peer; None if it was in use to the end."""
+        used = [peer in peers for peers in self.peers[self.number_at(at) :]]
+        return None if not used or used[-1] else sum(used)
+
+    def speeds(self, at: float) -> tuple[float, float]:
+        """Tokens per second before the one of `at`, without the prompt's, and from it to the end."""
+        hit = self.number_at(at)
+        before, behind = self.seconds[1:hit], self.seconds[hit:]
+        return len(before) / sum(before) if before else math.nan, len(behind) / sum(behind)
 
 
 Before = Callable[[int], Awaitable[None]]  # told the number of the token that is asked for next
@@ -89,6 +106,7 @@ async def watch(
             watched.tokens.append(token.id)
             watched.asked.append(began)
             watched.seconds.append(time.perf_counter() - began)
+            watched.peers.append(peers_in_use(context))
     return watched
 
 
