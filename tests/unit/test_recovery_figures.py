@@ -33,6 +33,14 @@ def test_a_fault_that_came_when_all_was_over_is_that_of_the_last_token():
     assert STEPS.gap(9.0, first=0.9) == pytest.approx(0.0)
 
 
+def test_a_slow_server_was_used_up_to_the_last_token_whose_chain_had_it():
+    seen = Watched([1] * 5, [0.0, 1.0, 1.5, 3.5, 5.5], [1.0, 0.5, 2.0, 2.0, 0.5])
+    seen.peers = [["a", "b"]] * 4 + [["a", "c"]]
+    assert seen.steps_with("b", at=1.6) == 2
+    assert seen.steps_with("a", at=1.6) is None
+    assert seen.speeds(at=1.6) == pytest.approx((2.0, 3 / 4.5))
+
+
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1), (0.5, 10), (0.95, 19), (1.0, 20)])
 def test_percentiles_are_of_the_nearest_rank_and_leave_out_what_is_not_known(share, value):
     assert percentile([None, *range(20, 0, -1)], share) == value
