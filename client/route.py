@@ -26,7 +26,7 @@ from node.network.streams import FramedStream
 from node.tasks import background_nursery
 from routing.chain import Chain, Hop, NoChain
 from routing.names import PeerId
-from tensor_codec.errors import Draining, PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.errors import CacheFull, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
@@ -298,7 +298,7 @@ class Route:
         self.trace.add("fault", peer=peer, error=f"{type(error).__name__}: {error}")
         if isinstance(error, Refused):
             self._refusals[peer] += 1  # who says "soon" again and again is to be believed less and less
-            if error.retry_after_seconds is None and not isinstance(error, Draining):
+            if error.retry_after_seconds is None and type(error) in (Refused, CacheFull):
                 self._never |= {peer}  # what this session asks for it will not have later either
             soon, times = error.retry_after_seconds, 2 ** min(self._refusals[peer] - 1, 8)
             self.around.refused(peer, None if soon is None else min(soon * times, MOST_REFUSED_SECONDS))

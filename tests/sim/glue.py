@@ -73,7 +73,7 @@ def left_over(listener: Listener) -> list[str]:
         "tokens of pages": budget.tokens // budget.page_tokens * budget.page_tokens - budget.free_tokens,
         "waiting steps": listener.engine.queue_length,
         "links": len(listener._links._links),
-        "session ids": len(listener._ids),
+        "session ids": len(listener._places),
         "tokens of journals": listener._journals.held,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]
