@@ -17,7 +17,9 @@ import math
 import secrets
 import statistics
 from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 from torch import Tensor
@@ -534,20 +536,34 @@ class Session:
     def _worth_leaving(self) -> set[Hop]:
         """The hops without which the session would be so much faster that a replay pays."""
         seen = {peer: statistics.median(held) for peer, held in self._seen.items()}
-        hops = self.chain.hops
-        present = self.around.cost(hops, seen)
-        try:
-            tokens = self.terms.batch * self.terms.max_length
-            better = self.around.choose(0, self.terms.blocks, like=self.route.kinds, tokens=tokens, seen=seen)
-        except NoChain:
-            return set()
-        gain = present - better.expected_seconds
+        present = self.around.cost(self.chain.hops, seen)
+        options = [(self._pays(hops, seconds, present), hops) for hops, seconds in self._others(seen)]
+        pays, best = max(options, default=(0.0, self.chain.hops), key=lambda option: option[0])
+        return set(self.chain.hops).difference(best) if pays > 0 else set()
+
+    def _others(self, seen: dict[PeerId, float]) -> Iterator[tuple[tuple[Hop, ...], float]]:
+        """Chains that might be better, with their seconds a step: the best one, and for each hop of ours
+        the present one with others in its place, which has less to replay."""
+        hops, tokens = self.chain.hops, self.terms.batch * self.terms.max_length
+        choose = partial(self.around.choose, like=self.route.kinds, tokens=tokens, seen=seen)
+        with contextlib.suppress(NoChain):
+            best = choose(0, self.terms.blocks)
+            yield best.hops, best.expected_seconds
+        ours = frozenset(hop.peer for hop in hops)
+        for index, hop in enumerate(hops):
+            with contextlib.suppress(NoChain):
+                instead = choose(hop.start, hop.stop, without=ours)
+                chain = (*hops[:index], *instead.hops, *hops[index + 1 :])
+                yield chain, self.around.cost(chain, seen)
+
+    def _pays(self, hops: Sequence[Hop], seconds: float, present: float) -> float:
+        """Seconds won by a change to a chain that takes so long a step, the replay paid; 0 for too few."""
+        gain = present - seconds
         if gain < max(LEAST_GAIN_SECONDS, (1 - BETTER) * present):
-            return set()
-        leave = {hop for hop in hops if hop not in better.hops}
-        rates = [seen.get(hop.peer, 0.0) * (hop.stop - hop.start) for hop in leave]
-        replay = self.length * sum(rates) * REPLAYED_SHARE
-        return leave if gain * STEPS_AHEAD > replay else set()
+            return 0.0
+        fresh = sum(hop.stop - hop.start for hop in hops if hop not in self.chain.hops)
+        replay: float = self.length * REPLAYED_SHARE * seconds * fresh / self.terms.blocks
+        return max(0.0, gain * STEPS_AHEAD - replay)
 
 
 async def open_session(

@@ -51,6 +51,7 @@ log = logging.getLogger("raceme")
 VERSION = version("raceme")
 LEAVE_SECONDS = 2.5  # the directory takes 2 at most
 REFRESH_SECONDS = 5.0  # between looks at whether our record still tells the truth
+LOOK_ROUNDS = 6  # of these: as often an idle node measures how fast it is
 TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
 
 
@@ -290,9 +291,12 @@ async def stopped_by_signals() -> AsyncIterator[Stopping]:
 async def _keep_record_true(node: Node, offer: Offer, listener: Listener) -> None:
     """Announce anew when what we said of our speed and room has become wrong."""
     said = offer.record("online", listener)
+    idle = 0  # rounds
     while not listener.draining:
         await trio.sleep(REFRESH_SECONDS)
-        listener.engine.rates.relax()
+        idle = idle + 1 if listener.engine.rates.relax() else 0
+        if idle % LOOK_ROUNDS == 1:
+            await listener.engine.look_again()
         now = offer.record("online", listener)
         if not listener.draining and not _about_equal(said, now):
             said = now

@@ -73,6 +73,8 @@ BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
 RTT_FRESH_SECONDS = 60.0
 RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
+RTT_TRUE_ENOUGH = 1.5  # times longer or shorter
+RTT_NOISE_SECONDS = 0.005
 PING_SECONDS = 2.0
 DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
 SUCCESSORS_MEASURED = 8
@@ -551,7 +553,7 @@ class Directory:
             if said is not None and said.role == "serve" and (own := view.get(self.peer_id)) is not None:
                 successors = [record.peer for record in likely_successors(view, own, SUCCESSORS_MEASURED)]
                 measured = await self.measure(successors)
-                if self._said is not None and measured.keys() - own.rtt.keys():
+                if self._said is not None and _is_news(measured, own.rtt):
                     self._say(self._said)
             await trio.sleep(KEEP_SECONDS)
             with trio.move_on_after(RTT_FRESH_SECONDS):
@@ -573,6 +575,21 @@ class Directory:
         self._open = False
         for neighbour in self._neighbours:
             neighbour.scope.cancel()
+
+
+def _is_news(measured: Mapping[PeerId, float], said: Mapping[PeerId, float]) -> bool:
+    """Whether who believes what we said of our distances would be far wrong.
+
+    Those measured at a busy start are several times too long.
+    """
+    if measured.keys() - said.keys():
+        return True
+    lower, higher = 1 / RTT_TRUE_ENOUGH, RTT_TRUE_ENOUGH
+    return any(
+        not lower <= seconds / max(said[peer], 1e-6) <= higher
+        and abs(seconds - said[peer]) > RTT_NOISE_SECONDS
+        for peer, seconds in measured.items()
+    )
 
 
 def _what_happened(peer: PeerId, addresses: Sequence[str], why: str | None, seconds: float) -> str:

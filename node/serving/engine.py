@@ -25,13 +25,16 @@ from node.compute import ComputeThread
 from node.model.arena import SpanCache
 from node.model.span import Span
 from node.serving.batcher import Batch, Batcher, Job, Kind, Piece, segments
-from node.serving.rates import Rates
+from node.serving.rates import Rates, measure_decode
 from node.serving.session import Compute
 from tensor_codec.compression import WIRE_DTYPES, decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages import Contract
+
+LOOK_SECONDS = 0.1  # for a look at how fast an idle node is
+LONGEST_LOOKED_AT_SECONDS = 0.5  # of a step
 
 
 class NotFinite(BadResult):
@@ -150,6 +153,16 @@ class Engine:
         """
         job = Job(next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop)
         return await self._answer(_Request(job, work=work))
+
+    async def look_again(self) -> None:
+        """Measure what a decode step takes now, for about LOOK_SECONDS; call this when nothing is served.
+
+        Not where steps take very long: who comes meanwhile would have to wait for two.
+        """
+        seconds = self.rates.alone * (self.span.stop - self.span.start)
+        if self.batcher.waiting or seconds > LONGEST_LOOKED_AT_SECONDS:
+            return
+        self.rates.measured(await self.compute.run(measure_decode, self.span, LOOK_SECONDS))
 
     def before_next(self, chore: Callable[[], None]) -> None:
         """Do this in the torch thread before the next batch, after the one that runs now.

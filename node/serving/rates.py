@@ -10,6 +10,10 @@ session will see beside the same company.  When the company leaves and nothing i
 tell us that a step is quick again, and clients who avoid a slow server keep it from finding out.
 Hence `alone`, what a step of one row takes, to which an idle node's figure returns.  `alone` goes into
 the file, for the next start begins without company.
+
+What was measured at start may be wrong by then: nodes that start together on one machine each find it
+busy, and a spare that nobody has tried would stay five times as slow in the eyes of all.  So an idle
+node measures a few steps again now and then (`Engine.look_again`).
 """
 
 from __future__ import annotations
@@ -80,12 +84,18 @@ class Rates:
             known = self.prefill_seconds_per_block_token
             self.prefill_seconds_per_block_token = _moved(known, per_block / rows_tokens, weight)
 
-    def relax(self) -> None:
+    def relax(self) -> bool:
         """Call this every few seconds: if no step was served since the last call, go half the way back
-        to what a step takes that is alone."""
-        if not self._served:
+        to what a step takes that is alone.  Returns whether the node was idle."""
+        idle = not self._served
+        if idle:
             self.decode_seconds_per_block = (self.decode_seconds_per_block + self.alone) / 2
         self._served = False
+        return idle
+
+    def measured(self, seconds_per_block: float) -> None:
+        """What a decode step took just now, alone: the figures of earlier no longer count."""
+        self.decode_seconds_per_block = self.alone = seconds_per_block
 
 
 def _moved(known: float, seen: float, weight: float) -> float:

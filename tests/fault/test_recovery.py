@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import trio
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.processes import ROOT
+from benchmarks.processes import ROOT, Worker
 from benchmarks.recovery import killed_again_and_again, parse
 from benchmarks.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
 from benchmarks.watched import Watched, peers_in_use, trace_events, until_known, watch
@@ -30,6 +30,7 @@ from client.retry import Context
 from node.model.folder import HashMemo, open_folder
 from node.model.span import load_span
 from node.model.stateless import backward, forward
+from tests.fault_link import WAYS
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
 pytestmark = pytest.mark.process
@@ -40,6 +41,9 @@ ENOUGH = 2  # servers of each span that a test begins with
 TTL_SECONDS = 6.0
 LONG = 600  # tokens of a prompt that goes in several chunks
 FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "8192"]
+FLIP_EVERY = 8192  # bytes of a link, each way: some tens of tokens
+FLIPS = 5
+GENEROUS_SECONDS = 100.0
 TOLERANCE = 5e-5  # of losses in float32 behind three steps; each gradient is within 5e-6
 
 Expected = Callable[[list[int], int], list[int]]
@@ -342,6 +346,44 @@ async def train(hidden: Tensor, forward: Any, backward: Any, between: Callable[[
         grad = await backward(batch, output.grad)
         before = before - grad[:, : before.shape[1]].sum(0, keepdim=True)
     return losses
+
+
+async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
+    model: Path, expected: Expected
+) -> None:
+    ids, tokens = prompt(12, seed=10), 300
+    context: list[Context] = []
+    with closing(Worker("tests.fault_link", [], {})) as proxy:
+
+        def proxied(port: int) -> int:
+            return int(proxy.ask({"do": "open", "target": ["127.0.0.1", port]})["port"])
+
+        def carried() -> list[int]:
+            return [link[way] for link in proxy.ask({"do": "count"}) for way in WAYS]
+
+        async def heal_after(flips: int) -> None:
+            """While bits flip no journal passes as a whole: the session may be stuck until they end."""
+            at_first = carried()
+            proxy.ask({"do": "flip", "every_bytes": FLIP_EVERY})
+            flipped = 0
+            while flipped < flips or not any(context[0].trace.of("fault")):
+                await trio.sleep(0.05)
+                pairs = zip(at_first, carried(), strict=True)
+                flipped = sum(now // FLIP_EVERY - was // FLIP_EVERY for was, now in pairs)
+            proxy.ask({"do": "heal"})
+
+        with replicated_swarm(SPANS, ENOUGH, model=str(model), flags=FLAGS, proxied=proxied) as servers:
+            async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
+                nursery.cancel_scope.deadline = trio.current_time() + GENEROUS_SECONDS
+
+                def before(asked: int, used: Context) -> None:
+                    if asked == 10:
+                        context.append(used)
+                        nursery.start_soon(heal_after, FLIPS)
+
+                watched = await generate(swarm, ids, tokens, before)
+                assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
+            assert not nursery.cancel_scope.cancelled_caught
 
 
 def benchmark(*words: str, out: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:

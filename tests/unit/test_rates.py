@@ -56,14 +56,22 @@ def test_an_idle_node_returns_to_what_a_step_takes_alone_and_a_busy_one_does_not
         rates.observe(16, 10, 0.04, decode=True)
     busy = rates.decode_seconds_per_block
     assert busy == pytest.approx(0.004)
-    rates.relax()
+    assert not rates.relax()
     assert rates.decode_seconds_per_block == busy  # it has just served
+    assert rates.relax()
     for _ in range(20):
         rates.relax()
     assert rates.decode_seconds_per_block == pytest.approx(0.001, rel=1e-3)
     rates.observe(16, 10, 0.04, decode=True)
     rates.relax()
     assert rates.decode_seconds_per_block > 0.001 * 1.2
+
+
+def test_what_an_idle_node_measures_replaces_what_it_believed_at_start():
+    rates = Rates(0.006, 0.0001)
+    rates.measured(0.001)
+    rates.relax()
+    assert (rates.decode_seconds_per_block, rates.alone) == (0.001, 0.001)
 
 
 def test_prefills_go_by_the_token_and_short_ones_count_for_less():
