@@ -12,7 +12,8 @@ import trio
 
 from client.blame import Blame
 from node.network.streams import FramedStream
-from routing.chain import DEFAULT_RTT_SECONDS, Chain, Hop, NoChain, cheapest_chain, costs
+from routing.chain import Chain, Hop, NoChain, cheapest_chain, costs
+from routing.distances import Distances
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import SwarmView
@@ -44,6 +45,7 @@ class Routes:
     rates: dict[PeerId, float] = field(default_factory=dict)
     _seen: SwarmView | None = None
     _found_at: float = -math.inf
+    _distances: Distances = field(default_factory=Distances)
 
     def choose(
         self,
@@ -88,13 +90,8 @@ class Routes:
         records = [record for hop in hops if (record := self.view().get(hop.peer)) is not None]
         if len(records) < len(hops) or not hops:
             return math.inf
-        price = costs(
-            records,
-            client_rtt=self.rtts(),
-            measured={**self.rates, **seen},
-            default_rtt=DEFAULT_RTT_SECONDS,
-        )
-        return price.chain(hops)
+        self._measure_out(records)
+        return costs(records, self._distances, measured={**self.rates, **seen}).chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
         """See `client.route.Surroundings.kind_of`."""
@@ -153,7 +150,13 @@ class Routes:
 
     def _spans(self) -> tuple[Record, ...]:
         self._seen = self.view()
+        self._measure_out()
         return self._seen.spans(self.revision, self.blocks)
+
+    def _measure_out(self, others: Sequence[Record] = ()) -> None:
+        """Bring the distances up to date with the view.  others: peers that take no new sessions."""
+        spans = self.view().spans(self.revision, self.blocks)
+        self._distances.update((*spans, *others), self.rtts())
 
     def _cheapest(
         self,
@@ -177,6 +180,7 @@ class Routes:
             measured=measured,
             positions=positions,
             waiting=waiting,
+            distances=self._distances,
         )
         avoided = self._avoided()
         for forgiven in range(len(avoided) if desperate else 0):

@@ -15,11 +15,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
+from routing.distances import CLIENT, DEFAULT_RTT_SECONDS, Distances
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import believed_rates, holes
-
-DEFAULT_RTT_SECONDS = 0.1  # between peers that nobody measured: a pair on one continent
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +85,19 @@ class Costs:
     """What each part of a chain costs, in seconds: one definition for whoever asks.
 
     block: one step through one block of a peer, its queue included.
-    client_rtt: to a peer and back, from the client.
-    near: round trips between peers where one of the two announced it; the same both ways.
+    distances: between peers, and from the client.
     """
 
     block: Mapping[PeerId, float]
-    client_rtt: Mapping[PeerId, float]
-    near: Mapping[PeerId, Mapping[PeerId, float]]
-    default_rtt: float
+    distances: Distances
 
     def client(self, peer: PeerId) -> float:
         """One way between the client and a peer."""
-        return self.client_rtt.get(peer, self.default_rtt) / 2
+        return self.distances.between(CLIENT, peer) / 2
 
     def between(self, one: PeerId, other: PeerId) -> float:
         """One way between two peers."""
-        return self.near.get(one, {}).get(other, self.default_rtt) / 2
+        return self.distances.between(one, other) / 2
 
     def chain(self, hops: Sequence[Hop]) -> float:
         """A whole step along these hops, from the client and back."""
@@ -109,34 +108,20 @@ class Costs:
 
 def costs(
     spans: Sequence[Record],
+    distances: Distances,
     *,
-    client_rtt: Mapping[PeerId, float],
     measured: Mapping[PeerId, float],
-    default_rtt: float,
     positions: int = 1,
     waiting: Mapping[PeerId, int] | None = None,
 ) -> Costs:
     """The costs that these peers' records and our own measurements give; our own come first.
 
-    positions, waiting: see `cheapest_chain`.
-    Where two peers announce their distance differently the longer one counts: no peer can make
-    itself near alone.
+    distances: up to date with at least these peers.  positions, waiting: see `cheapest_chain`.
     """
     rates = believed_rates(spans, measured, positions)
     ours = waiting or {}
     queued = {s.peer: (0 if s.peer in measured else s.queue) + ours.get(s.peer, 0) for s in spans}
-    near: dict[PeerId, dict[PeerId, float]] = {s.peer: {} for s in spans}
-    for span in spans:
-        for other, seconds in span.rtt.items():
-            if other in near and other != span.peer:
-                longer = max(seconds, near[other].get(span.peer, 0.0))
-                near[span.peer][other] = near[other][span.peer] = longer
-    return Costs(
-        block={s.peer: rates[s.peer] * (1 + queued[s.peer]) for s in spans},
-        client_rtt=client_rtt,
-        near=near,
-        default_rtt=default_rtt,
-    )
+    return Costs({s.peer: rates[s.peer] * (1 + queued[s.peer]) for s in spans}, distances)
 
 
 def cheapest_chain(
@@ -151,20 +136,22 @@ def cheapest_chain(
     default_rtt: float = DEFAULT_RTT_SECONDS,
     positions: int = 1,
     waiting: Mapping[PeerId, int] | None = None,
+    distances: Distances | None = None,
 ) -> Chain:
     """The chain over blocks [start, stop) (by default all) with the least expected seconds per step.
 
     spans: records of one model revision that take new sessions, as `SwarmView.spans` gives them.
-    client_rtt: seconds from here to a peer and back.
+    client_rtt: seconds from here to a peer and back; as in `distances`, where those are given.
     measured: seconds per block of a peer's steps as seen from here, waits included.
     excluded: peers not to be used, for instance because they have just failed.
     positions: in a step of all rows; 1 is a decode step, more go at the rate of a prefill.
     waiting: steps of our own that are on their way to a peer and not in its record yet: with many
         at a time they spread over peers that hold the same blocks.
+    distances: up to date with at least these peers, their default their own; None works them out here.
 
     Ties break on the peer's id, whatever the order of `spans`.  A peer appears once: where the
     cheapest walk would leave a peer and come back, the chain stays with it instead.
-    O(blocks * peers * known distances per peer).  Raises NoChain.
+    O(blocks * peers of one block ** 2), and what `Distances.update` takes.  Raises NoChain.
     """
     stop = blocks if stop is None else stop
     if not 0 <= start < stop <= blocks:
@@ -175,72 +162,67 @@ def cheapest_chain(
     if missing := holes(((part.start, part.stop) for part in parts), start, stop):
         left_out = sum(s.peer in excluded for s in spans)
         raise NoChain(missing, blocks, alone=not parts, excluded=left_out)
-    price = costs(
-        usable,
-        client_rtt=client_rtt or {},
-        measured=measured or {},
-        default_rtt=default_rtt,
-        positions=positions,
-        waiting=waiting,
-    )
-    hops = _each_peer_once(_cheapest_walk(parts, start, stop, price))
+    if distances is None:
+        distances = Distances(default_rtt)
+        distances.update(spans, client_rtt)
+    price = costs(usable, distances, measured=measured or {}, positions=positions, waiting=waiting)
+    hops = _each_peer_once(_Walks(parts, start, stop, price).cheapest())
     return Chain(hops, price.chain(hops))
 
 
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    """The cheapest way to have everything up to `stop` computed, `peer` having been the last."""
+class _Walks:
+    """Dynamic programming from block to block; `parts` cover [start, stop) and lie within it.
 
-    cost: float
-    peer: PeerId
-    start: int  # where this peer took over from the one before
-    stop: int
-    before: _Walk | None
-
-
-def _cheapest_walk(parts: Sequence[Hop], start: int, stop: int, price: Costs) -> list[Hop]:
-    """Dynamic programming from block to block; `parts` cover [start, stop) and lie within it."""
-    reached: dict[PeerId, _Walk] = {}
-    for block in range(start, stop):
-        ranked = sorted(reached.values(), key=lambda walk: (walk.cost, walk.peer))
-        onward: dict[PeerId, _Walk] = {}
-        for peer in (part.peer for part in parts if part.start <= block < part.stop):
-            compute = price.block[peer]
-            if block == start:
-                onward[peer] = _Walk(price.client(peer) + compute, peer, block, block + 1, None)
-                continue
-            stay, switch = reached.get(peer), _best_switch(peer, reached, ranked, price)
-            if stay and (switch is None or stay.cost <= switch[0]):
-                onward[peer] = _Walk(stay.cost + compute, peer, stay.start, block + 1, stay.before)
-            elif switch:
-                onward[peer] = _Walk(switch[0] + compute, peer, block, block + 1, switch[1])
-        reached = onward
-    last: _Walk | None = min(
-        reached.values(), key=lambda walk: (walk.cost + price.client(walk.peer), walk.peer)
-    )
-    hops = []
-    while last is not None:
-        hops.append(Hop(last.peer, last.start, last.stop))
-        last = last.before
-    return hops[::-1]
-
-
-def _best_switch(
-    peer: PeerId, reached: Mapping[PeerId, _Walk], ranked: Sequence[_Walk], price: Costs
-) -> tuple[float, _Walk] | None:
-    """The cheapest walk that another peer ends, with the way over to `peer` in its cost.
-
-    ranked: `reached` by cost.  All peers at no known distance are equally far, so of these only the
-    cheapest walk is looked at.
+    A walk is the cheapest way to have every block before one computed, a certain peer having been the
+    last.  Only what walks cost is kept, and whether the last peer had been there before: the few ways
+    over that the cheapest one took are looked for again from its end.
     """
-    near = price.near.get(peer, {})
-    options = [reached[other] for other in near if other in reached]
-    options += next(([walk] for walk in ranked if walk.peer not in near and walk.peer != peer), [])
-    costs = [(walk.cost + price.between(walk.peer, peer), walk.peer) for walk in options]
-    if not costs:
-        return None
-    cost, best = min(costs)
-    return cost, reached[best]
+
+    def __init__(self, parts: Sequence[Hop], start: int, stop: int, price: Costs) -> None:
+        self.peers = [part.peer for part in parts]
+        self.start, self.stop = start, stop
+        self._seconds = price.distances.seconds
+        self._rows = price.distances.rows(self.peers)
+        self._to_client = self._seconds[self._rows, price.distances.rows([CLIENT])] / 2
+        self._block = np.array([price.block[peer] for peer in self.peers])
+        begin, end = (np.array([getattr(part, side) for part in parts]) for side in ("start", "stop"))
+        self._holders = [np.flatnonzero((begin <= block) & (block < end)) for block in range(start, stop)]
+        self._costs = np.full((stop - start, len(parts)), np.inf)
+        self._stayed = np.zeros((stop - start, len(parts)), dtype=np.bool_)
+        self._walk()
+
+    def _walk(self) -> None:
+        first = self._holders[0]
+        self._costs[0, first] = self._to_client[first] + self._block[first]
+        for block in range(1, self.stop - self.start):
+            before, holders = self._holders[block - 1], self._holders[block]
+            reached = self._costs[block - 1]
+            over = (reached[before][:, None] + self._way(before, holders)).min(axis=0)
+            stay = reached[holders]
+            self._costs[block, holders] = np.minimum(stay, over) + self._block[holders]
+            self._stayed[block, holders] = stay <= over
+
+    def _way(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> NDArray[np.float64]:
+        """From each of some to each of others, one way."""
+        way: NDArray[np.float64] = self._seconds[self._rows[one][:, None], self._rows[other]] / 2
+        return way
+
+    def cheapest(self) -> list[Hop]:
+        """The hops of the cheapest walk; among equals that of the lowest peer id, from the end on."""
+        last = self._holders[-1]
+        peer = last[np.argmin(self._costs[-1, last] + self._to_client[last])]
+        hops, stop = [], self.stop
+        for block in range(self.stop - self.start - 1, -1, -1):
+            if block and self._stayed[block, peer]:
+                continue
+            hops.append(Hop(self.peers[peer], self.start + block, stop))
+            stop = self.start + block
+            if block:
+                before = self._holders[block - 1]
+                peer = before[
+                    np.argmin(self._costs[block - 1, before] + self._way(before, np.array([peer]))[:, 0])
+                ]
+        return hops[::-1]
 
 
 def _each_peer_once(hops: Sequence[Hop]) -> tuple[Hop, ...]:

@@ -1,6 +1,7 @@
 """The cheapest chain equals the best of all chains tried one by one."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -45,15 +46,23 @@ def every_chain(spans, blocks):
 def price(hops, spans, client_rtt, default):
     """What a chain costs, written down a second time and in another way than the code under test."""
     of = {s.peer: s for s in spans}
+    told = {**{s.peer: s.rtt for s in spans}, "client": client_rtt}
     fastest = sorted(s.seconds_per_block for s in spans)
     middle = (fastest[(len(fastest) - 1) // 2] + fastest[len(fastest) // 2]) / 2
-    total = (client_rtt.get(hops[0].peer, default) + client_rtt.get(hops[-1].peer, default)) / 2
+
+    def announced(one, two):
+        return max([told[a][b] for a, b in ((one, two), (two, one)) if b in told[a]], default=math.inf)
+
+    def between(one, two):
+        over = [announced(one, other) + announced(other, two) for other in told if other not in (one, two)]
+        known = announced(one, two)
+        return known if known < math.inf else min([*over, default])
+
+    way = ["client", *(hop.peer for hop in hops), "client"]
+    total = sum(between(one, two) for one, two in itertools.pairwise(way)) / 2
     for hop in hops:
         peer = of[hop.peer]
         total += (hop.stop - hop.start) * max(peer.seconds_per_block, middle / 4) * (1 + peer.queue)
-    for one, two in itertools.pairwise(hops):
-        told = [of[a].rtt[b] for a, b in ((one.peer, two.peer), (two.peer, one.peer)) if b in of[a].rtt]
-        total += (max(told) if told else default) / 2
     return total
 
 

@@ -1,0 +1,84 @@
+"""How far two peers are from each other, where they said so and where they did not."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing.distances import CLIENT, Distances
+from routing.names import peer_id_of
+from routing.records import Record
+
+PEERS = sorted(peer_id_of(bytes([number]) * 32) for number in range(12))
+A, B, C, D = PEERS[:4]
+
+
+def known(rtts, client_rtt=None, default=0.1):
+    """The distances that these peers announce: {peer: {other: seconds}}."""
+    distances = Distances(default)
+    distances.update([Record(peer=peer, rtt=rtt) for peer, rtt in rtts.items()], client_rtt)
+    return distances
+
+
+def test_what_one_of_two_announced_holds_both_ways():
+    distances = known({A: {B: 0.3}, B: {}})
+    assert distances.between(A, B) == distances.between(B, A) == 0.3
+
+
+def test_of_two_announcements_the_longer_one_counts():
+    assert known({A: {B: 0.2}, B: {A: 0.0}}).between(A, B) == 0.2
+
+
+def test_nothing_known_is_the_default():
+    distances = known({A: {}, B: {C: 0.001}})
+    assert distances.between(A, B) == distances.between(B, C) == distances.between(D, A) == 0.1
+
+
+def test_the_estimate_is_the_shortest_way_over_one_whom_both_know():
+    distances = known({A: {C: 0.02, D: 0.001}, B: {C: 0.03}, C: {}, D: {B: 0.003}})
+    assert distances.between(A, B) == pytest.approx(0.004)
+
+
+def test_what_was_announced_is_not_estimated():
+    assert known({A: {B: 0.05, C: 0.001}, B: {C: 0.001}, C: {}}).between(A, B) == 0.05
+
+
+def test_no_estimate_is_longer_than_the_default():
+    assert known({A: {C: 0.09}, B: {C: 0.09}, C: {}}).between(A, B) == 0.1
+
+
+def test_two_peers_near_the_client_are_near_each_other():
+    distances = known({A: {}, B: {}, C: {}}, {A: 0.001, B: 0.002})
+    assert distances.between(A, B) == pytest.approx(0.003)
+    assert distances.between(A, C) == 0.1
+
+
+def test_a_peer_that_the_client_has_not_measured_is_estimated_too():
+    assert known({A: {B: 0.001}, B: {}}, {A: 0.01}).between(CLIENT, B) == pytest.approx(0.011)
+
+
+def test_a_replica_beside_well_measured_peers_is_as_near_as_they_are():
+    fresh = PEERS[3]
+    distances = known({A: {B: 0.0004}, B: {A: 0.0005}, C: {A: 0.0004, B: 0.0004}, fresh: {C: 0.0004}})
+    assert distances.between(A, fresh) < 0.001
+
+
+VIEWS = st.dictionaries(
+    st.sampled_from(PEERS),
+    st.dictionaries(st.sampled_from(PEERS), st.sampled_from([0.001, 0.01, 0.03, 0.2]), max_size=5),
+)
+CLIENTS = st.dictionaries(st.sampled_from(PEERS), st.sampled_from([0.001, 0.05]), max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(VIEWS, CLIENTS, st.sets(st.sampled_from(PEERS))), min_size=1, max_size=6))
+def test_what_was_known_before_makes_no_difference(views):
+    kept, records = Distances(), {}
+    for rtts, client_rtt, gone in views:
+        records = {peer: record for peer, record in records.items() if peer not in gone}
+        records |= {peer: Record(peer=peer, rtt=rtt) for peer, rtt in rtts.items()}
+        kept.update(list(records.values()), client_rtt)
+        anew = Distances()
+        anew.update(sorted(records.values(), key=lambda record: record.peer), client_rtt)
+        for one in (*PEERS, CLIENT):
+            for other in (*PEERS, CLIENT):
+                assert kept.between(one, other) == anew.between(one, other)
