@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -78,7 +78,7 @@ class Balancer:
     moves: int = 0
     _failures: int = 0
     _hole_since: float | None = None
-    _look_at: float = field(default=-1.0)  # when to look for a better place next
+    _look_at: float = 0.0  # when to look for a better place next
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -105,9 +105,9 @@ class Balancer:
             return None
         self._look_later()
         found = self.better(spans, me.blocks, me.peer)
-        if found is None or opens_gap(spans, me, *found, self.config.min_replicas):
+        if found is None or found == (me.start, me.stop):
             return None
-        return found
+        return None if opens_gap(spans, me, *found, self.config.min_replicas) else found
 
     def _see(self) -> tuple[Record, tuple[Record, ...]]:
         """Ourselves, as we serve, and everybody, ourselves included."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -42,11 +42,15 @@ class Announcer(Protocol):
         """Say this of ourselves."""
 
 
+Load = Callable[[Means, Offer, ComputeThread], Awaitable[Stint]]
+
+
 @dataclass(slots=True)
 class Server:
     """Serves a span, and another one when told to.
 
     nursery: for the computing.  came_online: called with the new offer whenever a span is served.
+    load: makes a stint, `load_stint`.
     """
 
     means: Means
@@ -54,6 +58,7 @@ class Server:
     compute: ComputeThread
     nursery: trio.Nursery
     came_online: Callable[[Offer], None]
+    load: Load = load_stint
     door: Door = field(init=False)
     _said: Record | None = None  # while it is to be kept true
 
@@ -69,7 +74,7 @@ class Server:
         """Load the first span and serve it.  Raises ConfigError."""
         offer = self.means.offer(start, stop)
         await self.directory.announce(offer.record("joining"))
-        stint = await load_stint(self.means, offer, self.compute)
+        stint = await self.load(self.means, offer, self.compute)
         self.nursery.start_soon(stint.run)
         await self._open(stint)
 
@@ -148,7 +153,7 @@ class Server:
     async def _exchange(self, old: Stint, offer: Offer) -> None:
         """Load the new span before the old one is dropped.  Raises MoveFailed."""
         try:
-            new = await load_stint(self.means, offer, self.compute)
+            new = await self.load(self.means, offer, self.compute)
         except LOAD_FAULTS as error:
             old.reopen()
             await self._open(old)
@@ -161,7 +166,7 @@ class Server:
         """Load the new span, or again the one before.  Raises MoveFailed, ConfigError."""
         failure: BaseException | None = None
         try:
-            stint = await load_stint(self.means, offer, self.compute)
+            stint = await self.load(self.means, offer, self.compute)
         except LOAD_FAULTS as error:
             failure = error
             log.warning("blocks %d:%d could not be loaded: %s", offer.start, offer.stop, error)
@@ -174,7 +179,7 @@ class Server:
     async def _load_again(self, before: Offer) -> Stint:
         await self.compute.run(forget_unused, self.means.device)
         try:
-            return await load_stint(self.means, before, self.compute)
+            return await self.load(self.means, before, self.compute)
         except LOAD_FAULTS as error:
             blocks = f"{before.start}:{before.stop}"
             raise ConfigError(
