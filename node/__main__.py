@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from node.arguments import add_addresses, one_address_each
-from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, ConfigError, NetworkConfig, NodeConfig
+from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, BalanceConfig, ConfigError, NetworkConfig, NodeConfig
 from node.logs import set_up_logging
 
+MOST_REPLICAS = 1000
 PATIENCE_SECONDS = 10.0  # nodes that start together do not have to start in order
 
 EPILOG = f"""\
@@ -105,6 +106,7 @@ def _serve(words: list[str]) -> int:
         metavar="N",
         help="tokens whose outputs are kept in case the next server dies (default: as many as the cache)",
     )
+    _add_balance_options(parser)
     flags = parser.parse_args(words)
     set_up_logging(flags.log_format)
     config = NodeConfig(
@@ -118,6 +120,7 @@ def _serve(words: list[str]) -> int:
         threads=flags.threads,
         cache_tokens=flags.cache_tokens,
         journal_tokens=flags.journal_tokens,
+        balance=_balance(flags),
     )
     from node.main import serve
 
@@ -240,6 +243,47 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
         "--ready-file", type=Path, metavar="PATH", help="write a JSON object here once the node is online"
     )
     network.add_argument("--log-format", choices=("text", "json"), default="text")
+
+
+def _add_balance_options(parser: argparse.ArgumentParser) -> None:
+    usual = BalanceConfig()
+    balance = parser.add_argument_group(
+        "balance", "Without --blocks a node moves to where the swarm needs it, and never opens a gap."
+    )
+    balance.add_argument(
+        "--balance-quality",
+        type=float,
+        default=usual.quality,
+        metavar="SHARE",
+        help="move when the swarm can do less than this share of what it could do then; 0: only to blocks"
+        f" that nobody serves (default: {usual.quality:g})",
+    )
+    balance.add_argument(
+        "--min-replicas",
+        type=int,
+        default=usual.min_replicas,
+        metavar="N",
+        help="servers that a block which it leaves must still have, unless other blocks have none"
+        f" (default: {usual.min_replicas})",
+    )
+    balance.add_argument(
+        "--balance-seconds",
+        type=float,
+        default=usual.seconds,
+        metavar="SECONDS",
+        help=f"between looks for a better place, on average (default: {usual.seconds:g})",
+    )
+
+
+def _balance(flags: argparse.Namespace) -> BalanceConfig:
+    """Raises ConfigError."""
+    if not 0 <= flags.balance_quality <= 1:
+        raise ConfigError(f"--balance-quality is {flags.balance_quality:g}, 0 to 1 is allowed")
+    if not 1 <= flags.min_replicas <= MOST_REPLICAS:
+        raise ConfigError(f"--min-replicas is {flags.min_replicas}, 1 to {MOST_REPLICAS} are allowed")
+    if not 1 <= flags.balance_seconds <= 86_400:
+        raise ConfigError(f"--balance-seconds is {flags.balance_seconds:g}, 1 to 86400 are allowed")
+    return BalanceConfig(flags.balance_quality, flags.min_replicas, flags.balance_seconds)
 
 
 def _network(flags: argparse.Namespace) -> NetworkConfig:

@@ -6,10 +6,12 @@ Built in `node/__main__.py` from the command line; below it nobody reads flags o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from tensor_codec.limits import Limits
 
+VERSION = version("raceme")
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -37,13 +39,27 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BalanceConfig:
+    """When a node moves to other blocks.
+
+    quality: it moves when what the swarm can do is less than this share of what it could do then; 0:
+    only to blocks that nobody serves.  min_replicas: servers that a block which it leaves must still
+    have, except where other blocks have none.  seconds: between looks for a better place, on average.
+    """
+
+    quality: float = 0.75  # as in Petals: a move must gain a third
+    min_replicas: int = 1
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """A serving node.
 
     blocks: the span [start, stop) to serve; num_blocks: or how many, placed where the swarm needs
     them most; neither: as many as fit.  threads: of torch, None for the cores divided by the
     servers on this machine.  cache_tokens: None for what fits.  journal_tokens: whose outputs are kept
-    for replays; None for as many as the caches hold.
+    for replays; None for as many as the caches hold.  balance: unless blocks are pinned.
     """
 
     network: NetworkConfig
@@ -56,3 +72,4 @@ class NodeConfig:
     threads: int | None = None
     cache_tokens: int | None = None
     journal_tokens: int | None = None
+    balance: BalanceConfig = field(default_factory=BalanceConfig)

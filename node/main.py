@@ -2,6 +2,8 @@
 
     config -> host (libp2p) -> directory (Kademlia, records) -> model folder -> blocks to serve
            -> span in memory -> engine -> listener -> online ... draining -> gone
+                                  ^                                |
+                                  +--- other blocks (balancer) <---+
 
 The path of one token through a node is `serving/listener.py` -> `serving/session.py` ->
 `serving/engine.py` -> `model/span.py` -> `serving/push.py`; docs/path-of-a-token.md walks it.
@@ -10,7 +12,6 @@ Everything here is plumbing: what is decided is decided in pure functions elsewh
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -19,20 +20,20 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import trio
 
 from node import capacity
+from node.balancer import Balancer
 from node.compute import ComputeThread, open_compute_thread
-from node.config import ConfigError, NetworkConfig, NodeConfig
+from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
 from node.tasks import background_nursery
 from routing.names import PeerId
 from routing.placement import choose_blocks
-from routing.records import Record, Role, State
+from routing.records import Record, Role
 from routing.swarm import ONLINE_SOON
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages import COMPUTE_PROTOCOL, PUSH_PROTOCOL, SESSION_PROTOCOL
@@ -40,19 +41,14 @@ from tensor_codec.messages import COMPUTE_PROTOCOL, PUSH_PROTOCOL, SESSION_PROTO
 if TYPE_CHECKING:
     from node.model.folder import ModelFolder
     from node.model.info import ModelInfo
-    from node.model.span import Span
     from node.network.directory import Directory
     from node.network.host import Host
     from node.network.streams import FramedStream
-    from node.serving.listener import Listener, Served
+    from node.serving.stint import Means, Offer
 
 log = logging.getLogger("raceme")
 
-VERSION = version("raceme")
 LEAVE_SECONDS = 2.5  # the directory takes 2 at most
-REFRESH_SECONDS = 5.0  # between looks at whether our record still tells the truth
-LOOK_ROUNDS = 6  # of these: as often an idle node measures how fast it is
-TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
 
 
 async def serve(config: NodeConfig) -> None:
@@ -66,29 +62,27 @@ async def serve(config: NodeConfig) -> None:
 async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping) -> None:
     """In the network until told to stop.  Raises ConfigError."""
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
-        from node.serving.stateless import StatelessListener
+        from node.serving.server import Server
 
-        listener, offer = await start_serving(config, node, compute)
-        stateless = StatelessListener(
-            listener.served, listener.engine, config.network.limits, node.host.blame
-        )
-        nursery.start_soon(listener.engine.run)
-        node.host.handle(SESSION_PROTOCOL, listener.serve_session)
-        node.host.handle(PUSH_PROTOCOL, listener.serve_push)
-        node.host.handle(COMPUTE_PROTOCOL, stateless.serve)
-        await node.directory.announce(offer.record("online", listener))
-        nursery.start_soon(_keep_record_true, node, offer, listener)
-        gc.freeze()  # what is there now stays: later collections need not look at a million objects
-        write_ready_file(config.network, node, offer)
-        tell_how_to_join(node, f"online with blocks {offer.start}:{offer.stop} of {offer.info.name}")
+        means, start, stop = await find_means(config, node, compute)
 
+        def came_online(offer: Offer) -> None:
+            write_ready_file(config.network, node, offer)
+            tell_how_to_join(node, f"online with blocks {offer.start}:{offer.stop} of {offer.info.name}")
+
+        server = Server(means, node.directory, compute, nursery, came_online)
+        node.host.handle(SESSION_PROTOCOL, server.door.serve_session)
+        node.host.handle(PUSH_PROTOCOL, server.door.serve_push)
+        node.host.handle(COMPUTE_PROTOCOL, server.door.serve_request)
+        await server.begin(start, stop)
+        nursery.start_soon(server.keep_record_true)
         stopping.started()
-        await stopping.requested.wait()
-        log.info("leaving, %d sessions are open", listener.session_count)
-        await node.directory.announce(offer.record("draining", listener))
-        async with trio.open_nursery() as leaving:
-            leaving.start_soon(listener.drain)
-            leaving.start_soon(stateless.drain)
+        async with background_nursery() as moving:
+            if config.blocks is None:
+                moving.start_soon(Balancer(server, config.balance, random.Random()).run)
+            await stopping.requested.wait()
+        log.info("leaving, %d sessions are open", server.session_count)
+        await server.leave()
 
 
 async def run_bootstrap(config: NetworkConfig) -> None:
@@ -101,13 +95,9 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         await stopping.requested.wait()
 
 
-async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[Listener, Offer]:
-    """Find the model, choose the blocks, load and measure them.  Raises ConfigError."""
-    from node.model.source import cache_dir
-    from node.serving.cache import CacheBudget
-    from node.serving.engine import Engine
-    from node.serving.listener import Listener
-    from node.serving.rates import RatesFile, device_name, rates_at_start, rates_key
+async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[Means, int, int]:
+    """Find the model, and choose the blocks and how they are kept.  Raises ConfigError."""
+    from node.serving.stint import Means
 
     limits = config.network.limits
     folder, info = await trio.to_thread.run_sync(_find_model, config)
@@ -128,28 +118,17 @@ async def start_serving(config: NodeConfig, node: Node, compute: ComputeThread) 
         info, blocks, dtype, cache_tokens, quantize=quantize, activations=sizes.activations,
         device=device, limits=limits, process=process, journal_tokens=config.journal_tokens,
     )  # fmt: skip
-    offer = Offer(info, start, stop, dtype, quantize, config.network.name)
-    await node.directory.announce(offer.record("joining"))
     log.info(
         "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s, %d threads",
         start, stop, info.name, info.revision, dtype, quantize, device, threads,
     )  # fmt: skip
     log.info("%s", capacity.in_one_line(memory, info, blocks, cache_tokens, free))
-    span = await compute.run(_load_span, folder, offer, device)
-    key = rates_key(info.revision, device_name(device), dtype, quantize, threads, VERSION)
-    rates = await compute.run(rates_at_start, span, RatesFile(cache_dir() / "rates.json"), key)
-    engine = Engine(span, compute, rates, limits)
-    longest = min(info.max_position, limits.max_session_tokens)
-    arena = await compute.run(span.new_arena, cache_tokens, longest)
-    budget = CacheBudget(
-        arena.free_tokens, limits.cache_share_per_peer, limits.max_session_tokens, arena.page_tokens
-    )
-    open_push = partial(node.open_stream, protocol=PUSH_PROTOCOL)
-    listener = Listener(
-        offer.served(span.can_cut), engine, arena, budget, open_push, limits, node.host.blame,
-        journal_tokens=config.journal_tokens,
+    means = Means(
+        folder, info, config.network.name, device, dtype, quantize, sizes.activations, threads,
+        cache_tokens, config.journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL),
+        node.host.blame,
     )  # fmt: skip
-    return listener, offer
+    return means, start, stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,54 +151,6 @@ class Node:
             raise PeerGone(f"{peer} is not in our view of the swarm")
         seconds = self.config.limits.dial_seconds
         return await self.host.open_stream(peer, record.addresses, protocol, seconds=seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """The span that this node serves."""
-
-    info: ModelInfo
-    start: int
-    stop: int
-    dtype: str
-    quantize: str
-    name: str
-
-    def served(self, can_cut: bool) -> Served:
-        """What sessions are checked against."""
-        from node.serving.listener import Served
-
-        info = self.info
-        return Served(
-            info.name, info.revision, self.start, self.stop, self.dtype, info.hidden_size,
-            info.max_position, can_cut,
-        )  # fmt: skip
-
-    def record(self, state: State, listener: Listener | None = None) -> Record:
-        """What we announce.  listener: for the rates and the room, once there are some."""
-        record = Record(
-            role="serve",
-            state=state,
-            name=self.name,
-            version=VERSION,
-            model=self.info.name,
-            revision=self.info.revision,
-            blocks=self.info.blocks,
-            start=self.start,
-            stop=self.stop,
-            dtype=self.dtype,
-            quantize=self.quantize,
-        )
-        if listener is None:
-            return record
-        engine = listener.engine
-        return replace(
-            record,
-            seconds_per_block=engine.rates.decode_seconds_per_block,
-            prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
-            cache_tokens=listener.budget.free_tokens,
-            queue=engine.queue_length,
-        )
 
 
 @asynccontextmanager
@@ -286,31 +217,6 @@ async def stopped_by_signals() -> AsyncIterator[Stopping]:
             stopping = Stopping(trio.Event(), nursery.cancel_scope)
             nursery.start_soon(stopping.watch, signals)
             yield stopping
-
-
-async def _keep_record_true(node: Node, offer: Offer, listener: Listener) -> None:
-    """Announce anew when what we said of our speed and room has become wrong."""
-    said = offer.record("online", listener)
-    idle = 0  # rounds
-    while not listener.draining:
-        await trio.sleep(REFRESH_SECONDS)
-        idle = idle + 1 if listener.engine.rates.relax() else 0
-        if idle % LOOK_ROUNDS == 1:
-            await listener.engine.look_again()
-        now = offer.record("online", listener)
-        if not listener.draining and not _about_equal(said, now):
-            said = now
-            await node.directory.announce(now)
-
-
-def _about_equal(said: Record, now: Record) -> bool:
-    """Whether a client that believes `said` is not far wrong."""
-    numbers = (
-        (said.seconds_per_block, now.seconds_per_block),
-        (said.prefill_seconds_per_token, now.prefill_seconds_per_token),
-        (said.cache_tokens, now.cache_tokens),
-    )
-    return all(abs(a - b) <= TRUE_ENOUGH * max(a, b) for a, b in numbers) and said.queue == now.queue
 
 
 def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
@@ -395,14 +301,6 @@ def _activations(dtype: str, quantize: str, device: str) -> str:
 
     computes = packing_for(quantize, DTYPES[dtype], device, bfloat16=has_bfloat16()).dtype
     return next(name for name, known in DTYPES.items() if known == computes)
-
-
-def _load_span(folder: ModelFolder, offer: Offer, device: str) -> Span:
-    """Runs in the torch thread."""
-    from node.model.span import DTYPES, load_span
-
-    dtype, quantize = DTYPES[offer.dtype], offer.quantize
-    return load_span(folder, offer.start, offer.stop, dtype=dtype, device=device, quantize=quantize)
 
 
 def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> None:

@@ -1,51 +1,293 @@
-"""Which blocks should a joining node serve?  Those that are worst served now.
+"""Which blocks should a server hold?  The swarm's capacity decides, as `routing.capacity` defines it.
 
-Petals' rule (arXiv:2312.08361, 3.3): the window of blocks whose throughputs, sorted, come first in
-lexicographic order.  A block that nobody holds has throughput 0, so holes are filled first; nodes
-that join one after the other with windows of one size cover a model with as few as can.
+What counts, in this order: no block that nobody holds; then capacity; then `min_replicas` holders of
+each block; then short chains, which come of spans that begin where others end.
+
+Capacity alone says too little on the way: one bottleneck hides the next, and most single moves do not
+change it at all.  So moves lower the *shortfall*: the rate that the blocks lack, in the worst set of
+them, where each asks for a given share of the bound, added up over a few such shares.  It is 0 exactly
+where the capacity is at the highest of them, and every move lowers it, so moves come to an end.
+
+A server takes as many blocks as its memory holds, however slow it is: more blocks never lower the
+capacity, since a server shares its work among its blocks as the others leave it to do, and they make
+chains shorter.  `--num-blocks` is for who wants to load fewer.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from routing.capacity import Floats, Holder, bound, ends, narrowest, reach
+from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import believed_rates
 
+Single = NDArray[np.float32]
+
+# A swarm at this share of its bound rests: the last percent is not worth anybody's loading blocks.
+QUALITY = 0.99
+MIN_REPLICAS = 2
+LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfall is looked at
+LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
+MOST_MOVERS = 32  # servers whose moves are compared; decides how long a decision takes
+_RANK_CHANCE = 0.25  # who is next to the best moves with this chance, in case the best one cannot
+
 
 def throughputs(spans: Sequence[Record], blocks: int) -> tuple[float, ...]:
-    """Decode steps per second that the peers of each block can do together, by what they announce.
+    """Decode steps per second that the peers of each block can do together, by what they announce."""
+    total = [0.0] * blocks
+    for holder in holders(spans):
+        for block in range(holder.start, min(holder.stop, blocks)):
+            total[block] += holder.rate
+    return tuple(total)
+
+
+def holders(spans: Sequence[Record]) -> list[Holder]:
+    """What these peers hold and how fast they are, in the order of their ids.
 
     A peer that has not measured its rate counts as the median of those that have; where none has,
-    as one step per second: what matters is which blocks are held at all.
+    as one block per second: what matters is which blocks are held at all.
     """
     measured = [span for span in spans if span.seconds_per_block > 0]
     rates = believed_rates(measured)
     usual = sorted(rates.values())[len(rates) // 2] if rates else 1.0
-    total = [0.0] * blocks
-    for span in sorted(spans, key=lambda s: s.peer):  # one order of adding: one result
-        for block in range(span.start, min(span.stop, blocks)):
-            total[block] += 1.0 / rates.get(span.peer, usual)
-    return tuple(total)
+    return [
+        Holder(s.peer, s.start, s.stop, 1.0 / rates.get(s.peer, usual), s.state == "online")
+        for s in sorted(spans, key=lambda s: s.peer)
+    ]
 
 
 def choose_blocks(
-    spans: Sequence[Record], blocks: int, count: int, rng: random.Random | None = None
+    spans: Sequence[Record],
+    blocks: int,
+    count: int,
+    rng: random.Random | None = None,
+    *,
+    seconds_per_block: float = 0.0,
+    min_replicas: int = MIN_REPLICAS,
 ) -> tuple[int, int]:
-    """The window [start, stop) of `count` blocks that needs a new node most.
+    """The window [start, stop) of `count` blocks that a joining server takes: `best_window` of records.
 
-    spans: of the same model revision, joining peers too.  A count above `blocks` gives them all.
-    Ties go to the lowest start, or to chance where `rng` is given: of nodes that start at the same
-    moment and do not yet see each other, fewer then choose alike.
-    O(blocks * count * log(count)).  Raises ValueError for a count below 1.
+    spans: of the same model revision, joining peers too.
+    seconds_per_block: the server's own; 0 where it has not measured, then it counts as the median.
+    """
+    held = holders(spans)
+    rates = sorted(holder.rate for holder in held)
+    usual = rates[len(rates) // 2] if rates else 1.0
+    rate = 1.0 / seconds_per_block if seconds_per_block > 0 else usual
+    return best_window(held, blocks, count, rate, rng, min_replicas=min_replicas)
+
+
+def best_window(
+    held: Sequence[Holder],
+    blocks: int,
+    count: int,
+    rate: float,
+    rng: random.Random | None = None,
+    *,
+    min_replicas: int = MIN_REPLICAS,
+) -> tuple[int, int]:
+    """The window [start, stop) of `count` blocks that needs a new server of this rate most.
+
+    A count above `blocks` gives them all.  Ties go to the lowest start, or to chance where `rng` is
+    given: of servers that start at the same moment and do not yet see each other, fewer then choose
+    alike.  O(blocks**2).  Raises ValueError for a count below 1.
     """
     if count < 1:
         raise ValueError(f"{count} blocks, at least 1 is needed")
     count = min(count, blocks)
-    served = throughputs(spans, blocks)
-    need = [sorted(served[start : start + count]) for start in range(blocks - count + 1)]
-    worst = min(need)
-    tied = [start for start, values in enumerate(need) if values == worst]
+    most = bound(held, blocks) + rate / blocks
+    total = sum(holder.rate for holder in held) + rate
+    rest = _single(reach(held, blocks))[None]
+    lack = np.zeros(blocks - count + 1)
+    for level in LEVELS:
+        found = _shortfalls(rest, level * most, np.array([rate]), np.array([count]))[0]
+        lack += found[: blocks - count + 1] / total
+    number = _coverage(held, blocks)
+    filled = _windows(number == 0, count)
+    spare = _windows(number < min_replicas, count)
+    seams = {holder.start for holder in held} | {holder.stop for holder in held} | {0, blocks}
+    order = [
+        (-int(filled[s]), round(float(lack[s]), 4), -int(spare[s]), -(s in seams) - (s + count in seams))
+        for s in range(blocks - count + 1)
+    ]
+    best = min(order)
+    tied = [start for start, key in enumerate(order) if key == best]
     start = rng.choice(tied) if rng is not None else tied[0]
     return start, start + count
+
+
+class Move(NamedTuple):
+    """A server's best move: what it gains, in shares of the swarm's work, and the new window."""
+
+    gain: float
+    peer: PeerId
+    start: int
+    stop: int
+
+
+def better_window(
+    held: Sequence[Holder],
+    blocks: int,
+    me: PeerId,
+    count: int,
+    *,
+    quality: float = QUALITY,
+    min_replicas: int = MIN_REPLICAS,
+    rng: random.Random,
+) -> tuple[int, int] | None:
+    """The window that this server should move to now, or None: stay.
+
+    held: of every server, this one among them; who announced a move counts where it will be.
+    quality: at this share of the bound nobody moves.
+
+    Every server compares the same moves (`moves`) and makes the one of the greatest gain where it is
+    its own; the next in the order moves with a chance of one in four, the one after it of one in 16,
+    so that the swarm does not wait for a server that is pinned or gone.
+    """
+    if not any(holder.peer == me for holder in held):
+        return None
+    return in_turn(moves(held, blocks, quality=quality, counts={me: count}), me, rng)
+
+
+def in_turn(ranked: Sequence[Move], me: PeerId, rng: random.Random) -> tuple[int, int] | None:
+    """The window of this server's move, where chance, by its place in the order, lets it move now."""
+    for rank, move in enumerate(ranked):
+        if move.peer == me:
+            return (move.start, move.stop) if rng.random() < _RANK_CHANCE**rank else None
+    return None
+
+
+def moves(
+    held: Sequence[Holder], blocks: int, *, quality: float = QUALITY, counts: dict[PeerId, int] | None = None
+) -> list[Move]:
+    """The best move of each server that has one worth its while, the greatest gain first.
+
+    counts: blocks that a server has room for, where known; else those that it holds.
+    No move leaves a block without an online holder: what only one holds stays with it.
+    O(MOST_MOVERS * blocks**2).
+    """
+    most, added = bound(held, blocks), reach(held, blocks)
+    number = _coverage(held, blocks)
+    if not held or (number.min() > 0 and narrowest(added).capacity >= quality * most):
+        return []
+    movers = _movers(sorted(held, key=lambda h: h.peer), blocks, added, most)
+    if not movers:
+        return []
+    rates = np.array([mover.rate for mover, _ in movers])
+    room = [min(blocks, (counts or {}).get(m.peer, m.stop - m.start)) for m, _ in movers]
+    rest = np.repeat(_single(added)[None], len(movers), axis=0)
+    for row, (mover, _) in enumerate(movers):
+        rest[row, : mover.start + 1, mover.start : mover.stop] -= mover.rate
+    total = most * blocks
+    lack, now = np.zeros((len(movers), blocks)), 0.0
+    for level in LEVELS:
+        lack += _shortfalls(rest, level * most, rates, np.array(room)) / total
+        now += -float(ends(added, level * most)[0].min()) / total
+    found = []
+    for row, (mover, keep) in enumerate(movers):
+        window = _least(lack[row], mover, room[row], keep, blocks)
+        gain = now - float(lack[row, window])
+        lost = _holes_after(number, mover, window, window + room[row]) - int((number == 0).sum())
+        if lost <= 0 and (gain > LEAST_GAIN or lost < 0):
+            found.append(Move(gain - lost, mover.peer, window, window + room[row]))
+    return sorted(found, key=lambda move: (-round(move.gain, 6), move.peer))
+
+
+def opens_gap(held: Sequence[Holder], me: PeerId, start: int, stop: int) -> bool:
+    """Whether a block would have no online holder if this server now held [start, stop)."""
+    mine = next((holder for holder in held if holder.peer == me), None)
+    others = [holder for holder in held if holder.peer != me and holder.online]
+    given_up = [b for b in range(mine.start, mine.stop) if not start <= b < stop] if mine else []
+    return any(not any(o.start <= b < o.stop for o in others) for b in given_up)
+
+
+def _movers(
+    held: Sequence[Holder], blocks: int, added: Floats, most: float
+) -> list[tuple[Holder, tuple[int, int] | None]]:
+    """The servers whose moves are looked at, each with the blocks that it must keep."""
+    online = _coverage([holder for holder in held if holder.online], blocks)
+    found = []
+    for holder in held:
+        alone = [b for b in range(holder.start, min(holder.stop, blocks)) if online[b] == 1]
+        if holder.online and len(alone) < holder.stop - holder.start:
+            found.append((holder, (alone[0], alone[-1] + 1) if alone else None))
+    if len(found) <= MOST_MOVERS:
+        return found
+    short = set(narrowest(added).blocks)
+    busy = {h.peer for h, _ in found if not short.isdisjoint(range(h.start, h.stop))}
+    return sorted(found, key=lambda f: (f[0].peer in busy, f[1] is not None, -f[0].rate, f[0].peer))[
+        :MOST_MOVERS
+    ]
+
+
+def _least(lack: Floats, mover: Holder, count: int, keep: tuple[int, int] | None, blocks: int) -> int:
+    """Where a mover's window leaves the least shortfall; among equals, as near as can be to where it is."""
+    first, last = (max(0, keep[1] - count), keep[0]) if keep else (0, blocks - count)
+    options = range(first, min(last, blocks - count) + 1)
+    return min(options, key=lambda start: (round(float(lack[start]), 5), abs(start - mover.start), start))
+
+
+def _holes_after(number: NDArray[np.int64], mover: Holder, start: int, stop: int) -> int:
+    after = number.copy()
+    after[mover.start : mover.stop] -= 1
+    after[start:stop] += 1
+    return int((after == 0).sum())
+
+
+def _coverage(held: Sequence[Holder], blocks: int) -> NDArray[np.int64]:
+    change = np.zeros(blocks + 1, dtype=np.int64)
+    for holder in held:
+        change[holder.start] += 1
+        change[min(holder.stop, blocks)] -= 1
+    return np.cumsum(change)[:blocks]
+
+
+def _windows(wanted: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
+    """How many wanted blocks each window of `count` has."""
+    up_to = np.concatenate([[0], np.cumsum(wanted, dtype=np.int64)])
+    inside: NDArray[np.int64] = up_to[count:] - up_to[: len(up_to) - count]
+    return inside
+
+
+def _single(added: Floats) -> Single:
+    """Half the memory; and the set that `reach` leaves undefined, p after b, costs infinitely much."""
+    before, block = np.ogrid[: added.shape[0], : added.shape[1]]
+    return np.where(before > block, np.inf, added).astype(np.float32)
+
+
+def _shortfalls(rest: Single, rate: float, speeds: Floats, counts: NDArray[np.int64]) -> Floats:
+    """What the worst set of blocks lacks at `rate` tokens per second with one server more.
+
+    rest: of each case, `reach` of the other servers, from `_single`; shape (cases, blocks + 1, blocks).
+    speeds, counts: of the server that is added in each case.
+    Returns block-tokens per second by case and by the start of its window; infinite where no window
+    starts.  The worst set either meets the window, and has the new server's help, or goes around it:
+    then its last block before the window and its first after it are neighbours in the set.
+    """
+    cases, _, blocks = rest.shape
+    until, onward = np.zeros((cases, blocks + 1), np.float32), np.zeros((cases, blocks + 1), np.float32)
+    for b in range(blocks):
+        until[:, b + 1] = (until[:, : b + 1] + rest[:, : b + 1, b]).min(axis=1) - rate
+    for b in range(blocks - 2, -1, -1):
+        step = rest[:, b + 1, b + 1 :] + onward[:, b + 2 :]
+        onward[:, b + 1] = np.minimum(0.0, step.min(axis=1) - rate)
+    around = rest + until[:, :, None]
+    around += onward[:, None, 1:] - np.float32(rate)
+    np.minimum.accumulate(around, axis=1, out=around)
+    around = np.minimum.accumulate(around[:, :, ::-1], axis=2)[:, :, ::-1]
+    before, best = np.minimum.accumulate(until, axis=1), until.min(axis=1)
+    lack = np.full((cases, blocks), np.inf)
+    for case in range(cases):
+        starts = np.arange(blocks - counts[case] + 1)
+        stops = starts + counts[case]
+        without = before[case, starts].astype(float)
+        inner = stops < blocks
+        without[inner] = np.minimum(without[inner], around[case, starts[inner], stops[inner]])
+        lack[case, starts] = -np.minimum(without, best[case] + speeds[case])
+    return lack

@@ -33,6 +33,7 @@ from tensor_codec.errors import (
     TooManyStreams,
     WrongRevision,
 )
+from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
@@ -140,26 +141,30 @@ class Listener:
         Raises PeerFault.
         """
         while (frame := await stream.receive()) is not None:
-            message = read_message(frame, frozenset({"step"}))
-            hop = self._sessions.get(step_session(message))
-            if hop is None or hop.scope.cancel_called:
-                continue  # it ended while the step was on its way
-            if hop.feeder != stream.peer:
-                # A hop that has been replaced, a thief, or the client opened its two hops differently:
-                # the stream, which serves other sessions too, goes on.
-                if step_epoch(message) == hop.epoch:
-                    self.blame[f"{stream.peer} MessageError"] += 1
-                continue
-            try:
-                step = read_step(message, hop.contract)
-                if step.epoch != hop.epoch:
-                    continue  # took an older route
-                if step.bulk:
-                    await hop.offer_when_there_is_room(step, stream.peer)
-                else:
-                    hop.offer(step, stream.peer)
-            except (MessageError, RemoteProtocolError) as fault:
-                self._worker(hop).end_for(fault, stream.peer)
+            await self.take_push(frame, stream.peer)
+
+    async def take_push(self, frame: Buffer, peer: PeerId) -> None:
+        """One step that `peer` pushes.  Raises PeerFault."""
+        message = read_message(frame, frozenset({"step"}))
+        hop = self._sessions.get(step_session(message))
+        if hop is None or hop.scope.cancel_called:
+            return  # it ended while the step was on its way
+        if hop.feeder != peer:
+            # A hop that has been replaced, a thief, or the client opened its two hops differently:
+            # the stream, which serves other sessions too, goes on.
+            if step_epoch(message) == hop.epoch:
+                self.blame[f"{peer} MessageError"] += 1
+            return
+        try:
+            step = read_step(message, hop.contract)
+            if step.epoch != hop.epoch:
+                return  # took an older route
+            if step.bulk:
+                await hop.offer_when_there_is_room(step, peer)
+            else:
+                hop.offer(step, peer)
+        except (MessageError, RemoteProtocolError) as fault:
+            self._worker(hop).end_for(fault, peer)
 
     async def drain(self) -> None:
         """Take no new session, and let the clients of those that there are move elsewhere.  Bounded.

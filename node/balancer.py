@@ -1,0 +1,149 @@
+"""Moves a serving node to the blocks where the swarm needs it: a clock around pure decisions.
+
+Twice in `routing.moves` it is decided whether to go: before a move is announced, and a moment later,
+when everybody has heard of it and we of theirs.  Blocks that nobody holds are looked for every second;
+whether another place would be better, at random times, so that servers do not all move at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from node.config import BalanceConfig
+from routing.moves import gives_way, opens_gap, turn_to_cover
+from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import ONLINE_SOON, SwarmView
+
+log = logging.getLogger("raceme")
+
+LOOK_SECONDS = 1.0  # between looks for blocks that nobody holds
+TURN_SECONDS = 3.0  # that a server waits for each one whose turn comes before its own
+SETTLE_SECONDS = 1.0  # from the announcement of a move until all have heard of it
+BACK_OFF_SECONDS = 60.0  # after a move that failed; doubles with each further one
+BACK_OFF_MOST_SECONDS = 3600.0
+
+Window = tuple[int, int]
+
+
+class MoveFailed(Exception):
+    """The new blocks could not be loaded, and the old ones are served again."""
+
+
+class Better(Protocol):
+    """A better place for `me`, which holds as many blocks there; None where it should stay."""
+
+    def __call__(self, spans: Sequence[Record], blocks: int, me: PeerId) -> Window | None:
+        """spans: online and joining, of one model revision."""
+
+
+class Mover(Protocol):
+    """The node, as the balancer needs it."""
+
+    def view(self) -> SwarmView:
+        """The swarm as known now."""
+
+    def record(self) -> Record:
+        """What we say of ourselves while we serve: peer, revision, blocks, start, stop."""
+
+    async def announce_move(self, start: int, stop: int) -> None:
+        """Say that we are about to serve these blocks."""
+
+    async def stay(self) -> None:
+        """Say again that we serve what we serve."""
+
+    async def move(self, start: int, stop: int) -> None:
+        """Let the sessions move elsewhere, and serve these blocks.  Raises MoveFailed."""
+
+
+def stay_where_we_are(spans: Sequence[Record], blocks: int, me: PeerId) -> Window | None:
+    """The `Better` that knows none."""
+    return None
+
+
+@dataclass(slots=True)
+class Balancer:
+    """Watches the swarm and has the node move.  `run` it beside what serves."""
+
+    mover: Mover
+    config: BalanceConfig
+    rng: random.Random
+    better: Better = stay_where_we_are
+    moves: int = 0
+    _failures: int = 0
+    _hole_since: float | None = None
+    _look_at: float = 0.0  # when to look for a better place next
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._look_later()
+        while True:
+            await trio.sleep(LOOK_SECONDS * self.rng.uniform(0.5, 1.0))
+            choice = self._choose(trio.current_time())
+            if choice is not None:
+                await self._go(choice)
+
+    def _look_later(self) -> None:
+        self._look_at = trio.current_time() + self.config.seconds * self.rng.uniform(0.5, 1.5)
+
+    def _choose(self, now: float) -> Window | None:
+        """Where to go now, if anywhere."""
+        me, spans = self._see()
+        turn = turn_to_cover(spans, me.blocks, me.peer)
+        if turn is not None:
+            self._hole_since = now if self._hole_since is None else self._hole_since
+            due = self._hole_since + TURN_SECONDS * turn.rank
+            return (turn.start, turn.stop) if now >= due else None
+        self._hole_since = None
+        if now < self._look_at or not self.config.quality:
+            return None
+        self._look_later()
+        found = self.better(spans, me.blocks, me.peer)
+        if found is None or found == (me.start, me.stop):
+            return None
+        return None if opens_gap(spans, me, *found, self.config.min_replicas) else found
+
+    def _see(self) -> tuple[Record, tuple[Record, ...]]:
+        """Ourselves, as we serve, and everybody, ourselves included."""
+        me = self.mover.record()
+        others = self.mover.view().spans(me.revision, me.blocks, ONLINE_SOON)
+        return me, (me, *(span for span in others if span.peer != me.peer))
+
+    async def _go(self, window: Window) -> None:
+        """Announce a move, and make it unless the others' news speak against it."""
+        me, before = self._see()
+        log.info("about to move from blocks %d:%d to %d:%d", me.start, me.stop, *window)
+        await self.mover.announce_move(*window)
+        await trio.sleep(SETTLE_SECONDS)
+        why_not = self._objection(before, window)
+        if why_not is not None:
+            log.info("stays with blocks %d:%d: %s", me.start, me.stop, why_not)
+            await self.mover.stay()
+            await trio.sleep(TURN_SECONDS * self.rng.random())
+            return
+        try:
+            await self.mover.move(*window)
+        except MoveFailed as error:
+            log.warning("the move to blocks %d:%d failed: %s", *window, error)
+            self._failures += 1
+            seconds = BACK_OFF_SECONDS * 2 ** min(self._failures - 1, 8)
+            await trio.sleep(min(seconds, BACK_OFF_MOST_SECONDS))
+        else:
+            self.moves, self._failures = self.moves + 1, 0
+            self._look_later()
+        self._hole_since = None
+
+    def _objection(self, before: Sequence[Record], window: Window) -> str | None:
+        """Why the move must not be made after all."""
+        me, now = self._see()
+        if (first := gives_way(before, now, me.peer, *window)) is not None:
+            return f"{first} goes there"
+        if opens_gap(now, me, *window):
+            return "another server of our blocks has left"
+        return None

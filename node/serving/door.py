@@ -1,0 +1,51 @@
+"""The way in to whatever span is served just now: streams outlive the span that they came for.
+
+A node that moves is reached under the same protocols before and after, and its peers keep their push
+streams to it: each step goes to the sessions of the span that is served when it arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from node.serving.hop import FrameStream
+from node.serving.stateless import PeekStream
+from node.serving.stint import Stint
+from tensor_codec.errors import Draining
+from tensor_codec.limits import Limits
+from tensor_codec.messages import Failed, encode_failed
+
+RETRY_SECONDS = 2.0  # after which the new blocks may be there
+
+
+@dataclass(slots=True)
+class Door:
+    """Leads each stream to the stint of the moment; where there is none, it says so."""
+
+    limits: Limits
+    stint: Stint | None = None
+
+    async def serve_session(self, stream: FrameStream) -> None:
+        """Serve the stream of one session.  Raises PeerFault."""
+        if self.stint is None:
+            await self._refuse(stream)
+        else:
+            await self.stint.listener.serve_session(stream)
+
+    async def serve_request(self, stream: PeekStream) -> None:
+        """Serve a stream of requests without a session.  Raises PeerFault."""
+        if self.stint is None:
+            await self._refuse(stream)
+        else:
+            await self.stint.stateless.serve(stream)
+
+    async def serve_push(self, stream: FrameStream) -> None:
+        """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
+        while (frame := await stream.receive()) is not None:
+            if self.stint is not None:  # else its sessions have ended, and their clients know it
+                await self.stint.listener.take_push(frame, stream.peer)
+
+    async def _refuse(self, stream: FrameStream) -> None:
+        if await stream.receive(self.limits.frame_start_seconds) is not None:
+            no = Draining("this node is loading other blocks", RETRY_SECONDS)
+            await stream.send(encode_failed(Failed.of(no)))

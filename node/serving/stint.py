@@ -1,0 +1,213 @@
+"""A stint: the serving of one span, from when it is in memory until its sessions have moved elsewhere.
+
+A node serves one after the other, mostly a single one; what they have in common is `Means`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from node import capacity
+from node.compute import ComputeThread
+from node.config import VERSION, ConfigError
+from node.model.checkpoint import block_tensors
+from node.model.folder import ModelFolder
+from node.model.info import ModelInfo
+from node.model.source import cache_dir
+from node.model.span import DTYPES, Span, load_span
+from node.serving.cache import CacheBudget
+from node.serving.engine import Engine
+from node.serving.listener import Listener, Served
+from node.serving.push import Sender
+from node.serving.rates import RatesFile, device_name, rates_at_start, rates_key
+from node.serving.stateless import StatelessListener
+from routing.names import PeerId
+from routing.records import Record, State
+from tensor_codec.limits import Limits
+
+log = logging.getLogger("raceme")
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a node serves with, whichever blocks.
+
+    name: of the node.  activations: what is computed and cached in.  open_push: a stream to a peer, for
+    pushing.  blame counts peers' faults.
+    """
+
+    folder: ModelFolder
+    info: ModelInfo
+    name: str
+    device: str
+    dtype: str
+    quantize: str
+    activations: str
+    threads: int
+    cache_tokens: int
+    journal_tokens: int | None
+    limits: Limits
+    open_push: Callable[[PeerId], Awaitable[Sender]]
+    blame: Counter[str]
+
+    def offer(self, start: int, stop: int) -> Offer:
+        """To serve these blocks."""
+        return Offer(self.info, start, stop, self.dtype, self.quantize, self.name)
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Bring the files of these blocks into the cache.  Raises ConfigError."""
+        tensors = self.folder.tensors
+        self.folder.need({tensors[name].file for name in block_tensors(self.folder, start, stop)})
+
+    def check_room(self, blocks: int) -> None:
+        """Whether so many blocks fit beside what is loaded.  Raises ConfigError.
+
+        Runs in the torch thread.
+        """
+        free = capacity.free_bytes(self.device)
+        capacity.check_fits(
+            self.info, blocks, self.dtype, self.cache_tokens, free, self.quantize, self.activations
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The span that this node serves, or is about to."""
+
+    info: ModelInfo
+    start: int
+    stop: int
+    dtype: str
+    quantize: str
+    name: str
+
+    def served(self, can_cut: bool) -> Served:
+        """What sessions are checked against."""
+        info = self.info
+        return Served(
+            info.name, info.revision, self.start, self.stop, self.dtype, info.hidden_size,
+            info.max_position, can_cut,
+        )  # fmt: skip
+
+    def record(self, state: State, listener: Listener | None = None) -> Record:
+        """What we announce.  listener: for the rates and the room, once there are some."""
+        record = Record(
+            role="serve",
+            state=state,
+            name=self.name,
+            version=VERSION,
+            model=self.info.name,
+            revision=self.info.revision,
+            blocks=self.info.blocks,
+            start=self.start,
+            stop=self.stop,
+            dtype=self.dtype,
+            quantize=self.quantize,
+        )
+        if listener is None:
+            return record
+        engine = listener.engine
+        return replace(
+            record,
+            seconds_per_block=engine.rates.decode_seconds_per_block,
+            prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
+            cache_tokens=listener.budget.free_tokens,
+            queue=engine.queue_length,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Stint:
+    """A span in memory and the doors to it.  Made by `load_stint`; `run` must be running."""
+
+    offer: Offer
+    listener: Listener
+    stateless: StatelessListener
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _ended: trio.Event = field(default_factory=trio.Event)
+
+    def record(self, state: State) -> Record:
+        """What we announce of it."""
+        return self.offer.record(state, self.listener)
+
+    async def run(self) -> None:
+        """Compute what is asked for, until `end`."""
+        try:
+            with self._scope:
+                await self.listener.engine.run()
+        finally:
+            self._ended.set()
+
+    async def drain(self) -> None:
+        """Take nothing new and let what is under way finish or move elsewhere.  Bounded."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.listener.drain)
+            nursery.start_soon(self.stateless.drain)
+
+    def reopen(self) -> None:
+        """After `drain`: take sessions and requests again."""
+        old = self.listener
+        self.listener = Listener(
+            old.served, old.engine, old.arena, old.budget, old.open_stream, old.limits, old.blame,
+            journal_tokens=old.journal_tokens,
+        )  # fmt: skip
+        self.stateless = StatelessListener(old.served, old.engine, old.limits, old.blame)
+
+    async def end(self) -> None:
+        """Stop computing; to be called once `run` has been started."""
+        self._scope.cancel()
+        await self._ended.wait()
+
+
+async def load_stint(means: Means, offer: Offer, compute: ComputeThread) -> Stint:
+    """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory."""
+    span = await compute.run(_load_span, means, offer)
+    key = rates_key(
+        means.info.revision, device_name(means.device), means.dtype, means.quantize, means.threads, VERSION
+    )
+    rates = await compute.run(rates_at_start, span, RatesFile(cache_dir() / "rates.json"), key)
+    limits = means.limits
+    engine = Engine(span, compute, rates, limits)
+    longest = min(means.info.max_position, limits.max_session_tokens)
+    arena = await compute.run(span.new_arena, means.cache_tokens, longest)
+    budget = CacheBudget(
+        arena.free_tokens, limits.cache_share_per_peer, limits.max_session_tokens, arena.page_tokens
+    )
+    served = offer.served(span.can_cut)
+    listener = Listener(
+        served, engine, arena, budget, means.open_push, limits, means.blame,
+        journal_tokens=means.journal_tokens,
+    )  # fmt: skip
+    return Stint(offer, listener, StatelessListener(served, engine, limits, means.blame))
+
+
+def _load_span(means: Means, offer: Offer) -> Span:
+    """Runs in the torch thread."""
+    return load_span(
+        means.folder,
+        offer.start,
+        offer.stop,
+        dtype=DTYPES[offer.dtype],
+        device=means.device,
+        quantize=offer.quantize,
+    )
+
+
+def forget_unused(device: str) -> None:
+    """Give back the memory of what nobody refers to any more.  Runs in the torch thread."""
+    gc.unfreeze()
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+# What loading may end with that is not a bug: torch says RuntimeError where there is no memory.
+LOAD_FAULTS = (ConfigError, OSError, MemoryError, RuntimeError)

@@ -1,0 +1,158 @@
+"""Balancers of a whole swarm on one clock: one moves and not a herd, and none opens a gap."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import pytest
+import trio
+
+from node.balancer import BACK_OFF_SECONDS, Balancer, MoveFailed
+from node.config import BalanceConfig
+from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import Entry, SwarmView, coverage
+
+BLOCKS = 6
+LOAD_SECONDS = 3.0
+
+
+@dataclass
+class FakeSwarm:
+    """What everybody knows of everybody, at once.  serving: what each in truth serves."""
+
+    records: dict[PeerId, Record] = field(default_factory=dict)
+    serving: dict[PeerId, Record] = field(default_factory=dict)
+    log: list[tuple[float, str, int, int]] = field(default_factory=list)
+
+    def view(self) -> SwarmView:
+        return SwarmView("", entries={peer: Entry(r, b"", 0.0) for peer, r in self.records.items()})
+
+    def online(self) -> tuple[int, ...]:
+        return coverage(self.serving.values(), BLOCKS)
+
+
+@dataclass
+class FakeMover:
+    """A node that takes LOAD_SECONDS for a move; and fails as often as `failing` says."""
+
+    swarm: FakeSwarm
+    me: Record
+    failing: int = 0
+
+    def view(self) -> SwarmView:
+        return self.swarm.view()
+
+    def record(self) -> Record:
+        return self.me
+
+    async def announce_move(self, start: int, stop: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.swarm.records[self.me.peer] = replace(self.me, start=start, stop=stop, state="joining")
+
+    async def stay(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.swarm.records[self.me.peer] = self.swarm.serving[self.me.peer] = self.me
+
+    async def move(self, start: int, stop: int) -> None:
+        self.swarm.log.append((trio.current_time(), self.me.peer, start, stop))
+        del self.swarm.serving[self.me.peer]
+        await trio.sleep(LOAD_SECONDS)
+        if self.failing:
+            self.failing -= 1
+            await self.stay()
+            raise MoveFailed("no memory")
+        self.me = replace(self.me, start=start, stop=stop)
+        await self.stay()
+
+
+@asynccontextmanager
+async def balanced(
+    *spans: tuple[int, int], seed: int = 0, failing: int = 0, **balancer: object
+) -> AsyncIterator[FakeSwarm]:
+    swarm = FakeSwarm()
+    async with trio.open_nursery() as nursery:
+        for number, (start, stop) in enumerate(spans):
+            me = Record(
+                peer=PeerId(f"p{number}"), role="serve", revision="r", blocks=BLOCKS, start=start, stop=stop
+            )
+            swarm.records[me.peer] = swarm.serving[me.peer] = me
+            mover = FakeMover(swarm, me, failing)
+            rng = random.Random(seed * 100 + number)
+            nursery.start_soon(Balancer(mover, BalanceConfig(), rng, **balancer).run)  # type: ignore[arg-type]
+        yield swarm
+        nursery.cancel_scope.cancel()
+
+
+async def test_where_all_is_well_nobody_moves(autojump_clock: object) -> None:
+    async with balanced((0, 3), (3, 6), (0, 3)) as swarm:
+        await trio.sleep(3600)
+        assert swarm.log == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_of_many_that_could_cover_a_hole_one_goes_and_soon(seed: int, autojump_clock: object) -> None:
+    async with balanced(*[(0, 3)] * 8, seed=seed) as swarm:
+        began = trio.current_time()
+        await trio.sleep(60)
+        assert len(swarm.log) == 1
+        assert swarm.log[0][0] - began < 4
+        assert 0 not in swarm.online()
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_a_large_hole_is_covered_by_as_many_as_it_takes_and_no_gap_is_opened(
+    seed: int, autojump_clock: object
+) -> None:
+    async with balanced(*[(0, 2)] * 5, seed=seed) as swarm:
+        for _ in range(600):
+            await trio.sleep(0.1)
+            assert 0 not in swarm.online()[:2]
+        assert 0 not in swarm.online()
+        assert len(swarm.log) == 2
+
+
+async def test_who_alone_holds_its_blocks_stays(autojump_clock: object) -> None:
+    async with balanced((0, 3)) as swarm:
+        await trio.sleep(600)
+        assert swarm.log == []
+
+
+async def test_when_a_move_fails_the_next_in_turn_goes_and_the_first_leaves_it_be_for_a_while(
+    autojump_clock: object,
+) -> None:
+    async with balanced((0, 3), (0, 3), (0, 3), failing=1) as swarm:
+        await trio.sleep(BACK_OFF_SECONDS + 30)
+        assert 0 not in swarm.online()
+        times = {peer: [at for at, who, *_ in swarm.log if who == peer] for _, peer, *_ in swarm.log}
+        assert len(times) > 1
+        for tries in times.values():
+            assert all(two - one > BACK_OFF_SECONDS for one, two in pairwise(tries))
+
+
+async def test_a_better_place_is_taken_unless_that_opens_a_gap(autojump_clock: object) -> None:
+    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+        return (3, 6)
+
+    async with balanced((0, 3), (3, 6), better=better) as swarm:
+        await trio.sleep(600)
+        assert swarm.log == []
+    async with balanced((0, 3), (0, 3), (3, 6), better=better) as swarm:
+        await trio.sleep(600)
+        assert {start for _, peer, start, _ in swarm.log if peer != "p2"} == {3}
+        assert 0 not in swarm.online()
+
+
+async def test_of_two_that_leave_the_same_blocks_at_once_not_both_go(autojump_clock: object) -> None:
+    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+        return (3, 6)
+
+    for seed in range(20):
+        async with balanced((0, 3), (0, 3), (3, 6), better=better, seed=seed) as swarm:
+            for _ in range(300):
+                await trio.sleep(1)
+                assert 0 not in swarm.online()

@@ -1,0 +1,214 @@
+"""A node that exchanges its span for another: what its peers see meanwhile, and when loading fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import trio
+import trio.testing
+
+from node.balancer import MoveFailed
+from node.config import ConfigError
+from node.serving.cache import CacheBudget
+from node.serving.engine import Engine
+from node.serving.listener import Listener
+from node.serving.rates import Rates
+from node.serving.server import Server
+from node.serving.stateless import StatelessListener
+from node.serving.stint import Offer, Stint
+from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import SwarmView
+from tensor_codec.limits import Limits
+from tensor_codec.messages import (
+    SESSION_PROTOCOL,
+    Contract,
+    Failed,
+    Open,
+    Opened,
+    decode_from_hop,
+    decode_open_reply,
+    encode_open,
+)
+from tests.fakes_serving import CLIENT, HIDDEN, FakeArena, FakeCompute, FakeSpan, FakeStream, stream_pair
+
+LIMITS = Limits()
+ME = PeerId("me")
+INFO = SimpleNamespace(name="m", revision="r", blocks=6, hidden_size=HIDDEN, max_position=4096)
+
+
+@dataclass
+class FakeMeans:
+    """room: for two spans at once."""
+
+    room: bool = True
+    device: str = "cpu"
+    limits: Limits = LIMITS
+    fetched: list[tuple[int, int]] = field(default_factory=list)
+
+    def offer(self, start: int, stop: int) -> Offer:
+        return Offer(INFO, start, stop, "float32", "none", "name")  # type: ignore[arg-type]
+
+    def fetch(self, start: int, stop: int) -> None:
+        self.fetched.append((start, stop))
+
+    def check_room(self, blocks: int) -> None:
+        if not self.room:
+            raise ConfigError("no room")
+
+
+@dataclass
+class FakeDirectory:
+    """said: everything that was announced, as (state, start, stop)."""
+
+    peer_id: PeerId = ME
+    said: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def view(self) -> SwarmView:
+        return SwarmView("")
+
+    async def announce(self, record: Record) -> None:
+        await trio.lowlevel.checkpoint()
+        self.said.append((record.state, record.start, record.stop))
+
+
+@dataclass
+class Loader:
+    """Makes stints over fakes; `broken` spans cannot be loaded."""
+
+    broken: set[tuple[int, int]] = field(default_factory=set)
+    loaded: list[tuple[int, int]] = field(default_factory=list)
+    seconds: float = 5.0
+
+    async def __call__(self, means: object, offer: Offer, compute: object) -> Stint:
+        await trio.sleep(self.seconds)
+        if (offer.start, offer.stop) in self.broken:
+            raise RuntimeError("not enough memory")
+        self.loaded.append((offer.start, offer.stop))
+        span = FakeSpan(offer.start, offer.stop)
+        engine = Engine(span, FakeCompute(), Rates(1.0, 1.0), LIMITS)  # type: ignore[arg-type]
+        served = offer.served(True)
+
+        async def nowhere(peer: PeerId) -> FakeStream:
+            raise AssertionError
+
+        listener = Listener(served, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)  # type: ignore[arg-type]
+        return Stint(offer, listener, StatelessListener(served, engine, LIMITS, Counter()))
+
+
+@dataclass
+class Setting:
+    server: Server
+    directory: FakeDirectory
+    loader: Loader
+    online: list[tuple[int, int]]
+    nursery: trio.Nursery
+
+    async def open(self, start: int, stop: int, number: int = 0) -> tuple[FakeStream, Opened | Failed]:
+        """Open a session as a client does."""
+        ours, theirs = stream_pair(CLIENT, PeerId("me"), SESSION_PROTOCOL, LIMITS)
+        self.nursery.start_soon(self._handle, theirs)
+        opened = Open(bytes([number]) * 16, "m", "r", start, stop, 1, 64, "float32", "fp32")
+        await ours.send(encode_open(opened))
+        frame = await ours.receive(5)
+        assert frame is not None
+        return ours, decode_open_reply(frame)
+
+    async def _handle(self, stream: FakeStream) -> None:
+        await self.server.door.serve_session(stream)
+        await stream.aclose()
+
+
+@asynccontextmanager
+async def serving(room: bool = True) -> AsyncIterator[Setting]:
+    async with trio.open_nursery() as nursery:
+        directory, loader = FakeDirectory(), Loader()
+        online: list[tuple[int, int]] = []
+        server = Server(
+            FakeMeans(room), directory, FakeCompute(), nursery,  # type: ignore[arg-type]
+            lambda offer: online.append((offer.start, offer.stop)), loader,
+        )  # fmt: skip
+        await server.begin(0, 3)
+        yield Setting(server, directory, loader, online, nursery)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("room", [True, False])
+async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
+    room: bool, autojump_clock: object
+) -> None:
+    async with serving(room) as setting:
+        assert isinstance((await setting.open(0, 3))[1], Opened)
+        await setting.server.announce_move(3, 6)
+        assert isinstance((await setting.open(0, 3, 1))[1], Opened), "as long as it only says so"
+        await setting.server.move(3, 6)
+        assert setting.online == [(0, 3), (3, 6)]
+        assert setting.directory.said == [
+            ("joining", 0, 3), ("online", 0, 3), ("joining", 3, 6), ("online", 3, 6),
+        ]  # fmt: skip
+        assert isinstance((await setting.open(3, 6, 2))[1], Opened)
+        refused = (await setting.open(0, 3, 3))[1]
+        assert isinstance(refused, Failed)
+        assert refused.code == "wrong_revision"
+
+
+async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # a real thread looks for the files
+    async with serving(room=False) as setting:
+        stream, _ = await setting.open(0, 3)
+        setting.nursery.start_soon(setting.server.move, 3, 6)
+        frame = await stream.receive(1)
+        assert frame is not None
+        told = decode_from_hop(frame, Contract(bytes(16), 0, 3, 1, 64, HIDDEN, "fp32", 2048))
+        assert isinstance(told, Failed)
+        assert told.code == "leaving"
+        await trio.sleep(LIMITS.drain_idle_seconds + 1)  # nothing came, so the session has ended
+        answer = (await setting.open(3, 6, 1))[1]
+        assert isinstance(answer, Failed)
+        assert (answer.code, answer.retry_after_seconds) == ("draining", 2.0)
+        await trio.sleep(10)
+        assert isinstance((await setting.open(3, 6, 2))[1], Opened)
+
+
+@pytest.mark.parametrize("room", [True, False])
+async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_again(
+    room: bool, autojump_clock: object
+) -> None:
+    async with serving(room) as setting:
+        await setting.open(0, 3)
+        setting.loader.broken.add((3, 6))
+        await setting.server.announce_move(3, 6)
+        with pytest.raises(MoveFailed, match="not enough memory"):
+            await setting.server.move(3, 6)
+        assert setting.directory.said[-1] == ("online", 0, 3)
+        assert isinstance((await setting.open(0, 3, 1))[1], Opened)
+        assert setting.loader.loaded == [(0, 3)] * (1 if room else 2)
+
+
+async def test_when_neither_can_be_loaded_the_error_says_so(autojump_clock: object) -> None:
+    async with serving(room=False) as setting:
+        setting.loader.broken |= {(3, 6), (0, 3)}
+        with pytest.raises(ConfigError, match=r"blocks 0:3 were left .* neither could be loaded"):
+            await setting.server.move(3, 6)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4.0])
+@pytest.mark.parametrize("room", [True, False])
+async def test_a_node_can_leave_in_the_midst_of_a_move(
+    room: bool, seconds: float, autojump_clock: object
+) -> None:
+    async with serving(room) as setting:
+        await setting.open(0, 3)
+        with trio.move_on_after(seconds):
+            await setting.server.move(3, 6)
+        began = trio.current_time()
+        await setting.server.leave()
+        assert trio.current_time() - began < 2 * LIMITS.drain_seconds + 1
+        assert setting.server.session_count == 0
