@@ -20,6 +20,7 @@ from routing.names import PeerId
 from routing.placement import Move, best_window, in_turn, moves
 
 Window = tuple[int, int]
+Between = tuple[float, float]
 PETALS_QUALITY = 0.75
 PETALS_SWEEPS = 20
 
@@ -28,6 +29,7 @@ class Rule(Protocol):
     """A rule; `seen` is whatever the decider knows, `rank` may be kept for others who know the same."""
 
     drops_first: bool  # stops serving as soon as it moves, and loads every block anew
+    decide_seconds: Between  # between two looks at its place, by chance
 
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
@@ -50,6 +52,7 @@ class Ours:
     """routing.placement."""
 
     drops_first = False
+    decide_seconds = (30.0, 90.0)
 
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
@@ -72,6 +75,7 @@ class Random:
     """Any window, for ever."""
 
     drops_first = True
+    decide_seconds = (0.0, 240.0)  # of Petals: 120 s in the mean
 
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
@@ -130,6 +134,7 @@ class Petals(Random):
             return None
         window = goal, goal + mine.stop - mine.start
         there = [mine._replace(start=window[0], stop=window[1]), *(h for h in seen if h.peer != me)]
+        _add(served, there[0], 1)
         for _ in range(PETALS_SWEEPS):
             rng.shuffle(there)
             still = True

@@ -25,7 +25,6 @@ from routing.records import Record, State
 
 DELAY_SECONDS = 30.0  # the oldest that a view may be, and how long a move is announced before it is made
 TTL_SECONDS = 90.0
-DECIDE_SECONDS = 30.0, 90.0  # a server looks at its place every so often
 REST_SECONDS = 600.0
 LIE = 100.0
 
@@ -262,7 +261,7 @@ class Simulation:
     def _come_online(self, server: Server) -> None:
         server.serving, server.state = server.target, "online"
         self._announce(server)
-        self._later(server, self._chance.uniform(*DECIDE_SECONDS), self._decide)
+        self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
 
     def _decide(self, server: Server) -> None:
         snapshot, blocks = self._look(), self.plan.model.blocks
@@ -275,7 +274,7 @@ class Simulation:
             window = self.rule.move(seen, blocks, server.peer, self._ranks[snapshot], self._chance)
         self._timed(began)
         if window is None or window == server.target:
-            self._later(server, self._chance.uniform(*DECIDE_SECONDS), self._decide)
+            self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
             return
         server.version += 1
         server.target, server.state = window, "joining"
@@ -296,7 +295,7 @@ class Simulation:
         if opens_gap(held, server.peer, *server.target):
             server.target, server.state = server.serving, "online"
             self._announce(server)
-            self._later(server, self._chance.uniform(*DECIDE_SECONDS), self._decide)
+            self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
             return
         self.outcome.moves += self._observing
         start, stop = max(server.serving[0], server.target[0]), min(server.serving[1], server.target[1])
