@@ -3,12 +3,22 @@
 import math
 import random
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing.names import peer_id_of
-from routing.placement import choose_blocks, throughputs
+from routing.capacity import Holder, bound, capacity, reach
+from routing.names import PeerId, peer_id_of
+from routing.placement import (
+    _shortfalls,
+    _single,
+    better_window,
+    choose_blocks,
+    moves,
+    opens_gap,
+    throughputs,
+)
 from routing.records import Record
 from routing.swarm import coverage
 
@@ -104,3 +114,87 @@ def test_a_node_with_room_for_more_than_the_model_takes_it_all():
 def test_a_node_with_room_for_nothing_is_told_so():
     with pytest.raises(ValueError, match="at least 1"):
         choose_blocks([], 12, 0)
+
+
+def swarm_of(seed, servers=14, blocks=20):
+    """Servers of mixed sizes where chance put them, on covered blocks."""
+    rng, held = random.Random(seed), []
+    for number in range(servers):
+        count = rng.choice([2, 3, 5, 9])
+        start = rng.randrange(blocks - count + 1)
+        peer = PeerId(f"{number:03}")
+        held.append(Holder(peer, start, start + count, rng.uniform(50, 300), rng.random() < 0.9))
+    return held
+
+
+def moved(held, move):
+    return [h._replace(start=move.start, stop=move.stop) if h.peer == move.peer else h for h in held]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000))
+def test_no_move_leaves_a_block_without_an_online_holder(seed):
+    held = swarm_of(seed)
+    for move in moves(held, 20):
+        assert not opens_gap(held, move.peer, move.start, move.stop)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.randoms(use_true_random=False))
+def test_everyone_ranks_the_moves_alike_and_the_first_is_made(seed, rng):
+    held = swarm_of(seed)
+    ranked = moves(held, 20)
+    assert ranked == moves(rng.sample(held, len(held)), 20)
+    if ranked:
+        first = ranked[0]
+        window = better_window(held, 20, first.peer, first.stop - first.start, rng=rng)
+        assert window == (first.start, first.stop)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000))
+def test_moves_end_and_never_lower_the_number_of_covered_blocks(seed):
+    held = swarm_of(seed)
+    for _ in range(100):
+        ranked = moves(held, 20)
+        if not ranked:
+            break
+        after = moved(held, ranked[0])
+        assert sum(c > 0 for c in covered(after)) >= sum(c > 0 for c in covered(held))
+        held = after
+    assert moves(held, 20) == []
+
+
+def covered(held):
+    return [sum(h.start <= block < h.stop for h in held) for block in range(20)]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.floats(10, 400), st.integers(1, 9))
+def test_the_shortfall_of_every_window_is_that_of_the_capacity(seed, rate, count):
+    """Where a window leaves none at a demand, the capacity with it is that demand, and the reverse."""
+    held = swarm_of(seed)
+    demand = 0.8 * bound(held, 20)
+    lack = _shortfalls(_single(reach(held, 20))[None], demand, np.array([rate]), np.array([count]))[0]
+    for start in range(20 - count + 1):
+        with_it = capacity([*held, Holder(PeerId("new"), start, start + count, rate)], 20)
+        if abs(with_it - demand) > 1e-3 * demand:
+            assert (with_it > demand) == (lack[start] < 1e-2)
+
+
+def test_a_server_that_everyone_can_spare_fills_the_hole():
+    held = [
+        Holder(PeerId("a"), 0, 5, 10.0),
+        Holder(PeerId("b"), 0, 5, 10.0),
+        Holder(PeerId("c"), 6, 12, 10.0),
+    ]
+    [first, *_] = moves(held, 12)
+    assert first.peer in "ab"
+    assert first.start <= 5 < first.stop
+
+
+def test_a_swarm_near_its_bound_rests():
+    held = [Holder(PeerId(name), 0, 12, 10.0) for name in "abc"]
+    assert moves(held, 12) == []
+    assert better_window(held, 12, PeerId("a"), 6, rng=random.Random(0)) is None
+    assert better_window(held, 12, PeerId("unknown"), 6, rng=random.Random(0)) is None

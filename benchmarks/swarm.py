@@ -1,0 +1,100 @@
+"""Who serves what: how near a swarm comes to the best that its hardware allows, by rule.
+
+    python -m benchmarks.swarm --servers 60 --model llama-405b --seeds 20 --rule all
+
+Simulated servers on the real code of `routing` (see benchmarks.swarm_sim): they join one after the
+other, have ten minutes, and then an hour is observed, at rest or with --churn and --lost.  `share` is
+capacity over its bound, all servers' rates over the blocks: at rest that of the end of the ten
+minutes, else the mean over the hour.  llama-405b is the thin case, llama-70b the roomy one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.swarm_rules import RULES
+from benchmarks.swarm_sim import MODELS, Outcome, Plan, Simulation, summary
+
+SHOWN = (
+    ("share", "share_of_bound_mean", ".3f"),
+    ("p5", "share_of_bound_p5", ".3f"),
+    ("min", "share_of_bound_min", ".3f"),
+    ("uncovered s", "uncovered_s", ".1f"),
+    ("moves/server h", "moves_per_server_hour", ".3f"),
+    ("blocks/h", "blocks_loaded_per_hour", ".1f"),
+    ("decision ms", "decision_ms", ".2f"),
+)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swarm", description=__doc__.split("\n")[0])
+    parser.add_argument("--servers", type=int, default=60)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama-405b")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--churn", type=float, default=0.0, help="share of the servers replaced per hour")
+    parser.add_argument("--lost", type=float, default=0.0, help="share that crashes at once half-way")
+    parser.add_argument("--liars", type=float, default=0.0, help="share that announces 100 times its speed")
+    parser.add_argument("--rule", choices=[*RULES, "all"], default="ours")
+    parser.add_argument("--load-gb-per-s", type=float, default=0.25, help="at which a server loads blocks")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="observed after the ten minutes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser.parse_args(words)
+
+
+def plan_of(flags: argparse.Namespace, seed: int) -> Plan:
+    """One run; those of 1,000 servers join within the same ten minutes as those of 60."""
+    return Plan(
+        model=MODELS[flags.model],
+        servers=flags.servers,
+        seed=seed,
+        churn=flags.churn,
+        lost=flags.lost,
+        liars=flags.liars,
+        seconds=flags.seconds,
+        join_seconds=min(10.0, 600.0 / flags.servers),
+        load_gb_per_s=flags.load_gb_per_s,
+    )
+
+
+def measure(flags: argparse.Namespace, name: str) -> dict[str, Any]:  # Any: JSON
+    """All seeds by one rule."""
+    outcomes: list[Outcome] = []
+    began = time.perf_counter()
+    for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
+        outcomes.append(Simulation(plan_of(flags, seed), RULES[name]()).run())
+    found: dict[str, Any] = {"rule": name, **summary(plan_of(flags, 0), outcomes)}
+    found["at_rest_by_seed"] = [round(outcome.at_rest, 4) for outcome in outcomes]
+    print(f"{name}: {flags.seeds} seeds in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rules side by side."""
+    lines = [f"{'rule':8}" + "".join(f"{title:>16}" for title, _, _ in SHOWN)]
+    for row in rows:
+        lines.append(f"{row['rule']:8}" + "".join(f"{row[key]:>16{form}}" for _, key, form in SHOWN))
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    flags = parse(words)
+    names = list(RULES) if flags.rule == "all" else [flags.rule]
+    rows = [measure(flags, name) for name in names]
+    print(table(rows))
+    if flags.json:
+        settings = {key: value for key, value in vars(flags).items() if key != "json"}
+        figures = {**rows[0], "rules": rows} if len(rows) > 1 else rows[0]
+        flags.json.write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
