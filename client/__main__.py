@@ -61,7 +61,7 @@ def _guarded(flags: argparse.Namespace) -> int:
 def _run(flags: argparse.Namespace) -> int:
     from client.terminal import run_chat, run_generate
     from node.tasks import run
-    from routing.chain import NoChain
+    from routing.hops import NoChain
     from tensor_codec.errors import PeerFault, Refused
 
     commands: dict[str, Callable[[argparse.Namespace], Awaitable[None]]] = {

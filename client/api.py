@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from client.trace import Trace
     from node.model.ends import Ends
     from node.model.info import ModelInfo
-    from routing.chain import Chain
+    from routing.hops import Chain
     from routing.swarm import SwarmView
     from tensor_codec.messages import Reply
 

@@ -9,7 +9,7 @@ import trio
 
 from client.recovery import Standing
 from node.network.streams import FramedStream
-from routing.chain import Hop
+from routing.hops import Hop
 from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits

@@ -24,7 +24,7 @@ from client.recovery import Plan, Sent, Standing, plan
 from client.trace import Trace
 from node.network.streams import FramedStream
 from node.tasks import background_nursery
-from routing.chain import Chain, Hop, NoChain
+from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer

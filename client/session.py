@@ -29,7 +29,7 @@ from client.recovery import Sent
 from client.route import REPLAY_TOKENS, Route, Stand, Surroundings, Terms
 from client.trace import Trace
 from node.compute import ComputeThread
-from routing.chain import Chain, Hop, NoChain
+from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.compression import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, MessageError, PeerFault, PeerGone, Refused, SlowPeer

@@ -23,7 +23,7 @@ from client.blame import Blame
 from node.compute import ComputeThread
 from node.model.info import ModelInfo
 from node.network.streams import FramedStream
-from routing.chain import Chain, Hop, NoChain
+from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.compression import codec_for, decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, Refused, SlowPeer

@@ -18,7 +18,7 @@ from client.connect import connect
 from client.generate import Token
 from client.trace import Trace
 from node.config import ConfigError
-from routing.chain import Chain, NoChain
+from routing.hops import Chain, NoChain
 
 
 @dataclass(slots=True)

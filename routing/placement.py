@@ -172,11 +172,12 @@ def moves(
     No move leaves a block without an online holder: what only one holds stays with it.
     O(MOST_MOVERS * blocks**2).
     """
+    held = sorted(held, key=lambda h: h.peer)  # one order of adding: one result for everybody
     most, added = bound(held, blocks), reach(held, blocks)
     number = _coverage(held, blocks)
     if not held or (number.min() > 0 and narrowest(added).capacity >= quality * most):
         return []
-    movers = _movers(sorted(held, key=lambda h: h.peer), blocks, added, most)
+    movers = _movers(held, blocks, added, most)
     if not movers:
         return []
     rates = np.array([mover.rate for mover, _ in movers])
