@@ -255,15 +255,15 @@ def _add_balance_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=usual.quality,
         metavar="SHARE",
-        help="move when the swarm can do less than this share of what it could do then; 0: only to blocks"
-        f" that nobody serves (default: {usual.quality:g})",
+        help="stay while the swarm can do this share of what its servers could do at best; 0: move only to"
+        f" blocks that nobody serves (default: {usual.quality:g})",
     )
     balance.add_argument(
         "--min-replicas",
         type=int,
         default=usual.min_replicas,
         metavar="N",
-        help="servers that a block which it leaves must still have, unless other blocks have none"
+        help="servers that each block should have, where that costs no speed"
         f" (default: {usual.min_replicas})",
     )
     balance.add_argument(

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.process
 TTL_SECONDS = 6.0
 GRACE_SECONDS = 15.0  # beyond the TTL, until blocks that a killed node held are served again
 FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "8192"]
+FLAGS += ["--balance-quality", "0"]  # nothing but holes
 PROMPT = [5, 9, 3, 17, 11, 8]
 TOKENS = 40
 
