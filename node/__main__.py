@@ -141,12 +141,16 @@ def _status(words: list[str]) -> int:
     parser = _parser("status", "Show a swarm: its peers, their blocks and rates, the coverage of each block.")
     add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON; with --watch a line each time")
+    parser.add_argument("--watch", action="store_true", help="go on until Ctrl-C, and show who moves")
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
     from node.status import show_status
+    from node.watch import watch_status
 
     config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
+    if flags.watch:
+        return _run(partial(watch_status, config, as_json=flags.json))
     return _run(partial(show_status, config, as_json=flags.json))
 
 
