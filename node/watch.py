@@ -73,7 +73,11 @@ def _screen(as_json: bool) -> Iterator[Any]:  # Any: a function of JSON
     from rich.console import Console, Group
     from rich.live import Live
 
-    with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as live:
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: one look below the other
+        yield lambda facts: console.print(*tables(facts), *move_lines(facts), sep="\n")
+        return
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         yield lambda facts: live.update(Group(*tables(facts), *move_lines(facts)), refresh=True)
 
 
