@@ -141,12 +141,16 @@ def _status(words: list[str]) -> int:
     parser = _parser("status", "Show a swarm: its peers, their blocks and rates, the coverage of each block.")
     add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON; with --watch a line each time")
+    parser.add_argument("--watch", action="store_true", help="go on until Ctrl-C, and show who moves")
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
     from node.status import show_status
+    from node.watch import watch_status
 
     config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
+    if flags.watch:
+        return _run(partial(watch_status, config, as_json=flags.json))
     return _run(partial(show_status, config, as_json=flags.json))
 
 
@@ -255,15 +259,15 @@ def _add_balance_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=usual.quality,
         metavar="SHARE",
-        help="move when the swarm can do less than this share of what it could do then; 0: only to blocks"
-        f" that nobody serves (default: {usual.quality:g})",
+        help="stay while the swarm can do this share of what its servers could do at best; 0: move only to"
+        f" blocks that nobody serves (default: {usual.quality:g})",
     )
     balance.add_argument(
         "--min-replicas",
         type=int,
         default=usual.min_replicas,
         metavar="N",
-        help="servers that a block which it leaves must still have, unless other blocks have none"
+        help="servers that each block should have, where that costs no speed"
         f" (default: {usual.min_replicas})",
     )
     balance.add_argument(

@@ -18,6 +18,7 @@ import trio
 from node.config import BalanceConfig
 from routing.moves import gives_way, opens_gap, turn_to_cover
 from routing.names import PeerId
+from routing.placement import better_window, holders
 from routing.records import Record
 from routing.swarm import ONLINE_SOON, SwarmView
 
@@ -62,9 +63,17 @@ class Mover(Protocol):
         """Let the sessions move elsewhere, and serve these blocks.  Raises MoveFailed."""
 
 
-def stay_where_we_are(spans: Sequence[Record], blocks: int, me: PeerId) -> Window | None:
-    """The `Better` that knows none."""
-    return None
+def by_capacity(config: BalanceConfig, rng: random.Random) -> Better:
+    """The place from which the swarm's capacity, as `routing.placement` has it, gains most."""
+
+    def better(spans: Sequence[Record], blocks: int, me: PeerId) -> Window | None:
+        held = holders(spans)
+        count = next(holder.stop - holder.start for holder in held if holder.peer == me)
+        return better_window(
+            held, blocks, me, count, quality=config.quality, min_replicas=config.min_replicas, rng=rng
+        )
+
+    return better
 
 
 @dataclass(slots=True)
@@ -74,7 +83,7 @@ class Balancer:
     mover: Mover
     config: BalanceConfig
     rng: random.Random
-    better: Better = stay_where_we_are
+    better: Better
     moves: int = 0
     _failures: int = 0
     _hole_since: float | None = None
@@ -107,7 +116,7 @@ class Balancer:
         found = self.better(spans, me.blocks, me.peer)
         if found is None or found == (me.start, me.stop):
             return None
-        return None if opens_gap(spans, me, *found, self.config.min_replicas) else found
+        return None if opens_gap(spans, me, *found) else found
 
     def _see(self) -> tuple[Record, tuple[Record, ...]]:
         """Ourselves, as we serve, and everybody, ourselves included."""

@@ -40,15 +40,15 @@ class NetworkConfig:
 
 @dataclass(frozen=True, slots=True)
 class BalanceConfig:
-    """When a node moves to other blocks.
+    """When a node moves to other blocks, and where.
 
-    quality: it moves when what the swarm can do is less than this share of what it could do then; 0:
-    only to blocks that nobody serves.  min_replicas: servers that a block which it leaves must still
-    have, except where other blocks have none.  seconds: between looks for a better place, on average.
+    quality: nobody moves while the swarm can do this share of what its servers could do at best; 0: only
+    to blocks that nobody serves.  min_replicas: servers that each block should have, where that costs
+    no speed.  seconds: between looks for a better place, on average.
     """
 
-    quality: float = 0.75  # as in Petals: a move must gain a third
-    min_replicas: int = 1
+    quality: float = 0.99  # routing.placement.QUALITY
+    min_replicas: int = 2
     seconds: float = 60.0
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node import capacity
-from node.balancer import Balancer
+from node.balancer import Balancer, by_capacity
 from node.compute import ComputeThread, open_compute_thread
 from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
 from node.tasks import background_nursery
@@ -79,7 +79,9 @@ async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping)
         stopping.started()
         async with background_nursery() as moving:
             if config.blocks is None:
-                moving.start_soon(Balancer(server, config.balance, random.Random()).run)
+                rng = random.Random()
+                better = by_capacity(config.balance, rng)
+                moving.start_soon(Balancer(server, config.balance, rng, better).run)
             await stopping.requested.wait()
         log.info("leaving, %d sessions are open", server.session_count)
         await server.leave()
@@ -257,7 +259,8 @@ async def _choose_span(
             capacity.check_fits(info, 1, dtype, least, free, quantize, activations)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
-    return choose_blocks(spans, info.blocks, count, random.Random())
+    replicas = config.balance.min_replicas
+    return choose_blocks(spans, info.blocks, count, random.Random(), min_replicas=replicas)
 
 
 def _prepare_torch(threads: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -14,6 +14,10 @@ from routing.names import ModelId, Revision
 from routing.records import Record
 from routing.swarm import ModelKey, SwarmView, coverage, holes
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MOST_NAMED = 4  # peers of a bottleneck
 SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
 
 
@@ -61,6 +65,26 @@ def _model(view: SwarmView, key: ModelKey) -> dict[str, Any]:  # Any: JSON
         "coverage": list(coverage(spans, key.blocks)),
         "holes": [list(run) for run in missing],
         "complete": not missing,
+        **_throughput(spans, key.blocks),
+    }
+
+
+def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
+    """What the peers can do together by what they announce, in tokens per second, and what limits it.
+
+    One token of one session at a time in each server: batches do more.
+    """
+    from routing.capacity import bottleneck, bound
+    from routing.placement import holders
+
+    held = holders(spans)
+    narrow = bottleneck(held, blocks)
+    limiting = set(narrow.blocks)
+    return {
+        "capacity_tokens_per_s": round(narrow.capacity, 3),
+        "bound_tokens_per_s": round(bound(held, blocks), 3),
+        "bottleneck_blocks": list(narrow.blocks),
+        "bottleneck_peers": [h.peer for h in held if not limiting.isdisjoint(range(h.start, h.stop))],
     }
 
 
@@ -92,9 +116,16 @@ def _prefill_rate(record: Record) -> float:
 def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
     """The same for people."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
+    for part in tables(facts):
+        console.print(part)
+
+
+def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
+    """What rich shows of the facts, one below the other."""
+    from rich.table import Table
+
     table = Table(
         title=f"swarm {facts['swarm']}: {len(facts['peers'])} peers", box=None, padding=(0, 2, 0, 0)
     )
@@ -115,14 +146,41 @@ def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
             str(peer["free_cache_tokens"]) if serves else "",
             "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
         )
-    console.print(table)
+    parts: list[Table | str] = [table]
     if not facts["models"]:
-        console.print("no peer serves a model")
+        parts.append("no peer serves a model")
     for model in facts["models"]:
         runs = ", ".join(f"{start}:{stop}" for start, stop in model["holes"])
         state = f"served by nobody: blocks {runs}" if runs else "every block is served"
-        console.print(f"{model['model']} ({model['revision']}), {model['blocks']} blocks: {state}")
-        console.print(f"  servers of each block: {_runs(model['coverage'])}")
+        parts.append(f"{model['model']} ({model['revision']}), {model['blocks']} blocks: {state}")
+        parts.append(f"  servers of each block: {_runs(model['coverage'])}")
+        parts.append(_limit(model))
+    return parts
+
+
+def _limit(model: dict[str, Any]) -> str:  # Any: JSON
+    """One line of what the swarm can do and who limits it."""
+    capacity, most = model["capacity_tokens_per_s"], model["bound_tokens_per_s"]
+    line = f"  capacity {capacity:.1f} of at most {most:.1f} tokens/s"
+    if not capacity:
+        return line
+    everybody = len(model["bottleneck_blocks"]) == model["blocks"]
+    runs = ", ".join(f"{a}:{b}" for a, b in _blocks_as_runs(model["bottleneck_blocks"]))
+    peers = ", ".join("…" + peer[-6:] for peer in model["bottleneck_peers"][:MOST_NAMED])
+    more = len(model["bottleneck_peers"]) - MOST_NAMED
+    return f"{line}, limited by " + (
+        "all servers together" if everybody else f"blocks {runs} ({peers}{f' and {more} more' * (more > 0)})"
+    )
+
+
+def _blocks_as_runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][1] == block:
+            runs[-1] = runs[-1][0], block + 1
+        else:
+            runs.append((block, block + 1))
+    return runs
 
 
 def _runs(counts: Sequence[int]) -> str:

@@ -89,12 +89,12 @@ def _best_move(span: Record, soon: Sequence[int], now: Sequence[int]) -> _Move |
     return _Move(span.peer, best[2], best[2] + count, best[0], min(left, default=0))
 
 
-def opens_gap(spans: Iterable[Record], mover: Record, start: int, stop: int, least: int = 1) -> bool:
-    """Whether a block that `mover` leaves for [start, stop) then has fewer than `least` online servers."""
+def opens_gap(spans: Iterable[Record], mover: Record, start: int, stop: int) -> bool:
+    """Whether a block that `mover` leaves for [start, stop) then has no online server."""
     online = [span for span in spans if span.state == "online" and span.peer != mover.peer]
     held = coverage(online, mover.blocks)
     left = set(range(mover.start, mover.stop)) - set(range(start, stop))
-    return any(held[block] < least for block in left)
+    return any(held[block] == 0 for block in left)
 
 
 def gives_way(

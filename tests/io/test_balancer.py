@@ -11,9 +11,11 @@ from itertools import pairwise
 import pytest
 import trio
 
-from node.balancer import BACK_OFF_SECONDS, Balancer, MoveFailed
+from node.balancer import BACK_OFF_SECONDS, Balancer, Better, MoveFailed, by_capacity
 from node.config import BalanceConfig
+from routing.capacity import bound, capacity
 from routing.names import PeerId
+from routing.placement import holders
 from routing.records import Record
 from routing.swarm import Entry, SwarmView, coverage
 
@@ -70,9 +72,14 @@ class FakeMover:
         await self.stay()
 
 
+def stay(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+    """No place is better."""
+    return None
+
+
 @asynccontextmanager
 async def balanced(
-    *spans: tuple[int, int], seed: int = 0, failing: int = 0, **balancer: object
+    *spans: tuple[int, int], seed: int = 0, failing: int = 0, better: Better | None = stay
 ) -> AsyncIterator[FakeSwarm]:
     swarm = FakeSwarm()
     async with trio.open_nursery() as nursery:
@@ -83,7 +90,8 @@ async def balanced(
             swarm.records[me.peer] = swarm.serving[me.peer] = me
             mover = FakeMover(swarm, me, failing)
             rng = random.Random(seed * 100 + number)
-            nursery.start_soon(Balancer(mover, BalanceConfig(), rng, **balancer).run)  # type: ignore[arg-type]
+            choose = better or by_capacity(BalanceConfig(), rng)
+            nursery.start_soon(Balancer(mover, BalanceConfig(), rng, choose).run)
         yield swarm
         nursery.cancel_scope.cancel()
 
@@ -132,6 +140,22 @@ async def test_when_a_move_fails_the_next_in_turn_goes_and_the_first_leaves_it_b
         assert len(times) > 1
         for tries in times.values():
             assert all(two - one > BACK_OFF_SECONDS for one, two in pairwise(tries))
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_servers_settle_where_the_swarm_can_do_most_and_then_stay(
+    seed: int, autojump_clock: object
+) -> None:
+    async with balanced((0, 3), (0, 3), (0, 3), (3, 6), seed=seed, better=None) as swarm:
+        for _ in range(1800):
+            await trio.sleep(1)
+            assert 0 not in swarm.online()
+        held = holders(tuple(swarm.serving.values()))
+        assert capacity(held, BLOCKS) > 0.98 * bound(held, BLOCKS)
+        moves = len(swarm.log)
+        assert moves <= 3
+        await trio.sleep(3600)
+        assert len(swarm.log) == moves
 
 
 async def test_a_better_place_is_taken_unless_that_opens_a_gap(autojump_clock: object) -> None:

@@ -89,12 +89,12 @@ def test_everybody_sees_one_order_whatever_the_order_of_the_records(spans, seed)
     assert turns(random.Random(seed).sample(spans, len(spans))) == found
 
 
-def test_so_many_servers_must_be_left_as_are_wanted():
-    spans = [span("a", 0, 4), span("b", 0, 4), span("c", 0, 8)]
+def test_what_a_mover_leaves_must_have_an_online_server():
+    spans = [span("a", 0, 4), span("b", 0, 4), span("c", 4, 8)]
     assert not opens_gap(spans, spans[0], 4, 8)
-    assert not opens_gap(spans, spans[0], 4, 8, 2)
-    assert opens_gap(spans, spans[0], 4, 8, 3)
-    assert not opens_gap(spans, spans[0], 0, 4, 3), "it leaves nothing"
+    assert opens_gap(spans, spans[2], 0, 4)
+    assert not opens_gap(spans, spans[2], 4, 8), "it leaves nothing"
+    assert opens_gap([spans[0], span("b", 0, 4, "joining")], spans[0], 4, 8)
 
 
 def test_of_two_that_chose_at_once_the_higher_id_gives_way():

@@ -1,0 +1,68 @@
+"""What `status` says a swarm can do, and the moves that `status --watch` has seen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from node.__main__ import main
+from node.status import describe, tables
+from node.watch import Moves, move_lines
+from routing.names import PeerId
+from routing.records import Record
+from routing.swarm import Entry, SwarmView
+
+
+def span(name: str, start: int, stop: int, seconds: float = 0.01) -> Record:
+    return Record(
+        peer=PeerId(name), role="serve", model="m", revision="r", blocks=6, start=start, stop=stop,
+        seconds_per_block=seconds,
+    )  # fmt: skip
+
+
+def facts(*records: Record) -> dict[str, object]:
+    view = SwarmView("public", entries={record.peer: Entry(record, b"", 0.0) for record in records})
+    found: dict[str, object] = json.loads(json.dumps(describe(view, {})))
+    return found
+
+
+def test_capacity_bound_and_bottleneck_are_shown():
+    found = facts(span("a", 0, 3), span("b", 0, 3), span("c", 3, 6))
+    (model,) = found["models"]  # type: ignore[misc]
+    assert model["capacity_tokens_per_s"] == pytest.approx(100 / 3, abs=0.01)
+    assert model["bound_tokens_per_s"] == 50
+    assert (model["bottleneck_blocks"], model["bottleneck_peers"]) == ([3, 4, 5], ["c"])
+    assert tables(found)[-1] == "  capacity 33.3 of at most 50.0 tokens/s, limited by blocks 3:6 (…c)"
+
+
+def test_a_swarm_with_a_hole_has_no_capacity():
+    assert tables(facts(span("a", 0, 3)))[-1] == "  capacity 0.0 of at most 16.7 tokens/s"
+
+
+def test_a_move_is_counted_when_it_has_been_made():
+    moves, one = Moves(), span("a", 0, 3)
+    moves.look([one], 0)
+    moves.look([replace(one, start=3, stop=6, state="joining")], 1)
+    assert moves.facts() == {"moves": 0, "last_moves": []}
+    moves.look([replace(one, start=3, stop=6)], 2)
+    moves.look([replace(one, start=3, stop=6)], 4)
+    assert moves.count == 1
+    assert move_lines(moves.facts())[-1] == "  after 2 s: …a from 0:3 to 3:6"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--balance-quality", "1.5"], "--balance-quality is 1.5, 0 to 1 is allowed"),
+        (["--balance-quality", "nan"], "--balance-quality is nan, 0 to 1 is allowed"),
+        (["--min-replicas", "0"], "--min-replicas is 0, 1 to 1000 are allowed"),
+        (["--balance-seconds", "0"], "--balance-seconds is 0, 1 to 86400 are allowed"),
+    ],
+)
+def test_what_a_balancer_cannot_do_is_said_in_one_line(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {complaint}\n"
