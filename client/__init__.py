@@ -10,7 +10,7 @@ from client.api import SwarmLike
 # imports the module first would put that here.  `from client.connect import ...` finds the module.
 from client.connect import connect
 from node.config import ConfigError
-from routing.chain import NoChain
+from routing.hops import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
 if TYPE_CHECKING:

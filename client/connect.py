@@ -24,7 +24,7 @@ import sniffio
 import trio
 
 from node.config import ConfigError
-from routing.chain import Chain, NoChain
+from routing.hops import Chain, NoChain
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 from tensor_codec.messages import COMPUTE_PROTOCOL

@@ -19,69 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routing.distances import CLIENT, DEFAULT_RTT_SECONDS, Distances
+from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import believed_rates, holes
 
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """The blocks [start, stop) that a chain uses of one peer's span."""
-
-    peer: PeerId
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Hops that cover a run of blocks, in order, each peer at most once.
-
-    expected_seconds: of one decode step, from the client and back to it.
-    """
-
-    hops: tuple[Hop, ...]
-    expected_seconds: float
-
-
-class NoChain(Exception):
-    """The swarm, as it is known now, cannot compute these blocks.
-
-    missing: the runs of blocks, [start, stop), that nobody serves.
-    alone: nobody serves any block of this model at all.
-    instead: what the swarm serves, where it is something else; for people.
-    most_hops: every block is served, but not by so few peers.
-    after: the last thing that went wrong while a chain was looked for, where something did; for people.
-    """
-
-    after: Exception | None = None
-
-    def __init__(
-        self,
-        missing: Sequence[tuple[int, int]],
-        blocks: int,
-        *,
-        alone: bool,
-        excluded: int = 0,
-        instead: Sequence[str] = (),
-        most_hops: int | None = None,
-    ) -> None:
-        runs = ", ".join(f"{start}:{stop}" for start, stop in missing)
-        found = f"no peer serves any of blocks {runs} of {blocks}"
-        if not alone:
-            found = f"blocks {runs} of {blocks} are served by nobody"
-        if most_hops is not None:
-            found = f"blocks {runs} of {blocks} take more than {most_hops} hops"
-        aside = f" ({excluded} left out after a failure)" if excluded else ""
-        other = f"; the swarm serves {', '.join(instead)}" if instead else ""
-        super().__init__(found + aside + other)
-        self.missing = tuple(missing)
-        self.blocks = blocks
-        self.alone = alone
-
-    def __str__(self) -> str:
-        last = f"; the last that went wrong: {self.after}" if self.after is not None else ""
-        return super().__str__() + last
+__all__ = ["DEFAULT_RTT_SECONDS", "Chain", "Costs", "Hop", "NoChain", "cheapest_chain", "costs"]
 
 
 @dataclass(frozen=True, slots=True)
