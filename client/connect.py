@@ -444,6 +444,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             changed_since=directory.changed,
             dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
             find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
+            spread=identity.peer_id,
         )
         yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery)
 

@@ -16,6 +16,7 @@ from routing.chain import Chain, Hop, NoChain, cheapest_chain, costs
 from routing.distances import Distances
 from routing.names import PeerId
 from routing.records import Record
+from routing.spread import SPREAD, SPREAD_WITHIN, leanings, sample
 from routing.swarm import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
@@ -31,6 +32,8 @@ class Routes:
     and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
     addresses.  find_peers: looks further than the neighbours know, bounded; may be None.
     rates: seconds per block of each peer's decode steps, as seen here.
+    spread: what tells this client from others, so that of nearly equal chains each takes another one
+    (`routing.spread`); None: always the cheapest.
     """
 
     model: str
@@ -43,6 +46,7 @@ class Routes:
     find_peers: Callable[[], Awaitable[object]] | None = None
     blame: Blame = field(default_factory=Blame)
     rates: dict[PeerId, float] = field(default_factory=dict)
+    spread: str | None = None
     _seen: SwarmView | None = None
     _found_at: float = -math.inf
     _distances: Distances = field(default_factory=Distances)
@@ -60,14 +64,17 @@ class Routes:
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
         measured = {**self.rates, **(seen or {})}
+        blur = SPREAD_WITHIN if seen else SPREAD
         spans = self._spans()
         alike = [span for span in spans if not like or _kind(span) in like]
         roomy = [span for span in alike if span.cache_tokens >= tokens]
         for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
             if len(some) < len(spans):
                 with suppress(NoChain):
-                    return self._cheapest(some, start, stop, without, measured, desperate=desperate)
-        return self._cheapest(spans, start, stop, without, measured, desperate=desperate)
+                    return self._cheapest(
+                        some, start, stop, without, measured, desperate=desperate, blur=blur
+                    )
+        return self._cheapest(spans, start, stop, without, measured, desperate=desperate, blur=blur)
 
     def choose_for_throughput(
         self,
@@ -82,7 +89,7 @@ class Routes:
         """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain."""
         return self._cheapest(
             self._spans(), start, stop, frozenset(), measured,
-            desperate=desperate, positions=positions, waiting=waiting,
+            desperate=desperate, blur=SPREAD, positions=positions, waiting=waiting,
         )  # fmt: skip
 
     def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
@@ -150,13 +157,17 @@ class Routes:
 
     def _spans(self) -> tuple[Record, ...]:
         self._seen = self.view()
-        self._measure_out()
-        return self._seen.spans(self.revision, self.blocks)
+        return self._measure_out()
 
-    def _measure_out(self, others: Sequence[Record] = ()) -> None:
-        """Bring the distances up to date with the view.  others: peers that take no new sessions."""
+    def _measure_out(self, others: Sequence[Record] = ()) -> tuple[Record, ...]:
+        """The peers that this client looks at, with the distances brought up to date.
+
+        others: peers that take no new sessions, and whose distances are asked for too.
+        """
         spans = self.view().spans(self.revision, self.blocks)
-        self._distances.update((*spans, *others), self.rtts())
+        looked_at = sample(spans, self.spread or "", always=self.rates)
+        self._distances.update((*looked_at, *others), self.rtts())
+        return tuple(looked_at)
 
     def _cheapest(
         self,
@@ -167,6 +178,7 @@ class Routes:
         measured: Mapping[PeerId, float],
         *,
         desperate: bool,
+        blur: float,
         positions: int = 1,
         waiting: Mapping[PeerId, int] | None = None,
     ) -> Chain:
@@ -181,6 +193,7 @@ class Routes:
             positions=positions,
             waiting=waiting,
             distances=self._distances,
+            lean=leanings(self.spread, (span.peer for span in spans), blur) if self.spread else None,
         )
         avoided = self._avoided()
         for forgiven in range(len(avoided) if desperate else 0):

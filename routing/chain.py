@@ -12,19 +12,19 @@ with the delays between servers that Petals, whose hops all answer the client, d
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from routing.distances import CLIENT, DEFAULT_RTT_SECONDS, Distances
-from routing.hops import Chain as Chain
-from routing.hops import Hop as Hop
-from routing.hops import NoChain as NoChain
+from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import believed_rates, holes
+
+__all__ = ["DEFAULT_RTT_SECONDS", "Chain", "Costs", "Hop", "NoChain", "cheapest_chain", "costs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ def cheapest_chain(
     positions: int = 1,
     waiting: Mapping[PeerId, int] | None = None,
     distances: Distances | None = None,
+    most_hops: int | None = None,
+    lean: Mapping[PeerId, float] | None = None,
 ) -> Chain:
     """The chain over blocks [start, stop) (by default all) with the least expected seconds per step.
 
@@ -95,6 +97,8 @@ def cheapest_chain(
     waiting: steps of our own that are on their way to a peer and not in its record yet: with many
         at a time they spread over peers that hold the same blocks.
     distances: up to date with at least these peers, their default their own; None works them out here.
+    most_hops: longer chains are not chosen; the search then takes so many times as long.
+    lean: factors on what a block costs at a peer, for the choice only: see `routing.spread`.
 
     Ties break on the peer's id, whatever the order of `spans`.  A peer appears once: where the
     cheapest walk would leave a peer and come back, the chain stays with it instead.
@@ -113,41 +117,58 @@ def cheapest_chain(
         distances = Distances(default_rtt)
         distances.update(spans, client_rtt)
     price = costs(usable, distances, measured=measured or {}, positions=positions, waiting=waiting)
-    hops = _each_peer_once(_Walks(parts, start, stop, price).cheapest())
+    leant = price if not lean else replace(price, block=_times(price.block, lean))
+    walk = _Walks(parts, start, stop, leant, most_hops).cheapest()
+    if not walk:
+        raise NoChain([(start, stop)], blocks, alone=False, most_hops=most_hops)
+    hops = _each_peer_once(walk)
     return Chain(hops, price.chain(hops))
+
+
+def _times(seconds: Mapping[PeerId, float], factors: Mapping[PeerId, float]) -> dict[PeerId, float]:
+    return {peer: cost * factors.get(peer, 1.0) for peer, cost in seconds.items()}
 
 
 class _Walks:
     """Dynamic programming from block to block; `parts` cover [start, stop) and lie within it.
 
     A walk is the cheapest way to have every block before one computed, a certain peer having been the
-    last.  Only what walks cost is kept, and whether the last peer had been there before: the few ways
-    over that the cheapest one took are looked for again from its end.
+    last, and, where hops are counted, after so many hops.  Only what walks cost is kept, and whether the
+    last peer had been there before: the few ways over that the cheapest one took are looked for again
+    from its end.
     """
 
-    def __init__(self, parts: Sequence[Hop], start: int, stop: int, price: Costs) -> None:
-        self.peers = [part.peer for part in parts]
-        self.start, self.stop = start, stop
+    def __init__(
+        self, parts: Sequence[Hop], start: int, stop: int, price: Costs, most_hops: int | None
+    ) -> None:
+        self._peers = [part.peer for part in parts]
+        self._start, self._blocks = start, stop - start
+        self._counted = most_hops is not None
         self._seconds = price.distances.seconds
-        self._rows = price.distances.rows(self.peers)
+        self._rows = price.distances.rows(self._peers)
         self._to_client = self._seconds[self._rows, price.distances.rows([CLIENT])] / 2
-        self._block = np.array([price.block[peer] for peer in self.peers])
-        begin, end = (np.array([getattr(part, side) for part in parts]) for side in ("start", "stop"))
+        self._block = np.array([price.block[peer] for peer in self._peers])
+        begin, end = np.array([part.start for part in parts]), np.array([part.stop for part in parts])
         self._holders = [np.flatnonzero((begin <= block) & (block < end)) for block in range(start, stop)]
-        self._costs = np.full((stop - start, len(parts)), np.inf)
-        self._stayed = np.zeros((stop - start, len(parts)), dtype=np.bool_)
+        counts = 1 if most_hops is None else max(0, min(most_hops, self._blocks))
+        self._costs = np.full((self._blocks, counts, len(parts)), np.inf)
+        self._stayed = np.zeros(self._costs.shape, dtype=np.bool_)
         self._walk()
 
     def _walk(self) -> None:
         first = self._holders[0]
-        self._costs[0, first] = self._to_client[first] + self._block[first]
-        for block in range(1, self.stop - self.start):
+        self._costs[0, :1, first] = (self._to_client[first] + self._block[first])[:, None]
+        for block in range(1, self._blocks):
             before, holders = self._holders[block - 1], self._holders[block]
-            reached = self._costs[block - 1]
-            over = (reached[before][:, None] + self._way(before, holders)).min(axis=0)
-            stay = reached[holders]
-            self._costs[block, holders] = np.minimum(stay, over) + self._block[holders]
-            self._stayed[block, holders] = stay <= over
+            stay = self._costs[block - 1][:, holders]
+            over = (self._one_hop_less(block - 1)[:, before, None] + self._way(before, holders)).min(axis=1)
+            self._costs[block][:, holders] = np.minimum(stay, over) + self._block[holders]
+            self._stayed[block][:, holders] = stay <= over
+
+    def _one_hop_less(self, block: int) -> NDArray[np.float64]:
+        """What those walks cost, by hops, to which one more hop can be added."""
+        costs: NDArray[np.float64] = self._costs[block]
+        return np.vstack((np.full_like(costs[:1], np.inf), costs[:-1])) if self._counted else costs
 
     def _way(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> NDArray[np.float64]:
         """From each of some to each of others, one way."""
@@ -155,20 +176,27 @@ class _Walks:
         return way
 
     def cheapest(self) -> list[Hop]:
-        """The hops of the cheapest walk; among equals that of the lowest peer id, from the end on."""
+        """The hops of the cheapest walk; none where all take too many.
+
+        Among equals that with the fewest hops, where they are counted, then that of the lowest peer
+        id, from the end on.
+        """
         last = self._holders[-1]
-        peer = last[np.argmin(self._costs[-1, last] + self._to_client[last])]
-        hops, stop = [], self.stop
-        for block in range(self.stop - self.start - 1, -1, -1):
-            if block and self._stayed[block, peer]:
+        whole = self._costs[-1][:, last] + self._to_client[last]
+        if not np.isfinite(whole).any():
+            return []
+        count, place = (int(each) for each in np.unravel_index(np.argmin(whole), whole.shape))
+        peer, hops, stop = last[place], list[Hop](), self._blocks
+        for block in range(self._blocks - 1, -1, -1):
+            if block and self._stayed[block, count, peer]:
                 continue
-            hops.append(Hop(self.peers[peer], self.start + block, stop))
-            stop = self.start + block
+            hops.append(Hop(self._peers[peer], self._start + block, self._start + stop))
+            stop = block
             if block:
                 before = self._holders[block - 1]
-                peer = before[
-                    np.argmin(self._costs[block - 1, before] + self._way(before, np.array([peer]))[:, 0])
-                ]
+                way = self._way(before, np.array([peer]))[:, 0]
+                peer = before[np.argmin(self._one_hop_less(block - 1)[count, before] + way)]
+                count -= self._counted
         return hops[::-1]
 
 

@@ -1,7 +1,4 @@
-"""What a chain is, and that there is none: the words in which everybody speaks of chains.
-
-Apart from the search (`routing.chain`) so that whoever imports the client need not import numpy.
-"""
+"""What a chain is, and the lack of one.  Apart from the search: who only names them loads no arrays."""
 
 from __future__ import annotations
 
@@ -37,6 +34,7 @@ class NoChain(Exception):
     missing: the runs of blocks, [start, stop), that nobody serves.
     alone: nobody serves any block of this model at all.
     instead: what the swarm serves, where it is something else; for people.
+    most_hops: every block is served, but not by so few peers.
     after: the last thing that went wrong while a chain was looked for, where something did; for people.
     """
 
@@ -50,11 +48,14 @@ class NoChain(Exception):
         alone: bool,
         excluded: int = 0,
         instead: Sequence[str] = (),
+        most_hops: int | None = None,
     ) -> None:
         runs = ", ".join(f"{start}:{stop}" for start, stop in missing)
         found = f"no peer serves any of blocks {runs} of {blocks}"
         if not alone:
             found = f"blocks {runs} of {blocks} are served by nobody"
+        if most_hops is not None:
+            found = f"blocks {runs} of {blocks} take more than {most_hops} hops"
         aside = f" ({excluded} left out after a failure)" if excluded else ""
         other = f"; the swarm serves {', '.join(instead)}" if instead else ""
         super().__init__(found + aside + other)

@@ -1,0 +1,84 @@
+"""More chains than one, and peers that may not be used."""
+
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+
+from routing.alternatives import Constraints, best_chains, suitable
+from routing.chain import NoChain, cheapest_chain
+from tests.unit.test_chain import PEERS, every_chain, price, span, swarms
+
+
+@settings(max_examples=100, deadline=None)
+@given(swarms())
+def test_a_chain_of_few_hops_is_the_cheapest_of_all_that_short(swarm):
+    spans, client_rtt = swarm
+    chains = list(every_chain(spans, 6))
+    for most_hops in (1, 2, 3):
+        short = [hops for hops in chains if len(hops) <= most_hops]
+        if not short:
+            with pytest.raises(NoChain):
+                cheapest_chain(spans, 6, client_rtt=client_rtt, most_hops=most_hops)
+            continue
+        found = cheapest_chain(spans, 6, client_rtt=client_rtt, most_hops=most_hops)
+        assert found.hops in short
+        best = min(price(hops, spans, client_rtt, 0.1) for hops in short)
+        if most_hops < 3:  # a walk that comes back to a peer takes three
+            assert found.expected_seconds == pytest.approx(best)
+        else:
+            assert found.expected_seconds >= best - 1e-12
+
+
+def test_no_chain_says_that_all_are_too_long():
+    with pytest.raises(NoChain, match=r"blocks 0:6 of 6 take more than 1 hops"):
+        cheapest_chain([span(0, 0, 3), span(1, 3, 6)], 6, most_hops=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(swarms())
+def test_the_first_chain_is_the_cheapest_and_all_differ(swarm):
+    spans, client_rtt = swarm
+    search = partial(cheapest_chain, spans, 6, client_rtt=client_rtt)
+    try:
+        best = search()
+    except NoChain:
+        with pytest.raises(NoChain):
+            best_chains(search, 3)
+        return
+    found = best_chains(search, 3)
+    assert found[0] == best
+    assert len({chain.hops for chain in found}) == len(found) <= 3
+
+
+def test_alternatives_share_no_peer_where_others_hold_the_same_blocks():
+    spans = [span(0, 0, 3), span(1, 3, 6), span(2, 0, 3, 0.02), span(3, 3, 6, 0.02), span(4, 0, 6, 0.5)]
+    chains = best_chains(partial(cheapest_chain, spans, 6), 3)
+    assert [{hop.peer for hop in chain.hops} for chain in chains] == [
+        {PEERS[0], PEERS[1]},
+        {PEERS[2], PEERS[3]},
+        {PEERS[4]},
+    ]
+
+
+def test_alternatives_share_the_only_holder_and_nothing_else():
+    spans = [span(0, 0, 3), span(1, 3, 6), span(2, 3, 6, 0.02)]
+    first, second = best_chains(partial(cheapest_chain, spans, 6), 4)[:2]
+    assert [hop.peer for hop in first.hops] == [PEERS[0], PEERS[1]]
+    assert [hop.peer for hop in second.hops] == [PEERS[0], PEERS[2]]
+
+
+def test_only_peers_that_meet_every_constraint_are_suitable():
+    one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100)
+    other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10)
+    spans = [one, other]
+    assert suitable(spans, Constraints()) == spans
+    for constraints in (
+        Constraints(allowed={PEERS[0]}),
+        Constraints(blocked={PEERS[1]}),
+        Constraints(dtypes={"float32"}),
+        Constraints(quantize={"int8"}),
+        Constraints(adapter="a"),
+        Constraints(cache_tokens=100),
+    ):
+        assert suitable(spans, constraints) == [one]
