@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -146,6 +147,65 @@ def test_a_peer_with_room_is_found_beside_two_that_have_none():
     outcome = run(plan_of(*faults, nodes=(*ALONE, *full)))
     assert outcome.failures == []
     assert (outcome.tokens, outcome.errors) == (20, 0)
+
+
+@pytest.mark.parametrize(("give_up_seconds", "errors"), [(10.0, 1), (60.0, 0)])
+def test_of_two_sides_the_one_with_a_chain_goes_on_and_the_other_when_they_are_one_again(
+    give_up_seconds, errors
+):
+    """n10, n11 and the client c1 are cut off, with no block but 2 and 3, in the midst of its tokens."""
+    job = Job(at=1.0, prompt=(1, 2, 3), new_tokens=40, patience=None, again=())
+    clients = tuple(
+        ClientPlan(name, (0.5, 0.4), 15.0, 2.0, give_up_seconds, (job,), None) for name in ("c0", "c1")
+    )
+    third = NodePlan("n12", 2, 4, ROOMY, 0.03, (0.5, 0.5), 0.0)
+    partition = Fault("partition", 5.0, 30.0, ("n10", "n11", "c1"))
+    outcome = run(replace(plan_of(partition, nodes=(*CHAIN, third)), clients=clients))
+    assert outcome.failures == []
+    assert outcome.errors == errors
+    assert outcome.tokens == 80 if not errors else 40 < outcome.tokens < 80
+    assert outcome.longest_wait > 20 if not errors else outcome.longest_wait < 5
+
+
+CHURN_NODES, CHURN_MINUTES, GENERATIONS = 20, 10, 60
+
+
+def churning(seed: int) -> Plan:
+    """Thirty percent of the servers are replaced every minute: they end, and come back with empty caches."""
+    rng = random.Random(seed)
+    nodes = tuple(
+        NodePlan(f"n{number:02}", start, start + 4, ROOMY, 0.01, (rng.random(), rng.random()), 0.0)
+        for number, start in enumerate([0, 4, 8, 2, 6] * (CHURN_NODES // 5))
+    )
+    seconds, kinds = 60 * CHURN_MINUTES, ("kill", "kill", "drain", "vanish")
+    faults = tuple(
+        Fault(
+            rng.choice(kinds),
+            rng.uniform(0, seconds),
+            rng.uniform(5, 20),
+            (who,),
+        )
+        for _ in range(CHURN_MINUTES)
+        for who in rng.sample([node.name for node in nodes], CHURN_NODES * 3 // 10)
+    )
+    clients = tuple(
+        ClientPlan(
+            f"c{number}", (rng.random(), rng.random()), 15.0, 5.0, 60.0,
+            tuple(
+                Job(rng.uniform(0, seconds), (1, 2, 3), rng.randint(10, 60), None, ())
+                for _ in range(GENERATIONS // 3)
+            ), None,
+        )
+        for number in range(3)
+    )  # fmt: skip
+    return Plan(seed, 12, nodes, clients, faults, 0.0, 0.005, 1e7, 2048, 256 * 1024)
+
+
+def test_in_a_swarm_that_is_replaced_by_thirty_percent_a_minute_generations_finish():
+    outcomes = [run_plan(churning(seed), random.Random(seed)) for seed in range(2)]
+    assert [outcome.failures for outcome in outcomes] == [[]] * len(outcomes)
+    assert sum(outcome.errors for outcome in outcomes) <= 0.01 * GENERATIONS * len(outcomes)
+    assert sum(outcome.tokens for outcome in outcomes) >= 9 * GENERATIONS * len(outcomes)
 
 
 # Each check can fail: the same swarm with a bug in it.
