@@ -12,20 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.swarm_models import MODELS, Plan
 from benchmarks.swarm_rules import RULES
-from benchmarks.swarm_sim import MODELS, Outcome, Plan, Simulation, summary
+from benchmarks.swarm_sim import Outcome, Simulation, summary
 
 SHOWN = (
     ("share", "share_of_bound_mean", ".3f"),
     ("p5", "share_of_bound_p5", ".3f"),
     ("min", "share_of_bound_min", ".3f"),
     ("uncovered s", "uncovered_s", ".1f"),
+    ("gaps by moves", "gaps_opened_by_moves", "d"),
+    ("reaction s", "reaction_longest_s", ".0f"),
     ("moves/server h", "moves_per_server_hour", ".3f"),
     ("blocks/h", "blocks_loaded_per_hour", ".1f"),
     ("decision ms", "decision_ms", ".2f"),
@@ -42,6 +48,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--churn", type=float, default=0.0, help="share of the servers replaced per hour")
     parser.add_argument("--lost", type=float, default=0.0, help="share that crashes at once half-way")
     parser.add_argument("--liars", type=float, default=0.0, help="share that announces 100 times its speed")
+    parser.add_argument("--partition", type=float, default=0.0, help="share that is cut off for ten minutes")
+    parser.add_argument("--noise", type=float, default=0.0, help="by which announced rates are wrong at most")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that are simulated at once")
     parser.add_argument("--rule", choices=[*RULES, "all"], default="ours")
     parser.add_argument("--load-gb-per-s", type=float, default=0.25, help="at which a server loads blocks")
     parser.add_argument("--seconds", type=float, default=3600.0, help="observed after the ten minutes")
@@ -58,29 +67,41 @@ def plan_of(flags: argparse.Namespace, seed: int) -> Plan:
         churn=flags.churn,
         lost=flags.lost,
         liars=flags.liars,
+        partition=flags.partition,
+        noise=flags.noise,
         seconds=flags.seconds,
         join_seconds=min(10.0, 600.0 / flags.servers),
         load_gb_per_s=flags.load_gb_per_s,
     )
 
 
+def simulate(plan: Plan, name: str) -> Outcome:
+    """One seed by one rule."""
+    return Simulation(plan, RULES[name]()).run()
+
+
 def measure(flags: argparse.Namespace, name: str) -> dict[str, Any]:  # Any: JSON
     """All seeds by one rule."""
-    outcomes: list[Outcome] = []
     began = time.perf_counter()
-    for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
-        outcomes.append(Simulation(plan_of(flags, seed), RULES[name]()).run())
-    found: dict[str, Any] = {"rule": name, **summary(plan_of(flags, 0), outcomes)}
+    plans = [plan_of(flags, seed) for seed in range(flags.first_seed, flags.first_seed + flags.seeds)]
+    one = partial(simulate, name=name)
+    if flags.jobs > 1:
+        with multiprocessing.get_context("spawn").Pool(flags.jobs) as pool:
+            outcomes = pool.map(one, plans, chunksize=1)
+    else:
+        outcomes = [one(plan) for plan in plans]
+    found: dict[str, Any] = {"rule": name, **summary(plans[0], outcomes)}
     found["at_rest_by_seed"] = [round(outcome.at_rest, 4) for outcome in outcomes]
+    found["share_by_seed"] = [round(statistics.fmean(outcome.shares), 4) for outcome in outcomes]
     print(f"{name}: {flags.seeds} seeds in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rules side by side."""
-    lines = [f"{'rule':8}" + "".join(f"{title:>16}" for title, _, _ in SHOWN)]
+    lines = [f"{'rule':12}" + "".join(f"{title:>16}" for title, _, _ in SHOWN)]
     for row in rows:
-        lines.append(f"{row['rule']:8}" + "".join(f"{row[key]:>16{form}}" for _, key, form in SHOWN))
+        lines.append(f"{row['rule']:12}" + "".join(f"{row[key]:>16{form}}" for _, key, form in SHOWN))
     return "\n".join(lines)
 
 

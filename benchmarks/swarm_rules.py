@@ -1,10 +1,12 @@
 """The rules that benchmarks.swarm compares: where a server goes when it joins, and when it moves.
 
-Petals' rules are written from its papers (arXiv:2209.01188, arXiv:2312.08361): a server counts with
-the same throughput for each of its blocks, its rate over the blocks that an average request uses of
-it, (count + 1) / 2.  A joining server takes the window whose throughputs, sorted, come first in
-lexicographic order.  Now and then each server simulates that it and then all others go where this rule
-sends them, until nobody moves; where the least throughput of a block would be 1/0.75 better it moves.
+Petals' rules are written from its papers (arXiv:2209.01188, arXiv:2312.08361) and from what its servers do
+(src/petals/server/block_selection.py): a server counts with the same throughput for each of its blocks,
+its rate over the blocks that an average request uses of it, (count + 1) / 2.  A joining server takes the
+window whose throughputs, sorted, come first in lexicographic order.  Now and then each server simulates
+that it and then all others go where this rule sends them, until nobody moves; where the least throughput
+of a block would be 1/0.75 better it leaves its place, unless blocks would then be without a server, waits
+for a few seconds, and joins anew.  It reads the directory at that moment: its view is never old.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ from typing import Protocol
 import numpy as np
 
 from routing.capacity import Floats, Holder
+from routing.moves import Turn, turns
 from routing.names import PeerId
 from routing.placement import Move, best_window, in_turn, moves
 
 Window = tuple[int, int]
 Between = tuple[float, float]
 PETALS_QUALITY = 0.75
-PETALS_SWEEPS = 20
+PETALS_SWEEPS = 20  # there they have no end
+EPSILON = 1e-3
 
 
 class Rule(Protocol):
     """A rule; `seen` is whatever the decider knows, `rank` may be kept for others who know the same."""
 
-    drops_first: bool  # stops serving as soon as it moves, and loads every block anew
+    drops_first: bool  # stops serving as soon as it moves, joins again, and loads every block anew
+    fresh: bool  # sees everything at once
+    covers: bool  # looks all the time for blocks that nobody holds
     decide_seconds: Between  # between two looks at its place, by chance
 
     def join(
@@ -47,11 +53,17 @@ class Rule(Protocol):
         """Where this server moves now, or None."""
         ...
 
+    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
+        """Who moves to blocks that nobody holds."""
+        ...
+
 
 class Ours:
-    """routing.placement."""
+    """routing.placement and routing.moves."""
 
     drops_first = False
+    fresh = False
+    covers = True
     decide_seconds = (30.0, 90.0)
 
     def join(
@@ -70,11 +82,17 @@ class Ours:
         """Its own move, in its turn."""
         return in_turn(ranked, me, rng)
 
+    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
+        """The plan that closes them."""
+        return turns(seen, blocks)
+
 
 class Random:
     """Any window, for ever."""
 
     drops_first = True
+    fresh = True
+    covers = False
     decide_seconds = (0.0, 240.0)  # of Petals: 120 s in the mean
 
     def join(
@@ -94,6 +112,10 @@ class Random:
         """Never."""
         return None
 
+    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
+        """Nobody."""
+        return {}
+
 
 class Equal(Random):
     """A static split: each window begins where that of the server before ended, round and round."""
@@ -110,8 +132,8 @@ class Equal(Random):
         return start, start + count
 
 
-class Petals(Random):
-    """The published rules."""
+class PetalsJoin(Random):
+    """Petals' rule for a server that joins, and no other."""
 
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
@@ -120,36 +142,51 @@ class Petals(Random):
         start = _worst(_served(seen, blocks), count)
         return start, start + count
 
+
+class Petals(PetalsJoin):
+    """The published rules."""
+
     def move(
         self, seen: Sequence[Holder], blocks: int, me: PeerId, ranked: list[Move], rng: random.Random
     ) -> Window | None:
         """The window that is worst served without it, where everyone's moves would gain enough."""
         served = _served(seen, blocks)
-        least = served.min()
+        least, mean = served.min(), served.mean()
         mine = next((holder for holder in seen if holder.peer == me), None)
-        if mine is None:
+        if mine is None or least > (PETALS_QUALITY - EPSILON) * mean:
+            return None  # no placement has a least above the mean: this much need not be simulated
+        _add(served, mine, -1 - EPSILON)
+        if least > EPSILON and served.min() <= 0:
             return None
-        goal = _relocated(served, mine)
+        goal = _worst(served, mine.stop - mine.start)
         if goal == mine.start:
             return None
         window = goal, goal + mine.stop - mine.start
-        there = [mine._replace(start=window[0], stop=window[1]), *(h for h in seen if h.peer != me)]
-        _add(served, there[0], 1)
+        _add(served, mine, EPSILON)
+        there = [*(h for h in seen if h.peer != me), mine._replace(start=window[0], stop=window[1])]
+        _add(served, there[-1], 1)
         for _ in range(PETALS_SWEEPS):
-            rng.shuffle(there)
-            still = True
-            for at, holder in enumerate(there):
-                start = _relocated(served, holder)
-                still = still and start == holder.start
-                there[at] = holder._replace(start=start, stop=start + holder.stop - holder.start)
-                _add(served, there[at], 1)
-            if still:
+            if not _sweep(served, there, rng):
                 break
-            served = _served(there, blocks)  # rounding errors do not add up
-        return window if served.min() > least and least / served.min() < PETALS_QUALITY else None
+        gains = served.min() >= max(least, EPSILON)
+        return window if gains and least / served.min() < PETALS_QUALITY - EPSILON else None
 
 
-def _add(served: Floats, holder: Holder, sign: int) -> None:
+def _sweep(served: Floats, there: list[Holder], rng: random.Random) -> bool:
+    """Every server in turn goes where it serves the worst; whether any has moved."""
+    rng.shuffle(there)
+    moved = False
+    for at, holder in enumerate(there):
+        _add(served, holder, -1 - EPSILON)  # a little more: where it is no better elsewhere it stays
+        start, count = _worst(served, holder.stop - holder.start), holder.stop - holder.start
+        _add(served, holder, EPSILON)
+        moved = moved or start != holder.start
+        there[at] = holder._replace(start=start, stop=start + count)
+        _add(served, there[at], 1)
+    return moved
+
+
+def _add(served: Floats, holder: Holder, sign: float) -> None:
     served[holder.start : holder.stop] += sign * holder.rate / ((holder.stop - holder.start + 1) / 2)
 
 
@@ -160,19 +197,19 @@ def _served(seen: Sequence[Holder], blocks: int) -> Floats:
     return served
 
 
-def _relocated(served: Floats, holder: Holder) -> int:
-    """Take the holder out of `served`; where the rule would send it now, where staying is no better."""
-    _add(served, holder, -1)
-    served[np.abs(served) < 1e-9] = 0.0
-    count = holder.stop - holder.start
-    start = _worst(served, count)
-    before, after = (np.sort(served[s : s + count]) for s in (holder.start, start))
-    return holder.start if np.allclose(before, after, rtol=1e-3) else start
-
-
 def _worst(served: Floats, count: int) -> int:
-    need = np.sort(np.lib.stride_tricks.sliding_window_view(served, count), axis=1).round(6)
-    return int(np.lexsort(need.T[::-1])[0])
+    """The first of the windows whose sorted throughputs come first."""
+    windows = np.lib.stride_tricks.sliding_window_view(served, count)
+    least = windows.min(axis=1)
+    candidates = np.flatnonzero(least == least.min())
+    need = np.sort(windows[candidates], axis=1)
+    return int(candidates[np.lexsort(need.T[::-1])[0]])
 
 
-RULES: dict[str, type[Rule]] = {"ours": Ours, "petals": Petals, "random": Random, "equal": Equal}
+RULES: dict[str, type[Rule]] = {
+    "ours": Ours,
+    "petals": Petals,
+    "petals-join": PetalsJoin,
+    "random": Random,
+    "equal": Equal,
+}

@@ -1,9 +1,11 @@
 """A swarm in simulated time: servers that join, move, crash and lie.  A part of benchmarks.swarm.
 
-Event by event, from one seed.  Everyone decides on a view that is up to 30 s old; a crashed server is
-seen until its record runs out.  A server that moves by our rule announces the new span, goes on serving
-the old one for as long as others may not have heard, looks again, and only then gives up what it does
-not keep; while it loads it serves what both spans have.  By the other rules it stops at once and loads.
+Event by event, from one seed.  Every server hears of the others each 30 s, at its own moment; a crashed
+one is seen until its record runs out.  A server that moves by our rule announces the new span, goes on
+serving the old one for as long as others may not have heard, looks again, asks those who stay, and only
+then gives up what it does not keep; while it loads it serves what both spans have.  By Petals' rule it
+stops at once, looks for a place a few seconds later, and loads.  What is decided is decided by the code
+of the nodes, `routing.placement` and `routing.moves`.
 """
 
 from __future__ import annotations
@@ -13,72 +15,21 @@ import math
 import random
 import statistics
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from benchmarks.swarm_models import DELAY_SECONDS, LIE, Hardware, Plan, script
 from benchmarks.swarm_rules import Rule, Window
+from benchmarks.swarm_views import News, Snapshot
 from routing.capacity import Holder, capacity
+from routing.moves import Turn, objection, opens_gap
 from routing.names import PeerId
-from routing.placement import Move, holders, opens_gap
+from routing.placement import Move
 from routing.records import Record, State
 
-DELAY_SECONDS = 30.0  # the oldest that a view may be, and how long a move is announced before it is made
-TTL_SECONDS = 90.0
-REST_SECONDS = 600.0
-LIE = 100.0
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A GPU: how many blocks it holds, its block-tokens per second, how frequent it is."""
-
-    name: str
-    count: int
-    rate: float
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A case: blocks of so many gigabytes, and the GPUs that hold them."""
-
-    blocks: int
-    block_gb: float
-    kinds: tuple[Kind, ...]
-
-
-NAMES, SHARES = ("3060", "T4", "3090", "4090", "A100"), (0.3, 0.2, 0.3, 0.1, 0.1)
-
-
-def _kinds(counts: tuple[int, ...], rates: tuple[float, ...]) -> tuple[Kind, ...]:
-    return tuple(Kind(*row) for row in zip(NAMES, counts, rates, SHARES, strict=True))
-
-
-MODELS = {  # in 8 bits
-    "llama-70b": Model(80, 0.9, _kinds((10, 14, 22, 24, 70), (400, 330, 1040, 1100, 2200))),
-    "llama-405b": Model(126, 3.2, _kinds((3, 4, 7, 7, 24), (120, 100, 310, 330, 660))),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What happens.
-
-    churn: share of the servers replaced per hour, from the last join on, over `seconds`.
-    lost: share of the servers, a region, that crash together in the middle of that time.
-    join_seconds: between two that join.  load_gb_per_s: of a server that loads blocks.
-    """
-
-    model: Model
-    servers: int
-    seed: int
-    churn: float = 0.0
-    lost: float = 0.0
-    liars: float = 0.0
-    seconds: float = 3600.0
-    join_seconds: float = 10.0
-    load_gb_per_s: float = 0.25
+TURN_SECONDS = 2 * DELAY_SECONDS  # that a server waits for each plan that comes before its own
+NOISE_SECONDS = 60.0  # between two announcements of another rate
+PAUSE_SECONDS = 10.0  # at most, of a server that has left its place, until it looks for another
 
 
 @dataclass(slots=True)
@@ -89,25 +40,42 @@ class Server:
     count: int
     rate: float
     claim: float
+    heard_at: float  # seconds after each half minute
     serving: Window | None = None
     target: Window | None = None
     state: State = "offline"
     alive: bool = True
     version: int = 0  # of what it is doing: an event of an older version is void
+    hole_since: float | None = None
+    seen: list[Holder] = field(default_factory=list)  # when it announced its move
+
+
+@dataclass(slots=True)
+class Repair:
+    """A gap that was closed.  Seconds: all of it; from when the records told of it; of loading at the end."""
+
+    total: float
+    known: float
+    load: float
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What was measured.  shares: of the bound, while observed; seconds of the simulated time."""
+    """What was measured.  shares: of the bound, while observed; seconds of the simulated time.
+
+    rank_ms: of what all servers with one view work out alike; own_ms: of the rest of a decision.
+    """
 
     shares: list[float] = field(default_factory=list)
     at_rest: float = 0.0
     uncovered_s: float = 0.0
-    gap_repairs_s: list[float] = field(default_factory=list)
+    repairs: list[Repair] = field(default_factory=list)
     observed_s: float = 0.0
     moves: int = 0
+    gaps_opened: int = 0
     loaded: int = 0
-    decisions_ms: list[float] = field(default_factory=list)
+    rank_ms: list[float] = field(default_factory=list)
+    own_ms: list[float] = field(default_factory=list)
 
 
 class Simulation:
@@ -116,49 +84,39 @@ class Simulation:
     def __init__(self, plan: Plan, rule: Rule) -> None:
         self.plan, self.rule = plan, rule
         self.outcome = Outcome()
-        self._draws = random.Random(f"servers {plan.seed}")  # the same servers whatever the rule
         self._chance = random.Random(f"chance {plan.seed}")
         self._servers: dict[PeerId, Server] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
         self._now = 0.0
-        self._records: dict[PeerId, Record] = {}
-        self._times, self._snapshots = [-math.inf], [tuple[Record, ...]()]
-        self._seen: dict[int, list[Holder]] = {}
-        self._ranks: dict[int, list[Move]] = {}
+        self._news = News()
         self._observing = False
+        self._changed = False  # who serves what, since it was last looked at
+        self._gap_since: float | None = None
+        self._gap_known: float | None = None
+        self._last_load = 0.0  # seconds, of who came online last
 
     def run(self) -> Outcome:
         """Everyone joins; ten minutes of rest, or as long as the plan's churn takes; then the figures."""
-        plan = self.plan
-        for number in range(plan.servers):
-            self._at(number * plan.join_seconds, self._join)
-        joined = plan.servers * plan.join_seconds
-        stirred = plan.churn > 0 or plan.lost > 0
-        self._advance(joined + REST_SECONDS)
+        plan, fate = self.plan, script(self.plan)
+        for at, hardware in fate.joins:
+            self._at(at, lambda hardware=hardware: self._join(hardware))  # type: ignore[misc]
+        for crash in fate.crashes:
+            for name, seen_for in crash.gone:
+                self._at(crash.at, lambda name=name, seen_for=seen_for: self._crash(name, seen_for))  # type: ignore[misc]
+        half_way = plan.began + plan.seconds / 2
+        if fate.cut_off:
+            self._at(half_way, lambda: self._news.cut(half_way, fate.cut_off))
+        self._advance(plan.began)
         self.outcome.at_rest = self._share()
-        self._observing = True
-        began = self._now
-        for at in self._times_of_churn(began):
-            self._at(at, self._replace_one)
-        if plan.lost:
-            self._at(began + plan.seconds / 2, self._lose_region)
-        if stirred:
-            self._at(began, self._observe)
+        self._observing = self._changed = True
+        if plan.churn > 0 or plan.lost > 0 or plan.partition > 0 or plan.noise > 0:
+            self._observe()
         else:
             self.outcome.shares.append(self.outcome.at_rest)
-        self._advance(began + plan.seconds)
+        self._advance(plan.began + plan.seconds)
         self.outcome.observed_s = plan.seconds
         return self.outcome
-
-    def _times_of_churn(self, began: float) -> list[float]:
-        if not self.plan.churn:
-            return []
-        times, at = [], began
-        while at < began + self.plan.seconds:
-            times.append(at)
-            at += self._chance.expovariate(self.plan.churn * self.plan.servers / 3600)
-        return times[1:]
 
     def _at(self, when: float, do: Callable[[], None]) -> None:
         self._number += 1
@@ -174,75 +132,107 @@ class Simulation:
         self._at(self._now + seconds, unless_void)
 
     def _advance(self, until: float) -> None:
-        uncovered: float | None = None
         while self._events and self._events[0][0] <= until:
-            when, _, do = heapq.heappop(self._events)
-            self._now = when
+            self._now, _, do = heapq.heappop(self._events)
             do()
-            if self._observing:  # gaps are known between events alone
-                uncovered = self._watch_gap(uncovered)
+            if self._observing and (self._changed or self._gap_since is not None):
+                self._watch_gap()
         self._now = until
-        if self._observing and uncovered is not None:
-            self.outcome.uncovered_s += until - uncovered
-            self.outcome.gap_repairs_s.append(until - uncovered)
+        if self._observing and self._gap_since is not None:
+            self.outcome.uncovered_s += until - self._gap_since
 
-    def _watch_gap(self, since: float | None) -> float | None:
-        gap = self._has_gap()
-        if gap and since is None:
-            return self._now
-        if not gap and since is not None:
-            self.outcome.uncovered_s += self._now - since
-            self.outcome.gap_repairs_s.append(self._now - since)
-            return None
-        return since
+    def _watch_gap(self) -> None:
+        """Keep account of the time when a block has no server."""
+        self._changed = False
+        open_blocks = self._open_blocks()
+        if open_blocks:
+            self._gap_since = self._now if self._gap_since is None else self._gap_since
+            if self._gap_known is None and self._is_announced(open_blocks):
+                self._gap_known = self._now
+        elif self._gap_since is not None:
+            known = self._now if self._gap_known is None else self._gap_known
+            self.outcome.uncovered_s += self._now - self._gap_since
+            self.outcome.repairs.append(
+                Repair(self._now - self._gap_since, self._now - known, self._last_load)
+            )
+            self._gap_since = self._gap_known = None
 
-    def _has_gap(self) -> bool:
-        reached = 0
-        for start, stop in sorted(s.serving for s in self._servers.values() if s.serving):
-            if start > reached:
-                return True
-            reached = max(reached, stop)
-        return reached < self.plan.model.blocks
+    def _open_blocks(self) -> list[int]:
+        count = [0] * (self.plan.model.blocks + 1)
+        for server in self._servers.values():
+            if server.serving:
+                count[server.serving[0]] += 1
+                count[server.serving[1]] -= 1
+        held, found = 0, []
+        for block, change in enumerate(count[:-1]):
+            held += change
+            if not held:
+                found.append(block)
+        return found
+
+    def _is_announced(self, open_blocks: list[int]) -> bool:
+        held = [holder for holder in self._news.fresh().held if holder.online]
+        return any(not any(h.start <= block < h.stop for h in held) for block in open_blocks)
 
     # What is announced, and what is seen of it
 
     def _announce(self, server: Server) -> None:
-        blocks = self.plan.model.blocks
-        if server.target is None or not server.alive:
-            self._records.pop(server.peer, None)
-        else:
+        record = None
+        if server.target is not None and server.alive:
             start, stop = server.target
-            self._records[server.peer] = Record(
-                peer=server.peer, role="serve", blocks=blocks, start=start, stop=stop,
+            record = Record(
+                peer=server.peer, role="serve", blocks=self.plan.model.blocks, start=start, stop=stop,
                 state=server.state, seconds_per_block=1 / server.claim,
             )  # fmt: skip
-        self._times.append(self._now)
-        self._snapshots.append(tuple(self._records.values()))
+        self._news.announce(self._now, server.peer, record)
 
-    def _look(self, most: float = DELAY_SECONDS) -> int:
-        """The number of the snapshot that somebody sees now."""
-        return bisect_right(self._times, self._now - self._chance.uniform(0, most)) - 1
+    def _wobble(self, server: Server) -> None:
+        """Announce another rate, as a server does that measures anew."""
+        if not server.alive:
+            return
+        server.claim = server.rate * (1 + self._chance.uniform(-self.plan.noise, self.plan.noise))
+        self._announce(server)
+        self._at(self._now + NOISE_SECONDS, lambda: self._wobble(server))
 
-    def _view(self, snapshot: int) -> list[Holder]:
-        if snapshot not in self._seen:
-            self._seen[snapshot] = holders(self._snapshots[snapshot])
-        return self._seen[snapshot]
+    def _view(self, server: Server) -> Snapshot:
+        age = (self._now - server.heard_at) % DELAY_SECONDS
+        if self.rule.fresh:
+            return self._news.seen(self._now, 0.0, server.peer)
+        return self._news.seen(self._now, age, server.peer)
+
+    def _ranked(self, snapshot: Snapshot) -> tuple[list[Move], dict[PeerId, Turn]]:
+        """What everyone with this view works out alike."""
+
+        def rank() -> tuple[list[Move], dict[PeerId, Turn]]:
+            began, blocks = time.perf_counter(), self.plan.model.blocks
+            found = self.rule.rank(snapshot.held, blocks), self.rule.turns(snapshot.held, blocks)
+            self.outcome.rank_ms.append((time.perf_counter() - began) * 1000)
+            return found
+
+        return snapshot.once("ranked", rank)
 
     def _timed(self, began: float) -> None:
-        self.outcome.decisions_ms.append((time.perf_counter() - began) * 1000)
+        self.outcome.own_ms.append((time.perf_counter() - began) * 1000)
 
     # What servers do
 
-    def _join(self) -> None:
-        kinds = self.plan.model.kinds
-        kind = self._draws.choices(kinds, [kind.share for kind in kinds])[0]
-        rate = kind.rate * self._draws.uniform(0.7, 1.1)
-        lies = self._draws.random() < self.plan.liars
-        peer = PeerId(f"{self._draws.getrandbits(64):016x}")
-        server = Server(peer, kind.count, rate, rate * LIE if lies else rate)
-        self._servers[peer] = server
-        seen, began = self._view(self._look()), time.perf_counter()
-        server.target = self.rule.join(seen, self.plan.model.blocks, kind.count, server.claim, self._chance)
+    def _join(self, hardware: Hardware) -> None:
+        name, count, rate, lies = hardware
+        claim = rate * LIE if lies else rate
+        server = Server(PeerId(name), count, rate, claim, self._chance.uniform(0, DELAY_SECONDS))
+        self._servers[server.peer] = server
+        if self.plan.noise and not lies:
+            self._at(self._now + self._chance.uniform(0, NOISE_SECONDS), lambda: self._wobble(server))
+        if self.rule.covers:
+            self._at(self._now + server.heard_at, lambda: self._hear(server))
+            server.heard_at = (self._now + server.heard_at) % DELAY_SECONDS
+        self._take_place(server)
+
+    def _take_place(self, server: Server) -> None:
+        """Choose blocks as one that serves nothing, and load them."""
+        seen = [holder for holder in self._view(server).held if holder.peer != server.peer]
+        began = time.perf_counter()
+        server.target = self.rule.join(seen, self.plan.model.blocks, server.count, server.claim, self._chance)
         self._timed(began)
         server.state = "joining"
         self._announce(server)
@@ -256,66 +246,106 @@ class Simulation:
         if self._observing:
             self.outcome.loaded += missing
         seconds = missing * self.plan.model.block_gb / self.plan.load_gb_per_s
-        self._later(server, seconds, self._come_online)
+        self._later(server, seconds, lambda server: self._come_online(server, seconds))
 
-    def _come_online(self, server: Server) -> None:
-        server.serving, server.state = server.target, "online"
+    def _come_online(self, server: Server, seconds: float) -> None:
+        server.serving, server.state, self._changed = server.target, "online", True
+        self._last_load = seconds
         self._announce(server)
+        self._decide_later(server)
+
+    def _decide_later(self, server: Server) -> None:
         self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
 
+    def _sees_itself(self, server: Server, held: list[Holder]) -> bool:
+        """Else it has not even seen its own last move; a node would know, but see the others as old."""
+        mine = next((holder for holder in held if holder.peer == server.peer), None)
+        return mine is not None and mine.online and (mine.start, mine.stop) == server.target
+
     def _decide(self, server: Server) -> None:
-        snapshot, blocks = self._look(), self.plan.model.blocks
-        seen, began = self._view(snapshot), time.perf_counter()
-        if snapshot not in self._ranks:
-            self._ranks[snapshot] = self.rule.rank(seen, blocks)
-        mine = next(((h.start, h.stop) for h in seen if h.peer == server.peer), None)
-        window = None
-        if mine == server.target:  # else it has not even seen its own last move
-            window = self.rule.move(seen, blocks, server.peer, self._ranks[snapshot], self._chance)
-        self._timed(began)
+        """A look for a better place."""
+        snapshot, blocks = self._view(server), self.plan.model.blocks
+        window, seen = None, snapshot.held
+        if self._sees_itself(server, seen):
+            ranked, turns = self._ranked(snapshot)
+            began = time.perf_counter()
+            if server.peer not in turns:
+                window = self.rule.move(seen, blocks, server.peer, ranked, self._chance)
+            self._timed(began)
         if window is None or window == server.target:
-            self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
-            return
-        server.version += 1
-        server.target, server.state = window, "joining"
-        self._announce(server)
-        if self.rule.drops_first:
-            self.outcome.moves += self._observing
-            server.serving = None
-            self._load(server)
+            self._decide_later(server)
+        elif self.rule.drops_first:
+            self._leave(server)
         else:
-            self._later(server, DELAY_SECONDS, self._make_move)
+            self._announce_move(server, window, seen)
+
+    def _hear(self, server: Server) -> None:
+        """A look for blocks that nobody holds: each second, but nothing new is seen more often than this."""
+        if not server.alive:
+            return
+        self._at(self._now + DELAY_SECONDS, lambda: self._hear(server))
+        snapshot = self._view(server)
+        turn = None
+        if server.state == "online" and self._sees_itself(server, snapshot.held):
+            turn = self._ranked(snapshot)[1].get(server.peer)
+        if turn is None:
+            server.hole_since = None
+            return
+        server.hole_since = self._now if server.hole_since is None else server.hole_since
+        if turn.ready and self._now >= server.hole_since + TURN_SECONDS * turn.rank:
+            self._announce_move(server, (turn.start, turn.stop), snapshot.held)
+
+    def _leave(self, server: Server) -> None:
+        self._count_move(server, None)
+        server.version += 1
+        server.serving, server.target, server.state = None, None, "offline"
+        self._announce(server)
+        self._later(server, self._chance.uniform(0, PAUSE_SECONDS), self._take_place)
+
+    def _announce_move(self, server: Server, window: Window, seen: list[Holder]) -> None:
+        server.version += 1
+        server.target, server.state, server.seen, server.hole_since = window, "joining", seen, None
+        self._announce(server)
+        self._later(server, DELAY_SECONDS, self._make_move)
 
     def _make_move(self, server: Server) -> None:
-        """Everyone may know by now: go, unless that would open a gap."""
-        assert server.serving is not None
-        assert server.target is not None
-        others = [h for h in self._view(self._look()) if h.peer != server.peer]
-        held = [*others, Holder(server.peer, *server.serving, server.rate)]
-        if opens_gap(held, server.peer, *server.target):
-            server.target, server.state = server.serving, "online"
+        """Everyone may know by now: go, unless something speaks against it."""
+        own, window = server.serving, server.target
+        assert own is not None
+        assert window is not None
+        held = self._view(server).held
+        why_not = objection(server.seen, held, server.peer, own, window)
+        answering = [holder for holder in held if self._answers(holder)]
+        if why_not or opens_gap(answering, server.peer, own, window):
+            server.target, server.state = own, "online"
             self._announce(server)
-            self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
+            self._decide_later(server)
             return
-        self.outcome.moves += self._observing
-        start, stop = max(server.serving[0], server.target[0]), min(server.serving[1], server.target[1])
-        server.serving = (start, stop) if start < stop else None
+        start, stop = max(own[0], window[0]), min(own[1], window[1])
+        kept = (start, stop) if start < stop else None
+        self._count_move(server, kept)
+        server.serving = kept
         self._load(server)
 
-    def _crash(self, server: Server) -> None:
-        server.alive, server.serving = False, None
-        del self._servers[server.peer]
-        seen_for = TTL_SECONDS - self._chance.uniform(0, DELAY_SECONDS)
+    def _answers(self, holder: Holder) -> bool:
+        """Whether a server that is asked says that it serves what it announces."""
+        asked = self._servers.get(holder.peer)
+        return asked is not None and asked.state == "online" and asked.target == (holder.start, holder.stop)
+
+    def _count_move(self, server: Server, kept: Window | None) -> None:
+        self._changed = True
+        if not self._observing:
+            return
+        self.outcome.moves += 1
+        before, now = self._open_blocks(), server.serving
+        server.serving = kept
+        self.outcome.gaps_opened += len(self._open_blocks()) > len(before)
+        server.serving = now
+
+    def _crash(self, name: str, seen_for: float) -> None:
+        server = self._servers.pop(PeerId(name))
+        server.alive, server.serving, self._changed = False, None, True
         self._at(self._now + seen_for, lambda: self._announce(server))
-
-    def _replace_one(self) -> None:
-        self._crash(self._chance.choice(list(self._servers.values())))
-        self._join()
-
-    def _lose_region(self) -> None:
-        lost = self._chance.sample(list(self._servers.values()), round(self.plan.lost * len(self._servers)))
-        for server in lost:
-            self._crash(server)
 
     # What is measured
 
@@ -330,21 +360,34 @@ class Simulation:
         self._at(self._now + 15, self._observe)
 
 
-def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, float]:
-    """The figures of all seeds of one rule."""
+def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
+    """The figures of all seeds of one rule.
+
+    coverage_restored_s is counted from the crash, coverage_known_s from when the records have run out;
+    coverage_reaction_s is that without the loading of who closed the gap.
+    """
     means = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)
     hours = sum(outcome.observed_s for outcome in outcomes) / 3600
-    decisions = sorted(ms for outcome in outcomes for ms in outcome.decisions_ms)
-    repairs = [seconds for outcome in outcomes for seconds in outcome.gap_repairs_s]
+    ranks = [ms for outcome in outcomes for ms in outcome.rank_ms] or [0.0]
+    decisions = sorted(statistics.fmean(ranks) + ms for outcome in outcomes for ms in outcome.own_ms)
+    repairs = [repair for outcome in outcomes for repair in outcome.repairs]
+    reactions = [max(0.0, repair.known - repair.load) for repair in repairs]
     return {
         "share_of_bound_mean": statistics.fmean(means),
         "share_of_bound_p5": means[int(0.05 * len(means))],
         "share_of_bound_min": means[0],
+        "at_rest_mean": statistics.fmean(outcome.at_rest for outcome in outcomes),
+        "share_at_end_mean": statistics.fmean(outcome.shares[-1] for outcome in outcomes),
         "uncovered_s": sum(outcome.uncovered_s for outcome in outcomes) / len(outcomes),
-        "gap_longest_s": max(repairs, default=0.0),
+        "gaps_opened_by_moves": sum(outcome.gaps_opened for outcome in outcomes),
+        "coverage_restored_s": sorted(round(repair.total, 1) for repair in repairs),
+        "coverage_known_s": sorted(round(repair.known, 1) for repair in repairs),
+        "coverage_reaction_s": sorted(round(seconds, 1) for seconds in reactions),
+        "gap_longest_s": max((repair.total for repair in repairs), default=0.0),
+        "reaction_longest_s": max(reactions, default=0.0),
         "moves_per_server_hour": sum(outcome.moves for outcome in outcomes) / hours / plan.servers,
         "blocks_loaded_per_hour": sum(outcome.loaded for outcome in outcomes) / hours,
         "decision_ms": statistics.fmean(decisions),
         "decision_ms_p99": decisions[int(0.99 * len(decisions))],
-        "decision_ms_max": decisions[-1],
+        "decision_ms_max": max(ranks) + decisions[-1] - statistics.fmean(ranks),
     }

@@ -1,7 +1,7 @@
 """Moves a serving node to the blocks where the swarm needs it: a clock around pure decisions.
 
 Twice in `routing.moves` it is decided whether to go: before a move is announced, and a moment later,
-when everybody has heard of it and we of theirs.  Blocks that nobody holds are looked for every second;
+when everybody has heard of it and we of theirs; then those who stay for what we leave are asked once more.  Blocks that nobody holds are looked for every second;
 whether another place would be better, at random times, so that servers do not all move at once.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
 from node.config import BalanceConfig
-from routing.moves import gives_way, opens_gap, turn_to_cover
+from routing.capacity import Holder
+from routing.moves import objection, opens_gap, turn_to_cover, witnesses
 from routing.names import PeerId
 from routing.placement import better_window, holders
 from routing.records import Record
@@ -26,6 +27,7 @@ log = logging.getLogger("raceme")
 
 LOOK_SECONDS = 1.0  # between looks for blocks that nobody holds
 TURN_SECONDS = 3.0  # that a server waits for each one whose turn comes before its own
+ANSWER_SECONDS = 2.0  # in which those who stay must answer one who leaves
 SETTLE_SECONDS = 1.0  # from the announcement of a move until all have heard of it
 BACK_OFF_SECONDS = 60.0  # after a move that failed; doubles with each further one
 BACK_OFF_MOST_SECONDS = 3600.0
@@ -78,12 +80,17 @@ def by_capacity(config: BalanceConfig, rng: random.Random) -> Better:
 
 @dataclass(slots=True)
 class Balancer:
-    """Watches the swarm and has the node move.  `run` it beside what serves."""
+    """Watches the swarm and has the node move.  `run` it beside what serves.
+
+    answers: whether that peer answers us.  Those who are to serve what we leave are asked before we go;
+    without it they are believed to be there as long as their records last.
+    """
 
     mover: Mover
     config: BalanceConfig
     rng: random.Random
     better: Better
+    answers: Callable[[PeerId], Awaitable[bool]] | None = None
     moves: int = 0
     _failures: int = 0
     _hole_since: float | None = None
@@ -104,11 +111,11 @@ class Balancer:
     def _choose(self, now: float) -> Window | None:
         """Where to go now, if anywhere."""
         me, spans = self._see()
-        turn = turn_to_cover(spans, me.blocks, me.peer)
+        turn = turn_to_cover(holders(spans), me.blocks, me.peer)
         if turn is not None:
             self._hole_since = now if self._hole_since is None else self._hole_since
             due = self._hole_since + TURN_SECONDS * turn.rank
-            return (turn.start, turn.stop) if now >= due else None
+            return (turn.start, turn.stop) if turn.ready and now >= due else None
         self._hole_since = None
         if now < self._look_at or not self.config.quality:
             return None
@@ -116,7 +123,7 @@ class Balancer:
         found = self.better(spans, me.blocks, me.peer)
         if found is None or found == (me.start, me.stop):
             return None
-        return None if opens_gap(spans, me, *found) else found
+        return None if opens_gap(holders(spans), me.peer, (me.start, me.stop), found) else found
 
     def _see(self) -> tuple[Record, tuple[Record, ...]]:
         """Ourselves, as we serve, and everybody, ourselves included."""
@@ -130,7 +137,7 @@ class Balancer:
         log.info("about to move from blocks %d:%d to %d:%d", me.start, me.stop, *window)
         await self.mover.announce_move(*window)
         await trio.sleep(SETTLE_SECONDS)
-        why_not = self._objection(before, window)
+        why_not = await self._objection(holders(before), window)
         if why_not is not None:
             log.info("stays with blocks %d:%d: %s", me.start, me.stop, why_not)
             await self.mover.stay()
@@ -148,11 +155,30 @@ class Balancer:
             self._look_later()
         self._hole_since = None
 
-    def _objection(self, before: Sequence[Record], window: Window) -> str | None:
+    async def _objection(self, before: Sequence[Holder], window: Window) -> str | None:
         """Why the move must not be made after all."""
-        me, now = self._see()
-        if (first := gives_way(before, now, me.peer, *window)) is not None:
-            return f"{first} goes there"
-        if opens_gap(now, me, *window):
-            return "another server of our blocks has left"
-        return None
+        me, spans = self._see()
+        now, own = holders(spans), (me.start, me.stop)
+        heard: set[PeerId] = set()
+        while (why_not := objection(before, now, me.peer, own, window)) is None and self.answers is not None:
+            asked = [peer for peer in witnesses(now, me.peer, own, window) if peer not in heard]
+            if not asked:
+                break
+            there = await self._those_who_answer(asked)
+            heard |= there
+            now = [holder for holder in now if holder.peer in there or holder.peer not in asked]
+        return why_not
+
+    async def _those_who_answer(self, peers: Sequence[PeerId]) -> set[PeerId]:
+        answers, there = self.answers, set[PeerId]()
+        assert answers is not None
+
+        async def ask(peer: PeerId) -> None:
+            if await answers(peer):
+                there.add(peer)
+
+        with trio.move_on_after(ANSWER_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for peer in peers:
+                    nursery.start_soon(ask, peer)
+        return there

@@ -200,14 +200,6 @@ def moves(
     return sorted(found, key=lambda move: (-round(move.gain, 6), move.peer))
 
 
-def opens_gap(held: Sequence[Holder], me: PeerId, start: int, stop: int) -> bool:
-    """Whether a block would have no online holder if this server now held [start, stop)."""
-    mine = next((holder for holder in held if holder.peer == me), None)
-    others = [holder for holder in held if holder.peer != me and holder.online]
-    given_up = [b for b in range(mine.start, mine.stop) if not start <= b < stop] if mine else []
-    return any(not any(o.start <= b < o.stop for o in others) for b in given_up)
-
-
 def _movers(
     held: Sequence[Holder], blocks: int, added: Floats, most: float
 ) -> list[tuple[Holder, tuple[int, int] | None]]:
