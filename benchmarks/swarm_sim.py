@@ -28,6 +28,7 @@ from routing.placement import Move
 from routing.records import Record, State
 
 TURN_SECONDS = 2 * DELAY_SECONDS  # that a server waits for each plan that comes before its own
+LOSS_SECONDS = 5.0  # at most, from the loss of a server until another one looks for a better place
 NOISE_SECONDS = 60.0  # between two announcements of another rate
 PAUSE_SECONDS = 10.0  # at most, of a server that has left its place, until it looks for another
 
@@ -47,6 +48,7 @@ class Server:
     alive: bool = True
     version: int = 0  # of what it is doing: an event of an older version is void
     hole_since: float | None = None
+    online: frozenset[PeerId] = frozenset()  # whom it saw
     seen: list[Holder] = field(default_factory=list)  # when it announced its move
 
 
@@ -286,6 +288,12 @@ class Simulation:
         self._at(self._now + DELAY_SECONDS, lambda: self._hear(server))
         snapshot = self._view(server)
         turn = None
+        online = frozenset(holder.peer for holder in snapshot.held if holder.online)
+        lost = server.online.difference(holder.peer for holder in snapshot.held)
+        server.online = online
+        if lost and server.state == "online":
+            server.version += 1
+            self._later(server, self._chance.uniform(0, LOSS_SECONDS), self._decide)
         if server.state == "online" and self._sees_itself(server, snapshot.held):
             turn = self._ranked(snapshot)[1].get(server.peer)
         if turn is None:

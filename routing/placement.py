@@ -34,6 +34,9 @@ QUALITY = 0.99
 MIN_REPLICAS = 2
 LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfall is looked at
 LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
+LARGE_GAIN = 0.01  # a move for more is made together with the next best one
+MOST_AT_ONCE = 4
+REPLICA_WORTH = 0.001  # of the same, for each holder that a block has too few
 MOST_MOVERS = 32  # servers whose moves are compared; decides how long a decision takes
 _RANK_CHANCE = 0.25  # who is next to the best moves with this chance, in case the best one cannot
 
@@ -123,12 +126,16 @@ def best_window(
 
 
 class Move(NamedTuple):
-    """A server's best move: what it gains, in shares of the swarm's work, and the new window."""
+    """A server's best move: what it gains, in shares of the swarm's work, and the new window.
+
+    rank: 0 for those that are made at once; the others are for where one of these is not made.
+    """
 
     gain: float
     peer: PeerId
     start: int
     stop: int
+    rank: int = 0
 
 
 def better_window(
@@ -144,60 +151,94 @@ def better_window(
     """The window that this server should move to now, or None: stay.
 
     held: of every server, this one among them; who announced a move counts where it will be.
-    quality: at this share of the bound nobody moves.
+    quality: at this share of the bound nobody moves for the capacity.
 
-    Every server compares the same moves (`moves`) and makes the one of the greatest gain where it is
-    its own; the next in the order moves with a chance of one in four, the one after it of one in 16,
-    so that the swarm does not wait for a server that is pinned or gone.
+    Every server works out the same moves (`moves`).  Those of rank 0 are made; one of rank 1 with a chance
+    of one in four, of rank 2 with one of 16, so that the swarm does not wait for a server that is pinned
+    or gone.
     """
     if not any(holder.peer == me for holder in held):
         return None
-    return in_turn(moves(held, blocks, quality=quality, counts={me: count}), me, rng)
+    found = moves(held, blocks, quality=quality, counts={me: count}, min_replicas=min_replicas)
+    return in_turn(found, me, rng)
 
 
 def in_turn(ranked: Sequence[Move], me: PeerId, rng: random.Random) -> tuple[int, int] | None:
-    """The window of this server's move, where chance, by its place in the order, lets it move now."""
-    for rank, move in enumerate(ranked):
+    """The window of this server's move, where chance, by its rank, lets it move now."""
+    for move in ranked:
         if move.peer == me:
-            return (move.start, move.stop) if rng.random() < _RANK_CHANCE**rank else None
+            return (move.start, move.stop) if rng.random() < _RANK_CHANCE**move.rank else None
     return None
 
 
 def moves(
-    held: Sequence[Holder], blocks: int, *, quality: float = QUALITY, counts: dict[PeerId, int] | None = None
+    held: Sequence[Holder],
+    blocks: int,
+    *,
+    quality: float = QUALITY,
+    counts: dict[PeerId, int] | None = None,
+    min_replicas: int = MIN_REPLICAS,
 ) -> list[Move]:
-    """The best move of each server that has one worth its while, the greatest gain first.
+    """Moves that are worth their while: a few to be made at once, then the best of each other server.
 
     counts: blocks that a server has room for, where known; else those that it holds.
-    No move leaves a block without an online holder: what only one holds stays with it.
-    O(MOST_MOVERS * blocks**2).
+    Those of rank 0 are the best move, the best after it, and so on, at most MOST_AT_ONCE.  No block
+    loses its last online holder, in whatever order they are made.  O(MOST_MOVERS * blocks**2).
     """
+    first = ranked = _single_moves(held, blocks, quality, counts or {}, min_replicas)
+    made: list[Move] = []
+    while ranked:
+        move = ranked[0]
+        made.append(move)
+        if len(made) == MOST_AT_ONCE or move.gain < LARGE_GAIN:
+            break
+        there = {"start": move.start, "stop": move.stop, "online": False}
+        held = [h._replace(**there) if h.peer == move.peer else h for h in held]
+        ranked = _single_moves(held, blocks, quality, counts or {}, min_replicas)
+    going = {move.peer for move in made}
+    others = [move for move in first if move.peer not in going]
+    return [*made, *(move._replace(rank=rank) for rank, move in enumerate(others, 1))]
+
+
+def _single_moves(
+    held: Sequence[Holder], blocks: int, quality: float, counts: dict[PeerId, int], min_replicas: int
+) -> list[Move]:
+    """The best move of each server that has one, the greatest gain first."""
     held = sorted(held, key=lambda h: h.peer)  # one order of adding: one result for everybody
     most, added = bound(held, blocks), reach(held, blocks)
     number = _coverage(held, blocks)
-    if not held or (number.min() > 0 and narrowest(added).capacity >= quality * most):
+    if not held or (number.min() >= min_replicas and narrowest(added).capacity >= quality * most):
         return []
     movers = _movers(held, blocks, added, most)
     if not movers:
         return []
     rates = np.array([mover.rate for mover, _ in movers])
-    room = [min(blocks, (counts or {}).get(m.peer, m.stop - m.start)) for m, _ in movers]
+    room = [min(blocks, counts.get(m.peer, m.stop - m.start)) for m, _ in movers]
     rest = np.repeat(_single(added)[None], len(movers), axis=0)
     for row, (mover, _) in enumerate(movers):
         rest[row, : mover.start + 1, mover.start : mover.stop] -= mover.rate
     total = most * blocks
-    lack, now = np.zeros((len(movers), blocks)), 0.0
+    lack, now = np.zeros((len(movers), blocks)), REPLICA_WORTH * _missing(number, min_replicas)
     for level in LEVELS:
         lack += _shortfalls(rest, level * most, rates, np.array(room)) / total
         now += -float(ends(added, level * most)[0].min()) / total
     found = []
     for row, (mover, keep) in enumerate(movers):
+        without = number.copy()
+        without[mover.start : mover.stop] -= 1
+        fewer = _windows(without < min_replicas, room[row])
+        lack[row, : len(fewer)] += REPLICA_WORTH * (_missing(without, min_replicas) - fewer)
         window = _least(lack[row], mover, room[row], keep, blocks)
         gain = now - float(lack[row, window])
         lost = _holes_after(number, mover, window, window + room[row]) - int((number == 0).sum())
         if lost <= 0 and (gain > LEAST_GAIN or lost < 0):
             found.append(Move(gain - lost, mover.peer, window, window + room[row]))
     return sorted(found, key=lambda move: (-round(move.gain, 6), move.peer))
+
+
+def _missing(number: NDArray[np.int64], min_replicas: int) -> int:
+    """How many holders the blocks have too few."""
+    return int(np.maximum(0, min_replicas - number).sum())
 
 
 def _movers(
