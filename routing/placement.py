@@ -36,6 +36,7 @@ LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfa
 LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
 LARGE_GAIN = 0.01  # a move for more is made together with the next best one
 MOST_AT_ONCE = 4
+MOVE_EFFORT = 5.0  # a move without loading, in blocks that are loaded in that time
 REPLICA_WORTH = 0.001  # of the same, for each holder that a block has too few
 MOST_MOVERS = 32  # servers whose moves are compared; decides how long a decision takes
 _RANK_CHANCE = 0.25  # who is next to the best moves with this chance, in case the best one cannot
@@ -228,12 +229,13 @@ def _single_moves(
         without[mover.start : mover.stop] -= 1
         fewer = _windows(without < min_replicas, room[row])
         lack[row, : len(fewer)] += REPLICA_WORTH * (_missing(without, min_replicas) - fewer)
-        window = _least(lack[row], mover, room[row], keep, blocks)
+        window = _best_start(now - lack[row], mover, room[row], keep, blocks)
         gain = now - float(lack[row, window])
         lost = _holes_after(number, mover, window, window + room[row]) - int((number == 0).sum())
         if lost <= 0 and (gain > LEAST_GAIN or lost < 0):
-            found.append(Move(gain - lost, mover.peer, window, window + room[row]))
-    return sorted(found, key=lambda move: (-round(move.gain, 6), move.peer))
+            worth = (gain - lost) / _effort(mover, window, room[row])
+            found.append((worth, Move(gain - lost, mover.peer, window, window + room[row])))
+    return [move for _, move in sorted(found, key=lambda f: (-round(f[0], 6), f[1].peer))]
 
 
 def _missing(number: NDArray[np.int64], min_replicas: int) -> int:
@@ -260,11 +262,24 @@ def _movers(
     ]
 
 
-def _least(lack: Floats, mover: Holder, count: int, keep: tuple[int, int] | None, blocks: int) -> int:
-    """Where a mover's window leaves the least shortfall; among equals, as near as can be to where it is."""
+def _best_start(gains: Floats, mover: Holder, count: int, keep: tuple[int, int] | None, blocks: int) -> int:
+    """Where a mover's window gains most for the blocks to load; among equals, as near as can be."""
     first, last = (max(0, keep[1] - count), keep[0]) if keep else (0, blocks - count)
     options = range(first, min(last, blocks - count) + 1)
-    return min(options, key=lambda start: (round(float(lack[start]), 5), abs(start - mover.start), start))
+    return min(
+        options,
+        key=lambda start: (
+            -round(float(gains[start]) / _effort(mover, start, count), 6),
+            abs(start - mover.start),
+            start,
+        ),
+    )
+
+
+def _effort(mover: Holder, start: int, count: int) -> float:
+    """What a move takes, as the blocks that could be loaded meanwhile."""
+    kept = max(0, min(mover.stop, start + count) - max(mover.start, start))
+    return MOVE_EFFORT + count - kept
 
 
 def _holes_after(number: NDArray[np.int64], mover: Holder, start: int, stop: int) -> int:
