@@ -29,6 +29,7 @@ SHOWN = (
     ("share", "share_of_bound_mean", ".3f"),
     ("p5", "share_of_bound_p5", ".3f"),
     ("min", "share_of_bound_min", ".3f"),
+    ("held once", "blocks_held_once", ".1f"),
     ("uncovered s", "uncovered_s", ".1f"),
     ("gaps by moves", "gaps_opened_by_moves", "d"),
     ("reaction s", "reaction_longest_s", ".0f"),

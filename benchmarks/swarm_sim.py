@@ -17,10 +17,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from benchmarks.swarm_models import DELAY_SECONDS, LIE, Hardware, Plan, script
 from benchmarks.swarm_rules import Rule, Window
 from benchmarks.swarm_views import News, Snapshot
+from node.balancer import LOSS_SECONDS
 from routing.capacity import Holder, capacity
 from routing.moves import Turn, objection, opens_gap
 from routing.names import PeerId
@@ -28,7 +30,6 @@ from routing.placement import Move
 from routing.records import Record, State
 
 TURN_SECONDS = 2 * DELAY_SECONDS  # that a server waits for each plan that comes before its own
-LOSS_SECONDS = 5.0  # at most, from the loss of a server until another one looks for a better place
 NOISE_SECONDS = 60.0  # between two announcements of another rate
 PAUSE_SECONDS = 10.0  # at most, of a server that has left its place, until it looks for another
 
@@ -70,6 +71,7 @@ class Outcome:
 
     shares: list[float] = field(default_factory=list)
     at_rest: float = 0.0
+    held_once: int = 0  # blocks, at rest
     uncovered_s: float = 0.0
     repairs: list[Repair] = field(default_factory=list)
     observed_s: float = 0.0
@@ -111,6 +113,7 @@ class Simulation:
             self._at(half_way, lambda: self._news.cut(half_way, fate.cut_off))
         self._advance(plan.began)
         self.outcome.at_rest = self._share()
+        self.outcome.held_once = self._count().count(1)
         self._observing = self._changed = True
         if plan.churn > 0 or plan.lost > 0 or plan.partition > 0 or plan.noise > 0:
             self._observe()
@@ -159,18 +162,17 @@ class Simulation:
             )
             self._gap_since = self._gap_known = None
 
-    def _open_blocks(self) -> list[int]:
-        count = [0] * (self.plan.model.blocks + 1)
+    def _count(self) -> list[int]:
+        """How many servers serve each block, in truth."""
+        change = [0] * (self.plan.model.blocks + 1)
         for server in self._servers.values():
             if server.serving:
-                count[server.serving[0]] += 1
-                count[server.serving[1]] -= 1
-        held, found = 0, []
-        for block, change in enumerate(count[:-1]):
-            held += change
-            if not held:
-                found.append(block)
-        return found
+                change[server.serving[0]] += 1
+                change[server.serving[1]] -= 1
+        return list(accumulate(change[:-1]))
+
+    def _open_blocks(self) -> list[int]:
+        return [block for block, count in enumerate(self._count()) if not count]
 
     def _is_announced(self, open_blocks: list[int]) -> bool:
         held = [holder for holder in self._news.fresh().held if holder.online]
@@ -384,6 +386,7 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
         "share_of_bound_mean": statistics.fmean(means),
         "share_of_bound_p5": means[int(0.05 * len(means))],
         "share_of_bound_min": means[0],
+        "blocks_held_once": statistics.fmean(outcome.held_once for outcome in outcomes),
         "at_rest_mean": statistics.fmean(outcome.at_rest for outcome in outcomes),
         "share_at_end_mean": statistics.fmean(outcome.shares[-1] for outcome in outcomes),
         "uncovered_s": sum(outcome.uncovered_s for outcome in outcomes) / len(outcomes),

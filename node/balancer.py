@@ -1,8 +1,9 @@
 """Moves a serving node to the blocks where the swarm needs it: a clock around pure decisions.
 
 Twice in `routing.moves` it is decided whether to go: before a move is announced, and a moment later,
-when everybody has heard of it and we of theirs; then those who stay for what we leave are asked once more.  Blocks that nobody holds are looked for every second;
-whether another place would be better, at random times, so that servers do not all move at once.
+when everybody has heard of it and we of theirs; then those who stay for what we leave are asked once
+more.  Blocks that nobody holds are looked for every second; whether another place would be better, at
+random times, so that servers do not all move at once, and soon after another server is lost.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ LOOK_SECONDS = 1.0  # between looks for blocks that nobody holds
 TURN_SECONDS = 3.0  # that a server waits for each one whose turn comes before its own
 ANSWER_SECONDS = 2.0  # in which those who stay must answer one who leaves
 SETTLE_SECONDS = 1.0  # from the announcement of a move until all have heard of it
+LOSS_SECONDS = 5.0  # at most, from the loss of a server until we look for a better place
 BACK_OFF_SECONDS = 60.0  # after a move that failed; doubles with each further one
 BACK_OFF_MOST_SECONDS = 3600.0
 
@@ -94,6 +96,7 @@ class Balancer:
     moves: int = 0
     _failures: int = 0
     _hole_since: float | None = None
+    _there: frozenset[PeerId] = frozenset()  # at the last look
     _look_at: float = 0.0  # when to look for a better place next
 
     async def run(self) -> None:
@@ -108,6 +111,13 @@ class Balancer:
     def _look_later(self) -> None:
         self._look_at = trio.current_time() + self.config.seconds * self.rng.uniform(0.5, 1.5)
 
+    def _look_sooner(self, now: float, spans: Sequence[Record]) -> None:
+        """Where a server is gone that was there."""
+        there = frozenset(span.peer for span in spans)
+        if self._there - there:
+            self._look_at = min(self._look_at, now + LOSS_SECONDS * self.rng.random())
+        self._there = there
+
     def _choose(self, now: float) -> Window | None:
         """Where to go now, if anywhere."""
         me, spans = self._see()
@@ -117,6 +127,7 @@ class Balancer:
             due = self._hole_since + TURN_SECONDS * turn.rank
             return (turn.start, turn.stop) if turn.ready and now >= due else None
         self._hole_since = None
+        self._look_sooner(now, spans)
         if now < self._look_at or not self.config.quality:
             return None
         self._look_later()

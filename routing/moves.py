@@ -9,7 +9,7 @@ is going, not where it still is; one that has very much to load does not keep ot
 
 Promises, checked by tests/unit/test_moves.py:
   * those who are ready may all go at once, and no block loses its last online server;
-  * a plan leaves fewer blocks open than before.
+  * a plan never leaves more blocks open than before; it has an end.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ MOST_IN_A_ROW = 3  # moves that make way for each other
 MOST_TRIED = 24  # of servers that others would have to stand in for, the cheapest
 MOST_LOOKED_AT = 64  # servers for each move of a plan
 MOST_TURNS = 3  # plans, each without the servers of those before it
-# A joining server with so many times the blocks to load that a mover has does not keep that one away.
-SLOW = 4.0
+MOVE_EFFORT = 5.0  # a move without loading, in blocks that are loaded in that time
+WAITING = 1.5  # times the cost, where somebody must come online first
+# A joining server that takes so many times as long as a mover does not keep that one away.
+SLOW = 2.0
 
 Counts = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -97,8 +99,9 @@ class _Crew:
         self.starts = np.array([s.start for s in self.free], dtype=np.int64)
         self.stops = np.array([min(s.stop, blocks) for s in self.free], dtype=np.int64)
         self.soon = _coverage(servers, blocks)
+        self.now = _coverage((s for s in servers if s.online), blocks)
         self.wait = np.where(self.soon == 0, np.inf, 0.0)  # blocks that whoever comes has yet to load
-        late = (_coverage((s for s in servers if s.online), blocks) == 0) & (self.soon > 0)
+        late = (self.now == 0) & (self.soon > 0)
         if late.any():
             self.wait[late] = np.inf
             for server in servers:
@@ -107,12 +110,20 @@ class _Crew:
                 self.wait[own] = np.where(late[own], fewer, self.wait[own])
 
     def plan(self) -> list[_Move]:
-        """Chains of moves, the best first, until every block is held or nothing more can be done."""
+        """Chains of moves, the best first, until every block is held or nothing more can be done.
+
+        Blocks that somebody is loading, but slowly, come after those to which nobody is on the way.
+        """
         steps: list[_Move] = []
-        while (self.wait > 0).any() and (chain := self._best_chain({m.server.peer for m in steps})):
+        while (self.wait > 0).any():
+            chain = self._best_chain({move.server.peer for move in steps})
             for move in chain:
                 self._make(move)
             steps += chain
+            if not chain and not np.isinf(self.wait).any():
+                break
+            if not chain:
+                self.wait[np.isinf(self.wait)] = 0.0
         return steps
 
     def _make(self, move: _Move) -> None:
@@ -124,30 +135,27 @@ class _Crew:
     def _best_chain(self, used: set[PeerId]) -> list[_Move]:
         """The moves that load the fewest blocks for each open one that they close, in their order."""
         found = [m for row in self._likely(self.wait > 0, used) for m in self._closing(row)]
-        best: list[_Move] = []
-        alone = [move for move in found if move.opened is None]
-        if alone:
-            least = min(move.loads / move.closes for move in alone)
-            best = [min((m for m in alone if m.loads / m.closes <= least), key=self._order)]
-        cost = best[0].loads / best[0].closes if best else np.inf
-        helped = sorted(
-            (m for m in found if m.opened), key=lambda m: (m.loads / m.closes, m.server.peer, m.start)
-        )
+        best = min((m for m in found if m.opened is None), key=self._order, default=None)
+        chain, cost = ([best], _cost([best])) if best else ([], np.inf)
+        helped = sorted((m for m in found if m.opened), key=lambda m: (_cost([m]), m.server.peer, m.start))
         for move in helped[:MOST_TRIED]:
-            if move.loads / move.closes >= cost:
+            if _cost([move]) >= cost:
                 break
             helpers = self._stand_ins(move, used | {move.server.peer}, MOST_IN_A_ROW - 1)
-            loads = sum(m.loads for m in (*helpers, move))
-            if helpers and loads / move.closes < cost and self._in_order((*helpers, move)):
-                best, cost = [*helpers, move], loads / move.closes
-        return best
+            longer = [*helpers, move]
+            if helpers and _cost(longer) < cost and self._in_order(longer):
+                chain, cost = longer, _cost(longer)
+        return chain
 
-    def _order(self, move: _Move) -> tuple[int, int, bytes]:
-        """Among moves that cost the same: who is missed least, then by lot."""
+    def _order(self, move: _Move) -> tuple[float, int, int, int, bytes]:
+        """The least cost; among equals who closes most, who is missed least, then by lot."""
         left = _left(move, self.blocks)
         spare = int(self.soon[left].min()) if len(left) else self.blocks
         open_blocks = np.flatnonzero(self.wait > 0).tolist()
-        return -spare, move.start, hashlib.sha256(f"{move.server.peer} {open_blocks}".encode()).digest()
+        lot = hashlib.sha256(f"{move.server.peer} {open_blocks}".encode()).digest()
+        ready = (self.now[left] > 1).all()
+        cost = _cost([move]) * (1.0 if ready else WAITING)
+        return round(cost, 6), -move.closes, -spare, move.start, lot
 
     def _likely(self, wanted: Flags, used: set[PeerId]) -> list[int]:
         """Those who have the least to load to get there, and whom nobody has to stand in for."""
@@ -167,7 +175,10 @@ class _Crew:
         begins = np.arange(self.blocks - count + 1)
         loads = np.minimum(np.abs(begins - start), count)
         waits = np.lib.stride_tricks.sliding_window_view(self.wait, count)
-        closes = (waits >= SLOW * np.maximum(loads, 1)[:, None]).sum(axis=1)
+        if np.isinf(self.wait).any():
+            closes = np.isinf(waits).sum(axis=1)
+        else:
+            closes = (waits >= SLOW * (MOVE_EFFORT + loads)[:, None]).sum(axis=1)
         closes[start] = 0
         alone = self._alone(start, stop, self.soon)
         return [
@@ -219,6 +230,11 @@ class _Crew:
             soon[move.server.start : min(move.server.stop, self.blocks)] -= 1
             soon[move.start : move.stop] += 1
         return True
+
+
+def _cost(chain: Sequence[_Move]) -> float:
+    """What moves take, one after the other, for each block that they close; in blocks that are loaded."""
+    return sum(MOVE_EFFORT + move.loads for move in chain) / sum(move.closes for move in chain)
 
 
 def _hull(alone: Counts, start: int, stop: int) -> tuple[int, int] | None:

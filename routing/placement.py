@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.capacity import Floats, Holder, bound, ends, narrowest, reach
+from routing.capacity import Floats, Holder, bound, capacity, ends, narrowest, reach
+from routing.moves import MOVE_EFFORT
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import believed_rates
@@ -36,8 +37,8 @@ LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfa
 LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
 LARGE_GAIN = 0.01  # a move for more is made together with the next best one
 MOST_AT_ONCE = 4
-MOVE_EFFORT = 5.0  # a move without loading, in blocks that are loaded in that time
 REPLICA_WORTH = 0.001  # of the same, for each holder that a block has too few
+REPLICA_HINT = 1e-6  # while the capacity is too low: it decides between equals
 MOST_MOVERS = 32  # servers whose moves are compared; decides how long a decision takes
 _RANK_CHANCE = 0.25  # who is next to the best moves with this chance, in case the best one cannot
 
@@ -193,8 +194,7 @@ def moves(
         made.append(move)
         if len(made) == MOST_AT_ONCE or move.gain < LARGE_GAIN:
             break
-        there = {"start": move.start, "stop": move.stop, "online": False}
-        held = [h._replace(**there) if h.peer == move.peer else h for h in held]
+        held = _after(held, move)
         ranked = _single_moves(held, blocks, quality, counts or {}, min_replicas)
     going = {move.peer for move in made}
     others = [move for move in first if move.peer not in going]
@@ -208,7 +208,10 @@ def _single_moves(
     held = sorted(held, key=lambda h: h.peer)  # one order of adding: one result for everybody
     most, added = bound(held, blocks), reach(held, blocks)
     number = _coverage(held, blocks)
-    if not held or (number.min() >= min_replicas and narrowest(added).capacity >= quality * most):
+    if not held:
+        return []
+    good = number.min() > 0 and narrowest(added).capacity >= quality * most
+    if good and number.min() >= min_replicas:
         return []
     movers = _movers(held, blocks, added, most)
     if not movers:
@@ -219,28 +222,45 @@ def _single_moves(
     for row, (mover, _) in enumerate(movers):
         rest[row, : mover.start + 1, mover.start : mover.stop] -= mover.rate
     total = most * blocks
-    lack, now = np.zeros((len(movers), blocks)), REPLICA_WORTH * _missing(number, min_replicas)
+    lack, now = np.zeros((len(movers), blocks)), 0.0
     for level in LEVELS:
         lack += _shortfalls(rest, level * most, rates, np.array(room)) / total
         now += -float(ends(added, level * most)[0].min()) / total
     found = []
     for row, (mover, keep) in enumerate(movers):
-        without = number.copy()
-        without[mover.start : mover.stop] -= 1
-        fewer = _windows(without < min_replicas, room[row])
-        lack[row, : len(fewer)] += REPLICA_WORTH * (_missing(without, min_replicas) - fewer)
-        window = _best_start(now - lack[row], mover, room[row], keep, blocks)
-        gain = now - float(lack[row, window])
+        gains = now - lack[row]
+        more = _replicas_gained(number, mover, room[row], min_replicas)
+        worth = gains.copy()
+        worth[: len(more)] += (REPLICA_WORTH if good else REPLICA_HINT) * more
+        worth[gains < (-np.inf if good else LEAST_GAIN)] = -np.inf
+        window = _best_start(worth, mover, room[row], keep, blocks)
+        gain = float(worth[window])
         lost = _holes_after(number, mover, window, window + room[row]) - int((number == 0).sum())
         if lost <= 0 and (gain > LEAST_GAIN or lost < 0):
             worth = (gain - lost) / _effort(mover, window, room[row])
             found.append((worth, Move(gain - lost, mover.peer, window, window + room[row])))
-    return [move for _, move in sorted(found, key=lambda f: (-round(f[0], 6), f[1].peer))]
+    ranked = [move for _, move in sorted(found, key=lambda f: (-round(f[0], 6), f[1].peer))]
+    if good:  # what is gained now are replicas alone
+        return [m for m in ranked[:MOST_AT_ONCE] if capacity(_after(held, m), blocks) >= quality * most]
+    return ranked
 
 
-def _missing(number: NDArray[np.int64], min_replicas: int) -> int:
-    """How many holders the blocks have too few."""
-    return int(np.maximum(0, min_replicas - number).sum())
+def _after(held: Sequence[Holder], move: Move) -> list[Holder]:
+    """What is held when a move has been announced."""
+    return [
+        h._replace(start=move.start, stop=move.stop, online=False) if h.peer == move.peer else h for h in held
+    ]
+
+
+def _replicas_gained(
+    number: NDArray[np.int64], mover: Holder, count: int, min_replicas: int
+) -> NDArray[np.int64]:
+    """By window, how many holders fewer are missing when this server moves there."""
+    without = number.copy()
+    without[mover.start : mover.stop] -= 1
+    wanted = without < min_replicas
+    gained: NDArray[np.int64] = _windows(wanted, count) - int(wanted[mover.start : mover.stop].sum())
+    return gained
 
 
 def _movers(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.capacity import Holder, bound, capacity, reach
+from routing.moves import opens_gap
 from routing.names import PeerId, peer_id_of
 from routing.placement import (
     _shortfalls,
@@ -16,7 +17,6 @@ from routing.placement import (
     better_window,
     choose_blocks,
     moves,
-    opens_gap,
     throughputs,
 )
 from routing.records import Record
@@ -127,46 +127,79 @@ def swarm_of(seed, servers=14, blocks=20):
     return held
 
 
-def moved(held, move):
-    return [h._replace(start=move.start, stop=move.stop) if h.peer == move.peer else h for h in held]
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10_000))
-def test_no_move_leaves_a_block_without_an_online_holder(seed):
-    held = swarm_of(seed)
-    for move in moves(held, 20):
-        assert not opens_gap(held, move.peer, move.start, move.stop)
+def moved(held, move, online=True):
+    return [
+        h._replace(start=move.start, stop=move.stop, online=online) if h.peer == move.peer else h
+        for h in held
+    ]
 
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.randoms(use_true_random=False))
-def test_everyone_ranks_the_moves_alike_and_the_first_is_made(seed, rng):
+def test_no_block_loses_its_last_online_holder_in_whatever_order_the_moves_are_made(seed, rng):
+    held = swarm_of(seed)
+    found = moves(held, 20)
+    for move in found:
+        own = next((h.start, h.stop) for h in held if h.peer == move.peer)
+        assert not opens_gap(held, move.peer, own, (move.start, move.stop))
+    at_once = [move for move in found if move.rank == 0]
+    assert len({move.peer for move in at_once}) == len(at_once)
+    now = held
+    for move in rng.sample(at_once, len(at_once)):
+        own = next((h.start, h.stop) for h in now if h.peer == move.peer)
+        assert not opens_gap(now, move.peer, own, (move.start, move.stop))
+        now = moved(now, move, online=False)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.randoms(use_true_random=False))
+def test_everyone_ranks_the_moves_alike_and_the_first_are_made(seed, rng):
     held = swarm_of(seed)
     ranked = moves(held, 20)
     assert ranked == moves(rng.sample(held, len(held)), 20)
-    if ranked:
-        first = ranked[0]
-        window = better_window(held, 20, first.peer, first.stop - first.start, rng=rng)
-        assert window == (first.start, first.stop)
+    assert not ranked or ranked[0].rank == 0
+    for move in ranked:
+        if move.rank == 0:
+            window = better_window(held, 20, move.peer, move.stop - move.start, rng=rng)
+            assert window == (move.start, move.stop)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000))
-def test_moves_end_and_never_lower_the_number_of_covered_blocks(seed):
+@given(st.integers(0, 10_000), st.integers(1, 3))
+def test_moves_end_and_never_lower_the_number_of_covered_blocks(seed, min_replicas):
     held = swarm_of(seed)
-    for _ in range(100):
-        ranked = moves(held, 20)
+    for _ in range(200):
+        ranked = moves(held, 20, min_replicas=min_replicas)
         if not ranked:
             break
         after = moved(held, ranked[0])
         assert sum(c > 0 for c in covered(after)) >= sum(c > 0 for c in covered(held))
         held = after
-    assert moves(held, 20) == []
+    assert moves(held, 20, min_replicas=min_replicas) == []
+
+
+def test_where_the_capacity_is_good_blocks_with_one_holder_get_another():
+    names = [PeerId(name) for name in "abcdef"]
+    held = [Holder(names[0], 0, 4, 40.0), Holder(names[1], 4, 12, 80.0)]
+    held += [Holder(names[2], 0, 8, 80.0), Holder(names[3], 0, 4, 1.0), Holder(names[4], 8, 12, 40.0)]
+    held += [Holder(names[5], 8, 12, 1.0)]
+    assert moves(held, 12, min_replicas=2, quality=0.5) == []
+    once = [*held[:3], held[3], held[4]._replace(start=0, stop=4), held[5]._replace(start=0, stop=4)]
+    assert covered_of(once, 12)[8:] == [1] * 4
+    [first, *_] = moves(once, 12, min_replicas=2, quality=0.5)
+    assert (first.start, first.stop) == (8, 12)
+    assert moves(once, 12, min_replicas=1, quality=0.5) == []
+    after = moved(once, first)
+    assert min(covered_of(after, 12)) >= 2
+    assert capacity(after, 12) >= 0.5 * bound(after, 12)
 
 
 def covered(held):
-    return [sum(h.start <= block < h.stop for h in held) for block in range(20)]
+    return covered_of(held, 20)
+
+
+def covered_of(held, blocks):
+    return [sum(h.start <= block < h.stop for h in held) for block in range(blocks)]
 
 
 @settings(deadline=None)
