@@ -32,7 +32,7 @@ SHOWN = (
     ("held once", "blocks_held_once", ".1f"),
     ("uncovered s", "uncovered_s", ".1f"),
     ("gaps by moves", "gaps_opened_by_moves", "d"),
-    ("reaction s", "reaction_longest_s", ".0f"),
+    ("reaction s", "coverage_reaction_s_max", ".0f"),
     ("moves/server h", "moves_per_server_hour", ".3f"),
     ("blocks/h", "blocks_loaded_per_hour", ".1f"),
     ("decision ms", "decision_ms", ".2f"),

@@ -54,8 +54,16 @@ class Server:
 
 
 @dataclass(slots=True)
+class Gap:
+    """A block without a server.  Seconds of the simulated time: from when, and from when records tell it."""
+
+    since: float
+    known: float | None = None
+
+
+@dataclass(slots=True)
 class Repair:
-    """A gap that was closed.  Seconds: all of it; from when the records told of it; of loading at the end."""
+    """A block that has a server again.  Seconds: in all, since the records told of it, of the last loading."""
 
     total: float
     known: float
@@ -96,8 +104,8 @@ class Simulation:
         self._news = News()
         self._observing = False
         self._changed = False  # who serves what, since it was last looked at
-        self._gap_since: float | None = None
-        self._gap_known: float | None = None
+        self._gaps: dict[int, Gap] = {}
+        self._gap_since = 0.0
         self._last_load = 0.0  # seconds, of who came online last
 
     def run(self) -> Outcome:
@@ -140,27 +148,27 @@ class Simulation:
         while self._events and self._events[0][0] <= until:
             self._now, _, do = heapq.heappop(self._events)
             do()
-            if self._observing and (self._changed or self._gap_since is not None):
+            if self._observing and (self._changed or self._gaps):
                 self._watch_gap()
         self._now = until
-        if self._observing and self._gap_since is not None:
+        if self._observing and self._gaps:
             self.outcome.uncovered_s += until - self._gap_since
 
     def _watch_gap(self) -> None:
-        """Keep account of the time when a block has no server."""
+        """Keep account of the time when a block has no server, block by block."""
         self._changed = False
         open_blocks = self._open_blocks()
-        if open_blocks:
-            self._gap_since = self._now if self._gap_since is None else self._gap_since
-            if self._gap_known is None and self._is_announced(open_blocks):
-                self._gap_known = self._now
-        elif self._gap_since is not None:
-            known = self._now if self._gap_known is None else self._gap_known
-            self.outcome.uncovered_s += self._now - self._gap_since
-            self.outcome.repairs.append(
-                Repair(self._now - self._gap_since, self._now - known, self._last_load)
-            )
-            self._gap_since = self._gap_known = None
+        if bool(open_blocks) != bool(self._gaps):
+            self.outcome.uncovered_s += self._now - self._gap_since if self._gaps else 0.0
+            self._gap_since = self._now
+        told = self._not_announced(open_blocks)
+        for block in open_blocks:
+            gap = self._gaps.setdefault(block, Gap(self._now))
+            gap.known = self._now if gap.known is None and block in told else gap.known
+        for block in [block for block in self._gaps if block not in open_blocks]:
+            gap = self._gaps.pop(block)
+            known = 0.0 if gap.known is None else self._now - gap.known
+            self.outcome.repairs.append(Repair(self._now - gap.since, known, self._last_load))
 
     def _count(self) -> list[int]:
         """How many servers serve each block, in truth."""
@@ -174,9 +182,10 @@ class Simulation:
     def _open_blocks(self) -> list[int]:
         return [block for block, count in enumerate(self._count()) if not count]
 
-    def _is_announced(self, open_blocks: list[int]) -> bool:
-        held = [holder for holder in self._news.fresh().held if holder.online]
-        return any(not any(h.start <= block < h.stop for h in held) for block in open_blocks)
+    def _not_announced(self, open_blocks: list[int]) -> set[int]:
+        """Those of them that no online server announces."""
+        held = [holder for holder in self._news.fresh().held if holder.online] if open_blocks else []
+        return {b for b in open_blocks if not any(h.start <= b < h.stop for h in held)}
 
     # What is announced, and what is seen of it
 
@@ -373,15 +382,16 @@ class Simulation:
 def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
     """The figures of all seeds of one rule.
 
-    coverage_restored_s is counted from the crash, coverage_known_s from when the records have run out;
-    coverage_reaction_s is that without the loading of who closed the gap.
+    coverage_restored_s: from when a block lost its last server until it has one again.
+    coverage_reaction_s: from when no record tells of a server, and without the loading of who closed the gap.
     """
     means = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)
     hours = sum(outcome.observed_s for outcome in outcomes) / 3600
     ranks = [ms for outcome in outcomes for ms in outcome.rank_ms] or [0.0]
     decisions = sorted(statistics.fmean(ranks) + ms for outcome in outcomes for ms in outcome.own_ms)
     repairs = [repair for outcome in outcomes for repair in outcome.repairs]
-    reactions = [max(0.0, repair.known - repair.load) for repair in repairs]
+    restored = sorted(repair.total for repair in repairs) or [0.0]
+    reactions = sorted(max(0.0, repair.known - repair.load) for repair in repairs) or [0.0]
     return {
         "share_of_bound_mean": statistics.fmean(means),
         "share_of_bound_p5": means[int(0.05 * len(means))],
@@ -391,11 +401,13 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
         "share_at_end_mean": statistics.fmean(outcome.shares[-1] for outcome in outcomes),
         "uncovered_s": sum(outcome.uncovered_s for outcome in outcomes) / len(outcomes),
         "gaps_opened_by_moves": sum(outcome.gaps_opened for outcome in outcomes),
-        "coverage_restored_s": sorted(round(repair.total, 1) for repair in repairs),
-        "coverage_known_s": sorted(round(repair.known, 1) for repair in repairs),
-        "coverage_reaction_s": sorted(round(seconds, 1) for seconds in reactions),
-        "gap_longest_s": max((repair.total for repair in repairs), default=0.0),
-        "reaction_longest_s": max(reactions, default=0.0),
+        "gaps": len(repairs),
+        "coverage_restored_s_p95": restored[int(0.95 * len(restored))],
+        "coverage_restored_s_max": restored[-1],
+        "coverage_load_s_max": max((repair.load for repair in repairs), default=0.0),
+        "coverage_reaction_s_p95": reactions[int(0.95 * len(reactions))],
+        "coverage_reaction_s_max": reactions[-1],
+        "coverage_reactions_over_60_s": sum(seconds > 60 for seconds in reactions),
         "moves_per_server_hour": sum(outcome.moves for outcome in outcomes) / hours / plan.servers,
         "blocks_loaded_per_hour": sum(outcome.loaded for outcome in outcomes) / hours,
         "decision_ms": statistics.fmean(decisions),
