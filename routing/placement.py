@@ -37,6 +37,7 @@ LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfa
 LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
 LARGE_GAIN = 0.01  # a move for more is made together with the next best one
 MOST_AT_ONCE = 4
+GOOD = 0.9  # of the bound: from here on replicas count beside the capacity, and it stays at that
 REPLICA_WORTH = 0.001  # of the same, for each holder that a block has too few
 REPLICA_HINT = 1e-6  # while the capacity is too low: it decides between equals
 MOST_MOVERS = 32  # servers whose moves are compared; decides how long a decision takes
@@ -210,8 +211,10 @@ def _single_moves(
     number = _coverage(held, blocks)
     if not held:
         return []
-    good = number.min() > 0 and narrowest(added).capacity >= quality * most
-    if good and number.min() >= min_replicas:
+    now_able = narrowest(added).capacity if number.min() > 0 else 0.0
+    enough = min(quality, GOOD) * most  # of capacity, for replicas to count beside it
+    good = 0 < enough <= now_able
+    if good and now_able >= quality * most and number.min() >= min_replicas:
         return []
     movers = _movers(held, blocks, added, most)
     if not movers:
@@ -240,8 +243,8 @@ def _single_moves(
             worth = (gain - lost) / _effort(mover, window, room[row])
             found.append((worth, Move(gain - lost, mover.peer, window, window + room[row])))
     ranked = [move for _, move in sorted(found, key=lambda f: (-round(f[0], 6), f[1].peer))]
-    if good:  # what is gained now are replicas alone
-        return [m for m in ranked[:MOST_AT_ONCE] if capacity(_after(held, m), blocks) >= quality * most]
+    if good:
+        return [m for m in ranked[:MOST_AT_ONCE] if capacity(_after(held, m), blocks) >= enough]
     return ranked
 
 
