@@ -6,6 +6,8 @@ Simulated servers on the real code of `routing` (see benchmarks.swarm_sim): they
 other, have ten minutes, and then an hour is observed, at rest or with --churn and --lost.  `share` is
 capacity over its bound, all servers' rates over the blocks: at rest that of the end of the ten
 minutes, else the mean over the hour.  llama-405b is the thin case, llama-70b the roomy one.
+`decision ms` is what one decision takes a node, with all that others who see the same work out too;
+--decisions-only times each kind of them.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,10 @@ from typing import Any
 from benchmarks.swarm_models import MODELS, Plan
 from benchmarks.swarm_rules import RULES
 from benchmarks.swarm_sim import Outcome, Simulation, summary
+from routing.capacity import Holder, capacity
+from routing.moves import turns
+from routing.names import PeerId
+from routing.placement import best_window, moves
 
 SHOWN = (
     ("share", "share_of_bound_mean", ".3f"),
@@ -51,6 +59,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--liars", type=float, default=0.0, help="share that announces 100 times its speed")
     parser.add_argument("--partition", type=float, default=0.0, help="share that is cut off for ten minutes")
     parser.add_argument("--noise", type=float, default=0.0, help="by which announced rates are wrong at most")
+    parser.add_argument(
+        "--decisions-only", type=int, nargs="+", metavar="N", help="only time decisions among so many servers"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="seeds that are simulated at once")
     parser.add_argument("--rule", choices=[*RULES, "all"], default="ours")
     parser.add_argument("--load-gb-per-s", type=float, default=0.25, help="at which a server loads blocks")
@@ -98,6 +109,38 @@ def measure(flags: argparse.Namespace, name: str) -> dict[str, Any]:  # Any: JSO
     return found
 
 
+def decisions(model_name: str, servers: int) -> dict[str, float]:
+    """Milliseconds of each decision among servers that chance has placed, and the most memory, in MB."""
+    model, rng = MODELS[model_name], random.Random(0)
+    kinds = rng.choices(model.kinds, [kind.share for kind in model.kinds], k=servers)
+    held = []
+    for number, kind in enumerate(kinds):
+        start = rng.randrange(model.blocks - kind.count + 1)
+        held.append(
+            Holder(PeerId(f"{number:05}"), start, start + kind.count, kind.rate * rng.uniform(0.7, 1.1))
+        )
+    hole = range(model.blocks // 3, model.blocks // 3 + 5)
+    torn = [h for h in held if h.stop <= hole.start or h.start >= hole.stop]
+    work: dict[str, Callable[[], object]] = {
+        "join": lambda: best_window(held, model.blocks, 7, 300.0),
+        "move": lambda: moves(held, model.blocks),
+        "hole": lambda: turns(torn, model.blocks),
+        "capacity": lambda: capacity(held, model.blocks),
+    }
+    found: dict[str, float] = {"servers": servers}
+    for name, decide in work.items():
+        decide()
+        began = time.perf_counter()
+        decide()
+        found[f"{name}_ms"] = round((time.perf_counter() - began) * 1000, 1)
+    tracemalloc.start()
+    for decide in work.values():
+        decide()
+    found["memory_mb"] = round(tracemalloc.get_traced_memory()[1] / 1e6, 1)
+    tracemalloc.stop()
+    return found
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rules side by side."""
     lines = [f"{'rule':12}" + "".join(f"{title:>16}" for title, _, _ in SHOWN)]
@@ -109,6 +152,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     flags = parse(words)
+    if flags.decisions_only:
+        for servers in flags.decisions_only:
+            print(json.dumps(decisions(flags.model, servers)))
+        return
     names = list(RULES) if flags.rule == "all" else [flags.rule]
     rows = [measure(flags, name) for name in names]
     print(table(rows))

@@ -63,7 +63,7 @@ class Gap:
 
 @dataclass(slots=True)
 class Repair:
-    """A block that has a server again.  Seconds: in all, since the records told of it, of the last loading."""
+    """A block that has a server again.  Seconds: in all, since records told of it, of the last loading."""
 
     total: float
     known: float

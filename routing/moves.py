@@ -25,8 +25,8 @@ from routing.capacity import Holder
 from routing.names import PeerId
 
 MOST_IN_A_ROW = 3  # moves that make way for each other
-MOST_TRIED = 24  # of servers that others would have to stand in for, the cheapest
-MOST_LOOKED_AT = 64  # servers for each move of a plan
+MOST_TRIED = 8  # of servers that others would have to stand in for, the cheapest
+MOST_LOOKED_AT = 48  # servers for each move of a plan
 MOST_TURNS = 3  # plans, each without the servers of those before it
 MOVE_EFFORT = 5.0  # a move without loading, in blocks that are loaded in that time
 WAITING = 1.5  # times the cost, where somebody must come online first
@@ -212,7 +212,7 @@ class _Crew:
         best = [at_once] if at_once else []
         most = at_once.loads if at_once else np.inf
         if depth > 1:
-            for helper in [m for m in found if m.opened][: MOST_TRIED // 4]:
+            for helper in [m for m in found if m.opened][: MOST_TRIED // 2]:
                 if helper.loads >= most:
                     break
                 helpers = self._stand_ins(helper, used | {helper.server.peer}, depth - 1)

@@ -351,8 +351,10 @@ def _shortfalls(rest: Single, rate: float, speeds: Floats, counts: NDArray[np.in
         onward[:, b + 1] = np.minimum(0.0, step.min(axis=1) - rate)
     around = rest + until[:, :, None]
     around += onward[:, None, 1:] - np.float32(rate)
-    np.minimum.accumulate(around, axis=1, out=around)
-    around = np.minimum.accumulate(around[:, :, ::-1], axis=2)[:, :, ::-1]
+    for p in range(1, blocks + 1):  # twice as fast as accumulate
+        np.minimum(around[:, p], around[:, p - 1], out=around[:, p])
+    for b in range(blocks - 2, -1, -1):
+        np.minimum(around[:, :, b], around[:, :, b + 1], out=around[:, :, b])
     before, best = np.minimum.accumulate(until, axis=1), until.min(axis=1)
     lack = np.full((cases, blocks), np.inf)
     for case in range(cases):
