@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import trio
 
-from node.balancer import BACK_OFF_SECONDS, Balancer, Better, MoveFailed, by_capacity
+from node.balancer import BACK_OFF_SECONDS, LOSS_SECONDS, Balancer, Better, MoveFailed, by_capacity
 from node.config import BalanceConfig
 from routing.capacity import bound, capacity
 from routing.names import PeerId
@@ -19,6 +19,7 @@ from routing.placement import holders
 from routing.records import Record
 from routing.swarm import Entry, SwarmView, coverage
 
+Answers = Callable[[PeerId], Awaitable[bool]]
 BLOCKS = 6
 LOAD_SECONDS = 3.0
 
@@ -79,7 +80,11 @@ def stay(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
 
 @asynccontextmanager
 async def balanced(
-    *spans: tuple[int, int], seed: int = 0, failing: int = 0, better: Better | None = stay
+    *spans: tuple[int, int],
+    seed: int = 0,
+    failing: int = 0,
+    better: Better | None = stay,
+    answers: Answers | None = None,
 ) -> AsyncIterator[FakeSwarm]:
     swarm = FakeSwarm()
     async with trio.open_nursery() as nursery:
@@ -91,7 +96,7 @@ async def balanced(
             mover = FakeMover(swarm, me, failing)
             rng = random.Random(seed * 100 + number)
             choose = better or by_capacity(BalanceConfig(), rng)
-            nursery.start_soon(Balancer(mover, BalanceConfig(), rng, choose).run)
+            nursery.start_soon(Balancer(mover, BalanceConfig(), rng, choose, answers).run)
         yield swarm
         nursery.cancel_scope.cancel()
 
@@ -180,3 +185,43 @@ async def test_of_two_that_leave_the_same_blocks_at_once_not_both_go(autojump_cl
             for _ in range(300):
                 await trio.sleep(1)
                 assert 0 not in swarm.online()
+
+
+async def test_a_server_leaves_its_blocks_only_to_those_who_answer(autojump_clock: object) -> None:
+    asked: list[PeerId] = []
+    silent = {PeerId("p0")}
+
+    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+        return (3, 6) if me == "p1" else None
+
+    async def answers(peer: PeerId) -> bool:
+        asked.append(peer)
+        if peer in silent:
+            await trio.sleep_forever()
+        return True
+
+    async with balanced((0, 3), (0, 3), (3, 6), better=better, answers=answers) as swarm:
+        await trio.sleep(600)
+        assert swarm.log == []
+        assert set(asked) == {"p0"}
+        silent.clear()
+        await trio.sleep(600)
+        assert [who for _, who, *_ in swarm.log] == ["p1"]
+
+
+async def test_when_a_server_is_lost_the_others_look_for_better_places_at_once(
+    autojump_clock: object,
+) -> None:
+    looked: list[float] = []
+
+    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+        looked.append(trio.current_time())
+        return None
+
+    async with balanced((0, 6), (0, 6), (0, 6), better=better) as swarm:
+        await trio.sleep(1.5)
+        lost_at = trio.current_time()
+        del swarm.records[PeerId("p2")]
+        await trio.sleep(LOSS_SECONDS + 1)
+        assert len(looked) >= 2
+        assert min(looked) >= lost_at
