@@ -266,6 +266,7 @@ class Simulation:
         self._last_load = seconds
         self._announce(server)
         self._decide_later(server)
+        self._look_for_gaps(server)
 
     def _decide_later(self, server: Server) -> None:
         self._later(server, self._chance.uniform(*self.rule.decide_seconds), self._decide)
@@ -293,26 +294,35 @@ class Simulation:
             self._announce_move(server, window, seen)
 
     def _hear(self, server: Server) -> None:
-        """A look for blocks that nobody holds: each second, but nothing new is seen more often than this."""
+        """News of the others: each 30 s; so often, and when it comes online, it can see something new."""
         if not server.alive:
             return
         self._at(self._now + DELAY_SECONDS, lambda: self._hear(server))
-        snapshot = self._view(server)
-        turn = None
-        online = frozenset(holder.peer for holder in snapshot.held if holder.online)
-        lost = server.online.difference(holder.peer for holder in snapshot.held)
-        server.online = online
+        held = self._view(server).held
+        lost = server.online.difference(holder.peer for holder in held)
+        server.online = frozenset(holder.peer for holder in held if holder.online)
         if lost and server.state == "online":
             server.version += 1
             self._later(server, self._chance.uniform(0, LOSS_SECONDS), self._decide)
-        if server.state == "online" and self._sees_itself(server, snapshot.held):
+        self._look_for_gaps(server)
+
+    def _look_for_gaps(self, server: Server) -> None:
+        """A look for blocks that nobody holds, as a node does each second."""
+        snapshot = self._view(server)
+        held = snapshot.held
+        turn = None
+        if server.state == "online" and self._sees_itself(server, held):
             turn = self._ranked(snapshot)[1].get(server.peer)
+        elif server.state == "online" and server.serving:
+            mine = Holder(server.peer, *server.serving, server.claim)
+            held = [mine, *(holder for holder in held if holder.peer != server.peer)]
+            turn = self.rule.turns(held, self.plan.model.blocks).get(server.peer)
         if turn is None:
             server.hole_since = None
             return
         server.hole_since = self._now if server.hole_since is None else server.hole_since
         if turn.ready and self._now >= server.hole_since + TURN_SECONDS * turn.rank:
-            self._announce_move(server, (turn.start, turn.stop), snapshot.held)
+            self._announce_move(server, (turn.start, turn.stop), held)
 
     def _leave(self, server: Server) -> None:
         self._count_move(server, None)
@@ -339,6 +349,7 @@ class Simulation:
             server.target, server.state = own, "online"
             self._announce(server)
             self._decide_later(server)
+            self._look_for_gaps(server)
             return
         start, stop = max(own[0], window[0]), min(own[1], window[1])
         kept = (start, stop) if start < stop else None
