@@ -24,6 +24,7 @@ import sniffio
 import trio
 
 from node.config import ConfigError
+from routing.alternatives import Constraints
 from routing.hops import Chain, NoChain
 from routing.names import PeerId
 from tensor_codec.limits import Limits
@@ -64,6 +65,7 @@ class ClientConfig:
     and `backward` at one hop.  give_up_seconds: for one token, or one hop's part of such a request,
     with new chains and replays.
     codec: how hidden states travel: "auto" (nothing is lost), "fp32" or "bf16".
+    constraints: which servers may be used, and how many for one chain.
     """
 
     peers: tuple[str, ...]
@@ -76,6 +78,7 @@ class ClientConfig:
     step_seconds: float = 30.0
     give_up_seconds: float = 120.0
     codec: str = "auto"
+    constraints: Constraints = field(default_factory=Constraints)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -131,8 +134,8 @@ class Swarm:
 
     async def _know_the_distances(self) -> None:
         """Measure the round trips to the peers that a chain may begin or end with."""
-        spans = self.view().spans(self.info.revision, self.info.blocks)
-        await self._directory.measure([span.peer for span in spans[:PINGED_PEERS]], PING_SECONDS)
+        spans = self.routes.usable()[:PINGED_PEERS]
+        await self._directory.measure([span.peer for span in spans], PING_SECONDS)
 
     def generate(
         self,
@@ -291,6 +294,7 @@ class Swarm:
         positions: int,
         measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
+        beside: int,
     ) -> Chain:
         """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
         choose = partial(
@@ -300,6 +304,7 @@ class Swarm:
             positions=positions,
             measured=measured,
             waiting=waiting,
+            beside=beside,
         )
         return await self._wait_for_chain(choose, trio.current_time() + self.config.wait_seconds)
 
@@ -351,6 +356,7 @@ def connect(
     step_seconds: float = 30.0,
     give_up_seconds: float = 120.0,
     codec: str = "auto",
+    constraints: Constraints | None = None,
 ) -> AbstractAsyncContextManager[SwarmLike]:
     """Join a swarm as a client: `async with connect(...) as swarm`.
 
@@ -359,9 +365,11 @@ def connect(
     swarm_key: a key file, or the key's 32 bytes, where the swarm is private.
     threads: of torch in this process; None leaves them as they are.
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
+    constraints: servers that may be used or may not, and how many hops a chain may have; they hold
+    for whatever is done with the swarm, replacements of servers that failed included.
     Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
-    handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, no peer
-    could be reached, the swarm does not accept the key.
+    handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, constraints
+    that nothing can meet, no peer could be reached, the swarm does not accept the key.
     """
     config = ClientConfig(
         peers=tuple(peers),
@@ -374,6 +382,7 @@ def connect(
         step_seconds=step_seconds,
         give_up_seconds=give_up_seconds,
         codec=codec,
+        constraints=constraints or Constraints(),
     )
     return _Connection(config)
 
@@ -415,6 +424,10 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
     if config.codec not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"the codec is {config.codec!r}, auto, fp32 or bf16 is allowed")
+    try:
+        config.constraints.check()
+    except ValueError as error:
+        raise ConfigError(f"constraints: {error}") from None
     key = load_swarm_key(config.swarm_key) if isinstance(config.swarm_key, Path) else config.swarm_key
     identity = load_or_create_identity(config.identity)
     async with (
@@ -444,6 +457,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             changed_since=directory.changed,
             dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
             find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
+            constraints=config.constraints,
             spread=identity.peer_id,
         )
         yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery)

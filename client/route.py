@@ -75,13 +75,15 @@ class Surroundings(Protocol):
         desperate: bool = False,
         like: frozenset[str] = frozenset(),
         tokens: int = 0,
+        beside: int = 0,
         seen: dict[PeerId, float] | None = None,
     ) -> Chain:
-        """The best chain over blocks [start, stop) known now.  Raises NoChain.
+        """The best chain over blocks [start, stop) known now, of peers that may be used.  Raises NoChain.
 
         without: peers not to be used.  desperate: peers that have failed lately may be.
         like: kinds of peers (`kind_of`) to be preferred to all others.  tokens: of cache that the session
         may come to need; peers with less are used only where nobody else is left.
+        beside: hops that the session's chain has for its other blocks.
         seen: seconds per block of peers as this session sees them now.
         """
 
@@ -344,8 +346,9 @@ class Route:
         taken = frozenset(link.hop.peer for link in kept) | gone
         hops: list[Hop] = [link.hop for link in kept]
         try:
-            for start, stop in _gaps(hops, self.terms.blocks):
-                hops += choose(start, stop, without=taken).hops
+            gaps = _gaps(hops, self.terms.blocks)
+            for done, (start, stop) in enumerate(gaps, 1):  # each gap still to come takes a hop at least
+                hops += choose(start, stop, without=taken, beside=len(hops) + len(gaps) - done).hops
         except NoChain:
             return choose(0, self.terms.blocks, without=gone)
         hops.sort(key=lambda hop: hop.start)

@@ -12,6 +12,7 @@ import trio
 
 from client.blame import Blame
 from node.network.streams import FramedStream
+from routing.alternatives import Constraints, suitable
 from routing.chain import Chain, Hop, NoChain, cheapest_chain, costs
 from routing.distances import Distances
 from routing.names import PeerId
@@ -32,6 +33,7 @@ class Routes:
     and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
     addresses.  find_peers: looks further than the neighbours know, bounded; may be None.
     rates: seconds per block of each peer's decode steps, as seen here.
+    constraints: what chains may be made of, at every choice.
     spread: what tells this client from others, so that of nearly equal chains each takes another one
     (`routing.spread`); None: always the cheapest.
     """
@@ -46,6 +48,7 @@ class Routes:
     find_peers: Callable[[], Awaitable[object]] | None = None
     blame: Blame = field(default_factory=Blame)
     rates: dict[PeerId, float] = field(default_factory=dict)
+    constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     _seen: SwarmView | None = None
     _found_at: float = -math.inf
@@ -60,6 +63,7 @@ class Routes:
         desperate: bool = False,
         like: frozenset[str] = frozenset(),
         tokens: int = 0,
+        beside: int = 0,
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
@@ -72,9 +76,11 @@ class Routes:
             if len(some) < len(spans):
                 with suppress(NoChain):
                     return self._cheapest(
-                        some, start, stop, without, measured, desperate=desperate, blur=blur
+                        some, start, stop, without, measured, desperate=desperate, blur=blur, beside=beside
                     )
-        return self._cheapest(spans, start, stop, without, measured, desperate=desperate, blur=blur)
+        return self._cheapest(
+            spans, start, stop, without, measured, desperate=desperate, blur=blur, beside=beside
+        )
 
     def choose_for_throughput(
         self,
@@ -84,13 +90,22 @@ class Routes:
         positions: int,
         measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
+        beside: int = 0,
         desperate: bool = False,
     ) -> Chain:
-        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain."""
+        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain.
+
+        beside, desperate: see `client.route.Surroundings.choose`.
+        """
         return self._cheapest(
             self._spans(), start, stop, frozenset(), measured,
             desperate=desperate, blur=SPREAD, positions=positions, waiting=waiting,
+            beside=beside,
         )  # fmt: skip
+
+    def usable(self) -> list[Record]:
+        """The peers that the constraints admit, in the order of their ids."""
+        return suitable(self.view().spans(self.revision, self.blocks), self.constraints)
 
     def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
         """See `client.route.Surroundings.cost`; infinite where a peer is not in the view."""
@@ -164,7 +179,7 @@ class Routes:
 
         others: peers that take no new sessions, and whose distances are asked for too.
         """
-        spans = self.view().spans(self.revision, self.blocks)
+        spans = self.usable()
         looked_at = sample(spans, self.spread or "", always=self.rates)
         self._distances.update((*looked_at, *others), self.rtts())
         return tuple(looked_at)
@@ -179,9 +194,11 @@ class Routes:
         *,
         desperate: bool,
         blur: float,
+        beside: int,
         positions: int = 1,
         waiting: Mapping[PeerId, int] | None = None,
     ) -> Chain:
+        most = self.constraints.most_hops
         cheapest = partial(
             cheapest_chain,
             spans,
@@ -193,6 +210,7 @@ class Routes:
             positions=positions,
             waiting=waiting,
             distances=self._distances,
+            most_hops=None if most is None else most - beside,
             lean=leanings(self.spread, (span.peer for span in spans), blur) if self.spread else None,
         )
         avoided = self._avoided()
@@ -202,12 +220,21 @@ class Routes:
         try:
             return cheapest(excluded=without if desperate else without.union(avoided))
         except NoChain as none:
-            served = self.view().models()
-            if not served or self.revision in {key.revision for key in served}:
-                raise
+            raise self._explained(none) from None
+
+    def _explained(self, none: NoChain) -> NoChain:
+        """The same, with what else is to be said about it: what constraints did, or what is served."""
+        view, served = self.view(), self.view().models()
+        if served and self.revision not in {key.revision for key in served}:
             ours = f"not {self.model} (revision {self.revision})"
             instead = [f"{key.model} (revision {key.revision})" for key in served]
-            raise NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours]) from None
+            return NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours])
+        none.constrained = sum(
+            not self.constraints.admits(span)
+            and any(a < span.stop and span.start < b for a, b in none.missing)
+            for span in view.spans(self.revision, self.blocks)
+        )
+        return none
 
 
 def _kind(record: Record) -> str:

@@ -552,7 +552,7 @@ class Session:
         ours = frozenset(hop.peer for hop in hops)
         for index, hop in enumerate(hops):
             with contextlib.suppress(NoChain):
-                instead = choose(hop.start, hop.stop, without=ours)
+                instead = choose(hop.start, hop.stop, without=ours, beside=len(hops) - 1)
                 chain = (*hops[:index], *instead.hops, *hops[index + 1 :])
                 yield chain, self.around.cost(chain, seen)
 

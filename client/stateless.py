@@ -62,8 +62,10 @@ class FindChain(Protocol):
         positions: int,
         measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
+        beside: int,
     ) -> Awaitable[Chain]:
         """positions: of all rows.  measured: seconds per block for so many.  waiting: see `cheapest_chain`.
+        beside: hops that the whole way has for other blocks.
 
         Raises NoChain when none came up in time.
         """
@@ -197,15 +199,18 @@ class Stateless:
             return (await self._onward(part, part.hidden, start, stop, to_the_end=True))[1]
         grad = part.grad
         kept, _ = await self._onward(part, part.hidden, start, stop, to_the_end=False)
+        hops = len(kept)  # of the whole way
         lost = False  # the last hop of `kept`, not what it was given
 
         async def back() -> Tensor:
-            nonlocal lost
+            nonlocal lost, hops
             if lost:
                 hop = kept[-1].hop
-                kept[-1:], _ = await self._onward(
-                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False
+                again, _ = await self._onward(
+                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False, beside=hops - 1
                 )
+                hops += len(again) - 1
+                kept[-1:] = again
             lost = True
             answer = await self._ask(kept[-1].hop, kept[-1].hidden, grad)
             lost = False
@@ -217,18 +222,20 @@ class Stateless:
         return grad
 
     async def _onward(
-        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool
+        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, beside: int = 0
     ) -> tuple[list[Kept], Tensor]:
         """Forward from hop to hop: what each was given, and what came out of the last one that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
+        beside: hops that the part's way has for other blocks.
         """
         kept: list[Kept] = []
         ahead: deque[Hop] = deque()
 
         async def hop_on() -> Tensor:
             if not ahead:
-                ahead.extend(await self._hops(part, kept[-1].hop.stop if kept else start, stop))
+                begin = kept[-1].hop.stop if kept else start
+                ahead.extend(await self._hops(part, begin, stop, beside + len(kept)))
             if ahead[0].stop == stop and not to_the_end:
                 return hidden
             try:
@@ -242,13 +249,13 @@ class Stateless:
             kept.append(Kept(ahead.popleft(), given))
         return kept, hidden
 
-    async def _hops(self, part: Part, start: int, stop: int) -> Sequence[Hop]:
+    async def _hops(self, part: Part, start: int, stop: int, beside: int) -> Sequence[Hop]:
         """Plan the way of a part through these blocks.  Raises NoChain."""
         self._plan(part, ())
         positions = part.hidden.shape[0] * part.hidden.shape[1]
         measured = {peer: rate * positions for peer, rate in self._rates.items()}
         chain = await self.find_chain(
-            start, stop, positions=positions, measured=measured, waiting=self._planned
+            start, stop, positions=positions, measured=measured, waiting=self._planned, beside=beside
         )
         self._plan(part, tuple(hop.peer for hop in chain.hops))
         return chain.hops

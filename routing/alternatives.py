@@ -6,19 +6,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from routing.chain import Chain
-from routing.names import PeerId
+from routing.hops import Chain
+from routing.names import PeerId, public_key_of
 from routing.records import Record
 
+DTYPES = ("float32", "bfloat16", "float16")  # as peers announce them
+QUANTIZE = ("none", "int8", "nf4")
 USED_ALREADY = 1e9  # times its cost: any other way is better
 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What a peer must be to be used.  None: anything.
+    """What a chain may be made of.  None: anything.
 
-    allowed, blocked: peers.  dtypes, quantize: what it computes in.  adapter: one that it has.
-    cache_tokens: free at the least.
+    allowed, blocked: peers.  dtypes, quantize: what they compute in and how they keep their matrices.
+    adapter: one that they have.  cache_tokens: free at the least when they are chosen.
+    most_hops: of a chain.
+
+    Nothing lifts a constraint: where no chain meets them all there is none.
     """
 
     allowed: Collection[PeerId] | None = None
@@ -27,6 +32,7 @@ class Constraints:
     quantize: Collection[str] | None = None
     adapter: str | None = None
     cache_tokens: int = 0
+    most_hops: int | None = None
 
     def admits(self, span: Record) -> bool:
         """Whether this peer may be used."""
@@ -38,6 +44,42 @@ class Constraints:
             and (self.adapter is None or self.adapter in span.adapters)
             and span.cache_tokens >= self.cache_tokens
         )
+
+    def check(self) -> None:
+        """Raise ValueError where no swarm could meet these, or where they cannot be what was meant."""
+        _check_peers("allowed", self.allowed)
+        _check_peers("blocked", self.blocked)
+        if both := sorted({*(self.allowed or ())} & {*self.blocked}):
+            raise ValueError(f"allowed and blocked both name {', '.join(both)}: a peer can be in one of them")
+        _check_choice("dtypes", self.dtypes, DTYPES)
+        _check_choice("quantize", self.quantize, QUANTIZE)
+        if self.cache_tokens < 0:
+            raise ValueError(f"cache_tokens is {self.cache_tokens}, at least 0 is needed")
+        if self.most_hops is not None and self.most_hops < 1:
+            raise ValueError(f"most_hops is {self.most_hops}, at least 1 is needed")
+
+
+def _check_peers(name: str, peers: Collection[PeerId] | None) -> None:
+    if peers is None:
+        return
+    if isinstance(peers, str):  # a collection too, of letters
+        raise ValueError(f"{name} is the text {peers!r}, a collection of peer ids is needed")
+    if name == "allowed" and not peers:
+        raise ValueError("allowed names no peer: leave it out (None) to allow all of them")
+    for peer in peers:
+        try:
+            public_key_of(peer)
+        except ValueError as error:
+            raise ValueError(f"{name} holds {peer!r}, which is no peer id (12D3KooW...): {error}") from None
+
+
+def _check_choice(name: str, chosen: Collection[str] | None, known: Collection[str]) -> None:
+    if chosen is None:
+        return
+    wrong = [chosen] if isinstance(chosen, str) else sorted({*chosen}.difference(known))
+    if wrong or not chosen:
+        found = f"{wrong[0]!r}" if wrong else "nothing"
+        raise ValueError(f"{name} holds {found}, a collection of {', '.join(known)} is allowed")
 
 
 def suitable(spans: Sequence[Record], constraints: Constraints) -> list[Record]:

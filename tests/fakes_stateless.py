@@ -145,6 +145,7 @@ class ToySwarm:
         self.limits = limits or Limits()
         self.nodes: dict[str, ToyNode] = {}
         self.blame = Blame()
+        self.most_hops: int | None = None
         self.dialled: list[str] = []
         self.client_streams: list[FakeStream] = []
 
@@ -179,9 +180,10 @@ class ToySwarm:
         }
         return Stateless(**(asked | changes))  # type: ignore[arg-type]
 
-    async def find_chain(self, start: int, stop: int, **weights: object) -> Chain:
+    async def find_chain(self, start: int, stop: int, *, beside: int, **weights: object) -> Chain:
         """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
         spans = [node.record for node in self.nodes.values()]
+        weights["most_hops"] = None if self.most_hops is None else self.most_hops - beside
         await trio.lowlevel.checkpoint()
         for excluded in (self.blame.avoided(trio.current_time()), frozenset[PeerId]()):
             try:
