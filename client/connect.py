@@ -132,6 +132,17 @@ class Swarm:
         await self._know_the_distances()
         return self.routes.choose()
 
+    async def chains(self, most: int) -> list[Chain]:
+        """Up to `most` chains over the whole model, the best first.
+
+        They share as few servers as they can, none where others hold the same blocks: what is left of a
+        swarm when the servers of the first are gone.  Raises NoChain, and ValueError for `most` below 1.
+        """
+        if most < 1:
+            raise ValueError(f"{most} chains were asked for, at least 1 is needed")
+        await self._know_the_distances()
+        return self.routes.chains(most)
+
     async def _know_the_distances(self) -> None:
         """Measure the round trips to the peers that a chain may begin or end with."""
         spans = self.routes.usable()[:PINGED_PEERS]

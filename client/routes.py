@@ -12,7 +12,7 @@ import trio
 
 from client.blame import Blame
 from node.network.streams import FramedStream
-from routing.alternatives import Constraints, suitable
+from routing.alternatives import Constraints, best_chains, suitable
 from routing.chain import Chain, Hop, NoChain, cheapest_chain, costs
 from routing.distances import Distances
 from routing.names import PeerId
@@ -68,19 +68,30 @@ class Routes:
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
         measured = {**self.rates, **(seen or {})}
-        blur = SPREAD_WITHIN if seen else SPREAD
         spans = self._spans()
+        lean = self._leaning(spans, SPREAD_WITHIN if seen else SPREAD)
         alike = [span for span in spans if not like or _kind(span) in like]
         roomy = [span for span in alike if span.cache_tokens >= tokens]
         for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
             if len(some) < len(spans):
                 with suppress(NoChain):
                     return self._cheapest(
-                        some, start, stop, without, measured, desperate=desperate, blur=blur, beside=beside
+                        some, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
                     )
         return self._cheapest(
-            spans, start, stop, without, measured, desperate=desperate, blur=blur, beside=beside
+            spans, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
         )
+
+    def chains(self, most: int) -> list[Chain]:
+        """Up to so many chains over the whole model, the best first: see `best_chains`.  Raises NoChain."""
+        spans = self._spans()
+
+        def search(*, lean: Mapping[PeerId, float]) -> Chain:
+            return self._cheapest(
+                spans, 0, None, frozenset(), self.rates, desperate=False, lean=lean, beside=0
+            )
+
+        return best_chains(search, most, self._leaning(spans, SPREAD))
 
     def choose_for_throughput(
         self,
@@ -97,9 +108,10 @@ class Routes:
 
         beside, desperate: see `client.route.Surroundings.choose`.
         """
+        spans = self._spans()
         return self._cheapest(
-            self._spans(), start, stop, frozenset(), measured,
-            desperate=desperate, blur=SPREAD, positions=positions, waiting=waiting,
+            spans, start, stop, frozenset(), measured,
+            desperate=desperate, lean=self._leaning(spans, SPREAD), positions=positions, waiting=waiting,
             beside=beside,
         )  # fmt: skip
 
@@ -184,6 +196,9 @@ class Routes:
         self._distances.update((*looked_at, *others), self.rtts())
         return tuple(looked_at)
 
+    def _leaning(self, spans: Sequence[Record], blur: float) -> Mapping[PeerId, float]:
+        return leanings(self.spread, (span.peer for span in spans), blur) if self.spread else {}
+
     def _cheapest(
         self,
         spans: Sequence[Record],
@@ -193,7 +208,7 @@ class Routes:
         measured: Mapping[PeerId, float],
         *,
         desperate: bool,
-        blur: float,
+        lean: Mapping[PeerId, float],
         beside: int,
         positions: int = 1,
         waiting: Mapping[PeerId, int] | None = None,
@@ -211,7 +226,7 @@ class Routes:
             waiting=waiting,
             distances=self._distances,
             most_hops=None if most is None else most - beside,
-            lean=leanings(self.spread, (span.peer for span in spans), blur) if self.spread else None,
+            lean=lean,
         )
         avoided = self._avoided()
         for forgiven in range(len(avoided) if desperate else 0):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
-from routing.names import ModelId, Revision
+from routing.names import ModelId, PeerId, Revision
 from routing.records import Record
 from routing.swarm import ModelKey, SwarmView, coverage, holes
 
@@ -21,28 +22,31 @@ MOST_NAMED = 4  # peers of a bottleneck
 SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
 
 
-async def show_status(config: NetworkConfig, *, as_json: bool) -> None:
-    """Look at the swarm once and print it.  Raises ConfigError."""
+async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
+    """Look at the swarm once and print it, with so many chains.  Raises ConfigError."""
     from node.main import open_node
 
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
         view = node.directory.view()
         await node.directory.measure([record.peer for record in view.records()], 1.0)
-        facts = describe(view, dict(node.directory.rtts()))
+        facts = describe(view, dict(node.directory.rtts()), chains)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
         print_status(facts)
 
 
-def describe(view: SwarmView, rtts: dict[Any, float]) -> dict[str, Any]:  # Any: JSON
-    """The swarm as plain values: `peers`, and for each model its `coverage` and `holes`."""
+def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dict[str, Any]:  # Any: JSON
+    """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and so many `chains`.
+
+    rtts: seconds from here to a peer and back.
+    """
     records = [record for record in view.records() if record.role != "client"]
     return {
         "swarm": view.swarm,
         "peers": [_peer(record, rtts.get(record.peer)) for record in records],
-        "models": [_model(view, key) for key in _models(records)],
+        "models": [_model(view, key, rtts, chains) for key in _models(records)],
     }
 
 
@@ -55,18 +59,43 @@ def _models(records: Sequence[Record]) -> list[ModelKey]:
     )
 
 
-def _model(view: SwarmView, key: ModelKey) -> dict[str, Any]:  # Any: JSON
+def _model(
+    view: SwarmView, key: ModelKey, rtts: dict[PeerId, float], chains: int
+) -> dict[str, Any]:  # Any: JSON
     spans = view.spans(key.revision, key.blocks)
+    held = coverage(spans, key.blocks)
     missing = holes(((span.start, span.stop) for span in spans), 0, key.blocks)
     return {
         "model": key.model,
         "revision": key.revision,
         "blocks": key.blocks,
-        "coverage": list(coverage(spans, key.blocks)),
+        "coverage": list(held),
         "holes": [list(run) for run in missing],
         "complete": not missing,
+        "survives_any_loss": min(held) > 1,
         **_throughput(spans, key.blocks),
+        **({"chains": _chains(spans, key.blocks, rtts, chains)} if chains else {}),
     }
+
+
+def _chains(
+    spans: Sequence[Record], blocks: int, rtts: dict[PeerId, float], most: int
+) -> list[dict[str, Any]]:  # Any: JSON
+    """The best chains from here, as few servers as can be in more than one of them."""
+    from routing.alternatives import best_chains
+    from routing.chain import NoChain, cheapest_chain
+
+    try:
+        found = best_chains(partial(cheapest_chain, spans, blocks, client_rtt=rtts), most)
+    except NoChain:
+        return []
+    return [
+        {
+            "expected_ms_per_token": round(chain.expected_seconds * 1e3, 3),
+            "hops": [{"peer": hop.peer, "blocks": [hop.start, hop.stop]} for hop in chain.hops],
+        }
+        for chain in found
+    ]
 
 
 def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
@@ -154,8 +183,34 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         state = f"served by nobody: blocks {runs}" if runs else "every block is served"
         parts.append(f"{model['model']} ({model['revision']}), {model['blocks']} blocks: {state}")
         parts.append(f"  servers of each block: {_runs(model['coverage'])}")
+        if model["complete"]:
+            parts.append(_what_if(model))
         parts.append(_limit(model))
+        parts += _chain_lines(model.get("chains", []))
     return parts
+
+
+def _what_if(model: dict[str, Any]) -> str:  # Any: JSON
+    """One line of what the loss of a server would do."""
+    alone = [block for block, count in enumerate(model["coverage"]) if count == 1]
+    if model["survives_any_loss"]:
+        return "  without any one of them every block would still be served"
+    runs = ", ".join(f"{start}:{stop}" for start, stop in _blocks_as_runs(alone))
+    return f"  one server only, whose loss nobody makes up for: blocks {runs}"
+
+
+def _chain_lines(chains: Sequence[dict[str, Any]]) -> list[str]:  # Any: JSON
+    """Chains, each with the servers that an earlier one has too."""
+    lines, used = [], set[str]()
+    for number, chain in enumerate(chains, 1):
+        peers = [hop["peer"] for hop in chain["hops"]]
+        shown = ", ".join(
+            f"…{hop['peer'][-6:]} {hop['blocks'][0]}:{hop['blocks'][1]}{' (again)' * (hop['peer'] in used)}"
+            for hop in chain["hops"]
+        )
+        lines.append(f"  chain {number}, {chain['expected_ms_per_token']:.1f} ms a token from here: {shown}")
+        used.update(peers)
+    return lines
 
 
 def _limit(model: dict[str, Any]) -> str:  # Any: JSON

@@ -45,10 +45,10 @@ class Moves:
         return {"moves": self.count, "last_moves": self.last}
 
 
-async def watch_status(config: NetworkConfig, *, as_json: bool) -> None:
+async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
     """Show the swarm every two seconds until interrupted: a table, or a line of JSON each time.
 
-    Raises ConfigError.
+    chains: so many of each model.  Raises ConfigError.
     """
     from node.main import open_node
 
@@ -61,7 +61,7 @@ async def watch_status(config: NetworkConfig, *, as_json: bool) -> None:
                 view = node.directory.view()
                 moves.look(view.records(), trio.current_time() - began)
                 await node.directory.measure([record.peer for record in view.records()], 1.0)
-                show({**describe(view, dict(node.directory.rtts())), **moves.facts()})
+                show({**describe(view, dict(node.directory.rtts()), chains), **moves.facts()})
                 await trio.sleep(LOOK_SECONDS)
 
 

@@ -1,4 +1,10 @@
-"""Several chains, for whoever must have a second one ready; and which peers a chain may be made of."""
+"""Several chains, to see what a swarm has beside its best one; and what a chain may be made of.
+
+A session keeps no second chain ready.  When a hop has failed it looks for others for that hop's blocks
+alone, by what is known then, and the search is not what takes the time: of 150 ms from the fault to the
+next answer on one machine it took 0.3; among 300 servers it takes 3 to 9 ms, among 1500 40 to 90, while to
+dial one that is 100 ms away takes 400.
+"""
 
 from __future__ import annotations
 

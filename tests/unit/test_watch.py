@@ -22,9 +22,9 @@ def span(name: str, start: int, stop: int, seconds: float = 0.01) -> Record:
     )  # fmt: skip
 
 
-def facts(*records: Record) -> dict[str, object]:
+def facts(*records: Record, chains: int = 0) -> dict[str, object]:
     view = SwarmView("public", entries={record.peer: Entry(record, b"", 0.0) for record in records})
-    found: dict[str, object] = json.loads(json.dumps(describe(view, {})))
+    found: dict[str, object] = json.loads(json.dumps(describe(view, {}, chains)))
     return found
 
 
@@ -39,6 +39,27 @@ def test_capacity_bound_and_bottleneck_are_shown():
 
 def test_a_swarm_with_a_hole_has_no_capacity():
     assert tables(facts(span("a", 0, 3)))[-1] == "  capacity 0.0 of at most 16.7 tokens/s"
+
+
+def test_blocks_whose_only_server_might_go_are_named():
+    found = facts(span("a", 0, 3), span("b", 0, 3), span("c", 3, 6))
+    assert tables(found)[-2] == "  one server only, whose loss nobody makes up for: blocks 3:6"
+    (model,) = found["models"]  # type: ignore[misc]
+    assert not model["survives_any_loss"]
+    (model,) = facts(span("a", 0, 6), span("b", 0, 6))["models"]  # type: ignore[misc]
+    assert model["survives_any_loss"]
+
+
+def test_the_best_chains_are_shown_with_what_they_share():
+    found = facts(span("a", 0, 3), span("b", 0, 3, 0.02), span("c", 3, 6), chains=2)
+    assert tables(found)[-2:] == [
+        "  chain 1, 210.0 ms a token from here: …a 0:3, …c 3:6",
+        "  chain 2, 240.0 ms a token from here: …b 0:3, …c 3:6 (again)",
+    ]
+    (model,) = found["models"]  # type: ignore[misc]
+    assert model["chains"][0]["hops"][1] == {"peer": "c", "blocks": [3, 6]}
+    (model,) = facts(span("a", 0, 3), chains=2)["models"]  # type: ignore[misc]
+    assert model["chains"] == []
 
 
 def test_a_move_is_counted_when_it_has_been_made():
