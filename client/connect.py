@@ -104,6 +104,7 @@ class Swarm:
         self._stateless = Stateless(
             info=self.info,
             find_chain=self._find_run,
+            learn=self.routes.learn_of_many,
             dtype_of=self.routes.dtype_of,
             open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
             compute=self._compute,
@@ -303,7 +304,6 @@ class Swarm:
         stop: int,
         *,
         positions: int,
-        measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
         beside: int,
     ) -> Chain:
@@ -313,7 +313,6 @@ class Swarm:
             start,
             stop,
             positions=positions,
-            measured=measured,
             waiting=waiting,
             beside=beside,
         )
@@ -335,7 +334,8 @@ class Swarm:
         """Take in what a step has shown about its hops."""
         self.routes.worked(session.well)
         if session.times is not None and session.last_tokens == 1:
-            self.routes.learn(session.chain.hops, [held for held, _ in session.times.hops])
+            times = session.times
+            self.routes.learn(session.chain.hops, [held for held, _ in times.hops], times.total)
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import trio
 
@@ -14,14 +15,14 @@ from client.blame import Blame
 from node.network.streams import FramedStream
 from routing.alternatives import Constraints, best_chains, suitable
 from routing.chain import Chain, Hop, NoChain, cheapest_chain, costs
-from routing.distances import Distances
+from routing.distances import CLIENT, Distances
+from routing.measured import Measured, admitted
 from routing.names import PeerId
 from routing.records import Record
 from routing.spread import SPREAD, SPREAD_WITHIN, leanings, sample
 from routing.swarm import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
-RATE_WEIGHT = 0.2  # of the newest step in what we believe of a hop's speed
 FIND_AGAIN_SECONDS = 10.0  # between looks beyond what the neighbours know
 
 
@@ -32,7 +33,7 @@ class Routes:
     model, revision, blocks: of the model.  view: what is known now.  rtts: seconds from here to a peer
     and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
     addresses.  find_peers: looks further than the neighbours know, bounded; may be None.
-    rates: seconds per block of each peer's decode steps, as seen here.
+    measured: how fast peers have been for this client.
     constraints: what chains may be made of, at every choice.
     spread: what tells this client from others, so that of nearly equal chains each takes another one
     (`routing.spread`); None: always the cheapest.
@@ -47,7 +48,7 @@ class Routes:
     dial: Callable[[PeerId, Sequence[str], str], Awaitable[FramedStream]]
     find_peers: Callable[[], Awaitable[object]] | None = None
     blame: Blame = field(default_factory=Blame)
-    rates: dict[PeerId, float] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
     constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     _seen: SwarmView | None = None
@@ -67,8 +68,8 @@ class Routes:
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
-        measured = {**self.rates, **(seen or {})}
         spans = self._spans()
+        measured = self._measured(spans, seen)
         lean = self._leaning(spans, SPREAD_WITHIN if seen else SPREAD)
         alike = [span for span in spans if not like or _kind(span) in like]
         roomy = [span for span in alike if span.cache_tokens >= tokens]
@@ -85,11 +86,10 @@ class Routes:
     def chains(self, most: int) -> list[Chain]:
         """Up to so many chains over the whole model, the best first: see `best_chains`.  Raises NoChain."""
         spans = self._spans()
+        measured = self._measured(spans)
 
         def search(*, lean: Mapping[PeerId, float]) -> Chain:
-            return self._cheapest(
-                spans, 0, None, frozenset(), self.rates, desperate=False, lean=lean, beside=0
-            )
+            return self._cheapest(spans, 0, None, frozenset(), measured, desperate=False, lean=lean, beside=0)
 
         return best_chains(search, most, self._leaning(spans, SPREAD))
 
@@ -99,7 +99,6 @@ class Routes:
         stop: int,
         *,
         positions: int,
-        measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
         beside: int = 0,
         desperate: bool = False,
@@ -110,7 +109,7 @@ class Routes:
         """
         spans = self._spans()
         return self._cheapest(
-            spans, start, stop, frozenset(), measured,
+            spans, start, stop, frozenset(), self._measured(spans, positions=positions),
             desperate=desperate, lean=self._leaning(spans, SPREAD), positions=positions, waiting=waiting,
             beside=beside,
         )  # fmt: skip
@@ -125,7 +124,7 @@ class Routes:
         if len(records) < len(hops) or not hops:
             return math.inf
         self._measure_out(records)
-        return costs(records, self._distances, measured={**self.rates, **seen}).chain(hops)
+        return costs(records, self._distances, measured=self._measured(records, seen)).chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
         """See `client.route.Surroundings.kind_of`."""
@@ -167,12 +166,23 @@ class Routes:
         for hop in hops:
             self.blame.worked(hop.peer)
 
-    def learn(self, hops: Sequence[Hop], held: Sequence[float]) -> None:
-        """A decode step went along these hops.  held: seconds that each had it."""
-        for hop, seconds in zip(hops, held, strict=False):
-            rate = seconds / (hop.stop - hop.start)
-            known = self.rates.get(hop.peer, rate)
-            self.rates[hop.peer] = known + RATE_WEIGHT * (rate - known)
+    def learn(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
+        """A decode step went along these hops.  held: seconds that each says it had it, of `total`."""
+        view, now, between = self.view(), trio.current_time(), self._distances.between
+        peers = [CLIENT, *(hop.peer for hop in hops), CLIENT]
+        network = sum(between(one, two) for one, two in pairwise(peers)) / 2
+        blocks = [hop.stop - hop.start for hop in hops]
+        for hop, seconds in zip(hops, admitted(held, blocks, total, network), strict=False):
+            self.measured.learn(hop.peer, seconds / (hop.stop - hop.start), view.get(hop.peer), now)
+
+    def learn_of_many(self, peer: PeerId, seconds: float) -> None:
+        """A peer has computed many positions at once, in so many seconds for each and a block."""
+        self.measured.learn(peer, seconds, self.view().get(peer), trio.current_time(), prefill=True)
+
+    def _measured(
+        self, spans: Sequence[Record], seen: Mapping[PeerId, float] | None = None, positions: int = 1
+    ) -> Mapping[PeerId, float]:
+        return {**self.measured.rates(spans, trio.current_time(), positions), **(seen or {})}
 
     def _avoided(self) -> list[PeerId]:
         """The peers that have failed lately, but for those that have been started again since."""
@@ -192,7 +202,7 @@ class Routes:
         others: peers that take no new sessions, and whose distances are asked for too.
         """
         spans = self.usable()
-        looked_at = sample(spans, self.spread or "", always=self.rates)
+        looked_at = sample(spans, self.spread or "", always=self.measured.decode)
         self._distances.update((*looked_at, *others), self.rtts())
         return tuple(looked_at)
 

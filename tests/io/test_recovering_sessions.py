@@ -388,7 +388,7 @@ async def test_all_choices_keep_to_the_allowed_peers(autojump_clock):
         found += await continued(context, PROMPT + found, 2)
         assert hops_of(context) == "a b c"
         assert found == generated(PROMPT, 4, BLOCKS)
-        many = routes.choose_for_throughput(0, BLOCKS, positions=64, measured={}, waiting={})
+        many = routes.choose_for_throughput(0, BLOCKS, positions=64, waiting={})
         assert {hop.peer for hop in many.hops} <= allowed
         context.close()
 

@@ -495,7 +495,8 @@ async def test_a_server_that_claims_to_be_fast_and_is_not_gets_less_once_that_wa
         liar = swarm.add("liar")
         liar.record = replace(liar.record, prefill_seconds_per_token=0.0001)
         client = swarm.client()
-        client._rates |= {honest.peer: 1e-4, liar.peer: 1.0}
+        swarm.learn(honest.peer, 1e-4)
+        swarm.learn(liar.peer, 1.0)
         await client.forward(STATES, 0, 6)
         assert done(swarm) == {"honest": (1, 0), "liar": (0, 0)}
 
@@ -512,11 +513,11 @@ async def test_what_a_request_took_is_learnt_by_its_blocks_and_positions(autojum
         node.listener, honest = Serving(node.listener, serve), node.listener
         client = swarm.client()
         await client.forward(STATES, 1, 3)
-        assert client._rates == {"a": pytest.approx(6 / (ROWS * TOKENS) / 2)}
+        assert swarm.measured.prefill["a"].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
         held.clear()
         await client.forward(STATES, 1, 3)
         await client.backward(STATES, GRAD, 1, 3)
-        assert client._rates == {"a": pytest.approx(6 / (ROWS * TOKENS) / 2)}
+        assert swarm.measured.prefill["a"].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
         await swarm.client_streams[-1].aclose()
         node.listener = honest
 
