@@ -12,13 +12,16 @@ import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
 from routing.names import ModelId, PeerId, Revision
-from routing.records import Record
+from routing.records import Record, State
 from routing.swarm import ModelKey, SwarmView, coverage, holes
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 MOST_NAMED = 4  # peers of a bottleneck
+PRESENT: tuple[State, ...] = ("online", "joining", "draining")
+PIPE_COLUMNS = 160
 SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
 
 
@@ -45,6 +48,10 @@ def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dic
     records = [record for record in view.records() if record.role != "client"]
     return {
         "swarm": view.swarm,
+        "servers": {
+            state: sum(record.role == "serve" and record.state == state for record in records)
+            for state in PRESENT
+        },
         "peers": [_peer(record, rtts.get(record.peer)) for record in records],
         "models": [_model(view, key, rtts, chains) for key in _models(records)],
     }
@@ -126,6 +133,7 @@ def _peer(record: Record, rtt: float | None) -> dict[str, Any]:  # Any: JSON
         "model": record.model,
         "blocks": [record.start, record.stop] if record.role == "serve" else None,
         "dtype": record.dtype,
+        "quantize": record.quantize,
         "decode_ms_per_block": round(record.seconds_per_block * 1e3, 4),
         "prefill_tokens_per_s": round(_prefill_rate(record), 1),
         "free_cache_tokens": record.cache_tokens,
@@ -144,35 +152,42 @@ def _prefill_rate(record: Record) -> float:
 
 def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
     """The same for people."""
+    console = wide_console()
+    for part in tables(facts):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def wide_console() -> Console:
+    """Standard output; a file or a pipe takes lines of any length."""
     from rich.console import Console
 
-    console = Console()
-    for part in tables(facts):
-        console.print(part)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
 
 
 def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     """What rich shows of the facts, one below the other."""
     from rich.table import Table
 
-    table = Table(
-        title=f"swarm {facts['swarm']}: {len(facts['peers'])} peers", box=None, padding=(0, 2, 0, 0)
-    )
+    servers = ", ".join(f"{count} {state}" for state, count in facts["servers"].items() if count)
+    table = Table(title=f"swarm {facts['swarm']}: {servers or 'no servers'}", box=None, padding=(0, 1, 0, 0))
     for column in ("peer", "name", "state", "blocks", "dtype"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms/block", "prefill/s", "cache", "rtt"):
+    for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
         table.add_column(column, justify="right", no_wrap=True)
-    for peer in facts["peers"]:
+    for peer in sorted(facts["peers"], key=lambda peer: (peer["model"], peer["blocks"] or [])):
         serves = peer["blocks"] is not None
+        measured = serves and peer["decode_ms_per_block"] > 0
         table.add_row(
             "…" + peer["peer"][-6:],
             peer["name"],
             peer["state"] if serves else peer["role"],
             f"{peer['blocks'][0]}:{peer['blocks'][1]}" if serves else "",
-            peer["dtype"],
-            f"{peer['decode_ms_per_block']:.2f}" if serves else "",
-            f"{peer['prefill_tokens_per_s']:.0f}" if serves else "",
-            str(peer["free_cache_tokens"]) if serves else "",
+            peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none"),
+            f"{peer['decode_ms_per_block']:.2f}" if measured else "",
+            f"{peer['prefill_tokens_per_s']:.0f}" if measured else "",
+            str(peer["free_cache_tokens"]) if measured else "",
+            str(peer["queue"]) if measured else "",
             "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
         )
     parts: list[Table | str] = [table]
@@ -194,9 +209,9 @@ def _what_if(model: dict[str, Any]) -> str:  # Any: JSON
     """One line of what the loss of a server would do."""
     alone = [block for block, count in enumerate(model["coverage"]) if count == 1]
     if model["survives_any_loss"]:
-        return "  without any one of them every block would still be served"
+        return "  without any one of the servers every block would still be served"
     runs = ", ".join(f"{start}:{stop}" for start, stop in _blocks_as_runs(alone))
-    return f"  one server only, whose loss nobody makes up for: blocks {runs}"
+    return f"  served by one server only: blocks {runs}"
 
 
 def _chain_lines(chains: Sequence[dict[str, Any]]) -> list[str]:  # Any: JSON

@@ -19,6 +19,7 @@ from routing.records import Record
 DTYPES = ("float32", "bfloat16", "float16")  # as peers announce them
 QUANTIZE = ("none", "int8", "nf4")
 USED_ALREADY = 1e9  # times its cost: any other way is better
+USED_TWICE = 1e3  # times that
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +105,28 @@ def best_chains(search: Search, most: int, lean: Mapping[PeerId, float] | None =
     """Up to so many different chains, the best first; later ones share as little as they can.
 
     Each is the cheapest of those that spend the least time at peers of earlier ones: it has none of
-    them, where others hold the same blocks.  Raises NoChain where there is not even one.
-    O(most * one search).
+    them, where others hold the same blocks.  Where that is an earlier one again, it is tried without one
+    and another of its peers.  Raises NoChain where there is not even one.
+    O(most * hops of a chain * one search).
     """
     chains: list[Chain] = []
     factors = dict(lean or {})
-    for _ in range(most):
-        chain = search(lean=factors)
-        if any(chain.hops == earlier.hops for earlier in chains):
+    while len(chains) < most:
+        best = search(lean=factors)
+        options = [best]
+        if best in chains:
+            without = ({hop.peer: factors[hop.peer] * USED_TWICE} for hop in best.hops)
+            options = [search(lean=factors | one) for one in without]
+        used = {hop.peer for chain in chains for hop in chain.hops}
+        fresh = [chain for chain in options if chain not in chains]
+        if not fresh:
             break
-        fresh = {hop.peer for hop in chain.hops} - {hop.peer for each in chains for hop in each.hops}
-        factors |= {peer: factors.get(peer, 1.0) * USED_ALREADY for peer in fresh}
+        chain = min(fresh, key=lambda chain: (_blocks_at(chain, used), chain.expected_seconds))
+        new = {hop.peer for hop in chain.hops} - used
+        factors |= {peer: factors.get(peer, 1.0) * USED_ALREADY for peer in new}
         chains.append(chain)
     return chains
+
+
+def _blocks_at(chain: Chain, peers: Collection[PeerId]) -> int:
+    return sum(hop.stop - hop.start for hop in chain.hops if hop.peer in peers)

@@ -68,6 +68,13 @@ def test_alternatives_share_the_only_holder_and_nothing_else():
     assert [hop.peer for hop in second.hops] == [PEERS[0], PEERS[2]]
 
 
+def test_a_way_around_a_peer_is_found_although_to_come_back_to_it_seems_cheaper():
+    spans = [span(0, 0, 3, 0.02, 9), span(1, 2, 8, 0.005, 9), span(2, 3, 6, 0.01, 9), span(3, 6, 9, 0.02, 9)]
+    first, second = best_chains(partial(cheapest_chain, spans, 9, default_rtt=0.0), 2)
+    assert [hop.peer for hop in first.hops] == [PEERS[0], PEERS[1], PEERS[3]]
+    assert [hop.peer for hop in second.hops] == [PEERS[0], PEERS[2], PEERS[3]]
+
+
 def test_only_peers_that_meet_every_constraint_are_suitable():
     one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100)
     other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10)
