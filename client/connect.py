@@ -211,7 +211,7 @@ class Swarm:
             compute=self._compute,
             heads=self._heads,
             open_chain=self.open_chain,
-            worked=self._learn,
+            worked=self._worked,
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
             trace=Trace() if trace is None else trace,
@@ -330,12 +330,8 @@ class Swarm:
                     raise
             await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
 
-    def _learn(self, session: Session) -> None:
-        """Take in what a step has shown about its hops."""
+    def _worked(self, session: Session) -> None:
         self.routes.worked(session.well)
-        if session.times is not None and session.last_tokens == 1:
-            times = session.times
-            self.routes.learn(session.chain.hops, [held for held, _ in times.hops], times.total)
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -90,6 +90,9 @@ class Surroundings(Protocol):
     def cost(self, hops: Sequence[Hop], seen: dict[PeerId, float]) -> float:
         """Expected seconds of a step along these hops."""
 
+    def learn(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
+        """A decode step of one row took `total` seconds along these hops, which say how long each had it."""
+
     def kind_of(self, peer: PeerId) -> str | None:
         """What it computes in; the same kind gives the same tokens.  None: it has left."""
 

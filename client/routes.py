@@ -167,7 +167,7 @@ class Routes:
             self.blame.worked(hop.peer)
 
     def learn(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
-        """A decode step went along these hops.  held: seconds that each says it had it, of `total`."""
+        """See `client.route.Surroundings.learn`."""
         view, now, between = self.view(), trio.current_time(), self._distances.between
         peers = [CLIENT, *(hop.peer for hop in hops), CLIENT]
         network = sum(between(one, two) for one, two in pairwise(peers)) / 2

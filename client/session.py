@@ -120,7 +120,6 @@ class Session:
     trace: Trace = field(default_factory=Trace)
     length: int = 0
     times: StepTimes | None = None  # of the last step
-    last_tokens: int = 0  # in the last step
     route: Route = field(init=False)
     _contract: Contract = field(init=False)
     _journal: Journal = field(init=False)
@@ -295,7 +294,6 @@ class Session:
         self.length = what.position + what.tokens
         if result.epoch == self.route.epoch and not self._pending:
             self.route.behind_replay = False
-        self.last_tokens = what.tokens
         self._sent = [one for one in self._sent if one.step > pending.step]
         self.times = StepTimes(
             trio.current_time() - pending.began,
@@ -310,6 +308,9 @@ class Session:
             for link, (held, _) in zip(self.route.hops, self.times.hops, strict=False):
                 seen = self._seen.setdefault(link.hop.peer, deque(maxlen=SEEN_STEPS))
                 seen.append(held / (link.hop.stop - link.hop.start))
+            if self.terms.batch == 1 and not self._pending:  # else they waited for each other
+                took = self.times
+                self.around.learn(self.chain.hops, [held for held, _ in took.hops], took.total)
         self.trace.add(
             "step",
             step=pending.step,
