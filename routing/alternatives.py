@@ -76,8 +76,8 @@ def _check_peers(name: str, peers: Collection[PeerId] | None) -> None:
     for peer in peers:
         try:
             public_key_of(peer)
-        except ValueError as error:
-            raise ValueError(f"{name} holds {peer!r}, which is no peer id (12D3KooW...): {error}") from None
+        except ValueError:
+            raise ValueError(f"{name} holds {peer!r}, which is no peer id (12D3KooW...)") from None
 
 
 def _check_choice(name: str, chosen: Collection[str] | None, known: Collection[str]) -> None:
