@@ -19,7 +19,7 @@ from routing.distances import CLIENT, Distances
 from routing.measured import Measured, admitted
 from routing.names import PeerId
 from routing.records import Record
-from routing.spread import SPREAD, SPREAD_WITHIN, leanings, sample
+from routing.spread import leanings, sample, shyness
 from routing.swarm import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
@@ -70,7 +70,7 @@ class Routes:
         """See `client.route.Surroundings.choose`."""
         spans = self._spans()
         measured = self._measured(spans, seen)
-        lean = self._leaning(spans, SPREAD_WITHIN if seen else SPREAD)
+        lean = self._leaning(spans)
         alike = [span for span in spans if not like or _kind(span) in like]
         roomy = [span for span in alike if span.cache_tokens >= tokens]
         for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
@@ -91,7 +91,7 @@ class Routes:
         def search(*, lean: Mapping[PeerId, float]) -> Chain:
             return self._cheapest(spans, 0, None, frozenset(), measured, desperate=False, lean=lean, beside=0)
 
-        return best_chains(search, most, self._leaning(spans, SPREAD))
+        return best_chains(search, most, self._leaning(spans))
 
     def choose_for_throughput(
         self,
@@ -110,7 +110,7 @@ class Routes:
         spans = self._spans()
         return self._cheapest(
             spans, start, stop, frozenset(), self._measured(spans, positions=positions),
-            desperate=desperate, lean=self._leaning(spans, SPREAD), positions=positions, waiting=waiting,
+            desperate=desperate, lean=self._leaning(spans), positions=positions, waiting=waiting,
             beside=beside,
         )  # fmt: skip
 
@@ -206,8 +206,12 @@ class Routes:
         self._distances.update((*looked_at, *others), self.rtts())
         return tuple(looked_at)
 
-    def _leaning(self, spans: Sequence[Record], blur: float) -> Mapping[PeerId, float]:
-        return leanings(self.spread, (span.peer for span in spans), blur) if self.spread else {}
+    def _leaning(self, spans: Sequence[Record]) -> Mapping[PeerId, float]:
+        shy = shyness(spans)
+        if self.spread is None:
+            return shy
+        own = leanings(self.spread, shy)
+        return {peer: shy[peer] * own[peer] for peer in shy}
 
     def _cheapest(
         self,
