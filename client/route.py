@@ -47,6 +47,7 @@ REPLAY_TOKENS = 256  # positions in one part of a replay
 OPEN_SECONDS = 2.5
 RELINK_SECONDS = 2.0  # for a hop to say where it stands, a dial to its successor not included
 MOST_REFUSED_SECONDS = 15.0  # that a peer is left alone which says no again and again
+CHOICES = 3  # of a chain for a new session, whose hops turn out to be busier than was known
 LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 
 
@@ -98,6 +99,9 @@ class Surroundings(Protocol):
 
     def dtype_of(self, peer: PeerId) -> str | None:
         """The dtype that it announces, or None where it has left."""
+
+    def told(self, peer: PeerId, queue: float) -> bool:
+        """A hop says how long steps wait there now; whether that is much longer than was known."""
 
     async def changed(self, seconds: float) -> bool:
         """Wait for news of the swarm; False when there were none in so many seconds."""
@@ -383,6 +387,7 @@ class Route:
 
         Raises PeerFault, Refused, which are noted.
         """
+        first, choices = not any(link.alive for link in self._links), 1
         while True:
             self.epoch += 1
             peers = {hop.peer for hop in chain.hops}
@@ -396,9 +401,25 @@ class Route:
             apart = [
                 (one.hop.peer, two.hop.peer) for one, two in pairwise(made) if not one.push and not one.relay
             ]
-            if not apart:
-                return made, not held
-            self._apart.update(apart)
+            if apart:
+                self._apart.update(apart)
+                continue
+            busy = [
+                self.around.told(link.hop.peer, link.queue)
+                for link, old in zip(made, links, strict=True)
+                if not old
+            ]
+            if first and choices < CHOICES and any(busy) and (other := self._instead_of(chain)) is not None:
+                chain, choices = other, choices + 1
+                continue
+            return made, not held
+
+    def _instead_of(self, chain: Chain) -> Chain | None:
+        """The best chain by what is known now, if that is another one."""
+        with contextlib.suppress(NoChain):
+            best = self._best(desperate=False)
+            return best if best.hops != chain.hops else None
+        return None
 
     async def _each_hop(
         self, hops: Sequence[Hop], known: Sequence[HopLink | None], *, held: bool

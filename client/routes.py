@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -19,10 +19,12 @@ from routing.distances import CLIENT, Distances
 from routing.measured import Measured, admitted
 from routing.names import PeerId
 from routing.records import Record
-from routing.spread import leanings, sample, shyness
+from routing.spread import dearness, leanings, sample, shyness
 from routing.swarm import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
+SURPRISE = 1.25  # times as dear as was known: then it is worth choosing again
+TOLD_SECONDS = 30.0  # for which what a hop said of its queue counts, where its record is older
 FIND_AGAIN_SECONDS = 10.0  # between looks beyond what the neighbours know
 
 
@@ -52,6 +54,7 @@ class Routes:
     constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     _seen: SwarmView | None = None
+    _told: dict[PeerId, tuple[float, float]] = field(default_factory=dict)  # queues, and when
     _found_at: float = -math.inf
     _distances: Distances = field(default_factory=Distances)
 
@@ -124,6 +127,7 @@ class Routes:
         if len(records) < len(hops) or not hops:
             return math.inf
         self._measure_out(records)
+        records = [self._as_told(record) for record in records]
         return costs(records, self._distances, measured=self._measured(records, seen)).chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
@@ -160,6 +164,22 @@ class Routes:
     def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
         """See `client.route.Surroundings.refused`."""
         self.blame.refused(peer, retry_after_seconds, trio.current_time())
+
+    def told(self, peer: PeerId, queue: float) -> bool:
+        """See `client.route.Surroundings.told`."""
+        now, record = trio.current_time(), self.view().get(peer)
+        known = 0.0 if record is None else self._as_told(record).queue
+        self._told = {p: told for p, told in self._told.items() if now - told[1] < TOLD_SECONDS}
+        self._told[peer] = queue, now
+        return dearness(queue) > SURPRISE * dearness(known)
+
+    def _as_told(self, record: Record) -> Record:
+        """With the queue that the peer itself told us of since it sent its record."""
+        queue, at = self._told.get(record.peer, (0.0, -math.inf))
+        sent = self.view().entries[record.peer].sent
+        if at <= max(sent, trio.current_time() - TOLD_SECONDS):
+            return record
+        return replace(record, queue=queue)
 
     def worked(self, hops: Sequence[Hop]) -> None:
         """These hops have answered: what they did earlier is forgotten."""
@@ -204,7 +224,7 @@ class Routes:
         spans = self.usable()
         looked_at = sample(spans, self.spread or "", always=self.measured.decode)
         self._distances.update((*looked_at, *others), self.rtts())
-        return tuple(looked_at)
+        return tuple(self._as_told(span) for span in looked_at) if self._told else tuple(looked_at)
 
     def _leaning(self, spans: Sequence[Record]) -> Mapping[PeerId, float]:
         shy = shyness(spans)

@@ -24,6 +24,7 @@ from routing.names import PUBLIC_KEY_BYTES, PeerId, peer_id_of, public_key_of
 from tensor_codec.errors import MessageError, PeerFault
 from tensor_codec.header import Header, unpack_map
 from tensor_codec.limits import Limits
+from tensor_codec.messages import MAX_QUEUE
 
 Role = Literal["serve", "bootstrap", "client"]
 State = Literal["joining", "online", "draining", "offline"]
@@ -41,7 +42,6 @@ MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
 MIN_RATE_SECONDS, MAX_RATE_SECONDS = 1e-7, 60.0  # one token through one block; 0 is "not yet measured"
 MAX_RTT_SECONDS = 60.0
 MAX_CACHE_TOKENS = 2**40
-MAX_QUEUE = 1e6
 _SIGNATURE_BYTES = 64
 _TAIL_BYTES = 2 + PUBLIC_KEY_BYTES + 2 + _SIGNATURE_BYTES  # each with its msgpack bin 8 header
 

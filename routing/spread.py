@@ -44,7 +44,12 @@ def shyness(spans: Iterable[Record]) -> dict[PeerId, float]:
     A toll in the sense of Pigou: chosen by their own waits alone, clients crowd where it is fastest until
     it is no faster than elsewhere (Wardrop, 1952), and the swarm is slower than it need be.
     """
-    return {span.peer: (1.0 + TOLL * span.queue) / (1.0 + span.queue) for span in spans}
+    return {span.peer: dearness(span.queue) / (1.0 + span.queue) for span in spans}
+
+
+def dearness(queue: float) -> float:
+    """How many times its computing a step is reckoned to cost where it waits for so many times that."""
+    return 1.0 + TOLL * queue
 
 
 def sample(

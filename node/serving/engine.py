@@ -114,6 +114,11 @@ class Engine:
         """Steps and requests waiting or running."""
         return self.batcher.waiting
 
+    @property
+    def queue(self) -> float:
+        """How long a decode step waits, in times of its own computing: what a record says of it."""
+        return round(self.waits.queue(time.perf_counter()), 2)
+
     async def run(self) -> None:
         """Compute what is queued, until cancelled.  What escapes is a bug of ours."""
         while True:

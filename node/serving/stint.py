@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -119,7 +118,7 @@ class Offer:
             seconds_per_block=engine.rates.decode_seconds_per_block,
             prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
             cache_tokens=listener.budget.free_tokens,
-            queue=round(engine.waits.queue(time.perf_counter()), 2),
+            queue=engine.queue,
         )
 
 
