@@ -177,7 +177,7 @@ class Routes:
         """With the queue that the peer itself told us of since it sent its record."""
         queue, at = self._told.get(record.peer, (0.0, -math.inf))
         sent = self.view().entries[record.peer].sent
-        if at <= max(sent, trio.current_time() - TOLD_SECONDS):
+        if at < max(sent, trio.current_time() - TOLD_SECONDS):
             return record
         return replace(record, queue=queue)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -10,6 +11,7 @@ import trio
 import trio.testing
 
 from client.retry import PREFILL_TOKENS
+from client.route import CHOICES
 from routing.alternatives import Constraints
 from routing.hops import NoChain
 from routing.names import PeerId
@@ -426,3 +428,50 @@ async def test_no_chain_says_that_it_would_be_too_long(autojump_clock):
         replicas(world)
         with pytest.raises(NoChain, match="blocks 0:9 of 9 take more than 2 hops"):
             world.routes(constraints=Constraints(most_hops=2)).choose()
+
+
+def is_busy(world: World, *names: str, queue: float = 9.0) -> None:
+    """These nodes' steps wait so long now, which nobody else has heard of yet."""
+    for name in names:
+        now, waits = time.perf_counter(), world.nodes[PeerId(name)].listener.engine.waits
+        waits.observe(waited=1000 * queue, computed=1000.0, steps=1000, now=now)
+
+
+async def test_a_new_session_chooses_again_where_hops_are_busier_than_was_known(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=0.01).routes()
+        is_busy(world, "A", "C")
+        context = context_of(world, routes)
+        assert await continued(context, PROMPT, 4) == generated(PROMPT, 4, BLOCKS)
+        assert hops_of(context) == "a B c"
+        assert not steps_of(world, "A")
+        assert not steps_of(world, "C")
+        assert context.recoveries == 0
+        assert not routes.blame.avoided(trio.current_time())
+        context.close()
+
+
+async def test_where_everybody_is_busy_a_session_does_not_look_for_ever(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=0.01).routes()
+        for name in "xyz":
+            world.add(f"A{name}", 0, 3, seconds=0.01)
+        for queue, name in enumerate(("A", "Ax", "Ay", "Az", "a"), 5):
+            is_busy(world, name, queue=20.0 - queue)
+        context = context_of(world, routes)
+        assert await continued(context, PROMPT, 4) == generated(PROMPT, 4, BLOCKS)
+        assert len({peer for _, peer in world.dialled if peer.startswith(("A", "a"))}) == CHOICES
+        context.close()
+
+
+async def test_a_queue_that_was_known_makes_no_session_choose_again(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=0.01).routes()
+        is_busy(world, *"AaBbCc")
+        for name in "AaBbCc":
+            assert routes.told(PeerId(name), 9.0)
+            assert not routes.told(PeerId(name), 9.5)
+        context = context_of(world, routes)
+        assert await continued(context, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
+        assert len(world.client_streams) == 3
+        context.close()
