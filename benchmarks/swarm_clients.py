@@ -22,7 +22,7 @@ import heapq
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
@@ -362,7 +362,7 @@ class Petals:
         return None
 
 
-CHOOSERS = {"ours": Ours, "petals": Petals, "all-seeing": AllSeeing}
+CHOOSERS: dict[str, Callable[[World], Chooser]] = {"ours": Ours, "petals": Petals, "all-seeing": AllSeeing}
 
 
 def serve(machines: Sequence[Machine], blocks: int, demand: Demand, kind: str) -> Served:
