@@ -25,7 +25,7 @@ from routing.chain import Chain, cheapest_chain
 from routing.distances import Distances
 from routing.names import PeerId, peer_id_of
 from routing.records import MAX_RTTS, Record
-from routing.spread import MOST_PEERS, leanings, sample
+from routing.spread import MOST_PEERS, leanings, sample, shyness
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +85,8 @@ def choose(
     """What a client does for one choice, from the records of its view on.  most: servers looked at."""
     looked_at = sample(spans, "client", most=most)
     distances.update(looked_at, client_rtt)
-    lean = leanings("client", (span.peer for span in looked_at))
+    shy, own = shyness(looked_at), leanings("client", (span.peer for span in looked_at))
+    lean = {peer: shy[peer] * own[peer] for peer in shy}
     return cheapest_chain(looked_at, spans[0].blocks, client_rtt=client_rtt, distances=distances, lean=lean)
 
 

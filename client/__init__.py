@@ -10,13 +10,14 @@ from client.api import SwarmLike
 # imports the module first would put that here.  `from client.connect import ...` finds the module.
 from client.connect import connect
 from node.config import ConfigError
+from routing.alternatives import Constraints
 from routing.hops import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
 if TYPE_CHECKING:
     from client.generate import Token
 
-__all__ = ["ConfigError", "NoChain", "PeerFault", "Refused", "SwarmLike", "Token", "connect"]
+__all__ = ["ConfigError", "Constraints", "NoChain", "PeerFault", "Refused", "SwarmLike", "Token", "connect"]
 
 
 def __getattr__(name: str) -> Any:  # Any: whatever is asked for

@@ -12,6 +12,7 @@ from pathlib import Path
 from node.arguments import add_addresses, one_address_each
 from node.config import DEFAULT_MODEL, ConfigError
 from node.logs import set_up_logging
+from routing.alternatives import DTYPES, QUANTIZE
 
 EPILOG = """\
 examples:
@@ -108,6 +109,18 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write what happened to the session, one JSON a line"
     )
+    servers = parser.add_argument_group("servers", "Which may be used; a replacement of one that failed too.")
+    servers.add_argument(
+        "--allow-peer", action="append", metavar="ID", help="only this peer and others so named"
+    )
+    servers.add_argument("--block-peer", action="append", default=[], metavar="ID", help="never this peer")
+    servers.add_argument(
+        "--server-dtype", action="append", choices=DTYPES, help="only those that compute in this"
+    )
+    servers.add_argument(
+        "--server-quantize", action="append", choices=QUANTIZE, help="only those that keep matrices like this"
+    )
+    servers.add_argument("--max-hops", type=int, metavar="N", help="servers in one chain at the most")
     parser.add_argument(
         "--codec", choices=("auto", "fp32", "bf16"), default="auto", help="hidden states on the wire"
     )

@@ -84,6 +84,9 @@ class SwarmLike(Protocol):
     async def route(self) -> Chain:
         """See `Swarm.route`."""
 
+    async def chains(self, most: int) -> list[Chain]:
+        """See `Swarm.chains`."""
+
     def generate(
         self,
         prompt: str | Sequence[int],

@@ -133,6 +133,10 @@ class BridgedSwarm:
         """See `Swarm.route`."""
         return await self._thread.call(self._swarm.route)
 
+    async def chains(self, most: int) -> list[Chain]:
+        """See `Swarm.chains`."""
+        return await self._thread.call(partial(self._swarm.chains, most))
+
     def generate(
         self,
         prompt: str | Sequence[int],

@@ -24,6 +24,7 @@ import sniffio
 import trio
 
 from node.config import ConfigError
+from routing.alternatives import Constraints
 from routing.hops import Chain, NoChain
 from routing.names import PeerId
 from tensor_codec.limits import Limits
@@ -64,6 +65,7 @@ class ClientConfig:
     and `backward` at one hop.  give_up_seconds: for one token, or one hop's part of such a request,
     with new chains and replays.
     codec: how hidden states travel: "auto" (nothing is lost), "fp32" or "bf16".
+    constraints: which servers may be used, and how many for one chain.
     """
 
     peers: tuple[str, ...]
@@ -76,6 +78,7 @@ class ClientConfig:
     step_seconds: float = 30.0
     give_up_seconds: float = 120.0
     codec: str = "auto"
+    constraints: Constraints = field(default_factory=Constraints)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -101,6 +104,7 @@ class Swarm:
         self._stateless = Stateless(
             info=self.info,
             find_chain=self._find_run,
+            learn=self.routes.learn_of_many,
             dtype_of=self.routes.dtype_of,
             open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
             compute=self._compute,
@@ -129,10 +133,21 @@ class Swarm:
         await self._know_the_distances()
         return self.routes.choose()
 
+    async def chains(self, most: int) -> list[Chain]:
+        """Up to `most` chains over the whole model, the best first.
+
+        They share as few servers as they can, none where others hold the same blocks: what is left of a
+        swarm when the servers of the first are gone.  Raises NoChain, and ValueError for `most` below 1.
+        """
+        if most < 1:
+            raise ValueError(f"{most} chains were asked for, at least 1 is needed")
+        await self._know_the_distances()
+        return self.routes.chains(most)
+
     async def _know_the_distances(self) -> None:
         """Measure the round trips to the peers that a chain may begin or end with."""
-        spans = self.view().spans(self.info.revision, self.info.blocks)
-        await self._directory.measure([span.peer for span in spans[:PINGED_PEERS]], PING_SECONDS)
+        spans = self.routes.usable()[:PINGED_PEERS]
+        await self._directory.measure([span.peer for span in spans], PING_SECONDS)
 
     def generate(
         self,
@@ -196,7 +211,7 @@ class Swarm:
             compute=self._compute,
             heads=self._heads,
             open_chain=self.open_chain,
-            worked=self._learn,
+            worked=self._worked,
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
             trace=Trace() if trace is None else trace,
@@ -289,8 +304,8 @@ class Swarm:
         stop: int,
         *,
         positions: int,
-        measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
+        beside: int,
     ) -> Chain:
         """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
         choose = partial(
@@ -298,8 +313,8 @@ class Swarm:
             start,
             stop,
             positions=positions,
-            measured=measured,
             waiting=waiting,
+            beside=beside,
         )
         return await self._wait_for_chain(choose, trio.current_time() + self.config.wait_seconds)
 
@@ -315,11 +330,8 @@ class Swarm:
                     raise
             await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
 
-    def _learn(self, session: Session) -> None:
-        """Take in what a step has shown about its hops."""
+    def _worked(self, session: Session) -> None:
         self.routes.worked(session.well)
-        if session.times is not None and session.last_tokens == 1:
-            self.routes.learn(session.chain.hops, [held for held, _ in session.times.hops])
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -351,6 +363,7 @@ def connect(
     step_seconds: float = 30.0,
     give_up_seconds: float = 120.0,
     codec: str = "auto",
+    constraints: Constraints | None = None,
 ) -> AbstractAsyncContextManager[SwarmLike]:
     """Join a swarm as a client: `async with connect(...) as swarm`.
 
@@ -359,9 +372,11 @@ def connect(
     swarm_key: a key file, or the key's 32 bytes, where the swarm is private.
     threads: of torch in this process; None leaves them as they are.
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
+    constraints: servers that may be used or may not, and how many hops a chain may have; they hold
+    for whatever is done with the swarm, replacements of servers that failed included.
     Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
-    handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, no peer
-    could be reached, the swarm does not accept the key.
+    handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, constraints
+    that nothing can meet, no peer could be reached, the swarm does not accept the key.
     """
     config = ClientConfig(
         peers=tuple(peers),
@@ -374,6 +389,7 @@ def connect(
         step_seconds=step_seconds,
         give_up_seconds=give_up_seconds,
         codec=codec,
+        constraints=constraints or Constraints(),
     )
     return _Connection(config)
 
@@ -415,6 +431,10 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
     if config.codec not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"the codec is {config.codec!r}, auto, fp32 or bf16 is allowed")
+    try:
+        config.constraints.check()
+    except ValueError as error:
+        raise ConfigError(f"constraints: {error}") from None
     key = load_swarm_key(config.swarm_key) if isinstance(config.swarm_key, Path) else config.swarm_key
     identity = load_or_create_identity(config.identity)
     async with (
@@ -444,6 +464,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             changed_since=directory.changed,
             dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
             find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
+            constraints=config.constraints,
             spread=identity.peer_id,
         )
         yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery)

@@ -42,6 +42,7 @@ class HopLink:
     hop: Hop
     stream: FramedStream
     standing: Standing = field(default_factory=Standing)
+    queue: float = 0.0  # how long steps waited there when the session was opened: see Opened
     push: bool = False
     relay: bool = False
     fed: bool = False
@@ -81,7 +82,7 @@ class HopLink:
         reply = decode_open_reply(frame)
         if isinstance(reply, Failed):
             raise reply.error()
-        self.push, self.standing = reply.push, Standing(cut=reply.cut)
+        self.push, self.standing, self.queue = reply.push, Standing(cut=reply.cut), reply.queue
 
     async def relink(self, order: Relink, seconds: float) -> None:
         """Give the hop its new neighbours, and hear where it stands.  Raises PeerFault."""

@@ -47,6 +47,7 @@ REPLAY_TOKENS = 256  # positions in one part of a replay
 OPEN_SECONDS = 2.5
 RELINK_SECONDS = 2.0  # for a hop to say where it stands, a dial to its successor not included
 MOST_REFUSED_SECONDS = 15.0  # that a peer is left alone which says no again and again
+CHOICES = 3  # of a chain for a new session, whose hops turn out to be busier than was known
 LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 
 
@@ -75,24 +76,32 @@ class Surroundings(Protocol):
         desperate: bool = False,
         like: frozenset[str] = frozenset(),
         tokens: int = 0,
+        beside: int = 0,
         seen: dict[PeerId, float] | None = None,
     ) -> Chain:
-        """The best chain over blocks [start, stop) known now.  Raises NoChain.
+        """The best chain over blocks [start, stop) known now, of peers that may be used.  Raises NoChain.
 
         without: peers not to be used.  desperate: peers that have failed lately may be.
         like: kinds of peers (`kind_of`) to be preferred to all others.  tokens: of cache that the session
         may come to need; peers with less are used only where nobody else is left.
+        beside: hops that the session's chain has for its other blocks.
         seen: seconds per block of peers as this session sees them now.
         """
 
     def cost(self, hops: Sequence[Hop], seen: dict[PeerId, float]) -> float:
         """Expected seconds of a step along these hops."""
 
+    def learn(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
+        """A decode step of one row took `total` seconds along these hops, which say how long each had it."""
+
     def kind_of(self, peer: PeerId) -> str | None:
         """What it computes in; the same kind gives the same tokens.  None: it has left."""
 
     def dtype_of(self, peer: PeerId) -> str | None:
         """The dtype that it announces, or None where it has left."""
+
+    def told(self, peer: PeerId, queue: float) -> bool:
+        """A hop says how long steps wait there now; whether that is much longer than was known."""
 
     async def changed(self, seconds: float) -> bool:
         """Wait for news of the swarm; False when there were none in so many seconds."""
@@ -344,8 +353,9 @@ class Route:
         taken = frozenset(link.hop.peer for link in kept) | gone
         hops: list[Hop] = [link.hop for link in kept]
         try:
-            for start, stop in _gaps(hops, self.terms.blocks):
-                hops += choose(start, stop, without=taken).hops
+            gaps = _gaps(hops, self.terms.blocks)
+            for done, (start, stop) in enumerate(gaps, 1):  # each gap still to come takes a hop at least
+                hops += choose(start, stop, without=taken, beside=len(hops) + len(gaps) - done).hops
         except NoChain:
             return choose(0, self.terms.blocks, without=gone)
         hops.sort(key=lambda hop: hop.start)
@@ -377,6 +387,7 @@ class Route:
 
         Raises PeerFault, Refused, which are noted.
         """
+        first, choices = not any(link.alive for link in self._links), 1
         while True:
             self.epoch += 1
             peers = {hop.peer for hop in chain.hops}
@@ -390,9 +401,25 @@ class Route:
             apart = [
                 (one.hop.peer, two.hop.peer) for one, two in pairwise(made) if not one.push and not one.relay
             ]
-            if not apart:
-                return made, not held
-            self._apart.update(apart)
+            if apart:
+                self._apart.update(apart)
+                continue
+            busy = [
+                self.around.told(link.hop.peer, link.queue)
+                for link, old in zip(made, links, strict=True)
+                if not old
+            ]
+            if first and choices < CHOICES and any(busy) and (other := self._instead_of(chain)) is not None:
+                chain, choices = other, choices + 1
+                continue
+            return made, not held
+
+    def _instead_of(self, chain: Chain) -> Chain | None:
+        """The best chain by what is known now, if that is another one."""
+        with contextlib.suppress(NoChain):
+            best = self._best(desperate=False)
+            return best if best.hops != chain.hops else None
+        return None
 
     async def _each_hop(
         self, hops: Sequence[Hop], known: Sequence[HopLink | None], *, held: bool

@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import trio
 
 from client.blame import Blame
 from node.network.streams import FramedStream
+from routing.alternatives import Constraints, best_chains, suitable
 from routing.chain import Chain, Hop, NoChain, cheapest_chain, costs
-from routing.distances import Distances
+from routing.distances import CLIENT, Distances
+from routing.measured import Measured, admitted
 from routing.names import PeerId
 from routing.records import Record
-from routing.spread import SPREAD, SPREAD_WITHIN, leanings, sample
+from routing.spread import dearness, leanings, sample, shyness
 from routing.swarm import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
-RATE_WEIGHT = 0.2  # of the newest step in what we believe of a hop's speed
+SURPRISE = 1.25  # times as dear as was known: then it is worth choosing again
+TOLD_SECONDS = 30.0  # for which what a hop said of its queue counts, where its record is older
 FIND_AGAIN_SECONDS = 10.0  # between looks beyond what the neighbours know
 
 
@@ -31,7 +35,8 @@ class Routes:
     model, revision, blocks: of the model.  view: what is known now.  rtts: seconds from here to a peer
     and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
     addresses.  find_peers: looks further than the neighbours know, bounded; may be None.
-    rates: seconds per block of each peer's decode steps, as seen here.
+    measured: how fast peers have been for this client.
+    constraints: what chains may be made of, at every choice.
     spread: what tells this client from others, so that of nearly equal chains each takes another one
     (`routing.spread`); None: always the cheapest.
     """
@@ -45,9 +50,11 @@ class Routes:
     dial: Callable[[PeerId, Sequence[str], str], Awaitable[FramedStream]]
     find_peers: Callable[[], Awaitable[object]] | None = None
     blame: Blame = field(default_factory=Blame)
-    rates: dict[PeerId, float] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
+    constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     _seen: SwarmView | None = None
+    _told: dict[PeerId, tuple[float, float]] = field(default_factory=dict)  # queues, and when
     _found_at: float = -math.inf
     _distances: Distances = field(default_factory=Distances)
 
@@ -60,21 +67,34 @@ class Routes:
         desperate: bool = False,
         like: frozenset[str] = frozenset(),
         tokens: int = 0,
+        beside: int = 0,
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
-        measured = {**self.rates, **(seen or {})}
-        blur = SPREAD_WITHIN if seen else SPREAD
         spans = self._spans()
+        measured = self._measured(spans, seen)
+        lean = self._leaning(spans)
         alike = [span for span in spans if not like or _kind(span) in like]
         roomy = [span for span in alike if span.cache_tokens >= tokens]
         for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
             if len(some) < len(spans):
                 with suppress(NoChain):
                     return self._cheapest(
-                        some, start, stop, without, measured, desperate=desperate, blur=blur
+                        some, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
                     )
-        return self._cheapest(spans, start, stop, without, measured, desperate=desperate, blur=blur)
+        return self._cheapest(
+            spans, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
+        )
+
+    def chains(self, most: int) -> list[Chain]:
+        """Up to so many chains over the whole model, the best first: see `best_chains`.  Raises NoChain."""
+        spans = self._spans()
+        measured = self._measured(spans)
+
+        def search(*, lean: Mapping[PeerId, float]) -> Chain:
+            return self._cheapest(spans, 0, None, frozenset(), measured, desperate=False, lean=lean, beside=0)
+
+        return best_chains(search, most, self._leaning(spans))
 
     def choose_for_throughput(
         self,
@@ -82,15 +102,24 @@ class Routes:
         stop: int,
         *,
         positions: int,
-        measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
+        beside: int = 0,
         desperate: bool = False,
     ) -> Chain:
-        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain."""
+        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain.
+
+        beside, desperate: see `client.route.Surroundings.choose`.
+        """
+        spans = self._spans()
         return self._cheapest(
-            self._spans(), start, stop, frozenset(), measured,
-            desperate=desperate, blur=SPREAD, positions=positions, waiting=waiting,
+            spans, start, stop, frozenset(), self._measured(spans, positions=positions),
+            desperate=desperate, lean=self._leaning(spans), positions=positions, waiting=waiting,
+            beside=beside,
         )  # fmt: skip
+
+    def usable(self) -> list[Record]:
+        """The peers that the constraints admit, in the order of their ids."""
+        return suitable(self.view().spans(self.revision, self.blocks), self.constraints)
 
     def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
         """See `client.route.Surroundings.cost`; infinite where a peer is not in the view."""
@@ -98,7 +127,8 @@ class Routes:
         if len(records) < len(hops) or not hops:
             return math.inf
         self._measure_out(records)
-        return costs(records, self._distances, measured={**self.rates, **seen}).chain(hops)
+        records = [self._as_told(record) for record in records]
+        return costs(records, self._distances, measured=self._measured(records, seen)).chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
         """See `client.route.Surroundings.kind_of`."""
@@ -135,17 +165,44 @@ class Routes:
         """See `client.route.Surroundings.refused`."""
         self.blame.refused(peer, retry_after_seconds, trio.current_time())
 
+    def told(self, peer: PeerId, queue: float) -> bool:
+        """See `client.route.Surroundings.told`."""
+        now, record = trio.current_time(), self.view().get(peer)
+        known = 0.0 if record is None else self._as_told(record).queue
+        self._told = {p: told for p, told in self._told.items() if now - told[1] < TOLD_SECONDS}
+        self._told[peer] = queue, now
+        return dearness(queue) > SURPRISE * dearness(known)
+
+    def _as_told(self, record: Record) -> Record:
+        """With the queue that the peer itself told us of since it sent its record."""
+        queue, at = self._told.get(record.peer, (0.0, -math.inf))
+        sent = self.view().entries[record.peer].sent
+        if at < max(sent, trio.current_time() - TOLD_SECONDS):
+            return record
+        return replace(record, queue=queue)
+
     def worked(self, hops: Sequence[Hop]) -> None:
         """These hops have answered: what they did earlier is forgotten."""
         for hop in hops:
             self.blame.worked(hop.peer)
 
-    def learn(self, hops: Sequence[Hop], held: Sequence[float]) -> None:
-        """A decode step went along these hops.  held: seconds that each had it."""
-        for hop, seconds in zip(hops, held, strict=False):
-            rate = seconds / (hop.stop - hop.start)
-            known = self.rates.get(hop.peer, rate)
-            self.rates[hop.peer] = known + RATE_WEIGHT * (rate - known)
+    def learn(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
+        """See `client.route.Surroundings.learn`."""
+        view, now, between = self.view(), trio.current_time(), self._distances.between
+        peers = [CLIENT, *(hop.peer for hop in hops), CLIENT]
+        network = sum(between(one, two) for one, two in pairwise(peers)) / 2
+        blocks = [hop.stop - hop.start for hop in hops]
+        for hop, seconds in zip(hops, admitted(held, blocks, total, network), strict=False):
+            self.measured.learn(hop.peer, seconds / (hop.stop - hop.start), view.get(hop.peer), now)
+
+    def learn_of_many(self, peer: PeerId, seconds: float) -> None:
+        """A peer has computed many positions at once, in so many seconds for each and a block."""
+        self.measured.learn(peer, seconds, self.view().get(peer), trio.current_time(), prefill=True)
+
+    def _measured(
+        self, spans: Sequence[Record], seen: Mapping[PeerId, float] | None = None, positions: int = 1
+    ) -> Mapping[PeerId, float]:
+        return {**self.measured.rates(spans, trio.current_time(), positions), **(seen or {})}
 
     def _avoided(self) -> list[PeerId]:
         """The peers that have failed lately, but for those that have been started again since."""
@@ -164,10 +221,17 @@ class Routes:
 
         others: peers that take no new sessions, and whose distances are asked for too.
         """
-        spans = self.view().spans(self.revision, self.blocks)
-        looked_at = sample(spans, self.spread or "", always=self.rates)
+        spans = self.usable()
+        looked_at = sample(spans, self.spread or "", always=self.measured.decode)
         self._distances.update((*looked_at, *others), self.rtts())
-        return tuple(looked_at)
+        return tuple(self._as_told(span) for span in looked_at) if self._told else tuple(looked_at)
+
+    def _leaning(self, spans: Sequence[Record]) -> Mapping[PeerId, float]:
+        shy = shyness(spans)
+        if self.spread is None:
+            return shy
+        own = leanings(self.spread, shy)
+        return {peer: shy[peer] * own[peer] for peer in shy}
 
     def _cheapest(
         self,
@@ -178,10 +242,12 @@ class Routes:
         measured: Mapping[PeerId, float],
         *,
         desperate: bool,
-        blur: float,
+        lean: Mapping[PeerId, float],
+        beside: int,
         positions: int = 1,
         waiting: Mapping[PeerId, int] | None = None,
     ) -> Chain:
+        most = self.constraints.most_hops
         cheapest = partial(
             cheapest_chain,
             spans,
@@ -193,7 +259,8 @@ class Routes:
             positions=positions,
             waiting=waiting,
             distances=self._distances,
-            lean=leanings(self.spread, (span.peer for span in spans), blur) if self.spread else None,
+            most_hops=None if most is None else most - beside,
+            lean=lean,
         )
         avoided = self._avoided()
         for forgiven in range(len(avoided) if desperate else 0):
@@ -202,12 +269,21 @@ class Routes:
         try:
             return cheapest(excluded=without if desperate else without.union(avoided))
         except NoChain as none:
-            served = self.view().models()
-            if not served or self.revision in {key.revision for key in served}:
-                raise
+            raise self._explained(none) from None
+
+    def _explained(self, none: NoChain) -> NoChain:
+        """The same, with what else is to be said about it: what constraints did, or what is served."""
+        view, served = self.view(), self.view().models()
+        if served and self.revision not in {key.revision for key in served}:
             ours = f"not {self.model} (revision {self.revision})"
             instead = [f"{key.model} (revision {key.revision})" for key in served]
-            raise NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours]) from None
+            return NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours])
+        none.constrained = sum(
+            not self.constraints.admits(span)
+            and any(a < span.stop and span.start < b for a, b in none.missing)
+            for span in view.spans(self.revision, self.blocks)
+        )
+        return none
 
 
 def _kind(record: Record) -> str:

@@ -25,6 +25,7 @@ import trio
 from torch import Tensor
 
 from client.links import HopLink
+from client.lost_time import REPLAYED_SHARE, LostTime
 from client.recovery import Sent
 from client.route import REPLAY_TOKENS, Route, Stand, Surroundings, Terms
 from client.trace import Trace
@@ -51,15 +52,12 @@ BULK_BYTES = 16 * KIB  # a step with more takes a stream of its own from hop to 
 LEAST_HOP_SECONDS = 1.0  # a hop's deadline is 4 x p95 of its recent steps, within these two
 MOST_HOP_SECONDS = 30.0
 DEADLINE_FACTOR = 4.0
-RECENT_STEPS = 64
 ASK_AT = 0.25  # of the deadline: then every hop is asked how far it is
-SUSPICION = 2.0  # times the usual step: then a better chain is looked for
 BETTER = 0.6  # of the present chain's seconds: then it is worth a move
 LOOKS_SHARE = 0.05  # of the time may go into looking for a better chain
 LEAST_GAIN_SECONDS = 0.01  # a step: less is noise
 REST_SECONDS = 5.0  # after a move, before another one
 STEPS_AHEAD = 32  # so many, it is assumed, will still come: their gain has to pay for the replay
-REPLAYED_SHARE = 0.15  # of a decode step's time, for each position of a replay
 SEEN_STEPS = 3  # of a hop, whose median is what it is now
 
 
@@ -120,7 +118,6 @@ class Session:
     trace: Trace = field(default_factory=Trace)
     length: int = 0
     times: StepTimes | None = None  # of the last step
-    last_tokens: int = 0  # in the last step
     route: Route = field(init=False)
     _contract: Contract = field(init=False)
     _journal: Journal = field(init=False)
@@ -128,7 +125,7 @@ class Session:
     _pending: dict[int, Pending] = field(default_factory=dict)  # by step, oldest first
     _sent: list[Sent] = field(default_factory=list)  # without an answer
     _again: list[Pending] = field(default_factory=list)  # to be sent when the route has changed
-    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _lost_time: LostTime = field(default_factory=LostTime)
     _seen: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
     _silences: Counter[PeerId] = field(default_factory=Counter)
     _look_at: float = 0.0  # trio.current_time(): not before this for a better chain
@@ -295,7 +292,6 @@ class Session:
         self.length = what.position + what.tokens
         if result.epoch == self.route.epoch and not self._pending:
             self.route.behind_replay = False
-        self.last_tokens = what.tokens
         self._sent = [one for one in self._sent if one.step > pending.step]
         self.times = StepTimes(
             trio.current_time() - pending.began,
@@ -306,10 +302,13 @@ class Session:
             self.trace.add("recovered", seconds=now - broken, replay_seconds=now - resumed)
             self.route.resumed = None
         elif what.tokens == 1:
-            self._recent.append(self.times.total)
+            self._lost_time.took(self.times.total, self.chain.expected_seconds)
             for link, (held, _) in zip(self.route.hops, self.times.hops, strict=False):
                 seen = self._seen.setdefault(link.hop.peer, deque(maxlen=SEEN_STEPS))
                 seen.append(held / (link.hop.stop - link.hop.start))
+            if self.terms.batch == 1 and not self._pending:  # else they waited for each other
+                took = self.times
+                self.around.learn(self.chain.hops, [held for held, _ in took.hops], took.total)
         self.trace.add(
             "step",
             step=pending.step,
@@ -334,9 +333,10 @@ class Session:
 
     def _hop_seconds(self) -> float:
         """How long a hop may be silent."""
-        if not self._recent:
+        recent = self._lost_time.recent
+        if not recent:
             return LEAST_HOP_SECONDS
-        p95 = sorted(self._recent)[int(0.95 * (len(self._recent) - 1))]
+        p95 = sorted(recent)[int(0.95 * (len(recent) - 1))]
         return min(max(DEADLINE_FACTOR * p95, LEAST_HOP_SECONDS), MOST_HOP_SECONDS)
 
     async def _look_after(self, pending: Pending) -> None:
@@ -392,7 +392,7 @@ class Session:
 
     def _patience(self, pending: Pending) -> float:
         """How long a hop may be busy with one thing before another one is looked for, in seconds."""
-        usual = statistics.median(self._recent) if self._recent else self.chain.expected_seconds
+        usual = self._lost_time.usual() or self.chain.expected_seconds
         positions = pending.what.tokens
         if self.route.behind_replay:
             positions = max(positions, min(REPLAY_TOKENS, pending.what.position))
@@ -522,10 +522,9 @@ class Session:
     def _is_slow(self) -> bool:
         """Whether the chain has become slow and there is a much better one; marks the hops to be left."""
         began = trio.current_time()
-        if len(self._recent) < 4 or began < self._look_at:
+        if began < self._look_at or not self._lost_time.too_much(self.length, len(self.chain.hops)):
             return False
-        if self._recent[-1] < SUSPICION * statistics.median(self._recent):
-            return False
+        self._lost_time.forget()
         leave = self._worth_leaving()
         now = trio.current_time()
         self._look_at = now + (REST_SECONDS if leave else (now - began) / LOOKS_SHARE)
@@ -552,7 +551,7 @@ class Session:
         ours = frozenset(hop.peer for hop in hops)
         for index, hop in enumerate(hops):
             with contextlib.suppress(NoChain):
-                instead = choose(hop.start, hop.stop, without=ours)
+                instead = choose(hop.start, hop.stop, without=ours, beside=len(hops) - 1)
                 chain = (*hops[:index], *instead.hops, *hops[index + 1 :])
                 yield chain, self.around.cost(chain, seen)
 

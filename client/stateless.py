@@ -48,7 +48,6 @@ OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
 REQUEST_POSITIONS = 512  # of all rows of one request, where a row is not longer: see client.retry
 UNDER_WAY = 8  # requests of one call, at all peers together
 UNDER_WAY_PER_PEER = 3  # one comes, one is computed, one goes back; within max_compute_streams_per_peer
-RATE_WEIGHT = 0.2  # of the newest request in what we believe of a peer's speed
 
 
 class FindChain(Protocol):
@@ -60,10 +59,11 @@ class FindChain(Protocol):
         stop: int,
         *,
         positions: int,
-        measured: Mapping[PeerId, float],
         waiting: Mapping[PeerId, int],
+        beside: int,
     ) -> Awaitable[Chain]:
-        """positions: of all rows.  measured: seconds per block for so many.  waiting: see `cheapest_chain`.
+        """positions: of all rows.  waiting: see `cheapest_chain`.
+        beside: hops that the whole way has for other blocks.
 
         Raises NoChain when none came up in time.
         """
@@ -90,7 +90,8 @@ class Part:
 class Stateless:
     """Forward and backward through a swarm, of any number of tasks at a time.
 
-    find_chain, dtype_of (None: the peer has left), open_stream: the swarm's.
+    find_chain, dtype_of (None: the peer has left), open_stream: the swarm's.  learn: takes how many
+    seconds a peer had a request, for each position and block.
     codec: "auto" for each hop's own, which loses nothing; else "fp32" or "bf16".
     step_seconds: for one request at one hop.  give_up_seconds: for one hop's part, with all its
     retries and new chains.
@@ -98,6 +99,7 @@ class Stateless:
 
     info: ModelInfo
     find_chain: FindChain
+    learn: Callable[[PeerId, float], None]
     dtype_of: Callable[[PeerId], str | None]
     open_stream: OpenStream
     compute: ComputeThread
@@ -109,7 +111,6 @@ class Stateless:
     _planned: Counter[PeerId] = field(default_factory=Counter)  # parts under way whose chain has the peer
     _turns: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
     _idle: defaultdict[PeerId, list[FramedStream]] = field(default_factory=lambda: defaultdict(list))
-    _rates: dict[PeerId, float] = field(default_factory=dict)  # seconds per block and position
 
     async def forward(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Blocks [start, stop) on `hidden`: see `client.connect.Swarm.forward`."""
@@ -197,15 +198,18 @@ class Stateless:
             return (await self._onward(part, part.hidden, start, stop, to_the_end=True))[1]
         grad = part.grad
         kept, _ = await self._onward(part, part.hidden, start, stop, to_the_end=False)
+        hops = len(kept)  # of the whole way
         lost = False  # the last hop of `kept`, not what it was given
 
         async def back() -> Tensor:
-            nonlocal lost
+            nonlocal lost, hops
             if lost:
                 hop = kept[-1].hop
-                kept[-1:], _ = await self._onward(
-                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False
+                again, _ = await self._onward(
+                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False, beside=hops - 1
                 )
+                hops += len(again) - 1
+                kept[-1:] = again
             lost = True
             answer = await self._ask(kept[-1].hop, kept[-1].hidden, grad)
             lost = False
@@ -217,18 +221,20 @@ class Stateless:
         return grad
 
     async def _onward(
-        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool
+        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, beside: int = 0
     ) -> tuple[list[Kept], Tensor]:
         """Forward from hop to hop: what each was given, and what came out of the last one that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
+        beside: hops that the part's way has for other blocks.
         """
         kept: list[Kept] = []
         ahead: deque[Hop] = deque()
 
         async def hop_on() -> Tensor:
             if not ahead:
-                ahead.extend(await self._hops(part, kept[-1].hop.stop if kept else start, stop))
+                begin = kept[-1].hop.stop if kept else start
+                ahead.extend(await self._hops(part, begin, stop, beside + len(kept)))
             if ahead[0].stop == stop and not to_the_end:
                 return hidden
             try:
@@ -242,14 +248,11 @@ class Stateless:
             kept.append(Kept(ahead.popleft(), given))
         return kept, hidden
 
-    async def _hops(self, part: Part, start: int, stop: int) -> Sequence[Hop]:
+    async def _hops(self, part: Part, start: int, stop: int, beside: int) -> Sequence[Hop]:
         """Plan the way of a part through these blocks.  Raises NoChain."""
         self._plan(part, ())
         positions = part.hidden.shape[0] * part.hidden.shape[1]
-        measured = {peer: rate * positions for peer, rate in self._rates.items()}
-        chain = await self.find_chain(
-            start, stop, positions=positions, measured=measured, waiting=self._planned
-        )
+        chain = await self.find_chain(start, stop, positions=positions, waiting=self._planned, beside=beside)
         self._plan(part, tuple(hop.peer for hop in chain.hops))
         return chain.hops
 
@@ -294,9 +297,7 @@ class Stateless:
         self.blame.worked(peer)
         if grad is None and output.timings:
             held = output.timings[0][0] / 1e6 / beside  # the others were waited for
-            rate = held / (contract.batch * contract.max_length * (hop.stop - hop.start))
-            known = self._rates.get(peer, rate)
-            self._rates[peer] = known + RATE_WEIGHT * (rate - known)
+            self.learn(peer, held / (contract.batch * contract.max_length * (hop.stop - hop.start)))
         return answer
 
     def _encode(

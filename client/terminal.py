@@ -18,6 +18,7 @@ from client.connect import connect
 from client.generate import Token
 from client.trace import Trace
 from node.config import ConfigError
+from routing.alternatives import Constraints
 from routing.hops import Chain, NoChain
 
 
@@ -190,6 +191,13 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         wait_seconds=flags.wait,
         give_up_seconds=max(flags.wait, 1.0),
         codec=flags.codec,
+        constraints=Constraints(
+            allowed=flags.allow_peer,
+            blocked=flags.block_peer,
+            dtypes=flags.server_dtype,
+            quantize=flags.server_quantize,
+            most_hops=flags.max_hops,
+        ),
     )
 
 

@@ -143,6 +143,10 @@ def _status(words: list[str]) -> int:
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch a line each time")
     parser.add_argument("--watch", action="store_true", help="go on until Ctrl-C, and show who moves")
+    parser.add_argument(
+        "--chains", type=_positive, default=0, metavar="N",
+        help="show the N best chains too, with as few servers in common as can be",
+    )  # fmt: skip
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
     from node.status import show_status
@@ -150,8 +154,8 @@ def _status(words: list[str]) -> int:
 
     config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
     if flags.watch:
-        return _run(partial(watch_status, config, as_json=flags.json))
-    return _run(partial(show_status, config, as_json=flags.json))
+        return _run(partial(watch_status, config, as_json=flags.json, chains=flags.chains))
+    return _run(partial(show_status, config, as_json=flags.json, chains=flags.chains))
 
 
 def _models(words: list[str]) -> int:

@@ -37,5 +37,3 @@ def set_up_logging(kind: str, level: int = logging.INFO) -> None:
     root.setLevel(logging.ERROR)
     for ours in ("raceme", "node", "client", "routing"):
         logging.getLogger(ours).setLevel(level)
-    # py-libp2p logs what peers do to it as errors; our adapter counts it instead.
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)

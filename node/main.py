@@ -110,7 +110,8 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
     free = await compute.run(capacity.free_bytes, device)
     process = capacity.process_bytes()
     sizes = Sizes(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
-    start, stop = await _choose_span(config, node, info, sizes, free)
+    known = await compute.run(known_seconds_per_block, info, device, sizes, threads)
+    start, stop = await _choose_span(config, node, info, sizes, free, known)
     blocks = stop - start
     cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(
         info, blocks, dtype, free, quantize, sizes.activations, device
@@ -240,10 +241,25 @@ class Sizes:
     activations: str
 
 
+def known_seconds_per_block(info: ModelInfo, device: str, sizes: Sizes, threads: int) -> float:
+    """What a decode step took in an earlier run like this one; 0 where there was none.
+
+    Runs in the torch thread.
+    """
+    from node.serving.stint import kept_rates
+
+    file, key = kept_rates(info.revision, device, sizes.dtype, sizes.quantize, threads)
+    known = file.get(key)
+    return 0.0 if known is None else known.alone
+
+
 async def _choose_span(
-    config: NodeConfig, node: Node, info: ModelInfo, sizes: Sizes, free: int
+    config: NodeConfig, node: Node, info: ModelInfo, sizes: Sizes, free: int, seconds_per_block: float
 ) -> tuple[int, int]:
-    """The blocks to serve, as pinned or where the swarm needs them most.  Raises ConfigError."""
+    """The blocks to serve, as pinned or where the swarm needs them most.  Raises ConfigError.
+
+    seconds_per_block: of this node, as far as is known; 0 counts as the median of the others.
+    """
     if config.blocks is not None:
         start, stop = config.blocks
         if not 0 <= start < stop <= info.blocks:
@@ -259,8 +275,14 @@ async def _choose_span(
             capacity.check_fits(info, 1, dtype, least, free, quantize, activations)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
-    replicas = config.balance.min_replicas
-    return choose_blocks(spans, info.blocks, count, random.Random(), min_replicas=replicas)
+    return choose_blocks(
+        spans,
+        info.blocks,
+        count,
+        random.Random(),
+        seconds_per_block=seconds_per_block,
+        min_replicas=config.balance.min_replicas,
+    )
 
 
 def _prepare_torch(threads: int) -> None:

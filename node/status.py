@@ -5,44 +5,55 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
-from routing.names import ModelId, Revision
-from routing.records import Record
+from routing.names import ModelId, PeerId, Revision
+from routing.records import Record, State
 from routing.swarm import ModelKey, SwarmView, coverage, holes
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 MOST_NAMED = 4  # peers of a bottleneck
+PRESENT: tuple[State, ...] = ("online", "joining", "draining")
+PIPE_COLUMNS = 160
 SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
 
 
-async def show_status(config: NetworkConfig, *, as_json: bool) -> None:
-    """Look at the swarm once and print it.  Raises ConfigError."""
+async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
+    """Look at the swarm once and print it, with so many chains.  Raises ConfigError."""
     from node.main import open_node
 
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
         view = node.directory.view()
         await node.directory.measure([record.peer for record in view.records()], 1.0)
-        facts = describe(view, dict(node.directory.rtts()))
+        facts = describe(view, dict(node.directory.rtts()), chains)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
         print_status(facts)
 
 
-def describe(view: SwarmView, rtts: dict[Any, float]) -> dict[str, Any]:  # Any: JSON
-    """The swarm as plain values: `peers`, and for each model its `coverage` and `holes`."""
+def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dict[str, Any]:  # Any: JSON
+    """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and so many `chains`.
+
+    rtts: seconds from here to a peer and back.
+    """
     records = [record for record in view.records() if record.role != "client"]
     return {
         "swarm": view.swarm,
+        "servers": {
+            state: sum(record.role == "serve" and record.state == state for record in records)
+            for state in PRESENT
+        },
         "peers": [_peer(record, rtts.get(record.peer)) for record in records],
-        "models": [_model(view, key) for key in _models(records)],
+        "models": [_model(view, key, rtts, chains) for key in _models(records)],
     }
 
 
@@ -55,18 +66,43 @@ def _models(records: Sequence[Record]) -> list[ModelKey]:
     )
 
 
-def _model(view: SwarmView, key: ModelKey) -> dict[str, Any]:  # Any: JSON
+def _model(
+    view: SwarmView, key: ModelKey, rtts: dict[PeerId, float], chains: int
+) -> dict[str, Any]:  # Any: JSON
     spans = view.spans(key.revision, key.blocks)
+    held = coverage(spans, key.blocks)
     missing = holes(((span.start, span.stop) for span in spans), 0, key.blocks)
     return {
         "model": key.model,
         "revision": key.revision,
         "blocks": key.blocks,
-        "coverage": list(coverage(spans, key.blocks)),
+        "coverage": list(held),
         "holes": [list(run) for run in missing],
         "complete": not missing,
+        "survives_any_loss": min(held) > 1,
         **_throughput(spans, key.blocks),
+        **({"chains": _chains(spans, key.blocks, rtts, chains)} if chains else {}),
     }
+
+
+def _chains(
+    spans: Sequence[Record], blocks: int, rtts: dict[PeerId, float], most: int
+) -> list[dict[str, Any]]:  # Any: JSON
+    """The best chains from here, as few servers as can be in more than one of them."""
+    from routing.alternatives import best_chains
+    from routing.chain import NoChain, cheapest_chain
+
+    try:
+        found = best_chains(partial(cheapest_chain, spans, blocks, client_rtt=rtts), most)
+    except NoChain:
+        return []
+    return [
+        {
+            "expected_ms_per_token": round(chain.expected_seconds * 1e3, 3),
+            "hops": [{"peer": hop.peer, "blocks": [hop.start, hop.stop]} for hop in chain.hops],
+        }
+        for chain in found
+    ]
 
 
 def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
@@ -97,6 +133,7 @@ def _peer(record: Record, rtt: float | None) -> dict[str, Any]:  # Any: JSON
         "model": record.model,
         "blocks": [record.start, record.stop] if record.role == "serve" else None,
         "dtype": record.dtype,
+        "quantize": record.quantize,
         "decode_ms_per_block": round(record.seconds_per_block * 1e3, 4),
         "prefill_tokens_per_s": round(_prefill_rate(record), 1),
         "free_cache_tokens": record.cache_tokens,
@@ -115,35 +152,42 @@ def _prefill_rate(record: Record) -> float:
 
 def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
     """The same for people."""
+    console = wide_console()
+    for part in tables(facts):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def wide_console() -> Console:
+    """Standard output; a file or a pipe takes lines of any length."""
     from rich.console import Console
 
-    console = Console()
-    for part in tables(facts):
-        console.print(part)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
 
 
 def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     """What rich shows of the facts, one below the other."""
     from rich.table import Table
 
-    table = Table(
-        title=f"swarm {facts['swarm']}: {len(facts['peers'])} peers", box=None, padding=(0, 2, 0, 0)
-    )
+    servers = ", ".join(f"{count} {state}" for state, count in facts["servers"].items() if count)
+    table = Table(title=f"swarm {facts['swarm']}: {servers or 'no servers'}", box=None, padding=(0, 1, 0, 0))
     for column in ("peer", "name", "state", "blocks", "dtype"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms/block", "prefill/s", "cache", "rtt"):
+    for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
         table.add_column(column, justify="right", no_wrap=True)
-    for peer in facts["peers"]:
+    for peer in sorted(facts["peers"], key=lambda peer: (peer["model"], peer["blocks"] or [])):
         serves = peer["blocks"] is not None
+        measured = serves and peer["decode_ms_per_block"] > 0
         table.add_row(
             "…" + peer["peer"][-6:],
             peer["name"],
             peer["state"] if serves else peer["role"],
             f"{peer['blocks'][0]}:{peer['blocks'][1]}" if serves else "",
-            peer["dtype"],
-            f"{peer['decode_ms_per_block']:.2f}" if serves else "",
-            f"{peer['prefill_tokens_per_s']:.0f}" if serves else "",
-            str(peer["free_cache_tokens"]) if serves else "",
+            peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none"),
+            f"{peer['decode_ms_per_block']:.2f}" if measured else "",
+            f"{peer['prefill_tokens_per_s']:.0f}" if measured else "",
+            str(peer["free_cache_tokens"]) if measured else "",
+            str(peer["queue"]) if measured else "",
             "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
         )
     parts: list[Table | str] = [table]
@@ -154,8 +198,34 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         state = f"served by nobody: blocks {runs}" if runs else "every block is served"
         parts.append(f"{model['model']} ({model['revision']}), {model['blocks']} blocks: {state}")
         parts.append(f"  servers of each block: {_runs(model['coverage'])}")
+        if model["complete"]:
+            parts.append(_what_if(model))
         parts.append(_limit(model))
+        parts += _chain_lines(model.get("chains", []))
     return parts
+
+
+def _what_if(model: dict[str, Any]) -> str:  # Any: JSON
+    """One line of what the loss of a server would do."""
+    alone = [block for block, count in enumerate(model["coverage"]) if count == 1]
+    if model["survives_any_loss"]:
+        return "  without any one of the servers every block would still be served"
+    runs = ", ".join(f"{start}:{stop}" for start, stop in _blocks_as_runs(alone))
+    return f"  served by one server only: blocks {runs}"
+
+
+def _chain_lines(chains: Sequence[dict[str, Any]]) -> list[str]:  # Any: JSON
+    """Chains, each with the servers that an earlier one has too."""
+    lines, used = [], set[str]()
+    for number, chain in enumerate(chains, 1):
+        peers = [hop["peer"] for hop in chain["hops"]]
+        shown = ", ".join(
+            f"…{hop['peer'][-6:]} {hop['blocks'][0]}:{hop['blocks'][1]}{' (again)' * (hop['peer'] in used)}"
+            for hop in chain["hops"]
+        )
+        lines.append(f"  chain {number}, {chain['expected_ms_per_token']:.1f} ms a token from here: {shown}")
+        used.update(peers)
+    return lines
 
 
 def _limit(model: dict[str, Any]) -> str:  # Any: JSON

@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from node.config import NetworkConfig
-from node.status import SETTLE_SECONDS, describe, tables
+from node.status import SETTLE_SECONDS, describe, tables, wide_console
 from routing.names import PeerId
 from routing.records import Record
 
@@ -20,48 +20,70 @@ MOVES_KEPT = 20
 
 
 @dataclass(slots=True)
-class Moves:
-    """Which peers have changed their blocks while somebody was watching."""
+class Changes:
+    """Which servers have come, gone, or changed their blocks while somebody was watching.
 
-    count: int = 0
-    last: list[dict[str, Any]] = field(default_factory=list)  # Any: JSON
-    _spans: dict[PeerId, tuple[str, int, int]] = field(default_factory=dict)
+    moving: those that were online before and load other blocks now.
+    """
+
+    joined: int = 0
+    left: int = 0
+    moves: int = 0
+    moving: tuple[PeerId, ...] = ()
+    last_moves: list[dict[str, Any]] = field(default_factory=list)  # Any: JSON
+    _spans: dict[PeerId, tuple[str, int, int]] | None = None  # of those online; None before the first look
 
     def look(self, records: Iterable[Record], seconds: float) -> None:
         """Take in the swarm of this moment.  seconds: since the watching began."""
-        for record in records:
-            if record.role != "serve" or record.state != "online":
+        servers = {record.peer: record for record in records if record.role == "serve"}
+        first, spans = self._spans is None, self._spans or {}
+        gone = [peer for peer in spans if peer not in servers]
+        self.left += len(gone)
+        self.moving = tuple(p for p, record in servers.items() if p in spans and record.state == "joining")
+        self._spans = {peer: span for peer, span in spans.items() if peer in servers}
+        for peer, record in servers.items():
+            if record.state != "online":
                 continue  # who announces a move may still think better of it
             span = record.revision, record.start, record.stop
-            known = self._spans.get(record.peer, span)
-            self._spans[record.peer] = span
-            if known != span and known[0] == record.revision:
-                self.count += 1
-                move = {"peer": record.peer, "from": list(known[1:]), "to": list(span[1:])}
-                self.last = [*self.last, {"seconds": round(seconds, 1), **move}][-MOVES_KEPT:]
+            known = spans.get(peer)
+            self._spans[peer] = span
+            if known is None:
+                self.joined += not first
+            elif known != span and known[0] == record.revision:
+                self.moves += 1
+                move = {"peer": peer, "from": list(known[1:]), "to": list(span[1:])}
+                self.last_moves = [*self.last_moves, {"seconds": round(seconds, 1), **move}][-MOVES_KEPT:]
 
     def facts(self) -> dict[str, Any]:  # Any: JSON
         """As plain values."""
-        return {"moves": self.count, "last_moves": self.last}
+        return {
+            "joined": self.joined,
+            "left": self.left,
+            "moves": self.moves,
+            "moving": list(self.moving),
+            "last_moves": self.last_moves,
+        }
 
 
-async def watch_status(config: NetworkConfig, *, as_json: bool) -> None:
+async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
     """Show the swarm every two seconds until interrupted: a table, or a line of JSON each time.
 
-    Raises ConfigError.
+    chains: so many of each model.  Raises ConfigError.
     """
     from node.main import open_node
 
-    moves = Moves()
+    changes = Changes()
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
         began = trio.current_time()
         with _screen(as_json) as show:
             while True:
                 view = node.directory.view()
-                moves.look(view.records(), trio.current_time() - began)
+                seconds = trio.current_time() - began
+                changes.look(view.records(), seconds)
                 await node.directory.measure([record.peer for record in view.records()], 1.0)
-                show({**describe(view, dict(node.directory.rtts())), **moves.facts()})
+                facts = describe(view, dict(node.directory.rtts()), chains)
+                show({"seconds": round(seconds, 1), **facts, **changes.facts()})
                 await trio.sleep(LOOK_SECONDS)
 
 
@@ -70,20 +92,24 @@ def _screen(as_json: bool) -> Iterator[Any]:  # Any: a function of JSON
     if as_json:
         yield lambda facts: print(json.dumps(facts), flush=True)
         return
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
 
-    console = Console()
+    console = wide_console()
     if not console.is_terminal:  # a file or a pipe: one look below the other
-        yield lambda facts: console.print(*tables(facts), *move_lines(facts), sep="\n")
+        yield lambda facts: console.print(*tables(facts), *change_lines(facts), sep="\n", soft_wrap=True)
         return
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        yield lambda facts: live.update(Group(*tables(facts), *move_lines(facts)), refresh=True)
+        yield lambda facts: live.update(Group(*tables(facts), *change_lines(facts)), refresh=True)
 
 
-def move_lines(facts: dict[str, Any], most: int = 5) -> Sequence[str]:  # Any: JSON
-    """The moves that were seen, for people."""
-    lines = [f"moves seen: {facts['moves']}"]
+def change_lines(facts: dict[str, Any], most: int = 5) -> Sequence[str]:  # Any: JSON
+    """What has happened, for people."""
+    moving = ", ".join("…" + peer[-6:] for peer in facts["moving"])
+    lines = [
+        f"in {facts['seconds']:.0f} s: {facts['joined']} joined, {facts['left']} left, {facts['moves']} moved"
+        + (f"; moving now: {moving}" if moving else "")
+    ]
     for move in facts["last_moves"][-most:]:
         (a, b), (c, d) = move["from"], move["to"]
         lines.append(f"  after {move['seconds']:.0f} s: …{move['peer'][-6:]} from {a}:{b} to {c}:{d}")

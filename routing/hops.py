@@ -35,9 +35,11 @@ class NoChain(Exception):
     alone: nobody serves any block of this model at all.
     instead: what the swarm serves, where it is something else; for people.
     most_hops: every block is served, but not by so few peers.
+    constrained: peers that serve some of them, and that the client's constraints leave out.
     after: the last thing that went wrong while a chain was looked for, where something did; for people.
     """
 
+    constrained: int = 0
     after: Exception | None = None
 
     def __init__(
@@ -55,7 +57,7 @@ class NoChain(Exception):
         if not alone:
             found = f"blocks {runs} of {blocks} are served by nobody"
         if most_hops is not None:
-            found = f"blocks {runs} of {blocks} take more than {most_hops} hops"
+            found = f"blocks {runs} of {blocks} take more than {most_hops} hop{'s' * (most_hops != 1)}"
         aside = f" ({excluded} left out after a failure)" if excluded else ""
         other = f"; the swarm serves {', '.join(instead)}" if instead else ""
         super().__init__(found + aside + other)
@@ -64,5 +66,9 @@ class NoChain(Exception):
         self.alone = alone
 
     def __str__(self) -> str:
+        kept_out = ""
+        if self.constrained:
+            peers = "1 peer that serves" if self.constrained == 1 else f"{self.constrained} peers that serve"
+            kept_out = f"; constraints leave out {peers} some of them"
         last = f"; the last that went wrong: {self.after}" if self.after is not None else ""
-        return super().__str__() + last
+        return super().__str__() + kept_out + last

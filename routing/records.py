@@ -24,6 +24,7 @@ from routing.names import PUBLIC_KEY_BYTES, PeerId, peer_id_of, public_key_of
 from tensor_codec.errors import MessageError, PeerFault
 from tensor_codec.header import Header, unpack_map
 from tensor_codec.limits import Limits
+from tensor_codec.messages import MAX_QUEUE
 
 Role = Literal["serve", "bootstrap", "client"]
 State = Literal["joining", "online", "draining", "offline"]
@@ -41,7 +42,6 @@ MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
 MIN_RATE_SECONDS, MAX_RATE_SECONDS = 1e-7, 60.0  # one token through one block; 0 is "not yet measured"
 MAX_RTT_SECONDS = 60.0
 MAX_CACHE_TOKENS = 2**40
-MAX_QUEUE = 1_000_000
 _SIGNATURE_BYTES = 64
 _TAIL_BYTES = 2 + PUBLIC_KEY_BYTES + 2 + _SIGNATURE_BYTES  # each with its msgpack bin 8 header
 
@@ -59,7 +59,9 @@ class Record:
     seconds_per_block: one decode step of one token of one session through one block; 0 where not
         yet measured (allowed only in state joining or offline).
     prefill_seconds_per_token: the same for one token of a prefill, per block.
-    cache_tokens: free tokens of cache.  queue: steps that wait.
+    cache_tokens: free tokens of cache.
+    queue: how long a decode step waits before it is computed, in times of its own computing; the mean of
+        the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
     seq: order among this peer's records; only the highest counts.
     """
@@ -80,7 +82,7 @@ class Record:
     seconds_per_block: float = 0.0
     prefill_seconds_per_token: float = 0.0
     cache_tokens: int = 0
-    queue: int = 0
+    queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     seq: int = 0
     ttl_seconds: float = 90.0
@@ -171,7 +173,7 @@ def _to_wire(record: Record) -> dict[str, object]:
         "name": record.name,
         "prefill_seconds_per_token": float(record.prefill_seconds_per_token),
         "quantize": record.quantize,
-        "queue": record.queue,
+        "queue": float(record.queue),
         "revision": record.revision,
         "role": record.role,
         # keys raw: 16 base58 strings would fill the record
@@ -217,7 +219,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         seconds_per_block=fields.number("seconds_per_block", fastest, slowest),
         prefill_seconds_per_token=fields.number("prefill_seconds_per_token", fastest, slowest),
         cache_tokens=fields.integer("cache_tokens", 0, MAX_CACHE_TOKENS),
-        queue=fields.integer("queue", 0, MAX_QUEUE),
+        queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),
         seq=fields.integer("seq", 0, MAX_SEQ),
         ttl_seconds=fields.number("ttl_seconds", MIN_TTL_SECONDS, MAX_TTL_SECONDS),

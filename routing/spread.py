@@ -1,10 +1,11 @@
 """How clients that decide by themselves, on the same news, do not all decide the same.
 
-Two answers to the one question, both the same at every choice of one client, so that its sessions do
-not wander, and both different from client to client:
+Three answers to the one question, the same at every choice of one client, so that its sessions do
+not wander, and the first and the last are different from client to client:
 
 * `leanings`: each peer is slower, for this client, than it is, most of them not much.  Of chains that
   are nearly equal each client then has its own favourite; one that is clearly the best stays the best.
+* `shyness`: a queue is avoided more than its wait alone would ask for.
 * `sample`: of very many peers a client looks at some only, the fast ones more often.
 """
 
@@ -17,12 +18,11 @@ from collections.abc import Collection, Iterable, Sequence
 from routing.names import PeerId
 from routing.records import Record
 
-# Of a block's cost: what a leaning adds on average.  In a queueing model of 40 servers of unlike speeds at
-# 80 % load, with views up to 30 s old, clients got 0.79 of what they asked for with 0, 0.92 with 1, 0.96
-# with 2 and 0.98 with 4, while the p95 of a step's seconds fell from 1.03 to 0.69, 0.68 and 0.65.
-SPREAD = 2.0
-# The same within a session: it has seen a hop become slow, and is not to take that for a matter of taste.
-SPREAD_WITHIN = 0.3
+# Of a block's cost: what a leaning adds on average.
+SPREAD = 0.3
+# How much more than his own wait a chooser minds a queue: whoever joins it makes all those wait who come
+# after him.  With 1, everybody's own shortest wait, all wait longer.
+TOLL = 4.0
 MOST_PEERS = 1500  # that a client looks at
 LEAST_HOLDERS = 8  # of each block among them, where there are so many
 
@@ -35,6 +35,21 @@ def leanings(seed: str, peers: Iterable[PeerId], spread: float = SPREAD) -> dict
     their rates.  seed: the client's.
     """
     return {peer: 1.0 - spread * math.log(_uniform(seed, peer)) for peer in peers}
+
+
+def shyness(spans: Iterable[Record]) -> dict[PeerId, float]:
+    """The factor, from 1 for an idle peer to TOLL, by which what a peer's blocks cost, waits included, is
+    to be taken as more, so that all together wait less.
+
+    A toll in the sense of Pigou: chosen by their own waits alone, clients crowd where it is fastest until
+    it is no faster than elsewhere (Wardrop, 1952), and the swarm is slower than it need be.
+    """
+    return {span.peer: dearness(span.queue) / (1.0 + span.queue) for span in spans}
+
+
+def dearness(queue: float) -> float:
+    """How many times its computing a step is reckoned to cost where it waits for so many times that."""
+    return 1.0 + TOLL * queue
 
 
 def sample(

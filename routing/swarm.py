@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 from routing.names import ModelId, PeerId, Revision, public_key_of
@@ -235,12 +236,18 @@ def believed_rates(
     return {peer: measured.get(peer, max(claim, fastest)) for peer, claim in claims.items()}
 
 
-def likely_successors(view: SwarmView, record: Record, most: int) -> tuple[Record, ...]:
-    """The peers that may follow this one in a chain, those that hold its next block first.
+def likely_adjacent(view: SwarmView, record: Record, most: int) -> tuple[Record, ...]:
+    """The peers that may come next to this one in a chain, as many behind it as before it where there
+    are so many; those that hold its next block, or the one before its first, come first.
 
-    A hop may end anywhere in its span, so any peer that goes on further is a candidate.
+    A hop may begin and end anywhere in its span, so any peer that reaches further is a candidate, and so
+    is one that could do the first or the last part of the span in its place.
     """
-    others = view.spans(record.revision, record.blocks, ONLINE_SOON)
-    follow = [s for s in others if s.peer != record.peer and s.start <= record.stop < s.stop]
-    overlap = [s for s in others if s.peer != record.peer and record.start < s.start < record.stop == s.stop]
-    return tuple((follow + overlap)[:most])
+    others = [s for s in view.spans(record.revision, record.blocks, ONLINE_SOON) if s.peer != record.peer]
+    start, stop = record.start, record.stop
+    behind = [s for s in others if s.start <= stop < s.stop]
+    behind += [s for s in others if start < s.start < stop == s.stop]
+    before = [s for s in others if s.start < start <= s.stop]
+    before += [s for s in others if start == s.start < s.stop < stop]
+    in_turn = (s for pair in zip_longest(behind, before) for s in pair if s is not None)
+    return tuple({s.peer: s for s in in_turn}.values())[:most]

@@ -46,6 +46,7 @@ CODECS = frozenset(CODEC_BYTES)
 MAX_BLOCKS = 4096
 MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
 MAX_HOPS = 64
+MAX_QUEUE = 1e6  # times a step's computing, that it waits
 
 Reply = Literal["all", "last", "none", "replay"]
 REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none", 3: "replay"}
@@ -125,11 +126,13 @@ class Opened:
     """The hop took the session.
 
     push: it has a stream to the successor (else relay).  cut: its caches can go back to a lower
-    position; where not, only to none.
+    position; where not, only to none.  queue: how long a decode step waits there now, in times of its own
+    computing, as in the hop's record, which may be older.
     """
 
     push: bool
     cut: bool = True
+    queue: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,7 +385,8 @@ def decode_open(frame: Buffer) -> Open:
 
 def encode_opened(message: Opened) -> list[Buffer]:
     """The parts of a frame."""
-    return [pack_header({"k": "opened", "push": message.push, "cut": message.cut})]
+    fields = {"k": "opened", "push": message.push, "cut": message.cut, "q": float(message.queue)}
+    return [pack_header(fields)]
 
 
 def decode_open_reply(frame: Buffer) -> Opened | Failed:
@@ -391,7 +395,9 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
     if message.kind == "failed":
         return _read_failed(message)
     _no_body(message)
-    return Opened(message.header.flag("push"), _flag(message.header, "cut", absent=True))
+    header = message.header
+    queue = header.number("q", 0.0, MAX_QUEUE) if "q" in header else 0.0
+    return Opened(header.flag("push"), _flag(header, "cut", absent=True), queue)
 
 
 def encode_relink(message: Relink) -> list[Buffer]:

@@ -27,6 +27,7 @@ from node.serving.cache import CacheBudget
 from node.serving.engine import Engine
 from node.serving.listener import Listener, Served
 from node.serving.rates import Rates
+from routing.alternatives import Constraints
 from routing.chain import Chain, Hop
 from routing.names import PeerId
 from routing.records import Record
@@ -404,7 +405,7 @@ class World:
         }
         return SwarmView("", entries=entries)
 
-    def routes(self, client: PeerId = CLIENT) -> Routes:
+    def routes(self, client: PeerId = CLIENT, constraints: Constraints | None = None) -> Routes:
         """What a client's sessions ask of the swarm around them, over streams of this world."""
 
         async def dial(peer: PeerId, addresses: Sequence[str], protocol: str) -> FakeStream:
@@ -421,6 +422,7 @@ class World:
             rtts=lambda: dict.fromkeys(self.nodes, 1e-3),
             changed_since=changed,
             dial=dial,  # type: ignore[arg-type]
+            constraints=constraints or Constraints(),
         )
 
     def add_chain(self, *boundaries: int, seconds: float = 0.0) -> Chain:

@@ -22,6 +22,7 @@ from node.serving.engine import Answer
 from node.serving.listener import Served
 from node.serving.stateless import StatelessListener
 from routing.chain import Chain, NoChain, cheapest_chain
+from routing.measured import Measured
 from routing.names import PeerId
 from routing.records import Record
 from tensor_codec.errors import PeerFault, PeerGone, TooManyStreams
@@ -145,6 +146,8 @@ class ToySwarm:
         self.limits = limits or Limits()
         self.nodes: dict[str, ToyNode] = {}
         self.blame = Blame()
+        self.measured = Measured()
+        self.most_hops: int | None = None
         self.dialled: list[str] = []
         self.client_streams: list[FakeStream] = []
 
@@ -171,6 +174,7 @@ class ToySwarm:
                 name="m", revision="r", blocks=BLOCKS, hidden_size=HIDDEN, max_position=512
             ),
             "find_chain": self.find_chain,
+            "learn": self.learn,
             "dtype_of": lambda peer: self.nodes[peer].record.dtype if peer in self.nodes else None,
             "open_stream": lambda peer: self.dial(peer),
             "compute": FakeCompute(),
@@ -179,9 +183,12 @@ class ToySwarm:
         }
         return Stateless(**(asked | changes))  # type: ignore[arg-type]
 
-    async def find_chain(self, start: int, stop: int, **weights: object) -> Chain:
+    async def find_chain(self, start: int, stop: int, *, beside: int, **weights: object) -> Chain:
         """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
         spans = [node.record for node in self.nodes.values()]
+        now, positions = trio.current_time(), int(str(weights["positions"]))
+        weights["measured"] = self.measured.rates(spans, now, positions)
+        weights["most_hops"] = None if self.most_hops is None else self.most_hops - beside
         await trio.lowlevel.checkpoint()
         for excluded in (self.blame.avoided(trio.current_time()), frozenset[PeerId]()):
             try:
@@ -191,6 +198,11 @@ class ToySwarm:
                     raise
                 await trio.sleep(0.5)
         raise AssertionError("unreachable")
+
+    def learn(self, peer: PeerId, seconds: float) -> None:
+        """As `Routes.learn_of_many`."""
+        record = self.nodes[peer].record
+        self.measured.learn(peer, seconds, record, trio.current_time(), prefill=True)
 
     async def dial(self, to: str, name: str = CLIENT) -> FakeStream:
         """Open a stream.  Raises PeerGone."""

@@ -33,6 +33,7 @@ from routing.exchange import Digest, Records, decode
 from routing.names import PeerId, peer_id_of
 from routing.records import (
     MAX_RTT_SECONDS,
+    MAX_RTTS,
     NOBODY,
     Record,
     RecordError,
@@ -43,7 +44,7 @@ from routing.records import (
     signer,
     verify_record,
 )
-from routing.swarm import Arrival, SwarmView, expire, likely_successors, merge
+from routing.swarm import Arrival, SwarmView, expire, likely_adjacent, merge
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
@@ -77,7 +78,6 @@ RTT_TRUE_ENOUGH = 1.5  # times longer or shorter
 RTT_NOISE_SECONDS = 0.005
 PING_SECONDS = 2.0
 DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
-SUCCESSORS_MEASURED = 8
 
 log = logging.getLogger(__name__)
 
@@ -546,13 +546,13 @@ class Directory:
             due = self.view().next_expiry - trio.current_time()
             await trio.sleep(min(max(due, 0.01), EXPIRY_SECONDS))
 
-    async def measure_successors(self) -> None:
-        """Know the distance to the peers that may follow us in a chain, and say it."""
+    async def measure_adjacent(self) -> None:
+        """Know the distance to the peers that may come before or behind us in a chain, and say it."""
         while True:
             view, said = self.view(), self._said
             if said is not None and said.role == "serve" and (own := view.get(self.peer_id)) is not None:
-                successors = [record.peer for record in likely_successors(view, own, SUCCESSORS_MEASURED)]
-                measured = await self.measure(successors)
+                adjacent = [record.peer for record in likely_adjacent(view, own, MAX_RTTS)]
+                measured = await self.measure(adjacent)
                 if self._said is not None and _is_news(measured, own.rtt):
                     self._say(self._said)
             await trio.sleep(KEEP_SECONDS)
@@ -678,7 +678,7 @@ async def open_directory(
             directory.heal,
             directory.repeat,
             directory.expire_on_time,
-            directory.measure_successors,
+            directory.measure_adjacent,
         ):
             nursery.start_soon(task)
         nursery.start_soon(directory.keep_neighbours, nursery)

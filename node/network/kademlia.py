@@ -34,8 +34,6 @@ MAX_PROVIDERS = 20  # that a lookup waits for; the table keeps no more per key
 _SHA256_MULTIHASH = bytes([0x12, 0x20])
 
 log = logging.getLogger(__name__)
-# It warns of every stream that a peer ends early, and of every peer that is gone.
-logging.getLogger("libp2p.kad_dht").setLevel(logging.CRITICAL)
 
 
 def provider_key(swarm: str, revision: str) -> bytes:

@@ -27,6 +27,7 @@ from node.model.span import Span
 from node.serving.batcher import Batch, Batcher, Job, Kind, Piece, segments
 from node.serving.rates import Rates, measure_decode
 from node.serving.session import Compute
+from node.serving.waits import Waits
 from tensor_codec.compression import WIRE_DTYPES, decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult
 from tensor_codec.frame import Buffer
@@ -54,6 +55,7 @@ class _Work:
     """Somebody's request, from when it is queued until it is answered."""
 
     job: Job
+    since: float = field(default_factory=time.perf_counter)
     done: trio.Event = field(default_factory=trio.Event)
     result: outcome.Outcome[Answer] | None = None
     seconds: float = 0.0
@@ -88,6 +90,7 @@ class Engine:
     """The compute of a serving node.  `run` must be running for anything to be answered.
 
     rates: measured at start, then kept up by what is served.
+    waits: of decode steps.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Engine:
         self.span = span
         self.compute = compute
         self.rates = rates
+        self.waits = Waits()
         self.batcher = Batcher(
             rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, limits or Limits()
         )
@@ -109,6 +113,11 @@ class Engine:
     def queue_length(self) -> int:
         """Steps and requests waiting or running."""
         return self.batcher.waiting
+
+    @property
+    def queue(self) -> float:
+        """How long a decode step waits, in times of its own computing: what a record says of it."""
+        return round(self.waits.queue(time.perf_counter()), 2)
 
     async def run(self) -> None:
         """Compute what is queued, until cancelled.  What escapes is a bug of ours."""
@@ -216,6 +225,9 @@ class Engine:
             rows_tokens = sum(piece.job.rows * piece.tokens for piece in batch)
             blocks = len(set().union(*(range(piece.job.start, piece.job.stop) for piece in batch)))
             self.rates.observe(rows_tokens, blocks, seconds, decode=kind is Kind.DECODE)
+        if kind is Kind.DECODE:
+            waited = sum(began - work.since for work in works)
+            self.waits.observe(waited, seconds * len(works), len(works), began + seconds)
         return settled
 
     def _compute(

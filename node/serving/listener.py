@@ -283,7 +283,7 @@ class Listener:
         worker = self._worker(hop)
         try:
             push = await worker.lead_to_successor()
-            await hop.stream.send(encode_opened(Opened(push, self.served.can_cut)))
+            await hop.stream.send(encode_opened(Opened(push, self.served.can_cut, self.engine.queue)))
             await worker.run()
         finally:
             hop.inbox.close()

@@ -209,8 +209,9 @@ class Server:
 def _about_equal(said: Record, now: Record) -> bool:
     """Whether a client that believes `said` is not far wrong."""
     numbers = (
+        (1 + said.queue, 1 + now.queue),
         (said.seconds_per_block, now.seconds_per_block),
         (said.prefill_seconds_per_token, now.prefill_seconds_per_token),
         (said.cache_tokens, now.cache_tokens),
     )
-    return all(abs(a - b) <= TRUE_ENOUGH * max(a, b) for a, b in numbers) and said.queue == now.queue
+    return all(abs(a - b) <= TRUE_ENOUGH * max(a, b) for a, b in numbers)

@@ -27,7 +27,7 @@ from node.serving.listener import Listener, Served
 from node.serving.push import Sender
 from node.serving.rates import RatesFile, device_name, rates_at_start, rates_key
 from node.serving.stateless import StatelessListener
-from routing.names import PeerId
+from routing.names import PeerId, Revision
 from routing.records import Record, State
 from tensor_codec.limits import Limits
 
@@ -118,7 +118,7 @@ class Offer:
             seconds_per_block=engine.rates.decode_seconds_per_block,
             prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
             cache_tokens=listener.budget.free_tokens,
-            queue=engine.queue_length,
+            queue=engine.queue,
         )
 
 
@@ -168,10 +168,8 @@ class Stint:
 async def load_stint(means: Means, offer: Offer, compute: ComputeThread) -> Stint:
     """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory."""
     span = await compute.run(_load_span, means, offer)
-    key = rates_key(
-        means.info.revision, device_name(means.device), means.dtype, means.quantize, means.threads, VERSION
-    )
-    rates = await compute.run(rates_at_start, span, RatesFile(cache_dir() / "rates.json"), key)
+    file, key = kept_rates(means.info.revision, means.device, means.dtype, means.quantize, means.threads)
+    rates = await compute.run(rates_at_start, span, file, key)
     limits = means.limits
     engine = Engine(span, compute, rates, limits)
     longest = min(means.info.max_position, limits.max_session_tokens)
@@ -185,6 +183,14 @@ async def load_stint(means: Means, offer: Offer, compute: ComputeThread) -> Stin
         journal_tokens=means.journal_tokens,
     )  # fmt: skip
     return Stint(offer, listener, StatelessListener(served, engine, limits, means.blame))
+
+
+def kept_rates(
+    revision: Revision, device: str, dtype: str, quantize: str, threads: int
+) -> tuple[RatesFile, str]:
+    """Where figures of earlier runs are, and under which key those of a run like this."""
+    key = rates_key(revision, device_name(device), dtype, quantize, threads, VERSION)
+    return RatesFile(cache_dir() / "rates.json"), key
 
 
 def _load_span(means: Means, offer: Offer) -> Span:

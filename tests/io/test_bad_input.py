@@ -174,3 +174,19 @@ def test_a_truncated_weight_file_is_named(capsys, tmp_path, tiny_llama):
 )
 def test_options_out_of_range_say_what_is_allowed(capsys, flag, value, words):
     assert words in refused(capsys, node.__main__, "bootstrap", flag, value)
+
+
+OTHER = "12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--block-peer", "demo-1"), "constraints: blocked holds 'demo-1', which is no peer id"),
+        (("--allow-peer", PEER, "--allow-peer", OTHER, "--block-peer", PEER), f"both name {PEER}"),
+        (("--max-hops", "0"), "most_hops is 0, at least 1 is needed"),
+    ],
+)
+def test_constraints_that_nothing_can_meet_are_named(capsys, flags, words):
+    address = f"/ip4/127.0.0.1/tcp/9/p2p/{PEER}"
+    assert words in refused(capsys, client.__main__, "generate", "--peers", address, *flags, "hello")

@@ -622,7 +622,17 @@ def test_a_handle_may_not_be_used_from_another_event_loop():
 
 def test_a_bridged_swarm_has_the_methods_of_a_swarm_with_the_same_parameters():
     for ours, theirs in ((BridgedSwarm, SwarmLike), (Swarm, SwarmLike)):
-        names = ("view", "changed", "route", "generate", "conversation", "session", "forward", "backward")
+        names = (
+            "view",
+            "changed",
+            "route",
+            "chains",
+            "generate",
+            "conversation",
+            "session",
+            "forward",
+            "backward",
+        )
         for name in names:
             ours_takes = inspect.signature(getattr(ours, name)).parameters.values()
             theirs_takes = inspect.signature(getattr(theirs, name)).parameters.values()

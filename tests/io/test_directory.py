@@ -525,7 +525,7 @@ async def test_a_node_may_find_itself_in_its_bootstrap_list(autojump_clock, swar
 # --- distances, and finding -----------------------------------------------------------------------
 
 
-async def test_servers_say_how_far_their_likely_successors_are(autojump_clock, swarm):
+async def test_servers_say_how_far_those_are_that_may_come_before_or_behind_them(autojump_clock, swarm):
     await full_swarm(swarm, 6)
     await trio.sleep(5.0)
     view = swarm.nodes[0].view()
@@ -533,6 +533,8 @@ async def test_servers_say_how_far_their_likely_successors_are(autojump_clock, s
         followers = {r.peer for r in view.spans("r") if r.start == 10}
         assert followers <= first.rtt.keys()
         assert first.rtt[min(followers)] == pytest.approx(2 * swarm.network.delay)
+        for follower in followers:
+            assert view.get(follower).rtt[first.peer] == pytest.approx(2 * swarm.network.delay)
 
 
 async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(autojump_clock, swarm):

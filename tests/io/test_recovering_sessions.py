@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -10,6 +11,9 @@ import trio
 import trio.testing
 
 from client.retry import PREFILL_TOKENS
+from client.route import CHOICES
+from routing.alternatives import Constraints
+from routing.hops import NoChain
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 from tests.fakes_serving import (
@@ -349,3 +353,125 @@ async def test_the_trace_tells_what_happened_in_order(autojump_clock, tmp_path):
         context.trace.write(tmp_path / "trace")
         lines = (tmp_path / "trace").read_text().splitlines()
         assert len(lines) == len(kinds)
+
+
+# Constraints
+
+
+async def test_a_repair_never_uses_a_blocked_peer_not_even_in_desperation(autojump_clock):
+    async with swarm() as world:
+        replicas(world, seconds=1)
+        routes = world.routes(constraints=Constraints(blocked={PeerId("b")}))
+        context = context_of(world, routes, give_up_seconds=20)
+        found = await continued(context, PROMPT, 2)
+        await world.kill("B")
+        with pytest.raises(
+            NoChain, match=r"blocks 3:6 .*; constraints leave out 1 peer that serves some"
+        ) as none:
+            await continued(context, PROMPT + found, 1)
+        assert none.value.constrained == 1
+        assert PeerId("b") not in {peer for _, peer in world.dialled}
+        world.revive("B")
+        found += await continued(context, PROMPT + found, 2)
+        assert found == generated(PROMPT, 4, BLOCKS)
+        assert hops_of(context) == "A B C"
+        context.close()
+
+
+async def test_all_choices_keep_to_the_allowed_peers(autojump_clock):
+    async with swarm() as world:
+        replicas(world)
+        allowed = {PeerId(name) for name in "aBbc"}
+        routes = world.routes(constraints=Constraints(allowed=allowed))
+        context = context_of(world, routes)
+        found = await continued(context, PROMPT, 2)
+        assert hops_of(context) == "a B c"
+        await world.kill("B")
+        found += await continued(context, PROMPT + found, 2)
+        assert hops_of(context) == "a b c"
+        assert found == generated(PROMPT, 4, BLOCKS)
+        many = routes.choose_for_throughput(0, BLOCKS, positions=64, waiting={})
+        assert {hop.peer for hop in many.hops} <= allowed
+        context.close()
+
+
+async def test_a_repair_makes_no_chain_longer_than_allowed(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 3), ("B", 3, 9), ("c", 3, 6), ("d", 6, 9), ("e", 0, 9)):
+            world.add(name, start, stop, seconds=3 if name == "e" else 0)
+        context = context_of(world, world.routes(constraints=Constraints(most_hops=2)))
+        found = await continued(context, PROMPT, 2)
+        assert hops_of(context) == "A B"
+        await world.kill("B")
+        found += await continued(context, PROMPT + found, 2)
+        assert hops_of(context) == "A e", "it is slow, but c and d would make three"
+        assert found == generated(PROMPT, 4, BLOCKS)
+        context.close()
+
+
+async def test_where_every_repair_would_be_too_long_another_chain_is_taken(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 3), ("B", 3, 9), ("c", 3, 6), ("d", 6, 9), ("e", 0, 6)):
+            world.add(name, start, stop)
+        context = context_of(world, world.routes(constraints=Constraints(most_hops=2)))
+        found = await continued(context, PROMPT, 2)
+        assert hops_of(context) == "A B"
+        await world.kill("B")
+        found += await continued(context, PROMPT + found, 2)
+        assert hops_of(context) == "e d"
+        assert found == generated(PROMPT, 4, BLOCKS)
+        context.close()
+
+
+async def test_no_chain_says_that_it_would_be_too_long(autojump_clock):
+    async with swarm() as world:
+        replicas(world)
+        with pytest.raises(NoChain, match="blocks 0:9 of 9 take more than 2 hops"):
+            world.routes(constraints=Constraints(most_hops=2)).choose()
+
+
+def is_busy(world: World, *names: str, queue: float = 9.0) -> None:
+    """These nodes' steps wait so long now, which nobody else has heard of yet."""
+    for name in names:
+        now, waits = time.perf_counter(), world.nodes[PeerId(name)].listener.engine.waits
+        waits.observe(waited=1000 * queue, computed=1000.0, steps=1000, now=now)
+
+
+async def test_a_new_session_chooses_again_where_hops_are_busier_than_was_known(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=0.01).routes()
+        is_busy(world, "A", "C")
+        context = context_of(world, routes)
+        assert await continued(context, PROMPT, 4) == generated(PROMPT, 4, BLOCKS)
+        assert hops_of(context) == "a B c"
+        assert not steps_of(world, "A")
+        assert not steps_of(world, "C")
+        assert context.recoveries == 0
+        assert not routes.blame.avoided(trio.current_time())
+        context.close()
+
+
+async def test_where_everybody_is_busy_a_session_does_not_look_for_ever(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=0.01).routes()
+        for name in "xyz":
+            world.add(f"A{name}", 0, 3, seconds=0.01)
+        for queue, name in enumerate(("A", "Ax", "Ay", "Az", "a"), 5):
+            is_busy(world, name, queue=20.0 - queue)
+        context = context_of(world, routes)
+        assert await continued(context, PROMPT, 4) == generated(PROMPT, 4, BLOCKS)
+        assert len({peer for _, peer in world.dialled if peer.startswith(("A", "a"))}) == CHOICES
+        context.close()
+
+
+async def test_a_queue_that_was_known_makes_no_session_choose_again(autojump_clock):
+    async with swarm() as world:
+        routes = replicas(world, seconds=0.01).routes()
+        is_busy(world, *"AaBbCc")
+        for name in "AaBbCc":
+            assert routes.told(PeerId(name), 9.0)
+            assert not routes.told(PeerId(name), 9.5)
+        context = context_of(world, routes)
+        assert await continued(context, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
+        assert len(world.client_streams) == 3
+        context.close()

@@ -208,6 +208,39 @@ async def test_a_server_that_dies_at_any_moment_of_backward_is_replaced_and_the_
             assert passes[name.upper()] == (0, 0)
 
 
+def slow(swarm, name):
+    """Let a node say that it is so slow that any two others are better."""
+    node = swarm.nodes[name]
+    node.record = replace(node.record, prefill_seconds_per_token=1.0)
+
+
+async def test_what_replaces_a_server_makes_the_way_no_longer_than_allowed(autojump_clock):
+    async with toy_swarm() as swarm:
+        swarm.most_hops = 2
+        swarm.add("a", 0, 2)
+        for name, start, stop in (("B", 2, 6), ("c", 2, 4), ("d", 4, 6), ("e", 2, 6)):
+            swarm.add(name, start, stop, seconds=1)
+        slow(swarm, "e")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(later, 0.5, swarm.kill, "B")
+            found = await swarm.client().forward(STATES, 0, BLOCKS)
+        assert torch.equal(found, blocks_on(STATES, 0, BLOCKS))
+        assert swarm.dialled == ["a", "B", "e"]
+
+
+async def test_what_replaces_a_server_in_backward_makes_the_way_no_longer_either(autojump_clock):
+    async with toy_swarm() as swarm:
+        swarm.most_hops = 2
+        for name, start, stop in (("A", 0, 3), ("b", 3, 6), ("c", 0, 2), ("d", 2, 3), ("e", 0, 3)):
+            swarm.add(name, start, stop, seconds=1)
+        slow(swarm, "e")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(later, 2.5, swarm.kill, "A")
+            found = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
+        assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
+        assert set(swarm.dialled) == {"A", "b", "e"}
+
+
 async def later(seconds, function, *args):
     await trio.sleep(seconds)
     await function(*args)
@@ -462,7 +495,8 @@ async def test_a_server_that_claims_to_be_fast_and_is_not_gets_less_once_that_wa
         liar = swarm.add("liar")
         liar.record = replace(liar.record, prefill_seconds_per_token=0.0001)
         client = swarm.client()
-        client._rates |= {honest.peer: 1e-4, liar.peer: 1.0}
+        swarm.learn(honest.peer, 1e-4)
+        swarm.learn(liar.peer, 1.0)
         await client.forward(STATES, 0, 6)
         assert done(swarm) == {"honest": (1, 0), "liar": (0, 0)}
 
@@ -479,11 +513,11 @@ async def test_what_a_request_took_is_learnt_by_its_blocks_and_positions(autojum
         node.listener, honest = Serving(node.listener, serve), node.listener
         client = swarm.client()
         await client.forward(STATES, 1, 3)
-        assert client._rates == {"a": pytest.approx(6 / (ROWS * TOKENS) / 2)}
+        assert swarm.measured.prefill["a"].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
         held.clear()
         await client.forward(STATES, 1, 3)
         await client.backward(STATES, GRAD, 1, 3)
-        assert client._rates == {"a": pytest.approx(6 / (ROWS * TOKENS) / 2)}
+        assert swarm.measured.prefill["a"].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
         await swarm.client_streams[-1].aclose()
         node.listener = honest
 

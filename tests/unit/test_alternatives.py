@@ -31,7 +31,7 @@ def test_a_chain_of_few_hops_is_the_cheapest_of_all_that_short(swarm):
 
 
 def test_no_chain_says_that_all_are_too_long():
-    with pytest.raises(NoChain, match=r"blocks 0:6 of 6 take more than 1 hops"):
+    with pytest.raises(NoChain, match=r"blocks 0:6 of 6 take more than 1 hop$"):
         cheapest_chain([span(0, 0, 3), span(1, 3, 6)], 6, most_hops=1)
 
 
@@ -68,6 +68,13 @@ def test_alternatives_share_the_only_holder_and_nothing_else():
     assert [hop.peer for hop in second.hops] == [PEERS[0], PEERS[2]]
 
 
+def test_a_way_around_a_peer_is_found_although_to_come_back_to_it_seems_cheaper():
+    spans = [span(0, 0, 3, 0.02, 9), span(1, 2, 8, 0.005, 9), span(2, 3, 6, 0.01, 9), span(3, 6, 9, 0.02, 9)]
+    first, second = best_chains(partial(cheapest_chain, spans, 9, default_rtt=0.0), 2)
+    assert [hop.peer for hop in first.hops] == [PEERS[0], PEERS[1], PEERS[3]]
+    assert [hop.peer for hop in second.hops] == [PEERS[0], PEERS[2], PEERS[3]]
+
+
 def test_only_peers_that_meet_every_constraint_are_suitable():
     one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100)
     other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10)
@@ -82,3 +89,37 @@ def test_only_peers_that_meet_every_constraint_are_suitable():
         Constraints(cache_tokens=100),
     ):
         assert suitable(spans, constraints) == [one]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"allowed": ["demo-1"]}, r"allowed holds 'demo-1', which is no peer id"),
+        ({"blocked": [PEERS[0], "12D3"]}, r"blocked holds '12D3', which is no peer id"),
+        ({"blocked": [""]}, r"blocked holds '', which is no peer id"),
+        ({"blocked": PEERS[0]}, r"blocked is the text '12D3\w+', a collection of peer ids is needed"),
+        ({"allowed": []}, r"allowed names no peer: leave it out \(None\) to allow all"),
+        ({"allowed": PEERS[:2], "blocked": PEERS[1:3]}, rf"allowed and blocked both name {PEERS[1]}"),
+        ({"dtypes": ["fp32"]}, r"dtypes holds 'fp32', a collection of float32, bfloat16, float16 is allowed"),
+        ({"dtypes": "float32"}, r"dtypes holds 'float32', a collection of"),
+        ({"quantize": ["int4"]}, r"quantize holds 'int4', a collection of none, int8, nf4 is allowed"),
+        ({"quantize": []}, r"quantize holds nothing"),
+        ({"cache_tokens": -1}, r"cache_tokens is -1, at least 0 is needed"),
+        ({"most_hops": 0}, r"most_hops is 0, at least 1 is needed"),
+    ],
+)
+def test_constraints_that_nothing_can_meet_are_refused_with_what_is_allowed(wrong, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Constraints(**wrong).check()
+
+
+def test_constraints_that_can_be_met_are_taken():
+    Constraints().check()
+    Constraints(
+        allowed=PEERS[:2],
+        blocked={PEERS[2]},
+        dtypes=("float32",),
+        quantize={"none", "int8"},
+        cache_tokens=1,
+        most_hops=1,
+    ).check()

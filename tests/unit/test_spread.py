@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from routing.chain import cheapest_chain
 from routing.names import peer_id_of
 from routing.records import Record
-from routing.spread import LEAST_HOLDERS, leanings, sample
+from routing.spread import LEAST_HOLDERS, TOLL, leanings, sample, shyness
 from routing.swarm import coverage
 
 PEERS = sorted(peer_id_of(number.to_bytes(2, "big") * 16) for number in range(300))
@@ -49,6 +49,14 @@ def test_one_that_claims_a_hundred_times_its_speed_draws_what_four_times_the_med
 def test_the_expected_seconds_are_not_those_of_the_leaning():
     spans = [span(0, 0, 12)]
     assert cheapest_chain(spans, 12, lean={PEERS[0]: 3.0}) == cheapest_chain(spans, 12)
+
+
+def test_a_queue_is_minded_more_than_its_wait_but_no_more_than_the_toll():
+    idle, busy, crowded = (Record(peer=PEERS[n], queue=queue) for n, queue in enumerate((0.0, 1.0, 1e6)))
+    shy = shyness([idle, busy, crowded])
+    assert shy[PEERS[0]] == 1.0
+    assert shy[PEERS[1]] == (1 + TOLL) / 2
+    assert TOLL - 0.01 < shy[PEERS[2]] < TOLL
 
 
 def test_few_peers_are_all_looked_at():

@@ -20,7 +20,7 @@ from routing.swarm import (
     coverage,
     expire,
     holes,
-    likely_successors,
+    likely_adjacent,
     merge,
 )
 
@@ -281,9 +281,27 @@ def test_a_claimed_rate_is_believed_up_to_four_times_the_median_until_it_is_meas
     assert believed_rates([]) == {}
 
 
-def test_likely_successors_hold_the_next_block_before_those_that_only_overlap():
+def test_likely_adjacent_peers_hold_the_next_block_before_those_that_only_overlap():
     me = span(0, 0, 10)
     view = view_of(me, span(1, 10, 20), span(2, 5, 15), span(3, 20, 30), span(4, 5, 10), span(5, 0, 10))
-    assert {s.peer for s in likely_successors(view, me, 2)} == {PEERS[1], PEERS[2]}
-    assert [s.peer for s in likely_successors(view, me, 9)][2:] == [PEERS[4]]
-    assert likely_successors(view, span(3, 20, 30), 9) == ()
+    assert {s.peer for s in likely_adjacent(view, me, 2)} == {PEERS[1], PEERS[2]}
+    assert [s.peer for s in likely_adjacent(view, me, 9)][2:] == [PEERS[4]]
+
+
+def test_predecessors_are_adjacent_like_successors():
+    last = span(3, 20, 30)
+    view = view_of(span(0, 10, 20), span(1, 15, 25), last, span(2, 0, 10), span(4, 20, 25), span(5, 20, 30))
+    assert [s.peer for s in likely_adjacent(view, last, 9)] == [PEERS[0], PEERS[1], PEERS[4]]
+
+
+def test_of_many_adjacent_peers_half_come_before_and_half_behind():
+    me = span(0, 10, 20)
+    view = view_of(
+        me,
+        *(span(n, 20, 30) for n in range(1, 6)),
+        *(span(n, 0, 10) for n in range(6, 10)),
+        span(10, 0, 30),  # before and behind: once
+    )
+    chosen = likely_adjacent(view, me, 6)
+    assert sorted((s.start, s.stop) for s in chosen) == [(0, 10)] * 3 + [(20, 30)] * 3
+    assert len(likely_adjacent(view, me, 16)) == 10

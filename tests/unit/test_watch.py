@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from node.__main__ import main
 from node.status import describe, tables
-from node.watch import Moves, move_lines
+from node.watch import Changes, change_lines
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import Entry, SwarmView
@@ -22,9 +24,9 @@ def span(name: str, start: int, stop: int, seconds: float = 0.01) -> Record:
     )  # fmt: skip
 
 
-def facts(*records: Record) -> dict[str, object]:
+def facts(*records: Record, chains: int = 0) -> dict[str, object]:
     view = SwarmView("public", entries={record.peer: Entry(record, b"", 0.0) for record in records})
-    found: dict[str, object] = json.loads(json.dumps(describe(view, {})))
+    found: dict[str, object] = json.loads(json.dumps(describe(view, {}, chains)))
     return found
 
 
@@ -41,15 +43,74 @@ def test_a_swarm_with_a_hole_has_no_capacity():
     assert tables(facts(span("a", 0, 3)))[-1] == "  capacity 0.0 of at most 16.7 tokens/s"
 
 
+def test_blocks_whose_only_server_might_go_are_named():
+    found = facts(span("a", 0, 3), span("b", 0, 3), span("c", 3, 6))
+    assert tables(found)[-2] == "  served by one server only: blocks 3:6"
+    (model,) = found["models"]  # type: ignore[misc]
+    assert not model["survives_any_loss"]
+    (model,) = facts(span("a", 0, 6), span("b", 0, 6))["models"]  # type: ignore[misc]
+    assert model["survives_any_loss"]
+
+
+def test_the_best_chains_are_shown_with_what_they_share():
+    found = facts(span("a", 0, 3), span("b", 0, 3, 0.02), span("c", 3, 6), chains=2)
+    assert tables(found)[-2:] == [
+        "  chain 1, 210.0 ms a token from here: …a 0:3, …c 3:6",
+        "  chain 2, 240.0 ms a token from here: …b 0:3, …c 3:6 (again)",
+    ]
+    (model,) = found["models"]  # type: ignore[misc]
+    assert model["chains"][0]["hops"][1] == {"peer": "c", "blocks": [3, 6]}
+    (model,) = facts(span("a", 0, 3), chains=2)["models"]  # type: ignore[misc]
+    assert model["chains"] == []
+
+
+def test_servers_are_counted_by_state_and_shown_with_their_queue():
+    found = facts(
+        replace(span("a", 0, 3), queue=7, quantize="int8", dtype="float32"),
+        replace(span("b", 3, 6, 0.0), state="joining"),
+    )
+    assert found["servers"] == {"online": 1, "joining": 1, "draining": 0}
+    console = Console(width=120, record=True, file=io.StringIO())
+    for part in tables(found):
+        console.print(part)
+    shown = [line.split() for line in console.export_text().splitlines()]
+    assert ["swarm", "public:", "1", "online,", "1", "joining"] in shown
+    assert ["…a", "online", "0:3", "float32", "int8", "10.00", "0", "0", "7", "?"] in shown
+    assert ["…b", "joining", "3:6", "?"] in shown
+
+
 def test_a_move_is_counted_when_it_has_been_made():
-    moves, one = Moves(), span("a", 0, 3)
-    moves.look([one], 0)
-    moves.look([replace(one, start=3, stop=6, state="joining")], 1)
-    assert moves.facts() == {"moves": 0, "last_moves": []}
-    moves.look([replace(one, start=3, stop=6)], 2)
-    moves.look([replace(one, start=3, stop=6)], 4)
-    assert moves.count == 1
-    assert move_lines(moves.facts())[-1] == "  after 2 s: …a from 0:3 to 3:6"
+    changes, one = Changes(), span("a", 0, 3)
+    changes.look([one], 0)
+    changes.look([replace(one, start=3, stop=6, state="joining")], 1)
+    assert (changes.moves, changes.moving) == (0, ("a",))
+    assert change_lines({"seconds": 1, **changes.facts()}) == [
+        "in 1 s: 0 joined, 0 left, 0 moved; moving now: …a"
+    ]
+    changes.look([replace(one, start=3, stop=6)], 2)
+    changes.look([replace(one, start=3, stop=6)], 4)
+    assert change_lines({"seconds": 4.0, **changes.facts()}) == [
+        "in 4 s: 0 joined, 0 left, 1 moved",
+        "  after 2 s: …a from 0:3 to 3:6",
+    ]
+
+
+def test_who_came_and_who_left_while_somebody_watched_is_counted():
+    changes, one, two = Changes(), span("a", 0, 3), span("b", 3, 6)
+    changes.look([one], 0)
+    changes.look([one, replace(two, state="joining")], 2)
+    assert (changes.joined, changes.moving) == (0, ())
+    changes.look([one, two], 4)
+    changes.look([two], 6)
+    changes.look([two], 8)
+    assert (changes.joined, changes.left, changes.moves) == (1, 1, 0)
+
+
+def test_who_watches_an_empty_swarm_sees_the_first_server_join():
+    changes = Changes()
+    changes.look([], 0)
+    changes.look([span("a", 0, 3)], 2)
+    assert changes.joined == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""What a client's choices of chains go by."""
+
+from __future__ import annotations
+
+import pytest
+
+from routing.alternatives import Constraints
+from routing.hops import Hop, NoChain
+from routing.names import PeerId
+from tests.fakes_serving import some_hidden, swarm
+
+
+async def test_chains_have_nobody_in_common_where_there_are_others(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 3), ("a", 0, 3), ("B", 3, 6), ("b", 3, 6), ("c", 3, 6)):
+            world.add(name, start, stop)
+        routes = world.routes(constraints=Constraints(blocked={PeerId("c")}))
+        one, two = (["".join(hop.peer for hop in chain.hops)] for chain in routes.chains(2))
+        assert (one, two) == (["AB"], ["ab"])
+        world.out_of_sight |= {PeerId("A"), PeerId("a")}
+        with pytest.raises(NoChain):
+            routes.chains(2)
+
+
+async def test_every_decode_step_of_a_session_teaches_how_fast_its_hops_are(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 3, seconds=0.3)
+        world.add("B", 3, 6, seconds=0.6)
+        routes = world.routes()
+        session = await world.open(routes=routes)
+        await session.step(some_hidden(4))
+        assert routes.measured.decode == {}, "four positions at once say nothing of one"
+        await session.step(some_hidden(1))
+        seen = {peer: figure.seconds for peer, figure in routes.measured.decode.items()}
+        (a, _), (b, _) = session.times.hops
+        assert seen == {"A": pytest.approx(a / 3), "B": pytest.approx(b / 3)}
+        session.close()
+
+
+async def test_a_hop_that_hides_how_long_it_had_a_step_is_found_out(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 3, seconds=0.3)
+        world.add("B", 3, 6, seconds=0.3)
+        routes = world.routes()
+        routes.choose()
+        hops = (Hop(PeerId("A"), 0, 3), Hop(PeerId("B"), 3, 6))
+        routes.learn(hops, [0.0001, 0.3], 0.61)
+        seen = {peer: figure.seconds for peer, figure in routes.measured.decode.items()}
+        assert seen == {"A": pytest.approx(0.1, rel=0.05), "B": pytest.approx(0.1, rel=0.05)}
+
+
+async def test_a_session_of_many_rows_teaches_nothing(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 3, seconds=0.3)
+        routes = world.routes()
+        session = await world.open(routes=routes, batch=2)
+        await session.step(some_hidden(1, batch=2))
+        assert routes.measured.decode == {}
+        session.close()
