@@ -31,7 +31,7 @@ from benchmarks.swarm_map import CLIENT_LINE_MS, SERVER_LINE_MS, Place, somewher
 from client.lost_time import REPLAYED_SHARE, LostTime
 from client.route import CHOICES
 from client.routes import SURPRISE
-from client.session import BETTER, STEPS_AHEAD
+from client.session import BETTER, REST_SECONDS, STEPS_AHEAD
 from node.serving.waits import Waits
 from routing.capacity import Holder
 from routing.chain import Chain, cheapest_chain
@@ -42,6 +42,7 @@ from routing.records import MAX_RTTS, Record
 from routing.spread import dearness, leanings, shyness
 
 ANNOUNCE_SECONDS = 5.0  # between looks of a server at whether its record is still true
+LOOK_SECONDS = 0.5  # a client looks at most so often: its time is not simulated
 SIGMA = 0.7  # of the logarithms of the sessions' lengths
 LEAST_TOKENS = 4
 PETALS_HOP_SECONDS = 0.018
@@ -111,6 +112,7 @@ class Session:
     ways: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     lost: LostTime = field(default_factory=LostTime)
+    look_at: float = 0.0  # not before for another chain
 
 
 class Chooser(Protocol):
@@ -318,9 +320,9 @@ class Ours:
     def instead(self, session: Session, now: float) -> Chain | None:
         """As `Session._worth_leaving`, for whole chains."""
         length = session.tokens - session.left
-        if not session.lost.too_much(length, len(session.at)):
+        if now < session.look_at or not session.lost.too_much(length, len(session.at)):
             return None
-        session.lost.forget()
+        session.look_at = now + LOOK_SECONDS
         world = self._world
         seen = {
             hop.peer: (work + waited) / (hop.stop - hop.start)
@@ -331,7 +333,11 @@ class Ours:
         gain = present - chain.expected_seconds
         fresh = sum(hop.stop - hop.start for hop in chain.hops if hop not in session.chain.hops)
         replay = length * REPLAYED_SHARE * chain.expected_seconds * fresh / world.blocks
-        return chain if gain > (1 - BETTER) * present and gain * STEPS_AHEAD > replay else None
+        if gain <= (1 - BETTER) * present or gain * STEPS_AHEAD <= replay:
+            return None
+        session.lost.forget()
+        session.look_at = now + REST_SECONDS
+        return chain
 
 
 class Petals:

@@ -37,7 +37,8 @@ class LostTime:
         slow from its first step is measured by."""
         self.recent.append(seconds)
         usual = min(statistics.median(self.recent), SUSPICION * expected)
-        self._lost = max(0.0, self._lost + seconds - SUSPICION * usual)
+        lost = max(0.0, self._lost + seconds - SUSPICION * usual)
+        self._lost = min(lost, 2 * MOST_LOST_STEPS * usual)  # so that it is made up for some time
 
     def too_much(self, length: int, hops: int) -> bool:
         """Whether to look for a better chain, for a session of this many positions along so many hops."""
@@ -47,5 +48,5 @@ class LostTime:
         return self._lost > statistics.median(self.recent) * min(MOST_LOST_STEPS, max(1.0, replay))
 
     def forget(self) -> None:
-        """The session has looked around, or moved: what was lost is."""
+        """The session has moved: what was lost is."""
         self._lost = 0.0

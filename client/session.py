@@ -524,10 +524,11 @@ class Session:
         began = trio.current_time()
         if began < self._look_at or not self._lost_time.too_much(self.length, len(self.chain.hops)):
             return False
-        self._lost_time.forget()
         leave = self._worth_leaving()
         now = trio.current_time()
         self._look_at = now + (REST_SECONDS if leave else (now - began) / LOOKS_SHARE)
+        if leave:
+            self._lost_time.forget()
         for link in self.route.hops:
             link.leaving = link.leaving or link.hop in leave
         return bool(leave)
