@@ -6,6 +6,10 @@ Simulated servers on the real code of `routing` (see benchmarks.swarm_sim): they
 other, have ten minutes, and then an hour is observed, at rest or with --churn and --lost.  `share` is
 capacity over its bound, all servers' rates over the blocks: at rest that of the end of the ten
 minutes, else the mean over the hour.  llama-405b is the thin case, llama-70b the roomy one.
+With --clients sessions then come to the servers as they stand (see benchmarks.swarm_clients), asking for
+--load of what they can do: `made/asked` of their tokens, and the 95th percentile of a session's seconds
+for a token, also as a ratio to that of clients that see everything.
+
 `decision ms` is what one decision takes a node, with all that others who see the same work out too;
 --decisions-only times each kind of them.
 """
@@ -21,10 +25,13 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks import swarm_clients
+from benchmarks.swarm_clients import Demand, capacity_of, machines_of
 from benchmarks.swarm_models import MODELS, Plan
 from benchmarks.swarm_rules import RULES
 from benchmarks.swarm_sim import Outcome, Simulation, summary
@@ -45,6 +52,18 @@ SHOWN = (
     ("blocks/h", "blocks_loaded_per_hour", ".1f"),
     ("decision ms", "decision_ms", ".2f"),
 )
+SHOWN_OF_CLIENTS = (
+    ("capacity", "capacity_tokens_per_s", ".1f"),
+    ("asked", "asked_tokens_per_s", ".1f"),
+    ("made", "aggregate_tokens_per_s", ".1f"),
+    ("made/asked", "aggregate_of_asked", ".3f"),
+    ("least", "aggregate_of_asked_min", ".3f"),
+    ("s/token p50", "latency_p50_s", ".2f"),
+    ("p95", "latency_p95_s", ".2f"),
+    ("ratio p95", "latency_ratio_p95", ".2f"),
+    ("most", "latency_ratio_p95_max", ".2f"),
+    ("hops", "hops_per_chain", ".1f"),
+)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,6 +82,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--decisions-only", type=int, nargs="+", metavar="N", help="only time decisions among so many servers"
     )
     parser.add_argument("--jobs", type=int, default=1, help="seeds that are simulated at once")
+    parser.add_argument("--clients", type=int, default=0, metavar="N", help="that ask for tokens afterwards")
+    parser.add_argument("--load", type=float, default=0.8, help="of the capacity, that clients ask for")
+    parser.add_argument("--client-seconds", type=float, default=600.0, help="measured, after as many again")
     parser.add_argument("--rule", choices=[*RULES, "all"], default="ours")
     parser.add_argument("--load-gb-per-s", type=float, default=0.25, help="at which a server loads blocks")
     parser.add_argument("--seconds", type=float, default=3600.0, help="observed after the ten minutes")
@@ -87,24 +109,48 @@ def plan_of(flags: argparse.Namespace, seed: int) -> Plan:
     )
 
 
-def simulate(plan: Plan, name: str) -> Outcome:
+class Result(NamedTuple):
+    """Of one seed.  clients: the figures of benchmarks.swarm_clients, empty where there are none."""
+
+    servers: Outcome
+    clients: dict[str, float]
+
+
+def simulate(seed: int, name: str, flags: argparse.Namespace) -> Result:
     """One seed by one rule."""
-    return Simulation(plan, RULES[name]()).run()
+    plan = plan_of(flags, seed)
+    simulation = Simulation(plan, RULES[name]())
+    outcome = simulation.run()
+    if not flags.clients:
+        return Result(outcome, {})
+    blocks, machines = plan.model.blocks, machines_of(simulation.serving())
+    honest = []
+    if flags.liars:
+        truthful = Simulation(replace(plan, liars=0.0), RULES[name]())
+        truthful.run()
+        honest = machines_of(truthful.serving())
+    asked, seconds = flags.load * capacity_of(honest or machines, blocks), flags.client_seconds
+    demand = Demand(asked, seed, flags.clients, warm_up=seconds, seconds=seconds)
+    kind = name if name in swarm_clients.CHOOSERS else "ours"
+    return Result(outcome, swarm_clients.measure(machines, blocks, demand, kind, honest))
 
 
 def measure(flags: argparse.Namespace, name: str) -> dict[str, Any]:  # Any: JSON
     """All seeds by one rule."""
     began = time.perf_counter()
-    plans = [plan_of(flags, seed) for seed in range(flags.first_seed, flags.first_seed + flags.seeds)]
-    one = partial(simulate, name=name)
+    seeds = range(flags.first_seed, flags.first_seed + flags.seeds)
+    one = partial(simulate, name=name, flags=flags)
     if flags.jobs > 1:
         with multiprocessing.get_context("spawn").Pool(flags.jobs) as pool:
-            outcomes = pool.map(one, plans, chunksize=1)
+            results = pool.map(one, seeds, chunksize=1)
     else:
-        outcomes = [one(plan) for plan in plans]
-    found: dict[str, Any] = {"rule": name, **summary(plans[0], outcomes)}
+        results = [one(seed) for seed in seeds]
+    outcomes = [result.servers for result in results]
+    found: dict[str, Any] = {"rule": name, **summary(plan_of(flags, 0), outcomes)}
     found["at_rest_by_seed"] = [round(outcome.at_rest, 4) for outcome in outcomes]
     found["share_by_seed"] = [round(statistics.fmean(outcome.shares), 4) for outcome in outcomes]
+    if flags.clients:
+        found |= swarm_clients.summary([result.clients for result in results])
     print(f"{name}: {flags.seeds} seeds in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return found
 
@@ -141,11 +187,11 @@ def decisions(model_name: str, servers: int) -> dict[str, float]:
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], shown: Sequence[tuple[str, str, str]] = SHOWN) -> str:
     """The rules side by side."""
-    lines = [f"{'rule':12}" + "".join(f"{title:>16}" for title, _, _ in SHOWN)]
+    lines = [f"{'rule':12}" + "".join(f"{title:>16}" for title, _, _ in shown)]
     for row in rows:
-        lines.append(f"{row['rule']:12}" + "".join(f"{row[key]:>16{form}}" for _, key, form in SHOWN))
+        lines.append(f"{row['rule']:12}" + "".join(f"{row[key]:>16{form}}" for _, key, form in shown))
     return "\n".join(lines)
 
 
@@ -159,6 +205,14 @@ def main(words: Sequence[str] | None = None) -> None:
     names = list(RULES) if flags.rule == "all" else [flags.rule]
     rows = [measure(flags, name) for name in names]
     print(table(rows))
+    if flags.clients:
+        print(table(rows, SHOWN_OF_CLIENTS))
+    if flags.clients and flags.liars:
+        honest = (
+            ("made/without liars", "aggregate_of_honest", ".3f"),
+            ("least", "aggregate_of_honest_min", ".3f"),
+        )
+        print(table(rows, honest))
     if flags.json:
         settings = {key: value for key, value in vars(flags).items() if key != "json"}
         figures = {**rows[0], "rules": rows} if len(rows) > 1 else rows[0]

@@ -33,7 +33,7 @@ from client.route import CHOICES
 from client.routes import SURPRISE
 from client.session import BETTER, REST_SECONDS, STEPS_AHEAD
 from node.serving.waits import Waits
-from routing.capacity import Holder
+from routing.capacity import Holder, capacity
 from routing.chain import Chain, cheapest_chain
 from routing.distances import Distances
 from routing.measured import Measured
@@ -478,9 +478,14 @@ class _Run:
         return ready - now
 
 
-def machines_of(servers: Sequence[tuple[Holder, float]]) -> list[Machine]:
-    """Holders with what they claim."""
-    return [Machine(h.peer, h.start, h.stop, h.rate, claim) for h, claim in servers]
+def machines_of(serving: Sequence[tuple[Holder, float]]) -> list[Machine]:
+    """From those who hold the blocks, and the rates that they claim."""
+    return [Machine(h.peer, h.start, h.stop, h.rate, claim) for h, claim in serving]
+
+
+def capacity_of(machines: Sequence[Machine], blocks: int) -> float:
+    """What these can do together, in tokens per second."""
+    return capacity([Holder(m.peer, m.start, m.stop, m.rate) for m in machines], blocks)
 
 
 def share_at(values: Sequence[float], share: float) -> float:
@@ -488,10 +493,10 @@ def share_at(values: Sequence[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
-def figures(ours: Served, best: Served, demand: Demand, capacity: float) -> dict[str, float]:
+def figures(ours: Served, best: Served, demand: Demand, capacity_tokens_per_s: float) -> dict[str, float]:
     """What is reported of one run beside that of the all-seeing, on the same sessions."""
     return {
-        "capacity_tokens_per_s": capacity,
+        "capacity_tokens_per_s": capacity_tokens_per_s,
         "asked_tokens_per_s": ours.asked / demand.seconds,
         "aggregate_tokens_per_s": ours.made / demand.seconds,
         "aggregate_of_asked": ours.made / ours.asked,
@@ -504,3 +509,29 @@ def figures(ours: Served, best: Served, demand: Demand, capacity: float) -> dict
         "hops_per_chain": statistics.fmean(ours.hops),
         "session_moves": float(ours.moves),
     }
+
+
+def measure(
+    machines: Sequence[Machine], blocks: int, demand: Demand, kind: str, honest: Sequence[Machine] = ()
+) -> dict[str, float]:
+    """The figures of one seed.
+
+    honest: how the same servers had placed themselves if nobody lied, where somebody does: what is made
+    then, of the same sessions, is what `aggregate_of_honest` compares with.
+    """
+    ours = serve(machines, blocks, demand, kind)
+    best = serve(machines, blocks, demand, "all-seeing")
+    found = figures(ours, best, demand, capacity_of(machines, blocks))
+    if honest:
+        found["aggregate_of_honest"] = ours.made / serve(honest, blocks, demand, kind).made
+    return found
+
+
+def summary(seeds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means over the seeds, and the worst of what there is a promise for."""
+    found = {key: statistics.fmean(one[key] for one in seeds) for key in seeds[0]}
+    found["aggregate_of_asked_min"] = min(one["aggregate_of_asked"] for one in seeds)
+    found["latency_ratio_p95_max"] = max(one["latency_ratio_p95"] for one in seeds)
+    if "aggregate_of_honest" in found:
+        found["aggregate_of_honest_min"] = min(one["aggregate_of_honest"] for one in seeds)
+    return found

@@ -379,6 +379,11 @@ class Simulation:
 
     # What is measured
 
+    def serving(self) -> list[tuple[Holder, float]]:
+        """Who serves what now, in truth, and which rate each of them claims."""
+        serving = ((s, s.serving) for s in self._servers.values())
+        return [(Holder(s.peer, *window, s.rate), s.claim) for s, window in serving if window]
+
     def _share(self) -> float:
         """The capacity of what is served now, by true rates, as a share of the bound of all that are up."""
         blocks = self.plan.model.blocks
