@@ -53,6 +53,7 @@ SHOWN = (
     ("decision ms", "decision_ms", ".2f"),
 )
 SHOWN_OF_CLIENTS = (
+    ("seeds", "seeds_with_clients", "d"),
     ("capacity", "capacity_tokens_per_s", ".1f"),
     ("asked", "asked_tokens_per_s", ".1f"),
     ("made", "aggregate_tokens_per_s", ".1f"),
@@ -63,6 +64,10 @@ SHOWN_OF_CLIENTS = (
     ("ratio p95", "latency_ratio_p95", ".2f"),
     ("most", "latency_ratio_p95_max", ".2f"),
     ("hops", "hops_per_chain", ".1f"),
+)
+SHOWN_OF_LIARS = (
+    ("made/honest", "aggregate_of_honest", ".3f"),
+    ("least", "aggregate_of_honest_min", ".3f"),
 )
 
 
@@ -129,9 +134,11 @@ def simulate(seed: int, name: str, flags: argparse.Namespace) -> Result:
         truthful = Simulation(replace(plan, liars=0.0), RULES[name]())
         truthful.run()
         honest = machines_of(truthful.serving())
+    if not capacity_of(machines, blocks):
+        return Result(outcome, {})  # nobody can be served
     asked, seconds = flags.load * capacity_of(honest or machines, blocks), flags.client_seconds
     demand = Demand(asked, seed, flags.clients, warm_up=seconds, seconds=seconds)
-    kind = name if name in swarm_clients.CHOOSERS else "ours"
+    kind = "petals" if name.startswith("petals") else "ours"
     return Result(outcome, swarm_clients.measure(machines, blocks, demand, kind, honest))
 
 
@@ -149,8 +156,8 @@ def measure(flags: argparse.Namespace, name: str) -> dict[str, Any]:  # Any: JSO
     found: dict[str, Any] = {"rule": name, **summary(plan_of(flags, 0), outcomes)}
     found["at_rest_by_seed"] = [round(outcome.at_rest, 4) for outcome in outcomes]
     found["share_by_seed"] = [round(statistics.fmean(outcome.shares), 4) for outcome in outcomes]
-    if flags.clients:
-        found |= swarm_clients.summary([result.clients for result in results])
+    if served := [result.clients for result in results if result.clients]:
+        found |= {"seeds_with_clients": len(served), **swarm_clients.summary(served)}
     print(f"{name}: {flags.seeds} seeds in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return found
 
@@ -205,14 +212,11 @@ def main(words: Sequence[str] | None = None) -> None:
     names = list(RULES) if flags.rule == "all" else [flags.rule]
     rows = [measure(flags, name) for name in names]
     print(table(rows))
-    if flags.clients:
-        print(table(rows, SHOWN_OF_CLIENTS))
-    if flags.clients and flags.liars:
-        honest = (
-            ("made/without liars", "aggregate_of_honest", ".3f"),
-            ("least", "aggregate_of_honest_min", ".3f"),
-        )
-        print(table(rows, honest))
+    served = [row for row in rows if "seeds_with_clients" in row]
+    if served:
+        print(table(served, SHOWN_OF_CLIENTS))
+    if served and flags.liars:
+        print(table(served, SHOWN_OF_LIARS))
     if flags.json:
         settings = {key: value for key, value in vars(flags).items() if key != "json"}
         figures = {**rows[0], "rules": rows} if len(rows) > 1 else rows[0]

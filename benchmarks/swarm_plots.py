@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rest = [r for r in rows if not (r["churn"] or r["lost"] or r["noise"] or r["partition"] or r["clients"])]
     if rest:
         draw_shares(rest, flags.out / "swarm-share.png")
-    served = [row for row in rows if row["clients"] and not row["liars"]]
+    served = [row for row in rows if "latency_p95_s" in row and not row["liars"]]
     if served:
         draw_latencies(served, flags.out / "swarm-latency.png")
 
