@@ -22,6 +22,7 @@ COLOURS = {
     "random": "#c9ada7",
 }
 TITLES = {"llama-405b": "126 blocks, held a few times each", "llama-70b": "80 blocks, room for many copies"}
+SETTINGS = ("model", "servers", "seeds", "churn", "lost", "liars", "partition", "noise", "clients", "load")
 Row = dict[str, Any]  # Any: JSON
 
 
@@ -30,7 +31,7 @@ def rows_of(files: Sequence[Path]) -> list[Row]:
     rows = []
     for file in files:
         run = json.loads(file.read_text())
-        settings = {key: value for key, value in run.items() if key != "rules"}
+        settings = {key: run[key] for key in SETTINGS}
         rows += [{**settings, **rule} for rule in run.get("rules", [run])]
     return rows
 
@@ -57,7 +58,9 @@ def draw_shares(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     models = [model for model in TITLES if any(row["model"] == model for row in rows)]
-    figure, axes = pyplot.subplots(1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(4.6 * len(models), 3.6), squeeze=False, layout="constrained"
+    )
     for axis, model in zip(axes[0], models, strict=True):
         mine = [row for row in rows if row["model"] == model]
         sizes = sorted({row["servers"] for row in mine})
@@ -77,8 +80,8 @@ def draw_shares(rows: Sequence[Row], file: Path) -> None:
         axis.set_ylim(0, 1.02)
         axis.set_title(f"{model}: {TITLES[model]}", fontsize=9)
         axis.grid(axis="y", alpha=0.3)
-    axes[0][0].set_ylabel("capacity / bound (line: down to the worst seed)")
-    axes[0][-1].legend(fontsize=8, loc="lower right")
+    axes[0][0].set_ylabel("capacity / bound\n(line: down to the worst seed)", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     _write(figure, file)
 
 
@@ -87,9 +90,11 @@ def draw_latencies(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     cases = sorted({(row["model"], row["servers"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(4.6 * len(cases), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(cases), figsize=(4.6 * len(cases), 3.6), squeeze=False, layout="constrained"
+    )
     for axis, (model, servers) in zip(axes[0], cases, strict=True):
-        for rule in COLOURS:
+        for rule in ("ours", "petals", "equal"):
             mine = sorted(
                 (r for r in rows if (r["model"], r["servers"], r["rule"]) == (model, servers, rule)),
                 key=lambda row: row["load"],
@@ -105,17 +110,19 @@ def draw_latencies(rows: Sequence[Row], file: Path) -> None:
         best = {row["load"]: row["latency_p95_s"] / row["latency_ratio_p95"] for row in rows
                 if (row["model"], row["servers"], row["rule"]) == (model, servers, "ours")}  # fmt: skip
         axis.plot(sorted(best), [best[load] for load in sorted(best)], "k:", label="all-seeing, p95")
-        axis.set_xlabel("tokens asked for / capacity")
+        axis.set_xlabel("tokens asked for / capacity of that placement")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=8)
         axis.set_title(f"{model}, {servers} servers", fontsize=9)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("seconds for a token")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     _write(figure, file)
 
 
 def _write(figure: Any, file: Path) -> None:
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
     print(file)
 
