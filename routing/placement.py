@@ -34,6 +34,7 @@ Single = NDArray[np.float32]
 QUALITY = 0.99
 MIN_REPLICAS = 2
 LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfall is looked at
+ALIKE = 1e-4  # of the swarm's work: by less two windows of a joining server do not differ
 LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
 LARGE_GAIN = 0.01  # a move for more is made together with the next best one
 MOST_AT_ONCE = 4
@@ -118,8 +119,9 @@ def best_window(
     filled = _windows(number == 0, count)
     spare = _windows(number < min_replicas, count)
     seams = {holder.start for holder in held} | {holder.stop for holder in held} | {0, blocks}
+    worse = ((lack - lack.min()) / ALIKE).astype(int)  # from the least on: equals differ in the last digits
     order = [
-        (-int(filled[s]), round(float(lack[s]), 4), -int(spare[s]), -(s in seams) - (s + count in seams))
+        (-int(filled[s]), int(worse[s]), -int(spare[s]), -(s in seams) - (s + count in seams))
         for s in range(blocks - count + 1)
     ]
     best = min(order)

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from routing.capacity import Holder, bound, capacity, reach
@@ -65,6 +65,7 @@ def test_the_same_chance_gives_the_same_window(found, count, seed):
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
+@example(40, 33)
 def test_nodes_that_join_one_after_the_other_cover_the_model_with_as_few_as_can(blocks, count):
     spans = []
     for number in range(math.ceil(blocks / count)):
