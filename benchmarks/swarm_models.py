@@ -10,10 +10,11 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-DELAY_SECONDS = (
-    30.0  # between announcements: how old a view may be, and how long a move is known before it is made
-)
-TTL_SECONDS = 90.0
+from tensor_codec.limits import Limits
+
+VIEW_SECONDS = 5.0  # how old a view may be: records are flooded, and what was lost is healed as often
+ANNOUNCE_SECONDS = Limits().announce_seconds
+TTL_SECONDS = Limits().record_ttl_seconds
 REST_SECONDS = 600.0
 PARTED_SECONDS = 600.0
 LIE = 100.0
@@ -115,7 +116,7 @@ def script(plan: Plan) -> Script:
         number = round(plan.lost * len(alive)) if at in lost else 1
         names = chance.sample(alive, number)
         found.crashes.append(
-            Crash(at, tuple((n, TTL_SECONDS - chance.uniform(0, DELAY_SECONDS)) for n in names))
+            Crash(at, tuple((n, TTL_SECONDS - chance.uniform(0, ANNOUNCE_SECONDS)) for n in names))
         )
         alive = [name for name in alive if name not in names]
         if at not in lost:

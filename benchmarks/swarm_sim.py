@@ -1,11 +1,15 @@
 """A swarm in simulated time: servers that join, move, crash and lie.  A part of benchmarks.swarm.
 
-Event by event, from one seed.  Every server hears of the others each 30 s, at its own moment; a crashed
-one is seen until its record runs out.  A server that moves by our rule announces the new span, goes on
-serving the old one for as long as others may not have heard, looks again, asks those who stay, and only
-then gives up what it does not keep; while it loads it serves what both spans have.  By Petals' rule it
-stops at once, looks for a place a few seconds later, and loads.  What is decided is decided by the code
-of the nodes, `routing.placement` and `routing.moves`.
+Event by event, from one seed, with the constants and the decisions of the nodes: `routing.placement`,
+`routing.moves`, `node.balancer`.  Records are flooded: every server knows those of the others as they were
+at most VIEW_SECONDS ago, at its own moments.  A server that moves by our rule announces the new span,
+serves the old one for SETTLE_SECONDS more, looks again, pings those who stay, and only then gives up what
+it does not keep; while it loads it serves what both spans have.  A crashed server is seen until its record
+ends, but by those who watch it (`routing.moves.watched`): each asks at its own moments, every
+WATCH_SECONDS, and after two silences, each waited for to the end, it leaves the server out.
+
+By Petals' rule a server stops at once, looks for a place a few seconds later, and loads; it sees everything
+at once, and nobody is watched.
 """
 
 from __future__ import annotations
@@ -19,17 +23,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from benchmarks.swarm_models import DELAY_SECONDS, LIE, Hardware, Plan, script
+from benchmarks.swarm_models import LIE, PARTED_SECONDS, VIEW_SECONDS, Hardware, Plan, script
 from benchmarks.swarm_rules import Rule, Window
 from benchmarks.swarm_views import News, Snapshot
-from node.balancer import LOSS_SECONDS
+from node.balancer import (
+    AGAIN_SECONDS,
+    ANSWER_SECONDS,
+    LOSS_SECONDS,
+    SETTLE_SECONDS,
+    TURN_SECONDS,
+    WATCH_SECONDS,
+)
 from routing.capacity import Holder, capacity
-from routing.moves import Turn, objection, opens_gap
+from routing.moves import Turn, objection, opens_gap, taken_for_lost, turns, watched
 from routing.names import PeerId
 from routing.placement import Move
 from routing.records import Record, State
 
-TURN_SECONDS = 2 * DELAY_SECONDS  # that a server waits for each plan that comes before its own
+RESTORED_SECONDS = 60.0  # in which, and the time to load, a block that lost its last server should have one
 NOISE_SECONDS = 60.0  # between two announcements of another rate
 PAUSE_SECONDS = 10.0  # at most, of a server that has left its place, until it looks for another
 
@@ -42,39 +53,60 @@ class Server:
     count: int
     rate: float
     claim: float
-    heard_at: float  # seconds after each half minute
+    heard_at: float  # when it heard of the others, as at any multiple of VIEW_SECONDS from then
     serving: Window | None = None
     target: Window | None = None
     state: State = "offline"
     alive: bool = True
     version: int = 0  # of what it is doing: an event of an older version is void
     hole_since: float | None = None
-    online: frozenset[PeerId] = frozenset()  # whom it saw
+    knew: Snapshot | None = None  # when it last looked
+    lost: frozenset[PeerId] = frozenset()  # who did not answer
+    watching: bool = False
     seen: list[Holder] = field(default_factory=list)  # when it announced its move
 
 
 @dataclass(slots=True)
 class Gap:
-    """A block without a server.  Seconds of the simulated time: from when, and from when records tell it."""
+    """A block without a server.  Seconds of the simulated time: from when, and from when records tell it.
+
+    stuck: seconds in which nobody could help: all memory together is too little, or no plan closes it.
+    """
 
     since: float
     known: float | None = None
+    stuck: float = 0.0
+    stuck_since: float | None = None
 
 
 @dataclass(slots=True)
 class Repair:
-    """A block that has a server again.  Seconds: in all, since records told of it, of the last loading."""
+    """A block that has a server again, or not even at the end.
+
+    Seconds: in all, since records told of it, of the last loading, and in which nobody could help.
+    """
 
     total: float
     known: float
     load: float
+    stuck: float
+
+    @property
+    def late(self) -> bool:
+        """Whether it took too long, counted from the crash."""
+        return self.total > RESTORED_SECONDS + self.load
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it would not be late but for the time in which nobody could help."""
+        return self.total - self.stuck <= RESTORED_SECONDS + self.load
 
 
 @dataclass(slots=True)
 class Outcome:
     """What was measured.  shares: of the bound, while observed; seconds of the simulated time.
 
-    rank_ms: of what all servers with one view work out alike; own_ms: of the rest of a decision.
+    rank_ms, turns_ms: of what all servers with one view work out alike; own_ms: of the rest of a decision.
     """
 
     shares: list[float] = field(default_factory=list)
@@ -82,11 +114,13 @@ class Outcome:
     held_once: int = 0  # blocks, at rest
     uncovered_s: float = 0.0
     repairs: list[Repair] = field(default_factory=list)
+    unrepaired: list[Repair] = field(default_factory=list)  # at the end; load: 0
     observed_s: float = 0.0
     moves: int = 0
     gaps_opened: int = 0
     loaded: int = 0
     rank_ms: list[float] = field(default_factory=list)
+    turns_ms: list[float] = field(default_factory=list)
     own_ms: list[float] = field(default_factory=list)
 
 
@@ -107,6 +141,9 @@ class Simulation:
         self._gaps: dict[int, Gap] = {}
         self._gap_since = 0.0
         self._last_load = 0.0  # seconds, of who came online last
+        self._last_plan: tuple[tuple[Holder, ...], bool] = ((), False)
+        self._silent: set[PeerId] = set()  # crashed, and still announced
+        self._parted_until = 0.0
 
     def run(self) -> Outcome:
         """Everyone joins; ten minutes of rest, or as long as the plan's churn takes; then the figures."""
@@ -118,7 +155,7 @@ class Simulation:
                 self._at(crash.at, lambda name=name, seen_for=seen_for: self._crash(name, seen_for))  # type: ignore[misc]
         half_way = plan.began + plan.seconds / 2
         if fate.cut_off:
-            self._at(half_way, lambda: self._news.cut(half_way, fate.cut_off))
+            self._at(half_way, lambda: self._part(fate.cut_off))
         self._advance(plan.began)
         self.outcome.at_rest = self._share()
         self.outcome.held_once = self._count().count(1)
@@ -153,6 +190,7 @@ class Simulation:
         self._now = until
         if self._observing and self._gaps:
             self.outcome.uncovered_s += until - self._gap_since
+        self.outcome.unrepaired = [self._repaired(gap, 0.0) for gap in self._gaps.values()]
 
     def _watch_gap(self) -> None:
         """Keep account of the time when a block has no server, block by block."""
@@ -166,9 +204,34 @@ class Simulation:
             gap = self._gaps.setdefault(block, Gap(self._now))
             gap.known = self._now if gap.known is None and block in told else gap.known
         for block in [block for block in self._gaps if block not in open_blocks]:
-            gap = self._gaps.pop(block)
-            known = 0.0 if gap.known is None else self._now - gap.known
-            self.outcome.repairs.append(Repair(self._now - gap.since, known, self._last_load))
+            self.outcome.repairs.append(self._repaired(self._gaps.pop(block), self._last_load))
+        self._watch_hopeless()
+
+    def _repaired(self, gap: Gap, load: float) -> Repair:
+        known = 0.0 if gap.known is None else self._now - gap.known
+        stuck = gap.stuck + (0.0 if gap.stuck_since is None else self._now - gap.stuck_since)
+        return Repair(self._now - gap.since, known, load, stuck)
+
+    def _watch_hopeless(self) -> None:
+        """Keep account of the time in which an open block cannot be served, whatever anybody knew."""
+        blocks, up = self.plan.model.blocks, self._servers.values()
+        placed = [s for s in up if s.target]
+        held = [Holder(s.peer, *s.target, s.claim, s.state == "online") for s in placed if s.target]
+        hopeless = bool(self._gaps) and (
+            sum(server.count for server in up) < blocks or not self._planned(tuple(held))
+        )
+        for block, gap in self._gaps.items():
+            stuck = hopeless and not any(h.start <= block < h.stop for h in held)
+            if stuck and gap.stuck_since is None:
+                gap.stuck_since = self._now
+            elif not stuck and gap.stuck_since is not None:
+                gap.stuck, gap.stuck_since = gap.stuck + self._now - gap.stuck_since, None
+
+    def _planned(self, held: tuple[Holder, ...]) -> bool:
+        """Whether anybody could do anything."""
+        if self._last_plan[0] != held:
+            self._last_plan = held, bool(turns(held, self.plan.model.blocks))
+        return self._last_plan[1]
 
     def _count(self) -> list[int]:
         """How many servers serve each block, in truth."""
@@ -208,21 +271,30 @@ class Simulation:
         self._at(self._now + NOISE_SECONDS, lambda: self._wobble(server))
 
     def _view(self, server: Server) -> Snapshot:
-        age = (self._now - server.heard_at) % DELAY_SECONDS
-        if self.rule.fresh:
-            return self._news.seen(self._now, 0.0, server.peer)
-        return self._news.seen(self._now, age, server.peer)
+        age = 0.0 if self.rule.fresh else (self._now - server.heard_at) % VIEW_SECONDS
+        return self._news.seen(self._now, age, server.peer).without(server.lost)
 
-    def _ranked(self, snapshot: Snapshot) -> tuple[list[Move], dict[PeerId, Turn]]:
-        """What everyone with this view works out alike."""
+    def _ranked(self, snapshot: Snapshot) -> list[Move]:
+        """The moves on which everyone with this view agrees."""
 
-        def rank() -> tuple[list[Move], dict[PeerId, Turn]]:
-            began, blocks = time.perf_counter(), self.plan.model.blocks
-            found = self.rule.rank(snapshot.held, blocks), self.rule.turns(snapshot.held, blocks)
+        def rank() -> list[Move]:
+            began = time.perf_counter()
+            found = self.rule.rank(snapshot.held, self.plan.model.blocks)
             self.outcome.rank_ms.append((time.perf_counter() - began) * 1000)
             return found
 
         return snapshot.once("ranked", rank)
+
+    def _turns(self, snapshot: Snapshot) -> dict[PeerId, Turn]:
+        """The plan on which everyone with this view agrees."""
+
+        def plan() -> dict[PeerId, Turn]:
+            began = time.perf_counter()
+            found = self.rule.turns(snapshot.held, self.plan.model.blocks)
+            self.outcome.turns_ms.append((time.perf_counter() - began) * 1000)
+            return found
+
+        return snapshot.once("turns", plan)
 
     def _timed(self, began: float) -> None:
         self.outcome.own_ms.append((time.perf_counter() - began) * 1000)
@@ -232,13 +304,14 @@ class Simulation:
     def _join(self, hardware: Hardware) -> None:
         name, count, rate, lies = hardware
         claim = rate * LIE if lies else rate
-        server = Server(PeerId(name), count, rate, claim, self._chance.uniform(0, DELAY_SECONDS))
+        server = Server(PeerId(name), count, rate, claim, self._now)
         self._servers[server.peer] = server
         if self.plan.noise and not lies:
             self._at(self._now + self._chance.uniform(0, NOISE_SECONDS), lambda: self._wobble(server))
         if self.rule.covers:
-            self._at(self._now + server.heard_at, lambda: self._hear(server))
-            server.heard_at = (self._now + server.heard_at) % DELAY_SECONDS
+            server.heard_at -= self._chance.uniform(0, VIEW_SECONDS)
+            self._at(server.heard_at + VIEW_SECONDS, lambda: self._hear(server))
+            self._at(self._now, lambda: self._start_watching(server))
         self._take_place(server)
 
     def _take_place(self, server: Server) -> None:
@@ -281,9 +354,9 @@ class Simulation:
         snapshot, blocks = self._view(server), self.plan.model.blocks
         window, seen = None, snapshot.held
         if self._sees_itself(server, seen):
-            ranked, turns = self._ranked(snapshot)
+            ranked, planned = self._ranked(snapshot), self._turns(snapshot)
             began = time.perf_counter()
-            if server.peer not in turns:
+            if server.peer not in planned:
                 window = self.rule.move(seen, blocks, server.peer, ranked, self._chance)
             self._timed(began)
         if window is None or window == server.target:
@@ -294,14 +367,18 @@ class Simulation:
             self._announce_move(server, window, seen)
 
     def _hear(self, server: Server) -> None:
-        """News of the others: each 30 s; so often, and when it comes online, it can see something new."""
-        if not server.alive:
+        """News of the others: so often it can see something new."""
+        if server.alive:
+            self._at(self._now + VIEW_SECONDS, lambda: self._hear(server))
+            self._notice(server)
+
+    def _notice(self, server: Server) -> None:
+        """See what is new: who is gone, and blocks that nobody holds."""
+        view, knew = self._view(server), server.knew
+        if view is knew:
             return
-        self._at(self._now + DELAY_SECONDS, lambda: self._hear(server))
-        held = self._view(server).held
-        lost = server.online.difference(holder.peer for holder in held)
-        server.online = frozenset(holder.peer for holder in held if holder.online)
-        if lost and server.state == "online":
+        server.knew = view
+        if knew is not None and server.state == "online" and knew.online - view.peers:
             server.version += 1
             self._later(server, self._chance.uniform(0, LOSS_SECONDS), self._decide)
         self._look_for_gaps(server)
@@ -312,7 +389,7 @@ class Simulation:
         held = snapshot.held
         turn = None
         if server.state == "online" and self._sees_itself(server, held):
-            turn = self._ranked(snapshot)[1].get(server.peer)
+            turn = self._turns(snapshot).get(server.peer)
         elif server.state == "online" and server.serving:
             mine = Holder(server.peer, *server.serving, server.claim)
             held = [mine, *(holder for holder in held if holder.peer != server.peer)]
@@ -321,8 +398,55 @@ class Simulation:
             server.hole_since = None
             return
         server.hole_since = self._now if server.hole_since is None else server.hole_since
-        if turn.ready and self._now >= server.hole_since + TURN_SECONDS * turn.rank:
+        wait = server.hole_since + TURN_SECONDS * turn.rank - self._now
+        if turn.ready and wait <= 0:
             self._announce_move(server, (turn.start, turn.stop), held)
+        elif turn.ready:
+            self._later(server, wait, self._look_for_gaps)
+
+    # Watching
+
+    def _start_watching(self, server: Server) -> None:
+        """Nobody asks in vain, and so nothing is simulated, until there is somebody silent."""
+        if not server.watching and self._somebody_is_silent():
+            server.watching = True
+            self._at(self._now + self._chance.uniform(0, WATCH_SECONDS), lambda: self._ask_around(server))
+
+    def _somebody_is_silent(self) -> bool:
+        return bool(self._silent) or self._now < self._parted_until
+
+    def _ask_around(self, server: Server) -> None:
+        """As a node does; an answer comes at once, a silence takes ANSWER_SECONDS."""
+        server.watching = server.alive and (self._somebody_is_silent() or bool(server.lost))
+        if not server.watching or server.target is None:
+            server.watching = False
+            return
+        asked = watched(self._view(server).held, self.plan.model.blocks, server.peer)
+        silent = [peer for peer in asked if not self._answers(server, peer)]
+        lost = taken_for_lost(asked, silent) | {p for p in server.lost if not self._answers(server, p)}
+        seconds = ANSWER_SECONDS + AGAIN_SECONDS + ANSWER_SECONDS if silent else 0.0
+        self._at(self._now + seconds, lambda: self._believe_lost(server, lost))
+        pause = WATCH_SECONDS * self._chance.uniform(0.5, 1.0)
+        self._at(self._now + seconds + pause, lambda: self._ask_around(server))
+
+    def _believe_lost(self, server: Server, lost: frozenset[PeerId]) -> None:
+        if server.alive and lost != server.lost:
+            server.lost = lost
+            self._notice(server)
+
+    def _answers(self, server: Server, peer: PeerId) -> bool:
+        return peer in self._servers and not self._news.parted(self._now, server.peer, peer)
+
+    def _part(self, peers: frozenset[str]) -> None:
+        """For ten minutes these do not hear the others, nor the others them."""
+        self._news.cut(self._now, peers)
+        self._parted_until = self._now + PARTED_SECONDS
+        self._all_watch()
+
+    def _all_watch(self) -> None:
+        if self.rule.covers:
+            for server in self._servers.values():
+                self._start_watching(server)
 
     def _leave(self, server: Server) -> None:
         self._count_move(server, None)
@@ -335,7 +459,7 @@ class Simulation:
         server.version += 1
         server.target, server.state, server.seen, server.hole_since = window, "joining", seen, None
         self._announce(server)
-        self._later(server, DELAY_SECONDS, self._make_move)
+        self._later(server, SETTLE_SECONDS, self._make_move)
 
     def _make_move(self, server: Server) -> None:
         """Everyone may know by now: go, unless something speaks against it."""
@@ -344,7 +468,7 @@ class Simulation:
         assert window is not None
         held = self._view(server).held
         why_not = objection(server.seen, held, server.peer, own, window)
-        answering = [holder for holder in held if self._answers(holder)]
+        answering = [holder for holder in held if self._answers(server, holder.peer)]
         if why_not or opens_gap(answering, server.peer, own, window):
             server.target, server.state = own, "online"
             self._announce(server)
@@ -356,11 +480,6 @@ class Simulation:
         self._count_move(server, kept)
         server.serving = kept
         self._load(server)
-
-    def _answers(self, holder: Holder) -> bool:
-        """Whether a server that is asked says that it serves what it announces."""
-        asked = self._servers.get(holder.peer)
-        return asked is not None and asked.state == "online" and asked.target == (holder.start, holder.stop)
 
     def _count_move(self, server: Server, kept: Window | None) -> None:
         self._changed = True
@@ -375,7 +494,15 @@ class Simulation:
     def _crash(self, name: str, seen_for: float) -> None:
         server = self._servers.pop(PeerId(name))
         server.alive, server.serving, self._changed = False, None, True
-        self._at(self._now + seen_for, lambda: self._announce(server))
+        if server.target is not None:
+            self._silent.add(server.peer)
+            self._at(self._now + seen_for, lambda: self._end(server))
+            self._all_watch()
+
+    def _end(self, server: Server) -> None:
+        """The record of one that crashed ends."""
+        self._silent.discard(server.peer)
+        self._announce(server)
 
     # What is measured
 
@@ -399,14 +526,20 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
     """The figures of all seeds of one rule.
 
     coverage_restored_s: from when a block lost its last server until it has one again.
+    coverage_late: blocks for which that took more than RESTORED_SECONDS and the loading of who closed the
+        gap; coverage_late_impossible: of these, but for the time in which nobody could help.
     coverage_reaction_s: from when no record tells of a server, and without the loading of who closed the gap.
     """
     means = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)
     hours = sum(outcome.observed_s for outcome in outcomes) / 3600
     ranks = [ms for outcome in outcomes for ms in outcome.rank_ms] or [0.0]
-    decisions = sorted(statistics.fmean(ranks) + ms for outcome in outcomes for ms in outcome.own_ms)
+    plans = [ms for outcome in outcomes for ms in outcome.turns_ms] or [0.0]
+    shared = statistics.fmean(ranks) + statistics.fmean(plans)
+    own = sorted(ms for outcome in outcomes for ms in outcome.own_ms)
     repairs = [repair for outcome in outcomes for repair in outcome.repairs]
     restored = sorted(repair.total for repair in repairs) or [0.0]
+    still_open = [repair for outcome in outcomes for repair in outcome.unrepaired]
+    late = [repair for repair in repairs + still_open if repair.late]
     reactions = sorted(max(0.0, repair.known - repair.load) for repair in repairs) or [0.0]
     return {
         "share_of_bound_mean": statistics.fmean(means),
@@ -417,7 +550,12 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
         "share_at_end_mean": statistics.fmean(outcome.shares[-1] for outcome in outcomes),
         "uncovered_s": sum(outcome.uncovered_s for outcome in outcomes) / len(outcomes),
         "gaps_opened_by_moves": sum(outcome.gaps_opened for outcome in outcomes),
-        "gaps": len(repairs),
+        "gaps": len(repairs) + len(still_open),
+        "coverage_late": len(late),
+        "coverage_late_impossible": sum(repair.impossible for repair in late),
+        "coverage_late_s": sorted(
+            (round(repair.total), round(repair.load), round(repair.stuck)) for repair in late
+        ),
         "coverage_restored_s_p95": restored[int(0.95 * len(restored))],
         "coverage_restored_s_max": restored[-1],
         "coverage_load_s_max": max((repair.load for repair in repairs), default=0.0),
@@ -426,7 +564,7 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
         "coverage_reactions_over_60_s": sum(seconds > 60 for seconds in reactions),
         "moves_per_server_hour": sum(outcome.moves for outcome in outcomes) / hours / plan.servers,
         "blocks_loaded_per_hour": sum(outcome.loaded for outcome in outcomes) / hours,
-        "decision_ms": statistics.fmean(decisions),
-        "decision_ms_p99": decisions[int(0.99 * len(decisions))],
-        "decision_ms_max": max(ranks) + decisions[-1] - statistics.fmean(ranks),
+        "decision_ms": shared + statistics.fmean(own),
+        "decision_ms_p99": shared + own[int(0.99 * len(own))],
+        "decision_ms_max": max(ranks) + max(plans) + own[-1],
     }

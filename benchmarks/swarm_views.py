@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import TypeVar
 
-from benchmarks.swarm_models import DELAY_SECONDS, PARTED_SECONDS, TTL_SECONDS
+from benchmarks.swarm_models import ANNOUNCE_SECONDS, PARTED_SECONDS, TTL_SECONDS, VIEW_SECONDS
 from routing.capacity import Holder
 from routing.names import PeerId
 from routing.placement import holders
@@ -34,6 +34,23 @@ class Snapshot:
             self._worked_out[key] = work()
         return self._worked_out[key]  # type: ignore[return-value]  # of this key it is a T
 
+    @cached_property
+    def peers(self) -> frozenset[PeerId]:
+        """Everybody."""
+        return frozenset(record.peer for record in self.records)
+
+    @cached_property
+    def online(self) -> frozenset[PeerId]:
+        """Those who serve what they announce."""
+        return frozenset(record.peer for record in self.records if record.state == "online")
+
+    def without(self, lost: frozenset[PeerId]) -> Snapshot:
+        """What is left where these are taken for lost."""
+        lost &= self.peers
+        if not lost:
+            return self
+        return self.once(lost, lambda: Snapshot(tuple(r for r in self.records if r.peer not in lost)))
+
     def of(self, peers: Collection[str], inside: bool, old: Snapshot | None) -> Snapshot:
         """What those inside (or outside) see of themselves now, and of the others as in `old`."""
         now = [record for record in self.records if (record.peer in peers) == inside]
@@ -42,7 +59,7 @@ class Snapshot:
 
 
 class News:
-    """Announcements, as they were at each whole second of the last DELAY_SECONDS."""
+    """Announcements, as they were at each whole second of the last VIEW_SECONDS."""
 
     def __init__(self) -> None:
         self._records: dict[PeerId, Record] = {}
@@ -56,7 +73,7 @@ class News:
         """A new record of a peer; None: it is no longer known of."""
         if not self._past or int(now) > self._past[-1][0]:
             self._past.append((int(now), self.fresh()))
-            while self._past[0][0] < now - DELAY_SECONDS - 1:
+            while self._past[0][0] < now - VIEW_SECONDS - 1:
                 self._past.popleft()
         if record is None:
             self._records.pop(peer, None)
@@ -74,13 +91,20 @@ class News:
         """From now on, for ten minutes, these peers and the others hear nothing of each other."""
         self._cut, self._cut_at, self._before_cut = peers, now, self.fresh()
 
+    def parted(self, now: float, one: str, other: str) -> bool:
+        """Whether neither of these two hears the other."""
+        cut = self._cut and self._cut_at <= now < self._cut_at + PARTED_SECONDS
+        return bool(cut) and (one in self._cut) != (other in self._cut)
+
     def seen(self, now: float, age: float, peer: str) -> Snapshot:
         """What a peer sees that heard of the others `age` seconds ago."""
         second = int(now - age)
         snapshot = next((s for until, s in self._past if second <= until), None) or self.fresh()
         if not self._cut or not self._cut_at < second < self._cut_at + PARTED_SECONDS:
             return snapshot
-        known = second < self._cut_at + TTL_SECONDS - DELAY_SECONDS / 2  # their records have not run out yet
+        known = (
+            second < self._cut_at + TTL_SECONDS - ANNOUNCE_SECONDS / 2
+        )  # their records have not run out yet
         inside = peer in self._cut
         old = self._before_cut if known else None
         return snapshot.once((inside, known), lambda: snapshot.of(self._cut, inside, old))

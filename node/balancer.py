@@ -4,6 +4,11 @@ Twice in `routing.moves` it is decided whether to go: before a move is announced
 when everybody has heard of it and we of theirs; then those who stay for what we leave are asked once
 more.  Blocks that nobody holds are looked for every second; whether another place would be better, at
 random times, so that servers do not all move at once, and soon after another server is lost.
+
+A server that crashed is announced by others until its record ends.  So peers whose loss matters are
+asked now and then whether they are there (`routing.moves.watched`); who is silent twice in a row is left
+out of what we see until it answers again or announces something new.  Nobody is told: each server finds
+out by itself, and a liar can talk nobody down.
 """
 
 from __future__ import annotations
@@ -11,14 +16,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
 from node.config import BalanceConfig
 from routing.capacity import Holder
-from routing.moves import objection, opens_gap, turn_to_cover, witnesses
+from routing.moves import objection, opens_gap, taken_for_lost, turn_to_cover, watched, witnesses
 from routing.names import PeerId
 from routing.placement import better_window, holders
 from routing.records import Record
@@ -28,8 +33,10 @@ log = logging.getLogger("raceme")
 
 LOOK_SECONDS = 1.0  # between looks for blocks that nobody holds
 TURN_SECONDS = 3.0  # that a server waits for each one whose turn comes before its own
-ANSWER_SECONDS = 2.0  # in which those who stay must answer one who leaves
-SETTLE_SECONDS = 1.0  # from the announcement of a move until all have heard of it
+ANSWER_SECONDS = 2.0  # in which a peer must answer
+SETTLE_SECONDS = 5.0  # from the announcement of a move until all have heard of it, where a flood lost it too
+WATCH_SECONDS = 10.0  # at most, between two times that we ask the peers whose loss matters
+AGAIN_SECONDS = 3.0  # until those who were silent are asked once more
 LOSS_SECONDS = 5.0  # at most, from the loss of a server until we look for a better place
 BACK_OFF_SECONDS = 60.0  # after a move that failed; doubles with each further one
 BACK_OFF_MOST_SECONDS = 3600.0
@@ -84,8 +91,9 @@ def by_capacity(config: BalanceConfig, rng: random.Random) -> Better:
 class Balancer:
     """Watches the swarm and has the node move.  `run` it beside what serves.
 
-    answers: whether that peer answers us.  Those who are to serve what we leave are asked before we go;
-    without it they are believed to be there as long as their records last.
+    answers: whether that peer answers us now.  Those who are to serve what we leave are asked before we
+    go, and those whose loss matters all the time; without it all are believed to be there as long as their
+    records last.
     """
 
     mover: Mover
@@ -97,10 +105,16 @@ class Balancer:
     _failures: int = 0
     _hole_since: float | None = None
     _there: frozenset[PeerId] = frozenset()  # at the last look
+    _lost: dict[PeerId, int] = field(default_factory=dict)  # who is silent, and the seq that it had
     _look_at: float = 0.0  # when to look for a better place next
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            nursery.start_soon(self._balance)
+
+    async def _balance(self) -> None:
         self._look_later()
         while True:
             await trio.sleep(LOOK_SECONDS * self.rng.uniform(0.5, 1.0))
@@ -137,10 +151,44 @@ class Balancer:
         return None if opens_gap(holders(spans), me.peer, (me.start, me.stop), found) else found
 
     def _see(self) -> tuple[Record, tuple[Record, ...]]:
-        """Ourselves, as we serve, and everybody, ourselves included."""
+        """Ourselves, as we serve, and everybody who is there, ourselves included."""
         me = self.mover.record()
-        others = self.mover.view().spans(me.revision, me.blocks, ONLINE_SOON)
-        return me, (me, *(span for span in others if span.peer != me.peer))
+        others = self._announced(me)
+        return me, (me, *(span for span in others if not self._is_lost(span)))
+
+    def _announced(self, me: Record) -> list[Record]:
+        spans = self.mover.view().spans(me.revision, me.blocks, ONLINE_SOON)
+        return [span for span in spans if span.peer != me.peer]
+
+    def _is_lost(self, span: Record) -> bool:
+        return span.seq <= self._lost.get(span.peer, -1)
+
+    async def _watch(self) -> None:
+        """Find out, again and again, who is no longer there."""
+        while self.answers is not None:
+            await trio.sleep(WATCH_SECONDS * self.rng.uniform(0.5, 1.0))
+            await self._ask_around()
+
+    async def _ask_around(self) -> None:
+        """Ask those whose loss matters, and those that were silent.
+
+        Who was silent and then announced something new is alive, but we cannot reach it: its silence says
+        nothing any more, until it has answered once.
+        """
+        me, spans = self._see()
+        announced = {span.peer for span in self._announced(me)}
+        known = {peer: seq for peer, seq in self._lost.items() if peer in announced}
+        asked = [peer for peer in watched(holders(spans), me.blocks, me.peer) if peer not in known]
+        there = await self._those_who_answer([*asked, *known])
+        silent = set(asked) - there
+        if silent:
+            await trio.sleep(AGAIN_SECONDS)
+            silent -= await self._those_who_answer(list(silent))
+        lost = taken_for_lost(asked, silent)
+        for peer in lost:
+            log.info("%s no longer answers: left out until it does, or announces something new", peer)
+        before = {peer: seq for peer, seq in known.items() if peer not in there}
+        self._lost = before | {span.peer: span.seq for span in spans if span.peer in lost}
 
     async def _go(self, window: Window) -> None:
         """Announce a move, and make it unless the others' news speak against it."""

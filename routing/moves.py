@@ -15,7 +15,7 @@ Promises, checked by tests/unit/test_moves.py:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,9 @@ MOST_IN_A_ROW = 3  # moves that make way for each other
 MOST_TRIED = 8  # of servers that others would have to stand in for, the cheapest
 MOST_LOOKED_AT = 48  # servers for each move of a plan
 MOST_TURNS = 3  # plans, each without the servers of those before it
+SPARE = 1  # a peer whose blocks have more other servers than that need not be watched
+MOST_WATCHED = 64  # all, in swarms whose servers do not see the same unless each is watched by each
+CUT_OFF_LEAST = 2  # of fewer silent peers nobody can say whether it is them or us
 MOVE_EFFORT = 5.0  # a move without loading, in blocks that are loaded in that time
 WAITING = 1.5  # times the cost, where somebody must come online first
 # A joining server that takes so many times as long as a mover does not keep that one away.
@@ -279,6 +282,32 @@ def witnesses(
         left.difference_update(range(best.start, best.stop))
         found.append(best.peer)
     return found
+
+
+def watched(
+    servers: Sequence[Holder], blocks: int, me: PeerId, most: int = MOST_WATCHED
+) -> tuple[PeerId, ...]:
+    """The peers whose crash `me` should notice before their records end: one of their blocks has few others.
+
+    Few are SPARE at most, other online servers for an online peer, other servers at all for a joining one:
+    nobody else goes where it is going.  Fewest first, then by a hash of (me, peer), so that where there are
+    more than `most` each server watches others (rendezvous hashing).  O(blocks held, by all together).
+    """
+    now, soon = _coverage((s for s in servers if s.online), blocks), _coverage(servers, blocks)
+    found = []
+    for server in servers:
+        own = (now if server.online else soon)[server.start : min(server.stop, blocks)]
+        others = int(own.min()) - 1 if len(own) else blocks
+        if server.peer != me and others <= SPARE:
+            lot = hashlib.sha256(f"{me} {server.peer}".encode()).digest()
+            found.append((others, lot, server.peer))
+    return tuple(peer for _, _, peer in sorted(found)[:most])
+
+
+def taken_for_lost(asked: Collection[PeerId], silent: Collection[PeerId]) -> frozenset[PeerId]:
+    """Which of the silent peers are lost; nobody where most are silent: then it is us who are cut off."""
+    cut_off = len(silent) >= CUT_OFF_LEAST and 2 * len(silent) > len(asked)
+    return frozenset() if cut_off else frozenset(silent)
 
 
 def gives_way(

@@ -290,15 +290,10 @@ def _movers(
 def _best_start(gains: Floats, mover: Holder, count: int, keep: tuple[int, int] | None, blocks: int) -> int:
     """Where a mover's window gains most for the blocks to load; among equals, as near as can be."""
     first, last = (max(0, keep[1] - count), keep[0]) if keep else (0, blocks - count)
-    options = range(first, min(last, blocks - count) + 1)
-    return min(
-        options,
-        key=lambda start: (
-            -round(float(gains[start]) / _effort(mover, start, count), 6),
-            abs(start - mover.start),
-            start,
-        ),
-    )
+    options = np.arange(first, min(last, blocks - count) + 1)
+    kept = np.minimum(mover.stop, options + count) - np.maximum(mover.start, options)
+    worth = np.round(gains[options] / (MOVE_EFFORT + count - np.maximum(kept, 0)), 6)
+    return int(options[np.lexsort((options, np.abs(options - mover.start), -worth))[0]])
 
 
 def _effort(mover: Holder, start: int, count: int) -> float:

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.capacity import Holder
-from routing.moves import Turn, gives_way, objection, opens_gap, turn_to_cover, turns, witnesses
+from routing.moves import (
+    SPARE,
+    Turn,
+    gives_way,
+    objection,
+    opens_gap,
+    taken_for_lost,
+    turn_to_cover,
+    turns,
+    watched,
+    witnesses,
+)
 from routing.names import PeerId
 
 BLOCKS = 8
@@ -220,3 +231,36 @@ def test_a_move_is_given_up_when_others_have_left() -> None:
     before = [span("a", 0, 4), span("b", 0, 4), span("c", 4, 8)]
     assert objection(before, before, PeerId("a"), (0, 4), (4, 8)) is None
     assert "left" in (objection(before, [before[0], before[2]], PeerId("a"), (0, 4), (4, 8)) or "")
+
+
+@settings(deadline=None)
+@given(swarms, st.integers(0, 12), st.integers(0, 2**32))
+def test_watched_is_everybody_whom_few_could_replace_fewest_first(
+    spans: list[Holder], most: int, seed: int
+) -> None:
+    me = spans[0].peer
+    mixed = random.Random(seed).sample(spans, len(spans))
+    found = watched(mixed, BLOCKS, me, len(spans))
+    assert watched(spans, BLOCKS, me, most) == found[:most]
+    assert me not in found
+    others = {}
+    for one in spans:
+        without = covered([s for s in spans if s is not one], online=one.online)
+        others[one.peer] = min(without[one.start : one.stop])
+    assert set(found) == {s.peer for s in spans if s.peer != me and others[s.peer] <= SPARE}
+    assert [others[peer] for peer in found] == sorted(others[peer] for peer in found)
+
+
+def test_where_there_are_many_to_watch_each_server_watches_others() -> None:
+    spans = [span(f"s{number}", number, number + 1) for number in range(60)]
+    seen = {peer for me in range(20) for peer in watched(spans, 60, PeerId(f"s{me}"), 10)}
+    assert len(seen) > 50
+    assert len(watched(spans, 60, PeerId("s0"), 10)) == 10
+
+
+def test_silence_of_most_means_that_we_are_cut_off() -> None:
+    assert taken_for_lost("abcd", "ab") == {"a", "b"}
+    assert taken_for_lost("abcd", "abc") == frozenset()
+    assert taken_for_lost("ab", "ab") == frozenset()
+    assert taken_for_lost("a", "a") == {"a"}, "of two servers one can only believe in the other's loss"
+    assert taken_for_lost("ab", "") == frozenset()
