@@ -44,9 +44,9 @@ INFO = SimpleNamespace(name="m", revision="r", blocks=6, hidden_size=HIDDEN, max
 
 @dataclass
 class FakeMeans:
-    """room: for two spans at once."""
+    """room: for so many blocks beside what is loaded."""
 
-    room: bool = True
+    room: int = 6
     device: str = "cpu"
     limits: Limits = LIMITS
     fetched: list[tuple[int, int]] = field(default_factory=list)
@@ -58,34 +58,50 @@ class FakeMeans:
         self.fetched.append((start, stop))
 
     def check_room(self, blocks: int) -> None:
-        if not self.room:
+        if blocks > self.room:
             raise ConfigError("no room")
 
 
 @dataclass
 class FakeDirectory:
-    """said: everything that was announced, as (state, start, stop)."""
+    """said: everything that was announced, as (state, start, stop), and where it is going from there."""
 
     peer_id: PeerId = ME
-    said: list[tuple[str, int, int]] = field(default_factory=list)
+    said: list[tuple[str | int, ...]] = field(default_factory=list)
 
     def view(self) -> SwarmView:
         return SwarmView("")
 
     async def announce(self, record: Record) -> None:
         await trio.lowlevel.checkpoint()
-        self.said.append((record.state, record.start, record.stop))
+        going = (record.next_start, record.next_stop) if record.moves else ()
+        self.said.append((record.state, record.start, record.stop, *going))
 
 
 @dataclass
 class Loader:
-    """Makes stints over fakes; `broken` spans cannot be loaded."""
+    """Makes stints over fakes, and blocks; `broken` spans and blocks cannot be loaded.
+
+    seconds: that a span takes, and a block.
+    """
 
     broken: set[tuple[int, int]] = field(default_factory=set)
     loaded: list[tuple[int, int]] = field(default_factory=list)
     seconds: float = 5.0
 
-    async def __call__(self, means: object, offer: Offer, compute: object) -> Stint:
+    async def blocks(self, means: object, offer: Offer, compute: object) -> list[FakeSpan]:
+        fresh = []
+        for block in range(offer.start, offer.stop):
+            await trio.sleep(self.seconds)
+            if (block, block + 1) in self.broken:
+                raise RuntimeError("not enough memory")
+            self.loaded.append((block, block + 1))
+            fresh.append(FakeSpan(block, block + 1))
+        return fresh
+
+    async def __call__(
+        self, means: object, offer: Offer, compute: object, *, in_pieces: bool = False
+    ) -> Stint:
         await trio.sleep(self.seconds)
         if (offer.start, offer.stop) in self.broken:
             raise RuntimeError("not enough memory")
@@ -125,22 +141,22 @@ class Setting:
 
 
 @asynccontextmanager
-async def serving(room: bool = True) -> AsyncIterator[Setting]:
+async def serving(room: int = 6) -> AsyncIterator[Setting]:
     async with trio.open_nursery() as nursery:
         directory, loader = FakeDirectory(), Loader()
         online: list[tuple[int, int]] = []
         server = Server(
             FakeMeans(room), directory, FakeCompute(), nursery,  # type: ignore[arg-type]
-            lambda offer: online.append((offer.start, offer.stop)), loader,
+            lambda offer: online.append((offer.start, offer.stop)), loader, loader.blocks,
         )  # fmt: skip
         await server.begin(0, 3)
         yield Setting(server, directory, loader, online, nursery)
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", [3, 0])
 async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
-    room: bool, autojump_clock: object
+    room: int, autojump_clock: object
 ) -> None:
     async with serving(room) as setting:
         assert isinstance((await setting.open(0, 3))[1], Opened)
@@ -148,8 +164,9 @@ async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
         assert isinstance((await setting.open(0, 3, 1))[1], Opened), "as long as it only says so"
         await setting.server.move(3, 6)
         assert setting.online == [(0, 3), (3, 6)]
+        last = [("online", 3, 6)] if room else [("joining", 3, 6), ("online", 3, 6)]
         assert setting.directory.said == [
-            ("joining", 0, 3), ("online", 0, 3), ("joining", 3, 6), ("online", 3, 6),
+            ("joining", 0, 3), ("online", 0, 3), ("online", 0, 3, 3, 6), *last,
         ]  # fmt: skip
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
         refused = (await setting.open(0, 3, 3))[1]
@@ -161,7 +178,7 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     autojump_clock.autojump_threshold = 0.05  # a real thread looks for the files
-    async with serving(room=False) as setting:
+    async with serving(room=0) as setting:
         stream, _ = await setting.open(0, 3)
         setting.nursery.start_soon(setting.server.move, 3, 6)
         frame = await stream.receive(1)
@@ -177,9 +194,9 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", [3, 0])
 async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_again(
-    room: bool, autojump_clock: object
+    room: int, autojump_clock: object
 ) -> None:
     async with serving(room) as setting:
         await setting.open(0, 3)
@@ -193,21 +210,22 @@ async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_agai
 
 
 async def test_when_neither_can_be_loaded_the_error_says_so(autojump_clock: object) -> None:
-    async with serving(room=False) as setting:
+    async with serving(room=0) as setting:
         setting.loader.broken |= {(3, 6), (0, 3)}
         with pytest.raises(ConfigError, match=r"blocks 0:3 were left .* neither could be loaded"):
             await setting.server.move(3, 6)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 4.0])
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 6.0])
+@pytest.mark.parametrize("room", [3, 0])
+@pytest.mark.parametrize("window", [(3, 6), (1, 4)])
 async def test_a_node_can_leave_in_the_midst_of_a_move(
-    room: bool, seconds: float, autojump_clock: object
+    window: tuple[int, int], room: int, seconds: float, autojump_clock: object
 ) -> None:
     async with serving(room) as setting:
         await setting.open(0, 3)
         with trio.move_on_after(seconds):
-            await setting.server.move(3, 6)
+            await setting.server.move(*window)
         began = trio.current_time()
         await setting.server.leave()
         assert trio.current_time() - began < 2 * LIMITS.drain_seconds + 1
