@@ -426,7 +426,7 @@ async def test_without_a_common_block_the_old_span_is_served_until_the_new_one_i
         assert watch.said[-1] == ("online", 3, 6)
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
         assert setting.server.session_count == 2, "the one that is in use is served until it has moved"
-        await trio.sleep(20)
+        await trio.sleep(5)
         assert setting.server.session_count == 1
         assert setting.server.door.leaving is None
 
