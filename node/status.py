@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +109,13 @@ def _chains(
 def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
     """What the peers can do together by what they announce, in tokens per second, and what limits it.
 
-    One token of one session at a time in each server: batches do more.
+    One token of one session at a time in each server: batches do more.  Who moves counts with what it
+    serves still.
     """
     from routing.capacity import bottleneck, bound
     from routing.placement import holders
 
-    held = holders(spans)
+    held = holders([replace(span, next_start=0, next_stop=0) for span in spans])
     narrow = bottleneck(held, blocks)
     limiting = set(narrow.blocks)
     return {
@@ -132,6 +134,7 @@ def _peer(record: Record, rtt: float | None) -> dict[str, Any]:  # Any: JSON
         "state": record.state,
         "model": record.model,
         "blocks": [record.start, record.stop] if record.role == "serve" else None,
+        "next_blocks": [record.next_start, record.next_stop] if record.moves else None,
         "dtype": record.dtype,
         "quantize": record.quantize,
         "decode_ms_per_block": round(record.seconds_per_block * 1e3, 4),
@@ -182,7 +185,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
             "…" + peer["peer"][-6:],
             peer["name"],
             peer["state"] if serves else peer["role"],
-            f"{peer['blocks'][0]}:{peer['blocks'][1]}" if serves else "",
+            _blocks(peer) if serves else "",
             peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none"),
             f"{peer['decode_ms_per_block']:.2f}" if measured else "",
             f"{peer['prefill_tokens_per_s']:.0f}" if measured else "",
@@ -203,6 +206,12 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         parts.append(_limit(model))
         parts += _chain_lines(model.get("chains", []))
     return parts
+
+
+def _blocks(peer: dict[str, Any]) -> str:  # Any: JSON
+    """ "20:30", and "20:30 -> 24:34" of one that moves."""
+    spans = (peer["blocks"], peer["next_blocks"])
+    return " -> ".join(f"{start}:{stop}" for start, stop in filter(None, spans))
 
 
 def _what_if(model: dict[str, Any]) -> str:  # Any: JSON

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -19,17 +19,29 @@ LOOK_SECONDS = 2.0  # between two looks
 MOVES_KEPT = 20
 
 
+class Moving(NamedTuple):
+    """A server on its way from `old` blocks to `new` ones."""
+
+    peer: PeerId
+    old: tuple[int, int]
+    new: tuple[int, int]
+
+
+def _going(record: Record) -> tuple[int, int]:
+    return (record.next_start, record.next_stop) if record.moves else (record.start, record.stop)
+
+
 @dataclass(slots=True)
 class Changes:
     """Which servers have come, gone, or changed their blocks while somebody was watching.
 
-    moving: those that were online before and load other blocks now.
+    moving: those that are about to serve other blocks, from which and which.
     """
 
     joined: int = 0
     left: int = 0
     moves: int = 0
-    moving: tuple[PeerId, ...] = ()
+    moving: tuple[Moving, ...] = ()
     last_moves: list[dict[str, Any]] = field(default_factory=list)  # Any: JSON
     _spans: dict[PeerId, tuple[str, int, int]] | None = None  # of those online; None before the first look
 
@@ -39,10 +51,14 @@ class Changes:
         first, spans = self._spans is None, self._spans or {}
         gone = [peer for peer in spans if peer not in servers]
         self.left += len(gone)
-        self.moving = tuple(p for p, record in servers.items() if p in spans and record.state == "joining")
+        self.moving = tuple(
+            Moving(peer, (spans[peer][1], spans[peer][2]), _going(record))
+            for peer, record in servers.items()
+            if peer in spans and (record.moves or record.state == "joining")
+        )
         self._spans = {peer: span for peer, span in spans.items() if peer in servers}
         for peer, record in servers.items():
-            if record.state != "online":
+            if record.state != "online" or (record.moves and peer in spans):
                 continue  # who announces a move may still think better of it
             span = record.revision, record.start, record.stop
             known = spans.get(peer)
@@ -60,7 +76,9 @@ class Changes:
             "joined": self.joined,
             "left": self.left,
             "moves": self.moves,
-            "moving": list(self.moving),
+            "moving": [
+                {"peer": each.peer, "from": list(each.old), "to": list(each.new)} for each in self.moving
+            ],
             "last_moves": self.last_moves,
         }
 
@@ -105,7 +123,9 @@ def _screen(as_json: bool) -> Iterator[Any]:  # Any: a function of JSON
 
 def change_lines(facts: dict[str, Any], most: int = 5) -> Sequence[str]:  # Any: JSON
     """What has happened, for people."""
-    moving = ", ".join("…" + peer[-6:] for peer in facts["moving"])
+    moving = ", ".join(
+        "…{} {}:{} -> {}:{}".format(each["peer"][-6:], *each["from"], *each["to"]) for each in facts["moving"]
+    )
     lines = [
         f"in {facts['seconds']:.0f} s: {facts['joined']} joined, {facts['left']} left, {facts['moves']} moved"
         + (f"; moving now: {moving}" if moving else "")

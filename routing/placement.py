@@ -59,12 +59,19 @@ def holders(spans: Sequence[Record]) -> list[Holder]:
 
     A peer that has not measured its rate counts as the median of those that have; where none has,
     as one block per second: what matters is which blocks are held at all.
+    One that is about to move counts where it is going, and not as online: nobody relies on what it leaves.
     """
     measured = [span for span in spans if span.seconds_per_block > 0]
     rates = believed_rates(measured)
     usual = sorted(rates.values())[len(rates) // 2] if rates else 1.0
     return [
-        Holder(s.peer, s.start, s.stop, 1.0 / rates.get(s.peer, usual), s.state == "online")
+        Holder(
+            s.peer,
+            s.next_start if s.moves else s.start,
+            s.next_stop if s.moves else s.stop,
+            1.0 / rates.get(s.peer, usual),
+            s.state == "online" and not s.moves,
+        )
         for s in sorted(spans, key=lambda s: s.peer)
     ]
 

@@ -56,6 +56,8 @@ class Record:
 
     addresses: multiaddrs without /p2p.  swarm: id of the swarm, "public" where it has no key.
     blocks: of the whole model; [start, stop) is what this peer holds of it.
+    next_start, next_stop: what it is about to hold instead, 0 and 0 for the same; until then it serves
+        [start, stop), or as much of it as both have.
     seconds_per_block: one decode step of one token of one session through one block; 0 where not
         yet measured (allowed only in state joining or offline).
     prefill_seconds_per_token: the same for one token of a prefill, per block.
@@ -75,6 +77,8 @@ class Record:
     blocks: int = 0
     start: int = 0
     stop: int = 0
+    next_start: int = 0
+    next_stop: int = 0
     state: State = "online"
     dtype: str = ""
     quantize: str = "none"
@@ -88,6 +92,11 @@ class Record:
     ttl_seconds: float = 90.0
     name: str = ""
     version: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether this peer is about to serve other blocks."""
+        return self.next_stop > 0
 
 
 def sign_record(record: Record, private_key: bytes) -> bytes:
@@ -187,7 +196,9 @@ def _to_wire(record: Record) -> dict[str, object]:
         "ttl_seconds": float(record.ttl_seconds),
         "version": record.version,
     }
-    return fields
+    if record.next_start or record.next_stop:  # else not a word of it
+        fields |= {"next_start": record.next_start, "next_stop": record.next_stop}
+    return dict(sorted(fields.items()))
 
 
 def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
@@ -200,6 +211,10 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
     blocks = fields.integer("blocks", int(serves), MAX_BLOCKS if serves else 0)
     start = fields.integer("start", 0, max(blocks - 1, 0))
     stop = fields.integer("stop", start + 1 if serves else 0, blocks)
+    next_start, next_stop = 0, 0
+    if "next_start" in fields or "next_stop" in fields:
+        next_start = fields.integer("next_start", 0, max(blocks - 1, 0))
+        next_stop = fields.integer("next_stop", next_start + 1, blocks)
     slowest = MAX_RATE_SECONDS if serves else 0.0
     fastest = MIN_RATE_SECONDS if serves and state in ("online", "draining") else 0.0
     return Record(
@@ -212,6 +227,8 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         blocks=blocks,
         start=start,
         stop=stop,
+        next_start=next_start,
+        next_stop=next_stop,
         state=state,
         dtype=fields.text("dtype", 16, empty=not serves),
         quantize=fields.text("quantize", 16, empty=True),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -241,13 +241,22 @@ def likely_adjacent(view: SwarmView, record: Record, most: int) -> tuple[Record,
     are so many; those that hold its next block, or the one before its first, come first.
 
     A hop may begin and end anywhere in its span, so any peer that reaches further is a candidate, and so
-    is one that could do the first or the last part of the span in its place.
+    is one that could do the first or the last part of the span in its place.  Who moves is looked at where
+    it will be.
     """
-    others = [s for s in view.spans(record.revision, record.blocks, ONLINE_SOON) if s.peer != record.peer]
-    start, stop = record.start, record.stop
+    spans = map(_moved, view.spans(record.revision, record.blocks, ONLINE_SOON))
+    others = [s for s in spans if s.peer != record.peer]
+    start, stop = _moved(record).start, _moved(record).stop
     behind = [s for s in others if s.start <= stop < s.stop]
     behind += [s for s in others if start < s.start < stop == s.stop]
     before = [s for s in others if s.start < start <= s.stop]
     before += [s for s in others if start == s.start < s.stop < stop]
     in_turn = (s for pair in zip_longest(behind, before) for s in pair if s is not None)
     return tuple({s.peer: s for s in in_turn}.values())[:most]
+
+
+def _moved(record: Record) -> Record:
+    """The record as it is after the move that it announces."""
+    if not record.moves:
+        return record
+    return replace(record, start=record.next_start, stop=record.next_stop, next_start=0, next_stop=0)

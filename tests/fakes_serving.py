@@ -80,7 +80,13 @@ class FakeCache:
 
 
 class FakeArena:
-    """Makes caches."""
+    """Makes caches.  held: the blocks that it has stores for, as far as it was told."""
+
+    held: tuple[int, int] | None = None
+
+    def hold(self, start: int, shapes: Sequence[object]) -> None:
+        """Have stores for these blocks."""
+        self.held = start, start + len(shapes)
 
     def open(self, batch: int, max_length: int) -> FakeCache:
         """An empty cache."""
@@ -100,6 +106,24 @@ class FakeSpan:
         self.hidden_size = HIDDEN
         self.steps: list[tuple[int, int, int, int]] = []
         self.poison: Callable[[Tensor], Tensor] = lambda hidden: hidden
+
+    can_cut = True
+
+    @property
+    def shapes(self) -> tuple[None, ...]:
+        """One for each block."""
+        return (None,) * (self.stop - self.start)
+
+    def part(self, start: int, stop: int) -> FakeSpan:
+        """A span of some of the blocks."""
+        assert self.start <= start < stop <= self.stop
+        return FakeSpan(start, stop)
+
+    def joined(self, others: Sequence[FakeSpan]) -> FakeSpan:
+        """One span of neighbours."""
+        spans = sorted([self, *others], key=lambda span: span.start)
+        assert all(one.stop == two.start for one, two in itertools.pairwise(spans))
+        return FakeSpan(spans[0].start, spans[-1].stop)
 
     def new_cache(self, batch: int, max_length: int) -> FakeCache:
         """An empty cache."""

@@ -3,7 +3,8 @@
 Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
 A row of a session owns pages of 16 positions, in any order; `table` says which page holds which
 positions of which row (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a
-session that grows takes another one, and going back is setting a number.  Sliding-window blocks
+session that grows takes another one, and going back is setting a number.  A span that takes other
+blocks changes the list of stores and nothing else: a page is the same for every block.  Sliding-window blocks
 keep everything too: what left the window is masked, and going back needs no snapshot.
 
 The last page of every store belongs to nobody: what lies behind a row's end in a batch of longer ones
@@ -73,21 +74,17 @@ class Arena:
 
         tokens: positions of all rows together, rounded up to pages.  max_length: of one row.
         """
-        self.start = start
-        self.shapes = tuple(shapes)
         self.page_tokens = page_tokens
         self.pages = -(-tokens // page_tokens)
         self.max_length = max_length
-        slots = (self.pages + 1) * page_tokens
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.start = start
+        self.shapes: tuple[BlockShape | None, ...] = ()
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        for shape in self.shapes:
-            key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
-            value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
-            self.keys.append(_zeros((slots, *key), dtype, device))
-            self.values.append(_zeros((slots, *value), dtype, device))
-        self._stores = [store for store in (*self.keys, *self.values) if store.numel()]
         self._opening = threading.Lock()
+        self.hold(start, shapes)
         self.nobodys_page = self.pages
         self._free = np.ones(self.pages, bool)
         self._free_pages = self.pages
@@ -98,10 +95,26 @@ class Arena:
         )
         self._free_rows = list(range(8))[::-1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the stores are."""
-        return self.keys[0].device
+    def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
+        """Have stores for these blocks from now on; those of blocks that were there before stay as they are.
+
+        Sessions that use no other blocks go on as if nothing had happened.
+        """
+        both = zip(self.keys, self.values, strict=True)
+        known = {self.start + index: stores for index, stores in enumerate(both)}
+        stores = [known.get(block) or self._new(shape) for block, shape in enumerate(shapes, start)]
+        self.start, self.shapes = start, tuple(shapes)
+        self.keys, self.values = [keys for keys, _ in stores], [values for _, values in stores]
+        self._stores = [store for store in (*self.keys, *self.values) if store.numel()]
+
+    def _new(self, shape: BlockShape | None) -> tuple[Tensor, Tensor]:
+        slots = (self.pages + 1) * self.page_tokens
+        key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
+        value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
+        return (
+            _zeros((slots, *key), self.dtype, self.device),
+            _zeros((slots, *value), self.dtype, self.device),
+        )
 
     @property
     def free_tokens(self) -> int:

@@ -187,7 +187,7 @@ class _Where:
 
 
 class FusedSpan:
-    """Runs of fused blocks over an arena.  Made by `fuse`."""
+    """Runs of fused blocks over an arena.  Made by `fuse`, `part` and `joined`."""
 
     def __init__(
         self,
@@ -207,6 +207,16 @@ class FusedSpan:
         # What the compiled kernels read, where they can: one dtype of all matrices.
         self._kept = kept.pop() if len(kept) == 1 else None
         self._graphs: WeakKeyDictionary[Arena, DecodeGraphs] = WeakKeyDictionary()
+        self._config = config
+
+    def part(self, start: int, stop: int) -> FusedSpan:
+        """The blocks [start, stop) by themselves."""
+        return FusedSpan(self._run(start, stop), start, self._rotary, self._config)
+
+    def joined(self, spans: Sequence[FusedSpan]) -> FusedSpan:
+        """All blocks of these, which follow upon each other; this one may be among them."""
+        blocks = [block for span in spans for block in span.blocks]
+        return FusedSpan(blocks, spans[0].start, self._rotary, self._config)
 
     def step(
         self, hidden: Tensor, arena: Arena, rows: NDArray[np.int64], position: int, start: int, stop: int

@@ -10,6 +10,9 @@ takes the received hidden states whatever it is handed.
 
 A session may use a part of a span.  Each such run is a view: a shallow copy of the model with
 fewer blocks and a config to match, made when first asked for.
+
+A span does not change, but another one may have some of its blocks: `Span.part` and `Span.joined` make
+one out of blocks that are there already, and what no span has any more is given back.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -30,7 +34,7 @@ from node.model.architecture import Architecture, architecture_of
 from node.model.arena import PAGE_TOKENS, Arena, BlockShape, SpanCache, tensor_bytes
 from node.model.checkpoint import block_tensors, check_blocks, check_loaded, load_tensors
 from node.model.folder import ModelFolder
-from node.model.fused import fuse
+from node.model.fused import FusedSpan, fuse
 from node.model.info import TRANSPOSED, UNBOUNDED_POSITIONS
 from node.model.library_cache import ArenaRun, ShapeProbe
 from node.model.progress import Progress, silent
@@ -57,13 +61,23 @@ class LibraryConfig(Protocol):
 
 
 class Span:
-    """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`.
+    """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`, `part` and `joined`.
 
     dtype: of the hidden states inside.  shapes: what each block caches, None for a convolution.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, start: int, stop: int) -> None:
-        """model: the trimmed base model, whose config is that of the whole model."""
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        start: int,
+        stop: int,
+        made: tuple[FusedSpan | None, tuple[BlockShape | None, ...]] | None = None,
+    ) -> None:
+        """model: the trimmed base model, whose config is that of the whole model.
+
+        made: what other spans of these blocks have found out, our own code and the shapes.
+        """
         self.start = start
         self.stop = stop
         self.architecture = architecture
@@ -74,8 +88,11 @@ class Span:
         self.device = parameter.device
         self.hidden_size = self.config.hidden_size
         self._views: dict[tuple[int, int], tuple[nn.Module, _Entry]] = {}
-        self._fused = fuse(model, architecture, _blocks(model, architecture), start)
-        self.shapes = self._probe()
+        if made is None:
+            self._fused = fuse(model, architecture, _blocks(model, architecture), start)
+            self.shapes = self._probe()
+        else:
+            self._fused, self.shapes = made
 
     @property
     def can_cut(self) -> bool:
@@ -96,6 +113,42 @@ class Span:
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return tensor_bytes(self.model)
+
+    def part(self, start: int, stop: int) -> Span:
+        """A span of the blocks [start, stop) of this one: the same weights, and no others are held by it."""
+        self._run_of(start, stop)
+        first, last = start - self.start, stop - self.start
+        blocks = _blocks(self.model, self.architecture)[first:last]
+        fused = None if self._fused is None else self._fused.part(start, stop)
+        return self._of(blocks, start, (fused, self.shapes[first:last]))
+
+    def joined(self, others: Sequence[Span]) -> Span:
+        """One span of these blocks and those of `others`, loaded alike: nothing is copied.
+
+        Raises LocalProtocolError unless each begins where another one ends.
+        """
+        spans = sorted((self, *others), key=lambda span: span.start)
+        for one, two in pairwise(spans):
+            alike = (one.architecture, one.dtype, one.device) == (two.architecture, two.dtype, two.device)
+            if one.stop != two.start or not alike:
+                raise LocalProtocolError(
+                    f"blocks {one.start}:{one.stop} in {one.dtype} on {one.device} and"
+                    f" {two.start}:{two.stop} in {two.dtype} on {two.device} do not make one span"
+                )
+        blocks = [block for span in spans for block in _blocks(span.model, span.architecture)]
+        fused = [span._fused for span in spans if span._fused is not None]
+        whole = self._fused.joined(fused) if self._fused and len(fused) == len(spans) else None
+        shapes = tuple(shape for span in spans for shape in span.shapes)
+        return self._of(blocks, spans[0].start, (whole, shapes))
+
+    def _of(
+        self,
+        blocks: list[nn.Module],
+        start: int,
+        made: tuple[FusedSpan | None, tuple[BlockShape | None, ...]],
+    ) -> Span:
+        model = _holding(self.model, self.architecture, blocks, cast(Any, self.model).config)
+        return Span(model, self.architecture, start, start + len(blocks), made)
 
     def new_arena(self, tokens: int, max_length: int | None = None) -> Arena:
         """Room for the keys and values of `tokens` positions, in rows of up to `max_length`."""
@@ -423,8 +476,13 @@ def with_blocks(
 
     All other modules are shared with the original.
     """
+    return _holding(model, architecture, blocks, sliced_config(cast(Any, model).config, start, stop))
+
+
+def _holding(model: nn.Module, architecture: Architecture, blocks: list[nn.Module], config: Any) -> nn.Module:
+    """The same with this config.  Any: the library's."""
     view = _shallow(model)
-    config = cast(Any, view).config = sliced_config(cast(Any, model).config, start, stop)
+    cast(Any, view).config = config
     container = view
     if architecture.container:
         container = _shallow(model.get_submodule(architecture.container))

@@ -220,6 +220,20 @@ class Directory:
             return rtt
         raise SlowPeer(f"{peer} did not answer a ping within {PING_SECONDS:g} s")
 
+    async def answers(self, peer: PeerId, seconds: float = PING_SECONDS) -> bool:
+        """Whether that peer answers a ping now, within so many seconds, whatever was measured before."""
+        if not (addresses := self.addresses(peer)):
+            await trio.lowlevel.checkpoint()
+            return False
+        with trio.move_on_after(seconds):
+            try:
+                await self._host.ping(peer, addresses)
+            except PeerFault as fault:
+                log.debug("no answer from %s: %s", peer, fault)
+                return False
+            return True
+        return False
+
     async def measure(self, peers: Collection[PeerId], seconds: float = PING_SECONDS) -> dict[PeerId, float]:
         """The round-trip times of those of these peers that answer within `seconds`.
 

@@ -1,7 +1,8 @@
 """The way in to whatever span is served just now: streams outlive the span that they came for.
 
 A node that moves is reached under the same protocols before and after, and its peers keep their push
-streams to it: each step goes to the sessions of the span that is served when it arrives.
+streams to it: each step goes to its session, of the span that is served when it arrives or, as long as
+these have not all moved elsewhere, of the one before it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ RETRY_SECONDS = 2.0  # after which the new blocks may be there
 
 @dataclass(slots=True)
 class Door:
-    """Leads each stream to the stint of the moment; where there is none, it says so."""
+    """Leads each stream to the stint of the moment; where there is none, it says so.
+
+    leaving: the one before, while its sessions move elsewhere.
+    """
 
     limits: Limits
     stint: Stint | None = None
+    leaving: Stint | None = None
+
+    @property
+    def stints(self) -> tuple[Stint, ...]:
+        """Those that have sessions, the present one first."""
+        return tuple(stint for stint in (self.stint, self.leaving) if stint is not None)
 
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one session.  Raises PeerFault."""
@@ -42,8 +52,9 @@ class Door:
     async def serve_push(self, stream: FrameStream) -> None:
         """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
         while (frame := await stream.receive()) is not None:
-            if self.stint is not None:  # else its sessions have ended, and their clients know it
-                await self.stint.listener.take_push(frame, stream.peer)
+            for stint in self.stints:  # if there is none, its sessions have ended, and their clients know it
+                if await stint.listener.take_push(frame, stream.peer):
+                    break
 
     async def _refuse(self, stream: FrameStream) -> None:
         if await stream.receive(self.limits.frame_start_seconds) is not None:

@@ -39,6 +39,7 @@ from tensor_codec.limits import Limits
 from tensor_codec.messages import (
     Contract,
     Failed,
+    Message,
     Open,
     Opened,
     decode_open,
@@ -67,6 +68,10 @@ class Served:
     hidden_size: int
     max_position: int
     can_cut: bool = True
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether the blocks [start, stop) are all served."""
+        return self.start <= start < stop <= self.stop
 
 
 @dataclass(slots=True, eq=False)
@@ -143,12 +148,17 @@ class Listener:
         while (frame := await stream.receive()) is not None:
             await self.take_push(frame, stream.peer)
 
-    async def take_push(self, frame: Buffer, peer: PeerId) -> None:
-        """One step that `peer` pushes.  Raises PeerFault."""
+    async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
+        """One step that `peer` pushes; False where there is no such session.  Raises PeerFault."""
         message = read_message(frame, frozenset({"step"}))
         hop = self._sessions.get(step_session(message))
-        if hop is None or hop.scope.cancel_called:
-            return  # it ended while the step was on its way
+        if hop is None:
+            return False  # it ended while the step was on its way
+        if not hop.scope.cancel_called:
+            await self._take(message, hop, peer)
+        return True
+
+    async def _take(self, message: Message, hop: Hop, peer: PeerId) -> None:
         if hop.feeder != peer:
             # A hop that has been replaced, a thief, or the client opened its two hops differently:
             # the stream, which serves other sessions too, goes on.
@@ -172,22 +182,34 @@ class Listener:
         They are told, and served until they have moved, were silent for a while, or time is up.
         """
         self.draining = True
+        await self._hand_over(lambda: list(self._sessions.values()))
+
+    async def hand_over_others(self) -> None:
+        """Let the clients whose sessions use blocks that are served no longer move elsewhere.  As `drain`."""
+
+        def others() -> list[Hop]:
+            held = self._sessions.values()
+            return [hop for hop in held if not self.served.has(hop.contract.start, hop.contract.stop)]
+
+        await self._hand_over(others)
+
+    async def _hand_over(self, which: Callable[[], list[Hop]]) -> None:
         limits = self.limits
         async with trio.open_nursery() as nursery:
-            for hop in self._sessions.values():
+            for hop in which():
                 nursery.start_soon(tell, hop, replace(Failed.of(_leaving()), code="leaving"))
         with trio.move_on_after(limits.drain_seconds):
-            while self._sessions:
+            while hops := which():
                 silent = trio.current_time() - limits.drain_idle_seconds
-                for hop in self._sessions.values():
+                for hop in hops:
                     if not hop.in_use and hop.active_at <= silent:
                         hop.end(_leaving())
                 with trio.move_on_after(limits.drain_idle_seconds / 4):
                     await self._one_less.wait()
-        for hop in self._sessions.values():
+        for hop in which():
             hop.end(_leaving())
         with trio.move_on_after(limits.drain_seconds):
-            while self._sessions:
+            while which():
                 await self._one_less.wait()
 
     async def _end_earlier(self, peer: PeerId, opened: Open) -> None:
@@ -224,8 +246,8 @@ class Listener:
         )
         cache = self.arena.open(opened.batch, opened.max_length)
         try:
-            if self.draining:  # since it was checked it may have waited
-                raise _draining()
+            if self.draining or not self.served.has(opened.start, opened.stop):
+                raise _draining()  # since it was checked it may have waited
             hop = Hop(
                 opened=opened,
                 contract=contract,
@@ -262,7 +284,7 @@ class Listener:
             )
         if opened.dtype != served.dtype:
             raise WrongRevision(f"dtype {opened.dtype} was asked for, {served.dtype} is served here")
-        if not served.start <= opened.start < opened.stop <= served.stop:
+        if not served.has(opened.start, opened.stop):
             raise WrongRevision(
                 f"blocks {opened.start}:{opened.stop} were asked for,"
                 f" {served.start}:{served.stop} are served here"

@@ -1,25 +1,31 @@
 """Serves one span after the other: what a node does between joining and leaving the swarm.
 
-The moves are decided elsewhere (`node.balancer`).  Here is what one takes: the sessions are moved to
-other servers by their clients, the new span is loaded, beside the old one where there is memory for
-both, and if it cannot be loaded the old one is served again.
+The moves are decided elsewhere (`node.balancer`).  Here is what one takes.  Where the new span has
+blocks of the old one, these are served all the time, and their sessions stay; only the missing blocks
+are loaded: first, where there is memory for all, else when those that are left have been given back.
+Where the spans have nothing in common the new one is loaded beside the old one, or, without the memory
+for that, after it: only then is nothing served meanwhile.  Sessions of blocks that are left are moved
+to other servers by their clients.  If the new blocks cannot be loaded the old ones are served again.
+
+What we announce is always what is served, and where we are going.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import trio
 
 from node.balancer import MoveFailed
 from node.compute import ComputeThread
 from node.config import ConfigError
+from node.model.span import Span
 from node.serving.door import Door
-from node.serving.stint import LOAD_FAULTS, Means, Offer, Stint, forget_unused, load_stint
+from node.serving.stint import LOAD_FAULTS, Means, Offer, Stint, forget_unused, load_blocks, load_stint
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import SwarmView
@@ -43,7 +49,16 @@ class Announcer(Protocol):
         """Say this of ourselves."""
 
 
-Load = Callable[[Means, Offer, ComputeThread], Awaitable[Stint]]
+class Load(Protocol):
+    """Makes a stint: `load_stint`."""
+
+    async def __call__(
+        self, means: Means, offer: Offer, compute: ComputeThread, *, in_pieces: bool = False
+    ) -> Stint:
+        """Raises LOAD_FAULTS."""
+
+
+LoadBlocks = Callable[[Means, Offer, ComputeThread], Awaitable[Sequence[Span]]]
 
 
 @dataclass(slots=True)
@@ -51,7 +66,6 @@ class Server:
     """Serves a span, and another one when told to.
 
     nursery: for the computing.  came_online: called with the new offer whenever a span is served.
-    load: makes a stint, `load_stint`.
     """
 
     means: Means
@@ -60,8 +74,11 @@ class Server:
     nursery: trio.Nursery
     came_online: Callable[[Offer], None]
     load: Load = load_stint
+    load_blocks: LoadBlocks = load_blocks
     door: Door = field(init=False)
     _said: Record | None = None  # while it is to be kept true
+    _going: tuple[int, int] | None = None  # to these blocks
+    _saying: trio.Lock = field(default_factory=trio.Lock)  # else an older record might overtake a newer one
 
     def __post_init__(self) -> None:
         self.door = Door(self.means.limits)
@@ -69,22 +86,25 @@ class Server:
     @property
     def session_count(self) -> int:
         """Sessions that are open."""
-        return 0 if self.door.stint is None else self.door.stint.listener.session_count
+        return sum(stint.listener.session_count for stint in self.door.stints)
 
     async def begin(self, start: int, stop: int) -> None:
         """Load the first span and serve it.  Raises ConfigError."""
         offer = self.means.offer(start, stop)
-        await self.directory.announce(offer.record("joining"))
+        await self._say_joining(offer)
         stint = await self.load(self.means, offer, self.compute)
-        self.nursery.start_soon(stint.run)
         await self._open(stint)
+        self._settled()
 
     async def leave(self) -> None:
         """Serve what is there to its end, and nothing new.  Bounded."""
-        self._said = None
-        if self.door.stint is not None:
-            await self.directory.announce(self.door.stint.record("draining"))
-            await self.door.stint.drain()
+        async with self._saying:
+            self._said = None
+            if self.door.stint is not None:
+                await self.directory.announce(self.door.stint.record("draining"))
+        async with trio.open_nursery() as nursery:
+            for stint in self.door.stints:
+                nursery.start_soon(stint.drain)
 
     async def keep_record_true(self) -> None:
         """Announce anew when what we said of our speed and room has become wrong, until cancelled."""
@@ -98,10 +118,12 @@ class Server:
             idle = idle + 1 if engine.rates.relax() else 0
             if idle % LOOK_ROUNDS == 1:
                 await engine.look_again()
-            now = stint.record("online")
-            if stint is self.door.stint and self._said is not None and not _about_equal(self._said, now):
-                self._said = now
-                await self.directory.announce(now)
+            async with self._saying:
+                if stint is not self.door.stint or self._said is None:
+                    continue
+                if not _about_equal(self._said, now := self._truth()):
+                    self._said = now
+                    await self.directory.announce(now)
 
     # --- what the balancer asks for ---
 
@@ -115,72 +137,149 @@ class Server:
 
     async def announce_move(self, start: int, stop: int) -> None:
         """Say that we are about to serve these blocks; what we serve, we go on serving."""
-        self._said = None
-        await self.directory.announce(self.means.offer(start, stop).record("joining"))
+        self._going = (start, stop)
+        await self._say()
 
     async def stay(self) -> None:
         """Say again that we serve what we serve."""
-        self._said = self._current().record("online")
-        await self.directory.announce(self._said)
+        self._going = None
+        await self._say()
 
     async def move(self, start: int, stop: int) -> None:
-        """Hand our sessions over, and serve these blocks.
+        """Serve these blocks, and hand over the sessions of those that are left.
 
-        Raises MoveFailed: the old ones are served again.  ConfigError: neither can be loaded.
+        Raises MoveFailed: the old ones are served again, or as many of them as can be.  ConfigError:
+        nothing can be loaded.
         """
-        old, offer = self._current(), self.means.offer(start, stop)
+        old, offer = self._current().offer, self.means.offer(start, stop)
+        self._going = (start, stop)
         try:
             await trio.to_thread.run_sync(self.means.fetch, start, stop)
         except (ConfigError, OSError) as error:
-            await self.stay()
-            raise MoveFailed(str(error)) from error
+            await self._stay_without(str(error))
         log.info("moving: %d sessions are open", self.session_count)
-        await old.drain()
-        both = await self._room_for_both(offer)
-        if both:
-            await self._exchange(old, offer)
-            return
-        before = old.offer
-        await self._close(old)
-        del old
-        await self._load_alone(offer, before)
+        missing = _without(offer, old)
+        room = await self._has_room(missing)
+        if missing == [offer]:
+            await (self._exchange(offer) if room else self._load_alone(offer, old))
+        elif room:
+            await self._load_first(offer, missing)
+        else:
+            await self._leave_first(offer, old)
 
     def _current(self) -> Stint:
         assert self.door.stint is not None, "nothing is served"
         return self.door.stint
 
-    async def _room_for_both(self, offer: Offer) -> bool:
+    async def _has_room(self, offers: Sequence[Offer]) -> bool:
+        """Whether these blocks fit beside what is loaded."""
         try:
-            await self.compute.run(self.means.check_room, offer.stop - offer.start)
+            await self.compute.run(self.means.check_room, sum(offer.stop - offer.start for offer in offers))
         except ConfigError:
             return False
         return True
 
-    async def _exchange(self, old: Stint, offer: Offer) -> None:
-        """Load the new span before the old one is dropped.  Raises MoveFailed."""
+    async def _load_first(self, offer: Offer, missing: Sequence[Offer]) -> None:
+        """Load what is missing beside all that is served, and leave the rest then.  Raises MoveFailed."""
+        if (failure := await self._take_up(missing)) is not None:
+            await self._stay_without(failure)
+        await self._offer(offer)
+        await self._give_back()
+        self._settled()
+
+    async def _leave_first(self, offer: Offer, old: Offer) -> None:
+        """Leave what is not wanted any more, and load what is missing then.
+
+        Raises MoveFailed, ConfigError.
+        """
+        kept = replace(offer, start=max(old.start, offer.start), stop=min(old.stop, offer.stop))
+        missing = _without(offer, kept)
+        await self._offer(kept)
+        await self._give_back()
+        if not await self._has_room(missing):
+            return await self._load_alone(offer, old)
+        failure = await self._take_up(missing)
+        if failure is not None:
+            self._going = None
+            again = await self._take_up(_without(old, kept))
+            offer = old if again is None else kept
+        await self._offer(offer)
+        self._settled()
+        if failure is not None:
+            raise MoveFailed(f"{failure}; serving blocks {offer.start}:{offer.stop}")
+        return None
+
+    async def _take_up(self, missing: Sequence[Offer]) -> str | None:
+        """Load blocks next to those that we have; why not, where that fails, and nothing is changed then."""
+        failure = None
         try:
-            new = await self.load(self.means, offer, self.compute)
+            fresh = [s for run in missing for s in await self.load_blocks(self.means, run, self.compute)]
+            await self._current().take_up(fresh, self.compute)
         except LOAD_FAULTS as error:
-            old.reopen()
-            await self._open(old)
-            raise MoveFailed(str(error)) from error
-        await self._close(old)
-        self.nursery.start_soon(new.run)
+            failure = str(error)
+        if failure is not None:  # by now the error holds nothing of what was loaded
+            runs = ", ".join("{}:{}".format(*_run(offer)) for offer in missing)
+            log.warning("blocks %s could not be loaded: %s", runs, failure)
+            await self.compute.run(forget_unused, self.means.device)
+        return failure
+
+    async def _give_back(self) -> None:
+        """Of the blocks that are offered no longer: hand the sessions over, and forget the weights."""
+        await self._current().hand_over_others()
+        await self._current().give_back(self.compute)
+        await self.compute.run(forget_unused, self.means.device)
+
+    async def _exchange(self, offer: Offer) -> None:
+        """Load a new span beside the old one, which is left then.  Raises MoveFailed."""
+        failure = None
+        try:
+            new = await self.load(self.means, offer, self.compute, in_pieces=True)
+        except LOAD_FAULTS as error:
+            failure = str(error)
+        if failure is not None:
+            await self.compute.run(forget_unused, self.means.device)
+            await self._stay_without(failure)
+        old = self.door.leaving = self._current()
         await self._open(new)
+        await old.drain()
+        self.door.leaving = None
+        await old.end()
+        del old
+        await self.compute.run(forget_unused, self.means.device)
+        self._settled()
+
+    async def _stay_without(self, failure: str) -> NoReturn:
+        """Go on with what is served.  Raises MoveFailed."""
+        await self.stay()
+        raise MoveFailed(failure)
 
     async def _load_alone(self, offer: Offer, before: Offer) -> None:
-        """Load the new span, or again the one before.  Raises MoveFailed, ConfigError."""
-        failure: BaseException | None = None
+        """Leave all that is served, and load the new span, or again the one before.
+
+        Raises MoveFailed, ConfigError.
+        """
+        await self._say_joining(offer)
+        await self._end()
+        failure = None
         try:
             stint = await self.load(self.means, offer, self.compute)
         except LOAD_FAULTS as error:
-            failure = error
-            log.warning("blocks %d:%d could not be loaded: %s", offer.start, offer.stop, error)
+            failure = str(error)
+        if failure is not None:  # by now the error holds nothing of what was loaded
+            log.warning("blocks %d:%d could not be loaded: %s", *_run(offer), failure)
             stint = await self._load_again(before)
-        self.nursery.start_soon(stint.run)
         await self._open(stint)
+        self._settled()
         if failure is not None:
-            raise MoveFailed(str(failure)) from failure
+            raise MoveFailed(failure)
+
+    async def _end(self) -> None:
+        stint = self._current()
+        await stint.drain()
+        self.door.stint = None
+        await stint.end()
+        del stint
+        await self.compute.run(forget_unused, self.means.device)
 
     async def _load_again(self, before: Offer) -> Stint:
         await self.compute.run(forget_unused, self.means.device)
@@ -193,17 +292,52 @@ class Server:
             ) from error
 
     async def _open(self, stint: Stint) -> None:
-        self.door.stint = stint
-        self._said = stint.record("online")
-        await self.directory.announce(self._said)
-        gc.freeze()  # what is there now stays: later collections need not look at a million objects
-        self.came_online(stint.offer)
+        """Serve a span that was loaded for it."""
+        self.nursery.start_soon(stint.run)
+        self.door.stint, self._going = stint, None
+        await self._say()
 
-    async def _close(self, stint: Stint) -> None:
-        self.door.stint = None
-        await stint.end()
-        del stint
-        await self.compute.run(forget_unused, self.means.device)
+    async def _offer(self, offer: Offer) -> None:
+        """Take sessions of these blocks alone from now on, and say so."""
+        self._current().offers(offer)
+        if self._going == _run(offer):
+            self._going = None
+        await self._say()
+
+    def _settled(self) -> None:
+        """What is served now stays."""
+        gc.freeze()  # later collections need not look at a million objects
+        self.came_online(self._current().offer)
+
+    async def _say(self) -> None:
+        """Announce what is served, and where we are going; from now on it is kept true."""
+        async with self._saying:
+            self._said = self._truth()
+            await self.directory.announce(self._said)
+
+    def _truth(self) -> Record:
+        record = self._current().record("online")
+        if self._going is None:
+            return record
+        return replace(record, next_start=self._going[0], next_stop=self._going[1])
+
+    async def _say_joining(self, offer: Offer) -> None:
+        """Say that nothing is served until these blocks are loaded."""
+        async with self._saying:
+            self._said = None
+            await self.directory.announce(offer.record("joining"))
+
+
+def _run(offer: Offer) -> tuple[int, int]:
+    return offer.start, offer.stop
+
+
+def _without(offer: Offer, there: Offer) -> list[Offer]:
+    """The runs of blocks of an offer that are not in another one."""
+    runs = (offer.start, min(offer.stop, there.start)), (max(offer.start, there.stop), offer.stop)
+    if there.stop <= offer.start or offer.stop <= there.start:
+        return [offer]
+    return [replace(offer, start=start, stop=stop) for start, stop in runs if start < stop]
 
 
 def _about_equal(said: Record, now: Record) -> bool:

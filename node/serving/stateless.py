@@ -140,6 +140,24 @@ class StatelessListener:
         with trio.move_on_after(self.limits.drain_seconds):
             await self._until_quiet()
 
+    async def finish_others(self) -> None:
+        """Finish the requests in hand for blocks that are served no longer.  Bounded, as `drain`."""
+        served = self.served
+        others = [
+            (serving, serving.done)
+            for serving in self._streams.values()
+            if serving.run is not None and not served.has(*serving.run)
+        ]
+        with trio.move_on_after(self.limits.drain_seconds):
+            for _, done in others:
+                await done.wait()
+        for serving, done in others:
+            if not done.is_set():
+                serving.scope.cancel()
+        with trio.move_on_after(self.limits.drain_seconds):
+            for _, done in others:
+                await done.wait()
+
     async def _until_quiet(self) -> None:
         while self._streams:
             if self._quiet.is_set():
@@ -174,7 +192,7 @@ class StatelessListener:
         while not self.draining and (frame := await _next_request(stream, idle_seconds)) is not None:
             serving.busy = True
             try:
-                answer = await self._answer(stream, frame)
+                answer = await self._answer(stream, frame, serving)
             except _Unfit as unfit:  # said before the stream closes: a reset would overtake it
                 self.blame[f"{stream.peer} {type(unfit.fault).__name__}"] += 1
                 return await stream.send(encode_failed(Failed.of(unfit.fault)))
@@ -185,7 +203,7 @@ class StatelessListener:
             idle_seconds = self.limits.compute_idle_seconds
         return None
 
-    async def _answer(self, stream: PeekStream, frame: Buffer) -> list[Buffer] | None:
+    async def _answer(self, stream: PeekStream, frame: Buffer, serving: _Serving) -> list[Buffer] | None:
         """The parts of the frame that answers a request; None where the client left before it was there.
 
         Raises _Unfit; PeerFault for what is no request at all.
@@ -195,7 +213,8 @@ class StatelessListener:
         try:
             self._check(request.run)
             contract = self._contract(request)
-            computed = await self._compute(stream, Work(request, contract), contract)
+            with serving.computing(contract.start, contract.stop):
+                computed = await self._compute(stream, Work(request, contract), contract)
         except Refused as refusal:
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:
@@ -248,7 +267,7 @@ class StatelessListener:
             )
         if run.dtype != served.dtype:
             raise WrongRevision(f"dtype {run.dtype} was asked for, {served.dtype} is served here")
-        if not served.start <= run.start < run.stop <= served.stop:
+        if not served.has(run.start, run.stop):
             raise WrongRevision(
                 f"blocks {run.start}:{run.stop} were asked for, {served.start}:{served.stop} are served here"
             )
@@ -284,10 +303,22 @@ class _Unfit(Exception):
 
 @dataclass(slots=True)
 class _Serving:
-    """One stream.  busy: a request is in hand."""
+    """One stream.  busy: a request is in hand.  run: of the blocks that it goes through; done: with them."""
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     busy: bool = False
+    run: tuple[int, int] | None = None
+    done: trio.Event = field(default_factory=trio.Event)
+
+    @contextmanager
+    def computing(self, start: int, stop: int) -> Iterator[None]:
+        """For the time in which these blocks are needed."""
+        self.run, self.done = (start, stop), trio.Event()
+        try:
+            yield
+        finally:
+            self.run = None
+            self.done.set()
 
 
 def _leaving() -> Draining:

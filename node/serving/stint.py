@@ -1,6 +1,8 @@
 """A stint: the serving of one span, from when it is in memory until its sessions have moved elsewhere.
 
-A node serves one after the other, mostly a single one; what they have in common is `Means`.
+A node serves one after the other, mostly a single one; what they have in common is `Means`.  A move to
+blocks of which some are held already is no new stint: this one goes on with other blocks, and so do the
+sessions of those that stay.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -124,7 +126,10 @@ class Offer:
 
 @dataclass(slots=True, eq=False)
 class Stint:
-    """A span in memory and the doors to it.  Made by `load_stint`; `run` must be running."""
+    """A span in memory and the doors to it.  Made by `load_stint`; `run` must be running.
+
+    offer: the blocks that are served; the span has these at least.
+    """
 
     offer: Offer
     listener: Listener
@@ -150,14 +155,38 @@ class Stint:
             nursery.start_soon(self.listener.drain)
             nursery.start_soon(self.stateless.drain)
 
-    def reopen(self) -> None:
-        """After `drain`: take sessions and requests again."""
-        old = self.listener
-        self.listener = Listener(
-            old.served, old.engine, old.arena, old.budget, old.open_stream, old.limits, old.blame,
-            journal_tokens=old.journal_tokens,
-        )  # fmt: skip
-        self.stateless = StatelessListener(old.served, old.engine, old.limits, old.blame)
+    def offers(self, offer: Offer) -> None:
+        """Take sessions and requests for these blocks from now on.  The span has them."""
+        self.offer = offer
+        served = replace(self.listener.served, start=offer.start, stop=offer.stop)
+        self.listener.served = self.stateless.served = served
+
+    async def hand_over_others(self) -> None:
+        """Let what goes through blocks that are no longer offered finish or move elsewhere.  Bounded."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.listener.hand_over_others)
+            nursery.start_soon(self.stateless.finish_others)
+
+    async def take_up(self, fresh: Sequence[Span], compute: ComputeThread) -> None:
+        """Have these blocks too from now on.
+
+        Raises what torch raises without memory; nothing is changed then.
+        """
+        await compute.run(self._compute_with, self.listener.engine.span.joined(fresh))
+
+    async def give_back(self, compute: ComputeThread) -> None:
+        """Have the blocks that are offered alone.  Nothing may go through the others any more."""
+        await compute.run(self._give_back)
+        can_cut = self.listener.engine.span.can_cut
+        self.listener.served = self.stateless.served = replace(self.listener.served, can_cut=can_cut)
+
+    def _give_back(self) -> None:
+        self._compute_with(self.listener.engine.span.part(self.offer.start, self.offer.stop))
+
+    def _compute_with(self, span: Span) -> None:
+        """Runs in the torch thread, so between two batches."""
+        self.listener.arena.hold(span.start, span.shapes)
+        self.listener.engine.span = span
 
     async def end(self) -> None:
         """Stop computing; to be called once `run` has been started."""
@@ -165,9 +194,17 @@ class Stint:
         await self._ended.wait()
 
 
-async def load_stint(means: Means, offer: Offer, compute: ComputeThread) -> Stint:
-    """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory."""
-    span = await compute.run(_load_span, means, offer)
+async def load_stint(means: Means, offer: Offer, compute: ComputeThread, *, in_pieces: bool = False) -> Stint:
+    """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory.
+
+    in_pieces: as `load_blocks` does, for who serves meanwhile.
+    """
+    if in_pieces:
+        first, *others = await load_blocks(means, offer, compute)
+        span = first.joined(others)
+        del first, others
+    else:
+        span = await compute.run(_load_span, means, offer)
     file, key = kept_rates(means.info.revision, means.device, means.dtype, means.quantize, means.threads)
     rates = await compute.run(rates_at_start, span, file, key)
     limits = means.limits
@@ -183,6 +220,17 @@ async def load_stint(means: Means, offer: Offer, compute: ComputeThread) -> Stin
         journal_tokens=means.journal_tokens,
     )  # fmt: skip
     return Stint(offer, listener, StatelessListener(served, engine, limits, means.blame))
+
+
+async def load_blocks(means: Means, offer: Offer, compute: ComputeThread) -> list[Span]:
+    """These blocks, a span of each: between two of them what is served gets its turn in the torch thread.
+
+    Raises as `load_stint`.
+    """
+    return [
+        await compute.run(_load_span, means, replace(offer, start=block, stop=block + 1))
+        for block in range(offer.start, offer.stop)
+    ]
 
 
 def kept_rates(

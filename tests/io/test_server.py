@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import trio
 import trio.testing
 
@@ -24,6 +26,7 @@ from node.serving.stint import Offer, Stint
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import SwarmView
+from tensor_codec.compression import decode_hidden, encode_hidden
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
     SESSION_PROTOCOL,
@@ -31,11 +34,24 @@ from tensor_codec.messages import (
     Failed,
     Open,
     Opened,
+    Result,
+    Step,
     decode_from_hop,
     decode_open_reply,
     encode_open,
+    encode_step,
 )
-from tests.fakes_serving import CLIENT, HIDDEN, FakeArena, FakeCompute, FakeSpan, FakeStream, stream_pair
+from tests.fakes_serving import (
+    CLIENT,
+    HIDDEN,
+    FakeArena,
+    FakeCompute,
+    FakeSpan,
+    FakeStream,
+    some_hidden,
+    stream_pair,
+    whole_model,
+)
 
 LIMITS = Limits()
 ME = PeerId("me")
@@ -44,9 +60,10 @@ INFO = SimpleNamespace(name="m", revision="r", blocks=6, hidden_size=HIDDEN, max
 
 @dataclass
 class FakeMeans:
-    """room: for two spans at once."""
+    """room: for so many blocks beside what is loaded; rooms: at the next times that it is asked for."""
 
-    room: bool = True
+    room: int = 6
+    rooms: list[int] = field(default_factory=list)
     device: str = "cpu"
     limits: Limits = LIMITS
     fetched: list[tuple[int, int]] = field(default_factory=list)
@@ -58,34 +75,50 @@ class FakeMeans:
         self.fetched.append((start, stop))
 
     def check_room(self, blocks: int) -> None:
-        if not self.room:
+        if blocks > (self.rooms.pop(0) if self.rooms else self.room):
             raise ConfigError("no room")
 
 
 @dataclass
 class FakeDirectory:
-    """said: everything that was announced, as (state, start, stop)."""
+    """said: everything that was announced, as (state, start, stop), and where it is going from there."""
 
     peer_id: PeerId = ME
-    said: list[tuple[str, int, int]] = field(default_factory=list)
+    said: list[tuple[str | int, ...]] = field(default_factory=list)
 
     def view(self) -> SwarmView:
         return SwarmView("")
 
     async def announce(self, record: Record) -> None:
         await trio.lowlevel.checkpoint()
-        self.said.append((record.state, record.start, record.stop))
+        going = (record.next_start, record.next_stop) if record.moves else ()
+        self.said.append((record.state, record.start, record.stop, *going))
 
 
 @dataclass
 class Loader:
-    """Makes stints over fakes; `broken` spans cannot be loaded."""
+    """Makes stints over fakes, and blocks; `broken` spans and blocks cannot be loaded.
+
+    seconds: that a span takes, and a block.
+    """
 
     broken: set[tuple[int, int]] = field(default_factory=set)
     loaded: list[tuple[int, int]] = field(default_factory=list)
     seconds: float = 5.0
 
-    async def __call__(self, means: object, offer: Offer, compute: object) -> Stint:
+    async def blocks(self, means: object, offer: Offer, compute: object) -> list[FakeSpan]:
+        fresh = []
+        for block in range(offer.start, offer.stop):
+            await trio.sleep(self.seconds)
+            if (block, block + 1) in self.broken:
+                raise RuntimeError("not enough memory")
+            self.loaded.append((block, block + 1))
+            fresh.append(FakeSpan(block, block + 1))
+        return fresh
+
+    async def __call__(
+        self, means: object, offer: Offer, compute: object, *, in_pieces: bool = False
+    ) -> Stint:
         await trio.sleep(self.seconds)
         if (offer.start, offer.stop) in self.broken:
             raise RuntimeError("not enough memory")
@@ -125,22 +158,22 @@ class Setting:
 
 
 @asynccontextmanager
-async def serving(room: bool = True) -> AsyncIterator[Setting]:
+async def serving(room: int = 6) -> AsyncIterator[Setting]:
     async with trio.open_nursery() as nursery:
         directory, loader = FakeDirectory(), Loader()
         online: list[tuple[int, int]] = []
         server = Server(
             FakeMeans(room), directory, FakeCompute(), nursery,  # type: ignore[arg-type]
-            lambda offer: online.append((offer.start, offer.stop)), loader,
+            lambda offer: online.append((offer.start, offer.stop)), loader, loader.blocks,
         )  # fmt: skip
         await server.begin(0, 3)
         yield Setting(server, directory, loader, online, nursery)
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", [3, 0])
 async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
-    room: bool, autojump_clock: object
+    room: int, autojump_clock: object
 ) -> None:
     async with serving(room) as setting:
         assert isinstance((await setting.open(0, 3))[1], Opened)
@@ -148,8 +181,9 @@ async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
         assert isinstance((await setting.open(0, 3, 1))[1], Opened), "as long as it only says so"
         await setting.server.move(3, 6)
         assert setting.online == [(0, 3), (3, 6)]
+        last = [("online", 3, 6)] if room else [("joining", 3, 6), ("online", 3, 6)]
         assert setting.directory.said == [
-            ("joining", 0, 3), ("online", 0, 3), ("joining", 3, 6), ("online", 3, 6),
+            ("joining", 0, 3), ("online", 0, 3), ("online", 0, 3, 3, 6), *last,
         ]  # fmt: skip
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
         refused = (await setting.open(0, 3, 3))[1]
@@ -161,7 +195,7 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     autojump_clock.autojump_threshold = 0.05  # a real thread looks for the files
-    async with serving(room=False) as setting:
+    async with serving(room=0) as setting:
         stream, _ = await setting.open(0, 3)
         setting.nursery.start_soon(setting.server.move, 3, 6)
         frame = await stream.receive(1)
@@ -177,9 +211,9 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", [3, 0])
 async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_again(
-    room: bool, autojump_clock: object
+    room: int, autojump_clock: object
 ) -> None:
     async with serving(room) as setting:
         await setting.open(0, 3)
@@ -193,22 +227,217 @@ async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_agai
 
 
 async def test_when_neither_can_be_loaded_the_error_says_so(autojump_clock: object) -> None:
-    async with serving(room=False) as setting:
+    async with serving(room=0) as setting:
         setting.loader.broken |= {(3, 6), (0, 3)}
         with pytest.raises(ConfigError, match=r"blocks 0:3 were left .* neither could be loaded"):
             await setting.server.move(3, 6)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 4.0])
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 6.0])
+@pytest.mark.parametrize("room", [3, 0])
+@pytest.mark.parametrize("window", [(3, 6), (1, 4)])
 async def test_a_node_can_leave_in_the_midst_of_a_move(
-    room: bool, seconds: float, autojump_clock: object
+    window: tuple[int, int], room: int, seconds: float, autojump_clock: object
 ) -> None:
     async with serving(room) as setting:
         await setting.open(0, 3)
         with trio.move_on_after(seconds):
-            await setting.server.move(3, 6)
+            await setting.server.move(*window)
         began = trio.current_time()
         await setting.server.leave()
         assert trio.current_time() - began < 2 * LIMITS.drain_seconds + 1
         assert setting.server.session_count == 0
+
+
+@dataclass
+class Watch:
+    """Looks twice a second at what is served, and at what was said of it last.
+
+    answered: steps of a session of the block that stays.
+    """
+
+    setting: Setting
+    served: list[tuple[int, int]] = field(default_factory=list)
+    said: list[tuple[str | int, ...]] = field(default_factory=list)
+
+    async def run(self) -> None:
+        while True:
+            stint = self.setting.server.door.stint
+            assert stint is not None
+            offer, span, listener = stint.offer, stint.listener.engine.span, stint.listener
+            assert not listener.draining
+            assert span.start <= offer.start < offer.stop <= span.stop
+            assert (listener.served.start, listener.served.stop) == (offer.start, offer.stop)
+            assert stint.stateless.served == listener.served
+            _note(self.served, (offer.start, offer.stop))
+            _note(self.said, self.setting.directory.said[-1])
+            await trio.sleep(0.5)
+
+
+async def received(stream: FakeStream) -> bytearray:
+    frame = await stream.receive(5)
+    assert frame is not None
+    return frame
+
+
+def _note(seen: list[Any], now: Any) -> None:
+    if seen[-1:] != [now]:
+        seen.append(now)
+
+
+@asynccontextmanager
+async def watched(room: int) -> AsyncIterator[tuple[Setting, Watch]]:
+    async with serving(room) as setting:
+        watch = Watch(setting)
+        setting.nursery.start_soon(watch.run)
+        await trio.sleep(0.1)
+        yield setting, watch
+
+
+@pytest.mark.parametrize(
+    ("room", "steps"),
+    [
+        (1, [("online", 0, 3), ("online", 0, 3, 1, 4), ("online", 1, 4)]),
+        (0, [("online", 0, 3), ("online", 0, 3, 1, 4), ("online", 1, 3, 1, 4), ("online", 1, 4)]),
+    ],
+)
+async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
+    room: int, steps: list[tuple[str | int, ...]], autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.01  # a real thread looks for the files
+    async with watched(room) as (setting, watch):
+        await setting.server.announce_move(1, 4)
+        await trio.sleep(1)
+        if not room:  # nothing fits beside three blocks, one beside two
+            setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
+        await setting.server.move(1, 4)
+        await trio.sleep(0.6)
+        assert watch.said == steps
+        assert watch.served == [step[1:3] for step in steps if step != steps[1]]
+        assert setting.loader.loaded == [(0, 3), (3, 4)]
+        assert setting.online == [(0, 3), (1, 4)]
+        span = setting.server.door.stint.listener.engine.span  # type: ignore[union-attr]
+        assert (span.start, span.stop) == (1, 4)
+        assert setting.server.door.stint.listener.arena.held == (1, 4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rooms", [[1], [0, 1]])
+async def test_a_session_of_blocks_that_stay_goes_on_while_the_others_are_loaded(
+    rooms: list[int], autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with watched(6) as (setting, _):
+        setting.server.means.rooms = rooms  # type: ignore[attr-defined]
+        setting.loader.seconds = 5.0
+        stays, opened = await setting.open(1, 3)
+        goes, _ = await setting.open(0, 3, 1)
+        assert isinstance(opened, Opened)
+        setting.nursery.start_soon(setting.server.move, 1, 4)
+        contract = Contract(bytes(16), 1, 3, 1, 64, HIDDEN, "fp32", 2048)
+        hidden = some_hidden(20)
+        expected = whole_model(hidden, 1, 3)
+        for position in range(20):
+            body = bytes(encode_hidden(hidden[:, position : position + 1], "fp32"))
+            await stays.send(encode_step(Step(bytes(16), position, position, "last", body)))
+            got = decode_from_hop(await received(stays), contract)
+            assert isinstance(got, Result)
+            assert torch.equal(decode_hidden(got.body, contract), expected[:, position : position + 1])
+            await trio.sleep(1)
+        assert setting.online[-1] == (1, 4), "the move has been made meanwhile"
+        told = decode_from_hop(await received(goes), replace(contract, session=bytes([1] * 16), start=0))
+        assert isinstance(told, Failed)
+        assert told.code == "leaving"
+
+
+async def test_new_sessions_of_the_overlap_are_taken_while_the_others_are_loaded(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with watched(6) as (setting, _):
+        setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
+        setting.nursery.start_soon(setting.server.move, 1, 4)
+        await trio.sleep(1)
+        assert isinstance((await setting.open(1, 3, 1))[1], Opened)
+        assert isinstance((await setting.open(0, 3, 2))[1], Failed)
+        assert isinstance((await setting.open(3, 4, 3))[1], Failed), "not there yet"
+        await trio.sleep(10)
+        assert isinstance((await setting.open(3, 4, 4))[1], Opened)
+        assert setting.server.session_count == 2
+
+
+@pytest.mark.parametrize("rooms", [[1], [0, 1]])
+async def test_when_what_is_missing_cannot_be_loaded_what_was_left_is_loaded_again(
+    rooms: list[int], autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with watched(6) as (setting, watch):
+        setting.server.means.rooms = list(rooms)  # type: ignore[attr-defined]
+        setting.loader.broken.add((3, 4))
+        await setting.server.announce_move(1, 4)
+        with pytest.raises(MoveFailed, match="not enough memory"):
+            await setting.server.move(1, 4)
+        assert setting.directory.said[-1] == ("online", 0, 3)
+        assert setting.loader.loaded == [(0, 3), (0, 1)][: len(rooms)]
+        assert isinstance((await setting.open(0, 3, 1))[1], Opened)
+        await trio.sleep(0.6)
+        assert watch.served == ([(0, 3)] if len(rooms) == 1 else [(0, 3), (1, 3), (0, 3)])
+
+
+async def test_what_stays_is_served_even_if_nothing_can_be_loaded_any_more(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with watched(6) as (setting, _):
+        setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
+        setting.loader.broken |= {(3, 4), (0, 1)}
+        with pytest.raises(MoveFailed, match="not enough memory; serving blocks 1:3"):
+            await setting.server.move(1, 4)
+        assert (setting.directory.said[-1], setting.online[-1]) == (("online", 1, 3), (1, 3))
+        assert isinstance((await setting.open(1, 3, 1))[1], Opened)
+        setting.loader.broken.clear()
+        await setting.server.move(2, 5)
+        assert setting.directory.said[-1] == ("online", 2, 5)
+
+
+async def test_where_the_rest_does_not_fit_beside_the_overlap_it_is_loaded_alone(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with serving(room=0) as setting:
+        await setting.server.move(1, 4)
+        assert setting.directory.said[2:] == [
+            ("online", 1, 3, 1, 4), ("joining", 1, 4), ("online", 1, 4),
+        ]  # fmt: skip
+        assert setting.loader.loaded == [(0, 3), (1, 4)]
+        assert isinstance((await setting.open(1, 4))[1], Opened)
+
+
+async def test_without_a_common_block_the_old_span_is_served_until_the_new_one_is_there(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with watched(3) as (setting, watch):
+        await setting.open(0, 3)
+        await setting.server.announce_move(3, 6)
+        setting.nursery.start_soon(setting.server.move, 3, 6)
+        await trio.sleep(4)
+        assert isinstance((await setting.open(0, 3, 1))[1], Opened)
+        await trio.sleep(2)
+        assert watch.said[-1] == ("online", 3, 6)
+        assert isinstance((await setting.open(3, 6, 2))[1], Opened)
+        assert setting.server.session_count == 2, "the one that is in use is served until it has moved"
+        await trio.sleep(5)
+        assert setting.server.session_count == 1
+        assert setting.server.door.leaving is None
+
+
+async def test_the_window_of_a_move_may_be_on_both_sides_or_within(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    autojump_clock.autojump_threshold = 0.01
+    async with watched(6) as (setting, _):
+        for window in ((1, 2), (0, 6), (2, 5)):
+            await setting.server.move(*window)
+            assert setting.directory.said[-1] == ("online", *window)
+        await trio.sleep(0.6)
+        assert setting.loader.loaded[1:] == [(0, 1), (2, 3), (3, 4), (4, 5), (5, 6)]

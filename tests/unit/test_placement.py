@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from routing.placement import (
     _single,
     better_window,
     choose_blocks,
+    holders,
     moves,
     throughputs,
 )
@@ -233,3 +235,12 @@ def test_a_swarm_near_its_bound_rests():
     assert moves(held, 12) == []
     assert better_window(held, 12, PeerId("a"), 6, rng=random.Random(0)) is None
     assert better_window(held, 12, PeerId("unknown"), 6, rng=random.Random(0)) is None
+
+
+def test_a_server_that_is_about_to_move_counts_where_it_goes_and_nobody_relies_on_what_it_leaves():
+    stays, goes = span(1, 0, 6), replace(span(2, 0, 6), next_start=2, next_stop=8)
+    held = {holder.peer: holder for holder in holders([stays, goes])}
+    assert held[goes.peer] == Holder(goes.peer, 2, 8, pytest.approx(100.0), False)
+    assert held[stays.peer].online
+    assert opens_gap(held.values(), stays.peer, (0, 6), (6, 12))
+    assert choose_blocks([goes], 12, 2) == (0, 2)

@@ -376,3 +376,29 @@ def test_a_peer_id_holds_its_public_key_and_nothing_else_passes_for_one():
             public_key_of(PeerId(wrong))
     with pytest.raises(ValueError, match="32 bytes"):
         peer_id_of(bytes(31))
+
+
+def test_where_a_peer_is_going_is_on_the_wire_only_while_it_moves():
+    assert not {"next_start", "next_stop"} & set(payload_of(GOOD))
+    moving = replace(GOOD, next_start=12, next_stop=22)
+    assert verify(sign_record(moving, KEY)) == moving
+    assert moving.moves
+    assert not GOOD.moves
+    assert list(payload_of(moving)) == sorted(payload_of(moving))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"next_start": 12},
+        {"next_stop": 22},
+        {"next_start": 12, "next_stop": 12},
+        {"next_start": -1, "next_stop": 3},
+        {"next_start": 12, "next_stop": 31},
+        {"next_start": 12.0, "next_stop": 22},
+    ],
+)
+def test_a_peer_can_only_go_to_blocks_that_there_are(wrong):
+    payload = payload_of(GOOD) | wrong
+    with pytest.raises(RecordError):
+        verify(signed(dict(sorted(payload.items()))))

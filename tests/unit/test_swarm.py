@@ -288,6 +288,12 @@ def test_likely_adjacent_peers_hold_the_next_block_before_those_that_only_overla
     assert [s.peer for s in likely_adjacent(view, me, 9)][2:] == [PEERS[4]]
 
 
+def test_a_peer_that_moves_is_adjacent_to_those_where_it_goes():
+    me = replace(span(0, 0, 10), next_start=10, next_stop=20)
+    view = view_of(me, span(1, 10, 20), span(2, 20, 30), replace(span(3, 20, 30), next_start=0, next_stop=10))
+    assert [s.peer for s in likely_adjacent(view, me, 9)] == [PEERS[2], PEERS[3]]
+
+
 def test_predecessors_are_adjacent_like_successors():
     last = span(3, 20, 30)
     view = view_of(span(0, 10, 20), span(1, 15, 25), last, span(2, 0, 10), span(4, 20, 25), span(5, 20, 30))

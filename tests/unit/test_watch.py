@@ -83,9 +83,9 @@ def test_a_move_is_counted_when_it_has_been_made():
     changes, one = Changes(), span("a", 0, 3)
     changes.look([one], 0)
     changes.look([replace(one, start=3, stop=6, state="joining")], 1)
-    assert (changes.moves, changes.moving) == (0, ("a",))
+    assert (changes.moves, changes.moving) == (0, (("a", (0, 3), (3, 6)),))
     assert change_lines({"seconds": 1, **changes.facts()}) == [
-        "in 1 s: 0 joined, 0 left, 0 moved; moving now: …a"
+        "in 1 s: 0 joined, 0 left, 0 moved; moving now: …a 0:3 -> 3:6"
     ]
     changes.look([replace(one, start=3, stop=6)], 2)
     changes.look([replace(one, start=3, stop=6)], 4)
@@ -93,6 +93,28 @@ def test_a_move_is_counted_when_it_has_been_made():
         "in 4 s: 0 joined, 0 left, 1 moved",
         "  after 2 s: …a from 0:3 to 3:6",
     ]
+
+
+def test_a_move_of_which_a_part_is_served_on_is_one_move():
+    changes, one = Changes(), span("a", 0, 3)
+    changes.look([one], 0)
+    for at in (1, 2):
+        changes.look([replace(one, start=at - 1, next_start=1, next_stop=4)], at)
+        assert (changes.moves, changes.moving) == (0, (("a", (0, 3), (1, 4)),))
+    changes.look([span("a", 1, 4)], 3)
+    assert (changes.moves, changes.moving) == (1, ())
+    assert changes.last_moves == [{"seconds": 3, "peer": "a", "from": [0, 3], "to": [1, 4]}]
+
+
+def test_of_one_that_moves_both_spans_are_shown_and_what_it_still_serves_counts():
+    moving = replace(span("a", 0, 3), next_start=1, next_stop=4)
+    found = facts(moving, span("b", 3, 6))
+    assert found["peers"][0]["next_blocks"] == [1, 4]  # type: ignore[index]
+    assert found["models"][0]["capacity_tokens_per_s"] == pytest.approx(100 / 3, abs=0.01)  # type: ignore[index]
+    console = Console(width=120, record=True, file=io.StringIO())
+    for part in tables(found):
+        console.print(part)
+    assert "0:3 -> 1:4" in console.export_text()
 
 
 def test_who_came_and_who_left_while_somebody_watched_is_counted():
