@@ -22,6 +22,7 @@ import heapq
 import math
 import random
 import statistics
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -31,7 +32,7 @@ from benchmarks.swarm_map import CLIENT_LINE_MS, SERVER_LINE_MS, Place, somewher
 from client.lost_time import REPLAYED_SHARE, LostTime
 from client.route import CHOICES
 from client.routes import SURPRISE
-from client.session import BETTER, REST_SECONDS, STEPS_AHEAD
+from client.session import BETTER, LEAST_GAIN_SECONDS, REST_SECONDS, SEEN_STEPS, STEPS_AHEAD
 from node.serving.waits import Waits
 from routing.capacity import Holder, capacity
 from routing.chain import Chain, cheapest_chain
@@ -98,7 +99,7 @@ class Served:
 class Session:
     """One of a client: its chain as servers' numbers, seconds of computing at each, and ways between them.
 
-    waited: seconds at each hop in the step under way.
+    waited: seconds at each hop in the step under way.  seen: seconds a block of a hop's last steps.
     """
 
     client: int
@@ -112,6 +113,7 @@ class Session:
     ways: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     lost: LostTime = field(default_factory=LostTime)
+    seen: dict[PeerId, deque[float]] = field(default_factory=dict)
     look_at: float = 0.0  # not before for another chain
 
 
@@ -315,6 +317,7 @@ class Ours:
         ):
             seconds = (work + waited) / (hop.stop - hop.start)
             measured.learn(hop.peer, seconds, records[index], now)
+            session.seen.setdefault(hop.peer, deque(maxlen=SEEN_STEPS)).append(seconds)
         session.lost.took(now - session.stepped, session.chain.expected_seconds)
 
     def instead(self, session: Session, now: float) -> Chain | None:
@@ -324,16 +327,13 @@ class Ours:
             return None
         session.look_at = now + LOOK_SECONDS
         world = self._world
-        seen = {
-            hop.peer: (work + waited) / (hop.stop - hop.start)
-            for hop, work, waited in zip(session.chain.hops, session.work, session.waited, strict=True)
-        }
+        seen = {peer: statistics.median(seconds) for peer, seconds in session.seen.items()}
         chain = self._choose(session.client, world.said[world.seen(self._rng)], now, seen)
-        present = sum(session.ways) + sum(session.work) + sum(session.waited)
+        present = sum(session.ways) + sum((h.stop - h.start) * seen[h.peer] for h in session.chain.hops)
         gain = present - chain.expected_seconds
         fresh = sum(hop.stop - hop.start for hop in chain.hops if hop not in session.chain.hops)
         replay = length * REPLAYED_SHARE * chain.expected_seconds * fresh / world.blocks
-        if gain <= (1 - BETTER) * present or gain * STEPS_AHEAD <= replay:
+        if gain < max(LEAST_GAIN_SECONDS, (1 - BETTER) * present) or gain * STEPS_AHEAD <= replay:
             return None
         session.lost.forget()
         session.look_at = now + REST_SECONDS

@@ -25,11 +25,13 @@ DEFAULT_RTT_SECONDS = 0.1  # between peers of whom nothing is known: a pair on o
 FEW = 0.25  # of all peers: for so many it is quicker to begin anew
 CLIENT = NOBODY  # the name under which the client's own distances are kept
 
+Seconds = NDArray[np.float64]
+
 
 class Distances:
     """Round trips between peers, kept from view to view: only what changed is worked out again.
 
-    default: where nothing is known, and the longest that an estimate says.
+    default: where nobody is known to both.
     seconds: by `rows`; infinite from a peer to itself.  To be read only, until the next update.
 
     Two calls of `update` that end with the same records give the same distances, whatever was there
@@ -38,8 +40,8 @@ class Distances:
 
     def __init__(self, default: float = DEFAULT_RTT_SECONDS) -> None:
         self.default = default
-        self.seconds: NDArray[np.float64] = np.empty((0, 0))
-        self._told: NDArray[np.float64] = np.empty((0, 0))  # what was announced, infinite elsewhere
+        self.seconds: Seconds = np.empty((0, 0))
+        self._told: Seconds = np.empty((0, 0))  # what was announced, infinite elsewhere
         self._records: dict[PeerId, Record] = {}
         self._row: dict[PeerId, int] = {}
         self._peers: list[PeerId] = []  # by row
@@ -133,16 +135,19 @@ class Distances:
         for row in sorted(rows):
             told = self._told[row]
             known = np.flatnonzero(told < np.inf)
-            ways = (self._told[known] + told[known, None]).min(axis=0, initial=self.default)
-            self.seconds[row, :] = self.seconds[:, row] = np.where(told < np.inf, told, ways)
+            ways = (self._told[known] + told[known, None]).min(axis=0, initial=np.inf)
+            self.seconds[row, :] = self.seconds[:, row] = self._known_or_estimated(told, ways)
             self.seconds[row, row] = np.inf
 
     def _estimate_all(self) -> None:
         """The same for all, from the side of those who know two of them."""
-        ways = np.full(self._told.shape, self.default)
+        ways = np.full(self._told.shape, np.inf)
         for told in self._told:
             known = np.flatnonzero(told < np.inf)
             across, legs = np.ix_(known, known), told[known]
             ways[across] = np.minimum(ways[across], legs[:, None] + legs)
-        self.seconds = np.where(self._told < np.inf, self._told, ways)
+        self.seconds = self._known_or_estimated(self._told, ways)
         np.fill_diagonal(self.seconds, np.inf)
+
+    def _known_or_estimated(self, told: Seconds, ways: Seconds) -> Seconds:
+        return np.where(told < np.inf, told, np.where(ways < np.inf, ways, self.default))
