@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 import statistics
@@ -202,6 +203,17 @@ def table(rows: Sequence[dict[str, Any]], shown: Sequence[tuple[str, str, str]] 
     return "\n".join(lines)
 
 
+def beside_petals(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Our share of the bound by the better one of Petals' rules, seed by seed; empty without both."""
+    shares = {row["rule"]: row["share_by_seed"] for row in rows}
+    theirs = [shares[name] for name in ("petals", "petals-join") if name in shares]
+    if "ours" not in shares or not theirs:
+        return {}
+    pairs = zip(shares["ours"], map(max, zip(*theirs, strict=True)), strict=True)
+    ratios = [ours / best if best else math.inf for ours, best in pairs]
+    return {"of_petals_least": min(ratios), "of_petals_mean": statistics.fmean(ratios)}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     flags = parse(words)
@@ -212,6 +224,10 @@ def main(words: Sequence[str] | None = None) -> None:
     names = list(RULES) if flags.rule == "all" else [flags.rule]
     rows = [measure(flags, name) for name in names]
     print(table(rows))
+    beside = beside_petals(rows)
+    if beside:
+        least, mean = beside["of_petals_least"], beside["of_petals_mean"]
+        print(f"ours by the better one of Petals' rules, seed by seed: least {least:.3f}, mean {mean:.3f}")
     served = [row for row in rows if "seeds_with_clients" in row]
     if served:
         print(table(served, SHOWN_OF_CLIENTS))
@@ -219,7 +235,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(table(served, SHOWN_OF_LIARS))
     if flags.json:
         settings = {key: value for key, value in vars(flags).items() if key != "json"}
-        figures = {**rows[0], "rules": rows} if len(rows) > 1 else rows[0]
+        figures = {**rows[0], **beside, "rules": rows} if len(rows) > 1 else rows[0]
         flags.json.write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
 
 

@@ -6,7 +6,9 @@ each block; then short chains, which come of spans that begin where others end.
 Capacity alone says too little on the way: one bottleneck hides the next, and most single moves do not
 change it at all.  So moves lower the *shortfall*: the rate that the blocks lack, in the worst set of
 them, where each asks for a given share of the bound, added up over a few such shares.  It is 0 exactly
-where the capacity is at the highest of them, and every move lowers it, so moves come to an end.
+where the capacity is at the highest of them, and every move lowers it, so moves come to an end.  What
+few blocks lack is little of the swarm's work, and still limits all of it: once the capacity is good, one
+demand is looked at, just above what is aimed at, and a move that takes half of its shortfall is made.
 
 A server takes as many blocks as its memory holds, however slow it is: more blocks never lower the
 capacity, since a server shares its work among its blocks as the others leave it to do, and they make
@@ -16,7 +18,7 @@ chains shorter.  `--num-blocks` is for who wants to load fewer.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,6 @@ from routing.capacity import Floats, Holder, bound, capacity, ends, narrowest, r
 from routing.moves import MOVE_EFFORT
 from routing.names import PeerId
 from routing.records import Record
-from routing.swarm import believed_rates
 
 Single = NDArray[np.float32]
 
@@ -34,14 +35,16 @@ Single = NDArray[np.float32]
 QUALITY = 0.99
 MIN_REPLICAS = 2
 LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfall is looked at
+PLAUSIBLE = 3.0  # times the upper quartile of the claimed rates: so much is believed
 ALIKE = 1e-4  # of the swarm's work: by less two windows of a joining server do not differ
 LEAST_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
+LEAST_SHARE = 0.5  # of the shortfall, once the capacity is good: a move for it is made, however little it is
 LARGE_GAIN = 0.01  # a move for more is made together with the next best one
 MOST_AT_ONCE = 4
 GOOD = 0.9  # of the bound: from here on replicas count beside the capacity, and it stays at that
 REPLICA_WORTH = 0.001  # of the same, for each holder that a block has too few
 REPLICA_HINT = 1e-6  # while the capacity is too low: it decides between equals
-MOST_MOVERS = 32  # servers whose moves are compared; decides how long a decision takes
+MOST_MOVERS = 32  # servers whose moves are compared, at all levels; decides how long a decision takes
 _RANK_CHANCE = 0.25  # who is next to the best moves with this chance, in case the best one cannot
 
 
@@ -58,22 +61,37 @@ def holders(spans: Sequence[Record]) -> list[Holder]:
     """What these peers hold and how fast they are, in the order of their ids.
 
     A peer that has not measured its rate counts as the median of those that have; where none has,
-    as one block per second: what matters is which blocks are held at all.
+    as one block per second: what matters is which blocks are held at all.  What claims are worth,
+    `plausible` says.
     One that is about to move counts where it is going, and not as online: nobody relies on what it leaves.
     """
-    measured = [span for span in spans if span.seconds_per_block > 0]
-    rates = believed_rates(measured)
+    rates = plausible({s.peer: 1.0 / s.seconds_per_block for s in spans if s.seconds_per_block > 0})
     usual = sorted(rates.values())[len(rates) // 2] if rates else 1.0
     return [
         Holder(
             s.peer,
             s.next_start if s.moves else s.start,
             s.next_stop if s.moves else s.stop,
-            1.0 / rates.get(s.peer, usual),
+            rates.get(s.peer, usual),
             s.state == "online" and not s.moves,
         )
         for s in sorted(spans, key=lambda s: s.peer)
     ]
+
+
+def plausible(claims: Mapping[PeerId, float]) -> dict[PeerId, float]:
+    """The rate at which each peer counts where it claims this one.
+
+    Claims count in full up to PLAUSIBLE times their upper quartile: a cap by the median would take from
+    honest fast servers what the capacity is made of.  Beyond, a peer counts the less the more it claims,
+    down to the median, so that exaggeration does not pay.
+    """
+    if not claims:
+        return {}
+    order = sorted(claims.values())
+    most = PLAUSIBLE * order[3 * (len(order) - 1) // 4]
+    median = order[(len(order) - 1) // 2]
+    return {peer: rate if rate <= most else max(median, most * most / rate) for peer, rate in claims.items()}
 
 
 def choose_blocks(
@@ -223,9 +241,11 @@ def _single_moves(
     now_able = narrowest(added).capacity if number.min() > 0 else 0.0
     enough = min(quality, GOOD) * most  # of capacity, for replicas to count beside it
     good = 0 < enough <= now_able
-    if good and now_able >= quality * most and number.min() >= min_replicas:
+    last = good and now_able < quality * most  # the last few percent: a small set of blocks may lack them
+    if good and not last and number.min() >= min_replicas:
         return []
-    movers = _movers(held, blocks, added, most)
+    levels = ((1 + quality) / 2,) if good else LEVELS
+    movers = _movers(held, blocks, added, MOST_MOVERS * len(LEVELS) // len(levels))
     if not movers:
         return []
     rates = np.array([mover.rate for mover, _ in movers])
@@ -235,7 +255,7 @@ def _single_moves(
         rest[row, : mover.start + 1, mover.start : mover.stop] -= mover.rate
     total = most * blocks
     lack, now = np.zeros((len(movers), blocks)), 0.0
-    for level in LEVELS:
+    for level in levels:
         lack += _shortfalls(rest, level * most, rates, np.array(room)) / total
         now += -float(ends(added, level * most)[0].min()) / total
     found = []
@@ -248,7 +268,8 @@ def _single_moves(
         window = _best_start(worth, mover, room[row], keep, blocks)
         gain = float(worth[window])
         lost = _holes_after(number, mover, window, window + room[row]) - int((number == 0).sum())
-        if lost <= 0 and (gain > LEAST_GAIN or lost < 0):
+        large = gain > LEAST_GAIN or (last and gain > 0 and gains[window] > LEAST_SHARE * now)
+        if lost <= 0 and (large or lost < 0):
             worth = (gain - lost) / _effort(mover, window, room[row])
             found.append((worth, Move(gain - lost, mover.peer, window, window + room[row])))
     ranked = [move for _, move in sorted(found, key=lambda f: (-round(f[0], 6), f[1].peer))]
@@ -276,7 +297,7 @@ def _replicas_gained(
 
 
 def _movers(
-    held: Sequence[Holder], blocks: int, added: Floats, most: float
+    held: Sequence[Holder], blocks: int, added: Floats, at_most: int
 ) -> list[tuple[Holder, tuple[int, int] | None]]:
     """The servers whose moves are looked at, each with the blocks that it must keep."""
     online = _coverage([holder for holder in held if holder.online], blocks)
@@ -285,13 +306,12 @@ def _movers(
         alone = [b for b in range(holder.start, min(holder.stop, blocks)) if online[b] == 1]
         if holder.online and len(alone) < holder.stop - holder.start:
             found.append((holder, (alone[0], alone[-1] + 1) if alone else None))
-    if len(found) <= MOST_MOVERS:
+    if len(found) <= at_most:
         return found
     short = set(narrowest(added).blocks)
     busy = {h.peer for h, _ in found if not short.isdisjoint(range(h.start, h.stop))}
-    return sorted(found, key=lambda f: (f[0].peer in busy, f[1] is not None, -f[0].rate, f[0].peer))[
-        :MOST_MOVERS
-    ]
+    found.sort(key=lambda f: (f[0].peer in busy, f[1] is not None, -f[0].rate, f[0].peer))
+    return found[:at_most]
 
 
 def _best_start(gains: Floats, mover: Holder, count: int, keep: tuple[int, int] | None, blocks: int) -> int:

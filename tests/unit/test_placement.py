@@ -9,16 +9,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from routing.capacity import Holder, bound, capacity, reach
+from routing.capacity import Holder, bound, capacity, ends, reach
 from routing.moves import opens_gap
 from routing.names import PeerId, peer_id_of
 from routing.placement import (
+    GOOD,
+    MIN_REPLICAS,
+    QUALITY,
+    REPLICA_WORTH,
     _shortfalls,
     _single,
     better_window,
     choose_blocks,
     holders,
     moves,
+    plausible,
     throughputs,
 )
 from routing.records import Record
@@ -102,7 +107,25 @@ def test_among_covered_blocks_the_slowest_are_helped():
 def test_a_boast_does_not_keep_others_away_for_long():
     honest = [span(n, 0, 12, 0.01) for n in range(3)]
     boast = span(9, 0, 6, 1e-7)
-    assert throughputs([*honest, boast], 12)[0] == pytest.approx(300 + 400)
+    assert throughputs([*honest, boast], 12)[0] == pytest.approx(300 + 100)
+
+
+def test_fast_servers_count_in_full_and_exaggeration_does_not_pay():
+    slow, fast = {PeerId(f"s{n}"): 100.0 for n in range(6)}, {PeerId(f"f{n}"): 300.0 for n in range(3)}
+    others, me = slow | fast, PeerId("me")
+    assert plausible({**others, me: 700.0}) == {**others, me: 700.0}
+    worth = [plausible({**others, me: claim})[me] for claim in (900.0, 1000.0, 2000.0, 1e9)]
+    assert worth == [900.0, pytest.approx(810.0), pytest.approx(405.0), 100.0]
+    assert plausible({}) == {}
+
+
+@given(st.lists(st.floats(1.0, 1e6), min_size=1, max_size=12))
+def test_no_claim_counts_for_more_than_it_says_or_for_less_than_the_median(claims):
+    found = plausible({PeerId(str(n)): claim for n, claim in enumerate(claims)})
+    median = sorted(claims)[(len(claims) - 1) // 2]
+    assert all(
+        min(claim, median) <= rate <= claim for claim, rate in zip(claims, found.values(), strict=True)
+    )
 
 
 def test_a_peer_that_has_not_measured_counts_as_the_median():
@@ -196,6 +219,43 @@ def test_where_the_capacity_is_good_blocks_with_one_holder_get_another():
     after = moved(once, first)
     assert min(covered_of(after, 12)) >= 2
     assert capacity(after, 12) >= 0.5 * bound(after, 12)
+
+
+def test_what_little_two_blocks_lack_is_brought_by_the_one_slow_server_that_can_be_spared():
+    """Less than LEAST_GAIN of the swarm's work, and 5 % of its capacity; the others are all needed."""
+    held = [Holder(PeerId(f"{n:02}"), n // 2 * 2, n // 2 * 2 + 2, 10.0) for n in range(48)]
+    held[0] = held[0]._replace(rate=9.0)
+    held.append(Holder(PeerId("spare"), 20, 22, 1.0))
+    assert capacity(held, 48) == pytest.approx(0.95 * bound(held, 48))
+    [move] = moves(held, 48)
+    assert move.peer == "spare"
+    after = moved(held, move)
+    assert capacity(after, 48) == pytest.approx(bound(after, 48))
+    assert moves(after, 48) == []
+
+
+def missing(held, blocks):
+    """What is lacking for nearly the bound, as a share of the swarm's work; and replicas at their worth."""
+    most = bound(held, blocks)
+    lack = -ends(reach(held, blocks), (1 + QUALITY) / 2 * most)[0].min() / (most * blocks)
+    return lack + REPLICA_WORTH * sum(max(0, MIN_REPLICAS - count) for count in covered_of(held, blocks))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000))
+def test_once_the_capacity_is_good_it_stays_so_and_less_is_missing_after_every_move(seed):
+    held = swarm_of(seed, servers=50, blocks=20)
+    for _ in range(100):
+        ranked = moves(held, 20)
+        if not ranked:
+            break
+        after = moved(held, ranked[0])
+        if capacity(held, 20) >= GOOD * bound(held, 20):
+            assert capacity(after, 20) >= GOOD * bound(held, 20)
+            assert missing(after, 20) < missing(held, 20)
+        held = after
+    assert moves(held, 20) == []
+    assert capacity(held, 20) > GOOD * bound(held, 20)
 
 
 def covered(held):

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from benchmarks.swarm import beside_petals
 from benchmarks.swarm_models import MODELS, Plan, script
 from benchmarks.swarm_rules import Equal, Ours, Petals, PetalsJoin
 from benchmarks.swarm_sim import Simulation
@@ -74,3 +75,10 @@ def test_petals_moves_where_everybody_gains_enough():
     even = [*seen[1:], holder("a", 4, 8)]
     assert Petals().move(even, 8, PeerId("a"), [], random.Random(0)) is None
     assert np.isfinite(Simulation(Plan(MODELS["llama-405b"], 25, 0, seconds=60.0), Petals()).run().at_rest)
+
+
+def test_each_seed_is_compared_with_the_better_one_of_petals_rules():
+    shares = {"ours": [0.9, 0.8, 0.5], "petals": [0.6, 1.0, 0.0], "petals-join": [0.9, 0.5, 0.25]}
+    rows = [{"rule": rule, "share_by_seed": found} for rule, found in shares.items()]
+    assert beside_petals(rows) == {"of_petals_least": 0.8, "of_petals_mean": pytest.approx((1 + 0.8 + 2) / 3)}
+    assert beside_petals(rows[:1]) == {}
