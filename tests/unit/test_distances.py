@@ -42,8 +42,8 @@ def test_what_was_announced_is_not_estimated():
     assert known({A: {B: 0.05, C: 0.001}, B: {C: 0.001}, C: {}}).between(A, B) == 0.05
 
 
-def test_no_estimate_is_longer_than_the_default():
-    assert known({A: {C: 0.09}, B: {C: 0.09}, C: {}}).between(A, B) == 0.1
+def test_what_is_known_to_be_far_is_farther_than_the_default():
+    assert known({A: {C: 0.02}, B: {C: 0.19}, C: {}}).between(A, B) == pytest.approx(0.21)
 
 
 def test_two_peers_near_the_client_are_near_each_other():
