@@ -56,7 +56,8 @@ def price(hops, spans, client_rtt, default):
     def between(one, two):
         over = [announced(one, other) + announced(other, two) for other in told if other not in (one, two)]
         known = announced(one, two)
-        return known if known < math.inf else min([*over, default])
+        estimate = known if known < math.inf else min(over, default=math.inf)
+        return estimate if estimate < math.inf else default
 
     way = ["client", *(hop.peer for hop in hops), "client"]
     total = sum(between(one, two) for one, two in itertools.pairwise(way)) / 2
