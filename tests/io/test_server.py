@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -157,6 +157,17 @@ class Setting:
         await stream.aclose()
 
 
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done in a thread takes no time of the simulated clock, however busy the machine is."""
+
+    async def at_once(do: Callable[..., object], *args: object, **_: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return do(*args)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+
+
 @asynccontextmanager
 async def serving(room: int = 6) -> AsyncIterator[Setting]:
     async with trio.open_nursery() as nursery:
@@ -194,7 +205,6 @@ async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
 async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_back(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    autojump_clock.autojump_threshold = 0.05  # a real thread looks for the files
     async with serving(room=0) as setting:
         stream, _ = await setting.open(0, 3)
         setting.nursery.start_soon(setting.server.move, 3, 6)
@@ -304,7 +314,6 @@ async def watched(room: int) -> AsyncIterator[tuple[Setting, Watch]]:
 async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
     room: int, steps: list[tuple[str | int, ...]], autojump_clock: trio.testing.MockClock
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01  # a real thread looks for the files
     async with watched(room) as (setting, watch):
         await setting.server.announce_move(1, 4)
         await trio.sleep(1)
@@ -325,7 +334,6 @@ async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
 async def test_a_session_of_blocks_that_stay_goes_on_while_the_others_are_loaded(
     rooms: list[int], autojump_clock: trio.testing.MockClock
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with watched(6) as (setting, _):
         setting.server.means.rooms = rooms  # type: ignore[attr-defined]
         setting.loader.seconds = 5.0
@@ -352,7 +360,6 @@ async def test_a_session_of_blocks_that_stay_goes_on_while_the_others_are_loaded
 async def test_new_sessions_of_the_overlap_are_taken_while_the_others_are_loaded(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with watched(6) as (setting, _):
         setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
         setting.nursery.start_soon(setting.server.move, 1, 4)
@@ -369,7 +376,6 @@ async def test_new_sessions_of_the_overlap_are_taken_while_the_others_are_loaded
 async def test_when_what_is_missing_cannot_be_loaded_what_was_left_is_loaded_again(
     rooms: list[int], autojump_clock: trio.testing.MockClock
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with watched(6) as (setting, watch):
         setting.server.means.rooms = list(rooms)  # type: ignore[attr-defined]
         setting.loader.broken.add((3, 4))
@@ -386,7 +392,6 @@ async def test_when_what_is_missing_cannot_be_loaded_what_was_left_is_loaded_aga
 async def test_what_stays_is_served_even_if_nothing_can_be_loaded_any_more(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with watched(6) as (setting, _):
         setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
         setting.loader.broken |= {(3, 4), (0, 1)}
@@ -402,7 +407,6 @@ async def test_what_stays_is_served_even_if_nothing_can_be_loaded_any_more(
 async def test_where_the_rest_does_not_fit_beside_the_overlap_it_is_loaded_alone(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with serving(room=0) as setting:
         await setting.server.move(1, 4)
         assert setting.directory.said[2:] == [
@@ -415,7 +419,6 @@ async def test_where_the_rest_does_not_fit_beside_the_overlap_it_is_loaded_alone
 async def test_without_a_common_block_the_old_span_is_served_until_the_new_one_is_there(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with watched(3) as (setting, watch):
         await setting.open(0, 3)
         await setting.server.announce_move(3, 6)
@@ -434,7 +437,6 @@ async def test_without_a_common_block_the_old_span_is_served_until_the_new_one_i
 async def test_the_window_of_a_move_may_be_on_both_sides_or_within(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    autojump_clock.autojump_threshold = 0.01
     async with watched(6) as (setting, _):
         for window in ((1, 2), (0, 6), (2, 5)):
             await setting.server.move(*window)
