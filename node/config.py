@@ -47,7 +47,7 @@ class BalanceConfig:
     no speed.  seconds: between looks for a better place, on average.
     """
 
-    quality: float = 0.9  # below the rule's own: rates as measured are not exact
+    quality: float = 0.99
     min_replicas: int = 2
     seconds: float = 60.0
 
