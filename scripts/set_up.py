@@ -10,6 +10,7 @@ RACEME_NO_APT=1, which leaves system packages to you.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import importlib.util
@@ -226,7 +227,8 @@ def make_environment_with_virtualenv() -> None:
     """Put virtualenv into a temporary folder, so that the system's Python stays as it was."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            run([BASE_PYTHON, "-m", "pip", "install", "--target", folder, "virtualenv"])
+            command = [BASE_PYTHON, "-m", "pip", "install", "--target", folder, "virtualenv"]
+            run(command, **pip_environment(BASE_PYTHON))
         except CommandFailed:
             raise SetUpError(
                 f"{BASE_PYTHON} has neither venv nor pip: {remedy([f'python{VERSION}-venv'])}"
@@ -237,8 +239,9 @@ def make_environment_with_virtualenv() -> None:
 def install_torch() -> None:
     """Install the pinned torch first, so that nothing else can ask for another build of it.
 
-    Without an NVIDIA GPU the build for CPUs alone is taken where pip's index offers one; the general
-    build for Linux brings gigabytes of CUDA libraries that would never be used.
+    Without an NVIDIA GPU the build for CPUs alone is asked for first; the general build for Linux brings
+    gigabytes of CUDA libraries that would never be used.  Whatever pip answers to the first choice, the
+    general build is tried: pip's answers are made for people and differ with its configuration.
     """
     pin = f"torch=={pinned('torch')}"
     chosen = os.environ.get("RACEME_TORCH")
@@ -251,9 +254,10 @@ def install_torch() -> None:
             pip_install(f"{pin}, the build for CPUs", "--no-deps", f"{pin}+cpu", constrained=False)
             return
         except CommandFailed:
-            if "No matching distribution" not in LOG.read_text():
-                raise
-            say("  pip's index offers no such build; see 'Torch without CUDA' in CONTRIBUTING.md")
+            why = "pip's index offers no such build; see 'Torch without CUDA' in CONTRIBUTING.md"
+            if "No matching distribution" not in LOG.read_text(errors="replace"):
+                why = f"pip could not install that build (its answer is in .venv/{LOG.name})"
+            say_and_log(f"  {why}; the general build is tried")
     pip_install(pin, pin)
 
 
@@ -267,7 +271,75 @@ def pip_install(what: str, *requirements: str, constrained: bool = True) -> None
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off"]
     command += ["-c", str(CONSTRAINTS)] if constrained else []
     with stage(f"installing {what}"):
-        run([*command, *requirements], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+        run([*command, *requirements], **pip_environment(command[0]))
+
+
+# Of pip's configuration: where packages come from, and how the way there is.  Everything else (constraints,
+# --user, --target, hashes, ...) is meant for other environments; .venv has its own versions.
+PIP_OPTIONS_KEPT = (
+    "index-url",
+    "extra-index-url",
+    "find-links",
+    "no-index",
+    "trusted-host",
+    "cert",
+    "client-cert",
+    "proxy",
+    "timeout",
+    "default-timeout",
+    "retries",
+    "resume-retries",
+    "cache-dir",
+    "no-cache-dir",
+    "keyring-provider",
+)
+
+
+def pip_environment(python: str) -> dict[str, str]:
+    """Environment variables that stand for all of pip's configuration, for a pip that `python` runs."""
+    configured = read_pip_configuration(pip_configuration(python), os.environ)
+    kept = {name: value for name, value in configured.items() if name in PIP_OPTIONS_KEPT}
+    dropped = sorted(configured.keys() - kept.keys() - {"disable-pip-version-check", "no-input"})
+    if dropped:
+        log(f"# of pip's configuration, left out: {', '.join(dropped)}")
+    return {
+        # pip takes an empty variable for one that is not set.
+        **{name: "" for name in os.environ if name.startswith("PIP_")},
+        **{"PIP_" + name.upper().replace("-", "_"): value for name, value in kept.items()},
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_INPUT": "1",
+    }
+
+
+def pip_configuration(python: str) -> str:
+    """What pip says of its configuration; nothing where its files cannot be read."""
+    command = [python, "-m", "pip", "config", "list"]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
+
+
+def read_pip_configuration(listed: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Option -> value, as `pip install` would take them, from what `pip config list` printed.
+
+    Each line is SECTION.OPTION=VALUE, the value quoted as in Python.  The section of a command overrides the
+    global one, and the environment overrides both.  Several values of an option are one line here.
+    """
+    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}}
+    for line in listed.splitlines():
+        name, _, quoted = line.partition("=")
+        section, _, option = name.rpartition(".")
+        try:
+            value = str(ast.literal_eval(quoted))
+        except (ValueError, SyntaxError):
+            continue
+        if section in sections:
+            sections[section][option] = " ".join(value.split())
+    variables = {
+        name.removeprefix("PIP_").lower().replace("_", "-"): value
+        for name, value in environment.items()
+        if name.startswith("PIP_") and value and name != "PIP_CONFIG_FILE"
+    }
+    return {**sections["global"], **sections["install"], **variables}
 
 
 def link_trio_types() -> None:
@@ -335,6 +407,18 @@ def run(command: Sequence[str], **environment: str) -> None:
 def say(text: str, end: str = "\n") -> None:
     """Print at once, also into a pipe."""
     print(text, end=end, flush=True)
+
+
+def log(line: str) -> None:
+    """Add a line to the log."""
+    with LOG.open("a") as file:
+        print(line, file=file)
+
+
+def say_and_log(text: str) -> None:
+    """Print a line, and keep it in the log."""
+    say(text)
+    log(f"# {text.strip()}")
 
 
 def log_lines() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ class SetUp:
         self.script: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.script)
         self.ran: list[list[str]] = []
+        self.environments: list[dict[str, str]] = []
+        self.pip_configuration = ""  # what `pip config list` prints
         self.on_run: Callable[[list[str]], None] = lambda command: None
         self.venv = folder / ".venv"
         monkeypatch.delenv("RACEME_TORCH", raising=False)
@@ -36,13 +39,17 @@ class SetUp:
             "missing_build_parts": list,
             "has_nvidia_gpu": lambda: False,
             "apt_prefix": lambda: None,
+            "pip_configuration": lambda python: self.pip_configuration,
         }.items():
             monkeypatch.setattr(self.script, name, value)
+        for name in [name for name in os.environ if name.startswith("PIP_")]:
+            monkeypatch.delenv(name)
         (folder / "pyproject.toml").write_text("[project]\n")
         (folder / "constraints.txt").write_text("fastecdsa==2.3.2\ntorch==2.13.0\n")
 
     def run(self, command: list[str], **environment: str) -> None:
         self.ran.append(command)
+        self.environments.append(environment)
         self.on_run(command)
 
     def installed(self) -> list[str]:
@@ -114,26 +121,95 @@ def test_torch_for_cpus_is_taken_where_the_index_offers_it(set_up: SetUp):
     assert set_up.installed() == ["torch==2.13.0+cpu", ".[dev,web]"]
 
 
-def test_torch_as_it_comes_is_taken_where_the_index_offers_no_other(set_up: SetUp):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("ERROR: No matching distribution found for torch==2.13.0+cpu\n", "pip's index offers no such build"),
+        ("ERROR: ResolutionImpossible: for help visit ...\n", "pip could not install that build"),
+        ("ERROR: HTTP error 403 while getting ...\n", "pip could not install that build"),
+        ("", "pip could not install that build"),
+    ],
+)
+def test_the_general_build_of_torch_is_tried_whatever_pip_says_of_the_other(
+    set_up: SetUp, capsys: pytest.CaptureFixture[str], answer: str, said: str
+):
     def fail(command: list[str]) -> None:
         if command[-1].endswith("+cpu"):
-            set_up.script.LOG.write_text("ERROR: No matching distribution found for torch==2.13.0+cpu\n")
+            set_up.script.LOG.write_text(answer)
             raise set_up.script.CommandFailed("pip failed with exit code 1")
 
     set_up.on_run = fail
     assert set_up.script.main() == 0
     assert set_up.installed() == ["torch==2.13.0+cpu", "torch==2.13.0", ".[dev,web]"]
+    assert said in capsys.readouterr().out
+    log = set_up.script.LOG.read_text()
+    assert answer in log
+    assert "the general build is tried" in log
 
 
-def test_no_other_torch_is_tried_after_a_failure_of_another_kind(set_up: SetUp):
+def test_a_failure_of_the_general_build_ends_set_up(set_up: SetUp):
     def fail(command: list[str]) -> None:
-        if command[-1].endswith("+cpu"):
-            set_up.script.LOG.write_text("ERROR: No space left on device\n")
+        if command[-1].startswith("torch"):
             raise set_up.script.CommandFailed("pip failed with exit code 1")
 
     set_up.on_run = fail
     assert set_up.script.main() == 1
-    assert set_up.installed() == ["torch==2.13.0+cpu"]
+    assert set_up.installed() == ["torch==2.13.0+cpu", "torch==2.13.0"]
+
+
+def test_a_torch_of_your_own_is_the_only_one_tried(set_up: SetUp, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RACEME_TORCH", "torch==2.12.0")
+
+    def fail(command: list[str]) -> None:
+        raise set_up.script.CommandFailed("pip failed with exit code 1")
+
+    (set_up.venv / "bin").mkdir(parents=True)
+    set_up.script.MADE_FOR.write_text(set_up.script.made_for())
+    set_up.on_run = fail
+    assert set_up.script.main() == 1
+    assert set_up.installed() == ["torch==2.12.0"]
+
+
+CONFIGURED = r"""
+:env:.default-timeout='180'
+global.constraint='/etc/pip/constraints.txt'
+global.extra-index-url='\nhttps://one.example/simple\nhttps://two.example/simple'
+global.proxy='http://proxy.example:3128'
+global.timeout='15'
+global.user='true'
+install.require-hashes='yes'
+install.timeout='60'
+freeze.timeout='1'
+something that pip may print one day
+"""
+
+
+def test_pip_keeps_where_packages_come_from_and_nothing_else_of_its_configuration(
+    set_up: SetUp, monkeypatch: pytest.MonkeyPatch
+):
+    set_up.pip_configuration = CONFIGURED
+    monkeypatch.setenv("PIP_INDEX_URL", "https://three.example/simple")
+    monkeypatch.setenv("PIP_CONSTRAINT", "mine.txt")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/home/me/pip.conf")
+    assert set_up.script.main() == 0
+    installs = [
+        environment
+        for command, environment in zip(set_up.ran, set_up.environments, strict=True)
+        if "install" in command
+    ]
+    assert len(installs) == 2
+    for environment in installs:
+        assert environment == {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_CONSTRAINT": "",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_EXTRA_INDEX_URL": "https://one.example/simple https://two.example/simple",
+            "PIP_INDEX_URL": "https://three.example/simple",
+            "PIP_NO_INPUT": "1",
+            "PIP_PROXY": "http://proxy.example:3128",
+            "PIP_TIMEOUT": "60",
+        }
+    assert "left out: constraint, require-hashes, user" in set_up.script.LOG.read_text()
 
 
 def test_what_is_missing_and_may_not_be_installed_is_said_in_one_line(
