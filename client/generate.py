@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from client.retry import Context
-from client.sampling import Sampler, SamplingOptions, TextStream
+from client.sampling import Sampler, SamplingOptions
+from client.text import TextStream
 from node.model.ends import Ends
 
 FinishReason = Literal["length", "end", "stop"]
@@ -46,7 +47,7 @@ class Generation:
     async def run(self, prompt: list[int], *, close: bool) -> AsyncGenerator[Token, None]:
         """Yield tokens until one has a finish_reason.  close: end the context's session afterwards."""
         sampler = Sampler(self.options)
-        text = TextStream(self.ends.tokenizer, self.stop)
+        text = TextStream(self.ends.tokenizer, self.stop, prompt=prompt)
         self._tokens = list(prompt)
 
         def pick(logits: Tensor) -> int:
@@ -70,10 +71,10 @@ class Generation:
     def _tell(self, text: TextStream, token: int, left: int) -> tuple[str, FinishReason | None]:
         """The text that `token` makes certain, and whether it is the last one."""
         if token in self.ends.eos_ids:
-            return text.finish(), "end"
+            return text.finish(), "stop" if text.found else "end"
         piece = text.push(token)
-        if text.stopped:
+        if left == 0 and not text.stopped:
+            piece += text.finish()
+        if text.found:
             return piece, "stop"
-        if left == 0:
-            return piece + text.finish(), "length"
-        return piece, None
+        return piece, "length" if left == 0 else None

@@ -1,4 +1,4 @@
-"""From logits to a token, and from tokens to text: pure, and the same for the same seed.
+"""From logits to a token: pure, and the same for the same seed.
 
 The filters are transformers' own, in the order in which its `generate` applies them, so that the
 same settings and the same logits give the same distribution.
@@ -7,7 +7,7 @@ same settings and the same logits give the same distribution.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,69 +99,3 @@ def _filters(options: SamplingOptions) -> list[Any]:  # Any: the library's proce
         if options.top_p is not None and options.top_p < 1.0:
             filters.append(TopPLogitsWarper(options.top_p))
     return filters
-
-
-@dataclass(slots=True)
-class TextStream:
-    """Makes text of tokens as they come, and stops at stop strings.
-
-    Bytes of a character that is not whole yet, and text that may be the beginning of a stop
-    string, are held back.  Promise, checked by tests/unit/test_sampling.py: what `push` and
-    `finish` return, joined, is the text of all tokens, up to the first stop string.
-    """
-
-    tokenizer: Any  # a transformers tokenizer; untyped
-    stop: tuple[str, ...] = ()
-    stopped: bool = False
-    _held: str = ""
-    _tokens: list[int] = field(default_factory=list)
-    _shown: int = 0
-
-    def push(self, token: int) -> str:
-        """The text that is certain now that `token` has come."""
-        if self.stopped:
-            return ""
-        self._tokens.append(token)
-        return self._release(self._next_text())
-
-    def finish(self) -> str:
-        """What was held back and no stop string came of."""
-        if self.stopped:
-            return ""
-        tail = self._decode(self._tokens)[self._shown :]
-        text = self._release(tail, last=True)
-        self.stopped = True
-        return text
-
-    def _next_text(self) -> str:
-        """Text beyond what was shown; nothing while the last character is incomplete.
-
-        Decoding starts anew at a word boundary every so often, so a long text costs no more per token.
-        """
-        text = self._decode(self._tokens)
-        if text.endswith("\ufffd"):
-            return ""
-        fresh, self._shown = text[self._shown :], len(text)
-        if len(self._tokens) > 64:
-            # The last tokens stay: some tokenizers drop the space in front of a first token.
-            self._tokens = self._tokens[-16:]
-            self._shown = len(self._decode(self._tokens))
-        return fresh
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _release(self, text: str, *, last: bool = False) -> str:
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        hold = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

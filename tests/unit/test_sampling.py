@@ -1,4 +1,4 @@
-"""Choosing tokens as transformers does, and text that comes piece by piece and yet is the whole text."""
+"""Choosing tokens as transformers does."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from client.sampling import Sampler, SamplingOptions, TextStream
+from client.sampling import Sampler, SamplingOptions
 
 VOCABULARY = 20
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=VOCABULARY, max_size=VOCABULARY)
@@ -187,138 +186,3 @@ def _without_seed(options: SamplingOptions) -> tuple:
 def test_an_option_outside_its_range_is_refused_by_name(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is "):
         SamplingOptions(**options)
-
-
-# Text.  Two small tokenizers: bytes with some merges (as GPT-2's and Llama 3's), and pieces that begin
-# with a space which the first one of a text loses (as Llama 2's).
-
-
-@lru_cache
-def byte_level() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("e", "n"), ("en", "d"), ("ð", "Ł"), ("Ċ", "Ċ")]
-    vocabulary = {token: number for number, token in enumerate(alphabet + [a + b for a, b in merges])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-@lru_cache
-def pieces() -> PreTrainedTokenizerFast:
-    words = ["▁the", "▁end", "▁", "t", "h", "e", "n", "d", "ing", "▁a", ".", "é", "😀", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=words.index("<unk>")))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-
-
-TOKENIZERS = {"byte level": byte_level, "pieces": pieces}
-
-
-def streamed(tokenizer, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
-    stream = TextStream(tokenizer, stop)
-    shown = []
-    for token in tokens:
-        if stream.stopped:
-            break
-        shown.append(stream.push(token))
-    shown.append(stream.finish())
-    return shown, stream
-
-
-@st.composite
-def token_lists(draw, tokenizer):
-    """Tokens of real text, of noise, or of both; often more than the window."""
-    texts = st.text(st.sampled_from("the end\né😀👩‍👩‍👧✓.𝕏 "), max_size=120)
-    noise = st.lists(st.integers(0, len(tokenizer) - 2), max_size=60)
-    parts = draw(
-        st.lists(noise | texts.map(lambda t: tokenizer.encode(t, add_special_tokens=False)), max_size=4)
-    )
-    return [token for part in parts for token in part]
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@given(data=st.data())
-def test_the_pieces_joined_are_the_text_of_all_tokens(name, data):
-    tokenizer = TOKENIZERS[name]()
-    tokens = data.draw(token_lists(tokenizer))
-    shown, _ = streamed(tokenizer, tokens)
-    assert "".join(shown) == tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@given(data=st.data())
-def test_the_pieces_joined_are_the_text_up_to_the_first_stop_string(name, data):
-    tokenizer = TOKENIZERS[name]()
-    tokens = data.draw(token_lists(tokenizer))
-    whole = tokenizer.decode(tokens, skip_special_tokens=True)
-    inside = st.tuples(st.integers(0, len(whole)), st.integers(1, 6)).map(lambda at: whole[at[0] : sum(at)])
-    stops = tuple(data.draw(st.lists(inside | st.sampled_from(["the end", "\n\n", "é", "zzz"]), max_size=3)))
-    stops = tuple(stop for stop in stops if stop and "\ufffd" not in stop)
-    found = [(whole.find(stop), stop) for stop in stops if stop in whole]
-    if found:  # where one begins first and another ends first, either could be called the first one
-        ends = {start + len(stop): start for start, stop in sorted(found, reverse=True)}
-        assume(ends[min(ends)] == min(found)[0])
-    expected = whole[: min(found)[0]] if found else whole
-    shown, stream = streamed(tokenizer, tokens, stops)
-    assert "".join(shown) == expected
-    assert stream.stopped
-    assert stream.push(0) == stream.finish() == ""
-
-
-@given(st.text(st.sampled_from("é😀👩‍👧✓𝕏"), min_size=1, max_size=100))
-@example("😀" * 40)
-def test_no_half_of_a_character_is_shown(text):
-    tokenizer = byte_level()
-    tokens = tokenizer.encode(text)
-    assert len(tokens) > len(text) or len(text.encode()) == len(text)
-    shown, _ = streamed(tokenizer, tokens)
-    assert all("\ufffd" not in piece for piece in shown)
-    assert "".join(shown) == text
-
-
-def test_a_character_that_never_becomes_whole_is_shown_at_the_end():
-    tokens = byte_level().encode("a😀")[:-1]
-    shown, _ = streamed(byte_level(), tokens)
-    assert shown[0] == "a"
-    assert shown[-1] == "\ufffd"
-
-
-def test_text_is_shown_as_soon_as_it_is_certain():
-    tokenizer = byte_level()
-    stream = TextStream(tokenizer, stop=("end.",))
-    shown = [stream.push(token) for char in "an envy" for token in tokenizer.encode(char)]
-    assert shown == ["a", "n", " ", "", "", "env", "y"]
-
-
-def test_a_stop_string_over_many_tokens_is_found_and_nothing_of_it_is_shown():
-    tokenizer = byte_level()
-    stream = TextStream(tokenizer, stop=("the end", "😀"))
-    shown = []
-    for char in "x" * 100 + "the en" + "the end and more":
-        shown += [stream.push(token) for token in tokenizer.encode(char)]
-    assert stream.stopped
-    assert "".join(shown) == "x" * 100 + "the en"
-
-
-def test_a_stop_string_that_did_not_come_whole_is_shown_at_the_end():
-    tokenizer = byte_level()
-    shown, _ = streamed(tokenizer, tokenizer.encode("it is the en"), ("the end",))
-    assert shown[-1] == "the en"
-    assert "".join(shown) == "it is the en"
-
-
-def test_special_tokens_have_no_text():
-    tokenizer = byte_level()
-    tokens = [*tokenizer.encode("a"), tokenizer.eos_token_id, *tokenizer.encode("b")]
-    assert "".join(streamed(tokenizer, tokens)[0]) == "ab"
-
-
-def test_a_long_text_costs_no_more_per_token_than_a_short_one():
-    tokenizer, stream = byte_level(), TextStream(byte_level())
-    longest = 0
-    for token in tokenizer.encode("the end. " * 300):
-        stream.push(token)
-        longest = max(longest, len(stream._tokens))
-    assert longest <= 65

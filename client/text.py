@@ -1,0 +1,240 @@
+"""From tokens to text, piece by piece: joined, it is what the tokenizer makes of all tokens at once."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from typing import Any
+
+# Beyond so many tokens the oldest are forgotten, where the text of the rest can do without them.
+WINDOW_TOKENS = 64
+KEPT_TOKENS = 16  # that stay at least
+KEPT_CHARACTERS = 16  # and so much of their text: more than any effect between neighbours reaches
+INCOMPLETE = 3  # bytes of UTF-8 that are no character yet, at the most
+CLEAN_UP_REACH = 7  # characters: what `clean_up_tokenization_spaces` puts together is shorter
+_BYTE = re.compile(r"<0x(?:[0-9a-fA-F]{2}|\+[0-9a-fA-F])>")
+
+
+class TextStream:
+    """Makes text of tokens as they come, and stops at stop strings.
+
+    Text that may still change, and text that may be the beginning of a stop string, are held back.
+    Promises, checked by tests/unit/test_text.py for tokenizers of every kind:
+      * what `push` and `finish` return, joined, is what `decode(prompt + tokens)` has behind
+        `decode(prompt)`, up to the first stop string;
+      * at every moment it is the beginning of that;
+      * a token costs no more after a million others than after a hundred.
+    Of several stop strings that one counts which is whole first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,  # a transformers tokenizer; untyped
+        stop: tuple[str, ...] = (),
+        *,
+        prompt: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """prompt: the tokens before, of which no text is returned and no stop string is found."""
+        self.stopped = False  # no more text comes
+        self.found = False  # because a stop string came
+        self._stop = stop
+        self._held = ""
+        self._pieces = Detokenizer(tokenizer, prompt, skip_special_tokens)
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come."""
+        return "" if self.stopped else self._release(self._pieces.push(token))
+
+    def finish(self) -> str:
+        """What was held back and no stop string came of."""
+        if self.stopped:
+            return ""
+        text = self._release(self._pieces.finish(), last=True)
+        self.stopped = True
+        return text
+
+    def _release(self, text: str, *, last: bool = False) -> str:
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = self.found = True
+            self._held = ""
+            return text[: min(found)[1]]
+        hold = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+class Detokenizer:
+    """What of the text of tokens is certain, whatever tokens follow.
+
+    Held back is what the library may still write otherwise: bytes that are no whole character yet,
+    and, where it cleans up spaces, the last few characters.  Byte-fallback tokens ("<0xE2>") in a row
+    are held back as long as they are valid UTF-8: one wrong byte, or an incomplete character at the
+    end, makes every one of them U+FFFD.
+
+    Text comes from `decode` of the last tokens alone.  They are cut only where their text is the end
+    of the text of all: not inside a character, nor where a space in front would be lost.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = backend if getattr(tokenizer, "is_fast", False) else None
+        self._special = self._special_ids()
+        self._falls_back = _falls_back(self._backend)
+        self._cleans_up = _cleans_up(tokenizer, self._backend)
+        self._window = WINDOW_TOKENS
+        self._unread = 0  # tokens since the last decode
+        self._run: _ByteRun | None = None  # of the byte-fallback tokens at the end
+        self._prompt_rest = ""  # of the prompt's text: what may still come out otherwise
+
+        tokens = [token for token in prompt if not self._is_silent(token)]
+        end = len(tokens)
+        while end > 0 and self._byte_of(tokens[end - 1]) is not None:
+            end -= 1
+        self._tokens = tokens[:end]
+        text = self._decode(self._tokens)
+        self._shown = len(text) - self._uncertain(text)  # characters of the tokens' text that are out
+        self._shorten(text)
+        for token in tokens[end:]:
+            self.push(token)
+        self._prompt_rest = self._decode(self._tokens)[self._shown :]
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with `token`."""
+        if self._is_silent(token):
+            return ""
+        self._tokens.append(token)
+        self._unread += 1
+        byte = self._byte_of(token)
+        if byte is None:
+            self._run = None
+            # Where nothing can be forgotten, reading less often keeps the cost of a token.
+            patience = len(self._tokens) // WINDOW_TOKENS if len(self._tokens) > 2 * WINDOW_TOKENS else 0
+            return self._read() if self._unread > patience else ""
+        if self._run is None:
+            self._run = _ByteRun(len(self._tokens) - 1)
+        if self._run.push(byte):
+            return ""  # undecided: no need to look
+        return self._read_wrong_bytes(self._run)
+
+    def finish(self) -> str:
+        """The rest: nothing follows."""
+        text = self._decode(self._tokens)
+        fresh, self._shown = text[self._shown :], len(text)
+        return self._beyond_prompt(fresh)
+
+    def _read(self) -> str:
+        text, self._unread = self._decode(self._tokens), 0
+        end = max(self._shown, len(text) - self._uncertain(text))
+        fresh, self._shown = text[self._shown : end], end
+        if len(self._tokens) > self._window:
+            self._shorten(text)
+        return self._beyond_prompt(fresh)
+
+    def _read_wrong_bytes(self, run: _ByteRun) -> str:
+        """Text up to here; of the run that is lost, its last bytes stay: they are wrong by themselves."""
+        text, self._unread = self._decode(self._tokens), 0
+        fresh, self._shown = text[self._shown :], len(text)
+        if run.told:
+            self._tokens.pop()
+            self._shown -= 1
+        else:
+            run.told = True
+            del self._tokens[run.start : -1 - INCOMPLETE]
+            self._shown = len(self._decode(self._tokens))
+        return self._beyond_prompt(fresh)
+
+    def _beyond_prompt(self, fresh: str) -> str:
+        """Without what the prompt's text had already."""
+        while fresh and self._prompt_rest:
+            if fresh[0] != self._prompt_rest[0]:
+                self._prompt_rest = ""
+            else:
+                fresh, self._prompt_rest = fresh[1:], self._prompt_rest[1:]
+        return fresh
+
+    def _uncertain(self, text: str) -> int:
+        """Characters at the end that another token could change."""
+        end = "" if self._falls_back else text[-INCOMPLETE:]
+        incomplete = len(end) - len(end.rstrip("\ufffd"))
+        return min(len(text), incomplete + CLEAN_UP_REACH) if self._cleans_up else incomplete
+
+    def _shorten(self, text: str) -> None:
+        """Forget tokens in front, if there is a place to cut.  text: of all tokens."""
+        tokens = self._tokens
+        for kept in range(KEPT_TOKENS, min(len(tokens), WINDOW_TOKENS)):
+            tail = self._decode(tokens[-kept:])
+            gone = len(text) - len(tail)
+            if len(tail) >= KEPT_CHARACTERS and gone <= self._shown and text.endswith(tail):
+                self._tokens, self._window = tokens[-kept:], WINDOW_TOKENS
+                self._shown -= gone
+                return
+        self._window = max(WINDOW_TOKENS, 2 * len(tokens))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip)) if tokens else ""
+
+    def _is_silent(self, token: int) -> bool:
+        """Whether the library leaves the token out before it makes text of the others."""
+        if token in self._special:
+            return True
+        return self._backend is not None and self._backend.id_to_token(token) is None
+
+    def _special_ids(self) -> frozenset[int]:
+        if self._backend is None or not self._skip:
+            return frozenset()
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+    def _byte_of(self, token: int) -> int | None:
+        """The byte of a byte-fallback token; None for others, and where bytes are lost one by one."""
+        if not self._falls_back or self._backend is None:
+            return None
+        piece = self._backend.id_to_token(token)
+        return int(piece[3:5], 16) if piece is not None and _BYTE.fullmatch(piece) else None
+
+
+class _ByteRun:
+    """Bytes in a row.  start: where, among the tokens.  told: whether the text of wrong ones is out."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.told = False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._wrong = False
+
+    def push(self, byte: int) -> bool:
+        """Whether all of them can still become UTF-8."""
+        if not self._wrong:
+            try:
+                self._utf8.decode(bytes([byte]))
+            except UnicodeDecodeError:
+                self._wrong = True
+        return not self._wrong
+
+
+def _falls_back(backend: Any) -> bool:
+    """Whether one wrong byte-fallback token makes U+FFFD of all in its row."""
+    if backend is None or backend.decoder is None:
+        return False
+    return bool(backend.decoder.decode(["a", "<0x41>", "<0xFF>"]).endswith("\ufffd\ufffd"))
+
+
+def _cleans_up(tokenizer: Any, backend: Any) -> bool:
+    """Whether the library takes spaces out of the decoded text; it does not, of late, for BPE."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    spared = backend is not None and type(backend.model).__name__ == "BPE"
+    return not spared or bool(
+        getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
+    )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
