@@ -197,19 +197,6 @@ def sources() -> str:
     return re.sub(r'"\s*\n\s*f?"', "", text)
 
 
-def test_every_function_on_the_path_of_a_token_exists():
-    text = (ROOT / "docs" / "path-of-a-token.md").read_text()
-    code = sources()
-    names = set(re.findall(r"`([A-Z]\w+)\.(\w+)`", text))
-    assert len(names) > 30
-    for owner, name in names:
-        body = re.search(rf"^class {owner}\b.*?(?=^\S|\Z)", code, re.MULTILINE | re.DOTALL)
-        assert body, f"there is no class {owner}"
-        assert re.search(rf"\bdef {name}\b|^    {name}: ", body[0], re.MULTILINE), f"{owner} has no {name}"
-    for name in re.findall(r"`(_?[a-z]+(?:_[a-z]+)+)`", text):
-        assert re.search(rf"\b{name}\b", code), f"nothing is called {name}"
-
-
 def test_every_message_that_the_manual_explains_is_in_the_code():
     rows = table((ROOT / "docs" / "operating.md").read_text(), "## When it does not work")
     code = sources()

@@ -1,0 +1,365 @@
+"""docs/path-of-a-token.md names what is called, in the order in which it is: a real swarm is traced."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+import client
+from node import main
+from node.compute import ComputeThread, open_compute_thread
+from node.config import NetworkConfig, NodeConfig
+from routing.names import PeerId
+from tensor_codec.limits import Limits
+from tests.fakes_serving import World, context_of, continued, generated, swarm
+from tests.traced import PACKAGES, ROOT, Called, Tracer
+
+PAGE = ROOT / "docs" / "path-of-a-token.md"
+SPANS = ((0, 2), (2, 4), (4, 6))
+GENERATIONS, TOKENS = 3, 5
+Window = Sequence[Called]  # what was called for one token
+
+# What runs for every token and has no place on the page: it decides nothing about the token's way.
+HELPERS = {
+    "client/blame.py": "remembers faults",
+    "client/lost_time.py": "adds up seconds",
+    "client/trace.py": "takes notes",
+    "node/serving/cost.py": "adds up seconds",
+    "node/network/multistream.py": "agrees on a protocol once for each stream",
+    "routing/records.py": "holds what a peer says",
+    "tensor_codec/header.py": "packs and unpacks the header of every message",
+    "node/main.py": "hands over to the host",
+}
+# Public coroutines, and functions by which one package enters another, that the page may leave out.
+UNNAMED = {
+    "Connection.flush": "of the pings of Directory.measure",
+    "Connection.start": "goes on when its read loop does",
+    "Costs.chain": "within cheapest_chain",
+    "Distances.between": "within Routes.learn",
+    "Directory.keep_neighbours": "goes on beside the token",
+    "Directory.rtts": "what Directory.measure has measured",
+    "FramedStream.aclose": "ends a ping",
+    "HopLink.send": "within HopLink.send_step",
+    "HopWorker.run": "goes on when its reader or its worker does",
+    "Host.connect": "within Directory.measure",
+    "Host.ping": "within Directory.measure",
+    "Journal.cut": "nothing to cut",
+    "MuxedStream.send_all": "of the pings of Directory.measure",
+    "Node.open_stream": "looks the address up for PushLink.connect",
+    "Outlet.aclose": "nothing to leave yet",
+    "Outlet.end_bulk": "nothing to end yet",
+    "ReadBuffer.fill": "within SecureChannel.receive",
+    "Route.calm_down": "nothing to end for a single token",
+    "Session.send_again": "nothing to send yet",
+    "Stint.run": "goes on when Engine.run does",
+    "SwarmView.get": "a record of the view",
+    "SwarmView.records": "the records of the view",
+    "admitted": "within Routes.learn",
+    "costs": "within cheapest_chain",
+    "dearness": "within shyness",
+    "expire": "within Directory.view",
+    "sample": "within Routes.choose",
+    "shyness": "before leanings",
+    "step_session": "within Listener.take_push",
+}
+
+
+# The page
+
+
+def section(heading: str) -> str:
+    """The text below a heading of the page, up to the next one."""
+    return PAGE.read_text().split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
+
+
+ONCE, EVERY, WRONG = map(section, ("Once", "For every token", "When something goes wrong"))
+
+
+def functions_of(tree: ast.AST, prefix: str = "") -> Iterable[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from functions_of(node, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name
+
+
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+FUNCTIONS = {name for path in SOURCES for name in functions_of(ast.parse(path.read_text()))}
+WORDS = set(re.findall(r"\w+", "\n".join(path.read_text() for path in SOURCES)))
+
+
+def named(text: str) -> list[str]:
+    """The functions that a text names, each once, in its order."""
+    quoted = re.findall(r"(?<!\[)`([A-Za-z_][\w.]*)`", text)
+    return list(dict.fromkeys(name for name in quoted if "." in name or name in FUNCTIONS))
+
+
+def linked(text: str) -> set[str]:
+    return {target.removeprefix("../") for target in re.findall(r"\]\((\.\./[\w/]+\.py)\)", text)}
+
+
+# The run
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one client's generations called.
+
+    first: for the first token of each, with the chain, the session and the prompt.  later: for every
+    further one.
+    """
+
+    first: Sequence[Window] = field(repr=False)
+    later: Sequence[Window] = field(repr=False)
+
+
+async def trace_generations(model: Path, folder: Path) -> Trace:
+    tracer, first, later = Tracer(), [], []
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        computes: list[ComputeThread] = []
+        peers: tuple[str, ...] = ()
+        for number, blocks in enumerate(SPANS):
+            computes.append(await stack.enter_async_context(open_compute_thread()))
+            ready = folder / f"{number}.json"
+            config = NodeConfig(
+                NetworkConfig(peers=peers, ready_file=ready), str(model),
+                blocks=blocks, dtype="float32", device="cpu", threads=1, cache_tokens=1024,
+            )  # fmt: skip
+            stopping = main.Stopping(trio.Event(), trio.CancelScope())
+            nursery.start_soon(main._serve, config, computes[-1], stopping)
+            while not ready.exists():  # noqa: ASYNC110  the node tells others by this file
+                await trio.sleep(0.01)
+            peers = peers or (json.loads(ready.read_text())["addresses"][0],)
+        swarm = await stack.enter_async_context(client.connect(str(model), peers=peers))
+        swarm.ends.make_screen()  # else it may come up in the middle
+        computes.append(swarm._compute)
+        for compute in computes:
+            await compute.run(tracer.start)
+        tracer.start()
+        try:
+            for _ in range(GENERATIONS):
+                await trio.testing.wait_all_tasks_blocked(0.05)  # what the last one left is gone
+                windows: list[Window] = []
+                begin = len(tracer.calls)
+                async for _ in swarm.generate("Once upon a time, in a village", max_new_tokens=TOKENS):
+                    windows.append(tracer.calls[begin:])
+                    begin = len(tracer.calls)
+                first.append(windows[0])
+                later += windows[1:]
+        finally:
+            tracer.stop()
+            for compute in computes:
+                await compute.run(tracer.stop)
+        nursery.cancel_scope.cancel()
+    return Trace(first, later)
+
+
+@pytest.fixture(scope="module")
+def trace(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    folder = tmp_path_factory.mktemp("path")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACEME_CACHE", str(folder / "cache"))
+        return trio.run(trace_generations, tiny_llama, folder)
+
+
+# The comparison
+
+
+def first_calls(window: Window) -> dict[str, int]:
+    """When each function was first called."""
+    places: dict[str, int] = {}
+    for place, call in enumerate(window):
+        places.setdefault(call.name, place)
+    return places
+
+
+def in_all(windows: Sequence[Window]) -> dict[str, Called]:
+    """The functions that were called each time, which what else a process does was not."""
+    common = set.intersection(*({call.name for call in window} for window in windows))
+    return {call.name: call for window in windows for call in window if call.name in common}
+
+
+def disorder(names: Sequence[str], window: Window) -> list[str]:
+    """Where the page's order is not that of the calls, one line for each pair."""
+    places = first_calls(window)
+    return [f"{two} is called before {one}" for one, two in pairwise(names) if places[one] > places[two]]
+
+
+def not_in_turn(names: Sequence[str], window: Window) -> str | None:
+    """The first of these that is not called after all those before it; None where each has its turn."""
+    calls = iter(window)
+    return next((name for name in names if all(call.name != name for call in calls)), None)
+
+
+def package_of(module: str) -> str:
+    parts = module.split("/")
+    return "/".join(parts[: 2 if parts[0] == "node" and len(parts) > 2 else 1])
+
+
+def matters(call: Called) -> bool:
+    """Whether a reader has to know of this function.
+
+    A public coroutine is where the token may have to wait.  A public function that another package calls
+    is where it is handed over.
+    """
+    name = call.name.rpartition(".")[2]
+    if name.startswith("_") or "<" in call.name or call.name in PROPERTIES or call.module in HELPERS:
+        return False
+    crosses = call.caller is not None and package_of(call.caller[0]) != package_of(call.module)
+    return call.is_coroutine or crosses
+
+
+def properties_of(tree: ast.AST) -> Iterable[str]:
+    for owner in ast.walk(tree):
+        if isinstance(owner, ast.ClassDef):
+            for function in owner.body:
+                if isinstance(function, ast.FunctionDef) and any(
+                    ast.unparse(decorator) == "property" for decorator in function.decorator_list
+                ):
+                    yield f"{owner.name}.{function.name}"
+
+
+PROPERTIES = {name for path in SOURCES for name in properties_of(ast.parse(path.read_text()))}
+
+
+def opening(window: Window) -> Window:
+    """The part of a first token's calls in which the session is opened."""
+    return window[: first_calls(window)["Session.submit"]]
+
+
+def test_every_function_that_the_page_names_exists():
+    for name in named(PAGE.read_text()):
+        assert name in FUNCTIONS, f"there is no {name}"
+    for word in re.findall(r"(?<!\[)`([A-Za-z_]\w*)`", PAGE.read_text()):
+        assert word in WORDS, f"nothing is called {word}"
+
+
+def test_every_function_on_the_path_is_called_when_the_page_says(trace: Trace):
+    for text, windows in ((ONCE, trace.first), (EVERY, trace.later)):
+        names, called = named(text), in_all(windows)
+        assert len(names) > 30
+        assert [name for name in names if name not in called] == [], "named, and not called"
+
+
+def test_the_order_of_the_page_is_the_order_of_the_calls(trace: Trace):
+    at_the_client = re.split(r"^4\. ", ONCE, flags=re.MULTILINE)[0]
+    for text, windows in ((at_the_client, trace.first), (EVERY, trace.later)):
+        # A ping or a record in the middle of a token may come first once; not each time.
+        assert min((disorder(named(text), window) for window in windows), key=len) == []
+    # All hops open the session at once: one of them does what the page says, in its order.
+    for window in trace.first:
+        assert not_in_turn(named(ONCE), window) is None
+
+
+def test_every_module_on_the_path_is_linked(trace: Trace):
+    for windows in ([opening(window) for window in trace.first], trace.later):
+        modules = {call.module for call in in_all(windows).values()}
+        assert sorted(modules - linked(ONCE + EVERY) - HELPERS.keys()) == []
+
+
+def test_every_function_that_matters_on_the_path_is_named(trace: Trace):
+    everything = named(ONCE + EVERY)
+    for windows in ([opening(window) for window in trace.first], trace.later):
+        common = in_all(windows)
+        wanted = {call.name for window in windows for call in window if call.name in common and matters(call)}
+        assert sorted(wanted - set(everything) - UNNAMED.keys()) == []
+
+
+# When something goes wrong: hops in memory that compute with small integers, and the clock of the test
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+async def nothing(world: World) -> None:
+    """Nothing happens."""
+
+
+async def kill(world: World) -> None:
+    """A hop dies."""
+    await world.kill("B")
+
+
+async def freeze(world: World) -> None:
+    """A hop is silent."""
+    world.freeze("B")
+
+
+async def fill(world: World) -> None:
+    """A hop has no more room."""
+    world.nodes[PeerId("B")].budget.tokens = 16  # of which the session holds a page
+
+
+async def slow(world: World) -> None:
+    """A hop computes for much longer than before."""
+    world.nodes[PeerId("B")].compute.seconds *= 10
+
+
+async def part(world: World) -> None:
+    """Two hops cannot reach each other from now on, and the second one is replaced."""
+    world.unreachable |= {(PeerId("A"), PeerId("B")), (PeerId("A"), PeerId("b"))}
+    await world.kill("B")
+
+
+async def drain(world: World) -> None:
+    """A hop leaves."""
+    world.nursery.start_soon(world.nodes[PeerId("B")].listener.drain)
+    await trio.testing.wait_all_tasks_blocked()
+
+
+EVENTS = {
+    "A hop fails": freeze,
+    "The repair": kill,
+    "A hop says no": fill,
+    "Two hops cannot reach each other": part,
+    "A hop has become slow": slow,
+    "The client goes away": nothing,
+    "A hop leaves": drain,
+}
+CASES = dict(re.findall(r"^- \*\*(.+?)\*\*(.*?)(?=^- |\Z)", WRONG, re.MULTILINE | re.DOTALL))
+
+
+def test_every_case_that_the_page_tells_of_is_tried():
+    assert CASES.keys() == EVENTS.keys()
+
+
+@pytest.mark.parametrize("case", EVENTS)
+async def test_what_the_page_says_of_trouble_is_what_is_called(case: str, autojump_clock):
+    tracer = Tracer()
+    # A hop that waits for room for as long as it may is left before it has said no.
+    async with swarm(Limits(cache_wait_seconds=0.5)) as world:
+        for start, names in ((0, "Aa"), (3, "Bb"), (6, "Cc")):
+            for name in names:
+                world.add(name, start, start + 3, seconds=0.01)
+        context = context_of(world)
+        found = await continued(context, PROMPT, 8)
+        tracer.start()
+        try:
+            await EVENTS[case](world)
+            found += await continued(context, PROMPT + found, 8)
+            context.close()
+            await trio.testing.wait_all_tasks_blocked()
+        finally:
+            tracer.stop()
+        assert found == generated(PROMPT, 16, 9)
+        for node in world.nodes.values():
+            node.budget.tokens = 10**6
+        for name in list(world.frozen):
+            world.thaw(name)
+    called = {call.name for call in tracer.calls}
+    assert [name for name in named(CASES[case]) if name not in called] == [], "named, and not called"
+
+
+def test_nothing_is_left_out_of_the_page_that_does_not_exist():
+    assert UNNAMED.keys() <= FUNCTIONS
+    assert all((ROOT / module).is_file() for module in HELPERS)

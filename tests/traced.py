@@ -1,0 +1,61 @@
+"""Which functions of ours are called, and by which: a profiler's hook that takes them down."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import CO_COROUTINE
+from pathlib import Path
+from types import CodeType, FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("tensor_codec", "routing", "node", "client")
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A function of ours was entered, or, where it is a coroutine, went on.
+
+    module: its file, from the root on.  name: as Python qualifies it.  caller: the nearest function of
+    ours below it on the stack, as (module, name); None for a task of its own.
+    """
+
+    module: str
+    name: str
+    is_coroutine: bool
+    caller: tuple[str, str] | None
+
+
+class Tracer:
+    """Takes down what the threads call in which `start` was called, until `stop` is called there."""
+
+    def __init__(self) -> None:
+        self.calls: list[Called] = []
+        self._before: Callable[..., object] | None = None
+        self._modules: dict[CodeType, str | None] = {}
+
+    def start(self) -> None:
+        """From now on, in this thread."""
+        sys.setprofile(self._hook)
+
+    def stop(self) -> None:
+        """No more, in this thread."""
+        sys.setprofile(None)
+
+    def _hook(self, frame: FrameType, event: str, argument: object) -> None:
+        if event != "call" or (module := self._module(frame.f_code)) is None:
+            return
+        code, below = frame.f_code, frame.f_back
+        while below is not None and self._module(below.f_code) is None:
+            below = below.f_back
+        caller = (self._module(below.f_code) or "", below.f_code.co_qualname) if below is not None else None
+        called = Called(module, code.co_qualname, bool(code.co_flags & CO_COROUTINE), caller)
+        self.calls.append(called)
+
+    def _module(self, code: CodeType) -> str | None:
+        if code not in self._modules:
+            path = Path(code.co_filename)
+            ours = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in PACKAGES
+            self._modules[code] = str(path.relative_to(ROOT)) if ours else None
+        return self._modules[code]
