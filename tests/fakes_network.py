@@ -138,6 +138,7 @@ class FakeHost:
         self.identity: Identity = identity_of(number.to_bytes(32, "big"))
         self.peer_id = self.identity.peer_id
         self.addresses: tuple[str, ...] = (f"/ip4/10.0.{number // 250}.{number % 250 + 1}/tcp/4001",)
+        self.addresses_of_the_machine = self.addresses
         self.network = network
         self.nursery = nursery
         self.limits = limits
@@ -149,6 +150,10 @@ class FakeHost:
     @property
     def multiaddr(self) -> str:
         return f"{self.addresses[0]}/p2p/{self.peer_id}"
+
+    def read_addresses(self) -> bool:
+        before, self.addresses = self.addresses, self.addresses_of_the_machine
+        return self.addresses != before
 
     def handle(self, protocol: str, handler: Handler) -> None:
         self.handlers[protocol] = handler

@@ -1,15 +1,24 @@
-"""The few multiaddrs that we speak: /ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER]."""
+"""The few multiaddrs that we speak, which of them a node announces, and in which order they are dialled.
+
+A multiaddr is /ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER].  All of it is pure: what interfaces the
+machine has is read in `node.network.interfaces`.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import chain, zip_longest
 from typing import Literal, cast, get_args
 
 from routing.names import PeerId, public_key_of
 
 Kind = Literal["ip4", "ip6", "dns", "dns4", "dns6"]
+MAX_ANNOUNCED = 4  # addresses of a wildcard listener: a record has room for few
+
 _EXAMPLE = "/ip4/127.0.0.1/tcp/4001"
 _MAX_CHARACTERS = 512
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
@@ -49,7 +58,8 @@ def parse_address(text: str) -> Address:
     kind, host, port = parts[1], parts[2], parts[4]
     if kind not in get_args(Kind):
         known = ", ".join(f"/{each}" for each in get_args(Kind))
-        raise ValueError(f"{text!r} begins with /{kind}, known are {known}")
+        hint = ": name the host itself, as in /dns4/HOST/tcp/PORT" if kind == "dnsaddr" else ""
+        raise ValueError(f"{text!r} begins with /{kind}, known are {known}{hint}")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise ValueError(f"{text!r} has port {port!r}, allowed are 0 to 65535")
     peer = None
@@ -71,3 +81,161 @@ def _check_host(kind: str, host: str, text: str) -> str:
     if len(host) > 253 or not _HOST_NAME.fullmatch(host):
         raise ValueError(f"{text!r}: {host!r} is not a host name")
     return host
+
+
+# --- which of them are of use, and to whom ---
+
+
+class Reach(IntEnum):
+    """From how far an address can be dialled, the farthest first.
+
+    INSIDE: from this machine and what runs in it: a bridge of containers or virtual machines, and
+    IPv4's link-local addresses, which a machine gives itself where nobody gave it one.
+    """
+
+    PUBLIC = 0
+    PRIVATE = 1
+    INSIDE = 2
+    LOOPBACK = 3
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceAddress:
+    """One IP address of an interface.
+
+    temporary: an IPv6 privacy address (RFC 8981), which changes within a day.
+    usable: False while IPv6 still looks for a duplicate, where it found one, and after its time.
+    """
+
+    host: str
+    temporary: bool = False
+    usable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface.
+
+    is_inner: it leads to containers or virtual machines of this machine, and no farther.
+    """
+
+    name: str
+    addresses: tuple[InterfaceAddress, ...] = ()
+    is_up: bool = True
+    is_inner: bool = False
+
+
+def reach_of(host: str) -> Reach | None:
+    """How far an IP address reaches; None for what nobody can dial without an interface's name."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address.is_unspecified or address.is_multicast:
+        return None
+    if address.is_loopback:
+        return Reach.LOOPBACK
+    if address.is_link_local:
+        return Reach.INSIDE if address.version == 4 else None
+    return Reach.PRIVATE if any(address in network for network in _PRIVATE) else Reach.PUBLIC
+
+
+# RFC 1918, RFC 6598 (carriers and VPNs), unique local addresses, and the site-local ones before them
+_PRIVATE = tuple(
+    ipaddress.ip_network(network)
+    for network in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7", "fec0::/10")
+)
+_INNER_NAME = re.compile(
+    r"docker[0-9]+|docker_gwbridge|br-[0-9a-f]{12}|virbr[0-9]+(-nic)?|vnet[0-9]+|veth.+|vmnet[0-9]+|vboxnet[0-9]+"
+    r"|lxcbr[0-9]+|lxdbr[0-9]+|incusbr[0-9]+|cni[0-9]+|cni-podman[0-9]+|podman[0-9]+|nerdctl[0-9]+"
+    r"|flannel.*|cali.+|vxlan\.calico|tunl0|cilium_.+|lxc[0-9a-f_].*|kube-.+|weave|nodelocaldns|waydroid[0-9]+"
+)
+
+
+def is_inner_interface(name: str, ports_lead_out: Iterable[bool] | None) -> bool:
+    """Whether an interface leads to containers or virtual machines of this machine alone.
+
+    ports_lead_out: of a bridge, for each of its ports whether it is hardware or carries what hardware does (a
+    bond, a VLAN): such a bridge is how the machine is on its network.  None: it is no bridge.
+    """
+    if ports_lead_out is not None:
+        return not any(ports_lead_out)
+    return _INNER_NAME.fullmatch(name) is not None
+
+
+def announced(listening: Sequence[Address], interfaces: Sequence[Interface]) -> tuple[str, ...]:
+    """What a node tells others of the addresses on which it listens, those that reach farthest first.
+
+    A wildcard stands for the addresses of all interfaces that are up; an address that somebody chose is
+    announced whatever it belongs to.  What leads nowhere but into this machine is left out beside
+    anything else, and loopback beside that too.
+    """
+    ranked: dict[Address, Reach] = {}
+    for address in listening:
+        if not address.is_wildcard:
+            reach = reach_of(address.host)
+            ranked.setdefault(address, Reach.PRIVATE if reach is None else _chosen(reach))
+            continue
+        for host, reach in _hosts(address.kind, interfaces).items():
+            ranked.setdefault(Address(address.kind, host, address.port), reach)
+    nearest = min(ranked.values(), default=Reach.LOOPBACK)
+    useful = [a for a in ranked if ranked[a] <= max(Reach.PRIVATE, nearest)]
+    useful.sort(key=lambda each: ranked[each])  # stable: in the order given among equals
+    return tuple(map(str, _few(useful, max(MAX_ANNOUNCED, sum(not a.is_wildcard for a in listening)))))
+
+
+def _chosen(reach: Reach) -> Reach:
+    return Reach.PRIVATE if reach is Reach.INSIDE else reach
+
+
+def _hosts(kind: Kind, interfaces: Sequence[Interface]) -> Mapping[str, Reach]:
+    """The IP addresses of one family that a wildcard listens on and others could dial."""
+    version, found = (4 if kind == "ip4" else 6), dict[str, Reach]()
+    for interface in interfaces:
+        if not interface.is_up:
+            continue
+        own = [a for a in interface.addresses if a.usable and ipaddress.ip_address(a.host).version == version]
+        lasting = [a for a in own if not a.temporary]
+        for each in own:
+            reach = reach_of(each.host)
+            if reach is None or (each.temporary and any(_same_network(each, other) for other in lasting)):
+                continue
+            if interface.is_inner and reach is not Reach.LOOPBACK:
+                reach = Reach.INSIDE
+            found.setdefault(each.host, reach)
+    return found
+
+
+def _same_network(one: InterfaceAddress, other: InterfaceAddress) -> bool:
+    """Whether two IPv6 addresses share their first 64 bits."""
+    return int(ipaddress.ip_address(one.host)) >> 64 == int(ipaddress.ip_address(other.host)) >> 64
+
+
+def _few(addresses: Sequence[Address], most: int) -> list[Address]:
+    """The first ones, among them one of each family, for peers that have only the other."""
+    first = {address.kind: address for address in reversed(addresses)}
+    kept = set(chain(first.values(), [a for a in addresses if a not in first.values()][: most - len(first)]))
+    return [address for address in addresses if address in kept]
+
+
+def dial_order(addresses: Iterable[Address]) -> list[Address]:
+    """Each address once, in the order in which they should be tried.
+
+    Names and public addresses first, then private ones, then those inside a machine; IPv6 and IPv4 by
+    turns among equals, so that a family that leads nowhere costs one try (RFC 8305, section 4).
+    """
+    groups: dict[Reach, list[Address]] = {}
+    for address in dict.fromkeys(addresses):
+        reach = reach_of(address.host) if address.kind in ("ip4", "ip6") else Reach.PUBLIC
+        groups.setdefault(Reach.LOOPBACK if reach is None else reach, []).append(address)
+    return [address for reach in sorted(groups) for address in _families_by_turns(groups[reach])]
+
+
+def _families_by_turns(addresses: Sequence[Address]) -> list[Address]:
+    """Beginning with the family of the first one."""
+
+    def is_six(address: Address) -> bool:
+        return address.kind in ("ip6", "dns6")
+
+    first = [a for a in addresses if is_six(a) == is_six(addresses[0])]
+    second = [a for a in addresses if is_six(a) != is_six(addresses[0])]
+    return [a for pair in zip_longest(first, second) for a in pair if a is not None]

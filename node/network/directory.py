@@ -71,6 +71,8 @@ DIGEST_ENTRY_COST = 0.01  # of a record's
 ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
 RETRIES_KEPT = 1024  # peers that could not be reached
 BUDGETS_KEPT = 1024  # peers whose budgets are remembered
+ADDRESSES_SECONDS = 30.0  # between looks at our own addresses, and sooner where neighbours are lost
+ADDRESSES_PAUSE_SECONDS = 1.0  # the least time between two
 OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
 RTT_FRESH_SECONDS = 60.0
 RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
@@ -120,6 +122,7 @@ class Directory:
         self._view = SwarmView(swarm, limits.max_records)
         self._news = trio.Event()
         self._neighbours: list[Neighbour] = []
+        self._neighbour_lost = trio.Event()
         self._dialling: set[PeerId] = set()
         self._turned_away: set[PeerId] = set()  # members of another swarm than ours
         self._retries: dict[PeerId, Retry] = {}
@@ -372,6 +375,7 @@ class Directory:
                     nursery.start_soon(run, partial(self._receive_forever, neighbour))
         finally:
             self._neighbours.remove(neighbour)
+            self._neighbour_lost.set()
         if faults:
             raise faults[0]
 
@@ -554,6 +558,19 @@ class Directory:
             if self._said is not None:
                 self._say(self._said)
 
+    async def follow_addresses(self) -> None:
+        """Announce our addresses anew when the machine has others: it is looked at now and then."""
+        while True:
+            with trio.move_on_after(ADDRESSES_SECONDS):
+                await self._neighbour_lost.wait()
+            self._neighbour_lost = trio.Event()
+            if self._host.read_addresses():
+                log.info("our addresses are now %s", ", ".join(self._host.addresses) or "none")
+                self._retries.clear()  # another network: who could not be reached may be now
+                if self._said is not None:
+                    self._say(self._said)
+            await trio.sleep(ADDRESSES_PAUSE_SECONDS)
+
     async def expire_on_time(self) -> None:
         """Wake those who wait for a change when a record ends."""
         while True:
@@ -691,6 +708,7 @@ async def open_directory(
         for task in (
             directory.heal,
             directory.repeat,
+            directory.follow_addresses,
             directory.expire_on_time,
             directory.measure_adjacent,
         ):

@@ -10,19 +10,21 @@ import contextlib
 import errno
 import logging
 import secrets
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
-import psutil
 import trio
 from libp2p.host.basic_host import BasicHost
 from libp2p.network.exceptions import SwarmException
 
 from node.config import ConfigError
-from node.network.addresses import Address, parse_address
+from node.network.addresses import Address, announced, parse_address
 from node.network.connection import Connection, MuxedStream
+from node.network.dialling import Race, open_tcp, resolve
 from node.network.identity import Identity
+from node.network.interfaces import read_interfaces
 from node.network.libp2p_host import make_libp2p_host
 from node.network.link import SocketLink
 from node.network.membership import KEY_BYTES, swarm_id
@@ -45,15 +47,21 @@ _PINGS = 3  # the quickest of so many: the first also pays for opening the strea
 _MAX_PINGS_PER_STREAM = 16
 _MAX_BLAMED = 4096
 _BAN_SECONDS = 60.0  # for a peer that floods or ignores windows
-_DIALS_AT_ONCE = 8
-_MAX_ADDRESSES = 4  # that a wildcard listener announces: a record has room for few
+_DIALS_AT_ONCE = 32  # more than whoever measures dials at once: the silent must not hold up the others
 _SHUTDOWN_SECONDS = 2.0
+
+
+class NoPlaceLeft(PeerGone):
+    """This node itself allows no further connection: it says nothing of the peer."""
+
+    def __init__(self, allowed: int) -> None:
+        super().__init__(f"all {allowed} connections that this node allows are in use")
 
 
 class Host:
     """What the rest of a node sees of the network.  Made by `open_host`.
 
-    peer_id: ours.  addresses: multiaddrs under which we can be dialled, without /p2p.
+    peer_id: ours.
     blame: faults of peers, by "PEER FAULT" (or the address, where no peer id was proved).
     raw: py-libp2p's host, for `node.network.directory` alone.
     """
@@ -61,16 +69,20 @@ class Host:
     def __init__(
         self,
         identity: Identity,
-        addresses: tuple[str, ...],
+        find_addresses: Callable[[], tuple[str, ...]],
         swarm_key: bytes | None,
         limits: Limits,
         nursery: trio.Nursery,
     ) -> None:
+        """find_addresses: what to announce, as the machine's interfaces are at that moment."""
         self.peer_id = identity.peer_id
-        self.addresses = addresses
+        self._find_addresses = find_addresses
+        self._addresses = find_addresses()
         self.swarm_id = swarm_id(swarm_key)
         self.blame: Counter[str] = Counter()
-        self.raw: BasicHost = make_libp2p_host(identity, addresses, limits, self._dial_for_libp2p)
+        self.raw: BasicHost = make_libp2p_host(
+            identity, lambda: self._addresses, limits, self._dial_for_libp2p
+        )
         self._limits = limits
         self._upgrade = Upgrade(identity, swarm_key, limits)
         self._nursery = nursery
@@ -89,6 +101,16 @@ class Host:
         self.handle(PING_PROTOCOL, self._answer_pings)
 
     # --- what a node does with it ---
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs under which we can be dialled, without /p2p, as last read."""
+        return self._addresses
+
+    def read_addresses(self) -> bool:
+        """Look at the machine's interfaces again; whether our addresses are others now."""
+        before, self._addresses = self._addresses, self._find_addresses()
+        return self._addresses != before
 
     @property
     def bytes_sent(self) -> int:
@@ -115,7 +137,8 @@ class Host:
 
         Costs no round trip: the protocol is asked for with the first frame, and a peer that does not
         speak it is found out by the first `receive` (RemoteProtocolError).
-        addresses: tried one after the other.  Raises PeerGone, SlowPeer, NotAMember, RemoteProtocolError.
+        addresses: tried as `node.network.dialling` says.
+        Raises PeerGone, SlowPeer, NotAMember, RemoteProtocolError.
         """
         connection = self._live(peer) or await self._connect(peer, addresses, seconds)
         stream = connection.open()
@@ -272,6 +295,7 @@ class Host:
         if peer == self.peer_id:
             raise PeerGone("a node does not dial itself")
         lock = self._dialling.setdefault(peer, trio.Lock())
+        silent: list[Address] = []
         try:
             with trio.move_on_after(seconds):
                 async with lock:  # one dial to a peer at a time; the others use what it makes
@@ -279,35 +303,44 @@ class Host:
                     if live is not None:
                         return live
                     async with self._dials:
-                        return await self._dial_each(peer, addresses)
-            raise SlowPeer(f"no connection to {peer} within {seconds:g} s")
+                        return await self._dial(peer, addresses, silent)
+            said_nothing = f": not a word from {', '.join(map(str, silent))}" if silent else ""
+            raise SlowPeer(f"no connection to {peer} within {seconds:g} s{said_nothing}")
         finally:
             statistics = lock.statistics()
             if not statistics.locked and not statistics.tasks_waiting:
                 self._dialling.pop(peer, None)
 
-    async def _dial_each(self, peer: PeerId, addresses: Sequence[str]) -> Connection:
-        reasons = []
-        for text in dict.fromkeys(addresses):
+    async def _dial(self, peer: PeerId, texts: Sequence[str], silent: list[Address]) -> Connection:
+        """A new connection, `dial_seconds` for all addresses together.
+
+        silent: those that are being tried, at any time.  Raises PeerGone, NotAMember.
+        """
+        if self._count() >= self._limits.max_connections:
+            raise NoPlaceLeft(self._limits.max_connections)
+        addresses, unreadable = _readable(texts, peer)
+        race = Race(partial(self._attempt, peer), resolve, lambda late: late.link.close(), unanswered=silent)
+        channel, seconds = None, self._limits.dial_seconds
+        with trio.move_on_after(seconds):
+            channel = await race.run(addresses)
+        if channel is not None:
             try:
-                with trio.fail_after(self._limits.dial_seconds):
-                    return await self._dial(peer, parse_address(text))
-            except NotAMember:
+                return await self._add(channel)
+            except BaseException:
+                channel.link.close()
                 raise
-            except trio.TooSlowError:
-                reasons.append(f"{text}: no answer within {self._limits.dial_seconds:g} s")
-            except (PeerFault, ValueError) as error:
-                reasons.append(f"{text}: {error}")
+        for _, fault in race.failures:
+            if isinstance(fault, NotAMember):  # what the operator should hear of first
+                raise fault
+        reasons = [f"{address}: {fault}" for address, fault in race.failures]
+        reasons += [f"{address}: no answer within {seconds:g} s" for address in race.unanswered]
+        reasons += unreadable
         raise PeerGone(f"{peer} cannot be reached: {'; '.join(reasons) or 'none of its addresses is known'}")
 
-    async def _dial(self, peer: PeerId, address: Address) -> Connection:
-        if address.peer not in (None, peer):
-            raise PeerGone(f"it is the address of {address.peer}")
-        if self._count() >= self._limits.max_connections:
-            raise PeerGone(f"all {self._limits.max_connections} connections that this node allows are in use")
-        link = SocketLink(await _open_tcp(address), self._limits.tcp_user_timeout_seconds)
+    async def _attempt(self, peer: PeerId, address: Address) -> SecureChannel:
+        link = SocketLink(await open_tcp(address), self._limits.tcp_user_timeout_seconds)
         try:
-            return await self._add(await self._upgrade.outbound(link, peer, str(address)))
+            return await self._upgrade.outbound(link, peer, str(address))
         except BaseException:
             link.close()
             raise
@@ -325,7 +358,7 @@ class Host:
         if len(self._connections.get(peer, ())) >= self._limits.max_connections_per_peer:
             raise PeerGone(f"{peer} has {self._limits.max_connections_per_peer} connections already")
         if self._count() >= self._limits.max_connections:
-            raise PeerGone(f"all {self._limits.max_connections} connections that this node allows are in use")
+            raise NoPlaceLeft(self._limits.max_connections)
         connection = Connection(
             channel,
             self._yamux_limits,
@@ -401,17 +434,23 @@ async def open_host(
     limits = limits or Limits()
     if swarm_key is not None and len(swarm_key) != KEY_BYTES:
         raise ConfigError(f"a swarm key of {len(swarm_key)} bytes, it has {KEY_BYTES}")
-    announced = tuple(str(_parse(text, "announce")) for text in announce)
+    chosen = tuple(str(_parse(text, "announce")) for text in announce)
     listeners: list[trio.SocketListener] = []
     failure: BaseException | None = None
     try:
-        addresses: list[str] = []
+        listened_on: list[Address] = []
         for text in listen:
-            opened, found = await _listen(_parse(text, "listen"))
+            opened, address = await _listen(_parse(text, "listen"))
             listeners += opened
-            addresses += found
+            listened_on.append(address)
+
+        def find_addresses() -> tuple[str, ...]:
+            if chosen or not listened_on:
+                return chosen
+            return announced(listened_on, read_interfaces())
+
         async with trio.open_nursery() as nursery:
-            host = Host(identity, announced or tuple(addresses), swarm_key, limits, nursery)
+            host = Host(identity, find_addresses, swarm_key, limits, nursery)
             async with host.raw.run([]):
                 listening = trio.CancelScope()
                 nursery.start_soon(_serve_listeners, host, listeners, nursery, listening)
@@ -449,7 +488,8 @@ def _parse(text: str, what: str) -> Address:
         raise ConfigError(f"bad {what} address: {error}") from None
 
 
-async def _listen(address: Address) -> tuple[list[trio.SocketListener], list[str]]:
+async def _listen(address: Address) -> tuple[list[trio.SocketListener], Address]:
+    """Listeners, and the address with the port that it has now."""
     if address.kind not in ("ip4", "ip6"):
         raise ConfigError(f"cannot listen on {address}: give an IP address, as in /ip4/127.0.0.1/tcp/0")
     try:
@@ -458,36 +498,23 @@ async def _listen(address: Address) -> tuple[list[trio.SocketListener], list[str
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise ConfigError(f"cannot listen on {address}: {reason}") from error
     port = listeners[0].socket.getsockname()[1]
-    hosts = _interface_addresses(address.kind) if address.is_wildcard else [address.host]
-    return listeners, [str(Address(address.kind, host, port)) for host in hosts]
+    return listeners, Address(address.kind, address.host, port)
 
 
-def _interface_addresses(kind: str) -> list[str]:
-    """This machine's addresses, those that others can use first."""
-    family = socket.AF_INET if kind == "ip4" else socket.AF_INET6
-    found = [
-        each.address
-        for interface in psutil.net_if_addrs().values()
-        for each in interface
-        if each.family == family and "%" not in each.address  # link-local ones need an interface's name
-    ]
-    found.sort(key=lambda host: (host.startswith("127.") or host == "::1", host))
-    return found[:_MAX_ADDRESSES]
-
-
-async def _open_tcp(address: Address) -> trio.SocketStream:
-    """Connect.  Raises PeerGone."""
-    try:
-        if address.kind not in ("dns4", "dns6"):
-            return await trio.open_tcp_stream(address.host, address.port)
-        family = socket.AF_INET if address.kind == "dns4" else socket.AF_INET6
-        found = await trio.socket.getaddrinfo(address.host, address.port, family, socket.SOCK_STREAM)
-        return await trio.open_tcp_stream(str(found[0][4][0]), address.port)
-    except OSError as error:
-        cause: BaseException = error.__cause__ or error
-        while isinstance(cause, BaseExceptionGroup):  # one for each address that a name has
-            cause = cause.exceptions[0]
-        raise PeerGone(getattr(cause, "strerror", None) or str(cause)) from error
+def _readable(texts: Sequence[str], peer: PeerId) -> tuple[list[Address], list[str]]:
+    """The addresses that a dial to this peer may use, and what is wrong with the others."""
+    addresses, unreadable = [], []
+    for text in dict.fromkeys(texts):
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            unreadable.append(f"{text}: {error}")
+            continue
+        if address.peer in (None, peer):
+            addresses.append(replace(address, peer=None))
+        else:
+            unreadable.append(f"{text}: it is the address of {address.peer}")
+    return addresses, unreadable
 
 
 def _first_fault(group: BaseExceptionGroup[PeerFault]) -> PeerFault:

@@ -71,8 +71,10 @@ class HostedSwarm(Swarm):  # type: ignore[misc]  # py-libp2p has no types
         return list(self.get_connections(peer_id))
 
 
-def make_libp2p_host(identity: Identity, addresses: Sequence[str], limits: Limits, dial: Dial) -> BasicHost:
-    """A host that announces `addresses` and dials by `dial`; run it with `host.run([])`."""
+def make_libp2p_host(
+    identity: Identity, addresses: Callable[[], Sequence[str]], limits: Limits, dial: Dial
+) -> BasicHost:
+    """A host that announces what `addresses` gives, and dials by `dial`; run it with `host.run([])`."""
     key_pair = create_new_key_pair(seed=identity.private_key)
     peer_id = ID.from_base58(identity.peer_id)
     peerstore = PeerStore()
@@ -107,7 +109,7 @@ def make_libp2p_host(identity: Identity, addresses: Sequence[str], limits: Limit
         swarm,
         resource_manager=resources,
         negotiate_timeout=int(limits.negotiation_seconds),
-        announce_addrs=[Multiaddr(address) for address in addresses],
+        addrs_factory=lambda _candidates: [Multiaddr(address) for address in addresses()],
         disable_identify_address_discovery=True,
     )
     assert swarm._resource_manager is resources, "py-libp2p runs without its resource manager"

@@ -510,6 +510,40 @@ async def test_an_address_that_nobody_could_dial_is_not_announced(autojump_clock
             pass
 
 
+def addresses_seen(swarm, node):
+    return {n.view().get(node.peer_id).addresses for n in swarm.nodes}
+
+
+async def test_who_gets_another_address_announces_it_within_half_a_minute(autojump_clock, swarm):
+    await full_swarm(swarm, 4)
+    node, host = swarm.nodes[2], swarm.hosts[2]
+    host.addresses_of_the_machine = ("/ip4/192.0.2.7/tcp/4001",)
+    await trio.sleep(directory_module.ADDRESSES_SECONDS + 2.0)
+    assert addresses_seen(swarm, node) == {host.addresses_of_the_machine}
+
+
+async def test_who_loses_its_neighbours_looks_at_its_addresses_at_once(autojump_clock, swarm):
+    await full_swarm(swarm, 4)
+    node, host = swarm.nodes[2], swarm.hosts[2]
+    await trio.sleep(directory_module.ADDRESSES_PAUSE_SECONDS)
+    host.addresses_of_the_machine = ("/ip4/192.0.2.7/tcp/4001",)
+    swarm.network.split([node.peer_id], [n.peer_id for n in swarm.nodes if n is not node])
+    await trio.sleep(directory_module.ADDRESSES_PAUSE_SECONDS + 0.1)
+    assert node.view().get(node.peer_id).addresses == host.addresses_of_the_machine
+    swarm.network.heal()
+    await trio.sleep(3.0)
+    assert addresses_seen(swarm, node) == {host.addresses_of_the_machine}
+
+
+async def test_who_keeps_its_addresses_announces_no_oftener(autojump_clock, swarm):
+    await full_swarm(swarm, 2)
+    said = []
+    node = swarm.nodes[1]
+    real, node._say = node._say, lambda record: (said.append(trio.current_time()), real(record))
+    await trio.sleep(10 * LIMITS.announce_seconds)
+    assert len(said) <= 12  # one for distances that have changed
+
+
 async def test_the_first_node_of_a_swarm_waits_for_nobody(autojump_clock, swarm):
     await swarm.add(BOOTSTRAP)
     assert trio.current_time() == 0.0

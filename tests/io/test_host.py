@@ -1,5 +1,6 @@
 """Two real hosts on loopback, and strangers made of py-libp2p alone."""
 
+import contextlib
 import gc
 import os
 import socket
@@ -32,7 +33,7 @@ from node.network.link import SocketLink
 from node.network.noise import PRIVATE_PROTOCOL
 from node.network.upgrade import Upgrade
 from node.network.yamux import HEADER as YAMUX_HEADER
-from node.network.yamux import SYN, WINDOW_UPDATE
+from node.network.yamux import SYN, WINDOW_UPDATE, YamuxError
 from tensor_codec.errors import BadResult, NotAMember, PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
 
@@ -123,6 +124,51 @@ async def test_every_address_is_tried_and_a_peer_that_failed_once_is_dialled_aga
                 await alice.connect(bob.peer_id, [dead, "nonsense"], seconds=3)
             await alice.connect(bob.peer_id, [dead, *bob.addresses], seconds=3)
         assert alice.connected() == {bob.peer_id}
+
+
+async def test_addresses_that_answer_nothing_hide_nobody():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dead = [
+            f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}",
+            f"/dns/localhost/tcp/{silent.getsockname()[1]}",
+        ]
+        async with host() as alice, host() as bob, host(KEY) as member_of_another:
+            addresses = [*dead, *member_of_another.addresses, *bob.addresses]
+            await alice.connect(bob.peer_id, addresses, seconds=3)
+            assert alice.connected() == {bob.peer_id}
+            await eventually(lambda: bob._count() == 1)
+            carol = load_or_create_identity(None).peer_id
+            with pytest.raises(NotAMember, match="belongs to a private swarm"):
+                await alice.connect(carol, [*member_of_another.addresses, *bob.addresses], seconds=3)
+            with pytest.raises(SlowPeer, match=rf"within 0\.1 s: not a word from {dead[0]}"):
+                await alice.connect(carol, dead, seconds=0.1)
+
+
+async def test_all_addresses_together_have_the_time_of_one_dial():
+    limits = Limits(dial_seconds=0.3)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        dead = [f"/ip4/127.0.0.1/tcp/{each.getsockname()[1]}" for each in (one, two)]
+        async with host(limits=limits) as alice:
+            started = time.perf_counter()
+            with pytest.raises(PeerGone, match=rf"{dead[0]}: no answer within 0\.3 s; {dead[1]}: no answer"):
+                await alice.connect(load_or_create_identity(None).peer_id, dead, seconds=5)
+            assert time.perf_counter() - started < 2  # and not 5
+
+
+async def test_places_are_given_back_when_connections_end():
+    limits = Limits(max_inbound_connections=2, max_connections=3)
+    async with host(limits=limits) as bob, host() as alice, host() as carol, host() as dave:
+        for _ in range(3):  # who comes and goes takes no place from who comes later
+            for each in (alice, carol):
+                await each.connect(bob.peer_id, bob.addresses, seconds=3)
+            with pytest.raises(PeerGone):
+                await dave.ping(bob.peer_id, bob.addresses, seconds=3)
+            await bob.connect(dave.peer_id, dave.addresses, seconds=3)  # nobody's inbound place
+            for each in (alice, carol, dave):
+                await each.disconnect(bob.peer_id)
+            await eventually(lambda: bob._count() == 0)
+            assert bob._inbound == 0
+            await eventually(lambda: not alice.connected() | carol.connected() | dave.connected())
 
 
 async def test_without_an_address_nobody_can_be_reached():
@@ -375,6 +421,30 @@ async def test_a_banned_peer_is_not_let_in_again():
         with pytest.raises(PeerGone):
             await alice.ping(bob.peer_id, bob.addresses, seconds=3)
         assert bob.connected() == set()
+
+
+async def test_a_ban_ends(monkeypatch):
+    async with host() as alice, host() as bob:
+        now, real = [0.0], trio.current_time
+        monkeypatch.setattr("node.network.host.trio.current_time", lambda: real() + now[0])
+        await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+        bob._on_fault(alice.peer_id, YamuxError("it broke a rule"))
+        await bob.disconnect(alice.peer_id)
+        await eventually(lambda: not alice.connected())
+        for passed, let_in in ((0.0, False), (59.0, False), (61.0, True)):
+            now[0] = passed
+            with contextlib.nullcontext() if let_in else pytest.raises(PeerGone):
+                await alice.ping(bob.peer_id, bob.addresses, seconds=3)
+            await eventually(lambda let_in=let_in: (alice.peer_id in bob.connected()) == let_in)
+
+
+@pytest.mark.parametrize("fault", [SlowPeer("slow"), RemoteProtocolError("wrong"), BadResult("NaN")])
+async def test_only_a_broken_rule_of_the_muxer_bans(fault):
+    async with host() as alice, host() as bob:
+        bob._on_fault(alice.peer_id, fault)
+        bob.charge(alice.peer_id, fault)
+        assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
+        assert bob.blame[f"{alice.peer_id} {type(fault).__name__}"] == 2
 
 
 async def test_streams_beyond_the_caps_are_reset_and_honest_peers_notice_nothing():

@@ -1,0 +1,143 @@
+"""Several ways to one peer, tried at once: the next one a moment later, the first that gets through wins.
+
+One dead address must not hide a peer that can be reached at another.  Addresses of which packets
+vanish cost nothing but their turn, as in Happy Eyeballs (RFC 8305) and trio's `open_tcp_stream`; but the race
+is not over when a connection stands: what answers may be another machine with the same private address, so a
+way has got through when the peer has proved who it is.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import trio
+
+from node.network.addresses import Address, dial_order
+from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+
+STAGGER_SECONDS = 0.25  # until the next address is tried too; RFC 8305, section 8
+TRIED_AT_ONCE = 4
+TURN_SECONDS = 1.0  # after which an address without an answer makes way for one that was not tried yet
+MAX_ANSWERS = 8  # addresses of one name that are tried
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Race(Generic[T]):
+    """Tries addresses until one gets through.  The caller brings the deadline.
+
+    attempt: goes all the way with an IP address.  Raises PeerFault.
+    resolve: the IP addresses of a name.  Raises PeerFault.
+    discard: what to do with a result that came too late.
+    failures: what each address said, in the order in which they did; to be read at any time.
+    unanswered: those that are being tried; to be read at any time, once the race was cut off too.
+    """
+
+    attempt: Callable[[Address], Awaitable[T]]
+    resolve: Callable[[Address], Awaitable[Sequence[Address]]]
+    discard: Callable[[T], object]
+    failures: list[tuple[Address, PeerFault]] = field(default_factory=list)
+    unanswered: list[Address] = field(default_factory=list)
+    _tried: dict[Address, tuple[float, trio.CancelScope]] = field(default_factory=dict)  # since when, now
+    _left: deque[Address] = field(default_factory=deque)
+    _seen: set[Address] = field(default_factory=set)
+    _won: list[T] = field(default_factory=list)
+    _ended: trio.Event = field(default_factory=trio.Event)  # an attempt
+
+    async def run(self, addresses: Sequence[Address]) -> T | None:
+        """What the first attempt brought that got through, the others cancelled; None where all failed."""
+        self._queue(addresses)
+        try:
+            async with trio.open_nursery() as nursery:
+                while self._left or self._tried:
+                    if self._left and len(self._tried) < TRIED_AT_ONCE:
+                        nursery.start_soon(self._try, self._left.popleft(), nursery.cancel_scope)
+                        await trio.lowlevel.checkpoint()
+                    await self._until_it_is_time()
+        except BaseException:
+            self._throw_away()  # cut off in the moment in which one got through
+            raise
+        return self._won[0] if self._won else None
+
+    def _queue(self, addresses: Sequence[Address]) -> None:
+        """Put these before those that wait."""
+        new = [address for address in dial_order(addresses) if address not in self._seen]
+        self._seen.update(new)
+        self._left.extendleft(reversed(new))
+
+    async def _until_it_is_time(self) -> None:
+        """Wait for the end of an attempt, or until another address is to be tried."""
+        full = len(self._tried) >= TRIED_AT_ONCE
+        seconds = STAGGER_SECONDS if self._left else math.inf
+        if self._left and full:
+            since, oldest = next(iter(self._tried.values()))
+            seconds = max(0.0, since + TURN_SECONDS - trio.current_time())
+        with trio.move_on_after(seconds) as waiting:
+            await self._ended.wait()
+        self._ended = trio.Event()
+        if waiting.cancelled_caught and full:
+            oldest.cancel()
+            await self._ended.wait()
+
+    async def _try(self, address: Address, race: trio.CancelScope) -> None:
+        scope = trio.CancelScope()
+        self._tried[address] = trio.current_time(), scope
+        self.unanswered.append(address)
+        try:
+            with scope:
+                if address.kind not in ("ip4", "ip6"):
+                    self._queue((await self.resolve(address))[:MAX_ANSWERS])
+                else:
+                    self._won.append(await self.attempt(address))
+                    race.cancel()
+                self.unanswered.remove(address)
+            if scope.cancelled_caught:
+                self.unanswered.remove(address)
+                self.failures.append((address, SlowPeer(f"no answer within {TURN_SECONDS:g} s")))
+        except PeerFault as fault:
+            self.unanswered.remove(address)
+            self.failures.append((address, fault))
+        finally:
+            del self._tried[address]
+            self._ended.set()
+            self._throw_away(but=1)
+
+    def _throw_away(self, but: int = 0) -> None:
+        """Results that nobody takes: two may get through in the same moment."""
+        while len(self._won) > but:
+            self.discard(self._won.pop())
+
+
+async def resolve(address: Address) -> list[Address]:
+    """The IP addresses that a name has now: one family for dns4 and dns6, both for dns.  Raises PeerGone."""
+    families = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}
+    family = families.get(address.kind, socket.AF_UNSPEC)
+    try:
+        found = await trio.socket.getaddrinfo(address.host, address.port, family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise PeerGone(f"{address.host} has no address: {error.strerror or error}") from error
+    addresses = [
+        Address("ip6" if kind == socket.AF_INET6 else "ip4", str(name[0]), address.port)
+        for kind, _, _, _, name in found
+        if kind in (socket.AF_INET, socket.AF_INET6) and "%" not in str(name[0])
+    ]
+    if not addresses:
+        raise PeerGone(f"{address.host} has no address that can be dialled")
+    return addresses
+
+
+async def open_tcp(address: Address) -> trio.SocketStream:
+    """Connect to an IP address.  Raises PeerGone."""
+    try:
+        return await trio.open_tcp_stream(address.host, address.port)
+    except OSError as error:
+        cause: BaseException = error.__cause__ or error
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        raise PeerGone(getattr(cause, "strerror", None) or str(cause)) from error
