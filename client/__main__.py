@@ -9,10 +9,21 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from node.arguments import add_addresses, one_address_each
-from node.config import DEFAULT_MODEL, ConfigError
+from node.arguments import Parser, add_addresses, one_address_each, positive, seconds, threads
+from node.config import DEFAULT_MODEL
+from node.console import (
+    argument_text,
+    end_at_once_on_interrupt,
+    fail,
+    let_interrupts_through,
+    run_command,
+    run_process,
+)
 from node.logs import set_up_logging
 from routing.alternatives import DTYPES, QUANTIZE
+
+if __name__ == "__main__":
+    end_at_once_on_interrupt()
 
 EPILOG = """\
 examples:
@@ -25,7 +36,12 @@ exit codes: 0, 2 for what you must fix, 3 when the swarm cannot serve the model 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    words = one_address_each(sys.argv[1:] if arguments is None else arguments)
+    return run_command(partial(_command, words))
+
+
+def _command(words: list[str]) -> int:
+    parser = Parser(
         prog="python -m client",
         description="Use a swarm: generate text, or chat.",
         epilog=EPILOG,
@@ -43,20 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
     chat = commands.add_parser("chat", help="talk with the model; its memory stays in one session")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told about its role first")
-    chat.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens of the whole talk")
+    chat.add_argument(
+        "--max-length", type=positive, default=2048, metavar="N", help="tokens of the whole talk"
+    )
     for command, tokens in ((generate, 64), (chat, 256)):
         _add_options(command, tokens)
-    return _guarded(parser.parse_args(one_address_each(sys.argv[1:] if arguments is None else arguments)))
-
-
-def _guarded(flags: argparse.Namespace) -> int:
+    flags = parser.parse_args(words)
     set_up_logging("text")
     try:
+        _read_texts(flags)
         return _run(flags)
-    except (ConfigError, ValueError) as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return 130
+    except ValueError as error:
+        return fail(error, 2)
+
+
+def _read_texts(flags: argparse.Namespace) -> None:
+    """Make text of the arguments that the model will see.  Raises ValueError for bytes that are none."""
+    if flags.command == "generate":
+        flags.prompt = argument_text(flags.prompt, "the prompt")
+        flags.stop = [argument_text(stop, "--stop") for stop in flags.stop]
+    elif flags.system is not None:
+        flags.system = argument_text(flags.system, "--system")
 
 
 def _run(flags: argparse.Namespace) -> int:
@@ -69,19 +92,14 @@ def _run(flags: argparse.Namespace) -> int:
         "generate": run_generate,
         "chat": run_chat,
     }
+    let_interrupts_through()
     try:
         run(partial(commands[flags.command], flags))
     except NoChain as error:
-        return _fail(error, 3)
+        return fail(error, 3)
     except (PeerFault, Refused) as error:
-        return _fail(error, 4)
+        return fail(error, 4)
     return 0
-
-
-def _fail(error: Exception, code: int) -> int:
-    sys.stdout.flush()
-    print(f"error: {error or type(error).__name__}", file=sys.stderr)
-    return code
 
 
 def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
@@ -91,7 +109,11 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
         "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"in one answer (default: {tokens})"
+        "--max-new-tokens",
+        type=positive,
+        default=tokens,
+        metavar="N",
+        help=f"in one answer (default: {tokens})",
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 0)")
@@ -101,10 +123,10 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument(
-        "--threads", type=int, default=half, metavar="N", help=f"threads of torch (default: {half})"
+        "--threads", type=threads, default=half, metavar="N", help=f"threads of torch (default: {half})"
     )
     parser.add_argument(
-        "--wait", type=float, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
+        "--wait", type=seconds, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
     )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write what happened to the session, one JSON a line"
@@ -127,4 +149,4 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

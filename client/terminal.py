@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from client.connect import connect
 from client.generate import Token
 from client.trace import Trace
 from node.config import ConfigError
+from node.console import one_line, put, put_line, read_text, say, text_for
 from routing.alternatives import Constraints
 from routing.hops import Chain, NoChain
 
@@ -49,13 +51,13 @@ class Measured:
 
 async def run_generate(flags: argparse.Namespace) -> None:
     """`python -m client generate`."""
-    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    prompt = read_text("the prompt") if flags.prompt == "-" else flags.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
     async with _connect(flags) as swarm:
         route = await wait_for_route(swarm, flags.wait)
         if flags.show_route:
-            _say(describe_route(swarm, route))
+            say(describe_route(swarm, route))
         measured, texts, trace = Measured(), [], Trace()
         tokens = swarm.generate(
             prompt, max_new_tokens=flags.max_new_tokens, stop=flags.stop, trace=trace, **_sampling(flags)
@@ -66,14 +68,14 @@ async def run_generate(flags: argparse.Namespace) -> None:
                     measured.tokens.append(token)
                     texts.append(token.text)
                     if not flags.json:
-                        print(token.text, end="", flush=True)
+                        put(text_for(sys.stdout, token.text))
         if flags.json:
-            print(json.dumps(_result(swarm, route, measured, "".join(texts))))
+            put_line(json.dumps(_result(swarm, route, measured, "".join(texts))))
         else:
-            print(flush=True)
-            _say(measured.line())
+            put("\n")
+            say(measured.line())
         if flags.show_route:
-            _say("\n".join(describe_events(trace)))
+            say("\n".join(describe_events(trace)))
 
 
 async def run_chat(flags: argparse.Namespace) -> None:
@@ -87,9 +89,9 @@ async def run_chat(flags: argparse.Namespace) -> None:
         if flags.system:
             history.append({"role": "system", "content": flags.system})
         context = swarm.conversation(flags.max_length)
-        _say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
+        say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
         try:
-            while line := await _ask("> "):
+            while line := await _ask_for_text("> "):
                 history.append({"role": "user", "content": line})
                 # The template's text already holds the special tokens.
                 ids = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
@@ -107,9 +109,9 @@ async def run_chat(flags: argparse.Namespace) -> None:
                     async for token in tokens:
                         measured.tokens.append(token)
                         answer += token.text
-                        print(token.text, end="", flush=True)
-                print(flush=True)
-                _say(measured.line())
+                        put(text_for(sys.stdout, token.text))
+                put("\n")
+                say(measured.line())
                 history.append({"role": "assistant", "content": answer})
         finally:
             context.close()
@@ -127,7 +129,7 @@ def traced(trace: Trace, path: Path | None) -> Iterator[None]:
             try:
                 trace.write(path)
             except OSError as error:
-                raise ConfigError(f"cannot write the trace {path}: {error.strerror}") from None
+                raise ConfigError(f"cannot write the trace {path}: {error.strerror or error}") from None
 
 
 def describe_events(trace: Trace) -> list[str]:
@@ -137,12 +139,14 @@ def describe_events(trace: Trace) -> list[str]:
         data = event.data
         match event.kind:
             case "fault":
-                lines.append(f"  {data['peer']} failed: {data['error']}")
+                lines.append(f"  {data['peer']} failed: {one_line(data['error'])}")
             case "rerouted":
                 hops = ", ".join(
                     f"{hop['peer']} {hop['blocks'][0]}:{hop['blocks'][1]}" for hop in data["hops"]
                 )
-                lines.append(f"  new route after {data['seconds'] * 1e3:.0f} ms ({data['why']}): {hops}")
+                lines.append(
+                    f"  new route after {data['seconds'] * 1e3:.0f} ms ({one_line(data['why'])}): {hops}"
+                )
             case "replayed":
                 count = data["stop"] - data["start"]
                 lines.append(f"  {data['sender']} sent {count} positions again to {data['peer']}")
@@ -164,7 +168,7 @@ async def wait_for_route(swarm: SwarmLike, seconds: float) -> Chain:
             if trio.current_time() >= deadline:
                 raise
             if not told:
-                _say(f"waiting up to {seconds:.0f} s: {missing}")
+                say(f"waiting up to {seconds:.0f} s: {missing}")
                 told = True
         with trio.move_on_at(deadline):
             await swarm.changed(seen)
@@ -177,7 +181,7 @@ def describe_route(swarm: SwarmLike, chain: Chain) -> str:
     for hop in chain.hops:
         record = view.get(hop.peer)
         compute = (record.seconds_per_block if record else 0.0) * (hop.stop - hop.start)
-        name = f" ({record.name})" if record and record.name else ""
+        name = f" ({one_line(record.name)})" if record and record.name else ""
         lines.append(f"  {hop.peer}{name}  blocks {hop.start}:{hop.stop}  {compute * 1e3:.1f} ms")
     return "\n".join(lines)
 
@@ -226,11 +230,17 @@ def _result(swarm: SwarmLike, route: Chain, measured: Measured, text: str) -> di
 
 
 async def _ask(prompt: str) -> str:
-    """A line of standard input; empty at its end."""
-    print(prompt, end="", flush=True)
-    line: str = await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+    """A line of standard input; empty at its end.  Raises ValueError for bytes that are no text."""
+    put(prompt)
+    read = partial(read_text, "the line", sys.stdin.readline)
+    line: str = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
     return line.strip()
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+async def _ask_for_text(prompt: str) -> str:
+    """`_ask` until a line is text."""
+    while True:
+        try:
+            return await _ask(prompt)
+        except ValueError as error:
+            say(f"error: {error}")

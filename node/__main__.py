@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from node.arguments import add_addresses, one_address_each
+from node.arguments import Parser, add_addresses, at_least_none, one_address_each, positive, threads
 from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, BalanceConfig, ConfigError, NetworkConfig, NodeConfig
+from node.console import (
+    argument_text,
+    end_at_once_on_interrupt,
+    let_interrupts_through,
+    put_line,
+    run_command,
+    run_process,
+)
 from node.logs import set_up_logging
+
+if __name__ == "__main__":
+    end_at_once_on_interrupt()
 
 MOST_REPLICAS = 1000
 PATIENCE_SECONDS = 10.0  # nodes that start together do not have to start in order
@@ -51,18 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "new-swarm-key": _new_swarm_key,
     }
     command = commands.get(words[0]) if words else None
-    try:
-        code = command(words[1:]) if command else _serve(words)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(partial(command, words[1:]) if command else partial(_serve, words))
 
 
 def _serve(words: list[str]) -> int:
@@ -73,7 +72,7 @@ def _serve(words: list[str]) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--blocks", type=_blocks, metavar="A:B", help="serve blocks A to B-1")
     which.add_argument(
-        "--num-blocks", type=_positive, metavar="N", help="serve N blocks, those that the swarm needs most"
+        "--num-blocks", type=positive, metavar="N", help="serve N blocks, those that the swarm needs most"
     )
     _add_network_options(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -90,19 +89,19 @@ def _serve(words: list[str]) -> int:
     )
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=threads,
         metavar="N",
         help="threads of torch (default: the cores divided by the servers on this machine)",
     )
     parser.add_argument(
         "--cache-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens that all sessions together may keep in the KV cache (default: what fits)",
     )
     parser.add_argument(
         "--journal-tokens",
-        type=_at_least_none,
+        type=at_least_none,
         metavar="N",
         help="tokens whose outputs are kept in case the next server dies (default: as many as the cache)",
     )
@@ -144,7 +143,7 @@ def _status(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch a line each time")
     parser.add_argument("--watch", action="store_true", help="go on until Ctrl-C, and show who moves")
     parser.add_argument(
-        "--chains", type=_positive, default=0, metavar="N",
+        "--chains", type=positive, default=0, metavar="N",
         help="show the N best chains too, with as few servers in common as can be",
     )  # fmt: skip
     flags = parser.parse_args(words)
@@ -166,6 +165,7 @@ def _models(words: list[str]) -> int:
     set_up_logging("text", logging.WARNING)
     from node.status import fetch_model, show_models
 
+    let_interrupts_through()
     if flags.fetch is not None:
         fetch_model(flags.fetch)
     else:
@@ -191,13 +191,14 @@ def _prepare(words: list[str]) -> int:
     from node.model.source import cache_dir, resolve
     from node.model.span import DTYPES
 
+    let_interrupts_through()
     with progress_bar(sys.stderr) as progress:
         folder = resolve(flags.model, cache_dir=cache_dir(), progress=progress)
         dtype = None if flags.dtype is None else DTYPES[flags.dtype]
         memo = HashMemo(cache_dir() / "hashes.json")
         prepare(folder, flags.out, memo=memo, dtype=dtype, progress=progress)
-    print(f"{folder.name} (revision {folder.revision}) in {flags.quantize} is in {flags.out},")
-    print(f"{size_of(flags.out) / 1e6:.0f} MB; serve it with: python -m node {flags.out}")
+    put_line(f"{folder.name} (revision {folder.revision}) in {flags.quantize} is in {flags.out},")
+    put_line(f"{size_of(flags.out) / 1e6:.0f} MB; serve it with: python -m node {flags.out}")
     return 0
 
 
@@ -208,19 +209,20 @@ def _new_swarm_key(words: list[str]) -> int:
     from node.network.membership import new_swarm_key
 
     new_swarm_key(flags.file)
-    print(f"wrote {flags.file}: give it to every member, and to nobody else")
+    put_line(f"wrote {flags.file}: give it to every member, and to nobody else")
     return 0
 
 
 def _run(main: Callable[[], Awaitable[None]]) -> int:
     from node.tasks import run
 
+    let_interrupts_through()
     run(main)
     return 0
 
 
-def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def _parser(command: str, description: str, epilog: str | None = None) -> Parser:
+    return Parser(
         prog=f"python -m node {command}".strip(),
         description=description,
         epilog=epilog,
@@ -302,15 +304,19 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         if not 1 <= flags.record_ttl <= 3600:
             raise ConfigError(f"--record-ttl is {flags.record_ttl}, 1 to 3600 seconds are allowed")
         limits = Limits(record_ttl_seconds=flags.record_ttl, announce_seconds=flags.record_ttl / 3)
-    if len(flags.name) > 64 or not flags.name.isprintable():
-        raise ConfigError(f"--name has {len(flags.name)} characters, 64 printable ones are allowed")
+    try:
+        name = argument_text(flags.name, "--name")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if len(name) > 64 or not name.isprintable():
+        raise ConfigError(f"--name has {len(name)} characters, 64 printable ones are allowed")
     return NetworkConfig(
         peers=tuple(flags.peers),
         swarm_key=flags.swarm_key,
         identity=flags.identity,
         listen=tuple(flags.listen) or (DEFAULT_LISTEN,),
         announce=tuple(flags.announce),
-        name=flags.name,
+        name=name,
         patience_seconds=PATIENCE_SECONDS,
         limits=limits,
         ready_file=flags.ready_file,
@@ -324,15 +330,5 @@ def _blocks(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _at_least_none(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 1 << 40:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

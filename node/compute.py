@@ -17,6 +17,9 @@ import trio
 
 T = TypeVar("T")
 
+JOIN_SECONDS = 30.0
+HURRIED_JOIN_SECONDS = 1.0
+
 
 class ComputeThread:
     """Runs functions one after another in a thread of its own, first come, first served.
@@ -73,14 +76,20 @@ class _Job:
 async def open_compute_thread(name: str = "torch") -> AsyncIterator[ComputeThread]:
     """A compute thread for the time of the block.
 
-    On leaving, what still runs is finished (a step, not a generation) and the thread is joined.
+    On leaving, what still runs is finished (a step, not a generation) and the thread is joined.  Whoever is
+    cancelled or interrupted does not wait for a long import or a download: the thread ends by itself then.
     """
     compute = ComputeThread(trio.lowlevel.current_trio_token())
     thread = threading.Thread(target=compute._work, name=name, daemon=True)
     thread.start()
+    seconds = JOIN_SECONDS
     try:
         yield compute
+    except BaseException as error:
+        if not isinstance(error, Exception):  # a cancellation, Ctrl-C, or a group with one of them
+            seconds = HURRIED_JOIN_SECONDS
+        raise
     finally:
         compute._jobs.put(None)
-        with trio.CancelScope(shield=True), trio.move_on_after(30):
+        with trio.CancelScope(shield=True), trio.move_on_after(seconds):
             await trio.to_thread.run_sync(thread.join, abandon_on_cancel=True)

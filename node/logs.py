@@ -6,6 +6,9 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from node.console import harmless, one_line
 
 
 class JsonLines(logging.Formatter):
@@ -21,7 +24,32 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(fields)
+
+
+class TextLines(logging.Formatter):
+    """The time and the message, in one line whatever peers have put into it; below it the traceback."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line itself."""
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # Any: as the library passes it
+        """The traceback."""
+        return harmless(super().formatException(ei))
+
+
+class Handler(logging.StreamHandler[TextIO]):
+    """Writes to a stream; where that takes no more (a full disk, nobody reads) the node works on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What is done where a line could not be written: nothing, unless it is a bug."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def set_up_logging(kind: str, level: int = logging.INFO) -> None:
@@ -29,9 +57,8 @@ def set_up_logging(kind: str, level: int = logging.INFO) -> None:
 
     kind: "text" or "json".
     """
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    handler.setFormatter(JsonLines() if kind == "json" else text)
+    handler = Handler(sys.stderr)
+    handler.setFormatter(JsonLines() if kind == "json" else TextLines())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.ERROR)

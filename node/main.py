@@ -103,7 +103,7 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
     from node.serving.stint import Means
 
     limits = config.network.limits
-    folder, info = await trio.to_thread.run_sync(_find_model, config)
+    folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
     device, dtype, threads = await compute.run(_device_and_dtype, config)
     quantize = info.quantize if info.quantize != "none" else config.quantize
     if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
@@ -344,6 +344,8 @@ def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> 
         "blocks": [offer.start, offer.stop] if offer else None,
         "pid": os.getpid(),
     }
+    if not config.ready_file.name:
+        raise ConfigError(f"the ready file {config.ready_file} is a folder, a file is needed")
     part = config.ready_file.with_name(f".{config.ready_file.name}.part")
     try:
         part.write_text(json.dumps(facts))

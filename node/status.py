@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
+from node.console import OutputText, one_line, put_line
 from routing.names import ModelId, PeerId, Revision
 from routing.records import Record, State
 from routing.swarm import ModelKey, SwarmView, coverage, holes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 MOST_NAMED = 4  # peers of a bottleneck
 PRESENT: tuple[State, ...] = ("online", "joining", "draining")
 PIPE_COLUMNS = 160
+LEAST_COLUMNS = 20  # fewer are a wrong COLUMNS
 SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
 
 
@@ -36,7 +38,7 @@ async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) 
         await node.directory.measure([record.peer for record in view.records()], 1.0)
         facts = describe(view, dict(node.directory.rtts()), chains)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        put_line(json.dumps(facts, indent=2))
     else:
         print_status(facts)
 
@@ -161,11 +163,13 @@ def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
 
 
 def wide_console() -> Console:
-    """Standard output; a file or a pipe takes lines of any length."""
+    """Standard output; a file or a pipe takes lines of any length, and so does who says it has none."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
+    output = cast("IO[str]", OutputText())
+    plain = partial(Console, file=output, highlight=False, markup=False, emoji=False)
+    console = plain()
+    return console if console.is_terminal and console.width >= LEAST_COLUMNS else plain(width=PIPE_COLUMNS)
 
 
 def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
@@ -173,7 +177,8 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     from rich.table import Table
 
     servers = ", ".join(f"{count} {state}" for state, count in facts["servers"].items() if count)
-    table = Table(title=f"swarm {facts['swarm']}: {servers or 'no servers'}", box=None, padding=(0, 1, 0, 0))
+    title = f"swarm {one_line(facts['swarm'])}: {servers or 'no servers'}"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for column in ("peer", "name", "state", "blocks", "dtype"):
         table.add_column(column, no_wrap=True)
     for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
@@ -183,10 +188,10 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         measured = serves and peer["decode_ms_per_block"] > 0
         table.add_row(
             "…" + peer["peer"][-6:],
-            peer["name"],
+            one_line(peer["name"]),
             peer["state"] if serves else peer["role"],
             _blocks(peer) if serves else "",
-            peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none"),
+            one_line(peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none")),
             f"{peer['decode_ms_per_block']:.2f}" if measured else "",
             f"{peer['prefill_tokens_per_s']:.0f}" if measured else "",
             str(peer["free_cache_tokens"]) if measured else "",
@@ -199,7 +204,8 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     for model in facts["models"]:
         runs = ", ".join(f"{start}:{stop}" for start, stop in model["holes"])
         state = f"served by nobody: blocks {runs}" if runs else "every block is served"
-        parts.append(f"{model['model']} ({model['revision']}), {model['blocks']} blocks: {state}")
+        name = one_line(f"{model['model']} ({model['revision']})")
+        parts.append(f"{name}, {model['blocks']} blocks: {state}")
         parts.append(f"  servers of each block: {_runs(model['coverage'])}")
         if model["complete"]:
             parts.append(_what_if(model))
@@ -280,7 +286,7 @@ def fetch_model(name: str) -> None:
     with progress_bar(sys.stderr) as progress:
         folder = resolve(name, cache_dir=cache_dir(), progress=progress)
         folder.need({entry.file for entry in folder.tensors.values()}, progress)
-    print(f"{folder.name} (revision {folder.revision}) is in {folder.path}")
+    put_line(f"{folder.name} (revision {folder.revision}) is in {folder.path}")
 
 
 def show_models(*, as_json: bool) -> None:
@@ -293,10 +299,12 @@ def show_models(*, as_json: bool) -> None:
             {"name": model.name, "path": None if model.path is None else str(model.path), "bytes": model.size}
             for model in found
         ]
-        print(json.dumps({"default": DEFAULT_MODEL, "cache": str(cache_dir()), "models": models}, indent=2))
+        put_line(
+            json.dumps({"default": DEFAULT_MODEL, "cache": str(cache_dir()), "models": models}, indent=2)
+        )
         return
-    print(f"cache: {cache_dir()}")
+    put_line(f"cache: {cache_dir()}")
     for model in found:
         where = "not fetched yet" if model.path is None else f"{model.size / 1e6:.0f} MB in {model.path}"
         default = ", the default" if model.name == DEFAULT_MODEL else ""
-        print(f"  {model.name}: {where}{default}")
+        put_line(f"  {model.name}: {where}{default}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import trio
 
 from node.config import NetworkConfig
+from node.console import put_line
 from node.status import SETTLE_SECONDS, describe, tables, wide_console
 from routing.names import PeerId
 from routing.records import Record
@@ -108,13 +109,13 @@ async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0)
 @contextmanager
 def _screen(as_json: bool) -> Iterator[Any]:  # Any: a function of JSON
     if as_json:
-        yield lambda facts: print(json.dumps(facts), flush=True)
+        yield lambda facts: put_line(json.dumps(facts))
         return
     from rich.console import Group
     from rich.live import Live
 
     console = wide_console()
-    if not console.is_terminal:  # a file or a pipe: one look below the other
+    if not console.is_terminal or console.is_dumb_terminal:  # a file, a pipe: one look below the other
         yield lambda facts: console.print(*tables(facts), *change_lines(facts), sep="\n", soft_wrap=True)
         return
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import IO, TextIO, cast
+
+from node.console import QuietText, one_line
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done, and bytes in all (0 where that is not known)."""
@@ -24,8 +26,10 @@ def progress_bar(file: TextIO) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    console = Console(file=file)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    quiet = cast("IO[str]", QuietText(file))
+    console = Console(file=quiet, markup=False, emoji=False, highlight=False)
+    what = TextColumn("{task.description}", markup=False)
+    columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Bar(*columns, console=console)
     tasks: dict[str, TaskID] = {}
 
@@ -34,8 +38,8 @@ def progress_bar(file: TextIO) -> Iterator[Progress]:
             if console.is_terminal:
                 bar.start()
             else:
-                console.print(what)
-            tasks[what] = bar.add_task(what, total=total or None)
+                console.print(one_line(what))
+            tasks[what] = bar.add_task(one_line(what), total=total or None)
         bar.update(tasks[what], completed=done, total=total or None)
 
     try:

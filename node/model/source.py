@@ -18,12 +18,23 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where fetched models are kept: RACEME_CACHE, else XDG_CACHE_HOME/raceme, else ~/.cache/raceme."""
+    """Where fetched models are kept: RACEME_CACHE, else XDG_CACHE_HOME/raceme, else ~/.cache/raceme.
+
+    Raises ConfigError where the home folder is not known.
+    """
     if ours := environ.get("RACEME_CACHE"):
-        return Path(ours).expanduser()
+        return _of_home(ours)
     if (shared := environ.get("XDG_CACHE_HOME")) and Path(shared).is_absolute():
         return Path(shared) / "raceme"
-    return Path("~/.cache/raceme").expanduser()
+    return _of_home("~/.cache/raceme")
+
+
+def _of_home(path: str) -> Path:
+    """The path with its ~ resolved.  Raises ConfigError where nobody says whose home that is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"the home folder in {path} is not known; set HOME, or RACEME_CACHE") from None
 
 
 def resolve(

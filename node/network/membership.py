@@ -16,6 +16,7 @@ other connection, nor sent back to whoever made it.
 from __future__ import annotations
 
 import binascii
+import codecs
 import hashlib
 import hmac
 import secrets
@@ -73,10 +74,7 @@ def load_swarm_key(path: Path | str) -> bytes:
 
 def parse_swarm_key(content: bytes) -> bytes:
     """The key in a swarm key file's content.  Raises ValueError."""
-    try:
-        lines = [line.strip() for line in content.decode("ascii").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError("not a text file") from None
+    lines = [line.strip() for line in _text_of(content).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines or lines[0] != KEY_FILE_HEADER:
         raise ValueError(f"the first line is not {KEY_FILE_HEADER!r}")
@@ -84,11 +82,29 @@ def parse_swarm_key(content: bytes) -> bytes:
         raise ValueError(f"{len(lines) - 1} lines after {KEY_FILE_HEADER!r}, expected 1")
     try:
         key = binascii.unhexlify(lines[1])
-    except (binascii.Error, ValueError):
+    except ValueError:  # binascii.Error, and letters beyond ASCII
         raise ValueError("the key is not in hexadecimal digits") from None
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key of {len(key)} bytes, expected {KEY_BYTES}")
     return key
+
+
+def _text_of(content: bytes) -> str:
+    """Raises ValueError, which names what editors write instead of UTF-8."""
+    marks = {
+        codecs.BOM_UTF8: "UTF-8 with a BOM",
+        codecs.BOM_UTF16_LE: "UTF-16",
+        codecs.BOM_UTF16_BE: "UTF-16",
+    }
+    for mark, name in marks.items():
+        if content.startswith(mark):
+            raise ValueError(f"a text in {name}, UTF-8 without BOM is needed")
+    if b"\0" in content:
+        raise ValueError("a text in UTF-16 or no text, UTF-8 without BOM is needed")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ValueError("not a text file: UTF-8 without BOM is needed") from None
 
 
 @dataclass(slots=True)

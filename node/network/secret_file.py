@@ -19,7 +19,9 @@ def read_secret(path: Path, what: str) -> bytes:
     what: how to call it in an error, as in "identity".
     """
     try:
-        with path.open("rb") as file:
+        # Opened without waiting: a FIFO has nobody at its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{what} {path} is not a regular file")
@@ -40,9 +42,14 @@ def create_secret(path: Path, content: bytes, what: str) -> None:
 
     Raises FileExistsError where there is one already, ConfigError where it cannot be written.
     """
+    if not path.name:
+        raise ConfigError(f"{what} {path} is a folder, a file is needed")
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder of {what} {path}: {error.strerror}") from error
+    try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -1,3 +1,4 @@
+import codecs
 import contextlib
 import stat
 
@@ -133,7 +134,11 @@ def test_a_key_survives_comments_empty_lines_and_windows():
     [
         (b"", "the first line is not 'raceme-swarm-key-1'"),
         (KEY, "the first line is not"),
-        (b"\xff\xfe", "not a text file"),
+        (b"\xff\xfe", "UTF-16"),
+        (codecs.BOM_UTF8 + b"raceme-swarm-key-1\n", "UTF-8 without BOM is needed"),
+        ("raceme-swarm-key-1\n".encode("utf-16"), "UTF-8 without BOM is needed"),
+        ("raceme-swarm-key-1\n".encode("utf-16-le"), "UTF-8 without BOM is needed"),
+        (b"raceme-swarm-key-1\n\xe9", "UTF-8 without BOM is needed"),
         (b"raceme-swarm-key-1\n", "0 lines after"),
         (b"raceme-swarm-key-1\n" + b"ab" * 31, "a key of 31 bytes, expected 32"),
         (b"raceme-swarm-key-1\n" + b"zz" * 32, "not in hexadecimal digits"),
