@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from routing.alternatives import Constraints
 from routing.hops import Hop, NoChain
 from routing.names import PeerId
-from tests.fakes_serving import some_hidden, swarm
+from tests.fakes_serving import some_hidden, swarm, whole_model
 
 
 async def test_chains_have_nobody_in_common_where_there_are_others(autojump_clock):
@@ -56,4 +57,14 @@ async def test_a_session_of_many_rows_teaches_nothing(autojump_clock):
         session = await world.open(routes=routes, batch=2)
         await session.step(some_hidden(1, batch=2))
         assert routes.measured.decode == {}
+        session.close()
+
+
+async def test_servers_that_give_one_model_different_names_make_one_chain(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 3, model="a-folder")
+        world.add("B", 3, 6, model="another-folder")
+        session = await world.open(max_length=4)
+        hidden = some_hidden(4)
+        assert torch.equal(await session.step(hidden), whole_model(hidden, 0, 6))
         session.close()

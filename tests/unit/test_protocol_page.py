@@ -1,0 +1,277 @@
+"""docs/protocol.md: messages, records and errors are the code's, key by key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import routing.exchange
+from node.config import ConfigError
+from node.network import directory, host, noise, yamux
+from node.network.identity import identity_of
+from node.network.kademlia import provider_key
+from node.network.yamux import YamuxError
+from routing import records
+from routing.hops import NoChain
+from routing.records import Record, RecordError, sign_record, verify_record
+from tensor_codec import errors, messages
+from tensor_codec.compression import codec_for
+from tensor_codec.errors import REFUSALS, MessageError, PeerFault
+from tensor_codec.header import pack_header, split_message
+from tensor_codec.limits import Limits
+from tensor_codec.messages import CODEC_BYTES, DTYPES, FAULTS, REPLIES, Contract
+from tests.markdown import page, section, table, words
+
+PAGE = page("docs/protocol.md")
+LIMITS = Limits()
+
+
+# Messages
+
+CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
+ROW = bytes(CONTRACT.row_bytes)
+RUN = messages.Run("m", "r", 0, 2, 1, "float32", "fp32", "a")
+STEP = messages.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True)
+OPEN = messages.Open(bytes(16), "m", "r", 0, 2, 1, 64, "float32", "fp32", "p", "s", "a", True, 1, True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A message with every key that it may have: its frame's parts, and who reads it."""
+
+    parts: list[Any]
+    read: Callable[[bytes], object]
+
+
+def from_client(frame: bytes) -> object:
+    return messages.decode_from_client(frame, CONTRACT)
+
+
+def from_hop(frame: bytes) -> object:
+    return messages.decode_from_hop(frame, CONTRACT)
+
+
+def answer(frame: bytes) -> object:
+    return messages.decode_output(frame, messages.request_contract(messages.Forward(RUN, ROW), 4, 64))
+
+
+def request(frame: bytes) -> object:
+    asked = messages.decode_request(frame)
+    messages.request_contract(asked, 4, 64)
+    return asked
+
+
+KINDS = {
+    "open": Kind(messages.encode_open(OPEN), messages.decode_open),
+    "opened": Kind(messages.encode_opened(messages.Opened(True, True, 1.5)), messages.decode_open_reply),
+    "step": Kind(messages.encode_step(STEP), from_client),
+    "result": Kind(messages.encode_result(messages.Result(3, 5, ROW, ((1, 2),), 1, True)), from_hop),
+    "failed": Kind(messages.encode_failed(messages.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
+    "close": Kind(messages.encode_close(), from_client),
+    "relink": Kind(messages.encode_relink(messages.Relink(1, "p", "s", True)), from_client),
+    "relinked": Kind(messages.encode_relinked(messages.Relinked(1, True, 5, 2, 3, True)), from_hop),
+    "resume": Kind(messages.encode_resume(messages.Resume(1, 5, 2, 5)), from_client),
+    "where": Kind(messages.encode_where(), from_client),
+    "here": Kind(messages.encode_here(messages.Here(5, 1, 3)), from_hop),
+    "forward": Kind(messages.encode_request(messages.Forward(RUN, ROW)), request),
+    "backward": Kind(messages.encode_request(messages.Backward(RUN, ROW, ROW)), request),
+    "output": Kind(messages.encode_output(messages.Output(ROW, ((1, 2),))), answer),
+}
+MESSAGES = {row[0]: row[1:] for row in table(PAGE, "## 4. Sessions")}
+
+
+def test_the_page_has_every_message():
+    assert MESSAGES.keys() == KINDS.keys()
+    every = re.findall(r'"k": "(\w+)"', Path(messages.__file__).read_text())
+    assert set(every) | {"forward", "backward"} == KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_has_the_keys_of_the_page_and_can_do_without_those_that_may_be_absent(kind: str):
+    needed, optional = (set(words(cell)) for cell in MESSAGES[kind][:2])
+    header, body = split_message(b"".join(KINDS[kind].parts))
+    fields = header._fields
+    assert fields.keys() == needed | optional
+    for key in fields:
+        frame = pack_header({name: value for name, value in fields.items() if name != key}) + bytes(body)
+        if key in optional:
+            KINDS[kind].read(frame)
+        else:
+            with pytest.raises(MessageError):
+                KINDS[kind].read(frame)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_has_a_body_where_the_page_says_so_and_nowhere_else(kind: str):
+    said = MESSAGES[kind][2]
+    whole = b"".join(KINDS[kind].parts)
+    assert (split_message(whole)[1].nbytes == 0) == (said == "none")
+    with pytest.raises(MessageError):
+        KINDS[kind].read(whole + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "most", "more"),
+    [
+        ("open", "model", "m" * 256, "m" * 257),
+        ("open", "revision", "r" * 128, "r" * 129),
+        ("open", "predecessor", "p" * 128, "p" * 129),
+        ("open", "successor", "s" * 128, "s" * 129),
+        ("failed", "message", "x" * 300, "x" * 301),
+        ("failed", "retry", 3600, 3601),
+    ],
+)
+def test_a_value_may_be_as_large_as_the_page_says(kind: str, key: str, most: Any, more: Any):
+    size = len(most) if isinstance(most, str) else most
+    sentences = re.findall(rf"[^\n]*`{key}`[^\n]*", PAGE)
+    assert any(f"{size:,}" in sentence for sentence in sentences)
+    fields = split_message(b"".join(KINDS[kind].parts))[0]._fields
+    KINDS[kind].read(pack_header(fields | {key: most}))
+    with pytest.raises(MessageError):
+        KINDS[kind].read(pack_header(fields | {key: more}))
+
+
+@pytest.mark.parametrize("kind", ["open", "step"])
+def test_the_keys_that_the_page_explains_are_those_of_the_message(kind: str):
+    rows = table(PAGE, f"**`{kind}`** (" if kind == "step" else f"**`{kind}`** is")
+    explained = {name: row[1] for row in rows for name in words(row[0])}
+    needed, optional = MESSAGES[kind][0], MESSAGES[kind][1]
+    assert list(explained) == [name for name in words(needed) + words(optional) if name in explained]
+    assert explained.keys() == {*words(needed), *words(optional)}
+    for name, what in explained.items():
+        assert ("optional" in what) == (name in words(optional)), name
+
+
+def test_the_codecs_and_dtypes_of_the_page_are_the_code_s():
+    rows = table(PAGE, "**Bodies.**")
+    assert {row[0]: int(row[1].split()[0]) for row in rows} == CODEC_BYTES
+    keys = {row[0]: row for row in table(PAGE, "**`open`** is")}
+    assert set(words(keys["dtype"][1])) == DTYPES
+    assert set(words(keys["codec"][1])) == CODEC_BYTES.keys()
+    assert codec_for(frozenset({"bfloat16"})) == "bf16"
+    assert {codec_for(frozenset({"bfloat16", other})) for other in ("float32", "float16")} == {"fp32"}
+
+
+def test_the_replies_of_the_page_are_the_code_s():
+    keys = {row[0]: row for row in table(PAGE, "**`step`** (")}
+    assert [int(word) for word in words(keys["r"][1])] == list(REPLIES)
+    assert REPLIES == {0: "all", 1: "last", 2: "none", 3: "replay"}
+    assert "all, the last one, none; 3: a part of a replay" in keys["r"][2]
+
+
+# Streams
+
+
+def test_the_protocols_of_the_page_are_the_code_s():
+    ids = [row[0] for row in table(PAGE, "## 2. Streams")]
+    ours = [
+        messages.SESSION_PROTOCOL, messages.PUSH_PROTOCOL, messages.COMPUTE_PROTOCOL,
+        directory.PROTOCOL, host.PING_PROTOCOL,
+    ]  # fmt: skip
+    assert ids[: len(ours)] == ours
+    first = PAGE[: PAGE.index("## 2. Streams")]
+    for protocol in (noise.PROTOCOL, noise.PRIVATE_PROTOCOL, yamux.PROTOCOL):
+        assert f"`{protocol}`" in first
+
+
+# Records
+
+
+def full_record() -> tuple[Record, bytes]:
+    """A record with every field, and the private key of its peer."""
+    key = Ed25519PrivateKey.generate().private_bytes_raw()
+    record = Record(
+        peer=identity_of(key).peer_id,
+        addresses=("/ip4/10.0.0.5/tcp/1",), role="serve", model="m", revision="r", blocks=6, start=0, stop=3,
+        next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
+        prefill_seconds_per_token=1e-3, cache_tokens=64, queue=1.0, seq=1, name="n", version="0",
+    )  # fmt: skip
+    return record, key
+
+
+FIELDS = {name: row[1] for row in table(PAGE, "## 5. Records") for name in words(row[0])}
+
+
+def test_a_record_has_the_fields_of_the_page_and_can_do_without_those_that_may_be_absent():
+    record, private_key = full_record()
+    wire = sign_record(record, private_key)
+    fields = msgpack.unpackb(msgpack.unpackb(wire)[0])
+    assert fields.keys() == FIELDS.keys()
+    key = Ed25519PrivateKey.from_private_bytes(private_key)
+
+    def signed(fields: dict[str, Any]) -> bytes:
+        payload = msgpack.packb(fields)
+        signature = key.sign(records.DOMAIN + payload)
+        packed: bytes = msgpack.packb([payload, key.public_key().public_bytes_raw(), signature])
+        return packed
+
+    assert verify_record(signed(fields), swarm="public", limits=LIMITS) == record
+    pairs = [name for name, what in FIELDS.items() if what.startswith(("only", "optional"))]
+    assert pairs
+    rest = {name: value for name, value in fields.items() if name not in pairs}
+    verify_record(signed(rest), swarm="public", limits=LIMITS)
+    for name in rest:
+        lacking = {other: value for other, value in fields.items() if other != name}
+        with pytest.raises(RecordError):
+            verify_record(signed(lacking), swarm="public", limits=LIMITS)
+
+
+def test_roles_and_states_are_those_of_the_page():
+    assert set(words(FIELDS["role"])) == records.ROLES
+    assert set(words(FIELDS["state"])) == records.STATES
+
+
+@pytest.mark.parametrize(
+    ("kind", "frame"),
+    [
+        ("digest", next(iter(routing.exchange.encode_digest({}, ask=True)))),
+        ("records", pack_header({"type": "records"}) + b"x"),
+    ],
+)
+def test_what_neighbours_say_has_the_keys_of_the_page(kind: str, frame: bytes):
+    said = re.search(rf"^- \*\*`{kind}`\*\*: (.*?)\. Body", PAGE, re.MULTILINE | re.DOTALL)
+    assert said
+    assert set(re.findall(r"`(\w+)`", said[1])) == split_message(frame)[0]._fields.keys()
+
+
+def test_the_provider_key_is_made_of_what_the_page_says():
+    said = re.search(r"SHA-256 over `raceme-providers-1`, (\w+) and (\w+), separated by NUL", PAGE)
+    assert said
+    assert said.groups() == ("swarm", "revision")
+    keys = {provider_key(swarm, revision) for swarm in ("a", "b") for revision in ("1", "2")}
+    assert len(keys) == 4
+
+
+# Errors
+
+
+def test_what_a_breach_of_a_limit_is_answered_with_is_a_code_of_the_page():
+    for name, _, _, breach in table(PAGE, "## 6. Limits"):
+        code = breach.partition(",")[0]
+        if re.fullmatch(r"[a-z_]+", code) and code not in ("close", "refuse"):
+            assert code in {**REFUSALS, **FAULTS}, name
+
+
+def test_the_exceptions_of_the_page_exist_and_blame_peers_where_the_page_says():
+    known = {"RecordError": RecordError, "YamuxError": YamuxError, "NoChain": NoChain}
+    known |= {"ConfigError": ConfigError}
+    names = [name for row in table(PAGE, "Raised on the spot") for name in words(row[0])]
+    kinds = [known.get(name) or getattr(errors, name) for name in names]
+    assert "All but the last three (and `Refused` with its children, which blame nobody) are" in PAGE
+    assert all(issubclass(kind, PeerFault) for kind in kinds[:-3])
+    assert not any(issubclass(kind, PeerFault) for kind in [*kinds[-3:], *REFUSALS.values()])
+    mentioned = {kind for kind in vars(errors).values() if isinstance(kind, type)}
+    assert mentioned <= {*kinds, *REFUSALS.values(), PeerFault}
+
+
+def test_the_contents_list_the_sections():
+    listed = re.findall(r"^\d\. \[(.+?)\]", PAGE, re.MULTILINE)
+    assert listed == re.findall(r"^## \d\. (.+)$", PAGE, re.MULTILINE)
+    assert all(section(PAGE, f"## {number}. ") for number in range(1, len(listed) + 1))

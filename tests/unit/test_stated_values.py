@@ -1,0 +1,206 @@
+"""Numbers within the sentences of the documents are those of the code.
+
+Each entry is a piece of a sentence as a pattern, and what its groups must be.  The tables of docs/protocol.md
+are compared in tests/unit/test_protocol_page.py and test_docs.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from client import blame, retry, session, stateless
+from client.connect import PINGED_PEERS, ClientConfig
+from node import balancer, capacity
+from node.config import BalanceConfig
+from node.model import arena
+from node.network import directory, host, yamux
+from node.network.yamux import YamuxLimits
+from routing import exchange, measured, moves, records, swarm
+from tensor_codec.header import MAX_ITEMS
+from tensor_codec.limits import KIB, MIB, Limits
+from tests.markdown import in_one_line
+
+LIMITS, YAMUX, BALANCE = Limits(), YamuxLimits(), BalanceConfig()
+CLIENT = ClientConfig(peers=())
+PROTOCOL, OPERATING, PATH = "docs/protocol.md", "docs/operating.md", "docs/path-of-a-token.md"
+NUMBERS = {
+    "twice": 2, "two": 2, "three": 3, "third": 3, "four": 4, "five": 5, "six": 6, "eight": 8, "ten": 10,
+    "quarter": 0.25, "fifth": 0.2, "second": 1, "minute": 60, "an hour": 3600,
+}  # fmt: skip
+N = rf"([\d,.]*\d|{'|'.join(NUMBERS)})"  # a number, in figures or as a word
+
+CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
+    (PROTOCOL, "before anything else \\| N s", (LIMITS.membership_seconds,)),
+    (PROTOCOL, "all of this \\| \\| N s", (LIMITS.handshake_seconds,)),
+    (
+        PROTOCOL,
+        "credit of a stream \\| N KiB at first, or what N Mbit/s bring in a round trip \\(at most N MiB,",
+        (yamux.INITIAL_WINDOW / KIB, yamux.FAR_BYTES_PER_SECOND * 8 / 1e6, yamux.FAR_WINDOW / MIB),
+    ),
+    (PROTOCOL, "all streams \\| N MiB \\| close", (LIMITS.max_unread_bytes_per_connection / MIB,)),
+    (
+        PROTOCOL,
+        "has open \\| N a connection, N a peer, N for the node",
+        (LIMITS.max_streams_per_connection, LIMITS.max_streams_per_peer, LIMITS.max_streams),
+    ),
+    (
+        PROTOCOL,
+        "opening streams \\| N/s, bursts of N \\| reset the new one; more than N a minute",
+        (YAMUX.opens_per_second, YAMUX.open_burst, YAMUX.breaches_allowed),
+    ),
+    (
+        PROTOCOL,
+        "at least N opens within N s",
+        (YAMUX.reset_floor, YAMUX.reset_window_seconds),
+    ),
+    (PROTOCOL, "resets, credit\\) \\| N KiB", (YAMUX.max_control_bytes / KIB,)),
+    (PROTOCOL, "and the peer does not \\| N s", (YAMUX.linger_seconds,)),
+    (PROTOCOL, "ban N s", (host._BAN_SECONDS,)),
+    (PROTOCOL, "the peer is not let in for N s", (host._BAN_SECONDS,)),
+    (
+        PROTOCOL,
+        "\\| N bytes there and the same N bytes back, up to N times",
+        (host._PING_BYTES, host._PING_BYTES, host._MAX_PINGS_PER_STREAM),
+    ),
+    (PROTOCOL, "A length above N MiB", (LIMITS.max_frame_bytes / MIB,)),
+    (
+        PROTOCOL,
+        "whole within N s plus its size at N KiB/s",
+        (LIMITS.frame_start_seconds, LIMITS.frame_floor_bytes_per_second / KIB),
+    ),
+    (
+        PROTOCOL,
+        "text keys, at most N KiB, with at most N items",
+        (LIMITS.max_header_bytes / KIB, MAX_ITEMS),
+    ),
+    (PROTOCOL, "it comes while N others", (LIMITS.max_steps_in_flight,)),
+    (
+        PROTOCOL,
+        "chunks of at most N positions, N under way",
+        (retry.PREFILL_TOKENS, retry.CHUNKS_UNDER_WAY),
+    ),
+    (
+        PROTOCOL,
+        "requests of about N positions, up to N at a time and N to one peer",
+        (stateless.REQUEST_POSITIONS, stateless.UNDER_WAY, stateless.UNDER_WAY_PER_PEER),
+    ),
+    (PROTOCOL, "speak for another. At most N KiB", (LIMITS.max_record_bytes / KIB,)),
+    (PROTOCOL, "up to N multiaddrs", (records.MAX_ADDRESSES,)),
+    (PROTOCOL, "up to N pairs \\(public key, seconds\\)", (records.MAX_RTTS,)),
+    (
+        PROTOCOL,
+        "`ttl_seconds` \\| N to N",
+        (records.MIN_TTL_SECONDS, records.MAX_TTL_SECONDS),
+    ),
+    (PROTOCOL, "better than N times the median of all", (swarm.MAX_CLAIMED_SPEED,)),
+    (PROTOCOL, "beside the claim with every N minutes", (measured.HALF_SECONDS / 60,)),
+    (PROTOCOL, "more than N times slower than it claims", (measured.DOUBTED,)),
+    (PROTOCOL, "half as much of that with every N minutes", (measured.DOUBTED_HALF_SECONDS / 60,)),
+    (PROTOCOL, "more than a N of a step unexplained", (measured.UNEXPLAINED,)),
+    (
+        PROTOCOL,
+        "up to N entries of N bytes, public key \\(N\\) and `seq` \\(N, big-endian\\)",
+        (exchange.DIGEST_ENTRIES, exchange._ENTRY.size, 32, 8),
+    ),
+    (
+        PROTOCOL,
+        "up to N KiB: for each record its size \\(N bytes\\), its age in milliseconds \\(N bytes\\)",
+        (exchange.RECORDS_BYTES / KIB, 2, 4),
+    ),
+    (PROTOCOL, "every N seconds or so one random neighbour", (directory.HEAL_SECONDS,)),
+    (
+        PROTOCOL,
+        "keeps N such streams of its own, N of them to bootstrap peers",
+        (directory.NEIGHBOURS, directory.BOOTSTRAP_NEIGHBOURS),
+    ),
+    (PROTOCOL, "client's side: N s for a chain", (CLIENT.wait_seconds,)),
+    (PROTOCOL, "N s for a forward or backward request at one hop", (CLIENT.step_seconds,)),
+    (PROTOCOL, "N s for one token, or for one hop's part", (CLIENT.give_up_seconds,)),
+    (
+        PROTOCOL,
+        "silent for N times the 95th percentile of the session's recent steps, but at least N s and at most"
+        " N s; one that says that it is busy has N s",
+        (
+            session.DEADLINE_FACTOR,
+            session.LEAST_HOP_SECONDS,
+            session.MOST_HOP_SECONDS,
+            session.MOST_HOP_SECONDS,
+        ),
+    ),
+    (PROTOCOL, "counted; the N on a stream ends it", (directory.FAULTS_BEFORE_DROP,)),
+    (
+        PROTOCOL,
+        "at fault is avoided for N s, doubling with each further fault up to N;",
+        (blame.AVOID_SECONDS, blame.AVOID_MOST_SECONDS),
+    ),
+    (
+        OPERATING,
+        "announces up to N of the machine's addresses",
+        (host._MAX_ADDRESSES,),
+    ),
+    (OPERATING, "each further one waits N s longer", (balancer.TURN_SECONDS,)),
+    (OPERATING, "It looks every N s on average", (BALANCE.seconds,)),
+    (OPERATING, "the swarm does N of what its servers could do at best", (BALANCE.quality,)),
+    (OPERATING, "`--min-replicas` \\(N\\)", (BALANCE.min_replicas,)),
+    (OPERATING, "still serves\\); N seconds later", (balancer.SETTLE_SECONDS,)),
+    (OPERATING, "as if it left \\(N s at most\\)", (LIMITS.drain_seconds,)),
+    (OPERATING, "no further move for a N, doubling", (balancer.BACK_OFF_SECONDS,)),
+    (
+        OPERATING,
+        "asks up to N peers, those whose blocks have the fewest other servers, every N to N s",
+        (moves.MOST_WATCHED, balancer.WATCH_SECONDS / 2, balancer.WATCH_SECONDS),
+    ),
+    (
+        OPERATING,
+        "N of (?:free )?memory[^.]*?, N to N;",
+        (
+            capacity.MEMORY_SHARE * capacity.CACHE_SHARE,
+            capacity.LEAST_CACHE_TOKENS,
+            capacity.MOST_CACHE_TOKENS,
+        ),
+    ),
+    (OPERATING, "one client may hold a N of the whole", (LIMITS.cache_share_per_peer,)),
+    (OPERATING, "one arena of pages of N positions", (arena.PAGE_TOKENS,)),
+    (OPERATING, "refused after N seconds", (LIMITS.cache_wait_seconds,)),
+    (OPERATING, "prompts in chunks of at most N positions", (capacity.CHUNK_POSITIONS,)),
+    (OPERATING, "record is repeated every N s", (LIMITS.announce_seconds,)),
+    (
+        OPERATING,
+        "moved to another server \\(N s at most, N s for a session without steps\\)",
+        (LIMITS.drain_seconds, LIMITS.drain_idle_seconds),
+    ),
+    (OPERATING, "forgotten after its TTL, N s", (LIMITS.record_ttl_seconds,)),
+    (
+        OPERATING,
+        "silent for N times their usual step \\(N s at least\\)",
+        (session.DEADLINE_FACTOR, session.LEAST_HOP_SECONDS),
+    ),
+    (PATH, "round trip to up to N of them", (PINGED_PEERS,)),
+    (PATH, "waits up to N seconds for a place in the cache", (LIMITS.cache_wait_seconds,)),
+    (PATH, "inbox \\(`Inbox.offer`\\), which holds N steps", (LIMITS.max_steps_in_flight,)),
+    (PATH, "and waits N seconds at most", (LIMITS.cache_wait_seconds,)),
+    (
+        PATH,
+        "after a N of its deadline \\(N times the 95th percentile of recent steps, between N and N s\\)",
+        (
+            session.ASK_AT,
+            session.DEADLINE_FACTOR,
+            session.LEAST_HOP_SECONDS,
+            session.MOST_HOP_SECONDS,
+        ),
+    ),
+]
+
+
+def value(word: str) -> float:
+    return NUMBERS[word] if word in NUMBERS else float(word.replace(",", ""))
+
+
+@pytest.mark.parametrize(("name", "sentence", "expected"), CLAIMS, ids=[claim[1][:60] for claim in CLAIMS])
+def test_a_number_in_a_sentence_is_the_code_s(name: str, sentence: str, expected: tuple[float, ...]):
+    found = [match.groups() for match in re.finditer(sentence.replace("N", N), in_one_line(name))]
+    assert found, "no sentence says so any more: say it, or take the entry out"
+    for groups in found:
+        assert tuple(value(word) for word in groups) == pytest.approx(expected)
