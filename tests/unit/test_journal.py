@@ -75,6 +75,28 @@ def test_what_is_dropped_is_the_oldest_and_the_mark_says_so():
     assert (journal.start, journal.stop) == (140, 142), "a hole makes it begin anew"
 
 
+@given(st.integers(1, 3 * 4096), st.integers(1, 150))
+def test_what_is_not_dropped_stays_byte_for_byte_wherever_pages_of_memory_end(row_bytes, dropped):
+    journal = Journal(1, row_bytes, LENGTH)
+    rows = b"".join(bytes([1 + position]) * row_bytes for position in range(LENGTH))
+    journal.append(0, LENGTH, rows)
+    journal.drop(dropped)
+    assert journal.start == max(dropped, 64)
+    assert bytes(journal.read(journal.start, LENGTH)) == rows[journal.start * row_bytes :]
+    journal.cut(LENGTH - 7)
+    assert bytes(journal.read(journal.start, LENGTH - 7)) == rows[journal.start * row_bytes : -7 * row_bytes]
+
+
+def test_a_cut_behind_the_end_promises_nothing_that_is_not_there():
+    journal = Journal(1, ROW, LENGTH)
+    journal.append(0, 5, body(1, 0, 5))
+    journal.cut(20)
+    assert (journal.start, journal.stop) == (0, 5)
+    empty = Journal(1, ROW, LENGTH)  # of a session that is taken over in the middle
+    empty.cut(20)
+    assert (empty.start, empty.stop, empty.tokens) == (0, 0, 0)
+
+
 def test_nothing_is_kept_beyond_the_sessions_length():
     with pytest.raises(LocalProtocolError, match="201 positions in a journal of 200"):
         Journal(1, ROW, LENGTH).append(200, 1, bytes(ROW))

@@ -59,6 +59,81 @@ def test_a_step_number_may_skip_some_but_never_go_back():
         session.receive(9, StepRange(2, 1))
 
 
+def test_a_step_that_a_resume_forgot_is_computed_when_it_comes_again_under_its_number():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    applied(session, 1, 4, 3)
+    session.resume(4)
+    assert session.length == 4
+    assert applied(session, 1, 4, 3) == Compute(1, StepRange(4, 3), None)
+    assert session.length == 7
+
+
+def test_a_step_that_a_resume_kept_is_still_answered_from_memory():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    session.resume(4)
+    assert session.receive(0, StepRange(0, 4)) == Repeat(0)
+
+
+def test_a_resume_forgets_what_comes_after_it_and_cannot_add():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    session.resume(0)
+    assert session.length == 0
+    with pytest.raises(RemoteProtocolError, match="go on from 1, the cache holds 0"):
+        session.resume(1)
+    with pytest.raises(RemoteProtocolError):
+        session.receive(1, StepRange(0, 1))
+
+
+def test_a_model_that_cannot_cut_resumes_only_where_it_is_or_from_the_start():
+    session = ServerSession(MOST, can_cut=False)
+    applied(session, 0, 0, 8)
+    session.resume(8)
+    session.resume(0)
+    applied(session, 1, 0, 8)
+    with pytest.raises(RemoteProtocolError, match="back to position 5, which this model cannot"):
+        session.resume(5)
+
+
+@pytest.mark.parametrize(("position", "tokens"), [(0, 4), (3, 2), (5, 1), (4, 9), (4, 0)])
+def test_a_replay_that_does_not_continue_the_cache_ends_the_session(position, tokens):
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    with pytest.raises(RemoteProtocolError, match="does not continue a cache of 4"):
+        session.replay(StepRange(position, tokens))
+    assert session.state is State.CLOSED
+
+
+def test_a_replay_fills_the_cache_and_takes_no_step_number():
+    session = ServerSession(MOST)
+    for position in range(0, MOST, 4):
+        part = session.replay(StepRange(position, 4))
+        assert part == Compute(None, StepRange(position, 4), None)
+        session.computed(part)
+    assert session.length == MOST
+    assert session.last is None
+
+
+def test_a_step_that_was_dropped_after_its_cut_leaves_the_cache_cut_and_may_come_again():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    decision = session.receive(1, StepRange(5, 2))
+    session.dropped(decision)
+    assert session.length == 5
+    assert applied(session, 1, 5, 2) == Compute(1, StepRange(5, 2), None)
+    assert session.length == 7
+
+
+def test_a_step_that_was_dropped_without_a_cut_leaves_the_cache_as_it_was():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    session.dropped(session.receive(1, StepRange(8, 2)))
+    assert session.length == 8
+    assert session.receive(0, StepRange(0, 8)) == Repeat(0)
+
+
 # (step, position, tokens) that must not come after step 3 has put positions 0:4 into a cache of 12.
 WRONG = {
     "a hole before it": (4, 5, 1),
