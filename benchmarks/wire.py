@@ -1,9 +1,13 @@
 """The wire alone: frames between two processes on loopback, our stack beside py-libp2p's own.
 
     python -m benchmarks.wire [--rounds N] [--bulk-mib N] [--json FILE]
+    python -m benchmarks.wire --rtt-ms 160 --mbit 1000 [--transfers N] [--json FILE]
 
 Prints the median, p10 and p90 of round trips of one frame, MB/s of frames one way, and the round trip of
 a small message while bulk goes the same way on the same connection.
+
+With `--rtt-ms` it prints JSON in place of that: the time of 8 MiB one way over a line with this delay and
+rate, on fresh connections of our host and of raw TCP in turn (benchmarks/wire_line.py).  Needs root.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from typing import Any, Protocol
 
 import trio
 
+from benchmarks.delayed_line import why_not
+from benchmarks.netns import command_inside
+from benchmarks.wire_line import measure as measure_line
 from node.network.host import Host, open_host
 from node.network.identity import load_or_create_identity
 from node.network.streams import FramedStream
@@ -28,6 +35,7 @@ from routing.names import PeerId
 from tensor_codec.frame import FrameDecoder, encode_frame
 from tensor_codec.limits import KIB, MIB
 
+TRANSFER_MIB = 8
 ECHO, SINK = "/raceme/bench-echo/1", "/raceme/bench-sink/1"
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 SIZES = (1 * KIB, 4 * KIB, 64 * KIB)
@@ -198,6 +206,25 @@ async def measure(stack: str, peer: str, address: str, rounds: int, bulk_bytes: 
     return figures
 
 
+def over_a_line(options: argparse.Namespace) -> int:
+    """Measure transfers over a delayed line, in namespaces of our own; 2 where they cannot be made."""
+    if not options.inside:
+        if options.rtt_ms < 0 or options.mbit <= 0 or options.transfers < 1:
+            print("error: --rtt-ms must be 0 or more, --mbit above 0, --transfers 1 or more", file=sys.stderr)
+            return 2
+        if (reason := why_not()) is not None:
+            print(f"error: no line with a delay can be made here: {reason}", file=sys.stderr)
+            return 2
+        command = command_inside("benchmarks.wire", [*sys.argv[1:], "--inside"])
+        return subprocess.run(command, check=False).returncode
+    figures = measure_line(options.rtt_ms, options.mbit, TRANSFER_MIB, options.transfers)
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+    return 0
+
+
 def main() -> None:
     """Measure both stacks and print them beside each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -205,11 +232,17 @@ def main() -> None:
     parser.add_argument("--bulk-mib", type=int, default=256, help="MiB sent one way")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--only", choices=["ours", "stock"], help="measure one stack")
+    parser.add_argument("--rtt-ms", type=float, help="of a line between two network namespaces")
+    parser.add_argument("--mbit", type=float, default=1000.0, help="a second each way, of that line")
+    parser.add_argument("--transfers", type=int, default=7, help="over that line, of each kind")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["ours", "stock"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         trio.run(serve, options.serve)
         return
+    if options.rtt_ms is not None:
+        sys.exit(over_a_line(options))
     results = {}
     for stack in [options.only] if options.only else ["ours", "stock"]:
         with subprocess.Popen(

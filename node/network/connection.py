@@ -221,7 +221,7 @@ class Connection(IMuxedConn):  # type: ignore[misc]  # py-libp2p has no types
         self.channel = channel
         self.peer: PeerId = channel.remote
         self.peer_id: ID = channel.remote_id
-        self.core = Yamux(channel.initiator, limits, trio.current_time())
+        self.core = Yamux(channel.initiator, limits, trio.current_time(), channel.round_trip_seconds)
         self.failure: str | None = None
         self.closed = trio.Event()
         self.event_started = trio.Event()

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -41,13 +42,22 @@ class SecureChannel:
     """Bytes to and from one authenticated peer, over a link.
 
     remote: who it is.  handshake_hash: the same at both ends and nowhere else.
+    round_trip_seconds: from a message of the handshake to its answer, which the peer had to compute.
     """
 
-    def __init__(self, link: Link, buffer: ReadBuffer, session: Any, initiator: bool) -> None:
+    def __init__(
+        self,
+        link: Link,
+        buffer: ReadBuffer,
+        session: Any,
+        initiator: bool,
+        round_trip_seconds: float | None = None,
+    ) -> None:
         # `session` is py-libp2p's, untyped: we take the peer's id and the two keys out of it
         noise = session.conn.noise_state.noise_protocol
         self.link = link
         self.initiator = initiator
+        self.round_trip_seconds = round_trip_seconds
         self.remote_id: ID = session.remote_peer
         self.remote = PeerId(session.remote_peer.to_base58())
         self.handshake_hash = bytes(noise.handshake_hash)
@@ -163,8 +173,17 @@ class HandshakeConnection:
 
     def __init__(self, link: Link) -> None:
         self.buffer = ReadBuffer(link)
-        self.dialogue = Dialogue(self.buffer.take, lambda data: link.send(memoryview(data)))
+        self.dialogue = Dialogue(self.buffer.take, self._send)
+        # Each message of Noise is computed from the one before, so what was read last has answered what
+        # was sent last: a round trip.
+        self.round_trip_seconds: float | None = None
+        self._link = link
+        self._sent_at: float | None = None
         self._before_reading: Callable[[], Awaitable[None]] | None = None
+
+    async def _send(self, data: bytes) -> None:
+        self._sent_at = trio.current_time()
+        await self._link.send(memoryview(data))
 
     def before_reading(self, action: Callable[[], Awaitable[None]]) -> None:
         """Do this once, when the handshake reads for the first time: what it wrote goes out before it."""
@@ -175,7 +194,10 @@ class HandshakeConnection:
         action, self._before_reading = self._before_reading, None
         if action is not None:
             await action()
-        return await self.dialogue.read(n)
+        data = await self.dialogue.read(n)
+        if self._sent_at is not None:
+            self.round_trip_seconds = trio.current_time() - self._sent_at
+        return data
 
     async def write(self, data: bytes) -> None:
         """Send with the next read."""
@@ -215,5 +237,6 @@ class Noise:
             raise RemoteProtocolError(
                 f"the Noise handshake failed: {type(error).__name__} {error}"
             ) from error
+        round_trip = connection.round_trip_seconds
         await connection.dialogue.flush()
-        return SecureChannel(link, connection.buffer, session, initiator=remote is not None)
+        return SecureChannel(link, connection.buffer, session, remote is not None, round_trip)

@@ -9,9 +9,12 @@ receiver gives more as its reader takes bytes.  The idea of the windows here: `c
 never exceeds the stream's window, so a peer that keeps the rules cannot fill memory, and one that
 does not is closed at its first byte too many.  Credit goes back half a window at a time.  A stream
 that a peer far away opens gets more at once (with the ACK, as the specification allows).  A window
-doubles (the idea of go-yamux and rust-yamux) when a whole one was used up in less than two round
-trips, as long as all windows together stay within the connection's budget.  It grows no further,
-because what is under way of a long message stands before every short one.
+doubles (the idea of go-yamux and rust-yamux) when two halves in a row were used up in less than four
+round trips, as long as all windows together stay within the connection's budget.  A sender that only
+the window holds back needs one round trip for both halves, two at the most.  TCP's slow start wants
+three times as much in the next round trip as in this one, so the window has to be ahead of it: hence
+four.  When later streams bring the windows beyond the budget, those that have grown shrink: part of
+their credit does not go back.
 
 Bytes come in by `receive` and go out by `data_to_send`; nothing here waits or reads a clock.
 """
@@ -90,6 +93,8 @@ class Stream:
     __slots__ = (
         "abandoned_at",
         "credit",
+        "credited_at",
+        "credited_before",
         "id",
         "inbound",
         "is_reset",
@@ -97,8 +102,6 @@ class Stream:
         "send_credit",
         "send_ended",
         "unread",
-        "used",
-        "used_since",
         "window",
     )
 
@@ -107,8 +110,7 @@ class Stream:
         self.inbound = inbound
         self.window = INITIAL_WINDOW  # most bytes that may wait here unread
         self.credit = INITIAL_WINDOW  # bytes that the peer may still send
-        self.used = 0  # bytes of the window that came and were taken, since:
-        self.used_since = now
+        self.credited_at = self.credited_before = now  # when credit went back last, and before that
         self.send_credit = INITIAL_WINDOW  # bytes that we may still send
         # one buffer, not a list of chunks: a peer that sends two bytes per frame must not cost fifty
         self.unread = bytearray()
@@ -132,9 +134,16 @@ class Yamux:
       * what we owe in answers (pongs, resets) is bounded, however the peer floods.
 
     is_client: True for the side that dialled; its streams have odd ids.
+    round_trip_seconds: what the handshake took, until a ping took less.
     """
 
-    def __init__(self, is_client: bool, limits: YamuxLimits | None = None, now: float = 0.0) -> None:
+    def __init__(
+        self,
+        is_client: bool,
+        limits: YamuxLimits | None = None,
+        now: float = 0.0,
+        round_trip_seconds: float | None = None,
+    ) -> None:
         self._limits = limits or YamuxLimits()
         self._now = now
         self._next_id = 1 if is_client else 2
@@ -157,7 +166,7 @@ class Yamux:
         # round trip
         self._ping_sent_at: float | None = None
         self._ping_value = 0
-        self.round_trip_seconds: float | None = None
+        self.round_trip_seconds = round_trip_seconds
         # floods
         self._open_tokens = float(self._limits.open_burst)
         self._tokens_at = now
@@ -472,20 +481,25 @@ class Yamux:
         owed = stream.window - stream.credit - len(stream.unread) - announced
         if owed * 2 < stream.window:
             return
+        owed += self._resize(stream, owed)
+        stream.credited_before, stream.credited_at = stream.credited_at, self._now
+        if owed:
+            stream.credit += owed
+            self._queue(WINDOW_UPDATE, 0, stream.id, owed)
+
+    def _resize(self, stream: Stream, owed: int) -> int:
+        """Let a stream's window grow or shrink as it gets `owed` bytes of credit back: by how much."""
+        left = self._limits.max_unread_bytes - self._granted
         round_trip = self.round_trip_seconds
-        stream.used += owed
-        used_up = stream.used >= stream.window
-        if used_up and round_trip is not None and self._now - stream.used_since < 2 * round_trip:
+        change = 0
+        if left < 0:
+            change = -min(-left, owed, max(stream.window - INITIAL_WINDOW, 0))
+        elif round_trip is not None and self._now - stream.credited_before < 4 * round_trip:
             self.ping()
-            growth = min(stream.window, self._limits.max_unread_bytes - self._granted)
-            if growth > 0:
-                stream.window += growth
-                self._granted += growth
-                owed += growth
-        if used_up:
-            stream.used, stream.used_since = 0, self._now
-        stream.credit += owed
-        self._queue(WINDOW_UPDATE, 0, stream.id, owed)
+            change = min(stream.window, left)
+        stream.window += change
+        self._granted += change
+        return change
 
     def _head_start(self) -> int:
         """Credit that a new stream gets beyond the protocol's, as far as half of the budget goes."""

@@ -4,11 +4,13 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from node.network.connection import Connection
 from node.network.identity import identity_of
 from node.network.membership import MembershipProof
 from node.network.multistream import HEADER, Dialogue, encode_lines, proposal
 from node.network.noise import PRIVATE_PROTOCOL, PROTOCOL, HandshakeConnection, Noise
 from node.network.upgrade import Upgrade
+from node.network.yamux import FAR_WINDOW
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import Limits
 from tests.fakes import ALICE, BOB, memory_link_pair
@@ -16,9 +18,31 @@ from tests.fakes import ALICE, BOB, memory_link_pair
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 
 
-async def upgraded(alice_key, bob_key, *, expected=BOB.peer_id):
+class SlowLink:
+    """A link whose bytes arrive so long after they were sent, at the other one's end."""
+
+    def __init__(self, link, seconds):
+        self.link, self.seconds, self.remote, self.close = link, seconds, link.remote, link.close
+        self.other, self.arrives_at = self, 0.0
+
+    async def receive_into(self, buffer):
+        size = await self.link.receive_into(buffer)
+        await trio.sleep_until(self.arrives_at)
+        return size
+
+    def send_now(self, data):
+        self.other.arrives_at = trio.current_time() + self.seconds
+        return self.link.send_now(data)
+
+    async def send(self, data):
+        self.other.arrives_at = trio.current_time() + self.seconds
+        await self.link.send(data)
+
+
+async def upgraded(alice_key, bob_key, *, expected=BOB.peer_id, one_way_seconds=0.0):
     """What becomes of Alice's dial and of Bob's accept: a channel or the error."""
-    to_bob, to_alice = memory_link_pair()
+    to_bob, to_alice = (SlowLink(link, one_way_seconds) for link in memory_link_pair())
+    to_bob.other, to_alice.other = to_alice, to_bob
     outcome = {}
 
     async def run(who, link, upgrade):
@@ -45,6 +69,22 @@ async def test_two_peers_of_one_swarm_know_each_other_afterwards(autojump_clock,
     while len(got) < 200_000:
         got += await bob.receive()
     assert got == b"x" * 200_000
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+async def test_the_handshake_measures_the_round_trip_at_both_ends(autojump_clock, key):
+    alice, bob = await upgraded(key, key, one_way_seconds=0.08)
+    assert alice.round_trip_seconds == pytest.approx(0.16)
+    assert bob.round_trip_seconds == pytest.approx(0.16)
+    async with trio.open_nursery() as nursery:
+        ours, theirs = Connection(alice), Connection(bob)
+        nursery.start_soon(ours.start)
+        nursery.start_soon(theirs.start)
+        stream = ours.open()
+        await stream.send_all(b"x")  # before any ping has come back
+        window = (await theirs.accept_stream()).state.window
+        await ours.close()
+    assert window == FAR_WINDOW
 
 
 async def test_a_wrong_swarm_key_is_refused_at_once_and_both_sides_are_told(autojump_clock):
