@@ -18,13 +18,15 @@ class Called:
     """A function of ours was entered, or, where it is a coroutine, went on.
 
     module: its file, from the root on.  name: as Python qualifies it.  caller: the nearest function of
-    ours below it on the stack, as (module, name); None for a task of its own.
+    ours below it on the stack, as (module, name); None at the bottom.  root: the name of the function of
+    ours at the bottom: what the task or the thread runs.
     """
 
     module: str
     name: str
     is_coroutine: bool
     caller: tuple[str, str] | None
+    root: str
 
 
 class Tracer:
@@ -46,12 +48,15 @@ class Tracer:
     def _hook(self, frame: FrameType, event: str, argument: object) -> None:
         if event != "call" or (module := self._module(frame.f_code)) is None:
             return
-        code, below = frame.f_code, frame.f_back
-        while below is not None and self._module(below.f_code) is None:
+        code, caller, root = frame.f_code, None, frame.f_code.co_qualname
+        below = frame.f_back
+        while below is not None:
+            if (below_module := self._module(below.f_code)) is not None:
+                root = below.f_code.co_qualname
+                caller = caller or (below_module, root)
             below = below.f_back
-        caller = (self._module(below.f_code) or "", below.f_code.co_qualname) if below is not None else None
-        called = Called(module, code.co_qualname, bool(code.co_flags & CO_COROUTINE), caller)
-        self.calls.append(called)
+        is_coroutine = bool(code.co_flags & CO_COROUTINE)
+        self.calls.append(Called(module, code.co_qualname, is_coroutine, caller, root))
 
     def _module(self, code: CodeType) -> str | None:
         if code not in self._modules:

@@ -15,7 +15,7 @@ from client.connect import PINGED_PEERS, ClientConfig
 from node import balancer, capacity
 from node.config import BalanceConfig
 from node.model import arena
-from node.network import directory, host, yamux
+from node.network import addresses, dialling, directory, host, yamux
 from node.network.yamux import YamuxLimits
 from routing import exchange, measured, moves, records, swarm
 from tensor_codec.header import MAX_ITEMS
@@ -129,6 +129,18 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
             session.MOST_HOP_SECONDS,
         ),
     ),
+    (
+        PROTOCOL,
+        "dialled N ms apart, or as soon as one fails, at most N at once; with more than N, one that has been"
+        " silent for N s",
+        (
+            dialling.STAGGER_SECONDS * 1000,
+            dialling.TRIED_AT_ONCE,
+            dialling.TRIED_AT_ONCE,
+            dialling.TURN_SECONDS,
+        ),
+    ),
+    (PROTOCOL, "A node dials at most N peers at once", (host._DIALS_AT_ONCE,)),
     (PROTOCOL, "counted; the N on a stream ends it", (directory.FAULTS_BEFORE_DROP,)),
     (
         PROTOCOL,
@@ -138,7 +150,17 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         OPERATING,
         "announces up to N of the machine's addresses",
-        (host._MAX_ADDRESSES,),
+        (addresses.MAX_ANNOUNCED,),
+    ),
+    (
+        OPERATING,
+        "read again every N s, and when neighbours are lost",
+        (directory.ADDRESSES_SECONDS,),
+    ),
+    (
+        OPERATING,
+        "the next one N ms after the last, or as soon as one fails, at most N at once",
+        (dialling.STAGGER_SECONDS * 1000, dialling.TRIED_AT_ONCE),
     ),
     (OPERATING, "each further one waits N s longer", (balancer.TURN_SECONDS,)),
     (OPERATING, "It looks every N s on average", (BALANCE.seconds,)),
