@@ -103,7 +103,10 @@ class SwarmLike(Protocol):
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`."""
 
-    def conversation(self, max_length: int = 2048, *, trace: Trace | None = None) -> ConversationLike:
+    def usual_length(self, batch: int = 1) -> int:
+        """See `Swarm.usual_length`."""
+
+    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> ConversationLike:
         """See `Swarm.conversation`."""
 
     async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
@@ -114,5 +117,7 @@ class SwarmLike(Protocol):
     ) -> Tensor:
         """See `Swarm.backward`."""
 
-    def session(self, *, batch: int = 1, max_length: int = 2048) -> AbstractAsyncContextManager[SessionLike]:
+    def session(
+        self, *, batch: int = 1, max_length: int | None = None
+    ) -> AbstractAsyncContextManager[SessionLike]:
         """See `Swarm.session`."""

@@ -167,7 +167,13 @@ class BridgedSwarm:
         )
         return self._thread.iterate(tokens)
 
-    def conversation(self, max_length: int = 2048, *, trace: Trace | None = None) -> BridgedConversation:
+    def usual_length(self, batch: int = 1) -> int:
+        """See `Swarm.usual_length`."""
+        return self._swarm.usual_length(batch)
+
+    def conversation(
+        self, max_length: int | None = None, *, trace: Trace | None = None
+    ) -> BridgedConversation:
         """See `Swarm.conversation`."""
         return BridgedConversation(self._swarm.conversation(max_length, trace=trace), self._thread)
 
@@ -182,7 +188,9 @@ class BridgedSwarm:
         return await self._thread.call(partial(self._swarm.backward, hidden, grad, start=start, stop=stop))
 
     @asynccontextmanager
-    async def session(self, *, batch: int = 1, max_length: int = 2048) -> AsyncIterator[BridgedSession]:
+    async def session(
+        self, *, batch: int = 1, max_length: int | None = None
+    ) -> AsyncIterator[BridgedSession]:
         """See `Swarm.session`."""
 
         async def held() -> AsyncGenerator[Session, None]:

@@ -15,7 +15,7 @@ import gc
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,10 @@ import sniffio
 import trio
 
 from node.config import ConfigError
-from routing.alternatives import Constraints
+from routing.alternatives import Constraints, longest_session, suitable
 from routing.hops import Chain, NoChain
 from routing.names import PeerId
-from tensor_codec.limits import Limits
+from tensor_codec.limits import Limits, limits_with
 from tensor_codec.messages import COMPUTE_PROTOCOL
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is c
 PING_SECONDS = 1.0
 FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
 RETRY_PAUSE_SECONDS = 0.5
+USUAL_LENGTH = 2048  # of a session that nobody said a length for, where the servers do not say what they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class ClientConfig:
     with new chains and replays.
     codec: how hidden states travel: "auto" (nothing is lost), "fp32" or "bf16".
     constraints: which servers may be used, and how many for one chain.
+    limits: max_session_tokens is what this client opens at most; None: what the servers take.
     """
 
     peers: tuple[str, ...]
@@ -185,7 +187,8 @@ class Swarm:
             raise ValueError("a stop string is empty: it would end every text before its first token")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
-        self._check_length(length, f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones")
+        what = f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones"
+        self._check_length(length, what, context)
         own = context is None
         generation: Generation = Generation(
             ends=self.ends,
@@ -196,15 +199,17 @@ class Swarm:
         )
         return generation.run(ids, close=own)
 
-    def conversation(self, max_length: int = 2048, *, trace: Trace | None = None) -> Context:
+    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Context:
         """A session whose caches outlive one `generate`: later prompts only send what is new.
 
-        Give it to `generate(context=...)` and `close` it at the end.  max_length: in tokens.
-        trace: takes down what happens; `context.trace` if not given.
+        Give it to `generate(context=...)` and `close` it at the end.  max_length: in tokens; None: see
+        `usual_length`.  trace: takes down what happens; `context.trace` if not given.
+        Raises ValueError for a length that the model or the servers do not allow.
         """
         from client.retry import Context
         from client.trace import Trace
 
+        max_length = self.usual_length() if max_length is None else max_length
         self._check_length(max_length, f"a conversation of {max_length} tokens")
         return Context(
             ends=self.ends,
@@ -218,14 +223,25 @@ class Swarm:
         )
 
     @asynccontextmanager
-    async def session(self, *, batch: int = 1, max_length: int = 2048) -> AsyncIterator[Session]:
+    async def session(self, *, batch: int = 1, max_length: int | None = None) -> AsyncIterator[Session]:
         """A session for hidden states: `await session.step(hidden)`.
 
+        batch: rows.  max_length: positions that each may come to have; None: see `usual_length`.
         A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
         the session may be used again then.  `session.trace` tells what happened.
-        Raises NoChain, PeerFault, Refused.
+        Raises ValueError (a length that the model or the servers do not allow), NoChain, PeerFault, Refused.
         """
-        self._check_length(max_length, f"a session of {max_length} positions")
+        if batch < 1:
+            raise ValueError(f"a session of {batch} rows, at least 1 is needed")
+        max_length = self.usual_length(batch) if max_length is None else max_length
+        position = 4 * batch * self.info.hidden_size
+        if not self.config.limits.step_tokens(position):
+            raise ValueError(
+                f"one position of {batch} rows takes {position} bytes, max_frame_bytes is"
+                f" {self.config.limits.max_frame_bytes}"
+            )
+        rows = f"{batch} rows of " if batch > 1 else ""
+        self._check_length(max_length, f"a session of {rows}{max_length} positions", batch=batch)
         session = await self.open_chain(max_length=max_length, batch=batch)
         try:
             yield session
@@ -273,7 +289,8 @@ class Swarm:
 
         wait_until = trio.current_time() + self.config.wait_seconds
         deadline = wait_until if deadline is None else min(deadline, wait_until)
-        chain = await self._wait_for_chain(self.routes.choose, deadline)
+        choose = partial(self.routes.choose, tokens=batch * max_length)
+        chain = await self._wait_for_chain(choose, deadline)
         info = self.info
         terms = Terms(
             info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self._codec(chain)
@@ -345,10 +362,44 @@ class Swarm:
             raise ValueError(f"token {wrong[0]} is not one of the model's {vocabulary}")
         return ids
 
-    def _check_length(self, length: int, what: str) -> None:
-        allowed = min(self.info.max_position, self.config.limits.max_session_tokens)
-        if not 0 < length <= allowed:
-            raise ValueError(f"{what} make {length} positions, 1 to {allowed} are allowed")
+    def usual_length(self, batch: int = 1) -> int:
+        """Positions of a session that nobody said a length for, of so many rows.
+
+        As many as the model has, up to a quarter of what a server's cache holds: such a session need not
+        wait for others (`node.serving.cache`).
+        """
+        longest = self._longest_session()
+        usual = USUAL_LENGTH
+        if longest is not None:
+            share = int(longest * self.config.limits.cache_share_per_peer)
+            usual = max(share, min(longest, USUAL_LENGTH)) // batch
+        return max(1, min(usual, *(allowed for allowed, _ in self._allowed_lengths(batch))))
+
+    def _longest_session(self) -> int | None:
+        """Tokens of the longest session that some chain takes, as far as is known.  For any thread."""
+        spans = self._directory.last_view.spans(self.info.revision, self.info.blocks)
+        return longest_session(suitable(spans, self.routes.constraints), self.info.blocks)
+
+    def _allowed_lengths(self, batch: int) -> list[tuple[int, str]]:
+        """Positions that a session of so many rows may have, and who says so."""
+        allowed = [(self.info.max_position, f"{self.info.name} has no more")]
+        own, longest = self.config.limits.max_session_tokens, self._longest_session()
+        if own is not None:
+            allowed.append((own // batch, f"max_session_tokens is {own}"))
+        if longest is not None:
+            allowed.append((longest // batch, f"the servers take sessions of {longest} tokens"))
+        return allowed
+
+    def _check_length(
+        self, length: int, what: str, context: Context | None = None, *, batch: int = 1
+    ) -> None:
+        """Raises ValueError where a session cannot become so long."""
+        allowed = self._allowed_lengths(batch)
+        if context is not None:
+            allowed.append((context.max_length, f"the conversation was opened for {context.max_length}"))
+        most, why = min(allowed)
+        if not 0 < length <= most:
+            raise ValueError(f"{what} make {length} positions, 1 to {most} are allowed: {why}")
 
 
 def connect(
@@ -364,6 +415,9 @@ def connect(
     give_up_seconds: float = 120.0,
     codec: str = "auto",
     constraints: Constraints | None = None,
+    max_session_tokens: int | None = None,
+    max_step_tokens: int | None = None,
+    max_frame_bytes: int | None = None,
 ) -> AbstractAsyncContextManager[SwarmLike]:
     """Join a swarm as a client: `async with connect(...) as swarm`.
 
@@ -374,6 +428,9 @@ def connect(
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
     constraints: servers that may be used or may not, and how many hops a chain may have; they hold
     for whatever is done with the swarm, replacements of servers that failed included.
+    max_session_tokens: rows times positions of the longest session to open; None: what the model and the
+    servers allow.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
+    `backward`; more than the usual ones (see `Limits`) only servers that were started with as much take.
     Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
     handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, constraints
     that nothing can meet, no peer could be reached, the swarm does not accept the key.
@@ -390,6 +447,11 @@ def connect(
         give_up_seconds=give_up_seconds,
         codec=codec,
         constraints=constraints or Constraints(),
+        limits=limits_with(
+            max_session_tokens=max_session_tokens,
+            max_step_tokens=max_step_tokens,
+            max_frame_bytes=max_frame_bytes,
+        ),
     )
     return _Connection(config)
 
@@ -464,10 +526,16 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             changed_since=directory.changed,
             dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
             find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
-            constraints=config.constraints,
+            constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
             spread=identity.peer_id,
         )
         yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery)
+
+
+def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
+    """What servers have to take in one step: 0, unless this client chose more than all of them do."""
+    own, usual = (limits.step_tokens(4 * info.hidden_size) for limits in (config.limits, Limits()))
+    return max(config.constraints.step_tokens, own if own > usual else 0)
 
 
 def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends]:

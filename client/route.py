@@ -83,7 +83,8 @@ class Surroundings(Protocol):
 
         without: peers not to be used.  desperate: peers that have failed lately may be.
         like: kinds of peers (`kind_of`) to be preferred to all others.  tokens: of cache that the session
-        may come to need; peers with less are used only where nobody else is left.
+        may come to need; peers that have less free are used only where nobody else is left, those that
+        take no session so long never.
         beside: hops that the session's chain has for its other blocks.
         seen: seconds per block of peers as this session sees them now.
         """

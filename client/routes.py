@@ -71,7 +71,7 @@ class Routes:
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
-        spans = self._spans()
+        spans = tuple(span for span in self._spans() if not 0 < span.session_tokens < tokens)
         measured = self._measured(spans, seen)
         lean = self._leaning(spans)
         alike = [span for span in spans if not like or _kind(span) in like]
@@ -82,9 +82,12 @@ class Routes:
                     return self._cheapest(
                         some, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
                     )
-        return self._cheapest(
-            spans, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
-        )
+        try:
+            return self._cheapest(
+                spans, start, stop, without, measured, desperate=desperate, lean=lean, beside=beside
+            )
+        except NoChain as none:
+            raise self._too_long(none, tokens) from None
 
     def chains(self, most: int) -> list[Chain]:
         """Up to so many chains over the whole model, the best first: see `best_chains`.  Raises NoChain."""
@@ -270,6 +273,17 @@ class Routes:
             return cheapest(excluded=without if desperate else without.union(avoided))
         except NoChain as none:
             raise self._explained(none) from None
+
+    def _too_long(self, none: NoChain, tokens: int) -> NoChain:
+        """The same, with what servers of the missing blocks take where that is less than was asked for."""
+        said = [
+            span.session_tokens
+            for span in self.usable()
+            if any(a < span.stop and span.start < b for a, b in none.missing)
+        ]
+        if any(0 < most < tokens for most in said):
+            none.asked_tokens, none.session_tokens = tokens, max(said)
+        return none
 
     def _explained(self, none: NoChain) -> NoChain:
         """The same, with what else is to be said about it: what constraints did, or what is served."""

@@ -38,6 +38,7 @@ from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import KIB, Limits
 from tensor_codec.messages import (
+    CODEC_BYTES,
     SESSION_ID_BYTES,
     Contract,
     Failed,
@@ -140,7 +141,7 @@ class Session:
             max_length=terms.max_length,
             hidden=terms.hidden,
             codec=terms.codec,
-            max_step_tokens=self.limits.max_step_tokens,
+            max_step_tokens=self.limits.step_tokens(terms.hidden * CODEC_BYTES[terms.codec]),
         )
         self._journal = Journal(terms.batch, contract.row_bytes, terms.max_length)
         self.route = Route(

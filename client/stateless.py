@@ -140,7 +140,8 @@ class Stateless:
         if most is None:
             raise ValueError(
                 f"rows of {tokens} positions, {max(room)} fit into one request of {tensors} x"
-                f" {self.info.hidden_size} values a position"
+                f" {self.info.hidden_size} values a position (max_step_tokens is"
+                f" {self.limits.max_step_tokens}, max_frame_bytes {self.limits.max_frame_bytes})"
             )
         rows = max(1, min(most, REQUEST_POSITIONS) // tokens)
         cuts = range(0, batch, rows)
@@ -161,10 +162,7 @@ class Stateless:
 
     def _most_positions(self, codec: str, tensors: int) -> int:
         """Positions of all rows that one request may carry."""
-        room = self.limits.max_frame_bytes - 2 * self.limits.max_header_bytes
-        return min(
-            self.limits.max_step_tokens, room // (tensors * self.info.hidden_size * CODEC_BYTES[codec])
-        )
+        return self.limits.step_tokens(tensors * self.info.hidden_size * CODEC_BYTES[codec])
 
     async def _in_parts(self, parts: Sequence[Part], start: int, stop: int) -> Tensor:
         """All parts, a few at a time: their answers as one tensor.  The first failure ends the others."""

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +26,13 @@ from node.console import (
     run_process,
 )
 from node.logs import set_up_logging
+from tensor_codec.limits import CHOICES, Limits, limits_with
 
 if __name__ == "__main__":
     end_at_once_on_interrupt()
 
 MOST_REPLICAS = 1000
+USUAL = Limits()
 PATIENCE_SECONDS = 10.0  # nodes that start together do not have to start in order
 
 EPILOG = f"""\
@@ -105,6 +108,7 @@ def _serve(words: list[str]) -> int:
         metavar="N",
         help="tokens whose outputs are kept in case the next server dies (default: as many as the cache)",
     )
+    _add_limit_options(parser)
     _add_balance_options(parser)
     flags = parser.parse_args(words)
     set_up_logging(flags.log_format)
@@ -255,6 +259,32 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--log-format", choices=("text", "json"), default="text")
 
 
+def _add_limit_options(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group("limits", "What a session or a request of a peer may be at most.")
+    limits.add_argument(
+        "--max-session-tokens", type=positive, metavar="N",
+        help="rows times positions of a session (default: what the cache holds)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--max-step-tokens", type=positive, metavar="N",
+        help="rows times positions of one step, or of a request without a session"
+        f" (default: {USUAL.max_step_tokens})",
+    )  # fmt: skip
+    limits.add_argument(
+        "--max-frame-bytes", type=positive, metavar="N",
+        help=f"bytes of one message, which bound a step too (default: {USUAL.max_frame_bytes})",
+    )  # fmt: skip
+    limits.add_argument(
+        "--session-life-seconds", type=float, metavar="SECONDS",
+        help=f"of a session (default: {USUAL.session_life_seconds:g}), and"
+        f" {USUAL.session_position_seconds:g} more for each position that it was opened for",
+    )  # fmt: skip
+    limits.add_argument(
+        "--session-idle-seconds", type=float, metavar="SECONDS",
+        help=f"between two steps of a session (default: {USUAL.session_idle_seconds:g})",
+    )  # fmt: skip
+
+
 def _add_balance_options(parser: argparse.ArgumentParser) -> None:
     usual = BalanceConfig()
     balance = parser.add_argument_group(
@@ -296,14 +326,23 @@ def _balance(flags: argparse.Namespace) -> BalanceConfig:
     return BalanceConfig(flags.balance_quality, flags.min_replicas, flags.balance_seconds)
 
 
-def _network(flags: argparse.Namespace) -> NetworkConfig:
-    from tensor_codec.limits import Limits
+def _limits(flags: argparse.Namespace) -> Limits:
+    """Raises ConfigError."""
+    try:
+        return limits_with(
+            **{name: getattr(flags, name, None) for name in CHOICES}
+        )  # bootstrap has no such flags
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None
 
-    limits = Limits()
+
+def _network(flags: argparse.Namespace) -> NetworkConfig:
+    limits = _limits(flags)
     if flags.record_ttl is not None:
         if not 1 <= flags.record_ttl <= 3600:
             raise ConfigError(f"--record-ttl is {flags.record_ttl}, 1 to 3600 seconds are allowed")
-        limits = Limits(record_ttl_seconds=flags.record_ttl, announce_seconds=flags.record_ttl / 3)
+        limits = replace(limits, record_ttl_seconds=flags.record_ttl, announce_seconds=flags.record_ttl / 3)
     try:
         name = argument_text(flags.name, "--name")
     except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from routing.hops import Chain
 from routing.names import PeerId, public_key_of
-from routing.records import Record
+from routing.records import MAX_CACHE_TOKENS, Record
 
 DTYPES = ("float32", "bfloat16", "float16")  # as peers announce them
 QUANTIZE = ("none", "int8", "nf4")
@@ -27,8 +27,8 @@ class Constraints:
     """What a chain may be made of.  None: anything.
 
     allowed, blocked: peers.  dtypes, quantize: what they compute in and how they keep their matrices.
-    adapter: one that they have.  cache_tokens: free at the least when they are chosen.
-    most_hops: of a chain.
+    adapter: one that they have.  cache_tokens: free at the least when they are chosen.  step_tokens: that
+    they take in one step at the least.  most_hops: of a chain.
 
     Nothing lifts a constraint: where no chain meets them all there is none.
     """
@@ -39,6 +39,7 @@ class Constraints:
     quantize: Collection[str] | None = None
     adapter: str | None = None
     cache_tokens: int = 0
+    step_tokens: int = 0
     most_hops: int | None = None
 
     def admits(self, span: Record) -> bool:
@@ -50,6 +51,7 @@ class Constraints:
             and (self.quantize is None or span.quantize in self.quantize)
             and (self.adapter is None or self.adapter in span.adapters)
             and span.cache_tokens >= self.cache_tokens
+            and span.step_tokens >= self.step_tokens
         )
 
     def check(self) -> None:
@@ -60,8 +62,9 @@ class Constraints:
             raise ValueError(f"allowed and blocked both name {', '.join(both)}: a peer can be in one of them")
         _check_choice("dtypes", self.dtypes, DTYPES)
         _check_choice("quantize", self.quantize, QUANTIZE)
-        if self.cache_tokens < 0:
-            raise ValueError(f"cache_tokens is {self.cache_tokens}, at least 0 is needed")
+        for name, tokens in (("cache_tokens", self.cache_tokens), ("step_tokens", self.step_tokens)):
+            if tokens < 0:
+                raise ValueError(f"{name} is {tokens}, at least 0 is needed")
         if self.most_hops is not None and self.most_hops < 1:
             raise ValueError(f"most_hops is {self.most_hops}, at least 1 is needed")
 
@@ -92,6 +95,31 @@ def _check_choice(name: str, chosen: Collection[str] | None, known: Collection[s
 def suitable(spans: Sequence[Record], constraints: Constraints) -> list[Record]:
     """The peers that may be used, in the order given."""
     return [span for span in spans if constraints.admits(span)]
+
+
+def longest_session(spans: Sequence[Record], blocks: int) -> int | None:
+    """Tokens of the longest session that some chain takes, by what its servers say of themselves.
+
+    None: some block is served by nobody, or a chain's servers do not say.  O(servers * log(servers)).
+    """
+    covered: list[tuple[int, int]] = []
+    widest = sorted(spans, key=lambda span: (-(span.session_tokens or MAX_CACHE_TOKENS + 1), span.start))
+    for span in widest:
+        covered = _merged([*covered, (span.start, span.stop)])
+        if covered[0][0] <= 0 and covered[0][1] >= blocks:
+            return span.session_tokens or None
+    return None
+
+
+def _merged(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same blocks in runs that do not touch, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 class Search(Protocol):

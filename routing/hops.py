@@ -36,10 +36,14 @@ class NoChain(Exception):
     instead: what the swarm serves, where it is something else; for people.
     most_hops: every block is served, but not by so few peers.
     constrained: peers that serve some of them, and that the client's constraints leave out.
+    asked_tokens, session_tokens: a session of so many tokens was asked for, and servers of the missing
+        blocks take so many at most; 0 where that is not the reason.
     after: the last thing that went wrong while a chain was looked for, where something did; for people.
     """
 
     constrained: int = 0
+    asked_tokens: int = 0
+    session_tokens: int = 0
     after: Exception | None = None
 
     def __init__(
@@ -70,5 +74,10 @@ class NoChain(Exception):
         if self.constrained:
             peers = "1 peer that serves" if self.constrained == 1 else f"{self.constrained} peers that serve"
             kept_out = f"; constraints leave out {peers} some of them"
+        if self.session_tokens:
+            kept_out += (
+                f"; a session of {self.asked_tokens} tokens was asked for, servers of these blocks take"
+                f" {self.session_tokens} at most"
+            )
         last = f"; the last that went wrong: {self.after}" if self.after is not None else ""
         return super().__str__() + kept_out + last

@@ -62,6 +62,8 @@ class Record:
         yet measured (allowed only in state joining or offline).
     prefill_seconds_per_token: the same for one token of a prefill, per block.
     cache_tokens: free tokens of cache.
+    session_tokens: of the longest session that it takes, rows times positions; 0 where it does not say.
+    step_tokens: the same of one step, in float32.
     queue: how long a decode step waits before it is computed, in times of its own computing; the mean of
         the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
@@ -86,6 +88,8 @@ class Record:
     seconds_per_block: float = 0.0
     prefill_seconds_per_token: float = 0.0
     cache_tokens: int = 0
+    session_tokens: int = 0
+    step_tokens: int = 0
     queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     seq: int = 0
@@ -198,6 +202,8 @@ def _to_wire(record: Record) -> dict[str, object]:
     }
     if record.next_start or record.next_stop:  # else not a word of it
         fields |= {"next_start": record.next_start, "next_stop": record.next_stop}
+    most = {"session_tokens": record.session_tokens, "step_tokens": record.step_tokens}
+    fields |= {name: tokens for name, tokens in most.items() if tokens}
     return dict(sorted(fields.items()))
 
 
@@ -236,6 +242,8 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         seconds_per_block=fields.number("seconds_per_block", fastest, slowest),
         prefill_seconds_per_token=fields.number("prefill_seconds_per_token", fastest, slowest),
         cache_tokens=fields.integer("cache_tokens", 0, MAX_CACHE_TOKENS),
+        session_tokens=_tokens(fields, "session_tokens"),
+        step_tokens=_tokens(fields, "step_tokens"),
         queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),
         seq=fields.integer("seq", 0, MAX_SEQ),
@@ -243,6 +251,11 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         name=fields.text("name", 64, empty=True),
         version=fields.text("version", 32, empty=True),
     )
+
+
+def _tokens(fields: Header, name: str) -> int:
+    """A number that an older version does not say: 0 then."""
+    return fields.integer(name, 1, MAX_CACHE_TOKENS) if name in fields else 0
 
 
 def _texts(fields: Header, name: str, most: int, longest: int) -> tuple[str, ...]:

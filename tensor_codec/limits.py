@@ -6,11 +6,20 @@ prints the same table for users.  One frozen value is built in `main` and handed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KIB = 1024
 MIB = 1024 * KIB
+GIB = 1024 * MIB
 MAX_HEADER_BYTES = 4 * KIB  # 1 MiB of msgpack can become 72 MiB of objects
+# What an operator or a program may choose, least and most.  What every client may count on is not lowered.
+CHOICES: dict[str, tuple[float, float]] = {
+    "max_session_tokens": (16, 1 << 40),
+    "max_step_tokens": (2048, 1 << 20),
+    "max_frame_bytes": (16 * MIB, 1 * GIB),
+    "session_life_seconds": (60, 30 * 86_400),
+    "session_idle_seconds": (5, 86_400),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +52,7 @@ class Limits:
 
     # Sessions
     max_sessions_per_peer: int = 64  # a client process may be a gateway; what they hold is bounded below
-    max_session_tokens: int = 8192  # batch * max_length
+    max_session_tokens: int | None = None  # batch * max_length; None: as many as the cache holds
     max_step_tokens: int = 2048  # batch * tokens of one step; longer prefill comes in chunks
     max_steps_in_flight: int = 8  # chunks of one prefill on their way through a hop
     max_waiting_steps: int = 256  # waiting for compute, of all peers
@@ -51,7 +60,9 @@ class Limits:
     session_first_step_seconds: float = 10.0
     session_idle_seconds: float = 60.0
     session_life_seconds: float = 1800.0
+    session_position_seconds: float = 0.25  # of life more for each position that it was opened for
     cache_share_per_peer: float = 0.25
+    least_share_tokens: int = 8192  # a peer's share is never less, where the cache has so many
     successor_seconds: float = 2.0  # for a hop to connect to the next one, while its client waits
     cache_wait_seconds: float = 2.0  # for room in the cache, at the opening and in mid-session
 
@@ -71,3 +82,22 @@ class Limits:
     # Leaving
     drain_seconds: float = 10.0
     drain_idle_seconds: float = 2.0  # a session that is silent so long will not move before it goes on
+
+    def step_tokens(self, token_bytes: int) -> int:
+        """Positions of all rows that one step may carry, each of so many bytes; 0 where none fits."""
+        room = self.max_frame_bytes - 2 * self.max_header_bytes
+        return max(0, min(self.max_step_tokens, room // token_bytes))
+
+
+def limits_with(limits: Limits | None = None, **chosen: float | None) -> Limits:
+    """The limits with those that somebody chose; None leaves one as it is.
+
+    Raises ValueError for one that is out of range (`CHOICES`), which begins with its name.
+    """
+    limits = limits or Limits()
+    given = {name: value for name, value in chosen.items() if value is not None}
+    for name, value in given.items():
+        least, most = CHOICES[name]
+        if isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name} is {value}, {least:g} to {most:g} are allowed")
+    return replace(limits, **given)  # type: ignore[arg-type]  # by their names

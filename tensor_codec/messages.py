@@ -70,7 +70,8 @@ class Contract:
     """What both ends of a session agreed on; every later message is read against it.
 
     batch: rows; hidden: values per position; max_length: positions the cache may hold per row;
-    codec: how hidden states travel; max_step_tokens: batch * tokens of one step.
+    codec: how hidden states travel; max_step_tokens: batch * tokens of one step, but never less than one
+    position of all rows.
     """
 
     session: bytes

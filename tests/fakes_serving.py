@@ -385,7 +385,7 @@ class World:
             replace(offer, **served),  # type: ignore[arg-type]
             engine,
             FakeArena(),  # type: ignore[arg-type]
-            CacheBudget(tokens),
+            CacheBudget(tokens, max_session_tokens=self.limits.max_session_tokens),
             lambda to: self.dial(peer, to, PUSH_PROTOCOL),
             self.limits,
         )
@@ -410,6 +410,7 @@ class World:
             dtype=served.dtype,
             quantize="none",
             seconds_per_block=node.compute.seconds / (served.stop - served.start) or 1e-3,
+            session_tokens=node.listener.budget.session_tokens,
             rtt=dict.fromkeys(self.nodes, 1e-3),
             seq=1,
             ttl_seconds=86400.0,

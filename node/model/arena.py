@@ -1,8 +1,8 @@
 """The keys and values of all sessions of a span, in pages: memory follows use.
 
 Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
-A row of a session owns pages of 16 positions, in any order; `table` says which page holds which
-positions of which row (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a
+A row of a session owns pages of 16 positions, in any order; a list of each row says which page holds
+which of its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a
 session that grows takes another one, and going back is setting a number.  A span that takes other
 blocks changes the list of stores and nothing else: a page is the same for every block.  Sliding-window blocks
 keep everything too: what left the window is masked, and going back needs no snapshot.
@@ -89,11 +89,7 @@ class Arena:
         self._free = np.ones(self.pages, bool)
         self._free_pages = self.pages
         self._free_rows: list[int] = []
-        # Rows are added as they are needed: one costs a few bytes for each page it may have.
-        self.table: NDArray[np.int64] = np.full(
-            (8, -(-max_length // page_tokens)), self.nobodys_page, dtype=np.int64
-        )
-        self._free_rows = list(range(8))[::-1]
+        self._pages: list[NDArray[np.int64]] = []  # of each row, as many as it has needed, or nobody's
 
     def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
         """Have stores for these blocks from now on; those of blocks that were there before stay as they are.
@@ -132,22 +128,30 @@ class Arena:
             raise LocalProtocolError(f"a cache of {max_length} positions, rows have {self.max_length}")
         with self._opening:
             while len(self._free_rows) < batch:
-                rows = len(self.table)
-                self.table = np.vstack([self.table, np.full_like(self.table, self.nobodys_page)])
-                self._free_rows += range(2 * rows - 1, rows - 1, -1)
+                self._free_rows.append(len(self._pages))
+                self._pages.append(np.empty(0, np.int64))
             rows_taken = np.array([self._free_rows.pop() for _ in range(batch)], dtype=np.int64)
         return SpanCache(self, rows_taken, max_length)
 
+    def table(self, rows: NDArray[np.int64], pages: int) -> NDArray[np.int64]:
+        """The first pages of these rows, nobody's where one has fewer: [rows, pages]."""
+        table = np.full((len(rows), pages), self.nobodys_page, np.int64)
+        for index, row in enumerate(rows.tolist()):
+            owned = self._pages[row][:pages]
+            table[index, : len(owned)] = owned
+        return table
+
     def slots(self, rows: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Where the positions [0, length) of these rows lie in the stores: [rows, length]."""
-        pages = self.table[rows, : -(-length // self.page_tokens)]
+        pages = self.table(rows, -(-length // self.page_tokens))
         within = np.arange(self.page_tokens)
         slots = pages[:, :, None] * self.page_tokens + within
         return slots.reshape(len(rows), -1)[:, :length]
 
     def slots_of(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where one position of each row lies: rows and positions of equal shape."""
-        pages = self.table[rows, positions // self.page_tokens]
+        """Where some positions of each row lie: positions [rows] or [rows, positions], owned by the row."""
+        wanted = positions // self.page_tokens
+        pages = np.array([self._pages[row][wanted[i]] for i, row in enumerate(rows.ravel().tolist())])
         return pages * self.page_tokens + positions % self.page_tokens
 
     def take(self, row: int, first: int, count: int) -> None:
@@ -161,11 +165,16 @@ class Arena:
             self._take(row, first, count)
 
     def _take(self, row: int, first: int, count: int) -> None:
-        near = int(self.table[row, first - 1]) + 1 if first else self._roomiest()
+        pages = self._pages[row]
+        if first + count > len(pages):  # by doubling: a row takes a page at a time
+            grown = np.full(max(first + count, 2 * len(pages)), self.nobodys_page, np.int64)
+            grown[: len(pages)] = pages
+            self._pages[row] = pages = grown
+        near = int(pages[first - 1]) + 1 if first else self._roomiest()
         for index in range(first, first + count):
             if near >= self.pages or not self._free[near]:
                 near = self._roomiest()
-            self.table[row, index] = near
+            pages[index] = near
             self._free[near] = False
             # What another session left there may be NaN, and a masked NaN is still NaN.
             for store in self._stores:
@@ -176,10 +185,12 @@ class Arena:
     def give_back(self, row: int, first: int, count: int) -> None:
         """Take the pages first ... first + count - 1 of `row` away."""
         with self._opening:
-            pages = self.table[row, first : first + count]
+            pages = self._pages[row][first : first + count]
             self._free[pages] = True
             self._free_pages += len(pages)
-            self.table[row, first : first + count] = self.nobodys_page
+            pages[:] = self.nobodys_page
+            if not first:
+                self._pages[row] = np.empty(0, np.int64)
 
     def close_rows(self, rows: NDArray[np.int64]) -> None:
         """Rows whose pages have been given back may be used again."""

@@ -309,7 +309,7 @@ class FusedSpan:
         slots = arena.slots_of(rows, lengths)
         angles = self._angles_for(longest, hidden)
         if self._compiled(hidden):
-            table = arena.table[rows, : -(-longest // arena.page_tokens)]
+            table = arena.table(rows, -(-longest // arena.page_tokens))
             return self._decode_compiled(hidden, arena, table, lengths, slots, angles, start, stop)
         inputs = Inputs(
             hidden, _on(lengths, hidden), _on(slots, hidden), _on(arena.slots(rows, longest), hidden)

@@ -16,7 +16,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 _MAX_POSITION = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-UNBOUNDED_POSITIONS = 2048  # alibi has no limit; its models were trained at this length
+UNSAID_POSITIONS = 2048  # where a config names no length, and its positions have an end
+UNBOUNDED_POSITIONS = 1 << 24  # alibi has no end, only the caches have; as many as a message can name
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 SCALE_SUFFIX = "_scale"  # of the name of the tensor that has the scales of an int8 matrix
@@ -114,7 +115,7 @@ def read_info(folder: ModelFolder) -> ModelInfo:
         blocks,
         hidden,
         _integer(folder, ("vocab_size",)),
-        _integer(folder, _MAX_POSITION, UNBOUNDED_POSITIONS),
+        _max_position(folder, architecture.model_type),
         tuple(values),
         max(_kv_values(block, config, hidden) for block in shapes),
         ends,
@@ -163,6 +164,16 @@ def _kv_values(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any],
             queries = attention["o_proj"][1] if "o_proj" in attention else hidden
             return max(attention[name]) - queries  # gpt2 keeps its matrices transposed
     return 0
+
+
+def _max_position(folder: ModelFolder, model_type: str) -> int:
+    """Positions that the model computes with; the number in a config of alibi is that of its training.
+
+    MPT's is an end all the same: the library makes a bias of that length.
+    """
+    if model_type == "bloom" or (model_type == "falcon" and folder.config.get("alibi")):
+        return UNBOUNDED_POSITIONS
+    return _integer(folder, _MAX_POSITION, UNSAID_POSITIONS)
 
 
 def _integer(folder: ModelFolder, keys: tuple[str, ...], default: int | None = None) -> int:

@@ -35,7 +35,7 @@ from node.model.arena import PAGE_TOKENS, Arena, BlockShape, SpanCache, tensor_b
 from node.model.checkpoint import block_tensors, check_blocks, check_loaded, load_tensors
 from node.model.folder import ModelFolder
 from node.model.fused import FusedSpan, fuse
-from node.model.info import TRANSPOSED, UNBOUNDED_POSITIONS
+from node.model.info import TRANSPOSED, UNSAID_POSITIONS
 from node.model.library_cache import ArenaRun, ShapeProbe
 from node.model.progress import Progress, silent
 from node.model.quantize import (
@@ -107,7 +107,7 @@ class Span:
     @property
     def max_length(self) -> int:
         """Positions that a session may have."""
-        return int(getattr(self.config, "max_position_embeddings", None) or UNBOUNDED_POSITIONS)
+        return int(getattr(self.config, "max_position_embeddings", None) or UNSAID_POSITIONS)
 
     @property
     def nbytes(self) -> int:

@@ -139,6 +139,11 @@ class Directory:
         self._replace_view(expire(self._view, trio.current_time()))
         return self._view
 
+    @property
+    def last_view(self) -> SwarmView:
+        """The view of the last look, some of whose records may have ended since.  For any thread."""
+        return self._view
+
     async def changed(self, since: SwarmView | None = None) -> None:
         """Return as soon as the view is no longer `since`, or by default no longer what it is now.
 

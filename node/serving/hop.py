@@ -310,7 +310,8 @@ class HopWorker:
     async def _work(self) -> None:
         """Do one thing after another; returns when a deadline has passed or the session broke."""
         hop, limits = self.hop, self.limits
-        life_ends = trio.current_time() + limits.session_life_seconds
+        life = limits.session_life_seconds + limits.session_position_seconds * hop.contract.max_length
+        life_ends = trio.current_time() + life
         patience = limits.session_first_step_seconds
         while True:
             hop.active_at = trio.current_time()
@@ -319,7 +320,7 @@ class HopWorker:
                 item = await hop.inbox.take()
             if item is None:
                 old = trio.current_time() >= life_ends
-                why = f"older than {limits.session_life_seconds} s" if old else f"idle for {patience} s"
+                why = f"older than {life:g} s" if old else f"idle for {patience} s"
                 return hop.end(PeerGone(f"the session was {why}"))
             hop.busy = True
             sender = item.sender if isinstance(item, Arrived) else hop.stream.peer

@@ -37,6 +37,7 @@ from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
+    CODEC_BYTES,
     Contract,
     Failed,
     Message,
@@ -242,7 +243,7 @@ class Listener:
             max_length=opened.max_length,
             hidden=self.served.hidden_size,
             codec=opened.codec,
-            max_step_tokens=self.limits.max_step_tokens,
+            max_step_tokens=self.limits.step_tokens(self.served.hidden_size * CODEC_BYTES[opened.codec]),
         )
         cache = self.arena.open(opened.batch, opened.max_length)
         try:
@@ -291,11 +292,14 @@ class Listener:
             )
         if opened.adapter is not None:
             raise WrongRevision(f"adapter {opened.adapter} was asked for, none is served here")
-        tokens = opened.batch * opened.max_length
-        if tokens > self.limits.max_session_tokens:
-            raise Refused(f"a session of {tokens} tokens, {self.limits.max_session_tokens} are allowed")
         if opened.max_length > served.max_position:
             raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
+        position = opened.batch * served.hidden_size * CODEC_BYTES[opened.codec]
+        if not self.limits.step_tokens(position):
+            raise Refused(
+                f"one position of {opened.batch} rows takes {position} bytes, a frame of"
+                f" {self.limits.max_frame_bytes} has no room for it (--max-frame-bytes)"
+            )
         mine = sum(1 for hop in self._sessions.values() if hop.stream.peer == peer)
         if mine >= self.limits.max_sessions_per_peer:
             raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)

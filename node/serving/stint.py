@@ -32,6 +32,7 @@ from node.serving.stateless import StatelessListener
 from routing.names import PeerId, Revision
 from routing.records import Record, State
 from tensor_codec.limits import Limits
+from tensor_codec.messages import CODEC_BYTES
 
 log = logging.getLogger("raceme")
 
@@ -120,6 +121,8 @@ class Offer:
             seconds_per_block=engine.rates.decode_seconds_per_block,
             prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
             cache_tokens=listener.budget.free_tokens,
+            session_tokens=listener.budget.session_tokens,
+            step_tokens=listener.limits.step_tokens(self.info.hidden_size * CODEC_BYTES["fp32"]),
             queue=engine.queue,
         )
 
@@ -209,11 +212,11 @@ async def load_stint(means: Means, offer: Offer, compute: ComputeThread, *, in_p
     rates = await compute.run(rates_at_start, span, file, key)
     limits = means.limits
     engine = Engine(span, compute, rates, limits)
-    longest = min(means.info.max_position, limits.max_session_tokens)
-    arena = await compute.run(span.new_arena, means.cache_tokens, longest)
+    arena = await compute.run(span.new_arena, means.cache_tokens, means.info.max_position)
     budget = CacheBudget(
-        arena.free_tokens, limits.cache_share_per_peer, limits.max_session_tokens, arena.page_tokens
-    )
+        arena.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, arena.page_tokens,
+        limits.max_session_tokens,
+    )  # fmt: skip
     served = offer.served(span.can_cut)
     listener = Listener(
         served, engine, arena, budget, means.open_push, limits, means.blame,

@@ -14,7 +14,7 @@ import trio.testing
 from routing.names import PeerId
 from tensor_codec.compression import decode_hidden, encode_hidden
 from tensor_codec.errors import PeerGone, SlowPeer
-from tensor_codec.limits import Limits
+from tensor_codec.limits import KIB, Limits
 from tensor_codec.messages import (
     MAX_HOPS,
     PUSH_PROTOCOL,
@@ -74,8 +74,9 @@ REFUSED = {
     "blocks behind the span": ({"start": 4, "stop": 7}, "wrong_revision"),
     "blocks of another span": ({"start": 10, "stop": 12}, "wrong_revision"),
     "an adapter": ({"adapter": "a"}, "wrong_revision"),
-    "more tokens than a session may have": ({"max_length": 8193}, "refused"),
-    "more tokens in rows": ({"max_length": 1025, "batch": 8}, "refused"),
+    "more tokens than a session may have": ({"max_length": 4001}, "cache_full"),
+    "more tokens in rows": ({"max_length": 1001, "batch": 4}, "cache_full"),
+    "rows of which no position fits into a frame": ({"max_length": 1, "batch": 4000}, "refused"),
     "more positions than the model has": ({"max_length": 4097}, "refused"),
 }
 
@@ -83,7 +84,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 async def test_a_session_that_asks_for_what_is_not_served_is_refused_with_its_reason(what, autojump_clock):
     changes, code = REFUSED[what]
-    async with swarm() as world:
+    async with swarm(Limits(max_session_tokens=4000, max_frame_bytes=64 * KIB)) as world:
         node = world.add("a", 2, 6)
         client, answer = await RawClient.open(world, "a", **changes)
         assert isinstance(answer, Failed)
@@ -432,8 +433,9 @@ async def test_a_session_that_is_never_idle_ends_exactly_at_the_end_of_its_life(
                 answer = await client.receive(world)
                 break
         assert answer.code == "ended"
-        assert "older than 1800" in answer.message
-        assert trio.current_time() - began == pytest.approx(LIMITS.session_life_seconds)
+        life = LIMITS.session_life_seconds + 64 * LIMITS.session_position_seconds  # opened for 64 positions
+        assert f"older than {life:g} s" in answer.message
+        assert trio.current_time() - began == pytest.approx(life)
         await client.stream.aclose()
 
 

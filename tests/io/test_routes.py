@@ -68,3 +68,23 @@ async def test_servers_that_give_one_model_different_names_make_one_chain(autoju
         hidden = some_hidden(4)
         assert torch.equal(await session.step(hidden), whole_model(hidden, 0, 6))
         session.close()
+
+
+async def test_a_session_goes_only_to_those_that_take_one_so_long(autojump_clock):
+    async with swarm() as world:
+        world.add("quick", 0, 6, seconds=0.06, tokens=8192)
+        world.add("roomy", 0, 6, seconds=0.6, tokens=65_536)
+        routes = world.routes()
+        assert [hop.peer for hop in routes.choose(tokens=8192).hops] == ["quick"]
+        assert [hop.peer for hop in routes.choose(tokens=8193).hops] == ["roomy"]
+        with pytest.raises(NoChain) as none:
+            routes.choose(tokens=65_537)
+        assert "of 65537 tokens was asked for, servers of these blocks take 65536 at most" in str(none.value)
+
+
+async def test_where_blocks_have_no_server_the_length_is_not_blamed(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 6, tokens=8192)
+        with pytest.raises(NoChain) as none:
+            world.routes(constraints=Constraints(blocked={PeerId("a")})).choose(tokens=9000)
+        assert "asked for" not in str(none.value)

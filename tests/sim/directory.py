@@ -46,6 +46,11 @@ class Directory:
         self._replace(expire(self._view, trio.current_time()))
         return self._view
 
+    @property
+    def last_view(self) -> SwarmView:
+        """The view of the last look."""
+        return self._view
+
     async def changed(self, since: SwarmView) -> None:
         """Return when the view is another one."""
         await trio.lowlevel.checkpoint()

@@ -51,7 +51,7 @@ def make_listener(
         Served(MODEL, REVISION, span.start, span.stop, DTYPE, HIDDEN, MAX_POSITION),
         engine,
         arena,  # type: ignore[arg-type]
-        CacheBudget(budget_tokens),
+        CacheBudget(budget_tokens, max_session_tokens=limits.max_session_tokens),
         open_stream,
         limits,
     )

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 
-from routing.alternatives import Constraints, best_chains, suitable
+from routing.alternatives import Constraints, best_chains, longest_session, suitable
 from routing.chain import NoChain, cheapest_chain
 from tests.unit.test_chain import PEERS, every_chain, price, span, swarms
 
@@ -76,8 +76,8 @@ def test_a_way_around_a_peer_is_found_although_to_come_back_to_it_seems_cheaper(
 
 
 def test_only_peers_that_meet_every_constraint_are_suitable():
-    one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100)
-    other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10)
+    one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100, step_tokens=4096)
+    other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10, step_tokens=2048)
     spans = [one, other]
     assert suitable(spans, Constraints()) == spans
     for constraints in (
@@ -87,8 +87,28 @@ def test_only_peers_that_meet_every_constraint_are_suitable():
         Constraints(quantize={"int8"}),
         Constraints(adapter="a"),
         Constraints(cache_tokens=100),
+        Constraints(step_tokens=4096),
     ):
         assert suitable(spans, constraints) == [one]
+
+
+@pytest.mark.parametrize(
+    ("servers", "longest"),
+    [
+        ([(0, 6, 100)], 100),
+        ([(0, 3, 100), (3, 6, 40)], 40),
+        ([(0, 3, 100), (3, 6, 40), (2, 6, 70)], 70),
+        ([(0, 4, 100), (4, 6, 90), (0, 6, 80)], 90),
+        ([(0, 3, 100)], None),  # blocks that nobody serves
+        ([(0, 3, 100), (4, 6, 100)], None),
+        ([(0, 6, 0), (0, 6, 100)], None),  # one that does not say may take any
+        ([(0, 3, 0), (3, 6, 100)], 100),
+        ([], None),
+    ],
+)
+def test_the_longest_session_is_that_of_the_chain_whose_least_server_takes_most(servers, longest):
+    spans = [span(i, start, stop, session_tokens=most) for i, (start, stop, most) in enumerate(servers)]
+    assert longest_session(spans, 6) == longest
 
 
 @pytest.mark.parametrize(
@@ -105,6 +125,7 @@ def test_only_peers_that_meet_every_constraint_are_suitable():
         ({"quantize": ["int4"]}, r"quantize holds 'int4', a collection of none, int8, nf4 is allowed"),
         ({"quantize": []}, r"quantize holds nothing"),
         ({"cache_tokens": -1}, r"cache_tokens is -1, at least 0 is needed"),
+        ({"step_tokens": -1}, r"step_tokens is -1, at least 0 is needed"),
         ({"most_hops": 0}, r"most_hops is 0, at least 1 is needed"),
     ],
 )

@@ -149,7 +149,7 @@ class Sessions(RuleBasedStateMachine):
         owned = [
             page
             for cache in self.caches
-            for page in self.arena.table[cache.rows, : cache.pages].ravel().tolist()
+            for page in self.arena.table(cache.rows, cache.pages).ravel().tolist()
         ]
         assert len(owned) == len(set(owned))
         assert self.arena.nobodys_page not in owned
@@ -162,7 +162,7 @@ class Sessions(RuleBasedStateMachine):
             cache.close()
             cache.close()
         assert self.arena.free_tokens == self.arena.pages * PAGE_TOKENS
-        assert (self.arena.table == self.arena.nobodys_page).all()
+        assert not any(len(pages) for pages in self.arena._pages)
 
 
 TestSessions = Sessions.TestCase

@@ -15,8 +15,8 @@ from tensor_codec.errors import CacheFull, LocalProtocolError
 from tensor_codec.limits import Limits
 
 
-def test_a_session_that_may_need_more_than_a_peer_may_ever_have_is_told_not_to_come_back():
-    budget = CacheBudget(960, 0.25, least_share_tokens=16)
+def test_a_session_that_may_need_more_than_one_may_ever_have_is_told_not_to_come_back():
+    budget = CacheBudget(960, 0.25, least_share_tokens=16, max_session_tokens=240)
     budget.admit(b"a", "p", 1, 240)
     with pytest.raises(
         CacheFull, match="1 x 241 tokens takes 256 in pages of 16, 240 are allowed"
@@ -113,13 +113,60 @@ def test_the_next_oldest_can_go_on_to_its_end_as_soon_as_the_oldest_has_ended():
     budget.grow(b"b", 144)
 
 
-def test_one_session_of_the_largest_allowed_size_fits_into_a_small_share():
+def test_a_share_is_never_small_where_the_cache_is():
     limits = Limits()
-    budget = CacheBudget(10_000, limits.cache_share_per_peer, limits.max_session_tokens)
-    budget.admit(b"a", "p", 1, limits.max_session_tokens)
-    budget.grow(b"a", limits.max_session_tokens)
-    tiny = CacheBudget(100, limits.cache_share_per_peer, limits.max_session_tokens)
-    assert tiny.peer_tokens == 96
+    assert CacheBudget(10_000, limits.cache_share_per_peer, limits.least_share_tokens).peer_tokens == 8192
+    assert CacheBudget(100, limits.cache_share_per_peer, limits.least_share_tokens).peer_tokens == 96
+    assert CacheBudget(65_536, limits.cache_share_per_peer, limits.least_share_tokens).peer_tokens == 16_384
+
+
+def test_one_session_may_have_the_whole_cache_and_costs_others_nothing_before_it_has_grown():
+    budget = CacheBudget(65_536)
+    budget.admit(b"long", "p", 1, 65_536)
+    budget.grow(b"long", 16)
+    for number in range(3):  # each peer's share, as if the long one were not there
+        budget.admit(bytes([number]), f"peer {number}", 1, 16_384)
+        budget.grow(bytes([number]), 16_384)
+    budget.grow(b"long", 16_384)
+    with pytest.raises(CacheFull, match="0 to be had beside what other sessions may need") as refusal:
+        budget.grow(b"long", 16_385)
+    assert refusal.value.retry_after_seconds is not None
+    for number in range(3):
+        budget.release(bytes([number]))
+    budget.grow(b"long", 65_536)
+    with pytest.raises(CacheFull, match="longer sessions hold 65536") as refusal:
+        budget.admit(b"new", "q", 1, 16)
+    assert refusal.value.retry_after_seconds is not None
+
+
+def test_a_long_session_cannot_take_what_a_younger_one_was_promised():
+    budget = CacheBudget(65_536)
+    budget.admit(b"long", "p", 1, 65_536)
+    budget.admit(b"short", "q", 1, 16_384)
+    budget.grow(b"long", 65_536 - 16_384)
+    with pytest.raises(CacheFull, match="16384 of 65536 are free and 0 to be had"):
+        budget.grow(b"long", 65_536 - 16_384 + 1)
+    budget.grow(b"short", 16_384)
+
+
+def test_long_sessions_of_one_peer_share_what_one_may_have():
+    budget = CacheBudget(65_536, max_session_tokens=32_768)
+    budget.admit(b"a", "p", 1, 32_768)
+    with pytest.raises(CacheFull, match="32768 are allowed the long sessions of a peer here"):
+        budget.admit(b"b", "p", 1, 32_768)
+    budget.admit(b"b", "p", 1, 16_384)
+    budget.grow(b"b", 16_384)
+    budget.admit(b"c", "q", 1, 32_768)
+    budget.grow(b"a", 32_768)
+
+
+def test_rows_are_counted_before_they_hold_a_page():
+    budget = CacheBudget(1600)
+    budget.admit(b"a", "p", 60, 16)
+    with pytest.raises(CacheFull, match="41 rows beside 60, 100 are allowed here") as refusal:
+        budget.admit(b"b", "q", 41, 16)
+    assert refusal.value.retry_after_seconds is not None
+    budget.admit(b"b", "q", 40, 16)
 
 
 def test_what_never_may_happen_is_our_own_bug():
@@ -150,9 +197,10 @@ class Budget(RuleBasedStateMachine):
         share=st.floats(0, 1),
         least=st.integers(0, 600),
         page=st.sampled_from([1, 4, 16]),
+        longest=st.none() | st.integers(1, 600),
     )
-    def begin(self, tokens: int, share: float, least: int, page: int) -> None:
-        self.budget = CacheBudget(tokens, share, least, page)
+    def begin(self, tokens: int, share: float, least: int, page: int, longest: int | None) -> None:
+        self.budget = CacheBudget(tokens, share, least, page, longest)
         self.held: dict[bytes, tuple[str, int, int, int]] = {}  # peer, rows, max_length, pages of a row
         self.count = 0
 
@@ -164,7 +212,7 @@ class Budget(RuleBasedStateMachine):
         refusal = refusal_of(lambda: self.budget.admit(session, peer, rows, max_length))
         if refusal is not None:
             assert self.budget == before
-            for_ever = rows * self.pages(max_length) * self.budget.page_tokens > self.budget.peer_tokens
+            for_ever = rows * self.pages(max_length) * self.budget.page_tokens > self.budget.session_tokens
             assert (refusal.retry_after_seconds is None) == for_ever
         else:
             self.held[session] = (peer, rows, max_length, 0)
@@ -180,7 +228,7 @@ class Budget(RuleBasedStateMachine):
         if refusal is not None:
             assert self.budget == before
             assert refusal.retry_after_seconds is not None
-            assert session != next(iter(self.held)), "the oldest was refused"
+            assert session != self.in_order()[0], "the first was refused"
         else:
             self.held[session] = (peer, rows, max_length, max(pages, self.pages(length)))
 
@@ -200,26 +248,36 @@ class Budget(RuleBasedStateMachine):
         self.budget.release(session)
         del self.held[session]
 
+    def in_order(self) -> list[bytes]:
+        return sorted(self.held, key=self.is_long)
+
+    def is_long(self, session: bytes) -> bool:
+        _, rows, max_length, _ = self.held[session]
+        return rows * self.pages(max_length) * self.budget.page_tokens > self.budget.peer_tokens
+
     def pages(self, length: int) -> int:
         return -(-length // self.budget.page_tokens)
 
-    def tokens_of(self, peer: str) -> int:
+    def tokens_of(self, peer: str, *long: bool) -> int:
         page = self.budget.page_tokens
-        return sum(page * rows * pages for who, rows, _, pages in self.held.values() if who == peer)
+        mine = [session for session, held in self.held.items() if held[0] == peer]
+        return sum(page * self.held[one][1] * self.held[one][3] for one in mine if self.is_long(one) in long)
 
     @invariant()
     def no_more_is_held_than_there_is_and_no_more_by_a_peer_than_its_share(self) -> None:
-        held = {peer: self.tokens_of(peer) for peer in "abc"}
+        held = {peer: self.tokens_of(peer, False, True) for peer in "abc"}
         assert held == {peer: self.budget.held_tokens(peer) for peer in "abc"}
-        assert all(tokens <= self.budget.peer_tokens <= self.budget.tokens for tokens in held.values())
+        for peer in "abc":
+            assert self.tokens_of(peer, False) <= self.budget.peer_tokens <= self.budget.tokens
+            assert self.tokens_of(peer, True) <= self.budget.session_tokens <= self.budget.tokens
         whole = self.budget.tokens - self.budget.tokens % self.budget.page_tokens
         assert 0 <= self.budget.free_tokens == whole - sum(held.values())
 
     @invariant()
-    def every_session_can_go_on_to_its_end_when_the_older_ones_have_ended(self) -> None:
+    def every_session_can_go_on_to_its_end_when_those_before_it_have_ended(self) -> None:
         budget = deepcopy(self.budget)
-        for session, (_, _, max_length, _) in self.held.items():
-            budget.grow(session, max_length)
+        for session in self.in_order():
+            budget.grow(session, self.held[session][2])
             budget.release(session)
         page = budget.page_tokens
         assert budget.free_tokens == budget.tokens // page * page
@@ -229,7 +287,7 @@ class Budget(RuleBasedStateMachine):
         budget = deepcopy(self.budget)
         page = budget.page_tokens
         promised = sum(page * rows * self.pages(length) for _, rows, length, _ in self.held.values())
-        room = min(budget.tokens - promised, budget.peer_tokens) // page * page
+        room = min(budget.tokens - promised, budget.session_tokens) // page * page
         if room > 0:
             budget.admit(b"new", "nobody yet", 1, room)
             budget.grow(b"new", room)
@@ -243,6 +301,7 @@ class Budget(RuleBasedStateMachine):
                 self.budget.share_per_peer,
                 self.budget.least_share_tokens,
                 self.budget.page_tokens,
+                self.budget.max_session_tokens,
             )
 
 

@@ -387,6 +387,17 @@ def test_where_a_peer_is_going_is_on_the_wire_only_while_it_moves():
     assert list(payload_of(moving)) == sorted(payload_of(moving))
 
 
+def test_what_a_peer_takes_at_most_is_optional_and_checked():
+    assert not {"session_tokens", "step_tokens"} & set(payload_of(GOOD))
+    says = replace(GOOD, session_tokens=131_072, step_tokens=2048)
+    assert verify(sign_record(says, KEY)) == says
+    assert list(payload_of(says)) == sorted(payload_of(says))
+    for name in ("session_tokens", "step_tokens"):
+        for wrong in (0, -1, 2**40 + 1, 1.0, True, "8192"):
+            with pytest.raises(RecordError):
+                verify(signed(dict(sorted((payload_of(GOOD) | {name: wrong}).items()))))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
