@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from node.interrupts import end_at_once_on_interrupt, is_command
+
+if is_command("client"):
+    end_at_once_on_interrupt()
+
 from client.api import SwarmLike
 
 # The function takes the place of the module of its name, so it cannot wait for __getattr__: whoever

@@ -13,17 +13,13 @@ from node.arguments import Parser, add_addresses, one_address_each, positive, se
 from node.config import DEFAULT_MODEL
 from node.console import (
     argument_text,
-    end_at_once_on_interrupt,
     fail,
-    let_interrupts_through,
     run_command,
     run_process,
 )
+from node.interrupts import let_interrupts_through
 from node.logs import set_up_logging
 from routing.alternatives import DTYPES, QUANTIZE
-
-if __name__ == "__main__":
-    end_at_once_on_interrupt()
 
 EPILOG = """\
 examples:

@@ -69,11 +69,11 @@ async def run_generate(flags: argparse.Namespace) -> None:
                     texts.append(token.text)
                     if not flags.json:
                         put(text_for(sys.stdout, token.text))
-        if flags.json:
-            put_line(json.dumps(_result(swarm, route, measured, "".join(texts))))
-        else:
-            put("\n")
-            say(measured.line())
+            if flags.json:
+                put_line(json.dumps(_result(swarm, route, measured, "".join(texts))))
+            else:
+                put("\n")
+                say(measured.line())
         if flags.show_route:
             say("\n".join(describe_events(trace)))
 

@@ -19,17 +19,13 @@ from node.arguments import Parser, add_addresses, at_least_none, one_address_eac
 from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, BalanceConfig, ConfigError, NetworkConfig, NodeConfig
 from node.console import (
     argument_text,
-    end_at_once_on_interrupt,
-    let_interrupts_through,
     put_line,
     run_command,
     run_process,
 )
+from node.interrupts import let_interrupts_through
 from node.logs import set_up_logging
 from tensor_codec.limits import CHOICES, Limits, limits_with
-
-if __name__ == "__main__":
-    end_at_once_on_interrupt()
 
 MOST_REPLICAS = 1000
 USUAL = Limits()

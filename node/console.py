@@ -19,8 +19,10 @@ from contextlib import suppress
 from typing import NoReturn, TextIO
 
 from node.config import ConfigError
+from node.interrupts import end_at_once_on_interrupt
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))  # by their file descriptors
+INTERRUPTED = 130
 ERRORS = "raceme"  # the name of what is done with characters that an encoding lacks
 _ASCII = {"…": "..."}
 _PLAIN = re.compile(r"[\x20-\x7e\n\t]*")
@@ -57,7 +59,7 @@ def run_command(command: Callable[[], int]) -> int:
         where = f": {error.filename}" if error.filename is not None else ""
         return fail(f"{error.strerror or error}{where}", 2)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def fail(error: Exception | str, code: int) -> int:
@@ -71,8 +73,8 @@ def fail(error: Exception | str, code: int) -> int:
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Be the process of a command: end with the code of `main`, also in the middle of an import.
 
-    A thread that still imports torch or downloads is left behind: the interpreter would wait for it, or
-    take what it works with from under it.
+    A thread that still imports torch, downloads or waits for a line is left behind: the interpreter would
+    wait for it, or take from under it what it works with.
     """
     end_at_once_on_interrupt()
     code: int | str | None = 1
@@ -86,28 +88,14 @@ def run_process(main: Callable[[], int]) -> NoReturn:
             stream.flush()
         except OSError:
             _discard(number)
-    if isinstance(code, int) and any(t.daemon and t.name == "torch" for t in threading.enumerate()):
+    busy = any(thread.name == "torch" for thread in threading.enumerate())
+    if code == INTERRUPTED and sys.stderr.isatty():
+        with suppress(OSError):
+            sys.stderr.write("\x1b[?25h")  # a bar that was left behind has hidden the cursor
+            sys.stderr.flush()
+    if isinstance(code, int) and (busy or code == INTERRUPTED):
         os._exit(code)
     sys.exit(code)
-
-
-def end_at_once_on_interrupt() -> None:
-    """Until `let_interrupts_through` Ctrl-C ends the process: there is nothing to be tidied up yet.
-
-    A KeyboardInterrupt in the middle of an import may come out as any other error.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _end_at_once)
-
-
-def let_interrupts_through() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt again, where it ended the process at once."""
-    if signal.getsignal(signal.SIGINT) is _end_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _end_at_once(signum: int, frame: object) -> None:
-    os._exit(128 + signum)
 
 
 def prepare_streams() -> None:
