@@ -56,7 +56,10 @@ def _command(words: list[str]) -> int:
     chat = commands.add_parser("chat", help="talk with the model; its memory stays in one session")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told about its role first")
     chat.add_argument(
-        "--max-length", type=positive, default=2048, metavar="N", help="tokens of the whole talk"
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens of the talk: its oldest turns go beyond them (default: what model and swarm allow)",
     )
     for command, tokens in ((generate, 64), (chat, 256)):
         _add_options(command, tokens)
@@ -127,6 +130,10 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write what happened to the session, one JSON a line"
     )
+    parser.add_argument(
+        "--max-session-tokens", type=positive, metavar="N",
+        help="of a session, at the most (default: what model and swarm allow)",
+    )  # fmt: skip
     servers = parser.add_argument_group("servers", "Which may be used; a replacement of one that failed too.")
     servers.add_argument(
         "--allow-peer", action="append", metavar="ID", help="only this peer and others so named"

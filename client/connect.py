@@ -394,9 +394,10 @@ class Swarm:
         self, length: int, what: str, context: Context | None = None, *, batch: int = 1
     ) -> None:
         """Raises ValueError where a session cannot become so long."""
-        allowed = self._allowed_lengths(batch)
-        if context is not None:
-            allowed.append((context.max_length, f"the conversation was opened for {context.max_length}"))
+        if context is None:
+            allowed = self._allowed_lengths(batch)
+        else:
+            allowed = [(context.max_length, f"the conversation was opened for {context.max_length}")]
         most, why = min(allowed)
         if not 0 < length <= most:
             raise ValueError(f"{what} make {length} positions, 1 to {most} are allowed: {why}")

@@ -17,6 +17,7 @@ import trio
 from client.api import SwarmLike
 from client.connect import connect
 from client.generate import Token
+from client.history import Message, MessageTooLong, fit_history
 from client.trace import Trace
 from node.config import ConfigError
 from node.console import one_line, put, put_line, read_text, say, text_for
@@ -85,23 +86,32 @@ async def run_chat(flags: argparse.Namespace) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{swarm.info.name} has no chat template: use generate")
         await wait_for_route(swarm, flags.wait)
-        history: list[dict[str, str]] = []
+        history: list[Message] = []
         if flags.system:
             history.append({"role": "system", "content": flags.system})
-        context = swarm.conversation(flags.max_length)
+        length = swarm.usual_length() if flags.max_length is None else flags.max_length
+        context = swarm.conversation(length)
         say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
         try:
             while line := await _ask_for_text("> "):
-                history.append({"role": "user", "content": line})
-                # The template's text already holds the special tokens.
-                ids = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
-                room = flags.max_length - len(ids["input_ids"])
-                if room < 1:
-                    raise ValueError(f"the talk has reached its {flags.max_length} tokens (--max-length)")
+                message = {"role": "user", "content": line}
+                try:
+                    fitted = fit_history(
+                        [*history, message], partial(_template, tokenizer), length, flags.max_new_tokens
+                    )
+                except MessageTooLong as error:
+                    say(f"{error} (--max-length): it was left out")
+                    continue
+                if fitted.dropped:
+                    say(
+                        f"the talk has reached its {length} tokens (--max-length): it goes on without its"
+                        f" {'oldest turn' if fitted.dropped == 1 else f'{fitted.dropped} oldest turns'}"
+                    )
+                history = fitted.history
                 measured, answer = Measured(), ""
                 tokens = swarm.generate(
-                    ids["input_ids"],
-                    max_new_tokens=min(flags.max_new_tokens, room),
+                    fitted.ids,
+                    max_new_tokens=min(flags.max_new_tokens, length - len(fitted.ids)),
                     context=context,
                     **_sampling(flags),
                 )
@@ -117,6 +127,12 @@ async def run_chat(flags: argparse.Namespace) -> None:
             context.close()
             with traced(context.trace, flags.trace):
                 pass
+
+
+def _template(tokenizer: Any, history: list[Message]) -> list[int]:  # Any: the library's own class
+    """The tokens of a talk and of an answer's opening; the template's text holds the special ones already."""
+    made = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
+    return list(made["input_ids"])
 
 
 @contextmanager
@@ -195,6 +211,7 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         wait_seconds=flags.wait,
         give_up_seconds=max(flags.wait, 1.0),
         codec=flags.codec,
+        max_session_tokens=flags.max_session_tokens,
         constraints=Constraints(
             allowed=flags.allow_peer,
             blocked=flags.block_peer,
