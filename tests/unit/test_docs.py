@@ -6,22 +6,27 @@ import argparse
 import ast
 import importlib
 import inspect
+import io
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import client
 from client.connect import Swarm
+from node.config import VERSION
 from node.model.architecture import ARCHITECTURES
+from routing.alternatives import Constraints
 from tensor_codec.errors import REFUSALS
 from tensor_codec.limits import Limits
 from tensor_codec.messages import FAULTS
+from tests.markdown import ROOT, in_one_line, section, table, words
 
-ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 PEER = "/ip4/10.0.0.5/tcp/31330/p2p/12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M"
@@ -33,18 +38,6 @@ def name_of(path: Path) -> str:
 
 def without_code(text: str) -> str:
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
-
-
-def table(text: str, heading: str) -> list[list[str]]:
-    """The rows of the first table behind a line that begins with `heading`, as cells without backticks."""
-    lines = iter(text[text.index(heading) :].splitlines())
-    rows = []
-    for line in lines:
-        if line.startswith("|"):
-            rows.append([cell.strip().replace("`", "") for cell in line.strip("| ").split(" | ")])
-        elif rows:
-            break
-    return rows[2:]  # without the head and the line below it
 
 
 # Links
@@ -120,13 +113,78 @@ def test_the_manual_shows_every_command():
     assert {("client", "generate"), ("client", "chat")} <= shown
 
 
+# Flags
+
+
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "node": ("", "bootstrap", "status", "models", "prepare", "new-swarm-key"),
+    "client": ("generate", "chat"),
+}
+BENCHMARKS = {
+    f"benchmarks.{path.stem}": ("",)
+    for path in sorted((ROOT / "benchmarks").glob("*.py"))
+    if "ArgumentParser(" in path.read_text()
+}
+SCRIPTS = [
+    path for folder in ("scripts", "examples", "tests/sim") for path in sorted((ROOT / folder).glob("*.py"))
+]
+OF_OTHER_PROGRAMS = {"--strict", "--upgrade"}  # of mypy and pip
+
+
+@cache
+def help_of(module: str, command: str = "") -> str:
+    """What `python -m MODULE COMMAND --help` prints."""
+    program = importlib.import_module(module if "." in module else f"{module}.__main__")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr("sys.argv", [module, *([command] if command else []), "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            program.main()
+    return printed.getvalue()
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text))
+
+
+def flags_of(programs: Mapping[str, Sequence[str]]) -> set[str]:
+    return {
+        flag
+        for module, commands in programs.items()
+        for command in commands
+        for flag in flags_in(help_of(module, command))
+    }
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_every_flag_in_the_manual_exists(path):
+    known = flags_of(PROGRAMS) | OF_OTHER_PROGRAMS
+    for paragraph in path.read_text().split("\n\n"):
+        if unknown := flags_in(paragraph) - known:
+            scripts = flags_in("".join(script.read_text() for script in SCRIPTS))
+            assert unknown - scripts <= flags_of(BENCHMARKS), paragraph
+
+
+def test_every_flag_of_a_node_and_a_client_is_in_the_manual():
+    explained = flags_in("".join(path.read_text() for path in DOCS))
+    assert flags_of(PROGRAMS) - explained == set()
+
+
+def test_the_table_of_commands_gives_each_the_flags_that_it_has():
+    for usage, what in table(README.read_text(), "| command | what it does |"):
+        module, *rest = shlex.split(usage.removeprefix("python -m "))
+        command = rest[0] if rest and re.fullmatch("[a-z-]+", rest[0]) else ""
+        assert command in PROGRAMS[module]
+        assert flags_in(usage + what) <= flags_in(help_of(module, command)), usage
+
+
 @pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_every_make_target_in_the_manual_exists(path):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = path.read_text()
     quoted = re.findall(r"`make ([^`]*)`", text) + re.findall(r"^    make (.*)$", text, re.MULTILINE)
-    for words in (shlex.split(line, comments=True) for line in quoted):
-        assert {word for word in words if "=" not in word} <= targets
+    for command in (shlex.split(line, comments=True) for line in quoted):
+        assert {word for word in command if "=" not in word} <= targets
 
 
 # Python
@@ -184,26 +242,82 @@ def test_the_readme_lists_the_supported_architectures():
     assert f"{len(ARCHITECTURES)} architectures" in text
 
 
+def test_the_fields_of_constraints_and_their_flags_are_the_code_s():
+    names = {field.name for field in fields(Constraints)}
+    rows = table((ROOT / "docs" / "operating.md").read_text(), "## Which servers a client uses")
+    assert {name for row in rows for name in words(row[1])} == names
+    given = flags_in(" ".join(row[0] for row in rows))
+    assert given <= flags_in(help_of("client", "generate")) & flags_in(help_of("client", "chat"))
+    listed = re.search(r"The fields are (.*?); on the command line (.*?)\. `", in_one_line("README.md"))
+    assert listed
+    assert set(re.findall(r"`(\w+)`", listed[1])) == names
+    assert flags_in(listed[2]) == given
+
+
+def test_what_the_readme_says_of_a_swarm_is_there():
+    text = README.read_text()
+    for name in set(re.findall(r"`?swarm\.(\w+)\(", text)):
+        assert callable(getattr(Swarm, name)), name
+    for name in re.findall(r"`client\.(\w+)", text):
+        assert hasattr(client, name) or (ROOT / "client" / f"{name}.py").exists(), name
+
+
+def test_the_readme_s_map_of_the_project_is_so():
+    shown = section(README.read_text(), "## Where things are")
+    for name in re.findall(r"^ {4,6}([\w/]+/|\w+\.py) ", shown, re.MULTILINE):
+        assert (ROOT / name).exists() or (ROOT / "node" / name).exists(), name
+
+
+def test_a_release_has_its_section_of_changes():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", text, re.MULTILINE)
+    assert headings[0] == ("Unreleased", "")
+    assert VERSION in {version for version, _ in headings}
+    kinds = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    begin = text.index(f"## [{VERSION}]")
+    newest = text[begin : text.find("\n## ", begin + 1) if "\n## " in text[begin + 1 :] else None]
+    assert "\n- " in newest, "the newest version says nothing"
+    for line in newest.splitlines():
+        assert line == "" or line.startswith(("## ", "### ", "- ", "  ")), line
+
+
 # Names and messages
 
 
-def sources() -> str:
-    """All of our code, with string literals that span lines put together."""
-    text = "\n".join(
-        path.read_text()
+def literals() -> list[str]:
+    """Every text in our code as a reader may see it: what is filled in is a NUL."""
+
+    def shown(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(shown(part) for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return shown(node.left) + shown(node.right)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "\0"
+
+    return [
+        shown(node)
         for folder in ("tensor_codec", "routing", "node", "client")
         for path in sorted((ROOT / folder).rglob("*.py"))
-    )
-    return re.sub(r'"\s*\n\s*f?"', "", text)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.expr)
+    ]
 
 
-def test_every_message_that_the_manual_explains_is_in_the_code():
+FILLED_IN = r"\b(?:A:B|0:N|[A-Z]\d?|FILE|FOLDER|\d+|cuda)\b|\.\.\."
+
+
+def test_every_message_that_the_manual_explains_is_said_by_the_code():
+    """Word by word, in one text of the code, with something filled in where the manual has a placeholder."""
     rows = table((ROOT / "docs" / "operating.md").read_text(), "## When it does not work")
-    code = sources()
+    texts = literals()
     assert len(rows) > 30
-    for message in (part for row in rows for part in row[0].split(", ")):
-        pieces = re.split(r"\b(?:[A-Z]\d?|FILE|A:B|M|0:N|\d+|cuda)\b|\.\.\.", message)
-        literal = [piece.strip(" :,") for piece in pieces if len(piece.strip(" :,")) >= 4]
-        assert literal, message
-        for piece in literal:
-            assert piece in code, f"{message!r}: {piece!r} is said nowhere"
+    for message in (part for row in rows for part in re.split(", |: ", row[0])):
+        pieces = re.split(FILLED_IN, message)
+        assert max(len(piece.strip()) for piece in pieces) >= 4, message
+        # A figure of the manual's may stand in the code as it is.
+        given = "".join(
+            re.escape(piece) + (f"(?:{re.escape(gap)}|[^\\0]*\\0.*?)" if gap else "")
+            for piece, gap in zip(pieces, [*re.findall(FILLED_IN, message), ""], strict=True)
+        )
+        assert any(re.search(given, text, re.DOTALL) for text in texts), f"{message!r} is said nowhere"
