@@ -37,6 +37,7 @@ HELPERS = {
     "node/serving/cost.py": "adds up seconds",
     "node/network/multistream.py": "agrees on a protocol once for each stream",
     "routing/records.py": "holds what a peer says",
+    "tensor_codec/limits.py": "holds the limits",
     "tensor_codec/header.py": "packs and unpacks the header of every message",
     "node/main.py": "hands over to the host",
 }

@@ -176,14 +176,21 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (
         OPERATING,
-        "N of (?:free )?memory[^.]*?, N to N;",
+        "it gets N % of what the weights leave of N % of free memory .on a GPU all of that.: N to N tokens, and"
+        " N at least",
         (
-            capacity.MEMORY_SHARE * capacity.CACHE_SHARE,
+            100 * capacity.CACHE_SHARE,
+            100 * capacity.MEMORY_SHARE,
             capacity.LEAST_CACHE_TOKENS,
             capacity.MOST_CACHE_TOKENS,
+            capacity.USUAL_CACHE_TOKENS,
         ),
     ),
-    (OPERATING, "one client may hold a N of the whole", (LIMITS.cache_share_per_peer,)),
+    (
+        OPERATING,
+        "of one client together hold a N of the cache at most \\(N tokens in a small one",
+        (LIMITS.cache_share_per_peer, LIMITS.least_share_tokens),
+    ),
     (OPERATING, "one arena of pages of N positions", (arena.PAGE_TOKENS,)),
     (OPERATING, "refused after N seconds", (LIMITS.cache_wait_seconds,)),
     (OPERATING, "prompts in chunks of at most N positions", (capacity.CHUNK_POSITIONS,)),
