@@ -259,9 +259,10 @@ class BridgedSession:
         reply: Reply = "all",
         *,
         seconds: float | None = None,
+        rope_length: int | None = None,
     ) -> Tensor | None:
         """See `Session.step`."""
-        step = partial(self._session.step, hidden, position, reply, seconds=seconds)
+        step = partial(self._session.step, hidden, position, reply, seconds=seconds, rope_length=rope_length)
         return await self._thread.call(step)
 
 

@@ -293,8 +293,9 @@ class Swarm:
         chain = await self._wait_for_chain(choose, deadline)
         info = self.info
         terms = Terms(
-            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self._codec(chain)
-        )
+            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self._codec(chain),
+            self.ends.rope,
+        )  # fmt: skip
         return await open_session(
             terms,
             self.routes,

@@ -56,7 +56,9 @@ class Generation:
         try:
             began = time.perf_counter()
             for left in range(self.max_new_tokens - 1, -1, -1):
-                token = await self.context.logits_after(self._tokens, pick, best_only=self.options.best_only)
+                token = await self.context.logits_after(
+                    self._tokens, pick, best_only=self.options.best_only, prompt=len(prompt)
+                )
                 self._tokens.append(token)
                 piece, reason = self._tell(text, token, left)
                 now = time.perf_counter()

@@ -61,6 +61,7 @@ class Context:
     trace: Trace = field(default_factory=Trace)
     session: Session | None = None
     tokens: list[int] = field(default_factory=list)
+    _rope_length: int = 0  # of what the caches hold, see `StepRange`
 
     @property
     def recoveries(self) -> int:
@@ -68,11 +69,17 @@ class Context:
         return self.trace.counts["rerouted"]
 
     async def logits_after(
-        self, tokens: list[int], pick: Callable[[Tensor], T], *, best_only: bool = False
+        self,
+        tokens: list[int],
+        pick: Callable[[Tensor], T],
+        *,
+        best_only: bool = False,
+        prompt: int | None = None,
     ) -> T:
         """pick(logits float32 [vocabulary]) after `tokens`; `pick` runs in the torch thread.
 
         best_only: it wants to know which is the largest and no more; others may be -inf.
+        prompt: how many of the tokens were given and not generated; None: all.
 
         Raises ValueError for more than max_length tokens or none; and, when give_up_seconds have
         passed, the last PeerFault, Refused or NoChain.  It may be asked again afterwards: what the
@@ -84,7 +91,7 @@ class Context:
         while True:
             try:
                 with trio.fail_at(deadline + LATE_SECONDS):
-                    return await self._attempt(tokens, pick, best_only, deadline)
+                    return await self._attempt(tokens, pick, best_only, prompt or len(tokens), deadline)
             except BadResult as bad:
                 if bad.peer is None or self.session is None or trio.current_time() >= deadline:
                     raise
@@ -101,7 +108,7 @@ class Context:
         self.session, self.tokens = None, []
 
     async def _attempt(
-        self, tokens: list[int], pick: Callable[[Tensor], T], best_only: bool, deadline: float
+        self, tokens: list[int], pick: Callable[[Tensor], T], best_only: bool, prompt: int, deadline: float
     ) -> T:
         if self.session is None:
             self.session = await self.open_chain(
@@ -111,6 +118,11 @@ class Context:
         session = self.session
         # At least one token is sent, for there must be an answer to take the logits from.
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
+        if self.ends.rope is not None:
+            length = self.ends.rope.length_of(prompt, len(tokens))
+            if not self.ends.rope.same(length, self._rope_length):
+                kept = 0  # the caches hold keys with other angles than these tokens would have by themselves
+            self._rope_length = length
         del self.tokens[kept:]
         result = await self._feed(session, tokens, kept, deadline)
         picked = await self.heads.pick(partial(session.decode, result), pick, best_only=best_only)
@@ -137,7 +149,9 @@ class Context:
             if len(under_way) == CHUNKS_UNDER_WAY:
                 await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
             reply: Reply = "last" if stop == len(tokens) else "none"
-            pending = await session.submit(body, begin, stop - begin, reply, deadline=deadline)
+            pending = await session.submit(
+                body, begin, stop - begin, reply, deadline=deadline, rope_length=self._rope_length
+            )
             under_way.append((stop, pending))
         while len(under_way) > 1:
             await self._acknowledge(session, tokens, *under_way.popleft(), deadline)

@@ -22,6 +22,7 @@ import trio
 from client.links import HopLink
 from client.recovery import Plan, Sent, Standing, plan
 from client.trace import Trace
+from node.model.rope import LengthRope
 from node.network.streams import FramedStream
 from node.tasks import background_nursery
 from routing.hops import Chain, Hop, NoChain
@@ -53,7 +54,10 @@ LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a session asks of every hop.  codec: how hidden states travel."""
+    """What a session asks of every hop.  codec: how hidden states travel.
+
+    rope: what in the model depends on a sequence's length, if anything does.
+    """
 
     model: str
     revision: str
@@ -62,6 +66,7 @@ class Terms:
     batch: int
     max_length: int
     codec: str
+    rope: LengthRope | None = None
 
 
 class Surroundings(Protocol):
@@ -558,10 +563,9 @@ class Route:
         first = links[0]
         self._tell_of_a_replay("client", first.hop.peer, todo.client_from, position)
         part = min(REPLAY_TOKENS, self.contract.max_tokens)
-        for start in range(todo.client_from, position, part):
-            stop = min(start + part, position)
+        for start, stop, rope_length in self.journal.parts(todo.client_from, position, part):
             body = self.journal.read(start, stop)
-            message = Step(self.contract.session, 0, start, "replay", body, (), self.epoch, True)
+            message = Step(self.contract.session, 0, start, "replay", body, (), self.epoch, True, rope_length)
             await self._noting(first, partial(first.send_step, message, self.limits.session_idle_seconds))
 
     async def _watch(self, links: Sequence[HopLink]) -> None:

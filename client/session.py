@@ -193,12 +193,15 @@ class Session:
         reply: Reply = "all",
         *,
         seconds: float | None = None,
+        rope_length: int | None = None,
     ) -> Tensor | None:
         """Run hidden states [batch, tokens, hidden] through the chain.
 
         position: of the first token; default: behind what the caches hold; lower cuts them there.
         reply: positions to get back ("all", "last", or "none": returns None).
         seconds: that it may take, repairs included; default: `give_up_seconds`.
+        rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
+        angles depend on its length; default: up to the end of this step.
         Returns hidden states [batch, tokens or 1, hidden] before the final norm, in the codec's
         dtype.  A hop that fails is replaced, and the step goes on.  Raises NoChain, PeerFault or
         Refused when the time is up; the session may be used again, from `length` on.
@@ -206,7 +209,9 @@ class Session:
         begin = self.length if position is None else position
         deadline = trio.current_time() + (self.give_up_seconds if seconds is None else seconds)
         body = await self.compute.run(self.encode, hidden)
-        pending = await self.submit(body, begin, int(hidden.shape[1]), reply, deadline=deadline)
+        tokens = int(hidden.shape[1])
+        whole = begin + tokens if rope_length is None else rope_length
+        pending = await self.submit(body, begin, tokens, reply, deadline=deadline, rope_length=whole)
         result = await self.collect(pending, deadline=deadline)
         if reply == "none":
             return None
@@ -217,12 +222,19 @@ class Session:
             raise
 
     async def submit(
-        self, body: Buffer, position: int, tokens: int, reply: Reply, *, deadline: float | None = None
+        self,
+        body: Buffer,
+        position: int,
+        tokens: int,
+        reply: Reply,
+        *,
+        deadline: float | None = None,
+        rope_length: int = 0,
     ) -> Pending:
         """Send one encoded step; `collect` waits for the answer.
 
         Several may be on their way (`Limits.max_steps_in_flight`): hops then work on different
-        ones at the same time.  Raises as `step`.
+        ones at the same time.  rope_length: see `StepRange`.  Raises as `step`.
         """
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
         if not 0 < tokens <= self.max_step_tokens or position + tokens > self.terms.max_length:
@@ -230,15 +242,19 @@ class Session:
                 f"{tokens} positions from {position} on, {self.max_step_tokens} a step and"
                 f" {self.terms.max_length} in all are allowed"
             )
+        if not 0 <= rope_length <= self.terms.max_length:
+            raise ValueError(f"a rope_length of {rope_length}, 0 to {self.terms.max_length} are allowed")
+        if self.terms.rope is None or rope_length <= position + 1:
+            rope_length = 0  # nothing depends on it
         if not self._pending:
             await self._between_steps(position, deadline)
         elif position != self._journal.stop:
             raise ValueError(
                 f"a step from position {position} on, others up to {self._journal.stop} are on their way"
             )
-        self._journal.append(position, tokens, body)
+        self._journal.append(position, tokens, body, rope_length)
         bulk = next((p.bulk for p in self._pending.values()), len(body) > BULK_BYTES)
-        pending = Pending(self._next_step, StepRange(position, tokens, reply), body, bulk)
+        pending = Pending(self._next_step, StepRange(position, tokens, reply, rope_length), body, bulk)
         self._next_step += 1
         self._pending[pending.step] = pending
         self._sent.append(Sent(pending.step, pending.what))
@@ -422,6 +438,7 @@ class Session:
             pending.body,
             epoch=self.route.epoch,
             bulk=pending.bulk or self.route.behind_replay,
+            rope_length=what.rope_length,
         )
         await self.route.send(message)
 
@@ -496,6 +513,7 @@ class Session:
             result.body,
             epoch=result.epoch,
             bulk=self.route.behind_replay or (pending is not None and pending.bulk),
+            rope_length=result.rope_length if pending is None else pending.what.rope_length,
         )
         await self.route.carry(link, step)
 

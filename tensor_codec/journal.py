@@ -11,6 +11,8 @@ a step costs one copy of a few KiB into it, no allocation, and nothing that is t
 from __future__ import annotations
 
 import mmap
+from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -37,6 +39,8 @@ class Journal:
         self.start = 0
         self.stop = 0
         self.pinned = False
+        # (first position, rope_length from there on), ascending: one item but for models that need more.
+        self._ropes: list[tuple[int, int]] = [(0, 0)]
         # Private: what is shared, the system keeps even when it is told that nobody needs it.
         self._memory = mmap.mmap(-1, row_bytes * max_length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -48,9 +52,10 @@ class Journal:
         """Positions times rows that are held."""
         return (self.stop - self.start) * self.batch
 
-    def append(self, position: int, tokens: int, body: Buffer) -> None:
+    def append(self, position: int, tokens: int, body: Buffer, rope_length: int = 0) -> None:
         """Keep `body` [batch, tokens, hidden], the positions from `position` on; what came after goes.
 
+        rope_length: with which they went out (see `tensor_codec.messages.StepRange`).
         Where positions are left out the journal begins anew.
         """
         if position + tokens > self.max_length:
@@ -64,6 +69,11 @@ class Journal:
             body = rows.transpose(1, 0, 2).tobytes()
         self._memory[begin : begin + size] = body
         self.stop = position + tokens
+        if position < self._ropes[-1][0]:
+            self._forget_ropes(position)
+        if self._ropes[-1][1] != rope_length:
+            self._forget_ropes(position)
+            self._ropes.append((position, rope_length))
 
     def read(self, start: int, stop: int) -> Buffer:
         """The positions [start, stop) as they went out: [batch, stop - start, hidden]."""
@@ -74,6 +84,15 @@ class Journal:
             return found
         rows = np.frombuffer(found, np.uint8).reshape(stop - start, self.batch, -1)
         return rows.transpose(1, 0, 2).tobytes()
+
+    def parts(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int, int]]:
+        """[start, stop) in parts of at most `most` positions: start, stop and rope_length of each."""
+        while start < stop:
+            index = bisect_right(self._ropes, start, key=lambda run: run[0]) - 1
+            until = self._ropes[index + 1][0] if index + 1 < len(self._ropes) else stop
+            end = min(start + most, stop, until)
+            yield start, end, self._ropes[index][1]
+            start = end
 
     def cut(self, length: int) -> None:
         """Forget the positions from `length` on."""
@@ -87,6 +106,12 @@ class Journal:
         start = min(self.stop, self.start + positions)
         self._free(self.start, start)
         self.start = start
+
+    def _forget_ropes(self, position: int) -> None:
+        while self._ropes and self._ropes[-1][0] >= position:
+            self._ropes.pop()
+        if not self._ropes:
+            self._ropes.append((0, 0))
 
     def _free(self, start: int, stop: int) -> None:
         """Give the memory of these positions back, in whole pages."""
@@ -122,10 +147,12 @@ class JournalBudget:
         journal = self._journals[session] = Journal(batch, row_bytes, max_length)
         return journal
 
-    def append(self, journal: Journal, position: int, tokens: int, body: Buffer) -> None:
+    def append(
+        self, journal: Journal, position: int, tokens: int, body: Buffer, rope_length: int = 0
+    ) -> None:
         """See `Journal.append`; makes room elsewhere where there is none."""
         before = journal.tokens
-        journal.append(position, tokens, body)
+        journal.append(position, tokens, body, rope_length)
         self._held += journal.tokens - before
         while self._held > self.tokens:
             loose = (one for one in self._journals.values() if not one.pinned)

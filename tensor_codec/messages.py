@@ -205,6 +205,7 @@ class Step:
     timings: for each hop passed so far, microseconds (in its hands, computing).
     body: [batch, tokens, hidden] in the contract's codec.
     epoch: of the route that it takes.  bulk: it does not travel with other sessions' single tokens.
+    rope_length: see `StepRange`.
     """
 
     session: bytes
@@ -215,6 +216,7 @@ class Step:
     timings: tuple[tuple[int, int], ...] = ()
     epoch: int = 0
     bulk: bool = False
+    rope_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +225,7 @@ class Result:
 
     position: of the first token of the body in the session.
     epoch: of the route.  replay: to be carried on, no answer to a step of the client's.
+    rope_length: of a replay, see `StepRange`.
     """
 
     step: int
@@ -231,6 +234,7 @@ class Result:
     timings: tuple[tuple[int, int], ...] = ()
     epoch: int = 0
     replay: bool = False
+    rope_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,6 +466,8 @@ def encode_step(message: Step) -> list[Buffer]:
         fields["e"] = message.epoch
     if message.bulk:
         fields["b"] = True
+    if message.rope_length:
+        fields["l"] = message.rope_length
     return [pack_header(fields), message.body]
 
 
@@ -502,6 +508,7 @@ def read_step(message: Message, contract: Contract) -> Step:
         timings=_read_timings(header),
         epoch=_epoch(header, "e"),
         bulk=_flag(header, "b"),
+        rope_length=_rope_length(header, contract),
     )
 
 
@@ -514,6 +521,8 @@ def encode_result(message: Result) -> list[Buffer]:
         fields["e"] = message.epoch
     if message.replay:
         fields["replay"] = True
+    if message.rope_length:
+        fields["l"] = message.rope_length
     return [pack_header(fields), message.body]
 
 
@@ -577,6 +586,7 @@ def _read_result(message: Message, contract: Contract) -> Result:
         _read_timings(message.header),
         _epoch(message.header, "e"),
         _flag(message.header, "replay"),
+        _rope_length(message.header, contract),
     )
 
 
@@ -725,6 +735,10 @@ def _epoch(header: Header, name: str) -> int:
     return header.integer(name, 0, MAX_EPOCH) if name in header else 0
 
 
+def _rope_length(header: Header, contract: Contract) -> int:
+    return header.integer("l", 0, contract.max_length) if "l" in header else 0
+
+
 def _flag(header: Header, name: str, *, absent: bool = False) -> bool:
     return header.flag(name) if name in header else absent
 
@@ -750,11 +764,16 @@ def _no_body(message: Message) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StepRange:
-    """Positions [position, position + tokens) of a step; what a reply covers is worked out here."""
+    """Positions [position, position + tokens) of a step; what a reply covers is worked out here.
+
+    rope_length: for models whose rotary angles depend on the length.  A position takes those of a
+    sequence of so many positions, or of one that ends with it, whichever is longer.
+    """
 
     position: int
     tokens: int
     reply: Reply = field(default="all")
+    rope_length: int = 0
 
     @property
     def reply_position(self) -> int:

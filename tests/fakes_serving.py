@@ -23,6 +23,7 @@ from client.route import Terms
 from client.routes import Routes
 from client.session import Session, open_session
 from client.trace import Trace
+from node.model.rope import LengthRope
 from node.serving.cache import CacheBudget
 from node.serving.engine import Engine
 from node.serving.listener import Listener, Served
@@ -97,8 +98,10 @@ class FakeSpan:
     """Blocks [start, stop); block b makes (3 h + b + 1 + all it was given before) mod 8191 of each h.
 
     steps: every step computed, as (position, tokens, start, stop).  poison: a function from what
-    would be the answer to what is.
+    would be the answer to what is.  rope: then the angles that a position takes are added to it.
     """
+
+    rope: LengthRope | None = None
 
     def __init__(self, start: int, stop: int) -> None:
         self.start = start
@@ -129,14 +132,28 @@ class FakeSpan:
         """An empty cache."""
         return FakeCache(batch, max_length)
 
-    def forward(self, hidden: Tensor, cache: FakeCache, position: int, start: int, stop: int) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: FakeCache,
+        position: int,
+        start: int,
+        stop: int,
+        *,
+        rope_length: int = 0,
+    ) -> Tensor:
         """Compute a step: [batch, tokens, hidden] -> the same shape."""
         assert self.start <= start < stop <= self.stop
         assert position == cache.length, "a hole, or a cache that was not cut"
         tokens = hidden.shape[1]
         assert position + tokens <= cache.max_length
         hidden = hidden.to(torch.float64)
+        angles = torch.zeros(tokens, 1, dtype=torch.float64)
+        if self.rope is not None:
+            lengths = [max(rope_length, position + token + 1) for token in range(tokens)]
+            angles[:, 0] = torch.tensor([sum(self.rope.factors(length)) for length in lengths])
         for block in range(start, stop):
+            hidden = hidden + angles
             given = cache.given.get(block, hidden[:, :0])
             cache.given[block] = torch.cat([given, hidden], dim=1)
             before = cache.given[block].cumsum(1)[:, position:] - hidden
@@ -145,13 +162,21 @@ class FakeSpan:
         self.steps.append((position, tokens, start, stop))
         return self.poison(hidden.to(torch.float32))
 
-    def decode(self, hidden: Tensor, caches: Sequence[FakeCache], start: int, stop: int) -> Tensor:
+    def decode(
+        self,
+        hidden: Tensor,
+        caches: Sequence[FakeCache],
+        start: int,
+        stop: int,
+        *,
+        rope_lengths: Sequence[int],
+    ) -> Tensor:
         """One position of each row of several sessions: [rows, hidden] -> the same shape."""
         parts, first = [], 0
-        for cache in caches:
+        for cache, rope_length in zip(caches, rope_lengths, strict=True):
             length = cache.length
             rows = hidden[first : first + cache.batch, None]
-            parts.append(self.forward(rows, cache, length, start, stop)[:, 0])
+            parts.append(self.forward(rows, cache, length, start, stop, rope_length=rope_length)[:, 0])
             cache.length = length  # whoever merged them moves it on
             first += cache.batch
         return torch.cat(parts)
@@ -174,6 +199,7 @@ class FakeEnds:
 
     vocabulary = 26
     stateless = True
+    rope: LengthRope | None = None
 
     def __init__(self, end_tokens: Iterable[int] = ()) -> None:
         self.eos_ids = frozenset(end_tokens)

@@ -17,7 +17,11 @@ from node.model.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HEADS = ("lm_head.", "embed_out.")  # the second in checkpoints of gpt_neox
+_HEADS = (
+    "lm_head.",
+    "embed_out.",
+    "score.",
+)  # the second in checkpoints of gpt_neox, the third of classifiers
 
 
 def check_blocks(start: int, stop: int, blocks: int) -> None:
@@ -45,18 +49,18 @@ def block_tensors(folder: ModelFolder, start: int, stop: int) -> dict[str, str]:
     return names
 
 
-def end_tensors(folder: ModelFolder, architecture: Architecture, *, tied: bool) -> dict[str, str]:
+def end_tensors(folder: ModelFolder, architecture: Architecture) -> dict[str, str]:
     """Checkpoint name -> name in the whole model, for all that is in no block.
 
-    tied: the head is the embedding, so a head that the checkpoint has as well is left out.
+    A head of the checkpoint is among them even if the config ties it to the embedding: the library uses
+    it where the two differ.
     """
     names = {}
     for tensor in folder.tensors:
         if architecture.block_of(tensor) is not None:
             continue
         if tensor.startswith(_HEADS):
-            if not tied or not tensor.endswith(".weight"):
-                names[tensor] = tensor
+            names[tensor] = tensor
         else:
             bare = tensor.removeprefix(f"{architecture.prefix}.")
             names[tensor] = f"{architecture.prefix}.{bare}"

@@ -20,6 +20,7 @@ from node.model.arena import tensor_bytes
 from node.model.checkpoint import end_tensors, load_tensors
 from node.model.folder import ModelFolder, read_json
 from node.model.progress import Progress, silent
+from node.model.rope import length_rope
 from node.model.span import LibraryConfig, library_class, library_config, load_trimmed, sliced_config
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Ends:
         self._base = model.get_submodule(architecture.prefix)
         self.remote = _remote(self._base, architecture)
         self.config = cast(LibraryConfig, model.config)
+        self.rope = length_rope(self.config)
         self.hidden_size = self.config.hidden_size
         parameter = next(model.parameters())
         self.dtype = parameter.dtype
@@ -174,14 +176,13 @@ def load_ends(
 ) -> Ends:
     """Read embedding, norm and head of a model.  Raises ConfigError, naming what is wrong.
 
-    A head that is tied to the embedding is read once.  Weights that have `dtype` in their file stay
-    mapped from it on the CPU.
+    A head that is tied to the embedding is the same tensor, unless the checkpoint has another one.
+    Weights that have `dtype` in their file stay mapped from it on the CPU.
     """
     architecture = architecture_of(folder.config.get("model_type"))
     whole = library_class(architecture, architecture.whole)
     config = library_config(whole, folder)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    tensors = load_tensors(folder, end_tensors(folder, architecture, tied=tied), progress)
+    tensors = load_tensors(folder, end_tensors(folder, architecture), progress)
 
     def trim(model: nn.Module) -> None:
         base = model.get_submodule(architecture.prefix)

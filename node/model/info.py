@@ -9,6 +9,7 @@ from typing import Any
 from node.config import ConfigError
 from node.model.architecture import architecture_of
 from node.model.folder import ModelFolder
+from node.model.rope import check_rope, stretched
 from routing.names import ModelId, Revision
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -91,6 +92,7 @@ def read_info(folder: ModelFolder) -> ModelInfo:
     """The sizes of a model.  Raises ConfigError for an unknown architecture or a config without them."""
     config = folder.config
     architecture = architecture_of(config.get("model_type"))
+    check_rope(config, folder.path / "config.json")
     blocks = _integer(folder, _BLOCKS)
     hidden = _integer(folder, _HIDDEN)
     turned = architecture.model_type in TRANSPOSED and folder.quantize == "none"
@@ -115,7 +117,7 @@ def read_info(folder: ModelFolder) -> ModelInfo:
         blocks,
         hidden,
         _integer(folder, ("vocab_size",)),
-        _max_position(folder, architecture.model_type),
+        stretched(config, _max_position(folder, architecture.model_type)),
         tuple(values),
         max(_kv_values(block, config, hidden) for block in shapes),
         ends,

@@ -26,6 +26,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -33,7 +34,7 @@ from node.config import ConfigError
 from node.model.architecture import Architecture, architecture_of
 from node.model.arena import PAGE_TOKENS, Arena, BlockShape, SpanCache, tensor_bytes
 from node.model.checkpoint import block_tensors, check_blocks, check_loaded, load_tensors
-from node.model.folder import ModelFolder
+from node.model.folder import CONFIG_FILE, ModelFolder
 from node.model.fused import FusedSpan, fuse
 from node.model.info import TRANSPOSED, UNSAID_POSITIONS
 from node.model.library_cache import ArenaRun, ShapeProbe
@@ -48,6 +49,8 @@ from node.model.quantize import (
     packing_for,
     take_matrices,
 )
+from node.model.rope import check_rope, stretched
+from node.model.rotary import by_length, rotary_by_length
 from tensor_codec.errors import LocalProtocolError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,6 +91,7 @@ class Span:
         self.device = parameter.device
         self.hidden_size = self.config.hidden_size
         self._views: dict[tuple[int, int], tuple[nn.Module, _Entry]] = {}
+        self._rotary = rotary_by_length(model, architecture)
         if made is None:
             self._fused = fuse(model, architecture, _blocks(model, architecture), start)
             self.shapes = self._probe()
@@ -107,7 +111,8 @@ class Span:
     @property
     def max_length(self) -> int:
         """Positions that a session may have."""
-        return int(getattr(self.config, "max_position_embeddings", None) or UNSAID_POSITIONS)
+        positions = int(getattr(self.config, "max_position_embeddings", None) or UNSAID_POSITIONS)
+        return stretched({"rope_parameters": getattr(self.config, "rope_parameters", None)}, positions)
 
     @property
     def nbytes(self) -> int:
@@ -174,11 +179,15 @@ class Span:
         position: int,
         start: int | None = None,
         stop: int | None = None,
+        *,
+        rope_length: int = 0,
     ) -> Tensor:
         """Compute a step of one session: [batch, tokens, hidden_size] -> the same shape, in `dtype`.
 
         position: of the first token; it continues the cache, which the caller has cut before.
         start, stop: the run of blocks, the whole span where None; the same for all of a cache's life.
+        rope_length: where angles depend on the length, each position takes those of a sequence of this
+        length, or of one that ends with it, whichever is longer (see node/model/rope.py).
         """
         start, stop = self._run_of(start, stop)
         tokens = hidden.shape[1]
@@ -194,16 +203,27 @@ class Span:
             positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
             write = cache.arena.slots_of(cache.rows[:, None], positions)
             run = ArenaRun(cache.arena, cache.rows, write, position + tokens, cache.states)
-            answer = self._library(hidden, run, torch.from_numpy(positions[:1].copy()), None, start, stop)
+            where = positions[:1].copy()
+            lengths = np.maximum(where + 1, rope_length)
+            answer = self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
         cache.length = position + tokens
         return answer
 
     @torch.inference_mode()
-    def decode(self, hidden: Tensor, rows: Sequence[SpanCache], start: int, stop: int) -> Tensor:
+    def decode(
+        self,
+        hidden: Tensor,
+        rows: Sequence[SpanCache],
+        start: int,
+        stop: int,
+        *,
+        rope_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Compute one position of each row of several sessions: [rows, hidden_size] -> the same shape.
 
         rows: the sessions' caches, all of one arena, in the order of their rows in `hidden`; each
         has reserved a position more than its length, which the caller then moves on.
+        rope_lengths: of each session, as in `forward`; None: 0.
         """
         start, stop = self._run_of(start, stop)
         arena = rows[0].arena
@@ -212,17 +232,25 @@ class Span:
         lengths = np.repeat([cache.length for cache in rows], [cache.batch for cache in rows])
         if self._fused is not None:
             return self._fused.decode(hidden, arena, numbers, lengths, start, stop)
+        wholes = lengths + 1
+        if rope_lengths is not None:
+            wholes = np.maximum(wholes, np.repeat(rope_lengths, [cache.batch for cache in rows]))
         if self.architecture.merge == "never" or bool((lengths == lengths[0]).all()):
-            return self._decode_in_turn(hidden, rows, start, stop)
+            return self._decode_in_turn(hidden, rows, wholes, start, stop)
         write = arena.slots_of(numbers, lengths)[:, None]
         longest = int(lengths.max()) + 1
         mask = self._ragged_mask(torch.from_numpy(lengths).to(self.device), longest)
         positions = torch.from_numpy(lengths)[:, None]
         run = ArenaRun(arena, numbers, write, longest)
-        return self._library(hidden[:, None], run, positions, mask, start, stop)[:, 0]
+        return self._library(hidden[:, None], run, positions, mask, start, stop, wholes[:, None])[:, 0]
 
-    def _decode_in_turn(self, hidden: Tensor, rows: Sequence[SpanCache], start: int, stop: int) -> Tensor:
-        """Rows of equal length together, the others one session after the other."""
+    def _decode_in_turn(
+        self, hidden: Tensor, rows: Sequence[SpanCache], wholes: NDArray[np.int64], start: int, stop: int
+    ) -> Tensor:
+        """Rows of equal length together, the others one session after the other.
+
+        wholes: the length whose angles each row takes, [rows].
+        """
         answers: list[Tensor] = []
         together = len({cache.length for cache in rows}) == 1 and not any(cache.states for cache in rows)
         groups = [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]
@@ -233,8 +261,9 @@ class Span:
             arena, part = group[0].arena, hidden[first : first + len(numbers), None]
             write = arena.slots_of(numbers, np.full(len(numbers), length))[:, None]
             run = ArenaRun(arena, numbers, write, length + 1, group[0].states)
-            positions = torch.full((1, 1), length)
-            answers.append(self._library(part, run, positions, None, start, stop)[:, 0])
+            whole = wholes[first : first + len(numbers), None]
+            positions = torch.full((1 if self._rotary is None else len(numbers), 1), length)
+            answers.append(self._library(part, run, positions, None, start, stop, whole)[:, 0])
             first += len(numbers)
         return torch.cat(answers)
 
@@ -246,10 +275,16 @@ class Span:
         mask: object,
         start: int,
         stop: int,
+        lengths: NDArray[np.int64] | None = None,
     ) -> Tensor:
-        """The library's forward over a run of blocks, hidden [rows, tokens, hidden_size]."""
+        """The library's forward over a run of blocks, hidden [rows, tokens, hidden_size].
+
+        lengths: see `RotaryByLength`.
+        """
         model, entry = self._view(start, stop)
         entry.given = hidden
+        if self._rotary is not None:
+            self._rotary.lengths = lengths
         try:
             answer = model(
                 inputs_embeds=hidden,
@@ -260,6 +295,8 @@ class Span:
             )
         finally:
             entry.given = None
+            if self._rotary is not None:
+                self._rotary.lengths = None
         return cast(Tensor, answer.last_hidden_state)
 
     def _ragged_mask(self, lengths: Tensor, longest: int) -> object:
@@ -382,6 +419,7 @@ def load_span(
         await_matrices(model, matrices)
 
     model = load_trimmed(base, trim, config, tensors, folder, what, packing.dtype)
+    by_length(model, architecture)
     homeless, wrong = misplaced(model, matrices)
     check_loaded(folder, what, missing=(), unexpected=homeless, mismatched=wrong)
     model = model.to(device)
@@ -400,13 +438,12 @@ def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
     from huggingface_hub.errors import StrictDataclassError
 
     config_class = cast(Any, base).config_class
+    check_rope(folder.config, folder.path / CONFIG_FILE)
     try:
         return cast(LibraryConfig, config_class.from_dict(dict(folder.config)))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         what = " ".join(str(error).split())
-        raise ConfigError(
-            f"{folder.path / 'config.json'} is not a config of {base.__name__}: {what}"
-        ) from None
+        raise ConfigError(f"{folder.path / CONFIG_FILE} is not a config of {base.__name__}: {what}") from None
 
 
 def load_trimmed(

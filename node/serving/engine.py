@@ -68,13 +68,17 @@ class _Work:
 
 @dataclass(slots=True, eq=False)
 class _Step(_Work):
-    """A step of a session.  wanted: positions of the answer.  parts: outputs of the chunks so far."""
+    """A step of a session.  wanted: positions of the answer.  parts: outputs of the chunks so far.
+
+    rope_length: see `tensor_codec.messages.StepRange`.
+    """
 
     contract: Contract = field(kw_only=True)
     cache: SpanCache = field(kw_only=True)
     position: int = field(kw_only=True)
     body: Buffer = field(kw_only=True)
     wanted: int = field(kw_only=True)
+    rope_length: int = field(kw_only=True)
     hidden: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
 
@@ -149,8 +153,11 @@ class Engine:
         job = Job(next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop)
         wanted = what.tokens if whole else what.reply_tokens
         return await self._answer(
-            _Step(job, contract=contract, cache=cache, position=what.position, body=body, wanted=wanted)
-        )
+            _Step(
+                job, contract=contract, cache=cache, position=what.position, body=body, wanted=wanted,
+                rope_length=what.rope_length,
+            )
+        )  # fmt: skip
 
     async def stateless(
         self, peer: str, rows: int, tokens: int, start: int, stop: int, work: Callable[[Span], Buffer]
@@ -271,7 +278,10 @@ class Engine:
         parts = list(torch.split(hidden, [step.contract.batch for step in steps]))
         for start, stop, active in segments(pieces):
             together = [steps[i].cache for i in active]
-            rows = self.span.decode(torch.cat([parts[i] for i in active]), together, start, stop)
+            lengths = [steps[i].rope_length for i in active]
+            rows = self.span.decode(
+                torch.cat([parts[i] for i in active]), together, start, stop, rope_lengths=lengths
+            )
             for i, part in zip(
                 active, torch.split(rows, [steps[i].contract.batch for i in active]), strict=True
             ):
@@ -294,8 +304,9 @@ class Engine:
                 step.hidden = decode_hidden(step.body, contract)
             given = step.hidden[:, piece.offset : piece.offset + piece.tokens]
             answer = self.span.forward(
-                given, step.cache, step.position + piece.offset, contract.start, contract.stop
-            )
+                given, step.cache, step.position + piece.offset, contract.start, contract.stop,
+                rope_length=step.rope_length,
+            )  # fmt: skip
             wanted_from = step.job.tokens - step.wanted - piece.offset
             if wanted_from < piece.tokens:
                 step.parts.append(answer[:, max(0, wanted_from) :])

@@ -384,9 +384,8 @@ class HopWorker:
             if hop.journal is None or not hop.journal.start <= order.has < order.stop <= hop.journal.stop:
                 raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
             part = max(1, min(REPLAY_TOKENS, hop.contract.max_tokens, REPLAY_BYTES // hop.contract.row_bytes))
-            for start in range(order.has, order.stop, part):
-                stop = min(start + part, order.stop)
-                await self._send_replay(start, hop.journal.read(start, stop), ())
+            for start, stop, rope_length in hop.journal.parts(order.has, order.stop, part):
+                await self._send_replay(start, hop.journal.read(start, stop), (), rope_length)
 
     def _cut(self, length: int) -> None:
         """Forget positions from `length` on, those too that a step computes which was interrupted."""
@@ -402,7 +401,8 @@ class HopWorker:
         Raises Refused, NotFinite, and PeerFault for what is the fault of the step's sender.
         """
         step, hop = arrived.step, self.hop
-        what = StepRange(step.position, len(step.body) // hop.contract.row_bytes, step.reply)
+        tokens = len(step.body) // hop.contract.row_bytes
+        what = StepRange(step.position, tokens, step.reply, step.rope_length)
         replay = step.reply == "replay"
         decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
         answer = hop.answer
@@ -436,7 +436,7 @@ class HopWorker:
             return None
         hop.state.computed(decision)
         if hop.journal is not None and whole:
-            self.journals.append(hop.journal, what.position, what.tokens, answer.body)
+            self.journals.append(hop.journal, what.position, what.tokens, answer.body, what.rope_length)
         if decision.step is not None:
             hop.answer = answer
         return answer
@@ -473,15 +473,17 @@ class HopWorker:
             return
         # Out of the answer: the journal may have had no room for it.
         body = _from_position(answer.body, hop.contract, start - what.position)
-        await self._send_replay(start, body, timings)
+        await self._send_replay(start, body, timings, what.rope_length)
 
-    async def _send_replay(self, start: int, body: Buffer, timings: tuple[tuple[int, int], ...]) -> None:
-        hop = self.hop
+    async def _send_replay(
+        self, start: int, body: Buffer, timings: tuple[tuple[int, int], ...], rope_length: int
+    ) -> None:
+        hop, session = self.hop, self.hop.contract.session
         if hop.successor is not None:
-            step = Step(hop.contract.session, 0, start, "replay", body, timings, hop.epoch, bulk=True)
+            step = Step(session, 0, start, "replay", body, timings, hop.epoch, True, rope_length)
             await self._push(step, bulk=True)
         else:
-            await self._answer(Result(0, start, body, timings, hop.epoch, replay=True))
+            await self._answer(Result(0, start, body, timings, hop.epoch, True, rope_length))
 
     async def _answer(self, result: Result) -> None:
         hop = self.hop

@@ -38,7 +38,13 @@ class FakeSession:
     times: None = None
 
     async def step(
-        self, hidden: int, position: int | None = None, reply: str = "all", *, seconds: float | None = None
+        self,
+        hidden: int,
+        position: int | None = None,
+        reply: str = "all",
+        *,
+        seconds: float | None = None,
+        rope_length: int | None = None,
     ) -> int:
         assert trio.lowlevel.in_trio_run()
         await trio.lowlevel.checkpoint()
