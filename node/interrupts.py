@@ -14,8 +14,8 @@ import threading
 def end_at_once_on_interrupt() -> None:
     """Until `let_interrupts_through` Ctrl-C ends the process with code 130, without a word.
 
-    A KeyboardInterrupt in the middle of an import may come out as any other error.  Where somebody has seen to
-    the signal (a shell ignores it for what runs in the background) nothing changes.
+    A KeyboardInterrupt in the middle of an import may come out as any other error.  Where somebody has seen
+    to the signal (a shell ignores it for what runs in the background) nothing changes.
     """
     ours = threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -85,3 +85,16 @@ def test_of_two_processes_that_make_it_at_once_the_first_one_wins(tmp_path, monk
     theirs = []
     monkeypatch.setattr(secret_file.os, "link", other_was_faster)
     assert [load_or_create_identity(path)] == theirs
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "identity")
+    with pytest.raises(ConfigError, match=r"regular file|directory"):
+        load_or_create_identity(tmp_path / "identity")
+
+
+@pytest.mark.parametrize("path", ["", "/", "/dev/null/identity"])
+def test_a_place_where_no_file_can_be_is_named(path):
+    with pytest.raises(ConfigError, match=f"identity {path}"):
+        load_or_create_identity(path)
