@@ -61,7 +61,10 @@ def _command(words: list[str]) -> int:
         metavar="N",
         help="tokens of the talk: its oldest turns go beyond them (default: what model and swarm allow)",
     )
-    for command, tokens in ((generate, 64), (chat, 256)):
+    generate.add_argument(
+        "--top-logprobs", type=int, metavar="N", help="with --json: how likely each token and N others were"
+    )
+    for command, tokens in ((generate, None), (chat, 256)):
         _add_options(command, tokens)
     flags = parser.parse_args(words)
     set_up_logging("text")
@@ -74,6 +77,7 @@ def _command(words: list[str]) -> int:
 
 def _read_texts(flags: argparse.Namespace) -> None:
     """Make text of the arguments that the model will see.  Raises ValueError for bytes that are none."""
+    flags.bad_word = [argument_text(word, "--bad-word") for word in flags.bad_word or ()] or None
     if flags.command == "generate":
         flags.prompt = argument_text(flags.prompt, "the prompt")
         flags.stop = [argument_text(stop, "--stop") for stop in flags.stop]
@@ -101,25 +105,59 @@ def _run(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group(
+        "sampling", "What is not given is as the model's generation_config.json says."
+    )
+    ways = sampling.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--greedy", action="store_true", help="always the likeliest token; penalties and bans stay"
+    )
+    ways.add_argument("--temperature", type=float, metavar="T", help="draw tokens; 0 is --greedy")
+    sampling.add_argument(
+        "--top-k", type=int, metavar="K", help="among the K likeliest (default: 50, 0: all)"
+    )
+    sampling.add_argument("--top-p", type=float, metavar="P", help="among the likeliest that sum to P")
+    sampling.add_argument(
+        "--min-p", type=float, metavar="P", help="among those P times as likely as the first"
+    )
+    sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
+    sampling.add_argument("--presence-penalty", type=float, metavar="X", help="-2 to 2, above 0: new words")
+    sampling.add_argument(
+        "--frequency-penalty", type=float, metavar="X", help="-2 to 2, by how often it came"
+    )
+    sampling.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row twice")
+    sampling.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before")
+    sampling.add_argument(
+        "--bad-word", action="append", metavar="TEXT", help="never this; may be given again"
+    )
+    sampling.add_argument(
+        "--stop-token-id", type=int, action="append", metavar="ID", help="end at this token"
+    )
+    sampling.add_argument("--show-special-tokens", action="store_true", help="in the text")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    sampling.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="nothing of generation_config.json but the end tokens; greedy if no flag says otherwise",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
     add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument(
         "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
     )
+    default = f"{tokens}" if tokens else "what the model's generation_config.json says, else 64"
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
         default=tokens,
         metavar="N",
-        help=f"in one answer (default: {tokens})",
+        help=f"in one answer (default: {default})",
     )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 0)")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that sum to P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
-    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    _add_sampling(parser)
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument(
         "--threads", type=threads, default=half, metavar="N", help=f"threads of torch (default: {half})"

@@ -6,15 +6,17 @@ what each method does is written at the first.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, Unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from client.connect import ClientConfig
     from client.generate import Token
+    from client.generation_config import Settings
+    from client.options import Sampling
     from client.trace import Trace
     from node.model.ends import Ends
     from node.model.info import ModelInfo
@@ -89,19 +91,28 @@ class SwarmLike(Protocol):
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Any,  # Any: text, or token ids in whatever holds them
         *,
-        max_new_tokens: int = 64,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
         context: Any = None,  # Any: what `conversation` of the same swarm gave
         trace: Trace | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`."""
+
+    def settings(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        *,
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
+        context: Any = None,
+        generation_config: Any = None,
+        **sampling: Unpack[Sampling],
+    ) -> Settings:
+        """See `Swarm.settings`."""
 
     def usual_length(self, batch: int = 1) -> int:
         """See `Swarm.usual_length`."""

@@ -23,10 +23,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, Unpack
 
 import outcome
 import trio
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from client.connect import ClientConfig, Swarm
     from client.generate import Token
+    from client.generation_config import Settings
+    from client.options import Sampling
     from client.retry import Context
     from client.session import Session, StepTimes
     from client.trace import Trace
@@ -139,33 +141,47 @@ class BridgedSwarm:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Any,  # Any: text, or token ids in whatever holds them
         *,
-        max_new_tokens: int = 64,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
         context: BridgedConversation | None = None,
         trace: Trace | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`.  At most TOKENS_AHEAD tokens wait for a consumer that is slow."""
         # The call itself only checks and tokenizes; what needs trio begins with the first token.
         tokens = self._swarm.generate(
             prompt,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
             stop=stop,
             context=context._context if context is not None else None,
             trace=trace,
+            generation_config=generation_config,
+            **sampling,
         )
         return self._thread.iterate(tokens)
+
+    def settings(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        *,
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
+        context: BridgedConversation | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
+    ) -> Settings:
+        """See `Swarm.settings`."""
+        return self._swarm.settings(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            context=context._context if context is not None else None,
+            generation_config=generation_config,
+            **sampling,
+        )
 
     def usual_length(self, batch: int = 1) -> int:
         """See `Swarm.usual_length`."""

@@ -12,13 +12,14 @@ head, and gives a `Swarm`.  Under trio everything runs in the caller's own event
 from __future__ import annotations
 
 import gc
+import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 import sniffio
 import trio
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from client.api import SwarmLike
     from client.blame import Blame
     from client.generate import Generation, Token
+    from client.generation_config import GenerationDefaults, Settings
     from client.heads import Heads
+    from client.options import Sampling
     from client.retry import Context
     from client.routes import Routes
     from client.session import Session
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from node.network.directory import Directory
     from node.network.host import Host
     from routing.swarm import SwarmView
+
+log = logging.getLogger("raceme")
 
 PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
 PING_SECONDS = 1.0
@@ -97,6 +102,7 @@ class Swarm:
     _compute: ComputeThread
     _heads: Heads
     _nursery: trio.Nursery
+    generation_defaults: GenerationDefaults | None = None  # of the model's folder
     _stateless: Stateless = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,51 +159,120 @@ class Swarm:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Any,  # Any: text, or token ids in whatever holds them
         *,
-        max_new_tokens: int = 64,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
         context: Context | None = None,
         trace: Trace | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Token, None]:
-        """Continue `prompt` (text, or token ids); yields each token with its text as it comes.
+        """Continue `prompt`; yields each token with its text as it comes.
 
-        Greedy unless `temperature` is above 0.  Ends at the model's end token, at a stop string,
-        or after `max_new_tokens`; the last token says which in `finish_reason`.
+        prompt: text, or token ids as a list, an array or a tensor, [n] or [1, n].
+        Ends at an end token of the model, at a stop string, at a token of `stop_token_ids`, or after
+        `max_new_tokens`; the last token says which in `finish_reason`.
         context: from `conversation`: keep the caches for the next call.
         trace: takes down what happens to the session; a conversation has its own.
+
+        What is not given is as the model's generation_config.json says, as in transformers; without
+        a file greedy, 64 tokens.  generation_config: a dict or transformers' GenerationConfig
+        instead of the file's; False for nothing of the file but its end tokens.
+
+        Of `sampling` (numbers of numpy and torch too; None: not given), as in transformers:
+          do_sample: draw tokens.  Where it is not given, temperature decides: 0 is greedy.
+          temperature, top_k (50 where tokens are drawn and nobody says otherwise, 0 for all), top_p,
+          min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff: only where tokens are drawn.
+          repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
+          begin_suppress_tokens, sequence_bias, min_length, forced_bos_token_id, forced_eos_token_id,
+          exponential_decay_length_penalty, remove_invalid_values, renormalize_logits: for greedy too.
+          min_new_tokens: no end token and none of `stop_token_ids` before; stop strings still end.
+          logits_processor: a LogitsProcessorList, a function or a list of functions of (input_ids
+          [1, tokens], scores float32 [1, vocabulary]), called in a thread after the others and before
+          temperature; one of a type that is there already takes its place.
+        As OpenAI and vLLM define them:
+          presence_penalty, frequency_penalty: -2 to 2, over generated tokens.
+          logit_bias: {token id: -100 to 100}.
+          bad_words: words as text (at the beginning of a text and after a space), or as token ids.
+          stop_token_ids: end at these too.  skip_special_tokens: False shows their text.
+          logprobs, top_logprobs (how many): fill `Token.logprob` and `Token.top_logprobs`: of the
+          model's own distribution, before any of the above (vLLM's "raw_logprobs").
+          seed: the same seed gives the same tokens.
+
         A server that fails is replaced, and what it had is sent to the new one by the server before
-        it: the caller sees a pause.  Raises ValueError (an option or a length out of range), NoChain,
-        PeerFault, Refused.
+        it: the caller sees a pause.  Raises on the call ValueError (an option, a token or a length
+        out of range) and TypeError (no such option); later NoChain, PeerFault, Refused, and ValueError
+        where the options forbid every token.
         Leave the loop early under `contextlib.aclosing`, so that the session ends at once.
         """
         from client.generate import Generation
-        from client.sampling import SamplingOptions
 
-        options = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
         ids = self._token_ids(prompt)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        length = len(ids) + max_new_tokens
-        if "" in stops:
-            raise ValueError("a stop string is empty: it would end every text before its first token")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, at least 1 is needed")
-        what = f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones"
-        self._check_length(length, what, context)
+        defaults = self._defaults(generation_config)
+        settings = self._settle(ids, defaults, max_new_tokens, stop, context, sampling)
+        new_tokens = settings.max_new_tokens
+        length = len(ids) + new_tokens
+        self._check_length(length, f"a prompt of {len(ids)} tokens and {new_tokens} new ones", context)
         own = context is None
         generation: Generation = Generation(
             ends=self.ends,
             context=context or self.conversation(length, trace=trace),
-            options=options,
-            stop=stops,
-            max_new_tokens=max_new_tokens,
+            options=settings.options,
+            stop=settings.stop,
+            max_new_tokens=new_tokens,
+            eos_ids=None if generation_config in (None, False) else defaults.eos_ids,
         )
         return generation.run(ids, close=own)
+
+    def settings(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        *,
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
+        context: Context | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
+    ) -> Settings:
+        """What `generate` would do with the same arguments, and what of it the model's file decides.
+
+        Raises what `generate` raises on the call.
+        """
+        ids, defaults = self._token_ids(prompt), self._defaults(generation_config)
+        return self._settle(ids, defaults, max_new_tokens, stop, context, sampling)
+
+    def _defaults(self, generation_config: Any) -> GenerationDefaults:  # Any: whatever a caller gave
+        from client.generation_config import GenerationDefaults, defaults_of
+
+        if generation_config is None:
+            return self.generation_defaults or GenerationDefaults()
+        if generation_config is False:
+            return GenerationDefaults()
+        return defaults_of(generation_config, self.info.vocab_size)
+
+    def _settle(
+        self,
+        ids: list[int],
+        defaults: GenerationDefaults,
+        max_new_tokens: Any,  # Any: whatever a caller gave
+        stop: Any,
+        context: Context | None,
+        sampling: Mapping[str, Any],
+    ) -> Settings:
+        from client.generation_config import settle
+
+        most = min(self._allowed_lengths(1))[0] if context is None else context.max_length
+        return settle(
+            sampling,
+            defaults,
+            tokenizer=self.ends.tokenizer,
+            vocabulary=self.info.vocab_size,
+            prompt_tokens=len(ids),
+            room=most - len(ids),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
 
     def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Context:
         """A session whose caches outlive one `generate`: later prompts only send what is new.
@@ -351,17 +426,10 @@ class Swarm:
     def _worked(self, session: Session) -> None:
         self.routes.worked(session.well)
 
-    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = list(self.ends.tokenizer(prompt)["input_ids"])
-        else:
-            ids = [int(token) for token in prompt]
-        if not ids:
-            raise ValueError("the prompt has no tokens")
-        vocabulary = self.info.vocab_size
-        if wrong := [token for token in ids if not 0 <= token < vocabulary]:
-            raise ValueError(f"token {wrong[0]} is not one of the model's {vocabulary}")
-        return ids
+    def _token_ids(self, prompt: Any) -> list[int]:  # Any: whatever a caller gave
+        from client.options import prompt_ids
+
+        return prompt_ids(prompt, self.ends.tokenizer, self.info.vocab_size)
 
     def usual_length(self, batch: int = 1) -> int:
         """Positions of a session that nobody said a length for, of so many rows.
@@ -514,7 +582,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         ) as directory,
         background_nursery() as nursery,
     ):
-        info, ends = await compute.run(_load_ends, config)
+        info, ends, defaults = await compute.run(_load_ends, config)
         gc.freeze()  # what is there now stays: later collections need not look at a million objects
         heads = Heads(ends, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
@@ -531,7 +599,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
             spread=identity.peer_id,
         )
-        yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery)
+        yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery, defaults)
 
 
 def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
@@ -540,10 +608,11 @@ def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
     return max(config.constraints.step_tokens, own if own > usual else 0)
 
 
-def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends]:
+def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends, GenerationDefaults]:
     """Runs in the torch thread: find the model's folder and load its embeddings, norm and head."""
     import torch
 
+    from client.generation_config import FILE, read_defaults
     from node.model.ends import load_ends
     from node.model.info import read_info
     from node.model.progress import progress_bar
@@ -556,4 +625,8 @@ def _load_ends(config: ClientConfig) -> tuple[ModelInfo, Ends]:
         ends = load_ends(folder, progress=progress)
         ends.compile_head()
     _ = ends.tokenizer  # opened here, so that the event loop never waits for it
-    return read_info(folder), ends
+    info = read_info(folder)
+    defaults = read_defaults(folder.path, info.vocab_size)
+    if defaults.unsupported:
+        log.warning("%s: not used here: %s", folder.path / FILE, ", ".join(defaults.unsupported))
+    return info, ends, defaults

@@ -17,7 +17,10 @@ import trio
 from client.api import SwarmLike
 from client.connect import connect
 from client.generate import Token
+from client.generation_config import Settings
 from client.history import Message, MessageTooLong, fit_history
+from client.options import RANGES, whole
+from client.sampling import SamplingOptions
 from client.trace import Trace
 from node.config import ConfigError
 from node.console import one_line, put, put_line, read_text, say, text_for
@@ -55,14 +58,20 @@ async def run_generate(flags: argparse.Namespace) -> None:
     prompt = read_text("the prompt") if flags.prompt == "-" else flags.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
+    check_sampling(flags)
     async with _connect(flags) as swarm:
         route = await wait_for_route(swarm, flags.wait)
         if flags.show_route:
             say(describe_route(swarm, route))
         measured, texts, trace = Measured(), [], Trace()
-        tokens = swarm.generate(
-            prompt, max_new_tokens=flags.max_new_tokens, stop=flags.stop, trace=trace, **_sampling(flags)
-        )
+        asked: dict[str, Any] = {
+            "max_new_tokens": flags.max_new_tokens,
+            "stop": flags.stop,
+            **_sampling(flags),
+        }
+        settings = swarm.settings(prompt, **asked)
+        _tell_settings(settings)
+        tokens = swarm.generate(prompt, trace=trace, **asked)
         with traced(trace, flags.trace):
             async with aclosing(tokens):
                 async for token in tokens:
@@ -71,7 +80,7 @@ async def run_generate(flags: argparse.Namespace) -> None:
                     if not flags.json:
                         put(text_for(sys.stdout, token.text))
             if flags.json:
-                put_line(json.dumps(_result(swarm, route, measured, "".join(texts))))
+                put_line(json.dumps(_result(swarm, route, measured, "".join(texts), settings)))
             else:
                 put("\n")
                 say(measured.line())
@@ -81,6 +90,7 @@ async def run_generate(flags: argparse.Namespace) -> None:
 
 async def run_chat(flags: argparse.Namespace) -> None:
     """`python -m client chat`: a line in, an answer out, until the end of the input."""
+    check_sampling(flags)
     async with _connect(flags) as swarm:
         tokenizer = swarm.ends.tokenizer
         if not getattr(tokenizer, "chat_template", None):
@@ -89,6 +99,7 @@ async def run_chat(flags: argparse.Namespace) -> None:
         history: list[Message] = []
         if flags.system:
             history.append({"role": "system", "content": flags.system})
+        _tell_settings(swarm.settings([0], max_new_tokens=flags.max_new_tokens, **_sampling(flags)))
         length = swarm.usual_length() if flags.max_length is None else flags.max_length
         context = swarm.conversation(length)
         say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
@@ -223,20 +234,63 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
 
 
 def _sampling(flags: argparse.Namespace) -> dict[str, Any]:  # Any: keyword arguments
+    """What the flags say of sampling; None where they say nothing."""
     return {
+        "do_sample": False if flags.greedy else None,
         "temperature": flags.temperature,
         "top_k": flags.top_k,
         "top_p": flags.top_p,
+        "min_p": flags.min_p,
         "repetition_penalty": flags.repetition_penalty,
+        "presence_penalty": flags.presence_penalty,
+        "frequency_penalty": flags.frequency_penalty,
+        "no_repeat_ngram_size": flags.no_repeat_ngram_size,
+        "min_new_tokens": flags.min_new_tokens,
+        "bad_words": flags.bad_word,
+        "stop_token_ids": flags.stop_token_id,
+        "skip_special_tokens": False if flags.show_special_tokens else None,
+        "top_logprobs": getattr(flags, "top_logprobs", None),
         "seed": flags.seed,
+        "generation_config": False if flags.no_generation_config else None,
     }
 
 
-def _result(swarm: SwarmLike, route: Chain, measured: Measured, text: str) -> dict[str, Any]:  # Any: JSON
+def check_sampling(flags: argparse.Namespace) -> None:
+    """Whether the numbers can be, before anybody is connected to.  Raises ValueError."""
+    later = ("do_sample", "bad_words", "generation_config")  # they need the model
+    SamplingOptions(**{name: value for name, value in _sampling(flags).items() if name not in later})
+    if flags.max_new_tokens is not None:
+        whole("max_new_tokens", flags.max_new_tokens, RANGES["max_new_tokens"])
+
+
+def _tell_settings(settings: Settings) -> None:
+    """What the model's own file decides, where it decides something."""
+    if not settings.from_file:
+        return
+    told = settings.told()
+    values = [f"{name} {told[name]}" for name in settings.from_file if told.get(name) is not None]
+    hint = "; --greedy for the likeliest tokens" if told["do_sample"] else ""
+    say(f"by the model's generation_config.json: {', '.join(values)}{hint}")
+
+
+def _log_probabilities(tokens: list[Token]) -> dict[str, Any]:  # Any: JSON
+    if not tokens or tokens[0].logprob is None:
+        return {}
+    return {
+        "logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [dict(token.top_logprobs or {}) for token in tokens],
+    }
+
+
+def _result(
+    swarm: SwarmLike, route: Chain, measured: Measured, text: str, settings: Settings
+) -> dict[str, Any]:  # Any: JSON
     return {
         "text": text,
         "tokens": [token.id for token in measured.tokens],
         "finish_reason": measured.tokens[-1].finish_reason,
+        "sampling": settings.told(),
+        **_log_probabilities(measured.tokens),
         "tokens_per_s": measured.tokens_per_second,
         "ttft_s": measured.first_seconds,
         "model": swarm.info.name,

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 from client import terminal
 from client.generate import Token
+from client.generation_config import Settings
+from client.sampling import SamplingOptions
 from client.trace import Trace
 
 
@@ -44,6 +46,9 @@ class Talker:
 
     def view(self):
         return None
+
+    def settings(self, prompt, **_):
+        return Settings(SamplingOptions(), 8, (), ())
 
     def generate(self, ids, *, max_new_tokens, context, **_):
         assert len(ids) + max_new_tokens <= self.opened_for

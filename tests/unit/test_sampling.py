@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import logits_process as library
 
 from client.sampling import Sampler, SamplingOptions
 
@@ -172,7 +173,6 @@ def _without_seed(options: SamplingOptions) -> tuple:
         {"temperature": 101},
         {"temperature": math.nan},
         {"temperature": math.inf},
-        {"top_k": 0},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
@@ -186,3 +186,217 @@ def _without_seed(options: SamplingOptions) -> tuple:
 def test_an_option_outside_its_range_is_refused_by_name(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is "):
         SamplingOptions(**options)
+
+
+# Every filter beside the library's own, and all together beside its `generate`.
+
+WORDS = 64  # of the vocabulary here
+ENDS = (2, 7)
+MANY = 1000  # logits for each filter
+
+
+def random_case(generator: torch.Generator) -> tuple[torch.Tensor, list[int]]:
+    """Logits, some of them equal, and the tokens before: 4 of a prompt and some more."""
+    logits = torch.randn(WORDS, generator=generator) * 4
+    logits = logits.round() if torch.rand((), generator=generator) < 0.3 else logits
+    count = int(torch.randint(4, 14, (), generator=generator))
+    return logits, torch.randint(0, WORDS, (count,), generator=generator).tolist()
+
+
+def sampler_of(options: SamplingOptions) -> Sampler:
+    return Sampler(options, end_ids=ENDS, prompt_tokens=4, max_length=14)
+
+
+def end_tensor() -> torch.Tensor:
+    return torch.tensor(ENDS)
+
+
+FILTERS = {
+    "temperature": ({"temperature": 0.7}, lambda: library.TemperatureLogitsWarper(0.7)),
+    "top_k": ({"temperature": 1, "top_k": 5}, lambda: library.TopKLogitsWarper(5)),
+    "top_p": ({"temperature": 1, "top_p": 0.7}, lambda: library.TopPLogitsWarper(0.7)),
+    "min_p": ({"temperature": 1, "min_p": 0.1}, lambda: library.MinPLogitsWarper(0.1)),
+    "top_h": ({"temperature": 1, "top_h": 0.5}, lambda: library.TopHLogitsWarper(0.5)),
+    "typical_p": ({"temperature": 1, "typical_p": 0.6}, lambda: library.TypicalLogitsWarper(0.6)),
+    "epsilon_cutoff": ({"temperature": 1, "epsilon_cutoff": 0.02}, lambda: library.EpsilonLogitsWarper(0.02)),
+    "eta_cutoff": (
+        {"temperature": 1, "eta_cutoff": 0.02},
+        lambda: library.EtaLogitsWarper(0.02, device="cpu"),
+    ),
+    "repetition_penalty": ({"repetition_penalty": 2}, lambda: library.RepetitionPenaltyLogitsProcessor(2.0)),
+    "no_repeat_ngram_size": ({"no_repeat_ngram_size": 1}, lambda: library.NoRepeatNGramLogitsProcessor(1)),
+    "logit_bias": (
+        {"logit_bias": {3: 2.5, 9: -100}},
+        lambda: library.SequenceBiasLogitsProcessor({(3,): 2.5, (9,): -100.0}),
+    ),
+    "sequence_bias": (
+        {"sequence_bias": [[[3], 2.5], [[1, 9], -4.0]]},
+        lambda: library.SequenceBiasLogitsProcessor([[[3], 2.5], [[1, 9], -4.0]]),
+    ),
+    "bad_words_ids": (
+        {"bad_words_ids": [[3], [1, 9], [7]]},
+        lambda: library.NoBadWordsLogitsProcessor([[3], [1, 9], [7]], end_tensor()),
+    ),
+    "min_new_tokens": (
+        {"min_new_tokens": 4},
+        lambda: library.MinNewTokensLengthLogitsProcessor(4, 4, end_tensor()),
+    ),
+    "min_length": ({"min_length": 8}, lambda: library.MinLengthLogitsProcessor(8, end_tensor())),
+    "forced_eos_token_id": (
+        {"forced_eos_token_id": 7},
+        lambda: library.ForcedEOSTokenLogitsProcessor(14, 7),
+    ),
+    "exponential_decay_length_penalty": (
+        {"exponential_decay_length_penalty": (2, 1.3)},
+        lambda: library.ExponentialDecayLengthPenalty((2, 1.3), end_tensor(), 4),
+    ),
+    "suppress_tokens": (
+        {"suppress_tokens": [1, 40]},
+        lambda: library.SuppressTokensLogitsProcessor([1, 40]),
+    ),
+    "begin_suppress_tokens": (
+        {"begin_suppress_tokens": [1, 40]},
+        lambda: library.SuppressTokensAtBeginLogitsProcessor([1, 40], 4),
+    ),
+    "remove_invalid_values": ({"remove_invalid_values": True}, library.InfNanRemoveLogitsProcessor),
+    "renormalize_logits": ({"temperature": 1, "renormalize_logits": True}, library.LogitNormalization),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_filter_gives_the_scores_of_the_librarys_own(name):
+    given, make = FILTERS[name]
+    generator = torch.Generator().manual_seed(5)
+    sampler, own = sampler_of(SamplingOptions(**given)), make()
+    changed = 0
+    for _ in range(MANY):
+        logits, tokens = random_case(generator)
+        before = logits.clone()
+        scores = sampler._filtered(logits, tokens)
+        expected = own(torch.tensor([tokens]), logits[None].clone())[0]
+        assert torch.equal(scores, expected)
+        assert torch.equal(logits, before)
+        changed += not torch.equal(scores, before)
+    assert changed or name == "remove_invalid_values"
+
+
+def test_presence_and_frequency_are_penalties_over_generated_tokens():
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(100):
+        logits, tokens = random_case(generator)
+        presence, frequency = (float(torch.rand((), generator=generator) * 4 - 2) for _ in range(2))
+        options = SamplingOptions(presence_penalty=presence, frequency_penalty=frequency)
+        scores = sampler_of(options)._filtered(logits, tokens)
+        for token, score in enumerate(scores.tolist()):
+            count = tokens[4:].count(token)  # OpenAI: mu - c * frequency - (c > 0) * presence
+            expected = float(logits[token]) - count * frequency - (count > 0) * presence
+            assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_filter_works_in_the_place_where_the_library_has_it():
+    """All at once, beside the scores that `generate` itself samples from."""
+    model, prompt = tiny_model(), [3, 1, 4, 1, 5]
+    seen: list[torch.Tensor] = []
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.clone())
+        scores[0, 6] += 1.0  # in place, as some do
+        return scores
+
+    given = {
+        "temperature": 1.3,
+        "top_k": 12,
+        "top_p": 0.95,
+        "min_p": 0.001,
+        "typical_p": 0.98,
+        "epsilon_cutoff": 1e-4,
+        "eta_cutoff": 1e-4,
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[9], [1, 2]],
+        "min_new_tokens": 5,
+        "sequence_bias": [[[4], 1.5], [[3, 1], -2.0]],
+        "suppress_tokens": [0],
+        "begin_suppress_tokens": [10],
+        "exponential_decay_length_penalty": (3, 1.2),
+        "renormalize_logits": True,
+    }
+    theirs = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=12,
+        do_sample=True,
+        eos_token_id=[2, 7],
+        pad_token_id=0,
+        logits_processor=library.LogitsProcessorList([note]),
+        output_scores=True,
+        return_dict_in_generate=True,
+        **given,
+    )
+    options = SamplingOptions(**given, logits_processor=[note])
+    sampler = Sampler(options, end_ids=[2, 7], prompt_tokens=len(prompt), max_length=len(prompt) + 12)
+    tokens, expected = theirs.sequences[0].tolist(), list(seen)
+    seen.clear()
+    for step, scores in enumerate(theirs.scores):
+        before = tokens[: len(prompt) + step]
+        with torch.inference_mode():
+            logits = model(torch.tensor([before])).logits[0, -1].float()
+        torch.testing.assert_close(sampler._filtered(logits, before), scores[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(seen[step], expected[step], atol=1e-4, rtol=1e-4)
+
+
+def test_a_callers_processor_takes_the_place_of_one_of_its_type():
+    mine = library.RepetitionPenaltyLogitsProcessor(5.0)
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.5])
+    for some in ([mine], mine, library.LogitsProcessorList([mine])):
+        options = SamplingOptions(repetition_penalty=1.1, logits_processor=some)
+        assert sampler_of(options)._filtered(logits, [0]).tolist() == pytest.approx([0.4, 1.5, -1.0, -1.5])
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda i, s: None, lambda i, s: s[0], lambda i, s: s.long(), lambda i, s: [1.0]], ids=range(4)
+)
+def test_a_processor_that_gives_no_scores_is_told_so(wrong):
+    with pytest.raises(ValueError, match=r"in logits_processor returned .* scores \[1, 4\] are needed"):
+        picks(SamplingOptions(logits_processor=wrong), torch.zeros(4), 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_options_that_forbid_every_token_say_so(temperature):
+    options = SamplingOptions(temperature, suppress_tokens=range(4))
+    with pytest.raises(ValueError, match="the options forbid every token"):
+        picks(options, torch.zeros(4), 1)
+
+
+def test_log_probabilities_are_of_the_models_own_distribution_whatever_is_done_to_it():
+    logits = torch.randn(WORDS, generator=torch.Generator().manual_seed(1))
+    expected = logits.log_softmax(-1)
+    for options in (
+        {"top_logprobs": 3},
+        {"logprobs": True},
+        {"top_logprobs": 3, "temperature": 5.0, "top_k": 9, "repetition_penalty": 1.5, "seed": 1},
+        {"top_logprobs": 3, "suppress_tokens": [int(logits.argmax())]},
+        {"top_logprobs": 3, "logits_processor": lambda ids, scores: scores.zero_()},
+    ):
+        asked = SamplingOptions(**options)
+        assert not asked.best_only  # all logits are needed
+        choice = Sampler(asked).choose(logits, [1, 2])
+        assert choice.logprob == float(expected[choice.token])
+        best = expected.topk(asked.top_logprobs or 0)
+        assert list((choice.top_logprobs or {}).items()) == list(
+            zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+        assert choice.token == Sampler(asked).pick(logits, [1, 2])
+    assert Sampler(SamplingOptions()).choose(logits, [1]) == (int(logits.argmax()), None, None)
+
+
+def test_greedy_asks_for_no_more_than_the_likeliest_token_where_nothing_changes_that():
+    for options in (
+        {},
+        {"temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3},
+        {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0, "min_new_tokens": 0},
+        {"bad_words_ids": [], "suppress_tokens": [], "logit_bias": {}, "logits_processor": []},
+        {"logprobs": False, "top_logprobs": 0, "stop_token_ids": [3], "skip_special_tokens": False},
+    ):
+        assert SamplingOptions(**options).best_only
+        assert Sampler(SamplingOptions(**options), end_ids=[2])._filters == []
