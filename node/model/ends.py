@@ -19,6 +19,7 @@ from node.model.architecture import Architecture, architecture_of
 from node.model.arena import tensor_bytes
 from node.model.checkpoint import end_tensors, load_tensors
 from node.model.folder import ModelFolder, read_json
+from node.model.packed import packing_of, unpacked
 from node.model.progress import Progress, silent
 from node.model.rope import length_rope
 from node.model.span import LibraryConfig, library_class, library_config, load_trimmed, sliced_config
@@ -182,7 +183,9 @@ def load_ends(
     architecture = architecture_of(folder.config.get("model_type"))
     whole = library_class(architecture, architecture.whole)
     config = library_config(whole, folder)
+    packed = packing_of(folder)
     tensors = load_tensors(folder, end_tensors(folder, architecture), progress)
+    tensors = unpacked(tensors, packed, folder.config, dtype)
 
     def trim(model: nn.Module) -> None:
         base = model.get_submodule(architecture.prefix)

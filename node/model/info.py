@@ -9,6 +9,7 @@ from typing import Any
 from node.config import ConfigError
 from node.model.architecture import architecture_of
 from node.model.folder import ModelFolder
+from node.model.packed import packing_of, values_of
 from node.model.rope import check_rope, stretched
 from routing.names import ModelId, Revision
 
@@ -95,15 +96,16 @@ def read_info(folder: ModelFolder) -> ModelInfo:
     check_rope(config, folder.path / "config.json")
     blocks = _integer(folder, _BLOCKS)
     hidden = _integer(folder, _HIDDEN)
+    packing = packing_of(folder)
     turned = architecture.model_type in TRANSPOSED and folder.quantize == "none"
     shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(blocks)]
     values, matrices, rows, ends = [0] * blocks, [0] * blocks, [0] * blocks, 0
     for name, entry in folder.tensors.items():
         place = architecture.block_of(name)
         if place is None:
-            ends += entry.values
+            ends += values_of(name, entry, packing)
         elif place[0] < blocks and not place[1].endswith(SCALE_SUFFIX):
-            values[place[0]] += entry.values
+            values[place[0]] += values_of(name, entry, packing)
             shapes[place[0]][place[1]] = entry.shape
             if is_matrix(place[1], entry.shape):
                 matrices[place[0]] += entry.values

@@ -37,6 +37,7 @@ from node.model.folder import (
     write_atomically,
 )
 from node.model.info import SCALE_SUFFIX, TRANSPOSED, is_matrix
+from node.model.packed import packing_of
 from node.model.progress import Progress, silent
 from node.model.quantize import quantize_rows
 
@@ -117,6 +118,8 @@ def prepare(
         raise ConfigError(f"{folder.path} is prepared already, in {folder.quantize}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name a folder that is empty or not there yet")
+    if (packing := packing_of(folder)) is not None:
+        raise ConfigError(f"{folder.path} is quantised already, in {packing}; a model in floats is needed")
     architecture = architecture_of(folder.config.get("model_type"))
     files = plan_files(folder.tensors, architecture, dtype)
     needed = sum(tensor.nbytes for made in files.values() for tensor in made.values())

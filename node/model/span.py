@@ -38,6 +38,7 @@ from node.model.folder import CONFIG_FILE, ModelFolder
 from node.model.fused import FusedSpan, fuse
 from node.model.info import TRANSPOSED, UNSAID_POSITIONS
 from node.model.library_cache import ArenaRun, ShapeProbe
+from node.model.packed import PACKING_KEYS, packing_of, unpacked
 from node.model.progress import Progress, silent
 from node.model.quantize import (
     Experts,
@@ -401,7 +402,9 @@ def load_span(
     base = library_class(architecture, architecture.base)
     config = library_config(base, folder)
     check_blocks(start, stop, config.num_hidden_layers)
+    packed = packing_of(folder)
     tensors = load_tensors(folder, block_tensors(folder, start, stop), progress)
+    tensors = unpacked(tensors, packed, folder.config, dtype)
     matrices: dict[str, Matrix | Experts] = {}
     if packing.kind != "plain":
         transposed = architecture.model_type in TRANSPOSED
@@ -440,7 +443,8 @@ def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
     config_class = cast(Any, base).config_class
     check_rope(folder.config, folder.path / CONFIG_FILE)
     try:
-        return cast(LibraryConfig, config_class.from_dict(dict(folder.config)))
+        plain = {key: value for key, value in folder.config.items() if key not in PACKING_KEYS}
+        return cast(LibraryConfig, config_class.from_dict(plain))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{folder.path / CONFIG_FILE} is not a config of {base.__name__}: {what}") from None
