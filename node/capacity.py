@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from pathlib import Path
 import psutil
 
 from node.config import ConfigError
-from node.model.info import ModelInfo, memory_needed
+from node.model.info import UNBOUNDED_POSITIONS, ModelInfo, memory_needed
 from tensor_codec.limits import MIB, Limits
 
 MEMORY_SHARE = 0.8  # of what is free now; the rest is for others
 CACHE_SHARE = 0.25  # of what weights and workspace leave of it, for KV caches; a GPU is ours alone
 LEAST_CACHE_TOKENS = 2048
-USUAL_CACHE_TOKENS = 8192  # a session of the largest size that is allowed (Limits.max_session_tokens)
-MOST_CACHE_TOKENS = 65_536
+USUAL_CACHE_TOKENS = 8192  # a peer's share is not smaller (Limits.least_share_tokens)
+MOST_CACHE_TOKENS = 65_536  # or as many as make a peer's share as long as the model allows
+USUAL = Limits()
 DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
 
 CHUNK_POSITIONS = 256  # of a prefill, computed at once (Batcher.chunk_tokens)
@@ -101,12 +103,14 @@ def workspace_bytes(
     cache_tokens: int,
     quantize: str = "none",
     activations: str | None = None,
+    step_tokens: int = USUAL.max_step_tokens,
 ) -> int:
     """What is needed for a moment, whatever runs: an estimate from above, in bytes.
 
     Either a block's weights in float32, while they are quantised at start; or what every matrix of a
     block answers for a chunk of a prefill, the scores of its attention, and a copy of one block's
     keys and values for a batch; or what `backward` holds of the blocks that it runs again.
+    step_tokens: of a request without a session; one that is longer than usual has scores of its own.
     """
     item = info.kv_bytes_per_token_per_block(activations or dtype) / max(info.kv_values, 1)
     loading = 4 * max(info.block_values) if quantize not in ("none", info.quantize) else 0
@@ -116,7 +120,10 @@ def workspace_bytes(
     scores = CHUNK_POSITIONS * longest * heads * 4
     copied = cache_tokens * info.kv_bytes_per_token_per_block(activations or dtype)
     chunk = int(CHUNK_POSITIONS * outputs * item) + scores + copied
-    training = int(TRAINED_POSITIONS * TRAINED_VALUES * info.hidden_size * item)
+    training = int(max(TRAINED_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
+    row = min(step_tokens, info.max_position)
+    if row > USUAL.max_step_tokens:
+        training += row * row * heads * 4
     return max(loading, chunk, training)
 
 
@@ -143,11 +150,11 @@ def memory_of(
     return Memory(
         weights=blocks * info.block_bytes(dtype, quantize),
         cache=blocks * cache_tokens * a_token,
-        workspace=workspace_bytes(info, dtype, cache_tokens, quantize, activations),
+        workspace=workspace_bytes(info, dtype, cache_tokens, quantize, activations, limits.max_step_tokens),
         process=process,
         network=limits.max_connections * limits.max_unread_bytes_per_connection
         + limits.max_compute_streams * limits.max_frame_bytes,
-        journal=(cache_tokens if journal_tokens is None else journal_tokens) * info.hidden_size * 4,
+        journal=(cache_tokens if journal_tokens is None else journal_tokens) * _journal_bytes(info),
         on_device=device not in ("cpu", "mps"),
     )
 
@@ -171,19 +178,51 @@ def cache_tokens_that_fit(
     activations: str | None = None,
     device: str = "cpu",
 ) -> int:
-    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536.
+    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536, or four times what
+    the model has positions, so that a whole session is no more than a peer's share.
 
     A part of what the weights leave, so that a machine is not filled with caches; but where there is
-    room for the usual number of tokens it is not less than that.
+    room for the usual number of tokens it is not less than that.  What computing with so many takes,
+    and on a CPU a journal of as many, fits too.
     """
+    most = MOST_CACHE_TOKENS
+    if info.max_position < UNBOUNDED_POSITIONS:
+        most = max(most, int(info.max_position / USUAL.cache_share_per_peer))
     a_token = info.kv_bytes_per_token_per_block(activations or dtype) * blocks
     if not a_token:
-        return MOST_CACHE_TOKENS  # convolutions alone: nothing grows with the tokens
+        return most  # convolutions alone: nothing grows with the tokens
     workspace = workspace_bytes(info, dtype, USUAL_CACHE_TOKENS, quantize, activations)
     room = MEMORY_SHARE * free - blocks * info.block_bytes(dtype, quantize) - workspace
     share = CACHE_SHARE if device in ("cpu", "mps") else 1.0
-    tokens = max(share * room, min(room, USUAL_CACHE_TOKENS * a_token)) // a_token
-    return int(max(LEAST_CACHE_TOKENS, min(MOST_CACHE_TOKENS, tokens)))
+    tokens = int(max(share * room, min(room, USUAL_CACHE_TOKENS * a_token)) // a_token)
+
+    def fits(tokens: int) -> bool:
+        needed = blocks * info.block_bytes(dtype, quantize) + tokens * a_token
+        needed += workspace_bytes(info, dtype, tokens, quantize, activations)
+        journal = tokens * _journal_bytes(info) if device in ("cpu", "mps") else 0
+        return needed + journal <= MEMORY_SHARE * free
+
+    least = min(USUAL_CACHE_TOKENS, tokens)
+    candidates = range(least, min(most, tokens) + 1)
+    fitting = bisect.bisect_left(candidates, True, key=lambda tokens: not fits(tokens))
+    return max(LEAST_CACHE_TOKENS, min(most, least + max(0, fitting - 1)))
+
+
+def journal_tokens_that_fit(info: ModelInfo, cache_tokens: int, device: str, free: int) -> int:
+    """Tokens of the journal where nobody said how many: as many as the cache holds.
+
+    free: bytes in the process's memory; beside a cache on another device it takes no more than a cache
+    would here.
+    """
+    if device in ("cpu", "mps"):
+        return cache_tokens
+    fitting = int(MEMORY_SHARE * CACHE_SHARE * free) // _journal_bytes(info)
+    return max(LEAST_CACHE_TOKENS, min(cache_tokens, fitting))
+
+
+def _journal_bytes(info: ModelInfo) -> int:
+    """Of a token, in fp32."""
+    return info.hidden_size * 4
 
 
 def blocks_that_fit(
@@ -214,12 +253,13 @@ def check_fits(
     free: int,
     quantize: str = "none",
     activations: str | None = None,
+    step_tokens: int = USUAL.max_step_tokens,
 ) -> int:
     """The bytes that a span needs, its caches and workspace included.
 
     Raises ConfigError if `free` bytes are too few.
     """
-    workspace = workspace_bytes(info, dtype, cache_tokens, quantize, activations)
+    workspace = workspace_bytes(info, dtype, cache_tokens, quantize, activations, step_tokens)
     needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, activations) + workspace
     if needed > free:
         fit = blocks_that_fit(info, dtype, cache_tokens, free, quantize, activations)

@@ -117,10 +117,15 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
     cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(
         info, blocks, dtype, free, quantize, sizes.activations, device
     )
-    capacity.check_fits(info, blocks, dtype, cache_tokens, free, quantize, sizes.activations)
+    capacity.check_fits(
+        info, blocks, dtype, cache_tokens, free, quantize, sizes.activations, limits.max_step_tokens
+    )
+    journal_tokens = config.journal_tokens
+    if journal_tokens is None:
+        journal_tokens = capacity.journal_tokens_that_fit(info, cache_tokens, device, capacity.free_bytes())
     memory = capacity.memory_of(
         info, blocks, dtype, cache_tokens, quantize=quantize, activations=sizes.activations,
-        device=device, limits=limits, process=process, journal_tokens=config.journal_tokens,
+        device=device, limits=limits, process=process, journal_tokens=journal_tokens,
     )  # fmt: skip
     log.info(
         "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s, %d threads",
@@ -129,7 +134,7 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
     log.info("%s", capacity.in_one_line(memory, info, blocks, cache_tokens, free))
     means = Means(
         folder, info, config.network.name, device, dtype, quantize, sizes.activations, threads,
-        cache_tokens, config.journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL),
+        cache_tokens, journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL),
         node.host.blame,
     )  # fmt: skip
     return means, start, stop

@@ -75,8 +75,9 @@ class Means:
         """
         free = capacity.free_bytes(self.device)
         capacity.check_fits(
-            self.info, blocks, self.dtype, self.cache_tokens, free, self.quantize, self.activations
-        )
+            self.info, blocks, self.dtype, self.cache_tokens, free, self.quantize, self.activations,
+            self.limits.max_step_tokens,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

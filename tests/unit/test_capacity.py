@@ -8,7 +8,7 @@ import pytest
 
 from node import capacity
 from node.config import ConfigError
-from node.model.info import ModelInfo
+from node.model.info import UNBOUNDED_POSITIONS, ModelInfo
 from routing.names import ModelId, Revision
 from tensor_codec.limits import Limits
 
@@ -100,8 +100,46 @@ def test_cache_tokens_follow_the_memory_that_the_weights_leave_between_two_bound
     assert fits(50 * MIB) == 5120
     assert fits(200 * MIB) == capacity.USUAL_CACHE_TOKENS
     assert fits(400 * MIB) == 10_240
-    assert fits(400 * MIB, "cuda") == 40_960
+    assert fits(400 * MIB, "cuda") == 38_423  # a copy of one block's for a batch has room as well
     assert fits(10**12) == capacity.MOST_CACHE_TOKENS
+
+
+def test_on_a_large_machine_the_cache_is_as_large_as_makes_a_whole_session_a_peer_s_share():
+    for positions, tokens in ((16_384, 65_536), (131_072, 524_288)):
+        info = replace(model(), max_position=positions)
+        assert capacity.cache_tokens_that_fit(info, 10, "float32", 10**12) == tokens
+    unbounded = replace(model(), max_position=UNBOUNDED_POSITIONS)
+    assert capacity.cache_tokens_that_fit(unbounded, 10, "float32", 10**12) == capacity.MOST_CACHE_TOKENS
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 60])
+@pytest.mark.parametrize("free", [2 * 10**9, 3 * 10**9, 10**11])
+def test_a_cache_for_long_sessions_leaves_room_for_their_scores_and_for_the_journal(free, blocks):
+    info = replace(model(60), max_position=131_072, hidden_size=1024)
+    tokens = capacity.cache_tokens_that_fit(info, blocks, "float32", free)
+    memory = capacity.memory_of(info, blocks, "float32", tokens)
+    assert tokens >= capacity.USUAL_CACHE_TOKENS
+    assert memory.needed == capacity.check_fits(info, blocks, "float32", tokens, free)
+    assert memory.needed + memory.journal <= capacity.MEMORY_SHARE * free
+    if blocks == 1 and free < 10**10:  # what ends it here is the scores, not the cache's own share
+        more = capacity.memory_of(info, blocks, "float32", tokens + 1)
+        assert more.needed + more.journal > capacity.MEMORY_SHARE * free
+
+
+def test_a_journal_beside_a_gpu_follows_the_memory_of_the_host():
+    info = replace(model(), hidden_size=4096)
+    assert capacity.journal_tokens_that_fit(info, 524_288, "cpu", 0) == 524_288
+    assert capacity.journal_tokens_that_fit(info, 524_288, "cuda", 2**30) == 13_107  # a fifth at 16 KiB
+    assert capacity.journal_tokens_that_fit(info, 524_288, "cuda", 0) == capacity.LEAST_CACHE_TOKENS
+    assert capacity.journal_tokens_that_fit(info, 4096, "cuda", 2**40) == 4096
+
+
+def test_requests_that_are_longer_than_usual_have_room_for_their_scores():
+    info = replace(model(), max_position=131_072)
+    usual = capacity.workspace_bytes(info, "float32", 2048)
+    assert capacity.workspace_bytes(info, "float32", 2048, step_tokens=2048) == usual
+    training = 8192 * capacity.TRAINED_VALUES * 64 * 4
+    assert capacity.workspace_bytes(info, "float32", 2048, step_tokens=8192) == training + 8192 * 8192 * 4
 
 
 @pytest.mark.parametrize("free", [10**8, 3 * 10**8, 10**9, 10**10])
