@@ -18,7 +18,7 @@ import trio
 from torch import Tensor
 
 from client.heads import Heads
-from client.session import Pending, Session
+from client.session import Pending, Session, long_parts
 from client.trace import Trace
 from node.compute import ComputeThread
 from node.model.ends import Ends
@@ -48,7 +48,8 @@ class Context:
     heads: of all contexts of the swarm, so that they share a batch.
     worked: told of every step that came back.
     max_length: tokens that it may grow to.  give_up_seconds: how long one call of `logits_after`
-    may try, new chains and replays included.
+    may try, new chains and replays included; while a long prompt or a replay gets on, as many more for
+    every LONG_PART of the tokens.
     """
 
     ends: Ends
@@ -88,10 +89,13 @@ class Context:
         if not 0 < len(tokens) <= self.max_length:
             raise ValueError(f"{len(tokens)} tokens, 1 to {self.max_length} are allowed here")
         deadline = trio.current_time() + self.give_up_seconds
+        until = deadline + self.give_up_seconds * long_parts(len(tokens))
         while True:
             try:
-                with trio.fail_at(deadline + LATE_SECONDS):
-                    return await self._attempt(tokens, pick, best_only, prompt or len(tokens), deadline)
+                with trio.fail_at(until + LATE_SECONDS):
+                    return await self._attempt(
+                        tokens, pick, best_only, prompt or len(tokens), deadline, until
+                    )
             except BadResult as bad:
                 if bad.peer is None or self.session is None or trio.current_time() >= deadline:
                     raise
@@ -108,7 +112,13 @@ class Context:
         self.session, self.tokens = None, []
 
     async def _attempt(
-        self, tokens: list[int], pick: Callable[[Tensor], T], best_only: bool, prompt: int, deadline: float
+        self,
+        tokens: list[int],
+        pick: Callable[[Tensor], T],
+        best_only: bool,
+        prompt: int,
+        deadline: float,
+        until: float,
     ) -> T:
         if self.session is None:
             self.session = await self.open_chain(
@@ -124,43 +134,59 @@ class Context:
                 kept = 0  # the caches hold keys with other angles than these tokens would have by themselves
             self._rope_length = length
         del self.tokens[kept:]
-        result = await self._feed(session, tokens, kept, deadline)
+        result = await self._feed(session, tokens, kept, deadline, until)
         picked = await self.heads.pick(partial(session.decode, result), pick, best_only=best_only)
         self.worked(session)
         return picked
 
-    async def _feed(self, session: Session, tokens: list[int], kept: int, deadline: float) -> Result:
+    async def _feed(
+        self, session: Session, tokens: list[int], kept: int, deadline: float, until: float
+    ) -> Result:
         """Send all tokens from position `kept` on; the answer to the last one.
 
         A long prompt goes in chunks, several on their way at a time: hops work on different ones.
         """
         try:
-            return await self._feed_chunks(session, tokens, kept, deadline)
+            return await self._feed_chunks(session, tokens, kept, deadline, until)
         except BaseException:
             session.give_up_steps()
             raise
 
-    async def _feed_chunks(self, session: Session, tokens: list[int], kept: int, deadline: float) -> Result:
+    async def _feed_chunks(
+        self, session: Session, tokens: list[int], kept: int, deadline: float, until: float
+    ) -> Result:
         chunk = min(chunk_tokens(len(tokens) - kept, len(session.chain.hops)), session.max_step_tokens)
         under_way: deque[tuple[int, Pending]] = deque()
         for begin in range(kept, len(tokens), chunk):
             stop = min(begin + chunk, len(tokens))
             body = await self._embed(session, tokens[begin:stop], begin)
             if len(under_way) == CHUNKS_UNDER_WAY:
-                await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
+                await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
+                deadline = self._moved(deadline, until)
             reply: Reply = "last" if stop == len(tokens) else "none"
             pending = await session.submit(
                 body, begin, stop - begin, reply, deadline=deadline, rope_length=self._rope_length
             )
             under_way.append((stop, pending))
         while len(under_way) > 1:
-            await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
-        return await self._acknowledge(session, tokens, *under_way.popleft(), deadline)
+            await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
+            deadline = self._moved(deadline, until)
+        return await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
+
+    def _moved(self, deadline: float, until: float) -> float:
+        """The deadline of a prompt that gets on."""
+        return max(deadline, min(trio.current_time() + self.give_up_seconds, until))
 
     async def _acknowledge(
-        self, session: Session, tokens: list[int], stop: int, pending: Pending, deadline: float
+        self,
+        session: Session,
+        tokens: list[int],
+        stop: int,
+        pending: Pending,
+        deadline: float,
+        until: float,
     ) -> Result:
-        result = await session.collect(pending, deadline=deadline)
+        result = await session.collect(pending, deadline=deadline, until=until)
         self.tokens = tokens[:stop]
         return result
 

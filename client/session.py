@@ -60,6 +60,7 @@ LEAST_GAIN_SECONDS = 0.01  # a step: less is noise
 REST_SECONDS = 5.0  # after a move, before another one
 STEPS_AHEAD = 32  # so many, it is assumed, will still come: their gain has to pay for the replay
 SEEN_STEPS = 3  # of a hop, whose median is what it is now
+LONG_PART = 2048  # positions: what a caller waits for one step is enough to fill caches with so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class Pending:
     given_up: bool = False
     moved_at: float = 0.0
     progress: tuple[object, ...] = ()
+    refilled_at: float = -math.inf  # when a replay before it was last seen to get on
 
 
 @dataclass(slots=True, eq=False)
@@ -199,7 +201,8 @@ class Session:
 
         position: of the first token; default: behind what the caches hold; lower cuts them there.
         reply: positions to get back ("all", "last", or "none": returns None).
-        seconds: that it may take, repairs included; default: `give_up_seconds`.
+        seconds: that it may take, repairs included; default: `give_up_seconds`, and while caches of many
+        positions are filled again as many more for every LONG_PART of them.
         rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
         angles depend on its length; default: up to the end of this step.
         Returns hidden states [batch, tokens or 1, hidden] before the final norm, in the codec's
@@ -208,11 +211,12 @@ class Session:
         """
         begin = self.length if position is None else position
         deadline = trio.current_time() + (self.give_up_seconds if seconds is None else seconds)
+        until = deadline + self.give_up_seconds * long_parts(begin) if seconds is None else deadline
         body = await self.compute.run(self.encode, hidden)
         tokens = int(hidden.shape[1])
         whole = begin + tokens if rope_length is None else rope_length
         pending = await self.submit(body, begin, tokens, reply, deadline=deadline, rope_length=whole)
-        result = await self.collect(pending, deadline=deadline)
+        result = await self.collect(pending, deadline=deadline, until=until)
         if reply == "none":
             return None
         try:
@@ -263,11 +267,18 @@ class Session:
                 await self._dispatch(pending)
         return pending
 
-    async def collect(self, pending: Pending, *, deadline: float | None = None) -> Result:
-        """The answer to a submitted step.  Raises as `step`."""
+    async def collect(
+        self, pending: Pending, *, deadline: float | None = None, until: float | None = None
+    ) -> Result:
+        """The answer to a submitted step.  Raises as `step`.
+
+        until: as long as a replay that the step waits for gets on, the deadline moves, to here at most.
+        """
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
         try:
             while pending.result is None:
+                if until is not None:
+                    deadline = max(deadline, min(pending.refilled_at + self.give_up_seconds, until))
                 if self.route.closed:
                     raise PeerGone("the session was closed")
                 if pending.given_up:
@@ -396,6 +407,8 @@ class Session:
         heard = (link.here for link in self.route.hops if link.here is not None)
         progress = tuple((here.length, here.step) for here in heard)
         if progress != pending.progress:
+            if pending.progress and self.route.behind_replay:
+                pending.refilled_at = now
             pending.progress, pending.moved_at = progress, now
             return
         link = self.route.hops[min(self._place_of(pending), len(self.route.hops) - 1)]
@@ -583,6 +596,11 @@ class Session:
         fresh = sum(hop.stop - hop.start for hop in hops if hop not in self.chain.hops)
         replay: float = self.length * REPLAYED_SHARE * seconds * fresh / self.terms.blocks
         return max(0.0, gain * STEPS_AHEAD - replay)
+
+
+def long_parts(positions: int) -> int:
+    """How many parts so many positions have that take time of their own to be filled again."""
+    return positions // LONG_PART
 
 
 async def open_session(
