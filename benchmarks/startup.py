@@ -91,7 +91,7 @@ def wait_for_first_token() -> None:
     async def ask() -> None:
         async with connect(model, peers=peers, threads=threads, wait_seconds=120) as swarm:
             print("waiting", flush=True)
-            async for _ in swarm.generate("Once upon a time", max_new_tokens=2):
+            async for _ in swarm.generate("Once upon a time", max_new_tokens=2, temperature=0):
                 print(json.dumps({"first_token_at": time.time()}), flush=True)
                 break
 

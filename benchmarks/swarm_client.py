@@ -27,7 +27,7 @@ async def serve_lines(flags: argparse.Namespace) -> None:
                 print(json.dumps(await answer(swarm, question)), flush=True)
                 continue
             if question["step"] == 0:  # one token at a time, beside the reference's
-                tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"])
+                tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"], temperature=0)
             assert tokens is not None
             began = time.perf_counter()
             token = await anext(tokens)
@@ -64,7 +64,7 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     outside: list[float] = []
     found: list[int] = []
     context = swarm.conversation(len(ids) + tokens)
-    async for token in swarm.generate(ids, max_new_tokens=tokens, context=context):
+    async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, context=context):
         seconds.append(token.seconds)
         found.append(token.id)
         if context.session is not None and (times := context.session.times) is not None:

@@ -54,7 +54,7 @@ async def bulk(swarm: Swarm, ids: list[int]) -> None:
     async def prefill() -> None:
         nonlocal done
         while True:
-            async for _ in swarm.generate(ids, max_new_tokens=1):
+            async for _ in swarm.generate(ids, max_new_tokens=1, temperature=0):
                 pass
             done += len(ids)
             first.set()
@@ -80,7 +80,7 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     context = watch.watched(swarm.conversation(len(ids) + tokens), swarm)
     found: list[dict[str, Any]] = []
     try:
-        async for token in swarm.generate(ids, max_new_tokens=tokens, context=context):
+        async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, context=context):
             found.append({"id": token.id, "seconds": token.seconds, **watch.take()})
     finally:
         context.close()

@@ -91,7 +91,7 @@ async def watch(
 ) -> Watched:
     """Generate greedily; whatever `before` takes is nobody's time."""
     watched = Watched()
-    async with aclosing(swarm.generate(ids, max_new_tokens=tokens, context=context)) as stream:
+    async with aclosing(swarm.generate(ids, max_new_tokens=tokens, temperature=0, context=context)) as stream:
         for number in range(tokens):
             await before(number)
             began = time.perf_counter()

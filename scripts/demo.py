@@ -141,6 +141,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
             "--model",
             options.model,
             "--show-route",
+            "--greedy",
         ]
         generate += ["--max-new-tokens", str(options.max_new_tokens), options.prompt]
         console.print(f"the prompt: {escape(options.prompt)}", style="bold")
