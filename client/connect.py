@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 import sniffio
 import trio
 
-from node.config import ConfigError
+from node import values
+from node.config import ConfigError, config_errors
 from routing.alternatives import Constraints, longest_session, suitable
 from routing.hops import Chain, NoChain
 from routing.names import PeerId
@@ -58,6 +60,7 @@ PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is c
 PING_SECONDS = 1.0
 FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
 RETRY_PAUSE_SECONDS = 0.5
+SWARM_KEY_BYTES = 32
 USUAL_LENGTH = 2048  # of a session that nobody said a length for, where the servers do not say what they take
 
 
@@ -147,8 +150,7 @@ class Swarm:
         They share as few servers as they can, none where others hold the same blocks: what is left of a
         swarm when the servers of the first are gone.  Raises NoChain, and ValueError for `most` below 1.
         """
-        if most < 1:
-            raise ValueError(f"{most} chains were asked for, at least 1 is needed")
+        most = values.whole("most", most)
         await self._know_the_distances()
         return self.routes.chains(most)
 
@@ -284,7 +286,7 @@ class Swarm:
         from client.retry import Context
         from client.trace import Trace
 
-        max_length = self.usual_length() if max_length is None else max_length
+        max_length = self.usual_length() if max_length is None else values.whole("max_length", max_length)
         self._check_length(max_length, f"a conversation of {max_length} tokens")
         return Context(
             ends=self.ends,
@@ -306,9 +308,10 @@ class Swarm:
         the session may be used again then.  `session.trace` tells what happened.
         Raises ValueError (a length that the model or the servers do not allow), NoChain, PeerFault, Refused.
         """
-        if batch < 1:
-            raise ValueError(f"a session of {batch} rows, at least 1 is needed")
-        max_length = self.usual_length(batch) if max_length is None else max_length
+        batch = values.whole("batch", batch)
+        if max_length is not None:
+            max_length = values.whole("max_length", max_length)
+        max_length = max_length or self.usual_length(batch)
         position = 4 * batch * self.info.hidden_size
         if not self.config.limits.step_tokens(position):
             raise ValueError(
@@ -335,7 +338,7 @@ class Swarm:
         Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
         NoChain, PeerFault, Refused.
         """
-        return await self._stateless.forward(hidden, start, self.info.blocks if stop is None else stop)
+        return await self._stateless.forward(hidden, *self._run(start, stop))
 
     async def backward(
         self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
@@ -347,8 +350,15 @@ class Swarm:
         `forward` is needed.  Everything else is as in `forward`; what comes out is the gradient that
         an undisturbed pass would have given, or an error, never a part of it.
         """
-        stop = self.info.blocks if stop is None else stop
-        return await self._stateless.backward(hidden, grad, start, stop)
+        return await self._stateless.backward(hidden, grad, *self._run(start, stop))
+
+    def _run(self, start: int, stop: int | None) -> tuple[int, int]:
+        """The blocks that are meant.  Raises ValueError for what is no run of the model's."""
+        start = values.whole("start", start, 0)
+        stop = self.info.blocks if stop is None else values.whole("stop", stop, 0)
+        if not start < stop <= self.info.blocks:
+            raise ValueError(f"blocks {start}:{stop} of a model that has 0:{self.info.blocks}")
+        return start, stop
 
     async def open_chain(
         self, *, max_length: int, batch: int = 1, deadline: float | None = None, trace: Trace | None = None
@@ -473,12 +483,12 @@ class Swarm:
 
 
 def connect(
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
-    peers: Sequence[str],
-    swarm_key: Path | str | bytes | None = None,
-    identity: Path | str | None = None,
-    cache_dir: Path | str | None = None,
+    peers: str | Iterable[str],
+    swarm_key: str | os.PathLike[str] | bytes | None = None,
+    identity: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     wait_seconds: float = 30.0,
     step_seconds: float = 30.0,
@@ -502,28 +512,64 @@ def connect(
     servers allow.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
     `backward`; more than the usual ones (see `Limits`) only servers that were started with as much take.
     Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
-    handle has the same methods.  Raises ConfigError on entry: no such model, a bad address, constraints
-    that nothing can meet, no peer could be reached, the swarm does not accept the key.
+    handle has the same methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a
+    number out of range, constraints that nothing can meet), on entry where there is no such model, no peer
+    could be reached, or the swarm does not accept the key.
     """
-    config = ClientConfig(
-        peers=tuple(peers),
-        model=model,
-        swarm_key=Path(swarm_key) if isinstance(swarm_key, str) else swarm_key,
-        identity=Path(identity) if identity is not None else None,
-        cache_dir=Path(cache_dir) if cache_dir is not None else None,
-        threads=threads,
-        wait_seconds=wait_seconds,
-        step_seconds=step_seconds,
-        give_up_seconds=give_up_seconds,
-        codec=codec,
-        constraints=constraints or Constraints(),
-        limits=limits_with(
-            max_session_tokens=max_session_tokens,
-            max_step_tokens=max_step_tokens,
-            max_frame_bytes=max_frame_bytes,
-        ),
-    )
+    with config_errors():
+        config = ClientConfig(
+            peers=values.texts("peers", peers, "multiaddrs"),
+            model=None if model is None else str(values.path("model", model)),
+            swarm_key=None if swarm_key is None else _key("swarm_key", swarm_key),
+            identity=None if identity is None else values.path("identity", identity),
+            cache_dir=None if cache_dir is None else values.path("cache_dir", cache_dir),
+            threads=None if threads is None else values.whole("threads", threads, 1, values.MOST_THREADS),
+            wait_seconds=values.seconds("wait_seconds", wait_seconds),
+            step_seconds=values.seconds("step_seconds", step_seconds, above=True),
+            give_up_seconds=values.seconds("give_up_seconds", give_up_seconds, above=True),
+            codec=codec,
+            constraints=Constraints() if constraints is None else constraints,
+            limits=limits_with(
+                max_session_tokens=_tokens("max_session_tokens", max_session_tokens),
+                max_step_tokens=_tokens("max_step_tokens", max_step_tokens),
+                max_frame_bytes=_tokens("max_frame_bytes", max_frame_bytes),
+            ),
+        )
+    _check(config)
     return _Connection(config)
+
+
+def _key(name: str, value: Any) -> Path | bytes:  # Any: to be checked
+    """A key's file, or its bytes.  Raises ValueError."""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        return values.path(name, value)
+    if len(value) != SWARM_KEY_BYTES:
+        raise ValueError(f"{name} has {len(value)} bytes, a key of {SWARM_KEY_BYTES} or a path is needed")
+    return bytes(value)
+
+
+def _tokens(name: str, value: Any) -> int | None:  # Any: to be checked
+    """Raises ValueError for what is neither None nor a whole number."""
+    return None if value is None else values.whole(name, value)
+
+
+def _check(config: ClientConfig) -> None:
+    """Raise ConfigError for addresses, a codec or constraints that cannot be."""
+    from node.network.addresses import bootstrap_peers
+
+    if not config.peers:
+        raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
+    bootstrap_peers(config.peers)
+    if config.codec not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"the codec is {values.shown(config.codec)}, auto, fp32 or bf16 is allowed")
+    constraints: object = config.constraints
+    if not isinstance(constraints, Constraints):
+        found = values.shown(constraints)
+        raise ConfigError(f"constraints is {found}, client.Constraints(...) is needed")
+    try:
+        constraints.check()
+    except ValueError as error:
+        raise ConfigError(f"constraints: {error}") from None
 
 
 class _Connection:
@@ -559,14 +605,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     from node.network.membership import load_swarm_key, swarm_id
     from node.tasks import background_nursery
 
-    if not config.peers:
-        raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
-    if config.codec not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"the codec is {config.codec!r}, auto, fp32 or bf16 is allowed")
-    try:
-        config.constraints.check()
-    except ValueError as error:
-        raise ConfigError(f"constraints: {error}") from None
+    _check(config)
     key = load_swarm_key(config.swarm_key) if isinstance(config.swarm_key, Path) else config.swarm_key
     identity = load_or_create_identity(config.identity)
     async with (

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import trio
 from torch import Tensor
@@ -29,6 +30,7 @@ from client.lost_time import REPLAYED_SHARE, LostTime
 from client.recovery import Sent
 from client.route import REPLAY_TOKENS, Route, Stand, Surroundings, Terms
 from client.trace import Trace
+from node import values
 from node.compute import ComputeThread
 from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
@@ -209,6 +211,7 @@ class Session:
         dtype.  A hop that fails is replaced, and the step goes on.  Raises NoChain, PeerFault or
         Refused when the time is up; the session may be used again, from `length` on.
         """
+        self._check_step(hidden, position, reply, seconds)
         begin = self.length if position is None else position
         deadline = trio.current_time() + (self.give_up_seconds if seconds is None else seconds)
         until = deadline + self.give_up_seconds * long_parts(begin) if seconds is None else deadline
@@ -224,6 +227,21 @@ class Session:
         except BadResult as error:
             self.distrust(error)
             raise
+
+    def _check_step(self, hidden: Any, position: Any, reply: Any, seconds: Any) -> None:  # Any: to be checked
+        """Raises ValueError for what no server would take."""
+        rows, size = self.terms.batch, self.terms.hidden
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            raise ValueError(f"hidden is {values.shown(hidden)}, a tensor of floats is needed")
+        shape = tuple(hidden.shape)
+        if len(shape) != 3 or shape[0] != rows or not shape[1] or shape[2] != size:
+            raise ValueError(f"hidden is {list(shape)}, [{rows}, tokens, {size}] is needed")
+        if position is not None:
+            values.whole("position", position, 0)
+        if reply not in ("all", "last", "none"):
+            raise ValueError(f"reply is {values.shown(reply)}, all, last or none is allowed")
+        if seconds is not None:
+            values.seconds("seconds", seconds)
 
     async def submit(
         self,

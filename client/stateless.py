@@ -23,6 +23,7 @@ from client.blame import Blame
 from node.compute import ComputeThread
 from node.model.info import ModelInfo
 from node.network.streams import FramedStream
+from node.values import shown
 from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.compression import codec_for, decode_hidden, encode_hidden
@@ -150,6 +151,8 @@ class Stateless:
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as it is kept here: on the CPU, in float32 or bfloat16.  Raises ValueError."""
         size = self.info.hidden_size
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is {shown(tensor)}, a tensor of torch is needed")
         if tensor.dim() != 3 or tensor.shape[2] != size or not tensor.numel():
             raise ValueError(f"{name} is {list(tensor.shape)}, [batch, tokens, {size}] is needed")
         if not tensor.is_floating_point():

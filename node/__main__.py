@@ -16,7 +16,17 @@ from functools import partial
 from pathlib import Path
 
 from node.arguments import Parser, add_addresses, at_least_none, one_address_each, positive, threads
-from node.config import DEFAULT_LISTEN, DEFAULT_MODEL, BalanceConfig, ConfigError, NetworkConfig, NodeConfig
+from node.config import (
+    DEFAULT_LISTEN,
+    DEFAULT_MODEL,
+    DEVICES,
+    DTYPES,
+    QUANTIZE,
+    BalanceConfig,
+    ConfigError,
+    NetworkConfig,
+    NodeConfig,
+)
 from node.console import (
     argument_text,
     put_line,
@@ -74,16 +84,16 @@ def _serve(words: list[str]) -> int:
         "--num-blocks", type=positive, metavar="N", help="serve N blocks, those that the swarm needs most"
     )
     _add_network_options(parser)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="auto",
         help="what to compute in (auto: bfloat16 where the hardware has it)",
     )
     parser.add_argument(
         "--quantize",
-        choices=("none", "int8", "nf4"),
+        choices=QUANTIZE,
         help="keep the blocks' matrices in 8 or 4 bits (default: int8 on CUDA, none elsewhere)",
     )
     parser.add_argument(

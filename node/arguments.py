@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from node.console import one_line, put
+from node.values import MOST_SECONDS, MOST_THREADS
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-MOST_THREADS = 1024
-MOST_SECONDS = 1e6
 
 _MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 _OPTIONS = frozenset({"--peers", "--listen", "--announce"})

@@ -5,19 +5,35 @@ Built in `node/__main__.py` from the command line; below it nobody reads flags o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from node import values
 from tensor_codec.limits import Limits
 
 VERSION = version("raceme")
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", "int8", "nf4")
 
 
 class ConfigError(Exception):
     """The operator must fix something: one line that says what was found and what is allowed."""
+
+
+@contextmanager
+def config_errors() -> Iterator[None]:
+    """Let a ValueError of the block be a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +41,7 @@ class NetworkConfig:
     """How a process takes part in the network.
 
     peers: multiaddrs with /p2p/ID of nodes of the swarm; empty founds a new swarm.
+    Raises ConfigError for a value of another kind.
     """
 
     peers: tuple[str, ...] = ()
@@ -36,6 +53,17 @@ class NetworkConfig:
     patience_seconds: float = 0.0  # for peers that do not answer yet: they may be starting too
     limits: Limits = field(default_factory=Limits)
     ready_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        with config_errors():
+            for name in ("peers", "listen", "announce"):
+                object.__setattr__(self, name, values.texts(name, getattr(self, name), "multiaddrs"))
+            for name in ("swarm_key", "identity", "ready_file"):
+                if (value := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, values.path(name, value))
+            values.seconds("patience_seconds", self.patience_seconds)
+            if not isinstance(self.name, str):
+                raise ValueError(f"name is {values.shown(self.name)}, a text is needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +88,7 @@ class NodeConfig:
     them most; neither: as many as fit.  threads: of torch, None for the cores divided by the
     servers on this machine.  cache_tokens: None for what fits.  journal_tokens: whose outputs are kept
     for replays; None for as many as the caches hold.  balance: unless blocks are pinned.
+    Raises ConfigError for a value of another kind or out of range.
     """
 
     network: NetworkConfig
@@ -73,3 +102,34 @@ class NodeConfig:
     cache_tokens: int | None = None
     journal_tokens: int | None = None
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+    def __post_init__(self) -> None:
+        with config_errors():
+            if self.model is not None:
+                object.__setattr__(self, "model", str(values.path("model", self.model)))
+            if self.blocks is not None:
+                object.__setattr__(self, "blocks", _span(self.blocks))
+            for name, least, most in (
+                ("num_blocks", 1, values.MOST_TOKENS),
+                ("threads", 1, values.MOST_THREADS),
+                ("cache_tokens", 1, values.MOST_TOKENS),
+                ("journal_tokens", 0, values.MOST_TOKENS),
+            ):
+                if (value := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, values.whole(name, value, least, most))
+            for name, known in (("device", DEVICES), ("dtype", DTYPES), ("quantize", (None, *QUANTIZE))):
+                if (value := getattr(self, name)) not in known:
+                    allowed = ", ".join(each for each in known if each)
+                    raise ValueError(f"{name} is {values.shown(value)}, one of {allowed} is allowed")
+
+
+def _span(blocks: Any) -> tuple[int, int]:  # Any: to be checked
+    """Raises ValueError."""
+    found = tuple(blocks) if isinstance(blocks, list | tuple) else ()
+    if len(found) != 2:
+        raise ValueError(f"blocks is {values.shown(blocks)}, a pair of numbers (start, stop) is needed")
+    start = values.whole("the first of blocks", found[0], 0)
+    stop = values.whole("the end of blocks", found[1])
+    if start >= stop:
+        raise ValueError(f"blocks is {values.shown(blocks)}, the start must be below the stop")
+    return start, stop

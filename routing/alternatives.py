@@ -8,9 +8,10 @@ dial one that is 100 ms away takes 400.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from routing.hops import Chain
 from routing.names import PeerId, public_key_of
@@ -63,30 +64,46 @@ class Constraints:
         _check_choice("dtypes", self.dtypes, DTYPES)
         _check_choice("quantize", self.quantize, QUANTIZE)
         for name, tokens in (("cache_tokens", self.cache_tokens), ("step_tokens", self.step_tokens)):
-            if tokens < 0:
-                raise ValueError(f"{name} is {tokens}, at least 0 is needed")
-        if self.most_hops is not None and self.most_hops < 1:
-            raise ValueError(f"most_hops is {self.most_hops}, at least 1 is needed")
+            _check_whole(name, tokens, 0)
+        if self.most_hops is not None:
+            _check_whole("most_hops", self.most_hops, 1)
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise ValueError(f"adapter is {self.adapter!r}, a name is needed")
 
 
-def _check_peers(name: str, peers: Collection[PeerId] | None) -> None:
+def _check_whole(name: str, value: Any, least: int) -> None:  # Any: to be checked
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"{name} is {value!r}, a whole number is needed")
+    if found < least:
+        raise ValueError(f"{name} is {found}, at least {least} is needed")
+
+
+def _check_peers(name: str, peers: Any) -> None:  # Any: to be checked
     if peers is None:
         return
     if isinstance(peers, str):  # a collection too, of letters
         raise ValueError(f"{name} is the text {peers!r}, a collection of peer ids is needed")
+    if not isinstance(peers, Collection):
+        raise ValueError(f"{name} is {peers!r}, a collection of peer ids is needed")
     if name == "allowed" and not peers:
         raise ValueError("allowed names no peer: leave it out (None) to allow all of them")
     for peer in peers:
         try:
             public_key_of(peer)
-        except ValueError:
+        except (ValueError, TypeError, AttributeError):  # no text at all
             raise ValueError(f"{name} holds {peer!r}, which is no peer id (12D3KooW...)") from None
 
 
-def _check_choice(name: str, chosen: Collection[str] | None, known: Collection[str]) -> None:
+def _check_choice(name: str, chosen: Any, known: Collection[str]) -> None:  # Any: to be checked
     if chosen is None:
         return
-    wrong = [chosen] if isinstance(chosen, str) else sorted({*chosen}.difference(known))
+    if not isinstance(chosen, Collection):
+        raise ValueError(f"{name} is {chosen!r}, a collection of {', '.join(known)} is allowed")
+    wrong = [chosen] if isinstance(chosen, str) else [each for each in chosen if each not in known]
     if wrong or not chosen:
         found = f"{wrong[0]!r}" if wrong else "nothing"
         raise ValueError(f"{name} holds {found}, a collection of {', '.join(known)} is allowed")

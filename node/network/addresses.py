@@ -14,6 +14,7 @@ from enum import IntEnum
 from itertools import chain, zip_longest
 from typing import Literal, cast, get_args
 
+from node.config import ConfigError
 from routing.names import PeerId, public_key_of
 
 Kind = Literal["ip4", "ip6", "dns", "dns4", "dns6"]
@@ -70,6 +71,22 @@ def parse_address(text: str) -> Address:
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
     return Address(cast("Kind", kind), _check_host(kind, host, text), int(port), peer)
+
+
+def bootstrap_peers(multiaddrs: Sequence[str]) -> dict[PeerId, tuple[str, ...]]:
+    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that cannot be dialled."""
+    peers: dict[PeerId, tuple[str, ...]] = {}
+    for text in multiaddrs:
+        try:
+            address = parse_address(text)
+        except ValueError as error:
+            raise ConfigError(f"peer {error}") from None
+        if address.peer is None:
+            raise ConfigError(f"peer {text!r} lacks /p2p/ID at its end: whom to expect there")
+        if address.is_wildcard or address.port == 0:
+            raise ConfigError(f"peer {text!r} is an address to listen on, not one to dial")
+        peers[address.peer] = (*peers.get(address.peer, ()), str(address))
+    return peers
 
 
 def _check_host(kind: str, host: str, text: str) -> str:

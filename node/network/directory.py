@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from node.config import ConfigError
-from node.network.addresses import parse_address
+from node.network.addresses import bootstrap_peers
 from node.network.neighbour import Neighbour, Retry, TokenBucket
 from node.tasks import background_nursery
 from routing.exchange import Digest, Records, decode
@@ -638,22 +638,6 @@ def _what_happened(peer: PeerId, addresses: Sequence[str], why: str | None, seco
 def _claimed_peer(wire: bytes) -> PeerId:
     key = signer(wire)
     return peer_id_of(key) if key else NOBODY
-
-
-def bootstrap_peers(multiaddrs: Sequence[str]) -> dict[PeerId, tuple[str, ...]]:
-    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that cannot be dialled."""
-    peers: dict[PeerId, tuple[str, ...]] = {}
-    for text in multiaddrs:
-        try:
-            address = parse_address(text)
-        except ValueError as error:
-            raise ConfigError(f"peer {error}") from None
-        if address.peer is None:
-            raise ConfigError(f"peer {text!r} lacks /p2p/ID at its end: whom to expect there")
-        if address.is_wildcard or address.port == 0:
-            raise ConfigError(f"peer {text!r} is an address to listen on, not one to dial")
-        peers[address.peer] = (*peers.get(address.peer, ()), str(address))
-    return peers
 
 
 @asynccontextmanager

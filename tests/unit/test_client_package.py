@@ -15,7 +15,8 @@ import client
     ["import client", "import client.connect", "from client.connect import Swarm", "import client.bridge"],
 )
 def test_client_connect_is_the_function(first: str):
-    code = f"{first}\nimport client\nfrom client.connect import Swarm\nclient.connect(peers=[]).__aenter__"
+    peers = "peers=['/ip4/127.0.0.1/tcp/9/p2p/12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8']"
+    code = f"{first}\nimport client\nfrom client.connect import Swarm\nclient.connect({peers}).__aenter__"
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
