@@ -8,10 +8,9 @@ dial one that is 100 ms away takes 400.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 from routing.hops import Chain
 from routing.names import PeerId, public_key_of
@@ -64,22 +63,17 @@ class Constraints:
         _check_choice("dtypes", self.dtypes, DTYPES)
         _check_choice("quantize", self.quantize, QUANTIZE)
         for name, tokens in (("cache_tokens", self.cache_tokens), ("step_tokens", self.step_tokens)):
-            _check_whole(name, tokens, 0)
-        if self.most_hops is not None:
-            _check_whole("most_hops", self.most_hops, 1)
+            if not _is_whole(tokens) or tokens < 0:
+                raise ValueError(f"{name} is {tokens!r}, a whole number of at least 0 is needed")
+        if self.most_hops is not None and not (_is_whole(self.most_hops) and self.most_hops >= 1):
+            raise ValueError(f"most_hops is {self.most_hops!r}, a whole number of at least 1 is needed")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise ValueError(f"adapter is {self.adapter!r}, a name is needed")
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:  # Any: to be checked
-    try:
-        found = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = None
-    if found is None:
-        raise ValueError(f"{name} is {value!r}, a whole number is needed")
-    if found < least:
-        raise ValueError(f"{name} is {found}, at least {least} is needed")
+def _is_whole(value: Any) -> bool:  # Any: to be checked
+    """Whether it is a whole number, of numpy too."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 def _check_peers(name: str, peers: Any) -> None:  # Any: to be checked

@@ -184,7 +184,7 @@ OTHER = "12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M"
     [
         (("--block-peer", "demo-1"), "constraints: blocked holds 'demo-1', which is no peer id"),
         (("--allow-peer", PEER, "--allow-peer", OTHER, "--block-peer", PEER), f"both name {PEER}"),
-        (("--max-hops", "0"), "most_hops is 0, at least 1 is needed"),
+        (("--max-hops", "0"), "most_hops is 0, a whole number of at least 1 is needed"),
     ],
 )
 def test_constraints_that_nothing_can_meet_are_named(capsys, flags, words):

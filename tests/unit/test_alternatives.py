@@ -124,9 +124,9 @@ def test_the_longest_session_is_that_of_the_chain_whose_least_server_takes_most(
         ({"dtypes": "float32"}, r"dtypes holds 'float32', a collection of"),
         ({"quantize": ["int4"]}, r"quantize holds 'int4', a collection of none, int8, nf4 is allowed"),
         ({"quantize": []}, r"quantize holds nothing"),
-        ({"cache_tokens": -1}, r"cache_tokens is -1, at least 0 is needed"),
-        ({"step_tokens": -1}, r"step_tokens is -1, at least 0 is needed"),
-        ({"most_hops": 0}, r"most_hops is 0, at least 1 is needed"),
+        ({"cache_tokens": -1}, r"cache_tokens is -1, a whole number of at least 0 is needed"),
+        ({"step_tokens": -1}, r"step_tokens is -1, a whole number of at least 0 is needed"),
+        ({"most_hops": 0}, r"most_hops is 0, a whole number of at least 1 is needed"),
     ],
 )
 def test_constraints_that_nothing_can_meet_are_refused_with_what_is_allowed(wrong, complaint):
