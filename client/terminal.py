@@ -142,7 +142,13 @@ async def run_chat(flags: argparse.Namespace) -> None:
 
 def _template(tokenizer: Any, history: list[Message]) -> list[int]:  # Any: the library's own class
     """The tokens of a talk and of an answer's opening; the template's text holds the special ones already."""
-    made = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
+    try:
+        made = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template may end with anything
+        what = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path} cannot be used: {what}; use generate"
+        ) from error
     return list(made["input_ids"])
 
 

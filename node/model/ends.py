@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from fnmatch import fnmatch
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from node.config import ConfigError
 from node.model.architecture import Architecture, architecture_of
 from node.model.arena import tensor_bytes
 from node.model.checkpoint import end_tensors, load_tensors
@@ -26,6 +29,10 @@ from node.model.span import LibraryConfig, library_class, library_config, load_t
 
 if TYPE_CHECKING:
     from node.model.screen import Screen
+
+
+# A file of which one is needed at least: what else a tokenizer has does not make one.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 
 
 class Ends:
@@ -132,9 +139,7 @@ class Ends:
     @cached_property
     def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
         """The folder's tokenizer, with its chat template if the model has one."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder.path, local_files_only=True)
+        return open_tokenizer(self.folder.path)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -144,6 +149,29 @@ class Ends:
         if found is None:
             found = self.folder.config.get("eos_token_id")
         return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not typed
+    """The tokenizer in a model's folder.  Raises ConfigError where there is none, or none that works."""
+    from transformers import AutoTokenizer
+
+    names = [file.name for file in path.iterdir()]
+    if not any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES):
+        raise ConfigError(
+            f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model nor a vocabulary;"
+            " copy that of the model which it was made from"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        words = len(tokenizer)
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the tokenizer in {path} cannot be opened: {type(error).__name__}: {what}"
+        ) from error
+    if words <= len(tokenizer.all_special_ids):
+        raise ConfigError(f"the tokenizer in {path} has no vocabulary")
+    return tokenizer
 
 
 class RemoteBlocks(nn.Module):

@@ -30,6 +30,8 @@ MANIFEST_FILE = "raceme.json"
 QUANTIZE_KEY = "raceme_quantize"  # in the config of a prepared model: how its matrices are kept
 SOURCE_KEY = "raceme_source_revision"  # and the revision of the model that it was made from
 
+_NAME_BYTES = 96  # of a model's name: it stands in records, which are short
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 _MAX_HEADER_BYTES = 100_000_000  # what the format itself allows
 _CHUNK_BYTES = 1 << 20
 
@@ -103,12 +105,12 @@ class ModelFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.  Raises ConfigError where it is missing, unreadable or not one."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} has no {path.name}: it is not a model's folder") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is damaged: a JSON object is expected, not {type(value).__name__}")
@@ -130,7 +132,11 @@ def weight_files(path: Path) -> tuple[str, ...]:
         return tuple(sorted(names))
     if (path / SINGLE_FILE).is_file():
         return (SINGLE_FILE,)
-    raise ConfigError(f"{path} has no weights: neither {INDEX_FILE} nor {SINGLE_FILE}")
+    others = sorted(file.name for file in path.iterdir() if file.suffix in _OTHER_WEIGHTS)
+    found = (
+        f"; it has {others[0]}, and weights as safetensors are needed, under these names" if others else ""
+    )
+    raise ConfigError(f"{path} has no weights: neither {INDEX_FILE} nor {SINGLE_FILE}{found}")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -337,9 +343,20 @@ def open_folder(
     tensors = read_tensors(path, files)
     check_manifest(path, memo, progress)
     hashes = {name: memo.sha256(path / name, progress) for name in (CONFIG_FILE, *files)}
-    named = name or _manifest_name(path) or path.resolve().name
+    named = model_name(name or _manifest_name(path) or path.resolve().name)
     revision = stated_revision(path, config) or revision_of(hashes)
-    return ModelFolder(path, ModelId(named), revision, config, tensors)
+    return ModelFolder(path, named, revision, config, tensors)
+
+
+def model_name(text: str) -> ModelId:
+    """A name for records out of a folder's: short, and printable.
+
+    Servers and clients know a model by its revision, so it does not matter what is left out.
+    """
+    printable = "".join(character if character.isprintable() else "?" for character in text) or "model"
+    if len(printable.encode()) > _NAME_BYTES:
+        printable = printable.encode()[: _NAME_BYTES - 3].decode(errors="ignore") + "..."
+    return ModelId(printable)
 
 
 def _manifest_name(path: Path) -> str | None:

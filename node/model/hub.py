@@ -25,6 +25,7 @@ from node.model.folder import (
     ModelFolder,
     TensorEntry,
     disk_errors,
+    model_name,
     read_json,
     read_tensors,
     revision_of,
@@ -33,7 +34,6 @@ from node.model.folder import (
     write_atomically,
 )
 from node.model.progress import Progress, silent
-from routing.names import ModelId
 
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ def resolve_hub(
 
     config = read_json(path / CONFIG_FILE)
     named = stated_revision(path, config) or revision_of(hashes)
-    return ModelFolder(path, ModelId(model), named, config, tensors, fetch)
+    return ModelFolder(path, model_name(model), named, config, tensors, fetch)
 
 
 def _files(model: str, path: Path, hashes: Mapping[str, str]) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from node.model.folder import ModelFolder
 from node.model.packed import packing_of, values_of
 from node.model.rope import check_rope, stretched
 from routing.names import ModelId, Revision
+from routing.records import MAX_BLOCKS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+MOST = 1 << 31  # of a size in a config; a sanity bound
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 _MAX_POSITION = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -94,7 +96,7 @@ def read_info(folder: ModelFolder) -> ModelInfo:
     config = folder.config
     architecture = architecture_of(config.get("model_type"))
     check_rope(config, folder.path / "config.json")
-    blocks = _integer(folder, _BLOCKS)
+    blocks = _integer(folder, _BLOCKS, most=MAX_BLOCKS)
     hidden = _integer(folder, _HIDDEN)
     packing = packing_of(folder)
     turned = architecture.model_type in TRANSPOSED and folder.quantize == "none"
@@ -180,12 +182,18 @@ def _max_position(folder: ModelFolder, model_type: str) -> int:
     return _integer(folder, _MAX_POSITION, UNSAID_POSITIONS)
 
 
-def _integer(folder: ModelFolder, keys: tuple[str, ...], default: int | None = None) -> int:
-    """The first of these keys that the config has."""
+def _integer(folder: ModelFolder, keys: tuple[str, ...], default: int | None = None, most: int = MOST) -> int:
+    """The first of these keys that the config has, 1 to `most`."""
     for key in keys:
         value = folder.config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
+        if value is None:
+            continue
+        if type(value) is not int or not 0 < value <= most:
+            shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
+            raise ConfigError(
+                f"{folder.path / 'config.json'}: {key} is {shown}, a whole number from 1 to {most} is allowed"
+            )
+        return value
     if default is None:
         raise ConfigError(f"{folder.path / 'config.json'} has no {keys[0]}")
     return default

@@ -14,6 +14,15 @@ from node.model.folder import MANIFEST_FILE, HashMemo, ModelFolder, open_folder
 from node.model.hub import Hub, resolve_hub
 from node.model.progress import Progress, silent
 
+_NEEDED = "a model is named by its folder, with config.json, weights as safetensors and a tokenizer"
+_KINDS = {
+    ".gguf": "a GGUF file, of which the built-in model alone is read",
+    ".safetensors": "a file of weights and not a folder",
+    ".bin": "a file of weights in PyTorch's format and not a folder",
+    ".pt": "a file of weights in PyTorch's format and not a folder",
+    ".pth": "a file of weights in PyTorch's format and not a folder",
+    ".onnx": "an ONNX file and not a folder",
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,18 +61,37 @@ def resolve(
     """
     memo = HashMemo(cache_dir / "hashes.json")
     named = BUILTIN_MODEL if model is None else str(model)
-    path = Path(named).expanduser()
-    from_hub = named != BUILTIN_MODEL and not path.is_dir() and _HUB_NAME.fullmatch(named)
+    try:
+        path = Path(named).expanduser()
+        is_folder, is_file = path.is_dir(), path.exists() and not path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{brief(named)} cannot be the name of a folder: {why}") from None
+    if is_file:
+        raise ConfigError(f"{brief(named)} is {_kind_of(path)}: {_NEEDED}")
+    from_hub = named != BUILTIN_MODEL and not is_folder and _HUB_NAME.fullmatch(named)
     if revision is not None and not from_hub:
         raise ConfigError(f"a revision can be chosen for a model of the hub only, and {named} is none")
     if named == BUILTIN_MODEL:
         folder = builtin_folder(cache_dir, memo=memo, progress=progress)
         return open_folder(folder, memo=memo, name=BUILTIN_MODEL, progress=progress)
-    if path.is_dir():
+    if is_folder:
         return open_folder(path, memo=memo, progress=progress)
     if from_hub:
         return resolve_hub(named, revision, cache_dir=cache_dir, memo=memo, hub=hub, progress=progress)
-    raise ConfigError(f"there is no folder {named}; the hub's are org/name, built in is {BUILTIN_MODEL}")
+    raise ConfigError(
+        f"there is no folder {brief(named)}; the hub's are org/name, built in is {BUILTIN_MODEL}"
+    )
+
+
+def _kind_of(path: Path) -> str:
+    return _KINDS.get(path.suffix.lower(), "a file and not a folder")
+
+
+def brief(text: str) -> str:
+    """For a line that people read: what was given, not all of it where that is long."""
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable if len(printable) <= 120 else printable[:117] + "..."
 
 
 @dataclass(frozen=True, slots=True)

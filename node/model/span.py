@@ -57,6 +57,13 @@ from tensor_codec.errors import LocalProtocolError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# What the library may end with where values of a config do not go together.
+_UNLOADABLE = (
+    RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError,
+    AssertionError, OverflowError, ImportError,
+)  # fmt: skip
+
+
 class LibraryConfig(Protocol):
     """What we use of the library's config classes."""
 
@@ -427,7 +434,18 @@ def load_span(
     check_loaded(folder, what, missing=(), unexpected=homeless, mismatched=wrong)
     model = model.to(device)
     fill(model, matrices, packing, device)
-    return Span(model, architecture, start, stop)
+    try:
+        return Span(model, architecture, start, stop)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNLOADABLE as error:  # sizes that do not go together show when a token is run through
+        raise ConfigError(f"{folder.path}: {what} cannot be computed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    named = text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
+    return named if len(named) <= 200 else named[:197] + "..."
 
 
 def library_class(architecture: Architecture, name: str) -> type[nn.Module]:
@@ -445,7 +463,7 @@ def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
     try:
         plain = {key: value for key, value in folder.config.items() if key not in PACKING_KEYS}
         return cast(LibraryConfig, config_class.from_dict(plain))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (*_UNLOADABLE, StrictDataclassError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{folder.path / CONFIG_FILE} is not a config of {base.__name__}: {what}") from None
 
@@ -480,8 +498,8 @@ def load_trimmed(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told apart and refused below, with the tensor's name
             )
-        except RuntimeError as error:
-            raise ConfigError(f"{folder.path}: {what} cannot be loaded: {error}") from error
+        except _UNLOADABLE as error:
+            raise ConfigError(f"{folder.path}: {what} cannot be loaded: {_one_line(error)}") from error
     check_loaded(
         folder,
         what,
@@ -490,7 +508,8 @@ def load_trimmed(
         mismatched=info["mismatched_keys"],
     )
     if info.get("error_msgs"):
-        raise ConfigError(f"{folder.path}: {what} cannot be loaded: {info['error_msgs'][0]}")
+        first = " ".join(str(info["error_msgs"][0]).split())
+        raise ConfigError(f"{folder.path}: {what} cannot be loaded: {first}")
     return cast(nn.Module, model.requires_grad_(False).eval())
 
 
