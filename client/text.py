@@ -11,6 +11,7 @@ from typing import Any
 WINDOW_TOKENS = 64
 KEPT_TOKENS = 16  # that stay at least
 KEPT_CHARACTERS = 16  # and so much of their text: more than any effect between neighbours reaches
+PROMPT_TOKENS = 512  # of a long prompt that are looked at: several windows
 INCOMPLETE = 3  # bytes of UTF-8 that are no character yet, at the most
 CLEAN_UP_REACH = 7  # characters: what `clean_up_tokenization_spaces` puts together is shorter
 _BYTE = re.compile(r"<0x(?:[0-9a-fA-F]{2}|\+[0-9a-fA-F])>")
@@ -92,7 +93,7 @@ class Detokenizer:
         self._run: _ByteRun | None = None  # of the byte-fallback tokens at the end
         self._prompt_rest = ""  # of the prompt's text: what may still come out otherwise
 
-        tokens = [token for token in prompt if not self._is_silent(token)]
+        tokens = self._end_of(prompt)
         end = len(tokens)
         while end > 0 and self._byte_of(tokens[end - 1]) is not None:
             end -= 1
@@ -175,6 +176,17 @@ class Detokenizer:
                 self._shown -= gone
                 return
         self._window = max(WINDOW_TOKENS, 2 * len(tokens))
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, as many as its text's end can depend on."""
+        tokens: list[int] = []
+        for token in reversed(prompt):
+            if self._is_silent(token):
+                continue
+            tokens.append(token)
+            if len(tokens) >= PROMPT_TOKENS and self._byte_of(token) is None:
+                break
+        return tokens[::-1]
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip)) if tokens else ""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from client.text import TextStream
+from client.text import KEPT_TOKENS, PROMPT_TOKENS, TextStream
 
 # Small tokenizers of every kind that there is.  The added tokens are one special one and one for
 # which tokenizers look at the spaces around it.
@@ -227,6 +227,22 @@ def test_a_token_costs_the_same_after_many_others_whatever_they_are(name):
         shown, _ = streamed(Counting(), tokens, prompt=real)
         assert "".join(shown) == behind(tokenizer, real, tokens)
         assert decoded < 150 * len(tokens)
+
+
+@tokenizers
+def test_of_a_long_prompt_the_end_is_enough(name):
+    tokenizer = TOKENIZERS[name]()
+    again = (tokenizer.encode("the end Paris é😀. s", add_special_tokens=False) * 600)[:600]
+    for rest in ("", "€", "é"):
+        prompt = again + tokenizer.encode(rest, add_special_tokens=False)
+        for cut in range(4):
+            tokens = prompt[len(prompt) - cut :] + tokenizer.encode("é the end", add_special_tokens=False)
+            before = prompt[: len(prompt) - cut]
+            assert len(before) > PROMPT_TOKENS
+            stream = TextStream(tokenizer, prompt=before)
+            assert len(stream._pieces._tokens) < 2 * KEPT_TOKENS
+            shown = [stream.push(token) for token in tokens] + [stream.finish()]
+            assert "".join(shown) == behind(tokenizer, before, tokens)
 
 
 def test_the_space_in_front_of_a_continuation_stays():
