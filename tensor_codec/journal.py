@@ -13,13 +13,13 @@ from __future__ import annotations
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tensor_codec.errors import LocalProtocolError
+from tensor_codec.errors import LocalProtocolError, Refused
 from tensor_codec.frame import Buffer
+from tensor_codec.memory import set_aside
 
 _DROPPED_AT_ONCE = 64  # positions: whole pages of memory, and not again at the next token
 
@@ -32,7 +32,7 @@ class Journal:
     """
 
     def __init__(self, batch: int, row_bytes: int, max_length: int) -> None:
-        """row_bytes: of one position of all rows."""
+        """row_bytes: of one position of all rows.  Raises Refused where there is no memory."""
         self.batch = batch
         self.row_bytes = row_bytes
         self.max_length = max_length
@@ -41,11 +41,10 @@ class Journal:
         self.pinned = False
         # (first position, rope_length from there on), ascending: one item but for models that need more.
         self._ropes: list[tuple[int, int]] = [(0, 0)]
-        # Private: what is shared, the system keeps even when it is told that nobody needs it.
-        self._memory = mmap.mmap(-1, row_bytes * max_length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                self._memory.madvise(mmap.MADV_NOHUGEPAGE)  # a few tokens would take 2 MiB
+        try:
+            self._memory = set_aside(row_bytes * max_length)
+        except MemoryError as error:
+            raise Refused(f"a journal of {max_length} positions: {error}") from None
 
     @property
     def tokens(self) -> int:
@@ -141,7 +140,7 @@ class JournalBudget:
         return self._held
 
     def open(self, session: bytes, batch: int, row_bytes: int, max_length: int) -> Journal:
-        """An empty journal."""
+        """An empty journal.  Raises Refused where there is no memory."""
         if session in self._journals:
             raise LocalProtocolError("a session has a journal already")
         journal = self._journals[session] = Journal(batch, row_bytes, max_length)

@@ -6,14 +6,16 @@ prints the same table for users.  One frozen value is built in `main` and handed
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import index
 
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 MAX_HEADER_BYTES = 4 * KIB  # 1 MiB of msgpack can become 72 MiB of objects
 # What an operator or a program may choose, least and most.  What every client may count on is not lowered.
-CHOICES: dict[str, tuple[float, float]] = {
+CHOICES: dict[str, tuple[int, int]] = {
     "max_session_tokens": (16, 1 << 40),
     "max_step_tokens": (2048, 1 << 20),
     "max_frame_bytes": (16 * MIB, 1 * GIB),
@@ -95,9 +97,17 @@ def limits_with(limits: Limits | None = None, **chosen: float | None) -> Limits:
     Raises ValueError for one that is out of range (`CHOICES`), which begins with its name.
     """
     limits = limits or Limits()
-    given = {name: value for name, value in chosen.items() if value is not None}
-    for name, value in given.items():
-        least, most = CHOICES[name]
-        if isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"{name} is {value}, {least:g} to {most:g} are allowed")
+    given = {name: _checked(name, value) for name, value in chosen.items() if value is not None}
     return replace(limits, **given)  # type: ignore[arg-type]  # by their names
+
+
+def _checked(name: str, value: object) -> float:
+    """A whole number, for seconds any; numpy's and torch's too.  Raises ValueError."""
+    least, most = CHOICES[name]
+    number: float | None = None
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            number = float(value) if name.endswith("_seconds") else index(value)  # type: ignore[arg-type]
+    if number is None or not least <= number <= most:
+        raise ValueError(f"{name} is {value!r}, {least} to {most} are allowed")
+    return number

@@ -19,10 +19,8 @@ tokens, so such a cache cannot be cut except to nothing.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tensor_codec.errors import LocalProtocolError, Refused
+from tensor_codec.memory import set_aside
 
 PAGE_TOKENS = 16
 
@@ -293,11 +292,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     if not size:
         return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # The rows of sessions lie far apart: with pages of 2 MiB a few tokens would take all of it.
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    pages = set_aside(size)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
