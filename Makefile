@@ -7,7 +7,7 @@ TEST_SECONDS ?= 1200
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types bench clean
+.PHONY: help env demo test lint format types bench figures clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ types: env ## Check types
 bench: env ## Measure decoding over one and over three servers
 	@$(BIN)/python -m benchmarks.decode --servers 1 $(ARGS)
 	@$(BIN)/python -m benchmarks.decode --servers 3 $(ARGS)
+
+figures: env ## Measure what README.md and docs/benchmarks.md show of this machine, and write it there
+	@$(BIN)/python -m benchmarks.figures --measure $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,6 +23,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import Elsewhere, machine
 from benchmarks.processes import LocalSwarm, Worker, equal_spans, local_swarm
 from node.config import ConfigError
 from node.model.info import read_info
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags.codec,
         ]
         with closing(Worker("benchmarks.swarm_client", client_flags, threads)) as client:
-            result = measure(flags, swarm, client, reference)
+            about, elsewhere = machine(), Elsewhere()
+            result = {"machine": about, **measure(flags, swarm, client, reference)}
+            about["others"] = elsewhere.share()
     report(result)
     if flags.json:
         Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -221,6 +224,8 @@ def report(result: dict[str, Any]) -> None:
     names = ("servers", "clients", "dtype", "quantize", "threads")
     print(", ".join(f"{name} {result[name]}" for name in names))
     for key, value in result.items():
+        if isinstance(value, dict):
+            value = [f"{name} {what}," for name, what in value.items()]
         values = value if isinstance(value, list) else [value]
         print(f"  {key:28} {' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}")
 

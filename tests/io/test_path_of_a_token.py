@@ -16,6 +16,7 @@ import trio
 import trio.testing
 
 import client
+from client.trace import Trace as Events
 from node import main
 from node.compute import ComputeThread, open_compute_thread
 from node.config import NetworkConfig, NodeConfig
@@ -27,6 +28,7 @@ from tests.traced import PACKAGES, ROOT, Called, Tracer
 PAGE = ROOT / "docs" / "path-of-a-token.md"
 SPANS = ((0, 2), (2, 4), (4, 6))
 GENERATIONS, TOKENS = 3, 5
+PROMPT_TEXT = "Once upon a time, in a village"
 Window = Sequence[Called]  # what was called for one token
 
 # What runs for every token and has no place on the page: it decides nothing about the token's way.
@@ -37,26 +39,19 @@ HELPERS = {
     "node/serving/cost.py": "adds up seconds",
     "node/network/multistream.py": "agrees on a protocol once for each stream",
     "routing/records.py": "holds what a peer says",
+    "node/values.py": "checks arguments",
+    "tensor_codec/memory.py": "sets memory aside",
     "tensor_codec/limits.py": "holds the limits",
     "tensor_codec/header.py": "packs and unpacks the header of every message",
     "node/main.py": "hands over to the host",
 }
 # Public coroutines, and functions by which one package enters another, that the page may leave out.
 UNNAMED = {
-    "Answers.has_answered": "within Answers",
-    "Answers.is_due": "within Asker.measure",
-    "Answers.late": "within Directory.late",
-    "Answers.rtts": "within Directory.rtts",
-    "Answers.silent": "within Answers",
-    "Answers.unknown": "within Directory.unknown",
-    "Answers.wait_for": "within Asker.measure",
     "Connection.flush": "of the pings of Directory.measure",
     "Connection.start": "goes on when its read loop does",
     "Costs.chain": "within cheapest_chain",
     "Distances.between": "within Routes.learn",
-    "Directory.late": "nobody, where all have answered",
     "Directory.rtts": "what Directory.measure has measured",
-    "Directory.unknown": "nobody, where all have answered",
     "FramedStream.aclose": "ends a ping",
     "HopLink.send": "within HopLink.send_step",
     "HopWorker.run": "goes on when its reader or its worker does",
@@ -68,7 +63,6 @@ UNNAMED = {
     "Outlet.aclose": "nothing to leave yet",
     "Outlet.end_bulk": "nothing to end yet",
     "ReadBuffer.fill": "within SecureChannel.receive",
-    "Routes.is_covered_by": "asked by Asker.measure",
     "Route.calm_down": "nothing to end for a single token",
     "Session.send_again": "nothing to send yet",
     "Stint.run": "goes on when Engine.run does",
@@ -78,7 +72,6 @@ UNNAMED = {
     "costs": "within cheapest_chain",
     "dearness": "within shyness",
     "expire": "within Directory.view",
-    "holes": "within Routes.is_covered_by",
     "sample": "within Routes.choose",
     "shyness": "before leanings",
     "step_session": "within Listener.take_push",
@@ -159,15 +152,20 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
             await compute.run(tracer.start)
         tracer.start()
         try:
-            for _ in range(GENERATIONS):
+            for _ in range(4 * GENERATIONS):
                 await trio.testing.wait_all_tasks_blocked(0.05)  # what the last one left is gone
+                events = Events()
                 windows: list[Window] = []
                 begin = len(tracer.calls)
-                async for _ in swarm.generate("Once upon a time, in a village", max_new_tokens=TOKENS):
+                async for _ in swarm.generate(PROMPT_TEXT, max_new_tokens=TOKENS, trace=events):
                     windows.append(tracer.calls[begin:])
                     begin = len(tracer.calls)
-                first.append(windows[0])
-                later += windows[1:]
+                # On a machine that is much too busy hops are late, and asked and replaced as in a fault.
+                if not events.counts["fault"] and not events.counts["rerouted"]:
+                    first.append(windows[0])
+                    later += windows[1:]
+                if len(first) == GENERATIONS:
+                    break
         finally:
             tracer.stop()
             for compute in computes:
@@ -196,7 +194,7 @@ def first_calls(window: Window) -> dict[str, int]:
 
 
 # What a process does beside its tokens, by what its tasks run: records, pings of its own, moves.
-BESIDE = ("Asker.", "Directory.", "Server.", "Balancer.")
+BESIDE = ("Directory.", "Server.", "Balancer.")
 
 
 def in_all(windows: Sequence[Window]) -> dict[str, Called]:

@@ -162,17 +162,3 @@ def _resident() -> int:
     """Bytes of memory that this process takes."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * mmap.PAGESIZE
-
-
-def test_a_journal_in_another_codec_takes_the_place_of_the_old_one():
-    budget = JournalBudget(10)
-    old, other = budget.open(b"a", 1, ROW, LENGTH), budget.open(b"b", 1, ROW, LENGTH)
-    budget.append(old, 0, 6, body(1, 0, 6))
-    wider = Journal(1, 2 * ROW, LENGTH)
-    wider.append(2, 4, bytes(2 * ROW * 4))
-    budget.replace(b"a", wider)
-    assert budget.held == 4
-    budget.append(other, 0, 8, body(1, 0, 8))  # together more than 10: the longest gives way
-    assert (wider.tokens, budget.held) == (4, 4)
-    budget.close(b"a")
-    assert budget.held == 0

@@ -38,7 +38,7 @@ LIMITS = Limits()
 CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
 ROW = bytes(CONTRACT.row_bytes)
 RUN = messages.Run("m", "r", 0, 2, 1, "float32", "fp32", "a")
-STEP = messages.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True)
+STEP = messages.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
 OPEN = messages.Open(bytes(16), "m", "r", 0, 2, 1, 64, "float32", "fp32", "p", "s", "a", True, 1, True)
 
 
@@ -72,11 +72,11 @@ KINDS = {
     "open": Kind(messages.encode_open(OPEN), messages.decode_open),
     "opened": Kind(messages.encode_opened(messages.Opened(True, True, 1.5)), messages.decode_open_reply),
     "step": Kind(messages.encode_step(STEP), from_client),
-    "result": Kind(messages.encode_result(messages.Result(3, 5, ROW, ((1, 2),), 1, True)), from_hop),
+    "result": Kind(messages.encode_result(messages.Result(3, 5, ROW, ((1, 2),), 1, True, 9)), from_hop),
     "failed": Kind(messages.encode_failed(messages.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
     "close": Kind(messages.encode_close(), from_client),
-    "relink": Kind(messages.encode_relink(messages.Relink(1, "p", "s", True, "fp32")), from_client),
-    "relinked": Kind(messages.encode_relinked(messages.Relinked(1, True, 5, 2, 3, True, "fp32")), from_hop),
+    "relink": Kind(messages.encode_relink(messages.Relink(1, "p", "s", True)), from_client),
+    "relinked": Kind(messages.encode_relinked(messages.Relinked(1, True, 5, 2, 3, True)), from_hop),
     "resume": Kind(messages.encode_resume(messages.Resume(1, 5, 2, 5)), from_client),
     "where": Kind(messages.encode_where(), from_client),
     "here": Kind(messages.encode_here(messages.Here(5, 1, 3)), from_hop),
