@@ -11,6 +11,7 @@ from client import options as checks
 from client.sampling import SamplingOptions
 from node.config import ConfigError
 from node.model.folder import read_json
+from node.values import shown
 
 FILE = "generation_config.json"
 DEFAULT_TOP_K = 50  # of transformers, wherever it samples and nobody says otherwise
@@ -142,7 +143,7 @@ def defaults_of(config: Any, vocabulary: int) -> GenerationDefaults:
     if hasattr(config, "to_diff_dict"):
         config = config.to_diff_dict()
     if not isinstance(config, Mapping):
-        found = checks.shown(config)
+        found = shown(config)
         raise ValueError(f"generation_config is {found}, a GenerationConfig, a dict or False is allowed")
     values = {name: value for name, value in config.items() if value is not None}
     options = {name: value for name, value in values.items() if name in _OPTIONS}

@@ -11,6 +11,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, TypedDict
 
+from node.values import is_bool, shown
+
 MOST_TOKENS = 2**31 - 1
 
 
@@ -101,7 +103,7 @@ BIAS = Range(-100, 100)  # as OpenAI and vLLM have it
 def number(name: str, value: Any, allowed: Range) -> float:
     """A float, or an int where `allowed` says whole.  Raises ValueError."""
     found: float | None = None
-    if not (isinstance(value, str | bytes | complex) or _is_bool(value) or _has_axes(value)):
+    if not (isinstance(value, str | bytes | complex) or is_bool(value) or _has_axes(value)):
         try:
             found = operator.index(value) if allowed.whole else float(value)
         except (
@@ -123,7 +125,7 @@ def whole(name: str, value: Any, allowed: Range) -> int:
 
 def switch(name: str, value: Any) -> bool:
     """True or False, of numpy and torch too.  Raises ValueError."""
-    if not _is_bool(value) or _has_axes(value):
+    if not is_bool(value) or _has_axes(value):
         raise ValueError(f"{name} is {shown(value)}, True or False is allowed")
     return bool(value)
 
@@ -262,16 +264,6 @@ def bad_words(value: Any, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
             ids = tuple(tokenizer.encode(text, add_special_tokens=False))
             lists.update({ids: None} if ids else {})
     return tuple(lists)
-
-
-def shown(value: Any) -> str:
-    """A value for a message, not longer than a line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _has_axes(value: Any) -> bool:

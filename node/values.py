@@ -20,7 +20,7 @@ MOST_TOKENS = 1 << 40
 def whole(name: str, value: Any, least: int = 1, most: int = MOST_TOKENS) -> int:  # Any: to be checked
     """A whole number.  Raises ValueError."""
     try:
-        found = None if _is_bool(value) else operator.index(value)
+        found = None if is_bool(value) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # torch: a tensor of fractions, or of many numbers
         found = None
     if found is None or not least <= found <= most:
@@ -32,7 +32,7 @@ def whole(name: str, value: Any, least: int = 1, most: int = MOST_TOKENS) -> int
 def seconds(name: str, value: Any, *, above: bool = False) -> float:  # Any: to be checked
     """A length of time.  above: 0 is not allowed.  Raises ValueError."""
     try:
-        found = math.nan if isinstance(value, str | bytes) or _is_bool(value) else float(value)
+        found = math.nan if isinstance(value, str | bytes) or is_bool(value) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         found = math.nan
     if not 0 <= found <= MOST_SECONDS or (above and not found):
@@ -70,7 +70,7 @@ def shown(value: object) -> str:
     return text if plain else f"{text} ({type(value).__name__})"
 
 
-def _is_bool(value: Any) -> bool:  # Any: to be checked
+def is_bool(value: Any) -> bool:  # Any: to be checked
     """Whether it is True or False, of numpy and torch too."""
     if isinstance(value, bool):
         return True

@@ -14,13 +14,13 @@ from client.options import (
     bad_words,
     number,
     prompt_ids,
-    shown,
     stop_strings,
     switch,
     token_ids,
     whole,
 )
 from client.sampling import SamplingOptions
+from node.values import shown
 
 REAL = [name for name, allowed in RANGES.items() if not allowed.whole]
 WHOLE = [name for name, allowed in RANGES.items() if allowed.whole]
@@ -94,7 +94,7 @@ def test_another_seed_is_refused_by_name(seed):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"logit_bias": [1]}, "logit_bias is .1., a dict"),
+        ({"logit_bias": [1]}, "logit_bias is .1. .list., a dict"),
         ({"logit_bias": {"a": 1}}, "a token in logit_bias is 'a', a whole number, at least 0"),
         ({"logit_bias": {1: 101}}, "logit_bias of token 1 is 101, -100 to 100"),
         ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 is nan"),
@@ -106,10 +106,10 @@ def test_another_seed_is_refused_by_name(seed):
         ({"stop_token_ids": "1"}, "stop_token_ids is '1', a list of token ids"),
         ({"stop_token_ids": [-1]}, "a token in stop_token_ids is -1"),
         ({"sequence_bias": [[1, 2.0]]}, "sequence_bias is 1, a list of token ids"),
-        ({"sequence_bias": {}}, "sequence_bias is {}"),
+        ({"sequence_bias": {}}, "sequence_bias is {} .dict."),
         ({"exponential_decay_length_penalty": 1}, "exponential_decay_length_penalty is 1, .tokens, factor."),
         ({"logits_processor": "x"}, "logits_processor is 'x', a LogitsProcessorList or a list of functions"),
-        ({"logits_processor": [1]}, "logits_processor is .1., "),
+        ({"logits_processor": [1]}, "logits_processor is .1. .list., "),
         ({"logprobs": 5}, "logprobs is 5, True or False is allowed"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens is 'no', True or False is allowed"),
         ({"top_logprobs": -1}, "top_logprobs is -1, a whole number, at least 0 is needed"),
@@ -187,11 +187,11 @@ def test_a_prompt_is_text_or_token_ids_in_one_row():
         ([True], "a token in the prompt is True"),
         (["a"], "a token in the prompt is 'a'"),
         (torch.zeros(2, 2, dtype=torch.long), "a token in the prompt is .0, 0."),
-        (b"ab", "the prompt is b'ab', text or a list of token ids is allowed"),
+        (b"ab", "the prompt is b'ab' .bytes., text or a list of token ids is allowed"),
         (None, "the prompt is None, text or a list of token ids"),
         (3, "the prompt is 3, text"),
-        ({1, 2}, "the prompt is {1, 2}, text"),
-        ({"input_ids": [1]}, "the prompt is {'input_ids': .1.}, text"),
+        ({1, 2}, "the prompt is {1, 2} .set., text"),
+        ({"input_ids": [1]}, "the prompt is {'input_ids': .1.} .dict., text"),
         ("a\udc80", r"the prompt holds '\\udc80' at position 1: it is no text"),
     ],
     ids=shown,
