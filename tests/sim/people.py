@@ -86,8 +86,17 @@ class Span(FakeSpan):
         self.slowness = 1.0
         self.sick = False
 
-    def forward(self, hidden: Tensor, cache: FakeCache, position: int, start: int, stop: int) -> Tensor:
-        """[batch, tokens, hidden] -> the same shape, as `FakeSpan.forward`."""
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: FakeCache,
+        position: int,
+        start: int,
+        stop: int,
+        *,
+        rope_length: int = 0,
+    ) -> Tensor:
+        """[batch, tokens, hidden] -> the same shape, as `FakeSpan.forward` without angles."""
         assert isinstance(cache, CountingCache)
         assert self.start <= start < stop <= self.stop
         if position != cache.length:
