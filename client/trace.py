@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -58,4 +59,8 @@ class Trace:
             json.dumps({"at": round(event.at - began, 6), "kind": event.kind, **event.data})
             for event in self.events
         )
-        path.write_text("".join(line + "\n" for line in lines))
+        # Opened without waiting: a FIFO may have nobody at its other end.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)

@@ -23,6 +23,7 @@ from node.interrupts import end_at_once_on_interrupt
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))  # by their file descriptors
 INTERRUPTED = 130
+MOST_CHARACTERS = 1 << 25  # of a prompt: more than any model takes
 ERRORS = "raceme"  # the name of what is done with characters that an encoding lacks
 _ASCII = {"…": "..."}
 _PLAIN = re.compile(r"[\x20-\x7e\n\t]*")
@@ -77,6 +78,13 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     wait for it, or take from under it what it works with.
     """
     end_at_once_on_interrupt()
+    try:
+        os.getcwd()
+    except (
+        OSError
+    ):  # its folder was removed, and torch would end the process; no relative path means anything
+        os.chdir("/")
+        os.environ["PWD"] = "/"  # oneMKL looks for its parts from there
     code: int | str | None = 1
     try:
         code = main()
@@ -197,18 +205,20 @@ def argument_text(word: str, what: str) -> str:
     return _as_utf8(word, os.fsencode(word), what) if _has_bytes(word) else word
 
 
-def read_text(what: str, read: Callable[[], str] | None = None) -> str:
-    """What standard input holds, or what `read` (by default all) takes of it, as `argument_text`.
+def read_text(what: str, read: Callable[[int], str] | None = None) -> str:
+    """What standard input holds, or what `read` takes of it, as `argument_text`.
 
-    Raises ValueError for bytes that are no text.
+    read: given how many characters there may be.  Raises ValueError for more, and for bytes that are no text.
     """
     stream = sys.stdin
     try:
-        text = stream.read() if read is None else read()
+        text = (read or stream.read)(MOST_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} is not {stream.encoding}: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise ConfigError(f"cannot read standard input: {error.strerror}") from None
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{what} has more than {MOST_CHARACTERS} characters")
     if not _has_bytes(text):
         return text
     return _as_utf8(text, text.encode(stream.encoding, "surrogateescape"), what)

@@ -190,6 +190,7 @@ NO_SECONDS = "is not 0 to 1,000,000 seconds"
         client_says(*GENERATE, "-", stdin=b"a\xc3", says="the prompt is not UTF-8: byte 2 is 0xc3"),
         client_says(*GENERATE, "-", stdin=b"\xe9", encoding="ascii", says="the prompt is not UTF-8: byte 1"),
         client_says(*GENERATE, "-", stdin=b"abc", encoding="utf-16-le", says="the prompt is not utf-16-le"),
+        client_says(*GENERATE, "-", stdin=b"a" * ((1 << 25) + 1), says="more than 33554432 characters"),
         client_says(*GENERATE, "a\udcff", says="the prompt is not UTF-8: byte 2 is 0xff"),
         client_says(*GENERATE, "a", "--stop", "\udcc3", says="--stop is not UTF-8: byte 1 is 0xc3"),
         client_says("chat", *JOIN, "--system", "\udcff", says="--system is not UTF-8: byte 1 is 0xff"),
@@ -382,6 +383,16 @@ def test_a_trace_that_cannot_be_written_is_named_below_the_text(
     assert f"cannot write the trace {trace}: " in done.err
 
 
+def test_a_trace_does_not_wait_for_the_other_end_of_a_fifo(
+    door: Door, serve: Callable[..., FakeSwarm], tmp_path: Path
+):
+    serve("a", " b")
+    os.mkfifo(tmp_path / "fifo")
+    done = door.run(client.__main__, *GENERATE, "--trace", tmp_path / "fifo", "x")
+    assert (done.code, done.out) == (2, "a b\n")
+    assert "cannot write the trace" in done.err
+
+
 def test_a_route_is_one_line_a_hop_whatever_a_server_calls_itself(
     door: Door, serve: Callable[..., FakeSwarm]
 ):
@@ -426,7 +437,7 @@ def swarm_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @asynccontextmanager
     async def open_node(*words: object, **options: object) -> AsyncIterator[Any]:
-        yield SimpleNamespace(directory=directory)
+        yield SimpleNamespace(directory=directory, host=SimpleNamespace(peer_id=PeerId("me")))
 
     monkeypatch.setattr(node.main, "open_node", open_node)
     monkeypatch.setattr("node.status.SETTLE_SECONDS", 0)
