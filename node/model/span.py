@@ -462,7 +462,8 @@ def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
     check_rope(folder.config, folder.path / CONFIG_FILE)
     try:
         plain = {key: value for key, value in folder.config.items() if key not in PACKING_KEYS}
-        return cast(LibraryConfig, config_class.from_dict(plain))
+        with _quiet_library():  # what matters of what it warns of, `check_rope` has refused
+            return cast(LibraryConfig, config_class.from_dict(plain))
     except (*_UNLOADABLE, StrictDataclassError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{folder.path / CONFIG_FILE} is not a config of {base.__name__}: {what}") from None

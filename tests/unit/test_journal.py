@@ -162,3 +162,23 @@ def _resident() -> int:
     """Bytes of memory that this process takes."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * mmap.PAGESIZE
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(0, 3)), max_size=12), st.data())
+def test_each_position_keeps_the_length_with_which_it_went_out(steps, data):
+    journal, length = Journal(1, ROW, LENGTH), 0
+    known: list[int] = []
+    for position, tokens, rope_length in steps:
+        position = min(position, length)
+        if data.draw(st.booleans()):
+            journal.cut(position)
+        journal.append(position, tokens, body(1, position, tokens), rope_length)
+        known[position:] = [rope_length] * tokens
+        length = position + tokens
+    start = data.draw(st.integers(0, length))
+    stop = data.draw(st.integers(start, length))
+    most = data.draw(st.integers(1, 20))
+    parts = list(journal.parts(start, stop, most))
+    assert [at for first, end, _ in parts for at in range(first, end)] == list(range(start, stop))
+    assert [rope for first, end, rope in parts for _ in range(first, end)] == known[start:stop]
+    assert all(0 < end - first <= most for first, end, _ in parts)

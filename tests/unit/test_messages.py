@@ -217,19 +217,19 @@ def test_an_open_comes_back_as_it_was(message):
     assert decode_open(joined(encode_open(message))) == message
 
 
-@given(numbers, st.integers(0, 9), st.integers(1, 6), replies, timings, st.data())
-def test_a_step_comes_back_as_it_was(number, position, tokens, reply, times, data):
+@given(numbers, st.integers(0, 9), st.integers(1, 6), replies, timings, st.integers(0, 10), st.data())
+def test_a_step_comes_back_as_it_was(number, position, tokens, reply, times, rope_length, data):
     tokens = min(tokens, CONTRACT.max_length - position)
     body = data.draw(st.binary(min_size=tokens * ROW, max_size=tokens * ROW))
-    message = Step(ID, number, position, reply, body, times)
+    message = Step(ID, number, position, reply, body, times, rope_length=rope_length)
     found = decode_from_client(joined(encode_step(message)), CONTRACT)
     assert replace(found, body=bytes(found.body)) == message
 
 
-@given(numbers, st.integers(0, 10), st.integers(0, 6), timings)
-def test_a_result_comes_back_as_it_was(number, position, tokens, times):
+@given(numbers, st.integers(0, 10), st.integers(0, 6), timings, st.integers(0, 10))
+def test_a_result_comes_back_as_it_was(number, position, tokens, times, rope_length):
     tokens = min(tokens, CONTRACT.max_length - position)
-    message = Result(number, position, bytes(tokens * ROW), times)
+    message = Result(number, position, bytes(tokens * ROW), times, rope_length=rope_length)
     found = decode_from_hop(joined(encode_result(message)), CONTRACT)
     assert replace(found, body=bytes(found.body)) == message
 
@@ -293,6 +293,9 @@ BAD_STEPS: dict[str, bytes] = {
     "more positions than one step may carry": step_frame(bytes(7 * ROW), p=0),
     "more positions than the session has": step_frame(bytes(2 * ROW), p=9),
     "a position behind the end": step_frame(p=10),
+    "a longer prompt than the session has": step_frame(l=11),
+    "a prompt of less than nothing": step_frame(l=-1),
+    "a prompt of no number": step_frame(l="x"),
     "a position far behind the end": step_frame(p=2**63),
     "a negative position": step_frame(p=-1),
     "no position": step_frame(p=...),
@@ -351,6 +354,7 @@ BAD_RESULTS: dict[str, bytes] = {
     "one row of a batch of two": result_frame(bytes(ROW // 2)),
     "more positions than one step may carry": result_frame(bytes(7 * ROW), p=0),
     "more positions than the session has": result_frame(bytes(ROW), p=10),
+    "a longer prompt than the session has": result_frame(l=11),
     "a position behind the end": result_frame(b"", p=11),
     "a negative position": result_frame(p=-1),
     "no position": result_frame(p=...),
