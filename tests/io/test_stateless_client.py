@@ -188,6 +188,20 @@ async def test_each_hop_has_the_codec_that_loses_nothing_of_what_it_computes(aut
         assert (await swarm.client(codec="fp32").forward(STATES, 0, 4)).dtype == torch.float32
 
 
+async def test_a_hop_of_another_dtype_that_replaces_one_is_asked_in_its_own_codec(autojump_clock):
+    async with toy_swarm() as swarm:
+        swarm.add("a", 0, 2)
+        swarm.add("b", 2, 4, dtype="bfloat16")
+        client = swarm.client()
+        assert (await client.forward(STATES, 0, 4)).dtype == torch.bfloat16
+        swarm.add("c", 2, 4)
+        await swarm.kill("b")
+        found = await client.forward(STATES, 0, 4)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, blocks_on(STATES, 0, 4))
+        assert torch.equal(await client.backward(STATES, GRAD, 0, 4), gradient_of(STATES, GRAD, 0, 4))
+
+
 @pytest.mark.parametrize("victim", ["a", "b", "c"])
 @pytest.mark.parametrize("at", [0.5, 1.5, 2.5, 3.5, 4.5])
 async def test_a_server_that_dies_at_any_moment_of_backward_is_replaced_and_the_gradient_is_the_same(
