@@ -7,19 +7,26 @@ import ast
 import importlib
 import inspect
 import io
+import json
+import logging
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import client
 from client.connect import Swarm
-from node.config import VERSION
+from client.options import Sampling
+from node.config import VERSION, NetworkConfig
+from node.logs import JsonLines
+from node.main import write_ready_file
 from node.model.architecture import ARCHITECTURES
 from routing.alternatives import Constraints
 from tensor_codec.errors import REFUSALS
@@ -266,6 +273,60 @@ def test_the_readme_s_map_of_the_project_is_so():
     shown = section(README.read_text(), "## Where things are")
     for name in re.findall(r"^ {4,6}([\w/]+/|\w+\.py) ", shown, re.MULTILINE):
         assert (ROOT / name).exists() or (ROOT / "node" / name).exists(), name
+
+
+def test_the_readme_has_every_option_of_generate_and_no_other():
+    text = README.read_text()
+    begin = text.index("| options of `generate` |")
+    listed = set(re.findall(r"`([a-z]\w+)`", text[begin : text.index("\n\n", begin)]))
+    parameters = inspect.signature(Swarm.generate).parameters
+    taken = {name for name in parameters if name not in ("self", "prompt", "sampling")}
+    taken |= set(Sampling.__annotations__)
+    assert listed - taken <= {"generate"}
+    for option in taken - listed:
+        assert re.search(rf"`{option}`|\b{option}=", text), f"{option} is not in README.md"
+
+
+def test_the_view_of_a_swarm_in_the_readme_has_the_columns_and_the_words_of_status():
+    shown = (
+        section(README.read_text(), "## Your own swarm").split("```text\n")[-1].split("```")[0].splitlines()
+    )
+    code = (ROOT / "node" / "status.py").read_text()
+    columns = [
+        name for line in re.findall(r"for column in \((.*?)\):", code) for name in ast.literal_eval(line)
+    ]
+    assert shown[1].split() == " ".join(columns).split()
+    for words_of_line in (
+        "every block is served",
+        "servers of each block:",
+        "served by one server only: blocks",
+    ):
+        assert words_of_line in code
+        assert any(words_of_line in line for line in shown)
+
+
+def test_what_happened_to_a_session_is_told_in_the_kinds_of_the_manual():
+    listed = re.search(r"Kinds: (.*?)\. In Python", in_one_line("docs/operating.md"))
+    assert listed
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "client").glob("*.py")))
+    kinds = set(re.findall(r"trace\.add\(\s*\"(\w+)\"", code))
+    assert set(re.findall(r"`(\w+)`", listed[1])) == kinds
+
+
+def test_the_ready_file_and_the_log_have_the_keys_of_the_manual(tmp_path):
+    text = in_one_line("docs/operating.md")
+    ready = re.search(r"JSON, written whole once the node is online: (.*?)\. Remove", text)
+    assert ready
+    node = SimpleNamespace(host=SimpleNamespace(peer_id="p", addresses=()))
+    write_ready_file(NetworkConfig(ready_file=tmp_path / "ready"), node, None)
+    assert set(re.findall(r"`(\w+)`", ready[1])) == json.loads((tmp_path / "ready").read_text()).keys()
+    logged = re.search(r"gives one object a line: (.*?)\. Prompts", text)
+    assert logged
+    try:
+        raise ValueError
+    except ValueError:
+        record = logging.LogRecord("raceme", logging.INFO, "", 1, "x", (), sys.exc_info())
+    assert set(re.findall(r"`(\w+)`", logged[1])) == json.loads(JsonLines().format(record)).keys()
 
 
 def test_a_release_has_its_section_of_changes():
