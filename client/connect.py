@@ -378,7 +378,7 @@ class Swarm:
         chain = await self._wait_for_chain(choose, deadline)
         info = self.info
         terms = Terms(
-            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self._codec(chain),
+            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self.config.codec,
             self.ends.rope,
         )  # fmt: skip
         return await open_session(
@@ -390,16 +390,8 @@ class Swarm:
             give_up_seconds=self.config.give_up_seconds,
             deadline=deadline,
             trace=trace,
+            chain=chain,
         )
-
-    def _codec(self, chain: Chain) -> str:
-        """How hidden states travel along this chain, so that nothing is lost."""
-        from tensor_codec.compression import codec_for
-
-        if self.config.codec != "auto":
-            return self.config.codec
-        known = (self.routes.dtype_of(hop.peer) for hop in chain.hops)
-        return codec_for(frozenset(dtype for dtype in known if dtype is not None))
 
     async def _find_run(
         self,

@@ -35,12 +35,15 @@ class HopLink:
 
     standing: as last heard, when the route changed.  push: it reaches its successor.
     relay: the client carries its outputs on.  fed: the client sends its inputs.
+    dtype: what it computes in.  codec: how hidden states travel to and from it.
     error: why it is of no use any more.  leaving: it goes on for a while.  refused: it could not take a
     step, and may be able to later.
     """
 
     hop: Hop
     stream: FramedStream
+    dtype: str
+    codec: str
     standing: Standing = field(default_factory=Standing)
     queue: float = 0.0  # how long steps waited there when the session was opened: see Opened
     push: bool = False
@@ -89,6 +92,9 @@ class HopLink:
         await self.send(encode_relink(order))
         with trio.move_on_after(seconds):
             said = await self._answer_to(order)
+            if said.codec != order.codec:
+                raise RemoteProtocolError(f"{self.hop.peer} cannot go on in codec {order.codec}")
+            self.codec = order.codec or self.codec
             self.push = said.push
             self.standing = Standing(said.length, said.kept, said.step, said.cut)
             return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -27,6 +27,7 @@ from node.network.streams import FramedStream
 from node.tasks import background_nursery
 from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
+from tensor_codec.compression import codec_for, recode
 from tensor_codec.errors import CacheFull, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
@@ -54,8 +55,10 @@ LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a session asks of every hop.  codec: how hidden states travel.
+    """What a session asks of every hop.
 
+    codec: how hidden states travel: "fp32" or "bf16", or "auto": so that nothing is lost along the hops
+    that the session has at the time.
     rope: what in the model depends on a sequence's length, if anything does.
     """
 
@@ -67,6 +70,11 @@ class Terms:
     max_length: int
     codec: str
     rope: LengthRope | None = None
+
+    @property
+    def kept_codec(self) -> str:
+        """How the client keeps what it sends: as it came, where the hops may come to want that."""
+        return "fp32" if self.codec == "auto" else self.codec
 
 
 class Surroundings(Protocol):
@@ -152,7 +160,8 @@ class Feeder(Protocol):
 class Route:
     """The hops of one session.  Their tasks run in `nursery` until `close`.
 
-    journal: what was sent to the first hop.  epoch: grows with every change.
+    contract: its codec is that of the present epoch.  first: the chain to be opened, where it was chosen.
+    journal: what was sent to the first hop, in `terms.kept_codec`.  epoch: grows with every change.
     behind_replay: what is sent must not overtake a replay that may still be under way.
     broken_at: on trio's clock; None while the route is sound.
     resumed: when the last repair was done and since when the route had been broken, until an answer.
@@ -166,6 +175,7 @@ class Route:
     nursery: trio.Nursery
     limits: Limits
     trace: Trace
+    first: Chain | None = None
     hops: list[HopLink] = field(default_factory=list)
     chain: Chain = field(default_factory=lambda: Chain((), 0.0))
     epoch: int = 0
@@ -180,6 +190,8 @@ class Route:
     _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
     _carried: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # as the trace has been told
     _patience: float = OPEN_SECONDS
+    _codecs: list[tuple[int, str]] = field(default_factory=list)  # since which epoch
+    _fed: bool = False  # whether anything has been sent to any hop
     _never: frozenset[PeerId] = frozenset()  # peers that cannot serve this session at all
     _refusals: Counter[PeerId] = field(default_factory=Counter)
     _unanswered: set[PeerId] = field(default_factory=set)  # hops that are to take a new route
@@ -206,8 +218,9 @@ class Route:
             raise self._reason() from self.last_error
 
     async def _try_to_repair(self) -> None:
+        chain, self.first = self.first, None
         try:
-            await self._switch(await self._find())
+            await self._switch(chain or await self._find())
         except (PeerFault, Refused) as error:
             self.last_error = error
 
@@ -225,7 +238,7 @@ class Route:
 
     async def send(self, step: Step) -> None:
         """Send a step to the first hop.  Raises PeerFault, which is noted."""
-        first = self.hops[0]
+        first, self._fed = self.hops[0], True
         await self._noting(first, partial(first.send_step, step, self.limits.session_idle_seconds))
 
     async def carry(self, link: HopLink, step: Step) -> None:
@@ -403,7 +416,12 @@ class Route:
             known = {link.hop: link for link in self._links if link.alive}
             links = [known.get(hop) for hop in chain.hops]
             held = any(links) or self.feeder.stand().position > 0
-            made = await self._each_hop(chain.hops, links, held=held)
+            dtypes = [
+                link.dtype if link else self.around.dtype_of(hop.peer)
+                for hop, link in zip(chain.hops, links, strict=True)
+            ]
+            self._agree_on_codec(dtypes, kept=any(links))
+            made = await self._each_hop(chain.hops, links, dtypes, held=held)
             apart = [
                 (one.hop.peer, two.hop.peer) for one, two in pairwise(made) if not one.push and not one.relay
             ]
@@ -420,6 +438,30 @@ class Route:
                 continue
             return made, not held
 
+    def _agree_on_codec(self, dtypes: Sequence[str | None], *, kept: bool) -> None:
+        """How hidden states travel from this epoch on.
+
+        kept: some hops go on: they have been given what the codec until now left of it.  So a session
+        never goes back to a narrower one while they do, which would gain bytes and lose what is kept;
+        unless nothing has been sent yet.
+        """
+        codec = self.terms.codec
+        if codec == "auto":
+            codec = codec_for(frozenset(dtype for dtype in dtypes if dtype is not None))
+            if kept and self._fed and self.contract.codec == "fp32":
+                codec = "fp32"
+        if not self._codecs or codec != self.contract.codec:
+            self._codecs.append((self.epoch, codec))
+            self.contract = replace(self.contract, codec=codec)
+
+    def contract_in(self, epoch: int) -> Contract:
+        """What was agreed on in an epoch: a hop's answer may be of an earlier one."""
+        for since, codec in reversed(self._codecs):
+            if since <= epoch:
+                same = codec == self.contract.codec
+                return self.contract if same else replace(self.contract, codec=codec)
+        return self.contract
+
     def _instead_of(self, chain: Chain) -> Chain | None:
         """The best chain by what is known now, if that is another one."""
         with contextlib.suppress(NoChain):
@@ -428,7 +470,12 @@ class Route:
         return None
 
     async def _each_hop(
-        self, hops: Sequence[Hop], known: Sequence[HopLink | None], *, held: bool
+        self,
+        hops: Sequence[Hop],
+        known: Sequence[HopLink | None],
+        dtypes: Sequence[str | None],
+        *,
+        held: bool,
     ) -> list[HopLink]:
         """Open or relink all hops at once; the first failure cancels the rest.  Raises it."""
         made: dict[int, HopLink] = {}
@@ -442,7 +489,7 @@ class Route:
             try:
                 if link is None:
                     with trio.move_on_after(self._patience) as waited:
-                        made[index] = await self._open(hops, index, held=held)
+                        made[index] = await self._open(hops, index, dtypes[index], held=held)
                     if waited.cancelled_caught:
                         raise SlowPeer(f"the session could not be opened within {self._patience:g} s")
                 else:
@@ -475,13 +522,13 @@ class Route:
         successor = None if last or out_of_reach else peers[index + 1]
         return predecessor, successor, out_of_reach
 
-    async def _open(self, hops: Sequence[Hop], index: int, *, held: bool) -> HopLink:
+    async def _open(self, hops: Sequence[Hop], index: int, dtype: str | None, *, held: bool) -> HopLink:
         hop, terms = hops[index], self.terms
         predecessor, successor, relay = self._neighbours(hops, index)
-        dtype = self.around.dtype_of(hop.peer)
         if dtype is None:
             raise PeerGone(f"{hop.peer} has just left the swarm")
-        link = HopLink(hop, await self.around.open_stream(hop.peer, SESSION_PROTOCOL))
+        stream = await self.around.open_stream(hop.peer, SESSION_PROTOCOL)
+        link = HopLink(hop, stream, dtype, self.contract.codec)
         link.relay, link.fed = relay, predecessor is None
         opened = Open(
             session=self.contract.session,
@@ -492,7 +539,7 @@ class Route:
             batch=terms.batch,
             max_length=terms.max_length,
             dtype=dtype,
-            codec=terms.codec,
+            codec=self.contract.codec,
             predecessor=predecessor,
             successor=successor,
             relay=relay,
@@ -513,7 +560,8 @@ class Route:
         link.relay, link.fed, link.refused = relay, predecessor is None, False
         await link.end_bulk()
         seconds = RELINK_SECONDS + (self.limits.successor_seconds if successor is not None else 0.0)
-        await link.relink(Relink(self.epoch, predecessor, successor, relay), seconds)
+        codec = self.contract.codec if link.codec != self.contract.codec else None
+        await link.relink(Relink(self.epoch, predecessor, successor, relay, codec), seconds)
 
     async def _fill_up(self, links: list[HopLink], fresh: bool, began: float) -> None:
         """Let every hop have what it lacks, and send the steps without an answer again.
@@ -564,7 +612,7 @@ class Route:
         self._tell_of_a_replay("client", first.hop.peer, todo.client_from, position)
         part = min(REPLAY_TOKENS, self.contract.max_tokens)
         for start, stop, rope_length in self.journal.parts(todo.client_from, position, part):
-            body = self.journal.read(start, stop)
+            body = recode(self.journal.read(start, stop), self.terms.kept_codec, self.contract.codec)
             message = Step(self.contract.session, 0, start, "replay", body, (), self.epoch, True, rope_length)
             await self._noting(first, partial(first.send_step, message, self.limits.session_idle_seconds))
 
@@ -595,7 +643,7 @@ class Route:
                 self._carried.add((one.hop.peer, two.hop.peer))
                 self.trace.add("relayed", sender=one.hop.peer, peer=two.hop.peer)
         if not before:
-            self.trace.add("opened", hops=hops, seconds=seconds)
+            self.trace.add("opened", hops=hops, codec=self.contract.codec, seconds=seconds)
             return
         self.trace.add(
             "rerouted",
@@ -603,6 +651,7 @@ class Route:
             kept=[link.hop.peer for link in links if link in before],
             opened=[link.hop.peer for link in links if link not in before],
             hops=hops,
+            codec=self.contract.codec,
             seconds=seconds,
         )
 

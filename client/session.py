@@ -34,7 +34,7 @@ from node import values
 from node.compute import ComputeThread
 from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
-from tensor_codec.compression import decode_hidden, encode_hidden
+from tensor_codec.compression import decode_hidden, encode_hidden, recode
 from tensor_codec.errors import BadResult, MessageError, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
@@ -124,7 +124,6 @@ class Session:
     length: int = 0
     times: StepTimes | None = None  # of the last step
     route: Route = field(init=False)
-    _contract: Contract = field(init=False)
     _journal: Journal = field(init=False)
     _next_step: int = 0
     _pending: dict[int, Pending] = field(default_factory=dict)  # by step, oldest first
@@ -137,20 +136,24 @@ class Session:
 
     def __post_init__(self) -> None:
         terms = self.terms
-        contract = self._contract = Contract(
+        contract = Contract(
             session=secrets.token_bytes(SESSION_ID_BYTES),
             start=0,
             stop=terms.blocks,
             batch=terms.batch,
             max_length=terms.max_length,
             hidden=terms.hidden,
-            codec=terms.codec,
-            max_step_tokens=self.limits.step_tokens(terms.hidden * CODEC_BYTES[terms.codec]),
+            codec=terms.kept_codec,
+            max_step_tokens=self.limits.step_tokens(terms.hidden * CODEC_BYTES[terms.kept_codec]),
         )
         self._journal = Journal(terms.batch, contract.row_bytes, terms.max_length)
         self.route = Route(
             terms, contract, self.around, self, self._journal, self.nursery, self.limits, self.trace
         )
+
+    @property
+    def _contract(self) -> Contract:
+        return self.route.contract
 
     @property
     def chain(self) -> Chain:
@@ -173,13 +176,19 @@ class Session:
         return self._contract.max_tokens
 
     def encode(self, hidden: Tensor) -> Buffer:
-        """Hidden states [batch, tokens, hidden] as a step's body.  Raises BadResult for NaN."""
-        return encode_hidden(hidden, self.terms.codec)
+        """Hidden states [batch, tokens, hidden] as `submit` takes them.  Raises BadResult for NaN.
+
+        They are narrowed to what travels when they are sent, since the hops may be others by then.
+        """
+        kept, now = self.terms.kept_codec, self._contract.codec
+        if now != kept:
+            encode_hidden(hidden, now)  # raises for what is beyond its range
+        return encode_hidden(hidden, kept)
 
     def decode(self, result: Result) -> Tensor:
         """The hidden states [batch, tokens, hidden] of an answer, in the codec's dtype.  Raises BadResult."""
         try:
-            return decode_hidden(result.body, self._contract)
+            return decode_hidden(result.body, self.route.contract_in(result.epoch))
         except BadResult as error:
             error.peer = self.chain.hops[-1].peer
             raise
@@ -275,7 +284,8 @@ class Session:
                 f"a step from position {position} on, others up to {self._journal.stop} are on their way"
             )
         self._journal.append(position, tokens, body, rope_length)
-        bulk = next((p.bulk for p in self._pending.values()), len(body) > BULK_BYTES)
+        size = tokens * self._contract.row_bytes
+        bulk = next((p.bulk for p in self._pending.values()), size > BULK_BYTES)
         pending = Pending(self._next_step, StepRange(position, tokens, reply, rope_length), body, bulk)
         self._next_step += 1
         self._pending[pending.step] = pending
@@ -466,7 +476,7 @@ class Session:
             pending.step,
             what.position,
             what.reply,
-            pending.body,
+            recode(pending.body, self.terms.kept_codec, self._contract.codec),
             epoch=self.route.epoch,
             bulk=pending.bulk or self.route.behind_replay,
             rope_length=what.rope_length,
@@ -504,7 +514,7 @@ class Session:
 
     async def hear(self, link: HopLink, frame: Buffer) -> None:
         """See Feeder."""
-        message = decode_from_hop(frame, self._contract)
+        message = decode_from_hop(frame, self._contract, self.route.contract_in)
         match message:
             case Result():
                 await self._answered(link, message)
@@ -519,7 +529,8 @@ class Session:
         pending = self._pending.get(result.step)
         if pending is None or result.replay or pending.result is not None:
             return  # nobody waits for it any more
-        tokens, what = len(result.body) // self._contract.row_bytes, pending.what
+        contract, what = self.route.contract_in(result.epoch), pending.what
+        tokens = len(result.body) // contract.row_bytes
         if (result.position, tokens) != (what.reply_position, what.reply_tokens):
             raise MessageError(
                 f"{tokens} positions from {result.position} on came back,"
@@ -631,15 +642,18 @@ async def open_session(
     give_up_seconds: float = 120.0,
     deadline: float | None = None,
     trace: Trace | None = None,
+    chain: Chain | None = None,
 ) -> Session:
     """Open a session along the best chain, at all hops at once.
 
+    chain: what to try first, where it has been chosen.
     nursery: where the session's tasks run until `close`.  deadline: on trio's clock.
     Raises NoChain, PeerFault, Refused when the deadline has passed.
     """
     session = Session(
         terms, around, nursery, compute, limits, give_up_seconds, trace if trace is not None else Trace()
     )
+    session.route.first = chain
     try:
         await session.route.repair(trio.current_time() + give_up_seconds if deadline is None else deadline)
     except BaseException:

@@ -20,11 +20,11 @@ Kind = Literal["opened", "step", "fault", "rerouted", "replayed", "recovered", "
 class Event:
     """Something that happened.  at: time.perf_counter().  data: JSON; what is in it depends on the kind.
 
-    opened      hops, seconds
+    opened      hops, codec: how hidden states travel; seconds
     step        step, position, tokens, seconds, hops: for each (seconds held, seconds computed),
                 sent, received: bytes of hidden states
     fault       peer, error
-    rerouted    why, kept, opened: peers; hops, seconds
+    rerouted    why, kept, opened: peers; hops, codec, seconds
     replayed    sender, peer, start, stop: positions; bytes
     recovered   seconds since the fault, replay_seconds: from the new route to the next answer
     relayed     sender, peer: the client carries what goes from one to the other

@@ -8,6 +8,7 @@ computes in bf16.  The length of a row of values is known to both sides from the
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,17 @@ def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
     if not _all_finite(hidden):
         raise BadResult("received hidden states hold NaN or infinity")
     return hidden
+
+
+def recode(body: Buffer, codec: str, to: str) -> Buffer:
+    """The same values, in the same order, in another codec; the body itself where it is no other.
+
+    To fp32 nothing changes; to bf16 every value is rounded to the nearest, as `encode_hidden` does.
+    """
+    if codec == to:
+        return body
+    wire = torch.from_numpy(np.frombuffer(body, np.uint8).copy()).view(WIRE_DTYPES[codec])
+    return _bytes_of(wire.to(WIRE_DTYPES[to]))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -162,6 +162,11 @@ class JournalBudget:
             longest.drop(self._held - self.tokens)
             self._held -= before - longest.tokens
 
+    def replace(self, session: bytes, journal: Journal) -> None:
+        """Keep a journal of the same positions in place of a session's own: the values in another codec."""
+        self._held += journal.tokens - self._journals[session].tokens
+        self._journals[session] = journal
+
     def cut(self, journal: Journal, length: int) -> None:
         """See `Journal.cut`."""
         before = journal.tokens

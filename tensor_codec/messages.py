@@ -19,7 +19,7 @@ makes tensors of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -141,12 +141,15 @@ class Relink:
     """The session's route has changed: new neighbours.  Steps of older epochs are to be forgotten.
 
     The hop answers with Relinked, and takes no step before Resume.
+    codec: how hidden states travel in this epoch and later, where that changes; the hop brings the outputs
+    that it keeps into it.  Only to a wider one, once the cache holds anything.
     """
 
     epoch: int
     predecessor: str | None = None
     successor: str | None = None
     relay: bool = False
+    codec: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,7 @@ class Relinked:
 
     push, cut: as in Opened.  length: positions in its cache.  step: the last one that it computed,
     or None.  kept: of its outputs, those of positions [kept, length) can be sent again.
+    codec: in which hidden states travel now, where Relink named one.
     """
 
     epoch: int
@@ -163,6 +167,7 @@ class Relinked:
     kept: int
     step: int | None = None
     cut: bool = True
+    codec: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,7 +413,7 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
 def encode_relink(message: Relink) -> list[Buffer]:
     """The parts of a frame."""
     fields: dict[str, object] = {"k": "relink", "e": message.epoch}
-    for name in ("predecessor", "successor", "relay"):
+    for name in ("predecessor", "successor", "relay", "codec"):
         if value := getattr(message, name):
             fields[name] = value
     return [pack_header(fields)]
@@ -426,6 +431,8 @@ def encode_relinked(message: Relinked) -> list[Buffer]:
     }
     if message.step is not None:
         fields["n"] = message.step
+    if message.codec is not None:
+        fields["codec"] = message.codec
     return [pack_header(fields)]
 
 
@@ -563,18 +570,24 @@ def decode_from_client(frame: Buffer, contract: Contract) -> FromClient:
     return Where() if message.kind == "where" else Close()
 
 
-def decode_from_hop(frame: Buffer, contract: Contract) -> FromHop:
-    """Read what a hop sends after Opened.  Raises MessageError."""
+def decode_from_hop(
+    frame: Buffer, contract: Contract, contract_in: Callable[[int], Contract] | None = None
+) -> FromHop:
+    """Read what a hop sends after Opened.  Raises MessageError.
+
+    contract_in: what was agreed on in an epoch, where that is not the same for all.
+    """
     message = read_message(frame, _FROM_HOP)
     if message.kind == "result":
-        return _read_result(message, contract)
+        epoch = _epoch(message.header, "e")
+        return _read_result(message, contract if contract_in is None else contract_in(epoch), epoch)
     if message.kind == "failed":
         return _read_failed(message)
     _no_body(message)
     return (_read_relinked if message.kind == "relinked" else _read_here)(message.header, contract)
 
 
-def _read_result(message: Message, contract: Contract) -> Result:
+def _read_result(message: Message, contract: Contract, epoch: int) -> Result:
     tokens, rest = divmod(len(message.body), contract.row_bytes)
     position = message.header.integer("p", 0, contract.max_length)
     if rest or tokens > min(contract.max_tokens, contract.max_length - position):
@@ -584,7 +597,7 @@ def _read_result(message: Message, contract: Contract) -> Result:
         position,
         message.body,
         _read_timings(message.header),
-        _epoch(message.header, "e"),
+        epoch,
         _flag(message.header, "replay"),
         _rope_length(message.header, contract),
     )
@@ -596,6 +609,7 @@ def _read_relink(header: Header) -> Relink:
         _peer(header, "predecessor"),
         _peer(header, "successor"),
         _flag(header, "relay"),
+        _codec(header),
     )
 
 
@@ -615,6 +629,7 @@ def _read_relinked(header: Header, contract: Contract) -> Relinked:
         header.integer("kept", 0, length),
         _last_step(header),
         header.flag("cut"),
+        _codec(header),
     )
 
 
@@ -725,6 +740,10 @@ def _read_failed(message: Message) -> Failed:
         step=_last_step(header),
         peer=_peer(header, "peer"),
     )
+
+
+def _codec(header: Header) -> str | None:
+    return header.choice("codec", CODECS) if "codec" in header else None
 
 
 def _last_step(header: Header) -> int | None:

@@ -21,6 +21,7 @@ from node.serving.push import Outlet
 from node.serving.room import CacheRoom
 from node.serving.session import Compute, ServerSession
 from routing.names import PeerId
+from tensor_codec.compression import recode
 from tensor_codec.errors import (
     BadResult,
     CacheFull,
@@ -33,6 +34,7 @@ from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal, JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages import (
+    CODEC_BYTES,
     MAX_HOPS,
     Close,
     Contract,
@@ -151,6 +153,7 @@ class Hop:
     """One session at this node, and what belongs to it alone.
 
     epoch: of the route; steps of others are forgotten.  has: positions that the successor has.
+    kept_codec: of journal and answer, which a Relink that changes the contract's leaves to the worker.
     answer: to the last step, for a retry.  over: why the session ended, if not by its client's wish.
     """
 
@@ -159,6 +162,7 @@ class Hop:
     stream: FrameStream
     state: ServerSession
     cache: SpanCache
+    kept_codec: str
     outlet: Outlet
     inbox: Inbox
     predecessor: str | None
@@ -210,6 +214,10 @@ class Hop:
         """The route has changed.  Raises RemoteProtocolError."""
         if order.epoch <= self.epoch:
             raise RemoteProtocolError(f"epoch {order.epoch} after {self.epoch}")
+        codec = order.codec or self.contract.codec
+        if self.state.length and CODEC_BYTES[codec] < CODEC_BYTES[self.contract.codec]:
+            raise RemoteProtocolError(f"codec {codec} after {self.contract.codec}, which loses less")
+        self.contract = replace(self.contract, codec=codec)
         self.epoch = order.epoch
         self.predecessor, self.successor, self.relay = order.predecessor, order.successor, order.relay
         self.inbox.order(order)
@@ -346,6 +354,7 @@ class HopWorker:
     async def _relink(self, order: Relink) -> None:
         """Turn to the new successor and say where we stand."""
         hop, state = self.hop, self.hop.state
+        await self._recode()
         push = await self.lead_to_successor()
         if hop.journal is not None:
             hop.journal.pinned = True  # until Resume, which counts on what is said now, has been followed
@@ -357,9 +366,29 @@ class HopWorker:
             state.length if kept is None else kept,
             state.last[0] if state.last is not None else None,
             state.can_cut,
+            order.codec,
         )
         if order.epoch == hop.epoch:
             await tell(hop, encode_relinked(answer))
+
+    async def _recode(self) -> None:
+        """Bring what is kept into the codec that is agreed on now."""
+        hop, contract = self.hop, self.hop.contract
+        before, hop.kept_codec = hop.kept_codec, contract.codec
+        if before == contract.codec:
+            return
+        if hop.answer is not None:
+            hop.answer = replace(hop.answer, body=recode(hop.answer.body, before, contract.codec))
+        if (old := hop.journal) is None:
+            return
+        old.pinned = True  # it is being read
+        hop.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
+        hop.journal.pinned = True
+        for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
+            body = recode(old.read(start, stop), before, contract.codec)
+            hop.journal.append(start, stop - start, body, rope_length)
+            await trio.lowlevel.checkpoint()  # a long one takes milliseconds
+        self.journals.replace(contract.session, hop.journal)
 
     async def _resume(self, order: Resume) -> None:
         """Go on in a new epoch: cut, and send again what the successor lacks.
@@ -400,19 +429,19 @@ class HopWorker:
 
         Raises Refused, NotFinite, and PeerFault for what is the fault of the step's sender.
         """
-        step, hop = arrived.step, self.hop
-        tokens = len(step.body) // hop.contract.row_bytes
+        step, hop, contract = arrived.step, self.hop, self.hop.contract  # a Relink may change it meanwhile
+        tokens = len(step.body) // contract.row_bytes
         what = StepRange(step.position, tokens, step.reply, step.rope_length)
         replay = step.reply == "replay"
         decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
         answer = hop.answer
         if isinstance(decision, Compute):
-            answer = await self._compute(step, decision)
+            answer = await self._compute(step, decision, contract)
         if answer is not None and step.epoch == hop.epoch:
             with hop.interruptible():
                 await self._pass_on(arrived, what, answer)
 
-    async def _compute(self, step: Step, decision: Compute) -> Answer | None:
+    async def _compute(self, step: Step, decision: Compute, contract: Contract) -> Answer | None:
         """The answer, part of the session from now on; None where it was refused or interrupted."""
         hop, what = self.hop, decision.what
         answer: Answer | None = None
@@ -422,7 +451,7 @@ class HopWorker:
                 await self._make_room(what)
                 whole = hop.sends_on  # now: a Relink may change it while this is computed
                 answer = await self.engine.step(
-                    hop.stream.peer, hop.contract, hop.cache, decision, step.body, whole=whole
+                    hop.stream.peer, contract, hop.cache, decision, step.body, whole=whole
                 )
         except CacheFull as full:
             hop.state.dropped(decision)

@@ -167,9 +167,9 @@ class Listener:
                 self.blame[f"{peer} MessageError"] += 1
             return
         try:
+            if step_epoch(message) != hop.epoch:
+                return  # took an older route, on which perhaps another codec was agreed on
             step = read_step(message, hop.contract)
-            if step.epoch != hop.epoch:
-                return  # took an older route
             if step.bulk:
                 await hop.offer_when_there_is_room(step, peer)
             else:
@@ -255,6 +255,7 @@ class Listener:
                 stream=stream,
                 state=ServerSession(opened.max_length, can_cut=self.served.can_cut),
                 cache=cache,
+                kept_codec=opened.codec,
                 outlet=Outlet(self._links, self.limits.session_idle_seconds),
                 inbox=Inbox(self.limits.max_steps_in_flight, held=opened.held),
                 predecessor=opened.predecessor,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensor_codec.compression import WIRE_DTYPES, codec_for, decode_hidden, encode_hidden
+from tensor_codec.compression import WIRE_DTYPES, codec_for, decode_hidden, encode_hidden, recode
 from tensor_codec.errors import BadResult, LocalProtocolError
 from tensor_codec.messages import CODEC_BYTES, Contract
 
@@ -160,3 +160,13 @@ def test_an_unchecked_body_at_the_codec_is_our_own_bug():
 )
 def test_the_codec_is_the_smallest_that_loses_nothing(dtypes, codec):
     assert codec_for(frozenset(dtypes)) == codec
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+def test_a_body_in_another_codec_is_what_would_have_been_encoded_so(values):
+    hidden = torch.tensor(values).clamp(-LARGEST_BF16, LARGEST_BF16)[None, :, None]
+    wide, narrow = (bytes(encode_hidden(hidden, codec)) for codec in ("fp32", "bf16"))
+    assert recode(wide, "fp32", "bf16") == narrow
+    anywhere = memoryview(b"x" + narrow)[1:]
+    assert recode(anywhere, "bf16", "fp32") == encode_hidden(hidden.bfloat16(), "fp32")
+    assert recode(wide, "fp32", "fp32") is wide

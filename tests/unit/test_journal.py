@@ -182,3 +182,17 @@ def test_each_position_keeps_the_length_with_which_it_went_out(steps, data):
     assert [at for first, end, _ in parts for at in range(first, end)] == list(range(start, stop))
     assert [rope for first, end, rope in parts for _ in range(first, end)] == known[start:stop]
     assert all(0 < end - first <= most for first, end, _ in parts)
+
+
+def test_a_journal_in_another_codec_takes_the_place_of_the_old_one():
+    budget = JournalBudget(10)
+    old, other = budget.open(b"a", 1, ROW, LENGTH), budget.open(b"b", 1, ROW, LENGTH)
+    budget.append(old, 0, 6, body(1, 0, 6))
+    wider = Journal(1, 2 * ROW, LENGTH)
+    wider.append(2, 4, bytes(2 * ROW * 4))
+    budget.replace(b"a", wider)
+    assert budget.held == 4
+    budget.append(other, 0, 8, body(1, 0, 8))  # together more than 10: the longest gives way
+    assert (wider.tokens, budget.held) == (4, 4)
+    budget.close(b"a")
+    assert budget.held == 0

@@ -146,10 +146,12 @@ def header_of(fields: dict, changes: dict) -> bytes:
 ORDERS = [
     (encode_relink, Relink(1), decode_from_client),
     (encode_relink, Relink(2**31, "before", "behind", relay=True), decode_from_client),
+    (encode_relink, Relink(1, codec="fp32"), decode_from_client),
     (encode_resume, Resume(3, 10, 4, 9), decode_from_client),
     (lambda _: encode_where(), Where(), decode_from_client),
     (encode_relinked, Relinked(1, push=True, length=10, kept=3), decode_from_hop),
     (encode_relinked, Relinked(1, push=False, length=0, kept=0, step=2**53, cut=False), decode_from_hop),
+    (encode_relinked, Relinked(1, push=True, length=10, kept=3, codec="bf16"), decode_from_hop),
     (encode_here, Here(9, 3), decode_from_hop),
     (encode_here, Here(0, 0, 17), decode_from_hop),
 ]
@@ -169,6 +171,7 @@ BAD_ORDERS: dict[str, tuple[dict, Callable]] = {
     ),
     "a resume without a length": ({"k": "resume", "e": 1, "has": 0, "stop": 0}, decode_from_client),
     "an epoch that is true": ({"k": "relink", "e": True}, decode_from_client),
+    "a new codec that nobody knows": ({"k": "relink", "e": 1, "codec": "int3"}, decode_from_client),
     "a journal longer than the cache": (
         {"k": "relinked", "e": 1, "push": True, "cut": True, "p": 3, "kept": 4},
         decode_from_hop,
