@@ -39,7 +39,7 @@ def add(world, name, **served):
     node = world.add(name, *SPANS[name[0].lower()], **served)
     if served.get("dtype") == "bfloat16":
         exact = node.span.forward
-        node.span.forward = lambda hidden, *rest: rounded(exact(rounded(hidden), *rest))
+        node.span.forward = lambda hidden, *rest, **how: rounded(exact(rounded(hidden), *rest, **how))
     return node
 
 
