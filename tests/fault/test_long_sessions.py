@@ -1,4 +1,4 @@
-"""A session of 32,768 tokens with real processes: the whole model's tokens, within the memory that was stated."""
+"""A session of 32,768 tokens with processes: the whole model's tokens, in the memory that was stated."""
 
 from __future__ import annotations
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import client
 from client.connect import ClientConfig, Swarm
 from node.__main__ import main
+from node.config import ConfigError
 from node.model.info import UNBOUNDED_POSITIONS, ModelInfo, read_info
 from node.model.source import resolve
+from node.model.span import load_span
 from routing.alternatives import Constraints
 from routing.names import ModelId, PeerId, Revision
 from routing.records import Record
@@ -59,8 +62,8 @@ def test_a_length_that_nobody_said_follows_the_model_and_a_server_s_cache():
     [
         (swarm(524_288), 131_073, "131073 positions, 1 to 131072 are allowed: m has no more"),
         (swarm(40_000, 30_000), 40_001, "1 to 40000 are allowed: the servers take sessions of 40000 tokens"),
-        (swarm(65_536), 0, "1 to 65536 are allowed"),
-        (swarm(65_536), -1, "1 to 65536 are allowed"),
+        (swarm(65_536), 0, "max_length is 0, a whole number of at least 1 is needed"),
+        (swarm(65_536), -1, "max_length is -1, a whole number of at least 1 is needed"),
         (
             swarm(65_536, limits=Limits(max_session_tokens=32_000)),
             32_001,
@@ -119,7 +122,7 @@ def test_a_limit_out_of_range_says_what_is_allowed(chosen, found, capsys):
         assert main([f"--{name.replace('_', '-')}", str(value)]) == 2
         assert f"error: --{name.replace('_', '-')} is {value}" in capsys.readouterr().err
     if name.startswith("max_"):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ConfigError, match=found.partition(",")[0]):
             client.connect(peers=["/ip4/10.0.0.5/tcp/1/p2p/x"], **chosen)
 
 
@@ -152,3 +155,16 @@ def test_a_journal_for_which_there_is_no_memory_is_a_refusal():
     journal = Journal(1, 4 * 16_384, 131_072)  # 8 GiB that take nothing before they are used
     journal.append(131_071, 1, bytes(4 * 16_384))
     assert journal.tokens == 1
+
+
+def test_alibi_goes_on_beyond_the_length_of_its_training_as_in_the_library(tmp_path):
+    whole = save_tiny("bloom", tmp_path / "model").transformer
+    folder = resolve(str(tmp_path / "model"), cache_dir=tmp_path)
+    info = read_info(folder)
+    span = load_span(folder, 0, info.blocks, dtype=torch.float32, device="cpu", quantize="none")
+    cache = span.new_arena(2304, info.max_position).open(1, info.max_position)
+    ids = torch.randint(3, 96, (1, 2304), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        hidden = whole.word_embeddings_layernorm(whole.word_embeddings(ids))
+        found = torch.cat([span.forward(hidden[:, i : i + 256], cache, i) for i in range(0, 2304, 256)], 1)
+        torch.testing.assert_close(whole.ln_f(found), whole(ids).last_hidden_state, atol=1e-4, rtol=1e-4)
