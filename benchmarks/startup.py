@@ -1,9 +1,14 @@
 """How long until a node is online, and until a client that came too early has its first token.
 
     python -m benchmarks.startup
+    python -m benchmarks.startup --black-holed 1
 
 The model must be in the cache.  Nodes are started one after the other; the client is started while
 the last third of the model is still missing, and it is told to wait.
+
+With --black-holed the swarm is complete, and new clients come one after the other, in turn without and
+with so many further servers in it.  These are there by their records, claim to be as fast as the
+fastest, and answer nothing: what do they cost the others?
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.processes import ROOT, ProcessError, equal_spans, local_swarm
+from benchmarks.processes import ROOT, ProcessError, Worker, equal_spans, local_swarm
 from node.model.info import read_info
 from node.model.source import cache_dir, resolve
 
@@ -32,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--black-holed", type=int, default=0, metavar="N", help="servers that answer nothing")
+    parser.add_argument("--clients", type=int, default=7, help="with --black-holed, of each kind")
     flags = parser.parse_args(arguments)
     model = [] if flags.model is None else [flags.model]
     blocks = read_info(resolve(flags.model, cache_dir=cache_dir())).blocks
+    if flags.black_holed:
+        return beside_black_holes(flags, model, blocks)
     runs = [one_run(flags, model, blocks) for _ in range(flags.runs)]
     result = {key: median(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
     for key, value in result.items():
@@ -78,6 +87,43 @@ def start_client(flags: argparse.Namespace, peers: Sequence[str]) -> subprocess.
     if not process.stdout.readline().startswith("waiting"):
         raise ProcessError("the client ended before it waited")
     return process
+
+
+def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int) -> int:
+    """First tokens of new clients, in turn without and with servers that answer nothing."""
+    threads = {"OMP_NUM_THREADS": str(flags.threads)}
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    with local_swarm(["--dtype", flags.dtype, "--threads", str(flags.threads)], environment=threads) as swarm:
+        swarm.start_spans(equal_spans(blocks, flags.servers), *model)
+        holes = Worker("benchmarks.black_hole", [json.dumps([swarm.peers, flags.black_holed])], threads)
+        client = Worker("benchmarks.startup_client", [], threads)
+        try:
+            for number in range(2 * flags.clients + 2):  # the first of each kind only warms up
+                kind = ("without", "with")[number % 2]
+                holes.ask(None) if number else None
+                answer = client.ask([flags.model, swarm.peers, flags.threads])
+                there = flags.servers + (kind == "with") * flags.black_holed
+                if answer["servers"] != there:
+                    raise ProcessError(f"the client saw {answer['servers']} servers, {there} are announced")
+                if number >= 2:
+                    seconds[kind].append(answer["first_token_s"])
+        finally:
+            client.close()
+            holes.close()
+    medians = {kind: median(values) for kind, values in seconds.items()}
+    result = {
+        "black_holed": flags.black_holed,
+        "servers": flags.servers,
+        "first_token_s": medians["without"],
+        "first_token_beside_black_holed_s": medians["with"],
+        "more_ms": (medians["with"] - medians["without"]) * 1e3,
+        "runs": seconds,
+    }
+    for key in ("first_token_s", "first_token_beside_black_holed_s", "more_ms"):
+        print(f"  {key:40} {result[key]:.3f}")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
 
 
 def wait_for_first_token() -> None:

@@ -30,6 +30,7 @@ from node.config import ConfigError, config_errors
 from routing.alternatives import Constraints, longest_session, suitable
 from routing.hops import Chain, NoChain
 from routing.names import PeerId
+from routing.spread import rendezvous
 from tensor_codec.limits import Limits, limits_with
 from tensor_codec.messages import COMPUTE_PROTOCOL
 
@@ -57,7 +58,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("raceme")
 
 PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
-PING_SECONDS = 1.0
+PING_SECONDS = 1.0  # to wait for their answers, where nothing can be chosen without them
+CHOICES = 4  # of a chain, as long as there is a peer in it of whom nothing is known
 FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
 RETRY_PAUSE_SECONDS = 0.5
 SWARM_KEY_BYTES = 32
@@ -142,7 +144,7 @@ class Swarm:
     async def route(self) -> Chain:
         """The chain that a session would take now.  Raises NoChain."""
         await self._know_the_distances()
-        return self.routes.choose()
+        return await self._of_those_who_answer(self.routes.choose)
 
     async def chains(self, most: int) -> list[Chain]:
         """Up to `most` chains over the whole model, the best first.
@@ -155,9 +157,25 @@ class Swarm:
         return self.routes.chains(most)
 
     async def _know_the_distances(self) -> None:
-        """Measure the round trips to the peers that a chain may begin or end with."""
-        spans = self.routes.usable()[:PINGED_PEERS]
-        await self._directory.measure([span.peer for span in spans], PING_SECONDS)
+        """Measure the round trips to the peers that a chain may begin or end with.
+
+        Waits for an answer only where those who have given theirs do not hold what the others hold.
+        """
+        peers = [span.peer for span in self.routes.usable()]
+        if len(peers) > PINGED_PEERS:
+            peers = rendezvous(self.routes.spread or "", peers, PINGED_PEERS)
+        await self._directory.measure(peers, PING_SECONDS, self.routes.is_covered_by)
+
+    async def _of_those_who_answer(self, choose: Callable[[], Chain]) -> Chain:
+        """A choice after whose peers have been asked, if nothing was known of them.  Raises NoChain."""
+        chain = choose()
+        for _ in range(CHOICES - 1):
+            unknown = self._directory.unknown(hop.peer for hop in chain.hops)
+            if not unknown:
+                break
+            await self._directory.measure(unknown, PING_SECONDS, lambda _: True)
+            chain = choose()
+        return chain
 
     def generate(
         self,
@@ -419,7 +437,8 @@ class Swarm:
         while True:
             await self._know_the_distances()
             try:
-                return choose(desperate=trio.current_time() >= desperate_at)
+                desperate = trio.current_time() >= desperate_at
+                return await self._of_those_who_answer(partial(choose, desperate=desperate))
             except NoChain:
                 if trio.current_time() >= deadline:
                     raise
@@ -624,6 +643,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             info.blocks,
             view=directory.view,
             rtts=directory.rtts,
+            late=directory.late,
             changed_since=directory.changed,
             dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
             find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),

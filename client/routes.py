@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from routing.measured import Measured, admitted
 from routing.names import PeerId
 from routing.records import Record
 from routing.spread import dearness, leanings, sample, shyness
-from routing.swarm import SwarmView
+from routing.swarm import SwarmView, holes
 from tensor_codec.errors import PeerFault, PeerGone
 
 SURPRISE = 1.25  # times as dear as was known: then it is worth choosing again
@@ -36,6 +36,7 @@ class Routes:
     and back.  changed_since: returns when the view is another one.  dial: a stream to a peer at these
     addresses.  find_peers: looks further than the neighbours know, bounded; may be None.
     measured: how fast peers have been for this client.
+    late: peers that were asked a moment ago how far they are, and have not answered at once.
     constraints: what chains may be made of, at every choice.
     spread: what tells this client from others, so that of nearly equal chains each takes another one
     (`routing.spread`); None: always the cheapest.
@@ -51,6 +52,7 @@ class Routes:
     find_peers: Callable[[], Awaitable[object]] | None = None
     blame: Blame = field(default_factory=Blame)
     measured: Measured = field(default_factory=Measured)
+    late: Callable[[], Collection[PeerId]] = tuple
     constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     _seen: SwarmView | None = None
@@ -71,7 +73,7 @@ class Routes:
         seen: Mapping[PeerId, float] | None = None,
     ) -> Chain:
         """See `client.route.Surroundings.choose`."""
-        spans = tuple(span for span in self._spans() if not 0 < span.session_tokens < tokens)
+        spans = tuple(span for span in self._spans(silent=desperate) if not 0 < span.session_tokens < tokens)
         measured = self._measured(spans, seen)
         lean = self._leaning(spans)
         alike = [span for span in spans if not like or _kind(span) in like]
@@ -113,16 +115,22 @@ class Routes:
 
         beside, desperate: see `client.route.Surroundings.choose`.
         """
-        spans = self._spans()
+        spans = self._spans(silent=desperate)
         return self._cheapest(
             spans, start, stop, frozenset(), self._measured(spans, positions=positions),
             desperate=desperate, lean=self._leaning(spans), positions=positions, waiting=waiting,
             beside=beside,
         )  # fmt: skip
 
-    def usable(self) -> list[Record]:
-        """The peers that the constraints admit, in the order of their ids."""
-        return suitable(self.view().spans(self.revision, self.blocks), self.constraints)
+    def usable(self, *, silent: bool = False) -> list[Record]:
+        """The peers that the constraints admit, in the order of their ids; the silent ones only if told."""
+        return suitable(self.view().spans(self.revision, self.blocks, silent=silent), self.constraints)
+
+    def is_covered_by(self, peers: Collection[PeerId]) -> bool:
+        """Whether these peers hold all that is held by anybody who can be used."""
+        spans = self.usable()
+        those = [span for span in spans if span.peer in peers]
+        return _holes(those, self.blocks) == _holes(spans, self.blocks)
 
     def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
         """See `client.route.Surroundings.cost`; infinite where a peer is not in the view."""
@@ -215,16 +223,16 @@ class Routes:
                 self.blame.heard_of(peer, entry.sent)
         return self.blame.soonest_first(trio.current_time())
 
-    def _spans(self) -> tuple[Record, ...]:
+    def _spans(self, *, silent: bool = False) -> tuple[Record, ...]:
         self._seen = self.view()
-        return self._measure_out()
+        return self._measure_out(silent=silent)
 
-    def _measure_out(self, others: Sequence[Record] = ()) -> tuple[Record, ...]:
+    def _measure_out(self, others: Sequence[Record] = (), *, silent: bool = False) -> tuple[Record, ...]:
         """The peers that this client looks at, with the distances brought up to date.
 
         others: peers that take no new sessions, and whose distances are asked for too.
         """
-        spans = self.usable()
+        spans = self.usable(silent=silent)
         looked_at = sample(spans, self.spread or "", always=self.measured.decode)
         self._distances.update((*looked_at, *others), self.rtts())
         return tuple(self._as_told(span) for span in looked_at) if self._told else tuple(looked_at)
@@ -266,11 +274,18 @@ class Routes:
             lean=lean,
         )
         avoided = self._avoided()
-        for forgiven in range(len(avoided) if desperate else 0):
-            with suppress(NoChain):  # those last that have failed most
-                return cheapest(excluded=without.union(avoided[forgiven:]))
+        if desperate:  # those last that have failed most, and those that do not even answer after them
+            silent = self.view().silent
+            avoided = [*(p for p in avoided if p not in silent), *sorted(silent)]
+            for forgiven in range(len(avoided)):
+                with suppress(NoChain):
+                    return cheapest(excluded=without.union(avoided[forgiven:]))
+            avoided = []
+        elif late := self.late():
+            with suppress(NoChain):  # who has not answered yet may never do so
+                return cheapest(excluded=without.union(avoided, late))
         try:
-            return cheapest(excluded=without if desperate else without.union(avoided))
+            return cheapest(excluded=without.union(avoided))
         except NoChain as none:
             raise self._explained(none) from None
 
@@ -292,12 +307,20 @@ class Routes:
             ours = f"not {self.model} (revision {self.revision})"
             instead = [f"{key.model} (revision {key.revision})" for key in served]
             return NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours])
+        of_use = [
+            span
+            for span in view.spans(self.revision, self.blocks, silent=True)
+            if any(a < span.stop and span.start < b for a, b in none.missing)
+        ]
+        none.silent = sum(span.peer in view.silent for span in of_use)
         none.constrained = sum(
-            not self.constraints.admits(span)
-            and any(a < span.stop and span.start < b for a, b in none.missing)
-            for span in view.spans(self.revision, self.blocks)
+            span.peer not in view.silent and not self.constraints.admits(span) for span in of_use
         )
         return none
+
+
+def _holes(spans: Sequence[Record], blocks: int) -> tuple[tuple[int, int], ...]:
+    return holes(((span.start, span.stop) for span in spans), 0, blocks)
 
 
 def _kind(record: Record) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 4  # peers of a bottleneck
 PRESENT: tuple[State, ...] = ("online", "joining", "draining")
+MOST_ASKED = 64  # servers that `status` asks whether they answer, those first whose blocks have the fewest
+ASK_SECONDS = 2.5  # for their answers: a little longer than a question
+UNREACHABLE = "unreachable"  # a state that nobody announces: found out from here
 PIPE_COLUMNS = 160
 LEAST_COLUMNS = 20  # fewer are a wrong COLUMNS
 SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
@@ -34,28 +37,46 @@ async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) 
 
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
-        view = node.directory.view()
-        await node.directory.measure([record.peer for record in view.records()], 1.0)
-        facts = describe(view, dict(node.directory.rtts()), chains)
+        await node.directory.measure(worth_asking(node.directory.view(), node.host.peer_id), ASK_SECONDS)
+        facts = describe(node.directory.view(), dict(node.directory.rtts()), chains)
     if as_json:
         put_line(json.dumps(facts, indent=2))
     else:
         print_status(facts)
 
 
+def worth_asking(view: SwarmView, me: PeerId, most: int = MOST_ASKED) -> list[PeerId]:
+    """The peers of whom it should be known whether they answer, in this order."""
+    from routing.moves import watched
+    from routing.placement import holders
+
+    records = [r for r in view.records() if r.role != "client" and r.addresses and r.peer != me]
+    first = [
+        peer
+        for key in _models(records)
+        for peer in watched(holders(view.spans(key.revision, key.blocks, PRESENT)), key.blocks, me, most)
+    ]
+    others = sorted(records, key=lambda record: record.role != "serve")
+    can_be_asked = {record.peer for record in records}
+    first = [peer for peer in first if peer in can_be_asked]
+    return list(dict.fromkeys([*first, *(record.peer for record in others)]))[:most]
+
+
 def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dict[str, Any]:  # Any: JSON
     """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and so many `chains`.
 
-    rtts: seconds from here to a peer and back.
+    rtts: seconds from here to a peer and back.  Who does not answer (`view.silent`) is unreachable,
+    whatever it announces, and covers no block.
     """
     records = [record for record in view.records() if record.role != "client"]
+    states = {r.peer: UNREACHABLE if r.peer in view.silent else r.state for r in records}
     return {
         "swarm": view.swarm,
         "servers": {
-            state: sum(record.role == "serve" and record.state == state for record in records)
-            for state in PRESENT
+            state: sum(record.role == "serve" and states[record.peer] == state for record in records)
+            for state in (*PRESENT, UNREACHABLE)
         },
-        "peers": [_peer(record, rtts.get(record.peer)) for record in records],
+        "peers": [_peer(record, states[record.peer], rtts.get(record.peer)) for record in records],
         "models": [_model(view, key, rtts, chains) for key in _models(records)],
     }
 
@@ -81,6 +102,11 @@ def _model(
         "blocks": key.blocks,
         "coverage": list(held),
         "holes": [list(run) for run in missing],
+        "unreachable": [
+            span.peer
+            for span in view.spans(key.revision, key.blocks, silent=True)
+            if span.peer in view.silent
+        ],
         "complete": not missing,
         "survives_any_loss": min(held) > 1,
         **_throughput(spans, key.blocks),
@@ -128,12 +154,13 @@ def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any:
     }
 
 
-def _peer(record: Record, rtt: float | None) -> dict[str, Any]:  # Any: JSON
+def _peer(record: Record, state: str, rtt: float | None) -> dict[str, Any]:  # Any: JSON
     return {
         "peer": record.peer,
         "name": record.name,
         "role": record.role,
-        "state": record.state,
+        "state": state,
+        "announced_state": record.state,
         "model": record.model,
         "blocks": [record.start, record.stop] if record.role == "serve" else None,
         "next_blocks": [record.next_start, record.next_stop] if record.moves else None,
@@ -189,7 +216,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         table.add_row(
             "…" + peer["peer"][-6:],
             one_line(peer["name"]),
-            peer["state"] if serves else peer["role"],
+            peer["state"] if serves or peer["state"] == UNREACHABLE else peer["role"],
             _blocks(peer) if serves else "",
             one_line(peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none")),
             f"{peer['decode_ms_per_block']:.2f}" if measured else "",
@@ -206,6 +233,8 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         state = f"served by nobody: blocks {runs}" if runs else "every block is served"
         name = one_line(f"{model['model']} ({model['revision']})")
         parts.append(f"{name}, {model['blocks']} blocks: {state}")
+        if model["unreachable"]:
+            parts.append(f"  no answer from {_named(model['unreachable'])}: not counted")
         parts.append(f"  servers of each block: {_runs(model['coverage'])}")
         if model["complete"]:
             parts.append(_what_if(model))
@@ -251,11 +280,15 @@ def _limit(model: dict[str, Any]) -> str:  # Any: JSON
         return line
     everybody = len(model["bottleneck_blocks"]) == model["blocks"]
     runs = ", ".join(f"{a}:{b}" for a, b in _blocks_as_runs(model["bottleneck_blocks"]))
-    peers = ", ".join("…" + peer[-6:] for peer in model["bottleneck_peers"][:MOST_NAMED])
-    more = len(model["bottleneck_peers"]) - MOST_NAMED
     return f"{line}, limited by " + (
-        "all servers together" if everybody else f"blocks {runs} ({peers}{f' and {more} more' * (more > 0)})"
+        "all servers together" if everybody else f"blocks {runs} ({_named(model['bottleneck_peers'])})"
     )
+
+
+def _named(peers: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(peers) - MOST_NAMED
+    return ", ".join("…" + peer[-6:] for peer in peers[:MOST_NAMED]) + f" and {more} more" * (more > 0)
 
 
 def _blocks_as_runs(blocks: Sequence[int]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import trio
 
 from node.config import NetworkConfig
 from node.console import put_line
-from node.status import SETTLE_SECONDS, describe, tables, wide_console
+from node.status import ASK_SECONDS, SETTLE_SECONDS, describe, tables, wide_console, worth_asking
 from routing.names import PeerId
 from routing.records import Record
 
@@ -97,10 +97,10 @@ async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0)
         began = trio.current_time()
         with _screen(as_json) as show:
             while True:
-                view = node.directory.view()
-                seconds = trio.current_time() - began
+                asked = worth_asking(node.directory.view(), node.host.peer_id)
+                await node.directory.measure(asked, ASK_SECONDS)
+                view, seconds = node.directory.view(), trio.current_time() - began
                 changes.look(view.records(), seconds)
-                await node.directory.measure([record.peer for record in view.records()], 1.0)
                 facts = describe(view, dict(node.directory.rtts()), chains)
                 show({"seconds": round(seconds, 1), **facts, **changes.facts()})
                 await trio.sleep(LOOK_SECONDS)

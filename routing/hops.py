@@ -38,12 +38,14 @@ class NoChain(Exception):
     constrained: peers that serve some of them, and that the client's constraints leave out.
     asked_tokens, session_tokens: a session of so many tokens was asked for, and servers of the missing
         blocks take so many at most; 0 where that is not the reason.
+    silent: peers that serve some of them by their records, and do not answer.
     after: the last thing that went wrong while a chain was looked for, where something did; for people.
     """
 
     constrained: int = 0
     asked_tokens: int = 0
     session_tokens: int = 0
+    silent: int = 0
     after: Exception | None = None
 
     def __init__(
@@ -71,9 +73,12 @@ class NoChain(Exception):
 
     def __str__(self) -> str:
         kept_out = ""
+        if self.silent:
+            peers = "1 peer that serves" if self.silent == 1 else f"{self.silent} peers that serve"
+            kept_out = f"; no answer from {peers} some of them"
         if self.constrained:
             peers = "1 peer that serves" if self.constrained == 1 else f"{self.constrained} peers that serve"
-            kept_out = f"; constraints leave out {peers} some of them"
+            kept_out += f"; constraints leave out {peers} some of them"
         if self.session_tokens:
             kept_out += (
                 f"; a session of {self.asked_tokens} tokens was asked for, servers of these blocks take"

@@ -12,6 +12,7 @@ not wander, and the first and the last are different from client to client:
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Collection, Iterable, Sequence
 
@@ -78,6 +79,11 @@ def sample(
             for block in range(span.start, span.stop):
                 held[block] += 1
     return chosen
+
+
+def rendezvous(seed: str, peers: Iterable[PeerId], most: int) -> list[PeerId]:
+    """Up to `most` of these peers, others for each seed, the same ones for as long as they are there."""
+    return heapq.nsmallest(most, peers, key=lambda peer: _uniform(seed, peer))
 
 
 def _rank(seed: str, span: Record) -> float:

@@ -62,6 +62,7 @@ class SwarmView:
     entries: the live records, tombstones among them, by peer.
     ended: records that ran out, remembered so that nobody brings them back; at most max_records.
     next_expiry: no entry ends before this.
+    silent: peers that do not answer whoever looks; their records are kept, and they serve nothing.
     """
 
     swarm: str
@@ -69,6 +70,7 @@ class SwarmView:
     entries: Mapping[PeerId, Entry] = field(default_factory=dict)
     ended: Mapping[PeerId, Entry] = field(default_factory=dict)
     next_expiry: float = field(default=math.inf, compare=False)
+    silent: frozenset[PeerId] = frozenset()
 
     def get(self, peer: PeerId) -> Record | None:
         """What that peer says of itself, or None where it is unknown or has left."""
@@ -85,6 +87,8 @@ class SwarmView:
         revision: str,
         blocks: int | None = None,
         states: Collection[State] = ONLINE,
+        *,
+        silent: bool = False,
     ) -> tuple[Record, ...]:
         """The serving peers of one model revision, in the order of their ids.
 
@@ -92,6 +96,7 @@ class SwarmView:
 
         blocks: of the whole model, where the caller knows it: peers that claim another number are left out.
         states: ONLINE peers take new sessions; ONLINE_SOON counts when a new node chooses its place.
+        silent: those too that do not answer.
         """
         return tuple(
             record
@@ -100,6 +105,7 @@ class SwarmView:
             and record.state in states
             and record.revision == revision
             and blocks in (None, record.blocks)
+            and (silent or record.peer not in self.silent)
         )
 
     def models(self) -> tuple[ModelKey, ...]:

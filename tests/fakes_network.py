@@ -104,6 +104,7 @@ class FakeNetwork:
         self.side: dict[PeerId, int] = {}  # hosts of different sides do not reach each other
         self.streams: list[tuple[FakeHost, FakeHost, PipeEnd]] = []
         self.dials: list[tuple[PeerId, PeerId]] = []
+        self.black_holes: set[PeerId] = set()  # what is sent to these vanishes, and nothing comes of it
 
     def reachable(self, one: PeerId, other: PeerId) -> bool:
         there = one in self.hosts and other in self.hosts
@@ -190,15 +191,22 @@ class FakeHost:
             self.charge(stream.peer, fault)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
+        await self._vanish(peer, seconds)
         await trio.sleep(2 * self.network.delay)
         if not self.network.reachable(self.peer_id, peer):
             raise PeerGone("no route to host")
         self.linked.add(peer)
 
+    async def _vanish(self, peer: PeerId, seconds: float) -> None:
+        if peer in self.network.black_holes and self.peer_id != peer:
+            await trio.sleep(seconds)
+            raise SlowPeer("not a word")
+
     def connected(self) -> set[PeerId]:
         return {peer for peer in self.linked if self.network.reachable(self.peer_id, peer)}
 
     async def ping(self, peer: PeerId, addresses: Sequence[str], *, seconds: float | None = None) -> float:
+        await self._vanish(peer, 60.0 if seconds is None else seconds)
         if not self.network.reachable(self.peer_id, peer):
             await trio.sleep(60.0 if seconds is None else seconds)
             raise SlowPeer("no answer to a ping")

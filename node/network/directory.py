@@ -13,11 +13,10 @@ a model of which no neighbour knows.
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,12 +26,13 @@ import trio
 
 from node.config import ConfigError
 from node.network.addresses import bootstrap_peers
+from node.network.asking import PING_SECONDS, Asker
 from node.network.neighbour import Neighbour, Retry, TokenBucket
 from node.tasks import background_nursery
+from routing.answers import FRESH_SECONDS
 from routing.exchange import Digest, Records, decode
 from routing.names import PeerId, peer_id_of
 from routing.records import (
-    MAX_RTT_SECONDS,
     MAX_RTTS,
     NOBODY,
     Record,
@@ -44,8 +44,9 @@ from routing.records import (
     signer,
     verify_record,
 )
+from routing.spread import rendezvous
 from routing.swarm import Arrival, SwarmView, expire, likely_adjacent, merge
-from tensor_codec.errors import NotAMember, PeerFault, PeerGone, SlowPeer
+from tensor_codec.errors import NotAMember, PeerFault, PeerGone
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
@@ -74,11 +75,10 @@ BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 ADDRESSES_SECONDS = 30.0  # between looks at our own addresses, and sooner where neighbours are lost
 ADDRESSES_PAUSE_SECONDS = 1.0  # the least time between two
 OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
-RTT_FRESH_SECONDS = 60.0
+WATCHED = 16  # servers that a client asks again and again, besides those that it wants to use
 RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
 RTT_TRUE_ENOUGH = 1.5  # times longer or shorter
 RTT_NOISE_SECONDS = 0.005
-PING_SECONDS = 2.0
 DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,10 @@ class Directory:
         *,
         swarm: str,
         limits: Limits,
+        nursery: trio.Nursery,
         bootstrap: Mapping[PeerId, tuple[str, ...]],
         finder: Finder | None,
+        marks_silent: bool,
         rng: random.Random,
         wall_clock: Callable[[], float],
     ) -> None:
@@ -119,7 +121,8 @@ class Directory:
         self._rng = rng
         self._wall_clock = wall_clock
         self._open = True
-        self._view = SwarmView(swarm, limits.max_records)
+        self._view = self._shown = SwarmView(swarm, limits.max_records)
+        self._marks_silent = marks_silent
         self._news = trio.Event()
         self._neighbours: list[Neighbour] = []
         self._neighbour_lost = trio.Event()
@@ -130,19 +133,28 @@ class Directory:
         self._said: Record | None = None  # what is repeated until we leave
         self._seq = 0
         self._overtaken_at = -OVERTAKEN_SECONDS
-        self._pings: dict[PeerId, tuple[float, float]] = {}  # seconds (inf: no answer), and when
+        self._asker = Asker(
+            host,
+            nursery,
+            addresses=self.addresses,
+            changed=self._mark_silent,
+            dial_seconds=limits.dial_seconds,
+        )
 
     # --- what others read -------------------------------------------------------------------------
 
     def view(self) -> SwarmView:
-        """The swarm as known now.  A value: it does not change, ask again for a newer one."""
+        """The swarm as known now.  A value: it does not change, ask again for a newer one.
+
+        Of a client it says who does not answer.
+        """
         self._replace_view(expire(self._view, trio.current_time()))
-        return self._view
+        return self._shown
 
     @property
     def last_view(self) -> SwarmView:
         """The view of the last look, some of whose records may have ended since.  For any thread."""
-        return self._view
+        return self._shown
 
     async def changed(self, since: SwarmView | None = None) -> None:
         """Return as soon as the view is no longer `since`, or by default no longer what it is now.
@@ -207,26 +219,19 @@ class Directory:
         records = {peer: view.get(peer) for peer in known}
         return {peer: known[peer] for peer, record in records.items() if record and record.role == "serve"}
 
-    # --- distances --------------------------------------------------------------------------------
+    # --- who answers, and how far they are ---------------------------------------------------------
 
-    def rtts(self, seconds: float = RTT_FRESH_SECONDS) -> dict[PeerId, float]:
-        """The round-trip times, in seconds, as last measured, if that was within so many seconds."""
-        oldest = trio.current_time() - seconds
-        return {p: rtt for p, (rtt, when) in self._pings.items() if when > oldest and rtt < MAX_RTT_SECONDS}
+    def rtts(self, seconds: float = FRESH_SECONDS) -> dict[PeerId, float]:
+        """The round-trip times, in seconds, of those that have answered within so many."""
+        return self._asker.answers.rtts(trio.current_time(), seconds)
 
-    async def rtt(self, peer: PeerId) -> float:
-        """Seconds to that peer and back, measured within the last minute.  Raises PeerFault."""
-        if (known := self.rtts().get(peer)) is not None:
-            await trio.lowlevel.checkpoint()
-            return known
-        if not (addresses := self.addresses(peer)):
-            raise PeerGone(f"no address of {peer} is known")
-        self._pings[peer] = math.inf, trio.current_time()
-        with trio.move_on_after(PING_SECONDS):
-            rtt = await self._host.ping(peer, addresses)
-            self._pings[peer] = rtt, trio.current_time()
-            return rtt
-        raise SlowPeer(f"{peer} did not answer a ping within {PING_SECONDS:g} s")
+    def late(self) -> frozenset[PeerId]:
+        """Peers that are being asked and have not answered at once: see `routing.answers`."""
+        return self._asker.answers.late(trio.current_time())
+
+    def unknown(self, peers: Iterable[PeerId]) -> list[PeerId]:
+        """Those of these peers that have neither answered nor been found silent."""
+        return self._asker.answers.unknown(peers, trio.current_time())
 
     async def answers(self, peer: PeerId, seconds: float = PING_SECONDS) -> bool:
         """Whether that peer answers a ping now, within so many seconds, whatever was measured before."""
@@ -242,46 +247,25 @@ class Directory:
             return True
         return False
 
-    async def measure(self, peers: Collection[PeerId], seconds: float = PING_SECONDS) -> dict[PeerId, float]:
-        """The round-trip times of those of these peers that answer within `seconds`.
+    async def measure(
+        self,
+        peers: Collection[PeerId],
+        seconds: float = PING_SECONDS,
+        enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
+    ) -> dict[PeerId, float]:
+        """The round-trip times of those of these peers that answer: see `Asker.measure`."""
+        return await self._asker.measure(peers, seconds, enough)
 
-        Peers that were asked within the last minute, and did not answer, are not asked again.
-        """
-        oldest = trio.current_time() - RTT_FRESH_SECONDS
-        asked = [p for p in dict.fromkeys(peers) if p not in self._pings or self._pings[p][1] <= oldest]
-        asked = [peer for peer in asked if peer != self.peer_id]
-        # All connections first: a ping beside a handshake measures the handshake.
-        await self._with_each(asked, self._connect, seconds / 2)
-        await self._with_each(
-            [peer for peer in asked if peer in self._host.connected()], self.rtt, seconds / 2
-        )
-        known = self.rtts()
-        return {peer: known[peer] for peer in peers if peer in known}
+    async def watch_servers(self) -> None:
+        """Know of the servers that matter to us whether they are there, before their records end."""
+        await self._asker.watch(self._worth_watching, self._rng)
 
-    async def _connect(self, peer: PeerId) -> None:
-        try:
-            await self._host.connect(peer, self.addresses(peer), seconds=self._limits.dial_seconds)
-        except PeerFault:
-            self._pings[peer] = math.inf, trio.current_time()
-            raise
-
-    async def _with_each(
-        self, peers: Sequence[PeerId], do: Callable[[PeerId], Awaitable[object]], seconds: float
-    ) -> None:
-        """Do something with each peer, a few at once, and let those be that fail or take longer."""
-        turn = trio.CapacityLimiter(DIALS_AT_ONCE)
-
-        async def run(peer: PeerId) -> None:
-            async with turn:
-                try:
-                    await do(peer)
-                except PeerFault as fault:
-                    log.debug("no round trip to %s: %s", peer, fault)
-
-        with trio.move_on_after(seconds):
-            async with trio.open_nursery() as nursery:
-                for peer in peers:
-                    nursery.start_soon(run, peer)
+    def _worth_watching(self, wanted: Collection[PeerId]) -> list[PeerId]:
+        """Those that somebody asked for, and a few more; others for each who looks, where there are many."""
+        servers = [r.peer for r in self.view().records() if r.role == "serve" and r.addresses]
+        more = WATCHED - sum(peer in wanted for peer in servers)
+        others = [peer for peer in servers if peer not in wanted and peer != self.peer_id]
+        return [peer for peer in servers if peer in wanted] + rendezvous(self.peer_id, others, max(0, more))
 
     # --- finding peers ----------------------------------------------------------------------------
 
@@ -472,8 +456,21 @@ class Directory:
     def _replace_view(self, view: SwarmView) -> None:
         if view is not self._view:
             self._view = view
-            self._news.set()
-            self._news = trio.Event()
+            self._show()
+
+    def _mark_silent(self) -> None:
+        """Somebody has fallen silent, or answers again."""
+        if self._marks_silent and self._silent() != self._shown.silent:
+            self._show()
+
+    def _silent(self) -> frozenset[PeerId]:
+        return self._asker.answers.silent() & self._view.entries.keys()
+
+    def _show(self) -> None:
+        silent = self._silent() if self._marks_silent else frozenset()
+        self._shown = replace(self._view, silent=silent) if silent else self._view
+        self._news.set()
+        self._news = trio.Event()
 
     # --- tasks ------------------------------------------------------------------------------------
 
@@ -592,7 +589,7 @@ class Directory:
                 if self._said is not None and _is_news(measured, own.rtt):
                     self._say(self._said)
             await trio.sleep(KEEP_SECONDS)
-            with trio.move_on_after(RTT_FRESH_SECONDS):
+            with trio.move_on_after(FRESH_SECONDS):
                 await self.changed(view)
 
     async def discover(self, finder: Finder) -> None:
@@ -653,6 +650,7 @@ async def open_directory(
     patience_seconds: float = 0.0,
     finder: Finder | None = None,
     kademlia: bool = True,
+    watch: bool | None = None,
     rng: random.Random | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Directory]:
@@ -666,6 +664,7 @@ async def open_directory(
     patience_seconds: how long to dial bootstrap peers again that do not answer yet.
     required: raise ConfigError where no bootstrap peer can be reached; otherwise go on, and keep trying.
     finder: instead of a Kademlia table of our own; kademlia=False: none at all.
+    watch: ask servers again and again, and mark in the view who does not answer; None: a client does.
     """
     limits = limits or Limits()
     peers = bootstrap_peers(bootstrap)
@@ -680,19 +679,24 @@ async def open_directory(
 
             table = open_kademlia(host, swarm=swarm, serves=role != "client")
             finder = await stack.enter_async_context(table)
+        watch = role == "client" if watch is None else watch
+        nursery = await stack.enter_async_context(background_nursery())
         directory = Directory(
             host,
             identity,
             swarm=swarm,
             limits=limits,
+            nursery=nursery,
             bootstrap=peers,
             finder=finder,
+            marks_silent=watch,
             rng=rng or random.Random(),
             wall_clock=wall_clock,
         )
         host.handle(PROTOCOL, directory.serve)
         stack.callback(directory.close)
-        nursery = await stack.enter_async_context(background_nursery())
+        if watch:
+            nursery.start_soon(directory.watch_servers)
         await directory.join(nursery, required=required, patience_seconds=patience_seconds)
         for task in (
             directory.heal,

@@ -12,8 +12,10 @@ import trio
 
 from node.config import ConfigError
 from node.network import directory as directory_module
+from node.network.asking import PING_SECONDS
 from node.network.directory import PROTOCOL, Directory, bootstrap_peers, open_directory
 from routing import exchange
+from routing.answers import GRACE_SECONDS
 from routing.names import peer_id_of
 from routing.records import Record, sign_record
 from routing.swarm import Arrival
@@ -571,17 +573,21 @@ async def test_servers_say_how_far_those_are_that_may_come_before_or_behind_them
             assert view.get(follower).rtt[first.peer] == pytest.approx(2 * swarm.network.delay)
 
 
-async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(autojump_clock, swarm):
-    await full_swarm(swarm, 2)
-    client = await swarm.add(None)
-    pings = []
-    host, real = swarm.hosts[-1], swarm.hosts[-1].ping
+def count_pings(host) -> list:
+    pings, real = [], host.ping
 
     async def counting(peer, addresses, **options):
         pings.append(peer)
         return await real(peer, addresses, **options)
 
     host.ping = counting
+    return pings
+
+
+async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(autojump_clock, swarm):
+    await full_swarm(swarm, 2)
+    client = await swarm.add(None, watch=False)
+    pings = count_pings(swarm.hosts[-1])
     peers = [record.peer for record in client.view().spans("r")]
     swarm.kill(swarm.nodes[2])
     for _ in range(3):
@@ -594,15 +600,113 @@ async def test_a_distance_is_measured_once_a_minute_and_the_dead_are_left_alone(
     assert len(pings) == 2
 
 
-async def test_the_distance_to_a_peer_that_does_not_answer_is_an_error(autojump_clock, swarm):
+def holds(*peers):
+    return lambda known: known.keys() >= set(peers)
+
+
+async def test_who_can_do_without_a_silent_peer_waits_for_it_a_moment_and_once(autojump_clock, swarm):
+    await full_swarm(swarm, 3)
+    there, also_there, silent = (node.peer_id for node in swarm.nodes[1:])
+    swarm.network.black_holes.add(silent)
+    client = await swarm.add(None, watch=False)
+    enough = holds(there, also_there)
+    for most in (2 * GRACE_SECONDS, 0.0, 0.0):
+        began = trio.current_time()
+        assert (await client.measure([there, also_there, silent], 1.0, enough)).keys() == {there, also_there}
+        assert trio.current_time() - began <= most + 2 * swarm.network.delay * (most > 0)
+    assert client.late() == {silent}
+    await trio.sleep(PING_SECONDS)  # the question goes on without anybody who waits
+    assert client.late() == set()
+    assert client.unknown([there, silent]) == []  # and silence is noted
+
+
+async def test_who_cannot_do_without_a_silent_peer_waits_for_its_answer_once(autojump_clock, swarm):
     await full_swarm(swarm, 2)
+    there, silent = (node.peer_id for node in swarm.nodes[1:])
+    swarm.network.black_holes.add(silent)
+    client = await swarm.add(None, watch=False)
+    for seconds in (1.0, 0.0):
+        began = trio.current_time()
+        assert (await client.measure([there, silent], 1.0, holds(there, silent))).keys() == {there}
+        assert trio.current_time() - began == pytest.approx(seconds)
+
+
+async def test_a_question_whose_asker_has_gone_away_is_answered_all_the_same(autojump_clock, swarm):
+    await full_swarm(swarm, 1)
+    client = await swarm.add(None, watch=False)
+    with trio.move_on_after(0.001) as scope:
+        await client.measure([swarm.nodes[1].peer_id])
+    assert scope.cancelled_caught
+    await trio.sleep(0.1)
+    assert client.rtts().keys() == {swarm.nodes[1].peer_id}
+
+
+# --- who is there ---------------------------------------------------------------------------------
+
+
+def seen_online(directory):
+    return {record.peer for record in directory.view().spans("r")}
+
+
+async def until_seen(directory, peers, seconds=10.0):
+    """How long it takes until these are the servers that can be used."""
+    began = trio.current_time()
+    with trio.fail_after(seconds):
+        while seen_online(directory) != {node.peer_id for node in peers}:
+            await directory.changed()
+    return trio.current_time() - began
+
+
+@pytest.mark.parametrize("times", range(3))
+async def test_a_client_knows_within_ten_seconds_who_is_gone_and_who_is_back(autojump_clock, swarm, times):
+    await full_swarm(swarm, 4)
     client = await swarm.add(None)
-    gone = swarm.nodes[1]
-    swarm.kill(gone)
-    with pytest.raises(directory_module.SlowPeer, match="did not answer a ping within 2 s"):
-        await client.rtt(gone.peer_id)
-    with pytest.raises(directory_module.PeerGone, match="no address"):
-        await client.rtt(peer_id_of(bytes(32)))
+    node, *others = swarm.nodes[1:5]
+    await trio.sleep(20.0 + times)
+    assert seen_online(client) == {each.peer_id for each in swarm.nodes[1:5]}
+    swarm.network.black_holes.add(node.peer_id)
+    await until_seen(client, others)
+    assert client.view().silent == {node.peer_id}
+    assert client.view().get(node.peer_id)  # its record is still there
+    swarm.network.black_holes.clear()
+    await until_seen(client, [node, *others])
+    swarm.kill(node)
+    await until_seen(client, others)
+    assert client.view().spans("r", silent=True)[0].peer in {each.peer_id for each in swarm.nodes} | {
+        node.peer_id
+    }
+
+
+async def test_a_new_client_knows_within_two_seconds_who_was_never_there(autojump_clock, swarm):
+    await full_swarm(swarm, 4)
+    swarm.network.black_holes.add(swarm.nodes[1].peer_id)
+    await until_seen(await swarm.add(None), swarm.nodes[2:5], 2.0)
+
+
+async def test_a_server_believes_records_and_marks_nobody(autojump_clock, swarm):
+    await full_swarm(swarm, 4)
+    swarm.network.black_holes.add(swarm.nodes[1].peer_id)
+    await trio.sleep(20.0)
+    assert swarm.nodes[2].view().silent == frozenset()
+    assert swarm.nodes[1].peer_id in seen_online(swarm.nodes[2])
+
+
+async def test_of_many_servers_a_client_asks_a_few_and_those_that_it_wants_to_use(autojump_clock, swarm):
+    await swarm.add(BOOTSTRAP)
+    client, other = await swarm.add(None, watch=False), await swarm.add(None, watch=False)
+    for directory in (client, other):
+        for number in range(100, 150):
+            record = replace(
+                SERVER, peer=peer_id_of(number.to_bytes(32, "big")), addresses=("/ip4/192.0.2.1/tcp/1",),
+                swarm="public", seq=1, ttl_seconds=90.0,
+            )  # fmt: skip
+            directory._take_in([Arrival(record, b"")], source=None)
+    servers = [record.peer for record in client.view().spans("r")]
+    watched = client._worth_watching([])
+    assert len(watched) == directory_module.WATCHED
+    assert set(watched) != set(other._worth_watching([]))  # not all clients the same ones
+    assert set(servers[:5]) <= set(client._worth_watching(servers[:5])) < set(servers)
+    assert len(client._worth_watching(servers[:5])) == directory_module.WATCHED
 
 
 class FakeTable:

@@ -47,11 +47,18 @@ HELPERS = {
 }
 # Public coroutines, and functions by which one package enters another, that the page may leave out.
 UNNAMED = {
+    "Answers.is_due": "within Asker.measure",
+    "Answers.late": "within Directory.late",
+    "Answers.rtts": "within Directory.rtts",
+    "Answers.unknown": "within Directory.unknown",
+    "Answers.wait_for": "within Asker.measure",
     "Connection.flush": "of the pings of Directory.measure",
     "Connection.start": "goes on when its read loop does",
     "Costs.chain": "within cheapest_chain",
     "Distances.between": "within Routes.learn",
+    "Directory.late": "nobody, where all have answered",
     "Directory.rtts": "what Directory.measure has measured",
+    "Directory.unknown": "nobody, where all have answered",
     "FramedStream.aclose": "ends a ping",
     "HopLink.send": "within HopLink.send_step",
     "HopWorker.run": "goes on when its reader or its worker does",
@@ -194,7 +201,7 @@ def first_calls(window: Window) -> dict[str, int]:
 
 
 # What a process does beside its tokens, by what its tasks run: records, pings of its own, moves.
-BESIDE = ("Directory.", "Server.", "Balancer.")
+BESIDE = ("Asker.", "Directory.", "Server.", "Balancer.")
 
 
 def in_all(windows: Sequence[Window]) -> dict[str, Called]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,3 +90,66 @@ async def test_where_blocks_have_no_server_the_length_is_not_blamed(autojump_clo
         with pytest.raises(NoChain) as none:
             world.routes(constraints=Constraints(blocked={PeerId("a")})).choose(tokens=9000)
         assert "asked for" not in str(none.value)
+
+
+def silent(world, *names):
+    """What the view says of peers that do not answer."""
+    return lambda: replace(world.view(), silent=frozenset(map(PeerId, names)))
+
+
+def names(chain):
+    return "".join(hop.peer for hop in chain.hops)
+
+
+async def test_who_does_not_answer_holds_no_block_as_long_as_there_is_hope(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 6), ("B", 0, 3), ("C", 3, 6)):
+            world.add(name, start, stop)
+        routes = world.routes()
+        assert names(routes.choose()) == "A"
+        routes.view = silent(world, "A")
+        assert names(routes.choose()) == names(routes.choose(desperate=True)) == "BC"
+        assert names(routes.choose_for_throughput(0, 6, positions=9, waiting={})) == "BC"
+        routes.view = silent(world, "A", "C")
+        with pytest.raises(NoChain, match=r"blocks 3:6 .* nobody; no answer from 2 peers that serve"):
+            routes.choose()
+        assert names(routes.choose(desperate=True)) == "A"
+
+
+async def test_a_peer_that_failed_and_answers_is_tried_before_one_that_does_not_answer(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 6)
+        world.add("B", 0, 6, seconds=1.0)
+        routes = world.routes()
+        routes.view = silent(world, "A")
+        routes.refused(PeerId("B"), 60.0)
+        assert names(routes.choose(desperate=True)) == "B"
+
+
+async def test_who_has_not_answered_yet_is_used_only_where_nobody_else_can_be(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 6), ("B", 0, 3), ("C", 3, 6)):
+            world.add(name, start, stop)
+        routes = world.routes()
+        routes.late = lambda: {PeerId("A")}
+        assert names(routes.choose()) == "BC"
+        routes.late = lambda: {PeerId("A"), PeerId("C")}
+        assert names(routes.choose()) == "A"
+
+
+async def test_some_peers_are_enough_when_they_hold_what_all_hold(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 4), ("B", 0, 3), ("C", 2, 6)):
+            world.add(name, start, stop)
+        routes = world.routes()
+        for peers, covered in (
+            ("BC", True),
+            ("AC", True),
+            ("ABC", True),
+            ("AB", False),
+            ("A", False),
+            ("", False),
+        ):
+            assert routes.is_covered_by(set(map(PeerId, peers))) == covered
+        routes.view = silent(world, "C")
+        assert routes.is_covered_by({PeerId("A")})

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import trio
 
+from routing.answers import GRACE_SECONDS, Answers
 from routing.names import PeerId
 from routing.records import Record
 from routing.swarm import Arrival, SwarmView, expire, merge
@@ -23,7 +24,6 @@ TICK_SECONDS = 0.25
 AGAIN_SECONDS = 5.0  # between tries to get a record through
 DELAYS = (0.02, 0.02, 0.3, 2.0)  # seconds, one drawn for each record and receiver
 PING_SECONDS = 2.0
-RTT_FRESH_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Directory:
     due: list[tuple[float, int, float, Record]] = field(default_factory=list)  # heap: when, n, said, what
     _view: SwarmView = field(default_factory=lambda: SwarmView("public"))
     _news: trio.Event = field(default_factory=trio.Event)
-    _rtts: dict[PeerId, tuple[float, float]] = field(default_factory=dict)
+    answers: Answers = field(default_factory=Answers)
 
     def view(self) -> SwarmView:
         """The swarm as known now."""
@@ -63,19 +63,38 @@ class Directory:
 
     def rtts(self) -> dict[PeerId, float]:
         """Round trips measured within the last minute."""
-        oldest = trio.current_time() - RTT_FRESH_SECONDS
-        return {peer: rtt for peer, (rtt, when) in self._rtts.items() if when > oldest and rtt < PING_SECONDS}
+        return self.answers.rtts(trio.current_time())
 
-    async def measure(self, peers: Collection[PeerId], seconds: float = PING_SECONDS) -> dict[PeerId, float]:
-        """Round trips to these peers; those who do not answer make it take `seconds`."""
+    def late(self) -> frozenset[PeerId]:
+        """Who has not answered at once: nobody, as questions here end with the wait for them."""
+        return self.answers.late(trio.current_time())
+
+    def unknown(self, peers: Iterable[PeerId]) -> list[PeerId]:
+        """Those of whom nothing is known."""
+        return self.answers.unknown(peers, trio.current_time())
+
+    async def measure(
+        self,
+        peers: Collection[PeerId],
+        seconds: float = PING_SECONDS,
+        enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
+    ) -> dict[PeerId, float]:
+        """Round trips to these peers; those who do not answer make it take `seconds`, or the grace."""
         now = trio.current_time()
-        asked = [p for p in peers if p not in self._rtts or self._rtts[p][1] <= now - RTT_FRESH_SECONDS]
-        longest = 0.0
-        for peer in asked:
-            rtt = self._rtt(peer)
-            longest = max(longest, min(rtt, seconds))
-            self._rtts[peer] = (rtt, now)
+        asked = {peer: self._rtt(peer) for peer in peers if self.answers.is_due(peer, now)}
+        there = {peer: rtt for peer, rtt in asked.items() if rtt < min(seconds, PING_SECONDS)}
+        longest = max(there.values(), default=0.0)
+        if len(there) < len(asked):
+            will_do = enough is not None and enough({**self.rtts(), **there})
+            longest = max(longest, GRACE_SECONDS if will_do else seconds)
         await trio.sleep(longest)
+        for peer in asked:
+            self.answers.ask(peer, now)
+            if peer in there:
+                self.answers.answered(peer, there[peer], now)
+            else:
+                self.answers.failed(peer, now)
+            self.answers.done(peer)
         known = self.rtts()
         return {peer: known[peer] for peer in peers if peer in known}
 

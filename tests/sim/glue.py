@@ -147,6 +147,7 @@ def make_swarm(
         blocks,
         view=directory.view,
         rtts=directory.rtts,
+        late=directory.late,
         changed_since=directory.changed,
         dial=partial(host.open_stream, seconds=limits.dial_seconds),
         find_peers=partial(directory.find_peers, REVISION, 1.0),

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from node.__main__ import main
-from node.status import describe, tables
+from node.status import describe, tables, worth_asking
 from node.watch import Changes, change_lines
 from routing.names import PeerId
 from routing.records import Record
@@ -24,8 +24,13 @@ def span(name: str, start: int, stop: int, seconds: float = 0.01) -> Record:
     )  # fmt: skip
 
 
-def facts(*records: Record, chains: int = 0) -> dict[str, object]:
-    view = SwarmView("public", entries={record.peer: Entry(record, b"", 0.0) for record in records})
+def view_of(*records: Record, silent: str = "") -> SwarmView:
+    entries = {record.peer: Entry(record, b"", 0.0) for record in records}
+    return SwarmView("public", entries=entries, silent=frozenset(map(PeerId, silent)))
+
+
+def facts(*records: Record, chains: int = 0, silent: str = "") -> dict[str, object]:
+    view = view_of(*records, silent=silent)
     found: dict[str, object] = json.loads(json.dumps(describe(view, {}, chains)))
     return found
 
@@ -64,12 +69,47 @@ def test_the_best_chains_are_shown_with_what_they_share():
     assert model["chains"] == []
 
 
+def test_who_does_not_answer_covers_no_block():
+    found = facts(span("a", 0, 3), span("b", 3, 6), span("c", 3, 6), silent="b", chains=1)
+    assert found["servers"] == {"online": 2, "joining": 0, "draining": 0, "unreachable": 1}
+    states = {peer["peer"]: (peer["state"], peer["announced_state"]) for peer in found["peers"]}  # type: ignore[attr-defined]
+    assert states["b"] == ("unreachable", "online")
+    assert states["c"] == ("online", "online")
+    (model,) = found["models"]  # type: ignore[misc]
+    assert (model["coverage"], model["complete"], model["unreachable"]) == ([1] * 6, True, ["b"])
+    assert model["chains"][0]["hops"][1]["peer"] == "c"
+    assert "  no answer from …b: not counted" in tables(found)
+    (model,) = facts(span("a", 0, 3), span("b", 3, 6), silent="b", chains=1)["models"]  # type: ignore[misc]
+    assert (model["holes"], model["complete"], model["chains"]) == ([[3, 6]], False, [])
+    lines = tables(facts(span("a", 0, 3), span("b", 3, 6), silent="b"))
+    assert "m (r), 6 blocks: served by nobody: blocks 3:6" in lines
+    assert "public: 1 online, 1 unreachable" in lines[0].title
+
+
+def test_a_model_of_which_nobody_answers_is_shown_as_such():
+    (model,) = facts(span("a", 0, 6), silent="a")["models"]  # type: ignore[misc]
+    assert (model["holes"], model["unreachable"], model["survives_any_loss"]) == ([[0, 6]], ["a"], False)
+
+
+def test_those_are_asked_first_whose_blocks_have_the_fewest_servers():
+    records = [replace(span(name, 0, 3), addresses=("/ip4/10.0.0.1/tcp/1",)) for name in "abc"]
+    alone = replace(span("z", 3, 6), addresses=("/ip4/10.0.0.1/tcp/1",))
+    way_in = Record(peer=PeerId("boot"), role="bootstrap", addresses=("/ip4/10.0.0.1/tcp/1",))
+    client = Record(peer=PeerId("client"), role="client")
+    view = view_of(*records, alone, way_in, client, span("no address", 3, 6))
+    asked = worth_asking(view, PeerId("a"))
+    assert asked[0] == "z"
+    assert set(asked) == {"b", "c", "z", "boot"}
+    assert asked[-1] == "boot"
+    assert worth_asking(view, PeerId("a"), 1) == ["z"]
+
+
 def test_servers_are_counted_by_state_and_shown_with_their_queue():
     found = facts(
         replace(span("a", 0, 3), queue=7, quantize="int8", dtype="float32"),
         replace(span("b", 3, 6, 0.0), state="joining"),
     )
-    assert found["servers"] == {"online": 1, "joining": 1, "draining": 0}
+    assert found["servers"] == {"online": 1, "joining": 1, "draining": 0, "unreachable": 0}
     console = Console(width=120, record=True, file=io.StringIO())
     for part in tables(found):
         console.print(part)
