@@ -47,9 +47,11 @@ HELPERS = {
 }
 # Public coroutines, and functions by which one package enters another, that the page may leave out.
 UNNAMED = {
+    "Answers.has_answered": "within Answers",
     "Answers.is_due": "within Asker.measure",
     "Answers.late": "within Directory.late",
     "Answers.rtts": "within Directory.rtts",
+    "Answers.silent": "within Answers",
     "Answers.unknown": "within Directory.unknown",
     "Answers.wait_for": "within Asker.measure",
     "Connection.flush": "of the pings of Directory.measure",
@@ -70,6 +72,7 @@ UNNAMED = {
     "Outlet.aclose": "nothing to leave yet",
     "Outlet.end_bulk": "nothing to end yet",
     "ReadBuffer.fill": "within SecureChannel.receive",
+    "Routes.is_covered_by": "asked by Asker.measure",
     "Route.calm_down": "nothing to end for a single token",
     "Session.send_again": "nothing to send yet",
     "Stint.run": "goes on when Engine.run does",
@@ -79,6 +82,7 @@ UNNAMED = {
     "costs": "within cheapest_chain",
     "dearness": "within shyness",
     "expire": "within Directory.view",
+    "holes": "within Routes.is_covered_by",
     "sample": "within Routes.choose",
     "shyness": "before leanings",
     "step_session": "within Listener.take_push",

@@ -206,7 +206,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "silent for N times their usual step \\(N s at least\\)",
         (session.DEADLINE_FACTOR, session.LEAST_HOP_SECONDS),
     ),
-    (PATH, "round trip to up to N of them", (PINGED_PEERS,)),
+    (PATH, "asks up to N of them how far they are", (PINGED_PEERS,)),
     (PATH, "waits up to N seconds for a place in the cache", (LIMITS.cache_wait_seconds,)),
     (PATH, "inbox \\(`Inbox.offer`\\), which holds N steps", (LIMITS.max_steps_in_flight,)),
     (PATH, "and waits N seconds at most", (LIMITS.cache_wait_seconds,)),
