@@ -23,10 +23,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO, cast
 
 from rich.console import Console
 from rich.markup import escape
 
+from node.console import OutputText, harmless, prepare_streams, run_command
 from node.network.identity import load_or_create_identity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +37,8 @@ ONLINE_SECONDS = 120.0  # importing torch, reading ten blocks and measuring them
 STOP_SECONDS = 12.0  # a node finishes its steps in flight; this is more than it allows itself
 LOG_LINES = 20
 
-console = Console(highlight=False, soft_wrap=True)
+prepare_streams()
+console = Console(file=cast("IO[str]", OutputText()), highlight=False, soft_wrap=True)
 
 
 class DemoError(Exception):
@@ -70,7 +73,10 @@ class DemoNode:
 
 
 def main() -> int:
-    """Run the demo; the exit code: 0, 1 after a failure, 128 + signal when told to stop."""
+    """Run the demo; the exit code: 0, 1 after a failure, 128 + signal when told to stop.
+
+    Raises OutputError.
+    """
     options = parse_options()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop_running)
@@ -348,8 +354,8 @@ def show_logs(children: Sequence[Child]) -> None:
         if child.log is not None and child.log.exists():
             console.rule(f"{child.name}, last lines of its log")
             lines = child.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-            console.print("\n".join(lines) or "(nothing)", markup=False)
+            console.print(harmless("\n".join(lines)) or "(nothing)", markup=False, emoji=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -135,6 +135,16 @@ def test_a_signal_in_mid_text_ends_nodes_and_client(demo: Demo, signum: signal.S
     assert demo.temporary_folders() == []
 
 
+@pytest.mark.parametrize("demo", ["none"], indirect=True)
+def test_a_demo_whose_output_nobody_reads_ends_its_nodes_and_is_no_failure(demo: Demo):
+    demo.read_until("are online")
+    assert demo.process.stdout is not None
+    demo.process.stdout.close()
+    assert demo.process.wait(10) == 0
+    assert demo.everything_ended(0)
+    assert demo.temporary_folders() == []
+
+
 @pytest.mark.parametrize("demo", ["endless"], indirect=True)
 def test_nothing_outlives_a_demo_that_was_killed(demo: Demo):
     demo.read_until("a garden")
