@@ -54,9 +54,6 @@ _SHUTDOWN_SECONDS = 2.0
 class NoPlaceLeft(PeerGone):
     """This node itself allows no further connection: it says nothing of the peer."""
 
-    def __init__(self, allowed: int) -> None:
-        super().__init__(f"all {allowed} connections that this node allows are in use")
-
 
 class Host:
     """What the rest of a node sees of the network.  Made by `open_host`.
@@ -317,7 +314,7 @@ class Host:
         silent: those that are being tried, at any time.  Raises PeerGone, NotAMember.
         """
         if self._count() >= self._limits.max_connections:
-            raise NoPlaceLeft(self._limits.max_connections)
+            raise self._no_place_left()
         addresses, unreadable = _readable(texts, peer)
         race = Race(partial(self._attempt, peer), resolve, lambda late: late.link.close(), unanswered=silent)
         channel, seconds = None, self._limits.dial_seconds
@@ -358,7 +355,7 @@ class Host:
         if len(self._connections.get(peer, ())) >= self._limits.max_connections_per_peer:
             raise PeerGone(f"{peer} has {self._limits.max_connections_per_peer} connections already")
         if self._count() >= self._limits.max_connections:
-            raise NoPlaceLeft(self._limits.max_connections)
+            raise self._no_place_left()
         connection = Connection(
             channel,
             self._yamux_limits,
@@ -378,6 +375,9 @@ class Host:
             raise
         connection.raise_if_closed()
         return connection
+
+    def _no_place_left(self) -> NoPlaceLeft:
+        return NoPlaceLeft(f"all {self._limits.max_connections} connections that this node allows are in use")
 
     def _forget(self, connection: Connection) -> None:
         others = [each for each in self._connections.get(connection.peer, ()) if each is not connection]

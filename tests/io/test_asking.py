@@ -91,7 +91,7 @@ async def test_what_somebody_wanted_to_know_is_watched_for_a_minute(autojump_clo
 
 
 async def test_a_place_that_we_do_not_have_ourselves_says_nothing_of_the_peer(autojump_clock, asking):
-    asking._host.fault = NoPlaceLeft(128)
+    asking._host.fault = NoPlaceLeft("all are in use")
     assert await asking.measure(PEERS[:1]) == {}
     assert asking.answers.silent() == set()
     asking._host.fault = PeerGone("Connection refused")
