@@ -27,6 +27,9 @@ from benchmarks.processes import ROOT, ProcessError, Worker, equal_spans, local_
 from node.model.info import read_info
 from node.model.source import cache_dir, resolve
 
+KINDS = ("", "_beside_black_holed")
+FIGURES = ("first_token", "chain")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
@@ -92,35 +95,33 @@ def start_client(flags: argparse.Namespace, peers: Sequence[str]) -> subprocess.
 def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int) -> int:
     """First tokens of new clients, in turn without and with servers that answer nothing."""
     threads = {"OMP_NUM_THREADS": str(flags.threads)}
-    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    seconds: dict[str, list[float]] = {f"{what}{kind}_s": [] for kind in KINDS for what in FIGURES}
     with local_swarm(["--dtype", flags.dtype, "--threads", str(flags.threads)], environment=threads) as swarm:
         swarm.start_spans(equal_spans(blocks, flags.servers), *model)
         holes = Worker("benchmarks.black_hole", [json.dumps([swarm.peers, flags.black_holed])], threads)
         client = Worker("benchmarks.startup_client", [], threads)
         try:
             for number in range(2 * flags.clients + 2):  # the first of each kind only warms up
-                kind = ("without", "with")[number % 2]
+                kind = KINDS[number % 2]
                 holes.ask(None) if number else None
                 answer = client.ask([flags.model, swarm.peers, flags.threads])
-                there = flags.servers + (kind == "with") * flags.black_holed
+                there = flags.servers + number % 2 * flags.black_holed
                 if answer["servers"] != there:
                     raise ProcessError(f"the client saw {answer['servers']} servers, {there} are announced")
                 if number >= 2:
-                    seconds[kind].append(answer["first_token_s"])
+                    for what in FIGURES:
+                        seconds[f"{what}{kind}_s"].append(answer[f"{what}_s"])
         finally:
             client.close()
             holes.close()
-    medians = {kind: median(values) for kind, values in seconds.items()}
-    result = {
-        "black_holed": flags.black_holed,
-        "servers": flags.servers,
-        "first_token_s": medians["without"],
-        "first_token_beside_black_holed_s": medians["with"],
-        "more_ms": (medians["with"] - medians["without"]) * 1e3,
-        "runs": seconds,
+    medians = {name: median(values) for name, values in seconds.items()}
+    more = {
+        f"{what}_more_ms": (medians[f"{what}{KINDS[1]}_s"] - medians[f"{what}_s"]) * 1e3 for what in FIGURES
     }
-    for key in ("first_token_s", "first_token_beside_black_holed_s", "more_ms"):
-        print(f"  {key:40} {result[key]:.3f}")
+    for name, value in {**medians, **more}.items():
+        print(f"  {name:40} {value:.3f}")
+    setting = {"black_holed": flags.black_holed, "servers": flags.servers, "clients": flags.clients}
+    result = {**setting, **medians, **more, "runs": seconds}
     if flags.json:
         Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0

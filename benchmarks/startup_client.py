@@ -12,13 +12,18 @@ from client.connect import connect
 
 
 async def _first_token(model: str | None, peers: list[str], threads: int) -> dict[str, Any]:
-    """servers: those that are announced.  first_token_s: since the client asked, in the swarm by then."""
+    """servers: those that are announced.  first_token_s, and chain_s of it until a chain is chosen: since the
+    client asked, in the swarm by then.
+    """
     async with connect(model, peers=peers, threads=threads) as swarm:
         servers = sum(record.role == "serve" for record in swarm.view().records())
         asked = time.perf_counter()
+        await swarm.route()
+        chosen = time.perf_counter()
         async for _ in swarm.generate("Once upon a time", max_new_tokens=2):
             break
-        return {"servers": servers, "first_token_s": time.perf_counter() - asked}
+        now = time.perf_counter()
+        return {"servers": servers, "first_token_s": now - asked, "chain_s": chosen - asked}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from client.connect import PINGED_PEERS, Swarm
 from routing.alternatives import Constraints
 from routing.hops import Hop, NoChain
 from routing.names import PeerId
@@ -153,3 +155,55 @@ async def test_some_peers_are_enough_when_they_hold_what_all_hold(autojump_clock
             assert routes.is_covered_by(set(map(PeerId, peers))) == covered
         routes.view = silent(world, "C")
         assert routes.is_covered_by({PeerId("A")})
+
+
+class Asked:
+    """A directory of whose peers these answer at once, these never do, and whoever else was not asked yet."""
+
+    def __init__(self, routes, answering, silent=()):
+        self.routes, self.answering, self.never = routes, set(answering), set(silent)
+        self.asked, self.known = [], set()
+        routes.late = lambda: self.never & set(self.asked)
+
+    def unknown(self, peers):
+        return [peer for peer in peers if peer not in self.known]
+
+    async def measure(self, peers, seconds, enough):
+        self.asked += peers
+        self.known |= self.answering & set(peers)
+
+
+async def test_who_is_chosen_and_was_never_asked_is_asked_before_he_is_used(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 6), ("B", 0, 3), ("C", 3, 6)):
+            world.add(name, start, stop)
+        routes = world.routes()
+        seen = SimpleNamespace(routes=routes, _directory=Asked(routes, "BC", "A"))
+        assert names(await Swarm._of_those_who_answer(seen, routes.choose)) == "BC"
+        assert seen._directory.asked == ["A", "B", "C"]
+        seen._directory = Asked(routes, "ABC")
+        assert names(await Swarm._of_those_who_answer(seen, routes.choose)) == "A"
+        assert seen._directory.asked == ["A"]
+
+
+async def test_who_alone_holds_a_block_is_chosen_although_nothing_is_known_of_him(autojump_clock):
+    async with swarm() as world:
+        world.add("A", 0, 6)
+        routes = world.routes()
+        seen = SimpleNamespace(routes=routes, _directory=Asked(routes, "", "A"))
+        assert names(await Swarm._of_those_who_answer(seen, routes.choose)) == "A"
+
+
+async def test_of_many_servers_each_client_measures_a_few_of_its_own(autojump_clock):
+    async with swarm() as world:
+        for number in range(40):
+            world.add(f"{number:02}", 0, 6)
+        asked = []
+        for client in ("one", "other"):
+            routes = world.routes()
+            routes.spread = client
+            seen = SimpleNamespace(routes=routes, _directory=Asked(routes, ""))
+            await Swarm._know_the_distances(seen)
+            asked.append(set(seen._directory.asked))
+        assert [len(some) for some in asked] == [PINGED_PEERS] * 2
+        assert asked[0] != asked[1]
