@@ -695,8 +695,6 @@ async def open_directory(
         )
         host.handle(PROTOCOL, directory.serve)
         stack.callback(directory.close)
-        if watch:
-            nursery.start_soon(directory.watch_servers)
         await directory.join(nursery, required=required, patience_seconds=patience_seconds)
         for task in (
             directory.heal,
@@ -707,6 +705,8 @@ async def open_directory(
         ):
             nursery.start_soon(task)
         nursery.start_soon(directory.keep_neighbours, nursery)
+        if watch:  # now that there is a view: whoever is silent is known as such when a chain is chosen
+            nursery.start_soon(directory.watch_servers)
         if finder is not None:
             nursery.start_soon(directory.discover, finder)
         yield directory
