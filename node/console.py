@@ -78,13 +78,7 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     wait for it, or take from under it what it works with.
     """
     end_at_once_on_interrupt()
-    try:
-        os.getcwd()
-    except (
-        OSError
-    ):  # its folder was removed, and torch would end the process; no relative path means anything
-        os.chdir("/")
-        os.environ["PWD"] = "/"  # oneMKL looks for its parts from there
+    _be_somewhere()
     code: int | str | None = 1
     try:
         code = main()
@@ -104,6 +98,15 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     if isinstance(code, int) and (busy or code == INTERRUPTED):
         os._exit(code)
     sys.exit(code)
+
+
+def _be_somewhere() -> None:
+    """Leave a working folder that was removed: oneMKL would end the process over it."""
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir("/")
+        os.environ["PWD"] = "/"
 
 
 def prepare_streams() -> None:

@@ -572,6 +572,14 @@ def test_no_socket_gets_the_descriptor_of_a_closed_stream():
     assert shell('$PYTHON -c "$CODE" <&- >&- 2>&-', CODE=STREAMS) == (3, "", "")
 
 
+SOMEWHERE = "import os; from node.console import run_process; run_process(lambda: print(os.getcwd()) or 0)"
+
+
+def test_a_working_folder_that_was_removed_is_left():
+    line = 'cd $(mktemp -d) && rmdir $PWD && PYTHONPATH=$OLDPWD $PYTHON -c "$CODE"'
+    assert shell(line, CODE=SOMEWHERE) == (0, "/\n", "")
+
+
 INTERRUPTED = """
 import os, signal, sys, threading, time
 from node.console import run_process
