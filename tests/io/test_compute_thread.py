@@ -160,3 +160,25 @@ async def test_an_idle_thread_keeps_nothing_of_the_last_function_alive():
             while any(ref() is not None for ref in gone):
                 await trio.sleep(0.001)  # the thread may be about to let go
                 gc.collect()
+
+
+@pytest.mark.parametrize(("interrupted", "seconds"), [(True, 1), (False, 30)])
+async def test_whoever_is_interrupted_does_not_wait_for_a_long_load(
+    interrupted: bool, seconds: int, autojump_clock: trio.testing.MockClock
+):
+    begun, loaded = threading.Event(), threading.Event()
+
+    def load() -> None:
+        begun.set()
+        loaded.wait()
+
+    began = trio.current_time()
+    try:
+        with trio.CancelScope() as everything:
+            async with open_compute_thread() as compute, trio.open_nursery() as nursery:
+                nursery.start_soon(compute.run, load)
+                await trio.to_thread.run_sync(begun.wait)
+                (everything if interrupted else nursery.cancel_scope).cancel()
+        assert trio.current_time() - began == pytest.approx(seconds)
+    finally:
+        loaded.set()
