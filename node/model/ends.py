@@ -162,7 +162,7 @@ def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not 
             " copy that of the model which it was made from"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         words = len(tokenizer)
     except Exception as error:
         what = " ".join(str(error).split())[:200]

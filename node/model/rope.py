@@ -92,6 +92,8 @@ def check_rope(config: Mapping[str, Any], path: Path) -> None:
         for name in _NEEDED[kind]:
             if name not in one:
                 raise ConfigError(f"{path}: {where} of type {kind} has no {name}")
+            if kind == "yarn" and one[name] is None:
+                continue  # that of the two lengths is meant
             _check_factor(one[name], f"{path}: {name} of {where}", many=name in _LISTS)
         if kind == "longrope":
             _check_lists(config, one, f"{path}: {where}")

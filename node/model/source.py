@@ -66,8 +66,8 @@ def resolve(
         is_folder, is_file = path.is_dir(), path.exists() and not path.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
         why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{brief(named)} cannot be the name of a folder: {why}") from None
-    if is_file:
+        raise ConfigError(f"cannot open {brief(named)} as a model's folder: {why}") from None
+    if is_file and named != BUILTIN_MODEL:
         raise ConfigError(f"{brief(named)} is {_kind_of(path)}: {_NEEDED}")
     from_hub = named != BUILTIN_MODEL and not is_folder and _HUB_NAME.fullmatch(named)
     if revision is not None and not from_hub:

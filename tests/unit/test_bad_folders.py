@@ -12,10 +12,11 @@ from model_fixtures import save_tiny, save_tiny_tokenizer
 
 from client.terminal import _template
 from node.config import ConfigError
+from node.model import source
 from node.model.ends import load_ends, open_tokenizer
 from node.model.folder import HashMemo, ModelFolder, model_name, open_folder
 from node.model.info import read_info
-from node.model.source import resolve
+from node.model.source import BUILTIN_MODEL, resolve
 from node.model.span import load_span
 from routing.records import Record
 
@@ -149,6 +150,13 @@ def test_a_file_that_is_named_as_a_model_is_told_what_it_is(tmp_path, name, what
     assert "a model is named by its folder, with config.json" in message
 
 
+def test_a_file_with_the_built_in_models_name_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / BUILTIN_MODEL).write_bytes(b"")
+    monkeypatch.setattr(source, "builtin_folder", lambda *_, **__: tmp_path / "nowhere")
+    assert "there is no folder" in refused(lambda: resolve(BUILTIN_MODEL, cache_dir=tmp_path))
+
+
 @pytest.mark.parametrize(
     "name", ["x" * 300, "x" * 5000, "a\0b", "~nobody-of-this-name/model", "a\nb\x1b[31m"]
 )
@@ -199,6 +207,12 @@ def test_settings_of_a_tokenizer_do_not_make_one(model):
 def test_a_tokenizer_that_cannot_be_read_is_named(model, content):
     (model / "tokenizer.json").write_bytes(content)
     assert f"the tokenizer in {model} " in refused(open_tokenizer, model)
+
+
+def test_code_that_a_tokenizer_would_bring_is_not_run(model):
+    settings = {"auto_map": {"AutoTokenizer": ["a.B", "a.C"]}, "tokenizer_class": "B"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "contains custom code" in refused(open_tokenizer, model)
 
 
 def test_settings_that_are_no_settings_are_named(model):

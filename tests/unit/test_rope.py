@@ -222,6 +222,7 @@ def test_settings_that_cannot_be_followed_are_refused_by_name(settings, message)
         {"rope_scaling": None},
         {"rope_scaling": {"type": "linear", "factor": 2}},
         {"rope_scaling": LONG},
+        {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}},
         {"rope_scaling": LONG | {"short_factor": [1.0] * 2, "long_factor": [1.0] * 2}, "head_dim": 4},
         {"model_type": "phi3", "rope_scaling": LONG | {"rope_type": "yarn"}},
         {"model_type": "gptj", "rope_scaling": {"type": "whatever"}},
