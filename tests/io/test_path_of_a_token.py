@@ -85,6 +85,7 @@ UNNAMED = {
     "holes": "within Routes.is_covered_by",
     "sample": "within Routes.choose",
     "shyness": "before leanings",
+    "step_epoch": "within Listener._take",
     "step_session": "within Listener.take_push",
 }
 
