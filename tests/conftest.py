@@ -19,6 +19,13 @@ settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
 settings.load_profile("raceme")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start real processes run one after the other, in one worker: two cores are no more."""
+    for item in items:
+        if item.get_closest_marker("process") is not None:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(scope="session")
 def builtin_model() -> ModelFolder:
     """The built-in model, fetched into the user's cache by the first run."""

@@ -40,7 +40,6 @@ def config_of(**given: Any) -> Any:
         ({"wait_seconds": Decimal("0.5")}, "wait_seconds", 0.5),
         ({"wait_seconds": 0}, "wait_seconds", 0),
     ],
-    ids=str,
 )
 def test_what_is_clear_is_taken(given: dict[str, Any], name: str, taken: object):
     found = getattr(config_of(**given), name)

@@ -60,7 +60,7 @@ def test_a_count_may_come_in_whatever_holds_one(name, of):
     assert found == 7
 
 
-NONE = [True, False, np.True_, torch.tensor(True), "1", b"1", [1], (1,), {}, object(), 1j, math.nan, math.inf]
+NONE = [True, False, np.True_, torch.tensor(True), "1", b"1", [1], (1,), {}, object, 1j, math.nan, math.inf]
 NONE += [-math.inf, np.nan, torch.tensor(math.nan), torch.tensor([1.0]), np.array([1]), torch.tensor([1, 2])]
 
 

@@ -190,7 +190,7 @@ def test_pip_keeps_where_packages_come_from_and_nothing_else_of_its_configuratio
     set_up.pip_configuration = CONFIGURED
     monkeypatch.setenv("PIP_INDEX_URL", "https://three.example/simple")
     monkeypatch.setenv("PIP_CONSTRAINT", "mine.txt")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/home/me/pip.conf")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "mine.conf")
     assert set_up.script.main() == 0
     installs = [
         environment
