@@ -64,7 +64,7 @@ def run_demo() -> dict[str, Any]:
 
 def read_figures() -> Figures:
     """The files that the blocks are made of, by name."""
-    names = ["demo", "petals", *(f"decode-{servers}" for servers in SERVERS)]
+    names = ["demo", "petals", "startup-black-holed", *(f"decode-{servers}" for servers in SERVERS)]
     return {name: json.loads((FIGURES / f"{name}.json").read_text()) for name in names}
 
 
@@ -153,10 +153,24 @@ def decode_block(figures: Figures) -> str:
     return f"Measured on {described(ours[0]['machine'])}:\n\n{markdown_table(rows)}"
 
 
+def black_holed_block(figures: Figures) -> str:
+    """What a server that answers nothing costs new clients."""
+    run = figures["startup-black-holed"]
+    rows = [
+        f"| {name} | {1e3 * run[f'{what}_s']:.0f} | {1e3 * run[f'{what}_beside_black_holed_s']:.0f} |"
+        f" {run[f'{what}_more_ms']:+.0f} |"
+        for name, what in (("until a chain is chosen", "chain"), ("to the first token", "first_token"))
+    ]
+    head = ["| ms | without | beside it | more |", "| --- | --- | --- | --- |"]
+    about = f"Medians of {run['clients']} clients of each kind, on {described(run['machine'])}:"
+    return "\n".join([about, "", *head, *rows])
+
+
 BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "demo": demo_block,
     "beside-petals": beside_petals_block,
     "decode": decode_block,
+    "black-holed": black_holed_block,
 }
 
 

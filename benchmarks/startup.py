@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.machine import Elsewhere, machine
 from benchmarks.processes import ROOT, ProcessError, Worker, equal_spans, local_swarm
 from node.model.info import read_info
 from node.model.source import cache_dir, resolve
@@ -94,6 +95,7 @@ def start_client(flags: argparse.Namespace, peers: Sequence[str]) -> subprocess.
 
 def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int) -> int:
     """First tokens of new clients, in turn without and with servers that answer nothing."""
+    about, elsewhere = machine(), Elsewhere()
     threads = {"OMP_NUM_THREADS": str(flags.threads)}
     seconds: dict[str, list[float]] = {f"{what}{kind}_s": [] for kind in KINDS for what in FIGURES}
     with local_swarm(["--dtype", flags.dtype, "--threads", str(flags.threads)], environment=threads) as swarm:
@@ -121,7 +123,8 @@ def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int)
     for name, value in {**medians, **more}.items():
         print(f"  {name:40} {value:.3f}")
     setting = {"black_holed": flags.black_holed, "servers": flags.servers, "clients": flags.clients}
-    result = {**setting, **medians, **more, "runs": seconds}
+    about["others"] = elsewhere.share()
+    result = {"machine": about, **setting, **medians, **more, "runs": seconds}
     if flags.json:
         Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0

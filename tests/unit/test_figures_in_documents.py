@@ -13,6 +13,7 @@ from benchmarks.figures import (
     ROOT,
     SERVERS,
     beside_petals_block,
+    black_holed_block,
     decode_block,
     demo_block,
     described,
@@ -129,3 +130,15 @@ def test_shares_are_of_the_figures_beside_them():
         run = json.loads((ROOT / "docs" / "figures" / f"decode-{servers}.json").read_text())
         assert run["servers"] == servers
         assert run["share_of_reference"] == pytest.approx(run["steps_per_s"] / run["reference_steps_per_s"])
+
+
+def test_what_a_silent_server_costs_is_shown_with_its_sign():
+    run = {
+        "machine": ABOUT, "clients": 3, "chain_s": 0.004, "chain_beside_black_holed_s": 0.03,
+        "chain_more_ms": 26.0, "first_token_s": 0.2, "first_token_beside_black_holed_s": 0.19,
+        "first_token_more_ms": -10.0,
+    }  # fmt: skip
+    block = black_holed_block({"startup-black-holed": run})
+    assert "| until a chain is chosen | 4 | 30 | +26 |" in block
+    assert "| to the first token | 200 | 190 | -10 |" in block
+    assert "Medians of 3 clients" in block
