@@ -150,14 +150,14 @@ def test_gpt_oss_works_as_it_is_published(gpt_oss, tmp_path):
         ({}, "'an unnamed method'"),
     ],
 )
-@pytest.mark.parametrize("what", [read_info, load_ends, lambda folder: load_span(folder, 0, 1)])
-def test_what_cannot_be_read_is_refused_by_name_before_its_weights_are(settings, named, what, tmp_path):
+def test_what_cannot_be_read_is_refused_by_name_before_its_weights_are(settings, named, tmp_path):
     folder = opened(tmp_path / "model", settings)
     (tmp_path / "model/model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="fp8 and mxfp4 can") as refused:
-        what(folder)
-    assert f"was quantised by {named}, which cannot be read" in str(refused.value)
-    assert "\n" not in str(refused.value)
+    for what in (read_info, load_ends, lambda folder: load_span(folder, 0, 1)):
+        with pytest.raises(ConfigError, match="fp8 and mxfp4 can") as refused:
+            what(folder)
+        assert f"was quantised by {named}, which cannot be read" in str(refused.value)
+        assert "\n" not in str(refused.value)
 
 
 def drop_scales(tensors: dict[str, Tensor]) -> None:
