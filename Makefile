@@ -4,6 +4,8 @@ BIN := .venv/bin
 ARGS ?=
 # The whole suite must fit; a test that hangs is ended with an interrupt, so that pytest still reports.
 TEST_SECONDS ?= 1200
+# Of pytest-xdist.  One test file alone is faster without them.
+WORKERS ?= $(if $(ARGS),0,2)
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
 
 .DEFAULT_GOAL := help
@@ -19,8 +21,8 @@ env: ## Make or renew .venv (every other target does so too)
 demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them up until Ctrl-C
 	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep) $(ARGS)
 
-test: env ## Run the tests; ARGS="-k frames -x" goes to pytest
-	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest $(ARGS)
+test: env ## Run the tests; ARGS="-k frames -x" goes to pytest, WORKERS=N runs them in N processes
+	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check
