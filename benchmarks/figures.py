@@ -58,8 +58,13 @@ def run_demo() -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     about["others"] = elsewhere.share()
     print(done.stdout)
-    lines = [line for line in done.stdout.splitlines() if not re.search(r"(^| )/\w|^checking ", line)]
+    lines = without_files(done.stdout.splitlines())
     return {"command": "make demo", "machine": about, "dtype": _best_dtype("cpu"), "lines": lines}
+
+
+def without_files(lines: Sequence[str]) -> list[str]:
+    """The lines that name no file of this machine, and tell of no progress."""
+    return [line for line in lines if not re.search(r"(^| )/\w|^checking ", line)]
 
 
 def read_figures() -> Figures:

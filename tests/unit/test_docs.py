@@ -236,6 +236,22 @@ def test_the_table_of_limits_is_the_code_s():
     assert printed == {field.name: field.default for field in fields(Limits)}
 
 
+def test_the_flags_of_limits_have_the_defaults_that_the_manual_says():
+    limits = Limits()
+    rows = table((ROOT / "docs" / "operating.md").read_text(), "| flag | default | |")
+    assert len(rows) >= 5
+    for flag, default, _ in rows:
+        field = flag.split()[0].removeprefix("--").replace("-", "_")
+        value = getattr(limits, field)
+        assert default == ("the cache" if value is None else f"{value:g}" if value < 1e5 else str(value)), (
+            flag
+        )
+    fits = re.search(r"([\d,]+) positions of ([\d,]+) values in fp32 fit", in_one_line("docs/operating.md"))
+    assert fits
+    positions, values = (int(word.replace(",", "")) for word in fits.groups())
+    assert limits.step_tokens(4 * values) == positions
+
+
 def test_the_table_of_error_codes_is_the_code_s():
     rows = table((ROOT / "docs" / "protocol.md").read_text(), "## 7. Errors")
     codes = {**REFUSALS, **FAULTS}

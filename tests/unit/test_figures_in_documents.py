@@ -19,6 +19,7 @@ from benchmarks.figures import (
     described,
     read_figures,
     with_figures,
+    without_files,
 )
 from node.config import VERSION
 
@@ -99,6 +100,17 @@ def test_the_demo_is_shown_as_it_was_printed():
     assert demo_block(FIGURES).startswith(
         "```text\none\ntwo\n```\n\nMeasured in float32 on 2 cores of a processor"
     )
+
+
+def test_lines_that_name_files_are_left_out_of_the_demo():
+    shown = ["three nodes ...", "    demo-1  12D3K  blocks 0:10  after 9.2 s", "", "13.2 tokens/s, 166 ms"]
+    files = [
+        "wrote /tmp/x/swarm.key: give it to every member",
+        "M (revision 9d) is in /root/m",
+        "checking a.bin",
+    ]
+    assert without_files([*shown, *files]) == shown
+    assert without_files(read_figures()["demo"]["lines"]) == read_figures()["demo"]["lines"]
 
 
 def test_systems_on_different_machines_are_compared_by_shares_of_transformers_on_the_same_machine():

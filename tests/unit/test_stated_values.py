@@ -191,6 +191,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "of one client together hold a N of the cache at most \\(N tokens in a small one",
         (LIMITS.cache_share_per_peer, LIMITS.least_share_tokens),
     ),
+    (OPERATING, "Each of up to N requests may hold a frame", (LIMITS.max_compute_streams,)),
     (OPERATING, "one arena of pages of N positions", (arena.PAGE_TOKENS,)),
     (OPERATING, "refused after N seconds", (LIMITS.cache_wait_seconds,)),
     (OPERATING, "prompts in chunks of at most N positions", (capacity.CHUNK_POSITIONS,)),
