@@ -19,6 +19,7 @@ settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
 settings.load_profile("raceme")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start real processes run one after the other, in one worker: two cores are no more."""
     for item in items:
