@@ -22,7 +22,7 @@ demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them
 	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep) $(ARGS)
 
 test: env ## Run the tests; ARGS="-k frames -x" goes to pytest, WORKERS=N runs them in N processes
-	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,12 +20,16 @@ settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
 settings.load_profile("raceme")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start real processes run one after the other, in one worker: two cores are no more."""
-    for item in items:
-        if item.get_closest_marker("process") is not None:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any: pytest-xdist's own types
+    """Each test goes to the next free worker; those with real processes run one after the other, in one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ProcessesInOneWorker(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if nodeid.startswith("tests/fault/") else nodeid
+
+    return ProcessesInOneWorker(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from node.model.folder import ModelFolder
 
 pytestmark = pytest.mark.process
 
-TTL_SECONDS = 6.0
+TTL_SECONDS = 60.0
 PROMPT = "The three most important things about a good garden are"
 
 
@@ -165,8 +165,7 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
         assert holes() == [[0, 2]]  # it said good-bye: no TTL to wait for
 
         last.kill()
-        assert holes() == [[0, 2]]  # nobody knows yet
-        wait_until(lambda: holes() == [[0, 2], [4, 6]], TTL_SECONDS + 10)
+        wait_until(lambda: holes() == [[0, 2], [4, 6]], 10)  # it does not answer: no TTL to wait for either
 
         refused = run(*generate, "--wait", "0.5", "hello")
         assert refused.returncode == 3

@@ -266,12 +266,12 @@ async def test_while_nobody_serves_a_block_one_client_hears_which_in_time_and_an
         joined(servers, model, **hasty_settings) as hasty,
         joined(servers, model, give_up_seconds=120, wait_seconds=120) as patient,
     ):
-        records = {replica.peer: patient.view().get(replica.peer) for replica in lost if replica.peer}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client, hasty, "hasty", 0)
             nursery.start_soon(client, patient, "patient", 1)
             for event in waiting:
                 await event.wait()
+            records = {replica.peer: patient.view().get(replica.peer) for replica in lost if replica.peer}
             for replica in lost:
                 kill(replica)
             gone.set()
