@@ -229,9 +229,9 @@ def a_block_left_out() -> Iterator[None]:
     """A hop that does not compute its first block of a step of one token."""
     forward = Span.forward
 
-    def short(self, hidden, cache, position, start, stop):
+    def short(self, hidden, cache, position, start, stop, **more):
         skip = hidden.shape[1] == 1 and stop - start > 1
-        return forward(self, hidden, cache, position, start + skip, stop)
+        return forward(self, hidden, cache, position, start + skip, stop, **more)
 
     with mock.patch.object(Span, "forward", short):
         yield

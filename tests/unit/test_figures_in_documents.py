@@ -106,7 +106,7 @@ def test_lines_that_name_files_are_left_out_of_the_demo():
     shown = ["three nodes ...", "    demo-1  12D3K  blocks 0:10  after 9.2 s", "", "13.2 tokens/s, 166 ms"]
     files = [
         "wrote /tmp/x/swarm.key: give it to every member",
-        "M (revision 9d) is in /root/m",
+        "M (revision 9d) is in /models/m",
         "checking a.bin",
     ]
     assert without_files([*shown, *files]) == shown
