@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +206,13 @@ def settle(
     checks.check_vocabulary(options.tokens, vocabulary)
     new_tokens, length_from_file = _new_tokens(max_new_tokens, defaults, prompt_tokens, room)
     if (options.min_new_tokens or 0) > new_tokens:
-        raise ValueError(
-            f"min_new_tokens is {options.min_new_tokens}, at most max_new_tokens ({new_tokens}) is allowed"
-        )
+        if "min_new_tokens" not in given:  # the file's, beside a length of the caller's
+            options = replace(options, min_new_tokens=new_tokens)
+        else:
+            raise ValueError(
+                f"min_new_tokens is {options.min_new_tokens},"
+                f" at most max_new_tokens ({new_tokens}) is allowed"
+            )
     stops = checks.stop_strings(stop)
     from_file = [name for name in defaults.options if name not in given and name in merged]
     if do_sample and "do_sample" not in given and "temperature" not in given:

@@ -120,12 +120,11 @@ async def run_chat(flags: argparse.Namespace) -> None:
                     )
                 history = fitted.history
                 measured, answer = Measured(), ""
-                tokens = swarm.generate(
-                    fitted.ids,
-                    max_new_tokens=min(flags.max_new_tokens, length - len(fitted.ids)),
-                    context=context,
-                    **_sampling(flags),
-                )
+                room = min(flags.max_new_tokens, length - len(fitted.ids))
+                sampling = _sampling(flags)
+                if (least := sampling.get("min_new_tokens")) is not None:
+                    sampling["min_new_tokens"] = min(least, room)
+                tokens = swarm.generate(fitted.ids, max_new_tokens=room, context=context, **sampling)
                 async with aclosing(tokens):
                     async for token in tokens:
                         measured.tokens.append(token)

@@ -50,8 +50,9 @@ class Talker:
     def settings(self, prompt, **_):
         return Settings(SamplingOptions(), 8, (), ())
 
-    def generate(self, ids, *, max_new_tokens, context, **_):
+    def generate(self, ids, *, max_new_tokens, context, min_new_tokens=None):
         assert len(ids) + max_new_tokens <= self.opened_for
+        assert (min_new_tokens or 0) <= max_new_tokens
         self.asked.append((len(ids), max_new_tokens))
         return self._tokens()
 
@@ -60,7 +61,9 @@ class Talker:
             yield Token(1, "a", 0.1)
 
 
-async def chat(monkeypatch, lines: list[str], swarm: Talker, max_length: int | None = None) -> None:
+async def chat(
+    monkeypatch, lines: list[str], swarm: Talker, max_length: int | None = None, **sampling: int
+) -> None:
     @asynccontextmanager
     async def connected(flags):
         yield swarm
@@ -69,7 +72,7 @@ async def chat(monkeypatch, lines: list[str], swarm: Talker, max_length: int | N
         return lines.pop(0) if lines else ""
 
     monkeypatch.setattr(terminal, "_connect", connected)
-    monkeypatch.setattr(terminal, "_sampling", lambda flags: {})
+    monkeypatch.setattr(terminal, "_sampling", lambda flags: dict(sampling))
     monkeypatch.setattr(terminal, "_ask_for_text", ask)
     flags = argparse.Namespace(wait=1.0, system="be", max_length=max_length, max_new_tokens=8, trace=None)
     await terminal.run_chat(flags)
@@ -95,3 +98,9 @@ async def test_a_message_that_is_too_long_alone_is_left_out_and_the_talk_goes_on
     told = capsys.readouterr().err
     assert "this message takes 45 tokens with what goes before it, 39 are allowed (--max-length)" in told
     assert [ids for ids, _ in swarm.asked] == [10, 21], "what was said before is still there"
+
+
+async def test_the_least_length_of_an_answer_gives_way_where_there_is_less_room(monkeypatch):
+    swarm = Talker()
+    await chat(monkeypatch, ["x" * 32], swarm, 40, min_new_tokens=6)
+    assert swarm.asked == [(37, 3)]

@@ -298,6 +298,12 @@ def test_what_is_wrong_is_said_before_anything_is_settled(given, says):
         settled(GenerationDefaults(), **given)
 
 
+def test_the_least_length_of_a_file_gives_way_to_a_callers_length(tmp_path):
+    defaults = written(tmp_path, min_new_tokens=9, max_new_tokens=20)
+    assert settled(defaults).options.min_new_tokens == 9
+    assert settled(defaults, max_new_tokens=5).options.min_new_tokens == 5
+
+
 def test_a_name_that_is_none_is_a_type_error():
     with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temprature'"):
         settled(GenerationDefaults(), temprature=1)
