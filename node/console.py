@@ -285,6 +285,9 @@ class QuietText(io.TextIOBase):
         with suppress(OSError):
             self._stream.flush()
 
+    def close(self) -> None:
+        """Leave the stream to whoever opened it: Python 3.13 tells of a flush that fails at the end."""
+
 
 class OutputText(QuietText):
     """Standard output as rich is to see it: what cannot be written raises OutputError."""

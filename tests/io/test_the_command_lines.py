@@ -6,6 +6,7 @@ they do with a real one is tested elsewhere.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -31,6 +32,7 @@ import node.main
 import node.watch
 from client.generate import Token
 from client.trace import Trace
+from node.console import OutputError, OutputText
 from routing.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from routing.records import Record
@@ -456,6 +458,18 @@ def test_status_ends_where_its_output_does(
     done = door.run(node.__main__, *STATUS, *flags, stdout=stdout)
     assert done.code == code
     assert says in done.err
+
+
+def test_what_stands_before_a_full_output_may_go_without_a_word(monkeypatch: pytest.MonkeyPatch):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    output = OutputText()
+    with pytest.raises(OutputError):
+        output.flush()
+    output.close()  # as the interpreter does; Python 3.13 would tell people what it raises
 
 
 @pytest.mark.usefixtures("swarm_of_records")
