@@ -22,14 +22,15 @@ import trio
 
 from benchmarks.processes import LocalSwarm, NodeProcess, ProcessError, local_swarm
 from benchmarks.watched import nothing, prompt_ids, watch
-from client.connect import ClientConfig, Swarm, open_swarm
-from node.model.info import read_info
-from node.model.source import cache_dir, resolve
+from client.config import ClientConfig
+from client.swarm import Swarm, open_swarm
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.source import cache_dir, resolve
 
 GRACE_SECONDS = 15.0  # beyond a record's life, until the blocks are served again
 LOOK_SECONDS = 0.05
 KILL_AT = 16  # tokens
-MOST_SECONDS = 300.0
+MAX_SECONDS = 300.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +79,7 @@ async def measure(flags: argparse.Namespace, swarm: LocalSwarm) -> dict[str, Any
     }
     seconds = flags.record_ttl + GRACE_SECONDS
     config = ClientConfig(
-        (*swarm.peers,), flags.model, threads=1, give_up_seconds=MOST_SECONDS, wait_seconds=MOST_SECONDS
+        (*swarm.peers,), flags.model, threads=1, give_up_seconds=MAX_SECONDS, wait_seconds=MAX_SECONDS
     )
     async with open_swarm(config) as client:
         ids = prompt_ids(flags.model, 16)

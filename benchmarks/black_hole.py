@@ -15,9 +15,9 @@ from functools import partial
 
 import trio
 
-from node.network.directory import open_directory
+from node.network.directory.directory import open_directory
 from node.network.host import open_host
-from node.network.identity import load_or_create_identity
+from node.network.transport.identity import load_or_create_identity
 
 _FILL = 4  # connections that fill a queue of length 0
 

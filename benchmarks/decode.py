@@ -26,8 +26,8 @@ from typing import Any
 from benchmarks.machine import Elsewhere, machine
 from benchmarks.processes import LocalSwarm, Worker, equal_spans, local_swarm
 from node.config import ConfigError
-from node.model.info import read_info
-from node.model.source import cache_dir, resolve
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.source import cache_dir, resolve
 
 TEXT = (
     "Once upon a time there was a small village at the foot of a mountain, where an old clockmaker"

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     import torch
 
-    from node.model.source import cache_dir, resolve
+    from node.model.checkpoint.source import cache_dir, resolve
 
     torch.set_num_threads(flags.threads)
     try:
@@ -71,18 +71,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(flags: argparse.Namespace, folder: Any, dtype: str, quantize: str) -> list[dict[str, Any]]:
     """The rows for one way to keep the weights.  folder: the model's."""
-    from node.model.info import read_info
-    from node.model.span import DTYPES, load_span
+    from node.model.blocks.span import DTYPES, load_span
+    from node.model.checkpoint.info import read_info
 
     blocks = read_info(folder).blocks
     start, stop = (int(part) for part in (flags.blocks or f"0:{blocks}").split(":"))
     before = psutil.Process().memory_info().rss
     span = load_span(folder, start, stop, dtype=DTYPES[dtype], device=flags.device, quantize=quantize)
     reference = None if flags.no_reference else library(folder, flags)
-    arena = span.new_arena(max(flags.sessions) * (PROMPT_TOKENS + flags.tokens + 16))
+    pool = span.new_arena(max(flags.sessions) * (PROMPT_TOKENS + flags.tokens + 16))
     rows = []
     for sessions in flags.sessions:
-        run = Sessions(span, arena, sessions)
+        run = Sessions(span, pool, sessions)
         batched, single, alone = [], [], []
         run.decode(2)
         for _ in range(flags.rounds):
@@ -122,10 +122,10 @@ def measure(flags: argparse.Namespace, folder: Any, dtype: str, quantize: str) -
 class Sessions:
     """`count` sessions of different lengths in one arena, which decode together or one after the other."""
 
-    def __init__(self, span: Any, arena: Any, count: int) -> None:  # Any: torch is not imported yet
+    def __init__(self, span: Any, pool: Any, count: int) -> None:  # Any: torch is not imported yet
         import torch
 
-        self.span, self.arena, self.count = span, arena, count
+        self.span, self.pool, self.count = span, pool, count
         self.hidden = torch.randn(count, span.hidden_size, generator=torch.Generator().manual_seed(0))
         self.caches: list[Any] = []
         self.restart()
@@ -136,7 +136,7 @@ class Sessions:
 
         self.close()
         for number in range(self.count):
-            cache = self.arena.open(1, PROMPT_TOKENS + 1024)
+            cache = self.pool.open(1, PROMPT_TOKENS + 1024)
             tokens = PROMPT_TOKENS - number % 16
             self.span.forward(torch.randn(1, tokens, self.span.hidden_size), cache, 0)
             self.caches.append(cache)

@@ -21,8 +21,8 @@ import trio
 
 from benchmarks.replicas import ReplicatedSwarm, kill
 from benchmarks.watched import fresh_client, peers_in_use, prompt_ids, undisturbed, watch
-from client.connect import Swarm
-from client.retry import Context
+from client.generation.conversation import Conversation
+from client.swarm import Swarm
 
 PROMPT_TOKENS = 32
 
@@ -41,7 +41,7 @@ class Killer:
     waiting: int = 0
     kills: int = 0
 
-    def step(self, context: Context) -> bool:
+    def step(self, context: Conversation) -> bool:
         """After a step: whether a server was killed."""
         self.waiting += self.rng.random() < self.rate
         peers = peers_in_use(context)

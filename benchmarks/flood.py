@@ -96,7 +96,8 @@ def steps(round_: dict[str, Any]) -> list[float]:
 
 async def flood(flags: argparse.Namespace) -> None:
     """The flooder: floods from one line on standard input to the next."""
-    from client.connect import ClientConfig, open_swarm
+    from client.config import ClientConfig
+    from client.swarm import open_swarm
 
     async with open_swarm(ClientConfig(tuple(flags.peers), threads=1, wait_seconds=60)) as swarm:
         while await trio.to_thread.run_sync(sys.stdin.readline):
@@ -119,8 +120,8 @@ async def flood(flags: argparse.Namespace) -> None:
 async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> None:
     import torch
 
-    from client.blame import Blame
-    from routing.chain import NoChain
+    from client.session.avoided_peers import AvoidedPeers
+    from routing.chains.search import NoChain
     from tensor_codec.errors import PeerFault, Refused
 
     hidden = torch.randn(1, tokens, swarm.info.hidden_size)
@@ -134,7 +135,7 @@ async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> Non
                     done[f"steps of {tokens}"] += 1
         except (Refused, PeerFault, NoChain) as error:
             done[type(error).__name__] += 1
-            swarm.routes.blame = Blame()  # who floods does not avoid the server that refuses it
+            swarm.routes.blame = AvoidedPeers()  # who floods does not avoid the server that refuses it
             await trio.sleep(RETRY_SECONDS)
 
 

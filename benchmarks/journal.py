@@ -3,8 +3,8 @@
     python -m benchmarks.journal [--blocks 10] [--tokens 512] [--json FILE]
 
 One process, no network: a span of SmolLM2-135M decodes, and after each step its output goes into a
-journal as `node.serving.hop` has it.  Every step is timed with its append apart, so both see the same
-machine.  Then everything is read back, as for a replay.
+journal as `node.serving.sessions.worker` has it.  Every step is timed with its append apart, so both see
+the same machine.  Then everything is read back, as for a replay.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from node.model.source import cache_dir, resolve
-from node.model.span import load_span
-from tensor_codec.compression import decode_hidden, encode_hidden
+from node.model.blocks.span import load_span
+from node.model.checkpoint.source import cache_dir, resolve
+from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.journal import JournalBudget
-from tensor_codec.messages import Contract
+from tensor_codec.messages.contract import Contract
 
 REPLAY_TOKENS = 256
 SESSION = bytes(16)

@@ -43,22 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def measure(flags: argparse.Namespace) -> dict[str, Any]:
     """The ticker's lag in milliseconds beside an idle engine and beside a full one."""
-    from node.compute import open_compute_thread
-    from node.serving.engine import Engine
-    from node.serving.rates import Rates
+    from node.runtime.compute_thread import open_compute_thread
+    from node.serving.executor.engine import Engine
+    from node.serving.executor.rates import Rates
 
     async with open_compute_thread() as compute:
         span = await compute.run(_load, flags)
         engine = Engine(span, compute, Rates(0.0005, 0.0001))
         length = 2 * PREFILL_TOKENS
-        arena = await compute.run(span.new_arena, (flags.sessions + 2) * length, length)
+        pool = await compute.run(span.new_arena, (flags.sessions + 2) * length, length)
         idle = await lags(flags.seconds)
         done = [0, 0]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
             for number in range(flags.sessions + 2):
                 tokens = 1 if number < flags.sessions else PREFILL_TOKENS
-                nursery.start_soon(_session, engine, arena, number, tokens, done)
+                nursery.start_soon(_session, engine, pool, number, tokens, done)
             full = await lags(flags.seconds)
             nursery.cancel_scope.cancel()
     return {
@@ -90,28 +90,27 @@ def figures(found: Sequence[float]) -> dict[str, float]:
 def _load(flags: argparse.Namespace) -> Any:  # Any: torch is not imported yet
     import torch
 
-    from node.model.info import read_info
-    from node.model.source import cache_dir, resolve
-    from node.model.span import load_span
+    from node.model.blocks.span import load_span
+    from node.model.checkpoint.info import read_info
+    from node.model.checkpoint.source import cache_dir, resolve
 
     torch.set_num_threads(flags.threads)
     folder = resolve(flags.model, cache_dir=cache_dir())
     return load_span(folder, 0, read_info(folder).blocks, quantize=flags.quantize)
 
 
-async def _session(engine: Any, arena: Any, number: int, tokens: int, done: list[int]) -> None:
+async def _session(engine: Any, pool: Any, number: int, tokens: int, done: list[int]) -> None:
     """Steps of so many tokens, one after the other; from the beginning again when the session is full."""
     import torch
 
-    from node.serving.session import Compute
-    from tensor_codec.compression import encode_hidden
-    from tensor_codec.messages import Contract, StepRange
+    from tensor_codec.codecs import encode_hidden
+    from tensor_codec.messages.contract import Contract, StepRange
 
     span, length = engine.span, 2 * PREFILL_TOKENS
     contract = Contract(
         number.to_bytes(16, "big"), span.start, span.stop, 1, length, span.hidden_size, "fp32", PREFILL_TOKENS
     )
-    cache = arena.open(1, length)
+    cache = pool.open(1, length)
     body = encode_hidden(torch.randn(1, tokens, span.hidden_size), "fp32")
     step = 0
     while True:
@@ -120,8 +119,8 @@ async def _session(engine: Any, arena: Any, number: int, tokens: int, done: list
             position = 0
         else:
             position = cache.length
-        decision = Compute(step, StepRange(position, tokens, "last"), None)
-        await engine.step("peer", contract, cache, decision, body, whole=False)
+        what = StepRange(position, tokens, "last")
+        await engine.step("peer", contract, cache, what, body, whole=False)
         done[tokens != 1] += 1
         step += 1
 

@@ -27,7 +27,8 @@ import trio
 
 from benchmarks.replicas import END_SECONDS, ReplicatedSwarm, drain
 from benchmarks.watched import fresh_client, peers_in_use, prompt_ids, undisturbed, watch
-from client.connect import ClientConfig, Swarm, open_swarm
+from client.config import ClientConfig
+from client.swarm import Swarm, open_swarm
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 CLIENT_SECONDS = 120.0  # for a client to come as far as it shall

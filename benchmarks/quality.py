@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from node.model.ends import Ends, load_ends
-from node.model.folder import ModelFolder
-from node.model.info import QUANTIZATIONS, read_info
-from node.model.source import cache_dir, resolve
-from node.model.span import DTYPES, load_span
+from node.model.blocks.span import DTYPES, load_span
+from node.model.checkpoint.folder import ModelFolder
+from node.model.checkpoint.info import QUANTIZATIONS, read_info
+from node.model.checkpoint.source import cache_dir, resolve
+from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
 
 TEXT = Path(__file__).with_name("quality.txt")
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     torch.set_num_threads(flags.threads)
     folder = resolve(flags.model, cache_dir=cache_dir())
-    ends = load_ends(folder)
+    ends = load_embed_and_head(folder)
     ids = torch.tensor([ends.tokenizer(TEXT.read_text()).input_ids[: flags.tokens]])
     ways = [("float32", "float32", "none"), ("bfloat16", "bfloat16", "none")]
     ways += [(how, flags.dtype, how) for how in flags.quantize]
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @torch.inference_mode()
 def answers(
-    folder: ModelFolder, ends: Ends, ids: Tensor, dtype: str, quantize: str, device: str
+    folder: ModelFolder, ends: EmbedAndHead, ids: Tensor, dtype: str, quantize: str, device: str
 ) -> tuple[Tensor, str, int]:
     """Logits [1, tokens, vocab_size], what they were computed in, and the bytes of the weights."""
     blocks = read_info(folder).blocks

@@ -47,10 +47,10 @@ from benchmarks.watched import (
     until_known,
     watch,
 )
-from client.retry import Context
+from client.generation.conversation import Conversation
 from node.config import ConfigError
-from node.model.info import read_info
-from node.model.source import cache_dir, resolve
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.source import cache_dir, resolve
 
 PREFILL_TOKENS = 300
 SOCKETS_GONE_SECONDS = 60.0
@@ -207,7 +207,7 @@ def row_of(
     strike: Strike,
     watched: Watched,
     first: float,
-    context: Context,
+    context: Conversation,
 ) -> Result:
     """The figures of a run."""
     whole = watched.error is None and len(watched.tokens) > number

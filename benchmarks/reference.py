@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.processes import answer_lines
-from node.model.ends import load_ends
-from node.model.source import cache_dir, resolve
-from node.model.span import DTYPES, load_span
+from node.model.blocks.span import DTYPES, load_span
+from node.model.checkpoint.source import cache_dir, resolve
+from node.model.embed_and_head import load_embed_and_head
 
 
 class Stopwatch:
@@ -49,9 +49,9 @@ def main() -> None:
     library = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
     blocks = library.config.num_hidden_layers
     span = load_span(folder, 0, blocks, dtype=dtype, quantize=flags.quantize)
-    ends = load_ends(folder, dtype=torch.float32)
+    ends = load_embed_and_head(folder, dtype=torch.float32)
     ends.compile_head()
-    ends.make_screen()
+    ends.make_exact_argmax()
 
     def generate(ids: list[int], tokens: int) -> dict[str, Any]:
         watch = Stopwatch()

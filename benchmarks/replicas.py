@@ -21,7 +21,7 @@ from benchmarks.processes import (
     local_swarm,
 )
 from routing.names import PeerId
-from routing.swarm import SwarmView
+from routing.view.view import SwarmView
 
 LOOPBACK = "/ip4/127.0.0.1/tcp"
 END_SECONDS = 60.0  # for a process that was told to end; draining takes 20 s at the most

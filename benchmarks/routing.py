@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from routing.chain import Chain, cheapest_chain
-from routing.distances import Distances
+from routing.chains.distances import Distances
+from routing.chains.load_sharing import MAX_PEERS, leanings, sample, shyness
+from routing.chains.search import Chain, cheapest_chain
 from routing.names import PeerId, peer_id_of
-from routing.records import MAX_RTTS, Record
-from routing.spread import MOST_PEERS, leanings, sample, shyness
+from routing.view.records import MAX_RTTS, Record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def measure(servers: int, flags: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(flags.seed)
     spans = swarm(servers, flags.blocks, rng)
     client_rtt = {span.peer: rng.uniform(0.01, 0.2) for span in rng.sample(spans, min(16, servers))}
-    once = partial(choose, spans, client_rtt, most=servers if flags.all else MOST_PEERS)
+    once = partial(choose, spans, client_rtt, most=servers if flags.all else MAX_PEERS)
     kept = Distances()
     chain = once(kept)
 

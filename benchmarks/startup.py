@@ -25,8 +25,8 @@ from typing import Any
 
 from benchmarks.machine import Elsewhere, machine
 from benchmarks.processes import ROOT, ProcessError, Worker, equal_spans, local_swarm
-from node.model.info import read_info
-from node.model.source import cache_dir, resolve
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.source import cache_dir, resolve
 
 KINDS = ("", "_beside_black_holed")
 FIGURES = ("first_token", "chain")

@@ -36,10 +36,10 @@ from benchmarks.swarm_clients import Demand, capacity_of, machines_of
 from benchmarks.swarm_models import MODELS, Plan
 from benchmarks.swarm_rules import RULES
 from benchmarks.swarm_sim import Outcome, Simulation, summary
-from routing.capacity import Holder, capacity
-from routing.moves import turns
 from routing.names import PeerId
-from routing.placement import best_window, moves
+from routing.placement.cover_gaps import turns
+from routing.placement.rebalance import best_window, moves
+from routing.placement.throughput import Holder, capacity
 
 SHOWN = (
     ("share", "share_of_bound_mean", ".3f"),

@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import trio
 
-from client.connect import ClientConfig, Swarm, open_swarm
-from client.generate import Token
+from client.config import ClientConfig
+from client.generation.generate import Token
+from client.swarm import Swarm, open_swarm
 
 
 async def serve_lines(flags: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ simulated, replays are.
 Three kinds of clients, with the same sessions:
 
 * ours: records up to 30 s old, each client's own measurements, and what hops say when a session opens
-  (`client.routes`, whose parts these are; in-session moves look for whole chains only).
+  (`client.session.chain_choice`, whose parts these are; in-session moves look for whole chains only).
 * petals: the shortest chain by announced speeds, 18 ms for each hop, and 10 s where the cache is short;
   queues are not known (arXiv:2312.08361 and the routing of its client).
 * all-seeing: everybody's queue at this moment, true speeds and distances.  What it reaches is what
@@ -29,23 +29,23 @@ from itertools import pairwise
 from typing import Protocol
 
 from benchmarks.swarm_map import CLIENT_LINE_MS, SERVER_LINE_MS, Place, somewhere
-from client.lost_time import REPLAYED_SHARE, LostTime
-from client.route import CHOICES
-from client.routes import SURPRISE
-from client.session import BETTER, LEAST_GAIN_SECONDS, REST_SECONDS, SEEN_STEPS, STEPS_AHEAD
-from node.serving.waits import Waits
-from routing.capacity import Holder, capacity
-from routing.chain import Chain, cheapest_chain
-from routing.distances import Distances
-from routing.measured import Measured
+from client.session.chain_choice import SURPRISE
+from client.session.lost_time import REPLAYED_SHARE, LostTime
+from client.session.route import CHOICES
+from client.session.session import BETTER, MIN_GAIN_SECONDS, REST_SECONDS, SEEN_STEPS, STEPS_AHEAD
+from node.serving.executor.waits import Waits
+from routing.chains.distances import Distances
+from routing.chains.load_sharing import dearness, leanings, shyness
+from routing.chains.measured import Measured
+from routing.chains.search import Chain, cheapest_chain
 from routing.names import PeerId
-from routing.records import MAX_RTTS, Record
-from routing.spread import dearness, leanings, shyness
+from routing.placement.throughput import Holder, capacity
+from routing.view.records import MAX_RTTS, Record
 
 ANNOUNCE_SECONDS = 5.0  # between looks of a server at whether its record is still true
 LOOK_SECONDS = 0.5  # a client looks at most so often: its time is not simulated
 SIGMA = 0.7  # of the logarithms of the sessions' lengths
-LEAST_TOKENS = 4
+MIN_TOKENS = 4
 PETALS_HOP_SECONDS = 0.018
 PETALS_CACHE_TOKENS = 16_384
 PETALS_SHORT_SECONDS = 10.0
@@ -230,7 +230,7 @@ class World:
 class AllSeeing:
     """True speeds and distances, and the queues of this moment.
 
-    dear: minds a queue more than its own wait, as ours do (`routing.spread`): so all wait less.
+    dear: minds a queue more than its own wait, as ours do (`routing.chains.load_sharing`): so all wait less.
     """
 
     def __init__(self, world: World, *, dear: bool = True) -> None:
@@ -270,7 +270,7 @@ class AllSeeing:
 
 
 class Ours:
-    """What `client.routes.Routes` and `client.session.Session` do."""
+    """What `client.session.chain_choice.ChainChooser` and `client.session.session.Session` do."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -310,7 +310,7 @@ class Ours:
         )
 
     def learn(self, session: Session, now: float) -> None:
-        """As `Routes.learn`."""
+        """As `ChainChooser.learn`."""
         measured, records = self._measured[session.client], self._world.records
         for hop, index, work, waited in zip(
             session.chain.hops, session.at, session.work, session.waited, strict=True
@@ -333,7 +333,7 @@ class Ours:
         gain = present - chain.expected_seconds
         fresh = sum(hop.stop - hop.start for hop in chain.hops if hop not in session.chain.hops)
         replay = length * REPLAYED_SHARE * chain.expected_seconds * fresh / world.blocks
-        if gain < max(LEAST_GAIN_SECONDS, (1 - BETTER) * present) or gain * STEPS_AHEAD <= replay:
+        if gain < max(MIN_GAIN_SECONDS, (1 - BETTER) * present) or gain * STEPS_AHEAD <= replay:
             return None
         session.lost.forget()
         session.look_at = now + REST_SECONDS
@@ -417,7 +417,7 @@ class _Run:
     def _come(self, now: float) -> None:
         demand, world = self._world.demand, self._world
         tokens = self._rng.lognormvariate(math.log(demand.tokens) - SIGMA**2 / 2, SIGMA)
-        client, length = self._rng.randrange(demand.clients), max(LEAST_TOKENS, round(tokens))
+        client, length = self._rng.randrange(demand.clients), max(MIN_TOKENS, round(tokens))
         looked_at = self._rng.random() < 0.2
         self._next_session(now)
         session = Session(client, length, length, now, stepped=now)

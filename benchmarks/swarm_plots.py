@@ -70,11 +70,11 @@ def draw_shares(rows: Sequence[Row], file: Path) -> None:
             found = {row["servers"]: row for row in mine if row["rule"] == rule}
             there = [size for size in sizes if size in found]
             at = [sizes.index(size) + (place + 0.5) * width - 0.4 for size in there]
-            means = [found[size]["share_of_bound_mean"] for size in there]
+            setup = [found[size]["share_of_bound_mean"] for size in there]
             down = [found[size]["share_of_bound_mean"] - found[size]["share_of_bound_min"] for size in there]
             nothing = [0.0] * len(there)
-            axis.bar(at, means, width * 0.92, color=COLOURS[rule], label=rule)
-            axis.errorbar(at, means, yerr=[down, nothing], fmt="none", ecolor="#333333", elinewidth=0.9)
+            axis.bar(at, setup, width * 0.92, color=COLOURS[rule], label=rule)
+            axis.errorbar(at, setup, yerr=[down, nothing], fmt="none", ecolor="#333333", elinewidth=0.9)
         axis.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
         axis.set_xlabel("servers")
         axis.set_ylim(0, 1.02)

@@ -17,10 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from routing.capacity import Floats, Holder
-from routing.moves import Turn, turns
 from routing.names import PeerId
-from routing.placement import Move, best_window, in_turn, moves
+from routing.placement.cover_gaps import Turn, turns
+from routing.placement.rebalance import Move, best_window, in_turn, moves
+from routing.placement.throughput import Floats, Holder
 
 Window = tuple[int, int]
 Between = tuple[float, float]
@@ -59,7 +59,7 @@ class Rule(Protocol):
 
 
 class Ours:
-    """routing.placement and routing.moves."""
+    """routing.placement.rebalance and routing.placement.cover_gaps."""
 
     drops_first = False
     fresh = False

@@ -1,12 +1,13 @@
 """A swarm in simulated time: servers that join, move, crash and lie.  A part of benchmarks.swarm.
 
-Event by event, from one seed, with the constants and the decisions of the nodes: `routing.placement`,
-`routing.moves`, `node.balancer`.  Records are flooded: every server knows those of the others as they were
-at most VIEW_SECONDS ago, at its own moments.  A server that moves by our rule announces the new span,
-serves the old one for SETTLE_SECONDS more, looks again, pings those who stay, and only then gives up what
-it does not keep; while it loads it serves what both spans have.  A crashed server is seen until its record
-ends, but by those who watch it (`routing.moves.watched`): each asks at its own moments, every
-WATCH_SECONDS, and after two silences, each waited for to the end, it leaves the server out.
+Event by event, from one seed, with the constants and the decisions of the nodes:
+`routing.placement.rebalance`, `routing.placement.cover_gaps`, `node.serving.balancer`.  Records are
+flooded: every server knows those of the others as they were at most VIEW_SECONDS ago, at its own moments.
+A server that moves by our rule announces the new span, serves the old one for SETTLE_SECONDS more, looks
+again, pings those who stay, and only then gives up what it does not keep; while it loads it serves what
+both spans have.  A crashed server is seen until its record ends, but by those who watch it
+(`routing.placement.cover_gaps.watched`): each asks at its own moments, every WATCH_SECONDS, and after two
+silences, each waited for to the end, it leaves the server out.
 
 By Petals' rule a server stops at once, looks for a place a few seconds later, and loads; it sees everything
 at once, and nobody is watched.
@@ -26,7 +27,7 @@ from itertools import accumulate
 from benchmarks.swarm_models import LIE, PARTED_SECONDS, VIEW_SECONDS, Hardware, Plan, script
 from benchmarks.swarm_rules import Rule, Window
 from benchmarks.swarm_views import News, Snapshot
-from node.balancer import (
+from node.serving.balancer import (
     AGAIN_SECONDS,
     ANSWER_SECONDS,
     LOSS_SECONDS,
@@ -34,11 +35,11 @@ from node.balancer import (
     TURN_SECONDS,
     WATCH_SECONDS,
 )
-from routing.capacity import Holder, capacity
-from routing.moves import Turn, objection, opens_gap, taken_for_lost, turns, watched
 from routing.names import PeerId
-from routing.placement import Move
-from routing.records import Record, State
+from routing.placement.cover_gaps import Turn, objection, opens_gap, taken_for_lost, turns, watched
+from routing.placement.rebalance import Move
+from routing.placement.throughput import Holder, capacity
+from routing.view.records import Record, State
 
 RESTORED_SECONDS = 60.0  # in which, and the time to load, a block that lost its last server should have one
 NOISE_SECONDS = 60.0  # between two announcements of another rate
@@ -530,7 +531,7 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
         gap; coverage_late_impossible: of these, but for the time in which nobody could help.
     coverage_reaction_s: from when no record tells of a server, and without the loading of who closed the gap.
     """
-    means = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)
+    setup = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)
     hours = sum(outcome.observed_s for outcome in outcomes) / 3600
     ranks = [ms for outcome in outcomes for ms in outcome.rank_ms] or [0.0]
     plans = [ms for outcome in outcomes for ms in outcome.turns_ms] or [0.0]
@@ -542,9 +543,9 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
     late = [repair for repair in repairs + still_open if repair.late]
     reactions = sorted(max(0.0, repair.known - repair.load) for repair in repairs) or [0.0]
     return {
-        "share_of_bound_mean": statistics.fmean(means),
-        "share_of_bound_p5": means[int(0.05 * len(means))],
-        "share_of_bound_min": means[0],
+        "share_of_bound_mean": statistics.fmean(setup),
+        "share_of_bound_p5": setup[int(0.05 * len(setup))],
+        "share_of_bound_min": setup[0],
         "blocks_held_once": statistics.fmean(outcome.held_once for outcome in outcomes),
         "at_rest_mean": statistics.fmean(outcome.at_rest for outcome in outcomes),
         "share_at_end_mean": statistics.fmean(outcome.shares[-1] for outcome in outcomes),

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import TypeVar
 
 from benchmarks.swarm_models import ANNOUNCE_SECONDS, PARTED_SECONDS, TTL_SECONDS, VIEW_SECONDS
-from routing.capacity import Holder
 from routing.names import PeerId
-from routing.placement import holders
-from routing.records import Record
+from routing.placement.rebalance import holders
+from routing.placement.throughput import Holder
+from routing.view.records import Record
 
 T = TypeVar("T")
 

@@ -32,8 +32,8 @@ import psutil
 from benchmarks.decode import prompts_of
 from benchmarks.processes import LocalSwarm, ProcessError, Worker, equal_spans, free_port, local_swarm
 from node.config import ConfigError
-from node.model.info import read_info
-from node.model.source import cache_dir, resolve
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.source import cache_dir, resolve
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 COMMON = ["--threads", "1", "--dtype", "float32", "--device", "cpu"]

@@ -15,12 +15,14 @@ from typing import Any, cast
 import trio
 from torch import Tensor
 
-from client.connect import ClientConfig, Swarm, open_swarm
-from client.heads import Heads
-from client.retry import Context
-from client.session import Pending, Session
-from node.model.ends import Ends
-from tensor_codec.messages import Result
+from client.config import ClientConfig
+from client.generation.conversation import Conversation
+from client.generation.head_batches import HeadBatches
+from client.session.session import Session
+from client.session.steps import Pending
+from client.swarm import Swarm, open_swarm
+from node.model.embed_and_head import EmbedAndHead
+from tensor_codec.messages.session import Result
 
 
 async def serve_lines(flags: argparse.Namespace) -> None:
@@ -90,16 +92,16 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
 class Watch:
     """Measures what a context does by standing in for its ends and its session."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: EmbedAndHead) -> None:
         self.open_seconds = 0.0
         self._ends = TimedEnds(ends)
         self._network = 0.0
         self._hops: list[tuple[tuple[float, float], ...]] = []
 
-    def watched(self, context: Context, swarm: Swarm) -> Context:
+    def watched(self, context: Conversation, swarm: Swarm) -> Conversation:
         """The context, which was not used yet, with everything in it that measures."""
-        context.ends = cast(Ends, self._ends)
-        context.heads = Heads(context.ends, swarm._compute)  # not part of the client's API
+        context.ends = cast(EmbedAndHead, self._ends)
+        context.heads = HeadBatches(context.ends, swarm._compute)  # not part of the client's API
         context.open_chain = self._opener(context.open_chain)
         return context
 
@@ -144,7 +146,7 @@ class WatchedSession:
 class TimedEnds:
     """Ends that add up what they take.  seconds: of embedding and head."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: EmbedAndHead) -> None:
         self._ends = ends
         self.seconds = 0.0
 

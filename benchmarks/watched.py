@@ -20,10 +20,11 @@ import trio
 from benchmarks.decode import TEXT
 from benchmarks.processes import ProcessError
 from benchmarks.replicas import Fault, Replica, ReplicatedSwarm
-from client.connect import ClientConfig, Swarm, open_swarm
-from client.retry import Context
-from node.model.source import cache_dir, resolve
-from routing.chain import NoChain
+from client.config import ClientConfig
+from client.generation.conversation import Conversation
+from client.swarm import Swarm, open_swarm
+from node.model.checkpoint.source import cache_dir, resolve
+from routing.chains.search import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
 LOOK_SECONDS = 0.001
@@ -87,7 +88,7 @@ async def nothing(number: int) -> None:
 
 
 async def watch(
-    swarm: Swarm, context: Context, ids: Sequence[int], tokens: int, before: Before = nothing
+    swarm: Swarm, context: Conversation, ids: Sequence[int], tokens: int, before: Before = nothing
 ) -> Watched:
     """Generate greedily; whatever `before` takes is nobody's time."""
     watched = Watched()
@@ -155,7 +156,7 @@ def prompt_ids(model: str | None, tokens: int) -> list[int]:
     return ids[:tokens]
 
 
-def peers_in_use(context: Context) -> list[str]:
+def peers_in_use(context: Conversation) -> list[str]:
     """The peers of the chain that a context uses now; empty where it has no session."""
     session = context.session
     return [] if session is None else [hop.peer for hop in session.chain.hops]
@@ -175,7 +176,7 @@ class Strike:
     at: float = 0.0
     victim: Replica | None = None
 
-    async def __call__(self, context: Context, delay: float = 0.0) -> None:
+    async def __call__(self, context: Conversation, delay: float = 0.0) -> None:
         """Do it, once `delay` seconds have passed and a chain is in use."""
         await trio.sleep(delay)
         while not (peers := peers_in_use(context)):  # noqa: ASYNC110  no event tells
@@ -186,12 +187,14 @@ class Strike:
         await trio.to_thread.run_sync(partial(self.fault, self.victim))
 
 
-def trace_events(context: Context) -> list[Any]:  # Any: client.trace.Event, where the client has one
+def trace_events(
+    context: Conversation,
+) -> list[Any]:  # Any: trace.Event, where there is one
     """What a context has noted down; empty where it notes nothing."""
     return list(getattr(getattr(context, "trace", None), "events", ()))
 
 
-def trace_figures(context: Context, at: float) -> dict[str, float | None]:
+def trace_figures(context: Conversation, at: float) -> dict[str, float | None]:
     """From the trace after `at`: seconds until the fault was seen, of replay, and until it was mended.
 
     None for each that the trace does not tell.

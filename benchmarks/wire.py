@@ -29,8 +29,8 @@ from benchmarks.delayed_line import why_not
 from benchmarks.netns import command_inside
 from benchmarks.wire_line import measure as measure_line
 from node.network.host import Host, open_host
-from node.network.identity import load_or_create_identity
 from node.network.streams import FramedStream
+from node.network.transport.identity import load_or_create_identity
 from routing.names import PeerId
 from tensor_codec.frame import FrameDecoder, encode_frame
 from tensor_codec.limits import KIB, MIB

@@ -21,8 +21,8 @@ import trio
 
 from benchmarks.delayed_line import FAR, delayed_line
 from node.network.host import open_host
-from node.network.identity import load_or_create_identity
 from node.network.streams import FramedStream
+from node.network.transport.identity import load_or_create_identity
 from routing.names import PeerId
 from tensor_codec.limits import KIB, MIB
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from node.interrupts import end_at_once_on_interrupt, is_command
+from node.runtime.interrupts import end_at_once_on_interrupt, is_command
 
 if is_command("client"):
     end_at_once_on_interrupt()
@@ -15,12 +15,12 @@ from client.api import SwarmLike
 # imports the module first would put that here.  `from client.connect import ...` finds the module.
 from client.connect import connect
 from node.config import ConfigError
-from routing.alternatives import Constraints
-from routing.hops import NoChain
+from routing.chains.alternatives import Constraints
+from routing.chains.hops import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
 if TYPE_CHECKING:
-    from client.generate import Token
+    from client.generation.generate import Token
 
 __all__ = ["ConfigError", "Constraints", "NoChain", "PeerFault", "Refused", "SwarmLike", "Token", "connect"]
 
@@ -28,7 +28,7 @@ __all__ = ["ConfigError", "Constraints", "NoChain", "PeerFault", "Refused", "Swa
 def __getattr__(name: str) -> Any:  # Any: whatever is asked for
     """Names whose modules import torch: not before somebody wants them."""
     if name == "Token":
-        from client.generate import Token
+        from client.generation.generate import Token
 
         return Token
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,17 +9,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from node.arguments import Parser, add_addresses, one_address_each, positive, seconds, threads
 from node.config import DEFAULT_MODEL
-from node.console import (
-    argument_text,
-    fail,
-    run_command,
-    run_process,
-)
-from node.interrupts import let_interrupts_through
-from node.logs import set_up_logging
-from routing.alternatives import DTYPES, QUANTIZE
+from node.runtime.arguments import Parser, add_addresses, one_address_each, positive, seconds, threads
+from node.runtime.console import argument_text, fail, run_command, run_process
+from node.runtime.interrupts import let_interrupts_through
+from node.runtime.logs import set_up_logging
+from routing.chains.alternatives import DTYPES, QUANTIZE
 
 EPILOG = """\
 examples:
@@ -87,8 +82,8 @@ def _read_texts(flags: argparse.Namespace) -> None:
 
 def _run(flags: argparse.Namespace) -> int:
     from client.terminal import run_chat, run_generate
-    from node.tasks import run
-    from routing.hops import NoChain
+    from node.runtime.nurseries import run
+    from routing.chains.hops import NoChain
     from tensor_codec.errors import PeerFault, Refused
 
     commands: dict[str, Callable[[argparse.Namespace], Awaitable[None]]] = {

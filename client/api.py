@@ -1,7 +1,7 @@
 """What a program holds of a swarm: the same under trio and under asyncio.
 
-`client.connect.Swarm` (trio) and `client.bridge.BridgedSwarm` (asyncio) are the two that there are;
-what each method does is written at the first.
+`client.swarm.Swarm` (trio) and `client.bridges.asyncio_swarm.BridgedSwarm` (asyncio) are the two
+that there are; what each method does is written at the first.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, Unpack
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from client.connect import ClientConfig
-    from client.generate import Token
-    from client.generation_config import Settings
-    from client.options import Sampling
-    from client.trace import Trace
-    from node.model.ends import Ends
-    from node.model.info import ModelInfo
-    from routing.hops import Chain
-    from routing.swarm import SwarmView
-    from tensor_codec.messages import Reply
+    from client.config import ClientConfig
+    from client.generation.generate import Token
+    from client.generation.generation_config import Settings
+    from client.generation.options import Sampling
+    from client.session.trace import Trace
+    from node.model.checkpoint.info import ModelInfo
+    from node.model.embed_and_head import EmbedAndHead
+    from routing.chains.hops import Chain
+    from routing.view.view import SwarmView
+    from tensor_codec.messages.contract import Reply
 
 
 class ConversationLike(Protocol):
-    """Caches that outlive one `generate`.  See `client.retry.Context`."""
+    """Caches that outlive one `generate`.  See `client.generation.conversation.Conversation`."""
 
     @property
     def trace(self) -> Trace:
@@ -37,7 +37,7 @@ class ConversationLike(Protocol):
 
 
 class SessionLike(Protocol):
-    """A session for hidden states.  See `client.session.Session`."""
+    """A session for hidden states.  See `client.session.session.Session`."""
 
     @property
     def chain(self) -> Chain:
@@ -63,7 +63,7 @@ class SessionLike(Protocol):
 
 
 class SwarmLike(Protocol):
-    """A swarm that serves one model, seen from a client.  See `client.connect.Swarm`."""
+    """A swarm that serves one model, seen from a client.  See `client.swarm.Swarm`."""
 
     @property
     def config(self) -> ClientConfig:
@@ -74,7 +74,7 @@ class SwarmLike(Protocol):
         """The model."""
 
     @property
-    def ends(self) -> Ends:
+    def ends(self) -> EmbedAndHead:
         """The model's embeddings, head and tokenizer."""
 
     def view(self) -> SwarmView:

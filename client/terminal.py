@@ -16,16 +16,16 @@ import trio
 
 from client.api import SwarmLike
 from client.connect import connect
-from client.generate import Token
-from client.generation_config import Settings
-from client.history import Message, MessageTooLong, fit_history
-from client.options import RANGES, whole
-from client.sampling import SamplingOptions
-from client.trace import Trace
+from client.generation.generate import Token
+from client.generation.generation_config import Settings
+from client.generation.history import Message, MessageTooLong, fit_history
+from client.generation.options import RANGES, whole
+from client.generation.sampling import SamplingOptions
+from client.session.trace import Trace
 from node.config import ConfigError
-from node.console import one_line, put, put_line, read_text, say, text_for
-from routing.alternatives import Constraints
-from routing.hops import Chain, NoChain
+from node.runtime.console import one_line, put, put_line, read_text, say, text_for
+from routing.chains.alternatives import Constraints
+from routing.chains.hops import Chain, NoChain
 
 
 @dataclass(slots=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 import trio
 
 from node.config import ConfigError, NetworkConfig, NodeConfig
-from node.logs import set_up_logging
 from node.main import serve
+from node.runtime.logs import set_up_logging
 
 
 def main() -> None:

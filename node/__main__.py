@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from node.arguments import Parser, add_addresses, at_least_none, one_address_each, positive, threads
 from node.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
@@ -27,17 +26,13 @@ from node.config import (
     NetworkConfig,
     NodeConfig,
 )
-from node.console import (
-    argument_text,
-    put_line,
-    run_command,
-    run_process,
-)
-from node.interrupts import let_interrupts_through
-from node.logs import set_up_logging
+from node.runtime.arguments import Parser, add_addresses, at_least_none, one_address_each, positive, threads
+from node.runtime.console import argument_text, put_line, run_command, run_process
+from node.runtime.interrupts import let_interrupts_through
+from node.runtime.logs import set_up_logging
 from tensor_codec.limits import CHOICES, Limits, limits_with
 
-MOST_REPLICAS = 1000
+MAX_REPLICAS = 1000
 USUAL = Limits()
 PATIENCE_SECONDS = 10.0  # nodes that start together do not have to start in order
 
@@ -158,8 +153,8 @@ def _status(words: list[str]) -> int:
     )  # fmt: skip
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
-    from node.status import show_status
-    from node.watch import watch_status
+    from node.monitor.status import show_status
+    from node.monitor.watch import watch_status
 
     config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
     if flags.watch:
@@ -173,7 +168,7 @@ def _models(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
-    from node.status import fetch_model, show_models
+    from node.monitor.status import fetch_model, show_models
 
     let_interrupts_through()
     if flags.fetch is not None:
@@ -195,11 +190,11 @@ def _prepare(words: list[str]) -> int:
     )
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
-    from node.model.folder import HashMemo
-    from node.model.prepare import prepare, size_of
-    from node.model.progress import progress_bar
-    from node.model.source import cache_dir, resolve
-    from node.model.span import DTYPES
+    from node.model.blocks.span import DTYPES
+    from node.model.checkpoint.folder import HashMemo
+    from node.model.checkpoint.prepare import prepare, size_of
+    from node.model.checkpoint.progress import progress_bar
+    from node.model.checkpoint.source import cache_dir, resolve
 
     let_interrupts_through()
     with progress_bar(sys.stderr) as progress:
@@ -216,7 +211,7 @@ def _new_swarm_key(words: list[str]) -> int:
     parser = _parser("new-swarm-key", "Make the key of a private swarm; every member needs a copy.")
     parser.add_argument("file", type=Path, metavar="FILE", help="where to write it; must not exist")
     flags = parser.parse_args(words)
-    from node.network.membership import new_swarm_key
+    from node.network.transport.membership import new_swarm_key
 
     new_swarm_key(flags.file)
     put_line(f"wrote {flags.file}: give it to every member, and to nobody else")
@@ -224,7 +219,7 @@ def _new_swarm_key(words: list[str]) -> int:
 
 
 def _run(main: Callable[[], Awaitable[None]]) -> int:
-    from node.tasks import run
+    from node.runtime.nurseries import run
 
     let_interrupts_through()
     run(main)
@@ -325,8 +320,8 @@ def _balance(flags: argparse.Namespace) -> BalanceConfig:
     """Raises ConfigError."""
     if not 0 <= flags.balance_quality <= 1:
         raise ConfigError(f"--balance-quality is {flags.balance_quality:g}, 0 to 1 is allowed")
-    if not 1 <= flags.min_replicas <= MOST_REPLICAS:
-        raise ConfigError(f"--min-replicas is {flags.min_replicas}, 1 to {MOST_REPLICAS} are allowed")
+    if not 1 <= flags.min_replicas <= MAX_REPLICAS:
+        raise ConfigError(f"--min-replicas is {flags.min_replicas}, 1 to {MAX_REPLICAS} are allowed")
     if not 1 <= flags.balance_seconds <= 86_400:
         raise ConfigError(f"--balance-seconds is {flags.balance_seconds:g}, 1 to 86400 are allowed")
     return BalanceConfig(flags.balance_quality, flags.min_replicas, flags.balance_seconds)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from node import values
+from node.runtime import values
 from tensor_codec.limits import Limits
 
 VERSION = version("raceme")
@@ -110,10 +110,10 @@ class NodeConfig:
             if self.blocks is not None:
                 object.__setattr__(self, "blocks", _span(self.blocks))
             for name, least, most in (
-                ("num_blocks", 1, values.MOST_TOKENS),
-                ("threads", 1, values.MOST_THREADS),
-                ("cache_tokens", 1, values.MOST_TOKENS),
-                ("journal_tokens", 0, values.MOST_TOKENS),
+                ("num_blocks", 1, values.MAX_TOKENS),
+                ("threads", 1, values.MAX_THREADS),
+                ("cache_tokens", 1, values.MAX_TOKENS),
+                ("journal_tokens", 0, values.MAX_TOKENS),
             ):
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, values.whole(name, value, least, most))

@@ -26,25 +26,26 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from node import capacity
-from node.balancer import Balancer, by_capacity
-from node.compute import ComputeThread, open_compute_thread
 from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
-from node.tasks import background_nursery
+from node.runtime.compute_thread import ComputeThread, open_compute_thread
+from node.runtime.nurseries import background_nursery
+from node.serving import memory
+from node.serving.balancer import Balancer, by_capacity
 from routing.names import PeerId
-from routing.placement import choose_blocks
-from routing.records import Record, Role
-from routing.swarm import ONLINE_SOON
+from routing.placement.rebalance import choose_blocks
+from routing.view.records import Record, Role
+from routing.view.view import ONLINE_SOON
 from tensor_codec.errors import PeerGone
-from tensor_codec.messages import COMPUTE_PROTOCOL, PUSH_PROTOCOL, SESSION_PROTOCOL
+from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
+from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL
 
 if TYPE_CHECKING:
-    from node.model.folder import ModelFolder
-    from node.model.info import ModelInfo
-    from node.network.directory import Directory
+    from node.model.checkpoint.folder import ModelFolder
+    from node.model.checkpoint.info import ModelInfo
+    from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.network.streams import FramedStream
-    from node.serving.stint import Means, Offer
+    from node.serving.served_span import Offer, ServingSetup
 
 log = logging.getLogger("raceme")
 
@@ -55,7 +56,7 @@ async def serve(config: NodeConfig) -> None:
     """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
     async with stopped_by_signals() as stopping, open_compute_thread() as compute:
         # Two threads that import at once only get in each other's way: torch first, then the network.
-        await compute.run(_prepare_torch, config.threads or capacity.threads_for_this_node())
+        await compute.run(_prepare_torch, config.threads or memory.threads_for_this_node())
         await _serve(config, compute, stopping)
 
 
@@ -64,16 +65,16 @@ async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping)
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
         from node.serving.server import Server
 
-        means, start, stop = await find_means(config, node, compute)
+        setup, start, stop = await find_means(config, node, compute)
 
         def came_online(offer: Offer) -> None:
             write_ready_file(config.network, node, offer)
             tell_how_to_join(node, f"online with blocks {offer.start}:{offer.stop} of {offer.info.name}")
 
-        server = Server(means, node.directory, compute, nursery, came_online)
-        node.host.handle(SESSION_PROTOCOL, server.door.serve_session)
-        node.host.handle(PUSH_PROTOCOL, server.door.serve_push)
-        node.host.handle(COMPUTE_PROTOCOL, server.door.serve_request)
+        server = Server(setup, node.directory, compute, nursery, came_online)
+        node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
+        node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push)
+        node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
         await server.begin(start, stop)
         nursery.start_soon(server.keep_record_true)
         stopping.started()
@@ -98,9 +99,9 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         await stopping.requested.wait()
 
 
-async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[Means, int, int]:
+async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[ServingSetup, int, int]:
     """Find the model, and choose the blocks and how they are kept.  Raises ConfigError."""
-    from node.serving.stint import Means
+    from node.serving.served_span import ServingSetup
 
     limits = config.network.limits
     folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
@@ -108,22 +109,22 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
     quantize = info.quantize if info.quantize != "none" else config.quantize
     if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
         quantize = "int8" if device == "cuda" else "none"
-    free = await compute.run(capacity.free_bytes, device)
-    process = capacity.process_bytes()
+    free = await compute.run(memory.free_bytes, device)
+    process = memory.process_bytes()
     sizes = Sizes(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
     known = await compute.run(known_seconds_per_block, info, device, sizes, threads)
     start, stop = await _choose_span(config, node, info, sizes, free, known)
     blocks = stop - start
-    cache_tokens = config.cache_tokens or capacity.cache_tokens_that_fit(
+    cache_tokens = config.cache_tokens or memory.cache_tokens_that_fit(
         info, blocks, dtype, free, quantize, sizes.activations, device
     )
-    capacity.check_fits(
+    memory.check_fits(
         info, blocks, dtype, cache_tokens, free, quantize, sizes.activations, limits.max_step_tokens
     )
     journal_tokens = config.journal_tokens
     if journal_tokens is None:
-        journal_tokens = capacity.journal_tokens_that_fit(info, cache_tokens, device, capacity.free_bytes())
-    memory = capacity.memory_of(
+        journal_tokens = memory.journal_tokens_that_fit(info, cache_tokens, device, memory.free_bytes())
+    bound = memory.memory_of(
         info, blocks, dtype, cache_tokens, quantize=quantize, activations=sizes.activations,
         device=device, limits=limits, process=process, journal_tokens=journal_tokens,
     )  # fmt: skip
@@ -131,13 +132,13 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
         "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s, %d threads",
         start, stop, info.name, info.revision, dtype, quantize, device, threads,
     )  # fmt: skip
-    log.info("%s", capacity.in_one_line(memory, info, blocks, cache_tokens, free))
-    means = Means(
+    log.info("%s", memory.in_one_line(bound, info, blocks, cache_tokens, free))
+    setup = ServingSetup(
         folder, info, config.network.name, device, dtype, quantize, sizes.activations, threads,
         cache_tokens, journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL),
         node.host.blame,
     )  # fmt: skip
-    return means, start, stop
+    return setup, start, stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +166,10 @@ class Node:
 @asynccontextmanager
 async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
     """A host in the swarm's directory; on leaving, the others are told.  Raises ConfigError."""
-    from node.network.directory import open_directory
+    from node.network.directory.directory import open_directory
     from node.network.host import open_host
-    from node.network.identity import load_or_create_identity
-    from node.network.membership import load_swarm_key, swarm_id
+    from node.network.transport.identity import load_or_create_identity
+    from node.network.transport.membership import load_swarm_key, swarm_id
 
     identity = load_or_create_identity(config.identity)
     key = load_swarm_key(config.swarm_key) if config.swarm_key is not None else None
@@ -229,9 +230,9 @@ async def stopped_by_signals() -> AsyncIterator[Stopping]:
 
 
 def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
-    from node.model.info import read_info
-    from node.model.progress import progress_bar
-    from node.model.source import cache_dir, resolve
+    from node.model.checkpoint.info import read_info
+    from node.model.checkpoint.progress import progress_bar
+    from node.model.checkpoint.source import cache_dir, resolve
 
     with progress_bar(sys.stderr) as progress:
         folder = resolve(config.model, cache_dir=cache_dir(), progress=progress)
@@ -252,7 +253,7 @@ def known_seconds_per_block(info: ModelInfo, device: str, sizes: Sizes, threads:
 
     Runs in the torch thread.
     """
-    from node.serving.stint import kept_rates
+    from node.serving.served_span import kept_rates
 
     file, key = kept_rates(info.revision, device, sizes.dtype, sizes.quantize, threads)
     known = file.get(key)
@@ -272,13 +273,13 @@ async def _choose_span(
             raise ConfigError(f"blocks {start}:{stop} of {info.name}, which has 0:{info.blocks}")
         return start, stop
     dtype, quantize, activations = sizes.dtype, sizes.quantize, sizes.activations
-    count = config.num_blocks or capacity.blocks_that_fit(
+    count = config.num_blocks or memory.blocks_that_fit(
         info, dtype, config.cache_tokens, free, quantize, activations
     )
     if not 0 < count <= info.blocks:
         if config.num_blocks is None:
-            least = config.cache_tokens or capacity.LEAST_CACHE_TOKENS
-            capacity.check_fits(info, 1, dtype, least, free, quantize, activations)
+            least = config.cache_tokens or memory.MIN_CACHE_TOKENS
+            memory.check_fits(info, 1, dtype, least, free, quantize, activations)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(
@@ -327,8 +328,8 @@ def _best_dtype(device: str) -> str:
 
 def _activations(dtype: str, quantize: str, device: str) -> str:
     """Runs in the torch thread: what such a span computes in here.  Raises ConfigError."""
-    from node.model.quantize import has_bfloat16, packing_for
-    from node.model.span import DTYPES
+    from node.model.blocks.span import DTYPES
+    from node.model.weights.quantize import has_bfloat16, packing_for
 
     computes = packing_for(quantize, DTYPES[dtype], device, bfloat16=has_bfloat16()).dtype
     return next(name for name, known in DTYPES.items() if known == computes)

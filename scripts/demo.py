@@ -28,8 +28,8 @@ from typing import IO, cast
 from rich.console import Console
 from rich.markup import escape
 
-from node.console import OutputText, harmless, prepare_streams, run_command
-from node.network.identity import load_or_create_identity
+from node.network.transport.identity import load_or_create_identity
+from node.runtime.console import OutputText, harmless, prepare_streams, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SPANS = ((0, 10), (10, 20), (20, 30))  # SmolLM2-135M has 30 blocks

@@ -4,7 +4,7 @@
 * `Refused`: a peer (or we ourselves) said no, politely.  The caller tries another, or waits.
 * `LocalProtocolError`: our own bug.  Nobody catches it.
 
-`routing.chain.NoChain` (the swarm cannot serve this now) and `node.config.ConfigError` (the
+`routing.chains.search.NoChain` (the swarm cannot serve this now) and `node.config.ConfigError` (the
 operator must fix something) stand with the code that raises them.
 """
 

@@ -54,7 +54,7 @@ class Journal:
     def append(self, position: int, tokens: int, body: Buffer, rope_length: int = 0) -> None:
         """Keep `body` [batch, tokens, hidden], the positions from `position` on; what came after goes.
 
-        rope_length: with which they went out (see `tensor_codec.messages.StepRange`).
+        rope_length: with which they went out (see `tensor_codec.messages.contract.StepRange`).
         Where positions are left out the journal begins anew.
         """
         if position + tokens > self.max_length:
@@ -127,7 +127,7 @@ class JournalBudget:
 
     When they hold more, the longest one that is not pinned loses its oldest positions.  Its session goes
     on as before; only if it has to be replayed are those positions computed once more (see
-    `client.recovery`).
+    `client.session.replay_plan`).
     """
 
     tokens: int

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from node.model.folder import ModelFolder
-from node.model.source import cache_dir, resolve
+from node.model.checkpoint.folder import ModelFolder
+from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 
 settings.register_profile("raceme", deadline=None)  # a busy machine is no bug

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
-from node.network.connection import Connection, MuxedStream
-from node.network.identity import Identity, identity_of
 from node.network.streams import FramedStream
-from node.network.upgrade import Upgrade
-from node.network.yamux import YamuxLimits
+from node.network.transport.connection import Connection, MuxedStream
+from node.network.transport.identity import Identity, identity_of
+from node.network.transport.upgrade import Upgrade
+from node.network.transport.yamux import YamuxLimits
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone
 from tensor_codec.limits import Limits

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from node.network.identity import Identity, identity_of
 from node.network.streams import FramedStream
+from node.network.transport.identity import Identity, identity_of
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits

@@ -17,30 +17,30 @@ import torch
 import trio
 from torch import Tensor
 
-from client.heads import Heads
-from client.retry import Context
-from client.route import Terms
-from client.routes import Routes
-from client.session import Session, open_session
-from client.trace import Trace
-from node.model.rope import LengthRope
-from node.serving.cache import CacheBudget
-from node.serving.engine import Engine
-from node.serving.listener import Listener, Served
-from node.serving.rates import Rates
-from routing.alternatives import Constraints
-from routing.chain import Chain, Hop
+from client.generation.conversation import Conversation
+from client.generation.head_batches import HeadBatches
+from client.session.chain_choice import ChainChooser
+from client.session.route import Terms
+from client.session.session import Session, open_session
+from client.session.trace import Trace
+from node.model.blocks.rope import LengthRope
+from node.serving.cache_budget import CacheBudget
+from node.serving.executor.engine import Engine
+from node.serving.executor.rates import Rates
+from node.serving.sessions.listener import Listener, Served
+from routing.chains.alternatives import Constraints
+from routing.chains.search import Chain, Hop
 from routing.names import PeerId
-from routing.records import Record
-from routing.swarm import Entry, SwarmView
+from routing.view.records import Record
+from routing.view.view import Entry, SwarmView
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
-from tensor_codec.messages import (
+from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.session import (
     PUSH_PROTOCOL,
     SESSION_PROTOCOL,
-    Contract,
-    Failed,
     Open,
     Result,
     decode_from_hop,
@@ -456,7 +456,7 @@ class World:
         }
         return SwarmView("", entries=entries)
 
-    def routes(self, client: PeerId = CLIENT, constraints: Constraints | None = None) -> Routes:
+    def routes(self, client: PeerId = CLIENT, constraints: Constraints | None = None) -> ChainChooser:
         """What a client's sessions ask of the swarm around them, over streams of this world."""
 
         async def dial(peer: PeerId, addresses: Sequence[str], protocol: str) -> FakeStream:
@@ -465,7 +465,7 @@ class World:
         async def changed(since: SwarmView) -> None:
             await until(lambda: set(self.view().entries) != set(since.entries))
 
-        return Routes(
+        return ChainChooser(
             "m",
             "r",
             self.blocks,
@@ -549,7 +549,7 @@ class World:
         codec: str = "fp32",
         give_up_seconds: float = 30.0,
         client: PeerId = CLIENT,
-        routes: Routes | None = None,
+        routes: ChainChooser | None = None,
         deadline: float | None = None,
         trace: Trace | None = None,
         **terms: object,
@@ -586,7 +586,7 @@ class World:
 class _FirstAlong:
     """Routes whose first choice is made."""
 
-    def __init__(self, chain: Chain, routes: Routes) -> None:
+    def __init__(self, chain: Chain, routes: ChainChooser) -> None:
         self.chain: Chain | None = chain
         self.routes = routes
 
@@ -616,7 +616,7 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
         nursery.cancel_scope.cancel()
 
 
-def context_of(world: World, routes: Routes | None = None, **changes: object) -> Context:
+def context_of(world: World, routes: ChainChooser | None = None, **changes: object) -> Conversation:
     """A client's tokens in this world.  routes: what it knows and whom it avoids."""
     routes = world.routes() if routes is None and world.nodes else routes
 
@@ -636,7 +636,7 @@ def context_of(world: World, routes: Routes | None = None, **changes: object) ->
         "give_up_seconds": 60.0,
     }
     values |= changes
-    return Context(heads=Heads(values["ends"], values["compute"]), **values)  # type: ignore[arg-type]
+    return Conversation(heads=HeadBatches(values["ends"], values["compute"]), **values)  # type: ignore[arg-type]
 
 
 def best(logits: Tensor) -> int:
@@ -644,7 +644,7 @@ def best(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
-async def continued(context: Context, prompt: list[int], count: int) -> list[int]:
+async def continued(context: Conversation, prompt: list[int], count: int) -> list[int]:
     """So many greedy tokens after `prompt`."""
     tokens = list(prompt)
     for _ in range(count):
@@ -652,7 +652,7 @@ async def continued(context: Context, prompt: list[int], count: int) -> list[int
     return tokens[len(prompt) :]
 
 
-def hops_of(context: Context) -> str:
+def hops_of(context: Conversation) -> str:
     """The peers of its chain now."""
     assert context.session is not None
     return " ".join(hop.peer for hop in context.session.chain.hops)

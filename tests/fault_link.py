@@ -31,7 +31,7 @@ WAYS: tuple[Way, Way] = ("there", "back")
 
 CHUNK_BYTES = 16 * 1024  # read at once: what a small message may have to wait for
 QUEUE_BYTES = 64 * 1024  # waiting for their turn on a wire
-MOST_BYTES = 4 * 1024 * 1024  # under way on one connection, whatever delay and rate are
+MAX_BYTES = 4 * 1024 * 1024  # under way on one connection, whatever delay and rate are
 SOCKET_BYTES = 128 * 1024  # of a kernel buffer; less than two of loopback's 64 KiB segments would stall
 TICK_SECONDS = 0.001  # of epoll, which rounds up
 
@@ -67,7 +67,7 @@ class Wire:
     def most_bytes(self) -> float:
         """That one connection may have under way: what the wire holds, and what waits for it."""
         held = self.bytes_per_second * self.delay_seconds if self.delay_seconds else 0
-        return min(held + QUEUE_BYTES, MOST_BYTES)
+        return min(held + QUEUE_BYTES, MAX_BYTES)
 
 
 def _damaged(data: bytes, begin: int, every: int) -> bytes:

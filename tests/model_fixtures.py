@@ -304,8 +304,8 @@ def write_gguf(path: Path) -> dict[str, Any]:
 
 
 def shrink(patch: Any, gguf_file: Path) -> None:
-    """Let node.model.builtin expect the tiny model instead of the real one."""
-    from node.model import builtin
+    """Let node.model.checkpoint.builtin expect the tiny model instead of the real one."""
+    from node.model.checkpoint import builtin
 
     config = builtin._CONFIG | {
         "num_hidden_layers": GGUF_BLOCKS,

@@ -21,18 +21,18 @@ from libp2p.network.exceptions import SwarmException
 
 from node.config import ConfigError
 from node.network.addresses import Address, announced, parse_address
-from node.network.connection import Connection, MuxedStream
 from node.network.dialling import Race, open_tcp, resolve
-from node.network.identity import Identity
 from node.network.interfaces import read_interfaces
 from node.network.libp2p_host import make_libp2p_host
-from node.network.link import SocketLink
-from node.network.membership import KEY_BYTES, swarm_id
-from node.network.multistream import Dialogue, negotiate
-from node.network.noise import SecureChannel
 from node.network.streams import FramedStream, Traffic
-from node.network.upgrade import Upgrade
-from node.network.yamux import YamuxError, YamuxLimits
+from node.network.transport.connection import Connection, MuxedStream
+from node.network.transport.identity import Identity
+from node.network.transport.link import SocketLink
+from node.network.transport.membership import KEY_BYTES, swarm_id
+from node.network.transport.multistream import Dialogue, negotiate
+from node.network.transport.noise import SecureChannel
+from node.network.transport.upgrade import Upgrade
+from node.network.transport.yamux import YamuxError, YamuxLimits
 from routing.names import PeerId
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
@@ -60,7 +60,7 @@ class Host:
 
     peer_id: ours.
     blame: faults of peers, by "PEER FAULT" (or the address, where no peer id was proved).
-    raw: py-libp2p's host, for `node.network.directory` alone.
+    raw: py-libp2p's host, for `node.network.directory.directory` alone.
     """
 
     def __init__(

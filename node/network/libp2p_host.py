@@ -29,7 +29,7 @@ from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
-from node.network.identity import Identity
+from node.network.transport.identity import Identity
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
 from tensor_codec.limits import Limits

@@ -1,6 +1,6 @@
 """Serves one span after the other: what a node does between joining and leaving the swarm.
 
-The moves are decided elsewhere (`node.balancer`).  Here is what one takes.  Where the new span has
+The moves are decided elsewhere (`node.serving.balancer`).  Here is what one takes.  Where the new span has
 blocks of the old one, these are served all the time, and their sessions stay; only the missing blocks
 are loaded: first, where there is memory for all, else when those that are left have been given back.
 Where the spans have nothing in common the new one is loaded beside the old one, or, without the memory
@@ -20,15 +20,23 @@ from typing import NoReturn, Protocol
 
 import trio
 
-from node.balancer import MoveFailed
-from node.compute import ComputeThread
 from node.config import ConfigError
-from node.model.span import Span
-from node.serving.door import Door
-from node.serving.stint import LOAD_FAULTS, Means, Offer, Stint, forget_unused, load_blocks, load_stint
+from node.model.blocks.span import Span
+from node.runtime.compute_thread import ComputeThread
+from node.serving.balancer import MoveFailed
+from node.serving.served_span import (
+    LOAD_FAULTS,
+    Offer,
+    ServedSpan,
+    ServingSetup,
+    StreamDispatch,
+    forget_unused,
+    load_blocks,
+    load_served_span,
+)
 from routing.names import PeerId
-from routing.records import Record
-from routing.swarm import SwarmView
+from routing.view.records import Record
+from routing.view.view import SwarmView
 
 log = logging.getLogger("raceme")
 
@@ -38,7 +46,7 @@ TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
 
 
 class Announcer(Protocol):
-    """What is used of `node.network.directory.Directory`."""
+    """What is used of `node.network.directory.directory.Directory`."""
 
     peer_id: PeerId
 
@@ -50,15 +58,15 @@ class Announcer(Protocol):
 
 
 class Load(Protocol):
-    """Makes a stint: `load_stint`."""
+    """Makes a stint: `load_served_span`."""
 
     async def __call__(
-        self, means: Means, offer: Offer, compute: ComputeThread, *, in_pieces: bool = False
-    ) -> Stint:
+        self, setup: ServingSetup, offer: Offer, compute: ComputeThread, *, in_pieces: bool = False
+    ) -> ServedSpan:
         """Raises LOAD_FAULTS."""
 
 
-LoadBlocks = Callable[[Means, Offer, ComputeThread], Awaitable[Sequence[Span]]]
+LoadBlocks = Callable[[ServingSetup, Offer, ComputeThread], Awaitable[Sequence[Span]]]
 
 
 @dataclass(slots=True)
@@ -68,58 +76,58 @@ class Server:
     nursery: for the computing.  came_online: called with the new offer whenever a span is served.
     """
 
-    means: Means
+    setup: ServingSetup
     directory: Announcer
     compute: ComputeThread
     nursery: trio.Nursery
     came_online: Callable[[Offer], None]
-    load: Load = load_stint
+    load: Load = load_served_span
     load_blocks: LoadBlocks = load_blocks
-    door: Door = field(init=False)
+    dispatch: StreamDispatch = field(init=False)
     _said: Record | None = None  # while it is to be kept true
     _going: tuple[int, int] | None = None  # to these blocks
     _saying: trio.Lock = field(default_factory=trio.Lock)  # else an older record might overtake a newer one
 
     def __post_init__(self) -> None:
-        self.door = Door(self.means.limits)
+        self.dispatch = StreamDispatch(self.setup.limits)
 
     @property
     def session_count(self) -> int:
         """Sessions that are open."""
-        return sum(stint.listener.session_count for stint in self.door.stints)
+        return sum(served_span.listener.session_count for served_span in self.dispatch.served_spans)
 
     async def begin(self, start: int, stop: int) -> None:
         """Load the first span and serve it.  Raises ConfigError."""
-        offer = self.means.offer(start, stop)
+        offer = self.setup.offer(start, stop)
         await self._say_joining(offer)
-        stint = await self.load(self.means, offer, self.compute)
-        await self._open(stint)
+        served_span = await self.load(self.setup, offer, self.compute)
+        await self._open(served_span)
         self._settled()
 
     async def leave(self) -> None:
         """Serve what is there to its end, and nothing new.  Bounded."""
         async with self._saying:
             self._said = None
-            if self.door.stint is not None:
-                await self.directory.announce(self.door.stint.record("draining"))
+            if self.dispatch.served_span is not None:
+                await self.directory.announce(self.dispatch.served_span.record("draining"))
         async with trio.open_nursery() as nursery:
-            for stint in self.door.stints:
-                nursery.start_soon(stint.drain)
+            for served_span in self.dispatch.served_spans:
+                nursery.start_soon(served_span.drain)
 
     async def keep_record_true(self) -> None:
         """Announce anew when what we said of our speed and room has become wrong, until cancelled."""
         idle = 0  # rounds
         while True:
             await trio.sleep(REFRESH_SECONDS)
-            stint = self.door.stint
-            if self._said is None or stint is None:
+            served_span = self.dispatch.served_span
+            if self._said is None or served_span is None:
                 continue
-            engine = stint.listener.engine
+            engine = served_span.listener.engine
             idle = idle + 1 if engine.rates.relax() else 0
             if idle % LOOK_ROUNDS == 1:
                 await engine.look_again()
             async with self._saying:
-                if stint is not self.door.stint or self._said is None:
+                if served_span is not self.dispatch.served_span or self._said is None:
                     continue
                 if not _about_equal(self._said, now := self._truth()):
                     self._said = now
@@ -151,10 +159,10 @@ class Server:
         Raises MoveFailed: the old ones are served again, or as many of them as can be.  ConfigError:
         nothing can be loaded.
         """
-        old, offer = self._current().offer, self.means.offer(start, stop)
+        old, offer = self._current().offer, self.setup.offer(start, stop)
         self._going = (start, stop)
         try:
-            await trio.to_thread.run_sync(self.means.fetch, start, stop)
+            await trio.to_thread.run_sync(self.setup.fetch, start, stop)
         except (ConfigError, OSError) as error:
             await self._stay_without(str(error))
         log.info("moving: %d sessions are open", self.session_count)
@@ -167,14 +175,14 @@ class Server:
         else:
             await self._leave_first(offer, old)
 
-    def _current(self) -> Stint:
-        assert self.door.stint is not None, "nothing is served"
-        return self.door.stint
+    def _current(self) -> ServedSpan:
+        assert self.dispatch.served_span is not None, "nothing is served"
+        return self.dispatch.served_span
 
     async def _has_room(self, offers: Sequence[Offer]) -> bool:
         """Whether these blocks fit beside what is loaded."""
         try:
-            await self.compute.run(self.means.check_room, sum(offer.stop - offer.start for offer in offers))
+            await self.compute.run(self.setup.check_room, sum(offer.stop - offer.start for offer in offers))
         except ConfigError:
             return False
         return True
@@ -213,39 +221,39 @@ class Server:
         """Load blocks next to those that we have; why not, where that fails, and nothing is changed then."""
         failure = None
         try:
-            fresh = [s for run in missing for s in await self.load_blocks(self.means, run, self.compute)]
+            fresh = [s for run in missing for s in await self.load_blocks(self.setup, run, self.compute)]
             await self._current().take_up(fresh, self.compute)
         except LOAD_FAULTS as error:
             failure = str(error)
         if failure is not None:  # by now the error holds nothing of what was loaded
             runs = ", ".join("{}:{}".format(*_run(offer)) for offer in missing)
             log.warning("blocks %s could not be loaded: %s", runs, failure)
-            await self.compute.run(forget_unused, self.means.device)
+            await self.compute.run(forget_unused, self.setup.device)
         return failure
 
     async def _give_back(self) -> None:
         """Of the blocks that are offered no longer: hand the sessions over, and forget the weights."""
         await self._current().hand_over_others()
         await self._current().give_back(self.compute)
-        await self.compute.run(forget_unused, self.means.device)
+        await self.compute.run(forget_unused, self.setup.device)
 
     async def _exchange(self, offer: Offer) -> None:
         """Load a new span beside the old one, which is left then.  Raises MoveFailed."""
         failure = None
         try:
-            new = await self.load(self.means, offer, self.compute, in_pieces=True)
+            new = await self.load(self.setup, offer, self.compute, in_pieces=True)
         except LOAD_FAULTS as error:
             failure = str(error)
         if failure is not None:
-            await self.compute.run(forget_unused, self.means.device)
+            await self.compute.run(forget_unused, self.setup.device)
             await self._stay_without(failure)
-        old = self.door.leaving = self._current()
+        old = self.dispatch.leaving = self._current()
         await self._open(new)
         await old.drain()
-        self.door.leaving = None
+        self.dispatch.leaving = None
         await old.end()
         del old
-        await self.compute.run(forget_unused, self.means.device)
+        await self.compute.run(forget_unused, self.setup.device)
         self._settled()
 
     async def _stay_without(self, failure: str) -> NoReturn:
@@ -262,39 +270,39 @@ class Server:
         await self._end()
         failure = None
         try:
-            stint = await self.load(self.means, offer, self.compute)
+            served_span = await self.load(self.setup, offer, self.compute)
         except LOAD_FAULTS as error:
             failure = str(error)
         if failure is not None:  # by now the error holds nothing of what was loaded
             log.warning("blocks %d:%d could not be loaded: %s", *_run(offer), failure)
-            stint = await self._load_again(before)
-        await self._open(stint)
+            served_span = await self._load_again(before)
+        await self._open(served_span)
         self._settled()
         if failure is not None:
             raise MoveFailed(failure)
 
     async def _end(self) -> None:
-        stint = self._current()
-        await stint.drain()
-        self.door.stint = None
-        await stint.end()
-        del stint
-        await self.compute.run(forget_unused, self.means.device)
+        served_span = self._current()
+        await served_span.drain()
+        self.dispatch.served_span = None
+        await served_span.end()
+        del served_span
+        await self.compute.run(forget_unused, self.setup.device)
 
-    async def _load_again(self, before: Offer) -> Stint:
-        await self.compute.run(forget_unused, self.means.device)
+    async def _load_again(self, before: Offer) -> ServedSpan:
+        await self.compute.run(forget_unused, self.setup.device)
         try:
-            return await self.load(self.means, before, self.compute)
+            return await self.load(self.setup, before, self.compute)
         except LOAD_FAULTS as error:
             blocks = f"{before.start}:{before.stop}"
             raise ConfigError(
                 f"blocks {blocks} were left for others, and neither could be loaded: {error}"
             ) from error
 
-    async def _open(self, stint: Stint) -> None:
+    async def _open(self, served_span: ServedSpan) -> None:
         """Serve a span that was loaded for it."""
-        self.nursery.start_soon(stint.run)
-        self.door.stint, self._going = stint, None
+        self.nursery.start_soon(served_span.run)
+        self.dispatch.served_span, self._going = served_span, None
         await self._say()
 
     async def _offer(self, offer: Offer) -> None:

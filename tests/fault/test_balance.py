@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.processes import LocalSwarm, NodeProcess, local_swarm
 from benchmarks.watched import watch
-from client.connect import ClientConfig, open_swarm
-from routing.swarm import SwarmView, coverage
+from client.config import ClientConfig
+from client.swarm import open_swarm
+from routing.view.view import SwarmView, coverage
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
 pytestmark = pytest.mark.process

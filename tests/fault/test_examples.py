@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from node.network.membership import new_swarm_key
+from node.network.transport.membership import new_swarm_key
 
 pytestmark = pytest.mark.process
 

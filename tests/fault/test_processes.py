@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.processes import ROOT, LocalSwarm, local_swarm
-from node.model.folder import ModelFolder
+from node.model.checkpoint.folder import ModelFolder
 
 pytestmark = pytest.mark.process
 

@@ -25,11 +25,12 @@ from benchmarks.processes import ROOT, Worker
 from benchmarks.recovery import killed_again_and_again, parse
 from benchmarks.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
 from benchmarks.watched import Watched, peers_in_use, trace_events, until_known, watch
-from client.connect import ClientConfig, Swarm, open_swarm
-from client.retry import Context
-from node.model.folder import HashMemo, open_folder
-from node.model.span import load_span
-from node.model.stateless import backward, forward
+from client.config import ClientConfig
+from client.generation.conversation import Conversation
+from client.swarm import Swarm, open_swarm
+from node.model.blocks.forward_backward import backward, forward
+from node.model.blocks.span import load_span
+from node.model.checkpoint.folder import HashMemo, open_folder
 from tests.fault_link import WAYS
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
@@ -120,12 +121,12 @@ def prompt(tokens: int, seed: int) -> list[int]:
     return torch.randint(3, VOCAB, (tokens,), generator=generator).tolist()
 
 
-def in_use(servers: ReplicatedSwarm, context: Context, hop: int) -> Replica:
+def in_use(servers: ReplicatedSwarm, context: Conversation, hop: int) -> Replica:
     return servers.of(peers_in_use(context)[hop])
 
 
 async def generate(
-    swarm: Swarm, ids: Sequence[int], tokens: int, before: Callable[[int, Context], None]
+    swarm: Swarm, ids: Sequence[int], tokens: int, before: Callable[[int, Conversation], None]
 ) -> Watched:
     """A generation in a conversation of its own; `before` is called before each token is asked for."""
     context = swarm.conversation(len(ids) + tokens)
@@ -154,7 +155,7 @@ async def test_a_server_killed_in_the_midst_of_a_token_costs_no_token(
     victims: list[Replica] = []
     async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
 
-        def before(asked: int, context: Context) -> None:
+        def before(asked: int, context: Conversation) -> None:
             if asked == number:
                 victims.append(in_use(servers, context, hop))
                 freeze(victims[0])
@@ -188,7 +189,7 @@ async def test_a_server_that_freezes_is_replaced_and_what_it_says_when_it_wakes_
     frozen: list[Replica] = []
     async with joined(servers, model) as swarm:
 
-        def before(asked: int, context: Context) -> None:
+        def before(asked: int, context: Conversation) -> None:
             if asked == 10:
                 frozen.append(in_use(servers, context, 1))
                 freeze(frozen[0])
@@ -209,7 +210,7 @@ async def test_a_server_that_leaves_politely_costs_no_token_and_no_error(
     leaving: list[Replica] = []
     async with joined(servers, model) as swarm:
 
-        def before(asked: int, context: Context) -> None:
+        def before(asked: int, context: Conversation) -> None:
             if asked == 10:
                 leaving.append(in_use(servers, context, 0))
                 drain(leaving[0])
@@ -223,10 +224,10 @@ async def test_without_the_bootstrap_node_generations_go_on_and_clients_join_thr
     servers: ReplicatedSwarm, model: Path, expected: Expected
 ) -> None:
     ids, tokens = prompt(12, seed=6), 64
-    context: list[Context] = []
+    context: list[Conversation] = []
     async with joined(servers, model) as swarm:
 
-        def before(asked: int, used: Context) -> None:
+        def before(asked: int, used: Conversation) -> None:
             if asked == 10:
                 context.append(used)
                 servers.bootstrap.kill()
@@ -352,7 +353,7 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
     model: Path, expected: Expected
 ) -> None:
     ids, tokens = prompt(12, seed=10), 300
-    context: list[Context] = []
+    context: list[Conversation] = []
     with closing(Worker("tests.fault_link", [], {})) as proxy:
 
         def proxied(port: int) -> int:
@@ -376,7 +377,7 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
             async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
                 nursery.cancel_scope.deadline = trio.current_time() + GENEROUS_SECONDS
 
-                def before(asked: int, used: Context) -> None:
+                def before(asked: int, used: Conversation) -> None:
                     if asked == 10:
                         context.append(used)
                         nursery.start_soon(heal_after, FLIPS)

@@ -11,9 +11,9 @@ import trio
 
 import client
 from benchmarks.processes import local_swarm
-from node.model.folder import HashMemo, open_folder
-from node.model.span import load_span
-from node.model.stateless import backward, forward
+from node.model.blocks.forward_backward import backward, forward
+from node.model.blocks.span import load_span
+from node.model.checkpoint.folder import HashMemo, open_folder
 
 pytestmark = pytest.mark.process
 

@@ -70,7 +70,7 @@ def test_blocks_that_are_no_span_are_refused_by_the_parser(capsys, blocks):
 
 
 def test_a_span_that_does_not_fit_says_how_many_blocks_would(capsys, tiny_llama, monkeypatch):
-    monkeypatch.setattr("node.capacity.free_bytes", lambda device="cpu": 100_000)
+    monkeypatch.setattr("node.serving.memory.free_bytes", lambda device="cpu": 100_000)
     line = refused(capsys, node.__main__, tiny_llama, "--blocks", "0:6", "--device", "cpu")
     assert "6 blocks" in line
     assert "would fit" in line

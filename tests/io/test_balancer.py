@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 import trio
 
-from node.balancer import (
+from node.config import BalanceConfig
+from node.serving.balancer import (
     AGAIN_SECONDS,
     ANSWER_SECONDS,
     BACK_OFF_SECONDS,
@@ -23,12 +24,11 @@ from node.balancer import (
     MoveFailed,
     by_capacity,
 )
-from node.config import BalanceConfig
-from routing.capacity import bound, capacity
 from routing.names import PeerId
-from routing.placement import holders
-from routing.records import Record
-from routing.swarm import Entry, SwarmView, coverage
+from routing.placement.rebalance import holders
+from routing.placement.throughput import bound, capacity
+from routing.view.records import Record
+from routing.view.view import Entry, SwarmView, coverage
 
 Answers = Callable[[PeerId], Awaitable[bool]]
 BLOCKS = 6

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 from client import terminal
-from client.generate import Token
-from client.generation_config import Settings
-from client.sampling import SamplingOptions
-from client.trace import Trace
+from client.generation.generate import Token
+from client.generation.generation_config import Settings
+from client.generation.sampling import SamplingOptions
+from client.session.trace import Trace
 
 
 class Letters:

@@ -10,7 +10,7 @@ import torch
 import trio
 import trio.testing
 
-from routing.chain import Chain, Hop, NoChain
+from routing.chains.search import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import (
     BadResult,
@@ -26,7 +26,7 @@ from tensor_codec.errors import (
     WrongRevision,
 )
 from tensor_codec.limits import Limits
-from tensor_codec.messages import SESSION_PROTOCOL, Opened, Result, encode_opened, encode_result
+from tensor_codec.messages.session import SESSION_PROTOCOL, Opened, Result, encode_opened, encode_result
 from tests.fakes import memory_framed_pair
 from tests.fakes_serving import (
     HIDDEN,

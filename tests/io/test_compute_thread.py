@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.compute import open_compute_thread
+from node.runtime.compute_thread import open_compute_thread
 
 
 async def test_a_function_runs_in_the_thread_and_its_result_comes_back():

@@ -11,14 +11,14 @@ import pytest
 import trio
 
 from node.config import ConfigError
-from node.network import directory as directory_module
-from node.network.asking import PING_SECONDS
-from node.network.directory import PROTOCOL, Directory, bootstrap_peers, open_directory
-from routing import exchange
-from routing.answers import GRACE_SECONDS
+from node.network.directory import directory as directory_module
+from node.network.directory.directory import PROTOCOL, Directory, bootstrap_peers, open_directory
+from node.network.directory.pings import PING_SECONDS
 from routing.names import peer_id_of
-from routing.records import Record, sign_record
-from routing.swarm import Arrival
+from routing.view import exchange
+from routing.view.answers import GRACE_SECONDS
+from routing.view.records import Record, sign_record
+from routing.view.view import Arrival
 from tensor_codec.limits import Limits
 from tests.fakes_network import FakeHost, FakeNetwork
 

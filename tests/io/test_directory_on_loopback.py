@@ -10,10 +10,10 @@ import pytest
 import trio
 
 from node.config import ConfigError
-from node.network.directory import open_directory
+from node.network.directory.directory import open_directory
 from node.network.host import open_host
-from node.network.identity import load_or_create_identity
-from routing.records import Record
+from node.network.transport.identity import load_or_create_identity
+from routing.view.records import Record
 from tensor_codec.limits import Limits
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"

@@ -9,13 +9,12 @@ import torch
 import trio
 from fakes_serving import HIDDEN, FakeCache, FakeCompute, FakeSpan, some_hidden, whole_model
 
-from node.serving.engine import Answer, Engine, NotFinite
-from node.serving.rates import Rates
-from node.serving.session import Compute
-from tensor_codec.compression import decode_hidden, encode_hidden
+from node.serving.executor.engine import Answer, Engine, NotFinite
+from node.serving.executor.rates import Rates
+from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, TooManyStreams
 from tensor_codec.limits import Limits
-from tensor_codec.messages import Contract, StepRange
+from tensor_codec.messages.contract import Contract, StepRange
 
 
 class One:
@@ -36,10 +35,10 @@ class One:
         body = bytearray(encode_hidden(given, "fp32"))
         if poison:
             body[:4] = b"\x00\x00\xc0\x7f"
-        decision = Compute(self.steps, StepRange(begin, tokens, reply), None)
+        what = StepRange(begin, tokens, reply)
         self.steps += 1
         return await self.engine.step(
-            self.peer, self.contract, self.cache, decision, memoryview(body), whole=False
+            self.peer, self.contract, self.cache, what, memoryview(body), whole=False
         )
 
     def check(self, answer: Answer) -> None:

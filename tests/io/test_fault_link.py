@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from benchmarks.processes import Worker
-from tests.fault_link import MOST_BYTES, QUEUE_BYTES, RESET_ON_CLOSE, Wire, open_fault_link
+from tests.fault_link import MAX_BYTES, QUEUE_BYTES, RESET_ON_CLOSE, Wire, open_fault_link
 
 
 async def echo(stream: trio.SocketStream) -> None:
@@ -92,7 +92,7 @@ def test_a_wire_has_room_while_few_bytes_wait_for_their_turn():
     wire.carry(bytes(QUEUE_BYTES + 2000), now=0)
     assert wire.room_at == pytest.approx(2)
     assert wire.most_bytes == 1000 + QUEUE_BYTES
-    assert Wire(delay_seconds=1).most_bytes == MOST_BYTES
+    assert Wire(delay_seconds=1).most_bytes == MAX_BYTES
 
 
 @pytest.mark.parametrize("split", [1, 3, 7, 100])
@@ -140,7 +140,7 @@ async def test_a_receiver_that_does_not_read_holds_up_the_sender():
         with trio.move_on_after(0.5) as scope:
             await stream.send_all(bytes(64 * 1024 * 1024))
         assert scope.cancelled_caught
-        assert link.wires["there"].carried <= 3 * MOST_BYTES
+        assert link.wires["there"].carried <= 3 * MAX_BYTES
 
 
 async def test_connections_share_the_wire():

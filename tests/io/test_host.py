@@ -26,14 +26,14 @@ from libp2p.security.noise.transport import Transport as StockNoise
 from multiaddr import Multiaddr
 
 from node.config import ConfigError
-from node.network.connection import Connection
 from node.network.host import PING_PROTOCOL, open_host
-from node.network.identity import load_or_create_identity
-from node.network.link import SocketLink
-from node.network.noise import PRIVATE_PROTOCOL
-from node.network.upgrade import Upgrade
-from node.network.yamux import HEADER as YAMUX_HEADER
-from node.network.yamux import SYN, WINDOW_UPDATE, YamuxError
+from node.network.transport.connection import Connection
+from node.network.transport.identity import load_or_create_identity
+from node.network.transport.link import SocketLink
+from node.network.transport.noise import PRIVATE_PROTOCOL
+from node.network.transport.upgrade import Upgrade
+from node.network.transport.yamux import HEADER as YAMUX_HEADER
+from node.network.transport.yamux import SYN, WINDOW_UPDATE, YamuxError
 from tensor_codec.errors import BadResult, NotAMember, PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
 

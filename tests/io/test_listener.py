@@ -12,14 +12,13 @@ import trio
 import trio.testing
 
 from routing.names import PeerId
-from tensor_codec.compression import decode_hidden, encode_hidden
+from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import KIB, Limits
-from tensor_codec.messages import (
-    MAX_HOPS,
+from tensor_codec.messages.contract import MAX_HOPS, Contract
+from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.session import (
     PUSH_PROTOCOL,
-    Contract,
-    Failed,
     Here,
     Open,
     Opened,

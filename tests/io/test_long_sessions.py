@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 
-from client.session import LONG_PART
-from routing.hops import NoChain
+from client.session.session import LONG_PART
+from routing.chains.hops import NoChain
 from tensor_codec.errors import CacheFull, SlowPeer
 from tensor_codec.limits import Limits
 from tests.fakes_serving import HIDDEN, World, context_of, continued, generated, hops_of, swarm

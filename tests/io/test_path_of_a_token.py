@@ -16,10 +16,10 @@ import trio
 import trio.testing
 
 import client
-from client.trace import Trace as Events
+from client.session.trace import Trace as Events
 from node import main
-from node.compute import ComputeThread, open_compute_thread
 from node.config import NetworkConfig, NodeConfig
+from node.runtime.compute_thread import ComputeThread, open_compute_thread
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 from tests.fakes_serving import World, context_of, continued, generated, swarm
@@ -33,13 +33,13 @@ Window = Sequence[Called]  # what was called for one token
 
 # What runs for every token and has no place on the page: it decides nothing about the token's way.
 HELPERS = {
-    "client/blame.py": "remembers faults",
-    "client/lost_time.py": "adds up seconds",
-    "client/trace.py": "takes notes",
-    "node/serving/cost.py": "adds up seconds",
-    "node/network/multistream.py": "agrees on a protocol once for each stream",
-    "routing/records.py": "holds what a peer says",
-    "node/values.py": "checks arguments",
+    "client/session/avoided_peers.py": "remembers faults",
+    "client/session/lost_time.py": "adds up seconds",
+    "client/session/trace.py": "takes notes",
+    "node/serving/executor/batch_cost.py": "adds up seconds",
+    "node/network/transport/multistream.py": "agrees on a protocol once for each stream",
+    "routing/view/records.py": "holds what a peer says",
+    "node/runtime/values.py": "checks arguments",
     "tensor_codec/memory.py": "sets memory aside",
     "tensor_codec/limits.py": "holds the limits",
     "tensor_codec/header.py": "packs and unpacks the header of every message",
@@ -57,7 +57,7 @@ UNNAMED = {
     "Connection.flush": "of the pings of Directory.measure",
     "Connection.start": "goes on when its read loop does",
     "Costs.chain": "within cheapest_chain",
-    "Distances.between": "within Routes.learn",
+    "Distances.between": "within ChainChooser.learn",
     "Directory.late": "nobody, where all have answered",
     "Directory.rtts": "what Directory.measure has measured",
     "Directory.unknown": "nobody, where all have answered",
@@ -72,18 +72,18 @@ UNNAMED = {
     "Outlet.aclose": "nothing to leave yet",
     "Outlet.end_bulk": "nothing to end yet",
     "ReadBuffer.fill": "within SecureChannel.receive",
-    "Routes.is_covered_by": "asked by Asker.measure",
+    "ChainChooser.is_covered_by": "asked by Asker.measure",
     "Route.calm_down": "nothing to end for a single token",
     "Session.send_again": "nothing to send yet",
-    "Stint.run": "goes on when Engine.run does",
+    "ServedSpan.run": "goes on when Engine.run does",
     "SwarmView.get": "a record of the view",
     "SwarmView.records": "the records of the view",
-    "admitted": "within Routes.learn",
+    "admitted": "within ChainChooser.learn",
     "costs": "within cheapest_chain",
     "dearness": "within shyness",
     "expire": "within Directory.view",
-    "holes": "within Routes.is_covered_by",
-    "sample": "within Routes.choose",
+    "holes": "within ChainChooser.is_covered_by",
+    "sample": "within ChainChooser.choose",
     "shyness": "before leanings",
     "step_epoch": "within Listener._take",
     "step_session": "within Listener.take_push",
@@ -158,7 +158,7 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
                 await trio.sleep(0.01)
             peers = peers or (json.loads(ready.read_text())["addresses"][0],)
         swarm = await stack.enter_async_context(client.connect(str(model), peers=peers))
-        swarm.ends.make_screen()  # else it may come up in the middle
+        swarm.ends.make_exact_argmax()  # else it may come up in the middle
         computes.append(swarm._compute)
         for compute in computes:
             await compute.run(tracer.start)
@@ -192,7 +192,7 @@ def trace(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     folder = tmp_path_factory.mktemp("path")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACEME_CACHE", str(folder / "cache"))
-        patch.setattr("client.session.LEAST_HOP_SECONDS", 20.0)  # for a busy machine, under a profiler
+        patch.setattr("client.session.session.MIN_HOP_SECONDS", 20.0)  # for a busy machine, under a profiler
         return trio.run(trace_generations, tiny_llama, folder)
 
 

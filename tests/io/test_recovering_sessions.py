@@ -10,10 +10,10 @@ import torch
 import trio
 import trio.testing
 
-from client.retry import PREFILL_TOKENS
-from client.route import CHOICES
-from routing.alternatives import Constraints
-from routing.hops import NoChain
+from client.generation.conversation import PREFILL_TOKENS
+from client.session.route import CHOICES
+from routing.chains.alternatives import Constraints
+from routing.chains.hops import NoChain
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 from tests.fakes_serving import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trio
 
-from node.model.rope import LengthRope
+from node.model.blocks.rope import LengthRope
 from routing.names import PeerId
 from tests.fakes_serving import (
     FakeCache,

@@ -14,24 +14,24 @@ import torch
 import trio
 import trio.testing
 
-from node.balancer import MoveFailed
 from node.config import ConfigError
-from node.serving.cache import CacheBudget
-from node.serving.engine import Engine
-from node.serving.listener import Listener
-from node.serving.rates import Rates
+from node.serving.balancer import MoveFailed
+from node.serving.cache_budget import CacheBudget
+from node.serving.executor.engine import Engine
+from node.serving.executor.rates import Rates
+from node.serving.forward_backward import ForwardBackwardListener
+from node.serving.served_span import Offer, ServedSpan
 from node.serving.server import Server
-from node.serving.stateless import StatelessListener
-from node.serving.stint import Offer, Stint
+from node.serving.sessions.listener import Listener
 from routing.names import PeerId
-from routing.records import Record
-from routing.swarm import SwarmView
-from tensor_codec.compression import decode_hidden, encode_hidden
+from routing.view.records import Record
+from routing.view.view import SwarmView
+from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.limits import Limits
-from tensor_codec.messages import (
+from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.session import (
     SESSION_PROTOCOL,
-    Contract,
-    Failed,
     Open,
     Opened,
     Result,
@@ -106,7 +106,7 @@ class Loader:
     loaded: list[tuple[int, int]] = field(default_factory=list)
     seconds: float = 5.0
 
-    async def blocks(self, means: object, offer: Offer, compute: object) -> list[FakeSpan]:
+    async def blocks(self, setup: object, offer: Offer, compute: object) -> list[FakeSpan]:
         fresh = []
         for block in range(offer.start, offer.stop):
             await trio.sleep(self.seconds)
@@ -117,8 +117,8 @@ class Loader:
         return fresh
 
     async def __call__(
-        self, means: object, offer: Offer, compute: object, *, in_pieces: bool = False
-    ) -> Stint:
+        self, setup: object, offer: Offer, compute: object, *, in_pieces: bool = False
+    ) -> ServedSpan:
         await trio.sleep(self.seconds)
         if (offer.start, offer.stop) in self.broken:
             raise RuntimeError("not enough memory")
@@ -131,7 +131,7 @@ class Loader:
             raise AssertionError
 
         listener = Listener(served, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)  # type: ignore[arg-type]
-        return Stint(offer, listener, StatelessListener(served, engine, LIMITS, Counter()))
+        return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, LIMITS, Counter()))
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Setting:
         return ours, decode_open_reply(frame)
 
     async def _handle(self, stream: FakeStream) -> None:
-        await self.server.door.serve_session(stream)
+        await self.server.dispatch.serve_session(stream)
         await stream.aclose()
 
 
@@ -274,13 +274,13 @@ class Watch:
 
     async def run(self) -> None:
         while True:
-            stint = self.setting.server.door.stint
-            assert stint is not None
-            offer, span, listener = stint.offer, stint.listener.engine.span, stint.listener
+            served_span = self.setting.server.dispatch.served_span
+            assert served_span is not None
+            offer, span, listener = served_span.offer, served_span.listener.engine.span, served_span.listener
             assert not listener.draining
             assert span.start <= offer.start < offer.stop <= span.stop
             assert (listener.served.start, listener.served.stop) == (offer.start, offer.stop)
-            assert stint.stateless.served == listener.served
+            assert served_span.stateless.served == listener.served
             _note(self.served, (offer.start, offer.stop))
             _note(self.said, self.setting.directory.said[-1])
             await trio.sleep(0.5)
@@ -320,16 +320,16 @@ async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
         await setting.server.announce_move(1, 4)
         await trio.sleep(1)
         if not room:  # nothing fits beside three blocks, one beside two
-            setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
+            setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
         await setting.server.move(1, 4)
         await trio.sleep(0.6)
         assert watch.said == steps
         assert watch.served == [step[1:3] for step in steps if step != steps[1]]
         assert setting.loader.loaded == [(0, 3), (3, 4)]
         assert setting.online == [(0, 3), (1, 4)]
-        span = setting.server.door.stint.listener.engine.span  # type: ignore[union-attr]
+        span = setting.server.dispatch.served_span.listener.engine.span  # type: ignore[union-attr]
         assert (span.start, span.stop) == (1, 4)
-        assert setting.server.door.stint.listener.arena.held == (1, 4)  # type: ignore[union-attr]
+        assert setting.server.dispatch.served_span.listener.pool.held == (1, 4)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("rooms", [[1], [0, 1]])
@@ -337,7 +337,7 @@ async def test_a_session_of_blocks_that_stay_goes_on_while_the_others_are_loaded
     rooms: list[int], autojump_clock: trio.testing.MockClock
 ) -> None:
     async with watched(6) as (setting, _):
-        setting.server.means.rooms = rooms  # type: ignore[attr-defined]
+        setting.server.setup.rooms = rooms  # type: ignore[attr-defined]
         setting.loader.seconds = 5.0
         stays, opened = await setting.open(1, 3)
         goes, _ = await setting.open(0, 3, 1)
@@ -363,7 +363,7 @@ async def test_new_sessions_of_the_overlap_are_taken_while_the_others_are_loaded
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with watched(6) as (setting, _):
-        setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
+        setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
         setting.nursery.start_soon(setting.server.move, 1, 4)
         await trio.sleep(1)
         assert isinstance((await setting.open(1, 3, 1))[1], Opened)
@@ -379,7 +379,7 @@ async def test_when_what_is_missing_cannot_be_loaded_what_was_left_is_loaded_aga
     rooms: list[int], autojump_clock: trio.testing.MockClock
 ) -> None:
     async with watched(6) as (setting, watch):
-        setting.server.means.rooms = list(rooms)  # type: ignore[attr-defined]
+        setting.server.setup.rooms = list(rooms)  # type: ignore[attr-defined]
         setting.loader.broken.add((3, 4))
         await setting.server.announce_move(1, 4)
         with pytest.raises(MoveFailed, match="not enough memory"):
@@ -395,7 +395,7 @@ async def test_what_stays_is_served_even_if_nothing_can_be_loaded_any_more(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with watched(6) as (setting, _):
-        setting.server.means.rooms = [0, 1]  # type: ignore[attr-defined]
+        setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
         setting.loader.broken |= {(3, 4), (0, 1)}
         with pytest.raises(MoveFailed, match="not enough memory; serving blocks 1:3"):
             await setting.server.move(1, 4)
@@ -433,7 +433,7 @@ async def test_without_a_common_block_the_old_span_is_served_until_the_new_one_i
         assert setting.server.session_count == 2, "the one that is in use is served until it has moved"
         await trio.sleep(5)
         assert setting.server.session_count == 1
-        assert setting.server.door.leaving is None
+        assert setting.server.dispatch.leaving is None
 
 
 async def test_the_window_of_a_move_may_be_on_both_sides_or_within(

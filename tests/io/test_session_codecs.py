@@ -10,11 +10,11 @@ import torch
 import trio
 import trio.testing
 
-import node.serving.hop
+import node.serving.sessions.worker
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, RemoteProtocolError
-from tensor_codec.messages import (
-    Failed,
+from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.session import (
     Relink,
     Relinked,
     Resume,
@@ -240,7 +240,7 @@ async def test_a_hop_that_does_not_know_how_to_change_the_codec_is_replaced(auto
         def silent(message):
             return encode_relinked(replace(message, codec=None))
 
-        monkeypatch.setattr(node.serving.hop, "encode_relinked", silent)
+        monkeypatch.setattr(node.serving.sessions.worker, "encode_relinked", silent)
         for name in "abc":
             add(world, name)
         await lose(world, "B")

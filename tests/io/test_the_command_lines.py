@@ -29,14 +29,14 @@ import client.__main__
 import client.terminal
 import node.__main__
 import node.main
-import node.watch
-from client.generate import Token
-from client.trace import Trace
-from node.console import OutputError, OutputText
-from routing.hops import Chain, Hop, NoChain
+import node.monitor.watch
+from client.generation.generate import Token
+from client.session.trace import Trace
+from node.runtime.console import OutputError, OutputText
+from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
-from routing.records import Record
-from routing.swarm import Entry, SwarmView
+from routing.view.records import Record
+from routing.view.view import Entry, SwarmView
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = PeerId("12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8")
@@ -89,7 +89,7 @@ def text_of(stream: TextIO | None) -> str:
 
 
 @dataclass
-class Door:
+class CommandLine:
     """Starts commands with streams of a test's own."""
 
     monkeypatch: pytest.MonkeyPatch
@@ -123,12 +123,12 @@ class Door:
 
 
 @pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    door, root = Door(monkeypatch), logging.getLogger()
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[CommandLine]:
+    command_line, root = CommandLine(monkeypatch), logging.getLogger()
     handlers, level = root.handlers, root.level
-    yield door
+    yield command_line
     root.handlers, root.level = handlers, level
-    for stream in door.opened:
+    for stream in command_line.opened:
         with suppress(OSError):  # what it could not write
             stream.close()
 
@@ -211,9 +211,14 @@ NO_SECONDS = "is not 0 to 1,000,000 seconds"
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(
-    door: Door, module: Any, words: Sequence[object], code: int, says: str, streams: dict[str, Any]
+    command_line: CommandLine,
+    module: Any,
+    words: Sequence[object],
+    code: int,
+    says: str,
+    streams: dict[str, Any],
 ):
-    done = door.run(module, *words, **streams)
+    done = command_line.run(module, *words, **streams)
     assert done.code == code
     assert says in "".join(done.errors) if says else not done.err
 
@@ -289,10 +294,15 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeSwarm]:
     [("unread", 0, ""), ("full", 2, FULL), ("closed", 0, ""), ("pipe", 0, ""), ("tty", 0, "")],
 )
 def test_text_ends_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_full(
-    door: Door, serve: Callable[..., FakeSwarm], as_json: Sequence[str], stdout: str, code: int, says: str
+    command_line: CommandLine,
+    serve: Callable[..., FakeSwarm],
+    as_json: Sequence[str],
+    stdout: str,
+    code: int,
+    says: str,
 ):
     serve("a", " b", " c")
-    done = door.run(client.__main__, *GENERATE, *as_json, "x", stdout=stdout)
+    done = command_line.run(client.__main__, *GENERATE, *as_json, "x", stdout=stdout)
     assert done.code == code
     assert says in done.err
     assert ("tokens/s" in done.err) == (not as_json and code == 0 and stdout != "unread")
@@ -300,10 +310,10 @@ def test_text_ends_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_
 
 @pytest.mark.parametrize("stderr", ["unread", "full", "closed"])
 def test_text_comes_where_standard_error_takes_nothing(
-    door: Door, serve: Callable[..., FakeSwarm], stderr: str
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], stderr: str
 ):
     serve("a", " b")
-    done = door.run(client.__main__, *GENERATE, "--show-route", "x", stderr=stderr)
+    done = command_line.run(client.__main__, *GENERATE, "--show-route", "x", stderr=stderr)
     assert (done.code, done.out) == (0, "a b\n")
 
 
@@ -318,17 +328,17 @@ def test_text_comes_where_standard_error_takes_nothing(
     ],
 )
 def test_text_is_exact_in_a_pipe_and_harmless_on_a_terminal(
-    door: Door, serve: Callable[..., FakeSwarm], stdout: str, encoding: str, shown: str
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], stdout: str, encoding: str, shown: str
 ):
     serve(*EVIL, "é", "\n", "…")
-    done = door.run(client.__main__, *GENERATE, "x", stdout=stdout, encoding=encoding)
+    done = command_line.run(client.__main__, *GENERATE, "x", stdout=stdout, encoding=encoding)
     assert (done.code, done.out) == (0, shown + "\n")
 
 
-def test_json_is_the_same_in_every_locale(door: Door, serve: Callable[..., FakeSwarm]):
+def test_json_is_the_same_in_every_locale(command_line: CommandLine, serve: Callable[..., FakeSwarm]):
     serve(EVIL + "é…")
     for encoding in ("utf-8", "ascii", "utf-16-le"):
-        done = door.run(client.__main__, *GENERATE, "--json", "x", stdout="tty", encoding=encoding)
+        done = command_line.run(client.__main__, *GENERATE, "--json", "x", stdout="tty", encoding=encoding)
         assert json.loads(done.out)["text"] == EVIL + "é…"
 
 
@@ -343,17 +353,19 @@ def test_json_is_the_same_in_every_locale(door: Door, serve: Callable[..., FakeS
     ],
 )
 def test_a_prompt_is_the_same_in_every_locale(
-    door: Door, serve: Callable[..., FakeSwarm], words: list[str], stdin: bytes, encoding: str
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], words: list[str], stdin: bytes, encoding: str
 ):
     swarm = serve("a")
-    assert door.run(client.__main__, *GENERATE, *words, stdin=stdin, encoding=encoding).code == 0
+    assert command_line.run(client.__main__, *GENERATE, *words, stdin=stdin, encoding=encoding).code == 0
     assert swarm.asked == ["hëllo…"]
 
 
-def test_a_chat_says_which_line_is_no_text_and_goes_on(door: Door, serve: Callable[..., FakeSwarm]):
+def test_a_chat_says_which_line_is_no_text_and_goes_on(
+    command_line: CommandLine, serve: Callable[..., FakeSwarm]
+):
     swarm = serve("a", " b")
     with pytest.raises(AssertionError, match="is not UTF-8"):  # one error, and yet it ends with 0
-        door.run(client.__main__, "chat", *JOIN, stdin=b"hi\xff\nhello\n\xc3\nbye\n")
+        command_line.run(client.__main__, "chat", *JOIN, stdin=b"hi\xff\nhello\n\xc3\nbye\n")
     assert swarm.asked == [[5], [5, 3, 3]]
 
 
@@ -361,45 +373,47 @@ def test_a_chat_says_which_line_is_no_text_and_goes_on(door: Door, serve: Callab
     ("stdout", "code", "says"), [("unread", 0, ""), ("full", 2, FULL), ("closed", 0, "")]
 )
 def test_a_chat_ends_where_its_output_does(
-    door: Door, serve: Callable[..., FakeSwarm], stdout: str, code: int, says: str
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], stdout: str, code: int, says: str
 ):
     serve("a", " b")
-    done = door.run(client.__main__, "chat", *JOIN, stdin=b"hello\n", stdout=stdout)
+    done = command_line.run(client.__main__, "chat", *JOIN, stdin=b"hello\n", stdout=stdout)
     assert done.code == code
     assert says in done.err
 
 
-def test_a_chat_without_standard_input_ends_at_once(door: Door, serve: Callable[..., FakeSwarm]):
+def test_a_chat_without_standard_input_ends_at_once(
+    command_line: CommandLine, serve: Callable[..., FakeSwarm]
+):
     swarm = serve("a")
-    assert door.run(client.__main__, "chat", *JOIN, stdin=None).code == 0
+    assert command_line.run(client.__main__, "chat", *JOIN, stdin=None).code == 0
     assert swarm.asked == []
 
 
 @pytest.mark.parametrize("trace", ["/dev/full", "/dev/null/trace", "/"])
 def test_a_trace_that_cannot_be_written_is_named_below_the_text(
-    door: Door, serve: Callable[..., FakeSwarm], trace: str
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], trace: str
 ):
     serve("a", " b")
-    done = door.run(client.__main__, *GENERATE, "--trace", trace, "x")
+    done = command_line.run(client.__main__, *GENERATE, "--trace", trace, "x")
     assert (done.code, done.out) == (2, "a b\n")
     assert f"cannot write the trace {trace}: " in done.err
 
 
 def test_a_trace_does_not_wait_for_the_other_end_of_a_fifo(
-    door: Door, serve: Callable[..., FakeSwarm], tmp_path: Path
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], tmp_path: Path
 ):
     serve("a", " b")
     os.mkfifo(tmp_path / "fifo")
-    done = door.run(client.__main__, *GENERATE, "--trace", tmp_path / "fifo", "x")
+    done = command_line.run(client.__main__, *GENERATE, "--trace", tmp_path / "fifo", "x")
     assert (done.code, done.out) == (2, "a b\n")
     assert "cannot write the trace" in done.err
 
 
 def test_a_route_is_one_line_a_hop_whatever_a_server_calls_itself(
-    door: Door, serve: Callable[..., FakeSwarm]
+    command_line: CommandLine, serve: Callable[..., FakeSwarm]
 ):
     serve("a", name="[red]" + EVIL + "\n\t")
-    done = door.run(client.__main__, *GENERATE, "--show-route", "x", stderr="tty")
+    done = command_line.run(client.__main__, *GENERATE, "--show-route", "x", stderr="tty")
     assert f" ([red]{HARMLESS}\\n\\t)  blocks 0:6" in done.err
 
 
@@ -411,13 +425,15 @@ def test_a_route_is_one_line_a_hop_whatever_a_server_calls_itself(
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_every_end_has_its_code(door: Door, serve: Callable[..., FakeSwarm], error: BaseException, code: int):
+def test_every_end_has_its_code(
+    command_line: CommandLine, serve: Callable[..., FakeSwarm], error: BaseException, code: int
+):
     serve("a", error=error)
     if code == 130:
         with pytest.raises(AssertionError):  # nothing is said
-            door.run(client.__main__, *GENERATE, "--wait", "0", "x")
+            command_line.run(client.__main__, *GENERATE, "--wait", "0", "x")
         return
-    done = door.run(client.__main__, *GENERATE, "--wait", "0", "x")
+    done = command_line.run(client.__main__, *GENERATE, "--wait", "0", "x")
     assert done.code == code
 
 
@@ -442,8 +458,8 @@ def swarm_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
         yield SimpleNamespace(directory=directory, host=SimpleNamespace(peer_id=PeerId("me")))
 
     monkeypatch.setattr(node.main, "open_node", open_node)
-    monkeypatch.setattr("node.status.SETTLE_SECONDS", 0)
-    monkeypatch.setattr("node.watch.SETTLE_SECONDS", 0)
+    monkeypatch.setattr("node.monitor.status.SETTLE_SECONDS", 0)
+    monkeypatch.setattr("node.monitor.watch.SETTLE_SECONDS", 0)
 
 
 STATUS = ("status", *JOIN)
@@ -453,9 +469,9 @@ STATUS = ("status", *JOIN)
 @pytest.mark.parametrize("flags", [(), ("--json",), ("--watch",), ("--watch", "--json")], ids=" ".join)
 @pytest.mark.parametrize(("stdout", "code", "says"), [("unread", 0, ""), ("full", 2, FULL)])
 def test_status_ends_where_its_output_does(
-    door: Door, flags: Sequence[str], stdout: str, code: int, says: str
+    command_line: CommandLine, flags: Sequence[str], stdout: str, code: int, says: str
 ):
-    done = door.run(node.__main__, *STATUS, *flags, stdout=stdout)
+    done = command_line.run(node.__main__, *STATUS, *flags, stdout=stdout)
     assert done.code == code
     assert says in done.err
 
@@ -479,11 +495,15 @@ def test_what_stands_before_a_full_output_may_go_without_a_word(monkeypatch: pyt
     "environment", [{}, {"COLUMNS": "0"}, {"COLUMNS": "abc"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}], ids=str
 )
 def test_status_shows_names_as_they_are_and_in_their_line(
-    door: Door, monkeypatch: pytest.MonkeyPatch, stdout: str, encoding: str, environment: dict[str, str]
+    command_line: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    stdout: str,
+    encoding: str,
+    environment: dict[str, str],
 ):
     for name, value in {"COLUMNS": "200", "TERM": "xterm", **environment}.items():
         monkeypatch.setenv(name, value)
-    done = door.run(node.__main__, *STATUS, stdout=stdout, encoding=encoding)
+    done = command_line.run(node.__main__, *STATUS, stdout=stdout, encoding=encoding)
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in done.out.splitlines()]
     assert done.code == 0
     assert lines[0] == r"swarm pub\nlic[/]: 1 online"
@@ -495,7 +515,9 @@ def test_status_shows_names_as_they_are_and_in_their_line(
 
 
 @pytest.mark.usefixtures("swarm_of_records")
-def test_a_dumb_terminal_gets_one_look_below_the_other(door: Door, monkeypatch: pytest.MonkeyPatch):
+def test_a_dumb_terminal_gets_one_look_below_the_other(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+):
     looks = []
 
     async def stop(seconds: float) -> None:
@@ -504,9 +526,9 @@ def test_a_dumb_terminal_gets_one_look_below_the_other(door: Door, monkeypatch: 
             raise KeyboardInterrupt
 
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(node.watch.trio, "sleep", stop)
+    monkeypatch.setattr(node.monitor.watch.trio, "sleep", stop)
     with pytest.raises(AssertionError):  # Ctrl-C: nothing is said
-        door.run(node.__main__, *STATUS, "--watch", stdout="tty")
+        command_line.run(node.__main__, *STATUS, "--watch", stdout="tty")
     assert len(looks) == 3
 
 
@@ -574,7 +596,7 @@ def test_a_file_of_any_name_is_written_and_named_in_any_locale(tmp_path: Path, e
 
 STREAMS = """
 import os, sys
-from node.console import prepare_streams
+from node.runtime.console import prepare_streams
 prepare_streams()
 sys.stdout.write("nobody sees this")
 assert sys.stdin.read() == ""
@@ -586,7 +608,9 @@ def test_no_socket_gets_the_descriptor_of_a_closed_stream():
     assert shell('$PYTHON -c "$CODE" <&- >&- 2>&-', CODE=STREAMS) == (3, "", "")
 
 
-SOMEWHERE = "import os; from node.console import run_process; run_process(lambda: print(os.getcwd()) or 0)"
+SOMEWHERE = (
+    "import os; from node.runtime.console import run_process; run_process(lambda: print(os.getcwd()) or 0)"
+)
 
 
 def test_a_working_folder_that_was_removed_is_left():
@@ -596,8 +620,8 @@ def test_a_working_folder_that_was_removed_is_left():
 
 INTERRUPTED = """
 import os, signal, sys, threading, time
-from node.console import run_process
-from node.interrupts import let_interrupts_through
+from node.runtime.console import run_process
+from node.runtime.interrupts import let_interrupts_through
 
 def main():
     threading.Thread(target=time.sleep, args=(60,), name="torch", daemon=True).start()

@@ -4,13 +4,13 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from node.network.connection import Connection
-from node.network.identity import identity_of
-from node.network.membership import MembershipProof
-from node.network.multistream import HEADER, Dialogue, encode_lines, proposal
-from node.network.noise import PRIVATE_PROTOCOL, PROTOCOL, HandshakeConnection, Noise
-from node.network.upgrade import Upgrade
-from node.network.yamux import FAR_WINDOW
+from node.network.transport.connection import Connection
+from node.network.transport.identity import identity_of
+from node.network.transport.membership import MembershipProof
+from node.network.transport.multistream import HEADER, Dialogue, encode_lines, proposal
+from node.network.transport.noise import PRIVATE_PROTOCOL, PROTOCOL, HandshakeConnection, Noise
+from node.network.transport.upgrade import Upgrade
+from node.network.transport.yamux import FAR_WINDOW
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import Limits
 from tests.fakes import ALICE, BOB, memory_link_pair

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from routing.chain import NoChain
-from routing.swarm import holes
+from routing.chains.search import NoChain
+from routing.view.view import holes
 from tensor_codec.errors import SlowPeer
 from tests.fakes_serving import FakeCache, FakeEnds, FakeSpan
 from tests.sim import glue

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from routing.answers import GRACE_SECONDS, Answers
 from routing.names import PeerId
-from routing.records import Record
-from routing.swarm import Arrival, SwarmView, expire, merge
+from routing.view.answers import GRACE_SECONDS, Answers
+from routing.view.records import Record
+from routing.view.view import Arrival, SwarmView, expire, merge
 from tests.sim.network import Network
 
 TICK_SECONDS = 0.25
@@ -28,7 +28,7 @@ PING_SECONDS = 2.0
 
 @dataclass(slots=True)
 class Directory:
-    """What one participant knows, with the methods of `node.network.directory.Directory` that are used.
+    """What one participant knows, with those methods of the real Directory that are used.
 
     overtaken: told which seq of our own others have, where theirs is higher.
     """
@@ -184,5 +184,5 @@ class Gossip:
 
 
 def numbered(record: Record, last_seq: int, wall: float) -> Record:
-    """The record with the next seq by a node's own clock, as `node.network.directory` numbers them."""
+    """The record with the next seq by a node's own clock, as a Directory numbers them."""
     return replace(record, seq=max(last_seq + 1, int(wall * 1e6)))

@@ -10,21 +10,22 @@ from typing import Any
 
 import trio
 
-from client.connect import ClientConfig, Swarm
-from client.heads import Heads
-from client.retry import Context
-from client.routes import Routes
-from node.model.info import ModelInfo
+from client.config import ClientConfig
+from client.generation.conversation import Conversation
+from client.generation.head_batches import HeadBatches
+from client.session.chain_choice import ChainChooser
+from client.swarm import Swarm
+from node.model.checkpoint.info import ModelInfo
 from node.network.streams import FramedStream
-from node.serving.cache import CacheBudget
-from node.serving.engine import Engine
-from node.serving.listener import Listener, Served
-from node.serving.rates import Rates
-from routing.chain import NoChain
+from node.serving.cache_budget import CacheBudget
+from node.serving.executor.engine import Engine
+from node.serving.executor.rates import Rates
+from node.serving.sessions.listener import Listener, Served
+from routing.chains.search import NoChain
 from routing.names import ModelId, PeerId, Revision
 from tensor_codec.errors import CacheFull, PeerFault, Refused, SlowPeer
 from tensor_codec.limits import Limits
-from tensor_codec.messages import SESSION_PROTOCOL
+from tensor_codec.messages.session import SESSION_PROTOCOL
 from tests.fakes_serving import HIDDEN, FakeArena, FakeEnds, FakeSpan
 
 MODEL, REVISION, DTYPE = ModelId("m"), Revision("r"), "float32"
@@ -38,7 +39,7 @@ HOGS = 5  # a peer may have a quarter of a large budget
 def make_listener(
     span: FakeSpan,
     compute: Any,  # with ComputeThread's one method
-    arena: FakeArena,
+    pool: FakeArena,
     *,
     seconds_per_block: float,
     budget_tokens: int,
@@ -50,7 +51,7 @@ def make_listener(
     return Listener(
         Served(MODEL, REVISION, span.start, span.stop, DTYPE, HIDDEN, MAX_POSITION),
         engine,
-        arena,  # type: ignore[arg-type]
+        pool,  # type: ignore[arg-type]
         CacheBudget(budget_tokens, max_session_tokens=limits.max_session_tokens),
         open_stream,
         limits,
@@ -121,7 +122,7 @@ class ClientTimes:
 
 def make_swarm(
     host: Any,  # with the methods of node.network.host that a client uses
-    directory: Any,  # the same of node.network.directory
+    directory: Any,  # the same of node.network.directory.directory
     compute: Any,  # with ComputeThread's one method
     nursery: trio.Nursery,
     *,
@@ -141,7 +142,7 @@ def make_swarm(
     info = ModelInfo(
         MODEL, REVISION, "fake", blocks, HIDDEN, FakeEnds.vocabulary, MAX_POSITION, (1,) * blocks, 1, 1
     )
-    routes = Routes(
+    routes = ChainChooser(
         MODEL,
         REVISION,
         blocks,
@@ -152,19 +153,19 @@ def make_swarm(
         dial=partial(host.open_stream, seconds=limits.dial_seconds),
         find_peers=partial(directory.find_peers, REVISION, 1.0),
     )
-    return Swarm(config, info, ends, routes, host, directory, compute, Heads(ends, compute), nursery)
+    return Swarm(config, info, ends, routes, host, directory, compute, HeadBatches(ends, compute), nursery)
 
 
 @asynccontextmanager
 async def tokens_of(
-    swarm: Swarm, context: Context, prompt: tuple[int, ...], new_tokens: int
+    swarm: Swarm, context: Conversation, prompt: tuple[int, ...], new_tokens: int
 ) -> AsyncGenerator[AsyncGenerator[Any, None], None]:
     """The tokens of one generation, one by one."""
     async with aclosing(swarm.generate(list(prompt), max_new_tokens=new_tokens, context=context)) as tokens:
         yield tokens
 
 
-def hops_of(context: Context) -> list[PeerId]:
+def hops_of(context: Conversation) -> list[PeerId]:
     """The peers of the chain that a context uses now."""
     return [hop.peer for hop in context.session.chain.hops] if context.session is not None else []
 

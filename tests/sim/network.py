@@ -29,7 +29,7 @@ from tensor_codec.limits import Limits
 from tests.sim.plan import Plan
 
 KEEPALIVE_SECONDS = 20.0  # without a word until a connection is given up: 10 s idle and 10 s of probes
-LEAST_DELAY, MOST_DELAY = 0.001, 0.08  # seconds one way, by distance
+MIN_DELAY, MAX_DELAY = 0.001, 0.08  # seconds one way, by distance
 LATE_SECONDS = (0.2, 1.5)  # what a lost packet costs
 
 
@@ -246,7 +246,7 @@ class Network:
         way = self._ways.get((one, other))
         if way is None:
             distance = math.dist(self._places[one], self._places[other]) / math.sqrt(2)
-            delay = LEAST_DELAY + distance * (MOST_DELAY - LEAST_DELAY)
+            delay = MIN_DELAY + distance * (MAX_DELAY - MIN_DELAY)
             way = self._ways[one, other] = Way(delay, self._plan.loss)
         return way
 

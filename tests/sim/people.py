@@ -12,15 +12,15 @@ import torch
 import trio
 from torch import Tensor
 
-from client.connect import Swarm
-from client.retry import Context
+from client.generation.conversation import Conversation
+from client.swarm import Swarm
 from node.network.streams import FramedStream
-from routing.chain import NoChain
+from routing.chains.search import NoChain
 from routing.names import PeerId
-from routing.records import Record
+from routing.view.records import Record
 from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
-from tensor_codec.messages import PUSH_PROTOCOL
+from tensor_codec.messages.session import PUSH_PROTOCOL
 from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan
 from tests.sim import glue
 from tests.sim.directory import Directory, Gossip, numbered
@@ -335,7 +335,7 @@ class Client:
         self.vanished = False
         self.directory = Directory(self.peer, world.network)
         self.stories: list[Story] = []
-        self.contexts: list[Context] = []
+        self.contexts: list[Conversation] = []
         self.progress = 0
         self.moved = trio.Event()
         self.finished = False
@@ -397,7 +397,7 @@ class Client:
         finally:
             context.close()
 
-    async def _generate(self, context: Context, prompt: tuple[int, ...], new_tokens: int) -> None:
+    async def _generate(self, context: Conversation, prompt: tuple[int, ...], new_tokens: int) -> None:
         story = Story(self.plan, prompt, new_tokens)
         self.stories.append(story)
         async with glue.tokens_of(self.swarm, context, prompt, new_tokens) as tokens:

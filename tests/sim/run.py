@@ -25,7 +25,7 @@ from tests.sim.plan import Plan, make_plan
 
 JOIN_SECONDS = 3.0  # until everybody knows everybody
 SETTLE_SECONDS = 5.0  # P6
-MOST_SECONDS = 3600.0  # of the run's clock
+MAX_SECONDS = 3600.0  # of the run's clock
 
 
 @dataclass(slots=True)
@@ -110,12 +110,12 @@ async def _run(
         nursery.start_soon(world.gossip.run)
         clients = [Client(each, world) for each in plan.clients]
         await trio.sleep(JOIN_SECONDS)
-        with trio.move_on_after(MOST_SECONDS) as scope:
+        with trio.move_on_after(MAX_SECONDS) as scope:
             await _all(plan, clients, injector)
             well = max((each.well for each in injector.happened), default=0.0)
             await trio.sleep_until(max(well, trio.current_time()) + SETTLE_SECONDS)
         if scope.cancelled_caught:
-            outcome.failures.append(f"P3: not all was done after {MOST_SECONDS} s")
+            outcome.failures.append(f"P3: not all was done after {MAX_SECONDS} s")
         _judge(plan, world, injector, outcome)
         nursery.cancel_scope.cancel()
 

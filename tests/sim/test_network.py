@@ -14,7 +14,7 @@ from node.network.streams import FramedStream
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import Limits
-from tests.sim.network import LEAST_DELAY, Network
+from tests.sim.network import MIN_DELAY, Network
 from tests.sim.plan import NodePlan, Plan
 
 A, B = PeerId("a"), PeerId("b")
@@ -66,7 +66,7 @@ async def test_a_frame_takes_its_size_at_the_bandwidth_and_the_delay(autojump_cl
     async with pair() as (_, near, far):
         began = trio.current_time()
         await near.send(bytes(996))
-        assert (await since(began, far))[1] == pytest.approx(0.001 + LEAST_DELAY, abs=1e-5)
+        assert (await since(began, far))[1] == pytest.approx(0.001 + MIN_DELAY, abs=1e-5)
 
 
 async def test_frames_keep_their_order_whatever_the_jitter(autojump_clock):
@@ -113,7 +113,7 @@ async def test_a_process_that_ends_is_noticed_at_once(autojump_clock):
         network.gone(A, vanished=False)
         with pytest.raises(PeerGone):
             await far.receive()
-        assert trio.current_time() - began == pytest.approx(LEAST_DELAY)
+        assert trio.current_time() - began == pytest.approx(MIN_DELAY)
 
 
 async def test_a_frozen_process_gets_everything_when_it_goes_on(autojump_clock):

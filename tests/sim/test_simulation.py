@@ -15,11 +15,11 @@ from unittest import mock
 import pytest
 import trio
 
-from client.retry import Context
+from client.generation.conversation import Conversation
 from node.network.streams import FramedStream
-from node.serving.cache import CacheBudget
-from node.serving.engine import Engine
-from node.serving.hop import HopWorker
+from node.serving.cache_budget import CacheBudget
+from node.serving.executor.engine import Engine
+from node.serving.sessions.worker import HopWorker
 from tensor_codec.errors import PeerGone
 from tests.fakes_serving import generated
 from tests.sim.checks import expected_tokens
@@ -258,13 +258,13 @@ def pages_kept() -> Iterator[None]:
 @contextmanager
 def late() -> Iterator[None]:
     """A client that does not look at its deadline."""
-    logits_after = Context.logits_after
+    logits_after = Conversation.logits_after
 
     async def slowly(self, *args, **kwargs):
         await trio.sleep(self.give_up_seconds + 5)
         return await logits_after(self, *args, **kwargs)
 
-    with mock.patch.object(Context, "logits_after", slowly):
+    with mock.patch.object(Conversation, "logits_after", slowly):
         yield
 
 
@@ -275,7 +275,7 @@ def failing_with(error: Exception) -> Callable[[], mock._patch]:
         await trio.lowlevel.checkpoint()
         raise error
 
-    return lambda: mock.patch.object(Context, "logits_after", fail)
+    return lambda: mock.patch.object(Conversation, "logits_after", fail)
 
 
 def crashing() -> mock._patch:

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 
-from routing.alternatives import Constraints, best_chains, longest_session, suitable
-from routing.chain import NoChain, cheapest_chain
-from tests.unit.test_chain import PEERS, every_chain, price, span, swarms
+from routing.chains.alternatives import Constraints, best_chains, longest_session, suitable
+from routing.chains.search import NoChain, cheapest_chain
+from tests.unit.test_chain_search import PEERS, every_chain, price, span, swarms
 
 
 @settings(max_examples=100, deadline=None)

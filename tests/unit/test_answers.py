@@ -2,8 +2,8 @@
 
 import pytest
 
-from routing.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
 from routing.names import PeerId
+from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
 
 A, B = PeerId("a"), PeerId("b")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from node.arguments import one_address_each
+from node.runtime.arguments import one_address_each
 
 A, B = "/ip4/127.0.0.1/tcp/1/p2p/x", "/dns4/example.org/tcp/2/p2p/y"
 

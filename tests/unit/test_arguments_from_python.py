@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import client
-from node import values
 from node.config import ConfigError, NetworkConfig, NodeConfig
+from node.runtime import values
 
 PEER = "12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8"
 ADDRESS = f"/ip4/127.0.0.1/tcp/9/p2p/{PEER}"

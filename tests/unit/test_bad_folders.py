@@ -12,13 +12,13 @@ from model_fixtures import save_tiny, save_tiny_tokenizer
 
 from client.terminal import _template
 from node.config import ConfigError
-from node.model import source
-from node.model.ends import load_ends, open_tokenizer
-from node.model.folder import HashMemo, ModelFolder, model_name, open_folder
-from node.model.info import read_info
-from node.model.source import BUILTIN_MODEL, resolve
-from node.model.span import load_span
-from routing.records import Record
+from node.model.blocks.span import load_span
+from node.model.checkpoint import source
+from node.model.checkpoint.folder import HashMemo, ModelFolder, model_name, open_folder
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.source import BUILTIN_MODEL, resolve
+from node.model.embed_and_head import load_embed_and_head, open_tokenizer
+from routing.view.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 def test_a_folder_without_tokenizer_says_so(model):
     for file in tokenizer_files(model):
         file.unlink()
-    message = refused(lambda: load_ends(opened(model)).tokenizer)
+    message = refused(lambda: load_embed_and_head(opened(model)).tokenizer)
     assert message.startswith(f"{model} has no tokenizer")
 
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from node.serving.batcher import MOST_PASSED_OVER, Batch, Batcher, Job, Kind, Piece, segments
-from node.serving.cost import Cost
+from node.serving.executor.batch_cost import Cost
+from node.serving.executor.batcher import MAX_PASSED_OVER, Batch, Batcher, Job, Kind, Piece, segments
 from tensor_codec.errors import LocalProtocolError, TooManyStreams
 from tensor_codec.limits import Limits
 
@@ -278,7 +278,7 @@ def test_nobody_is_passed_over_for_ever(seed: int):
     peers = "abcd"
     batcher = batcher_of(chunk_tokens=4, most_stateless=100)
     decodes_between = 2  # one that let the chunk wait, and one that always comes between two others
-    bound = 2 * (1 + decodes_between) * (MOST_PASSED_OVER + len(peers))
+    bound = 2 * (1 + decodes_between) * (MAX_PASSED_OVER + len(peers))
     since: dict[tuple[Kind, str], int] = {}
     rng = random.Random(seed)
     most_tokens = {DECODE: 1, PREFILL: 40, STATELESS: 2}  # none so long that it must rest

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from node.serving.cache import CacheBudget
+from node.serving.cache_budget import CacheBudget
 from tensor_codec.errors import CacheFull, LocalProtocolError
 from tensor_codec.limits import Limits
 

@@ -12,11 +12,16 @@ import client
 
 @pytest.mark.parametrize(
     "first",
-    ["import client", "import client.connect", "from client.connect import Swarm", "import client.bridge"],
+    [
+        "import client",
+        "import client.connect",
+        "from client.swarm import Swarm",
+        "import client.bridges.asyncio_swarm",
+    ],
 )
 def test_client_connect_is_the_function(first: str):
     peers = "peers=['/ip4/127.0.0.1/tcp/9/p2p/12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8']"
-    code = f"{first}\nimport client\nfrom client.connect import Swarm\nclient.connect({peers}).__aenter__"
+    code = f"{first}\nimport client\nfrom client.swarm import Swarm\nclient.connect({peers}).__aenter__"
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing.distances import CLIENT, Distances
+from routing.chains.distances import CLIENT, Distances
 from routing.names import peer_id_of
-from routing.records import Record
+from routing.view.records import Record
 
 PEERS = sorted(peer_id_of(bytes([number]) * 32) for number in range(12))
 A, B, C, D = PEERS[:4]

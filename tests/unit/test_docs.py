@@ -22,16 +22,16 @@ from types import SimpleNamespace
 import pytest
 
 import client
-from client.connect import Swarm
-from client.options import Sampling
+from client.generation.options import Sampling
+from client.swarm import Swarm
 from node.config import VERSION, NetworkConfig
-from node.logs import JsonLines
 from node.main import write_ready_file
-from node.model.architecture import ARCHITECTURES
-from routing.alternatives import Constraints
+from node.model.checkpoint.architecture import ARCHITECTURES
+from node.runtime.logs import JsonLines
+from routing.chains.alternatives import Constraints
 from tensor_codec.errors import REFUSALS
 from tensor_codec.limits import Limits
-from tensor_codec.messages import FAULTS
+from tensor_codec.messages.fields import FAULTS
 from tests.markdown import ROOT, in_one_line, section, table, words
 
 README = ROOT / "README.md"
@@ -307,7 +307,7 @@ def test_the_view_of_a_swarm_in_the_readme_has_the_columns_and_the_words_of_stat
     shown = (
         section(README.read_text(), "## Your own swarm").split("```text\n")[-1].split("```")[0].splitlines()
     )
-    code = (ROOT / "node" / "status.py").read_text()
+    code = (ROOT / "node" / "monitor" / "status.py").read_text()
     columns = [
         name for line in re.findall(r"for column in \((.*?)\):", code) for name in ast.literal_eval(line)
     ]
@@ -324,7 +324,7 @@ def test_the_view_of_a_swarm_in_the_readme_has_the_columns_and_the_words_of_stat
 def test_what_happened_to_a_session_is_told_in_the_kinds_of_the_manual():
     listed = re.search(r"Kinds: (.*?)\. In Python", in_one_line("docs/operating.md"))
     assert listed
-    code = "\n".join(path.read_text() for path in sorted((ROOT / "client").glob("*.py")))
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "client").rglob("*.py")))
     kinds = set(re.findall(r"trace\.add\(\s*\"(\w+)\"", code))
     assert set(re.findall(r"`(\w+)`", listed[1])) == kinds
 

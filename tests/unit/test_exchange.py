@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.exchange import (
+from routing.view.exchange import (
     DIGEST_ENTRIES,
     RECORDS_BYTES,
     Digest,
@@ -13,8 +13,8 @@ from routing.exchange import (
     encode_digest,
     encode_records,
 )
-from routing.records import Record
-from routing.swarm import Arrival
+from routing.view.records import Record
+from routing.view.view import Arrival
 from tensor_codec.errors import MessageError
 from tensor_codec.header import pack_header
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from model_fixtures import BLOCKS, TINY, save_tiny
 
-from node.model import decode_kernels, kernels
-from node.model.architecture import ARCHITECTURES
-from node.model.folder import HashMemo, ModelFolder, open_folder
-from node.model.span import Span, load_span
+from node.model.blocks.span import Span, load_span
+from node.model.checkpoint.architecture import ARCHITECTURES
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.weights import decode_kernels, kernels
 
 torch.set_num_threads(1)
 
@@ -89,8 +89,8 @@ def test_the_compiled_step_and_torchs_own_give_the_same(folder, monkeypatch):
     both: list[list] = [[], []]
     for length in (7, 1, 20):
         hidden = torch.randn(1, length, span.hidden_size, generator=generator)
-        for arena, caches in zip(arenas, both, strict=True):
-            cache = arena.open(1, 64)
+        for pool, caches in zip(arenas, both, strict=True):
+            cache = pool.open(1, 64)
             span.forward(hidden, cache, 0)
             caches.append(cache)
     for _ in range(4):
@@ -116,7 +116,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(folder, dtype, quantize):
     if span.dtype != torch.float32:
         pytest.skip("computed by torch on this CPU")
     generator = torch.Generator().manual_seed(3)
-    arena = span.new_arena(600)
+    pool = span.new_arena(600)
     lengths = (5, 30, 1, 16)
     prompts = [torch.randn(1, length, span.hidden_size, generator=generator) for length in lengths]
     rows = torch.randn(4, span.hidden_size, generator=generator)
@@ -124,7 +124,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(folder, dtype, quantize):
     def opened() -> list:
         caches = []
         for prompt in prompts:
-            cache = arena.open(1, 64)
+            cache = pool.open(1, 64)
             span.forward(prompt, cache, 0)
             cache.reserve(cache.length + 1)
             caches.append(cache)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from client.connect import ClientConfig, Swarm
-from client.generation_config import FILE, GenerationDefaults, defaults_of, read_defaults, settle
-from client.sampling import Sampler
+from client.config import ClientConfig
+from client.generation.generation_config import FILE, GenerationDefaults, defaults_of, read_defaults, settle
+from client.generation.sampling import Sampler
+from client.swarm import Swarm
 from node.config import ConfigError
 
 VOCABULARY = 40

@@ -9,10 +9,10 @@ import pytest
 import torch
 from model_fixtures import save_tiny
 
-from node.model import graphs
-from node.model.folder import HashMemo, open_folder
-from node.model.graphs import DecodeGraphs, Inputs, bucket, padded
-from node.model.span import load_span
+from node.model.blocks import graphs
+from node.model.blocks.graphs import DecodeGraphs, Inputs, bucket, padded
+from node.model.blocks.span import load_span
+from node.model.checkpoint.folder import HashMemo, open_folder
 
 
 def inputs_of(rows: int, longest: int, seed: int = 0) -> Inputs:
@@ -96,7 +96,7 @@ def test_what_cannot_be_recorded_is_computed_without_graphs_from_then_on(caplog)
 
 
 def test_the_least_recently_used_graph_is_dropped(monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     recorder = Recorder()
     steps = DecodeGraphs(99, recorder)
     for rows in (1, 1, 2, 2, 1, 4, 4, 1, 2):
@@ -110,9 +110,9 @@ def test_a_fused_step_through_graphs_is_the_step(tmp_path: Path):
     span = load_span(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")), 0, 4)
     fused = span._fused
     assert fused is not None
-    arena = span.new_arena(512)
+    pool = span.new_arena(512)
     lengths = np.array([9, 3, 17])
-    caches = [arena.open(1, 64) for _ in lengths]
+    caches = [pool.open(1, 64) for _ in lengths]
     for cache, length in zip(caches, lengths, strict=True):
         span.forward(torch.randn(1, int(length), span.hidden_size), cache, 0)
         cache.reserve(int(length) + 1)
@@ -120,14 +120,14 @@ def test_a_fused_step_through_graphs_is_the_step(tmp_path: Path):
     inputs = Inputs(
         torch.randn(3, span.hidden_size),
         torch.from_numpy(lengths),
-        torch.from_numpy(arena.slots_of(rows, lengths)),
-        torch.from_numpy(arena.slots(rows, 18)),
+        torch.from_numpy(pool.slots_of(rows, lengths)),
+        torch.from_numpy(pool.slots(rows, 18)),
     )
-    steps = DecodeGraphs(arena.nobodys_page * arena.page_tokens, Recorder())
+    steps = DecodeGraphs(pool.nobodys_page * pool.page_tokens, Recorder())
 
     @torch.inference_mode()
     def run(*tensors: torch.Tensor) -> torch.Tensor:
-        return fused._decode_torch(tensors[0], arena, *tensors[1:], 0, 4)
+        return fused._decode_torch(tensors[0], pool, *tensors[1:], 0, 4)
 
     expected = span.decode(inputs.hidden, caches, 0, 4)
     for _ in range(3):

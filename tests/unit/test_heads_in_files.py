@@ -10,8 +10,8 @@ from model_fixtures import TINY, tiny_model
 from safetensors.torch import load_file, save_file
 
 from node.config import ConfigError
-from node.model.ends import load_ends
-from node.model.folder import HashMemo, open_folder
+from node.model.checkpoint.folder import HashMemo, open_folder
+from node.model.embed_and_head import load_embed_and_head
 
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight")
 KINDS = ("other head", "same head", "no head", "no embedding")
@@ -49,7 +49,7 @@ def test_one_of_two_that_are_tied_is_enough(variant, kind, tmp_path):
 
 
 def check(library, tmp_path, *, differ: bool) -> None:
-    ends = load_ends(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))
+    ends = load_embed_and_head(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))
     whole = library.from_pretrained(tmp_path / "model")
     embedding, head = ends.model.get_input_embeddings().weight, ends.model.get_output_embeddings().weight
     assert torch.equal(embedding, whole.get_input_embeddings().weight)
@@ -61,4 +61,4 @@ def check(library, tmp_path, *, differ: bool) -> None:
 def test_a_head_that_is_nowhere_is_missed(tmp_path):
     write("llama", "no head", tmp_path / "model", tied=False)
     with pytest.raises(ConfigError, match=r"tensor lm_head\.weight of the ends is missing"):
-        load_ends(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))
+        load_embed_and_head(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.history import Message, MessageTooLong, fit_history
+from client.generation.history import Message, MessageTooLong, fit_history
 
 SYSTEM = {"role": "system", "content": "s" * 10}
 

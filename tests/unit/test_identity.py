@@ -5,8 +5,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config import ConfigError
-from node.network import secret_file
-from node.network.identity import identity_of, load_or_create_identity
+from node.network.transport import secret_file
+from node.network.transport.identity import identity_of, load_or_create_identity
 from routing.names import public_key_of
 
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import client
-from client.connect import ClientConfig, Swarm
+from client.config import ClientConfig
+from client.swarm import Swarm
 from node.__main__ import main
 from node.config import ConfigError
-from node.model.info import UNBOUNDED_POSITIONS, ModelInfo, read_info
-from node.model.source import resolve
-from node.model.span import load_span
-from routing.alternatives import Constraints
+from node.model.blocks.span import load_span
+from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo, read_info
+from node.model.checkpoint.source import resolve
+from routing.chains.alternatives import Constraints
 from routing.names import ModelId, PeerId, Revision
-from routing.records import Record
+from routing.view.records import Record
 from tensor_codec.errors import Refused
 from tensor_codec.journal import Journal
 from tensor_codec.limits import MIB, Limits, limits_with

@@ -8,13 +8,13 @@ import logging
 import subprocess
 import sys
 
-from node.logs import Handler, JsonLines, TextLines
+from node.runtime.logs import Handler, JsonLines, TextLines
 
 CODE = """
 import logging
-from node.logs import set_up_logging
+from node.runtime.logs import set_up_logging
 set_up_logging("text")
-import node.network.host, node.network.kademlia
+import node.network.host, node.network.directory.kademlia
 logging.getLogger("libp2p.host.basic_host").error("a peer did something")
 logging.getLogger("libp2p.kad_dht").error("and something else")
 logging.getLogger("raceme").info("ours")

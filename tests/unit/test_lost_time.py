@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.lost_time import FEWEST_STEPS, SUSPICION, LostTime
+from client.session.lost_time import MIN_STEPS, SUSPICION, LostTime
 
 USUAL = 0.1
 
@@ -45,12 +45,12 @@ def test_quick_steps_make_up_for_slow_ones():
 
 
 def test_a_chain_that_was_slow_from_its_first_step_is_measured_by_what_it_promised():
-    assert after(*[10 * USUAL] * FEWEST_STEPS).too_much(length=4, hops=1)
-    assert not after(*[10 * USUAL] * FEWEST_STEPS, expected=10 * USUAL).too_much(length=4, hops=1)
+    assert after(*[10 * USUAL] * MIN_STEPS).too_much(length=4, hops=1)
+    assert not after(*[10 * USUAL] * MIN_STEPS, expected=10 * USUAL).too_much(length=4, hops=1)
 
 
 def test_too_few_steps_say_nothing():
-    assert not after(*[10 * USUAL] * (FEWEST_STEPS - 1)).too_much(length=0, hops=1)
+    assert not after(*[10 * USUAL] * (MIN_STEPS - 1)).too_much(length=0, hops=1)
     assert LostTime().usual() is None
 
 
@@ -60,7 +60,7 @@ def test_what_was_forgotten_does_not_count_again():
     assert not lost.too_much(length=0, hops=1)
 
 
-@given(st.lists(st.floats(USUAL / 2, SUSPICION * USUAL / 2), min_size=FEWEST_STEPS, max_size=200))
+@given(st.lists(st.floats(USUAL / 2, SUSPICION * USUAL / 2), min_size=MIN_STEPS, max_size=200))
 def test_steps_that_vary_by_no_more_than_is_usual_never_make_a_session_look(steps):
     lost = LostTime()
     for seconds in steps:

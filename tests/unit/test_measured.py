@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.chain import cheapest_chain
-from routing.measured import DOUBTED, HALVES_KEPT, LOCAL_SECONDS, Measured, admitted
-from routing.spread import leanings
-from routing.swarm import believed_rates
-from tests.unit.test_chain import PEERS, span
+from routing.chains.load_sharing import leanings
+from routing.chains.measured import DOUBTED, HALVES_KEPT, LOCAL_SECONDS, Measured, admitted
+from routing.chains.search import cheapest_chain
+from routing.view.view import believed_rates
+from tests.unit.test_chain_search import PEERS, span
 
 rates = st.floats(1e-5, 10.0)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.config import ConfigError
-from node.network.membership import (
+from node.network.transport.membership import (
     MembershipProof,
     load_swarm_key,
     new_swarm_key,

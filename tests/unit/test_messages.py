@@ -27,51 +27,45 @@ from tensor_codec.errors import (
     WrongRevision,
 )
 from tensor_codec.header import pack_header
-from tensor_codec.messages import (
-    CODEC_BYTES,
-    FAULTS,
-    MAX_BLOCKS,
-    MAX_HOPS,
-    MAX_TOKENS,
+from tensor_codec.messages.contract import CODEC_BYTES, MAX_BLOCKS, MAX_HOPS, MAX_TOKENS, Contract, StepRange
+from tensor_codec.messages.fields import FAULTS, Failed, encode_failed, read_message
+from tensor_codec.messages.forward_backward import (
     Backward,
-    Close,
-    Contract,
-    Failed,
     Forward,
+    Output,
+    Run,
+    decode_output,
+    decode_request,
+    encode_output,
+    encode_request,
+    request_contract,
+)
+from tensor_codec.messages.session import (
+    Close,
     Here,
     Open,
     Opened,
-    Output,
     Relink,
     Relinked,
     Result,
     Resume,
-    Run,
     Step,
-    StepRange,
     Where,
     decode_from_client,
     decode_from_hop,
     decode_open,
     decode_open_reply,
-    decode_output,
-    decode_request,
     encode_close,
-    encode_failed,
     encode_here,
     encode_open,
     encode_opened,
-    encode_output,
     encode_relink,
     encode_relinked,
-    encode_request,
     encode_result,
     encode_resume,
     encode_step,
     encode_where,
-    read_message,
     read_step,
-    request_contract,
 )
 
 ID = bytes(range(16))
@@ -628,7 +622,7 @@ def every_kind(base: type) -> list[type]:
 
 
 def test_every_fault_and_every_refusal_that_there_is_can_be_told():
-    import node.model.arena  # noqa: F401  has a refusal of its own
+    import node.model.blocks.kv_pages  # noqa: F401  has a refusal of its own
 
     for kind in every_kind(PeerFault) + every_kind(Refused):
         told = decode_from_hop(joined(encode_failed(Failed.of(kind("a reason")))), CONTRACT)

@@ -13,12 +13,12 @@ from model_fixtures import BLOCKS, TINY, VOCAB, save_tiny
 from torch import Tensor
 
 from node.config import ConfigError
-from node.model.architecture import ARCHITECTURES, architecture_of
-from node.model.arena import CannotCut
-from node.model.ends import Ends, load_ends
-from node.model.folder import HashMemo, ModelFolder, open_folder
-from node.model.info import memory_needed, read_info
-from node.model.span import Span, load_span
+from node.model.blocks.kv_pages import CannotCut
+from node.model.blocks.span import Span, load_span
+from node.model.checkpoint.architecture import ARCHITECTURES, architecture_of
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.info import memory_needed, read_info
+from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
 from tensor_codec.errors import LocalProtocolError
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ class Case:
     whole: Any  # the library's model
     folder: ModelFolder
     spans: tuple[Span, ...]
-    ends: Ends
+    ends: EmbedAndHead
 
 
 @pytest.fixture(scope="module", params=sorted(TINY))
@@ -44,7 +44,7 @@ def case(request, tmp_path_factory) -> Case:
     whole = save_tiny(request.param, path / "model")
     folder = open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
     spans = tuple(load_span(folder, start, stop) for start, stop in SPANS)
-    return Case(whole, folder, spans, load_ends(folder))
+    return Case(whole, folder, spans, load_embed_and_head(folder))
 
 
 def ids_of(seed: int, tokens: int = TOKENS, batch: int = 2) -> Tensor:
@@ -118,7 +118,7 @@ def test_rows_of_different_lengths_in_one_batch_get_what_each_gets_alone(case):
     lengths, more = (9, 1, 17, 4), 3
     ids = [ids_of(10 + length, length + more, 1 + length % 2) for length in lengths]
     arenas = [span.new_arena(400) for span in case.spans]
-    sessions = [[arena.open(len(row), 64) for arena in arenas] for row in ids]
+    sessions = [[pool.open(len(row), 64) for pool in arenas] for row in ids]
     for row, caches, length in zip(ids, sessions, lengths, strict=True):
         hidden = case.ends.embed(row[:, :length], 0)
         for span, cache in zip(case.spans, caches, strict=True):
@@ -145,7 +145,7 @@ def test_calling_the_plain_ends_by_themselves_changes_no_bit(case):
     ends, ids = case.ends, ids_of(4)
     hidden = torch.randn(2, 3, ends.hidden_size)
     embedded, logits = ends.embed(ids, 5), ends.head(hidden)
-    general = Ends(ends.model, replace(ends.architecture, plain_ends=False), ends.folder)
+    general = EmbedAndHead(ends.model, replace(ends.architecture, plain_ends=False), ends.folder)
     assert torch.equal(embedded, general.embed(ids, 5))
     assert torch.equal(logits, general.head(hidden))
     assert logits.dtype == torch.float32
@@ -222,10 +222,10 @@ def test_a_step_that_fails_leaves_the_cache_where_it_was(llama, monkeypatch):
 
 
 def test_a_span_in_bfloat16_computes_in_bfloat16(llama, monkeypatch):
-    monkeypatch.setattr("node.model.span.has_bfloat16", lambda: True)  # else only the weights are
+    monkeypatch.setattr("node.model.blocks.span.has_bfloat16", lambda: True)  # else only the weights are
     folder = opened(llama)
     span = load_span(folder, 0, 6, dtype=torch.bfloat16)
-    ends = load_ends(folder, dtype=torch.bfloat16)
+    ends = load_embed_and_head(folder, dtype=torch.bfloat16)
     hidden = ends.embed(ids_of(5), 0)
     exact = load_span(folder, 0, 6)
     got = span.forward(hidden, span.new_cache(2, 64), 0)
@@ -246,7 +246,7 @@ def test_only_the_files_of_the_span_are_needed(llama):
 
     recorded = Recorder(folder.path, folder.name, folder.revision, folder.config, folder.tensors)
     load_span(recorded, 2, 4)
-    load_ends(recorded)
+    load_embed_and_head(recorded)
     blocks = {
         entry.file for name, entry in folder.tensors.items() if ".layers.2." in name or ".layers.3." in name
     }
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_the_base_model_alone_is_read_without_its_prefix(tmp_pat
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
     save_file(bare, file, metadata={"format": "pt"})
     folder = open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json"))
-    span, ends = load_span(folder, 0, BLOCKS), load_ends(folder)
+    span, ends = load_span(folder, 0, BLOCKS), load_embed_and_head(folder)
     ids = ids_of(6)
     got = ends.head(span.forward(ends.embed(ids, 0), span.new_cache(2, 64), 0))
     assert_close(got, whole(ids).logits)
@@ -333,7 +333,7 @@ def test_a_tensor_without_a_place_in_the_model_is_refused_by_name(tmp_path):
 def test_a_missing_embedding_is_refused_by_name(tmp_path):
     folder = _rewrite(tmp_path, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(ConfigError, match=r"tensor model.norm.weight of the ends is missing"):
-        load_ends(folder)
+        load_embed_and_head(folder)
 
 
 def test_a_config_that_the_library_refuses_is_named(tmp_path):
@@ -347,7 +347,7 @@ def test_a_config_that_the_library_refuses_is_named(tmp_path):
 
 def test_tokens_that_end_a_generation_come_from_the_generation_config_first(llama):
     folder = opened(llama)
-    ends = load_ends(folder)
+    ends = load_embed_and_head(folder)
     assert ends.eos_ids == {2}
     (folder.path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    assert load_ends(folder).eos_ids == {2, 7}
+    assert load_embed_and_head(folder).eos_ids == {2, 7}

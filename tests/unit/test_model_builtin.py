@@ -19,11 +19,25 @@ from model_fixtures import GGUF_HIDDEN as HIDDEN
 from model_fixtures import shrink, write_gguf
 
 from node.config import ConfigError
-from node.model import builtin
-from node.model.builtin import BUILTIN_MODEL, BUILTIN_VERSION, builtin_folder, convert, download, unpack
-from node.model.ends import load_ends
-from node.model.folder import CONFIG_FILE, HashMemo, ModelFolder, check_manifest, open_folder, read_header
-from node.model.span import load_span
+from node.model.blocks.span import load_span
+from node.model.checkpoint import builtin
+from node.model.checkpoint.builtin import (
+    BUILTIN_MODEL,
+    BUILTIN_VERSION,
+    builtin_folder,
+    convert,
+    download,
+    unpack,
+)
+from node.model.checkpoint.folder import (
+    CONFIG_FILE,
+    HashMemo,
+    ModelFolder,
+    check_manifest,
+    open_folder,
+    read_header,
+)
+from node.model.embed_and_head import load_embed_and_head
 
 torch.set_num_threads(1)
 
@@ -57,7 +71,7 @@ def test_the_conversion_keeps_every_value_and_sets_the_rotary_halves_apart(tmp_p
     convert(tmp_path / "tiny.gguf", tmp_path / "out")
     folder = open_folder(tmp_path / "out", memo=memo_of(tmp_path))
     assert len(folder.tensors) == len(values)
-    span, ends = load_span(folder, 0, BLOCKS), load_ends(folder)
+    span, ends = load_span(folder, 0, BLOCKS), load_embed_and_head(folder)
     block = span.model.layers[1]
     assert np.array_equal(ends.model.lm_head.weight.numpy(), values["token_embd.weight"])
     assert np.array_equal(block.mlp.down_proj.weight.numpy(), values["blk.1.ffn_down.weight"])
@@ -223,8 +237,8 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 import model_fixtures
-from node.model import builtin
-from node.model.folder import HashMemo
+from node.model.checkpoint import builtin
+from node.model.checkpoint.folder import HashMemo
 import pytest
 cache, wheel, gguf = map(Path, sys.argv[1:])
 
@@ -267,7 +281,7 @@ def test_spans_of_the_built_in_model_give_the_logits_and_the_tokens_of_the_whole
 
     whole = AutoModelForCausalLM.from_pretrained(builtin_model.path)
     spans = [load_span(builtin_model, start, start + 10) for start in (0, 10, 20)]
-    ends = load_ends(builtin_model)
+    ends = load_embed_and_head(builtin_model)
     caches, reference = [span.new_cache(1, 64) for span in spans], DynamicCache(config=whole.config)
     question = [{"role": "user", "content": "Name the planets."}]
     ids = torch.tensor(
@@ -292,7 +306,7 @@ def test_spans_of_the_built_in_model_give_the_logits_and_the_tokens_of_the_whole
 
 @pytest.mark.real_model
 def test_the_built_in_tokenizer_splits_digits_and_gives_back_any_text(builtin_model: ModelFolder):
-    tokenizer = load_ends(builtin_model).tokenizer
+    tokenizer = load_embed_and_head(builtin_model).tokenizer
     text = "In 2024, naïve café 日本語 🙂\n\n  done"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text

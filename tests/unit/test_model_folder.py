@@ -10,7 +10,8 @@ import pytest
 from model_fixtures import save_tiny
 
 from node.config import ConfigError
-from node.model.folder import (
+from node.model.blocks.span import load_span
+from node.model.checkpoint.folder import (
     MANIFEST_FILE,
     HashMemo,
     TensorEntry,
@@ -22,7 +23,6 @@ from node.model.folder import (
     weight_files,
     write_atomically,
 )
-from node.model.span import load_span
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_the_revision_does_not_depend_on_the_order_of_files():
 def test_a_file_is_hashed_once_until_it_changes(model, memo, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "node.model.folder.sha256_of",
+        "node.model.checkpoint.folder.sha256_of",
         lambda path, progress: (read.append(path.name), sha256_of(path, progress))[1],
     )
     first = open_folder(model, memo=memo).revision

@@ -10,10 +10,10 @@ import pytest
 import torch
 from model_fixtures import BLOCKS, TINY, save_tiny
 
-from node.model.folder import HashMemo, ModelFolder, open_folder
-from node.model.quantize import PackedLinear, Plan
-from node.model.span import Span, load_span
-from node.model.stateless import backward
+from node.model.blocks.forward_backward import backward
+from node.model.blocks.span import Span, load_span
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.weights.quantize import PackedLinear, Plan
 from tensor_codec.errors import LocalProtocolError
 
 torch.set_num_threads(1)
@@ -43,8 +43,8 @@ def answers(span: Span) -> list[torch.Tensor]:
     """What a session of two rows gets, another one for a part of the blocks, and a batch of both."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(2, TOKENS, span.hidden_size, generator=generator)
-    arena = span.new_arena(512)
-    whole, part = arena.open(2, 64), arena.open(1, 64)
+    pool = span.new_arena(512)
+    whole, part = pool.open(2, 64), pool.open(1, 64)
     runs = [(whole, hidden, span.start, span.stop), (part, hidden[:1, :5], span.start + 1, span.stop)]
     found = [span.forward(given[:, :-2], cache, 0, first, last) for cache, given, first, last in runs]
     found += [
@@ -72,7 +72,7 @@ def test_a_span_of_kept_and_of_new_blocks_is_the_span_loaded_whole(folder, windo
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_so_it_is_with_quantised_weights(name, quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr("node.model.quantize.measured_plan", lambda *_: Plan(((1, "compiled"),)))
+    monkeypatch.setattr("node.model.weights.quantize.measured_plan", lambda *_: Plan(((1, "compiled"),)))
     folder = saved(name, tmp_path)
     one, two = (load(folder, 2, 6, quantize=quantize) for load in (moved, load_span))
     if quantize == "int8":
@@ -82,7 +82,7 @@ def test_so_it_is_with_quantised_weights(name, quantize, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_so_it_is_in_other_dtypes(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("node.model.quantize.measured_plan", lambda *_: Plan(((1, "compiled"),)))
+    monkeypatch.setattr("node.model.weights.quantize.measured_plan", lambda *_: Plan(((1, "compiled"),)))
     folder = saved("llama", tmp_path)
     assert_equal(moved(folder, 2, 6, dtype=dtype), load_span(folder, 2, 6, dtype=dtype))  # type: ignore[arg-type]
 

@@ -12,11 +12,11 @@ import pytest
 from model_fixtures import save_tiny
 
 from node.config import ConfigError
-from node.model.builtin import BUILTIN_MODEL, BUILTIN_VERSION
-from node.model.folder import HashMemo, TensorEntry, open_folder, read_header
-from node.model.hub import Hub, Listing, Unreachable
-from node.model.source import cache_dir, list_models, resolve
-from node.model.span import load_span
+from node.model.blocks.span import load_span
+from node.model.checkpoint.builtin import BUILTIN_MODEL, BUILTIN_VERSION
+from node.model.checkpoint.folder import HashMemo, TensorEntry, open_folder, read_header
+from node.model.checkpoint.hub import Hub, Listing, Unreachable
+from node.model.checkpoint.source import cache_dir, list_models, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -183,7 +183,7 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from node.config import ConfigError
-from node.model.source import resolve
+from node.model.checkpoint.source import resolve
 try:
     folder = resolve("org/tiny", cache_dir=Path(sys.argv[1]))
     print(folder.revision, folder.path.name, "torch" in sys.modules)

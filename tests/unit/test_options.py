@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.options import (
+from client.generation.options import (
     RANGES,
     bad_words,
     number,
@@ -19,8 +19,8 @@ from client.options import (
     token_ids,
     whole,
 )
-from client.sampling import SamplingOptions
-from node.values import shown
+from client.generation.sampling import SamplingOptions
+from node.runtime.values import shown
 
 REAL = [name for name, allowed in RANGES.items() if not allowed.whole]
 WHOLE = [name for name, allowed in RANGES.items() if allowed.whole]

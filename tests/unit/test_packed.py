@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from node.config import ConfigError
-from node.model.ends import load_ends
-from node.model.folder import HashMemo, ModelFolder, open_folder
-from node.model.info import read_info
-from node.model.prepare import prepare
-from node.model.span import load_span
+from node.model.blocks.span import load_span
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.info import read_info
+from node.model.checkpoint.prepare import prepare
+from node.model.embed_and_head import load_embed_and_head
 
 torch.set_num_threads(1)
 
@@ -44,7 +44,7 @@ def opened(path: Path, settings: object, change: Any = None) -> ModelFolder:
 
 
 def logits_of(folder: ModelFolder, ids: Tensor, **how: Any) -> Tensor:
-    ends, hidden = load_ends(folder), None
+    ends, hidden = load_embed_and_head(folder), None
     hidden = ends.embed(ids, 0)
     for start, stop in ((0, 2), (2, BLOCKS)):
         span = load_span(folder, start, stop, **how)
@@ -153,7 +153,7 @@ def test_gpt_oss_works_as_it_is_published(gpt_oss, tmp_path):
 def test_what_cannot_be_read_is_refused_by_name_before_its_weights_are(settings, named, tmp_path):
     folder = opened(tmp_path / "model", settings)
     (tmp_path / "model/model.safetensors").unlink()
-    for what in (read_info, load_ends, lambda folder: load_span(folder, 0, 1)):
+    for what in (read_info, load_embed_and_head, lambda folder: load_span(folder, 0, 1)):
         with pytest.raises(ConfigError, match="fp8 and mxfp4 can") as refused:
             what(folder)
         assert f"was quantised by {named}, which cannot be read" in str(refused.value)

@@ -14,14 +14,14 @@ from model_fixtures import BLOCKS, TINY, save_tiny
 
 from node.__main__ import main
 from node.config import ConfigError
-from node.model import prepare as module
-from node.model.architecture import ARCHITECTURES
-from node.model.ends import load_ends
-from node.model.folder import HashMemo, ModelFolder, TensorEntry, open_folder
-from node.model.info import memory_needed, read_info
-from node.model.prepare import plan_files, prepare, size_of
-from node.model.quantize import PackedLinear
-from node.model.span import load_span
+from node.model.blocks.span import load_span
+from node.model.checkpoint import prepare as module
+from node.model.checkpoint.architecture import ARCHITECTURES
+from node.model.checkpoint.folder import HashMemo, ModelFolder, TensorEntry, open_folder
+from node.model.checkpoint.info import memory_needed, read_info
+from node.model.checkpoint.prepare import plan_files, prepare, size_of
+from node.model.embed_and_head import load_embed_and_head
+from node.model.weights.quantize import PackedLinear
 
 torch.set_num_threads(1)
 
@@ -55,7 +55,10 @@ def test_a_prepared_model_is_bit_for_bit_what_is_quantised_at_load(both):
 
 def test_its_embedding_norm_and_head_are_the_originals(both):
     folder, int8 = both
-    expected, got = load_ends(folder).model.state_dict(), load_ends(int8).model.state_dict()
+    expected, got = (
+        load_embed_and_head(folder).model.state_dict(),
+        load_embed_and_head(int8).model.state_dict(),
+    )
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 

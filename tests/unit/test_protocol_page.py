@@ -12,21 +12,25 @@ import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-import routing.exchange
+import routing.view.exchange
 from node.config import ConfigError
-from node.network import directory, host, noise, yamux
-from node.network.identity import identity_of
-from node.network.kademlia import provider_key
-from node.network.yamux import YamuxError
-from routing import records
-from routing.hops import NoChain
-from routing.records import Record, RecordError, sign_record, verify_record
-from tensor_codec import errors, messages
-from tensor_codec.compression import codec_for
+from node.network import host
+from node.network.directory import directory
+from node.network.directory.kademlia import provider_key
+from node.network.transport import noise, yamux
+from node.network.transport.identity import identity_of
+from node.network.transport.yamux import YamuxError
+from routing.chains.hops import NoChain
+from routing.view import records
+from routing.view.records import Record, RecordError, sign_record, verify_record
+from tensor_codec import errors
+from tensor_codec.codecs import codec_for
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
-from tensor_codec.messages import CODEC_BYTES, DTYPES, FAULTS, REPLIES, Contract
+from tensor_codec.messages import fields, forward_backward, session
+from tensor_codec.messages.contract import CODEC_BYTES, DTYPES, REPLIES, Contract
+from tensor_codec.messages.fields import FAULTS
 from tests.markdown import page, section, table, words
 
 PAGE = page("docs/protocol.md")
@@ -37,9 +41,9 @@ LIMITS = Limits()
 
 CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
 ROW = bytes(CONTRACT.row_bytes)
-RUN = messages.Run("m", "r", 0, 2, 1, "float32", "fp32", "a")
-STEP = messages.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
-OPEN = messages.Open(bytes(16), "m", "r", 0, 2, 1, 64, "float32", "fp32", "p", "s", "a", True, 1, True)
+RUN = forward_backward.Run("m", "r", 0, 2, 1, "float32", "fp32", "a")
+STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
+OPEN = session.Open(bytes(16), "m", "r", 0, 2, 1, 64, "float32", "fp32", "p", "s", "a", True, 1, True)
 
 
 @dataclass(frozen=True)
@@ -51,45 +55,49 @@ class Kind:
 
 
 def from_client(frame: bytes) -> object:
-    return messages.decode_from_client(frame, CONTRACT)
+    return session.decode_from_client(frame, CONTRACT)
 
 
 def from_hop(frame: bytes) -> object:
-    return messages.decode_from_hop(frame, CONTRACT)
+    return session.decode_from_hop(frame, CONTRACT)
 
 
 def answer(frame: bytes) -> object:
-    return messages.decode_output(frame, messages.request_contract(messages.Forward(RUN, ROW), 4, 64))
+    return forward_backward.decode_output(
+        frame, forward_backward.request_contract(forward_backward.Forward(RUN, ROW), 4, 64)
+    )
 
 
 def request(frame: bytes) -> object:
-    asked = messages.decode_request(frame)
-    messages.request_contract(asked, 4, 64)
+    asked = forward_backward.decode_request(frame)
+    forward_backward.request_contract(asked, 4, 64)
     return asked
 
 
 KINDS = {
-    "open": Kind(messages.encode_open(OPEN), messages.decode_open),
-    "opened": Kind(messages.encode_opened(messages.Opened(True, True, 1.5)), messages.decode_open_reply),
-    "step": Kind(messages.encode_step(STEP), from_client),
-    "result": Kind(messages.encode_result(messages.Result(3, 5, ROW, ((1, 2),), 1, True, 9)), from_hop),
-    "failed": Kind(messages.encode_failed(messages.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
-    "close": Kind(messages.encode_close(), from_client),
-    "relink": Kind(messages.encode_relink(messages.Relink(1, "p", "s", True, "fp32")), from_client),
-    "relinked": Kind(messages.encode_relinked(messages.Relinked(1, True, 5, 2, 3, True, "fp32")), from_hop),
-    "resume": Kind(messages.encode_resume(messages.Resume(1, 5, 2, 5)), from_client),
-    "where": Kind(messages.encode_where(), from_client),
-    "here": Kind(messages.encode_here(messages.Here(5, 1, 3)), from_hop),
-    "forward": Kind(messages.encode_request(messages.Forward(RUN, ROW)), request),
-    "backward": Kind(messages.encode_request(messages.Backward(RUN, ROW, ROW)), request),
-    "output": Kind(messages.encode_output(messages.Output(ROW, ((1, 2),))), answer),
+    "open": Kind(session.encode_open(OPEN), session.decode_open),
+    "opened": Kind(session.encode_opened(session.Opened(True, True, 1.5)), session.decode_open_reply),
+    "step": Kind(session.encode_step(STEP), from_client),
+    "result": Kind(session.encode_result(session.Result(3, 5, ROW, ((1, 2),), 1, True, 9)), from_hop),
+    "failed": Kind(fields.encode_failed(fields.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
+    "close": Kind(session.encode_close(), from_client),
+    "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32")), from_client),
+    "relinked": Kind(session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32")), from_hop),
+    "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5)), from_client),
+    "where": Kind(session.encode_where(), from_client),
+    "here": Kind(session.encode_here(session.Here(5, 1, 3)), from_hop),
+    "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW)), request),
+    "backward": Kind(forward_backward.encode_request(forward_backward.Backward(RUN, ROW, ROW)), request),
+    "output": Kind(forward_backward.encode_output(forward_backward.Output(ROW, ((1, 2),))), answer),
 }
 MESSAGES = {row[0]: row[1:] for row in table(PAGE, "## 4. Sessions")}
 
 
 def test_the_page_has_every_message():
     assert MESSAGES.keys() == KINDS.keys()
-    every = re.findall(r'"k": "(\w+)"', Path(messages.__file__).read_text())
+    every = re.findall(
+        r'"k": "(\w+)"', "\n".join(path.read_text() for path in Path(session.__file__).parent.glob("*.py"))
+    )
     assert set(every) | {"forward", "backward"} == KINDS.keys()
 
 
@@ -172,7 +180,7 @@ def test_the_replies_of_the_page_are_the_code_s():
 def test_the_protocols_of_the_page_are_the_code_s():
     ids = [row[0] for row in table(PAGE, "## 2. Streams")]
     ours = [
-        messages.SESSION_PROTOCOL, messages.PUSH_PROTOCOL, messages.COMPUTE_PROTOCOL,
+        session.SESSION_PROTOCOL, session.PUSH_PROTOCOL, forward_backward.COMPUTE_PROTOCOL,
         directory.PROTOCOL, host.PING_PROTOCOL,
     ]  # fmt: skip
     assert ids[: len(ours)] == ours
@@ -232,7 +240,7 @@ def test_roles_and_states_are_those_of_the_page():
 @pytest.mark.parametrize(
     ("kind", "frame"),
     [
-        ("digest", next(iter(routing.exchange.encode_digest({}, ask=True)))),
+        ("digest", next(iter(routing.view.exchange.encode_digest({}, ask=True)))),
         ("records", pack_header({"type": "records"}) + b"x"),
     ],
 )

@@ -21,11 +21,12 @@ from numba import types
 from torch import Tensor, nn
 
 from node.config import ConfigError
-from node.model import kernels, quantize
-from node.model.architecture import architecture_of
-from node.model.folder import HashMemo, ModelFolder, open_folder
-from node.model.info import TRANSPOSED, is_matrix
-from node.model.quantize import (
+from node.model.blocks.span import Span, load_span
+from node.model.checkpoint.architecture import architecture_of
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.info import TRANSPOSED, is_matrix
+from node.model.weights import kernels, quantize
+from node.model.weights.quantize import (
     CODES,
     PackedExperts,
     PackedLinear,
@@ -39,7 +40,6 @@ from node.model.quantize import (
     packing_for,
     quantize_rows,
 )
-from node.model.span import Span, load_span
 
 torch.set_num_threads(1)
 
@@ -179,7 +179,7 @@ def test_other_cpus_of_the_family_compute_the_same(cpu, features, tmp_path):
         pytest.skip("this CPU has no AVX-512")
     code = """
 import torch
-from node.model import kernels
+from node.model.weights import kernels
 g = torch.Generator().manual_seed(0)
 for outs, width in ((70, 199), (12, 64), (1, 5)):
     codes = torch.randint(-127, 128, (outs, width), dtype=torch.int8, generator=g)
@@ -458,10 +458,10 @@ def test_without_numba_torch_computes(monkeypatch, caplog):
 def test_a_numba_that_cannot_be_imported_is_named_once(monkeypatch, caplog):
     import sys
 
-    import node.model
+    import node.model.weights
 
-    monkeypatch.delattr(node.model, "kernels")
-    monkeypatch.setitem(sys.modules, "node.model.kernels", None)
+    monkeypatch.delattr(node.model.weights, "kernels")
+    monkeypatch.setitem(sys.modules, "node.model.weights.kernels", None)
     quantize.kernels.cache_clear()
     try:
         assert quantize.kernels() is None
@@ -639,7 +639,7 @@ def test_every_matrix_of_a_block_is_packed_but_for_gates_and_experts_in_one_tens
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_a_cpu_without_bfloat16_keeps_weights_in_it_and_computes_in_float32(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("node.model.span.has_bfloat16", lambda: False)
+    monkeypatch.setattr("node.model.blocks.span.has_bfloat16", lambda: False)
     save_tiny(name, tmp_path / "model", max_shard_size="1GB")
     folder = open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json"))
     rounded = with_weights(folder, lambda weight: weight.bfloat16().float())
@@ -661,7 +661,9 @@ def test_bitsandbytes_int8_gets_the_same_codes(llama, monkeypatch):
     from bitsandbytes.nn import Linear8bitLt
 
     ours = load_span(llama, 0, 2, quantize="int8")
-    monkeypatch.setattr("node.model.span.packing_for", lambda *_, **__: Packing("llm_int8", torch.float32))
+    monkeypatch.setattr(
+        "node.model.blocks.span.packing_for", lambda *_, **__: Packing("llm_int8", torch.float32)
+    )
     span = load_span(llama, 0, 2, quantize="int8")
     theirs = {path: each for path, each in span.model.named_modules() if isinstance(each, Linear8bitLt)}
     assert len(theirs) == 14

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.serving import rates as module
-from node.serving.rates import (
-    MOST_KEPT,
+from node.serving.executor import rates as module
+from node.serving.executor.rates import (
+    MAX_KEPT,
     Rates,
     RatesFile,
     device_name,
@@ -172,8 +172,8 @@ def test_decode_steps_are_those_of_one_growing_session_and_the_first_does_not_co
 
 
 def test_a_real_span_is_measured(tiny_llama, tmp_path):
-    from node.model.folder import HashMemo, open_folder
-    from node.model.span import load_span
+    from node.model.blocks.span import load_span
+    from node.model.checkpoint.folder import HashMemo, open_folder
 
     span = load_span(open_folder(tiny_llama, memo=HashMemo(tmp_path / "hashes.json")), 1, 4)
     rates = measure_rates(span, 0.1)
@@ -205,11 +205,11 @@ def test_what_is_kept_is_what_a_step_takes_alone(tmp_path):
 
 def test_only_so_many_figures_are_kept_and_the_oldest_go_first(tmp_path):
     file = RatesFile(tmp_path / "rates.json")
-    entries = {f"k{index}": {"decode": 1.0, "prefill": 1.0} for index in range(MOST_KEPT)}
+    entries = {f"k{index}": {"decode": 1.0, "prefill": 1.0} for index in range(MAX_KEPT)}
     file.path.write_text(json.dumps({"format": 1, "rates": entries}))
     file.put("k0", Rates(2.0, 2.0))
     file.put("new", Rates(3.0, 3.0))
-    assert len(json.loads(file.path.read_text())["rates"]) == MOST_KEPT
+    assert len(json.loads(file.path.read_text())["rates"]) == MAX_KEPT
     assert file.get("k1") is None
     assert file.get("k0") == Rates(2.0, 2.0)
     assert file.get("new") == Rates(3.0, 3.0)
@@ -225,7 +225,7 @@ def test_only_so_many_figures_are_kept_and_the_oldest_go_first(tmp_path):
         b'{"format": 1, "rates": 3}',
         b'{"format": 2, "rates": {}}',
         b'{"format": 1}',
-        b" " * (module.MOST_FILE_BYTES + 1),
+        b" " * (module.MAX_FILE_BYTES + 1),
     ],
     ids=lambda content: str(content[:30]),
 )

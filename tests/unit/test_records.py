@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.names import PeerId, peer_id_of, public_key_of
-from routing.records import (
+from routing.view.records import (
     DOMAIN,
     MAX_BLOCKS,
     MAX_RTTS,

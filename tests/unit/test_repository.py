@@ -121,10 +121,16 @@ RULES = (
         "a client must not pay for what a server imports",
     ),
     Rule(
+        ("node.serving.executor",),
+        (),
+        ("node.serving.sessions", "node.network", "libp2p"),
+        "the executor batches whatever it is given and knows no session",
+    ),
+    Rule(
         PACKAGES,
-        ("client.bridge",),
+        ("client.bridges",),
         ("asyncio", "uvloop"),
-        "asyncio stands in the bridge alone; everything else is trio",
+        "asyncio stands in the bridges alone; everything else is trio",
     ),
 )
 
@@ -161,7 +167,9 @@ def reached_at_start(module: str) -> dict[str, str]:
     return reached
 
 
-@pytest.mark.parametrize("module", ["node.serving.engine", "node.serving.cache", "node.serving.session"])
+@pytest.mark.parametrize(
+    "module", ["node.serving.executor.engine", "node.serving.cache_budget", "node.serving.sessions.state"]
+)
 def test_the_executor_can_be_imported_without_libp2p(module: str):
     paths = {module_name(path): path for path in python_files(*PACKAGES)}
     for name, importer in reached_at_start(module).items():

@@ -12,12 +12,12 @@ from model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 from torch import Tensor
 
 from node.config import ConfigError
-from node.model.ends import Ends, load_ends
-from node.model.folder import HashMemo, ModelFolder, open_folder
-from node.model.info import read_info
-from node.model.rope import LengthRope, check_rope, stretched
-from node.model.span import Span, load_span
-from node.model.stateless import forward
+from node.model.blocks.forward_backward import forward
+from node.model.blocks.rope import LengthRope, check_rope, stretched
+from node.model.blocks.span import Span, load_span
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.info import read_info
+from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
 
 torch.set_num_threads(1)
 
@@ -56,7 +56,7 @@ class Case:
         self.path = path / "model"
         self.folder: ModelFolder = open_folder(self.path, memo=HashMemo(path / "hashes.json"))
         self.spans: list[Span] = [load_span(self.folder, 0, 2), load_span(self.folder, 2, BLOCKS)]
-        self.ends: Ends = load_ends(self.folder)
+        self.ends: EmbedAndHead = load_embed_and_head(self.folder)
 
     def generated(self, ids: Tensor, count: int) -> list[int]:
         """By the library: a fresh model, for it remembers how long a sequence it has seen."""
@@ -72,7 +72,7 @@ class Case:
         return found[0, ids.shape[1] :].tolist()
 
     def ours(self, ids: Tensor, count: int, chunk: int) -> list[int]:
-        """In steps of `chunk` positions, cut as `client.retry.Context` does it."""
+        """In steps of `chunk` positions, cut as `client.generation.conversation.Conversation` does it."""
         rope = self.ends.rope
         assert rope is not None
         caches, tokens, before = [span.new_cache(1, 128) for span in self.spans], ids[0].tolist(), 0
@@ -114,7 +114,7 @@ def test_rows_of_different_lengths_in_one_batch_have_angles_of_their_own(case):
     together, alone = [], []
     for answers, batch in ((together, True), (alone, False)):
         arenas = [span.new_arena(400, 128) for span in case.spans]
-        sessions = [[arena.open(1, 64) for arena in arenas] for _ in lengths]
+        sessions = [[pool.open(1, 64) for pool in arenas] for _ in lengths]
         for length, whole, caches in zip(lengths, wholes, sessions, strict=True):
             hidden = case.ends.embed(ids_of(length), 0)
             for span, cache in zip(case.spans, caches, strict=True):
@@ -233,7 +233,7 @@ def test_settings_that_the_library_follows_are_taken(settings):
     check_rope(LLAMA | settings, Path("config.json"))
 
 
-@pytest.mark.parametrize("what", [read_info, load_ends, lambda folder: load_span(folder, 0, 1)])
+@pytest.mark.parametrize("what", [read_info, load_embed_and_head, lambda folder: load_span(folder, 0, 1)])
 def test_a_folder_with_such_settings_is_refused_before_its_weights_are_read(what, tmp_path):
     save_tiny("llama", tmp_path / "model")
     config = tmp_path / "model" / "config.json"

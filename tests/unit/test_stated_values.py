@@ -10,14 +10,21 @@ import re
 
 import pytest
 
-from client import blame, retry, session, stateless
-from client.connect import PINGED_PEERS, ClientConfig
-from node import balancer, capacity
+from client import forward_backward
+from client.config import ClientConfig
+from client.generation import conversation
+from client.session import avoided_peers, session
+from client.swarm import PINGED_PEERS
 from node.config import BalanceConfig
-from node.model import arena
-from node.network import addresses, dialling, directory, host, yamux
-from node.network.yamux import YamuxLimits
-from routing import exchange, measured, moves, records, swarm
+from node.model.blocks import kv_pages
+from node.network import addresses, dialling, host
+from node.network.directory import directory
+from node.network.transport import yamux
+from node.network.transport.yamux import YamuxLimits
+from node.serving import balancer, memory
+from routing.chains import measured
+from routing.placement import cover_gaps
+from routing.view import exchange, records, view
 from tensor_codec.header import MAX_ITEMS
 from tensor_codec.limits import KIB, MIB, Limits
 from tests.markdown import in_one_line
@@ -79,12 +86,12 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "chunks of at most N positions, N under way",
-        (retry.PREFILL_TOKENS, retry.CHUNKS_UNDER_WAY),
+        (conversation.PREFILL_TOKENS, conversation.CHUNKS_UNDER_WAY),
     ),
     (
         PROTOCOL,
         "requests of about N positions, up to N at a time and N to one peer",
-        (stateless.REQUEST_POSITIONS, stateless.UNDER_WAY, stateless.UNDER_WAY_PER_PEER),
+        (forward_backward.REQUEST_POSITIONS, forward_backward.UNDER_WAY, forward_backward.UNDER_WAY_PER_PEER),
     ),
     (PROTOCOL, "speak for another. At most N KiB", (LIMITS.max_record_bytes / KIB,)),
     (PROTOCOL, "up to N multiaddrs", (records.MAX_ADDRESSES,)),
@@ -94,7 +101,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "`ttl_seconds` \\| N to N",
         (records.MIN_TTL_SECONDS, records.MAX_TTL_SECONDS),
     ),
-    (PROTOCOL, "better than N times the median of all", (swarm.MAX_CLAIMED_SPEED,)),
+    (PROTOCOL, "better than N times the median of all", (view.MAX_CLAIMED_SPEED,)),
     (PROTOCOL, "beside the claim with every N minutes", (measured.HALF_SECONDS / 60,)),
     (PROTOCOL, "more than N times slower than it claims", (measured.DOUBTED,)),
     (PROTOCOL, "half as much of that with every N minutes", (measured.DOUBTED_HALF_SECONDS / 60,)),
@@ -124,9 +131,9 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         " N s; one that says that it is busy has N s",
         (
             session.DEADLINE_FACTOR,
-            session.LEAST_HOP_SECONDS,
-            session.MOST_HOP_SECONDS,
-            session.MOST_HOP_SECONDS,
+            session.MIN_HOP_SECONDS,
+            session.MAX_HOP_SECONDS,
+            session.MAX_HOP_SECONDS,
         ),
     ),
     (
@@ -145,7 +152,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "at fault is avoided for N s, doubling with each further fault up to N;",
-        (blame.AVOID_SECONDS, blame.AVOID_MOST_SECONDS),
+        (avoided_peers.AVOID_SECONDS, avoided_peers.AVOID_MOST_SECONDS),
     ),
     (
         OPERATING,
@@ -172,18 +179,18 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         OPERATING,
         "asks up to N peers, those whose blocks have the fewest other servers, every N to N s",
-        (moves.MOST_WATCHED, balancer.WATCH_SECONDS / 2, balancer.WATCH_SECONDS),
+        (cover_gaps.MAX_WATCHED, balancer.WATCH_SECONDS / 2, balancer.WATCH_SECONDS),
     ),
     (
         OPERATING,
         "it gets N % of what the weights leave of N % of free memory .on a GPU all of that.: N to N tokens,"
         " and N at least",
         (
-            100 * capacity.CACHE_SHARE,
-            100 * capacity.MEMORY_SHARE,
-            capacity.LEAST_CACHE_TOKENS,
-            capacity.MOST_CACHE_TOKENS,
-            capacity.USUAL_CACHE_TOKENS,
+            100 * memory.CACHE_SHARE,
+            100 * memory.MEMORY_SHARE,
+            memory.MIN_CACHE_TOKENS,
+            memory.MAX_CACHE_TOKENS,
+            memory.USUAL_CACHE_TOKENS,
         ),
     ),
     (
@@ -192,9 +199,9 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         (LIMITS.cache_share_per_peer, LIMITS.least_share_tokens),
     ),
     (OPERATING, "Each of up to N requests may hold a frame", (LIMITS.max_compute_streams,)),
-    (OPERATING, "one arena of pages of N positions", (arena.PAGE_TOKENS,)),
+    (OPERATING, "one arena of pages of N positions", (kv_pages.PAGE_TOKENS,)),
     (OPERATING, "refused after N seconds", (LIMITS.cache_wait_seconds,)),
-    (OPERATING, "prompts in chunks of at most N positions", (capacity.CHUNK_POSITIONS,)),
+    (OPERATING, "prompts in chunks of at most N positions", (memory.CHUNK_POSITIONS,)),
     (OPERATING, "record is repeated every N s", (LIMITS.announce_seconds,)),
     (
         OPERATING,
@@ -205,11 +212,11 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         OPERATING,
         "silent for N times their usual step \\(N s at least\\)",
-        (session.DEADLINE_FACTOR, session.LEAST_HOP_SECONDS),
+        (session.DEADLINE_FACTOR, session.MIN_HOP_SECONDS),
     ),
     (PATH, "asks up to N of them how far they are", (PINGED_PEERS,)),
     (PATH, "waits up to N seconds for a place in the cache", (LIMITS.cache_wait_seconds,)),
-    (PATH, "inbox \\(`Inbox.offer`\\), which holds N steps", (LIMITS.max_steps_in_flight,)),
+    (PATH, "`Inbox.offer`\\), which holds N steps", (LIMITS.max_steps_in_flight,)),
     (PATH, "and waits N seconds at most", (LIMITS.cache_wait_seconds,)),
     (
         PATH,
@@ -217,8 +224,8 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         (
             session.ASK_AT,
             session.DEADLINE_FACTOR,
-            session.LEAST_HOP_SECONDS,
-            session.MOST_HOP_SECONDS,
+            session.MIN_HOP_SECONDS,
+            session.MAX_HOP_SECONDS,
         ),
     ),
 ]

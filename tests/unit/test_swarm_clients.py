@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.swarm_clients import CHOOSERS, Demand, Machine, figures, serve
-from routing.capacity import Holder, bound, capacity
 from routing.names import peer_id_of
+from routing.placement.throughput import Holder, bound, capacity
 
 BLOCKS = 12
 PEERS = sorted(peer_id_of(bytes([number]) * 32) for number in range(12))

@@ -9,8 +9,8 @@ from benchmarks.swarm import beside_petals
 from benchmarks.swarm_models import MODELS, Plan, script
 from benchmarks.swarm_rules import Equal, Ours, Petals, PetalsJoin
 from benchmarks.swarm_sim import Simulation
-from routing.capacity import Holder
 from routing.names import PeerId
+from routing.placement.throughput import Holder
 
 
 def test_a_small_swarm_settles_near_its_bound_and_rests():

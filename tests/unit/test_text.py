@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from client.text import KEPT_TOKENS, PROMPT_TOKENS, TextStream
+from client.generation.text import KEPT_TOKENS, PROMPT_TOKENS, TextStream
 
 # Small tokenizers of every kind that there is.  The added tokens are one special one and one for
 # which tokenizers look at the spaces around it.

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.serving.waits import REMEMBERED_SECONDS, Waits
+from node.serving.executor.waits import REMEMBERED_SECONDS, Waits
 
 
 def under_load(waited: float, computed: float, until: float = 60.0, every: float = 0.05) -> Waits:

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from node.__main__ import main
-from node.status import describe, tables, worth_asking
-from node.watch import Changes, change_lines
+from node.monitor.status import describe, tables, worth_asking
+from node.monitor.watch import Changes, change_lines
 from routing.names import PeerId
-from routing.records import Record
-from routing.swarm import Entry, SwarmView
+from routing.view.records import Record
+from routing.view.view import Entry, SwarmView
 
 
 def span(name: str, start: int, stop: int, seconds: float = 0.01) -> Record:

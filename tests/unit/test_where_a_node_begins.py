@@ -8,10 +8,10 @@ import pytest
 
 from node.config import NetworkConfig, NodeConfig
 from node.main import Sizes, _choose_span, known_seconds_per_block
-from node.serving.rates import Rates
-from node.serving.stint import kept_rates
-from routing.swarm import Entry, SwarmView
-from tests.unit.test_chain import span
+from node.serving.executor.rates import Rates
+from node.serving.served_span import kept_rates
+from routing.view.view import Entry, SwarmView
+from tests.unit.test_chain_search import span
 
 INFO = SimpleNamespace(name="m", revision="r", blocks=6)
 SIZES = Sizes("float32", "none", "float32")

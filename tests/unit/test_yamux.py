@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from node.network.yamux import (
+from node.network.transport.yamux import (
     ACK,
     CHUNK,
     DATA,

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from node.network.yamux import (
+from node.network.transport.yamux import (
     CHUNK,
     HEADER,
     INITIAL_WINDOW,

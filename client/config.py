@@ -1,0 +1,77 @@
+"""Every knob of a client, with its unit and its default, and the checks of what a caller gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from node.config import ConfigError
+from node.runtime import values
+from routing.chains.alternatives import Constraints
+from tensor_codec.limits import Limits
+
+if TYPE_CHECKING:
+    pass
+SWARM_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """How a client joins and how long it waits.
+
+    model: a folder, a hub id, or a built-in name; None for the default.
+    peers: multiaddrs with /p2p/ID of nodes of the swarm.
+    wait_seconds: for a chain to come up.  step_seconds: for one step, or one request of `forward`
+    and `backward` at one hop.  give_up_seconds: for one token, or one hop's part of such a request,
+    with new chains and replays.
+    codec: how hidden states travel: "auto" (nothing is lost), "fp32" or "bf16".
+    constraints: which servers may be used, and how many for one chain.
+    limits: max_session_tokens is what this client opens at most; None: what the servers take.
+    """
+
+    peers: tuple[str, ...]
+    model: str | None = None
+    swarm_key: Path | bytes | None = None
+    identity: Path | None = None
+    cache_dir: Path | None = None
+    threads: int | None = None
+    wait_seconds: float = 30.0
+    step_seconds: float = 30.0
+    give_up_seconds: float = 120.0
+    codec: str = "auto"
+    constraints: Constraints = field(default_factory=Constraints)
+    limits: Limits = field(default_factory=Limits)
+
+
+def _key(name: str, value: Any) -> Path | bytes:  # Any: to be checked
+    """A key's file, or its bytes.  Raises ValueError."""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        return values.path(name, value)
+    if len(value) != SWARM_KEY_BYTES:
+        raise ValueError(f"{name} has {len(value)} bytes, a key of {SWARM_KEY_BYTES} or a path is needed")
+    return bytes(value)
+
+
+def _tokens(name: str, value: Any) -> int | None:  # Any: to be checked
+    """Raises ValueError for what is neither None nor a whole number."""
+    return None if value is None else values.whole(name, value)
+
+
+def _check(config: ClientConfig) -> None:
+    """Raise ConfigError for addresses, a codec or constraints that cannot be."""
+    from node.network.addresses import bootstrap_peers
+
+    if not config.peers:
+        raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
+    bootstrap_peers(config.peers)
+    if config.codec not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"the codec is {values.shown(config.codec)}, auto, fp32 or bf16 is allowed")
+    constraints: object = config.constraints
+    if not isinstance(constraints, Constraints):
+        found = values.shown(constraints)
+        raise ConfigError(f"constraints is {found}, client.Constraints(...) is needed")
+    try:
+        constraints.check()
+    except ValueError as error:
+        raise ConfigError(f"constraints: {error}") from None

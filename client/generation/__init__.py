@@ -1,0 +1,1 @@
+"""From logits to text: sampling, the loop, and a conversation's tokens."""

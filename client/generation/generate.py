@@ -1,0 +1,104 @@
+"""The loop of a generation: logits, a token, its text, and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from client.generation.conversation import Conversation
+from client.generation.sampling import Choice, Sampler, SamplingOptions
+from client.generation.text import TextStream
+from node.model.embed_and_head import EmbedAndHead
+
+FinishReason = Literal["length", "end", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    text: what became certain with it; may be empty (a character not whole yet, a possible stop
+    string).  seconds: since the one before, or since the call for the first.
+    finish_reason: None but for the last: "length", "end" (the model's end token, whose text is
+    left out), "stop" (a stop string or a token of `stop_token_ids`, left out as well).
+    logprob: its natural log probability; top_logprobs: of the likeliest tokens, the likeliest first,
+    by token id.  Both are None unless they were asked for, and both are of the model's own
+    distribution, before penalties, bans, temperature and filters (vLLM's default, "raw_logprobs").
+    """
+
+    id: int
+    text: str
+    seconds: float
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    top_logprobs: Mapping[int, float] | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """One call of `Swarm.generate`."""
+
+    ends: EmbedAndHead
+    context: Conversation
+    options: SamplingOptions
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    eos_ids: frozenset[int] | None = None  # the model's own where None
+    _tokens: list[int] = field(default_factory=list)
+
+    @property
+    def _end_ids(self) -> frozenset[int]:
+        return self.ends.eos_ids if self.eos_ids is None else self.eos_ids
+
+    async def run(self, prompt: list[int], *, close: bool) -> AsyncGenerator[Token, None]:
+        """Yield tokens until one has a finish_reason.  close: end the context's session afterwards."""
+        sampler = Sampler(
+            self.options,
+            end_ids=self._end_ids,
+            prompt_tokens=len(prompt),
+            max_length=len(prompt) + self.max_new_tokens,
+        )
+        text = TextStream(
+            self.ends.tokenizer,
+            self.stop,
+            prompt=prompt,
+            skip_special_tokens=self.options.skip_special_tokens is not False,
+        )
+        self._tokens = list(prompt)
+
+        def choose(logits: Tensor) -> Choice:
+            return sampler.choose(logits, self._tokens)
+
+        try:
+            began = time.perf_counter()
+            for left in range(self.max_new_tokens - 1, -1, -1):
+                token, logprob, top = await self.context.logits_after(
+                    self._tokens, choose, best_only=self.options.best_only, prompt=len(prompt)
+                )
+                self._tokens.append(token)
+                piece, reason = self._tell(text, token, left)
+                now = time.perf_counter()
+                yield Token(token, piece, now - began, reason, logprob, top)
+                if reason is not None:
+                    return
+                began = now
+        finally:
+            if close:
+                self.context.close()
+
+    def _tell(self, text: TextStream, token: int, left: int) -> tuple[str, FinishReason | None]:
+        """The text that `token` makes certain, and whether it is the last one."""
+        if token in self._end_ids:
+            return text.finish(), "stop" if text.found else "end"
+        if token in (self.options.stop_token_ids or ()):
+            return text.finish(), "stop"
+        piece = text.push(token)
+        if left == 0 and not text.stopped:
+            piece += text.finish()
+        if text.found:
+            return piece, "stop"
+        return piece, "length" if left == 0 else None

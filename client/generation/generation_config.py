@@ -1,0 +1,255 @@
+"""What a model's generation_config.json asks for, used as transformers uses it; arguments override it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from client.generation import options as checks
+from client.generation.sampling import SamplingOptions
+from node.config import ConfigError
+from node.model.checkpoint.folder import read_json
+from node.runtime.values import shown
+
+FILE = "generation_config.json"
+DEFAULT_TOP_K = 50  # of transformers, wherever it samples and nobody says otherwise
+DEFAULT_NEW_TOKENS = 64  # transformers' own 20 are few
+
+# What is only there where tokens are drawn.
+_WARPERS = frozenset(
+    ["temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"]
+)
+# A caller's affair, and no field of transformers' file.
+_ARGUMENTS_ONLY = frozenset(
+    [
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "stop_token_ids",
+        "skip_special_tokens",
+        "logprobs",
+        "top_logprobs",
+        "logits_processor",
+    ]
+)
+_OPTIONS = frozenset(one.name for one in fields(SamplingOptions)) - _ARGUMENTS_ONLY
+_OTHERS = frozenset(["do_sample", "max_new_tokens", "max_length", "stop_strings", "eos_token_id"])
+# Fields that change nothing in the tokens of one text from a decoder: how it is computed, or returned.
+_SILENT = frozenset(
+    [
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "return_legacy_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+        "pad_token_id",
+        "bos_token_id",
+        "decoder_start_token_id",
+        "transformers_version",
+        "use_mtp",
+        "is_assistant",
+        "num_assistant_tokens",
+        "speculation_type",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+        "compile_config",
+        "disable_compile",
+        "prefill_chunk_size",
+        "continuous_batching_config",
+        "low_memory",
+        "early_stopping",
+        "length_penalty",
+        "encoder_repetition_penalty",
+        "encoder_no_repeat_ngram_size",
+        "trust_remote_code",
+    ]
+)
+_HARMLESS = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "guidance_scale": 1}
+_HARMLESS |= {"diversity_penalty": 0, "penalty_alpha": 0, "token_healing": False}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """The settings of a generation_config.json, checked.
+
+    options: fields of `SamplingOptions`.  eos_ids: None where it names none.
+    unsupported: fields that ask for something else than is done here.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)  # Any: each as its field has it
+    do_sample: bool = False
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    stop: tuple[str, ...] = ()
+    eos_ids: frozenset[int] | None = None
+    unsupported: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is in force for one generation: arguments, else the file, else transformers' defaults.
+
+    from_file: the names of those that the file decided.
+    """
+
+    options: SamplingOptions
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    from_file: tuple[str, ...]
+
+    def told(self) -> dict[str, Any]:  # Any: JSON
+        """For people and programs: what tokens are chosen by, without what is off."""
+        options = self.options
+        told: dict[str, Any] = {"do_sample": not options.greedy}
+        for one in fields(options):
+            value = getattr(options, one.name)
+            silent = one.name in ("logits_processor", "logprobs", "top_logprobs", "skip_special_tokens")
+            if value is None or silent or (options.greedy and one.name == "temperature"):
+                continue
+            told[one.name] = value
+        return told | {"max_new_tokens": self.max_new_tokens} | ({"stop": self.stop} if self.stop else {})
+
+
+def read_defaults(folder: Path, vocabulary: int) -> GenerationDefaults:
+    """The settings of the folder's file, none where there is no file.
+
+    Raises ConfigError, in one line, where the file is damaged or a value in it is out of range.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return GenerationDefaults()
+    try:
+        return defaults_of(read_json(path), vocabulary)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def defaults_of(config: Any, vocabulary: int) -> GenerationDefaults:
+    """The settings of a dict, or of transformers' GenerationConfig.  Raises ValueError."""
+    if hasattr(config, "to_diff_dict"):
+        config = config.to_diff_dict()
+    if not isinstance(config, Mapping):
+        found = shown(config)
+        raise ValueError(f"generation_config is {found}, a GenerationConfig, a dict or False is allowed")
+    values = {name: value for name, value in config.items() if value is not None}
+    options = {name: value for name, value in values.items() if name in _OPTIONS}
+    if options.get("top_p") == 0:
+        options["top_p"] = 1e-9  # as transformers takes it: one token stays
+    for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"):
+        if name in options and not options[name]:
+            del options[name]
+    for name in ("suppress_tokens", "begin_suppress_tokens"):  # the library takes what no token is, too
+        if name in options:
+            options[name] = [token for token in checks.token_ids(name, options[name]) if token < vocabulary]
+    checked = SamplingOptions(**options)
+    checks.check_vocabulary(checked.tokens, vocabulary)
+    lengths = {
+        name: checks.whole(name, values[name], checks.RANGES[name])
+        for name in ("max_new_tokens", "max_length")
+        if name in values
+    }
+    eos = values.get("eos_token_id")
+    return GenerationDefaults(
+        options={name: getattr(checked, name) for name in options},
+        do_sample=checks.switch("do_sample", values.get("do_sample", False)),
+        stop=checks.stop_strings(values.get("stop_strings")),
+        eos_ids=None if eos is None else frozenset(checks.one_or_more("eos_token_id", eos)),
+        unsupported=tuple(sorted(name for name, value in values.items() if _is_unsupported(name, value))),
+        **lengths,
+    )
+
+
+def settle(
+    arguments: Mapping[str, Any],  # Any: whatever a caller gave
+    defaults: GenerationDefaults,
+    *,
+    tokenizer: Any,  # a transformers tokenizer; untyped
+    vocabulary: int,
+    prompt_tokens: int,
+    room: int,
+    max_new_tokens: Any = None,  # Any: whatever a caller gave, `stop` too
+    stop: Any = None,
+) -> Settings:
+    """What is in force.  room: tokens that a text may still have, for where nobody says how many.
+
+    Raises ValueError for a value that is not allowed, TypeError for a name that is none.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    names = {*(one.name for one in fields(SamplingOptions)), "do_sample", "bad_words"}
+    if unknown := sorted(set(given) - names):
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    if "bad_words" in given:
+        words = checks.bad_words(given.pop("bad_words"), tokenizer)
+        given["bad_words_ids"] = words + checks.token_lists("bad_words_ids", given.get("bad_words_ids", ()))
+    checked = SamplingOptions(**{name: value for name, value in given.items() if name != "do_sample"})
+    do_sample = _samples(given.get("do_sample"), checked, defaults)
+    merged = {**defaults.options, **{name: getattr(checked, name) for name in given if name != "do_sample"}}
+    if do_sample:
+        merged = {"temperature": 1.0, "top_k": DEFAULT_TOP_K, **merged}
+    else:
+        merged = {name: value for name, value in merged.items() if name not in _WARPERS}
+    options = SamplingOptions(**merged)
+    checks.check_vocabulary(options.tokens, vocabulary)
+    new_tokens, length_from_file = _new_tokens(max_new_tokens, defaults, prompt_tokens, room)
+    if (options.min_new_tokens or 0) > new_tokens:
+        if "min_new_tokens" not in given:  # the file's, beside a length of the caller's
+            options = replace(options, min_new_tokens=new_tokens)
+        else:
+            raise ValueError(
+                f"min_new_tokens is {options.min_new_tokens},"
+                f" at most max_new_tokens ({new_tokens}) is allowed"
+            )
+    stops = checks.stop_strings(stop)
+    from_file = [name for name in defaults.options if name not in given and name in merged]
+    if do_sample and "do_sample" not in given and "temperature" not in given:
+        from_file.insert(0, "do_sample")
+    from_file += ["max_new_tokens"] * length_from_file + ["stop"] * bool(defaults.stop and not stops)
+    return Settings(options, new_tokens, stops or defaults.stop, tuple(from_file))
+
+
+def _samples(asked: Any, given: SamplingOptions, defaults: GenerationDefaults) -> bool:
+    """Whether tokens are drawn: by do_sample, else by the temperature that was given, else by the file."""
+    if asked is None:
+        return defaults.do_sample if given.temperature is None else not given.greedy
+    do_sample = checks.switch("do_sample", asked)
+    if do_sample and given.temperature is not None and given.greedy:
+        raise ValueError(
+            f"do_sample is True and temperature {given.temperature}: above 0 is needed to sample"
+        )
+    return do_sample
+
+
+def _new_tokens(asked: Any, defaults: GenerationDefaults, prompt: int, room: int) -> tuple[int, bool]:
+    """max_new_tokens, and whether the file decided."""
+    if asked is not None:
+        return checks.whole("max_new_tokens", asked, checks.RANGES["max_new_tokens"]), False
+    if defaults.max_new_tokens is not None:
+        return max(1, min(defaults.max_new_tokens, room)), True
+    if defaults.max_length is None:
+        return max(1, min(DEFAULT_NEW_TOKENS, room)), False
+    if prompt >= defaults.max_length:
+        raise ValueError(
+            f"the prompt has {prompt} tokens, and {FILE} ends a text at max_length {defaults.max_length}:"
+            " give max_new_tokens"
+        )
+    return max(1, min(defaults.max_length - prompt, room)), True
+
+
+def _is_unsupported(name: str, value: Any) -> bool:
+    if name.startswith("_") or name in _OPTIONS | _OTHERS | _SILENT:
+        return False
+    return not (name in _HARMLESS and value == _HARMLESS[name]) and value not in ([], {})

@@ -1,0 +1,334 @@
+"""From logits to a token: pure, and the same for the same seed.
+
+The filters are transformers' own, in the order in which its `generate` applies them, so that the
+same settings and the same logits give the same distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from client.generation import options as checks
+
+MIN_TEMPERATURE = 1e-5  # logits divided by less could overflow; the likeliest token is certain long before
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the next token is chosen, in numbers of Python whatever they were given in.
+
+    temperature: None or 0 is greedy.  seed: for a generator of this generation's own; None draws
+    one.  `Swarm.generate` says what each of the others means; None leaves it out.
+    Raises ValueError for a value outside its range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    min_p: float | None = None
+    top_h: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    remove_invalid_values: bool | None = None
+    renormalize_logits: bool | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    skip_special_tokens: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    logits_processor: tuple[Callable[[Tensor, Tensor], Tensor], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not None:
+                object.__setattr__(self, one.name, _checked(one.name, value))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature is None or self.temperature < MIN_TEMPERATURE
+
+    @property
+    def best_only(self) -> bool:
+        """Whether only the place of the largest logit matters."""
+        return self.greedy and not self.tells and not self._changes_logits
+
+    @property
+    def tells(self) -> bool:
+        """Whether log probabilities are wanted."""
+        return bool(self.logprobs or self.top_logprobs)
+
+    @property
+    def tokens(self) -> frozenset[int]:
+        """All token ids that are named, for a look whether the model has them."""
+        lists = (
+            self.suppress_tokens,
+            self.begin_suppress_tokens,
+            self.forced_eos_token_id,
+            self.stop_token_ids,
+            [token for token, _ in self.logit_bias or ()],
+            [token for sequence, _ in self.sequence_bias or () for token in sequence],
+            [token for sequence in self.bad_words_ids or () for token in sequence],
+            None if self.forced_bos_token_id is None else [self.forced_bos_token_id],
+        )
+        return frozenset(token for some in lists for token in some or ())
+
+    @property
+    def _changes_logits(self) -> bool:
+        names = (
+            *("logit_bias", "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+            *(
+                "no_repeat_ngram_size",
+                "min_new_tokens",
+                "min_length",
+                "presence_penalty",
+                "frequency_penalty",
+            ),
+            *("exponential_decay_length_penalty", "remove_invalid_values", "logits_processor"),
+        )
+        return (
+            any(getattr(self, name) for name in names)
+            or self.repetition_penalty not in (None, 1.0)
+            or self.forced_bos_token_id is not None
+            or self.forced_eos_token_id is not None
+        )
+
+
+class Choice(NamedTuple):
+    """A token.  logprob, top_logprobs: where they were asked for, see `client.generation.generate.Token`."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: Mapping[int, float] | None = None
+
+
+class Sampler:
+    """Chooses tokens by `options`; its generator and the caller's processors are its only state."""
+
+    def __init__(
+        self,
+        options: SamplingOptions,
+        *,
+        end_ids: Iterable[int] = (),
+        prompt_tokens: int = 0,
+        max_length: int | None = None,
+    ) -> None:
+        """end_ids: tokens that end a generation.  max_length: tokens of prompt and text, at the most."""
+        self._options = options
+        self._generator = torch.Generator()
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+        self._filters: list[Any] = []  # Any: the library's processors are untyped
+        if not options.best_only:
+            self._filters = _filters(options, sorted(end_ids), prompt_tokens, max_length)
+
+    def pick(self, logits: Tensor, tokens: Sequence[int]) -> int:
+        """The next token after `tokens`, from logits float32 [vocabulary].
+
+        Raises ValueError where the options leave none, or a processor of the caller's gives no scores.
+        """
+        if self._filters:
+            logits = self._filtered(logits, tokens)
+        if self._options.greedy:
+            best = int(logits.argmax())
+            if self._filters and logits[best] == -torch.inf:
+                raise ValueError("the options forbid every token")
+            return best
+        probabilities = logits.softmax(-1)
+        if self._filters and bool(probabilities.isnan().any()):
+            raise ValueError("the options forbid every token, or make logits that are no numbers")
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def choose(self, logits: Tensor, tokens: Sequence[int]) -> Choice:
+        """As `pick`, with log probabilities where the options ask for them."""
+        if not self._options.tells:
+            return Choice(self.pick(logits, tokens))
+        raw = logits.log_softmax(-1)
+        token = self.pick(logits, tokens)
+        best = raw.topk(min(self._options.top_logprobs or 0, len(raw)))
+        top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Choice(token, float(raw[token]), top)
+
+    def _filtered(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([tokens], dtype=torch.long)
+        # The caller's may write into what they get, and others read the same memory.
+        scores = logits[None].clone() if self._options.logits_processor else logits[None]  # [1, vocabulary]
+        shape = scores.shape
+        for keep in self._filters:
+            scores = keep(ids, scores)
+            if not isinstance(scores, Tensor) or scores.shape != shape or not scores.is_floating_point():
+                found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+                raise ValueError(
+                    f"{type(keep).__name__} in logits_processor returned {found[:60]},"
+                    f" scores {list(shape)} are needed"
+                )
+        return scores[0]
+
+
+class OutputPenalty:
+    """Presence and frequency penalties over generated tokens, as OpenAI and vLLM define them.
+
+    logit - frequency * times that the token was generated - presence * whether it was.
+    """
+
+    def __init__(self, presence: float, frequency: float, prompt_tokens: int) -> None:
+        self._presence = presence
+        self._frequency = frequency
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """ids int64 [1, tokens], scores float32 [1, vocabulary] -> the same shape."""
+        counts = torch.bincount(ids[0, self._prompt_tokens :], minlength=scores.shape[-1])
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of an option, as its field has it.  Raises ValueError."""
+    if name in checks.RANGES:
+        allowed = checks.RANGES[name]
+        return checks.whole(name, value, allowed) if allowed.whole else checks.number(name, value, allowed)
+    match name:
+        case "logit_bias":
+            return checks.logit_bias(dict(value) if isinstance(value, tuple) else value)
+        case "sequence_bias":
+            return checks.sequence_bias(value)
+        case "bad_words_ids":
+            return checks.token_lists(name, value)
+        case "suppress_tokens" | "begin_suppress_tokens":
+            return checks.token_ids(name, value)
+        case "forced_eos_token_id" | "stop_token_ids":
+            return checks.one_or_more(name, value)
+        case "exponential_decay_length_penalty":
+            return checks.decay(value)
+        case "logits_processor":
+            return checks.processors(value)
+    return checks.switch(name, value)
+
+
+def _filters(
+    options: SamplingOptions, end_ids: list[int], prompt_tokens: int, max_length: int | None
+) -> list[Any]:  # Any: the library's processors are untyped
+    """In the order of transformers' `generate`; what it does not have stands behind its next of kin."""
+    mine = list(options.logits_processor or ())
+    filters: list[Any] = []
+    # A processor of the caller's takes the place of our own of its type, as in transformers.
+    for own in (
+        *_biases(options, prompt_tokens, end_ids),
+        *_lengths(options, end_ids, prompt_tokens, max_length),
+    ):
+        theirs = next((one for one in mine if type(one) is type(own)), own)
+        filters.append(theirs)
+    filters += [one for one in mine if not any(one is other for other in filters)]
+    if not options.greedy:
+        filters += _warpers(options)
+    if options.renormalize_logits:
+        from transformers.generation.logits_process import LogitNormalization
+
+        filters.append(LogitNormalization())
+    return filters
+
+
+def _biases(options: SamplingOptions, prompt_tokens: int, end_ids: list[int]) -> list[Any]:
+    from transformers.generation import logits_process as library
+
+    found: list[Any] = []
+    if options.sequence_bias:
+        found.append(library.SequenceBiasLogitsProcessor(dict(options.sequence_bias)))
+    if options.logit_bias:
+        biases = {(token,): bias for token, bias in options.logit_bias}
+        found.append(library.SequenceBiasLogitsProcessor(biases))
+    if options.repetition_penalty not in (None, 1.0):
+        found.append(library.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.presence_penalty or options.frequency_penalty:
+        presence, frequency = options.presence_penalty or 0.0, options.frequency_penalty or 0.0
+        found.append(OutputPenalty(presence, frequency, prompt_tokens))
+    if options.no_repeat_ngram_size:
+        found.append(library.NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
+    # The library leaves out words that are an end token, and does not like it where no word is left.
+    if words := [
+        list(word) for word in options.bad_words_ids or () if word not in [(end,) for end in end_ids]
+    ]:
+        found.append(library.NoBadWordsLogitsProcessor(words, torch.tensor(end_ids) if end_ids else None))
+    return found
+
+
+def _lengths(
+    options: SamplingOptions, end_ids: list[int], prompt_tokens: int, max_length: int | None
+) -> list[Any]:
+    """What depends on how long the text is, and what is forbidden or forced at a place."""
+    from transformers.generation import logits_process as library
+
+    found: list[Any] = []
+    stops = sorted({*end_ids, *(options.stop_token_ids or ())})
+    if options.min_new_tokens and stops:
+        found.append(
+            library.MinNewTokensLengthLogitsProcessor(
+                prompt_tokens, options.min_new_tokens, torch.tensor(stops)
+            )
+        )
+    elif options.min_new_tokens is None and options.min_length and stops:
+        found.append(library.MinLengthLogitsProcessor(options.min_length, torch.tensor(stops)))
+    if options.forced_bos_token_id is not None:
+        found.append(library.ForcedBOSTokenLogitsProcessor(options.forced_bos_token_id))
+    if options.forced_eos_token_id and max_length is not None:
+        found.append(library.ForcedEOSTokenLogitsProcessor(max_length, list(options.forced_eos_token_id)))
+    if options.remove_invalid_values:
+        found.append(library.InfNanRemoveLogitsProcessor())
+    if options.exponential_decay_length_penalty and end_ids:
+        found.append(
+            library.ExponentialDecayLengthPenalty(
+                options.exponential_decay_length_penalty, torch.tensor(end_ids), prompt_tokens
+            )
+        )
+    if options.suppress_tokens:
+        found.append(library.SuppressTokensLogitsProcessor(list(options.suppress_tokens)))
+    if options.begin_suppress_tokens:
+        begin = prompt_tokens + (prompt_tokens <= 1 and options.forced_bos_token_id is not None)
+        found.append(library.SuppressTokensAtBeginLogitsProcessor(list(options.begin_suppress_tokens), begin))
+    return found
+
+
+def _warpers(options: SamplingOptions) -> list[Any]:
+    """What transformers applies where it samples, and only there."""
+    from transformers.generation import logits_process as library
+
+    found: list[Any] = []
+    if options.temperature != 1.0:
+        found.append(library.TemperatureLogitsWarper(options.temperature))
+    if options.top_h is not None:
+        found.append(library.TopHLogitsWarper(options.top_h))
+    if options.top_k:
+        found.append(library.TopKLogitsWarper(options.top_k))
+    if options.top_p is not None and options.top_p < 1.0:
+        found.append(library.TopPLogitsWarper(options.top_p))
+    if options.min_p is not None:
+        found.append(library.MinPLogitsWarper(options.min_p))
+    if options.typical_p is not None and options.typical_p < 1.0:
+        found.append(library.TypicalLogitsWarper(options.typical_p))
+    if options.epsilon_cutoff and options.epsilon_cutoff < 1.0:
+        found.append(library.EpsilonLogitsWarper(options.epsilon_cutoff))
+    if options.eta_cutoff and options.eta_cutoff < 1.0:
+        found.append(library.EtaLogitsWarper(options.eta_cutoff, device="cpu"))
+    return found

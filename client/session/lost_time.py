@@ -1,0 +1,52 @@
+"""When has a session lost so much time to a chain that became slow, that it should look for another?
+
+A step that takes long once is chance: somebody else's prompt was before it.  To move for that costs a
+replay, which makes the new hops slow for others, who then move too: in `benchmarks.swarm --clients`, at
+80 % of the capacity, moves at a single slow step cost a fifth of it.  So what is lost is added up, a CUSUM
+(Page, 1954): of each step the seconds beyond SUSPICION times the usual, less where steps are quicker, and
+never below nothing.  As long as less was lost than a replay costs, one stays; who then goes has paid at most
+about twice what would have been best, as with skis that one hires until they could have been bought.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+RECENT_STEPS = 64
+MIN_STEPS = 4
+SUSPICION = 2.0  # times the usual step: what a step takes beyond that is lost
+MAX_LOST_STEPS = 4.0  # usual ones: then a session looks around, whatever a replay costs
+REPLAYED_SHARE = 0.15  # of a decode step's time, for each position of a replay
+
+
+@dataclass(slots=True)
+class LostTime:
+    """The recent steps of a session, in seconds, and what was lost of late.  Decides nothing alone."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _lost: float = 0.0
+
+    def usual(self) -> float | None:
+        """The median of the recent steps; None before the first."""
+        return statistics.median(self.recent) if self.recent else None
+
+    def took(self, seconds: float, expected: float) -> None:
+        """A decode step took so long.  expected: what the chain promised, which a chain that has been
+        slow from its first step is measured by."""
+        self.recent.append(seconds)
+        usual = min(statistics.median(self.recent), SUSPICION * expected)
+        lost = max(0.0, self._lost + seconds - SUSPICION * usual)
+        self._lost = min(lost, 2 * MAX_LOST_STEPS * usual)  # so that it is made up for some time
+
+    def too_much(self, length: int, hops: int) -> bool:
+        """Whether to look for a better chain, for a session of this many positions along so many hops."""
+        if len(self.recent) < MIN_STEPS:
+            return False
+        replay = length * REPLAYED_SHARE / hops  # of one hop's blocks, in usual steps
+        return self._lost > statistics.median(self.recent) * min(MAX_LOST_STEPS, max(1.0, replay))
+
+    def forget(self) -> None:
+        """The session has moved: what was lost is."""
+        self._lost = 0.0

@@ -1,0 +1,121 @@
+"""What has to be computed again when hops of a session are replaced: as little as possible.  Pure.
+
+Each hop of the new route says where it stands: how many positions its cache holds, which step it
+computed last, and which of its outputs its journal still has.  A new hop stands at nothing.  `plan`
+works out how much of every cache stays good and who sends what again, so that in the end every hop
+holds the positions before the first step that has no answer yet.  That step then goes out again.
+
+Three cases beyond the plain one (one hop died, the one before it replays):
+
+* several died: the sender of a hop may be new itself.  It is fed first, computes, and what it computes
+  goes on to those that lack it;
+* a sender's journal does not reach back far enough: it is cut to what its successor holds, and has to
+  be fed itself, by whoever is before it; in the end by the client, which has everything;
+* a model whose cache cannot go back (a convolution's state): a hop that is too far begins again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensor_codec.messages.contract import StepRange
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a hop stands: see `tensor_codec.messages.session.Relinked`."""
+
+    length: int = 0
+    kept: int = 0
+    step: int | None = None
+    cut: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A step that was sent and has no answer, whether somebody still waits for it or not."""
+
+    step: int
+    what: StepRange
+
+
+@dataclass(frozen=True, slots=True)
+class HopOrder:
+    """What a hop is to do: see `tensor_codec.messages.session.Resume`."""
+
+    length: int
+    has: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """orders: for each hop.  client_from: the client sends positions [client_from, position) again."""
+
+    orders: tuple[HopOrder, ...]
+    client_from: int
+
+    @property
+    def replays(self) -> tuple[tuple[int, int, int], ...]:
+        """(sender's place in the chain, start, stop) of every replay that a hop makes."""
+        return tuple(
+            (index, order.has, order.stop)
+            for index, order in enumerate(self.orders)
+            if order.has < order.stop
+        )
+
+
+def plan(
+    standings: Sequence[Standing], position: int, sent: Sequence[Sent], again: Sequence[int] = ()
+) -> Plan:
+    """How to bring all hops to `position` with the least work.
+
+    position: of the first step that is sent again, or the session's length where there is none.
+    sent: steps without an answer, oldest first.  again: the numbers of those that will be sent again.
+
+    A hop that has computed the only step that comes again, and nothing after it, keeps it: it answers
+    from memory.
+    """
+    ahead = [_is_ahead(standing, sent, again) for standing in standings]
+    held = [
+        _good(standing, position, sent) if one_on else _back_to(standing, _good(standing, position, sent))
+        for standing, one_on in zip(standings, ahead, strict=True)
+    ]
+    for index in reversed(range(len(standings) - 1)):
+        following = held[index + 1]
+        if following < held[index] and standings[index].kept > following:
+            held[index], ahead[index] = _back_to(standings[index], following), False
+    has = [*held[1:], 0]
+    orders = [
+        HopOrder(
+            length=standing.length if ahead[index] else held[index],
+            has=has[index],
+            stop=held[index] if index + 1 < len(standings) else 0,
+        )
+        for index, standing in enumerate(standings)
+    ]
+    return Plan(tuple(orders), held[0])
+
+
+def _good(standing: Standing, position: int, sent: Sequence[Sent]) -> int:
+    """How many positions of a hop's cache are what they should be, up to `position`."""
+    good = min(standing.length, position)
+    for one in sent:
+        if standing.step is None or one.step > standing.step:
+            good = min(good, one.what.position)  # it would have cut there, and has not seen it
+    return good
+
+
+def _is_ahead(standing: Standing, sent: Sequence[Sent], again: Sequence[int]) -> bool:
+    """Whether the one step that comes again is the last thing that this hop has computed."""
+    if len(again) != 1:
+        return False
+    (number,) = again
+    what = next(one.what for one in sent if one.step == number)
+    return standing.step == number and standing.length == what.position + what.tokens
+
+
+def _back_to(standing: Standing, length: int) -> int:
+    """The length that a hop can go back to."""
+    return length if standing.cut or length == standing.length else 0

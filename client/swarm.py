@@ -1,0 +1,531 @@
+"""A swarm as a trio program holds it: chains, sessions, tokens, hidden states and gradients."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
+
+import trio
+
+from node.runtime import values
+from routing.chains.alternatives import longest_session, suitable
+from routing.chains.hops import Chain, NoChain
+from routing.chains.load_sharing import rendezvous
+from routing.names import PeerId
+from tensor_codec.limits import Limits
+from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from client.forward_backward import ForwardBackward
+    from client.generation.conversation import Conversation
+    from client.generation.generate import Generation, Token
+    from client.generation.generation_config import GenerationDefaults, Settings
+    from client.generation.head_batches import HeadBatches
+    from client.generation.options import Sampling
+    from client.session.avoided_peers import AvoidedPeers
+    from client.session.chain_choice import ChainChooser
+    from client.session.session import Session
+    from client.session.trace import Trace
+    from node.model.checkpoint.info import ModelInfo
+    from node.model.embed_and_head import EmbedAndHead
+    from node.network.directory.directory import Directory
+    from node.network.host import Host
+    from node.runtime.compute_thread import ComputeThread
+    from routing.view.view import SwarmView
+from client.config import ClientConfig, _check
+
+log = logging.getLogger("raceme")
+
+PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
+PING_SECONDS = 1.0  # to wait for their answers, where nothing can be chosen without them
+CHOICES = 4  # of a chain, as long as there is a peer in it of whom nothing is known
+FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
+RETRY_PAUSE_SECONDS = 0.5
+USUAL_LENGTH = 2048  # of a session that nobody said a length for, where the servers do not say what they take
+
+
+@dataclass(slots=True)
+class Swarm:
+    """A swarm that serves one model, seen from a client.  Made by `connect`."""
+
+    config: ClientConfig
+    info: ModelInfo
+    ends: EmbedAndHead
+    routes: ChainChooser
+    _host: Host
+    _directory: Directory
+    _compute: ComputeThread
+    _heads: HeadBatches
+    _nursery: trio.Nursery
+    generation_defaults: GenerationDefaults | None = None  # of the model's folder
+    _stateless: ForwardBackward = field(init=False)
+
+    def __post_init__(self) -> None:
+        from client.forward_backward import ForwardBackward
+
+        config = self.config
+        self._stateless = ForwardBackward(
+            info=self.info,
+            find_chain=self._find_run,
+            learn=self.routes.learn_of_many,
+            dtype_of=self.routes.dtype_of,
+            open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
+            compute=self._compute,
+            blame=self.routes.blame,
+            limits=config.limits,
+            codec=config.codec,
+            step_seconds=config.step_seconds,
+            give_up_seconds=config.give_up_seconds,
+        )
+
+    @property
+    def blame(self) -> AvoidedPeers:
+        """The peers that are avoided now."""
+        return self.routes.blame
+
+    def view(self) -> SwarmView:
+        """What is known of the swarm now."""
+        return self._directory.view()
+
+    async def changed(self, since: SwarmView) -> None:
+        """Return when the view is another than `since`.  Set your own deadline."""
+        await self._directory.changed(since)
+
+    async def route(self) -> Chain:
+        """The chain that a session would take now.  Raises NoChain."""
+        await self._know_the_distances()
+        return await self._of_those_who_answer(self.routes.choose)
+
+    async def chains(self, most: int) -> list[Chain]:
+        """Up to `most` chains over the whole model, the best first.
+
+        They share as few servers as they can, none where others hold the same blocks: what is left of a
+        swarm when the servers of the first are gone.  Raises NoChain, and ValueError for `most` below 1.
+        """
+        most = values.whole("most", most)
+        await self._know_the_distances()
+        return self.routes.chains(most)
+
+    async def _know_the_distances(self) -> None:
+        """Measure the round trips to the peers that a chain may begin or end with.
+
+        Waits for an answer only where those who have given theirs do not hold what the others hold.
+        """
+        peers = [span.peer for span in self.routes.usable()]
+        if len(peers) > PINGED_PEERS:
+            peers = rendezvous(self.routes.spread or "", peers, PINGED_PEERS)
+        await self._directory.measure(peers, PING_SECONDS, self.routes.is_covered_by)
+
+    async def _of_those_who_answer(self, choose: Callable[[], Chain]) -> Chain:
+        """A choice after whose peers have been asked, if nothing was known of them.  Raises NoChain."""
+        chain = choose()
+        for _ in range(CHOICES - 1):
+            unknown = self._directory.unknown(hop.peer for hop in chain.hops)
+            if not unknown:
+                break
+            await self._directory.measure(unknown, PING_SECONDS, lambda _: True)
+            chain = choose()
+        return chain
+
+    def generate(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        *,
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
+        context: Conversation | None = None,
+        trace: Trace | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[Token, None]:
+        """Continue `prompt`; yields each token with its text as it comes.
+
+        prompt: text, or token ids as a list, an array or a tensor, [n] or [1, n].
+        Ends at an end token of the model, at a stop string, at a token of `stop_token_ids`, or after
+        `max_new_tokens`; the last token says which in `finish_reason`.
+        context: from `conversation`: keep the caches for the next call.
+        trace: takes down what happens to the session; a conversation has its own.
+
+        What is not given is as the model's generation_config.json says, as in transformers; without
+        a file greedy, 64 tokens.  generation_config: a dict or transformers' GenerationConfig
+        instead of the file's; False for nothing of the file but its end tokens.
+
+        Of `sampling` (numbers of numpy and torch too; None: not given), as in transformers:
+          do_sample: draw tokens.  Where it is not given, temperature decides: 0 is greedy.
+          temperature, top_k (50 where tokens are drawn and nobody says otherwise, 0 for all), top_p,
+          min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff: only where tokens are drawn.
+          repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
+          begin_suppress_tokens, sequence_bias, min_length, forced_bos_token_id, forced_eos_token_id,
+          exponential_decay_length_penalty, remove_invalid_values, renormalize_logits: for greedy too.
+          min_new_tokens: no end token and none of `stop_token_ids` before; stop strings still end.
+          logits_processor: a LogitsProcessorList, a function or a list of functions of (input_ids
+          [1, tokens], scores float32 [1, vocabulary]), called in a thread after the others and before
+          temperature; one of a type that is there already takes its place.
+        As OpenAI and vLLM define them:
+          presence_penalty, frequency_penalty: -2 to 2, over generated tokens.
+          logit_bias: {token id: -100 to 100}.
+          bad_words: words as text (at the beginning of a text and after a space), or as token ids.
+          stop_token_ids: end at these too.  skip_special_tokens: False shows their text.
+          logprobs, top_logprobs (how many): fill `Token.logprob` and `Token.top_logprobs`: of the
+          model's own distribution, before any of the above (vLLM's "raw_logprobs").
+          seed: the same seed gives the same tokens.
+
+        A server that fails is replaced, and what it had is sent to the new one by the server before
+        it: the caller sees a pause.  Raises on the call ValueError (an option, a token or a length
+        out of range) and TypeError (no such option); later NoChain, PeerFault, Refused, and ValueError
+        where the options forbid every token.
+        Leave the loop early under `contextlib.aclosing`, so that the session ends at once.
+        """
+        from client.generation.generate import Generation
+
+        ids = self._token_ids(prompt)
+        defaults = self._defaults(generation_config)
+        settings = self._settle(ids, defaults, max_new_tokens, stop, context, sampling)
+        new_tokens = settings.max_new_tokens
+        length = len(ids) + new_tokens
+        self._check_length(length, f"a prompt of {len(ids)} tokens and {new_tokens} new ones", context)
+        own = context is None
+        generation: Generation = Generation(
+            ends=self.ends,
+            context=context or self.conversation(length, trace=trace),
+            options=settings.options,
+            stop=settings.stop,
+            max_new_tokens=new_tokens,
+            eos_ids=None if generation_config in (None, False) else defaults.eos_ids,
+        )
+        return generation.run(ids, close=own)
+
+    def settings(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        *,
+        max_new_tokens: SupportsIndex | None = None,
+        stop: str | Iterable[str] | None = (),
+        context: Conversation | None = None,
+        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
+        **sampling: Unpack[Sampling],
+    ) -> Settings:
+        """What `generate` would do with the same arguments, and what of it the model's file decides.
+
+        Raises what `generate` raises on the call.
+        """
+        ids, defaults = self._token_ids(prompt), self._defaults(generation_config)
+        return self._settle(ids, defaults, max_new_tokens, stop, context, sampling)
+
+    def _defaults(self, generation_config: Any) -> GenerationDefaults:  # Any: whatever a caller gave
+        from client.generation.generation_config import GenerationDefaults, defaults_of
+
+        if generation_config is None:
+            return self.generation_defaults or GenerationDefaults()
+        if generation_config is False:
+            return GenerationDefaults()
+        return defaults_of(generation_config, self.info.vocab_size)
+
+    def _settle(
+        self,
+        ids: list[int],
+        defaults: GenerationDefaults,
+        max_new_tokens: Any,  # Any: whatever a caller gave
+        stop: Any,
+        context: Conversation | None,
+        sampling: Mapping[str, Any],
+    ) -> Settings:
+        from client.generation.generation_config import settle
+
+        most = min(self._allowed_lengths(1))[0] if context is None else context.max_length
+        return settle(
+            sampling,
+            defaults,
+            tokenizer=self.ends.tokenizer,
+            vocabulary=self.info.vocab_size,
+            prompt_tokens=len(ids),
+            room=most - len(ids),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
+
+    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Conversation:
+        """A session whose caches outlive one `generate`: later prompts only send what is new.
+
+        Give it to `generate(context=...)` and `close` it at the end.  max_length: in tokens; None: see
+        `usual_length`.  trace: takes down what happens; `context.trace` if not given.
+        Raises ValueError for a length that the model or the servers do not allow.
+        """
+        from client.generation.conversation import Conversation
+        from client.session.trace import Trace
+
+        max_length = self.usual_length() if max_length is None else values.whole("max_length", max_length)
+        self._check_length(max_length, f"a conversation of {max_length} tokens")
+        return Conversation(
+            ends=self.ends,
+            compute=self._compute,
+            heads=self._heads,
+            open_chain=self.open_chain,
+            worked=self._worked,
+            max_length=max_length,
+            give_up_seconds=self.config.give_up_seconds,
+            trace=Trace() if trace is None else trace,
+        )
+
+    @asynccontextmanager
+    async def session(self, *, batch: int = 1, max_length: int | None = None) -> AsyncIterator[Session]:
+        """A session for hidden states: `await session.step(hidden)`.
+
+        batch: rows.  max_length: positions that each may come to have; None: see `usual_length`.
+        A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
+        the session may be used again then.  `session.trace` tells what happened.
+        Raises ValueError (a length that the model or the servers do not allow), NoChain, PeerFault, Refused.
+        """
+        batch = values.whole("batch", batch)
+        if max_length is not None:
+            max_length = values.whole("max_length", max_length)
+        max_length = max_length or self.usual_length(batch)
+        position = 4 * batch * self.info.hidden_size
+        if not self.config.limits.step_tokens(position):
+            raise ValueError(
+                f"one position of {batch} rows takes {position} bytes, max_frame_bytes is"
+                f" {self.config.limits.max_frame_bytes}"
+            )
+        rows = f"{batch} rows of " if batch > 1 else ""
+        self._check_length(max_length, f"a session of {rows}{max_length} positions", batch=batch)
+        session = await self.open_chain(max_length=max_length, batch=batch)
+        try:
+            yield session
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(2):
+                await session.aclose()
+
+    async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """What blocks [start, stop), by default all, make of hidden states [batch, tokens, hidden].
+
+        Without a session or a cache: positions count from 0 in every row.  hidden: any float dtype.
+        Returns the same shape on the CPU, before the final norm: in bfloat16 where that is what the
+        last hop computes in, else in float32.
+        A large batch is cut by rows into requests, several of them on their way at a time.  A server
+        that fails is replaced, and only its part is done again.
+        Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
+        NoChain, PeerFault, Refused.
+        """
+        return await self._stateless.forward(hidden, *self._run(start, stop))
+
+    async def backward(
+        self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The gradient of a loss with respect to `hidden`, the input of block `start`.
+
+        grad: its gradient with respect to the output of block `stop` - 1, in the shape of `hidden`.
+        The weights are frozen.  Every server runs its blocks forward once more, so nothing of an earlier
+        `forward` is needed.  Everything else is as in `forward`; what comes out is the gradient that
+        an undisturbed pass would have given, or an error, never a part of it.
+        """
+        return await self._stateless.backward(hidden, grad, *self._run(start, stop))
+
+    def _run(self, start: int, stop: int | None) -> tuple[int, int]:
+        """The blocks that are meant.  Raises ValueError for what is no run of the model's."""
+        start = values.whole("start", start, 0)
+        stop = self.info.blocks if stop is None else values.whole("stop", stop, 0)
+        if not start < stop <= self.info.blocks:
+            raise ValueError(f"blocks {start}:{stop} of a model that has 0:{self.info.blocks}")
+        return start, stop
+
+    async def open_chain(
+        self, *, max_length: int, batch: int = 1, deadline: float | None = None, trace: Trace | None = None
+    ) -> Session:
+        """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
+
+        deadline: on trio's clock, if it is to be another one.
+        Peers that have failed lately are used only when nothing else covers the model.
+        Raises NoChain, PeerFault and Refused when the time is up.
+        """
+        from client.session.route import Terms
+        from client.session.session import open_session
+
+        wait_until = trio.current_time() + self.config.wait_seconds
+        deadline = wait_until if deadline is None else min(deadline, wait_until)
+        choose = partial(self.routes.choose, tokens=batch * max_length)
+        chain = await self._wait_for_chain(choose, deadline)
+        info = self.info
+        terms = Terms(
+            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self.config.codec,
+            self.ends.rope,
+        )  # fmt: skip
+        return await open_session(
+            terms,
+            self.routes,
+            nursery=self._nursery,
+            compute=self._compute,
+            limits=self.config.limits,
+            give_up_seconds=self.config.give_up_seconds,
+            deadline=deadline,
+            trace=trace,
+            chain=chain,
+        )
+
+    async def _find_run(
+        self,
+        start: int,
+        stop: int,
+        *,
+        positions: int,
+        waiting: Mapping[PeerId, int],
+        beside: int,
+    ) -> Chain:
+        """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
+        choose = partial(
+            self.routes.choose_for_throughput,
+            start,
+            stop,
+            positions=positions,
+            waiting=waiting,
+            beside=beside,
+        )
+        return await self._wait_for_chain(choose, trio.current_time() + self.config.wait_seconds)
+
+    async def _wait_for_chain(self, choose: Callable[..., Chain], deadline: float) -> Chain:
+        """The first chain that can be chosen, with peers that failed lately where nothing else is left."""
+        desperate_at = trio.current_time() + RETRY_PAUSE_SECONDS
+        while True:
+            await self._know_the_distances()
+            try:
+                desperate = trio.current_time() >= desperate_at
+                return await self._of_those_who_answer(partial(choose, desperate=desperate))
+            except NoChain:
+                if trio.current_time() >= deadline:
+                    raise
+            await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
+
+    def _worked(self, session: Session) -> None:
+        self.routes.worked(session.well)
+
+    def _token_ids(self, prompt: Any) -> list[int]:  # Any: whatever a caller gave
+        from client.generation.options import prompt_ids
+
+        return prompt_ids(prompt, self.ends.tokenizer, self.info.vocab_size)
+
+    def usual_length(self, batch: int = 1) -> int:
+        """Positions of a session that nobody said a length for, of so many rows.
+
+        As many as the model has, up to a quarter of what a server's cache holds: such a session need not
+        wait for others (`node.serving.cache_budget`).
+        """
+        longest = self._longest_session()
+        usual = USUAL_LENGTH
+        if longest is not None:
+            share = int(longest * self.config.limits.cache_share_per_peer)
+            usual = max(share, min(longest, USUAL_LENGTH)) // batch
+        return max(1, min(usual, *(allowed for allowed, _ in self._allowed_lengths(batch))))
+
+    def _longest_session(self) -> int | None:
+        """Tokens of the longest session that some chain takes, as far as is known.  For any thread."""
+        spans = self._directory.last_view.spans(self.info.revision, self.info.blocks)
+        return longest_session(suitable(spans, self.routes.constraints), self.info.blocks)
+
+    def _allowed_lengths(self, batch: int) -> list[tuple[int, str]]:
+        """Positions that a session of so many rows may have, and who says so."""
+        allowed = [(self.info.max_position, f"{self.info.name} has no more")]
+        own, longest = self.config.limits.max_session_tokens, self._longest_session()
+        if own is not None:
+            allowed.append((own // batch, f"max_session_tokens is {own}"))
+        if longest is not None:
+            allowed.append((longest // batch, f"the servers take sessions of {longest} tokens"))
+        return allowed
+
+    def _check_length(
+        self, length: int, what: str, context: Conversation | None = None, *, batch: int = 1
+    ) -> None:
+        """Raises ValueError where a session cannot become so long."""
+        if context is None:
+            allowed = self._allowed_lengths(batch)
+        else:
+            allowed = [(context.max_length, f"the conversation was opened for {context.max_length}")]
+        most, why = min(allowed)
+        if not 0 < length <= most:
+            raise ValueError(f"{what} make {length} positions, 1 to {most} are allowed: {why}")
+
+
+@asynccontextmanager
+async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
+    """The trio side of `connect`.  Raises ConfigError."""
+    from client.generation.head_batches import HeadBatches
+    from client.session.chain_choice import ChainChooser
+    from node.network.directory.directory import open_directory
+    from node.network.host import open_host
+    from node.network.transport.identity import load_or_create_identity
+    from node.network.transport.membership import load_swarm_key, swarm_id
+    from node.runtime.compute_thread import open_compute_thread
+    from node.runtime.nurseries import background_nursery
+
+    _check(config)
+    key = load_swarm_key(config.swarm_key) if isinstance(config.swarm_key, Path) else config.swarm_key
+    identity = load_or_create_identity(config.identity)
+    async with (
+        open_compute_thread() as compute,
+        open_host(identity=identity, listen=(), swarm_key=key, limits=config.limits) as host,
+        open_directory(
+            host,
+            identity,
+            swarm=swarm_id(key),
+            bootstrap=config.peers,
+            role="client",
+            limits=config.limits,
+        ) as directory,
+        background_nursery() as nursery,
+    ):
+        info, ends, defaults = await compute.run(_load_model, config)
+        gc.freeze()  # what is there now stays: later collections need not look at a million objects
+        heads = HeadBatches(ends, compute)
+        # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
+        nursery.start_soon(trio.to_thread.run_sync, ends.make_exact_argmax)
+        routes = ChainChooser(
+            info.name,
+            info.revision,
+            info.blocks,
+            view=directory.view,
+            rtts=directory.rtts,
+            late=directory.late,
+            changed_since=directory.changed,
+            dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
+            find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
+            constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
+            spread=identity.peer_id,
+        )
+        yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery, defaults)
+
+
+def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
+    """What servers have to take in one step: 0, unless this client chose more than all of them do."""
+    own, usual = (limits.step_tokens(4 * info.hidden_size) for limits in (config.limits, Limits()))
+    return max(config.constraints.step_tokens, own if own > usual else 0)
+
+
+def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, GenerationDefaults]:
+    """Runs in the torch thread: find the model's folder and load its embeddings, norm and head."""
+    import torch
+
+    from client.generation.generation_config import FILE, read_defaults
+    from node.model.checkpoint.info import read_info
+    from node.model.checkpoint.progress import progress_bar
+    from node.model.checkpoint.source import cache_dir, resolve
+    from node.model.embed_and_head import load_embed_and_head
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with progress_bar(sys.stderr) as progress:
+        folder = resolve(config.model, cache_dir=config.cache_dir or cache_dir(), progress=progress)
+        ends = load_embed_and_head(folder, progress=progress)
+        ends.compile_head()
+    _ = ends.tokenizer  # opened here, so that the event loop never waits for it
+    info = read_info(folder)
+    defaults = read_defaults(folder.path, info.vocab_size)
+    if defaults.unsupported:
+        log.warning("%s: not used here: %s", folder.path / FILE, ", ".join(defaults.unsupported))
+    return info, ends, defaults

@@ -1,0 +1,1 @@
+"""Computing with transformer blocks, and their KV cache."""

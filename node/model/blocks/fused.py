@@ -1,0 +1,497 @@
+"""Blocks of the llama family by our own hand, where they are known to be equal to the library's.
+
+llama, mistral, qwen2, qwen3 and smollm3 share one block: norm, attention with rotary positions and
+grouped key heads, norm, gated MLP.  They differ in biases, in a norm on queries and keys, in windows,
+and in blocks without rotary positions; `FusedBlock` holds what differs.  Queries, keys and values
+come out of one matrix, and so do gate and up.
+
+Two ways lead through a block.  `step` takes positions of one session (prefill) with torch's attention.
+`decode` takes one position of many rows of different lengths.  In float32 on the CPU all before
+attention is one compiled call, and so is all behind it; for `decode` attention is the third, over the
+arena's pages.
+
+What is not known to be equal (other activations, rotary angles that depend on the length, layers
+that cannot be merged) is left to the library: `fuse` answers None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import ModuleType
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from node.model.blocks.graphs import MIN_LENGTH, DecodeGraphs, Inputs, bucket
+from node.model.blocks.kv_pages import PagePool
+from node.model.checkpoint.architecture import Architecture
+from node.model.weights.quantize import PackedLinear, kernels, merge_linears
+
+_FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
+Halves = tuple[Callable[..., None], Callable[..., None]]
+_NOTHING = np.empty(0, np.float32)
+_FIRST_ANGLES = 1024  # positions; doubled when a longer session comes
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A block as the kernels take it: numpy views of its vectors, addresses of its matrices.
+
+    query_norm, key_norm: empty where the model has none.  inner: outputs of the gate.
+    """
+
+    norm: NDArray[np.float32]
+    mlp_norm: NDArray[np.float32]
+    query_norm: NDArray[np.float32]
+    key_norm: NDArray[np.float32]
+    qkv: NDArray[np.int64]
+    out: NDArray[np.int64]
+    gate_up: NDArray[np.int64]
+    down: NDArray[np.int64]
+    inner: int
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """One block.  Norms' weights are vectors, the others are linear layers.
+
+    query_norm, key_norm: [head_dim] each, or None.  window: positions that attention sees, 0 for all.
+    """
+
+    norm: Tensor
+    qkv: nn.Module
+    out: nn.Module
+    mlp_norm: Tensor
+    gate_up: nn.Module
+    down: nn.Module
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    rotary: bool
+    window: int
+    scale: float
+    eps: float
+
+    @property
+    def matrices(self) -> tuple[nn.Module, ...]:
+        """Its linear layers."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """For the kernels.  The layers' tensors stay where they are from now on."""
+        qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
+        return Compiled(
+            norm=self.norm.numpy(),
+            mlp_norm=self.mlp_norm.numpy(),
+            query_norm=_NOTHING if self.query_norm is None else self.query_norm.numpy(),
+            key_norm=_NOTHING if self.key_norm is None else self.key_norm.numpy(),
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            inner=cast(Tensor, self.gate_up.weight).shape[0] // 2,
+        )
+
+
+def _kept_in(linear: nn.Module) -> torch.dtype | None:
+    """The dtype of a layer's weights, where the kernels can read them as they lie."""
+    if not isinstance(linear, PackedLinear) and type(linear) is not nn.Linear:
+        return None
+    weight, bias = linear.weight, cast("Tensor | None", linear.bias)
+    sound = weight.is_contiguous() and (isinstance(linear, PackedLinear) or weight.dtype == torch.float32)
+    sound = sound and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+    return weight.dtype if sound else None
+
+
+def _addresses(linear: nn.Module) -> NDArray[np.int64]:
+    found = decode_kernels()
+    assert found is not None
+    scale = linear.scale if isinstance(linear, PackedLinear) else None
+    return cast("NDArray[np.int64]", found.addresses_of(linear.weight, scale, linear.bias))
+
+
+def fuse(
+    model: nn.Module, architecture: Architecture, blocks: Sequence[nn.Module], start: int
+) -> FusedSpan | None:
+    """The span's blocks, from block `start` on, for `FusedSpan`; None where the library must compute them.
+
+    The library's layers go on to work: they share the merged ones' memory.
+    """
+    config = cast(Any, model).config
+    rotary = getattr(model, "rotary_emb", None)
+    plain = getattr(config, "hidden_act", None) == "silu" and not getattr(
+        config, "gradient_checkpointing", False
+    )
+    if not architecture.fused or not plain or getattr(rotary, "rope_type", None) not in _FIXED_ROTARY:
+        return None
+    fused = []
+    for number, block in enumerate(blocks):
+        one = _fuse_block(block, config, start + number)
+        if one is None:
+            return None
+        fused.append(one)
+    return FusedSpan(fused, start, cast(nn.Module, rotary), config)
+
+
+def _fuse_block(
+    block: Any, config: Any, number: int
+) -> FusedBlock | None:  # Any: the library's block and config
+    attention, mlp = block.self_attn, block.mlp
+    qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
+    if qkv is None or gate_up is None:
+        return None
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is not None and types[number] != "sliding_attention":
+        window = None
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return FusedBlock(
+        norm=block.input_layernorm.weight.detach(),
+        qkv=qkv,
+        out=attention.o_proj,
+        mlp_norm=block.post_attention_layernorm.weight.detach(),
+        gate_up=gate_up,
+        down=mlp.down_proj,
+        query_norm=None if query_norm is None else query_norm.weight.detach(),
+        key_norm=None if key_norm is None else key_norm.weight.detach(),
+        rotary=bool(getattr(attention, "use_rope", True)),
+        window=window or 0,
+        scale=float(attention.scaling),
+        eps=float(block.input_layernorm.variance_epsilon),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where the positions of a step lie: what is the same for all of its blocks.
+
+    write: slots of the new positions, read: of these and all before, both flat.  position: the first
+    new one.  masks: by window.  angles: cos and sin of the new positions.
+    """
+
+    pool: PagePool
+    write: Tensor
+    read: Tensor
+    position: int
+    masks: dict[int, Tensor | None]
+    angles: tuple[Tensor, Tensor]
+
+
+class FusedSpan:
+    """Runs of fused blocks over an arena.  Made by `fuse`, `part` and `joined`."""
+
+    def __init__(
+        self,
+        blocks: Sequence[FusedBlock],
+        start: int,
+        rotary: nn.Module,
+        config: Any,  # the library's
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.start = start
+        self.heads = int(config.num_attention_heads)
+        self.key_heads = int(config.num_key_value_heads)
+        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        self._rotary = rotary
+        self._angles: tuple[Tensor, Tensor] | None = None
+        kept = {_kept_in(linear) for block in blocks for linear in block.matrices}
+        # What the compiled kernels read, where they can: one dtype of all matrices.
+        self._kept = kept.pop() if len(kept) == 1 else None
+        self._graphs: WeakKeyDictionary[PagePool, DecodeGraphs] = WeakKeyDictionary()
+        self._config = config
+
+    def part(self, start: int, stop: int) -> FusedSpan:
+        """The blocks [start, stop) by themselves."""
+        return FusedSpan(self._run(start, stop), start, self._rotary, self._config)
+
+    def joined(self, spans: Sequence[FusedSpan]) -> FusedSpan:
+        """All blocks of these, which follow upon each other; this one may be among them."""
+        blocks = [block for span in spans for block in span.blocks]
+        return FusedSpan(blocks, spans[0].start, self._rotary, self._config)
+
+    def step(
+        self, hidden: Tensor, pool: PagePool, rows: NDArray[np.int64], position: int, start: int, stop: int
+    ) -> Tensor:
+        """Positions of one session: hidden [batch, tokens, hidden_size], the first at `position`."""
+        batch, tokens, _ = hidden.shape
+        if tokens == 1 and self._compiled(hidden):
+            lengths = np.full(batch, position)
+            return self.decode(hidden[:, 0], pool, rows, lengths, start, stop)[:, None]
+        length = position + tokens
+        positions = np.arange(position, length)
+        write = _on(pool.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))), hidden)
+        read = _on(pool.slots(rows, length), hidden)
+        cos, sin = (angles[position:length, None] for angles in self._angles_for(length, hidden))
+        masks = {
+            block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
+        }
+        where = _Where(pool, write.view(-1), read.view(-1), position, masks, (cos, sin))
+        if not self._compiled(hidden) or not self._compiled_for(batch * tokens):
+            for index, block in self._numbered(start, stop):
+                hidden = self._torch_block(index, block, hidden, where)
+            return hidden
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        with self._halves() as halves:
+            for index, block in self._numbered(start, stop):
+                self._compiled_block(halves, index, block, hidden, where)
+        return hidden
+
+    def _torch_block(self, index: int, block: FusedBlock, hidden: Tensor, where: _Where) -> Tensor:
+        q, k, v = self._query_key_value(block, hidden, *where.angles)
+        keys, values = where.pool.keys[index], where.pool.values[index]
+        keys.index_copy_(0, where.write, k.reshape(-1, *keys.shape[1:]))
+        values.index_copy_(0, where.write, v.reshape(-1, *values.shape[1:]))
+        return self._after(block, hidden, self._attended(index, block, q, k, v, where))
+
+    def _compiled_block(
+        self, halves: Halves, index: int, block: FusedBlock, hidden: Tensor, where: _Where
+    ) -> None:
+        """The same in place, with all but attention compiled."""
+        before, after = halves
+        it = block.compiled
+        batch, tokens, width = hidden.shape
+        residual = hidden.view(batch * tokens, width).numpy()
+        qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
+        keys, values = where.pool.keys[index].numpy(), where.pool.values[index].numpy()
+        cos, sin = (angles[:, 0].numpy() for angles in where.angles)
+        places = np.tile(np.arange(tokens), batch)
+        before(
+            it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads, keys,
+            values, places, where.write.numpy(), cos, sin, block.rotary, it.query_norm, it.key_norm,
+        )  # fmt: skip
+        attended = self._attended(index, block, *self._split(qkv), where).reshape(batch * tokens, -1)
+        after(
+            it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended.contiguous().numpy(),
+            residual,
+        )  # fmt: skip
+
+    def _attended(
+        self, index: int, block: FusedBlock, q: Tensor, k: Tensor, v: Tensor, where: _Where
+    ) -> Tensor:
+        """Attention of the new positions over these and all before: [batch, tokens, heads * head_dim]."""
+        if where.position:
+            k, v = (
+                store.index_select(0, where.read).view(len(q), -1, *store.shape[1:])
+                for store in (where.pool.keys[index], where.pool.values[index])
+            )
+        mask = where.masks[block.window]
+        attended = functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and q.shape[1] > 1,
+            scale=block.scale,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+    def decode(
+        self,
+        hidden: Tensor,
+        pool: PagePool,
+        rows: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """One position of each row, hidden [rows, hidden_size], behind `lengths` positions of its own."""
+        longest = int(lengths.max()) + 1
+        slots = pool.slots_of(rows, lengths)
+        angles = self._angles_for(longest, hidden)
+        if self._compiled(hidden):
+            table = pool.table(rows, -(-longest // pool.page_tokens))
+            return self._decode_compiled(hidden, pool, table, lengths, slots, angles, start, stop)
+        inputs = Inputs(
+            hidden, _on(lengths, hidden), _on(slots, hidden), _on(pool.slots(rows, longest), hidden)
+        )
+
+        def run(hidden: Tensor, places: Tensor, write: Tensor, read: Tensor) -> Tensor:
+            return self._decode_torch(hidden, pool, places, write, read, start, stop)
+
+        if hidden.device.type != "cuda":
+            return inputs.run(run)
+        self._angles_for(bucket(longest, MIN_LENGTH), hidden)  # whose memory a graph goes on to read
+        graphs = self._graphs.setdefault(pool, DecodeGraphs(pool.nobodys_page * pool.page_tokens))
+        return graphs.run(run, (start, stop), inputs)
+
+    def _decode_torch(
+        self,
+        hidden: Tensor,
+        pool: PagePool,
+        places: Tensor,
+        write: Tensor,
+        read: Tensor,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """`decode` in torch's own operations, of fixed shapes and without a word from the CPU.
+
+        places: positions before each row.  write: [rows] slots.  read: [rows, longest] slots.
+        """
+        rows, longest = read.shape
+        assert self._angles is not None
+        cos, sin = (table[places][:, None, None] for table in self._angles)
+        seen = torch.arange(longest, device=hidden.device)
+        hidden = hidden[:, None]  # [rows, 1, hidden_size]
+        for index, block in self._numbered(start, stop):
+            q, k, v = self._query_key_value(block, hidden, cos, sin)
+            keys, values = pool.keys[index], pool.values[index]
+            keys.index_copy_(0, write, k[:, 0])
+            values.index_copy_(0, write, v[:, 0])
+            visible = seen <= places[:, None]
+            if block.window:
+                visible = visible & (seen > places[:, None] - block.window)
+            k, v = (
+                store.index_select(0, read.reshape(-1)).view(rows, longest, *store.shape[1:]).transpose(1, 2)
+                for store in (keys, values)
+            )
+            # The queries of one key head stand where positions would: nothing is repeated for them.
+            grouped = q.view(rows, self.key_heads, -1, self.head_dim)
+            attended = functional.scaled_dot_product_attention(
+                grouped, k, v, attn_mask=visible[:, None, None], scale=block.scale
+            )
+            hidden = self._after(block, hidden, attended.reshape(rows, 1, -1))
+        return hidden[:, 0]
+
+    def _decode_compiled(
+        self,
+        hidden: Tensor,
+        pool: PagePool,
+        table: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        angles: tuple[Tensor, Tensor],
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """`decode` in three compiled calls a block: before attention, attention over pages, and behind it."""
+        found = decode_kernels()
+        assert found is not None
+        attend = found.attention(self.head_dim, self.heads // self.key_heads)
+        cos, sin = angles[0].numpy(), angles[1].numpy()
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        residual, rows = hidden.numpy(), len(hidden)
+        qkv = np.empty((rows, (self.heads + 2 * self.key_heads) * self.head_dim), np.float32)
+        attended = np.empty((rows, self.heads * self.head_dim), np.float32)
+        seen, page = lengths + 1, pool.page_tokens
+        with self._halves() as (before, after):
+            for index, block in self._numbered(start, stop):
+                it = block.compiled
+                keys, values = pool.keys[index].numpy(), pool.values[index].numpy()
+                before(
+                    it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values, lengths, slots, cos,
+                    sin, block.rotary, it.query_norm, it.key_norm,
+                )  # fmt: skip
+                attend(qkv, keys, values, table, seen, page, block.scale, block.window, attended)
+                after(
+                    it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual
+                )  # fmt: skip
+        return hidden
+
+    @contextmanager
+    def _halves(self) -> Iterator[Halves]:
+        """A block before and behind attention as compiled code, for as many threads as torch has."""
+        found, kept, threads = decode_kernels(), self._kept, torch.get_num_threads()
+        assert found is not None
+        assert kept is not None
+        with found.kernels.team(threads) as together:
+            before, after = found.halves(kept, together=together)
+            given = (0, kept.itemsize, threads if together else None)
+            yield partial(before, *given), partial(after, *given)
+
+    def _query_key_value(
+        self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, tokens, heads, head_dim] each, normed and rotated."""
+        q, k, v = self._split(block.qkv(_rms_norm(hidden, block.norm, block.eps)))
+        if block.query_norm is not None and block.key_norm is not None:
+            q, k = _rms_norm(q, block.query_norm, block.eps), _rms_norm(k, block.key_norm, block.eps)
+        if block.rotary:
+            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        return q, k, v
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        counts = [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in torch.split(qkv, counts, -1))
+        return q, k, v
+
+    def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block behind attention."""
+        hidden = hidden + block.out(attended)
+        gate, up = block.gate_up(_rms_norm(hidden, block.mlp_norm, block.eps)).chunk(2, -1)
+        return cast(Tensor, hidden + block.down(functional.silu(gate) * up))
+
+    def _numbered(self, start: int, stop: int) -> list[tuple[int, FusedBlock]]:
+        """The blocks of a run with their places in the arena."""
+        first = start - self.start
+        return list(enumerate(self._run(start, stop), first))
+
+    def _run(self, start: int, stop: int) -> tuple[FusedBlock, ...]:
+        return self.blocks[start - self.start : stop - self.start]
+
+    def _compiled(self, hidden: Tensor) -> bool:
+        """Whether the kernels may be used."""
+        usable = self._kept is not None and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+        return usable and decode_kernels() is not None
+
+    def _compiled_for(self, rows: int) -> bool:
+        """Whether products of so many rows are fastest in the kernels."""
+        matrices = (matrix for block in self.blocks for matrix in block.matrices)
+        return all(isinstance(each, PackedLinear) and each.plan.way(rows) == "compiled" for each in matrices)
+
+    def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [at least length, head_dim], by the library's own module."""
+        if self._angles is None or len(self._angles[0]) < length:
+            most = max(_FIRST_ANGLES, 1 << (length - 1).bit_length())
+            positions = torch.arange(most, device=like.device)[None]
+            cos, sin = self._rotary(like[:0], positions)
+            self._angles = cos[0].contiguous(), sin[0].contiguous()
+            self._graphs.clear()  # they read the old ones
+        return self._angles
+
+
+def decode_kernels() -> ModuleType | None:
+    """node/model/weights/decode_kernels.py; None where numba cannot be imported."""
+    if kernels() is None:
+        return None
+    from node.model.weights import decode_kernels
+
+    return decode_kernels
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As the library computes it: in float32, rounded to x's dtype before the weight is applied."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) in the arrangement of llama: halves, not neighbours."""
+    one, two = x.chunk(2, -1)
+    return x * cos + torch.cat((-two, one), -1) * sin
+
+
+def _mask(position: int, tokens: int, window: int, like: Tensor) -> Tensor | None:
+    """Which of `position + tokens` positions each of the last `tokens` may see; None: all before it."""
+    length = position + tokens
+    if not position and not 0 < window < length:
+        return None
+    keys = torch.arange(length, device=like.device)
+    queries = keys[position:, None]
+    visible = keys <= queries
+    return visible & (keys > queries - window) if window else visible
+
+
+def _on(numbers: NDArray[np.int64], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers)).to(like.device)

@@ -1,0 +1,301 @@
+"""The keys and values of all sessions of a span, in pages: memory follows use.
+
+Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
+A row of a session owns pages of 16 positions, in any order; a list of each row says which page holds
+which of its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a
+session that grows takes another one, and going back is setting a number.  A span that takes other
+blocks changes the list of stores and nothing else: a page is the same for every block.  Sliding-window blocks
+keep everything too: what left the window is masked, and going back needs no snapshot.
+
+The last page of every store belongs to nobody: what lies behind a row's end in a batch of longer ones
+is read from there, and masked.  It holds zeros, or what rows that only fill up a CUDA graph wrote.
+How many pages a session may take is decided elsewhere (`node.serving.cache_budget`); here one that is missing
+is a bug.
+
+A convolution's state (lfm2) is not positional and stays with its session; it holds only the last
+tokens, so such a cache cannot be cut except to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tensor_codec.errors import LocalProtocolError, Refused
+from tensor_codec.memory import set_aside
+
+PAGE_TOKENS = 16
+
+
+class CannotCut(Refused):
+    """The model keeps a state that cannot go back to an earlier position."""
+
+    code = "cannot_cut"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """What one block caches for a position: heads and head_dim of its keys and of its values."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @property
+    def values(self) -> int:
+        """Numbers for each position."""
+        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+class PagePool:
+    """The stores of a span and who owns which page.  Used by one thread, but for `open`."""
+
+    def __init__(
+        self,
+        start: int,
+        shapes: Sequence[BlockShape | None],
+        tokens: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        page_tokens: int = PAGE_TOKENS,
+    ) -> None:
+        """shapes: of each block from `start` on, None for one without attention.
+
+        tokens: positions of all rows together, rounded up to pages.  max_length: of one row.
+        """
+        self.page_tokens = page_tokens
+        self.pages = -(-tokens // page_tokens)
+        self.max_length = max_length
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.start = start
+        self.shapes: tuple[BlockShape | None, ...] = ()
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._opening = threading.Lock()
+        self.hold(start, shapes)
+        self.nobodys_page = self.pages
+        self._free = np.ones(self.pages, bool)
+        self._free_pages = self.pages
+        self._free_rows: list[int] = []
+        self._pages: list[NDArray[np.int64]] = []  # of each row, as many as it has needed, or nobody's
+
+    def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
+        """Have stores for these blocks from now on; those of blocks that were there before stay as they are.
+
+        Sessions that use no other blocks go on as if nothing had happened.
+        """
+        both = zip(self.keys, self.values, strict=True)
+        known = {self.start + index: stores for index, stores in enumerate(both)}
+        stores = [known.get(block) or self._new(shape) for block, shape in enumerate(shapes, start)]
+        self.start, self.shapes = start, tuple(shapes)
+        self.keys, self.values = [keys for keys, _ in stores], [values for _, values in stores]
+        self._stores = [store for store in (*self.keys, *self.values) if store.numel()]
+
+    def _new(self, shape: BlockShape | None) -> tuple[Tensor, Tensor]:
+        slots = (self.pages + 1) * self.page_tokens
+        key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
+        value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
+        return (
+            _zeros((slots, *key), self.dtype, self.device),
+            _zeros((slots, *value), self.dtype, self.device),
+        )
+
+    @property
+    def free_tokens(self) -> int:
+        """Positions in pages that nobody owns."""
+        return self._free_pages * self.page_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stores when all of them are in use."""
+        return sum(store.nbytes for store in (*self.keys, *self.values))
+
+    def open(self, batch: int, max_length: int) -> SpanCache:
+        """A cache for `batch` rows of up to `max_length` positions; it owns no page yet."""
+        if max_length > self.max_length:
+            raise LocalProtocolError(f"a cache of {max_length} positions, rows have {self.max_length}")
+        with self._opening:
+            while len(self._free_rows) < batch:
+                self._free_rows.append(len(self._pages))
+                self._pages.append(np.empty(0, np.int64))
+            rows_taken = np.array([self._free_rows.pop() for _ in range(batch)], dtype=np.int64)
+        return SpanCache(self, rows_taken, max_length)
+
+    def table(self, rows: NDArray[np.int64], pages: int) -> NDArray[np.int64]:
+        """The first pages of these rows, nobody's where one has fewer: [rows, pages]."""
+        table = np.full((len(rows), pages), self.nobodys_page, np.int64)
+        for index, row in enumerate(rows.tolist()):
+            owned = self._pages[row][:pages]
+            table[index, : len(owned)] = owned
+        return table
+
+    def slots(self, rows: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Where the positions [0, length) of these rows lie in the stores: [rows, length]."""
+        pages = self.table(rows, -(-length // self.page_tokens))
+        within = np.arange(self.page_tokens)
+        slots = pages[:, :, None] * self.page_tokens + within
+        return slots.reshape(len(rows), -1)[:, :length]
+
+    def slots_of(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where some positions of each row lie: positions [rows] or [rows, positions], owned by the row."""
+        wanted = positions // self.page_tokens
+        pages = np.array([self._pages[row][wanted[i]] for i, row in enumerate(rows.ravel().tolist())])
+        return pages * self.page_tokens + positions % self.page_tokens
+
+    def take(self, row: int, first: int, count: int) -> None:
+        """Give `row` pages for its page numbers first ... first + count - 1.
+
+        Neighbours where they are free, so that a row that is alone can be read without a copy.
+        """
+        if count > self._free_pages:
+            raise LocalProtocolError(f"{count} pages of the pool are needed, {self._free_pages} are free")
+        with self._opening:
+            self._take(row, first, count)
+
+    def _take(self, row: int, first: int, count: int) -> None:
+        pages = self._pages[row]
+        if first + count > len(pages):  # by doubling: a row takes a page at a time
+            grown = np.full(max(first + count, 2 * len(pages)), self.nobodys_page, np.int64)
+            grown[: len(pages)] = pages
+            self._pages[row] = pages = grown
+        near = int(pages[first - 1]) + 1 if first else self._roomiest()
+        for index in range(first, first + count):
+            if near >= self.pages or not self._free[near]:
+                near = self._roomiest()
+            pages[index] = near
+            self._free[near] = False
+            # What another session left there may be NaN, and a masked NaN is still NaN.
+            for store in self._stores:
+                store[near * self.page_tokens : (near + 1) * self.page_tokens].zero_()
+            near += 1
+        self._free_pages -= count
+
+    def give_back(self, row: int, first: int, count: int) -> None:
+        """Take the pages first ... first + count - 1 of `row` away."""
+        with self._opening:
+            pages = self._pages[row][first : first + count]
+            self._free[pages] = True
+            self._free_pages += len(pages)
+            pages[:] = self.nobodys_page
+            if not first:
+                self._pages[row] = np.empty(0, np.int64)
+
+    def close_rows(self, rows: NDArray[np.int64]) -> None:
+        """Rows whose pages have been given back may be used again."""
+        with self._opening:
+            self._free_rows += rows.tolist()
+
+    def _roomiest(self) -> int:
+        """A page in the longest run of free ones: its first, or its middle behind somebody's last,
+        so that both can grow."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], self._free, [False])).astype(np.int8)))
+        starts, stops = edges[::2], edges[1::2]
+        best = int((stops - starts).argmax())
+        start, stop = int(starts[best]), int(stops[best])
+        return start if start == 0 or stop - start < 4 else (start + stop) // 2
+
+
+@dataclass(slots=True)
+class SpanCache:
+    """One session's rows in an arena.
+
+    rows: their numbers in the arena's table, [batch].  length: positions that every block of the
+    session's run has seen.  Writing a step does not move it: whoever computed the whole step does,
+    so a step that failed left no trace.  A convolution's state may have moved: such a session must
+    begin again.
+    """
+
+    pool: PagePool
+    rows: NDArray[np.int64]
+    max_length: int
+    length: int = 0
+    pages: int = 0  # of each row
+    states: dict[int, object] = field(default_factory=dict)  # of convolutions, by block
+    closed: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages that the session owns now."""
+        slots = self.pages * self.pool.page_tokens * self.batch
+        item = self.pool.keys[0].element_size()
+        return slots * item * sum(shape.values for shape in self.pool.shapes if shape)
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether the cache can go back to any earlier length."""
+        return not self.states
+
+    def reserve(self, length: int) -> None:
+        """Own pages for the positions [0, length) of every row."""
+        if self.closed or length > self.max_length:
+            raise LocalProtocolError(f"{length} positions in a cache of {self.max_length}")
+        more = -(-length // self.pool.page_tokens) - self.pages
+        if more > 0:
+            if more * self.batch * self.pool.page_tokens > self.pool.free_tokens:
+                raise LocalProtocolError(
+                    f"{more * self.batch} pages of the pool are needed,"
+                    f" {self.pool.free_tokens} tokens are free"
+                )
+            for row in self.rows:
+                self.pool.take(int(row), self.pages, more)
+            self.pages += more
+
+    def cut(self, length: int) -> None:
+        """Forget what comes at and after position `length`, and give back the pages behind it.
+
+        Raises CannotCut, and ValueError for a length that was not reached.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
+        if self.states and length < self.length:
+            if length:
+                raise CannotCut(f"a convolution's state cannot go back from {self.length} to {length}")
+            self.states.clear()
+        self.length = length
+        self._keep(-(-length // self.pool.page_tokens))
+
+    def close(self) -> None:
+        """Give everything back."""
+        if not self.closed:
+            self._keep(0)
+            self.pool.close_rows(self.rows)
+            self.states.clear()
+            self.closed = True
+
+    def _keep(self, pages: int) -> None:
+        if pages < self.pages:
+            for row in self.rows:
+                self.pool.give_back(int(row), pages, self.pages - pages)
+            self.pages = pages
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros that cost memory only where they are written to, where the system can do that."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    pages = set_aside(size)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def tensor_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

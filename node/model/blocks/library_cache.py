@@ -1,0 +1,134 @@
+"""What the library's attention sees of the arena: a `Cache` for the time of one run.
+
+The library calls `update` from each attention layer with the new keys and values and computes with
+what comes back.  The arena's pages are gathered into [rows, heads, length, head_dim]; a session
+whose pages lie side by side is read in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from node.model.blocks.kv_pages import BlockShape, PagePool
+
+
+class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not typed
+    """What the library is told of every cache of ours, whatever its blocks are."""
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer drops what left its window."""
+        return [False]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Masks are made as for full attention."""
+        return [False]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Every layer keeps something."""
+        return [False]
+
+    @property
+    def is_compileable(self) -> bool:
+        """The rows change their shape with every step."""
+        return False
+
+
+class ArenaRun(_FullAttention):
+    """The rows of one run of blocks: `tokens` new positions behind `seen` old ones of the longest row."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        rows: NDArray[np.int64],
+        write: NDArray[np.int64],
+        length: int,
+        states: dict[int, object] | None = None,
+    ) -> None:
+        """write: slots of the new positions, [rows, tokens].  length: positions to read.
+
+        states: of convolutions, by block; made here where they are missing.
+        """
+        self.pool = pool
+        self.rows = len(rows)
+        self.length = length
+        self.tokens: int = write.shape[1]
+        self._write = torch.from_numpy(write.reshape(-1)).to(pool.device)
+        slots = pool.slots(rows, length)
+        first = int(slots[0, 0])
+        together = len(rows) == 1 and int(slots[0, -1]) == first + length - 1
+        self._first = first if together and bool((np.diff(slots[0]) == 1).all()) else None
+        self._read = None if self._first is not None else torch.from_numpy(slots.reshape(-1)).to(pool.device)
+        layers: list[Any] = [None] * (pool.start + len(pool.shapes))
+        for index, shape in enumerate(pool.shapes):
+            if shape is None and states is not None:
+                block = pool.start + index
+                layers[block] = states.setdefault(block, LinearAttentionLayer())
+        super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one block's new positions; all positions so far, [rows, heads, length, head_dim]."""
+        index = layer_idx - self.pool.start
+        return (
+            self._write_and_read(self.pool.keys[index], key_states),
+            self._write_and_read(self.pool.values[index], value_states),
+        )
+
+    def _write_and_read(self, store: Tensor, new: Tensor) -> Tensor:
+        # [rows, heads, tokens, head_dim] -> [rows * tokens, heads, head_dim]
+        store.index_copy_(0, self._write, new.transpose(1, 2).reshape(-1, *store.shape[1:]).to(store.dtype))
+        if self._first is not None:
+            return store.narrow(0, self._first, self.length).transpose(0, 1).unsqueeze(0)
+        assert self._read is not None
+        gathered = store.index_select(0, self._read)
+        return gathered.view(self.rows, self.length, *store.shape[1:]).transpose(1, 2)
+
+    # What the library asks of a cache.  All blocks have seen the same tokens, so the answers do not
+    # depend on the layer, and a span without any attention layer can answer too.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before this step."""
+        return self.length - self.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(rows that attention sees, position of the first)."""
+        return self.length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Most positions of a row."""
+        return int(self.pool.max_length)
+
+
+class ShapeProbe(_FullAttention):
+    """Keeps nothing and notes what each block would cache: run one token through with it."""
+
+    def __init__(self, blocks: int) -> None:
+        self.shapes: dict[int, BlockShape] = {}
+        super().__init__(layers=[LinearAttentionLayer() for _ in range(blocks)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Note the shapes."""
+        self.shapes[layer_idx] = BlockShape(
+            key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3]
+        )
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing came before."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Only the new token."""
+        return query_length, 0

@@ -1,0 +1,87 @@
+"""The library's rotary embedding, told for each position how long the sequence is that it belongs to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from node.model.blocks.rope import LengthRope, length_rope
+from node.model.checkpoint.architecture import Architecture
+
+Angles = Tensor | tuple[Tensor, ...]
+
+
+class RotaryByLength(nn.Module):
+    """Stands where the library's module was.
+
+    lengths: int [rows or 1, tokens or 1], of the positions of the next call; None: each call holds
+    whole sequences from their first position on, as the library takes it.
+    """
+
+    def __init__(self, library: nn.Module, rope: LengthRope) -> None:
+        super().__init__()
+        self.library = library
+        self.rope = rope
+        self.lengths: NDArray[np.int64] | None = None
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Angles:
+        """What the library's module answers for `position_ids`, int [rows or 1, tokens]."""
+        if self.lengths is None:
+            return cast(Angles, self._fresh()(x, position_ids, *args, **kwargs))
+        lengths = np.broadcast_to(self.lengths, position_ids.shape)
+        first: dict[tuple[int, ...], int] = {}
+        groups = np.empty(position_ids.shape, np.int64)
+        for length in np.unique(lengths):
+            group = first.setdefault(self.rope.factors(int(length)), int(length))
+            groups[lengths == length] = group
+        if len(first) == 1:
+            return self._of_length(int(groups.flat[0]), x, position_ids, *args, **kwargs)
+        answer: list[Tensor] | None = None
+        single = False
+        for length in first.values():
+            chosen = torch.from_numpy(groups == length).to(position_ids.device)
+            part = self._of_length(length, x, position_ids[chosen][None], *args, **kwargs)
+            single = isinstance(part, Tensor)
+            tensors = (part,) if isinstance(part, Tensor) else part
+            if answer is None:
+                answer = [one.new_empty(*position_ids.shape, one.shape[-1]) for one in tensors]
+            for whole, one in zip(answer, tensors, strict=True):
+                whole[chosen] = one[0]
+        assert answer is not None
+        return answer[0] if single else tuple(answer)
+
+    def _of_length(self, length: int, x: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Angles:
+        """The angles of positions of one length, which the library takes from the last one that it sees."""
+        last = positions.new_full((len(positions), 1), length - 1)
+        answer = self._fresh()(x, torch.cat((positions, last), 1), *args, **kwargs)
+        if isinstance(answer, Tensor):
+            return answer[:, :-1]
+        return tuple(one[:, :-1] for one in answer)
+
+    def _fresh(self) -> nn.Module:
+        """The library's module as it was when it was made: it changes itself with what it is given."""
+        fresh = copy.copy(self.library)
+        fresh._buffers = {
+            name: None if one is None else one.clone() for name, one in self.library._buffers.items()
+        }
+        return fresh
+
+
+def by_length(model: nn.Module, architecture: Architecture) -> None:
+    """Give a base model such a module in place of its own, if its angles depend on the length."""
+    rope = length_rope(cast(Any, model).config)
+    container = model.get_submodule(architecture.container)
+    rotary = getattr(container, "rotary_emb", None)
+    if rope is not None and isinstance(rotary, nn.Module):
+        container.rotary_emb = RotaryByLength(rotary, rope)
+
+
+def rotary_by_length(model: nn.Module, architecture: Architecture) -> RotaryByLength | None:
+    """The module that `by_length` has put there."""
+    found = getattr(model.get_submodule(architecture.container), "rotary_emb", None)
+    return found if isinstance(found, RotaryByLength) else None

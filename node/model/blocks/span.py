@@ -1,0 +1,579 @@
+"""A run of blocks as the library computes them: its own base model, trimmed.
+
+The base class is built without memory (on the meta device) from the full config, so that every
+block is the one it is in the whole model; then only the span's blocks are kept and only their
+tensors are read.  The library's forward goes on to make masks, rotary embeddings and alibi.  What
+belongs to the ends is taken out: embeddings are never asked, because hidden states are given; norms
+and projections let them through; learned positions add zero.  Some families scale or normalise what
+they are given before the first block (granite, bloom), so the first block of a run is wrapped, and
+takes the received hidden states whatever it is handed.
+
+A session may use a part of a span.  Each such run is a view: a shallow copy of the model with
+fewer blocks and a config to match, made when first asked for.
+
+A span does not change, but another one may have some of its blocks: `Span.part` and `Span.joined` make
+one out of blocks that are there already, and what no span has any more is given back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from node.config import ConfigError
+from node.model.blocks.fused import FusedSpan, fuse
+from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
+from node.model.blocks.library_cache import ArenaRun, ShapeProbe
+from node.model.blocks.rope import check_rope, stretched
+from node.model.blocks.rotary import by_length, rotary_by_length
+from node.model.checkpoint.architecture import Architecture, architecture_of
+from node.model.checkpoint.folder import CONFIG_FILE, ModelFolder
+from node.model.checkpoint.info import TRANSPOSED, UNSAID_POSITIONS
+from node.model.checkpoint.packed import PACKING_KEYS, packing_of, unpacked
+from node.model.checkpoint.progress import Progress, silent
+from node.model.checkpoint.tensors import block_tensors, check_blocks, check_loaded, load_tensors
+from node.model.weights.quantize import (
+    Experts,
+    Matrix,
+    await_matrices,
+    fill,
+    has_bfloat16,
+    misplaced,
+    packing_for,
+    take_matrices,
+)
+from tensor_codec.errors import LocalProtocolError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# What the library may end with where values of a config do not go together.
+_UNLOADABLE = (
+    RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError,
+    AssertionError, OverflowError, ImportError,
+)  # fmt: skip
+
+
+class LibraryConfig(Protocol):
+    """What we use of the library's config classes."""
+
+    num_hidden_layers: int
+    hidden_size: int
+
+
+class Span:
+    """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`, `part` and `joined`.
+
+    dtype: of the hidden states inside.  shapes: what each block caches, None for a convolution.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        start: int,
+        stop: int,
+        made: tuple[FusedSpan | None, tuple[BlockShape | None, ...]] | None = None,
+    ) -> None:
+        """model: the trimmed base model, whose config is that of the whole model.
+
+        made: what other spans of these blocks have found out, our own code and the shapes.
+        """
+        self.start = start
+        self.stop = stop
+        self.architecture = architecture
+        self.model = model
+        self.config = cast(LibraryConfig, model.config)
+        parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+        self.hidden_size = self.config.hidden_size
+        self._views: dict[tuple[int, int], tuple[nn.Module, _Entry]] = {}
+        self._rotary = rotary_by_length(model, architecture)
+        if made is None:
+            self._fused = fuse(model, architecture, _blocks(model, architecture), start)
+            self.shapes = self._probe()
+        else:
+            self._fused, self.shapes = made
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether a session's cache can go back to any earlier position."""
+        return None not in self.shapes
+
+    @property
+    def fused(self) -> bool:
+        """Whether blocks run through our own code (see node/model/blocks/fused.py) and not the library's."""
+        return self._fused is not None
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a session may have."""
+        positions = int(getattr(self.config, "max_position_embeddings", None) or UNSAID_POSITIONS)
+        return stretched({"rope_parameters": getattr(self.config, "rope_parameters", None)}, positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return tensor_bytes(self.model)
+
+    def part(self, start: int, stop: int) -> Span:
+        """A span of the blocks [start, stop) of this one: the same weights, and no others are held by it."""
+        self._run_of(start, stop)
+        first, last = start - self.start, stop - self.start
+        blocks = _blocks(self.model, self.architecture)[first:last]
+        fused = None if self._fused is None else self._fused.part(start, stop)
+        return self._of(blocks, start, (fused, self.shapes[first:last]))
+
+    def joined(self, others: Sequence[Span]) -> Span:
+        """One span of these blocks and those of `others`, loaded alike: nothing is copied.
+
+        Raises LocalProtocolError unless each begins where another one ends.
+        """
+        spans = sorted((self, *others), key=lambda span: span.start)
+        for one, two in pairwise(spans):
+            alike = (one.architecture, one.dtype, one.device) == (two.architecture, two.dtype, two.device)
+            if one.stop != two.start or not alike:
+                raise LocalProtocolError(
+                    f"blocks {one.start}:{one.stop} in {one.dtype} on {one.device} and"
+                    f" {two.start}:{two.stop} in {two.dtype} on {two.device} do not make one span"
+                )
+        blocks = [block for span in spans for block in _blocks(span.model, span.architecture)]
+        fused = [span._fused for span in spans if span._fused is not None]
+        whole = self._fused.joined(fused) if self._fused and len(fused) == len(spans) else None
+        shapes = tuple(shape for span in spans for shape in span.shapes)
+        return self._of(blocks, spans[0].start, (whole, shapes))
+
+    def _of(
+        self,
+        blocks: list[nn.Module],
+        start: int,
+        made: tuple[FusedSpan | None, tuple[BlockShape | None, ...]],
+    ) -> Span:
+        model = _holding(self.model, self.architecture, blocks, cast(Any, self.model).config)
+        return Span(model, self.architecture, start, start + len(blocks), made)
+
+    def new_arena(self, tokens: int, max_length: int | None = None) -> PagePool:
+        """Room for the keys and values of `tokens` positions, in rows of up to `max_length`."""
+        return PagePool(
+            self.start,
+            self.shapes,
+            tokens,
+            max_length or self.max_length,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def new_cache(self, batch: int, max_length: int) -> SpanCache:
+        """An empty cache of `batch` rows in an arena of its own; it takes memory as it fills."""
+        row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
+        return self.new_arena(batch * row, max_length).open(batch, max_length)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: SpanCache,
+        position: int,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        rope_length: int = 0,
+    ) -> Tensor:
+        """Compute a step of one session: [batch, tokens, hidden_size] -> the same shape, in `dtype`.
+
+        position: of the first token; it continues the cache, which the caller has cut before.
+        start, stop: the run of blocks, the whole span where None; the same for all of a cache's life.
+        rope_length: where angles depend on the length, each position takes those of a sequence of this
+        length, or of one that ends with it, whichever is longer (see node/model/blocks/rope.py).
+        """
+        start, stop = self._run_of(start, stop)
+        tokens = hidden.shape[1]
+        if position != cache.length or position + tokens > cache.max_length:
+            raise LocalProtocolError(
+                f"{tokens} tokens at {position} do not continue a cache of {cache.length}/{cache.max_length}"
+            )
+        cache.reserve(position + tokens)
+        hidden = hidden.to(self.device, self.dtype)
+        if self._fused is not None:
+            answer = self._fused.step(hidden, cache.pool, cache.rows, position, start, stop)
+        else:
+            positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
+            write = cache.pool.slots_of(cache.rows[:, None], positions)
+            run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states)
+            where = positions[:1].copy()
+            lengths = np.maximum(where + 1, rope_length)
+            answer = self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
+        cache.length = position + tokens
+        return answer
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        hidden: Tensor,
+        rows: Sequence[SpanCache],
+        start: int,
+        stop: int,
+        *,
+        rope_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Compute one position of each row of several sessions: [rows, hidden_size] -> the same shape.
+
+        rows: the sessions' caches, all of one arena, in the order of their rows in `hidden`; each
+        has reserved a position more than its length, which the caller then moves on.
+        rope_lengths: of each session, as in `forward`; None: 0.
+        """
+        start, stop = self._run_of(start, stop)
+        pool = rows[0].pool
+        hidden = hidden.to(self.device, self.dtype)
+        numbers = np.concatenate([cache.rows for cache in rows])
+        lengths = np.repeat([cache.length for cache in rows], [cache.batch for cache in rows])
+        if self._fused is not None:
+            return self._fused.decode(hidden, pool, numbers, lengths, start, stop)
+        wholes = lengths + 1
+        if rope_lengths is not None:
+            wholes = np.maximum(wholes, np.repeat(rope_lengths, [cache.batch for cache in rows]))
+        if self.architecture.merge == "never" or bool((lengths == lengths[0]).all()):
+            return self._decode_in_turn(hidden, rows, wholes, start, stop)
+        write = pool.slots_of(numbers, lengths)[:, None]
+        longest = int(lengths.max()) + 1
+        mask = self._ragged_mask(torch.from_numpy(lengths).to(self.device), longest)
+        positions = torch.from_numpy(lengths)[:, None]
+        run = ArenaRun(pool, numbers, write, longest)
+        return self._library(hidden[:, None], run, positions, mask, start, stop, wholes[:, None])[:, 0]
+
+    def _decode_in_turn(
+        self, hidden: Tensor, rows: Sequence[SpanCache], wholes: NDArray[np.int64], start: int, stop: int
+    ) -> Tensor:
+        """Rows of equal length together, the others one session after the other.
+
+        wholes: the length whose angles each row takes, [rows].
+        """
+        answers: list[Tensor] = []
+        together = len({cache.length for cache in rows}) == 1 and not any(cache.states for cache in rows)
+        groups = [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]
+        first = 0
+        for group in groups:
+            numbers = np.concatenate([cache.rows for cache in group])
+            length = group[0].length
+            pool, part = group[0].pool, hidden[first : first + len(numbers), None]
+            write = pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
+            run = ArenaRun(pool, numbers, write, length + 1, group[0].states)
+            whole = wholes[first : first + len(numbers), None]
+            positions = torch.full((1 if self._rotary is None else len(numbers), 1), length)
+            answers.append(self._library(part, run, positions, None, start, stop, whole)[:, 0])
+            first += len(numbers)
+        return torch.cat(answers)
+
+    def _library(
+        self,
+        hidden: Tensor,
+        cache: Cache,
+        positions: Tensor,
+        mask: object,
+        start: int,
+        stop: int,
+        lengths: NDArray[np.int64] | None = None,
+    ) -> Tensor:
+        """The library's forward over a run of blocks, hidden [rows, tokens, hidden_size].
+
+        lengths: see `RotaryByLength`.
+        """
+        model, entry = self._view(start, stop)
+        entry.given = hidden
+        if self._rotary is not None:
+            self._rotary.lengths = lengths
+        try:
+            answer = model(
+                inputs_embeds=hidden,
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=positions.to(self.device),
+                use_cache=True,
+            )
+        finally:
+            entry.given = None
+            if self._rotary is not None:
+                self._rotary.lengths = None
+        return cast(Tensor, answer.last_hidden_state)
+
+    def _ragged_mask(self, lengths: Tensor, longest: int) -> object:
+        """What one new position of each row may see, in the form that the architecture takes.
+
+        lengths: positions before it, [rows].
+        """
+        keys = torch.arange(longest, device=self.device)
+        seen = keys <= lengths[:, None]  # [rows, longest]
+        if self.architecture.merge == "padding":
+            return seen.long()
+        config = cast(Any, self.config)
+        window = getattr(config, "sliding_window", None)
+        near = seen & (keys > lengths[:, None] - window) if window else seen
+        if self.architecture.merge == "mask":
+            return self._four_dimensions(near)
+        return {
+            "full_attention": self._four_dimensions(seen),
+            "sliding_attention": self._four_dimensions(near),
+        }
+
+    def _four_dimensions(self, visible: Tensor) -> Tensor:
+        visible = visible[:, None, None]  # [rows, 1, 1, longest]
+        if cast(Any, self.config)._attn_implementation != "eager":
+            return visible
+        least = torch.finfo(self.dtype).min
+        return torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, least)
+
+    def _run_of(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        start, stop = self.start if start is None else start, self.stop if stop is None else stop
+        if not self.start <= start < stop <= self.stop:
+            raise LocalProtocolError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
+        return start, stop
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[BlockShape | None, ...]:
+        """Run one token through and see what each block would cache."""
+        probe = ShapeProbe(self.stop)
+        hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        self._library(hidden, probe, torch.zeros(1, 1, dtype=torch.long), None, self.start, self.stop)
+        return tuple(probe.shapes.get(block) for block in range(self.start, self.stop))
+
+    def _view(self, start: int, stop: int) -> tuple[nn.Module, _Entry]:
+        """The model that runs these blocks, and where the hidden states go in."""
+        if (start, stop) not in self._views:
+            self._run_of(start, stop)
+            blocks = _blocks(self.model, self.architecture)[start - self.start : stop - self.start]
+            entry = _Entry(blocks[0])
+            model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
+            self._views[start, stop] = model, entry
+        return self._views[start, stop]
+
+
+class _Entry(nn.Module):
+    """The first block of a run: computes on `given`, whatever it is handed."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.given: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        assert self.given is not None
+        return self.block(self.given, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # Any: whatever the library looks up on a block
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+class _NoPosition(nn.Module):
+    """Stands in for learned positions, which the client has added: adds nothing."""
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return torch.zeros(())
+
+
+def load_span(
+    folder: ModelFolder,
+    start: int,
+    stop: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: str = "none",
+    progress: Progress = silent,
+) -> Span:
+    """Read the blocks [start, stop) of a model.  Raises ConfigError, naming what is wrong.
+
+    quantize: "none", "int8" or "nf4"; a folder that was prepared in int8 is read as it is.  dtype: of
+    what is not quantised.  A CPU that cannot compute in bfloat16 keeps matrices in it and computes in
+    float32, so `Span.dtype` may be another (see `packing_for`).
+    Weights that have in their file the dtype that is wanted stay mapped from it on the CPU.
+    """
+    device = torch.device(device)
+    wanted = folder.quantize if quantize == "none" else quantize
+    packing = packing_for(wanted, dtype, device.type, bfloat16=has_bfloat16())
+    what = f"blocks {start}:{stop}"
+    architecture = architecture_of(folder.config.get("model_type"))
+    base = library_class(architecture, architecture.base)
+    config = library_config(base, folder)
+    check_blocks(start, stop, config.num_hidden_layers)
+    packed = packing_of(folder)
+    tensors = load_tensors(folder, block_tensors(folder, start, stop), progress)
+    tensors = unpacked(tensors, packed, folder.config, dtype)
+    matrices: dict[str, Matrix | Experts] = {}
+    if packing.kind != "plain":
+        transposed = architecture.model_type in TRANSPOSED
+        matrices = take_matrices(
+            tensors, packing.kind, transposed=transposed, what=f"{folder.path}: {what}", progress=progress
+        )
+
+    def trim(model: nn.Module) -> None:
+        container = model.get_submodule(architecture.container)
+        kept = _blocks(model, architecture)[start:stop]
+        setattr(container, architecture.blocks, nn.ModuleList(kept))
+        for name in architecture.ends:
+            if getattr(container, name) is not None:
+                setattr(container, name, _NoPosition() if name in architecture.positions else nn.Identity())
+        await_matrices(model, matrices)
+
+    model = load_trimmed(base, trim, config, tensors, folder, what, packing.dtype)
+    by_length(model, architecture)
+    homeless, wrong = misplaced(model, matrices)
+    check_loaded(folder, what, missing=(), unexpected=homeless, mismatched=wrong)
+    model = model.to(device)
+    fill(model, matrices, packing, device)
+    try:
+        return Span(model, architecture, start, stop)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNLOADABLE as error:  # sizes that do not go together show when a token is run through
+        raise ConfigError(f"{folder.path}: {what} cannot be computed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    named = text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
+    return named if len(named) <= 200 else named[:197] + "..."
+
+
+def library_class(architecture: Architecture, name: str) -> type[nn.Module]:
+    """A class of the library; imports the one module that has it."""
+    module = import_module(f"transformers.models.{architecture.module}.modeling_{architecture.module}")
+    return cast("type[nn.Module]", getattr(module, name))
+
+
+def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
+    """The folder's config as the library's own class.  Raises ConfigError for values that it refuses."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    config_class = cast(Any, base).config_class
+    check_rope(folder.config, folder.path / CONFIG_FILE)
+    try:
+        plain = {key: value for key, value in folder.config.items() if key not in PACKING_KEYS}
+        with _quiet_library():  # what matters of what it warns of, `check_rope` has refused
+            return cast(LibraryConfig, config_class.from_dict(plain))
+    except (*_UNLOADABLE, StrictDataclassError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{folder.path / CONFIG_FILE} is not a config of {base.__name__}: {what}") from None
+
+
+def load_trimmed(
+    whole: type[nn.Module],
+    trim: Any,  # Callable[[nn.Module], None]; Any because it becomes part of a class
+    config: LibraryConfig,
+    tensors: dict[str, Tensor],
+    folder: ModelFolder,
+    what: str,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A model of the library's class that `trim` has cut down, filled with these tensors.
+
+    Raises ConfigError unless each tensor finds its place, with its shape, and none is missing.
+    """
+
+    def __init__(self: nn.Module, config: LibraryConfig) -> None:
+        whole.__init__(self, config)
+        trim(self)
+
+    # Under the library's own name: it looks up conversions of checkpoints by module and class.
+    trimmed = type(whole.__name__, (whole,), {"__init__": __init__, "__module__": whole.__module__})
+    with _quiet_library():
+        try:
+            model, info = cast(Any, trimmed).from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart and refused below, with the tensor's name
+            )
+        except _UNLOADABLE as error:
+            raise ConfigError(f"{folder.path}: {what} cannot be loaded: {_one_line(error)}") from error
+    check_loaded(
+        folder,
+        what,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    if info.get("error_msgs"):
+        first = " ".join(str(info["error_msgs"][0]).split())
+        raise ConfigError(f"{folder.path}: {what} cannot be loaded: {first}")
+    return cast(nn.Module, model.requires_grad_(False).eval())
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep the library's bars and reports off the terminal: what matters is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def with_blocks(
+    model: nn.Module, architecture: Architecture, blocks: list[nn.Module], start: int, stop: int
+) -> nn.Module:
+    """A shallow copy of a base model that runs `blocks`, with the config of the run [start, stop).
+
+    All other modules are shared with the original.
+    """
+    return _holding(model, architecture, blocks, sliced_config(cast(Any, model).config, start, stop))
+
+
+def _holding(model: nn.Module, architecture: Architecture, blocks: list[nn.Module], config: Any) -> nn.Module:
+    """The same with this config.  Any: the library's."""
+    view = _shallow(model)
+    cast(Any, view).config = config
+    container = view
+    if architecture.container:
+        container = _shallow(model.get_submodule(architecture.container))
+        cast(Any, container).config = config
+        setattr(view, architecture.container, container)
+    setattr(container, architecture.blocks, nn.ModuleList(blocks))
+    return view
+
+
+def sliced_config(config: Any, start: int, stop: int) -> Any:  # Any: the library's config
+    """The config of a run of blocks: each list with one item a block is cut to those of the run."""
+    blocks = config.num_hidden_layers
+    view = copy.copy(config)
+    # Past the class's setters, which would refuse the state between two of these assignments.
+    values = view.__dict__
+    for name, value in list(values.items()):
+        if isinstance(value, list | tuple) and len(value) == blocks:
+            values[name] = value[start:stop]
+    values[(config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")] = stop - start
+    return view
+
+
+def _blocks(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The blocks of a base model, in order."""
+    container = model.get_submodule(architecture.container)
+    return list(container.get_submodule(architecture.blocks).children())
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy that shares submodules and parameters, with a list of submodules of its own."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view

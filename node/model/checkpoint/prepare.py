@@ -1,0 +1,258 @@
+"""Write a model's checkpoint once more with its blocks' matrices in int8: a node then opens it at once.
+
+The folder has the files that the original has, each matrix `X.weight` of a block as int8 [out, in] with
+its scales `X.weight_scale`, float32 [out], beside it (see node/model/weights/quantize.py).  Everything else,
+embeddings and head included, stays as it is, so clients can use the folder too.  The config says what
+was done and to which revision; a node that serves the folder announces that revision, because the
+weights are those that it would have made of the original at start (docs/decisions/0008).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from node.config import ConfigError
+from node.model.checkpoint.architecture import Architecture, architecture_of
+from node.model.checkpoint.folder import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    ITEM_BYTES,
+    MANIFEST_FILE,
+    QUANTIZE_KEY,
+    SOURCE_KEY,
+    HashMemo,
+    ModelFolder,
+    TensorEntry,
+    disk_errors,
+    sha256_of,
+    write_atomically,
+)
+from node.model.checkpoint.info import SCALE_SUFFIX, TRANSPOSED, is_matrix
+from node.model.checkpoint.packed import packing_of
+from node.model.checkpoint.progress import Progress, silent
+from node.model.weights.quantize import quantize_rows
+
+_ALIGNMENT = 64  # of each tensor that comes behind others of a multiple of it, and those stand first
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_OURS = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor of the new checkpoint.  source: what it is made of; scales: the scales of that matrix."""
+
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+    matrix: bool = False
+    scales: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return TensorEntry("", self.dtype, self.shape).values * ITEM_BYTES[self.dtype]
+
+
+def plan_files(
+    tensors: Mapping[str, TensorEntry], architecture: Architecture, dtype: torch.dtype | None
+) -> dict[str, dict[str, Written]]:
+    """What goes into each file of the new checkpoint, in order: file -> tensor -> how it is made.
+
+    dtype: of the floats that stay floats; None leaves them as they are.  Files keep their names and
+    their tensors.  Raises ConfigError for a matrix of a dtype that cannot be quantised.
+    """
+    turned = architecture.model_type in TRANSPOSED
+    files: dict[str, dict[str, Written]] = {}
+    for name, entry in sorted(tensors.items()):
+        file = files.setdefault(entry.file, {})
+        place = architecture.block_of(name)
+        if place is None or not is_matrix(place[1], entry.shape):
+            kind = _NAMES[dtype] if dtype is not None and entry.dtype in _FLOATS else entry.dtype
+            if kind not in ITEM_BYTES:
+                raise ConfigError(f"tensor {name} is {kind}, which cannot be copied")
+            file[name] = Written(name, kind, entry.shape)
+            continue
+        if entry.dtype not in _FLOATS:
+            raise ConfigError(f"tensor {name} is {entry.dtype}, only {', '.join(_FLOATS)} can be quantised")
+        outs, width = reversed(entry.shape) if turned else entry.shape
+        file[name] = Written(name, "I8", (outs, width), matrix=True)
+        file[name + SCALE_SUFFIX] = Written(name, "F32", (outs,), scales=True)
+    return {file: _in_order(made) for file, made in files.items()}
+
+
+def _in_order(made: Mapping[str, Written]) -> dict[str, Written]:
+    """Matrices in front, scales behind them; those of even sizes first, so that all these are aligned."""
+    return dict(
+        sorted(
+            made.items(),
+            key=lambda item: (item[1].scales, item[1].nbytes % _ALIGNMENT != 0, not item[1].matrix, item[0]),
+        )
+    )
+
+
+def prepare(
+    folder: ModelFolder,
+    out: Path,
+    *,
+    memo: HashMemo,
+    dtype: torch.dtype | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Write the model in int8 into the folder `out`, which must be empty or not there yet.
+
+    dtype: float32 or bfloat16 for what is not quantised; None leaves it as it is.  Tensor by tensor, so no
+    more than one is in memory.  `out` appears under its name when it is whole.  Raises ConfigError.
+    """
+    if folder.quantize != "none":
+        raise ConfigError(f"{folder.path} is prepared already, in {folder.quantize}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already; name a folder that is empty or not there yet")
+    if (packing := packing_of(folder)) is not None:
+        raise ConfigError(f"{folder.path} is quantised already, in {packing}; a model in floats is needed")
+    architecture = architecture_of(folder.config.get("model_type"))
+    files = plan_files(folder.tensors, architecture, dtype)
+    needed = sum(tensor.nbytes for made in files.values() for tensor in made.values())
+    folder.need(files, progress)
+    with disk_errors(out.absolute().parent):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.absolute().parent).free) < needed:
+            raise ConfigError(f"{out.absolute().parent} has {free} bytes free, {out.name} needs {needed}")
+        part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            part.mkdir()
+            digests = _write(folder, files, part, needed, architecture, progress)
+            part.replace(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    memo.remember({out / name: digest for name, digest in digests.items()})
+
+
+def _write(
+    folder: ModelFolder,
+    files: Mapping[str, Mapping[str, Written]],
+    part: Path,
+    total: int,
+    architecture: Architecture,
+    progress: Progress,
+) -> dict[str, str]:
+    """Fill the new folder; SHA-256 of each file but the manifest.  Raises OSError, ConfigError."""
+    digests: dict[str, str] = {}
+    what, done = f"preparing {folder.name}", 0
+    for file, made in sorted(files.items()):
+
+        def written(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(what, done, total)
+
+        tensors = _converted(folder, file, made, architecture)
+        digests[file] = write_tensors(part / file, made, tensors, written)
+    config = {**folder.config, QUANTIZE_KEY: "int8", SOURCE_KEY: folder.revision}
+    write_atomically(part / CONFIG_FILE, _json(config))
+    if len(files) > 1 or (folder.path / INDEX_FILE).is_file():
+        weight_map = {name: file for file, made in sorted(files.items()) for name in made}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomically(part / INDEX_FILE, _json(index))
+    for path in sorted(folder.path.iterdir()):
+        if _is_small_file(path):
+            shutil.copyfile(path, part / path.name)
+    digests |= {path.name: sha256_of(path) for path in sorted(part.iterdir()) if path.name not in digests}
+    listed = {
+        name: {"sha256": digests[name], "size": (part / name).stat().st_size} for name in sorted(digests)
+    }
+    manifest = {
+        "format": 1,
+        "name": folder.name,
+        "source": f"{folder.name} {folder.revision}",
+        "files": listed,
+    }
+    write_atomically(part / MANIFEST_FILE, _json(manifest))
+    return digests
+
+
+def _is_small_file(path: Path) -> bool:
+    """Tokenizer, generation config, licence: what a model's folder has beside weights and what we write."""
+    return (
+        path.is_file()
+        and path.name not in _OURS
+        and not path.name.startswith(".")
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith(".index.json")
+    )
+
+
+def _converted(
+    folder: ModelFolder, file: str, made: Mapping[str, Written], architecture: Architecture
+) -> Iterator[Tensor]:
+    """The tensors of one new file, one after the other.  Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    scales: dict[str, Tensor] = {}
+    path = folder.path / file
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name, tensor in made.items():
+                if tensor.scales:
+                    yield scales.pop(tensor.source)
+                    continue
+                found: Tensor = opened.get_tensor(tensor.source)
+                if tensor.matrix:
+                    found = found.t() if architecture.model_type in TRANSPOSED else found
+                    try:
+                        found, scales[name] = quantize_rows(found)
+                    except ValueError as error:
+                        raise ConfigError(f"{path}: {name}: {error}") from None
+                elif tensor.dtype in _FLOATS:
+                    found = found.to(_FLOATS[tensor.dtype])
+                yield found
+    except SafetensorError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+
+
+def write_tensors(
+    path: Path, made: Mapping[str, Written], tensors: Iterator[Tensor], written: Callable[[int], None]
+) -> str:
+    """Write one safetensors file; its SHA-256.  Raises OSError.
+
+    written: told the bytes of each tensor.  The header is padded with blanks, which the format allows.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in made.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            digest.update(piece)
+        for values in tensors:
+            view = values.contiguous().flatten().view(torch.uint8).numpy().data
+            file.write(view)
+            digest.update(view)
+            written(view.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())

@@ -1,0 +1,120 @@
+"""Where a model comes from: a local folder, the hub, or the built-in one; what comes is a ModelFolder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.config import ConfigError
+from node.model.checkpoint.builtin import BUILTIN_MODEL, BUILTIN_VERSION, builtin_folder
+from node.model.checkpoint.folder import MANIFEST_FILE, HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.hub import Hub, resolve_hub
+from node.model.checkpoint.progress import Progress, silent
+
+_NEEDED = "a model is named by its folder, with config.json, weights as safetensors and a tokenizer"
+_KINDS = {
+    ".gguf": "a GGUF file, of which the built-in model alone is read",
+    ".safetensors": "a file of weights and not a folder",
+    ".bin": "a file of weights in PyTorch's format and not a folder",
+    ".pt": "a file of weights in PyTorch's format and not a folder",
+    ".pth": "a file of weights in PyTorch's format and not a folder",
+    ".onnx": "an ONNX file and not a folder",
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where fetched models are kept: RACEME_CACHE, else XDG_CACHE_HOME/raceme, else ~/.cache/raceme.
+
+    Raises ConfigError where the home folder is not known.
+    """
+    if ours := environ.get("RACEME_CACHE"):
+        return _of_home(ours)
+    if (shared := environ.get("XDG_CACHE_HOME")) and Path(shared).is_absolute():
+        return Path(shared) / "raceme"
+    return _of_home("~/.cache/raceme")
+
+
+def _of_home(path: str) -> Path:
+    """The path with its ~ resolved.  Raises ConfigError where nobody says whose home that is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"the home folder in {path} is not known; set HOME, or RACEME_CACHE") from None
+
+
+def resolve(
+    model: str | Path | None = None,
+    *,
+    cache_dir: Path,
+    revision: str | None = None,
+    progress: Progress = silent,
+    hub: Hub | None = None,
+) -> ModelFolder:
+    """The model's folder, with its revision; the weights of a hub's model are left to `need`.
+
+    model: a folder, a hub's "org/name", or the built-in model's name (None means that).
+    revision: a branch, tag or commit of the hub.  Raises ConfigError.
+    """
+    memo = HashMemo(cache_dir / "hashes.json")
+    named = BUILTIN_MODEL if model is None else str(model)
+    try:
+        path = Path(named).expanduser()
+        is_folder, is_file = path.is_dir(), path.exists() and not path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot open {brief(named)} as a model's folder: {why}") from None
+    if is_file and named != BUILTIN_MODEL:
+        raise ConfigError(f"{brief(named)} is {_kind_of(path)}: {_NEEDED}")
+    from_hub = named != BUILTIN_MODEL and not is_folder and _HUB_NAME.fullmatch(named)
+    if revision is not None and not from_hub:
+        raise ConfigError(f"a revision can be chosen for a model of the hub only, and {named} is none")
+    if named == BUILTIN_MODEL:
+        folder = builtin_folder(cache_dir, memo=memo, progress=progress)
+        return open_folder(folder, memo=memo, name=BUILTIN_MODEL, progress=progress)
+    if is_folder:
+        return open_folder(path, memo=memo, progress=progress)
+    if from_hub:
+        return resolve_hub(named, revision, cache_dir=cache_dir, memo=memo, hub=hub, progress=progress)
+    raise ConfigError(
+        f"there is no folder {brief(named)}; the hub's are org/name, built in is {BUILTIN_MODEL}"
+    )
+
+
+def _kind_of(path: Path) -> str:
+    return _KINDS.get(path.suffix.lower(), "a file and not a folder")
+
+
+def brief(text: str) -> str:
+    """For a line that people read: what was given, not all of it where that is long."""
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable if len(printable) <= 120 else printable[:117] + "..."
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that can be named.  path: None where it would still be fetched.  size: bytes on disk."""
+
+    name: str
+    path: Path | None
+    size: int
+
+
+def list_models(cache_dir: Path) -> list[KnownModel]:
+    """The built-in model and those that were prepared or fetched before, by name."""
+    builtin = cache_dir / "models" / BUILTIN_MODEL / BUILTIN_VERSION
+    known = [_known(BUILTIN_MODEL, builtin) if builtin.is_dir() else KnownModel(BUILTIN_MODEL, None, 0)]
+    for manifest in sorted((cache_dir / "models").glob(f"*/[!.]*/{MANIFEST_FILE}")):
+        if manifest.parent != builtin:
+            known.append(_known(manifest.parent.parent.name, manifest.parent))
+    for notes in sorted((cache_dir / "hub").glob("*--*")):
+        # The weights lie in the hub's own cache, as many of them as were needed.
+        known.append(KnownModel(notes.name.replace("--", "/", 1), None, 0))
+    return known
+
+
+def _known(name: str, path: Path) -> KnownModel:
+    return KnownModel(name, path, sum(file.stat().st_size for file in path.iterdir() if file.is_file()))

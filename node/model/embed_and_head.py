@@ -1,0 +1,234 @@
+"""The two ends of a model as the library computes them: embedding in front, norm and head behind.
+
+They are the library's own model with all blocks replaced by one that notes what reaches it and
+answers what it is told.  So embedding scales, learned positions, embedding norms, soft caps and
+logit scales are the library's, for every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from node.config import ConfigError
+from node.model.blocks.kv_pages import tensor_bytes
+from node.model.blocks.rope import length_rope
+from node.model.blocks.span import LibraryConfig, library_class, library_config, load_trimmed, sliced_config
+from node.model.checkpoint.architecture import Architecture, architecture_of
+from node.model.checkpoint.folder import ModelFolder, read_json
+from node.model.checkpoint.packed import packing_of, unpacked
+from node.model.checkpoint.progress import Progress, silent
+from node.model.checkpoint.tensors import end_tensors, load_tensors
+
+if TYPE_CHECKING:
+    from node.model.weights.argmax_head import ExactArgmax
+
+
+# A file of which one is needed at least: what else a tokenizer has does not make one.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
+
+
+class EmbedAndHead:
+    """Embedding, head and tokenizer of a model.  Made by `load_embed_and_head`.
+
+    model: the library's causal language model; `remote` stands where its blocks were.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, folder: ModelFolder) -> None:
+        self.model = model
+        self.folder = folder
+        self.architecture = architecture
+        self._base = model.get_submodule(architecture.prefix)
+        self.remote = _remote(self._base, architecture)
+        self.config = cast(LibraryConfig, model.config)
+        self.rope = length_rope(self.config)
+        self.hidden_size = self.config.hidden_size
+        parameter = next(model.parameters())
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+        # Going through the whole of the library's forward costs 1 ms a token in masks and rotary
+        # embeddings that nobody uses.
+        self._plain: tuple[nn.Module, nn.Module, nn.Module] | None = None
+        if architecture.plain_ends:
+            embedding, norm = (self._base.get_submodule(name) for name in architecture.ends)
+            self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
+        self._product: Callable[..., Tensor] | None = None  # the head's, where it is compiled
+        self._screen: ExactArgmax | None = None
+
+    @property
+    def stateless(self) -> bool:
+        """Whether several threads may use it at a time."""
+        return self._plain is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return tensor_bytes(self.model)
+
+    def compile_head(self) -> None:
+        """From now on compute the head by our own kernel, where there is one for it.
+
+        float32 on the CPU.  For several rows it takes a third of the time of torch's product, and a
+        row has the same logits alone as among others.  They differ from torch's by rounding.
+        """
+        from node.model.weights.quantize import kernels
+
+        if self._plain is None or self.dtype != torch.float32 or self.device.type != "cpu":
+            return
+        head = self._plain[2]
+        if (compiled := kernels()) is not None and type(head) is nn.Linear and head.weight.is_contiguous():
+            bias = None if head.bias is None else head.bias.detach()
+            self._product = compiled.Rows(head.weight.detach(), None, bias)
+
+    def make_exact_argmax(self) -> None:
+        """From now on find the likeliest token with less work, where that is possible (see `ExactArgmax`).
+
+        May run beside other threads' calls.  Needs `compile_head` to have been called.
+        """
+        from node.model.weights.argmax_head import ExactArgmax
+
+        head = cast("nn.Linear", self._plain[2]) if self._plain is not None else None
+        if head is None or self._product is None or cast("Tensor | None", head.bias) is not None:
+            return
+        with suppress(ValueError):  # a head that holds no numbers; its logits will tell
+            self._screen = ExactArgmax(head.weight.detach())
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """Token ids [batch, tokens], the first at `position` -> hidden states before the first block."""
+        if self._plain is not None:
+            return cast(Tensor, self._plain[0](ids.to(self.device)))
+        tokens = ids.shape[1]
+        positions = torch.arange(position, position + tokens, device=self.device).unsqueeze(0)
+        self._base(input_ids=ids.to(self.device), position_ids=positions, use_cache=False)
+        return self.remote.take()
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
+        """Hidden states after the last block [batch, tokens, hidden_size] -> float32 logits
+        [batch, tokens, vocab_size], one for each position that is given.
+
+        best_only: only the place and the value of the largest matter; others may be -inf.
+        """
+        if self._plain is not None:
+            _, norm, head = self._plain
+            if self._product is not None:
+                normed, threads = norm(hidden.to(self.device, self.dtype)), torch.get_num_threads()
+                if best_only and self._screen is not None:
+                    flat = self._screen(normed.flatten(0, -2), threads)
+                    return flat.view(*hidden.shape[:-1], -1)
+                return self._product(normed, threads)
+            return cast(Tensor, head(norm(hidden.to(self.device, self.dtype)))).float()
+        self.remote.answer = hidden.to(self.device, self.dtype)
+        try:
+            # Something must be embedded for the library to go on; what, the remote block ignores.
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            self.remote.answer = None
+            self.remote.take()
+        return cast(Tensor, logits).float()
+
+    @cached_property
+    def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
+        """The folder's tokenizer, with its chat template if the model has one."""
+        return open_tokenizer(self.folder.path)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a generation, from the generation config, else the config."""
+        path = self.folder.path / "generation_config.json"
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        if found is None:
+            found = self.folder.config.get("eos_token_id")
+        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not typed
+    """The tokenizer in a model's folder.  Raises ConfigError where there is none, or none that works."""
+    from transformers import AutoTokenizer
+
+    names = [file.name for file in path.iterdir()]
+    if not any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES):
+        raise ConfigError(
+            f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model nor a vocabulary;"
+            " copy that of the model which it was made from"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        words = len(tokenizer)
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the tokenizer in {path} cannot be opened: {type(error).__name__}: {what}"
+        ) from error
+    if words <= len(tokenizer.all_special_ids):
+        raise ConfigError(f"the tokenizer in {path} has no vocabulary")
+    return tokenizer
+
+
+class RemoteBlocks(nn.Module):
+    """Stands where the blocks were: keeps what it is handed and answers `answer`, if there is one."""
+
+    def __init__(self, answers_tuple: bool) -> None:
+        super().__init__()
+        self.answer: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._answers_tuple = answers_tuple
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        """What a block of the library answers."""
+        self._seen = hidden_states
+        answer = hidden_states if self.answer is None else self.answer
+        return (answer,) if self._answers_tuple else answer
+
+    def take(self) -> Tensor:
+        """What was handed in last, once."""
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen
+
+
+def load_embed_and_head(
+    folder: ModelFolder,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> EmbedAndHead:
+    """Read embedding, norm and head of a model.  Raises ConfigError, naming what is wrong.
+
+    A head that is tied to the embedding is the same tensor, unless the checkpoint has another one.
+    Weights that have `dtype` in their file stay mapped from it on the CPU.
+    """
+    architecture = architecture_of(folder.config.get("model_type"))
+    whole = library_class(architecture, architecture.whole)
+    config = library_config(whole, folder)
+    packed = packing_of(folder)
+    tensors = load_tensors(folder, end_tensors(folder, architecture), progress)
+    tensors = unpacked(tensors, packed, folder.config, dtype)
+
+    def trim(model: nn.Module) -> None:
+        base = model.get_submodule(architecture.prefix)
+        container = base.get_submodule(architecture.container)
+        setattr(container, architecture.blocks, nn.ModuleList([RemoteBlocks(architecture.answers_tuple)]))
+        one_block = sliced_config(cast(Any, model).config, 0, 1)
+        for module in (model, base, container):
+            cast(Any, module).config = one_block
+
+    model = load_trimmed(whole, trim, config, tensors, folder, "the ends", dtype)
+    return EmbedAndHead(model.to(device), architecture, folder)
+
+
+def _remote(base: nn.Module, architecture: Architecture) -> RemoteBlocks:
+    blocks = base.get_submodule(architecture.container).get_submodule(architecture.blocks)
+    remote = next(iter(blocks.children()))
+    assert isinstance(remote, RemoteBlocks)
+    return remote

@@ -1,0 +1,302 @@
+"""A fused block in three compiled calls: all before attention, attention over pages, all behind it.
+
+At one position a row what is between two matrices is a few hundred numbers, and torch's dispatch costs
+more than computing them; attention over an arena's pages would have to gather them first.  The matrices
+are node/model/weights/kernels.py's.  Everything is
+float32 on the CPU.  Importing this module imports numba.
+
+Each row is computed by itself in one order, so its result has the same bits alone and in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
+
+from node.model.weights import kernels
+
+# Sums may be taken in lanes and products fused: that is what makes vectors of them.  NaN and infinity
+# keep their meaning.
+_FAST = {"reassoc", "nsz", "contract", "arcp"}
+_f = np.float32
+_HIDDEN, _STORE, _TABLE = "float32[:, ::1]", "float32[:, :, ::1]", "int64[:, :]"
+
+
+def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile now, or read from the cache: a first step must not wait seconds for a compiler."""
+    return partial(kernels.compiled, signature=signature, fastmath=_FAST)
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """out [rows, hidden] = x / rms(x) * weight (arXiv:1910.07467)."""
+    for row in range(x.shape[0]):
+        values, result = x[row], out[row]
+        total = _f(0)
+        for i in range(values.size):
+            total += values[i] * values[i]
+        factor = _f(1) / np.sqrt(total / _f(values.size) + eps)
+        for i in range(values.size):
+            result[i] = values[i] * factor * weight[i]
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _norm_and_turn(head: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotary: Any) -> None:
+    """Normalise one head in place, if there is a weight, and rotate it by its position's angles."""
+    half = head.size // 2
+    if weight.size:
+        total = _f(0)
+        for i in range(head.size):
+            total += head[i] * head[i]
+        factor = _f(1) / np.sqrt(total / _f(head.size) + eps)
+        for i in range(head.size):
+            head[i] = head[i] * factor * weight[i]
+    if rotary:
+        for i in range(half):
+            a, b = head[i], head[i + half]
+            head[i] = a * cos[i] - b * sin[i]
+            head[i + half] = b * cos[i + half] + a * sin[i + half]
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _rotated_and_kept(
+    qkv: Any, heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
+    query_norm: Any, key_norm: Any, eps: Any,
+) -> None:  # fmt: skip
+    """Rotate queries and keys in place and put keys and values into the arena; see `halves`."""
+    key_heads, size = keys.shape[1], keys.shape[2]
+    for row in range(qkv.shape[0]):
+        turn, turn_sin = cos[positions[row]], sin[positions[row]]
+        line, slot = qkv[row], slots[row]
+        for head in range(heads):
+            _norm_and_turn(line[head * size : (head + 1) * size], query_norm, eps, turn, turn_sin, rotary)
+        for head in range(key_heads):
+            first = (heads + head) * size
+            _norm_and_turn(line[first : first + size], key_norm, eps, turn, turn_sin, rotary)
+            keys[slot, head] = line[first : first + size]
+            first += key_heads * size
+            values[slot, head] = line[first : first + size]
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _exp_in_place(x: Any) -> None:
+    """e^x for x <= 0, to about 2 units in the last place (the polynomial of Cephes' expf)."""
+    for i in range(x.size):
+        value = max(x[i], _f(-87.0))
+        n = np.floor(value * _f(1.4426950408889634) + _f(0.5))
+        r = value - n * _f(0.693359375) + n * _f(2.12194440e-4)
+        p = _f(1.9875691500e-4)
+        p = p * r + _f(1.3981999507e-3)
+        p = p * r + _f(8.3334519073e-3)
+        p = p * r + _f(4.1665795894e-2)
+        p = p * r + _f(1.6666665459e-1)
+        p = p * r + _f(5.0000001201e-1)
+        p = p * r * r + r + _f(1)
+        x[i] = p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _softmax(scores: Any, scale: Any) -> None:
+    """In place, of scores * scale."""
+    most = scores[0]
+    for j in range(scores.size):
+        most = max(most, scores[j])
+    for j in range(scores.size):
+        scores[j] = (scores[j] - most) * scale
+    _exp_in_place(scores)
+    total = _f(0)
+    for j in range(scores.size):
+        total += scores[j]
+    total = _f(1) / total
+    for j in range(scores.size):
+        scores[j] *= total
+
+
+@cache
+def attention(head_dim: int, group: int) -> Callable[..., None]:
+    """Attention of one new position of each row, for heads of this size and so many queries a key head.
+
+    attend(q, keys, values, table, lengths, page, scale, window, out): q [rows, heads * head_dim], more
+    may follow in each row; keys, values: a block's stores; table [rows, pages]: where the rows' pages
+    are; lengths [rows]: positions to look at, the new one included; window: how many of these, 0 for
+    all; out [rows, heads * head_dim].  Compiled for the two numbers, so that its loops have fixed ends.
+    """
+    width = head_dim * group
+
+    # Its free variables are numbers only: with compiled functions among them it could not be cached.
+    def attend(
+        q: Any,
+        keys: Any,
+        values: Any,
+        table: Any,
+        lengths: Any,
+        page: Any,
+        scale: Any,
+        window: Any,
+        out: Any,
+    ) -> None:
+        for row in range(q.shape[0]):
+            length = lengths[row]
+            first = max(0, length - window) if window > 0 else 0
+            scores = np.empty((group, length - first), np.float32)
+            pages = table[row]
+            for head in range(keys.shape[1]):
+                query = q[row, head * width : (head + 1) * width]
+                result = out[row, head * width : (head + 1) * width]
+                at = 0
+                for number in range(first // page, (length + page - 1) // page):
+                    base = pages[number] * page
+                    begin, end = max(first - number * page, 0), min(page, length - number * page)
+                    for slot in range(base + begin, base + end):
+                        key = keys[slot, head]
+                        for i in range(group):
+                            total = _f(0)
+                            for d in range(head_dim):
+                                total += query[i * head_dim + d] * key[d]
+                            scores[i, at] = total
+                        at += 1
+                for i in range(group):
+                    _softmax(scores[i], scale)
+                for d in range(width):
+                    result[d] = _f(0)
+                at = 0
+                for number in range(first // page, (length + page - 1) // page):
+                    base = pages[number] * page
+                    begin, end = max(first - number * page, 0), min(page, length - number * page)
+                    for slot in range(base + begin, base + end):
+                        value = values[slot, head]
+                        for i in range(group):
+                            weight = scores[i, at]
+                            for d in range(head_dim):
+                                result[i * head_dim + d] += weight * value[d]
+                        at += 1
+
+    signature = (
+        f"void(float32[:, ::1], {_STORE}, {_STORE}, {_TABLE}, int64[::1], int64, float32, int64, {_HIDDEN})"
+    )
+    return _compiled(signature)(attend)
+
+
+def _multiplied(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+    """out [rows, outs] = x [rows, k] times a matrix, given by the addresses of weight, scale and bias."""
+
+
+@overload(_multiplied)  # type: ignore[untyped-decorator]
+def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+    def alone(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+        rows, outs = out.shape
+        kernels.product(
+            item, size, x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data, rows, outs,
+            x.shape[1], outs, 1,
+        )  # fmt: skip
+
+    def together(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+        rows, outs = out.shape
+        slices = kernels.compiled_slices_for(rows * outs * x.shape[1], outs, threads)
+        x_at, w, scale, bias, to = x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data
+        if slices == 1:
+            kernels.product(item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, 1)
+        else:
+            kernels.product_in_slices(
+                item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, slices
+            )
+
+    return alone if isinstance(threads, types.NoneType) else together
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _gated(gate_up: Any, out: Any) -> None:
+    """out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner]."""
+    inner = out.shape[1]
+    powers = np.empty(inner, np.float32)
+    for row in range(out.shape[0]):
+        gate, up, result = gate_up[row, :inner], gate_up[row, inner:], out[row]
+        for i in range(inner):
+            powers[i] = -abs(gate[i])
+        _exp_in_place(powers)
+        for i in range(inner):
+            above = _f(1) if gate[i] >= 0 else powers[i]
+            result[i] = gate[i] * above / (_f(1) + powers[i]) * up[i]
+
+
+@cache
+def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A block before and behind attention, each in one call, for weights of this dtype.
+
+    before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, keys, values, positions, slots,
+    cos, sin, rotary, query_norm, key_norm): norm, one product for queries, keys and values, rotary, arena.
+    after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden): the product behind
+    attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
+
+    together: whether for several threads, else `threads` is None.  item, size: 0 and the bytes of a
+    weight.  matrix, out, gate_up, down: where their weights, scales and biases are (see `addresses_of`).
+    inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
+    head_dim].  attended: [rows, heads * head_dim].  keys, values: the block's stores [slots, key_heads,
+    head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
+    [head_dim], or empty where the model has none.
+    """
+    fingerprint = kernels.FINGERPRINT  # becomes part of what the cache knows these by
+
+    def before(
+        item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
+        heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
+        query_norm: Any, key_norm: Any,
+    ) -> None:  # fmt: skip
+        if fingerprint < 0:
+            return
+        normed = np.empty(hidden.shape, np.float32)
+        _normed(hidden, norm, eps, normed)
+        _multiplied(item, size, threads, matrix, normed, qkv)
+        _rotated_and_kept(
+            qkv, heads, keys, values, positions, slots, cos, sin, rotary, query_norm, key_norm, eps
+        )
+
+    def after(
+        item: Any, size: Any, threads: Any, out: Any, norm: Any, eps: Any, gate_up: Any, down: Any,
+        inner: Any, attended: Any, hidden: Any,
+    ) -> None:  # fmt: skip
+        if fingerprint < 0:
+            return
+        rows, width = hidden.shape
+        given, both = np.empty((rows, width), np.float32), np.empty((rows, 2 * inner), np.float32)
+        gated = np.empty((rows, inner), np.float32)
+        _multiplied(item, size, threads, out, attended, given)
+        _add(given, hidden)
+        _normed(hidden, norm, eps, given)
+        _multiplied(item, size, threads, gate_up, given, both)
+        _gated(both, gated)
+        _multiplied(item, size, threads, down, gated, given)
+        _add(given, hidden)
+
+    item, threads = kernels.ITEMS[dtype], "int64" if together else "none"
+    matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
+    of_before = (
+        f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {_STORE}, {_STORE}, {integers},"
+        f" {integers}, {_HIDDEN}, {_HIDDEN}, boolean, {vector}, {vector}"
+    )
+    of_after = f"{matrix}, {vector}, float32, {matrix}, {matrix}, int64, {_HIDDEN}, {_HIDDEN}"
+    return _for(item, threads, before, of_before), _for(item, threads, after, of_after)
+
+
+def _for(item: Any, threads: str, function: Callable[..., None], arguments: str) -> Callable[..., None]:
+    return _compiled(f"void({item}, int64, {threads}, {arguments})")(function)
+
+
+@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _add(given: Any, hidden: Any) -> None:
+    for row in range(hidden.shape[0]):
+        for i in range(hidden.shape[1]):
+            hidden[row, i] += given[row, i]
+
+
+def addresses_of(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Any:
+    """What `halves` are told of a matrix: where its parts are, 0 for those that it has not."""
+    parts = (weight, scale, bias)
+    return np.array([0 if part is None else part.data_ptr() for part in parts], np.int64)

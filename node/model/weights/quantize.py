@@ -1,0 +1,681 @@
+"""Weights in 8 bits, or in 16 where the CPU cannot compute in those: what is kept, and how it is used.
+
+A matrix of a block is kept as int8 rows, each with a scale of its own, its largest value / 127 (row-wise
+absmax, the weights of LLM.int8(), arXiv:2208.07339).  That is what bitsandbytes keeps as well, so one
+checkpoint serves a CPU and CUDA.  On a CPU activations are rounded to 16 bits a row, or not at all (see
+node/model/weights/kernels.py); on CUDA bitsandbytes rounds them to int8, but for the columns with outliers.
+
+bfloat16 rows without scales are half of float32's memory and of the time that reading it takes, with
+activations in float32: what a CPU does with bfloat16 unless it has hardware for whole tiles of it.
+
+"nf4" is bitsandbytes' 4 bits a weight, in blocks of 64 (QLoRA, arXiv:2305.14314).
+
+Norms, biases and the gates of experts stay as they are: they are small, and errors in them are not.
+So do experts that a checkpoint keeps in one tensor with three dimensions (gpt_oss, llama4_text), which
+loading says; experts with a matrix each are quantised, and become layers of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from node.config import ConfigError
+from node.model.checkpoint.info import QUANTIZATIONS, SCALE_SUFFIX, is_matrix
+from node.model.checkpoint.progress import Progress, silent
+
+log = logging.getLogger("raceme")
+
+Way = Literal["compiled", "int8pack", "dequantise"]
+
+CODES = 127  # the largest code: -128 is not used, so that a row and its negative have the same codes
+PIECE_VALUES = 1 << 22  # weights that are quantised at a time: 16 MiB of float32
+MEASURED_ROWS = (1, 16, 64, 256)
+MEASURED_WEIGHTS = 1 << 20
+LLM_INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits, as the paper has it
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [out, in] of floats -> int8 codes [out, in] and float32 scales [out].
+
+    scale = the row's largest absolute value / 127; code = round(value / scale), ties to even.  A
+    row of zeros has scale 0.  Works through the rows in pieces: the matrix may be mapped from a file.
+    Raises ValueError for NaN and infinity.
+    """
+    outs, width = weight.shape
+    codes = torch.empty(outs, width, dtype=torch.int8)
+    scales = torch.empty(outs)
+    step = max(1, PIECE_VALUES // max(width, 1))
+    for first in range(0, outs, step):
+        piece = weight[first : first + step].float()
+        scale = piece.abs().amax(dim=1) / CODES
+        if not torch.isfinite(scale).all():
+            raise ValueError("NaN or infinity among the weights")
+        divisor = torch.where(scale > 0, scale, 1.0)
+        codes[first : first + step] = (piece / divisor[:, None]).round_().clamp_(-CODES, CODES)
+        scales[first : first + step] = scale
+    return codes, scales
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """int8 codes [..., out, in] * float32 scales [..., out] -> `dtype`; without scales a cast."""
+    if scale is None:
+        return codes.to(dtype)
+    return (codes.to(scale.dtype) * scale[..., None]).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which way a product goes, by its number of rows.
+
+    steps: (from so many rows on, the way), ascending, the first from 1.
+    """
+
+    steps: tuple[tuple[int, Way], ...]
+
+    def way(self, rows: int) -> Way:
+        """The way for so many rows."""
+        chosen = self.steps[0][1]
+        for least, way in self.steps:
+            if rows < least:
+                break
+            chosen = way
+        return chosen
+
+
+def choose_plan(seconds: Mapping[Way, Mapping[int, float]]) -> Plan:
+    """The fastest way for every number of rows.
+
+    seconds: of each way at some numbers of rows, the same for all.  Between two of them time is taken
+    to grow evenly; beyond the last, the last one's fastest way is kept.  A tie goes to the way that
+    stands first.
+    """
+    measured = sorted(next(iter(seconds.values())))
+
+    def fastest(rows: int) -> Way:
+        return min(seconds, key=lambda way: _between(seconds[way], measured, rows))
+
+    steps: list[tuple[int, Way]] = [(1, fastest(measured[0]))]
+    for low, high in pairwise(measured):
+        while steps[-1][1] != fastest(high):
+            before = steps[-1][1]
+            first = next(rows for rows in range(low, high + 1) if fastest(rows) != before)
+            steps.append((first, fastest(first)))
+            low = first
+    return Plan(tuple(steps))
+
+
+def _between(seconds: Mapping[int, float], measured: Sequence[int], rows: int) -> float:
+    """Seconds for `rows`, on the straight line between the measurements next to it."""
+    high = next(each for each in measured if each >= rows)
+    low = max((each for each in measured if each <= rows), default=high)
+    if low == high:
+        return seconds[high]
+    share = (rows - low) / (high - low)
+    return seconds[low] + share * (seconds[high] - seconds[low])
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16, on the CPU.
+
+    weight: int8 or bfloat16 [out, in].  scale: float32 [out], None beside bfloat16.  bias: [out] or
+    None.  Takes x [..., in] of any float dtype and answers [..., out] in the same.  Has a derivative
+    with respect to x; the weights are frozen.
+
+    A row of float32 has the same result alone and in any batch that goes the "compiled" way (see
+    node/model/weights/kernels.py); torch's own products, for the other ways, promise no such thing.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if (scale is not None) != (weight.dtype == torch.int8) or weight.dtype not in _PACKED:
+            raise ValueError(f"int8 rows have scales and bfloat16 rows have none, not {weight.dtype}")
+        self.out_features, self.in_features = weight.shape
+        self.plan = Plan(((1, "compiled" if kernels() else "dequantise"),))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("weight", None)
+        self.register_buffer("scale", None)
+        self.keep(weight, scale)
+
+    def keep(self, weight: Tensor, scale: Tensor | None) -> None:
+        """Compute with these weights from now on, of the same shape and kind."""
+        # A tensor that is mapped from a file stays there, unless torch's own product could not take it.
+        aligned = weight.data_ptr() % 16 == 0
+        self.weight = weight.contiguous() if aligned else weight.clone()
+        self.scale = None if scale is None else scale.float().contiguous()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Put what the kernels are given into plain attributes: a module's own cost 2 us each."""
+        self._rows: Any = None  # Any: `Rows` of a module that is imported only where it is wanted
+        self._pack_scale: Tensor | None = None
+        found = kernels()
+        if found is not None and self.weight.device.type == "cpu":
+            bias = None if self.bias is None else self.bias.detach().float()
+            self._rows = found.Rows(self.weight, self.scale, bias)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _Product.apply(x, self))  # type: ignore[no-untyped-call]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`forward` without a derivative."""
+        return _WAYS[self.plan.way(x.numel() // self.in_features)](self, x)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weights [out, in] as `dtype`."""
+        return dequantize_rows(self.weight, self.scale, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`.to(dtype)` concerns what computes, and not what is kept: the weights stay as they are."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if new.dtype == tensor.dtype:
+                return new
+            return tensor.to(new.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._prepare()
+        return self
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        if self._rows is None:
+            return self._dequantise(x)
+        if x.dtype is torch.float32:
+            return cast(Tensor, self._rows(x, torch.get_num_threads()))
+        return cast(Tensor, self._rows(x.float(), torch.get_num_threads())).to(x.dtype)
+
+    def _dequantise(self, x: Tensor) -> Tensor:
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        return functional.linear(x, self.dequantized(x.dtype), bias)
+
+    def _int8pack(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if rows.data_ptr() % 32 or not rows.is_contiguous():
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        if not fits_int8pack(rows, self.weight):
+            return self._dequantise(x)
+        if self._pack_scale is None:
+            assert self.scale is not None
+            self._pack_scale = self.scale.to(torch.bfloat16)
+        out = torch._weight_int8pack_mm(rows, self.weight, self._pack_scale)
+        out = out if self.bias is None else out.add_(self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T with its derivative with respect to x: torch has none for weights of integers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: PackedLinear) -> Tensor:
+        """Keeps the module and no activations: the derivative does not depend on x."""
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """grad [..., out] -> grad [..., in]."""
+        (gradient,) = gradients
+        return gradient @ ctx.linear.dequantized(gradient.dtype), None
+
+
+_WAYS: dict[Way, Callable[[PackedLinear, Tensor], Tensor]] = {
+    "compiled": PackedLinear._compiled,
+    "int8pack": PackedLinear._int8pack,
+    "dequantise": PackedLinear._dequantise,
+}
+_PACKED = (torch.int8, torch.bfloat16)
+
+
+def fits_int8pack(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own product of bfloat16 rows [rows, k] with int8 weights [out, k] may be called.
+
+    It ends the process where x is not aligned to 32 bytes, the weights not to 16, or k is no multiple of 16.
+    """
+    return (
+        x.dtype is torch.bfloat16
+        and weight.dtype is torch.int8
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and x.data_ptr() % 32 == 0
+        and weight.data_ptr() % 16 == 0
+        and weight.shape[1] % 16 == 0
+    )
+
+
+def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
+    """One linear layer that gives the outputs of these side by side; None where it cannot be made.
+
+    parts: of one kind (nn.Linear, or PackedLinear), for the same input.  They go on to work, on parts
+    of the merged layer's memory, so nothing is kept twice.
+    """
+    kinds = {type(part) for part in parts}
+    if len(kinds) != 1 or kinds.isdisjoint((nn.Linear, PackedLinear)):
+        return None
+    linears = cast("Sequence[nn.Linear | PackedLinear]", parts)
+    weights = [linear.weight for linear in linears]
+    if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) != 1:
+        return None
+    if any(weight.requires_grad for weight in weights):
+        return None
+    bias = _merged_bias(linears)
+    weight = torch.cat([each.detach() for each in weights])
+    merged: nn.Module
+    if kinds == {PackedLinear}:
+        packed = cast("Sequence[PackedLinear]", parts)
+        scales = [each.scale for each in packed if each.scale is not None]
+        merged = PackedLinear(weight, torch.cat(scales) if scales else None, bias)
+        merged.plan = packed[0].plan
+    else:
+        merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        merged.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            merged.bias = nn.Parameter(bias, requires_grad=False)
+    views = torch.split(weight, [each.shape[0] for each in weights])
+    for part, view in zip(linears, views, strict=True):
+        if isinstance(part, PackedLinear):
+            part.keep(view, part.scale)
+        else:
+            part.weight = nn.Parameter(view, requires_grad=False)
+    return merged.train(parts[0].training)
+
+
+def _merged_bias(linears: Sequence[nn.Linear | PackedLinear]) -> Tensor | None:
+    """The biases side by side, zeros for a part without one, None where no part has one."""
+    biases = [linear.bias for linear in linears]
+    found = next((bias for bias in biases if bias is not None), None)
+    if found is None:
+        return None
+    return torch.cat(
+        [
+            found.new_zeros(linear.weight.shape[0]) if bias is None else bias.detach()
+            for linear, bias in zip(linears, biases, strict=True)
+        ]
+    )
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """node/model/weights/kernels.py; None, with a warning, where numba cannot be imported."""
+    try:
+        from node.model.weights import kernels
+    except ImportError as error:
+        log.warning("no kernels for packed weights, torch's own products are slower: %s", error)
+        return None
+    return kernels
+
+
+def has_bfloat16() -> bool:
+    """Whether spans compute in bfloat16 on this CPU.
+
+    Without support in the CPU torch's products in it are very slow; with AVX-512's they are slower than
+    our kernels with float32 rows.  AMX, which should be faster than both, was not there to be measured.
+    """
+    supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return supported and (kernels() is None or bool(torch.cpu._is_amx_tile_supported()))
+
+
+def ways_for(weight: torch.dtype, activations: torch.dtype) -> tuple[Way, ...]:
+    """The ways that are worth measuring for such weights and activations here."""
+    ways: list[Way] = ["compiled"] if kernels() else []
+    if weight == torch.int8 and activations == torch.bfloat16 and has_bfloat16():
+        ways.append("int8pack")
+    return (*ways, "dequantise")
+
+
+_plans: dict[tuple[torch.dtype, torch.dtype, int, int], Plan] = {}
+
+
+def measured_plan(linear: PackedLinear, activations: torch.dtype) -> Plan:
+    """The plan for layers like this one, from trying each way on a part of it; about 0.1 s, once.
+
+    Compiling is not counted.
+    """
+    key = linear.weight.dtype, activations, linear.in_features, torch.get_num_threads()
+    if key not in _plans:
+        outs = max(1, min(linear.out_features, MEASURED_WEIGHTS // linear.in_features))
+        scale = None if linear.scale is None else linear.scale[:outs]
+        part = PackedLinear(linear.weight[:outs], scale)
+        ways = ways_for(linear.weight.dtype, activations)
+        _plans[key] = choose_plan({way: _timed(part, way, activations) for way in ways})
+    return _plans[key]
+
+
+def _timed(linear: PackedLinear, way: Way, activations: torch.dtype) -> dict[int, float]:
+    """Seconds of one way, the least of three, for each of MEASURED_ROWS."""
+    seconds = {}
+    run = partial(_WAYS[way], linear)
+    run(torch.zeros(1, linear.in_features, dtype=activations))  # compiles
+    for rows in MEASURED_ROWS:
+        x = torch.ones(rows, linear.in_features, dtype=activations)
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            run(x)
+            taken.append(time.perf_counter() - began)
+        seconds[rows] = min(taken)
+    return seconds
+
+
+Maker = Callable[["Matrix", "nn.Parameter | None"], nn.Module]
+Kind = Literal["plain", "int8", "bfloat16", "llm_int8", "nf4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a span keeps its matrices, and the dtype of everything else: activations, norms, caches.
+
+    kind: "plain" as the library does; "int8" and "bfloat16" as PackedLinear; "llm_int8" and "nf4" as
+    bitsandbytes does.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+
+
+def packing_for(quantize: str, dtype: torch.dtype, device: str, *, bfloat16: bool) -> Packing:
+    """What is made of the operator's wishes on this device.  Raises ConfigError.
+
+    device: "cpu", "cuda" or another type.  bfloat16: whether the CPU computes in it.
+    A CPU without bfloat16 arithmetic that is worth using keeps the weights in it and computes in
+    float32, and none has float16 arithmetic that is.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ConfigError(f"quantization {quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
+    if quantize != "none" and device not in ("cpu", "cuda"):
+        raise ConfigError(f"{quantize} works on cpu and cuda, not on {device}")
+    if device != "cpu":
+        kind: Kind = "llm_int8" if quantize == "int8" else "nf4" if quantize == "nf4" else "plain"
+        return Packing(kind, dtype)
+    if quantize == "none":
+        rows = dtype == torch.bfloat16 and not bfloat16
+        return Packing("bfloat16", torch.float32) if rows else Packing("plain", dtype)
+    computes = dtype if dtype == torch.bfloat16 and bfloat16 else torch.float32
+    return Packing("int8" if quantize == "int8" else "nf4", computes)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix on its way into a layer: [out, in], int8 with scales float32 [out], or floats without."""
+
+    weight: Tensor
+    scale: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return tuple(self.weight.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The matrices of a block's experts by the expert's number, as checkpoints of most families have them."""
+
+    gate: dict[int, Matrix]
+    up: dict[int, Matrix]
+    down: dict[int, Matrix]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, 2 * width of one, in), as the library keeps gate and up; () where one is missing."""
+        count = len(self.down)
+        if not all(sorted(part) == list(range(count)) for part in (self.gate, self.up, self.down)):
+            return ()
+        shapes = {(self.gate[each].shape, self.up[each].shape, self.down[each].shape) for each in self.down}
+        if len(shapes) != 1:
+            return ()
+        ((gate, up, down),) = shapes
+        return (count, 2 * gate[0], gate[1]) if gate == up == (down[1], down[0]) else ()
+
+
+# Mixtral's checkpoints call the parts w1, w3 and w2, and their place by another name than the library.
+_EXPERT = re.compile(
+    r"(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)"
+)
+_RENAMED = ("block_sparse_moe", "mlp")
+
+
+def take_matrices(
+    tensors: dict[str, Tensor], kind: Kind, *, transposed: bool, what: str, progress: Progress = silent
+) -> dict[str, Matrix | Experts]:
+    """Take the matrices out of a span's tensors, packed; path of the layer in the model -> matrix.
+
+    tensors: by name in the model; int8 ones have their scales beside them.  What is taken is removed
+    one by one, so that of the original no more than one matrix is in memory at a time.
+    transposed: floats are kept as [in, out] (gpt2).  what: for errors and the progress.
+    Raises ConfigError.
+    """
+    names = [name for name, tensor in tensors.items() if is_matrix(name, tuple(tensor.shape))]
+    total = sum(tensors[name].nbytes for name in names)
+    taken, done = {}, 0
+    for name in names:
+        weight = tensors.pop(name)
+        scale = tensors.pop(name + SCALE_SUFFIX, None)
+        done += weight.nbytes
+        if weight.dtype == torch.int8:
+            if scale is None or scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
+                raise ConfigError(f"{what}: the int8 tensor {name} has no {weight.shape[0]} float32 scales")
+            if kind not in ("int8", "llm_int8"):
+                raise ConfigError(f"{what}: {name} is kept in int8, which cannot be made {kind}")
+        else:
+            weight = weight.t() if transposed else weight
+            if kind in ("int8", "llm_int8"):
+                weight, scale = _quantised(weight, f"{what}: {name}")
+            elif kind == "bfloat16":
+                weight = weight.to(torch.bfloat16)
+        taken[name.removesuffix(".weight")] = Matrix(weight, scale)
+        if kind not in ("bfloat16", "plain"):
+            progress(f"quantising {what}", done, total)
+    return _with_experts(taken)
+
+
+def _with_experts(matrices: Mapping[str, Matrix]) -> dict[str, Matrix | Experts]:
+    """The matrices of single experts put together, under the path of the module that holds them all."""
+    result: dict[str, Matrix | Experts] = {}
+    for path, matrix in matrices.items():
+        found = _EXPERT.fullmatch(path)
+        if found is None:
+            result[path] = matrix
+            continue
+        owner = found["owner"].replace(*_RENAMED)
+        experts = result.setdefault(owner, Experts({}, {}, {}))
+        assert isinstance(experts, Experts)
+        part = {"w1": experts.gate, "gate_proj": experts.gate, "w3": experts.up, "up_proj": experts.up}
+        part.get(found["part"], experts.down)[int(found["expert"])] = matrix
+    return result
+
+
+def _quantised(weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    try:
+        return quantize_rows(weight)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+class Awaiting(nn.Module):
+    """Stands where a layer will be while the library loads what is not a matrix: its bias."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer_name = type(layer).__name__
+        self.bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
+        self.activation = getattr(layer, "act_fn", None)
+        self.shape = _shape(layer)
+        self.weight = torch.empty(0)  # what the library would initialise
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """[out, in] of a linear layer, [experts, out, in] of the first matrix of experts.
+
+    transformers' Conv1D, gpt2's linear layer, keeps its weights as [in, out].
+    """
+    if isinstance(layer, nn.Linear):
+        return tuple(layer.weight.shape)
+    if isinstance(found := getattr(layer, "gate_up_proj", None), Tensor):
+        return tuple(found.shape)
+    return tuple(reversed(cast(Tensor, layer.weight).shape))
+
+
+def await_matrices(model: nn.Module, matrices: Mapping[str, Matrix | Experts]) -> None:
+    """Put an Awaiting in place of each layer that has a matrix.  A path without a layer is left alone."""
+    layers = dict(model.named_modules())
+    for path in matrices:
+        if (layer := layers.get(path)) is not None:
+            _replace(model, path, Awaiting(layer))
+
+
+def misplaced(
+    model: nn.Module, matrices: Mapping[str, Matrix | Experts]
+) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+    """Names of matrices that no layer awaits, and (name, shape, shape awaited) of those that do not fit."""
+    awaiting = {path: each for path, each in model.named_modules() if isinstance(each, Awaiting)}
+    homeless = [f"{path}.weight" for path in matrices if path not in awaiting]
+    wrong = [
+        (f"{path}.weight", matrices[path].shape, layer.shape)
+        for path, layer in awaiting.items()
+        if matrices[path].shape != layer.shape
+    ]
+    return homeless, wrong
+
+
+def fill(
+    model: nn.Module, matrices: dict[str, Matrix | Experts], packing: Packing, device: torch.device
+) -> None:
+    """Put layers with these matrices where they are awaited; `matrices` is emptied on the way."""
+    make = partial(_MAKERS[packing.kind], dtype=packing.dtype, device=device) if matrices else None
+    for path in list(matrices):
+        matrix = matrices.pop(path)
+        awaiting = cast(Awaiting, model.get_submodule(path))
+        assert make is not None
+        if isinstance(matrix, Experts):
+            layer: nn.Module = PackedExperts(matrix, cast(Any, awaiting.activation), make)
+        else:
+            layer = make(matrix, awaiting.bias)
+        _replace(model, path, layer.eval())
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    if packed:
+        plan = measured_plan(max(packed, key=lambda layer: layer.weight.numel()), packing.dtype)
+        for layer in packed:
+            layer.plan = plan
+    together = [
+        each.nbytes for name, each in model.named_parameters() if each.dim() == 3 and ".experts." in name
+    ]
+    if packing.kind != "plain" and together:
+        log.warning(
+            "the experts stay in %s, %.0f MiB: this model keeps all of a block in one tensor",
+            str(packing.dtype).removeprefix("torch."), sum(together) / 2**20,
+        )  # fmt: skip
+
+
+class PackedExperts(nn.Module):
+    """The experts of a block as layers of their own: only those that are chosen are computed.
+
+    Takes the place of the library's module with all experts in one tensor, which neither we nor
+    bitsandbytes can quantise as it is.
+    """
+
+    def __init__(self, experts: Experts, activation: Callable[[Tensor], Tensor], make: Maker) -> None:
+        super().__init__()
+        numbers = range(len(experts.down))
+        self.gate_up = nn.ModuleList(
+            make(_joined(experts.gate.pop(each), experts.up.pop(each)), None) for each in numbers
+        )
+        self.down = nn.ModuleList(make(experts.down.pop(each), None) for each in numbers)
+        self.activation = activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, hidden] -> the same.  The others: each token's experts and their weights, [tokens, k]."""
+        result = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= len(self.down):  # the library's number for "none"
+                continue
+            token, place = torch.where(top_k_index == expert)
+            gate, up = self.gate_up[expert](hidden_states[token]).chunk(2, dim=-1)
+            answer = self.down[expert](self.activation(gate) * up)
+            answer = answer * top_k_weights[token, place, None]
+            result = result.index_add(0, token, answer.to(result.dtype))
+        return result
+
+
+def _joined(gate: Matrix, up: Matrix) -> Matrix:
+    """Two matrices with their rows below each other."""
+    scale = None
+    if gate.scale is not None and up.scale is not None:
+        scale = torch.cat([gate.scale, up.scale])
+    return Matrix(torch.cat([gate.weight, up.weight]), scale)
+
+
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def _packed_linear(
+    matrix: Matrix, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    return PackedLinear(matrix.weight, matrix.scale, bias)
+
+
+def _llm_int8_linear(
+    matrix: Matrix, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """bitsandbytes' layer out of codes and scales: its own would quantise once more, from float16."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    assert matrix.scale is not None
+    outs, width = matrix.weight.shape
+    layer = Linear8bitLt(
+        width, outs, bias=False, has_fp16_weights=False, threshold=LLM_INT8_THRESHOLD, device="meta"
+    )
+    codes = matrix.weight.to(device)
+    largest = (matrix.scale * CODES).to(device)
+    layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=largest)
+    layer.bias = bias
+    return cast(nn.Module, layer)
+
+
+def _nf4_linear(
+    matrix: Matrix, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    outs, width = matrix.weight.shape
+    layer = Linear4bit(width, outs, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+    # On CPUs with AVX-512 and bfloat16 it would repack the weights at the first step, for a kernel that is
+    # a download of its own; shapes that do not fit end in an assertion, and scales lose half of their bits.
+    layer.support_avx512bf16_for_cpu = False
+    weight = matrix.weight.to(device).to(dtype).contiguous()
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
+    layer.bias = bias
+    return cast(nn.Module, layer)
+
+
+_MAKERS: dict[Kind, Callable[..., nn.Module]] = {
+    "int8": _packed_linear,
+    "bfloat16": _packed_linear,
+    "llm_int8": _llm_int8_linear,
+    "nf4": _nf4_linear,
+}

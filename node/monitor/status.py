@@ -1,0 +1,343 @@
+"""What `python -m node status` and `models` show: a look at a swarm, and into the cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import trio
+
+from node.config import DEFAULT_MODEL, NetworkConfig
+from node.runtime.console import OutputText, one_line, put_line
+from routing.names import ModelId, PeerId, Revision
+from routing.view.records import Record, State
+from routing.view.view import ModelKey, SwarmView, coverage, holes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MAX_NAMED = 4  # peers of a bottleneck
+PRESENT: tuple[State, ...] = ("online", "joining", "draining")
+MAX_ASKED = 64  # servers that `status` asks whether they answer, those first whose blocks have the fewest
+ASK_SECONDS = 2.5  # for their answers: a little longer than a question
+UNREACHABLE = "unreachable"  # a state that nobody announces: found out from here
+PIPE_COLUMNS = 160
+MIN_COLUMNS = 20  # fewer are a wrong COLUMNS
+SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
+
+
+async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
+    """Look at the swarm once and print it, with so many chains.  Raises ConfigError."""
+    from node.main import open_node
+
+    async with open_node(config, "client") as node:
+        await trio.sleep(SETTLE_SECONDS)
+        await node.directory.measure(worth_asking(node.directory.view(), node.host.peer_id), ASK_SECONDS)
+        facts = describe(node.directory.view(), dict(node.directory.rtts()), chains)
+    if as_json:
+        put_line(json.dumps(facts, indent=2))
+    else:
+        print_status(facts)
+
+
+def worth_asking(view: SwarmView, me: PeerId, most: int = MAX_ASKED) -> list[PeerId]:
+    """The peers of whom it should be known whether they answer, in this order."""
+    from routing.placement.cover_gaps import watched
+    from routing.placement.rebalance import holders
+
+    records = [r for r in view.records() if r.role != "client" and r.addresses and r.peer != me]
+    first = [
+        peer
+        for key in _models(records)
+        for peer in watched(holders(view.spans(key.revision, key.blocks, PRESENT)), key.blocks, me, most)
+    ]
+    others = sorted(records, key=lambda record: record.role != "serve")
+    can_be_asked = {record.peer for record in records}
+    first = [peer for peer in first if peer in can_be_asked]
+    return list(dict.fromkeys([*first, *(record.peer for record in others)]))[:most]
+
+
+def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dict[str, Any]:  # Any: JSON
+    """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and so many `chains`.
+
+    rtts: seconds from here to a peer and back.  Who does not answer (`view.silent`) is unreachable,
+    whatever it announces, and covers no block.
+    """
+    records = [record for record in view.records() if record.role != "client"]
+    states = {r.peer: UNREACHABLE if r.peer in view.silent else r.state for r in records}
+    return {
+        "swarm": view.swarm,
+        "servers": {
+            state: sum(record.role == "serve" and states[record.peer] == state for record in records)
+            for state in (*PRESENT, UNREACHABLE)
+        },
+        "peers": [_peer(record, states[record.peer], rtts.get(record.peer)) for record in records],
+        "models": [_model(view, key, rtts, chains) for key in _models(records)],
+    }
+
+
+def _models(records: Sequence[Record]) -> list[ModelKey]:
+    """One for each revision, under the first of the names that its peers give it."""
+    served = sorted((r.model, r.revision, r.blocks) for r in records if r.role == "serve")
+    first = {(revision, blocks): name for name, revision, blocks in reversed(served)}
+    return sorted(
+        ModelKey(ModelId(name), Revision(revision), blocks) for (revision, blocks), name in first.items()
+    )
+
+
+def _model(
+    view: SwarmView, key: ModelKey, rtts: dict[PeerId, float], chains: int
+) -> dict[str, Any]:  # Any: JSON
+    spans = view.spans(key.revision, key.blocks)
+    held = coverage(spans, key.blocks)
+    missing = holes(((span.start, span.stop) for span in spans), 0, key.blocks)
+    return {
+        "model": key.model,
+        "revision": key.revision,
+        "blocks": key.blocks,
+        "coverage": list(held),
+        "holes": [list(run) for run in missing],
+        "unreachable": [
+            span.peer
+            for span in view.spans(key.revision, key.blocks, silent=True)
+            if span.peer in view.silent
+        ],
+        "complete": not missing,
+        "survives_any_loss": min(held) > 1,
+        **_throughput(spans, key.blocks),
+        **({"chains": _chains(spans, key.blocks, rtts, chains)} if chains else {}),
+    }
+
+
+def _chains(
+    spans: Sequence[Record], blocks: int, rtts: dict[PeerId, float], most: int
+) -> list[dict[str, Any]]:  # Any: JSON
+    """The best chains from here, as few servers as can be in more than one of them."""
+    from routing.chains.alternatives import best_chains
+    from routing.chains.search import NoChain, cheapest_chain
+
+    try:
+        found = best_chains(partial(cheapest_chain, spans, blocks, client_rtt=rtts), most)
+    except NoChain:
+        return []
+    return [
+        {
+            "expected_ms_per_token": round(chain.expected_seconds * 1e3, 3),
+            "hops": [{"peer": hop.peer, "blocks": [hop.start, hop.stop]} for hop in chain.hops],
+        }
+        for chain in found
+    ]
+
+
+def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
+    """What the peers can do together by what they announce, in tokens per second, and what limits it.
+
+    One token of one session at a time in each server: batches do more.  Who moves counts with what it
+    serves still.
+    """
+    from routing.placement.rebalance import holders
+    from routing.placement.throughput import bottleneck, bound
+
+    held = holders([replace(span, next_start=0, next_stop=0) for span in spans])
+    narrow = bottleneck(held, blocks)
+    limiting = set(narrow.blocks)
+    return {
+        "capacity_tokens_per_s": round(narrow.capacity, 3),
+        "bound_tokens_per_s": round(bound(held, blocks), 3),
+        "bottleneck_blocks": list(narrow.blocks),
+        "bottleneck_peers": [h.peer for h in held if not limiting.isdisjoint(range(h.start, h.stop))],
+    }
+
+
+def _peer(record: Record, state: str, rtt: float | None) -> dict[str, Any]:  # Any: JSON
+    return {
+        "peer": record.peer,
+        "name": record.name,
+        "role": record.role,
+        "state": state,
+        "announced_state": record.state,
+        "model": record.model,
+        "blocks": [record.start, record.stop] if record.role == "serve" else None,
+        "next_blocks": [record.next_start, record.next_stop] if record.moves else None,
+        "dtype": record.dtype,
+        "quantize": record.quantize,
+        "decode_ms_per_block": round(record.seconds_per_block * 1e3, 4),
+        "prefill_tokens_per_s": round(_prefill_rate(record), 1),
+        "free_cache_tokens": record.cache_tokens,
+        "queue": record.queue,
+        "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
+        "addresses": list(record.addresses),
+        "version": record.version,
+    }
+
+
+def _prefill_rate(record: Record) -> float:
+    """Prefill tokens per second through the whole span of a peer; 0 where not measured."""
+    seconds = record.prefill_seconds_per_token * (record.stop - record.start)
+    return 1 / seconds if seconds > 0 else 0.0
+
+
+def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
+    """The same for people."""
+    console = wide_console()
+    for part in tables(facts):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def wide_console() -> Console:
+    """Standard output; a file or a pipe takes lines of any length, and so does who says it has none."""
+    from rich.console import Console
+
+    output = cast("IO[str]", OutputText())
+    plain = partial(Console, file=output, highlight=False, markup=False, emoji=False)
+    console = plain()
+    return console if console.is_terminal and console.width >= MIN_COLUMNS else plain(width=PIPE_COLUMNS)
+
+
+def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
+    """What rich shows of the facts, one below the other."""
+    from rich.table import Table
+
+    servers = ", ".join(f"{count} {state}" for state, count in facts["servers"].items() if count)
+    title = f"swarm {one_line(facts['swarm'])}: {servers or 'no servers'}"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for column in ("peer", "name", "state", "blocks", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for peer in sorted(facts["peers"], key=lambda peer: (peer["model"], peer["blocks"] or [])):
+        serves = peer["blocks"] is not None
+        measured = serves and peer["decode_ms_per_block"] > 0
+        table.add_row(
+            "…" + peer["peer"][-6:],
+            one_line(peer["name"]),
+            peer["state"] if serves or peer["state"] == UNREACHABLE else peer["role"],
+            _blocks(peer) if serves else "",
+            one_line(peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none")),
+            f"{peer['decode_ms_per_block']:.2f}" if measured else "",
+            f"{peer['prefill_tokens_per_s']:.0f}" if measured else "",
+            str(peer["free_cache_tokens"]) if measured else "",
+            str(peer["queue"]) if measured else "",
+            "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
+        )
+    parts: list[Table | str] = [table]
+    if not facts["models"]:
+        parts.append("no peer serves a model")
+    for model in facts["models"]:
+        runs = ", ".join(f"{start}:{stop}" for start, stop in model["holes"])
+        state = f"served by nobody: blocks {runs}" if runs else "every block is served"
+        name = one_line(f"{model['model']} ({model['revision']})")
+        parts.append(f"{name}, {model['blocks']} blocks: {state}")
+        if model["unreachable"]:
+            parts.append(f"  no answer from {_named(model['unreachable'])}: not counted")
+        parts.append(f"  servers of each block: {_runs(model['coverage'])}")
+        if model["complete"]:
+            parts.append(_what_if(model))
+        parts.append(_limit(model))
+        parts += _chain_lines(model.get("chains", []))
+    return parts
+
+
+def _blocks(peer: dict[str, Any]) -> str:  # Any: JSON
+    """ "20:30", and "20:30 -> 24:34" of one that moves."""
+    spans = (peer["blocks"], peer["next_blocks"])
+    return " -> ".join(f"{start}:{stop}" for start, stop in filter(None, spans))
+
+
+def _what_if(model: dict[str, Any]) -> str:  # Any: JSON
+    """One line of what the loss of a server would do."""
+    alone = [block for block, count in enumerate(model["coverage"]) if count == 1]
+    if model["survives_any_loss"]:
+        return "  without any one of the servers every block would still be served"
+    runs = ", ".join(f"{start}:{stop}" for start, stop in _blocks_as_runs(alone))
+    return f"  served by one server only: blocks {runs}"
+
+
+def _chain_lines(chains: Sequence[dict[str, Any]]) -> list[str]:  # Any: JSON
+    """Chains, each with the servers that an earlier one has too."""
+    lines, used = [], set[str]()
+    for number, chain in enumerate(chains, 1):
+        peers = [hop["peer"] for hop in chain["hops"]]
+        shown = ", ".join(
+            f"…{hop['peer'][-6:]} {hop['blocks'][0]}:{hop['blocks'][1]}{' (again)' * (hop['peer'] in used)}"
+            for hop in chain["hops"]
+        )
+        lines.append(f"  chain {number}, {chain['expected_ms_per_token']:.1f} ms a token from here: {shown}")
+        used.update(peers)
+    return lines
+
+
+def _limit(model: dict[str, Any]) -> str:  # Any: JSON
+    """One line of what the swarm can do and who limits it."""
+    capacity, most = model["capacity_tokens_per_s"], model["bound_tokens_per_s"]
+    line = f"  capacity {capacity:.1f} of at most {most:.1f} tokens/s"
+    if not capacity:
+        return line
+    everybody = len(model["bottleneck_blocks"]) == model["blocks"]
+    runs = ", ".join(f"{a}:{b}" for a, b in _blocks_as_runs(model["bottleneck_blocks"]))
+    return f"{line}, limited by " + (
+        "all servers together" if everybody else f"blocks {runs} ({_named(model['bottleneck_peers'])})"
+    )
+
+
+def _named(peers: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(peers) - MAX_NAMED
+    return ", ".join("…" + peer[-6:] for peer in peers[:MAX_NAMED]) + f" and {more} more" * (more > 0)
+
+
+def _blocks_as_runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][1] == block:
+            runs[-1] = runs[-1][0], block + 1
+        else:
+            runs.append((block, block + 1))
+    return runs
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """Counts per block, equal neighbours together: "0:10 x1, 10:20 x2"."""
+    parts, begin = [], 0
+    for block in range(1, len(counts) + 1):
+        if block == len(counts) or counts[block] != counts[begin]:
+            parts.append(f"{begin}:{block} x{counts[begin]}")
+            begin = block
+    return ", ".join(parts)
+
+
+def fetch_model(name: str) -> None:
+    """Bring a model into the cache, with a progress bar.  Raises ConfigError."""
+    from node.model.checkpoint.progress import progress_bar
+    from node.model.checkpoint.source import cache_dir, resolve
+
+    with progress_bar(sys.stderr) as progress:
+        folder = resolve(name, cache_dir=cache_dir(), progress=progress)
+        folder.need({entry.file for entry in folder.tensors.values()}, progress)
+    put_line(f"{folder.name} (revision {folder.revision}) is in {folder.path}")
+
+
+def show_models(*, as_json: bool) -> None:
+    """List what is in the cache, and the default."""
+    from node.model.checkpoint.source import cache_dir, list_models
+
+    found = list_models(cache_dir())
+    if as_json:
+        models = [
+            {"name": model.name, "path": None if model.path is None else str(model.path), "bytes": model.size}
+            for model in found
+        ]
+        put_line(
+            json.dumps({"default": DEFAULT_MODEL, "cache": str(cache_dir()), "models": models}, indent=2)
+        )
+        return
+    put_line(f"cache: {cache_dir()}")
+    for model in found:
+        where = "not fetched yet" if model.path is None else f"{model.size / 1e6:.0f} MB in {model.path}"
+        default = ", the default" if model.name == DEFAULT_MODEL else ""
+        put_line(f"  {model.name}: {where}{default}")

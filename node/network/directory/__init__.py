@@ -1,0 +1,1 @@
+"""Who is in the swarm: records, pings, and the way in."""

@@ -1,0 +1,132 @@
+"""One stream of record exchange: what this node owes the other side, and what it accepts from it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from routing.names import PeerId
+from routing.view.exchange import Digest, encode_digest, encode_records
+from routing.view.view import Arrival, SwarmView
+from tensor_codec.errors import MessageError
+
+if TYPE_CHECKING:
+    from node.network.streams import FramedStream
+
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
+
+
+@dataclass(slots=True)
+class TokenBucket:
+    """At most `burst` at once and `rate` per second in the long run.  The caller brings the clock."""
+
+    rate: float
+    burst: float
+    level: float
+    filled: float
+
+    @classmethod
+    def full(cls, rate: float, burst: float, now: float) -> TokenBucket:
+        """A bucket that nobody has drawn from."""
+        return cls(rate, burst, burst, now)
+
+    def take(self, count: float, now: float) -> float:
+        """Take `count`, and return the seconds to wait until that many will have been there."""
+        self.level = min(self.burst, self.level + (now - self.filled) * self.rate) - count
+        self.filled = now
+        return max(0.0, -self.level / self.rate)
+
+
+@dataclass(slots=True)
+class Retry:
+    """When a peer may be dialled again: after 1 s, doubling to 60 s, less up to half by chance."""
+
+    failures: int = 0
+    not_before: float = 0.0
+
+    def failed(self, now: float, rng: random.Random) -> None:
+        """Wait longer than the last time."""
+        seconds = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**self.failures)
+        self.failures = min(self.failures + 1, 10)
+        self.not_before = now + seconds * rng.uniform(0.5, 1.0)
+
+
+class Neighbour:
+    """One records stream, opened by us (`ours`) or by the other side.
+
+    What waits to be sent is a set of peers, not a list of records: however slowly the other side
+    reads, it is owed at most one record of each, the newest.
+
+    greeted: set when their first answer to our digest is whole; all that it was to bring has come.
+    scope: cancel it to end the exchange.
+    """
+
+    def __init__(self, stream: FramedStream, *, ours: bool) -> None:
+        self.stream = stream
+        self.peer = stream.peer
+        self.ours = ours
+        self.greeted = trio.Event()
+        self.scope = trio.CancelScope()
+        self.faults = 0
+        self._owed: dict[PeerId, None] = {}  # a set that keeps its order
+        self._proofs: list[Arrival] = []
+        self._digests: set[bool] = set()  # digests to send, by their `ask`
+        self._work = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._heard: dict[bytes, int] = {}
+
+    def owe(self, peers: Iterable[PeerId]) -> None:
+        """Send the records of these peers as soon as may be, as they are then."""
+        self._owed.update(dict.fromkeys(peers))
+        if self._owed:
+            self._wake()
+
+    def prove(self, ended: Arrival) -> None:
+        """Show the other side a record of its own that has ended, and that it does not know any more."""
+        self._proofs = [ended]
+        self._wake()
+
+    def say_digest(self, *, ask: bool) -> None:
+        """Send our digest, after the records that are owed by now."""
+        self._digests.add(ask)
+        self._wake()
+
+    async def flushed(self) -> None:
+        """Wait until nothing is owed and the last frame has been handed to the network."""
+        await self._idle.wait()
+
+    def _wake(self) -> None:
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        self._work.set()
+
+    async def send_forever(self, view: Callable[[], SwarmView]) -> None:
+        """Send what is owed, records before digests.  Raises PeerFault."""
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            owed, self._owed = self._owed, {}
+            proofs, self._proofs = self._proofs, []
+            digests, self._digests = self._digests, set()
+            for frame in encode_records([*view().held(owed, trio.current_time()), *proofs]):
+                await self.stream.send(frame)
+            for ask in sorted(digests):
+                for frame in encode_digest(view().digest(), ask=ask):
+                    await self.stream.send(frame)
+            if not self._work.is_set():
+                self._idle.set()
+
+    def hear_digest(self, part: Digest, most: int) -> dict[bytes, int] | None:
+        """Add one frame of a digest; return the whole when it was the last.  Raises MessageError."""
+        self._heard.update(part.seqs)
+        if len(self._heard) > most:
+            raise MessageError(f"a digest of more than {most} peers")
+        if not part.last:
+            return None
+        whole, self._heard = self._heard, {}
+        return whole

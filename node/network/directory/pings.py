@@ -1,0 +1,188 @@
+"""Asks peers whether they are there and how far: pings, in tasks of their own, a few at once.
+
+Who wants to know waits for as long as it likes and no longer; a question goes on without it, and what
+comes of it is noted in `routing.view.answers`, silence too.  A client and `status` ask the servers that
+matter to them again and again, so that whoever is gone is known before its record ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import trio
+
+from routing.names import PeerId
+from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
+from tensor_codec.errors import PeerFault, PeerGone
+
+if TYPE_CHECKING:
+    from node.network.host import Host
+
+PING_SECONDS = 2.0  # in which a question must be answered, a connection included
+OVERDUE_SECONDS = 1.0  # after which who has never answered is taken for silent
+ASKED_AT_ONCE = 16  # half of what `Host` dials at once: a session's dial is never behind them
+WATCH_SECONDS = 3.0  # between two questions to the same server: silent ones are known within 8 s
+LOOK_SECONDS = 1.0  # between looks for servers that are new
+QUIET_SECONDS = 0.02
+STEP_SECONDS = 0.1
+MAX_WANTED = 64
+
+log = logging.getLogger(__name__)
+
+
+class Asker:
+    """Whom this node has asked, and what they answered.
+
+    addresses: where to dial a peer; empty where nobody knows.  changed: told when somebody has become
+    silent or answers again.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        nursery: trio.Nursery,
+        *,
+        addresses: Callable[[PeerId], tuple[str, ...]],
+        changed: Callable[[], None],
+        dial_seconds: float,
+    ) -> None:
+        self.answers = Answers()
+        self._host = host
+        self._nursery = nursery
+        self._addresses = addresses
+        self._changed = changed
+        self._dial_seconds = dial_seconds
+        self._turns = trio.CapacityLimiter(ASKED_AT_ONCE)
+        self._news = trio.Event()  # an answer, or that none will come
+        self._connecting = 0
+        self._quiet = trio.Event()
+        self._wanted: dict[PeerId, float] = {}  # whose distance somebody wanted to know, and when
+
+    async def measure(
+        self,
+        peers: Collection[PeerId],
+        seconds: float = PING_SECONDS,
+        enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
+    ) -> dict[PeerId, float]:
+        """The round trips to those of these peers that answer, as far as they are known in `seconds`.
+
+        Peers that were asked within the last minute are not asked again, whether they answered or not.
+        enough: whether these round trips will do; then the others are waited for GRACE_SECONDS only.
+        """
+        now = trio.current_time()
+        peers = [peer for peer in dict.fromkeys(peers) if peer != self._host.peer_id]
+        self._want(peers, now)
+        for peer in peers:
+            if self.answers.is_due(peer, now):
+                self.ask(peer)
+        await trio.lowlevel.checkpoint()
+        while True:
+            now = trio.current_time()
+            known = self.answers.rtts(now)
+            found = {peer: known[peer] for peer in peers if peer in known}
+            patience = GRACE_SECONDS if enough is not None and enough(found) else seconds
+            left = self.answers.wait_for(peers, now, patience)
+            if left <= 0:
+                return found
+            with trio.move_on_after(left):
+                await self._news.wait()
+
+    def ask(self, peer: PeerId) -> None:
+        """Ask now, unless that is under way."""
+        if self.answers.under_way(peer) is None:
+            self.answers.ask(peer, trio.current_time())
+            self._nursery.start_soon(self._ask, peer)
+
+    async def watch(
+        self, servers: Callable[[Collection[PeerId]], Collection[PeerId]], rng: random.Random
+    ) -> None:
+        """Ask these servers until cancelled; new ones at once.
+
+        servers: those that matter, given those that somebody wanted to know of within the last minute.
+        """
+        again = -math.inf
+        while True:
+            now = trio.current_time()
+            self._want((), now)
+            matter = servers(self._wanted)
+            self.answers.forget({*matter, *self._wanted}, now)
+            for peer in matter:
+                if now >= again or self.answers.is_due(peer, now):
+                    self.ask(peer)
+            if now >= again:
+                again = now + WATCH_SECONDS * rng.uniform(0.8, 1.2)
+            await trio.sleep(min(LOOK_SECONDS, again - now))
+
+    def _want(self, peers: Iterable[PeerId], now: float) -> None:
+        wanted = {**self._wanted, **dict.fromkeys(peers, now)}
+        latest = sorted(wanted.items(), key=lambda each: each[1])[-MAX_WANTED:]
+        self._wanted = {peer: when for peer, when in latest if when > now - FRESH_SECONDS}
+
+    async def _ask(self, peer: PeerId) -> None:
+        before = peer in self.answers.silent()
+        try:
+            async with self._turns:
+                tries = FAILURES if self.answers.has_answered(peer, trio.current_time()) else 1
+                for _ in range(tries):
+                    if await self._try(peer):
+                        break
+        finally:
+            self.answers.done(peer)
+            self._tell(before != (peer in self.answers.silent()))
+
+    async def _try(self, peer: PeerId) -> bool:
+        """Whether there is no need to try again."""
+        from node.network.host import NoPlaceLeft
+
+        done = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._be_patient, peer, nursery.cancel_scope)
+            try:
+                self.answers.answered(peer, await self._round_trip(peer), trio.current_time())
+                done = True
+            except NoPlaceLeft:
+                self.answers.withdrawn(peer)
+                done = True
+            except PeerFault as fault:
+                log.debug("no answer from %s: %s", peer, fault)
+            nursery.cancel_scope.cancel()
+        if not done:
+            self.answers.failed(peer, trio.current_time())
+        return done
+
+    async def _be_patient(self, peer: PeerId, question: trio.CancelScope) -> None:
+        """End a question in time.  While this process stands still, time does not count."""
+        steps = round(PING_SECONDS / STEP_SECONDS)
+        for step in range(steps):
+            if step == round(OVERDUE_SECONDS / STEP_SECONDS):
+                self.answers.overdue(peer, trio.current_time())
+                self._tell(True)
+            await trio.sleep(STEP_SECONDS)
+        question.cancel()
+
+    async def _round_trip(self, peer: PeerId) -> float:
+        addresses = self._addresses(peer)
+        if not addresses:
+            raise PeerGone(f"no address of {peer} is known")
+        self._connecting += 1
+        try:
+            await self._host.connect(peer, addresses, seconds=self._dial_seconds)
+        finally:
+            self._connecting -= 1
+            if not self._connecting:
+                self._quiet.set()
+                self._quiet = trio.Event()
+        with trio.move_on_after(QUIET_SECONDS):  # a ping beside a handshake measures the handshake
+            while self._connecting:
+                await self._quiet.wait()
+        return await self._host.ping(peer, addresses)
+
+    def _tell(self, changed: bool) -> None:
+        self._news.set()
+        self._news = trio.Event()
+        if changed:
+            self._changed()

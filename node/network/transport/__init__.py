@@ -1,0 +1,1 @@
+"""From a TCP socket to muxed, encrypted streams."""

@@ -1,0 +1,57 @@
+"""Who a node is: an Ed25519 key, kept as 32 raw bytes in a file of its owner."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from node.config import ConfigError
+from node.network.transport.secret_file import create_secret, read_secret
+from routing.names import PeerId, peer_id_of
+
+PRIVATE_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A private key and the peer id that follows from it."""
+
+    private_key: bytes = field(repr=False)  # 32 raw bytes: the Ed25519 seed
+    public_key: bytes = field(repr=False)
+    peer_id: PeerId
+
+
+def identity_of(private_key: bytes) -> Identity:
+    """The identity of an Ed25519 private key of 32 raw bytes."""
+    public_key = Ed25519PrivateKey.from_private_bytes(private_key).public_key().public_bytes_raw()
+    return Identity(private_key, public_key, peer_id_of(public_key))
+
+
+def load_or_create_identity(path: Path | str | None) -> Identity:
+    """The identity in a file, made there on the first call; without a path one that nobody will see again.
+
+    Raises ConfigError where the file is readable by others, has another size, or cannot be had.
+    """
+    if path is None:
+        return identity_of(secrets.token_bytes(PRIVATE_KEY_BYTES))
+    path = Path(path)
+    with contextlib.suppress(FileNotFoundError):
+        return _load(path)
+    with contextlib.suppress(FileExistsError):  # another process was faster: its key is the one
+        create_secret(path, secrets.token_bytes(PRIVATE_KEY_BYTES), "identity")
+    try:
+        return _load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"identity {path} disappeared while it was being made") from None
+
+
+def _load(path: Path) -> Identity:
+    content = read_secret(path, "identity")
+    if len(content) != PRIVATE_KEY_BYTES:
+        size = f"{len(content)}" if len(content) <= PRIVATE_KEY_BYTES else f"more than {PRIVATE_KEY_BYTES}"
+        raise ConfigError(f"identity {path} has {size} bytes, an Ed25519 key has {PRIVATE_KEY_BYTES}")
+    return identity_of(content)

@@ -1,0 +1,1 @@
+"""What every command of the process needs: threads, nurseries, logs, arguments, the terminal."""

@@ -1,0 +1,1 @@
+"""The scheduler: batches of steps on the torch thread."""

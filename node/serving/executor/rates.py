@@ -1,0 +1,242 @@
+"""How fast this node computes: measured at start, kept in a file, corrected by what is served.
+
+Two figures are announced, and chains are chosen by them (see routing/chains/search.py): the seconds that a
+block takes for one decode step of one session, and for one token of a prefill; time spent waiting is
+not in them (the record's `queue` tells of it).
+
+A decode step shares its batch with those of other sessions.  None of them has its answer before the
+batch is done, so a batch's whole time counts for each step, not a part of it: that is what the next
+session will see beside the same company.  When the company leaves and nothing is served, nobody would
+tell us that a step is quick again, and clients who avoid a slow server keep it from finding out.
+Hence `alone`, what a step of one row takes, to which an idle node's figure returns.  `alone` goes into
+the file, for the next start begins without company.
+
+What was measured at start may be wrong by then: nodes that start together on one machine each find it
+busy, and a spare that nobody has tried would stay five times as slow in the eyes of all.  So an idle
+node measures a few steps again now and then (`Engine.look_again`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from node.model.checkpoint.folder import write_atomically
+from routing.names import Revision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from node.model.blocks.span import Span
+
+log = logging.getLogger("raceme")
+
+EMA_WEIGHT = 0.1  # of the newest batch in the running figures
+WHOLE_CHUNK_TOKENS = 64  # a shorter prefill mostly reads weights: it counts for less
+HICCUP = 4.0  # a batch that takes longer than so many times the expected counts as that
+MEASURED_TOKENS = 64  # of a prefill at start, and decode steps after it
+MIN_PREFILL_TOKENS = 8
+CHECK_SECONDS = 0.2  # for a look at whether the kept figures are still about right
+ABOUT_RIGHT = 2.0  # times slower or faster
+FILE_FORMAT = 1
+MAX_KEPT = 128  # figures in the file; the oldest are dropped
+MAX_FILE_BYTES = 1 << 20
+SLOWEST_SECONDS = 3600.0  # per block; beyond it the file is damaged
+
+
+@dataclass(slots=True)
+class Rates:
+    """Seconds that a block takes: for one decode step, and for each token of a prefill.
+
+    alone: a decode step in a batch of one row.
+    """
+
+    decode_seconds_per_block: float
+    prefill_seconds_per_block_token: float
+    alone: float = field(init=False)
+    _served: bool = False  # since the last `relax`
+
+    def __post_init__(self) -> None:
+        self.alone = self.decode_seconds_per_block
+
+    def observe(self, rows_tokens: int, blocks: int, seconds: float, decode: bool) -> None:
+        """Fold a batch that was served into the running figures.
+
+        rows_tokens: rows of a decode batch, or rows times tokens of a prefill's chunk.
+        blocks: that it went through.  seconds: of computing all of it.
+        """
+        per_block = seconds / blocks
+        if decode:
+            self._served = True
+            if rows_tokens == 1 or per_block < self.alone:  # company never makes it faster
+                self.alone = _moved(self.alone, per_block, EMA_WEIGHT)
+            self.decode_seconds_per_block = _moved(self.decode_seconds_per_block, per_block, EMA_WEIGHT)
+        else:
+            weight = EMA_WEIGHT * min(1.0, rows_tokens / WHOLE_CHUNK_TOKENS)
+            known = self.prefill_seconds_per_block_token
+            self.prefill_seconds_per_block_token = _moved(known, per_block / rows_tokens, weight)
+
+    def relax(self) -> bool:
+        """Call this every few seconds: if no step was served since the last call, go half the way back
+        to what a step takes that is alone.  Returns whether the node was idle."""
+        idle = not self._served
+        if idle:
+            self.decode_seconds_per_block = (self.decode_seconds_per_block + self.alone) / 2
+        self._served = False
+        return idle
+
+    def measured(self, seconds_per_block: float) -> None:
+        """What a decode step took just now, alone: the figures of earlier no longer count."""
+        self.decode_seconds_per_block = self.alone = seconds_per_block
+
+
+def _moved(known: float, seen: float, weight: float) -> float:
+    return known + weight * (min(seen, HICCUP * known) - known)
+
+
+def rates_at_start(span: Span, file: RatesFile, key: str, seconds: float = 2.0) -> Rates:
+    """The kept figures where a few steps agree with them, else measured in about `seconds` and kept.
+
+    Runs in the torch thread.
+    """
+    known = file.get(key)
+    if known is not None:
+        decode = measure_decode(span, min(CHECK_SECONDS, seconds))
+        if known.alone / ABOUT_RIGHT <= decode <= known.alone * ABOUT_RIGHT:
+            return known
+    rates = measure_rates(span, seconds)
+    file.put(key, rates)
+    return rates
+
+
+def measure_rates(span: Span, seconds: float = 2.0) -> Rates:
+    """Time prefills and decode steps on zeros, for about `seconds`; medians.
+
+    Each is run at least once, however slow.  Runs in the torch thread.
+    """
+    # So many tokens that two prefills are done in half of the time even if a token costs a whole step.
+    step = measure_decode(span, seconds / 8)
+    blocks = span.stop - span.start
+    fitting = int(seconds / 4 / max(step * blocks, 1e-9))
+    tokens = max(MIN_PREFILL_TOKENS, min(MEASURED_TOKENS, fitting))
+    until = time.perf_counter() + seconds / 2
+    prefills: list[float] = []
+    while not prefills or (len(prefills) < 9 and time.perf_counter() + prefills[-1] < until):
+        prefills.append(_timed(span, span.new_cache(1, tokens), tokens, 0))
+    if len(prefills) > 2:
+        del prefills[0]  # the first call of its shape pays for set-up
+    prefill = statistics.median(prefills) / blocks / tokens
+    return Rates(measure_decode(span, seconds * 3 / 8), prefill)
+
+
+def measure_decode(span: Span, seconds: float) -> float:
+    """Seconds that one decode step takes in a block, from up to `seconds` of them, at least two.
+
+    The median, without the first, which pays for lazy set-up.  Runs in the torch thread.
+    """
+    cache = span.new_cache(1, MEASURED_TOKENS)
+    until = time.perf_counter() + seconds
+    found = [_timed(span, cache, 1, 0), _timed(span, cache, 1, 1)]
+    while len(found) < MEASURED_TOKENS and time.perf_counter() + found[-1] < until:
+        found.append(_timed(span, cache, 1, len(found)))
+    return statistics.median(found[1:]) / (span.stop - span.start)
+
+
+def _timed(span: Span, cache: Any, tokens: int, position: int) -> float:  # Any: whatever the span makes
+    import torch
+
+    hidden = torch.zeros(1, tokens, span.hidden_size)
+    began = time.perf_counter()
+    answer: Tensor = span.forward(hidden, cache, position, span.start, span.stop)
+    answer[:, -1:].cpu()  # waits until a device has computed it
+    return time.perf_counter() - began
+
+
+def rates_key(
+    revision: Revision, device: str, dtype: str, quantize: str, threads: int, version: str = ""
+) -> str:
+    """What figures are the same for: `device` is a name as `device_name` gives it, `version` ours."""
+    return "/".join((revision, device, dtype, quantize, f"{threads} threads", version))
+
+
+def device_name(device: str) -> str:
+    """The hardware behind "cpu", "cuda" or "mps".  Imports torch for CUDA."""
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{device} {next(names, '') or platform.processor() or platform.machine()}"
+
+
+@dataclass(frozen=True, slots=True)
+class RatesFile:
+    """Figures of earlier runs, by key.
+
+    A file that cannot be read or written costs a measurement at every start and nothing else; the
+    log says so.  Two nodes that write at once may lose one entry.
+    """
+
+    path: Path
+
+    def get(self, key: str) -> Rates | None:
+        """The figures kept for `key`, if there are any."""
+        entry = self._entries().get(key)
+        return None if entry is None else Rates(entry["decode"], entry["prefill"])
+
+    def put(self, key: str, rates: Rates) -> None:
+        """Keep these figures, and of all the newest MAX_KEPT."""
+        entries = self._entries()
+        entries.pop(key, None)
+        entries[key] = {"decode": rates.alone, "prefill": rates.prefill_seconds_per_block_token}
+        newest = dict(list(entries.items())[-MAX_KEPT:])  # a JSON object keeps its order
+        content = json.dumps({"format": FILE_FORMAT, "rates": newest}, indent=1)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, content.encode())
+        except OSError as error:
+            log.warning("the measured rates are not kept: cannot write %s: %s", self.path, error.strerror)
+
+    def _entries(self) -> dict[str, dict[str, float]]:
+        """All sound entries, the oldest first."""
+        try:
+            with self.path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) > MAX_FILE_BYTES:
+                raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
+            whole = json.loads(content)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("the rates kept in %s are ignored: %s", self.path, error)
+            return {}
+        if not isinstance(whole, dict) or whole.get("format") != FILE_FORMAT:
+            log.warning("the rates kept in %s are ignored: not of format %d", self.path, FILE_FORMAT)
+            return {}
+        entries = whole.get("rates")
+        if not isinstance(entries, dict):
+            log.warning("the rates kept in %s are ignored: there are none in it", self.path)
+            return {}
+        sound = {key: entry for key, entry in entries.items() if _is_sound(entry)}
+        if len(sound) < len(entries):
+            log.warning("%d of the rates kept in %s make no sense", len(entries) - len(sound), self.path)
+        return sound
+
+
+def _is_sound(entry: object) -> bool:
+    return isinstance(entry, Mapping) and all(
+        type(entry.get(name)) is float and math.isfinite(entry[name]) and 0 < entry[name] <= SLOWEST_SECONDS
+        for name in ("decode", "prefill")
+    )

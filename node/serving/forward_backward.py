@@ -1,0 +1,324 @@
+"""The door for requests without a session: forward and backward over a run of blocks.
+
+    /raceme/compute/1   a client sends hidden states, or these and a gradient, and gets the same back
+
+Nothing is kept between two requests.  A stream carries one at a time; one that is idle is closed.
+Each request is checked here against what is served, as a session is when it opens, and runs in the
+torch thread from wire bytes to wire bytes.  Whoever leaves while a request waits or runs cancels it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from node.model.blocks.forward_backward import backward, forward
+from node.model.blocks.span import Span
+from node.serving.executor.engine import Answer, NotFinite
+from node.serving.sessions.hop_session import FrameStream
+from node.serving.sessions.listener import Served
+from tensor_codec.codecs import decode_hidden, encode_hidden
+from tensor_codec.errors import (
+    BadResult,
+    Draining,
+    MessageError,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    TooManyStreams,
+    WrongRevision,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.limits import Limits
+from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.fields import Failed, encode_failed
+from tensor_codec.messages.forward_backward import (
+    Backward,
+    Forward,
+    Output,
+    Run,
+    decode_request,
+    encode_output,
+    request_contract,
+)
+
+RETRY_SECONDS = 2.0  # after which one of a peer's streams may well be free again
+
+
+class PeekStream(FrameStream, Protocol):
+    """A framed stream of which one can tell whether a frame is on its way."""
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and is not whole."""
+
+
+class StatelessEngine(Protocol):
+    """What computes requests: `node.serving.executor.engine.Engine`."""
+
+    async def stateless(
+        self, peer: str, rows: int, tokens: int, start: int, stop: int, work: Callable[[Span], Buffer]
+    ) -> Answer:
+        """Run `work` in the torch thread when it is this request's turn.
+
+        rows, tokens, start, stop: what it costs.  A caller that is cancelled gets control back at
+        once, and work that has not begun is not begun.
+        Raises TooManyStreams (nothing was done), and what `work` raises.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request as the torch thread runs it: wire bytes in, wire bytes out."""
+
+    request: Forward | Backward
+    contract: Contract
+
+    def __call__(self, span: Span) -> Buffer:
+        """Raises BadResult (what came in is not finite; nothing was done), NotFinite."""
+        request, contract = self.request, self.contract
+        hidden = decode_hidden(request.hidden, contract)
+        if isinstance(request, Backward):
+            grad = decode_hidden(request.grad, contract)
+            answer = backward(span, hidden, grad, contract.start, contract.stop)
+        else:
+            answer = forward(span, hidden, contract.start, contract.stop)
+        try:
+            return encode_hidden(answer, contract.codec)
+        except BadResult as bad:
+            what = "backward" if isinstance(request, Backward) else "forward"
+            raise NotFinite(f"{what} through blocks {contract.start}:{contract.stop}: {bad}") from None
+
+
+@dataclass(slots=True)
+class ForwardBackwardListener:
+    """Serves forward and backward over one span.
+
+    served: what is offered.  blame counts peers' faults ("peer error").
+    """
+
+    served: Served
+    engine: StatelessEngine
+    limits: Limits = field(default_factory=Limits)
+    blame: Counter[str] = field(default_factory=Counter)
+    draining: bool = False
+    _streams: dict[int, _Serving] = field(default_factory=dict)
+    _by_peer: Counter[str] = field(default_factory=Counter)
+    _quiet: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def stream_count(self) -> int:
+        """Streams that are open, idle ones among them."""
+        return len(self._streams)
+
+    async def serve(self, stream: PeekStream) -> None:
+        """Answer request after request until the client ends the stream.  Raises PeerFault."""
+        try:
+            with self._admit(stream) as serving, serving.scope:
+                await self._serve(stream, serving)
+        except Refused as refusal:
+            await stream.send(encode_failed(Failed.of(refusal)))
+
+    async def drain(self) -> None:
+        """Take no new request, finish those in hand within `drain_seconds`, then end all streams."""
+        self.draining = True
+        for serving in self._streams.values():
+            if not serving.busy:
+                serving.scope.cancel()
+        with trio.move_on_after(self.limits.drain_seconds):
+            await self._until_quiet()
+        for serving in self._streams.values():
+            serving.scope.cancel()
+        with trio.move_on_after(self.limits.drain_seconds):
+            await self._until_quiet()
+
+    async def finish_others(self) -> None:
+        """Finish the requests in hand for blocks that are served no longer.  Bounded, as `drain`."""
+        served = self.served
+        others = [
+            (serving, serving.done)
+            for serving in self._streams.values()
+            if serving.run is not None and not served.has(*serving.run)
+        ]
+        with trio.move_on_after(self.limits.drain_seconds):
+            for _, done in others:
+                await done.wait()
+        for serving, done in others:
+            if not done.is_set():
+                serving.scope.cancel()
+        with trio.move_on_after(self.limits.drain_seconds):
+            for _, done in others:
+                await done.wait()
+
+    async def _until_quiet(self) -> None:
+        while self._streams:
+            if self._quiet.is_set():
+                self._quiet = trio.Event()
+            await self._quiet.wait()
+
+    @contextmanager
+    def _admit(self, stream: PeekStream) -> Iterator[_Serving]:
+        """Hold a stream's place: what its requests may take in memory is bounded so.  Raises Refused."""
+        peer, limits = stream.peer, self.limits
+        if self.draining:
+            raise _leaving()
+        if self._by_peer[peer] >= limits.max_compute_streams_per_peer:
+            raise TooManyStreams(f"{self._by_peer[peer]} such streams of yours are open", RETRY_SECONDS)
+        if len(self._streams) >= limits.max_compute_streams:
+            raise TooManyStreams(f"{len(self._streams)} such streams are open here", RETRY_SECONDS)
+        serving = _Serving()
+        self._streams[id(serving)] = serving
+        self._by_peer[peer] += 1
+        try:
+            yield serving
+        finally:
+            del self._streams[id(serving)]
+            self._by_peer[peer] -= 1
+            if not self._by_peer[peer]:
+                del self._by_peer[peer]
+            if not self._streams:
+                self._quiet.set()
+
+    async def _serve(self, stream: PeekStream, serving: _Serving) -> None:
+        idle_seconds = self.limits.frame_start_seconds
+        while not self.draining and (frame := await _next_request(stream, idle_seconds)) is not None:
+            serving.busy = True
+            try:
+                answer = await self._answer(stream, frame, serving)
+            except _Unfit as unfit:  # said before the stream closes: a reset would overtake it
+                self.blame[f"{stream.peer} {type(unfit.fault).__name__}"] += 1
+                return await stream.send(encode_failed(Failed.of(unfit.fault)))
+            if answer is None:
+                return None  # the client has gone
+            await stream.send(answer)
+            serving.busy = False
+            idle_seconds = self.limits.compute_idle_seconds
+        return None
+
+    async def _answer(self, stream: PeekStream, frame: Buffer, serving: _Serving) -> list[Buffer] | None:
+        """The parts of the frame that answers a request; None where the client left before it was there.
+
+        Raises _Unfit; PeerFault for what is no request at all.
+        """
+        arrived = time.perf_counter()
+        request = decode_request(frame)
+        try:
+            self._check(request.run)
+            contract = self._contract(request)
+            with serving.computing(contract.start, contract.stop):
+                computed = await self._compute(stream, Work(request, contract), contract)
+        except Refused as refusal:
+            return encode_failed(Failed.of(refusal))
+        except NotFinite as own:
+            return encode_failed(Failed.of(own))
+        except (MessageError, RemoteProtocolError, BadResult) as fault:
+            raise _Unfit(fault) from None
+        if computed is None:
+            return None
+        held = int((time.perf_counter() - arrived) * 1e6)
+        return encode_output(Output(computed.body, ((held, computed.compute_micros),)))
+
+    async def _compute(self, stream: PeekStream, work: Work, contract: Contract) -> Answer | None:
+        """Have it computed unless the client leaves, or says what must not come now, before the end."""
+        answer: Answer | None = None
+        fault: PeerFault | Refused | None = None
+
+        async def watch() -> None:
+            nonlocal fault
+            try:
+                if await stream.receive() is not None:
+                    fault = RemoteProtocolError("a request while another one is under way on this stream")
+            except PeerGone:
+                pass
+            except PeerFault as error:
+                fault = error
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                answer = await self.engine.stateless(
+                    stream.peer, contract.batch, contract.max_length, contract.start, contract.stop, work
+                )
+            except (PeerFault, Refused) as error:
+                fault = error
+            nursery.cancel_scope.cancel()
+        if fault is not None:
+            raise fault
+        return answer
+
+    def _check(self, run: Run) -> None:
+        """Whether we serve what is asked for.  Raises Refused."""
+        served = self.served
+        if self.draining:
+            raise _leaving()
+        if run.revision != served.revision:
+            raise WrongRevision(
+                f"revision {run.revision} of {run.model} was asked for,"
+                f" {served.revision} of {served.model} is served here"
+            )
+        if run.dtype != served.dtype:
+            raise WrongRevision(f"dtype {run.dtype} was asked for, {served.dtype} is served here")
+        if not served.has(run.start, run.stop):
+            raise WrongRevision(
+                f"blocks {run.start}:{run.stop} were asked for, {served.start}:{served.stop} are served here"
+            )
+        if run.adapter is not None:
+            raise WrongRevision(f"adapter {run.adapter} was asked for, none is served here")
+
+    def _contract(self, request: Forward | Backward) -> Contract:
+        """The request's contract.  Raises Refused, MessageError."""
+        served, limits = self.served, self.limits
+        contract = request_contract(request, served.hidden_size, limits.max_step_tokens)
+        if contract.max_length > served.max_position:
+            raise Refused(f"{contract.max_length} positions were sent, the model has {served.max_position}")
+        return contract
+
+
+async def _next_request(stream: PeekStream, idle_seconds: float) -> Buffer | None:
+    """The next frame; None at the end of the stream, or after `idle_seconds` without a byte.
+
+    One that has begun by then has the time that any frame has.  Raises PeerFault.
+    """
+    with trio.move_on_after(idle_seconds):
+        return await stream.receive()
+    return await stream.receive() if stream.in_frame else None
+
+
+class _Unfit(Exception):
+    """A request that can be read and must not be done: the peer's fault, and it is told."""
+
+    def __init__(self, fault: PeerFault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+@dataclass(slots=True)
+class _Serving:
+    """One stream.  busy: a request is in hand.  run: of the blocks that it goes through; done: with them."""
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    busy: bool = False
+    run: tuple[int, int] | None = None
+    done: trio.Event = field(default_factory=trio.Event)
+
+    @contextmanager
+    def computing(self, start: int, stop: int) -> Iterator[None]:
+        """For the time in which these blocks are needed."""
+        self.run, self.done = (start, stop), trio.Event()
+        try:
+            yield
+        finally:
+            self.run = None
+            self.done.set()
+
+
+def _leaving() -> Draining:
+    return Draining("this node is leaving the swarm")

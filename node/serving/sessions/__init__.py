@@ -1,0 +1,1 @@
+"""Sessions of clients: their streams, their state, and where their answers go."""

@@ -1,0 +1,322 @@
+"""The door of a serving node: sessions of clients, and steps pushed by previous hops.
+
+    /raceme/session/1   a client opens a session, sends steps, gets results
+    /raceme/push/1      a previous hop sends steps of many sessions
+
+Every byte is checked here, once, against the contract of its session.  What happens inside a session
+stands in `hop`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from node.model.blocks.kv_pages import PagePool
+from node.serving.cache_budget import CacheAdmission, CacheBudget
+from node.serving.executor.engine import Engine
+from node.serving.sessions.hop_session import FrameStream, HopSession
+from node.serving.sessions.inbox import Inbox
+from node.serving.sessions.push import Outlet, PushLinks, Sender
+from node.serving.sessions.state import ServerSession
+from node.serving.sessions.worker import HopWorker, tell
+from routing.names import PeerId
+from tensor_codec.errors import (
+    Draining,
+    MessageError,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    TooManyStreams,
+    WrongRevision,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.journal import JournalBudget
+from tensor_codec.limits import Limits
+from tensor_codec.messages.contract import CODEC_BYTES, Contract
+from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
+from tensor_codec.messages.session import (
+    Open,
+    Opened,
+    decode_open,
+    encode_opened,
+    read_step,
+    step_epoch,
+    step_session,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What this node offers: a session must ask for exactly this, or for a part of its blocks.
+
+    dtype: what the span computes in, by name.  hidden_size, max_position: of the model.
+    can_cut: whether caches can go back to an earlier position.
+    """
+
+    model: str
+    revision: str
+    start: int
+    stop: int
+    dtype: str
+    hidden_size: int
+    max_position: int
+    can_cut: bool = True
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether the blocks [start, stop) are all served."""
+        return self.start <= start < stop <= self.stop
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Whose a session is, from when it waits for room on.  epoch: when it was opened."""
+
+    peer: PeerId
+    epoch: int
+    opening: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass(slots=True)
+class Listener:
+    """Serves sessions over one span.
+
+    served: what is offered.  arena: where caches are; budget: who may have how much of it.
+    open_stream: to a peer of our view, for pushing.  blame counts peers' faults ("peer error").
+    journal_tokens: how many tokens of outputs are kept for replays; None: as many as the caches hold.
+    """
+
+    served: Served
+    engine: Engine
+    pool: PagePool
+    budget: CacheBudget
+    open_stream: Callable[[PeerId], Awaitable[Sender]]
+    limits: Limits = field(default_factory=Limits)
+    blame: Counter[str] = field(default_factory=Counter)
+    journal_tokens: int | None = None
+    draining: bool = False
+    _sessions: dict[bytes, HopSession] = field(default_factory=dict)
+    _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those that wait for room too
+    _links: PushLinks = field(init=False)
+    _room: CacheAdmission = field(init=False)
+    _journals: JournalBudget = field(init=False)
+    _one_less: trio.Event = field(default_factory=trio.Event)  # session
+
+    def __post_init__(self) -> None:
+        self._links = PushLinks(self.open_stream)
+        self._room = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
+        tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
+        self._journals = JournalBudget(tokens)
+
+    @property
+    def session_count(self) -> int:
+        """Sessions that are open."""
+        return len(self._sessions)
+
+    async def serve_session(self, stream: FrameStream) -> None:
+        """Serve the stream of one client until its session ends.  Raises PeerFault."""
+        frame = await stream.receive(self.limits.frame_start_seconds)
+        if frame is None:
+            return
+        opened = decode_open(frame)
+        try:
+            await self._end_earlier(stream.peer, opened)
+            self._check(stream.peer, opened)
+            place = self._places[opened.session] = _Place(stream.peer, opened.epoch)
+            try:
+                with place.opening:
+                    await self._room.admit(opened.session, stream.peer, opened.batch, opened.max_length)
+                    with self._place(stream, opened) as hop:
+                        await self._run(hop)
+            finally:
+                del self._places[opened.session]
+                self._tell_one_less()
+        except Refused as refusal:
+            await stream.send(encode_failed(Failed.of(refusal)))
+
+    async def serve_push(self, stream: FrameStream) -> None:
+        """Take steps that a previous hop, or a client, pushes until it closes the stream.
+
+        Raises PeerFault.
+        """
+        while (frame := await stream.receive()) is not None:
+            await self.take_push(frame, stream.peer)
+
+    async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
+        """One step that `peer` pushes; False where there is no such session.  Raises PeerFault."""
+        message = read_message(frame, frozenset({"step"}))
+        hop = self._sessions.get(step_session(message))
+        if hop is None:
+            return False  # it ended while the step was on its way
+        if not hop.scope.cancel_called:
+            await self._take(message, hop, peer)
+        return True
+
+    async def _take(self, message: Message, hop: HopSession, peer: PeerId) -> None:
+        if hop.feeder != peer:
+            # A hop that has been replaced, a thief, or the client opened its two hops differently:
+            # the stream, which serves other sessions too, goes on.
+            if step_epoch(message) == hop.epoch:
+                self.blame[f"{peer} MessageError"] += 1
+            return
+        try:
+            if step_epoch(message) != hop.epoch:
+                return  # took an older route, on which perhaps another codec was agreed on
+            step = read_step(message, hop.contract)
+            if step.bulk:
+                await hop.offer_when_there_is_room(step, peer)
+            else:
+                hop.offer(step, peer)
+        except (MessageError, RemoteProtocolError) as fault:
+            self._worker(hop).end_for(fault, peer)
+
+    async def drain(self) -> None:
+        """Take no new session, and let the clients of those that there are move elsewhere.  Bounded.
+
+        They are told, and served until they have moved, were silent for a while, or time is up.
+        """
+        self.draining = True
+        await self._hand_over(lambda: list(self._sessions.values()))
+
+    async def hand_over_others(self) -> None:
+        """Let the clients whose sessions use blocks that are served no longer move elsewhere.  As `drain`."""
+
+        def others() -> list[HopSession]:
+            held = self._sessions.values()
+            return [hop for hop in held if not self.served.has(hop.contract.start, hop.contract.stop)]
+
+        await self._hand_over(others)
+
+    async def _hand_over(self, which: Callable[[], list[HopSession]]) -> None:
+        limits = self.limits
+        async with trio.open_nursery() as nursery:
+            for hop in which():
+                nursery.start_soon(tell, hop, replace(Failed.of(_leaving()), code="leaving"))
+        with trio.move_on_after(limits.drain_seconds):
+            while hops := which():
+                silent = trio.current_time() - limits.drain_idle_seconds
+                for hop in hops:
+                    if not hop.in_use and hop.active_at <= silent:
+                        hop.end(_leaving())
+                with trio.move_on_after(limits.drain_idle_seconds / 4):
+                    await self._one_less.wait()
+        for hop in which():
+            hop.end(_leaving())
+        with trio.move_on_after(limits.drain_seconds):
+            while which():
+                await self._one_less.wait()
+
+    async def _end_earlier(self, peer: PeerId, opened: Open) -> None:
+        """A client that comes back to a hop which it had given up: what is left of that session goes."""
+        place, earlier = self._places.get(opened.session), self._sessions.get(opened.session)
+        if place is None or place.peer != peer:
+            return
+        if opened.epoch <= (place.epoch if earlier is None else earlier.epoch):
+            return
+        place.opening.cancel()
+        with trio.move_on_after(self.limits.cache_wait_seconds):
+            while self._places.get(opened.session) is place:
+                await self._one_less.wait()
+
+    def _tell_one_less(self) -> None:
+        self._one_less.set()
+        self._one_less = trio.Event()
+
+    def _worker(self, hop: HopSession) -> HopWorker:
+        return HopWorker(hop, self.engine, self._room, self._journals, self.blame, self.limits)
+
+    @contextmanager
+    def _place(self, stream: FrameStream, opened: Open) -> Iterator[HopSession]:
+        """A session that was admitted, until it ends.  Raises Refused, MessageError."""
+        contract = Contract(
+            session=opened.session,
+            start=opened.start,
+            stop=opened.stop,
+            batch=opened.batch,
+            max_length=opened.max_length,
+            hidden=self.served.hidden_size,
+            codec=opened.codec,
+            max_step_tokens=self.limits.step_tokens(self.served.hidden_size * CODEC_BYTES[opened.codec]),
+        )
+        cache = self.pool.open(opened.batch, opened.max_length)
+        try:
+            if self.draining or not self.served.has(opened.start, opened.stop):
+                raise _draining()  # since it was checked it may have waited
+            hop = HopSession(
+                opened=opened,
+                contract=contract,
+                stream=stream,
+                state=ServerSession(opened.max_length, can_cut=self.served.can_cut),
+                cache=cache,
+                kept_codec=opened.codec,
+                outlet=Outlet(self._links, self.limits.session_idle_seconds),
+                inbox=Inbox(self.limits.max_steps_in_flight, held=opened.held),
+                predecessor=opened.predecessor,
+                successor=opened.successor,
+                relay=opened.relay,
+                epoch=opened.epoch,
+                active_at=trio.current_time(),
+            )
+            self._sessions[opened.session] = hop
+            yield hop
+        finally:
+            self._sessions.pop(opened.session, None)
+            self.engine.before_next(cache.close)  # a batch may still be computing with its pages
+            self._room.release(opened.session)
+            self._journals.close(opened.session)
+
+    def _check(self, peer: PeerId, opened: Open) -> None:
+        """Whether we serve what is asked for.  Raises Refused, MessageError."""
+        served = self.served
+        if self.draining:
+            raise _draining()
+        if opened.session in self._places:
+            raise MessageError("a session with this id is open already")
+        if opened.revision != served.revision:
+            raise WrongRevision(
+                f"revision {opened.revision} of {opened.model} was asked for,"
+                f" {served.revision} of {served.model} is served here"
+            )
+        if opened.dtype != served.dtype:
+            raise WrongRevision(f"dtype {opened.dtype} was asked for, {served.dtype} is served here")
+        if not served.has(opened.start, opened.stop):
+            raise WrongRevision(
+                f"blocks {opened.start}:{opened.stop} were asked for,"
+                f" {served.start}:{served.stop} are served here"
+            )
+        if opened.adapter is not None:
+            raise WrongRevision(f"adapter {opened.adapter} was asked for, none is served here")
+        if opened.max_length > served.max_position:
+            raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
+        position = opened.batch * served.hidden_size * CODEC_BYTES[opened.codec]
+        if not self.limits.step_tokens(position):
+            raise Refused(
+                f"one position of {opened.batch} rows takes {position} bytes, a frame of"
+                f" {self.limits.max_frame_bytes} has no room for it (--max-frame-bytes)"
+            )
+        mine = sum(1 for hop in self._sessions.values() if hop.stream.peer == peer)
+        if mine >= self.limits.max_sessions_per_peer:
+            raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)
+
+    async def _run(self, hop: HopSession) -> None:
+        """Answer Open, then serve until the client, a deadline, a fault or the drain ends it."""
+        worker = self._worker(hop)
+        try:
+            push = await worker.lead_to_successor()
+            await hop.stream.send(encode_opened(Opened(push, self.served.can_cut, self.engine.queue)))
+            await worker.run()
+        finally:
+            hop.inbox.close()
+            await hop.outlet.aclose()
+
+
+def _draining() -> Draining:
+    return Draining("this node is leaving the swarm")
+
+
+def _leaving() -> PeerGone:
+    return PeerGone("this node is leaving the swarm")

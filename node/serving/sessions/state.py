@@ -1,0 +1,140 @@
+"""Decides what to do with each step of one session; computes, sends and times nothing.
+
+A session is a cache of `length` positions at one hop.  A step brings hidden states for the
+positions from `position` on.  Its number only grows: a number seen before is a retry, whose answer
+goes out again and is never applied twice; a position below the length cuts the cache there first
+(regeneration, speculation, a shared prefix).
+
+When the session's route changes, the client says how much of the cache stays good (`resume`), and
+what is missing behind that comes as a replay: steps without numbers, each continuing the cache.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from tensor_codec.errors import LocalProtocolError, RemoteProtocolError
+from tensor_codec.messages.contract import StepRange
+
+
+class State(enum.Enum):
+    """Where a session is in its life."""
+
+    OPEN = enum.auto()
+    COMPUTING = enum.auto()
+    CLOSED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run the step.  cut: set the cache to this length first, or None where it fits already.
+
+    step: None for a part of a replay.
+    """
+
+    step: int | None
+    what: StepRange
+    cut: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """Send the stored answer of this step again."""
+
+    step: int
+
+
+@dataclass(slots=True)
+class ServerSession:
+    """The state machine of one session at one hop.
+
+    Promises, checked by tests/unit/test_session_state.py:
+      * a step is computed at most once, whatever is retried (P2);
+      * the cached length never exceeds max_length, and has no holes;
+      * the length advances only when the answer is there: a step that was cancelled leaves no trace;
+      * a replay continues the cache and nothing else: no hole, no overlap;
+      * after an error every later call raises RemoteProtocolError.
+    """
+
+    max_length: int
+    can_cut: bool = True
+    length: int = 0
+    last: tuple[int, StepRange] | None = None
+    state: State = State.OPEN
+
+    def receive(self, step: int, what: StepRange) -> Compute | Repeat:
+        """Decide about a step.  Raises RemoteProtocolError."""
+        if self.state is State.COMPUTING:
+            raise LocalProtocolError("a step was offered while another is being computed")
+        if self.state is State.CLOSED:
+            raise RemoteProtocolError(f"step {step} after the session was closed")
+        if self.last is not None and step == self.last[0] and what == self.last[1]:
+            return Repeat(step)
+        if self.last is not None and step <= self.last[0]:
+            self._fail(f"step {step} ({what}) after step {self.last[0]} ({self.last[1]})")
+        if what.position > self.length:
+            self._fail(f"step {step} is for position {what.position}, the cache holds {self.length}")
+        if not 0 < what.tokens <= self.max_length - what.position:
+            self._fail(
+                f"step {step} is for {what.tokens} positions from {what.position} on,"
+                f" the session was opened for {self.max_length}"
+            )
+        cut = what.position if what.position < self.length else None
+        if cut and not self.can_cut:  # to 0 every cache can: it begins again
+            self._fail(f"step {step} goes back to position {cut}, which this model cannot")
+        self.state = State.COMPUTING
+        return Compute(step, what, cut)
+
+    def replay(self, what: StepRange) -> Compute:
+        """Decide about a part of a replay.  Raises RemoteProtocolError."""
+        if self.state is State.COMPUTING:
+            raise LocalProtocolError("a replay was offered while a step is being computed")
+        if self.state is State.CLOSED:
+            raise RemoteProtocolError("a replay after the session was closed")
+        if what.position != self.length or not 0 < what.tokens <= self.max_length - what.position:
+            self._fail(
+                f"a replay of {what.tokens} positions from {what.position} on does not continue a cache of"
+                f" {self.length}, opened for {self.max_length}"
+            )
+        self.state = State.COMPUTING
+        return Compute(None, what, None)
+
+    def resume(self, length: int) -> None:
+        """Go on from `length` positions; what comes after them is forgotten.  Raises RemoteProtocolError.
+
+        A step that was computed and is forgotten may come again, under its old number.
+        """
+        if self.state is not State.OPEN:
+            raise LocalProtocolError("a session was resumed in the middle of a step, or after its end")
+        if length > self.length:
+            self._fail(f"the session is to go on from {length}, the cache holds {self.length}")
+        if length < self.length:
+            if length and not self.can_cut:
+                self._fail(f"the session is to go back to position {length}, which this model cannot")
+            self.length, self.last = length, None
+
+    def computed(self, compute: Compute) -> None:
+        """The answer to `compute` is there: it becomes part of the session."""
+        if self.state is not State.COMPUTING:
+            raise LocalProtocolError(f"step {compute.step} was computed and nobody asked for it")
+        self.state = State.OPEN
+        self.length = compute.what.position + compute.what.tokens
+        if compute.step is not None:
+            self.last = (compute.step, compute.what)
+
+    def dropped(self, compute: Compute) -> None:
+        """`compute` was refused before it began: it may come again; what was cut is cut."""
+        if self.state is not State.COMPUTING:
+            raise LocalProtocolError(f"step {compute.step} was dropped and nobody asked for it")
+        self.state = State.OPEN
+        if compute.cut is not None:
+            self.length = compute.cut
+
+    def close(self) -> None:
+        """Refuse everything from now on."""
+        self.state = State.CLOSED
+
+    def _fail(self, reason: str) -> None:
+        self.close()
+        raise RemoteProtocolError(reason)

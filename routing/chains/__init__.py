@@ -1,0 +1,1 @@
+"""Which chain of hops a session takes."""

@@ -1,0 +1,171 @@
+"""Several chains, to see what a swarm has beside its best one; and what a chain may be made of.
+
+A session keeps no second chain ready.  When a hop has failed it looks for others for that hop's blocks
+alone, by what is known then, and the search is not what takes the time: of 150 ms from the fault to the
+next answer on one machine it took 0.3; among 300 servers it takes 3 to 9 ms, among 1500 40 to 90, while to
+dial one that is 100 ms away takes 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, SupportsIndex
+
+from routing.chains.hops import Chain
+from routing.names import PeerId, public_key_of
+from routing.view.records import MAX_CACHE_TOKENS, Record
+
+DTYPES = ("float32", "bfloat16", "float16")  # as peers announce them
+QUANTIZE = ("none", "int8", "nf4")
+USED_ALREADY = 1e9  # times its cost: any other way is better
+USED_TWICE = 1e3  # times that
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What a chain may be made of.  None: anything.
+
+    allowed, blocked: peers.  dtypes, quantize: what they compute in and how they keep their matrices.
+    adapter: one that they have.  cache_tokens: free at the least when they are chosen.  step_tokens: that
+    they take in one step at the least.  most_hops: of a chain.
+
+    Nothing lifts a constraint: where no chain meets them all there is none.
+    """
+
+    allowed: Collection[PeerId] | None = None
+    blocked: Collection[PeerId] = ()
+    dtypes: Collection[str] | None = None
+    quantize: Collection[str] | None = None
+    adapter: str | None = None
+    cache_tokens: int = 0
+    step_tokens: int = 0
+    most_hops: int | None = None
+
+    def admits(self, span: Record) -> bool:
+        """Whether this peer may be used."""
+        return (
+            span.peer not in self.blocked
+            and (self.allowed is None or span.peer in self.allowed)
+            and (self.dtypes is None or span.dtype in self.dtypes)
+            and (self.quantize is None or span.quantize in self.quantize)
+            and (self.adapter is None or self.adapter in span.adapters)
+            and span.cache_tokens >= self.cache_tokens
+            and span.step_tokens >= self.step_tokens
+        )
+
+    def check(self) -> None:
+        """Raise ValueError where no swarm could meet these, or where they cannot be what was meant."""
+        _check_peers("allowed", self.allowed)
+        _check_peers("blocked", self.blocked)
+        if both := sorted({*(self.allowed or ())} & {*self.blocked}):
+            raise ValueError(f"allowed and blocked both name {', '.join(both)}: a peer can be in one of them")
+        _check_choice("dtypes", self.dtypes, DTYPES)
+        _check_choice("quantize", self.quantize, QUANTIZE)
+        for name, tokens in (("cache_tokens", self.cache_tokens), ("step_tokens", self.step_tokens)):
+            if not _is_whole(tokens) or tokens < 0:
+                raise ValueError(f"{name} is {tokens!r}, a whole number of at least 0 is needed")
+        if self.most_hops is not None and not (_is_whole(self.most_hops) and self.most_hops >= 1):
+            raise ValueError(f"most_hops is {self.most_hops!r}, a whole number of at least 1 is needed")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise ValueError(f"adapter is {self.adapter!r}, a name is needed")
+
+
+def _is_whole(value: Any) -> bool:  # Any: to be checked
+    """Whether it is a whole number, of numpy too."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+
+
+def _check_peers(name: str, peers: Any) -> None:  # Any: to be checked
+    if peers is None:
+        return
+    if isinstance(peers, str):  # a collection too, of letters
+        raise ValueError(f"{name} is the text {peers!r}, a collection of peer ids is needed")
+    if not isinstance(peers, Collection):
+        raise ValueError(f"{name} is {peers!r}, a collection of peer ids is needed")
+    if name == "allowed" and not peers:
+        raise ValueError("allowed names no peer: leave it out (None) to allow all of them")
+    for peer in peers:
+        try:
+            public_key_of(peer)
+        except (ValueError, TypeError, AttributeError):  # no text at all
+            raise ValueError(f"{name} holds {peer!r}, which is no peer id (12D3KooW...)") from None
+
+
+def _check_choice(name: str, chosen: Any, known: Collection[str]) -> None:  # Any: to be checked
+    if chosen is None:
+        return
+    if not isinstance(chosen, Collection):
+        raise ValueError(f"{name} is {chosen!r}, a collection of {', '.join(known)} is allowed")
+    wrong = [chosen] if isinstance(chosen, str) else [each for each in chosen if each not in known]
+    if wrong or not chosen:
+        found = f"{wrong[0]!r}" if wrong else "nothing"
+        raise ValueError(f"{name} holds {found}, a collection of {', '.join(known)} is allowed")
+
+
+def suitable(spans: Sequence[Record], constraints: Constraints) -> list[Record]:
+    """The peers that may be used, in the order given."""
+    return [span for span in spans if constraints.admits(span)]
+
+
+def longest_session(spans: Sequence[Record], blocks: int) -> int | None:
+    """Tokens of the longest session that some chain takes, by what its servers say of themselves.
+
+    None: some block is served by nobody, or a chain's servers do not say.  O(servers * log(servers)).
+    """
+    covered: list[tuple[int, int]] = []
+    widest = sorted(spans, key=lambda span: (-(span.session_tokens or MAX_CACHE_TOKENS + 1), span.start))
+    for span in widest:
+        covered = _merged([*covered, (span.start, span.stop)])
+        if covered[0][0] <= 0 and covered[0][1] >= blocks:
+            return span.session_tokens or None
+    return None
+
+
+def _merged(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same blocks in runs that do not touch, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+class Search(Protocol):
+    """`routing.chains.search.cheapest_chain`, with everything given but `lean`."""
+
+    def __call__(self, *, lean: Mapping[PeerId, float]) -> Chain:
+        """Raises NoChain."""
+
+
+def best_chains(search: Search, most: int, lean: Mapping[PeerId, float] | None = None) -> list[Chain]:
+    """Up to so many different chains, the best first; later ones share as little as they can.
+
+    Each is the cheapest of those that spend the least time at peers of earlier ones: it has none of
+    them, where others hold the same blocks.  Where that is an earlier one again, it is tried without one
+    and another of its peers.  Raises NoChain where there is not even one.
+    O(most * hops of a chain * one search).
+    """
+    chains: list[Chain] = []
+    factors = dict(lean or {})
+    while len(chains) < most:
+        best = search(lean=factors)
+        options = [best]
+        if best in chains:
+            without = ({hop.peer: factors[hop.peer] * USED_TWICE} for hop in best.hops)
+            options = [search(lean=factors | one) for one in without]
+        used = {hop.peer for chain in chains for hop in chain.hops}
+        fresh = [chain for chain in options if chain not in chains]
+        if not fresh:
+            break
+        chain = min(fresh, key=lambda chain: (_blocks_at(chain, used), chain.expected_seconds))
+        new = {hop.peer for hop in chain.hops} - used
+        factors |= {peer: factors.get(peer, 1.0) * USED_ALREADY for peer in new}
+        chains.append(chain)
+    return chains
+
+
+def _blocks_at(chain: Chain, peers: Collection[PeerId]) -> int:
+    return sum(hop.stop - hop.start for hop in chain.hops if hop.peer in peers)

@@ -1,0 +1,1 @@
+"""What a peer knows of the swarm: records, and how they spread."""

@@ -1,0 +1,319 @@
+"""A record is what a peer says of itself, signed; it is believed only so.
+
+On the wire a record is the msgpack array `[payload, public_key, signature]`.  The payload is a
+msgpack map with its keys in order; the signature is Ed25519 over the domain `raceme-record-1` and
+the payload's bytes.  The peer id is not written down at all: it follows from the public key, so
+nobody can speak for another.  Keys that we do not know are ignored (a later version may add some);
+everything that we do know is checked here, once, and trusted from here on.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import msgpack
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from routing.names import PUBLIC_KEY_BYTES, PeerId, peer_id_of, public_key_of
+from tensor_codec.errors import MessageError, PeerFault
+from tensor_codec.header import Header, unpack_map
+from tensor_codec.limits import Limits
+from tensor_codec.messages.contract import MAX_QUEUE
+
+Role = Literal["serve", "bootstrap", "client"]
+State = Literal["joining", "online", "draining", "offline"]
+
+NOBODY = PeerId("")
+ROLES = frozenset(get_args(Role))
+STATES = frozenset(get_args(State))
+DOMAIN = b"raceme-record-1"
+MAX_BLOCKS = 4096
+MAX_ADDRESSES = 8
+MAX_ADAPTERS = 8
+MAX_RTTS = 16
+MAX_SEQ = 2**63
+MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
+MIN_RATE_SECONDS, MAX_RATE_SECONDS = 1e-7, 60.0  # one token through one block; 0 is "not yet measured"
+MAX_RTT_SECONDS = 60.0
+MAX_CACHE_TOKENS = 2**40
+_SIGNATURE_BYTES = 64
+_TAIL_BYTES = 2 + PUBLIC_KEY_BYTES + 2 + _SIGNATURE_BYTES  # each with its msgpack bin 8 header
+
+
+class RecordError(PeerFault):
+    """A record that is forged, malformed, out of range or not of this swarm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one peer announces.  The defaults say nothing; `verify_record` gives only checked values.
+
+    addresses: multiaddrs without /p2p.  swarm: id of the swarm, "public" where it has no key.
+    blocks: of the whole model; [start, stop) is what this peer holds of it.
+    next_start, next_stop: what it is about to hold instead, 0 and 0 for the same; until then it serves
+        [start, stop), or as much of it as both have.
+    seconds_per_block: one decode step of one token of one session through one block; 0 where not
+        yet measured (allowed only in state joining or offline).
+    prefill_seconds_per_token: the same for one token of a prefill, per block.
+    cache_tokens: free tokens of cache.
+    session_tokens: of the longest session that it takes, rows times positions; 0 where it does not say.
+    step_tokens: the same of one step, in float32.
+    queue: how long a decode step waits before it is computed, in times of its own computing; the mean of
+        the last seconds.
+    rtt: seconds to other peers and back, as this peer measured them.
+    seq: order among this peer's records; only the highest counts.
+    """
+
+    peer: PeerId = NOBODY
+    addresses: tuple[str, ...] = ()
+    swarm: str = "public"
+    role: Role = "client"
+    model: str = ""
+    revision: str = ""
+    blocks: int = 0
+    start: int = 0
+    stop: int = 0
+    next_start: int = 0
+    next_stop: int = 0
+    state: State = "online"
+    dtype: str = ""
+    quantize: str = "none"
+    adapters: tuple[str, ...] = ()
+    seconds_per_block: float = 0.0
+    prefill_seconds_per_token: float = 0.0
+    cache_tokens: int = 0
+    session_tokens: int = 0
+    step_tokens: int = 0
+    queue: float = 0.0
+    rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    seq: int = 0
+    ttl_seconds: float = 90.0
+    name: str = ""
+    version: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Whether this peer is about to serve other blocks."""
+        return self.next_stop > 0
+
+
+def sign_record(record: Record, private_key: bytes) -> bytes:
+    """The wire form of our own record.
+
+    private_key: 32 raw bytes of Ed25519.
+    Raises ValueError where the record is one that no peer would accept: our bug.
+    """
+    key = Ed25519PrivateKey.from_private_bytes(private_key)
+    public_key = key.public_key().public_bytes_raw()
+    if record.peer != peer_id_of(public_key):
+        raise ValueError(f"the record of {record.peer} cannot be signed by {peer_id_of(public_key)}")
+    payload = _pack(_to_wire(record))
+    wire = _pack([payload, public_key, key.sign(DOMAIN + payload)])
+    try:
+        verify_record(wire, swarm=record.swarm, limits=Limits())
+    except RecordError as error:
+        raise ValueError(f"no peer would accept this record: {error}") from None
+    return wire
+
+
+def fit_record(record: Record, limits: Limits) -> Record:
+    """The record with as much of its lists as fits into max_record_bytes.
+
+    The longest round-trip times go first, then the last addresses, but one.
+    """
+    nearest = sorted(record.rtt.items(), key=lambda item: (item[1], item[0]))[:MAX_RTTS]
+    addresses = list(record.addresses[:MAX_ADDRESSES])
+    while True:
+        rtt = MappingProxyType(dict(nearest))
+        fitted = replace(record, rtt=rtt, addresses=tuple(addresses))
+        size = len(_pack([_pack(_to_wire(fitted)), bytes(PUBLIC_KEY_BYTES), bytes(_SIGNATURE_BYTES)]))
+        if size <= limits.max_record_bytes or not (nearest or addresses[1:]):
+            return fitted
+        (nearest or addresses).pop()
+
+
+def signer(wire: bytes) -> bytes:
+    """The public key that a record claims, 32 bytes, unverified: to look up what is already known.
+
+    Empty where the bytes are too short to be a record.
+    """
+    if len(wire) < _TAIL_BYTES:
+        return b""
+    return wire[len(wire) - _TAIL_BYTES + 2 :][:PUBLIC_KEY_BYTES]
+
+
+def verify_record(wire: bytes, *, swarm: str, limits: Limits) -> Record:
+    """Check a record from the wire: size, signature, swarm, every field.  Raises RecordError."""
+    if len(wire) > limits.max_record_bytes:
+        raise RecordError(f"a record of {len(wire)} bytes, at most {limits.max_record_bytes} are allowed")
+    payload, public_key, signature = _parts(wire)
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, DOMAIN + payload)
+    except (InvalidSignature, ValueError):
+        raise RecordError(f"the signature is not that of {peer_id_of(public_key)}") from None
+    try:
+        return _from_wire(Header(unpack_map(payload)), peer_id_of(public_key), swarm)
+    except MessageError as error:
+        raise RecordError(str(error)) from None
+
+
+def _parts(wire: bytes) -> tuple[bytes, bytes, bytes]:
+    """Payload, public key and signature.  One record has one form: anything else is refused."""
+    key_at = len(wire) - _TAIL_BYTES
+    head = 3 if wire[1:2] == b"\xc4" else 4  # array header, and bin 8 or bin 16 header of the payload
+    if key_at < head:
+        raise RecordError(f"a record of {len(wire)} bytes has no room for a key and a signature")
+    parts = wire[head:key_at], signer(wire), wire[-_SIGNATURE_BYTES:]
+    if _pack(parts) != wire:
+        raise RecordError("a record is the msgpack array of payload, public key and signature")
+    return parts
+
+
+def _to_wire(record: Record) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "adapters": list(record.adapters),
+        "addresses": list(record.addresses),
+        "blocks": record.blocks,
+        "cache_tokens": record.cache_tokens,
+        "dtype": record.dtype,
+        "model": record.model,
+        "name": record.name,
+        "prefill_seconds_per_token": float(record.prefill_seconds_per_token),
+        "quantize": record.quantize,
+        "queue": float(record.queue),
+        "revision": record.revision,
+        "role": record.role,
+        # keys raw: 16 base58 strings would fill the record
+        "rtt": sorted([public_key_of(peer), float(seconds)] for peer, seconds in record.rtt.items()),
+        "seconds_per_block": float(record.seconds_per_block),
+        "seq": record.seq,
+        "start": record.start,
+        "state": record.state,
+        "stop": record.stop,
+        "swarm": record.swarm,
+        "ttl_seconds": float(record.ttl_seconds),
+        "version": record.version,
+    }
+    if record.next_start or record.next_stop:  # else not a word of it
+        fields |= {"next_start": record.next_start, "next_stop": record.next_stop}
+    most = {"session_tokens": record.session_tokens, "step_tokens": record.step_tokens}
+    fields |= {name: tokens for name, tokens in most.items() if tokens}
+    return dict(sorted(fields.items()))
+
+
+def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
+    """Read every field that we know.  Raises MessageError or RecordError."""
+    if (theirs := fields.text("swarm", 64)) != swarm:
+        raise RecordError(f"a record of swarm {theirs}, ours is {swarm}")
+    role: Any = fields.choice("role", ROLES)  # Any: mypy cannot see that the choice is a Literal
+    state: Any = fields.choice("state", STATES)
+    serves = role == "serve"
+    blocks = fields.integer("blocks", int(serves), MAX_BLOCKS if serves else 0)
+    start = fields.integer("start", 0, max(blocks - 1, 0))
+    stop = fields.integer("stop", start + 1 if serves else 0, blocks)
+    next_start, next_stop = 0, 0
+    if "next_start" in fields or "next_stop" in fields:
+        next_start = fields.integer("next_start", 0, max(blocks - 1, 0))
+        next_stop = fields.integer("next_stop", next_start + 1, blocks)
+    slowest = MAX_RATE_SECONDS if serves else 0.0
+    fastest = MIN_RATE_SECONDS if serves and state in ("online", "draining") else 0.0
+    return Record(
+        peer=peer,
+        addresses=tuple(_address(text) for text in _texts(fields, "addresses", MAX_ADDRESSES, 128)),
+        swarm=swarm,
+        role=role,
+        model=fields.text("model", 128, empty=not serves),
+        revision=fields.text("revision", 64, empty=not serves),
+        blocks=blocks,
+        start=start,
+        stop=stop,
+        next_start=next_start,
+        next_stop=next_stop,
+        state=state,
+        dtype=fields.text("dtype", 16, empty=not serves),
+        quantize=fields.text("quantize", 16, empty=True),
+        adapters=_texts(fields, "adapters", MAX_ADAPTERS, 64),
+        seconds_per_block=fields.number("seconds_per_block", fastest, slowest),
+        prefill_seconds_per_token=fields.number("prefill_seconds_per_token", fastest, slowest),
+        cache_tokens=fields.integer("cache_tokens", 0, MAX_CACHE_TOKENS),
+        session_tokens=_tokens(fields, "session_tokens"),
+        step_tokens=_tokens(fields, "step_tokens"),
+        queue=fields.number("queue", 0.0, MAX_QUEUE),
+        rtt=_rtt(fields.items("rtt", MAX_RTTS)),
+        seq=fields.integer("seq", 0, MAX_SEQ),
+        ttl_seconds=fields.number("ttl_seconds", MIN_TTL_SECONDS, MAX_TTL_SECONDS),
+        name=fields.text("name", 64, empty=True),
+        version=fields.text("version", 32, empty=True),
+    )
+
+
+def _tokens(fields: Header, name: str) -> int:
+    """A number that an older version does not say: 0 then."""
+    return fields.integer(name, 1, MAX_CACHE_TOKENS) if name in fields else 0
+
+
+def _texts(fields: Header, name: str, most: int, longest: int) -> tuple[str, ...]:
+    values = fields.items(name, most)
+    if any(
+        type(text) is not str or not 0 < len(text) <= longest or not text.isprintable() for text in values
+    ):
+        raise RecordError(f"{name} are not each 1 to {longest} printable characters")
+    return tuple(values)
+
+
+def _rtt(pairs: list[Any]) -> Mapping[PeerId, float]:
+    rtt: dict[PeerId, float] = {}
+    for pair in pairs:
+        if type(pair) is not list or [type(part) for part in pair] != [bytes, float]:
+            raise RecordError("rtt is not a list of pairs of a key and seconds")
+        key, seconds = pair
+        if len(key) != PUBLIC_KEY_BYTES or not 0.0 <= seconds <= MAX_RTT_SECONDS:  # NaN fails this too
+            raise RecordError(f"rtt of {seconds} s to a key of {len(key)} bytes")
+        rtt[peer_id_of(key)] = seconds
+    if len(rtt) != len(pairs):
+        raise RecordError("rtt names a peer twice")
+    return MappingProxyType(rtt)
+
+
+_LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\.?")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+
+
+def _address(text: str) -> str:
+    try:
+        check_address(text)
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    return text
+
+
+def check_address(text: str) -> None:
+    """Raise ValueError unless this is a TCP multiaddr that can be dialled: /ip4|ip6|dns../HOST/tcp/PORT."""
+    parts = text.split("/")
+    if len(parts) != 5 or parts[0] or parts[3] != "tcp":
+        raise ValueError(f"{_brief(text)} is not of the form /ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT")
+    _, protocol, host, _, port = parts
+    if not _PORT.fullmatch(port) or int(port) > 65535:
+        raise ValueError(f"{_brief(text)} has port {_brief(port)}, allowed are 1 to 65535")
+    if protocol in ("ip4", "ip6"):
+        address = ipaddress.IPv4Address(host) if protocol == "ip4" else ipaddress.IPv6Address(host)
+        if address.is_unspecified or address.is_multicast or "%" in host:  # %: a scope, which is local
+            raise ValueError(f"{_brief(text)} names no single host")
+    elif protocol not in ("dns", "dns4", "dns6") or not _HOST_NAME.fullmatch(host):
+        raise ValueError(f"{_brief(text)} has host {_brief(host)}, which {protocol} cannot be")
+
+
+def _pack(value: object) -> bytes:
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def _brief(text: str) -> str:
+    return repr(text) if len(text) <= 60 else repr(text[:57] + "...")

@@ -1,0 +1,268 @@
+"""The swarm as one peer sees it: a fold of records over time, on frozen values.
+
+    view = merge(view, [Arrival(record, wire)], now).view
+
+`now` is the caller's monotonic clock, in seconds; no other clock matters.  Of each peer the record
+with the highest `seq` counts.  It lives for its TTL from our receipt, less the time that it had
+already spent with those who passed it on: every exchange says how old a record is, and ages add up
+along the way, so gossip that goes in circles cannot keep a dead peer alive.  A record that has run
+out is remembered for a while by its `seq`, so that who lies about the age gains one TTL at the most.
+A peer that left keeps its last record (state offline) as a tombstone for the same reason.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import NamedTuple
+
+from routing.names import ModelId, PeerId, Revision, public_key_of
+from routing.view.records import MAX_TTL_SECONDS, Record, State
+
+# How long an ended record is remembered.  A peer whose clock went back announces a lower seq: it
+# is shown its own older record (see `missing`), or waits this long.
+REMEMBER_SECONDS = MAX_TTL_SECONDS
+# A peer may claim to be four times as fast as the median; more is believed only when measured.
+MAX_CLAIMED_SPEED = 4.0
+ONLINE: frozenset[State] = frozenset({"online"})
+ONLINE_SOON: frozenset[State] = frozenset({"joining", "online"})
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A verified record, its wire form, and the seconds since its peer sent it, as far as is known."""
+
+    record: Record
+    wire: bytes
+    age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record that we hold.  sent: when its peer sent it, on our clock, as far as is known."""
+
+    record: Record
+    wire: bytes
+    sent: float
+
+    @property
+    def expires(self) -> float:
+        """When it ends, on our clock."""
+        return self.sent + self.record.ttl_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    """Everything known of a swarm at one moment; `merge` and `expire` return new ones.
+
+    max_records: peers held; a full view refuses new peers and keeps those it knows.
+    entries: the live records, tombstones among them, by peer.
+    ended: records that ran out, remembered so that nobody brings them back; at most max_records.
+    next_expiry: no entry ends before this.
+    silent: peers that do not answer whoever looks; their records are kept, and they serve nothing.
+    """
+
+    swarm: str
+    max_records: int = 10_000
+    entries: Mapping[PeerId, Entry] = field(default_factory=dict)
+    ended: Mapping[PeerId, Entry] = field(default_factory=dict)
+    next_expiry: float = field(default=math.inf, compare=False)
+    silent: frozenset[PeerId] = frozenset()
+
+    def get(self, peer: PeerId) -> Record | None:
+        """What that peer says of itself, or None where it is unknown or has left."""
+        entry = self.entries.get(peer)
+        return None if entry is None or entry.record.state == "offline" else entry.record
+
+    def records(self) -> tuple[Record, ...]:
+        """Every peer that has not left, in the order of their ids."""
+        present = (entry.record for entry in self.entries.values() if entry.record.state != "offline")
+        return tuple(sorted(present, key=lambda record: record.peer))
+
+    def spans(
+        self,
+        revision: str,
+        blocks: int | None = None,
+        states: Collection[State] = ONLINE,
+        *,
+        silent: bool = False,
+    ) -> tuple[Record, ...]:
+        """The serving peers of one model revision, in the order of their ids.
+
+        A revision is a hash of the model's content; the name beside it is for people, and may differ.
+
+        blocks: of the whole model, where the caller knows it: peers that claim another number are left out.
+        states: ONLINE peers take new sessions; ONLINE_SOON counts when a new node chooses its place.
+        silent: those too that do not answer.
+        """
+        return tuple(
+            record
+            for record in self.records()
+            if record.role == "serve"
+            and record.state in states
+            and record.revision == revision
+            and blocks in (None, record.blocks)
+            and (silent or record.peer not in self.silent)
+        )
+
+    def models(self) -> tuple[ModelKey, ...]:
+        """The models that online peers serve."""
+        served = (r for r in self.records() if r.role == "serve" and r.state == "online")
+        return tuple(sorted({ModelKey(ModelId(r.model), Revision(r.revision), r.blocks) for r in served}))
+
+    def digest(self) -> dict[bytes, int]:
+        """The highest seq known of each peer, by public key: what others need not send us.
+
+        Those that ended are in it, so that nobody offers them again.
+        """
+        known = {**self.ended, **self.entries}
+        return {public_key_of(peer): entry.record.seq for peer, entry in known.items()}
+
+    def held(self, peers: Iterable[PeerId], now: float) -> list[Arrival]:
+        """The live records of these peers, each with its age."""
+        found = [self.entries[peer] for peer in peers if peer in self.entries]
+        return [_pass_on(entry, now) for entry in found if now < entry.expires]
+
+    def missing(self, digest: Mapping[bytes, int], now: float, asker: PeerId | None = None) -> list[Arrival]:
+        """What we hold and the sender of that digest does not, each with its age.
+
+        asker: whose digest it is.  Its own last record is shown to it even if that has ended: a
+            peer whose clock went back learns so which seq it has to pass.
+        """
+        held = [entry for entry in self.entries.values() if now < entry.expires]
+        if asker is not None and asker in self.ended:
+            held.append(self.ended[asker])
+        return [
+            _pass_on(entry, now)
+            for entry in held
+            if entry.record.seq > digest.get(public_key_of(entry.record.peer), -1)
+        ]
+
+
+def _pass_on(entry: Entry, now: float) -> Arrival:
+    return Arrival(entry.record, entry.wire, max(0.0, now - entry.sent))
+
+
+class ModelKey(NamedTuple):
+    """One revision of a model, and how many blocks its peers say that it has."""
+
+    model: ModelId
+    revision: Revision
+    blocks: int
+
+
+class Merged(NamedTuple):
+    """The view after a merge, and the peers of whom something new was learnt."""
+
+    view: SwarmView
+    changed: tuple[PeerId, ...]
+
+
+def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float) -> Merged:
+    """Take in verified records of this swarm.
+
+    Dropped are: another swarm's, a seq that is not higher than the one known (ended ones included),
+    one whose TTL has already passed, and a new peer where the view is full.
+    The order of arrivals does not matter unless the view is full.  O(view + arrivals).
+    """
+    view = expire(view, now)
+    entries, ended = dict(view.entries), dict(view.ended)
+    changed: dict[PeerId, None] = {}  # a set that keeps its order
+    for arrival in arrivals:
+        record, entry = arrival.record, Entry(arrival.record, arrival.wire, now - arrival.age)
+        known = entries.get(record.peer)
+        latest = known or ended.get(record.peer)
+        if record.swarm != view.swarm or entry.expires <= now:
+            continue
+        if latest is not None and record.seq <= latest.record.seq:
+            continue
+        if known is None and len(entries) >= view.max_records:
+            continue
+        entries[record.peer] = entry
+        ended.pop(record.peer, None)
+        changed[record.peer] = None
+    if not changed:
+        return Merged(view, ())
+    next_expiry = min(view.next_expiry, *(entries[peer].expires for peer in changed))
+    return Merged(SwarmView(view.swarm, view.max_records, entries, ended, next_expiry), tuple(changed))
+
+
+def expire(view: SwarmView, now: float) -> SwarmView:
+    """The view without the records whose TTL has passed; the same object if there are none."""
+    if now < view.next_expiry:
+        return view
+    live = {peer: entry for peer, entry in view.entries.items() if now < entry.expires}
+    gone = {peer: entry for peer, entry in view.entries.items() if peer not in live}
+    next_expiry = min((entry.expires for entry in live.values()), default=math.inf)
+    remembered = {p: e for p, e in {**view.ended, **gone}.items() if now < e.expires + REMEMBER_SECONDS}
+    if len(remembered) > view.max_records:
+        latest = sorted(remembered.items(), key=lambda item: item[1].expires)[-view.max_records :]
+        remembered = dict(latest)
+    return SwarmView(view.swarm, view.max_records, live, remembered, next_expiry)
+
+
+def coverage(spans: Iterable[Record], blocks: int) -> tuple[int, ...]:
+    """How many of these peers hold each block."""
+    count = [0] * blocks
+    for span in spans:
+        for block in range(span.start, min(span.stop, blocks)):
+            count[block] += 1
+    return tuple(count)
+
+
+def holes(parts: Iterable[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """The runs within [start, stop) that none of these parts, each (start, stop), holds."""
+    found: list[tuple[int, int]] = []
+    reached = start
+    for begin, end in [*sorted(parts), (stop, stop)]:
+        if reached < min(begin, stop):
+            found.append((reached, min(begin, stop)))
+        reached = max(reached, end)
+    return tuple(found)
+
+
+def believed_rates(
+    spans: Sequence[Record], measured: Mapping[PeerId, float] | None = None, positions: int = 1
+) -> dict[PeerId, float]:
+    """Seconds per block of each peer: as we measured it, else as it claims, but no faster than four
+    times the median claim, so that a false claim draws no more than its share.
+
+    positions: computed at once; more than one go at the rate of a prefill, in `measured` too.
+    """
+    measured = measured or {}
+    if not spans:
+        return {}
+    claims = {s.peer: s.seconds_per_block for s in spans}
+    if positions > 1:
+        claims = {s.peer: positions * s.prefill_seconds_per_token for s in spans}
+    fastest = statistics.median(claims.values()) / MAX_CLAIMED_SPEED
+    return {peer: measured.get(peer, max(claim, fastest)) for peer, claim in claims.items()}
+
+
+def likely_adjacent(view: SwarmView, record: Record, most: int) -> tuple[Record, ...]:
+    """The peers that may come next to this one in a chain, as many behind it as before it where there
+    are so many; those that hold its next block, or the one before its first, come first.
+
+    A hop may begin and end anywhere in its span, so any peer that reaches further is a candidate, and so
+    is one that could do the first or the last part of the span in its place.  Who moves is looked at where
+    it will be.
+    """
+    spans = map(_moved, view.spans(record.revision, record.blocks, ONLINE_SOON))
+    others = [s for s in spans if s.peer != record.peer]
+    start, stop = _moved(record).start, _moved(record).stop
+    behind = [s for s in others if s.start <= stop < s.stop]
+    behind += [s for s in others if start < s.start < stop == s.stop]
+    before = [s for s in others if s.start < start <= s.stop]
+    before += [s for s in others if start == s.start < s.stop < stop]
+    in_turn = (s for pair in zip_longest(behind, before) for s in pair if s is not None)
+    return tuple({s.peer: s for s in in_turn}.values())[:most]
+
+
+def _moved(record: Record) -> Record:
+    """The record as it is after the move that it announces."""
+    if not record.moves:
+        return record
+    return replace(record, start=record.next_start, stop=record.next_stop, next_start=0, next_stop=0)

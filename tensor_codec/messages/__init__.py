@@ -1,0 +1,1 @@
+"""The messages of our protocols, one module each."""

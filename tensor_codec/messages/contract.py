@@ -1,0 +1,74 @@
+"""What both ends of a session agreed on, and the range of positions of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SESSION_ID_BYTES = 16
+CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
+DTYPES = frozenset({"float32", "bfloat16", "float16"})
+CODECS = frozenset(CODEC_BYTES)
+MAX_BLOCKS = 4096
+MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
+MAX_HOPS = 64
+MAX_QUEUE = 1e6  # times a step's computing, that it waits
+
+Reply = Literal["all", "last", "none", "replay"]
+REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none", 3: "replay"}
+_REPLY_CODES: dict[Reply, int] = {name: code for code, name in REPLIES.items()}
+MAX_STEP = 1 << 53
+MAX_EPOCH = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What both ends of a session agreed on; every later message is read against it.
+
+    batch: rows; hidden: values per position; max_length: positions the cache may hold per row;
+    codec: how hidden states travel; max_step_tokens: batch * tokens of one step, but never less than one
+    position of all rows.
+    """
+
+    session: bytes
+    start: int
+    stop: int
+    batch: int
+    max_length: int
+    hidden: int
+    codec: str
+    max_step_tokens: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Wire bytes of one position of all rows."""
+        return self.batch * self.hidden * CODEC_BYTES[self.codec]
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that one step may carry."""
+        return min(self.max_length, max(1, self.max_step_tokens // self.batch))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """Positions [position, position + tokens) of a step; what a reply covers is worked out here.
+
+    rope_length: for models whose rotary angles depend on the length.  A position takes those of a
+    sequence of so many positions, or of one that ends with it, whichever is longer.
+    """
+
+    position: int
+    tokens: int
+    reply: Reply = field(default="all")
+    rope_length: int = 0
+
+    @property
+    def reply_position(self) -> int:
+        """Position of the first token that is sent back."""
+        return self.position + self.tokens - self.reply_tokens
+
+    @property
+    def reply_tokens(self) -> int:
+        """How many positions are sent back."""
+        return {"all": self.tokens, "last": 1, "none": 0, "replay": 0}[self.reply]

@@ -1,0 +1,492 @@
+"""The messages of sessions and of stateless requests, and the only code that reads them from the wire.
+
+    client -> hop      Open, then Step..., then Close (or the end of the stream)
+    hop -> client      Opened or Failed, then Result... and Failed
+    hop -> next hop    Step..., each naming its session
+
+When hops of a session are replaced, and to find out who has to be:
+
+    client -> hop      Relink and then Resume; Where
+    hop -> client      Relinked; Here
+
+    client -> peer     Forward or Backward: without a session, each after the answer to the last one
+    peer -> client     Output or Failed
+
+Shapes are worked out from the contract that was agreed at open (a stateless request brings its own)
+and the size of the body; they are never read from the wire.  Bodies stay bytes here: `compression`
+makes tensors of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tensor_codec.errors import (
+    MessageError,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.header import Header, pack_header
+from tensor_codec.messages.contract import (
+    _REPLY_CODES,
+    CODECS,
+    DTYPES,
+    MAX_BLOCKS,
+    MAX_QUEUE,
+    MAX_STEP,
+    MAX_TOKENS,
+    REPLIES,
+    SESSION_ID_BYTES,
+    Contract,
+    Reply,
+)
+from tensor_codec.messages.fields import (
+    Failed,
+    Message,
+    _codec,
+    _epoch,
+    _flag,
+    _last_step,
+    _no_body,
+    _peer,
+    _read_failed,
+    _read_timings,
+    _rope_length,
+    read_message,
+)
+
+SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
+PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Opens a session at one hop, for blocks [start, stop) of its span.
+
+    predecessor: the peer that will push steps, or None where the client itself sends them;
+    successor: the peer to push outputs to, or None where they go back to the client.
+    relay: the client carries them on to a next hop, so the session does not end here.
+    epoch: of the session's route; grows with every change of it.
+    held: steps are to wait for a Resume.
+    """
+
+    session: bytes
+    model: str
+    revision: str
+    start: int
+    stop: int
+    batch: int
+    max_length: int
+    dtype: str
+    codec: str
+    predecessor: str | None = None
+    successor: str | None = None
+    adapter: str | None = None
+    relay: bool = False
+    epoch: int = 0
+    held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The hop took the session.
+
+    push: it has a stream to the successor (else relay).  cut: its caches can go back to a lower
+    position; where not, only to none.  queue: how long a decode step waits there now, in times of its own
+    computing, as in the hop's record, which may be older.
+    """
+
+    push: bool
+    cut: bool = True
+    queue: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Relink:
+    """The session's route has changed: new neighbours.  Steps of older epochs are to be forgotten.
+
+    The hop answers with Relinked, and takes no step before Resume.
+    codec: how hidden states travel in this epoch and later, where that changes; the hop brings the outputs
+    that it keeps into it.  Only to a wider one, once the cache holds anything.
+    """
+
+    epoch: int
+    predecessor: str | None = None
+    successor: str | None = None
+    relay: bool = False
+    codec: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Relinked:
+    """Where a hop stands.
+
+    push, cut: as in Opened.  length: positions in its cache.  step: the last one that it computed,
+    or None.  kept: of its outputs, those of positions [kept, length) can be sent again.
+    codec: in which hidden states travel now, where Relink named one.
+    """
+
+    epoch: int
+    push: bool
+    length: int
+    kept: int
+    step: int | None = None
+    cut: bool = True
+    codec: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on in this epoch.
+
+    length: of the cache: what comes behind is to be forgotten.
+    has: positions that the successor has.  stop: outputs of [has, stop) are to be sent again to it;
+    of what is replayed to this hop it needs nothing below `has`.
+    """
+
+    epoch: int
+    length: int
+    has: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Asks a hop how far it is, and so whether it lives at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """The answer: the last step that was computed, or None; positions cached; steps that wait."""
+
+    length: int
+    waiting: int
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Hidden states for the next positions of a session.
+
+    step: a number that only grows; the same one again is a retry.
+    position: of the first token in the session; lower than the cache's length cuts it there.
+    reply: which positions the last hop sends back to the client; "replay": none, and the step, which
+    has no number, fills a new hop's cache with what the hop that it replaces was given.
+    timings: for each hop passed so far, microseconds (in its hands, computing).
+    body: [batch, tokens, hidden] in the contract's codec.
+    epoch: of the route that it takes.  bulk: it does not travel with other sessions' single tokens.
+    rope_length: see `StepRange`.
+    """
+
+    session: bytes
+    step: int
+    position: int
+    reply: Reply
+    body: Buffer
+    timings: tuple[tuple[int, int], ...] = ()
+    epoch: int = 0
+    bulk: bool = False
+    rope_length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A hop's answer to a step: the positions asked for, or none.
+
+    position: of the first token of the body in the session.
+    epoch: of the route.  replay: to be carried on, no answer to a step of the client's.
+    rope_length: of a replay, see `StepRange`.
+    """
+
+    step: int
+    position: int
+    body: Buffer
+    timings: tuple[tuple[int, int], ...] = ()
+    epoch: int = 0
+    replay: bool = False
+    rope_length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The client needs the session no more."""
+
+
+def encode_open(message: Open) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {
+        "k": "open",
+        "s": message.session,
+        "model": message.model,
+        "revision": message.revision,
+        "start": message.start,
+        "stop": message.stop,
+        "batch": message.batch,
+        "max_length": message.max_length,
+        "dtype": message.dtype,
+        "codec": message.codec,
+    }
+    for name in ("predecessor", "successor", "adapter"):
+        if (value := getattr(message, name)) is not None:
+            fields[name] = value
+    for name in ("relay", "epoch", "held"):
+        if value := getattr(message, name):
+            fields[name] = value
+    return [pack_header(fields)]
+
+
+def decode_open(frame: Buffer) -> Open:
+    """Read the first message of a session stream.  Raises MessageError."""
+    message = read_message(frame, frozenset({"open"}))
+    _no_body(message)
+    header = message.header
+    start = header.integer("start", 0, MAX_BLOCKS - 1)
+    return Open(
+        session=header.binary("s", SESSION_ID_BYTES),
+        model=header.text("model"),
+        revision=header.text("revision", 128),
+        start=start,
+        stop=header.integer("stop", start + 1, MAX_BLOCKS),
+        batch=header.integer("batch", 1, MAX_TOKENS),
+        max_length=header.integer("max_length", 1, MAX_TOKENS),
+        dtype=header.choice("dtype", DTYPES),
+        codec=header.choice("codec", CODECS),
+        predecessor=_peer(header, "predecessor"),
+        successor=_peer(header, "successor"),
+        adapter=header.text("adapter") if "adapter" in header else None,
+        relay=_flag(header, "relay"),
+        epoch=_epoch(header, "epoch"),
+        held=_flag(header, "held"),
+    )
+
+
+def encode_opened(message: Opened) -> list[Buffer]:
+    """The parts of a frame."""
+    fields = {"k": "opened", "push": message.push, "cut": message.cut, "q": float(message.queue)}
+    return [pack_header(fields)]
+
+
+def decode_open_reply(frame: Buffer) -> Opened | Failed:
+    """Read a hop's answer to Open.  Raises MessageError."""
+    message = read_message(frame, frozenset({"opened", "failed"}))
+    if message.kind == "failed":
+        return _read_failed(message)
+    _no_body(message)
+    header = message.header
+    queue = header.number("q", 0.0, MAX_QUEUE) if "q" in header else 0.0
+    return Opened(header.flag("push"), _flag(header, "cut", absent=True), queue)
+
+
+def encode_relink(message: Relink) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "relink", "e": message.epoch}
+    for name in ("predecessor", "successor", "relay", "codec"):
+        if value := getattr(message, name):
+            fields[name] = value
+    return [pack_header(fields)]
+
+
+def encode_relinked(message: Relinked) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {
+        "k": "relinked",
+        "e": message.epoch,
+        "push": message.push,
+        "cut": message.cut,
+        "p": message.length,
+        "kept": message.kept,
+    }
+    if message.step is not None:
+        fields["n"] = message.step
+    if message.codec is not None:
+        fields["codec"] = message.codec
+    return [pack_header(fields)]
+
+
+def encode_resume(message: Resume) -> list[Buffer]:
+    """The parts of a frame."""
+    return [
+        pack_header(
+            {"k": "resume", "e": message.epoch, "p": message.length, "has": message.has, "stop": message.stop}
+        )
+    ]
+
+
+def encode_where() -> list[Buffer]:
+    """The parts of a frame."""
+    return [pack_header({"k": "where"})]
+
+
+def encode_here(message: Here) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "here", "p": message.length, "waiting": message.waiting}
+    if message.step is not None:
+        fields["n"] = message.step
+    return [pack_header(fields)]
+
+
+def encode_step(message: Step) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {
+        "k": "step",
+        "s": message.session,
+        "n": message.step,
+        "p": message.position,
+        "r": _REPLY_CODES[message.reply],
+    }
+    if message.timings:
+        fields["t"] = message.timings
+    if message.epoch:
+        fields["e"] = message.epoch
+    if message.bulk:
+        fields["b"] = True
+    if message.rope_length:
+        fields["l"] = message.rope_length
+    return [pack_header(fields), message.body]
+
+
+def step_session(message: Message) -> bytes:
+    """The session that a Step belongs to: needed to find the contract it is read against."""
+    return message.header.binary("s", SESSION_ID_BYTES)
+
+
+def step_epoch(message: Message) -> int:
+    """The epoch of a Step that is not for us to read."""
+    return _epoch(message.header, "e")
+
+
+def read_step(message: Message, contract: Contract) -> Step:
+    """Read a Step against its contract.  Raises MessageError.
+
+    The position may be anywhere below max_length; whether it continues the cache is for the
+    session to say.
+    """
+    header = message.header
+    session = step_session(message)
+    if session != contract.session:
+        raise MessageError("a step of another session")
+    position = header.integer("p", 0, contract.max_length - 1)
+    tokens, rest = divmod(len(message.body), contract.row_bytes)
+    room = min(contract.max_tokens, contract.max_length - position)
+    if rest or not 0 < tokens <= room:
+        raise MessageError(
+            f"{len(message.body)} body bytes at position {position}, 1..{room} positions of"
+            f" {contract.row_bytes} bytes are allowed"
+        )
+    return Step(
+        session=session,
+        step=header.integer("n", 0, MAX_STEP),
+        position=position,
+        reply=REPLIES[header.integer("r", 0, len(REPLIES) - 1)],
+        body=message.body,
+        timings=_read_timings(header),
+        epoch=_epoch(header, "e"),
+        bulk=_flag(header, "b"),
+        rope_length=_rope_length(header, contract),
+    )
+
+
+def encode_result(message: Result) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "result", "n": message.step, "p": message.position}
+    if message.timings:
+        fields["t"] = message.timings
+    if message.epoch:
+        fields["e"] = message.epoch
+    if message.replay:
+        fields["replay"] = True
+    if message.rope_length:
+        fields["l"] = message.rope_length
+    return [pack_header(fields), message.body]
+
+
+def encode_close() -> list[Buffer]:
+    """The parts of a frame."""
+    return [pack_header({"k": "close"})]
+
+
+FromClient = Step | Close | Relink | Resume | Where
+FromHop = Result | Failed | Relinked | Here
+_FROM_CLIENT = frozenset({"step", "close", "relink", "resume", "where"})
+_FROM_HOP = frozenset({"result", "failed", "relinked", "here"})
+
+
+def decode_from_client(frame: Buffer, contract: Contract) -> FromClient:
+    """Read what a client sends after Open.  Raises MessageError."""
+    message = read_message(frame, _FROM_CLIENT)
+    if message.kind == "step":
+        return read_step(message, contract)
+    _no_body(message)
+    if message.kind == "relink":
+        return _read_relink(message.header)
+    if message.kind == "resume":
+        return _read_resume(message.header, contract)
+    return Where() if message.kind == "where" else Close()
+
+
+def decode_from_hop(
+    frame: Buffer, contract: Contract, contract_in: Callable[[int], Contract] | None = None
+) -> FromHop:
+    """Read what a hop sends after Opened.  Raises MessageError.
+
+    contract_in: what was agreed on in an epoch, where that is not the same for all.
+    """
+    message = read_message(frame, _FROM_HOP)
+    if message.kind == "result":
+        epoch = _epoch(message.header, "e")
+        return _read_result(message, contract if contract_in is None else contract_in(epoch), epoch)
+    if message.kind == "failed":
+        return _read_failed(message)
+    _no_body(message)
+    return (_read_relinked if message.kind == "relinked" else _read_here)(message.header, contract)
+
+
+def _read_result(message: Message, contract: Contract, epoch: int) -> Result:
+    tokens, rest = divmod(len(message.body), contract.row_bytes)
+    position = message.header.integer("p", 0, contract.max_length)
+    if rest or tokens > min(contract.max_tokens, contract.max_length - position):
+        raise MessageError(f"{len(message.body)} body bytes are not whole rows of {contract.row_bytes}")
+    return Result(
+        message.header.integer("n", 0, MAX_STEP),
+        position,
+        message.body,
+        _read_timings(message.header),
+        epoch,
+        _flag(message.header, "replay"),
+        _rope_length(message.header, contract),
+    )
+
+
+def _read_relink(header: Header) -> Relink:
+    return Relink(
+        _epoch(header, "e"),
+        _peer(header, "predecessor"),
+        _peer(header, "successor"),
+        _flag(header, "relay"),
+        _codec(header),
+    )
+
+
+def _read_resume(header: Header, contract: Contract) -> Resume:
+    length, has, stop = (header.integer(name, 0, contract.max_length) for name in ("p", "has", "stop"))
+    if stop > length:
+        raise MessageError(f"outputs up to {stop} are to be sent again, the cache is to hold {length}")
+    return Resume(_epoch(header, "e"), length, has, stop)
+
+
+def _read_relinked(header: Header, contract: Contract) -> Relinked:
+    length = header.integer("p", 0, contract.max_length)
+    return Relinked(
+        _epoch(header, "e"),
+        header.flag("push"),
+        length,
+        header.integer("kept", 0, length),
+        _last_step(header),
+        header.flag("cut"),
+        _codec(header),
+    )
+
+
+def _read_here(header: Header, contract: Contract) -> Here:
+    length = header.integer("p", 0, contract.max_length)
+    return Here(length, header.integer("waiting", 0, MAX_TOKENS), _last_step(header))

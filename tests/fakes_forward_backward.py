@@ -1,0 +1,263 @@
+"""Servers in memory that answer forward and backward with whole numbers, and a client of theirs.
+
+A block's answer depends on its number, on every position before and, by an absolute value, on what
+side of something its input lies: a right gradient proves that each block ran on its own input.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import torch
+import trio
+from torch import Tensor
+
+from client.forward_backward import ForwardBackward
+from client.session.avoided_peers import AvoidedPeers
+from node.serving.executor.engine import Answer
+from node.serving.forward_backward import ForwardBackwardListener
+from node.serving.sessions.listener import Served
+from routing.chains.measured import Measured
+from routing.chains.search import Chain, NoChain, cheapest_chain
+from routing.names import PeerId
+from routing.view.records import Record
+from tensor_codec.errors import PeerFault, PeerGone, TooManyStreams
+from tensor_codec.frame import Buffer
+from tensor_codec.limits import Limits
+from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
+from tests.fakes_serving import CLIENT, HIDDEN, FakeCompute, FakeStream, stream_pair, until
+
+BLOCKS = 6
+PRIME = 61  # values and gradients stay so small that float32 holds them exactly
+
+
+def blocks_on(hidden: Tensor, start: int, stop: int) -> Tensor:
+    """What blocks [start, stop) make of hidden states [batch, tokens, hidden]."""
+    for block in range(start, stop):
+        before = hidden.cumsum(1) - hidden
+        hidden = (torch.remainder(3 * hidden + block + before, PRIME) - PRIME // 2).abs()
+    return hidden
+
+
+def gradient_of(hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
+    """The gradient with respect to `hidden`, by autograd through all blocks at once."""
+    given = hidden.detach().clone().requires_grad_()
+    return torch.autograd.grad(blocks_on(given, start, stop), given, grad)[0]
+
+
+def whole_numbers(*shape: int, seed: int = 0, most: int = PRIME) -> Tensor:
+    """Hidden states, or gradients where `most` is small."""
+    return torch.randint(0, most, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+class ToySpan:
+    """The part of a Span that `node.model.blocks.forward_backward` uses.
+
+    done: every pass, as (rows, start, stop, with gradient).  poison: from what would be the answer
+    to what is.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> None:
+        self.start = start
+        self.stop = stop
+        self.dtype = dtype
+        self.done: list[tuple[int, int, int, bool]] = []
+        self.poison: Callable[[Tensor], Tensor] = lambda hidden: hidden
+
+    def _view(self, start: int, stop: int) -> tuple[Callable[..., SimpleNamespace], SimpleNamespace]:
+        entry = SimpleNamespace(given=None)
+
+        def model(*, inputs_embeds: Tensor, position_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            given = entry.given
+            assert given is inputs_embeds
+            assert not use_cache
+            assert position_ids.tolist() == [list(range(given.shape[1]))]
+            self.done.append((given.shape[0], start, stop, given.requires_grad))
+            return SimpleNamespace(last_hidden_state=self.poison(blocks_on(given, start, stop)))
+
+        assert self.start <= start < stop <= self.stop
+        return model, entry
+
+
+@dataclass
+class ToyEngine:
+    """Runs requests one after the other, with a queue of so many.  asked: rows and tokens of each."""
+
+    span: ToySpan
+    compute: FakeCompute
+    most: int = 16
+    waiting: int = 0
+    most_waiting: int = 0
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+    async def stateless(
+        self,
+        peer: str,
+        rows: int,
+        tokens: int,
+        start: int,
+        stop: int,
+        work: Callable[[ToySpan], Buffer],
+    ) -> Answer:
+        """As `node.serving.forward_backward.StatelessEngine` says."""
+        if self.waiting >= self.most:
+            raise TooManyStreams(f"{self.waiting} stateless requests wait", 1.0)
+        self.asked.append((rows, tokens))
+        self.waiting += 1
+        self.most_waiting = max(self.waiting, self.most_waiting)
+        try:
+            body = await self.compute.run(work, self.span)
+        finally:
+            self.waiting -= 1
+        return Answer(body, int(self.compute.seconds * 1e6))
+
+
+@dataclass
+class ToyNode:
+    """A serving node.  blame: as node.network's host counts it."""
+
+    peer: PeerId
+    span: ToySpan
+    engine: ToyEngine
+    listener: ForwardBackwardListener
+    record: Record
+    alive: bool = True
+    blame: Counter[str] = field(default_factory=Counter)
+    streams: list[FakeStream] = field(default_factory=list)
+    handlers: list[trio.CancelScope] = field(default_factory=list)
+
+    @property
+    def faults(self) -> Counter[str]:
+        """Whom this node has blamed, and for what."""
+        return self.blame + self.listener.blame
+
+
+class ToySwarm:
+    """Nodes that a client reaches by name, over streams in memory."""
+
+    def __init__(self, nursery: trio.Nursery, limits: Limits | None = None) -> None:
+        self.nursery = nursery
+        self.limits = limits or Limits()
+        self.nodes: dict[str, ToyNode] = {}
+        self.blame = AvoidedPeers()
+        self.measured = Measured()
+        self.most_hops: int | None = None
+        self.dialled: list[str] = []
+        self.client_streams: list[FakeStream] = []
+
+    def add(
+        self, name: str, start: int = 0, stop: int = BLOCKS, *, seconds: float = 0.0, dtype: str = "float32"
+    ) -> ToyNode:
+        """A node that serves blocks [start, stop); `seconds` for each request."""
+        peer = PeerId(name)
+        span = ToySpan(start, stop, getattr(torch, dtype))
+        engine = ToyEngine(span, FakeCompute(seconds))
+        served = Served("m", "r", start, stop, dtype, HIDDEN, 512)
+        record = Record(
+            peer=peer, role="serve", state="online", model="m", revision="r", blocks=BLOCKS, start=start,
+            stop=stop, dtype=dtype, seconds_per_block=1.0, prefill_seconds_per_token=0.01,
+        )  # fmt: skip
+        node = ToyNode(peer, span, engine, ForwardBackwardListener(served, engine, self.limits), record)  # type: ignore[arg-type]
+        self.nodes[name] = node
+        return node
+
+    def client(self, **changes: object) -> ForwardBackward:
+        """A client of this swarm."""
+        asked = {
+            "info": SimpleNamespace(
+                name="m", revision="r", blocks=BLOCKS, hidden_size=HIDDEN, max_position=512
+            ),
+            "find_chain": self.find_chain,
+            "learn": self.learn,
+            "dtype_of": lambda peer: self.nodes[peer].record.dtype if peer in self.nodes else None,
+            "open_stream": lambda peer: self.dial(peer),
+            "compute": FakeCompute(),
+            "blame": self.blame,
+            "limits": self.limits,
+        }
+        return ForwardBackward(**(asked | changes))  # type: ignore[arg-type]
+
+    async def find_chain(self, start: int, stop: int, *, beside: int, **weights: object) -> Chain:
+        """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
+        spans = [node.record for node in self.nodes.values()]
+        now, positions = trio.current_time(), int(str(weights["positions"]))
+        weights["measured"] = self.measured.rates(spans, now, positions)
+        weights["most_hops"] = None if self.most_hops is None else self.most_hops - beside
+        await trio.lowlevel.checkpoint()
+        for excluded in (self.blame.avoided(trio.current_time()), frozenset[PeerId]()):
+            try:
+                return cheapest_chain(spans, BLOCKS, start=start, stop=stop, excluded=excluded, **weights)  # type: ignore[arg-type]
+            except NoChain:
+                if not excluded:
+                    raise
+                await trio.sleep(0.5)
+        raise AssertionError("unreachable")
+
+    def learn(self, peer: PeerId, seconds: float) -> None:
+        """As `ChainChooser.learn_of_many`."""
+        record = self.nodes[peer].record
+        self.measured.learn(peer, seconds, record, trio.current_time(), prefill=True)
+
+    async def dial(self, to: str, name: str = CLIENT) -> FakeStream:
+        """Open a stream.  Raises PeerGone."""
+        await trio.lowlevel.checkpoint()
+        self.dialled.append(to)
+        node = self.nodes[to]
+        if not node.alive:
+            raise PeerGone(f"{to} cannot be reached")
+        ours, theirs = stream_pair(PeerId(name), node.peer, COMPUTE_PROTOCOL, self.limits)
+        node.streams.append(theirs)
+        self.client_streams.append(ours)
+        self.nursery.start_soon(self._handle, node, theirs)
+        return ours
+
+    async def _handle(self, node: ToyNode, stream: FakeStream) -> None:
+        scope = trio.CancelScope()
+        node.handlers.append(scope)
+        try:
+            with scope:
+                await node.listener.serve(stream)
+                await stream.aclose()
+        except PeerFault as fault:
+            node.blame[f"{stream.peer} {type(fault).__name__}"] += 1
+            await stream.reset()
+        finally:
+            node.handlers.remove(scope)
+
+    async def kill(self, name: str) -> None:
+        """The process is gone: all its streams are reset, nothing is said."""
+        node = self.nodes[name]
+        node.alive = False
+        for stream in node.streams:
+            if not stream.closed:
+                await stream.reset()
+        for scope in list(node.handlers):
+            scope.cancel()
+
+    def assert_idle(self) -> None:
+        """Nothing lingers at any node that lives: no stream, handler or waiting request."""
+        for node in self.nodes.values():
+            if node.alive:
+                assert node.handlers == []
+                assert node.engine.waiting == 0
+                assert node.listener.stream_count == 0
+                assert node.listener._by_peer == {}
+
+
+@asynccontextmanager
+async def toy_swarm(limits: Limits | None = None, **changes: object) -> AsyncIterator[ToySwarm]:
+    """A swarm that is gone with the block.  When all streams have been idle, nothing is left in it."""
+    limits = replace(limits or Limits(), **changes)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        swarm = ToySwarm(nursery, limits)
+        yield swarm
+        with trio.move_on_after(limits.compute_idle_seconds + 5):
+            await until(lambda: not any(node.handlers for node in swarm.nodes.values() if node.alive))
+        swarm.assert_idle()
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,653 @@
+"""The bridge between asyncio and trio: a fake swarm in the trio thread, both event loops around it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import trio
+import trio.lowlevel
+import uvloop
+
+from client.api import SwarmLike
+from client.bridges import trio_thread
+from client.bridges.asyncio_swarm import BridgedSession, BridgedSwarm, open_bridge
+from client.bridges.trio_thread import TOKENS_AHEAD
+from client.config import ClientConfig
+from client.connect import connect
+from client.session.session import Session
+from client.swarm import Swarm
+from node.config import ConfigError
+from routing.chains.search import NoChain
+from tensor_codec.errors import CacheFull, PeerGone, SlowPeer
+
+CONFIG = ClientConfig(peers=("/ip4/127.0.0.1/tcp/1/p2p/nobody",))
+SOON = 10.0  # seconds that nothing here should come near
+
+
+@dataclass
+class FakeSession:
+    length: int = 0
+    chain: str = "chain"
+    times: None = None
+
+    async def step(
+        self,
+        hidden: int,
+        position: int | None = None,
+        reply: str = "all",
+        *,
+        seconds: float | None = None,
+        rope_length: int | None = None,
+    ) -> int:
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        if hidden < 0:
+            raise PeerGone("a hop has gone")
+        self.length = (self.length if position is None else position) + hidden
+        return hidden * 2
+
+
+@dataclass
+class FakeConversation:
+    max_length: int
+    tokens: list[int] = field(default_factory=list)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        assert trio.lowlevel.in_trio_run()
+        self.closed.set()
+
+
+@dataclass
+class FakeSwarm:
+    """Swarm's methods, in trio; counts what is going on."""
+
+    config: ClientConfig = CONFIG
+    info: str = "info"
+    ends: str = "ends"
+    generating: int = 0
+    made: int = 0  # tokens
+    sessions: int = 0
+    seen: object = field(default_factory=object)
+    news: trio.Event = field(default_factory=trio.Event)
+    nursery: trio.Nursery | None = None
+    open: bool = True
+
+    def view(self):
+        assert trio.lowlevel.in_trio_run()
+        return self.seen
+
+    async def changed(self, since):
+        while self.seen is since:
+            await self.news.wait()
+
+    def change(self) -> None:
+        self.seen, self.news, news = object(), trio.Event(), self.news
+        news.set()
+
+    async def route(self):
+        await trio.lowlevel.checkpoint()
+        raise NoChain([(3, 4)], 30, alone=False)
+
+    def generate(self, prompt, *, max_new_tokens=None, seed=None, context=None, **options):
+        max_new_tokens = 64 if max_new_tokens is None else max_new_tokens
+        if max_new_tokens < 1:
+            raise ValueError("max_new_tokens is 0, at least 1 is needed")
+        return self._tokens(prompt, max_new_tokens, context)
+
+    async def _tokens(self, prompt, count, context):
+        self.generating += 1
+        try:
+            for index in range(count):
+                await trio.lowlevel.checkpoint()
+                if prompt == "hang" and index == 2:
+                    await trio.sleep_forever()
+                if prompt == "refuse" and index == 2:
+                    raise CacheFull("no room", 3.0)
+                self.made += 1
+                if context is not None:
+                    context.tokens.append(index)
+                yield f"{prompt}{index}"
+        finally:
+            self.generating -= 1
+
+    def conversation(self, max_length=2048, *, trace=None):
+        return FakeConversation(max_length)
+
+    async def forward(self, hidden, *, start=0, stop=None):
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        if hidden < 0:
+            raise PeerGone("a server has gone")
+        return ("forward", hidden, start, stop)
+
+    async def backward(self, hidden, grad, *, start=0, stop=None):
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        return ("backward", hidden, grad, start, stop)
+
+    @asynccontextmanager
+    async def session(self, *, batch=1, max_length=None):
+        if max_length is not None and max_length > 2048:
+            raise ValueError("too long")
+        self.sessions += 1
+        try:
+            yield FakeSession()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
+                self.sessions -= 1
+
+
+def opener(swarm: FakeSwarm) -> Callable:
+    @asynccontextmanager
+    async def open_fake(config: ClientConfig) -> AsyncIterator[FakeSwarm]:
+        async with trio.open_nursery() as nursery:
+            swarm.nursery = nursery
+            try:
+                yield swarm
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.lowlevel.checkpoint()
+                    swarm.open = False
+                nursery.cancel_scope.cancel()
+
+    return open_fake
+
+
+@asynccontextmanager
+async def bridged(swarm: FakeSwarm) -> AsyncIterator[BridgedSwarm]:
+    async with open_bridge(CONFIG, opener(swarm)) as handle:
+        yield handle
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Every test collects what is left of it; what was imported before need not be looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request) -> Callable[[Callable[[], Awaitable]], object]:
+    """Run an asyncio function; afterwards there is no task, no thread and no complaint of the loop."""
+    runner = {"asyncio": asyncio.run, "uvloop": uvloop.run}[request.param]
+    complaints: list[dict] = []
+
+    async def main(function):
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        async with asyncio.timeout(SOON):
+            result = await function()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return result
+
+    def run_it(function):
+        before = set(threading.enumerate())
+        result = runner(main(function))
+        gc.collect()
+        assert set(threading.enumerate()) <= before
+        assert not complaints
+        return result
+
+    return run_it
+
+
+async def take(swarm: BridgedSwarm, prompt: str, count: int = 5) -> list[str]:
+    return [token async for token in swarm.generate(prompt, max_new_tokens=count)]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for the other thread."""
+    async with asyncio.timeout(SOON):
+        while not condition():  # noqa: ASYNC110  the other thread sets no asyncio.Event
+            await asyncio.sleep(0.001)
+
+
+def test_tokens_come_in_order(run):
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            return await take(swarm, "t", 100)
+
+    assert run(main) == [f"t{index}" for index in range(100)]
+
+
+def test_many_generations_run_at_once(run):
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            return await asyncio.gather(*(take(swarm, f"{number}-", 30) for number in range(20)))
+
+    assert run(main) == [[f"{number}-{index}" for index in range(30)] for number in range(20)]
+
+
+def test_a_slow_consumer_holds_the_generation_back(run):
+    async def main():
+        fake, got = FakeSwarm(), []
+        async with bridged(fake) as swarm:
+            async for token in swarm.generate("t", max_new_tokens=3 * TOKENS_AHEAD):
+                got.append(token)
+                ahead = min(len(got) + TOKENS_AHEAD, 3 * TOKENS_AHEAD)
+                await eventually(lambda ahead=ahead: fake.made >= ahead)
+                assert fake.made <= len(got) + TOKENS_AHEAD
+        return len(got)
+
+    assert run(main) == 3 * TOKENS_AHEAD
+
+
+def test_cancelling_in_mid_token_ends_the_generation_on_the_other_side(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            task = asyncio.create_task(take(swarm, "hang"))
+            await eventually(lambda: fake.made == 2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert fake.generating == 0  # at once, not some time later
+            return await take(swarm, "next", 2)
+
+    assert run(main) == ["next0", "next1"]
+
+
+def test_a_deadline_of_the_caller_ends_the_generation(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await take(swarm, "hang")
+            assert fake.generating == 0
+
+    run(main)
+
+
+def test_leaving_the_loop_early_ends_the_generation(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            async with aclosing(swarm.generate("t", max_new_tokens=1000)) as tokens:
+                async for token in tokens:
+                    assert token == "t0"
+                    break
+            assert fake.generating == 0
+            assert fake.made <= 1 + TOKENS_AHEAD
+
+    run(main)
+
+
+def test_a_generator_that_is_dropped_is_closed_by_the_event_loop(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            async for _ in swarm.generate("t", max_new_tokens=1000):
+                break
+            gc.collect()
+            await eventually(lambda: fake.generating == 0)
+
+    run(main)
+
+
+def test_a_generator_that_is_never_used_leaves_nothing_behind(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            swarm.generate("t")
+        assert fake.generating == fake.made == 0
+
+    run(main)
+
+
+def test_errors_arrive_as_what_they_are(run):
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            with pytest.raises(ValueError, match="max_new_tokens is 0"):
+                swarm.generate("t", max_new_tokens=0)  # at the call, as in trio
+            refused = swarm.generate("refuse")
+            assert [await anext(refused), await anext(refused)] == ["refuse0", "refuse1"]
+            with pytest.raises(CacheFull) as refusal:
+                await anext(refused)
+            assert refusal.value.retry_after_seconds == 3.0
+            with pytest.raises(NoChain):
+                await swarm.route()
+            with pytest.raises(ValueError, match="too long"):
+                async with swarm.session(max_length=4096):
+                    pass
+            with pytest.raises(PeerGone):
+                async with swarm.session() as session:
+                    await session.step(-1)
+
+    run(main)
+
+
+def test_an_error_of_the_opening_comes_out_of_the_entry(run):
+    @asynccontextmanager
+    async def refuse(config):
+        await trio.lowlevel.checkpoint()
+        raise ConfigError("no such model")
+        yield
+
+    async def main():
+        with pytest.raises(ConfigError, match="no such model"):
+            async with open_bridge(CONFIG, refuse):
+                pass
+
+    run(main)
+
+
+def test_connect_takes_the_bridge_under_asyncio(run):
+    async def main():
+        with pytest.raises(ConfigError, match="at least one node"):
+            async with connect(peers=[]):
+                pass
+
+    run(main)
+
+
+def test_an_error_of_the_body_comes_out_as_it_is(run):
+    async def main():
+        fake = FakeSwarm()
+        with pytest.raises(SlowPeer):
+            async with bridged(fake):
+                raise SlowPeer("mine")
+        assert not fake.open
+
+    run(main)
+
+
+def test_a_session_steps_and_is_closed(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            async with swarm.session() as session:
+                assert fake.sessions == 1
+                assert await session.step(3) == 6
+                assert await session.step(1, position=2, reply="last") == 2
+                assert (session.length, session.chain, session.times) == (3, "chain", None)
+            assert fake.sessions == 0
+
+    run(main)
+
+
+def test_forward_and_backward_cross_with_what_they_are_given(run):
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            assert await swarm.forward(1) == ("forward", 1, 0, None)
+            assert await swarm.forward(1, start=2, stop=5) == ("forward", 1, 2, 5)
+            assert await swarm.backward(1, 7, start=2) == ("backward", 1, 7, 2, None)
+            with pytest.raises(PeerGone):
+                await swarm.forward(-1)
+
+    run(main)
+
+
+def test_a_cancelled_task_closes_its_session(run):
+    async def main():
+        fake = FakeSwarm()
+
+        async def use(swarm):
+            async with swarm.session():
+                await asyncio.sleep(SOON)
+
+        async with bridged(fake) as swarm:
+            task = asyncio.create_task(use(swarm))
+            await eventually(lambda: fake.sessions == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert fake.sessions == 0
+
+    run(main)
+
+
+def test_a_conversation_goes_through_generate_and_is_closed_in_trio(run):
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            talk = swarm.conversation(100)
+            inner = talk._context
+            async for _ in swarm.generate("t", max_new_tokens=3, context=talk):
+                pass
+            assert (inner.tokens, inner.max_length) == ([0, 1, 2], 100)
+            talk.close()
+            await eventually(inner.closed.is_set)
+        talk.close()  # too late, and harmless
+
+    run(main)
+
+
+def test_the_view_follows_the_swarm(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            seen = swarm.view()
+            assert seen is fake.seen
+            changed = asyncio.create_task(swarm.changed(seen))
+            await take(swarm, "t")
+            assert not changed.done()
+            swarm._thread.soon(fake.change)
+            await changed
+            assert swarm.view() is fake.seen is not seen
+            swarm._thread.soon(fake.change)
+            await eventually(lambda: swarm.view() is fake.seen)
+            assert (swarm.config, swarm.info, swarm.ends) == (CONFIG, "info", "ends")
+
+    run(main)
+
+
+def test_two_bridges_one_after_the_other_and_two_at_once(run):
+    async def main():
+        for prompt in "ab":
+            async with bridged(FakeSwarm()) as swarm:
+                assert await take(swarm, prompt, 1) == [f"{prompt}0"]
+        async with bridged(FakeSwarm()) as one, bridged(FakeSwarm()) as other:
+            return await asyncio.gather(take(one, "c", 1), take(other, "d", 1))
+
+    assert run(main) == [["c0"], ["d0"]]
+
+
+def test_leaving_ends_what_other_tasks_have_under_way(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            task = asyncio.create_task(take(swarm, "hang"))
+            await eventually(lambda: fake.made == 2)
+        assert fake.generating == 0
+        assert not fake.open
+        with pytest.raises(RuntimeError, match="left"):
+            await task
+        with pytest.raises(RuntimeError, match="left"):
+            await swarm.route()
+        with pytest.raises(RuntimeError, match="left"):
+            await take(swarm, "t")
+
+    run(main)
+
+
+def test_cancelling_the_opening_ends_the_thread(run):
+    async def main():
+        opening = threading.Event()
+        closed = threading.Event()
+
+        @asynccontextmanager
+        async def never(config):
+            opening.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                closed.set()
+            yield
+
+        async def enter():
+            async with open_bridge(CONFIG, never):
+                pass
+
+        task = asyncio.create_task(enter())
+        await eventually(opening.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed.is_set()
+
+    run(main)
+
+
+def test_cancelling_before_the_thread_has_begun_ends_it_as_well(run):
+    async def main():
+        for _ in range(20):
+            task = asyncio.create_task(anext(aiter_of(FakeSwarm())))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    async def aiter_of(fake):
+        async with bridged(fake) as swarm:
+            yield swarm
+
+    run(main)
+
+
+def test_cancelling_the_body_leaves_the_swarm(run):
+    async def main():
+        fake = FakeSwarm()
+
+        async def use():
+            async with bridged(fake) as swarm:
+                await take(swarm, "hang")
+
+        task = asyncio.create_task(use())
+        await eventually(lambda: fake.made == 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not fake.open
+
+    run(main)
+
+
+def test_a_bug_on_the_trio_side_ends_the_calls_and_comes_out_on_leaving(run):
+    async def crash():
+        raise KeyError("a bug")
+
+    async def main():
+        fake = FakeSwarm()
+
+        async def use():
+            async with bridged(fake) as swarm:
+                task = asyncio.create_task(take(swarm, "hang"))
+                await eventually(lambda: fake.made == 2)
+                swarm._thread.soon(lambda: fake.nursery.start_soon(crash))
+                with pytest.raises(RuntimeError, match="failed"):
+                    await task
+
+        with pytest.raises(ExceptionGroup) as crashed:
+            await use()
+        assert crashed.group_contains(KeyError)
+
+    run(main)
+
+
+def test_leaving_takes_a_bounded_time(run, monkeypatch):
+    monkeypatch.setattr(trio_thread, "LEAVE_SECONDS", 0.1)
+
+    @asynccontextmanager
+    async def reluctant(config):
+        try:
+            yield FakeSwarm()
+        finally:
+            await trio.sleep_forever()
+
+    async def main():
+        began = time.monotonic()
+        async with open_bridge(CONFIG, reluctant):
+            pass
+        return time.monotonic() - began
+
+    assert 0.1 <= run(main) < SOON / 2
+
+
+def test_a_thread_that_does_not_end_is_left_behind(monkeypatch, caplog):
+    monkeypatch.setattr(trio_thread, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(trio_thread, "END_SECONDS", 0.05)
+    stuck = threading.Event()
+
+    @asynccontextmanager
+    async def deaf(config):
+        try:
+            yield FakeSwarm()
+        finally:
+            stuck.wait(SOON)
+
+    async def main():
+        async with open_bridge(CONFIG, deaf):
+            pass
+
+    with caplog.at_level(logging.WARNING, "raceme"):
+        asyncio.run(main())
+    stuck.set()
+    assert "does not end" in caplog.text
+    for thread in threading.enumerate():
+        if thread.name == "raceme-trio":
+            thread.join(SOON)
+            assert not thread.is_alive()
+
+
+def test_a_loop_that_is_closed_without_leaving_ends_the_thread():
+    fake, loop = FakeSwarm(), asyncio.new_event_loop()
+    entered = bridged(fake)
+
+    async def begin():
+        swarm = await entered.__aenter__()
+        swarm._thread._start(partial(trio.sleep, 0.05))
+        return swarm._thread
+
+    thread = loop.run_until_complete(begin())
+    loop.close()
+    thread._thread.join(SOON)
+    assert not thread._thread.is_alive()
+    assert not fake.open
+
+
+def test_a_handle_may_not_be_used_from_another_event_loop():
+    def elsewhere(swarm):
+        with pytest.raises(RuntimeError, match="another event loop"):
+            asyncio.run(swarm.route())
+
+    async def main():
+        async with bridged(FakeSwarm()) as swarm:
+            await asyncio.to_thread(elsewhere, swarm)
+
+    asyncio.run(main())
+
+
+def test_a_bridged_swarm_has_the_methods_of_a_swarm_with_the_same_parameters():
+    for ours, theirs in ((BridgedSwarm, SwarmLike), (Swarm, SwarmLike)):
+        names = (
+            "view",
+            "changed",
+            "route",
+            "chains",
+            "generate",
+            "conversation",
+            "session",
+            "forward",
+            "backward",
+        )
+        for name in names:
+            ours_takes = inspect.signature(getattr(ours, name)).parameters.values()
+            theirs_takes = inspect.signature(getattr(theirs, name)).parameters.values()
+            assert [(p.name, p.kind, p.default) for p in ours_takes] == [
+                (p.name, p.kind, p.default) for p in theirs_takes
+            ]
+    ours_takes, theirs_takes = (inspect.signature(kind.step).parameters for kind in (BridgedSession, Session))
+    assert list(ours_takes) == list(theirs_takes)

@@ -1,0 +1,120 @@
+"""Questions to peers: how many at a time, how often, and what is done where we ourselves stand still."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+
+from node.network.directory.pings import ASKED_AT_ONCE, PING_SECONDS, WATCH_SECONDS, Asker
+from node.network.host import NoPlaceLeft
+from routing.names import PeerId
+from tensor_codec.errors import PeerGone
+
+PEERS = [PeerId(f"peer {number}") for number in range(40)]
+ME = PeerId("me")
+
+
+class Host:
+    """Reaches those of these peers that answer, and hears nothing of the others."""
+
+    peer_id = ME
+
+    def __init__(self, answering=()):
+        self.answering = set(answering)
+        self.pings = []
+        self.under_way = self.most = 0
+        self.fault = None
+
+    async def connect(self, peer, addresses, *, seconds):
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            await trio.sleep(0.01)
+            if self.fault is not None:
+                raise self.fault
+            if peer not in self.answering:
+                await trio.sleep_forever()
+        finally:
+            self.under_way -= 1
+
+    async def ping(self, peer, addresses):
+        self.pings.append(peer)
+        await trio.sleep(0.01)
+        return 0.01
+
+
+@pytest.fixture
+async def asking(autojump_clock):
+    """An asker on a host that answers nothing, and how often it has told of a change."""
+    async with trio.open_nursery() as nursery:
+        changes = []
+        asker = Asker(
+            Host(), nursery, addresses=lambda peer: ("/ip4/10.0.0.1/tcp/1",),
+            changed=lambda: changes.append(asker.answers.silent()), dial_seconds=5.0,
+        )  # fmt: skip
+        asker.changes = changes
+        yield asker
+        nursery.cancel_scope.cancel()
+
+
+async def test_many_silent_peers_are_asked_a_few_at_a_time_and_all_come_to_their_turn(autojump_clock, asking):
+    asking._host.answering = set(PEERS[-3:])
+    assert (await asking.measure(PEERS, 20.0)).keys() == set(PEERS[-3:])
+    assert asking._host.most == ASKED_AT_ONCE
+    assert asking.answers.silent() == set(PEERS[:-3])
+    await trio.sleep(PING_SECONDS)
+    assert asking._host.under_way == 0
+
+
+async def test_a_watched_peer_is_asked_every_few_seconds(autojump_clock, asking):
+    asking._host.answering = set(PEERS[:2])
+    with trio.move_on_after(60.0):
+        await asking.watch(lambda wanted: PEERS[:2], random.Random(1))
+    for peer in PEERS[:2]:
+        assert (
+            60 / (1.2 * WATCH_SECONDS) - 1 <= asking._host.pings.count(peer) <= 60 / (0.8 * WATCH_SECONDS) + 1
+        )
+
+
+async def test_what_somebody_wanted_to_know_is_watched_for_a_minute(autojump_clock, asking):
+    asking._host.answering = set(PEERS)
+    seen = []
+    await asking.measure(PEERS[:1])
+    with trio.move_on_after(70.0):
+        await asking.watch(
+            lambda wanted: seen.append((trio.current_time(), set(wanted))) or list(wanted), random.Random(1)
+        )
+    assert {frozenset(wanted) for at, wanted in seen if at < 59} == {frozenset(PEERS[:1])}
+    assert {frozenset(wanted) for at, wanted in seen if at > 61} == {frozenset()}
+
+
+async def test_a_place_that_we_do_not_have_ourselves_says_nothing_of_the_peer(autojump_clock, asking):
+    asking._host.fault = NoPlaceLeft("all are in use")
+    assert await asking.measure(PEERS[:1]) == {}
+    assert asking.answers.silent() == set()
+    asking._host.fault = PeerGone("Connection refused")
+    assert await asking.measure(PEERS[:1]) == {}
+    assert asking.answers.silent() == set(PEERS[:1])
+    assert asking.changes[-1] == set(PEERS[:1])
+
+
+async def test_a_peer_without_an_address_cannot_be_reached(autojump_clock, asking):
+    asking._addresses = lambda peer: ()
+    assert await asking.measure(PEERS[:1]) == {}
+    assert asking.answers.silent() == set(PEERS[:1])
+
+
+async def test_nobody_asks_himself(autojump_clock, asking):
+    assert await asking.measure([ME]) == {}
+    assert asking._host.most == 0
+
+
+async def test_time_in_which_this_process_stood_still_is_not_held_against_the_peer(autojump_clock, asking):
+    asking.ask(PEERS[0])
+    await trio.sleep(0.05)
+    autojump_clock.jump(100 * PING_SECONDS)
+    await trio.sleep(0.05)
+    assert asking.answers.silent() == set()
+    assert asking.answers.under_way(PEERS[0]) is not None

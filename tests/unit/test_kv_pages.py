@@ -1,0 +1,181 @@
+"""The arena: who owns which page, and that nothing is lost or owned twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, CannotCut, PagePool, SpanCache
+from tensor_codec.errors import LocalProtocolError
+
+SHAPE = BlockShape(2, 3, 1, 4)
+
+
+def arena_of(tokens: int, max_length: int = 2048) -> PagePool:
+    return PagePool(5, (SHAPE, None, SHAPE), tokens, max_length)
+
+
+def test_stores_have_the_shapes_of_their_blocks_and_one_page_more_for_nobody():
+    pool = arena_of(100)
+    assert pool.pages == 7
+    assert pool.free_tokens == 7 * PAGE_TOKENS
+    assert pool.keys[0].shape == (8 * PAGE_TOKENS, 2, 3)
+    assert pool.values[2].shape == (8 * PAGE_TOKENS, 1, 4)
+    assert pool.keys[1].numel() == 0
+    assert not any(store.any() for store in (*pool.keys, *pool.values))
+    assert pool.nbytes == 2 * 8 * PAGE_TOKENS * SHAPE.values * 4
+
+
+def test_two_hundred_sessions_opened_for_2048_that_use_40_fit_into_16384():
+    pool = arena_of(16_384)
+    caches = [pool.open(1, 2048) for _ in range(200)]
+    for cache in caches:
+        cache.reserve(40)
+    assert pool.free_tokens == 16_384 - 200 * 48
+    assert sum(cache.nbytes for cache in caches) == 200 * 48 * 2 * SHAPE.values * 4
+
+
+def test_a_row_that_is_alone_owns_pages_that_lie_side_by_side():
+    pool = arena_of(1024)
+    cache = pool.open(1, 1024)
+    for length in range(1, 400):
+        cache.reserve(length)
+    slots = pool.slots(cache.rows, 399)[0]
+    assert (slots == range(slots[0], slots[0] + 399)).all()
+
+
+def test_a_second_row_begins_where_both_can_grow():
+    pool = arena_of(1024)
+    one, two = pool.open(1, 512), pool.open(1, 512)
+    for length in range(16, 400, 16):
+        one.reserve(length)
+        two.reserve(length)
+    for cache in (one, two):
+        slots = pool.slots(cache.rows, 384)[0]
+        assert (slots == range(slots[0], slots[0] + 384)).all()
+
+
+def test_what_lies_behind_a_rows_end_in_a_longer_batch_is_nobodys_zeros():
+    pool = arena_of(256)
+    short, long = pool.open(1, 128), pool.open(1, 128)
+    short.reserve(3)
+    long.reserve(40)
+    rows = torch.tensor([int(short.rows[0]), int(long.rows[0])]).numpy()
+    slots = pool.slots(rows, 40)
+    assert (slots[0, 16:] >= pool.pages * PAGE_TOKENS).all()
+    assert (slots[1] < pool.pages * PAGE_TOKENS).all()
+
+
+def test_more_pages_than_there_are_is_our_bug_and_changes_nothing():
+    pool = arena_of(64)
+    cache = pool.open(2, 128)
+    cache.reserve(16)
+    with pytest.raises(LocalProtocolError, match="4 pages of the pool are needed, 32 tokens are free"):
+        cache.reserve(48)
+    assert (pool.free_tokens, cache.pages) == (32, 1)
+    with pytest.raises(LocalProtocolError):
+        cache.reserve(129)
+
+
+def test_a_cut_gives_whole_pages_back_and_a_length_that_was_not_reached_is_refused():
+    pool = arena_of(256)
+    cache = pool.open(1, 256)
+    cache.reserve(100)
+    cache.length = 100
+    cache.cut(33)
+    assert (cache.length, cache.pages, pool.free_tokens) == (33, 3, 256 - 48)
+    for length in (34, -1):
+        with pytest.raises(ValueError, match=f"cannot cut a cache of 33 tokens to {length}"):
+            cache.cut(length)
+    cache.states[6] = object()
+    with pytest.raises(CannotCut, match="from 33 to 5"):
+        cache.cut(5)
+    cache.cut(0)
+    assert (cache.states, pool.free_tokens) == ({}, 256)
+
+
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_every_position_of_every_row_has_a_place_of_its_own(length, batch):
+    pool = arena_of(batch * 512)
+    cache = pool.open(batch, 512)
+    cache.reserve(length)
+    slots = pool.slots(cache.rows, length)
+    assert len(set(slots.ravel().tolist())) == batch * length
+    for position in (0, length // 2, length - 1):
+        places = pool.slots_of(cache.rows, torch.full((batch,), position).numpy())
+        assert (places == slots[:, position]).all()
+
+
+class Sessions(RuleBasedStateMachine):
+    """Sessions that come, grow, are cut and go, beside plain counting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = arena_of(640, 256)
+        self.caches: list[SpanCache] = []
+
+    @rule(batch=st.integers(1, 5))
+    def open(self, batch: int) -> None:
+        self.caches.append(self.pool.open(batch, 256))
+
+    @precondition(lambda self: self.caches)
+    @rule(data=st.data(), length=st.integers(1, 256))
+    def grow(self, data, length: int) -> None:
+        cache = data.draw(st.sampled_from(range(len(self.caches))).map(self.caches.__getitem__))
+        more = (-(-length // PAGE_TOKENS) - cache.pages) * cache.batch
+        if more * PAGE_TOKENS > self.pool.free_tokens:
+            with pytest.raises(LocalProtocolError):
+                cache.reserve(length)
+        else:
+            cache.reserve(length)
+            cache.length = max(cache.length, length)
+
+    @precondition(lambda self: self.caches)
+    @rule(data=st.data())
+    def cut(self, data) -> None:
+        cache = data.draw(st.sampled_from(range(len(self.caches))).map(self.caches.__getitem__))
+        cache.cut(data.draw(st.integers(0, cache.length)))
+
+    @precondition(lambda self: self.caches)
+    @rule(data=st.data())
+    def close(self, data) -> None:
+        self.caches.pop(data.draw(st.integers(0, len(self.caches) - 1))).close()
+
+    @invariant()
+    def no_page_has_two_owners_and_none_is_lost(self) -> None:
+        owned = [
+            page
+            for cache in self.caches
+            for page in self.pool.table(cache.rows, cache.pages).ravel().tolist()
+        ]
+        assert len(owned) == len(set(owned))
+        assert self.pool.nobodys_page not in owned
+        assert self.pool.free_tokens == (self.pool.pages - len(owned)) * PAGE_TOKENS
+        rows = [row for cache in self.caches for row in cache.rows.tolist()]
+        assert len(rows) == len(set(rows))
+
+    def teardown(self) -> None:
+        for cache in self.caches:
+            cache.close()
+            cache.close()
+        assert self.pool.free_tokens == self.pool.pages * PAGE_TOKENS
+        assert not any(len(pages) for pages in self.pool._pages)
+
+
+TestSessions = Sessions.TestCase
+
+
+def test_a_page_that_held_nan_is_zero_for_its_next_owner():
+    pool = arena_of(32)
+    one = pool.open(1, 32)
+    one.reserve(32)
+    for store in (*pool.keys, *pool.values):
+        store[: 2 * PAGE_TOKENS].fill_(float("nan"))
+    one.close()
+    two = pool.open(1, 32)
+    two.reserve(3)
+    slots = pool.slots(two.rows, PAGE_TOKENS)[0]
+    assert not any(store[slots].any() for store in (*pool.keys, *pool.values))

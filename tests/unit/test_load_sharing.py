@@ -1,0 +1,85 @@
+"""Clients that decide by themselves do not all decide the same."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing.chains.load_sharing import MIN_HOLDERS, TOLL, leanings, sample, shyness
+from routing.chains.search import cheapest_chain
+from routing.names import peer_id_of
+from routing.view.records import Record
+from routing.view.view import coverage
+
+PEERS = sorted(peer_id_of(number.to_bytes(2, "big") * 16) for number in range(300))
+
+
+def span(number, start, stop, seconds=0.01) -> Record:
+    return Record(peer=PEERS[number], blocks=12, start=start, stop=stop, seconds_per_block=seconds)
+
+
+def choices(spans, clients):
+    """How many of these clients take each peer as the first of their chain."""
+    chains = [cheapest_chain(spans, 12, lean=leanings(f"client {c}", PEERS)) for c in range(clients)]
+    return Counter(chain.hops[0].peer for chain in chains)
+
+
+def test_of_equal_peers_each_client_takes_its_own():
+    taken = choices([span(number, 0, 12) for number in range(5)], 200)
+    assert len(taken) == 5
+    assert max(taken.values()) < 70  # 40 each on average
+
+
+def test_one_client_decides_the_same_every_time():
+    assert leanings("me", PEERS) == leanings("me", reversed(PEERS))
+
+
+def test_a_clearly_better_peer_is_everybodys():
+    spans = [span(number, 0, 12, 0.1) for number in range(4)] + [span(4, 0, 12, 0.001)]
+    spans += [span(number, 0, 12, 0.002) for number in range(5, 12)]
+    assert not choices(spans, 50).keys() & set(PEERS[:4])
+
+
+def test_one_that_claims_a_hundred_times_its_speed_draws_what_four_times_the_median_would():
+    honest = [span(number, 0, 12) for number in range(9)]
+    liar, fast = span(9, 0, 12, 0.0001), span(9, 0, 12, 0.0025)
+    assert choices([*honest, liar], 100) == choices([*honest, fast], 100)
+
+
+def test_the_expected_seconds_are_not_those_of_the_leaning():
+    spans = [span(0, 0, 12)]
+    assert cheapest_chain(spans, 12, lean={PEERS[0]: 3.0}) == cheapest_chain(spans, 12)
+
+
+def test_a_queue_is_minded_more_than_its_wait_but_no_more_than_the_toll():
+    idle, busy, crowded = (Record(peer=PEERS[n], queue=queue) for n, queue in enumerate((0.0, 1.0, 1e6)))
+    shy = shyness([idle, busy, crowded])
+    assert shy[PEERS[0]] == 1.0
+    assert shy[PEERS[1]] == (1 + TOLL) / 2
+    assert TOLL - 0.01 < shy[PEERS[2]] < TOLL
+
+
+def test_few_peers_are_all_looked_at():
+    spans = [span(number, 0, 12) for number in range(20)]
+    assert sample(spans, "me", most=20) == spans
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12), st.sampled_from([0.001, 0.01, 0.1])))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPANS, st.randoms(use_true_random=False))
+def test_a_sample_leaves_no_block_bare(spans, rng):
+    records = [span(n, start, min(start + length, 12), s) for n, (start, length, s) in enumerate(spans)]
+    looked_at = sample(records, "me", most=5, always={PEERS[1]})
+    assert set(looked_at) == set(sample(rng.sample(records, len(records)), "me", most=5, always={PEERS[1]}))
+    assert len(records) < 2 or records[1] in looked_at
+    for few, held in zip(coverage(looked_at, 12), coverage(records, 12), strict=True):
+        assert few >= min(held, MIN_HOLDERS)
+
+
+def test_a_sample_has_more_fast_peers_than_slow_ones_and_differs_between_clients():
+    spans = [span(number, 0, 12, 0.001 if number % 2 else 0.01) for number in range(300)]
+    looked_at = sample(spans, "me", most=40)
+    assert sum(one.seconds_per_block == 0.001 for one in looked_at) > 30
+    assert set(looked_at) != set(sample(spans, "you", most=40))

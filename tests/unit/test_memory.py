@@ -1,0 +1,207 @@
+"""What fits on a machine, and how it is shared, are sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from node.config import ConfigError
+from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo
+from node.serving import memory
+from routing.names import ModelId, Revision
+from tensor_codec.limits import Limits
+
+MIB = 2**20
+
+
+def model(blocks: int = 10) -> ModelInfo:
+    """Blocks of 1 MiB in float32, all of it in 1,024 rows, and 1 KiB of cache for each token and block."""
+    values, rows = (MIB // 4,) * blocks, (1024,) * blocks
+    return ModelInfo(ModelId("m"), Revision("r"), "llama", blocks, 64, 96, 2048, values, 256, 0, values, rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "serves"),
+    [
+        (["python", "-m", "node"], True),
+        (["/usr/bin/python3.11", "-X", "dev", "-m", "node", "some/model", "--blocks", "0:2"], True),
+        (["python", "-m", "node", "bootstrap"], False),
+        (["python", "-m", "node", "status", "--peers", "x"], False),
+        (["python", "-m", "node", "prepare", "m", "out"], False),
+        (["python", "-m", "node", "--name", "status"], True),
+        (["timeout", "40", "python", "-m", "node"], False),
+        (["python", "-m", "client", "generate"], False),
+        (["python", "-m"], False),
+        ([], False),
+    ],
+)
+def test_a_serving_node_is_known_by_its_command_line(words, serves):
+    assert memory.serves_blocks(words) is serves
+
+
+def test_cores_are_divided_by_the_servers_on_the_machine(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    for servers, threads in ((1, 8), (3, 2), (9, 1)):
+        monkeypatch.setattr(memory, "servers_on_this_machine", lambda servers=servers: servers)
+        assert memory.threads_for_this_node() == threads
+
+
+def test_as_many_blocks_fit_as_their_weights_caches_and_workspace_leave_room_for():
+    # 2,048 cache tokens of 1 KiB make 2 MiB a block beside its 1 MiB; 80 % of the memory is used
+    room = memory.workspace_bytes(model(), "float32", 2048)
+    free = int((24 * MIB + room) / memory.MEMORY_SHARE) + 1
+    assert memory.blocks_that_fit(model(), "float32", 2048, free) == 8
+    assert memory.blocks_that_fit(model(), "float32", 2048, free - MIB) == 7
+    assert memory.blocks_that_fit(model(), "float32", 2048, 1000 * MIB) == 10
+    assert memory.blocks_that_fit(model(), "float32", 2048, 3 * MIB) == 0
+
+
+def test_blocks_leave_room_for_the_usual_cache_and_a_small_machine_for_the_least():
+    for tokens in (memory.USUAL_CACHE_TOKENS, memory.MIN_CACHE_TOKENS):
+        room = memory.workspace_bytes(model(), "float32", tokens)
+        free = int((MIB + tokens * 1024 + room) / memory.MEMORY_SHARE) + 1
+        assert memory.blocks_that_fit(model(), "float32", None, free) == 1
+    assert memory.blocks_that_fit(model(), "float32", None, 3 * MIB) == 0
+
+
+def test_in_eight_bits_more_blocks_fit_and_the_cache_is_as_large_as_before():
+    info, free = model(40), 40 * MIB
+    plain = memory.blocks_that_fit(info, "float32", 2048, free)
+    packed = memory.blocks_that_fit(info, "float32", 2048, free, "int8")
+    assert packed > plain > 0
+    # a quarter of the weights and four bytes for each of 1,024 rows
+    assert memory.memory_of(info, 4, "float32", 2048, quantize="int8").weights == 4 * (MIB // 4 + 4096)
+    assert memory.memory_of(info, 4, "float32", 2048, quantize="int8").cache == 8 * MIB
+    assert memory.memory_of(info, 4, "bfloat16", 2048, activations="float32").cache == 8 * MIB
+    assert memory.memory_of(info, 4, "bfloat16", 2048).cache == 4 * MIB
+
+
+def test_a_span_that_does_not_fit_says_how_many_blocks_would():
+    room = memory.workspace_bytes(model(), "float32", 2048)
+    free = room + 12 * MIB
+    with pytest.raises(ConfigError, match=r"10 blocks of m as float32 .* 2 blocks would fit"):
+        memory.check_fits(model(), 10, "float32", 2048, int((8 * MIB + room) / memory.MEMORY_SHARE))
+    with pytest.raises(ConfigError, match=r"10 blocks of m as int8 "):
+        memory.check_fits(model(), 10, "float32", 2048, free, "int8")
+    assert memory.check_fits(model(), 4, "float32", 2048, free) == free
+
+
+def test_cache_tokens_follow_the_memory_that_the_weights_leave_between_two_bounds():
+    # 10 KiB a token; a quarter of what is left, but the usual number where that fits
+    room = memory.workspace_bytes(model(), "float32", memory.USUAL_CACHE_TOKENS)
+    weights = 10 * MIB
+
+    def fits(left: int, device: str = "cpu") -> int:
+        free = int((left + weights + room) / memory.MEMORY_SHARE) + 1
+        return memory.cache_tokens_that_fit(model(), 10, "float32", free, device=device)
+
+    assert memory.cache_tokens_that_fit(model(), 10, "float32", 0) == memory.MIN_CACHE_TOKENS
+    assert fits(50 * MIB) == 5120
+    assert fits(200 * MIB) == memory.USUAL_CACHE_TOKENS
+    assert fits(400 * MIB) == 10_240
+    assert fits(400 * MIB, "cuda") == 38_423  # a copy of one block's for a batch has room as well
+    assert fits(10**12) == memory.MAX_CACHE_TOKENS
+
+
+def test_on_a_large_machine_the_cache_is_as_large_as_makes_a_whole_session_a_peer_s_share():
+    for positions, tokens in ((16_384, 65_536), (131_072, 524_288)):
+        info = replace(model(), max_position=positions)
+        assert memory.cache_tokens_that_fit(info, 10, "float32", 10**12) == tokens
+    unbounded = replace(model(), max_position=UNBOUNDED_POSITIONS)
+    assert memory.cache_tokens_that_fit(unbounded, 10, "float32", 10**12) == memory.MAX_CACHE_TOKENS
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 60])
+@pytest.mark.parametrize("free", [2 * 10**9, 3 * 10**9, 10**11])
+def test_a_cache_for_long_sessions_leaves_room_for_their_scores_and_for_the_journal(free, blocks):
+    info = replace(model(60), max_position=131_072, hidden_size=1024)
+    tokens = memory.cache_tokens_that_fit(info, blocks, "float32", free)
+    bound = memory.memory_of(info, blocks, "float32", tokens)
+    assert tokens >= memory.USUAL_CACHE_TOKENS
+    assert bound.needed == memory.check_fits(info, blocks, "float32", tokens, free)
+    assert bound.needed + bound.journal <= memory.MEMORY_SHARE * free
+    if blocks == 1 and free < 10**10:  # what ends it here is the scores, not the cache's own share
+        more = memory.memory_of(info, blocks, "float32", tokens + 1)
+        assert more.needed + more.journal > memory.MEMORY_SHARE * free
+
+
+def test_a_journal_beside_a_gpu_follows_the_memory_of_the_host():
+    info = replace(model(), hidden_size=4096)
+    assert memory.journal_tokens_that_fit(info, 524_288, "cpu", 0) == 524_288
+    assert memory.journal_tokens_that_fit(info, 524_288, "cuda", 2**30) == 13_107  # a fifth at 16 KiB
+    assert memory.journal_tokens_that_fit(info, 524_288, "cuda", 0) == memory.MIN_CACHE_TOKENS
+    assert memory.journal_tokens_that_fit(info, 4096, "cuda", 2**40) == 4096
+
+
+def test_requests_that_are_longer_than_usual_have_room_for_their_scores():
+    info = replace(model(), max_position=131_072)
+    usual = memory.workspace_bytes(info, "float32", 2048)
+    assert memory.workspace_bytes(info, "float32", 2048, step_tokens=2048) == usual
+    training = 8192 * memory.TRAINED_VALUES * 64 * 4
+    assert memory.workspace_bytes(info, "float32", 2048, step_tokens=8192) == training + 8192 * 8192 * 4
+
+
+@pytest.mark.parametrize("free", [10**8, 3 * 10**8, 10**9, 10**10])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_what_is_chosen_fits(free, device, quantize):
+    info = model(60)
+    blocks = memory.blocks_that_fit(info, "float32", None, free, quantize)
+    tokens = memory.cache_tokens_that_fit(info, blocks, "float32", free, quantize, device=device)
+    assert blocks > 0
+    assert tokens >= memory.MIN_CACHE_TOKENS
+    assert memory.check_fits(info, blocks, "float32", tokens, free, quantize) <= free
+
+
+def test_the_workspace_holds_the_largest_of_what_is_done_one_after_the_other():
+    info = replace(model(), max_position=4096)
+    trained = memory.TRAINED_POSITIONS * memory.TRAINED_VALUES * 64
+    assert memory.workspace_bytes(info, "float32", 2048) == 4 * trained
+    assert memory.workspace_bytes(info, "bfloat16", 2048) == 2 * trained
+    copied, scores = 1024 * 100_000, 256 * 4096 * 1 * 4
+    answers = 256 * (1024 + 4 * 64) * 4
+    assert memory.workspace_bytes(info, "float32", 100_000) == copied + scores + answers
+    large = replace(info, block_values=(10**8,) * 10)
+    assert memory.workspace_bytes(large, "float32", 2048, "int8") == 4 * 10**8  # while it is quantised
+    assert memory.workspace_bytes(large, "float32", 2048) < 10**8
+    prepared = replace(large, quantize="int8")
+    assert memory.workspace_bytes(prepared, "float32", 2048, "int8") < 10**8
+
+
+def test_backward_is_counted_for_as_many_positions_as_it_runs_at_once():
+    from node.model.blocks.forward_backward import PART_POSITIONS
+
+    assert memory.TRAINED_POSITIONS == PART_POSITIONS
+
+
+def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
+    limits = replace(
+        Limits(), max_connections=10, max_unread_bytes_per_connection=MIB, max_compute_streams=3,
+        max_frame_bytes=2 * MIB,
+    )  # fmt: skip
+    bound = memory.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB)
+    room = memory.workspace_bytes(model(), "float32", 2048)
+    assert (bound.weights, bound.cache, bound.workspace) == (4 * MIB, 8 * MIB, room)
+    assert bound.network == 10 * MIB + 3 * 2 * MIB
+    assert bound.needed == memory.check_fits(model(), 4, "float32", 2048, 10**9)
+    journal = 2048 * model().hidden_size * 4
+    assert bound.journal == journal
+    assert bound.resident_bound == (400 + 16 + 256 + 4 + 8) * MIB + room + journal
+    on_gpu = memory.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB, device="cuda")
+    assert on_gpu.needed == bound.needed
+    assert on_gpu.resident_bound == (400 + 16 + 256) * MIB + journal
+    none = memory.memory_of(model(), 4, "float32", 2048, journal_tokens=0)
+    assert none.journal == 0
+
+
+def test_the_start_log_says_it_in_one_line():
+    bound = memory.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27)
+    assert memory.in_one_line(bound, model(), 7, 16_384, 20 * 2**30) == (
+        "7 of 10 blocks: weights 0.12 GiB, KV cache 0.50 GiB for 16,384 tokens, journal 0.12 GiB,"
+        " workspace 0.25 GiB; bound 2.75 GiB resident; 20.00 GiB free"
+    )
+
+
+def test_a_process_knows_what_it_takes():
+    assert 10 * MIB < memory.process_bytes() < 10**11

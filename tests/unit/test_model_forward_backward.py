@@ -1,0 +1,248 @@
+"""Gradients and outputs of spans without sessions, against autograd through the library's whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
+from torch import Tensor
+
+from node.model.blocks import forward_backward
+from node.model.blocks.forward_backward import (
+    backward,
+    backward_in_parts,
+    finish,
+    forward,
+    forward_in_parts,
+    parts,
+)
+from node.model.blocks.span import Span, load_span
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+
+torch.set_num_threads(1)
+
+# Relative to the largest value.  The operations are the same, but products of fewer rows may be summed
+# in another order; 3.5e-7 was the worst seen.
+TOLERANCE = 5e-6
+SPANS = ((0, 1), (1, 4), (4, BLOCKS))
+ROWS, TOKENS = 3, 24
+
+
+@dataclass(frozen=True)
+class Case:
+    whole: Any  # the library's model
+    spans: tuple[Span, ...]
+    inputs: Tensor  # what the first block of the whole model is given
+    output: Tensor  # and what the last one makes of it
+    direction: Tensor  # gradient of the loss with respect to that
+    gradient: Tensor  # and with respect to the inputs
+
+
+def blocks_of(whole: Any) -> list[torch.nn.Module]:
+    """The blocks of a library's model: the one list that has as many."""
+    lists = [m for m in whole.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS]
+    return list(lists[0])
+
+
+def through_the_whole(whole: Any, ids: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Input of the first block, output of the last one, and the gradient with respect to the input.
+
+    The whole model runs from token ids; hooks make what enters the first block a leaf of autograd
+    and take what leaves the last one.
+    """
+    blocks, seen = blocks_of(whole), {}
+
+    def enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = args[0] if args else kwargs["hidden_states"]
+        seen["input"] = given.detach().clone().requires_grad_()
+        return (
+            ((seen["input"], *args[1:]), kwargs)
+            if args
+            else (args, kwargs | {"hidden_states": seen["input"]})
+        )
+
+    def leave(block: Any, args: tuple, output: Any) -> None:
+        seen["output"] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+        blocks[-1].register_forward_hook(leave),
+    ]
+    with torch.enable_grad():
+        whole(ids, use_cache=False)
+        (gradient,) = torch.autograd.grad(seen["output"], seen["input"], direction)
+    for hook in hooks:
+        hook.remove()
+    return seen["input"].detach(), seen["output"].detach(), gradient
+
+
+def case_of(whole: Any, folder: ModelFolder) -> Case:
+    ids = torch.randint(0, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(ROWS, TOKENS, 32, generator=torch.Generator().manual_seed(1))
+    inputs, output, gradient = through_the_whole(whole, ids, direction)
+    spans = tuple(load_span(folder, start, stop) for start, stop in SPANS)
+    return Case(whole, spans, inputs, output, direction, gradient)
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def case(request, tmp_path_factory) -> Case:
+    path = tmp_path_factory.mktemp(request.param)
+    whole = save_tiny(request.param, path / "model")
+    return case_of(whole, open_folder(path / "model", memo=HashMemo(path / "hashes.json")))
+
+
+def decode_some(case: Case) -> None:
+    """Let every span decode in inference mode first: whatever the library keeps is made there."""
+    hidden = case.inputs[:1, :2]
+    for span in case.spans:
+        with torch.inference_mode():
+            span.forward(hidden, span.new_cache(1, TOKENS), 0, span.start, span.stop)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def chained(case: Case) -> tuple[Tensor, Tensor]:
+    """Output and gradient of the three spans one after the other."""
+    hidden, inputs, grad = case.inputs, [], case.direction
+    for span in case.spans:
+        inputs.append(hidden)
+        hidden = forward(span, hidden, span.start, span.stop)
+    for span, given in reversed(list(zip(case.spans, inputs, strict=True))):
+        grad = backward(span, given, grad, span.start, span.stop)
+    return hidden, grad
+
+
+def test_three_spans_give_the_whole_models_output_and_gradient_after_decoding(case):
+    decode_some(case)
+    output, gradient = chained(case)
+    assert error(output, case.output) <= TOLERANCE
+    assert error(gradient, case.gradient) <= TOLERANCE
+    assert case.gradient.abs().max() > 0
+
+
+def test_parts_of_one_block_give_the_same(case, monkeypatch):
+    monkeypatch.setattr(forward_backward, "PART_POSITIONS", 1)
+    output, gradient = chained(case)
+    assert error(output, case.output) <= TOLERANCE
+    assert error(gradient, case.gradient) <= TOLERANCE
+
+
+def test_any_run_inside_a_span_is_that_part_of_the_model(case):
+    middle = case.spans[1]
+    hidden = forward(case.spans[0], case.inputs, 0, 1)
+    whole_span = forward(middle, hidden, 1, 4)
+    first = forward(middle, hidden, 1, 2)
+    assert error(forward(middle, first, 2, 4), whole_span) <= TOLERANCE
+    grad = backward(middle, first, case.direction, 2, 4)
+    expected = backward(middle, hidden, case.direction, 1, 4)
+    assert error(backward(middle, hidden, grad, 1, 2), expected) <= TOLERANCE
+
+
+def test_rows_do_not_see_each_other(case):
+    span = case.spans[1]
+    for row in range(ROWS):
+        alone = case.inputs[row : row + 1], case.direction[row : row + 1]
+        together = backward(span, case.inputs, case.direction, 1, 4)[row : row + 1]
+        assert error(backward(span, *alone, 1, 4), together) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Case:
+    path = tmp_path_factory.mktemp("llama")
+    whole = save_tiny("llama", path / "model")
+    return case_of(whole, open_folder(path / "model", memo=HashMemo(path / "hashes.json")))
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}]
+)
+def test_rotary_tables_that_the_library_recomputes_while_decoding_do_not_stop_backward(
+    rope, tmp_path, monkeypatch
+):
+    # The dynamic table is made anew for every length beyond the trained one, in whatever mode that runs.
+    settings = _LLAMA | {"max_position_embeddings": 16, "rope_parameters": rope | {"rope_theta": 10000.0}}
+    monkeypatch.setitem(TINY, "stretched", ("LlamaForCausalLM", settings))
+    whole = save_tiny("stretched", tmp_path / "model")
+    case = case_of(whole, open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))
+    with torch.inference_mode():
+        hidden = case.inputs
+        for span in case.spans:
+            hidden = span.forward(hidden, span.new_cache(ROWS, 64), 0, span.start, span.stop)
+    assert error(chained(case)[1], case.gradient) <= TOLERANCE
+
+
+def test_tensors_from_inference_mode_may_come_in_and_may_be_asked_for_in_it(llama):
+    with torch.inference_mode():
+        inputs, direction = llama.inputs.clone(), llama.direction.clone()
+        inside = backward(llama.spans[0], inputs, direction, 0, 1)
+    expected = backward(llama.spans[0], llama.inputs, llama.direction, 0, 1)
+    assert torch.equal(inside, expected)
+    assert torch.equal(backward(llama.spans[0], inputs, direction, 0, 1), expected)
+
+
+def test_no_weight_gets_a_gradient_and_what_comes_in_is_left_alone(llama):
+    inputs = llama.inputs.clone()
+    output, gradient = (
+        forward(llama.spans[0], inputs, 0, 1),
+        backward(llama.spans[0], inputs, output := llama.direction, 0, 1),
+    )
+    assert not inputs.requires_grad
+    assert torch.equal(inputs, llama.inputs)
+    assert not output.requires_grad
+    assert not gradient.requires_grad
+    assert all(weight.grad is None for weight in llama.spans[0].model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "most"),
+    [
+        (torch.float16, "none", 0.01),  # eleven bits of mantissa through two blocks
+        (torch.bfloat16, "none", 0.05),  # eight
+        (torch.float32, "int8", 0.1),  # eight bits of a row's largest weight
+    ],
+)
+def test_fewer_bits_give_about_the_same_gradient_in_the_spans_own_dtype(dtype, quantize, most, tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    folder = open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json"))
+    span = load_span(folder, 0, 2, dtype=dtype, quantize=quantize)
+    hidden, grad = torch.randn(2, 1, 5, 32, generator=torch.Generator().manual_seed(2))
+    found = forward(span, hidden, 0, 2), backward(span, hidden, grad, 0, 2)
+    exact = load_span(folder, 0, 2)
+    expected = forward(exact, hidden, 0, 2), backward(exact, hidden, grad, 0, 2)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == span.dtype
+        assert 0 < error(got.float(), wanted) < most
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [
+        (1, 1, [(2, 30)]),
+        (1, 128, [(2, 30)]),
+        (4, 512, [(block, block + 2) for block in range(2, 30, 2)]),
+        (2, 1024, [(block, block + 2) for block in range(2, 30, 2)]),
+        (1, 256, [(2, 18), (18, 30)]),
+        (1, 100_000, [(block, block + 1) for block in range(2, 30)]),
+    ],
+)
+def test_a_part_has_as_many_blocks_as_its_positions_allow(rows, tokens, expected):
+    assert list(parts(torch.empty(rows, tokens, 0), 2, 30)) == expected
+
+
+def test_a_part_at_a_time_and_the_last_one_answers(llama, monkeypatch):
+    span = llama.spans[1]
+    monkeypatch.setattr(forward_backward, "PART_POSITIONS", 2 * ROWS * TOKENS)  # three blocks: two parts
+    work = forward_in_parts(span, llama.inputs, 1, 4)
+    assert next(work) is None
+    assert torch.equal(finish(work), forward(span, llama.inputs, 1, 4))
+    work = backward_in_parts(span, llama.inputs, llama.direction, 1, 4)
+    assert [next(work), next(work)] == [None, None]  # forward through one, backward through the other
+    found = finish(work)
+    monkeypatch.setattr(forward_backward, "PART_POSITIONS", 10**9)
+    assert error(found, backward(span, llama.inputs, llama.direction, 1, 4)) <= TOLERANCE

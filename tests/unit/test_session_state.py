@@ -1,0 +1,336 @@
+"""One session at one hop: a step is applied once, in order, whatever the network does to it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from node.serving.sessions.state import Compute, Repeat, ServerSession, State
+from tensor_codec.errors import LocalProtocolError, RemoteProtocolError
+from tensor_codec.messages.contract import StepRange
+
+MOST = 12
+
+
+def applied(session: ServerSession, step: int, position: int, tokens: int) -> Compute:
+    """Receive and compute a step that the session is expected to take."""
+    decision = session.receive(step, StepRange(position, tokens))
+    assert isinstance(decision, Compute)
+    session.computed(decision)
+    return decision
+
+
+def test_steps_that_follow_each_other_fill_the_cache_to_its_last_position():
+    session = ServerSession(MOST)
+    for step, position in enumerate(range(0, MOST, 3)):
+        assert applied(session, step, position, 3).cut is None
+        assert session.length == position + 3
+    assert session.length == MOST
+
+
+def test_a_step_repeated_is_answered_from_memory_and_not_computed():
+    session = ServerSession(MOST)
+    applied(session, 7, 0, 4)
+    for _ in range(3):
+        assert session.receive(7, StepRange(0, 4)) == Repeat(7)
+    assert session.length == 4
+    applied(session, 8, 4, 1)
+
+
+def test_a_lower_position_cuts_the_cache_there_first():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    assert applied(session, 1, 5, 2).cut == 5
+    assert session.length == 7
+    assert applied(session, 2, 0, 3).cut == 0
+    assert session.length == 3
+
+
+def test_a_step_number_may_skip_some_but_never_go_back():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 1)
+    applied(session, 10, 1, 1)
+    with pytest.raises(RemoteProtocolError, match="step 9"):
+        session.receive(9, StepRange(2, 1))
+
+
+def test_a_step_that_a_resume_forgot_is_computed_when_it_comes_again_under_its_number():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    applied(session, 1, 4, 3)
+    session.resume(4)
+    assert session.length == 4
+    assert applied(session, 1, 4, 3) == Compute(1, StepRange(4, 3), None)
+    assert session.length == 7
+
+
+def test_a_step_that_a_resume_kept_is_still_answered_from_memory():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    session.resume(4)
+    assert session.receive(0, StepRange(0, 4)) == Repeat(0)
+
+
+def test_a_resume_forgets_what_comes_after_it_and_cannot_add():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    session.resume(0)
+    assert session.length == 0
+    with pytest.raises(RemoteProtocolError, match="go on from 1, the cache holds 0"):
+        session.resume(1)
+    with pytest.raises(RemoteProtocolError):
+        session.receive(1, StepRange(0, 1))
+
+
+def test_a_model_that_cannot_cut_resumes_only_where_it_is_or_from_the_start():
+    session = ServerSession(MOST, can_cut=False)
+    applied(session, 0, 0, 8)
+    session.resume(8)
+    session.resume(0)
+    applied(session, 1, 0, 8)
+    with pytest.raises(RemoteProtocolError, match="back to position 5, which this model cannot"):
+        session.resume(5)
+
+
+@pytest.mark.parametrize(("position", "tokens"), [(0, 4), (3, 2), (5, 1), (4, 9), (4, 0)])
+def test_a_replay_that_does_not_continue_the_cache_ends_the_session(position, tokens):
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    with pytest.raises(RemoteProtocolError, match="does not continue a cache of 4"):
+        session.replay(StepRange(position, tokens))
+    assert session.state is State.CLOSED
+
+
+def test_a_replay_fills_the_cache_and_takes_no_step_number():
+    session = ServerSession(MOST)
+    for position in range(0, MOST, 4):
+        part = session.replay(StepRange(position, 4))
+        assert part == Compute(None, StepRange(position, 4), None)
+        session.computed(part)
+    assert session.length == MOST
+    assert session.last is None
+
+
+def test_a_step_that_was_dropped_after_its_cut_leaves_the_cache_cut_and_may_come_again():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    decision = session.receive(1, StepRange(5, 2))
+    session.dropped(decision)
+    assert session.length == 5
+    assert applied(session, 1, 5, 2) == Compute(1, StepRange(5, 2), None)
+    assert session.length == 7
+
+
+def test_a_step_that_was_dropped_without_a_cut_leaves_the_cache_as_it_was():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 8)
+    session.dropped(session.receive(1, StepRange(8, 2)))
+    assert session.length == 8
+    assert session.receive(0, StepRange(0, 8)) == Repeat(0)
+
+
+# (step, position, tokens) that must not come after step 3 has put positions 0:4 into a cache of 12.
+WRONG = {
+    "a hole before it": (4, 5, 1),
+    "a hole of many": (4, 11, 1),
+    "one position too many": (4, 4, 9),
+    "far too many positions": (4, 0, 13),
+    "a position at the end": (4, 12, 1),
+    "no positions": (4, 4, 0),
+    "fewer than no positions": (4, 4, -1),
+    "an earlier step": (2, 4, 1),
+    "an earlier step that was never seen": (0, 4, 1),
+    "the same step at another position": (3, 1, 4),
+    "the same step with other positions": (3, 0, 3),
+    "the same step with more positions": (3, 0, 5),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_a_step_that_must_not_come_ends_the_session(why):
+    step, position, tokens = WRONG[why]
+    session = ServerSession(MOST)
+    applied(session, 3, 0, 4)
+    with pytest.raises(RemoteProtocolError):
+        session.receive(step, StepRange(position, tokens))
+    assert session.state is State.CLOSED
+    assert session.length == 4
+
+
+def test_the_same_step_that_wants_another_reply_back_is_not_a_retry():
+    session = ServerSession(MOST)
+    applied(session, 3, 0, 4)  # wants all positions back
+    with pytest.raises(RemoteProtocolError):
+        session.receive(3, StepRange(0, 4, "last"))
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_after_an_error_every_later_call_raises(why):
+    step, position, tokens = WRONG[why]
+    session = ServerSession(MOST)
+    applied(session, 3, 0, 4)
+    with pytest.raises(RemoteProtocolError):
+        session.receive(step, StepRange(position, tokens))
+    for later in [(3, 0, 4), (4, 4, 1), (5, 0, 1), (99, 4, 8)]:
+        with pytest.raises(RemoteProtocolError, match="closed"):
+            session.receive(later[0], StepRange(*later[1:]))
+    assert session.length == 4
+
+
+def test_a_closed_session_takes_nothing():
+    session = ServerSession(MOST)
+    session.close()
+    with pytest.raises(RemoteProtocolError):
+        session.receive(0, StepRange(0, 1))
+
+
+def test_a_step_that_was_not_computed_leaves_no_trace():
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    session.receive(1, StepRange(2, 5))
+    assert (session.length, session.last) == (4, (0, StepRange(0, 4)))
+    session.close()
+    assert session.length == 4
+
+
+def test_a_model_that_cannot_go_back_refuses_a_cut_and_takes_everything_else():
+    session = ServerSession(MOST, can_cut=False)
+    applied(session, 0, 0, 4)
+    assert session.receive(0, StepRange(0, 4)) == Repeat(0)
+    applied(session, 1, 4, 2)
+    with pytest.raises(RemoteProtocolError, match="back to position 5"):
+        session.receive(2, StepRange(5, 1))
+
+
+def test_two_steps_at_a_time_or_an_answer_that_nobody_asked_for_is_our_own_bug():
+    session = ServerSession(MOST)
+    compute = session.receive(0, StepRange(0, 1))
+    assert isinstance(compute, Compute)
+    with pytest.raises(LocalProtocolError):
+        session.receive(1, StepRange(1, 1))
+    session.computed(compute)
+    with pytest.raises(LocalProtocolError):
+        session.computed(compute)
+
+
+class SessionOverABadLink(RuleBasedStateMachine):
+    """A client, a link that loses, doubles and reorders, and a hop with a cache that is a list.
+
+    Each step carries tokens that no other step does, so the cache shows what was applied.
+    """
+
+    @initialize(most=st.integers(1, 16), can_cut=st.booleans(), seed=st.integers(0, 2**32))
+    def begin(self, most: int, can_cut: bool, seed: int) -> None:
+        self.most = most
+        self.session = ServerSession(most, can_cut=can_cut)
+        self.random = random.Random(seed)
+        self.cache: list[str] = []
+        self.link: deque[tuple[int, StepRange]] = deque()
+        self.computed: list[int] = []
+        self.in_hand: Compute | None = None
+        self.broken = False
+        self.next_step = 0
+        self.planned = 0  # length that the caches have when all that was sent arrives in order
+        self.sent: dict[int, StepRange] = {}
+
+    @rule(tokens=st.integers(1, 4), back=st.integers(0, 3), skip=st.integers(0, 2))
+    def client_sends(self, tokens: int, back: int, skip: int) -> None:
+        position = max(0, self.planned - back)
+        tokens = min(tokens, self.most - position)
+        if tokens < 1:
+            return
+        self.next_step += 1 + skip
+        self.sent[self.next_step] = StepRange(position, tokens)
+        self.link.append((self.next_step, self.sent[self.next_step]))
+        self.planned = position + tokens
+
+    @rule(step=st.integers(0, 40), position=st.integers(0, 20), tokens=st.integers(-1, 20))
+    def liar_sends(self, step: int, position: int, tokens: int) -> None:
+        self.link.append((step, StepRange(position, tokens)))
+
+    @precondition(lambda self: self.sent)
+    @rule()
+    def client_sends_again(self) -> None:
+        step = max(self.sent)
+        self.link.append((step, self.sent[step]))
+
+    @precondition(lambda self: self.link)
+    @rule(what=st.sampled_from(["lose", "double", "turn round"]))
+    def link_is_bad(self, what: str) -> None:
+        at = self.random.randrange(len(self.link))
+        if what == "lose":
+            del self.link[at]
+        elif what == "double":
+            self.link.insert(at, self.link[at])
+        else:
+            self.link[at], self.link[-1] = self.link[-1], self.link[at]
+
+    @precondition(lambda self: self.link and self.in_hand is None)
+    @rule()
+    def hop_receives(self) -> None:
+        step, what = self.link.popleft()
+        before = (self.session.length, self.session.last)
+        try:
+            decision = self.session.receive(step, what)
+        except RemoteProtocolError:
+            assert (self.session.length, self.session.last) == before
+            self.broken = True
+            return
+        assert not self.broken, "a session went on after an error"
+        if isinstance(decision, Repeat):
+            assert before[1] == (step, what), "an answer went out that belongs to another step"
+        else:
+            self.in_hand = decision
+
+    @precondition(lambda self: self.in_hand is not None)
+    @rule()
+    def hop_computes(self) -> None:
+        decision, self.in_hand = self.in_hand, None
+        assert decision is not None
+        what = decision.what
+        assert (decision.cut is not None) == (what.position < len(self.cache))
+        assert what.position <= len(self.cache), "a hole in the cache"
+        del self.cache[what.position :]
+        self.cache += [f"{decision.step}.{offset}" for offset in range(what.tokens)]
+        self.computed.append(decision.step)
+        self.session.computed(decision)
+
+    @precondition(lambda self: self.in_hand is not None)
+    @rule()
+    def hop_is_cancelled(self) -> None:
+        self.in_hand = None
+        self.session.close()
+        self.broken = True
+
+    @invariant()
+    def a_step_is_computed_at_most_once_and_in_order(self) -> None:
+        if hasattr(self, "computed"):
+            assert self.computed == sorted(set(self.computed))
+
+    @invariant()
+    def the_cache_is_as_long_as_the_session_says_and_no_longer_than_agreed(self) -> None:
+        if hasattr(self, "cache"):
+            assert len(self.cache) == self.session.length <= self.most
+
+    @invariant()
+    def what_is_in_the_cache_came_in_runs_of_whole_steps_or_of_their_beginnings(self) -> None:
+        for before, after in zip(
+            self.__dict__.get("cache", []), self.__dict__.get("cache", [])[1:], strict=False
+        ):
+            (one, offset), (other, begin) = (map(int, token.split(".")) for token in (before, after))
+            assert (other, begin) == (one, offset + 1) or (other > one and begin == 0)
+
+    @invariant()
+    def after_an_error_every_call_raises(self) -> None:
+        if getattr(self, "broken", False):
+            with pytest.raises(RemoteProtocolError):
+                self.session.receive(10**6, StepRange(self.session.length, 1))
+
+
+TestSessionOverABadLink = SessionOverABadLink.TestCase
+TestSessionOverABadLink.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
