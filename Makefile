@@ -37,11 +37,11 @@ types: env ## Check types
 	@$(BIN)/mypy scripts
 
 bench: env ## Measure decoding over one and over three servers
-	@$(BIN)/python -m benchmarks.decode --servers 1 $(ARGS)
-	@$(BIN)/python -m benchmarks.decode --servers 3 $(ARGS)
+	@$(BIN)/python -m benchmarks decode --servers 1 $(ARGS)
+	@$(BIN)/python -m benchmarks decode --servers 3 $(ARGS)
 
 figures: env ## Measure what README.md and docs/benchmarks.md show of this machine, and write it there
-	@$(BIN)/python -m benchmarks.figures --measure $(ARGS)
+	@$(BIN)/python -m benchmarks figures --measure $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """When has a session lost so much time to a chain that became slow, that it should look for another?
 
 A step that takes long once is chance: somebody else's prompt was before it.  To move for that costs a
-replay, which makes the new hops slow for others, who then move too: in `benchmarks.swarm --clients`, at
+replay, which makes the new hops slow for others, who then move too: in `benchmarks swarm --clients`, at
 80 % of the capacity, moves at a single slow step cost a fifth of it.  So what is lost is added up, a CUSUM
 (Page, 1954): of each step the seconds beyond SUSPICION times the usual, less where steps are quicker, and
 never below nothing.  As long as less was lost than a replay costs, one stays; who then goes has paid at most

@@ -14,8 +14,8 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.processes import LocalSwarm, NodeProcess, local_swarm
-from benchmarks.watched import watch
+from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
+from benchmarks.recovery.watched import watch
 from client.config import ClientConfig
 from client.swarm import open_swarm
 from routing.view.view import SwarmView, coverage

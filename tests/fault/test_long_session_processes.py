@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.processes import local_swarm
+from benchmarks.lib.processes import local_swarm
 from tests import model_fixtures
 from tests.fault.test_processes import run
 

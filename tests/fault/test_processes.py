@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.processes import ROOT, LocalSwarm, local_swarm
+from benchmarks.lib.processes import ROOT, LocalSwarm, local_swarm
 from node.model.checkpoint.folder import ModelFolder
 
 pytestmark = pytest.mark.process

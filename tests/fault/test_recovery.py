@@ -1,6 +1,6 @@
 """Servers and clients that die, freeze or leave in the midst of a generation: the tokens stay the same.
 
-Real processes.  How long each takes is measured by benchmarks.recovery; here every wait is generous.
+Real processes.  How long each takes is measured by `benchmarks recovery`; here every wait is generous.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import trio
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.processes import ROOT, Worker
-from benchmarks.recovery import killed_again_and_again, parse
-from benchmarks.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
-from benchmarks.watched import Watched, peers_in_use, trace_events, until_known, watch
+from benchmarks.lib.processes import ROOT, Worker
+from benchmarks.recovery.recovery import killed_again_and_again, parse
+from benchmarks.recovery.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
+from benchmarks.recovery.watched import Watched, peers_in_use, trace_events, until_known, watch
 from client.config import ClientConfig
 from client.generation.conversation import Conversation
 from client.swarm import Swarm, open_swarm
@@ -388,8 +388,8 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
 
 
 def benchmark(*words: str, out: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-    """What benchmarks.recovery has found; empty where it could not run."""
-    command = [sys.executable, "-m", "benchmarks.recovery", "--json", str(out), *words]
+    """What `benchmarks recovery` has found; empty where it could not run."""
+    command = [sys.executable, "-m", "benchmarks", "recovery", "--json", str(out), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return (json.loads(out.read_text()) if out.exists() else {}), done
 

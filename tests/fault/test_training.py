@@ -10,7 +10,7 @@ import torch
 import trio
 
 import client
-from benchmarks.processes import local_swarm
+from benchmarks.lib.processes import local_swarm
 from node.model.blocks.forward_backward import backward, forward
 from node.model.blocks.span import load_span
 from node.model.checkpoint.folder import HashMemo, open_folder

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from benchmarks.processes import Worker
+from benchmarks.lib.processes import Worker
 from tests.fault_link import MAX_BYTES, QUEUE_BYTES, RESET_ON_CLOSE, Wire, open_fault_link
 
 

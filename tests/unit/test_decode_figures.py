@@ -1,10 +1,10 @@
-"""What benchmarks.decode makes of what it has measured."""
+"""What `benchmarks decode` makes of what it has measured."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.decode import client_rates, equal_share, parse, prompts_of
+from benchmarks.decode.decode import client_rates, equal_share, parse, prompts_of
 
 
 @pytest.mark.parametrize(

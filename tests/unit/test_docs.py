@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 import client
+from benchmarks.__main__ import BENCHMARKS as NAMES_OF_BENCHMARKS
 from client.generation.options import Sampling
 from client.swarm import Swarm
 from node.config import VERSION, NetworkConfig
@@ -70,9 +71,12 @@ def test_every_relative_link_leads_somewhere(path):
 
 
 def commands(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every `python -m MODULE WORDS` in a file, whether in a code block or in a line of text."""
+    """Every `python -m PROGRAM WORDS` in a file, whether in a code block or in a line of text.
+
+    PROGRAM: node, client, or "benchmarks NAME".
+    """
     text = path.read_text().replace("\\\n", " ")
-    for module, rest in re.findall(r"python -m (node|client|benchmarks\.\w+)\b([^\n`|]*)", text):
+    for module, rest in re.findall(r"python -m (node|client|benchmarks [a-z_]+)\b([^\n`|]*)", text):
         words = [word for word in shlex.split(rest, comments=True) if not word.startswith("[")]
         if all(re.fullmatch("[a-z-]+", word) and word[0] != "-" for word in words):
             words.append("--help")  # a command is named, not shown: it must exist
@@ -103,8 +107,9 @@ def stop_after_parsing(monkeypatch):
 
 @pytest.mark.parametrize(("module", "words"), COMMANDS)
 def test_every_command_in_the_manual_parses(module, words, stop_after_parsing, monkeypatch):
-    program = importlib.import_module(module if "." in module else f"{module}.__main__")
-    monkeypatch.setattr("sys.argv", [module, *words])
+    package, *name = module.split()
+    program = importlib.import_module(f"{package}.__main__")
+    monkeypatch.setattr("sys.argv", [package, *name, *words])
     if "--help" in words:
         with pytest.raises(SystemExit, match=r"^0$"):
             program.main()
@@ -127,11 +132,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "node": ("", "bootstrap", "status", "models", "prepare", "new-swarm-key"),
     "client": ("generate", "chat"),
 }
-BENCHMARKS = {
-    f"benchmarks.{path.stem}": ("",)
-    for path in sorted((ROOT / "benchmarks").glob("*.py"))
-    if "ArgumentParser(" in path.read_text()
-}
+BENCHMARKS = {"benchmarks": tuple(NAMES_OF_BENCHMARKS)}
 SCRIPTS = [
     path for folder in ("scripts", "examples", "tests/sim") for path in sorted((ROOT / folder).glob("*.py"))
 ]
@@ -141,7 +142,7 @@ OF_OTHER_PROGRAMS = {"--strict", "--upgrade"}  # of mypy and pip
 @cache
 def help_of(module: str, command: str = "") -> str:
     """What `python -m MODULE COMMAND --help` prints."""
-    program = importlib.import_module(module if "." in module else f"{module}.__main__")
+    program = importlib.import_module(f"{module}.__main__")
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr("sys.argv", [module, *([command] if command else []), "--help"])

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks.figures import (
+from benchmarks.figures.figures import (
     BLOCKS,
     DOCUMENTS,
     ROOT,
@@ -70,7 +70,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_figures_in_a_document_are_those_of_the_files(name: str):
     document = (ROOT / name).read_text()
-    assert with_figures(document, read_figures()) == document, "run python -m benchmarks.figures"
+    assert with_figures(document, read_figures()) == document, "run python -m benchmarks figures"
 
 
 def test_every_block_stands_in_a_document():

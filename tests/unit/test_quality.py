@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_fixtures import save_tiny, save_tiny_tokenizer
 
-from benchmarks import quality
+from benchmarks.compute import quality
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large():

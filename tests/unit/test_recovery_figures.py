@@ -1,4 +1,4 @@
-"""What benchmarks.recovery makes of what it has seen."""
+"""What `benchmarks recovery` makes of what it has seen."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.fault_rates import Cell, Killer
-from benchmarks.lost_clients import invite
-from benchmarks.recovery import parse, strike_number, summary
-from benchmarks.watched import Watched, percentile, trace_figures
+from benchmarks.recovery.fault_rates import Cell, Killer
+from benchmarks.recovery.lost_clients import invite
+from benchmarks.recovery.recovery import parse, strike_number, summary
+from benchmarks.recovery.watched import Watched, percentile, trace_figures
 
 STEPS = Watched([1, 2, 3, 4], [0.0, 1.0, 1.1, 3.1], [1.0, 0.1, 2.0, 0.1])
 

@@ -80,7 +80,7 @@ class Rule:
 RULES = (
     Rule(
         (*PACKAGES, *PROGRAMS),
-        ("node.network", "benchmarks.wire"),  # that benchmark measures libp2p itself beside us
+        ("node.network", "benchmarks.network.wire"),  # that benchmark measures libp2p itself beside us
         ("libp2p",),
         "node.network is the one adapter to libp2p",
     ),

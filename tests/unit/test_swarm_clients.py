@@ -1,8 +1,8 @@
-"""The simulated clients of benchmarks.swarm: what is counted is what happened."""
+"""The simulated clients of `benchmarks swarm`: what is counted is what happened."""
 
 import pytest
 
-from benchmarks.swarm_clients import CHOOSERS, Demand, Machine, figures, serve
+from benchmarks.swarm.clients import CHOOSERS, Demand, Machine, figures, serve
 from routing.names import peer_id_of
 from routing.placement.throughput import Holder, bound, capacity
 

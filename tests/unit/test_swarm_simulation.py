@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks.swarm import beside_petals
-from benchmarks.swarm_models import MODELS, Plan, script
-from benchmarks.swarm_rules import Equal, Ours, Petals, PetalsJoin
-from benchmarks.swarm_sim import Simulation
+from benchmarks.swarm.models import MODELS, Plan, script
+from benchmarks.swarm.rules import Equal, Ours, Petals, PetalsJoin
+from benchmarks.swarm.simulation import Simulation
+from benchmarks.swarm.swarm import beside_petals
 from routing.names import PeerId
 from routing.placement.throughput import Holder
 

@@ -1,4 +1,4 @@
-"""What benchmarks.wan makes of what it has measured."""
+"""What `benchmarks wan` makes of what it has measured."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from benchmarks.processes import ProcessError
-from benchmarks.wan import Links, check_all_proxied, decode_figures, parse, prefill_figures
+from benchmarks.lib.processes import ProcessError
+from benchmarks.network.wan import Links, check_all_proxied, decode_figures, parse, prefill_figures
 
 LINKS = Links(rtt_ms=100, mbit=8)  # a megabyte a second
 

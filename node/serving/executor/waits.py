@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 # After so many seconds what was seen counts 1/e.  Shorter, and a record tells of chance; longer, and of a
-# time that has passed: in `benchmarks.swarm --clients` 3 to 10 s gave the shortest steps, 30 s longer ones.
+# time that has passed: in `benchmarks swarm --clients` 3 to 10 s gave the shortest steps, 30 s longer ones.
 REMEMBERED_SECONDS = 10.0
 
 

@@ -1,0 +1,70 @@
+"""The one way to run a benchmark.
+
+    python -m benchmarks                          # the names, with a line about each
+    python -m benchmarks decode --servers 3 --json result.json
+    python -m benchmarks decode --help
+
+Each benchmark is a module with `main(arguments) -> exit code`; each takes `--json FILE`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+BENCHMARKS: Mapping[str, str] = {
+    "decode": "benchmarks.decode.decode",
+    "flood": "benchmarks.decode.flood",
+    "wan": "benchmarks.network.wan",
+    "wire": "benchmarks.network.wire",
+    "recovery": "benchmarks.recovery.recovery",
+    "balance": "benchmarks.recovery.balance",
+    "executor": "benchmarks.compute.executor",
+    "journal": "benchmarks.compute.journal",
+    "loop_lag": "benchmarks.compute.loop_lag",
+    "quality": "benchmarks.compute.quality",
+    "startup": "benchmarks.startup.startup",
+    "swarm": "benchmarks.swarm.swarm",
+    "routing": "benchmarks.swarm.routing",
+    "swarm_plots": "benchmarks.swarm.plots",
+    "figures": "benchmarks.figures.figures",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark that the first argument names; its exit code, or 2 for an unknown name."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, *rest = words
+    if name not in BENCHMARKS:
+        print(f"error: there is no benchmark {name!r}; `python -m benchmarks` lists them", file=sys.stderr)
+        return 2
+    # importlib: a benchmark pays for its own imports alone
+    code: int = importlib.import_module(BENCHMARKS[name]).main(rest)
+    return code
+
+
+def overview() -> str:
+    """The usage and a line about each benchmark, from its docstring; imports none of them."""
+    width = max(map(len, BENCHMARKS))
+    lines = [f"  {name:{width}}  {first_line(module)}" for name, module in BENCHMARKS.items()]
+    usage = "usage: python -m benchmarks NAME [--json FILE] [options of that benchmark, or --help]"
+    return "\n".join([usage, "", *lines])
+
+
+def first_line(module: str) -> str:
+    """The first line of a module's docstring."""
+    spec = find_spec(module)
+    assert spec is not None, module
+    assert spec.origin is not None, module
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Parts of a node by themselves, without a network."""

@@ -1,0 +1,113 @@
+"""How much worse a model answers when its weights are rounded: perplexity, and distance from float32.
+
+    python -m benchmarks quality
+    python -m benchmarks quality --quantize int8 nf4 --dtype bfloat16 --json quality.json
+
+The text is the first chapter of Jane Austen's "Pride and Prejudice" (1813), in quality.txt beside this
+file.  All blocks run as one span, embedding and head in float32 every time, so what differs is what
+the blocks' weights and activations are rounded to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from node.model.blocks.span import DTYPES, load_span
+from node.model.checkpoint.folder import ModelFolder
+from node.model.checkpoint.info import QUANTIZATIONS, read_info
+from node.model.checkpoint.source import cache_dir, resolve
+from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
+
+TEXT = Path(__file__).with_name("quality.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to keep the weights.
+
+    name: "float32", "bfloat16", or the quantisation.  computes: the dtype of the activations.
+    weights_mib: of all blocks.  kl: mean divergence of its predictions from those of float32, in nats a
+    token.  same_best: share of positions with the same likeliest token.
+    """
+
+    name: str
+    computes: str
+    weights_mib: float
+    perplexity: float
+    kl: float
+    same_best: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks quality")
+    parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
+    parser.add_argument(
+        "--quantize", nargs="+", choices=QUANTIZATIONS[1:], default=list(QUANTIZATIONS[1:]), metavar="HOW",
+        help=f"beside float32 and bfloat16: {', '.join(QUANTIZATIONS[1:])} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of what is not quantised (default: float32)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=int, default=512, help="of the text that are used (default: 512)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    flags = parser.parse_args(arguments)
+    torch.set_num_threads(flags.threads)
+    folder = resolve(flags.model, cache_dir=cache_dir())
+    ends = load_embed_and_head(folder)
+    ids = torch.tensor([ends.tokenizer(TEXT.read_text()).input_ids[: flags.tokens]])
+    ways = [("float32", "float32", "none"), ("bfloat16", "bfloat16", "none")]
+    ways += [(how, flags.dtype, how) for how in flags.quantize]
+    print(f"{folder.name}, {ids.shape[1]} tokens of text")
+    print(f"{'weights':10} {'computes in':12} {'MiB':>7} {'perplexity':>11} {'KL':>9} {'same best':>10}")
+    rows: list[Row] = []
+    exact: Tensor | None = None
+    for name, dtype, quantize in ways:
+        logits, computes, nbytes = answers(folder, ends, ids, dtype, quantize, flags.device)
+        exact = logits if exact is None else exact
+        row = Row(name, computes, nbytes / 2**20, perplexity(logits, ids), *distance(exact, logits))
+        rows.append(row)
+        print(
+            f"{row.name:10} {row.computes:12} {row.weights_mib:7.1f} {row.perplexity:11.3f}"
+            f" {row.kl:9.1e} {row.same_best:10.3f}",
+            flush=True,
+        )
+    if flags.json:
+        flags.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return 0
+
+
+@torch.inference_mode()
+def answers(
+    folder: ModelFolder, ends: EmbedAndHead, ids: Tensor, dtype: str, quantize: str, device: str
+) -> tuple[Tensor, str, int]:
+    """Logits [1, tokens, vocab_size], what they were computed in, and the bytes of the weights."""
+    blocks = read_info(folder).blocks
+    span = load_span(folder, 0, blocks, dtype=DTYPES[dtype], device=device, quantize=quantize)
+    cache = span.new_cache(1, ids.shape[1])
+    hidden = span.forward(ends.embed(ids, 0), cache, 0)
+    return ends.head(hidden), str(span.dtype).removeprefix("torch."), span.nbytes
+
+
+def perplexity(logits: Tensor, ids: Tensor) -> float:
+    """exp of the mean loss of each token but the first.  logits [1, tokens, vocabulary], ids [1, tokens]."""
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp())
+
+
+def distance(exact: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Mean KL(exact || logits) over the positions, in nats, and the share with the same best token."""
+    reference, other = exact[0].log_softmax(-1), logits[0].log_softmax(-1)
+    kl = (reference.exp() * (reference - other)).sum(-1).mean()
+    return max(float(kl), 0.0), float((exact.argmax(-1) == logits.argmax(-1)).float().mean())

@@ -1,0 +1,1 @@
+"""From the files of results to the tables and pictures of the documents."""

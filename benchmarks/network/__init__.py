@@ -1,0 +1,1 @@
+"""Frames, links and lines: what the network alone costs."""

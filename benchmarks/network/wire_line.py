@@ -1,0 +1,155 @@
+"""Bytes one way across a delayed line: our host's connection, and raw TCP over the same line in turn.
+
+Every transfer has a connection of its own, made just before, so that TCP's slow start and the growth of
+our windows are part of it; making the connection is not.  It lasts from the first byte sent to the
+receiver's word that it has all, at both alike.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from benchmarks.network.delayed_line import FAR, delayed_line
+from node.network.host import open_host
+from node.network.streams import FramedStream
+from node.network.transport.identity import load_or_create_identity
+from routing.names import PeerId
+from tensor_codec.limits import KIB, MIB
+
+SINK = "/raceme/bench-sink/1"
+FRAME_BYTES = 1 * MIB
+READ_BYTES = 256 * KIB
+SECONDS = 60  # for one transfer
+RAW_PORT = 4002
+_SIZE = struct.Struct(">Q")  # before what goes over raw TCP
+
+
+def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, object]:
+    """The figures of one line, each transfer on a connection of its own and then once more on the same.
+
+    rtt_ms: there and back.  mbit: a second, each way.  rounds: that count; one before them does not.
+    Runs in namespaces of its own (`netns.command_inside`).
+    """
+    size = mib * MIB
+    ours: list[list[float]] = []
+    raw: list[list[float]] = []
+    with (
+        delayed_line(rtt_ms, mbit) as at_the_far_end,
+        _server(at_the_far_end, "ours") as (peer, address),
+        _server(at_the_far_end, "raw"),
+    ):
+        for number in range(rounds + 1):
+            ours.append(trio.run(_over_our_host, PeerId(peer), address, size))
+            raw.append(_over_raw_tcp(size))
+            print(f"round {number} of {rounds}", file=sys.stderr)
+    figures: dict[str, object] = {
+        "rtt_ms": rtt_ms,
+        "mbit": mbit,
+        "mib": mib,
+        "rounds": rounds,
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+    }
+    for index, prefix in enumerate(("", "second_")):
+        figures |= _compared(prefix, [each[index] for each in ours[1:]], [each[index] for each in raw[1:]])
+    return figures
+
+
+def _compared(prefix: str, ours: Sequence[float], raw: Sequence[float]) -> dict[str, object]:
+    """Medians, their ratio, and least and most, of seconds."""
+    figures: dict[str, object] = {}
+    for name, seconds in (("transfer", ours), ("raw_tcp", raw)):
+        figures[f"{prefix}{name}_ms"] = round(statistics.median(seconds) * 1e3, 1)
+        figures[f"{prefix}{name}_ms_least_most"] = [round(bound(seconds) * 1e3, 1) for bound in (min, max)]
+    figures[f"{prefix}ratio"] = round(statistics.median(ours) / statistics.median(raw), 3)
+    return figures
+
+
+async def _over_our_host(peer: PeerId, address: str, size: int) -> list[float]:
+    """Seconds of two transfers on a connection of a new host."""
+    async with open_host(identity=load_or_create_identity(None), listen=[]) as host:
+        frames = await host.open_stream(peer, [address], SINK, seconds=10)
+        frame = bytes(FRAME_BYTES)
+        found = []
+        for _ in range(2):
+            started = time.perf_counter()
+            with trio.fail_after(SECONDS):
+                for _ in range(size // FRAME_BYTES):
+                    await frames.send(frame)
+                await frames.send(b"")
+                await frames.receive()
+            found.append(time.perf_counter() - started)
+        await frames.aclose()
+    return found
+
+
+def _over_raw_tcp(size: int) -> list[float]:
+    """Seconds of two transfers on a new connection."""
+    found = []
+    with socket.create_connection((FAR, RAW_PORT), timeout=SECONDS) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        data = _SIZE.pack(size) + bytes(size)
+        for _ in range(2):
+            started = time.perf_counter()
+            connection.sendall(data)
+            if connection.recv(1) != b".":
+                raise OSError("the receiver's end is gone")
+            found.append(time.perf_counter() - started)
+    return found
+
+
+def serve(kind: str) -> None:
+    """Take what comes, and say when all is there, until killed."""
+    if kind == "ours":
+        trio.run(_serve_our_host)
+        return
+    with socket.create_server((FAR, RAW_PORT)) as listener:
+        print("up", "up", flush=True)
+        memory = memoryview(bytearray(READ_BYTES))
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                while head := connection.recv(_SIZE.size, socket.MSG_WAITALL):
+                    (left,) = _SIZE.unpack(head)
+                    while left:
+                        left -= connection.recv_into(memory[: min(left, READ_BYTES)])
+                    connection.sendall(b".")
+
+
+async def _serve_our_host() -> None:
+    async with open_host(identity=load_or_create_identity(None), listen=[f"/ip4/{FAR}/tcp/0"]) as host:
+        host.handle(SINK, _sink)
+        print(host.peer_id, host.addresses[0], flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+
+
+async def _sink(frames: FramedStream) -> None:
+    while (frame := await frames.receive()) is not None:
+        if not frame:
+            await frames.send(b"")
+
+
+@contextmanager
+def _server(prefix: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
+    """A receiver's process at the line's far end; the two words that it says when it is up."""
+    command = [*prefix, sys.executable, "-m", "benchmarks.network.wire_line", kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            first, second = process.stdout.readline().split()
+            yield first, second
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

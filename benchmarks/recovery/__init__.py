@@ -1,0 +1,1 @@
+"""Servers and clients that fail in the midst of generations."""

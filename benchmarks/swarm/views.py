@@ -1,0 +1,110 @@
+"""What the servers of `benchmarks swarm` see of each other: announcements, and how old a view of them is."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from functools import cached_property
+from typing import TypeVar
+
+from benchmarks.swarm.models import ANNOUNCE_SECONDS, PARTED_SECONDS, TTL_SECONDS, VIEW_SECONDS
+from routing.names import PeerId
+from routing.placement.rebalance import holders
+from routing.placement.throughput import Holder
+from routing.view.records import Record
+
+T = TypeVar("T")
+
+
+class Snapshot:
+    """What was announced at one moment, and what was worked out from it, once for all who see it."""
+
+    def __init__(self, records: tuple[Record, ...]) -> None:
+        self.records = records
+        self._worked_out: dict[object, object] = {}
+
+    @cached_property
+    def held(self) -> list[Holder]:
+        """What the rules take."""
+        return holders(self.records)
+
+    def once(self, key: object, work: Callable[[], T]) -> T:
+        """What `work` gave the first time that it was asked for under this key."""
+        if key not in self._worked_out:
+            self._worked_out[key] = work()
+        return self._worked_out[key]  # type: ignore[return-value]  # of this key it is a T
+
+    @cached_property
+    def peers(self) -> frozenset[PeerId]:
+        """Everybody."""
+        return frozenset(record.peer for record in self.records)
+
+    @cached_property
+    def online(self) -> frozenset[PeerId]:
+        """Those who serve what they announce."""
+        return frozenset(record.peer for record in self.records if record.state == "online")
+
+    def without(self, lost: frozenset[PeerId]) -> Snapshot:
+        """What is left where these are taken for lost."""
+        lost &= self.peers
+        if not lost:
+            return self
+        return self.once(lost, lambda: Snapshot(tuple(r for r in self.records if r.peer not in lost)))
+
+    def of(self, peers: Collection[str], inside: bool, old: Snapshot | None) -> Snapshot:
+        """What those inside (or outside) see of themselves now, and of the others as in `old`."""
+        now = [record for record in self.records if (record.peer in peers) == inside]
+        then = [] if old is None else [r for r in old.records if (r.peer in peers) != inside]
+        return Snapshot((*now, *then))
+
+
+class News:
+    """Announcements, as they were at each whole second of the last VIEW_SECONDS."""
+
+    def __init__(self) -> None:
+        self._records: dict[PeerId, Record] = {}
+        self._past: deque[tuple[int, Snapshot]] = deque()  # what held until that second
+        self._current: Snapshot | None = None
+        self._cut: frozenset[str] = frozenset()
+        self._cut_at = 0.0
+        self._before_cut = Snapshot(())
+
+    def announce(self, now: float, peer: PeerId, record: Record | None) -> None:
+        """A new record of a peer; None: it is no longer known of."""
+        if not self._past or int(now) > self._past[-1][0]:
+            self._past.append((int(now), self.fresh()))
+            while self._past[0][0] < now - VIEW_SECONDS - 1:
+                self._past.popleft()
+        if record is None:
+            self._records.pop(peer, None)
+        else:
+            self._records[peer] = record
+        self._current = None
+
+    def fresh(self) -> Snapshot:
+        """All that is announced now."""
+        if self._current is None:
+            self._current = Snapshot(tuple(self._records.values()))
+        return self._current
+
+    def cut(self, now: float, peers: frozenset[str]) -> None:
+        """From now on, for ten minutes, these peers and the others hear nothing of each other."""
+        self._cut, self._cut_at, self._before_cut = peers, now, self.fresh()
+
+    def parted(self, now: float, one: str, other: str) -> bool:
+        """Whether neither of these two hears the other."""
+        cut = self._cut and self._cut_at <= now < self._cut_at + PARTED_SECONDS
+        return bool(cut) and (one in self._cut) != (other in self._cut)
+
+    def seen(self, now: float, age: float, peer: str) -> Snapshot:
+        """What a peer sees that heard of the others `age` seconds ago."""
+        second = int(now - age)
+        snapshot = next((s for until, s in self._past if second <= until), None) or self.fresh()
+        if not self._cut or not self._cut_at < second < self._cut_at + PARTED_SECONDS:
+            return snapshot
+        known = (
+            second < self._cut_at + TTL_SECONDS - ANNOUNCE_SECONDS / 2
+        )  # their records have not run out yet
+        inside = peer in self._cut
+        old = self._before_cut if known else None
+        return snapshot.once((inside, known), lambda: snapshot.of(self._cut, inside, old))
