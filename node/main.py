@@ -136,7 +136,7 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
     setup = ServingSetup(
         folder, info, config.network.name, device, dtype, quantize, sizes.activations, threads,
         cache_tokens, journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL),
-        node.host.blame,
+        node.host.faults,
     )  # fmt: skip
     return setup, start, stop
 

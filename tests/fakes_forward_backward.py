@@ -120,7 +120,7 @@ class ToyEngine:
 
 @dataclass
 class ToyNode:
-    """A serving node.  blame: as node.network's host counts it."""
+    """A serving node."""
 
     peer: PeerId
     span: ToySpan
@@ -128,14 +128,14 @@ class ToyNode:
     listener: ForwardBackwardListener
     record: Record
     alive: bool = True
-    blame: Counter[str] = field(default_factory=Counter)
     streams: list[FakeStream] = field(default_factory=list)
     handlers: list[trio.CancelScope] = field(default_factory=list)
 
     @property
     def faults(self) -> Counter[str]:
         """Whom this node has blamed, and for what."""
-        return self.blame + self.listener.blame
+        counts = self.listener.faults.counts()
+        return Counter({f"{peer} {kind}": count for (peer, kind), count in counts.items()})
 
 
 class ToySwarm:
@@ -225,7 +225,7 @@ class ToySwarm:
                 await node.listener.serve(stream)
                 await stream.aclose()
         except PeerFault as fault:
-            node.blame[f"{stream.peer} {type(fault).__name__}"] += 1
+            node.listener.faults.add(stream.peer, fault)
             await stream.reset()
         finally:
             node.handlers.remove(scope)

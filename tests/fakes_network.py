@@ -6,13 +6,14 @@ stream that delivers after a delay.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from node.network.streams import FramedStream
 from node.network.transport.identity import Identity, identity_of
+from node.runtime.faults import Faults
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
@@ -143,7 +144,7 @@ class FakeHost:
         self.network = network
         self.nursery = nursery
         self.limits = limits
-        self.blame: Counter[str] = Counter()
+        self.faults = Faults()
         self.handlers: dict[str, Handler] = {}
         self.linked: set[PeerId] = set()
         network.hosts[self.peer_id] = self
@@ -160,7 +161,7 @@ class FakeHost:
         self.handlers[protocol] = handler
 
     def charge(self, who: str, fault: PeerFault) -> None:
-        self.blame[f"{who} {type(fault).__name__}"] += 1
+        self.faults.add(who, fault)
 
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float

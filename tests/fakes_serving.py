@@ -347,13 +347,12 @@ def stream_pair(
 
 @dataclass
 class FakeNode:
-    """A serving node of a World.  blame: as node.network's host counts it."""
+    """A serving node of a World."""
 
     peer: PeerId
     span: FakeSpan
     compute: FakeCompute
     listener: Listener
-    blame: Counter[str] = field(default_factory=Counter)
     alive: bool = True
     handlers: list[trio.CancelScope] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
@@ -366,7 +365,8 @@ class FakeNode:
     @property
     def faults(self) -> Counter[str]:
         """Whom this node has blamed, and for what."""
-        return self.blame + self.listener.blame
+        counts = self.listener.faults.counts()
+        return Counter({f"{peer} {kind}": count for (peer, kind), count in counts.items()})
 
     @property
     def budget(self) -> CacheBudget:
@@ -513,7 +513,7 @@ class World:
                     await node.listener.serve_push(stream)
                 await stream.aclose()
         except PeerFault as fault:
-            node.blame[f"{stream.peer} {type(fault).__name__}"] += 1
+            node.listener.faults.add(stream.peer, fault)
             await stream.reset()
         finally:
             node.handlers.remove(scope)

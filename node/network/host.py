@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import secrets
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +32,7 @@ from node.network.transport.multistream import Dialogue, negotiate
 from node.network.transport.noise import SecureChannel
 from node.network.transport.upgrade import Upgrade
 from node.network.transport.yamux import YamuxError, YamuxLimits
+from node.runtime.faults import Faults
 from routing.names import PeerId
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
@@ -45,7 +45,6 @@ PING_PROTOCOL = "/raceme/ping/1"
 _PING_BYTES = 8
 _PINGS = 3  # the quickest of so many: the first also pays for opening the stream
 _MAX_PINGS_PER_STREAM = 16
-_MAX_BLAMED = 4096
 _BAN_SECONDS = 60.0  # for a peer that floods or ignores windows
 _DIALS_AT_ONCE = 32  # more than whoever measures dials at once: the silent must not hold up the others
 _SHUTDOWN_SECONDS = 2.0
@@ -59,7 +58,7 @@ class Host:
     """What the rest of a node sees of the network.  Made by `open_host`.
 
     peer_id: ours.
-    blame: faults of peers, by "PEER FAULT" (or the address, where no peer id was proved).
+    faults: of peers, counted.
     raw: py-libp2p's host, for `node.network.directory.directory` alone.
     """
 
@@ -76,7 +75,7 @@ class Host:
         self._find_addresses = find_addresses
         self._addresses = find_addresses()
         self.swarm_id = swarm_id(swarm_key)
-        self.blame: Counter[str] = Counter()
+        self.faults = Faults()
         self.raw: BasicHost = make_libp2p_host(
             identity, lambda: self._addresses, limits, self._dial_for_libp2p
         )
@@ -122,7 +121,7 @@ class Host:
     def handle(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of a protocol.
 
-        A PeerFault that escapes the handler is counted in `blame` and resets the stream; when the handler
+        A PeerFault that escapes the handler is counted in `faults` and resets the stream; when the handler
         returns, the stream is closed.  Anything else that escapes is our own bug and ends the host.
         """
         self._handlers[protocol] = handler
@@ -178,11 +177,8 @@ class Host:
             await connection.close()
 
     def charge(self, who: str, fault: PeerFault) -> None:
-        """Count a peer's fault."""
-        if len(self.blame) >= _MAX_BLAMED:  # somebody makes up peer ids: keep those that came often
-            for key, _ in self.blame.most_common()[_MAX_BLAMED // 2 :]:
-                del self.blame[key]
-        self.blame[f"{who} {type(fault).__name__}"] += 1
+        """Count a peer's fault, and log it."""
+        self.faults.add(who, fault)
         level = logging.INFO if isinstance(fault, NotAMember) else logging.DEBUG
         logger.log(level, "%s: %s: %s", who, type(fault).__name__, fault)
 

@@ -20,6 +20,7 @@ import trio
 
 from node.model.blocks.forward_backward import backward, forward
 from node.model.blocks.span import Span
+from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Served
@@ -101,13 +102,13 @@ class Work:
 class ForwardBackwardListener:
     """Serves forward and backward over one span.
 
-    served: what is offered.  blame counts peers' faults ("peer error").
+    served: what is offered.  faults: of peers, counted.
     """
 
     served: Served
     engine: StatelessEngine
     limits: Limits = field(default_factory=Limits)
-    blame: Counter[str] = field(default_factory=Counter)
+    faults: Faults = field(default_factory=Faults)
     draining: bool = False
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
@@ -193,7 +194,7 @@ class ForwardBackwardListener:
             try:
                 answer = await self._answer(stream, frame, serving)
             except _Unfit as unfit:  # said before the stream closes: a reset would overtake it
-                self.blame[f"{stream.peer} {type(unfit.fault).__name__}"] += 1
+                self.faults.add(stream.peer, unfit.fault)
                 return await stream.send(encode_failed(Failed.of(unfit.fault)))
             if answer is None:
                 return None  # the client has gone

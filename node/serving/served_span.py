@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +21,7 @@ from node.model.checkpoint.info import ModelInfo
 from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
 from node.runtime.compute_thread import ComputeThread
+from node.runtime.faults import Faults
 from node.serving import memory
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
@@ -45,7 +45,7 @@ class ServingSetup:
     """What a node serves with, whichever blocks.
 
     name: of the node.  activations: what is computed and cached in.  open_push: a stream to a peer, for
-    pushing.  blame counts peers' faults.
+    pushing.  faults: of peers, counted.
     """
 
     folder: ModelFolder
@@ -60,7 +60,7 @@ class ServingSetup:
     journal_tokens: int | None
     limits: Limits
     open_push: Callable[[PeerId], Awaitable[Sender]]
-    blame: Counter[str]
+    faults: Faults
 
     def offer(self, start: int, stop: int) -> Offer:
         """To serve these blocks."""
@@ -225,10 +225,10 @@ async def load_served_span(
     )  # fmt: skip
     served = offer.served(span.can_cut)
     listener = Listener(
-        served, engine, pool, budget, setup.open_push, limits, setup.blame,
+        served, engine, pool, budget, setup.open_push, limits, setup.faults,
         journal_tokens=setup.journal_tokens,
     )  # fmt: skip
-    return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, limits, setup.blame))
+    return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, limits, setup.faults))
 
 
 async def load_blocks(setup: ServingSetup, offer: Offer, compute: ComputeThread) -> list[Span]:

@@ -267,7 +267,7 @@ async def test_two_processes_with_one_identity_do_not_flood_the_swarm(autojump_c
         await trio.sleep(60.0)
         after = swarm.nodes[0].view().entries[first.peer_id].record.seq
     assert after > before
-    assert swarm.hosts[0].blame.total() == 0
+    assert swarm.hosts[0].faults.counts() == {}
 
 
 # --- liars ----------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ async def test_forged_records_change_no_view_are_counted_and_end_the_stream(auto
     seen = [r for n in swarm.nodes for r in n.view().records() if r.state != "online"]
     with pytest.raises(directory_module.PeerGone):
         await liar(host, target, forged(swarm.hosts[2]))
-    assert target.blame == {f"{host.peer_id} RecordError": 3}
+    assert target.faults.counts() == {(host.peer_id, "RecordError"): 3}
     assert seen == [r for n in swarm.nodes for r in n.view().records() if r.state != "online"] == []
     assert host.peer_id not in swarm.nodes[0].neighbours()
 
@@ -323,7 +323,7 @@ async def test_two_bad_records_do_not_end_a_stream_and_the_good_one_between_is_t
     own = replace(SERVER, peer=host.peer_id, addresses=host.addresses, seq=1)
     bad = forged(swarm.hosts[1])
     await liar(host, swarm.hosts[0], [bad[0], sign_record(own, host.identity.private_key), bad[1]])
-    assert swarm.hosts[0].blame == {f"{host.peer_id} RecordError": 2}
+    assert swarm.hosts[0].faults.counts() == {(host.peer_id, "RecordError"): 2}
     await trio.sleep(0.2)
     assert all(node.view().get(host.peer_id) for node in swarm.nodes)
 
@@ -348,7 +348,7 @@ async def test_garbage_ends_the_stream_and_nothing_else(autojump_clock, swarm, f
     await stream.send(frame)
     with pytest.raises(directory_module.PeerGone):
         await stream.receive(5.0)
-    assert target.blame == {f"{host.peer_id} MessageError": 1}
+    assert target.faults.counts() == {(host.peer_id, "MessageError"): 1}
     assert swarm.agree()
 
 
@@ -386,7 +386,7 @@ async def test_a_neighbour_that_does_not_read_is_dropped_and_costs_the_others_no
         await trio.sleep(1.0)
         assert {n.view().get(swarm.nodes[1].peer_id).name for n in swarm.nodes} == {str(number)}
     assert host.peer_id not in swarm.nodes[0].neighbours()
-    assert target.blame == {f"{host.peer_id} SlowPeer": 1}
+    assert target.faults.counts() == {(host.peer_id, "SlowPeer"): 1}
 
 
 async def test_a_peer_that_comes_again_has_one_stream(autojump_clock, swarm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import trio
 import trio.testing
 
 from node.config import ConfigError
+from node.runtime.faults import Faults
 from node.serving.balancer import MoveFailed
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
@@ -131,7 +131,7 @@ class Loader:
             raise AssertionError
 
         listener = Listener(served, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)  # type: ignore[arg-type]
-        return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, LIMITS, Counter()))
+        return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, LIMITS, Faults()))
 
 
 @dataclass

@@ -9,7 +9,6 @@ stands in `hop`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from node.model.blocks.kv_pages import PagePool
+from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.sessions.hop_session import FrameStream, HopSession
@@ -86,7 +86,7 @@ class Listener:
     """Serves sessions over one span.
 
     served: what is offered.  arena: where caches are; budget: who may have how much of it.
-    open_stream: to a peer of our view, for pushing.  blame counts peers' faults ("peer error").
+    open_stream: to a peer of our view, for pushing.  faults: of peers, counted.
     journal_tokens: how many tokens of outputs are kept for replays; None: as many as the caches hold.
     """
 
@@ -96,7 +96,7 @@ class Listener:
     budget: CacheBudget
     open_stream: Callable[[PeerId], Awaitable[Sender]]
     limits: Limits = field(default_factory=Limits)
-    blame: Counter[str] = field(default_factory=Counter)
+    faults: Faults = field(default_factory=Faults)
     journal_tokens: int | None = None
     draining: bool = False
     _sessions: dict[bytes, HopSession] = field(default_factory=dict)
@@ -161,7 +161,7 @@ class Listener:
             # A hop that has been replaced, a thief, or the client opened its two hops differently:
             # the stream, which serves other sessions too, goes on.
             if step_epoch(message) == hop.epoch:
-                self.blame[f"{peer} MessageError"] += 1
+                self.faults.add(peer, MessageError("a step of a session that another peer feeds"))
             return
         try:
             if step_epoch(message) != hop.epoch:
@@ -227,7 +227,7 @@ class Listener:
         self._one_less = trio.Event()
 
     def _worker(self, hop: HopSession) -> HopWorker:
-        return HopWorker(hop, self.engine, self._room, self._journals, self.blame, self.limits)
+        return HopWorker(hop, self.engine, self._room, self._journals, self.faults, self.limits)
 
     @contextmanager
     def _place(self, stream: FrameStream, opened: Open) -> Iterator[HopSession]:

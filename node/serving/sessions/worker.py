@@ -7,13 +7,13 @@ computed until Resume has said how much of the cache stays good and what is to b
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 
 import trio
 
 from node.model.blocks.kv_pages import SpanCache
+from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission
 from node.serving.executor.engine import Answer, Engine, NotFinite
 from node.serving.sessions.hop_session import HopSession
@@ -56,13 +56,13 @@ REPLAY_BYTES = 1 << 20  # and bytes of it: parts should be small enough to be wo
 
 @dataclass(slots=True)
 class HopWorker:
-    """What serves one session.  room: of all caches; journals: of all sessions; blame: of the node."""
+    """What serves one session.  room: of all caches; journals: of all sessions; faults: of peers, counted."""
 
     hop: HopSession
     engine: Engine
     room: CacheAdmission
     journals: JournalBudget
-    blame: Counter[str]
+    faults: Faults
     limits: Limits
 
     async def run(self) -> None:
@@ -86,7 +86,7 @@ class HopWorker:
             try:
                 await hop.outlet.lead_to(successor)
             except PeerFault as fault:
-                self.blame[f"{successor} {type(fault).__name__}"] += 1
+                self.faults.add(str(successor), fault)
                 return False
         return hop.outlet.link is not None
 
@@ -102,7 +102,7 @@ class HopWorker:
 
     def end_for(self, fault: PeerFault, sender: str) -> None:
         """End the session for what `sender` did, and tell the client who it was if not itself."""
-        self.blame[f"{sender} {type(fault).__name__}"] += 1
+        self.faults.add(sender, fault)
         if sender != self.hop.stream.peer:
             fault.peer = sender
         self.hop.end(fault)
@@ -344,7 +344,7 @@ class HopWorker:
             await hop.stream.send(encode_result(result))
         except PeerFault as fault:
             if not isinstance(fault, PeerGone):
-                self.blame[f"{hop.stream.peer} {type(fault).__name__}"] += 1
+                self.faults.add(hop.stream.peer, fault)
             hop.end(None)  # nobody is left to be told
 
     async def _push(self, step: Step, *, bulk: bool) -> None:
@@ -355,7 +355,7 @@ class HopWorker:
                 raise PeerGone(f"there is no way to {peer}")
             await hop.outlet.send(encode_step(step), bulk=bulk)
         except PeerFault as fault:
-            self.blame[f"{peer} {type(fault).__name__}"] += 1
+            self.faults.add(str(peer), fault)
             notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
             await tell(hop, notice)
 
