@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import pstats
 import statistics
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.lib.results import Run
 from node.config import ConfigError
 
 PROMPT_TOKENS = 32
@@ -28,7 +28,7 @@ PROMPT_TOKENS = 32
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    flags = parse(arguments)
+    flags, run = parse(arguments), Run()
     import torch
 
     from node.model.checkpoint.source import cache_dir, resolve
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n")
+    run.write(flags.json, rows)
     return 0
 
 

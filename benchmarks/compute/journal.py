@@ -10,7 +10,6 @@ the same machine.  Then everything is read back, as for a replay.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.lib.results import Run
 from node.model.blocks.span import load_span
 from node.model.checkpoint.source import cache_dir, resolve
 from tensor_codec.codecs import decode_hidden, encode_hidden
@@ -35,13 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--json", type=Path)
-    flags = parser.parse_args(arguments)
+    flags, run = parser.parse_args(arguments), Run()
     torch.set_num_threads(1)
     result = measure(flags.model, flags.blocks, flags.tokens)
     for name, value in result.items():
         print(f"  {name:24} {value:.4g}")
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     return 0
 
 

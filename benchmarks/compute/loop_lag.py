@@ -10,13 +10,13 @@ same ticker beside an idle engine is measured in turn.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import trio
+
+from benchmarks.lib.results import Run
 
 TICK_SECONDS = 0.005
 PREFILL_TOKENS = 512
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each part (%(default)s)")
     parser.add_argument("--json", metavar="FILE")
     flags = parser.parse_args(arguments)
+    run = Run()
     result = trio.run(measure, flags)
     for name, value in result.items():
         print(f"  {name:22} {value:.4g}" if isinstance(value, float) else f"  {name:22} {value}")
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     return 0
 
 

@@ -11,7 +11,6 @@ the blocks' weights and activations are rounded to.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.lib.results import Run
 from node.model.blocks.span import DTYPES, load_span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import QUANTIZATIONS, read_info
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="of the text that are used (default: 512)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    flags = parser.parse_args(arguments)
+    flags, run = parser.parse_args(arguments), Run()
     torch.set_num_threads(flags.threads)
     folder = resolve(flags.model, cache_dir=cache_dir())
     ends = load_embed_and_head(folder)
@@ -84,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f" {row.kl:9.1e} {row.same_best:10.3f}",
             flush=True,
         )
-    if flags.json:
-        flags.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    run.write(flags.json, [asdict(row) for row in rows])
     return 0
 
 

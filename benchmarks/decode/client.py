@@ -1,4 +1,4 @@
-"""A client with one or more generations at a time.  A worker of benchmarks.decode."""
+"""A client with one or more generations at a time.  A worker of `benchmarks decode`."""
 
 from __future__ import annotations
 

@@ -14,17 +14,15 @@ With --quantize these are not the library's, for it stays as --dtype says.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.machine import Elsewhere, machine
 from benchmarks.lib.processes import LocalSwarm, Worker, equal_spans, local_swarm
+from benchmarks.lib.results import Run
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
@@ -64,12 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags.codec,
         ]
         with closing(Worker("benchmarks.decode.client", client_flags, threads)) as client:
-            about, elsewhere = machine(), Elsewhere()
-            result = {"machine": about, **measure(flags, swarm, client, reference)}
-            about["others"] = elsewhere.share()
+            run = Run()
+            result = measure(flags, swarm, client, reference)
     report(result)
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     exact = flags.dtype == "float32" and flags.quantize == "none"
     return 0 if result["tokens_equal"] or not exact else 1
 

@@ -18,13 +18,13 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import trio
 
 from benchmarks.decode.decode import TEXT
 from benchmarks.lib.processes import Worker, local_swarm
+from benchmarks.lib.results import Run
 
 PREFILL_TOKENS = 512
 UNDER_WAY_SECONDS = 20  # how long the flooder has for its first steps
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.flooder:
         trio.run(flood, flags)
         return 0
-    threads = {"OMP_NUM_THREADS": "1"}
+    run, threads = Run(), {"OMP_NUM_THREADS": "1"}
     with local_swarm(["--threads", "1", "--quantize", flags.quantize], environment=threads) as swarm:
         node = swarm.start()
         node.wait_online()
@@ -69,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     for name, value in result.items():
         print(f"  {name:26} {value:.4g}" if isinstance(value, float) else f"  {name:26} {value}")
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     return 0
 
 

@@ -16,7 +16,6 @@ the proxy and through it, show what that is.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -24,13 +23,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.decode.decode import prompts_of
 from benchmarks.lib.processes import LocalSwarm, ProcessError, Worker, equal_spans, free_port, local_swarm
+from benchmarks.lib.results import Run
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
@@ -67,7 +66,7 @@ TABLE = (Links(0, None, proxied=False), Links(0, None), Links(5, 1000), Links(5,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if the tokens differ."""
-    flags = parse(arguments)
+    flags, run = parse(arguments), Run()
     rows = TABLE if flags.rtt_ms is None else (Links(flags.rtt_ms, flags.mbit),)
     try:
         blocks = read_info(resolve(flags.model, cache_dir=cache_dir())).blocks
@@ -86,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[-1]["server_rss_mib"] = max(node.rss_mib() for node in nodes.nodes)
         print(f"row {len(results)} of {len(rows)}", file=sys.stderr)
     report(results)
-    if flags.json:
-        found = results if flags.rtt_ms is None else results[0]
-        Path(flags.json).write_text(json.dumps(found, indent=2) + "\n")
+    run.write(flags.json, results if flags.rtt_ms is None else results[0])
     return 0 if all(result["tokens_equal"] for result in results) else 1
 
 

@@ -1,6 +1,6 @@
 """A client that says where the time of each token went, or that prefills without pause.
 
-A worker of benchmarks.wan.
+A worker of `benchmarks wan`.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import trio
 
+from benchmarks.lib.results import Run
 from benchmarks.network.delayed_line import why_not
 from benchmarks.network.netns import command_inside
 from benchmarks.network.wire_line import measure as measure_line
@@ -217,11 +218,10 @@ def over_a_line(options: argparse.Namespace, words: Sequence[str]) -> int:
             return 2
         command = command_inside("benchmarks", ["wire", *words, "--inside"])
         return subprocess.run(command, check=False).returncode
+    run = Run()
     figures = measure_line(options.rtt_ms, options.mbit, TRANSFER_MIB, options.transfers)
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    print(json.dumps(figures, indent=2))
+    run.write(options.json, figures)
     return 0
 
 
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.rtt_ms is not None:
         return over_a_line(options, words)
-    results = {}
+    run, results = Run(), {}
     for stack in [options.only] if options.only else ["ours", "stock"]:
         with subprocess.Popen(
             [sys.executable, "-m", "benchmarks", "wire", "--serve", stack],
@@ -262,6 +262,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("".ljust(30), *(stack.rjust(10) for stack in results))
     for name in next(iter(results.values())):
         print(name.ljust(30), *(f"{figures[name]:10.0f}" for figures in results.values()))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    run.write(options.json, results)
     return 0

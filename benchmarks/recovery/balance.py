@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
 
 from benchmarks.lib.processes import LocalSwarm, NodeProcess, ProcessError, local_swarm
+from benchmarks.lib.results import Run
 from benchmarks.recovery.watched import nothing, prompt_ids, watch
 from client.config import ClientConfig
 from client.swarm import Swarm, open_swarm
@@ -47,17 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     common = ["--threads", str(flags.threads), "--dtype", "float32"]
     network = ["--record-ttl", str(flags.record_ttl)]
+    run = Run()
     with local_swarm(common, network, {"OMP_NUM_THREADS": str(flags.threads)}) as swarm:
         try:
             swarm.start("bootstrap").wait_online()
             result = trio.run(partial(measure, flags, swarm))
         except ProcessError as error:
-            print(f"benchmarks.balance: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
     for key, value in result.items():
         print(f"  {key:28} {value}")
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     return 0 if result["ok"] else 1
 
 

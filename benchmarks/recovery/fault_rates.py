@@ -1,4 +1,4 @@
-"""Steps per second against the chance that a server fails in a step.  A part of benchmarks.recovery.
+"""Steps per second against the chance that a server fails in a step.  A part of `benchmarks recovery`.
 
 In the manner of the table in Petals' paper (arXiv:2312.08361): after every step, with chance p, a
 random server of the chain in use is killed with kill -9; a supervisor starts it again at once, which

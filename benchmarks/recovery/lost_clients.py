@@ -1,4 +1,4 @@
-"""Clients that are killed with kill -9: what is left of them at the servers.  A part of benchmarks.recovery.
+"""Clients that are killed with kill -9: what is left of them at the servers.  A part of `benchmarks recovery`.
 
 Every client is a process of its own, forked from one that has everything imported.  It sends a long
 prompt; half of the clients are killed while it is being computed, half in the midst of decoding, some at

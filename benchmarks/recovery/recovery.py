@@ -24,13 +24,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import psutil
 import trio
 
 from benchmarks.lib.processes import Worker, equal_spans
+from benchmarks.lib.results import Run
 from benchmarks.network.netns import Network, command_inside, why_not
 from benchmarks.recovery.fault_rates import fault_rates
 from benchmarks.recovery.lost_clients import lost_clients
@@ -66,14 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: --mode halfopen needs network namespaces: {reason}", file=sys.stderr)
             return 2
         os.execvp("unshare", command_inside("benchmarks", ["recovery", *words, "--inside"]))
+    run = Run()
     try:
         result = measure(flags)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report(result)
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     return 0 if result["ok"] else 1
 
 

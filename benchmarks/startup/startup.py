@@ -19,12 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.lib.machine import Elsewhere, machine
 from benchmarks.lib.processes import ROOT, ProcessError, Worker, equal_spans, local_swarm
+from benchmarks.lib.results import Run
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
 
@@ -48,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blocks = read_info(resolve(flags.model, cache_dir=cache_dir())).blocks
     if flags.black_holed:
         return beside_black_holes(flags, model, blocks)
+    run = Run()
     runs = [one_run(flags, model, blocks) for _ in range(flags.runs)]
-    result = {key: median(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
+    result = {key: median(one[key] for one in runs) for key in runs[0]} | {"runs": runs}
     for key, value in result.items():
         if key != "runs":
             print(f"  {key:40} {value:.3f}")
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, result)
     return 0
 
 
@@ -95,7 +94,7 @@ def start_client(flags: argparse.Namespace, peers: Sequence[str]) -> subprocess.
 
 def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int) -> int:
     """First tokens of new clients, in turn without and with servers that answer nothing."""
-    about, elsewhere = machine(), Elsewhere()
+    run = Run()
     threads = {"OMP_NUM_THREADS": str(flags.threads)}
     seconds: dict[str, list[float]] = {f"{what}{kind}_s": [] for kind in KINDS for what in FIGURES}
     with local_swarm(["--dtype", flags.dtype, "--threads", str(flags.threads)], environment=threads) as swarm:
@@ -125,10 +124,7 @@ def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int)
     for name, value in {**medians, **more}.items():
         print(f"  {name:40} {value:.3f}")
     setting = {"black_holed": flags.black_holed, "servers": flags.servers, "clients": flags.clients}
-    about["others"] = elsewhere.share()
-    result = {"machine": about, **setting, **medians, **more, "runs": seconds}
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    run.write(flags.json, {**setting, **medians, **more, "runs": seconds})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Clients of a simulated swarm: each chooses its chains by itself, step by step.  A part of benchmarks.swarm.
+"""Clients of a simulated swarm: each chooses its chains by itself, step by step.  A part of `benchmarks swarm`.
 
 The servers stand as placement left them.  Sessions come by chance, so many that they ask for a given share
 of the capacity, and each makes one token after the other along its chain.  A server computes one step

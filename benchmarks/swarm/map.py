@@ -1,7 +1,7 @@
 """Where the servers and the clients of a simulated swarm are, and how far from each other.
 
 Five regions with the round trips that one sees between big data centres of them, and for each peer its
-own line to there.  A part of benchmarks.swarm.
+own line to there.  A part of `benchmarks swarm`.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Hardware(NamedTuple):
     """A server as it is bought.  name: 16 hexadecimal digits.  lies: announces LIE times its rate."""
 
     name: str
-    count: int
+    block_count: int
     rate: float
     lies: bool
 

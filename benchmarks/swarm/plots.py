@@ -36,14 +36,14 @@ def rows_of(files: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Read, draw, write; 0."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks swarm_plots", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("files", type=Path, nargs="+", help="that `benchmarks swarm --json` wrote")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures")
-    flags = parser.parse_args(words)
+    flags = parser.parse_args(arguments)
     rows = rows_of(flags.files)
     rest = [r for r in rows if not (r["churn"] or r["lost"] or r["noise"] or r["partition"] or r["clients"])]
     if rest:

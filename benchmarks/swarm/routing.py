@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import time
@@ -18,9 +17,9 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.results import Run
 from routing.chains.distances import Distances
 from routing.chains.load_sharing import MAX_PEERS, leanings, sample, shyness
 from routing.chains.search import Chain, cheapest_chain
@@ -30,7 +29,7 @@ from routing.view.records import MAX_RTTS, Record
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    flags = parse(arguments)
+    flags, run = parse(arguments), Run()
     rows = [measure(servers, flags) for servers in flags.servers]
     print("servers  cold ms  one new record ms (p95)  nothing new ms  kept MB  peak MB  hops")
     for row in rows:
@@ -39,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"  {row['decision_ms']:14.1f} ({row['decision_ms_p95']:6.1f})"
             f"  {row['unchanged_ms']:14.1f}  {row['kept_mb']:7.1f}  {row['peak_mb']:7.1f}  {row['hops']:4}"
         )
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n")
+    run.write(flags.json, rows)
     return 0
 
 

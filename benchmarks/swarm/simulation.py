@@ -1,4 +1,4 @@
-"""A swarm in simulated time: servers that join, move, crash and lie.  A part of benchmarks.swarm.
+"""A swarm in simulated time: servers that join, move, crash and lie.  A part of `benchmarks swarm`.
 
 Event by event, from one seed, with the constants and the decisions of the nodes:
 `routing.placement.rebalance`, `routing.placement.cover_gaps`, `node.serving.balancer`.  Records are

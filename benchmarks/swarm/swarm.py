@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.lib.results import Run
 from benchmarks.swarm import clients
 from benchmarks.swarm.clients import Demand, capacity_of, machines_of
 from benchmarks.swarm.models import MODELS, Plan
@@ -214,12 +215,13 @@ def beside_petals(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"of_petals_least": min(ratios), "of_petals_mean": statistics.fmean(ratios)}
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 0."""
-    flags = parse(words)
+    flags, run = parse(arguments), Run()
     if flags.decisions_only:
-        for servers in flags.decisions_only:
-            print(json.dumps(decisions(flags.model, servers)))
+        rows = [decisions(flags.model, servers) for servers in flags.decisions_only]
+        print("\n".join(map(json.dumps, rows)))
+        run.write(flags.json, rows)
         return 0
     names = list(RULES) if flags.rule == "all" else [flags.rule]
     rows = [measure(flags, name) for name in names]
@@ -233,8 +235,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(table(served, SHOWN_OF_CLIENTS))
     if served and flags.liars:
         print(table(served, SHOWN_OF_LIARS))
-    if flags.json:
-        settings = {key: value for key, value in vars(flags).items() if key != "json"}
-        figures = {**rows[0], **beside, "rules": rows} if len(rows) > 1 else rows[0]
-        flags.json.write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
+    settings = {key: value for key, value in vars(flags).items() if key != "json"}
+    figures = {**rows[0], **beside, "rules": rows} if len(rows) > 1 else rows[0]
+    run.write(flags.json, {**settings, **figures})
     return 0

@@ -1,0 +1,63 @@
+"""Files of results: figures, and besides them what was run, at which commit, on which machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.machine import Elsewhere, machine
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("tensor_codec", "routing", "node", "client", "benchmarks", "scripts")
+Result = Mapping[str, Any]  # Any: JSON
+
+
+class Run:
+    """One measurement, from its start to the file of its results.
+
+    Made before anything is measured: what other programs took of the machine is counted from then on.
+    """
+
+    def __init__(self) -> None:
+        self._elsewhere = Elsewhere()
+
+    def write(self, file: str | Path | None, found: Result | Sequence[Result]) -> None:
+        """Write one result or several as JSON, each with the keys of `about`; nothing without a file."""
+        if file is None:
+            return
+        about = self.about()
+        rows = {**about, **found} if isinstance(found, Mapping) else [{**about, **row} for row in found]
+        Path(file).write_text(json.dumps(rows, indent=2) + "\n")
+
+    def about(self) -> dict[str, Any]:
+        """command, commit, machine: where a result comes from."""
+        about = {**machine(), "others": self._elsewhere.share()}
+        return {"command": command(sys.argv[1:]), "commit": commit(), "machine": about}
+
+
+def command(words: Sequence[str]) -> str:
+    """The command line as somebody would repeat it: `--json FILE` and `--inside` are left out."""
+    shown = [word for word in words if word != "--inside"]
+    while "--json" in shown:
+        at = shown.index("--json")
+        del shown[at : at + 2]
+    return shlex.join(["python", "-m", "benchmarks", *shown])
+
+
+def commit() -> str:
+    """The commit that runs, in twelve digits, with "+" where the code was changed since; else "unknown"."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE))
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an archive of the files
+        return "unknown"
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
