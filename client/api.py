@@ -74,8 +74,12 @@ class SwarmLike(Protocol):
         """The model."""
 
     @property
-    def ends(self) -> EmbedAndHead:
+    def local_model(self) -> EmbedAndHead:
         """The model's embeddings, head and tokenizer."""
+
+    @property
+    def ends(self) -> EmbedAndHead:
+        """Another name of `local_model`."""
 
     def view(self) -> SwarmView:
         """See `Swarm.view`."""
@@ -95,7 +99,7 @@ class SwarmLike(Protocol):
         *,
         max_new_tokens: SupportsIndex | None = None,
         stop: str | Iterable[str] | None = (),
-        context: Any = None,  # Any: what `conversation` of the same swarm gave
+        conversation: Any = None,  # Any: what `conversation` of the same swarm gave
         trace: Trace | None = None,
         generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
         **sampling: Unpack[Sampling],
@@ -108,7 +112,7 @@ class SwarmLike(Protocol):
         *,
         max_new_tokens: SupportsIndex | None = None,
         stop: str | Iterable[str] | None = (),
-        context: Any = None,
+        conversation: Any = None,
         generation_config: Any = None,
         **sampling: Unpack[Sampling],
     ) -> Settings:

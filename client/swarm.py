@@ -59,7 +59,7 @@ class Swarm:
 
     config: ClientConfig
     info: ModelInfo
-    ends: EmbedAndHead
+    local_model: EmbedAndHead
     routes: ChainChooser
     _host: Host
     _directory: Directory
@@ -91,6 +91,11 @@ class Swarm:
     def blame(self) -> AvoidedPeers:
         """The peers that are avoided now."""
         return self.routes.blame
+
+    @property
+    def ends(self) -> EmbedAndHead:
+        """Another name of `local_model`."""
+        return self.local_model
 
     def view(self) -> SwarmView:
         """What is known of the swarm now."""
@@ -142,7 +147,7 @@ class Swarm:
         *,
         max_new_tokens: SupportsIndex | None = None,
         stop: str | Iterable[str] | None = (),
-        context: Conversation | None = None,
+        conversation: Conversation | None = None,
         trace: Trace | None = None,
         generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
         **sampling: Unpack[Sampling],
@@ -152,7 +157,7 @@ class Swarm:
         prompt: text, or token ids as a list, an array or a tensor, [n] or [1, n].
         Ends at an end token of the model, at a stop string, at a token of `stop_token_ids`, or after
         `max_new_tokens`; the last token says which in `finish_reason`.
-        context: from `conversation`: keep the caches for the next call.
+        conversation: from `conversation`: keep the caches for the next call.
         trace: takes down what happens to the session; a conversation has its own.
 
         What is not given is as the model's generation_config.json says, as in transformers; without
@@ -189,14 +194,14 @@ class Swarm:
 
         ids = self._token_ids(prompt)
         defaults = self._defaults(generation_config)
-        settings = self._settle(ids, defaults, max_new_tokens, stop, context, sampling)
+        settings = self._settle(ids, defaults, max_new_tokens, stop, conversation, sampling)
         new_tokens = settings.max_new_tokens
         length = len(ids) + new_tokens
-        self._check_length(length, f"a prompt of {len(ids)} tokens and {new_tokens} new ones", context)
-        own = context is None
+        self._check_length(length, f"a prompt of {len(ids)} tokens and {new_tokens} new ones", conversation)
+        own = conversation is None
         generation: Generation = Generation(
-            ends=self.ends,
-            context=context or self.conversation(length, trace=trace),
+            local_model=self.local_model,
+            conversation=conversation or self.conversation(length, trace=trace),
             options=settings.options,
             stop=settings.stop,
             max_new_tokens=new_tokens,
@@ -210,7 +215,7 @@ class Swarm:
         *,
         max_new_tokens: SupportsIndex | None = None,
         stop: str | Iterable[str] | None = (),
-        context: Conversation | None = None,
+        conversation: Conversation | None = None,
         generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
         **sampling: Unpack[Sampling],
     ) -> Settings:
@@ -219,7 +224,7 @@ class Swarm:
         Raises what `generate` raises on the call.
         """
         ids, defaults = self._token_ids(prompt), self._defaults(generation_config)
-        return self._settle(ids, defaults, max_new_tokens, stop, context, sampling)
+        return self._settle(ids, defaults, max_new_tokens, stop, conversation, sampling)
 
     def _defaults(self, generation_config: Any) -> GenerationDefaults:  # Any: whatever a caller gave
         from client.generation.generation_config import GenerationDefaults, defaults_of
@@ -236,16 +241,16 @@ class Swarm:
         defaults: GenerationDefaults,
         max_new_tokens: Any,  # Any: whatever a caller gave
         stop: Any,
-        context: Conversation | None,
+        conversation: Conversation | None,
         sampling: Mapping[str, Any],
     ) -> Settings:
         from client.generation.generation_config import settle
 
-        most = min(self._allowed_lengths(1))[0] if context is None else context.max_length
+        most = min(self._allowed_lengths(1))[0] if conversation is None else conversation.max_length
         return settle(
             sampling,
             defaults,
-            tokenizer=self.ends.tokenizer,
+            tokenizer=self.local_model.tokenizer,
             vocabulary=self.info.vocab_size,
             prompt_tokens=len(ids),
             room=most - len(ids),
@@ -256,8 +261,8 @@ class Swarm:
     def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Conversation:
         """A session whose caches outlive one `generate`: later prompts only send what is new.
 
-        Give it to `generate(context=...)` and `close` it at the end.  max_length: in tokens; None: see
-        `usual_length`.  trace: takes down what happens; `context.trace` if not given.
+        Give it to `generate(conversation=...)` and `close` it at the end.  max_length: in tokens; None: see
+        `usual_length`.  trace: takes down what happens; `conversation.trace` if not given.
         Raises ValueError for a length that the model or the servers do not allow.
         """
         from client.generation.conversation import Conversation
@@ -266,7 +271,7 @@ class Swarm:
         max_length = self.usual_length() if max_length is None else values.whole("max_length", max_length)
         self._check_length(max_length, f"a conversation of {max_length} tokens")
         return Conversation(
-            ends=self.ends,
+            local_model=self.local_model,
             compute=self._compute,
             heads=self._heads,
             open_chain=self.open_chain,
@@ -356,7 +361,7 @@ class Swarm:
         info = self.info
         terms = Terms(
             info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self.config.codec,
-            self.ends.rope,
+            self.local_model.rope,
         )  # fmt: skip
         return await open_session(
             terms,
@@ -409,7 +414,7 @@ class Swarm:
     def _token_ids(self, prompt: Any) -> list[int]:  # Any: whatever a caller gave
         from client.generation.options import prompt_ids
 
-        return prompt_ids(prompt, self.ends.tokenizer, self.info.vocab_size)
+        return prompt_ids(prompt, self.local_model.tokenizer, self.info.vocab_size)
 
     def usual_length(self, batch: int = 1) -> int:
         """Positions of a session that nobody said a length for, of so many rows.
@@ -440,13 +445,15 @@ class Swarm:
         return allowed
 
     def _check_length(
-        self, length: int, what: str, context: Conversation | None = None, *, batch: int = 1
+        self, length: int, what: str, conversation: Conversation | None = None, *, batch: int = 1
     ) -> None:
         """Raises ValueError where a session cannot become so long."""
-        if context is None:
+        if conversation is None:
             allowed = self._allowed_lengths(batch)
         else:
-            allowed = [(context.max_length, f"the conversation was opened for {context.max_length}")]
+            allowed = [
+                (conversation.max_length, f"the conversation was opened for {conversation.max_length}")
+            ]
         most, why = min(allowed)
         if not 0 < length <= most:
             raise ValueError(f"{what} make {length} positions, 1 to {most} are allowed: {why}")
@@ -480,11 +487,11 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         ) as directory,
         background_nursery() as nursery,
     ):
-        info, ends, defaults = await compute.run(_load_model, config)
+        info, local_model, defaults = await compute.run(_load_model, config)
         gc.freeze()  # what is there now stays: later collections need not look at a million objects
-        heads = HeadBatches(ends, compute)
+        heads = HeadBatches(local_model, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
-        nursery.start_soon(trio.to_thread.run_sync, ends.make_exact_argmax)
+        nursery.start_soon(trio.to_thread.run_sync, local_model.make_exact_argmax)
         routes = ChainChooser(
             info.name,
             info.revision,
@@ -498,7 +505,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
             spread=identity.peer_id,
         )
-        yield Swarm(config, info, ends, routes, host, directory, compute, heads, nursery, defaults)
+        yield Swarm(config, info, local_model, routes, host, directory, compute, heads, nursery, defaults)
 
 
 def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
@@ -521,11 +528,11 @@ def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, Generati
         torch.set_num_threads(config.threads)
     with progress_bar(sys.stderr) as progress:
         folder = resolve(config.model, cache_dir=config.cache_dir or cache_dir(), progress=progress)
-        ends = load_embed_and_head(folder, progress=progress)
-        ends.compile_head()
-    _ = ends.tokenizer  # opened here, so that the event loop never waits for it
+        local_model = load_embed_and_head(folder, progress=progress)
+        local_model.compile_head()
+    _ = local_model.tokenizer  # opened here, so that the event loop never waits for it
     info = read_info(folder)
     defaults = read_defaults(folder.path, info.vocab_size)
     if defaults.unsupported:
         log.warning("%s: not used here: %s", folder.path / FILE, ", ".join(defaults.unsupported))
-    return info, ends, defaults
+    return info, local_model, defaults

@@ -92,7 +92,7 @@ async def run_chat(flags: argparse.Namespace) -> None:
     """`python -m client chat`: a line in, an answer out, until the end of the input."""
     check_sampling(flags)
     async with _connect(flags) as swarm:
-        tokenizer = swarm.ends.tokenizer
+        tokenizer = swarm.local_model.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{swarm.info.name} has no chat template: use generate")
         await wait_for_route(swarm, flags.wait)
@@ -101,7 +101,7 @@ async def run_chat(flags: argparse.Namespace) -> None:
             history.append({"role": "system", "content": flags.system})
         _tell_settings(swarm.settings([0], max_new_tokens=flags.max_new_tokens, **_sampling(flags)))
         length = swarm.usual_length() if flags.max_length is None else flags.max_length
-        context = swarm.conversation(length)
+        conversation = swarm.conversation(length)
         say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
         try:
             while line := await _ask_for_text("> "):
@@ -124,7 +124,9 @@ async def run_chat(flags: argparse.Namespace) -> None:
                 sampling = _sampling(flags)
                 if (least := sampling.get("min_new_tokens")) is not None:
                     sampling["min_new_tokens"] = min(least, room)
-                tokens = swarm.generate(fitted.ids, max_new_tokens=room, context=context, **sampling)
+                tokens = swarm.generate(
+                    fitted.ids, max_new_tokens=room, conversation=conversation, **sampling
+                )
                 async with aclosing(tokens):
                     async for token in tokens:
                         measured.tokens.append(token)
@@ -134,8 +136,8 @@ async def run_chat(flags: argparse.Namespace) -> None:
                 say(measured.line())
                 history.append({"role": "assistant", "content": answer})
         finally:
-            context.close()
-            with traced(context.trace, flags.trace):
+            conversation.close()
+            with traced(conversation.trace, flags.trace):
                 pass
 
 

@@ -194,7 +194,7 @@ def some_hidden(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(0, PRIME, (batch, tokens, HIDDEN), generator=generator).float()
 
 
-class FakeEnds:
+class FakeEmbedAndHead:
     """Embeds a token as small numbers and reads the next one out of the sum of a hidden state."""
 
     vocabulary = 26
@@ -223,7 +223,7 @@ class FakeEnds:
 
 def generated(prompt: list[int], count: int, blocks: int) -> list[int]:
     """The greedy tokens of the whole model, each from everything before it."""
-    ends, tokens = FakeEnds(), list(prompt)
+    ends, tokens = FakeEmbedAndHead(), list(prompt)
     for _ in range(count):
         hidden = whole_model(ends.embed(torch.tensor([tokens]), 0), 0, blocks)
         tokens.append(int(ends.head(hidden)[0, -1].argmax()))
@@ -616,7 +616,7 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
         nursery.cancel_scope.cancel()
 
 
-def context_of(world: World, routes: ChainChooser | None = None, **changes: object) -> Conversation:
+def conversation_of(world: World, routes: ChainChooser | None = None, **changes: object) -> Conversation:
     """A client's tokens in this world.  routes: what it knows and whom it avoids."""
     routes = world.routes() if routes is None and world.nodes else routes
 
@@ -628,7 +628,7 @@ def context_of(world: World, routes: ChainChooser | None = None, **changes: obje
         routes.worked(session.well)
 
     values: dict[str, object] = {
-        "ends": FakeEnds(),
+        "local_model": FakeEmbedAndHead(),
         "compute": FakeCompute(),
         "open_chain": open_chain,
         "worked": worked,
@@ -636,7 +636,7 @@ def context_of(world: World, routes: ChainChooser | None = None, **changes: obje
         "give_up_seconds": 60.0,
     }
     values |= changes
-    return Conversation(heads=HeadBatches(values["ends"], values["compute"]), **values)  # type: ignore[arg-type]
+    return Conversation(heads=HeadBatches(values["local_model"], values["compute"]), **values)  # type: ignore[arg-type]
 
 
 def best(logits: Tensor) -> int:
@@ -644,18 +644,18 @@ def best(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
-async def continued(context: Conversation, prompt: list[int], count: int) -> list[int]:
+async def continued(conversation: Conversation, prompt: list[int], count: int) -> list[int]:
     """So many greedy tokens after `prompt`."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(await context.logits_after(tokens, best))
+        tokens.append(await conversation.logits_after(tokens, best))
     return tokens[len(prompt) :]
 
 
-def hops_of(context: Conversation) -> str:
+def hops_of(conversation: Conversation) -> str:
     """The peers of its chain now."""
-    assert context.session is not None
-    return " ".join(hop.peer for hop in context.session.chain.hops)
+    assert conversation.session is not None
+    return " ".join(hop.peer for hop in conversation.session.chain.hops)
 
 
 class RawClient:

@@ -38,7 +38,7 @@ async def serve_lines(flags: argparse.Namespace) -> None:
 async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     """One round: every client generates, from its own prompt; or the token ids of a text."""
     if "text" in question:
-        return {"ids": swarm.ends.tokenizer(question["text"])["input_ids"]}
+        return {"ids": swarm.local_model.tokenizer(question["text"])["input_ids"]}
     prompts = question["prompts"]
     results: list[dict[str, Any]] = [{} for _ in prompts]
     host = swarm._host  # the counters are not part of the client's API
@@ -64,13 +64,13 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     seconds: list[float] = []
     outside: list[float] = []
     found: list[int] = []
-    context = swarm.conversation(len(ids) + tokens)
-    async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, context=context):
+    conversation = swarm.conversation(len(ids) + tokens)
+    async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, conversation=conversation):
         seconds.append(token.seconds)
         found.append(token.id)
-        if context.session is not None and (times := context.session.times) is not None:
+        if conversation.session is not None and (times := conversation.session.times) is not None:
             outside.append(times.total - sum(computing for _, computing in times.hops))
-    context.close()
+    conversation.close()
     return {"tokens": found, "seconds": seconds, "outside_compute": outside}
 
 

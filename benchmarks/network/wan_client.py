@@ -32,7 +32,7 @@ async def serve_lines(flags: argparse.Namespace) -> None:
         while line := await trio.to_thread.run_sync(sys.stdin.readline):
             question = json.loads(line)
             if "text" in question:
-                ids = swarm.ends.tokenizer(question["text"])["input_ids"]
+                ids = swarm.local_model.tokenizer(question["text"])["input_ids"]
                 say({"ids": ids, "hidden": swarm.info.hidden_size})
             elif "bulk" in question:
                 await bulk(swarm, question["bulk"])
@@ -78,19 +78,21 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`: for each
     step that it took, [held, computing] of each hop.
     """
-    watch = Watch(swarm.ends)
-    context = watch.watched(swarm.conversation(len(ids) + tokens), swarm)
+    watch = Watch(swarm.local_model)
+    conversation = watch.watched(swarm.conversation(len(ids) + tokens), swarm)
     found: list[dict[str, Any]] = []
     try:
-        async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, context=context):
+        async for token in swarm.generate(
+            ids, max_new_tokens=tokens, temperature=0, conversation=conversation
+        ):
             found.append({"id": token.id, "seconds": token.seconds, **watch.take()})
     finally:
-        context.close()
+        conversation.close()
     return {"tokens": found, "open_seconds": watch.open_seconds}
 
 
 class Watch:
-    """Measures what a context does by standing in for its ends and its session."""
+    """Measures what a conversation does by standing in for its ends and its session."""
 
     def __init__(self, ends: EmbedAndHead) -> None:
         self.open_seconds = 0.0
@@ -98,12 +100,14 @@ class Watch:
         self._network = 0.0
         self._hops: list[tuple[tuple[float, float], ...]] = []
 
-    def watched(self, context: Conversation, swarm: Swarm) -> Conversation:
-        """The context, which was not used yet, with everything in it that measures."""
-        context.ends = cast(EmbedAndHead, self._ends)
-        context.heads = HeadBatches(context.ends, swarm._compute)  # not part of the client's API
-        context.open_chain = self._opener(context.open_chain)
-        return context
+    def watched(self, conversation: Conversation, swarm: Swarm) -> Conversation:
+        """The conversation, which was not used yet, with everything in it that measures."""
+        conversation.local_model = cast(EmbedAndHead, self._ends)
+        conversation.heads = HeadBatches(
+            conversation.local_model, swarm._compute
+        )  # not part of the client's API
+        conversation.open_chain = self._opener(conversation.open_chain)
+        return conversation
 
     def _opener(self, open_chain: Callable[..., Awaitable[Session]]) -> Callable[..., Awaitable[Session]]:
         async def open_watched(**options: Any) -> Session:  # Any: passed on

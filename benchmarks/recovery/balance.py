@@ -83,9 +83,9 @@ async def measure(flags: argparse.Namespace, swarm: LocalSwarm) -> dict[str, Any
     )
     async with open_swarm(config) as client:
         ids = prompt_ids(flags.model, 16)
-        context = client.conversation(len(ids) + flags.tokens)
-        whole = await watch(client, context, ids, flags.tokens, nothing)
-        context.close()
+        conversation = client.conversation(len(ids) + flags.tokens)
+        whole = await watch(client, conversation, ids, flags.tokens, nothing)
+        conversation.close()
         killed = await kill_the_only_holder(client, nodes, blocks, ids, flags.tokens, seconds)
     return {
         **joined,
@@ -119,7 +119,7 @@ async def kill_the_only_holder(
                 await trio.sleep(LOOK_SECONDS)
             found["served_again_s"] = round(time.perf_counter() - killed_at, 2)
 
-    context = client.conversation(len(ids) + tokens)
+    conversation = client.conversation(len(ids) + tokens)
     async with trio.open_nursery() as nursery:
 
         async def kill(number: int) -> None:
@@ -127,8 +127,8 @@ async def kill_the_only_holder(
                 victim.kill()
                 nursery.start_soon(until_served_again, time.perf_counter())
 
-        watched = await watch(client, context, ids, tokens, kill)
-    context.close()
+        watched = await watch(client, conversation, ids, tokens, kill)
+    conversation.close()
     longest = max(watched.seconds[1:], default=None)
     return {**found, "longest_token_s": longest, "error": watched.error, "tokens": watched.tokens}
 

@@ -41,10 +41,10 @@ class Killer:
     waiting: int = 0
     kills: int = 0
 
-    def step(self, context: Conversation) -> bool:
+    def step(self, conversation: Conversation) -> bool:
         """After a step: whether a server was killed."""
         self.waiting += self.rng.random() < self.rate
-        peers = peers_in_use(context)
+        peers = peers_in_use(conversation)
         if not self.waiting or not peers:
             return False
         victim, view = self.replicas.of(self.rng.choice(peers)), self.swarm.view()
@@ -89,18 +89,18 @@ class Cell:
             self.found.append(tokens)
 
     async def _attempt(self, swarm: Swarm, killer: Killer, ids: Sequence[int]) -> list[int] | None:
-        context = swarm.conversation(len(ids) + self.tokens)
+        conversation = swarm.conversation(len(ids) + self.tokens)
 
         async def before(asked: int) -> None:
-            if asked and killer.step(context) and self.restart:
+            if asked and killer.step(conversation) and self.restart:
                 raise Killed
 
         try:
-            watched = await watch(swarm, context, ids, self.tokens, before)
+            watched = await watch(swarm, conversation, ids, self.tokens, before)
         except Killed:
             return None
         finally:
-            context.close()
+            conversation.close()
         if watched.error is not None:
             self.errors.append(watched.error)
         return watched.tokens
@@ -155,7 +155,7 @@ async def fault_rates(flags: argparse.Namespace, replicas: ReplicatedSwarm) -> d
 async def fill(cell: Cell, flags: argparse.Namespace, replicas: ReplicatedSwarm, ids: list[int]) -> None:
     """All runs of a cell, with a client of their own."""
     async with fresh_client(flags.model, replicas) as swarm:
-        swarm.ends.eos_ids = frozenset()  # the model's end token would end a long generation early
+        swarm.local_model.eos_ids = frozenset()  # the model's end token would end a long generation early
         await undisturbed(swarm, ids)
         with replicas.supervised():
             for run in range(flags.runs):

@@ -186,10 +186,10 @@ def be_guest(guest: Guest, pipe: Connection) -> None:
 
 async def _generate(guest: Guest, pipe: Connection) -> None:
     async with open_swarm(ClientConfig(guest.peers, guest.model, threads=1)) as swarm:
-        context = swarm.conversation(len(guest.ids) + NEW_TOKENS)
+        conversation = swarm.conversation(len(guest.ids) + NEW_TOKENS)
 
         async def tell_when_open() -> None:
-            while not peers_in_use(context):  # noqa: ASYNC110  no event tells
+            while not peers_in_use(conversation):  # noqa: ASYNC110  no event tells
                 await trio.sleep(0.001)
             pipe.send("prefill")
 
@@ -201,4 +201,4 @@ async def _generate(guest: Guest, pipe: Connection) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tell_when_open)
-            await watch(swarm, context, guest.ids, NEW_TOKENS, before)
+            await watch(swarm, conversation, guest.ids, NEW_TOKENS, before)

@@ -173,22 +173,22 @@ async def struck_once(
         async with fresh_client(flags.model, replicas, flags.give_up) as swarm:
             usual = await undisturbed(swarm, ids)
             step, first = usual.typical, usual.seconds[0]
-            context = swarm.conversation(len(ids) + flags.tokens[0])
+            conversation = swarm.conversation(len(ids) + flags.tokens[0])
 
             async with trio.open_nursery() as nursery:
 
                 async def before(asked: int) -> None:
                     if asked == number:
-                        nursery.start_soon(strike, context, rng.random() * (step if number else first))
+                        nursery.start_soon(strike, conversation, rng.random() * (step if number else first))
 
-                watched = await watch(swarm, context, ids, flags.tokens[0], before)
-            row = row_of(flags, run, number, strike, watched, first, context)
+                watched = await watch(swarm, conversation, ids, flags.tokens[0], before)
+            row = row_of(flags, run, number, strike, watched, first, conversation)
             row |= {
                 "error": watched.error,
                 "error_s": watched.error_seconds,
                 "tokens_equal": watched.tokens == expected,
             }
-            context.close()
+            conversation.close()
     if flags.mode == "halfopen" and strike.victim is not None:
         row["sockets_gone_s"] = await trio.to_thread.run_sync(sockets_gone, replicas, strike)
     await trio.to_thread.run_sync(replicas.mend)
@@ -209,7 +209,7 @@ def row_of(
     strike: Strike,
     watched: Watched,
     first: float,
-    context: Conversation,
+    conversation: Conversation,
 ) -> Result:
     """The figures of a run."""
     whole = watched.error is None and len(watched.tokens) > number
@@ -223,8 +223,8 @@ def row_of(
         "largest_gap_s": max(watched.seconds[1:]) if whole else None,
         "typical_step_s": watched.typical if whole else None,
         "first_token_s": first,
-        "relay": getattr(context.session, "relay", None),
-        **trace_figures(context, strike.at),
+        "relay": getattr(conversation.session, "relay", None),
+        **trace_figures(conversation, strike.at),
         **(slow_figures(strike, watched) if flags.mode == "slow" and whole else {}),
     }
 
@@ -273,20 +273,20 @@ async def killed_again_and_again(
     strikes: list[tuple[int, Replica]] = []
     async with fresh_client(flags.model, replicas) as swarm:
         await undisturbed(swarm, ids)
-        context = swarm.conversation(len(ids) + flags.tokens[0])
+        conversation = swarm.conversation(len(ids) + flags.tokens[0])
 
         async def before(asked: int) -> None:
             if asked == 0 or asked % flags.kill_every:
                 return
-            victim = replicas.of(peers_in_use(context)[hop])
+            victim = replicas.of(peers_in_use(conversation)[hop])
             others = replicas.others(victim)
             await until_known(swarm, lambda view: any(other.known(view) for other in others))
             strikes.append((asked, victim))
             kill(victim)
 
         with replicas.supervised():
-            watched = await watch(swarm, context, ids, flags.tokens[0], before)
-        context.close()
+            watched = await watch(swarm, conversation, ids, flags.tokens[0], before)
+        conversation.close()
     await trio.to_thread.run_sync(replicas.mend)
     return {
         "run": run,

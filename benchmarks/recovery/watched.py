@@ -1,6 +1,6 @@
 """A generation watched token by token, and what happened in it.
 
-Times are seconds of `time.perf_counter()`, which the trace of a context uses too.
+Times are seconds of `time.perf_counter()`, which the trace of a conversation uses too.
 """
 
 from __future__ import annotations
@@ -88,11 +88,13 @@ async def nothing(number: int) -> None:
 
 
 async def watch(
-    swarm: Swarm, context: Conversation, ids: Sequence[int], tokens: int, before: Before = nothing
+    swarm: Swarm, conversation: Conversation, ids: Sequence[int], tokens: int, before: Before = nothing
 ) -> Watched:
     """Generate greedily; whatever `before` takes is nobody's time."""
     watched = Watched()
-    async with aclosing(swarm.generate(ids, max_new_tokens=tokens, temperature=0, context=context)) as stream:
+    async with aclosing(
+        swarm.generate(ids, max_new_tokens=tokens, temperature=0, conversation=conversation)
+    ) as stream:
         for number in range(tokens):
             await before(number)
             began = time.perf_counter()
@@ -107,7 +109,7 @@ async def watch(
             watched.tokens.append(token.id)
             watched.asked.append(began)
             watched.seconds.append(time.perf_counter() - began)
-            watched.peers.append(peers_in_use(context))
+            watched.peers.append(peers_in_use(conversation))
     return watched
 
 
@@ -138,9 +140,9 @@ async def undisturbed(swarm: Swarm, ids: list[int]) -> Watched:
     """The second of two short generations in which nothing happens: everything is warm then."""
     watched = Watched()
     for _ in range(2):
-        context = swarm.conversation(len(ids) + WARM_UP_TOKENS)
-        watched = await watch(swarm, context, ids, WARM_UP_TOKENS)
-        context.close()
+        conversation = swarm.conversation(len(ids) + WARM_UP_TOKENS)
+        watched = await watch(swarm, conversation, ids, WARM_UP_TOKENS)
+        conversation.close()
     if watched.error is not None:
         raise ProcessError(f"a generation without a fault failed: {watched.error}")
     return watched
@@ -156,9 +158,9 @@ def prompt_ids(model: str | None, tokens: int) -> list[int]:
     return ids[:tokens]
 
 
-def peers_in_use(context: Conversation) -> list[str]:
-    """The peers of the chain that a context uses now; empty where it has no session."""
-    session = context.session
+def peers_in_use(conversation: Conversation) -> list[str]:
+    """The peers of the chain that a conversation uses now; empty where it has no session."""
+    session = conversation.session
     return [] if session is None else [hop.peer for hop in session.chain.hops]
 
 
@@ -176,10 +178,10 @@ class Strike:
     at: float = 0.0
     victim: Replica | None = None
 
-    async def __call__(self, context: Conversation, delay: float = 0.0) -> None:
+    async def __call__(self, conversation: Conversation, delay: float = 0.0) -> None:
         """Do it, once `delay` seconds have passed and a chain is in use."""
         await trio.sleep(delay)
-        while not (peers := peers_in_use(context)):  # noqa: ASYNC110  no event tells
+        while not (peers := peers_in_use(conversation)):  # noqa: ASYNC110  no event tells
             await trio.sleep(LOOK_SECONDS)
         hop = self.rng.randrange(len(peers)) if self.hop is None else self.hop
         self.victim = self.replicas.of(peers[hop])
@@ -188,18 +190,18 @@ class Strike:
 
 
 def trace_events(
-    context: Conversation,
+    conversation: Conversation,
 ) -> list[Any]:  # Any: trace.Event, where there is one
-    """What a context has noted down; empty where it notes nothing."""
-    return list(getattr(getattr(context, "trace", None), "events", ()))
+    """What a conversation has noted down; empty where it notes nothing."""
+    return list(getattr(getattr(conversation, "trace", None), "events", ()))
 
 
-def trace_figures(context: Conversation, at: float) -> dict[str, float | None]:
+def trace_figures(conversation: Conversation, at: float) -> dict[str, float | None]:
     """From the trace after `at`: seconds until the fault was seen, of replay, and until it was mended.
 
     None for each that the trace does not tell.
     """
-    events = [event for event in trace_events(context) if event.at >= at]
+    events = [event for event in trace_events(conversation) if event.at >= at]
     seen = next((event.at - at for event in events if event.kind == "fault"), None)
     mended = [event.data for event in events if event.kind == "recovered"]
     replay = sum(data["replay_seconds"] for data in mended) if mended else None

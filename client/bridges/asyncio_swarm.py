@@ -103,9 +103,14 @@ class BridgedSwarm:
         return self._swarm.info
 
     @property
-    def ends(self) -> EmbedAndHead:
+    def local_model(self) -> EmbedAndHead:
         """The model's embeddings, head and tokenizer: plain functions, to be called from here."""
-        return self._swarm.ends
+        return self._swarm.local_model
+
+    @property
+    def ends(self) -> EmbedAndHead:
+        """Another name of `local_model`."""
+        return self._swarm.local_model
 
     def view(self) -> SwarmView:
         """See `Swarm.view`."""
@@ -134,7 +139,7 @@ class BridgedSwarm:
         *,
         max_new_tokens: SupportsIndex | None = None,
         stop: str | Iterable[str] | None = (),
-        context: BridgedConversation | None = None,
+        conversation: BridgedConversation | None = None,
         trace: Trace | None = None,
         generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
         **sampling: Unpack[Sampling],
@@ -145,7 +150,7 @@ class BridgedSwarm:
             prompt,
             max_new_tokens=max_new_tokens,
             stop=stop,
-            context=context._context if context is not None else None,
+            conversation=conversation._conversation if conversation is not None else None,
             trace=trace,
             generation_config=generation_config,
             **sampling,
@@ -158,7 +163,7 @@ class BridgedSwarm:
         *,
         max_new_tokens: SupportsIndex | None = None,
         stop: str | Iterable[str] | None = (),
-        context: BridgedConversation | None = None,
+        conversation: BridgedConversation | None = None,
         generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
         **sampling: Unpack[Sampling],
     ) -> Settings:
@@ -167,7 +172,7 @@ class BridgedSwarm:
             prompt,
             max_new_tokens=max_new_tokens,
             stop=stop,
-            context=context._context if context is not None else None,
+            conversation=conversation._conversation if conversation is not None else None,
             generation_config=generation_config,
             **sampling,
         )
@@ -214,20 +219,20 @@ class BridgedSwarm:
 
 
 class BridgedConversation:
-    """For `generate(context=...)`.  Made by `BridgedSwarm.conversation`."""
+    """For `generate(conversation=...)`.  Made by `BridgedSwarm.conversation`."""
 
-    def __init__(self, context: Conversation, thread: TrioThread[BridgedSwarm]) -> None:
-        self._context = context
+    def __init__(self, conversation: Conversation, thread: TrioThread[BridgedSwarm]) -> None:
+        self._conversation = conversation
         self._thread = thread
 
     @property
     def trace(self) -> Trace:
         """What happened to its session."""
-        return self._context.trace
+        return self._conversation.trace
 
     def close(self) -> None:
         """End the session; returns at once."""
-        self._thread.soon(self._context.close)
+        self._thread.soon(self._conversation.close)
 
 
 class BridgedSession:

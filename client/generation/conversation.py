@@ -37,7 +37,7 @@ STEP_COST_TOKENS = 24
 
 
 class OpenChain(Protocol):
-    """How a context gets a session: along the best chain known now."""
+    """How a conversation gets a session: along the best chain known now."""
 
     def __call__(self, *, max_length: int, deadline: float, trace: Trace) -> Awaitable[Session]:
         """Raises NoChain, PeerFault or Refused when the deadline (trio's clock) has passed."""
@@ -47,14 +47,14 @@ class OpenChain(Protocol):
 class Conversation:
     """The tokens of one generation, or of one conversation.
 
-    heads: of all contexts of the swarm, so that they share a batch.
+    heads: of all conversations of the swarm, so that they share a batch.
     worked: told of every step that came back.
     max_length: tokens that it may grow to.  give_up_seconds: how long one call of `logits_after`
     may try, new chains and replays included; while a long prompt or a replay gets on, as many more for
     every LONG_PART of the tokens.
     """
 
-    ends: EmbedAndHead
+    local_model: EmbedAndHead
     compute: ComputeThread
     heads: HeadBatches
     open_chain: OpenChain
@@ -108,7 +108,7 @@ class Conversation:
                 raise SlowPeer(f"no answer within {self.give_up_seconds} s") from None
 
     def close(self) -> None:
-        """End the session; the context may be used again, and then opens another."""
+        """End the session; the conversation may be used again, and then opens another."""
         if self.session is not None:
             self.session.close()
         self.session, self.tokens = None, []
@@ -130,9 +130,9 @@ class Conversation:
         session = self.session
         # At least one token is sent, for there must be an answer to take the logits from.
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
-        if self.ends.rope is not None:
-            length = self.ends.rope.length_of(prompt, len(tokens))
-            if not self.ends.rope.same(length, self._rope_length):
+        if self.local_model.rope is not None:
+            length = self.local_model.rope.length_of(prompt, len(tokens))
+            if not self.local_model.rope.same(length, self._rope_length):
                 kept = 0  # the caches hold keys with other angles than these tokens would have by themselves
             self._rope_length = length
         del self.tokens[kept:]
@@ -198,11 +198,11 @@ class Conversation:
         def embed() -> memoryview:
             import torch
 
-            return memoryview(session.encode(self.ends.embed(torch.tensor([tokens]), position)))
+            return memoryview(session.encode(self.local_model.embed(torch.tensor([tokens]), position)))
 
-        # One token takes less time here than its way into the torch thread and back; ends that are
-        # not stateless belong to that thread, where another generation may be using them.
-        here = len(tokens) == 1 and self.ends.stateless
+        # One token takes less time here than its way into the torch thread and back.  A model that keeps
+        # state belongs to that thread, where another generation may be using it.
+        here = len(tokens) == 1 and self.local_model.stateless
         return embed() if here else await self.compute.run(embed)
 
 

@@ -42,8 +42,8 @@ class Token:
 class Generation:
     """One call of `Swarm.generate`."""
 
-    ends: EmbedAndHead
-    context: Conversation
+    local_model: EmbedAndHead
+    conversation: Conversation
     options: SamplingOptions
     stop: tuple[str, ...]
     max_new_tokens: int
@@ -52,10 +52,10 @@ class Generation:
 
     @property
     def _end_ids(self) -> frozenset[int]:
-        return self.ends.eos_ids if self.eos_ids is None else self.eos_ids
+        return self.local_model.eos_ids if self.eos_ids is None else self.eos_ids
 
     async def run(self, prompt: list[int], *, close: bool) -> AsyncGenerator[Token, None]:
-        """Yield tokens until one has a finish_reason.  close: end the context's session afterwards."""
+        """Yield tokens until one has a finish_reason.  close: end the conversation's session afterwards."""
         sampler = Sampler(
             self.options,
             end_ids=self._end_ids,
@@ -63,7 +63,7 @@ class Generation:
             max_length=len(prompt) + self.max_new_tokens,
         )
         text = TextStream(
-            self.ends.tokenizer,
+            self.local_model.tokenizer,
             self.stop,
             prompt=prompt,
             skip_special_tokens=self.options.skip_special_tokens is not False,
@@ -76,7 +76,7 @@ class Generation:
         try:
             began = time.perf_counter()
             for left in range(self.max_new_tokens - 1, -1, -1):
-                token, logprob, top = await self.context.logits_after(
+                token, logprob, top = await self.conversation.logits_after(
                     self._tokens, choose, best_only=self.options.best_only, prompt=len(prompt)
                 )
                 self._tokens.append(token)
@@ -88,7 +88,7 @@ class Generation:
                 began = now
         finally:
             if close:
-                self.context.close()
+                self.conversation.close()
 
     def _tell(self, text: TextStream, token: int, left: int) -> tuple[str, FinishReason | None]:
         """The text that `token` makes certain, and whether it is the last one."""

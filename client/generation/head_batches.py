@@ -34,9 +34,9 @@ class HeadBatches:
       * an error of one, or its cancellation, is nobody else's.
     """
 
-    def __init__(self, ends: EmbedAndHead, compute: ComputeThread, most_rows: int = MAX_ROWS) -> None:
+    def __init__(self, local_model: EmbedAndHead, compute: ComputeThread, most_rows: int = MAX_ROWS) -> None:
         """most_rows: hidden states in one batch."""
-        self._ends = ends
+        self._local_model = local_model
         self._compute = compute
         self._most_rows = most_rows
         self._waiting: deque[_Asked[object]] = deque()  # filled here, emptied in the torch thread
@@ -82,7 +82,7 @@ class HeadBatches:
             return
         # The head knows no positions, so rows of different sessions go beside each other: [rows, 1, hidden].
         best_only = all(asked.best_only for asked in batch)
-        logits = outcome.capture(partial(self._ends.head, torch.cat(rows), best_only=best_only))
+        logits = outcome.capture(partial(self._local_model.head, torch.cat(rows), best_only=best_only))
         if isinstance(logits, outcome.Error):  # our own bug, and as much the one's as the other's
             for asked in batch:
                 asked.answer = outcome.Error(logits.error)

@@ -116,9 +116,9 @@ async def test_blocks_of_a_killed_node_are_served_again_by_one_that_moves_and_no
                 victim.kill()
                 nursery.start_soon(until_served_again)
 
-        context = client.conversation(len(PROMPT) + TOKENS)
-        watched = await watch(client, context, PROMPT, TOKENS, kill)
-        context.close()
+        conversation = client.conversation(len(PROMPT) + TOKENS)
+        watched = await watch(client, conversation, PROMPT, TOKENS, kill)
+        conversation.close()
     assert (watched.error, watched.tokens) == (None, expected(model))
     assert timing["served_again"] < TTL_SECONDS + GRACE_SECONDS
     assert sum(one != two for one, two in zip(before, map(blocks_of, others), strict=True)) == 1

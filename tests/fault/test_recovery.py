@@ -121,23 +121,23 @@ def prompt(tokens: int, seed: int) -> list[int]:
     return torch.randint(3, VOCAB, (tokens,), generator=generator).tolist()
 
 
-def in_use(servers: ReplicatedSwarm, context: Conversation, hop: int) -> Replica:
-    return servers.of(peers_in_use(context)[hop])
+def in_use(servers: ReplicatedSwarm, conversation: Conversation, hop: int) -> Replica:
+    return servers.of(peers_in_use(conversation)[hop])
 
 
 async def generate(
     swarm: Swarm, ids: Sequence[int], tokens: int, before: Callable[[int, Conversation], None]
 ) -> Watched:
     """A generation in a conversation of its own; `before` is called before each token is asked for."""
-    context = swarm.conversation(len(ids) + tokens)
+    conversation = swarm.conversation(len(ids) + tokens)
 
     async def call(number: int) -> None:
-        before(number, context)
+        before(number, conversation)
 
     try:
-        return await watch(swarm, context, ids, tokens, call)
+        return await watch(swarm, conversation, ids, tokens, call)
     finally:
-        context.close()
+        conversation.close()
 
 
 async def kill_later(replica: Replica) -> None:
@@ -155,9 +155,9 @@ async def test_a_server_killed_in_the_midst_of_a_token_costs_no_token(
     victims: list[Replica] = []
     async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
 
-        def before(asked: int, context: Conversation) -> None:
+        def before(asked: int, conversation: Conversation) -> None:
             if asked == number:
-                victims.append(in_use(servers, context, hop))
+                victims.append(in_use(servers, conversation, hop))
                 freeze(victims[0])
                 nursery.start_soon(kill_later, victims[0])
 
@@ -172,14 +172,14 @@ async def test_a_server_killed_while_a_long_prompt_is_computed_costs_no_token(
 ) -> None:
     ids, tokens = prompt(LONG, seed=hop + 2), 16
     async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
-        context = swarm.conversation(len(ids) + tokens)
-        await watch(swarm, context, ids[:2], 1)  # the session is open, and nearly empty
-        victim = in_use(servers, context, hop)
+        conversation = swarm.conversation(len(ids) + tokens)
+        await watch(swarm, conversation, ids[:2], 1)  # the session is open, and nearly empty
+        victim = in_use(servers, conversation, hop)
         freeze(victim)
         nursery.start_soon(kill_later, victim)
-        watched = await watch(swarm, context, ids, tokens)
+        watched = await watch(swarm, conversation, ids, tokens)
         assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
-        context.close()
+        conversation.close()
 
 
 async def test_a_server_that_freezes_is_replaced_and_what_it_says_when_it_wakes_up_is_ignored(
@@ -189,17 +189,17 @@ async def test_a_server_that_freezes_is_replaced_and_what_it_says_when_it_wakes_
     frozen: list[Replica] = []
     async with joined(servers, model) as swarm:
 
-        def before(asked: int, context: Conversation) -> None:
+        def before(asked: int, conversation: Conversation) -> None:
             if asked == 10:
-                frozen.append(in_use(servers, context, 1))
+                frozen.append(in_use(servers, conversation, 1))
                 freeze(frozen[0])
             if asked == 20:  # ten tokens without it
-                assert frozen[0].peer not in peers_in_use(context)
+                assert frozen[0].peer not in peers_in_use(conversation)
                 frozen[0].node.thaw()
 
         watched = await generate(swarm, ids, tokens, before)
         assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
-        again = await generate(swarm, ids, tokens, lambda asked, context: None)
+        again = await generate(swarm, ids, tokens, lambda asked, conversation: None)
         assert again.tokens == watched.tokens
 
 
@@ -210,9 +210,9 @@ async def test_a_server_that_leaves_politely_costs_no_token_and_no_error(
     leaving: list[Replica] = []
     async with joined(servers, model) as swarm:
 
-        def before(asked: int, context: Conversation) -> None:
+        def before(asked: int, conversation: Conversation) -> None:
             if asked == 10:
-                leaving.append(in_use(servers, context, 0))
+                leaving.append(in_use(servers, conversation, 0))
                 drain(leaving[0])
 
         watched = await generate(swarm, ids, tokens, before)
@@ -224,21 +224,21 @@ async def test_without_the_bootstrap_node_generations_go_on_and_clients_join_thr
     servers: ReplicatedSwarm, model: Path, expected: Expected
 ) -> None:
     ids, tokens = prompt(12, seed=6), 64
-    context: list[Conversation] = []
+    conversation: list[Conversation] = []
     async with joined(servers, model) as swarm:
 
         def before(asked: int, used: Conversation) -> None:
             if asked == 10:
-                context.append(used)
+                conversation.append(used)
                 servers.bootstrap.kill()
 
         watched = await generate(swarm, ids, tokens, before)
         assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
-        assert not [event for event in trace_events(context[0]) if event.kind == "fault"]
-        assert not getattr(context[0], "replays", 0)
+        assert not [event for event in trace_events(conversation[0]) if event.kind == "fault"]
+        assert not getattr(conversation[0], "replays", 0)
     server = next(replica for replica in servers.replicas if replica.online)
     async with joined(servers, model, peers=(server.node.address,)) as swarm:
-        watched = await generate(swarm, ids, tokens, lambda asked, context: None)
+        watched = await generate(swarm, ids, tokens, lambda asked, conversation: None)
         assert watched.tokens == expected(ids, tokens)
 
 
@@ -252,15 +252,15 @@ async def test_while_nobody_serves_a_block_one_client_hears_which_in_time_and_an
     gone = trio.Event()
 
     async def client(swarm: Swarm, name: str, number: int) -> None:
-        context = swarm.conversation(len(ids) + tokens)
+        conversation = swarm.conversation(len(ids) + tokens)
 
         async def before(asked: int) -> None:
             if asked == 10:
                 waiting[number].set()
                 await gone.wait()
 
-        found[name] = await watch(swarm, context, ids, tokens, before)
-        context.close()
+        found[name] = await watch(swarm, conversation, ids, tokens, before)
+        conversation.close()
 
     hasty_settings = {"give_up_seconds": give_up_seconds, "wait_seconds": give_up_seconds}
     async with (
@@ -353,7 +353,7 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
     model: Path, expected: Expected
 ) -> None:
     ids, tokens = prompt(12, seed=10), 300
-    context: list[Conversation] = []
+    conversation: list[Conversation] = []
     with closing(Worker("tests.fault_link", [], {})) as proxy:
 
         def proxied(port: int) -> int:
@@ -367,7 +367,7 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
             at_first = carried()
             proxy.ask({"do": "flip", "every_bytes": FLIP_EVERY})
             flipped = 0
-            while flipped < flips or not any(context[0].trace.of("fault")):
+            while flipped < flips or not any(conversation[0].trace.of("fault")):
                 await trio.sleep(0.05)
                 pairs = zip(at_first, carried(), strict=True)
                 flipped = sum(now // FLIP_EVERY - was // FLIP_EVERY for was, now in pairs)
@@ -379,7 +379,7 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
 
                 def before(asked: int, used: Conversation) -> None:
                     if asked == 10:
-                        context.append(used)
+                        conversation.append(used)
                         nursery.start_soon(heal_after, FLIPS)
 
                 watched = await generate(swarm, ids, tokens, before)

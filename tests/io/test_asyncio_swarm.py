@@ -74,7 +74,7 @@ class FakeSwarm:
 
     config: ClientConfig = CONFIG
     info: str = "info"
-    ends: str = "ends"
+    local_model: str = "local model"
     generating: int = 0
     made: int = 0  # tokens
     sessions: int = 0
@@ -99,13 +99,13 @@ class FakeSwarm:
         await trio.lowlevel.checkpoint()
         raise NoChain([(3, 4)], 30, alone=False)
 
-    def generate(self, prompt, *, max_new_tokens=None, seed=None, context=None, **options):
+    def generate(self, prompt, *, max_new_tokens=None, seed=None, conversation=None, **options):
         max_new_tokens = 64 if max_new_tokens is None else max_new_tokens
         if max_new_tokens < 1:
             raise ValueError("max_new_tokens is 0, at least 1 is needed")
-        return self._tokens(prompt, max_new_tokens, context)
+        return self._tokens(prompt, max_new_tokens, conversation)
 
-    async def _tokens(self, prompt, count, context):
+    async def _tokens(self, prompt, count, conversation):
         self.generating += 1
         try:
             for index in range(count):
@@ -115,8 +115,8 @@ class FakeSwarm:
                 if prompt == "refuse" and index == 2:
                     raise CacheFull("no room", 3.0)
                 self.made += 1
-                if context is not None:
-                    context.tokens.append(index)
+                if conversation is not None:
+                    conversation.tokens.append(index)
                 yield f"{prompt}{index}"
         finally:
             self.generating -= 1
@@ -414,8 +414,8 @@ def test_a_conversation_goes_through_generate_and_is_closed_in_trio(run):
     async def main():
         async with bridged(FakeSwarm()) as swarm:
             talk = swarm.conversation(100)
-            inner = talk._context
-            async for _ in swarm.generate("t", max_new_tokens=3, context=talk):
+            inner = talk._conversation
+            async for _ in swarm.generate("t", max_new_tokens=3, conversation=talk):
                 pass
             assert (inner.tokens, inner.max_length) == ([0, 1, 2], 100)
             talk.close()
@@ -439,7 +439,7 @@ def test_the_view_follows_the_swarm(run):
             assert swarm.view() is fake.seen is not seen
             swarm._thread.soon(fake.change)
             await eventually(lambda: swarm.view() is fake.seen)
-            assert (swarm.config, swarm.info, swarm.ends) == (CONFIG, "info", "ends")
+            assert (swarm.config, swarm.info, swarm.local_model) == (CONFIG, "info", "local model")
 
     run(main)
 

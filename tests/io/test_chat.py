@@ -1,4 +1,4 @@
-"""`python -m client chat` whose context is full: the talk goes on."""
+"""`python -m client chat` whose conversation is full: the talk goes on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Talker:
 
     def __init__(self, usual: int = 40) -> None:
         self.info = SimpleNamespace(name="M")
-        self.ends = SimpleNamespace(tokenizer=Letters())
+        self.local_model = SimpleNamespace(tokenizer=Letters())
         self.usual = usual
         self.asked: list[tuple[int, int]] = []
 
@@ -50,7 +50,7 @@ class Talker:
     def settings(self, prompt, **_):
         return Settings(SamplingOptions(), 8, (), ())
 
-    def generate(self, ids, *, max_new_tokens, context, min_new_tokens=None):
+    def generate(self, ids, *, max_new_tokens, conversation, min_new_tokens=None):
         assert len(ids) + max_new_tokens <= self.opened_for
         assert (min_new_tokens or 0) <= max_new_tokens
         self.asked.append((len(ids), max_new_tokens))

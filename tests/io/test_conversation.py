@@ -14,7 +14,16 @@ from client.generation.sampling import SamplingOptions
 from routing.chains.search import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, Draining, PeerGone, Refused, SlowPeer
-from tests.fakes_serving import FakeEnds, World, best, context_of, continued, generated, hops_of, swarm
+from tests.fakes_serving import (
+    FakeEmbedAndHead,
+    World,
+    best,
+    continued,
+    conversation_of,
+    generated,
+    hops_of,
+    swarm,
+)
 
 BLOCKS = 6
 PROMPT = [3, 1, 4, 1, 5]
@@ -30,23 +39,23 @@ def two_replicas(world: World, seconds: float = 0.0) -> World:
 async def test_tokens_are_those_of_the_whole_model_and_only_new_ones_are_sent(autojump_clock):
     async with swarm() as world:
         worked = []
-        context = context_of(two_replicas(world), worked=worked.append)
-        assert await continued(context, PROMPT, 8) == generated(PROMPT, 8, BLOCKS)
-        assert context.ends.embedded == [5, 1, 1, 1, 1, 1, 1, 1]
-        assert context.recoveries == 0
-        assert worked == [context.session] * 8
-        context.close()
+        conversation = conversation_of(two_replicas(world), worked=worked.append)
+        assert await continued(conversation, PROMPT, 8) == generated(PROMPT, 8, BLOCKS)
+        assert conversation.local_model.embedded == [5, 1, 1, 1, 1, 1, 1, 1]
+        assert conversation.recoveries == 0
+        assert worked == [conversation.session] * 8
+        conversation.close()
 
 
 async def test_a_hop_that_answers_nan_is_replaced(autojump_clock):
     async with swarm() as world:
-        context = context_of(two_replicas(world))
-        found = await continued(context, PROMPT, 2)
+        conversation = conversation_of(two_replicas(world))
+        found = await continued(conversation, PROMPT, 2)
         world.nodes[PeerId("b")].span.poison = lambda hidden: hidden * float("nan")
-        found += await continued(context, PROMPT + found, 2)
+        found += await continued(conversation, PROMPT + found, 2)
         assert found == generated(PROMPT, 4, BLOCKS)
-        assert hops_of(context) == "a y"
-        context.close()
+        assert hops_of(conversation) == "a y"
+        conversation.close()
 
 
 async def _after(seconds, function):
@@ -60,13 +69,13 @@ async def test_a_hop_that_refuses_is_passed_over_for_as_long_as_it_says_and_not_
         world.nodes[PeerId("a")].listener.budget.tokens = 64
         world.nodes[PeerId("a")].listener.budget.admit(b"other", "other", 1, 60)
         routes = world.routes()
-        context = context_of(world, routes)
-        assert await continued(context, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
-        assert hops_of(context) == "x b"
+        conversation = conversation_of(world, routes)
+        assert await continued(conversation, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
+        assert hops_of(conversation) == "x b"
         assert routes.blame._faults == {}
         assert routes.blame.avoided(3.9) == {"a"}  # asked at 0, refused after a wait of 2 s, for 2 s
         assert routes.blame.avoided(4.1) == frozenset()
-        context.close()
+        conversation.close()
         world.nodes[PeerId("a")].listener.budget.release(b"other")
 
 
@@ -75,13 +84,13 @@ async def test_a_long_prompt_over_k_hops_costs_little_more_than_one_of_them(auto
         for index in range(3):
             world.add(f"h{index}", 2 * index, 2 * index + 2, seconds=1)
         prompt = [index % 26 for index in range(4 * PREFILL_TOKENS + 7)]
-        context = context_of(world, max_length=3000)
-        assert await continued(context, prompt, 1) == generated(prompt, 1, BLOCKS)
+        conversation = conversation_of(world, max_length=3000)
+        assert await continued(conversation, prompt, 1) == generated(prompt, 1, BLOCKS)
         chunk = chunk_tokens(len(prompt), hops=3)
         steps = [one[:2] for one in world.nodes[PeerId("h2")].span.steps]
         assert steps == [(at, min(chunk, len(prompt) - at)) for at in range(0, len(prompt), chunk)]
         assert trio.current_time() < len(steps) * 3 / 2  # one after another takes twice as long
-        context.close()
+        conversation.close()
 
 
 @pytest.mark.parametrize(("tokens", "hops", "steps"), [(512, 1, 2), (512, 2, 5), (512, 3, 7), (24, 2, 1)])
@@ -99,56 +108,63 @@ def test_no_step_of_a_prompt_is_empty_or_longer_than_allowed(tokens, hops):
 async def test_prompts_around_the_size_of_a_chunk_are_whole(extra, autojump_clock):
     async with swarm() as world:
         prompt = [index % 26 for index in range(PREFILL_TOKENS + extra)]
-        context = context_of(two_replicas(world), max_length=1000)
-        assert await continued(context, prompt, 2) == generated(prompt, 2, BLOCKS)
-        context.close()
+        conversation = conversation_of(two_replicas(world), max_length=1000)
+        assert await continued(conversation, prompt, 2) == generated(prompt, 2, BLOCKS)
+        conversation.close()
 
 
 async def test_other_tokens_keep_the_common_beginning_in_the_caches(autojump_clock):
     async with swarm() as world:
-        context = context_of(two_replicas(world))
+        conversation = conversation_of(two_replicas(world))
         for tokens in ([1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9], [1, 2], [1, 2], [7, 7, 7], [7, 7, 7, 8]):
-            assert await context.logits_after(tokens, best) == generated(tokens, 1, BLOCKS)[0]
-        assert context.ends.embedded == [5, 3, 1, 1, 3, 1]  # at least one is sent, to have an answer
+            assert await conversation.logits_after(tokens, best) == generated(tokens, 1, BLOCKS)[0]
+        assert conversation.local_model.embedded == [
+            5,
+            3,
+            1,
+            1,
+            3,
+            1,
+        ]  # at least one is sent, to have an answer
         steps = world.nodes[PeerId("b")].span.steps
         assert [one[:2] for one in steps] == [(0, 5), (3, 3), (1, 1), (1, 1), (0, 3), (3, 1)]
-        context.close()
+        conversation.close()
 
 
-async def test_a_context_that_was_closed_opens_a_new_session_when_it_is_used_again(autojump_clock):
+async def test_a_conversation_that_was_closed_opens_a_new_session_when_it_is_used_again(autojump_clock):
     async with swarm() as world:
-        context = context_of(two_replicas(world))
-        first = await continued(context, PROMPT, 1)
-        context.close()
+        conversation = conversation_of(two_replicas(world))
+        first = await continued(conversation, PROMPT, 1)
+        conversation.close()
         await trio.sleep(1)
         world.assert_idle()
-        assert await continued(context, PROMPT, 1) == first
-        assert context.trace.counts["opened"] == 2
-        assert context.recoveries == 0
-        context.close()
+        assert await continued(conversation, PROMPT, 1) == first
+        assert conversation.trace.counts["opened"] == 2
+        assert conversation.recoveries == 0
+        conversation.close()
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 2.5, 3.5])
 async def test_a_call_that_was_cancelled_does_not_spoil_the_next_one(seconds, autojump_clock):
     async with swarm() as world:
-        context = context_of(two_replicas(world, seconds=1), max_length=2000)
+        conversation = conversation_of(two_replicas(world, seconds=1), max_length=2000)
         long = [index % 26 for index in range(3 * PREFILL_TOKENS)]
         with trio.move_on_after(seconds) as scope:
-            await context.logits_after(long, best)
+            await conversation.logits_after(long, best)
         assert scope.cancelled_caught
         for tokens in (long[:700], PROMPT, long):
-            assert await context.logits_after(tokens, best) == generated(tokens, 1, BLOCKS)[0]
-        context.close()
+            assert await conversation.logits_after(tokens, best) == generated(tokens, 1, BLOCKS)[0]
+        conversation.close()
 
 
 @pytest.mark.parametrize("count", [0, 65])
 async def test_no_tokens_or_too_many_are_the_callers_mistake(count, autojump_clock):
     async with swarm() as world:
-        context = context_of(two_replicas(world))
+        conversation = conversation_of(two_replicas(world))
         with pytest.raises(ValueError, match=f"{count} tokens, 1 to 64 are allowed"):
-            await context.logits_after([1] * count, best)
-        assert await context.logits_after([1] * 64, best) == generated([1] * 64, 1, BLOCKS)[0]
-        context.close()
+            await conversation.logits_after([1] * count, best)
+        assert await conversation.logits_after([1] * 64, best) == generated([1] * 64, 1, BLOCKS)[0]
+        conversation.close()
 
 
 # Giving up.
@@ -158,27 +174,27 @@ async def test_without_any_chain_the_swarm_says_which_blocks_are_missing(autojum
     async with swarm() as world:
         two_replicas(world)
         world.out_of_sight = {PeerId("b"), PeerId("y")}
-        context = context_of(world, give_up_seconds=7.0)
+        conversation = conversation_of(world, give_up_seconds=7.0)
         with pytest.raises(NoChain, match="blocks 3:6"):
-            await context.logits_after(PROMPT, best)
+            await conversation.logits_after(PROMPT, best)
         assert trio.current_time() == pytest.approx(7.0)
 
 
 async def test_when_nobody_is_left_the_blocks_are_named_and_the_failure_of_the_last_hop(autojump_clock):
     async with swarm() as world:
         world.add("a", 0, 6)
-        context = context_of(world, give_up_seconds=20.0)
-        found = await continued(context, PROMPT, 1)
+        conversation = conversation_of(world, give_up_seconds=20.0)
+        found = await continued(conversation, PROMPT, 1)
         await world.kill("a")
         began = trio.current_time()
         with pytest.raises(NoChain, match="a cannot be reached") as none:
-            await continued(context, PROMPT + found, 1)
+            await continued(conversation, PROMPT + found, 1)
         assert none.value.missing == ((0, 6),)
         assert trio.current_time() - began == pytest.approx(20.0)
         world.revive("a")
-        found += await continued(context, PROMPT + found, 2)
+        found += await continued(conversation, PROMPT + found, 2)
         assert found == generated(PROMPT, 3, BLOCKS)
-        context.close()
+        conversation.close()
 
 
 @pytest.mark.parametrize(
@@ -191,9 +207,9 @@ async def test_what_a_session_could_not_mend_by_the_deadline_comes_out(failure, 
         raise failure
 
     async with swarm() as world:
-        context = context_of(world, open_chain=refuses, give_up_seconds=10.0)
+        conversation = conversation_of(world, open_chain=refuses, give_up_seconds=10.0)
         with pytest.raises(type(failure)):
-            await context.logits_after(PROMPT, best)
+            await conversation.logits_after(PROMPT, best)
         assert trio.current_time() == pytest.approx(10.0)
 
 
@@ -202,9 +218,9 @@ async def test_silence_until_the_end_is_a_slow_swarm(autojump_clock):
         await trio.sleep_forever()
 
     async with swarm() as world:
-        context = context_of(world, open_chain=never, give_up_seconds=30.0)
+        conversation = conversation_of(world, open_chain=never, give_up_seconds=30.0)
         with pytest.raises(SlowPeer, match=r"no answer within 30.0 s"):
-            await context.logits_after(PROMPT, best)
+            await conversation.logits_after(PROMPT, best)
         assert trio.current_time() == pytest.approx(30.0, abs=0.2)
 
 
@@ -214,24 +230,24 @@ async def test_our_own_bugs_are_not_taken_for_a_peers_fault(autojump_clock):
 
     async with swarm() as world:
         routes = two_replicas(world).routes()
-        context = context_of(world, routes)
+        conversation = conversation_of(world, routes)
         with pytest.raises(ZeroDivisionError):
-            await context.logits_after(PROMPT, bug)
+            await conversation.logits_after(PROMPT, bug)
         assert routes.blame.avoided(trio.current_time()) == frozenset()
-        assert await continued(context, PROMPT, 1) == generated(PROMPT, 1, BLOCKS)
-        context.close()
+        assert await continued(conversation, PROMPT, 1) == generated(PROMPT, 1, BLOCKS)
+        conversation.close()
 
 
 # The loop over it.
 
 
 async def tokens_of(world: World, *, stop=(), new: int = 8, end_tokens=(), close: bool = True):
-    context = context_of(two_replicas(world), ends=FakeEnds(end_tokens))
-    generation = Generation(context.ends, context, SamplingOptions(), stop, new)
+    conversation = conversation_of(two_replicas(world), local_model=FakeEmbedAndHead(end_tokens))
+    generation = Generation(conversation.local_model, conversation, SamplingOptions(), stop, new)
     found = [token async for token in generation.run(list(PROMPT), close=close)]
     if close:
-        assert context.session is None
-    context.close()
+        assert conversation.session is None
+    conversation.close()
     return found
 
 
@@ -239,7 +255,9 @@ async def test_a_generation_ends_after_so_many_tokens(autojump_clock):
     async with swarm() as world:
         found = await tokens_of(world)
         assert [token.id for token in found] == generated(PROMPT, 8, BLOCKS)
-        assert "".join(token.text for token in found) == FakeEnds().decode(generated(PROMPT, 8, BLOCKS))
+        assert "".join(token.text for token in found) == FakeEmbedAndHead().decode(
+            generated(PROMPT, 8, BLOCKS)
+        )
         assert [token.finish_reason for token in found] == [None] * 7 + ["length"]
 
 
@@ -249,12 +267,12 @@ async def test_a_generation_ends_at_the_models_end_token_whose_text_is_left_out(
     async with swarm() as world:
         found = await tokens_of(world, end_tokens={expected[end]})
         assert [token.id for token in found] == expected[: end + 1]
-        assert "".join(token.text for token in found) == FakeEnds().decode(expected[:end])
+        assert "".join(token.text for token in found) == FakeEmbedAndHead().decode(expected[:end])
         assert found[-1].finish_reason == "end"
 
 
 async def test_a_generation_ends_at_a_stop_string_which_is_left_out(autojump_clock):
-    text = FakeEnds().decode(generated(PROMPT, 8, BLOCKS))
+    text = FakeEmbedAndHead().decode(generated(PROMPT, 8, BLOCKS))
     async with swarm() as world:
         found = await tokens_of(world, stop=(text[3:5],))
         assert "".join(token.text for token in found) == text[: text.index(text[3:5])]
@@ -263,7 +281,7 @@ async def test_a_generation_ends_at_a_stop_string_which_is_left_out(autojump_clo
 
 
 async def test_what_is_held_back_for_a_stop_string_comes_with_the_last_token(autojump_clock):
-    text = FakeEnds().decode(generated(PROMPT, 8, BLOCKS))
+    text = FakeEmbedAndHead().decode(generated(PROMPT, 8, BLOCKS))
     async with swarm() as world:
         found = await tokens_of(world, stop=(text[-2:] + "!",))
         assert "".join(token.text for token in found) == text
@@ -273,11 +291,13 @@ async def test_what_is_held_back_for_a_stop_string_comes_with_the_last_token(aut
 
 async def test_a_generation_that_is_left_early_ends_its_session(autojump_clock):
     async with swarm() as world:
-        context = context_of(two_replicas(world))
-        tokens = Generation(context.ends, context, SamplingOptions(), (), 8).run(list(PROMPT), close=True)
+        conversation = conversation_of(two_replicas(world))
+        tokens = Generation(conversation.local_model, conversation, SamplingOptions(), (), 8).run(
+            list(PROMPT), close=True
+        )
         async for _ in tokens:
             break
         await tokens.aclose()
-        assert context.session is None
+        assert conversation.session is None
         await trio.sleep(1)
         world.assert_idle()

@@ -19,12 +19,12 @@ from node.model.embed_and_head import load_embed_and_head
 from node.runtime.compute_thread import ComputeThread, open_compute_thread
 from tensor_codec.errors import BadResult
 from tensor_codec.limits import Limits
-from tests.fakes_serving import HIDDEN, FakeCompute, FakeEnds, generated, some_hidden, swarm
+from tests.fakes_serving import HIDDEN, FakeCompute, FakeEmbedAndHead, generated, some_hidden, swarm
 
 torch.set_num_threads(1)
 
 
-class CountingEnds(FakeEnds):
+class CountingEnds(FakeEmbedAndHead):
     """Knows how many rows each call of its head had."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def best(logits: Tensor) -> int:
 
 
 def own_answer(index: int) -> int:
-    return best(FakeEnds().head(some_hidden(1, seed=index))[0, -1])
+    return best(FakeEmbedAndHead().head(some_hidden(1, seed=index))[0, -1])
 
 
 class Busy:
@@ -284,14 +284,14 @@ async def test_sixteen_generations_at_once_are_those_of_the_whole_model(autojump
             async def open_chain(*, max_length, **_):
                 return await world.open(chain, max_length=max_length)
 
-            context = Conversation(
-                ends=ends, compute=compute, heads=heads, open_chain=open_chain,
+            conversation = Conversation(
+                local_model=ends, compute=compute, heads=heads, open_chain=open_chain,
                 worked=lambda session: None, max_length=64, give_up_seconds=60.0,
             )  # fmt: skip
             tokens = list(prompts[index])
             for _ in range(new):
-                tokens.append(await context.logits_after(tokens, best))
-            context.close()
+                tokens.append(await conversation.logits_after(tokens, best))
+            conversation.close()
             found[index] = tokens[len(prompts[index]) :]
 
         async with trio.open_nursery() as nursery:

@@ -22,7 +22,7 @@ from node.config import NetworkConfig, NodeConfig
 from node.runtime.compute_thread import ComputeThread, open_compute_thread
 from routing.names import PeerId
 from tensor_codec.limits import Limits
-from tests.fakes_serving import World, context_of, continued, generated, swarm
+from tests.fakes_serving import World, continued, conversation_of, generated, swarm
 from tests.traced import PACKAGES, ROOT, Called, Tracer
 
 PAGE = ROOT / "docs" / "path-of-a-token.md"
@@ -158,7 +158,7 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
                 await trio.sleep(0.01)
             peers = peers or (json.loads(ready.read_text())["addresses"][0],)
         swarm = await stack.enter_async_context(client.connect(str(model), peers=peers))
-        swarm.ends.make_exact_argmax()  # else it may come up in the middle
+        swarm.local_model.make_exact_argmax()  # else it may come up in the middle
         computes.append(swarm._compute)
         for compute in computes:
             await compute.run(tracer.start)
@@ -371,13 +371,13 @@ async def test_what_the_page_says_of_trouble_is_what_is_called(case: str, autoju
         for start, names in ((0, "Aa"), (3, "Bb"), (6, "Cc")):
             for name in names:
                 world.add(name, start, start + 3, seconds=0.01)
-        context = context_of(world)
-        found = await continued(context, PROMPT, 8)
+        conversation = conversation_of(world)
+        found = await continued(conversation, PROMPT, 8)
         tracer.start()
         try:
             await EVENTS[case](world)
-            found += await continued(context, PROMPT + found, 8)
-            context.close()
+            found += await continued(conversation, PROMPT + found, 8)
+            conversation.close()
             await trio.testing.wait_all_tasks_blocked()
         finally:
             tracer.stop()

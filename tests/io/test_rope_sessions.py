@@ -10,11 +10,11 @@ from node.model.blocks.rope import LengthRope
 from routing.names import PeerId
 from tests.fakes_serving import (
     FakeCache,
-    FakeEnds,
+    FakeEmbedAndHead,
     FakeSpan,
     World,
     best,
-    context_of,
+    conversation_of,
     some_hidden,
     swarm,
 )
@@ -32,7 +32,7 @@ def prompt_of(count: int) -> list[int]:
 
 def generated(rope: LengthRope, prompt: list[int], count: int) -> list[int]:
     """As the library does it: the prompt in one step, then one token after the other."""
-    ends, tokens = FakeEnds(), list(prompt)
+    ends, tokens = FakeEmbedAndHead(), list(prompt)
     span = FakeSpan(0, BLOCKS)
     span.rope = rope
     cache, length = FakeCache(1, 100), 0
@@ -55,7 +55,7 @@ def world_of(world: World, rope: LengthRope) -> World:
 
 
 def asker(world: World, rope: LengthRope):
-    ends = FakeEnds()
+    ends = FakeEmbedAndHead()
     ends.rope = rope
     routes = world.routes()
 
@@ -64,15 +64,15 @@ def asker(world: World, rope: LengthRope):
             max_length=max_length, deadline=deadline, trace=trace, routes=routes, rope=rope
         )
 
-    return context_of(world, routes, ends=ends, open_chain=open_chain, max_length=100)
+    return conversation_of(world, routes, local_model=ends, open_chain=open_chain, max_length=100)
 
 
-async def continued(context, prompt: list[int], count: int, before=None) -> list[int]:
+async def continued(conversation, prompt: list[int], count: int, before=None) -> list[int]:
     tokens = list(prompt)
     for index in range(count):
         if before is not None:
             await before(index)
-        tokens.append(await context.logits_after(tokens, best, prompt=len(prompt)))
+        tokens.append(await conversation.logits_after(tokens, best, prompt=len(prompt)))
     return tokens[len(prompt) :]
 
 
@@ -80,13 +80,13 @@ async def continued(context, prompt: list[int], count: int, before=None) -> list
 @pytest.mark.parametrize("length", [10, 16, 60])
 async def test_a_generation_has_the_tokens_of_one_that_is_not_cut_into_steps(kind, length, autojump_clock):
     async with swarm() as world:
-        context = asker(world_of(world, ROPES[kind]), ROPES[kind])
-        assert await continued(context, prompt_of(length), 12) == generated(
+        conversation = asker(world_of(world, ROPES[kind]), ROPES[kind])
+        assert await continued(conversation, prompt_of(length), 12) == generated(
             ROPES[kind], prompt_of(length), 12
         )
         steps = world.nodes[PeerId("A")].span.steps
         assert length < 60 or steps[0][1] < length, "the prompt went in several steps"
-        context.close()
+        conversation.close()
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -95,7 +95,7 @@ async def test_a_generation_has_the_tokens_of_one_that_is_not_cut_into_steps(kin
 async def test_a_replay_gives_what_was_there_before(kind, victims, length, autojump_clock):
     # At 10 it crosses the trained length of 16 before the hops die, and what is replayed has both angles.
     async with swarm() as world:
-        context = asker(world_of(world, ROPES[kind]), ROPES[kind])
+        conversation = asker(world_of(world, ROPES[kind]), ROPES[kind])
 
         async def kill(index: int) -> None:
             if index == 9:
@@ -103,9 +103,9 @@ async def test_a_replay_gives_what_was_there_before(kind, victims, length, autoj
                     await world.kill(victim)
 
         prompt = prompt_of(length)
-        assert await continued(context, prompt, 12, kill) == generated(ROPES[kind], prompt, 12)
-        assert context.recoveries
-        context.close()
+        assert await continued(conversation, prompt, 12, kill) == generated(ROPES[kind], prompt, 12)
+        assert conversation.recoveries
+        conversation.close()
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -113,25 +113,27 @@ async def test_a_replay_that_the_client_carries_has_the_same_angles(kind, autoju
     async with swarm() as world:
         world_of(world, ROPES[kind])
         world.unreachable |= {(PeerId(a), PeerId(b)) for a in "Aa" for b in "Bb"}
-        context = asker(world, ROPES[kind])
+        conversation = asker(world, ROPES[kind])
 
         async def kill(index: int) -> None:
             if index == 9:
                 await world.kill("B")
 
-        assert await continued(context, prompt_of(60), 12, kill) == generated(ROPES[kind], prompt_of(60), 12)
-        context.close()
+        assert await continued(conversation, prompt_of(60), 12, kill) == generated(
+            ROPES[kind], prompt_of(60), 12
+        )
+        conversation.close()
 
 
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize("turns", [(5, 9), (5, 30), (30, 5), (20, 27)])
 async def test_a_second_turn_has_the_tokens_of_a_fresh_one_whatever_is_cached(kind, turns, autojump_clock):
     async with swarm() as world:
-        context = asker(world_of(world, ROPES[kind]), ROPES[kind])
+        conversation = asker(world_of(world, ROPES[kind]), ROPES[kind])
         for length in turns:
             prompt = prompt_of(length)
-            assert await continued(context, prompt, 6) == generated(ROPES[kind], prompt, 6)
-        context.close()
+            assert await continued(conversation, prompt, 6) == generated(ROPES[kind], prompt, 6)
+        conversation.close()
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -141,9 +143,9 @@ async def test_rows_of_several_sessions_keep_their_own_lengths(kind, autojump_cl
         found: dict[int, list[int]] = {}
 
         async def ask(length: int) -> None:
-            context = asker(world, ROPES[kind])
-            found[length] = await continued(context, prompt_of(length), 8)
-            context.close()
+            conversation = asker(world, ROPES[kind])
+            found[length] = await continued(conversation, prompt_of(length), 8)
+            conversation.close()
 
         async with trio.open_nursery() as nursery:
             for length in (4, 12, 40):

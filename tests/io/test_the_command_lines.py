@@ -240,7 +240,7 @@ class FakeSwarm:
         return SimpleNamespace(name="tiny", revision="r")
 
     @property
-    def ends(self) -> Any:
+    def local_model(self) -> Any:
         def template(history: list[dict[str, str]], **options: object) -> dict[str, list[int]]:
             return {"input_ids": [len(turn["content"]) for turn in history]}
 

@@ -18,7 +18,7 @@ import torch
 from routing.chains.search import NoChain
 from routing.view.view import holes
 from tensor_codec.errors import SlowPeer
-from tests.fakes_serving import FakeCache, FakeEnds, FakeSpan
+from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan
 from tests.sim import glue
 from tests.sim.faults import Happened
 from tests.sim.people import Call, Story, World
@@ -32,7 +32,7 @@ BASE_TASKS = 2  # of a node without sessions: the engine, the announcements
 
 def expected_tokens(prompt: Sequence[int], count: int, blocks: int) -> list[int]:
     """The greedy tokens of the whole model."""
-    ends, span = FakeEnds(), FakeSpan(0, blocks)
+    ends, span = FakeEmbedAndHead(), FakeSpan(0, blocks)
     cache, tokens = FakeCache(1, len(prompt) + count), list(prompt)
     new = tokens[:]
     for _ in range(count):

@@ -26,7 +26,7 @@ from routing.names import ModelId, PeerId, Revision
 from tensor_codec.errors import CacheFull, PeerFault, Refused, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import SESSION_PROTOCOL
-from tests.fakes_serving import HIDDEN, FakeArena, FakeEnds, FakeSpan
+from tests.fakes_serving import HIDDEN, FakeArena, FakeEmbedAndHead, FakeSpan
 
 MODEL, REVISION, DTYPE = ModelId("m"), Revision("r"), "float32"
 MAX_POSITION = 4096
@@ -131,7 +131,7 @@ def make_swarm(
     times: ClientTimes,
 ) -> Swarm:
     """A real client, with small integers for a model."""
-    ends: Any = FakeEnds()
+    ends: Any = FakeEmbedAndHead()
     config = ClientConfig(
         peers=("somewhere",),
         wait_seconds=times.wait,
@@ -140,7 +140,16 @@ def make_swarm(
         limits=limits,
     )
     info = ModelInfo(
-        MODEL, REVISION, "fake", blocks, HIDDEN, FakeEnds.vocabulary, MAX_POSITION, (1,) * blocks, 1, 1
+        MODEL,
+        REVISION,
+        "fake",
+        blocks,
+        HIDDEN,
+        FakeEmbedAndHead.vocabulary,
+        MAX_POSITION,
+        (1,) * blocks,
+        1,
+        1,
     )
     routes = ChainChooser(
         MODEL,
@@ -158,16 +167,18 @@ def make_swarm(
 
 @asynccontextmanager
 async def tokens_of(
-    swarm: Swarm, context: Conversation, prompt: tuple[int, ...], new_tokens: int
+    swarm: Swarm, conversation: Conversation, prompt: tuple[int, ...], new_tokens: int
 ) -> AsyncGenerator[AsyncGenerator[Any, None], None]:
     """The tokens of one generation, one by one."""
-    async with aclosing(swarm.generate(list(prompt), max_new_tokens=new_tokens, context=context)) as tokens:
+    async with aclosing(
+        swarm.generate(list(prompt), max_new_tokens=new_tokens, conversation=conversation)
+    ) as tokens:
         yield tokens
 
 
-def hops_of(context: Conversation) -> list[PeerId]:
-    """The peers of the chain that a context uses now."""
-    return [hop.peer for hop in context.session.chain.hops] if context.session is not None else []
+def hops_of(conversation: Conversation) -> list[PeerId]:
+    """The peers of the chain that a conversation uses now."""
+    return [hop.peer for hop in conversation.session.chain.hops] if conversation.session is not None else []
 
 
 def names_its_cause(error: Exception) -> bool:

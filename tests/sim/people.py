@@ -335,7 +335,7 @@ class Client:
         self.vanished = False
         self.directory = Directory(self.peer, world.network)
         self.stories: list[Story] = []
-        self.contexts: list[Conversation] = []
+        self.conversations: list[Conversation] = []
         self.progress = 0
         self.moved = trio.Event()
         self.finished = False
@@ -388,19 +388,19 @@ class Client:
     async def _job(self, job: Job) -> None:
         await trio.sleep(job.at)
         longest = max(len(job.prompt), len(job.again)) + job.new_tokens
-        context = self.swarm.conversation(longest)
-        self.contexts.append(context)
+        conversation = self.swarm.conversation(longest)
+        self.conversations.append(conversation)
         try:
             with trio.move_on_after(math.inf if job.patience is None else job.patience):
                 for prompt in filter(None, (job.prompt, job.again)):
-                    await self._generate(context, prompt, job.new_tokens)
+                    await self._generate(conversation, prompt, job.new_tokens)
         finally:
-            context.close()
+            conversation.close()
 
-    async def _generate(self, context: Conversation, prompt: tuple[int, ...], new_tokens: int) -> None:
+    async def _generate(self, conversation: Conversation, prompt: tuple[int, ...], new_tokens: int) -> None:
         story = Story(self.plan, prompt, new_tokens)
         self.stories.append(story)
-        async with glue.tokens_of(self.swarm, context, prompt, new_tokens) as tokens:
+        async with glue.tokens_of(self.swarm, conversation, prompt, new_tokens) as tokens:
             while not story.done:
                 call = Call(self.plan.name, trio.current_time(), math.inf)
                 story.calls.append(call)

@@ -40,7 +40,7 @@ class NodePlan:
 class Job:
     """One generation.  patience: the client leaves after so many seconds, None: it stays to the end.
 
-    again: the prompt of a second turn in the same context, which shares a beginning with the first.
+    again: the prompt of a second turn in the same conversation, which shares a beginning with the first.
     """
 
     at: float

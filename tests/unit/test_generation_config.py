@@ -322,7 +322,9 @@ def swarm_of(defaults: GenerationDefaults) -> Swarm:
     swarm = object.__new__(Swarm)
     swarm.config = ClientConfig(peers=())
     swarm.info = SimpleNamespace(vocab_size=VOCABULARY, name="M", max_position=60)
-    swarm.ends = SimpleNamespace(tokenizer=lambda text: {"input_ids": [ord(char) % 40 for char in text]})
+    swarm.local_model = SimpleNamespace(
+        tokenizer=lambda text: {"input_ids": [ord(char) % 40 for char in text]}
+    )
     swarm.generation_defaults = defaults
     swarm.routes = SimpleNamespace(constraints=None)
     swarm._directory = SimpleNamespace(last_view=SimpleNamespace(spans=lambda revision, blocks: []))
@@ -335,7 +337,9 @@ def test_a_call_is_checked_when_it_is_made_and_its_settings_can_be_asked_for(tmp
     assert swarm.settings("ab").options.temperature == 0.6
     assert swarm.settings("ab", generation_config=False).options.best_only
     assert swarm.settings("ab", generation_config={"top_k": 3, "do_sample": True}).options.top_k == 3
-    assert swarm.settings(torch.tensor([[1, 2]]), context=SimpleNamespace(max_length=9)).max_new_tokens == 7
+    assert (
+        swarm.settings(torch.tensor([[1, 2]]), conversation=SimpleNamespace(max_length=9)).max_new_tokens == 7
+    )
     for wrong in (
         {"temperature": -1},
         {"seed": 1.5},
@@ -345,7 +349,7 @@ def test_a_call_is_checked_when_it_is_made_and_its_settings_can_be_asked_for(tmp
     ):
         with pytest.raises(ValueError, match=" is "):
             swarm.generate("ab", **wrong)
-    for too_long in ({"max_new_tokens": 10**6}, {"context": SimpleNamespace(max_length=1)}):
+    for too_long in ({"max_new_tokens": 10**6}, {"conversation": SimpleNamespace(max_length=1)}):
         with pytest.raises(ValueError, match="positions"):
             swarm.generate("ab", **too_long)
     for prompt in ("", [], [40], "\udc80", 3.5, None):

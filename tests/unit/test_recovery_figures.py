@@ -54,8 +54,8 @@ def test_the_trace_tells_what_came_behind_the_strike():
         SimpleNamespace(at=6.0, kind="recovered", data={"seconds": 0.4, "replay_seconds": 0.1}),
         SimpleNamespace(at=7.0, kind="recovered", data={"seconds": 0.2, "replay_seconds": 0.1}),
     ]
-    context = SimpleNamespace(trace=SimpleNamespace(events=events))
-    figures = trace_figures(context, 5.0)
+    conversation = SimpleNamespace(trace=SimpleNamespace(events=events))
+    figures = trace_figures(conversation, 5.0)
     assert figures == {"detect_s": 0.5, "replay_s": 0.2, "recovered_s": pytest.approx(0.6)}
     assert set(trace_figures(SimpleNamespace(), 5.0).values()) == {None}
 
