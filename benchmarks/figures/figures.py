@@ -25,7 +25,7 @@ from benchmarks.lib.machine import Elsewhere, machine
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "figures"
 SERVERS = (1, 2, 3)
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/compared-with-petals.md")
 Figures = dict[str, Any]  # Any: JSON, by the file's name
 
 

@@ -1,10 +1,12 @@
-"""Clients that are killed with kill -9: what is left of them at the servers.  A part of `benchmarks recovery`.
+"""Clients that are killed with kill -9: what is left of them at the servers.
 
-Every client is a process of its own, forked from one that has everything imported.  It sends a long
-prompt; half of the clients are killed while it is being computed, half in the midst of decoding, some at
-a time.  Afterwards descriptors are counted until they are back where they were.  When the promised
-seconds are over, and one more generation has shown that all servers are alive, these are asked to leave:
-each then says how many sessions it has open, and in its last record how much of its cache is free.
+A part of `benchmarks recovery`.
+
+Every client is a process of its own, forked from a process with all imports done.  It sends a long prompt;
+half of the clients are killed during the prompt, half during decoding, some at a time.  Afterwards
+descriptors are counted until they are back at their first number.  After the promised seconds one more
+generation shows that all servers are alive, and the servers are asked to leave: each then says how many
+sessions it has open, and its last record says how much of its cache is free.
 """
 
 from __future__ import annotations

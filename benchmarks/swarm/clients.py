@@ -1,8 +1,10 @@
-"""Clients of a simulated swarm: each chooses its chains by itself, step by step.  A part of `benchmarks swarm`.
+"""Clients of a simulated swarm: each chooses its chains by itself, step by step.
 
-The servers stand as placement left them.  Sessions come by chance, so many that they ask for a given share
-of the capacity, and each makes one token after the other along its chain.  A server computes one step
-at a time in the order in which they come, and every hop costs half a round trip.  Real servers compute
+A part of `benchmarks swarm`.
+
+The servers stand as placement left them.  Sessions begin at random times, and their number asks for a
+given share of the capacity.  A session makes one token after the other along its chain.  A server computes
+one step at a time in the order of arrival, and every hop costs half a round trip.  Real servers compute
 steps that wait together in one batch; here they do not, so waits are longer than theirs.  Prompts are not
 simulated, replays are.
 

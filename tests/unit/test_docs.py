@@ -36,6 +36,8 @@ from tensor_codec.messages.fields import FAULTS
 from tests.markdown import ROOT, in_one_line, section, table, words
 
 README = ROOT / "README.md"
+SWARM_PAGE = ROOT / "docs" / "your-own-swarm.md"
+PYTHON_PAGE = ROOT / "docs" / "using-from-python.md"
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 PEER = "/ip4/10.0.0.5/tcp/31330/p2p/12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M"
 
@@ -179,7 +181,7 @@ def test_every_flag_of_a_node_and_a_client_is_in_the_manual():
 
 
 def test_the_table_of_commands_gives_each_the_flags_that_it_has():
-    for usage, what in table(README.read_text(), "| command | what it does |"):
+    for usage, what in table(SWARM_PAGE.read_text(), "| command | what it does |"):
         module, *rest = shlex.split(usage.removeprefix("python -m "))
         command = rest[0] if rest and re.fullmatch("[a-z-]+", rest[0]) else ""
         assert command in PROGRAMS[module]
@@ -198,11 +200,15 @@ def test_every_make_target_in_the_manual_exists(path):
 # Python
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+SNIPPETS = [
+    snippet
+    for page in (README, PYTHON_PAGE)
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+]
 
 
-def test_the_readme_has_snippets():
-    assert len(SNIPPETS) >= 3
+def test_the_documents_have_snippets():
+    assert len(SNIPPETS) >= 5
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -259,11 +265,12 @@ def test_the_table_of_error_codes_is_the_code_s():
     assert {row[0]: row[2] for row in rows} == {code: kind.__name__ for code, kind in codes.items()}
 
 
-def test_the_readme_lists_the_supported_architectures():
-    text = README.read_text()
+def test_the_supported_architectures_are_listed():
+    text = (ROOT / "docs" / "requirements.md").read_text()
     listed = text[text.index("models of these types:") :].partition(":")[2].partition(".")[0]
     assert {name.strip() for name in listed.split(",")} == set(ARCHITECTURES)
     assert f"{len(ARCHITECTURES)} architectures" in text
+    assert f"{len(ARCHITECTURES)} architectures" in (ROOT / "docs" / "compared-with-petals.md").read_text()
 
 
 def test_the_fields_of_constraints_and_their_flags_are_the_code_s():
@@ -272,28 +279,42 @@ def test_the_fields_of_constraints_and_their_flags_are_the_code_s():
     assert {name for row in rows for name in words(row[1])} == names
     given = flags_in(" ".join(row[0] for row in rows))
     assert given <= flags_in(help_of("client", "generate")) & flags_in(help_of("client", "chat"))
-    listed = re.search(r"The fields are (.*?); on the command line (.*?)\. `", in_one_line("README.md"))
+    listed = re.search(
+        r"The fields are (.*?); on the command line (.*?)\. `", in_one_line("docs/using-from-python.md")
+    )
     assert listed
     assert set(re.findall(r"`(\w+)`", listed[1])) == names
     assert flags_in(listed[2]) == given
 
 
-def test_what_the_readme_says_of_a_swarm_is_there():
-    text = README.read_text()
+def test_the_calls_of_a_swarm_in_the_documents_exist():
+    text = README.read_text() + PYTHON_PAGE.read_text()
     for name in set(re.findall(r"`?swarm\.(\w+)\(", text)):
         assert callable(getattr(Swarm, name)), name
     for name in re.findall(r"`client\.(\w+)", text):
         assert hasattr(client, name) or (ROOT / "client" / f"{name}.py").exists(), name
 
 
-def test_the_readme_s_map_of_the_project_is_so():
-    shown = section(README.read_text(), "## Where things are")
-    for name in re.findall(r"^ {4,6}([\w/]+/|\w+\.py) ", shown, re.MULTILINE):
-        assert (ROOT / name).exists() or (ROOT / "node" / name).exists(), name
+def test_the_map_of_the_project_is_that_of_the_tree():
+    shown = section((ROOT / "docs" / "README.md").read_text(), "### Where things are")
+    folder, listed = "", set()
+    for indent, name in re.findall(r"^ {4}( {0,2})([\w/]+/|\w+\.py) ", shown, re.MULTILINE):
+        folder = folder if indent else name
+        assert (ROOT / folder / name if indent else ROOT / name).exists(), name
+        listed.add(f"{folder}{name}" if indent else name)
+    for package in ("routing", "node", "client"):
+        inside = {f"{package}/{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+        assert inside <= listed
 
 
-def test_the_readme_has_every_option_of_generate_and_no_other():
-    text = README.read_text()
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        assert path.name == "README.md" or f"]({path.relative_to(ROOT / 'docs')})" in index, path.name
+
+
+def test_the_page_on_python_has_every_option_of_generate_and_no_other():
+    text = PYTHON_PAGE.read_text()
     begin = text.index("| options of `generate` |")
     listed = set(re.findall(r"`([a-z]\w+)`", text[begin : text.index("\n\n", begin)]))
     parameters = inspect.signature(Swarm.generate).parameters
@@ -301,13 +322,11 @@ def test_the_readme_has_every_option_of_generate_and_no_other():
     taken |= set(Sampling.__annotations__)
     assert listed - taken <= {"generate"}
     for option in taken - listed:
-        assert re.search(rf"`{option}`|\b{option}=", text), f"{option} is not in README.md"
+        assert re.search(rf"`{option}`|\b{option}=", text), f"{option} is not in {PYTHON_PAGE.name}"
 
 
-def test_the_view_of_a_swarm_in_the_readme_has_the_columns_and_the_words_of_status():
-    shown = (
-        section(README.read_text(), "## Your own swarm").split("```text\n")[-1].split("```")[0].splitlines()
-    )
+def test_the_view_of_a_swarm_in_the_manual_has_the_columns_and_the_words_of_status():
+    shown = SWARM_PAGE.read_text().split("```text\n")[-1].split("```")[0].splitlines()
     code = (ROOT / "node" / "monitor" / "status.py").read_text()
     columns = [
         name for line in re.findall(r"for column in \((.*?)\):", code) for name in ast.literal_eval(line)
