@@ -59,6 +59,9 @@ class Limits:
     max_steps_in_flight: int = 8  # chunks of one prefill on their way through a hop
     max_waiting_steps: int = 256  # waiting for compute, of all peers
     max_waiting_steps_per_peer: int = 64
+    step_wait_seconds: float = (
+        120.0  # for compute, before a step begins: our clients wait no longer by default
+    )
     session_first_step_seconds: float = 10.0
     session_idle_seconds: float = 60.0
     session_life_seconds: float = 1800.0

@@ -7,7 +7,7 @@ side of something its input lies: a right gradient proves that each block ran on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from client.forward_backward import ForwardBackward
 from client.session.avoided_peers import AvoidedPeers
+from node.model.blocks.forward_backward import finish
 from node.serving.executor.engine import Answer
 from node.serving.forward_backward import ForwardBackwardListener
 from node.serving.sessions.listener import Served
@@ -101,9 +102,8 @@ class ToyEngine:
         peer: str,
         rows: int,
         tokens: int,
-        start: int,
-        stop: int,
-        work: Callable[[ToySpan], Buffer],
+        parts: Sequence[tuple[int, int]],
+        work: Callable[[ToySpan], Generator[None, None, Buffer]],
     ) -> Answer:
         """As `node.serving.forward_backward.StatelessEngine` says."""
         if self.waiting >= self.most:
@@ -112,7 +112,7 @@ class ToyEngine:
         self.waiting += 1
         self.most_waiting = max(self.waiting, self.most_waiting)
         try:
-            body = await self.compute.run(work, self.span)
+            body = await self.compute.run(finish, work(self.span))
         finally:
             self.waiting -= 1
         return Answer(body, int(self.compute.seconds * 1e6))
@@ -246,7 +246,7 @@ class ToySwarm:
             if node.alive:
                 assert node.handlers == []
                 assert node.engine.waiting == 0
-                assert node.listener.stream_count == 0
+                assert len(node.listener._streams) == 0
                 assert node.listener._by_peer == {}
 
 

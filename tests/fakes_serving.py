@@ -377,7 +377,7 @@ class FakeNode:
         """Nothing lingers: no session, promised token, waiting step, handler, link or stream."""
         assert self.listener.session_count == 0
         assert self.budget.free_tokens == self.budget.tokens
-        assert self.listener.engine.queue_length == 0
+        assert self.listener.engine.batcher.waiting == 0
         assert self.handlers == []
         assert self.listener._links._links == {}
         assert [stream.protocol for stream in self.streams if not stream.closed] == []

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from node.model.blocks.forward_backward import backward, forward
+from node.model.blocks.forward_backward import backward_in_parts, forward_in_parts
+from node.model.blocks.parts import backward_parts, forward_parts
 from node.model.blocks.span import Span
 from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite
@@ -65,12 +66,17 @@ class StatelessEngine(Protocol):
     """What computes requests: `node.serving.executor.engine.Engine`."""
 
     async def stateless(
-        self, peer: str, rows: int, tokens: int, start: int, stop: int, work: Callable[[Span], Buffer]
+        self,
+        peer: str,
+        rows: int,
+        tokens: int,
+        parts: Sequence[tuple[int, int]],
+        work: Callable[[Span], Generator[None, None, Buffer]],
     ) -> Answer:
-        """Run `work` in the torch thread when it is this request's turn.
+        """Run `work` in the torch thread, one part at each `next`, when the request's parts are due.
 
-        rows, tokens, start, stop: what it costs.  A caller that is cancelled gets control back at
-        once, and work that has not begun is not begun.
+        rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  A caller
+        that is cancelled gets control back at once, and no further part is begun.
         Raises TooManyStreams (nothing was done), and what `work` raises.
         """
 
@@ -82,15 +88,25 @@ class Work:
     request: Forward | Backward
     contract: Contract
 
-    def __call__(self, span: Span) -> Buffer:
-        """Raises BadResult (what came in is not finite; nothing was done), NotFinite."""
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """The blocks [start, stop) of each part, in order."""
+        contract = self.contract
+        parts = backward_parts if isinstance(self.request, Backward) else forward_parts
+        return parts(contract.batch * contract.max_length, contract.start, contract.stop)
+
+    def __call__(self, span: Span) -> Generator[None, None, Buffer]:
+        """A part at each `next`; the return value is the encoded answer.
+
+        Raises BadResult (an input is not finite; nothing was done), NotFinite.
+        """
         request, contract = self.request, self.contract
         hidden = decode_hidden(request.hidden, contract)
         if isinstance(request, Backward):
             grad = decode_hidden(request.grad, contract)
-            answer = backward(span, hidden, grad, contract.start, contract.stop)
+            answer = yield from backward_in_parts(span, hidden, grad, contract.start, contract.stop)
         else:
-            answer = forward(span, hidden, contract.start, contract.stop)
+            answer = yield from forward_in_parts(span, hidden, contract.start, contract.stop)
         try:
             return encode_hidden(answer, contract.codec)
         except BadResult as bad:
@@ -113,11 +129,6 @@ class ForwardBackwardListener:
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
     _quiet: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def stream_count(self) -> int:
-        """Streams that are open, idle ones among them."""
-        return len(self._streams)
 
     async def serve(self, stream: PeekStream) -> None:
         """Answer request after request until the client ends the stream.  Raises PeerFault."""
@@ -246,7 +257,7 @@ class ForwardBackwardListener:
             nursery.start_soon(watch)
             try:
                 answer = await self.engine.stateless(
-                    stream.peer, contract.batch, contract.max_length, contract.start, contract.stop, work
+                    stream.peer, contract.batch, contract.max_length, work.parts, work
                 )
             except (PeerFault, Refused) as error:
                 fault = error

@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 
 from node.config import ConfigError
+from node.model.blocks.parts import PART_POSITIONS
 from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo, memory_needed
+from node.serving.executor.batcher import CHUNK_POSITIONS
 from tensor_codec.limits import MIB, Limits
 
 MEMORY_SHARE = 0.8  # of what is free now; the rest is for others
@@ -22,11 +24,7 @@ MAX_CACHE_TOKENS = 65_536  # or as many as make a peer's share as long as the mo
 USUAL = Limits()
 DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
 
-CHUNK_POSITIONS = 256  # of a prefill, computed at once (Batcher.chunk_tokens)
-TRAINED_POSITIONS = (
-    4096  # positions times blocks whose activations `backward` holds (node/model/blocks/forward_backward.py)
-)
-TRAINED_VALUES = 16  # numbers that it holds for each position and block, as multiples of the hidden size
+TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block of a part, in hidden sizes
 MIN_HEAD_DIM = 64  # of the models that matter here; more heads than this gives have more scores
 OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's waste
 
@@ -120,7 +118,7 @@ def workspace_bytes(
     scores = CHUNK_POSITIONS * longest * heads * 4
     copied = cache_tokens * info.kv_bytes_per_token_per_block(activations or dtype)
     chunk = int(CHUNK_POSITIONS * outputs * item) + scores + copied
-    training = int(max(TRAINED_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
+    training = int(max(PART_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
     row = min(step_tokens, info.max_position)
     if row > USUAL.max_step_tokens:
         training += row * row * heads * 4

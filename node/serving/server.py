@@ -125,7 +125,7 @@ class Server:
             engine = served_span.listener.engine
             idle = idle + 1 if engine.rates.relax() else 0
             if idle % LOOK_ROUNDS == 1:
-                await engine.look_again()
+                await engine.measure_again()
             async with self._saying:
                 if served_span is not self.dispatch.served_span or self._said is None:
                     continue

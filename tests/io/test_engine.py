@@ -51,8 +51,9 @@ class One:
 
 @asynccontextmanager
 async def running(limits: Limits | None = None, seconds: float = 1.0):
+    """An engine whose batches take `seconds` each, on trio's clock."""
     span = FakeSpan(0, 4)
-    engine = Engine(span, FakeCompute(seconds), Rates(1.0, 1.0), limits or Limits())
+    engine = Engine(span, FakeCompute(seconds), Rates(1.0, 1.0), limits, clock=trio.current_time)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
         yield engine
@@ -87,7 +88,7 @@ async def test_decode_steps_of_all_sessions_run_as_one_batch_whatever_blocks_the
         for _ in range(3):
             began = trio.current_time()
             answers = await all_at_once(ones)
-            assert trio.current_time() - began <= 2.0  # and the turn that finds nothing left
+            assert trio.current_time() - began == 1.0  # one batch, and no look for another one after it
             for index, one in enumerate(ones):
                 one.check(answers[index])
 
@@ -164,26 +165,119 @@ async def test_a_cancelled_step_leaves_no_trace_in_the_queue_and_is_not_begun(au
             with trio.move_on_after(0.1) as patience:
                 await second.step()
             assert patience.cancelled_caught
-            assert engine.queue_length == 1
-        assert engine.queue_length == 0
+            assert engine.batcher.waiting == 1
+        assert engine.batcher.waiting == 0
         assert engine._works == {}
         assert sum(tokens for _, tokens, *_ in engine.span.steps) == 200
         second.check(await second.step())
 
 
-async def test_stateless_work_has_its_turn_and_its_faults_are_its_own(autojump_clock):
+async def test_stateless_work_is_answered_and_its_faults_are_its_own(autojump_clock):
     async with running() as engine:
-        answer = await engine.stateless("a", 2, 3, 0, 4, lambda span: bytes([span.stop]))
-        assert bytes(answer.body) == b"\x04"
 
-        def bad(span: object) -> bytes:
+        def good(span: FakeSpan):
+            yield
+            return bytes([span.stop])
+
+        def bad(span: FakeSpan):
+            yield
             raise BadResult("no")
 
+        answer = await engine.stateless("a", 2, 3, [(0, 2), (2, 4)], good)
+        assert bytes(answer.body) == b"\x04"
         with pytest.raises(BadResult, match="no"):
-            await engine.stateless("a", 2, 3, 0, 4, bad)
+            await engine.stateless("a", 2, 3, [(0, 2), (2, 4)], bad)
         one = One(engine, "a", 0)
         one.check(await one.step(2))
-        assert engine.queue_length == 0
+        assert engine.batcher.waiting == 0
+
+
+class Parts:
+    """Requests of six parts; what ran, in order."""
+
+    PARTS = ((0, 1), (1, 2), (2, 3), (3, 4), (2, 3), (1, 2))
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.ran: list[str] = []
+
+    async def request(self, name: str) -> None:
+        def work(span: FakeSpan):
+            for _ in self.PARTS[1:]:
+                self.ran.append(name)
+                yield
+            self.ran.append(name)
+            return b""
+
+        await self.engine.stateless(name, 1, 1, self.PARTS, work)
+
+    async def decode(self, one: One, steps: int) -> list[float]:
+        """Steps one after the other; how long each of them took."""
+        seconds = []
+        for _ in range(steps):
+            began = trio.current_time()
+            one.check(await one.step())
+            self.ran.append("decode")
+            seconds.append(trio.current_time() - began)
+        return seconds
+
+
+async def test_decode_steps_run_between_the_parts_of_a_backward_and_wait_for_one_part_at_most(autojump_clock):
+    async with running() as engine:
+        parts, one = Parts(engine), One(engine, "honest", 0)
+        await one.step(2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts.request, "trainer")
+            await trio.sleep(0.5)
+            seconds = await parts.decode(one, 4)
+        assert max(seconds) <= 2.0  # a part, and the step itself
+        last_decode = max(i for i, name in enumerate(parts.ran) if name == "decode")
+        assert parts.ran.count("trainer") == len(Parts.PARTS)
+        assert parts.ran[last_decode + 1 :]  # the request was still under way
+
+
+async def test_a_request_that_has_begun_ends_before_another_one_begins(autojump_clock):
+    async with running() as engine:
+        parts = Parts(engine)
+        async with trio.open_nursery() as nursery:
+            for name in ("one", "two", "three"):
+                nursery.start_soon(parts.request, name)
+        orders = [name for name, before in zip(parts.ran, ["", *parts.ran], strict=False) if name != before]
+        assert sorted(orders) == ["one", "three", "two"]
+        assert len(parts.ran) == 3 * len(Parts.PARTS)
+
+
+async def test_no_further_part_of_a_cancelled_request_runs(autojump_clock):
+    async with running() as engine:
+        parts = Parts(engine)
+        with trio.move_on_after(2.5):
+            await parts.request("gone")
+        ran = len(parts.ran)
+        await trio.sleep(20)
+        assert 0 < len(parts.ran) <= ran + 1 < len(Parts.PARTS)
+        assert engine.batcher.waiting == 0
+        await parts.request("another")
+        assert parts.ran[-len(Parts.PARTS) :] == ["another"] * len(Parts.PARTS)
+
+
+async def test_a_step_that_waited_too_long_is_refused_and_never_begun(autojump_clock):
+    async with running(Limits(step_wait_seconds=2.5), seconds=3.0) as engine:
+        first, late = One(engine, "a", 0), One(engine, "b", 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first.step, 2)
+            await trio.sleep(0.1)
+            with pytest.raises(TooManyStreams, match=r"waited 2\.5 s") as refusal:
+                await late.step()
+        assert refusal.value.retry_after_seconds is not None
+        assert late.cache.length == 0
+        assert [tokens for _, tokens, *_ in engine.span.steps] == [2]
+        assert engine.batcher.waiting == 0
+
+
+async def test_a_step_that_has_begun_goes_on_after_its_time_to_begin(autojump_clock):
+    async with running(Limits(step_wait_seconds=2.5), seconds=2.0) as engine:
+        long = One(engine, "a", 0)
+        long.check(await long.step(1000))  # four chunks of two seconds each
 
 
 async def test_a_queue_that_is_full_refuses_and_what_was_queued_is_answered(autojump_clock):

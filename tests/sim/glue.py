@@ -72,7 +72,7 @@ def left_over(listener: Listener) -> list[str]:
     counts = {
         "sessions": listener.session_count,
         "tokens of pages": budget.tokens // budget.page_tokens * budget.page_tokens - budget.free_tokens,
-        "waiting steps": listener.engine.queue_length,
+        "waiting steps": listener.engine.batcher.waiting,
         "links": len(listener._links._links),
         "session ids": len(listener._places),
         "tokens of journals": listener._journals.held,

@@ -291,7 +291,7 @@ class Node:
             seconds_per_block=listener.engine.rates.decode_seconds_per_block,
             prefill_seconds_per_token=listener.engine.rates.prefill_seconds_per_block_token,
             cache_tokens=listener.budget.free_tokens,
-            queue=listener.engine.queue_length,
+            queue=listener.engine.batcher.waiting,
             rtt=rtt,
             ttl_seconds=self.world.limits.record_ttl_seconds,
         )

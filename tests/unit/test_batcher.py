@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from node.serving.executor.batch_cost import Cost
-from node.serving.executor.batcher import MAX_PASSED_OVER, Batch, Batcher, Job, Kind, Piece, segments
+from node.serving.executor.batcher import MAX_PASSED_OVER, Batcher, BatchPolicy
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
 from tensor_codec.errors import LocalProtocolError, TooManyStreams
 from tensor_codec.limits import Limits
 
@@ -28,7 +29,8 @@ NO_LIMIT = Limits(max_waiting_steps=10_000, max_waiting_steps_per_peer=10_000)
 
 
 def batcher_of(limits: Limits = NO_LIMIT, **tunables: float) -> Batcher:
-    return Batcher(DECODE_SECONDS_PER_BLOCK, SECONDS_PER_BLOCK_TOKEN, limits, **tunables)  # type: ignore[arg-type]
+    policy = BatchPolicy(**tunables)  # type: ignore[arg-type]
+    return Batcher(DECODE_SECONDS_PER_BLOCK, SECONDS_PER_BLOCK_TOKEN, limits, policy)
 
 
 numbers = itertools.count()
@@ -41,8 +43,9 @@ def job(
     rows: int = 1,
     blocks: tuple[int, int] = (0, BLOCKS),
     deadline: float = math.inf,
+    parts: tuple[tuple[int, int], ...] = (),
 ) -> Job:
-    return Job(next(numbers), peer, kind, rows, tokens, *blocks, deadline)
+    return Job(next(numbers), peer, kind, rows, tokens, *blocks, deadline, parts)
 
 
 def submit(batcher: Batcher, *jobs: Job, now: float = 0.0) -> None:
@@ -112,26 +115,26 @@ def test_segments_give_every_piece_each_of_its_blocks_once_and_in_order(spans: l
 
 
 def test_one_peer_alone_gets_batches_as_large_as_the_rows_allow():
-    batcher = batcher_of(most_rows=10)
+    batcher = batcher_of(max_rows=10)
     submit(batcher, *(job(rows=2) for _ in range(8)))
     assert [len(run(batcher)), len(run(batcher))] == [5, 3]
 
 
-def test_a_sessions_rows_are_never_split_and_a_job_of_more_than_most_rows_runs_alone():
-    batcher = batcher_of(most_rows=8)
+def test_a_sessions_rows_are_never_split_and_a_job_of_more_than_max_rows_runs_alone():
+    batcher = batcher_of(max_rows=8)
     jobs = [job(rows=6), job(rows=20), job(rows=1)]
     submit(batcher, *jobs)
     assert [[piece.job for piece in run(batcher)] for _ in jobs] == [[each] for each in jobs]
 
 
 def test_every_peers_first_step_is_in_the_next_batch_and_who_did_not_fit_comes_first_then():
-    batcher = batcher_of(most_rows=3)
+    batcher = batcher_of(max_rows=3)
     submit(batcher, *(job(peer) for peer in "aaabbcdd"))
     assert [peers_of(run(batcher)) for _ in range(3)] == [["a", "b", "c"], ["d", "a", "b"], ["d", "a"]]
 
 
 def test_a_step_that_does_not_fit_is_not_overtaken_by_later_ones_of_its_peer():
-    batcher = batcher_of(most_rows=8, joint_slowdown=100.0, absent_slowdown=100.0)
+    batcher = batcher_of(max_rows=8, joint_slowdown=100.0, absent_slowdown=100.0)
     submit(batcher, job("a", rows=5), job("b", rows=6), job("b", rows=1), job("c", rows=1))
     assert peers_of(run(batcher)) == ["a", "c"]
     assert peers_of(run(batcher)) == ["b", "b"]
@@ -149,7 +152,7 @@ def test_while_others_are_active_further_steps_join_only_while_the_batch_stays_s
     assert Counter(peers_of(run(batcher))) == {"flood": 1, "honest": 1}  # 8 + 2 * 3 ms <= 1.5 * 11 ms
     # The honest one will be back: what it may have to wait for is as short as can be.
     assert Counter(peers_of(run(batcher))) == {"flood": 1}  # 8 + 2 * 3 ms > 1.25 * 11 ms
-    away = batcher.recently_active_seconds + 0.1
+    away = batcher.policy.recently_active_seconds + 0.1
     assert Counter(peers_of(run(batcher, now=away))) == {"flood": 30}  # alone again
 
 
@@ -163,7 +166,7 @@ def test_where_rows_cost_next_to_nothing_batches_stay_large_beside_others():
 
 
 def test_a_prefill_runs_in_chunks_in_order():
-    batcher = batcher_of(chunk_tokens=10)
+    batcher = batcher_of(chunk_positions=10)
     long, wide = job(kind=PREFILL, tokens=25), job(kind=PREFILL, rows=4, tokens=5)
     submit(batcher, long, wide)
     assert [run(batcher)[0] for _ in range(3)] == [
@@ -178,7 +181,7 @@ def test_a_prefill_runs_in_chunks_in_order():
 
 
 def test_short_prefills_of_a_peer_share_a_turn_of_one_chunk():
-    batcher = batcher_of(chunk_tokens=10)
+    batcher = batcher_of(chunk_positions=10)
     first, second, wide, third = (
         job(kind=PREFILL, tokens=3), job(kind=PREFILL, tokens=4), job(kind=PREFILL, rows=2, tokens=2),
         job(kind=PREFILL, tokens=3),
@@ -193,7 +196,7 @@ def test_short_prefills_of_a_peer_share_a_turn_of_one_chunk():
 
 
 def test_the_end_of_a_long_prefill_leaves_room_for_a_short_one():
-    batcher = batcher_of(chunk_tokens=10)
+    batcher = batcher_of(chunk_positions=10)
     long, short = job(kind=PREFILL, tokens=14), job(kind=PREFILL, tokens=6)
     submit(batcher, long, short)
     assert run(batcher) == (Piece(long, 0, 10),)
@@ -201,7 +204,7 @@ def test_the_end_of_a_long_prefill_leaves_room_for_a_short_one():
 
 
 def test_a_chunk_has_at_least_one_token_of_each_row():
-    batcher = batcher_of(chunk_tokens=10)
+    batcher = batcher_of(chunk_positions=10)
     submit(batcher, job(kind=PREFILL, rows=30, tokens=2))
     assert [run(batcher)[0].tokens for _ in range(2)] == [1, 1]
 
@@ -213,7 +216,7 @@ def test_a_chunk_is_short_while_another_peer_decodes_and_long_when_it_has_gone()
     chunk = run(batcher)
     # Of 2.75 rows' time the next decode batch takes 14 / 11, with the row that may still come.
     assert chunk[0].tokens == int((1.5 + 1.25 - 1) * 11 / 3 - 8 / 3)
-    assert run(batcher, now=batcher.recently_active_seconds + 0.1)[0].tokens == 256
+    assert run(batcher, now=batcher.policy.recently_active_seconds + 0.1)[0].tokens == 256
 
 
 def test_peers_that_all_prefill_and_do_not_decode_need_no_short_chunks():
@@ -229,7 +232,7 @@ def test_peers_that_all_prefill_and_do_not_decode_need_no_short_chunks():
 
 
 def test_a_decode_step_waits_for_one_chunk_at_most_and_the_batch_it_just_missed():
-    batcher = batcher_of(chunk_tokens=16)
+    batcher = batcher_of(chunk_positions=16)
     submit(
         batcher, *(job(kind=PREFILL, tokens=64) for _ in range(2)), *(job(kind=STATELESS) for _ in range(2))
     )
@@ -276,7 +279,7 @@ def test_time_away_earns_no_compute():
 def test_nobody_is_passed_over_for_ever(seed: int):
     """Whatever the others submit, the first job of a peer in each class has its turn soon."""
     peers = "abcd"
-    batcher = batcher_of(chunk_tokens=4, most_stateless=100)
+    batcher = batcher_of(chunk_positions=4, max_stateless=100)
     decodes_between = 2  # one that let the chunk wait, and one that always comes between two others
     bound = 2 * (1 + decodes_between) * (MAX_PASSED_OVER + len(peers))
     since: dict[tuple[Kind, str], int] = {}
@@ -301,16 +304,66 @@ def test_nobody_is_passed_over_for_ever(seed: int):
 
 
 def test_stateless_requests_and_prefills_take_turns_when_both_wait():
-    batcher = batcher_of(chunk_tokens=16)
+    batcher = batcher_of(chunk_positions=16)
     submit(batcher, job("a", PREFILL, 64), *(job("b", STATELESS, 16) for _ in range(3)))
     assert kinds([run(batcher) for _ in range(7)]) == "PSPSPSP"
 
 
-def test_stateless_requests_run_whole_and_alone():
-    batcher = batcher_of(chunk_tokens=16)
+def test_stateless_requests_run_alone_and_those_without_parts_whole():
+    batcher = batcher_of(chunk_positions=16)
     jobs = [job(kind=STATELESS, rows=2, tokens=500), job(kind=STATELESS)]
     submit(batcher, *jobs)
     assert [run(batcher) for _ in jobs] == [(Piece(each, 0, each.tokens),) for each in jobs]
+
+
+PARTS = ((0, 4), (4, 8), (8, 10), (4, 8), (0, 4))
+
+
+def test_a_stateless_request_runs_in_its_parts_in_order():
+    batcher = batcher_of()
+    long = job(kind=STATELESS, tokens=500, parts=PARTS)
+    submit(batcher, long)
+    pieces = [run(batcher)[0] for _ in PARTS]
+    assert [(piece.part, piece.run, piece.last) for piece in pieces] == [
+        (index, part, index == len(PARTS) - 1) for index, part in enumerate(PARTS)
+    ]
+    assert batcher.waiting == 0
+
+
+def test_a_decode_step_waits_for_one_part_of_a_stateless_request_at_most():
+    batcher = batcher_of()
+    submit(batcher, job(kind=STATELESS, tokens=2, parts=PARTS))
+    turns = []
+    for _ in range(2 * len(PARTS)):
+        submit(batcher, job())
+        turns.append(run(batcher))
+    assert kinds(turns) == "DS" * len(PARTS)
+
+
+def test_a_request_that_has_begun_ends_before_another_one_begins_whoever_had_less_compute():
+    batcher = batcher_of()
+    first, second = job("a", STATELESS, 500, parts=PARTS), job("b", STATELESS, 500, parts=PARTS)
+    submit(batcher, first)
+    turns = [run(batcher)]
+    submit(batcher, second, job("c", STATELESS))
+    turns += [run(batcher) for _ in range(2 * len(PARTS))]
+    jobs = [batch[0].job for batch in turns]
+    assert jobs[: len(PARTS)] == [first] * len(PARTS)
+    assert [one for one in jobs if one is second] == jobs[jobs.index(second) :][: len(PARTS)]
+    assert batcher.waiting == 0
+
+
+def test_a_long_part_starts_a_cool_down_and_the_next_one_waits_for_its_end():
+    batcher = batcher_of()
+    submit(batcher, job("honest"))
+    run(batcher)
+    submit(batcher, job("trainer", STATELESS, 500, parts=PARTS))
+    batch = batcher.next(0.1)
+    assert batch is not None
+    batcher.finished(batch, 0.3, 0.4)
+    assert batcher.next(0.4) is None
+    assert batcher.resume_at() == pytest.approx(0.7)
+    assert run(batcher, now=0.7)[0].part == 1
 
 
 @pytest.mark.parametrize("long", [(STATELESS, 100, 1), (DECODE, 1, 30), (PREFILL, 9, 30)])
@@ -353,7 +406,7 @@ def test_only_long_steps_of_a_peer_rest_and_not_short_ones_behind_them():
 
 def test_queues_are_bounded_for_all_and_for_each_peer_and_apart_for_stateless_requests():
     limits = Limits(max_waiting_steps=4, max_waiting_steps_per_peer=2)
-    batcher = batcher_of(limits, most_stateless=3, most_stateless_per_peer=2)
+    batcher = batcher_of(limits, max_stateless=3, max_stateless_per_peer=2)
     submit(batcher, job("a"), job("a", PREFILL, 5))
     with pytest.raises(TooManyStreams, match="2 steps of yours wait for compute here, 2 may") as refusal:
         submit(batcher, job("a"))
@@ -381,7 +434,7 @@ def test_what_is_cancelled_is_not_begun_and_makes_room_at_once():
 
 
 def test_a_prefill_that_is_cancelled_in_mid_chunk_runs_no_further():
-    batcher = batcher_of(chunk_tokens=8)
+    batcher = batcher_of(chunk_positions=8)
     long, other = job(kind=PREFILL, tokens=64), job(kind=PREFILL, tokens=8)
     submit(batcher, long, other)
     batch = batcher.next(0.0)
@@ -406,14 +459,15 @@ def test_an_expired_job_is_never_begun_and_told_once():
     assert batcher.waiting == 0
 
 
-def test_a_prefill_whose_deadline_passes_between_two_chunks_expires():
-    batcher = batcher_of(chunk_tokens=8)
-    long = job(kind=PREFILL, tokens=64, deadline=5.0)
-    submit(batcher, long)
-    run(batcher, now=4.9)
+def test_a_prefill_that_has_begun_by_its_deadline_goes_on():
+    batcher = batcher_of(chunk_positions=8)
+    long, late = job(kind=PREFILL, tokens=16, deadline=5.0), job(kind=PREFILL, tokens=16, deadline=5.0)
+    submit(batcher, long, late)
+    assert run(batcher, now=4.9) == (Piece(long, 0, 8),)
     assert batcher.expired(4.95) == []
-    assert batcher.next(5.0) is None
-    assert batcher.expired(5.0) == [long]
+    assert run(batcher, now=5.0) == (Piece(long, 8, 8),)
+    assert batcher.expired(5.0) == [late]
+    assert batcher.waiting == 0
 
 
 def test_our_own_mistakes_are_bugs():
@@ -496,7 +550,7 @@ def big(batch: Batch) -> float:
 
 def answers(clients: Sequence[Client], server: Callable[[Batch], float], seconds: float = 8.0) -> list[int]:
     """How many answers each client gets in so many seconds."""
-    batcher = batcher_of(most_stateless=1000, most_stateless_per_peer=1000)
+    batcher = batcher_of(max_stateless=1000, max_stateless_per_peer=1000)
     arrivals = [(i * 1e-6, i) for i in range(len(clients))]
     owners: dict[int, int] = {}
     done = [0] * len(clients)
@@ -591,7 +645,7 @@ class Serving(RuleBasedStateMachine):
     def begin(self, chunk: int, rows: int, all_: int, each: int) -> None:
         self.limits = Limits(max_waiting_steps=all_, max_waiting_steps_per_peer=each)
         self.batcher = batcher_of(
-            self.limits, chunk_tokens=chunk, most_rows=rows, most_stateless=all_, most_stateless_per_peer=each
+            self.limits, chunk_positions=chunk, max_rows=rows, max_stateless=all_, max_stateless_per_peer=each
         )
         self.now = 0.0
         self.waiting: dict[int, tuple[Job, int]] = {}  # and the positions that have run
@@ -649,7 +703,7 @@ class Serving(RuleBasedStateMachine):
         assert len({piece.job.kind for piece in batch}) == 1
         assert len({piece.job.number for piece in batch}) == len(batch)
         if batch[0].job.kind is DECODE:
-            assert len(batch) == 1 or sum(piece.job.rows for piece in batch) <= self.batcher.most_rows
+            assert len(batch) == 1 or sum(piece.job.rows for piece in batch) <= self.batcher.policy.max_rows
         elif batch[0].job.kind is PREFILL:
             assert len({piece.job.peer for piece in batch}) == 1
             assert all(piece.last for piece in batch[1:])
@@ -659,11 +713,11 @@ class Serving(RuleBasedStateMachine):
         for piece in batch:
             one, ran = self.waiting[piece.job.number]
             assert (one, ran) == (piece.job, piece.offset)
-            assert one.deadline > self.now
+            assert ran or one.deadline > self.now
             assert 1 <= piece.tokens <= one.tokens - ran
             if one.kind is PREFILL:
                 alone = piece.tokens == 1 and len(batch) == 1
-                assert alone or positions <= self.batcher.chunk_tokens
+                assert alone or positions <= self.batcher.policy.chunk_positions
             else:
                 assert piece.last
 
@@ -689,6 +743,7 @@ class Serving(RuleBasedStateMachine):
         for one in self.batcher.expired(self.now):
             assert one.deadline <= self.now
             assert one.number not in running
+            assert not self.waiting[one.number][1], "it had begun"
             self.end(one.number)
 
     def end(self, number: int) -> None:
@@ -718,10 +773,11 @@ class Serving(RuleBasedStateMachine):
         assert turns <= 2 * left  # each turn runs a token at least, or ends a rest
         assert len(self.gone) == self.submitted
         assert set(self.gone.values()) <= {1}
-        self.now += 2 * self.batcher.recently_active_seconds
+        self.now += 2 * self.batcher.policy.recently_active_seconds
         assert self.batcher.next(self.now) is None
         assert self.batcher.resume_at() == math.inf
-        assert not any([*self.batcher._lanes.values(), self.batcher._offsets, self.batcher._peers])
+        queues = self.batcher._queues
+        assert not any([*queues.lanes.values(), queues.jobs, queues.done, self.batcher._peers.by_name])
 
 
 TestServing = Serving.TestCase

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from node.config import ConfigError
+from node.model.blocks.parts import PART_POSITIONS
 from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo
 from node.serving import memory
 from routing.names import ModelId, Revision
@@ -156,7 +157,7 @@ def test_what_is_chosen_fits(free, device, quantize):
 
 def test_the_workspace_holds_the_largest_of_what_is_done_one_after_the_other():
     info = replace(model(), max_position=4096)
-    trained = memory.TRAINED_POSITIONS * memory.TRAINED_VALUES * 64
+    trained = PART_POSITIONS * memory.TRAINED_VALUES * 64
     assert memory.workspace_bytes(info, "float32", 2048) == 4 * trained
     assert memory.workspace_bytes(info, "bfloat16", 2048) == 2 * trained
     copied, scores = 1024 * 100_000, 256 * 4096 * 1 * 4
@@ -167,12 +168,6 @@ def test_the_workspace_holds_the_largest_of_what_is_done_one_after_the_other():
     assert memory.workspace_bytes(large, "float32", 2048) < 10**8
     prepared = replace(large, quantize="int8")
     assert memory.workspace_bytes(prepared, "float32", 2048, "int8") < 10**8
-
-
-def test_backward_is_counted_for_as_many_positions_as_it_runs_at_once():
-    from node.model.blocks.forward_backward import PART_POSITIONS
-
-    assert memory.TRAINED_POSITIONS == PART_POSITIONS
 
 
 def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():

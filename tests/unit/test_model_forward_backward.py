@@ -10,14 +10,13 @@ import torch
 from model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 from torch import Tensor
 
-from node.model.blocks import forward_backward
+from node.model.blocks import parts
 from node.model.blocks.forward_backward import (
     backward,
     backward_in_parts,
     finish,
     forward,
     forward_in_parts,
-    parts,
 )
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
@@ -127,7 +126,7 @@ def test_three_spans_give_the_whole_models_output_and_gradient_after_decoding(ca
 
 
 def test_parts_of_one_block_give_the_same(case, monkeypatch):
-    monkeypatch.setattr(forward_backward, "PART_POSITIONS", 1)
+    monkeypatch.setattr(parts, "PART_POSITIONS", 1)
     output, gradient = chained(case)
     assert error(output, case.output) <= TOLERANCE
     assert error(gradient, case.gradient) <= TOLERANCE
@@ -232,17 +231,19 @@ def test_fewer_bits_give_about_the_same_gradient_in_the_spans_own_dtype(dtype, q
     ],
 )
 def test_a_part_has_as_many_blocks_as_its_positions_allow(rows, tokens, expected):
-    assert list(parts(torch.empty(rows, tokens, 0), 2, 30)) == expected
+    assert parts.forward_parts(rows * tokens, 2, 30) == expected
+    there = expected[:-1]
+    assert parts.backward_parts(rows * tokens, 2, 30) == [*there, *reversed(expected)]
 
 
 def test_a_part_at_a_time_and_the_last_one_answers(llama, monkeypatch):
     span = llama.spans[1]
-    monkeypatch.setattr(forward_backward, "PART_POSITIONS", 2 * ROWS * TOKENS)  # three blocks: two parts
+    monkeypatch.setattr(parts, "PART_POSITIONS", 2 * ROWS * TOKENS)  # three blocks: two parts
     work = forward_in_parts(span, llama.inputs, 1, 4)
     assert next(work) is None
     assert torch.equal(finish(work), forward(span, llama.inputs, 1, 4))
     work = backward_in_parts(span, llama.inputs, llama.direction, 1, 4)
     assert [next(work), next(work)] == [None, None]  # forward through one, backward through the other
     found = finish(work)
-    monkeypatch.setattr(forward_backward, "PART_POSITIONS", 10**9)
+    monkeypatch.setattr(parts, "PART_POSITIONS", 10**9)
     assert error(found, backward(span, llama.inputs, llama.direction, 1, 4)) <= TOLERANCE

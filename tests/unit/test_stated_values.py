@@ -22,6 +22,7 @@ from node.network.directory import directory
 from node.network.transport import yamux
 from node.network.transport.yamux import YamuxLimits
 from node.serving import balancer, memory
+from node.serving.executor.batcher import CHUNK_POSITIONS
 from routing.chains import measured
 from routing.placement import cover_gaps
 from routing.view import exchange, records, view
@@ -201,7 +202,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (OPERATING, "Each of up to N requests may hold a frame", (LIMITS.max_compute_streams,)),
     (OPERATING, "one arena of pages of N positions", (kv_pages.PAGE_TOKENS,)),
     (OPERATING, "refused after N seconds", (LIMITS.cache_wait_seconds,)),
-    (OPERATING, "prompts in chunks of at most N positions", (memory.CHUNK_POSITIONS,)),
+    (OPERATING, "prompts in chunks of at most N positions", (CHUNK_POSITIONS,)),
     (OPERATING, "record is repeated every N s", (LIMITS.announce_seconds,)),
     (
         OPERATING,

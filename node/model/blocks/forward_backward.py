@@ -1,28 +1,24 @@
 """Forward and backward through a run of blocks, without a session and without a cache.
 
-The whole model's own arithmetic on whole sequences, positions from 0, as a trainer needs it: the
-weights are frozen, and backward runs the blocks once more with gradients on, in the way of Petals
-(arXiv:2312.08361).  Both go in parts of a few blocks.  Between two parts nothing is under way, so
-that whoever runs them may do something else first, and only one part's activations are held at a
-time: each part but the last is run twice by `backward`, once for its output alone.
+The whole model's own arithmetic on whole sequences, positions from 0, as a trainer needs it.  The weights
+are frozen, and backward runs the blocks once more with gradients on, in the way of Petals
+(arXiv:2312.08361).  Both go in parts of a few blocks (`node.model.blocks.parts`).  Between two parts nothing
+is computed, so the executor runs other batches there, and only one part's activations are held at a time.
+`backward` runs each part but the last twice, once for its output alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from node.model.blocks.parts import forward_parts
 from node.model.blocks.span import Span
 
 T = TypeVar("T")
-
-# Positions of all rows times blocks of one part: a prefill step of 512 positions through eight blocks.
-# Backward holds about 16 times the hidden states of every block for it (measured on a llama), so
-# 0.5 GiB in bfloat16 at hidden size 4096.
-PART_POSITIONS = 4096
 
 
 def forward(span: Span, hidden: Tensor, start: int, stop: int) -> Tensor:
@@ -43,8 +39,8 @@ def backward(span: Span, hidden: Tensor, grad: Tensor, start: int, stop: int) ->
 
 
 def forward_in_parts(span: Span, hidden: Tensor, start: int, stop: int) -> Generator[None, None, Tensor]:
-    """`forward`, a part at each `next`; its return value is the answer."""
-    for begin, end in parts(hidden, start, stop):
+    """`forward`, one of `forward_parts` at each `next`; its return value is the answer."""
+    for begin, end in _parts(hidden, start, stop):
         hidden = _without_grad(span, hidden, begin, end)
         if end < stop:
             yield
@@ -54,9 +50,9 @@ def forward_in_parts(span: Span, hidden: Tensor, start: int, stop: int) -> Gener
 def backward_in_parts(
     span: Span, hidden: Tensor, grad: Tensor, start: int, stop: int
 ) -> Generator[None, None, Tensor]:
-    """`backward`, a part at each `next`; its return value is the answer."""
+    """`backward`, one of `backward_parts` at each `next`; its return value is the answer."""
     inputs: list[tuple[Tensor, int, int]] = []
-    for begin, end in parts(hidden, start, stop):
+    for begin, end in _parts(hidden, start, stop):
         inputs.append((hidden, begin, end))
         if end < stop:
             hidden = _without_grad(span, hidden, begin, end)
@@ -69,7 +65,7 @@ def backward_in_parts(
 
 
 def finish(work: Generator[None, None, T]) -> T:
-    """Run all parts one after the other; what the last one answers."""
+    """Run all parts one after the other; the answer of the last one."""
     while True:
         try:
             next(work)
@@ -77,11 +73,8 @@ def finish(work: Generator[None, None, T]) -> T:
             return cast(T, end.value)
 
 
-def parts(hidden: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The runs of blocks that [start, stop) is done in, for hidden states [batch, tokens, hidden]."""
-    blocks = max(1, PART_POSITIONS // (hidden.shape[0] * hidden.shape[1]))
-    for begin in range(start, stop, blocks):
-        yield begin, min(begin + blocks, stop)
+def _parts(hidden: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
+    return forward_parts(hidden.shape[0] * hidden.shape[1], start, stop)
 
 
 def _without_grad(span: Span, hidden: Tensor, start: int, stop: int) -> Tensor:

@@ -1,12 +1,14 @@
-"""What a batch will cost: a small model of the hardware, learned from the batches that it runs."""
+"""Predicts the seconds of a batch: a small model of the hardware, learned from the batches that it ran."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
-LEARNING = 0.2  # of a prediction's error is mended by each batch
-FEW_POSITIONS = 4  # a batch of so many positions tells as much about its fixed cost as about a position's
-HICCUP = 4.0  # a batch that takes longer than so many times the prediction counts as that
+from node.serving.executor.jobs import Job, Kind
+
+LEARNING = 0.2  # part of a prediction's error that each batch corrects
+FEW_POSITIONS = 4  # a batch of this many positions teaches as much about its fixed cost as about a position's
+OUTLIER_FACTOR = 4.0  # a batch counts as at most this many times its expected seconds
 MIN_SECONDS = 1e-9  # of either part of a cost: a prediction is never 0 and grows with the work
 
 
@@ -18,19 +20,58 @@ class Cost:
     per_position: float
 
     def seconds(self, blocks: int, work: int) -> float:
-        """What `blocks` blocks with `work` positions in all of them together will take."""
+        """The prediction for `blocks` blocks and `work` positions, added up over these blocks."""
         return self.per_block * blocks + self.per_position * work
 
     def learn(self, blocks: int, work: int, seconds: float) -> None:
-        """Move what this batch was predicted to take towards what it took.
+        """Correct the prediction for this batch by a part of its error.
 
-        The smallest change of the two parts that mends `LEARNING` of the error (normalised least mean
-        squares, Widrow and Hoff).  Unlike a fit over past batches it has no trouble with a load that
-        never varies.  A position is weighed so that small batches teach about the fixed part: from
-        rows of one token nothing can be known about chunks.
+        The smallest change of both figures that corrects `LEARNING` of the error (normalised least mean
+        squares, Widrow and Hoff).  Unlike a fit over past batches it works with a load that never varies.
+        The weight of positions is scaled so that small batches teach about the fixed part: batches of one
+        token say nothing about chunks.
         """
-        predicted = self.seconds(blocks, work)
+        predicted = self.per_block * blocks + self.per_position * work
         wide = work / FEW_POSITIONS
-        gain = LEARNING * (min(seconds, HICCUP * predicted) - predicted) / (blocks**2 + wide**2)
+        gain = LEARNING * (min(seconds, OUTLIER_FACTOR * predicted) - predicted) / (blocks**2 + wide**2)
         self.per_block = max(MIN_SECONDS, self.per_block + gain * blocks)
         self.per_position = max(MIN_SECONDS, self.per_position + gain * wide / FEW_POSITIONS)
+
+
+@dataclass(slots=True)
+class BatchCosts:
+    """Predictions for batches of each kind, and what counts as long.
+
+    joint_slowdown: times a decode step of one row; a batch that takes longer is long.
+    """
+
+    decode_seconds_per_block: InitVar[float]
+    prefill_seconds_per_block_token: InitVar[float]
+    joint_slowdown: float
+    of: dict[Kind, Cost] = field(init=False)
+
+    def __post_init__(self, decode_seconds_per_block: float, prefill_seconds_per_block_token: float) -> None:
+        per_position = prefill_seconds_per_block_token
+        fixed = max(decode_seconds_per_block - per_position, MIN_SECONDS)
+        self.of = {kind: Cost(fixed, per_position) for kind in Kind}
+
+    def one_row(self, blocks: int) -> float:
+        """Seconds of a decode step of one row through this many blocks: the measure of every wait."""
+        return self.of[Kind.DECODE].seconds(blocks, blocks)
+
+    def is_long(self, job: Job) -> bool:
+        """Whether the job's smallest piece alone takes longer than a shared batch may."""
+        if job.rows == 1 and job.tokens == 1 and job.kind is Kind.DECODE:
+            return False  # the measure itself
+        start, stop = job.parts[0] if job.parts else (job.start, job.stop)
+        positions = job.rows * (1 if job.kind is Kind.PREFILL else job.tokens)
+        seconds = self.of[job.kind].seconds(stop - start, (stop - start) * positions)
+        return seconds > self.joint_slowdown * self.one_row(stop - start)
+
+    def next_slowdown(self, positions: int) -> float:
+        """The time of a decode batch of this many positions and one more, against one row's.
+
+        At most `joint_slowdown`.
+        """
+        cost = self.of[Kind.DECODE]
+        return min(self.joint_slowdown, cost.seconds(1, 1 + positions) / cost.seconds(1, 1))

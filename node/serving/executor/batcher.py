@@ -1,150 +1,82 @@
 """Decides which steps run next, together: pure, without torch, threads or a clock.
 
-The engine submits steps as they arrive.  Whenever the compute is free it asks for the next batch, runs
-it, and says how long that took; so a batch is put together as late as possible, out of all that is
-ready by then, and one runs at a time.  Times are seconds on the caller's clock.
+The engine submits steps as they arrive.  Whenever the compute is free it asks for the next batch, runs it,
+and says how long that took.  So a batch is put together as late as possible, from all that is ready by
+then, and one batch runs at a time.  Times are seconds on the caller's clock.
 
-One step of a large model costs about the same for one row as for many, until the hardware is full:
-that is why decode steps of all sessions run together.  It is also why this is where a server is
-shared out.  A turn (the running of one batch) cannot be interrupted, so whoever is not part of it
-waits for its end; fairness is a matter of keeping turns short while several peers are there, and
-`Cost` is what tells short from long before it is tried.
+One step of a large model costs about the same for one row as for many, until the hardware is full: hence
+decode steps of all sessions run together.  A batch cannot be interrupted, and a peer without a part in it
+waits for its end.  Fairness means short batches while several peers are active; `Cost` predicts the
+seconds of a batch before it is tried.
 """
 
 from __future__ import annotations
 
-import enum
-import itertools
 import math
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from node.serving.executor.batch_cost import MIN_SECONDS, Cost
-from tensor_codec.errors import LocalProtocolError, TooManyStreams
+from node.serving.executor.active_peers import ActivePeer, ActivePeers
+from node.serving.executor.batch_cost import BatchCosts
+from node.serving.executor.job_queues import MAX_STATELESS, MAX_STATELESS_PER_PEER, JobQueues
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, size_of
+from tensor_codec.errors import LocalProtocolError
 from tensor_codec.limits import Limits
 
-MAX_PASSED_OVER = 3  # turns that a peer with something to run may be passed over for cheaper ones
-RETRY_SECONDS = 1.0
-
-
-class Kind(enum.Enum):
-    """Decode steps run together, prefills in chunks, stateless requests (forward, backward) whole."""
-
-    DECODE = enum.auto()
-    PREFILL = enum.auto()
-    STATELESS = enum.auto()
+MAX_PASSED_OVER = 3  # batches of a kind that a peer with such a job may be passed over for cheaper ones
+CHUNK_POSITIONS = 256  # rows * tokens of a chunk: where a prefill's speed per token levels off
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One step: `rows` x `tokens` positions through the blocks [start, stop).
+class BatchPolicy:
+    """How large batches may become, and for how long a peer counts as active."""
 
-    number: unlike that of any other job.  deadline: when it is not worth starting any more.
-    """
-
-    number: int
-    peer: str
-    kind: Kind
-    rows: int
-    tokens: int
-    start: int
-    stop: int
-    deadline: float = math.inf
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that the job goes through."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The positions [offset, offset + tokens) of every row of a job."""
-
-    job: Job
-    offset: int
-    tokens: int
-
-    @property
-    def last(self) -> bool:
-        """Whether the job is done after this piece."""
-        return self.offset + self.tokens == self.job.tokens
-
-    @property
-    def work(self) -> int:
-        """Positions times blocks."""
-        return self.job.rows * self.tokens * self.job.blocks
-
-
-Batch = tuple[Piece, ...]
-
-
-def segments(pieces: Sequence[Piece]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Runs of blocks in order, (start, stop, indices of the pieces that are active there).
-
-    A piece joins at its first block and leaves at its last one; blocks that nobody uses are left out.
-    """
-    bounds = sorted({bound for piece in pieces for bound in (piece.job.start, piece.job.stop)})
-    runs = []
-    for start, stop in itertools.pairwise(bounds):
-        active = tuple(i for i, p in enumerate(pieces) if p.job.start <= start and stop <= p.job.stop)
-        if active:
-            runs.append((start, stop, active))
-    return runs
-
-
-@dataclass(slots=True)
-class _Peer:
-    """A peer that has jobs, or had one a moment ago.
-
-    seen: when one was last submitted or run; hasty: the same of short decode steps.  charged: seconds
-    of compute that it had, on a scale where newcomers begin at the least of the others.
-    """
-
-    seen: float
-    charged: float
-    hasty: float = -math.inf
-    passed_over: Counter[Kind] = field(default_factory=Counter)
+    chunk_positions: int = CHUNK_POSITIONS
+    max_rows: int = 64  # of a decode batch: beyond it the compute takes the time, not the weights
+    max_stateless: int = MAX_STATELESS
+    max_stateless_per_peer: int = MAX_STATELESS_PER_PEER
+    recently_active_seconds: float = 2.0  # a token's way through a chain over slow links
+    joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
+    absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
 
 
 @dataclass(slots=True)
 class Batcher:
-    """Queues of steps, and the choice of what runs next.
+    """Queues of steps, and the choice of the next batch.
 
     Promises, checked by tests/unit/test_batcher.py:
       * ready decode steps of all sessions run in one batch, whatever blocks each of them uses;
-      * a prefill runs in chunks, in order; short ones of a peer share a turn of no more positions than
-        one chunk, so that sessions which begin together get their first tokens together;
-      * between two turns of prefill or stateless requests a decode batch runs if a step is ready, so
-        a decode step waits for one of them at most, and for the decode batch that it just missed;
-      * a step of a peer that had no part in the last decode batch does not even wait for the chunk;
-      * stateless requests and prefills take turns when both wait;
+      * a prefill runs in chunks, in order; short prefills of a peer share a batch of at most one chunk's
+        positions, so that sessions which begin together get their first tokens together;
+      * a stateless request runs in its parts, in order; one that has begun ends before another one begins;
+      * between two batches of chunks or parts a decode batch runs if a step is ready, so a decode step
+        waits for one of them at most, and for the decode batch that it just missed;
+      * a step of a peer without a part in the last decode batch does not even wait for the chunk;
+      * parts of stateless requests and chunks alternate when both wait;
       * every peer's first decode step is in the next decode batch if the rows allow it; of chunks and
-        stateless requests the peer runs next that had the least compute, and nobody is passed over
-        more than a few times;
-      * while other peers are active a turn is short: beyond one step of each peer, decode steps join
+        stateless requests the peer with the least compute runs next, and no peer is passed over more than a
+        few times;
+      * while other peers are active a batch is short: beyond one step of each peer, decode steps join
         only while the batch takes `joint_slowdown` times as long as one row (`absent_slowdown` times
-        if an active peer has no part in it); and if anyone decodes, a chunk takes
-        `absent_slowdown` times as long, and so much more as the next decode batch will stay below its own;
-      * what cannot be short (many rows, a large stateless request) rests afterwards for as long as it
-        took, if other peers run short decode steps: nothing long begins in that time;
-      * a peer with one session keeps at least half of its speed beside one that floods;
+        if an active peer has no part in it); and if a peer decodes, a chunk takes
+        `absent_slowdown` times as long, plus what the next decode batch will stay below its own limit;
+      * a job that cannot be short (many rows, a large part) starts a cool-down as long as it took, if other
+        peers run short decode steps: nothing long begins in that time;
+      * a peer with one session keeps at least half of its speed next to one that floods;
       * queues are bounded, for all and for each peer;
-      * what is cancelled or expired is not begun, and leaves no trace;
-      * a session's rows are never split, and a job of more than `most_rows` runs alone.
+      * a job that is cancelled or expired is not begun, and leaves no trace;
+      * a session's rows are never split, and a job of more than `max_rows` runs alone.
 
     Half of its speed: a step that takes D alone, and comes T after the last answer, makes a cycle of
-    T + D.  Beside others it waits for the end of the turn that it just missed and for its own batch,
+    T + D.  Next to others it waits for the end of the batch that it just missed and for its own batch,
     1.25 D and 1.5 D at most: T + 2.75 D, less than twice as much where T is at least 0.75 D.  (3.5 D,
     where it missed another's step of several rows.)  The network's round trip, other hops and the
-    client's own compute are in T; with T near 0 it keeps 0.36.  After a long turn it has the server
-    for as long as that turn took: half of its speed on the average, less a step that the next long
-    turn catches.  All that compares batches through the same blocks, and is as good as `Cost` is.
+    client's own compute are in T; with T near 0 it keeps 0.36.  After a long batch it has the server
+    for as long as that batch took: half of its speed on the average, less a step that the next long
+    batch catches.  All that compares batches through equal blocks, and is as good as `Cost` is.
 
-    Peers are charged by seconds for chunks, because one that also decodes has had compute already when
-    its chunk comes due, which round robin by turn would forget; but not strictly, because its prefill
-    would then starve behind its own decode steps while another peer's prefills never end.
+    Peers are charged by seconds for chunks: a peer that also decodes has had compute already when its chunk
+    comes due, and round robin by batch would forget that.  But not strictly: its prefill would then starve
+    behind its own decode steps while another peer's prefills never end.
 
     decode_seconds_per_block, prefill_seconds_per_block_token: a first guess, then learned.
     """
@@ -152,278 +84,231 @@ class Batcher:
     decode_seconds_per_block: float
     prefill_seconds_per_block_token: float
     limits: Limits = field(default_factory=Limits)
-    chunk_tokens: int = 256  # rows * tokens: where a prefill's speed per token levels off
-    most_rows: int = 64  # of a decode batch: beyond it compute, not weights, is what is waited for
-    most_stateless: int = 16  # waiting, of all peers: each may take seconds
-    most_stateless_per_peer: int = 4
-    recently_active_seconds: float = 2.0  # a token's way through a chain over slow links
-    joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
-    absent_slowdown: float = 1.25  # of a turn that an active peer waits for; with 1 no row could join
-    _costs: dict[Kind, Cost] = field(init=False)
-    _lanes: dict[Kind, dict[str, deque[Job]]] = field(init=False)  # peers in the order of their turns
-    _offsets: dict[int, int] = field(default_factory=dict)  # of unfinished jobs, running or not
-    _expired: list[Job] = field(default_factory=list)
-    _peers: dict[str, _Peer] = field(default_factory=dict)
+    policy: BatchPolicy = field(default_factory=BatchPolicy)
+    _queues: JobQueues = field(init=False)
+    _costs: BatchCosts = field(init=False)
+    _peers: ActivePeers = field(init=False)
     _running: Batch | None = None
-    _rest_until: float = -math.inf
-    _last_other: Kind = Kind.STATELESS  # of prefill and stateless, which had its turn last
+    _cool_down_until: float = -math.inf
+    _last_other: Kind = Kind.STATELESS  # of prefill and stateless, the kind that ran last
     _after_decode: bool = False
-    _let_ahead: bool = False  # the chunk that is due has let a decode batch go before it
-    _last_peers: frozenset[str] = frozenset()  # of the last decode batch
+    _decode_went_ahead: bool = False  # of the chunk or part that is due
+    _last_decoders: frozenset[str] = frozenset()  # the peers of the last decode batch
 
     def __post_init__(self) -> None:
-        per_position = self.prefill_seconds_per_block_token
-        fixed = max(self.decode_seconds_per_block - per_position, MIN_SECONDS)
-        self._costs = {kind: Cost(fixed, per_position) for kind in Kind}
-        self._lanes = {kind: {} for kind in Kind}
+        policy = self.policy
+        self._queues = JobQueues(self.limits, policy.max_stateless, policy.max_stateless_per_peer)
+        self._costs = BatchCosts(
+            self.decode_seconds_per_block, self.prefill_seconds_per_block_token, policy.joint_slowdown
+        )
+        self._peers = ActivePeers(policy.recently_active_seconds)
 
     @property
     def waiting(self) -> int:
         """Jobs that wait or run."""
-        return len(self._offsets)
+        return len(self._queues.jobs)
 
     def waiting_of(self, peer: str) -> int:
         """Jobs of this peer that wait or run."""
-        return sum(len(lane.get(peer, ())) for lane in self._lanes.values())
+        return self._queues.waiting_of(peer)
 
     def resume_at(self) -> float:
-        """After `next` gave None: when to ask again, even if nothing is submitted until then.
+        """After `next` returned None: when to ask again, even if nothing is submitted until then.
 
-        Infinity, unless all that waits is held back by the rest after a long turn.
+        Infinity, unless all waiting jobs are held back by the cool-down after a long batch.
         """
-        return self._rest_until if self._offsets and self._running is None else math.inf
+        return self._cool_down_until if self._queues.jobs and self._running is None else math.inf
 
     def submit(self, job: Job, now: float) -> None:
         """Queue a job.  Raises TooManyStreams, and then nothing has changed."""
-        if job.number in self._offsets:
-            raise LocalProtocolError(f"job {job.number} was submitted twice")
-        stateless = job.kind is Kind.STATELESS
-        kinds = (Kind.STATELESS,) if stateless else (Kind.DECODE, Kind.PREFILL)
-        most = self.most_stateless if stateless else self.limits.max_waiting_steps
-        mine = self.most_stateless_per_peer if stateless else self.limits.max_waiting_steps_per_peer
-        what = "stateless requests" if stateless else "steps"
-        waiting = sum(len(queue) for kind in kinds for queue in self._lanes[kind].values())
-        if waiting >= most:
-            raise TooManyStreams(f"{waiting} {what} wait for compute here, {most} may", RETRY_SECONDS)
-        waiting = sum(len(self._lanes[kind].get(job.peer, ())) for kind in kinds)
-        if waiting >= mine:
-            raise TooManyStreams(
-                f"{waiting} {what} of yours wait for compute here, {mine} may", RETRY_SECONDS
-            )
-        peer = self._touch(job, now)
-        if not self.waiting_of(job.peer):  # it earned nothing by being away
-            others = [other.charged for other in self._peers.values() if other is not peer]
-            peer.charged = max(peer.charged, min(others, default=0.0))
-        self._lanes[job.kind].setdefault(job.peer, deque()).append(job)
-        self._offsets[job.number] = 0
+        others = len(self._peers.by_name) > 1 or job.peer not in self._peers.by_name
+        newcomer = others and not self._queues.waiting_of(job.peer)
+        self._queues.add(job)
+        self._touch(job, now)
+        if newcomer:
+            self._peers.charge_as_newcomer(job.peer)
 
     def cancel(self, number: int) -> None:
-        """Forget a job, if it is still there; of one that is running, no further piece will run."""
-        self._expired = [job for job in self._expired if job.number != number]
-        for job in self._jobs():
-            if job.number == number:
-                return self._remove(job)
+        """Forget a job, if it is still there; if it is running, no further piece of it will run."""
+        queues = self._queues
+        if queues.expired:
+            queues.expired = [job for job in queues.expired if job.number != number]
+        if (job := queues.jobs.get(number)) is not None:
+            queues.remove(job)
 
     def expired(self, now: float) -> list[Job]:
-        """Jobs whose deadline passed before they were done: each is told once, and was taken out."""
-        self._look_at_clock(now)
-        expired, self._expired = self._expired, []
+        """Jobs whose deadline came before they had begun: each is returned once, and was taken out."""
+        if now >= self._queues.next_deadline:
+            self._look_at_clock(now)
+        expired, self._queues.expired = self._queues.expired, []
         return expired
 
     def next(self, now: float) -> Batch | None:
         """The batch to run now, or None.  The next call comes after `finished`."""
         if self._running is not None:
             raise LocalProtocolError("a batch was asked for while one is running")
-        self._look_at_clock(now)
-        for kind in self._turns():
+        if now >= self._queues.next_deadline or now >= self._peers.look_at:
+            self._look_at_clock(now)
+        lanes = self._queues.lanes
+        for kind in self._kinds_in_order():
+            if not lanes[kind]:
+                continue
             batch = self._decode_batch(now) if kind is Kind.DECODE else self._single(kind, now)
             if batch:
-                self._began(kind, batch)
+                self._begin(kind, batch)
                 return batch
         return None
 
     def finished(self, batch: Batch, seconds: float, now: float) -> None:
-        """The batch that `next` gave was run, in so many seconds; also if it failed."""
+        """The batch of `next` was run, in `seconds`; also if it failed."""
         if batch is not self._running:
             raise LocalProtocolError("a batch is finished that is not running")
         self._running = None
-        if any(self._is_long(piece.job) for piece in batch):
-            rest = min(seconds, self.recently_active_seconds)  # the others would be forgotten by then
-            self._rest_until = max(self._rest_until, now + rest)
-        work = sum(piece.work for piece in batch)
-        self._costs[batch[0].job.kind].learn(_blocks(batch), work, seconds)
+        queues = self._queues
         for piece in batch:
-            self._touch(piece.job, now).charged += seconds * piece.work / work
-            if piece.job.number not in self._offsets:
+            if self._costs.is_long(piece.job):
+                cool_down = min(seconds, self.policy.recently_active_seconds)  # peers are forgotten by then
+                self._cool_down_until = max(self._cool_down_until, now + cool_down)
+        blocks, _, works = size_of(batch)
+        work = sum(works)
+        self._costs.of[batch[0].job.kind].learn(blocks, work, seconds)
+        for piece, part in zip(batch, works, strict=True):
+            job = piece.job
+            self._touch(job, now).compute_seconds += seconds * part / work
+            if job.number not in queues.jobs:
                 continue  # cancelled meanwhile
             if piece.last:
-                self._remove(piece.job)
+                queues.remove(job)
             else:
-                self._offsets[piece.job.number] += piece.tokens
+                queues.done[job.number] += 1 if job.parts else piece.tokens
 
-    def _turns(self) -> tuple[Kind, ...]:
+    def _kinds_in_order(self) -> tuple[Kind, ...]:
         """The kinds in the order in which they are asked for something to run."""
         others = (Kind.PREFILL, Kind.STATELESS)
         if self._last_other is Kind.PREFILL:
             others = (Kind.STATELESS, Kind.PREFILL)
-        missed = any(peer not in self._last_peers for peer in self._lanes[Kind.DECODE])
-        if not self._after_decode or (missed and not self._let_ahead):
+        missed = not self._last_decoders.issuperset(self._queues.lanes[Kind.DECODE])
+        if not self._after_decode or (missed and not self._decode_went_ahead):
             return (Kind.DECODE, *others)
         return (*others, Kind.DECODE)
 
-    def _began(self, kind: Kind, batch: Batch) -> None:
+    def _begin(self, kind: Kind, batch: Batch) -> None:
         self._running = batch
-        for piece in batch:  # its peer goes to the end of the round
-            lane = self._lanes[kind]
-            lane[piece.job.peer] = lane.pop(piece.job.peer)
+        lanes = self._queues.lanes
+        for piece in batch:
+            self._queues.to_the_end(kind, piece.job.peer)
         if kind is Kind.DECODE:
-            others = self._lanes[Kind.PREFILL] or self._lanes[Kind.STATELESS]
-            self._let_ahead = self._after_decode and bool(others)
+            others = lanes[Kind.PREFILL] or lanes[Kind.STATELESS]
+            self._decode_went_ahead = self._after_decode and bool(others)
             self._after_decode = True
-            self._last_peers = frozenset(piece.job.peer for piece in batch)
+            self._last_decoders = frozenset([piece.job.peer for piece in batch])
         else:
-            self._let_ahead = self._after_decode = False
+            self._decode_went_ahead = self._after_decode = False
             self._last_other = kind
 
     def _decode_batch(self, now: float) -> Batch:
-        """One step of every peer, then more of them, round by round, while rows and seconds allow."""
-        cost, jobs, rows, work = self._costs[Kind.DECODE], list[Job](), 0, 0
+        """One step of every peer, then more of them, in rounds, while rows and seconds allow."""
+        cost, pieces, rows, work = self._costs.of[Kind.DECODE], list[Piece](), 0, 0
         blocks, peers = set[int](), set[str]()
-        full = set[str]()  # peers one of whose steps did not fit: later ones must not overtake it
-        most_seconds = math.nan
-        for job in _round_robin(self._lanes[Kind.DECODE]):
-            if job.peer in full or self._held_back(job, now):
+        full = set[str]()  # peers with a step that did not fit: later steps must not overtake it
+        max_seconds = math.nan
+        cooling = now < self._cool_down_until
+        for job in self._queues.in_rounds(Kind.DECODE):
+            if job.peer in full or (cooling and self._held_back(job, now)):
                 continue
             further = job.peer in peers
-            if further and math.isnan(most_seconds):  # every peer's first step is in by now
-                most_seconds = self._most_seconds(jobs, peers)
+            if further and math.isnan(max_seconds):  # every peer's first step is in by now
+                max_seconds = self._max_decode_seconds(pieces, peers)
             wider = blocks.union(range(job.start, job.stop))
-            more = work + job.rows * job.tokens * job.blocks
-            too_slow = further and cost.seconds(len(wider), more) > most_seconds
-            if jobs and (rows + job.rows > self.most_rows or too_slow):
+            more = work + job.rows * job.tokens * (job.stop - job.start)
+            too_slow = further and cost.seconds(len(wider), more) > max_seconds
+            if pieces and (rows + job.rows > self.policy.max_rows or too_slow):
                 full.add(job.peer)
                 continue
-            jobs.append(job)
+            pieces.append(Piece(job, 0, job.tokens))
             peers.add(job.peer)
             blocks, work, rows = wider, more, rows + job.rows
-        return tuple(Piece(job, 0, job.tokens) for job in jobs)
+        return tuple(pieces)
 
-    def _most_seconds(self, jobs: list[Job], peers: set[str]) -> float:
-        """How long a decode batch with these jobs may become by further ones of their peers."""
-        if len(self._peers) == 1:
+    def _max_decode_seconds(self, pieces: list[Piece], peers: set[str]) -> float:
+        """The longest time for a decode batch of these pieces and further ones of their peers."""
+        if len(self._peers.by_name) == 1:
             return math.inf
-        slowdown = self.joint_slowdown if self._peers.keys() <= peers else self.absent_slowdown
-        return slowdown * min(self._one_row(job) for job in jobs)
+        policy = self.policy
+        slowdown = policy.joint_slowdown if self._peers.by_name.keys() <= peers else policy.absent_slowdown
+        return slowdown * min(self._costs.one_row(piece.job.stop - piece.job.start) for piece in pieces)
 
     def _single(self, kind: Kind, now: float) -> Batch:
-        """A chunk, or a whole stateless request, of the peer that had the least compute."""
-        firsts = (
-            next((job for job in queue if not self._held_back(job, now)), None)
-            for queue in self._lanes[kind].values()
-        )
-        heads = [job for job in firsts if job is not None]
+        """A chunk, or a part of a stateless request, of the peer that had the least compute."""
+        heads = self._heads(kind, now)
         if not heads:
             return ()
 
         def rank(job: Job) -> tuple[int, float]:
-            peer = self._peers[job.peer]
+            peer = self._peers.by_name[job.peer]
             passed = peer.passed_over[kind]
-            return (-passed if passed >= MAX_PASSED_OVER else 0, peer.charged)
+            return (-passed if passed >= MAX_PASSED_OVER else 0, peer.compute_seconds)
 
-        job = min(heads, key=rank)  # the first of equals: they are in the order of their turns
+        job = min(heads, key=rank)  # the first of equals: they are in the order of their rounds
         for other in heads:
-            self._peers[other.peer].passed_over[kind] += 1
-        self._peers[job.peer].passed_over[kind] = 0
+            self._peers.by_name[other.peer].passed_over[kind] += 1
+        self._peers.by_name[job.peer].passed_over[kind] = 0
         if kind is Kind.STATELESS:
-            return (Piece(job, 0, job.tokens),)
-        return self._chunks(job, self._chunk(job, now), now)
+            return (Piece(job, 0, job.tokens, self._queues.done[job.number]),)
+        return self._chunks(job, self._chunk_tokens(job, now), now)
+
+    def _heads(self, kind: Kind, now: float) -> list[Job]:
+        """Each peer's first job of a kind that may run now; alone a stateless request that has begun."""
+        lane, done = self._queues.lanes[kind], self._queues.done
+        if kind is Kind.STATELESS:  # a request under way holds memory between its parts
+            for job in (job for queue in lane.values() for job in queue if done[job.number]):
+                return [] if self._held_back(job, now) else [job]
+        if now >= self._cool_down_until:
+            return [queue[0] for queue in lane.values()]
+        ready = ([job for job in queue if not self._held_back(job, now)] for queue in lane.values())
+        return [jobs[0] for jobs in ready if jobs]
 
     def _chunks(self, job: Job, tokens: int, now: float) -> Batch:
-        """The next piece of a prefill, `tokens` a row at most, and whole ones of its peer in what is left."""
-        offset = self._offsets[job.number]
-        pieces = [Piece(job, offset, min(tokens, job.tokens - offset))]
+        """The next piece of a prefill, at most `tokens` a row, and whole prefills of its peer."""
+        done = self._queues.done
+        pieces = [Piece(job, done[job.number], min(tokens, job.tokens - done[job.number]))]
         left = (tokens - pieces[0].tokens) * job.rows if pieces[0].last else 0
-        for other in self._lanes[Kind.PREFILL][job.peer]:
-            remaining = other.tokens - self._offsets[other.number]
+        for other in self._queues.lanes[Kind.PREFILL][job.peer]:
+            remaining = other.tokens - done[other.number]
             if other is job or other.rows * remaining > left or self._held_back(other, now):
                 continue
-            pieces.append(Piece(other, self._offsets[other.number], remaining))
+            pieces.append(Piece(other, done[other.number], remaining))
             left -= other.rows * remaining
         return tuple(pieces)
 
-    def _chunk(self, job: Job, now: float) -> int:
-        """Tokens per row of a prefill's next piece."""
-        positions = self.chunk_tokens
-        if len(self._peers) > 1 and self._hasty(now):  # the same for all, or a short one had no chance
-            # Whoever misses a decode batch waits for this turn and for the next batch: both count.
-            seconds = self.joint_slowdown + self.absent_slowdown - self._next_slowdown()
-            seconds *= self._one_row(job) / job.blocks
-            cost = self._costs[Kind.PREFILL]
+    def _chunk_tokens(self, job: Job, now: float) -> int:
+        """Tokens a row of a prefill's next piece."""
+        policy, positions = self.policy, self.policy.chunk_positions
+        # The same for all peers: else a peer with short chunks would never catch up.
+        if len(self._peers.by_name) > 1 and self._peers.short_decoders(now):
+            # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
+            waiting = [one for queue in self._queues.lanes[Kind.DECODE].values() for one in queue]
+            next_slowdown = self._costs.next_slowdown(sum(one.rows * one.tokens for one in waiting))
+            seconds = policy.joint_slowdown + policy.absent_slowdown - next_slowdown
+            blocks = job.stop - job.start
+            seconds *= self._costs.one_row(blocks) / blocks
+            cost = self._costs.of[Kind.PREFILL]
             positions = min(positions, int((seconds - cost.per_block) / cost.per_position))
         return max(1, positions // job.rows)
 
-    def _next_slowdown(self) -> float:
-        """What the next decode batch will take against one row, as far as it is there already."""
-        waiting = (job.rows * job.tokens for queue in self._lanes[Kind.DECODE].values() for job in queue)
-        cost = self._costs[Kind.DECODE]
-        return min(self.joint_slowdown, cost.seconds(1, 1 + sum(waiting)) / cost.seconds(1, 1))
-
-    def _one_row(self, job: Job) -> float:
-        """Seconds of a decode step of one row through the job's blocks: what waiting is measured by."""
-        return self._costs[Kind.DECODE].seconds(job.blocks, job.blocks)
-
-    def _is_long(self, job: Job) -> bool:
-        """Whether the job's smallest piece alone takes longer than a shared turn may."""
-        positions = job.rows * (1 if job.kind is Kind.PREFILL else job.tokens)
-        seconds = self._costs[job.kind].seconds(job.blocks, job.blocks * positions)
-        return seconds > self.joint_slowdown * self._one_row(job)
-
     def _held_back(self, job: Job, now: float) -> bool:
-        """Whether the job must wait because a long turn is only just over."""
-        return now < self._rest_until and self._is_long(job) and bool(self._hasty(now) - {job.peer})
-
-    def _hasty(self, now: float) -> set[str]:
-        """Peers that run short decode steps, now or a moment ago."""
-        since = now - self.recently_active_seconds
-        return {name for name, peer in self._peers.items() if peer.hasty >= since}
+        """Whether the job must wait for the cool-down after a long batch."""
+        if now >= self._cool_down_until or not self._costs.is_long(job):
+            return False
+        return bool(self._peers.short_decoders(now) - {job.peer})
 
     def _look_at_clock(self, now: float) -> None:
-        """Take out what has expired, and forget peers that have gone."""
-        running = {piece.job.number for piece in self._running or ()}
-        for job in [job for job in self._jobs() if job.deadline <= now and job.number not in running]:
-            self._remove(job)
-            self._expired.append(job)
-        gone = now - self.recently_active_seconds
-        for name in [name for name, peer in self._peers.items() if peer.seen < gone]:
-            if not self.waiting_of(name):
-                del self._peers[name]
+        """Take out expired jobs, and forget peers that have gone."""
+        if now >= self._queues.next_deadline:
+            self._queues.expire(now, {piece.job.number for piece in self._running or ()})
+        if now >= self._peers.look_at:
+            self._peers.forget(now, self._queues.waiting_of)
 
-    def _touch(self, job: Job, now: float) -> _Peer:
-        peer = self._peers.get(job.peer)
-        if peer is None:
-            peer = self._peers[job.peer] = _Peer(now, 0.0)
-        peer.seen = now
-        if job.kind is Kind.DECODE and not self._is_long(job):
-            peer.hasty = now
-        return peer
-
-    def _jobs(self) -> Iterator[Job]:
-        return (job for lane in self._lanes.values() for queue in lane.values() for job in queue)
-
-    def _remove(self, job: Job) -> None:
-        del self._offsets[job.number]
-        lane = self._lanes[job.kind]
-        lane[job.peer].remove(job)
-        if not lane[job.peer]:
-            del lane[job.peer]
-
-
-def _blocks(batch: Batch) -> int:
-    """Blocks that a batch runs through, each counted once."""
-    return len(set().union(*(range(piece.job.start, piece.job.stop) for piece in batch)))
-
-
-def _round_robin(lane: dict[str, deque[Job]]) -> Iterator[Job]:
-    """Every peer's first job, then every peer's second one, and so on."""
-    for jobs in itertools.zip_longest(*lane.values()):
-        yield from (job for job in jobs if job is not None)
+    def _touch(self, job: Job, now: float) -> ActivePeer:
+        short_decode = job.kind is Kind.DECODE and not self._costs.is_long(job)
+        return self._peers.touch(job.peer, now, short_decode=short_decode)

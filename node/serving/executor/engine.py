@@ -1,10 +1,9 @@
-"""Runs what waits over one span in the torch thread: batch after batch, as the batcher decides.
+"""Runs the queued steps over one span in the torch thread: batch after batch, as the batcher decides.
 
-A step is queued here and its caller waits.  One task, `run`, has a batch computed whenever the thread
-is free; which one is decided in the thread at that moment (`node.serving.executor.batcher`), out of all that
-has arrived by then.  So the event loop receives and sends while a batch computes.  From wire bytes to
-wire bytes a batch crosses into the thread once, and rows of many sessions are decoded, computed and
-encoded as one tensor.
+A step is queued here and its caller waits.  One task, `run`, has a batch computed whenever the thread is
+free.  The thread itself chooses the batch at that moment (`node.serving.executor.batcher`), from all that has
+arrived by then; meanwhile the event loop receives and sends.  From wire bytes to wire bytes a batch crosses
+into the thread once, and rows of many sessions are decoded, computed and encoded as one tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import outcome
@@ -24,17 +23,19 @@ from torch import Tensor
 from node.model.blocks.kv_pages import SpanCache
 from node.model.blocks.span import Span
 from node.runtime.compute_thread import ComputeThread
-from node.serving.executor.batcher import Batch, Batcher, Job, Kind, Piece, segments
+from node.serving.executor.batcher import Batcher
+from node.serving.executor.job_queues import RETRY_SECONDS
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments, size_of
 from node.serving.executor.rates import Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
-from tensor_codec.errors import BadResult
+from tensor_codec.errors import BadResult, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, StepRange
 
-LOOK_SECONDS = 0.1  # for a look at how fast an idle node is
-LONGEST_LOOKED_AT_SECONDS = 0.5  # of a step
+IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
+MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
 
 
 class NotFinite(BadResult):
@@ -51,61 +52,68 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """Somebody's request, from when it is queued until it is answered."""
+    """One request, from when it is queued until it is answered.  seconds: computing it, so far."""
 
     job: Job
-    since: float = field(default_factory=time.perf_counter)
+    since: float
     done: trio.Event = field(default_factory=trio.Event)
     result: outcome.Outcome[Answer] | None = None
     seconds: float = 0.0
 
-    def settle(self, result: outcome.Outcome[Answer]) -> None:
-        """Answer; whoever has left does not mind."""
-        self.result = result
-        self.done.set()
-
 
 @dataclass(slots=True, eq=False)
 class _Step(_Work):
-    """A step of a session.  wanted: positions of the answer.  parts: outputs of the chunks so far.
-
-    rope_length: see `tensor_codec.messages.contract.StepRange`.
-    """
+    """A step of a session.  wanted: positions of the answer.  parts: outputs of the chunks so far."""
 
     contract: Contract = field(kw_only=True)
     cache: SpanCache = field(kw_only=True)
-    position: int = field(kw_only=True)
+    what: StepRange = field(kw_only=True)
     body: Buffer = field(kw_only=True)
     wanted: int = field(kw_only=True)
-    rope_length: int = field(kw_only=True)
     hidden: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
 
 
+Parts = Callable[
+    [Span], Generator[None, None, Buffer]
+]  # a part at each `next`; its return value is the answer
+
+
 @dataclass(slots=True, eq=False)
 class _Request(_Work):
-    """A request without a session."""
+    """A request without a session.  under_way: after its first part."""
 
-    work: Callable[[Span], Buffer] = field(kw_only=True)
+    work: Parts = field(kw_only=True)
+    under_way: Generator[None, None, Buffer] | None = None
+
+
+Settled = list[tuple[_Work, outcome.Outcome[Answer]]]
 
 
 class Engine:
     """The compute of a serving node.  `run` must be running for anything to be answered.
 
-    rates: measured at start, then kept up by what is served.
-    waits: of decode steps.
+    rates: measured at start, then updated by every batch.  waits: of decode steps.
+    clock: in seconds; every time here is on it.
     """
 
     def __init__(
-        self, span: Span, compute: ComputeThread, rates: Rates, limits: Limits | None = None
+        self,
+        span: Span,
+        compute: ComputeThread,
+        rates: Rates,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.span = span
         self.compute = compute
         self.rates = rates
+        self.limits = limits or Limits()
         self.waits = Waits()
         self.batcher = Batcher(
-            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, limits or Limits()
+            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, self.limits
         )
+        self._clock = clock
         self._lock = threading.Lock()  # around the batcher: the torch thread takes batches from it
         self._works: dict[int, _Work] = {}
         self._chores: list[Callable[[], None]] = []
@@ -113,73 +121,74 @@ class Engine:
         self._wanted = trio.Event()
 
     @property
-    def queue_length(self) -> int:
-        """Steps and requests waiting or running."""
-        return self.batcher.waiting
-
-    @property
     def queue(self) -> float:
-        """How long a decode step waits, in times of its own computing: what a record says of it."""
-        return round(self.waits.queue(time.perf_counter()), 2)
+        """The mean wait of a decode step, as a multiple of its computing: a record announces it."""
+        return round(self.waits.queue(self._clock()), 2)
 
     async def run(self) -> None:
-        """Compute what is queued, until cancelled.  What escapes is a bug of ours."""
+        """Compute what is queued, until cancelled.  An exception that escapes is our bug."""
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
-            while (settled := await self.compute.run(self._turn)) is not None:
+            resume_at = -math.inf
+            while resume_at <= self._clock():
+                settled, resume_at = await self.compute.run(self._run_batch)
                 for work, result in settled:
-                    work.settle(result)
-            with self._lock:
-                again = self.batcher.resume_at()
-            if again < math.inf:
-                with trio.move_on_after(max(0.0, again - time.perf_counter())):
+                    work.result = result
+                    work.done.set()
+            if resume_at < math.inf:
+                with trio.move_on_after(max(0.0, resume_at - self._clock())):
                     await self._wanted.wait()
                 self._wanted.set()
 
     async def step(
         self, peer: str, contract: Contract, cache: SpanCache, what: StepRange, body: Buffer, *, whole: bool
     ) -> Answer:
-        """Compute one step: `body` in the contract's codec in, the same out.
+        """Compute one step: `body` [batch, tokens, hidden] in the contract's codec in, the same out.
 
         cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
-        Raises TooManyStreams (nothing was done), BadResult (what came in is not finite; nothing was
-        done), NotFinite.
+        Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
+        nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
         """
         kind = Kind.DECODE if what.tokens == 1 else Kind.PREFILL
-        job = Job(next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop)
+        now = self._clock()
+        job = Job(
+            next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
+            now + self.limits.step_wait_seconds,
+        )  # fmt: skip
         wanted = what.tokens if whole else what.reply_tokens
         return await self._answer(
-            _Step(
-                job, contract=contract, cache=cache, position=what.position, body=body, wanted=wanted,
-                rope_length=what.rope_length,
-            )
-        )  # fmt: skip
+            _Step(job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted)
+        )
 
     async def stateless(
-        self, peer: str, rows: int, tokens: int, start: int, stop: int, work: Callable[[Span], Buffer]
+        self, peer: str, rows: int, tokens: int, parts: Sequence[tuple[int, int]], work: Parts
     ) -> Answer:
-        """Run `work` in the torch thread when it is this request's turn.
+        """Run `work` in the torch thread, a part for each batch that the batcher gives this request.
 
-        rows, tokens, start, stop: what it costs.  Raises TooManyStreams (nothing was done), and what
-        `work` raises of PeerFault.
+        rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  Batches of
+        steps may run between two parts; no part of another request does.
+        Raises TooManyStreams (nothing was done), and the PeerFault that `work` raises.
         """
-        job = Job(next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop)
-        return await self._answer(_Request(job, work=work))
+        start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
+        job = Job(
+            next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts)
+        )  # fmt: skip
+        return await self._answer(_Request(job, self._clock(), work=work))
 
-    async def look_again(self) -> None:
-        """Measure what a decode step takes now, for about LOOK_SECONDS; call this when nothing is served.
+    async def measure_again(self) -> None:
+        """Measure a decode step, for about IDLE_MEASURE_SECONDS; call this when nothing is served.
 
-        Not where steps take very long: who comes meanwhile would have to wait for two.
+        Not where steps take very long: a step that comes meanwhile would have to wait for two.
         """
         seconds = self.rates.alone * (self.span.stop - self.span.start)
-        if self.batcher.waiting or seconds > LONGEST_LOOKED_AT_SECONDS:
+        if self.batcher.waiting or seconds > MAX_MEASURED_STEP_SECONDS:
             return
-        self.rates.measured(await self.compute.run(measure_decode, self.span, LOOK_SECONDS))
+        self.rates.measured(await self.compute.run(measure_decode, self.span, IDLE_MEASURE_SECONDS))
 
     def before_next(self, chore: Callable[[], None]) -> None:
-        """Do this in the torch thread before the next batch, after the one that runs now.
+        """Run `chore` in the torch thread after the batch that runs now and before the next one.
 
         For what a batch must not be surprised by: a cut and the end of a cache that it computes with.
         """
@@ -189,7 +198,7 @@ class Engine:
     async def _answer(self, work: _Work) -> Answer:
         number = work.job.number
         with self._lock:
-            self.batcher.submit(work.job, time.perf_counter())
+            self.batcher.submit(work.job, work.since)
             self._works[number] = work
         self._wanted.set()
         try:
@@ -203,112 +212,131 @@ class Engine:
 
     # From here on: in the torch thread.
 
-    def _turn(self) -> list[tuple[_Work, outcome.Outcome[Answer]]] | None:
-        """Take the next batch and run it; what is answered by it, or None if nothing waits."""
+    def _run_batch(self) -> tuple[Settled, float]:
+        """Run the next batch: its answers, and when to call again if nothing is queued until then.
+
+        At once, as long as something waits that may run.
+        """
+        settled: Settled = []
         with self._lock:
             # Before any pages are taken: the budget has counted these as given back.
             chores, self._chores = self._chores, []
             for chore in chores:
                 chore()
-            batch = self.batcher.next(time.perf_counter())
+            now = self._clock()
+            batch = self.batcher.next(now)
+            for job in self.batcher.expired(now):
+                settled.append((self._works[job.number], outcome.Error(self._too_late())))
             if batch is None:
-                return None
+                return settled, self.batcher.resume_at()
             works = [self._works[piece.job.number] for piece in batch]
-        began = time.perf_counter()
-        settled: list[tuple[_Work, outcome.Outcome[Answer]]] = []
+        began = self._clock()
         try:
             self._compute(batch, works, settled)
         finally:
-            seconds = time.perf_counter() - began
+            ended = self._clock()
             with self._lock:
                 for work, result in settled:
                     if isinstance(result, outcome.Error):
                         self.batcher.cancel(work.job.number)
-                self.batcher.finished(batch, seconds, time.perf_counter())
+                self.batcher.finished(batch, ended - began, ended)
+                resume_at = -math.inf if self.batcher.waiting else math.inf
+        self._observe(batch, works, began, ended)
+        return settled, resume_at
+
+    def _observe(self, batch: Batch, works: Sequence[_Work], began: float, ended: float) -> None:
+        """Update the announced figures by a batch."""
         kind = batch[0].job.kind
-        if kind is not Kind.STATELESS:
-            rows_tokens = sum(piece.job.rows * piece.tokens for piece in batch)
-            blocks = len(set().union(*(range(piece.job.start, piece.job.stop) for piece in batch)))
-            self.rates.observe(rows_tokens, blocks, seconds, decode=kind is Kind.DECODE)
+        if kind is Kind.STATELESS:
+            return
+        blocks, positions, _ = size_of(batch)
+        self.rates.observe(positions, blocks, ended - began, decode=kind is Kind.DECODE)
         if kind is Kind.DECODE:
-            waited = sum(began - work.since for work in works)
-            self.waits.observe(waited, seconds * len(works), len(works), began + seconds)
-        return settled
+            waited = 0.0
+            for work in works:
+                waited += began - work.since
+            self.waits.observe(waited, (ended - began) * len(works), len(works), ended)
 
-    def _compute(
-        self, batch: Batch, works: list[_Work], settled: list[tuple[_Work, outcome.Outcome[Answer]]]
-    ) -> None:
-        began = time.perf_counter()
+    def _too_late(self) -> TooManyStreams:
+        seconds = self.limits.step_wait_seconds
+        return TooManyStreams(f"the step waited {seconds:g} s for compute here, no longer may", RETRY_SECONDS)
 
-        def micros() -> int:
-            return int((time.perf_counter() - began) * 1e6)
-
+    def _compute(self, batch: Batch, works: Sequence[_Work], settled: Settled) -> None:
+        began = self._clock()
         first = works[0]
         if isinstance(first, _Request):
-            try:
-                settled.append((first, outcome.Value(Answer(first.work(self.span), micros()))))
-            except BadResult as bad:
-                settled.append((first, outcome.Error(bad)))
-            return
+            return self._part(batch[0], first, began, settled)
         steps = [work for work in works if isinstance(work, _Step)]
         if batch[0].job.kind is Kind.PREFILL:
             for piece, step in zip(batch, steps, strict=True):
-                self._chunk(piece, step, time.perf_counter(), settled)
-            return
+                self._chunk(piece, step, self._clock(), settled)
+            return None
         steps, hidden = _decoded(steps, settled)
         if not steps:
-            return
-        hidden = self._decode([Piece(step.job, 0, 1) for step in steps], steps, hidden)
-        for step, body in zip(steps, _encoded(steps, hidden), strict=True):
-            result: outcome.Outcome[Answer]
-            result = (
-                outcome.Error(body) if isinstance(body, NotFinite) else outcome.Value(Answer(body, micros()))
-            )
-            settled.append((step, result))
+            return None
+        bodies = _encoded(steps, self._decode(steps, hidden))
+        micros = int((self._clock() - began) * 1e6)
+        for step, body in zip(steps, bodies, strict=True):
+            if isinstance(body, NotFinite):
+                settled.append((step, outcome.Error(body)))
+            else:
+                settled.append((step, outcome.Value(Answer(body, micros))))
+        return None
 
-    def _decode(self, pieces: Sequence[Piece], steps: Sequence[_Step], hidden: Tensor) -> Tensor:
+    def _part(self, piece: Piece, request: _Request, began: float, settled: Settled) -> None:
+        """A part of a stateless request; the answer when it was the last one."""
+        try:
+            if request.under_way is None:
+                request.under_way = request.work(self.span)
+            next(request.under_way)
+        except StopIteration as end:
+            assert piece.last, "fewer parts than were announced"
+            request.seconds += self._clock() - began
+            settled.append((request, outcome.Value(Answer(end.value, int(request.seconds * 1e6)))))
+        except BadResult as bad:
+            settled.append((request, outcome.Error(bad)))
+        else:
+            assert not piece.last, "more parts than were announced"
+            request.seconds += self._clock() - began
+
+    def _decode(self, steps: Sequence[_Step], hidden: Tensor) -> Tensor:
         """One position of every step's rows: hidden [rows, hidden_size] -> the same shape.
 
-        Each step joins at its first block and leaves behind its last.
+        Each step joins at its first block and leaves after its last.
         """
         for step in steps:
-            step.cache.reserve(step.position + 1)
-        parts = list(torch.split(hidden, [step.contract.batch for step in steps]))
-        for start, stop, active in segments(pieces):
-            together = [steps[i].cache for i in active]
-            lengths = [steps[i].rope_length for i in active]
-            rows = self.span.decode(
-                torch.cat([parts[i] for i in active]), together, start, stop, rope_lengths=lengths
-            )
-            for i, part in zip(
-                active, torch.split(rows, [steps[i].contract.batch for i in active]), strict=True
-            ):
-                parts[i] = part
+            step.cache.reserve(step.what.position + 1)
+        rows_of = [step.contract.batch for step in steps]
+        parts = list(torch.split(hidden, rows_of))
+        for start, stop, active in segments([Piece(step.job, 0, 1) for step in steps]):
+            caches, lengths, given, sizes = [], [], [], []
+            for index in active:
+                caches.append(steps[index].cache)
+                lengths.append(steps[index].what.rope_length)
+                given.append(parts[index])
+                sizes.append(rows_of[index])
+            rows = self.span.decode(torch.cat(given), caches, start, stop, rope_lengths=lengths)
+            for index, part in zip(active, torch.split(rows, sizes), strict=True):
+                parts[index] = part
         for step in steps:
-            step.cache.length = step.position + 1
+            step.cache.length = step.what.position + 1
         return torch.cat(parts)
 
-    def _chunk(
-        self,
-        piece: Piece,
-        step: _Step,
-        began: float,
-        settled: list[tuple[_Work, outcome.Outcome[Answer]]],
-    ) -> None:
-        """A part of a prefill; the answer when it was the last one."""
+    def _chunk(self, piece: Piece, step: _Step, began: float, settled: Settled) -> None:
+        """A chunk of a prefill; the answer when it was the last one."""
         contract = step.contract
         try:
             if step.hidden is None:
                 step.hidden = decode_hidden(step.body, contract)
             given = step.hidden[:, piece.offset : piece.offset + piece.tokens]
             answer = self.span.forward(
-                given, step.cache, step.position + piece.offset, contract.start, contract.stop,
-                rope_length=step.rope_length,
+                given, step.cache, step.what.position + piece.offset, contract.start, contract.stop,
+                rope_length=step.what.rope_length,
             )  # fmt: skip
             wanted_from = step.job.tokens - step.wanted - piece.offset
             if wanted_from < piece.tokens:
                 step.parts.append(answer[:, max(0, wanted_from) :])
-            step.seconds += time.perf_counter() - began
+            step.seconds += self._clock() - began
             if not piece.last:
                 return
             body: Buffer = b""
@@ -321,18 +349,15 @@ class Engine:
             settled.append((step, outcome.Value(Answer(body, int(step.seconds * 1e6)))))
 
 
-def _decoded(
-    steps: Sequence[_Step], settled: list[tuple[_Work, outcome.Outcome[Answer]]]
-) -> tuple[list[_Step], Tensor]:
-    """The steps' hidden states one below the other, [rows, hidden_size].
+def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Tensor]:
+    """The steps' hidden states one below the other, [rows, hidden_size], and the steps in that order.
 
     A step that holds NaN or infinity is answered so, and left out.
     """
     sound: list[_Step] = []
     rows: list[Tensor] = []
-    for codec in {step.contract.codec: None for step in steps}:
-        same = [step for step in steps if step.contract.codec == codec]
-        flat = torch.frombuffer(bytearray().join(step.body for step in same), dtype=WIRE_DTYPES[codec])
+    for codec, same in _by_codec(steps).items():
+        flat = torch.frombuffer(bytearray().join([step.body for step in same]), dtype=WIRE_DTYPES[codec])
         wide = flat.view(-1, same[0].contract.hidden).float()
         if not bool(torch.isfinite(wide).all()):
             kept = []
@@ -351,23 +376,29 @@ def _decoded(
 
 
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
-    """Each step's rows as bytes of its codec, or why they must not leave this machine."""
-    bodies: dict[int, Buffer | NotFinite] = {}
-    first = 0
-    places = []
-    for step in steps:
-        places.append((first, first + step.contract.batch))
-        first += step.contract.batch
-    for codec in {step.contract.codec for step in steps}:
+    """Each step's rows of hidden [rows, hidden_size] as bytes of its codec, or why they must not leave."""
+    wires = {}
+    for codec in _by_codec(steps):
         wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
         finite = torch.isfinite(wire).all(-1).tolist()
-        data = memoryview(wire.view(torch.uint8).numpy().data).cast("B")
-        row = data.nbytes // len(wire)
-        for index, (step, (begin, end)) in enumerate(zip(steps, places, strict=True)):
-            if step.contract.codec != codec:
-                continue
-            if not all(finite[begin:end]):
-                bodies[index] = NotFinite("computed hidden states hold NaN or infinity")
-            else:
-                bodies[index] = data[begin * row : end * row] if step.wanted else b""
-    return [bodies[index] for index in range(len(steps))]
+        wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+    bodies: list[Buffer | NotFinite] = []
+    begin = 0
+    for step in steps:
+        end = begin + step.contract.batch
+        finite, data = wires[step.contract.codec]
+        row = data.nbytes // len(finite)
+        if not all(finite[begin:end]):
+            bodies.append(NotFinite("computed hidden states hold NaN or infinity"))
+        else:
+            bodies.append(data[begin * row : end * row] if step.wanted else b"")
+        begin = end
+    return bodies
+
+
+def _by_codec(steps: Sequence[_Step]) -> dict[str, list[_Step]]:
+    """The steps of each codec."""
+    found: dict[str, list[_Step]] = {}
+    for step in steps:
+        found.setdefault(step.contract.codec, []).append(step)
+    return found

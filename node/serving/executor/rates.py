@@ -13,7 +13,7 @@ the file, for the next start begins without company.
 
 What was measured at start may be wrong by then: nodes that start together on one machine each find it
 busy, and a spare that nobody has tried would stay five times as slow in the eyes of all.  So an idle
-node measures a few steps again now and then (`Engine.look_again`).
+node measures a few steps again now and then (`Engine.measure_again`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from node.model.checkpoint.folder import write_atomically
+from node.serving.executor.batch_cost import OUTLIER_FACTOR
 from routing.names import Revision
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ log = logging.getLogger("raceme")
 
 EMA_WEIGHT = 0.1  # of the newest batch in the running figures
 WHOLE_CHUNK_TOKENS = 64  # a shorter prefill mostly reads weights: it counts for less
-HICCUP = 4.0  # a batch that takes longer than so many times the expected counts as that
 MEASURED_TOKENS = 64  # of a prefill at start, and decode steps after it
 MIN_PREFILL_TOKENS = 8
 CHECK_SECONDS = 0.2  # for a look at whether the kept figures are still about right
@@ -99,7 +99,7 @@ class Rates:
 
 
 def _moved(known: float, seen: float, weight: float) -> float:
-    return known + weight * (min(seen, HICCUP * known) - known)
+    return known + weight * (min(seen, OUTLIER_FACTOR * known) - known)
 
 
 def rates_at_start(span: Span, file: RatesFile, key: str, seconds: float = 2.0) -> Rates:

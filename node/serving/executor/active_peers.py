@@ -1,0 +1,68 @@
+"""The peers that use the compute now or a moment ago, and how much of it each of them has had."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from node.serving.executor.jobs import Kind
+
+
+@dataclass(slots=True)
+class ActivePeer:
+    """A peer that has jobs, or had one a moment ago.
+
+    last_active_at: when a job of it was last submitted or run; last_short_decode_at: the same of short
+    decode steps.  compute_seconds: seconds of compute that it has used; newcomers begin at the smallest
+    figure of the others.  passed_over: batches of each kind since its last one.
+    """
+
+    last_active_at: float
+    compute_seconds: float = 0.0
+    last_short_decode_at: float = -math.inf
+    passed_over: Counter[Kind] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class ActivePeers:
+    """Active peers by name.
+
+    recently_active_seconds: how long a peer without jobs counts as active.
+    """
+
+    recently_active_seconds: float
+    by_name: dict[str, ActivePeer] = field(default_factory=dict)
+    look_at: float = math.inf  # no peer is to be forgotten before
+
+    def touch(self, name: str, now: float, *, short_decode: bool) -> ActivePeer:
+        """A job of this peer was submitted or run; short_decode: it was a short decode step."""
+        peer = self.by_name.get(name)
+        if peer is None:
+            peer = self.by_name[name] = ActivePeer(now)
+            self.look_at = min(self.look_at, now + self.recently_active_seconds)
+        peer.last_active_at = now
+        if short_decode:
+            peer.last_short_decode_at = now
+        return peer
+
+    def charge_as_newcomer(self, name: str) -> None:
+        """Raise a peer's compute to the smallest figure of the others: time away earns none."""
+        others = [other.compute_seconds for other_name, other in self.by_name.items() if other_name != name]
+        peer = self.by_name[name]
+        peer.compute_seconds = max(peer.compute_seconds, min(others, default=0.0))
+
+    def short_decoders(self, now: float) -> set[str]:
+        """Peers that run short decode steps, now or a moment ago."""
+        since = now - self.recently_active_seconds
+        return {name for name, peer in self.by_name.items() if peer.last_short_decode_at >= since}
+
+    def forget(self, now: float, waiting_of: Callable[[str], int]) -> None:
+        """Forget the peers that have gone.  waiting_of: jobs of a peer that wait or run."""
+        gone = now - self.recently_active_seconds
+        for name in [name for name, peer in self.by_name.items() if peer.last_active_at < gone]:
+            if not waiting_of(name):
+                del self.by_name[name]
+        oldest = min((peer.last_active_at for peer in self.by_name.values()), default=math.inf)
+        self.look_at = oldest + self.recently_active_seconds

@@ -1,0 +1,94 @@
+"""The values that the scheduler works with: jobs, the pieces that they run in, and batches of pieces."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    """Decode steps run together, prefills in chunks, stateless requests (forward, backward) in parts."""
+
+    DECODE = enum.auto()
+    PREFILL = enum.auto()
+    STATELESS = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One step or request: `rows` x `tokens` positions through the blocks [start, stop).
+
+    number: unique.  deadline: on the caller's clock; from then on the job is not begun, and one that has
+    begun goes on.  parts: of a stateless request, the blocks [start, stop) of each part, in order; empty for
+    a request that runs whole.
+    """
+
+    number: int
+    peer: str
+    kind: Kind
+    rows: int
+    tokens: int
+    start: int
+    stop: int
+    deadline: float = math.inf
+    parts: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one batch runs of a job: the positions [offset, offset + tokens) of every row.
+
+    part: of a stateless request, the index in `Job.parts`; a part covers all positions.
+    """
+
+    job: Job
+    offset: int
+    tokens: int
+    part: int = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the job is done after this piece."""
+        return self.offset + self.tokens == self.job.tokens and self.part + 1 >= len(self.job.parts)
+
+    @property
+    def run(self) -> tuple[int, int]:
+        """The blocks [start, stop) that the piece goes through."""
+        job = self.job
+        return job.parts[self.part] if job.parts else (job.start, job.stop)
+
+
+Batch = tuple[Piece, ...]
+
+
+def segments(pieces: Sequence[Piece]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Runs of blocks in order: (start, stop, indices of the pieces that are active there).
+
+    A piece joins at its first block and leaves after its last one; blocks without a piece are left out.
+    """
+    if len(pieces) == 1:
+        return [(pieces[0].job.start, pieces[0].job.stop, (0,))]
+    bounds = sorted({bound for piece in pieces for bound in (piece.job.start, piece.job.stop)})
+    runs = []
+    for start, stop in itertools.pairwise(bounds):
+        active = tuple(i for i, p in enumerate(pieces) if p.job.start <= start and stop <= p.job.stop)
+        if active:
+            runs.append((start, stop, active))
+    return runs
+
+
+def size_of(batch: Batch) -> tuple[int, int, list[int]]:
+    """Blocks that a batch runs through, each counted once; its rows times tokens; the work of each piece.
+
+    The work of a piece is its rows times tokens times blocks.
+    """
+    blocks, positions, works = set[int](), 0, []
+    for piece in batch:
+        start, stop = piece.run
+        blocks.update(range(start, stop))
+        positions += piece.job.rows * piece.tokens
+        works.append(piece.job.rows * piece.tokens * (stop - start))
+    return len(blocks), positions, works
