@@ -261,17 +261,18 @@ async def test_no_further_part_of_a_cancelled_request_runs(autojump_clock):
 
 
 async def test_a_step_that_waited_too_long_is_refused_and_never_begun(autojump_clock):
-    async with running(Limits(step_wait_seconds=2.5), seconds=3.0) as engine:
+    async with running(Limits(step_wait_seconds=2.5), seconds=2.0) as engine:
         first, late = One(engine, "a", 0), One(engine, "b", 1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(first.step, 2)
+            nursery.start_soon(first.step, 200)
             await trio.sleep(0.1)
             with pytest.raises(TooManyStreams, match=r"waited 2\.5 s") as refusal:
-                await late.step()
+                await late.step(200)
         assert refusal.value.retry_after_seconds is not None
         assert late.cache.length == 0
-        assert [tokens for _, tokens, *_ in engine.span.steps] == [2]
+        assert [tokens for _, tokens, *_ in engine.span.steps] == [200]
         assert engine.batcher.waiting == 0
+        late.check(await late.step(200))
 
 
 async def test_a_step_that_has_begun_goes_on_after_its_time_to_begin(autojump_clock):
