@@ -1,7 +1,7 @@
 """Length-prefixed frames out of any split of a byte stream, and back.
 
-A frame on the wire is a 4-byte big-endian length and then so many bytes.  Sans-IO, in the way of
-h11: bytes go in, whole frames come out; nothing here reads, sleeps or knows the time.
+A frame on the wire is a 4-byte big-endian length and then its payload.  Sans-IO, in the way of h11: bytes
+go in, whole frames come out; nothing here reads, sleeps or knows the time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ Buffer = bytes | bytearray | memoryview
 
 
 def encode_frame(parts: Buffer | Iterable[Buffer], max_frame: int | None = None) -> bytes:
-    """Return one frame whose payload is `parts`, joined.
+    """Return one frame with `parts`, joined, as its payload.
 
     max_frame: largest payload in bytes that the other side accepts; LocalProtocolError above it,
         because sending more than was agreed is our own bug.
     """
     pieces = [parts] if isinstance(parts, bytes | bytearray | memoryview) else list(parts)
-    size = sum(len(piece) for piece in pieces)
+    size = 0
+    for piece in pieces:
+        size += len(piece)
     if size >= 1 << 32 or (max_frame is not None and size > max_frame):
         raise LocalProtocolError(f"a frame of {size} bytes, where {max_frame or 2**32 - 1} are allowed")
     return b"".join([_PREFIX.pack(size), *pieces])
@@ -39,7 +41,7 @@ class FrameDecoder:
       * any split of the same bytes gives the same frames;
       * a length above `max_frame` is refused on sight of its prefix, before its bytes are waited for;
       * nothing but FrameError is raised, and after it every later call raises it again;
-      * at most one frame and what came with it in one read is held.
+      * at most one frame, and the rest of the read that ended it, is held.
 
     max_frame: largest payload accepted, in bytes.
     """
@@ -50,7 +52,7 @@ class FrameDecoder:
 
     @property
     def in_frame(self) -> bool:
-        """True while a frame has begun and is not whole."""
+        """Whether a frame has begun and is not whole."""
         return bool(self._buffer)
 
     @property
@@ -69,8 +71,14 @@ class FrameDecoder:
             raise FrameError(self._broken)
         self._buffer += data
         frames: list[bytearray] = []
-        begin = 0
-        while (end := self._end_of_frame(begin)) is not None:
+        begin, held = 0, len(self._buffer)
+        while held - begin >= PREFIX_BYTES:
+            size = int(_PREFIX.unpack_from(self._buffer, begin)[0])
+            if size > self.max_frame:
+                self._fail(f"a frame of {size} bytes was announced, {self.max_frame} are allowed")
+            end = begin + PREFIX_BYTES + size
+            if end > held:
+                break
             frames.append(self._buffer[begin + PREFIX_BYTES : end])
             begin = end
         if begin:
@@ -83,15 +91,6 @@ class FrameDecoder:
             raise FrameError(self._broken)
         if self._buffer:
             self._fail(f"the stream ended inside a frame, {len(self._buffer)} bytes into it")
-
-    def _end_of_frame(self, begin: int) -> int | None:
-        if len(self._buffer) - begin < PREFIX_BYTES:
-            return None
-        size = int(_PREFIX.unpack_from(self._buffer, begin)[0])
-        if size > self.max_frame:
-            self._fail(f"a frame of {size} bytes was announced, {self.max_frame} are allowed")
-        end = begin + PREFIX_BYTES + size
-        return end if end <= len(self._buffer) else None
 
     def _fail(self, reason: str) -> None:
         self._broken = reason

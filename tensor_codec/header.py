@@ -19,7 +19,7 @@ from tensor_codec.frame import Buffer
 from tensor_codec.limits import MAX_HEADER_BYTES
 
 _LENGTH = struct.Struct(">H")
-MAX_ITEMS = 64  # of one list or map: msgpack makes room for as many as are announced, at every depth
+MAX_ITEMS = 64  # of one list or map: msgpack allocates as many as are announced, at every depth
 
 
 def pack_header(fields: Mapping[str, object]) -> bytes:
@@ -90,8 +90,8 @@ def _unique_pairs(pairs: list[tuple[object, object]]) -> dict[str, object]:
 class Header:
     """A header whose fields are taken out by name, each with its type and its range checked.
 
-    Every reader raises MessageError that says what was found and what was allowed.  Keys that
-    nobody asks for are ignored: a later version may add some.
+    Every reader raises MessageError that says what was found and what was allowed.  Keys without a reader
+    are ignored: a later version may add some.  absent: the value of a field that may be missing.
     """
 
     __slots__ = ("_fields",)
@@ -102,9 +102,11 @@ class Header:
     def __contains__(self, name: str) -> bool:
         return self._fields.get(name) is not None
 
-    def integer(self, name: str, low: int, high: int) -> int:
+    def integer(self, name: str, low: int, high: int, *, absent: int | None = None) -> int:
         """The integer `name`, low <= value <= high (a bool is not an integer)."""
         value = self._fields.get(name)
+        if value is None and absent is not None:
+            return absent
         if type(value) is not int or not low <= value <= high:
             raise MessageError(f"{name} is {_brief(value)}, an integer in {low}..{high} is allowed")
         return value
@@ -118,18 +120,27 @@ class Header:
             raise MessageError(f"{name} is {_brief(value)}, a number in {low}..{high} is allowed")
         return value
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, *, absent: bool | None = None) -> bool:
         """The boolean `name`."""
         value = self._fields.get(name)
+        if value is None and absent is not None:
+            return absent
         if type(value) is not bool:
             raise MessageError(f"{name} is {_brief(value)}, true or false is allowed")
         return value
 
-    def text(self, name: str, most: int = 256, *, empty: bool = False) -> str:
-        """The printable text `name`, of at most `most` characters."""
+    def text(self, name: str, max_characters: int = 256, *, empty: bool = False) -> str:
+        """The printable text `name`, of at most `max_characters`; empty: it may be."""
         value = self._fields.get(name)
-        if type(value) is not str or len(value) > most or not (value or empty) or not value.isprintable():
-            raise MessageError(f"{name} is {_brief(value)}, printable text of at most {most} is allowed")
+        if (
+            type(value) is not str
+            or len(value) > max_characters
+            or not (value or empty)
+            or not value.isprintable()
+        ):
+            raise MessageError(
+                f"{name} is {_brief(value)}, printable text of at most {max_characters} is allowed"
+            )
         return value
 
     def choice(self, name: str, allowed: frozenset[str]) -> str:
@@ -146,18 +157,20 @@ class Header:
             raise MessageError(f"{name} is {_brief(value)}, {size} bytes are allowed")
         return value
 
-    def items(self, name: str, most: int) -> list[Any]:  # Any: the caller checks each item
-        """The list `name`, of at most `most` items; the items are not checked."""
+    def items(self, name: str, max_items: int, *, absent: bool = False) -> list[Any]:  # Any: not checked
+        """The list `name`, of at most `max_items`; the caller checks the items.  absent: then it is empty."""
         value = self._fields.get(name)
-        if type(value) is not list or len(value) > most:
-            raise MessageError(f"{name} is {_brief(value)}, a list of at most {most} is allowed")
+        if value is None and absent:
+            return []
+        if type(value) is not list or len(value) > max_items:
+            raise MessageError(f"{name} is {_brief(value)}, a list of at most {max_items} is allowed")
         return value
 
-    def mapping(self, name: str, most: int) -> dict[str, Any]:  # Any: the caller checks each value
-        """The map `name`, of at most `most` entries with text keys; the values are not checked."""
+    def mapping(self, name: str, max_items: int) -> dict[str, Any]:  # Any: not checked
+        """The map `name`, of at most `max_items` entries with text keys; the caller checks the values."""
         value = self._fields.get(name)
-        if type(value) is not dict or len(value) > most:
-            raise MessageError(f"{name} is {_brief(value)}, a map of at most {most} is allowed")
+        if type(value) is not dict or len(value) > max_items:
+            raise MessageError(f"{name} is {_brief(value)}, a map of at most {max_items} is allowed")
         return value
 
 

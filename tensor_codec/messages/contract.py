@@ -1,4 +1,4 @@
-"""What both ends of a session agreed on, and the range of positions of a step."""
+"""The terms that both ends of a session agreed on, and the range of positions of a step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ CODECS = frozenset(CODEC_BYTES)
 MAX_BLOCKS = 4096
 MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
 MAX_HOPS = 64
-MAX_QUEUE = 1e6  # times a step's computing, that it waits
+MAX_QUEUE = 1e6  # a step's wait, as a multiple of its computing
+REPLAY_TOKENS = 256  # positions of one part of a replay
 
 Reply = Literal["all", "last", "none", "replay"]
 REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none", 3: "replay"}
-_REPLY_CODES: dict[Reply, int] = {name: code for code, name in REPLIES.items()}
+REPLY_CODES: dict[Reply, int] = {name: code for code, name in REPLIES.items()}
 MAX_STEP = 1 << 53
 MAX_EPOCH = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """What both ends of a session agreed on; every later message is read against it.
+    """The terms of a session, agreed at its opening; every later message is read against them.
 
-    batch: rows; hidden: values per position; max_length: positions the cache may hold per row;
-    codec: how hidden states travel; max_step_tokens: batch * tokens of one step, but never less than one
+    batch: rows.  hidden: values per position.  max_length: positions a row that the cache may hold.
+    codec: how hidden states travel.  max_step_tokens: batch * tokens of one step, but never less than one
     position of all rows.
+    row_bytes: wire bytes of one position of all rows.  max_tokens: positions that one step may carry.
     """
 
     session: bytes
@@ -38,24 +40,22 @@ class Contract:
     hidden: int
     codec: str
     max_step_tokens: int
+    row_bytes: int = field(init=False, repr=False, compare=False)
+    max_tokens: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def row_bytes(self) -> int:
-        """Wire bytes of one position of all rows."""
-        return self.batch * self.hidden * CODEC_BYTES[self.codec]
-
-    @property
-    def max_tokens(self) -> int:
-        """Positions that one step may carry."""
-        return min(self.max_length, max(1, self.max_step_tokens // self.batch))
+    def __post_init__(self) -> None:
+        row_bytes = self.batch * self.hidden * CODEC_BYTES[self.codec]
+        max_tokens = min(self.max_length, max(1, self.max_step_tokens // self.batch))
+        object.__setattr__(self, "row_bytes", row_bytes)  # the class is frozen
+        object.__setattr__(self, "max_tokens", max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class StepRange:
-    """Positions [position, position + tokens) of a step; what a reply covers is worked out here.
+    """Positions [position, position + tokens) of a step, and which of them a reply covers.
 
-    rope_length: for models whose rotary angles depend on the length.  A position takes those of a
-    sequence of so many positions, or of one that ends with it, whichever is longer.
+    rope_length: for models with rotary angles that depend on the length.  A position takes the angles of a
+    sequence of `rope_length` positions, or of one that ends with it, whichever is longer.
     """
 
     position: int

@@ -17,16 +17,16 @@ from tensor_codec.errors import (
 )
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header, split_message
-from tensor_codec.messages.contract import CODECS, MAX_EPOCH, MAX_HOPS, MAX_STEP, Contract
+from tensor_codec.messages.contract import CODECS, MAX_HOPS, MAX_STEP
 
-# What a Failed can say besides the refusals, and what it means for whoever reads it.
+# The codes of a Failed besides the refusals, and the exception that each of them stands for.
 FAULTS: dict[str, type[PeerFault]] = {
     "protocol": RemoteProtocolError,  # you sent what must not come now
     "message": MessageError,  # you sent what cannot be read
-    "bad_values": BadResult,  # NaN or infinity, found at the door or after computing
+    "bad_values": BadResult,  # NaN or infinity, found on arrival or after computing
     "cannot_push": PeerGone,  # the next hop is gone or slow; `peer` names it
     "ended": PeerGone,  # the session is over here: idle, too old, or shut down
-    "leaving": PeerGone,  # the session goes on for a while, but this node is about to leave
+    "leaving": PeerGone,  # this node is about to leave; the session goes on for a while
 }
 
 
@@ -34,7 +34,7 @@ FAULTS: dict[str, type[PeerFault]] = {
 class Failed:
     """A session could not be opened, or a step or a stateless request could not be done.
 
-    code: a key of REFUSALS or FAULTS.  peer: whom the fault concerns, if not the sender.
+    code: a key of REFUSALS or FAULTS.  peer: the peer at fault, if not the sender.
     """
 
     code: str
@@ -44,14 +44,14 @@ class Failed:
     peer: str | None = None
 
     def error(self) -> Refused | PeerFault:
-        """The exception that says the same."""
+        """The exception that this message stands for."""
         if self.code in REFUSALS:
             return REFUSALS[self.code](self.message, self.retry_after_seconds)
         return FAULTS[self.code](self.message)
 
     @staticmethod
     def of(error: Refused | PeerFault, step: int | None = None, peer: str | None = None) -> Failed:
-        """The message that says what `error` says."""
+        """The message that stands for `error`."""
         text = "".join(c if c.isprintable() else " " for c in str(error))[:300] or type(error).__name__
         if isinstance(error, Refused):
             known = error.code if error.code in REFUSALS else Refused.code
@@ -93,52 +93,48 @@ def encode_failed(message: Failed) -> list[Buffer]:
     return [pack_header({name: value for name, value in fields.items() if value is not None})]
 
 
-def _read_failed(message: Message) -> Failed:
-    _no_body(message)
+def read_failed(message: Message) -> Failed:
+    """Read a Failed.  Raises MessageError."""
+    no_body(message)
     header = message.header
     return Failed(
         code=header.choice("code", _FAILURE_CODES),
         message=header.text("message", 300),
         retry_after_seconds=header.number("retry", 0.0, 3600.0) if "retry" in header else None,
-        step=_last_step(header),
-        peer=_peer(header, "peer"),
+        step=optional_step(header),
+        peer=optional_peer(header, "peer"),
     )
 
 
-def _codec(header: Header) -> str | None:
-    return header.choice("codec", CODECS) if "codec" in header else None
-
-
-def _last_step(header: Header) -> int | None:
+def optional_step(header: Header) -> int | None:
+    """The number of a step, where there is one."""
     return header.integer("n", 0, MAX_STEP) if "n" in header else None
 
 
-def _epoch(header: Header, name: str) -> int:
-    return header.integer(name, 0, MAX_EPOCH) if name in header else 0
+def optional_codec(header: Header) -> str | None:
+    """A codec's name, where there is one."""
+    return header.choice("codec", CODECS) if "codec" in header else None
 
 
-def _rope_length(header: Header, contract: Contract) -> int:
-    return header.integer("l", 0, contract.max_length) if "l" in header else 0
-
-
-def _flag(header: Header, name: str, *, absent: bool = False) -> bool:
-    return header.flag(name) if name in header else absent
-
-
-def _peer(header: Header, name: str) -> str | None:
+def optional_peer(header: Header, name: str) -> str | None:
+    """A peer id, where there is one."""
     return header.text(name, 128) if name in header else None
 
 
-def _read_timings(header: Header, most: int = MAX_HOPS) -> tuple[tuple[int, int], ...]:
-    if "t" not in header:
-        return ()
-    pairs = header.items("t", most)
-    for pair in pairs:
-        if type(pair) is not list or len(pair) != 2 or any(type(n) is not int or n < 0 for n in pair):
+def read_timings(header: Header, max_hops: int = MAX_HOPS) -> tuple[tuple[int, int], ...]:
+    """Microseconds (held, computing) of each hop that was passed; none where the field is missing."""
+    found = []
+    for pair in header.items("t", max_hops, absent=True):
+        if type(pair) is not list or len(pair) != 2:
             raise MessageError("timings are pairs of microseconds")
-    return tuple((held, computing) for held, computing in pairs)
+        held, computing = pair
+        if type(held) is not int or type(computing) is not int or held < 0 or computing < 0:
+            raise MessageError("timings are pairs of microseconds")
+        found.append((held, computing))
+    return tuple(found)
 
 
-def _no_body(message: Message) -> None:
+def no_body(message: Message) -> None:
+    """Raises MessageError where a message that has no body has one."""
     if len(message.body):
-        raise MessageError(f"{len(message.body)} body bytes behind {message.kind!r}, which has none")
+        raise MessageError(f"{len(message.body)} body bytes after {message.kind!r}, which has none")

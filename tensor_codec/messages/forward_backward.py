@@ -10,7 +10,7 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.header import pack_header
 from tensor_codec.messages.contract import CODEC_BYTES, CODECS, DTYPES, MAX_BLOCKS, MAX_TOKENS, Contract
-from tensor_codec.messages.fields import Failed, _read_failed, _read_timings, read_message
+from tensor_codec.messages.fields import Failed, read_failed, read_message, read_timings
 
 COMPUTE_PROTOCOL = "/raceme/compute/1"  # a client and a peer, without a session
 
@@ -148,8 +148,8 @@ def decode_output(frame: Buffer, contract: Contract) -> Output | Failed:
     """Read the answer to a stateless request with this contract.  Raises MessageError."""
     message = read_message(frame, frozenset({"output", "failed"}))
     if message.kind == "failed":
-        return _read_failed(message)
+        return read_failed(message)
     expected = contract.max_length * contract.row_bytes
     if len(message.body) != expected:
         raise MessageError(f"{len(message.body)} body bytes came back, {expected} were asked for")
-    return Output(message.body, _read_timings(message.header, 1))
+    return Output(message.body, read_timings(message.header, 1))

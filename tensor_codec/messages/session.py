@@ -22,20 +22,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tensor_codec.errors import (
-    MessageError,
-)
+from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header
 from tensor_codec.messages.contract import (
-    _REPLY_CODES,
     CODECS,
     DTYPES,
     MAX_BLOCKS,
+    MAX_EPOCH,
     MAX_QUEUE,
     MAX_STEP,
     MAX_TOKENS,
     REPLIES,
+    REPLY_CODES,
     SESSION_ID_BYTES,
     Contract,
     Reply,
@@ -43,16 +42,13 @@ from tensor_codec.messages.contract import (
 from tensor_codec.messages.fields import (
     Failed,
     Message,
-    _codec,
-    _epoch,
-    _flag,
-    _last_step,
-    _no_body,
-    _peer,
-    _read_failed,
-    _read_timings,
-    _rope_length,
+    no_body,
+    optional_codec,
+    optional_peer,
+    optional_step,
+    read_failed,
     read_message,
+    read_timings,
 )
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
@@ -238,7 +234,7 @@ def encode_open(message: Open) -> list[Buffer]:
 def decode_open(frame: Buffer) -> Open:
     """Read the first message of a session stream.  Raises MessageError."""
     message = read_message(frame, frozenset({"open"}))
-    _no_body(message)
+    no_body(message)
     header = message.header
     start = header.integer("start", 0, MAX_BLOCKS - 1)
     return Open(
@@ -251,12 +247,12 @@ def decode_open(frame: Buffer) -> Open:
         max_length=header.integer("max_length", 1, MAX_TOKENS),
         dtype=header.choice("dtype", DTYPES),
         codec=header.choice("codec", CODECS),
-        predecessor=_peer(header, "predecessor"),
-        successor=_peer(header, "successor"),
+        predecessor=optional_peer(header, "predecessor"),
+        successor=optional_peer(header, "successor"),
         adapter=header.text("adapter") if "adapter" in header else None,
-        relay=_flag(header, "relay"),
-        epoch=_epoch(header, "epoch"),
-        held=_flag(header, "held"),
+        relay=header.flag("relay", absent=False),
+        epoch=header.integer("epoch", 0, MAX_EPOCH, absent=0),
+        held=header.flag("held", absent=False),
     )
 
 
@@ -270,11 +266,11 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
     """Read a hop's answer to Open.  Raises MessageError."""
     message = read_message(frame, frozenset({"opened", "failed"}))
     if message.kind == "failed":
-        return _read_failed(message)
-    _no_body(message)
+        return read_failed(message)
+    no_body(message)
     header = message.header
     queue = header.number("q", 0.0, MAX_QUEUE) if "q" in header else 0.0
-    return Opened(header.flag("push"), _flag(header, "cut", absent=True), queue)
+    return Opened(header.flag("push"), header.flag("cut", absent=True), queue)
 
 
 def encode_relink(message: Relink) -> list[Buffer]:
@@ -332,7 +328,7 @@ def encode_step(message: Step) -> list[Buffer]:
         "s": message.session,
         "n": message.step,
         "p": message.position,
-        "r": _REPLY_CODES[message.reply],
+        "r": REPLY_CODES[message.reply],
     }
     if message.timings:
         fields["t"] = message.timings
@@ -352,7 +348,7 @@ def step_session(message: Message) -> bytes:
 
 def step_epoch(message: Message) -> int:
     """The epoch of a Step that is not for us to read."""
-    return _epoch(message.header, "e")
+    return message.header.integer("e", 0, MAX_EPOCH, absent=0)
 
 
 def read_step(message: Message, contract: Contract) -> Step:
@@ -362,7 +358,7 @@ def read_step(message: Message, contract: Contract) -> Step:
     session to say.
     """
     header = message.header
-    session = step_session(message)
+    session = header.binary("s", SESSION_ID_BYTES)
     if session != contract.session:
         raise MessageError("a step of another session")
     position = header.integer("p", 0, contract.max_length - 1)
@@ -379,10 +375,10 @@ def read_step(message: Message, contract: Contract) -> Step:
         position=position,
         reply=REPLIES[header.integer("r", 0, len(REPLIES) - 1)],
         body=message.body,
-        timings=_read_timings(header),
-        epoch=_epoch(header, "e"),
-        bulk=_flag(header, "b"),
-        rope_length=_rope_length(header, contract),
+        timings=read_timings(header),
+        epoch=header.integer("e", 0, MAX_EPOCH, absent=0),
+        bulk=header.flag("b", absent=False),
+        rope_length=header.integer("l", 0, contract.max_length, absent=0),
     )
 
 
@@ -416,7 +412,7 @@ def decode_from_client(frame: Buffer, contract: Contract) -> FromClient:
     message = read_message(frame, _FROM_CLIENT)
     if message.kind == "step":
         return read_step(message, contract)
-    _no_body(message)
+    no_body(message)
     if message.kind == "relink":
         return _read_relink(message.header)
     if message.kind == "resume":
@@ -433,11 +429,11 @@ def decode_from_hop(
     """
     message = read_message(frame, _FROM_HOP)
     if message.kind == "result":
-        epoch = _epoch(message.header, "e")
+        epoch = message.header.integer("e", 0, MAX_EPOCH, absent=0)
         return _read_result(message, contract if contract_in is None else contract_in(epoch), epoch)
     if message.kind == "failed":
-        return _read_failed(message)
-    _no_body(message)
+        return read_failed(message)
+    no_body(message)
     return (_read_relinked if message.kind == "relinked" else _read_here)(message.header, contract)
 
 
@@ -450,20 +446,20 @@ def _read_result(message: Message, contract: Contract, epoch: int) -> Result:
         message.header.integer("n", 0, MAX_STEP),
         position,
         message.body,
-        _read_timings(message.header),
+        read_timings(message.header),
         epoch,
-        _flag(message.header, "replay"),
-        _rope_length(message.header, contract),
+        message.header.flag("replay", absent=False),
+        message.header.integer("l", 0, contract.max_length, absent=0),
     )
 
 
 def _read_relink(header: Header) -> Relink:
     return Relink(
-        _epoch(header, "e"),
-        _peer(header, "predecessor"),
-        _peer(header, "successor"),
-        _flag(header, "relay"),
-        _codec(header),
+        header.integer("e", 0, MAX_EPOCH, absent=0),
+        optional_peer(header, "predecessor"),
+        optional_peer(header, "successor"),
+        header.flag("relay", absent=False),
+        optional_codec(header),
     )
 
 
@@ -471,22 +467,22 @@ def _read_resume(header: Header, contract: Contract) -> Resume:
     length, has, stop = (header.integer(name, 0, contract.max_length) for name in ("p", "has", "stop"))
     if stop > length:
         raise MessageError(f"outputs up to {stop} are to be sent again, the cache is to hold {length}")
-    return Resume(_epoch(header, "e"), length, has, stop)
+    return Resume(header.integer("e", 0, MAX_EPOCH, absent=0), length, has, stop)
 
 
 def _read_relinked(header: Header, contract: Contract) -> Relinked:
     length = header.integer("p", 0, contract.max_length)
     return Relinked(
-        _epoch(header, "e"),
+        header.integer("e", 0, MAX_EPOCH, absent=0),
         header.flag("push"),
         length,
         header.integer("kept", 0, length),
-        _last_step(header),
+        optional_step(header),
         header.flag("cut"),
-        _codec(header),
+        optional_codec(header),
     )
 
 
 def _read_here(header: Header, contract: Contract) -> Here:
     length = header.integer("p", 0, contract.max_length)
-    return Here(length, header.integer("waiting", 0, MAX_TOKENS), _last_step(header))
+    return Here(length, header.integer("waiting", 0, MAX_TOKENS), optional_step(header))
