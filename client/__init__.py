@@ -14,6 +14,7 @@ from client.api import SwarmLike
 # The function takes the place of the module of its name, so it cannot wait for __getattr__: whoever
 # imports the module first would put that here.  `from client.connect import ...` finds the module.
 from client.connect import connect
+from client.generation.options import GenerateOptions
 from node.config import ConfigError
 from routing.chains.alternatives import Constraints
 from routing.chains.hops import NoChain
@@ -22,7 +23,17 @@ from tensor_codec.errors import PeerFault, Refused
 if TYPE_CHECKING:
     from client.generation.generate import Token
 
-__all__ = ["ConfigError", "Constraints", "NoChain", "PeerFault", "Refused", "SwarmLike", "Token", "connect"]
+__all__ = [
+    "ConfigError",
+    "Constraints",
+    "GenerateOptions",
+    "NoChain",
+    "PeerFault",
+    "Refused",
+    "SwarmLike",
+    "Token",
+    "connect",
+]
 
 
 def __getattr__(name: str) -> Any:  # Any: whatever is asked for

@@ -6,9 +6,9 @@ that there are; what each method does is written at the first.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from client.config import ClientConfig
     from client.generation.generate import Token
     from client.generation.generation_config import Settings
-    from client.generation.options import Sampling
+    from client.generation.options import GenerateArguments, GenerateOptions
     from client.session.trace import Trace
     from node.model.checkpoint.info import ModelInfo
     from node.model.embed_and_head import EmbedAndHead
@@ -96,25 +96,21 @@ class SwarmLike(Protocol):
     def generate(
         self,
         prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
         *,
-        max_new_tokens: SupportsIndex | None = None,
-        stop: str | Iterable[str] | None = (),
         conversation: Any = None,  # Any: what `conversation` of the same swarm gave
         trace: Trace | None = None,
-        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
-        **sampling: Unpack[Sampling],
+        **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`."""
 
     def settings(
         self,
         prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
         *,
-        max_new_tokens: SupportsIndex | None = None,
-        stop: str | Iterable[str] | None = (),
         conversation: Any = None,
-        generation_config: Any = None,
-        **sampling: Unpack[Sampling],
+        **arguments: Unpack[GenerateArguments],
     ) -> Settings:
         """See `Swarm.settings`."""
 

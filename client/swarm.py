@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import trio
 
+from client.config import ClientConfig, _check
+from client.generation.options import GenerateArguments, GenerateOptions, options_of
+from client.lengths import SessionLengths, too_long
 from node.runtime import values
-from routing.chains.alternatives import longest_session, suitable
+from routing.chains.alternatives import suitable
 from routing.chains.hops import Chain, NoChain
 from routing.chains.load_sharing import rendezvous
 from routing.names import PeerId
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
     from client.generation.generate import Generation, Token
     from client.generation.generation_config import GenerationDefaults, Settings
     from client.generation.head_batches import HeadBatches
-    from client.generation.options import Sampling
     from client.session.avoided_peers import AvoidedPeers
     from client.session.chain_choice import ChainChooser
     from client.session.session import Session
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.runtime.compute_thread import ComputeThread
+    from routing.view.records import Record
     from routing.view.view import SwarmView
-from client.config import ClientConfig, _check
 
 log = logging.getLogger("raceme")
 
@@ -50,7 +52,6 @@ PING_SECONDS = 1.0  # to wait for their answers, where nothing can be chosen wit
 CHOICES = 4  # of a chain, as long as there is a peer in it of whom nothing is known
 FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
 RETRY_PAUSE_SECONDS = 0.5
-USUAL_LENGTH = 2048  # of a session that nobody said a length for, where the servers do not say what they take
 
 
 @dataclass(slots=True)
@@ -67,12 +68,14 @@ class Swarm:
     _heads: HeadBatches
     _nursery: trio.Nursery
     generation_defaults: GenerationDefaults | None = None  # of the model's folder
+    _lengths: SessionLengths = field(init=False)
     _stateless: ForwardBackward = field(init=False)
 
     def __post_init__(self) -> None:
         from client.forward_backward import ForwardBackward
 
         config = self.config
+        self._lengths = SessionLengths(self.info, config.limits, self._spans)
         self._stateless = ForwardBackward(
             info=self.info,
             find_chain=self._find_run,
@@ -86,6 +89,11 @@ class Swarm:
             step_seconds=config.step_seconds,
             give_up_seconds=config.give_up_seconds,
         )
+
+    def _spans(self) -> Sequence[Record]:
+        """The servers of the last view that this client may use.  For any thread."""
+        spans = self._directory.last_view.spans(self.info.revision, self.info.blocks)
+        return suitable(spans, self.routes.constraints)
 
     @property
     def blame(self) -> AvoidedPeers:
@@ -144,119 +152,75 @@ class Swarm:
     def generate(
         self,
         prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
         *,
-        max_new_tokens: SupportsIndex | None = None,
-        stop: str | Iterable[str] | None = (),
         conversation: Conversation | None = None,
         trace: Trace | None = None,
-        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
-        **sampling: Unpack[Sampling],
+        **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
         """Continue `prompt`; yields each token with its text as it comes.
 
         prompt: text, or token ids as a list, an array or a tensor, [n] or [1, n].
+        options, arguments: see `client.GenerateOptions`; a keyword replaces a field of `options`.
         Ends at an end token of the model, at a stop string, at a token of `stop_token_ids`, or after
         `max_new_tokens`; the last token says which in `finish_reason`.
         conversation: from `conversation`: keep the caches for the next call.
         trace: takes down what happens to the session; a conversation has its own.
 
-        What is not given is as the model's generation_config.json says, as in transformers; without
-        a file greedy, 64 tokens.  generation_config: a dict or transformers' GenerationConfig
-        instead of the file's; False for nothing of the file but its end tokens.
-
-        Of `sampling` (numbers of numpy and torch too; None: not given), as in transformers:
-          do_sample: draw tokens.  Where it is not given, temperature decides: 0 is greedy.
-          temperature, top_k (50 where tokens are drawn and nobody says otherwise, 0 for all), top_p,
-          min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff: only where tokens are drawn.
-          repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
-          begin_suppress_tokens, sequence_bias, min_length, forced_bos_token_id, forced_eos_token_id,
-          exponential_decay_length_penalty, remove_invalid_values, renormalize_logits: for greedy too.
-          min_new_tokens: no end token and none of `stop_token_ids` before; stop strings still end.
-          logits_processor: a LogitsProcessorList, a function or a list of functions of (input_ids
-          [1, tokens], scores float32 [1, vocabulary]), called in a thread after the others and before
-          temperature; one of a type that is there already takes its place.
-        As OpenAI and vLLM define them:
-          presence_penalty, frequency_penalty: -2 to 2, over generated tokens.
-          logit_bias: {token id: -100 to 100}.
-          bad_words: words as text (at the beginning of a text and after a space), or as token ids.
-          stop_token_ids: end at these too.  skip_special_tokens: False shows their text.
-          logprobs, top_logprobs (how many): fill `Token.logprob` and `Token.top_logprobs`: of the
-          model's own distribution, before any of the above (vLLM's "raw_logprobs").
-          seed: the same seed gives the same tokens.
-
-        A server that fails is replaced, and what it had is sent to the new one by the server before
-        it: the caller sees a pause.  Raises on the call ValueError (an option, a token or a length
-        out of range) and TypeError (no such option); later NoChain, PeerFault, Refused, and ValueError
-        where the options forbid every token.
+        A server that fails is replaced, and the server before it sends its inputs to the new one: the
+        caller sees a pause.  Raises on the call ValueError (an option, a token or a length out of
+        range) and TypeError (no such option); later NoChain, PeerFault, Refused, and ValueError where
+        the options forbid every token.
         Leave the loop early under `contextlib.aclosing`, so that the session ends at once.
         """
         from client.generation.generate import Generation
 
-        ids = self._token_ids(prompt)
-        defaults = self._defaults(generation_config)
-        settings = self._settle(ids, defaults, max_new_tokens, stop, conversation, sampling)
+        ids, settings = self._settle(prompt, options_of(options, arguments), conversation)
         new_tokens = settings.max_new_tokens
-        length = len(ids) + new_tokens
-        self._check_length(length, f"a prompt of {len(ids)} tokens and {new_tokens} new ones", conversation)
-        own = conversation is None
+        what = f"a prompt of {len(ids)} tokens and {new_tokens} new ones"
+        self._check_length(len(ids) + new_tokens, what, conversation)
         generation: Generation = Generation(
-            local_model=self.local_model,
-            conversation=conversation or self.conversation(length, trace=trace),
-            options=settings.options,
-            stop=settings.stop,
-            max_new_tokens=new_tokens,
-            eos_ids=None if generation_config in (None, False) else defaults.eos_ids,
+            self.local_model,
+            conversation or self.conversation(len(ids) + new_tokens, trace=trace),
+            settings,
         )
-        return generation.run(ids, close=own)
+        return generation.run(ids, close=conversation is None)
 
     def settings(
         self,
         prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
         *,
-        max_new_tokens: SupportsIndex | None = None,
-        stop: str | Iterable[str] | None = (),
         conversation: Conversation | None = None,
-        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
-        **sampling: Unpack[Sampling],
+        **arguments: Unpack[GenerateArguments],
     ) -> Settings:
         """What `generate` would do with the same arguments, and what of it the model's file decides.
 
         Raises what `generate` raises on the call.
         """
-        ids, defaults = self._token_ids(prompt), self._defaults(generation_config)
-        return self._settle(ids, defaults, max_new_tokens, stop, conversation, sampling)
-
-    def _defaults(self, generation_config: Any) -> GenerationDefaults:  # Any: whatever a caller gave
-        from client.generation.generation_config import GenerationDefaults, defaults_of
-
-        if generation_config is None:
-            return self.generation_defaults or GenerationDefaults()
-        if generation_config is False:
-            return GenerationDefaults()
-        return defaults_of(generation_config, self.info.vocab_size)
+        return self._settle(prompt, options_of(options, arguments), conversation)[1]
 
     def _settle(
         self,
-        ids: list[int],
-        defaults: GenerationDefaults,
-        max_new_tokens: Any,  # Any: whatever a caller gave
-        stop: Any,
+        prompt: Any,  # Any: whatever a caller gave
+        options: GenerateOptions,
         conversation: Conversation | None,
-        sampling: Mapping[str, Any],
-    ) -> Settings:
-        from client.generation.generation_config import settle
+    ) -> tuple[list[int], Settings]:
+        """The prompt's tokens, and what is in force for them."""
+        from client.generation.checks import prompt_ids
+        from client.generation.generation_config import GenerationDefaults, settle
 
-        most = min(self._allowed_lengths(1))[0] if conversation is None else conversation.max_length
-        return settle(
-            sampling,
-            defaults,
+        ids = prompt_ids(prompt, self.local_model.tokenizer, self.info.vocab_size)
+        longest = self._lengths.longest(1) if conversation is None else conversation.max_length
+        settings = settle(
+            options,
+            self.generation_defaults or GenerationDefaults(),
             tokenizer=self.local_model.tokenizer,
             vocabulary=self.info.vocab_size,
             prompt_tokens=len(ids),
-            room=most - len(ids),
-            max_new_tokens=max_new_tokens,
-            stop=stop,
+            room=longest - len(ids),
         )
+        return ids, settings
 
     def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Conversation:
         """A session whose caches outlive one `generate`: later prompts only send what is new.
@@ -269,13 +233,13 @@ class Swarm:
         from client.session.trace import Trace
 
         max_length = self.usual_length() if max_length is None else values.whole("max_length", max_length)
-        self._check_length(max_length, f"a conversation of {max_length} tokens")
+        self._lengths.check(max_length, f"a conversation of {max_length} tokens")
         return Conversation(
             local_model=self.local_model,
             compute=self._compute,
             heads=self._heads,
             open_chain=self.open_chain,
-            worked=self._worked,
+            worked=lambda session: self.routes.worked(session.well),
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
             trace=Trace() if trace is None else trace,
@@ -301,7 +265,7 @@ class Swarm:
                 f" {self.config.limits.max_frame_bytes}"
             )
         rows = f"{batch} rows of " if batch > 1 else ""
-        self._check_length(max_length, f"a session of {rows}{max_length} positions", batch=batch)
+        self._lengths.check(max_length, f"a session of {rows}{max_length} positions", batch)
         session = await self.open_chain(max_length=max_length, batch=batch)
         try:
             yield session
@@ -320,7 +284,7 @@ class Swarm:
         Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
         NoChain, PeerFault, Refused.
         """
-        return await self._stateless.forward(hidden, *self._run(start, stop))
+        return await self._stateless.forward(hidden, *_blocks(self.info, start, stop))
 
     async def backward(
         self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
@@ -332,15 +296,7 @@ class Swarm:
         `forward` is needed.  Everything else is as in `forward`; what comes out is the gradient that
         an undisturbed pass would have given, or an error, never a part of it.
         """
-        return await self._stateless.backward(hidden, grad, *self._run(start, stop))
-
-    def _run(self, start: int, stop: int | None) -> tuple[int, int]:
-        """The blocks that are meant.  Raises ValueError for what is no run of the model's."""
-        start = values.whole("start", start, 0)
-        stop = self.info.blocks if stop is None else values.whole("stop", stop, 0)
-        if not start < stop <= self.info.blocks:
-            raise ValueError(f"blocks {start}:{stop} of a model that has 0:{self.info.blocks}")
-        return start, stop
+        return await self._stateless.backward(hidden, grad, *_blocks(self.info, start, stop))
 
     async def open_chain(
         self, *, max_length: int, batch: int = 1, deadline: float | None = None, trace: Trace | None = None
@@ -408,55 +364,21 @@ class Swarm:
                     raise
             await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
 
-    def _worked(self, session: Session) -> None:
-        self.routes.worked(session.well)
-
-    def _token_ids(self, prompt: Any) -> list[int]:  # Any: whatever a caller gave
-        from client.generation.options import prompt_ids
-
-        return prompt_ids(prompt, self.local_model.tokenizer, self.info.vocab_size)
-
     def usual_length(self, batch: int = 1) -> int:
-        """Positions of a session that nobody said a length for, of so many rows.
+        """Positions of a session of `batch` rows that nobody gave a length for.
 
         As many as the model has, up to a quarter of what a server's cache holds: such a session need not
         wait for others (`node.serving.cache_budget`).
         """
-        longest = self._longest_session()
-        usual = USUAL_LENGTH
-        if longest is not None:
-            share = int(longest * self.config.limits.cache_share_per_peer)
-            usual = max(share, min(longest, USUAL_LENGTH)) // batch
-        return max(1, min(usual, *(allowed for allowed, _ in self._allowed_lengths(batch))))
+        return self._lengths.usual(values.whole("batch", batch))
 
-    def _longest_session(self) -> int | None:
-        """Tokens of the longest session that some chain takes, as far as is known.  For any thread."""
-        spans = self._directory.last_view.spans(self.info.revision, self.info.blocks)
-        return longest_session(suitable(spans, self.routes.constraints), self.info.blocks)
-
-    def _allowed_lengths(self, batch: int) -> list[tuple[int, str]]:
-        """Positions that a session of so many rows may have, and who says so."""
-        allowed = [(self.info.max_position, f"{self.info.name} has no more")]
-        own, longest = self.config.limits.max_session_tokens, self._longest_session()
-        if own is not None:
-            allowed.append((own // batch, f"max_session_tokens is {own}"))
-        if longest is not None:
-            allowed.append((longest // batch, f"the servers take sessions of {longest} tokens"))
-        return allowed
-
-    def _check_length(
-        self, length: int, what: str, conversation: Conversation | None = None, *, batch: int = 1
-    ) -> None:
-        """Raises ValueError where a session cannot become so long."""
+    def _check_length(self, length: int, what: str, conversation: Conversation | None) -> None:
+        """Raises ValueError where a session, or the conversation's, cannot become so long."""
         if conversation is None:
-            allowed = self._allowed_lengths(batch)
-        else:
-            allowed = [
-                (conversation.max_length, f"the conversation was opened for {conversation.max_length}")
-            ]
-        most, why = min(allowed)
-        if not 0 < length <= most:
-            raise ValueError(f"{what} make {length} positions, 1 to {most} are allowed: {why}")
+            self._lengths.check(length, what)
+        elif not 0 < length <= conversation.max_length:
+            longest = conversation.max_length
+            raise ValueError(too_long(length, what, longest, f"the conversation was opened for {longest}"))
 
 
 @asynccontextmanager
@@ -506,6 +428,15 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             spread=identity.peer_id,
         )
         yield Swarm(config, info, local_model, routes, host, directory, compute, heads, nursery, defaults)
+
+
+def _blocks(info: ModelInfo, start: int, stop: int | None) -> tuple[int, int]:
+    """The blocks that are meant.  Raises ValueError for what is no run of the model's."""
+    start = values.whole("start", start, 0)
+    stop = info.blocks if stop is None else values.whole("stop", stop, 0)
+    if not start < stop <= info.blocks:
+        raise ValueError(f"blocks {start}:{stop} of a model that has 0:{info.blocks}")
+    return start, stop
 
 
 def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:

@@ -7,20 +7,19 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from client.api import SwarmLike
+from client.api import ConversationLike, SwarmLike
 from client.connect import connect
 from client.generation.generate import Token
 from client.generation.generation_config import Settings
-from client.generation.history import Message, MessageTooLong, fit_history
-from client.generation.options import RANGES, whole
-from client.generation.sampling import SamplingOptions
+from client.generation.history import Fitted, Message, MessageTooLong, fit_history
+from client.generation.options import GenerateOptions
 from client.session.trace import Trace
 from node.config import ConfigError
 from node.runtime.console import one_line, put, put_line, read_text, say, text_for
@@ -58,20 +57,15 @@ async def run_generate(flags: argparse.Namespace) -> None:
     prompt = read_text("the prompt") if flags.prompt == "-" else flags.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    check_sampling(flags)
+    options = options_of_flags(flags)
     async with _connect(flags) as swarm:
         route = await wait_for_route(swarm, flags.wait)
         if flags.show_route:
             say(describe_route(swarm, route))
         measured, texts, trace = Measured(), [], Trace()
-        asked: dict[str, Any] = {
-            "max_new_tokens": flags.max_new_tokens,
-            "stop": flags.stop,
-            **_sampling(flags),
-        }
-        settings = swarm.settings(prompt, **asked)
+        settings = swarm.settings(prompt, options)
         _tell_settings(settings)
-        tokens = swarm.generate(prompt, trace=trace, **asked)
+        tokens = swarm.generate(prompt, options, trace=trace)
         with traced(trace, flags.trace):
             async with aclosing(tokens):
                 async for token in tokens:
@@ -90,55 +84,79 @@ async def run_generate(flags: argparse.Namespace) -> None:
 
 async def run_chat(flags: argparse.Namespace) -> None:
     """`python -m client chat`: a line in, an answer out, until the end of the input."""
-    check_sampling(flags)
+    options = options_of_flags(flags)
     async with _connect(flags) as swarm:
         tokenizer = swarm.local_model.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{swarm.info.name} has no chat template: use generate")
         await wait_for_route(swarm, flags.wait)
-        history: list[Message] = []
-        if flags.system:
-            history.append({"role": "system", "content": flags.system})
-        _tell_settings(swarm.settings([0], max_new_tokens=flags.max_new_tokens, **_sampling(flags)))
+        _tell_settings(swarm.settings([0], options))
         length = swarm.usual_length() if flags.max_length is None else flags.max_length
-        conversation = swarm.conversation(length)
-        say(f"{swarm.info.name}; an empty line or Ctrl-D ends the talk")
+        chat = Chat(swarm, swarm.conversation(length), length, options)
+        if flags.system:
+            chat.history.append({"role": "system", "content": flags.system})
+        say(f"{swarm.info.name}; an empty line or Ctrl-D ends the chat")
         try:
             while line := await _ask_for_text("> "):
-                message = {"role": "user", "content": line}
-                try:
-                    fitted = fit_history(
-                        [*history, message], partial(_template, tokenizer), length, flags.max_new_tokens
-                    )
-                except MessageTooLong as error:
-                    say(f"{error} (--max-length): it was left out")
-                    continue
-                if fitted.dropped:
-                    say(
-                        f"the talk has reached its {length} tokens (--max-length): it goes on without its"
-                        f" {'oldest turn' if fitted.dropped == 1 else f'{fitted.dropped} oldest turns'}"
-                    )
-                history = fitted.history
-                measured, answer = Measured(), ""
-                room = min(flags.max_new_tokens, length - len(fitted.ids))
-                sampling = _sampling(flags)
-                if (least := sampling.get("min_new_tokens")) is not None:
-                    sampling["min_new_tokens"] = min(least, room)
-                tokens = swarm.generate(
-                    fitted.ids, max_new_tokens=room, conversation=conversation, **sampling
-                )
-                async with aclosing(tokens):
-                    async for token in tokens:
-                        measured.tokens.append(token)
-                        answer += token.text
-                        put(text_for(sys.stdout, token.text))
-                put("\n")
-                say(measured.line())
-                history.append({"role": "assistant", "content": answer})
+                await chat.answer(line)
         finally:
-            conversation.close()
-            with traced(conversation.trace, flags.trace):
+            chat.conversation.close()
+            with traced(chat.conversation.trace, flags.trace):
                 pass
+
+
+@dataclass(slots=True)
+class Chat:
+    """One chat in a terminal.  length: tokens that its history and an answer may have together."""
+
+    swarm: SwarmLike
+    conversation: ConversationLike
+    length: int
+    options: GenerateOptions
+    history: list[Message] = field(default_factory=list)
+
+    async def answer(self, line: str) -> None:
+        """Print the answer to a line; a line that is too long is left out."""
+        fitted = self._fit(line)
+        if fitted is None:
+            return
+        self.history = fitted.history
+        measured, answer = Measured(), ""
+        options = self._options(self.length - len(fitted.ids))
+        tokens = self.swarm.generate(fitted.ids, options, conversation=self.conversation)
+        async with aclosing(tokens):
+            async for token in tokens:
+                measured.tokens.append(token)
+                answer += token.text
+                put(text_for(sys.stdout, token.text))
+        put("\n")
+        say(measured.line())
+        self.history.append({"role": "assistant", "content": answer})
+
+    def _fit(self, line: str) -> Fitted | None:
+        """History and line, without the oldest turns where that is full; None: the line is too long."""
+        template = partial(_template, self.swarm.local_model.tokenizer)
+        history = [*self.history, {"role": "user", "content": line}]
+        try:
+            fitted = fit_history(history, template, self.length, self.options.max_new_tokens or 1)
+        except MessageTooLong as error:
+            say(f"{error} (--max-length): it was left out")
+            return None
+        if fitted.dropped:
+            turns = "oldest turn" if fitted.dropped == 1 else f"{fitted.dropped} oldest turns"
+            full = f"the chat has reached its {self.length} tokens (--max-length)"
+            say(f"{full}: it goes on without its {turns}")
+        return fitted
+
+    def _options(self, room: int) -> GenerateOptions:
+        """The options of an answer.  room: tokens that are left for it."""
+        new_tokens = min(self.options.max_new_tokens or room, room)
+        shortest = self.options.min_new_tokens
+        return replace(
+            self.options,
+            max_new_tokens=new_tokens,
+            min_new_tokens=None if shortest is None else min(shortest, new_tokens),
+        )
 
 
 def _template(tokenizer: Any, history: list[Message]) -> list[int]:  # Any: the library's own class
@@ -240,34 +258,28 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
     )
 
 
-def _sampling(flags: argparse.Namespace) -> dict[str, Any]:  # Any: keyword arguments
-    """What the flags say of sampling; None where they say nothing."""
-    return {
-        "do_sample": False if flags.greedy else None,
-        "temperature": flags.temperature,
-        "top_k": flags.top_k,
-        "top_p": flags.top_p,
-        "min_p": flags.min_p,
-        "repetition_penalty": flags.repetition_penalty,
-        "presence_penalty": flags.presence_penalty,
-        "frequency_penalty": flags.frequency_penalty,
-        "no_repeat_ngram_size": flags.no_repeat_ngram_size,
-        "min_new_tokens": flags.min_new_tokens,
-        "bad_words": flags.bad_word,
-        "stop_token_ids": flags.stop_token_id,
-        "skip_special_tokens": False if flags.show_special_tokens else None,
-        "top_logprobs": getattr(flags, "top_logprobs", None),
-        "seed": flags.seed,
-        "generation_config": False if flags.no_generation_config else None,
-    }
-
-
-def check_sampling(flags: argparse.Namespace) -> None:
-    """Whether the numbers can be, before anybody is connected to.  Raises ValueError."""
-    later = ("do_sample", "bad_words", "generation_config")  # they need the model
-    SamplingOptions(**{name: value for name, value in _sampling(flags).items() if name not in later})
-    if flags.max_new_tokens is not None:
-        whole("max_new_tokens", flags.max_new_tokens, RANGES["max_new_tokens"])
+def options_of_flags(flags: argparse.Namespace) -> GenerateOptions:
+    """The options that the flags give, checked before anybody is connected to.  Raises ValueError."""
+    return GenerateOptions(
+        max_new_tokens=flags.max_new_tokens,
+        stop=getattr(flags, "stop", None),
+        do_sample=False if flags.greedy else None,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+        presence_penalty=flags.presence_penalty,
+        frequency_penalty=flags.frequency_penalty,
+        no_repeat_ngram_size=flags.no_repeat_ngram_size,
+        min_new_tokens=flags.min_new_tokens,
+        bad_words=flags.bad_word,
+        stop_token_ids=flags.stop_token_id,
+        skip_special_tokens=False if flags.show_special_tokens else None,
+        top_logprobs=getattr(flags, "top_logprobs", None),
+        seed=flags.seed,
+        generation_config=False if flags.no_generation_config else None,
+    )
 
 
 def _tell_settings(settings: Settings) -> None:

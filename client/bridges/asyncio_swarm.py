@@ -19,10 +19,10 @@ asyncio is named here alone; any loop will do, uvloop too.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import trio
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from client.generation.conversation import Conversation
     from client.generation.generate import Token
     from client.generation.generation_config import Settings
-    from client.generation.options import Sampling
+    from client.generation.options import GenerateArguments, GenerateOptions
     from client.session.session import Session
     from client.session.steps import StepTimes
     from client.session.trace import Trace
@@ -136,46 +136,30 @@ class BridgedSwarm:
     def generate(
         self,
         prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
         *,
-        max_new_tokens: SupportsIndex | None = None,
-        stop: str | Iterable[str] | None = (),
         conversation: BridgedConversation | None = None,
         trace: Trace | None = None,
-        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
-        **sampling: Unpack[Sampling],
+        **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`.  At most TOKENS_AHEAD tokens wait for a consumer that is slow."""
         # The call itself only checks and tokenizes; what needs trio begins with the first token.
-        tokens = self._swarm.generate(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            conversation=conversation._conversation if conversation is not None else None,
-            trace=trace,
-            generation_config=generation_config,
-            **sampling,
+        inner = conversation._conversation if conversation is not None else None
+        return self._thread.iterate(
+            self._swarm.generate(prompt, options, conversation=inner, trace=trace, **arguments)
         )
-        return self._thread.iterate(tokens)
 
     def settings(
         self,
         prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
         *,
-        max_new_tokens: SupportsIndex | None = None,
-        stop: str | Iterable[str] | None = (),
         conversation: BridgedConversation | None = None,
-        generation_config: Any = None,  # Any: transformers' GenerationConfig is untyped
-        **sampling: Unpack[Sampling],
+        **arguments: Unpack[GenerateArguments],
     ) -> Settings:
         """See `Swarm.settings`."""
-        return self._swarm.settings(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            conversation=conversation._conversation if conversation is not None else None,
-            generation_config=generation_config,
-            **sampling,
-        )
+        inner = conversation._conversation if conversation is not None else None
+        return self._swarm.settings(prompt, options, conversation=inner, **arguments)
 
     def usual_length(self, batch: int = 1) -> int:
         """See `Swarm.usual_length`."""

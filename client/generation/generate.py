@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from client.generation.conversation import Conversation
-from client.generation.sampling import Choice, Sampler, SamplingOptions
+from client.generation.generation_config import Settings
+from client.generation.sampling import Choice, Sampler
 from client.generation.text import TextStream
 from node.model.embed_and_head import EmbedAndHead
 
@@ -44,29 +45,27 @@ class Generation:
 
     local_model: EmbedAndHead
     conversation: Conversation
-    options: SamplingOptions
-    stop: tuple[str, ...]
-    max_new_tokens: int
-    eos_ids: frozenset[int] | None = None  # the model's own where None
+    settings: Settings
     _tokens: list[int] = field(default_factory=list)
 
     @property
     def _end_ids(self) -> frozenset[int]:
-        return self.local_model.eos_ids if self.eos_ids is None else self.eos_ids
+        eos_ids = self.settings.eos_ids
+        return self.local_model.eos_ids if eos_ids is None else eos_ids
 
     async def run(self, prompt: list[int], *, close: bool) -> AsyncGenerator[Token, None]:
         """Yield tokens until one has a finish_reason.  close: end the conversation's session afterwards."""
         sampler = Sampler(
-            self.options,
+            self.settings.options,
             end_ids=self._end_ids,
             prompt_tokens=len(prompt),
-            max_length=len(prompt) + self.max_new_tokens,
+            max_length=len(prompt) + self.settings.max_new_tokens,
         )
         text = TextStream(
             self.local_model.tokenizer,
-            self.stop,
+            self.settings.stop,
             prompt=prompt,
-            skip_special_tokens=self.options.skip_special_tokens is not False,
+            skip_special_tokens=self.settings.options.skip_special_tokens is not False,
         )
         self._tokens = list(prompt)
 
@@ -75,9 +74,9 @@ class Generation:
 
         try:
             began = time.perf_counter()
-            for left in range(self.max_new_tokens - 1, -1, -1):
+            for left in range(self.settings.max_new_tokens - 1, -1, -1):
                 token, logprob, top = await self.conversation.logits_after(
-                    self._tokens, choose, best_only=self.options.best_only, prompt=len(prompt)
+                    self._tokens, choose, best_only=self.settings.options.best_only, prompt=len(prompt)
                 )
                 self._tokens.append(token)
                 piece, reason = self._tell(text, token, left)
@@ -94,7 +93,7 @@ class Generation:
         """The text that `token` makes certain, and whether it is the last one."""
         if token in self._end_ids:
             return text.finish(), "stop" if text.found else "end"
-        if token in (self.options.stop_token_ids or ()):
+        if token in (self.settings.options.stop_token_ids or ()):
             return text.finish(), "stop"
         piece = text.push(token)
         if left == 0 and not text.stopped:

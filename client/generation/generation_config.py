@@ -7,21 +7,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from client.generation import options as checks
-from client.generation.sampling import SamplingOptions
+from client.generation import checks
+from client.generation.options import POSITIVE, GenerateOptions, SamplingOptions
 from node.config import ConfigError
 from node.model.checkpoint.folder import read_json
-from node.runtime.values import shown
+from node.runtime.values import shown, switch
 
 FILE = "generation_config.json"
 DEFAULT_TOP_K = 50  # of transformers, wherever it samples and nobody says otherwise
 DEFAULT_NEW_TOKENS = 64  # transformers' own 20 are few
 
-# What is only there where tokens are drawn.
+# Only where tokens are drawn.
 _WARPERS = frozenset(
     ["temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"]
 )
-# A caller's affair, and no field of transformers' file.
+# Arguments that are no field of transformers' file.
 _ARGUMENTS_ONLY = frozenset(
     [
         "seed",
@@ -103,13 +103,15 @@ class GenerationDefaults:
 class Settings:
     """What is in force for one generation: arguments, else the file, else transformers' defaults.
 
-    from_file: the names of those that the file decided.
+    from_file: the names of the options that the file decided.
+    eos_ids: tokens that end the text; None: the model's own.
     """
 
     options: SamplingOptions
     max_new_tokens: int
     stop: tuple[str, ...]
     from_file: tuple[str, ...]
+    eos_ids: frozenset[int] | None = None
 
     def told(self) -> dict[str, Any]:  # Any: JSON
         """For people and programs: what tokens are chosen by, without what is off."""
@@ -158,15 +160,15 @@ def defaults_of(config: Any, vocabulary: int) -> GenerationDefaults:
     checked = SamplingOptions(**options)
     checks.check_vocabulary(checked.tokens, vocabulary)
     lengths = {
-        name: checks.whole(name, values[name], checks.RANGES[name])
+        name: checks.whole(name, values[name], POSITIVE)
         for name in ("max_new_tokens", "max_length")
         if name in values
     }
     eos = values.get("eos_token_id")
     return GenerationDefaults(
         options={name: getattr(checked, name) for name in options},
-        do_sample=checks.switch("do_sample", values.get("do_sample", False)),
-        stop=checks.stop_strings(values.get("stop_strings")),
+        do_sample=switch("do_sample", values.get("do_sample", False)),
+        stop=checks.stop_strings("stop_strings", values.get("stop_strings")),
         eos_ids=None if eos is None else frozenset(checks.one_or_more("eos_token_id", eos)),
         unsupported=tuple(sorted(name for name, value in values.items() if _is_unsupported(name, value))),
         **lengths,
@@ -174,69 +176,81 @@ def defaults_of(config: Any, vocabulary: int) -> GenerationDefaults:
 
 
 def settle(
-    arguments: Mapping[str, Any],  # Any: whatever a caller gave
-    defaults: GenerationDefaults,
+    asked: GenerateOptions,
+    own: GenerationDefaults,
     *,
     tokenizer: Any,  # a transformers tokenizer; untyped
     vocabulary: int,
     prompt_tokens: int,
     room: int,
-    max_new_tokens: Any = None,  # Any: whatever a caller gave, `stop` too
-    stop: Any = None,
 ) -> Settings:
-    """What is in force.  room: tokens that a text may still have, for where nobody says how many.
+    """What is in force of a caller's options and the model's own defaults.
 
-    Raises ValueError for a value that is not allowed, TypeError for a name that is none.
+    room: tokens that a text may still have, for where nobody gives a length.
+    Raises ValueError for a value that is not allowed.
     """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    names = {*(one.name for one in fields(SamplingOptions)), "do_sample", "bad_words"}
-    if unknown := sorted(set(given) - names):
-        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-    if "bad_words" in given:
-        words = checks.bad_words(given.pop("bad_words"), tokenizer)
-        given["bad_words_ids"] = words + checks.token_lists("bad_words_ids", given.get("bad_words_ids", ()))
-    checked = SamplingOptions(**{name: value for name, value in given.items() if name != "do_sample"})
-    do_sample = _samples(given.get("do_sample"), checked, defaults)
-    merged = {**defaults.options, **{name: getattr(checked, name) for name in given if name != "do_sample"}}
+    defaults = _defaults(asked.generation_config, own, vocabulary)
+    given = _given(asked, tokenizer)
+    do_sample = _samples(asked, defaults)
+    merged = {**defaults.options, **given}
     if do_sample:
         merged = {"temperature": 1.0, "top_k": DEFAULT_TOP_K, **merged}
     else:
         merged = {name: value for name, value in merged.items() if name not in _WARPERS}
     options = SamplingOptions(**merged)
     checks.check_vocabulary(options.tokens, vocabulary)
-    new_tokens, length_from_file = _new_tokens(max_new_tokens, defaults, prompt_tokens, room)
+    new_tokens, length_from_file = _new_tokens(asked.max_new_tokens, defaults, prompt_tokens, room)
     if (options.min_new_tokens or 0) > new_tokens:
-        if "min_new_tokens" not in given:  # the file's, beside a length of the caller's
-            options = replace(options, min_new_tokens=new_tokens)
-        else:
+        if asked.min_new_tokens is not None:
             raise ValueError(
                 f"min_new_tokens is {options.min_new_tokens},"
                 f" at most max_new_tokens ({new_tokens}) is allowed"
             )
-    stops = checks.stop_strings(stop)
+        options = replace(options, min_new_tokens=new_tokens)  # the file's gives way to a caller's length
     from_file = [name for name in defaults.options if name not in given and name in merged]
-    if do_sample and "do_sample" not in given and "temperature" not in given:
+    if do_sample and asked.do_sample is None and asked.temperature is None:
         from_file.insert(0, "do_sample")
-    from_file += ["max_new_tokens"] * length_from_file + ["stop"] * bool(defaults.stop and not stops)
-    return Settings(options, new_tokens, stops or defaults.stop, tuple(from_file))
+    from_file += ["max_new_tokens"] * length_from_file + ["stop"] * bool(defaults.stop and not asked.stop)
+    return Settings(
+        options,
+        new_tokens,
+        asked.stop or defaults.stop,
+        tuple(from_file),
+        None if asked.generation_config in (None, False) else defaults.eos_ids,
+    )
 
 
-def _samples(asked: Any, given: SamplingOptions, defaults: GenerationDefaults) -> bool:
+def _defaults(given: Any, own: GenerationDefaults, vocabulary: int) -> GenerationDefaults:  # Any: unchecked
+    """What takes the place of options that a caller leaves out.  given: see `GenerateOptions`."""
+    if given is None:
+        return own
+    return GenerationDefaults() if given is False else defaults_of(given, vocabulary)
+
+
+def _given(asked: GenerateOptions, tokenizer: Any) -> dict[str, Any]:  # Any: each as its field has it
+    """The fields of `SamplingOptions` that a caller gave, words as token ids among them."""
+    values = {one.name: getattr(asked, one.name) for one in fields(SamplingOptions)}
+    if asked.bad_words is not None:
+        ids = checks.ids_of_words(asked.bad_words, tokenizer)
+        values["bad_words_ids"] = ids + (asked.bad_words_ids or ())
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _samples(asked: GenerateOptions, defaults: GenerationDefaults) -> bool:
     """Whether tokens are drawn: by do_sample, else by the temperature that was given, else by the file."""
-    if asked is None:
-        return defaults.do_sample if given.temperature is None else not given.greedy
-    do_sample = checks.switch("do_sample", asked)
-    if do_sample and given.temperature is not None and given.greedy:
+    if asked.do_sample is None:
+        return defaults.do_sample if asked.temperature is None else not asked.greedy
+    if asked.do_sample and asked.temperature is not None and asked.greedy:
         raise ValueError(
-            f"do_sample is True and temperature {given.temperature}: above 0 is needed to sample"
+            f"do_sample is True and temperature {asked.temperature}: above 0 is needed to sample"
         )
-    return do_sample
+    return asked.do_sample
 
 
-def _new_tokens(asked: Any, defaults: GenerationDefaults, prompt: int, room: int) -> tuple[int, bool]:
-    """max_new_tokens, and whether the file decided."""
+def _new_tokens(asked: int | None, defaults: GenerationDefaults, prompt: int, room: int) -> tuple[int, bool]:
+    """max_new_tokens, and whether the file decided.  prompt: its tokens."""
     if asked is not None:
-        return checks.whole("max_new_tokens", asked, checks.RANGES["max_new_tokens"]), False
+        return asked, False
     if defaults.max_new_tokens is not None:
         return max(1, min(defaults.max_new_tokens, room)), True
     if defaults.max_length is None:

@@ -1,27 +1,34 @@
-"""What a caller may say of a generation, checked on the call: numbers, token ids, stop strings, prompts.
+"""What `generate` takes: the one list of its options, each with its check.
 
-Numbers of numpy and torch are numbers here too.  What is of another kind, or outside its range, is
-a ValueError that says what was found and what is allowed; nothing is rounded, and True is no number.
+A new option is a line in `GenerateArguments`, with the type that a caller may give, and a field of
+`SamplingOptions` or `GenerateOptions`, with the check that makes plain values of Python of it.  Every
+`generate` and `settings` (trio, asyncio, blocking) takes this list, and a test compares the two halves.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypedDict
 
-from node.runtime.values import is_bool, shown
+from client.generation import checks
+from client.generation.checks import COUNT, Words
+from node.runtime.values import MAX_INT32, Range, number, shown, switch
 
-MAX_TOKENS = 2**31 - 1
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_TEMPERATURE = 1e-5  # logits divided by less could overflow; the likeliest token is certain long before
+POSITIVE = Range(1, MAX_INT32, whole=True)
 
 
-class Sampling(TypedDict, total=False):
-    """The keyword arguments of `generate` that choose tokens.  See `client.swarm.Swarm.generate`.
+class GenerateArguments(TypedDict, total=False):
+    """The options of `generate` as keywords, in every type that is taken.  See `GenerateOptions`."""
 
-    A name that transformers has too means what it means there; None is as if it were not given.
-    """
-
+    max_new_tokens: SupportsIndex | None
+    stop: str | Iterable[str] | None
+    generation_config: Any  # transformers' GenerationConfig is untyped
     do_sample: bool | None
     temperature: SupportsFloat | None
     top_k: SupportsIndex | None
@@ -56,225 +63,192 @@ class Sampling(TypedDict, total=False):
     seed: SupportsIndex | None
 
 
-class Range(NamedTuple):
-    """Numbers that are allowed.  above: `low` itself is not.  whole: no fractions."""
-
-    low: float
-    high: float
-    whole: bool = False
-    above: bool = False
-
-    def __str__(self) -> str:
-        if self.above:
-            return f"above {self.low:g} and at most {self.high:g} is allowed"
-        if not self.whole:
-            return f"{self.low:g} to {self.high:g} is allowed"
-        if self.high > MAX_TOKENS:
-            return "a whole number of 64 bits is allowed"
-        return f"a whole number{'' if self.low < 0 else f', at least {self.low}'} is needed"
+def _by(check: Callable[[str, Any], Any]) -> dict[str, Any]:  # Any: whatever the option holds
+    """The metadata of an option: its check takes name and value, and raises ValueError."""
+    return {"check": check}
 
 
-COUNT = Range(0, MAX_TOKENS, whole=True)
-POSITIVE = Range(1, MAX_TOKENS, whole=True)
-RANGES = {
-    "temperature": Range(0, 100),
-    "top_k": COUNT,
-    "top_p": Range(0, 1, above=True),
-    "min_p": Range(0, 1),
-    "top_h": Range(0, 1, above=True),
-    "typical_p": Range(0, 1, above=True),
-    "epsilon_cutoff": Range(0, 1),
-    "eta_cutoff": Range(0, 1),
-    "repetition_penalty": Range(0.01, 100),  # beyond, a float32 logit overflows sooner or later
-    "presence_penalty": Range(-2, 2),  # as OpenAI and vLLM have it, frequency_penalty too
-    "frequency_penalty": Range(-2, 2),
-    "no_repeat_ngram_size": COUNT,
-    "min_new_tokens": COUNT,
-    "min_length": COUNT,
-    "max_new_tokens": POSITIVE,
-    "max_length": POSITIVE,
-    "forced_bos_token_id": COUNT,
-    "top_logprobs": COUNT,
-    "seed": Range(-(2**63), 2**64 - 1, whole=True),  # what torch takes
-}
-BIAS = Range(-100, 100)  # as OpenAI and vLLM have it
+def _in(allowed: Range) -> dict[str, Any]:  # Any: as above
+    """The metadata of a number."""
+    check: Callable[..., object] = checks.whole if allowed.whole else number
+    return {"check": partial(_within, check, allowed), "range": allowed}
 
 
-def number(name: str, value: Any, allowed: Range) -> float:
-    """A float, or an int where `allowed` says whole.  Raises ValueError."""
-    found: float | None = None
-    if not (isinstance(value, str | bytes | complex) or is_bool(value) or _has_axes(value)):
-        try:
-            found = operator.index(value) if allowed.whole else float(value)
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-            RuntimeError,
-        ):  # RuntimeError: torch's, for many numbers
-            found = None
-    if found is None or not allowed.low <= found <= allowed.high or (allowed.above and found == allowed.low):
-        raise ValueError(f"{name} is {shown(value)}, {allowed}")
-    return found
+def _within(check: Callable[..., object], allowed: Range, name: str, value: Any) -> object:
+    return check(name, value, allowed)
 
 
-def whole(name: str, value: Any, allowed: Range) -> int:
-    """A whole number within `allowed`.  Raises ValueError."""
-    return int(number(name, value, allowed))
+def _as_it_is(name: str, value: Any) -> Any:
+    return value
 
 
-def switch(name: str, value: Any) -> bool:
-    """True or False, of numpy and torch too.  Raises ValueError."""
-    if not is_bool(value) or _has_axes(value):
-        raise ValueError(f"{name} is {shown(value)}, True or False is allowed")
-    return bool(value)
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the next token is chosen, in plain values of Python.  None leaves an option out.
 
+    `GenerateOptions` explains them; a field for each is what users know from transformers.
+    temperature: None or 0 is greedy.  seed: for a generator of this generation's own; None draws one.
+    Raises ValueError for a value outside its range.
+    """
 
-def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids: a list, tuple, set, array or tensor of them.  Raises ValueError."""
-    items = _items(value)
-    if items is None:
-        raise ValueError(f"{name} is {shown(value)}, a list of token ids is allowed")
-    return tuple(whole(f"a token in {name}", item, COUNT) for item in items)
+    temperature: float | None = field(default=None, metadata=_in(Range(0, 100)))
+    top_k: int | None = field(default=None, metadata=_in(COUNT))
+    top_p: float | None = field(default=None, metadata=_in(Range(0, 1, above=True)))
+    # Beyond 100 a float32 logit overflows sooner or later.
+    repetition_penalty: float | None = field(default=None, metadata=_in(Range(0.01, 100)))
+    # What torch takes.
+    seed: int | None = field(default=None, metadata=_in(Range(-(2**63), 2**64 - 1, whole=True)))
+    min_p: float | None = field(default=None, metadata=_in(Range(0, 1)))
+    top_h: float | None = field(default=None, metadata=_in(Range(0, 1, above=True)))
+    typical_p: float | None = field(default=None, metadata=_in(Range(0, 1, above=True)))
+    epsilon_cutoff: float | None = field(default=None, metadata=_in(Range(0, 1)))
+    eta_cutoff: float | None = field(default=None, metadata=_in(Range(0, 1)))
+    # As OpenAI and vLLM have them.
+    presence_penalty: float | None = field(default=None, metadata=_in(Range(-2, 2)))
+    frequency_penalty: float | None = field(default=None, metadata=_in(Range(-2, 2)))
+    no_repeat_ngram_size: int | None = field(default=None, metadata=_in(COUNT))
+    min_new_tokens: int | None = field(default=None, metadata=_in(COUNT))
+    min_length: int | None = field(default=None, metadata=_in(COUNT))
+    logit_bias: tuple[tuple[int, float], ...] | None = field(default=None, metadata=_by(checks.logit_bias))
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = field(
+        default=None, metadata=_by(checks.sequence_bias)
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = field(default=None, metadata=_by(checks.token_lists))
+    suppress_tokens: tuple[int, ...] | None = field(default=None, metadata=_by(checks.token_ids))
+    begin_suppress_tokens: tuple[int, ...] | None = field(default=None, metadata=_by(checks.token_ids))
+    forced_bos_token_id: int | None = field(default=None, metadata=_in(COUNT))
+    forced_eos_token_id: tuple[int, ...] | None = field(default=None, metadata=_by(checks.one_or_more))
+    exponential_decay_length_penalty: tuple[int, float] | None = field(
+        default=None, metadata=_by(checks.decay)
+    )
+    remove_invalid_values: bool | None = field(default=None, metadata=_by(switch))
+    renormalize_logits: bool | None = field(default=None, metadata=_by(switch))
+    stop_token_ids: tuple[int, ...] | None = field(default=None, metadata=_by(checks.one_or_more))
+    skip_special_tokens: bool | None = field(default=None, metadata=_by(switch))
+    logprobs: bool | None = field(default=None, metadata=_by(switch))
+    top_logprobs: int | None = field(default=None, metadata=_in(COUNT))
+    logits_processor: tuple[Callable[[Tensor, Tensor], Tensor], ...] | None = field(
+        default=None, metadata=_by(checks.processors)
+    )
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not None:
+                object.__setattr__(self, one.name, one.metadata["check"](one.name, value))
 
-def one_or_more(name: str, value: Any) -> tuple[int, ...]:
-    """A token id, or some.  Raises ValueError."""
-    return token_ids(name, [value] if _items(value) is None and not isinstance(value, str) else value)
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature is None or self.temperature < MIN_TEMPERATURE
 
+    @property
+    def best_only(self) -> bool:
+        """Whether only the place of the largest logit matters."""
+        return self.greedy and not self.wants_logprobs and not self._changes_logits
 
-def token_lists(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
-    """Lists of token ids, none empty.  Raises ValueError."""
-    items = _items(value)
-    if items is None:
-        raise ValueError(f"{name} is {shown(value)}, a list of lists of token ids is allowed")
-    lists = tuple(token_ids(name, item) for item in items)
-    if () in lists:
-        raise ValueError(f"{name} holds an empty list, at least one token is needed")
-    return lists
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log probabilities are wanted."""
+        return bool(self.logprobs or self.top_logprobs)
 
-
-def logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
-    """Token ids and what is added to their logits.  Raises ValueError."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"logit_bias is {shown(value)}, a dict from token id to bias is allowed")
-    biases = {}
-    for token, bias in value.items():
-        key = int(token) if isinstance(token, str) and token.isdecimal() else token
-        place = whole("a token in logit_bias", key, COUNT)
-        biases[place] = number(f"logit_bias of token {place}", bias, BIAS)
-    return tuple(biases.items())
-
-
-def sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Token sequences and what is added to the logit of their last token.  Raises ValueError."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else _items(value)
-    biases = {}
-    for pair in pairs or ():
-        parts = _items(pair)
-        if parts is None or len(parts) != 2 or not (sequence := token_ids("sequence_bias", parts[0])):
-            raise ValueError(f"sequence_bias holds {shown(pair)}, [[token id, ...], bias] is allowed")
-        biases[sequence] = number(f"sequence_bias of {list(sequence)}", parts[1], Range(-math.inf, 1e4))
-    if not biases:
-        raise ValueError(f"sequence_bias is {shown(value)}, [[[token id, ...], bias], ...] is allowed")
-    return tuple(biases.items())
-
-
-def decay(value: Any) -> tuple[int, float]:
-    """exponential_decay_length_penalty: where it begins, and its factor.  Raises ValueError."""
-    name, parts = "exponential_decay_length_penalty", _items(value)
-    if parts is None or len(parts) != 2:
-        raise ValueError(f"{name} is {shown(value)}, (tokens, factor) is allowed")
-    return whole(f"{name}[0]", parts[0], COUNT), number(f"{name}[1]", parts[1], Range(0, 100, above=True))
-
-
-def processors(value: Any) -> tuple[Callable[[Any, Any], Any], ...]:  # Any: tensors in, a tensor out
-    """One logits processor or several, in their order.  Raises ValueError."""
-    found = list(value) if isinstance(value, Iterable) else [value]
-    if isinstance(value, str | Mapping) or not all(callable(one) for one in found):
-        raise ValueError(
-            f"logits_processor is {shown(value)}, a LogitsProcessorList or a list of functions of"
-            " (input_ids, scores) is allowed"
+    @property
+    def tokens(self) -> frozenset[int]:
+        """All token ids that are named, to be compared with the model's vocabulary."""
+        lists = (
+            self.suppress_tokens,
+            self.begin_suppress_tokens,
+            self.forced_eos_token_id,
+            self.stop_token_ids,
+            [token for token, _ in self.logit_bias or ()],
+            [token for sequence, _ in self.sequence_bias or () for token in sequence],
+            [token for sequence in self.bad_words_ids or () for token in sequence],
+            None if self.forced_bos_token_id is None else [self.forced_bos_token_id],
         )
-    return tuple(found)
+        return frozenset(token for each in lists for token in each or ())
+
+    @property
+    def _changes_logits(self) -> bool:
+        return (
+            any(getattr(self, name) for name in _CHANGING_LOGITS)
+            or self.repetition_penalty not in (None, 1.0)
+            or self.forced_bos_token_id is not None
+            or self.forced_eos_token_id is not None
+        )
 
 
-def stop_strings(value: Any) -> tuple[str, ...]:
-    """None, a string, or some of them.  Raises ValueError."""
-    items = [value] if isinstance(value, str) else [] if value is None else _items(value)
-    if items is None or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"stop is {shown(value)}, a string or a list of strings is allowed")
-    if "" in items:
-        raise ValueError("a stop string is empty: it would end every text before its first token")
-    return tuple(str(item) for item in items)
+_CHANGING_LOGITS = (
+    "logit_bias",
+    "sequence_bias",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "min_length",
+    "presence_penalty",
+    "frequency_penalty",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+    "logits_processor",
+)
 
 
-def prompt_ids(prompt: Any, tokenizer: Any, vocabulary: int) -> list[int]:
-    """The tokens of a prompt: text, or ids as a list, an array or a tensor [n] or [1, n].
+@dataclass(frozen=True, slots=True)
+class GenerateOptions(SamplingOptions):
+    """What `generate` takes, checked: a value for many calls, or made of the keywords of one call.
 
-    Raises ValueError for what is neither, for no tokens, and for ids beyond the model's vocabulary.
+    Numbers of numpy and torch are taken.  None: as the model's generation_config.json says, as in
+    transformers; without a file greedy, 64 tokens.
+
+    The end: max_new_tokens; stop, strings that end the text; stop_token_ids, tokens that end it too.
+    generation_config: a dict or transformers' GenerationConfig in place of the file's; False for
+    nothing of the file but its end tokens.
+
+    As in transformers:
+      do_sample: draw tokens.  Without it temperature decides: 0 is greedy.
+      temperature, top_k (without it 50 where tokens are drawn, 0 for all), top_p, min_p, top_h,
+      typical_p, epsilon_cutoff, eta_cutoff: only where tokens are drawn.
+      repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens,
+      begin_suppress_tokens, sequence_bias, min_length, forced_bos_token_id, forced_eos_token_id,
+      exponential_decay_length_penalty, remove_invalid_values, renormalize_logits: for greedy too.
+      min_new_tokens: no end token and none of stop_token_ids before; stop strings still end.
+      logits_processor: a LogitsProcessorList, a function or a list of functions of (input_ids
+      [1, tokens], scores float32 [1, vocabulary]), called in a thread after the others and before
+      temperature; one whose type is there already takes its place.
+    As OpenAI and vLLM define them:
+      presence_penalty, frequency_penalty: -2 to 2, over generated tokens.
+      logit_bias: {token id: -100 to 100}.
+      bad_words: words as text (at the beginning of a text and after a space), or as token ids.
+      skip_special_tokens: False shows their text.
+      logprobs, top_logprobs (how many): fill `Token.logprob` and `Token.top_logprobs`: of the
+      model's own distribution, before any of the above (vLLM's "raw_logprobs").
+      seed: the same seed gives the same tokens.
+
+    Raises ValueError, in one line, for a value of another kind or outside its range.
     """
-    if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the prompt holds {prompt[error.start]!r} at position {error.start}: it is no text,"
-                " perhaps bytes that are not UTF-8"
-            ) from None
-        ids = list(tokenizer(prompt)["input_ids"])
-    else:
-        items = None if isinstance(prompt, Set) else _items(prompt)
-        if items is not None and len(items) == 1 and (row := _items(items[0])) is not None:
-            items = row  # [1, n]
-        if items is None:
-            raise ValueError(f"the prompt is {shown(prompt)}, text or a list of token ids is allowed")
-        any_number = Range(-(2**63), MAX_TOKENS, whole=True)  # of the vocabulary is said below
-        ids = [whole("a token in the prompt", item, any_number) for item in items]
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    check_vocabulary(ids, vocabulary)
-    return ids
+
+    max_new_tokens: int | None = field(default=None, metadata=_in(POSITIVE))
+    stop: tuple[str, ...] | None = field(default=None, metadata=_by(checks.stop_strings))
+    do_sample: bool | None = field(default=None, metadata=_by(switch))
+    bad_words: Words | None = field(default=None, metadata=_by(checks.words))
+    generation_config: Any = field(default=None, metadata=_by(_as_it_is))  # it needs the model's vocabulary
 
 
-def check_vocabulary(ids: Iterable[int], vocabulary: int, of: str = "") -> None:
-    """Raises ValueError for a token that the model does not have.  of: where it stands, for the message."""
-    for token in ids:
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"token {token}{of} is not one of the model's {vocabulary}")
+OPTION_NAMES = frozenset(one.name for one in fields(GenerateOptions))
+RANGES = {one.name: one.metadata["range"] for one in fields(GenerateOptions) if "range" in one.metadata}
 
 
-def bad_words(value: Any, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Words as text or as token ids, as lists of token ids.
+def options_of(options: GenerateOptions | None, arguments: Mapping[str, Any]) -> GenerateOptions:
+    """The options of one call: a value, keywords, or a value in which keywords replace fields.
 
-    Text is taken as it is at the beginning of a text and as it is behind a space, as vLLM does.
-    Raises ValueError.
+    Raises ValueError for a value that is not allowed, TypeError for a name that is no option.
     """
-    items = [value] if isinstance(value, str) else _items(value)
-    if items is None:
-        raise ValueError(f"bad_words is {shown(value)}, a list of words is allowed")
-    lists: dict[tuple[int, ...], None] = {}
-    for item in items:
-        if not isinstance(item, str):
-            lists.update(dict.fromkeys(token_lists("bad_words", [item])))
-            continue
-        if not item.strip():
-            raise ValueError("a word in bad_words is empty: it would forbid every text")
-        for text in (item.lstrip(), " " + item.lstrip()):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            lists.update({ids: None} if ids else {})
-    return tuple(lists)
-
-
-def _has_axes(value: Any) -> bool:
-    """Whether it is an array or a tensor of more than a number."""
-    return bool(getattr(value, "ndim", None))
-
-
-def _items(value: Any) -> list[Any] | None:
-    """The items of a list, tuple, set, array or tensor; None for anything else."""
-    if hasattr(value, "tolist") and hasattr(value, "dtype"):  # of numpy or torch; its items are Python's
-        value = value.tolist()
-    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
-        return None
-    return list(value)
+    given: object = options  # whatever a caller gave
+    if given is not None and not isinstance(given, GenerateOptions):
+        raise TypeError(f"options is {shown(given)}, client.GenerateOptions(...) is needed")
+    if unknown := sorted(set(arguments) - OPTION_NAMES):
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    changes = {name: value for name, value in arguments.items() if value is not None}
+    if options is None:
+        return GenerateOptions(**changes)
+    return replace(options, **changes) if changes else options

@@ -6,112 +6,13 @@ same settings and the same logits give the same distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from client.generation import options as checks
-
-MIN_TEMPERATURE = 1e-5  # logits divided by less could overflow; the likeliest token is certain long before
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How the next token is chosen, in numbers of Python whatever they were given in.
-
-    temperature: None or 0 is greedy.  seed: for a generator of this generation's own; None draws
-    one.  `Swarm.generate` says what each of the others means; None leaves it out.
-    Raises ValueError for a value outside its range.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    min_p: float | None = None
-    top_h: float | None = None
-    typical_p: float | None = None
-    epsilon_cutoff: float | None = None
-    eta_cutoff: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
-    min_new_tokens: int | None = None
-    min_length: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] | None = None
-    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
-    suppress_tokens: tuple[int, ...] | None = None
-    begin_suppress_tokens: tuple[int, ...] | None = None
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: tuple[int, ...] | None = None
-    exponential_decay_length_penalty: tuple[int, float] | None = None
-    remove_invalid_values: bool | None = None
-    renormalize_logits: bool | None = None
-    stop_token_ids: tuple[int, ...] | None = None
-    skip_special_tokens: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    logits_processor: tuple[Callable[[Tensor, Tensor], Tensor], ...] | None = None
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            if (value := getattr(self, one.name)) is not None:
-                object.__setattr__(self, one.name, _checked(one.name, value))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.temperature is None or self.temperature < MIN_TEMPERATURE
-
-    @property
-    def best_only(self) -> bool:
-        """Whether only the place of the largest logit matters."""
-        return self.greedy and not self.tells and not self._changes_logits
-
-    @property
-    def tells(self) -> bool:
-        """Whether log probabilities are wanted."""
-        return bool(self.logprobs or self.top_logprobs)
-
-    @property
-    def tokens(self) -> frozenset[int]:
-        """All token ids that are named, for a look whether the model has them."""
-        lists = (
-            self.suppress_tokens,
-            self.begin_suppress_tokens,
-            self.forced_eos_token_id,
-            self.stop_token_ids,
-            [token for token, _ in self.logit_bias or ()],
-            [token for sequence, _ in self.sequence_bias or () for token in sequence],
-            [token for sequence in self.bad_words_ids or () for token in sequence],
-            None if self.forced_bos_token_id is None else [self.forced_bos_token_id],
-        )
-        return frozenset(token for some in lists for token in some or ())
-
-    @property
-    def _changes_logits(self) -> bool:
-        names = (
-            *("logit_bias", "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
-            *(
-                "no_repeat_ngram_size",
-                "min_new_tokens",
-                "min_length",
-                "presence_penalty",
-                "frequency_penalty",
-            ),
-            *("exponential_decay_length_penalty", "remove_invalid_values", "logits_processor"),
-        )
-        return (
-            any(getattr(self, name) for name in names)
-            or self.repetition_penalty not in (None, 1.0)
-            or self.forced_bos_token_id is not None
-            or self.forced_eos_token_id is not None
-        )
+from client.generation.options import SamplingOptions
 
 
 class Choice(NamedTuple):
@@ -163,7 +64,7 @@ class Sampler:
 
     def choose(self, logits: Tensor, tokens: Sequence[int]) -> Choice:
         """As `pick`, with log probabilities where the options ask for them."""
-        if not self._options.tells:
+        if not self._options.wants_logprobs:
             return Choice(self.pick(logits, tokens))
         raw = logits.log_softmax(-1)
         token = self.pick(logits, tokens)
@@ -202,29 +103,6 @@ class OutputPenalty:
         """ids int64 [1, tokens], scores float32 [1, vocabulary] -> the same shape."""
         counts = torch.bincount(ids[0, self._prompt_tokens :], minlength=scores.shape[-1])
         return scores - self._frequency * counts - self._presence * (counts > 0)
-
-
-def _checked(name: str, value: Any) -> Any:
-    """The value of an option, as its field has it.  Raises ValueError."""
-    if name in checks.RANGES:
-        allowed = checks.RANGES[name]
-        return checks.whole(name, value, allowed) if allowed.whole else checks.number(name, value, allowed)
-    match name:
-        case "logit_bias":
-            return checks.logit_bias(dict(value) if isinstance(value, tuple) else value)
-        case "sequence_bias":
-            return checks.sequence_bias(value)
-        case "bad_words_ids":
-            return checks.token_lists(name, value)
-        case "suppress_tokens" | "begin_suppress_tokens":
-            return checks.token_ids(name, value)
-        case "forced_eos_token_id" | "stop_token_ids":
-            return checks.one_or_more(name, value)
-        case "exponential_decay_length_penalty":
-            return checks.decay(value)
-        case "logits_processor":
-            return checks.processors(value)
-    return checks.switch(name, value)
 
 
 def _filters(

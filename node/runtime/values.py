@@ -1,44 +1,70 @@
-"""Arguments from Python, checked on the call: what was found and what is allowed, in one line.
+"""Values that a program hands over, checked on the call: numbers, switches, paths, texts, collections.
 
-Numbers of numpy and torch are numbers here too.  True is none, and nothing is rounded.
+Numbers of numpy and torch are numbers here too.  True is no number, and nothing is rounded.  A value
+of another kind or outside its range is a ValueError with what was found and what is allowed.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_SECONDS = 1e6
 MAX_THREADS = 1024
 MAX_TOKENS = 1 << 40
+MAX_INT32 = 2**31 - 1  # a bound from here on is not worth a word
 
 
-def whole(name: str, value: Any, least: int = 1, most: int = MAX_TOKENS) -> int:  # Any: to be checked
-    """A whole number.  Raises ValueError."""
-    try:
-        found = None if is_bool(value) else operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # torch: a tensor of fractions, or of many numbers
-        found = None
-    if found is None or not least <= found <= most:
-        upper = f" and at most {most}" if most < MAX_TOKENS else ""
-        raise ValueError(f"{name} is {shown(value)}, a whole number of at least {least}{upper} is needed")
+class Range(NamedTuple):
+    """Numbers that are allowed.  above: `low` itself is not.  whole: no fractions."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False
+
+    def __str__(self) -> str:
+        if self.above:
+            return f"above {self.low:g} and at most {self.high:g} is allowed"
+        if not self.whole:
+            return f"{self.low:g} to {self.high:g} is allowed"
+        if self.high >= 1 << 63:
+            return "a whole number of 64 bits is allowed"
+        lower = f" of at least {self.low}" if self.low >= 0 else ""
+        upper = f" and at most {self.high}" if self.high < MAX_INT32 else ""
+        return f"a whole number{lower}{upper} is needed"
+
+
+def number(name: str, value: Any, allowed: Range) -> float:  # Any: to be checked
+    """A float, or an int where `allowed` says whole.  Raises ValueError."""
+    found = _number(value, whole=allowed.whole)
+    if found is None or not allowed.low <= found <= allowed.high or (allowed.above and found == allowed.low):
+        raise ValueError(f"{name} is {shown(value)}, {allowed}")
     return found
+
+
+def whole(name: str, value: Any, low: int = 1, high: int = MAX_TOKENS) -> int:  # Any: to be checked
+    """A whole number from `low` to `high`.  Raises ValueError."""
+    return int(number(name, value, Range(low, high, whole=True)))
 
 
 def seconds(name: str, value: Any, *, above: bool = False) -> float:  # Any: to be checked
     """A length of time.  above: 0 is not allowed.  Raises ValueError."""
-    try:
-        found = math.nan if isinstance(value, str | bytes) or is_bool(value) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        found = math.nan
-    if not 0 <= found <= MAX_SECONDS or (above and not found):
+    found = _number(value, whole=False)
+    if found is None or not 0 <= found <= MAX_SECONDS or (above and not found):
         low = "above 0 and at most" if above else "0 to"
         raise ValueError(f"{name} is {shown(value)}, {low} {MAX_SECONDS:,.0f} seconds are allowed")
     return found
+
+
+def switch(name: str, value: Any) -> bool:  # Any: to be checked
+    """True or False, of numpy and torch too.  Raises ValueError."""
+    if not is_bool(value) or _has_axes(value):
+        raise ValueError(f"{name} is {shown(value)}, True or False is allowed")
+    return bool(value)
 
 
 def path(name: str, value: Any) -> Path:  # Any: to be checked
@@ -75,3 +101,27 @@ def is_bool(value: Any) -> bool:  # Any: to be checked
     if isinstance(value, bool):
         return True
     return str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def items_of(value: Any) -> list[Any] | None:  # Any: to be checked
+    """The items of a list, tuple, set, array or tensor; None for anything else."""
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):  # of numpy or torch; its items are Python's
+        value = value.tolist()
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        return None
+    return list(value)
+
+
+def _number(value: Any, *, whole: bool) -> float | None:
+    """The number that `value` is; None for anything else, a fraction included where it must be whole."""
+    if isinstance(value, str | bytes | complex) or is_bool(value) or _has_axes(value):
+        return None
+    try:
+        return operator.index(value) if whole else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: torch's, for many numbers
+        return None
+
+
+def _has_axes(value: Any) -> bool:
+    """Whether it is an array or a tensor of more than a number."""
+    return bool(getattr(value, "ndim", None))

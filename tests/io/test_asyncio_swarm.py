@@ -99,7 +99,7 @@ class FakeSwarm:
         await trio.lowlevel.checkpoint()
         raise NoChain([(3, 4)], 30, alone=False)
 
-    def generate(self, prompt, *, max_new_tokens=None, seed=None, conversation=None, **options):
+    def generate(self, prompt, options=None, *, max_new_tokens=None, conversation=None, trace=None):
         max_new_tokens = 64 if max_new_tokens is None else max_new_tokens
         if max_new_tokens < 1:
             raise ValueError("max_new_tokens is 0, at least 1 is needed")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from client import terminal
 from client.generation.generate import Token
 from client.generation.generation_config import Settings
-from client.generation.sampling import SamplingOptions
+from client.generation.options import GenerateOptions, SamplingOptions
 from client.session.trace import Trace
 
 
@@ -47,13 +47,13 @@ class Talker:
     def view(self):
         return None
 
-    def settings(self, prompt, **_):
+    def settings(self, prompt, options):
         return Settings(SamplingOptions(), 8, (), ())
 
-    def generate(self, ids, *, max_new_tokens, conversation, min_new_tokens=None):
-        assert len(ids) + max_new_tokens <= self.opened_for
-        assert (min_new_tokens or 0) <= max_new_tokens
-        self.asked.append((len(ids), max_new_tokens))
+    def generate(self, ids, options, *, conversation):
+        assert len(ids) + options.max_new_tokens <= self.opened_for
+        assert (options.min_new_tokens or 0) <= options.max_new_tokens
+        self.asked.append((len(ids), options.max_new_tokens))
         return self._tokens()
 
     async def _tokens(self) -> AsyncIterator[Token]:
@@ -72,9 +72,10 @@ async def chat(
         return lines.pop(0) if lines else ""
 
     monkeypatch.setattr(terminal, "_connect", connected)
-    monkeypatch.setattr(terminal, "_sampling", lambda flags: dict(sampling))
+    options = GenerateOptions(max_new_tokens=8, **sampling)
+    monkeypatch.setattr(terminal, "options_of_flags", lambda flags: options)
     monkeypatch.setattr(terminal, "_ask_for_text", ask)
-    flags = argparse.Namespace(wait=1.0, system="be", max_length=max_length, max_new_tokens=8, trace=None)
+    flags = argparse.Namespace(wait=1.0, system="be", max_length=max_length, trace=None)
     await terminal.run_chat(flags)
     assert not lines
 
@@ -87,7 +88,7 @@ async def test_a_full_talk_drops_its_oldest_turns_says_so_and_goes_on(monkeypatc
     # 4 for the system message and the opening, 11 a turn: the fourth message makes 43, and 30 of 40 may stay.
     assert [ids for ids, _ in swarm.asked] == [10, 21, 32, 21, 32]
     assert (
-        told.count("the talk has reached its 40 tokens (--max-length): it goes on without its 2 oldest turns")
+        told.count("the chat has reached its 40 tokens (--max-length): it goes on without its 2 oldest turns")
         == 1
     )
 

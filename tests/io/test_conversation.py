@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from client.generation.conversation import PREFILL_TOKENS, chunk_tokens
 from client.generation.generate import Generation
-from client.generation.sampling import SamplingOptions
+from client.generation.generation_config import Settings
+from client.generation.options import SamplingOptions
 from routing.chains.search import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, Draining, PeerGone, Refused, SlowPeer
@@ -243,7 +244,9 @@ async def test_our_own_bugs_are_not_taken_for_a_peers_fault(autojump_clock):
 
 async def tokens_of(world: World, *, stop=(), new: int = 8, end_tokens=(), close: bool = True):
     conversation = conversation_of(two_replicas(world), local_model=FakeEmbedAndHead(end_tokens))
-    generation = Generation(conversation.local_model, conversation, SamplingOptions(), stop, new)
+    generation = Generation(
+        conversation.local_model, conversation, Settings(SamplingOptions(), new, stop, ())
+    )
     found = [token async for token in generation.run(list(PROMPT), close=close)]
     if close:
         assert conversation.session is None
@@ -292,9 +295,9 @@ async def test_what_is_held_back_for_a_stop_string_comes_with_the_last_token(aut
 async def test_a_generation_that_is_left_early_ends_its_session(autojump_clock):
     async with swarm() as world:
         conversation = conversation_of(two_replicas(world))
-        tokens = Generation(conversation.local_model, conversation, SamplingOptions(), (), 8).run(
-            list(PROMPT), close=True
-        )
+        tokens = Generation(
+            conversation.local_model, conversation, Settings(SamplingOptions(), 8, (), ())
+        ).run(list(PROMPT), close=True)
         async for _ in tokens:
             break
         await tokens.aclose()

@@ -264,7 +264,7 @@ class FakeSwarm:
     def conversation(self, *lengths: object, **options: object) -> Any:
         return SimpleNamespace(trace=Trace(), close=lambda: None)
 
-    async def generate(self, prompt: object, **options: object) -> AsyncIterator[Token]:
+    async def generate(self, prompt: object, given: object = None, **options: object) -> AsyncIterator[Token]:
         self.asked.append(prompt)
         if isinstance(trace := options.get("trace"), Trace):
             trace.add("ended")

@@ -23,7 +23,7 @@ import pytest
 
 import client
 from benchmarks.__main__ import BENCHMARKS as NAMES_OF_BENCHMARKS
-from client.generation.options import Sampling
+from client.generation.options import OPTION_NAMES
 from client.swarm import Swarm
 from node.config import VERSION, NetworkConfig
 from node.main import write_ready_file
@@ -224,6 +224,9 @@ def test_calls_in_the_snippets_fit_the_functions_that_they_call(snippet):
         if function is not None:
             given = [None] * (len(call.args) + ast.unparse(call.func).startswith("swarm."))
             inspect.signature(function).bind(*given, **{word.arg: None for word in call.keywords})
+        if function is Swarm.generate:
+            names = {word.arg for word in call.keywords} - set(inspect.signature(function).parameters)
+            assert names <= OPTION_NAMES
 
 
 # Tables
@@ -318,8 +321,8 @@ def test_the_page_on_python_has_every_option_of_generate_and_no_other():
     begin = text.index("| options of `generate` |")
     listed = set(re.findall(r"`([a-z]\w+)`", text[begin : text.index("\n\n", begin)]))
     parameters = inspect.signature(Swarm.generate).parameters
-    taken = {name for name in parameters if name not in ("self", "prompt", "sampling")}
-    taken |= set(Sampling.__annotations__)
+    taken = {name for name in parameters if name not in ("self", "prompt", "options", "arguments")}
+    taken |= OPTION_NAMES
     assert listed - taken <= {"generate"}
     for option in taken - listed:
         assert re.search(rf"`{option}`|\b{option}=", text), f"{option} is not in {PYTHON_PAGE.name}"

@@ -12,9 +12,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from client.config import ClientConfig
 from client.generation.generation_config import FILE, GenerationDefaults, defaults_of, read_defaults, settle
+from client.generation.options import GenerateOptions
 from client.generation.sampling import Sampler
+from client.lengths import SessionLengths
 from client.swarm import Swarm
 from node.config import ConfigError
+from tensor_codec.limits import Limits
 
 VOCABULARY = 40
 PROMPT = [3, 1, 4, 1, 5]
@@ -45,15 +48,13 @@ def written(folder, **config) -> GenerationDefaults:
 
 
 def settled(defaults: GenerationDefaults, *, room: int = 50, **given):
-    lengths = {name: given.pop(name, None) for name in ("max_new_tokens", "stop")}
     return settle(
-        given,
+        GenerateOptions(**given),
         defaults,
         tokenizer=None,
         vocabulary=VOCABULARY,
         prompt_tokens=len(PROMPT),
         room=room,
-        **lengths,
     )
 
 
@@ -243,11 +244,11 @@ def test_fields_that_ask_for_something_else_are_named_and_harmless_ones_are_not(
         ("[]", "is damaged: a JSON object is expected, not list"),
         ('{"temperature": "hot"}', "temperature is 'hot', 0 to 100 is allowed"),
         ('{"temperature": NaN}', "temperature is nan, 0 to 100 is allowed"),
-        ('{"top_k": 5.5}', "top_k is 5.5, a whole number, at least 0 is needed"),
+        ('{"top_k": 5.5}', "top_k is 5.5, a whole number of at least 0 is needed"),
         ('{"do_sample": "yes"}', "do_sample is 'yes', True or False is allowed"),
         ('{"eos_token_id": "end"}', "eos_token_id is 'end', a list of token ids is allowed"),
         ('{"bad_words_ids": [[99]]}', "token 99 is not one of the model's 40"),
-        ('{"max_length": -1}', "max_length is -1, a whole number, at least 1 is needed"),
+        ('{"max_length": -1}', "max_length is -1, a whole number of at least 1 is needed"),
         ('{"stop_strings": [""]}', "a stop string is empty"),
         ('{"sequence_bias": 3}', "sequence_bias is 3, "),
     ],
@@ -282,7 +283,7 @@ def test_tokens_that_no_model_has_may_be_suppressed(tmp_path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, a whole number, at least 1 is needed"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, a whole number of at least 1 is needed"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
         ({"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens is 6, at most max_new_tokens .5."),
         ({"stop": 3}, "stop is 3"),
@@ -305,11 +306,6 @@ def test_the_least_length_of_a_file_gives_way_to_a_callers_length(tmp_path):
     assert settled(defaults, max_new_tokens=5).options.min_new_tokens == 5
 
 
-def test_a_name_that_is_none_is_a_type_error():
-    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temprature'"):
-        settled(GenerationDefaults(), temprature=1)
-
-
 def test_a_prompt_beyond_the_files_length_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"the prompt has 5 tokens, .* max_length 5: give max_new_tokens"):
         settled(written(tmp_path, max_length=5))
@@ -326,9 +322,8 @@ def swarm_of(defaults: GenerationDefaults) -> Swarm:
         tokenizer=lambda text: {"input_ids": [ord(char) % 40 for char in text]}
     )
     swarm.generation_defaults = defaults
-    swarm.routes = SimpleNamespace(constraints=None)
-    swarm._directory = SimpleNamespace(last_view=SimpleNamespace(spans=lambda revision, blocks: []))
-    swarm.info.revision, swarm.info.blocks = "r", 1
+    swarm.info.blocks = 1
+    swarm._lengths = SessionLengths(swarm.info, Limits(), list)
     return swarm
 
 

@@ -78,12 +78,12 @@ def test_a_length_that_cannot_be_says_who_allows_how_much(there, length, found):
 
 
 def test_lengths_that_can_be_are_taken():
-    assert swarm(131_072)._allowed_lengths(1)[0][0] == 131_072
-    swarm(131_072)._check_length(131_072, "a whole model's length")
-    swarm()._check_length(131_072, "where no server has said anything")
-    swarm(40_000)._check_length(10_000, "four rows", batch=4)
+    assert swarm(131_072)._lengths.longest(1) == 131_072
+    swarm(131_072)._lengths.check(131_072, "a whole model's length")
+    swarm()._lengths.check(131_072, "where no server has said anything")
+    swarm(40_000)._lengths.check(10_000, "four rows", batch=4)
     with pytest.raises(ValueError, match="1 to 10000 are allowed"):
-        swarm(40_000)._check_length(10_001, "four rows", batch=4)
+        swarm(40_000)._lengths.check(10_001, "four rows", batch=4)
 
 
 async def test_rows_of_which_one_position_fits_no_frame_are_refused_before_anything_is_opened():

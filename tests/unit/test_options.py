@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from client.generation.checks import ids_of_words, prompt_ids, stop_strings, token_ids, whole, words
 from client.generation.options import (
+    OPTION_NAMES,
     RANGES,
-    bad_words,
-    number,
-    prompt_ids,
-    stop_strings,
-    switch,
-    token_ids,
-    whole,
+    GenerateArguments,
+    GenerateOptions,
+    SamplingOptions,
+    options_of,
 )
-from client.generation.sampling import SamplingOptions
-from node.runtime.values import shown
+from node.runtime.values import number, shown, switch
 
 REAL = [name for name, allowed in RANGES.items() if not allowed.whole]
 WHOLE = [name for name, allowed in RANGES.items() if allowed.whole]
@@ -95,7 +93,7 @@ def test_another_seed_is_refused_by_name(seed):
     ("options", "says"),
     [
         ({"logit_bias": [1]}, "logit_bias is .1. .list., a dict"),
-        ({"logit_bias": {"a": 1}}, "a token in logit_bias is 'a', a whole number, at least 0"),
+        ({"logit_bias": {"a": 1}}, "a token in logit_bias is 'a', a whole number of at least 0"),
         ({"logit_bias": {1: 101}}, "logit_bias of token 1 is 101, -100 to 100"),
         ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 is nan"),
         ({"logit_bias": {True: 1}}, "a token in logit_bias is True"),
@@ -112,8 +110,8 @@ def test_another_seed_is_refused_by_name(seed):
         ({"logits_processor": [1]}, "logits_processor is .1. .list., "),
         ({"logprobs": 5}, "logprobs is 5, True or False is allowed"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens is 'no', True or False is allowed"),
-        ({"top_logprobs": -1}, "top_logprobs is -1, a whole number, at least 0 is needed"),
-        ({"top_k": -1}, "top_k is -1, a whole number, at least 0 is needed"),
+        ({"top_logprobs": -1}, "top_logprobs is -1, a whole number of at least 0 is needed"),
+        ({"top_k": -1}, "top_k is -1, a whole number of at least 0 is needed"),
         ({"top_k": True}, "top_k is True, a whole number"),
         ({"presence_penalty": 2.1}, "presence_penalty is 2.1, -2 to 2 is allowed"),
         ({"min_p": 1.1}, "min_p is 1.1, 0 to 1 is allowed"),
@@ -145,13 +143,18 @@ def test_token_ids_may_come_in_whatever_holds_them():
 
 
 def test_stop_strings_may_come_alone_or_in_whatever_holds_them():
-    assert stop_strings("ab") == stop_strings(np.array(["ab"])) == stop_strings({"ab"}) == ("ab",)
-    assert stop_strings(None) == stop_strings(()) == ()
+    assert (
+        stop_strings("stop", "ab")
+        == stop_strings("stop", np.array(["ab"]))
+        == stop_strings("stop", {"ab"})
+        == ("ab",)
+    )
+    assert stop_strings("stop", None) == stop_strings("stop", ()) == ()
     for wrong in (1, b"ab", [b"ab"], ["a", 1], {"a": "b"}):
         with pytest.raises(ValueError, match=r"^stop is .*, a string or a list of strings is allowed$"):
-            stop_strings(wrong)
+            stop_strings("stop", wrong)
     with pytest.raises(ValueError, match="a stop string is empty"):
-        stop_strings(["a", ""])
+        stop_strings("stop", ["a", ""])
 
 
 def tokenizer(text: str) -> dict[str, list[int]]:
@@ -207,9 +210,60 @@ def test_a_bad_word_is_taken_at_the_beginning_and_behind_a_space():
             assert not add_special_tokens
             return [ord(char) for char in text]
 
-    assert bad_words(["ab", (1, 2), torch.tensor([3])], Letters()) == ((97, 98), (32, 97, 98), (1, 2), (3,))
-    assert bad_words("a", Letters()) == ((97,), (32, 97))
+    def bad_words(value):
+        return ids_of_words(words("bad_words", value), Letters())
+
+    assert bad_words(["ab", (1, 2), torch.tensor([3])]) == ((97, 98), (32, 97, 98), (1, 2), (3,))
+    assert bad_words("a") == ((97,), (32, 97))
     with pytest.raises(ValueError, match="a word in bad_words is empty"):
-        bad_words([" "], Letters())
+        bad_words([" "])
     with pytest.raises(ValueError, match=r"^bad_words is 3, a list of words is allowed"):
-        bad_words(3, Letters())
+        bad_words(3)
+
+
+# The list of all options.
+
+
+def test_the_keywords_of_generate_and_the_fields_of_its_options_are_one_list():
+    assert set(GenerateArguments.__annotations__) == OPTION_NAMES
+
+
+def test_every_option_has_a_check_and_none_of_them_is_given_by_default():
+    for name in OPTION_NAMES - {"generation_config", "logits_processor"}:
+        with pytest.raises(ValueError, match=name if name != "stop" else "stop"):
+            GenerateOptions(**{name: object()})
+        assert getattr(GenerateOptions(), name) is None
+
+
+def test_options_are_a_value_or_keywords_or_a_value_in_which_keywords_replace_fields():
+    value = GenerateOptions(temperature=np.float32(0.5), stop="a", bad_words=["b", [1]])
+    assert (
+        options_of(None, {"temperature": 0.5, "stop": ["a"], "bad_words": ("b", (1,)), "top_k": None})
+        == value
+    )
+    assert options_of(value, {}) is value
+    changed = options_of(value, {"top_k": 3, "stop": None})
+    assert (changed.temperature, changed.stop, changed.top_k) == (0.5, ("a",), 3)
+    with pytest.raises(ValueError, match="top_k is -1"):
+        options_of(value, {"top_k": -1})
+
+
+def test_a_name_that_is_no_option_and_a_value_that_is_no_options_are_type_errors():
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temprature'"):
+        options_of(None, {"temprature": 1})
+    with pytest.raises(TypeError, match=r"options is .* \(dict\), client.GenerateOptions\(...\) is needed"):
+        options_of({"top_k": 3}, {})  # type: ignore[arg-type]  # a caller's mistake
+
+
+def test_options_that_were_checked_pass_every_check_again():
+    given = {
+        "logit_bias": {1: 2.0},
+        "sequence_bias": {(1, 2): 3.0},
+        "bad_words": ["a", [1]],
+        "bad_words_ids": [[1]],
+        "exponential_decay_length_penalty": (2, 1.5),
+        "logits_processor": print,
+        "stop": {"x"},
+    }
+    once = GenerateOptions(**given)
+    assert options_of(once, {"seed": 1}) == options_of(None, {**given, "seed": 1})

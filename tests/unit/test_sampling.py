@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as library
 
-from client.generation.sampling import Sampler, SamplingOptions
+from client.generation.options import SamplingOptions
+from client.generation.sampling import Sampler
 
 VOCABULARY = 20
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=VOCABULARY, max_size=VOCABULARY)

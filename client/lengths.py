@@ -1,0 +1,63 @@
+"""How long a session may be: the smallest of what the model, the servers and this client allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from routing.chains.alternatives import longest_session
+from tensor_codec.limits import Limits
+
+if TYPE_CHECKING:
+    from node.model.checkpoint.info import ModelInfo
+    from routing.view.records import Record
+
+USUAL_LENGTH = 2048  # positions of a session without a length, where no server has announced one
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLengths:
+    """Lengths of sessions, in positions of each row.  spans: the servers that may be used, as known now."""
+
+    info: ModelInfo
+    limits: Limits
+    spans: Callable[[], Sequence[Record]]
+
+    def usual(self, batch: int) -> int:
+        """Of a session of `batch` rows that nobody gave a length for.  See `Swarm.usual_length`."""
+        longest = self._of_servers()
+        usual = USUAL_LENGTH
+        if longest is not None:
+            share = int(longest * self.limits.cache_share_per_peer)
+            usual = max(share, min(longest, USUAL_LENGTH)) // batch
+        return max(1, min(usual, self.longest(batch)))
+
+    def longest(self, batch: int) -> int:
+        """Of the longest session of `batch` rows."""
+        return min(self._allowed(batch))[0]
+
+    def check(self, length: int, what: str, batch: int = 1) -> None:
+        """Raises ValueError where a session of `batch` rows cannot become so long.  what: for the message."""
+        longest, why = min(self._allowed(batch))
+        if not 0 < length <= longest:
+            raise ValueError(too_long(length, what, longest, why))
+
+    def _allowed(self, batch: int) -> list[tuple[int, str]]:
+        """Positions that a session of `batch` rows may have, each with the reason."""
+        allowed = [(self.info.max_position, f"{self.info.name} has no more")]
+        own, longest = self.limits.max_session_tokens, self._of_servers()
+        if own is not None:
+            allowed.append((own // batch, f"max_session_tokens is {own}"))
+        if longest is not None:
+            allowed.append((longest // batch, f"the servers take sessions of {longest} tokens"))
+        return allowed
+
+    def _of_servers(self) -> int | None:
+        """Tokens of the longest session that some chain takes; None where no server has announced any."""
+        return longest_session(self.spans(), self.info.blocks)
+
+
+def too_long(length: int, what: str, longest: int, why: str) -> str:
+    """The message for a length out of range."""
+    return f"{what} make {length} positions, 1 to {longest} are allowed: {why}"
