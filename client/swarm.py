@@ -386,7 +386,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     """The trio side of `connect`.  Raises ConfigError."""
     from client.generation.head_batches import HeadBatches
     from client.session.chain_choice import ChainChooser
-    from node.network.directory.directory import open_directory
+    from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
     from node.network.transport.identity import load_or_create_identity
     from node.network.transport.membership import load_swarm_key, swarm_id
@@ -402,10 +402,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         open_directory(
             host,
             identity,
-            swarm=swarm_id(key),
-            bootstrap=config.peers,
-            role="client",
-            limits=config.limits,
+            DirectoryConfig(swarm=swarm_id(key), bootstrap=config.peers, role="client", limits=config.limits),
         ) as directory,
         background_nursery() as nursery,
     ):

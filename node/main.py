@@ -166,7 +166,7 @@ class Node:
 @asynccontextmanager
 async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
     """A host in the swarm's directory; on leaving, the others are told.  Raises ConfigError."""
-    from node.network.directory.directory import open_directory
+    from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
     from node.network.transport.identity import load_or_create_identity
     from node.network.transport.membership import load_swarm_key, swarm_id
@@ -184,11 +184,13 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
         open_directory(
             host,
             identity,
-            swarm=swarm_id(key),
-            bootstrap=config.peers,
-            role=role,
-            limits=config.limits,
-            patience_seconds=config.patience_seconds,
+            DirectoryConfig(
+                swarm=swarm_id(key),
+                bootstrap=config.peers,
+                role=role,
+                limits=config.limits,
+                patience_seconds=config.patience_seconds,
+            ),
         ) as directory,
     ):
         try:

@@ -15,7 +15,7 @@ from functools import partial
 
 import trio
 
-from node.network.directory.directory import open_directory
+from node.network.directory.directory import DirectoryConfig, open_directory
 from node.network.host import open_host
 from node.network.transport.identity import load_or_create_identity
 
@@ -50,7 +50,9 @@ async def black_holed_server(peers: list[str]) -> AsyncIterator[None]:
         async with (
             open_host(identity=identity, listen=(), announce=[address]) as host,
             open_directory(
-                host, identity, swarm=host.swarm_id, bootstrap=peers, role="serve", kademlia=False
+                host,
+                identity,
+                DirectoryConfig(swarm=host.swarm_id, bootstrap=tuple(peers), role="serve", kademlia=False),
             ) as us,
         ):
             fastest = min(

@@ -1,1 +1,1 @@
-"""The only importers of libp2p: host, identity, membership, streams, directory."""
+"""Peers and streams: the host, addresses, dialling.  No other package imports libp2p."""

@@ -59,7 +59,7 @@ class Host:
 
     peer_id: ours.
     faults: of peers, counted.
-    raw: py-libp2p's host, for `node.network.directory.directory` alone.
+    raw: py-libp2p's host, for `node.network.directory.kademlia` alone.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from contextlib import AsyncExitStack
@@ -12,13 +13,21 @@ import trio
 
 from node.config import ConfigError
 from node.network.directory import directory as directory_module
-from node.network.directory.directory import PROTOCOL, Directory, bootstrap_peers, open_directory
-from node.network.directory.pings import PING_SECONDS
+from node.network.directory import neighbours, pings
+from node.network.directory.directory import (
+    PROTOCOL,
+    Directory,
+    DirectoryConfig,
+    bootstrap_peers,
+    open_directory,
+)
+from node.network.directory.pings import PING_SECONDS, worth_watching
 from routing.names import peer_id_of
 from routing.view import exchange
 from routing.view.answers import GRACE_SECONDS
 from routing.view.records import Record, sign_record
 from routing.view.view import Arrival
+from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
 from tests.fakes_network import FakeHost, FakeNetwork
 
@@ -35,6 +44,9 @@ SERVER = Record(
     prefill_seconds_per_token=0.0001,
 )
 BOOTSTRAP = Record(role="bootstrap")
+
+
+CONFIG_KEYS = {field.name for field in dataclasses.fields(DirectoryConfig)}
 
 
 class Swarm:
@@ -66,13 +78,18 @@ class Swarm:
             host = FakeHost(self.network, number, nursery, self.limits)
             ways_in = [self.hosts[0].multiaddr] if self.hosts and bootstrap is None else bootstrap or []
             self.hosts.append(host)
-            options = {"kademlia": False, "rng": random.Random(number), "limits": self.limits} | options
+            settings = {key: options.pop(key) for key in list(options) if key in CONFIG_KEYS}
+            settings = {"kademlia": False, "limits": self.limits} | settings
+            options = {"rng": random.Random(number)} | options
             async with open_directory(
                 host,
                 host.identity,
-                swarm="public",
-                bootstrap=ways_in,
-                role=record.role if record else "client",
+                DirectoryConfig(
+                    swarm="public",
+                    bootstrap=tuple(ways_in),
+                    role=record.role if record else "client",
+                    **settings,
+                ),
                 **options,
             ) as directory:
                 if record is not None:
@@ -86,7 +103,7 @@ class Swarm:
 
     def agree(self) -> bool:
         """Does every node see the same, and every node?"""
-        servers = [n for n in self.nodes if n._said is not None]
+        servers = [n for n in self.nodes if n._announced is not None]
         views = [{r.peer: r.seq for r in node.view().records()} for node in self.nodes]
         return all(view == views[0] and len(view) == len(servers) for view in views)
 
@@ -256,10 +273,7 @@ async def test_two_processes_with_one_identity_do_not_flood_the_swarm(autojump_c
     async with open_directory(
         second_host,
         second_host.identity,
-        swarm="public",
-        kademlia=False,
-        bootstrap=[swarm.hosts[0].multiaddr],
-        role="serve",
+        DirectoryConfig(swarm="public", kademlia=False, bootstrap=(swarm.hosts[0].multiaddr,), role="serve"),
         rng=random.Random(0),
     ) as second:
         await second.announce(replace(SERVER, name="second"))
@@ -310,7 +324,7 @@ async def test_forged_records_change_no_view_are_counted_and_end_the_stream(auto
     host = FakeHost(swarm.network, 77, swarm.nursery, LIMITS)
     target = swarm.hosts[0]
     seen = [r for n in swarm.nodes for r in n.view().records() if r.state != "online"]
-    with pytest.raises(directory_module.PeerGone):
+    with pytest.raises(PeerGone):
         await liar(host, target, forged(swarm.hosts[2]))
     assert target.faults.counts() == {(host.peer_id, "RecordError"): 3}
     assert seen == [r for n in swarm.nodes for r in n.view().records() if r.state != "online"] == []
@@ -346,7 +360,7 @@ async def test_garbage_ends_the_stream_and_nothing_else(autojump_clock, swarm, f
     host, target = FakeHost(swarm.network, 77, swarm.nursery, LIMITS), swarm.hosts[0]
     stream = await host.open_stream(target.peer_id, target.addresses, PROTOCOL, seconds=5)
     await stream.send(frame)
-    with pytest.raises(directory_module.PeerGone):
+    with pytest.raises(PeerGone):
         await stream.receive(5.0)
     assert target.faults.counts() == {(host.peer_id, "MessageError"): 1}
     assert swarm.agree()
@@ -395,7 +409,7 @@ async def test_a_peer_that_comes_again_has_one_stream(autojump_clock, swarm):
     for _ in range(5):
         await host.open_stream(target.peer_id, target.addresses, PROTOCOL, seconds=5)
         await trio.sleep(0.1)
-    assert [n.peer for n in node._neighbours] == [host.peer_id]
+    assert [n.peer for n in node._neighbours._neighbours] == [host.peer_id]
 
 
 async def test_only_peers_of_the_verified_view_and_of_the_configuration_are_dialled(autojump_clock, swarm):
@@ -427,7 +441,9 @@ async def test_no_bootstrap_peer_reachable_is_an_error_that_names_each(autojump_
     gone = [FakeHost(FakeNetwork(), number, swarm.nursery, LIMITS).multiaddr for number in (50, 51)]
     host, began = FakeHost(swarm.network, 60, swarm.nursery, LIMITS), trio.current_time()
     with pytest.raises(ConfigError) as caught:
-        async with open_directory(host, host.identity, swarm="public", bootstrap=gone, kademlia=False):
+        async with open_directory(
+            host, host.identity, DirectoryConfig(swarm="public", bootstrap=tuple(gone), kademlia=False)
+        ):
             pass
     assert trio.current_time() - began < 0.1
     for address in gone:
@@ -441,10 +457,12 @@ async def test_a_silent_bootstrap_peer_is_an_error_at_the_deadline(autojump_cloc
     began = trio.current_time()
     with pytest.raises(ConfigError, match="no answer within"):
         async with open_directory(
-            host, host.identity, swarm="public", bootstrap=[mute.multiaddr], kademlia=False
+            host,
+            host.identity,
+            DirectoryConfig(swarm="public", bootstrap=(mute.multiaddr,), kademlia=False),
         ):
             pass
-    assert trio.current_time() - began <= LIMITS.dial_seconds + directory_module.JOIN_SECONDS + 1
+    assert trio.current_time() - began <= LIMITS.dial_seconds + neighbours.JOIN_SECONDS + 1
 
 
 async def test_one_reachable_bootstrap_peer_is_enough_and_the_other_is_tried_again(autojump_clock, swarm):
@@ -476,7 +494,7 @@ async def test_a_node_told_not_to_insist_comes_in_when_its_bootstrap_peer_appear
     await trio.sleep(30.0)
     swarm.network.hosts[first.peer_id] = first
     async with open_directory(
-        first, first.identity, swarm="public", kademlia=False, role="bootstrap"
+        first, first.identity, DirectoryConfig(swarm="public", kademlia=False, role="bootstrap")
     ) as directory:
         with trio.fail_after(60.0):
             while directory.view().get(node.peer_id) is None:
@@ -508,7 +526,7 @@ async def test_an_address_that_nobody_could_dial_is_not_announced(autojump_clock
     host = FakeHost(swarm.network, 60, swarm.nursery, LIMITS)
     host.addresses = ("/ip6/fe80::1%eth0/tcp/4001",)
     with pytest.raises(ConfigError, match="no peer could dial"):
-        async with open_directory(host, host.identity, swarm="public", kademlia=False):
+        async with open_directory(host, host.identity, DirectoryConfig(swarm="public", kademlia=False)):
             pass
 
 
@@ -541,7 +559,7 @@ async def test_who_keeps_its_addresses_announces_no_oftener(autojump_clock, swar
     await full_swarm(swarm, 2)
     said = []
     node = swarm.nodes[1]
-    real, node._say = node._say, lambda record: (said.append(trio.current_time()), real(record))
+    real, node._publish = node._publish, lambda record: (said.append(trio.current_time()), real(record))
     await trio.sleep(10 * LIMITS.announce_seconds)
     assert len(said) <= 12  # one for distances that have changed
 
@@ -700,13 +718,13 @@ async def test_of_many_servers_a_client_asks_a_few_and_those_that_it_wants_to_us
                 SERVER, peer=peer_id_of(number.to_bytes(32, "big")), addresses=("/ip4/192.0.2.1/tcp/1",),
                 swarm="public", seq=1, ttl_seconds=90.0,
             )  # fmt: skip
-            directory._take_in([Arrival(record, b"")], source=None)
+            directory._live.merge([Arrival(record, b"")])
     servers = [record.peer for record in client.view().spans("r")]
-    watched = client._worth_watching([])
-    assert len(watched) == directory_module.WATCHED
-    assert set(watched) != set(other._worth_watching([]))  # not all clients the same ones
-    assert set(servers[:5]) <= set(client._worth_watching(servers[:5])) < set(servers)
-    assert len(client._worth_watching(servers[:5])) == directory_module.WATCHED
+    watched = worth_watching(client.peer_id, client.view, [])
+    assert len(watched) == pings.WATCHED
+    assert set(watched) != set(worth_watching(other.peer_id, other.view, []))  # not all clients the same ones
+    assert set(servers[:5]) <= set(worth_watching(client.peer_id, client.view, servers[:5])) < set(servers)
+    assert len(worth_watching(client.peer_id, client.view, servers[:5])) == pings.WATCHED
 
 
 class FakeTable:
@@ -743,8 +761,7 @@ async def test_peers_that_no_neighbour_knows_are_found_through_the_table(autojum
                 open_directory(
                     host,
                     host.identity,
-                    swarm="public",
-                    bootstrap=ways_in,
+                    DirectoryConfig(swarm="public", bootstrap=tuple(ways_in)),
                     finder=table.at(host),
                     rng=random.Random(1),
                 )
@@ -775,7 +792,9 @@ async def test_two_islands_that_share_only_the_table_become_one_swarm(autojump_c
         for number in (1, 2):
             host = FakeHost(network, number, nursery, LIMITS)
             directory = await stack.enter_async_context(
-                open_directory(host, host.identity, swarm="public", role="serve", finder=table.at(host))
+                open_directory(
+                    host, host.identity, DirectoryConfig(swarm="public", role="serve"), finder=table.at(host)
+                )
             )
             await directory.announce(SERVER)
             directories.append(directory)
@@ -792,11 +811,13 @@ async def test_nothing_of_a_directory_is_left_when_its_block_ends(autojump_clock
         network = FakeNetwork()
         host, other = (FakeHost(network, number, nursery, LIMITS) for number in (1, 2))
         async with open_directory(
-            host, host.identity, swarm="public", kademlia=False, role="bootstrap"
+            host, host.identity, DirectoryConfig(swarm="public", kademlia=False, role="bootstrap")
         ) as directory:
             before = len(nursery.child_tasks)
             async with open_directory(
-                other, other.identity, swarm="public", bootstrap=[host.multiaddr], kademlia=False
+                other,
+                other.identity,
+                DirectoryConfig(swarm="public", bootstrap=(host.multiaddr,), kademlia=False),
             ):
                 assert directory.neighbours() == {other.peer_id}
             await trio.sleep(0.1)

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from node.config import ConfigError
-from node.network.directory.directory import open_directory
+from node.network.directory.directory import DirectoryConfig, open_directory
 from node.network.host import open_host
 from node.network.transport.identity import load_or_create_identity
 from routing.view.records import Record
@@ -41,10 +41,12 @@ async def node(record, ways_in=(), **options):
         open_directory(
             host,
             identity,
-            swarm=host.swarm_id,
-            bootstrap=ways_in,
-            role=record.role if record else "client",
-            **options,
+            DirectoryConfig(
+                swarm=host.swarm_id,
+                bootstrap=tuple(ways_in),
+                role=record.role if record else "client",
+                **options,
+            ),
         ) as directory,
     ):
         if record:
@@ -115,15 +117,15 @@ async def test_a_client_finds_the_servers_of_a_model_in_the_kademlia_table():
         host, _ = await add(node(Record(role="bootstrap")))
         servers = [(await add(node(SERVER, [way_in(host)])))[1] for _ in range(3)]
         _, client = await add(node(None, [way_in(host)]))
-        assert client._finder is not None
+        assert client._discovery._finder is not None
         with trio.fail_after(20.0):
-            while len(found := await client._finder.find("r")) < 3:  # noqa: ASYNC110  by and by
+            while len(found := await client._discovery._finder.find("r")) < 3:  # noqa: ASYNC110  by and by
                 await trio.sleep(0.2)
         assert found.keys() == {server.peer_id for server in servers}
         assert all(
             address.startswith("/ip4/127.0.0.1/tcp/") for addresses in found.values() for address in addresses
         )
-        assert await client._finder.find("another revision") == {}
+        assert await client._discovery._finder.find("another revision") == {}
         assert len(await client.find_peers("r")) == 3
 
 
@@ -141,7 +143,9 @@ async def test_a_bootstrap_peer_of_a_private_swarm_is_an_error_that_says_so():
     identity = load_or_create_identity(None)
     async with (
         open_host(identity=identity, listen=[LOOPBACK], swarm_key=secrets.token_bytes(32)) as host,
-        open_directory(host, identity, swarm=host.swarm_id, role="bootstrap", kademlia=False),
+        open_directory(
+            host, identity, DirectoryConfig(swarm=host.swarm_id, role="bootstrap", kademlia=False)
+        ),
     ):
         began = trio.current_time()
         with pytest.raises(ConfigError, match=r"swarm key|member"):

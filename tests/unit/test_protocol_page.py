@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import routing.view.exchange
 from node.config import ConfigError
 from node.network import host
-from node.network.directory import directory
+from node.network.directory import neighbours
 from node.network.directory.kademlia import provider_key
 from node.network.transport import noise, yamux
 from node.network.transport.identity import identity_of
@@ -181,7 +181,7 @@ def test_the_protocols_of_the_page_are_the_code_s():
     ids = [row[0] for row in table(PAGE, "## 2. Streams")]
     ours = [
         session.SESSION_PROTOCOL, session.PUSH_PROTOCOL, forward_backward.COMPUTE_PROTOCOL,
-        directory.PROTOCOL, host.PING_PROTOCOL,
+        neighbours.PROTOCOL, host.PING_PROTOCOL,
     ]  # fmt: skip
     assert ids[: len(ours)] == ours
     first = PAGE[: PAGE.index("## 2. Streams")]

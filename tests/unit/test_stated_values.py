@@ -18,7 +18,7 @@ from client.swarm import PINGED_PEERS
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
 from node.network import addresses, dialling, host
-from node.network.directory import directory
+from node.network.directory import neighbours
 from node.network.transport import yamux
 from node.network.transport.yamux import YamuxLimits
 from node.serving import balancer, memory
@@ -117,11 +117,11 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "up to N KiB: for each record its size \\(N bytes\\), its age in milliseconds \\(N bytes\\)",
         (exchange.RECORDS_BYTES / KIB, 2, 4),
     ),
-    (PROTOCOL, "every N seconds one random neighbour", (directory.HEAL_SECONDS,)),
+    (PROTOCOL, "every N seconds one random neighbour", (neighbours.HEAL_SECONDS,)),
     (
         PROTOCOL,
         "keeps N of these streams of its own, N of them to bootstrap peers",
-        (directory.NEIGHBOURS, directory.BOOTSTRAP_NEIGHBOURS),
+        (neighbours.NEIGHBOURS, neighbours.BOOTSTRAP_NEIGHBOURS),
     ),
     (PROTOCOL, "client's side: N s for a chain", (CLIENT.wait_seconds,)),
     (PROTOCOL, "N s for a forward or backward request at one hop", (CLIENT.step_seconds,)),

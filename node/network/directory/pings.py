@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from routing.chains.load_sharing import rendezvous
 from routing.names import PeerId
 from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
+from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ LOOK_SECONDS = 1.0  # between looks for servers that are new
 QUIET_SECONDS = 0.02
 STEP_SECONDS = 0.1
 MAX_WANTED = 64
+WATCHED = 16  # servers that a client asks again and again, besides those that it wants to use
 
 log = logging.getLogger(__name__)
 
@@ -186,3 +189,13 @@ class Asker:
         self._news = trio.Event()
         if changed:
             self._changed()
+
+
+def worth_watching(
+    peer_id: PeerId, view: Callable[[], SwarmView], wanted: Collection[PeerId]
+) -> list[PeerId]:
+    """The wanted servers and a few more: in a large swarm each client watches others (rendezvous hashing)."""
+    servers = [record.peer for record in view().records() if record.role == "serve" and record.addresses]
+    more = WATCHED - sum(peer in wanted for peer in servers)
+    others = [peer for peer in servers if peer not in wanted and peer != peer_id]
+    return [peer for peer in servers if peer in wanted] + rendezvous(peer_id, others, max(0, more))

@@ -1,0 +1,79 @@
+"""Servers of a model that no neighbour knows: written into a Kademlia table, and found in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import trio
+
+from node.network.directory.live_view import LiveView
+from node.network.directory.neighbours import DIALS_AT_ONCE, Neighbours
+from routing.names import PeerId
+from routing.view.records import Record
+
+FIND_SECONDS = 5.0
+DISCOVER_SECONDS = 60.0  # between looks into the Kademlia table
+
+
+class Finder(Protocol):
+    """A Kademlia table.  Neither method raises for the network's sake."""
+
+    async def provide(self, revision: str) -> None:
+        """Write into the table that this node serves the model revision."""
+
+    async def find(self, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
+        """The peers in the table that serve the revision, with the addresses where they listen."""
+
+
+class Discovery:
+    """Looks into the table and asks the peers that it names for their view.  finder: None for no table."""
+
+    def __init__(
+        self,
+        peer_id: PeerId,
+        view: LiveView,
+        neighbours: Neighbours,
+        finder: Finder | None,
+        rng: random.Random,
+    ) -> None:
+        self._peer_id = peer_id
+        self._view = view
+        self._neighbours = neighbours
+        self._finder = finder
+        self._rng = rng
+
+    async def find_peers(self, revision: str, seconds: float = FIND_SECONDS) -> tuple[Record, ...]:
+        """The online servers of a model revision, after a look into the Kademlia table.
+
+        Peers found there are asked for their view.  Without a table, or where it does not answer in
+        `seconds`, the records of the neighbours are all there is.
+        """
+        if self._finder is not None:
+            with trio.move_on_after(seconds):
+                await self._meet(await self._finder.find(revision))
+        return self._view.view().spans(revision)
+
+    async def run(self, served_revision: Callable[[], str | None]) -> None:
+        """Write the served revision into the table, and look there for peers that no neighbour knows."""
+        while self._finder is not None:
+            view, revision = self._view.view(), served_revision()
+            if revision is not None:
+                await self._finder.provide(revision)
+                await self.find_peers(revision)
+                await trio.sleep(DISCOVER_SECONDS * self._rng.uniform(0.8, 1.2))
+            else:
+                await self._view.changed(view)
+
+    async def _meet(self, found: Mapping[PeerId, tuple[str, ...]]) -> None:
+        """Ask some of the peers without a record for their view."""
+        view = self._view.view()
+        unknown = [
+            peer
+            for peer in found
+            if peer != self._peer_id and view.get(peer) is None and self._neighbours.may_dial(peer)
+        ]
+        async with trio.open_nursery() as nursery:
+            for peer in self._rng.sample(unknown, min(DIALS_AT_ONCE, len(unknown))):
+                nursery.start_soon(self._neighbours.ask_once, peer, found[peer])

@@ -1,0 +1,351 @@
+"""The streams of record exchange: to which peers they lead, and what travels on them.
+
+A node keeps a few streams of its own, bootstrap peers first, and takes those that peers open.  When one
+opens, both sides send a digest and then the records that the other side lacks; from then on each record
+that is news to a node goes on to all its neighbours at once.  Every few seconds a digest goes to one
+neighbour at random, which repairs losses (anti-entropy, as in Demers et al., 1987).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from node.config import ConfigError
+from node.network.directory.live_view import LiveView
+from node.network.directory.neighbour import Neighbour, Retry, TokenBucket
+from routing.names import PeerId, peer_id_of
+from routing.view.exchange import Digest, Records, decode
+from routing.view.records import NOBODY, Record, RecordError, signer, verify_record
+from routing.view.view import Arrival
+from tensor_codec.errors import NotAMember, PeerFault, PeerGone
+from tensor_codec.limits import Limits
+
+if TYPE_CHECKING:
+    from node.network.host import Host
+    from node.network.streams import FramedStream
+
+PROTOCOL = "/raceme/records/1"
+
+NEIGHBOURS = 3  # streams that we open; about as many again are opened to us
+BOOTSTRAP_NEIGHBOURS = 2  # of these to bootstrap peers, where they can be reached
+KEEP_SECONDS = 1.0  # between looks at whether a neighbour is missing
+HEAL_SECONDS = 5.0  # a digest to a random neighbour
+JOIN_PAUSE_SECONDS = 0.25  # between two dials to one bootstrap peer that may still be starting
+JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
+CLOSE_SECONDS = 0.5
+FAULTS_BEFORE_DROP = 3
+DIGEST_ENTRY_COST = 0.01  # of a record's
+ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
+RETRIES_KEPT = 1024  # peers that could not be reached
+BUDGETS_KEPT = 1024  # peers whose budgets are remembered
+DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
+
+log = logging.getLogger(__name__)
+
+
+class Neighbours:
+    """The peers with which records are exchanged, and the tasks that keep the exchange going.
+
+    view: records go in there, and answers come out of it.
+    own_record: called with a record of our own that a peer has and we did not announce.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        view: LiveView,
+        *,
+        bootstrap: Mapping[PeerId, tuple[str, ...]],
+        limits: Limits,
+        own_record: Callable[[Record], None],
+        rng: random.Random,
+    ) -> None:
+        self._host = host
+        self._view = view
+        self._bootstrap = bootstrap
+        self._limits = limits
+        self._own_record = own_record
+        self._rng = rng
+        self._open = True
+        self._neighbours: list[Neighbour] = []
+        self._lost = trio.Event()
+        self._dialling: set[PeerId] = set()
+        self._turned_away: set[PeerId] = set()  # members of another swarm than ours
+        self._retries: dict[PeerId, Retry] = {}
+        self._budgets: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
+
+    @property
+    def peers(self) -> frozenset[PeerId]:
+        """The peers with which records are exchanged now."""
+        return frozenset(neighbour.peer for neighbour in self._neighbours)
+
+    def pass_on(self, peers: Iterable[PeerId], source: PeerId | None) -> None:
+        """Send the records of these peers to all neighbours but their source."""
+        changed = list(peers)
+        for neighbour in {neighbour.peer: neighbour for neighbour in self._neighbours}.values():
+            if neighbour.peer != source:
+                neighbour.owe(peer for peer in changed if peer != neighbour.peer)
+
+    async def flushed(self) -> None:
+        """Wait until nothing is owed to any neighbour."""
+        for neighbour in list(self._neighbours):
+            await neighbour.flushed()
+
+    async def one_is_lost(self) -> None:
+        """Return when a stream has ended since the last call."""
+        await self._lost.wait()
+        self._lost = trio.Event()
+
+    def forget_failures(self) -> None:
+        """Dial again at once: this machine is in another network now."""
+        self._retries.clear()
+
+    def may_dial(self, peer: PeerId) -> bool:
+        """Whether the pause after the last failure is over."""
+        retry = self._retries.get(peer)
+        return retry is None or trio.current_time() >= retry.not_before
+
+    async def ask_once(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Exchange records with a peer until we have its view."""
+        answered = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._converse, peer, addresses, answered)
+            await answered.wait()
+            nursery.cancel_scope.cancel()
+
+    async def serve(self, stream: FramedStream) -> None:
+        """Exchange records on a stream that a peer opened.  Raises PeerFault, for the host to count."""
+        if not self._open:
+            return
+        for older in [n for n in self._neighbours if n.peer == stream.peer and not n.ours]:
+            older.scope.cancel()  # the peer came again, so the old one leads nowhere
+        await self._exchange(Neighbour(stream, ours=False))
+
+    async def _converse(
+        self, peer: PeerId, addresses: Sequence[str], answered: trio.Event | None = None
+    ) -> str:
+        """Dial a peer and exchange records for as long as it goes.  Returns why it ended.
+
+        answered: set when the peer has sent us all that it knew, or when that will not happen.
+        The one place that catches a fault of a peer that we dialled.
+        """
+        answered = trio.Event() if answered is None else answered
+        self._dialling.add(peer)
+        try:
+            stream = await self._host.open_stream(
+                peer, addresses, PROTOCOL, seconds=self._limits.dial_seconds
+            )
+        except PeerFault as fault:
+            self._dial_later(peer)
+            if isinstance(fault, NotAMember):
+                self._turned_away.add(peer)
+            answered.set()
+            return str(fault)
+        finally:
+            self._dialling.discard(peer)
+        neighbour = Neighbour(stream, ours=True)
+        neighbour.greeted = answered
+        neighbour.say_digest(ask=True)
+        why = "it ended the exchange"
+        try:
+            await self._exchange(neighbour)
+        except PeerFault as fault:
+            why = str(fault)
+            if not isinstance(fault, PeerGone):
+                self._host.charge(peer, fault)
+            await stream.reset()
+        finally:
+            self._dial_later(peer)
+            answered.set()
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                await stream.aclose()
+        return why
+
+    async def _exchange(self, neighbour: Neighbour) -> None:
+        """Send and receive until either side ends it.  Raises PeerFault."""
+        faults: list[PeerFault] = []
+
+        async def run(job: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await job()
+            except PeerFault as fault:
+                faults.append(fault)
+            nursery.cancel_scope.cancel()
+
+        self._neighbours.append(neighbour)
+        try:
+            with neighbour.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run, partial(neighbour.send_forever, self._view.view))
+                    nursery.start_soon(run, partial(self._receive_forever, neighbour))
+        finally:
+            self._neighbours.remove(neighbour)
+            self._lost.set()
+        if faults:
+            raise faults[0]
+
+    async def _receive_forever(self, neighbour: Neighbour) -> None:
+        """Take in whatever the other side says until it ends its stream.  Raises PeerFault.
+
+        A peer that says more than its budget allows is read more slowly: its own stream fills up.
+        """
+        records, asks = self._budget(neighbour.peer)
+        while (frame := await neighbour.stream.receive()) is not None:
+            match decode(frame):
+                case Records(items):
+                    await trio.sleep(records.take(len(items), trio.current_time()))
+                    self._receive_records(neighbour, items)
+                case Digest() as part:
+                    await trio.sleep(records.take(len(part.seqs) * DIGEST_ENTRY_COST, trio.current_time()))
+                    await trio.sleep(asks.take(part.last, trio.current_time()))
+                    self._receive_digest(neighbour, part)
+
+    def _budget(self, peer: PeerId) -> tuple[TokenBucket, TokenBucket]:
+        """What that peer may still send; remembered for a while, so that a new stream is no new budget."""
+        if peer not in self._budgets:
+            now, limits = trio.current_time(), self._limits
+            records = TokenBucket.full(limits.records_per_peer_per_second, limits.records_per_peer_burst, now)
+            self._budgets[peer] = records, TokenBucket.full(ASKS_PER_SECOND, ASKS_BURST, now)
+        self._budgets.move_to_end(peer)
+        while len(self._budgets) > BUDGETS_KEPT:
+            self._budgets.popitem(last=False)
+        return self._budgets[peer]
+
+    def _receive_digest(self, neighbour: Neighbour, part: Digest) -> None:
+        theirs = neighbour.hear_digest(part, 2 * self._limits.max_records)
+        if theirs is None:
+            return
+        view, now = self._view.view(), trio.current_time()
+        for arrival in view.missing(theirs, now, asker=neighbour.peer):
+            if arrival.record.peer in view.entries:
+                neighbour.owe([arrival.record.peer])
+            else:
+                neighbour.prove(arrival)
+        if part.ask:
+            neighbour.say_digest(ask=False)
+        else:
+            neighbour.greeted.set()
+            self._retries.pop(neighbour.peer, None)
+
+    def _receive_records(self, neighbour: Neighbour, items: Sequence[tuple[bytes, float]]) -> None:
+        """Verify and take in; a few bad records are only counted.  Raises RecordError after those."""
+        view, arrivals = self._view.view(), []
+        for wire, age in items:
+            known = view.entries.get(_claimed_peer(wire))
+            if known is not None and known.wire == wire:
+                continue  # from several neighbours we hear the same: that costs no signature
+            try:
+                record = verify_record(wire, swarm=self._view.swarm, limits=self._limits)
+            except RecordError as error:
+                neighbour.faults += 1
+                if neighbour.faults >= FAULTS_BEFORE_DROP:
+                    raise
+                self._host.charge(neighbour.peer, error)
+                continue
+            if record.peer == self._host.peer_id:
+                self._own_record(record)
+            elif known is not None and record.seq < known.record.seq:
+                neighbour.owe([record.peer])  # they do not know the newer one
+            else:
+                arrivals.append(Arrival(record, wire, age))
+        self.pass_on(self._view.merge(arrivals), neighbour.peer)
+
+    async def join(self, nursery: trio.Nursery, *, required: bool, patience_seconds: float) -> None:
+        """Dial the bootstrap peers; return when one has told us all it knows.
+
+        patience_seconds: dial again for so long those that do not answer: they may be starting too.
+        Raises ConfigError where none can be reached and `required`.
+        """
+        reached: list[PeerId] = []
+        why: dict[PeerId, str] = {}
+        peers = {peer: addresses for peer, addresses in self._bootstrap.items() if peer != self._host.peer_id}
+        seconds = self._limits.dial_seconds + JOIN_SECONDS
+
+        async def converse(peer: PeerId, answered: trio.Event) -> None:
+            why[peer] = await self._converse(peer, peers[peer], answered)
+
+        async def enter(peer: PeerId) -> None:
+            while True:
+                answered = trio.Event()
+                nursery.start_soon(converse, peer, answered)
+                await answered.wait()
+                if peer in self.peers:
+                    reached.append(peer)
+                    entering.cancel_scope.cancel()  # one is enough to begin with
+                if trio.current_time() >= patient_until or peer in self._turned_away:
+                    return
+                await trio.sleep(JOIN_PAUSE_SECONDS)
+
+        patient_until = trio.current_time() + patience_seconds
+        with trio.move_on_after(seconds + patience_seconds):
+            async with trio.open_nursery() as entering:
+                for peer in peers:
+                    entering.start_soon(enter, peer)
+        if peers and required and not reached:
+            reasons = [_what_happened(peer, peers[peer], why.get(peer), seconds) for peer in peers]
+            raise ConfigError(f"none of {len(peers)} peers could be reached: " + "; ".join(reasons))
+
+    async def keep(self, nursery: trio.Nursery) -> None:
+        """See to it that there are a few neighbours."""
+        while True:
+            for peer in self._to_dial():
+                self._dialling.add(peer)
+                nursery.start_soon(self._converse, peer, self._dial_addresses(peer))
+            await trio.sleep(KEEP_SECONDS * self._rng.uniform(0.5, 1.0))
+
+    def _to_dial(self) -> list[PeerId]:
+        linked = self.peers | self._dialling | {self._host.peer_id}
+        ways_in_missing = BOOTSTRAP_NEIGHBOURS - len(linked & self._bootstrap.keys())
+        missing = NEIGHBOURS - len(self._dialling) - sum(neighbour.ours for neighbour in self._neighbours)
+        if missing <= 0 and (ways_in_missing <= 0 or self._bootstrap.keys() <= linked):
+            return []
+        view = self._view.view()
+        ways_in = sorted(peer for peer in self._bootstrap.keys() - linked if self.may_dial(peer))
+        chosen = self._rng.sample(ways_in, max(0, min(ways_in_missing, len(ways_in))))
+        servers = {r.peer for r in view.records() if r.role != "client" and r.addresses}
+        if len(linked) == 1 and not servers - {self._host.peer_id}:
+            servers = {peer for peer, ended in view.ended.items() if ended.record.addresses}  # once known
+        others = sorted(p for p in servers - linked if self.may_dial(p) and p not in chosen)
+        return chosen + self._rng.sample(others, max(0, min(missing - len(chosen), len(others))))
+
+    def _dial_later(self, peer: PeerId) -> None:
+        now = trio.current_time()
+        self._retries.setdefault(peer, Retry()).failed(now, self._rng)
+        if len(self._retries) > RETRIES_KEPT:
+            self._retries = {p: retry for p, retry in self._retries.items() if retry.not_before > now}
+
+    def _dial_addresses(self, peer: PeerId) -> tuple[str, ...]:
+        ended = self._view.view().ended.get(peer)
+        return self._view.addresses(peer) or (ended.record.addresses if ended else ())
+
+    async def heal(self) -> None:
+        """Compare views with one neighbour after the other, at random."""
+        while True:
+            await trio.sleep(HEAL_SECONDS * self._rng.uniform(0.8, 1.2))
+            if self._neighbours:
+                self._rng.choice(self._neighbours).say_digest(ask=True)
+
+    def close(self) -> None:
+        """Take no more streams, and end those that peers opened."""
+        self._open = False
+        for neighbour in self._neighbours:
+            neighbour.scope.cancel()
+
+
+def _what_happened(peer: PeerId, addresses: Sequence[str], why: str | None, seconds: float) -> str:
+    if why is None:
+        why = f"no answer within {seconds:g} s"
+    why = why.removeprefix(f"{peer} cannot be reached: ").removeprefix(f"{addresses[0]}: ")
+    return f"{addresses[0]}/p2p/{peer}: {why}"
+
+
+def _claimed_peer(wire: bytes) -> PeerId:
+    key = signer(wire)
+    return peer_id_of(key) if key else NOBODY
