@@ -18,7 +18,7 @@ from client.swarm import PINGED_PEERS
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
 from node.network import addresses, dialling, host
-from node.network.directory import neighbours
+from node.network.directory import directory, neighbours
 from node.network.transport import yamux
 from node.network.transport.yamux import YamuxLimits
 from node.serving import balancer, memory
@@ -149,7 +149,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         ),
     ),
     (PROTOCOL, "A node dials at most N peers at once", (host._DIALS_AT_ONCE,)),
-    (PROTOCOL, "counted; the N on a stream ends it", (directory.FAULTS_BEFORE_DROP,)),
+    (PROTOCOL, "counted; the N on a stream ends it", (neighbours.FAULTS_BEFORE_DROP,)),
     (
         PROTOCOL,
         "at fault is avoided for N s, doubling with each further fault up to N;",
