@@ -207,12 +207,12 @@ def first_calls(window: Window) -> dict[str, int]:
     return places
 
 
-# What a process does beside its tokens, by what its tasks run: records, pings of its own, moves.
-BESIDE = ("Asker.", "Directory.", "Server.", "Balancer.")
+# What a process does besides its tokens, by what its tasks run: records, pings of its own, moves.
+BESIDE = ("Asker.", "Directory.", "Discovery.", "LiveView.", "Neighbours.", "Server.", "Balancer.")
 
 
 def in_all(windows: Sequence[Window]) -> dict[str, Called]:
-    """The functions that were called each time, and not by what a process does beside its tokens."""
+    """The functions that were called each time, and not by what a process does besides its tokens."""
     windows = [[call for call in window if not call.root.startswith(BESIDE)] for window in windows]
     common = set.intersection(*({call.name for call in window} for window in windows))
     return {call.name: call for window in windows for call in window if call.name in common}
