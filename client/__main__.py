@@ -14,7 +14,7 @@ from node.runtime.arguments import Parser, add_addresses, one_address_each, posi
 from node.runtime.console import argument_text, fail, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
-from routing.chains.alternatives import DTYPES, QUANTIZE
+from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 EPILOG = """\
 examples:

@@ -41,6 +41,7 @@ from tensor_codec.messages.forward_backward import (
     encode_request,
     request_contract,
 )
+from tensor_codec.span_spec import SpanSpec
 
 T = TypeVar("T")
 OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
@@ -307,7 +308,8 @@ class ForwardBackward:
     ) -> tuple[list[Buffer], Contract]:
         """Runs in the torch thread: the parts of the request's frame.  Raises ValueError."""
         codec = codec_for(frozenset({dtype})) if self.codec == "auto" else self.codec
-        run = Run(self.info.name, self.info.revision, hop.start, hop.stop, hidden.shape[0], dtype, codec)
+        spec = SpanSpec(self.info.name, self.info.revision, hop.blocks, dtype)
+        run = Run(spec, hidden.shape[0], codec)
         tensors = [hidden] if grad is None else [hidden, grad]
         try:
             bodies = [encode_hidden(tensor, codec) for tensor in tensors]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -19,8 +18,7 @@ from node.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DEVICES,
-    DTYPES,
-    QUANTIZE,
+    DTYPE_CHOICES,
     BalanceConfig,
     ConfigError,
     NetworkConfig,
@@ -30,7 +28,9 @@ from node.runtime.arguments import Parser, add_addresses, at_least_none, one_add
 from node.runtime.console import argument_text, put_line, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
+from tensor_codec.blocks import Blocks
 from tensor_codec.limits import CHOICES, Limits, limits_with
+from tensor_codec.span_spec import QUANTIZE
 
 MAX_REPLICAS = 1000
 USUAL = Limits()
@@ -82,7 +82,7 @@ def _serve(words: list[str]) -> int:
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_CHOICES,
         default="auto",
         help="what to compute in (auto: bfloat16 where the hardware has it)",
     )
@@ -363,11 +363,11 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
     )
 
 
-def _blocks(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not A:B with 0 <= A < B")
-    return int(found[1]), int(found[2])
+def _blocks(text: str) -> Blocks:
+    try:
+        return Blocks.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from node.runtime import values
+from tensor_codec.blocks import Blocks
 from tensor_codec.limits import Limits
+from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 VERSION = version("raceme")
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZE = ("none", "int8", "nf4")
+DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 class ConfigError(Exception):
@@ -84,16 +85,16 @@ class BalanceConfig:
 class NodeConfig:
     """A serving node.
 
-    blocks: the span [start, stop) to serve; num_blocks: or how many, placed where the swarm needs
-    them most; neither: as many as fit.  threads: of torch, None for the cores divided by the
-    servers on this machine.  cache_tokens: None for what fits.  journal_tokens: whose outputs are kept
-    for replays; None for as many as the caches hold.  balance: unless blocks are pinned.
+    blocks: the blocks to serve, a `Blocks` or any pair (start, stop); num_blocks: their number alone, placed
+    where the swarm needs them most; neither: as many as fit.  threads: of torch; None: the cores divided by
+    the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept for
+    replays; None for as many as the caches hold.  balance: unless `blocks` is given.
     Raises ConfigError for a value of another kind or out of range.
     """
 
     network: NetworkConfig
     model: str | None = None  # the built-in one where None
-    blocks: tuple[int, int] | None = None
+    blocks: Blocks | None = None
     num_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -108,7 +109,7 @@ class NodeConfig:
             if self.model is not None:
                 object.__setattr__(self, "model", str(values.path("model", self.model)))
             if self.blocks is not None:
-                object.__setattr__(self, "blocks", _span(self.blocks))
+                object.__setattr__(self, "blocks", _blocks(self.blocks))
             for name, least, most in (
                 ("num_blocks", 1, values.MAX_TOKENS),
                 ("threads", 1, values.MAX_THREADS),
@@ -117,14 +118,18 @@ class NodeConfig:
             ):
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, values.whole(name, value, least, most))
-            for name, known in (("device", DEVICES), ("dtype", DTYPES), ("quantize", (None, *QUANTIZE))):
+            for name, known in (
+                ("device", DEVICES),
+                ("dtype", DTYPE_CHOICES),
+                ("quantize", (None, *QUANTIZE)),
+            ):
                 if (value := getattr(self, name)) not in known:
                     allowed = ", ".join(each for each in known if each)
                     raise ValueError(f"{name} is {values.shown(value)}, one of {allowed} is allowed")
 
 
-def _span(blocks: Any) -> tuple[int, int]:  # Any: to be checked
-    """Raises ValueError."""
+def _blocks(blocks: Any) -> Blocks:  # Any: to be checked
+    """A run of blocks out of a pair.  Raises ValueError."""
     found = tuple(blocks) if isinstance(blocks, list | tuple) else ()
     if len(found) != 2:
         raise ValueError(f"blocks is {values.shown(blocks)}, a pair of numbers (start, stop) is needed")
@@ -132,4 +137,4 @@ def _span(blocks: Any) -> tuple[int, int]:  # Any: to be checked
     stop = values.whole("the end of blocks", found[1])
     if start >= stop:
         raise ValueError(f"blocks is {values.shown(blocks)}, the start must be below the stop")
-    return start, stop
+    return Blocks(start, stop)

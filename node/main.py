@@ -1,13 +1,13 @@
 """Read this first: what a node is made of, in the order in which it comes up and goes down.
 
     config -> host (libp2p) -> directory (Kademlia, records) -> model folder -> blocks to serve
-           -> span in memory -> engine -> listener -> online ... draining -> gone
+           -> span in memory -> engine -> listeners -> online ... draining -> gone
                                   ^                                |
                                   +--- other blocks (balancer) <---+
 
-The path of one token through a node is `serving/listener.py` -> `serving/session.py` ->
-`serving/engine.py` -> `model/span.py` -> `serving/push.py`; docs/path-of-a-token.md walks it.
-Everything here is plumbing: what is decided is decided in pure functions elsewhere.
+One token passes `serving/served_span.py` (StreamDispatch), `sessions/listener.py`, `sessions/worker.py` and
+`sessions/state.py` there, `executor/engine.py`, `model/blocks/span.py` and `sessions/push.py`;
+docs/path-of-a-token.md follows it.  This module only puts parts together: pure functions elsewhere decide.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from node.runtime.compute_thread import ComputeThread, open_compute_thread
 from node.runtime.nurseries import background_nursery
 from node.serving import memory
 from node.serving.balancer import Balancer, by_capacity
+from node.serving.memory import Precision
+from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.placement.rebalance import choose_blocks
 from routing.view.records import Record, Role
@@ -38,6 +40,7 @@ from routing.view.view import ONLINE_SOON
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
 from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL
+from tensor_codec.span_spec import SpanSpec
 
 if TYPE_CHECKING:
     from node.model.checkpoint.folder import ModelFolder
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.network.streams import FramedStream
-    from node.serving.served_span import Offer, ServingSetup
+    from node.serving.served_span import ServingSetup
 
 log = logging.getLogger("raceme")
 
@@ -61,21 +64,21 @@ async def serve(config: NodeConfig) -> None:
 
 
 async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping) -> None:
-    """In the network until told to stop.  Raises ConfigError."""
+    """Take part in the network until a signal.  Raises ConfigError."""
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
         from node.serving.server import Server
 
-        setup, start, stop = await find_means(config, node, compute)
+        setup, blocks = await find_setup(config, node, compute)
 
-        def came_online(offer: Offer) -> None:
-            write_ready_file(config.network, node, offer)
-            tell_how_to_join(node, f"online with blocks {offer.start}:{offer.stop} of {offer.info.name}")
+        def came_online(spec: SpanSpec) -> None:
+            write_ready_file(config.network, node, spec)
+            tell_how_to_join(node, f"online with blocks {spec.blocks} of {spec.model}")
 
         server = Server(setup, node.directory, compute, nursery, came_online)
         node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
         node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push)
         node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
-        await server.begin(start, stop)
+        await server.begin(blocks)
         nursery.start_soon(server.keep_record_true)
         stopping.started()
         async with background_nursery() as moving:
@@ -99,8 +102,8 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         await stopping.requested.wait()
 
 
-async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[ServingSetup, int, int]:
-    """Find the model, and choose the blocks and how they are kept.  Raises ConfigError."""
+async def find_setup(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[ServingSetup, Blocks]:
+    """Find the model, and choose the blocks, their precision and the caches.  Raises ConfigError."""
     from node.serving.served_span import ServingSetup
 
     limits = config.network.limits
@@ -111,39 +114,35 @@ async def find_means(config: NodeConfig, node: Node, compute: ComputeThread) -> 
         quantize = "int8" if device == "cuda" else "none"
     free = await compute.run(memory.free_bytes, device)
     process = memory.process_bytes()
-    sizes = Sizes(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
-    known = await compute.run(known_seconds_per_block, info, device, sizes, threads)
-    start, stop = await _choose_span(config, node, info, sizes, free, known)
-    blocks = stop - start
+    precision = Precision(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
+    known = await compute.run(known_seconds_per_block, info, device, precision, threads)
+    blocks = await _choose_blocks(config, node, info, precision, free, known)
     cache_tokens = config.cache_tokens or memory.cache_tokens_that_fit(
-        info, blocks, dtype, free, quantize, sizes.activations, device
+        info, blocks.size, precision, free, device
     )
-    memory.check_fits(
-        info, blocks, dtype, cache_tokens, free, quantize, sizes.activations, limits.max_step_tokens
-    )
+    memory.check_fits(info, blocks.size, precision, cache_tokens, free, limits.max_step_tokens)
     journal_tokens = config.journal_tokens
     if journal_tokens is None:
         journal_tokens = memory.journal_tokens_that_fit(info, cache_tokens, device, memory.free_bytes())
     bound = memory.memory_of(
-        info, blocks, dtype, cache_tokens, quantize=quantize, activations=sizes.activations,
+        info, blocks.size, precision, cache_tokens,
         device=device, limits=limits, process=process, journal_tokens=journal_tokens,
     )  # fmt: skip
     log.info(
-        "loading blocks %d:%d of %s (revision %s) as %s, quantize %s, on %s, %d threads",
-        start, stop, info.name, info.revision, dtype, quantize, device, threads,
+        "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
+        blocks, info.name, info.revision, dtype, quantize, device, threads,
     )  # fmt: skip
-    log.info("%s", memory.in_one_line(bound, info, blocks, cache_tokens, free))
+    log.info("%s", memory.in_one_line(bound, info, blocks.size, cache_tokens, free))
     setup = ServingSetup(
-        folder, info, config.network.name, device, dtype, quantize, sizes.activations, threads,
-        cache_tokens, journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL),
-        node.host.faults,
+        folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
+        limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults,
     )  # fmt: skip
-    return setup, start, stop
+    return setup, blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A process in the network: its host and what it knows of the swarm.  Made by `open_node`."""
+    """A process in the network: its host and its view of the swarm.  Made by `open_node`."""
 
     config: NetworkConfig
     host: Host
@@ -151,7 +150,7 @@ class Node:
 
     @property
     def joining_address(self) -> str:
-        """What others pass to --peers."""
+        """The address that others pass to --peers."""
         return f"{self.host.addresses[0]}/p2p/{self.host.peer_id}"
 
     async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
@@ -202,14 +201,14 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
 
 @dataclass(slots=True)
 class Stopping:
-    """What a signal does: nothing is online yet: stop at once; later: `requested`."""
+    """First signal: abort while the node is starting, else shut down politely.  Second: abort."""
 
     requested: trio.Event
     scope: trio.CancelScope
     online: bool = False
 
     def started(self) -> None:
-        """From here on the first signal asks for a polite end, and the second one stops at once."""
+        """The node is online: from now on the first signal only sets `requested`."""
         self.online = True
 
     async def watch(self, signals: AsyncIterator[int]) -> None:
@@ -241,47 +240,35 @@ def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
     return folder, read_info(folder)
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the bytes of a span follow from.  activations: what is computed and cached in."""
-
-    dtype: str
-    quantize: str
-    activations: str
-
-
-def known_seconds_per_block(info: ModelInfo, device: str, sizes: Sizes, threads: int) -> float:
-    """What a decode step took in an earlier run like this one; 0 where there was none.
+def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, threads: int) -> float:
+    """Seconds of a decode step through one block in an earlier run like this one; 0 where there was none.
 
     Runs in the torch thread.
     """
     from node.serving.served_span import kept_rates
 
-    file, key = kept_rates(info.revision, device, sizes.dtype, sizes.quantize, threads)
+    file, key = kept_rates(info.revision, device, precision, threads)
     known = file.get(key)
     return 0.0 if known is None else known.alone
 
 
-async def _choose_span(
-    config: NodeConfig, node: Node, info: ModelInfo, sizes: Sizes, free: int, seconds_per_block: float
-) -> tuple[int, int]:
-    """The blocks to serve, as pinned or where the swarm needs them most.  Raises ConfigError.
+async def _choose_blocks(
+    config: NodeConfig, node: Node, info: ModelInfo, precision: Precision, free: int, seconds_per_block: float
+) -> Blocks:
+    """The blocks to serve: those of the config, else those that the swarm needs most.  Raises ConfigError.
 
-    seconds_per_block: of this node, as far as is known; 0 counts as the median of the others.
+    seconds_per_block: of this node; 0 where it is not known, then it counts as the others' median.
     """
     if config.blocks is not None:
-        start, stop = config.blocks
-        if not 0 <= start < stop <= info.blocks:
-            raise ConfigError(f"blocks {start}:{stop} of {info.name}, which has 0:{info.blocks}")
-        return start, stop
-    dtype, quantize, activations = sizes.dtype, sizes.quantize, sizes.activations
-    count = config.num_blocks or memory.blocks_that_fit(
-        info, dtype, config.cache_tokens, free, quantize, activations
-    )
+        whole = Blocks(0, info.blocks)
+        if not whole.contains(config.blocks):
+            raise ConfigError(f"blocks {config.blocks} of {info.name}, which has {whole}")
+        return config.blocks
+    count = config.num_blocks or memory.blocks_that_fit(info, precision, config.cache_tokens, free)
     if not 0 < count <= info.blocks:
         if config.num_blocks is None:
-            least = config.cache_tokens or memory.MIN_CACHE_TOKENS
-            memory.check_fits(info, 1, dtype, least, free, quantize, activations)
+            cache_tokens = config.cache_tokens or memory.MIN_CACHE_TOKENS
+            memory.check_fits(info, 1, precision, cache_tokens, free)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(
@@ -329,7 +316,10 @@ def _best_dtype(device: str) -> str:
 
 
 def _activations(dtype: str, quantize: str, device: str) -> str:
-    """Runs in the torch thread: what such a span computes in here.  Raises ConfigError."""
+    """The dtype that such a span computes in on this machine.  Runs in the torch thread.
+
+    Raises ConfigError.
+    """
     from node.model.blocks.span import DTYPES
     from node.model.weights.quantize import has_bfloat16, packing_for
 
@@ -337,7 +327,7 @@ def _activations(dtype: str, quantize: str, device: str) -> str:
     return next(name for name, known in DTYPES.items() if known == computes)
 
 
-def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> None:
+def write_ready_file(config: NetworkConfig, node: Node, spec: SpanSpec | None) -> None:
     """Write the facts of a node that is online; the file is there whole or not at all.
 
     Raises ConfigError where it cannot be written.
@@ -347,9 +337,9 @@ def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> 
     facts = {
         "peer_id": node.host.peer_id,
         "addresses": [f"{address}/p2p/{node.host.peer_id}" for address in node.host.addresses],
-        "model": offer.info.name if offer else None,
-        "revision": offer.info.revision if offer else None,
-        "blocks": [offer.start, offer.stop] if offer else None,
+        "model": spec.model if spec else None,
+        "revision": spec.revision if spec else None,
+        "blocks": list(spec.blocks) if spec else None,
         "pid": os.getpid(),
     }
     if not config.ready_file.name:
@@ -363,7 +353,7 @@ def write_ready_file(config: NetworkConfig, node: Node, offer: Offer | None) -> 
 
 
 def tell_how_to_join(node: Node, what: str) -> None:
-    """The lines for whoever started the node."""
+    """Log that the node is online, and the flags with which others join it."""
     log.info("%s, peer %s", what, node.host.peer_id)
     key = f" --swarm-key {node.config.swarm_key}" if node.config.swarm_key else ""
     log.info("others join with: --peers %s%s", node.joining_address, key)

@@ -21,15 +21,17 @@ from client.session.avoided_peers import AvoidedPeers
 from node.model.blocks.forward_backward import finish
 from node.serving.executor.engine import Answer
 from node.serving.forward_backward import ForwardBackwardListener
-from node.serving.sessions.listener import Served
+from node.serving.span_admission import SpanAdmission
 from routing.chains.measured import Measured
 from routing.chains.search import Chain, NoChain, cheapest_chain
 from routing.names import PeerId
 from routing.view.records import Record
+from tensor_codec.blocks import Blocks
 from tensor_codec.errors import PeerFault, PeerGone, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
+from tensor_codec.span_spec import SpanSpec
 from tests.fakes_serving import CLIENT, HIDDEN, FakeCompute, FakeStream, stream_pair, until
 
 BLOCKS = 6
@@ -158,7 +160,8 @@ class ToySwarm:
         peer = PeerId(name)
         span = ToySpan(start, stop, getattr(torch, dtype))
         engine = ToyEngine(span, FakeCompute(seconds))
-        served = Served("m", "r", start, stop, dtype, HIDDEN, 512)
+        spec = SpanSpec("m", "r", Blocks(start, stop), dtype, hidden=HIDDEN, max_position=512)
+        served = SpanAdmission(spec)
         record = Record(
             peer=peer, role="serve", state="online", model="m", revision="r", blocks=BLOCKS, start=start,
             stop=stop, dtype=dtype, seconds_per_block=1.0, prefill_seconds_per_token=0.01,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import trio
@@ -27,17 +27,20 @@ from node.model.blocks.rope import LengthRope
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
-from node.serving.sessions.listener import Listener, Served
+from node.serving.sessions.listener import Listener
+from node.serving.span_admission import SpanAdmission
 from routing.chains.alternatives import Constraints
 from routing.chains.search import Chain, Hop
 from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
+from tensor_codec.blocks import Blocks
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.forward_backward import Run
 from tensor_codec.messages.session import (
     PUSH_PROTOCOL,
     SESSION_PROTOCOL,
@@ -47,6 +50,7 @@ from tensor_codec.messages.session import (
     decode_open_reply,
     encode_open,
 )
+from tensor_codec.span_spec import SpanSpec
 
 HIDDEN = 4
 PRIME = 8191  # all values stay whole numbers that every codec's dtype but bf16 holds exactly
@@ -345,6 +349,9 @@ def stream_pair(
     return near, far
 
 
+R = TypeVar("R", Open, Run)
+
+
 @dataclass
 class FakeNode:
     """A serving node of a World."""
@@ -400,15 +407,24 @@ class World:
         self.dialled: list[tuple[PeerId, PeerId]] = []
 
     def add(
-        self, name: str, start: int, stop: int, *, seconds: float = 0.0, tokens: int = 10**6, **served: object
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        seconds: float = 0.0,
+        tokens: int = 10**6,
+        can_cut: bool = True,
+        **spec: object,
     ) -> FakeNode:
         """A node that serves blocks [start, stop); `seconds` for each step."""
         peer = PeerId(name)
         span, compute = FakeSpan(start, stop), FakeCompute(seconds)
+        span.can_cut = can_cut
         engine = Engine(span, compute, Rates(1.0, 1.0), self.limits)  # type: ignore[arg-type]
-        offer = Served("m", "r", start, stop, "float32", HIDDEN, 4096)
+        served = SpanSpec("m", "r", Blocks(start, stop), "float32", hidden=HIDDEN, max_position=4096)
         listener = Listener(
-            replace(offer, **served),  # type: ignore[arg-type]
+            SpanAdmission(replace(served, **spec)),  # type: ignore[arg-type]
             engine,
             FakeArena(),  # type: ignore[arg-type]
             CacheBudget(tokens, max_session_tokens=self.limits.max_session_tokens),
@@ -421,7 +437,7 @@ class World:
 
     def record(self, node: FakeNode) -> Record:
         """What the node says of itself."""
-        served = node.listener.served
+        served = node.listener.admission.spec
         return Record(
             peer=node.peer,
             role="serve",
@@ -431,11 +447,11 @@ class World:
             model=served.model,
             revision=served.revision,
             blocks=self.blocks,
-            start=served.start,
-            stop=served.stop,
+            start=served.blocks.start,
+            stop=served.blocks.stop,
             dtype=served.dtype,
             quantize="none",
-            seconds_per_block=node.compute.seconds / (served.stop - served.start) or 1e-3,
+            seconds_per_block=node.compute.seconds / served.blocks.size or 1e-3,
             session_tokens=node.listener.budget.session_tokens,
             rtt=dict.fromkeys(self.nodes, 1e-3),
             seq=1,
@@ -658,6 +674,14 @@ def hops_of(conversation: Conversation) -> str:
     return " ".join(hop.peer for hop in conversation.session.chain.hops)
 
 
+def with_changes(request: R, **changes: Any) -> R:
+    """The request with these changes; what belongs to its spec, `start` and `stop` too, is changed there."""
+    spec = request.spec
+    blocks = Blocks(changes.pop("start", spec.blocks.start), changes.pop("stop", spec.blocks.stop))
+    own = {name: changes.pop(name) for name in ("model", "revision", "dtype", "adapter") if name in changes}
+    return replace(request, spec=replace(spec, blocks=blocks, **own), **changes)
+
+
 class RawClient:
     """A client that says what it likes: a stream to one hop, and the messages one by one."""
 
@@ -671,9 +695,9 @@ class RawClient:
     ) -> tuple[RawClient, object]:
         """Dial, say Open, and return the client with what the hop answers."""
         node = world.nodes[PeerId(peer)]
-        served = node.listener.served
-        wanted = Open(bytes(16), "m", "r", served.start, served.stop, 1, 64, "float32", "fp32")
-        opened = replace(wanted, **changes)  # type: ignore[arg-type]
+        spec = SpanSpec("m", "r", node.listener.admission.spec.blocks, "float32")
+        wanted = Open(bytes(16), spec, 1, 64, "fp32")
+        opened = with_changes(wanted, **changes)
         stream = await world.dial(PeerId(name), PeerId(peer), SESSION_PROTOCOL)
         await stream.send(encode_open(opened))
         frame = await stream.receive(30.0)
@@ -683,8 +707,8 @@ class RawClient:
         """What the hop says next; None when it has closed."""
         contract = Contract(
             self.opened.session,
-            self.opened.start,
-            self.opened.stop,
+            self.opened.spec.blocks.start,
+            self.opened.spec.blocks.stop,
             self.opened.batch,
             self.opened.max_length,
             HIDDEN,

@@ -21,9 +21,10 @@ from torch import Tensor
 from benchmarks.lib.results import Run
 from node.model.blocks.span import DTYPES, load_span
 from node.model.checkpoint.folder import ModelFolder
-from node.model.checkpoint.info import QUANTIZATIONS, read_info
+from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
 from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
+from tensor_codec.span_spec import QUANTIZE
 
 TEXT = Path(__file__).with_name("quality.txt")
 
@@ -50,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality")
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
     parser.add_argument(
-        "--quantize", nargs="+", choices=QUANTIZATIONS[1:], default=list(QUANTIZATIONS[1:]), metavar="HOW",
-        help=f"beside float32 and bfloat16: {', '.join(QUANTIZATIONS[1:])} (default: all)",
+        "--quantize", nargs="+", choices=QUANTIZE[1:], default=list(QUANTIZE[1:]), metavar="HOW",
+        help=f"beside float32 and bfloat16: {', '.join(QUANTIZE[1:])} (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype",

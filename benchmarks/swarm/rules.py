@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from routing.names import PeerId
-from routing.placement.cover_gaps import Turn, turns
+from routing.placement.cover_gaps import PlannedMove, plan_moves
 from routing.placement.rebalance import Move, best_window, in_turn, moves
 from routing.placement.throughput import Floats, Holder
 
@@ -53,7 +53,7 @@ class Rule(Protocol):
         """Where this server moves now, or None."""
         ...
 
-    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
+    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
         """Who moves to blocks that nobody holds."""
         ...
 
@@ -82,9 +82,9 @@ class Ours:
         """Its own move, in its turn."""
         return in_turn(ranked, me, rng)
 
-    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
+    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
         """The plan that closes them."""
-        return turns(seen, blocks)
+        return plan_moves(seen, blocks)
 
 
 class Random:
@@ -112,7 +112,7 @@ class Random:
         """Never."""
         return None
 
-    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
+    def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
         """Nobody."""
         return {}
 

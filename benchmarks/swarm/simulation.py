@@ -31,12 +31,20 @@ from node.serving.balancer import (
     AGAIN_SECONDS,
     ANSWER_SECONDS,
     LOSS_SECONDS,
+    RANK_SECONDS,
     SETTLE_SECONDS,
-    TURN_SECONDS,
     WATCH_SECONDS,
 )
+from routing.blocks import Blocks
 from routing.names import PeerId
-from routing.placement.cover_gaps import Turn, objection, opens_gap, taken_for_lost, turns, watched
+from routing.placement.cover_gaps import (
+    PlannedMove,
+    objection,
+    opens_gap,
+    plan_moves,
+    taken_for_lost,
+    watched,
+)
 from routing.placement.rebalance import Move
 from routing.placement.throughput import Holder, capacity
 from routing.view.records import Record, State
@@ -231,7 +239,7 @@ class Simulation:
     def _planned(self, held: tuple[Holder, ...]) -> bool:
         """Whether anybody could do anything."""
         if self._last_plan[0] != held:
-            self._last_plan = held, bool(turns(held, self.plan.model.blocks))
+            self._last_plan = held, bool(plan_moves(held, self.plan.model.blocks))
         return self._last_plan[1]
 
     def _count(self) -> list[int]:
@@ -286,10 +294,10 @@ class Simulation:
 
         return snapshot.once("ranked", rank)
 
-    def _turns(self, snapshot: Snapshot) -> dict[PeerId, Turn]:
+    def _turns(self, snapshot: Snapshot) -> dict[PeerId, PlannedMove]:
         """The plan on which everyone with this view agrees."""
 
-        def plan() -> dict[PeerId, Turn]:
+        def plan() -> dict[PeerId, PlannedMove]:
             began = time.perf_counter()
             found = self.rule.turns(snapshot.held, self.plan.model.blocks)
             self.outcome.turns_ms.append((time.perf_counter() - began) * 1000)
@@ -399,9 +407,9 @@ class Simulation:
             server.hole_since = None
             return
         server.hole_since = self._now if server.hole_since is None else server.hole_since
-        wait = server.hole_since + TURN_SECONDS * turn.rank - self._now
+        wait = server.hole_since + RANK_SECONDS * turn.rank - self._now
         if turn.ready and wait <= 0:
-            self._announce_move(server, (turn.start, turn.stop), held)
+            self._announce_move(server, turn.blocks, held)
         elif turn.ready:
             self._later(server, wait, self._look_for_gaps)
 
@@ -468,9 +476,9 @@ class Simulation:
         assert own is not None
         assert window is not None
         held = self._view(server).held
-        why_not = objection(server.seen, held, server.peer, own, window)
+        why_not = objection(server.seen, held, server.peer, Blocks(*own), Blocks(*window))
         answering = [holder for holder in held if self._answers(server, holder.peer)]
-        if why_not or opens_gap(answering, server.peer, own, window):
+        if why_not or opens_gap(answering, server.peer, Blocks(*own), Blocks(*window)):
             server.target, server.state = own, "online"
             self._announce(server)
             self._decide_later(server)

@@ -38,7 +38,7 @@ from benchmarks.swarm.models import MODELS, Plan
 from benchmarks.swarm.rules import RULES
 from benchmarks.swarm.simulation import Outcome, Simulation, summary
 from routing.names import PeerId
-from routing.placement.cover_gaps import turns
+from routing.placement.cover_gaps import plan_moves
 from routing.placement.rebalance import best_window, moves
 from routing.placement.throughput import Holder, capacity
 
@@ -179,7 +179,7 @@ def decisions(model_name: str, servers: int) -> dict[str, float]:
     work: dict[str, Callable[[], object]] = {
         "join": lambda: best_window(held, model.blocks, 7, 300.0),
         "move": lambda: moves(held, model.blocks),
-        "hole": lambda: turns(torn, model.blocks),
+        "hole": lambda: plan_moves(torn, model.blocks),
         "capacity": lambda: capacity(held, model.blocks),
     }
     found: dict[str, float] = {"servers": servers}

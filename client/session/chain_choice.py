@@ -13,6 +13,7 @@ import trio
 
 from client.session.avoided_peers import AvoidedPeers
 from node.network.streams import FramedStream
+from routing.blocks import Blocks, gaps
 from routing.chains.alternatives import Constraints, best_chains, suitable
 from routing.chains.distances import CLIENT, Distances
 from routing.chains.load_sharing import dearness, leanings, sample, shyness
@@ -20,7 +21,7 @@ from routing.chains.measured import Measured, admitted
 from routing.chains.search import Chain, Hop, NoChain, cheapest_chain, costs
 from routing.names import PeerId
 from routing.view.records import Record
-from routing.view.view import SwarmView, holes
+from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
 SURPRISE = 1.25  # times as dear as was known: then it is worth choosing again
@@ -130,7 +131,8 @@ class ChainChooser:
         """Whether these peers hold all that is held by anybody who can be used."""
         spans = self.usable()
         those = [span for span in spans if span.peer in peers]
-        return _holes(those, self.blocks) == _holes(spans, self.blocks)
+        whole = Blocks(0, self.blocks)
+        return gaps(those, whole) == gaps(spans, whole)
 
     def cost(self, hops: Sequence[Hop], seen: Mapping[PeerId, float]) -> float:
         """See `client.session.route.Surroundings.cost`; infinite where a peer is not in the view."""
@@ -317,10 +319,6 @@ class ChainChooser:
             span.peer not in view.silent and not self.constraints.admits(span) for span in of_use
         )
         return none
-
-
-def _holes(spans: Sequence[Record], blocks: int) -> tuple[tuple[int, int], ...]:
-    return holes(((span.start, span.stop) for span in spans), 0, blocks)
 
 
 def _kind(record: Record) -> str:

@@ -42,6 +42,7 @@ from tensor_codec.messages.session import (
     Step,
     encode_resume,
 )
+from tensor_codec.span_spec import SpanSpec
 
 REPLAY_TOKENS = 256  # positions in one part of a replay
 # For a hop to be dialled, find room for the session and answer.  Doubles with every attempt: somebody else
@@ -532,13 +533,9 @@ class Route:
         link.relay, link.fed = relay, predecessor is None
         opened = Open(
             session=self.contract.session,
-            model=terms.model,
-            revision=terms.revision,
-            start=hop.start,
-            stop=hop.stop,
+            spec=SpanSpec(terms.model, terms.revision, hop.blocks, dtype),
             batch=terms.batch,
             max_length=terms.max_length,
-            dtype=dtype,
             codec=self.contract.codec,
             predecessor=predecessor,
             successor=successor,

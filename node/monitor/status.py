@@ -13,9 +13,10 @@ import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
 from node.runtime.console import OutputText, one_line, put_line
+from routing.blocks import Blocks, coverage, gaps
 from routing.names import ModelId, PeerId, Revision
 from routing.view.records import Record, State
-from routing.view.view import ModelKey, SwarmView, coverage, holes
+from routing.view.view import ModelKey, SwarmView
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ def _model(
 ) -> dict[str, Any]:  # Any: JSON
     spans = view.spans(key.revision, key.blocks)
     held = coverage(spans, key.blocks)
-    missing = holes(((span.start, span.stop) for span in spans), 0, key.blocks)
+    missing = gaps(spans, Blocks(0, key.blocks))
     return {
         "model": key.model,
         "revision": key.revision,

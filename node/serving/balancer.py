@@ -1,14 +1,14 @@
 """Moves a serving node to the blocks where the swarm needs it: a clock around pure decisions.
 
-Twice in `routing.placement.cover_gaps` it is decided whether to go: before a move is announced, and a
-moment later, when everybody has heard of it and we of theirs; then those who stay for what we leave are
-asked once more.  Blocks that nobody holds are looked for every second; whether another place would be
-better, at random times, so that servers do not all move at once, and soon after another server is lost.
+`routing.placement.cover_gaps` decides twice whether to move: before the move is announced, and again when all
+announcements of that moment have spread.  Then the servers that still hold the blocks to be left are asked
+whether they are there.  The balancer looks for blocks that nobody holds every second.  It looks for a better
+place at random times, so that servers do not all move at once, and soon after another server is lost.
 
-A server that crashed is announced by others until its record ends.  So peers whose loss matters are
-asked now and then whether they are there (`routing.placement.cover_gaps.watched`); who is silent twice
-in a row is left out of what we see until it answers again or announces something new.  Nobody is
-told: each server finds out by itself, and a liar can talk nobody down.
+Peers keep gossiping a crashed server's record until its TTL.  So this node asks the peers whose loss matters
+now and then whether they are there (`routing.placement.cover_gaps.watched`).  A peer that is silent twice in
+a row is left out of the view until it answers again or announces something new.  The finding is not
+gossiped: each server asks for itself, so a liar cannot have a peer left out.
 """
 
 from __future__ import annotations
@@ -22,69 +22,46 @@ from typing import Protocol
 import trio
 
 from node.config import BalanceConfig
+from node.serving.mover import MoveFailed, Mover
+from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.placement.cover_gaps import (
+    move_to_cover,
     objection,
     opens_gap,
     taken_for_lost,
-    turn_to_cover,
     watched,
     witnesses,
 )
 from routing.placement.rebalance import better_window, holders
 from routing.placement.throughput import Holder
 from routing.view.records import Record
-from routing.view.view import ONLINE_SOON, SwarmView
+from routing.view.view import ONLINE_SOON
 
 log = logging.getLogger("raceme")
 
 LOOK_SECONDS = 1.0  # between looks for blocks that nobody holds
-TURN_SECONDS = 3.0  # that a server waits for each one whose turn comes before its own
+RANK_SECONDS = 3.0  # a plan of rank n begins n times this later: the plans before it may not be carried out
 ANSWER_SECONDS = 2.0  # in which a peer must answer
-SETTLE_SECONDS = 5.0  # from the announcement of a move until all have heard of it, where a flood lost it too
-WATCH_SECONDS = 10.0  # at most, between two times that we ask the peers whose loss matters
-AGAIN_SECONDS = 3.0  # until those who were silent are asked once more
-LOSS_SECONDS = 5.0  # at most, from the loss of a server until we look for a better place
+SETTLE_SECONDS = 5.0  # until the announcement of a move has reached all, by the periodic exchange too
+WATCH_SECONDS = 10.0  # at most, between two rounds of asking the peers whose loss matters
+AGAIN_SECONDS = 3.0  # until silent peers are asked once more
+LOSS_SECONDS = 5.0  # at most, from the loss of a server until the look for a better place
 BACK_OFF_SECONDS = 60.0  # after a move that failed; doubles with each further one
-BACK_OFF_MOST_SECONDS = 3600.0
-
-Window = tuple[int, int]
-
-
-class MoveFailed(Exception):
-    """The new blocks could not be loaded, and the old ones are served again."""
+MAX_BACK_OFF_SECONDS = 3600.0
 
 
 class Better(Protocol):
-    """A better place for `me`, which holds as many blocks there; None where it should stay."""
+    """Finds better blocks for `me`, as many as it holds; None where it should stay."""
 
-    def __call__(self, spans: Sequence[Record], blocks: int, me: PeerId) -> Window | None:
-        """spans: online and joining, of one model revision."""
-
-
-class Mover(Protocol):
-    """The node, as the balancer needs it."""
-
-    def view(self) -> SwarmView:
-        """The swarm as known now."""
-
-    def record(self) -> Record:
-        """What we say of ourselves while we serve: peer, revision, blocks, start, stop."""
-
-    async def announce_move(self, start: int, stop: int) -> None:
-        """Say that we are about to serve these blocks."""
-
-    async def stay(self) -> None:
-        """Say again that we serve what we serve."""
-
-    async def move(self, start: int, stop: int) -> None:
-        """Let the sessions move elsewhere, and serve these blocks.  Raises MoveFailed."""
+    def __call__(self, spans: Sequence[Record], blocks: int, me: PeerId) -> Blocks | None:
+        """spans: online and joining, of one model revision.  blocks: of the model."""
 
 
 def by_capacity(config: BalanceConfig, rng: random.Random) -> Better:
-    """The place from which the swarm's capacity, as `routing.placement.rebalance` has it, gains most."""
+    """Finds the blocks with which the swarm gains most capacity (`routing.placement.rebalance`)."""
 
-    def better(spans: Sequence[Record], blocks: int, me: PeerId) -> Window | None:
+    def better(spans: Sequence[Record], blocks: int, me: PeerId) -> Blocks | None:
         held = holders(spans)
         count = next(holder.stop - holder.start for holder in held if holder.peer == me)
         return better_window(
@@ -96,11 +73,11 @@ def by_capacity(config: BalanceConfig, rng: random.Random) -> Better:
 
 @dataclass(slots=True)
 class Balancer:
-    """Watches the swarm and has the node move.  `run` it beside what serves.
+    """Watches the swarm and has the node move.  `run` must be running while the node serves.
 
-    answers: whether that peer answers us now.  Those who are to serve what we leave are asked before we
-    go, and those whose loss matters all the time; without it all are believed to be there as long as their
-    records last.
+    answers: whether a peer answers this node now.  It is asked about the servers of the blocks to be left
+    before a move, and about the peers whose loss matters all the time.  None: each peer counts as present
+    until its record ends.
     """
 
     mover: Mover
@@ -111,9 +88,9 @@ class Balancer:
     moves: int = 0
     _failures: int = 0
     _hole_since: float | None = None
-    _there: frozenset[PeerId] = frozenset()  # at the last look
-    _lost: dict[PeerId, int] = field(default_factory=dict)  # who is silent, and the seq that it had
-    _look_at: float = 0.0  # when to look for a better place next
+    _present: frozenset[PeerId] = frozenset()  # peers at the last look
+    _lost: dict[PeerId, int] = field(default_factory=dict)  # silent peers, with the seq of their records then
+    _look_at: float = 0.0  # time of the next look for a better place
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -133,32 +110,32 @@ class Balancer:
         self._look_at = trio.current_time() + self.config.seconds * self.rng.uniform(0.5, 1.5)
 
     def _look_sooner(self, now: float, spans: Sequence[Record]) -> None:
-        """Where a server is gone that was there."""
-        there = frozenset(span.peer for span in spans)
-        if self._there - there:
+        """Bring the next look for a better place forward where a server has gone since the last one."""
+        present = frozenset(span.peer for span in spans)
+        if self._present - present:
             self._look_at = min(self._look_at, now + LOSS_SECONDS * self.rng.random())
-        self._there = there
+        self._present = present
 
-    def _choose(self, now: float) -> Window | None:
-        """Where to go now, if anywhere."""
+    def _choose(self, now: float) -> Blocks | None:
+        """The blocks to move to now; None: stay."""
         me, spans = self._see()
-        turn = turn_to_cover(holders(spans), me.blocks, me.peer)
-        if turn is not None:
+        plan = move_to_cover(holders(spans), me.blocks, me.peer)
+        if plan is not None:
             self._hole_since = now if self._hole_since is None else self._hole_since
-            due = self._hole_since + TURN_SECONDS * turn.rank
-            return (turn.start, turn.stop) if turn.ready and now >= due else None
+            due = self._hole_since + RANK_SECONDS * plan.rank
+            return plan.blocks if plan.ready and now >= due else None
         self._hole_since = None
         self._look_sooner(now, spans)
         if now < self._look_at or not self.config.quality:
             return None
         self._look_later()
         found = self.better(spans, me.blocks, me.peer)
-        if found is None or found == (me.start, me.stop):
+        if found is None or found == me.span:
             return None
-        return None if opens_gap(holders(spans), me.peer, (me.start, me.stop), found) else found
+        return None if opens_gap(holders(spans), me.peer, me.span, found) else found
 
     def _see(self) -> tuple[Record, tuple[Record, ...]]:
-        """Ourselves, as we serve, and everybody who is there, ourselves included."""
+        """This node's record, and the records of all present servers, this node's included."""
         me = self.mover.record()
         others = self._announced(me)
         return me, (me, *(span for span in others if not self._is_lost(span)))
@@ -171,80 +148,80 @@ class Balancer:
         return span.seq <= self._lost.get(span.peer, -1)
 
     async def _watch(self) -> None:
-        """Find out, again and again, who is no longer there."""
+        """Find out, again and again, which peers are lost."""
         while self.answers is not None:
             await trio.sleep(WATCH_SECONDS * self.rng.uniform(0.5, 1.0))
             await self._ask_around()
 
     async def _ask_around(self) -> None:
-        """Ask those whose loss matters, and those that were silent.
+        """Ask the peers whose loss matters, and the silent ones again.
 
-        Who was silent and then announced something new is alive, but we cannot reach it: its silence says
-        nothing any more, until it has answered once.
+        A silent peer that announces something new is alive and cannot be reached from here.  Its silence
+        counts no longer, until it has answered once.
         """
         me, spans = self._see()
         announced = {span.peer for span in self._announced(me)}
         known = {peer: seq for peer, seq in self._lost.items() if peer in announced}
         asked = [peer for peer in watched(holders(spans), me.blocks, me.peer) if peer not in known]
-        there = await self._those_who_answer([*asked, *known])
-        silent = set(asked) - there
+        present = await self._answering([*asked, *known])
+        silent = set(asked) - present
         if silent:
             await trio.sleep(AGAIN_SECONDS)
-            silent -= await self._those_who_answer(list(silent))
+            silent -= await self._answering(list(silent))
         lost = taken_for_lost(asked, silent)
         for peer in lost:
             log.info("%s no longer answers: left out until it does, or announces something new", peer)
-        before = {peer: seq for peer, seq in known.items() if peer not in there}
+        before = {peer: seq for peer, seq in known.items() if peer not in present}
         self._lost = before | {span.peer: span.seq for span in spans if span.peer in lost}
 
-    async def _go(self, window: Window) -> None:
-        """Announce a move, and make it unless the others' news speak against it."""
+    async def _go(self, window: Blocks) -> None:
+        """Announce a move, and make it unless other servers' announcements speak against it."""
         me, before = self._see()
-        log.info("about to move from blocks %d:%d to %d:%d", me.start, me.stop, *window)
-        await self.mover.announce_move(*window)
+        log.info("about to move from blocks %s to %s", me.span, window)
+        await self.mover.announce_move(window)
         await trio.sleep(SETTLE_SECONDS)
         why_not = await self._objection(holders(before), window)
         if why_not is not None:
-            log.info("stays with blocks %d:%d: %s", me.start, me.stop, why_not)
+            log.info("stays with blocks %s: %s", me.span, why_not)
             await self.mover.stay()
-            await trio.sleep(TURN_SECONDS * self.rng.random())
+            await trio.sleep(RANK_SECONDS * self.rng.random())
             return
         try:
-            await self.mover.move(*window)
+            await self.mover.move(window)
         except MoveFailed as error:
-            log.warning("the move to blocks %d:%d failed: %s", *window, error)
+            log.warning("the move to blocks %s failed: %s", window, error)
             self._failures += 1
             seconds = BACK_OFF_SECONDS * 2 ** min(self._failures - 1, 8)
-            await trio.sleep(min(seconds, BACK_OFF_MOST_SECONDS))
+            await trio.sleep(min(seconds, MAX_BACK_OFF_SECONDS))
         else:
             self.moves, self._failures = self.moves + 1, 0
             self._look_later()
         self._hole_since = None
 
-    async def _objection(self, before: Sequence[Holder], window: Window) -> str | None:
-        """Why the move must not be made after all."""
+    async def _objection(self, before: Sequence[Holder], window: Blocks) -> str | None:
+        """Why the move must not be made after all; None where nothing speaks against it."""
         me, spans = self._see()
-        now, own = holders(spans), (me.start, me.stop)
-        heard: set[PeerId] = set()
+        now, own = holders(spans), me.span
+        answered: set[PeerId] = set()
         while (why_not := objection(before, now, me.peer, own, window)) is None and self.answers is not None:
-            asked = [peer for peer in witnesses(now, me.peer, own, window) if peer not in heard]
+            asked = [peer for peer in witnesses(now, me.peer, own, window) if peer not in answered]
             if not asked:
                 break
-            there = await self._those_who_answer(asked)
-            heard |= there
-            now = [holder for holder in now if holder.peer in there or holder.peer not in asked]
+            present = await self._answering(asked)
+            answered |= present
+            now = [holder for holder in now if holder.peer in present or holder.peer not in asked]
         return why_not
 
-    async def _those_who_answer(self, peers: Sequence[PeerId]) -> set[PeerId]:
-        answers, there = self.answers, set[PeerId]()
+    async def _answering(self, peers: Sequence[PeerId]) -> set[PeerId]:
+        answers, present = self.answers, set[PeerId]()
         assert answers is not None
 
         async def ask(peer: PeerId) -> None:
             if await answers(peer):
-                there.add(peer)
+                present.add(peer)
 
         with trio.move_on_after(ANSWER_SECONDS):
             async with trio.open_nursery() as nursery:
                 for peer in peers:
                     nursery.start_soon(ask, peer)
-        return there
+        return present

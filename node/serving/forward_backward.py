@@ -24,18 +24,17 @@ from node.model.blocks.span import Span
 from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite
 from node.serving.sessions.hop_session import FrameStream
-from node.serving.sessions.listener import Served
+from node.serving.span_admission import SpanAdmission
+from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import (
     BadResult,
-    Draining,
     MessageError,
     PeerFault,
     PeerGone,
     Refused,
     RemoteProtocolError,
     TooManyStreams,
-    WrongRevision,
 )
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
@@ -45,7 +44,6 @@ from tensor_codec.messages.forward_backward import (
     Backward,
     Forward,
     Output,
-    Run,
     decode_request,
     encode_output,
     request_contract,
@@ -118,14 +116,13 @@ class Work:
 class ForwardBackwardListener:
     """Serves forward and backward over one span.
 
-    served: what is offered.  faults: of peers, counted.
+    admission: of what is served.  faults: of peers, counted.
     """
 
-    served: Served
+    admission: SpanAdmission
     engine: StatelessEngine
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
-    draining: bool = False
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
     _quiet: trio.Event = field(default_factory=trio.Event)
@@ -140,7 +137,7 @@ class ForwardBackwardListener:
 
     async def drain(self) -> None:
         """Take no new request, finish those in hand within `drain_seconds`, then end all streams."""
-        self.draining = True
+        self.admission.drain()
         for serving in self._streams.values():
             if not serving.busy:
                 serving.scope.cancel()
@@ -153,11 +150,11 @@ class ForwardBackwardListener:
 
     async def finish_others(self) -> None:
         """Finish the requests in hand for blocks that are served no longer.  Bounded, as `drain`."""
-        served = self.served
+        served = self.admission.spec.blocks
         others = [
             (serving, serving.done)
             for serving in self._streams.values()
-            if serving.run is not None and not served.has(*serving.run)
+            if serving.blocks and not served.contains(serving.blocks)
         ]
         with trio.move_on_after(self.limits.drain_seconds):
             for _, done in others:
@@ -179,8 +176,7 @@ class ForwardBackwardListener:
     def _admit(self, stream: PeekStream) -> Iterator[_Serving]:
         """Hold a stream's place: what its requests may take in memory is bounded so.  Raises Refused."""
         peer, limits = stream.peer, self.limits
-        if self.draining:
-            raise _leaving()
+        self.admission.check_open()
         if self._by_peer[peer] >= limits.max_compute_streams_per_peer:
             raise TooManyStreams(f"{self._by_peer[peer]} such streams of yours are open", RETRY_SECONDS)
         if len(self._streams) >= limits.max_compute_streams:
@@ -200,7 +196,9 @@ class ForwardBackwardListener:
 
     async def _serve(self, stream: PeekStream, serving: _Serving) -> None:
         idle_seconds = self.limits.frame_start_seconds
-        while not self.draining and (frame := await _next_request(stream, idle_seconds)) is not None:
+        while (
+            not self.admission.draining and (frame := await _next_request(stream, idle_seconds)) is not None
+        ):
             serving.busy = True
             try:
                 answer = await self._answer(stream, frame, serving)
@@ -222,9 +220,9 @@ class ForwardBackwardListener:
         arrived = time.perf_counter()
         request = decode_request(frame)
         try:
-            self._check(request.run)
+            self.admission.admits(request.run.spec)
             contract = self._contract(request)
-            with serving.computing(contract.start, contract.stop):
+            with serving.computing(request.run.spec.blocks):
                 computed = await self._compute(stream, Work(request, contract), contract)
         except Refused as refusal:
             return encode_failed(Failed.of(refusal))
@@ -266,29 +264,10 @@ class ForwardBackwardListener:
             raise fault
         return answer
 
-    def _check(self, run: Run) -> None:
-        """Whether we serve what is asked for.  Raises Refused."""
-        served = self.served
-        if self.draining:
-            raise _leaving()
-        if run.revision != served.revision:
-            raise WrongRevision(
-                f"revision {run.revision} of {run.model} was asked for,"
-                f" {served.revision} of {served.model} is served here"
-            )
-        if run.dtype != served.dtype:
-            raise WrongRevision(f"dtype {run.dtype} was asked for, {served.dtype} is served here")
-        if not served.has(run.start, run.stop):
-            raise WrongRevision(
-                f"blocks {run.start}:{run.stop} were asked for, {served.start}:{served.stop} are served here"
-            )
-        if run.adapter is not None:
-            raise WrongRevision(f"adapter {run.adapter} was asked for, none is served here")
-
     def _contract(self, request: Forward | Backward) -> Contract:
         """The request's contract.  Raises Refused, MessageError."""
-        served, limits = self.served, self.limits
-        contract = request_contract(request, served.hidden_size, limits.max_step_tokens)
+        served = self.admission.spec
+        contract = request_contract(request, served.hidden, self.limits.max_step_tokens)
         if contract.max_length > served.max_position:
             raise Refused(f"{contract.max_length} positions were sent, the model has {served.max_position}")
         return contract
@@ -314,23 +293,19 @@ class _Unfit(Exception):
 
 @dataclass(slots=True)
 class _Serving:
-    """One stream.  busy: a request is in hand.  run: of the blocks that it goes through; done: with them."""
+    """One stream.  busy: a request is in hand.  blocks: that it goes through; done: with them."""
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     busy: bool = False
-    run: tuple[int, int] | None = None
+    blocks: Blocks | None = None
     done: trio.Event = field(default_factory=trio.Event)
 
     @contextmanager
-    def computing(self, start: int, stop: int) -> Iterator[None]:
+    def computing(self, blocks: Blocks) -> Iterator[None]:
         """For the time in which these blocks are needed."""
-        self.run, self.done = (start, stop), trio.Event()
+        self.blocks, self.done = blocks, trio.Event()
         try:
             yield
         finally:
-            self.run = None
+            self.blocks = None
             self.done.set()
-
-
-def _leaving() -> Draining:
-    return Draining("this node is leaving the swarm")

@@ -1,4 +1,4 @@
-"""What fits on this machine: pure arithmetic, and the two readings that it starts from."""
+"""What fits on this machine: pure arithmetic on two readings, free memory and the process's own."""
 
 from __future__ import annotations
 
@@ -16,27 +16,45 @@ from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo, memory_ne
 from node.serving.executor.batcher import CHUNK_POSITIONS
 from tensor_codec.limits import MIB, Limits
 
-MEMORY_SHARE = 0.8  # of what is free now; the rest is for others
-CACHE_SHARE = 0.25  # of what weights and workspace leave of it, for KV caches; a GPU is ours alone
-MIN_CACHE_TOKENS = 2048
-USUAL_CACHE_TOKENS = 8192  # a peer's share is not smaller (Limits.least_share_tokens)
-MAX_CACHE_TOKENS = 65_536  # or as many as make a peer's share as long as the model allows
 USUAL = Limits()
+MEMORY_SHARE = 0.8  # of what is free now; other programs keep the rest
+CACHE_SHARE = 0.25  # for KV caches, of what weights and workspace leave; a GPU's memory is taken whole
+MIN_CACHE_TOKENS = 2048
+USUAL_CACHE_TOKENS = USUAL.least_share_tokens  # so one peer can fill a cache of the usual size
+MAX_CACHE_TOKENS = 65_536  # more only for a peer's share as long as the model's longest session
 DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
 
 TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block of a part, in hidden sizes
-MIN_HEAD_DIM = 64  # of the models that matter here; more heads than this gives have more scores
+MIN_HEAD_DIM = 64  # a smaller head dimension means more heads, and more scores than are counted here
 OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's waste
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """What a serving node's memory goes into, in bytes.
+class Precision:
+    """What the numbers of a span are kept and computed in: the bytes of the span follow from it.
 
-    weights, cache: of the span, the cache when it is full.  workspace: what computing takes beside
-    them for a moment.  process: what the process had before it loaded anything.  network: what peers
-    can make it hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights,
-    cache and workspace are not in the process's memory.
+    dtype: of the weights, as loaded.  quantize: how matrices are kept.  activations: the dtype of hidden
+    states and caches; "": the same as `dtype`.
+    """
+
+    dtype: str
+    quantize: str = "none"
+    activations: str = ""
+
+    @property
+    def computes(self) -> str:
+        """The dtype of hidden states and caches."""
+        return self.activations or self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory that a serving node takes, in bytes, by what takes it.
+
+    weights, cache: of the span, the cache when it is full.  workspace: what computing takes besides them for
+    a moment.  process: resident memory before anything was loaded.  network: what peers can make the node
+    hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights, cache and
+    workspace are in a device's own memory.
     """
 
     weights: int
@@ -54,9 +72,9 @@ class Memory:
 
     @property
     def resident_bound(self) -> int:
-        """What the process's resident memory stays below, whatever peers send."""
-        beside = self.process + self.network + self.journal + OTHER_BYTES
-        return beside + (0 if self.on_device else self.needed)
+        """The process's resident memory stays below this, whatever peers send."""
+        always = self.process + self.network + self.journal + OTHER_BYTES
+        return always + (0 if self.on_device else self.needed)
 
 
 def free_bytes(device: str = "cpu") -> int:
@@ -75,7 +93,7 @@ def servers_on_this_machine() -> int:
 
 
 def serves_blocks(words: Sequence[str]) -> bool:
-    """Whether this command line is that of a serving node, and not of a program that started one."""
+    """Whether this command line runs a serving node; a program that started one does not count."""
     if not words or not Path(words[0]).name.startswith("python") or "-m" not in words:
         return False
     after = words[words.index("-m") + 1 :]
@@ -83,7 +101,7 @@ def serves_blocks(words: Sequence[str]) -> bool:
 
 
 def threads_for_this_node() -> int:
-    """The cores that we may use, divided by the servers on this machine.
+    """The cores that this process may use, divided by the servers on this machine; at least 1.
 
     Two OpenMP threads lose five to twenty times their speed when another process takes a core.
     """
@@ -91,32 +109,27 @@ def threads_for_this_node() -> int:
 
 
 def process_bytes() -> int:
-    """Resident memory of this process now: torch, transformers and what else it has imported."""
+    """Resident memory of this process now: torch, transformers and other imports."""
     return int(psutil.Process().memory_info().rss)
 
 
 def workspace_bytes(
-    info: ModelInfo,
-    dtype: str,
-    cache_tokens: int,
-    quantize: str = "none",
-    activations: str | None = None,
-    step_tokens: int = USUAL.max_step_tokens,
+    info: ModelInfo, precision: Precision, cache_tokens: int, step_tokens: int = USUAL.max_step_tokens
 ) -> int:
-    """What is needed for a moment, whatever runs: an estimate from above, in bytes.
+    """Memory for a moment of computing, in bytes: an estimate from above, the largest of three.
 
-    Either a block's weights in float32, while they are quantised at start; or what every matrix of a
-    block answers for a chunk of a prefill, the scores of its attention, and a copy of one block's
-    keys and values for a batch; or what `backward` holds of the blocks that it runs again.
-    step_tokens: of a request without a session; one that is longer than usual has scores of its own.
+    Loading: a block's weights in float32, while they are quantised.  A chunk of a prefill: the outputs of
+    all matrices of a block, attention's scores, and a copy of one block's keys and values for a batch.
+    Training: the activations that `backward` holds of the blocks that it computes again.
+    step_tokens: of a request without a session; above the usual limit its scores are counted too.
     """
-    item = info.kv_bytes_per_token_per_block(activations or dtype) / max(info.kv_values, 1)
-    loading = 4 * max(info.block_values) if quantize not in ("none", info.quantize) else 0
+    item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+    loading = 4 * max(info.block_values) if precision.quantize not in ("none", info.quantize) else 0
     outputs = max(info.matrix_rows, default=8 * info.hidden_size) + 4 * info.hidden_size
     heads = -(-info.hidden_size // MIN_HEAD_DIM)
     longest = min(info.max_position, cache_tokens)
     scores = CHUNK_POSITIONS * longest * heads * 4
-    copied = cache_tokens * info.kv_bytes_per_token_per_block(activations or dtype)
+    copied = cache_tokens * info.kv_bytes_per_token_per_block(precision.computes)
     chunk = int(CHUNK_POSITIONS * outputs * item) + scores + copied
     training = int(max(PART_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
     row = min(step_tokens, info.max_position)
@@ -128,27 +141,25 @@ def workspace_bytes(
 def memory_of(
     info: ModelInfo,
     blocks: int,
-    dtype: str,
+    precision: Precision,
     cache_tokens: int,
     *,
-    quantize: str = "none",
-    activations: str | None = None,
     device: str = "cpu",
     limits: Limits | None = None,
     process: int = 0,
     journal_tokens: int | None = None,
 ) -> Memory:
-    """Where the memory goes for a span of `blocks` with caches for `cache_tokens` tokens.
+    """The memory that a span of `blocks` takes, with caches for `cache_tokens` tokens.
 
-    activations: what is computed and cached in, where that is not `dtype`.  process: bytes of
-    `process_bytes`, before anything is loaded.  journal_tokens: None for as many as the caches hold.
+    process: bytes of `process_bytes`, before anything is loaded.  journal_tokens: None for as many as the
+    caches hold.
     """
     limits = limits or Limits()
-    a_token = info.kv_bytes_per_token_per_block(activations or dtype)
+    token_bytes = info.kv_bytes_per_token_per_block(precision.computes)
     return Memory(
-        weights=blocks * info.block_bytes(dtype, quantize),
-        cache=blocks * cache_tokens * a_token,
-        workspace=workspace_bytes(info, dtype, cache_tokens, quantize, activations, limits.max_step_tokens),
+        weights=blocks * info.block_bytes(precision.dtype, precision.quantize),
+        cache=blocks * cache_tokens * token_bytes,
+        workspace=workspace_bytes(info, precision, cache_tokens, limits.max_step_tokens),
         process=process,
         network=limits.max_connections * limits.max_unread_bytes_per_connection
         + limits.max_compute_streams * limits.max_frame_bytes,
@@ -158,7 +169,7 @@ def memory_of(
 
 
 def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int, free: int) -> str:
-    """How many blocks fit and where the memory goes, for the log."""
+    """How many blocks are served and what takes the memory, for the log."""
     return (
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
@@ -170,33 +181,29 @@ def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int,
 def cache_tokens_that_fit(
     info: ModelInfo,
     blocks: int,
-    dtype: str,
+    precision: Precision,
     free: int,
-    quantize: str = "none",
-    activations: str | None = None,
     device: str = "cpu",
 ) -> int:
-    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536, or four times what
-    the model has positions, so that a whole session is no more than a peer's share.
+    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536, or four times the
+    model's positions, so that one session of full length is within a peer's share.
 
-    A part of what the weights leave, so that a machine is not filled with caches; but where there is
-    room for the usual number of tokens it is not less than that.  What computing with so many takes,
-    and on a CPU a journal of as many, fits too.
+    Caches get a share of what the weights leave, so that they do not fill a machine; but at least the usual
+    number of tokens where these fit.  The workspace for so many tokens fits too, and on a CPU their journal.
     """
     most = MAX_CACHE_TOKENS
     if info.max_position < UNBOUNDED_POSITIONS:
         most = max(most, int(info.max_position / USUAL.cache_share_per_peer))
-    a_token = info.kv_bytes_per_token_per_block(activations or dtype) * blocks
-    if not a_token:
+    token_bytes = info.kv_bytes_per_token_per_block(precision.computes) * blocks
+    if not token_bytes:
         return most  # convolutions alone: nothing grows with the tokens
-    workspace = workspace_bytes(info, dtype, USUAL_CACHE_TOKENS, quantize, activations)
-    room = MEMORY_SHARE * free - blocks * info.block_bytes(dtype, quantize) - workspace
+    weights = blocks * info.block_bytes(precision.dtype, precision.quantize)
+    room = MEMORY_SHARE * free - weights - workspace_bytes(info, precision, USUAL_CACHE_TOKENS)
     share = CACHE_SHARE if device in ("cpu", "mps") else 1.0
-    tokens = int(max(share * room, min(room, USUAL_CACHE_TOKENS * a_token)) // a_token)
+    tokens = int(max(share * room, min(room, USUAL_CACHE_TOKENS * token_bytes)) // token_bytes)
 
     def fits(tokens: int) -> bool:
-        needed = blocks * info.block_bytes(dtype, quantize) + tokens * a_token
-        needed += workspace_bytes(info, dtype, tokens, quantize, activations)
+        needed = weights + tokens * token_bytes + workspace_bytes(info, precision, tokens)
         journal = tokens * _journal_bytes(info) if device in ("cpu", "mps") else 0
         return needed + journal <= MEMORY_SHARE * free
 
@@ -207,10 +214,10 @@ def cache_tokens_that_fit(
 
 
 def journal_tokens_that_fit(info: ModelInfo, cache_tokens: int, device: str, free: int) -> int:
-    """Tokens of the journal where nobody said how many: as many as the cache holds.
+    """The default size of the journal, in tokens: as many as the cache holds.
 
-    free: bytes in the process's memory; beside a cache on another device it takes no more than a cache
-    would here.
+    free: bytes of the machine's memory.  Where the cache is in a device's memory, the journal takes no larger
+    share of the machine's memory than a cache would.
     """
     if device in ("cpu", "mps"):
         return cache_tokens
@@ -219,48 +226,40 @@ def journal_tokens_that_fit(info: ModelInfo, cache_tokens: int, device: str, fre
 
 
 def _journal_bytes(info: ModelInfo) -> int:
-    """Of a token, in fp32."""
+    """Bytes of one token, in fp32."""
     return info.hidden_size * 4
 
 
-def blocks_that_fit(
-    info: ModelInfo,
-    dtype: str,
-    cache_tokens: int | None,
-    free: int,
-    quantize: str = "none",
-    activations: str | None = None,
-) -> int:
+def blocks_that_fit(info: ModelInfo, precision: Precision, cache_tokens: int | None, free: int) -> int:
     """The largest number of blocks that fits with its caches, up to the whole model; 0 if none does.
 
-    cache_tokens: None for the usual number, or for the least where no block would fit with that.
+    cache_tokens: None for the usual number, or for the smallest where no block would fit with that.
     """
     if cache_tokens is None:
-        usual = blocks_that_fit(info, dtype, USUAL_CACHE_TOKENS, free, quantize, activations)
-        return usual or blocks_that_fit(info, dtype, MIN_CACHE_TOKENS, free, quantize, activations)
-    left = MEMORY_SHARE * free - workspace_bytes(info, dtype, cache_tokens, quantize, activations)
-    one = memory_needed(info, 1, dtype, cache_tokens, quantize, activations)
+        usual = blocks_that_fit(info, precision, USUAL_CACHE_TOKENS, free)
+        return usual or blocks_that_fit(info, precision, MIN_CACHE_TOKENS, free)
+    left = MEMORY_SHARE * free - workspace_bytes(info, precision, cache_tokens)
+    one = memory_needed(info, 1, precision.dtype, cache_tokens, precision.quantize, precision.computes)
     return max(0, min(info.blocks, int(left // one)))
 
 
 def check_fits(
     info: ModelInfo,
     blocks: int,
-    dtype: str,
+    precision: Precision,
     cache_tokens: int,
     free: int,
-    quantize: str = "none",
-    activations: str | None = None,
     step_tokens: int = USUAL.max_step_tokens,
 ) -> int:
     """The bytes that a span needs, its caches and workspace included.
 
     Raises ConfigError if `free` bytes are too few.
     """
-    workspace = workspace_bytes(info, dtype, cache_tokens, quantize, activations, step_tokens)
-    needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, activations) + workspace
+    dtype, quantize = precision.dtype, precision.quantize
+    needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, precision.computes)
+    needed += workspace_bytes(info, precision, cache_tokens, step_tokens)
     if needed > free:
-        fit = blocks_that_fit(info, dtype, cache_tokens, free, quantize, activations)
+        fit = blocks_that_fit(info, precision, cache_tokens, free)
         kept = dtype if quantize == "none" else quantize
         raise ConfigError(
             f"{blocks} blocks of {info.name} as {kept} with {cache_tokens} cache tokens need"

@@ -1,8 +1,8 @@
-"""A stint: the serving of one span, from when it is in memory until its sessions have moved elsewhere.
+"""A served span: from when it is in memory until its sessions have moved elsewhere.
 
-A node serves one after the other, mostly a single one; what they have in common is `ServingSetup`.  A move to
-blocks of which some are held already is no new stint: this one goes on with other blocks, and so do the
-sessions of those that stay.
+A node serves one span after the other, and mostly only one; `ServingSetup` is what all of them share.  A move
+to blocks of which the node holds some already makes no new served span: the present one goes on with other
+blocks, and so do the sessions of the blocks that stay.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
 from node.serving.forward_backward import ForwardBackwardListener, PeekStream
+from node.serving.memory import Precision
 from node.serving.sessions.hop_session import FrameStream
-from node.serving.sessions.listener import Listener, Served
+from node.serving.sessions.listener import Listener
 from node.serving.sessions.push import Sender
+from node.serving.span_admission import SpanAdmission
+from routing.blocks import Blocks
 from routing.names import PeerId, Revision
 from routing.view.records import Record, State
 from tensor_codec.errors import Draining
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.messages.fields import Failed, encode_failed
+from tensor_codec.span_spec import SpanSpec
 
 log = logging.getLogger("raceme")
 
@@ -44,17 +48,15 @@ log = logging.getLogger("raceme")
 class ServingSetup:
     """What a node serves with, whichever blocks.
 
-    name: of the node.  activations: what is computed and cached in.  open_push: a stream to a peer, for
-    pushing.  faults: of peers, counted.
+    name: of the node.  precision: what weights are kept in, and what is computed in.  open_push: a stream to
+    a peer, for pushing.  faults: of peers, counted.
     """
 
     folder: ModelFolder
     info: ModelInfo
     name: str
     device: str
-    dtype: str
-    quantize: str
-    activations: str
+    precision: Precision
     threads: int
     cache_tokens: int
     journal_tokens: int | None
@@ -62,91 +64,80 @@ class ServingSetup:
     open_push: Callable[[PeerId], Awaitable[Sender]]
     faults: Faults
 
-    def offer(self, start: int, stop: int) -> Offer:
-        """To serve these blocks."""
-        return Offer(self.info, start, stop, self.dtype, self.quantize, self.name)
+    def spec(self, blocks: Blocks) -> SpanSpec:
+        """The spec for serving these blocks."""
+        return SpanSpec(
+            model=self.info.name,
+            revision=self.info.revision,
+            blocks=blocks,
+            dtype=self.precision.dtype,
+            quantize=self.precision.quantize,
+            hidden=self.info.hidden_size,
+            max_position=self.info.max_position,
+        )
 
-    def fetch(self, start: int, stop: int) -> None:
-        """Bring the files of these blocks into the cache.  Raises ConfigError."""
-        tensors = self.folder.tensors
-        self.folder.need({tensors[name].file for name in block_tensors(self.folder, start, stop)})
-
-    def check_room(self, blocks: int) -> None:
-        """Whether so many blocks fit beside what is loaded.  Raises ConfigError.
-
-        Runs in the torch thread.
-        """
-        free = memory.free_bytes(self.device)
-        memory.check_fits(
-            self.info, blocks, self.dtype, self.cache_tokens, free, self.quantize, self.activations,
-            self.limits.max_step_tokens,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """The span that this node serves, or is about to."""
-
-    info: ModelInfo
-    start: int
-    stop: int
-    dtype: str
-    quantize: str
-    name: str
-
-    def served(self, can_cut: bool) -> Served:
-        """What sessions are checked against."""
-        info = self.info
-        return Served(
-            info.name, info.revision, self.start, self.stop, self.dtype, info.hidden_size,
-            info.max_position, can_cut,
-        )  # fmt: skip
-
-    def record(self, state: State, listener: Listener | None = None) -> Record:
-        """What we announce.  listener: for the rates and the room, once there are some."""
-        record = Record(
+    def record(self, spec: SpanSpec, state: State) -> Record:
+        """What the node announces of a span; rates and free memory are still to come."""
+        return Record(
             role="serve",
             state=state,
             name=self.name,
             version=VERSION,
-            model=self.info.name,
-            revision=self.info.revision,
+            model=spec.model,
+            revision=spec.revision,
             blocks=self.info.blocks,
-            start=self.start,
-            stop=self.stop,
-            dtype=self.dtype,
-            quantize=self.quantize,
+            start=spec.blocks.start,
+            stop=spec.blocks.stop,
+            dtype=spec.dtype,
+            quantize=spec.quantize,
         )
-        if listener is None:
-            return record
-        engine = listener.engine
-        return replace(
-            record,
-            seconds_per_block=engine.rates.decode_seconds_per_block,
-            prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
-            cache_tokens=listener.budget.free_tokens,
-            session_tokens=listener.budget.session_tokens,
-            step_tokens=listener.limits.step_tokens(self.info.hidden_size * CODEC_BYTES["fp32"]),
-            queue=engine.queue,
-        )
+
+    def fetch(self, blocks: Blocks) -> None:
+        """Bring the files of these blocks into the cache.  Raises ConfigError."""
+        tensors = self.folder.tensors
+        self.folder.need({tensors[name].file for name in block_tensors(self.folder, *blocks)})
+
+    def check_room(self, count: int) -> None:
+        """Raise ConfigError unless `count` more blocks fit besides what is loaded.
+
+        Runs in the torch thread.
+        """
+        free = memory.free_bytes(self.device)
+        step_tokens = self.limits.max_step_tokens
+        memory.check_fits(self.info, count, self.precision, self.cache_tokens, free, step_tokens)
 
 
 @dataclass(slots=True, eq=False)
 class ServedSpan:
-    """A span in memory and the doors to it.  Made by `load_served_span`; `run` must be running.
+    """A span in memory and its two listeners.  Made by `load_served_span`; `run` must be running.
 
-    offer: the blocks that are served; the span has these at least.
+    admission: of both listeners; its spec says which of the span's blocks are served.
     """
 
-    offer: Offer
+    setup: ServingSetup
+    admission: SpanAdmission
     listener: Listener
     stateless: ForwardBackwardListener
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _ended: trio.Event = field(default_factory=trio.Event)
 
+    @property
+    def spec(self) -> SpanSpec:
+        """What is served now."""
+        return self.admission.spec
+
     def record(self, state: State) -> Record:
-        """What we announce of it."""
-        return self.offer.record(state, self.listener)
+        """What the node announces of it, rates and free memory included."""
+        engine, listener = self.listener.engine, self.listener
+        return replace(
+            self.setup.record(self.spec, state),
+            seconds_per_block=engine.rates.decode_seconds_per_block,
+            prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
+            cache_tokens=listener.budget.free_tokens,
+            session_tokens=listener.budget.session_tokens,
+            step_tokens=listener.limits.step_tokens(self.spec.hidden * CODEC_BYTES["fp32"]),
+            queue=engine.queue,
+        )
 
     async def run(self) -> None:
         """Compute what is asked for, until `end`."""
@@ -162,14 +153,12 @@ class ServedSpan:
             nursery.start_soon(self.listener.drain)
             nursery.start_soon(self.stateless.drain)
 
-    def offers(self, offer: Offer) -> None:
-        """Take sessions and requests for these blocks from now on.  The span has them."""
-        self.offer = offer
-        served = replace(self.listener.served, start=offer.start, stop=offer.stop)
-        self.listener.served = self.stateless.served = served
+    def serve(self, spec: SpanSpec) -> None:
+        """Admit sessions and requests for the blocks of this spec alone from now on.  The span has them."""
+        self.admission.spec = spec
 
     async def hand_over_others(self) -> None:
-        """Let what goes through blocks that are no longer offered finish or move elsewhere.  Bounded."""
+        """Let what goes through blocks that are no longer served finish or move elsewhere.  Bounded."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.listener.hand_over_others)
             nursery.start_soon(self.stateless.finish_others)
@@ -182,13 +171,11 @@ class ServedSpan:
         await compute.run(self._compute_with, self.listener.engine.span.joined(fresh))
 
     async def give_back(self, compute: ComputeThread) -> None:
-        """Have the blocks that are offered alone.  Nothing may go through the others any more."""
+        """Keep only the blocks that are served.  Nothing may go through the others any more."""
         await compute.run(self._give_back)
-        can_cut = self.listener.engine.span.can_cut
-        self.listener.served = self.stateless.served = replace(self.listener.served, can_cut=can_cut)
 
     def _give_back(self) -> None:
-        self._compute_with(self.listener.engine.span.part(self.offer.start, self.offer.stop))
+        self._compute_with(self.listener.engine.span.part(*self.spec.blocks))
 
     def _compute_with(self, span: Span) -> None:
         """Runs in the torch thread, so between two batches."""
@@ -202,19 +189,19 @@ class ServedSpan:
 
 
 async def load_served_span(
-    setup: ServingSetup, offer: Offer, compute: ComputeThread, *, in_pieces: bool = False
+    setup: ServingSetup, blocks: Blocks, compute: ComputeThread, *, in_pieces: bool = False
 ) -> ServedSpan:
     """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory.
 
-    in_pieces: as `load_blocks` does, for who serves meanwhile.
+    in_pieces: block by block, as `load_blocks` does, for a node that serves meanwhile.
     """
     if in_pieces:
-        first, *others = await load_blocks(setup, offer, compute)
+        first, *others = await load_blocks(setup, blocks, compute)
         span = first.joined(others)
         del first, others
     else:
-        span = await compute.run(_load_span, setup, offer)
-    file, key = kept_rates(setup.info.revision, setup.device, setup.dtype, setup.quantize, setup.threads)
+        span = await compute.run(_load_span, setup, blocks)
+    file, key = kept_rates(setup.info.revision, setup.device, setup.precision, setup.threads)
     rates = await compute.run(rates_at_start, span, file, key)
     limits = setup.limits
     engine = Engine(span, compute, rates, limits)
@@ -223,42 +210,37 @@ async def load_served_span(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
         limits.max_session_tokens,
     )  # fmt: skip
-    served = offer.served(span.can_cut)
+    admission = SpanAdmission(setup.spec(blocks))
     listener = Listener(
-        served, engine, pool, budget, setup.open_push, limits, setup.faults,
+        admission, engine, pool, budget, setup.open_push, limits, setup.faults,
         journal_tokens=setup.journal_tokens,
     )  # fmt: skip
-    return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, limits, setup.faults))
+    stateless = ForwardBackwardListener(admission, engine, limits, setup.faults)
+    return ServedSpan(setup, admission, listener, stateless)
 
 
-async def load_blocks(setup: ServingSetup, offer: Offer, compute: ComputeThread) -> list[Span]:
-    """These blocks, a span of each: between two of them what is served gets its turn in the torch thread.
+async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: ComputeThread) -> list[Span]:
+    """Load these blocks, a span of each: between two of them the torch thread serves what is served now.
 
     Raises as `load_served_span`.
     """
-    return [
-        await compute.run(_load_span, setup, replace(offer, start=block, stop=block + 1))
-        for block in range(offer.start, offer.stop)
-    ]
+    return [await compute.run(_load_span, setup, Blocks(block, block + 1)) for block in range(*blocks)]
 
 
-def kept_rates(
-    revision: Revision, device: str, dtype: str, quantize: str, threads: int
-) -> tuple[RatesFile, str]:
-    """Where figures of earlier runs are, and under which key those of a run like this."""
-    key = rates_key(revision, device_name(device), dtype, quantize, threads, VERSION)
+def kept_rates(revision: Revision, device: str, precision: Precision, threads: int) -> tuple[RatesFile, str]:
+    """The file with figures of earlier runs, and the key of the figures of a run like this one."""
+    key = rates_key(revision, device_name(device), precision.dtype, precision.quantize, threads, VERSION)
     return RatesFile(cache_dir() / "rates.json"), key
 
 
-def _load_span(setup: ServingSetup, offer: Offer) -> Span:
+def _load_span(setup: ServingSetup, blocks: Blocks) -> Span:
     """Runs in the torch thread."""
     return load_span(
         setup.folder,
-        offer.start,
-        offer.stop,
-        dtype=DTYPES[offer.dtype],
+        *blocks,
+        dtype=DTYPES[setup.precision.dtype],
         device=setup.device,
-        quantize=offer.quantize,
+        quantize=setup.precision.quantize,
     )
 
 
@@ -276,14 +258,14 @@ def forget_unused(device: str) -> None:
 LOAD_FAULTS = (ConfigError, OSError, MemoryError, RuntimeError)
 
 
-RETRY_SECONDS = 2.0  # after which the new blocks may be there
+RETRY_SECONDS = 2.0  # until a client asks again: the new blocks may be loaded by then
 
 
 @dataclass(slots=True)
 class StreamDispatch:
-    """Leads each stream to the stint of the moment; where there is none, it says so.
+    """Passes each stream to the span that is served now; where there is none, the peer is asked to come back.
 
-    leaving: the one before, while its sessions move elsewhere.
+    leaving: the span before, while its sessions move elsewhere.
     """
 
     limits: Limits
@@ -292,10 +274,8 @@ class StreamDispatch:
 
     @property
     def served_spans(self) -> tuple[ServedSpan, ...]:
-        """Those that have sessions, the present one first."""
-        return tuple(
-            served_span for served_span in (self.served_span, self.leaving) if served_span is not None
-        )
+        """The spans that have sessions, the present one first."""
+        return tuple(span for span in (self.served_span, self.leaving) if span is not None)
 
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one session.  Raises PeerFault."""
@@ -312,7 +292,10 @@ class StreamDispatch:
             await self.served_span.stateless.serve(stream)
 
     async def serve_push(self, stream: FrameStream) -> None:
-        """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
+        """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault.
+
+        A step of a session that has ended is dropped.
+        """
         while (frame := await stream.receive()) is not None:
             for served_span in self.served_spans:
                 if await served_span.listener.take_push(frame, stream.peer):

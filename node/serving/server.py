@@ -1,13 +1,13 @@
 """Serves one span after the other: what a node does between joining and leaving the swarm.
 
-The moves are decided elsewhere (`node.serving.balancer`).  Here is what one takes.  Where the new span has
-blocks of the old one, these are served all the time, and their sessions stay; only the missing blocks
-are loaded: first, where there is memory for all, else when those that are left have been given back.
-Where the spans have nothing in common the new one is loaded beside the old one, or, without the memory
-for that, after it: only then is nothing served meanwhile.  Sessions of blocks that are left are moved
-to other servers by their clients.  If the new blocks cannot be loaded the old ones are served again.
+Moves are decided elsewhere (`node.serving.balancer`) and carried out here.  Blocks that the old and the new
+span share are served all the time, and their sessions stay.  Only the missing blocks are loaded: at once
+where memory holds all of them, else after the node has given back the blocks that it leaves.  A new span
+without a block of the old one is loaded besides the old one; where memory is short, after the old one has
+ended: only then nothing is served for a while.  Clients move the sessions of blocks that the node leaves to
+other servers.  If the new blocks cannot be loaded, the old ones are served again.
 
-What we announce is always what is served, and where we are going.
+The node's record always says what is served, and where the node is going.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import trio
 from node.config import ConfigError
 from node.model.blocks.span import Span
 from node.runtime.compute_thread import ComputeThread
-from node.serving.balancer import MoveFailed
+from node.serving.mover import MoveFailed
 from node.serving.served_span import (
     LOAD_FAULTS,
-    Offer,
     ServedSpan,
     ServingSetup,
     StreamDispatch,
@@ -34,19 +33,21 @@ from node.serving.served_span import (
     load_blocks,
     load_served_span,
 )
+from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import SwarmView
+from tensor_codec.span_spec import SpanSpec
 
 log = logging.getLogger("raceme")
 
-REFRESH_SECONDS = 5.0  # between looks at whether our record still tells the truth
-LOOK_ROUNDS = 6  # of these: as often an idle node measures how fast it is
-TRUE_ENOUGH = 0.2  # a rate or a count that differs by less needs no new record
+REFRESH_SECONDS = 5.0  # between checks whether the node's record is still true
+MEASURE_ROUNDS = 6  # checks between two measurements of an idle node's rates
+TOLERANCE = 0.2  # a rate or a count that differs by a smaller share needs no new record
 
 
 class Announcer(Protocol):
-    """What is used of `node.network.directory.directory.Directory`."""
+    """The part of `node.network.directory.directory.Directory` that a server needs."""
 
     peer_id: PeerId
 
@@ -54,39 +55,39 @@ class Announcer(Protocol):
         """The swarm as known now."""
 
     async def announce(self, record: Record) -> None:
-        """Say this of ourselves."""
+        """Publish this record of the node."""
 
 
 class Load(Protocol):
-    """Makes a stint: `load_served_span`."""
+    """Loads a span to be served: `load_served_span`."""
 
     async def __call__(
-        self, setup: ServingSetup, offer: Offer, compute: ComputeThread, *, in_pieces: bool = False
+        self, setup: ServingSetup, blocks: Blocks, compute: ComputeThread, *, in_pieces: bool = False
     ) -> ServedSpan:
         """Raises LOAD_FAULTS."""
 
 
-LoadBlocks = Callable[[ServingSetup, Offer, ComputeThread], Awaitable[Sequence[Span]]]
+LoadBlocks = Callable[[ServingSetup, Blocks, ComputeThread], Awaitable[Sequence[Span]]]
 
 
 @dataclass(slots=True)
 class Server:
-    """Serves a span, and another one when told to.
+    """Serves a span, and another one after a move.
 
-    nursery: for the computing.  came_online: called with the new offer whenever a span is served.
+    nursery: for the computing.  came_online: called with the spec of each span that is served.
     """
 
     setup: ServingSetup
     directory: Announcer
     compute: ComputeThread
     nursery: trio.Nursery
-    came_online: Callable[[Offer], None]
+    came_online: Callable[[SpanSpec], None]
     load: Load = load_served_span
     load_blocks: LoadBlocks = load_blocks
     dispatch: StreamDispatch = field(init=False)
-    _said: Record | None = None  # while it is to be kept true
-    _going: tuple[int, int] | None = None  # to these blocks
-    _saying: trio.Lock = field(default_factory=trio.Lock)  # else an older record might overtake a newer one
+    _announced: Record | None = None  # the record that `keep_record_true` keeps true; None: none now
+    _next: Blocks | None = None  # the blocks of the move under way
+    _announcing: trio.Lock = field(default_factory=trio.Lock)  # keeps an older record from overtaking a newer
 
     def __post_init__(self) -> None:
         self.dispatch = StreamDispatch(self.setup.limits)
@@ -94,20 +95,19 @@ class Server:
     @property
     def session_count(self) -> int:
         """Sessions that are open."""
-        return sum(served_span.listener.session_count for served_span in self.dispatch.served_spans)
+        return sum(span.listener.session_count for span in self.dispatch.served_spans)
 
-    async def begin(self, start: int, stop: int) -> None:
+    async def begin(self, blocks: Blocks) -> None:
         """Load the first span and serve it.  Raises ConfigError."""
-        offer = self.setup.offer(start, stop)
-        await self._say_joining(offer)
-        served_span = await self.load(self.setup, offer, self.compute)
+        await self._announce_joining(blocks)
+        served_span = await self.load(self.setup, blocks, self.compute)
         await self._open(served_span)
         self._settled()
 
     async def leave(self) -> None:
-        """Serve what is there to its end, and nothing new.  Bounded."""
-        async with self._saying:
-            self._said = None
+        """Finish the open sessions, and admit no new ones.  Bounded."""
+        async with self._announcing:
+            self._announced = None
             if self.dispatch.served_span is not None:
                 await self.directory.announce(self.dispatch.served_span.record("draining"))
         async with trio.open_nursery() as nursery:
@@ -115,22 +115,22 @@ class Server:
                 nursery.start_soon(served_span.drain)
 
     async def keep_record_true(self) -> None:
-        """Announce anew when what we said of our speed and room has become wrong, until cancelled."""
+        """Announce anew when rates or free memory differ from the node's record, until cancelled."""
         idle = 0  # rounds
         while True:
             await trio.sleep(REFRESH_SECONDS)
             served_span = self.dispatch.served_span
-            if self._said is None or served_span is None:
+            if self._announced is None or served_span is None:
                 continue
             engine = served_span.listener.engine
             idle = idle + 1 if engine.rates.relax() else 0
-            if idle % LOOK_ROUNDS == 1:
+            if idle % MEASURE_ROUNDS == 1:
                 await engine.measure_again()
-            async with self._saying:
-                if served_span is not self.dispatch.served_span or self._said is None:
+            async with self._announcing:
+                if served_span is not self.dispatch.served_span or self._announced is None:
                     continue
-                if not _about_equal(self._said, now := self._truth()):
-                    self._said = now
+                if not _about_equal(self._announced, now := self._present_record()):
+                    self._announced = now
                     await self.directory.announce(now)
 
     # --- what the balancer asks for ---
@@ -140,85 +140,85 @@ class Server:
         return self.directory.view()
 
     def record(self) -> Record:
-        """What we say of ourselves while we serve."""
+        """What the node says of itself while it serves."""
         return replace(self._current().record("online"), peer=self.directory.peer_id)
 
-    async def announce_move(self, start: int, stop: int) -> None:
-        """Say that we are about to serve these blocks; what we serve, we go on serving."""
-        self._going = (start, stop)
-        await self._say()
+    async def announce_move(self, blocks: Blocks) -> None:
+        """Say that the node is about to serve these blocks; the present ones are served meanwhile."""
+        self._next = blocks
+        await self._announce()
 
     async def stay(self) -> None:
-        """Say again that we serve what we serve."""
-        self._going = None
-        await self._say()
+        """Say that the node goes on with the blocks that it serves."""
+        self._next = None
+        await self._announce()
 
-    async def move(self, start: int, stop: int) -> None:
-        """Serve these blocks, and hand over the sessions of those that are left.
+    async def move(self, blocks: Blocks) -> None:
+        """Serve these blocks, and hand over the sessions of the blocks that the node leaves.
 
-        Raises MoveFailed: the old ones are served again, or as many of them as can be.  ConfigError:
-        nothing can be loaded.
+        Raises MoveFailed: the old blocks are served again, or as many of them as can be loaded.
+        Raises ConfigError: nothing can be loaded.
         """
-        old, offer = self._current().offer, self.setup.offer(start, stop)
-        self._going = (start, stop)
+        old = self._current().spec.blocks
+        self._next = blocks
         try:
-            await trio.to_thread.run_sync(self.setup.fetch, start, stop)
+            await trio.to_thread.run_sync(self.setup.fetch, blocks)
         except (ConfigError, OSError) as error:
-            await self._stay_without(str(error))
+            await self._fail_move(str(error))
         log.info("moving: %d sessions are open", self.session_count)
-        missing = _without(offer, old)
-        room = await self._has_room(missing)
-        if missing == [offer]:
-            await (self._exchange(offer) if room else self._load_alone(offer, old))
-        elif room:
-            await self._load_first(offer, missing)
+        missing = blocks.minus(old)
+        fits = await self._has_room(missing)
+        if missing == (blocks,):
+            await (self._exchange(blocks) if fits else self._load_alone(blocks, old))
+        elif fits:
+            await self._load_first(blocks, missing)
         else:
-            await self._leave_first(offer, old)
+            await self._leave_first(blocks, old)
 
     def _current(self) -> ServedSpan:
         assert self.dispatch.served_span is not None, "nothing is served"
         return self.dispatch.served_span
 
-    async def _has_room(self, offers: Sequence[Offer]) -> bool:
-        """Whether these blocks fit beside what is loaded."""
+    async def _has_room(self, runs: Sequence[Blocks]) -> bool:
+        """Whether these blocks fit besides what is loaded."""
         try:
-            await self.compute.run(self.setup.check_room, sum(offer.stop - offer.start for offer in offers))
+            await self.compute.run(self.setup.check_room, sum(run.size for run in runs))
         except ConfigError:
             return False
         return True
 
-    async def _load_first(self, offer: Offer, missing: Sequence[Offer]) -> None:
-        """Load what is missing beside all that is served, and leave the rest then.  Raises MoveFailed."""
+    async def _load_first(self, blocks: Blocks, missing: Sequence[Blocks]) -> None:
+        """Load the missing blocks besides all that is served, then leave the others.  Raises MoveFailed."""
         if (failure := await self._take_up(missing)) is not None:
-            await self._stay_without(failure)
-        await self._offer(offer)
+            await self._fail_move(failure)
+        await self._serve_only(blocks)
         await self._give_back()
         self._settled()
 
-    async def _leave_first(self, offer: Offer, old: Offer) -> None:
-        """Leave what is not wanted any more, and load what is missing then.
+    async def _leave_first(self, blocks: Blocks, old: Blocks) -> None:
+        """Leave the blocks that are not wanted any more, then load the missing ones.
 
         Raises MoveFailed, ConfigError.
         """
-        kept = replace(offer, start=max(old.start, offer.start), stop=min(old.stop, offer.stop))
-        missing = _without(offer, kept)
-        await self._offer(kept)
+        kept = blocks.overlap(old)
+        missing = blocks.minus(kept)
+        await self._serve_only(kept)
         await self._give_back()
         if not await self._has_room(missing):
-            return await self._load_alone(offer, old)
+            return await self._load_alone(blocks, old)
         failure = await self._take_up(missing)
         if failure is not None:
-            self._going = None
-            again = await self._take_up(_without(old, kept))
-            offer = old if again is None else kept
-        await self._offer(offer)
+            self._next = None
+            again = await self._take_up(old.minus(kept))
+            blocks = old if again is None else kept
+        await self._serve_only(blocks)
         self._settled()
         if failure is not None:
-            raise MoveFailed(f"{failure}; serving blocks {offer.start}:{offer.stop}")
+            raise MoveFailed(f"{failure}; serving blocks {blocks}")
         return None
 
-    async def _take_up(self, missing: Sequence[Offer]) -> str | None:
-        """Load blocks next to those that we have; why not, where that fails, and nothing is changed then."""
+    async def _take_up(self, missing: Sequence[Blocks]) -> str | None:
+        """Load blocks next to the present ones.  Where that fails: the reason, and nothing has changed."""
         failure = None
         try:
             fresh = [s for run in missing for s in await self.load_blocks(self.setup, run, self.compute)]
@@ -226,27 +226,26 @@ class Server:
         except LOAD_FAULTS as error:
             failure = str(error)
         if failure is not None:  # by now the error holds nothing of what was loaded
-            runs = ", ".join("{}:{}".format(*_run(offer)) for offer in missing)
-            log.warning("blocks %s could not be loaded: %s", runs, failure)
+            log.warning("blocks %s could not be loaded: %s", ", ".join(map(str, missing)), failure)
             await self.compute.run(forget_unused, self.setup.device)
         return failure
 
     async def _give_back(self) -> None:
-        """Of the blocks that are offered no longer: hand the sessions over, and forget the weights."""
+        """Hand over the sessions of blocks that are served no longer, and forget these blocks' weights."""
         await self._current().hand_over_others()
         await self._current().give_back(self.compute)
         await self.compute.run(forget_unused, self.setup.device)
 
-    async def _exchange(self, offer: Offer) -> None:
-        """Load a new span beside the old one, which is left then.  Raises MoveFailed."""
+    async def _exchange(self, blocks: Blocks) -> None:
+        """Load a new span besides the old one, then leave the old one.  Raises MoveFailed."""
         failure = None
         try:
-            new = await self.load(self.setup, offer, self.compute, in_pieces=True)
+            new = await self.load(self.setup, blocks, self.compute, in_pieces=True)
         except LOAD_FAULTS as error:
             failure = str(error)
         if failure is not None:
             await self.compute.run(forget_unused, self.setup.device)
-            await self._stay_without(failure)
+            await self._fail_move(failure)
         old = self.dispatch.leaving = self._current()
         await self._open(new)
         await old.drain()
@@ -256,25 +255,25 @@ class Server:
         await self.compute.run(forget_unused, self.setup.device)
         self._settled()
 
-    async def _stay_without(self, failure: str) -> NoReturn:
-        """Go on with what is served.  Raises MoveFailed."""
+    async def _fail_move(self, failure: str) -> NoReturn:
+        """Go on with the blocks that are served.  Raises MoveFailed."""
         await self.stay()
         raise MoveFailed(failure)
 
-    async def _load_alone(self, offer: Offer, before: Offer) -> None:
-        """Leave all that is served, and load the new span, or again the one before.
+    async def _load_alone(self, blocks: Blocks, before: Blocks) -> None:
+        """Leave all blocks, and load the new span; where that fails, the span before it again.
 
         Raises MoveFailed, ConfigError.
         """
-        await self._say_joining(offer)
+        await self._announce_joining(blocks)
         await self._end()
         failure = None
         try:
-            served_span = await self.load(self.setup, offer, self.compute)
+            served_span = await self.load(self.setup, blocks, self.compute)
         except LOAD_FAULTS as error:
             failure = str(error)
         if failure is not None:  # by now the error holds nothing of what was loaded
-            log.warning("blocks %d:%d could not be loaded: %s", *_run(offer), failure)
+            log.warning("blocks %s could not be loaded: %s", blocks, failure)
             served_span = await self._load_again(before)
         await self._open(served_span)
         self._settled()
@@ -289,71 +288,58 @@ class Server:
         del served_span
         await self.compute.run(forget_unused, self.setup.device)
 
-    async def _load_again(self, before: Offer) -> ServedSpan:
+    async def _load_again(self, before: Blocks) -> ServedSpan:
         await self.compute.run(forget_unused, self.setup.device)
         try:
             return await self.load(self.setup, before, self.compute)
         except LOAD_FAULTS as error:
-            blocks = f"{before.start}:{before.stop}"
             raise ConfigError(
-                f"blocks {blocks} were left for others, and neither could be loaded: {error}"
+                f"blocks {before} were left for others, and neither could be loaded: {error}"
             ) from error
 
     async def _open(self, served_span: ServedSpan) -> None:
-        """Serve a span that was loaded for it."""
+        """Serve a span that has been loaded."""
         self.nursery.start_soon(served_span.run)
-        self.dispatch.served_span, self._going = served_span, None
-        await self._say()
+        self.dispatch.served_span, self._next = served_span, None
+        await self._announce()
 
-    async def _offer(self, offer: Offer) -> None:
-        """Take sessions of these blocks alone from now on, and say so."""
-        self._current().offers(offer)
-        if self._going == _run(offer):
-            self._going = None
-        await self._say()
+    async def _serve_only(self, blocks: Blocks) -> None:
+        """Admit sessions of these blocks alone from now on, and announce that."""
+        self._current().serve(self.setup.spec(blocks))
+        if self._next == blocks:
+            self._next = None
+        await self._announce()
 
     def _settled(self) -> None:
-        """What is served now stays."""
+        """A move, or the start, has ended with the blocks that are served now."""
         gc.freeze()  # later collections need not look at a million objects
-        self.came_online(self._current().offer)
+        self.came_online(self._current().spec)
 
-    async def _say(self) -> None:
-        """Announce what is served, and where we are going; from now on it is kept true."""
-        async with self._saying:
-            self._said = self._truth()
-            await self.directory.announce(self._said)
+    async def _announce(self) -> None:
+        """Announce what is served, and where the node is going; from now on that record is kept true."""
+        async with self._announcing:
+            self._announced = self._present_record()
+            await self.directory.announce(self._announced)
 
-    def _truth(self) -> Record:
+    def _present_record(self) -> Record:
         record = self._current().record("online")
-        if self._going is None:
+        if self._next is None:
             return record
-        return replace(record, next_start=self._going[0], next_stop=self._going[1])
+        return replace(record, next_start=self._next.start, next_stop=self._next.stop)
 
-    async def _say_joining(self, offer: Offer) -> None:
+    async def _announce_joining(self, blocks: Blocks) -> None:
         """Say that nothing is served until these blocks are loaded."""
-        async with self._saying:
-            self._said = None
-            await self.directory.announce(offer.record("joining"))
+        async with self._announcing:
+            self._announced = None
+            await self.directory.announce(self.setup.record(self.setup.spec(blocks), "joining"))
 
 
-def _run(offer: Offer) -> tuple[int, int]:
-    return offer.start, offer.stop
-
-
-def _without(offer: Offer, there: Offer) -> list[Offer]:
-    """The runs of blocks of an offer that are not in another one."""
-    runs = (offer.start, min(offer.stop, there.start)), (max(offer.start, there.stop), offer.stop)
-    if there.stop <= offer.start or offer.stop <= there.start:
-        return [offer]
-    return [replace(offer, start=start, stop=stop) for start, stop in runs if start < stop]
-
-
-def _about_equal(said: Record, now: Record) -> bool:
-    """Whether a client that believes `said` is not far wrong."""
+def _about_equal(announced: Record, now: Record) -> bool:
+    """Whether a client that believes the announced record is not far wrong."""
     numbers = (
-        (1 + said.queue, 1 + now.queue),
-        (said.seconds_per_block, now.seconds_per_block),
-        (said.prefill_seconds_per_token, now.prefill_seconds_per_token),
-        (said.cache_tokens, now.cache_tokens),
+        (1 + announced.queue, 1 + now.queue),
+        (announced.seconds_per_block, now.seconds_per_block),
+        (announced.prefill_seconds_per_token, now.prefill_seconds_per_token),
+        (announced.cache_tokens, now.cache_tokens),
     )
-    return all(abs(a - b) <= TRUE_ENOUGH * max(a, b) for a, b in numbers)
+    return all(abs(a - b) <= TOLERANCE * max(a, b) for a, b in numbers)

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, SupportsIndex
 
+from routing.blocks import Blocks, merged
 from routing.chains.hops import Chain
 from routing.names import PeerId, public_key_of
 from routing.view.records import MAX_CACHE_TOKENS, Record
+from tensor_codec.span_spec import DTYPES, QUANTIZE
 
-DTYPES = ("float32", "bfloat16", "float16")  # as peers announce them
-QUANTIZE = ("none", "int8", "nf4")
 USED_ALREADY = 1e9  # times its cost: any other way is better
 USED_TWICE = 1e3  # times that
 
@@ -113,24 +113,13 @@ def longest_session(spans: Sequence[Record], blocks: int) -> int | None:
 
     None: some block is served by nobody, or a chain's servers do not say.  O(servers * log(servers)).
     """
-    covered: list[tuple[int, int]] = []
-    widest = sorted(spans, key=lambda span: (-(span.session_tokens or MAX_CACHE_TOKENS + 1), span.start))
-    for span in widest:
-        covered = _merged([*covered, (span.start, span.stop)])
-        if covered[0][0] <= 0 and covered[0][1] >= blocks:
+    covered: list[Blocks] = []
+    longest = sorted(spans, key=lambda span: (-(span.session_tokens or MAX_CACHE_TOKENS + 1), span.start))
+    for span in longest:
+        covered = merged([*covered, span])
+        if covered[0].contains((0, blocks)):
             return span.session_tokens or None
     return None
-
-
-def _merged(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same blocks in runs that do not touch, in order."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(runs):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
-        else:
-            merged.append((start, stop))
-    return merged
 
 
 class Search(Protocol):

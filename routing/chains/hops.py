@@ -1,10 +1,11 @@
-"""What a chain is, and the lack of one.  Apart from the search: who only names them loads no arrays."""
+"""What a chain is, and the lack of one.  Apart from the search, so that their users load no numpy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from routing.blocks import Blocks
 from routing.names import PeerId
 
 
@@ -15,6 +16,11 @@ class Hop:
     peer: PeerId
     start: int
     stop: int
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks that the chain uses."""
+        return Blocks(self.start, self.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +37,15 @@ class Chain:
 class NoChain(Exception):
     """The swarm, as it is known now, cannot compute these blocks.
 
-    missing: the runs of blocks, [start, stop), that nobody serves.
+    missing: the runs of blocks that nobody serves.
     alone: nobody serves any block of this model at all.
-    instead: what the swarm serves, where it is something else; for people.
-    most_hops: every block is served, but not by so few peers.
-    constrained: peers that serve some of them, and that the client's constraints leave out.
-    asked_tokens, session_tokens: a session of so many tokens was asked for, and servers of the missing
-        blocks take so many at most; 0 where that is not the reason.
-    silent: peers that serve some of them by their records, and do not answer.
-    after: the last thing that went wrong while a chain was looked for, where something did; for people.
+    instead: the models that the swarm serves, where it serves others; for people.
+    most_hops: every block is served, but a chain needs more hops than this.
+    constrained: number of peers that serve missing blocks and that the client's constraints leave out.
+    asked_tokens, session_tokens: the length of the session, in tokens, and the longest that servers of the
+        missing blocks take; 0 where length is not the reason.
+    silent: number of peers that serve missing blocks by their records, and do not answer.
+    after: the last error while a chain was looked for, or None; for people.
     """
 
     constrained: int = 0
@@ -50,7 +56,7 @@ class NoChain(Exception):
 
     def __init__(
         self,
-        missing: Sequence[tuple[int, int]],
+        missing: Sequence[Blocks],
         blocks: int,
         *,
         alone: bool,
@@ -58,7 +64,7 @@ class NoChain(Exception):
         instead: Sequence[str] = (),
         most_hops: int | None = None,
     ) -> None:
-        runs = ", ".join(f"{start}:{stop}" for start, stop in missing)
+        runs = ", ".join(map(str, missing))
         found = f"no peer serves any of blocks {runs} of {blocks}"
         if not alone:
             found = f"blocks {runs} of {blocks} are served by nobody"

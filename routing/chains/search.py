@@ -18,11 +18,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from routing.blocks import Blocks, gaps
 from routing.chains.distances import CLIENT, DEFAULT_RTT_SECONDS, Distances
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from routing.view.records import Record
-from routing.view.view import believed_rates, holes
+from routing.view.view import believed_rates
 
 __all__ = ["DEFAULT_RTT_SECONDS", "Chain", "Costs", "Hop", "NoChain", "cheapest_chain", "costs"]
 
@@ -105,12 +106,13 @@ def cheapest_chain(
     O(blocks * peers of one block ** 2), and what `Distances.update` takes.  Raises NoChain.
     """
     stop = blocks if stop is None else stop
-    if not 0 <= start < stop <= blocks:
-        raise ValueError(f"blocks {start}:{stop} are no part of a model of {blocks}")
+    wanted = Blocks(start, stop)
+    if not Blocks(0, blocks).contains(wanted):
+        raise ValueError(f"blocks {wanted} are no part of a model of {blocks}")
     usable = sorted((s for s in spans if s.peer not in excluded), key=lambda s: s.peer)
     parts = [Hop(s.peer, max(s.start, start), min(s.stop, stop)) for s in usable]
     parts = [part for part in parts if part.start < part.stop]
-    if missing := holes(((part.start, part.stop) for part in parts), start, stop):
+    if missing := gaps(parts, wanted):
         left_out = sum(s.peer in excluded for s in spans)
         raise NoChain(missing, blocks, alone=not parts, excluded=left_out)
     if distances is None:
@@ -120,7 +122,7 @@ def cheapest_chain(
     leant = price if not lean else replace(price, block=_times(price.block, lean))
     walk = _Walks(parts, start, stop, leant, most_hops).cheapest()
     if not walk:
-        raise NoChain([(start, stop)], blocks, alone=False, most_hops=most_hops)
+        raise NoChain([wanted], blocks, alone=False, most_hops=most_hops)
     hops = _each_peer_once(walk)
     return Chain(hops, price.chain(hops))
 

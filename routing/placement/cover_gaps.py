@@ -1,15 +1,15 @@
-"""Which servers should leave their blocks for others, so that no block is without one?
+"""Which servers should leave their blocks for others, so that no block is without a server?
 
-Blocks that nobody holds are an emergency: nothing else works until they are held again.  Everybody who
-sees them works out the same plan (`turns`): a few moves that together close them, those with the fewest
-blocks to load for each one that they close first.  Where no server can leave its place, another one comes
-to stand in for it first, and so on for up to MAX_IN_A_ROW.  Who is in the plan goes; who is not waits,
-and goes where those in the plan do not: they may be dead.  A server that announces a move counts where it
-is going, not where it still is; one that has very much to load does not keep others away.
+A block that nobody holds is an emergency: no chain exists until somebody holds it again.  All servers that
+see it work out the same plans (`plan_moves`).  A plan is a few moves that close the gaps together, first the
+moves with the fewest blocks to load per block closed.  A server that cannot leave its blocks may be replaced
+first by another server, and so on, up to MAX_IN_A_ROW moves.  The servers of the first plan move; later plans
+are for the case that servers of earlier plans are dead.  A server that announces a move counts at its new
+blocks, not at its present ones; a server with very many blocks to load does not keep others away.
 
 Promises, checked by tests/unit/test_cover_gaps.py:
-  * those who are ready may all go at once, and no block loses its last online server;
-  * a plan never leaves more blocks open than before; it has an end.
+  * all moves that are ready may be made at once, and no block loses its last online server;
+  * a plan never leaves more blocks open than before; planning ends.
 """
 
 from __future__ import annotations
@@ -21,40 +21,39 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from routing.blocks import Blocks, coverage, gaps
 from routing.names import PeerId
 from routing.placement.throughput import Holder
 
-MAX_IN_A_ROW = 3  # moves that make way for each other
-MAX_TRIED = 8  # of servers that others would have to stand in for, the cheapest
-MAX_LOOKED_AT = 48  # servers for each move of a plan
-MAX_TURNS = 3  # plans, each without the servers of those before it
-SPARE = 1  # a peer whose blocks have more other servers than that need not be watched
-MAX_WATCHED = 64  # all, in swarms whose servers do not see the same unless each is watched by each
-CUT_OFF_LEAST = 2  # of fewer silent peers nobody can say whether it is them or us
-MOVE_EFFORT = 5.0  # a move without loading, in blocks that are loaded in that time
-WAITING = 1.5  # times the cost, where somebody must come online first
-# A joining server that takes so many times as long as a mover does not keep that one away.
-SLOW = 2.0
+MAX_IN_A_ROW = 3  # moves in a chain of replacements
+MAX_TRIED = 8  # moves, the cheapest, that are tried with a replacement
+MAX_MOVERS = 48  # servers compared for each move of a plan
+MAX_PLANS = 3  # each without the servers of the plans before it
+SPARE = 1  # a peer whose blocks all have more other servers than this need not be watched
+MAX_WATCHED = 64  # in swarms of up to 64 servers everyone watches everyone
+MIN_CUT_OFF = 2  # with fewer silent peers nobody can tell whether they are lost or this node is cut off
+MOVE_EFFORT = 5.0  # of a move without loading, in blocks that could be loaded in that time
+WAITING = 1.5  # cost factor of a move that must wait for another server to come online
+SLOW = 2.0  # a joining server this many times slower than a move does not keep the move from being made
 
 Counts = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
-class Turn(NamedTuple):
-    """A move [start, stop) that would help.
+class PlannedMove(NamedTuple):
+    """The blocks that a server should move to, to close a gap.
 
-    rank: plans that should be given time before this one.  ready: whether it may be made now; else the
-    server waits for those that come to stand in for it.
+    rank: number of plans that should be given time before this move's plan.  ready: whether the move may be
+    made now; else the server waits until others have replaced it.
     """
 
-    start: int
-    stop: int
+    blocks: Blocks
     rank: int
     ready: bool
 
 
 class _Move(NamedTuple):
-    """opened: blocks that would have nobody when it is made, and need somebody else first."""
+    """opened: blocks that would have no server after the move, and need another one first."""
 
     server: Holder
     start: int
@@ -67,28 +66,28 @@ class _Move(NamedTuple):
         return min(self.stop - self.start, abs(self.start - self.server.start))
 
 
-def turn_to_cover(servers: Sequence[Holder], blocks: int, me: PeerId) -> Turn | None:
-    """Where `me` should go to cover blocks that nobody holds or is about to hold; None for nowhere."""
-    return turns(servers, blocks).get(me)
+def move_to_cover(servers: Sequence[Holder], blocks: int, me: PeerId) -> PlannedMove | None:
+    """The move of `me` towards blocks that nobody holds or is about to hold; None: it stays."""
+    return plan_moves(servers, blocks).get(me)
 
 
-def turns(servers: Sequence[Holder], blocks: int) -> dict[PeerId, Turn]:
-    """Who should go where to cover blocks that nobody holds or is about to hold.
+def plan_moves(servers: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
+    """The moves that cover blocks which nobody holds or is about to hold, by the server that moves.
 
-    servers: of one model revision, online and joining.  Only online ones move, each as many blocks as it
-    holds.  O(servers * count * blocks) for each move, `count` the blocks that one holds.
+    servers: of one model revision, online and joining.  Only online servers move, and each keeps the number
+    of its blocks.  O(servers * count * blocks) for each move, `count` the blocks that one server holds.
     """
-    found: dict[PeerId, Turn] = {}
-    for rank in range(MAX_TURNS):
+    found: dict[PeerId, PlannedMove] = {}
+    for rank in range(MAX_PLANS):
         steps = _Crew(servers, blocks, set(found)).plan()
         if not steps:
             break
-        now = _coverage((server for server in servers if server.online), blocks)
+        now = np.array(coverage((server for server in servers if server.online), blocks))
         for move in steps:
             left = _left(move, blocks)
             ready = bool((now[left] > 1).all())
             now[left] -= ready
-            found[move.server.peer] = Turn(move.start, move.stop, rank, ready)
+            found[move.server.peer] = PlannedMove(Blocks(move.start, move.stop), rank, ready)
     return found
 
 
@@ -101,9 +100,9 @@ class _Crew:
         self.free = [s for s in servers if s.online and s.peer not in without and s.start < blocks]
         self.starts = np.array([s.start for s in self.free], dtype=np.int64)
         self.stops = np.array([min(s.stop, blocks) for s in self.free], dtype=np.int64)
-        self.soon = _coverage(servers, blocks)
-        self.now = _coverage((s for s in servers if s.online), blocks)
-        self.wait = np.where(self.soon == 0, np.inf, 0.0)  # blocks that whoever comes has yet to load
+        self.soon = np.array(coverage(servers, blocks))
+        self.now = np.array(coverage((s for s in servers if s.online), blocks))
+        self.wait = np.where(self.soon == 0, np.inf, 0.0)  # blocks to load until somebody serves this one
         late = (self.now == 0) & (self.soon > 0)
         if late.any():
             self.wait[late] = np.inf
@@ -113,9 +112,9 @@ class _Crew:
                 self.wait[own] = np.where(late[own], fewer, self.wait[own])
 
     def plan(self) -> list[_Move]:
-        """Chains of moves, the best first, until every block is held or nothing more can be done.
+        """Chains of moves, the best first, until every block is held or no move helps.
 
-        Blocks that somebody is loading, but slowly, come after those to which nobody is on the way.
+        Blocks that a slow server is loading come after blocks that no server is loading.
         """
         steps: list[_Move] = []
         while (self.wait > 0).any():
@@ -136,7 +135,7 @@ class _Crew:
         self.wait[move.start : move.stop] = 0.0
 
     def _best_chain(self, used: set[PeerId]) -> list[_Move]:
-        """The moves that load the fewest blocks for each open one that they close, in their order."""
+        """The moves, in order, that load the fewest blocks per open block closed."""
         found = [m for row in self._likely(self.wait > 0, used) for m in self._closing(row)]
         best = min((m for m in found if m.opened is None), key=self._order, default=None)
         chain, cost = ([best], _cost([best])) if best else ([], np.inf)
@@ -144,14 +143,14 @@ class _Crew:
         for move in helped[:MAX_TRIED]:
             if _cost([move]) >= cost:
                 break
-            helpers = self._stand_ins(move, used | {move.server.peer}, MAX_IN_A_ROW - 1)
+            helpers = self._replacements(move, used | {move.server.peer}, MAX_IN_A_ROW - 1)
             longer = [*helpers, move]
             if helpers and _cost(longer) < cost and self._in_order(longer):
                 chain, cost = longer, _cost(longer)
         return chain
 
     def _order(self, move: _Move) -> tuple[float, int, int, int, bytes]:
-        """The least cost; among equals who closes most, who is missed least, then by lot."""
+        """Sort key: cost; among equals most blocks closed, most replicas left behind, then a hash."""
         left = _left(move, self.blocks)
         spare = int(self.soon[left].min()) if len(left) else self.blocks
         open_blocks = np.flatnonzero(self.wait > 0).tolist()
@@ -161,7 +160,7 @@ class _Crew:
         return round(cost, 6), -move.closes, -spare, move.start, lot
 
     def _likely(self, wanted: Flags, used: set[PeerId]) -> list[int]:
-        """Those who have the least to load to get there, and whom nobody has to stand in for."""
+        """Rows of the servers with the fewest blocks to load, those that need no replacement first."""
         where = np.flatnonzero(wanted)
         first, last = int(where[0]), int(where[-1])
         away = np.maximum(np.maximum(first - self.stops + 1, self.starts - last), 1)
@@ -169,10 +168,10 @@ class _Crew:
         singles = np.concatenate([[0], np.cumsum(self.soon == 1)])
         missed = singles[self.stops] > singles[self.starts]
         order = np.lexsort((loads, missed))
-        return [int(row) for row in order if self.free[row].peer not in used][:MAX_LOOKED_AT]
+        return [int(row) for row in order if self.free[row].peer not in used][:MAX_MOVERS]
 
     def _closing(self, row: int) -> list[_Move]:
-        """The moves of one server that close an open block or more."""
+        """The moves of one server that close at least one open block."""
         server, start, stop = self.free[row], int(self.starts[row]), int(self.stops[row])
         count = stop - start
         begins = np.arange(self.blocks - count + 1)
@@ -192,8 +191,8 @@ class _Crew:
     def _alone(self, start: int, stop: int, soon: Counts) -> Counts:
         return np.flatnonzero(soon[start:stop] == 1) + start
 
-    def _stand_ins(self, move: _Move, used: set[PeerId], depth: int) -> list[_Move]:
-        """The moves, in their order, after which nobody is missed where this one leaves; [] for none."""
+    def _replacements(self, move: _Move, used: set[PeerId], depth: int) -> list[_Move]:
+        """The moves, in order, after which this one leaves no block without a server; [] for none."""
         assert move.opened is not None
         first, last = move.opened
         soon = self.soon.copy()
@@ -218,14 +217,14 @@ class _Crew:
             for helper in [m for m in found if m.opened][: MAX_TRIED // 2]:
                 if helper.loads >= most:
                     break
-                helpers = self._stand_ins(helper, used | {helper.server.peer}, depth - 1)
+                helpers = self._replacements(helper, used | {helper.server.peer}, depth - 1)
                 loads = sum(m.loads for m in (*helpers, helper))
                 if helpers and loads < most:
                     best, most = [*helpers, helper], loads
         return best
 
     def _in_order(self, chain: Sequence[_Move]) -> bool:
-        """Whether each block that is left still has somebody when these moves are made one by one."""
+        """Whether each block that is left keeps a server when these moves are made one by one."""
         soon = self.soon.copy()
         for move in chain:
             if (soon[_left(move, self.blocks)] < 2).any():
@@ -236,44 +235,32 @@ class _Crew:
 
 
 def _cost(chain: Sequence[_Move]) -> float:
-    """What moves take, one after the other, for each block that they close; in blocks that are loaded."""
+    """Blocks that could be loaded in the time of these moves, one after the other, per block closed."""
     return sum(MOVE_EFFORT + move.loads for move in chain) / sum(move.closes for move in chain)
 
 
 def _hull(alone: Counts, start: int, stop: int) -> tuple[int, int] | None:
-    """The run of blocks from the first to the last of these that is outside of the window."""
+    """The run from the first to the last of these blocks outside of the window; None where all are inside."""
     outside = alone[(alone < start) | (alone >= stop)]
     return (int(outside[0]), int(outside[-1]) + 1) if len(outside) else None
 
 
 def _left(move: _Move, blocks: int) -> list[int]:
     """The blocks that a move leaves."""
-    own = range(move.server.start, min(move.server.stop, blocks))
-    return [block for block in own if not move.start <= block < move.stop]
+    own = Blocks(move.server.start, min(move.server.stop, blocks))
+    return [block for run in own.minus((move.start, move.stop)) for block in range(*run)]
 
 
-def _coverage(servers: Iterable[Holder], blocks: int) -> Counts:
-    change = np.zeros(blocks + 1, dtype=np.int64)
-    for server in servers:
-        if server.start < blocks:
-            change[server.start] += 1
-            change[min(server.stop, blocks)] -= 1
-    return np.cumsum(change)[:blocks]
-
-
-def opens_gap(servers: Iterable[Holder], me: PeerId, own: tuple[int, int], window: tuple[int, int]) -> bool:
-    """Whether a block that `me` leaves, serving `own`, for `window` then has no online server."""
+def opens_gap(servers: Iterable[Holder], me: PeerId, own: Blocks, window: Blocks) -> bool:
+    """Whether a block has no online server left once `me` has left the blocks `own` for `window`."""
     others = [s for s in servers if s.online and s.peer != me]
-    left = [block for block in range(*own) if not window[0] <= block < window[1]]
-    return not all(any(s.start <= block < s.stop for s in others) for block in left)
+    return any(gaps(others, left) for left in own.minus(window))
 
 
-def witnesses(
-    servers: Iterable[Holder], me: PeerId, own: tuple[int, int], window: tuple[int, int]
-) -> list[PeerId]:
-    """A few online servers that hold between them all that `me` leaves, as far as anybody holds it."""
+def witnesses(servers: Iterable[Holder], me: PeerId, own: Blocks, window: Blocks) -> list[PeerId]:
+    """A few online servers that together hold all blocks that `me` leaves, as far as anybody holds them."""
     others = sorted((s for s in servers if s.online and s.peer != me), key=lambda s: s.peer)
-    left = {block for block in range(*own) if not window[0] <= block < window[1]}
+    left = {block for run in own.minus(window) for block in range(*run)}
     found = []
     while left and others:
         best = max(others, key=lambda s: len(left.intersection(range(s.start, s.stop))))
@@ -287,17 +274,17 @@ def witnesses(
 def watched(
     servers: Sequence[Holder], blocks: int, me: PeerId, most: int = MAX_WATCHED
 ) -> tuple[PeerId, ...]:
-    """The peers whose crash `me` should notice before their records end: one of their blocks has few others.
+    """The peers whose crash `me` should notice before their records end: a block of theirs has few servers.
 
-    Few are SPARE at most, other online servers for an online peer, other servers at all for a joining one:
-    nobody else goes where it is going.  Fewest first, then by a hash of (me, peer), so that where there are
-    more than `most` each server watches others (rendezvous hashing).  O(blocks held, by all together).
+    Few means at most SPARE other servers: online ones for an online peer, all others for a joining peer,
+    since no other server moves to the same blocks.  Fewest first, then by a hash of (me, peer): where there
+    are more than `most`, each server watches others (rendezvous hashing).  O(blocks held by all servers).
     """
-    now, soon = _coverage((s for s in servers if s.online), blocks), _coverage(servers, blocks)
+    now, soon = coverage((s for s in servers if s.online), blocks), coverage(servers, blocks)
     found = []
     for server in servers:
         own = (now if server.online else soon)[server.start : min(server.stop, blocks)]
-        others = int(own.min()) - 1 if len(own) else blocks
+        others = min(own) - 1 if own else blocks
         if server.peer != me and others <= SPARE:
             lot = hashlib.sha256(f"{me} {server.peer}".encode()).digest()
             found.append((others, lot, server.peer))
@@ -305,42 +292,38 @@ def watched(
 
 
 def taken_for_lost(asked: Collection[PeerId], silent: Collection[PeerId]) -> frozenset[PeerId]:
-    """Which of the silent peers are lost; nobody where most are silent: then it is us who are cut off."""
-    cut_off = len(silent) >= CUT_OFF_LEAST and 2 * len(silent) > len(asked)
+    """The silent peers that are lost; none where most are silent: then this node is cut off."""
+    cut_off = len(silent) >= MIN_CUT_OFF and 2 * len(silent) > len(asked)
     return frozenset() if cut_off else frozenset(silent)
 
 
-def gives_way(
-    before: Iterable[Holder], now: Iterable[Holder], me: PeerId, window: tuple[int, int]
-) -> PeerId | None:
-    """Who else has announced to go to some of these blocks since `before`, and comes first; or None.
+def gives_way(before: Iterable[Holder], now: Iterable[Holder], me: PeerId, window: Blocks) -> PeerId | None:
+    """The server that has announced a move to some of these blocks since `before` and goes first; or None.
 
-    Of two that have chosen at the same moment the one with the lower id goes on, and the other one too
+    Of two servers that have chosen at one moment the server with the lower id moves, and the other one too
     where a block of its window would still be without a server.
     """
     known = {(server.peer, server.start, server.stop) for server in before}
-    start, stop = window
     others = [s for s in now if s.peer != me]
     new = [s for s in others if not s.online and (s.peer, s.start, s.stop) not in known]
-    first = sorted(s.peer for s in new if s.peer < me and s.start < stop and start < s.stop)
+    first = sorted(s.peer for s in new if s.peer < me and window.overlap(s.blocks))
     if not first:
         return None
     later = {s.peer for s in new if s.peer > me}
     counted = [s for s in others if s.peer not in later]
-    needed = any(not any(s.start <= block < s.stop for s in counted) for block in range(start, stop))
-    return None if needed else first[0]
+    return None if gaps(counted, window) else first[0]
 
 
 def objection(
     before: Sequence[Holder],
     now: Sequence[Holder],
     me: PeerId,
-    own: tuple[int, int],
-    window: tuple[int, int],
+    own: Blocks,
+    window: Blocks,
 ) -> str | None:
-    """Why a move must not be made although it has been announced; None where nothing speaks against it.
+    """Why an announced move must not be made; None where nothing speaks against it.
 
-    before: what was known when it was announced; now: when everybody has heard of it, we of theirs.
+    before: the servers when the move was announced.  now: the servers once all announcements have spread.
     """
     if (first := gives_way(before, now, me, window)) is not None:
         return f"{first} goes there"

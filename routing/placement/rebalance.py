@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from routing.blocks import Blocks, coverage
 from routing.names import PeerId
 from routing.placement.cover_gaps import MOVE_EFFORT
 from routing.placement.throughput import Floats, Holder, bound, capacity, ends, narrowest, reach
@@ -102,8 +103,8 @@ def choose_blocks(
     *,
     seconds_per_block: float = 0.0,
     min_replicas: int = MIN_REPLICAS,
-) -> tuple[int, int]:
-    """The window [start, stop) of `count` blocks that a joining server takes: `best_window` of records.
+) -> Blocks:
+    """The window of `count` blocks that a joining server takes: `best_window` of records.
 
     spans: of the same model revision, joining peers too.
     seconds_per_block: the server's own; 0 where it has not measured, then it counts as the median.
@@ -123,8 +124,8 @@ def best_window(
     rng: random.Random | None = None,
     *,
     min_replicas: int = MIN_REPLICAS,
-) -> tuple[int, int]:
-    """The window [start, stop) of `count` blocks that needs a new server of this rate most.
+) -> Blocks:
+    """The window of `count` blocks that needs a new server of this rate most.
 
     A count above `blocks` gives them all.  Ties go to the lowest start, or to chance where `rng` is
     given: of servers that start at the same moment and do not yet see each other, fewer then choose
@@ -140,7 +141,7 @@ def best_window(
     for level in LEVELS:
         found = _shortfalls(rest, level * most, np.array([rate]), np.array([count]))[0]
         lack += found[: blocks - count + 1] / total
-    number = _coverage(held, blocks)
+    number = np.array(coverage(held, blocks))
     filled = _windows(number == 0, count)
     spare = _windows(number < min_replicas, count)
     seams = {holder.start for holder in held} | {holder.stop for holder in held} | {0, blocks}
@@ -152,7 +153,7 @@ def best_window(
     best = min(order)
     tied = [start for start, key in enumerate(order) if key == best]
     start = rng.choice(tied) if rng is not None else tied[0]
-    return start, start + count
+    return Blocks(start, start + count)
 
 
 class Move(NamedTuple):
@@ -167,6 +168,11 @@ class Move(NamedTuple):
     stop: int
     rank: int = 0
 
+    @property
+    def blocks(self) -> Blocks:
+        """The new window."""
+        return Blocks(self.start, self.stop)
+
 
 def better_window(
     held: Sequence[Holder],
@@ -177,7 +183,7 @@ def better_window(
     quality: float = QUALITY,
     min_replicas: int = MIN_REPLICAS,
     rng: random.Random,
-) -> tuple[int, int] | None:
+) -> Blocks | None:
     """The window that this server should move to now, or None: stay.
 
     held: of every server, this one among them; who announced a move counts where it will be.
@@ -193,11 +199,11 @@ def better_window(
     return in_turn(found, me, rng)
 
 
-def in_turn(ranked: Sequence[Move], me: PeerId, rng: random.Random) -> tuple[int, int] | None:
+def in_turn(ranked: Sequence[Move], me: PeerId, rng: random.Random) -> Blocks | None:
     """The window of this server's move, where chance, by its rank, lets it move now."""
     for move in ranked:
         if move.peer == me:
-            return (move.start, move.stop) if rng.random() < _RANK_CHANCE**move.rank else None
+            return move.blocks if rng.random() < _RANK_CHANCE**move.rank else None
     return None
 
 
@@ -235,7 +241,7 @@ def _single_moves(
     """The best move of each server that has one, the greatest gain first."""
     held = sorted(held, key=lambda h: h.peer)  # one order of adding: one result for everybody
     most, added = bound(held, blocks), reach(held, blocks)
-    number = _coverage(held, blocks)
+    number = np.array(coverage(held, blocks))
     if not held:
         return []
     now_able = narrowest(added).capacity if number.min() > 0 else 0.0
@@ -300,7 +306,7 @@ def _movers(
     held: Sequence[Holder], blocks: int, added: Floats, at_most: int
 ) -> list[tuple[Holder, tuple[int, int] | None]]:
     """The servers whose moves are looked at, each with the blocks that it must keep."""
-    online = _coverage([holder for holder in held if holder.online], blocks)
+    online = coverage((holder for holder in held if holder.online), blocks)
     found = []
     for holder in held:
         alone = [b for b in range(holder.start, min(holder.stop, blocks)) if online[b] == 1]
@@ -325,8 +331,7 @@ def _best_start(gains: Floats, mover: Holder, count: int, keep: tuple[int, int] 
 
 def _effort(mover: Holder, start: int, count: int) -> float:
     """What a move takes, as the blocks that could be loaded meanwhile."""
-    kept = max(0, min(mover.stop, start + count) - max(mover.start, start))
-    return MOVE_EFFORT + count - kept
+    return MOVE_EFFORT + count - mover.blocks.overlap((start, start + count)).size
 
 
 def _holes_after(number: NDArray[np.int64], mover: Holder, start: int, stop: int) -> int:
@@ -334,14 +339,6 @@ def _holes_after(number: NDArray[np.int64], mover: Holder, start: int, stop: int
     after[mover.start : mover.stop] -= 1
     after[start:stop] += 1
     return int((after == 0).sum())
-
-
-def _coverage(held: Sequence[Holder], blocks: int) -> NDArray[np.int64]:
-    change = np.zeros(blocks + 1, dtype=np.int64)
-    for holder in held:
-        change[holder.start] += 1
-        change[min(holder.stop, blocks)] -= 1
-    return np.cumsum(change)[:blocks]
 
 
 def _windows(wanted: NDArray[np.bool_], count: int) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from routing.blocks import Blocks
 from routing.names import PeerId
 
 Floats = NDArray[np.float64]
@@ -28,7 +29,7 @@ Floats = NDArray[np.float64]
 class Holder(NamedTuple):
     """A peer that holds the blocks [start, stop) and computes `rate` block-tokens per second.
 
-    online: serves them now; else it is loading them.
+    online: whether it serves them now; else it is loading them.
     """
 
     peer: PeerId
@@ -36,6 +37,11 @@ class Holder(NamedTuple):
     stop: int
     rate: float
     online: bool = True
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks that it holds."""
+        return Blocks(self.start, self.stop)
 
 
 class Bottleneck(NamedTuple):

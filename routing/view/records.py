@@ -20,6 +20,7 @@ import msgpack
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from routing.blocks import MAX_BLOCKS, Blocks
 from routing.names import PUBLIC_KEY_BYTES, PeerId, peer_id_of, public_key_of
 from tensor_codec.errors import MessageError, PeerFault
 from tensor_codec.header import Header, unpack_map
@@ -33,7 +34,6 @@ NOBODY = PeerId("")
 ROLES = frozenset(get_args(Role))
 STATES = frozenset(get_args(State))
 DOMAIN = b"raceme-record-1"
-MAX_BLOCKS = 4096
 MAX_ADDRESSES = 8
 MAX_ADAPTERS = 8
 MAX_RTTS = 16
@@ -96,6 +96,11 @@ class Record:
     ttl_seconds: float = 90.0
     name: str = ""
     version: str = ""
+
+    @property
+    def span(self) -> Blocks:
+        """The blocks that this peer serves."""
+        return Blocks(self.start, self.stop)
 
     @property
     def moves(self) -> bool:

@@ -204,26 +204,6 @@ def expire(view: SwarmView, now: float) -> SwarmView:
     return SwarmView(view.swarm, view.max_records, live, remembered, next_expiry)
 
 
-def coverage(spans: Iterable[Record], blocks: int) -> tuple[int, ...]:
-    """How many of these peers hold each block."""
-    count = [0] * blocks
-    for span in spans:
-        for block in range(span.start, min(span.stop, blocks)):
-            count[block] += 1
-    return tuple(count)
-
-
-def holes(parts: Iterable[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
-    """The runs within [start, stop) that none of these parts, each (start, stop), holds."""
-    found: list[tuple[int, int]] = []
-    reached = start
-    for begin, end in [*sorted(parts), (stop, stop)]:
-        if reached < min(begin, stop):
-            found.append((reached, min(begin, stop)))
-        reached = max(reached, end)
-    return tuple(found)
-
-
 def believed_rates(
     spans: Sequence[Record], measured: Mapping[PeerId, float] | None = None, positions: int = 1
 ) -> dict[PeerId, float]:

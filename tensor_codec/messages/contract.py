@@ -7,9 +7,7 @@ from typing import Literal
 
 SESSION_ID_BYTES = 16
 CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
-DTYPES = frozenset({"float32", "bfloat16", "float16"})
 CODECS = frozenset(CODEC_BYTES)
-MAX_BLOCKS = 4096
 MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
 MAX_HOPS = 64
 MAX_QUEUE = 1e6  # a step's wait, as a multiple of its computing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tensor_codec.blocks import MAX_BLOCKS, Blocks
 from tensor_codec.errors import (
     REFUSALS,
     BadResult,
@@ -18,6 +19,9 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header, split_message
 from tensor_codec.messages.contract import CODECS, MAX_HOPS, MAX_STEP
+from tensor_codec.span_spec import DTYPES, SpanSpec
+
+_DTYPES = frozenset(DTYPES)
 
 # The codes of a Failed besides the refusals, and the exception that each of them stands for.
 FAULTS: dict[str, type[PeerFault]] = {
@@ -103,6 +107,18 @@ def read_failed(message: Message) -> Failed:
         retry_after_seconds=header.number("retry", 0.0, 3600.0) if "retry" in header else None,
         step=optional_step(header),
         peer=optional_peer(header, "peer"),
+    )
+
+
+def read_spec(header: Header) -> SpanSpec:
+    """The span that a message asks for.  Raises MessageError."""
+    start = header.integer("start", 0, MAX_BLOCKS - 1)
+    return SpanSpec(
+        model=header.text("model"),
+        revision=header.text("revision", 128),
+        blocks=Blocks(start, header.integer("stop", start + 1, MAX_BLOCKS)),
+        dtype=header.choice("dtype", _DTYPES),
+        adapter=header.text("adapter") if "adapter" in header else None,
     )
 
 

@@ -1,35 +1,29 @@
-"""Messages of forward and backward requests: no session, each request after the answer to the last one."""
+"""Messages of forward and backward requests: no session, each request after the answer to the one before."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tensor_codec.errors import (
-    MessageError,
-)
+from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import pack_header
-from tensor_codec.messages.contract import CODEC_BYTES, CODECS, DTYPES, MAX_BLOCKS, MAX_TOKENS, Contract
-from tensor_codec.messages.fields import Failed, read_failed, read_message, read_timings
+from tensor_codec.messages.contract import CODEC_BYTES, CODECS, MAX_TOKENS, Contract
+from tensor_codec.messages.fields import Failed, read_failed, read_message, read_spec, read_timings
+from tensor_codec.span_spec import SpanSpec
 
 COMPUTE_PROTOCOL = "/raceme/compute/1"  # a client and a peer, without a session
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a stateless request is about: blocks [start, stop) on `batch` rows of equal length.
+    """What a stateless request asks for: the blocks of `spec`, on `batch` rows of equal length.
 
-    dtype: what the peer is to compute in.  codec: how all tensors of the request and its answer travel.
+    codec: how all tensors of the request and its answer travel.
     """
 
-    model: str
-    revision: str
-    start: int
-    stop: int
+    spec: SpanSpec
     batch: int
-    dtype: str
     codec: str
-    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +59,19 @@ class Output:
 
 def encode_request(message: Forward | Backward) -> list[Buffer]:
     """The parts of a frame."""
-    run = message.run
+    run, spec = message.run, message.run.spec
     fields: dict[str, object] = {
         "k": "forward" if isinstance(message, Forward) else "backward",
-        "model": run.model,
-        "revision": run.revision,
-        "start": run.start,
-        "stop": run.stop,
+        "model": spec.model,
+        "revision": spec.revision,
+        "start": spec.blocks.start,
+        "stop": spec.blocks.stop,
         "batch": run.batch,
-        "dtype": run.dtype,
+        "dtype": spec.dtype,
         "codec": run.codec,
     }
-    if run.adapter is not None:
-        fields["adapter"] = run.adapter
+    if spec.adapter is not None:
+        fields["adapter"] = spec.adapter
     bodies = [message.hidden] if isinstance(message, Forward) else [message.hidden, message.grad]
     return [pack_header(fields), *bodies]
 
@@ -85,22 +79,12 @@ def encode_request(message: Forward | Backward) -> list[Buffer]:
 def decode_request(frame: Buffer) -> Forward | Backward:
     """Read a stateless request.  Raises MessageError.
 
-    Its tensors are still of any size: `request_contract` checks that, once it is known whether the
-    model is the right one.
+    The tensors may still be of any size: `request_contract` checks that, once the model is known to be the
+    right one.
     """
     message = read_message(frame, frozenset({"forward", "backward"}))
     header = message.header
-    start = header.integer("start", 0, MAX_BLOCKS - 1)
-    run = Run(
-        model=header.text("model"),
-        revision=header.text("revision", 128),
-        start=start,
-        stop=header.integer("stop", start + 1, MAX_BLOCKS),
-        batch=header.integer("batch", 1, MAX_TOKENS),
-        dtype=header.choice("dtype", DTYPES),
-        codec=header.choice("codec", CODECS),
-        adapter=header.text("adapter") if "adapter" in header else None,
-    )
+    run = Run(read_spec(header), header.integer("batch", 1, MAX_TOKENS), header.choice("codec", CODECS))
     if message.kind == "forward":
         return Forward(run, message.body)
     half, rest = divmod(len(message.body), 2)
@@ -110,7 +94,7 @@ def decode_request(frame: Buffer) -> Forward | Backward:
 
 
 def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: int) -> Contract:
-    """What a request's tensors and its answer are read against; its tokens stand as `max_length`.
+    """What a request's tensors and its answer are read against; `max_length` is the number of tokens.
 
     hidden: values per position in the model.  Raises MessageError unless the body is 1 position or
     more, and batch * tokens at most max_step_tokens.
@@ -126,8 +110,8 @@ def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: 
         )
     return Contract(
         session=b"",
-        start=run.start,
-        stop=run.stop,
+        start=run.spec.blocks.start,
+        stop=run.spec.blocks.stop,
         batch=run.batch,
         max_length=tokens,
         hidden=hidden,

@@ -27,8 +27,6 @@ from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header
 from tensor_codec.messages.contract import (
     CODECS,
-    DTYPES,
-    MAX_BLOCKS,
     MAX_EPOCH,
     MAX_QUEUE,
     MAX_STEP,
@@ -48,8 +46,10 @@ from tensor_codec.messages.fields import (
     optional_step,
     read_failed,
     read_message,
+    read_spec,
     read_timings,
 )
+from tensor_codec.span_spec import SpanSpec
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
 PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
@@ -57,7 +57,7 @@ PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Opens a session at one hop, for blocks [start, stop) of its span.
+    """Opens a session at one hop, for blocks of its span.
 
     predecessor: the peer that will push steps, or None where the client itself sends them;
     successor: the peer to push outputs to, or None where they go back to the client.
@@ -67,17 +67,12 @@ class Open:
     """
 
     session: bytes
-    model: str
-    revision: str
-    start: int
-    stop: int
+    spec: SpanSpec
     batch: int
     max_length: int
-    dtype: str
     codec: str
     predecessor: str | None = None
     successor: str | None = None
-    adapter: str | None = None
     relay: bool = False
     epoch: int = 0
     held: bool = False
@@ -210,21 +205,21 @@ class Close:
 
 def encode_open(message: Open) -> list[Buffer]:
     """The parts of a frame."""
+    spec = message.spec
     fields: dict[str, object] = {
         "k": "open",
         "s": message.session,
-        "model": message.model,
-        "revision": message.revision,
-        "start": message.start,
-        "stop": message.stop,
+        "model": spec.model,
+        "revision": spec.revision,
+        "start": spec.blocks.start,
+        "stop": spec.blocks.stop,
         "batch": message.batch,
         "max_length": message.max_length,
-        "dtype": message.dtype,
+        "dtype": spec.dtype,
         "codec": message.codec,
     }
-    for name in ("predecessor", "successor", "adapter"):
-        if (value := getattr(message, name)) is not None:
-            fields[name] = value
+    named = {"predecessor": message.predecessor, "successor": message.successor, "adapter": spec.adapter}
+    fields |= {name: value for name, value in named.items() if value is not None}
     for name in ("relay", "epoch", "held"):
         if value := getattr(message, name):
             fields[name] = value
@@ -236,20 +231,14 @@ def decode_open(frame: Buffer) -> Open:
     message = read_message(frame, frozenset({"open"}))
     no_body(message)
     header = message.header
-    start = header.integer("start", 0, MAX_BLOCKS - 1)
     return Open(
         session=header.binary("s", SESSION_ID_BYTES),
-        model=header.text("model"),
-        revision=header.text("revision", 128),
-        start=start,
-        stop=header.integer("stop", start + 1, MAX_BLOCKS),
+        spec=read_spec(header),
         batch=header.integer("batch", 1, MAX_TOKENS),
         max_length=header.integer("max_length", 1, MAX_TOKENS),
-        dtype=header.choice("dtype", DTYPES),
         codec=header.choice("codec", CODECS),
         predecessor=optional_peer(header, "predecessor"),
         successor=optional_peer(header, "successor"),
-        adapter=header.text("adapter") if "adapter" in header else None,
         relay=header.flag("relay", absent=False),
         epoch=header.integer("epoch", 0, MAX_EPOCH, absent=0),
         held=header.flag("held", absent=False),

@@ -18,7 +18,8 @@ from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
 from benchmarks.recovery.watched import watch
 from client.config import ClientConfig
 from client.swarm import open_swarm
-from routing.view.view import SwarmView, coverage
+from routing.blocks import coverage
+from routing.view.view import SwarmView
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
 pytestmark = pytest.mark.process

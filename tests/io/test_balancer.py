@@ -21,14 +21,15 @@ from node.serving.balancer import (
     WATCH_SECONDS,
     Balancer,
     Better,
-    MoveFailed,
     by_capacity,
 )
+from node.serving.mover import MoveFailed
+from routing.blocks import Blocks, coverage
 from routing.names import PeerId
 from routing.placement.rebalance import holders
 from routing.placement.throughput import bound, capacity
 from routing.view.records import Record
-from routing.view.view import Entry, SwarmView, coverage
+from routing.view.view import Entry, SwarmView
 
 Answers = Callable[[PeerId], Awaitable[bool]]
 BLOCKS = 6
@@ -64,27 +65,29 @@ class FakeMover:
     def record(self) -> Record:
         return self.me
 
-    async def announce_move(self, start: int, stop: int) -> None:
+    async def announce_move(self, blocks: Blocks) -> None:
         await trio.lowlevel.checkpoint()
-        self.swarm.records[self.me.peer] = replace(self.me, start=start, stop=stop, state="joining")
+        self.swarm.records[self.me.peer] = replace(
+            self.me, start=blocks.start, stop=blocks.stop, state="joining"
+        )
 
     async def stay(self) -> None:
         await trio.lowlevel.checkpoint()
         self.swarm.records[self.me.peer] = self.swarm.serving[self.me.peer] = self.me
 
-    async def move(self, start: int, stop: int) -> None:
-        self.swarm.log.append((trio.current_time(), self.me.peer, start, stop))
+    async def move(self, blocks: Blocks) -> None:
+        self.swarm.log.append((trio.current_time(), self.me.peer, *blocks))
         del self.swarm.serving[self.me.peer]
         await trio.sleep(LOAD_SECONDS)
         if self.failing:
             self.failing -= 1
             await self.stay()
             raise MoveFailed("no memory")
-        self.me = replace(self.me, start=start, stop=stop)
+        self.me = replace(self.me, start=blocks.start, stop=blocks.stop)
         await self.stay()
 
 
-def stay(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+def stay(spans: object, blocks: int, me: PeerId) -> Blocks | None:
     """No place is better."""
     return None
 
@@ -175,8 +178,8 @@ async def test_servers_settle_where_the_swarm_can_do_most_and_then_stay(
 
 
 async def test_a_better_place_is_taken_unless_that_opens_a_gap(autojump_clock: object) -> None:
-    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
-        return (3, 6)
+    def better(spans: object, blocks: int, me: PeerId) -> Blocks | None:
+        return Blocks(3, 6)
 
     async with balanced((0, 3), (3, 6), better=better) as swarm:
         await trio.sleep(600)
@@ -188,8 +191,8 @@ async def test_a_better_place_is_taken_unless_that_opens_a_gap(autojump_clock: o
 
 
 async def test_of_two_that_leave_the_same_blocks_at_once_not_both_go(autojump_clock: object) -> None:
-    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
-        return (3, 6)
+    def better(spans: object, blocks: int, me: PeerId) -> Blocks | None:
+        return Blocks(3, 6)
 
     for seed in range(20):
         async with balanced((0, 3), (0, 3), (3, 6), better=better, seed=seed) as swarm:
@@ -202,8 +205,8 @@ async def test_a_server_leaves_its_blocks_only_to_those_who_answer(autojump_cloc
     asked: list[PeerId] = []
     silent = {PeerId("p0")}
 
-    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
-        return (3, 6) if me == "p1" else None
+    def better(spans: object, blocks: int, me: PeerId) -> Blocks | None:
+        return Blocks(3, 6) if me == "p1" else None
 
     async def answers(peer: PeerId) -> bool:
         asked.append(peer)
@@ -225,7 +228,7 @@ async def test_when_a_server_is_lost_the_others_look_for_better_places_at_once(
 ) -> None:
     looked: list[float] = []
 
-    def better(spans: object, blocks: int, me: PeerId) -> tuple[int, int] | None:
+    def better(spans: object, blocks: int, me: PeerId) -> Blocks | None:
         looked.append(trio.current_time())
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -410,19 +411,18 @@ async def test_a_server_that_is_full_is_asked_again_when_there_is_no_other(autoj
         assert trio.current_time() < 6
 
 
+def serve_other(node, **changes) -> None:
+    admission = node.listener.admission
+    admission.spec = replace(admission.spec, **changes)
+
+
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
         (lambda node: setattr(node.engine, "most", 0), TooManyStreams),
-        (lambda node: setattr(node.listener, "draining", True), Draining),
-        (
-            lambda node: setattr(node.listener, "served", replace(node.listener.served, revision="q")),
-            WrongRevision,
-        ),
-        (
-            lambda node: setattr(node.listener, "served", replace(node.listener.served, max_position=2)),
-            Refused,
-        ),
+        (lambda node: node.listener.admission.drain(), Draining),
+        (partial(serve_other, revision="q"), WrongRevision),
+        (partial(serve_other, max_position=2), Refused),
     ],
 )
 async def test_a_refusal_that_stays_is_raised_when_the_time_is_up(spoil, kind, autojump_clock):

@@ -180,7 +180,7 @@ async def test_a_hop_that_computes_in_another_dtype_than_it_says_refuses_and_is_
     async with swarm() as world:
         chain = world.add_chain(0, 3, 8)
         liar = world.nodes[PeerId("hop1")].listener
-        liar.served = replace(liar.served, dtype="bfloat16")
+        liar.admission.spec = replace(liar.admission.spec, dtype="bfloat16")
         world.record = lambda node, record=world.record: replace(record(node), dtype="float32")
         world.add("other", 3, 8)
         session = await world.open(chain)

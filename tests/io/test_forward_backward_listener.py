@@ -11,6 +11,7 @@ import trio
 import trio.testing
 from torch import Tensor
 
+from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import FrameError, MessageError, PeerGone, SlowPeer
 from tensor_codec.frame import encode_frame
@@ -25,20 +26,21 @@ from tensor_codec.messages.forward_backward import (
     encode_request,
     request_contract,
 )
+from tensor_codec.span_spec import SpanSpec
 from tests.fakes_forward_backward import blocks_on, gradient_of, toy_swarm, whole_numbers
-from tests.fakes_serving import HIDDEN
+from tests.fakes_serving import HIDDEN, with_changes
 
-RUN = Run("m", "r", 0, 6, 2, "float32", "fp32")
+RUN = Run(SpanSpec("m", "r", Blocks(0, 6), "float32"), 2, "fp32")
 LIMITS = Limits()
 
 
 def forward_of(hidden: Tensor, **changes) -> Forward:
-    run = replace(RUN, batch=hidden.shape[0], **changes)
+    run = with_changes(RUN, batch=hidden.shape[0], **changes)
     return Forward(run, encode_hidden(hidden, run.codec))
 
 
 def backward_of(hidden: Tensor, grad: Tensor, **changes) -> Backward:
-    run = replace(RUN, batch=hidden.shape[0], **changes)
+    run = with_changes(RUN, batch=hidden.shape[0], **changes)
     return Backward(run, encode_hidden(hidden, run.codec), encode_hidden(grad, run.codec))
 
 
@@ -126,7 +128,7 @@ async def test_a_model_of_another_size_is_refused_by_its_revision_and_not_by_its
     async with toy_swarm() as swarm:
         node = swarm.add("a")
         stream = await swarm.dial("a")
-        await stream.send(encode_request(Forward(replace(RUN, revision="q"), bytes(2 * 28))))
+        await stream.send(encode_request(Forward(with_changes(RUN, revision="q"), bytes(2 * 28))))
         message = decode_output(
             await stream.receive(10.0), request_contract(forward_of(HIDDEN_STATES), HIDDEN, 10)
         )

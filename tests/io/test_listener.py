@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from routing.names import PeerId
+from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import KIB, Limits
@@ -34,6 +35,7 @@ from tensor_codec.messages.session import (
     encode_step,
     encode_where,
 )
+from tensor_codec.span_spec import SpanSpec
 from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, swarm, until, whole_model
 
 LIMITS = Limits()
@@ -494,7 +496,7 @@ async def test_a_client_that_goes_away_while_the_hop_dials_frees_everything_with
 
         node.listener._links.open_stream = dial_into_nothing
         stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
-        opened = Open(bytes(16), "m", "r", 0, 4, 1, 64, "float32", "fp32", successor="b")
+        opened = Open(bytes(16), SpanSpec("m", "r", Blocks(0, 4), "float32"), 1, 64, "fp32", successor="b")
         await stream.send(encode_open(opened))
         await trio.testing.wait_all_tasks_blocked()
         assert node.listener.session_count == 1

@@ -15,14 +15,17 @@ import trio.testing
 
 from node.config import ConfigError
 from node.runtime.faults import Faults
-from node.serving.balancer import MoveFailed
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
 from node.serving.forward_backward import ForwardBackwardListener
-from node.serving.served_span import Offer, ServedSpan
+from node.serving.memory import Precision
+from node.serving.mover import MoveFailed
+from node.serving.served_span import ServedSpan, ServingSetup
 from node.serving.server import Server
 from node.serving.sessions.listener import Listener
+from node.serving.span_admission import SpanAdmission
+from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import SwarmView
@@ -41,6 +44,7 @@ from tensor_codec.messages.session import (
     encode_open,
     encode_step,
 )
+from tensor_codec.span_spec import SpanSpec
 from tests.fakes_serving import (
     CLIENT,
     HIDDEN,
@@ -59,20 +63,23 @@ INFO = SimpleNamespace(name="m", revision="r", blocks=6, hidden_size=HIDDEN, max
 
 
 @dataclass
-class FakeMeans:
-    """room: for so many blocks beside what is loaded; rooms: at the next times that it is asked for."""
+class FakeSetup:
+    """room: for so many blocks besides what is loaded; rooms: at the next times that it is asked for."""
 
     room: int = 6
     rooms: list[int] = field(default_factory=list)
     device: str = "cpu"
     limits: Limits = LIMITS
-    fetched: list[tuple[int, int]] = field(default_factory=list)
+    fetched: list[Blocks] = field(default_factory=list)
 
-    def offer(self, start: int, stop: int) -> Offer:
-        return Offer(INFO, start, stop, "float32", "none", "name")  # type: ignore[arg-type]
+    info = INFO
+    precision = Precision("float32")
+    name = "name"
+    spec = ServingSetup.spec
+    record = ServingSetup.record
 
-    def fetch(self, start: int, stop: int) -> None:
-        self.fetched.append((start, stop))
+    def fetch(self, blocks: Blocks) -> None:
+        self.fetched.append(blocks)
 
     def check_room(self, blocks: int) -> None:
         if blocks > (self.rooms.pop(0) if self.rooms else self.room):
@@ -97,7 +104,7 @@ class FakeDirectory:
 
 @dataclass
 class Loader:
-    """Makes stints over fakes, and blocks; `broken` spans and blocks cannot be loaded.
+    """Makes served spans over fakes, and blocks; `broken` spans and blocks cannot be loaded.
 
     seconds: that a span takes, and a block.
     """
@@ -106,9 +113,9 @@ class Loader:
     loaded: list[tuple[int, int]] = field(default_factory=list)
     seconds: float = 5.0
 
-    async def blocks(self, setup: object, offer: Offer, compute: object) -> list[FakeSpan]:
+    async def blocks(self, setup: object, blocks: Blocks, compute: object) -> list[FakeSpan]:
         fresh = []
-        for block in range(offer.start, offer.stop):
+        for block in range(*blocks):
             await trio.sleep(self.seconds)
             if (block, block + 1) in self.broken:
                 raise RuntimeError("not enough memory")
@@ -117,21 +124,22 @@ class Loader:
         return fresh
 
     async def __call__(
-        self, setup: object, offer: Offer, compute: object, *, in_pieces: bool = False
+        self, setup: FakeSetup, blocks: Blocks, compute: object, *, in_pieces: bool = False
     ) -> ServedSpan:
         await trio.sleep(self.seconds)
-        if (offer.start, offer.stop) in self.broken:
+        if blocks in self.broken:
             raise RuntimeError("not enough memory")
-        self.loaded.append((offer.start, offer.stop))
-        span = FakeSpan(offer.start, offer.stop)
+        self.loaded.append(blocks)
+        span = FakeSpan(*blocks)
         engine = Engine(span, FakeCompute(), Rates(1.0, 1.0), LIMITS)  # type: ignore[arg-type]
-        served = offer.served(True)
+        admission = SpanAdmission(setup.spec(blocks))
 
         async def nowhere(peer: PeerId) -> FakeStream:
             raise AssertionError
 
-        listener = Listener(served, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)  # type: ignore[arg-type]
-        return ServedSpan(offer, listener, ForwardBackwardListener(served, engine, LIMITS, Faults()))
+        listener = Listener(admission, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)  # type: ignore[arg-type]
+        stateless = ForwardBackwardListener(admission, engine, LIMITS, Faults())
+        return ServedSpan(setup, admission, listener, stateless)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -148,7 +156,7 @@ class Setting:
         ours, theirs = stream_pair(CLIENT, PeerId("me"), SESSION_PROTOCOL, LIMITS)
         self.clients.append(ours)
         self.nursery.start_soon(self._handle, theirs)
-        opened = Open(bytes([number]) * 16, "m", "r", start, stop, 1, 64, "float32", "fp32")
+        opened = Open(bytes([number]) * 16, SpanSpec("m", "r", Blocks(start, stop), "float32"), 1, 64, "fp32")
         await ours.send(encode_open(opened))
         frame = await ours.receive(5)
         assert frame is not None
@@ -176,10 +184,10 @@ async def serving(room: int = 6) -> AsyncIterator[Setting]:
         directory, loader = FakeDirectory(), Loader()
         online: list[tuple[int, int]] = []
         server = Server(
-            FakeMeans(room), directory, FakeCompute(), nursery,  # type: ignore[arg-type]
-            lambda offer: online.append((offer.start, offer.stop)), loader, loader.blocks,
+            FakeSetup(room), directory, FakeCompute(), nursery,  # type: ignore[arg-type]
+            lambda spec: online.append(spec.blocks), loader, loader.blocks,
         )  # fmt: skip
-        await server.begin(0, 3)
+        await server.begin(Blocks(0, 3))
         yield Setting(server, directory, loader, online, nursery)
         nursery.cancel_scope.cancel()
 
@@ -190,9 +198,9 @@ async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
 ) -> None:
     async with serving(room) as setting:
         assert isinstance((await setting.open(0, 3))[1], Opened)
-        await setting.server.announce_move(3, 6)
+        await setting.server.announce_move(Blocks(3, 6))
         assert isinstance((await setting.open(0, 3, 1))[1], Opened), "as long as it only says so"
-        await setting.server.move(3, 6)
+        await setting.server.move(Blocks(3, 6))
         assert setting.online == [(0, 3), (3, 6)]
         last = [("online", 3, 6)] if room else [("joining", 3, 6), ("online", 3, 6)]
         assert setting.directory.said == [
@@ -209,7 +217,7 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
 ) -> None:
     async with serving(room=0) as setting:
         stream, _ = await setting.open(0, 3)
-        setting.nursery.start_soon(setting.server.move, 3, 6)
+        setting.nursery.start_soon(setting.server.move, Blocks(3, 6))
         frame = await stream.receive(1)
         assert frame is not None
         told = decode_from_hop(frame, Contract(bytes(16), 0, 3, 1, 64, HIDDEN, "fp32", 2048))
@@ -230,9 +238,9 @@ async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_agai
     async with serving(room) as setting:
         await setting.open(0, 3)
         setting.loader.broken.add((3, 6))
-        await setting.server.announce_move(3, 6)
+        await setting.server.announce_move(Blocks(3, 6))
         with pytest.raises(MoveFailed, match="not enough memory"):
-            await setting.server.move(3, 6)
+            await setting.server.move(Blocks(3, 6))
         assert setting.directory.said[-1] == ("online", 0, 3)
         assert isinstance((await setting.open(0, 3, 1))[1], Opened)
         assert setting.loader.loaded == [(0, 3)] * (1 if room else 2)
@@ -242,7 +250,7 @@ async def test_when_neither_can_be_loaded_the_error_says_so(autojump_clock: obje
     async with serving(room=0) as setting:
         setting.loader.broken |= {(3, 6), (0, 3)}
         with pytest.raises(ConfigError, match=r"blocks 0:3 were left .* neither could be loaded"):
-            await setting.server.move(3, 6)
+            await setting.server.move(Blocks(3, 6))
 
 
 @pytest.mark.parametrize("seconds", [0.5, 4.0, 6.0])
@@ -254,7 +262,7 @@ async def test_a_node_can_leave_in_the_midst_of_a_move(
     async with serving(room) as setting:
         await setting.open(0, 3)
         with trio.move_on_after(seconds):
-            await setting.server.move(*window)
+            await setting.server.move(Blocks(*window))
         began = trio.current_time()
         await setting.server.leave()
         assert trio.current_time() - began < 2 * LIMITS.drain_seconds + 1
@@ -276,12 +284,11 @@ class Watch:
         while True:
             served_span = self.setting.server.dispatch.served_span
             assert served_span is not None
-            offer, span, listener = served_span.offer, served_span.listener.engine.span, served_span.listener
-            assert not listener.draining
-            assert span.start <= offer.start < offer.stop <= span.stop
-            assert (listener.served.start, listener.served.stop) == (offer.start, offer.stop)
-            assert served_span.stateless.served == listener.served
-            _note(self.served, (offer.start, offer.stop))
+            blocks, span = served_span.spec.blocks, served_span.listener.engine.span
+            assert not served_span.admission.draining
+            assert Blocks(span.start, span.stop).contains(blocks)
+            assert served_span.listener.admission is served_span.stateless.admission
+            _note(self.served, blocks)
             _note(self.said, self.setting.directory.said[-1])
             await trio.sleep(0.5)
 
@@ -317,11 +324,11 @@ async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
     room: int, steps: list[tuple[str | int, ...]], autojump_clock: trio.testing.MockClock
 ) -> None:
     async with watched(room) as (setting, watch):
-        await setting.server.announce_move(1, 4)
+        await setting.server.announce_move(Blocks(1, 4))
         await trio.sleep(1)
         if not room:  # nothing fits beside three blocks, one beside two
             setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
-        await setting.server.move(1, 4)
+        await setting.server.move(Blocks(1, 4))
         await trio.sleep(0.6)
         assert watch.said == steps
         assert watch.served == [step[1:3] for step in steps if step != steps[1]]
@@ -342,7 +349,7 @@ async def test_a_session_of_blocks_that_stay_goes_on_while_the_others_are_loaded
         stays, opened = await setting.open(1, 3)
         goes, _ = await setting.open(0, 3, 1)
         assert isinstance(opened, Opened)
-        setting.nursery.start_soon(setting.server.move, 1, 4)
+        setting.nursery.start_soon(setting.server.move, Blocks(1, 4))
         contract = Contract(bytes(16), 1, 3, 1, 64, HIDDEN, "fp32", 2048)
         hidden = some_hidden(20)
         expected = whole_model(hidden, 1, 3)
@@ -364,7 +371,7 @@ async def test_new_sessions_of_the_overlap_are_taken_while_the_others_are_loaded
 ) -> None:
     async with watched(6) as (setting, _):
         setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
-        setting.nursery.start_soon(setting.server.move, 1, 4)
+        setting.nursery.start_soon(setting.server.move, Blocks(1, 4))
         await trio.sleep(1)
         assert isinstance((await setting.open(1, 3, 1))[1], Opened)
         assert isinstance((await setting.open(0, 3, 2))[1], Failed)
@@ -381,9 +388,9 @@ async def test_when_what_is_missing_cannot_be_loaded_what_was_left_is_loaded_aga
     async with watched(6) as (setting, watch):
         setting.server.setup.rooms = list(rooms)  # type: ignore[attr-defined]
         setting.loader.broken.add((3, 4))
-        await setting.server.announce_move(1, 4)
+        await setting.server.announce_move(Blocks(1, 4))
         with pytest.raises(MoveFailed, match="not enough memory"):
-            await setting.server.move(1, 4)
+            await setting.server.move(Blocks(1, 4))
         assert setting.directory.said[-1] == ("online", 0, 3)
         assert setting.loader.loaded == [(0, 3), (0, 1)][: len(rooms)]
         assert isinstance((await setting.open(0, 3, 1))[1], Opened)
@@ -398,11 +405,11 @@ async def test_what_stays_is_served_even_if_nothing_can_be_loaded_any_more(
         setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
         setting.loader.broken |= {(3, 4), (0, 1)}
         with pytest.raises(MoveFailed, match="not enough memory; serving blocks 1:3"):
-            await setting.server.move(1, 4)
+            await setting.server.move(Blocks(1, 4))
         assert (setting.directory.said[-1], setting.online[-1]) == (("online", 1, 3), (1, 3))
         assert isinstance((await setting.open(1, 3, 1))[1], Opened)
         setting.loader.broken.clear()
-        await setting.server.move(2, 5)
+        await setting.server.move(Blocks(2, 5))
         assert setting.directory.said[-1] == ("online", 2, 5)
 
 
@@ -410,7 +417,7 @@ async def test_where_the_rest_does_not_fit_beside_the_overlap_it_is_loaded_alone
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with serving(room=0) as setting:
-        await setting.server.move(1, 4)
+        await setting.server.move(Blocks(1, 4))
         assert setting.directory.said[2:] == [
             ("online", 1, 3, 1, 4), ("joining", 1, 4), ("online", 1, 4),
         ]  # fmt: skip
@@ -423,8 +430,8 @@ async def test_without_a_common_block_the_old_span_is_served_until_the_new_one_i
 ) -> None:
     async with watched(3) as (setting, watch):
         await setting.open(0, 3)
-        await setting.server.announce_move(3, 6)
-        setting.nursery.start_soon(setting.server.move, 3, 6)
+        await setting.server.announce_move(Blocks(3, 6))
+        setting.nursery.start_soon(setting.server.move, Blocks(3, 6))
         await trio.sleep(4)
         assert isinstance((await setting.open(0, 3, 1))[1], Opened)
         await trio.sleep(2)
@@ -441,7 +448,7 @@ async def test_the_window_of_a_move_may_be_on_both_sides_or_within(
 ) -> None:
     async with watched(6) as (setting, _):
         for window in ((1, 2), (0, 6), (2, 5)):
-            await setting.server.move(*window)
+            await setting.server.move(Blocks(*window))
             assert setting.directory.said[-1] == ("online", *window)
         await trio.sleep(0.6)
         assert setting.loader.loaded[1:] == [(0, 1), (2, 3), (3, 4), (4, 5), (5, 6)]

@@ -20,12 +20,15 @@ from node.network.streams import FramedStream
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
-from node.serving.sessions.listener import Listener, Served
+from node.serving.sessions.listener import Listener
+from node.serving.span_admission import SpanAdmission
 from routing.chains.search import NoChain
 from routing.names import ModelId, PeerId, Revision
+from tensor_codec.blocks import Blocks
 from tensor_codec.errors import CacheFull, PeerFault, Refused, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import SESSION_PROTOCOL
+from tensor_codec.span_spec import SpanSpec
 from tests.fakes_serving import HIDDEN, FakeArena, FakeEmbedAndHead, FakeSpan
 
 MODEL, REVISION, DTYPE = ModelId("m"), Revision("r"), "float32"
@@ -48,8 +51,10 @@ def make_listener(
 ) -> Listener:
     """A real listener over a real engine; whoever makes it runs `listener.engine.run`."""
     engine = Engine(span, compute, Rates(seconds_per_block, seconds_per_block), limits)  # type: ignore[arg-type]
+    blocks = Blocks(span.start, span.stop)
+    spec = SpanSpec(MODEL, REVISION, blocks, DTYPE, hidden=HIDDEN, max_position=MAX_POSITION)
     return Listener(
-        Served(MODEL, REVISION, span.start, span.stop, DTYPE, HIDDEN, MAX_POSITION),
+        SpanAdmission(spec),
         engine,
         pool,  # type: ignore[arg-type]
         CacheBudget(budget_tokens, max_session_tokens=limits.max_session_tokens),

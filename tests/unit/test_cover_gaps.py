@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.placement.cover_gaps import (
     SPARE,
-    Turn,
+    PlannedMove,
     gives_way,
+    move_to_cover,
     objection,
     opens_gap,
+    plan_moves,
     taken_for_lost,
-    turn_to_cover,
-    turns,
     watched,
     witnesses,
 )
@@ -37,8 +38,8 @@ def covered(held: list[Holder], blocks: int = BLOCKS, online: bool = False) -> l
 
 def going(held: list[Holder], blocks: int = BLOCKS) -> dict[str, tuple[int, int]]:
     """Who goes at once."""
-    found = turns(held, blocks)
-    return {peer: (t.start, t.stop) for peer, t in found.items() if t.rank == 0 and t.ready}
+    found = plan_moves(held, blocks)
+    return {peer: t.blocks for peer, t in found.items() if t.rank == 0 and t.ready}
 
 
 swarms = st.lists(
@@ -54,16 +55,16 @@ swarms = st.lists(
 
 
 def test_who_is_not_needed_where_it_is_goes_to_the_blocks_that_nobody_holds() -> None:
-    found = turns([span("a", 0, 4), span("b", 0, 4)], BLOCKS)
+    found = plan_moves([span("a", 0, 4), span("b", 0, 4)], BLOCKS)
     [first] = [turn for turn in found.values() if turn.rank == 0]
-    assert first == Turn(4, 8, 0, True)
+    assert first == PlannedMove(Blocks(4, 8), 0, True)
 
 
 def test_where_the_first_does_not_go_another_one_may() -> None:
-    found = turns([span(name, 0, 4) for name in "abc"], BLOCKS)
+    found = plan_moves([span(name, 0, 4) for name in "abc"], BLOCKS)
     assert sorted(turn.rank for turn in found.values()) == [0, 1, 2]
-    assert {(turn.start, turn.stop) for turn in found.values()} == {(4, 8)}
-    assert turn_to_cover([span(name, 0, 4) for name in "abc"], BLOCKS, PeerId("unknown")) is None
+    assert {turn.blocks for turn in found.values()} == {(4, 8)}
+    assert move_to_cover([span(name, 0, 4) for name in "abc"], BLOCKS, PeerId("unknown")) is None
 
 
 def test_who_is_missed_least_goes_first() -> None:
@@ -89,20 +90,21 @@ def test_a_wide_hole_is_covered_by_several_at_once() -> None:
 def test_where_nobody_can_leave_its_place_another_one_stands_in_first() -> None:
     # c could close the hole at once, but nobody else holds 2:4; a or b can go there first
     spans = [span("a", 0, 2), span("b", 0, 2), span("c", 2, 8), span("f", 4, 6), span("g", 6, 8)]
-    first = {peer: turn for peer, turn in turns(spans, 14).items() if turn.rank == 0}
-    assert first.pop(PeerId("c")) == Turn(8, 14, 0, ready=False)
+    first = {peer: turn for peer, turn in plan_moves(spans, 14).items() if turn.rank == 0}
+    assert first.pop(PeerId("c")) == PlannedMove(Blocks(8, 14), 0, ready=False)
     [(helper, turn)] = first.items()
     assert helper in {"a", "b"}
-    assert turn == Turn(2, 4, 0, ready=True)
+    assert turn == PlannedMove(Blocks(2, 4), 0, ready=True)
     now = [h._replace(start=2, stop=4, online=False) if h.peer == helper else h for h in spans]
     assert going(now, 14) == {}, "it is still loading"
     now = [h._replace(online=True) for h in now]
     assert going(now, 14) == {"c": (8, 14)}
 
 
-def after_all(held: list[Holder], found: Mapping[PeerId, Turn]) -> list[Holder]:
+def after_all(held: list[Holder], found: Mapping[PeerId, PlannedMove]) -> list[Holder]:
     return [
-        h._replace(start=found[h.peer].start, stop=found[h.peer].stop) if h.peer in found else h for h in held
+        h._replace(start=found[h.peer].blocks.start, stop=found[h.peer].blocks.stop) if h.peer in found else h
+        for h in held
     ]
 
 
@@ -117,14 +119,14 @@ def test_a_row_of_servers_moves_up_one_after_the_other() -> None:
             break
         for peer, (start, stop) in now.items():
             mover = next(h for h in held if h.peer == peer)
-            assert not opens_gap(held, mover.peer, (mover.start, mover.stop), (start, stop))
+            assert not opens_gap(held, mover.peer, mover.blocks, Blocks(start, stop))
         held = [h._replace(start=now[h.peer][0], stop=now[h.peer][1]) if h.peer in now else h for h in held]
     assert 0 not in covered(held, blocks)
 
 
 def test_blocks_to_which_somebody_is_on_the_way_need_nobody_else() -> None:
     spans = [span("a", 0, 4), span("b", 0, 4), span("c", 4, 8, online=False)]
-    assert turns(spans, BLOCKS) == {}
+    assert plan_moves(spans, BLOCKS) == {}
 
 
 def test_who_has_much_to_load_does_not_keep_away_who_has_little() -> None:
@@ -142,7 +144,7 @@ def test_a_window_slides_as_far_as_others_hold_what_it_leaves() -> None:
 
 
 def test_where_everything_is_held_nobody_moves() -> None:
-    assert turns([span("a", 0, 8), span("b", 0, 8)], BLOCKS) == {}
+    assert plan_moves([span("a", 0, 8), span("b", 0, 8)], BLOCKS) == {}
 
 
 @settings(deadline=None)
@@ -151,14 +153,14 @@ def test_all_who_are_ready_may_go_in_any_order_and_no_block_loses_its_last_onlin
     spans: list[Holder], rng: random.Random
 ) -> None:
     for rank in range(3):
-        ready = [(p, t) for p, t in turns(spans, BLOCKS).items() if t.rank == rank and t.ready]
+        ready = [(p, t) for p, t in plan_moves(spans, BLOCKS).items() if t.rank == rank and t.ready]
         held, before = spans, covered(spans, online=True)
         for peer, turn in rng.sample(ready, len(ready)):
             mover = next(h for h in held if h.peer == peer)
-            assert turn.stop - turn.start == mover.stop - mover.start
-            assert not opens_gap(held, peer, (mover.start, mover.stop), (turn.start, turn.stop))
+            assert turn.blocks.size == mover.blocks.size
+            assert not opens_gap(held, peer, mover.blocks, turn.blocks)
             # while it loads it serves what both spans have
-            start, stop = max(mover.start, turn.start), min(mover.stop, turn.stop)
+            start, stop = max(mover.start, turn.blocks.start), min(mover.stop, turn.blocks.stop)
             held = [h._replace(start=start, stop=max(start, stop)) if h is mover else h for h in held]
             now = covered(held, online=True)
             assert all(n > 0 or b == 0 for n, b in zip(now, before, strict=True))
@@ -167,7 +169,7 @@ def test_all_who_are_ready_may_go_in_any_order_and_no_block_loses_its_last_onlin
 @settings(deadline=None)
 @given(swarms)
 def test_a_plan_never_leaves_more_blocks_open(spans: list[Holder]) -> None:
-    found = {peer: turn for peer, turn in turns(spans, BLOCKS).items() if turn.rank == 0}
+    found = {peer: turn for peer, turn in plan_moves(spans, BLOCKS).items() if turn.rank == 0}
     before, after = covered(spans), covered(after_all(spans, found))
     if all(h.online for h in spans) and found:
         assert after.count(0) < before.count(0)
@@ -177,7 +179,7 @@ def test_a_plan_never_leaves_more_blocks_open(spans: list[Holder]) -> None:
 @settings(deadline=None)
 @given(swarms, st.integers(0, 2**32))
 def test_everybody_sees_one_plan_whatever_the_order_of_the_records(spans: list[Holder], seed: int) -> None:
-    assert turns(random.Random(seed).sample(spans, len(spans)), BLOCKS) == turns(spans, BLOCKS)
+    assert plan_moves(random.Random(seed).sample(spans, len(spans)), BLOCKS) == plan_moves(spans, BLOCKS)
 
 
 @settings(deadline=None)
@@ -199,16 +201,16 @@ def test_moves_to_open_blocks_end(spans: list[Holder]) -> None:
 
 def test_what_a_mover_leaves_must_have_an_online_server() -> None:
     spans = [span("a", 0, 4), span("b", 0, 4), span("c", 4, 8)]
-    assert not opens_gap(spans, PeerId("a"), (0, 4), (4, 8))
-    assert opens_gap(spans, PeerId("c"), (4, 8), (0, 4))
-    assert not opens_gap(spans, PeerId("c"), (4, 8), (4, 8)), "it leaves nothing"
-    assert opens_gap([spans[0], span("b", 0, 4, online=False)], PeerId("a"), (0, 4), (4, 8))
+    assert not opens_gap(spans, PeerId("a"), Blocks(0, 4), Blocks(4, 8))
+    assert opens_gap(spans, PeerId("c"), Blocks(4, 8), Blocks(0, 4))
+    assert not opens_gap(spans, PeerId("c"), Blocks(4, 8), Blocks(4, 8)), "it leaves nothing"
+    assert opens_gap([spans[0], span("b", 0, 4, online=False)], PeerId("a"), Blocks(0, 4), Blocks(4, 8))
 
 
 @given(swarms, st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS))
 def test_the_witnesses_of_a_move_hold_what_is_left(spans: list[Holder], start: int, length: int) -> None:
-    mover, window = spans[0], (start, start + length)
-    own = mover.start, mover.stop
+    mover, window = spans[0], Blocks(start, start + length)
+    own = mover.blocks
     found = witnesses(spans, mover.peer, own, window)
     asked = [h for h in spans if h.peer in found]
     assert mover.peer not in found
@@ -219,18 +221,20 @@ def test_the_witnesses_of_a_move_hold_what_is_left(spans: list[Holder], start: i
 def test_of_two_that_chose_at_once_the_higher_id_gives_way() -> None:
     before = [span("a", 0, 4), span("b", 0, 4), span("c", 0, 4)]
     now = [span("a", 0, 4), span("b", 4, 8, online=False), span("c", 4, 8, online=False)]
-    assert gives_way(before, now, PeerId("c"), (4, 8)) == "b"
-    assert gives_way(before, now, PeerId("b"), (4, 8)) is None
-    assert gives_way(now, now, PeerId("c"), (4, 8)) is None, "it was known before"
-    assert gives_way(before, now, PeerId("c"), (0, 4)) is None, "elsewhere"
+    assert gives_way(before, now, PeerId("c"), Blocks(4, 8)) == "b"
+    assert gives_way(before, now, PeerId("b"), Blocks(4, 8)) is None
+    assert gives_way(now, now, PeerId("c"), Blocks(4, 8)) is None, "it was known before"
+    assert gives_way(before, now, PeerId("c"), Blocks(0, 4)) is None, "elsewhere"
     now[1] = span("b", 3, 7, online=False)
-    assert gives_way(before, now, PeerId("c"), (4, 8)) is None, "block 7 still needs it"
+    assert gives_way(before, now, PeerId("c"), Blocks(4, 8)) is None, "block 7 still needs it"
 
 
 def test_a_move_is_given_up_when_others_have_left() -> None:
     before = [span("a", 0, 4), span("b", 0, 4), span("c", 4, 8)]
-    assert objection(before, before, PeerId("a"), (0, 4), (4, 8)) is None
-    assert "left" in (objection(before, [before[0], before[2]], PeerId("a"), (0, 4), (4, 8)) or "")
+    assert objection(before, before, PeerId("a"), Blocks(0, 4), Blocks(4, 8)) is None
+    assert "left" in (
+        objection(before, [before[0], before[2]], PeerId("a"), Blocks(0, 4), Blocks(4, 8)) or ""
+    )
 
 
 @settings(deadline=None)

@@ -5,11 +5,11 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.blocks import coverage
 from routing.chains.load_sharing import MIN_HOLDERS, TOLL, leanings, sample, shyness
 from routing.chains.search import cheapest_chain
 from routing.names import peer_id_of
 from routing.view.records import Record
-from routing.view.view import coverage
 
 PEERS = sorted(peer_id_of(number.to_bytes(2, "big") * 16) for number in range(300))
 

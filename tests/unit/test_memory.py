@@ -10,10 +10,13 @@ from node.config import ConfigError
 from node.model.blocks.parts import PART_POSITIONS
 from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo
 from node.serving import memory
+from node.serving.memory import Precision
 from routing.names import ModelId, Revision
 from tensor_codec.limits import Limits
 
 MIB = 2**20
+PLAIN = Precision("float32")
+INT8 = Precision("float32", "int8")
 
 
 def model(blocks: int = 10) -> ModelInfo:
@@ -50,54 +53,54 @@ def test_cores_are_divided_by_the_servers_on_the_machine(monkeypatch):
 
 def test_as_many_blocks_fit_as_their_weights_caches_and_workspace_leave_room_for():
     # 2,048 cache tokens of 1 KiB make 2 MiB a block beside its 1 MiB; 80 % of the memory is used
-    room = memory.workspace_bytes(model(), "float32", 2048)
+    room = memory.workspace_bytes(model(), PLAIN, 2048)
     free = int((24 * MIB + room) / memory.MEMORY_SHARE) + 1
-    assert memory.blocks_that_fit(model(), "float32", 2048, free) == 8
-    assert memory.blocks_that_fit(model(), "float32", 2048, free - MIB) == 7
-    assert memory.blocks_that_fit(model(), "float32", 2048, 1000 * MIB) == 10
-    assert memory.blocks_that_fit(model(), "float32", 2048, 3 * MIB) == 0
+    assert memory.blocks_that_fit(model(), PLAIN, 2048, free) == 8
+    assert memory.blocks_that_fit(model(), PLAIN, 2048, free - MIB) == 7
+    assert memory.blocks_that_fit(model(), PLAIN, 2048, 1000 * MIB) == 10
+    assert memory.blocks_that_fit(model(), PLAIN, 2048, 3 * MIB) == 0
 
 
 def test_blocks_leave_room_for_the_usual_cache_and_a_small_machine_for_the_least():
     for tokens in (memory.USUAL_CACHE_TOKENS, memory.MIN_CACHE_TOKENS):
-        room = memory.workspace_bytes(model(), "float32", tokens)
+        room = memory.workspace_bytes(model(), PLAIN, tokens)
         free = int((MIB + tokens * 1024 + room) / memory.MEMORY_SHARE) + 1
-        assert memory.blocks_that_fit(model(), "float32", None, free) == 1
-    assert memory.blocks_that_fit(model(), "float32", None, 3 * MIB) == 0
+        assert memory.blocks_that_fit(model(), PLAIN, None, free) == 1
+    assert memory.blocks_that_fit(model(), PLAIN, None, 3 * MIB) == 0
 
 
 def test_in_eight_bits_more_blocks_fit_and_the_cache_is_as_large_as_before():
     info, free = model(40), 40 * MIB
-    plain = memory.blocks_that_fit(info, "float32", 2048, free)
-    packed = memory.blocks_that_fit(info, "float32", 2048, free, "int8")
+    plain = memory.blocks_that_fit(info, PLAIN, 2048, free)
+    packed = memory.blocks_that_fit(info, INT8, 2048, free)
     assert packed > plain > 0
     # a quarter of the weights and four bytes for each of 1,024 rows
-    assert memory.memory_of(info, 4, "float32", 2048, quantize="int8").weights == 4 * (MIB // 4 + 4096)
-    assert memory.memory_of(info, 4, "float32", 2048, quantize="int8").cache == 8 * MIB
-    assert memory.memory_of(info, 4, "bfloat16", 2048, activations="float32").cache == 8 * MIB
-    assert memory.memory_of(info, 4, "bfloat16", 2048).cache == 4 * MIB
+    assert memory.memory_of(info, 4, INT8, 2048).weights == 4 * (MIB // 4 + 4096)
+    assert memory.memory_of(info, 4, INT8, 2048).cache == 8 * MIB
+    assert memory.memory_of(info, 4, Precision("bfloat16", activations="float32"), 2048).cache == 8 * MIB
+    assert memory.memory_of(info, 4, Precision("bfloat16"), 2048).cache == 4 * MIB
 
 
 def test_a_span_that_does_not_fit_says_how_many_blocks_would():
-    room = memory.workspace_bytes(model(), "float32", 2048)
+    room = memory.workspace_bytes(model(), PLAIN, 2048)
     free = room + 12 * MIB
     with pytest.raises(ConfigError, match=r"10 blocks of m as float32 .* 2 blocks would fit"):
-        memory.check_fits(model(), 10, "float32", 2048, int((8 * MIB + room) / memory.MEMORY_SHARE))
+        memory.check_fits(model(), 10, PLAIN, 2048, int((8 * MIB + room) / memory.MEMORY_SHARE))
     with pytest.raises(ConfigError, match=r"10 blocks of m as int8 "):
-        memory.check_fits(model(), 10, "float32", 2048, free, "int8")
-    assert memory.check_fits(model(), 4, "float32", 2048, free) == free
+        memory.check_fits(model(), 10, INT8, 2048, free)
+    assert memory.check_fits(model(), 4, PLAIN, 2048, free) == free
 
 
 def test_cache_tokens_follow_the_memory_that_the_weights_leave_between_two_bounds():
     # 10 KiB a token; a quarter of what is left, but the usual number where that fits
-    room = memory.workspace_bytes(model(), "float32", memory.USUAL_CACHE_TOKENS)
+    room = memory.workspace_bytes(model(), PLAIN, memory.USUAL_CACHE_TOKENS)
     weights = 10 * MIB
 
     def fits(left: int, device: str = "cpu") -> int:
         free = int((left + weights + room) / memory.MEMORY_SHARE) + 1
-        return memory.cache_tokens_that_fit(model(), 10, "float32", free, device=device)
+        return memory.cache_tokens_that_fit(model(), 10, PLAIN, free, device=device)
 
-    assert memory.cache_tokens_that_fit(model(), 10, "float32", 0) == memory.MIN_CACHE_TOKENS
+    assert memory.cache_tokens_that_fit(model(), 10, PLAIN, 0) == memory.MIN_CACHE_TOKENS
     assert fits(50 * MIB) == 5120
     assert fits(200 * MIB) == memory.USUAL_CACHE_TOKENS
     assert fits(400 * MIB) == 10_240
@@ -108,22 +111,22 @@ def test_cache_tokens_follow_the_memory_that_the_weights_leave_between_two_bound
 def test_on_a_large_machine_the_cache_is_as_large_as_makes_a_whole_session_a_peer_s_share():
     for positions, tokens in ((16_384, 65_536), (131_072, 524_288)):
         info = replace(model(), max_position=positions)
-        assert memory.cache_tokens_that_fit(info, 10, "float32", 10**12) == tokens
+        assert memory.cache_tokens_that_fit(info, 10, PLAIN, 10**12) == tokens
     unbounded = replace(model(), max_position=UNBOUNDED_POSITIONS)
-    assert memory.cache_tokens_that_fit(unbounded, 10, "float32", 10**12) == memory.MAX_CACHE_TOKENS
+    assert memory.cache_tokens_that_fit(unbounded, 10, PLAIN, 10**12) == memory.MAX_CACHE_TOKENS
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 60])
 @pytest.mark.parametrize("free", [2 * 10**9, 3 * 10**9, 10**11])
 def test_a_cache_for_long_sessions_leaves_room_for_their_scores_and_for_the_journal(free, blocks):
     info = replace(model(60), max_position=131_072, hidden_size=1024)
-    tokens = memory.cache_tokens_that_fit(info, blocks, "float32", free)
-    bound = memory.memory_of(info, blocks, "float32", tokens)
+    tokens = memory.cache_tokens_that_fit(info, blocks, PLAIN, free)
+    bound = memory.memory_of(info, blocks, PLAIN, tokens)
     assert tokens >= memory.USUAL_CACHE_TOKENS
-    assert bound.needed == memory.check_fits(info, blocks, "float32", tokens, free)
+    assert bound.needed == memory.check_fits(info, blocks, PLAIN, tokens, free)
     assert bound.needed + bound.journal <= memory.MEMORY_SHARE * free
     if blocks == 1 and free < 10**10:  # what ends it here is the scores, not the cache's own share
-        more = memory.memory_of(info, blocks, "float32", tokens + 1)
+        more = memory.memory_of(info, blocks, PLAIN, tokens + 1)
         assert more.needed + more.journal > memory.MEMORY_SHARE * free
 
 
@@ -137,37 +140,37 @@ def test_a_journal_beside_a_gpu_follows_the_memory_of_the_host():
 
 def test_requests_that_are_longer_than_usual_have_room_for_their_scores():
     info = replace(model(), max_position=131_072)
-    usual = memory.workspace_bytes(info, "float32", 2048)
-    assert memory.workspace_bytes(info, "float32", 2048, step_tokens=2048) == usual
+    usual = memory.workspace_bytes(info, PLAIN, 2048)
+    assert memory.workspace_bytes(info, PLAIN, 2048, step_tokens=2048) == usual
     training = 8192 * memory.TRAINED_VALUES * 64 * 4
-    assert memory.workspace_bytes(info, "float32", 2048, step_tokens=8192) == training + 8192 * 8192 * 4
+    assert memory.workspace_bytes(info, PLAIN, 2048, step_tokens=8192) == training + 8192 * 8192 * 4
 
 
 @pytest.mark.parametrize("free", [10**8, 3 * 10**8, 10**9, 10**10])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
 def test_what_is_chosen_fits(free, device, quantize):
-    info = model(60)
-    blocks = memory.blocks_that_fit(info, "float32", None, free, quantize)
-    tokens = memory.cache_tokens_that_fit(info, blocks, "float32", free, quantize, device=device)
+    info, precision = model(60), Precision("float32", quantize)
+    blocks = memory.blocks_that_fit(info, precision, None, free)
+    tokens = memory.cache_tokens_that_fit(info, blocks, precision, free, device)
     assert blocks > 0
     assert tokens >= memory.MIN_CACHE_TOKENS
-    assert memory.check_fits(info, blocks, "float32", tokens, free, quantize) <= free
+    assert memory.check_fits(info, blocks, precision, tokens, free) <= free
 
 
 def test_the_workspace_holds_the_largest_of_what_is_done_one_after_the_other():
     info = replace(model(), max_position=4096)
     trained = PART_POSITIONS * memory.TRAINED_VALUES * 64
-    assert memory.workspace_bytes(info, "float32", 2048) == 4 * trained
-    assert memory.workspace_bytes(info, "bfloat16", 2048) == 2 * trained
+    assert memory.workspace_bytes(info, PLAIN, 2048) == 4 * trained
+    assert memory.workspace_bytes(info, Precision("bfloat16"), 2048) == 2 * trained
     copied, scores = 1024 * 100_000, 256 * 4096 * 1 * 4
     answers = 256 * (1024 + 4 * 64) * 4
-    assert memory.workspace_bytes(info, "float32", 100_000) == copied + scores + answers
+    assert memory.workspace_bytes(info, PLAIN, 100_000) == copied + scores + answers
     large = replace(info, block_values=(10**8,) * 10)
-    assert memory.workspace_bytes(large, "float32", 2048, "int8") == 4 * 10**8  # while it is quantised
-    assert memory.workspace_bytes(large, "float32", 2048) < 10**8
+    assert memory.workspace_bytes(large, INT8, 2048) == 4 * 10**8  # while it is quantised
+    assert memory.workspace_bytes(large, PLAIN, 2048) < 10**8
     prepared = replace(large, quantize="int8")
-    assert memory.workspace_bytes(prepared, "float32", 2048, "int8") < 10**8
+    assert memory.workspace_bytes(prepared, INT8, 2048) < 10**8
 
 
 def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
@@ -175,18 +178,18 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
         Limits(), max_connections=10, max_unread_bytes_per_connection=MIB, max_compute_streams=3,
         max_frame_bytes=2 * MIB,
     )  # fmt: skip
-    bound = memory.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB)
-    room = memory.workspace_bytes(model(), "float32", 2048)
+    bound = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB)
+    room = memory.workspace_bytes(model(), PLAIN, 2048)
     assert (bound.weights, bound.cache, bound.workspace) == (4 * MIB, 8 * MIB, room)
     assert bound.network == 10 * MIB + 3 * 2 * MIB
-    assert bound.needed == memory.check_fits(model(), 4, "float32", 2048, 10**9)
+    assert bound.needed == memory.check_fits(model(), 4, PLAIN, 2048, 10**9)
     journal = 2048 * model().hidden_size * 4
     assert bound.journal == journal
     assert bound.resident_bound == (400 + 16 + 256 + 4 + 8) * MIB + room + journal
-    on_gpu = memory.memory_of(model(), 4, "float32", 2048, limits=limits, process=400 * MIB, device="cuda")
+    on_gpu = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB, device="cuda")
     assert on_gpu.needed == bound.needed
     assert on_gpu.resident_bound == (400 + 16 + 256) * MIB + journal
-    none = memory.memory_of(model(), 4, "float32", 2048, journal_tokens=0)
+    none = memory.memory_of(model(), 4, PLAIN, 2048, journal_tokens=0)
     assert none.journal == 0
 
 

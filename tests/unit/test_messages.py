@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensor_codec.blocks import MAX_BLOCKS, Blocks
 from tensor_codec.errors import (
     REFUSALS,
     BadResult,
@@ -27,7 +28,7 @@ from tensor_codec.errors import (
     WrongRevision,
 )
 from tensor_codec.header import pack_header
-from tensor_codec.messages.contract import CODEC_BYTES, MAX_BLOCKS, MAX_HOPS, MAX_TOKENS, Contract, StepRange
+from tensor_codec.messages.contract import CODEC_BYTES, MAX_HOPS, MAX_TOKENS, Contract, StepRange
 from tensor_codec.messages.fields import FAULTS, Failed, encode_failed, read_message
 from tensor_codec.messages.forward_backward import (
     Backward,
@@ -67,13 +68,15 @@ from tensor_codec.messages.session import (
     encode_where,
     read_step,
 )
+from tensor_codec.span_spec import SpanSpec
 
 ID = bytes(range(16))
 CONTRACT = Contract(
     session=ID, start=2, stop=5, batch=2, max_length=10, hidden=4, codec="fp32", max_step_tokens=12
 )
 ROW = 2 * 4 * 4  # bytes of one position
-OPEN = Open(ID, "m", "r", 2, 5, 2, 10, "float32", "fp32")
+SPEC = SpanSpec("m", "r", Blocks(2, 5), "float32")
+OPEN = Open(ID, SPEC, 2, 10, "fp32")
 
 
 def joined(parts) -> bytes:
@@ -104,7 +107,7 @@ def open_frame(body: bytes = b"", /, **changes) -> bytes:
     return header_of(fields, changes) + body
 
 
-RUN = Run("m", "r", 2, 5, 2, "float32", "fp32")
+RUN = Run(SPEC, 2, "fp32")
 REQUEST_TOKENS = 12  # batch * tokens of one request
 ASKED = replace(CONTRACT, session=b"", max_length=3)  # of a request of three positions
 
@@ -195,17 +198,18 @@ def opens(draw):
     start = draw(st.integers(0, MAX_BLOCKS - 1))
     return Open(
         session=draw(st.binary(min_size=16, max_size=16)),
-        model=draw(names),
-        revision=draw(names),
-        start=start,
-        stop=draw(st.integers(start + 1, MAX_BLOCKS)),
+        spec=SpanSpec(
+            model=draw(names),
+            revision=draw(names),
+            blocks=Blocks(start, draw(st.integers(start + 1, MAX_BLOCKS))),
+            dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+            adapter=draw(st.none() | names),
+        ),
         batch=draw(st.integers(1, MAX_TOKENS)),
         max_length=draw(st.integers(1, MAX_TOKENS)),
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         codec=draw(st.sampled_from(sorted(CODEC_BYTES))),
         predecessor=draw(st.none() | names),
         successor=draw(st.none() | names),
-        adapter=draw(st.none() | names),
     )
 
 
@@ -246,7 +250,7 @@ def test_a_failure_comes_back_as_it_was(code, text, retry, step, peer):
 
 @given(opens(), st.integers(1, 6), st.booleans(), st.data())
 def test_a_stateless_request_comes_back_as_it_was(like, tokens, backward, data):
-    run = Run(like.model, like.revision, like.start, like.stop, 2, like.dtype, like.codec, like.adapter)
+    run = Run(like.spec, 2, like.codec)
     size = tokens * 2 * 4 * CODEC_BYTES[run.codec]
     hidden, grad = (data.draw(st.binary(min_size=size, max_size=size)) for _ in range(2))
     message = Backward(run, hidden, grad) if backward else Forward(run, hidden)
@@ -254,7 +258,7 @@ def test_a_stateless_request_comes_back_as_it_was(like, tokens, backward, data):
     assert type(found) is type(message)
     assert (found.run, bytes(found.hidden)) == (run, hidden)
     assert not backward or bytes(found.grad) == grad
-    assert (contract.start, contract.stop, contract.batch) == (run.start, run.stop, 2)
+    assert (contract.start, contract.stop, contract.batch) == (*run.spec.blocks, 2)
     assert (contract.max_length, contract.hidden, contract.codec) == (tokens, 4, run.codec)
 
 

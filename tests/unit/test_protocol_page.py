@@ -24,13 +24,15 @@ from routing.chains.hops import NoChain
 from routing.view import records
 from routing.view.records import Record, RecordError, sign_record, verify_record
 from tensor_codec import errors
+from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import codec_for
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
 from tensor_codec.messages import fields, forward_backward, session
-from tensor_codec.messages.contract import CODEC_BYTES, DTYPES, REPLIES, Contract
+from tensor_codec.messages.contract import CODEC_BYTES, REPLIES, Contract
 from tensor_codec.messages.fields import FAULTS
+from tensor_codec.span_spec import DTYPES, SpanSpec
 from tests.markdown import page, section, table, words
 
 PAGE = page("docs/protocol.md")
@@ -41,9 +43,10 @@ LIMITS = Limits()
 
 CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
 ROW = bytes(CONTRACT.row_bytes)
-RUN = forward_backward.Run("m", "r", 0, 2, 1, "float32", "fp32", "a")
+SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
+RUN = forward_backward.Run(SPEC, 1, "fp32")
 STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
-OPEN = session.Open(bytes(16), "m", "r", 0, 2, 1, 64, "float32", "fp32", "p", "s", "a", True, 1, True)
+OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def test_the_codecs_and_dtypes_of_the_page_are_the_code_s():
     rows = table(PAGE, "**Bodies.**")
     assert {row[0]: int(row[1].split()[0]) for row in rows} == CODEC_BYTES
     keys = {row[0]: row for row in table(PAGE, "**`open`** is")}
-    assert set(words(keys["dtype"][1])) == DTYPES
+    assert set(words(keys["dtype"][1])) == set(DTYPES)
     assert set(words(keys["codec"][1])) == CODEC_BYTES.keys()
     assert codec_for(frozenset({"bfloat16"})) == "bf16"
     assert {codec_for(frozenset({"bfloat16", other})) for other in ("float32", "float16")} == {"fp32"}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from routing.blocks import Blocks, coverage
 from routing.names import PeerId, peer_id_of
 from routing.placement.cover_gaps import opens_gap
 from routing.placement.rebalance import (
@@ -27,7 +28,6 @@ from routing.placement.rebalance import (
 )
 from routing.placement.throughput import Holder, bound, capacity, ends, reach
 from routing.view.records import Record
-from routing.view.view import coverage
 
 
 def span(number, start, stop, seconds=0.01, blocks=12):
@@ -166,14 +166,14 @@ def test_no_block_loses_its_last_online_holder_in_whatever_order_the_moves_are_m
     held = swarm_of(seed)
     found = moves(held, 20)
     for move in found:
-        own = next((h.start, h.stop) for h in held if h.peer == move.peer)
-        assert not opens_gap(held, move.peer, own, (move.start, move.stop))
+        own = next(h.blocks for h in held if h.peer == move.peer)
+        assert not opens_gap(held, move.peer, own, move.blocks)
     at_once = [move for move in found if move.rank == 0]
     assert len({move.peer for move in at_once}) == len(at_once)
     now = held
     for move in rng.sample(at_once, len(at_once)):
-        own = next((h.start, h.stop) for h in now if h.peer == move.peer)
-        assert not opens_gap(now, move.peer, own, (move.start, move.stop))
+        own = next(h.blocks for h in now if h.peer == move.peer)
+        assert not opens_gap(now, move.peer, own, move.blocks)
         kept = max(own[0], move.start), min(own[1], move.stop)  # is served on while the rest is loaded
         now = [h._replace(start=kept[0], stop=max(kept)) if h.peer == move.peer else h for h in now]
 
@@ -302,5 +302,5 @@ def test_a_server_that_is_about_to_move_counts_where_it_goes_and_nobody_relies_o
     held = {holder.peer: holder for holder in holders([stays, goes])}
     assert held[goes.peer] == Holder(goes.peer, 2, 8, pytest.approx(100.0), False)
     assert held[stays.peer].online
-    assert opens_gap(held.values(), stays.peer, (0, 6), (6, 12))
+    assert opens_gap(held.values(), stays.peer, Blocks(0, 6), Blocks(6, 12))
     assert choose_blocks([goes], 12, 2) == (0, 2)

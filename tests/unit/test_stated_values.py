@@ -170,7 +170,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "the next one N ms after the last, or as soon as one fails, at most N at once",
         (dialling.STAGGER_SECONDS * 1000, dialling.TRIED_AT_ONCE),
     ),
-    (OPERATING, "each further one waits N s longer", (balancer.TURN_SECONDS,)),
+    (OPERATING, "each further one waits N s longer", (balancer.RANK_SECONDS,)),
     (OPERATING, "It looks every N s on average", (BALANCE.seconds,)),
     (OPERATING, "the swarm does N of what its servers could do at best", (BALANCE.quality,)),
     (OPERATING, "`--min-replicas` \\(N\\)", (BALANCE.min_replicas,)),

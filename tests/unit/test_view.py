@@ -17,9 +17,7 @@ from routing.view.view import (
     Arrival,
     SwarmView,
     believed_rates,
-    coverage,
     expire,
-    holes,
     likely_adjacent,
     merge,
 )
@@ -256,22 +254,6 @@ def test_spans_are_the_online_servers_of_one_model_revision():
     assert {s.peer for s in view.spans("r", 30, ONLINE_SOON)} == {PEERS[0], PEERS[1], PEERS[4]}
     assert set(view.models()) == {("m", "r", 30), ("m", "r", 12), ("m", "other", 30), ("other", "r", 30)}
     assert len(view.records()) == 7
-
-
-def test_coverage_counts_the_peers_of_each_block_and_holes_names_the_rest():
-    spans = [span(0, 0, 2), span(1, 1, 4), span(2, 6, 7)]
-    assert coverage(spans, 8) == (1, 2, 1, 1, 0, 0, 1, 0)
-    parts = [(s.start, s.stop) for s in spans]
-    assert holes(parts, 0, 8) == ((4, 6), (7, 8))
-    assert holes(parts, 1, 4) == ()
-    assert holes([], 3, 5) == ((3, 5),)
-
-
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda p: p[0] < p[1]), max_size=6))
-def test_holes_are_exactly_the_blocks_that_nobody_covers(parts):
-    spans = [span(n, *part) for n, part in enumerate(parts)]
-    bare = {block for start, stop in holes(parts, 0, 12) for block in range(start, stop)}
-    assert bare == {block for block, count in enumerate(coverage(spans, 12)) if count == 0}
 
 
 def test_a_claimed_rate_is_believed_up_to_four_times_the_median_until_it_is_measured():

@@ -12,7 +12,8 @@ from node.model.checkpoint.architecture import architecture_of
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.packed import packing_of, values_of
 from routing.names import ModelId, Revision
-from routing.view.records import MAX_BLOCKS
+from tensor_codec.blocks import MAX_BLOCKS
+from tensor_codec.span_spec import QUANTIZE
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -23,7 +24,6 @@ _MAX_POSITION = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 UNSAID_POSITIONS = 2048  # where a config names no length, and its positions have an end
 UNBOUNDED_POSITIONS = 1 << 24  # alibi has no end, only the caches have; as many as a message can name
 
-QUANTIZATIONS = ("none", "int8", "nf4")
 SCALE_SUFFIX = "_scale"  # of the name of the tensor that has the scales of an int8 matrix
 TRANSPOSED = ("gpt2",)  # keep their matrices as [in, out] (transformers' Conv1D), unless they are prepared
 _GATES = ("gate", "router")  # choose experts: small, and what they decide is not a matter of a little more
@@ -59,8 +59,8 @@ class ModelInfo:
         """Bytes of the largest block's weights.  dtype: of what is not quantised."""
         item = _item_bytes(dtype)
         kept = self.quantize if quantize == "none" else quantize
-        if kept not in QUANTIZATIONS:
-            raise ConfigError(f"quantization {kept!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if kept not in QUANTIZE:
+            raise ConfigError(f"quantization {kept!r} is not one of {', '.join(QUANTIZE)}")
         if kept == "none" or not self.matrix_values:
             return max(self.block_values) * item
         return max(

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from node.config import ConfigError
-from node.model.checkpoint.info import QUANTIZATIONS, SCALE_SUFFIX, is_matrix
+from node.model.checkpoint.info import SCALE_SUFFIX, is_matrix
 from node.model.checkpoint.progress import Progress, silent
+from tensor_codec.span_spec import QUANTIZE
 
 log = logging.getLogger("raceme")
 
@@ -403,8 +404,8 @@ def packing_for(quantize: str, dtype: torch.dtype, device: str, *, bfloat16: boo
     A CPU without bfloat16 arithmetic that is worth using keeps the weights in it and computes in
     float32, and none has float16 arithmetic that is.
     """
-    if quantize not in QUANTIZATIONS:
-        raise ConfigError(f"quantization {quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
+    if quantize not in QUANTIZE:
+        raise ConfigError(f"quantization {quantize!r} is not one of {', '.join(QUANTIZE)}")
     if quantize != "none" and device not in ("cpu", "cuda"):
         raise ConfigError(f"{quantize} works on cpu and cuda, not on {device}")
     if device != "cpu":

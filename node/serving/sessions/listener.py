@@ -24,6 +24,7 @@ from node.serving.sessions.inbox import Inbox
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.state import ServerSession
 from node.serving.sessions.worker import HopWorker, tell
+from node.serving.span_admission import LEAVING, SpanAdmission
 from routing.names import PeerId
 from tensor_codec.errors import (
     Draining,
@@ -32,7 +33,6 @@ from tensor_codec.errors import (
     Refused,
     RemoteProtocolError,
     TooManyStreams,
-    WrongRevision,
 )
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
@@ -50,28 +50,6 @@ from tensor_codec.messages.session import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What this node offers: a session must ask for exactly this, or for a part of its blocks.
-
-    dtype: what the span computes in, by name.  hidden_size, max_position: of the model.
-    can_cut: whether caches can go back to an earlier position.
-    """
-
-    model: str
-    revision: str
-    start: int
-    stop: int
-    dtype: str
-    hidden_size: int
-    max_position: int
-    can_cut: bool = True
-
-    def has(self, start: int, stop: int) -> bool:
-        """Whether the blocks [start, stop) are all served."""
-        return self.start <= start < stop <= self.stop
-
-
 @dataclass(slots=True, eq=False)
 class _Place:
     """Whose a session is, from when it waits for room on.  epoch: when it was opened."""
@@ -85,12 +63,12 @@ class _Place:
 class Listener:
     """Serves sessions over one span.
 
-    served: what is offered.  arena: where caches are; budget: who may have how much of it.
+    admission: of what is served.  pool: where caches are; budget: who may have how much of it.
     open_stream: to a peer of our view, for pushing.  faults: of peers, counted.
     journal_tokens: how many tokens of outputs are kept for replays; None: as many as the caches hold.
     """
 
-    served: Served
+    admission: SpanAdmission
     engine: Engine
     pool: PagePool
     budget: CacheBudget
@@ -98,7 +76,6 @@ class Listener:
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
     journal_tokens: int | None = None
-    draining: bool = False
     _sessions: dict[bytes, HopSession] = field(default_factory=dict)
     _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those that wait for room too
     _links: PushLinks = field(init=False)
@@ -179,15 +156,15 @@ class Listener:
 
         They are told, and served until they have moved, were silent for a while, or time is up.
         """
-        self.draining = True
+        self.admission.drain()
         await self._hand_over(lambda: list(self._sessions.values()))
 
     async def hand_over_others(self) -> None:
         """Let the clients whose sessions use blocks that are served no longer move elsewhere.  As `drain`."""
 
         def others() -> list[HopSession]:
-            held = self._sessions.values()
-            return [hop for hop in held if not self.served.has(hop.contract.start, hop.contract.stop)]
+            served = self.admission.spec.blocks
+            return [hop for hop in self._sessions.values() if not served.contains(hop.opened.spec.blocks)]
 
         await self._hand_over(others)
 
@@ -232,25 +209,25 @@ class Listener:
     @contextmanager
     def _place(self, stream: FrameStream, opened: Open) -> Iterator[HopSession]:
         """A session that was admitted, until it ends.  Raises Refused, MessageError."""
+        hidden = self.admission.spec.hidden
         contract = Contract(
             session=opened.session,
-            start=opened.start,
-            stop=opened.stop,
+            start=opened.spec.blocks.start,
+            stop=opened.spec.blocks.stop,
             batch=opened.batch,
             max_length=opened.max_length,
-            hidden=self.served.hidden_size,
+            hidden=hidden,
             codec=opened.codec,
-            max_step_tokens=self.limits.step_tokens(self.served.hidden_size * CODEC_BYTES[opened.codec]),
+            max_step_tokens=self.limits.step_tokens(hidden * CODEC_BYTES[opened.codec]),
         )
         cache = self.pool.open(opened.batch, opened.max_length)
         try:
-            if self.draining or not self.served.has(opened.start, opened.stop):
-                raise _draining()  # since it was checked it may have waited
+            self._check_still_served(opened)  # it may have waited since it was checked
             hop = HopSession(
                 opened=opened,
                 contract=contract,
                 stream=stream,
-                state=ServerSession(opened.max_length, can_cut=self.served.can_cut),
+                state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
                 kept_codec=opened.codec,
                 outlet=Outlet(self._links, self.limits.session_idle_seconds),
@@ -271,28 +248,14 @@ class Listener:
 
     def _check(self, peer: PeerId, opened: Open) -> None:
         """Whether we serve what is asked for.  Raises Refused, MessageError."""
-        served = self.served
-        if self.draining:
-            raise _draining()
+        served = self.admission.spec
+        self.admission.check_open()
         if opened.session in self._places:
             raise MessageError("a session with this id is open already")
-        if opened.revision != served.revision:
-            raise WrongRevision(
-                f"revision {opened.revision} of {opened.model} was asked for,"
-                f" {served.revision} of {served.model} is served here"
-            )
-        if opened.dtype != served.dtype:
-            raise WrongRevision(f"dtype {opened.dtype} was asked for, {served.dtype} is served here")
-        if not served.has(opened.start, opened.stop):
-            raise WrongRevision(
-                f"blocks {opened.start}:{opened.stop} were asked for,"
-                f" {served.start}:{served.stop} are served here"
-            )
-        if opened.adapter is not None:
-            raise WrongRevision(f"adapter {opened.adapter} was asked for, none is served here")
+        self.admission.admits(opened.spec)
         if opened.max_length > served.max_position:
             raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
-        position = opened.batch * served.hidden_size * CODEC_BYTES[opened.codec]
+        position = opened.batch * served.hidden * CODEC_BYTES[opened.codec]
         if not self.limits.step_tokens(position):
             raise Refused(
                 f"one position of {opened.batch} rows takes {position} bytes, a frame of"
@@ -302,21 +265,23 @@ class Listener:
         if mine >= self.limits.max_sessions_per_peer:
             raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)
 
+    def _check_still_served(self, opened: Open) -> None:
+        """Raise Draining where the session's blocks are served no longer, or not for long."""
+        self.admission.check_open()
+        if not self.admission.spec.blocks.contains(opened.spec.blocks):
+            raise Draining(LEAVING)
+
     async def _run(self, hop: HopSession) -> None:
         """Answer Open, then serve until the client, a deadline, a fault or the drain ends it."""
         worker = self._worker(hop)
         try:
             push = await worker.lead_to_successor()
-            await hop.stream.send(encode_opened(Opened(push, self.served.can_cut, self.engine.queue)))
+            await hop.stream.send(encode_opened(Opened(push, hop.state.can_cut, self.engine.queue)))
             await worker.run()
         finally:
             hop.inbox.close()
             await hop.outlet.aclose()
 
 
-def _draining() -> Draining:
-    return Draining("this node is leaving the swarm")
-
-
 def _leaving() -> PeerGone:
-    return PeerGone("this node is leaving the swarm")
+    return PeerGone(LEAVING)
