@@ -32,6 +32,7 @@ import node.main
 import node.monitor.watch
 from client.generation.generate import Token
 from client.session.trace import Trace
+from node.config import NetworkConfig, NodeConfig
 from node.runtime.console import OutputError, OutputText
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
@@ -44,6 +45,7 @@ JOIN = ("--peers", f"/ip4/127.0.0.1/tcp/9/p2p/{PEER}")
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\r\b\u202egnp.\u2066"
 HARMLESS = r"\x1b[2J\x1b]0;title\x07\x9b31m\r\x08\u202egnp.\u2066"
+CTRL_C = 130  # the code of a command that Ctrl-C ended
 FULL = "error: cannot write to standard output: No space left on device"
 
 
@@ -118,7 +120,7 @@ class CommandLine:
         assert {signum: signal.getsignal(signum) for signum in before} == before
         done = Run(code, text_of(streams["stdout"]), text_of(streams["stderr"]))
         assert "Traceback" not in done.err
-        assert len(done.errors) == (code != 0), done.err
+        assert len(done.errors) == (code not in (0, CTRL_C)), done.err
         return done
 
 
@@ -422,19 +424,46 @@ def test_a_route_is_one_line_a_hop_whatever_a_server_calls_itself(
     [
         (NoChain([(0, 6)], 6, alone=True, instead=["a\nmodel"]), 3),
         (OSError(24, "Too many open files", "/some/file"), 2),
-        (KeyboardInterrupt(), 130),
+        (KeyboardInterrupt(), CTRL_C),
     ],
 )
 def test_every_end_has_its_code(
     command_line: CommandLine, serve: Callable[..., FakeSwarm], error: BaseException, code: int
 ):
     serve("a", error=error)
-    if code == 130:
-        with pytest.raises(AssertionError):  # nothing is said
-            command_line.run(client.__main__, *GENERATE, "--wait", "0", "x")
-        return
     done = command_line.run(client.__main__, *GENERATE, "--wait", "0", "x")
     assert done.code == code
+
+
+@pytest.mark.parametrize(
+    "words", [("--blocks", "0:2"), ("bootstrap",), ("status", *JOIN)], ids=lambda words: words[0]
+)
+def test_ctrl_c_ends_each_command_of_a_node_with_130_and_nothing_said(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+):
+    async def interrupted(*config: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("node.main.serve", "node.main.run_bootstrap", "node.monitor.status.show_status"):
+        monkeypatch.setattr(name, interrupted)
+    done = command_line.run(node.__main__, *words)
+    assert (done.code, done.out, done.err) == (CTRL_C, "", "")
+
+
+@pytest.mark.parametrize("words", [(), ("bootstrap",)], ids=["serve", "bootstrap"])
+def test_a_record_is_repeated_three_times_in_its_ttl(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+):
+    started: list[NetworkConfig] = []
+
+    async def start(config: NodeConfig | NetworkConfig) -> None:
+        started.append(config.network if isinstance(config, NodeConfig) else config)
+
+    for name in ("node.main.serve", "node.main.run_bootstrap"):
+        monkeypatch.setattr(name, start)
+    command_line.run(node.__main__, *words, "--record-ttl", "12")
+    (config,) = started
+    assert (config.limits.record_ttl_seconds, config.limits.announce_seconds) == (12, 4)
 
 
 # status

@@ -119,6 +119,16 @@ def test_servers_are_counted_by_state_and_shown_with_their_queue():
     assert ["…b", "joining", "3:6", "?"] in shown
 
 
+def test_rates_and_round_trips_are_in_the_units_of_their_names():
+    served = replace(span("a", 2, 5, 0.01), prefill_seconds_per_token=0.001)  # of one block
+    (peer,) = describe(view_of(served), {PeerId("a"): 0.0125})["peers"]
+    assert peer["prefill_tokens_per_s"] == 333.3  # through its three blocks
+    assert peer["decode_ms_per_block"] == 10
+    assert peer["rtt_ms"] == 12.5
+    (unmeasured,) = describe(view_of(span("a", 2, 5)), {})["peers"]
+    assert (unmeasured["prefill_tokens_per_s"], unmeasured["rtt_ms"]) == (0, None)
+
+
 def test_a_move_is_counted_when_it_has_been_made():
     changes, one = Changes(), span("a", 0, 3)
     changes.look([one], 0)
