@@ -150,9 +150,9 @@ class JournalBudget:
         self, journal: Journal, position: int, tokens: int, body: Buffer, rope_length: int = 0
     ) -> None:
         """See `Journal.append`; makes room elsewhere where there is none."""
-        before = journal.tokens
+        before = journal.stop - journal.start
         journal.append(position, tokens, body, rope_length)
-        self._held += journal.tokens - before
+        self._held += (journal.stop - journal.start - before) * journal.batch
         while self._held > self.tokens:
             loose = (one for one in self._journals.values() if not one.pinned)
             longest = max(loose, key=lambda one: one.tokens, default=None)

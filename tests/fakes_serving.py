@@ -27,6 +27,7 @@ from node.model.blocks.rope import LengthRope
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
+from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Listener
 from node.serving.span_admission import SpanAdmission
 from routing.chains.alternatives import Constraints
@@ -526,7 +527,7 @@ class World:
                 if stream.protocol == SESSION_PROTOCOL:
                     await node.listener.serve_session(stream)
                 else:
-                    await node.listener.serve_push(stream)
+                    await serve_push(node.listener, stream)
                 await stream.aclose()
         except PeerFault as fault:
             node.listener.faults.add(stream.peer, fault)
@@ -612,6 +613,12 @@ class _FirstAlong:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.routes, name)
+
+
+async def serve_push(listener: Listener, stream: FrameStream) -> None:
+    """Give each frame of a push stream to a listener, as a node's StreamDispatch does.  Raises PeerFault."""
+    while (frame := await stream.receive()) is not None:
+        await listener.take_push(frame, stream.peer)
 
 
 async def until(condition: Callable[[], bool]) -> None:

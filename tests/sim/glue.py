@@ -29,7 +29,7 @@ from tensor_codec.errors import CacheFull, PeerFault, Refused, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import SESSION_PROTOCOL
 from tensor_codec.span_spec import SpanSpec
-from tests.fakes_serving import HIDDEN, FakeArena, FakeEmbedAndHead, FakeSpan
+from tests.fakes_serving import HIDDEN, FakeArena, FakeEmbedAndHead, FakeSpan, serve_push
 
 MODEL, REVISION, DTYPE = ModelId("m"), Revision("r"), "float32"
 MAX_POSITION = 4096
@@ -68,7 +68,7 @@ async def serve(listener: Listener, protocol: str, stream: FramedStream) -> None
     if protocol == SESSION_PROTOCOL:
         await listener.serve_session(stream)
     else:
-        await listener.serve_push(stream)
+        await serve_push(listener, stream)
 
 
 def left_over(listener: Listener) -> list[str]:

@@ -280,7 +280,7 @@ def failing_with(error: Exception) -> Callable[[], mock._patch]:
 
 def crashing() -> mock._patch:
     """A server with a bug of its own."""
-    return mock.patch.object(HopWorker, "_make_room", side_effect=ZeroDivisionError)
+    return mock.patch.object(HopWorker, "_allocate", side_effect=ZeroDivisionError)
 
 
 def gone(peer: str | None) -> PeerGone:

@@ -89,8 +89,7 @@ def test_ready_decode_steps_of_all_sessions_run_in_one_batch_whatever_blocks_eac
 
 def test_segments_name_the_pieces_that_are_active_in_each_run_of_blocks():
     spans = [(0, 6), (2, 4), (4, 9), (20, 21)]
-    pieces = [Piece(job(blocks=span), 0, 1) for span in spans]
-    assert segments(pieces) == [
+    assert segments([job(blocks=span) for span in spans]) == [
         (0, 2, (0,)),
         (2, 4, (0, 1)),
         (4, 6, (0, 2)),
@@ -102,16 +101,16 @@ def test_segments_name_the_pieces_that_are_active_in_each_run_of_blocks():
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), max_size=6))
 def test_segments_give_every_piece_each_of_its_blocks_once_and_in_order(spans: list[tuple[int, int]]):
-    pieces = [Piece(job(blocks=(start, start + length)), 0, 1) for start, length in spans]
-    seen: list[list[int]] = [[] for _ in pieces]
+    jobs = [job(blocks=(start, start + length)) for start, length in spans]
+    seen: list[list[int]] = [[] for _ in jobs]
     last = 0
-    for start, stop, active in segments(pieces):
+    for start, stop, active in segments(jobs):
         assert last <= start < stop
         assert active
         last = stop
         for index in active:
             seen[index] += range(start, stop)
-    assert seen == [list(range(piece.job.start, piece.job.stop)) for piece in pieces]
+    assert seen == [list(range(one.start, one.stop)) for one in jobs]
 
 
 def test_one_peer_alone_gets_batches_as_large_as_the_rows_allow():

@@ -217,7 +217,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (PATH, "asks up to N of them how far they are", (PINGED_PEERS,)),
     (PATH, "waits up to N seconds for a place in the cache", (LIMITS.cache_wait_seconds,)),
-    (PATH, "`Inbox.offer`\\), which holds N steps", (LIMITS.max_steps_in_flight,)),
+    (PATH, "`Inbox.put`\\), which holds N steps", (LIMITS.max_steps_in_flight,)),
     (PATH, "and waits N seconds at most", (LIMITS.cache_wait_seconds,)),
     (
         PATH,

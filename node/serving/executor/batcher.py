@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from node.serving.executor.active_peers import ActivePeer, ActivePeers
+from node.serving.executor.active_peers import ActivePeers
 from node.serving.executor.batch_cost import BatchCosts
 from node.serving.executor.job_queues import MAX_STATELESS, MAX_STATELESS_PER_PEER, JobQueues
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, size_of
@@ -124,7 +124,8 @@ class Batcher:
         others = len(self._peers.by_name) > 1 or job.peer not in self._peers.by_name
         newcomer = others and not self._queues.waiting_of(job.peer)
         self._queues.add(job)
-        self._touch(job, now)
+        short_decode = job.kind is Kind.DECODE and not self._costs.is_long(job)
+        self._peers.touch(job.peer, now, short_decode=short_decode)
         if newcomer:
             self._peers.charge_as_newcomer(job.peer)
 
@@ -165,22 +166,22 @@ class Batcher:
             raise LocalProtocolError("a batch is finished that is not running")
         self._running = None
         queues = self._queues
-        for piece in batch:
-            if self._costs.is_long(piece.job):
-                cool_down = min(seconds, self.policy.recently_active_seconds)  # peers are forgotten by then
-                self._cool_down_until = max(self._cool_down_until, now + cool_down)
         blocks, _, works = size_of(batch)
         work = sum(works)
-        self._costs.of[batch[0].job.kind].learn(blocks, work, seconds)
         for piece, part in zip(batch, works, strict=True):
             job = piece.job
-            self._touch(job, now).compute_seconds += seconds * part / work
+            if long := self._costs.is_long(job):
+                cool_down = min(seconds, self.policy.recently_active_seconds)  # peers are forgotten by then
+                self._cool_down_until = max(self._cool_down_until, now + cool_down)
+            peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
+            peer.compute_seconds += seconds * part / work
             if job.number not in queues.jobs:
                 continue  # cancelled meanwhile
             if piece.last:
                 queues.remove(job)
             else:
                 queues.done[job.number] += 1 if job.parts else piece.tokens
+        self._costs.of[batch[0].job.kind].learn(blocks, work, seconds)
 
     def _kinds_in_order(self) -> tuple[Kind, ...]:
         """The kinds in the order in which they are asked for something to run."""
@@ -195,13 +196,16 @@ class Batcher:
     def _begin(self, kind: Kind, batch: Batch) -> None:
         self._running = batch
         lanes = self._queues.lanes
+        peers = set()
         for piece in batch:
-            self._queues.to_the_end(kind, piece.job.peer)
+            peers.add(piece.job.peer)
+            if len(lanes[kind]) > 1:  # its peer comes last in the next round
+                lanes[kind][piece.job.peer] = lanes[kind].pop(piece.job.peer)
         if kind is Kind.DECODE:
             others = lanes[Kind.PREFILL] or lanes[Kind.STATELESS]
             self._decode_went_ahead = self._after_decode and bool(others)
             self._after_decode = True
-            self._last_decoders = frozenset([piece.job.peer for piece in batch])
+            self._last_decoders = frozenset(peers)
         else:
             self._decode_went_ahead = self._after_decode = False
             self._last_other = kind
@@ -308,7 +312,3 @@ class Batcher:
             self._queues.expire(now, {piece.job.number for piece in self._running or ()})
         if now >= self._peers.look_at:
             self._peers.forget(now, self._queues.waiting_of)
-
-    def _touch(self, job: Job, now: float) -> ActivePeer:
-        short_decode = job.kind is Kind.DECODE and not self._costs.is_long(job)
-        return self._peers.touch(job.peer, now, short_decode=short_decode)

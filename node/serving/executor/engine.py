@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import outcome
 import torch
@@ -266,17 +267,17 @@ class Engine:
         first = works[0]
         if isinstance(first, _Request):
             return self._part(batch[0], first, began, settled)
-        steps = [work for work in works if isinstance(work, _Step)]
+        steps = cast("Sequence[_Step]", works)  # a batch is of one kind
         if batch[0].job.kind is Kind.PREFILL:
             for piece, step in zip(batch, steps, strict=True):
                 self._chunk(piece, step, self._clock(), settled)
             return None
-        steps, hidden = _decoded(steps, settled)
-        if not steps:
+        sound, hidden = _decoded(steps, settled)
+        if not sound:
             return None
-        bodies = _encoded(steps, self._decode(steps, hidden))
+        bodies = _encoded(sound, self._decode(sound, hidden))
         micros = int((self._clock() - began) * 1e6)
-        for step, body in zip(steps, bodies, strict=True):
+        for step, body in zip(sound, bodies, strict=True):
             if isinstance(body, NotFinite):
                 settled.append((step, outcome.Error(body)))
             else:
@@ -304,11 +305,13 @@ class Engine:
 
         Each step joins at its first block and leaves after its last.
         """
+        rows_of, jobs = [], []
         for step in steps:
             step.cache.reserve(step.what.position + 1)
-        rows_of = [step.contract.batch for step in steps]
+            rows_of.append(step.contract.batch)
+            jobs.append(step.job)
         parts = list(torch.split(hidden, rows_of))
-        for start, stop, active in segments([Piece(step.job, 0, 1) for step in steps]):
+        for start, stop, active in segments(jobs):
             caches, lengths, given, sizes = [], [], [], []
             for index in active:
                 caches.append(steps[index].cache)
@@ -356,8 +359,14 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
     """
     sound: list[_Step] = []
     rows: list[Tensor] = []
-    for codec, same in _by_codec(steps).items():
-        flat = torch.frombuffer(bytearray().join([step.body for step in same]), dtype=WIRE_DTYPES[codec])
+    by_codec: dict[str, list[_Step]] = {}
+    for step in steps:
+        by_codec.setdefault(step.contract.codec, []).append(step)
+    for codec, same in by_codec.items():
+        bodies = bytearray()
+        for step in same:
+            bodies += step.body
+        flat = torch.frombuffer(bodies, dtype=WIRE_DTYPES[codec])
         wide = flat.view(-1, same[0].contract.hidden).float()
         if not bool(torch.isfinite(wide).all()):
             kept = []
@@ -377,16 +386,16 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
 
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
     """Each step's rows of hidden [rows, hidden_size] as bytes of its codec, or why they must not leave."""
-    wires = {}
-    for codec in _by_codec(steps):
-        wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
-        finite = torch.isfinite(wire).all(-1).tolist()
-        wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+    wires: dict[str, tuple[list[bool], memoryview]] = {}
     bodies: list[Buffer | NotFinite] = []
     begin = 0
     for step in steps:
-        end = begin + step.contract.batch
-        finite, data = wires[step.contract.codec]
+        end, codec = begin + step.contract.batch, step.contract.codec
+        if codec not in wires:
+            wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
+            finite = torch.isfinite(wire).all(-1).tolist()
+            wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+        finite, data = wires[codec]
         row = data.nbytes // len(finite)
         if not all(finite[begin:end]):
             bodies.append(NotFinite("computed hidden states hold NaN or infinity"))
@@ -394,11 +403,3 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
             bodies.append(data[begin * row : end * row] if step.wanted else b"")
         begin = end
     return bodies
-
-
-def _by_codec(steps: Sequence[_Step]) -> dict[str, list[_Step]]:
-    """The steps of each codec."""
-    found: dict[str, list[_Step]] = {}
-    for step in steps:
-        found.setdefault(step.contract.codec, []).append(step)
-    return found

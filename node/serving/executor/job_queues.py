@@ -79,12 +79,6 @@ class JobQueues:
         else:
             del lane[job.peer]
 
-    def to_the_end(self, kind: Kind, peer: str) -> None:
-        """Serve the other peers' jobs of this kind before those of `peer`."""
-        lane = self.lanes[kind]
-        if len(lane) > 1:
-            lane[peer] = lane.pop(peer)
-
     def expire(self, now: float, running: Container[int]) -> None:
         """Move the jobs whose deadline has come to `expired`, except those that have begun.
 
@@ -105,6 +99,6 @@ class JobQueues:
         """The first job of every peer, then the second one of every peer, and so on."""
         queues = self.lanes[kind].values()
         if len(queues) == 1:
-            return [job for queue in queues for job in queue]
+            return list(itertools.chain.from_iterable(queues))
         rounds = itertools.zip_longest(*queues)
         return [job for jobs in rounds for job in jobs if job is not None]

@@ -64,17 +64,17 @@ class Piece:
 Batch = tuple[Piece, ...]
 
 
-def segments(pieces: Sequence[Piece]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Runs of blocks in order: (start, stop, indices of the pieces that are active there).
+def segments(jobs: Sequence[Job]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Runs of blocks in order: (start, stop, indices of the jobs that are active there).
 
-    A piece joins at its first block and leaves after its last one; blocks without a piece are left out.
+    A job joins at its first block and leaves after its last one; blocks without a job are left out.
     """
-    if len(pieces) == 1:
-        return [(pieces[0].job.start, pieces[0].job.stop, (0,))]
-    bounds = sorted({bound for piece in pieces for bound in (piece.job.start, piece.job.stop)})
+    if len(jobs) == 1:
+        return [(jobs[0].start, jobs[0].stop, (0,))]
+    bounds = sorted({bound for job in jobs for bound in (job.start, job.stop)})
     runs = []
     for start, stop in itertools.pairwise(bounds):
-        active = tuple(i for i, p in enumerate(pieces) if p.job.start <= start and stop <= p.job.stop)
+        active = tuple(i for i, job in enumerate(jobs) if job.start <= start and stop <= job.stop)
         if active:
             runs.append((start, stop, active))
     return runs
@@ -87,8 +87,9 @@ def size_of(batch: Batch) -> tuple[int, int, list[int]]:
     """
     blocks, positions, works = set[int](), 0, []
     for piece in batch:
-        start, stop = piece.run
+        job = piece.job
+        start, stop = job.parts[piece.part] if job.parts else (job.start, job.stop)
         blocks.update(range(start, stop))
-        positions += piece.job.rows * piece.tokens
-        works.append(piece.job.rows * piece.tokens * (stop - start))
+        positions += job.rows * piece.tokens
+        works.append(job.rows * piece.tokens * (stop - start))
     return len(blocks), positions, works

@@ -77,12 +77,15 @@ class Rates:
         if decode:
             self._served = True
             if rows_tokens == 1 or per_block < self.alone:  # company never makes it faster
-                self.alone = _moved(self.alone, per_block, EMA_WEIGHT)
-            self.decode_seconds_per_block = _moved(self.decode_seconds_per_block, per_block, EMA_WEIGHT)
+                self.alone += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * self.alone) - self.alone)
+            known = self.decode_seconds_per_block
+            known += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * known) - known)
+            self.decode_seconds_per_block = known
         else:
             weight = EMA_WEIGHT * min(1.0, rows_tokens / WHOLE_CHUNK_TOKENS)
             known = self.prefill_seconds_per_block_token
-            self.prefill_seconds_per_block_token = _moved(known, per_block / rows_tokens, weight)
+            known += weight * (min(per_block / rows_tokens, OUTLIER_FACTOR * known) - known)
+            self.prefill_seconds_per_block_token = known
 
     def relax(self) -> bool:
         """Call this every few seconds: if no step was served since the last call, go half the way back
@@ -96,10 +99,6 @@ class Rates:
     def measured(self, seconds_per_block: float) -> None:
         """What a decode step took just now, alone: the figures of earlier no longer count."""
         self.decode_seconds_per_block = self.alone = seconds_per_block
-
-
-def _moved(known: float, seen: float, weight: float) -> float:
-    return known + weight * (min(seen, OUTLIER_FACTOR * known) - known)
 
 
 def rates_at_start(span: Span, file: RatesFile, key: str, seconds: float = 2.0) -> Rates:

@@ -1,4 +1,4 @@
-"""One session at this node: what belongs to it alone."""
+"""One session at this node: its route, its state, and the outputs that it keeps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,11 @@ from node.serving.sessions.inbox import Arrived, Inbox
 from node.serving.sessions.push import Outlet
 from node.serving.sessions.state import ServerSession
 from routing.names import PeerId
-from tensor_codec.errors import (
-    PeerFault,
-    Refused,
-    RemoteProtocolError,
-)
+from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.messages.contract import CODEC_BYTES, Contract
-from tensor_codec.messages.session import (
-    Open,
-    Relink,
-    Step,
-)
+from tensor_codec.messages.session import Relink, Step
 
 
 class FrameStream(Protocol):
@@ -43,34 +35,59 @@ class FrameStream(Protocol):
         """The next frame, None at a clean end; raises PeerFault."""
 
 
-@dataclass(slots=True)
-class HopSession:
-    """One session at this node, and what belongs to it alone.
+@dataclass(frozen=True, slots=True)
+class SessionRoute:
+    """The neighbours of this hop in one epoch of a session; steps of other epochs are forgotten.
 
-    epoch: of the route; steps of others are forgotten.  has: positions that the successor has.
-    kept_codec: of journal and answer, which a Relink that changes the contract's leaves to the worker.
-    answer: to the last step, for a retry.  over: why the session ended, if not by its client's wish.
+    predecessor: the peer that pushes steps, or None where the client sends them.  successor: the peer that
+    gets the outputs, or None.  relay: the client carries the outputs to the next hop.
     """
 
-    opened: Open
+    epoch: int
+    predecessor: str | None
+    successor: str | None
+    relay: bool
+
+    @property
+    def sends_on(self) -> bool:
+        """Whether a next hop gets the outputs, however they travel."""
+        return self.successor is not None or self.relay
+
+
+@dataclass(slots=True)
+class KeptOutputs:
+    """Outputs that a session may have to send again.
+
+    codec: of the journal and the answer.  Where a Relink changes the contract's codec, the worker follows.
+    answer: to the last step, for a retry.  successor_has: positions that the next hop has.
+    """
+
+    codec: str
+    journal: Journal | None = None
+    answer: Answer | None = None
+    successor_has: int = 0
+
+
+@dataclass(slots=True)
+class HopSession:
+    """One session at this node, and everything that belongs to it alone.
+
+    scope: of the session's tasks.  busy: a step is being computed or passed on.  active_at: trio's clock.
+    end_reason: why the session ended, if not by its client's wish.
+    """
+
     contract: Contract
     stream: FrameStream
     state: ServerSession
     cache: SpanCache
-    kept_codec: str
     outlet: Outlet
     inbox: Inbox
-    predecessor: str | None
-    successor: str | None
-    relay: bool
-    epoch: int
+    route: SessionRoute
+    kept: KeptOutputs
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    journal: Journal | None = None
-    has: int = 0
-    answer: Answer | None = None
-    busy: bool = False  # a step is being computed or passed on
-    active_at: float = 0.0  # trio's clock
-    over: PeerFault | Refused | None = None
+    busy: bool = False
+    active_at: float = 0.0
+    end_reason: PeerFault | Refused | None = None
     _interruptible: trio.CancelScope | None = None
 
     @property
@@ -81,45 +98,39 @@ class HopSession:
     @property
     def feeder(self) -> str:
         """The peer that sends steps."""
-        return self.predecessor or self.stream.peer
-
-    @property
-    def sends_on(self) -> bool:
-        """Whether a next hop gets the outputs, however they travel."""
-        return self.successor is not None or self.relay
+        return self.route.predecessor or self.stream.peer
 
     def end(self, reason: PeerFault | Refused | None) -> None:
-        """Stop the session's tasks; the first reason stands."""
-        if self.over is None:
-            self.over = reason
+        """Stop the session's tasks; the first reason counts."""
+        if self.end_reason is None:
+            self.end_reason = reason
         self.inbox.close()
         self.scope.cancel()
 
-    def offer(self, step: Step, sender: PeerId) -> None:
+    def put(self, step: Step, sender: PeerId) -> None:
         """Put a step into the inbox, unless it took an older route.  Raises RemoteProtocolError."""
-        if step.epoch == self.epoch:
-            self.inbox.offer(Arrived(step, sender, trio.current_time()))
+        if step.epoch == self.route.epoch:
+            self.inbox.put(Arrived(step, sender, trio.current_time()))
 
-    async def offer_when_there_is_room(self, step: Step, sender: PeerId) -> None:
-        """The same for a part of something long: its sender is held back, and only he."""
-        if step.epoch == self.epoch and await self.inbox.room():
-            self.offer(step, sender)
+    async def put_when_it_fits(self, step: Step, sender: PeerId) -> None:
+        """The same for a part of a long prompt or replay: its sender waits for space in the inbox."""
+        if step.epoch == self.route.epoch and await self.inbox.wait_for_space():
+            self.put(step, sender)
 
     def relink(self, order: Relink) -> None:
-        """The route has changed.  Raises RemoteProtocolError."""
-        if order.epoch <= self.epoch:
-            raise RemoteProtocolError(f"epoch {order.epoch} after {self.epoch}")
+        """Follow a change of the route.  Raises RemoteProtocolError."""
+        if order.epoch <= self.route.epoch:
+            raise RemoteProtocolError(f"epoch {order.epoch} after {self.route.epoch}")
         codec = order.codec or self.contract.codec
         if self.state.length and CODEC_BYTES[codec] < CODEC_BYTES[self.contract.codec]:
             raise RemoteProtocolError(f"codec {codec} after {self.contract.codec}, which loses less")
         self.contract = replace(self.contract, codec=codec)
-        self.epoch = order.epoch
-        self.predecessor, self.successor, self.relay = order.predecessor, order.successor, order.relay
+        self.route = SessionRoute(order.epoch, order.predecessor, order.successor, order.relay)
         self.inbox.order(order)
         if self._interruptible is not None:
             self._interruptible.cancel()
 
     def interruptible(self) -> trio.CancelScope:
-        """For what a change of the route makes pointless: it ends the block."""
+        """A scope for work that a change of the route makes pointless: the change cancels it."""
         self._interruptible = trio.CancelScope()
         return self._interruptible

@@ -19,13 +19,14 @@ from node.model.blocks.kv_pages import PagePool
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
-from node.serving.sessions.hop_session import FrameStream, HopSession
+from node.serving.sessions.hop_session import FrameStream, HopSession, KeptOutputs, SessionRoute
 from node.serving.sessions.inbox import Inbox
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.state import ServerSession
-from node.serving.sessions.worker import HopWorker, tell
+from node.serving.sessions.worker import HopWorker, send_to_client
 from node.serving.span_admission import LEAVING, SpanAdmission
 from routing.names import PeerId
+from tensor_codec.blocks import Blocks
 from tensor_codec.errors import (
     Draining,
     MessageError,
@@ -115,14 +116,6 @@ class Listener:
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
 
-    async def serve_push(self, stream: FrameStream) -> None:
-        """Take steps that a previous hop, or a client, pushes until it closes the stream.
-
-        Raises PeerFault.
-        """
-        while (frame := await stream.receive()) is not None:
-            await self.take_push(frame, stream.peer)
-
     async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
         """One step that `peer` pushes; False where there is no such session.  Raises PeerFault."""
         message = read_message(frame, frozenset({"step"}))
@@ -137,17 +130,17 @@ class Listener:
         if hop.feeder != peer:
             # A hop that has been replaced, a thief, or the client opened its two hops differently:
             # the stream, which serves other sessions too, goes on.
-            if step_epoch(message) == hop.epoch:
+            if step_epoch(message) == hop.route.epoch:
                 self.faults.add(peer, MessageError("a step of a session that another peer feeds"))
             return
         try:
-            if step_epoch(message) != hop.epoch:
+            if step_epoch(message) != hop.route.epoch:
                 return  # took an older route, on which perhaps another codec was agreed on
             step = read_step(message, hop.contract)
             if step.bulk:
-                await hop.offer_when_there_is_room(step, peer)
+                await hop.put_when_it_fits(step, peer)
             else:
-                hop.offer(step, peer)
+                hop.put(step, peer)
         except (MessageError, RemoteProtocolError) as fault:
             self._worker(hop).end_for(fault, peer)
 
@@ -164,7 +157,8 @@ class Listener:
 
         def others() -> list[HopSession]:
             served = self.admission.spec.blocks
-            return [hop for hop in self._sessions.values() if not served.contains(hop.opened.spec.blocks)]
+            held = ((hop, Blocks(hop.contract.start, hop.contract.stop)) for hop in self._sessions.values())
+            return [hop for hop, blocks in held if not served.contains(blocks)]
 
         await self._hand_over(others)
 
@@ -172,7 +166,7 @@ class Listener:
         limits = self.limits
         async with trio.open_nursery() as nursery:
             for hop in which():
-                nursery.start_soon(tell, hop, replace(Failed.of(_leaving()), code="leaving"))
+                nursery.start_soon(send_to_client, hop, replace(Failed.of(_leaving()), code="leaving"))
         with trio.move_on_after(limits.drain_seconds):
             while hops := which():
                 silent = trio.current_time() - limits.drain_idle_seconds
@@ -192,7 +186,7 @@ class Listener:
         place, earlier = self._places.get(opened.session), self._sessions.get(opened.session)
         if place is None or place.peer != peer:
             return
-        if opened.epoch <= (place.epoch if earlier is None else earlier.epoch):
+        if opened.epoch <= (place.epoch if earlier is None else earlier.route.epoch):
             return
         place.opening.cancel()
         with trio.move_on_after(self.limits.cache_wait_seconds):
@@ -224,18 +218,14 @@ class Listener:
         try:
             self._check_still_served(opened)  # it may have waited since it was checked
             hop = HopSession(
-                opened=opened,
                 contract=contract,
                 stream=stream,
                 state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
-                kept_codec=opened.codec,
                 outlet=Outlet(self._links, self.limits.session_idle_seconds),
                 inbox=Inbox(self.limits.max_steps_in_flight, held=opened.held),
-                predecessor=opened.predecessor,
-                successor=opened.successor,
-                relay=opened.relay,
-                epoch=opened.epoch,
+                route=SessionRoute(opened.epoch, opened.predecessor, opened.successor, opened.relay),
+                kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),
             )
             self._sessions[opened.session] = hop
@@ -275,7 +265,7 @@ class Listener:
         """Answer Open, then serve until the client, a deadline, a fault or the drain ends it."""
         worker = self._worker(hop)
         try:
-            push = await worker.lead_to_successor()
+            push = await worker.connect_successor()
             await hop.stream.send(encode_opened(Opened(push, hop.state.can_cut, self.engine.queue)))
             await worker.run()
         finally:

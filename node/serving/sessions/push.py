@@ -161,8 +161,8 @@ class Outlet:
         """The next hop, where there is a way to it."""
         return self.link.peer if self.link is not None else None
 
-    async def lead_to(self, peer: PeerId | None) -> None:
-        """Have a link to `peer`, and to nobody else.  Raises PeerGone, SlowPeer; there is none then."""
+    async def connect(self, peer: PeerId | None) -> None:
+        """Have a link to `peer` alone, or none.  Raises PeerGone, SlowPeer; there is no link then."""
         if self.peer == peer:
             return await self.end_bulk()
         await self.aclose()

@@ -1,8 +1,8 @@
-"""One session at this node: what waits for its turn, and the worker that takes it step by step.
+"""The worker of one session at this node: it takes steps and orders one by one.
 
-A step goes inbox -> `session` (what to do) -> `engine` (compute) -> journal -> next hop or client.
-The client's orders come first: after a Relink steps of older epochs are forgotten, and nothing is
-computed until Resume has said how much of the cache stays good and what is to be sent again.
+A step goes inbox -> `state` (what to do) -> `engine` (compute) -> journal -> next hop or client.
+The client's orders come first.  After a Relink steps of older epochs are forgotten, and nothing is computed
+until Resume has said how much of the cache stays good and which outputs are to be sent again.
 """
 
 from __future__ import annotations
@@ -21,18 +21,11 @@ from node.serving.sessions.inbox import Arrived
 from node.serving.sessions.state import Compute
 from routing.names import PeerId
 from tensor_codec.codecs import recode
-from tensor_codec.errors import (
-    BadResult,
-    CacheFull,
-    PeerFault,
-    PeerGone,
-    Refused,
-    RemoteProtocolError,
-)
+from tensor_codec.errors import BadResult, CacheFull, PeerFault, PeerGone, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal, JournalBudget
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import MAX_HOPS, Contract, StepRange
+from tensor_codec.messages.contract import MAX_HOPS, REPLAY_TOKENS, Contract, StepRange
 from tensor_codec.messages.fields import Failed, encode_failed
 from tensor_codec.messages.session import (
     Close,
@@ -50,17 +43,16 @@ from tensor_codec.messages.session import (
     encode_step,
 )
 
-REPLAY_TOKENS = 256  # positions of one part of a replay, at the most
-REPLAY_BYTES = 1 << 20  # and bytes of it: parts should be small enough to be worked on one behind the other
+REPLAY_BYTES = 1 << 20  # of one part of a replay: small enough for hops to work on several parts at once
 
 
 @dataclass(slots=True)
 class HopWorker:
-    """What serves one session.  room: of all caches; journals: of all sessions; faults: of peers, counted."""
+    """Serves one session.  admission: to the caches of all; journals: of all; faults: of peers, counted."""
 
     hop: HopSession
     engine: Engine
-    room: CacheAdmission
+    admission: CacheAdmission
     journals: JournalBudget
     faults: Faults
     limits: Limits
@@ -71,76 +63,77 @@ class HopWorker:
         with hop.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read)
-                await self._work()
+                nursery.start_soon(self._work)
         hop.state.close()
-        if hop.over is not None:
+        if (reason := hop.end_reason) is not None:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
-                await tell(hop, Failed.of(hop.over, peer=hop.over.peer))
+                await send_to_client(hop, Failed.of(reason, peer=reason.peer))
 
-    async def lead_to_successor(self) -> bool:
-        """Whether there is a way to the next hop, where the session has one."""
+    async def connect_successor(self) -> bool:
+        """Connect to the next hop, where the session has one; whether there is a connection then."""
         hop = self.hop
-        self._keep_journal()
-        successor = PeerId(hop.successor) if hop.successor is not None else None
+        self._open_or_close_journal()
+        successor = PeerId(hop.route.successor) if hop.route.successor is not None else None
         with trio.move_on_after(self.limits.successor_seconds):
             try:
-                await hop.outlet.lead_to(successor)
+                await hop.outlet.connect(successor)
             except PeerFault as fault:
                 self.faults.add(str(successor), fault)
                 return False
         return hop.outlet.link is not None
 
-    def _keep_journal(self) -> None:
-        hop, contract = self.hop, self.hop.contract
-        if hop.journal is not None and not hop.sends_on:
+    def _open_or_close_journal(self) -> None:
+        kept, contract, sends_on = self.hop.kept, self.hop.contract, self.hop.route.sends_on
+        if kept.journal is not None and not sends_on:
             self.journals.close(contract.session)
-            hop.journal = None
-        if hop.journal is None and hop.sends_on:
-            hop.journal = self.journals.open(
+            kept.journal = None
+        if kept.journal is None and sends_on:
+            kept.journal = self.journals.open(
                 contract.session, contract.batch, contract.row_bytes, contract.max_length
             )
 
     def end_for(self, fault: PeerFault, sender: str) -> None:
-        """End the session for what `sender` did, and tell the client who it was if not itself."""
+        """End the session for a fault of `sender`; the client learns its name, if it is another peer."""
         self.faults.add(sender, fault)
         if sender != self.hop.stream.peer:
             fault.peer = sender
         self.hop.end(fault)
 
     async def _read(self) -> None:
-        """Take what the client sends."""
+        """Receive the client's messages until it closes the session or goes away."""
         hop = self.hop
         try:
             while (frame := await hop.stream.receive()) is not None:
                 message = decode_from_client(frame, hop.contract)
                 if isinstance(message, Close):
                     break
-                await self._hear(message)
+                await self._handle(message)
         except PeerGone:
-            pass  # the client's going away ends its session; nobody is left to be told
+            pass  # the client has gone, and its session ends
         except PeerFault as fault:
             self.end_for(fault, hop.stream.peer)
         hop.end(None)
 
-    async def _hear(self, message: Step | Relink | Resume | Where) -> None:
+    async def _handle(self, message: Step | Relink | Resume | Where) -> None:
         hop = self.hop
         match message:
             case Step():
-                if hop.predecessor is None:
-                    hop.offer(message, hop.stream.peer)
-                elif message.epoch == hop.epoch:
+                if hop.route.predecessor is None:
+                    hop.put(message, hop.stream.peer)
+                elif message.epoch == hop.route.epoch:
                     raise RemoteProtocolError("a step from the client, where another hop sends them")
             case Relink():
                 hop.relink(message)
             case Resume():
-                if message.epoch == hop.epoch:
+                if message.epoch == hop.route.epoch:
                     hop.inbox.order(message)
             case Where():
                 step = hop.state.last[0] if hop.state.last is not None else None
-                await tell(hop, encode_here(Here(hop.state.length, len(hop.inbox) + hop.busy, step)))
+                here = Here(hop.state.length, len(hop.inbox) + hop.busy, step)
+                await send_to_client(hop, encode_here(here))
 
     async def _work(self) -> None:
-        """Do one thing after another; returns when a deadline has passed or the session broke."""
+        """Do one thing after another until a deadline has passed or the session broke."""
         hop, limits = self.hop, self.limits
         life = limits.session_life_seconds + limits.session_position_seconds * hop.contract.max_length
         life_ends = trio.current_time() + life
@@ -148,16 +141,23 @@ class HopWorker:
         while True:
             hop.active_at = trio.current_time()
             item = None
-            with trio.move_on_at(min(life_ends, trio.current_time() + patience)):
+            with trio.move_on_at(min(life_ends, hop.active_at + patience)):
                 item = await hop.inbox.take()
             if item is None:
                 old = trio.current_time() >= life_ends
                 why = f"older than {life:g} s" if old else f"idle for {patience} s"
                 return hop.end(PeerGone(f"the session was {why}"))
             hop.busy = True
-            sender = item.sender if isinstance(item, Arrived) else hop.stream.peer
+            sender = hop.stream.peer
             try:
-                await self._do(item)
+                if isinstance(item, Arrived):
+                    sender = item.sender
+                    await self._step(item)
+                elif isinstance(item, Relink):
+                    await self._relink(item)
+                else:
+                    with hop.interruptible():
+                        await self._resume(item)
             except (Refused, NotFinite) as own:
                 return hop.end(own)
             except PeerFault as fault:
@@ -165,103 +165,96 @@ class HopWorker:
             hop.busy = False
             patience = limits.session_first_step_seconds if hop.inbox.held else limits.session_idle_seconds
 
-    async def _do(self, item: Arrived | Relink | Resume) -> None:
-        match item:
-            case Arrived():
-                await self._step(item)
-            case Relink():
-                await self._relink(item)
-            case Resume():
-                with self.hop.interruptible():
-                    await self._resume(item)
-
     async def _relink(self, order: Relink) -> None:
-        """Turn to the new successor and say where we stand."""
-        hop, state = self.hop, self.hop.state
+        """Connect to the new successor and answer with the session's progress."""
+        hop, state, kept = self.hop, self.hop.state, self.hop.kept
         await self._recode()
-        push = await self.lead_to_successor()
-        if hop.journal is not None:
-            hop.journal.pinned = True  # until Resume, which counts on what is said now, has been followed
-        kept = hop.journal.start if hop.journal is not None and hop.journal.stop == state.length else None
+        push = await self.connect_successor()
+        first_kept = state.length
+        if kept.journal is not None:
+            kept.journal.pinned = True  # until Resume, which counts on this answer, has been followed
+            if kept.journal.stop == state.length:
+                first_kept = kept.journal.start
         answer = Relinked(
             order.epoch,
             push,
             state.length,
-            state.length if kept is None else kept,
+            first_kept,
             state.last[0] if state.last is not None else None,
             state.can_cut,
             order.codec,
         )
-        if order.epoch == hop.epoch:
-            await tell(hop, encode_relinked(answer))
+        if order.epoch == hop.route.epoch:
+            await send_to_client(hop, encode_relinked(answer))
 
     async def _recode(self) -> None:
-        """Bring what is kept into the codec that is agreed on now."""
-        hop, contract = self.hop, self.hop.contract
-        before, hop.kept_codec = hop.kept_codec, contract.codec
+        """Bring the kept outputs into the codec that is agreed on now."""
+        kept, contract = self.hop.kept, self.hop.contract
+        before, kept.codec = kept.codec, contract.codec
         if before == contract.codec:
             return
-        if hop.answer is not None:
-            hop.answer = replace(hop.answer, body=recode(hop.answer.body, before, contract.codec))
-        if (old := hop.journal) is None:
+        if kept.answer is not None:
+            kept.answer = replace(kept.answer, body=recode(kept.answer.body, before, contract.codec))
+        if (old := kept.journal) is None:
             return
         old.pinned = True  # it is being read
-        hop.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
-        hop.journal.pinned = True
+        kept.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
+        kept.journal.pinned = True
         for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
             body = recode(old.read(start, stop), before, contract.codec)
-            hop.journal.append(start, stop - start, body, rope_length)
+            kept.journal.append(start, stop - start, body, rope_length)
             await trio.lowlevel.checkpoint()  # a long one takes milliseconds
-        self.journals.replace(contract.session, hop.journal)
+        self.journals.replace(contract.session, kept.journal)
 
     async def _resume(self, order: Resume) -> None:
-        """Go on in a new epoch: cut, and send again what the successor lacks.
+        """Go on in a new epoch: cut, and send the outputs again that the successor lacks.
 
         Raises RemoteProtocolError.
         """
         hop = self.hop
         hop.state.resume(order.length)
         self._cut(order.length)
-        hop.has = order.has
+        hop.kept.successor_has = order.has
         try:
             await self._replay(order)
         finally:
-            if hop.journal is not None:
-                hop.journal.pinned = False
-        if order.epoch == hop.epoch:
+            if hop.kept.journal is not None:
+                hop.kept.journal.pinned = False
+        if order.epoch == hop.route.epoch:
             hop.inbox.held = False
 
     async def _replay(self, order: Resume) -> None:
         hop = self.hop
         if order.has < order.stop:
-            if hop.journal is None or not hop.journal.start <= order.has < order.stop <= hop.journal.stop:
+            journal = hop.kept.journal
+            if journal is None or not journal.start <= order.has < order.stop <= journal.stop:
                 raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
             part = max(1, min(REPLAY_TOKENS, hop.contract.max_tokens, REPLAY_BYTES // hop.contract.row_bytes))
-            for start, stop, rope_length in hop.journal.parts(order.has, order.stop, part):
-                await self._send_replay(start, hop.journal.read(start, stop), (), rope_length)
+            for start, stop, rope_length in journal.parts(order.has, order.stop, part):
+                await self._send_replay(start, journal.read(start, stop), (), rope_length)
 
     def _cut(self, length: int) -> None:
-        """Forget positions from `length` on, those too that a step computes which was interrupted."""
+        """Forget positions from `length` on, those of an interrupted step too."""
         hop = self.hop
         self.engine.before_next(partial(_cut_cache, hop.cache, length))
-        self.room.shrink(hop.contract.session, length)
-        if hop.journal is not None:
-            self.journals.cut(hop.journal, length)
+        self.admission.shrink(hop.contract.session, length)
+        if hop.kept.journal is not None:
+            self.journals.cut(hop.kept.journal, length)
 
     async def _step(self, arrived: Arrived) -> None:
         """Compute a step, or find its stored answer, and pass it on.
 
-        Raises Refused, NotFinite, and PeerFault for what is the fault of the step's sender.
+        Raises Refused, NotFinite, and PeerFault for a fault of the step's sender.
         """
         step, hop, contract = arrived.step, self.hop, self.hop.contract  # a Relink may change it meanwhile
         tokens = len(step.body) // contract.row_bytes
         what = StepRange(step.position, tokens, step.reply, step.rope_length)
         replay = step.reply == "replay"
         decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
-        answer = hop.answer
+        answer = hop.kept.answer
         if isinstance(decision, Compute):
             answer = await self._compute(step, decision, contract)
-        if answer is not None and step.epoch == hop.epoch:
+        if answer is not None and step.epoch == hop.route.epoch:
             with hop.interruptible():
                 await self._pass_on(arrived, what, answer)
 
@@ -272,14 +265,14 @@ class HopWorker:
         whole = False
         try:
             with hop.interruptible() if hop.state.can_cut else trio.CancelScope():
-                await self._make_room(what)
-                whole = hop.sends_on  # now: a Relink may change it while this is computed
+                await self._allocate(what)
+                whole = hop.route.sends_on  # now: a Relink may change it while this is computed
                 answer = await self.engine.step(
                     hop.stream.peer, contract, hop.cache, what, step.body, whole=whole
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
-            await tell(hop, Failed.of(full, step.step))
+            await send_to_client(hop, Failed.of(full, step.step))
             return None
         except BadResult as bad:
             where = f"step {step.step}, blocks {hop.contract.start}:{hop.contract.stop}"
@@ -288,29 +281,29 @@ class HopWorker:
             hop.state.dropped(decision)
             return None
         hop.state.computed(decision)
-        if hop.journal is not None and whole:
-            self.journals.append(hop.journal, what.position, what.tokens, answer.body, what.rope_length)
+        if (journal := hop.kept.journal) is not None and whole:
+            self.journals.append(journal, what.position, what.tokens, answer.body, what.rope_length)
         if decision.step is not None:
-            hop.answer = answer
+            hop.kept.answer = answer
         return answer
 
-    async def _make_room(self, what: StepRange) -> None:
+    async def _allocate(self, what: StepRange) -> None:
         """Have the cache cut to a step's position, and get pages for the step.  Raises CacheFull."""
         hop, session = self.hop, self.hop.contract.session
         if hop.cache.length > what.position:
             self._cut(what.position)
-        await self.room.grow(session, what.position + what.tokens)
+        await self.admission.grow(session, what.position + what.tokens)
 
     async def _pass_on(self, arrived: Arrived, what: StepRange, answer: Answer) -> None:
         step, hop = arrived.step, self.hop
         held = int((trio.current_time() - arrived.at) * 1e6)
-        # No more than the next one takes, whatever came in.
+        # The next hop takes no more, whatever came in.
         timings = (*step.timings, (held, answer.compute_micros))[-MAX_HOPS:]
         if step.reply == "replay":
             await self._pass_on_replay(what, answer, timings)
-        elif hop.successor is None:
-            position = what.position if hop.relay else what.reply_position
-            await self._answer(Result(step.step, position, answer.body, timings, hop.epoch))
+        elif hop.route.successor is None:
+            position = what.position if hop.route.relay else what.reply_position
+            await self._answer(Result(step.step, position, answer.body, timings, hop.route.epoch))
         else:
             onward = replace(step, body=answer.body, timings=timings)
             await self._push(onward, bulk=step.bulk)
@@ -318,13 +311,13 @@ class HopWorker:
     async def _pass_on_replay(
         self, what: StepRange, answer: Answer, timings: tuple[tuple[int, int], ...]
     ) -> None:
-        """What of a replay the successor has not got."""
+        """Send on the part of a replay that the successor lacks."""
         hop = self.hop
         stop = what.position + what.tokens
-        start = max(what.position, hop.has)
-        if not hop.sends_on or start >= stop:
+        start = max(what.position, hop.kept.successor_has)
+        if not hop.route.sends_on or start >= stop:
             return
-        # Out of the answer: the journal may have had no room for it.
+        # From the answer: the journal may have dropped it.
         body = _from_position(answer.body, hop.contract, start - what.position)
         await self._send_replay(start, body, timings, what.rope_length)
 
@@ -332,11 +325,11 @@ class HopWorker:
         self, start: int, body: Buffer, timings: tuple[tuple[int, int], ...], rope_length: int
     ) -> None:
         hop, session = self.hop, self.hop.contract.session
-        if hop.successor is not None:
-            step = Step(session, 0, start, "replay", body, timings, hop.epoch, True, rope_length)
+        if hop.route.successor is not None:
+            step = Step(session, 0, start, "replay", body, timings, hop.route.epoch, True, rope_length)
             await self._push(step, bulk=True)
         else:
-            await self._answer(Result(0, start, body, timings, hop.epoch, True, rope_length))
+            await self._answer(Result(0, start, body, timings, hop.route.epoch, True, rope_length))
 
     async def _answer(self, result: Result) -> None:
         hop = self.hop
@@ -345,23 +338,23 @@ class HopWorker:
         except PeerFault as fault:
             if not isinstance(fault, PeerGone):
                 self.faults.add(hop.stream.peer, fault)
-            hop.end(None)  # nobody is left to be told
+            hop.end(None)  # the client has gone
 
     async def _push(self, step: Step, *, bulk: bool) -> None:
         hop = self.hop
-        peer = hop.successor
+        peer = hop.route.successor
         try:
             if hop.outlet.link is None:
-                raise PeerGone(f"there is no way to {peer}")
+                raise PeerGone(f"there is no connection to {peer}")
             await hop.outlet.send(encode_step(step), bulk=bulk)
         except PeerFault as fault:
             self.faults.add(str(peer), fault)
             notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
-            await tell(hop, notice)
+            await send_to_client(hop, notice)
 
 
 def _from_position(body: Buffer, contract: Contract, position: int) -> Buffer:
-    """What comes from `position` on of encoded hidden states [batch, tokens, hidden]."""
+    """The positions from `position` on of encoded hidden states [batch, tokens, hidden]."""
     if not position:
         return body
     size = len(body) // contract.batch
@@ -375,8 +368,8 @@ def _cut_cache(cache: SpanCache, length: int) -> None:
         cache.cut(length)
 
 
-async def tell(hop: HopSession, message: Failed | list[Buffer]) -> None:
-    """Tell the client, if it is still there."""
+async def send_to_client(hop: HopSession, message: Failed | list[Buffer]) -> None:
+    """Send a message to the client, if it is still there."""
     try:
         await hop.stream.send(encode_failed(message) if isinstance(message, Failed) else message)
     except PeerFault:
