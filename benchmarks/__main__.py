@@ -29,8 +29,7 @@ BENCHMARKS: Mapping[str, str] = {
     "quality": "benchmarks.compute.quality",
     "startup": "benchmarks.startup.startup",
     "swarm": "benchmarks.swarm.swarm",
-    "routing": "benchmarks.swarm.routing",
-    "swarm_plots": "benchmarks.swarm.plots",
+    "routing": "benchmarks.compute.routing",
     "figures": "benchmarks.figures.figures",
 }
 

@@ -20,7 +20,6 @@ Three kinds of clients, with the same sessions:
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 import statistics
@@ -30,7 +29,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
-from benchmarks.swarm.map import CLIENT_LINE_MS, SERVER_LINE_MS, Place, somewhere
+from benchmarks.swarm.events import Events
+from benchmarks.swarm.models import CLIENT_LINE_MS, SERVER_LINE_MS, Place, somewhere
 from client.session.chain_choice import SURPRISE
 from client.session.lost_time import REPLAYED_SHARE, LostTime
 from client.session.route import CHOICES
@@ -387,16 +387,15 @@ class _Run:
         self._best = AllSeeing(world, dear=False)
         self._rng = random.Random(f"sessions {world.demand.seed}")
         self._served = Served()
-        self._events: list[tuple[float, int, Session | None, int]] = []
-        self._number = 0
+        self._events: Events[tuple[Session | None, int]] = Events()
 
     def run(self) -> Served:
         """From an empty swarm on."""
         demand, world = self._world.demand, self._world
         until, announce_at = demand.warm_up + demand.seconds, ANNOUNCE_SECONDS
         self._next_session(0.0)
-        while (event := heapq.heappop(self._events))[0] < until:
-            now, _, session, hop = event
+        while (event := self._events.take(until)) is not None:
+            (session, hop), now = event, self._events.now
             while announce_at <= now:
                 world.announce(announce_at)
                 announce_at += ANNOUNCE_SECONDS
@@ -409,8 +408,7 @@ class _Run:
         return self._served
 
     def _push(self, when: float, session: Session | None, hop: int) -> None:
-        self._number += 1
-        heapq.heappush(self._events, (when, self._number, session, hop))
+        self._events.add(when, (session, hop))
 
     def _next_session(self, now: float) -> None:
         demand = self._world.demand

@@ -1,4 +1,4 @@
-"""What `benchmarks swarm` simulates: the GPUs, the models, a run's settings, and what befalls its servers.
+"""The settings of `benchmarks swarm`: GPUs, models, the fate of the servers, and the places of peers.
 
 A `Script` is drawn before the run, apart from the chance of any rule: by every rule the same servers join
 and crash at the same times.
@@ -142,3 +142,34 @@ def _replacements(plan: Plan, chance: random.Random) -> list[float]:
     ):
         times.append(at)
     return times
+
+
+# Where servers and clients are: five regions with the round trips between big data centres of them.
+REGIONS = ("US east", "US west", "Europe", "East Asia", "South America")
+PEOPLE = (0.3, 0.2, 0.3, 0.15, 0.05)  # of servers and clients alike
+RTT_MS = (
+    (12, 65, 80, 190, 120),
+    (65, 12, 140, 130, 180),
+    (80, 140, 12, 230, 190),
+    (190, 130, 230, 20, 300),
+    (120, 180, 190, 300, 20),
+)
+SERVER_LINE_MS = (1.0, 8.0)  # there and back
+CLIENT_LINE_MS = (2.0, 15.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A region, and the seconds from a peer to its region's middle and back."""
+
+    region: int
+    line: float
+
+    def rtt(self, other: Place) -> float:
+        """Seconds to another place and back."""
+        return RTT_MS[self.region][other.region] / 1e3 + self.line + other.line
+
+
+def somewhere(rng: random.Random, line_ms: tuple[float, float]) -> Place:
+    """A place by chance."""
+    return Place(rng.choices(range(len(REGIONS)), PEOPLE)[0], rng.uniform(*line_ms) / 1e3)

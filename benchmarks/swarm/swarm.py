@@ -35,8 +35,9 @@ from benchmarks.lib.results import Run
 from benchmarks.swarm import clients
 from benchmarks.swarm.clients import Demand, capacity_of, machines_of
 from benchmarks.swarm.models import MODELS, Plan
+from benchmarks.swarm.outcome import Outcome, summary
 from benchmarks.swarm.rules import RULES
-from benchmarks.swarm.simulation import Outcome, Simulation, summary
+from benchmarks.swarm.simulation import Simulation
 from routing.names import PeerId
 from routing.placement.cover_gaps import plan_moves
 from routing.placement.rebalance import best_window, moves
@@ -130,12 +131,12 @@ def simulate(seed: int, name: str, flags: argparse.Namespace) -> Result:
     outcome = simulation.run()
     if not flags.clients:
         return Result(outcome, {})
-    blocks, machines = plan.model.blocks, machines_of(simulation.serving())
+    blocks, machines = plan.model.blocks, machines_of(simulation.world.serving())
     honest = []
     if flags.liars:
         truthful = Simulation(replace(plan, liars=0.0), RULES[name]())
         truthful.run()
-        honest = machines_of(truthful.serving())
+        honest = machines_of(truthful.world.serving())
     if not capacity_of(machines, blocks):
         return Result(outcome, {})  # nobody can be served
     asked, seconds = flags.load * capacity_of(honest or machines, blocks), flags.client_seconds

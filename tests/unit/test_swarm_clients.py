@@ -24,13 +24,13 @@ def can_do(held: list[Machine]) -> float:
 
 
 def demand(load: float, seed: int = 0, **other: float) -> Demand:
-    fields = {"tokens": 30.0, "warm_up": 30.0, "seconds": 60.0, "view_seconds": 30.0} | other
+    fields = {"tokens": 30.0, "warm_up": 10.0, "seconds": 30.0, "view_seconds": 10.0} | other
     return Demand(load * can_do(machines()), seed, clients=50, **fields)
 
 
 @pytest.mark.parametrize("kind", CHOOSERS)
 def test_a_swarm_that_is_hardly_used_makes_what_it_is_asked_for(kind):
-    served = serve(machines(), BLOCKS, demand(0.1), kind)
+    served = serve(machines(), BLOCKS, demand(0.1, warm_up=30.0, seconds=60.0), kind)
     assert served.made == pytest.approx(served.asked, rel=0.2)
     fastest = BLOCKS / 400.0
     assert min(served.latencies) > fastest, "no step is quicker than its computing and its ways"
@@ -39,22 +39,33 @@ def test_a_swarm_that_is_hardly_used_makes_what_it_is_asked_for(kind):
 
 def test_no_clients_get_more_than_the_capacity():
     for kind in CHOOSERS:
-        served = serve(machines(), BLOCKS, demand(1.5), kind)
-        assert served.made / 60.0 <= can_do(machines()) * 1.001
+        plan = demand(1.5, warm_up=5.0, seconds=10.0)
+        served = serve(machines(), BLOCKS, plan, kind)
+        assert served.made / plan.seconds <= can_do(machines()) * 1.001
 
 
 def test_the_same_seed_gives_the_same_and_another_gives_another():
-    one, two, other = (serve(machines(), BLOCKS, demand(0.7, seed), "ours") for seed in (1, 1, 2))
+    one, two, other = (
+        serve(machines(), BLOCKS, demand(0.7, seed, warm_up=5.0, seconds=10.0), "ours") for seed in (1, 1, 2)
+    )
     assert one == two
     assert one.latencies != other.latencies
 
 
 def test_all_kinds_of_clients_are_asked_for_the_same():
-    assert len({serve(machines(), BLOCKS, demand(0.5), kind).asked for kind in CHOOSERS}) == 1
+    assert (
+        len(
+            {
+                serve(machines(), BLOCKS, demand(0.5, warm_up=5.0, seconds=10.0), kind).asked
+                for kind in CHOOSERS
+            }
+        )
+        == 1
+    )
 
 
 def test_whoever_does_not_know_of_queues_crowds_at_the_fastest():
-    plan = demand(0.9)
+    plan = demand(0.9, warm_up=20.0, seconds=40.0)
     ours, petals, best = (serve(machines(), BLOCKS, plan, kind) for kind in ("ours", "petals", "all-seeing"))
     found, theirs = (figures(one, best, plan, can_do(machines())) for one in (ours, petals))
     assert found["latency_p95_s"] < theirs["latency_p95_s"]

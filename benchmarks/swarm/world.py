@@ -1,0 +1,110 @@
+"""What the parts of a simulation share: the servers, their announcements, the clock, the chance."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from benchmarks.swarm.events import Events
+from benchmarks.swarm.models import VIEW_SECONDS, Plan
+from benchmarks.swarm.rules import Rule, Window
+from benchmarks.swarm.views import News, Snapshot
+from routing.names import PeerId
+from routing.placement.throughput import Holder
+from routing.view.records import Record, State
+
+
+@dataclass(slots=True)
+class Server:
+    """One server.  serving: what it computes now, None where nothing; target: what it announces."""
+
+    peer: PeerId
+    count: int
+    rate: float
+    claim: float
+    heard_at: float  # when it heard of the others, as at any multiple of VIEW_SECONDS from then
+    serving: Window | None = None
+    target: Window | None = None
+    state: State = "offline"
+    alive: bool = True
+    version: int = 0  # of what it is doing: an event of an older version is void
+    hole_since: float | None = None
+    knew: Snapshot | None = None  # when it last looked
+    lost: frozenset[PeerId] = frozenset()  # who did not answer
+    watching: bool = False
+    seen: list[Holder] = field(default_factory=list)  # when it announced its move
+
+
+class World:
+    """The servers that are up, by peer, in truth; and what they announce of themselves.
+
+    silent: crashed, and still announced.  observing: figures are taken.  changed: a server began or ended to
+    serve blocks since somebody last looked.  last_load: seconds, of the server that came online last.
+    """
+
+    def __init__(self, plan: Plan, rule: Rule) -> None:
+        self.plan, self.rule = plan, rule
+        self.chance = random.Random(f"chance {plan.seed}")
+        self.events: Events[Callable[[], None]] = Events()
+        self.news = News()
+        self.servers: dict[PeerId, Server] = {}
+        self.silent: set[PeerId] = set()
+        self.observing = False
+        self.changed = False
+        self.last_load = 0.0
+
+    @property
+    def now(self) -> float:
+        """Seconds of simulated time."""
+        return self.events.now
+
+    def later(self, server: Server, seconds: float, do: Callable[[Server], None]) -> None:
+        """Let a server do something, unless it crashes or does something else before."""
+        version = server.version
+
+        def unless_void() -> None:
+            if server.alive and server.version == version:
+                do(server)
+
+        self.events.add(self.now + seconds, unless_void)
+
+    def announce(self, server: Server) -> None:
+        """Let all know what a server serves, or that it serves nothing."""
+        record = None
+        if server.target is not None and server.alive:
+            start, stop = server.target
+            record = Record(
+                peer=server.peer, role="serve", blocks=self.plan.model.blocks, start=start, stop=stop,
+                state=server.state, seconds_per_block=1 / server.claim,
+            )  # fmt: skip
+        self.news.announce(self.now, server.peer, record)
+
+    def view(self, server: Server) -> Snapshot:
+        """The swarm as a server sees it now."""
+        age = 0.0 if self.rule.fresh else (self.now - server.heard_at) % VIEW_SECONDS
+        return self.news.seen(self.now, age, server.peer).without(server.lost)
+
+    def serving(self) -> list[tuple[Holder, float]]:
+        """Who serves what now, in truth, and the rate that each claims."""
+        serving = ((s, s.serving) for s in self.servers.values())
+        return [(Holder(s.peer, *window, s.rate), s.claim) for s, window in serving if window]
+
+    def count(self) -> list[int]:
+        """How many servers serve each block, in truth."""
+        change = [0] * (self.plan.model.blocks + 1)
+        for server in self.servers.values():
+            if server.serving:
+                change[server.serving[0]] += 1
+                change[server.serving[1]] -= 1
+        return list(accumulate(change[:-1]))
+
+    def open_blocks(self) -> list[int]:
+        """Blocks without a server, in truth."""
+        return [block for block, count in enumerate(self.count()) if not count]
+
+    def unannounced(self, blocks: list[int]) -> set[int]:
+        """Those of these blocks that no online server announces."""
+        held = [holder for holder in self.news.fresh().held if holder.online] if blocks else []
+        return {b for b in blocks if not any(h.start <= b < h.stop for h in held)}
