@@ -9,11 +9,11 @@ from node.runtime.interrupts import end_at_once_on_interrupt, is_command
 if is_command("client"):
     end_at_once_on_interrupt()
 
-from client.api import SwarmLike
+from client.api import SwarmLike, SyncSwarm
 
 # The function takes the place of the module of its name, so it cannot wait for __getattr__: whoever
 # imports the module first would put that here.  `from client.connect import ...` finds the module.
-from client.connect import connect
+from client.connect import connect, connect_sync
 from client.generation.options import GenerateOptions
 from node.config import ConfigError
 from routing.chains.alternatives import Constraints
@@ -31,8 +31,10 @@ __all__ = [
     "PeerFault",
     "Refused",
     "SwarmLike",
+    "SyncSwarm",
     "Token",
     "connect",
+    "connect_sync",
 ]
 
 

@@ -1,22 +1,26 @@
-"""What a program holds of a swarm: the same under trio and under asyncio.
+"""What a program holds of a swarm: one interface, awaited or blocking.
 
-`client.swarm.Swarm` (trio) and `client.bridges.asyncio_swarm.BridgedSwarm` (asyncio) are the two
-that there are; what each method does is written at the first.
+`client.swarm.Swarm` (trio) has the methods of `SwarmLike`; under asyncio and in blocking programs a proxy
+(`client.bridges.proxy`) stands for it.  `Swarm` documents each method.  `SyncSwarm` is `SwarmLike` without
+`await`; a test compares the two, name by name and argument by argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol, Unpack
+from collections.abc import AsyncGenerator, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from torch import Tensor
 
     from client.config import ClientConfig
     from client.generation.generate import Token
     from client.generation.generation_config import Settings
     from client.generation.options import GenerateArguments, GenerateOptions
+    from client.session.steps import StepTimes
     from client.session.trace import Trace
     from node.model.checkpoint.info import ModelInfo
     from node.model.embed_and_head import EmbedAndHead
@@ -30,14 +34,14 @@ class ConversationLike(Protocol):
 
     @property
     def trace(self) -> Trace:
-        """What happened to its session."""
+        """The events of its session."""
 
     def close(self) -> None:
         """End the session."""
 
 
-class SessionLike(Protocol):
-    """A session for hidden states.  See `client.session.session.Session`."""
+class SessionFacts(Protocol):
+    """What is known of a session for hidden states."""
 
     @property
     def chain(self) -> Chain:
@@ -48,8 +52,16 @@ class SessionLike(Protocol):
         """Positions in the hops' caches."""
 
     @property
+    def times(self) -> StepTimes | None:
+        """Where the time of the last step went."""
+
+    @property
     def trace(self) -> Trace:
-        """What happened to it."""
+        """The events of the session."""
+
+
+class SessionLike(SessionFacts, Protocol):
+    """A session for hidden states.  See `client.session.session.Session`."""
 
     async def step(
         self,
@@ -62,8 +74,22 @@ class SessionLike(Protocol):
         """Run hidden states through the chain.  See `Session.step`."""
 
 
-class SwarmLike(Protocol):
-    """A swarm that serves one model, seen from a client.  See `client.swarm.Swarm`."""
+class SyncSession(SessionFacts, Protocol):
+    """`SessionLike`, blocking."""
+
+    def step(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+    ) -> Tensor | None:
+        """Run hidden states through the chain.  See `Session.step`."""
+
+
+class SwarmFacts(Protocol):
+    """What a handle answers without waiting, awaited or blocking."""
 
     @property
     def config(self) -> ClientConfig:
@@ -75,7 +101,7 @@ class SwarmLike(Protocol):
 
     @property
     def local_model(self) -> EmbedAndHead:
-        """The model's embeddings, head and tokenizer."""
+        """The model's embeddings, norm, head and tokenizer, on this machine: plain functions."""
 
     @property
     def ends(self) -> EmbedAndHead:
@@ -83,6 +109,26 @@ class SwarmLike(Protocol):
 
     def view(self) -> SwarmView:
         """See `Swarm.view`."""
+
+    def settings(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
+        *,
+        conversation: Any = None,  # Any: what `conversation` of this swarm gave
+        **arguments: Unpack[GenerateArguments],
+    ) -> Settings:
+        """See `Swarm.settings`."""
+
+    def usual_length(self, batch: int = 1) -> int:
+        """See `Swarm.usual_length`."""
+
+    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> ConversationLike:
+        """See `Swarm.conversation`."""
+
+
+class SwarmLike(SwarmFacts, Protocol):
+    """A swarm that serves one model, seen from a client.  See `client.swarm.Swarm`."""
 
     async def changed(self, since: SwarmView) -> None:
         """See `Swarm.changed`."""
@@ -98,27 +144,11 @@ class SwarmLike(Protocol):
         prompt: Any,  # Any: text, or token ids in whatever holds them
         options: GenerateOptions | None = None,
         *,
-        conversation: Any = None,  # Any: what `conversation` of the same swarm gave
+        conversation: Any = None,  # Any: what `conversation` of this swarm gave
         trace: Trace | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
-        """See `Swarm.generate`."""
-
-    def settings(
-        self,
-        prompt: Any,  # Any: text, or token ids in whatever holds them
-        options: GenerateOptions | None = None,
-        *,
-        conversation: Any = None,
-        **arguments: Unpack[GenerateArguments],
-    ) -> Settings:
-        """See `Swarm.settings`."""
-
-    def usual_length(self, batch: int = 1) -> int:
-        """See `Swarm.usual_length`."""
-
-    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> ConversationLike:
-        """See `Swarm.conversation`."""
+        """See `Swarm.generate`.  A few tokens may wait for a consumer that is slow."""
 
     async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         """See `Swarm.forward`."""
@@ -132,3 +162,50 @@ class SwarmLike(Protocol):
         self, *, batch: int = 1, max_length: int | None = None
     ) -> AbstractAsyncContextManager[SessionLike]:
         """See `Swarm.session`."""
+
+
+class SyncSwarm(SwarmFacts, Protocol):
+    """`SwarmLike`, blocking: from any thread, and from a notebook's.  Ctrl-C ends a wait.
+
+    `close`, or the end of the `with`, leaves the swarm.
+    """
+
+    def changed(self, since: SwarmView) -> None:
+        """See `Swarm.changed`."""
+
+    def route(self) -> Chain:
+        """See `Swarm.route`."""
+
+    def chains(self, most: int) -> list[Chain]:
+        """See `Swarm.chains`."""
+
+    def generate(
+        self,
+        prompt: Any,  # Any: text, or token ids in whatever holds them
+        options: GenerateOptions | None = None,
+        *,
+        conversation: Any = None,  # Any: what `conversation` of this swarm gave
+        trace: Trace | None = None,
+        **arguments: Unpack[GenerateArguments],
+    ) -> Generator[Token, None, None]:
+        """See `Swarm.generate`.  The end of the loop, however it comes, ends the session."""
+
+    def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Swarm.forward`."""
+
+    def backward(self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Swarm.backward`."""
+
+    def session(
+        self, *, batch: int = 1, max_length: int | None = None
+    ) -> AbstractContextManager[SyncSession]:
+        """See `Swarm.session`."""
+
+    def close(self) -> None:
+        """Leave the swarm."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

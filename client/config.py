@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from node.config import ConfigError
+from node.config import ConfigError, config_errors
 from node.runtime import values
 from routing.chains.alternatives import Constraints
-from tensor_codec.limits import Limits
+from tensor_codec.limits import Limits, limits_with
 
-if TYPE_CHECKING:
-    pass
 SWARM_KEY_BYTES = 32
 
 
@@ -44,6 +44,51 @@ class ClientConfig:
     limits: Limits = field(default_factory=Limits)
 
 
+def client_config(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    peers: str | Iterable[str],
+    swarm_key: str | os.PathLike[str] | bytes | None = None,
+    identity: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    wait_seconds: float = 30.0,
+    step_seconds: float = 30.0,
+    give_up_seconds: float = 120.0,
+    codec: str = "auto",
+    constraints: Constraints | None = None,
+    max_session_tokens: int | None = None,
+    max_step_tokens: int | None = None,
+    max_frame_bytes: int | None = None,
+) -> ClientConfig:
+    """The arguments of `client.connect` and `client.connect_sync`, which explain them, as a checked value.
+
+    Raises ConfigError for a value that cannot be: a bad address, a number out of range, constraints that
+    nothing can meet.
+    """
+    with config_errors():
+        config = ClientConfig(
+            peers=values.texts("peers", peers, "multiaddrs"),
+            model=None if model is None else str(values.path("model", model)),
+            swarm_key=None if swarm_key is None else _key("swarm_key", swarm_key),
+            identity=None if identity is None else values.path("identity", identity),
+            cache_dir=None if cache_dir is None else values.path("cache_dir", cache_dir),
+            threads=None if threads is None else values.whole("threads", threads, 1, values.MAX_THREADS),
+            wait_seconds=values.seconds("wait_seconds", wait_seconds),
+            step_seconds=values.seconds("step_seconds", step_seconds, above=True),
+            give_up_seconds=values.seconds("give_up_seconds", give_up_seconds, above=True),
+            codec=codec,
+            constraints=Constraints() if constraints is None else constraints,
+            limits=limits_with(
+                max_session_tokens=_tokens("max_session_tokens", max_session_tokens),
+                max_step_tokens=_tokens("max_step_tokens", max_step_tokens),
+                max_frame_bytes=_tokens("max_frame_bytes", max_frame_bytes),
+            ),
+        )
+    check(config)
+    return config
+
+
 def _key(name: str, value: Any) -> Path | bytes:  # Any: to be checked
     """A key's file, or its bytes.  Raises ValueError."""
     if not isinstance(value, bytes | bytearray | memoryview):
@@ -58,7 +103,7 @@ def _tokens(name: str, value: Any) -> int | None:  # Any: to be checked
     return None if value is None else values.whole(name, value)
 
 
-def _check(config: ClientConfig) -> None:
+def check(config: ClientConfig) -> None:
     """Raise ConfigError for addresses, a codec or constraints that cannot be."""
     from node.network.addresses import bootstrap_peers
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import trio
 
-from client.config import ClientConfig, _check
+from client.config import ClientConfig, check
 from client.generation.options import GenerateArguments, GenerateOptions, options_of
 from client.lengths import SessionLengths, too_long
 from node.runtime import values
@@ -92,7 +92,7 @@ class Swarm:
 
     def _spans(self) -> Sequence[Record]:
         """The servers of the last view that this client may use.  For any thread."""
-        spans = self._directory.last_view.spans(self.info.revision, self.info.blocks)
+        spans = self.last_view.spans(self.info.revision, self.info.blocks)
         return suitable(spans, self.routes.constraints)
 
     @property
@@ -108,6 +108,11 @@ class Swarm:
     def view(self) -> SwarmView:
         """What is known of the swarm now."""
         return self._directory.view()
+
+    @property
+    def last_view(self) -> SwarmView:
+        """The view of the last look, some of whose records may have ended since.  For any thread."""
+        return self._directory.last_view
 
     async def changed(self, since: SwarmView) -> None:
         """Return when the view is another than `since`.  Set your own deadline."""
@@ -393,7 +398,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     from node.runtime.compute_thread import open_compute_thread
     from node.runtime.nurseries import background_nursery
 
-    _check(config)
+    check(config)
     key = load_swarm_key(config.swarm_key) if isinstance(config.swarm_key, Path) else config.swarm_key
     identity = load_or_create_identity(config.identity)
     async with (

@@ -86,6 +86,14 @@ def test_a_node_serves_and_a_trio_program_generates_with_it(joining: list[str]):
     assert all(len(line) > 5 for line in one.splitlines())
 
 
+def test_a_plain_script_prints_tokens_as_they_come_and_the_same_as_under_trio(joining: list[str]):
+    prompts = ("HELLO", "WORLD")
+    asked = [*joining, "--max-new-tokens", "5", *prompts]
+    lines = run_to_the_end("generate_sync.py", *asked).splitlines()
+    assert [line[:5] for line in lines] == list(prompts)
+    assert sorted(lines) == sorted(run_to_the_end("generate_trio.py", *asked).splitlines())
+
+
 def test_a_node_says_in_one_line_what_its_operator_must_fix():
     ran = subprocess.run(
         [sys.executable, str(EXAMPLES / "run_a_node.py"), "--peers", "next door"],

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -20,153 +18,17 @@ import uvloop
 
 from client.api import SwarmLike
 from client.bridges import trio_thread
-from client.bridges.asyncio_swarm import BridgedSession, BridgedSwarm, open_bridge
+from client.bridges.asyncio_swarm import open_bridge
 from client.bridges.trio_thread import TOKENS_AHEAD
-from client.config import ClientConfig
 from client.connect import connect
-from client.session.session import Session
-from client.swarm import Swarm
 from node.config import ConfigError
 from routing.chains.search import NoChain
 from tensor_codec.errors import CacheFull, PeerGone, SlowPeer
-
-CONFIG = ClientConfig(peers=("/ip4/127.0.0.1/tcp/1/p2p/nobody",))
-SOON = 10.0  # seconds that nothing here should come near
-
-
-@dataclass
-class FakeSession:
-    length: int = 0
-    chain: str = "chain"
-    times: None = None
-
-    async def step(
-        self,
-        hidden: int,
-        position: int | None = None,
-        reply: str = "all",
-        *,
-        seconds: float | None = None,
-        rope_length: int | None = None,
-    ) -> int:
-        assert trio.lowlevel.in_trio_run()
-        await trio.lowlevel.checkpoint()
-        if hidden < 0:
-            raise PeerGone("a hop has gone")
-        self.length = (self.length if position is None else position) + hidden
-        return hidden * 2
-
-
-@dataclass
-class FakeConversation:
-    max_length: int
-    tokens: list[int] = field(default_factory=list)
-    closed: threading.Event = field(default_factory=threading.Event)
-
-    def close(self) -> None:
-        assert trio.lowlevel.in_trio_run()
-        self.closed.set()
-
-
-@dataclass
-class FakeSwarm:
-    """Swarm's methods, in trio; counts what is going on."""
-
-    config: ClientConfig = CONFIG
-    info: str = "info"
-    local_model: str = "local model"
-    generating: int = 0
-    made: int = 0  # tokens
-    sessions: int = 0
-    seen: object = field(default_factory=object)
-    news: trio.Event = field(default_factory=trio.Event)
-    nursery: trio.Nursery | None = None
-    open: bool = True
-
-    def view(self):
-        assert trio.lowlevel.in_trio_run()
-        return self.seen
-
-    async def changed(self, since):
-        while self.seen is since:
-            await self.news.wait()
-
-    def change(self) -> None:
-        self.seen, self.news, news = object(), trio.Event(), self.news
-        news.set()
-
-    async def route(self):
-        await trio.lowlevel.checkpoint()
-        raise NoChain([(3, 4)], 30, alone=False)
-
-    def generate(self, prompt, options=None, *, max_new_tokens=None, conversation=None, trace=None):
-        max_new_tokens = 64 if max_new_tokens is None else max_new_tokens
-        if max_new_tokens < 1:
-            raise ValueError("max_new_tokens is 0, at least 1 is needed")
-        return self._tokens(prompt, max_new_tokens, conversation)
-
-    async def _tokens(self, prompt, count, conversation):
-        self.generating += 1
-        try:
-            for index in range(count):
-                await trio.lowlevel.checkpoint()
-                if prompt == "hang" and index == 2:
-                    await trio.sleep_forever()
-                if prompt == "refuse" and index == 2:
-                    raise CacheFull("no room", 3.0)
-                self.made += 1
-                if conversation is not None:
-                    conversation.tokens.append(index)
-                yield f"{prompt}{index}"
-        finally:
-            self.generating -= 1
-
-    def conversation(self, max_length=2048, *, trace=None):
-        return FakeConversation(max_length)
-
-    async def forward(self, hidden, *, start=0, stop=None):
-        assert trio.lowlevel.in_trio_run()
-        await trio.lowlevel.checkpoint()
-        if hidden < 0:
-            raise PeerGone("a server has gone")
-        return ("forward", hidden, start, stop)
-
-    async def backward(self, hidden, grad, *, start=0, stop=None):
-        assert trio.lowlevel.in_trio_run()
-        await trio.lowlevel.checkpoint()
-        return ("backward", hidden, grad, start, stop)
-
-    @asynccontextmanager
-    async def session(self, *, batch=1, max_length=None):
-        if max_length is not None and max_length > 2048:
-            raise ValueError("too long")
-        self.sessions += 1
-        try:
-            yield FakeSession()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.lowlevel.checkpoint()
-                self.sessions -= 1
-
-
-def opener(swarm: FakeSwarm) -> Callable:
-    @asynccontextmanager
-    async def open_fake(config: ClientConfig) -> AsyncIterator[FakeSwarm]:
-        async with trio.open_nursery() as nursery:
-            swarm.nursery = nursery
-            try:
-                yield swarm
-            finally:
-                with trio.CancelScope(shield=True):
-                    await trio.lowlevel.checkpoint()
-                    swarm.open = False
-                nursery.cancel_scope.cancel()
-
-    return open_fake
+from tests.fakes_bridges import CONFIG, SOON, FakeSwarm, opener
 
 
 @asynccontextmanager
-async def bridged(swarm: FakeSwarm) -> AsyncIterator[BridgedSwarm]:
+async def bridged(swarm: FakeSwarm) -> AsyncIterator[SwarmLike]:
     async with open_bridge(CONFIG, opener(swarm)) as handle:
         yield handle
 
@@ -204,7 +66,7 @@ def run(request) -> Callable[[Callable[[], Awaitable]], object]:
     return run_it
 
 
-async def take(swarm: BridgedSwarm, prompt: str, count: int = 5) -> list[str]:
+async def take(swarm: SwarmLike, prompt: str, count: int = 5) -> list[str]:
     return [token async for token in swarm.generate(prompt, max_new_tokens=count)]
 
 
@@ -414,7 +276,7 @@ def test_a_conversation_goes_through_generate_and_is_closed_in_trio(run):
     async def main():
         async with bridged(FakeSwarm()) as swarm:
             talk = swarm.conversation(100)
-            inner = talk._conversation
+            inner = talk._target
             async for _ in swarm.generate("t", max_new_tokens=3, conversation=talk):
                 pass
             assert (inner.tokens, inner.max_length) == ([0, 1, 2], 100)
@@ -434,10 +296,10 @@ def test_the_view_follows_the_swarm(run):
             changed = asyncio.create_task(swarm.changed(seen))
             await take(swarm, "t")
             assert not changed.done()
-            swarm._thread.soon(fake.change)
+            swarm._portal.soon(fake.change)
             await changed
             assert swarm.view() is fake.seen is not seen
-            swarm._thread.soon(fake.change)
+            swarm._portal.soon(fake.change)
             await eventually(lambda: swarm.view() is fake.seen)
             assert (swarm.config, swarm.info, swarm.local_model) == (CONFIG, "info", "local model")
 
@@ -546,7 +408,7 @@ def test_a_bug_on_the_trio_side_ends_the_calls_and_comes_out_on_leaving(run):
             async with bridged(fake) as swarm:
                 task = asyncio.create_task(take(swarm, "hang"))
                 await eventually(lambda: fake.made == 2)
-                swarm._thread.soon(lambda: fake.nursery.start_soon(crash))
+                swarm._portal.soon(lambda: fake.nursery.start_soon(crash))
                 with pytest.raises(RuntimeError, match="failed"):
                     await task
 
@@ -608,8 +470,8 @@ def test_a_loop_that_is_closed_without_leaving_ends_the_thread():
 
     async def begin():
         swarm = await entered.__aenter__()
-        swarm._thread._start(partial(trio.sleep, 0.05))
-        return swarm._thread
+        swarm._portal._start(partial(trio.sleep, 0.05), asyncio.Event())
+        return swarm._portal._thread
 
     thread = loop.run_until_complete(begin())
     loop.close()
@@ -628,26 +490,3 @@ def test_a_handle_may_not_be_used_from_another_event_loop():
             await asyncio.to_thread(elsewhere, swarm)
 
     asyncio.run(main())
-
-
-def test_a_bridged_swarm_has_the_methods_of_a_swarm_with_the_same_parameters():
-    for ours, theirs in ((BridgedSwarm, SwarmLike), (Swarm, SwarmLike)):
-        names = (
-            "view",
-            "changed",
-            "route",
-            "chains",
-            "generate",
-            "conversation",
-            "session",
-            "forward",
-            "backward",
-        )
-        for name in names:
-            ours_takes = inspect.signature(getattr(ours, name)).parameters.values()
-            theirs_takes = inspect.signature(getattr(theirs, name)).parameters.values()
-            assert [(p.name, p.kind, p.default) for p in ours_takes] == [
-                (p.name, p.kind, p.default) for p in theirs_takes
-            ]
-    ours_takes, theirs_takes = (inspect.signature(kind.step).parameters for kind in (BridgedSession, Session))
-    assert list(ours_takes) == list(theirs_takes)

@@ -213,7 +213,7 @@ def test_the_documents_have_snippets():
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_calls_in_the_snippets_fit_the_functions_that_they_call(snippet):
-    known = {"client.connect": client.connect}
+    known = {"client.connect": client.connect, "client.connect_sync": client.connect_sync}
     known |= {
         f"swarm.{name}": getattr(Swarm, name)
         for name in ("generate", "session", "conversation", "route", "forward", "backward")
@@ -293,7 +293,7 @@ def test_the_fields_of_constraints_and_their_flags_are_the_code_s():
 def test_the_calls_of_a_swarm_in_the_documents_exist():
     text = README.read_text() + PYTHON_PAGE.read_text()
     for name in set(re.findall(r"`?swarm\.(\w+)\(", text)):
-        assert callable(getattr(Swarm, name)), name
+        assert callable(getattr(Swarm, name, None) or getattr(client.SyncSwarm, name)), name
     for name in re.findall(r"`client\.(\w+)", text):
         assert hasattr(client, name) or (ROOT / "client" / f"{name}.py").exists(), name
 

@@ -1,0 +1,185 @@
+"""A swarm for scripts and notebooks: trio runs in a thread of its own, and each call blocks its caller."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from client.api import ConversationLike, SyncSession, SyncSwarm
+from client.bridges import trio_thread
+from client.bridges.proxy import Proxy, proxy_of
+from client.bridges.trio_thread import Call, Queue, TrioThread, held
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from client.config import ClientConfig
+
+log = logging.getLogger("raceme")
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+HANDLES = {"conversation": ConversationLike, "session": SyncSession}
+CLOSE_SECONDS = 3.0  # for a generation that is abandoned: the end of its session takes 2 at the most
+
+
+def open_sync(
+    config: ClientConfig, open_swarm: Callable[[ClientConfig], AbstractAsyncContextManager[Any]]
+) -> SyncSwarm:
+    """The blocking side of `connect_sync`.  Raises what `open_swarm` raises: ConfigError.
+
+    open_swarm: `client.swarm.open_swarm`, which runs in the trio thread.
+    The swarm is left by `close`, by the end of the `with`, or at the end of the program.
+    """
+    portal: BlockingPortal[Any] = BlockingPortal()
+    swarm = portal.enter(partial(open_swarm, config))
+    return cast(SyncSwarm, proxy_of(swarm, SyncSwarm, portal, HANDLES, SwarmHandle))
+
+
+class SwarmHandle(Proxy):
+    """A swarm that is left by `close` and by the end of a `with`."""
+
+    def close(self) -> None:
+        """Leave the swarm; takes LEAVE_SECONDS and END_SECONDS at the most."""
+        cast("BlockingPortal[Any]", self._portal).leave()
+
+    def __enter__(self) -> SwarmHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class BlockingPortal(Generic[V]):
+    """The blocking side of a `TrioThread`: from any number of threads at a time, but for trio's own.
+
+    Every wait may be ended by Ctrl-C.  A call that ends early waits until its task in trio has ended.
+    """
+
+    def __init__(self) -> None:
+        self._news = threading.Event()  # it is open, or it has ended
+        self._thread: TrioThread[V] = TrioThread(_at_once, self._news)
+        self._lock = threading.Lock()
+        self._is_open = True
+
+    def enter(self, open_value: Callable[[], AbstractAsyncContextManager[V]]) -> V:
+        """Start the thread; what `async with open_value()` gives in it.  Raises what that raises."""
+        self._thread.start(open_value)
+        atexit.register(self.leave)
+        try:
+            self._news.wait()
+        except BaseException:  # Ctrl-C
+            with suppress(Exception):  # the interrupt counts, whatever became of the opening
+                self.leave()
+            raise
+        if self._thread.value is None:
+            self.leave()
+            raise RuntimeError("the trio thread has ended without saying why")
+        return self._thread.value
+
+    def leave(self) -> None:
+        """Close the context manager and wait for the thread; again, and it does nothing.
+
+        Raises what ended the thread before its time.
+        """
+        with self._lock:
+            is_open, self._is_open = self._is_open, False
+        if not is_open:
+            return
+        atexit.unregister(self.leave)
+        self._thread.leave()
+        deadline = time.monotonic() + trio_thread.LEAVE_SECONDS + trio_thread.END_SECONDS
+        while True:
+            self._news.clear()
+            if self._thread.has_ended:
+                break
+            if not self._news.wait(deadline - time.monotonic()):
+                log.warning("the swarm's thread does not end; it is left running")
+                return
+        self._thread.join()
+
+    def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """The result of `await function()` in trio."""
+        news = threading.Event()
+        call = Call(function, news)
+        try:
+            self._start(call)
+            _wait(call, news)
+        finally:
+            self._cancel(call, news)
+        return call.result()
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+        """What `items` yields in trio.  A generator that is closed or dropped closes `items`."""
+        queue: Queue[T] = Queue()
+        news = threading.Event()
+        call = Call(partial(queue.fill, items, news.set), news)
+        thread, seconds = threading.get_ident(), math.inf
+        try:
+            self._start(call)
+            while True:
+                news.clear()
+                while queue.items:
+                    item = queue.items.popleft()
+                    if queue.was_full:
+                        self.soon(queue.make_room)
+                    yield item
+                    thread = threading.get_ident()
+                if call.over and not queue.items:
+                    break
+                news.wait()
+        except GeneratorExit:
+            # A garbage collection closes a dropped generator in whatever thread it runs, torch's and trio's
+            # among them, which must not wait for trio; and in its own at any line, so never without an end.
+            seconds = CLOSE_SECONDS if threading.get_ident() == thread else 0.0
+            raise
+        finally:
+            self._cancel(call, news, seconds)
+        call.result()
+
+    @contextmanager
+    def hold(self, manager: AbstractAsyncContextManager[T], wrap: Callable[[T], Any]) -> Iterator[Any]:
+        """`wrap` of what the manager gives in trio, for as long as the block runs."""
+        with closing(self.iterate(held(manager))) as values:
+            yield wrap(next(values))
+
+    def soon(self, function: Callable[[], object]) -> bool:
+        """See `TrioThread.soon`."""
+        return self._thread.soon(function)
+
+    def _start(self, call: Call[T]) -> None:
+        if self._thread.is_current:
+            call.end()
+            raise RuntimeError("a blocking call in the swarm's own thread would wait for ever")
+        self._thread.begin(call)
+
+    def _cancel(self, call: Call[T], news: threading.Event, seconds: float = math.inf) -> None:
+        """End a call that nobody waits for any more, and wait up to `seconds` until it has cleaned up."""
+        if not call.over and self._thread.cancel(call) and seconds > 0:
+            _wait(call, news, seconds)
+
+
+def _at_once(function: Callable[[], object]) -> None:
+    function()
+
+
+def _wait(call: Call[T], news: threading.Event, seconds: float = math.inf) -> None:
+    """Return when the call is over, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        news.clear()  # before the look: an end that comes after it sets the event again
+        if call.over:
+            return
+        left = deadline - time.monotonic()
+        if not news.wait(None if left == math.inf else max(0.0, left)):
+            return
