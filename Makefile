@@ -40,7 +40,7 @@ bench: env ## Measure decoding over one and over three servers
 	@$(BIN)/python -m benchmarks decode --servers 1 $(ARGS)
 	@$(BIN)/python -m benchmarks decode --servers 3 $(ARGS)
 
-figures: env ## Measure what README.md and docs/benchmarks.md show of this machine, and write it there
+figures: env ## Measure the usual results, and write the tables and pictures of the documents; ARGS="wan executor" measures these
 	@$(BIN)/python -m benchmarks figures --measure $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)

@@ -1,26 +1,27 @@
-"""Figures in README.md and docs/benchmarks.md are those of the files that commands wrote."""
+"""Figures and pictures of the documents are those of the files that commands wrote, and none is typed."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks.figures.figures import (
-    BLOCKS,
-    DOCUMENTS,
-    ROOT,
+from benchmarks.figures.decode_blocks import (
     SERVERS,
     beside_petals_block,
     black_holed_block,
     decode_block,
     demo_block,
-    described,
-    read_figures,
-    with_figures,
-    without_files,
 )
+from benchmarks.figures.documents import BLOCKS, DOCUMENTS, typed_figures, with_figures
+from benchmarks.figures.measurements import FIGURES as FOLDER
+from benchmarks.figures.measurements import MEASUREMENTS, read_figures, without_files
+from benchmarks.figures.pictures import PICTURES
+from benchmarks.figures.swarm_blocks import rows_of
+from benchmarks.figures.tables import Results, described, measured_on
+from benchmarks.lib.results import ROOT
 from node.config import VERSION
 
 ABOUT = {
@@ -35,6 +36,7 @@ ABOUT = {
     "others": 0.0,
 }
 RUN = {
+    "commit": "0123456789ab",
     "machine": ABOUT,
     "tokens_equal": True,
     "steps_per_s": 10.0,
@@ -73,10 +75,73 @@ def test_the_figures_in_a_document_are_those_of_the_files(name: str):
     assert with_figures(document, read_figures()) == document, "run python -m benchmarks figures"
 
 
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_the_pictures_are_those_of_the_files(name: str):
+    assert PICTURES[name](read_figures()) == (ROOT / name).read_text(), "run python -m benchmarks figures"
+
+
+def test_every_picture_stands_in_a_document():
+    for name in PICTURES:
+        assert any(f"]({Path(name).relative_to(Path(document).parent)})" in (ROOT / document).read_text()
+                   for document in DOCUMENTS)  # fmt: skip
+
+
 def test_every_block_stands_in_a_document():
     text = "".join((ROOT / name).read_text() for name in DOCUMENTS)
     assert sorted(re.findall(r"<!-- figures: ([\w-]+) -->", text)) == sorted(BLOCKS)
     assert text.count("<!-- end of figures -->") == len(BLOCKS)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_figure_in_a_document_is_typed(name: str):
+    assert typed_figures((ROOT / name).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "It runs at 20.3 steps/s there.",
+        "A step takes 4 ms.",
+        "Of a step 0.3 % is the journal.",
+        "The node held 1,588 MiB.",
+        "| | s |\n| --- | --- |\n| online after | 6.9 |",
+        "| thin | 0.953 (0.854) |",
+    ],
+)
+def test_a_typed_figure_is_found(typed: str):
+    assert typed_figures(f"Some text.\n\n{typed}\n") != []
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        "    python -m benchmarks wan --rtt-ms 20 --mbit 10",
+        "Prompts of 512 tokens over two servers, and 30 blocks.",
+        "`--limit 180 s` ends it.",
+        "<!-- figures: decode -->\n20.3 steps/s\n<!-- end of figures -->",
+        "Recovered were 88 % of the tokens ([a paper](https://arxiv.org/abs/1)).",
+        "| `ttft_s` | time to the first token |",
+    ],
+)
+def test_settings_code_and_cited_figures_are_no_typed_figures(sound: str):
+    assert typed_figures(f"Some text.\n\n{sound}\n") == []
+
+
+OF_OTHER_PROGRAMS = {"petals", "mutants"}  # measured once, on another machine; by `make mutants`
+RESULTS = [path for path in sorted(FOLDER.glob("*.json")) if path.stem not in OF_OTHER_PROGRAMS]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_file_of_results_says_where_it_is_from(path: Path):
+    found = json.loads(path.read_text())
+    for result in found if isinstance(found, list) else [found]:
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", result["commit"])
+        assert "machine" in result
+        assert result["machine"] is not None or "command" not in result  # older than this rule
+
+
+def test_every_result_has_a_command_that_measures_it_anew():
+    assert {path.stem for path in RESULTS} <= set(MEASUREMENTS)
 
 
 def test_the_figures_are_of_this_version():
@@ -94,6 +159,13 @@ def test_what_stands_in_a_block_is_made_anew_and_nothing_else_is_touched():
     assert with_figures(written, FIGURES) == written
     with pytest.raises(KeyError):
         with_figures(document.replace("demo", "other"), FIGURES)
+
+
+def test_a_block_without_a_result_says_how_to_measure_it():
+    document = "<!-- figures: wan -->\n<!-- end of figures -->\n"
+    assert "`python -m benchmarks figures --measure wan`" in with_figures(document, Results())
+    recovery = document.replace("wan", "recovery")
+    assert "--measure recovery-freeze`" in with_figures(recovery, Results({"recovery-kill": RUN}))
 
 
 def test_the_demo_is_shown_as_it_was_printed():
@@ -154,3 +226,23 @@ def test_what_a_silent_server_costs_is_shown_with_its_sign():
     assert "| until a chain is chosen | 4 | 30 | +26 |" in block
     assert "| to the first token | 200 | 190 | -10 |" in block
     assert "Medians of 3 clients" in block
+
+
+def test_simulated_rows_are_found_by_their_settings():
+    run = {
+        "commit": "c", "model": "llama-405b", "servers": 60, "seeds": 1, "churn": 0.0, "lost": 0.0,
+        "liars": 0.0, "partition": 0.0, "noise": 0.0, "clients": 0, "load": 0.8, "client_seconds": 600.0,
+        "rule": "ours", "share_of_bound_mean": 0.9,
+    }  # fmt: skip
+    rules = [{"rule": rule, "share_of_bound_mean": share} for rule, share in (("petals", 0.8), ("ours", 0.9))]
+    both = {**run, "rules": rules}
+    churned = {**run, "churn": 0.3}
+    found = rows_of({"swarm-a": both, "swarm-b": churned, "other": run, "swarm-decisions": [run]}, churn=0)
+    assert [(row["rule"], row["share_of_bound_mean"]) for row in found] == [("ours", 0.9), ("petals", 0.8)]
+
+
+def test_a_table_names_all_of_its_commits_and_days():
+    later = {**RUN, "commit": "fedcba987654", "machine": ABOUT | {"day": "2026-01-02"}}
+    words = measured_on([RUN, later])
+    assert "commits 0123456789ab, fedcba987654" in words
+    assert "2026-01-01, 2026-01-02" in words

@@ -1,0 +1,71 @@
+"""Blocks about the parts of a node: the executor, the event loop, the weights, the journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.figures.tables import Figures, column, markdown_table, with_note
+
+
+def executor_block(figures: Figures) -> str:
+    """Sessions in one batch and one by one, by the kind of weights."""
+    runs = figures["executor"]
+    head = [
+        "sessions", "tokens/s", "one by one", "x the library's", "ms a step", "of it Python",
+        "prefill tokens/s",
+    ]  # fmt: skip
+    rows = [
+        (
+            weights_name(run),
+            [
+                f"{run['sessions']}",
+                f"{run['tokens_per_s']:.1f}",
+                f"{run['one_by_one_tokens_per_s']:.1f}",
+                f"{run['share_of_reference']:.1f}",
+                f"{run['ms_per_step']:.1f}",
+                f"{100 * run['python_share']:.0f} %",
+                f"{run['prefill_tokens_per_s']:.0f}",
+            ],
+        )
+        for run in runs
+    ]
+    return with_note(markdown_table(head, rows), *runs)
+
+
+def weights_name(run: Any) -> str:
+    """The kind of weights, and the dtype of the activations where both matter."""
+    return str(run["dtype"]) if run["quantize"] == "none" else f"{run['quantize']}, {run['dtype']}"
+
+
+def loop_lag_block(figures: Figures) -> str:
+    """The lateness of the event loop, next to an idle engine and next to a full one."""
+    run = figures["loop-lag"]
+    rows = [
+        (f"{name}, ms", [f"{run[f'{engine}_{key}_ms']:.1f}" for engine in ("idle", "full")])
+        for name, key in (("median", "p50"), ("99th percentile", "p99"), ("largest", "max"))
+    ]
+    head = ["idle engine", f"{run['sessions']} sessions that decode, two that prefill ({run['quantize']})"]
+    return with_note(markdown_table(head, rows), run)
+
+
+def quality_block(figures: Figures) -> str:
+    """The cost of rounded weights."""
+    runs = figures["quality"]
+    rows = [
+        (run["name"], [f"{run['perplexity']:.3f}", f"{run['kl']:.1e}", f"{run['same_best']:.3f}",
+                       f"{run['weights_mib']:.0f}"])
+        for run in runs
+    ]  # fmt: skip
+    return with_note(markdown_table(["perplexity", "KL", "the same likeliest token", "MiB"], rows), *runs)
+
+
+def journal_block(figures: Figures) -> str:
+    """The cost of the journal."""
+    run = figures["journal"]
+    rows = [
+        (f"a step through {run['blocks']} blocks, us", column([run], "{step_us:,.0f}")),
+        ("its copy into the journal, us (p99)", column([run], "{append_us:.0f} ({append_us_p99:.0f})")),
+        ("share of the step", [f"{100 * run['share_of_step']:.1f} %"]),
+        ("reading back, us a token", column([run], "{read_us_per_token:.1f}")),
+    ]
+    return with_note(markdown_table(["median"], rows), run)

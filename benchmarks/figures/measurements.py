@@ -1,0 +1,136 @@
+"""The commands that write docs/figures: each result has a name, and its file is NAME.json there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures.tables import Results
+from benchmarks.lib.machine import Elsewhere, machine
+from benchmarks.lib.results import ROOT, commit
+
+FIGURES = ROOT / "docs" / "figures"
+DEMO = "demo"
+SWARM = ["swarm", "--jobs", "2"]
+THIN, ROOMY = ["--model", "llama-405b"], ["--model", "llama-70b"]
+CLIENTS = ["--clients", "1000"]
+
+# Measured by `make figures`: the version at hand on the machine at hand.
+USUAL: Mapping[str, Sequence[str]] = {
+    DEMO: [],  # scripts/demo.py
+    **{f"decode-{servers}": ["decode", "--servers", str(servers)] for servers in (1, 2, 3)},
+    "journal": ["journal"],
+    "loop-lag": ["loop_lag"],
+    "quality": ["quality"],
+    "startup": ["startup"],
+    "startup-black-holed": ["startup", "--black-holed", "1"],
+    "wire": ["wire"],
+}
+# Measured where somebody asks for it by name.
+LONG: Mapping[str, Sequence[str]] = {
+    "decode-int8-1": ["decode", "--servers", "1", "--quantize", "int8"],
+    "decode-int8-3": ["decode", "--servers", "3", "--quantize", "int8"],
+    "decode-int8-1x16": ["decode", "--servers", "1", "--clients", "16", "--quantize", "int8"],
+    "executor": [
+        "executor", "--sessions", "1", "4", "16", "--quantize", "none", "int8",
+        "--dtype", "float32", "bfloat16",
+    ],
+    "flood": ["flood", "--quantize", "int8"],
+    "recovery-kill": ["recovery", "--runs", "10"],
+    "recovery-freeze": ["recovery", "--mode", "freeze", "--runs", "10"],
+    "recovery-drain": ["recovery", "--mode", "drain", "--runs", "10"],
+    "routing": ["routing", "--servers", "1000", "10000"],
+    "swarm-decisions": ["swarm", "--decisions-only", "60", "1000", "10000"],
+    "wan": ["wan"],
+    "wan-bulk": ["wan", "--rtt-ms", "20", "--mbit", "10", "--servers", "2", "--bulk"],
+    "wire-rtt40": ["wire", "--rtt-ms", "40"],  # as root, as the next one
+    "wire-rtt160": ["wire", "--rtt-ms", "160"],
+}  # fmt: skip
+# Simulated: the machine does not matter, and hours pass.
+SIMULATED: Mapping[str, Sequence[str]] = {
+    **{f"swarm-thin{n}-all": [*SWARM, "--servers", str(n), *THIN, "--rule", "all"] for n in (30, 60, 100)},
+    **{f"swarm-roomy{n}-all": [*SWARM, "--servers", str(n), *ROOMY, "--rule", "all"] for n in (20, 30)},
+    **{
+        f"swarm-thin1000-{rule}": [*SWARM, "--servers", "1000", *THIN, "--rule", rule, "--seeds", "3"]
+        for rule in ("ours", "petals", "petals-join")
+    },
+    "swarm-noise60-ours": [*SWARM, "--servers", "60", *THIN, "--noise", "0.1", "--seeds", "5"],
+    **{
+        f"swarm-churn60-{rule}": [
+            *SWARM, "--servers", "60", *THIN, "--churn", "0.3", "--lost", "0.2", "--rule", rule,
+            "--seeds", seeds,
+        ]
+        for rule, seeds in (("ours", "20"), ("petals", "5"))
+    },
+    **{
+        f"swarm-clients-roomy30-{rule}{'' if load == '0.8' else f'-{load}'}": [
+            *SWARM, "--servers", "30", *ROOMY, *CLIENTS, "--rule", rule, "--load", load, "--seeds", seeds,
+        ]
+        for rule, load, seeds in (
+            ("ours", "0.5", "3"), ("ours", "0.8", "10"), ("ours", "0.95", "3"),
+            ("petals", "0.5", "3"), ("petals", "0.8", "4"), ("petals", "0.95", "3"),
+        )
+    },
+    **{
+        f"swarm-clients-thin60-{rule}{'' if load == '0.8' else f'-{load}'}": [
+            *SWARM, "--servers", "60", *THIN, *CLIENTS, "--client-seconds", "1000", "--rule", rule,
+            "--load", load, "--seeds", "2",
+        ]
+        for rule in ("ours", "petals")
+        for load in ("0.5", "0.8")
+    },
+    "swarm-liars-roomy30-ours": [
+        *SWARM, "--servers", "30", *ROOMY, *CLIENTS, "--liars", "0.1", "--seeds", "2",
+    ],
+}  # fmt: skip
+MEASUREMENTS: Mapping[str, Sequence[str]] = {**USUAL, **LONG, **SIMULATED}
+
+
+def measure(name: str, rounds: int | None = None) -> int:
+    """Run the command of a result and write its file; the exit code, at 0 of which the file is new.
+
+    rounds: of the results of `benchmarks decode`, where somebody wants others than usual.
+    """
+    file = FIGURES / f"{name}.json"
+    if name == DEMO:
+        file.write_text(json.dumps(run_demo(), indent=2) + "\n")
+        return 0
+    words = list(MEASUREMENTS[name])
+    if words[0] == "decode" and rounds is not None:
+        words += ["--rounds", str(rounds)]
+    print(f"{name}: python -m benchmarks {' '.join(words)}", file=sys.stderr)
+    whole = [sys.executable, "-m", "benchmarks", *words, "--json", str(file)]
+    return subprocess.run(whole, cwd=ROOT, check=False).returncode
+
+
+def run_demo() -> dict[str, Any]:
+    """The output of the demo but for lines that name a file of this machine.  Raises CalledProcessError."""
+    from node.main import _best_dtype
+
+    about, elsewhere = machine(), Elsewhere()
+    words = [sys.executable, str(ROOT / "scripts" / "demo.py")]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    about["others"] = elsewhere.share()
+    print(done.stdout)
+    return {
+        "command": "make demo",
+        "commit": commit(),
+        "machine": about,
+        "dtype": _best_dtype("cpu"),
+        "lines": without_files(done.stdout.splitlines()),
+    }
+
+
+def without_files(lines: Sequence[str]) -> list[str]:
+    """The lines that name no file of this machine and tell of no progress."""
+    return [line for line in lines if not re.search(r"(^| )/\w|^checking ", line)]
+
+
+def read_figures(folder: Path = FIGURES) -> Results:
+    """All results, by the names of their files."""
+    return Results({path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))})

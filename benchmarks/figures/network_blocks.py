@@ -1,0 +1,81 @@
+"""Blocks about links and about the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.figures.tables import Figures, column, markdown_table, with_note, yes
+
+SIZES = ("1 KiB", "4 KiB", "64 KiB")
+
+
+def wan_block(figures: Figures) -> str:
+    """Decoding and prefill over several sorts of link."""
+    runs = figures["wan"]
+    rows = [
+        ("tokens equal to transformers'", [yes(run["tokens_equal"]) for run in runs]),
+        ("steps/s", column(runs, "{steps_per_s:.3g}")),
+        ("limit, steps/s", column(runs, "{limit_steps_per_s:.3g}")),
+        ("share of the limit", column(runs, "{share_of_limit:.2f}")),
+        ("a step beyond the limit, ms", column(runs, "{outside_ms:.1f}")),
+        ("time to first token, s", column(runs, "{ttft_s:.2f}")),
+        ("prefill, tokens/s", column(runs, "{prefill_tokens_per_s:.0f}")),
+        ("prefill ratio", column(runs, "{prefill_ratio:.2f}")),
+    ]
+    return with_note(markdown_table([link_name(run) for run in runs], rows), *runs)
+
+
+def link_name(run: Any) -> str:
+    """A sort of link in a few words."""
+    if not run["proxied"]:
+        return "no proxy"
+    if not run["rtt_ms"] and run["mbit"] is None:
+        return "no delay"
+    rate = run["mbit"]
+    return f"{run['rtt_ms']:g} ms" + ("" if rate is None else f", {rate:g} Mbit/s")
+
+
+def wan_bulk_block(figures: Figures) -> str:
+    """A client that decodes, alone and next to a client that prefills all the time."""
+    run = figures["wan-bulk"]
+    names = (
+        ("steps/s", "steps_per_s", ".1f"),
+        ("of a step, on the network, ms", "network_ms", ".0f"),
+        ("of a step, in queues of servers, ms", "queue_ms", ".0f"),
+        ("of a step, computing, ms", "computing_ms", ".0f"),
+    )
+    rows = [(name, [f"{run[key]:{form}}", f"{run[f'bulk_{key}']:{form}}"]) for name, key, form in names]
+    rows.append(("share of the steps/s alone", ["", f"{run['bulk_share']:.2f}"]))
+    rows.append(("the bulk's own tokens/s", ["", f"{run['bulk_tokens_per_s']:.0f}"]))
+    head = [f"{run['servers']} servers, {link_name(run)}: alone", "with the bulk"]
+    return with_note(markdown_table(head, rows), run)
+
+
+def wire_block(figures: Figures) -> str:
+    """Frames through our host and through py-libp2p's own."""
+    run = figures["wire"]
+    both = [run["ours"], run["stock"]]
+    rows = [
+        (
+            f"{size}, median (p10, p90), us",
+            [f"{one[f'{size} median us']:.0f} ({one[f'{size} p10 us']:.0f}, {one[f'{size} p90 us']:.0f})"
+             for one in both],
+        )
+        for size in SIZES
+    ]  # fmt: skip
+    rows.append(("bulk, MB/s", [f"{one['bulk MB/s']:.0f}" for one in both]))
+    rows.append(
+        ("1 KiB during bulk, median us", [f"{one['1 KiB median us beside bulk']:.0f}" for one in both])
+    )
+    return with_note(markdown_table(["ours", "py-libp2p's own"], rows), run)
+
+
+def wire_line_block(figures: Figures) -> str:
+    """A transfer over a line with a delay, through our host and through raw TCP."""
+    runs = [figures[f"wire-rtt{rtt}"] for rtt in (40, 160)]
+    keys = (
+        "transfer_ms", "raw_tcp_ms", "ratio", "second_transfer_ms", "second_raw_tcp_ms", "second_ratio",
+    )  # fmt: skip
+    rows = [(f"`{key}`", [f"{run[key]:,}" for run in runs]) for key in keys]
+    head = [f"{run['rtt_ms']:g} ms, {run['mbit']:g} Mbit/s, {run['congestion_control']}" for run in runs]
+    return with_note(markdown_table(head, rows), *runs)
