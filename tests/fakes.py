@@ -106,8 +106,8 @@ async def connection_pair(
     alice, bob = connections
     async with trio.open_nursery() as nursery:
         for connection in connections:
-            nursery.start_soon(connection.start)
-            await connection.event_started.wait()
+            nursery.start_soon(connection.run)
+            await connection.started.wait()
         yield alice, bob
         for connection in connections:
             connection.close_now("the test is over")

@@ -42,7 +42,7 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     prompts = question["prompts"]
     results: list[dict[str, Any]] = [{} for _ in prompts]
     host = swarm._host  # the counters are not part of the client's API
-    bytes_before, cpu_before = host.bytes_sent + host.bytes_received, _cpu()
+    bytes_before, cpu_before = host.traffic.sent + host.traffic.received, _cpu()
     began = time.perf_counter()
 
     async def one(index: int) -> None:
@@ -54,7 +54,7 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     return {
         "generations": results,
         "wall_seconds": time.perf_counter() - began,
-        "bytes": host.bytes_sent + host.bytes_received - bytes_before,
+        "bytes": host.traffic.sent + host.traffic.received - bytes_before,
         "cpu_seconds": _cpu() - cpu_before,
     }
 

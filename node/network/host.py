@@ -11,8 +11,6 @@ import errno
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
-from functools import partial
 
 import trio
 from libp2p.host.basic_host import BasicHost
@@ -20,12 +18,14 @@ from libp2p.network.exceptions import SwarmException
 
 from node.config import ConfigError
 from node.network.addresses import Address, announced, parse_address
-from node.network.dialling import Race, open_tcp, resolve
+from node.network.connection_table import ConnectionTable
+from node.network.dialler import Dialler
 from node.network.interfaces import read_interfaces
 from node.network.libp2p_host import make_libp2p_host
 from node.network.streams import FramedStream, Traffic
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity
+from node.network.transport.libp2p_adapter import Libp2pConnection
 from node.network.transport.link import SocketLink
 from node.network.transport.membership import KEY_BYTES, swarm_id
 from node.network.transport.multistream import Dialogue, negotiate
@@ -43,23 +43,20 @@ Handler = Callable[[FramedStream], Awaitable[None]]
 
 PING_PROTOCOL = "/raceme/ping/1"
 _PING_BYTES = 8
-_PINGS = 3  # the quickest of so many: the first also pays for opening the stream
+_PINGS = 3  # of which the quickest counts: the first one also pays for opening the stream
 _MAX_PINGS_PER_STREAM = 16
-_BAN_SECONDS = 60.0  # for a peer that floods or ignores windows
-_DIALS_AT_ONCE = 32  # more than whoever measures dials at once: the silent must not hold up the others
 _SHUTDOWN_SECONDS = 2.0
 
 
-class NoPlaceLeft(PeerGone):
-    """This node itself allows no further connection: it says nothing of the peer."""
-
-
 class Host:
-    """What the rest of a node sees of the network.  Made by `open_host`.
+    """One node's access to the network: framed streams to peers and from them.  Made by `open_host`.
 
-    peer_id: ours.
+    peer_id: this node's own.
+    swarm_id: of the swarm key, or that of the public swarm.
     faults: of peers, counted.
-    raw: py-libp2p's host, for `node.network.directory.kademlia` alone.
+    traffic: payload bytes of all framed streams.
+    connections: to peers, with their caps and bans.
+    raw: py-libp2p's host, for Kademlia (`node.network.directory.kademlia`) and identify alone.
     """
 
     def __init__(
@@ -70,86 +67,69 @@ class Host:
         limits: Limits,
         nursery: trio.Nursery,
     ) -> None:
-        """find_addresses: what to announce, as the machine's interfaces are at that moment."""
+        """find_addresses: what to announce, by the machine's interfaces at that moment."""
         self.peer_id = identity.peer_id
-        self._find_addresses = find_addresses
-        self._addresses = find_addresses()
         self.swarm_id = swarm_id(swarm_key)
         self.faults = Faults()
+        self.traffic = Traffic()
+        self.connections = ConnectionTable(limits)
+        self._find_addresses = find_addresses
+        self._addresses = find_addresses()
+        self._limits = limits
+        self._upgrade = Upgrade(identity, swarm_key, limits)
+        self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
+        self._nursery = nursery
+        self._handlers: dict[str, Handler] = {}
         self.raw: BasicHost = make_libp2p_host(
             identity, lambda: self._addresses, limits, self._dial_for_libp2p
         )
-        self._limits = limits
-        self._upgrade = Upgrade(identity, swarm_key, limits)
-        self._nursery = nursery
-        self._traffic = Traffic()
-        self._handlers: dict[str, Handler] = {}
-        self._connections: dict[PeerId, list[Connection]] = {}
-        self._inbound = 0
-        self._unauthenticated = 0
-        self._dials = trio.CapacityLimiter(_DIALS_AT_ONCE)
-        self._dialling: dict[PeerId, trio.Lock] = {}
-        self._banned_until: dict[PeerId, float] = {}
-        self._yamux_limits = YamuxLimits(
-            max_inbound_streams=limits.max_streams_per_connection,
-            max_unread_bytes=limits.max_unread_bytes_per_connection,
-        )
         self.handle(PING_PROTOCOL, self._answer_pings)
 
-    # --- what a node does with it ---
+    # --- for the rest of the node ---
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Multiaddrs under which we can be dialled, without /p2p, as last read."""
+        """Multiaddrs at which this node can be dialled, without /p2p, as last read."""
         return self._addresses
 
     def read_addresses(self) -> bool:
-        """Look at the machine's interfaces again; whether our addresses are others now."""
+        """Read the machine's interfaces again; whether this node's addresses have changed."""
         before, self._addresses = self._addresses, self._find_addresses()
         return self._addresses != before
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload sent on framed streams."""
-        return self._traffic.sent
-
-    @property
-    def bytes_received(self) -> int:
-        """Payload received on framed streams."""
-        return self._traffic.received
 
     def handle(self, protocol: str, handler: Handler) -> None:
         """Answer inbound streams of a protocol.
 
         A PeerFault that escapes the handler is counted in `faults` and resets the stream; when the handler
-        returns, the stream is closed.  Anything else that escapes is our own bug and ends the host.
+        returns, the stream is closed.  Any other error that escapes is our own bug and ends the host.
         """
         self._handlers[protocol] = handler
 
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
     ) -> FramedStream:
-        """A new stream, over a connection that there is or that is made now.
+        """A new stream, over the live connection to the peer or a new one.
 
-        Costs no round trip: the protocol is asked for with the first frame, and a peer that does not
-        speak it is found out by the first `receive` (RemoteProtocolError).
-        addresses: tried as `node.network.dialling` says.
+        Costs no round trip: the first frame carries the protocol's name, and the first `receive` raises
+        RemoteProtocolError where the peer does not speak it.
+        addresses: multiaddrs, tried as `node.network.dialling` says.
+        seconds: for the connection.
         Raises PeerGone, SlowPeer, NotAMember, RemoteProtocolError.
         """
-        connection = self._live(peer) or await self._connect(peer, addresses, seconds)
+        connection = self.connections.live(peer) or await self._dialler.connect(peer, addresses, seconds)
         stream = connection.open()
         stream.propose(protocol)
-        return FramedStream(stream, peer, protocol, self._limits, self._traffic)
+        return FramedStream(stream, peer, protocol, self._limits, self.traffic)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
-        """Make sure that there is a connection.  Raises as `open_stream`."""
-        if self._live(peer) is None:
-            await self._connect(peer, addresses, seconds)
+        """Make sure that there is a connection.  Raises what `open_stream` raises."""
+        if self.connections.live(peer) is None:
+            await self._dialler.connect(peer, addresses, seconds)
 
     async def ping(self, peer: PeerId, addresses: Sequence[str], *, seconds: float | None = None) -> float:
-        """The round trip to a peer, in seconds, between two of our protocol handlers.
+        """The least round trip of `_PINGS` pings to a peer, in seconds.
 
-        seconds: for all of it, `dial_seconds` if None.  Raises as `open_stream`.
+        seconds: for all of it, `dial_seconds` if None.  Raises what `open_stream` raises.
         """
         seconds = self._limits.dial_seconds if seconds is None else seconds
         stream = await self.open_stream(peer, addresses, PING_PROTOCOL, seconds=seconds)
@@ -169,12 +149,7 @@ class Host:
 
     def connected(self) -> set[PeerId]:
         """The peers with a live connection."""
-        return {peer for peer in self._connections if self._live(peer) is not None}
-
-    async def disconnect(self, peer: PeerId) -> None:
-        """Close every connection to a peer."""
-        for connection in list(self._connections.get(peer, ())):
-            await connection.close()
+        return self.connections.connected()
 
     def charge(self, who: str, fault: PeerFault) -> None:
         """Count a peer's fault, and log it."""
@@ -186,18 +161,16 @@ class Host:
 
     async def accept(self, stream: trio.SocketStream) -> None:
         """Make a connection of an accepted socket, or close it.  Never raises for what a peer does."""
-        if not self._may_accept():
+        if not self.connections.may_accept():
             await trio.aclose_forcefully(stream)
             return
         link = SocketLink(stream, self._limits.tcp_user_timeout_seconds)
         where = link.remote[0] if link.remote else "a peer that left"
-        self._unauthenticated += 1
-        waiting = True
         try:
             seconds = self._limits.handshake_seconds
             with trio.move_on_after(seconds):
-                channel = await self._upgrade.inbound(link)
-                self._unauthenticated, waiting = self._unauthenticated - 1, False
+                with self.connections.handshake():
+                    channel = await self._upgrade.inbound(link)
                 where = channel.remote
                 await self._add(channel)
                 return
@@ -208,29 +181,17 @@ class Host:
         except BaseException:
             link.close()
             raise
-        finally:
-            self._unauthenticated -= waiting
-
-    def _may_accept(self) -> bool:
-        return (
-            self._unauthenticated < self._limits.max_unauthenticated_connections
-            and self._inbound < self._limits.max_inbound_connections
-            and self._count() < self._limits.max_connections
-        )
 
     def _on_stream(self, stream: MuxedStream) -> None:
-        connections = self._connections.get(stream.muxed_conn.peer, [stream.muxed_conn])
-        of_peer = sum(connection.inbound_streams for connection in connections)
-        of_node = sum(each.inbound_streams for all_of in self._connections.values() for each in all_of)
-        if of_peer >= self._limits.max_streams_per_peer or of_node >= self._limits.max_streams:
+        if not self.connections.may_serve(stream):
             stream.reset_now()
         else:
-            stream.let_in = True
+            stream.served = True
             self._nursery.start_soon(self._serve, stream)
 
     async def _serve(self, stream: MuxedStream) -> None:
-        """The one place that catches a peer's fault on a stream that it opened."""
-        peer = stream.muxed_conn.peer
+        """Serve a stream that a peer opened: the one place where the peer's faults on it are caught."""
+        peer = stream.connection.peer
         try:
             protocol = stream.protocol = await self._negotiate(stream)
             if protocol is None:
@@ -239,9 +200,9 @@ class Host:
                 return
             handler = self._handlers.get(protocol)
             if handler is None:
-                stream.muxed_conn.offer(stream)  # one of py-libp2p's own
+                stream.connection.offer(stream)  # one of py-libp2p's own
                 return
-            framed = FramedStream(stream, peer, protocol, self._limits, self._traffic)
+            framed = FramedStream(stream, peer, protocol, self._limits, self.traffic)
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:
@@ -282,87 +243,30 @@ class Host:
                 raise RemoteProtocolError(f"a ping of {len(question)} bytes, expected {_PING_BYTES}")
             await stream.send(question)
 
-    # --- outbound ---
-
-    async def _connect(self, peer: PeerId, addresses: Sequence[str], seconds: float) -> Connection:
-        if peer == self.peer_id:
-            raise PeerGone("a node does not dial itself")
-        lock = self._dialling.setdefault(peer, trio.Lock())
-        silent: list[Address] = []
-        try:
-            with trio.move_on_after(seconds):
-                async with lock:  # one dial to a peer at a time; the others use what it makes
-                    live = self._live(peer)
-                    if live is not None:
-                        return live
-                    async with self._dials:
-                        return await self._dial(peer, addresses, silent)
-            said_nothing = f": not a word from {', '.join(map(str, silent))}" if silent else ""
-            raise SlowPeer(f"no connection to {peer} within {seconds:g} s{said_nothing}")
-        finally:
-            statistics = lock.statistics()
-            if not statistics.locked and not statistics.tasks_waiting:
-                self._dialling.pop(peer, None)
-
-    async def _dial(self, peer: PeerId, texts: Sequence[str], silent: list[Address]) -> Connection:
-        """A new connection, `dial_seconds` for all addresses together.
-
-        silent: those that are being tried, at any time.  Raises PeerGone, NotAMember.
-        """
-        if self._count() >= self._limits.max_connections:
-            raise self._no_place_left()
-        addresses, unreadable = _readable(texts, peer)
-        race = Race(partial(self._attempt, peer), resolve, lambda late: late.link.close(), unanswered=silent)
-        channel, seconds = None, self._limits.dial_seconds
-        with trio.move_on_after(seconds):
-            channel = await race.run(addresses)
-        if channel is not None:
-            try:
-                return await self._add(channel)
-            except BaseException:
-                channel.link.close()
-                raise
-        for _, fault in race.failures:
-            if isinstance(fault, NotAMember):  # what the operator should hear of first
-                raise fault
-        reasons = [f"{address}: {fault}" for address, fault in race.failures]
-        reasons += [f"{address}: no answer within {seconds:g} s" for address in race.unanswered]
-        reasons += unreadable
-        raise PeerGone(f"{peer} cannot be reached: {'; '.join(reasons) or 'none of its addresses is known'}")
-
-    async def _attempt(self, peer: PeerId, address: Address) -> SecureChannel:
-        link = SocketLink(await open_tcp(address), self._limits.tcp_user_timeout_seconds)
-        try:
-            return await self._upgrade.outbound(link, peer, str(address))
-        except BaseException:
-            link.close()
-            raise
+    # --- connections of both directions ---
 
     async def _dial_for_libp2p(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        await self._connect(peer, addresses, self._limits.dial_seconds)
-
-    # --- both ---
+        await self._dialler.connect(peer, addresses, self._limits.dial_seconds)
 
     async def _add(self, channel: SecureChannel) -> Connection:
-        """Take a peer in, unless a cap or a ban is in the way.  Raises PeerGone."""
-        peer = channel.remote
-        if self._banned_until.get(peer, -1.0) > trio.current_time():
-            raise PeerGone(f"{peer} broke the rules a short time ago and is not let in")
-        if len(self._connections.get(peer, ())) >= self._limits.max_connections_per_peer:
-            raise PeerGone(f"{peer} has {self._limits.max_connections_per_peer} connections already")
-        if self._count() >= self._limits.max_connections:
-            raise self._no_place_left()
+        """Make a connection of a secured channel, unless a cap or a ban forbids it.  Raises PeerGone."""
+        peer, limits = channel.remote, self._limits
+        self.connections.check(peer, trio.current_time())
         connection = Connection(
             channel,
-            self._yamux_limits,
+            YamuxLimits(
+                max_inbound_streams=limits.max_streams_per_connection,
+                max_unread_bytes=limits.max_unread_bytes_per_connection,
+            ),
             on_stream=self._on_stream,
             on_fault=lambda fault: self._on_fault(peer, fault),
-            on_closed=self._forget,
+            on_closed=self.connections.remove,
         )
-        self._connections.setdefault(peer, []).append(connection)
-        self._inbound += not channel.initiator
+        self.connections.add(connection)
         try:
-            await self.raw.get_network().add_conn(connection, "outbound" if channel.initiator else "inbound")
+            await self.raw.get_network().add_conn(
+                Libp2pConnection(connection), "outbound" if channel.initiator else "inbound"
+            )
         except SwarmException as error:
             connection.close_now(str(error))
             raise PeerGone(f"{peer} was not let in: {error}") from error
@@ -372,38 +276,15 @@ class Host:
         connection.raise_if_closed()
         return connection
 
-    def _no_place_left(self) -> NoPlaceLeft:
-        return NoPlaceLeft(f"all {self._limits.max_connections} connections that this node allows are in use")
-
-    def _forget(self, connection: Connection) -> None:
-        others = [each for each in self._connections.get(connection.peer, ()) if each is not connection]
-        if others:
-            self._connections[connection.peer] = others
-        else:
-            self._connections.pop(connection.peer, None)
-        self._inbound -= not connection.is_initiator
-
     def _on_fault(self, peer: PeerId, fault: PeerFault) -> None:
         self.charge(peer, fault)
         if isinstance(fault, YamuxError):
-            now = trio.current_time()
-            self._banned_until = {each: end for each, end in self._banned_until.items() if end > now}
-            self._banned_until[peer] = now + _BAN_SECONDS
-
-    def _live(self, peer: PeerId) -> Connection | None:
-        for connection in self._connections.get(peer, ()):
-            if connection.is_established:
-                return connection
-        return None
-
-    def _count(self) -> int:
-        return sum(map(len, self._connections.values()))
+            self.connections.ban(peer, trio.current_time())
 
     async def close_connections(self) -> None:
         """Say goodbye to every peer, and wait a bounded time until py-libp2p has noticed."""
-        for connections in list(self._connections.values()):
-            for connection in list(connections):
-                await connection.close()
+        for connection in self.connections:
+            await connection.close()
         with trio.move_on_after(_SHUTDOWN_SECONDS):
             while self.raw.get_network().get_connections():  # noqa: ASYNC110  # it has no event for this
                 await trio.sleep(0.02)
@@ -495,22 +376,6 @@ async def _listen(address: Address) -> tuple[list[trio.SocketListener], Address]
         raise ConfigError(f"cannot listen on {address}: {reason}") from error
     port = listeners[0].socket.getsockname()[1]
     return listeners, Address(address.kind, address.host, port)
-
-
-def _readable(texts: Sequence[str], peer: PeerId) -> tuple[list[Address], list[str]]:
-    """The addresses that a dial to this peer may use, and what is wrong with the others."""
-    addresses, unreadable = [], []
-    for text in dict.fromkeys(texts):
-        try:
-            address = parse_address(text)
-        except ValueError as error:
-            unreadable.append(f"{text}: {error}")
-            continue
-        if address.peer in (None, peer):
-            addresses.append(replace(address, peer=None))
-        else:
-            unreadable.append(f"{text}: it is the address of {address.peer}")
-    return addresses, unreadable
 
 
 def _first_fault(group: BaseExceptionGroup[PeerFault]) -> PeerFault:

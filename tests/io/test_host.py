@@ -77,6 +77,11 @@ async def eventually(condition, seconds=3.0):
             await trio.sleep(0.01)
 
 
+async def disconnect(host, peer):
+    for connection in host.connections.of(peer):
+        await connection.close()
+
+
 # --- between members ---
 
 
@@ -88,7 +93,7 @@ async def test_frames_go_there_and_back(key):
             await stream.send(bytes(size))
             assert await stream.receive(5) == bytes(size)
         assert stream.peer == bob.peer_id
-        assert alice.bytes_sent == alice.bytes_received == bob.bytes_received == 3_070_001
+        assert alice.traffic.sent == alice.traffic.received == bob.traffic.received == 3_070_001
         assert alice.connected() == {bob.peer_id}
         assert bob.connected() == {alice.peer_id}
         assert alice.swarm_id == bob.swarm_id
@@ -104,7 +109,7 @@ async def test_a_dial_takes_no_longer_than_its_round_trips():
             started = time.perf_counter()
             await alice.connect(bob.peer_id, bob.addresses, seconds=3)
             times.append(time.perf_counter() - started)
-            await alice.disconnect(bob.peer_id)
+            await disconnect(alice, bob.peer_id)
             await eventually(lambda: not bob.connected())
         assert min(times) < 0.15  # py-libp2p's own dial waits 250 ms after it succeeded
 
@@ -136,7 +141,7 @@ async def test_addresses_that_answer_nothing_hide_nobody():
             addresses = [*dead, *member_of_another.addresses, *bob.addresses]
             await alice.connect(bob.peer_id, addresses, seconds=3)
             assert alice.connected() == {bob.peer_id}
-            await eventually(lambda: bob._count() == 1)
+            await eventually(lambda: len(bob.connections) == 1)
             carol = load_or_create_identity(None).peer_id
             with pytest.raises(NotAMember, match="belongs to a private swarm"):
                 await alice.connect(carol, [*member_of_another.addresses, *bob.addresses], seconds=3)
@@ -165,9 +170,8 @@ async def test_places_are_given_back_when_connections_end():
                 await dave.ping(bob.peer_id, bob.addresses, seconds=3)
             await bob.connect(dave.peer_id, dave.addresses, seconds=3)  # nobody's inbound place
             for each in (alice, carol, dave):
-                await each.disconnect(bob.peer_id)
-            await eventually(lambda: bob._count() == 0)
-            assert bob._inbound == 0
+                await disconnect(each, bob.peer_id)
+            await eventually(lambda: len(bob.connections) == 0)
             await eventually(lambda: not alice.connected() | carol.connected() | dave.connected())
 
 
@@ -202,7 +206,7 @@ async def test_simultaneous_calls_share_one_connection():
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(alice.ping, bob.peer_id, bob.addresses)
-        assert alice._count() == 1
+        assert len(alice.connections) == 1
 
 
 async def test_a_protocol_that_the_peer_does_not_speak_is_found_out_by_the_first_receive():
@@ -359,7 +363,7 @@ async def test_a_stock_peer_reaches_us_and_we_reach_it_where_there_is_no_swarm_k
 
         # and the other way round, over a connection that we dial
         peer, address = stock.get_id().to_base58(), str(stock.get_addrs()[0]).partition("/p2p/")[0]
-        await ours.disconnect(peer)
+        await disconnect(ours, peer)
         await eventually(lambda: not ours.connected())
         stream = await ours.open_stream(peer, [address], ECHO, seconds=3)
         await stream.send(b"hello")
@@ -384,8 +388,8 @@ async def hostile_connection(victim):
     """A connection to a host whose credit its holder can lie about."""
     async with hostile_channel(victim) as channel, trio.open_nursery() as nursery:
         connection = Connection(channel)
-        nursery.start_soon(connection.start)
-        await connection.event_started.wait()
+        nursery.start_soon(connection.run)
+        await connection.started.wait()
         yield connection
         connection.close_now("enough")
         nursery.cancel_scope.cancel()
@@ -408,13 +412,13 @@ async def test_a_peer_that_ignores_its_window_is_closed_at_the_bound_and_banned(
                 await stream.send_all(bytes(64 * 1024 * 1024))
             await eventually(lambda: not bob.connected())
             assert [kind for _, kind in bob.faults.counts()] == ["YamuxError"]
-            assert held[0]._stream.muxed_conn.core.unread_bytes <= 256 * 1024
+            assert held[0]._stream.connection.core.unread_bytes <= 256 * 1024
 
 
 async def test_a_banned_peer_is_not_let_in_again():
     async with host() as alice, host() as bob:
         await alice.connect(bob.peer_id, bob.addresses, seconds=3)
-        (connection,) = alice._connections[bob.peer_id]
+        (connection,) = alice.connections.of(bob.peer_id)
         await connection.channel.send(YAMUX_HEADER.pack(7, 0, 0, 0, 0))
         await eventually(lambda: (alice.peer_id, "YamuxError") in bob.faults.counts())
         await eventually(lambda: not alice.connected())
@@ -429,7 +433,7 @@ async def test_a_ban_ends(monkeypatch):
         monkeypatch.setattr("node.network.host.trio.current_time", lambda: real() + now[0])
         await alice.connect(bob.peer_id, bob.addresses, seconds=3)
         bob._on_fault(alice.peer_id, YamuxError("it broke a rule"))
-        await bob.disconnect(alice.peer_id)
+        await disconnect(bob, alice.peer_id)
         await eventually(lambda: not alice.connected())
         for passed, let_in in ((0.0, False), (59.0, False), (61.0, True)):
             now[0] = passed
@@ -452,8 +456,8 @@ async def test_streams_beyond_the_caps_are_reset_and_honest_peers_notice_nothing
     async with host(limits=limits) as bob, host() as honest, hostile_channel(bob) as channel:
         wire = b"".join(YAMUX_HEADER.pack(0, WINDOW_UPDATE, SYN, 1 + 2 * i, 0) for i in range(60))
         await channel.send(wire)
-        await eventually(lambda: bob._connections)
-        (theirs,) = bob._connections[next(iter(bob._connections))]
+        await eventually(lambda: len(bob.connections))
+        (theirs,) = bob.connections
         await eventually(lambda: theirs.inbound_streams >= 8)
         assert theirs.inbound_streams == 8
         assert await honest.ping(bob.peer_id, bob.addresses) < 1
@@ -464,7 +468,7 @@ async def test_the_streams_of_a_peer_and_those_of_the_node_are_capped(limits):
     async with host(limits=limits) as bob, host() as alice:
         await alice.connect(bob.peer_id, bob.addresses, seconds=3)
         await eventually(lambda: identified(alice, bob))
-        (connection,) = bob._connections[alice.peer_id]
+        (connection,) = bob.connections.of(alice.peer_id)
         await eventually(lambda: connection.inbound_streams == 0)
         streams = []
         for _ in range(4):
@@ -553,7 +557,7 @@ async def test_libp2p_dials_nobody_by_itself_and_dials_by_us_when_kademlia_asks(
 async def test_sockets_of_both_ends_notice_a_dead_peer_in_seconds():
     async with host() as alice, host() as bob:
         await alice.ping(bob.peer_id, bob.addresses)
-        for connections in (alice._connections[bob.peer_id], bob._connections[alice.peer_id]):
+        for connections in (alice.connections.of(bob.peer_id), bob.connections.of(alice.peer_id)):
             sock = connections[0].channel.link._socket
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -620,7 +624,7 @@ async def test_names_and_ipv6_can_be_dialled():
         port = four.rpartition("/")[2]
         for address in (six, f"/dns/localhost/tcp/{port}", f"/dns4/localhost/tcp/{port}"):
             await alice.connect(bob.peer_id, [address], seconds=3)
-            await alice.disconnect(bob.peer_id)
+            await disconnect(alice, bob.peer_id)
 
 
 # --- the end ---

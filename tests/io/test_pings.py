@@ -7,8 +7,8 @@ import random
 import pytest
 import trio
 
+from node.network.connection_table import NoPlaceLeft
 from node.network.directory.pings import ASKED_AT_ONCE, PING_SECONDS, WATCH_SECONDS, Asker
-from node.network.host import NoPlaceLeft
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 

@@ -111,7 +111,7 @@ async def test_the_other_end_of_a_stream_that_was_cut_sees_a_reset_and_no_clean_
         ours = framed(alice.open())
         with trio.move_on_after(1.0):
             await ours.send(bytes(1_000_000))  # of which a window goes through
-        theirs = framed(await bob.accept_stream())
+        theirs = framed(await bob.accept())
         with pytest.raises(PeerGone, match="reset"):
             await theirs.receive(1.0)
 
@@ -202,7 +202,7 @@ async def test_the_end_of_a_muxed_stream_is_clean(autojump_clock):
     async with connection_pair() as (alice, bob):
         ours = framed(alice.open())
         await ours.send(b"question")
-        theirs = framed(await bob.accept_stream())
+        theirs = framed(await bob.accept())
         assert await theirs.receive() == b"question"
         await ours.send_eof()
         assert await theirs.receive() is None

@@ -78,11 +78,11 @@ async def test_the_handshake_measures_the_round_trip_at_both_ends(autojump_clock
     assert bob.round_trip_seconds == pytest.approx(0.16)
     async with trio.open_nursery() as nursery:
         ours, theirs = Connection(alice), Connection(bob)
-        nursery.start_soon(ours.start)
-        nursery.start_soon(theirs.start)
+        nursery.start_soon(ours.run)
+        nursery.start_soon(theirs.run)
         stream = ours.open()
         await stream.send_all(b"x")  # before any ping has come back
-        window = (await theirs.accept_stream()).state.window
+        window = (await theirs.accept()).state.window
         await ours.close()
     assert window == FAR_WINDOW
 

@@ -17,7 +17,7 @@ from client.session import avoided_peers, session
 from client.swarm import PINGED_PEERS
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
-from node.network import addresses, dialling, host
+from node.network import addresses, connection_table, dialler, dialling, host
 from node.network.directory import directory, neighbours
 from node.network.transport import yamux
 from node.network.transport.yamux import YamuxLimits
@@ -65,8 +65,8 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (PROTOCOL, "resets, credit\\) \\| N KiB", (YAMUX.max_control_bytes / KIB,)),
     (PROTOCOL, "and the peer does not \\| N s", (YAMUX.linger_seconds,)),
-    (PROTOCOL, "ban N s", (host._BAN_SECONDS,)),
-    (PROTOCOL, "the peer is not let in for N s", (host._BAN_SECONDS,)),
+    (PROTOCOL, "ban N s", (connection_table.BAN_SECONDS,)),
+    (PROTOCOL, "the peer is not let in for N s", (connection_table.BAN_SECONDS,)),
     (
         PROTOCOL,
         "\\| N bytes there and the same N bytes back, up to N times",
@@ -148,7 +148,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
             dialling.TURN_SECONDS,
         ),
     ),
-    (PROTOCOL, "A node dials at most N peers at once", (host._DIALS_AT_ONCE,)),
+    (PROTOCOL, "A node dials at most N peers at once", (dialler.MAX_DIALS,)),
     (PROTOCOL, "counted; the N on a stream ends it", (neighbours.FAULTS_BEFORE_DROP,)),
     (
         PROTOCOL,

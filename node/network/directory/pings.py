@@ -139,7 +139,7 @@ class Asker:
 
     async def _try(self, peer: PeerId) -> bool:
         """Whether there is no need to try again."""
-        from node.network.host import NoPlaceLeft
+        from node.network.connection_table import NoPlaceLeft
 
         done = False
         async with trio.open_nursery() as nursery:
