@@ -9,10 +9,10 @@ WORKERS ?= $(if $(ARGS),0,2)
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types bench figures clean
+.PHONY: help env demo test test-quick lint format types bench figures clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=/path/to/python3 chooses the interpreter, ARGS=... goes to pytest or to the demo."
 
 env: ## Make or renew .venv (every other target does so too)
@@ -23,6 +23,9 @@ demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them
 
 test: env ## Run the tests; ARGS="-k frames -x" goes to pytest, WORKERS=N runs them in N processes
 	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-quick: env ## Run the tests without real models, processes and swarms: tests/unit and tests/io
+	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) tests/unit tests/io $(ARGS)
 
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check

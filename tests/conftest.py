@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
 
@@ -15,6 +16,7 @@ from hypothesis import settings
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
+from tests.processes import children, end
 
 settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
 settings.load_profile("raceme")
@@ -22,14 +24,38 @@ settings.load_profile("raceme")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any: pytest-xdist's own types
-    """Each test goes to the next free worker; those with real processes run one after the other, in one."""
+    """Each file goes to the next free worker, in the order of `ORDER`; tests/fault is as one file.
+
+    A file stays together: the models that its fixtures write are written once.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ProcessesInOneWorker(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "processes" if nodeid.startswith("tests/fault/") else nodeid
+            return "processes" if nodeid.startswith("tests/fault/") else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # newer versions would begin with the files of many tests
     return ProcessesInOneWorker(config, log)
+
+
+ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first: the last files, which are short, let all workers end together."""
+    items.sort(key=lambda item: next((n for n, at in enumerate(ORDER) if item.nodeid.startswith(at)), -1))
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test with processes of its own ends them: one that is left is killed, and fails its own test."""
+    if request.node.get_closest_marker("process") is None:
+        yield
+        return
+    before = children()
+    yield
+    left = end(children() - before)
+    assert not left, f"left running: {left}"
 
 
 @pytest.fixture(scope="session")

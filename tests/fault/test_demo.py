@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, running
 
 NODE = """
 import json, os, pathlib, signal, socket, sys, time
@@ -96,17 +96,9 @@ def demo(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Demo]:
         (tmp_path / package / "__main__.py").write_text(program)
     wish, *flags = request.param.split()
     environment = {**os.environ, "WISH": wish, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-u", "scripts/demo.py", *flags],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with process:
+    command = [sys.executable, "-u", "scripts/demo.py", *flags]
+    with running(command, cwd=tmp_path, stderr=subprocess.STDOUT, environment=environment) as process:
         yield Demo(tmp_path, process)
-        process.kill()
 
 
 pytestmark = pytest.mark.process

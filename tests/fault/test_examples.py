@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from node.network.transport.membership import new_swarm_key
+from tests.processes import running
 
 pytestmark = pytest.mark.process
 
@@ -26,21 +27,13 @@ START_SECONDS = 90.0
 @contextmanager
 def example(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A running example, output and log in one pipe; told to stop at the end, which it must do well."""
-    process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    with running(command, stderr=subprocess.STDOUT) as process:
         yield process
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=START_SECONDS)
         assert process.returncode == 0, rest
         assert "Traceback" not in rest, rest
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:

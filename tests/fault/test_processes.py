@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lib.processes import ROOT, LocalSwarm, local_swarm
 from node.model.checkpoint.folder import ModelFolder
+from tests.processes import line_of, python, running
 
 pytestmark = pytest.mark.process
 
@@ -25,9 +25,8 @@ PROMPT = "The three most important things about a good garden are"
 
 def run(*words: object, seconds: float = 120, text: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command line to its end, with `text` as its standard input."""
-    command = [sys.executable, "-m", *map(str, words)]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False, input=text
+        python(*words), cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False, input=text
     )
 
 
@@ -135,21 +134,13 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
         ]
 
         # A client that asks too early waits for the last node, and not much longer.
-        waiting = subprocess.Popen(
-            [sys.executable, "-m", *generate, "--wait", "60", "hello"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert waiting.stderr is not None
-        assert (
-            "blocks 4:6 of 6 are served by nobody" in waiting.stderr.readline()
-        )  # it says what it waits for
-        last = swarm.start(str(tiny_llama), "--blocks", "4:6")
-        last.wait_online()
-        out, errors = waiting.communicate(timeout=60)
-        assert waiting.returncode == 0, errors
+        with running(python(*generate, "--wait", "60", "hello")) as waiting:
+            said = line_of(waiting, "waiting up to 60 s")
+            assert "blocks 4:6 of 6 are served by nobody" in said
+            last = swarm.start(str(tiny_llama), "--blocks", "4:6")
+            last.wait_online()
+            out, errors = waiting.communicate(timeout=60)
+            assert waiting.returncode == 0, errors
         assert len(json.loads(out)["tokens"]) == 3
 
         def holes() -> list[list[int]]:
@@ -195,15 +186,8 @@ def test_ctrl_c_ends_a_waiting_client_without_a_traceback(tiny_llama: Path) -> N
     with local_swarm() as swarm:
         swarm.start("bootstrap").wait_online()
         words = ["client", "generate", "--model", str(tiny_llama), "--peers", *swarm.peers, "hello"]
-        waiting = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert waiting.stderr is not None
-        assert waiting.stderr.readline().startswith("waiting up to 30 s")
-        waiting.send_signal(signal.SIGINT)
-        out, errors = waiting.communicate(timeout=15)
-        assert (waiting.returncode, out, errors) == (130, "", "")
+        with running(python(*words)) as waiting:
+            line_of(waiting, "waiting up to 30 s")  # the first client to read a model says so before
+            waiting.send_signal(signal.SIGINT)
+            out, errors = waiting.communicate(timeout=15)
+            assert (waiting.returncode, out, errors) == (130, "", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import pytest
 import trio
@@ -232,9 +232,8 @@ async def test_a_target_that_is_not_there_resets_the_caller():
 @pytest.fixture
 def proxy():
     """Asks a process with links, and closes it."""
-    worker = Worker("tests.fault_link", [], {})
-    yield lambda **question: worker.ask(question)
-    worker.close()
+    with closing(Worker("tests.fault_link", [], {})) as worker:
+        yield lambda **question: worker.ask(question)
     assert worker.process.returncode == 0
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import trio
 import trio.testing
-from model_fixtures import save_tiny
 from torch import Tensor
 
 from client.generation.conversation import Conversation
@@ -20,6 +19,7 @@ from node.runtime.compute_thread import ComputeThread, open_compute_thread
 from tensor_codec.errors import BadResult
 from tensor_codec.limits import Limits
 from tests.fakes_serving import HIDDEN, FakeCompute, FakeEmbedAndHead, generated, some_hidden, swarm
+from tests.model_fixtures import save_tiny
 
 torch.set_num_threads(1)
 

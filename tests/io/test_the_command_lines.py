@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -677,13 +678,18 @@ def test_ctrl_c_in_the_middle_of_the_first_imports_is_no_traceback(tmp_path: Pat
     assert shell(f"$PYTHON {line}", PYTHONPATH=str(tmp_path)) == (130, "", "")
 
 
+@pytest.mark.process
 def test_a_node_works_on_where_its_log_takes_nothing_more(tmp_path: Path):
     ready = tmp_path / "ready.json"
     words = ["-m", "node", "bootstrap", "--ready-file", str(ready)]
     with open("/dev/full", "w") as full:
         node = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=full, stderr=full)
     with node:
-        while not ready.exists():
-            assert node.poll() is None
-        node.send_signal(signal.SIGTERM)
-        assert node.wait(30) == 0
+        try:
+            while not ready.exists():
+                assert node.poll() is None
+                time.sleep(0.01)
+            node.send_signal(signal.SIGTERM)
+            assert node.wait(30) == 0
+        finally:
+            node.kill()

@@ -30,7 +30,7 @@ EPSILON = 2.0**-24
 class ExactArgmax:
     """A head's matrix float32 [outs, k] on the CPU, without a bias.
 
-    Promise, checked by tests/unit/test_argmax_head.py: the first largest number of a row of the answer has
+    Promise, checked by tests/model/test_argmax_head.py: the first largest number of a row of the answer has
     the place and the bits that it has in the whole product.
     """
 

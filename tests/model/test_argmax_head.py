@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_fixtures import save_tiny
 from torch import Tensor
 
 from node.model.checkpoint.folder import HashMemo, open_folder
 from node.model.embed_and_head import load_embed_and_head
 from node.model.weights.argmax_head import ExactArgmax
 from node.model.weights.quantize import kernels
+from tests.model_fixtures import save_tiny
 
 compiled = kernels()
 pytestmark = pytest.mark.skipif(compiled is None, reason="numba cannot be imported here")

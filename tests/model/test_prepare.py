@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_fixtures import BLOCKS, TINY, save_tiny
 
 from node.__main__ import main
 from node.config import ConfigError
@@ -22,6 +21,7 @@ from node.model.checkpoint.info import memory_needed, read_info
 from node.model.checkpoint.prepare import plan_files, prepare, size_of
 from node.model.embed_and_head import load_embed_and_head
 from node.model.weights.quantize import PackedLinear
+from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
 

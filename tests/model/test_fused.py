@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_fixtures import BLOCKS, TINY, save_tiny
 
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.weights import decode_kernels, kernels
+from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
 

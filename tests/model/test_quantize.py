@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_fixtures import BLOCKS, TINY, save_tiny
 from numba import types
 from torch import Tensor, nn
 
@@ -40,6 +39,7 @@ from node.model.weights.quantize import (
     packing_for,
     quantize_rows,
 )
+from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
 

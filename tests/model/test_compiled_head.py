@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_fixtures import save_tiny
 
 from node.model.checkpoint.folder import HashMemo, open_folder
 from node.model.embed_and_head import load_embed_and_head
 from node.model.weights.quantize import kernels
+from tests.model_fixtures import save_tiny
 
 
 @pytest.mark.skipif(kernels() is None, reason="numba cannot be imported here")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from model_fixtures import save_tiny
 
 from node.config import ConfigError
 from node.model.blocks.span import load_span
@@ -17,6 +16,7 @@ from node.model.checkpoint.builtin import BUILTIN_MODEL, BUILTIN_VERSION
 from node.model.checkpoint.folder import HashMemo, TensorEntry, open_folder, read_header
 from node.model.checkpoint.hub import Hub, Listing, Unreachable
 from node.model.checkpoint.source import cache_dir, list_models, resolve
+from tests.model_fixtures import save_tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

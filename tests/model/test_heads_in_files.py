@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from model_fixtures import TINY, tiny_model
 from safetensors.torch import load_file, save_file
 
 from node.config import ConfigError
 from node.model.checkpoint.folder import HashMemo, open_folder
 from node.model.embed_and_head import load_embed_and_head
+from tests.model_fixtures import TINY, tiny_model
 
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight")
 KINDS = ("other head", "same head", "no head", "no embedding")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 from torch import Tensor
 
 from node.model.blocks import parts
@@ -20,6 +19,7 @@ from node.model.blocks.forward_backward import (
 )
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from tests.model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 
 torch.set_num_threads(1)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_fixtures import BLOCKS, TINY, save_tiny
 
 from node.model.blocks.forward_backward import backward
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.weights.quantize import PackedLinear, Plan
 from tensor_codec.errors import LocalProtocolError
+from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_fixtures import save_tiny
 
 from node.model.blocks import graphs
 from node.model.blocks.graphs import DecodeGraphs, Inputs, bucket, padded
 from node.model.blocks.span import load_span
 from node.model.checkpoint.folder import HashMemo, open_folder
+from tests.model_fixtures import save_tiny
 
 
 def inputs_of(rows: int, longest: int, seed: int = 0) -> Inputs:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 from torch import Tensor
 
 from node.config import ConfigError
@@ -18,6 +17,7 @@ from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.checkpoint.info import read_info
 from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
+from tests.model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from model_fixtures import save_tiny
 
 from node.config import ConfigError
 from node.model.blocks.span import load_span
@@ -23,6 +22,7 @@ from node.model.checkpoint.folder import (
     weight_files,
     write_atomically,
 )
+from tests.model_fixtures import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_fixtures import save_tiny, save_tiny_tokenizer
 
 from client.terminal import _template
 from node.config import ConfigError
@@ -19,6 +18,7 @@ from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import BUILTIN_MODEL, resolve
 from node.model.embed_and_head import load_embed_and_head, open_tokenizer
 from routing.view.records import Record
+from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
