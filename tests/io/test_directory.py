@@ -12,8 +12,7 @@ import pytest
 import trio
 
 from node.config import ConfigError
-from node.network.directory import directory as directory_module
-from node.network.directory import neighbours, pings
+from node.network.directory import announcer, neighbours, pings
 from node.network.directory.directory import (
     PROTOCOL,
     Directory,
@@ -103,7 +102,7 @@ class Swarm:
 
     def agree(self) -> bool:
         """Does every node see the same, and every node?"""
-        servers = [n for n in self.nodes if n._announced is not None]
+        servers = [n for n in self.nodes if n._announcer.announced is not None]
         views = [{r.peer: r.seq for r in node.view().records()} for node in self.nodes]
         return all(view == views[0] and len(view) == len(servers) for view in views)
 
@@ -538,17 +537,17 @@ async def test_who_gets_another_address_announces_it_within_half_a_minute(autoju
     await full_swarm(swarm, 4)
     node, host = swarm.nodes[2], swarm.hosts[2]
     host.addresses_of_the_machine = ("/ip4/192.0.2.7/tcp/4001",)
-    await trio.sleep(directory_module.ADDRESSES_SECONDS + 2.0)
+    await trio.sleep(announcer.ADDRESSES_SECONDS + 2.0)
     assert addresses_seen(swarm, node) == {host.addresses_of_the_machine}
 
 
 async def test_who_loses_its_neighbours_looks_at_its_addresses_at_once(autojump_clock, swarm):
     await full_swarm(swarm, 4)
     node, host = swarm.nodes[2], swarm.hosts[2]
-    await trio.sleep(directory_module.ADDRESSES_PAUSE_SECONDS)
+    await trio.sleep(announcer.ADDRESSES_PAUSE_SECONDS)
     host.addresses_of_the_machine = ("/ip4/192.0.2.7/tcp/4001",)
     swarm.network.split([node.peer_id], [n.peer_id for n in swarm.nodes if n is not node])
-    await trio.sleep(directory_module.ADDRESSES_PAUSE_SECONDS + 0.1)
+    await trio.sleep(announcer.ADDRESSES_PAUSE_SECONDS + 0.1)
     assert node.view().get(node.peer_id).addresses == host.addresses_of_the_machine
     swarm.network.heal()
     await trio.sleep(3.0)
@@ -559,7 +558,10 @@ async def test_who_keeps_its_addresses_announces_no_oftener(autojump_clock, swar
     await full_swarm(swarm, 2)
     said = []
     node = swarm.nodes[1]
-    real, node._publish = node._publish, lambda record: (said.append(trio.current_time()), real(record))
+    real, node._announcer._publish = (
+        node._announcer._publish,
+        lambda record: (said.append(trio.current_time()), real(record)),
+    )
     await trio.sleep(10 * LIMITS.announce_seconds)
     assert len(said) <= 12  # one for distances that have changed
 
@@ -840,7 +842,7 @@ async def test_leaving_waits_two_seconds_at_the_most_for_a_neighbour_that_does_n
     await trio.sleep(0.1)
     began = trio.current_time()
     await node.leave()
-    assert trio.current_time() - began == pytest.approx(directory_module.LEAVE_SECONDS)
+    assert trio.current_time() - began == pytest.approx(announcer.LEAVE_SECONDS)
 
 
 async def test_who_has_left_or_never_announced_says_no_more(autojump_clock, swarm):

@@ -214,7 +214,16 @@ def first_calls(window: Window) -> dict[str, int]:
 
 
 # What a process does besides its tokens, by what its tasks run: records, pings of its own, moves.
-BESIDE = ("Asker.", "Directory.", "Discovery.", "LiveView.", "Neighbours.", "Server.", "Balancer.")
+BESIDE = (
+    "Announcer.",
+    "Asker.",
+    "Directory.",
+    "Discovery.",
+    "LiveView.",
+    "Neighbours.",
+    "Server.",
+    "Balancer.",
+)
 
 
 def in_all(windows: Sequence[Window]) -> dict[str, Called]:

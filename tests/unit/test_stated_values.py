@@ -18,7 +18,7 @@ from client.swarm import PINGED_PEERS
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
 from node.network import addresses, connection_table, dialler, dialling, host
-from node.network.directory import directory, neighbours
+from node.network.directory import announcer, neighbours
 from node.network.transport import yamux
 from node.network.transport.yamux import YamuxLimits
 from node.serving import balancer, memory
@@ -163,7 +163,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         OPERATING,
         "read again every N s, and when neighbours are lost",
-        (directory.ADDRESSES_SECONDS,),
+        (announcer.ADDRESSES_SECONDS,),
     ),
     (
         OPERATING,

@@ -1,7 +1,7 @@
 """The swarm as this node knows it, and this node as the swarm knows it.  Start with `open_directory`.
 
-Three parts work under a `Directory`: `LiveView` holds the records, `Neighbours` exchanges them over
-streams, `Asker` pings.  Here stand our own record and its repetition.  A Kademlia table
+Four parts work under a `Directory`: `LiveView` holds the records, `Neighbours` exchanges them over
+streams, `Announcer` signs and repeats the record of this node, `Asker` pings.  A Kademlia table
 (`Discovery`) runs next to these parts and never before them: it finds servers of a model that no
 neighbour knows.
 """
@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ import trio
 
 from node.config import ConfigError
 from node.network.addresses import bootstrap_peers
+from node.network.directory.announcer import Announcer
 from node.network.directory.discovery import FIND_SECONDS, Discovery, Finder
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, Neighbours
@@ -28,23 +29,14 @@ from node.network.directory.pings import PING_SECONDS, Asker, worth_watching
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
 from routing.view.answers import FRESH_SECONDS
-from routing.view.records import MAX_RTTS, Record, Role, check_address, fit_record, sign_record
-from routing.view.view import Arrival, SwarmView, likely_adjacent
+from routing.view.records import Record, Role, check_address
+from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
     from node.network.host import Host
     from node.network.transport.identity import Identity
-
-LEAVE_SECONDS = 2.0
-ADDRESSES_SECONDS = 30.0  # between looks at our own addresses, and sooner where neighbours are lost
-ADDRESSES_PAUSE_SECONDS = 1.0  # the least time between two
-OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
-ADJACENT_PAUSE_SECONDS = 1.0  # between looks at servers that may stand next to this one in a chain
-RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
-RTT_TRUE_ENOUGH = 1.5  # times longer or shorter
-RTT_NOISE_SECONDS = 0.005
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +84,17 @@ class Directory:
     ) -> None:
         self.peer_id = host.peer_id
         self._host = host
-        self._identity = identity
-        self._limits = config.limits
-        self._wall_clock = wall_clock
         self._rng = rng
         bootstrap = bootstrap_peers(config.bootstrap)
         silent = self._silent if config.watches else None
         self._live = LiveView(config.swarm, config.limits.max_records, bootstrap, silent)
         self._neighbours = Neighbours(
-            host, self._live, bootstrap=bootstrap, limits=config.limits, own_record=self._overtaken, rng=rng
+            host,
+            self._live,
+            bootstrap=bootstrap,
+            limits=config.limits,
+            own_record=self._overtaken,
+            rng=rng,
         )
         self._asker = Asker(
             host,
@@ -110,9 +104,9 @@ class Directory:
             dial_seconds=config.limits.dial_seconds,
         )
         self._discovery = Discovery(self.peer_id, self._live, self._neighbours, finder, rng)
-        self._announced: Record | None = None  # what is repeated until we leave
-        self._seq = 0
-        self._overtaken_at = -OVERTAKEN_SECONDS
+        self._announcer = Announcer(
+            host, identity, config.limits, self._live, self._neighbours, self._asker, wall_clock
+        )
 
     # --- the view ---------------------------------------------------------------------------------
 
@@ -147,59 +141,12 @@ class Directory:
     # --- our own record ---------------------------------------------------------------------------
 
     async def announce(self, record: Record) -> None:
-        """Announce this record: now, and again every `announce_seconds` until `leave`.
-
-        Filled in here: peer, addresses, swarm, seq, ttl_seconds, and the round-trip times measured.
-        Returns when it is on its way.  Raises ValueError for what no peer would accept.
-        """
-        await trio.lowlevel.checkpoint()
-        self._publish(record)
-        self._announced = record
+        """See `Announcer.announce`."""
+        await self._announcer.announce(record)
 
     async def leave(self) -> None:
-        """Announce that this node is gone, and wait until the neighbours have it: at most 2 s."""
-        await trio.lowlevel.checkpoint()
-        if self._announced is None:
-            return
-        announced, self._announced = self._announced, None
-        self._publish(replace(announced, state="offline"))
-        with trio.move_on_after(LEAVE_SECONDS):
-            await self._neighbours.flushed()
-
-    def _publish(self, record: Record) -> None:
-        # The wall clock only makes a restart higher than what came before: nobody compares it.
-        self._seq = max(self._seq + 1, int(self._wall_clock() * 1e6))
-        record = replace(
-            record,
-            peer=self.peer_id,
-            addresses=tuple(self._host.addresses),
-            swarm=self._live.swarm,
-            rtt={**self._rtts_to_servers(), **record.rtt},
-            seq=self._seq,
-            ttl_seconds=self._limits.record_ttl_seconds,
-        )
-        record = fit_record(record, self._limits)
-        wire = sign_record(record, self._identity.private_key)
-        self._neighbours.pass_on(self._live.merge([Arrival(record, wire)]), None)
-
-    def _rtts_to_servers(self) -> dict[PeerId, float]:
-        known, view = self.rtts(RTT_SAID_SECONDS), self.view()
-        records = {peer: view.get(peer) for peer in known}
-        return {peer: known[peer] for peer, record in records.items() if record and record.role == "serve"}
-
-    def _overtaken(self, record: Record) -> None:
-        """A peer has a record of ours with a higher seq: our clock went back, or our key is used twice.
-
-        The next record goes past it.
-        """
-        if record.seq <= self._seq:
-            return
-        self._seq = record.seq
-        now = trio.current_time()
-        if self._announced is not None and now >= self._overtaken_at + OVERTAKEN_SECONDS:
-            self._overtaken_at = now
-            log.warning("others know a newer record of us: our clock went back, or our key is used twice")
-            self._publish(self._announced)
+        """See `Announcer.leave`."""
+        await self._announcer.leave()
 
     # --- pings ------------------------------------------------------------------------------------
 
@@ -238,9 +185,6 @@ class Directory:
         """The round-trip times of those of these peers that answer: see `Asker.measure`."""
         return await self._asker.measure(peers, seconds, enough)
 
-    def _silent(self) -> frozenset[PeerId]:
-        return self._asker.answers.silent()
-
     # --- tasks ------------------------------------------------------------------------------------
 
     async def run(self, nursery: trio.Nursery, config: DirectoryConfig) -> None:
@@ -252,76 +196,26 @@ class Directory:
         for task in (
             self._neighbours.heal,
             self._live.expire_on_time,
-            self._repeat,
-            self._follow_addresses,
-            self._measure_adjacent,
+            self._announcer.repeat,
+            self._announcer.follow_addresses,
+            self._announcer.measure_adjacent,
         ):
             nursery.start_soon(task)
         nursery.start_soon(self._neighbours.keep, nursery)
         if config.watches:  # now that there is a view: silent servers are known when a chain is chosen
             watched = partial(worth_watching, self.peer_id, self._live.view)
             nursery.start_soon(self._asker.watch, watched, self._rng)
-        nursery.start_soon(self._discovery.run, self._served_revision)
+        nursery.start_soon(self._discovery.run, lambda: self._announcer.served_revision)
 
-    async def _repeat(self) -> None:
-        """Announce again what was announced, before its TTL passes."""
-        while True:
-            await trio.sleep(self._limits.announce_seconds)
-            if self._announced is not None:
-                self._publish(self._announced)
+    def _silent(self) -> frozenset[PeerId]:
+        return self._asker.answers.silent()
 
-    async def _follow_addresses(self) -> None:
-        """Announce our addresses anew when the machine has others: it is looked at now and then."""
-        while True:
-            with trio.move_on_after(ADDRESSES_SECONDS):
-                await self._neighbours.one_is_lost()
-            if self._host.read_addresses():
-                log.info("our addresses are now %s", ", ".join(self._host.addresses) or "none")
-                self._neighbours.forget_failures()
-                if self._announced is not None:
-                    self._publish(self._announced)
-            await trio.sleep(ADDRESSES_PAUSE_SECONDS)
-
-    async def _measure_adjacent(self) -> None:
-        """Know the distance to the peers that may come before or after us in a chain, and say it."""
-        while True:
-            view, announced = self.view(), self._announced
-            if (
-                announced is not None
-                and announced.role == "serve"
-                and (own := view.get(self.peer_id)) is not None
-            ):
-                adjacent = [record.peer for record in likely_adjacent(view, own, MAX_RTTS)]
-                measured = await self.measure(adjacent)
-                if self._announced is not None and _is_news(measured, own.rtt):
-                    self._publish(self._announced)
-            await trio.sleep(ADJACENT_PAUSE_SECONDS)
-            with trio.move_on_after(FRESH_SECONDS):
-                await self.changed(view)
-
-    def _served_revision(self) -> str | None:
-        """The model revision that this node serves."""
-        announced = self._announced
-        return announced.revision if announced is not None and announced.role == "serve" else None
+    def _overtaken(self, record: Record) -> None:
+        self._announcer.overtaken(record)
 
     def close(self) -> None:
         """Take no more streams, and end those that peers opened."""
         self._neighbours.close()
-
-
-def _is_news(measured: Mapping[PeerId, float], said: Mapping[PeerId, float]) -> bool:
-    """Whether who believes what we said of our distances would be far wrong.
-
-    Those measured at a busy start are several times too long.
-    """
-    if measured.keys() - said.keys():
-        return True
-    lower, higher = 1 / RTT_TRUE_ENOUGH, RTT_TRUE_ENOUGH
-    return any(
-        not lower <= seconds / max(said[peer], 1e-6) <= higher
-        and abs(seconds - said[peer]) > RTT_NOISE_SECONDS
-        for peer, seconds in measured.items()
-    )
 
 
 @asynccontextmanager

@@ -72,7 +72,7 @@ class Discovery:
         unknown = [
             peer
             for peer in found
-            if peer != self._peer_id and view.get(peer) is None and self._neighbours.may_dial(peer)
+            if peer != self._peer_id and view.get(peer) is None and self._neighbours.retries.may_dial(peer)
         ]
         async with trio.open_nursery() as nursery:
             for peer in self._rng.sample(unknown, min(DIALS_AT_ONCE, len(unknown))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +14,15 @@ from routing.names import PeerId
 from routing.view.exchange import Digest, encode_digest, encode_records
 from routing.view.view import Arrival, SwarmView
 from tensor_codec.errors import MessageError
+from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
     from node.network.streams import FramedStream
 
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
+BUDGETS_KEPT = 1024  # peers whose budgets are remembered
+RETRIES_KEPT = 1024  # peers that could not be reached
+ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
 
 
 @dataclass(slots=True)
@@ -53,6 +58,56 @@ class Retry:
         seconds = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**self.failures)
         self.failures = min(self.failures + 1, 10)
         self.not_before = now + seconds * rng.uniform(0.5, 1.0)
+
+
+class Retries:
+    """Pauses before peers are dialled again; at most RETRIES_KEPT of them are kept."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._retries: dict[PeerId, Retry] = {}
+
+    def may_dial(self, peer: PeerId) -> bool:
+        """Whether the pause after the last failure is over."""
+        retry = self._retries.get(peer)
+        return retry is None or trio.current_time() >= retry.not_before
+
+    def failed(self, peer: PeerId) -> None:
+        """Begin a pause, longer than the last one of that peer."""
+        now = trio.current_time()
+        self._retries.setdefault(peer, Retry()).failed(now, self._rng)
+        if len(self._retries) > RETRIES_KEPT:
+            self._retries = {p: retry for p, retry in self._retries.items() if retry.not_before > now}
+
+    def forget(self, peer: PeerId) -> None:
+        """The peer has answered: no pause any more."""
+        self._retries.pop(peer, None)
+
+    def clear(self) -> None:
+        """Dial again at once: this machine is in another network now."""
+        self._retries.clear()
+
+
+class Budgets:
+    """What each peer may still send: records, and digests that ask for an answer.
+
+    A budget outlives its stream, so a new stream is no new budget; at most BUDGETS_KEPT are kept.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._budgets: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
+
+    def of(self, peer: PeerId) -> tuple[TokenBucket, TokenBucket]:
+        """The buckets of a peer: records, and asking digests."""
+        if peer not in self._budgets:
+            now, limits = trio.current_time(), self._limits
+            records = TokenBucket.full(limits.records_per_peer_per_second, limits.records_per_peer_burst, now)
+            self._budgets[peer] = records, TokenBucket.full(ASKS_PER_SECOND, ASKS_BURST, now)
+        self._budgets.move_to_end(peer)
+        while len(self._budgets) > BUDGETS_KEPT:
+            self._budgets.popitem(last=False)
+        return self._budgets[peer]
 
 
 class Neighbour:

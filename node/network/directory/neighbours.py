@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ import trio
 
 from node.config import ConfigError
 from node.network.directory.live_view import LiveView
-from node.network.directory.neighbour import Neighbour, Retry, TokenBucket
+from node.network.directory.neighbour import Budgets, Neighbour, Retries
 from routing.names import PeerId, peer_id_of
 from routing.view.exchange import Digest, Records, decode
 from routing.view.records import NOBODY, Record, RecordError, signer, verify_record
@@ -42,9 +41,6 @@ JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
 CLOSE_SECONDS = 0.5
 FAULTS_BEFORE_DROP = 3
 DIGEST_ENTRY_COST = 0.01  # of a record's
-ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
-RETRIES_KEPT = 1024  # peers that could not be reached
-BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
 
 log = logging.getLogger(__name__)
@@ -75,11 +71,11 @@ class Neighbours:
         self._rng = rng
         self._open = True
         self._neighbours: list[Neighbour] = []
+        self.retries = Retries(rng)
         self._lost = trio.Event()
         self._dialling: set[PeerId] = set()
         self._turned_away: set[PeerId] = set()  # members of another swarm than ours
-        self._retries: dict[PeerId, Retry] = {}
-        self._budgets: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
+        self._budgets = Budgets(limits)
 
     @property
     def peers(self) -> frozenset[PeerId]:
@@ -102,15 +98,6 @@ class Neighbours:
         """Return when a stream has ended since the last call."""
         await self._lost.wait()
         self._lost = trio.Event()
-
-    def forget_failures(self) -> None:
-        """Dial again at once: this machine is in another network now."""
-        self._retries.clear()
-
-    def may_dial(self, peer: PeerId) -> bool:
-        """Whether the pause after the last failure is over."""
-        retry = self._retries.get(peer)
-        return retry is None or trio.current_time() >= retry.not_before
 
     async def ask_once(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Exchange records with a peer until we have its view."""
@@ -143,7 +130,7 @@ class Neighbours:
                 peer, addresses, PROTOCOL, seconds=self._limits.dial_seconds
             )
         except PeerFault as fault:
-            self._dial_later(peer)
+            self.retries.failed(peer)
             if isinstance(fault, NotAMember):
                 self._turned_away.add(peer)
             answered.set()
@@ -162,7 +149,7 @@ class Neighbours:
                 self._host.charge(peer, fault)
             await stream.reset()
         finally:
-            self._dial_later(peer)
+            self.retries.failed(peer)
             answered.set()
             with trio.move_on_after(CLOSE_SECONDS, shield=True):
                 await stream.aclose()
@@ -196,7 +183,7 @@ class Neighbours:
 
         A peer that says more than its budget allows is read more slowly: its own stream fills up.
         """
-        records, asks = self._budget(neighbour.peer)
+        records, asks = self._budgets.of(neighbour.peer)
         while (frame := await neighbour.stream.receive()) is not None:
             match decode(frame):
                 case Records(items):
@@ -206,17 +193,6 @@ class Neighbours:
                     await trio.sleep(records.take(len(part.seqs) * DIGEST_ENTRY_COST, trio.current_time()))
                     await trio.sleep(asks.take(part.last, trio.current_time()))
                     self._receive_digest(neighbour, part)
-
-    def _budget(self, peer: PeerId) -> tuple[TokenBucket, TokenBucket]:
-        """What that peer may still send; remembered for a while, so that a new stream is no new budget."""
-        if peer not in self._budgets:
-            now, limits = trio.current_time(), self._limits
-            records = TokenBucket.full(limits.records_per_peer_per_second, limits.records_per_peer_burst, now)
-            self._budgets[peer] = records, TokenBucket.full(ASKS_PER_SECOND, ASKS_BURST, now)
-        self._budgets.move_to_end(peer)
-        while len(self._budgets) > BUDGETS_KEPT:
-            self._budgets.popitem(last=False)
-        return self._budgets[peer]
 
     def _receive_digest(self, neighbour: Neighbour, part: Digest) -> None:
         theirs = neighbour.hear_digest(part, 2 * self._limits.max_records)
@@ -232,7 +208,7 @@ class Neighbours:
             neighbour.say_digest(ask=False)
         else:
             neighbour.greeted.set()
-            self._retries.pop(neighbour.peer, None)
+            self.retries.forget(neighbour.peer)
 
     def _receive_records(self, neighbour: Neighbour, items: Sequence[tuple[bytes, float]]) -> None:
         """Verify and take in; a few bad records are only counted.  Raises RecordError after those."""
@@ -307,19 +283,13 @@ class Neighbours:
         if missing <= 0 and (ways_in_missing <= 0 or self._bootstrap.keys() <= linked):
             return []
         view = self._view.view()
-        ways_in = sorted(peer for peer in self._bootstrap.keys() - linked if self.may_dial(peer))
+        ways_in = sorted(peer for peer in self._bootstrap.keys() - linked if self.retries.may_dial(peer))
         chosen = self._rng.sample(ways_in, max(0, min(ways_in_missing, len(ways_in))))
         servers = {r.peer for r in view.records() if r.role != "client" and r.addresses}
         if len(linked) == 1 and not servers - {self._host.peer_id}:
             servers = {peer for peer, ended in view.ended.items() if ended.record.addresses}  # once known
-        others = sorted(p for p in servers - linked if self.may_dial(p) and p not in chosen)
+        others = sorted(p for p in servers - linked if self.retries.may_dial(p) and p not in chosen)
         return chosen + self._rng.sample(others, max(0, min(missing - len(chosen), len(others))))
-
-    def _dial_later(self, peer: PeerId) -> None:
-        now = trio.current_time()
-        self._retries.setdefault(peer, Retry()).failed(now, self._rng)
-        if len(self._retries) > RETRIES_KEPT:
-            self._retries = {p: retry for p, retry in self._retries.items() if retry.not_before > now}
 
     def _dial_addresses(self, peer: PeerId) -> tuple[str, ...]:
         ended = self._view.view().ended.get(peer)
