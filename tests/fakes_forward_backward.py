@@ -23,7 +23,7 @@ from node.serving.executor.engine import Answer
 from node.serving.forward_backward import ForwardBackwardListener
 from node.serving.span_admission import SpanAdmission
 from routing.chains.measured import Measured
-from routing.chains.search import Chain, NoChain, cheapest_chain
+from routing.chains.search import Chain, CostInputs, NoChain, cheapest_chain
 from routing.names import PeerId
 from routing.view.records import Record
 from tensor_codec.blocks import Blocks
@@ -190,12 +190,20 @@ class ToySwarm:
         """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
         spans = [node.record for node in self.nodes.values()]
         now, positions = trio.current_time(), int(str(weights["positions"]))
-        weights["measured"] = self.measured.rates(spans, now, positions)
-        weights["most_hops"] = None if self.most_hops is None else self.most_hops - beside
+        measured, waiting = self.measured.rates(spans, now, positions), weights["waiting"]
+        known = CostInputs(measured=measured, waiting=waiting, positions=positions)  # type: ignore[arg-type]
+        most_hops = None if self.most_hops is None else self.most_hops - beside
         await trio.lowlevel.checkpoint()
         for excluded in (self.blame.avoided(trio.current_time()), frozenset[PeerId]()):
             try:
-                return cheapest_chain(spans, BLOCKS, start=start, stop=stop, excluded=excluded, **weights)  # type: ignore[arg-type]
+                return cheapest_chain(
+                    spans,
+                    BLOCKS,
+                    part=Blocks(start, stop),
+                    known=known,
+                    excluded=excluded,
+                    most_hops=most_hops,
+                )
             except NoChain:
                 if not excluded:
                     raise

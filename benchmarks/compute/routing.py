@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.lib.results import Run
 from routing.chains.distances import Distances
-from routing.chains.load_sharing import MAX_PEERS, leanings, sample, shyness
-from routing.chains.search import Chain, cheapest_chain
+from routing.chains.load_sharing import MAX_PEERS, client_bias, queue_markup, sample
+from routing.chains.search import Chain, CostInputs, cheapest_chain
 from routing.names import PeerId, peer_id_of
 from routing.view.records import MAX_RTTS, Record
 
@@ -83,9 +83,10 @@ def choose(
     """What a client does for one choice, from the records of its view on.  most: servers looked at."""
     looked_at = sample(spans, "client", most=most)
     distances.update(looked_at, client_rtt)
-    shy, own = shyness(looked_at), leanings("client", (span.peer for span in looked_at))
-    lean = {peer: shy[peer] * own[peer] for peer in shy}
-    return cheapest_chain(looked_at, spans[0].blocks, client_rtt=client_rtt, distances=distances, lean=lean)
+    markup, bias = queue_markup(looked_at), client_bias("client", (span.peer for span in looked_at))
+    factors = {peer: markup[peer] * bias[peer] for peer in markup}
+    known = CostInputs(client_rtt=client_rtt, distances=distances)
+    return cheapest_chain(looked_at, spans[0].blocks, known=known, cost_factors=factors)
 
 
 def measure(servers: int, flags: argparse.Namespace) -> dict[str, Any]:

@@ -37,9 +37,9 @@ from client.session.route import CHOICES
 from client.session.session import BETTER, MIN_GAIN_SECONDS, REST_SECONDS, SEEN_STEPS, STEPS_AHEAD
 from node.serving.executor.waits import Waits
 from routing.chains.distances import Distances
-from routing.chains.load_sharing import dearness, leanings, shyness
+from routing.chains.load_sharing import client_bias, queue_markup, queue_price
 from routing.chains.measured import Measured
-from routing.chains.search import Chain, cheapest_chain
+from routing.chains.search import Chain, CostInputs, cheapest_chain
 from routing.names import PeerId
 from routing.placement.throughput import Holder, capacity
 from routing.view.records import MAX_RTTS, Record
@@ -236,7 +236,7 @@ class AllSeeing:
     """
 
     def __init__(self, world: World, *, dear: bool = True) -> None:
-        self._world, self._dear = world, dear
+        self._world, self._queues_cost = world, dear
         self._true = {machine.peer: 1 / machine.rate for machine in world.machines}
         self._near: dict[int, Distances] = {}
 
@@ -245,10 +245,9 @@ class AllSeeing:
         world = self._world
         records = [replace(r, queue=world.queue(i, now)) for i, r in enumerate(world.records)]
         measured = {r.peer: self._true[r.peer] * (1 + r.queue) for r in records}
-        return cheapest_chain(
-            records, world.blocks, distances=self._distances(client), measured=measured,
-            lean=shyness(records) if self._dear else None,
-        )  # fmt: skip
+        known = CostInputs(distances=self._distances(client), measured=measured)
+        markup = queue_markup(records) if self._queues_cost else None
+        return cheapest_chain(records, world.blocks, known=known, cost_factors=markup)
 
     def _distances(self, client: int) -> Distances:
         """Between all pairs."""
@@ -289,7 +288,7 @@ class Ours:
             for hop in chain.hops:
                 index = world.number[hop.peer]
                 queue = world.queue(index, now)
-                surprise |= dearness(queue) > SURPRISE * dearness(records[index].queue)
+                surprise |= queue_price(queue) > SURPRISE * queue_price(records[index].queue)
                 records[index] = replace(records[index], queue=queue)
             other = self._choose(client, records, now) if surprise else chain
             if other.hops == chain.hops:
@@ -301,14 +300,13 @@ class Ours:
         self, client: int, records: Sequence[Record], now: float, seen: Mapping[PeerId, float] | None = None
     ) -> Chain:
         measured = {**self._measured[client].rates(records, now), **(seen or {})}
-        shy = shyness(records)
-        own = leanings(str(client), shy)
+        shy = queue_markup(records)
+        own = client_bias(str(client), shy)
         return cheapest_chain(
             records,
             self._world.blocks,
-            distances=self._world.distances(client),
-            measured=measured,
-            lean={peer: shy[peer] * own[peer] for peer in shy},
+            known=CostInputs(distances=self._world.distances(client), measured=measured),
+            cost_factors={peer: shy[peer] * own[peer] for peer in shy},
         )
 
     def learn(self, session: Session, now: float) -> None:
@@ -360,7 +358,7 @@ class Petals:
         }
         records = [replace(record, queue=0.0) for record in world.records]
         distances = world.distances(client, PETALS_HOP_SECONDS)
-        return cheapest_chain(records, world.blocks, distances=distances, measured=cost)
+        return cheapest_chain(records, world.blocks, known=CostInputs(distances=distances, measured=cost))
 
     def learn(self, session: Session, now: float) -> None:
         """It does not."""

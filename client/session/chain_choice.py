@@ -16,9 +16,9 @@ from node.network.streams import FramedStream
 from routing.blocks import Blocks, gaps
 from routing.chains.alternatives import Constraints, best_chains, suitable
 from routing.chains.distances import CLIENT, Distances
-from routing.chains.load_sharing import dearness, leanings, sample, shyness
+from routing.chains.load_sharing import client_bias, queue_markup, queue_price, sample
 from routing.chains.measured import Measured, admitted
-from routing.chains.search import Chain, Hop, NoChain, cheapest_chain, costs
+from routing.chains.search import Chain, CostInputs, Hop, NoChain, cheapest_chain, costs
 from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import SwarmView
@@ -97,8 +97,11 @@ class ChainChooser:
         spans = self._spans()
         measured = self._measured(spans)
 
-        def search(*, lean: Mapping[PeerId, float]) -> Chain:
-            return self._cheapest(spans, 0, None, frozenset(), measured, desperate=False, lean=lean, beside=0)
+        def search(*, cost_factors: Mapping[PeerId, float]) -> Chain:
+            none = frozenset[PeerId]()
+            return self._cheapest(
+                spans, 0, None, none, measured, desperate=False, lean=cost_factors, beside=0
+            )
 
         return best_chains(search, most, self._leaning(spans))
 
@@ -119,7 +122,7 @@ class ChainChooser:
         spans = self._spans(silent=desperate)
         return self._cheapest(
             spans, start, stop, frozenset(), self._measured(spans, positions=positions),
-            desperate=desperate, lean=self._leaning(spans), positions=positions, waiting=waiting,
+            desperate=desperate, lean=self._leaning(spans), positions=positions, waiting=waiting or {},
             beside=beside,
         )  # fmt: skip
 
@@ -141,7 +144,9 @@ class ChainChooser:
             return math.inf
         self._measure_out(records)
         records = [self._as_told(record) for record in records]
-        return costs(records, self._distances, measured=self._measured(records, seen)).chain(hops)
+        return costs(
+            records, CostInputs(measured=self._measured(records, seen), distances=self._distances)
+        ).chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
         """See `client.session.route.Surroundings.kind_of`."""
@@ -184,7 +189,7 @@ class ChainChooser:
         known = 0.0 if record is None else self._as_told(record).queue
         self._told = {p: told for p, told in self._told.items() if now - told[1] < TOLD_SECONDS}
         self._told[peer] = queue, now
-        return dearness(queue) > SURPRISE * dearness(known)
+        return queue_price(queue) > SURPRISE * queue_price(known)
 
     def _as_told(self, record: Record) -> Record:
         """With the queue that the peer itself told us of since it sent its record."""
@@ -240,10 +245,10 @@ class ChainChooser:
         return tuple(self._as_told(span) for span in looked_at) if self._told else tuple(looked_at)
 
     def _leaning(self, spans: Sequence[Record]) -> Mapping[PeerId, float]:
-        shy = shyness(spans)
+        shy = queue_markup(spans)
         if self.spread is None:
             return shy
-        own = leanings(self.spread, shy)
+        own = client_bias(self.spread, shy)
         return {peer: shy[peer] * own[peer] for peer in shy}
 
     def _cheapest(
@@ -261,19 +266,21 @@ class ChainChooser:
         waiting: Mapping[PeerId, int] | None = None,
     ) -> Chain:
         most = self.constraints.most_hops
+        known = CostInputs(
+            client_rtt=self.rtts(),
+            measured=measured,
+            positions=positions,
+            waiting=waiting or {},
+            distances=self._distances,
+        )
         cheapest = partial(
             cheapest_chain,
             spans,
             self.blocks,
-            start=start,
-            stop=stop,
-            client_rtt=self.rtts(),
-            measured=measured,
-            positions=positions,
-            waiting=waiting,
-            distances=self._distances,
+            part=Blocks(start, self.blocks if stop is None else stop),
+            known=known,
             most_hops=None if most is None else most - beside,
-            lean=lean,
+            cost_factors=lean,
         )
         avoided = self._avoided()
         if desperate:  # those last that have failed most, and those that do not even answer after them

@@ -120,10 +120,10 @@ def _chains(
 ) -> list[dict[str, Any]]:  # Any: JSON
     """The best chains from here, as few servers as can be in more than one of them."""
     from routing.chains.alternatives import best_chains
-    from routing.chains.search import NoChain, cheapest_chain
+    from routing.chains.search import CostInputs, NoChain, cheapest_chain
 
     try:
-        found = best_chains(partial(cheapest_chain, spans, blocks, client_rtt=rtts), most)
+        found = best_chains(partial(cheapest_chain, spans, blocks, known=CostInputs(client_rtt=rtts)), most)
     except NoChain:
         return []
     return [

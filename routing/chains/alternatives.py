@@ -1,9 +1,9 @@
-"""Several chains, to see what a swarm has beside its best one; and what a chain may be made of.
+"""Several chains, to show a swarm's redundancy; and the constraints on a chain.
 
-A session keeps no second chain ready.  When a hop has failed it looks for others for that hop's blocks
-alone, by what is known then, and the search is not what takes the time: of 150 ms from the fault to the
-next answer on one machine it took 0.3; among 300 servers it takes 3 to 9 ms, among 1500 40 to 90, while to
-dial one that is 100 ms away takes 400.
+A session keeps no second chain ready.  When a hop has failed, the session searches for that hop's blocks
+alone, in the view of that moment.  The search takes little of the time: of 150 ms from the fault to the next
+answer on one machine it took 0.3.  Among 300 servers it takes 3 to 9 ms, among 1500 40 to 90; dialling a
+server that is 100 ms away takes 400.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from routing.names import PeerId, public_key_of
 from routing.view.records import MAX_CACHE_TOKENS, Record
 from tensor_codec.span_spec import DTYPES, QUANTIZE
 
-USED_ALREADY = 1e9  # times its cost: any other way is better
-USED_TWICE = 1e3  # times that
+USED_ALREADY = 1e9  # cost factor of a peer of an earlier chain: any other peer is better
+USED_TWICE = 1e3  # one more factor on that
 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What a chain may be made of.  None: anything.
+    """The peers that a chain may be made of.  None: any.
 
-    allowed, blocked: peers.  dtypes, quantize: what they compute in and how they keep their matrices.
-    adapter: one that they have.  cache_tokens: free at the least when they are chosen.  step_tokens: that
-    they take in one step at the least.  most_hops: of a chain.
+    allowed, blocked: peers.  dtypes, quantize: what peers compute in, and how they keep their matrices.
+    adapter: an adapter that each peer must have.  cache_tokens: the minimum of free cache when a peer is
+    chosen.  step_tokens: the minimum that a peer takes in one step.  most_hops: the maximum of hops.
 
-    Nothing lifts a constraint: where no chain meets them all there is none.
+    Nothing lifts a constraint: where no chain meets all of them, there is no chain.
     """
 
     allowed: Collection[PeerId] | None = None
@@ -55,7 +55,7 @@ class Constraints:
         )
 
     def check(self) -> None:
-        """Raise ValueError where no swarm could meet these, or where they cannot be what was meant."""
+        """Raise ValueError where no swarm could meet these, or where a value is of a wrong kind."""
         _check_peers("allowed", self.allowed)
         _check_peers("blocked", self.blocked)
         if both := sorted({*(self.allowed or ())} & {*self.blocked}):
@@ -123,28 +123,27 @@ def longest_session(spans: Sequence[Record], blocks: int) -> int | None:
 
 
 class Search(Protocol):
-    """`routing.chains.search.cheapest_chain`, with everything given but `lean`."""
+    """`routing.chains.search.cheapest_chain`, with all arguments given but `cost_factors`."""
 
-    def __call__(self, *, lean: Mapping[PeerId, float]) -> Chain:
+    def __call__(self, *, cost_factors: Mapping[PeerId, float]) -> Chain:
         """Raises NoChain."""
 
 
-def best_chains(search: Search, most: int, lean: Mapping[PeerId, float] | None = None) -> list[Chain]:
-    """Up to so many different chains, the best first; later ones share as little as they can.
+def best_chains(search: Search, most: int, cost_factors: Mapping[PeerId, float] | None = None) -> list[Chain]:
+    """Up to `most` different chains, the best first; later chains share as few blocks as possible.
 
-    Each is the cheapest of those that spend the least time at peers of earlier ones: it has none of
-    them, where others hold the same blocks.  Where that is an earlier one again, it is tried without one
-    and another of its peers.  Raises NoChain where there is not even one.
-    O(most * hops of a chain * one search).
+    Each chain avoids the peers of earlier chains wherever others hold the same blocks.  Where the search
+    finds an earlier chain again, it is repeated without one and another of that chain's peers.
+    Raises NoChain where no chain exists.  O(most * hops of a chain * one search).
     """
     chains: list[Chain] = []
-    factors = dict(lean or {})
+    factors = dict(cost_factors or {})
     while len(chains) < most:
-        best = search(lean=factors)
+        best = search(cost_factors=factors)
         options = [best]
         if best in chains:
             without = ({hop.peer: factors[hop.peer] * USED_TWICE} for hop in best.hops)
-            options = [search(lean=factors | one) for one in without]
+            options = [search(cost_factors=factors | one) for one in without]
         used = {hop.peer for chain in chains for hop in chain.hops}
         fresh = [chain for chain in options if chain not in chains]
         if not fresh:

@@ -1,12 +1,12 @@
-"""How clients that decide by themselves, on the same news, do not all decide the same.
+"""Load sharing among clients: clients that choose alone, from equal views, must not all choose one chain.
 
-Three answers to the one question, the same at every choice of one client, so that its sessions do
-not wander, and the first and the last are different from client to client:
+Three means.  Each gives a client the same answer at each choice, so that its sessions do not wander; the
+first and the last differ from client to client:
 
-* `leanings`: each peer is slower, for this client, than it is, most of them not much.  Of chains that
-  are nearly equal each client then has its own favourite; one that is clearly the best stays the best.
-* `shyness`: a queue is avoided more than its wait alone would ask for.
-* `sample`: of very many peers a client looks at some only, the fast ones more often.
+* `client_bias`: a cost factor per peer, mostly small.  Among nearly equal chains each client prefers another
+  one; a chain that is clearly the best stays the best.
+* `queue_markup`: a queue costs more than its waiting time.
+* `sample`: of very many peers a client considers only some, fast peers more often.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from collections.abc import Collection, Iterable, Sequence
 from routing.names import PeerId
 from routing.view.records import Record
 
-# Of a block's cost: what a leaning adds on average.
-SPREAD = 0.3
-# How much more than his own wait a chooser minds a queue: whoever joins it makes all those wait who come
-# after him.  With 1, everybody's own shortest wait, all wait longer.
-TOLL = 4.0
-MAX_PEERS = 1500  # that a client looks at
-MIN_HOLDERS = 8  # of each block among them, where there are so many
+SPREAD = 0.3  # of a block's cost: the mean of what a client's bias adds
+# A queue counts as this many times its waiting time, since a client that joins it delays all later
+# clients.  With 1 each client minimises its own wait, and all wait longer.
+QUEUE_PENALTY = 4.0
+MAX_PEERS = 1500  # that a client considers
+MIN_HOLDERS = 8  # of each block among the considered peers, where the swarm has as many
 
 
-def leanings(seed: str, peers: Iterable[PeerId], spread: float = SPREAD) -> dict[PeerId, float]:
-    """The factor, from 1 on and 1 + `spread` on average, by which a client finds each peer slower.
+def client_bias(seed: str, peers: Iterable[PeerId], spread: float = SPREAD) -> dict[PeerId, float]:
+    """Per-peer cost factor of one client: 1 + Exp(spread), at least 1 and 1 + `spread` on average.
 
-    What it adds is distributed exponentially: the more it weighs, the more nearly equal clients choose
-    peers in proportion to their speeds, as the least of exponential variables falls in proportion to
-    their rates.  seed: the client's.
+    The minimum of exponential variables falls to each in proportion to its rate, so many clients choose
+    nearly equal peers in proportion to their speeds.  seed: the client's.
     """
     return {peer: 1.0 - spread * math.log(_uniform(seed, peer)) for peer in peers}
 
 
-def shyness(spans: Iterable[Record]) -> dict[PeerId, float]:
-    """The factor, from 1 for an idle peer to TOLL, by which what a peer's blocks cost, waits included, is
-    to be taken as more, so that all together wait less.
+def queue_markup(spans: Iterable[Record]) -> dict[PeerId, float]:
+    """Per-peer factor on the cost of a block, queueing included: 1 for an idle peer, up to QUEUE_PENALTY.
 
-    A toll in the sense of Pigou: chosen by their own waits alone, clients crowd where it is fastest until
-    it is no faster than elsewhere (Wardrop, 1952), and the swarm is slower than it need be.
+    It is a Pigou toll.  Without it clients crowd at the fastest peer until that is as slow as the others
+    (Wardrop, 1952), and the whole swarm is slower than it could be.
     """
-    return {span.peer: dearness(span.queue) / (1.0 + span.queue) for span in spans}
+    return {span.peer: queue_price(span.queue) / (1.0 + span.queue) for span in spans}
 
 
-def dearness(queue: float) -> float:
-    """How many times its computing a step is reckoned to cost where it waits for so many times that."""
-    return 1.0 + TOLL * queue
+def queue_price(queue: float) -> float:
+    """The cost of a step behind a queue, in times of the step's own computing.
+
+    queue: the step's waiting time, in the same unit.
+    """
+    return 1.0 + QUEUE_PENALTY * queue
 
 
 def sample(
@@ -60,11 +60,11 @@ def sample(
     most: int = MAX_PEERS,
     always: Collection[PeerId] = (),
 ) -> Sequence[Record]:
-    """The peers that a client looks at, all of them where there are `most` or fewer.
+    """The peers that a client considers: all of them where there are `most` or fewer.
 
-    Drawn without replacement in proportion to announced speed (Efraimidis and Spirakis, 2006), the same
-    ones as long as their records are; more than `most` where a block would have fewer than
-    `MIN_HOLDERS`.  always: peers to be among them.  O(n log n).
+    They are drawn without replacement in proportion to announced speed (Efraimidis and Spirakis, 2006), and
+    stay while their records stay.  More than `most` are drawn where a block would have fewer than
+    `MIN_HOLDERS`.  always: peers to be included.  O(n log n).
     """
     if len(spans) <= most:
         return spans
@@ -82,7 +82,7 @@ def sample(
 
 
 def rendezvous(seed: str, peers: Iterable[PeerId], most: int) -> list[PeerId]:
-    """Up to `most` of these peers, others for each seed, the same ones for as long as they are there."""
+    """Up to `most` of these peers: different ones for each seed, and stable while peers come and go."""
     return heapq.nsmallest(most, peers, key=lambda peer: _uniform(seed, peer))
 
 
@@ -91,6 +91,6 @@ def _rank(seed: str, span: Record) -> float:
 
 
 def _uniform(seed: str, peer: PeerId) -> float:
-    """Between 0 and 1, neither included; nobody can choose his id for all clients' liking at once."""
+    """A number between 0 and 1, both excluded; no peer id can rank high for every client."""
     digest = hashlib.blake2b(f"{seed} {peer}".encode(), digest_size=6).digest()
     return (int.from_bytes(digest, "big") + 0.5) / 2**48

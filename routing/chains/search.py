@@ -1,18 +1,18 @@
-"""The cheapest chain: which peers, in which order, compute which blocks of one step.
+"""The cheapest chain: which peers compute which blocks of one step, in which order.
 
 Data goes client -> first hop -> ... -> last hop -> client, so a step costs
 
     rtt(client, first) / 2 + compute at each hop + rtt(hop, next hop) / 2 ... + rtt(last, client) / 2
     compute = blocks used * seconds per block * (1 + steps waiting there)
 
-This is a shortest path over (peer, block boundary), in the way of Petals (arXiv:2312.08361, 3.2),
-with the delays between servers that Petals, whose hops all answer the client, does not need.
+This is a shortest path over (peer, block boundary), as in Petals (arXiv:2312.08361, 3.2), and with the
+delays between servers: Petals needs none, since each of its hops answers the client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,14 +25,14 @@ from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import believed_rates
 
-__all__ = ["DEFAULT_RTT_SECONDS", "Chain", "Costs", "Hop", "NoChain", "cheapest_chain", "costs"]
+__all__ = ["DEFAULT_RTT_SECONDS", "Chain", "CostInputs", "Costs", "Hop", "NoChain", "cheapest_chain", "costs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What each part of a chain costs, in seconds: one definition for whoever asks.
+    """The cost of each part of a chain, in seconds.
 
-    block: one step through one block of a peer, its queue included.
+    block: one step through one block of a peer, the peer's queue included.
     distances: between peers, and from the client.
     """
 
@@ -54,77 +54,90 @@ class Costs:
         return self.client(hops[0].peer) + compute + between + self.client(hops[-1].peer)
 
 
-def costs(
-    spans: Sequence[Record],
-    distances: Distances,
-    *,
-    measured: Mapping[PeerId, float],
-    positions: int = 1,
-    waiting: Mapping[PeerId, int] | None = None,
-) -> Costs:
-    """The costs that these peers' records and our own measurements give; our own come first.
+@dataclass(frozen=True, slots=True)
+class CostInputs:
+    """What a client knows of a step's costs besides the peers' records.
 
-    distances: up to date with at least these peers.  positions, waiting: see `cheapest_chain`.
+    client_rtt: seconds from the client to a peer and back; ignored where `distances` are given.
+    measured: seconds per block of a peer's steps as the client has seen them, queueing included.
+    waiting: the client's own steps on their way to a peer, not counted in its record yet: with many at a
+        time they spread over peers that hold the same blocks.
+    positions: in a step, of all rows; 1 is a decode step, more go at the rate of a prefill.
+    distances: up to date with at least these peers; None: worked out from the records and `client_rtt`.
+    default_rtt: between peers without a known distance; ignored where `distances` are given.
     """
-    rates = believed_rates(spans, measured, positions)
-    ours = waiting or {}
-    queued = {s.peer: (0 if s.peer in measured else s.queue) + ours.get(s.peer, 0) for s in spans}
-    return Costs({s.peer: rates[s.peer] * (1 + queued[s.peer]) for s in spans}, distances)
+
+    client_rtt: Mapping[PeerId, float] = field(default_factory=dict)
+    measured: Mapping[PeerId, float] = field(default_factory=dict)
+    waiting: Mapping[PeerId, int] = field(default_factory=dict)
+    positions: int = 1
+    distances: Distances | None = None
+    default_rtt: float = DEFAULT_RTT_SECONDS
+
+    def all_distances(self, spans: Sequence[Record]) -> Distances:
+        """The distances given, else those that follow from these records and `client_rtt`."""
+        if self.distances is not None:
+            return self.distances
+        distances = Distances(self.default_rtt)
+        distances.update(spans, self.client_rtt)
+        return distances
+
+
+RECORDS_ALONE = CostInputs()
+
+
+def costs(spans: Sequence[Record], known: CostInputs = RECORDS_ALONE) -> Costs:
+    """The costs that follow from these peers' records and the client's own measurements.
+
+    A measurement replaces the record's rate and queue.
+    """
+    measured, waiting = known.measured, known.waiting
+    rates = believed_rates(spans, measured, known.positions)
+    queued = {s.peer: (0 if s.peer in measured else s.queue) + waiting.get(s.peer, 0) for s in spans}
+    return Costs({s.peer: rates[s.peer] * (1 + queued[s.peer]) for s in spans}, known.all_distances(spans))
 
 
 def cheapest_chain(
     spans: Sequence[Record],
     blocks: int,
     *,
-    start: int = 0,
-    stop: int | None = None,
-    client_rtt: Mapping[PeerId, float] | None = None,
-    measured: Mapping[PeerId, float] | None = None,
+    part: Blocks | None = None,
+    known: CostInputs = RECORDS_ALONE,
     excluded: Collection[PeerId] = (),
-    default_rtt: float = DEFAULT_RTT_SECONDS,
-    positions: int = 1,
-    waiting: Mapping[PeerId, int] | None = None,
-    distances: Distances | None = None,
     most_hops: int | None = None,
-    lean: Mapping[PeerId, float] | None = None,
+    cost_factors: Mapping[PeerId, float] | None = None,
 ) -> Chain:
-    """The chain over blocks [start, stop) (by default all) with the least expected seconds per step.
+    """The chain over a model of `blocks` blocks with the least expected seconds per step.
 
     spans: records of one model revision that take new sessions, as `SwarmView.spans` gives them.
-    client_rtt: seconds from here to a peer and back; as in `distances`, where those are given.
-    measured: seconds per block of a peer's steps as seen from here, waits included.
+    part: the blocks that the chain is to cover; None: all.
     excluded: peers not to be used, for instance because they have just failed.
-    positions: in a step of all rows; 1 is a decode step, more go at the rate of a prefill.
-    waiting: steps of our own that are on their way to a peer and not in its record yet: with many
-        at a time they spread over peers that hold the same blocks.
-    distances: up to date with at least these peers, their default their own; None works them out here.
-    most_hops: longer chains are not chosen; the search then takes so many times as long.
-    lean: factors on what a block costs at a peer, for the choice only: see `routing.chains.load_sharing`.
+    most_hops: longer chains are not chosen; the search takes that many times as long.
+    cost_factors: on a block's cost at a peer, for the choice only: see `routing.chains.load_sharing`.
 
     Ties break on the peer's id, whatever the order of `spans`.  A peer appears once: where the
     cheapest walk would leave a peer and come back, the chain stays with it instead.
-    O(blocks * peers of one block ** 2), and what `Distances.update` takes.  Raises NoChain.
+    O(blocks * peers of one block ** 2), and the time of `Distances.update`.
+    Raises NoChain; ValueError for a part that is no part of the model.
     """
-    stop = blocks if stop is None else stop
-    wanted = Blocks(start, stop)
+    wanted = Blocks(0, blocks) if part is None else part
     if not Blocks(0, blocks).contains(wanted):
         raise ValueError(f"blocks {wanted} are no part of a model of {blocks}")
     usable = sorted((s for s in spans if s.peer not in excluded), key=lambda s: s.peer)
-    parts = [Hop(s.peer, max(s.start, start), min(s.stop, stop)) for s in usable]
+    parts = [Hop(s.peer, max(s.start, wanted.start), min(s.stop, wanted.stop)) for s in usable]
     parts = [part for part in parts if part.start < part.stop]
     if missing := gaps(parts, wanted):
         left_out = sum(s.peer in excluded for s in spans)
         raise NoChain(missing, blocks, alone=not parts, excluded=left_out)
-    if distances is None:
-        distances = Distances(default_rtt)
-        distances.update(spans, client_rtt)
-    price = costs(usable, distances, measured=measured or {}, positions=positions, waiting=waiting)
-    leant = price if not lean else replace(price, block=_times(price.block, lean))
-    walk = _Walks(parts, start, stop, leant, most_hops).cheapest()
+    true_costs = costs(usable, replace(known, distances=known.all_distances(spans)))
+    weighted = true_costs
+    if cost_factors:
+        weighted = replace(true_costs, block=_times(true_costs.block, cost_factors))
+    walk = _Walks(parts, wanted, weighted, most_hops).cheapest()
     if not walk:
         raise NoChain([wanted], blocks, alone=False, most_hops=most_hops)
     hops = _each_peer_once(walk)
-    return Chain(hops, price.chain(hops))
+    return Chain(hops, true_costs.chain(hops))
 
 
 def _times(seconds: Mapping[PeerId, float], factors: Mapping[PeerId, float]) -> dict[PeerId, float]:
@@ -132,26 +145,23 @@ def _times(seconds: Mapping[PeerId, float], factors: Mapping[PeerId, float]) -> 
 
 
 class _Walks:
-    """Dynamic programming from block to block; `parts` cover [start, stop) and lie within it.
+    """Dynamic programming from block to block; `parts` cover the blocks `wanted` and lie within them.
 
-    A walk is the cheapest way to have every block before one computed, a certain peer having been the
-    last, and, where hops are counted, after so many hops.  Only what walks cost is kept, and whether the
-    last peer had been there before: the few ways over that the cheapest one took are looked for again
-    from its end.
+    A walk is the cheapest way to compute all blocks before a given one, with a given last peer and, where
+    hops are counted, a given number of hops.  Kept are only the walks' costs, and whether a walk stayed with
+    its last peer: the few changes of peer in the cheapest walk are found again from its end.
     """
 
-    def __init__(
-        self, parts: Sequence[Hop], start: int, stop: int, price: Costs, most_hops: int | None
-    ) -> None:
+    def __init__(self, parts: Sequence[Hop], wanted: Blocks, price: Costs, most_hops: int | None) -> None:
         self._peers = [part.peer for part in parts]
-        self._start, self._blocks = start, stop - start
+        self._start, self._blocks = wanted.start, wanted.size
         self._counted = most_hops is not None
         self._seconds = price.distances.seconds
         self._rows = price.distances.rows(self._peers)
         self._to_client = self._seconds[self._rows, price.distances.rows([CLIENT])] / 2
         self._block = np.array([price.block[peer] for peer in self._peers])
         begin, end = np.array([part.start for part in parts]), np.array([part.stop for part in parts])
-        self._holders = [np.flatnonzero((begin <= block) & (block < end)) for block in range(start, stop)]
+        self._holders = [np.flatnonzero((begin <= block) & (block < end)) for block in range(*wanted)]
         counts = 1 if most_hops is None else max(0, min(most_hops, self._blocks))
         self._costs = np.full((self._blocks, counts, len(parts)), np.inf)
         self._stayed = np.zeros(self._costs.shape, dtype=np.bool_)
@@ -168,20 +178,20 @@ class _Walks:
             self._stayed[block][:, holders] = stay <= over
 
     def _one_hop_less(self, block: int) -> NDArray[np.float64]:
-        """What those walks cost, by hops, to which one more hop can be added."""
+        """The costs of walks that one more hop can be added to, by hops."""
         costs: NDArray[np.float64] = self._costs[block]
         return np.vstack((np.full_like(costs[:1], np.inf), costs[:-1])) if self._counted else costs
 
     def _way(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> NDArray[np.float64]:
-        """From each of some to each of others, one way."""
+        """Seconds from each of some peers to each of others, one way."""
         way: NDArray[np.float64] = self._seconds[self._rows[one][:, None], self._rows[other]] / 2
         return way
 
     def cheapest(self) -> list[Hop]:
-        """The hops of the cheapest walk; none where all take too many.
+        """The hops of the cheapest walk; none where all walks have too many.
 
-        Among equals that with the fewest hops, where they are counted, then that of the lowest peer
-        id, from the end on.
+        Among equals the walk with the fewest hops, where hops are counted, then the lowest peer ids from the
+        end on.
         """
         last = self._holders[-1]
         whole = self._costs[-1][:, last] + self._to_client[last]
@@ -203,11 +213,11 @@ class _Walks:
 
 
 def _each_peer_once(hops: Sequence[Hop]) -> tuple[Hop, ...]:
-    """Where a peer comes again later, let it do everything between: its span covers that."""
+    """Let a peer that comes twice compute all blocks between as well: its span covers them."""
     kept: list[Hop] = []
     for hop in hops:
         if kept and hop.start < kept[-1].stop:
-            continue  # inside a hop that was made longer
+            continue  # within a hop that was extended
         stop = max(later.stop for later in hops if later.peer == hop.peer)
         kept.append(Hop(hop.peer, hop.start, stop))
     return tuple(kept)

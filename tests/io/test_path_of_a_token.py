@@ -86,11 +86,11 @@ UNNAMED = {
     "SwarmView.records": "the records of the view",
     "admitted": "within ChainChooser.learn",
     "costs": "within cheapest_chain",
-    "dearness": "within shyness",
+    "queue_price": "within queue_markup",
     "expire": "within Directory.view",
     "gaps": "within ChainChooser.is_covered_by",
     "sample": "within ChainChooser.choose",
-    "shyness": "before leanings",
+    "queue_markup": "before client_bias",
     "step_epoch": "within Listener._take",
     "step_session": "within Listener.take_push",
 }

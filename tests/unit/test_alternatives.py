@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from routing.chains.alternatives import Constraints, best_chains, longest_session, suitable
-from routing.chains.search import NoChain, cheapest_chain
+from routing.chains.search import CostInputs, NoChain, cheapest_chain
 from tests.unit.test_chain_search import PEERS, every_chain, price, span, swarms
 
 
@@ -19,9 +19,9 @@ def test_a_chain_of_few_hops_is_the_cheapest_of_all_that_short(swarm):
         short = [hops for hops in chains if len(hops) <= most_hops]
         if not short:
             with pytest.raises(NoChain):
-                cheapest_chain(spans, 6, client_rtt=client_rtt, most_hops=most_hops)
+                cheapest_chain(spans, 6, known=CostInputs(client_rtt=client_rtt), most_hops=most_hops)
             continue
-        found = cheapest_chain(spans, 6, client_rtt=client_rtt, most_hops=most_hops)
+        found = cheapest_chain(spans, 6, known=CostInputs(client_rtt=client_rtt), most_hops=most_hops)
         assert found.hops in short
         best = min(price(hops, spans, client_rtt, 0.1) for hops in short)
         if most_hops < 3:  # a walk that comes back to a peer takes three
@@ -39,7 +39,7 @@ def test_no_chain_says_that_all_are_too_long():
 @given(swarms())
 def test_the_first_chain_is_the_cheapest_and_all_differ(swarm):
     spans, client_rtt = swarm
-    search = partial(cheapest_chain, spans, 6, client_rtt=client_rtt)
+    search = partial(cheapest_chain, spans, 6, known=CostInputs(client_rtt=client_rtt))
     try:
         best = search()
     except NoChain:
@@ -70,7 +70,7 @@ def test_alternatives_share_the_only_holder_and_nothing_else():
 
 def test_a_way_around_a_peer_is_found_although_to_come_back_to_it_seems_cheaper():
     spans = [span(0, 0, 3, 0.02, 9), span(1, 2, 8, 0.005, 9), span(2, 3, 6, 0.01, 9), span(3, 6, 9, 0.02, 9)]
-    first, second = best_chains(partial(cheapest_chain, spans, 9, default_rtt=0.0), 2)
+    first, second = best_chains(partial(cheapest_chain, spans, 9, known=CostInputs(default_rtt=0.0)), 2)
     assert [hop.peer for hop in first.hops] == [PEERS[0], PEERS[1], PEERS[3]]
     assert [hop.peer for hop in second.hops] == [PEERS[0], PEERS[2], PEERS[3]]
 

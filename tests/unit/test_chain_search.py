@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing.chains.search import Chain, Hop, NoChain, cheapest_chain
+from routing.blocks import Blocks
+from routing.chains.search import Chain, CostInputs, Hop, NoChain, cheapest_chain
 from routing.names import peer_id_of
 from routing.view.records import Record
 
@@ -90,10 +91,10 @@ def test_the_chain_found_is_the_cheapest_of_all(swarm):
     chains = list(every_chain(spans, 6))
     if not chains:
         with pytest.raises(NoChain):
-            cheapest_chain(spans, 6, client_rtt=client_rtt)
+            cheapest_chain(spans, 6, known=CostInputs(client_rtt=client_rtt))
         return
     best = min(price(hops, spans, client_rtt, 0.1) for hops in chains)
-    found = cheapest_chain(spans, 6, client_rtt=client_rtt)
+    found = cheapest_chain(spans, 6, known=CostInputs(client_rtt=client_rtt))
     assert found.hops in chains
     assert found.expected_seconds == pytest.approx(price(found.hops, spans, client_rtt, 0.1))
     if found.expected_seconds > best + 1e-12:
@@ -124,12 +125,12 @@ def test_the_order_of_the_records_does_not_change_the_chain(swarm, rng):
     spans, client_rtt = swarm
     other = rng.sample(spans, len(spans))
     try:
-        chain = cheapest_chain(spans, 6, client_rtt=client_rtt)
+        chain = cheapest_chain(spans, 6, known=CostInputs(client_rtt=client_rtt))
     except NoChain as none:
         with pytest.raises(NoChain, match=str(none)):
-            cheapest_chain(other, 6, client_rtt=client_rtt)
+            cheapest_chain(other, 6, known=CostInputs(client_rtt=client_rtt))
         return
-    assert cheapest_chain(other, 6, client_rtt=client_rtt) == chain
+    assert cheapest_chain(other, 6, known=CostInputs(client_rtt=client_rtt)) == chain
 
 
 def test_ties_break_on_the_peer_id():
@@ -140,19 +141,18 @@ def test_ties_break_on_the_peer_id():
 
 def test_a_near_slow_peer_loses_to_a_far_fast_one_once_the_blocks_are_many():
     near, far = span(0, 0, 6, 0.010, rtt={}), span(1, 0, 6, 0.004)
-    assert (
-        cheapest_chain([near, far], 6, client_rtt={PEERS[0]: 0.001, PEERS[1]: 0.05}).hops[0].peer == PEERS[0]
-    )
+    known = CostInputs(client_rtt={PEERS[0]: 0.001, PEERS[1]: 0.05})
+    assert cheapest_chain([near, far], 6, known=known).hops[0].peer == PEERS[0]
     near, far = span(0, 0, 60, 0.010, 60), span(1, 0, 60, 0.004, 60)
-    assert (
-        cheapest_chain([near, far], 60, client_rtt={PEERS[0]: 0.001, PEERS[1]: 0.05}).hops[0].peer == PEERS[1]
-    )
+    known = CostInputs(client_rtt={PEERS[0]: 0.001, PEERS[1]: 0.05})
+    assert cheapest_chain([near, far], 60, known=known).hops[0].peer == PEERS[1]
 
 
 def test_a_hop_may_use_a_part_of_a_span():
     fast, slow = span(0, 2, 4, 0.001), span(1, 0, 6, 0.003)
     rtt = dict.fromkeys(PEERS[:2], 0.0)
-    chain = cheapest_chain([fast, slow, span(2, 3, 6, 0.002)], 6, client_rtt=rtt, default_rtt=0.0)
+    known = CostInputs(client_rtt=rtt, default_rtt=0.0)
+    chain = cheapest_chain([fast, slow, span(2, 3, 6, 0.002)], 6, known=known)
     assert chain == Chain(
         (Hop(PEERS[1], 0, 2), Hop(PEERS[0], 2, 4), Hop(PEERS[2], 4, 6)), pytest.approx(0.012)
     )
@@ -160,11 +160,11 @@ def test_a_hop_may_use_a_part_of_a_span():
 
 def test_a_chain_may_cover_a_run_of_blocks_only():
     spans = [span(0, 0, 3), span(1, 3, 6)]
-    assert cheapest_chain(spans, 6, start=1, stop=3).hops == (Hop(PEERS[0], 1, 3),)
-    assert cheapest_chain(spans, 6, start=2, stop=5).hops == (Hop(PEERS[0], 2, 3), Hop(PEERS[1], 3, 5))
+    assert cheapest_chain(spans, 6, part=Blocks(1, 3)).hops == (Hop(PEERS[0], 1, 3),)
+    assert cheapest_chain(spans, 6, part=Blocks(2, 5)).hops == (Hop(PEERS[0], 2, 3), Hop(PEERS[1], 3, 5))
     for start, stop in ((3, 3), (-1, 2), (0, 7)):
         with pytest.raises(ValueError, match="no part of a model"):
-            cheapest_chain(spans, 6, start=start, stop=stop)
+            cheapest_chain(spans, 6, part=Blocks(start, stop))
 
 
 def test_a_wait_in_the_queue_is_part_of_the_cost():
@@ -175,12 +175,12 @@ def test_a_wait_in_the_queue_is_part_of_the_cost():
 def test_own_measurements_beat_what_a_peer_announces():
     spans = [span(0, 0, 6, 0.001), span(1, 0, 6, 0.002)]
     assert cheapest_chain(spans, 6).hops[0].peer == PEERS[0]
-    assert cheapest_chain(spans, 6, measured={PEERS[0]: 0.05}).hops[0].peer == PEERS[1]
+    assert cheapest_chain(spans, 6, known=CostInputs(measured={PEERS[0]: 0.05})).hops[0].peer == PEERS[1]
 
 
 def test_a_boastful_peer_gains_at_most_four_times_the_median():
     spans = [span(0, 0, 6, 0.004), span(1, 0, 6, 0.004), span(2, 0, 6, 1e-7)]
-    chain = cheapest_chain(spans, 6, default_rtt=0.0)
+    chain = cheapest_chain(spans, 6, known=CostInputs(default_rtt=0.0))
     assert chain.expected_seconds == pytest.approx(6 * 0.001)
 
 
@@ -189,22 +189,27 @@ def test_many_positions_go_by_the_rate_of_a_prefill():
     quick_trainer = span(1, 0, 6, 0.002, prefill_seconds_per_token=0.001)
     spans = [quick_decoder, quick_trainer]
     assert cheapest_chain(spans, 6).hops[0].peer == PEERS[0]
-    chain = cheapest_chain(spans, 6, positions=500, default_rtt=0.0)
+    chain = cheapest_chain(spans, 6, known=CostInputs(positions=500, default_rtt=0.0))
     assert chain.hops[0].peer == PEERS[1]
     assert chain.expected_seconds == pytest.approx(6 * 500 * 0.001)
     measured = {PEERS[1]: 500 * 0.004}
-    assert cheapest_chain(spans, 6, positions=500, measured=measured).hops[0].peer == PEERS[0]
+    assert (
+        cheapest_chain(spans, 6, known=CostInputs(positions=500, measured=measured)).hops[0].peer == PEERS[0]
+    )
     boastful = span(2, 0, 6, 0.001, prefill_seconds_per_token=1e-7)
-    chain = cheapest_chain([*spans, boastful], 6, positions=500, default_rtt=0.0)
+    chain = cheapest_chain([*spans, boastful], 6, known=CostInputs(positions=500, default_rtt=0.0))
     assert chain.expected_seconds == pytest.approx(6 * 500 * 0.001 / 4)
 
 
 def test_steps_of_our_own_that_are_on_their_way_count_as_waiting_also_where_a_peer_was_measured():
     spans = [span(0, 0, 6, 0.001), span(1, 0, 6, 0.0015)]
-    assert cheapest_chain(spans, 6, waiting={PEERS[0]: 0}).hops[0].peer == PEERS[0]
-    assert cheapest_chain(spans, 6, waiting={PEERS[0]: 1}).hops[0].peer == PEERS[1]
+    assert cheapest_chain(spans, 6, known=CostInputs(waiting={PEERS[0]: 0})).hops[0].peer == PEERS[0]
+    assert cheapest_chain(spans, 6, known=CostInputs(waiting={PEERS[0]: 1})).hops[0].peer == PEERS[1]
     measured = {PEERS[0]: 0.001}
-    assert cheapest_chain(spans, 6, waiting={PEERS[0]: 1}, measured=measured).hops[0].peer == PEERS[1]
+    assert (
+        cheapest_chain(spans, 6, known=CostInputs(waiting={PEERS[0]: 1}, measured=measured)).hops[0].peer
+        == PEERS[1]
+    )
 
 
 def test_one_peer_cannot_make_itself_near_to_another_alone():
@@ -241,6 +246,6 @@ def test_a_peer_that_the_cheapest_walk_would_visit_twice_is_visited_once():
     host = span(0, 0, 6, 0.002)
     quick = span(1, 2, 4, 0.0005)
     rtt = dict.fromkeys(PEERS, 0.0)
-    chain = cheapest_chain([host, quick], 6, client_rtt=rtt, default_rtt=0.0)
+    chain = cheapest_chain([host, quick], 6, known=CostInputs(client_rtt=rtt, default_rtt=0.0))
     assert [hop.peer for hop in chain.hops] == [PEERS[0]]
     assert chain.expected_seconds == pytest.approx(0.012)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.blocks import coverage
-from routing.chains.load_sharing import MIN_HOLDERS, TOLL, leanings, sample, shyness
+from routing.chains.load_sharing import MIN_HOLDERS, QUEUE_PENALTY, client_bias, queue_markup, sample
 from routing.chains.search import cheapest_chain
 from routing.names import peer_id_of
 from routing.view.records import Record
@@ -20,7 +20,9 @@ def span(number, start, stop, seconds=0.01) -> Record:
 
 def choices(spans, clients):
     """How many of these clients take each peer as the first of their chain."""
-    chains = [cheapest_chain(spans, 12, lean=leanings(f"client {c}", PEERS)) for c in range(clients)]
+    chains = [
+        cheapest_chain(spans, 12, cost_factors=client_bias(f"client {c}", PEERS)) for c in range(clients)
+    ]
     return Counter(chain.hops[0].peer for chain in chains)
 
 
@@ -31,7 +33,7 @@ def test_of_equal_peers_each_client_takes_its_own():
 
 
 def test_one_client_decides_the_same_every_time():
-    assert leanings("me", PEERS) == leanings("me", reversed(PEERS))
+    assert client_bias("me", PEERS) == client_bias("me", reversed(PEERS))
 
 
 def test_a_clearly_better_peer_is_everybodys():
@@ -46,17 +48,17 @@ def test_one_that_claims_a_hundred_times_its_speed_draws_what_four_times_the_med
     assert choices([*honest, liar], 100) == choices([*honest, fast], 100)
 
 
-def test_the_expected_seconds_are_not_those_of_the_leaning():
+def test_the_expected_seconds_are_not_those_of_the_bias():
     spans = [span(0, 0, 12)]
-    assert cheapest_chain(spans, 12, lean={PEERS[0]: 3.0}) == cheapest_chain(spans, 12)
+    assert cheapest_chain(spans, 12, cost_factors={PEERS[0]: 3.0}) == cheapest_chain(spans, 12)
 
 
 def test_a_queue_is_minded_more_than_its_wait_but_no_more_than_the_toll():
     idle, busy, crowded = (Record(peer=PEERS[n], queue=queue) for n, queue in enumerate((0.0, 1.0, 1e6)))
-    shy = shyness([idle, busy, crowded])
+    shy = queue_markup([idle, busy, crowded])
     assert shy[PEERS[0]] == 1.0
-    assert shy[PEERS[1]] == (1 + TOLL) / 2
-    assert TOLL - 0.01 < shy[PEERS[2]] < TOLL
+    assert shy[PEERS[1]] == (1 + QUEUE_PENALTY) / 2
+    assert QUEUE_PENALTY - 0.01 < shy[PEERS[2]] < QUEUE_PENALTY
 
 
 def test_few_peers_are_all_looked_at():

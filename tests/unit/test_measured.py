@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.chains.load_sharing import leanings
+from routing.chains.load_sharing import client_bias
 from routing.chains.measured import DOUBTED, HALVES_KEPT, LOCAL_SECONDS, Measured, admitted
-from routing.chains.search import cheapest_chain
+from routing.chains.search import CostInputs, cheapest_chain
 from routing.view.view import believed_rates
 from tests.unit.test_chain_search import PEERS, span
 
@@ -154,8 +154,8 @@ def test_a_liar_has_its_share_and_no_more_after_the_first_step_of_each_client(ad
     spans[0] = liar
     before, after = Counter[str](), Counter[str]()
     for client in range(clients):
-        lean = leanings(f"client {client}", (s.peer for s in spans))
-        chain = cheapest_chain(spans, 6, lean=lean, default_rtt=rtt)
+        lean = client_bias(f"client {client}", (s.peer for s in spans))
+        chain = cheapest_chain(spans, 6, known=CostInputs(default_rtt=rtt), cost_factors=lean)
         before.update(hop.peer for hop in chain.hops)
         blocks = [hop.stop - hop.start for hop in chain.hops]
         says = [
@@ -170,7 +170,9 @@ def test_a_liar_has_its_share_and_no_more_after_the_first_step_of_each_client(ad
             (record,) = (s for s in spans if s.peer == hop.peer)
             measured.learn(hop.peer, seconds / count, record, 1.0)
         measures = measured.rates(spans, 2.0)
-        chain = cheapest_chain(spans, 6, lean=lean, measured=measures, default_rtt=rtt)
+        chain = cheapest_chain(
+            spans, 6, known=CostInputs(measured=measures, default_rtt=rtt), cost_factors=lean
+        )
         after.update(hop.peer for hop in chain.hops)
     fair = clients / 10  # of those who hold these blocks
     assert before[liar.peer] > 3 * fair
