@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from node.runtime import values
+from routing.placement.goals import MIN_REPLICAS, QUALITY
 from tensor_codec.blocks import Blocks
 from tensor_codec.limits import Limits
 from tensor_codec.span_spec import DTYPES, QUANTIZE
@@ -69,15 +70,15 @@ class NetworkConfig:
 
 @dataclass(frozen=True, slots=True)
 class BalanceConfig:
-    """When a node moves to other blocks, and where.
+    """When a node moves to other blocks, and to which.
 
-    quality: nobody moves while the swarm can do this share of what its servers could do at best; 0: only
-    to blocks that nobody serves.  min_replicas: servers that each block should have, where that costs
-    no speed.  seconds: between looks for a better place, on average.
+    quality: no node moves while the swarm's capacity is this share of its bound; 0: nodes move only to blocks
+    that nobody serves.  min_replicas: servers that each block should have, where that costs no capacity.
+    seconds: between looks for a better place, on average.
     """
 
-    quality: float = 0.99
-    min_replicas: int = 2
+    quality: float = QUALITY
+    min_replicas: int = MIN_REPLICAS
     seconds: float = 60.0
 
 

@@ -1,18 +1,18 @@
 """Which blocks should a server hold?  The swarm's capacity decides: `routing.placement.throughput`.
 
-What counts, in this order: no block that nobody holds; then capacity; then `min_replicas` holders of
-each block; then short chains, which come of spans that begin where others end.
+The aims, in this order: no block without a holder; capacity; `min_replicas` holders of each block; short
+chains, which need spans that begin where others end.
 
-Capacity alone says too little on the way: one bottleneck hides the next, and most single moves do not
-change it at all.  So moves lower the *shortfall*: the rate that the blocks lack, in the worst set of
-them, where each asks for a given share of the bound, added up over a few such shares.  It is 0 exactly
-where the capacity is at the highest of them, and every move lowers it, so moves come to an end.  What
-few blocks lack is little of the swarm's work, and still limits all of it: once the capacity is good, one
-demand is looked at, just above what is aimed at, and a move that takes half of its shortfall is made.
+Capacity alone is a poor guide: one bottleneck hides the next, and most single moves do not change the
+capacity at all.  So moves lower the *shortfall*: the rate that the worst set of blocks lacks where each block
+demands a given share of the bound, summed over a few shares.  The shortfall is 0 exactly where the capacity
+reaches the highest share, and every move lowers it, so moves come to an end.  A shortfall of few blocks is a
+small part of the swarm's work and still limits all of it.  So once the capacity is good, only one demand is
+considered, just above the target, and a move that halves its shortfall is made.
 
-A server takes as many blocks as its memory holds, however slow it is: more blocks never lower the
-capacity, since a server shares its work among its blocks as the others leave it to do, and they make
-chains shorter.  `--num-blocks` is for who wants to load fewer.
+A server takes as many blocks as its memory holds, however slow it is: more blocks never lower the capacity,
+since a server computes only the share of its blocks that the others leave, and they make chains shorter.
+`--num-blocks` is for operators that want to load fewer.
 """
 
 from __future__ import annotations
@@ -27,44 +27,32 @@ from numpy.typing import NDArray
 from routing.blocks import Blocks, coverage
 from routing.names import PeerId
 from routing.placement.cover_gaps import MOVE_EFFORT
+from routing.placement.goals import MIN_REPLICAS, QUALITY
 from routing.placement.throughput import Floats, Holder, bound, capacity, ends, narrowest, reach
 from routing.view.records import Record
 
 Single = NDArray[np.float32]
 
-# A swarm at this share of its bound rests: the last percent is not worth anybody's loading blocks.
-QUALITY = 0.99
-MIN_REPLICAS = 2
-LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfall is looked at
-PLAUSIBLE = 3.0  # times the upper quartile of the claimed rates: so much is believed
-ALIKE = 1e-4  # of the swarm's work: by less two windows of a joining server do not differ
-MIN_GAIN = 0.002  # of the swarm's work, summed over the levels: a move for less is not made
-MIN_SHARE = 0.5  # of the shortfall, once the capacity is good: a move for it is made, however little it is
-LARGE_GAIN = 0.01  # a move for more is made together with the next best one
+LEVELS = (0.5, 0.75, 0.9, 1.0)  # of the bound: the demands at which the shortfall is computed
+PLAUSIBLE = 3.0  # times the upper quartile of the claimed rates: claims up to this count in full
+ALIKE = 1e-4  # of the swarm's work: windows of a joining server that differ by less count as equal
+MIN_GAIN = 0.002  # of the swarm's work, summed over the levels: a move must gain more
+MIN_SHARE = 0.5  # of the shortfall, once the capacity is good: a move that gains more is made in any case
+LARGE_GAIN = 0.01  # of the swarm's work: after a move of more the next best one is made at once too
 MAX_AT_ONCE = 4
-GOOD = 0.9  # of the bound: from here on replicas count beside the capacity, and it stays at that
-REPLICA_WORTH = 0.001  # of the same, for each holder that a block has too few
-REPLICA_HINT = 1e-6  # while the capacity is too low: it decides between equals
-MAX_MOVERS = 32  # servers whose moves are compared, at all levels; decides how long a decision takes
-_RANK_CHANCE = 0.25  # who is next to the best moves with this chance, in case the best one cannot
-
-
-def throughputs(spans: Sequence[Record], blocks: int) -> tuple[float, ...]:
-    """Decode steps per second that the peers of each block can do together, by what they announce."""
-    total = [0.0] * blocks
-    for holder in holders(spans):
-        for block in range(holder.start, min(holder.stop, blocks)):
-            total[block] += holder.rate
-    return tuple(total)
+GOOD = 0.9  # of the bound: from this capacity on replicas count too, and no move lowers it again
+REPLICA_WORTH = 0.001  # of the swarm's work, for each missing holder of a block
+REPLICA_HINT = 1e-6  # of the swarm's work, while the capacity is too low: decides between equals
+MAX_MOVERS = 32  # servers whose moves are compared, at all levels; a decision's time grows with it
+RANK_CHANCE = 0.25  # that a move of rank 1 is made, in case the best moves are not; to the power of the rank
 
 
 def holders(spans: Sequence[Record]) -> list[Holder]:
-    """What these peers hold and how fast they are, in the order of their ids.
+    """The blocks and rates of these peers, in the order of their ids.
 
-    A peer that has not measured its rate counts as the median of those that have; where none has,
-    as one block per second: what matters is which blocks are held at all.  What claims are worth,
-    `plausible` says.
-    One that is about to move counts where it is going, and not as online: nobody relies on what it leaves.
+    A peer that has not measured its rate counts as the median of the others; where no peer has, as one block
+    per second.  Claimed rates count as `plausible` says.  A peer that is about to move counts at its new
+    blocks, and not as online: nobody relies on the blocks that it leaves.
     """
     rates = plausible({s.peer: 1.0 / s.seconds_per_block for s in spans if s.seconds_per_block > 0})
     usual = sorted(rates.values())[len(rates) // 2] if rates else 1.0
@@ -81,11 +69,11 @@ def holders(spans: Sequence[Record]) -> list[Holder]:
 
 
 def plausible(claims: Mapping[PeerId, float]) -> dict[PeerId, float]:
-    """The rate at which each peer counts where it claims this one.
+    """The rate at which each peer counts, by the rate that it claims.
 
-    Claims count in full up to PLAUSIBLE times their upper quartile: a cap by the median would take from
-    honest fast servers what the capacity is made of.  Beyond, a peer counts the less the more it claims,
-    down to the median, so that exaggeration does not pay.
+    Claims count in full up to PLAUSIBLE times their upper quartile; a cap at the median would ignore most of
+    the capacity of honest fast servers.  Beyond that a peer counts less the more it claims, down to the
+    median, so that exaggeration does not pay.
     """
     if not claims:
         return {}
@@ -107,7 +95,7 @@ def choose_blocks(
     """The window of `count` blocks that a joining server takes: `best_window` of records.
 
     spans: of the same model revision, joining peers too.
-    seconds_per_block: the server's own; 0 where it has not measured, then it counts as the median.
+    seconds_per_block: the server's own; 0 where it has not measured: then it counts as the median.
     """
     held = holders(spans)
     rates = sorted(holder.rate for holder in held)
@@ -127,9 +115,9 @@ def best_window(
 ) -> Blocks:
     """The window of `count` blocks that needs a new server of this rate most.
 
-    A count above `blocks` gives them all.  Ties go to the lowest start, or to chance where `rng` is
-    given: of servers that start at the same moment and do not yet see each other, fewer then choose
-    alike.  O(blocks**2).  Raises ValueError for a count below 1.
+    A count above `blocks` gives all blocks.  Ties go to the lowest start, or to chance where `rng` is given:
+    servers that start at one moment do not see each other yet, and should not all choose one window.
+    O(blocks**2).  Raises ValueError for a count below 1.
     """
     if count < 1:
         raise ValueError(f"{count} blocks, at least 1 is needed")
@@ -157,9 +145,9 @@ def best_window(
 
 
 class Move(NamedTuple):
-    """A server's best move: what it gains, in shares of the swarm's work, and the new window.
+    """A server's best move.  gain: in shares of the swarm's work.
 
-    rank: 0 for those that are made at once; the others are for where one of these is not made.
+    rank: 0 for moves that are made at once; higher ranks are for the case that such a move is not made.
     """
 
     gain: float
@@ -186,12 +174,12 @@ def better_window(
 ) -> Blocks | None:
     """The window that this server should move to now, or None: stay.
 
-    held: of every server, this one among them; who announced a move counts where it will be.
+    held: of all servers, this one included; a server that announced a move counts at its new blocks.
     quality: at this share of the bound nobody moves for the capacity.
 
-    Every server works out the same moves (`moves`).  Those of rank 0 are made; one of rank 1 with a chance
-    of one in four, of rank 2 with one of 16, so that the swarm does not wait for a server that is pinned
-    or gone.
+    Every server works out the same moves (`moves`).  Moves of rank 0 are made; a move of rank 1 with a chance
+    of one in four, of rank 2 with one in 16, so that the swarm does not wait for a server that is pinned or
+    gone.
     """
     if not any(holder.peer == me for holder in held):
         return None
@@ -200,10 +188,10 @@ def better_window(
 
 
 def in_turn(ranked: Sequence[Move], me: PeerId, rng: random.Random) -> Blocks | None:
-    """The window of this server's move, where chance, by its rank, lets it move now."""
+    """The window of this server's move, with the chance of the move's rank; else None."""
     for move in ranked:
         if move.peer == me:
-            return move.blocks if rng.random() < _RANK_CHANCE**move.rank else None
+            return move.blocks if rng.random() < RANK_CHANCE**move.rank else None
     return None
 
 
@@ -215,11 +203,11 @@ def moves(
     counts: dict[PeerId, int] | None = None,
     min_replicas: int = MIN_REPLICAS,
 ) -> list[Move]:
-    """Moves that are worth their while: a few to be made at once, then the best of each other server.
+    """Moves that pay: a few to be made at once, then the best move of each other server.
 
-    counts: blocks that a server has room for, where known; else those that it holds.
-    Those of rank 0 are the best move, the best after it, and so on, at most MAX_AT_ONCE.  No block
-    loses its last online holder, in whatever order they are made.  O(MAX_MOVERS * blocks**2).
+    counts: blocks that a server has memory for, where known; else the number that it holds.
+    Moves of rank 0 are the best move, the best one after it, and so on, at most MAX_AT_ONCE.  No block
+    loses its last online holder, in whatever order these are made.  O(MAX_MOVERS * blocks**2).
     """
     first = ranked = _single_moves(held, blocks, quality, counts or {}, min_replicas)
     made: list[Move] = []
@@ -245,7 +233,7 @@ def _single_moves(
     if not held:
         return []
     now_able = narrowest(added).capacity if number.min() > 0 else 0.0
-    enough = min(quality, GOOD) * most  # of capacity, for replicas to count beside it
+    enough = min(quality, GOOD) * most  # capacity from which replicas count too
     good = 0 < enough <= now_able
     last = good and now_able < quality * most  # the last few percent: a small set of blocks may lack them
     if good and not last and number.min() >= min_replicas:
@@ -285,7 +273,7 @@ def _single_moves(
 
 
 def _after(held: Sequence[Holder], move: Move) -> list[Holder]:
-    """What is held when a move has been announced."""
+    """The holders after a move has been announced."""
     return [
         h._replace(start=move.start, stop=move.stop, online=False) if h.peer == move.peer else h for h in held
     ]
@@ -294,7 +282,7 @@ def _after(held: Sequence[Holder], move: Move) -> list[Holder]:
 def _replicas_gained(
     number: NDArray[np.int64], mover: Holder, count: int, min_replicas: int
 ) -> NDArray[np.int64]:
-    """By window, how many holders fewer are missing when this server moves there."""
+    """By window, the number of missing holders that this server's move there provides."""
     without = number.copy()
     without[mover.start : mover.stop] -= 1
     wanted = without < min_replicas
@@ -305,7 +293,7 @@ def _replicas_gained(
 def _movers(
     held: Sequence[Holder], blocks: int, added: Floats, at_most: int
 ) -> list[tuple[Holder, tuple[int, int] | None]]:
-    """The servers whose moves are looked at, each with the blocks that it must keep."""
+    """The servers whose moves are compared, each with the blocks that it must keep."""
     online = coverage((holder for holder in held if holder.online), blocks)
     found = []
     for holder in held:
@@ -321,7 +309,7 @@ def _movers(
 
 
 def _best_start(gains: Floats, mover: Holder, count: int, keep: tuple[int, int] | None, blocks: int) -> int:
-    """Where a mover's window gains most for the blocks to load; among equals, as near as can be."""
+    """The start of the window with the largest gain per block loaded; among equals the nearest."""
     first, last = (max(0, keep[1] - count), keep[0]) if keep else (0, blocks - count)
     options = np.arange(first, min(last, blocks - count) + 1)
     kept = np.minimum(mover.stop, options + count) - np.maximum(mover.start, options)
@@ -330,7 +318,7 @@ def _best_start(gains: Floats, mover: Holder, count: int, keep: tuple[int, int] 
 
 
 def _effort(mover: Holder, start: int, count: int) -> float:
-    """What a move takes, as the blocks that could be loaded meanwhile."""
+    """The effort of a move, in blocks that could be loaded meanwhile."""
     return MOVE_EFFORT + count - mover.blocks.overlap((start, start + count)).size
 
 
@@ -342,26 +330,26 @@ def _holes_after(number: NDArray[np.int64], mover: Holder, start: int, stop: int
 
 
 def _windows(wanted: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
-    """How many wanted blocks each window of `count` has."""
+    """The number of wanted blocks in each window of `count`."""
     up_to = np.concatenate([[0], np.cumsum(wanted, dtype=np.int64)])
     inside: NDArray[np.int64] = up_to[count:] - up_to[: len(up_to) - count]
     return inside
 
 
 def _single(added: Floats) -> Single:
-    """Half the memory; and the set that `reach` leaves undefined, p after b, costs infinitely much."""
+    """In float32; entries that `reach` leaves undefined, p after b, are infinite."""
     before, block = np.ogrid[: added.shape[0], : added.shape[1]]
     return np.where(before > block, np.inf, added).astype(np.float32)
 
 
 def _shortfalls(rest: Single, rate: float, speeds: Floats, counts: NDArray[np.int64]) -> Floats:
-    """What the worst set of blocks lacks at `rate` tokens per second with one server more.
+    """The shortfall of the worst set of blocks at `rate` tokens per second, with one server added.
 
-    rest: of each case, `reach` of the other servers, from `_single`; shape (cases, blocks + 1, blocks).
+    rest: for each case, `reach` of the other servers, from `_single`; shape (cases, blocks + 1, blocks).
     speeds, counts: of the server that is added in each case.
-    Returns block-tokens per second by case and by the start of its window; infinite where no window
-    starts.  The worst set either meets the window, and has the new server's help, or goes around it:
-    then its last block before the window and its first after it are neighbours in the set.
+    Returns block-tokens per second by case and by the start of the server's window; infinite where no window
+    starts.  The worst set either meets the window, and has the new server's help, or goes around the window:
+    then the last block before the window and the first one after it are neighbours in the set.
     """
     cases, _, blocks = rest.shape
     until, onward = np.zeros((cases, blocks + 1), np.float32), np.zeros((cases, blocks + 1), np.float32)

@@ -1,14 +1,14 @@
-"""The yardstick of placement: how many tokens per second can these servers do, with what they hold?
+"""The measure of placement: the tokens per second that servers can compute with the blocks they hold.
 
-Server i computes rate_i block-tokens per second and shares them among its blocks as it likes.  The
+Server i computes rate_i block-tokens per second and may share them among its blocks in any way.  The
 capacity is the largest f such that every block gets f tokens per second.  By Hall's theorem that is
 
     min over sets S of blocks:  (sum of the rates of the servers that hold any block of S) / |S|
 
-Since spans are intervals, a set adds up along its blocks: b adds the servers that hold b and start
-after the block of S before it.  So the worst set at a given f is a shortest path over the blocks,
-O(blocks**2), and a few of them find the smallest quotient (Dinkelbach's method); the set is the
-bottleneck.  No single run of blocks shows it: two ends of one server's span can be short together.
+Since spans are intervals, the sum grows along the blocks of S: block b adds the servers that hold b and start
+after the block of S before it.  So the worst set at a given f is a shortest path over the blocks, in
+O(blocks**2), and a few shortest paths find the smallest quotient (Dinkelbach's method); its set is the
+bottleneck.  It need not be one run of blocks: two ends of one server's span can be short together.
 """
 
 from __future__ import annotations
@@ -45,33 +45,34 @@ class Holder(NamedTuple):
 
 
 class Bottleneck(NamedTuple):
-    """The capacity in tokens per second, and the blocks that do not allow more."""
+    """The capacity in tokens per second, and the blocks that limit it."""
 
     capacity: float
     blocks: tuple[int, ...]
 
 
 def capacity(servers: Sequence[Holder], blocks: int) -> float:
-    """Tokens per second that every block can get at once; 0 where a block is held by nobody."""
+    """Tokens per second that all blocks can get at once; 0 where nobody holds some block."""
     return bottleneck(servers, blocks).capacity
 
 
 def bound(servers: Sequence[Holder], blocks: int) -> float:
-    """What no placement of these servers can beat."""
+    """The capacity, in tokens per second, that no placement of these servers exceeds."""
     return math.fsum(server.rate for server in servers) / blocks
 
 
 def bottleneck(servers: Sequence[Holder], blocks: int) -> Bottleneck:
-    """The capacity and the set of blocks that limits it; the servers that hold any of these have no
-    work to spare, all others have, or are no help.
+    """The capacity and the set of blocks that limits it.
+
+    The servers of these blocks have no compute to spare; the other servers have some, or hold none of them.
     """
     return narrowest(reach(servers, blocks))
 
 
 def reach(servers: Sequence[Holder], blocks: int) -> Floats:
-    """The rates that a block adds to a set of blocks: [p, b] for block b, none of p..b-1 in the set.
+    """The rates that block b adds to a set of blocks that has none of p..b-1: [p, b], (blocks + 1, blocks).
 
-    That is the sum over the servers with p <= start <= b < stop; shape (blocks + 1, blocks).
+    Each is the sum of the rates of the servers with p <= start <= b < stop.
     """
     added = np.zeros((blocks + 1, blocks + 1))
     if servers:
@@ -80,7 +81,7 @@ def reach(servers: Sequence[Holder], blocks: int) -> Floats:
         rates = np.array([server.rate for server in servers], dtype=float)
         np.add.at(added, (starts, starts), rates)
         np.subtract.at(added, (starts, stops), rates)
-    holding = np.cumsum(added, axis=1)[:, :blocks]  # of those that start at s, who holds b
+    holding = np.cumsum(added, axis=1)[:, :blocks]  # [s, b]: rates of holders of b that start at s
     total: Floats = np.cumsum(holding[::-1], axis=0)[::-1]
     return np.maximum(total, 0.0)
 
@@ -104,7 +105,7 @@ def _quotient(added: Floats, chosen: Sequence[int]) -> float:
 
 
 def _worst_set(added: Floats, rate: float) -> tuple[int, ...]:
-    """The blocks that lack most together where each asks for `rate`."""
+    """The blocks with the largest common shortfall where each demands `rate`."""
     ending, came = ends(added, rate)
     at = int(np.argmin(ending))
     chosen = []
@@ -115,9 +116,9 @@ def _worst_set(added: Floats, rate: float) -> tuple[int, ...]:
 
 
 def ends(added: Floats, rate: float) -> tuple[Floats, list[int]]:
-    """[p]: the least of rates less demand over the sets whose last block is p - 1; [0], the empty set, is 0.
+    """[p]: the minimum of rates less demand over sets whose last block is p - 1; 0 at [0], the empty set.
 
-    The second value says of each block the p that came before it in its best set.
+    The second value is, for each block, the p before it in its best set.
     """
     blocks = added.shape[1]
     least, came = np.zeros(blocks + 1), [0] * blocks
@@ -126,34 +127,3 @@ def ends(added: Floats, rate: float) -> tuple[Floats, list[int]]:
         came[block] = int(options.argmin())
         least[block + 1] = options[came[block]] - rate
     return least, came
-
-
-def shares(servers: Sequence[Holder], blocks: int) -> tuple[float, Floats]:
-    """The capacity by linear programming, and what each server then does of each block.
-
-    Returns tokens per second, and block-tokens per second of shape (servers, blocks).  Much slower
-    than `capacity`, which needs no programme; this one tells who does what.
-    """
-    from scipy.optimize import linprog  # 0.3 s that only those pay who ask for it
-    from scipy.sparse import coo_array
-
-    pairs = [(i, b) for i, s in enumerate(servers) for b in range(s.start, min(s.stop, blocks))]
-    if not pairs:
-        return 0.0, np.zeros((len(servers), blocks))
-    who, what = (np.array(side) for side in zip(*pairs, strict=True))
-    columns, demand = np.arange(len(pairs)), np.arange(blocks)
-    rows = np.concatenate([who, len(servers) + what, len(servers) + demand])
-    at = np.concatenate([columns, columns, np.full(blocks, len(pairs))])
-    values = np.concatenate([np.ones(len(pairs)), -np.ones(len(pairs)), np.ones(blocks)])
-    shape = (len(servers) + blocks, len(pairs) + 1)
-    limits = np.array([*(server.rate for server in servers), *([0.0] * blocks)])
-    objective = np.zeros(len(pairs) + 1)
-    objective[-1] = -1.0
-    found = linprog(
-        objective, A_ub=coo_array((values, (rows, at)), shape).tocsc(), b_ub=limits, method="highs"
-    )
-    if found.status != 0:
-        raise ArithmeticError(f"the programme of {len(servers)} servers: {found.message}")
-    done = np.zeros((len(servers), blocks))
-    done[who, what] = found.x[:-1]
-    return float(found.x[-1]), done

@@ -1,1 +1,1 @@
-"""What a peer knows of the swarm: records, and how they spread."""
+"""A peer's view of the swarm: records, how they spread, and which peers answer."""

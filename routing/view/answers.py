@@ -1,13 +1,13 @@
-"""Who answers us, how far away, and who does not: what one peer has found out by asking others.
+"""Which peers answer this one, and at which distance: the results of its pings.
 
-Records say what peers are; whether they can be reached from here only an answer says.  A peer is
+A record says what a peer is; only an answer says whether the peer can be reached from here.  A peer is
 
-    unknown    never asked, or not for a while;
-    late       asked for the first time GRACE_SECONDS ago, and not a word yet: better none than this one;
+    unknown    never asked, or not within FRESH_SECONDS;
+    late       asked for the first time GRACE_SECONDS ago, without an answer yet: other peers are preferred;
     known      it has answered within FRESH_SECONDS;
-    silent     it does not answer: the first question for long enough, or FAILURES in a row later.
+    silent     it does not answer: not its first question in time, or not FAILURES later ones in a row.
 
-Times are the caller's clock, in seconds.  Nothing here sleeps, and who is asked when is decided elsewhere.
+Times are the caller's clock, in seconds.  Nothing here sleeps; the caller decides which peers to ask.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from routing.names import PeerId
 from routing.view.records import MAX_RTT_SECONDS
 
-FRESH_SECONDS = 60.0  # for which an answer, or none, counts
-GRACE_SECONDS = 0.03  # what a choice waits for peers that were just asked, where it can do without them
-FAILURES = 2  # in a row, of a peer that has answered before
+FRESH_SECONDS = 60.0  # for which an answer, or a missing one, counts
+GRACE_SECONDS = 0.03  # that a choice waits for the answers of peers that it can do without
+FAILURES = 2  # in a row, until a peer that has answered before counts as silent
 _SAMPLES = 32  # round trips kept of one peer
 _MAX_PEERS = 4096
 
 
 @dataclass(slots=True)
 class _Peer:
-    asked: float | None = None  # the question that is under way
-    tried: float = -math.inf  # the last one
-    heard: float = -math.inf
+    asked: float | None = None  # when the question under way went out
+    tried: float = -math.inf  # when the last question went out
+    answered: float = -math.inf  # when the last answer came
     failures: int = 0
     silent: bool = False
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
@@ -39,7 +39,7 @@ class _Peer:
 
 @dataclass(slots=True)
 class Answers:
-    """What was asked and answered.  Memory is bounded: of very many peers those asked last are kept."""
+    """Questions and answers.  Memory is bounded: of very many peers the ones asked last are kept."""
 
     _peers: dict[PeerId, _Peer] = field(default_factory=dict)
 
@@ -55,13 +55,13 @@ class Answers:
         known_peer.asked = known_peer.tried = now
 
     def answered(self, peer: PeerId, rtt: float, now: float) -> None:
-        """An answer came, after so many seconds there and back."""
+        """An answer came after `rtt` seconds."""
         known = self._peers.setdefault(peer, _Peer())
-        known.heard, known.failures, known.silent = now, 0, False
+        known.answered, known.failures, known.silent = now, 0, False
         known.samples.append((now, rtt))
 
     def overdue(self, peer: PeerId, now: float) -> None:
-        """The question under way has waited for long: who has never answered is silent."""
+        """The question under way has waited too long: a peer that has never answered is silent now."""
         if not self.has_answered(peer, now):
             self._peers[peer].silent = True
 
@@ -72,17 +72,17 @@ class Answers:
         known.silent = known.silent or known.failures >= FAILURES or not self.has_answered(peer, now)
 
     def done(self, peer: PeerId) -> None:
-        """Nothing is under way any more."""
+        """No question to the peer is under way any more."""
         if peer in self._peers:
             self._peers[peer].asked = None
 
     def withdrawn(self, peer: PeerId) -> None:
-        """The question could not go out, for a reason of our own."""
+        """The question could not go out, for a reason of this node's."""
         if peer in self._peers:
             self._peers[peer].asked, self._peers[peer].tried = None, -math.inf
 
     def forget(self, present: Collection[PeerId], now: float) -> None:
-        """Keep what is known of these peers, and of the silent among them what is not old."""
+        """Forget all other peers, and silent ones whose last question is older than FRESH_SECONDS."""
         for peer in [peer for peer, known in self._peers.items() if known.asked is None]:
             known = self._peers[peer]
             if peer not in present or (known.silent and known.tried <= now - FRESH_SECONDS):
@@ -91,28 +91,28 @@ class Answers:
     # --- what is known ---
 
     def under_way(self, peer: PeerId) -> float | None:
-        """Since when that peer has been asked, if it is being asked now."""
+        """When the question under way to this peer went out; None without one."""
         known = self._peers.get(peer)
         return None if known is None else known.asked
 
     def is_due(self, peer: PeerId, now: float) -> bool:
-        """Whether nothing is known of a peer, nor will be soon."""
+        """Whether the peer should be asked: nothing is known of it, and no question is under way."""
         known = self._peers.get(peer)
         return known is None or (known.asked is None and known.tried <= now - FRESH_SECONDS)
 
     def has_answered(self, peer: PeerId, now: float) -> bool:
-        """Whether it is known, or was until a moment ago."""
+        """Whether the peer is known: it has answered within FRESH_SECONDS, and is not silent since."""
         known = self._peers.get(peer)
-        return known is not None and not known.silent and known.heard > now - FRESH_SECONDS
+        return known is not None and not known.silent and known.answered > now - FRESH_SECONDS
 
     def rtts(self, now: float, seconds: float = FRESH_SECONDS) -> dict[PeerId, float]:
-        """The round trips in seconds of those that answered within so many, and are not silent since.
+        """Round trips, in seconds, of the peers that answered within `seconds` and are not silent since.
 
-        The shortest within FRESH_SECONDS: whatever else a measurement finds is time in queues.
+        Each is the shortest within FRESH_SECONDS: the rest of a longer one is time in queues.
         """
         found = {}
         for peer, known in self._peers.items():
-            if known.silent or known.heard <= now - seconds:
+            if known.silent or known.answered <= now - seconds:
                 continue
             fresh = [rtt for when, rtt in known.samples if when > now - FRESH_SECONDS]
             rtt = min(fresh, default=known.samples[-1][1])
@@ -121,11 +121,11 @@ class Answers:
         return found
 
     def silent(self) -> frozenset[PeerId]:
-        """Those that do not answer."""
+        """The peers that do not answer."""
         return frozenset(peer for peer, known in self._peers.items() if known.silent)
 
     def late(self, now: float) -> frozenset[PeerId]:
-        """Those that were asked a moment ago, for the first time, and have not answered at once."""
+        """The peers whose first question is older than GRACE_SECONDS and still without an answer."""
         return frozenset(
             peer
             for peer, known in self._peers.items()
@@ -136,11 +136,11 @@ class Answers:
         )
 
     def unknown(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """Those of these that are neither known nor silent."""
+        """The peers among these that are neither known nor silent."""
         silent = self.silent()
         return [peer for peer in peers if peer not in silent and not self.has_answered(peer, now)]
 
     def wait_for(self, peers: Iterable[PeerId], now: float, patience: float) -> float:
-        """How long these may still be waited for: each for `patience` seconds from its first question on."""
+        """Seconds to wait for these peers' answers: each has `patience` seconds from its question on."""
         waiting = [since for peer in self.unknown(peers, now) if (since := self.under_way(peer)) is not None]
         return max((since + patience - now for since in waiting), default=0.0)

@@ -1,7 +1,7 @@
-"""The messages with which peers keep each other's view of the swarm whole, and their wire form.
+"""The messages with which peers keep each other's views complete, and their wire form.
 
-    Digest    the highest seq that the sender knows of each peer, in one or more frames; with
-              `ask`, the other is to answer with its own when it has sent what we lack
+    Digest    the highest seq that the sender knows of each peer, in one or more frames; `ask`: the receiver
+              sends the records that the sender lacks, then its own digest
     Records   records, each with its age: the seconds since its peer sent it
 
 Either side may send either at any time.  Nothing here opens a record: `records.verify_record` does.
@@ -22,7 +22,7 @@ from tensor_codec.header import pack_header, split_message
 
 KINDS = frozenset({"digest", "records"})
 DIGEST_ENTRIES = 1024  # per frame: 40 KiB
-RECORDS_BYTES = 16 * 1024  # per frame: some thirty records, verified in a few milliseconds
+RECORDS_BYTES = 16 * 1024  # per frame: about 30 records, verified in a few milliseconds
 _ENTRY = struct.Struct(f">{PUBLIC_KEY_BYTES}sQ")  # public key, seq
 _RECORD = struct.Struct(">HI")  # size in bytes, age in milliseconds
 
@@ -31,7 +31,8 @@ _RECORD = struct.Struct(">HI")  # size in bytes, age in milliseconds
 class Digest:
     """One frame of a digest.
 
-    seqs: by public key, 32 bytes.  last: nothing more of it follows.  ask: now send yours.
+    seqs: by public key, 32 bytes.  last: whether it is the digest's last frame.  ask: whether the receiver
+    should send its own digest.
     """
 
     seqs: Mapping[bytes, int]
@@ -56,7 +57,7 @@ def encode_digest(seqs: Mapping[bytes, int], *, ask: bool) -> Iterator[bytes]:
 
 
 def encode_records(arrivals: Iterable[Arrival]) -> Iterator[bytes]:
-    """The frames that carry these records; none where there are none.  Ages are rounded up."""
+    """The frames that carry these records; no frame without a record.  Ages are rounded up."""
     header, body = pack_header({"type": "records"}), b""
     for arrival in arrivals:
         age = min(math.ceil(arrival.age * 1000), 2**32 - 1)
@@ -98,6 +99,6 @@ def _read_records(body: memoryview) -> Iterator[tuple[bytes, float]]:
         at += _RECORD.size
         if not 0 < size <= len(body) - at:
             raise MessageError(f"a record of {size} bytes in the {len(body) - at} that are left")
-        # older than any TTL is as old as need be
+        # an age beyond any TTL is cut to the longest TTL
         yield bytes(body[at : at + size]), min(milliseconds / 1000, MAX_TTL_SECONDS)
         at += size

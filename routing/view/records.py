@@ -1,10 +1,10 @@
-"""A record is what a peer says of itself, signed; it is believed only so.
+"""Records: what peers say of themselves, each signed by its peer.
 
 On the wire a record is the msgpack array `[payload, public_key, signature]`.  The payload is a
 msgpack map with its keys in order; the signature is Ed25519 over the domain `raceme-record-1` and
-the payload's bytes.  The peer id is not written down at all: it follows from the public key, so
-nobody can speak for another.  Keys that we do not know are ignored (a later version may add some);
-everything that we do know is checked here, once, and trusted from here on.
+the payload's bytes.  The peer id is not on the wire: it follows from the public key, so no peer can sign
+for another.  Unknown keys are ignored, since a later version may add some.  All known keys are checked here,
+once, and trusted from then on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_ADAPTERS = 8
 MAX_RTTS = 16
 MAX_SEQ = 2**63
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
-MIN_RATE_SECONDS, MAX_RATE_SECONDS = 1e-7, 60.0  # one token through one block; 0 is "not yet measured"
+MIN_RATE_SECONDS, MAX_RATE_SECONDS = 1e-7, 60.0  # one token through one block; 0: not yet measured
 MAX_RTT_SECONDS = 60.0
 MAX_CACHE_TOKENS = 2**40
 _SIGNATURE_BYTES = 64
@@ -52,20 +52,19 @@ class RecordError(PeerFault):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one peer announces.  The defaults say nothing; `verify_record` gives only checked values.
+    """The announcement of one peer.  The defaults mean "not said"; `verify_record` returns checked values.
 
-    addresses: multiaddrs without /p2p.  swarm: id of the swarm, "public" where it has no key.
-    blocks: of the whole model; [start, stop) is what this peer holds of it.
-    next_start, next_stop: what it is about to hold instead, 0 and 0 for the same; until then it serves
-        [start, stop), or as much of it as both have.
+    addresses: multiaddrs without /p2p.  swarm: id of the swarm, "public" where the swarm has no key.
+    blocks: of the whole model; this peer serves [start, stop) of them.
+    next_start, next_stop: the blocks that the peer is about to move to; 0 and 0: no move.  Until then it
+        serves [start, stop), or the blocks that both runs share.
     seconds_per_block: one decode step of one token of one session through one block; 0 where not
         yet measured (allowed only in state joining or offline).
-    prefill_seconds_per_token: the same for one token of a prefill, per block.
+    prefill_seconds_per_token: one token of a prefill through one block, in seconds.
     cache_tokens: free tokens of cache.
-    session_tokens: of the longest session that it takes, rows times positions; 0 where it does not say.
-    step_tokens: the same of one step, in float32.
-    queue: how long a decode step waits before it is computed, in times of its own computing; the mean of
-        the last seconds.
+    session_tokens: of the longest session that the peer takes, rows times positions; 0: not said.
+    step_tokens: of the largest step that the peer takes, in float32; 0: not said.
+    queue: waiting time of a decode step, in times of its own computing; the mean of the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
     seq: order among this peer's records; only the highest counts.
     """
@@ -109,10 +108,10 @@ class Record:
 
 
 def sign_record(record: Record, private_key: bytes) -> bytes:
-    """The wire form of our own record.
+    """The wire form of this node's own record.
 
     private_key: 32 raw bytes of Ed25519.
-    Raises ValueError where the record is one that no peer would accept: our bug.
+    Raises ValueError for a record that no peer would accept: a bug of this node.
     """
     key = Ed25519PrivateKey.from_private_bytes(private_key)
     public_key = key.public_key().public_bytes_raw()
@@ -130,7 +129,7 @@ def sign_record(record: Record, private_key: bytes) -> bytes:
 def fit_record(record: Record, limits: Limits) -> Record:
     """The record with as much of its lists as fits into max_record_bytes.
 
-    The longest round-trip times go first, then the last addresses, but one.
+    The longest round-trip times are dropped first, then the last addresses; one address stays.
     """
     nearest = sorted(record.rtt.items(), key=lambda item: (item[1], item[0]))[:MAX_RTTS]
     addresses = list(record.addresses[:MAX_ADDRESSES])
@@ -144,9 +143,9 @@ def fit_record(record: Record, limits: Limits) -> Record:
 
 
 def signer(wire: bytes) -> bytes:
-    """The public key that a record claims, 32 bytes, unverified: to look up what is already known.
+    """The public key that a record names, 32 bytes, unverified: to look up the known record.
 
-    Empty where the bytes are too short to be a record.
+    Empty where the bytes are too short for a record.
     """
     if len(wire) < _TAIL_BYTES:
         return b""
@@ -205,7 +204,7 @@ def _to_wire(record: Record) -> dict[str, object]:
         "ttl_seconds": float(record.ttl_seconds),
         "version": record.version,
     }
-    if record.next_start or record.next_stop:  # else not a word of it
+    if record.next_start or record.next_stop:  # absent without a move
         fields |= {"next_start": record.next_start, "next_stop": record.next_stop}
     most = {"session_tokens": record.session_tokens, "step_tokens": record.step_tokens}
     fields |= {name: tokens for name, tokens in most.items() if tokens}
@@ -213,7 +212,7 @@ def _to_wire(record: Record) -> dict[str, object]:
 
 
 def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
-    """Read every field that we know.  Raises MessageError or RecordError."""
+    """Read all known fields.  Raises MessageError or RecordError."""
     if (theirs := fields.text("swarm", 64)) != swarm:
         raise RecordError(f"a record of swarm {theirs}, ours is {swarm}")
     role: Any = fields.choice("role", ROLES)  # Any: mypy cannot see that the choice is a Literal
@@ -259,7 +258,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
 
 
 def _tokens(fields: Header, name: str) -> int:
-    """A number that an older version does not say: 0 then."""
+    """A number that older versions do not send; 0 without it."""
     return fields.integer(name, 1, MAX_CACHE_TOKENS) if name in fields else 0
 
 

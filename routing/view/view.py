@@ -1,13 +1,12 @@
-"""The swarm as one peer sees it: a fold of records over time, on frozen values.
+"""A peer's view of the swarm: a fold of records over time, on frozen values.
 
     view = merge(view, [Arrival(record, wire)], now).view
 
-`now` is the caller's monotonic clock, in seconds; no other clock matters.  Of each peer the record
-with the highest `seq` counts.  It lives for its TTL from our receipt, less the time that it had
-already spent with those who passed it on: every exchange says how old a record is, and ages add up
-along the way, so gossip that goes in circles cannot keep a dead peer alive.  A record that has run
-out is remembered for a while by its `seq`, so that who lies about the age gains one TTL at the most.
-A peer that left keeps its last record (state offline) as a tombstone for the same reason.
+`now` is the caller's monotonic clock, in seconds; no other clock matters.  The record with the highest `seq`
+of a peer counts.  It lives for its TTL from our receipt, less the age that the sender states: ages add up
+along the way, so gossip in circles cannot keep a dead peer alive.  The view remembers the `seq` of an expired
+record for a while, so a false age gains one TTL at most.  A peer that left keeps its last record (state
+offline) as a tombstone, for the same reason.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import NamedTuple
 from routing.names import ModelId, PeerId, Revision, public_key_of
 from routing.view.records import MAX_TTL_SECONDS, Record, State
 
-# How long an ended record is remembered.  A peer whose clock went back announces a lower seq: it
-# is shown its own older record (see `missing`), or waits this long.
+# How long an expired record is remembered.  A peer whose clock went back announces a lower seq: it is shown
+# its own older record (see `missing`), or waits this long.
 REMEMBER_SECONDS = MAX_TTL_SECONDS
-# A peer may claim to be four times as fast as the median; more is believed only when measured.
+# A peer's claim counts up to four times the median's speed; more counts only when measured.
 MAX_CLAIMED_SPEED = 4.0
 ONLINE: frozenset[State] = frozenset({"online"})
 ONLINE_SOON: frozenset[State] = frozenset({"joining", "online"})
@@ -33,7 +32,7 @@ ONLINE_SOON: frozenset[State] = frozenset({"joining", "online"})
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A verified record, its wire form, and the seconds since its peer sent it, as far as is known."""
+    """A verified record, its wire form, and its known age: seconds since its peer sent it."""
 
     record: Record
     wire: bytes
@@ -42,7 +41,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A record that we hold.  sent: when its peer sent it, on our clock, as far as is known."""
+    """A record in the view.  sent: when its peer sent it, on our clock, by the stated ages."""
 
     record: Record
     wire: bytes
@@ -58,11 +57,11 @@ class Entry:
 class SwarmView:
     """Everything known of a swarm at one moment; `merge` and `expire` return new ones.
 
-    max_records: peers held; a full view refuses new peers and keeps those it knows.
-    entries: the live records, tombstones among them, by peer.
-    ended: records that ran out, remembered so that nobody brings them back; at most max_records.
-    next_expiry: no entry ends before this.
-    silent: peers that do not answer whoever looks; their records are kept, and they serve nothing.
+    max_records: of peers; a full view refuses new peers and keeps the known ones.
+    entries: the live records by peer, tombstones included.
+    ended: expired records, remembered so that gossip cannot bring them back; at most max_records.
+    next_expiry: no entry expires before this time.
+    silent: peers that do not answer this peer; the view keeps their records and counts no span of theirs.
     """
 
     swarm: str
@@ -73,12 +72,12 @@ class SwarmView:
     silent: frozenset[PeerId] = frozenset()
 
     def get(self, peer: PeerId) -> Record | None:
-        """What that peer says of itself, or None where it is unknown or has left."""
+        """The record of that peer, or None where it is unknown or has left."""
         entry = self.entries.get(peer)
         return None if entry is None or entry.record.state == "offline" else entry.record
 
     def records(self) -> tuple[Record, ...]:
-        """Every peer that has not left, in the order of their ids."""
+        """The records of all peers that have not left, in the order of their ids."""
         present = (entry.record for entry in self.entries.values() if entry.record.state != "offline")
         return tuple(sorted(present, key=lambda record: record.peer))
 
@@ -92,11 +91,11 @@ class SwarmView:
     ) -> tuple[Record, ...]:
         """The serving peers of one model revision, in the order of their ids.
 
-        A revision is a hash of the model's content; the name beside it is for people, and may differ.
+        A revision is a hash of the model's content; the name next to it is for people, and may differ.
 
-        blocks: of the whole model, where the caller knows it: peers that claim another number are left out.
-        states: ONLINE peers take new sessions; ONLINE_SOON counts when a new node chooses its place.
-        silent: those too that do not answer.
+        blocks: of the whole model, where the caller knows it; peers that claim another number are left out.
+        states: ONLINE for new sessions; ONLINE_SOON when a new node chooses its blocks.
+        silent: whether silent peers are included.
         """
         return tuple(
             record
@@ -114,9 +113,9 @@ class SwarmView:
         return tuple(sorted({ModelKey(ModelId(r.model), Revision(r.revision), r.blocks) for r in served}))
 
     def digest(self) -> dict[bytes, int]:
-        """The highest seq known of each peer, by public key: what others need not send us.
+        """The highest seq known of each peer, by public key: older records need not be sent here.
 
-        Those that ended are in it, so that nobody offers them again.
+        Expired records are included, so that nobody sends them again.
         """
         known = {**self.ended, **self.entries}
         return {public_key_of(peer): entry.record.seq for peer, entry in known.items()}
@@ -127,10 +126,10 @@ class SwarmView:
         return [_pass_on(entry, now) for entry in found if now < entry.expires]
 
     def missing(self, digest: Mapping[bytes, int], now: float, asker: PeerId | None = None) -> list[Arrival]:
-        """What we hold and the sender of that digest does not, each with its age.
+        """The records that the sender of this digest lacks, each with its age.
 
-        asker: whose digest it is.  Its own last record is shown to it even if that has ended: a
-            peer whose clock went back learns so which seq it has to pass.
+        asker: the sender.  Its own last record is included even if expired: a peer whose clock went back
+            learns which seq it must exceed.
         """
         held = [entry for entry in self.entries.values() if now < entry.expires]
         if asker is not None and asker in self.ended:
@@ -155,7 +154,7 @@ class ModelKey(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """The view after a merge, and the peers of whom something new was learnt."""
+    """The view after a merge, and the peers with new records."""
 
     view: SwarmView
     changed: tuple[PeerId, ...]
@@ -164,8 +163,8 @@ class Merged(NamedTuple):
 def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float) -> Merged:
     """Take in verified records of this swarm.
 
-    Dropped are: another swarm's, a seq that is not higher than the one known (ended ones included),
-    one whose TTL has already passed, and a new peer where the view is full.
+    Dropped are records of another swarm, records whose seq is no higher than the known one (expired ones
+    included), records whose TTL has passed, and records of new peers where the view is full.
     The order of arrivals does not matter unless the view is full.  O(view + arrivals).
     """
     view = expire(view, now)
@@ -191,7 +190,7 @@ def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float) -> Merged:
 
 
 def expire(view: SwarmView, now: float) -> SwarmView:
-    """The view without the records whose TTL has passed; the same object if there are none."""
+    """The view without the records whose TTL has passed; the view itself if there are none."""
     if now < view.next_expiry:
         return view
     live = {peer: entry for peer, entry in view.entries.items() if now < entry.expires}
@@ -207,8 +206,8 @@ def expire(view: SwarmView, now: float) -> SwarmView:
 def believed_rates(
     spans: Sequence[Record], measured: Mapping[PeerId, float] | None = None, positions: int = 1
 ) -> dict[PeerId, float]:
-    """Seconds per block of each peer: as we measured it, else as it claims, but no faster than four
-    times the median claim, so that a false claim draws no more than its share.
+    """Seconds per block of each peer: as measured, else as claimed, but at most four times as fast as the
+    median claim: a false claim draws no more than its share.
 
     positions: computed at once; more than one go at the rate of a prefill, in `measured` too.
     """
@@ -223,21 +222,20 @@ def believed_rates(
 
 
 def likely_adjacent(view: SwarmView, record: Record, most: int) -> tuple[Record, ...]:
-    """The peers that may come next to this one in a chain, as many behind it as before it where there
-    are so many; those that hold its next block, or the one before its first, come first.
+    """Up to `most` peers that may be neighbours of this one in a chain, successors and predecessors by turns.
 
-    A hop may begin and end anywhere in its span, so any peer that reaches further is a candidate, and so
-    is one that could do the first or the last part of the span in its place.  Who moves is looked at where
-    it will be.
+    Peers that hold its next block, or the block before its first one, come first.  A hop may begin and end
+    anywhere in its span.  So a peer that reaches further is a candidate, and so is a peer that could compute
+    the first or the last part of the span in its place.  A moving peer counts at its new blocks.
     """
     spans = map(_moved, view.spans(record.revision, record.blocks, ONLINE_SOON))
     others = [s for s in spans if s.peer != record.peer]
     start, stop = _moved(record).start, _moved(record).stop
-    behind = [s for s in others if s.start <= stop < s.stop]
-    behind += [s for s in others if start < s.start < stop == s.stop]
+    after = [s for s in others if s.start <= stop < s.stop]
+    after += [s for s in others if start < s.start < stop == s.stop]
     before = [s for s in others if s.start < start <= s.stop]
     before += [s for s in others if start == s.start < s.stop < stop]
-    in_turn = (s for pair in zip_longest(behind, before) for s in pair if s is not None)
+    in_turn = (s for pair in zip_longest(after, before) for s in pair if s is not None)
     return tuple({s.peer: s for s in in_turn}.values())[:most]
 
 

@@ -172,6 +172,12 @@ def test_a_wait_in_the_queue_is_part_of_the_cost():
     assert cheapest_chain(spans, 6).hops[0].peer == PEERS[1]
 
 
+def test_a_queue_that_was_measured_is_not_counted_again():
+    spans = [span(0, 0, 6, 0.001, queue=3), span(1, 0, 6, 0.002)]
+    known = CostInputs(measured={PEERS[0]: 0.0015}, default_rtt=0.0)  # waits included
+    assert cheapest_chain(spans, 6, known=known) == Chain((Hop(PEERS[0], 0, 6),), pytest.approx(0.009))
+
+
 def test_own_measurements_beat_what_a_peer_announces():
     spans = [span(0, 0, 6, 0.001), span(1, 0, 6, 0.002)]
     assert cheapest_chain(spans, 6).hops[0].peer == PEERS[0]

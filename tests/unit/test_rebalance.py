@@ -12,19 +12,21 @@ from hypothesis import strategies as st
 from routing.blocks import Blocks, coverage
 from routing.names import PeerId, peer_id_of
 from routing.placement.cover_gaps import opens_gap
+from routing.placement.goals import MIN_REPLICAS
 from routing.placement.rebalance import (
     GOOD,
-    MIN_REPLICAS,
     QUALITY,
+    RANK_CHANCE,
     REPLICA_WORTH,
+    Move,
     _shortfalls,
     _single,
     better_window,
     choose_blocks,
     holders,
+    in_turn,
     moves,
     plausible,
-    throughputs,
 )
 from routing.placement.throughput import Holder, bound, capacity, ends, reach
 from routing.view.records import Record
@@ -107,7 +109,7 @@ def test_among_covered_blocks_the_slowest_are_helped():
 def test_a_boast_does_not_keep_others_away_for_long():
     honest = [span(n, 0, 12, 0.01) for n in range(3)]
     boast = span(9, 0, 6, 1e-7)
-    assert throughputs([*honest, boast], 12)[0] == pytest.approx(300 + 100)
+    assert holders([*honest, boast])[-1].rate == pytest.approx(100)
 
 
 def test_fast_servers_count_in_full_and_exaggeration_does_not_pay():
@@ -129,8 +131,8 @@ def test_no_claim_counts_for_more_than_it_says_or_for_less_than_the_median(claim
 
 
 def test_a_peer_that_has_not_measured_counts_as_the_median():
-    assert throughputs([span(0, 0, 6, 0.01), span(1, 6, 12, 0.0)], 12) == pytest.approx((100.0,) * 12)
-    assert throughputs([span(0, 0, 6, 0.0)], 12) == (1.0,) * 6 + (0.0,) * 6
+    assert [h.rate for h in holders([span(0, 0, 6, 0.01), span(1, 6, 12, 0.0)])] == pytest.approx([100, 100])
+    assert [h.rate for h in holders([span(0, 0, 6, 0.0)])] == [1.0]
 
 
 def test_a_node_with_room_for_more_than_the_model_takes_it_all():
@@ -304,3 +306,16 @@ def test_a_server_that_is_about_to_move_counts_where_it_goes_and_nobody_relies_o
     assert held[stays.peer].online
     assert opens_gap(held.values(), stays.peer, Blocks(0, 6), Blocks(6, 12))
     assert choose_blocks([goes], 12, 2) == (0, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_move_of_the_second_rank_is_made_with_a_chance_of_one_in_four_and_so_on(rank):
+    me, times = PeerId("me"), 4000
+    ranked = [Move(1.0, PeerId("other"), 0, 3, 0), Move(0.5, me, 3, 6, rank)]
+    rng = random.Random(7)
+    made = [in_turn(ranked, me, rng) for _ in range(times)]
+    assert set(made) <= {(3, 6), None}
+    expected = times * RANK_CHANCE**rank
+    spread = 4 * (expected * (1 - RANK_CHANCE**rank)) ** 0.5
+    assert abs(times - made.count(None) - expected) <= spread
+    assert RANK_CHANCE == 0.25

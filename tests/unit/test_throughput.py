@@ -1,11 +1,14 @@
 """What a placement can do: the fast way and the linear programme agree."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
 
 from routing.names import PeerId
-from routing.placement.throughput import Holder, bottleneck, bound, capacity, shares
+from routing.placement.throughput import Holder, bottleneck, bound, capacity
 
 BLOCKS = 9
 spans = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS), st.sampled_from([1.0, 2.5, 7.0, 40.0]))
@@ -14,6 +17,31 @@ swarms = st.lists(spans.filter(lambda span: span[0] < span[1]), max_size=9)
 
 def holders(found):
     return [Holder(PeerId(str(number)), *span) for number, span in enumerate(found)]
+
+
+def shares(servers, blocks):
+    """The capacity by linear programming, and the work that each server then does for each block.
+
+    Returns tokens per second, and block-tokens per second of shape (servers, blocks).
+    """
+    pairs = [(i, b) for i, s in enumerate(servers) for b in range(s.start, min(s.stop, blocks))]
+    if not pairs:
+        return 0.0, np.zeros((len(servers), blocks))
+    who, what = (np.array(side) for side in zip(*pairs, strict=True))
+    columns, demand = np.arange(len(pairs)), np.arange(blocks)
+    rows = np.concatenate([who, len(servers) + what, len(servers) + demand])
+    at = np.concatenate([columns, columns, np.full(blocks, len(pairs))])
+    values = np.concatenate([np.ones(len(pairs)), -np.ones(len(pairs)), np.ones(blocks)])
+    shape = (len(servers) + blocks, len(pairs) + 1)
+    limits = np.array([*(server.rate for server in servers), *([0.0] * blocks)])
+    objective = np.zeros(len(pairs) + 1)
+    objective[-1] = -1.0
+    matrix = coo_array((values, (rows, at)), shape).tocsc()
+    found = linprog(objective, A_ub=matrix, b_ub=limits, method="highs")
+    assert found.status == 0, found.message
+    done = np.zeros((len(servers), blocks))
+    done[who, what] = found.x[:-1]
+    return float(found.x[-1]), done
 
 
 @settings(deadline=None)
