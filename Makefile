@@ -9,7 +9,7 @@ WORKERS ?= $(if $(ARGS),0,2)
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick lint format types bench figures clean
+.PHONY: help env demo test test-quick lint format types bench figures mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ bench: env ## Measure decoding over one and over three servers
 
 figures: env ## Measure the usual results, and write the tables and pictures of the documents; ARGS="wan executor" measures these
 	@$(BIN)/python -m benchmarks figures --measure $(ARGS)
+
+mutants: env ## Change the pure modules in small ways and count the changes that the tests notice
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

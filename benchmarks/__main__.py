@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, str] = {
     "swarm": "benchmarks.swarm.swarm",
     "routing": "benchmarks.compute.routing",
     "figures": "benchmarks.figures.figures",
+    "mutants": "benchmarks.mutants.mutants",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.source import cache_dir, resolve
@@ -19,6 +19,14 @@ from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 from tests.processes import children, end
 
 settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
+settings.register_profile(  # of `make mutants`: one answer for each change, and no search for small examples
+    "mutants",
+    settings.get_profile("raceme"),
+    max_examples=40,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+)
 settings.load_profile("raceme")
 
 
