@@ -64,20 +64,22 @@ def _command(words: list[str]) -> int:
     flags = parser.parse_args(words)
     set_up_logging("text")
     try:
-        _read_texts(flags)
-        return _run(flags)
+        return _run(_with_texts(flags))
     except ValueError as error:
         return fail(error, 2)
 
 
-def _read_texts(flags: argparse.Namespace) -> None:
-    """Make text of the arguments that the model will see.  Raises ValueError for bytes that are none."""
-    flags.bad_word = [argument_text(word, "--bad-word") for word in flags.bad_word or ()] or None
+def _with_texts(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with text in place of the bytes that the model will see.  Raises ValueError."""
+    texts: dict[str, str | list[str] | None] = {
+        "bad_word": [argument_text(word, "--bad-word") for word in flags.bad_word or ()] or None
+    }
     if flags.command == "generate":
-        flags.prompt = argument_text(flags.prompt, "the prompt")
-        flags.stop = [argument_text(stop, "--stop") for stop in flags.stop]
+        texts["prompt"] = argument_text(flags.prompt, "the prompt")
+        texts["stop"] = [argument_text(stop, "--stop") for stop in flags.stop]
     elif flags.system is not None:
-        flags.system = argument_text(flags.system, "--system")
+        texts["system"] = argument_text(flags.system, "--system")
+    return argparse.Namespace(**{**vars(flags), **texts})
 
 
 def _run(flags: argparse.Namespace) -> int:

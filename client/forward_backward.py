@@ -88,6 +88,11 @@ class Part:
     grad: Tensor | None
     planned: tuple[PeerId, ...] = ()
 
+    def plan(self, peers: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+        """Take another chain; returns the peers of the one before."""
+        before, self.planned = self.planned, peers
+        return before
+
 
 @dataclass(slots=True)
 class ForwardBackward:
@@ -260,8 +265,7 @@ class ForwardBackward:
         return chain.hops
 
     def _plan(self, part: Part, peers: tuple[PeerId, ...]) -> None:
-        self._planned.subtract(part.planned)
-        part.planned = peers
+        self._planned.subtract(part.plan(peers))
         self._planned.update(peers)
 
     async def _until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -294,7 +298,7 @@ class ForwardBackward:
                 output = await self._exchange(peer, parts, contract)
             answer = await self.compute.run(decode_hidden, output.body, contract)
         except (PeerFault, Refused) as error:
-            error.peer = peer
+            error.about(peer)
             self._take_note(error, peer, avoided)
             raise
         self.blame.worked(peer)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from routing.chains.alternatives import longest_session
+from routing.chains.alternatives import Constraints, longest_session, suitable
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
     from node.model.checkpoint.info import ModelInfo
-    from routing.view.records import Record
+    from routing.view.view import SwarmView
 
 USUAL_LENGTH = 2048  # positions of a session without a length, where no server has announced one
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLengths:
-    """Lengths of sessions, in positions of each row.  spans: the servers that may be used, as known now."""
+    """Lengths of sessions, in positions of each row.
+
+    last_view: the swarm as known at the last look; constraints: the servers of it that may be used.
+    For any thread.
+    """
 
     info: ModelInfo
     limits: Limits
-    spans: Callable[[], Sequence[Record]]
+    constraints: Constraints
+    last_view: Callable[[], SwarmView]
 
     def usual(self, batch: int) -> int:
         """Of a session of `batch` rows that nobody gave a length for.  See `Swarm.usual_length`."""
@@ -41,7 +46,7 @@ class SessionLengths:
         """Raises ValueError where a session of `batch` rows cannot become so long.  what: for the message."""
         longest, why = min(self._allowed(batch))
         if not 0 < length <= longest:
-            raise ValueError(too_long(length, what, longest, why))
+            raise ValueError(_too_long(length, what, longest, why))
 
     def _allowed(self, batch: int) -> list[tuple[int, str]]:
         """Positions that a session of `batch` rows may have, each with the reason."""
@@ -55,9 +60,15 @@ class SessionLengths:
 
     def _of_servers(self) -> int | None:
         """Tokens of the longest session that some chain takes; None where no server has announced any."""
-        return longest_session(self.spans(), self.info.blocks)
+        spans = self.last_view().spans(self.info.revision, self.info.blocks)
+        return longest_session(suitable(spans, self.constraints), self.info.blocks)
 
 
-def too_long(length: int, what: str, longest: int, why: str) -> str:
-    """The message for a length out of range."""
+def check_room(length: int, what: str, max_length: int) -> None:
+    """Raises ValueError where a conversation of `max_length` tokens cannot become so long."""
+    if not 0 < length <= max_length:
+        raise ValueError(_too_long(length, what, max_length, f"the conversation was opened for {max_length}"))
+
+
+def _too_long(length: int, what: str, longest: int, why: str) -> str:
     return f"{what} make {length} positions, 1 to {longest} are allowed: {why}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,9 +16,8 @@ import trio
 
 from client.config import ClientConfig, check
 from client.generation.options import GenerateArguments, GenerateOptions, options_of
-from client.lengths import SessionLengths, too_long
+from client.lengths import SessionLengths, check_room
 from node.runtime import values
-from routing.chains.alternatives import suitable
 from routing.chains.hops import Chain, NoChain
 from routing.chains.load_sharing import rendezvous
 from routing.names import PeerId
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.runtime.compute_thread import ComputeThread
-    from routing.view.records import Record
     from routing.view.view import SwarmView
 
 log = logging.getLogger("raceme")
@@ -75,7 +73,9 @@ class Swarm:
         from client.forward_backward import ForwardBackward
 
         config = self.config
-        self._lengths = SessionLengths(self.info, config.limits, self._spans)
+        self._lengths = SessionLengths(
+            self.info, config.limits, self.routes.constraints, lambda: self._directory.last_view
+        )
         self._stateless = ForwardBackward(
             info=self.info,
             find_chain=self._find_run,
@@ -89,11 +89,6 @@ class Swarm:
             step_seconds=config.step_seconds,
             give_up_seconds=config.give_up_seconds,
         )
-
-    def _spans(self) -> Sequence[Record]:
-        """The servers of the last view that this client may use.  For any thread."""
-        spans = self.last_view.spans(self.info.revision, self.info.blocks)
-        return suitable(spans, self.routes.constraints)
 
     @property
     def blame(self) -> AvoidedPeers:
@@ -181,12 +176,15 @@ class Swarm:
         from client.generation.generate import Generation
 
         ids, settings = self._settle(prompt, options_of(options, arguments), conversation)
-        new_tokens = settings.max_new_tokens
-        what = f"a prompt of {len(ids)} tokens and {new_tokens} new ones"
-        self._check_length(len(ids) + new_tokens, what, conversation)
+        length = len(ids) + settings.max_new_tokens
+        what = f"a prompt of {len(ids)} tokens and {settings.max_new_tokens} new ones"
+        if conversation is None:
+            self._lengths.check(length, what)
+        else:
+            check_room(length, what, conversation.max_length)
         generation: Generation = Generation(
             self.local_model,
-            conversation or self.conversation(len(ids) + new_tokens, trace=trace),
+            conversation or self.conversation(length, trace=trace),
             settings,
         )
         return generation.run(ids, close=conversation is None)
@@ -376,14 +374,6 @@ class Swarm:
         wait for others (`node.serving.cache_budget`).
         """
         return self._lengths.usual(values.whole("batch", batch))
-
-    def _check_length(self, length: int, what: str, conversation: Conversation | None) -> None:
-        """Raises ValueError where a session, or the conversation's, cannot become so long."""
-        if conversation is None:
-            self._lengths.check(length, what)
-        elif not 0 < length <= conversation.max_length:
-            longest = conversation.max_length
-            raise ValueError(too_long(length, what, longest, f"the conversation was opened for {longest}"))
 
 
 @asynccontextmanager

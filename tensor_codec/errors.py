@@ -19,6 +19,10 @@ class PeerFault(Exception):
 
     peer: str | None = None
 
+    def about(self, peer: str) -> None:
+        """Name the peer, where nobody has named one."""
+        self.peer = self.peer or peer
+
 
 class FrameError(PeerFault):
     """The bytes are not a whole frame within the limits."""
@@ -62,6 +66,10 @@ class Refused(Exception):
     def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+    def about(self, peer: str) -> None:
+        """Name the peer, where nobody has named one."""
+        self.peer = self.peer or peer
 
 
 class CacheFull(Refused):

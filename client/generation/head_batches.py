@@ -1,9 +1,9 @@
-"""The head for many generations: those that wait for logits at the same time get them together.
+"""The head for many generations: those that wait for logits at one moment share a batch.
 
 A head reads its whole matrix, whether for one hidden state or for eight: 113 MB and 7 ms for one and
-10 ms for eight with SmolLM2-135M in float32 on one core (1.4 and 3.9 where only the likeliest token is
-wanted, see node/model/weights/argmax_head.py).  What is merged is decided as late
-as can be, when the torch thread takes up the next batch; nobody waits for others to come.
+10 ms for eight with SmolLM2-135M in float32 on one core (1.4 and 3.9 ms where only the likeliest token is
+wanted, see node/model/weights/argmax_head.py).  The batch is put together as late as can be, when the
+torch thread takes it up; no generation waits for others to come.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from node.runtime.compute_thread import ComputeThread
 
 T = TypeVar("T")
 
-# Beyond these a row gets hardly cheaper, and the first ones of more would only come back later.
+# Beyond these a row gets hardly cheaper, and the first rows of more would only come back later.
 MAX_ROWS = 8
 
 
@@ -30,75 +30,87 @@ class HeadBatches:
     """Norm and head of a model, for all generations of a process.
 
     Promises, checked by tests/io/test_head_batches.py:
-      * everybody gets the answer to his own hidden state, in the order of asking;
-      * an error of one, or its cancellation, is nobody else's.
+      * each caller gets the answer to its own hidden state, in the order of asking;
+      * an error of one caller, or its cancellation, reaches no other caller.
     """
 
-    def __init__(self, local_model: EmbedAndHead, compute: ComputeThread, most_rows: int = MAX_ROWS) -> None:
-        """most_rows: hidden states in one batch."""
+    def __init__(self, local_model: EmbedAndHead, compute: ComputeThread, max_rows: int = MAX_ROWS) -> None:
+        """max_rows: hidden states in one batch."""
         self._local_model = local_model
         self._compute = compute
-        self._most_rows = most_rows
-        self._waiting: deque[_Asked[object]] = deque()  # filled here, emptied in the torch thread
+        self._max_rows = max_rows
+        self._waiting: deque[_Request[object]] = deque()  # filled here, emptied in the torch thread
 
     async def pick(
         self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], *, best_only: bool = False
     ) -> T:
         """pick(logits float32 [vocabulary]) after the last position of read() [1, tokens, hidden].
 
-        best_only: `pick` wants to know which is the largest and no more; others may be -inf.
+        best_only: `pick` needs the place of the largest logit alone; others may be -inf.
         Both run in the torch thread; what either raises is raised here.
         """
-        asked: _Asked[T] = _Asked(read, pick, best_only)
-        # No await in between: whoever is first among those that wait is first in the thread's queue.
-        self._waiting.append(asked)  # type: ignore[arg-type]  # what it picks is its own affair
+        request: _Request[T] = _Request(read, pick, best_only)
+        # No await in between: the first of those that wait is the first in the thread's queue.
+        self._waiting.append(request)  # type: ignore[arg-type]  # the type of its answer stays its own
         try:
-            return await self._compute.run(self._answer, asked)
-        finally:
-            asked.wanted = False
+            return await self._compute.run(self._answer, request)
+        except BaseException:
+            request.drop()
+            raise
 
-    def _answer(self, asked: _Asked[T]) -> T:
-        """Runs in the torch thread: the answer, which the batch of somebody before may have brought."""
-        if asked.answer is None:
+    def _answer(self, request: _Request[T]) -> T:
+        """Runs in the torch thread: the answer, which an earlier request's batch may have brought."""
+        if request.answer is None:
             self._compute_batch()
-        assert asked.answer is not None
-        return asked.answer.unwrap()
+        assert request.answer is not None
+        return request.answer.unwrap()
 
     def _compute_batch(self) -> None:
-        """Answer those who have waited longest."""
-        batch: list[_Asked[object]] = []
+        """Answer the requests that have waited longest."""
+        batch: list[_Request[object]] = []
         rows: list[Tensor] = []
-        while self._waiting and len(rows) < self._most_rows:
-            asked = self._waiting.popleft()
-            if not asked.wanted:
+        while self._waiting and len(rows) < self._max_rows:
+            request = self._waiting.popleft()
+            if not request.is_wanted:
                 continue
-            hidden = outcome.capture(asked.read)
+            hidden = outcome.capture(request.read)
             if isinstance(hidden, outcome.Error):
-                asked.answer = hidden
-                continue
-            batch.append(asked)
-            rows.append(hidden.unwrap()[:, -1:])
+                request.settle(hidden)
+            else:
+                batch.append(request)
+                rows.append(hidden.unwrap()[:, -1:])
         if not batch:
             return
-        # The head knows no positions, so rows of different sessions go beside each other: [rows, 1, hidden].
-        best_only = all(asked.best_only for asked in batch)
+        # The head knows no positions, so rows of several sessions make one batch: [rows, 1, hidden].
+        best_only = all(request.best_only for request in batch)
         logits = outcome.capture(partial(self._local_model.head, torch.cat(rows), best_only=best_only))
-        if isinstance(logits, outcome.Error):  # our own bug, and as much the one's as the other's
-            for asked in batch:
-                asked.answer = outcome.Error(logits.error)
+        if isinstance(logits, outcome.Error):  # our own bug; it fails the whole batch
+            for request in batch:
+                request.settle(outcome.Error(logits.error))
             return
-        for asked, row in zip(batch, logits.unwrap()[:, -1], strict=True):
-            asked.answer = outcome.capture(asked.pick, row)
+        for request, row in zip(batch, logits.unwrap()[:, -1], strict=True):
+            request.settle(outcome.capture(request.pick, row))
 
 
-class _Asked(Generic[T]):
-    """One who waits.  answer: set in the torch thread; wanted: until its caller has it or is cancelled."""
+class _Request(Generic[T]):
+    """One caller's hidden state and its answer, which is set in the torch thread.
 
-    __slots__ = ("answer", "best_only", "pick", "read", "wanted")
+    is_wanted: until its caller is cancelled.
+    """
+
+    __slots__ = ("answer", "best_only", "is_wanted", "pick", "read")
 
     def __init__(self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], best_only: bool) -> None:
         self.read = read
         self.pick = pick
         self.best_only = best_only
         self.answer: outcome.Outcome[T] | None = None
-        self.wanted = True
+        self.is_wanted = True
+
+    def settle(self, answer: outcome.Outcome[T]) -> None:
+        """The answer, or the error in its place."""
+        self.answer = answer
+
+    def drop(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.is_wanted = False

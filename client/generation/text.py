@@ -141,11 +141,11 @@ class Detokenizer:
         """Text up to here; of the run that is lost, its last bytes stay: they are wrong by themselves."""
         text, self._unread = self._decode(self._tokens), 0
         fresh, self._shown = text[self._shown :], len(text)
-        if run.told:
+        if run.is_shown:
             self._tokens.pop()
             self._shown -= 1
         else:
-            run.told = True
+            run.mark_shown()
             del self._tokens[run.start : -1 - INCOMPLETE]
             self._shown = len(self._decode(self._tokens))
         return self._beyond_prompt(fresh)
@@ -212,13 +212,17 @@ class Detokenizer:
 
 
 class _ByteRun:
-    """Bytes in a row.  start: where, among the tokens.  told: whether the text of wrong ones is out."""
+    """Byte-fallback tokens in a row.  start: the place of the first.  is_shown: wrong bytes' text is out."""
 
     def __init__(self, start: int) -> None:
         self.start = start
-        self.told = False
+        self.is_shown = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._wrong = False
+
+    def mark_shown(self) -> None:
+        """The text of the wrong bytes is out."""
+        self.is_shown = True
 
     def push(self, byte: int) -> bool:
         """Whether all of them can still become UTF-8."""

@@ -14,7 +14,7 @@ from client.generation.generation_config import Settings
 from client.generation.options import SamplingOptions
 from routing.chains.search import NoChain
 from routing.names import PeerId
-from tensor_codec.errors import CacheFull, Draining, PeerGone, Refused, SlowPeer
+from tensor_codec.errors import BadResult, CacheFull, Draining, PeerGone, Refused, SlowPeer
 from tests.fakes_serving import (
     FakeEmbedAndHead,
     World,
@@ -56,6 +56,43 @@ async def test_a_hop_that_answers_nan_is_replaced(autojump_clock):
         found += await continued(conversation, PROMPT + found, 2)
         assert found == generated(PROMPT, 4, BLOCKS)
         assert hops_of(conversation) == "a y"
+        conversation.close()
+
+
+async def test_after_a_result_that_cannot_be_nothing_in_the_caches_is_trusted(autojump_clock):
+    bad = [BadResult("NaN or infinity")]
+    bad[0].peer = PeerId("b")
+
+    def once_spoilt(logits):
+        if bad:
+            raise bad.pop()
+        return best(logits)
+
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world))
+        tokens = PROMPT + await continued(conversation, PROMPT, 2)
+        tokens.append(await conversation.logits_after(tokens, once_spoilt))
+        assert tokens == PROMPT + generated(PROMPT, 3, BLOCKS)
+        assert hops_of(conversation) == "a y"
+        # All seven tokens again: the positions that were spoilt are not known.
+        assert conversation.local_model.embedded == [5, 1, 1, 7]
+        conversation.close()
+
+
+@pytest.mark.parametrize("other", [[3, 1, 9], [9, 9, 9, 9], [3, 1, 4, 1, 9, 9]])
+async def test_a_call_that_fails_after_it_cut_the_caches_leaves_no_token_that_is_not_in_them(
+    other, autojump_clock
+):
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world, seconds=1))
+        first = await continued(conversation, PROMPT, 1)
+        with trio.move_on_after(1.5) as scope:  # sent, computed by the first hop, not answered
+            await conversation.logits_after(other, best)
+        assert scope.cancelled_caught
+        longer = PROMPT + first
+        assert await conversation.logits_after(longer, best) == generated(longer, 1, BLOCKS)[0]
+        common = next(at for at in range(6) if other[at : at + 1] != longer[at : at + 1])
+        assert conversation.local_model.embedded == [5, len(other) - common, len(longer) - common]
         conversation.close()
 
 

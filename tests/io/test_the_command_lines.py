@@ -39,6 +39,7 @@ from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
+from tensor_codec.errors import BadResult, CacheFull, PeerGone
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = PeerId("12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8")
@@ -424,6 +425,9 @@ def test_a_route_is_one_line_a_hop_whatever_a_server_calls_itself(
     ("error", "code"),
     [
         (NoChain([(0, 6)], 6, alone=True, instead=["a\nmodel"]), 3),
+        (PeerGone("the last hop has gone"), 4),
+        (BadResult("NaN or infinity"), 4),
+        (CacheFull("no room", 3.0), 4),
         (OSError(24, "Too many open files", "/some/file"), 2),
         (KeyboardInterrupt(), CTRL_C),
     ],

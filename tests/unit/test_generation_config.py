@@ -17,11 +17,13 @@ from client.generation.sampling import Sampler
 from client.lengths import SessionLengths
 from client.swarm import Swarm
 from node.config import ConfigError
+from routing.chains.alternatives import Constraints
 from tensor_codec.limits import Limits
 
 VOCABULARY = 40
 PROMPT = [3, 1, 4, 1, 5]
 NEW = 14
+EMPTY = SimpleNamespace(spans=lambda revision, blocks: [])
 
 
 @lru_cache
@@ -322,8 +324,8 @@ def swarm_of(defaults: GenerationDefaults) -> Swarm:
         tokenizer=lambda text: {"input_ids": [ord(char) % 40 for char in text]}
     )
     swarm.generation_defaults = defaults
-    swarm.info.blocks = 1
-    swarm._lengths = SessionLengths(swarm.info, Limits(), list)
+    swarm.info.revision, swarm.info.blocks = "r", 1
+    swarm._lengths = SessionLengths(swarm.info, Limits(), Constraints(), lambda: EMPTY)
     return swarm
 
 
