@@ -56,7 +56,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class DemoNode:
-    """One node of the demo: what it is told, and where it tells us that it is online."""
+    """One node of the demo: its command line, and its ready-file."""
 
     name: str
     start: int
@@ -73,7 +73,7 @@ class DemoNode:
 
 
 def main() -> int:
-    """Run the demo; the exit code: 0, 1 after a failure, 128 + signal when told to stop.
+    """Run the demo; the exit code: 0, 1 after a failure, 128 + signal after a signal.
 
     Raises OutputError.
     """
@@ -132,7 +132,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
         join = ["--peers", bootstrap, "--swarm-key", str(swarm_key)]
         for each in nodes:
             # The first node founds the swarm. Its address is known before it runs, and the others keep
-            # dialling it until it listens, so all three load their blocks at the same time.
+            # dialling it until it listens, so all three load their blocks at once.
             flags = join if each is not nodes[0] else ["--swarm-key", str(swarm_key)]
             start(children, each.name, [*node, options.model, *node_flags(each), *flags], each.log)
         wait_until_online(nodes, children)
@@ -176,7 +176,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
 
 
 def planned_node(folder: Path, number: int, span: tuple[int, int]) -> DemoNode:
-    """Choose everything that a node is told before it starts."""
+    """Choose the command line of a node."""
     name = f"demo-{number}"
     return DemoNode(
         name=name,
@@ -233,7 +233,7 @@ def wait_until_online(nodes: Sequence[DemoNode], children: Sequence[Child]) -> N
 
 
 class Stopped(Exception):
-    """A signal told us to stop."""
+    """A signal asks the demo to stop."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.strsignal(signum))
@@ -241,7 +241,7 @@ class Stopped(Exception):
 
 
 def stop_running(signum: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exception, so that the way out is the same for all of them."""
+    """Turn a signal into an exception, so that all of them leave by one way."""
     raise Stopped(signum)
 
 

@@ -108,7 +108,7 @@ def usable_environment() -> bool:
 
 
 def install_system_packages() -> None:
-    """Install what is missing to make the environment and to build fastecdsa, where we may."""
+    """Install the missing packages for the environment and for fastecdsa, where we may."""
     needs_venv = not usable_environment() and importlib.util.find_spec("ensurepip") is None
     missing = [] if fastecdsa_is_built() else missing_build_parts()
     if not missing and not needs_venv:
@@ -194,7 +194,7 @@ def apt_install(packages: Sequence[str], prefix: Sequence[str]) -> None:
 
 
 def remedy(packages: Sequence[str]) -> str:
-    """The command that installs what is missing, for the system at hand."""
+    """The command that installs the missing packages, for the system at hand."""
     if sys.platform == "darwin":
         return "xcode-select --install; brew install gmp (and point CFLAGS and LDFLAGS at it)"
     if shutil.which("dnf"):
@@ -267,7 +267,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def pip_install(what: str, *requirements: str, constrained: bool = True) -> None:
-    """Install requirements into .venv, at the versions that were tested unless told otherwise."""
+    """Install requirements into .venv, at the tested versions unless others are given."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off"]
     command += ["-c", str(CONSTRAINTS)] if constrained else []
     with stage(f"installing {what}"):

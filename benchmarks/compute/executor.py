@@ -1,4 +1,4 @@
-"""The executor by itself, without a network: one session and many, batched and one by one.
+"""The executor by itself, without a network: one session and many, in one batch and one by one.
 
     python -m benchmarks executor --sessions 1 4 8 16 --quantize none int8 --dtype float32
 
@@ -153,7 +153,7 @@ class Sessions:
         )
 
     def prefill(self, tokens: int) -> float:
-        """Tokens a second of a prompt of so many, in a session of its own."""
+        """Tokens a second of a prompt of `tokens` tokens, in a session of its own."""
         import torch
 
         hidden = torch.randn(1, tokens, self.span.hidden_size)
@@ -164,7 +164,7 @@ class Sessions:
         return tokens / statistics.median(seconds)
 
     def python_share(self) -> float:
-        """Part of a batched step in Python code itself, not in what it calls: profiled, so an upper bound."""
+        """Part of a batched step in Python code, without compiled code: profiled, so an upper bound."""
         profile = cProfile.Profile()
         self.restart()
         profile.runcall(self.decode, 4)

@@ -1,10 +1,10 @@
-"""What the journal costs: the copy of a token's output into it, beside the decode step that makes it.
+"""The cost of the journal: the copy of a token's output, next to the decode step that computes it.
 
     python -m benchmarks journal [--blocks 10] [--tokens 512] [--json FILE]
 
-One process, no network: a span of SmolLM2-135M decodes, and after each step its output goes into a
-journal as `node.serving.sessions.worker` has it.  Every step is timed with its append apart, so both see
-the same machine.  Then everything is read back, as for a replay.
+One process, no network: a span of SmolLM2-135M decodes, and the output of each step goes into a
+journal as `node.serving.sessions.worker` does it.  A step and its append are timed one after the other, so
+both see one machine.  Then everything is read back, as for a replay.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How late the event loop of a node is while its engine is full.  Needs no network and no libp2p.
+"""The lateness of a node's event loop with a full engine, without a network.
 
     python -m benchmarks loop_lag --quantize int8 --sessions 16
 
-In one process, as in a node: trio beside the torch thread, sessions that decode without pause and two
-that prefill long prompts, and a ticker that sleeps for 5 ms and notes how much longer it took.  The
-same ticker beside an idle engine is measured in turn.
+One process, as in a node: trio next to the torch thread, sessions that decode without pause, two sessions
+that prefill long prompts, and a ticker.  The ticker sleeps for 5 ms and notes the delay of its wake-up.
+A ticker next to an idle engine is measured in turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def measure(flags: argparse.Namespace) -> dict[str, Any]:
-    """The ticker's lag in milliseconds beside an idle engine and beside a full one."""
+    """The ticker's lag in milliseconds, with an idle engine and with a full one."""
     from node.runtime.compute_thread import open_compute_thread
     from node.serving.executor.engine import Engine
     from node.serving.executor.rates import Rates
@@ -99,7 +99,7 @@ def _load(flags: argparse.Namespace) -> Any:  # Any: torch is not imported yet
 
 
 async def _session(engine: Any, pool: Any, number: int, tokens: int, done: list[int]) -> None:
-    """Steps of so many tokens, one after the other; from the beginning again when the session is full."""
+    """Steps of `tokens` tokens, one after the other; a full session begins again."""
     import torch
 
     from tensor_codec.codecs import encode_hidden

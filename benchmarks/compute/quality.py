@@ -1,11 +1,11 @@
-"""How much worse a model answers when its weights are rounded: perplexity, and distance from float32.
+"""The cost of rounded weights: perplexity, and distance from float32.
 
     python -m benchmarks quality
     python -m benchmarks quality --quantize int8 nf4 --dtype bfloat16 --json quality.json
 
-The text is the first chapter of Jane Austen's "Pride and Prejudice" (1813), in quality.txt beside this
-file.  All blocks run as one span, embedding and head in float32 every time, so what differs is what
-the blocks' weights and activations are rounded to.
+The text is the first chapter of Jane Austen's "Pride and Prejudice" (1813), in quality.txt next to this
+file.  All blocks run as one span.  Embedding and head stay in float32, so only the rounding of the blocks'
+weights and activations differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Row:
 
     name: "float32", "bfloat16", or the quantisation.  computes: the dtype of the activations.
     weights_mib: of all blocks.  kl: mean divergence of its predictions from those of float32, in nats a
-    token.  same_best: share of positions with the same likeliest token.
+    token.  same_best: share of positions with an equal likeliest token.
     """
 
     name: str
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
     parser.add_argument(
         "--quantize", nargs="+", choices=QUANTIZE[1:], default=list(QUANTIZE[1:]), metavar="HOW",
-        help=f"beside float32 and bfloat16: {', '.join(QUANTIZE[1:])} (default: all)",
+        help=f"besides float32 and bfloat16: {', '.join(QUANTIZE[1:])} (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype",
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def answers(
     folder: ModelFolder, ends: EmbedAndHead, ids: Tensor, dtype: str, quantize: str, device: str
 ) -> tuple[Tensor, str, int]:
-    """Logits [1, tokens, vocab_size], what they were computed in, and the bytes of the weights."""
+    """Logits [1, tokens, vocab_size], the dtype of the computation, and the bytes of the weights."""
     blocks = read_info(folder).blocks
     span = load_span(folder, 0, blocks, dtype=DTYPES[dtype], device=device, quantize=quantize)
     cache = span.new_cache(1, ids.shape[1])
@@ -107,7 +107,7 @@ def perplexity(logits: Tensor, ids: Tensor) -> float:
 
 
 def distance(exact: Tensor, logits: Tensor) -> tuple[float, float]:
-    """Mean KL(exact || logits) over the positions, in nats, and the share with the same best token."""
+    """Mean KL(exact || logits) over the positions, in nats, and the share with an equal best token."""
     reference, other = exact[0].log_softmax(-1), logits[0].log_softmax(-1)
     kl = (reference.exp() * (reference - other)).sum(-1).mean()
     return max(float(kl), 0.0), float((exact.argmax(-1) == logits.argmax(-1)).float().mean())

@@ -1,4 +1,4 @@
-"""What it takes to choose a chain in a swarm of many servers: time and memory, nothing else of a node.
+"""The choice of a chain in a swarm of many servers: time and memory, nothing else of a node.
 
     python -m benchmarks routing --servers 1000 10000 --blocks 126
 
@@ -90,7 +90,7 @@ def choose(
 
 
 def measure(servers: int, flags: argparse.Namespace) -> dict[str, Any]:
-    """The row for so many servers."""
+    """The row for one number of servers."""
     rng = random.Random(flags.seed)
     spans = swarm(servers, flags.blocks, rng)
     client_rtt = {span.peer: rng.uniform(0.01, 0.2) for span in rng.sample(spans, min(16, servers))}

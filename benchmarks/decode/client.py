@@ -27,7 +27,7 @@ async def serve_lines(flags: argparse.Namespace) -> None:
             if "step" not in question:
                 print(json.dumps(await answer(swarm, question)), flush=True)
                 continue
-            if question["step"] == 0:  # one token at a time, beside the reference's
+            if question["step"] == 0:  # one token at a time, in turn with the reference's
                 tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"], temperature=0)
             assert tokens is not None
             began = time.perf_counter()

@@ -1,14 +1,14 @@
-"""Decoding over a swarm of processes on this machine, beside the whole model in one process.
+"""Decoding over a swarm of processes on this machine, next to the whole model in one process.
 
     python -m benchmarks decode --servers 3 --dtype float32
 
 Rounds of both alternate, so that a noisy machine is noisy for both; medians are over all steps of
-all rounds.  The first round of each warms up and does not count.  What a hop adds is measured token
-by token in turn with the same code in one process (`side_by_side`).
+all rounds.  The first round of each warms up and does not count.  The cost of a hop is measured token
+by token in turn with our code in one process (`side_by_side`).
 
 With --clients all generations of a round begin at once, from one process, each with a prompt of its
-own; the library answers each of these prompts once, before the rounds, to compare the tokens with.
-With --quantize these are not the library's, for it stays as --dtype says.
+own.  The library answers each of these prompts once before the rounds, for the comparison of the tokens.
+With --quantize the tokens may differ, since the library stays in --dtype.
 """
 
 from __future__ import annotations
@@ -161,13 +161,13 @@ def measure(
 
 
 def prompts_of(client: Worker, clients: int, tokens: int) -> list[list[int]]:
-    """A prompt of so many tokens for each client: the same text, begun a token later by each."""
+    """A prompt of `tokens` tokens for each client: one text, begun a token later by each."""
     ids = client.ask({"text": TEXT * (2 + (clients + tokens) // 50)})["ids"]
     return [ids[index : index + tokens] for index in range(clients)]
 
 
 def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
-    """The share of the tokens before the first one that differs: what comes after it has another past."""
+    """The share of the tokens before the first difference: later tokens have another past."""
     longest = max(len(tokens), len(expected))
     pairs = enumerate(zip(tokens, expected, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(tokens), len(expected))) / longest
@@ -176,8 +176,8 @@ def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
 def client_rates(rounds: Sequence[Sequence[dict[str, Any]]], first: int) -> list[float]:
     """Tokens a second of each client over all rounds, from token number `first` on.
 
-    From 0 on these are whole generations, with what the first token waited for; from 1 on decode steps
-    alone, in which whoever began first is behind: his steps waited for the prompts of all others.
+    From 0 on these are whole generations, with the wait for the first token; from 1 on decode steps
+    alone, in which the first to begin is the slowest: its steps waited for the prompts of all others.
     """
     rates = []
     for generations in zip(*rounds, strict=True):
@@ -189,7 +189,7 @@ def client_rates(rounds: Sequence[Sequence[dict[str, Any]]], first: int) -> list
 def side_by_side(question: dict[str, Any], client: Worker, reference: Worker) -> list[tuple[float, float]]:
     """Seconds of each decode step, in one process and over the swarm, token by token in turn.
 
-    The same code computes the same blocks in both.  A step of the one follows a step of the other,
+    One code computes the blocks in both.  A step of the one follows a step of the other,
     so both find the machine equally fast and their caches equally cold.
     """
     pairs = []

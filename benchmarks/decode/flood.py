@@ -1,10 +1,10 @@
-"""An honest client's speed alone, and beside one that floods: 64 sessions that decode and 64 that prefill.
+"""An honest client's speed alone, and next to a client that floods with decoding and prefill.
 
     python -m benchmarks flood --quantize int8
 
-The flooder does nothing but send hidden states as fast as answers come back, and opens a session again
-where one is refused or ends; not so fast that it would be banned, and without ever avoiding the
-server.  Rounds alone and beside it alternate.  The node's resident memory is compared with the bound
+The flooder, with 64 sessions of each sort, sends hidden states as fast as answers come back.  It opens a
+session again after a refusal or an end, slowly enough to escape a ban, and never avoids the server.  Rounds
+without and with it alternate.  The node's resident memory is compared with the bound
 that it printed at its start.
 """
 
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quantize", default="int8", choices=("none", "int8", "nf4"))
     parser.add_argument("--tokens", type=int, default=48, help="of an honest generation (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="alone and beside it, in turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="without and with it, in turn (%(default)s)")
     parser.add_argument("--sessions", type=int, default=64, help="of the flooder, of each sort (%(default)s)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--flooder", action="store_true", help=argparse.SUPPRESS)

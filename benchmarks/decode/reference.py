@@ -80,7 +80,7 @@ def main() -> None:
 
     def answer(question: Any) -> object:  # Any: JSON
         nonlocal steps
-        if "step" in question:  # one token of ours at a time, beside the swarm's
+        if "step" in question:  # one token of ours at a time, in turn with the swarm's
             if question["step"] == 0:
                 steps = ours(question["ids"])
             return next(steps)

@@ -56,7 +56,7 @@ def quality_block(figures: Figures) -> str:
                        f"{run['weights_mib']:.0f}"])
         for run in runs
     ]  # fmt: skip
-    return with_note(markdown_table(["perplexity", "KL", "the same likeliest token", "MiB"], rows), *runs)
+    return with_note(markdown_table(["perplexity", "KL", "equal likeliest token", "MiB"], rows), *runs)
 
 
 def journal_block(figures: Figures) -> str:

@@ -28,7 +28,7 @@ def demo_block(figures: Figures) -> str:
 
 
 def beside_petals_block(figures: Figures) -> str:
-    """Shares of transformers on the same machine, and the figures of Raceme."""
+    """Shares of transformers, each on its own machine, and the figures of Raceme."""
     ours, petals = decodes(figures), figures["petals"]
     theirs = [petals["servers"][str(servers)] for servers in SERVERS]
     low, high = petals["reference_steps_per_s"]

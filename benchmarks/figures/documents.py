@@ -63,9 +63,9 @@ def with_figures(document: str, figures: Figures) -> str:
 
 
 def typed_figures(document: str) -> list[str]:
-    """Figures that somebody typed: a number with a unit in a sentence, or a cell that is a number.
+    """Typed figures: a number with a unit in a sentence, or a cell that is a number.
 
-    Not looked at are blocks, code, and paragraphs that cite a source (a paper, or a file of results).
+    Left out are blocks, code, and paragraphs that cite a source (a paper, or a file of results).
     """
     text = re.sub(rf"{BEGIN}\n.*?{END}", "", document, flags=re.DOTALL)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)

@@ -31,7 +31,7 @@ USUAL: Mapping[str, Sequence[str]] = {
     "startup-black-holed": ["startup", "--black-holed", "1"],
     "wire": ["wire"],
 }
-# Measured where somebody asks for it by name.
+# Measured by name.
 LONG: Mapping[str, Sequence[str]] = {
     "decode-int8-1": ["decode", "--servers", "1", "--quantize", "int8"],
     "decode-int8-3": ["decode", "--servers", "3", "--quantize", "int8"],
@@ -94,7 +94,7 @@ MEASUREMENTS: Mapping[str, Sequence[str]] = {**USUAL, **LONG, **SIMULATED}
 def measure(name: str, rounds: int | None = None) -> int:
     """Run the command of a result and write its file; the exit code, at 0 of which the file is new.
 
-    rounds: of the results of `benchmarks decode`, where somebody wants others than usual.
+    rounds: of the results of `benchmarks decode`; None: as usual.
     """
     file = FIGURES / f"{name}.json"
     if name == DEMO:

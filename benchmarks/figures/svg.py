@@ -64,5 +64,5 @@ def text(
 
 
 def _n(value: float) -> str:
-    """A number in few digits, so that a picture is the same wherever it is drawn."""
+    """A number in few digits, so that a picture is equal on all machines."""
     return f"{value:.1f}".removesuffix(".0")

@@ -42,7 +42,7 @@ def rows_of(figures: Figures, **wanted: object) -> list[Row]:
 
 
 def simulated(table: str, rows: Sequence[Row]) -> str:
-    """A table and below it the commits; simulated time is the same on every machine."""
+    """A table and below it the commits; simulated time is equal on all machines."""
     commits = sorted({row["commit"] for row in rows})
     return f"{table}\n\nSimulated at commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
 

@@ -1,4 +1,4 @@
-"""On what a figure was measured: the processor, the versions that matter, and what else ran there."""
+"""The machine of a measurement: the processor, the versions that matter, and the load by other programs."""
 
 from __future__ import annotations
 

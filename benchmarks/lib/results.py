@@ -1,4 +1,4 @@
-"""Files of results: figures, and besides them what was run, at which commit, on which machine."""
+"""Files of results: figures, and with them the command, the commit and the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = Mapping[str, Any]  # Any: JSON
 class Run:
     """One measurement, from its start to the file of its results.
 
-    Made before anything is measured: what other programs took of the machine is counted from then on.
+    Made before anything is measured: the load by other programs is counted from then on.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Run:
 
 
 def command(words: Sequence[str]) -> str:
-    """The command line as somebody would repeat it: `--json FILE` and `--inside` are left out."""
+    """The command line, to be repeated: `--json FILE` and `--inside` are left out."""
     shown = [word for word in words if word != "--inside"]
     while "--json" in shown:
         at = shown.index("--json")

@@ -1,1 +1,1 @@
-"""Frames, links and lines: what the network alone costs."""
+"""Frames, links and lines: the cost of the network alone."""

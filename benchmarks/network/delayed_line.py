@@ -1,10 +1,9 @@
 """A line with a delay and a rate between two network namespaces: real TCP at both ends, no proxy between.
 
-Two TAP devices, one in this process's namespace and one in a namespace of its own; a process carries
-Ethernet frames from each to the other, each after its turn on the line and the delay.  The kernel's
-segments pass whole (GSO), so that the carrier handles a few frames of 64 KiB where the line would have
-forty packets: it needs a few percent of a core for a gigabit.  The kernel's netem does the same where it
-is built in; here it often is not.
+Two TAP devices, one in this process's namespace and one in a namespace of its own.  A process carries
+Ethernet frames from each to the other, after their time on the line and the delay.  The kernel's segments
+pass whole (GSO): the carrier handles a few frames of 64 KiB in place of forty packets, and needs little of a
+core.  The kernel's netem would do this too, but often it is not built in.
 
 Linux, as root, in a network and a mount namespace of its own (`netns.command_inside`).
 """
@@ -41,7 +40,7 @@ _EARLY_SECONDS = 0.0002  # a frame goes out so much too soon: about what waking 
 
 
 def why_not() -> str | None:
-    """Why no such line can be made here, in a few words; None where it can."""
+    """The reason why no line can be made here, in a few words; None where it can."""
     if not TUN.exists():
         return f"there is no {TUN} here"
     return netns.why_not()

@@ -18,7 +18,7 @@ MOUNT = Path("/run/netns")  # where `ip netns` looks for names
 
 
 def why_not() -> str | None:
-    """Why namespaces cannot be made here, in a few words; None where they can."""
+    """The reason why namespaces cannot be made here, in a few words; None where they can."""
     if os.geteuid() != 0:
         return "only root may make network namespaces"
     named = f"mkdir -p {MOUNT} && mount -t tmpfs tmpfs {MOUNT} && ip netns add n0"
@@ -50,7 +50,7 @@ class Link:
         return ("ip", "netns", "exec", self.namespace)
 
     def down(self) -> None:
-        """From here on nothing comes in or out, and nobody is told."""
+        """From here on nothing comes in or out, without a reset."""
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
 
     def up(self) -> None:

@@ -1,4 +1,4 @@
-"""Decoding and prefill over links with a delay and a rate, beside what such links allow.
+"""Decoding and prefill over links with a delay and a rate, next to the bound that the links set.
 
     python -m benchmarks wan                                    # three sorts of link, as a table
     python -m benchmarks wan --rtt-ms 100 --mbit 100 --servers 3
@@ -7,10 +7,9 @@ Real processes; every connection between them goes through a link (tests/fault_l
 round trip as its delay each way, and the benchmark fails if one does not.  All connections to a node
 share its link, in each direction.
 
-The limit is worked out from the same run: a step passes `servers + 1` links, each with its delay and
-the time that its bytes take at the rate, and is computed by every hop and by the client's ends, one
-after another.  Nothing else is in it, the proxy's own time neither: the rows without delay, without
-the proxy and through it, show what that is.
+The limit comes from the run itself.  A step passes `servers + 1` links, each with its delay and the time of
+its bytes at the rate.  Every hop and the client's ends compute it, one after another.  The limit has nothing
+else in it.  The rows without delay, with and without the proxy, show the proxy's own time.
 """
 
 from __future__ import annotations
@@ -100,7 +99,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a generation (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="generations that count (%(default)s)")
-    parser.add_argument("--bulk", action="store_true", help="also beside a client that prefills all the time")
+    parser.add_argument(
+        "--bulk", action="store_true", help="also next to a client that prefills all the time"
+    )
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
     parser.add_argument("--json", metavar="FILE")
     flags = parser.parse_args(arguments)
@@ -116,7 +117,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def wan(
     flags: argparse.Namespace, spans: Sequence[tuple[int, int]], links: Links
 ) -> Iterator[tuple[LocalSwarm, list[Worker]]]:
-    """Nodes, and a client or with --bulk two, behind links.  Raises ProcessError if any is not."""
+    """Nodes and one client, two with --bulk, all at links.  Raises ProcessError if one is not."""
     model = [] if flags.model is None else [flags.model]
     with ExitStack() as stack:
         swarm = stack.enter_context(local_swarm(COMMON, environment=THREADS))
@@ -141,7 +142,7 @@ def wan(
 
 
 def open_link(proxy: Worker, port: int, links: Links) -> int:
-    """A link to what listens on `port`; the port to dial instead."""
+    """A link to the listener on `port`; the port to dial instead."""
     opened = proxy.ask({"do": "open", "target": ["127.0.0.1", port]})
     rate = links.bytes_per_second
     proxy.ask(
@@ -169,13 +170,13 @@ def check_all_proxied(processes: Sequence[int], proxy: int) -> None:
 
 
 def question_of(client: Worker, tokens: int) -> tuple[list[int], int]:
-    """A prompt of so many tokens, and the model's hidden size."""
+    """A prompt of `tokens` tokens, and the model's hidden size."""
     (ids,) = prompts_of(client, 1, tokens)
     return ids, client.ask({"text": ""})["hidden"]
 
 
 def tokens_of_the_whole_model(flags: argparse.Namespace, ids: Sequence[int]) -> list[int]:
-    """What transformers' own `generate` answers."""
+    """The tokens of transformers' own `generate`."""
     model = [] if flags.model is None else ["--model", flags.model]
     with closing(Worker("benchmarks.decode.reference", [*model, *COMMON[:4]], THREADS)) as reference:
         return list(reference.ask({"ids": ids, "tokens": flags.tokens})["tokens"])
@@ -189,7 +190,7 @@ def measure(
     hidden: int,
     expected: list[int],
 ) -> dict[str, Any]:
-    """One row: rounds of one client, with --bulk beside another one too; the first warms up."""
+    """One row: rounds of one client, with --bulk also next to a second one; the first round warms up."""
     question = {"ids": ids, "tokens": flags.tokens}
     rounds = [clients[0].ask(question) for _ in range(flags.rounds + 1)]
     result = {
@@ -248,8 +249,8 @@ def prefill_figures(
     """Of the prompt, medians over the rounds.
 
     open_s: of the time to the first token, until the session was open.  prefill_seconds: the rest.
-    prefill_ratio: of that, less the delays of one way along the chain, to what the slowest hop
-    computed of it: 1 if that hop never waited, and nothing came before or after it.
+    prefill_ratio: of that, less the delays of one way along the chain, over the slowest hop's
+    computing of it: 1 if that hop never waited, and nothing came before or after it.
     """
     delays = (servers + 1) * links.one_way_seconds
     firsts = [each["tokens"][0] for each in rounds]

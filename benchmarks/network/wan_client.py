@@ -1,4 +1,4 @@
-"""A client that says where the time of each token went, or that prefills without pause.
+"""A client that accounts for the time of each token, or that prefills without pause.
 
 A worker of `benchmarks wan`.
 """
@@ -72,7 +72,7 @@ async def bulk(swarm: Swarm, ids: list[int]) -> None:
 
 
 async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Greedy, in a new session: what came, and for each token where its time went.
+    """Greedy, in a new session: the tokens, and for each token the parts of its time.
 
     open_seconds: of the first token's, until the session was open.  For each token its `seconds`,
     `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`: for each
@@ -92,7 +92,7 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
 
 
 class Watch:
-    """Measures what a conversation does by standing in for its ends and its session."""
+    """Measures a conversation, in the place of its ends and its session."""
 
     def __init__(self, ends: EmbedAndHead) -> None:
         self.open_seconds = 0.0
@@ -148,7 +148,7 @@ class WatchedSession:
 
 
 class TimedEnds:
-    """Ends that add up what they take.  seconds: of embedding and head."""
+    """Ends that add up their time.  seconds: of embedding and head."""
 
     def __init__(self, ends: EmbedAndHead) -> None:
         self._ends = ends

@@ -1,10 +1,10 @@
-"""The wire alone: frames between two processes on loopback, our stack beside py-libp2p's own.
+"""The wire alone: frames between two processes on loopback, our stack and py-libp2p's own.
 
     python -m benchmarks wire [--rounds N] [--bulk-mib N] [--json FILE]
     python -m benchmarks wire --rtt-ms 160 --mbit 1000 [--transfers N] [--json FILE]
 
 Prints the median, p10 and p90 of round trips of one frame, MB/s of frames one way, and the round trip of
-a small message while bulk goes the same way on the same connection.
+a small message while bulk goes the same way on its connection.
 
 With `--rtt-ms` it prints JSON in place of that: the time of 8 MiB one way over a line with this delay and
 rate, on fresh connections of our host and of raw TCP in turn (benchmarks/wire_line.py).  Needs root.
@@ -160,7 +160,7 @@ async def serve(stack: str) -> None:
 
 
 async def round_trips(frames: Frames, size: int, rounds: int) -> list[float]:
-    """Seconds of so many round trips of one frame."""
+    """Seconds of each of `rounds` round trips of one frame."""
     frame, seconds = bytes(size), []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -171,7 +171,7 @@ async def round_trips(frames: Frames, size: int, rounds: int) -> list[float]:
 
 
 async def bulk(frames: Frames, size: int) -> float:
-    """MB/s of so many bytes, until the other side has them all."""
+    """MB/s of `size` bytes, until the other side has them all."""
     frame = bytes(BULK_FRAME)
     started = time.perf_counter()
     for _ in range(size // BULK_FRAME):

@@ -1,8 +1,7 @@
-"""Bytes one way across a delayed line: our host's connection, and raw TCP over the same line in turn.
+"""Bytes one way across a delayed line: our host's connection, and raw TCP over that line in turn.
 
-Every transfer has a connection of its own, made just before, so that TCP's slow start and the growth of
-our windows are part of it; making the connection is not.  It lasts from the first byte sent to the
-receiver's word that it has all, at both alike.
+Every transfer has a new connection.  TCP's slow start and the growth of our windows are part of the time;
+the making of the connection is not.  The time ends with the receiver's word that it has everything.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SIZE = struct.Struct(">Q")  # before what goes over raw TCP
 
 
 def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, object]:
-    """The figures of one line, each transfer on a connection of its own and then once more on the same.
+    """The figures of one line, each transfer on a new connection, and a second one on that connection.
 
     rtt_ms: there and back.  mbit: a second, each way.  rounds: that count; one before them does not.
     Runs in namespaces of its own (`netns.command_inside`).
@@ -108,7 +107,7 @@ def _over_raw_tcp(size: int) -> list[float]:
 
 
 def serve(kind: str) -> None:
-    """Take what comes, and say when all is there, until killed."""
+    """Take all bytes, and say when all are there, until killed."""
     if kind == "ours":
         trio.run(_serve_our_host)
         return

@@ -1,10 +1,10 @@
-"""Nodes that choose their blocks themselves, and the time until blocks that one held alone are served again.
+"""Nodes that choose their blocks, and the time until blocks without a server are served again.
 
     python -m benchmarks balance --sizes 12 8 10 10 10 --record-ttl 30
 
 Real processes.  Nodes of different sizes join one by one without --blocks.  Then, while a client
-generates, one that is the only holder of some blocks is killed: another has to move, and the
-generation has to go on with the tokens of an undisturbed one.
+generates, the only holder of some blocks is killed.  Another node has to move, and the generation has to go
+on with the tokens of an undisturbed one.
 """
 
 from __future__ import annotations

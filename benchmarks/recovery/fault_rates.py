@@ -2,9 +2,9 @@
 
 In the manner of the table in Petals' paper (arXiv:2312.08361): after every step, with chance p, a
 random server of the chain in use is killed with kill -9; a supervisor starts it again at once, which
-takes some seconds of the same machine's time.  Where no other server of the span is up and known to
+takes some seconds of this machine's time.  Where no other server of the span is up and known to
 the client the kill waits for one.  "restart" closes the session at every kill and begins again at the
-prompt, at once: it is not charged for noticing.  Both see kills drawn from the same seed.
+prompt, at once: its detection of the fault costs nothing.  Both see kills drawn from one seed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Killed(Exception):
 
 @dataclass(slots=True)
 class Cell:
-    """One figure of the table: generations of so many tokens at one rate."""
+    """One figure of the table: generations of one length at one rate."""
 
     tokens: int
     rate: float
@@ -127,7 +127,7 @@ class Cell:
 
 
 async def fault_rates(flags: argparse.Namespace, replicas: ReplicatedSwarm) -> dict[str, Any]:  # Any: JSON
-    """Fill the table.  Without faults both methods are the same, so that is measured once."""
+    """Fill the table.  Without faults both methods are one, measured once."""
     ids = prompt_ids(flags.model, flags.prompt_tokens or PROMPT_TOKENS)
     rows: list[dict[str, Any]] = []
     equal = True

@@ -1,4 +1,4 @@
-"""Clients that are killed with kill -9: what is left of them at the servers.
+"""Clients that are killed with kill -9, and their remains at the servers.
 
 A part of `benchmarks recovery`.
 
@@ -54,7 +54,7 @@ class Guest:
 
 
 def lost_clients(flags: argparse.Namespace, replicas: ReplicatedSwarm) -> dict[str, Any]:  # Any: JSON
-    """Kill `flags.runs` clients, `flags.at_once` at a time, and count what is left.  Ends the servers."""
+    """Kill `flags.runs` clients, `flags.at_once` at a time, and count their remains.  Ends the servers."""
     ids = prompt_ids(flags.model, flags.prompt_tokens or PROMPT_TOKENS)
     result = trio.run(_watched_by_a_client, flags, replicas, ids)
     said = [LEFT_OPEN.search(replica.node.log.read_text()) for replica in replicas.replicas]
@@ -123,7 +123,7 @@ async def _deaths(
 
 
 def stop_all(replicas: ReplicatedSwarm) -> None:
-    """Ask all servers to leave, which makes each announce once more what it has free; wait for their ends."""
+    """Ask all servers to leave, so that each announces its free cache once more; wait for their ends."""
     for replica in replicas.replicas:
         drain(replica)
     for replica in replicas.replicas:

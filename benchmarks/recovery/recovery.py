@@ -1,4 +1,4 @@
-"""Faults of servers in the midst of a generation: how long it pauses, and whether its tokens stay the same.
+"""Servers that fail in the midst of a generation: its pause, and its tokens.
 
     python -m benchmarks recovery --runs 20
     python -m benchmarks recovery --mode halfopen --kill-at middle
@@ -10,8 +10,8 @@
 
 Real processes: a bootstrap node and two servers for each span, one torch thread in each.  The client
 is this process.  Every run strikes a server of the chain in use once, at a random moment of one
-token's time; afterwards everything is mended, and the next run has a client of its own, which has
-seen no fault yet.  The tokens are compared with those of the whole model in one process.
+token's time.  Afterwards everything is mended, and the next run has a new client, without knowledge of
+faults.  The tokens are compared with those of the whole model in one process.
 """
 
 from __future__ import annotations
@@ -88,19 +88,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--kill-at",
         choices=("first", "middle", "last", "prefill", "random"),
-        help="behind which token the fault comes, or in the prompt's time (random; middle if slow)",
+        help="the token after which the fault comes, or the prompt's time (random; middle if slow)",
     )
     parser.add_argument(
         "--times", type=float, default=10.0, help="of --mode slow: how much slower it becomes (%(default)g)"
     )
     parser.add_argument("--hop", type=int, help="of the chain, from 0 (default: a random one)")
-    parser.add_argument("--kill-every", type=int, metavar="K", help="strike again behind every K tokens")
+    parser.add_argument("--kill-every", type=int, metavar="K", help="strike again after every K tokens")
     parser.add_argument(
         "--fault-rate",
         type=float,
         nargs="+",
         metavar="P",
-        help="the chance that a server in use is killed in a step; beside starting over from the prompt",
+        help="the chance that a server in use is killed in a step; compared with a new start at the prompt",
     )
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", help="new ones (64; 256 if slow)")
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def measure(flags: argparse.Namespace) -> Result:
-    """Start the swarm, do what the flags say, and gather the figures.  Raises ConfigError."""
+    """Start the swarm, run the mode of the flags, and gather the figures.  Raises ConfigError."""
     folder = resolve(flags.model, cache_dir=cache_dir())
     spans = equal_spans(read_info(folder).blocks, flags.servers)
     namespaces = Network() if flags.mode == "halfopen" else None
@@ -150,7 +150,7 @@ def measure(flags: argparse.Namespace) -> Result:
 
 
 def reference(flags: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """The prompt, and what the whole model in one process makes of it."""
+    """The prompt, and the tokens of the whole model in one process."""
     tokens = flags.prompt_tokens or (PREFILL_TOKENS if flags.kill_at == "prefill" else 32)
     model = [] if flags.model is None else ["--model", flags.model]
     common = ["--dtype", "float32", "--threads", "1"]
@@ -230,7 +230,7 @@ def row_of(
 
 
 def slow_figures(strike: Strike, watched: Watched) -> Result:
-    """How many tokens a slow server was kept for, and what it cost: from then to the end, over before."""
+    """The tokens until a slow server was left, and its cost: the speed from then on over the speed before."""
     assert strike.victim is not None
     assert strike.victim.peer is not None
     before, behind = watched.speeds(strike.at)
@@ -267,7 +267,7 @@ def connected(pid: int, address: str) -> bool:
 async def killed_again_and_again(
     flags: argparse.Namespace, replicas: ReplicatedSwarm, run: int, ids: list[int], expected: list[int]
 ) -> Result:
-    """One generation, in which one span's server in use is killed behind every K tokens, then the other."""
+    """One generation, in which one span's server in use is killed after every K tokens, then the other."""
     rng = random.Random(flags.seed * 1_000_003 + run)
     hop = rng.randrange(flags.servers) if flags.hop is None else flags.hop
     strikes: list[tuple[int, Replica]] = []

@@ -24,17 +24,17 @@ from routing.names import PeerId
 from routing.view.view import SwarmView
 
 LOOPBACK = "/ip4/127.0.0.1/tcp"
-END_SECONDS = 60.0  # for a process that was told to end; draining takes 20 s at the most
+END_SECONDS = 60.0  # for a process that was asked to end; draining takes at most 20 s
 LOOK_SECONDS = 0.05  # between two looks of the supervisor
 TURN_SECONDS = 0.05  # in which a slow server runs once: about what a token takes
 
 
 @dataclass(slots=True)
 class Replica:
-    """One of a span's servers: the same peer, whichever process it is just now.
+    """One of a span's servers: one peer, in one process after another.
 
     peer: known once it has been online.  link: its way to the others, where it has a namespace.
-    ending: it was told to end, which may take a while.
+    ending: it was asked to end, which may take a while.
     """
 
     span: tuple[int, int]
@@ -166,15 +166,15 @@ class ReplicatedSwarm:
         return next(replica for replica in self.replicas if replica.peer == peer)
 
     def others(self, replica: Replica) -> list[Replica]:
-        """The other servers of the same span."""
+        """The other servers of its span."""
         return [other for other in self.replicas if other.span == replica.span and other is not replica]
 
     def start(self, replica: Replica) -> None:
-        """Start it, again perhaps, with the same identity.  Does not wait."""
+        """Start it, perhaps again, with its identity.  Does not wait."""
         replica.start(self.swarm, self.peers)
 
     def bootstrap_again(self) -> None:
-        """See that there is a bootstrap node: a new one joins whoever is there."""
+        """Keep a bootstrap node up: a new one joins the peers that are there."""
         if self.bootstrap.process.poll() is None:
             return
         known = [replica.node.address for replica in self.replicas if replica.online]

@@ -1,4 +1,4 @@
-"""A generation watched token by token, and what happened in it.
+"""A generation watched token by token, and its events.
 
 Times are seconds of `time.perf_counter()`, which the trace of a conversation uses too.
 """
@@ -38,7 +38,7 @@ class Watched:
     """The tokens of a generation; when each was asked for, and the seconds until it was there.
 
     peers: of the chain, when each token was there.
-    error: why it ended without all of its tokens, error_seconds behind the asking for the next one.
+    error: why it ended without all of its tokens, error_seconds after the request for the next one.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -54,10 +54,10 @@ class Watched:
         return statistics.median(self.seconds[1:])
 
     def gap(self, at: float, first: float) -> float:
-        """What something that happened at `at` added to the time to the next token.
+        """The time that an event at `at` added to the next token.
 
-        first: what the first token takes when nothing happens.  What happens at the end of a token may
-        only be felt by the next one: the larger of the two counts.
+        first: a usual first token.  An event at the end of a token may
+        delay only the next one: the larger of the two counts.
         """
         hit, tokens = self.number_at(at), len(self.seconds)
         usual = [first] + [self.typical] * (tokens - 1)
@@ -69,7 +69,7 @@ class Watched:
         return next((number for number, end in enumerate(ends) if end >= at), len(self.seconds) - 1)
 
     def steps_with(self, peer: str, at: float) -> int | None:
-        """Tokens behind `at` that were computed with a peer; None if it was in use to the end."""
+        """Tokens after `at` that were computed with a peer; None if it was in use to the end."""
         used = [peer in peers for peers in self.peers[self.number_at(at) :]]
         return None if not used or used[-1] else sum(used)
 
@@ -80,7 +80,7 @@ class Watched:
         return len(before) / sum(before) if before else math.nan, len(behind) / sum(behind)
 
 
-Before = Callable[[int], Awaitable[None]]  # told the number of the token that is asked for next
+Before = Callable[[int], Awaitable[None]]  # called with the number of the next token
 
 
 async def nothing(number: int) -> None:
@@ -90,7 +90,7 @@ async def nothing(number: int) -> None:
 async def watch(
     swarm: Swarm, conversation: Conversation, ids: Sequence[int], tokens: int, before: Before = nothing
 ) -> Watched:
-    """Generate greedily; whatever `before` takes is nobody's time."""
+    """Generate greedily; the time of `before` is left out."""
     watched = Watched()
     async with aclosing(
         swarm.generate(ids, max_new_tokens=tokens, temperature=0, conversation=conversation)
@@ -149,7 +149,7 @@ async def undisturbed(swarm: Swarm, ids: list[int]) -> Watched:
 
 
 def prompt_ids(model: str | None, tokens: int) -> list[int]:
-    """A prompt of so many tokens."""
+    """A prompt of `tokens` tokens."""
     from transformers import AutoTokenizer
 
     folder = resolve(model, cache_dir=cache_dir())

@@ -1,6 +1,6 @@
-"""A server that is there by its record and answers nothing: for benchmarks of what it costs others.
+"""A server with a record and without an answer, for benchmarks of its cost to others.
 
-Its address is a listening socket with a full queue: Linux drops whatever asks it for a connection.
+Its address is a listening socket with a full queue: Linux drops every request for a connection.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def vanishing_address() -> Iterator[str]:
 
 @asynccontextmanager
 async def black_holed_server(peers: list[str]) -> AsyncIterator[None]:
-    """For as long as the block lasts, one server more, of the whole model, that nobody can reach.
+    """For as long as the block lasts, one server more, of the whole model and out of reach.
 
     It claims to be as fast as the fastest.
     """

@@ -1,14 +1,14 @@
-"""How long until a node is online, and until a client that came too early has its first token.
+"""The time until a node is online, and until a client that came too early has its first token.
 
     python -m benchmarks startup
     python -m benchmarks startup --black-holed 1
 
-The model must be in the cache.  Nodes are started one after the other; the client is started while
-the last third of the model is still missing, and it is told to wait.
+The model must be in the cache.  Nodes start one after the other; the client starts while the last
+third of the model is still missing, with a time to wait.
 
 With --black-holed the swarm is complete, and new clients come one after the other, in turn without and
-with so many further servers in it.  These are there by their records, claim to be as fast as the
-fastest, and answer nothing: what do they cost the others?
+with further servers.  The further servers have records, claim to be as fast as the fastest, and answer
+nothing.  The difference is their cost to the others.
 """
 
 from __future__ import annotations

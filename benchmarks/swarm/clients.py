@@ -8,14 +8,15 @@ one step at a time in the order of arrival, and every hop costs half a round tri
 steps that wait together in one batch; here they do not, so waits are longer than theirs.  Prompts are not
 simulated, replays are.
 
-Three kinds of clients, with the same sessions:
+Three kinds of clients, with equal sessions:
 
-* ours: records up to 30 s old, each client's own measurements, and what hops say when a session opens
-  (`client.session.chain_choice`, whose parts these are; in-session moves look for whole chains only).
-* petals: the shortest chain by announced speeds, 18 ms for each hop, and 10 s where the cache is short;
-  queues are not known (arXiv:2312.08361 and the routing of its client).
-* all-seeing: everybody's queue at this moment, true speeds and distances.  What it reaches is what
-  `latency_ratio_p95` compares with.
+* ours: records up to 30 s old, each client's own measurements, and the hops' queues at
+  the opening of a session (the parts of `client.session.chain_choice`; in-session moves look for whole
+  chains only).
+* petals: the shortest chain by announced speeds, 18 ms for each hop, and 10 s where the cache has too
+  little left; queues are not known (arXiv:2312.08361 and the routing of its client).
+* all-seeing: everybody's queue at this moment, true speeds and distances.  `latency_ratio_p95` compares
+  with it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ PETALS_SHORT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A server: what it holds, its block-tokens per second, and what it says that these are."""
+    """A server: its blocks, its block-tokens per second, and the rate that it claims."""
 
     peer: PeerId
     start: int
@@ -123,7 +124,7 @@ class Chooser(Protocol):
     """How a kind of clients chooses."""
 
     def open(self, client: int, tokens: int, now: float) -> Chain:
-        """For a new session of so many tokens."""
+        """The chain of a new session of `tokens` tokens."""
 
     def learn(self, session: Session, now: float) -> None:
         """A token has come."""
@@ -180,14 +181,14 @@ class World:
         return round(self.waits[index].queue(now), 2)
 
     def seen(self, rng: random.Random) -> int:
-        """Which of what was said somebody sees: -1 is the newest."""
+        """The index of the announcements that a client sees: -1 is the newest."""
         age = int(rng.uniform(0, self.demand.view_seconds) / ANNOUNCE_SECONDS)
         return -min(len(self.said), 1 + age)
 
     def distances(self, client: int, hop_seconds: float = 0.0) -> Distances:
-        """By what servers announced; from the client to all, as one who has asked them all knows it.
+        """As servers announced them; from the client to all servers, as after a ping of each.
 
-        One for all clients of a region: their own lines add the same to every chain.  hop_seconds: more
+        One for all clients of a region: their own lines add equally to every chain.  hop_seconds: more
         for each way between two servers.
         """
         region = self.clients[client].region
@@ -348,7 +349,7 @@ class Petals:
         self._rng = random.Random(f"petals {world.demand.seed}")
 
     def open(self, client: int, tokens: int, now: float) -> Chain:
-        """The shortest of all, whoever else takes it."""
+        """The shortest of all, whatever the other clients take."""
         world = self._world
         caches = world.caches[world.seen(self._rng)]
         cost = {
@@ -477,7 +478,7 @@ class _Run:
 
 
 def machines_of(serving: Sequence[tuple[Holder, float]]) -> list[Machine]:
-    """From those who hold the blocks, and the rates that they claim."""
+    """From the holders of blocks, and the rates that they claim."""
     return [Machine(h.peer, h.start, h.stop, h.rate, claim) for h, claim in serving]
 
 
@@ -492,7 +493,7 @@ def share_at(values: Sequence[float], share: float) -> float:
 
 
 def figures(ours: Served, best: Served, demand: Demand, capacity_tokens_per_s: float) -> dict[str, float]:
-    """What is reported of one run beside that of the all-seeing, on the same sessions."""
+    """The figures of one run, compared with all-seeing clients on equal sessions."""
     return {
         "capacity_tokens_per_s": capacity_tokens_per_s,
         "asked_tokens_per_s": ours.asked / demand.seconds,
@@ -514,8 +515,8 @@ def measure(
 ) -> dict[str, float]:
     """The figures of one seed.
 
-    honest: how the same servers had placed themselves if nobody lied, where somebody does: what is made
-    then, of the same sessions, is what `aggregate_of_honest` compares with.
+    honest: the placement of these servers without liars, where there are liars; `aggregate_of_honest`
+    compares with the tokens made there.
     """
     ours = serve(machines, blocks, demand, kind)
     best = serve(machines, blocks, demand, "all-seeing")
@@ -526,7 +527,7 @@ def measure(
 
 
 def summary(seeds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The means over the seeds, and the worst of what there is a promise for."""
+    """The means over the seeds, and the worst of the figures with a promise."""
     found = {key: statistics.fmean(one[key] for one in seeds) for key in seeds[0]}
     found["aggregate_of_asked_min"] = min(one["aggregate_of_asked"] for one in seeds)
     found["latency_ratio_p95_max"] = max(one["latency_ratio_p95"] for one in seeds)

@@ -1,4 +1,4 @@
-"""The clock of a simulated swarm: what happens next, and when."""
+"""The clock of a simulated swarm, and its queue of events."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The settings of `benchmarks swarm`: GPUs, models, the fate of the servers, and the places of peers.
 
-A `Script` is drawn before the run, apart from the chance of any rule: by every rule the same servers join
-and crash at the same times.
+A `Script` is drawn before the run, apart from the chance of any rule: servers then join and crash alike
+under every rule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A case: blocks of so many gigabytes, and the GPUs that hold them."""
+    """A case: blocks, their size in gigabytes, and the GPUs that hold them."""
 
     blocks: int
     block_gb: float
@@ -91,7 +91,7 @@ class Hardware(NamedTuple):
 
 
 class Crash(NamedTuple):
-    """Servers that crash at one moment; each is announced by others for so many seconds more."""
+    """Servers that crash at one moment; others announce each for the given seconds more."""
 
     at: float
     gone: tuple[tuple[str, float], ...]
@@ -99,7 +99,7 @@ class Crash(NamedTuple):
 
 @dataclass(slots=True)
 class Script:
-    """Who joins when, who crashes when, who is cut off; in seconds from the first join."""
+    """Joins, crashes, and the servers that are cut off; in seconds from the first join."""
 
     joins: list[tuple[float, Hardware]] = field(default_factory=list)
     crashes: list[Crash] = field(default_factory=list)

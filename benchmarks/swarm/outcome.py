@@ -15,7 +15,7 @@ RESTORED_SECONDS = 60.0  # in which, and the time to load, a block that lost its
 class Gap:
     """A block without a server.  Seconds of the simulated time: from when, and from when records tell it.
 
-    stuck: seconds in which nobody could help: all memory together is too little, or no plan closes it.
+    stuck: seconds without a remedy: all memory together is too little, or no plan closes the gap.
     """
 
     since: float
@@ -28,7 +28,7 @@ class Gap:
 class Repair:
     """A block that has a server again, or not even at the end.
 
-    Seconds: in all, since records told of it, of the last loading, and in which nobody could help.
+    Seconds: in all, since records told of it, of the last load, and without a remedy.
     """
 
     total: float
@@ -43,15 +43,16 @@ class Repair:
 
     @property
     def impossible(self) -> bool:
-        """Whether it would not be late but for the time in which nobody could help."""
+        """Whether it is late only by the time without a remedy."""
         return self.total - self.stuck <= RESTORED_SECONDS + self.load
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What was measured.  shares: of the bound, while observed; seconds of the simulated time.
+    """The measurements.  shares: of the bound, while observed; seconds of the simulated time.
 
-    rank_ms, turns_ms: of what all servers with one view work out alike; own_ms: of the rest of a decision.
+    rank_ms, turns_ms: of the part that all servers with one view work out alike; own_ms: of the rest of a
+    decision.
     """
 
     shares: list[float] = field(default_factory=list)
@@ -96,7 +97,7 @@ class GapAccount:
             self._outcome.repairs.append(_repair(self.open.pop(block), now, load))
 
     def hopeless(self, now: float, blocks: Collection[int]) -> None:
-        """Note the open blocks that nobody can serve at this moment, whatever anybody knew."""
+        """Note the open blocks that no server can take at this moment, by any plan."""
         for block, gap in self.open.items():
             if block in blocks and gap.stuck_since is None:
                 gap.stuck_since = now
@@ -121,9 +122,10 @@ def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
     """The figures of all seeds of one rule.
 
     coverage_restored_s: from when a block lost its last server until it has one again.
-    coverage_late: blocks for which that took more than RESTORED_SECONDS and the loading of who closed the
-        gap; coverage_late_impossible: of these, but for the time in which nobody could help.
-    coverage_reaction_s: from when no record tells of a server, and without the loading of who closed the gap.
+    coverage_late: blocks for which that took more than RESTORED_SECONDS and the load of the server that
+        closed the gap; coverage_late_impossible: of these, late only by the time without a remedy.
+    coverage_reaction_s: from when no record tells of a server, and without the load of the server that
+        closed the gap.
     """
     setup = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)
     hours = sum(outcome.observed_s for outcome in outcomes) / 3600

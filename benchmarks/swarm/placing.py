@@ -92,7 +92,7 @@ class Placing:
         self._load(server)
 
     def _load(self, server: Server) -> None:
-        """Load what is missing of the target; `serving` is what is there of it already."""
+        """Load the missing blocks of the target; `serving` is there already."""
         assert server.target is not None
         there = server.serving[1] - server.serving[0] if server.serving else 0
         missing = server.target[1] - server.target[0] - there
@@ -140,7 +140,7 @@ class Placing:
             self._notice(server)
 
     def _notice(self, server: Server) -> None:
-        """See what is new: who is gone, and blocks that nobody holds."""
+        """Look at the news: lost servers, and blocks without a holder."""
         view, knew = self._world.view(server), server.knew
         if view is knew:
             return
@@ -151,7 +151,7 @@ class Placing:
         self._look_for_gaps(server)
 
     def _look_for_gaps(self, server: Server) -> None:
-        """A look for blocks that nobody holds, as a node does each second."""
+        """Look for blocks without a holder, as a node does each second."""
         snapshot = self._world.view(server)
         held = snapshot.held
         turn = None

@@ -1,7 +1,7 @@
-"""The rules that `benchmarks swarm` compares: where a server goes when it joins, and when it moves.
+"""The rules that `benchmarks swarm` compares: the place of a joining server, and its moves.
 
-Petals' rules are written from its papers (arXiv:2209.01188, arXiv:2312.08361) and from what its servers do
-(src/petals/server/block_selection.py): a server counts with the same throughput for each of its blocks,
+Petals' rules are written from its papers (arXiv:2209.01188, arXiv:2312.08361) and from its servers' code
+(src/petals/server/block_selection.py): a server counts with one throughput for each of its blocks,
 its rate over the blocks that an average request uses of it, (count + 1) / 2.  A joining server takes the
 window whose throughputs, sorted, come first in lexicographic order.  Now and then each server simulates
 that it and then all others go where this rule sends them, until nobody moves; where the least throughput
@@ -30,7 +30,7 @@ EPSILON = 1e-3
 
 
 class Rule(Protocol):
-    """A rule; `seen` is whatever the decider knows, `rank` may be kept for others who know the same."""
+    """A rule; `seen` is the view of the deciding server, and servers with an equal view share `rank`."""
 
     drops_first: bool  # stops serving as soon as it moves, joins again, and loads every block anew
     fresh: bool  # sees everything at once
@@ -44,7 +44,7 @@ class Rule(Protocol):
         ...
 
     def rank(self, seen: Sequence[Holder], blocks: int) -> list[Move]:
-        """What all servers with this view agree on."""
+        """The moves on which all servers with this view agree."""
         ...
 
     def move(
@@ -54,7 +54,7 @@ class Rule(Protocol):
         ...
 
     def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
-        """Who moves to blocks that nobody holds."""
+        """The moves to blocks without a holder."""
         ...
 
 
@@ -126,7 +126,7 @@ class Equal(Random):
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
     ) -> Window:
-        """The next in the row, as somebody with a list would give them out."""
+        """The next window in the row, as from a list."""
         start = min(self._next, blocks - count)
         self._next = 0 if start + count >= blocks else start + count
         return start, start + count

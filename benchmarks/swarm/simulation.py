@@ -3,11 +3,11 @@
 Event by event, from one seed, with the constants and the decisions of the nodes:
 `routing.placement.rebalance`, `routing.placement.cover_gaps`, `node.serving.balancer`.  Records are
 flooded: every server knows those of the others as they were at most VIEW_SECONDS ago, at its own moments.
-A server that moves by our rule announces the new span, serves the old one for SETTLE_SECONDS more, looks
-again, pings those who stay, and only then gives up what it does not keep; while it loads it serves what
-both spans have.  A crashed server is seen until its record ends, but by those who watch it
-(`routing.placement.cover_gaps.watched`): each asks at its own moments, every WATCH_SECONDS, and after two
-silences, each waited for to the end, it leaves the server out.
+A server that moves by our rule announces the new span and serves the old one for SETTLE_SECONDS more.
+It looks again, pings the servers that stay, and only then gives up the blocks it does not keep.  During
+the load it serves the blocks of both spans.  A crashed server is seen until its record ends, except by
+its watchers (`routing.placement.cover_gaps.watched`): each asks at its own moments, every WATCH_SECONDS,
+and leaves the server out after two silences.
 
 By Petals' rule a server stops at once, looks for a place a few seconds later, and loads; it sees everything
 at once, and nobody is watched.
@@ -109,7 +109,7 @@ class Simulation:
         self.world.announce(server)
 
     def _share(self) -> float:
-        """The capacity of what is served now, by true rates, as a share of the bound of all that are up."""
+        """The capacity of the blocks served now, by true rates, as a share of the bound of all servers."""
         blocks = self.plan.model.blocks
         serving = [holder for holder, _ in self.world.serving()]
         return capacity(serving, blocks) / (math.fsum(s.rate for s in self.world.servers.values()) / blocks)

@@ -1,4 +1,4 @@
-"""Who serves what: how near a swarm comes to the best that its hardware allows, by rule.
+"""Placement by rule: a swarm's capacity, as a share of the bound of its hardware.
 
     python -m benchmarks swarm --servers 60 --model llama-405b --seeds 20 --rule all
 
@@ -10,8 +10,8 @@ With --clients sessions then come to the servers as they stand (see benchmarks.s
 --load of what they can do: `made/asked` of their tokens, and the 95th percentile of a session's seconds
 for a token, also as a ratio to that of clients that see everything.
 
-`decision ms` is what one decision takes a node, with all that others who see the same work out too;
---decisions-only times each kind of them.
+`decision ms` is the time of one decision of a node, with the part that nodes of one view work out alike.
+--decisions-only times each kind of decision.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--partition", type=float, default=0.0, help="share that is cut off for ten minutes")
     parser.add_argument("--noise", type=float, default=0.0, help="by which announced rates are wrong at most")
     parser.add_argument(
-        "--decisions-only", type=int, nargs="+", metavar="N", help="only time decisions among so many servers"
+        "--decisions-only", type=int, nargs="+", metavar="N", help="only time decisions among N servers"
     )
     parser.add_argument("--jobs", type=int, default=1, help="seeds that are simulated at once")
     parser.add_argument("--clients", type=int, default=0, metavar="N", help="that ask for tokens afterwards")
@@ -101,7 +101,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def plan_of(flags: argparse.Namespace, seed: int) -> Plan:
-    """One run; those of 1,000 servers join within the same ten minutes as those of 60."""
+    """One run; 1,000 servers join within the ten minutes in which 60 would."""
     return Plan(
         model=MODELS[flags.model],
         servers=flags.servers,

@@ -1,4 +1,4 @@
-"""What the servers of `benchmarks swarm` see of each other: announcements, and how old a view of them is."""
+"""The view of a server in `benchmarks swarm`: announcements, and their age."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Snapshot:
-    """What was announced at one moment, and what was worked out from it, once for all who see it."""
+    """The announcements of one moment, and the results worked out from them once for all viewers."""
 
     def __init__(self, records: tuple[Record, ...]) -> None:
         self.records = records
@@ -29,7 +29,7 @@ class Snapshot:
         return holders(self.records)
 
     def once(self, key: object, work: Callable[[], T]) -> T:
-        """What `work` gave the first time that it was asked for under this key."""
+        """The result of the first `work` under this key."""
         if key not in self._worked_out:
             self._worked_out[key] = work()
         return self._worked_out[key]  # type: ignore[return-value]  # of this key it is a T
@@ -41,18 +41,18 @@ class Snapshot:
 
     @cached_property
     def online(self) -> frozenset[PeerId]:
-        """Those who serve what they announce."""
+        """The servers that serve the announced blocks."""
         return frozenset(record.peer for record in self.records if record.state == "online")
 
     def without(self, lost: frozenset[PeerId]) -> Snapshot:
-        """What is left where these are taken for lost."""
+        """The snapshot without these peers, taken for lost."""
         lost &= self.peers
         if not lost:
             return self
         return self.once(lost, lambda: Snapshot(tuple(r for r in self.records if r.peer not in lost)))
 
     def of(self, peers: Collection[str], inside: bool, old: Snapshot | None) -> Snapshot:
-        """What those inside (or outside) see of themselves now, and of the others as in `old`."""
+        """The view of those inside (or outside): themselves now, and the others as in `old`."""
         now = [record for record in self.records if (record.peer in peers) == inside]
         then = [] if old is None else [r for r in old.records if (r.peer in peers) != inside]
         return Snapshot((*now, *then))
@@ -97,7 +97,7 @@ class News:
         return bool(cut) and (one in self._cut) != (other in self._cut)
 
     def seen(self, now: float, age: float, peer: str) -> Snapshot:
-        """What a peer sees that heard of the others `age` seconds ago."""
+        """The view of a peer whose last news of the others is `age` seconds old."""
         second = int(now - age)
         snapshot = next((s for until, s in self._past if second <= until), None) or self.fresh()
         if not self._cut or not self._cut_at < second < self._cut_at + PARTED_SECONDS:

@@ -12,7 +12,7 @@ from routing.placement.cover_gaps import taken_for_lost, watched
 
 
 class Watch:
-    """Each server asks its watched ones at its own moments, every WATCH_SECONDS, while somebody is silent.
+    """Each server asks its watched ones at its own moments, every WATCH_SECONDS, while a server is silent.
 
     notice: called with a server whose view has changed.
     """
@@ -22,20 +22,20 @@ class Watch:
         self._parted_until = 0.0
 
     def start(self, server: Server) -> None:
-        """Nobody asks in vain, and so nothing is simulated, until there is somebody silent."""
-        if not server.watching and self._somebody_is_silent():
+        """Without a silent server every answer comes, so nothing is simulated until then."""
+        if not server.watching and self._is_any_silent():
             server.watching = True
             self._world.events.add(
                 self._world.now + self._world.chance.uniform(0, WATCH_SECONDS),
                 lambda: self._ask_around(server),
             )
 
-    def _somebody_is_silent(self) -> bool:
+    def _is_any_silent(self) -> bool:
         return bool(self._world.silent) or self._world.now < self._parted_until
 
     def _ask_around(self, server: Server) -> None:
         """As a node does; an answer comes at once, a silence takes ANSWER_SECONDS."""
-        server.watching = server.alive and (self._somebody_is_silent() or bool(server.lost))
+        server.watching = server.alive and (self._is_any_silent() or bool(server.lost))
         if not server.watching or server.target is None:
             server.watching = False
             return
@@ -63,7 +63,7 @@ class Watch:
         self.start_all()
 
     def start_all(self) -> None:
-        """Somebody has fallen silent: all watch."""
+        """A server has fallen silent: all watch."""
         if self._world.rule.covers:
             for server in self._world.servers.values():
                 self.start(server)

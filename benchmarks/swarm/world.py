@@ -1,4 +1,4 @@
-"""What the parts of a simulation share: the servers, their announcements, the clock, the chance."""
+"""The common state of a simulation: the servers, their announcements, the clock, the chance."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from routing.view.records import Record, State
 
 @dataclass(slots=True)
 class Server:
-    """One server.  serving: what it computes now, None where nothing; target: what it announces."""
+    """One server.  serving: the blocks that it computes now, or None; target: its announced blocks."""
 
     peer: PeerId
     count: int
     rate: float
     claim: float
-    heard_at: float  # when it heard of the others, as at any multiple of VIEW_SECONDS from then
+    heard_at: float  # of its last news; more comes every VIEW_SECONDS from then
     serving: Window | None = None
     target: Window | None = None
     state: State = "offline"
@@ -38,10 +38,10 @@ class Server:
 
 
 class World:
-    """The servers that are up, by peer, in truth; and what they announce of themselves.
+    """The servers that are up, by peer, in truth; and their announcements.
 
     silent: crashed, and still announced.  observing: figures are taken.  changed: a server began or ended to
-    serve blocks since somebody last looked.  last_load: seconds, of the server that came online last.
+    serve blocks since the last look.  last_load: seconds, of the server that came online last.
     """
 
     def __init__(self, plan: Plan, rule: Rule) -> None:
@@ -71,7 +71,7 @@ class World:
         self.events.add(self.now + seconds, unless_void)
 
     def announce(self, server: Server) -> None:
-        """Let all know what a server serves, or that it serves nothing."""
+        """Announce the blocks of a server, or that it has none."""
         record = None
         if server.target is not None and server.alive:
             start, stop = server.target
@@ -87,7 +87,7 @@ class World:
         return self.news.seen(self.now, age, server.peer).without(server.lost)
 
     def serving(self) -> list[tuple[Holder, float]]:
-        """Who serves what now, in truth, and the rate that each claims."""
+        """The holders of blocks now, in truth, and the rate that each claims."""
         serving = ((s, s.serving) for s in self.servers.values())
         return [(Holder(s.peer, *window, s.rate), s.claim) for s, window in serving if window]
 
