@@ -168,6 +168,19 @@ class Sessions(RuleBasedStateMachine):
 TestSessions = Sessions.TestCase
 
 
+def test_the_rows_of_a_closed_cache_are_used_again():
+    pool = arena_of(64)
+    held = pool.open(2, 16)
+    rows = set(held.rows.tolist())
+    for _ in range(100):
+        cache = pool.open(3, 16)
+        rows |= set(cache.rows.tolist())
+        cache.close()
+    assert len(rows) == 5
+    held.close()
+    assert len(rows | set(pool.open(5, 16).rows.tolist())) == 5
+
+
 def test_a_page_that_held_nan_is_zero_for_its_next_owner():
     pool = arena_of(32)
     one = pool.open(1, 32)
