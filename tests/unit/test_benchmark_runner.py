@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS, main, overview
+from benchmarks.figures import measurements
+from benchmarks.figures.figures import parse
+from benchmarks.figures.measurements import DEMO, MEASUREMENTS, USUAL, measure
 from benchmarks.lib import results
 from benchmarks.lib.results import Run, command
 
@@ -81,3 +86,55 @@ def test_the_command_of_a_result_can_be_repeated():
 def test_an_archive_without_a_repository_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     assert results.commit() == "unknown"
+
+
+class Parsed(Exception):
+    """A command line was understood."""
+
+
+@pytest.mark.parametrize("name", sorted(MEASUREMENTS.keys() - {DEMO}))
+def test_the_command_of_every_result_is_understood(name: str, monkeypatch: pytest.MonkeyPatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *words: object, **options: object) -> None:
+        parse_args(self, *words, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        main([*MEASUREMENTS[name], "--json", "result.json"])
+
+
+def test_a_result_is_measured_by_its_command_into_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran = []
+
+    def run(words: list[str], **_: object) -> SimpleNamespace:
+        ran.append(words[2:])
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(measurements, "FIGURES", tmp_path)
+    monkeypatch.setattr(measurements.subprocess, "run", run)
+    assert measure("decode-3", rounds=2) == 3
+    assert measure("wan", rounds=2) == 3
+    assert ran == [
+        [
+            "benchmarks",
+            "decode",
+            "--servers",
+            "3",
+            "--rounds",
+            "2",
+            "--json",
+            str(tmp_path / "decode-3.json"),
+        ],
+        ["benchmarks", "wan", "--json", str(tmp_path / "wan.json")],
+    ]
+
+
+def test_the_usual_results_are_measured_where_none_is_named(capsys: pytest.CaptureFixture[str]):
+    assert parse([]).measure is None
+    assert parse(["--measure"]).measure == list(USUAL)
+    assert parse(["--measure", "wan", "executor"]).measure == ["wan", "executor"]
+    with pytest.raises(SystemExit):
+        parse(["--measure", "one-that-is-not-there"])
+    assert "one-that-is-not-there" in capsys.readouterr().err
