@@ -1,10 +1,9 @@
-"""Who holds how many pages of the KV cache, and who may have more: pure accounting.
+"""The KV cache's budget: how many pages each session holds, and which session may have more.
 
-A span's cache is cut into pages of `page_tokens` positions.  A row of a session holds the pages that
-its positions fill, no matter how many it was opened for: memory follows use.  So more may be asked
-for than there is, and somebody has to be told no in mid-session; whom, and why that never ends in a
-deadlock, stands at `CacheBudget`.  What a token costs in bytes is the model's affair
-(`ModelInfo.kv_bytes_per_token_per_block`).
+A span's cache is cut into pages of `page_tokens` positions.  A row of a session holds the pages that its
+positions fill, whatever length the session was opened for: memory follows use.  So sessions may ask for more
+pages than exist, and a session may be refused after it has begun; `CacheBudget` says which one, and why no
+deadlock follows.  The bytes of a token are the model's (`ModelInfo.kv_bytes_per_token_per_block`).
 """
 
 from __future__ import annotations
@@ -17,63 +16,63 @@ import trio
 
 from tensor_codec.errors import CacheFull, LocalProtocolError
 
-FREE_AGAIN_SECONDS = 2.0  # sessions end and are cut all the time
-SHARE_AGAIN_SECONDS = 5.0  # the peer has to end one of its own first
+FREE_AGAIN_SECONDS = 2.0  # sessions end, and caches are cut, all the time
+SHARE_AGAIN_SECONDS = 5.0  # the peer must end one of its own sessions first
 
 
 @dataclass(slots=True)
 class _Session:
-    """One session's pages: those that it holds and those that it may come to hold, of all its rows.
+    """One session's pages, of all its rows.
 
-    long: it may come to hold more than a peer's share.
+    max_pages: that it may come to hold; pages: that it holds.  long: whether max_pages exceeds a peer's
+    share.
     """
 
     peer: str
     rows: int
     max_length: int
-    most: int
+    max_pages: int
     long: bool = False
     pages: int = 0
 
 
 @dataclass(slots=True)
 class CacheBudget:
-    """Pages that a span's sessions hold, and who may take another one.
+    """The pages that a span's sessions hold, and which session may take another one.
 
     Promises, checked by tests/unit/test_cache_budget.py:
-      * what is held never exceeds `tokens`; what one peer's sessions hold never exceeds its share, and
-        what its long ones hold, those that may need more than a share, never `session_tokens`;
-      * a refusal changes nothing: the session that hears CacheFull has its cache as it was;
-      * the first session can always go on, up to the length that it was opened for: the oldest of those
-        that are not long, and where there is none the oldest long one;
-      * every other session can do so at the latest when all that are before it have ended;
-      * releasing everything brings the budget back to where it began.
+      * held pages never exceed `tokens`; the pages of one peer's sessions never exceed its share, and the
+        pages of its long sessions, whose maximum exceeds a share, never exceed `session_tokens`;
+      * a refusal changes nothing: after CacheFull the session's cache is as it was;
+      * the first session can always go on, up to the length that it was opened for: the first one is the
+        oldest that is not long, and without one the oldest long session;
+      * every other session can do so at the latest when all sessions before it have ended;
+      * releasing all sessions brings the budget back to its beginning.
 
-    The last but one is Dijkstra's banker (EWD 108) with one fixed order: by age, and the long ones behind
-    all others.  For every session, what it may still need is covered by the free pages and those of the
-    sessions before it:
+    The last but one is Dijkstra's banker (EWD 108) with one fixed order: by age, long sessions after all
+    others.  For every session, the free pages and the pages of the sessions before it cover its further need:
 
-        most - pages <= free + sum(pages of sessions before it)    (and the same inside its peer's share)
+        max_pages - pages <= free + sum(pages of sessions before it)    (and also inside its peer's share)
 
-    A session is admitted with nothing in hand, and `most` no greater than what those behind it leave, so
-    it holds then.  Pages that a session takes leave it true for itself and for those behind it (they are
-    counted on the other side now); only for those before it is asked whether it stays true.  Nobody
-    is before the first, which therefore is never refused.  A cut and an end keep it true for all.  So
-    there is no state in which everyone waits: the first goes on, ends (each session has a greatest age),
-    and the next one inherits its place.  One that is refused may wait for that, or its client closes it,
-    which frees its pages, and goes elsewhere.
+    A session is admitted without a page, and with `max_pages` no greater than the sessions after it leave, so
+    the inequality holds then.  Pages that a session takes leave it true for that session and for the sessions
+    after it, where they count on the right side now; it is checked only for the sessions before it.  No
+    session is before the first, so the first is never refused.  A cut and an end keep the inequality true for
+    all.  So there is no state in which all wait: the first session goes on and ends (each session has a
+    maximum age), and the next one takes its place.  A refused session may wait for that, or its client closes
+    it, which frees its pages, and goes elsewhere.
 
-    What sessions must leave free is the most that a single one before them may still need, never the sum
-    over them, so for all but the long ones it is at most one peer's share: a quarter of a large budget;
-    half of one of twice `least_share_tokens`; and in a budget as small as `least_share_tokens` a session
-    opened for all of it is served alone.  A long session takes what others leave, up to the whole: it
-    costs them nothing before it has grown, and may have to wait for them.  No budget refuses what promising
-    every session its whole length, in pages, would have let in.  Not guaranteed: that a session which
-    was admitted gets beyond its first page at once, or at all before its client loses patience.
+    Sessions must leave free the largest further need of a single session before them, never the sum.  For all
+    but long sessions that is at most one peer's share: a quarter of a large budget; half of a budget of twice
+    `least_share_tokens`; in a budget of `least_share_tokens` a session opened for all of it is served alone.
+    A long session takes the pages that others leave, up to all: it costs them nothing before it has grown,
+    and may have to wait for them.  The budget never refuses a session that would fit if every session were
+    given its whole length at once.  Not guaranteed: that an admitted session gets beyond its first page at
+    once, or before its client gives up.
 
-    tokens: of all sessions together.  share_per_peer: the part of them that one peer may hold, but
-    never less than `least_share_tokens`.  page_tokens: positions of a page.  Parts of a page are never
-    used.  max_session_tokens: of one session, and of the long ones of a peer; None: all.
+    tokens: of all sessions together.  share_per_peer: the part of them that one peer may hold, but never less
+    than `least_share_tokens`.  page_tokens: positions of a page.  Parts of a page are never used.
+    max_session_tokens: of one session, and of all long sessions of a peer; None: all.
     """
 
     tokens: int
@@ -103,18 +102,18 @@ class CacheBudget:
         return self.page_tokens * _held(self._of(peer))
 
     def admit(self, session: bytes, peer: str, rows: int, max_length: int) -> None:
-        """Give a session of `rows` x `max_length` its place; it holds no page yet.
+        """Admit a session of `rows` x `max_length`; it holds no page yet.
 
-        Raises CacheFull, and then nothing has changed: for ever where it is larger than a session may be,
-        for a while where a first page for each row is not to be had.
+        Raises CacheFull, and then nothing has changed: for good where the session is larger than a session
+        may be, for a while where a first page for each row is missing.
         """
         if session in self._sessions:
             raise LocalProtocolError("a session was admitted twice")
-        most = rows * self._pages(max_length)
-        new = _Session(peer, rows, max_length, most, long=most > self._peer_pages)
-        if most > self._session_pages:
+        max_pages = rows * self._pages(max_length)
+        new = _Session(peer, rows, max_length, max_pages, long=max_pages > self._peer_pages)
+        if max_pages > self._session_pages:
             raise CacheFull(
-                f"a session of {rows} x {max_length} tokens takes {most * self.page_tokens} in pages of"
+                f"a session of {rows} x {max_length} tokens takes {max_pages * self.page_tokens} in pages of"
                 f" {self.page_tokens}, {self.session_tokens} are allowed a session here"
                 " (--max-session-tokens, --cache-tokens)"
             )
@@ -123,7 +122,7 @@ class CacheBudget:
         self._sessions[session] = new
 
     def grow(self, session: bytes, length: int) -> None:
-        """Let every row have room for the positions before `length`; it may have more already.
+        """Give every row pages for the positions before `length`; it may have more already.
 
         Raises CacheFull, and then nothing has changed.
         """
@@ -141,7 +140,7 @@ class CacheBudget:
         mine.pages = min(mine.pages, mine.rows * self._pages(length))
 
     def release(self, session: bytes) -> None:
-        """Take back a session's pages and its place."""
+        """End a session: take back its pages."""
         del self._sessions[session]
 
     @property
@@ -166,26 +165,23 @@ class CacheBudget:
         return [session for session in self._sessions.values() if session.peer == peer]
 
     def _check_place(self, new: _Session) -> None:
-        """Whether a newcomer can be promised its length beside those behind it, and a page for each row.
-
-        Raises CacheFull.
-        """
-        behind = _held(session for session in self._sessions.values() if session.long > new.long)
-        if new.most > self._all_pages - behind:
+        """Raise CacheFull unless a new session fits besides the sessions after it, each row with a page."""
+        after = _held(session for session in self._sessions.values() if session.long > new.long)
+        if new.max_pages > self._all_pages - after:
             raise CacheFull(
-                f"{new.most * self.page_tokens} tokens of {self.tokens}, longer sessions hold"
-                f" {behind * self.page_tokens}",
+                f"{new.max_pages * self.page_tokens} tokens of {self.tokens}, longer sessions hold"
+                f" {after * self.page_tokens}",
                 retry_after_seconds=FREE_AGAIN_SECONDS,
             )
         rows = sum(session.rows for session in self._sessions.values())
-        if rows + new.rows > self._all_pages:  # what a row takes beside its pages is bounded so
+        if rows + new.rows > self._all_pages:  # bounds what rows take besides their pages
             raise CacheFull(
                 f"{new.rows} rows beside {rows}, {self._all_pages} are allowed here",
                 retry_after_seconds=FREE_AGAIN_SECONDS,
             )
 
     def _check(self, mine: _Session, more: int) -> None:
-        """Whether `mine` may have `more` pages.  Raises CacheFull."""
+        """Raise CacheFull unless `mine` may have `more` pages."""
         page = self.page_tokens
         alike = [session for session in self._of(mine.peer) if session.long == mine.long]
         share, what = self._peer_pages, "a peer here"
@@ -214,23 +210,23 @@ def _held(sessions: Iterable[_Session]) -> int:
 
 
 def _spare(mine: _Session, sessions: Iterable[_Session], capacity: int) -> int:
-    """Pages of `capacity` that `mine` may take so that all before it can still go on in their order.
+    """Pages of `capacity` that `mine` may take so that all sessions before it can still go on in order.
 
-    sessions: those that share the capacity, oldest first; a newcomer is not among them yet.
+    sessions: the sessions that share the capacity, oldest first; a new session is not among them yet.
     """
     sessions = sorted(sessions, key=lambda session: session.long)
     reserve = before = 0
     for session in sessions:
         if session is mine or session.long > mine.long:
             break
-        reserve = max(reserve, session.most - session.pages - before)
+        reserve = max(reserve, session.max_pages - session.pages - before)
         before += session.pages
     return max(0, capacity - _held(sessions) - reserve)
 
 
 @dataclass(slots=True)
 class CacheAdmission:
-    """A budget, and those who wait for a part of it.  wait_seconds: how long at the most."""
+    """A budget, and the callers that wait for a part of it.  wait_seconds: at most for each."""
 
     budget: CacheBudget
     wait_seconds: float
@@ -238,23 +234,23 @@ class CacheAdmission:
 
     async def admit(self, session: bytes, peer: str, rows: int, max_length: int) -> None:
         """See `CacheBudget.admit`, after a bounded wait."""
-        await self._when_there_is(partial(self.budget.admit, session, peer, rows, max_length))
+        await self._with_patience(partial(self.budget.admit, session, peer, rows, max_length))
 
     async def grow(self, session: bytes, length: int) -> None:
         """See `CacheBudget.grow`, after a bounded wait."""
-        await self._when_there_is(partial(self.budget.grow, session, length))
+        await self._with_patience(partial(self.budget.grow, session, length))
 
     def shrink(self, session: bytes, length: int) -> None:
-        """See `CacheBudget.shrink`; who waits looks again."""
+        """See `CacheBudget.shrink`; waiting callers try again."""
         self.budget.shrink(session, length)
-        self._there_is_more()
+        self.wake()
 
     def release(self, session: bytes) -> None:
-        """See `CacheBudget.release`; who waits looks again."""
+        """See `CacheBudget.release`; waiting callers try again."""
         self.budget.release(session)
-        self._there_is_more()
+        self.wake()
 
-    async def _when_there_is(self, take: Callable[[], None]) -> None:
+    async def _with_patience(self, take: Callable[[], None]) -> None:
         deadline = trio.current_time() + self.wait_seconds
         while True:
             try:
@@ -265,6 +261,7 @@ class CacheAdmission:
             with trio.move_on_at(deadline):
                 await self._more.wait()
 
-    def _there_is_more(self) -> None:
+    def wake(self) -> None:
+        """Have waiting callers try again."""
         self._more.set()
         self._more = trio.Event()

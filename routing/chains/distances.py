@@ -1,14 +1,14 @@
-"""How far peers are from each other: as they announced it, else estimated from those whom both know.
+"""Distances between peers: as announced, else estimated over peers that both ends have measured.
 
-Nobody measures all pairs.  Where neither of two peers announced the other, every peer to which both
-announced a distance gives a bound: the way over it.  The shortest such way is the estimate, as in the
-triangulation of IDMaps (Francis et al., 2001) and its forerunners (Hotz, 1994): the bound from above is
-close as soon as one of those between is close to either of the two, which a peer in the same house is.
-The bound from below, |one leg - other leg|, is close only seldom and is not used: an estimate that is
-too far costs a detour, one that is too near makes false claims worth while.
+Nobody measures all pairs.  Where neither of two peers announced the other, each common neighbour gives an
+upper
+bound: the way over it.  The shortest way is the estimate, as in the triangulation of IDMaps (Francis et al.,
+2001) and its forerunners (Hotz, 1994).  The bound is tight when a common neighbour is close to either end,
+for instance in the same house.  The lower bound, |one leg - other leg|, is seldom tight and not used: an
+estimate that is too long costs a detour, and one that is too short would reward false claims.
 
-The client is one more of those whom two peers may both know, and the one whose distances nobody can
-make up; its own distance to a peer that it has not measured is estimated in the same way.
+The client is a common neighbour too, and no peer can falsify the client's distances.  The client's distance
+to a peer that it has not measured is estimated in the same way.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from numpy.typing import NDArray
 from routing.names import PeerId
 from routing.view.records import NOBODY, Record
 
-DEFAULT_RTT_SECONDS = 0.1  # between peers of whom nothing is known: a pair on one continent
-FEW = 0.25  # of all peers: for so many it is quicker to begin anew
+DEFAULT_RTT_SECONDS = 0.1  # between peers without a known distance: a pair on one continent
+REBUILD_SHARE = 0.25  # of all peers: where more have changed, estimating all anew is quicker
 CLIENT = NOBODY  # the name under which the client's own distances are kept
 
 Seconds = NDArray[np.float64]
 
 
 class Distances:
-    """Round trips between peers, kept from view to view: only what changed is worked out again.
+    """Round trips between peers, kept from view to view: only changes are worked out again.
 
-    default: where nobody is known to both.
-    seconds: by `rows`; infinite from a peer to itself.  To be read only, until the next update.
+    default: seconds between peers without a common neighbour.
+    seconds: by `rows`; infinite from a peer to itself.  Read-only, and valid until the next update.
 
-    Two calls of `update` that end with the same records give the same distances, whatever was there
-    before.  Memory: 16 bytes for each pair of peers.
+    The distances follow from the records of the last `update` alone, whatever came before.
+    Memory: 16 bytes for each pair of peers.
     """
 
     def __init__(self, default: float = DEFAULT_RTT_SECONDS) -> None:
         self.default = default
         self.seconds: Seconds = np.empty((0, 0))
-        self._told: Seconds = np.empty((0, 0))  # what was announced, infinite elsewhere
+        self._announced: Seconds = np.empty((0, 0))  # infinite where nothing was announced
         self._records: dict[PeerId, Record] = {}
         self._row: dict[PeerId, int] = {}
         self._peers: list[PeerId] = []  # by row
@@ -49,10 +49,10 @@ class Distances:
         self.update(())
 
     def update(self, spans: Sequence[Record], client_rtt: Mapping[PeerId, float] | None = None) -> None:
-        """From now on these are the peers.  Cheap where most records are the very ones given before.
+        """Replace the peers by these.  Cheap where most records are the same objects as before.
 
-        client_rtt: seconds from the client to a peer and back, where it has measured.
-        Of n peers that know k others each, a new record costs O(k * n * k), all of them O(n * k**2).
+        client_rtt: seconds from the client to a peer and back, for measured peers.
+        With n peers that announce k others each, one new record costs O(k * n * k), all O(n * k**2).
         """
         new = {span.peer: span for span in spans}
         old = self._records
@@ -68,13 +68,13 @@ class Distances:
         stale = [
             (peer, self._peers[row]) for peer in changed if peer in self._row for row in self._known(peer)
         ]
-        self._told[again, :] = self._told[:, again] = np.inf
+        self._announced[again, :] = self._announced[:, again] = np.inf
         self._records = new
         self._leave(gone)
         joined = self._join(changed)
-        told = [(peer, other) for peer in changed for other in new[peer].rtt]
-        heard = [(p, other) for p, span in new.items() if joined for other in span.rtt if other in joined]
-        self._tell((*stale, *told, *heard))
+        own = [(peer, other) for peer in changed for other in new[peer].rtt]
+        of_joined = [(p, other) for p, span in new.items() if joined for other in span.rtt if other in joined]
+        self._enter((*stale, *own, *of_joined))
         self._estimate(affected | self._about([self._row[peer] for peer in changed]))
 
     def between(self, one: PeerId, other: PeerId) -> float:
@@ -84,16 +84,18 @@ class Distances:
         return float(self.seconds[self._row[one], self._row[other]])
 
     def rows(self, peers: Sequence[PeerId]) -> NDArray[np.intp]:
-        """Where these peers are in `seconds`."""
+        """The rows of these peers in `seconds`."""
         return np.array([self._row[peer] for peer in peers], dtype=np.intp)
 
     def _known(self, peer: PeerId) -> list[int]:
-        known: list[int] = np.flatnonzero(self._told[self._row[peer]] < np.inf).tolist()
+        known: list[int] = np.flatnonzero(self._announced[self._row[peer]] < np.inf).tolist()
         return known
 
     def _about(self, rows: Sequence[int]) -> set[int]:
-        """These peers and all those that know one of them."""
-        return {*rows, *np.flatnonzero((self._told[rows] < np.inf).any(axis=0)).tolist()} if rows else set()
+        """The rows of these peers and of all peers with an announced distance to one of them."""
+        return (
+            {*rows, *np.flatnonzero((self._announced[rows] < np.inf).any(axis=0)).tolist()} if rows else set()
+        )
 
     def _leave(self, peers: Iterable[PeerId]) -> None:
         for peer in peers:
@@ -102,12 +104,12 @@ class Distances:
             self._free.append(row)
 
     def _join(self, peers: Iterable[PeerId]) -> set[PeerId]:
-        """Give a row to those that have none yet; return them."""
+        """Give a row to each peer without one; return these peers."""
         joined = [peer for peer in peers if peer not in self._row]
         if len(joined) > len(self._free):
-            size = len(self._told)
+            size = len(self._announced)
             more = max(len(joined) - len(self._free), size // 4)
-            self._told = np.pad(self._told, (0, more), constant_values=np.inf)
+            self._announced = np.pad(self._announced, (0, more), constant_values=np.inf)
             self.seconds = np.pad(self.seconds, (0, more), constant_values=self.default)
             self._peers += [NOBODY] * more
             self._free = [*reversed(range(size, size + more)), *self._free]
@@ -116,38 +118,40 @@ class Distances:
             self._peers[row] = peer
         return set(joined)
 
-    def _tell(self, pairs: Iterable[tuple[PeerId, PeerId]]) -> None:
-        """Enter what each of two peers says.  Where they say different things the longer counts: no peer
-        can make itself near alone."""
+    def _enter(self, pairs: Iterable[tuple[PeerId, PeerId]]) -> None:
+        """Enter the announced distances of these pairs.
+
+        Where the two peers differ the longer one counts: no peer can make itself near alone.
+        """
         for one, other in pairs:
             if one == other or one not in self._row or other not in self._row:
                 continue
             row, column = self._row[one], self._row[other]
             there, back = self._records[one].rtt.get(other), self._records[other].rtt.get(one)
             if there is not None or back is not None:
-                self._told[row, column] = self._told[column, row] = max(there or 0.0, back or 0.0)
+                self._announced[row, column] = self._announced[column, row] = max(there or 0.0, back or 0.0)
 
     def _estimate(self, rows: set[int]) -> None:
-        """Work out again all distances of these peers."""
-        if len(rows) > FEW * len(self._told):
+        """Work out all distances of these rows again."""
+        if len(rows) > REBUILD_SHARE * len(self._announced):
             self._estimate_all()
             return
         for row in sorted(rows):
-            told = self._told[row]
-            known = np.flatnonzero(told < np.inf)
-            ways = (self._told[known] + told[known, None]).min(axis=0, initial=np.inf)
-            self.seconds[row, :] = self.seconds[:, row] = self._known_or_estimated(told, ways)
+            announced = self._announced[row]
+            known = np.flatnonzero(announced < np.inf)
+            ways = (self._announced[known] + announced[known, None]).min(axis=0, initial=np.inf)
+            self.seconds[row, :] = self.seconds[:, row] = self._known_or_estimated(announced, ways)
             self.seconds[row, row] = np.inf
 
     def _estimate_all(self) -> None:
-        """The same for all, from the side of those who know two of them."""
-        ways = np.full(self._told.shape, np.inf)
-        for told in self._told:
-            known = np.flatnonzero(told < np.inf)
-            across, legs = np.ix_(known, known), told[known]
+        """Work out all distances, each common neighbour at a time."""
+        ways = np.full(self._announced.shape, np.inf)
+        for announced in self._announced:
+            known = np.flatnonzero(announced < np.inf)
+            across, legs = np.ix_(known, known), announced[known]
             ways[across] = np.minimum(ways[across], legs[:, None] + legs)
-        self.seconds = self._known_or_estimated(self._told, ways)
+        self.seconds = self._known_or_estimated(self._announced, ways)
         np.fill_diagonal(self.seconds, np.inf)
 
-    def _known_or_estimated(self, told: Seconds, ways: Seconds) -> Seconds:
-        return np.where(told < np.inf, told, np.where(ways < np.inf, ways, self.default))
+    def _known_or_estimated(self, announced: Seconds, ways: Seconds) -> Seconds:
+        return np.where(announced < np.inf, announced, np.where(ways < np.inf, ways, self.default))

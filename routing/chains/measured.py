@@ -1,17 +1,16 @@
-"""What a client has measured of peers, beside what they claim: its own figures win, and they age.
+"""A client's own measurements of peers: they win over the peers' claims, and they age.
 
-A record says how fast a peer is and how many steps wait there.  Neither is checked by anybody, so for a
-client that has used the peer
+A record claims a peer's speed and queue.  Nobody checks claims, so for a client that has used the peer
 
-* its own figure counts as it is when it is new.  With every HALF_SECONDS it counts half as much beside the
-  claim (they are weighted as logarithms): who was slow once, under load, is tried again some minutes later.
-* a claimed queue makes a peer slower than was measured, if that, and its absence makes it no faster.
-* a peer that was DOUBTED times slower than it claims to be, its queue reckoned in, is not believed for its
-  other claims either: they count as so many times slower too, and that for DOUBTED_HALF_SECONDS.
+* a new measurement replaces the claim.  Its weight against the claim halves every HALF_SECONDS (both weighted
+  as logarithms): a peer that was slow once, under load, is tried again some minutes later.
+* a claimed queue can make a peer slower than measured; a missing queue makes it no faster.
+* a peer DOUBTED times slower than claimed, its queue included, is doubted: its other claims count as that
+  many times slower too, with a weight that halves every DOUBTED_HALF_SECONDS.
 
-How long each hop had a step is said by the hops (`Result.timings`); how long all of it took the client
-knows itself.  What is missing between the two is laid to those that say they are the fastest (`admitted`):
-whoever is honest, and in company of a liar for a while, is measured again in other company.
+The hops say how long each had a step (`Result.timings`); the client knows how long the whole step took.  The
+unexplained rest is charged to the hops that claim to be the fastest (`admitted`): an honest peer wrongly
+charged for a liar's delay recovers in its next chain.
 """
 
 from __future__ import annotations
@@ -24,18 +23,21 @@ from routing.names import PeerId
 from routing.view.records import MIN_RATE_SECONDS, Record
 from routing.view.view import believed_rates
 
-NEWEST = 0.2  # what the newest step counts in a figure that is new itself
+NEWEST = 0.2  # weight of the newest step in a figure that is new itself
 HALF_SECONDS = 120.0
 DOUBTED = 3.0
 DOUBTED_HALF_SECONDS = 600.0
-HALVES_KEPT = 6  # then a figure is forgotten
-UNEXPLAINED = 0.25  # of a step, for which nobody is suspected
-LOCAL_SECONDS = 0.005  # of a step that are this process's own
+HALVES_KEPT = 6  # half-lives after which a figure is forgotten
+UNEXPLAINED = 0.25  # of a step's time: a smaller unexplained rest is charged to nobody
+LOCAL_SECONDS = 0.005  # of a step, spent in the client's own process
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A peer as it was measured: seconds per block, waits included; `ratio` times what it claimed; when."""
+    """A measurement of a peer.
+
+    seconds: per block, queueing included.  ratio: the measurement over the claim.  at: its time.
+    """
 
     seconds: float
     ratio: float
@@ -43,16 +45,16 @@ class Seen:
 
     @property
     def doubted(self) -> bool:
-        """Whether its claims are false."""
+        """Whether the peer's claims count as false."""
         return self.ratio > DOUBTED
 
     @property
     def half_seconds(self) -> float:
-        """How soon it counts half as much."""
+        """The half-life of its weight."""
         return DOUBTED_HALF_SECONDS if self.doubted else HALF_SECONDS
 
     def weight(self, now: float) -> float:
-        """What it counts beside a claim: 1 when it is new, 0 in the end."""
+        """Its weight against a claim: 1 when new, towards 0 later."""
         return math.exp2(-max(0.0, now - self.at) / self.half_seconds)
 
 
@@ -60,7 +62,7 @@ class Seen:
 class Measured:
     """The figures of one client.  Times are the caller's clock, in seconds.
 
-    decode: of one step through a block.  prefill: of one token of many through a block.
+    decode: one step through one block.  prefill: one token of many through one block.
     """
 
     decode: dict[PeerId, Seen] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Measured:
     def learn(
         self, peer: PeerId, seconds: float, claims: Record | None, now: float, *, prefill: bool = False
     ) -> None:
-        """A step has taken so long.  claims: what the peer says of itself; None where it has just left."""
+        """Take in the time of a step, per block.  claims: the peer's record; None where it has just left."""
         seconds = max(seconds, MIN_RATE_SECONDS)  # as logarithms: never 0
         kind = self.prefill if prefill else self.decode
         known = kind.get(peer)
@@ -84,10 +86,10 @@ class Measured:
         kind[peer] = Seen(seconds, ratio, now)
 
     def rates(self, spans: Sequence[Record], now: float, positions: int = 1) -> dict[PeerId, float]:
-        """Seconds per block, waits included, of those of these peers of whom something is known.
+        """Seconds per block, queueing included, of the measured peers among these.
 
         positions: computed at once; more than one go at the rate of a prefill.
-        For the others `believed_rates` says what their claims are worth.  O(spans).
+        Peers without a measurement are left to `believed_rates`.  O(spans).
         """
         own, other, times = self.decode, self.prefill, 1
         if positions > 1:
@@ -116,12 +118,13 @@ class Measured:
 
 
 def admitted(held: Sequence[float], blocks: Sequence[int], total: float, network: float) -> Sequence[float]:
-    """How long each hop had a step, in seconds, what they did not admit included.
+    """Seconds that each hop had a step, with unexplained time added.
 
-    held: as the hops say.  blocks: that each computed.  total: of the step, as the client saw it.
-    network: that it should have spent between them; twice that is not suspicious.
-    Time beyond is that of the hops which say they are the fastest, block by block: as much of it as makes
-    them as slow as the next one, and so on.
+    held: seconds, as the hops say.  blocks: that each hop computed.  total: of the step, as the client saw
+    it.
+    network: expected seconds between the hops; twice as much is not suspicious.
+    Time beyond that is charged to the fastest hops per block: first until the fastest one is as slow as the
+    next, then to both, and so on.
     """
     missing = total - sum(held) - 2 * network - LOCAL_SECONDS
     if len(held) != len(blocks) or missing <= UNEXPLAINED * total:

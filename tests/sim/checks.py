@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from routing.blocks import Blocks, gaps
 from routing.chains.search import NoChain
-from routing.view.view import holes
 from tensor_codec.errors import SlowPeer
 from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan
 from tests.sim import glue
@@ -97,7 +97,7 @@ def _told(since: float) -> str:
 
 def _covered(plan: Plan, struck: set[str]) -> bool:
     useful = [each for each in plan.nodes if each.name not in struck and each.tokens >= ROOMY]
-    return not holes([(each.start, each.stop) for each in useful], 0, plan.blocks)
+    return not gaps(useful, Blocks(0, plan.blocks))
 
 
 def check_idle(world: World) -> Iterator[str]:

@@ -108,7 +108,7 @@ def hog(listener: Listener) -> Callable[[], None]:
     def give_back() -> None:
         for session in taken:
             budget.release(session)
-        listener._room._there_is_more()
+        listener._room.wake()
 
     return give_back
 
