@@ -20,7 +20,7 @@ WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bflo
 
 
 def codec_for(dtypes: frozenset[str]) -> str:
-    """The smallest codec that loses nothing of what hops computing in `dtypes` send.
+    """The smallest codec that loses nothing of the outputs of hops that compute in `dtypes`.
 
     bfloat16 travels as it is; a chain with a float32 hop, or a float16 one (whose mantissa is
     longer than bfloat16's), needs fp32.
@@ -31,7 +31,7 @@ def codec_for(dtypes: frozenset[str]) -> str:
 def encode_hidden(hidden: Tensor, codec: str) -> memoryview:
     """Encode hidden states [batch, tokens, hidden] of any float dtype and device for the wire.
 
-    Raises BadResult if a value is NaN or infinite: such a state must not leave this machine.
+    Raises BadResult if a value is NaN or infinite: it must not leave this machine.
     """
     wire = hidden.detach().to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
     if not _all_finite(wire):
@@ -57,9 +57,9 @@ def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
 
 
 def recode(body: Buffer, codec: str, to: str) -> Buffer:
-    """The same values, in the same order, in another codec; the body itself where it is no other.
+    """Equal values, in equal order, in another codec; the body itself where `to` is its codec.
 
-    To fp32 nothing changes; to bf16 every value is rounded to the nearest, as `encode_hidden` does.
+    To fp32 no value changes; to bf16 every value is rounded to the nearest, as `encode_hidden` does.
     """
     if codec == to:
         return body
@@ -73,5 +73,5 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one reduction, since x * 0 is NaN exactly for those."""
+    """Whether no value is NaN or infinite; one reduction, since x * 0 is NaN exactly for these."""
     return bool((values * 0).sum(dtype=torch.float32) == 0)

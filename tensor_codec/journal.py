@@ -1,11 +1,11 @@
-"""What was sent on, kept for as long as it may have to be sent again: the sender keeps the journal.
+"""The sender's journal: outputs that were sent on, kept as long as they may have to be sent again.
 
-A hop that replaces one that has died needs what that one was given.  Whoever gave it has it here:
-each hop for the next one, the client for the first (docs/decisions/0003).  It holds encoded hidden
-states, byte for byte as they went out, so a replay gives the same caches as before.
+A hop that replaces a dead one needs the dead hop's inputs.  Their sender keeps them: each hop for the next
+one, the client for the first (docs/decisions/0003).  The journal holds encoded hidden states, byte for byte
+as they went out, so a replay gives equal caches.
 
-A journal's address space is set aside when its session opens and takes no memory before it is used:
-a step costs one copy of a few KiB into it, no allocation, and nothing that is there already moves.
+A journal reserves its address space when its session opens, and takes memory only as it is used.  A step
+costs one copy of a few KiB, no allocation, and no move of earlier bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tensor_codec.errors import LocalProtocolError, Refused
 from tensor_codec.frame import Buffer
 from tensor_codec.memory import set_aside
 
-_DROPPED_AT_ONCE = 64  # positions: whole pages of memory, and not again at the next token
+_DROPPED_AT_ONCE = 64  # positions: whole pages of memory, and no drop at the next token
 
 
 class Journal:
     """Rows of hidden states for the positions [start, stop) of one session.
 
-    start: the mark: what was before it has been dropped.  batch: rows of each position.
-    pinned: somebody has been told what is here, and will ask for it: nothing is dropped meanwhile.
+    start: earlier positions have been dropped.  batch: rows of each position.
+    pinned: nothing is dropped, because the client counts on the positions that it was told of.
     """
 
     def __init__(self, batch: int, row_bytes: int, max_length: int) -> None:
@@ -52,10 +52,10 @@ class Journal:
         return (self.stop - self.start) * self.batch
 
     def append(self, position: int, tokens: int, body: Buffer, rope_length: int = 0) -> None:
-        """Keep `body` [batch, tokens, hidden], the positions from `position` on; what came after goes.
+        """Keep `body` [batch, tokens, hidden], the positions from `position` on, and drop later ones.
 
-        rope_length: with which they went out (see `tensor_codec.messages.contract.StepRange`).
-        Where positions are left out the journal begins anew.
+        rope_length: of the step (see `tensor_codec.messages.contract.StepRange`).  Where positions are left
+        out the journal begins anew.
         """
         if position + tokens > self.max_length:
             raise LocalProtocolError(f"{position + tokens} positions in a journal of {self.max_length}")
@@ -84,12 +84,12 @@ class Journal:
         rows = np.frombuffer(found, np.uint8).reshape(stop - start, self.batch, -1)
         return rows.transpose(1, 0, 2).tobytes()
 
-    def parts(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int, int]]:
-        """[start, stop) in parts of at most `most` positions: start, stop and rope_length of each."""
+    def parts(self, start: int, stop: int, max_positions: int) -> Iterator[tuple[int, int, int]]:
+        """[start, stop) in parts of at most `max_positions`: start, stop and rope_length of each."""
         while start < stop:
             index = bisect_right(self._ropes, start, key=lambda run: run[0]) - 1
             until = self._ropes[index + 1][0] if index + 1 < len(self._ropes) else stop
-            end = min(start + most, stop, until)
+            end = min(start + max_positions, stop, until)
             yield start, end, self._ropes[index][1]
             start = end
 
@@ -100,7 +100,7 @@ class Journal:
         self.start = min(self.start, self.stop)
 
     def drop(self, tokens: int) -> None:
-        """Forget at least so many of the oldest tokens, if there are as many, and move the mark."""
+        """Forget at least `tokens` of the oldest tokens, or all, and move `start`."""
         positions = max(-(-tokens // self.batch), _DROPPED_AT_ONCE)
         start = min(self.stop, self.start + positions)
         self._free(self.start, start)
@@ -123,11 +123,10 @@ class Journal:
 
 @dataclass(slots=True)
 class JournalBudget:
-    """The journals of a node, and how many tokens they may hold together.
+    """The journals of a node; together they hold at most `tokens` tokens.
 
-    When they hold more, the longest one that is not pinned loses its oldest positions.  Its session goes
-    on as before; only if it has to be replayed are those positions computed once more (see
-    `client.session.replay_plan`).
+    Beyond that the longest journal that is not pinned loses its oldest positions.  Its session goes on; only
+    a replay has to compute those positions once more (see `client.session.replay_plan`).
     """
 
     tokens: int
@@ -149,7 +148,7 @@ class JournalBudget:
     def append(
         self, journal: Journal, position: int, tokens: int, body: Buffer, rope_length: int = 0
     ) -> None:
-        """See `Journal.append`; makes room elsewhere where there is none."""
+        """See `Journal.append`; drops positions of other journals where the budget is used up."""
         before = journal.stop - journal.start
         journal.append(position, tokens, body, rope_length)
         self._held += (journal.stop - journal.start - before) * journal.batch
@@ -157,13 +156,13 @@ class JournalBudget:
             loose = (one for one in self._journals.values() if not one.pinned)
             longest = max(loose, key=lambda one: one.tokens, default=None)
             if longest is None or not longest.tokens:
-                break  # those that are pinned do not grow
+                break  # pinned journals do not grow
             before = longest.tokens
             longest.drop(self._held - self.tokens)
             self._held -= before - longest.tokens
 
     def replace(self, session: bytes, journal: Journal) -> None:
-        """Keep a journal of the same positions in place of a session's own: the values in another codec."""
+        """Keep `journal` in place of a session's own: equal positions, in another codec."""
         self._held += journal.tokens - self._journals[session].tokens
         self._journals[session] = journal
 

@@ -22,9 +22,8 @@ from node.model.blocks.span import load_span
 from node.model.checkpoint.source import cache_dir, resolve
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.journal import JournalBudget
-from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.contract import REPLAY_TOKENS, Contract
 
-REPLAY_TOKENS = 256
 SESSION = bytes(16)
 
 

@@ -32,7 +32,7 @@ from tensor_codec.errors import CacheFull, PeerFault, PeerGone, Refused, SlowPee
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.contract import REPLAY_TOKENS, Contract
 from tensor_codec.messages.session import (
     PUSH_PROTOCOL,
     SESSION_PROTOCOL,
@@ -44,7 +44,6 @@ from tensor_codec.messages.session import (
 )
 from tensor_codec.span_spec import SpanSpec
 
-REPLAY_TOKENS = 256  # positions in one part of a replay
 # For a hop to be dialled, find room for the session and answer.  Doubles with every attempt: somebody else
 # may be quicker, but where everybody is that slow it has to be waited for.
 OPEN_SECONDS = 2.5

@@ -28,7 +28,7 @@ from torch import Tensor
 from client.session.hop_link import HopLink
 from client.session.lost_time import REPLAYED_SHARE, LostTime
 from client.session.replay_plan import Sent
-from client.session.route import REPLAY_TOKENS, Route, Stand, Surroundings, Terms
+from client.session.route import Route, Stand, Surroundings, Terms
 from client.session.steps import Pending, StepTimes
 from client.session.trace import Trace
 from node.runtime import values
@@ -40,7 +40,14 @@ from tensor_codec.errors import BadResult, MessageError, PeerFault, PeerGone, Re
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import KIB, Limits
-from tensor_codec.messages.contract import CODEC_BYTES, SESSION_ID_BYTES, Contract, Reply, StepRange
+from tensor_codec.messages.contract import (
+    CODEC_BYTES,
+    REPLAY_TOKENS,
+    SESSION_ID_BYTES,
+    Contract,
+    Reply,
+    StepRange,
+)
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import Result, Step, decode_from_hop
 

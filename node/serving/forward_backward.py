@@ -1,4 +1,4 @@
-"""The door for requests without a session: forward and backward over a run of blocks.
+"""The entry point for requests without a session: forward and backward over a run of blocks.
 
     /raceme/compute/1   a client sends hidden states, or these and a gradient, and gets the same back
 

@@ -1,20 +1,16 @@
-"""The messages of sessions and of stateless requests, and the only code that reads them from the wire.
+"""The messages of sessions, and the only code that reads them from the wire.
 
     client -> hop      Open, then Step..., then Close (or the end of the stream)
     hop -> client      Opened or Failed, then Result... and Failed
     hop -> next hop    Step..., each naming its session
 
-When hops of a session are replaced, and to find out who has to be:
+When hops of a session are replaced, and to find out which of them must be:
 
     client -> hop      Relink and then Resume; Where
     hop -> client      Relinked; Here
 
-    client -> peer     Forward or Backward: without a session, each after the answer to the last one
-    peer -> client     Output or Failed
-
-Shapes are worked out from the contract that was agreed at open (a stateless request brings its own)
-and the size of the body; they are never read from the wire.  Bodies stay bytes here: `compression`
-makes tensors of them.
+Shapes follow from the contract that was agreed at open and the size of the body; they are never read from
+the wire.  Bodies stay bytes here: `codecs` makes tensors of them.
 """
 
 from __future__ import annotations
@@ -83,7 +79,7 @@ class Opened:
     """The hop took the session.
 
     push: it has a stream to the successor (else relay).  cut: its caches can go back to a lower
-    position; where not, only to none.  queue: how long a decode step waits there now, in times of its own
+    position; where not, only to none.  queue: the wait of a decode step there now, as a multiple of its
     computing, as in the hop's record, which may be older.
     """
 
@@ -97,8 +93,8 @@ class Relink:
     """The session's route has changed: new neighbours.  Steps of older epochs are to be forgotten.
 
     The hop answers with Relinked, and takes no step before Resume.
-    codec: how hidden states travel in this epoch and later, where that changes; the hop brings the outputs
-    that it keeps into it.  Only to a wider one, once the cache holds anything.
+    codec: how hidden states travel from this epoch on, where that changes; the hop brings its kept outputs
+    into it.  Only to a wider one, once the cache holds anything.
     """
 
     epoch: int
@@ -110,7 +106,7 @@ class Relink:
 
 @dataclass(frozen=True, slots=True)
 class Relinked:
-    """Where a hop stands.
+    """The progress of a hop.
 
     push, cut: as in Opened.  length: positions in its cache.  step: the last one that it computed,
     or None.  kept: of its outputs, those of positions [kept, length) can be sent again.
@@ -130,9 +126,9 @@ class Relinked:
 class Resume:
     """Go on in this epoch.
 
-    length: of the cache: what comes behind is to be forgotten.
-    has: positions that the successor has.  stop: outputs of [has, stop) are to be sent again to it;
-    of what is replayed to this hop it needs nothing below `has`.
+    length: of the cache; later positions are to be forgotten.
+    has: positions that the successor has; the hop forwards no replayed position below it.
+    stop: outputs of [has, stop) are to be sent to the successor again.
     """
 
     epoch: int
@@ -143,7 +139,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Asks a hop how far it is, and so whether it lives at all."""
+    """Asks a hop for its progress, and so whether it lives at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +157,11 @@ class Step:
 
     step: a number that only grows; the same one again is a retry.
     position: of the first token in the session; lower than the cache's length cuts it there.
-    reply: which positions the last hop sends back to the client; "replay": none, and the step, which
-    has no number, fills a new hop's cache with what the hop that it replaces was given.
+    reply: which positions the last hop sends back to the client; "replay": none.  A replay has no number; it
+    fills a new hop's cache with the inputs of the hop that it replaces.
     timings: for each hop passed so far, microseconds (in its hands, computing).
     body: [batch, tokens, hidden] in the contract's codec.
-    epoch: of the route that it takes.  bulk: it does not travel with other sessions' single tokens.
+    epoch: of its route.  bulk: it does not travel with other sessions' single tokens.
     rope_length: see `StepRange`.
     """
 
@@ -185,7 +181,7 @@ class Result:
     """A hop's answer to a step: the positions asked for, or none.
 
     position: of the first token of the body in the session.
-    epoch: of the route.  replay: to be carried on, no answer to a step of the client's.
+    epoch: of the route.  replay: no answer to a step of the client; the client carries it to the next hop.
     rope_length: of a replay, see `StepRange`.
     """
 
@@ -331,12 +327,12 @@ def encode_step(message: Step) -> list[Buffer]:
 
 
 def step_session(message: Message) -> bytes:
-    """The session that a Step belongs to: needed to find the contract it is read against."""
+    """The session of a Step: it is read against that session's contract."""
     return message.header.binary("s", SESSION_ID_BYTES)
 
 
 def step_epoch(message: Message) -> int:
-    """The epoch of a Step that is not for us to read."""
+    """The epoch of a Step, without reading the rest of it."""
     return message.header.integer("e", 0, MAX_EPOCH, absent=0)
 
 
@@ -414,7 +410,7 @@ def decode_from_hop(
 ) -> FromHop:
     """Read what a hop sends after Opened.  Raises MessageError.
 
-    contract_in: what was agreed on in an epoch, where that is not the same for all.
+    contract_in: the contract of an epoch, where epochs differ.
     """
     message = read_message(frame, _FROM_HOP)
     if message.kind == "result":

@@ -2,18 +2,17 @@
 
 Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
 A row of a session owns pages of 16 positions, in any order; a list of each row says which page holds
-which of its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a
-session that grows takes another one, and going back is setting a number.  A span that takes other
-blocks changes the list of stores and nothing else: a page is the same for every block.  Sliding-window blocks
-keep everything too: what left the window is masked, and going back needs no snapshot.
+which of its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a session that
+grows takes another page, and going back sets a number.  A span that takes other blocks changes the list of
+stores alone: a page is the same for every block.  Sliding-window blocks keep all positions too: those outside
+the window are masked, and going back needs no snapshot.
 
-The last page of every store belongs to nobody: what lies behind a row's end in a batch of longer ones
-is read from there, and masked.  It holds zeros, or what rows that only fill up a CUDA graph wrote.
-How many pages a session may take is decided elsewhere (`node.serving.cache_budget`); here one that is missing
-is a bug.
+The last page of every store belongs to no row.  A batch reads from it, masked, the positions after the end
+of its shorter rows.  It holds zeros, or the writes of rows that only fill up a CUDA graph.
+`node.serving.cache_budget` decides how many pages a session may take; a missing page is a bug here.
 
-A convolution's state (lfm2) is not positional and stays with its session; it holds only the last
-tokens, so such a cache cannot be cut except to nothing.
+A convolution's state (lfm2) is not positional and stays with its session.  It holds only the last tokens, so
+its cache can be cut to nothing and to no other length.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class CannotCut(Refused):
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """What one block caches for a position: heads and head_dim of its keys and of its values."""
+    """Heads and head_dim of the keys and of the values that one block caches for a position."""
 
     key_heads: int
     key_dim: int
@@ -56,7 +55,7 @@ class BlockShape:
 
 
 class PagePool:
-    """The stores of a span and who owns which page.  Used by one thread, but for `open`."""
+    """The stores of a span, and the owner of each page.  Used by one thread, but for `open`."""
 
     def __init__(
         self,
@@ -84,16 +83,15 @@ class PagePool:
         self.values: list[Tensor] = []
         self._opening = threading.Lock()
         self.hold(start, shapes)
-        self.nobodys_page = self.pages
         self._free = np.ones(self.pages, bool)
         self._free_pages = self.pages
         self._free_rows: list[int] = []
         self._pages: list[NDArray[np.int64]] = []  # of each row, as many as it has needed, or nobody's
 
     def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
-        """Have stores for these blocks from now on; those of blocks that were there before stay as they are.
+        """Have stores for these blocks from now on; blocks that had stores before keep them.
 
-        Sessions that use no other blocks go on as if nothing had happened.
+        Sessions that use no other blocks go on undisturbed.
         """
         both = zip(self.keys, self.values, strict=True)
         known = {self.start + index: stores for index, stores in enumerate(both)}
@@ -112,8 +110,13 @@ class PagePool:
         )
 
     @property
+    def nobodys_page(self) -> int:
+        """The page that belongs to no row: the last one of every store."""
+        return self.pages
+
+    @property
     def free_tokens(self) -> int:
-        """Positions in pages that nobody owns."""
+        """Positions in pages without an owner."""
         return self._free_pages * self.page_tokens
 
     @property
@@ -133,7 +136,7 @@ class PagePool:
         return SpanCache(self, rows_taken, max_length)
 
     def table(self, rows: NDArray[np.int64], pages: int) -> NDArray[np.int64]:
-        """The first pages of these rows, nobody's where one has fewer: [rows, pages]."""
+        """The first pages of these rows, `nobodys_page` where a row has fewer: [rows, pages]."""
         table = np.full((len(rows), pages), self.nobodys_page, np.int64)
         for index, row in enumerate(rows.tolist()):
             owned = self._pages[row][:pages]
@@ -192,13 +195,15 @@ class PagePool:
                 self._pages[row] = np.empty(0, np.int64)
 
     def close_rows(self, rows: NDArray[np.int64]) -> None:
-        """Rows whose pages have been given back may be used again."""
+        """Let rows without pages be used again."""
         with self._opening:
             self._free_rows += rows.tolist()
 
     def _roomiest(self) -> int:
-        """A page in the longest run of free ones: its first, or its middle behind somebody's last,
-        so that both can grow."""
+        """A page in the longest run of free pages.
+
+        The run's first page, or its middle one after another row's last page, so that both rows can grow.
+        """
         edges = np.flatnonzero(np.diff(np.concatenate(([False], self._free, [False])).astype(np.int8)))
         starts, stops = edges[::2], edges[1::2]
         best = int((stops - starts).argmax())
@@ -208,12 +213,11 @@ class PagePool:
 
 @dataclass(slots=True)
 class SpanCache:
-    """One session's rows in an arena.
+    """One session's rows in a page pool.
 
-    rows: their numbers in the arena's table, [batch].  length: positions that every block of the
-    session's run has seen.  Writing a step does not move it: whoever computed the whole step does,
-    so a step that failed left no trace.  A convolution's state may have moved: such a session must
-    begin again.
+    rows: their numbers in the pool's table, [batch].  length: positions that every block of the session's run
+    has computed.  The caller moves it after the whole step, so a failed step leaves no trace in it.  A
+    convolution's state may have moved by then: its session must begin again.
     """
 
     pool: PagePool
@@ -257,7 +261,7 @@ class SpanCache:
             self.pages += more
 
     def cut(self, length: int) -> None:
-        """Forget what comes at and after position `length`, and give back the pages behind it.
+        """Forget the positions from `length` on, and give back the pages after it.
 
         Raises CannotCut, and ValueError for a length that was not reached.
         """
@@ -286,7 +290,7 @@ class SpanCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros that cost memory only where they are written to, where the system can do that."""
+    """Zeros that take memory only once they are written to, where the system can do that."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()

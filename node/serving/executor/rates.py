@@ -1,19 +1,18 @@
 """How fast this node computes: measured at start, kept in a file, corrected by what is served.
 
-Two figures are announced, and chains are chosen by them (see routing/chains/search.py): the seconds that a
-block takes for one decode step of one session, and for one token of a prefill; time spent waiting is
-not in them (the record's `queue` tells of it).
+Two figures are announced, and clients choose chains by them (see routing/chains/search.py): the seconds of a
+block for one decode step of one session, and for one token of a prefill.  Waiting is not in them; the
+record's `queue` announces it.
 
-A decode step shares its batch with those of other sessions.  None of them has its answer before the
-batch is done, so a batch's whole time counts for each step, not a part of it: that is what the next
-session will see beside the same company.  When the company leaves and nothing is served, nobody would
-tell us that a step is quick again, and clients who avoid a slow server keep it from finding out.
-Hence `alone`, what a step of one row takes, to which an idle node's figure returns.  `alone` goes into
-the file, for the next start begins without company.
+A decode step shares its batch with steps of other sessions.  No session has its answer before the batch is
+done, so the batch's whole time counts for each step: the next session will see it too.  When the other
+sessions leave and nothing is served, no batch would show that a step is quick again, and clients avoid a
+slow server.  Hence `alone`, the time of a step of one row: an idle node's figure returns to it.  `alone`
+goes into the file, because the next start has no other sessions.
 
-What was measured at start may be wrong by then: nodes that start together on one machine each find it
-busy, and a spare that nobody has tried would stay five times as slow in the eyes of all.  So an idle
-node measures a few steps again now and then (`Engine.measure_again`).
+The measurement at start may have become wrong.  Nodes that start together on one machine each find it
+busy, and an unused spare would stay five times as slow for all clients.  So an idle node measures a few
+steps again now and then (`Engine.measure_again`).
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ EMA_WEIGHT = 0.1  # of the newest batch in the running figures
 WHOLE_CHUNK_TOKENS = 64  # a shorter prefill mostly reads weights: it counts for less
 MEASURED_TOKENS = 64  # of a prefill at start, and decode steps after it
 MIN_PREFILL_TOKENS = 8
-CHECK_SECONDS = 0.2  # for a look at whether the kept figures are still about right
+CHECK_SECONDS = 0.2  # for checking whether the kept figures are still about right
 ABOUT_RIGHT = 2.0  # times slower or faster
 FILE_FORMAT = 1
 MAX_KEPT = 128  # figures in the file; the oldest are dropped
 MAX_FILE_BYTES = 1 << 20
-SLOWEST_SECONDS = 3600.0  # per block; beyond it the file is damaged
+MAX_BLOCK_SECONDS = 3600.0  # beyond it the file is damaged
 
 
 @dataclass(slots=True)
@@ -68,15 +67,15 @@ class Rates:
         self.alone = self.decode_seconds_per_block
 
     def observe(self, rows_tokens: int, blocks: int, seconds: float, decode: bool) -> None:
-        """Fold a batch that was served into the running figures.
+        """Fold a served batch into the running figures.
 
         rows_tokens: rows of a decode batch, or rows times tokens of a prefill's chunk.
-        blocks: that it went through.  seconds: of computing all of it.
+        blocks: of the batch.  seconds: of computing all of it.
         """
         per_block = seconds / blocks
         if decode:
             self._served = True
-            if rows_tokens == 1 or per_block < self.alone:  # company never makes it faster
+            if rows_tokens == 1 or per_block < self.alone:  # more rows never make it faster
                 self.alone += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * self.alone) - self.alone)
             known = self.decode_seconds_per_block
             known += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * known) - known)
@@ -236,6 +235,6 @@ class RatesFile:
 
 def _is_sound(entry: object) -> bool:
     return isinstance(entry, Mapping) and all(
-        type(entry.get(name)) is float and math.isfinite(entry[name]) and 0 < entry[name] <= SLOWEST_SECONDS
+        type(entry.get(name)) is float and math.isfinite(entry[name]) and 0 < entry[name] <= MAX_BLOCK_SECONDS
         for name in ("decode", "prefill")
     )

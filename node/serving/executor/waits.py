@@ -1,7 +1,7 @@
-"""How long steps wait before they are computed: what a record's `queue` says, and chains are chosen by.
+"""How long steps wait before they are computed: a record's `queue`, which clients choose chains by.
 
-Not how many wait at the moment.  That number changes with every step, and whoever reads it reads it
-seconds later; and ten steps that are computed as one batch are no longer a wait than one.
+The number of waiting steps would not do.  It changes with every step and is read seconds later; and ten
+steps of one batch wait no longer than a single one.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# After so many seconds what was seen counts 1/e.  Shorter, and a record tells of chance; longer, and of a
-# time that has passed: in `benchmarks swarm --clients` 3 to 10 s gave the shortest steps, 30 s longer ones.
+# After this time an observation counts 1/e.  A shorter time shows chance, a longer one shows the past: in
+# `benchmarks swarm --clients` 3 to 10 s gave the shortest steps, 30 s longer ones.
 REMEMBERED_SECONDS = 10.0
 
 
@@ -18,8 +18,8 @@ REMEMBERED_SECONDS = 10.0
 class Waits:
     """Sums over decode steps that fade with time.  All times in seconds, on the caller's clock.
 
-    A step of the usual length that did not wait is reckoned in always: where nothing has been computed
-    for long there is no wait.
+    One step of the usual length that did not wait is always added: a node that has been idle for long has no
+    wait.
     """
 
     _waited: float = 0.0
@@ -29,7 +29,7 @@ class Waits:
     _at: float = -math.inf
 
     def observe(self, waited: float, computed: float, steps: int, now: float) -> None:
-        """So many steps have together waited so long, and then taken so long."""
+        """Add `steps` steps: the seconds that they waited, and computed, in sum."""
         fade = self._fade(now)
         self._waited = self._waited * fade + max(0.0, waited)
         self._computed = self._computed * fade + computed
@@ -37,7 +37,7 @@ class Waits:
         self._usual, self._at = self._computed / self._steps, now
 
     def queue(self, now: float) -> float:
-        """What a step waits, in times of its own computing; 0 where nothing is known."""
+        """The wait of a step as a multiple of its computing; 0 where nothing is known."""
         if not self._usual:
             return 0.0
         fade = self._fade(now)

@@ -1,10 +1,10 @@
-"""The door of a serving node: sessions of clients, and steps pushed by previous hops.
+"""The entry point of a serving node for sessions of clients, and for steps pushed by previous hops.
 
     /raceme/session/1   a client opens a session, sends steps, gets results
     /raceme/push/1      a previous hop sends steps of many sessions
 
-Every byte is checked here, once, against the contract of its session.  What happens inside a session
-stands in `hop`.
+Every byte is checked here, once, against the contract of its session.  The session itself is in
+`hop_session` and `worker`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from tensor_codec.messages.session import (
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """Whose a session is, from when it waits for room on.  epoch: when it was opened."""
+    """The owner of a session id, from the moment it waits for pages.  epoch: of the route at its opening."""
 
     peer: PeerId
     epoch: int
@@ -64,9 +64,9 @@ class _Place:
 class Listener:
     """Serves sessions over one span.
 
-    admission: of what is served.  pool: where caches are; budget: who may have how much of it.
+    admission: of requests for blocks.  pool: of the caches' pages; budget: how many each session may hold.
     open_stream: to a peer of our view, for pushing.  faults: of peers, counted.
-    journal_tokens: how many tokens of outputs are kept for replays; None: as many as the caches hold.
+    journal_tokens: tokens of outputs that are kept for replays; None: as many as the caches hold.
     """
 
     admission: SpanAdmission
@@ -78,11 +78,11 @@ class Listener:
     faults: Faults = field(default_factory=Faults)
     journal_tokens: int | None = None
     _sessions: dict[bytes, HopSession] = field(default_factory=dict)
-    _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those that wait for room too
+    _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those too that wait for pages
     _links: PushLinks = field(init=False)
     _room: CacheAdmission = field(init=False)
     _journals: JournalBudget = field(init=False)
-    _one_less: trio.Event = field(default_factory=trio.Event)  # session
+    _session_ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self._links = PushLinks(self.open_stream)
@@ -112,7 +112,7 @@ class Listener:
                         await self._run(hop)
             finally:
                 del self._places[opened.session]
-                self._tell_one_less()
+                self._notify_session_ended()
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
 
@@ -121,21 +121,21 @@ class Listener:
         message = read_message(frame, frozenset({"step"}))
         hop = self._sessions.get(step_session(message))
         if hop is None:
-            return False  # it ended while the step was on its way
+            return False  # it ended while the step travelled
         if not hop.scope.cancel_called:
             await self._take(message, hop, peer)
         return True
 
     async def _take(self, message: Message, hop: HopSession, peer: PeerId) -> None:
         if hop.feeder != peer:
-            # A hop that has been replaced, a thief, or the client opened its two hops differently:
-            # the stream, which serves other sessions too, goes on.
+            # A hop that has been replaced, a thief, or a client that opened its two hops differently.
+            # The stream goes on: it serves other sessions too.
             if step_epoch(message) == hop.route.epoch:
                 self.faults.add(peer, MessageError("a step of a session that another peer feeds"))
             return
         try:
             if step_epoch(message) != hop.route.epoch:
-                return  # took an older route, on which perhaps another codec was agreed on
+                return  # it took an older route, perhaps with another codec
             step = read_step(message, hop.contract)
             if step.bulk:
                 await hop.put_when_it_fits(step, peer)
@@ -145,15 +145,16 @@ class Listener:
             self._worker(hop).end_for(fault, peer)
 
     async def drain(self) -> None:
-        """Take no new session, and let the clients of those that there are move elsewhere.  Bounded.
+        """Take no new session, and let the clients of open sessions move elsewhere.  Bounded.
 
-        They are told, and served until they have moved, were silent for a while, or time is up.
+        Each client gets a notice.  Its session is served until it has moved, was silent for
+        `drain_idle_seconds`, or `drain_seconds` are over.
         """
         self.admission.drain()
         await self._hand_over(lambda: list(self._sessions.values()))
 
     async def hand_over_others(self) -> None:
-        """Let the clients whose sessions use blocks that are served no longer move elsewhere.  As `drain`."""
+        """Let sessions of blocks that are served no longer move elsewhere, as `drain` does."""
 
         def others() -> list[HopSession]:
             served = self.admission.spec.blocks
@@ -174,15 +175,15 @@ class Listener:
                     if not hop.in_use and hop.active_at <= silent:
                         hop.end(_leaving())
                 with trio.move_on_after(limits.drain_idle_seconds / 4):
-                    await self._one_less.wait()
+                    await self._session_ended.wait()
         for hop in which():
             hop.end(_leaving())
         with trio.move_on_after(limits.drain_seconds):
             while which():
-                await self._one_less.wait()
+                await self._session_ended.wait()
 
     async def _end_earlier(self, peer: PeerId, opened: Open) -> None:
-        """A client that comes back to a hop which it had given up: what is left of that session goes."""
+        """End the earlier session of a client that comes back, in a later epoch, to a hop it gave up."""
         place, earlier = self._places.get(opened.session), self._sessions.get(opened.session)
         if place is None or place.peer != peer:
             return
@@ -191,18 +192,18 @@ class Listener:
         place.opening.cancel()
         with trio.move_on_after(self.limits.cache_wait_seconds):
             while self._places.get(opened.session) is place:
-                await self._one_less.wait()
+                await self._session_ended.wait()
 
-    def _tell_one_less(self) -> None:
-        self._one_less.set()
-        self._one_less = trio.Event()
+    def _notify_session_ended(self) -> None:
+        self._session_ended.set()
+        self._session_ended = trio.Event()
 
     def _worker(self, hop: HopSession) -> HopWorker:
         return HopWorker(hop, self.engine, self._room, self._journals, self.faults, self.limits)
 
     @contextmanager
     def _place(self, stream: FrameStream, opened: Open) -> Iterator[HopSession]:
-        """A session that was admitted, until it ends.  Raises Refused, MessageError."""
+        """An admitted session, until it ends.  Raises Refused, MessageError."""
         hidden = self.admission.spec.hidden
         contract = Contract(
             session=opened.session,
@@ -237,7 +238,7 @@ class Listener:
             self._journals.close(opened.session)
 
     def _check(self, peer: PeerId, opened: Open) -> None:
-        """Whether we serve what is asked for.  Raises Refused, MessageError."""
+        """Check an Open against what is served.  Raises Refused, MessageError."""
         served = self.admission.spec
         self.admission.check_open()
         if opened.session in self._places:

@@ -1,9 +1,8 @@
-"""Streams to the next hops: one a peer for single tokens, shared by the sessions that push there, and
-one of its own for each session that has more to send.
+"""Streams to the next hops.
 
-A token of a session must not wait behind another's prompt or replay.  So what is long (`Step.bulk`)
-takes a stream that only its session uses, as long as it lasts: the muxer then divides the
-connection among streams, and a receiver that cannot keep up holds back that session alone.
+Single tokens of all sessions that push to a peer share one stream.  A long prompt or replay (`Step.bulk`) has
+a stream of its session alone while it lasts, so that no token waits after another session's prompt.  The
+muxer then divides the connection among streams, and a slow receiver holds back that session alone.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone
 from tensor_codec.frame import Buffer
 
-# Streams of their own for bulk: well below what a peer allows us to open (`Limits`), whatever happens.
+# Bulk streams: always well below the streams that a peer allows us to open (`Limits`).
 BULK_OPENS_PER_SECOND = 8.0
 BULK_OPENS_BURST = 24
 MAX_BULK_STREAMS = 24
@@ -36,7 +35,7 @@ class Sender(Protocol):
 
 @dataclass(slots=True)
 class PushLink:
-    """The way to one next hop.  Its shared stream is opened again once when it turns out to be dead."""
+    """The streams to one next hop.  The shared stream, once found dead, is opened again once."""
 
     peer: PeerId
     _open: Callable[[PeerId], Awaitable[Sender]]
@@ -56,8 +55,8 @@ class PushLink:
     async def send(self, parts: list[Buffer]) -> None:
         """Send one frame on the shared stream.  Raises PeerGone, SlowPeer.
 
-        A frame that a dying stream may have delivered goes out again on the new one: the step
-        number makes that harmless.
+        A dying stream may have delivered the frame that goes out again on the new one: the step number
+        makes that harmless.
         """
         stream = self._stream
         if stream is not None:
@@ -77,7 +76,7 @@ class PushLink:
             raise
 
     async def open_bulk(self) -> Sender | None:
-        """A stream for one session alone, to be given back; None where there are too many already.
+        """A stream for one session alone, to be closed by `close_bulk`; None where too many are open.
 
         Raises PeerGone, SlowPeer.
         """
@@ -95,7 +94,7 @@ class PushLink:
             raise
 
     async def close_bulk(self, stream: Sender) -> None:
-        """Give a stream of `open_bulk` back: it is closed.  Bounded."""
+        """Close a stream of `open_bulk`.  Bounded."""
         self._bulk_streams -= 1
         await _close(stream)
 
@@ -135,7 +134,7 @@ class PushLinks:
         return link
 
     async def release(self, link: PushLink) -> None:
-        """A session needs the link no more.  Bounded."""
+        """End one session's use of the link; the last one closes it.  Bounded."""
         link.users -= 1
         if not link.users:
             if self._links.get(link.peer) is link:
@@ -145,10 +144,10 @@ class PushLinks:
 
 @dataclass(slots=True)
 class Outlet:
-    """Where one session's outputs go: to a next hop, or to nobody but its client.
+    """The way of one session's outputs to a next hop, where it has one.
 
-    bulk_seconds: how long the next hop may take to read a frame of a long prompt or replay, which it
-    does no faster than it computes.
+    bulk_seconds: time in which the next hop must read a frame of a long prompt or replay; it reads no faster
+    than it computes.
     """
 
     links: PushLinks
@@ -158,7 +157,7 @@ class Outlet:
 
     @property
     def peer(self) -> PeerId | None:
-        """The next hop, where there is a way to it."""
+        """The next hop, where there is a link to it."""
         return self.link.peer if self.link is not None else None
 
     async def connect(self, peer: PeerId | None) -> None:
@@ -172,8 +171,8 @@ class Outlet:
     async def send(self, parts: list[Buffer], *, bulk: bool) -> None:
         """Send one frame.  Raises PeerGone, SlowPeer.
 
-        bulk: on a stream of the session's own.  A session changes between the two only when all that
-        it sent has been taken, so its frames stay in order; who breaks that breaks his own session.
+        bulk: on a stream of the session's own.  A session changes between the two streams only after all of
+        its frames were taken, so they stay in order; a client that breaks this rule breaks its own session.
         """
         assert self.link is not None
         if bulk and self._bulk is None:

@@ -1,12 +1,12 @@
 """Decides what to do with each step of one session; computes, sends and times nothing.
 
-A session is a cache of `length` positions at one hop.  A step brings hidden states for the
-positions from `position` on.  Its number only grows: a number seen before is a retry, whose answer
-goes out again and is never applied twice; a position below the length cuts the cache there first
-(regeneration, speculation, a shared prefix).
+A session is a cache of `length` positions at one hop.  A step brings hidden states for the positions from
+`position` on.  Its number only grows.  An earlier number is a retry: its answer goes out again, and it is
+never applied twice.  A position below the length cuts the cache there first (regeneration, speculation, a
+shared prefix).
 
-When the session's route changes, the client says how much of the cache stays good (`resume`), and
-what is missing behind that comes as a replay: steps without numbers, each continuing the cache.
+When the session's route changes, the client says how much of the cache stays good (`resume`).  The missing
+positions after it come as a replay: steps without numbers, each continuing the cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ServerSession:
     Promises, checked by tests/unit/test_session_state.py:
       * a step is computed at most once, whatever is retried (P2);
       * the cached length never exceeds max_length, and has no holes;
-      * the length advances only when the answer is there: a step that was cancelled leaves no trace;
+      * the length advances only with the answer: a cancelled step leaves no trace;
       * a replay continues the cache and nothing else: no hole, no overlap;
       * after an error every later call raises RemoteProtocolError.
     """
@@ -101,9 +101,9 @@ class ServerSession:
         return Compute(None, what, None)
 
     def resume(self, length: int) -> None:
-        """Go on from `length` positions; what comes after them is forgotten.  Raises RemoteProtocolError.
+        """Go on from `length` positions and forget the later ones.  Raises RemoteProtocolError.
 
-        A step that was computed and is forgotten may come again, under its old number.
+        A forgotten step may come again, under its old number.
         """
         if self.state is not State.OPEN:
             raise LocalProtocolError("a session was resumed in the middle of a step, or after its end")
@@ -115,7 +115,7 @@ class ServerSession:
             self.length, self.last = length, None
 
     def computed(self, compute: Compute) -> None:
-        """The answer to `compute` is there: it becomes part of the session."""
+        """Make the answer to `compute` part of the session."""
         if self.state is not State.COMPUTING:
             raise LocalProtocolError(f"step {compute.step} was computed and nobody asked for it")
         self.state = State.OPEN
@@ -124,7 +124,7 @@ class ServerSession:
             self.last = (compute.step, compute.what)
 
     def dropped(self, compute: Compute) -> None:
-        """`compute` was refused before it began: it may come again; what was cut is cut."""
+        """`compute` was refused before it began: it may come again; a cut stays."""
         if self.state is not State.COMPUTING:
             raise LocalProtocolError(f"step {compute.step} was dropped and nobody asked for it")
         self.state = State.OPEN

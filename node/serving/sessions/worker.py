@@ -317,7 +317,7 @@ class HopWorker:
         start = max(what.position, hop.kept.successor_has)
         if not hop.route.sends_on or start >= stop:
             return
-        # From the answer: the journal may have dropped it.
+        # The body is the answer's: the journal may have dropped the positions.
         body = _from_position(answer.body, hop.contract, start - what.position)
         await self._send_replay(start, body, timings, what.rope_length)
 
