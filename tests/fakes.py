@@ -12,7 +12,7 @@ from node.network.streams import FramedStream
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity, identity_of
 from node.network.transport.upgrade import Upgrade
-from node.network.transport.yamux import YamuxLimits
+from node.network.transport.yamux_limits import YamuxLimits
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone
 from tensor_codec.limits import Limits

@@ -21,17 +21,17 @@ from node.network.addresses import Address, announced, parse_address
 from node.network.connection_table import ConnectionTable
 from node.network.dialler import Dialler
 from node.network.interfaces import read_interfaces
+from node.network.libp2p_adapter import Libp2pConnection
 from node.network.libp2p_host import make_libp2p_host
 from node.network.streams import FramedStream, Traffic
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity
-from node.network.transport.libp2p_adapter import Libp2pConnection
 from node.network.transport.link import SocketLink
 from node.network.transport.membership import KEY_BYTES, swarm_id
 from node.network.transport.multistream import Dialogue, negotiate
 from node.network.transport.noise import SecureChannel
 from node.network.transport.upgrade import Upgrade
-from node.network.transport.yamux import YamuxError, YamuxLimits
+from node.network.transport.yamux_limits import YamuxError, YamuxLimits
 from node.runtime.faults import Faults
 from routing.names import PeerId
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError, SlowPeer

@@ -3,10 +3,10 @@ import trio
 import trio.testing
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamReset
 
-from node.network.transport.libp2p_adapter import Libp2pConnection
+from node.network.libp2p_adapter import Libp2pConnection
 from node.network.transport.multistream import HEADER, encode_lines, proposal
 from node.network.transport.yamux import HEADER as YAMUX_HEADER
-from node.network.transport.yamux import INITIAL_WINDOW, YamuxError
+from node.network.transport.yamux_limits import INITIAL_WINDOW, YamuxError
 from tensor_codec.errors import PeerGone, RemoteProtocolError
 from tests.fakes import connection_pair, memory_link_pair
 

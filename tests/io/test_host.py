@@ -33,7 +33,8 @@ from node.network.transport.link import SocketLink
 from node.network.transport.noise import PRIVATE_PROTOCOL
 from node.network.transport.upgrade import Upgrade
 from node.network.transport.yamux import HEADER as YAMUX_HEADER
-from node.network.transport.yamux import SYN, WINDOW_UPDATE, YamuxError
+from node.network.transport.yamux import SYN, WINDOW_UPDATE
+from node.network.transport.yamux_limits import YamuxError
 from tensor_codec.errors import BadResult, NotAMember, PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
 

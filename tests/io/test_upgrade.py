@@ -10,7 +10,7 @@ from node.network.transport.membership import MembershipProof
 from node.network.transport.multistream import HEADER, Dialogue, encode_lines, proposal
 from node.network.transport.noise import PRIVATE_PROTOCOL, PROTOCOL, HandshakeConnection, Noise
 from node.network.transport.upgrade import Upgrade
-from node.network.transport.yamux import FAR_WINDOW
+from node.network.transport.yamux_limits import FAR_WINDOW
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import Limits
 from tests.fakes import ALICE, BOB, memory_link_pair

@@ -19,7 +19,7 @@ from node.network.directory import neighbours
 from node.network.directory.kademlia import provider_key
 from node.network.transport import noise, yamux
 from node.network.transport.identity import identity_of
-from node.network.transport.yamux import YamuxError
+from node.network.transport.yamux_limits import YamuxError
 from routing.chains.hops import NoChain
 from routing.view import records
 from routing.view.records import Record, RecordError, sign_record, verify_record

@@ -19,8 +19,8 @@ from node.config import BalanceConfig
 from node.model.blocks import kv_pages
 from node.network import addresses, connection_table, dialler, dialling, host
 from node.network.directory import announcer, neighbours
-from node.network.transport import yamux
-from node.network.transport.yamux import YamuxLimits
+from node.network.transport import yamux_limits
+from node.network.transport.yamux_limits import YamuxLimits
 from node.serving import balancer, memory
 from node.serving.executor.batcher import CHUNK_POSITIONS
 from routing.chains import measured
@@ -45,7 +45,11 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "credit of a stream \\| N KiB at first, or what N Mbit/s bring in a round trip \\(at most N MiB,",
-        (yamux.INITIAL_WINDOW / KIB, yamux.FAR_BYTES_PER_SECOND * 8 / 1e6, yamux.FAR_WINDOW / MIB),
+        (
+            yamux_limits.INITIAL_WINDOW / KIB,
+            yamux_limits.FAR_BYTES_PER_SECOND * 8 / 1e6,
+            yamux_limits.FAR_WINDOW / MIB,
+        ),
     ),
     (PROTOCOL, "all streams \\| N MiB \\| close", (LIMITS.max_unread_bytes_per_connection / MIB,)),
     (

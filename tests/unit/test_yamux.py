@@ -7,12 +7,9 @@ from node.network.transport.yamux import (
     ACK,
     CHUNK,
     DATA,
-    FAR_BYTES_PER_SECOND,
-    FAR_WINDOW,
     FIN,
     GO_AWAY,
     HEADER,
-    INITIAL_WINDOW,
     PING,
     RST,
     SYN,
@@ -20,6 +17,11 @@ from node.network.transport.yamux import (
     Happening,
     StreamReset,
     Yamux,
+)
+from node.network.transport.yamux_limits import (
+    FAR_BYTES_PER_SECOND,
+    FAR_WINDOW,
+    INITIAL_WINDOW,
     YamuxError,
     YamuxLimits,
 )
@@ -486,7 +488,7 @@ class TwoEnds(RuleBasedStateMachine):
     def nothing_is_exceeded(self):
         for core in self.cores:
             assert core.unread_bytes <= 16 * MIB
-            assert core._granted <= 16 * MIB
+            assert core._windows.granted <= 16 * MIB
         for (stream, who), state in self.accepted.items():
             assert state.credit >= 0
             assert state.send_credit >= 0

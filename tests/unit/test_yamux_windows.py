@@ -5,17 +5,8 @@ import itertools
 
 import pytest
 
-from node.network.transport.yamux import (
-    CHUNK,
-    HEADER,
-    INITIAL_WINDOW,
-    PING,
-    SYN,
-    WINDOW_UPDATE,
-    Happening,
-    Yamux,
-    YamuxLimits,
-)
+from node.network.transport.yamux import CHUNK, HEADER, PING, SYN, WINDOW_UPDATE, Happening, Yamux
+from node.network.transport.yamux_limits import INITIAL_WINDOW, YamuxLimits
 from tensor_codec.limits import KIB, MIB
 
 ROUND_TRIP = 0.1
@@ -88,7 +79,7 @@ def test_a_stream_that_ends_gives_its_window_back_to_the_budget():
             reader.half(stream, 1.0)
         assert stream.window == 16 * INITIAL_WINDOW
         reader.core.reset(stream)
-    assert reader.core._granted == 0
+    assert reader.core._windows.granted == 0
 
 
 def test_a_window_that_has_grown_makes_room_for_streams_that_come_later():
@@ -185,4 +176,4 @@ def test_windows_cost_a_long_transfer_at_most_15_percent_from_the_first_byte_on(
     bounded, unbounded = Line(round_trip, gain), Line(round_trip, gain, unbounded=True)
     for _ in range(2):  # the second with windows and congestion window as the first has left them
         assert bounded.seconds(8 * MIB) <= 1.15 * unbounded.seconds(8 * MIB)
-    assert bounded.receiver._granted <= YamuxLimits().max_unread_bytes
+    assert bounded.receiver._windows.granted <= YamuxLimits().max_unread_bytes

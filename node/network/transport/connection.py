@@ -2,7 +2,7 @@
 
 The shell decides nothing.  One task reads.  A sender writes its bytes at once as far as the kernel
 takes them; one writing task waits for the kernel and sends the others.  Streams have trio's
-interface (`receive_some`, `send_all`, ...); `libp2p_adapter` gives them py-libp2p's.
+interface (`receive_some`, `send_all`, ...); `node.network.libp2p_adapter` gives them py-libp2p's.
 """
 
 from __future__ import annotations
@@ -14,16 +14,8 @@ import trio
 
 from node.network.transport.multistream import proposal
 from node.network.transport.noise import SecureChannel
-from node.network.transport.yamux import (
-    CHUNK,
-    PROTOCOL_ERROR,
-    Event,
-    Happening,
-    Stream,
-    StreamReset,
-    Yamux,
-    YamuxLimits,
-)
+from node.network.transport.yamux import CHUNK, PROTOCOL_ERROR, Event, Happening, Stream, StreamReset, Yamux
+from node.network.transport.yamux_limits import YamuxLimits
 from routing.names import PeerId
 from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import KIB

@@ -5,16 +5,16 @@ The wire is that of hashicorp's specification (libp2p's `/yamux/1.0.0`): a heade
     version (1) | type (1) | flags (2) | stream (4) | length (4)        all big-endian
 
 and, for type DATA, `length` bytes.  A stream starts with 256 KiB of credit in each direction; the
-receiver gives more as its reader takes bytes.  The idea of the windows here: `credit + unread`
-never exceeds the stream's window, so a peer that keeps the rules cannot fill memory, and one that
-does not is closed at its first byte too many.  Credit goes back half a window at a time.  A stream
-that a peer far away opens gets more at once (with the ACK, as the specification allows).  A window
-doubles (the idea of go-yamux and rust-yamux) when two halves in a row were used up in less than four
-round trips, as long as all windows together stay within the connection's budget.  A sender that only
-the window holds back needs one round trip for both halves, two at the most.  TCP's slow start wants
-three times as much in the next round trip as in this one, so the window has to be ahead of it: hence
-four.  When later streams bring the windows beyond the budget, those that have grown shrink: part of
-their credit does not go back.
+receiver returns credit as its reader takes bytes, half a window at a time.  `credit + unread` never
+exceeds the stream's window: a peer that keeps the rules cannot fill memory, and any other peer is
+closed at its first byte too many.
+
+Windows grow.  A stream of a distant peer gets more credit with the ACK, as the specification allows.
+A window doubles (the idea of go-yamux and rust-yamux) after two halves were used up in less than four
+round trips, as long as all windows together stay within the connection's budget.  A sender limited
+only by the window needs one round trip for both halves, two at the most.  TCP's slow start wants three
+times as much in each next round trip, so the window has to be ahead of it: hence four.  When later
+streams bring the windows beyond the budget, grown windows shrink: part of their credit is kept back.
 
 Bytes come in by `receive` and go out by `data_to_send`; nothing here waits or reads a clock.
 """
@@ -23,32 +23,31 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone
-from tensor_codec.limits import KIB, MIB
+from node.network.transport.yamux_limits import (
+    INITIAL_WINDOW,
+    InboundStreams,
+    RoundTrip,
+    StreamIds,
+    WindowBudget,
+    YamuxError,
+    YamuxLimits,
+)
+from tensor_codec.errors import LocalProtocolError, PeerGone
+from tensor_codec.limits import MIB
 
 PROTOCOL = "/yamux/1.0.0"
 HEADER = struct.Struct(">BBHII")
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 NORMAL, PROTOCOL_ERROR = 0, 1  # codes of GO_AWAY
-INITIAL_WINDOW = 256 * KIB  # fixed by the protocol
 # Largest payload of one DATA frame that we send: with its header it fills exactly one Noise message
 # (65,535 bytes less the tag), and a small message waits for no more than this of another stream.
 CHUNK = 65_519 - HEADER.size
-# A stream of a peer far away begins with more: what 80 Mbit/s bring in one round trip.  With 256 KiB a
-# prompt of a few hundred kilobytes waits for several of them, and windows grow too late for it.
-FAR_BYTES_PER_SECOND = 10_000_000
-FAR_WINDOW = MIB  # at most
 _MAX_CREDIT = 2**32 - 1
 _MAX_STRAY = 16 * MIB  # of one frame to a stream that we have closed; what other implementations may send
-
-
-class YamuxError(PeerFault):
-    """The peer broke the multiplexing protocol or a limit: the connection must be closed."""
 
 
 class StreamReset(PeerGone):
@@ -72,21 +71,6 @@ class Event(NamedTuple):
     stream: Stream | None
 
 
-@dataclass(frozen=True, slots=True)
-class YamuxLimits:
-    """What one connection may cost us."""
-
-    max_inbound_streams: int = 32
-    max_unread_bytes: int = 8 * MIB
-    opens_per_second: float = 20.0
-    open_burst: int = 64
-    reset_window_seconds: float = 10.0  # rapid reset: more than half of >= 20 opens in this time
-    reset_floor: int = 20
-    breaches_allowed: int = 2  # seconds of one minute with more opens than the burst allows
-    max_control_bytes: int = 64 * KIB  # pongs, resets and window updates that the peer does not take
-    linger_seconds: float = 10.0  # for the peer to end a stream that we have closed
-
-
 class Stream:
     """The state of one stream.  Read it, and change it by the methods of its Yamux alone."""
 
@@ -95,6 +79,7 @@ class Stream:
         "credit",
         "credited_at",
         "credited_before",
+        "ends_after_body",
         "id",
         "inbound",
         "is_reset",
@@ -116,6 +101,7 @@ class Stream:
         self.unread = bytearray()
         self.send_ended = False
         self.receive_ended = False
+        self.ends_after_body = False  # the frame being received is the last
         self.is_reset = False
         self.abandoned_at: float | None = None
 
@@ -146,34 +132,21 @@ class Yamux:
     ) -> None:
         self._limits = limits or YamuxLimits()
         self._now = now
-        self._next_id = 1 if is_client else 2
-        self._their_parity = 0 if is_client else 1
-        self._highest_seen = 0
+        self._ids = StreamIds(is_client)
         self._streams: dict[int, Stream] = {}
-        self._inbound = 0
+        self._inbound = InboundStreams(self._limits, now)
         self._unread_bytes = 0
-        self._granted = 0  # all windows together
+        self._windows = WindowBudget(self._limits.max_unread_bytes)
+        self._round_trip = RoundTrip(round_trip_seconds)
         self._abandoned: deque[Stream] = deque()
         self._failure: str | None = None
         # the part of a frame that has come so far
         self._header = b""
         self._body_left = 0
         self._body_stream: Stream | None = None
-        self._body_ends_stream = False
         # to be sent
         self._outbox: list[bytes | memoryview] = []
         self._control_bytes = 0
-        # round trip
-        self._ping_sent_at: float | None = None
-        self._ping_value = 0
-        self.round_trip_seconds = round_trip_seconds
-        # floods
-        self._open_tokens = float(self._limits.open_burst)
-        self._tokens_at = now
-        self._breaches: deque[float] = deque()
-        self._recent_since = now
-        self._recent_opens = 0
-        self._recent_resets = 0
 
     # --- what the connection's owner asks ---
 
@@ -192,6 +165,11 @@ class Yamux:
         """How many streams are open, counting those that only the other side has not closed."""
         return len(self._streams)
 
+    @property
+    def round_trip_seconds(self) -> float | None:
+        """The least round trip measured; None before the first."""
+        return self._round_trip.seconds
+
     def data_to_send(self) -> bytes:
         """Everything that is to be sent now, once.  Hand it to the network in this order."""
         outbox, self._outbox = self._outbox, []
@@ -201,10 +179,10 @@ class Yamux:
     def open(self) -> Stream:
         """Start a stream.  Says so to the peer with the first bytes that go out."""
         self._check()
-        if self._next_id > _MAX_CREDIT:
+        stream_id = self._ids.take()
+        if stream_id is None:
             raise StreamReset("the connection has used up its stream ids")
-        stream = Stream(self._next_id, False, self._now)
-        self._next_id += 2
+        stream = Stream(stream_id, False, self._now)
         self._add(stream)
         self._queue(WINDOW_UPDATE, SYN, stream.id, 0)
         return stream
@@ -268,11 +246,10 @@ class Yamux:
             self._queue(WINDOW_UPDATE, RST, stream.id, 0)
 
     def ping(self) -> None:
-        """Measure the round trip, unless that is being done: the answer sets `round_trip_seconds`."""
-        if self._ping_sent_at is None:
-            self._ping_value = (self._ping_value + 1) & _MAX_CREDIT
-            self._ping_sent_at = self._now
-            self._queue(PING, SYN, 0, self._ping_value)
+        """Measure the round trip, unless a ping is under way: its answer sets `round_trip_seconds`."""
+        value = self._round_trip.begin(self._now)
+        if value is not None:
+            self._queue(PING, SYN, 0, value)
 
     def go_away(self, code: int = NORMAL) -> None:
         """Say that this connection ends now."""
@@ -335,7 +312,7 @@ class Yamux:
             if stream is not None:
                 raise YamuxError(f"stream {stream_id} was opened twice")
             stream = self._on_open(stream_id, events)
-        elif stream is None and not self._was_open(stream_id):
+        elif stream is None and not self._ids.was_open(stream_id):
             raise YamuxError(f"a frame for stream {stream_id}, which was never opened")
         if flags & RST:
             if kind == DATA and length:
@@ -356,26 +333,20 @@ class Yamux:
         if kind == PING:
             if flags & SYN:
                 self._queue(PING, ACK, 0, value)
-            elif self._ping_sent_at is not None and value == self._ping_value:
-                measured = self._now - self._ping_sent_at  # what is more than the least is waiting
-                known = self.round_trip_seconds
-                self.round_trip_seconds = measured if known is None else min(known, measured)
-                self._ping_sent_at = None
+            else:
+                self._round_trip.answered(value, self._now)
         elif kind == GO_AWAY:
             events.append(Event(Happening.GONE_AWAY, None))
         else:
             raise YamuxError(f"a frame of type {kind}, known are 0 to {GO_AWAY}")
 
     def _on_open(self, stream_id: int, events: list[Event]) -> Stream | None:
-        if stream_id == 0 or stream_id % 2 != self._their_parity:
-            raise YamuxError(f"the peer opened stream {stream_id}, an id that is not its own to use")
-        self._highest_seen = max(self._highest_seen, stream_id)
-        self._count_open()
-        if self._inbound >= self._limits.max_inbound_streams or not self._may_open():
+        self._ids.see(stream_id)
+        if not self._inbound.may_open(self._now):
             self._queue(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         stream = Stream(stream_id, True, self._now)
-        more = self._head_start()
+        more = self._windows.head_start(self._round_trip.seconds)
         stream.window += more
         stream.credit += more
         self._add(stream)
@@ -395,7 +366,8 @@ class Yamux:
                     f"a frame of {length} bytes on stream {stream.id}, its window allows {stream.credit}"
                 )
             stream.credit -= length
-        self._body_left, self._body_stream, self._body_ends_stream = length, stream, ends_stream
+            stream.ends_after_body = ends_stream
+        self._body_left, self._body_stream = length, stream
 
     def _on_body(self, body: bytes, events: list[Event]) -> None:
         self._body_left -= len(body)
@@ -413,7 +385,7 @@ class Yamux:
             events.append(Event(Happening.READABLE, stream))
         if not self._body_left:
             self._body_stream = None
-            if self._body_ends_stream and not stream.is_reset:
+            if stream.ends_after_body and not stream.is_reset:
                 self._on_end(stream, events)
 
     def _on_credit(self, stream: Stream, credit: int, events: list[Event]) -> None:
@@ -439,83 +411,38 @@ class Yamux:
         self._drop(stream)
         events.append(Event(Happening.RESET, stream))
         if stream.inbound:
-            self._recent_resets += 1
-            if (
-                self._recent_opens >= self._limits.reset_floor
-                and self._recent_resets * 2 > self._recent_opens
-                and self._now - self._recent_since <= self._limits.reset_window_seconds
-            ):
-                raise YamuxError(
-                    f"{self._recent_resets} of {self._recent_opens} streams were opened and reset within "
-                    f"{self._limits.reset_window_seconds} s"
-                )
+            self._inbound.was_reset(self._now)
 
     # --- accounts ---
-
-    def _count_open(self) -> None:
-        if self._now - self._recent_since > self._limits.reset_window_seconds:
-            self._recent_since, self._recent_opens, self._recent_resets = self._now, 0, 0
-        self._recent_opens += 1
-
-    def _may_open(self) -> bool:
-        """A token bucket over opened streams; a minute with too many dry seconds ends the connection."""
-        limits = self._limits
-        tokens = self._open_tokens + (self._now - self._tokens_at) * limits.opens_per_second
-        self._open_tokens, self._tokens_at = min(tokens, float(limits.open_burst)), self._now
-        if self._open_tokens >= 1:
-            self._open_tokens -= 1
-            return True
-        while self._breaches and self._now - self._breaches[0] > 60:
-            self._breaches.popleft()
-        if not self._breaches or self._now - self._breaches[-1] >= 1:
-            self._breaches.append(self._now)
-        if len(self._breaches) > limits.breaches_allowed:
-            raise YamuxError(
-                f"more than {limits.opens_per_second:g} streams a second were opened, "
-                f"{len(self._breaches)} times within a minute"
-            )
-        return False
 
     def _give_credit(self, stream: Stream) -> None:
         announced = self._body_left if self._body_stream is stream else 0  # its credit is spent already
         owed = stream.window - stream.credit - len(stream.unread) - announced
         if owed * 2 < stream.window:
             return
-        owed += self._resize(stream, owed)
+        round_trip = self._round_trip.seconds
+        may_grow = round_trip is not None and self._now - stream.credited_before < 4 * round_trip
+        change = self._windows.resize(stream.window, owed, may_grow)
+        if may_grow and change >= 0:
+            self.ping()
+        stream.window += change
+        owed += change
         stream.credited_before, stream.credited_at = stream.credited_at, self._now
         if owed:
             stream.credit += owed
             self._queue(WINDOW_UPDATE, 0, stream.id, owed)
 
-    def _resize(self, stream: Stream, owed: int) -> int:
-        """Let a stream's window grow or shrink as it gets `owed` bytes of credit back: by how much."""
-        left = self._limits.max_unread_bytes - self._granted
-        round_trip = self.round_trip_seconds
-        change = 0
-        if left < 0:
-            change = -min(-left, owed, max(stream.window - INITIAL_WINDOW, 0))
-        elif round_trip is not None and self._now - stream.credited_before < 4 * round_trip:
-            self.ping()
-            change = min(stream.window, left)
-        stream.window += change
-        self._granted += change
-        return change
-
-    def _head_start(self) -> int:
-        """Credit that a new stream gets beyond the protocol's, as far as half of the budget goes."""
-        wanted = min(int((self.round_trip_seconds or 0) * FAR_BYTES_PER_SECOND), FAR_WINDOW)
-        left = self._limits.max_unread_bytes // 2 - self._granted
-        return max(0, min(wanted, left) - INITIAL_WINDOW)
-
     def _add(self, stream: Stream) -> None:
         self._streams[stream.id] = stream
-        self._granted += stream.window
-        self._inbound += stream.inbound
+        self._windows.add(stream.window)
+        if stream.inbound:
+            self._inbound.opened()
 
     def _drop(self, stream: Stream) -> None:
         if self._streams.pop(stream.id, None) is not None:
-            self._granted -= stream.window
-            self._inbound -= stream.inbound
+            self._windows.add(-stream.window)
+            if stream.inbound:
+                self._inbound.ended()
 
     def _forget_unread(self, stream: Stream) -> None:
         self._unread_bytes -= len(stream.unread)
@@ -529,13 +456,6 @@ class Yamux:
                     return
                 self.reset(stream)
             self._abandoned.popleft()
-
-    def _was_open(self, stream_id: int) -> bool:
-        if stream_id == 0:
-            return False
-        if stream_id % 2 == self._their_parity:
-            return stream_id <= self._highest_seen
-        return stream_id < self._next_id
 
     def _queue(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         self._outbox.append(HEADER.pack(0, kind, flags, stream_id, length))
