@@ -11,8 +11,8 @@ if is_command("client"):
 
 from client.api import SwarmLike, SyncSwarm
 
-# The function takes the place of the module of its name, so it cannot wait for __getattr__: whoever
-# imports the module first would put that here.  `from client.connect import ...` finds the module.
+# The function takes the place of the module of its name, so it cannot wait for __getattr__: an import of
+# the module would put that here.  `from client.connect import ...` finds the module.
 from client.connect import connect, connect_sync
 from client.generation.options import GenerateOptions
 from node.config import ConfigError
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # Any: whatever is asked for
-    """Names whose modules import torch: not before somebody wants them."""
+def __getattr__(name: str) -> Any:  # Any: of every type
+    """Names whose modules import torch: imported when they are first used."""
     if name == "Token":
         from client.generation.generate import Token
 

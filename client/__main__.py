@@ -45,19 +45,22 @@ def _command(words: list[str]) -> int:
     generate.add_argument(
         "--show-route",
         action="store_true",
-        help="print the route, and what happened to it (on standard error)",
+        help="print the route and its events (on standard error)",
     )
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text")
-    chat = commands.add_parser("chat", help="talk with the model; its memory stays in one session")
-    chat.add_argument("--system", metavar="TEXT", help="what the model is told about its role first")
+    chat = commands.add_parser("chat", help="chat with the model; the caches stay in one session")
+    chat.add_argument("--system", metavar="TEXT", help="the system message: the role of the model")
     chat.add_argument(
         "--max-length",
         type=positive,
         metavar="N",
-        help="tokens of the talk: its oldest turns go beyond them (default: what model and swarm allow)",
+        help="tokens of the chat: beyond them it drops its oldest turns (default: as model and swarm allow)",
     )
     generate.add_argument(
-        "--top-logprobs", type=int, metavar="N", help="with --json: how likely each token and N others were"
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: log probabilities, of N others too",
     )
     for command, tokens in ((generate, None), (chat, 256)):
         _add_options(command, tokens)
@@ -104,7 +107,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group(
-        "sampling", "What is not given is as the model's generation_config.json says."
+        "sampling", "The model's generation_config.json sets the options that are not given."
     )
     ways = sampling.add_mutually_exclusive_group()
     ways.add_argument(
@@ -121,7 +124,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
     sampling.add_argument("--presence-penalty", type=float, metavar="X", help="-2 to 2, above 0: new words")
     sampling.add_argument(
-        "--frequency-penalty", type=float, metavar="X", help="-2 to 2, by how often it came"
+        "--frequency-penalty", type=float, metavar="X", help="-2 to 2, by the count of each token"
     )
     sampling.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row twice")
     sampling.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before")
@@ -136,7 +139,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--no-generation-config",
         action="store_true",
-        help="nothing of generation_config.json but the end tokens; greedy if no flag says otherwise",
+        help="take the end tokens alone from generation_config.json; greedy without other flags",
     )
 
 
@@ -163,24 +166,27 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
         "--wait", type=seconds, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
     )
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write what happened to the session, one JSON a line"
+        "--trace", type=Path, metavar="FILE", help="write the events of the session, one JSON object a line"
     )
     parser.add_argument(
         "--max-session-tokens", type=positive, metavar="N",
-        help="of a session, at the most (default: what model and swarm allow)",
+        help="the longest session to open (default: as model and swarm allow)",
     )  # fmt: skip
-    servers = parser.add_argument_group("servers", "Which may be used; a replacement of one that failed too.")
+    servers = parser.add_argument_group("servers", "Which servers may be used, as replacements too.")
     servers.add_argument(
-        "--allow-peer", action="append", metavar="ID", help="only this peer and others so named"
+        "--allow-peer", action="append", metavar="ID", help="only this peer; may be given again"
     )
     servers.add_argument("--block-peer", action="append", default=[], metavar="ID", help="never this peer")
     servers.add_argument(
-        "--server-dtype", action="append", choices=DTYPES, help="only those that compute in this"
+        "--server-dtype", action="append", choices=DTYPES, help="only servers that compute in this"
     )
     servers.add_argument(
-        "--server-quantize", action="append", choices=QUANTIZE, help="only those that keep matrices like this"
+        "--server-quantize",
+        action="append",
+        choices=QUANTIZE,
+        help="only servers with matrices like this",
     )
-    servers.add_argument("--max-hops", type=int, metavar="N", help="servers in one chain at the most")
+    servers.add_argument("--max-hops", type=int, metavar="N", help="the most servers of one chain")
     parser.add_argument(
         "--codec", choices=("auto", "fp32", "bf16"), default="auto", help="hidden states on the wire"
     )

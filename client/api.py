@@ -136,7 +136,7 @@ class SwarmLike(SwarmFacts, Protocol):
     async def route(self) -> Chain:
         """See `Swarm.route`."""
 
-    async def chains(self, most: int) -> list[Chain]:
+    async def chains(self, max_chains: int) -> list[Chain]:
         """See `Swarm.chains`."""
 
     def generate(
@@ -176,7 +176,7 @@ class SyncSwarm(SwarmFacts, Protocol):
     def route(self) -> Chain:
         """See `Swarm.route`."""
 
-    def chains(self, most: int) -> list[Chain]:
+    def chains(self, max_chains: int) -> list[Chain]:
         """See `Swarm.chains`."""
 
     def generate(

@@ -1,4 +1,4 @@
-"""Every knob of a client, with its unit and its default, and the checks of what a caller gave."""
+"""Every setting of a client, with its unit and its default, and the checks of a caller's arguments."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ClientConfig:
     wait_seconds: for a chain to come up.  step_seconds: for one step, or one request of `forward`
     and `backward` at one hop.  give_up_seconds: for one token, or one hop's part of such a request,
     with new chains and replays.
-    codec: how hidden states travel: "auto" (nothing is lost), "fp32" or "bf16".
-    constraints: which servers may be used, and how many for one chain.
-    limits: max_session_tokens is what this client opens at most; None: what the servers take.
+    codec: of hidden states on the wire: "auto" (nothing is lost), "fp32" or "bf16".
+    constraints: the servers that may be used, and their number in one chain.
+    limits: max_session_tokens bounds the sessions of this client; None: the servers' own bound holds.
     """
 
     peers: tuple[str, ...]
@@ -99,7 +99,7 @@ def _key(name: str, value: Any) -> Path | bytes:  # Any: to be checked
 
 
 def _tokens(name: str, value: Any) -> int | None:  # Any: to be checked
-    """Raises ValueError for what is neither None nor a whole number."""
+    """None or a whole number.  Raises ValueError."""
     return None if value is None else values.whole(name, value)
 
 

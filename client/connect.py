@@ -60,11 +60,11 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     swarm_key: a key file, or the key's 32 bytes, where the swarm is private.
     threads: of torch in this process; None leaves them as they are.
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
-    constraints: servers that may be used or may not, and how many hops a chain may have; they hold
-    for all that is done with the swarm, replacements of servers that failed included.
+    constraints: servers that may be used or may not, and the number of hops of a chain; they hold for
+    sessions, `generate`, `forward` and `backward`, and for replacements of servers that failed.
     max_session_tokens: rows times positions of the longest session to open; None: what the model and the
     servers allow.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
-    `backward`; more than the usual ones (see `Limits`) only servers that were started with as much take.
+    `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much.
     Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
     handle has the same methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a
     number out of range, constraints that nothing can meet), on entry where there is no such model, no peer

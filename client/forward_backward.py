@@ -1,10 +1,9 @@
 """Forward and backward through a run of blocks without a session: for training and for research.
 
-A batch is cut by rows into requests, several of which are on their way at a time.  Each goes from
-hop to hop and back here in between, in the way of Petals (arXiv:2312.08361): what every hop was
-given is kept, so a hop that fails is replaced and only its own part is done again.  Nothing is
-changed at a server, so a request may be repeated as often as needed: what comes out in the end is
-what an undisturbed pass would have given, or an error.
+A batch is cut by rows into requests, several of them under way at a time.  Each goes from hop to hop
+through the client, as in Petals (arXiv:2312.08361).  The client keeps every hop's input, so a hop
+that fails is replaced and its own part alone is done again.  A request changes nothing at a server and
+may be repeated: the result is that of an undisturbed pass, or an error.
 """
 
 from __future__ import annotations
@@ -46,15 +45,14 @@ from tensor_codec.span_spec import SpanSpec
 T = TypeVar("T")
 OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
 
-REQUEST_POSITIONS = (
-    512  # of all rows of one request, where a row is not longer: see client.generation.conversation
-)
+# Of all rows of one request, where a row is not longer: see client.generation.conversation.
+REQUEST_POSITIONS = 512
 UNDER_WAY = 8  # requests of one call, at all peers together
 UNDER_WAY_PER_PEER = 3  # one comes, one is computed, one goes back; within max_compute_streams_per_peer
 
 
 class FindChain(Protocol):
-    """How a request gets its hops: along the chain with the most throughput known now."""
+    """Finds the hops of a request: the chain with the highest throughput known now."""
 
     def __call__(
         self,
@@ -66,7 +64,7 @@ class FindChain(Protocol):
         beside: int,
     ) -> Awaitable[Chain]:
         """positions: of all rows.  waiting: see `cheapest_chain`.
-        beside: hops that the whole way has for other blocks.
+        beside: hops of the whole chain for other blocks.
 
         Raises NoChain when none came up in time.
         """
@@ -74,7 +72,7 @@ class FindChain(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a hop was given: enough to do its part again, there or elsewhere."""
+    """A hop and its input: enough to do its part again, there or elsewhere."""
 
     hop: Hop
     hidden: Tensor
@@ -82,7 +80,7 @@ class Kept:
 
 @dataclass(slots=True)
 class Part:
-    """Some rows of a call.  planned: the peers of the chain that it takes."""
+    """Some rows of a call.  planned: the peers of its chain."""
 
     hidden: Tensor
     grad: Tensor | None
@@ -98,8 +96,8 @@ class Part:
 class ForwardBackward:
     """Forward and backward through a swarm, of any number of tasks at a time.
 
-    find_chain, dtype_of (None: the peer has left), open_stream: the swarm's.  learn: takes how many
-    seconds a peer had a request, for each position and block.
+    find_chain, dtype_of (None: the peer has left), open_stream: the swarm's.  learn: takes the seconds
+    of a peer for a request, divided by positions and blocks.
     codec: "auto" for each hop's own, which loses nothing; else "fp32" or "bf16".
     step_seconds: for one request at one hop.  give_up_seconds: for one hop's part, with all its
     retries and new chains.
@@ -117,7 +115,7 @@ class ForwardBackward:
     step_seconds: float = 30.0
     give_up_seconds: float = 120.0
     _planned: Counter[PeerId] = field(default_factory=Counter)  # parts under way whose chain has the peer
-    _turns: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
+    _limiters: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
     _idle: defaultdict[PeerId, list[FramedStream]] = field(default_factory=lambda: defaultdict(list))
 
     async def forward(self, hidden: Tensor, start: int, stop: int) -> Tensor:
@@ -129,7 +127,7 @@ class ForwardBackward:
         return await self._in_parts(await self.compute.run(self._cut, hidden, grad, start, stop), start, stop)
 
     def _cut(self, hidden: Tensor, grad: Tensor | None, start: int, stop: int) -> list[Part]:
-        """Runs in the torch thread: check what came, and cut it into requests.  Raises ValueError."""
+        """Runs in the torch thread: check the tensors, and cut them into requests.  Raises ValueError."""
         if not 0 <= start < stop <= self.info.blocks:
             raise ValueError(f"blocks {start}:{stop} of a model that has 0:{self.info.blocks}")
         hidden = self._checked("hidden", hidden)
@@ -143,15 +141,15 @@ class ForwardBackward:
         tensors = 1 if grad is None else 2
         # Where the codec is the hops' own a long row may still fit at two bytes a value.
         codecs = ("fp32", "bf16") if self.codec == "auto" else (self.codec,)
-        room = [self._most_positions(codec, tensors) for codec in codecs]
-        most = next((each for each in room if tokens <= each), None)
-        if most is None:
+        room = [self._max_positions(codec, tensors) for codec in codecs]
+        max_positions = next((each for each in room if tokens <= each), None)
+        if max_positions is None:
             raise ValueError(
                 f"rows of {tokens} positions, {max(room)} fit into one request of {tensors} x"
                 f" {self.info.hidden_size} values a position (max_step_tokens is"
                 f" {self.limits.max_step_tokens}, max_frame_bytes {self.limits.max_frame_bytes})"
             )
-        rows = max(1, min(most, REQUEST_POSITIONS) // tokens)
+        rows = max(1, min(max_positions, REQUEST_POSITIONS) // tokens)
         cuts = range(0, batch, rows)
         return [Part(hidden[i : i + rows], None if grad is None else grad[i : i + rows]) for i in cuts]
 
@@ -170,8 +168,8 @@ class ForwardBackward:
             raise ValueError(f"{name} holds NaN or infinity")
         return kept
 
-    def _most_positions(self, codec: str, tensors: int) -> int:
-        """Positions of all rows that one request may carry."""
+    def _max_positions(self, codec: str, tensors: int) -> int:
+        """The largest number of positions, of all rows, in one request."""
         return self.limits.step_tokens(tensors * self.info.hidden_size * CODEC_BYTES[codec])
 
     async def _in_parts(self, parts: Sequence[Part], start: int, stop: int) -> Tensor:
@@ -201,13 +199,13 @@ class ForwardBackward:
         return await self.compute.run(torch.cat, answers)
 
     async def _pass(self, part: Part, start: int, stop: int) -> Tensor:
-        """One part forward through all hops; or, where it has a gradient, that back to the first."""
+        """One part forward through all hops; where it has a gradient, the gradient back to the first."""
         if part.grad is None:
             return (await self._onward(part, part.hidden, start, stop, to_the_end=True))[1]
         grad = part.grad
         kept, _ = await self._onward(part, part.hidden, start, stop, to_the_end=False)
         hops = len(kept)  # of the whole way
-        lost = False  # the last hop of `kept`, not what it was given
+        lost = False  # the last hop of `kept`; its input is still there
 
         async def back() -> Tensor:
             nonlocal lost, hops
@@ -231,10 +229,10 @@ class ForwardBackward:
     async def _onward(
         self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, beside: int = 0
     ) -> tuple[list[Kept], Tensor]:
-        """Forward from hop to hop: what each was given, and what came out of the last one that was asked.
+        """Forward from hop to hop: the input of each, and the output of the last one that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
-        beside: hops that the part's way has for other blocks.
+        beside: hops of the part's chain for other blocks.
         """
         kept: list[Kept] = []
         ahead: deque[Hop] = deque()
@@ -257,7 +255,7 @@ class ForwardBackward:
         return kept, hidden
 
     async def _hops(self, part: Part, start: int, stop: int, beside: int) -> Sequence[Hop]:
-        """Plan the way of a part through these blocks.  Raises NoChain."""
+        """Plan the chain of a part through these blocks.  Raises NoChain."""
         self._plan(part, ())
         positions = part.hidden.shape[0] * part.hidden.shape[1]
         chain = await self.find_chain(start, stop, positions=positions, waiting=self._planned, beside=beside)
@@ -269,7 +267,7 @@ class ForwardBackward:
         self._planned.update(peers)
 
     async def _until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Repeat `attempt` for give_up_seconds at most.  Raises PeerFault, Refused, NoChain."""
+        """Repeat `attempt` for up to give_up_seconds.  Raises PeerFault, Refused, NoChain."""
         deadline = trio.current_time() + self.give_up_seconds
         failure: PeerFault | Refused | None = None
         while failure is None or trio.current_time() < deadline:
@@ -287,14 +285,14 @@ class ForwardBackward:
     async def _ask(self, hop: Hop, hidden: Tensor, grad: Tensor | None) -> Tensor:
         """One request at one hop.  Raises ValueError (it is too large), PeerFault, Refused with `peer`."""
         peer, dtype = hop.peer, self.dtype_of(hop.peer)
-        turn = self._turns.setdefault(peer, trio.CapacityLimiter(UNDER_WAY_PER_PEER))
+        limiter = self._limiters.setdefault(peer, trio.CapacityLimiter(UNDER_WAY_PER_PEER))
         avoided = peer in self.blame.avoided(trio.current_time())
         try:
             if dtype is None:
                 raise PeerGone(f"{peer} has just left the swarm")
             parts, contract = await self.compute.run(self._encode, hop, dtype, hidden, grad)
-            async with turn:
-                beside = turn.borrowed_tokens
+            async with limiter:
+                under_way = limiter.borrowed_tokens
                 output = await self._exchange(peer, parts, contract)
             answer = await self.compute.run(decode_hidden, output.body, contract)
         except (PeerFault, Refused) as error:
@@ -303,7 +301,7 @@ class ForwardBackward:
             raise
         self.blame.worked(peer)
         if grad is None and output.timings:
-            held = output.timings[0][0] / 1e6 / beside  # the others were waited for
+            held = output.timings[0][0] / 1e6 / under_way  # the hop had the others too
             self.learn(peer, held / (contract.batch * contract.max_length * (hop.stop - hop.start)))
         return answer
 
@@ -320,18 +318,18 @@ class ForwardBackward:
         except BadResult:  # it was finite as it came
             raise ValueError(f"hidden states or gradients are too large for {codec}") from None
         request = Forward(run, *bodies) if grad is None else Backward(run, *bodies)
-        most, positions = self._most_positions(codec, len(tensors)), hidden.shape[0] * hidden.shape[1]
-        if positions > most:
-            raise ValueError(f"{positions} positions for a {dtype} hop, {most} fit into one request")
+        fitting, positions = self._max_positions(codec, len(tensors)), hidden.shape[0] * hidden.shape[1]
+        if positions > fitting:
+            raise ValueError(f"{positions} positions for a {dtype} hop, {fitting} fit into one request")
         contract = request_contract(request, self.info.hidden_size, self.limits.max_step_tokens)
         return encode_request(request), contract
 
     def _take_note(self, error: PeerFault | Refused, peer: PeerId, avoided: bool) -> None:
-        """Avoid a peer that failed.  avoided: whether it was avoided already when it was asked."""
+        """Avoid a peer that failed.  avoided: it was avoided already when it was asked."""
         now = trio.current_time()
         if isinstance(error, Refused):
             self.blame.refused(peer, error.retry_after_seconds, now)
-        elif avoided or peer not in self.blame.avoided(now):  # else: one fault that several requests met
+        elif avoided or peer not in self.blame.avoided(now):  # else: one fault of several requests
             self.blame.fault(peer, now)
 
     async def _exchange(self, peer: PeerId, parts: list[Buffer], contract: Contract) -> Output:
@@ -341,7 +339,7 @@ class ForwardBackward:
         """
         message = None
         if self._idle[peer]:
-            with suppress(PeerGone):  # closed for having been idle; asking twice does no harm
+            with suppress(PeerGone):  # closed as idle; asking twice does no harm
                 message = await self._question(self._idle[peer].pop(), parts, contract)
         if message is None:
             message = await self._question(await self.open_stream(peer), parts, contract)
@@ -352,10 +350,10 @@ class ForwardBackward:
     async def _question(
         self, stream: FramedStream, parts: list[Buffer], contract: Contract
     ) -> Output | Failed:
-        """Send a request and return what answers it.  Raises SlowPeer, PeerGone, FrameError, MessageError.
+        """Send a request and return its answer.  Raises SlowPeer, PeerGone, FrameError, MessageError.
 
-        The stream is kept for the next request, or reset.  It is listened to from the beginning: a
-        peer that refuses does not wait for the whole of a frame that it will not take.
+        The stream is kept for the next request, or reset.  Reading begins with the sending: a peer
+        that refuses does not wait for the whole frame.
         """
         size = sum(len(part) for part in parts)
         seconds = self.step_seconds + 2 * size / self.limits.frame_floor_bytes_per_second
@@ -369,7 +367,7 @@ class ForwardBackward:
                 await stream.send(parts)
                 sent = True
             except PeerFault as error:
-                fault = error  # what has come in before is still there to be read
+                fault = error  # an answer that came in before can still be read
 
         async def receive() -> None:
             nonlocal frame, fault

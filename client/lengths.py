@@ -30,7 +30,7 @@ class SessionLengths:
     last_view: Callable[[], SwarmView]
 
     def usual(self, batch: int) -> int:
-        """Of a session of `batch` rows that nobody gave a length for.  See `Swarm.usual_length`."""
+        """Of a session of `batch` rows without a length of its own.  See `Swarm.usual_length`."""
         longest = self._of_servers()
         usual = USUAL_LENGTH
         if longest is not None:
@@ -43,7 +43,7 @@ class SessionLengths:
         return min(self._allowed(batch))[0]
 
     def check(self, length: int, what: str, batch: int = 1) -> None:
-        """Raises ValueError where a session of `batch` rows cannot become so long.  what: for the message."""
+        """Raises ValueError where a session of `batch` rows cannot have `length`.  what: for the message."""
         longest, why = min(self._allowed(batch))
         if not 0 < length <= longest:
             raise ValueError(_too_long(length, what, longest, why))
@@ -65,7 +65,7 @@ class SessionLengths:
 
 
 def check_room(length: int, what: str, max_length: int) -> None:
-    """Raises ValueError where a conversation of `max_length` tokens cannot become so long."""
+    """Raises ValueError where a conversation of `max_length` tokens cannot have `length`."""
     if not 0 < length <= max_length:
         raise ValueError(_too_long(length, what, max_length, f"the conversation was opened for {max_length}"))
 

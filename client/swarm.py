@@ -110,7 +110,7 @@ class Swarm:
         return self._directory.last_view
 
     async def changed(self, since: SwarmView) -> None:
-        """Return when the view is another than `since`.  Set your own deadline."""
+        """Return when the view differs from `since`.  Set your own deadline."""
         await self._directory.changed(since)
 
     async def route(self) -> Chain:
@@ -118,15 +118,16 @@ class Swarm:
         await self._know_the_distances()
         return await self._of_those_who_answer(self.routes.choose)
 
-    async def chains(self, most: int) -> list[Chain]:
-        """Up to `most` chains over the whole model, the best first.
+    async def chains(self, max_chains: int) -> list[Chain]:
+        """Up to `max_chains` chains over the whole model, the best first.
 
-        They share as few servers as they can, none where others hold the same blocks: what is left of a
-        swarm when the servers of the first are gone.  Raises NoChain, and ValueError for `most` below 1.
+        They share as few servers as they can, and none where other servers hold their blocks: the later
+        chains are the swarm without the servers of the first.  Raises NoChain, and ValueError for a
+        number below 1.
         """
-        most = values.whole("most", most)
+        max_chains = values.whole("max_chains", max_chains)
         await self._know_the_distances()
-        return self.routes.chains(most)
+        return self.routes.chains(max_chains)
 
     async def _know_the_distances(self) -> None:
         """Measure the round trips to the peers that a chain may begin or end with.
@@ -165,7 +166,7 @@ class Swarm:
         Ends at an end token of the model, at a stop string, at a token of `stop_token_ids`, or after
         `max_new_tokens`; the last token says which in `finish_reason`.
         conversation: from `conversation`: keep the caches for the next call.
-        trace: takes down what happens to the session; a conversation has its own.
+        trace: records the events of the session; a conversation has its own.
 
         A server that fails is replaced, and the server before it sends its inputs to the new one: the
         caller sees a pause.  Raises on the call ValueError (an option, a token or a length out of
@@ -197,7 +198,7 @@ class Swarm:
         conversation: Conversation | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> Settings:
-        """What `generate` would do with the same arguments, and what of it the model's file decides.
+        """The settings of a `generate` with these arguments, and which of them the model's file decides.
 
         Raises what `generate` raises on the call.
         """
@@ -226,10 +227,10 @@ class Swarm:
         return ids, settings
 
     def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Conversation:
-        """A session whose caches outlive one `generate`: later prompts only send what is new.
+        """A session whose caches outlive one `generate`: later prompts send their new tokens alone.
 
         Give it to `generate(conversation=...)` and `close` it at the end.  max_length: in tokens; None: see
-        `usual_length`.  trace: takes down what happens; `conversation.trace` if not given.
+        `usual_length`.  trace: records the events; `conversation.trace` if not given.
         Raises ValueError for a length that the model or the servers do not allow.
         """
         from client.generation.conversation import Conversation
@@ -252,9 +253,9 @@ class Swarm:
     async def session(self, *, batch: int = 1, max_length: int | None = None) -> AsyncIterator[Session]:
         """A session for hidden states: `await session.step(hidden)`.
 
-        batch: rows.  max_length: positions that each may come to have; None: see `usual_length`.
+        batch: rows.  max_length: positions of each row; None: see `usual_length`.
         A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
-        the session may be used again then.  `session.trace` tells what happened.
+        the session may be used again then.  `session.trace` has the events.
         Raises ValueError (a length that the model or the servers do not allow), NoChain, PeerFault, Refused.
         """
         batch = values.whole("batch", batch)
@@ -277,13 +278,13 @@ class Swarm:
                 await session.aclose()
 
     async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
-        """What blocks [start, stop), by default all, make of hidden states [batch, tokens, hidden].
+        """The output of blocks [start, stop), by default all, for hidden states [batch, tokens, hidden].
 
         Without a session or a cache: positions count from 0 in every row.  hidden: any float dtype.
-        Returns the same shape on the CPU, before the final norm: in bfloat16 where that is what the
-        last hop computes in, else in float32.
-        A large batch is cut by rows into requests, several of them on their way at a time.  A server
-        that fails is replaced, and only its part is done again.
+        Returns that shape on the CPU, before the final norm: in bfloat16 where the last hop computes in
+        bfloat16, else in float32.
+        A large batch is cut by rows into requests, several of them under way at a time.  A server
+        that fails is replaced, and its part alone is done again.
         Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
         NoChain, PeerFault, Refused.
         """
@@ -296,8 +297,8 @@ class Swarm:
 
         grad: its gradient with respect to the output of block `stop` - 1, in the shape of `hidden`.
         The weights are frozen.  Every server runs its blocks forward once more, so nothing of an earlier
-        `forward` is needed.  Everything else is as in `forward`; what comes out is the gradient that
-        an undisturbed pass would have given, or an error, never a part of it.
+        `forward` is needed.  Everything else is as in `forward`; the result is the gradient of an
+        undisturbed pass, or an error, never a part of it.
         """
         return await self._stateless.backward(hidden, grad, *_blocks(self.info, start, stop))
 
@@ -368,10 +369,10 @@ class Swarm:
             await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
 
     def usual_length(self, batch: int = 1) -> int:
-        """Positions of a session of `batch` rows that nobody gave a length for.
+        """Positions of a session of `batch` rows without a length of its own.
 
-        As many as the model has, up to a quarter of what a server's cache holds: such a session need not
-        wait for others (`node.serving.cache_budget`).
+        The model's number, up to a quarter of a server's cache: a session of this length does not wait
+        for others (`node.serving.cache_budget`).
         """
         return self._lengths.usual(values.whole("batch", batch))
 
@@ -402,7 +403,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         background_nursery() as nursery,
     ):
         info, local_model, defaults = await compute.run(_load_model, config)
-        gc.freeze()  # what is there now stays: later collections need not look at a million objects
+        gc.freeze()  # these objects stay: later collections need not look at a million of them
         heads = HeadBatches(local_model, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
         nursery.start_soon(trio.to_thread.run_sync, local_model.make_exact_argmax)
@@ -423,7 +424,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
 
 
 def _blocks(info: ModelInfo, start: int, stop: int | None) -> tuple[int, int]:
-    """The blocks that are meant.  Raises ValueError for what is no run of the model's."""
+    """A run of the model's blocks; stop: None is the last.  Raises ValueError for any other run."""
     start = values.whole("start", start, 0)
     stop = info.blocks if stop is None else values.whole("stop", stop, 0)
     if not start < stop <= info.blocks:
@@ -432,7 +433,7 @@ def _blocks(info: ModelInfo, start: int, stop: int | None) -> tuple[int, int]:
 
 
 def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
-    """What servers have to take in one step: 0, unless this client chose more than all of them do."""
+    """Tokens that servers must take in one step; 0 where this client keeps to the usual bound."""
     own, usual = (limits.step_tokens(4 * info.hidden_size) for limits in (config.limits, Limits()))
     return max(config.constraints.step_tokens, own if own > usual else 0)
 

@@ -64,7 +64,7 @@ async def run_generate(flags: argparse.Namespace) -> None:
             say(describe_route(swarm, route))
         measured, texts, trace = Measured(), [], Trace()
         settings = swarm.settings(prompt, options)
-        _tell_settings(settings)
+        _say_settings(settings)
         tokens = swarm.generate(prompt, options, trace=trace)
         with traced(trace, flags.trace):
             async with aclosing(tokens):
@@ -90,7 +90,7 @@ async def run_chat(flags: argparse.Namespace) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{swarm.info.name} has no chat template: use generate")
         await wait_for_route(swarm, flags.wait)
-        _tell_settings(swarm.settings([0], options))
+        _say_settings(swarm.settings([0], options))
         length = swarm.usual_length() if flags.max_length is None else flags.max_length
         chat = Chat(swarm, swarm.conversation(length), length, options)
         if flags.system:
@@ -160,7 +160,7 @@ class Chat:
 
 
 def _template(tokenizer: Any, history: list[Message]) -> list[int]:  # Any: the library's own class
-    """The tokens of a talk and of an answer's opening; the template's text holds the special ones already."""
+    """The tokens of a chat and of an answer's opening; the template's text has the special ones already."""
     try:
         made = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
     except Exception as error:  # a template may end with anything
@@ -185,7 +185,7 @@ def traced(trace: Trace, path: Path | None) -> Iterator[None]:
 
 
 def describe_events(trace: Trace) -> list[str]:
-    """What happened to the route, for people: nothing, or a line for each thing."""
+    """The events of the route, for people: a line for each."""
     lines = []
     for event in trace.of("fault", "rerouted", "replayed", "recovered", "relayed"):
         data = event.data
@@ -211,7 +211,7 @@ def describe_events(trace: Trace) -> list[str]:
 
 async def wait_for_route(swarm: SwarmLike, seconds: float) -> Chain:
     """The route, as soon as the swarm is complete.  Raises NoChain after `seconds`."""
-    deadline, told = trio.current_time() + seconds, False
+    deadline, announced = trio.current_time() + seconds, False
     while True:
         seen = swarm.view()
         try:
@@ -219,9 +219,9 @@ async def wait_for_route(swarm: SwarmLike, seconds: float) -> Chain:
         except NoChain as missing:
             if trio.current_time() >= deadline:
                 raise
-            if not told:
+            if not announced:
                 say(f"waiting up to {seconds:.0f} s: {missing}")
-                told = True
+                announced = True
         with trio.move_on_at(deadline):
             await swarm.changed(seen)
 
@@ -282,13 +282,13 @@ def options_of_flags(flags: argparse.Namespace) -> GenerateOptions:
     )
 
 
-def _tell_settings(settings: Settings) -> None:
-    """What the model's own file decides, where it decides something."""
+def _say_settings(settings: Settings) -> None:
+    """Print the settings that the model's own file decides, if any."""
     if not settings.from_file:
         return
-    told = settings.told()
-    values = [f"{name} {told[name]}" for name in settings.from_file if told.get(name) is not None]
-    hint = "; --greedy for the likeliest tokens" if told["do_sample"] else ""
+    in_force = settings.as_dict()
+    values = [f"{name} {in_force[name]}" for name in settings.from_file if in_force.get(name) is not None]
+    hint = "; --greedy for the likeliest tokens" if in_force["do_sample"] else ""
     say(f"by the model's generation_config.json: {', '.join(values)}{hint}")
 
 
@@ -308,7 +308,7 @@ def _result(
         "text": text,
         "tokens": [token.id for token in measured.tokens],
         "finish_reason": measured.tokens[-1].finish_reason,
-        "sampling": settings.told(),
+        "sampling": settings.as_dict(),
         **_log_probabilities(measured.tokens),
         "tokens_per_s": measured.tokens_per_second,
         "ttft_s": measured.first_seconds,

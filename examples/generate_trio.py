@@ -15,9 +15,8 @@ import client
 
 
 async def generate(flags: argparse.Namespace) -> None:
-    """Join the swarm once, then answer all prompts at the same time."""
-    # Entering loads the ends of the model (the embeddings and the head); the blocks between them
-    # are computed by the swarm.
+    """Join the swarm once, then answer all prompts at once."""
+    # Entering loads the model's embeddings and head; the swarm computes the blocks between them.
     async with (
         client.connect(flags.model, peers=flags.peers, swarm_key=flags.swarm_key) as swarm,
         trio.open_nursery() as nursery,
@@ -29,7 +28,7 @@ async def generate(flags: argparse.Namespace) -> None:
 async def answer(swarm: client.SwarmLike, prompt: str, max_new_tokens: int) -> None:
     """Print one prompt with its continuation."""
     text = ""
-    # aclosing: whatever ends the loop early, the servers hear of it at once.
+    # aclosing: an early end of the loop ends the session at the servers at once.
     async with aclosing(swarm.generate(prompt, max_new_tokens=max_new_tokens)) as tokens:
         async for token in tokens:
             text += token.text  # print(token.text, end="", flush=True) would show it as it comes

@@ -36,10 +36,10 @@ def main() -> None:
     )
     set_up_logging("text")
     try:
-        # `serve` is an ordinary trio function: a program of yours may start it beside its own tasks.
+        # `serve` is an ordinary trio function: a program of yours may start it next to its own tasks.
         # It returns after SIGINT or SIGTERM.
         trio.run(serve, config)
-    except* ConfigError as wrong:  # something that you must fix: one clear line each
+    except* ConfigError as wrong:  # for you to fix: one clear line each
         sys.exit("\n".join(str(error) for error in wrong.exceptions))
 
 

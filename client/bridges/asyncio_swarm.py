@@ -36,7 +36,7 @@ async def open_bridge(
 
     open_swarm: `client.swarm.open_swarm`, which runs in the trio thread.
     A call that the end of the `async with` overtakes, or that comes after it, raises RuntimeError.
-    Leaving takes LEAVE_SECONDS and END_SECONDS at the most.
+    Leaving takes up to LEAVE_SECONDS and END_SECONDS.
     """
     portal: AsyncioPortal[Any] = AsyncioPortal()
     swarm = await portal.enter(partial(open_swarm, config))
@@ -64,7 +64,7 @@ class AsyncioPortal(Generic[V]):
         try:
             await self._news.wait()
         except asyncio.CancelledError:
-            with suppress(Exception):  # we were cancelled, whatever became of the opening
+            with suppress(Exception):  # the cancellation counts, not the error of the opening
                 await self.leave()
             raise
         if self._thread.value is None:
@@ -136,7 +136,7 @@ class AsyncioPortal(Generic[V]):
         return call
 
     async def _cancel(self, call: Call[T], news: asyncio.Event) -> None:
-        """End a call that nobody waits for any more, and wait until it has cleaned up."""
+        """End a call whose caller has gone, and wait until it has cleaned up."""
         if not call.over and self._thread.cancel(call):
             await _until_over(call, news)
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 HANDLES = {"conversation": ConversationLike, "session": SyncSession}
-CLOSE_SECONDS = 3.0  # for a generation that is abandoned: the end of its session takes 2 at the most
+CLOSE_SECONDS = 3.0  # for a generation that is abandoned: the end of its session takes up to 2
 
 
 def open_sync(
@@ -48,7 +48,7 @@ class SwarmHandle(Proxy):
     """A swarm that is left by `close` and by the end of a `with`."""
 
     def close(self) -> None:
-        """Leave the swarm; takes LEAVE_SECONDS and END_SECONDS at the most."""
+        """Leave the swarm; takes up to LEAVE_SECONDS and END_SECONDS."""
         cast("BlockingPortal[Any]", self._portal).leave()
 
     def __enter__(self) -> SwarmHandle:
@@ -79,7 +79,7 @@ class BlockingPortal(Generic[V]):
         try:
             self._news.wait()
         except BaseException:  # Ctrl-C
-            with suppress(Exception):  # the interrupt counts, whatever became of the opening
+            with suppress(Exception):  # the interrupt counts, not the error of the opening
                 self.leave()
             raise
         if self._thread.value is None:
@@ -164,7 +164,7 @@ class BlockingPortal(Generic[V]):
         self._thread.begin(call)
 
     def _cancel(self, call: Call[T], news: threading.Event, seconds: float = math.inf) -> None:
-        """End a call that nobody waits for any more, and wait up to `seconds` until it has cleaned up."""
+        """End a call whose caller has gone, and wait up to `seconds` until it has cleaned up."""
         if not call.over and self._thread.cancel(call) and seconds > 0:
             _wait(call, news, seconds)
 

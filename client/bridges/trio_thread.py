@@ -40,13 +40,13 @@ class News(Protocol):
     """An event that a portal waits for: asyncio.Event or threading.Event."""
 
     def set(self) -> None:
-        """Wake whoever waits."""
+        """Wake the waiting side."""
 
 
 class TrioThread(Generic[V]):
     """A trio run in a thread of its own that holds one context manager open.
 
-    post: has a function called on the caller's side; raises RuntimeError where nobody is left there.
+    post: has a function called on the caller's side; raises RuntimeError where that side has ended.
     news: set, on the caller's side, when the context manager is open and when the thread ends.
     `value`, `has_ended` and `begin` are for the caller's side, the methods below them run in trio.
     """
@@ -61,6 +61,7 @@ class TrioThread(Generic[V]):
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()  # around everything
         self._leaving = trio.Event()
+        self._is_over = False  # trio takes no task any more
         self._nursery: trio.Nursery | None = None  # of the calls; None: none are taken
         self._outcome: outcome.Outcome[None] | None = None
 
@@ -118,21 +119,26 @@ class TrioThread(Generic[V]):
     async def _main(self, open_value: Callable[[], AbstractAsyncContextManager[V]]) -> None:
         self._token = trio.lowlevel.current_trio_token()
         if self._left:
+            self._is_over = True
             return
-        with self._scope:
-            async with open_value() as value, background_nursery() as nursery:
-                self.value, self._nursery = value, nursery
-                self._post(self._news.set)
-                try:
-                    await self._leaving.wait()
-                finally:
-                    self._nursery = None
+        try:
+            with self._scope:
+                async with open_value() as value, background_nursery() as nursery:
+                    self.value, self._nursery = value, nursery
+                    self._post(self._news.set)
+                    try:
+                        await self._leaving.wait()
+                    finally:
+                        self._nursery = None
+        finally:
+            self._is_over = True
 
     def _leave(self) -> None:
         if self._nursery is None:
             self._scope.cancel()  # still being opened, or already closing
         self._leaving.set()
-        trio.lowlevel.spawn_system_task(self._cancel_later)
+        if not self._is_over:
+            trio.lowlevel.spawn_system_task(self._cancel_later)
 
     async def _cancel_later(self) -> None:
         await trio.sleep(LEAVE_SECONDS)
@@ -152,7 +158,7 @@ class TrioThread(Generic[V]):
 
 
 class Call(Generic[T]):
-    """One call on its way through trio.  news: set at its end, and before by whoever wants to."""
+    """One call on its way through trio.  news: set at its end, and before by a queue."""
 
     def __init__(self, function: Callable[[], Awaitable[T]], news: News) -> None:
         self._function = function

@@ -1,8 +1,8 @@
-"""Tokens in a session's caches, and how they get there again when something goes wrong.
+"""Tokens in a session's caches, and how they get there again after a failure.
 
-A `Conversation` is asked for the logits after some tokens.  It keeps track of which of them the hops
-have in their caches already, sends only the rest, and cuts where the tokens differ.  Hops that fail
-are the session's affair (`client.session.session`): what comes through to here is the caller's deadline.
+A `Conversation` gives the logits after a list of tokens.  It knows the tokens in the hops' caches, sends
+the others, and cuts the caches where the tokens differ.  The session (`client.session.session`) replaces
+hops that fail; the caller's deadline alone comes through to here.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tensor_codec.messages.session import Result
 
 T = TypeVar("T")
 
-LATE_SECONDS = 0.1  # after the deadline, whatever it is that hangs
+LATE_SECONDS = 0.1  # after the deadline, for a call that hangs
 CHUNKS_UNDER_WAY = 6  # of the 8 that a hop takes (Limits.max_steps_in_flight)
-PREFILL_TOKENS = 256  # most positions of one prefill step: hops work on different ones at a time
-# What a step costs a hop beside its positions, counted in these: on CPUs 32 in float32, 4 in int8.
+PREFILL_TOKENS = 256  # the most positions of one prefill step: several hops work on steps of one prompt
+# The fixed cost of a step at a hop, in positions: on CPUs 32 in float32, 4 in int8.
 STEP_COST_TOKENS = 24
 
 
 class OpenChain(Protocol):
-    """How a conversation gets a session: along the best chain known now."""
+    """Opens a session along the best chain known now."""
 
     def __call__(self, *, max_length: int, deadline: float, trace: Trace) -> Awaitable[Session]:
         """Raises NoChain, PeerFault or Refused when the deadline (trio's clock) has passed."""
@@ -47,11 +47,11 @@ class OpenChain(Protocol):
 class Conversation:
     """The tokens of one generation, or of one conversation.
 
-    heads: of all conversations of the swarm, so that they share a batch.
-    worked: told of every step that came back.
-    max_length: tokens that it may grow to.  give_up_seconds: how long one call of `logits_after`
-    may try, new chains and replays included; while a long prompt or a replay gets on, as many more for
-    every LONG_PART of the tokens.
+    heads: shared by all conversations of the swarm, so that they share a batch.
+    worked: called with the session after every answered step.
+    max_length: the largest number of tokens.  give_up_seconds: for one call of `logits_after`, new
+    chains and replays included; while a long prompt or a replay makes progress, as many more seconds
+    for every LONG_PART of the tokens.
     """
 
     local_model: EmbedAndHead
@@ -68,7 +68,7 @@ class Conversation:
 
     @property
     def recoveries(self) -> int:
-        """How often the chain was changed in mid-session."""
+        """The number of changes of the chain within sessions."""
         return self.trace.counts["rerouted"]
 
     async def logits_after(
@@ -81,12 +81,12 @@ class Conversation:
     ) -> T:
         """pick(logits float32 [vocabulary]) after `tokens`; `pick` runs in the torch thread.
 
-        best_only: it wants to know which is the largest and no more; others may be -inf.
-        prompt: how many of the tokens were given and not generated; None: all.
+        best_only: `pick` needs the place of the largest logit alone; others may be -inf.
+        prompt: the number of tokens that were given and not generated; None: all.
 
         Raises ValueError for more than max_length tokens or none; and, when give_up_seconds have
-        passed, the last PeerFault, Refused or NoChain.  It may be asked again afterwards: what the
-        hops that are left have in their caches is not sent again.
+        passed, the last PeerFault, Refused or NoChain.  A later call sends no token that the remaining
+        hops have in their caches.
         """
         if not 0 < len(tokens) <= self.max_length:
             raise ValueError(f"{len(tokens)} tokens, 1 to {self.max_length} are allowed here")
@@ -101,7 +101,7 @@ class Conversation:
             except BadResult as bad:
                 if bad.peer is None or self.session is None or trio.current_time() >= deadline:
                     raise
-                # The hop that made it is left; which positions it spoilt is not known.
+                # The session leaves that hop; the positions that it spoilt are not known.
                 self.session.distrust(bad)
                 self.tokens = []
             except trio.TooSlowError:
@@ -128,12 +128,12 @@ class Conversation:
             )
             self.tokens = []
         session = self.session
-        # At least one token is sent, for there must be an answer to take the logits from.
+        # One token at least is sent: the logits come out of its answer.
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
         if self.local_model.rope is not None:
             length = self.local_model.rope.length_of(prompt, len(tokens))
             if not self.local_model.rope.same(length, self._rope_length):
-                kept = 0  # the caches hold keys with other angles than these tokens would have by themselves
+                kept = 0  # the keys in the caches have other rotary angles than these tokens have
             self._rope_length = length
         del self.tokens[kept:]
         result = await self._feed(session, tokens, kept, deadline, until)
@@ -146,7 +146,7 @@ class Conversation:
     ) -> Result:
         """Send all tokens from position `kept` on; the answer to the last one.
 
-        A long prompt goes in chunks, several on their way at a time: hops work on different ones.
+        A long prompt goes in chunks, several under way at a time: several hops work at once.
         """
         try:
             return await self._feed_chunks(session, tokens, kept, deadline, until)
@@ -176,7 +176,7 @@ class Conversation:
         return await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
 
     def _moved(self, deadline: float, until: float) -> float:
-        """The deadline of a prompt that gets on."""
+        """The deadline of a prompt that makes progress."""
         return max(deadline, min(trio.current_time() + self.give_up_seconds, until))
 
     async def _acknowledge(
@@ -207,17 +207,17 @@ class Conversation:
 
 
 def chunk_tokens(tokens: int, hops: int) -> int:
-    """Positions of each step of a prompt, so that a chain of so many hops is done with it soonest.
+    """Positions of each step of a prompt with the least time on a chain of `hops`.
 
-    The last hop is done when it has had all steps and, before the first, every other hop one.  Few long
-    steps let hops wait for each other, many short ones cost more (STEP_COST_TOKENS); ties go to the longer.
+    The last hop computes all steps after every other hop has computed the first.  Few long steps make
+    hops wait for each other, many short ones cost more (STEP_COST_TOKENS).  Ties go to the longer steps.
     """
 
     def cost(steps: int) -> float:
         return (tokens / steps + STEP_COST_TOKENS) * (steps + hops - 1)
 
-    fewest, most = math.ceil(tokens / PREFILL_TOKENS), math.ceil(tokens / STEP_COST_TOKENS)
-    return math.ceil(tokens / min(range(fewest, most + 1), key=cost))
+    min_steps, max_steps = math.ceil(tokens / PREFILL_TOKENS), math.ceil(tokens / STEP_COST_TOKENS)
+    return math.ceil(tokens / min(range(min_steps, max_steps + 1), key=cost))
 
 
 def _common(one: list[int], other: list[int]) -> int:

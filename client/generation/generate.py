@@ -22,8 +22,8 @@ FinishReason = Literal["length", "end", "stop"]
 class Token:
     """One generated token.
 
-    text: what became certain with it; may be empty (a character not whole yet, a possible stop
-    string).  seconds: since the one before, or since the call for the first.
+    text: the text that became certain with it; may be empty (a character not whole yet, a possible
+    stop string).  seconds: since the token before, or since the call for the first.
     finish_reason: None but for the last: "length", "end" (the model's end token, whose text is
     left out), "stop" (a stop string or a token of `stop_token_ids`, left out as well).
     logprob: its natural log probability; top_logprobs: of the likeliest tokens, the likeliest first,
@@ -79,7 +79,7 @@ class Generation:
                     self._tokens, choose, best_only=self.settings.options.best_only, prompt=len(prompt)
                 )
                 self._tokens.append(token)
-                piece, reason = self._tell(text, token, left)
+                piece, reason = self._text_of(text, token, left)
                 now = time.perf_counter()
                 yield Token(token, piece, now - began, reason, logprob, top)
                 if reason is not None:
@@ -89,7 +89,7 @@ class Generation:
             if close:
                 self.conversation.close()
 
-    def _tell(self, text: TextStream, token: int, left: int) -> tuple[str, FinishReason | None]:
+    def _text_of(self, text: TextStream, token: int, left: int) -> tuple[str, FinishReason | None]:
         """The text that `token` makes certain, and whether it is the last one."""
         if token in self._end_ids:
             return text.finish(), "stop" if text.found else "end"

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json asks for, used as transformers uses it; arguments override it."""
+"""A model's generation_config.json, used as transformers uses it; arguments override it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from node.model.checkpoint.folder import read_json
 from node.runtime.values import shown, switch
 
 FILE = "generation_config.json"
-DEFAULT_TOP_K = 50  # of transformers, wherever it samples and nobody says otherwise
+DEFAULT_TOP_K = 50  # of transformers, where it samples without a top_k
 DEFAULT_NEW_TOKENS = 64  # transformers' own 20 are few
 
 # Only where tokens are drawn.
@@ -37,7 +37,7 @@ _ARGUMENTS_ONLY = frozenset(
 )
 _OPTIONS = frozenset(one.name for one in fields(SamplingOptions)) - _ARGUMENTS_ONLY
 _OTHERS = frozenset(["do_sample", "max_new_tokens", "max_length", "stop_strings", "eos_token_id"])
-# Fields that change nothing in the tokens of one text from a decoder: how it is computed, or returned.
+# Fields that change no token of one text from a decoder: how the text is computed, or returned.
 _SILENT = frozenset(
     [
         "use_cache",
@@ -87,7 +87,7 @@ class GenerationDefaults:
     """The settings of a generation_config.json, checked.
 
     options: fields of `SamplingOptions`.  eos_ids: None where it names none.
-    unsupported: fields that ask for something else than is done here.
+    unsupported: fields that are not implemented here.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)  # Any: each as its field has it
@@ -113,17 +113,17 @@ class Settings:
     from_file: tuple[str, ...]
     eos_ids: frozenset[int] | None = None
 
-    def told(self) -> dict[str, Any]:  # Any: JSON
-        """For people and programs: what tokens are chosen by, without what is off."""
+    def as_dict(self) -> dict[str, Any]:  # Any: JSON
+        """For people and programs: the options in force, without those that are off."""
         options = self.options
-        told: dict[str, Any] = {"do_sample": not options.greedy}
+        found: dict[str, Any] = {"do_sample": not options.greedy}
         for one in fields(options):
             value = getattr(options, one.name)
-            silent = one.name in ("logits_processor", "logprobs", "top_logprobs", "skip_special_tokens")
-            if value is None or silent or (options.greedy and one.name == "temperature"):
+            unnamed = one.name in ("logits_processor", "logprobs", "top_logprobs", "skip_special_tokens")
+            if value is None or unnamed or (options.greedy and one.name == "temperature"):
                 continue
-            told[one.name] = value
-        return told | {"max_new_tokens": self.max_new_tokens} | ({"stop": self.stop} if self.stop else {})
+            found[one.name] = value
+        return found | {"max_new_tokens": self.max_new_tokens} | ({"stop": self.stop} if self.stop else {})
 
 
 def read_defaults(folder: Path, vocabulary: int) -> GenerationDefaults:
@@ -154,7 +154,10 @@ def defaults_of(config: Any, vocabulary: int) -> GenerationDefaults:
     for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"):
         if name in options and not options[name]:
             del options[name]
-    for name in ("suppress_tokens", "begin_suppress_tokens"):  # the library takes what no token is, too
+    for name in (
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ):  # the library takes other ids too
         if name in options:
             options[name] = [token for token in checks.token_ids(name, options[name]) if token < vocabulary]
     checked = SamplingOptions(**options)
@@ -186,7 +189,7 @@ def settle(
 ) -> Settings:
     """What is in force of a caller's options and the model's own defaults.
 
-    room: tokens that a text may still have, for where nobody gives a length.
+    room: tokens that a text may still have, for a call without a length.
     Raises ValueError for a value that is not allowed.
     """
     defaults = _defaults(asked.generation_config, own, vocabulary)

@@ -1,4 +1,4 @@
-"""What of a talk still fits into the model's context: pure."""
+"""The part of a chat that still fits into the model's context: pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 Message = dict[str, str]  # role and content, as chat templates take them
 
-FREE_SHARE = (
-    0.25  # of the context, after turns were dropped: each time it is filled anew, so not at every turn
-)
+# Of the context, after turns were dropped.  The caches are then filled anew, so not at every turn.
+FREE_SHARE = 0.25
 
 
 class MessageTooLong(ValueError):
@@ -18,9 +17,9 @@ class MessageTooLong(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """history: what is left of the talk.  ids: its tokens, the answer's opening included.
+    """history: the rest of the chat.  ids: its tokens, the answer's opening included.
 
-    dropped: turns that were left out, of the oldest ones.
+    dropped: the number of oldest turns that were left out.
     """
 
     history: list[Message]
@@ -34,10 +33,10 @@ def fit_history(
     max_length: int,
     max_new_tokens: int,
 ) -> Fitted:
-    """Drop the oldest turns where the talk leaves no room for an answer; the system message stays.
+    """Drop the oldest turns where the chat leaves no room for an answer; the system message stays.
 
-    history: ends with the message to answer; a turn is a user's message and what follows it.
-    tokens_of: the model's chat template.  max_length: of talk and answer, in tokens.
+    history: ends with the message to answer; a turn is a user's message and its answer.
+    tokens_of: the model's chat template.  max_length: of chat and answer, in tokens.
     Raises MessageTooLong.
     """
     answer = min(max_new_tokens, max(1, int(FREE_SHARE * max_length)))

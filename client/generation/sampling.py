@@ -1,7 +1,7 @@
-"""From logits to a token: pure, and the same for the same seed.
+"""From logits to a token: pure; a seed decides the tokens.
 
-The filters are transformers' own, in the order in which its `generate` applies them, so that the
-same settings and the same logits give the same distribution.
+The filters are transformers' own, in the order of its `generate`, so that settings and logits give
+the distribution of transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens by `options`; its generator and the caller's processors are its only state."""
+    """Chooses tokens by `options`; its state is its generator and the caller's processors."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Sampler:
         prompt_tokens: int = 0,
         max_length: int | None = None,
     ) -> None:
-        """end_ids: tokens that end a generation.  max_length: tokens of prompt and text, at the most."""
+        """end_ids: tokens that end a generation.  max_length: of prompt and text, in tokens."""
         self._options = options
         self._generator = torch.Generator()
         if options.seed is None:
@@ -48,7 +48,7 @@ class Sampler:
     def pick(self, logits: Tensor, tokens: Sequence[int]) -> int:
         """The next token after `tokens`, from logits float32 [vocabulary].
 
-        Raises ValueError where the options leave none, or a processor of the caller's gives no scores.
+        Raises ValueError where the options leave no token, or a caller's processor returns no scores.
         """
         if self._filters:
             logits = self._filtered(logits, tokens)
@@ -74,7 +74,7 @@ class Sampler:
 
     def _filtered(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
         ids = torch.tensor([tokens], dtype=torch.long)
-        # The caller's may write into what they get, and others read the same memory.
+        # A caller's processor may write into its argument, and others read this memory.
         scores = logits[None].clone() if self._options.logits_processor else logits[None]  # [1, vocabulary]
         shape = scores.shape
         for keep in self._filters:
@@ -100,7 +100,7 @@ class OutputPenalty:
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """ids int64 [1, tokens], scores float32 [1, vocabulary] -> the same shape."""
+        """ids int64 [1, tokens], scores float32 [1, vocabulary] -> float32 [1, vocabulary]."""
         counts = torch.bincount(ids[0, self._prompt_tokens :], minlength=scores.shape[-1])
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
@@ -108,7 +108,7 @@ class OutputPenalty:
 def _filters(
     options: SamplingOptions, end_ids: list[int], prompt_tokens: int, max_length: int | None
 ) -> list[Any]:  # Any: the library's processors are untyped
-    """In the order of transformers' `generate`; what it does not have stands behind its next of kin."""
+    """In the order of transformers' `generate`; each option of others follows the most similar one."""
     mine = list(options.logits_processor or ())
     filters: list[Any] = []
     # A processor of the caller's takes the place of our own of its type, as in transformers.
@@ -144,7 +144,7 @@ def _biases(options: SamplingOptions, prompt_tokens: int, end_ids: list[int]) ->
         found.append(OutputPenalty(presence, frequency, prompt_tokens))
     if options.no_repeat_ngram_size:
         found.append(library.NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
-    # The library leaves out words that are an end token, and does not like it where no word is left.
+    # The library leaves out words that are an end token, and raises where no word is left.
     if words := [
         list(word) for word in options.bad_words_ids or () if word not in [(end,) for end in end_ids]
     ]:
@@ -155,7 +155,7 @@ def _biases(options: SamplingOptions, prompt_tokens: int, end_ids: list[int]) ->
 def _lengths(
     options: SamplingOptions, end_ids: list[int], prompt_tokens: int, max_length: int | None
 ) -> list[Any]:
-    """What depends on how long the text is, and what is forbidden or forced at a place."""
+    """The filters that depend on the text's length, and tokens that are forbidden or forced at a place."""
     from transformers.generation import logits_process as library
 
     found: list[Any] = []
@@ -189,7 +189,7 @@ def _lengths(
 
 
 def _warpers(options: SamplingOptions) -> list[Any]:
-    """What transformers applies where it samples, and only there."""
+    """The filters that transformers applies only where it samples."""
     from transformers.generation import logits_process as library
 
     found: list[Any] = []

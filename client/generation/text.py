@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece: joined, it is what the tokenizer makes of all tokens at once."""
+"""From tokens to text, piece by piece: the pieces joined are the tokenizer's text of all tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-# Beyond so many tokens the oldest are forgotten, where the text of the rest can do without them.
+# Beyond these the oldest tokens are dropped, where the text of the rest does not depend on them.
 WINDOW_TOKENS = 64
-KEPT_TOKENS = 16  # that stay at least
-KEPT_CHARACTERS = 16  # and so much of their text: more than any effect between neighbours reaches
-PROMPT_TOKENS = 512  # of a long prompt that are looked at: several windows
-INCOMPLETE = 3  # bytes of UTF-8 that are no character yet, at the most
-CLEAN_UP_REACH = 7  # characters: what `clean_up_tokenization_spaces` puts together is shorter
+MIN_KEPT_TOKENS = 16
+MIN_KEPT_CHARACTERS = 16  # of their text: farther than any effect between neighbours reaches
+PROMPT_TOKENS = 512  # of a long prompt, its last ones are decoded: several windows
+MAX_INCOMPLETE = 3  # bytes of UTF-8 that are no character yet
+CLEAN_UP_REACH = 7  # characters: every piece that `clean_up_tokenization_spaces` joins is shorter
 _BYTE = re.compile(r"<0x(?:[0-9a-fA-F]{2}|\+[0-9a-fA-F])>")
 
 
@@ -22,11 +22,11 @@ class TextStream:
 
     Text that may still change, and text that may be the beginning of a stop string, are held back.
     Promises, checked by tests/unit/test_text.py for tokenizers of every kind:
-      * what `push` and `finish` return, joined, is what `decode(prompt + tokens)` has behind
+      * the texts of `push` and `finish`, joined, are `decode(prompt + tokens)` after
         `decode(prompt)`, up to the first stop string;
       * at every moment it is the beginning of that;
       * a token costs no more after a million others than after a hundred.
-    Of several stop strings that one counts which is whole first.
+    Of several stop strings the first to be whole counts.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TextStream:
         return "" if self.stopped else self._release(self._pieces.push(token))
 
     def finish(self) -> str:
-        """What was held back and no stop string came of."""
+        """The text that was held back and became no stop string."""
         if self.stopped:
             return ""
         text = self._release(self._pieces.finish(), last=True)
@@ -69,12 +69,12 @@ class TextStream:
 
 
 class Detokenizer:
-    """What of the text of tokens is certain, whatever tokens follow.
+    """The text of tokens that no later token can change.
 
-    Held back is what the library may still write otherwise: bytes that are no whole character yet,
-    and, where it cleans up spaces, the last few characters.  Byte-fallback tokens ("<0xE2>") in a row
-    are held back as long as they are valid UTF-8: one wrong byte, or an incomplete character at the
-    end, makes every one of them U+FFFD.
+    Text that the library may still change is held back: bytes that are no whole character yet, and,
+    where it cleans up spaces, the last few characters.  Byte-fallback tokens ("<0xE2>") in a row are
+    held back as long as they are valid UTF-8: one wrong byte, or an incomplete character at the end,
+    makes each of them U+FFFD.
 
     Text comes from `decode` of the last tokens alone.  They are cut only where their text is the end
     of the text of all: not inside a character, nor where a space in front would be lost.
@@ -91,7 +91,7 @@ class Detokenizer:
         self._window = WINDOW_TOKENS
         self._unread = 0  # tokens since the last decode
         self._run: _ByteRun | None = None  # of the byte-fallback tokens at the end
-        self._prompt_rest = ""  # of the prompt's text: what may still come out otherwise
+        self._prompt_rest = ""  # of the prompt's text: the part that may still change
 
         tokens = self._end_of(prompt)
         end = len(tokens)
@@ -114,7 +114,7 @@ class Detokenizer:
         byte = self._byte_of(token)
         if byte is None:
             self._run = None
-            # Where nothing can be forgotten, reading less often keeps the cost of a token.
+            # Where no token can be dropped, reading less often keeps the cost of a token.
             patience = len(self._tokens) // WINDOW_TOKENS if len(self._tokens) > 2 * WINDOW_TOKENS else 0
             return self._read() if self._unread > patience else ""
         if self._run is None:
@@ -124,7 +124,7 @@ class Detokenizer:
         return self._read_wrong_bytes(self._run)
 
     def finish(self) -> str:
-        """The rest: nothing follows."""
+        """The rest of the text: no token follows."""
         text = self._decode(self._tokens)
         fresh, self._shown = text[self._shown :], len(text)
         return self._beyond_prompt(fresh)
@@ -138,7 +138,7 @@ class Detokenizer:
         return self._beyond_prompt(fresh)
 
     def _read_wrong_bytes(self, run: _ByteRun) -> str:
-        """Text up to here; of the run that is lost, its last bytes stay: they are wrong by themselves."""
+        """Text up to here; the last bytes of a wrong run stay: each of them is wrong by itself."""
         text, self._unread = self._decode(self._tokens), 0
         fresh, self._shown = text[self._shown :], len(text)
         if run.is_shown:
@@ -146,12 +146,12 @@ class Detokenizer:
             self._shown -= 1
         else:
             run.mark_shown()
-            del self._tokens[run.start : -1 - INCOMPLETE]
+            del self._tokens[run.start : -1 - MAX_INCOMPLETE]
             self._shown = len(self._decode(self._tokens))
         return self._beyond_prompt(fresh)
 
     def _beyond_prompt(self, fresh: str) -> str:
-        """Without what the prompt's text had already."""
+        """Without the text that the prompt had already."""
         while fresh and self._prompt_rest:
             if fresh[0] != self._prompt_rest[0]:
                 self._prompt_rest = ""
@@ -161,24 +161,24 @@ class Detokenizer:
 
     def _uncertain(self, text: str) -> int:
         """Characters at the end that another token could change."""
-        end = "" if self._falls_back else text[-INCOMPLETE:]
+        end = "" if self._falls_back else text[-MAX_INCOMPLETE:]
         incomplete = len(end) - len(end.rstrip("\ufffd"))
         return min(len(text), incomplete + CLEAN_UP_REACH) if self._cleans_up else incomplete
 
     def _shorten(self, text: str) -> None:
-        """Forget tokens in front, if there is a place to cut.  text: of all tokens."""
+        """Drop tokens in front, if there is a place to cut.  text: of all tokens."""
         tokens = self._tokens
-        for kept in range(KEPT_TOKENS, min(len(tokens), WINDOW_TOKENS)):
+        for kept in range(MIN_KEPT_TOKENS, min(len(tokens), WINDOW_TOKENS)):
             tail = self._decode(tokens[-kept:])
             gone = len(text) - len(tail)
-            if len(tail) >= KEPT_CHARACTERS and gone <= self._shown and text.endswith(tail):
+            if len(tail) >= MIN_KEPT_CHARACTERS and gone <= self._shown and text.endswith(tail):
                 self._tokens, self._window = tokens[-kept:], WINDOW_TOKENS
                 self._shown -= gone
                 return
         self._window = max(WINDOW_TOKENS, 2 * len(tokens))
 
     def _end_of(self, prompt: Sequence[int]) -> list[int]:
-        """The prompt's last tokens, as many as its text's end can depend on."""
+        """The prompt's last tokens, all that the end of its text can depend on."""
         tokens: list[int] = []
         for token in reversed(prompt):
             if self._is_silent(token):
@@ -225,7 +225,7 @@ class _ByteRun:
         self.is_shown = True
 
     def push(self, byte: int) -> bool:
-        """Whether all of them can still become UTF-8."""
+        """Add a byte; whether all of them can still become UTF-8."""
         if not self._wrong:
             try:
                 self._utf8.decode(bytes([byte]))

@@ -260,7 +260,7 @@ class FakeSwarm:
         return Chain((Hop(PEER, 0, 6),), 0.01)
 
     def settings(self, *prompt: object, **options: object) -> Any:
-        return SimpleNamespace(from_file=(), told=dict)
+        return SimpleNamespace(from_file=(), as_dict=dict)
 
     def usual_length(self) -> int:
         return 100

@@ -191,7 +191,7 @@ def test_what_is_in_force_is_told_with_what_the_file_decided(tmp_path):
         tmp_path, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, max_new_tokens=30
     )
     settings = settled(defaults, top_p=0.5, seed=3)
-    assert settings.told() == {
+    assert settings.as_dict() == {
         "do_sample": True,
         "temperature": 0.6,
         "top_k": 50,
@@ -202,7 +202,7 @@ def test_what_is_in_force_is_told_with_what_the_file_decided(tmp_path):
     }
     assert settings.from_file == ("do_sample", "temperature", "repetition_penalty", "max_new_tokens")
     greedy = settled(defaults, temperature=0, max_new_tokens=5)
-    assert greedy.told() == {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 5}
+    assert greedy.as_dict() == {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 5}
     assert greedy.from_file == ("repetition_penalty",)
 
 

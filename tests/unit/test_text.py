@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from client.generation.text import KEPT_TOKENS, PROMPT_TOKENS, TextStream
+from client.generation.text import MIN_KEPT_TOKENS, PROMPT_TOKENS, TextStream
 
 # Small tokenizers of every kind that there is.  The added tokens are one special one and one for
 # which tokenizers look at the spaces around it.
@@ -240,7 +240,7 @@ def test_of_a_long_prompt_the_end_is_enough(name):
             before = prompt[: len(prompt) - cut]
             assert len(before) > PROMPT_TOKENS
             stream = TextStream(tokenizer, prompt=before)
-            assert len(stream._pieces._tokens) < 2 * KEPT_TOKENS
+            assert len(stream._pieces._tokens) < 2 * MIN_KEPT_TOKENS
             shown = [stream.push(token) for token in tokens] + [stream.finish()]
             assert "".join(shown) == behind(tokenizer, before, tokens)
 
