@@ -7,14 +7,20 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 import trio
+from fakes_forward_backward import ToySpan, blocks_on, gradient_of, whole_numbers
 from fakes_serving import HIDDEN, FakeCache, FakeCompute, FakeSpan, some_hidden, whole_model
 
+from node.model.blocks import parts
 from node.serving.executor.engine import Answer, Engine, NotFinite
 from node.serving.executor.rates import Rates
+from node.serving.forward_backward import Work
+from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, TooManyStreams
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, StepRange
+from tensor_codec.messages.forward_backward import Backward, Forward, Run
+from tensor_codec.span_spec import SpanSpec
 
 
 class One:
@@ -224,40 +230,63 @@ class Parts:
 
 async def test_decode_steps_run_between_the_parts_of_a_backward_and_wait_for_one_part_at_most(autojump_clock):
     async with running() as engine:
-        parts, one = Parts(engine), One(engine, "honest", 0)
+        log, one = Parts(engine), One(engine, "honest", 0)
         await one.step(2)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(parts.request, "trainer")
+            nursery.start_soon(log.request, "trainer")
             await trio.sleep(0.5)
-            seconds = await parts.decode(one, 4)
+            seconds = await log.decode(one, 4)
         assert max(seconds) <= 2.0  # a part, and the step itself
-        last_decode = max(i for i, name in enumerate(parts.ran) if name == "decode")
-        assert parts.ran.count("trainer") == len(Parts.PARTS)
-        assert parts.ran[last_decode + 1 :]  # the request was still under way
+        last_decode = max(i for i, name in enumerate(log.ran) if name == "decode")
+        assert log.ran.count("trainer") == len(Parts.PARTS)
+        assert log.ran[last_decode + 1 :]  # the request was still under way
 
 
 async def test_a_request_that_has_begun_ends_before_another_one_begins(autojump_clock):
     async with running() as engine:
-        parts = Parts(engine)
+        log = Parts(engine)
         async with trio.open_nursery() as nursery:
             for name in ("one", "two", "three"):
-                nursery.start_soon(parts.request, name)
-        orders = [name for name, before in zip(parts.ran, ["", *parts.ran], strict=False) if name != before]
+                nursery.start_soon(log.request, name)
+        orders = [name for name, before in zip(log.ran, ["", *log.ran], strict=False) if name != before]
         assert sorted(orders) == ["one", "three", "two"]
-        assert len(parts.ran) == 3 * len(Parts.PARTS)
+        assert len(log.ran) == 3 * len(Parts.PARTS)
+
+
+async def test_a_backward_in_parts_has_the_gradient_of_a_whole_one(autojump_clock, monkeypatch):
+    monkeypatch.setattr(parts, "PART_POSITIONS", 2 * 2 * 5)  # two blocks of two rows of five tokens
+    hidden, grad = whole_numbers(2, 5, HIDDEN), whole_numbers(2, 5, HIDDEN, seed=1, most=3)
+    contract = Contract(bytes(16), 0, 5, 2, 5, HIDDEN, "fp32", 2048)
+    run = Run(SpanSpec("m", "r", Blocks(0, 5), "float32"), 2, "fp32")
+    bodies = bytes(encode_hidden(hidden, "fp32")), bytes(encode_hidden(grad, "fp32"))
+    span = ToySpan(0, 5)
+    engine = Engine(span, FakeCompute(1.0), Rates(1.0, 1.0), clock=trio.current_time)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        for request, right in (
+            (Forward(run, bodies[0]), blocks_on(hidden, 0, 5)),
+            (Backward(run, *bodies), gradient_of(hidden, grad, 0, 5)),
+        ):
+            span.done.clear()
+            work = Work(request, contract)
+            answer = await engine.stateless("a", 2, 5, work.parts, work)
+            assert torch.equal(decode_hidden(answer.body, contract), right)
+            assert [(start, stop) for _, start, stop, _ in span.done] == work.parts
+            assert len(work.parts) == (3 if isinstance(request, Forward) else 5)
+        nursery.cancel_scope.cancel()
 
 
 async def test_no_further_part_of_a_cancelled_request_runs(autojump_clock):
     async with running() as engine:
-        parts = Parts(engine)
+        log = Parts(engine)
         with trio.move_on_after(2.5):
-            await parts.request("gone")
-        ran = len(parts.ran)
+            await log.request("gone")
+        ran = len(log.ran)
         await trio.sleep(20)
-        assert 0 < len(parts.ran) <= ran + 1 < len(Parts.PARTS)
+        assert 0 < len(log.ran) <= ran + 1 < len(Parts.PARTS)
         assert engine.batcher.waiting == 0
-        await parts.request("another")
-        assert parts.ran[-len(Parts.PARTS) :] == ["another"] * len(Parts.PARTS)
+        await log.request("another")
+        assert log.ran[-len(Parts.PARTS) :] == ["another"] * len(Parts.PARTS)
 
 
 async def test_a_step_that_waited_too_long_is_refused_and_never_begun(autojump_clock):

@@ -1,4 +1,4 @@
-"""The door of a serving node: what it lets in, what it refuses, and that nothing lingers behind it."""
+"""The entry point of a serving node: what is admitted, what is refused, and that nothing lingers after it."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def predicted(batch: Batch) -> float:
 
 
 def run(batcher: Batcher, now: float = 0.0) -> Batch:
-    """One turn that takes what was predicted; the clock stands still."""
+    """One batch that takes the predicted seconds; the clock stands still."""
     batch = batcher.next(now)
     assert batch is not None
     batcher.finished(batch, predicted(batch), now)
@@ -179,7 +179,7 @@ def test_a_prefill_runs_in_chunks_in_order():
     assert batcher.waiting == 0
 
 
-def test_short_prefills_of_a_peer_share_a_turn_of_one_chunk():
+def test_short_prefills_of_a_peer_share_a_batch_of_one_chunk():
     batcher = batcher_of(chunk_positions=10)
     first, second, wide, third = (
         job(kind=PREFILL, tokens=3), job(kind=PREFILL, tokens=4), job(kind=PREFILL, rows=2, tokens=2),
@@ -187,7 +187,7 @@ def test_short_prefills_of_a_peer_share_a_turn_of_one_chunk():
     )  # fmt: skip
     other = job("other", PREFILL, 1)
     submit(batcher, first, second, wide, third, other)
-    # The wide one would make it eleven; a peer that waits too has the next turn.
+    # The wide one would make it eleven; the next batch is for the other peer that waits.
     assert run(batcher) == (Piece(first, 0, 3), Piece(second, 0, 4), Piece(third, 0, 3))
     assert run(batcher) == (Piece(other, 0, 1),)
     assert run(batcher) == (Piece(wide, 0, 2),)
@@ -221,8 +221,8 @@ def test_a_chunk_is_short_while_another_peer_decodes_and_long_when_it_has_gone()
 def test_peers_that_all_prefill_and_do_not_decode_need_no_short_chunks():
     batcher = batcher_of()
     submit(batcher, job("a", PREFILL, 300), job("b", PREFILL, 300))
-    turns = [run(batcher)[0] for _ in range(4)]
-    assert [(piece.job.peer, piece.tokens) for piece in turns] == [
+    batches = [run(batcher)[0] for _ in range(4)]
+    assert [(piece.job.peer, piece.tokens) for piece in batches] == [
         ("a", 256),
         ("b", 256),
         ("a", 44),
@@ -235,11 +235,11 @@ def test_a_decode_step_waits_for_one_chunk_at_most_and_the_batch_it_just_missed(
     submit(
         batcher, *(job(kind=PREFILL, tokens=64) for _ in range(2)), *(job(kind=STATELESS) for _ in range(2))
     )
-    turns = []
+    batches = []
     for _ in range(14):
         submit(batcher, job(), job())
-        turns.append(run(batcher))
-    assert kinds(turns) == "DPDSDPDSDPDPDP"
+        batches.append(run(batcher))
+    assert kinds(batches) == "DPDSDPDSDPDPDP"
 
 
 def test_a_step_of_a_peer_that_missed_the_last_batch_does_not_wait_for_the_chunk():
@@ -276,7 +276,7 @@ def test_time_away_earns_no_compute():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_is_passed_over_for_ever(seed: int):
-    """Whatever the others submit, the first job of a peer in each class has its turn soon."""
+    """Whatever the others submit, the first job of a peer in each class runs soon."""
     peers = "abcd"
     batcher = batcher_of(chunk_positions=4, max_stateless=100)
     decodes_between = 2  # one that let the chunk wait, and one that always comes between two others
@@ -302,7 +302,7 @@ def test_nobody_is_passed_over_for_ever(seed: int):
 # Stateless, and what cannot be short
 
 
-def test_stateless_requests_and_prefills_take_turns_when_both_wait():
+def test_stateless_requests_and_prefills_alternate_when_both_wait():
     batcher = batcher_of(chunk_positions=16)
     submit(batcher, job("a", PREFILL, 64), *(job("b", STATELESS, 16) for _ in range(3)))
     assert kinds([run(batcher) for _ in range(7)]) == "PSPSPSP"
@@ -332,21 +332,21 @@ def test_a_stateless_request_runs_in_its_parts_in_order():
 def test_a_decode_step_waits_for_one_part_of_a_stateless_request_at_most():
     batcher = batcher_of()
     submit(batcher, job(kind=STATELESS, tokens=2, parts=PARTS))
-    turns = []
+    batches = []
     for _ in range(2 * len(PARTS)):
         submit(batcher, job())
-        turns.append(run(batcher))
-    assert kinds(turns) == "DS" * len(PARTS)
+        batches.append(run(batcher))
+    assert kinds(batches) == "DS" * len(PARTS)
 
 
 def test_a_request_that_has_begun_ends_before_another_one_begins_whoever_had_less_compute():
     batcher = batcher_of()
     first, second = job("a", STATELESS, 500, parts=PARTS), job("b", STATELESS, 500, parts=PARTS)
     submit(batcher, first)
-    turns = [run(batcher)]
+    batches = [run(batcher)]
     submit(batcher, second, job("c", STATELESS))
-    turns += [run(batcher) for _ in range(2 * len(PARTS))]
-    jobs = [batch[0].job for batch in turns]
+    batches += [run(batcher) for _ in range(2 * len(PARTS))]
+    jobs = [batch[0].job for batch in batches]
     assert jobs[: len(PARTS)] == [first] * len(PARTS)
     assert [one for one in jobs if one is second] == jobs[jobs.index(second) :][: len(PARTS)]
     assert batcher.waiting == 0
@@ -366,7 +366,9 @@ def test_a_long_part_starts_a_cool_down_and_the_next_one_waits_for_its_end():
 
 
 @pytest.mark.parametrize("long", [(STATELESS, 100, 1), (DECODE, 1, 30), (PREFILL, 9, 30)])
-def test_what_cannot_be_short_rests_as_long_as_it_took_if_others_decode(long: tuple[Kind, int, int]):
+def test_what_cannot_be_short_starts_a_cool_down_as_long_as_it_took_if_others_decode(
+    long: tuple[Kind, int, int],
+):
     kind, tokens, rows = long
     batcher = batcher_of()
     submit(batcher, job("honest"), now=0.0)
@@ -383,7 +385,7 @@ def test_what_cannot_be_short_rests_as_long_as_it_took_if_others_decode(long: tu
     assert peers_of(run(batcher, now=0.7)) == ["flood"]
 
 
-def test_a_rest_holds_nobody_back_where_all_requests_are_long_or_a_peer_is_alone():
+def test_a_cool_down_holds_nobody_back_where_all_requests_are_long_or_a_peer_is_alone():
     for others in ([], ["another"]):
         batcher = batcher_of()
         submit(batcher, *(job(peer, STATELESS, 500) for peer in ["trainer", "trainer", *others]))
@@ -392,7 +394,7 @@ def test_a_rest_holds_nobody_back_where_all_requests_are_long_or_a_peer_is_alone
         assert batcher.waiting == 0
 
 
-def test_only_long_steps_of_a_peer_rest_and_not_short_ones_behind_them():
+def test_only_long_steps_of_a_peer_wait_for_the_cool_down_and_not_short_ones_after_them():
     batcher = batcher_of()
     submit(batcher, job("honest"), *(job("mixed", rows=30) for _ in range(2)), job("mixed"))
     assert peers_of(run(batcher)) == ["honest", "mixed"]
@@ -444,13 +446,13 @@ def test_a_prefill_that_is_cancelled_in_mid_chunk_runs_no_further():
     assert batcher.waiting == 0
 
 
-def test_an_expired_job_is_never_begun_and_told_once():
+def test_an_expired_job_is_never_begun_and_returned_once():
     batcher = batcher_of()
-    late, never_told, good = job(deadline=1.0), job(deadline=1.0), job(deadline=1.1)
-    submit(batcher, late, never_told, good)
+    late, never_returned, good = job(deadline=1.0), job(deadline=1.0), job(deadline=1.1)
+    submit(batcher, late, never_returned, good)
     batch = batcher.next(1.0)
     assert batch == (Piece(good, 0, 1),)
-    batcher.cancel(never_told.number)
+    batcher.cancel(never_returned.number)
     assert batcher.waiting == 1
     assert batcher.expired(2.0) == [late]  # what runs is not late any more
     assert batcher.expired(2.0) == []
@@ -598,7 +600,7 @@ def test_a_peer_with_one_session_keeps_half_of_its_speed_beside_one_that_floods(
 
 @pytest.mark.parametrize("flood", LONG_FLOODS)
 @pytest.mark.parametrize("think", [0.015, 0.040])
-def test_it_keeps_half_of_its_speed_beside_turns_that_cannot_be_short(think: float, flood: str):
+def test_it_keeps_half_of_its_speed_beside_batches_that_cannot_be_short(think: float, flood: str):
     honest = Client("honest", think=think)
     alone = answers([honest], small)[0]
     # Less the step that the end of each rest catches.
@@ -760,16 +762,16 @@ class Serving(RuleBasedStateMachine):
         if not hasattr(self, "batcher"):
             return
         left = sum(one.tokens - ran for one, ran in self.waiting.values())
-        turns = 0
+        batches = 0
         while self.running is not None or self.waiting:
             if self.running is None:
                 self.next()
-                turns += 1
+                batches += 1
             if self.running is not None:
                 self.finish(1.0)
             elif self.waiting:
                 self.now = self.batcher.resume_at()
-        assert turns <= 2 * left  # each turn runs a token at least, or ends a rest
+        assert batches <= 2 * left  # each one runs a token at least, or ends a cool-down
         assert len(self.gone) == self.submitted
         assert set(self.gone.values()) <= {1}
         self.now += 2 * self.batcher.policy.recently_active_seconds

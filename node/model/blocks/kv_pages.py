@@ -178,7 +178,7 @@ class PagePool:
                 near = self._roomiest()
             pages[index] = near
             self._free[near] = False
-            # What another session left there may be NaN, and a masked NaN is still NaN.
+            # Another session may have left NaN there, and a masked NaN is still NaN.
             for store in self._stores:
                 store[near * self.page_tokens : (near + 1) * self.page_tokens].zero_()
             near += 1

@@ -76,7 +76,7 @@ class Batcher:
 
     Peers are charged by seconds for chunks: a peer that also decodes has had compute already when its chunk
     comes due, and round robin by batch would forget that.  But not strictly: its prefill would then starve
-    behind its own decode steps while another peer's prefills never end.
+    after its own decode steps while another peer's prefills never end.
 
     decode_seconds_per_block, prefill_seconds_per_block_token: a first guess, then learned.
     """

@@ -40,7 +40,7 @@ MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
 
 
 class NotFinite(BadResult):
-    """What came in was finite and what our own span made of it is not."""
+    """The inputs were finite, and the outputs of our own span are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,9 @@ class Engine:
     async def step(
         self, peer: str, contract: Contract, cache: SpanCache, what: StepRange, body: Buffer, *, whole: bool
     ) -> Answer:
-        """Compute one step: `body` [batch, tokens, hidden] in the contract's codec in, the same out.
+        """Compute one step: hidden states in the contract's codec in, and its outputs in that codec out.
 
+        body: [batch, tokens, hidden].
         cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
@@ -191,7 +192,7 @@ class Engine:
     def before_next(self, chore: Callable[[], None]) -> None:
         """Run `chore` in the torch thread after the batch that runs now and before the next one.
 
-        For what a batch must not be surprised by: a cut and the end of a cache that it computes with.
+        For changes under a batch: a cut and the end of a cache that it computes with.
         """
         with self._lock:
             self._chores.append(chore)

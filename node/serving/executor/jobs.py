@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one batch runs of a job: the positions [offset, offset + tokens) of every row.
+    """The part of a job that one batch runs: the positions [offset, offset + tokens) of every row.
 
     part: of a stateless request, the index in `Job.parts`; a part covers all positions.
     """

@@ -96,7 +96,7 @@ class Rates:
         return idle
 
     def measured(self, seconds_per_block: float) -> None:
-        """What a decode step took just now, alone: the figures of earlier no longer count."""
+        """Replace the figures of decode steps by a measurement of one that ran alone."""
         self.decode_seconds_per_block = self.alone = seconds_per_block
 
 
@@ -161,12 +161,12 @@ def _timed(span: Span, cache: Any, tokens: int, position: int) -> float:  # Any:
 def rates_key(
     revision: Revision, device: str, dtype: str, quantize: str, threads: int, version: str = ""
 ) -> str:
-    """What figures are the same for: `device` is a name as `device_name` gives it, `version` ours."""
+    """The key of figures in the file.  device: as `device_name` returns it; version: of this package."""
     return "/".join((revision, device, dtype, quantize, f"{threads} threads", version))
 
 
 def device_name(device: str) -> str:
-    """The hardware behind "cpu", "cuda" or "mps".  Imports torch for CUDA."""
+    """The hardware that "cpu", "cuda" or "mps" stands for.  Imports torch for CUDA."""
     if device == "cuda":
         import torch
 

@@ -22,7 +22,7 @@ from tensor_codec.messages.session import Relink, Step
 
 
 class FrameStream(Protocol):
-    """What a session needs of a framed stream (see node/network/streams.py)."""
+    """The part of a framed stream (see node/network/streams.py) that a session needs."""
 
     @property
     def peer(self) -> PeerId:

@@ -24,7 +24,7 @@ MAX_BULK_STREAMS = 24
 
 
 class Sender(Protocol):
-    """What a link needs of a framed stream."""
+    """The part of a framed stream that a link needs."""
 
     async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, to be taken within `seconds`; raises SlowPeer or PeerGone."""

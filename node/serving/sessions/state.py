@@ -117,7 +117,7 @@ class ServerSession:
     def computed(self, compute: Compute) -> None:
         """Make the answer to `compute` part of the session."""
         if self.state is not State.COMPUTING:
-            raise LocalProtocolError(f"step {compute.step} was computed and nobody asked for it")
+            raise LocalProtocolError(f"step {compute.step} was computed without a request")
         self.state = State.OPEN
         self.length = compute.what.position + compute.what.tokens
         if compute.step is not None:
@@ -126,7 +126,7 @@ class ServerSession:
     def dropped(self, compute: Compute) -> None:
         """`compute` was refused before it began: it may come again; a cut stays."""
         if self.state is not State.COMPUTING:
-            raise LocalProtocolError(f"step {compute.step} was dropped and nobody asked for it")
+            raise LocalProtocolError(f"step {compute.step} was dropped without a request")
         self.state = State.OPEN
         if compute.cut is not None:
             self.length = compute.cut
