@@ -128,9 +128,9 @@ RULES = (
     ),
     Rule(
         PACKAGES,
-        ("client.bridges",),
+        ("client.bridges.asyncio_swarm",),
         ("asyncio", "uvloop"),
-        "asyncio stands in the bridges alone; everything else is trio",
+        "asyncio stands in its bridge alone; everything else is trio",
     ),
 )
 
