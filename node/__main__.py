@@ -76,7 +76,7 @@ def _serve(words: list[str]) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--blocks", type=_blocks, metavar="A:B", help="serve blocks A to B-1")
     which.add_argument(
-        "--num-blocks", type=positive, metavar="N", help="serve N blocks, those that the swarm needs most"
+        "--num-blocks", type=positive, metavar="N", help="serve the N blocks that the swarm needs most"
     )
     _add_network_options(parser)
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -101,13 +101,13 @@ def _serve(words: list[str]) -> int:
         "--cache-tokens",
         type=positive,
         metavar="N",
-        help="tokens that all sessions together may keep in the KV cache (default: what fits)",
+        help="tokens of all sessions together in the KV cache (default: as many as fit)",
     )
     parser.add_argument(
         "--journal-tokens",
         type=at_least_none,
         metavar="N",
-        help="tokens whose outputs are kept in case the next server dies (default: as many as the cache)",
+        help="outputs kept for a replay should the next server die (default: as many tokens as the cache)",
     )
     _add_limit_options(parser)
     _add_balance_options(parser)
@@ -146,10 +146,10 @@ def _status(words: list[str]) -> int:
     add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch a line each time")
-    parser.add_argument("--watch", action="store_true", help="go on until Ctrl-C, and show who moves")
+    parser.add_argument("--watch", action="store_true", help="repeat until Ctrl-C, and show each move")
     parser.add_argument(
         "--chains", type=positive, default=0, metavar="N",
-        help="show the N best chains too, with as few servers in common as can be",
+        help="show the N best chains too, with as few servers in common as possible",
     )  # fmt: skip
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
@@ -164,7 +164,7 @@ def _status(words: list[str]) -> int:
 
 def _models(words: list[str]) -> int:
     parser = _parser("models", "List the models in the cache and the built-in default.")
-    parser.add_argument("--fetch", metavar="MODEL", help="bring a model into the cache")
+    parser.add_argument("--fetch", metavar="MODEL", help="fetch a model into the cache")
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
@@ -186,7 +186,7 @@ def _prepare(words: list[str]) -> int:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="what is not quantised is kept in this (default: as it is)",
+        help="dtype of the tensors that are not quantised (default: unchanged)",
     )
     flags = parser.parse_args(words)
     set_up_logging("text", logging.WARNING)
@@ -245,14 +245,14 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
         "--identity", type=Path, metavar="FILE", help="keep the peer id here (default: a new one each time)"
     )
     add_addresses(network, "--listen", help=f"where to listen (default: {DEFAULT_LISTEN}, this machine only)")
-    add_addresses(network, "--announce", help="what others shall dial instead")
+    add_addresses(network, "--announce", help="addresses for others to dial, in place of those listened on")
     network.add_argument("--name", default="", metavar="TEXT", help="a name to show in the status")
     network.add_argument(
         "--record-ttl",
         type=float,
         default=None,
         metavar="SECONDS",
-        help="how long others believe that we are there after our last word (default: 90)",
+        help="how long a record of this node stays valid (default: 90)",
     )
     network.add_argument(
         "--ready-file", type=Path, metavar="PATH", help="write a JSON object here once the node is online"
@@ -261,7 +261,7 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limit_options(parser: argparse.ArgumentParser) -> None:
-    limits = parser.add_argument_group("limits", "What a session or a request of a peer may be at most.")
+    limits = parser.add_argument_group("limits", "Bounds for a session or a request of a peer.")
     limits.add_argument(
         "--max-session-tokens", type=positive, metavar="N",
         help="rows times positions of a session (default: what the cache holds)",

@@ -50,7 +50,7 @@ class NetworkConfig:
     swarm_key: Path | None = None
     identity: Path | None = None  # a new identity for this run where None
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
-    announce: tuple[str, ...] = ()  # what others are told, where it differs from `listen`
+    announce: tuple[str, ...] = ()  # addresses told to others, where they differ from `listen`
     name: str = ""
     patience_seconds: float = 0.0  # for peers that do not answer yet: they may be starting too
     limits: Limits = field(default_factory=Limits)

@@ -1,4 +1,4 @@
-"""The two ends of a model as the library computes them: embedding in front, norm and head behind.
+"""The two ends of a model as the library computes them: embedding in front, norm and head at the end.
 
 They are the library's own model with all blocks replaced by one that notes what reaches it and
 answers what it is told.  So embedding scales, learned positions, embedding norms, soft caps and
@@ -60,7 +60,7 @@ class EmbedAndHead:
             embedding, norm = (self._base.get_submodule(name) for name in architecture.ends)
             self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
         self._product: Callable[..., Tensor] | None = None  # the head's, where it is compiled
-        self._screen: ExactArgmax | None = None
+        self._exact_argmax: ExactArgmax | None = None
 
     @property
     def stateless(self) -> bool:
@@ -90,7 +90,7 @@ class EmbedAndHead:
     def make_exact_argmax(self) -> None:
         """From now on find the likeliest token with less work, where that is possible (see `ExactArgmax`).
 
-        May run beside other threads' calls.  Needs `compile_head` to have been called.
+        May run at the same time as other threads' calls.  Needs `compile_head` to have been called.
         """
         from node.model.weights.argmax_head import ExactArgmax
 
@@ -98,7 +98,7 @@ class EmbedAndHead:
         if head is None or self._product is None or cast("Tensor | None", head.bias) is not None:
             return
         with suppress(ValueError):  # a head that holds no numbers; its logits will tell
-            self._screen = ExactArgmax(head.weight.detach())
+            self._exact_argmax = ExactArgmax(head.weight.detach())
 
     @torch.inference_mode()
     def embed(self, ids: Tensor, position: int) -> Tensor:
@@ -121,8 +121,8 @@ class EmbedAndHead:
             _, norm, head = self._plain
             if self._product is not None:
                 normed, threads = norm(hidden.to(self.device, self.dtype)), torch.get_num_threads()
-                if best_only and self._screen is not None:
-                    flat = self._screen(normed.flatten(0, -2), threads)
+                if best_only and self._exact_argmax is not None:
+                    flat = self._exact_argmax(normed.flatten(0, -2), threads)
                     return flat.view(*hidden.shape[:-1], -1)
                 return self._product(normed, threads)
             return cast(Tensor, head(norm(hidden.to(self.device, self.dtype)))).float()

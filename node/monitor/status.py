@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 MAX_NAMED = 4  # peers of a bottleneck
 PRESENT: tuple[State, ...] = ("online", "joining", "draining")
-MAX_ASKED = 64  # servers that `status` asks whether they answer, those first whose blocks have the fewest
-ASK_SECONDS = 2.5  # for their answers: a little longer than a question
-UNREACHABLE = "unreachable"  # a state that nobody announces: found out from here
+MAX_ASKED = 64  # servers that `status` pings, those of the rarest blocks first
+ASK_SECONDS = 2.5  # for the answers; a little longer than the timeout of one ping
+UNREACHABLE = "unreachable"  # a state that no peer announces: found out by pings
 PIPE_COLUMNS = 160
 MIN_COLUMNS = 20  # fewer are a wrong COLUMNS
-SETTLE_SECONDS = 0.3  # the first digest has come; what is on its way may still arrive
+SETTLE_SECONDS = 0.3  # after the first digest, for the records still on their way
 
 
 async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
-    """Look at the swarm once and print it, with so many chains.  Raises ConfigError."""
+    """Look at the swarm once and print it, with the `chains` best chains.  Raises ConfigError."""
     from node.main import open_node
 
     async with open_node(config, "client") as node:
@@ -47,7 +47,7 @@ async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) 
 
 
 def worth_asking(view: SwarmView, me: PeerId, most: int = MAX_ASKED) -> list[PeerId]:
-    """The peers of whom it should be known whether they answer, in this order."""
+    """The peers to ping before the status is shown, the most important first."""
     from routing.placement.cover_gaps import watched
     from routing.placement.rebalance import holders
 
@@ -64,10 +64,10 @@ def worth_asking(view: SwarmView, me: PeerId, most: int = MAX_ASKED) -> list[Pee
 
 
 def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dict[str, Any]:  # Any: JSON
-    """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and so many `chains`.
+    """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and `chains`.
 
-    rtts: seconds from here to a peer and back.  Who does not answer (`view.silent`) is unreachable,
-    whatever it announces, and covers no block.
+    rtts: seconds from here to a peer and back.  chains: how many to list for each model.
+    A peer without an answer (`view.silent`) is unreachable, whatever it announces, and covers no block.
     """
     records = [record for record in view.records() if record.role != "client"]
     states = {r.peer: UNREACHABLE if r.peer in view.silent else r.state for r in records}
@@ -118,7 +118,7 @@ def _model(
 def _chains(
     spans: Sequence[Record], blocks: int, rtts: dict[PeerId, float], most: int
 ) -> list[dict[str, Any]]:  # Any: JSON
-    """The best chains from here, as few servers as can be in more than one of them."""
+    """The best chains from here, with as few servers in common as possible."""
     from routing.chains.alternatives import best_chains
     from routing.chains.search import CostInputs, NoChain, cheapest_chain
 
@@ -136,10 +136,10 @@ def _chains(
 
 
 def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
-    """What the peers can do together by what they announce, in tokens per second, and what limits it.
+    """Tokens per second of all peers together, by their announced rates, and the bottleneck.
 
-    One token of one session at a time in each server: batches do more.  Who moves counts with what it
-    serves still.
+    One token of one session at a time in each server: batches do more.  A moving peer counts with the
+    blocks that it still serves.
     """
     from routing.placement.rebalance import holders
     from routing.placement.throughput import bottleneck, bound
@@ -184,14 +184,14 @@ def _prefill_rate(record: Record) -> float:
 
 
 def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
-    """The same for people."""
+    """Print the facts as a table and lines."""
     console = wide_console()
     for part in tables(facts):
         console.print(part, soft_wrap=isinstance(part, str))
 
 
 def wide_console() -> Console:
-    """Standard output; a file or a pipe takes lines of any length, and so does who says it has none."""
+    """Standard output; a file, a pipe or a terminal without a width takes lines of any length."""
     from rich.console import Console
 
     output = cast("IO[str]", OutputText())
@@ -201,7 +201,7 @@ def wide_console() -> Console:
 
 
 def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
-    """What rich shows of the facts, one below the other."""
+    """The facts as a table and lines for rich, in their order."""
     from rich.table import Table
 
     servers = ", ".join(f"{count} {state}" for state, count in facts["servers"].items() if count)
@@ -251,7 +251,7 @@ def _blocks(peer: dict[str, Any]) -> str:  # Any: JSON
 
 
 def _what_if(model: dict[str, Any]) -> str:  # Any: JSON
-    """One line of what the loss of a server would do."""
+    """One line: the blocks that the loss of one server would leave unserved."""
     alone = [block for block, count in enumerate(model["coverage"]) if count == 1]
     if model["survives_any_loss"]:
         return "  without any one of the servers every block would still be served"
@@ -274,7 +274,7 @@ def _chain_lines(chains: Sequence[dict[str, Any]]) -> list[str]:  # Any: JSON
 
 
 def _limit(model: dict[str, Any]) -> str:  # Any: JSON
-    """One line of what the swarm can do and who limits it."""
+    """One line: the throughput of the swarm, its bound and its bottleneck."""
     capacity, most = model["capacity_tokens_per_s"], model["bound_tokens_per_s"]
     line = f"  capacity {capacity:.1f} of at most {most:.1f} tokens/s"
     if not capacity:
@@ -313,7 +313,7 @@ def _runs(counts: Sequence[int]) -> str:
 
 
 def fetch_model(name: str) -> None:
-    """Bring a model into the cache, with a progress bar.  Raises ConfigError."""
+    """Fetch a model into the cache, with a progress bar.  Raises ConfigError."""
     from node.model.checkpoint.progress import progress_bar
     from node.model.checkpoint.source import cache_dir, resolve
 
@@ -324,7 +324,7 @@ def fetch_model(name: str) -> None:
 
 
 def show_models(*, as_json: bool) -> None:
-    """List what is in the cache, and the default."""
+    """Print the models in the cache, and the default."""
     from node.model.checkpoint.source import cache_dir, list_models
 
     found = list_models(cache_dir())

@@ -1,4 +1,4 @@
-"""`python -m node status`, once or again and again: what a swarm can do, what limits it, and who moves."""
+"""`python -m node status`, once or again and again: throughput, bottleneck and moves of a swarm."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Changes:
         self._spans = {peer: span for peer, span in spans.items() if peer in servers}
         for peer, record in servers.items():
             if record.state != "online" or (record.moves and peer in spans):
-                continue  # who announces a move may still think better of it
+                continue  # an announced move may still be dropped
             span = record.revision, record.start, record.stop
             known = spans.get(peer)
             self._spans[peer] = span
@@ -87,7 +87,7 @@ class Changes:
 async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
     """Show the swarm every two seconds until interrupted: a table, or a line of JSON each time.
 
-    chains: so many of each model.  Raises ConfigError.
+    chains: how many to show for each model.  Raises ConfigError.
     """
     from node.main import open_node
 

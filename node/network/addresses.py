@@ -27,7 +27,7 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a peer listens.  peer: who is said to listen there, or None where nobody said."""
+    """Where a peer listens.  peer: its id, or None where the multiaddr names none."""
 
     kind: Kind
     host: str

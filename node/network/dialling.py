@@ -1,9 +1,9 @@
 """Several ways to one peer, tried at once: the next one a moment later, the first that gets through wins.
 
-One dead address must not hide a peer that can be reached at another.  Addresses of which packets
-vanish cost nothing but their turn, as in Happy Eyeballs (RFC 8305) and trio's `open_tcp_stream`; but the race
-is not over when a connection stands: what answers may be another machine with the same private address, so a
-way has got through when the peer has proved who it is.
+One dead address must not hide a peer that can be reached at another.  An address whose packets vanish
+delays the others only for a moment, as in Happy Eyeballs (RFC 8305) and trio's `open_tcp_stream`.  A TCP
+connection does not end the race: another machine with the same private address may have answered.  An attempt
+has succeeded when the peer has proved its id.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ T = TypeVar("T")
 class Race(Generic[T]):
     """Tries addresses until one gets through.  The caller brings the deadline.
 
-    attempt: goes all the way with an IP address.  Raises PeerFault.
+    attempt: connects to an IP address and proves the peer's id.  Raises PeerFault.
     resolve: the IP addresses of a name.  Raises PeerFault.
-    discard: what to do with a result that came too late.
-    failures: what each address said, in the order in which they did; to be read at any time.
-    unanswered: those that are being tried; to be read at any time, once the race was cut off too.
+    discard: called with each result that came too late.
+    failures: the fault of each address, in order of time; to be read at any time.
+    unanswered: addresses that are being tried; to be read at any time, also after a cancelled race.
     """
 
     attempt: Callable[[Address], Awaitable[T]]
@@ -51,7 +51,7 @@ class Race(Generic[T]):
     _ended: trio.Event = field(default_factory=trio.Event)  # an attempt
 
     async def run(self, addresses: Sequence[Address]) -> T | None:
-        """What the first attempt brought that got through, the others cancelled; None where all failed."""
+        """The result of the first successful attempt, the others cancelled; None where all failed."""
         self._queue(addresses)
         try:
             async with trio.open_nursery() as nursery:
@@ -109,7 +109,7 @@ class Race(Generic[T]):
             self._throw_away(but=1)
 
     def _throw_away(self, but: int = 0) -> None:
-        """Results that nobody takes: two may get through in the same moment."""
+        """Discard surplus results: two attempts may succeed at the same moment."""
         while len(self._won) > but:
             self.discard(self._won.pop())
 

@@ -36,7 +36,7 @@ from tensor_codec.limits import Limits
 
 logger = logging.getLogger(__name__)
 # py-libp2p logs what peers do to it as errors; our adapter counts it instead.  Here, because its own
-# import sets the level, and takes its loggers out of the reach of whoever set up logging before.
+# import sets the level, and takes its loggers out of the reach of an earlier set-up of logging.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
 Dial = Callable[[PeerId, Sequence[str]], Awaitable[None]]

@@ -1,4 +1,4 @@
-"""Command-line options that take several multiaddrs, with a positional argument allowed behind them."""
+"""Command-line options that take several multiaddrs, with a positional argument allowed after them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one_address_each(words: Sequence[str]) -> list[str]:
     """Rewrite `--peers A B` as `--peers=A --peers=B`, so that what follows is not taken for an address.
 
     argparse alone would read `generate --peers A "a prompt"` as two peers and no prompt.  The first
-    word behind an option is its value whatever it is; further ones are while they look like multiaddrs.
+    first word after an option is its value; further words are values while they look like multiaddrs.
     """
     result: list[str] = []
     option = None

@@ -41,7 +41,7 @@ class NobodyReads(OutputError):
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; the exit code: its own, 2 for what the operator must fix, 130 after Ctrl-C.
 
-    Nobody who reads the output counts as success.  Raises SystemExit of argparse, and what is a bug.
+    An output without a reader counts as success.  Raises SystemExit of argparse, and what is a bug.
     """
     prepare_streams()
     try:
@@ -74,7 +74,7 @@ def fail(error: Exception | str, code: int) -> int:
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Be the process of a command: end with the code of `main`, also in the middle of an import.
 
-    A thread that still imports torch, downloads or waits for a line is left behind: the interpreter would
+    A thread that still imports torch, downloads or waits for a line is abandoned: the interpreter would
     wait for it, or take from under it what it works with.
     """
     end_at_once_on_interrupt()
@@ -93,7 +93,7 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     busy = any(thread.name == "torch" for thread in threading.enumerate())
     if code == INTERRUPTED and sys.stderr.isatty():
         with suppress(OSError):
-            sys.stderr.write("\x1b[?25h")  # a bar that was left behind has hidden the cursor
+            sys.stderr.write("\x1b[?25h")  # an abandoned progress bar has hidden the cursor
             sys.stderr.flush()
     if isinstance(code, int) and (busy or code == INTERRUPTED):
         os._exit(code)
@@ -162,7 +162,7 @@ def flush() -> None:
 
 
 def say(text: str) -> None:
-    """Write a line to standard error, harmless on a terminal; where it takes none, nobody is told."""
+    """Write a line to standard error, harmless on a terminal; an error there is dropped."""
     with suppress(OSError):
         sys.stderr.write(text_for(sys.stderr, text) + "\n")
         sys.stderr.flush()
@@ -286,7 +286,7 @@ class QuietText(io.TextIOBase):
             self._stream.flush()
 
     def close(self) -> None:
-        """Leave the stream to whoever opened it: Python 3.13 tells of a flush that fails at the end."""
+        """Leave the stream to its opener: Python 3.13 reports a flush that fails at the end."""
 
 
 class OutputText(QuietText):

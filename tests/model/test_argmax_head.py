@@ -93,11 +93,11 @@ def test_ends_find_the_same_token_with_a_screen_and_give_all_logits_to_who_wants
     ends = load_embed_and_head(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))
     hidden = torch.randn(4, 3, ends.hidden_size, generator=seeded(9))
     ends.make_exact_argmax()  # nothing yet: the library computes this head
-    assert ends._screen is None
+    assert ends._exact_argmax is None
     ends.compile_head()
     before = ends.head(hidden)
     ends.make_exact_argmax()
-    assert (ends._screen is None) is (variant == "gpt2")
+    assert (ends._exact_argmax is None) is (variant == "gpt2")
     assert torch.equal(ends.head(hidden), before)
     best = ends.head(hidden, best_only=True)
     assert best.shape == before.shape

@@ -7,7 +7,7 @@ come out of one matrix, and so do gate and up.
 
 Two ways lead through a block.  `step` takes positions of one session (prefill) with torch's attention.
 `decode` takes one position of many rows of different lengths.  In float32 on the CPU all before
-attention is one compiled call, and so is all behind it; for `decode` attention is the third, over the
+attention is one compiled call, and so is all after it; for `decode` attention is the third, over the
 arena's pages.
 
 What is not known to be equal (other activations, rotary angles that depend on the length, layers
@@ -304,7 +304,7 @@ class FusedSpan:
         start: int,
         stop: int,
     ) -> Tensor:
-        """One position of each row, hidden [rows, hidden_size], behind `lengths` positions of its own."""
+        """One position of each row, hidden [rows, hidden_size], after `lengths` positions of its own."""
         longest = int(lengths.max()) + 1
         slots = pool.slots_of(rows, lengths)
         angles = self._angles_for(longest, hidden)
@@ -374,7 +374,7 @@ class FusedSpan:
         start: int,
         stop: int,
     ) -> Tensor:
-        """`decode` in three compiled calls a block: before attention, attention over pages, and behind it."""
+        """`decode` in three compiled calls a block: before attention, attention over pages, and after it."""
         found = decode_kernels()
         assert found is not None
         attend = found.attention(self.head_dim, self.heads // self.key_heads)
@@ -400,7 +400,7 @@ class FusedSpan:
 
     @contextmanager
     def _halves(self) -> Iterator[Halves]:
-        """A block before and behind attention as compiled code, for as many threads as torch has."""
+        """A block before and after attention as compiled code, for as many threads as torch has."""
         found, kept, threads = decode_kernels(), self._kept, torch.get_num_threads()
         assert found is not None
         assert kept is not None
@@ -426,7 +426,7 @@ class FusedSpan:
         return q, k, v
 
     def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block behind attention."""
+        """The rest of the block, after attention."""
         hidden = hidden + block.out(attended)
         gate, up = block.gate_up(_rms_norm(hidden, block.mlp_norm, block.eps)).chunk(2, -1)
         return cast(Tensor, hidden + block.down(functional.silu(gate) * up))
@@ -445,7 +445,7 @@ class FusedSpan:
         return usable and decode_kernels() is not None
 
     def _compiled_for(self, rows: int) -> bool:
-        """Whether products of so many rows are fastest in the kernels."""
+        """Whether products of this number of rows are fastest in the kernels."""
         matrices = (matrix for block in self.blocks for matrix in block.matrices)
         return all(isinstance(each, PackedLinear) and each.plan.way(rows) == "compiled" for each in matrices)
 

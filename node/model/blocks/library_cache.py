@@ -19,7 +19,7 @@ from node.model.blocks.kv_pages import BlockShape, PagePool
 
 
 class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not typed
-    """What the library is told of every cache of ours, whatever its blocks are."""
+    """The properties of each of our caches that the library asks for, whatever its blocks are."""
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -43,7 +43,7 @@ class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not
 
 
 class ArenaRun(_FullAttention):
-    """The rows of one run of blocks: `tokens` new positions behind `seen` old ones of the longest row."""
+    """The rows of one run of blocks: `tokens` new positions after `seen` old ones of the longest row."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The library's rotary embedding, told for each position how long the sequence is that it belongs to."""
+"""The library's rotary embedding, given the length of the sequence of each position."""
 
 from __future__ import annotations
 

@@ -52,9 +52,10 @@ from node.model.weights.quantize import (
     packing_for,
     take_matrices,
 )
+from tensor_codec import span_spec
 from tensor_codec.errors import LocalProtocolError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in span_spec.DTYPES}
 
 
 # What the library may end with where values of a config do not go together.
@@ -497,7 +498,7 @@ def load_trimmed(
                 state_dict=tensors,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told apart and refused below, with the tensor's name
+                ignore_mismatched_sizes=True,  # recognised and refused below, with the tensor's name
             )
         except _UNLOADABLE as error:
             raise ConfigError(f"{folder.path}: {what} cannot be loaded: {_one_line(error)}") from error

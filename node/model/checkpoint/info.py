@@ -85,7 +85,7 @@ def _packed_bytes(quantize: str, values: int, rows: int) -> int:
 def is_matrix(rest: str, shape: tuple[int, ...]) -> bool:
     """Whether this tensor of a block is one that quantising concerns: the matrix of a linear layer.
 
-    rest: its name behind the block's number.
+    rest: its name after the block's number.
     """
     parts = rest.split(".")
     return len(shape) == 2 and len(parts) > 1 and parts[-1] == "weight" and parts[-2] not in _GATES

@@ -61,7 +61,7 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _check_partner(folder: ModelFolder, name: str, entry: TensorEntry, method: str) -> None:
-    """What is packed has its scales beside it, and the other way round."""
+    """Each packed tensor has its scales, and each tensor of scales its packed one."""
     partner = None
     if method == "fp8" and entry.dtype in _FP8:
         partner = name + _TILE

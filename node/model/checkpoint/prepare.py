@@ -1,7 +1,7 @@
 """Write a model's checkpoint once more with its blocks' matrices in int8: a node then opens it at once.
 
 The folder has the files that the original has, each matrix `X.weight` of a block as int8 [out, in] with
-its scales `X.weight_scale`, float32 [out], beside it (see node/model/weights/quantize.py).  Everything else,
+its scales `X.weight_scale`, float32 [out], next to it (see node/model/weights/quantize.py).  Everything else,
 embeddings and head included, stays as it is, so clients can use the folder too.  The config says what
 was done and to which revision; a node that serves the folder announces that revision, because the
 weights are those that it would have made of the original at start (docs/decisions/0008).
@@ -41,7 +41,7 @@ from node.model.checkpoint.packed import packing_of
 from node.model.checkpoint.progress import Progress, silent
 from node.model.weights.quantize import quantize_rows
 
-_ALIGNMENT = 64  # of each tensor that comes behind others of a multiple of it, and those stand first
+_ALIGNMENT = 64  # of each tensor that follows others of a multiple of it; those come first
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -92,7 +92,7 @@ def plan_files(
 
 
 def _in_order(made: Mapping[str, Written]) -> dict[str, Written]:
-    """Matrices in front, scales behind them; those of even sizes first, so that all these are aligned."""
+    """Matrices first, scales after them; tensors of even sizes first, so that all these are aligned."""
     return dict(
         sorted(
             made.items(),
@@ -182,7 +182,7 @@ def _write(
 
 
 def _is_small_file(path: Path) -> bool:
-    """Tokenizer, generation config, licence: what a model's folder has beside weights and what we write."""
+    """Tokenizer, generation config, licence: any file besides weights and the files that we write."""
     return (
         path.is_file()
         and path.name not in _OURS

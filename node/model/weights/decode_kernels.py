@@ -1,4 +1,4 @@
-"""A fused block in three compiled calls: all before attention, attention over pages, all behind it.
+"""A fused block in three compiled calls: all before attention, attention over pages, all after it.
 
 At one position a row what is between two matrices is a few hundred numbers, and torch's dispatch costs
 more than computing them; attention over an arena's pages would have to gather them first.  The matrices
@@ -48,7 +48,7 @@ def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
-def _norm_and_turn(head: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotary: Any) -> None:
+def _norm_and_rotate(head: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotary: Any) -> None:
     """Normalise one head in place, if there is a weight, and rotate it by its position's angles."""
     half = head.size // 2
     if weight.size:
@@ -73,13 +73,13 @@ def _rotated_and_kept(
     """Rotate queries and keys in place and put keys and values into the arena; see `halves`."""
     key_heads, size = keys.shape[1], keys.shape[2]
     for row in range(qkv.shape[0]):
-        turn, turn_sin = cos[positions[row]], sin[positions[row]]
+        row_cos, row_sin = cos[positions[row]], sin[positions[row]]
         line, slot = qkv[row], slots[row]
         for head in range(heads):
-            _norm_and_turn(line[head * size : (head + 1) * size], query_norm, eps, turn, turn_sin, rotary)
+            _norm_and_rotate(line[head * size : (head + 1) * size], query_norm, eps, row_cos, row_sin, rotary)
         for head in range(key_heads):
             first = (heads + head) * size
-            _norm_and_turn(line[first : first + size], key_norm, eps, turn, turn_sin, rotary)
+            _norm_and_rotate(line[first : first + size], key_norm, eps, row_cos, row_sin, rotary)
             keys[slot, head] = line[first : first + size]
             first += key_heads * size
             values[slot, head] = line[first : first + size]
@@ -121,7 +121,7 @@ def _softmax(scores: Any, scale: Any) -> None:
 
 @cache
 def attention(head_dim: int, group: int) -> Callable[..., None]:
-    """Attention of one new position of each row, for heads of this size and so many queries a key head.
+    """Attention of one new position of each row, for this head size and `group` queries a key head.
 
     attend(q, keys, values, table, lengths, page, scale, window, out): q [rows, heads * head_dim], more
     may follow in each row; keys, values: a block's stores; table [rows, pages]: where the rows' pages
@@ -228,11 +228,11 @@ def _gated(gate_up: Any, out: Any) -> None:
 
 @cache
 def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A block before and behind attention, each in one call, for weights of this dtype.
+    """A block before and after attention, each in one call, for weights of this dtype.
 
     before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, keys, values, positions, slots,
     cos, sin, rotary, query_norm, key_norm): norm, one product for queries, keys and values, rotary, arena.
-    after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden): the product behind
+    after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden): the product after
     attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
 
     together: whether for several threads, else `threads` is None.  item, size: 0 and the bytes of a

@@ -22,7 +22,7 @@ added as 32-bit integers, exactly, two for each lane.  An instruction does twice
 weights are widened by one where making them float32 takes two for half as many.  Rounding x so adds an
 error of about 1e-5 of the row's norm, a hundredth of what the weights' 8 bits cost.
 
-Rows of the matrix lie one behind the other, and a tile of four outputs reads four places at once,
+Rows of the matrix lie one after the other, and a tile of four outputs reads four places at once,
 which hardware prefetchers do not follow.  The tile asks for the memory in its own order instead, some
 KiB ahead: for one row and 106 million weights that made 7 ms of 19.
 
@@ -78,7 +78,7 @@ class _Tile:
 
     numbers = LANES  # of x in a vector
     x_bytes = 4
-    unrolled = 4  # vectors in one turn of the loop; more only takes longer to compile
+    unrolled = 4  # vectors in one iteration of the loop; more only takes longer to compile
 
     def __init__(self, builder: Any, rows: int, outs: int, item: ir.IntType) -> None:
         self.build = builder
@@ -113,10 +113,10 @@ class _Tile:
     def _vectors(self, sums: list[Any], start: Any, stop: Any) -> list[Any]:
         """Go on with `sums` for k in [start, stop), which are whole vectors."""
         build = self.build
-        turn = self.numbers * self.unrolled
-        turned = build.sub(stop, build.srem(build.sub(stop, start), _I64(turn)))
-        sums = self._loop(sums, start, turned, turn, self._turn)
-        return self._loop(sums, turned, stop, self.numbers, self._products) if self.unrolled > 1 else sums
+        stride = self.numbers * self.unrolled
+        whole = build.sub(stop, build.srem(build.sub(stop, start), _I64(stride)))
+        sums = self._loop(sums, start, whole, stride, self._iteration)
+        return self._loop(sums, whole, stop, self.numbers, self._products) if self.unrolled > 1 else sums
 
     def _loop(
         self, sums: list[Any], start: Any, stop: Any, step: int, body: Callable[..., list[Any]]
@@ -150,7 +150,7 @@ class _Tile:
             now += [self._product(x, weight, sums[row * self.outs + i]) for i, weight in enumerate(weights)]
         return now
 
-    def _turn(self, sums: list[Any], k: Any) -> list[Any]:
+    def _iteration(self, sums: list[Any], k: Any) -> list[Any]:
         """A few vectors one after the other."""
         self._ask_ahead(k, self.numbers * self.unrolled)
         for vector in range(self.unrolled):
@@ -215,9 +215,9 @@ class _Tile:
         return self.build.load(self.build.inttoptr(address, kind.as_pointer()), align=1)
 
     def _ask_ahead(self, k: Any, step: int) -> None:
-        """Ask for as many bytes as a turn of the loop reads.
+        """Prefetch the bytes that one iteration of the loop reads.
 
-        The rows of a tile lie one behind the other, so this walks through them, the next tile's
+        The rows of a tile lie one after the other, so this walks through them, the next tile's
         and so on, in the order of the memory.
         """
         build = self.build
@@ -297,7 +297,9 @@ class _IntegerTile(_Tile):
 
     numbers = 2 * LANES
     x_bytes = 2
-    unrolled = 1  # sums of integers in one turn would be reordered, and no longer be one instruction each
+    unrolled = (
+        1  # sums of integers in one iteration would be reordered, and no longer be one instruction each
+    )
 
     def __init__(self, builder: Any, rows: int, outs: int, item: ir.IntType) -> None:
         super().__init__(builder, rows, outs, item)
@@ -370,7 +372,7 @@ def _tile(rows: int, outs: int) -> Any:
     return tile
 
 
-# As many sums as fit into the registers (32 of AVX-512, else 16) beside the weights and x; a sum waits
+# As many sums as fit into the registers (32 of AVX-512, else 16) besides the weights and x; a sum waits
 # four cycles for its last addition, so fewer than eight leave the CPU idle.  Those for
 # 16 registers were measured best of their rows.
 _OUTS = (4, 4, 4, 4, 4, 4) if LANES == 16 else (4, 4, 3, 3, 2, 2)  # by rows, from one on
@@ -597,7 +599,7 @@ class Rows:
         kernel_for(weight.dtype)
 
     def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
-        """x: float32 [..., k].  threads: at most so many are used, where there is enough to do."""
+        """x: float32 [..., k].  threads: the most that are used; fewer for small products."""
         # This runs for every matrix of every token: it does what it must, and little else.
         shape = x.shape
         if x.dtype is not torch.float32 or shape[-1] != self.k or not x.is_cpu:
@@ -641,7 +643,7 @@ def team(threads: int) -> Iterator[bool]:
     """Have so many threads for compiled code; False where one must do: another caller has them now.
 
     numba's own threads end the process when two callers come at once.  Its other ways to make
-    threads bring a second OpenMP beside torch's, or need libraries that are not there.
+    threads bring a second OpenMP next to torch's, or need libraries that are not there.
     """
     if threads < 2 or not _in_threads.acquire(blocking=False):
         yield False
@@ -657,7 +659,7 @@ def team(threads: int) -> Iterator[bool]:
 def compiled(function: Callable[..., None], signature: Any, **options: Any) -> Kernel:
     """The function as machine code, from the cache if it is there and can be used.
 
-    options: of numba's, beside nogil.
+    options: of numba's, besides nogil.
     """
     try:
         kernel = njit(signature, nogil=True, cache=True, **options)(function)

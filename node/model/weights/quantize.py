@@ -1,7 +1,7 @@
 """Weights in 8 bits, or in 16 where the CPU cannot compute in those: what is kept, and how it is used.
 
 A matrix of a block is kept as int8 rows, each with a scale of its own, its largest value / 127 (row-wise
-absmax, the weights of LLM.int8(), arXiv:2208.07339).  That is what bitsandbytes keeps as well, so one
+absmax, the weights of LLM.int8(), arXiv:2208.07339).  bitsandbytes keeps the same, so one
 checkpoint serves a CPU and CUDA.  On a CPU activations are rounded to 16 bits a row, or not at all (see
 node/model/weights/kernels.py); on CUDA bitsandbytes rounds them to int8, but for the columns with outliers.
 
@@ -80,13 +80,13 @@ def dequantize_rows(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
 class Plan:
     """Which way a product goes, by its number of rows.
 
-    steps: (from so many rows on, the way), ascending, the first from 1.
+    steps: (least number of rows, way) in ascending order, the first from 1.
     """
 
     steps: tuple[tuple[int, Way], ...]
 
     def way(self, rows: int) -> Way:
-        """The way for so many rows."""
+        """The way for this number of rows."""
         chosen = self.steps[0][1]
         for least, way in self.steps:
             if rows < least:
@@ -130,7 +130,7 @@ def _between(seconds: Mapping[int, float], measured: Sequence[int], rows: int) -
 class PackedLinear(nn.Module):
     """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16, on the CPU.
 
-    weight: int8 or bfloat16 [out, in].  scale: float32 [out], None beside bfloat16.  bias: [out] or
+    weight: int8 or bfloat16 [out, in].  scale: float32 [out], None for bfloat16.  bias: [out] or
     None.  Takes x [..., in] of any float dtype and answers [..., out] in the same.  Has a derivative
     with respect to x; the weights are frozen.
 
@@ -464,7 +464,7 @@ def take_matrices(
 ) -> dict[str, Matrix | Experts]:
     """Take the matrices out of a span's tensors, packed; path of the layer in the model -> matrix.
 
-    tensors: by name in the model; int8 ones have their scales beside them.  What is taken is removed
+    tensors: by name in the model; int8 ones come with their scales.  What is taken is removed
     one by one, so that of the original no more than one matrix is in memory at a time.
     transposed: floats are kept as [in, out] (gpt2).  what: for errors and the progress.
     Raises ConfigError.

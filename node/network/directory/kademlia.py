@@ -1,7 +1,7 @@
 """Finds peers of a model in py-libp2p's Kademlia table, and nothing else.
 
 The table holds no records: what a peer says of itself is asked of the peer and believed by its
-signature.  Here it only says who might be asked.  The traps of py-libp2p 0.8 that are avoided:
+signature.  Here it only names peers to ask.  The traps of py-libp2p 0.8 that are avoided:
 
 * values have no expiry of ours and no merge, so only provider entries are used;
 * `find_providers` answers from its own cache for two days: lookups go through a store of their own,

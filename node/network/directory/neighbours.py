@@ -216,7 +216,7 @@ class Neighbours:
         for wire, age in items:
             known = view.entries.get(_claimed_peer(wire))
             if known is not None and known.wire == wire:
-                continue  # from several neighbours we hear the same: that costs no signature
+                continue  # several neighbours send the same record: the copies cost no signature check
             try:
                 record = verify_record(wire, swarm=self._view.swarm, limits=self._limits)
             except RecordError as error:

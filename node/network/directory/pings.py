@@ -2,7 +2,7 @@
 
 Who wants to know waits for as long as it likes and no longer; a question goes on without it, and what
 comes of it is noted in `routing.view.answers`, silence too.  A client and `status` ask the servers that
-matter to them again and again, so that whoever is gone is known before its record ends.
+matter to them again and again, so that a peer that is gone is known before its record ends.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from node.network.host import Host
 
 PING_SECONDS = 2.0  # in which a question must be answered, a connection included
-OVERDUE_SECONDS = 1.0  # after which who has never answered is taken for silent
-ASKED_AT_ONCE = 16  # half of what `Host` dials at once: a session's dial is never behind them
+OVERDUE_SECONDS = 1.0  # after which a peer without any answer is taken for silent
+ASKED_AT_ONCE = 16  # half of what `Host` dials at once: a session's dial never waits for them
 WATCH_SECONDS = 3.0  # between two questions to the same server: silent ones are known within 8 s
 LOOK_SECONDS = 1.0  # between looks for servers that are new
 QUIET_SECONDS = 0.02
@@ -179,7 +179,7 @@ class Asker:
             if not self._connecting:
                 self._quiet.set()
                 self._quiet = trio.Event()
-        with trio.move_on_after(QUIET_SECONDS):  # a ping beside a handshake measures the handshake
+        with trio.move_on_after(QUIET_SECONDS):  # a ping next to a handshake measures the handshake
             while self._connecting:
                 await self._quiet.wait()
         return await self._host.ping(peer, addresses)

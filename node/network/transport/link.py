@@ -33,7 +33,7 @@ class Link(Protocol):
         """Send all, however long it takes.  Raises PeerGone."""
 
     def close(self) -> None:
-        """Close at once; whoever waits gets PeerGone.  Twice does no harm."""
+        """Close at once; every waiter gets PeerGone.  Twice does no harm."""
 
 
 class SocketLink:

@@ -1,4 +1,4 @@
-"""Who belongs to a private swarm: whoever proves to hold its key, without ever sending it.
+"""Membership of a private swarm: a peer proves that it holds the key, without ever sending it.
 
 The key file is text, so that it can be mailed, pasted and read by people:
 
@@ -10,7 +10,7 @@ The proof runs inside the secured connection, before any protocol opens, and is 
 ends: each sends 32 random bytes (its challenge), then HMAC-SHA256 under the key over everything
 that makes this connection this one: who dialled, both peer ids as the handshake authenticated
 them, both challenges, and the handshake's own hash.  An answer is therefore worth nothing on any
-other connection, nor sent back to whoever made it.
+other connection, nor sent back to its maker.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class MembershipProof:
       * an answer made for another connection, role, peer or challenge is refused;
       * the key itself is never sent, and how far a wrong answer is right cannot be timed.
 
-    role: who dialled.  ours, theirs: peer ids as the secured handshake authenticated them.
+    role: dialler or listener.  ours, theirs: peer ids as the secured handshake authenticated them.
     channel: the handshake's hash, equal at both ends of one connection and nowhere else.
     challenge: 32 bytes that were never used before.
     """

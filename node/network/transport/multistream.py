@@ -22,7 +22,7 @@ class Dialogue:
 
     So whatever can go out in one packet does.
 
-    receive: the next bytes, at most so many; b"" at the end.  send: all of the bytes.
+    receive: the next bytes, at most the given number; b"" at the end.  send: all of the bytes.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Dialogue:
             await self._send(data)
 
     async def read(self, size: int) -> bytes:
-        """Exactly so many bytes.  Raises PeerGone at an earlier end."""
+        """Exactly this number of bytes.  Raises PeerGone at an earlier end."""
         data = b""
         while len(data) < size:
             await self.flush()

@@ -33,7 +33,7 @@ PROTOCOL = "/noise"
 # know this name, is turned away in its first packet.
 PRIVATE_PROTOCOL = "/raceme/noise/1"
 MAX_PLAINTEXT = 65_535 - 16
-_BUFFER_BYTES = 192 * KIB  # one read of 128 KiB behind all but the end of a message
+_BUFFER_BYTES = 192 * KIB  # one read of 128 KiB after all but the end of a message
 _LENGTH = struct.Struct(">H")
 _NONCE = struct.Struct("<4xQ")
 
@@ -41,7 +41,7 @@ _NONCE = struct.Struct("<4xQ")
 class SecureChannel:
     """Bytes to and from one authenticated peer, over a link.
 
-    remote: who it is.  handshake_hash: the same at both ends and nowhere else.
+    remote: its peer id.  handshake_hash: the same at both ends and nowhere else.
     round_trip_seconds: from a message of the handshake to its answer, which the peer had to compute.
     """
 
@@ -85,7 +85,7 @@ class SecureChannel:
         return messages[0] if len(messages) == 1 else b"".join(messages)
 
     async def receive_some(self, max_bytes: int) -> bytes:
-        """As `receive`, and at most so many bytes.  For the rest of the handshake."""
+        """As `receive`, but at most this number of bytes.  For the rest of the handshake."""
         data = await self.receive()
         self._plain += data[max_bytes:]
         return data[:max_bytes]
@@ -149,7 +149,7 @@ class ReadBuffer:
         return count > 0
 
     async def take(self, max_bytes: int) -> bytes:
-        """The next bytes, at most so many; b"" at the end.  Raises PeerGone."""
+        """The next bytes, at most this number; b"" at the end.  Raises PeerGone."""
         if not self.size and not await self.fill():
             return b""
         begin = self._begin

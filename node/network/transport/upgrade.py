@@ -1,6 +1,6 @@
 """From a fresh TCP connection to a peer that we know: security, proof of membership, muxer.
 
-In this order, so that whoever fails at one has seen nothing of what comes after.  With a swarm key
+In this order, so that a peer that fails at one has seen nothing of the next.  With a swarm key
 the only security protocol offered is our private one: a peer of another network is turned away in
 its first packet, and one that knows the name still has to prove the key.
 """
