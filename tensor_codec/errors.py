@@ -1,11 +1,11 @@
-"""Every error that can come of talking to a peer, sorted by who must act.
+"""All errors of talking to a peer, sorted by the action that they call for.
 
-* `PeerFault`: that peer was wrong, slow or gone.  The caller drops the stream and tries another.
-* `Refused`: a peer (or we ourselves) said no, politely.  The caller tries another, or waits.
-* `LocalProtocolError`: our own bug.  Nobody catches it.
+* `PeerFault`: the peer was wrong, slow or gone.  The caller drops the stream and tries another peer.
+* `Refused`: a peer, or this node, refused politely.  The caller tries another peer, or waits.
+* `LocalProtocolError`: a bug of this process.  Nothing catches it.
 
-`routing.chains.search.NoChain` (the swarm cannot serve this now) and `node.config.ConfigError` (the
-operator must fix something) stand with the code that raises them.
+`routing.chains.hops.NoChain` (the swarm cannot serve this now) and `node.config.ConfigError` (the operator
+must fix something) are defined next to the code that raises them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 class PeerFault(Exception):
     """A peer did something wrong, was too slow, or went away.
 
-    peer: whom it concerns, where whoever raised it knows.
+    peer: the peer at fault, where known.
     """
 
     peer: str | None = None
@@ -33,7 +33,7 @@ class MessageError(PeerFault):
 
 
 class RemoteProtocolError(PeerFault):
-    """A well-formed message that must not come now."""
+    """A well-formed message that is not allowed at this moment."""
 
 
 class SlowPeer(PeerFault):
@@ -53,10 +53,10 @@ class NotAMember(PeerFault):
 
 
 class Refused(Exception):
-    """A polite no.
+    """A polite refusal.
 
     retry_after_seconds: when asking again may help, or None where it will not.
-    peer: who said so, where whoever raised it knows.
+    peer: the refusing peer, where known.
     """
 
     peer: str | None = None

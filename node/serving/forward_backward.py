@@ -1,10 +1,11 @@
-"""The entry point for requests without a session: forward and backward over a run of blocks.
+"""The entry point of requests without a session: forward and backward over a run of blocks.
 
-    /raceme/compute/1   a client sends hidden states, or these and a gradient, and gets the same back
+    /raceme/compute/1   a client sends hidden states, or hidden states and a gradient, and gets a tensor of
+                        equal shape back
 
-Nothing is kept between two requests.  A stream carries one at a time; one that is idle is closed.
-Each request is checked here against what is served, as a session is when it opens, and runs in the
-torch thread from wire bytes to wire bytes.  Whoever leaves while a request waits or runs cancels it.
+Nothing is kept between two requests.  A stream carries one request at a time; an idle stream is closed.
+Each request is checked here against what is served, as a session is when it opens, and runs in the torch
+thread from wire bytes to wire bytes.  A client that leaves while its request waits or runs cancels it.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ from tensor_codec.messages.forward_backward import (
     request_contract,
 )
 
-RETRY_SECONDS = 2.0  # after which one of a peer's streams may well be free again
+RETRY_SECONDS = 2.0  # until a peer asks again: one of its streams has probably ended by then
 
 
 class PeekStream(FrameStream, Protocol):
-    """A framed stream of which one can tell whether a frame is on its way."""
+    """A framed stream that says whether a frame is on its way."""
 
     @property
     def in_frame(self) -> bool:
@@ -236,7 +237,10 @@ class ForwardBackwardListener:
         return encode_output(Output(computed.body, ((held, computed.compute_micros),)))
 
     async def _compute(self, stream: PeekStream, work: Work, contract: Contract) -> Answer | None:
-        """Have it computed unless the client leaves, or says what must not come now, before the end."""
+        """The computed answer; None where the client leaves before.  Raises PeerFault, Refused, NotFinite.
+
+        Whatever the client sends meanwhile is a fault, and ends the computing.
+        """
         answer: Answer | None = None
         fault: PeerFault | Refused | None = None
 
@@ -284,7 +288,7 @@ async def _next_request(stream: PeekStream, idle_seconds: float) -> Buffer | Non
 
 
 class _Unfit(Exception):
-    """A request that can be read and must not be done: the peer's fault, and it is told."""
+    """A request that can be read and must not be computed: a fault, which the peer is told."""
 
     def __init__(self, fault: PeerFault) -> None:
         super().__init__(str(fault))
@@ -293,7 +297,7 @@ class _Unfit(Exception):
 
 @dataclass(slots=True)
 class _Serving:
-    """One stream.  busy: a request is in hand.  blocks: that it goes through; done: with them."""
+    """One stream.  busy: whether a request is under way; blocks: of that request; done: set at its end."""
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     busy: bool = False
@@ -302,7 +306,7 @@ class _Serving:
 
     @contextmanager
     def computing(self, blocks: Blocks) -> Iterator[None]:
-        """For the time in which these blocks are needed."""
+        """Mark these blocks as in use within the context."""
         self.blocks, self.done = blocks, trio.Event()
         try:
             yield

@@ -14,60 +14,24 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NoReturn, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import trio
 
 from node.config import ConfigError
-from node.model.blocks.span import Span
 from node.runtime.compute_thread import ComputeThread
 from node.serving.mover import MoveFailed
-from node.serving.served_span import (
-    LOAD_FAULTS,
-    ServedSpan,
-    ServingSetup,
-    StreamDispatch,
-    forget_unused,
-    load_blocks,
-    load_served_span,
-)
+from node.serving.own_record import Announcer, OwnRecord
+from node.serving.served_span import ServedSpan, ServingSetup, StreamDispatch, load_blocks, load_served_span
+from node.serving.span_loader import Load, LoadBlocks, SpanLoader
 from routing.blocks import Blocks
-from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import SwarmView
 from tensor_codec.span_spec import SpanSpec
 
 log = logging.getLogger("raceme")
-
-REFRESH_SECONDS = 5.0  # between checks whether the node's record is still true
-MEASURE_ROUNDS = 6  # checks between two measurements of an idle node's rates
-TOLERANCE = 0.2  # a rate or a count that differs by a smaller share needs no new record
-
-
-class Announcer(Protocol):
-    """The part of `node.network.directory.directory.Directory` that a server needs."""
-
-    peer_id: PeerId
-
-    def view(self) -> SwarmView:
-        """The swarm as known now."""
-
-    async def announce(self, record: Record) -> None:
-        """Publish this record of the node."""
-
-
-class Load(Protocol):
-    """Loads a span to be served: `load_served_span`."""
-
-    async def __call__(
-        self, setup: ServingSetup, blocks: Blocks, compute: ComputeThread, *, in_pieces: bool = False
-    ) -> ServedSpan:
-        """Raises LOAD_FAULTS."""
-
-
-LoadBlocks = Callable[[ServingSetup, Blocks, ComputeThread], Awaitable[Sequence[Span]]]
 
 
 @dataclass(slots=True)
@@ -85,12 +49,13 @@ class Server:
     load: Load = load_served_span
     load_blocks: LoadBlocks = load_blocks
     dispatch: StreamDispatch = field(init=False)
-    _announced: Record | None = None  # the record that `keep_record_true` keeps true; None: none now
-    _next: Blocks | None = None  # the blocks of the move under way
-    _announcing: trio.Lock = field(default_factory=trio.Lock)  # keeps an older record from overtaking a newer
+    _own: OwnRecord = field(init=False)
+    _loader: SpanLoader = field(init=False)
 
     def __post_init__(self) -> None:
         self.dispatch = StreamDispatch(self.setup.limits)
+        self._own = OwnRecord(self.setup, self.directory, self.dispatch)
+        self._loader = SpanLoader(self.setup, self.compute, self.load, self.load_blocks)
 
     @property
     def session_count(self) -> int:
@@ -98,40 +63,21 @@ class Server:
         return sum(span.listener.session_count for span in self.dispatch.served_spans)
 
     async def begin(self, blocks: Blocks) -> None:
-        """Load the first span and serve it.  Raises ConfigError."""
-        await self._announce_joining(blocks)
-        served_span = await self.load(self.setup, blocks, self.compute)
-        await self._open(served_span)
+        """Load the first span and serve it.  Raises ConfigError, and what torch raises without memory."""
+        await self._own.announce_joining(blocks)
+        await self._open(await self.load(self.setup, blocks, self.compute))
         self._settled()
 
     async def leave(self) -> None:
         """Finish the open sessions, and admit no new ones.  Bounded."""
-        async with self._announcing:
-            self._announced = None
-            if self.dispatch.served_span is not None:
-                await self.directory.announce(self.dispatch.served_span.record("draining"))
+        await self._own.announce_draining()
         async with trio.open_nursery() as nursery:
-            for served_span in self.dispatch.served_spans:
-                nursery.start_soon(served_span.drain)
+            for span in self.dispatch.served_spans:
+                nursery.start_soon(span.drain)
 
     async def keep_record_true(self) -> None:
-        """Announce anew when rates or free memory differ from the node's record, until cancelled."""
-        idle = 0  # rounds
-        while True:
-            await trio.sleep(REFRESH_SECONDS)
-            served_span = self.dispatch.served_span
-            if self._announced is None or served_span is None:
-                continue
-            engine = served_span.listener.engine
-            idle = idle + 1 if engine.rates.relax() else 0
-            if idle % MEASURE_ROUNDS == 1:
-                await engine.measure_again()
-            async with self._announcing:
-                if served_span is not self.dispatch.served_span or self._announced is None:
-                    continue
-                if not _about_equal(self._announced, now := self._present_record()):
-                    self._announced = now
-                    await self.directory.announce(now)
+        """See `OwnRecord.keep_true`."""
+        await self._own.keep_true()
 
     # --- what the balancer asks for ---
 
@@ -140,18 +86,18 @@ class Server:
         return self.directory.view()
 
     def record(self) -> Record:
-        """What the node says of itself while it serves."""
-        return replace(self._current().record("online"), peer=self.directory.peer_id)
+        """What the node says of itself while it serves; a move under way is left out."""
+        return self._own.serving(self._current())
 
     async def announce_move(self, blocks: Blocks) -> None:
         """Say that the node is about to serve these blocks; the present ones are served meanwhile."""
-        self._next = blocks
-        await self._announce()
+        self._own.plan(blocks)
+        await self._own.announce()
 
     async def stay(self) -> None:
         """Say that the node goes on with the blocks that it serves."""
-        self._next = None
-        await self._announce()
+        self._own.plan(None)
+        await self._own.announce()
 
     async def move(self, blocks: Blocks) -> None:
         """Serve these blocks, and hand over the sessions of the blocks that the node leaves.
@@ -160,14 +106,14 @@ class Server:
         Raises ConfigError: nothing can be loaded.
         """
         old = self._current().spec.blocks
-        self._next = blocks
+        self._own.plan(blocks)
         try:
             await trio.to_thread.run_sync(self.setup.fetch, blocks)
         except (ConfigError, OSError) as error:
             await self._fail_move(str(error))
         log.info("moving: %d sessions are open", self.session_count)
         missing = blocks.minus(old)
-        fits = await self._has_room(missing)
+        fits = await self._loader.fits(missing)
         if missing == (blocks,):
             await (self._exchange(blocks) if fits else self._load_alone(blocks, old))
         elif fits:
@@ -179,17 +125,9 @@ class Server:
         assert self.dispatch.served_span is not None, "nothing is served"
         return self.dispatch.served_span
 
-    async def _has_room(self, runs: Sequence[Blocks]) -> bool:
-        """Whether these blocks fit besides what is loaded."""
-        try:
-            await self.compute.run(self.setup.check_room, sum(run.size for run in runs))
-        except ConfigError:
-            return False
-        return True
-
     async def _load_first(self, blocks: Blocks, missing: Sequence[Blocks]) -> None:
         """Load the missing blocks besides all that is served, then leave the others.  Raises MoveFailed."""
-        if (failure := await self._take_up(missing)) is not None:
+        if (failure := await self._loader.extend(self._current(), missing)) is not None:
             await self._fail_move(failure)
         await self._serve_only(blocks)
         await self._give_back()
@@ -204,12 +142,12 @@ class Server:
         missing = blocks.minus(kept)
         await self._serve_only(kept)
         await self._give_back()
-        if not await self._has_room(missing):
+        if not await self._loader.fits(missing):
             return await self._load_alone(blocks, old)
-        failure = await self._take_up(missing)
+        failure = await self._loader.extend(self._current(), missing)
         if failure is not None:
-            self._next = None
-            again = await self._take_up(old.minus(kept))
+            self._own.plan(None)
+            again = await self._loader.extend(self._current(), old.minus(kept))
             blocks = old if again is None else kept
         await self._serve_only(blocks)
         self._settled()
@@ -217,42 +155,24 @@ class Server:
             raise MoveFailed(f"{failure}; serving blocks {blocks}")
         return None
 
-    async def _take_up(self, missing: Sequence[Blocks]) -> str | None:
-        """Load blocks next to the present ones.  Where that fails: the reason, and nothing has changed."""
-        failure = None
-        try:
-            fresh = [s for run in missing for s in await self.load_blocks(self.setup, run, self.compute)]
-            await self._current().take_up(fresh, self.compute)
-        except LOAD_FAULTS as error:
-            failure = str(error)
-        if failure is not None:  # by now the error holds nothing of what was loaded
-            log.warning("blocks %s could not be loaded: %s", ", ".join(map(str, missing)), failure)
-            await self.compute.run(forget_unused, self.setup.device)
-        return failure
-
     async def _give_back(self) -> None:
         """Hand over the sessions of blocks that are served no longer, and forget these blocks' weights."""
         await self._current().hand_over_others()
         await self._current().give_back(self.compute)
-        await self.compute.run(forget_unused, self.setup.device)
+        await self._loader.forget()
 
     async def _exchange(self, blocks: Blocks) -> None:
         """Load a new span besides the old one, then leave the old one.  Raises MoveFailed."""
-        failure = None
-        try:
-            new = await self.load(self.setup, blocks, self.compute, in_pieces=True)
-        except LOAD_FAULTS as error:
-            failure = str(error)
-        if failure is not None:
-            await self.compute.run(forget_unused, self.setup.device)
-            await self._fail_move(failure)
+        new = await self._loader.load_span(blocks, in_pieces=True)
+        if isinstance(new, str):
+            await self._fail_move(new)
         old = self.dispatch.leaving = self._current()
         await self._open(new)
         await old.drain()
         self.dispatch.leaving = None
         await old.end()
         del old
-        await self.compute.run(forget_unused, self.setup.device)
+        await self._loader.forget()
         self._settled()
 
     async def _fail_move(self, failure: str) -> NoReturn:
@@ -265,81 +185,38 @@ class Server:
 
         Raises MoveFailed, ConfigError.
         """
-        await self._announce_joining(blocks)
+        await self._own.announce_joining(blocks)
         await self._end()
-        failure = None
-        try:
-            served_span = await self.load(self.setup, blocks, self.compute)
-        except LOAD_FAULTS as error:
-            failure = str(error)
-        if failure is not None:  # by now the error holds nothing of what was loaded
-            log.warning("blocks %s could not be loaded: %s", blocks, failure)
-            served_span = await self._load_again(before)
-        await self._open(served_span)
+        new = await self._loader.load_span(blocks)
+        span = await self._loader.load_span(before) if isinstance(new, str) else new
+        if isinstance(span, str):
+            raise ConfigError(f"blocks {before} were left for others, and neither could be loaded: {span}")
+        await self._open(span)
         self._settled()
-        if failure is not None:
-            raise MoveFailed(failure)
+        if isinstance(new, str):
+            raise MoveFailed(new)
 
     async def _end(self) -> None:
-        served_span = self._current()
-        await served_span.drain()
+        span = self._current()
+        await span.drain()
         self.dispatch.served_span = None
-        await served_span.end()
-        del served_span
-        await self.compute.run(forget_unused, self.setup.device)
+        await span.end()
+        del span
+        await self._loader.forget()
 
-    async def _load_again(self, before: Blocks) -> ServedSpan:
-        await self.compute.run(forget_unused, self.setup.device)
-        try:
-            return await self.load(self.setup, before, self.compute)
-        except LOAD_FAULTS as error:
-            raise ConfigError(
-                f"blocks {before} were left for others, and neither could be loaded: {error}"
-            ) from error
-
-    async def _open(self, served_span: ServedSpan) -> None:
+    async def _open(self, span: ServedSpan) -> None:
         """Serve a span that has been loaded."""
-        self.nursery.start_soon(served_span.run)
-        self.dispatch.served_span, self._next = served_span, None
-        await self._announce()
+        self.nursery.start_soon(span.run)
+        self.dispatch.served_span = span
+        await self.stay()
 
     async def _serve_only(self, blocks: Blocks) -> None:
         """Admit sessions of these blocks alone from now on, and announce that."""
         self._current().serve(self.setup.spec(blocks))
-        if self._next == blocks:
-            self._next = None
-        await self._announce()
+        self._own.reached(blocks)
+        await self._own.announce()
 
     def _settled(self) -> None:
         """A move, or the start, has ended with the blocks that are served now."""
         gc.freeze()  # later collections need not look at a million objects
         self.came_online(self._current().spec)
-
-    async def _announce(self) -> None:
-        """Announce what is served, and where the node is going; from now on that record is kept true."""
-        async with self._announcing:
-            self._announced = self._present_record()
-            await self.directory.announce(self._announced)
-
-    def _present_record(self) -> Record:
-        record = self._current().record("online")
-        if self._next is None:
-            return record
-        return replace(record, next_start=self._next.start, next_stop=self._next.stop)
-
-    async def _announce_joining(self, blocks: Blocks) -> None:
-        """Say that nothing is served until these blocks are loaded."""
-        async with self._announcing:
-            self._announced = None
-            await self.directory.announce(self.setup.record(self.setup.spec(blocks), "joining"))
-
-
-def _about_equal(announced: Record, now: Record) -> bool:
-    """Whether a client that believes the announced record is not far wrong."""
-    numbers = (
-        (1 + announced.queue, 1 + now.queue),
-        (announced.seconds_per_block, now.seconds_per_block),
-        (announced.prefill_seconds_per_token, now.prefill_seconds_per_token),
-        (announced.cache_tokens, now.cache_tokens),
-    )
-    return all(abs(a - b) <= TOLERANCE * max(a, b) for a, b in numbers)
