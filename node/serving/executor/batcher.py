@@ -160,13 +160,16 @@ class Batcher:
                 return batch
         return None
 
-    def finished(self, batch: Batch, seconds: float, now: float) -> None:
-        """The batch of `next` was run, in `seconds`; also if it failed."""
+    def finished(self, batch: Batch, seconds: float, now: float) -> tuple[int, int]:
+        """The batch of `next` was run, in `seconds`; also if it failed.
+
+        Returns its size: the blocks that it ran through, each counted once, and its rows times tokens.
+        """
         if batch is not self._running:
             raise LocalProtocolError("a batch is finished that is not running")
         self._running = None
         queues = self._queues
-        blocks, _, works = size_of(batch)
+        blocks, positions, works = size_of(batch)
         work = sum(works)
         for piece, part in zip(batch, works, strict=True):
             job = piece.job
@@ -182,6 +185,7 @@ class Batcher:
             else:
                 queues.done[job.number] += 1 if job.parts else piece.tokens
         self._costs.of[batch[0].job.kind].learn(blocks, work, seconds)
+        return blocks, positions
 
     def _kinds_in_order(self) -> tuple[Kind, ...]:
         """The kinds in the order in which they are asked for something to run."""

@@ -26,7 +26,7 @@ from node.model.blocks.span import Span
 from node.runtime.compute_thread import ComputeThread
 from node.serving.executor.batcher import Batcher
 from node.serving.executor.job_queues import RETRY_SECONDS
-from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments, size_of
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
 from node.serving.executor.rates import Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
@@ -241,17 +241,18 @@ class Engine:
                 for work, result in settled:
                     if isinstance(result, outcome.Error):
                         self.batcher.cancel(work.job.number)
-                self.batcher.finished(batch, ended - began, ended)
+                size = self.batcher.finished(batch, ended - began, ended)
                 resume_at = -math.inf if self.batcher.waiting else math.inf
-        self._observe(batch, works, began, ended)
+        self._observe(batch[0].job.kind, size, works, began, ended)
         return settled, resume_at
 
-    def _observe(self, batch: Batch, works: Sequence[_Work], began: float, ended: float) -> None:
-        """Update the announced figures by a batch."""
-        kind = batch[0].job.kind
+    def _observe(
+        self, kind: Kind, size: tuple[int, int], works: Sequence[_Work], began: float, ended: float
+    ) -> None:
+        """Update the announced figures by a batch.  size: its blocks, and its rows times tokens."""
         if kind is Kind.STATELESS:
             return
-        blocks, positions, _ = size_of(batch)
+        blocks, positions = size
         self.rates.observe(positions, blocks, ended - began, decode=kind is Kind.DECODE)
         if kind is Kind.DECODE:
             waited = 0.0

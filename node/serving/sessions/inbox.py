@@ -44,7 +44,8 @@ class Inbox:
         if len(self._steps) >= self._max_steps:
             raise RemoteProtocolError(f"step {arrived.step.step}: too many steps are in flight")
         self._steps.append(arrived)
-        self._notify()
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def wait_for_space(self) -> bool:
         """Wait until another step fits; False when the session has ended."""
