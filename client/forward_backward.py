@@ -18,18 +18,18 @@ import torch
 import trio
 from torch import Tensor
 
-from client.session.avoided_peers import AvoidedPeers
+from client.chains.avoided_peers import AvoidedPeers
 from node.model.checkpoint.info import ModelInfo
 from node.network.streams import FramedStream
 from node.runtime.compute_thread import ComputeThread
 from node.runtime.values import shown
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
-from tensor_codec.codecs import codec_for, decode_hidden, encode_hidden
+from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES, Contract
+from tensor_codec.messages.contract import CODEC_BYTES, Contract, codec_for
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import (
     Backward,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,8 +18,7 @@ from client.config import ClientConfig, check
 from client.generation.options import GenerateArguments, GenerateOptions, options_of
 from client.lengths import SessionLengths, check_room
 from node.runtime import values
-from routing.chains.hops import Chain, NoChain
-from routing.chains.load_sharing import rendezvous
+from routing.chains.hops import Chain
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
@@ -27,13 +26,13 @@ from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.chains.avoided_peers import AvoidedPeers
+    from client.chains.chain_choice import ChainChooser
     from client.forward_backward import ForwardBackward
     from client.generation.conversation import Conversation
     from client.generation.generate import Generation, Token
     from client.generation.generation_config import GenerationDefaults, Settings
     from client.generation.head_batches import HeadBatches
-    from client.session.avoided_peers import AvoidedPeers
-    from client.session.chain_choice import ChainChooser
     from client.session.session import Session
     from client.session.trace import Trace
     from node.model.checkpoint.info import ModelInfo
@@ -45,11 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("raceme")
 
-PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
-PING_SECONDS = 1.0  # to wait for their answers, where nothing can be chosen without them
-CHOICES = 4  # of a chain, as long as there is a peer in it of whom nothing is known
 FIND_SECONDS = 1.0  # for a look into the Kademlia table, where the neighbours know no chain
-RETRY_PAUSE_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -79,7 +74,7 @@ class Swarm:
         self._stateless = ForwardBackward(
             info=self.info,
             find_chain=self._find_run,
-            learn=self.routes.learn_of_many,
+            learn=self.routes.observe_prefill,
             dtype_of=self.routes.dtype_of,
             open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
             compute=self._compute,
@@ -115,8 +110,7 @@ class Swarm:
 
     async def route(self) -> Chain:
         """The chain that a session would take now.  Raises NoChain."""
-        await self._know_the_distances()
-        return await self._of_those_who_answer(self.routes.choose)
+        return await self.routes.choose_measured(self.routes.choose)
 
     async def chains(self, max_chains: int) -> list[Chain]:
         """Up to `max_chains` chains over the whole model, the best first.
@@ -126,29 +120,8 @@ class Swarm:
         number below 1.
         """
         max_chains = values.whole("max_chains", max_chains)
-        await self._know_the_distances()
+        await self.routes.choose_measured(self.routes.choose)
         return self.routes.chains(max_chains)
-
-    async def _know_the_distances(self) -> None:
-        """Measure the round trips to the peers that a chain may begin or end with.
-
-        Waits for an answer only where those who have given theirs do not hold what the others hold.
-        """
-        peers = [span.peer for span in self.routes.usable()]
-        if len(peers) > PINGED_PEERS:
-            peers = rendezvous(self.routes.spread or "", peers, PINGED_PEERS)
-        await self._directory.measure(peers, PING_SECONDS, self.routes.is_covered_by)
-
-    async def _of_those_who_answer(self, choose: Callable[[], Chain]) -> Chain:
-        """A choice after whose peers have been asked, if nothing was known of them.  Raises NoChain."""
-        chain = choose()
-        for _ in range(CHOICES - 1):
-            unknown = self._directory.unknown(hop.peer for hop in chain.hops)
-            if not unknown:
-                break
-            await self._directory.measure(unknown, PING_SECONDS, lambda _: True)
-            chain = choose()
-        return chain
 
     def generate(
         self,
@@ -243,7 +216,7 @@ class Swarm:
             compute=self._compute,
             heads=self._heads,
             open_chain=self.open_chain,
-            worked=lambda session: self.routes.worked(session.well),
+            worked=lambda session: self.routes.worked(session.working_hops),
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
             trace=Trace() if trace is None else trace,
@@ -311,13 +284,10 @@ class Swarm:
         Peers that have failed lately are used only when nothing else covers the model.
         Raises NoChain, PeerFault and Refused when the time is up.
         """
-        from client.session.route import Terms
         from client.session.session import open_session
+        from client.session.terms import Terms
 
         wait_until = trio.current_time() + self.config.wait_seconds
-        deadline = wait_until if deadline is None else min(deadline, wait_until)
-        choose = partial(self.routes.choose, tokens=batch * max_length)
-        chain = await self._wait_for_chain(choose, deadline)
         info = self.info
         terms = Terms(
             info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self.config.codec,
@@ -330,9 +300,8 @@ class Swarm:
             compute=self._compute,
             limits=self.config.limits,
             give_up_seconds=self.config.give_up_seconds,
-            deadline=deadline,
+            deadline=wait_until if deadline is None else min(deadline, wait_until),
             trace=trace,
-            chain=chain,
         )
 
     async def _find_run(
@@ -345,28 +314,14 @@ class Swarm:
         beside: int,
     ) -> Chain:
         """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
-        choose = partial(
-            self.routes.choose_for_throughput,
-            start,
-            stop,
-            positions=positions,
-            waiting=waiting,
-            beside=beside,
-        )
-        return await self._wait_for_chain(choose, trio.current_time() + self.config.wait_seconds)
 
-    async def _wait_for_chain(self, choose: Callable[..., Chain], deadline: float) -> Chain:
-        """The first chain that can be chosen, with peers that failed lately where nothing else is left."""
-        desperate_at = trio.current_time() + RETRY_PAUSE_SECONDS
-        while True:
-            await self._know_the_distances()
-            try:
-                desperate = trio.current_time() >= desperate_at
-                return await self._of_those_who_answer(partial(choose, desperate=desperate))
-            except NoChain:
-                if trio.current_time() >= deadline:
-                    raise
-            await self.routes.changed(min(RETRY_PAUSE_SECONDS, deadline - trio.current_time()))
+        def choose(last_resort: bool) -> Chain:
+            return self.routes.choose_for_throughput(
+                start, stop, positions=positions, waiting=waiting, other_hops=beside, last_resort=last_resort
+            )
+
+        deadline = trio.current_time() + self.config.wait_seconds
+        return await self.routes.wait_for_chain(choose, measured=True, deadline=deadline)
 
     def usual_length(self, batch: int = 1) -> int:
         """Positions of a session of `batch` rows without a length of its own.
@@ -380,8 +335,9 @@ class Swarm:
 @asynccontextmanager
 async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     """The trio side of `connect`.  Raises ConfigError."""
+    from client.chains.chain_choice import ChainChooser
+    from client.chains.chain_wait import ViewChanges
     from client.generation.head_batches import HeadBatches
-    from client.session.chain_choice import ChainChooser
     from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
     from node.network.transport.identity import load_or_create_identity
@@ -413,10 +369,12 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             info.blocks,
             view=directory.view,
             rtts=directory.rtts,
-            late=directory.late,
-            changed_since=directory.changed,
             dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
-            find_peers=partial(directory.find_peers, info.revision, FIND_SECONDS),
+            changes=ViewChanges(
+                directory.changed, partial(directory.find_peers, info.revision, FIND_SECONDS)
+            ),
+            pings=directory,
+            late=directory.late,
             constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
             spread=identity.peer_id,
         )

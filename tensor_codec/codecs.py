@@ -19,15 +19,6 @@ from tensor_codec.messages.contract import Contract
 WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def codec_for(dtypes: frozenset[str]) -> str:
-    """The smallest codec that loses nothing of the outputs of hops that compute in `dtypes`.
-
-    bfloat16 travels as it is; a chain with a float32 hop, or a float16 one (whose mantissa is
-    longer than bfloat16's), needs fp32.
-    """
-    return "bf16" if dtypes == {"bfloat16"} else "fp32"
-
-
 def encode_hidden(hidden: Tensor, codec: str) -> memoryview:
     """Encode hidden states [batch, tokens, hidden] of any float dtype and device for the wire.
 

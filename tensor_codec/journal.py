@@ -126,7 +126,7 @@ class JournalBudget:
     """The journals of a node; together they hold at most `tokens` tokens.
 
     Beyond that the longest journal that is not pinned loses its oldest positions.  Its session goes on; only
-    a replay has to compute those positions once more (see `client.session.replay_plan`).
+    a replay has to compute those positions once more (see `client.session.repair.replay_plan`).
     """
 
     tokens: int

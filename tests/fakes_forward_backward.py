@@ -16,8 +16,8 @@ import torch
 import trio
 from torch import Tensor
 
+from client.chains.avoided_peers import AvoidedPeers
 from client.forward_backward import ForwardBackward
-from client.session.avoided_peers import AvoidedPeers
 from node.model.blocks.forward_backward import finish
 from node.serving.executor.engine import Answer
 from node.serving.forward_backward import ForwardBackwardListener

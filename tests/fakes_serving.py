@@ -17,11 +17,12 @@ import torch
 import trio
 from torch import Tensor
 
+from client.chains.chain_choice import ChainChooser
+from client.chains.chain_wait import ViewChanges
 from client.generation.conversation import Conversation
 from client.generation.head_batches import HeadBatches
-from client.session.chain_choice import ChainChooser
-from client.session.route import Terms
 from client.session.session import Session, open_session
+from client.session.terms import Terms
 from client.session.trace import Trace
 from node.model.blocks.rope import LengthRope
 from node.serving.cache_budget import CacheBudget
@@ -488,8 +489,8 @@ class World:
             self.blocks,
             view=self.view,
             rtts=lambda: dict.fromkeys(self.nodes, 1e-3),
-            changed_since=changed,
             dial=dial,  # type: ignore[arg-type]
+            changes=ViewChanges(changed),
             constraints=constraints or Constraints(),
         )
 
@@ -648,7 +649,7 @@ def conversation_of(world: World, routes: ChainChooser | None = None, **changes:
 
     def worked(session: Session) -> None:
         assert routes is not None
-        routes.worked(session.well)
+        routes.worked(session.working_hops)
 
     values: dict[str, object] = {
         "local_model": FakeEmbedAndHead(),

@@ -119,7 +119,7 @@ async def flood(flags: argparse.Namespace) -> None:
 async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> None:
     import torch
 
-    from client.session.avoided_peers import AvoidedPeers
+    from client.chains.avoided_peers import AvoidedPeers
     from routing.chains.search import NoChain
     from tensor_codec.errors import PeerFault, Refused
 

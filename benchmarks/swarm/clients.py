@@ -11,7 +11,7 @@ simulated, replays are.
 Three kinds of clients, with equal sessions:
 
 * ours: records up to 30 s old, each client's own measurements, and the hops' queues at
-  the opening of a session (the parts of `client.session.chain_choice`; in-session moves look for whole
+  the opening of a session (the parts of `client.chains.chain_choice`; in-session moves look for whole
   chains only).
 * petals: the shortest chain by announced speeds, 18 ms for each hop, and 10 s where the cache has too
   little left; queues are not known (arXiv:2312.08361 and the routing of its client).
@@ -32,10 +32,16 @@ from typing import Protocol
 
 from benchmarks.swarm.events import Events
 from benchmarks.swarm.models import CLIENT_LINE_MS, SERVER_LINE_MS, Place, somewhere
-from client.session.chain_choice import SURPRISE
-from client.session.lost_time import REPLAYED_SHARE, LostTime
+from client.chains.queue_reports import SURPRISE
+from client.session.repair.lost_time import REPLAYED_SHARE, LostTime
+from client.session.repair.relocation import (
+    BETTER,
+    COOLDOWN_SECONDS,
+    MIN_GAIN_SECONDS,
+    SEEN_STEPS,
+    STEPS_AHEAD,
+)
 from client.session.route import CHOICES
-from client.session.session import BETTER, MIN_GAIN_SECONDS, REST_SECONDS, SEEN_STEPS, STEPS_AHEAD
 from node.serving.executor.waits import Waits
 from routing.chains.distances import Distances
 from routing.chains.load_sharing import client_bias, queue_markup, queue_price
@@ -272,7 +278,7 @@ class AllSeeing:
 
 
 class Ours:
-    """What `client.session.chain_choice.ChainChooser` and `client.session.session.Session` do."""
+    """What `client.chains.chain_choice.ChainChooser` and `client.session.repair.relocation` do."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -311,7 +317,7 @@ class Ours:
         )
 
     def learn(self, session: Session, now: float) -> None:
-        """As `ChainChooser.learn`."""
+        """As `ChainChooser.observe_step`."""
         measured, records = self._measured[session.client], self._world.records
         for hop, index, work, waited in zip(
             session.chain.hops, session.at, session.work, session.waited, strict=True
@@ -322,7 +328,7 @@ class Ours:
         session.lost.took(now - session.stepped, session.chain.expected_seconds)
 
     def instead(self, session: Session, now: float) -> Chain | None:
-        """As `Session._worth_leaving`, for whole chains."""
+        """As `Relocation.hops_to_leave`, for whole chains."""
         length = session.tokens - session.left
         if now < session.look_at or not session.lost.too_much(length, len(session.at)):
             return None
@@ -337,7 +343,7 @@ class Ours:
         if gain < max(MIN_GAIN_SECONDS, (1 - BETTER) * present) or gain * STEPS_AHEAD <= replay:
             return None
         session.lost.forget()
-        session.look_at = now + REST_SECONDS
+        session.look_at = now + COOLDOWN_SECONDS
         return chain
 
 

@@ -1,4 +1,4 @@
-"""The client's end of one hop of a session: a stream for steps, orders and answers, and what it says."""
+"""The client's stream to one hop of a session: steps and orders go out, answers come in."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 
 import trio
 
-from client.session.replay_plan import Standing
+from client.session.hop_state import HopState
 from node.network.streams import FramedStream
-from routing.chains.hops import Hop
-from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError, SlowPeer
+from tensor_codec.errors import PeerFault, RemoteProtocolError, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import (
-    Here,
     Open,
     Relink,
     Relinked,
@@ -31,96 +29,54 @@ from tensor_codec.messages.session import (
 
 @dataclass(slots=True, eq=False)
 class HopLink:
-    """One hop of a session, as long as its stream lives.
+    """The streams to one hop, as long as the session uses it.
 
-    standing: as last heard, when the route changed.  push: it reaches its successor.
-    relay: the client carries its outputs on.  fed: the client sends its inputs.
-    dtype: what it computes in.  codec: how hidden states travel to and from it.
-    error: why it is of no use any more.  leaving: it goes on for a while.  refused: it could not take a
-    step, and may be able to later.
+    state: what is known of the hop.  scope: of the task that reads the stream.
     """
 
-    hop: Hop
+    state: HopState
     stream: FramedStream
-    dtype: str
-    codec: str
-    standing: Standing = field(default_factory=Standing)
-    queue: float = 0.0  # how long steps waited there when the session was opened: see Opened
-    push: bool = False
-    relay: bool = False
-    fed: bool = False
-    leaving: bool = False
-    refused: bool = False
-    error: PeerFault | Refused | None = None
-    blamed: bool = False
-    here: Here | None = None
-    asked_at: float | None = None  # when Where was sent and not answered yet; trio's clock
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _relinked: Relinked | None = None
-    _said: trio.Event = field(default_factory=trio.Event)
+    _answered: trio.Event = field(default_factory=trio.Event)
     _bulk: FramedStream | None = None
 
-    @property
-    def alive(self) -> bool:
-        """Whether its session goes on there, as far as is known."""
-        return self.error is None and not self.scope.cancel_called
-
-    @property
-    def avoided(self) -> bool:
-        """Whether another peer is to be preferred."""
-        return self.leaving or self.refused or self.blamed
-
-    @property
-    def has_bulk(self) -> bool:
-        """Whether steps go over the stream for bulk now."""
-        return self._bulk is not None
-
     async def open(self, opened: Open, limits: Limits) -> None:
-        """Open the session here.  Raises PeerFault, Refused."""
+        """Open the session at the hop.  Raises PeerFault, Refused."""
         await self.stream.send(encode_open(opened))
-        # The hop waits for room, and dials its successor, before it answers.
+        # The hop waits for free cache, and dials its successor, before it answers.
         frame = await self.stream.receive(limits.cache_wait_seconds + limits.successor_seconds + 1.0)
         if frame is None:
-            raise RemoteProtocolError(f"{self.hop.peer} closed the stream instead of answering")
+            raise RemoteProtocolError(f"{self.state.hop.peer} closed the stream instead of answering")
         reply = decode_open_reply(frame)
         if isinstance(reply, Failed):
             raise reply.error()
-        self.push, self.standing, self.queue = reply.push, Standing(cut=reply.cut), reply.queue
+        self.state.opened(reply)
 
     async def relink(self, order: Relink, seconds: float) -> None:
-        """Give the hop its new neighbours, and hear where it stands.  Raises PeerFault."""
-        await self.send(encode_relink(order))
+        """Give the hop its new neighbours, and wait until it says where it is.  Raises PeerFault."""
+        peer = self.state.hop.peer
+        await self.stream.send(encode_relink(order))
         with trio.move_on_after(seconds):
-            said = await self._answer_to(order)
-            if said.codec != order.codec:
-                raise RemoteProtocolError(f"{self.hop.peer} cannot go on in codec {order.codec}")
-            self.codec = order.codec or self.codec
-            self.push = said.push
-            self.standing = Standing(said.length, said.kept, said.step, said.cut)
+            while self._relinked is None or self._relinked.epoch != order.epoch:
+                self._answered = trio.Event()
+                await self._answered.wait()
+            if self._relinked.codec != order.codec:
+                raise RemoteProtocolError(f"{peer} cannot go on in codec {order.codec}")
+            self.state.relinked(self._relinked, order.codec or self.state.codec)
             return
-        raise SlowPeer(f"{self.hop.peer} did not take its new route within {seconds:g} s")
+        raise SlowPeer(f"{peer} did not take its new route within {seconds:g} s")
 
-    async def _answer_to(self, order: Relink) -> Relinked:
-        while self.error is None:
-            if self._relinked is not None and self._relinked.epoch == order.epoch:
-                return self._relinked
-            self._said = trio.Event()
-            await self._said.wait()
-        raise self.error
-
-    def heard(self, message: Relinked | Here) -> None:
-        """Take in an answer."""
-        if isinstance(message, Here):
-            self.here, self.asked_at = message, None
-        else:
-            self._relinked = message
-            self._said.set()
+    def take_relinked(self, message: Relinked) -> None:
+        """The hop has answered a Relink."""
+        self._relinked = message
+        self._answered.set()
 
     async def ask(self) -> None:
-        """Ask how far it is, unless it has been asked.  Raises PeerFault."""
-        if self.asked_at is None:
-            self.asked_at = trio.current_time()
-            await self.send(encode_where())
+        """Ask how far the hop is, unless it has been asked.  Raises PeerFault."""
+        if self.state.asked_at is None:
+            self.state.ask(trio.current_time())
+            await self.stream.send(encode_where())
 
     async def send(self, parts: list[Buffer]) -> None:
         """Send one frame.  Raises PeerFault."""
@@ -131,10 +87,10 @@ class HopLink:
 
         Raises PeerFault.
         """
-        stream = self._bulk
-        if stream is None:
-            return await self.send(encode_step(step))
-        await stream.send(encode_step(step), seconds)
+        if self._bulk is None:
+            await self.stream.send(encode_step(step))
+        else:
+            await self._bulk.send(encode_step(step), seconds)
 
     async def begin_bulk(self, open_push: Callable[[], Awaitable[FramedStream]]) -> None:
         """From here on steps go over a stream of their own, which the hop reads as it computes.
@@ -145,20 +101,11 @@ class HopLink:
         self._bulk = await open_push()
 
     async def end_bulk(self) -> None:
-        """Steps go over the session's stream again.  Bounded."""
+        """Steps go over the session's stream again.  Bounded by a second."""
         stream, self._bulk = self._bulk, None
         if stream is not None:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await stream.aclose()
-
-    def fail(self, error: PeerFault | Refused, *, blame: bool = True) -> None:
-        """It is of no use any more; the first reason stands.  blame: the peer is not to be tried at once."""
-        if self.error is None:
-            self.blamed = blame
-            if error.peer is None:
-                error.peer = self.hop.peer
-            self.error = error
-        self._said.set()
 
     async def say_goodbye(self) -> None:
         """Tell the hop that the session is over and close the streams.  Bounded by a second."""

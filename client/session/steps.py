@@ -1,12 +1,12 @@
-"""Steps of a session that are on their way, and where the time of one went."""
+"""Steps of a session that have no answer yet, and where the time of one went.  Pure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import trio
-
+from client.session.repair.replay_plan import Sent
 from tensor_codec.frame import Buffer
 from tensor_codec.messages.contract import StepRange
 from tensor_codec.messages.session import Result
@@ -29,25 +29,146 @@ class StepTimes:
 
 
 @dataclass(slots=True, eq=False)
+class StepWatch:
+    """What is known of a step's progress.  Times are the caller's clock, in seconds.
+
+    since: when the step was sent, or last found to be all right.  look_at: when the hops are to be asked.
+    asked: they have been.  moved_at: when the step was last seen to make progress, by what the hops
+    said (`progress`).  refilled_at: when a replay before the step was last seen to make progress.
+    """
+
+    since: float = 0.0
+    look_at: float = math.inf
+    asked: bool = False
+    moved_at: float = 0.0
+    progress: tuple[object, ...] = ()
+    refilled_at: float = -math.inf
+
+    def start(self, now: float, look_at: float) -> None:
+        """The step was sent."""
+        self.progress, self.moved_at = (), now
+        self.since, self.look_at, self.asked = now, look_at, False
+
+    def postpone(self, now: float, look_at: float) -> None:
+        """The step is all right so far."""
+        self.since, self.look_at, self.asked = now, look_at, False
+
+    def ask(self, look_at: float) -> None:
+        """The hops are asked now; their answers are due at `look_at`."""
+        self.asked, self.look_at = True, look_at
+
+    def wait(self, look_at: float) -> None:
+        """Some hops have not answered yet, and have time until `look_at`."""
+        self.look_at = look_at
+
+    def saw(self, progress: tuple[object, ...], now: float, *, refilling: bool) -> bool:
+        """Take in where the hops are; whether that is further than before."""
+        if progress == self.progress:
+            return False
+        if self.progress and refilling:
+            self.refilled_at = now
+        self.progress, self.moved_at = progress, now
+        return True
+
+
+@dataclass(slots=True, eq=False)
 class Pending:
     """A step on its way.
 
-    timings: of the hops behind which the client has carried it on.
-    On trio's clock: since: when it was sent, or last looked after and found well; look_at: when somebody
-    should look; moved_at: when it was last seen to get on, by what the hops said (`progress`).
+    body: its hidden states as the client keeps them.  bulk: it takes a stream of its own from hop to hop.
+    began: when it was submitted.  timings: of the hops before the last point at which the client carried it.
     """
 
     step: int
     what: StepRange
     body: Buffer
     bulk: bool
-    began: float = field(default_factory=trio.current_time)
+    began: float
     result: Result | None = None
     timings: tuple[tuple[int, int], ...] = ()
-    since: float = 0.0
-    look_at: float = math.inf
-    asked: bool = False
     given_up: bool = False
-    moved_at: float = 0.0
-    progress: tuple[object, ...] = ()
-    refilled_at: float = -math.inf  # when a replay before it was last seen to get on
+    watch: StepWatch = field(default_factory=StepWatch)
+
+    def start(self, now: float, look_at: float) -> None:
+        """The step is sent now, perhaps once more."""
+        self.timings = ()
+        self.watch.start(now, look_at)
+
+    def carry(self, timings: tuple[tuple[int, int], ...]) -> None:
+        """The client has the step in hand, after hops with these times."""
+        self.timings += timings
+
+    def deliver(self, result: Result) -> None:
+        """The answer is there."""
+        self.result = result
+
+    def give_up(self) -> None:
+        """Nobody waits for the answer."""
+        self.given_up = True
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """What all hops of a new route are brought to.
+
+    position: of the first step that will be sent again, or the session's length.
+    sent: steps without an answer.  again: the numbers of those that will be sent again.
+    """
+
+    position: int
+    sent: Sequence[Sent]
+    again: Sequence[int]
+
+
+@dataclass(slots=True, eq=False)
+class StepSource:
+    """The steps of a session: what was sent, what is answered, what goes out again.
+
+    length: positions in the hops' caches, as far as answers have come back.
+    pending: by step, oldest first.  sent: without an answer, whether somebody waits or not.
+    again: the steps of the last `resume_point`.
+    """
+
+    length: int = 0
+    pending: dict[int, Pending] = field(default_factory=dict)
+    sent: list[Sent] = field(default_factory=list)
+    again: list[Pending] = field(default_factory=list)
+    _next: int = 0
+
+    def add(self, what: StepRange, body: Buffer, bulk: bool, now: float) -> Pending:
+        """Number a step.  bulk: whether it is so long; steps that follow a bulk step are bulk too."""
+        for before in self.pending.values():
+            bulk = before.bulk
+            break
+        pending = Pending(self._next, what, body, bulk, now)
+        self._next += 1
+        self.pending[pending.step] = pending
+        self.sent.append(Sent(pending.step, what))
+        return pending
+
+    def collected(self, pending: Pending) -> None:
+        """The answer to a step has been taken."""
+        self.pending.pop(pending.step, None)
+        self.length = pending.what.position + pending.what.tokens
+        self.sent = [one for one in self.sent if one.step > pending.step]
+
+    def give_up(self) -> bool:
+        """Nobody will collect the pending steps; whether any of them may still be on its way."""
+        given_up = [pending for pending in self.pending.values() if pending.result is None]
+        self.pending.clear()
+        for pending in given_up:
+            pending.give_up()
+        return bool(given_up)
+
+    def go_back(self, position: int) -> bool:
+        """The next step begins at `position`; whether the caches hold more than that."""
+        if position >= self.length:
+            return False
+        self.length = position
+        return True
+
+    def resume_point(self) -> ResumePoint:
+        """Where the session stands now.  What `again` holds afterwards is to be sent again."""
+        self.again = [pending for pending in self.pending.values() if pending.result is None]
+        position = self.again[0].what.position if self.again else self.length
+        return ResumePoint(position, self.sent, [pending.step for pending in self.again])

@@ -77,6 +77,21 @@ class NoChain(Exception):
         self.blocks = blocks
         self.alone = alone
 
+    def explain(
+        self,
+        *,
+        silent: int = 0,
+        constrained: int = 0,
+        asked_tokens: int = 0,
+        session_tokens: int = 0,
+        after: Exception | None = None,
+    ) -> None:
+        """Say why, in the words of the class; what is not given stays."""
+        self.silent, self.constrained = silent or self.silent, constrained or self.constrained
+        self.asked_tokens = asked_tokens or self.asked_tokens
+        self.session_tokens = session_tokens or self.session_tokens
+        self.after = after or self.after
+
     def __str__(self) -> str:
         kept_out = ""
         if self.silent:

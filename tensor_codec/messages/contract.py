@@ -70,3 +70,12 @@ class StepRange:
     def reply_tokens(self) -> int:
         """How many positions are sent back."""
         return {"all": self.tokens, "last": 1, "none": 0, "replay": 0}[self.reply]
+
+
+def codec_for(dtypes: frozenset[str]) -> str:
+    """The smallest codec that loses nothing of the outputs of hops that compute in `dtypes`.
+
+    bfloat16 travels as it is; a chain with a float32 hop, or a float16 one (whose mantissa is
+    longer than bfloat16's), needs fp32.
+    """
+    return "bf16" if dtypes == {"bfloat16"} else "fp32"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from client.swarm import PINGED_PEERS, Swarm
+from client.chains.chain_wait import PINGED_PEERS, choose_among_the_living
 from routing.chains.alternatives import Constraints
 from routing.chains.hops import Hop, NoChain
 from routing.names import PeerId
@@ -49,7 +48,7 @@ async def test_a_hop_that_hides_how_long_it_had_a_step_is_found_out(autojump_clo
         routes = world.routes()
         routes.choose()
         hops = (Hop(PeerId("A"), 0, 3), Hop(PeerId("B"), 3, 6))
-        routes.learn(hops, [0.0001, 0.3], 0.61)
+        routes.observe_step(hops, [0.0001, 0.3], 0.61)
         seen = {peer: figure.seconds for peer, figure in routes.measured.decode.items()}
         assert seen == {"A": pytest.approx(0.1, rel=0.05), "B": pytest.approx(0.1, rel=0.05)}
 
@@ -110,12 +109,12 @@ async def test_who_does_not_answer_holds_no_block_as_long_as_there_is_hope(autoj
         routes = world.routes()
         assert names(routes.choose()) == "A"
         routes.view = silent(world, "A")
-        assert names(routes.choose()) == names(routes.choose(desperate=True)) == "BC"
+        assert names(routes.choose()) == names(routes.choose(last_resort=True)) == "BC"
         assert names(routes.choose_for_throughput(0, 6, positions=9, waiting={})) == "BC"
         routes.view = silent(world, "A", "C")
         with pytest.raises(NoChain, match=r"blocks 3:6 .* nobody; no answer from 2 peers that serve"):
             routes.choose()
-        assert names(routes.choose(desperate=True)) == "A"
+        assert names(routes.choose(last_resort=True)) == "A"
 
 
 async def test_a_peer_that_failed_and_answers_is_tried_before_one_that_does_not_answer(autojump_clock):
@@ -125,7 +124,7 @@ async def test_a_peer_that_failed_and_answers_is_tried_before_one_that_does_not_
         routes = world.routes()
         routes.view = silent(world, "A")
         routes.refused(PeerId("B"), 60.0)
-        assert names(routes.choose(desperate=True)) == "B"
+        assert names(routes.choose(last_resort=True)) == "B"
 
 
 async def test_who_has_not_answered_yet_is_used_only_where_nobody_else_can_be(autojump_clock):
@@ -178,20 +177,19 @@ async def test_who_is_chosen_and_was_never_asked_is_asked_before_he_is_used(auto
         for name, start, stop in (("A", 0, 6), ("B", 0, 3), ("C", 3, 6)):
             world.add(name, start, stop)
         routes = world.routes()
-        seen = SimpleNamespace(routes=routes, _directory=Asked(routes, "BC", "A"))
-        assert names(await Swarm._of_those_who_answer(seen, routes.choose)) == "BC"
-        assert seen._directory.asked == ["A", "B", "C"]
-        seen._directory = Asked(routes, "ABC")
-        assert names(await Swarm._of_those_who_answer(seen, routes.choose)) == "A"
-        assert seen._directory.asked == ["A"]
+        pings = Asked(routes, "BC", "A")
+        assert names(await choose_among_the_living(pings, routes.choose)) == "BC"
+        assert pings.asked == ["A", "B", "C"]
+        pings = Asked(routes, "ABC")
+        assert names(await choose_among_the_living(pings, routes.choose)) == "A"
+        assert pings.asked == ["A"]
 
 
 async def test_who_alone_holds_a_block_is_chosen_although_nothing_is_known_of_him(autojump_clock):
     async with swarm() as world:
         world.add("A", 0, 6)
         routes = world.routes()
-        seen = SimpleNamespace(routes=routes, _directory=Asked(routes, "", "A"))
-        assert names(await Swarm._of_those_who_answer(seen, routes.choose)) == "A"
+        assert names(await choose_among_the_living(Asked(routes, "", "A"), routes.choose)) == "A"
 
 
 async def test_of_many_servers_each_client_measures_a_few_of_its_own(autojump_clock):
@@ -202,8 +200,8 @@ async def test_of_many_servers_each_client_measures_a_few_of_its_own(autojump_cl
         for client in ("one", "other"):
             routes = world.routes()
             routes.spread = client
-            seen = SimpleNamespace(routes=routes, _directory=Asked(routes, ""))
-            await Swarm._know_the_distances(seen)
-            asked.append(set(seen._directory.asked))
-        assert [len(some) for some in asked] == [PINGED_PEERS] * 2
+            routes.pings = Asked(routes, [node.peer for node in world.nodes.values()])
+            await routes.choose_measured(routes.choose)
+            asked.append(set(routes.pings.asked))
+        assert {len(some) for some in asked} <= {PINGED_PEERS, PINGED_PEERS + 1}, "and who was chosen"
         assert asked[0] != asked[1]

@@ -33,8 +33,8 @@ Window = Sequence[Called]  # what was called for one token
 
 # What runs for every token and has no place on the page: it decides nothing about the token's way.
 HELPERS = {
-    "client/session/avoided_peers.py": "remembers faults",
-    "client/session/lost_time.py": "adds up seconds",
+    "client/chains/avoided_peers.py": "remembers faults",
+    "client/session/repair/lost_time.py": "adds up seconds",
     "client/session/trace.py": "takes notes",
     "node/serving/executor/batch_cost.py": "adds up seconds",
     "node/network/connection_table.py": "holds the connection in use",
@@ -64,12 +64,11 @@ UNNAMED = {
     "Connection.flush": "of the pings of Directory.measure",
     "Connection.run": "goes on when its read loop does",
     "Costs.chain": "within cheapest_chain",
-    "Distances.between": "within ChainChooser.learn",
+    "Distances.between": "within ChainChooser.observe_step",
     "Directory.late": "nobody, where all have answered",
     "Directory.rtts": "what Directory.measure has measured",
     "Directory.unknown": "nobody, where all have answered",
     "FramedStream.aclose": "ends a ping",
-    "HopLink.send": "within HopLink.send_step",
     "HopWorker.run": "goes on when its reader or its worker does",
     "Host.connect": "within Directory.measure",
     "Host.ping": "within Directory.measure",
@@ -80,12 +79,11 @@ UNNAMED = {
     "Outlet.end_bulk": "nothing to end yet",
     "ReadBuffer.fill": "within SecureChannel.receive",
     "ChainChooser.is_covered_by": "asked by Asker.measure",
-    "Route.calm_down": "nothing to end for a single token",
-    "Session.send_again": "nothing to send yet",
+    "Route.end_bulk": "nothing to end for a single token",
     "ServedSpan.run": "goes on when Engine.run does",
     "SwarmView.get": "a record of the view",
     "SwarmView.records": "the records of the view",
-    "admitted": "within ChainChooser.learn",
+    "admitted": "within ChainChooser.observe_step",
     "costs": "within cheapest_chain",
     "queue_price": "within queue_markup",
     "expire": "within Directory.view",
@@ -199,7 +197,9 @@ def trace(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     folder = tmp_path_factory.mktemp("path")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACEME_CACHE", str(folder / "cache"))
-        patch.setattr("client.session.session.MIN_HOP_SECONDS", 20.0)  # for a busy machine, under a profiler
+        patch.setattr(
+            "client.session.repair.watchdog.MIN_HOP_SECONDS", 20.0
+        )  # for a busy machine, under a profiler
         return trio.run(trace_generations, tiny_llama, folder)
 
 

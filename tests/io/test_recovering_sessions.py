@@ -469,8 +469,8 @@ async def test_a_queue_that_was_known_makes_no_session_choose_again(autojump_clo
         routes = replicas(world, seconds=0.01).routes()
         is_busy(world, *"AaBbCc")
         for name in "AaBbCc":
-            assert routes.told(PeerId(name), 9.0)
-            assert not routes.told(PeerId(name), 9.5)
+            assert routes.report_queue(PeerId(name), 9.0)
+            assert not routes.report_queue(PeerId(name), 9.5)
         conversation = conversation_of(world, routes)
         assert await continued(conversation, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
         assert len(world.client_streams) == 3

@@ -10,10 +10,11 @@ from typing import Any
 
 import trio
 
+from client.chains.chain_choice import ChainChooser
+from client.chains.chain_wait import ViewChanges
 from client.config import ClientConfig
 from client.generation.conversation import Conversation
 from client.generation.head_batches import HeadBatches
-from client.session.chain_choice import ChainChooser
 from client.swarm import Swarm
 from node.model.checkpoint.info import ModelInfo
 from node.network.streams import FramedStream
@@ -162,10 +163,10 @@ def make_swarm(
         blocks,
         view=directory.view,
         rtts=directory.rtts,
-        late=directory.late,
-        changed_since=directory.changed,
         dial=partial(host.open_stream, seconds=limits.dial_seconds),
-        find_peers=partial(directory.find_peers, REVISION, 1.0),
+        changes=ViewChanges(directory.changed, partial(directory.find_peers, REVISION, 1.0)),
+        pings=directory,
+        late=directory.late,
     )
     return Swarm(config, info, ends, routes, host, directory, compute, HeadBatches(ends, compute), nursery)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.session.avoided_peers import AVOID_MOST_SECONDS, AVOID_SECONDS, AvoidedPeers
+from client.chains.avoided_peers import AVOID_SECONDS, MAX_AVOID_SECONDS, AvoidedPeers
 from routing.names import PeerId
 
 A, B = PeerId("a"), PeerId("b")
@@ -32,9 +32,9 @@ def test_an_hour_is_the_most_after_any_number_of_faults():
     blame, now = AvoidedPeers(), 0.0
     for _ in range(2000):
         blame.fault(A, now)
-        now += AVOID_MOST_SECONDS
+        now += MAX_AVOID_SECONDS
     blame.fault(A, now)
-    assert avoided_until(blame, A, now) == now + AVOID_MOST_SECONDS
+    assert avoided_until(blame, A, now) == now + MAX_AVOID_SECONDS
 
 
 def test_a_peer_that_fails_while_it_is_avoided_is_not_avoided_for_longer():
@@ -117,7 +117,7 @@ def test_nobody_is_avoided_for_more_than_an_hour(events):
         else:
             blame.worked(A)
             assert A not in blame.avoided(now)
-    assert A not in blame.avoided(now + AVOID_MOST_SECONDS)
+    assert A not in blame.avoided(now + MAX_AVOID_SECONDS)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 3600.0])
@@ -131,10 +131,10 @@ def test_what_is_avoided_is_a_question_of_the_callers_clock(seconds):
 def test_a_peer_that_was_gone_and_says_later_that_it_serves_has_been_started_again():
     blame = AvoidedPeers()
     blame.fault(A, 100.0, gone=True)
-    blame.heard_of(A, 99.0)
-    blame.heard_of(A, 100.5)
+    blame.seen_online(A, 99.0)
+    blame.seen_online(A, 100.5)
     assert blame.avoided(101.0) == {A}, "it may have said so before it went"
-    blame.heard_of(A, 102.0)
+    blame.seen_online(A, 102.0)
     assert blame.avoided(102.0) == frozenset()
     blame.fault(A, 110.0, gone=True)
     assert avoided_until(blame, A, 110.0) == 110.0 + 2 * AVOID_SECONDS
@@ -143,5 +143,5 @@ def test_a_peer_that_was_gone_and_says_later_that_it_serves_has_been_started_aga
 def test_a_peer_that_was_slow_or_wrong_is_not_believed_sooner():
     blame = AvoidedPeers()
     blame.fault(A, 100.0)
-    blame.heard_of(A, 110.0)
+    blame.seen_online(A, 110.0)
     assert blame.avoided(111.0) == {A}

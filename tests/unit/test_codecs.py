@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensor_codec.codecs import WIRE_DTYPES, codec_for, decode_hidden, encode_hidden, recode
+from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden, recode
 from tensor_codec.errors import BadResult, LocalProtocolError
-from tensor_codec.messages.contract import CODEC_BYTES, Contract
+from tensor_codec.messages.contract import CODEC_BYTES, Contract, codec_for
 
 HIDDEN = 6
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max

@@ -348,7 +348,7 @@ def test_what_happened_to_a_session_is_told_in_the_kinds_of_the_manual():
     listed = re.search(r"Kinds: (.*?)\. In Python", in_one_line("docs/operating.md"))
     assert listed
     code = "\n".join(path.read_text() for path in sorted((ROOT / "client").rglob("*.py")))
-    kinds = set(re.findall(r"trace\.add\(\s*\"(\w+)\"", code))
+    kinds = set(re.findall(r"(?:trace\.add|\bNote)\(\s*\"(\w+)\"", code))
     assert set(re.findall(r"`(\w+)`", listed[1])) == kinds
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.session.lost_time import MIN_STEPS, SUSPICION, LostTime
+from client.session.repair.lost_time import MIN_STEPS, SUSPICION, LostTime
 
 USUAL = 0.1
 

@@ -25,12 +25,11 @@ from routing.view import records
 from routing.view.records import Record, RecordError, sign_record, verify_record
 from tensor_codec import errors
 from tensor_codec.blocks import Blocks
-from tensor_codec.codecs import codec_for
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
 from tensor_codec.messages import fields, forward_backward, session
-from tensor_codec.messages.contract import CODEC_BYTES, REPLIES, Contract
+from tensor_codec.messages.contract import CODEC_BYTES, REPLIES, Contract, codec_for
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
 from tests.markdown import page, section, table, words

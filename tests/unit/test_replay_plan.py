@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.session.replay_plan import HopOrder, Sent, Standing, plan
+from client.session.repair.replay_plan import HopOrder, HopProgress, Sent, plan
 from tensor_codec.messages.contract import StepRange
 
-NEW = Standing()
+NEW = HopProgress()
 
 
-def at(length: int, kept: int = 0, step: int | None = 9, *, cut: bool = True) -> Standing:
-    return Standing(length, kept, step, cut)
+def at(length: int, kept: int = 0, step: int | None = 9, *, cut: bool = True) -> HopProgress:
+    return HopProgress(length, kept, step, cut)
 
 
 def sent(step: int, position: int, tokens: int = 1) -> Sent:
@@ -102,10 +102,10 @@ def situations(draw):
         done = draw(st.integers(0, len(under_way)))
         here = under_way[done - 1].what.position + under_way[done - 1].what.tokens if done else position
         if draw(st.booleans()):
-            standings.append(Standing(cut=cuts))
+            standings.append(HopProgress(cut=cuts))
             continue
         kept = draw(st.integers(0, here))
-        standings.append(Standing(here, kept, 99 + done if done else 99, cuts))
+        standings.append(HopProgress(here, kept, 99 + done if done else 99, cuts))
     return standings, position, under_way, again
 
 

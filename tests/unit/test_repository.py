@@ -121,6 +121,29 @@ RULES = (
         "a client must not pay for what a server imports",
     ),
     Rule(
+        (
+            "client.session.core",
+            "client.session.actions",
+            "client.session.hop_state",
+            "client.session.route_state",
+            "client.session.steps",
+            "client.session.terms",
+            "client.session.repair",
+        ),
+        (),
+        (
+            "trio",
+            "torch",
+            "time",
+            "random",
+            "asyncio",
+            "socket",
+            "client.session.route",
+            "client.session.session",
+        ),
+        "the core of a client's session takes events and the time, and returns actions",
+    ),
+    Rule(
         ("node.serving.executor",),
         (),
         ("node.serving.sessions", "node.network", "libp2p"),
@@ -177,6 +200,19 @@ def test_the_executor_can_be_imported_without_libp2p(module: str):
             each for each in imports_of(paths[name]) if each.at_start and within(each.imported, "libp2p")
         ]
         assert not found, f"{module} reaches {name} (through {importer}), which imports libp2p"
+
+
+def test_the_core_of_a_session_can_be_imported_without_trio_and_torch():
+    paths = {module_name(path): path for path in python_files(*PACKAGES)}
+    for name, importer in reached_at_start("client.session.core").items():
+        if within(name, "client") and not within(name, "client.session", "client.chains"):
+            continue  # the package itself: `client.connect` is a function in a module of its name
+        found = [
+            each
+            for each in imports_of(paths[name])
+            if each.at_start and within(each.imported, "trio", "torch")
+        ]
+        assert not found, f"client.session.core reaches {name} (through {importer}), which imports {found}"
 
 
 def modules_after(statement: str) -> set[str]:

@@ -11,10 +11,11 @@ import re
 import pytest
 
 from client import forward_backward
+from client.chains import avoided_peers
+from client.chains.chain_wait import PINGED_PEERS
 from client.config import ClientConfig
 from client.generation import conversation
-from client.session import avoided_peers, session
-from client.swarm import PINGED_PEERS
+from client.session.repair import watchdog
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
 from node.network import addresses, connection_table, dialler, dialling, host
@@ -135,10 +136,10 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "silent for N times the 95th percentile of the session's recent steps, but at least N s and at most"
         " N s; one that says that it is busy has N s",
         (
-            session.DEADLINE_FACTOR,
-            session.MIN_HOP_SECONDS,
-            session.MAX_HOP_SECONDS,
-            session.MAX_HOP_SECONDS,
+            watchdog.DEADLINE_FACTOR,
+            watchdog.MIN_HOP_SECONDS,
+            watchdog.MAX_HOP_SECONDS,
+            watchdog.MAX_HOP_SECONDS,
         ),
     ),
     (
@@ -157,7 +158,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "at fault is avoided for N s, doubling with each further fault up to N;",
-        (avoided_peers.AVOID_SECONDS, avoided_peers.AVOID_MOST_SECONDS),
+        (avoided_peers.AVOID_SECONDS, avoided_peers.MAX_AVOID_SECONDS),
     ),
     (
         OPERATING,
@@ -217,7 +218,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         OPERATING,
         "silent for N times their usual step \\(N s at least\\)",
-        (session.DEADLINE_FACTOR, session.MIN_HOP_SECONDS),
+        (watchdog.DEADLINE_FACTOR, watchdog.MIN_HOP_SECONDS),
     ),
     (PATH, "asks up to N of them how far they are", (PINGED_PEERS,)),
     (PATH, "waits up to N seconds for a place in the cache", (LIMITS.cache_wait_seconds,)),
@@ -227,10 +228,10 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         PATH,
         "after a N of its deadline \\(N times the 95th percentile of recent steps, between N and N s\\)",
         (
-            session.ASK_AT,
-            session.DEADLINE_FACTOR,
-            session.MIN_HOP_SECONDS,
-            session.MAX_HOP_SECONDS,
+            watchdog.ASK_AT,
+            watchdog.DEADLINE_FACTOR,
+            watchdog.MIN_HOP_SECONDS,
+            watchdog.MAX_HOP_SECONDS,
         ),
     ),
 ]

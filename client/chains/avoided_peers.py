@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from routing.names import PeerId
 
 AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
-AVOID_MOST_SECONDS = 3600.0
+MAX_AVOID_SECONDS = 3600.0
 SAME_TIME_SECONDS = 1.0  # how wrong the age of a record may be
 
 
@@ -23,7 +23,7 @@ class AvoidedPeers:
     def fault(self, peer: PeerId, now: float, *, gone: bool = False) -> None:
         """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour.
 
-        gone: its connection broke, or could not be made; see `heard_of`.
+        gone: its connection broke, or could not be made; see `seen_online`.
         While it is avoided it may be tried where there is nobody else; that it fails again then says
         nothing new, and does not make it longer.
         """
@@ -31,14 +31,14 @@ class AvoidedPeers:
             return
         self._gone[peer] = now if gone else math.inf
         count = self._faults[peer] = self._faults.get(peer, 0) + 1
-        self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), AVOID_MOST_SECONDS)
+        self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), MAX_AVOID_SECONDS)
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None, now: float) -> None:
         """A peer said no: ask others for a while, without blaming it."""
         until = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
         self._until[peer] = max(until, self._until.get(peer, until))
 
-    def heard_of(self, peer: PeerId, sent: float) -> None:
+    def seen_online(self, peer: PeerId, sent: float) -> None:
         """A peer has said at `sent` that it serves.  One that was gone before has been started again."""
         if sent > self._gone.get(peer, math.inf) + SAME_TIME_SECONDS:
             self._until.pop(peer, None)

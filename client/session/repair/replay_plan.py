@@ -23,7 +23,7 @@ from tensor_codec.messages.contract import StepRange
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class HopProgress:
     """Where a hop stands: see `tensor_codec.messages.session.Relinked`."""
 
     length: int = 0
@@ -67,7 +67,7 @@ class Plan:
 
 
 def plan(
-    standings: Sequence[Standing], position: int, sent: Sequence[Sent], again: Sequence[int] = ()
+    standings: Sequence[HopProgress], position: int, sent: Sequence[Sent], again: Sequence[int] = ()
 ) -> Plan:
     """How to bring all hops to `position` with the least work.
 
@@ -98,7 +98,7 @@ def plan(
     return Plan(tuple(orders), held[0])
 
 
-def _good(standing: Standing, position: int, sent: Sequence[Sent]) -> int:
+def _good(standing: HopProgress, position: int, sent: Sequence[Sent]) -> int:
     """How many positions of a hop's cache are what they should be, up to `position`."""
     good = min(standing.length, position)
     for one in sent:
@@ -107,7 +107,7 @@ def _good(standing: Standing, position: int, sent: Sequence[Sent]) -> int:
     return good
 
 
-def _is_ahead(standing: Standing, sent: Sequence[Sent], again: Sequence[int]) -> bool:
+def _is_ahead(standing: HopProgress, sent: Sequence[Sent], again: Sequence[int]) -> bool:
     """Whether the one step that comes again is the last thing that this hop has computed."""
     if len(again) != 1:
         return False
@@ -116,6 +116,6 @@ def _is_ahead(standing: Standing, sent: Sequence[Sent], again: Sequence[int]) ->
     return standing.step == number and standing.length == what.position + what.tokens
 
 
-def _back_to(standing: Standing, length: int) -> int:
+def _back_to(standing: HopProgress, length: int) -> int:
     """The length that a hop can go back to."""
     return length if standing.cut or length == standing.length else 0

@@ -1,0 +1,1 @@
+"""Which chains a client takes, and what it remembers of peers."""

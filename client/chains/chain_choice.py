@@ -1,0 +1,300 @@
+"""Which way a session takes: what is known of the swarm, what this client has seen of it, and a choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+import trio
+
+from client.chains.avoided_peers import AvoidedPeers
+from client.chains.chain_wait import (
+    Pings,
+    ViewChanges,
+    choose_among_the_living,
+    measure_candidates,
+    wait_for_chain,
+)
+from client.chains.no_chain import explain, explain_length
+from client.chains.queue_reports import QueueReports
+from node.network.streams import FramedStream
+from routing.blocks import Blocks, gaps
+from routing.chains.alternatives import Constraints, best_chains, suitable
+from routing.chains.distances import CLIENT, Distances
+from routing.chains.load_sharing import client_bias, queue_markup, sample
+from routing.chains.measured import Measured, admitted
+from routing.chains.search import Chain, CostInputs, Hop, NoChain, cheapest_chain, costs
+from routing.names import PeerId
+from routing.view.records import Record
+from routing.view.view import SwarmView
+from tensor_codec.errors import PeerFault, PeerGone
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a chain is searched for: see `client.chains.chooser.Chooser.choose`.
+
+    positions: that one step carries.  waiting: of these, how many wait at a peer already.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    excluded: frozenset[PeerId] = frozenset()
+    last_resort: bool = False
+    other_hops: int = 0
+    observed: Mapping[PeerId, float] = field(default_factory=dict)
+    positions: int = 1
+    waiting: Mapping[PeerId, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ChainChooser:
+    """Chooses chains, and remembers what peers did (`client.chains.chooser.SwarmAccess`).
+
+    model, revision, blocks: of the model.  view: what is known now.  rtts: seconds from here to a peer
+    and back.  dial: a stream to a peer at these addresses.  changes: waits for another view.
+    pings: measures round trips before a first choice; None: nothing is measured.
+    measured: how fast peers have been for this client.
+    late: peers that were asked a moment ago how far they are, and have not answered at once.
+    constraints: what chains may be made of, at every choice.
+    spread: what tells this client from others, so that of nearly equal chains each takes another one
+    (`routing.chains.load_sharing`); None: always the cheapest.
+    """
+
+    model: str
+    revision: str
+    blocks: int
+    view: Callable[[], SwarmView]
+    rtts: Callable[[], Mapping[PeerId, float]]
+    dial: Callable[[PeerId, Sequence[str], str], Awaitable[FramedStream]]
+    changes: ViewChanges
+    pings: Pings | None = None
+    blame: AvoidedPeers = field(default_factory=AvoidedPeers)
+    measured: Measured = field(default_factory=Measured)
+    late: Callable[[], Collection[PeerId]] = tuple
+    constraints: Constraints = field(default_factory=Constraints)
+    spread: str | None = None
+    _queues: QueueReports = field(default_factory=QueueReports)
+    _distances: Distances = field(default_factory=Distances)
+
+    def choose(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        excluded: frozenset[PeerId] = frozenset(),
+        last_resort: bool = False,
+        kinds: frozenset[str] = frozenset(),
+        tokens: int = 0,
+        other_hops: int = 0,
+        observed: Mapping[PeerId, float] | None = None,
+    ) -> Chain:
+        """See `client.chains.chooser.Chooser.choose`."""
+        wanted = Wanted(start, stop, excluded, last_resort, other_hops, observed or {})
+        spans = [span for span in self._spans(silent=last_resort) if not 0 < span.session_tokens < tokens]
+        factors = _cost_factors(self.spread, spans)
+        alike = [span for span in spans if not kinds or _kind(span) in kinds]
+        roomy = [span for span in alike if span.cache_tokens >= tokens]
+        for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
+            if len(some) < len(spans):
+                with suppress(NoChain):
+                    return self._cheapest(some, wanted, factors)
+        try:
+            return self._cheapest(spans, wanted, factors)
+        except NoChain as none:
+            raise explain_length(none, self.usable(), tokens) from None
+
+    def chains(self, most: int) -> list[Chain]:
+        """Up to `most` chains over the whole model, the best first: see `best_chains`.  Raises NoChain."""
+        spans = self._spans()
+
+        def search(*, cost_factors: Mapping[PeerId, float]) -> Chain:
+            return self._cheapest(spans, Wanted(), cost_factors)
+
+        return best_chains(search, most, _cost_factors(self.spread, spans))
+
+    def choose_for_throughput(
+        self,
+        start: int,
+        stop: int,
+        *,
+        positions: int,
+        waiting: Mapping[PeerId, int],
+        other_hops: int = 0,
+        last_resort: bool = False,
+    ) -> Chain:
+        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain.
+
+        other_hops, last_resort: see `client.chains.chooser.Chooser.choose`.
+        """
+        spans = self._spans(silent=last_resort)
+        wanted = Wanted(
+            start, stop, last_resort=last_resort, other_hops=other_hops, positions=positions, waiting=waiting
+        )
+        return self._cheapest(spans, wanted, _cost_factors(self.spread, spans))
+
+    async def wait_for_chain(
+        self, choose: Callable[[bool], Chain], *, measured: bool, deadline: float = math.inf
+    ) -> Chain:
+        """See `client.chains.chooser.SwarmAccess`.  Raises NoChain when the deadline has passed."""
+
+        async def attempt(last_resort: bool) -> Chain:
+            if not measured:
+                return choose(last_resort)
+            return await self.choose_measured(partial(choose, last_resort))
+
+        return await wait_for_chain(attempt, self.changes.wait, deadline)
+
+    async def choose_measured(self, choose: Callable[[], Chain]) -> Chain:
+        """A choice after the round trips have been measured that it needs.  Raises NoChain."""
+        if self.pings is None:
+            return choose()
+        peers = [span.peer for span in self.usable()]
+        await measure_candidates(self.pings, peers, self.spread or "", self.is_covered_by)
+        return await choose_among_the_living(self.pings, choose)
+
+    def usable(self, *, silent: bool = False) -> list[Record]:
+        """The peers that the constraints admit, by id.  silent: those that do not answer too."""
+        return suitable(self.view().spans(self.revision, self.blocks, silent=silent), self.constraints)
+
+    def is_covered_by(self, peers: Collection[PeerId]) -> bool:
+        """Whether these peers hold all blocks that any usable peer holds."""
+        spans = self.usable()
+        those = [span for span in spans if span.peer in peers]
+        whole = Blocks(0, self.blocks)
+        return gaps(those, whole) == gaps(spans, whole)
+
+    def cost(self, hops: Sequence[Hop], observed: Mapping[PeerId, float]) -> float:
+        """See `client.chains.chooser.Chooser.cost`."""
+        records = [record for hop in hops if (record := self.view().get(hop.peer)) is not None]
+        if len(records) < len(hops) or not hops:
+            return math.inf
+        self._spans(records)
+        records = [self._with_queue(record) for record in records]
+        rates = {**self.measured.rates(records, trio.current_time(), 1), **observed}
+        return costs(records, CostInputs(measured=rates, distances=self._distances)).chain(hops)
+
+    def kind_of(self, peer: PeerId) -> str | None:
+        """See `client.chains.chooser.Chooser.kind_of`."""
+        record = self.view().get(peer)
+        return None if record is None else _kind(record)
+
+    def dtype_of(self, peer: PeerId) -> str | None:
+        """See `client.chains.chooser.Chooser.dtype_of`."""
+        record = self.view().get(peer)
+        return None if record is None else record.dtype
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
+        """See `client.chains.chooser.SwarmAccess.open_stream`."""
+        record = self.view().get(peer)
+        return await self.dial(peer, record.addresses if record is not None else (), protocol)
+
+    def fault(self, peer: PeerId, error: PeerFault) -> None:
+        """See `client.chains.chooser.SwarmAccess.fault`."""
+        self.blame.fault(peer, trio.current_time(), gone=isinstance(error, PeerGone))
+
+    def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
+        """See `client.chains.chooser.SwarmAccess.refused`."""
+        self.blame.refused(peer, retry_after_seconds, trio.current_time())
+
+    def worked(self, hops: Sequence[Hop]) -> None:
+        """These hops have answered: their earlier faults are forgotten."""
+        for hop in hops:
+            self.blame.worked(hop.peer)
+
+    def report_queue(self, peer: PeerId, queue: float) -> bool:
+        """See `client.chains.chooser.SwarmAccess.report_queue`."""
+        record = self.view().get(peer)
+        known = 0.0 if record is None else self._with_queue(record).queue
+        return self._queues.report(peer, queue, known, trio.current_time())
+
+    def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
+        """See `client.chains.chooser.SwarmAccess.observe_step`."""
+        view, now, between = self.view(), trio.current_time(), self._distances.between
+        peers = [CLIENT, *[hop.peer for hop in hops], CLIENT]
+        network = sum([between(one, two) for one, two in pairwise(peers)]) / 2
+        blocks = [hop.stop - hop.start for hop in hops]
+        for hop, seconds in zip(hops, admitted(held, blocks, total, network), strict=False):
+            self.measured.learn(hop.peer, seconds / (hop.stop - hop.start), view.get(hop.peer), now)
+
+    def observe_prefill(self, peer: PeerId, seconds: float) -> None:
+        """A peer has computed many positions at once.  seconds: for each position and block."""
+        self.measured.learn(peer, seconds, self.view().get(peer), trio.current_time(), prefill=True)
+
+    def _with_queue(self, record: Record) -> Record:
+        """With the queue that the peer itself reported since it sent its record."""
+        sent = self.view().entries[record.peer].sent
+        return self._queues.current(record, sent, trio.current_time())
+
+    def _spans(self, others: Sequence[Record] = (), *, silent: bool = False) -> Sequence[Record]:
+        """The peers that this client looks at, with the distances brought up to date.
+
+        others: peers that take no new sessions, and whose distances are asked for too.
+        """
+        self.changes.look(self.view())
+        spans = self.usable(silent=silent)
+        looked_at = sample(spans, self.spread or "", always=self.measured.decode)
+        self._distances.update((*looked_at, *others), self.rtts())
+        return [self._with_queue(span) for span in looked_at]
+
+    def _cheapest(self, spans: Sequence[Record], wanted: Wanted, factors: Mapping[PeerId, float]) -> Chain:
+        most, now = self.constraints.most_hops, trio.current_time()
+        known = CostInputs(
+            client_rtt=self.rtts(),
+            measured={**self.measured.rates(spans, now, wanted.positions), **wanted.observed},
+            waiting=wanted.waiting,
+            positions=wanted.positions,
+            distances=self._distances,
+        )
+        cheapest = partial(
+            cheapest_chain,
+            spans,
+            self.blocks,
+            part=Blocks(wanted.start, self.blocks if wanted.stop is None else wanted.stop),
+            known=known,
+            most_hops=None if most is None else most - wanted.other_hops,
+            cost_factors=factors,
+        )
+        view = self.view()
+        avoided = _avoided(self.blame, view, now)
+        if (
+            wanted.last_resort
+        ):  # those last that have failed most, and those that do not even answer after them
+            avoided = [*(p for p in avoided if p not in view.silent), *sorted(view.silent)]
+            for forgiven in range(len(avoided)):
+                with suppress(NoChain):
+                    return cheapest(excluded=wanted.excluded.union(avoided[forgiven:]))
+            avoided = []
+        elif late := self.late():
+            with suppress(NoChain):  # who has not answered yet may never do so
+                return cheapest(excluded=wanted.excluded.union(avoided, late))
+        try:
+            return cheapest(excluded=wanted.excluded.union(avoided))
+        except NoChain as none:
+            raise explain(none, view, self.model, self.revision, self.constraints) from None
+
+
+def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId, float]:
+    """What a block at each peer costs this client more than it takes: see `routing.chains.load_sharing`."""
+    queues = queue_markup(spans)
+    if spread is None:
+        return queues
+    own = client_bias(spread, queues)
+    return {peer: queues[peer] * own[peer] for peer in queues}
+
+
+def _avoided(blame: AvoidedPeers, view: SwarmView, now: float) -> list[PeerId]:
+    """The peers that have failed lately, but for those that have been started again since."""
+    for peer in blame.soonest_first(now):
+        if (entry := view.entries.get(peer)) is not None and entry.record.state == "online":
+            blame.seen_online(peer, entry.sent)
+    return blame.soonest_first(now)
+
+
+def _kind(record: Record) -> str:
+    """What decides which tokens come out, beside the weights."""
+    return f"{record.dtype} {record.quantize}"

@@ -1,0 +1,74 @@
+"""What a session needs of the swarm: chains to choose from, streams, and somebody to report to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from routing.chains.hops import Chain, Hop
+from routing.names import PeerId
+from tensor_codec.errors import PeerFault
+
+if TYPE_CHECKING:
+    from node.network.streams import FramedStream
+
+
+class Chooser(Protocol):
+    """Chooses chains from what is known now, without waiting."""
+
+    def choose(
+        self,
+        start: int,
+        stop: int,
+        *,
+        excluded: frozenset[PeerId] = frozenset(),
+        last_resort: bool = False,
+        kinds: frozenset[str] = frozenset(),
+        tokens: int = 0,
+        other_hops: int = 0,
+        observed: Mapping[PeerId, float] | None = None,
+    ) -> Chain:
+        """The best chain over blocks [start, stop) known now, of peers that may be used.  Raises NoChain.
+
+        excluded: peers not to be used.  last_resort: peers that have failed lately may be used.
+        kinds: of peers (`kind_of`) that are preferred to all others.
+        tokens: of cache that the session may come to need.  Peers with less free cache are used only where
+        no other is left; peers that refuse sessions of this length never.
+        other_hops: that the session's chain has for its other blocks.
+        observed: seconds per block of peers, as the session sees them now.
+        """
+
+    def cost(self, hops: Sequence[Hop], observed: Mapping[PeerId, float]) -> float:
+        """Expected seconds of a step along these hops; infinite where a peer has left the view."""
+
+    def kind_of(self, peer: PeerId) -> str | None:
+        """What a peer computes in; the same kind gives the same tokens.  None: the peer has left."""
+
+    def dtype_of(self, peer: PeerId) -> str | None:
+        """The dtype that a peer announces, or None where the peer has left."""
+
+
+class SwarmAccess(Chooser, Protocol):
+    """A chooser that also waits, dials and takes reports.  See `client.chains.chain_choice.ChainChooser`."""
+
+    async def wait_for_chain(self, choose: Callable[[bool], Chain], *, measured: bool) -> Chain:
+        """The first chain that `choose` finds.  Set your own deadline.
+
+        choose: is given whether peers that have failed lately may be used, and raises NoChain.
+        measured: the distances to the peers are measured before the choice.
+        """
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
+        """Raises PeerFault."""
+
+    def fault(self, peer: PeerId, error: PeerFault) -> None:
+        """A peer was wrong, slow or gone: avoid it for a while."""
+
+    def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
+        """A peer said no: ask others for a while."""
+
+    def report_queue(self, peer: PeerId, queue: float) -> bool:
+        """A hop says how long steps wait there now; whether that is much longer than was known."""
+
+    def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
+        """A decode step of one row took `total` seconds.  held: seconds that each hop says it had it."""

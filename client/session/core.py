@@ -1,0 +1,380 @@
+"""The core of a client's session: events and the time in, actions out.
+
+A session sends steps along hops, which push them on among themselves, and survives the loss of any hop.
+All that is decided on the way is decided here and in the modules that this one puts together: what is
+sent to whom, which answer belongs to which step, which hop has failed, when the session leaves a hop,
+how a new route is agreed on.  Whoever has the streams and the clock (`client.session.route`) tells what
+happens and does what comes out.
+
+A change of the route has five steps: `choose`, `line_up` (which hops are opened, which get new
+neighbours), `take_over` (what each hop lacks), `send_again`, `end_switch`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from client.chains.chooser import Chooser
+from client.session.actions import (
+    Action,
+    Answered,
+    Ask,
+    Blame,
+    Closed,
+    Deliver,
+    Event,
+    Late,
+    Leave,
+    Located,
+    Lost,
+    Move,
+    Moving,
+    Note,
+    Observe,
+    Postpone,
+    Repair,
+    Reported,
+    Send,
+    StepsGivenUp,
+    StopSwitching,
+    Unanswered,
+)
+from client.session.hop_state import HopState
+from client.session.repair.relocation import Relocation
+from client.session.repair.watchdog import Watchdog
+from client.session.route_state import LineUp, Refill, RouteState
+from client.session.steps import Pending, StepSource, StepTimes
+from client.session.terms import Terms
+from routing.chains.hops import NoChain
+from routing.names import PeerId
+from tensor_codec.errors import (
+    LocalProtocolError,
+    MessageError,
+    PeerFault,
+    PeerGone,
+    Refused,
+    SlowPeer,
+)
+from tensor_codec.frame import Buffer
+from tensor_codec.messages.contract import StepRange
+from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.session import Result
+
+BULK_BYTES = 16 * 1024  # a step with more takes a stream of its own from hop to hop
+
+
+class State(enum.Enum):
+    """Where a session is in its life."""
+
+    OPENING = enum.auto()  # no route was tried yet
+    SOUND = enum.auto()  # steps are sent
+    BROKEN = enum.auto()  # the route has to be changed before anything else is sent
+    SWITCHING = enum.auto()  # a new route is being agreed on and filled up
+    CLOSED = enum.auto()
+
+
+# Which state may follow which.  A switch that is disturbed is BROKEN, and begins again.
+NEXT: dict[State, frozenset[State]] = {
+    State.OPENING: frozenset({State.SWITCHING, State.BROKEN, State.CLOSED}),
+    State.SOUND: frozenset({State.BROKEN, State.CLOSED}),
+    State.BROKEN: frozenset({State.SWITCHING, State.CLOSED}),
+    State.SWITCHING: frozenset({State.SOUND, State.BROKEN, State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
+
+
+@dataclass(slots=True)
+class Outage:
+    """A time without a sound route.
+
+    rerouted: the route has other hops now.  refilled_at: when these had what they lacked, until an answer.
+    """
+
+    why: str
+    since: float
+    rerouted: bool = False
+    refilled_at: float | None = None
+
+    def reroute(self) -> None:
+        """The route has other hops now."""
+        self.rerouted = True
+
+    def refilled(self, now: float) -> None:
+        """The route is sound again."""
+        if self.rerouted:
+            self.refilled_at = now
+
+    def recovered(self, now: float) -> Note:
+        """An answer has come."""
+        assert self.refilled_at is not None, "asked before the route was sound"
+        seconds, self.rerouted = now - self.refilled_at, False
+        self.refilled_at = None
+        return Note("recovered", {"seconds": now - self.since, "replay_seconds": seconds})
+
+
+@dataclass(slots=True, eq=False)
+class ClientSession:
+    """The state machine of one session at the client.  Times are the caller's clock, in seconds.
+
+    Promises, checked by tests/unit/test_session_core.py:
+      * a step is sent only while the route is sound, and again, once, after every change of the route;
+      * an answer is delivered at most once, in the order and the size that were asked for;
+      * what was given up never meets what comes later: the route changes first;
+      * the epoch grows with every change of the route, and nothing of an older one is carried on;
+      * a disturbance in the middle of a change starts another change;
+      * a hop that failed serves no further route, and is blamed once;
+      * after `Closed` nothing is sent.
+
+    last_error: since the last answer.  outage: the last time without a sound route.
+    """
+
+    terms: Terms
+    chooser: Chooser
+    route: RouteState
+    state: State = State.OPENING
+    steps: StepSource = field(default_factory=StepSource)
+    last_error: PeerFault | Refused | None = None
+    outage: Outage = field(default_factory=lambda: Outage("opening", 0.0))
+    relocation: Relocation = field(init=False)
+    watchdog: Watchdog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.relocation = Relocation(self.terms)
+        self.watchdog = Watchdog(self.relocation.lost_time)
+
+    # --- what the caller asks for ---
+
+    def before_step(self, position: int, now: float) -> Repair | Move | None:
+        """No step is on its way, the next one begins at `position`: what is to be done first, if anything."""
+        cannot_cut = position > 0 and not all(hop.progress.cut for hop in self.route.hops)
+        if self.steps.go_back(position) and cannot_cut:
+            self._break("going back", now)  # these caches cannot: they are filled again
+        if self.state is not State.SOUND:
+            return Repair(self.outage.why)
+        for hop in self.route.hops:
+            if hop.leaving:
+                return Move("draining")
+        return None
+
+    def search(self) -> Move | None:
+        """Search for a chain that is so much better that the session moves; the hops to leave are marked."""
+        leave = self.relocation.hops_to_leave(
+            self.route.chain, self.steps.length, self.chooser, self.route.replacement.kinds
+        )
+        for hop in self.route.hops:
+            if hop.hop in leave:
+                hop.set_leaving()
+        return Move("slow") if leave else None
+
+    def submit(self, what: StepRange, body: Buffer, now: float) -> tuple[Pending, Send | None]:
+        """A new step, and how it is sent; None: it goes out once the route is sound again."""
+        bulk = what.tokens * self.route.contracts.current.row_bytes > BULK_BYTES
+        pending = self.steps.add(what, body, bulk, now)
+        return pending, self._send(pending, now) if self.state is State.SOUND else None
+
+    def collected(self, pending: Pending, result: Result, now: float) -> tuple[StepTimes, Action | None]:
+        """The caller takes the answer to a step: where the time went, and what is to be noted."""
+        self.last_error = None
+        self.steps.collected(pending)
+        alone = not self.steps.pending
+        if alone and result.epoch == self.route.epoch:
+            self.route.refilled()
+        hops = tuple([(held / 1e6, computing / 1e6) for held, computing in pending.timings + result.timings])
+        times = StepTimes(now - pending.began, hops)
+        if self.outage.refilled_at is not None and self.state is State.SOUND:
+            return times, self.outage.recovered(now)
+        if pending.what.tokens > 1:
+            return times, None
+        self.relocation.observe(self.route.chain.hops, times, self.route.chain.expected_seconds)
+        if self.terms.batch > 1 or not alone:  # rows and steps wait for each other
+            return times, None
+        return times, Observe(self.route.chain.hops, [held for held, _ in hops], times.total)
+
+    # --- what happens ---
+
+    def receive(self, event: Event, now: float) -> list[Action]:
+        """Take in what has happened; what is to be done.  Raises MessageError for a wrong answer."""
+        match event:
+            case Answered(hop, result):
+                return self._answered(hop, result)
+            case Located(hop, here):
+                hop.answer(here)
+                return []
+            case Lost(hop, error, blame):
+                return self._lost(hop, error, now, blame=blame)
+            case Reported(hop, failed):
+                return self._reported(hop, failed, now)
+            case Late(pending):
+                return self._late(pending, now)
+            case Unanswered(hops, seconds):
+                late = [hop for hop in hops if hop.asked_at is not None]
+                return [act for hop in late for act in self._lost(hop, _silence(hop, seconds), now)]
+            case StepsGivenUp():
+                return self._break("steps were given up", now) if self.steps.give_up() else []
+            case Moving(why):
+                return self._break(why, now) if self._has_choice() else []
+            case Closed():
+                return self._close()
+
+    def _answered(self, hop: HopState, result: Result) -> list[Action]:
+        pending = self.steps.pending.get(result.step) if not result.replay else None
+        if hop.hop.stop < self.terms.blocks:
+            return self.route.carry(hop, result, pending)
+        if pending is None or pending.result is not None:
+            return []  # nobody waits for it any more
+        contract, what = self.route.contracts.in_epoch(result.epoch), pending.what
+        tokens = len(result.body) // contract.row_bytes
+        if (result.position, tokens) != (what.reply_position, what.reply_tokens):
+            raise MessageError(
+                f"{tokens} positions from {result.position} on came back,"
+                f" {what.reply_tokens} from {what.reply_position} on were asked for"
+            )
+        pending.deliver(result)
+        return [Deliver(pending)]
+
+    def _reported(self, hop: HopState, failed: Failed, now: float) -> list[Action]:
+        """A hop says that something went wrong: there, or with a neighbour."""
+        error = failed.error()
+        peer = PeerId(failed.peer) if failed.peer is not None else None
+        if failed.code == "leaving":
+            hop.set_leaving()
+            return []
+        if failed.code == "cannot_push" and peer is not None:
+            self.route.replacement.separate([(hop.hop.peer, peer)])  # whether `peer` lives will be seen
+            return self._break(f"{hop.hop.peer} cannot reach {peer}", now)
+        if isinstance(error, Refused) and failed.step is not None:
+            hop.refuse()
+            return [*self.note(hop.hop.peer, error), *self._break(f"{hop.hop.peer} refused a step", now)]
+        if peer is None or peer == hop.hop.peer:
+            return self._lost(hop, error, now, blame=failed.code != "ended")
+        others = [other for other in self.route.hops if other.hop.peer == peer]
+        actions = [action for other in others for action in self._lost(other, error, now)]
+        ended = PeerGone(f"{hop.hop.peer} ended the session for what {peer} did")
+        return actions + self._lost(hop, ended, now, blame=False)
+
+    def _late(self, pending: Pending, now: float) -> list[Action]:
+        """A step is late: ask the hops, give up those that say nothing, or leave the one that is stuck."""
+        found = self.watchdog.look(
+            pending,
+            self.route.hops,
+            now,
+            refilling=self.route.refilling,
+            expected=self.route.chain.expected_seconds,
+        )
+        why = f"step {pending.step} made no progress for {found.waited:.2g} s"
+        if found.stuck is not None:
+            return self._lost(found.stuck, SlowPeer(why), now)
+        if found.busy is not None:
+            return self._leave(found.busy, why, now)
+        silent = [
+            action for hop, seconds in found.silent for action in self._lost(hop, _silence(hop, seconds), now)
+        ]
+        return silent or [Ask(hop) for hop in found.ask]
+
+    def _leave(self, hop: HopState, why: str, now: float) -> list[Action]:
+        """A hop works, but too slowly: go elsewhere, if there is another peer."""
+        hop.set_leaving()
+        if not self._has_choice():
+            hop.set_leaving(False)
+            return []
+        fault = Note("fault", {"peer": hop.hop.peer, "error": why})
+        return [fault, Postpone(hop.hop.peer, None), *self._break(why, now)]
+
+    def _has_choice(self) -> bool:
+        try:
+            return bool(self.route.choose())
+        except NoChain:
+            return False
+
+    def _lost(
+        self, hop: HopState, error: PeerFault | Refused, now: float, *, blame: bool = True
+    ) -> list[Action]:
+        """A hop is of no use any more."""
+        if not hop.alive:
+            return []
+        error.about(hop.hop.peer)
+        hop.fail(error, blame=blame)
+        fault = Note("fault", {"peer": hop.hop.peer, "error": str(error)})
+        actions = self.note(hop.hop.peer, error) if blame else [fault]
+        if hop in self.route.hops or self.state is State.SWITCHING:
+            actions += self._break(str(error), now)
+        return [*actions, StopSwitching()]
+
+    def note(self, peer: PeerId, error: PeerFault | Refused) -> list[Action]:
+        """Remember what a peer did.  Our own bugs never come here."""
+        error.about(peer)
+        self.last_error = error
+        fault = Note("fault", {"peer": peer, "error": f"{type(error).__name__}: {error}"})
+        if isinstance(error, Refused):
+            return [fault, Postpone(peer, self.route.replacement.refused(peer, error))]
+        return [fault, Blame(peer, error)]
+
+    def _break(self, why: str, now: float) -> list[Action]:
+        """The route has to be changed before anything else is sent."""
+        if self.state is State.SOUND:
+            self.outage = Outage(why, now)
+        if self.state in (State.SOUND, State.SWITCHING):
+            self._become(State.BROKEN)
+        return [Repair(why)]
+
+    # --- changes of the route ---
+
+    def begin_switch(self) -> None:
+        """The route is changed now."""
+        self._become(State.SWITCHING)
+
+    def take_over(
+        self, line_up: LineUp, made: Sequence[HopState], seconds: float
+    ) -> tuple[Refill | None, list[Action]]:
+        """The hops of a new route are agreed on: what they lack; None where all of them are new.
+
+        seconds: that the agreement took.
+        """
+        before = self.route.hops
+        refill, actions = self.route.take_over(
+            line_up, made, self.steps.resume_point(), self.outage.why, seconds
+        )
+        if before and before != self.route.hops:
+            self.outage.reroute()
+        return refill, actions
+
+    def send_again(self, now: float) -> list[Action]:
+        """The hops have what they lacked: other hops are left, and steps without an answer go out again.
+
+        A step that was answered meanwhile goes out too: not every hop may have seen it.
+        """
+        leave: list[Action] = [Leave(hop) for hop in self.route.leave_others()]
+        return leave + [self._send(pending, now) for pending in self.steps.again]
+
+    def end_switch(self, now: float, error: PeerFault | Refused | None, *, done: bool) -> None:
+        """The change of the route is over.  done: to its end; else by `error`, or by what was received."""
+        self.last_error = error or self.last_error
+        if self.state is State.SWITCHING:
+            self._become(State.SOUND if done else State.BROKEN)
+            if done:
+                self.outage.refilled(now)
+
+    def _send(self, pending: Pending, now: float) -> Send:
+        if not self.route.contracts.anything_sent:
+            self.route.contracts.sent()
+        pending.start(now, self.watchdog.first_look(now))
+        return Send(pending, self.route.hops[0], pending.bulk or self.route.refilling)
+
+    def _become(self, state: State) -> None:
+        if state not in NEXT[self.state]:
+            raise LocalProtocolError(f"a session that is {self.state.name} becomes {state.name}")
+        self.state = state
+
+    def _close(self) -> list[Action]:
+        if self.state is State.CLOSED:
+            return []
+        self._become(State.CLOSED)
+        for hop in self.route.opened:
+            hop.close()
+        return [Note("ended"), *(Leave(hop) for hop in self.route.opened), StopSwitching(), Repair("closed")]
+
+
+def _silence(hop: HopState, seconds: float) -> SlowPeer:
+    return SlowPeer(f"{hop.hop.peer} has said nothing for {seconds:.2g} s")

@@ -1,0 +1,96 @@
+"""What is known of one hop of a session.  Pure: the stream to it is `client.session.hop_link`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from client.session.repair.replay_plan import HopProgress
+from routing.chains.hops import Hop
+from tensor_codec.errors import PeerFault, Refused
+from tensor_codec.messages.session import Here, Opened, Relinked
+
+
+@dataclass(slots=True, eq=False)
+class HopState:
+    """One hop, from the moment that it opened the session.
+
+    dtype: what it computes in.  codec: how hidden states travel to and from it.
+    progress: as it last said, when the route changed.  queue: see `Opened`.
+    push: it reaches its successor.  relay: the client carries its outputs.  fed: the client sends its inputs.
+    leaving: it goes on for a while.  refused: it could not take a step, and may be able to later.
+    error: why it is of no use any more.  blamed: another peer is to be preferred from now on.
+    here, asked_at: what it answered last to Where, and when an unanswered Where was sent.
+    closed: the client has left it.
+    """
+
+    hop: Hop
+    dtype: str
+    codec: str
+    relay: bool = False
+    fed: bool = False
+    progress: HopProgress = field(default_factory=HopProgress)
+    queue: float = 0.0
+    push: bool = False
+    leaving: bool = False
+    refused: bool = False
+    error: PeerFault | Refused | None = None
+    blamed: bool = False
+    here: Here | None = None
+    asked_at: float | None = None
+    closed: bool = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether its session goes on there, as far as is known."""
+        return self.error is None and not self.closed
+
+    @property
+    def avoided(self) -> bool:
+        """Whether another peer is to be preferred."""
+        return self.leaving or self.refused or self.blamed
+
+    def opened(self, reply: Opened) -> None:
+        """It has taken the session."""
+        self.push, self.progress, self.queue = reply.push, HopProgress(cut=reply.cut), reply.queue
+
+    def relink(self, *, relay: bool, fed: bool) -> None:
+        """It gets new neighbours, and may take steps again."""
+        self.relay, self.fed, self.refused = relay, fed, False
+
+    def relinked(self, reply: Relinked, codec: str) -> None:
+        """It has taken its new neighbours, and says where it is."""
+        self.push, self.codec = reply.push, codec
+        self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut)
+
+    def resume(self, length: int) -> None:
+        """It was told to go on from `length` positions."""
+        self.progress = HopProgress(length, cut=self.progress.cut)
+
+    def ask(self, now: float) -> None:
+        """It is asked how far it is."""
+        self.asked_at = now
+
+    def answer(self, here: Here) -> None:
+        """It says how far it is."""
+        self.here, self.asked_at = here, None
+
+    def forget_answers(self) -> None:
+        """What it said was of another route."""
+        self.here = self.asked_at = None
+
+    def set_leaving(self, leaving: bool = True) -> None:
+        """Another hop is to take over while this one works; False: there is no other."""
+        self.leaving = leaving
+
+    def refuse(self) -> None:
+        """It could not take a step, and may be able to later."""
+        self.refused = True
+
+    def fail(self, error: PeerFault | Refused, *, blame: bool) -> None:
+        """It is of no use any more; the first reason stands.  blame: the peer is not to be tried at once."""
+        if self.error is None:
+            self.error, self.blamed = error, blame
+
+    def close(self) -> None:
+        """The client leaves it."""
+        self.closed = True

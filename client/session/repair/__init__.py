@@ -1,0 +1,1 @@
+"""What a session decides when hops are late, slow or gone.  Pure."""

@@ -1,0 +1,53 @@
+"""How hidden states travel in each epoch of a session.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from tensor_codec.messages.contract import Contract, codec_for
+
+
+@dataclass(slots=True)
+class Contracts:
+    """The contract of the present epoch, and those of earlier ones, in which late answers come.
+
+    Promises, checked by tests/unit/test_contracts.py:
+      * with "auto" the codec is that of the hops of the route that is agreed on, at every change of it;
+      * hops that go on never get a narrower codec once anything was sent;
+      * a codec that the user chose stays.
+
+    wanted: "fp32", "bf16" or "auto".  current: of the present epoch.
+    """
+
+    wanted: str
+    current: Contract
+    anything_sent: bool = False
+    _since: list[tuple[int, Contract]] = field(default_factory=list)  # from which epoch on
+
+    def sent(self) -> None:
+        """A hop was given hidden states."""
+        self.anything_sent = True
+
+    def agree(self, epoch: int, dtypes: Sequence[str | None], *, kept: bool) -> Contract:
+        """The contract from `epoch` on.  dtypes: of the hops; None for a hop that has just left.
+
+        kept: some hops go on.  These have what the codec until now left of the hidden states: a narrower
+        codec would gain bytes and lose what is kept.
+        """
+        codec = self.wanted
+        if codec == "auto":
+            codec = codec_for(frozenset(dtype for dtype in dtypes if dtype is not None))
+            if kept and self.anything_sent and self.current.codec == "fp32":
+                codec = "fp32"
+        if not self._since or codec != self.current.codec:
+            self.current = replace(self.current, codec=codec)
+            self._since.append((epoch, self.current))
+        return self.current
+
+    def in_epoch(self, epoch: int) -> Contract:
+        """What was agreed on in an epoch."""
+        for since, contract in reversed(self._since):
+            if since <= epoch:
+                return contract
+        return self.current

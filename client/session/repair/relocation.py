@@ -1,0 +1,101 @@
+"""When a session leaves hops that have become slow, and which of them.  Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from client.chains.chooser import Chooser
+from client.session.repair.lost_time import REPLAYED_SHARE, LostTime
+from client.session.steps import StepTimes
+from client.session.terms import Terms
+from routing.chains.hops import Chain, Hop, NoChain
+from routing.names import PeerId
+
+BETTER = 0.6  # of the present chain's seconds: then another chain is worth a move
+SEARCH_SHARE = 0.05  # of the time may go into the search for a better chain
+MIN_GAIN_SECONDS = 0.01  # a step: less is noise
+COOLDOWN_SECONDS = 5.0  # after a move, before another one
+STEPS_AHEAD = 32  # steps that are assumed to come: their gain has to pay for the replay
+SEEN_STEPS = 3  # of a hop, whose median is what it is now
+
+
+@dataclass(slots=True)
+class Relocation:
+    """Decides when another chain is searched for, and whether a move to it pays.
+
+    Promises, checked by tests/unit/test_relocation.py:
+      * no search before more time was lost than a replay costs, nor within COOLDOWN_SECONDS of a move;
+      * searches take at most SEARCH_SHARE of the time;
+      * a chain is taken only if it needs at most BETTER of the present seconds, gains MIN_GAIN_SECONDS a
+        step, and wins the replay back within STEPS_AHEAD steps.
+
+    terms: of the session.
+    """
+
+    terms: Terms
+    lost_time: LostTime = field(default_factory=LostTime)
+    _observed: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
+    _search_at: float = 0.0  # not before this
+
+    def observe(self, hops: Sequence[Hop], times: StepTimes, expected: float) -> None:
+        """A decode step has come back.  expected: seconds that the chain promised."""
+        self.lost_time.took(times.total, expected)
+        for hop, (held, _) in zip(hops, times.hops, strict=False):
+            seen = self._observed.get(hop.peer)
+            if seen is None:
+                seen = self._observed[hop.peer] = deque(maxlen=SEEN_STEPS)
+            seen.append(held / (hop.stop - hop.start))
+
+    def is_search_due(self, length: int, hops: int, now: float) -> bool:
+        """Whether to search for a better chain, for caches of `length` positions at `hops` hops."""
+        return now >= self._search_at and self.lost_time.too_much(length, hops)
+
+    def searched(self, began: float, now: float, *, moves: bool) -> None:
+        """A search has been made; `moves`: it has found a chain to move to."""
+        self._search_at = now + (COOLDOWN_SECONDS if moves else (now - began) / SEARCH_SHARE)
+        if moves:
+            self.lost_time.forget()
+
+    def hops_to_leave(
+        self, chain: Chain, length: int, chooser: Chooser, kinds: frozenset[str]
+    ) -> frozenset[Hop]:
+        """The hops without which the session would be so much faster that a replay pays."""
+        observed = {peer: statistics.median(held) for peer, held in self._observed.items()}
+        present = chooser.cost(chain.hops, observed)
+        gains = [
+            (self._gain(chain, length, hops, seconds, present), hops)
+            for hops, seconds in self._alternatives(chain, chooser, kinds, observed)
+        ]
+        gain, best = max(gains, default=(0.0, chain.hops), key=lambda option: option[0])
+        return frozenset(chain.hops).difference(best) if gain > 0 else frozenset()
+
+    def _alternatives(
+        self, chain: Chain, chooser: Chooser, kinds: frozenset[str], observed: dict[PeerId, float]
+    ) -> Iterator[tuple[tuple[Hop, ...], float]]:
+        """Chains that might be better, with their seconds a step: the best one, and for each hop the
+        present chain with others in the hop's place, which has less to replay."""
+        hops = chain.hops
+        choose = partial(chooser.choose, kinds=kinds, tokens=self.terms.cache_tokens, observed=observed)
+        with suppress(NoChain):
+            best = choose(0, self.terms.blocks)
+            yield best.hops, best.expected_seconds
+        ours = frozenset(hop.peer for hop in hops)
+        for index, hop in enumerate(hops):
+            with suppress(NoChain):
+                instead = choose(hop.start, hop.stop, excluded=ours, other_hops=len(hops) - 1)
+                other = (*hops[:index], *instead.hops, *hops[index + 1 :])
+                yield other, chooser.cost(other, observed)
+
+    def _gain(self, chain: Chain, length: int, hops: Sequence[Hop], seconds: float, present: float) -> float:
+        """Seconds won by a move to `hops`, which take `seconds` a step, the replay paid; 0 for too few."""
+        gain = present - seconds
+        if gain < max(MIN_GAIN_SECONDS, (1 - BETTER) * present):
+            return 0.0
+        fresh = sum(hop.stop - hop.start for hop in hops if hop not in chain.hops)
+        replay: float = length * REPLAYED_SHARE * seconds * fresh / self.terms.blocks
+        return max(0.0, gain * STEPS_AHEAD - replay)

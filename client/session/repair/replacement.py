@@ -1,0 +1,107 @@
+"""Which hops fill the gaps of a session's route, and what the hops are told of each other.  Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from client.chains.chooser import Chooser
+from client.session.hop_state import HopState
+from client.session.terms import Terms
+from routing.blocks import Blocks, gaps
+from routing.chains.hops import Chain, Hop, NoChain
+from routing.names import PeerId
+from tensor_codec.errors import CacheFull, Refused
+
+MAX_REFUSED_SECONDS = 15.0  # that a peer is left alone after refusals one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """predecessor, successor: as far as the hop is to know them.  relay: the client carries its outputs."""
+
+    predecessor: PeerId | None
+    successor: PeerId | None
+    relay: bool
+
+
+@dataclass(slots=True)
+class Replacement:
+    """Decides which hops a session keeps, and which new ones it takes.
+
+    Promises, checked by tests/unit/test_replacement.py:
+      * hops that live and are not avoided stay where the gaps between them can be filled;
+      * a peer that cannot serve the session at all is never chosen again;
+      * a peer that refuses again and again is left alone for twice as long each time, 15 s at most;
+      * two hops that cannot reach each other are not told of each other.
+
+    kinds: of the hops until now: others would give other tokens.
+    """
+
+    terms: Terms
+    chooser: Chooser
+    kinds: frozenset[str] = frozenset()
+    _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
+    _relayed: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # as the trace says already
+    _unable: frozenset[PeerId] = frozenset()  # peers that cannot serve this session at all
+    _refusals: Counter[PeerId] = field(default_factory=Counter)
+
+    def best_chain(self, hops: Sequence[HopState], *, last_resort: bool) -> Chain:
+        """Keep what can be kept of the present hops and fill the gaps; else the best chain of all.
+
+        Raises NoChain.
+        """
+        kept = [hop for hop in hops if hop.alive and (last_resort or not hop.avoided)]
+        choose = partial(
+            self.chooser.choose, last_resort=last_resort, kinds=self.kinds, tokens=self.terms.cache_tokens
+        )
+        gone = self._unable.union(hop.hop.peer for hop in hops if hop.avoided and not last_resort)
+        taken = frozenset(hop.hop.peer for hop in kept) | gone
+        chosen: list[Hop] = [hop.hop for hop in kept]
+        try:
+            missing = gaps(chosen, Blocks(0, self.terms.blocks))
+            for done, gap in enumerate(missing, 1):  # each later gap takes a hop at least
+                others = len(chosen) + len(missing) - done
+                chosen += choose(gap.start, gap.stop, excluded=taken, other_hops=others).hops
+        except NoChain:
+            return choose(0, self.terms.blocks, excluded=gone)
+        chosen.sort(key=lambda hop: hop.start)
+        if len({hop.peer for hop in chosen}) < len(chosen):  # a peer can serve a session only once
+            return choose(0, self.terms.blocks, excluded=gone)
+        return Chain(tuple(chosen), 0.0)
+
+    def adopt(self, hops: Iterable[Hop]) -> None:
+        """These hops serve the session from now on."""
+        self.kinds = frozenset(kind for hop in hops if (kind := self.chooser.kind_of(hop.peer)))
+
+    def refused(self, peer: PeerId, error: Refused) -> float | None:
+        """A peer said no; for how many seconds it is to be left alone, None: the usual time."""
+        self._refusals[peer] += 1  # a peer that says "soon" again and again is believed less and less
+        soon = error.retry_after_seconds
+        if soon is None:
+            if type(error) in (Refused, CacheFull):
+                self._unable |= {peer}  # nor will it have later what this session asks for
+            return None
+        times: int = 2 ** min(self._refusals[peer] - 1, 8)
+        return min(soon * times, MAX_REFUSED_SECONDS)
+
+    def separate(self, pairs: Collection[tuple[PeerId, PeerId]]) -> None:
+        """In each pair the one cannot push to the other."""
+        self._apart.update(pairs)
+
+    def newly_relayed(self, pairs: Sequence[tuple[PeerId, PeerId]]) -> list[tuple[PeerId, PeerId]]:
+        """Those of the pairs between which the client did not carry anything before."""
+        fresh = [pair for pair in pairs if pair not in self._relayed]
+        self._relayed.update(fresh)
+        return fresh
+
+    def neighbours(self, hops: Sequence[Hop], index: int) -> Neighbours:
+        """What the hop at `index` is told of the hops before and after it."""
+        last = index == len(hops) - 1
+        before = None if index == 0 else hops[index - 1].peer
+        peer, after = hops[index].peer, None if last else hops[index + 1].peer
+        relay = after is not None and (peer, after) in self._apart
+        in_reach = before is not None and (before, peer) not in self._apart
+        return Neighbours(before if in_reach else None, None if relay else after, relay)

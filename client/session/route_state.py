@@ -1,0 +1,232 @@
+"""The hops of a session's route, and how a new route is agreed on with them.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from client.chains.chooser import Chooser
+from client.session.actions import Action, Carry, Leave, Note
+from client.session.hop_state import HopState
+from client.session.repair.contracts import Contracts
+from client.session.repair.replacement import Neighbours, Replacement
+from client.session.repair.replay_plan import HopOrder, plan
+from client.session.steps import Pending, ResumePoint
+from client.session.terms import Terms
+from routing.chains.hops import Chain, Hop, NoChain
+from routing.names import PeerId
+from tensor_codec.errors import PeerFault, Refused, SlowPeer
+from tensor_codec.messages.contract import Contract, Reply
+from tensor_codec.messages.session import Result, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One hop of a route that is to be agreed on.
+
+    state: of the hop, where it serves the session already; else it is opened.
+    dtype: what it computes in; None where the peer has just left the swarm.
+    """
+
+    hop: Hop
+    state: HopState | None
+    dtype: str | None
+    neighbours: Neighbours
+
+    @property
+    def fed(self) -> bool:
+        """Whether the client sends the hop its inputs."""
+        return self.neighbours.predecessor is None
+
+
+@dataclass(frozen=True, slots=True)
+class LineUp:
+    """A route that is to be agreed on with its hops.
+
+    contract: of its epoch.  held: new hops come into a session that has positions already.
+    """
+
+    places: tuple[Place, ...]
+    epoch: int
+    contract: Contract
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refill:
+    """What the hops of a new route lack, and who sends it: see `client.session.repair.replay_plan`.
+
+    orders: for each hop.  The client sends the first hop positions [client_from, position) again.
+    bulk: hops to which the client opens a stream for what is sent again.
+    """
+
+    orders: tuple[tuple[HopState, HopOrder], ...]
+    client_from: int
+    position: int
+    bulk: tuple[HopState, ...]
+
+
+@dataclass(slots=True, eq=False)
+class RouteState:
+    """Which hops serve a session in which epoch, and what they were told of each other.
+
+    hops: of the present route.  opened: all that serve the session, those of the present route included.
+    chain: of the hops.  refilling: a replay may still be under way, which no step may overtake.
+    """
+
+    terms: Terms
+    chooser: Chooser
+    contracts: Contracts
+    epoch: int = 0
+    hops: list[HopState] = field(default_factory=list)
+    opened: list[HopState] = field(default_factory=list)
+    chain: Chain = field(default_factory=lambda: Chain((), 0.0))
+    refilling: bool = False
+    replacement: Replacement = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replacement = Replacement(self.terms, self.chooser)
+
+    def choose(self, last_resort: bool = False) -> Chain:
+        """The chain to go on with.  last_resort: peers that failed may be in it.  Raises NoChain."""
+        return self.replacement.best_chain(self.hops, last_resort=last_resort)
+
+    def instead_of(self, chain: Chain) -> Chain | None:
+        """The best chain by what is known now, if that is another one."""
+        try:
+            best = self.choose()
+        except NoChain:
+            return None
+        return best if best.hops != chain.hops else None
+
+    def line_up(self, chain: Chain, position: int) -> tuple[LineUp, list[Action]]:
+        """Every hop of the chain in a new epoch, with its neighbours.  position: see `ResumePoint`."""
+        self.epoch += 1
+        peers = {hop.peer for hop in chain.hops}
+        elsewhere = [hop for hop in self.opened if hop.hop.peer in peers and hop.hop not in chain.hops]
+        for hop in elsewhere:
+            hop.close()  # its peer serves other blocks of the session from now on
+        known = {hop.hop: hop for hop in self.opened if hop.alive}
+        states = [known.get(hop) for hop in chain.hops]
+        kept = any(states)
+        dtypes = [
+            state.dtype if state else self.chooser.dtype_of(hop.peer)
+            for hop, state in zip(chain.hops, states, strict=True)
+        ]
+        contract = self.contracts.agree(self.epoch, dtypes, kept=kept)
+        places = tuple(
+            Place(hop, state, dtype, self.replacement.neighbours(chain.hops, index))
+            for index, (hop, state, dtype) in enumerate(zip(chain.hops, states, dtypes, strict=True))
+        )
+        held = kept or position > 0
+        return LineUp(places, self.epoch, contract, held), [Leave(hop) for hop in elsewhere]
+
+    def add(self, hop: HopState) -> None:
+        """A new hop has taken the session."""
+        self.opened.append(hop)
+
+    def are_apart(self, made: Sequence[HopState]) -> bool:
+        """Whether hops of a new route cannot reach the next one, as was not known before."""
+        pairs = [
+            (one.hop.peer, two.hop.peer) for one, two in pairwise(made) if not one.push and not one.relay
+        ]
+        self.replacement.separate(pairs)
+        return bool(pairs)
+
+    def take_over(
+        self, line_up: LineUp, made: Sequence[HopState], point: ResumePoint, why: str, seconds: float
+    ) -> tuple[Refill | None, list[Action]]:
+        """The hops of a new route are agreed on: what they lack; None where all of them are new.
+
+        point: what they are brought to.  why: the route was changed.  seconds: that the agreement took.
+        """
+        before, self.hops = self.hops, list(made)
+        hops = tuple(hop.hop for hop in made)
+        self.chain = Chain(hops, self.chooser.cost(hops, {}))
+        self.replacement.adopt(hops)
+        notes = self._notes(before, why, seconds)
+        if not line_up.held:
+            return None, notes
+        todo = plan([hop.progress for hop in made], point.position, point.sent, point.again)
+        from_client = todo.client_from < point.position
+        for hop, order in zip(made, todo.orders, strict=True):
+            hop.resume(order.length)
+        notes += [
+            self.replay_note(made[at].hop.peer, made[at + 1].hop.peer, start, stop)
+            for at, start, stop in todo.replays
+        ]
+        self.refilling |= from_client or bool(todo.replays)
+        bulk = tuple(hop for hop in made if hop.fed and (hop is not made[0] or from_client))
+        orders = tuple(zip(made, todo.orders, strict=True))
+        return Refill(orders, todo.client_from, point.position, bulk), notes
+
+    def leave_others(self) -> list[HopState]:
+        """The hops that are not of the present route are left; those of the route may be asked anew."""
+        leave = [hop for hop in self.opened if hop not in self.hops]
+        self.opened = list(self.hops)
+        for hop in leave:
+            hop.close()
+        for hop in self.hops:
+            hop.forget_answers()
+        return leave
+
+    def why_none(self, last_error: PeerFault | Refused | None, unanswered: Sequence[PeerId]) -> Exception:
+        """Why there is no sound route at the deadline.  unanswered: peers that a new route waits for."""
+        if isinstance(last_error, Refused):
+            return last_error
+        try:
+            self.choose()
+        except NoChain as missing:
+            missing.explain(after=last_error)
+            return missing
+        if last_error is not None:
+            return last_error
+        late_hops = sorted(unanswered) or [hop.hop.peer for hop in self.hops]
+        late = SlowPeer(f"the route could not be changed by the deadline, for {', '.join(late_hops)}")
+        if late_hops:
+            late.about(late_hops[0])
+        return late
+
+    def refilled(self) -> None:
+        """An answer shows that no replay is under way."""
+        self.refilling = False
+
+    def carry(self, hop: HopState, result: Result, pending: Pending | None) -> list[Action]:
+        """What a hop made goes to the next one, which it cannot reach."""
+        if result.epoch != self.epoch or hop not in self.hops or not len(result.body):
+            return []
+        reply: Reply = "replay" if result.replay else pending.what.reply if pending else "none"
+        if pending is not None:
+            pending.carry(result.timings)
+        step = Step(
+            self.contracts.current.session,
+            result.step,
+            result.position,
+            reply,
+            result.body,
+            epoch=result.epoch,
+            bulk=self.refilling or (pending is not None and pending.bulk),
+            rope_length=result.rope_length if pending is None else pending.what.rope_length,
+        )
+        return [Carry(self.hops[self.hops.index(hop) + 1], step)]
+
+    def replay_note(self, sender: str, peer: str, start: int, stop: int) -> Note:
+        """A sender sends a peer positions [start, stop) again."""
+        size = (stop - start) * self.contracts.current.row_bytes
+        return Note("replayed", {"sender": sender, "peer": peer, "start": start, "stop": stop, "bytes": size})
+
+    def _notes(self, before: Sequence[HopState], why: str, seconds: float) -> list[Action]:
+        """What the trace says of a new route."""
+        relayed = [(one.hop.peer, two.hop.peer) for one, two in pairwise(self.hops) if one.relay]
+        notes: list[Action] = [
+            Note("relayed", {"sender": one, "peer": two})
+            for one, two in self.replacement.newly_relayed(relayed)
+        ]
+        hops = [{"peer": hop.hop.peer, "blocks": [hop.hop.start, hop.hop.stop]} for hop in self.hops]
+        said = {"hops": hops, "codec": self.contracts.current.codec, "seconds": seconds}
+        if not before:
+            return [*notes, Note("opened", said)]
+        kept = [hop.hop.peer for hop in self.hops if hop in before]
+        fresh = [hop.hop.peer for hop in self.hops if hop not in before]
+        return [*notes, Note("rerouted", {"why": why, "kept": kept, "opened": fresh, **said})]

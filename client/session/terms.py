@@ -1,0 +1,39 @@
+"""What a session asks of every hop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from node.model.blocks.rope import LengthRope
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The model, the size and the codec of a session.
+
+    max_length: positions of each of the `batch` rows.
+    codec: how hidden states travel: "fp32" or "bf16", or "auto", which loses nothing along the hops that
+    the session has at the time.
+    rope: what in the model depends on a sequence's length, if anything does.
+    """
+
+    model: str
+    revision: str
+    blocks: int
+    hidden: int
+    batch: int
+    max_length: int
+    codec: str
+    rope: LengthRope | None = None
+
+    @property
+    def kept_codec(self) -> str:
+        """The codec of the client's own journal: the exact one, where later hops may need it."""
+        return "fp32" if self.codec == "auto" else self.codec
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions of all rows: what a hop's cache may have to hold."""
+        return self.batch * self.max_length
