@@ -226,9 +226,9 @@ def equivalents(config: Config, module: str, path: Path, record: Mapping[str, An
 
 
 def functions_of(record: Path) -> dict[str, list[str]]:
-    """The lines of every function in a changed module, under the names that mutmut gave."""
+    """The lines of every function in a changed module, without comments, under the names that mutmut gave."""
     text = record.with_suffix("").read_text()
-    kept = text.replace("# type: ignore # mutmut generated", "").splitlines()
+    kept = [re.sub(r"\s+# .*$", "", line) for line in text.splitlines()]  # without comments, mutmut's too
     return {
         node.name: [line.strip() for line in kept[node.lineno - 1 : node.end_lineno]]
         for node in ast.walk(ast.parse(text))
