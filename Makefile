@@ -37,7 +37,6 @@ format: env ## Put the code into the project's format, and mend what ruff can
 
 types: env ## Check types
 	@$(BIN)/mypy
-	@$(BIN)/mypy scripts
 
 bench: env ## Measure decoding over one and over three servers
 	@$(BIN)/python -m benchmarks decode --servers 1 $(ARGS)

@@ -12,6 +12,7 @@ import trio.lowlevel
 
 from client.config import ClientConfig
 from routing.chains.hops import NoChain
+from tensor_codec.blocks import Blocks
 from tensor_codec.errors import CacheFull, PeerGone
 
 CONFIG = ClientConfig(peers=("/ip4/127.0.0.1/tcp/1/p2p/nobody",))
@@ -81,7 +82,7 @@ class FakeSwarm:
 
     async def route(self):
         await trio.lowlevel.checkpoint()
-        raise NoChain([(3, 4)], 30, alone=False)
+        raise NoChain([Blocks(3, 4)], 30, alone=False)
 
     def generate(self, prompt, options=None, *, max_new_tokens=None, conversation=None, trace=None):
         max_new_tokens = 64 if max_new_tokens is None else max_new_tokens

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import trio
@@ -578,7 +578,7 @@ class World:
         routes = self.routes(client) if routes is None else routes
         return await open_session(
             replace(asked, **terms),  # type: ignore[arg-type]
-            routes if chain is None else _FirstAlong(chain, routes),
+            routes if chain is None else cast(ChainChooser, _FirstAlong(chain, routes)),
             nursery=self.nursery,
             compute=FakeCompute(),  # type: ignore[arg-type]
             limits=self.limits,
@@ -724,4 +724,4 @@ class RawClient:
             world.limits.max_step_tokens,
         )
         frame = await self.stream.receive(100.0)
-        return None if frame is None else decode_from_hop(frame, contract)
+        return None if frame is None else cast(Result | Failed, decode_from_hop(frame, contract))

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import trio
@@ -276,7 +277,7 @@ def test_a_conversation_goes_through_generate_and_is_closed_in_trio(run):
     async def main():
         async with bridged(FakeSwarm()) as swarm:
             talk = swarm.conversation(100)
-            inner = talk._target
+            inner = cast(Any, talk)._target
             async for _ in swarm.generate("t", max_new_tokens=3, conversation=talk):
                 pass
             assert (inner.tokens, inner.max_length) == ([0, 1, 2], 100)
@@ -296,10 +297,10 @@ def test_the_view_follows_the_swarm(run):
             changed = asyncio.create_task(swarm.changed(seen))
             await take(swarm, "t")
             assert not changed.done()
-            swarm._portal.soon(fake.change)
+            cast(Any, swarm)._portal.soon(fake.change)
             await changed
             assert swarm.view() is fake.seen is not seen
-            swarm._portal.soon(fake.change)
+            cast(Any, swarm)._portal.soon(fake.change)
             await eventually(lambda: swarm.view() is fake.seen)
             assert (swarm.config, swarm.info, swarm.local_model) == (CONFIG, "info", "local model")
 
@@ -408,7 +409,7 @@ def test_a_bug_on_the_trio_side_ends_the_calls_and_comes_out_on_leaving(run):
             async with bridged(fake) as swarm:
                 task = asyncio.create_task(take(swarm, "hang"))
                 await eventually(lambda: fake.made == 2)
-                swarm._portal.soon(lambda: fake.nursery.start_soon(crash))
+                cast(Any, swarm)._portal.soon(lambda: fake.nursery.start_soon(crash))
                 with pytest.raises(RuntimeError, match="failed"):
                     await task
 
@@ -470,8 +471,8 @@ def test_a_loop_that_is_closed_without_leaving_ends_the_thread():
 
     async def begin():
         swarm = await entered.__aenter__()
-        swarm._portal._start(partial(trio.sleep, 0.05), asyncio.Event())
-        return swarm._portal._thread
+        cast(Any, swarm)._portal._start(partial(trio.sleep, 0.05), asyncio.Event())
+        return cast(Any, swarm)._portal._thread
 
     thread = loop.run_until_complete(begin())
     loop.close()

@@ -584,7 +584,7 @@ async def test_a_call_that_is_cancelled_at_any_await_leaves_nothing_behind_and_t
                 found = await client.backward(hidden, grad, 0, 6)
             trio.lowlevel.remove_instrument(instrument)
             assert not +client._planned
-            assert all(turn.borrowed_tokens == 0 for turn in client._turns.values())
+            assert all(limiter.borrowed_tokens == 0 for limiter in client._limiters.values())
             await trio.sleep(Limits().compute_idle_seconds + 1)
             swarm.assert_idle()
             if found is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import trio
 import trio.testing
@@ -42,7 +44,7 @@ async def test_tokens_are_those_of_the_whole_model_and_only_new_ones_are_sent(au
         worked = []
         conversation = conversation_of(two_replicas(world), worked=worked.append)
         assert await continued(conversation, PROMPT, 8) == generated(PROMPT, 8, BLOCKS)
-        assert conversation.local_model.embedded == [5, 1, 1, 1, 1, 1, 1, 1]
+        assert cast(Any, conversation.local_model).embedded == [5, 1, 1, 1, 1, 1, 1, 1]
         assert conversation.recoveries == 0
         assert worked == [conversation.session] * 8
         conversation.close()
@@ -75,7 +77,7 @@ async def test_after_a_result_that_cannot_be_nothing_in_the_caches_is_trusted(au
         assert tokens == PROMPT + generated(PROMPT, 3, BLOCKS)
         assert hops_of(conversation) == "a y"
         # All seven tokens again: the positions that were spoilt are not known.
-        assert conversation.local_model.embedded == [5, 1, 1, 7]
+        assert cast(Any, conversation.local_model).embedded == [5, 1, 1, 7]
         conversation.close()
 
 
@@ -92,7 +94,7 @@ async def test_a_call_that_fails_after_it_cut_the_caches_leaves_no_token_that_is
         longer = PROMPT + first
         assert await conversation.logits_after(longer, best) == generated(longer, 1, BLOCKS)[0]
         common = next(at for at in range(6) if other[at : at + 1] != longer[at : at + 1])
-        assert conversation.local_model.embedded == [5, len(other) - common, len(longer) - common]
+        assert cast(Any, conversation.local_model).embedded == [5, len(other) - common, len(longer) - common]
         conversation.close()
 
 
@@ -156,7 +158,7 @@ async def test_other_tokens_keep_the_common_beginning_in_the_caches(autojump_clo
         conversation = conversation_of(two_replicas(world))
         for tokens in ([1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9], [1, 2], [1, 2], [7, 7, 7], [7, 7, 7, 8]):
             assert await conversation.logits_after(tokens, best) == generated(tokens, 1, BLOCKS)[0]
-        assert conversation.local_model.embedded == [
+        assert cast(Any, conversation.local_model).embedded == [
             5,
             3,
             1,

@@ -12,14 +12,10 @@ import pytest
 import trio
 
 from node.config import ConfigError
+from node.network.addresses import bootstrap_peers
 from node.network.directory import announcer, neighbours, pings
-from node.network.directory.directory import (
-    PROTOCOL,
-    Directory,
-    DirectoryConfig,
-    bootstrap_peers,
-    open_directory,
-)
+from node.network.directory.directory import Directory, DirectoryConfig, open_directory
+from node.network.directory.neighbours import PROTOCOL
 from node.network.directory.pings import PING_SECONDS, worth_watching
 from routing.names import peer_id_of
 from routing.view import exchange

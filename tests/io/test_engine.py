@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 import trio
-from fakes_forward_backward import ToySpan, blocks_on, gradient_of, whole_numbers
-from fakes_serving import HIDDEN, FakeCache, FakeCompute, FakeSpan, some_hidden, whole_model
 
 from node.model.blocks import parts
 from node.serving.executor.engine import Answer, Engine, NotFinite
@@ -21,6 +19,8 @@ from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, StepRange
 from tensor_codec.messages.forward_backward import Backward, Forward, Run
 from tensor_codec.span_spec import SpanSpec
+from tests.fakes_forward_backward import ToySpan, blocks_on, gradient_of, whole_numbers
+from tests.fakes_serving import HIDDEN, FakeCache, FakeCompute, FakeSpan, some_hidden, whole_model
 
 
 class One:

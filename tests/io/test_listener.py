@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -292,7 +293,7 @@ async def test_a_step_that_may_not_come_ends_the_session_and_touches_nothing(wha
         client, _ = await RawClient.open(world, "a")
         await client.stream.send(step(0, 0, 3))
         await client.receive(world)
-        cache = next(iter(node.listener._sessions.values())).cache
+        cache: Any = next(iter(node.listener._sessions.values())).cache
         before = {block: given.clone() for block, given in cache.given.items()}
         await client.stream.send(frame)
         told = await client.receive(world)

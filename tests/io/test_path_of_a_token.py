@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
@@ -164,7 +165,7 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
             peers = peers or (json.loads(ready.read_text())["addresses"][0],)
         swarm = await stack.enter_async_context(client.connect(str(model), peers=peers))
         swarm.local_model.make_exact_argmax()  # else it may come up in the middle
-        computes.append(swarm._compute)
+        computes.append(cast(Any, swarm)._compute)
         for compute in computes:
             await compute.run(tracer.start)
         tracer.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import trio
@@ -50,7 +51,7 @@ async def asking(autojump_clock):
     """An asker on a host that answers nothing, and how often it has told of a change."""
     async with trio.open_nursery() as nursery:
         changes = []
-        asker = Asker(
+        asker: Any = Asker(
             Host(), nursery, addresses=lambda peer: ("/ip4/10.0.0.1/tcp/1",),
             changed=lambda: changes.append(asker.answers.silent()), dial_seconds=5.0,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ async def test_the_hop_before_replays_and_neither_client_nor_others_do_anything_
         found += await continued(conversation, PROMPT + found, 4)
         assert found == generated(PROMPT, 8, BLOCKS)
         assert hops_of(conversation) == "A b C"
-        assert conversation.local_model.embedded == [5] + [1] * 7, "the client embedded nothing again"
+        embedded = cast(Any, conversation.local_model).embedded
+        assert embedded == [5] + [1] * 7, "the client embedded nothing again"
         assert steps_of(world, "A") == steps_of(world, "C") == [(0, 5), *((at, 1) for at in range(5, 12))]
         (replay,) = conversation.trace.of("replayed")
         assert (replay.data["sender"], replay.data["peer"]) == ("A", "b")

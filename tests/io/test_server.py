@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -334,9 +334,9 @@ async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
         assert watch.served == [step[1:3] for step in steps if step != steps[1]]
         assert setting.loader.loaded == [(0, 3), (3, 4)]
         assert setting.online == [(0, 3), (1, 4)]
-        span = setting.server.dispatch.served_span.listener.engine.span  # type: ignore[union-attr]
+        span = setting.server.dispatch.served_span.listener.engine.span
         assert (span.start, span.stop) == (1, 4)
-        assert setting.server.dispatch.served_span.listener.pool.held == (1, 4)  # type: ignore[union-attr]
+        assert cast(FakeArena, setting.server.dispatch.served_span.listener.pool).held == (1, 4)
 
 
 @pytest.mark.parametrize("rooms", [[1], [0, 1]])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
@@ -76,7 +77,7 @@ def test_the_view_is_waited_for():
     fake = FakeSwarm()
     with joined(fake) as swarm:
         seen = swarm.view()
-        later = threading.Timer(0.05, lambda: swarm._portal.soon(fake.change))
+        later = threading.Timer(0.05, lambda: cast(Any, swarm)._portal.soon(fake.change))
         later.start()
         swarm.changed(seen)
         assert swarm.view() is fake.seen is not seen
@@ -86,7 +87,7 @@ def test_the_view_is_waited_for():
 def test_a_conversation_goes_through_generate_and_is_closed_in_trio():
     with joined(FakeSwarm()) as swarm:
         talk = swarm.conversation(100)
-        inner = talk._target
+        inner = cast(Any, talk)._target
         assert len(list(swarm.generate("t", max_new_tokens=3, conversation=talk))) == 3
         assert (inner.tokens, inner.max_length) == ([0, 1, 2], 100)
         talk.close()
@@ -163,7 +164,7 @@ def test_a_generator_may_be_dropped_by_any_thread(where):
             dropped.set()
 
         if where == "trio's thread":
-            swarm._portal.soon(drop)
+            cast(Any, swarm)._portal.soon(drop)
         else:
             thread = threading.Thread(target=drop)
             thread.start()
@@ -274,7 +275,7 @@ def test_a_call_in_the_swarm_s_own_thread_is_refused_where_it_would_wait_for_eve
             except RuntimeError as error:
                 refused.append(str(error))
 
-        swarm._portal.soon(call)
+        cast(Any, swarm)._portal.soon(call)
         eventually(lambda: bool(refused))
     assert "own thread" in refused[0]
 

@@ -560,7 +560,7 @@ def test_a_dumb_terminal_gets_one_look_below_the_other(
             raise KeyboardInterrupt
 
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(node.monitor.watch.trio, "sleep", stop)
+    monkeypatch.setattr(trio, "sleep", stop)
     done = command_line.run(node.__main__, *STATUS, "--watch", stdout="tty")
     assert (done.code, done.err) == (CTRL_C, "")
     assert len(looks) == 3

@@ -13,9 +13,10 @@ from client.terminal import _template
 from node.config import ConfigError
 from node.model.blocks.span import load_span
 from node.model.checkpoint import source
+from node.model.checkpoint.builtin import BUILTIN_MODEL
 from node.model.checkpoint.folder import HashMemo, ModelFolder, model_name, open_folder
 from node.model.checkpoint.info import read_info
-from node.model.checkpoint.source import BUILTIN_MODEL, resolve
+from node.model.checkpoint.source import resolve
 from node.model.embed_and_head import load_embed_and_head, open_tokenizer
 from routing.view.records import Record
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer

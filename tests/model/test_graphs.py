@@ -126,8 +126,9 @@ def test_a_fused_step_through_graphs_is_the_step(tmp_path: Path):
     steps = DecodeGraphs(pool.nobodys_page * pool.page_tokens, Recorder())
 
     @torch.inference_mode()
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
-        return fused._decode_torch(tensors[0], pool, *tensors[1:], 0, 4)
+    def run(hidden: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
+        places, write, read = positions
+        return fused._decode_torch(hidden, pool, places, write, read, 0, 4)
 
     expected = span.decode(inputs.hidden, caches, 0, 4)
     for _ in range(3):

@@ -14,7 +14,6 @@ import torch
 from node.__main__ import main
 from node.config import ConfigError
 from node.model.blocks.span import load_span
-from node.model.checkpoint import prepare as module
 from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import HashMemo, ModelFolder, TensorEntry, open_folder
 from node.model.checkpoint.info import memory_needed, read_info
@@ -194,7 +193,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(llama, tmp_path, monkeypatch
 
 
 def test_too_little_room_is_said_before_anything_is_written(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(ConfigError, match=r"has 10 bytes free, int8 needs \d+"):
         prepared(llama, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()

@@ -53,7 +53,9 @@ async def pair(plan: Plan = PLAN) -> AsyncIterator[tuple[Network, FramedStream, 
     for name in (A, B):
         network.participants[name] = Somebody(Limits())
     near = await network.open_stream(A, B, "p", 5.0)
-    yield network, near, network.participants[B].streams[0]
+    somebody = network.participants[B]
+    assert isinstance(somebody, Somebody)
+    yield network, near, somebody.streams[0]
 
 
 async def since(began: float, stream: FramedStream) -> tuple[bytes, float]:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +114,7 @@ def test_a_result_is_measured_by_its_command_into_its_file(tmp_path: Path, monke
         return SimpleNamespace(returncode=3)
 
     monkeypatch.setattr(measurements, "FIGURES", tmp_path)
-    monkeypatch.setattr(measurements.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert measure("decode-3", rounds=2) == 3
     assert measure("wan", rounds=2) == 3
     assert ran == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tensor_codec.limits import Limits
 VOCABULARY = 40
 PROMPT = [3, 1, 4, 1, 5]
 NEW = 14
-EMPTY = SimpleNamespace(spans=lambda revision, blocks: [])
+EMPTY: Any = SimpleNamespace(spans=lambda revision, blocks: [])
 
 
 @lru_cache
@@ -60,7 +61,7 @@ def settled(defaults: GenerationDefaults, *, room: int = 50, **given):
     )
 
 
-FILES = {
+FILES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "penalty": {"repetition_penalty": 1.4},
     "bans": {"bad_words_ids": [[9], [1, 2]], "suppress_tokens": [11, 12], "begin_suppress_tokens": [20]},
@@ -319,13 +320,14 @@ def swarm_of(defaults: GenerationDefaults) -> Swarm:
     """As much of a swarm as the checks of a call need."""
     swarm = object.__new__(Swarm)
     swarm.config = ClientConfig(peers=())
-    swarm.info = SimpleNamespace(vocab_size=VOCABULARY, name="M", max_position=60)
+    info: Any = SimpleNamespace(vocab_size=VOCABULARY, name="M", max_position=60)
     swarm.local_model = SimpleNamespace(
         tokenizer=lambda text: {"input_ids": [ord(char) % 40 for char in text]}
     )
     swarm.generation_defaults = defaults
-    swarm.info.revision, swarm.info.blocks = "r", 1
-    swarm._lengths = SessionLengths(swarm.info, Limits(), Constraints(), lambda: EMPTY)
+    info.revision, info.blocks = "r", 1
+    swarm.info = info
+    swarm._lengths = SessionLengths(info, Limits(), Constraints(), lambda: EMPTY)
     return swarm
 
 

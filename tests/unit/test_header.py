@@ -4,6 +4,8 @@ import contextlib
 import math
 import struct
 import tracemalloc
+from collections.abc import Callable
+from typing import Any, cast
 
 import msgpack
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tensor_codec.errors import LocalProtocolError, MessageError
-from tensor_codec.header import MAX_HEADER_BYTES, MAX_ITEMS, Header, pack_header, split_message, unpack_map
-from tensor_codec.limits import KIB, MIB
+from tensor_codec.header import MAX_ITEMS, Header, pack_header, split_message, unpack_map
+from tensor_codec.limits import KIB, MAX_HEADER_BYTES, MIB
 
 
 def framed(packed: bytes) -> bytes:
@@ -187,7 +189,7 @@ def test_packing_more_than_a_header_holds_is_our_own_bug():
 
 
 # What each reader takes and what it does not.
-READERS = {
+READERS: dict[str, tuple[Callable[[Header], object], list[Any]]] = {
     "integer": (lambda h: h.integer("x", 0, 10), [0, 5, 10]),
     "number": (lambda h: h.number("x", 0.0, 10.0), [0, 0.5, 10, 10.0]),
     "flag": (lambda h: h.flag("x"), [True, False]),
@@ -207,7 +209,7 @@ VALUES = [
 @pytest.mark.parametrize("reader", READERS)
 def test_a_reader_takes_its_own_values_and_nothing_else(reader):
     read, good = READERS[reader]
-    for value in VALUES:
+    for value in cast(list[Any], VALUES):
         header = Header({"x": value})
         in_range = reader == "number" and type(value) in (int, float) and 0 <= value <= 10
         short = reader == "items" and type(value) is list and len(value) <= 2

@@ -5,7 +5,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config import ConfigError
-from node.network.transport import secret_file
 from node.network.transport.identity import identity_of, load_or_create_identity
 from routing.names import public_key_of
 
@@ -67,7 +66,7 @@ def test_a_full_disk_leaves_no_file_at_all(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(secret_file.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match=r"cannot write identity .*identity \(32 bytes\): No space left"):
         load_or_create_identity(tmp_path / "identity")
     assert list(tmp_path.iterdir()) == []
@@ -78,12 +77,12 @@ def test_of_two_processes_that_make_it_at_once_the_first_one_wins(tmp_path, monk
     link = os.link
 
     def other_was_faster(source, target):
-        monkeypatch.setattr(secret_file.os, "link", link)
+        monkeypatch.setattr(os, "link", link)
         theirs.append(load_or_create_identity(path))
         link(source, target)
 
     theirs = []
-    monkeypatch.setattr(secret_file.os, "link", other_was_faster)
+    monkeypatch.setattr(os, "link", other_was_faster)
     assert [load_or_create_identity(path)] == theirs
 
 

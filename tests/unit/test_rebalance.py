@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from routing.blocks import Blocks, coverage
 from routing.names import PeerId, peer_id_of
 from routing.placement.cover_gaps import opens_gap
-from routing.placement.goals import MIN_REPLICAS
+from routing.placement.goals import MIN_REPLICAS, QUALITY
 from routing.placement.rebalance import (
     GOOD,
-    QUALITY,
     RANK_CHANCE,
     REPLICA_WORTH,
     Move,

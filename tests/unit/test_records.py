@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from routing.names import PeerId, peer_id_of, public_key_of
 from routing.view.records import (
     DOMAIN,
-    MAX_BLOCKS,
     MAX_RTTS,
     MAX_SEQ,
     Record,
@@ -24,6 +23,7 @@ from routing.view.records import (
     signer,
     verify_record,
 )
+from tensor_codec.blocks import MAX_BLOCKS
 from tensor_codec.limits import Limits
 
 LIMITS = Limits()
