@@ -14,6 +14,7 @@ from node.runtime.arguments import Parser, add_addresses, one_address_each, posi
 from node.runtime.console import argument_text, fail, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
+from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 EPILOG = """\
@@ -188,7 +189,7 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
     )
     servers.add_argument("--max-hops", type=int, metavar="N", help="the most servers of one chain")
     parser.add_argument(
-        "--codec", choices=("auto", "fp32", "bf16"), default="auto", help="hidden states on the wire"
+        "--codec", choices=("auto", *CODEC_BYTES), default="auto", help="hidden states on the wire"
     )
 
 

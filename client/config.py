@@ -12,6 +12,7 @@ from node.config import ConfigError, config_errors
 from node.runtime import values
 from routing.chains.alternatives import Constraints
 from tensor_codec.limits import Limits, limits_with
+from tensor_codec.messages.contract import CODEC_BYTES
 
 SWARM_KEY_BYTES = 32
 
@@ -110,8 +111,9 @@ def check(config: ClientConfig) -> None:
     if not config.peers:
         raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
     bootstrap_peers(config.peers)
-    if config.codec not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"the codec is {values.shown(config.codec)}, auto, fp32 or bf16 is allowed")
+    if config.codec not in ("auto", *CODEC_BYTES):
+        allowed = ", ".join(("auto", *CODEC_BYTES))
+        raise ConfigError(f"the codec is {values.shown(config.codec)}, one of {allowed} is allowed")
     constraints: object = config.constraints
     if not isinstance(constraints, Constraints):
         found = values.shown(constraints)

@@ -73,7 +73,7 @@ def test_what_is_clear_is_taken(given: dict[str, Any], name: str, taken: object)
             for bad in (math.nan, math.inf, -1, True, numpy.bool_(True), "5", None, [1.0], 1j, torch.ones(2))
         ),
         ({"step_seconds": 0}, "above 0 and at most 1,000,000"),
-        ({"codec": "fp8"}, "the codec is 'fp8', auto, fp32 or bf16 is allowed"),
+        ({"codec": "fp8"}, "the codec is 'fp8', one of auto, fp32, bf16 is allowed"),
         ({"codec": torch.float32}, "the codec is torch.float32 (dtype)"),
         ({"constraints": {"most_hops": 1}}, "client.Constraints(...) is needed"),
         ({"constraints": ()}, "client.Constraints(...) is needed"),
