@@ -24,7 +24,7 @@ class AvoidedPeers:
         """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour.
 
         gone: its connection broke, or could not be made; see `seen_online`.
-        While it is avoided it may be tried where there is nobody else; that it fails again then says
+        While it is avoided it may be tried where no other peer is left; that it fails again then says
         nothing new, and does not make it longer.
         """
         if self._until.get(peer, now) > now and peer in self._faults:

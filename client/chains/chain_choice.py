@@ -270,7 +270,7 @@ class ChainChooser:
                     return cheapest(excluded=wanted.excluded.union(avoided[forgiven:]))
             avoided = []
         elif late := self.late():
-            with suppress(NoChain):  # who has not answered yet may never do so
+            with suppress(NoChain):  # a peer without an answer may never answer
                 return cheapest(excluded=wanted.excluded.union(avoided, late))
         try:
             return cheapest(excluded=wanted.excluded.union(avoided))
@@ -296,5 +296,5 @@ def _avoided(blame: AvoidedPeers, view: SwarmView, now: float) -> list[PeerId]:
 
 
 def _kind(record: Record) -> str:
-    """What decides which tokens come out, beside the weights."""
+    """What decides which tokens come out, besides the weights."""
     return f"{record.dtype} {record.quantize}"

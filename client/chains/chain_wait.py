@@ -31,7 +31,7 @@ class ViewChanges:
 
     changed_since: Callable[[SwarmView], Awaitable[None]]
     find_peers: Callable[[], Awaitable[object]] | None = None
-    _seen: SwarmView | None = None  # when somebody looked last
+    _seen: SwarmView | None = None  # at the last choice
     _found_at: float = -math.inf
 
     def look(self, view: SwarmView) -> SwarmView:

@@ -1,4 +1,4 @@
-"""What a session needs of the swarm: chains to choose from, streams, and somebody to report to."""
+"""What a session needs of the swarm: chains to choose from, streams, and a place for reports."""
 
 from __future__ import annotations
 

@@ -116,14 +116,14 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The answer to a step is there: wake whoever waits for it."""
+    """The answer to a step is there: wake its collector."""
 
     pending: Pending
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The route is broken: whoever waits is to have it repaired."""
+    """The route is broken: the waiting collector repairs it."""
 
     why: str
 
@@ -157,7 +157,7 @@ class Blame:
 
 @dataclass(frozen=True, slots=True)
 class Postpone:
-    """Ask other peers for so many seconds, or for the usual time where None."""
+    """Ask other peers for `seconds`; None: for the usual time."""
 
     peer: PeerId
     seconds: float | None

@@ -47,7 +47,6 @@ from client.session.repair.watchdog import Watchdog
 from client.session.route_state import LineUp, Refill, RouteState
 from client.session.steps import Pending, StepSource, StepTimes
 from client.session.terms import Terms
-from routing.chains.hops import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import (
     LocalProtocolError,
@@ -214,7 +213,7 @@ class ClientSession:
             case StepsGivenUp():
                 return self._break("steps were given up", now) if self.steps.give_up() else []
             case Moving(why):
-                return self._break(why, now) if self._has_choice() else []
+                return self._break(why, now) if self.route.has_choice() else []
             case Closed():
                 return self._close()
 
@@ -223,7 +222,7 @@ class ClientSession:
         if hop.hop.stop < self.terms.blocks:
             return self.route.carry(hop, result, pending)
         if pending is None or pending.result is not None:
-            return []  # nobody waits for it any more
+            return []  # its caller has gone, or has the answer
         contract, what = self.route.contracts.in_epoch(result.epoch), pending.what
         tokens = len(result.body) // contract.row_bytes
         if (result.position, tokens) != (what.reply_position, what.reply_tokens):
@@ -276,17 +275,11 @@ class ClientSession:
     def _leave(self, hop: HopState, why: str, now: float) -> list[Action]:
         """A hop works, but too slowly: go elsewhere, if there is another peer."""
         hop.set_leaving()
-        if not self._has_choice():
+        if not self.route.has_choice():
             hop.set_leaving(False)
             return []
         fault = Note("fault", {"peer": hop.hop.peer, "error": why})
         return [fault, Postpone(hop.hop.peer, None), *self._break(why, now)]
-
-    def _has_choice(self) -> bool:
-        try:
-            return bool(self.route.choose())
-        except NoChain:
-            return False
 
     def _lost(
         self, hop: HopState, error: PeerFault | Refused, now: float, *, blame: bool = True

@@ -63,7 +63,7 @@ class HopState:
         self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut)
 
     def resume(self, length: int) -> None:
-        """It was told to go on from `length` positions."""
+        """It goes on from `length` positions, by a Resume."""
         self.progress = HopProgress(length, cut=self.progress.cut)
 
     def ask(self, now: float) -> None:
@@ -87,7 +87,7 @@ class HopState:
         self.refused = True
 
     def fail(self, error: PeerFault | Refused, *, blame: bool) -> None:
-        """It is of no use any more; the first reason stands.  blame: the peer is not to be tried at once."""
+        """It is of no use any more; the first reason counts.  blame: the peer is not to be tried at once."""
         if self.error is None:
             self.error, self.blamed = error, blame
 

@@ -76,7 +76,7 @@ class Route:
     """The streams to the hops of one session.  Their tasks run in `nursery` until the session is closed.
 
     journal: what was sent to the first hop, in `terms.kept_codec`.
-    news: set, and made anew, whenever somebody who waits has to look again.
+    news: set, and made anew, whenever waiting tasks have to look again.
     """
 
     core: ClientSession
@@ -118,7 +118,7 @@ class Route:
             raise core.route.why_none(core.last_error, sorted(self._unanswered)) from core.last_error
 
     def tell(self, event: Event) -> bool:
-        """The core is told what has happened, and what it decides is done; whether it is anything.
+        """Give an event to the core and do what it decides; whether it decides anything.
 
         Only for events after which nothing has to be sent.
         """
@@ -150,13 +150,13 @@ class Route:
                     raise LocalProtocolError(f"{action} takes time")
 
     async def perform(self, actions: Iterable[Action]) -> None:
-        """Do what is to be sent as well.  What fails is told to the core."""
+        """Do what is to be sent as well.  A failure goes to the core."""
         for action in actions:
             match action:
                 case Deliver():
                     self.wake()
                 case Ask(hop):
-                    with contextlib.suppress(PeerFault):  # whoever reads the stream sees it too
+                    with contextlib.suppress(PeerFault):  # the reader of the stream sees it too
                         if hop in self._links:
                             await self._links[hop].ask()
                 case Carry(hop, step):
@@ -251,6 +251,7 @@ class Route:
         made: dict[int, HopState] = {}
         failure: PeerFault | Refused | None = None
         self._unanswered.clear()
+        began = trio.current_time()
 
         async def agree(index: int, place: Place) -> None:
             nonlocal failure
@@ -277,6 +278,9 @@ class Route:
             for index, place in enumerate(line_up.places):
                 nursery.start_soon(agree, index, place)
         if failure is not None:
+            if isinstance(failure, Refused):
+                seconds = trio.current_time() - began
+                self.apply(self.core.route.postpone_late(self._unanswered, line_up, seconds))
             raise failure
         return [made[index] for index in range(len(line_up.places))]
 
@@ -376,7 +380,7 @@ class Route:
 
     @contextlib.contextmanager
     def _noting(self, hop: HopState) -> Iterator[HopLink]:
-        """A PeerFault within is told to the core, and goes on."""
+        """A PeerFault within goes to the core, and on to the caller."""
         try:
             yield self._link(hop)
         except PeerFault as fault:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from client.chains.chooser import Chooser
-from client.session.actions import Action, Carry, Leave, Note
+from client.session.actions import Action, Carry, Leave, Note, Postpone
 from client.session.hop_state import HopState
 from client.session.repair.contracts import Contracts
 from client.session.repair.replacement import Neighbours, Replacement
@@ -19,6 +19,9 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerFault, Refused, SlowPeer
 from tensor_codec.messages.contract import Contract, Reply
 from tensor_codec.messages.session import Result, Step
+
+LATE_SECONDS = 1.0  # without an answer to Open: then a hop waits for free cache
+REFUSED_SECONDS = 2.0  # that such a hop is left alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class LineUp:
 
 @dataclass(frozen=True, slots=True)
 class Refill:
-    """What the hops of a new route lack, and who sends it: see `client.session.repair.replay_plan`.
+    """What the hops of a new route lack, and their senders: see `client.session.repair.replay_plan`.
 
     orders: for each hop.  The client sends the first hop positions [client_from, position) again.
     bulk: hops to which the client opens a stream for what is sent again.
@@ -69,7 +72,7 @@ class Refill:
 
 @dataclass(slots=True, eq=False)
 class RouteState:
-    """Which hops serve a session in which epoch, and what they were told of each other.
+    """Which hops serve a session in which epoch, and which neighbours they know.
 
     hops: of the present route.  opened: all that serve the session, those of the present route included.
     chain: of the hops.  refilling: a replay may still be under way, which no step may overtake.
@@ -91,6 +94,13 @@ class RouteState:
     def choose(self, last_resort: bool = False) -> Chain:
         """The chain to go on with.  last_resort: peers that failed may be in it.  Raises NoChain."""
         return self.replacement.best_chain(self.hops, last_resort=last_resort)
+
+    def has_choice(self) -> bool:
+        """Whether there is a chain without the hops that are avoided."""
+        try:
+            return bool(self.choose().hops)
+        except NoChain:
+            return False
 
     def instead_of(self, chain: Chain) -> Chain | None:
         """The best chain by what is known now, if that is another one."""
@@ -125,6 +135,17 @@ class RouteState:
     def add(self, hop: HopState) -> None:
         """A new hop has taken the session."""
         self.opened.append(hop)
+
+    def postpone_late(self, unanswered: Collection[PeerId], line_up: LineUp, seconds: float) -> list[Action]:
+        """A new hop has refused the session: which others are not asked next, if there are other peers.
+
+        unanswered: peers that have not answered either, after `seconds`.  They are taken to wait for free
+        cache too: asked again, they would refuse only after a further wait.
+        """
+        if seconds < LATE_SECONDS:
+            return []
+        fresh = [place.hop.peer for place in line_up.places if place.state is None]
+        return [Postpone(peer, REFUSED_SECONDS) for peer in fresh if peer in unanswered]
 
     def are_apart(self, made: Sequence[HopState]) -> bool:
         """Whether hops of a new route cannot reach the next one, as was not known before."""

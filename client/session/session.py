@@ -6,8 +6,8 @@ Where two hops cannot reach each other the client carries what goes from one to 
 
 When a hop fails, `collect` (or the next `submit`) has the route repaired (`client.session.route`) and
 goes on: steps without an answer are sent again, and a hop that has computed one answers from memory.
-What is decided on the way stands in the session's core (`client.session.core`); here are the caller's
-tensors, deadlines and waits.
+The session's core (`client.session.core`) decides; this module has the caller's tensors, deadlines and
+waits.
 """
 
 from __future__ import annotations

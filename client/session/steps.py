@@ -125,7 +125,7 @@ class StepSource:
     """The steps of a session: what was sent, what is answered, what goes out again.
 
     length: positions in the hops' caches, as far as answers have come back.
-    pending: by step, oldest first.  sent: without an answer, whether somebody waits or not.
+    pending: by step, oldest first.  sent: without an answer, given up or not.
     again: the steps of the last `resume_point`.
     """
 
@@ -136,7 +136,7 @@ class StepSource:
     _next: int = 0
 
     def add(self, what: StepRange, body: Buffer, bulk: bool, now: float) -> Pending:
-        """Number a step.  bulk: whether it is so long; steps that follow a bulk step are bulk too."""
+        """Number a step.  bulk: the step is long; steps that follow a bulk step are bulk too."""
         for before in self.pending.values():
             bulk = before.bulk
             break
@@ -168,7 +168,7 @@ class StepSource:
         return True
 
     def resume_point(self) -> ResumePoint:
-        """Where the session stands now.  What `again` holds afterwards is to be sent again."""
+        """What the session needs of its hops now.  Then `again` holds the steps to send again."""
         self.again = [pending for pending in self.pending.values() if pending.result is None]
         position = self.again[0].what.position if self.again else self.length
         return ResumePoint(position, self.sent, [pending.step for pending in self.again])

@@ -34,6 +34,7 @@ from client.session.actions import (
 )
 from client.session.core import NEXT, State
 from client.session.hop_state import HopState
+from client.session.route_state import LATE_SECONDS, REFUSED_SECONDS
 from routing.chains.hops import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, LocalProtocolError, MessageError, PeerGone, SlowPeer
@@ -418,6 +419,19 @@ def test_why_there_is_no_route_names_what_went_wrong_last_or_who_is_waited_for()
     assert late.peer == "B"
     refused = CacheFull("full", 2.0)
     assert session.route.why_none(refused, []) is refused
+
+
+def test_new_hops_that_have_not_answered_either_when_another_refused_are_not_asked_next():
+    session = new_session()
+    session.begin_switch()
+    line_up, _ = session.route.line_up(session.route.choose(), 0)
+    late = session.route.postpone_late({PeerId("B"), PeerId("b")}, line_up, LATE_SECONDS)
+    assert late == [Postpone(PeerId("B"), REFUSED_SECONDS)]
+    assert session.route.postpone_late({PeerId("B")}, line_up, 0.9 * LATE_SECONDS) == []
+    session = sound_session()
+    session.receive(Lost(session.route.hops[0], PeerGone("gone")), 1.0)
+    line_up, _ = session.route.line_up(session.route.choose(), 0)
+    assert session.route.postpone_late({PeerId("B")}, line_up, LATE_SECONDS) == [], "it has the session"
 
 
 # The end

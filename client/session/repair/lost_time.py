@@ -1,6 +1,6 @@
 """When has a session lost so much time to a chain that became slow, that it should look for another?
 
-A step that takes long once is chance: somebody else's prompt was before it.  To move for that costs a
+One slow step is chance: another client's prompt was before it.  To move for that costs a
 replay, which makes the new hops slow for others, who then move too: in `benchmarks swarm --clients`, at
 80 % of the capacity, moves at a single slow step cost a fifth of it.  So what is lost is added up, a CUSUM
 (Page, 1954): of each step the seconds beyond SUSPICION times the usual, less where steps are quicker, and
@@ -33,7 +33,7 @@ class LostTime:
         return statistics.median(self.recent) if self.recent else None
 
     def took(self, seconds: float, expected: float) -> None:
-        """A decode step took so long.  expected: what the chain promised, which a chain that has been
+        """A decode step took `seconds`.  expected: what the chain promised, which a chain that has been
         slow from its first step is measured by."""
         self.recent.append(seconds)
         usual = min(statistics.median(self.recent), SUSPICION * expected)
@@ -41,7 +41,7 @@ class LostTime:
         self._lost = min(lost, 2 * MAX_LOST_STEPS * usual)  # so that it is made up for some time
 
     def too_much(self, length: int, hops: int) -> bool:
-        """Whether to look for a better chain, for a session of this many positions along so many hops."""
+        """Whether to look for a better chain, for `length` positions at `hops` hops."""
         if len(self.recent) < MIN_STEPS:
             return False
         replay = length * REPLAYED_SHARE / hops  # of one hop's blocks, in usual steps

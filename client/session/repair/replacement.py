@@ -1,4 +1,4 @@
-"""Which hops fill the gaps of a session's route, and what the hops are told of each other.  Pure."""
+"""Which hops fill the gaps of a session's route, and which neighbours each hop knows.  Pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Replacement:
       * hops that live and are not avoided stay where the gaps between them can be filled;
       * a peer that cannot serve the session at all is never chosen again;
       * a peer that refuses again and again is left alone for twice as long each time, 15 s at most;
-      * two hops that cannot reach each other are not told of each other.
+      * two hops that cannot reach each other do not learn of each other.
 
     kinds: of the hops until now: others would give other tokens.
     """
@@ -98,7 +98,7 @@ class Replacement:
         return fresh
 
     def neighbours(self, hops: Sequence[Hop], index: int) -> Neighbours:
-        """What the hop at `index` is told of the hops before and after it."""
+        """The neighbours that the hop at `index` learns of."""
         last = index == len(hops) - 1
         before = None if index == 0 else hops[index - 1].peer
         peer, after = hops[index].peer, None if last else hops[index + 1].peer

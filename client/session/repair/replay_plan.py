@@ -1,8 +1,8 @@
 """What has to be computed again when hops of a session are replaced: as little as possible.  Pure.
 
-Each hop of the new route says where it stands: how many positions its cache holds, which step it
-computed last, and which of its outputs its journal still has.  A new hop stands at nothing.  `plan`
-works out how much of every cache stays good and who sends what again, so that in the end every hop
+Each hop of the new route reports its progress: how many positions its cache holds, which step it
+computed last, and which of its outputs its journal still has.  A new hop has nothing.  `plan`
+works out how much of every cache stays good and which hop sends what again, so that in the end every hop
 holds the positions before the first step that has no answer yet.  That step then goes out again.
 
 Three cases beyond the plain one (one hop died, the one before it replays):
@@ -10,7 +10,7 @@ Three cases beyond the plain one (one hop died, the one before it replays):
 * several died: the sender of a hop may be new itself.  It is fed first, computes, and what it computes
   goes on to those that lack it;
 * a sender's journal does not reach back far enough: it is cut to what its successor holds, and has to
-  be fed itself, by whoever is before it; in the end by the client, which has everything;
+  be fed itself, by the hop before it; in the end by the client, which has everything;
 * a model whose cache cannot go back (a convolution's state): a hop that is too far begins again.
 """
 
@@ -24,7 +24,7 @@ from tensor_codec.messages.contract import StepRange
 
 @dataclass(frozen=True, slots=True)
 class HopProgress:
-    """Where a hop stands: see `tensor_codec.messages.session.Relinked`."""
+    """How far a hop is: see `tensor_codec.messages.session.Relinked`."""
 
     length: int = 0
     kept: int = 0
@@ -34,7 +34,7 @@ class HopProgress:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A step that was sent and has no answer, whether somebody still waits for it or not."""
+    """A step that was sent and has no answer, given up or not."""
 
     step: int
     what: StepRange
