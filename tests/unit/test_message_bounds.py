@@ -8,7 +8,7 @@ import pytest
 
 from tensor_codec.blocks import MAX_BLOCKS
 from tensor_codec.errors import MessageError
-from tensor_codec.header import pack_header
+from tensor_codec.header import pack_header, split_message
 from tensor_codec.messages.contract import (
     MAX_EPOCH,
     MAX_HOPS,
@@ -31,6 +31,9 @@ from tensor_codec.messages.session import (
     decode_from_hop,
     decode_open,
     decode_open_reply,
+    encode_opened,
+    encode_result,
+    encode_step,
 )
 
 LENGTH = 20
@@ -201,3 +204,26 @@ def test_a_step_has_one_position_of_all_rows_at_least(batch, tokens, most):
 def test_a_reply_covers_the_last_positions_of_its_step(reply, count):
     step = StepRange(7, 5, reply)
     assert (step.reply_tokens, step.reply_position) == (count, 12 - count)
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields"),
+    [
+        (encode_opened(Opened(True, False, 2.5)), {"k": "opened", "push": True, "cut": False, "q": 2.5}),
+        (
+            encode_step(Step(bytes(16), 7, 3, "last", ROW, ((1, 2),), 5, True, 9)),
+            {**STEP, "n": 7, "p": 3, "r": 1, "t": [[1, 2]], "e": 5, "b": True, "l": 9},
+        ),
+        (
+            encode_result(Result(7, 3, ROW, ((1, 2),), 5, True, 9)),
+            {"k": "result", "n": 7, "p": 3, "t": [[1, 2]], "e": 5, "replay": True, "l": 9},
+        ),
+    ],
+    ids=["opened", "step", "result"],
+)
+def test_every_field_has_its_name_on_the_wire_and_comes_back(parts, fields):
+    header, body = split_message(b"".join(parts))
+    assert header._fields == fields
+    found = read(fields, bytes(body))
+    encode = {"opened": encode_opened, "step": encode_step, "result": encode_result}[fields["k"]]
+    assert b"".join(encode(found)) == b"".join(parts)
