@@ -35,7 +35,17 @@ REFUSALS_TAKE_TURNS = "two peers without room are asked in turn, and one that ha
 RELAYED = "what a hop sent to be carried on was taken for the last hop's answer, once the route had changed"
 TOO_PATIENT = "a hop that computed one step for a hundred times as long as usual was waited for"
 HELD_BACK = "a replay was held back by a hop that said nothing, and nobody asked it"
-FAILED_ONCE = {135: RELAYED, 388: TOO_PATIENT, 568: HELD_BACK, 870: ENDLESS_BLAME, 981: REFUSALS_TAKE_TURNS}
+REFUSED_ONE_BY_ONE = (
+    "hops without room refused one after the other, until no time was left for those with room"
+)
+FAILED_ONCE = {
+    135: RELAYED,
+    322: REFUSED_ONE_BY_ONE,
+    388: TOO_PATIENT,
+    568: HELD_BACK,
+    870: ENDLESS_BLAME,
+    981: REFUSALS_TAKE_TURNS,
+}
 
 
 @pytest.fixture(scope="module")
