@@ -147,9 +147,8 @@ class ClientSession:
 
     def before_step(self, position: int, now: float) -> Repair | Move | None:
         """No step is on its way, the next one begins at `position`: what is to be done first, if anything."""
-        cannot_cut = position > 0 and not all(hop.progress.cut for hop in self.route.hops)
-        if self.steps.go_back(position) and cannot_cut:
-            self._break("going back", now)  # these caches cannot: they are filled again
+        if self.steps.go_back(position) and position > 0 and self.route.cannot_cut:
+            self._break("going back", now)  # the caches are filled again
         if self.state is not State.SOUND:
             return Repair(self.outage.why)
         for hop in self.route.hops:

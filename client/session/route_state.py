@@ -209,6 +209,11 @@ class RouteState:
             late.about(late_hops[0])
         return late
 
+    @property
+    def cannot_cut(self) -> bool:
+        """Whether a hop's cache cannot go back to a lower position (a convolution's state)."""
+        return not all(hop.progress.cut for hop in self.hops)
+
     def refilled(self) -> None:
         """An answer shows that no replay is under way."""
         self.refilling = False
