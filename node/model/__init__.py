@@ -1,1 +1,1 @@
-"""What a model is made of: architecture, checkpoint, span, ends.  Imports no libp2p and no trio."""
+"""The parts of a model: architecture, checkpoint, span, head.  Imports no libp2p and no trio."""

@@ -1,8 +1,8 @@
-"""The two ends of a model as the library computes them: embedding in front, norm and head at the end.
+"""Embedding, norm and head of a model, as the library computes them.
 
-They are the library's own model with all blocks replaced by one that notes what reaches it and
-answers what it is told.  So embedding scales, learned positions, embedding norms, soft caps and
-logit scales are the library's, for every family.
+They are the library's own model, with all blocks replaced by one that keeps its input and answers a given
+value.  So embedding scales, learned positions, embedding norms, soft caps and logit scales are the
+library's, for every family.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from node.model.weights.argmax_head import ExactArgmax
 
 
-# A file of which one is needed at least: what else a tokenizer has does not make one.
+# A tokenizer needs at least one of these files; its other files alone do not make a tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 
 
@@ -53,8 +53,7 @@ class EmbedAndHead:
         parameter = next(model.parameters())
         self.dtype = parameter.dtype
         self.device = parameter.device
-        # Going through the whole of the library's forward costs 1 ms a token in masks and rotary
-        # embeddings that nobody uses.
+        # The library's whole forward costs 1 ms a token for masks and rotary embeddings that are not used.
         self._plain: tuple[nn.Module, nn.Module, nn.Module] | None = None
         if architecture.plain_ends:
             embedding, norm = (self._base.get_submodule(name) for name in architecture.ends)
@@ -75,8 +74,8 @@ class EmbedAndHead:
     def compile_head(self) -> None:
         """From now on compute the head by our own kernel, where there is one for it.
 
-        float32 on the CPU.  For several rows it takes a third of the time of torch's product, and a
-        row has the same logits alone as among others.  They differ from torch's by rounding.
+        The kernel works in float32 on the CPU.  For several rows it takes a third of the time of torch's
+        product.  A row has the same logits alone and in a batch.  They differ from torch's by rounding.
         """
         from node.model.weights.quantize import kernels
 
@@ -97,7 +96,7 @@ class EmbedAndHead:
         head = cast("nn.Linear", self._plain[2]) if self._plain is not None else None
         if head is None or self._product is None or cast("Tensor | None", head.bias) is not None:
             return
-        with suppress(ValueError):  # a head that holds no numbers; its logits will tell
+        with suppress(ValueError):  # a head without finite numbers; its logits will show it
             self._exact_argmax = ExactArgmax(head.weight.detach())
 
     @torch.inference_mode()
@@ -115,7 +114,7 @@ class EmbedAndHead:
         """Hidden states after the last block [batch, tokens, hidden_size] -> float32 logits
         [batch, tokens, vocab_size], one for each position that is given.
 
-        best_only: only the place and the value of the largest matter; others may be -inf.
+        best_only: only the place and the value of the largest logit matter; others may be -inf.
         """
         if self._plain is not None:
             _, norm, head = self._plain
@@ -128,7 +127,7 @@ class EmbedAndHead:
             return cast(Tensor, head(norm(hidden.to(self.device, self.dtype)))).float()
         self.remote.answer = hidden.to(self.device, self.dtype)
         try:
-            # Something must be embedded for the library to go on; what, the remote block ignores.
+            # The library must embed a token to go on; the remote block ignores it.
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
@@ -152,7 +151,7 @@ class EmbedAndHead:
 
 
 def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not typed
-    """The tokenizer in a model's folder.  Raises ConfigError where there is none, or none that works."""
+    """The tokenizer in a model's folder.  Raises ConfigError where there is no working tokenizer."""
     from transformers import AutoTokenizer
 
     names = [file.name for file in path.iterdir()]
@@ -175,7 +174,7 @@ def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not 
 
 
 class RemoteBlocks(nn.Module):
-    """Stands where the blocks were: keeps what it is handed and answers `answer`, if there is one."""
+    """Replaces the blocks: keeps its input and answers `answer`, if there is one."""
 
     def __init__(self, answers_tuple: bool) -> None:
         super().__init__()
@@ -184,13 +183,13 @@ class RemoteBlocks(nn.Module):
         self._answers_tuple = answers_tuple
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
-        """What a block of the library answers."""
+        """The answer in the form of the library's blocks."""
         self._seen = hidden_states
         answer = hidden_states if self.answer is None else self.answer
         return (answer,) if self._answers_tuple else answer
 
     def take(self) -> Tensor:
-        """What was handed in last, once."""
+        """The last input, once."""
         seen, self._seen = self._seen, None
         assert seen is not None
         return seen
@@ -205,8 +204,8 @@ def load_embed_and_head(
 ) -> EmbedAndHead:
     """Read embedding, norm and head of a model.  Raises ConfigError, naming what is wrong.
 
-    A head that is tied to the embedding is the same tensor, unless the checkpoint has another one.
-    Weights that have `dtype` in their file stay mapped from it on the CPU.
+    A head that is tied to the embedding is the embedding's tensor, unless the checkpoint has a head.  On
+    the CPU, weights whose file has `dtype` stay mapped from the file.
     """
     architecture = architecture_of(folder.config.get("model_type"))
     whole = library_class(architecture, architecture.whole)

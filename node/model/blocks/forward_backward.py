@@ -1,6 +1,6 @@
 """Forward and backward through a run of blocks, without a session and without a cache.
 
-The whole model's own arithmetic on whole sequences, positions from 0, as a trainer needs it.  The weights
+The whole model's own arithmetic on whole sequences, positions from 0, for training.  The weights
 are frozen, and backward runs the blocks once more with gradients on, in the way of Petals
 (arXiv:2312.08361).  Both go in parts of a few blocks (`node.model.blocks.parts`).  Between two parts nothing
 is computed, so the executor runs other batches there, and only one part's activations are held at a time.

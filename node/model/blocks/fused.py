@@ -1,17 +1,17 @@
-"""Blocks of the llama family by our own hand, where they are known to be equal to the library's.
+"""Our own code for blocks of the llama family, where it is known to equal the library's.
 
 llama, mistral, qwen2, qwen3 and smollm3 share one block: norm, attention with rotary positions and
 grouped key heads, norm, gated MLP.  They differ in biases, in a norm on queries and keys, in windows,
-and in blocks without rotary positions; `FusedBlock` holds what differs.  Queries, keys and values
+and in blocks without rotary positions; `FusedBlock` holds these differences.  Queries, keys and values
 come out of one matrix, and so do gate and up.
 
-Two ways lead through a block.  `step` takes positions of one session (prefill) with torch's attention.
-`decode` takes one position of many rows of different lengths.  In float32 on the CPU all before
-attention is one compiled call, and so is all after it; for `decode` attention is the third, over the
-arena's pages.
+A block is computed in two ways.  `step` takes positions of one session (prefill) with torch's attention.
+`decode` takes one position of many rows of different lengths.  In float32 on the CPU everything before
+attention is one compiled call, and everything after it another.  For `decode`, attention over the pages of
+the page pool is a third.
 
-What is not known to be equal (other activations, rotary angles that depend on the length, layers
-that cannot be merged) is left to the library: `fuse` answers None.
+`fuse` answers None for a block that is not known to be equal, and the library computes it.  Reasons are
+other activations, rotary angles that depend on the length, and layers that cannot be merged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from node.model.weights.quantize import PackedLinear, kernels, merge_linears
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 Halves = tuple[Callable[..., None], Callable[..., None]]
 _NOTHING = np.empty(0, np.float32)
-_FIRST_ANGLES = 1024  # positions; doubled when a longer session comes
+_FIRST_ANGLES = 1024  # positions; doubled for a longer session
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,12 @@ class FusedBlock:
 
     @property
     def matrices(self) -> tuple[nn.Module, ...]:
-        """Its linear layers."""
+        """The linear layers of the block."""
         return self.qkv, self.out, self.gate_up, self.down
 
     @cached_property
     def compiled(self) -> Compiled:
-        """For the kernels.  The layers' tensors stay where they are from now on."""
+        """The block for the kernels.  The layers' tensors must keep their addresses from now on."""
         qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
         return Compiled(
             norm=self.norm.numpy(),
@@ -123,7 +123,7 @@ def fuse(
 ) -> FusedSpan | None:
     """The span's blocks, from block `start` on, for `FusedSpan`; None where the library must compute them.
 
-    The library's layers go on to work: they share the merged ones' memory.
+    The library's layers still work: they share the memory of the merged layers.
     """
     config = cast(Any, model).config
     rotary = getattr(model, "rotary_emb", None)
@@ -172,10 +172,10 @@ def _fuse_block(
 
 @dataclass(frozen=True, slots=True)
 class _Where:
-    """Where the positions of a step lie: what is the same for all of its blocks.
+    """The places of a step's positions, common to all blocks of the step.
 
-    write: slots of the new positions, read: of these and all before, both flat.  position: the first
-    new one.  masks: by window.  angles: cos and sin of the new positions.
+    write: slots of the new positions.  read: slots of the new and all earlier positions.  Both are flat.
+    position: the first new one.  masks: by window.  angles: cos and sin of the new positions.
     """
 
     pool: PagePool
@@ -187,7 +187,7 @@ class _Where:
 
 
 class FusedSpan:
-    """Runs of fused blocks over an arena.  Made by `fuse`, `part` and `joined`."""
+    """Runs of fused blocks over a page pool.  Made by `fuse`, `part` and `joined`."""
 
     def __init__(
         self,
@@ -204,24 +204,24 @@ class FusedSpan:
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
         kept = {_kept_in(linear) for block in blocks for linear in block.matrices}
-        # What the compiled kernels read, where they can: one dtype of all matrices.
+        # The dtype that the compiled kernels read, if all matrices have one dtype.
         self._kept = kept.pop() if len(kept) == 1 else None
         self._graphs: WeakKeyDictionary[PagePool, DecodeGraphs] = WeakKeyDictionary()
         self._config = config
 
     def part(self, start: int, stop: int) -> FusedSpan:
-        """The blocks [start, stop) by themselves."""
+        """A run of the blocks [start, stop) alone."""
         return FusedSpan(self._run(start, stop), start, self._rotary, self._config)
 
     def joined(self, spans: Sequence[FusedSpan]) -> FusedSpan:
-        """All blocks of these, which follow upon each other; this one may be among them."""
+        """One run of all blocks of these runs, which follow each other; this run may be among them."""
         blocks = [block for span in spans for block in span.blocks]
         return FusedSpan(blocks, spans[0].start, self._rotary, self._config)
 
     def step(
         self, hidden: Tensor, pool: PagePool, rows: NDArray[np.int64], position: int, start: int, stop: int
     ) -> Tensor:
-        """Positions of one session: hidden [batch, tokens, hidden_size], the first at `position`."""
+        """Compute positions of one session: hidden [batch, tokens, hidden_size], the first at `position`."""
         batch, tokens, _ = hidden.shape
         if tokens == 1 and self._compiled(hidden):
             lengths = np.full(batch, position)
@@ -255,7 +255,7 @@ class FusedSpan:
     def _compiled_block(
         self, halves: Halves, index: int, block: FusedBlock, hidden: Tensor, where: _Where
     ) -> None:
-        """The same in place, with all but attention compiled."""
+        """`step` in place, with everything but attention compiled."""
         before, after = halves
         it = block.compiled
         batch, tokens, width = hidden.shape
@@ -277,7 +277,7 @@ class FusedSpan:
     def _attended(
         self, index: int, block: FusedBlock, q: Tensor, k: Tensor, v: Tensor, where: _Where
     ) -> Tensor:
-        """Attention of the new positions over these and all before: [batch, tokens, heads * head_dim]."""
+        """Attention of new positions over new and earlier positions: [batch, tokens, heads * head_dim]."""
         if where.position:
             k, v = (
                 store.index_select(0, where.read).view(len(q), -1, *store.shape[1:])
@@ -304,7 +304,7 @@ class FusedSpan:
         start: int,
         stop: int,
     ) -> Tensor:
-        """One position of each row, hidden [rows, hidden_size], after `lengths` positions of its own."""
+        """Compute one position of each row, hidden [rows, hidden_size], after its `lengths` positions."""
         longest = int(lengths.max()) + 1
         slots = pool.slots_of(rows, lengths)
         angles = self._angles_for(longest, hidden)
@@ -320,7 +320,7 @@ class FusedSpan:
 
         if hidden.device.type != "cuda":
             return inputs.run(run)
-        self._angles_for(bucket(longest, MIN_LENGTH), hidden)  # whose memory a graph goes on to read
+        self._angles_for(bucket(longest, MIN_LENGTH), hidden)  # a graph still reads its memory
         graphs = self._graphs.setdefault(pool, DecodeGraphs(pool.nobodys_page * pool.page_tokens))
         return graphs.run(run, (start, stop), inputs)
 
@@ -334,7 +334,7 @@ class FusedSpan:
         start: int,
         stop: int,
     ) -> Tensor:
-        """`decode` in torch's own operations, of fixed shapes and without a word from the CPU.
+        """`decode` in torch's own operations: fixed shapes and no host sync, so a graph can record it.
 
         places: positions before each row.  write: [rows] slots.  read: [rows, longest] slots.
         """
@@ -355,7 +355,7 @@ class FusedSpan:
                 store.index_select(0, read.reshape(-1)).view(rows, longest, *store.shape[1:]).transpose(1, 2)
                 for store in (keys, values)
             )
-            # The queries of one key head stand where positions would: nothing is repeated for them.
+            # The queries of one key head take the axis of positions, so no key is repeated.
             grouped = q.view(rows, self.key_heads, -1, self.head_dim)
             attended = functional.scaled_dot_product_attention(
                 grouped, k, v, attn_mask=visible[:, None, None], scale=block.scale
@@ -426,13 +426,13 @@ class FusedSpan:
         return q, k, v
 
     def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block, after attention."""
+        """The part of the block after attention."""
         hidden = hidden + block.out(attended)
         gate, up = block.gate_up(_rms_norm(hidden, block.mlp_norm, block.eps)).chunk(2, -1)
         return cast(Tensor, hidden + block.down(functional.silu(gate) * up))
 
     def _numbered(self, start: int, stop: int) -> list[tuple[int, FusedBlock]]:
-        """The blocks of a run with their places in the arena."""
+        """The blocks of a run with their numbers in the page pool."""
         first = start - self.start
         return list(enumerate(self._run(start, stop), first))
 
@@ -470,7 +470,7 @@ def decode_kernels() -> ModuleType | None:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As the library computes it: in float32, rounded to x's dtype before the weight is applied."""
+    """The norm as the library computes it: in float32, rounded to x's dtype before the weight is applied."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
@@ -483,7 +483,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _mask(position: int, tokens: int, window: int, like: Tensor) -> Tensor | None:
-    """Which of `position + tokens` positions each of the last `tokens` may see; None: all before it."""
+    """The mask of `position + tokens` positions for each of the last `tokens`; None: causal."""
     length = position + tokens
     if not position and not 0 < window < length:
         return None

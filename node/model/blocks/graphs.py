@@ -1,12 +1,12 @@
 """One-token steps as CUDA graphs: launched as one, instead of some hundred kernels one after the other.
 
-A graph is a recording of kernels with their addresses, so inputs lie in buffers of its own and shapes
-are fixed.  Rows and lengths are therefore rounded up to buckets: rows that are not there write to the
-arena's page that belongs to nobody, positions that are not there are masked.  A graph is made when
-its bucket comes for the second time, and the least recently used one is dropped beyond a number.
+A graph is a recording of kernels with their addresses, so inputs lie in buffers of its own and shapes are
+fixed.  Rows and lengths are therefore rounded up to buckets.  Padding rows write to the page that belongs
+to no row, and padding positions are masked.  A graph is made when its bucket is used for the second time.
+The least recently used graph is dropped when there are too many.
 
-Not everything can be recorded (a kernel that allocates, or asks the CPU what to do, cannot): what
-fails once is computed without graphs from then on, and the log says so.
+A kernel that allocates or syncs with the host cannot be recorded.  After one failure the span computes
+without graphs, and the log says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("raceme")
 
 MIN_LENGTH = 64  # positions in the smallest bucket
 MAX_GRAPHS = 32  # each keeps its activations: some MiB
-SEEN_BEFORE = 1  # times that a bucket comes before it is worth recording
+SEEN_BEFORE = 1  # uses of a bucket before it is worth recording
 
 # hidden [rows, hidden_size], positions before each row, slot to write of each row, slots to read
 # [rows, longest] -> hidden [rows, hidden_size]
@@ -34,7 +34,7 @@ Capture = Callable[[Run, "Inputs"], Callable[[], Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a step reads, in buffers that stay where they are."""
+    """The inputs of a step, in buffers of fixed addresses."""
 
     hidden: Tensor
     places: Tensor
@@ -42,17 +42,17 @@ class Inputs:
     read: Tensor
 
     def run(self, run: Run) -> Tensor:
-        """The step over these."""
+        """Run the step over these inputs."""
         return run(self.hidden, self.places, self.write, self.read)
 
 
 def bucket(number: int, least: int = 1) -> int:
-    """The power of two that is not below `number` and not below `least`, itself one."""
+    """The smallest power of two that is at least `number` and `least`; `least` is a power of two."""
     return max(least, 1 << (number - 1).bit_length())
 
 
 def padded(inputs: Inputs, nobodys_slot: int) -> Inputs:
-    """The inputs at the size of their bucket."""
+    """The inputs padded to the size of their bucket."""
     rows, longest = inputs.read.shape
     more_rows, more = bucket(rows) - rows, bucket(longest, MIN_LENGTH) - longest
     return Inputs(
@@ -70,9 +70,9 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """The graphs of one span over one arena.
+    """The graphs of one span over one page pool.
 
-    capture: records a step over inputs and answers what plays it again.
+    capture: records a step over inputs and answers a function that replays the step.
     """
 
     def __init__(self, nobodys_slot: int, capture: Capture | None = None) -> None:
@@ -118,7 +118,7 @@ def cuda_graph(run: Run, inputs: Inputs) -> Callable[[], Tensor]:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        inputs.run(run)  # once without recording: libraries set themselves up
+        inputs.run(run)  # once without recording: libraries initialise
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

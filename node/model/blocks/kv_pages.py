@@ -1,14 +1,14 @@
 """The keys and values of all sessions of a span, in pages: memory follows use.
 
 Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
-A row of a session owns pages of 16 positions, in any order; a list of each row says which page holds
-which of its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a session that
-grows takes another page, and going back sets a number.  A span that takes other blocks changes the list of
-stores alone: a page is the same for every block.  Sliding-window blocks keep all positions too: those outside
-the window are masked, and going back needs no snapshot.
+A row of a session owns pages of 16 positions, in any order; a list of each row names the page of each of
+its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a session that grows
+takes another page, and going back sets a number.  A span that takes other blocks changes the list of
+stores alone: a page is the same for every block.  Sliding-window blocks keep all positions too: positions
+outside the window are masked, and going back needs no snapshot.
 
 The last page of every store belongs to no row.  A batch reads from it, masked, the positions after the end
-of its shorter rows.  It holds zeros, or the writes of rows that only fill up a CUDA graph.
+of its shorter rows.  It holds zeros, or the writes of a CUDA graph's padding rows.
 `node.serving.cache_budget` decides how many pages a session may take; a missing page is a bug here.
 
 A convolution's state (lfm2) is not positional and stays with its session.  It holds only the last tokens, so
@@ -86,7 +86,7 @@ class PagePool:
         self._free = np.ones(self.pages, bool)
         self._free_pages = self.pages
         self._free_rows: list[int] = []
-        self._pages: list[NDArray[np.int64]] = []  # of each row, as many as it has needed, or nobody's
+        self._pages: list[NDArray[np.int64]] = []  # of each row, as many as it has needed, or `nobodys_page`
 
     def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
         """Have stores for these blocks from now on; blocks that had stores before keep them.

@@ -1,8 +1,8 @@
-"""What the library's attention sees of the arena: a `Cache` for the time of one run.
+"""The page pool as the library's attention reads it: a `Cache` for the time of one run.
 
-The library calls `update` from each attention layer with the new keys and values and computes with
-what comes back.  The arena's pages are gathered into [rows, heads, length, head_dim]; a session
-whose pages lie side by side is read in place.
+The library calls `update` from each attention layer with the new keys and values, and computes with the
+answer.  The pages are gathered into [rows, heads, length, head_dim]; a session whose pages are neighbours
+is read in place.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from node.model.blocks.kv_pages import BlockShape, PagePool
 
 
 class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not typed
-    """The properties of each of our caches that the library asks for, whatever its blocks are."""
+    """The properties that the library asks of each of our caches, for any kind of block."""
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer drops what left its window."""
+        """No layer drops positions outside its window."""
         return [False]
 
     @property
@@ -33,12 +33,12 @@ class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not
 
     @property
     def is_dummy(self) -> list[bool]:
-        """Every layer keeps something."""
+        """No layer is without a cache."""
         return [False]
 
     @property
     def is_compileable(self) -> bool:
-        """The rows change their shape with every step."""
+        """The shape of the rows changes with every step."""
         return False
 
 
@@ -93,7 +93,7 @@ class ArenaRun(_FullAttention):
         gathered = store.index_select(0, self._read)
         return gathered.view(self.rows, self.length, *store.shape[1:]).transpose(1, 2)
 
-    # What the library asks of a cache.  All blocks have seen the same tokens, so the answers do not
+    # The library's questions to a cache.  All blocks have seen the same tokens, so the answers do not
     # depend on the layer, and a span without any attention layer can answer too.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -110,7 +110,7 @@ class ArenaRun(_FullAttention):
 
 
 class ShapeProbe(_FullAttention):
-    """Keeps nothing and notes what each block would cache: run one token through with it."""
+    """Keeps nothing and notes the shapes that each block would cache in a run of one token."""
 
     def __init__(self, blocks: int) -> None:
         self.shapes: dict[int, BlockShape] = {}

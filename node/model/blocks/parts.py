@@ -1,4 +1,4 @@
-"""The parts that a long forward or backward is done in: runs of a few blocks.
+"""The parts of a long forward or backward: runs of a few blocks.
 
 Without torch, so that the memory of a node can be planned before torch is loaded.
 """
@@ -14,7 +14,7 @@ Run = tuple[int, int]
 
 
 def forward_parts(positions: int, start: int, stop: int) -> list[Run]:
-    """The runs of blocks, in order, that a forward through [start, stop) is done in.
+    """The runs of blocks, in order, of a forward through [start, stop).
 
     positions: of all rows together.
     """
@@ -23,6 +23,6 @@ def forward_parts(positions: int, start: int, stop: int) -> list[Run]:
 
 
 def backward_parts(positions: int, start: int, stop: int) -> list[Run]:
-    """The same for a backward: forward through all runs but the last, then back through all of them."""
+    """The runs of a backward: forward through all runs but the last, then back through all of them."""
     forward = forward_parts(positions, start, stop)
     return forward[:-1] + forward[::-1]

@@ -1,11 +1,11 @@
-"""Rotary positions (arXiv:2104.09864) as a model's config has them: which kinds are known, and for which
-of them the angles depend on how long the sequence is.  No torch.
+"""Rotary positions (arXiv:2104.09864) of a model's config: the known kinds, and the kinds whose angles
+depend on the sequence's length.  No torch.
 
 Two kinds depend on the length.  `longrope` (arXiv:2402.13753) has one set of factors for sequences up to
 the trained length and one for longer ones; `dynamic` (NTK scaling) stretches its base with every position
-beyond it.  The library takes the length of whatever one call holds.  Here a position has a length of its
-own: that of the prompt that it belongs to, or for a generated token that of the sequence up to it.  So it
-does not matter what it is computed together with, or in how many steps.
+beyond it.  The library takes the length of the positions in one call.  Here a position has a length of its
+own: the length of its prompt, or for a generated token the length of the sequence up to the token.  So the
+angles depend neither on the batch nor on the number of steps.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _RECOMPUTED = frozenset({"phi3"})  # the library fills the cache anew where the 
 class LengthRope:
     """Angles that depend on the length.
 
-    rules: (kind, longest sequence for which the angles are the plain ones), one for each kind of block.
-    recomputed: when a growing sequence changes its factors, the library computes all of its positions
-    once more; else what is cached keeps the old ones.
+    rules: (kind, longest sequence with plain angles), one for each kind of block.
+    recomputed: when a growing sequence changes its factors, the library computes all of its positions once
+    more; else cached positions keep the old factors.
     """
 
     rules: tuple[tuple[str, int], ...]
     recomputed: bool = False
 
     def factors(self, length: int) -> tuple[int, ...]:
-        """What the angles depend on: equal for two lengths that have the same angles."""
+        """The key of the angles: equal for two lengths with the same angles."""
         return tuple(
             int(length > plain) if kind == "longrope" else max(length, plain) for kind, plain in self.rules
         )
@@ -55,12 +55,12 @@ class LengthRope:
         return one == other or self.factors(one) == self.factors(other)
 
     def length_of(self, prompt: int, tokens: int) -> int:
-        """The length whose angles the first of `tokens` positions take, `prompt` of which are the prompt."""
+        """The length for the angles of the first of `tokens` positions; `prompt` of them are the prompt."""
         return tokens if self.recomputed else prompt
 
 
 def length_rope(config: Any) -> LengthRope | None:  # Any: the library's config, which is not typed
-    """What depends on the length in a model with this config of the library; None where nothing does."""
+    """The angles that depend on the length for this config of the library; None if none do."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, Mapping):
         return None
@@ -93,16 +93,16 @@ def check_rope(config: Mapping[str, Any], path: Path) -> None:
             if name not in one:
                 raise ConfigError(f"{path}: {where} of type {kind} has no {name}")
             if kind == "yarn" and one[name] is None:
-                continue  # that of the two lengths is meant
+                continue  # the comparison of the two lengths is meant
             _check_factor(one[name], f"{path}: {name} of {where}", many=name in _LISTS)
         if kind == "longrope":
             _check_lists(config, one, f"{path}: {where}")
 
 
 def stretched(config: Mapping[str, Any], positions: int) -> int:
-    """How many positions a model may have whose config.json says `positions`.
+    """The number of positions that a model may have if its config.json says `positions`.
 
-    `dynamic` begins where those end, and reaches as many times as far as its factor says.
+    `dynamic` begins after these positions, and its factor multiplies their number.
     """
     settings = config.get("rope_scaling") or config.get("rope_parameters")
     if config.get("model_type") in _WITHOUT or not isinstance(settings, Mapping):
@@ -116,7 +116,7 @@ def stretched(config: Mapping[str, Any], positions: int) -> int:
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What the library would read, by name: one set of settings, or one for each type of block."""
+    """The settings that the library would read, by name: one set, or one for each type of block."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     settings = config.get(name)
     if settings is None:
@@ -128,7 +128,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Mapp
 
 
 def _by_type(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The settings of each type of block, where they are not the same for all."""
+    """The settings of each type of block, where the types differ."""
     return [one for one in settings.values() if isinstance(one, Mapping)] or [settings]
 
 

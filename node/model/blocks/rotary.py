@@ -17,10 +17,10 @@ Angles = Tensor | tuple[Tensor, ...]
 
 
 class RotaryByLength(nn.Module):
-    """Stands where the library's module was.
+    """Replaces the library's module.
 
-    lengths: int [rows or 1, tokens or 1], of the positions of the next call; None: each call holds
-    whole sequences from their first position on, as the library takes it.
+    lengths: int [rows or 1, tokens or 1], of the positions of the next call; None: each call holds whole
+    sequences from their first position on, as in the library.
     """
 
     def __init__(self, library: nn.Module, rope: LengthRope) -> None:
@@ -30,7 +30,7 @@ class RotaryByLength(nn.Module):
         self.lengths: NDArray[np.int64] | None = None
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Angles:
-        """What the library's module answers for `position_ids`, int [rows or 1, tokens]."""
+        """The answer of the library's module for `position_ids`, int [rows or 1, tokens]."""
         if self.lengths is None:
             return cast(Angles, self._fresh()(x, position_ids, *args, **kwargs))
         lengths = np.broadcast_to(self.lengths, position_ids.shape)
@@ -56,7 +56,7 @@ class RotaryByLength(nn.Module):
         return answer[0] if single else tuple(answer)
 
     def _of_length(self, length: int, x: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Angles:
-        """The angles of positions of one length, which the library takes from the last one that it sees."""
+        """The angles of positions of one length, which the library takes from the last position of a call."""
         last = positions.new_full((len(positions), 1), length - 1)
         answer = self._fresh()(x, torch.cat((positions, last), 1), *args, **kwargs)
         if isinstance(answer, Tensor):
@@ -64,7 +64,7 @@ class RotaryByLength(nn.Module):
         return tuple(one[:, :-1] for one in answer)
 
     def _fresh(self) -> nn.Module:
-        """The library's module as it was when it was made: it changes itself with what it is given."""
+        """The library's module in its first state: the module changes its state with each call."""
         fresh = copy.copy(self.library)
         fresh._buffers = {
             name: None if one is None else one.clone() for name, one in self.library._buffers.items()
@@ -73,7 +73,7 @@ class RotaryByLength(nn.Module):
 
 
 def by_length(model: nn.Module, architecture: Architecture) -> None:
-    """Give a base model such a module in place of its own, if its angles depend on the length."""
+    """Replace a base model's rotary module by a `RotaryByLength`, if its angles depend on the length."""
     rope = length_rope(cast(Any, model).config)
     container = model.get_submodule(architecture.container)
     rotary = getattr(container, "rotary_emb", None)

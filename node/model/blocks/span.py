@@ -1,18 +1,17 @@
 """A run of blocks as the library computes them: its own base model, trimmed.
 
-The base class is built without memory (on the meta device) from the full config, so that every
-block is the one it is in the whole model; then only the span's blocks are kept and only their
-tensors are read.  The library's forward goes on to make masks, rotary embeddings and alibi.  What
-belongs to the ends is taken out: embeddings are never asked, because hidden states are given; norms
-and projections let them through; learned positions add zero.  Some families scale or normalise what
-they are given before the first block (granite, bloom), so the first block of a run is wrapped, and
-takes the received hidden states whatever it is handed.
+The base class is built without memory (on the meta device) from the full config, so that every block equals
+its block of the whole model.  Then only the span's blocks are kept, and only their tensors are read.  The
+library's forward still makes masks, rotary embeddings and alibi.  Embedding and head are taken out:
+embeddings are never called, because hidden states are given; norms and projections let hidden states
+through; learned positions add zero.  Some families scale or normalise their input before the first block
+(granite, bloom).  So the first block of a run is wrapped, and always takes the received hidden states.
 
-A session may use a part of a span.  Each such run is a view: a shallow copy of the model with
-fewer blocks and a config to match, made when first asked for.
+A session may use a part of a span.  Each part is a view: a shallow copy of the model with fewer blocks and
+a matching config, made at its first use.
 
-A span does not change, but another one may have some of its blocks: `Span.part` and `Span.joined` make
-one out of blocks that are there already, and what no span has any more is given back.
+A span does not change, but another one may have some of its blocks: `Span.part` and `Span.joined` make a
+span out of loaded blocks, and blocks without a span are freed.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ from tensor_codec.errors import LocalProtocolError
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in span_spec.DTYPES}
 
 
-# What the library may end with where values of a config do not go together.
+# The errors of the library where values of a config do not fit together.
 _UNLOADABLE = (
     RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError,
     AssertionError, OverflowError, ImportError,
@@ -66,7 +65,7 @@ _UNLOADABLE = (
 
 
 class LibraryConfig(Protocol):
-    """What we use of the library's config classes."""
+    """The attributes of the library's config classes that we use."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -75,7 +74,7 @@ class LibraryConfig(Protocol):
 class Span:
     """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`, `part` and `joined`.
 
-    dtype: of the hidden states inside.  shapes: what each block caches, None for a convolution.
+    dtype: of the hidden states inside.  shapes: of each block's cache, None for a convolution.
     """
 
     def __init__(
@@ -86,9 +85,9 @@ class Span:
         stop: int,
         made: tuple[FusedSpan | None, tuple[BlockShape | None, ...]] | None = None,
     ) -> None:
-        """model: the trimmed base model, whose config is that of the whole model.
+        """model: the trimmed base model, with the config of the whole model.
 
-        made: what other spans of these blocks have found out, our own code and the shapes.
+        made: our own code and the shapes, taken from other spans of these blocks.
         """
         self.start = start
         self.stop = stop
@@ -119,7 +118,7 @@ class Span:
 
     @property
     def max_length(self) -> int:
-        """Positions that a session may have."""
+        """The number of positions that a session may have."""
         positions = int(getattr(self.config, "max_position_embeddings", None) or UNSAID_POSITIONS)
         return stretched({"rope_parameters": getattr(self.config, "rope_parameters", None)}, positions)
 
@@ -129,7 +128,7 @@ class Span:
         return tensor_bytes(self.model)
 
     def part(self, start: int, stop: int) -> Span:
-        """A span of the blocks [start, stop) of this one: the same weights, and no others are held by it."""
+        """A span of the blocks [start, stop) of this span: it holds these blocks' weights alone."""
         self._run_of(start, stop)
         first, last = start - self.start, stop - self.start
         blocks = _blocks(self.model, self.architecture)[first:last]
@@ -137,9 +136,9 @@ class Span:
         return self._of(blocks, start, (fused, self.shapes[first:last]))
 
     def joined(self, others: Sequence[Span]) -> Span:
-        """One span of these blocks and those of `others`, loaded alike: nothing is copied.
+        """One span of the blocks of this span and of `others`, loaded alike: nothing is copied.
 
-        Raises LocalProtocolError unless each begins where another one ends.
+        Raises LocalProtocolError unless each span begins where another span ends.
         """
         spans = sorted((self, *others), key=lambda span: span.start)
         for one, two in pairwise(spans):
@@ -165,7 +164,7 @@ class Span:
         return Span(model, self.architecture, start, start + len(blocks), made)
 
     def new_arena(self, tokens: int, max_length: int | None = None) -> PagePool:
-        """Room for the keys and values of `tokens` positions, in rows of up to `max_length`."""
+        """A page pool for the keys and values of `tokens` positions, in rows of up to `max_length`."""
         return PagePool(
             self.start,
             self.shapes,
@@ -176,7 +175,7 @@ class Span:
         )
 
     def new_cache(self, batch: int, max_length: int) -> SpanCache:
-        """An empty cache of `batch` rows in an arena of its own; it takes memory as it fills."""
+        """An empty cache of `batch` rows in a page pool of its own; it takes memory as it fills."""
         row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
         return self.new_arena(batch * row, max_length).open(batch, max_length)
 
@@ -194,9 +193,10 @@ class Span:
         """Compute a step of one session: [batch, tokens, hidden_size] -> the same shape, in `dtype`.
 
         position: of the first token; it continues the cache, which the caller has cut before.
-        start, stop: the run of blocks, the whole span where None; the same for all of a cache's life.
-        rope_length: where angles depend on the length, each position takes those of a sequence of this
-        length, or of one that ends with it, whichever is longer (see node/model/blocks/rope.py).
+        start, stop: the run of blocks, the whole span where None; fixed for all of a cache's life.
+        rope_length: where angles depend on the length, each position takes the angles of a sequence of this
+        length, or of a sequence that ends with the position, whichever is longer (see
+        node/model/blocks/rope.py).
         """
         start, stop = self._run_of(start, stop)
         tokens = hidden.shape[1]
@@ -230,8 +230,8 @@ class Span:
     ) -> Tensor:
         """Compute one position of each row of several sessions: [rows, hidden_size] -> the same shape.
 
-        rows: the sessions' caches, all of one arena, in the order of their rows in `hidden`; each
-        has reserved a position more than its length, which the caller then moves on.
+        rows: the sessions' caches, all of one page pool, in the order of their rows in `hidden`.  Each
+        cache has reserved a position more than its length; the caller then moves the length.
         rope_lengths: of each session, as in `forward`; None: 0.
         """
         start, stop = self._run_of(start, stop)
@@ -309,7 +309,7 @@ class Span:
         return cast(Tensor, answer.last_hidden_state)
 
     def _ragged_mask(self, lengths: Tensor, longest: int) -> object:
-        """What one new position of each row may see, in the form that the architecture takes.
+        """The mask of one new position of each row, in the form that the architecture takes.
 
         lengths: positions before it, [rows].
         """
@@ -342,7 +342,7 @@ class Span:
 
     @torch.inference_mode()
     def _probe(self) -> tuple[BlockShape | None, ...]:
-        """Run one token through and see what each block would cache."""
+        """Run one token through the blocks and note the shapes that each block would cache."""
         probe = ShapeProbe(self.stop)
         hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
         self._library(hidden, probe, torch.zeros(1, 1, dtype=torch.long), None, self.start, self.stop)
@@ -360,7 +360,7 @@ class Span:
 
 
 class _Entry(nn.Module):
-    """The first block of a run: computes on `given`, whatever it is handed."""
+    """The first block of a run: computes on `given` and ignores its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ class _Entry(nn.Module):
         assert self.given is not None
         return self.block(self.given, *args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:  # Any: whatever the library looks up on a block
+    def __getattr__(self, name: str) -> Any:  # Any: an attribute that the library looks up on a block
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -379,7 +379,7 @@ class _Entry(nn.Module):
 
 
 class _NoPosition(nn.Module):
-    """Stands in for learned positions, which the client has added: adds nothing."""
+    """Replaces learned positions, which the client has added: adds nothing."""
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         return torch.zeros(())
@@ -398,9 +398,9 @@ def load_span(
     """Read the blocks [start, stop) of a model.  Raises ConfigError, naming what is wrong.
 
     quantize: "none", "int8" or "nf4"; a folder that was prepared in int8 is read as it is.  dtype: of
-    what is not quantised.  A CPU that cannot compute in bfloat16 keeps matrices in it and computes in
-    float32, so `Span.dtype` may be another (see `packing_for`).
-    Weights that have in their file the dtype that is wanted stay mapped from it on the CPU.
+    tensors that are not quantised.  A CPU without bfloat16 arithmetic keeps matrices in bfloat16 and
+    computes in float32, so `Span.dtype` may differ (see `packing_for`). On the CPU, weights whose file has
+    `dtype` stay mapped from the file.
     """
     device = torch.device(device)
     wanted = folder.quantize if quantize == "none" else quantize
@@ -439,7 +439,7 @@ def load_span(
         return Span(model, architecture, start, stop)
     except torch.OutOfMemoryError:
         raise
-    except _UNLOADABLE as error:  # sizes that do not go together show when a token is run through
+    except _UNLOADABLE as error:  # a run of one token shows sizes that do not fit together
         raise ConfigError(f"{folder.path}: {what} cannot be computed: {_one_line(error)}") from error
 
 
@@ -450,20 +450,20 @@ def _one_line(error: Exception) -> str:
 
 
 def library_class(architecture: Architecture, name: str) -> type[nn.Module]:
-    """A class of the library; imports the one module that has it."""
+    """A class of the library; imports only the module of the class."""
     module = import_module(f"transformers.models.{architecture.module}.modeling_{architecture.module}")
     return cast("type[nn.Module]", getattr(module, name))
 
 
 def library_config(base: type[nn.Module], folder: ModelFolder) -> LibraryConfig:
-    """The folder's config as the library's own class.  Raises ConfigError for values that it refuses."""
+    """The folder's config as the library's class.  Raises ConfigError for values that the class refuses."""
     from huggingface_hub.errors import StrictDataclassError
 
     config_class = cast(Any, base).config_class
     check_rope(folder.config, folder.path / CONFIG_FILE)
     try:
         plain = {key: value for key, value in folder.config.items() if key not in PACKING_KEYS}
-        with _quiet_library():  # what matters of what it warns of, `check_rope` has refused
+        with _quiet_library():  # `check_rope` has refused the settings whose warnings matter
             return cast(LibraryConfig, config_class.from_dict(plain))
     except (*_UNLOADABLE, StrictDataclassError) as error:
         what = " ".join(str(error).split())
@@ -488,7 +488,7 @@ def load_trimmed(
         whole.__init__(self, config)
         trim(self)
 
-    # Under the library's own name: it looks up conversions of checkpoints by module and class.
+    # Under the library's own name: the library finds conversions of checkpoints by module and class.
     trimmed = type(whole.__name__, (whole,), {"__init__": __init__, "__module__": whole.__module__})
     with _quiet_library():
         try:
@@ -517,7 +517,7 @@ def load_trimmed(
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Keep the library's bars and reports off the terminal: what matters is raised."""
+    """Keep the library's bars and reports off the terminal: faults are raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -542,7 +542,7 @@ def with_blocks(
 
 
 def _holding(model: nn.Module, architecture: Architecture, blocks: list[nn.Module], config: Any) -> nn.Module:
-    """The same with this config.  Any: the library's."""
+    """A shallow copy with this config.  Any: the library's config."""
     view = _shallow(model)
     cast(Any, view).config = config
     container = view
@@ -555,7 +555,7 @@ def _holding(model: nn.Module, architecture: Architecture, blocks: list[nn.Modul
 
 
 def sliced_config(config: Any, start: int, stop: int) -> Any:  # Any: the library's config
-    """The config of a run of blocks: each list with one item a block is cut to those of the run."""
+    """The config of a run of blocks: each list with one item per block is cut to the items of the run."""
     blocks = config.num_hidden_layers
     view = copy.copy(config)
     # Past the class's setters, which would refuse the state between two of these assignments.

@@ -1,8 +1,8 @@
-"""The architectures that are tested: where the library keeps the blocks and the ends of each.
+"""The architectures that are tested: the places of the blocks, embedding and head in each.
 
-The table is closed.  A model outside it might load and give wrong numbers without a word: spans of
-linear attention only, per-layer inputs and state-space models do.  A row is added with a tiny
-random model in tests/model_fixtures.py that agrees with the whole model.
+The table is closed.  A model outside it might load and give wrong numbers without an error, as spans of
+linear attention only, per-layer inputs and state-space models do.  A row is added with a tiny random model
+in tests/model_fixtures.py that agrees with the whole model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ Merge = Literal["mask", "masks", "padding", "never"]
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Where one of the library's model families keeps its parts.
+    """The places of the parts in one of the library's model families.
 
     module: below `transformers.models`.
     base, whole: the class without and with the head.
-    prefix: the attribute of `whole` that holds `base`, and what its tensors' names begin with.
-    container: the attribute of `base` that holds blocks and ends, "" where that is `base` itself.
+    prefix: the attribute of `whole` that holds `base`, and the prefix of its tensors' names.
+    container: the attribute of `base` that holds blocks, embedding and norm, "" where they lie in `base`
+    itself.
     blocks: the list of blocks in the container.
     ends: modules of the container that belong to the client: embeddings, norms, projections.
-    positions: those of them that are given positions and whose answer is added to the embedding.
+    positions: those `ends` that take positions and whose answer is added to the embedding.
     answers_tuple: a block answers a tuple whose first item is the hidden states.
-    plain_ends: the embedding is a lookup and the head a norm and a matrix, with nothing before,
-        between or after, so that both may be called by themselves.
-    merge: how rows of different lengths may be computed at once: with one "mask" for all blocks, with
-        "masks" by the blocks' types, with a mask of "padding" (alibi is counted from that), or "never".
+    plain_ends: the embedding is a lookup and the head is a norm and a matrix, without other operations, so
+        that both may be called alone.
+    merge: the mask for rows of different lengths in one call: one "mask" for all blocks, "masks" by the
+        blocks' types, a mask of "padding" (alibi counts from it), or "never".
     fused: node/model/blocks/fused.py computes its blocks too.
     """
 
@@ -52,7 +53,7 @@ class Architecture:
     def block_of(self, tensor: str) -> tuple[int, str] | None:
         """(block, rest of the name) of a checkpoint's tensor, None for a tensor of the ends.
 
-        Checkpoints of the base model alone leave the prefix away; both spellings are read.
+        Checkpoints of the base model alone omit the prefix; both spellings are read.
         """
         path = re.escape(f"{self.container}.{self.blocks}" if self.container else self.blocks)
         found = re.fullmatch(rf"(?:{re.escape(self.prefix)}\.)?{path}\.(\d+)\.(.+)", tensor)
@@ -179,7 +180,7 @@ ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _TABLE}
 
 
 def architecture_of(model_type: object) -> Architecture:
-    """The row for a config's `model_type`.  Raises ConfigError for one that is not tested."""
+    """The row for a config's `model_type`.  Raises ConfigError for an architecture that is not tested."""
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     raise ConfigError(

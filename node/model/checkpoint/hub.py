@@ -1,10 +1,10 @@
 """A model of the Hugging Face hub: small files at once, weights when a span needs them.
 
-Everything goes through the hub's own client and its own cache, so that what was fetched before is
-used and its environment variables (offline mode, mirror, token) hold.  What a revision needs to be
-named, the SHA-256 of each weight file, is in the hub's listing; what a node needs to plan, the
-header of each weight file, is read by range.  Both are kept in our cache, so a node that was online
-once can start offline with the shards of its own span alone.
+Everything goes through the hub's own client and cache, so earlier downloads are used and the hub's
+environment variables (offline mode, mirror, token) hold.  The SHA-256 of each weight file, which names a
+revision, is in the hub's listing.  The header of each weight file, which a node plans with, is read by
+range.  Both are kept in our cache, so a node that was online once can start offline with the shards of its
+own span alone.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _ANSWER_SECONDS = 10.0
 
 
 class Unreachable(Exception):
-    """The hub does not answer, or must not be asked (offline mode)."""
+    """The hub does not answer, or offline mode forbids requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What the hub has under a name: the commit, and the SHA-256 of each of its large files."""
+    """The hub's entry of a model: the commit, and the SHA-256 of each of its large files."""
 
     commit: str
     hashes: Mapping[str, str]
 
 
 class Hub:
-    """The hub's client, as far as we use it.  Its methods raise Unreachable and ConfigError."""
+    """The part of the hub's client that we use.  Its methods raise Unreachable and ConfigError."""
 
     def listing(self, model: str, revision: str | None) -> Listing:
         """The files of a model at a branch, tag or commit."""
@@ -113,7 +113,7 @@ class Hub:
 
 
 def _answer(model: str, ask: Callable[[], T]) -> T:
-    """Ask the hub, and sort what goes wrong by who must act."""
+    """Ask the hub, and sort the errors by the party that must act."""
     import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -193,7 +193,7 @@ def resolve_hub(
 
 
 def _files(model: str, path: Path, hashes: Mapping[str, str]) -> tuple[str, ...]:
-    """The weight files of a listing.  Raises ConfigError where there are none that we read."""
+    """The weight files of a listing.  Raises ConfigError if none of them can be read."""
     if (path / INDEX_FILE).is_file():
         files = weight_files(path)
     elif SINGLE_FILE in hashes:
@@ -209,7 +209,7 @@ def _files(model: str, path: Path, hashes: Mapping[str, str]) -> tuple[str, ...]
 def _from_whole_copy(
     model: str, path: Path, memo: HashMemo, progress: Progress
 ) -> tuple[dict[str, str], dict[str, TensorEntry]]:
-    """Hashes and headers out of the hub's cache alone, which must hold all of the weights.
+    """Hashes and headers out of the hub's cache alone, which must hold all weights.
 
     The cache names the content of each large file by its SHA-256, so nothing is read to hash it.
     """
@@ -227,7 +227,7 @@ def _from_whole_copy(
 
 
 def _read_notes(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]] | None:
-    """What was kept about a commit; None where that is nothing or cannot be read."""
+    """Our cache's entry of a commit; None where it is missing or cannot be read."""
     try:
         notes = json.loads(path.read_bytes())
         tensors = {

@@ -1,4 +1,4 @@
-"""What a model would cost to serve, from its config and its tensors' headers: no torch."""
+"""The memory that a model takes to serve, from its config and its tensors' headers: no torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 _MAX_POSITION = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 UNSAID_POSITIONS = 2048  # where a config names no length, and its positions have an end
-UNBOUNDED_POSITIONS = 1 << 24  # alibi has no end, only the caches have; as many as a message can name
+UNBOUNDED_POSITIONS = 1 << 24  # alibi has no end, only caches have: the most that a message can name
 
 SCALE_SUFFIX = "_scale"  # of the name of the tensor that has the scales of an int8 matrix
 TRANSPOSED = ("gpt2",)  # keep their matrices as [in, out] (transformers' Conv1D), unless they are prepared
-_GATES = ("gate", "router")  # choose experts: small, and what they decide is not a matter of a little more
+_GATES = ("gate", "router")  # choose experts: small, and an error can change the choice
 
 _FUSED = ("query_key_value", "c_attn", "Wqkv", "qkv_proj")
 
@@ -35,10 +35,10 @@ _FUSED = ("query_key_value", "c_attn", "Wqkv", "qkv_proj")
 class ModelInfo:
     """A model's sizes.
 
-    block_values: numbers in each block's weights.  kv_values: numbers that a block's cache keeps
-    for a token, in the block that keeps most.  end_values: numbers in embedding, norm and head.
-    matrix_values, matrix_rows: of each block's numbers those that quantising concerns, and in how many
-    rows they stand.  quantize: "int8" for a prepared model, else "none".
+    block_values: numbers in each block's weights.  kv_values: numbers that the cache of the largest block
+    keeps for a token.  end_values: numbers in embedding, norm and head.
+    matrix_values, matrix_rows: in each block, the numbers that are quantised, and the number of their rows.
+    quantize: "int8" for a prepared model, else "none".
     """
 
     name: ModelId
@@ -83,7 +83,7 @@ def _packed_bytes(quantize: str, values: int, rows: int) -> int:
 
 
 def is_matrix(rest: str, shape: tuple[int, ...]) -> bool:
-    """Whether this tensor of a block is one that quantising concerns: the matrix of a linear layer.
+    """Whether this tensor of a block is quantised: it is the matrix of a linear layer.
 
     rest: its name after the block's number.
     """
@@ -141,9 +141,9 @@ def memory_needed(
 ) -> int:
     """Bytes for the weights of `n_blocks` blocks and a cache of `cache_tokens` tokens in each.
 
-    activations: what is computed and cached in, where that is not `dtype` (see `packing_for` in
-    node/model/weights/quantize.py).  What the process takes without them (about 400 MiB with torch,
-    transformers and libp2p) comes on top.
+    activations: the dtype of activations and caches, where it is not `dtype` (see `packing_for` in
+    node/model/weights/quantize.py).  The process's own memory (about 400 MiB with torch, transformers and
+    libp2p) comes on top.
     """
     a_token = info.kv_bytes_per_token_per_block(activations or dtype)
     return n_blocks * (info.block_bytes(dtype, quantize) + cache_tokens * a_token)
@@ -152,7 +152,7 @@ def memory_needed(
 def _kv_values(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], hidden: int) -> int:
     """Numbers that one block caches for a token, from the shapes of its projections.
 
-    The shapes are right where a config leaves a default unsaid.  0 for a block without attention.
+    The shapes are right even if a config omits a default.  0 for a block without attention.
     """
     attention = {
         name.split(".")[-2]: shape
@@ -173,9 +173,9 @@ def _kv_values(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any],
 
 
 def _max_position(folder: ModelFolder, model_type: str) -> int:
-    """Positions that the model computes with; the number in a config of alibi is that of its training.
+    """Positions that the model can compute with; with alibi, a config's number is only the trained length.
 
-    MPT's is an end all the same: the library makes a bias of that length.
+    MPT's number is a bound: the library makes a bias of that length.
     """
     if model_type == "bloom" or (model_type == "falcon" and folder.config.get("alibi")):
         return UNBOUNDED_POSITIONS

@@ -1,7 +1,7 @@
-"""Checkpoints that were quantised by others: which are read, and what their tensors hold.
+"""Checkpoints in foreign quantisations: the layouts that are read, and the content of their tensors.
 
-Two layouts are unpacked into floats when blocks are loaded, as the library does it where no kernel for
-them is at hand; `--quantize` may then pack the floats anew.
+Two layouts are unpacked into floats when blocks are loaded, as the library does without a kernel for them;
+`--quantize` may then pack the floats anew.
 
 * `fp8`: a matrix `X` of 8-bit floats with a scale for each tile of it, `X_scale_inv`;
 * `mxfp4`: experts `X_blocks` of 4-bit floats, two in a byte and 32 in a row, with a power of two for each
@@ -33,7 +33,7 @@ _STATIC = (".input_scale", ".activation_scale")  # of activations, which are not
 def packing_of(folder: ModelFolder) -> str | None:
     """The layout that a folder's tensors are packed in, None for plain floats.
 
-    Raises ConfigError for one that is not read, and for tensors that are not in the layout.
+    Raises ConfigError for a layout that is not read, and for tensors outside the layout.
     """
     settings = next((folder.config[key] for key in PACKING_KEYS if folder.config.get(key) is not None), None)
     if settings is None:
@@ -61,7 +61,7 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _check_partner(folder: ModelFolder, name: str, entry: TensorEntry, method: str) -> None:
-    """Each packed tensor has its scales, and each tensor of scales its packed one."""
+    """Check that each packed tensor has its scales, and each tensor of scales has its packed tensor."""
     partner = None
     if method == "fp8" and entry.dtype in _FP8:
         partner = name + _TILE
@@ -76,7 +76,7 @@ def _check_partner(folder: ModelFolder, name: str, entry: TensorEntry, method: s
 
 
 def values_of(name: str, entry: TensorEntry, packing: str | None) -> int:
-    """How many numbers a tensor gives when it is unpacked."""
+    """The number of values of an unpacked tensor."""
     if packing == "fp8" and name.endswith((_TILE, *_STATIC)):
         return 0
     if packing == "mxfp4" and name.endswith(_SCALES):
@@ -89,9 +89,9 @@ def values_of(name: str, entry: TensorEntry, packing: str | None) -> int:
 def unpacked(
     tensors: dict[str, Tensor], packing: str | None, config: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors as plain floats under the library's names.  dtype: of what comes out of packed ones.
+    """The tensors as plain floats under the library's names.  dtype: of unpacked tensors.
 
-    `tensors` is emptied on the way, so that no more than one is there twice.  Raises ConfigError.
+    `tensors` is emptied on the way, so that at most one tensor is in memory twice.  Raises ConfigError.
     """
     if packing is None:
         return tensors

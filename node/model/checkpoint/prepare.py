@@ -1,10 +1,10 @@
 """Write a model's checkpoint once more with its blocks' matrices in int8: a node then opens it at once.
 
 The folder has the files that the original has, each matrix `X.weight` of a block as int8 [out, in] with
-its scales `X.weight_scale`, float32 [out], next to it (see node/model/weights/quantize.py).  Everything else,
-embeddings and head included, stays as it is, so clients can use the folder too.  The config says what
-was done and to which revision; a node that serves the folder announces that revision, because the
-weights are those that it would have made of the original at start (docs/decisions/0008).
+its scales `X.weight_scale`, float32 [out], next to it (see node/model/weights/quantize.py).  Everything
+else, embeddings and head included, stays as it is, so clients can use the folder too.  The config names the
+quantisation and the original's revision.  A node that serves the folder announces the original's revision:
+quantising the original at start would give equal weights (docs/decisions/0008).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from node.model.checkpoint.packed import packing_of
 from node.model.checkpoint.progress import Progress, silent
 from node.model.weights.quantize import quantize_rows
 
-_ALIGNMENT = 64  # of each tensor that follows others of a multiple of it; those come first
+_ALIGNMENT = 64  # the alignment of each tensor after tensors whose size is a multiple of it; these come first
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -50,7 +50,7 @@ _OURS = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE)
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A tensor of the new checkpoint.  source: what it is made of; scales: the scales of that matrix."""
+    """A tensor of the new checkpoint.  source: in the original; scales: whether it is the source's scales."""
 
     source: str
     dtype: str
@@ -60,17 +60,17 @@ class Written:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """The tensor's bytes in the file."""
         return TensorEntry("", self.dtype, self.shape).values * ITEM_BYTES[self.dtype]
 
 
 def plan_files(
     tensors: Mapping[str, TensorEntry], architecture: Architecture, dtype: torch.dtype | None
 ) -> dict[str, dict[str, Written]]:
-    """What goes into each file of the new checkpoint, in order: file -> tensor -> how it is made.
+    """The tensors of each file of the new checkpoint, in order: file -> tensor -> its source.
 
-    dtype: of the floats that stay floats; None leaves them as they are.  Files keep their names and
-    their tensors.  Raises ConfigError for a matrix of a dtype that cannot be quantised.
+    dtype: of tensors that stay floats; None keeps their own.  Files keep their names and their tensors.
+    Raises ConfigError for a matrix of a dtype that cannot be quantised.
     """
     turned = architecture.model_type in TRANSPOSED
     files: dict[str, dict[str, Written]] = {}
@@ -111,8 +111,8 @@ def prepare(
 ) -> None:
     """Write the model in int8 into the folder `out`, which must be empty or not there yet.
 
-    dtype: float32 or bfloat16 for what is not quantised; None leaves it as it is.  Tensor by tensor, so no
-    more than one is in memory.  `out` appears under its name when it is whole.  Raises ConfigError.
+    dtype: float32 or bfloat16 for tensors that are not quantised; None keeps their own.  Tensor by tensor,
+    so no more than one is in memory.  `out` appears under its name when it is whole.  Raises ConfigError.
     """
     if folder.quantize != "none":
         raise ConfigError(f"{folder.path} is prepared already, in {folder.quantize}")
@@ -182,7 +182,7 @@ def _write(
 
 
 def _is_small_file(path: Path) -> bool:
-    """Tokenizer, generation config, licence: any file besides weights and the files that we write."""
+    """Tokenizer, generation config, licence: all files except weights and the files that we write."""
     return (
         path.is_file()
         and path.name not in _OURS
@@ -225,7 +225,7 @@ def write_tensors(
 ) -> str:
     """Write one safetensors file; its SHA-256.  Raises OSError.
 
-    written: told the bytes of each tensor.  The header is padded with blanks, which the format allows.
+    written: called with the bytes of each tensor.  The header is padded with blanks, which the format allows.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""How far a long job with files has come, and a bar that shows it."""
+"""The progress of a long job with files, and a bar that shows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO, TextIO, cast
 from node.runtime.console import QuietText, one_line
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, bytes done, and bytes in all (0 where that is not known)."""
+"""Called with the name of the job, bytes done, and bytes in all (0 where unknown)."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -18,7 +18,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @contextmanager
 def progress_bar(file: TextIO) -> Iterator[Progress]:
-    """A bar on `file`, one line for each thing done; without a terminal one plain line for each.
+    """A bar on `file`, one line for each job; without a terminal one plain line for each job.
 
     The bar appears with the first call, so a command that needs no download prints nothing.
     """

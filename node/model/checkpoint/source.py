@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder, the hub, or the built-in one; what comes is a ModelFolder."""
+"""The sources of a model: a local folder, the hub, or the built-in model; each gives a ModelFolder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where fetched models are kept: RACEME_CACHE, else XDG_CACHE_HOME/raceme, else ~/.cache/raceme.
+    """The folder of fetched models: RACEME_CACHE, else XDG_CACHE_HOME/raceme, else ~/.cache/raceme.
 
     Raises ConfigError where the home folder is not known.
     """
@@ -39,7 +39,7 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def _of_home(path: str) -> Path:
-    """The path with its ~ resolved.  Raises ConfigError where nobody says whose home that is."""
+    """The path with its ~ resolved.  Raises ConfigError where the home folder is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -89,14 +89,14 @@ def _kind_of(path: Path) -> str:
 
 
 def brief(text: str) -> str:
-    """For a line that people read: what was given, not all of it where that is long."""
+    """The given text for a line that people read, shortened where it is long."""
     printable = "".join(character if character.isprintable() else "?" for character in text)
     return printable if len(printable) <= 120 else printable[:117] + "..."
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that can be named.  path: None where it would still be fetched.  size: bytes on disk."""
+    """A model that can be named.  path: None where it is not fetched yet.  size: bytes on disk."""
 
     name: str
     path: Path | None
@@ -104,14 +104,14 @@ class KnownModel:
 
 
 def list_models(cache_dir: Path) -> list[KnownModel]:
-    """The built-in model and those that were prepared or fetched before, by name."""
+    """The built-in model and the prepared or fetched models, by name."""
     builtin = cache_dir / "models" / BUILTIN_MODEL / BUILTIN_VERSION
     known = [_known(BUILTIN_MODEL, builtin) if builtin.is_dir() else KnownModel(BUILTIN_MODEL, None, 0)]
     for manifest in sorted((cache_dir / "models").glob(f"*/[!.]*/{MANIFEST_FILE}")):
         if manifest.parent != builtin:
             known.append(_known(manifest.parent.parent.name, manifest.parent))
     for notes in sorted((cache_dir / "hub").glob("*--*")):
-        # The weights lie in the hub's own cache, as many of them as were needed.
+        # The needed weights lie in the hub's own cache.
         known.append(KnownModel(notes.name.replace("--", "/", 1), None, 0))
     return known
 

@@ -1,4 +1,4 @@
-"""Which tensors a span or the ends need, and how they come out of the files: those and no others.
+"""The tensors that a span, or embedding and head, need; only these are read from the files.
 
 Tensors stay mapped from their files, so that loading costs no memory until a page is used, and
 processes on one machine share the pages.
@@ -21,7 +21,7 @@ _HEADS = (
     "lm_head.",
     "embed_out.",
     "score.",
-)  # the second in checkpoints of gpt_neox, the third of classifiers
+)  # the second in checkpoints of gpt_neox, the third in those of classifiers
 
 
 def check_blocks(start: int, stop: int, blocks: int) -> None:
@@ -33,7 +33,7 @@ def check_blocks(start: int, stop: int, blocks: int) -> None:
 def block_tensors(folder: ModelFolder, start: int, stop: int) -> dict[str, str]:
     """Checkpoint name -> name in a base model that keeps only the blocks [start, stop).
 
-    Raises ConfigError for a block of which the checkpoint has nothing.
+    Raises ConfigError for a block without tensors in the checkpoint.
     """
     architecture = architecture_of(folder.config.get("model_type"))
     names: dict[str, str] = {}
@@ -50,10 +50,10 @@ def block_tensors(folder: ModelFolder, start: int, stop: int) -> dict[str, str]:
 
 
 def end_tensors(folder: ModelFolder, architecture: Architecture) -> dict[str, str]:
-    """Checkpoint name -> name in the whole model, for all that is in no block.
+    """Checkpoint name -> name in the whole model, for each tensor outside blocks.
 
-    A head of the checkpoint is among them even if the config ties it to the embedding: the library uses
-    it where the two differ.
+    A head of the checkpoint is among them even if the config ties it to the embedding: the library uses the
+    head where the two differ.
     """
     names = {}
     for tensor in folder.tensors:
@@ -72,7 +72,7 @@ def load_tensors(
 ) -> dict[str, Tensor]:
     """These tensors of the checkpoint, mapped from their files, under their new names.
 
-    Brings the files first where they are not there yet.  Raises ConfigError, by name.
+    Fetches missing files first.  Raises ConfigError that names the fault.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -104,7 +104,7 @@ def check_loaded(
     unexpected: Iterable[str],
     mismatched: Iterable[tuple[str, object, object]],
 ) -> None:
-    """Refuse what the library would fill with random numbers.  Raises ConfigError for the first fault."""
+    """Refuse missing tensors: the library would fill them at random.  Raises ConfigError for the first."""
     for name, found, allowed in sorted(mismatched, key=lambda fault: fault[0]):
         raise ConfigError(
             f"{folder.path}: tensor {name} of {what} has the shape {_shape(found)}, "

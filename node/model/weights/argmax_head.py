@@ -1,15 +1,15 @@
 """The likeliest token of a large vocabulary, exactly, by reading little more than a quarter of its head.
 
-A head reads its whole matrix for every token, and greedy decoding wants one row of it: the one whose
-product with the hidden state is the largest.  So the matrix is kept once more in int8 rows.  Their
-product with x is wrong by no more than (Cauchy and Schwarz)
+A head reads its whole matrix for every token, and greedy decoding wants only the row with the largest
+product with the hidden state.  So the matrix is kept once more in int8 rows.  The error of their product
+with x is at most (Cauchy and Schwarz)
 
     |w x - w8 x8|  <=  |w - w8| |x|  +  step / 2 * sum |w8|  +  rounding
 
-with |w - w8| and sum |w8| of each row known beforehand, and `step` that of the rounding of x to 16 bits.
-Rows that cannot be the largest within these bounds are left out, and the few that are left are
-computed in float32 as they always are, with the same bits.  Measured with SmolLM2-135M's 49,152 rows:
-7 of them on the average, 45 at most; 1.4 ms in place of 7.
+|w - w8| and sum |w8| of each row are known beforehand; `step` is the step of rounding x to 16 bits.  Rows
+that cannot be the largest within these bounds are left out.  The few other rows are computed in float32,
+with the bits of the whole product.  Measured with SmolLM2-135M's 49,152 rows: 7 of them on the average, 45
+at most; 1.4 ms in place of 7.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from node.model.weights.quantize import dequantize_rows, kernels, quantize_rows
 
-PIECE_VALUES = 1 << 20  # weights that are looked at together at first: they stay in the cache
+PIECE_VALUES = 1 << 20  # weights that the first pass reads together: they stay in the cache
 MAX_LEFT = 1 / 16  # of the rows: when more are left, all are computed
 EPSILON = 2.0**-24
 
@@ -54,7 +54,7 @@ class ExactArgmax:
         self._coarse = compiled.Rows(codes, scale, None)
         self._whole = compiled.Rows(weight, None, None)
         self._half_a_step = 0.5 / compiled.LARGEST
-        # Of either product: additions one after the other in a lane, then what is left of them.
+        # Of either product: additions one after the other in a lane, then the remaining ones.
         self._rounding = 2 * EPSILON * (k / 8 + 32)
 
     def __call__(self, x: Tensor, threads: int) -> Tensor:
@@ -69,7 +69,7 @@ class ExactArgmax:
     def _keep_the_best(
         self, coarse: Tensor, x: Tensor, norm: float, half_a_step: float, threads: int
     ) -> None:
-        """Replace the coarse products [outs] of one row by what is to be answered."""
+        """Replace the coarse products [outs] of one row by the answer."""
         bound = (self._error * (norm * 1.0001)).add_(self._norm, alpha=norm * self._rounding)
         bound.add_(self._sum, alpha=half_a_step * 1.0001)
         least = float((coarse - bound).max())

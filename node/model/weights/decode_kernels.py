@@ -1,9 +1,8 @@
-"""A fused block in three compiled calls: all before attention, attention over pages, all after it.
+"""A fused block in three compiled calls: before attention, attention over pages, and after it.
 
-At one position a row what is between two matrices is a few hundred numbers, and torch's dispatch costs
-more than computing them; attention over an arena's pages would have to gather them first.  The matrices
-are node/model/weights/kernels.py's.  Everything is
-float32 on the CPU.  Importing this module imports numba.
+At one position a row, the values between two matrices are a few hundred numbers, and torch's dispatch costs
+more than their arithmetic.  torch's attention would also have to gather the pages first.  The matrices are
+node/model/weights/kernels.py's.  Everything is float32 on the CPU.  Importing this module imports numba.
 
 Each row is computed by itself in one order, so its result has the same bits alone and in any batch.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from node.model.weights import kernels
 
-# Sums may be taken in lanes and products fused: that is what makes vectors of them.  NaN and infinity
+# Sums may be taken in lanes and products fused, so that the compiler makes vectors.  NaN and infinity
 # keep their meaning.
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _f = np.float32
@@ -70,7 +69,7 @@ def _rotated_and_kept(
     qkv: Any, heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
     query_norm: Any, key_norm: Any, eps: Any,
 ) -> None:  # fmt: skip
-    """Rotate queries and keys in place and put keys and values into the arena; see `halves`."""
+    """Rotate queries and keys in place and put keys and values into the stores; see `halves`."""
     key_heads, size = keys.shape[1], keys.shape[2]
     for row in range(qkv.shape[0]):
         row_cos, row_sin = cos[positions[row]], sin[positions[row]]
@@ -104,7 +103,7 @@ def _exp_in_place(x: Any) -> None:
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _softmax(scores: Any, scale: Any) -> None:
-    """In place, of scores * scale."""
+    """Softmax in place, of scores * scale."""
     most = scores[0]
     for j in range(scores.size):
         most = max(most, scores[j])
@@ -123,10 +122,10 @@ def _softmax(scores: Any, scale: Any) -> None:
 def attention(head_dim: int, group: int) -> Callable[..., None]:
     """Attention of one new position of each row, for this head size and `group` queries a key head.
 
-    attend(q, keys, values, table, lengths, page, scale, window, out): q [rows, heads * head_dim], more
-    may follow in each row; keys, values: a block's stores; table [rows, pages]: where the rows' pages
-    are; lengths [rows]: positions to look at, the new one included; window: how many of these, 0 for
-    all; out [rows, heads * head_dim].  Compiled for the two numbers, so that its loops have fixed ends.
+    attend(q, keys, values, table, lengths, page, scale, window, out): q [rows, heads * head_dim], each row
+    may be longer; keys, values: a block's stores; table [rows, pages]: the rows' pages; lengths [rows]:
+    positions to read, the new one included; window: number of positions that attention reads, 0 for all;
+    out [rows, heads * head_dim].  Compiled for the two numbers, so that its loops have fixed lengths.
     """
     width = head_dim * group
 
@@ -231,18 +230,19 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     """A block before and after attention, each in one call, for weights of this dtype.
 
     before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, keys, values, positions, slots,
-    cos, sin, rotary, query_norm, key_norm): norm, one product for queries, keys and values, rotary, arena.
+    cos, sin, rotary, query_norm, key_norm): norm, one product for queries, keys and values, rotary, stores.
     after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden): the product after
     attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
 
     together: whether for several threads, else `threads` is None.  item, size: 0 and the bytes of a
-    weight.  matrix, out, gate_up, down: where their weights, scales and biases are (see `addresses_of`).
+    weight.  matrix, out, gate_up, down: the addresses of their weights, scales and biases (see
+    `addresses_of`).
     inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
     head_dim].  attended: [rows, heads * head_dim].  keys, values: the block's stores [slots, key_heads,
     head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
     [head_dim], or empty where the model has none.
     """
-    fingerprint = kernels.FINGERPRINT  # becomes part of what the cache knows these by
+    fingerprint = kernels.FINGERPRINT  # becomes part of the cache's key
 
     def before(
         item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
@@ -297,6 +297,6 @@ def _add(given: Any, hidden: Any) -> None:
 
 
 def addresses_of(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Any:
-    """What `halves` are told of a matrix: where its parts are, 0 for those that it has not."""
+    """The addresses of a matrix's parts for `halves`, 0 for a missing part."""
     parts = (weight, scale, bias)
     return np.array([0 if part is None else part.data_ptr() for part in parts], np.int64)

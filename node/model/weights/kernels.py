@@ -1,13 +1,13 @@
 """Products of float32 rows with a matrix of 8, 16 or 32 bit numbers, compiled for this CPU by numba.
 
-A decode step reads every weight once and does little with it, so its time is that of the memory:
-int8 weights take a quarter of float32's.  torch has no product of float32 rows with int8 weights
-that is fast (`_weight_int8pack_mm` needs bfloat16 activations and hardware for them), hence these.
+A decode step reads every weight once and computes little with it, so memory bounds its time: int8 weights
+take a quarter of float32's.  torch has no fast product of float32 rows with int8 weights
+(`_weight_int8pack_mm` needs bfloat16 activations and hardware for them), hence these kernels.
 
 The work is cut into tiles of a few rows by a few outputs, the sums of one tile in registers.  Each
 weight that is read is converted once for all rows of its tile.  The loops of a tile are written in
-LLVM's own language, because a compiler that vectorises a sum by itself chooses another order for
-every shape of tile.  Here each sum has one order, whatever the tile, with L lanes in this CPU's vectors:
+LLVM's own language, because a compiler that vectorises a sum chooses another order for every shape of tile.
+Here each sum has one order for every tile, with L lanes in this CPU's vectors:
 
     L partial sums, of the products that fall into each lane of the whole vectors, in ascending k;
     the L added in pairs (i and i + L / 2, and so on down to the last two);
@@ -15,19 +15,19 @@ every shape of tile.  Here each sum has one order, whatever the tile, with L lan
 
 So a row's result has the same bits alone, in a batch of any size and with any number of threads.
 
-Two kinds of tiles do that.  One multiplies float32 with weights that were made float32.  For int8
-weights on CPUs that multiply 16-bit integers (AVX2, better AVX-512, best VNNI) there is another: each
+There are two kinds of tiles.  One multiplies float32 with weights converted to float32.  For int8
+weights on CPUs that multiply 16-bit integers (AVX2, better AVX-512, best VNNI) there is another kind: each
 row of x is rounded to 16 bits with a scale of its own, its largest value / 32767, and the products are
-added as 32-bit integers, exactly, two for each lane.  An instruction does twice as many products, and
-weights are widened by one where making them float32 takes two for half as many.  Rounding x so adds an
-error of about 1e-5 of the row's norm, a hundredth of what the weights' 8 bits cost.
+added as 32-bit integers, exactly, two for each lane.  An instruction does twice as many products.  One
+instruction widens the weights; converting half as many to float32 takes two.  Rounding x adds an error of
+about 1e-5 of the row's norm, a hundredth of the error of the weights' 8 bits.
 
 Rows of the matrix lie one after the other, and a tile of four outputs reads four places at once,
 which hardware prefetchers do not follow.  The tile asks for the memory in its own order instead, some
 KiB ahead: for one row and 106 million weights that made 7 ms of 19.
 
-Importing this module imports numba.  A kernel is compiled when it is first wanted (a few seconds),
-and kept in `__pycache__` or numba's own folder where one of them can be written.
+Importing this module imports numba.  A kernel is compiled at its first use (a few seconds), and kept in
+`__pycache__` or numba's own folder if one of them can be written.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from torch import Tensor
 _FEATURES = frozenset((numba.config.CPU_FEATURES or get_host_cpu_features()).split(","))
 LANES = 16 if "+avx512bw" in _FEATURES else 8  # of 32 bits in a vector
 INTEGERS = "+avx2" in _FEATURES  # whether int8 weights are multiplied with 16-bit integers
-AHEAD_BYTES = 4096  # how far ahead of its reading a tile asks for memory
-PANEL_BYTES = 96 * 1024  # of weights that are used for all rows before the next: a part of the L2 cache
-SLICE_WORK = 1 << 23  # products in the smallest slice that is worth handing to a thread, which takes 0.2 ms
+AHEAD_BYTES = 4096  # distance of a tile's prefetch ahead of its reads
+PANEL_BYTES = 96 * 1024  # of the weights used for all rows before the next weights: a part of the L2 cache
+SLICE_WORK = 1 << 23  # products in the smallest slice for a thread: handing it over takes 0.2 ms
 CACHE_LINE = 64
-LARGEST = 32767  # what the largest number of a row becomes in 16 bits
+LARGEST = 32767  # the 16-bit value of a row's largest number
 # A lane of 32 bits holds this many products of a pair of 16-bit and 8-bit numbers, then it might overflow.
 EXACT_VECTORS = (1 << 31) // (2 * LARGEST * 128)
 
-# Compiled code that uses this module's is cached by its own file's age: it must know of changes here, too.
+# Other modules' compiled code is cached by the age of its own file, so its key must include this file.
 FINGERPRINT = zlib.crc32(Path(__file__).read_bytes())
 
 _F32 = ir.FloatType()
@@ -97,7 +97,7 @@ class _Tile:
     def write(
         self, x: Any, x_scale: Any, w: Any, scale: Any, bias: Any, out: Any, stride: Any, k: Any
     ) -> None:
-        """All of it.  The arguments are addresses as i64, those of scales and bias 0 for none.
+        """The whole code.  The arguments are addresses as i64; scales and bias have 0 for none.
 
         stride: numbers in a row of out.  k: numbers in a row of x and in a row of w.
         """
@@ -107,7 +107,7 @@ class _Tile:
         self._finish(sums, x_scale, scale, bias, out, stride)
 
     def _whole_vectors(self, stop: Any) -> list[Any]:
-        """The partial sums, a float32 vector for each pair, of k in [0, stop)."""
+        """The partial sums of k in [0, stop), a float32 vector for each pair."""
         return self._vectors([ir.Constant(_VECTOR, [0.0] * LANES)] * (self.rows * self.outs), _I64(0), stop)
 
     def _vectors(self, sums: list[Any], start: Any, stop: Any) -> list[Any]:
@@ -183,7 +183,7 @@ class _Tile:
         return vector
 
     def _spread(self, few: Any, place: Callable[[int], int]) -> list[Any]:
-        """For each pair the number that is its own, LANES in a vector."""
+        """The number of each pair, LANES in a vector."""
         pairs = self.rows * self.outs
         lanes = [place(pair) if pair < pairs else 0 for pair in range(-(-pairs // LANES) * LANES)]
         return [
@@ -198,7 +198,7 @@ class _Tile:
         return self._load(self.x, self.x_bytes, row, k, _many(_F32, width))
 
     def _weights(self, out: int, k: Any, width: int) -> Any:
-        """As float32, exactly."""
+        """Weights as float32, exactly."""
         weights = self._load(self.w, self.item_bytes, out, k, _many(self.item, width))
         wide, number = _many(_I32, width), _many(_F32, width)
         if self.item is _I32:
@@ -211,14 +211,13 @@ class _Tile:
     def _load(self, base: Any, size: int, row: int, k: Any, kind: Any) -> Any:
         index = self.build.add(self.build.mul(_I64(row), self.k), k)
         address = self.build.add(base, self.build.mul(index, _I64(size)))
-        # Tensors that are mapped from a file may begin anywhere.
+        # A tensor that is mapped from a file may begin at any address.
         return self.build.load(self.build.inttoptr(address, kind.as_pointer()), align=1)
 
     def _ask_ahead(self, k: Any, step: int) -> None:
         """Prefetch the bytes that one iteration of the loop reads.
 
-        The rows of a tile lie one after the other, so this walks through them, the next tile's
-        and so on, in the order of the memory.
+        The rows of tiles lie one after the other, so the prefetch follows the order of the memory.
         """
         build = self.build
         begin = build.add(self.w, build.mul(k, _I64(self.outs * self.item_bytes)))
@@ -230,8 +229,8 @@ class _Tile:
     def _added(self, sums: list[Any]) -> list[Any]:
         """The sum of each vector, LANES of them in a vector, in the order of the pairs.
 
-        Two vectors are joined before each addition, so that it works for both; which lanes are added
-        to which does not depend on that.
+        Two vectors are joined before each addition, so that one addition serves both.  The pairs of lanes
+        do not depend on the joining.
         """
         blocks = LANES  # lanes of a vector that belong to one sum
         vectors = list(sums)
@@ -268,7 +267,7 @@ class _Tile:
         place: Callable[[int], int],
         combine: Callable[..., Any],
     ) -> list[Any]:
-        """Each sum combined with the one of `count` numbers that is its own, unless `address` is 0."""
+        """Each sum combined with its own number out of `count`, unless `address` is 0."""
         build = self.build
         before = build.block
         there, after = build.append_basic_block("there"), build.append_basic_block("after")
@@ -293,12 +292,12 @@ class _Tile:
 
 
 class _IntegerTile(_Tile):
-    """The same with x in 16-bit integers and weights in 8: products are added in pairs, as integers."""
+    """A tile with x in 16-bit integers and weights in 8-bit: products are added in pairs, as integers."""
 
     numbers = 2 * LANES
     x_bytes = 2
     unrolled = (
-        1  # sums of integers in one iteration would be reordered, and no longer be one instruction each
+        1  # LLVM would reorder sums of integers in one iteration, and each would take several instructions
     )
 
     def __init__(self, builder: Any, rows: int, outs: int, item: ir.IntType) -> None:
@@ -310,7 +309,7 @@ class _IntegerTile(_Tile):
         )
 
     def _whole_vectors(self, stop: Any) -> list[Any]:
-        """As many vectors as surely fit into 32 bits, made float32; and again, until all are done."""
+        """Sum the number of vectors that surely fits 32 bits, convert to float32, and repeat."""
         build = self.build
         most = EXACT_VECTORS * self.numbers
         zeros = [ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)] * (self.rows * self.outs)
@@ -372,9 +371,9 @@ def _tile(rows: int, outs: int) -> Any:
     return tile
 
 
-# As many sums as fit into the registers (32 of AVX-512, else 16) besides the weights and x; a sum waits
-# four cycles for its last addition, so fewer than eight leave the CPU idle.  Those for
-# 16 registers were measured best of their rows.
+# The sums fill the registers (32 of AVX-512, else 16) besides the weights and x.  A sum waits four cycles
+# for its last addition, so fewer than eight sums leave the CPU idle.  The sizes for 16 registers were
+# measured as the best.
 _OUTS = (4, 4, 4, 4, 4, 4) if LANES == 16 else (4, 4, 3, 3, 2, 2)  # by rows, from one on
 _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (
     _tile(rows, outs) for rows, outs in enumerate(_OUTS, 1)
@@ -414,7 +413,7 @@ def _rows(
         row = 0
         while row < m:
             left = m - row
-            # Rows by sixes; what is left over by the pair of tiles that costs least.
+            # Six rows at a time; the remaining rows by the cheapest pair of tiles.
             rows = 4 if left in (7, 8) else min(left, 6)
             outs = _OUTS_1
             if rows == 2:
@@ -431,7 +430,7 @@ def _rows(
                 rows = outs = 1
             column = first
             while column < last:
-                # The last tile is moved back over outputs that are there already: the same bits again.
+                # The last tile is moved back over computed outputs: it writes equal bits.
                 at = min(column, last - outs)
                 x_at, w_at = x + row * k * x_size, w + at * k * size
                 x_scale_at = x_scale + row * x_scaled
@@ -490,8 +489,10 @@ def _in_16_bits(x: int, m: int, k: int) -> tuple[Any, Any, Any]:
 
 
 def _given(item: Any, x: Any, m: Any, k: Any) -> Any:
-    """x as the tiles for such weights take it: a number of its type, its bytes, its address and that of
-    its scales, and the memory that both are in, which must be held until they were used."""
+    """x in the form of the tiles for these weights, as (number of its type, bytes, address, scales, memory).
+
+    The memory holds x and its scales: the caller keeps it until the product is done.
+    """
 
 
 @overload(_given)  # type: ignore[untyped-decorator]
@@ -511,7 +512,7 @@ def _given_by_type(item: Any, x: Any, m: Any, k: Any) -> Any:
 
 
 def slices_for(products: int, outs: int, threads: int) -> int:
-    """Into how many parts a product is cut: no part so small that handing it over costs more."""
+    """The number of parts of a product: a part costs more than handing it over."""
     return max(1, min(threads, products // SLICE_WORK, outs // 64))
 
 
@@ -520,7 +521,7 @@ compiled_slices_for = njit(nogil=True)(slices_for)
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _hold(memory: Any) -> None:
-    """Use `memory` once more, so that it is not given back before."""
+    """Use `memory` once more, so that it is not freed earlier."""
 
 
 def _whole(
@@ -577,10 +578,9 @@ def kernel_for(dtype: torch.dtype, *, parallel: bool = False) -> Kernel:
 class Rows:
     """A matrix that rows are multiplied with: x [..., k] -> x @ weight.T * scale + bias [..., outs].
 
-    weight: int8, bfloat16 or float32 [outs, k].  scale, bias: float32 [outs] or None.  All on the CPU, of any
-    length and alignment.  A row's result has the same bits whatever the other rows and the threads
-    are (see above).  Raises ValueError for other shapes, dtypes and devices: the kernels read what
-    they are given as what it should be.
+    weight: int8, bfloat16 or float32 [outs, k].  scale, bias: float32 [outs] or None.  All on the CPU, of
+    any length and alignment.  A row's result has the same bits for any other rows and any number of threads
+    (see above).  Raises ValueError for other shapes, dtypes and devices, because the kernels check nothing.
     """
 
     __slots__ = ("bias", "k", "outs", "scale", "weight")
@@ -600,7 +600,7 @@ class Rows:
 
     def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
         """x: float32 [..., k].  threads: the most that are used; fewer for small products."""
-        # This runs for every matrix of every token: it does what it must, and little else.
+        # This runs for every matrix of every token, so it does only what is necessary.
         shape = x.shape
         if x.dtype is not torch.float32 or shape[-1] != self.k or not x.is_cpu:
             raise ValueError(f"float32 [..., {self.k}] on the CPU is multiplied, not {_described(x)}")
@@ -640,10 +640,10 @@ def _described(tensor: Tensor) -> str:
 
 @contextmanager
 def team(threads: int) -> Iterator[bool]:
-    """Have so many threads for compiled code; False where one must do: another caller has them now.
+    """Take this number of threads for compiled code; False while another caller has them: use one thread.
 
-    numba's own threads end the process when two callers come at once.  Its other ways to make
-    threads bring a second OpenMP next to torch's, or need libraries that are not there.
+    numba's own threads end the process when two callers come at once.  Its other thread layers bring a
+    second OpenMP next to torch's, or need libraries that may be missing.
     """
     if threads < 2 or not _in_threads.acquire(blocking=False):
         yield False
@@ -664,6 +664,6 @@ def compiled(function: Callable[..., None], signature: Any, **options: Any) -> K
     try:
         kernel = njit(signature, nogil=True, cache=True, **options)(function)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError):
-        # No folder that can be written, a full disk, a file that somebody cut short.
+        # No writable folder, a full disk, or a truncated file.
         kernel = njit(signature, nogil=True, **options)(function)
     return kernel  # type: ignore[no-any-return]

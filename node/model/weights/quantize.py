@@ -1,18 +1,18 @@
-"""Weights in 8 bits, or in 16 where the CPU cannot compute in those: what is kept, and how it is used.
+"""Weights in 8 bits, or in 16 bits on CPUs without arithmetic for them: storage and products.
 
 A matrix of a block is kept as int8 rows, each with a scale of its own, its largest value / 127 (row-wise
-absmax, the weights of LLM.int8(), arXiv:2208.07339).  bitsandbytes keeps the same, so one
-checkpoint serves a CPU and CUDA.  On a CPU activations are rounded to 16 bits a row, or not at all (see
+absmax, the weights of LLM.int8(), arXiv:2208.07339).  bitsandbytes keeps equal rows, so one checkpoint
+serves a CPU and CUDA.  On a CPU activations are rounded to 16 bits a row, or not at all (see
 node/model/weights/kernels.py); on CUDA bitsandbytes rounds them to int8, but for the columns with outliers.
 
-bfloat16 rows without scales are half of float32's memory and of the time that reading it takes, with
-activations in float32: what a CPU does with bfloat16 unless it has hardware for whole tiles of it.
+bfloat16 rows without scales take half of float32's memory and reading time, with activations in float32.  A
+CPU computes with bfloat16 in this way unless it has hardware for tiles of bfloat16.
 
 "nf4" is bitsandbytes' 4 bits a weight, in blocks of 64 (QLoRA, arXiv:2305.14314).
 
-Norms, biases and the gates of experts stay as they are: they are small, and errors in them are not.
-So do experts that a checkpoint keeps in one tensor with three dimensions (gpt_oss, llama4_text), which
-loading says; experts with a matrix each are quantised, and become layers of their own.
+Norms, biases and the gates of experts are not quantised: they are small, and their errors are large.
+Experts in one tensor with three dimensions (gpt_oss, llama4_text) are not quantised either, and loading
+says so.  Experts with a matrix each are quantised, and become layers of their own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CODES = 127  # the largest code: -128 is not used, so that a row and its negativ
 PIECE_VALUES = 1 << 22  # weights that are quantised at a time: 16 MiB of float32
 MEASURED_ROWS = (1, 16, 64, 256)
 MEASURED_WEIGHTS = 1 << 20
-LLM_INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits, as the paper has it
+LLM_INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits, as in the paper
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def dequantize_rows(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which way a product goes, by its number of rows.
+    """The way of a product, by its number of rows.
 
     steps: (least number of rows, way) in ascending order, the first from 1.
     """
@@ -98,9 +98,8 @@ class Plan:
 def choose_plan(seconds: Mapping[Way, Mapping[int, float]]) -> Plan:
     """The fastest way for every number of rows.
 
-    seconds: of each way at some numbers of rows, the same for all.  Between two of them time is taken
-    to grow evenly; beyond the last, the last one's fastest way is kept.  A tie goes to the way that
-    stands first.
+    seconds: of each way at some numbers of rows, equal for all ways.  Between two numbers, time is assumed
+    to grow linearly; beyond the last number, its fastest way is kept.  A tie goes to the first way.
     """
     measured = sorted(next(iter(seconds.values())))
 
@@ -131,11 +130,11 @@ class PackedLinear(nn.Module):
     """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16, on the CPU.
 
     weight: int8 or bfloat16 [out, in].  scale: float32 [out], None for bfloat16.  bias: [out] or
-    None.  Takes x [..., in] of any float dtype and answers [..., out] in the same.  Has a derivative
+    None.  Takes x [..., in] of any float dtype and answers [..., out] in x's dtype.  Has a derivative
     with respect to x; the weights are frozen.
 
     A row of float32 has the same result alone and in any batch that goes the "compiled" way (see
-    node/model/weights/kernels.py); torch's own products, for the other ways, promise no such thing.
+    node/model/weights/kernels.py); torch's own products, for the other ways, do not promise it.
     """
 
     weight: Tensor
@@ -153,7 +152,7 @@ class PackedLinear(nn.Module):
         self.keep(weight, scale)
 
     def keep(self, weight: Tensor, scale: Tensor | None) -> None:
-        """Compute with these weights from now on, of the same shape and kind."""
+        """Compute with these weights from now on; their shape and kind are unchanged."""
         # A tensor that is mapped from a file stays there, unless torch's own product could not take it.
         aligned = weight.data_ptr() % 16 == 0
         self.weight = weight.contiguous() if aligned else weight.clone()
@@ -161,8 +160,8 @@ class PackedLinear(nn.Module):
         self._prepare()
 
     def _prepare(self) -> None:
-        """Put what the kernels are given into plain attributes: a module's own cost 2 us each."""
-        self._rows: Any = None  # Any: `Rows` of a module that is imported only where it is wanted
+        """Put the kernels' arguments into plain attributes: a module's own cost 2 us each."""
+        self._rows: Any = None  # Any: `Rows` of a module that is imported only when it is used
         self._pack_scale: Tensor | None = None
         found = kernels()
         if found is not None and self.weight.device.type == "cpu":
@@ -170,7 +169,7 @@ class PackedLinear(nn.Module):
             self._rows = found.Rows(self.weight, self.scale, bias)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The text of `print`."""
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ class PackedLinear(nn.Module):
         return dequantize_rows(self.weight, self.scale, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """`.to(dtype)` concerns what computes, and not what is kept: the weights stay as they are."""
+        """`.to(dtype)` leaves the weights as they are: their dtype is their storage."""
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
@@ -268,10 +267,10 @@ def fits_int8pack(x: Tensor, weight: Tensor) -> bool:
 
 
 def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
-    """One linear layer that gives the outputs of these side by side; None where it cannot be made.
+    """One linear layer with the outputs of these layers side by side; None where it cannot be made.
 
-    parts: of one kind (nn.Linear, or PackedLinear), for the same input.  They go on to work, on parts
-    of the merged layer's memory, so nothing is kept twice.
+    parts: of one kind (nn.Linear, or PackedLinear), for the same input.  They still work, on parts of the
+    merged layer's memory, so nothing is kept twice.
     """
     kinds = {type(part) for part in parts}
     if len(kinds) != 1 or kinds.isdisjoint((nn.Linear, PackedLinear)):
@@ -333,7 +332,7 @@ def has_bfloat16() -> bool:
     """Whether spans compute in bfloat16 on this CPU.
 
     Without support in the CPU torch's products in it are very slow; with AVX-512's they are slower than
-    our kernels with float32 rows.  AMX, which should be faster than both, was not there to be measured.
+    our kernels with float32 rows.  AMX, which should be faster than both, was not measured.
     """
     supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return supported and (kernels() is None or bool(torch.cpu._is_amx_tile_supported()))
@@ -351,9 +350,9 @@ _plans: dict[tuple[torch.dtype, torch.dtype, int, int], Plan] = {}
 
 
 def measured_plan(linear: PackedLinear, activations: torch.dtype) -> Plan:
-    """The plan for layers like this one, from trying each way on a part of it; about 0.1 s, once.
+    """The plan for layers of this kind, measured by each way on a part of the layer; about 0.1 s, once.
 
-    Compiling is not counted.
+    The time of compilation does not count.
     """
     key = linear.weight.dtype, activations, linear.in_features, torch.get_num_threads()
     if key not in _plans:
@@ -387,7 +386,7 @@ Kind = Literal["plain", "int8", "bfloat16", "llm_int8", "nf4"]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a span keeps its matrices, and the dtype of everything else: activations, norms, caches.
+    """The storage of a span's matrices, and the dtype of everything else: activations, norms, caches.
 
     kind: "plain" as the library does; "int8" and "bfloat16" as PackedLinear; "llm_int8" and "nf4" as
     bitsandbytes does.
@@ -398,11 +397,11 @@ class Packing:
 
 
 def packing_for(quantize: str, dtype: torch.dtype, device: str, *, bfloat16: bool) -> Packing:
-    """What is made of the operator's wishes on this device.  Raises ConfigError.
+    """The packing for the operator's options on this device.  Raises ConfigError.
 
     device: "cpu", "cuda" or another type.  bfloat16: whether the CPU computes in it.
-    A CPU without bfloat16 arithmetic that is worth using keeps the weights in it and computes in
-    float32, and none has float16 arithmetic that is.
+    A CPU without fast bfloat16 arithmetic keeps the weights in bfloat16 and computes in float32.  No CPU
+    has fast float16 arithmetic.
     """
     if quantize not in QUANTIZE:
         raise ConfigError(f"quantization {quantize!r} is not one of {', '.join(QUANTIZE)}")
@@ -433,7 +432,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The matrices of a block's experts by the expert's number, as checkpoints of most families have them."""
+    """The matrices of a block's experts by the expert's number, as in checkpoints of most families."""
 
     gate: dict[int, Matrix]
     up: dict[int, Matrix]
@@ -452,7 +451,7 @@ class Experts:
         return (count, 2 * gate[0], gate[1]) if gate == up == (down[1], down[0]) else ()
 
 
-# Mixtral's checkpoints call the parts w1, w3 and w2, and their place by another name than the library.
+# Mixtral's checkpoints name the parts w1, w3 and w2, and their module differs from the library's.
 _EXPERT = re.compile(
     r"(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)"
 )
@@ -464,8 +463,8 @@ def take_matrices(
 ) -> dict[str, Matrix | Experts]:
     """Take the matrices out of a span's tensors, packed; path of the layer in the model -> matrix.
 
-    tensors: by name in the model; int8 ones come with their scales.  What is taken is removed
-    one by one, so that of the original no more than one matrix is in memory at a time.
+    tensors: by name in the model; int8 ones come with their scales.  Each is removed as it is taken, so at
+    most one original matrix is in memory at a time.
     transposed: floats are kept as [in, out] (gpt2).  what: for errors and the progress.
     Raises ConfigError.
     """
@@ -517,7 +516,7 @@ def _quantised(weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 class Awaiting(nn.Module):
-    """Stands where a layer will be while the library loads what is not a matrix: its bias."""
+    """Takes a layer's place while the library loads the other tensors: its bias."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -525,7 +524,7 @@ class Awaiting(nn.Module):
         self.bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
         self.activation = getattr(layer, "act_fn", None)
         self.shape = _shape(layer)
-        self.weight = torch.empty(0)  # what the library would initialise
+        self.weight = torch.empty(0)  # the library would initialise it
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
@@ -565,7 +564,7 @@ def misplaced(
 def fill(
     model: nn.Module, matrices: dict[str, Matrix | Experts], packing: Packing, device: torch.device
 ) -> None:
-    """Put layers with these matrices where they are awaited; `matrices` is emptied on the way."""
+    """Replace each Awaiting by a layer with its matrix; `matrices` is emptied on the way."""
     make = partial(_MAKERS[packing.kind], dtype=packing.dtype, device=device) if matrices else None
     for path in list(matrices):
         matrix = matrices.pop(path)
@@ -592,10 +591,10 @@ def fill(
 
 
 class PackedExperts(nn.Module):
-    """The experts of a block as layers of their own: only those that are chosen are computed.
+    """The experts of a block as layers of their own: only chosen experts are computed.
 
-    Takes the place of the library's module with all experts in one tensor, which neither we nor
-    bitsandbytes can quantise as it is.
+    Replaces the library's module with all experts in one tensor: neither we nor bitsandbytes can quantise
+    that tensor.
     """
 
     def __init__(self, experts: Experts, activation: Callable[[Tensor], Tensor], make: Maker) -> None:
@@ -608,7 +607,7 @@ class PackedExperts(nn.Module):
         self.activation = activation
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden] -> the same.  The others: each token's experts and their weights, [tokens, k]."""
+        """[tokens, hidden] -> [tokens, hidden].  The others: experts and weights of tokens, [tokens, k]."""
         result = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= len(self.down):  # the library's number for "none"
@@ -643,7 +642,7 @@ def _packed_linear(
 def _llm_int8_linear(
     matrix: Matrix, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """bitsandbytes' layer out of codes and scales: its own would quantise once more, from float16."""
+    """bitsandbytes' layer out of codes and scales: its own way would quantise again, from float16."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     assert matrix.scale is not None
