@@ -1,1 +1,1 @@
-"""What an operator sees of a swarm."""
+"""The operator's sight of a swarm: status and watch."""

@@ -1,4 +1,4 @@
-"""What `python -m node status` and `models` show: a look at a swarm, and into the cache."""
+"""The output of `python -m node status` and `models`: a swarm's peers, and the models in the cache."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 MAX_NAMED = 4  # peers of a bottleneck
 PRESENT: tuple[State, ...] = ("online", "joining", "draining")
-MAX_ASKED = 64  # servers that `status` pings, those of the rarest blocks first
+MAX_ASKED = 64  # servers that `status` pings, servers of the rarest blocks first
 ASK_SECONDS = 2.5  # for the answers; a little longer than the timeout of one ping
-UNREACHABLE = "unreachable"  # a state that no peer announces: found out by pings
+UNREACHABLE = "unreachable"  # a state that pings find; no peer announces it
 PIPE_COLUMNS = 160
 MIN_COLUMNS = 20  # fewer are a wrong COLUMNS
-SETTLE_SECONDS = 0.3  # after the first digest, for the records still on their way
+SETTLE_SECONDS = 0.3  # after the first digest, for records on their way
 
 
 async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
@@ -260,7 +260,7 @@ def _what_if(model: dict[str, Any]) -> str:  # Any: JSON
 
 
 def _chain_lines(chains: Sequence[dict[str, Any]]) -> list[str]:  # Any: JSON
-    """Chains, each with the servers that an earlier one has too."""
+    """Chains, each with the servers that it shares with earlier chains."""
     lines, used = [], set[str]()
     for number, chain in enumerate(chains, 1):
         peers = [hop["peer"] for hop in chain["hops"]]
@@ -287,7 +287,7 @@ def _limit(model: dict[str, Any]) -> str:  # Any: JSON
 
 
 def _named(peers: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first of them, and the number of the others."""
     more = len(peers) - MAX_NAMED
     return ", ".join("…" + peer[-6:] for peer in peers[:MAX_NAMED]) + f" and {more} more" * (more > 0)
 

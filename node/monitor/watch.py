@@ -34,9 +34,9 @@ def _going(record: Record) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Changes:
-    """Which servers have come, gone, or changed their blocks while somebody was watching.
+    """The servers that have come, gone, or changed their blocks during the watch.
 
-    moving: those that are about to serve other blocks, from which and which.
+    moving: servers about to change their blocks, with the old and the new blocks.
     """
 
     joined: int = 0
@@ -44,10 +44,10 @@ class Changes:
     moves: int = 0
     moving: tuple[Moving, ...] = ()
     last_moves: list[dict[str, Any]] = field(default_factory=list)  # Any: JSON
-    _spans: dict[PeerId, tuple[str, int, int]] | None = None  # of those online; None before the first look
+    _spans: dict[PeerId, tuple[str, int, int]] | None = None  # of online servers; None before the first look
 
     def look(self, records: Iterable[Record], seconds: float) -> None:
-        """Take in the swarm of this moment.  seconds: since the watching began."""
+        """Take in the swarm's present state.  seconds: since the watch began."""
         servers = {record.peer: record for record in records if record.role == "serve"}
         first, spans = self._spans is None, self._spans or {}
         gone = [peer for peer in spans if peer not in servers]
@@ -115,7 +115,7 @@ def _screen(as_json: bool) -> Iterator[Any]:  # Any: a function of JSON
     from rich.live import Live
 
     console = wide_console()
-    if not console.is_terminal or console.is_dumb_terminal:  # a file, a pipe: one look below the other
+    if not console.is_terminal or console.is_dumb_terminal:  # a file, a pipe: one look after the other
         yield lambda facts: console.print(*tables(facts), *change_lines(facts), sep="\n", soft_wrap=True)
         return
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
@@ -123,7 +123,7 @@ def _screen(as_json: bool) -> Iterator[Any]:  # Any: a function of JSON
 
 
 def change_lines(facts: dict[str, Any], most: int = 5) -> Sequence[str]:  # Any: JSON
-    """What has happened, for people."""
+    """The events, for people."""
     moving = ", ".join(
         "…{} {}:{} -> {}:{}".format(each["peer"][-6:], *each["from"], *each["to"]) for each in facts["moving"]
     )

@@ -1,7 +1,7 @@
-"""The few multiaddrs that we speak, which of them a node announces, and in which order they are dialled.
+"""The multiaddrs that we read, the choice of announced addresses, and the order of dialling.
 
-A multiaddr is /ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER].  All of it is pure: what interfaces the
-machine has is read in `node.network.interfaces`.
+A multiaddr is /ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER].  All of it is pure:
+`node.network.interfaces` reads the machine's interfaces.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Address:
 
     @property
     def is_wildcard(self) -> bool:
-        """True for 0.0.0.0 and ::, which can be listened on and not be dialled."""
+        """True for 0.0.0.0 and ::, which a node can listen on and nobody can dial."""
         return self.kind in ("ip4", "ip6") and ipaddress.ip_address(self.host).is_unspecified
 
     @property
@@ -74,7 +74,7 @@ def parse_address(text: str) -> Address:
 
 
 def bootstrap_peers(multiaddrs: Sequence[str]) -> dict[PeerId, tuple[str, ...]]:
-    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that cannot be dialled."""
+    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one without a way to dial it."""
     peers: dict[PeerId, tuple[str, ...]] = {}
     for text in multiaddrs:
         try:
@@ -100,14 +100,14 @@ def _check_host(kind: str, host: str, text: str) -> str:
     return host
 
 
-# --- which of them are of use, and to whom ---
+# --- the reach of addresses, and the choice among them ---
 
 
 class Reach(IntEnum):
-    """From how far an address can be dialled, the farthest first.
+    """The reach of an address, the farthest first.
 
-    INSIDE: from this machine and what runs in it: a bridge of containers or virtual machines, and
-    IPv4's link-local addresses, which a machine gives itself where nobody gave it one.
+    INSIDE: this machine with its containers and virtual machines.  It includes IPv4's link-local addresses,
+    which a machine takes without a DHCP server.
     """
 
     PUBLIC = 0
@@ -121,7 +121,7 @@ class InterfaceAddress:
     """One IP address of an interface.
 
     temporary: an IPv6 privacy address (RFC 8981), which changes within a day.
-    usable: False while IPv6 still looks for a duplicate, where it found one, and after its time.
+    usable: False during IPv6's search for a duplicate, after a duplicate was found, and past its lifetime.
     """
 
     host: str
@@ -143,7 +143,7 @@ class Interface:
 
 
 def reach_of(host: str) -> Reach | None:
-    """How far an IP address reaches; None for what nobody can dial without an interface's name."""
+    """The reach of an IP address; None for an address that needs an interface's name to dial."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         address = address.ipv4_mapped or address
@@ -171,8 +171,8 @@ _INNER_NAME = re.compile(
 def is_inner_interface(name: str, ports_lead_out: Iterable[bool] | None) -> bool:
     """Whether an interface leads to containers or virtual machines of this machine alone.
 
-    ports_lead_out: of a bridge, for each of its ports whether it is hardware or carries what hardware does (a
-    bond, a VLAN): such a bridge is how the machine is on its network.  None: it is no bridge.
+    ports_lead_out: of a bridge, for each of its ports whether it is hardware or made of hardware (a bond, a
+    VLAN): this bridge connects the machine to its network.  None: it is no bridge.
     """
     if ports_lead_out is not None:
         return not any(ports_lead_out)
@@ -180,11 +180,11 @@ def is_inner_interface(name: str, ports_lead_out: Iterable[bool] | None) -> bool
 
 
 def announced(listening: Sequence[Address], interfaces: Sequence[Interface]) -> tuple[str, ...]:
-    """What a node tells others of the addresses on which it listens, those that reach farthest first.
+    """The addresses that a node announces for its listening addresses, the farthest reach first.
 
-    A wildcard stands for the addresses of all interfaces that are up; an address that somebody chose is
-    announced whatever it belongs to.  What leads nowhere but into this machine is left out beside
-    anything else, and loopback beside that too.
+    A wildcard stands for the addresses of all interfaces that are up; a chosen address is always announced.
+    Addresses that reach only this machine are left out next to others, and loopback addresses are left out
+    next to those.
     """
     ranked: dict[Address, Reach] = {}
     for address in listening:
@@ -228,7 +228,7 @@ def _same_network(one: InterfaceAddress, other: InterfaceAddress) -> bool:
 
 
 def _few(addresses: Sequence[Address], most: int) -> list[Address]:
-    """The first ones, among them one of each family, for peers that have only the other."""
+    """The first addresses, with at least one of each family, for peers of one family."""
     first = {address.kind: address for address in reversed(addresses)}
     kept = set(chain(first.values(), [a for a in addresses if a not in first.values()][: most - len(first)]))
     return [address for address in addresses if address in kept]
@@ -237,8 +237,8 @@ def _few(addresses: Sequence[Address], most: int) -> list[Address]:
 def dial_order(addresses: Iterable[Address]) -> list[Address]:
     """Each address once, in the order in which they should be tried.
 
-    Names and public addresses first, then private ones, then those inside a machine; IPv6 and IPv4 by
-    turns among equals, so that a family that leads nowhere costs one try (RFC 8305, section 4).
+    Names and public addresses first, then private ones, then those inside a machine; IPv6 and IPv4
+    alternate among equals, so that a family without a route costs one try (RFC 8305, section 4).
     """
     groups: dict[Reach, list[Address]] = {}
     for address in dict.fromkeys(addresses):
@@ -248,7 +248,7 @@ def dial_order(addresses: Iterable[Address]) -> list[Address]:
 
 
 def _families_by_turns(addresses: Sequence[Address]) -> list[Address]:
-    """Beginning with the family of the first one."""
+    """Alternate the families, beginning with the family of the first address."""
 
     def is_six(address: Address) -> bool:
         return address.kind in ("ip6", "dns6")

@@ -1,4 +1,4 @@
-"""The connections of one node: which there are, how many more may come, and which peers are banned.
+"""The connections of one node, their caps, and the banned peers.
 
 Decides and counts; opens, closes and awaits nothing.
 """
@@ -74,7 +74,7 @@ class ConnectionTable:
         )
 
     def raise_if_full(self) -> None:
-        """Raises NoPlaceLeft when every connection that the limits allow is in use."""
+        """Raises NoPlaceLeft when all connections that the limits allow are in use."""
         most = self._limits.max_connections
         if len(self) >= most:
             raise NoPlaceLeft(f"all {most} connections that this node allows are in use")

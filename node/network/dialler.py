@@ -19,7 +19,7 @@ from routing.names import PeerId
 from tensor_codec.errors import NotAMember, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
-MAX_DIALS = 32  # at once; more than one round of measuring starts, so that silent peers delay no other dial
+MAX_DIALS = 32  # at once; more than one round of pings starts, so that silent peers delay no other dial
 
 
 class Dialler:
@@ -43,7 +43,7 @@ class Dialler:
         self._connections = connections
         self._add = add
         self._places = trio.CapacityLimiter(MAX_DIALS)
-        self._locks: dict[PeerId, trio.Lock] = {}  # of the peers that are dialled now
+        self._locks: dict[PeerId, trio.Lock] = {}  # of peers that are dialled now
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], seconds: float) -> Connection:
         """The live connection to a peer, or a new one.
@@ -57,7 +57,7 @@ class Dialler:
         silent: list[Address] = []
         try:
             with trio.move_on_after(seconds):
-                async with lock:  # one dial to a peer at a time; the others use what it makes
+                async with lock:  # one dial to a peer at a time; the other callers use its connection
                     live = self._connections.live(peer)
                     if live is not None:
                         return live
@@ -73,7 +73,7 @@ class Dialler:
     async def _dial(self, peer: PeerId, texts: Sequence[str], silent: list[Address]) -> Connection:
         """A new connection, `dial_seconds` for all addresses together.
 
-        silent: at any time the addresses that are being tried.  Raises PeerGone, NotAMember.
+        silent: at any time the addresses under trial.  Raises PeerGone, NotAMember.
         """
         self._connections.raise_if_full()
         addresses, unreadable = _readable(texts, peer)
@@ -105,7 +105,7 @@ class Dialler:
 
 
 def _readable(texts: Sequence[str], peer: PeerId) -> tuple[list[Address], list[str]]:
-    """The addresses that a dial to this peer may use, and the reason against each other one."""
+    """The addresses that a dial to this peer may use, and the reason against each other address."""
     addresses, unreadable = [], []
     for text in dict.fromkeys(texts):
         try:

@@ -1,4 +1,4 @@
-"""Several ways to one peer, tried at once: the next one a moment later, the first that gets through wins.
+"""Races several addresses of one peer: each starts a moment after the last, and the first success wins.
 
 One dead address must not hide a peer that can be reached at another.  An address whose packets vanish
 delays the others only for a moment, as in Happy Eyeballs (RFC 8305) and trio's `open_tcp_stream`.  A TCP
@@ -22,7 +22,7 @@ from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 
 STAGGER_SECONDS = 0.25  # until the next address is tried too; RFC 8305, section 8
 TRIED_AT_ONCE = 4
-TURN_SECONDS = 1.0  # after which an address without an answer makes way for one that was not tried yet
+TURN_SECONDS = 1.0  # after which an untried address replaces an address without an answer
 MAX_ANSWERS = 8  # addresses of one name that are tried
 
 T = TypeVar("T")
@@ -30,13 +30,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Race(Generic[T]):
-    """Tries addresses until one gets through.  The caller brings the deadline.
+    """Tries addresses until one succeeds.  The caller sets the deadline.
 
     attempt: connects to an IP address and proves the peer's id.  Raises PeerFault.
     resolve: the IP addresses of a name.  Raises PeerFault.
-    discard: called with each result that came too late.
-    failures: the fault of each address, in order of time; to be read at any time.
-    unanswered: addresses that are being tried; to be read at any time, also after a cancelled race.
+    discard: called with each late result.
+    failures: the fault of each address, in order of time; may be read at any time.
+    unanswered: addresses under trial; may be read at any time, also after a cancelled race.
     """
 
     attempt: Callable[[Address], Awaitable[T]]
@@ -44,7 +44,7 @@ class Race(Generic[T]):
     discard: Callable[[T], object]
     failures: list[tuple[Address, PeerFault]] = field(default_factory=list)
     unanswered: list[Address] = field(default_factory=list)
-    _tried: dict[Address, tuple[float, trio.CancelScope]] = field(default_factory=dict)  # since when, now
+    _tried: dict[Address, tuple[float, trio.CancelScope]] = field(default_factory=dict)  # its start
     _left: deque[Address] = field(default_factory=deque)
     _seen: set[Address] = field(default_factory=set)
     _won: list[T] = field(default_factory=list)
@@ -61,18 +61,18 @@ class Race(Generic[T]):
                         await trio.lowlevel.checkpoint()
                     await self._until_it_is_time()
         except BaseException:
-            self._throw_away()  # cut off in the moment in which one got through
+            self._throw_away()  # cancelled at the moment of its success
             raise
         return self._won[0] if self._won else None
 
     def _queue(self, addresses: Sequence[Address]) -> None:
-        """Put these before those that wait."""
+        """Put these addresses before the waiting ones."""
         new = [address for address in dial_order(addresses) if address not in self._seen]
         self._seen.update(new)
         self._left.extendleft(reversed(new))
 
     async def _until_it_is_time(self) -> None:
-        """Wait for the end of an attempt, or until another address is to be tried."""
+        """Wait for the end of an attempt, or for the time of the next address."""
         full = len(self._tried) >= TRIED_AT_ONCE
         seconds = STAGGER_SECONDS if self._left else math.inf
         if self._left and full:
@@ -115,7 +115,7 @@ class Race(Generic[T]):
 
 
 async def resolve(address: Address) -> list[Address]:
-    """The IP addresses that a name has now: one family for dns4 and dns6, both for dns.  Raises PeerGone."""
+    """The present IP addresses of a name: one family for dns4 and dns6, both for dns.  Raises PeerGone."""
     families = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}
     family = families.get(address.kind, socket.AF_UNSPEC)
     try:

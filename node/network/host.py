@@ -1,7 +1,7 @@
 """A node's place in the network: listens, dials, and gives and takes framed streams.
 
-Everything that a peer can do to us by connecting is bounded here or in the layers below: how many
-connections and streams, for how long each step may take, and what becomes of one that breaks a rule.
+The cost of a connecting peer is bounded here or in the layers below: the number of its connections and
+streams, the time of each step, and the penalty for a broken rule.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Handler = Callable[[FramedStream], Awaitable[None]]
 
 PING_PROTOCOL = "/raceme/ping/1"
 _PING_BYTES = 8
-_PINGS = 3  # of which the quickest counts: the first one also pays for opening the stream
+_PINGS = 3  # the quickest counts: the first ping also pays for opening the stream
 _MAX_PINGS_PER_STREAM = 16
 _SHUTDOWN_SECONDS = 2.0
 
@@ -67,7 +67,7 @@ class Host:
         limits: Limits,
         nursery: trio.Nursery,
     ) -> None:
-        """find_addresses: what to announce, by the machine's interfaces at that moment."""
+        """find_addresses: the addresses to announce, by the machine's present interfaces."""
         self.peer_id = identity.peer_id
         self.swarm_id = swarm_id(swarm_key)
         self.faults = Faults()
@@ -160,7 +160,7 @@ class Host:
     # --- inbound ---
 
     async def accept(self, stream: trio.SocketStream) -> None:
-        """Make a connection of an accepted socket, or close it.  Never raises for what a peer does."""
+        """Make a connection of an accepted socket, or close it.  Never raises for a peer's fault."""
         if not self.connections.may_accept():
             await trio.aclose_forcefully(stream)
             return
@@ -229,7 +229,7 @@ class Host:
                     dialogue, lambda name: name in self._handlers or name in libp2p_protocols
                 )
             except RemoteProtocolError:
-                protocol = None  # what follows our `na` is the frame that was sent along with the proposal
+                protocol = None  # the frame that came with the proposal follows our `na`
             await dialogue.flush()
             return protocol
         raise SlowPeer(f"a stream named no protocol within {seconds:g} s")
@@ -282,7 +282,7 @@ class Host:
             self.connections.ban(peer, trio.current_time())
 
     async def close_connections(self) -> None:
-        """Say goodbye to every peer, and wait a bounded time until py-libp2p has noticed."""
+        """Send a goodbye to every peer, and wait a bounded time for py-libp2p to notice."""
         for connection in self.connections:
             await connection.close()
         with trio.move_on_after(_SHUTDOWN_SECONDS):
@@ -304,8 +304,8 @@ async def open_host(
 
     listen: multiaddrs with an ip4 or ip6 address; port 0 takes a free one; none at all for a node that
         only dials.
-    announce: what to tell others in place of the addresses listened on.
-    swarm_key: 32 bytes; only peers that prove to hold it get in.
+    announce: addresses to announce in place of the listening addresses.
+    swarm_key: 32 bytes; only peers that prove to hold it are admitted.
     Raises ConfigError for an address that cannot be read or listened on.
     """
     limits = limits or Limits()
@@ -335,7 +335,7 @@ async def open_host(
                     yield host
                 except trio.Cancelled:
                     raise
-                # the caller's own, whatever it is: raised below, where no nursery wraps it in a group
+                # the caller's own error: raised below, where no nursery wraps it in a group
                 except BaseException as error:  # noqa: BLE001
                     failure = error
                 finally:
@@ -366,7 +366,7 @@ def _parse(text: str, what: str) -> Address:
 
 
 async def _listen(address: Address) -> tuple[list[trio.SocketListener], Address]:
-    """Listeners, and the address with the port that it has now."""
+    """The listeners, and the address with its present port."""
     if address.kind not in ("ip4", "ip6"):
         raise ConfigError(f"cannot listen on {address}: give an IP address, as in /ip4/127.0.0.1/tcp/0")
     try:

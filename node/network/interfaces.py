@@ -1,4 +1,4 @@
-"""What network interfaces this machine has: psutil, and on Linux what the kernel says of bridges and IPv6."""
+"""This machine's network interfaces: from psutil, and on Linux the kernel's facts on bridges and IPv6."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TEMPORARY, _DUPLICATE, _DEPRECATED, _TENTATIVE = 0x01, 0x08, 0x20, 0x40
 
 
 def read_interfaces() -> list[Interface]:
-    """All of them, with their IP addresses.  What cannot be found out of one is taken for ordinary."""
+    """All interfaces, with their IP addresses.  An unknown fact of an interface counts as ordinary."""
     stats: Mapping[str, object] = {}
     with contextlib.suppress(OSError):
         stats = psutil.net_if_stats()
@@ -47,7 +47,7 @@ def _address(host: str, flags: Mapping[str, int]) -> InterfaceAddress:
 
 
 def _ipv6_flags() -> dict[str, int]:
-    """By address, of those that the kernel knows."""
+    """The flags of each IPv6 address that the kernel knows."""
     found = {}
     with contextlib.suppress(OSError, ValueError):
         for line in _IPV6_ADDRESSES.read_text().splitlines():
@@ -57,7 +57,7 @@ def _ipv6_flags() -> dict[str, int]:
 
 
 def _bridge_ports(name: str) -> list[bool] | None:
-    """Which ports of a bridge lead out of this machine; None for what is no bridge."""
+    """For each port of a bridge, whether it leads out of this machine; None without a bridge."""
     folder = _SYSTEM / name
     if not (folder / "bridge").is_dir():
         return None
@@ -67,7 +67,7 @@ def _bridge_ports(name: str) -> list[bool] | None:
 
 
 def _leads_out(interface: Path) -> bool:
-    """Hardware, or what is made of hardware."""
+    """Whether an interface is hardware or made of hardware."""
     kinds = {f"DEVTYPE={kind}" for kind in ("bond", "vlan", "wlan")}
     is_team = interface.name.startswith("team")
     with contextlib.suppress(OSError):

@@ -1,13 +1,13 @@
 """py-libp2p's host, kept for Kademlia and identify, with its traps closed.
 
-It neither listens nor dials itself: `Host` hands it connections that are made, secured and muxed
-already, and it asks `Host` where it wants one.  What that avoids, in py-libp2p 0.8:
+It neither listens nor dials: `Host` hands it finished connections, secured and muxed, and it asks `Host`
+for a new one.  This avoids, in py-libp2p 0.8:
 
 * dials that take 250 ms after they succeeded, try one address only, and refuse for 60 s a peer that
   failed once (`Swarm.dial_peer`, overridden here);
 * an auto-connector that tops up towards half of the high watermark (replaced here);
 * listeners with SO_REUSEPORT, so that a port in use is not noticed, and without any TCP option;
-* a muxer table that takes its own yamux whatever class is passed in;
+* a muxer table that takes its own yamux for any class that is passed in;
 * a resource manager whose absence is not noticed (asserted here; the exact caps are `Host`'s own).
 """
 
@@ -35,7 +35,7 @@ from tensor_codec.errors import PeerFault
 from tensor_codec.limits import Limits
 
 logger = logging.getLogger(__name__)
-# py-libp2p logs what peers do to it as errors; our adapter counts it instead.  Here, because its own
+# py-libp2p logs peers' faults as errors; our adapter counts them instead.  Here, because its own
 # import sets the level, and takes its loggers out of the reach of an earlier set-up of logging.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
@@ -43,7 +43,7 @@ Dial = Callable[[PeerId, Sequence[str]], Awaitable[None]]
 
 
 class NoAutoConnector(AutoConnector):  # type: ignore[misc]  # py-libp2p has no types
-    """Connects to nobody: whom we know, our own directory decides."""
+    """Connects to nobody: our own directory chooses our peers."""
 
     async def maybe_connect(self) -> None:
         """Do nothing."""
@@ -74,7 +74,7 @@ class HostedSwarm(Swarm):  # type: ignore[misc]  # py-libp2p has no types
 def make_libp2p_host(
     identity: Identity, addresses: Callable[[], Sequence[str]], limits: Limits, dial: Dial
 ) -> BasicHost:
-    """A host that announces what `addresses` gives, and dials by `dial`; run it with `host.run([])`."""
+    """A host that announces the result of `addresses`, and dials by `dial`; run it with `host.run([])`."""
     key_pair = create_new_key_pair(seed=identity.private_key)
     peer_id = ID.from_base58(identity.peer_id)
     peerstore = PeerStore()
@@ -82,10 +82,10 @@ def make_libp2p_host(
     swarm = HostedSwarm(
         peer_id,
         peerstore,
-        TransportUpgrader({}, {}),  # no way to secure or mux anything: nothing comes in but through us
+        TransportUpgrader({}, {}),  # no security and no muxer: every connection comes through us
         transports=[],
         connection_config=ConnectionConfig(
-            # `Host` counts exactly; these only have to stay out of its way
+            # `Host` counts exactly; these bounds must only be larger
             max_connections=limits.max_connections + 2,
             high_watermark=limits.max_connections + 2,
             min_connections=0,
@@ -120,8 +120,8 @@ def make_libp2p_host(
         net_stream.set_protocol(protocol)
         try:
             await host.get_mux().handlers[protocol](net_stream)
-        # Handlers of a library of which 716 in 1,126 catch everything themselves: what gets through is
-        # of any type and, as far as one can tell, the peer's doing.  It must not end the node.
+        # Of the library's 1,126 handlers 716 catch everything themselves.  An error that escapes is of any
+        # type and, as far as one can tell, the peer's fault.  It must not end the node.
         except Exception as error:  # noqa: BLE001
             logger.debug("%s on a stream of %s: %r", protocol, net_stream.muxed_conn.peer_id, error)
             await net_stream.reset()

@@ -19,7 +19,7 @@ _READ_BYTES = 256 * KIB
 
 
 class ByteStream(Protocol):
-    """What a FramedStream is built on: a muxed stream, or any of trio's streams with `send_eof`."""
+    """The byte stream of a FramedStream: a muxed stream, or any of trio's streams with `send_eof`."""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """The next bytes; b"" at the end."""
@@ -45,8 +45,8 @@ class Traffic:
 class FramedStream:
     """Whole frames to and from one peer.
 
-    Any number of tasks may send, one may receive.  What was received and not taken is bounded: nothing
-    is read from the stream while a frame waits here, and below it the peer's credit runs out.
+    Any number of tasks may send, one may receive.  The bytes received and not taken are bounded: while a
+    frame waits here nothing is read from the stream, and the peer's credit runs out.
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     """
@@ -69,7 +69,7 @@ class FramedStream:
         self._receiving = False
         self._sending = trio.Lock()
         self._ended = False
-        # what a muxed stream can do and trio's streams cannot
+        # an ability of muxed streams, and not of trio's streams
         self._send_now: Callable[[bytes], bool] | None = getattr(stream, "send_now", None)
         self._reset_now: Callable[[], None] | None = getattr(stream, "reset_now", None)
 
@@ -81,9 +81,9 @@ class FramedStream:
     async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, given whole or in parts; returns when the network has taken it.
 
-        Raises SlowPeer after `seconds` (None: `reply_taken_seconds`, and what its size takes at the
-        slowest rate that we allow), PeerGone.  A frame that was cut short, by either or by a
-        cancellation, takes the stream with it.
+        Raises SlowPeer after `seconds` (None: `reply_taken_seconds`, and the time of its size at the
+        slowest rate allowed), PeerGone.  A frame that was cut short, by either or by a cancellation, takes
+        the stream with it.
         """
         data = encode_frame(frame, self._limits.max_frame_bytes)
         self._traffic.sent += len(data) - PREFIX_BYTES
@@ -108,8 +108,8 @@ class FramedStream:
     async def receive(self, seconds: float | None = None) -> bytearray | None:
         """The next frame, or None at a clean end.
 
-        seconds: for the whole frame.  None waits for its first byte for ever, but once it has begun it
-        must be whole within `frame_start_seconds` and what its size takes at the slowest rate allowed.
+        seconds: for the whole frame.  None waits for its first byte for ever, but a frame that has begun
+        must be whole within `frame_start_seconds` and the time of its size at the slowest rate allowed.
         Raises SlowPeer, PeerGone, FrameError.
         """
         if self._ready:
@@ -130,7 +130,7 @@ class FramedStream:
             self._receiving = False
 
     async def aclose(self) -> None:
-        """End our side cleanly, and want nothing more.  Never raises."""
+        """End our side cleanly, and discard further bytes.  Never raises."""
         with contextlib.suppress(trio.BrokenResourceError, PeerGone):
             await self._stream.aclose()
 

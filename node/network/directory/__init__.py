@@ -1,1 +1,1 @@
-"""Who is in the swarm: records, pings, and the way in."""
+"""The peers of the swarm: records, pings, and joining."""

@@ -1,4 +1,4 @@
-"""This node's own record: signed, announced again and again, and true when the machine changes."""
+"""This node's own record: signed, announced periodically, and kept true when the machine changes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from node.network.transport.identity import Identity
 
 LEAVE_SECONDS = 2.0
-ADDRESSES_SECONDS = 30.0  # between looks at our own addresses, and sooner where neighbours are lost
-ADDRESSES_PAUSE_SECONDS = 1.0  # the least time between two
+ADDRESSES_SECONDS = 30.0  # between looks at our own addresses; the loss of a neighbour brings one sooner
+ADDRESSES_PAUSE_SECONDS = 1.0  # the least time between two looks
 OVERTAKEN_SECONDS = 1.0  # two processes with one identity do not chase each other faster than this
 ADJACENT_PAUSE_SECONDS = 1.0  # between looks at servers that may be next to this one in a chain
 RTT_SAID_SECONDS = 600.0  # an older measurement is better than none in a record
-RTT_TRUE_ENOUGH = 1.5  # times longer or shorter
+RTT_TRUE_ENOUGH = 1.5  # factor, up or down
 RTT_NOISE_SECONDS = 0.005
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Announcer:
         """Announce this record: now, and again every `announce_seconds` until `leave`.
 
         Filled in here: peer, addresses, swarm, seq, ttl_seconds, and the round-trip times measured.
-        Returns when it is on its way.  Raises ValueError for what no peer would accept.
+        Returns when it is on its way.  Raises ValueError for a record that no peer would accept.
         """
         await trio.lowlevel.checkpoint()
         self._publish(record)
@@ -88,7 +88,7 @@ class Announcer:
             await self._neighbours.flushed()
 
     def _publish(self, record: Record) -> None:
-        # The wall clock only makes a restart higher than what came before: nobody compares it.
+        # The wall clock only makes seq rise over restarts: nobody compares clocks.
         self._seq = max(self._seq + 1, int(self._wall_clock() * 1e6))
         record = replace(
             record,
@@ -123,14 +123,14 @@ class Announcer:
             self._publish(self.announced)
 
     async def repeat(self) -> None:
-        """Announce again what was announced, before its TTL passes."""
+        """Repeat the announced record before its TTL passes."""
         while True:
             await trio.sleep(self._limits.announce_seconds)
             if self.announced is not None:
                 self._publish(self.announced)
 
     async def follow_addresses(self) -> None:
-        """Announce our addresses anew when the machine has others: it is looked at now and then."""
+        """Look at the machine's addresses periodically, and announce changed addresses."""
         while True:
             with trio.move_on_after(ADDRESSES_SECONDS):
                 await self._neighbours.one_is_lost()
@@ -142,7 +142,7 @@ class Announcer:
             await trio.sleep(ADDRESSES_PAUSE_SECONDS)
 
     async def measure_adjacent(self) -> None:
-        """Know the distance to the peers that may come before or after us in a chain, and say it."""
+        """Measure and announce the distance to peers that may come before or after us in a chain."""
         while True:
             view, announced = self._live.view(), self.announced
             if (
@@ -160,9 +160,9 @@ class Announcer:
 
 
 def _is_news(measured: Mapping[PeerId, float], said: Mapping[PeerId, float]) -> bool:
-    """Whether who believes what we said of our distances would be far wrong.
+    """Whether the announced distances differ from the measured ones by a large factor.
 
-    Those measured at a busy start are several times too long.
+    Distances that were measured at a busy start are several times too long.
     """
     if measured.keys() - said.keys():
         return True

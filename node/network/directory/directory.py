@@ -2,8 +2,7 @@
 
 Four parts work under a `Directory`: `LiveView` holds the records, `Neighbours` exchanges them over
 streams, `Announcer` signs and repeats the record of this node, `Asker` pings.  A Kademlia table
-(`Discovery`) runs next to these parts and never before them: it finds servers of a model that no
-neighbour knows.
+(`Discovery`) runs next to these parts: it finds servers of a model that no neighbour knows.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ class DirectoryConfig:
     """How a node takes part in a swarm.
 
     swarm: its id; records of another one are refused.
-    bootstrap: multiaddrs with /p2p/ID of peers of the swarm; empty for the first one.
+    bootstrap: multiaddrs with /p2p/ID of peers of the swarm; empty for the first peer.
     role: "client" reads the Kademlia table, the others also hold a part of it.
-    patience_seconds: for this long silent bootstrap peers are dialled again.
+    patience_seconds: the time for which silent bootstrap peers are dialled again.
     required: raise ConfigError where no bootstrap peer can be reached; otherwise go on, and keep trying.
     kademlia: False for no table at all.
-    watch: ping servers again and again, and mark silent ones in the view; None: a client does.
+    watch: ping servers periodically, and mark silent ones in the view; None: a client does.
     """
 
     swarm: str
@@ -65,7 +64,7 @@ class DirectoryConfig:
 
     @property
     def watches(self) -> bool:
-        """Whether servers are pinged again and again."""
+        """Whether servers are pinged periodically."""
         return self.role == "client" if self.watch is None else self.watch
 
 
@@ -119,7 +118,7 @@ class Directory:
 
     @property
     def last_view(self) -> SwarmView:
-        """The view of the last look, some of whose records may have ended since.  For any thread."""
+        """The view of the last look; some of its records may have ended since.  For any thread."""
         return self._live.last
 
     async def changed(self, since: SwarmView | None = None) -> None:
@@ -151,19 +150,19 @@ class Directory:
     # --- pings ------------------------------------------------------------------------------------
 
     def rtts(self, seconds: float = FRESH_SECONDS) -> dict[PeerId, float]:
-        """The round-trip times, in seconds, of those that have answered within so many."""
+        """The round-trip times, in seconds, of peers that have answered within the last `seconds`."""
         return self._asker.answers.rtts(trio.current_time(), seconds)
 
     def late(self) -> frozenset[PeerId]:
-        """Peers that are being asked and have not answered at once: see `routing.view.answers`."""
+        """Peers with a ping under way and no answer at once: see `routing.view.answers`."""
         return self._asker.answers.late(trio.current_time())
 
     def unknown(self, peers: Iterable[PeerId]) -> list[PeerId]:
-        """Those of these peers that have neither answered nor been found silent."""
+        """The peers among these that have neither answered nor been found silent."""
         return self._asker.answers.unknown(peers, trio.current_time())
 
     async def answers(self, peer: PeerId, seconds: float = PING_SECONDS) -> bool:
-        """Whether that peer answers a ping now, within so many seconds, whatever was measured before."""
+        """Whether that peer answers a new ping within `seconds`."""
         if not (addresses := self.addresses(peer)):
             await trio.lowlevel.checkpoint()
             return False
@@ -182,7 +181,7 @@ class Directory:
         seconds: float = PING_SECONDS,
         enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
     ) -> dict[PeerId, float]:
-        """The round-trip times of those of these peers that answer: see `Asker.measure`."""
+        """The round-trip times of the answering peers among these: see `Asker.measure`."""
         return await self._asker.measure(peers, seconds, enough)
 
     # --- tasks ------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ class Directory:
         ):
             nursery.start_soon(task)
         nursery.start_soon(self._neighbours.keep, nursery)
-        if config.watches:  # now that there is a view: silent servers are known when a chain is chosen
+        if config.watches:  # after the first view, so that silent servers are known when a chain is chosen
             watched = partial(worth_watching, self.peer_id, self._live.view)
             nursery.start_soon(self._asker.watch, watched, self._rng)
         nursery.start_soon(self._discovery.run, lambda: self._announcer.served_revision)
@@ -214,7 +213,7 @@ class Directory:
         self._announcer.overtaken(record)
 
     def close(self) -> None:
-        """Take no more streams, and end those that peers opened."""
+        """Take no more streams, and end the streams that peers opened."""
         self._neighbours.close()
 
 
@@ -228,7 +227,7 @@ async def open_directory(
     rng: random.Random | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Directory]:
-    """Take part in a swarm for as long as the block lasts.
+    """Take part in a swarm until the end of the block.
 
     When the block begins, one bootstrap peer has sent its whole view.
     finder: instead of a Kademlia table of our own.  Raises ConfigError.

@@ -1,4 +1,4 @@
-"""Servers of a model that no neighbour knows: written into a Kademlia table, and found in it."""
+"""Finds servers of a model that no neighbour knows, by a Kademlia table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISCOVER_SECONDS = 60.0  # between looks into the Kademlia table
 
 
 class Finder(Protocol):
-    """A Kademlia table.  Neither method raises for the network's sake."""
+    """A Kademlia table.  Neither method raises errors of the network."""
 
     async def provide(self, revision: str) -> None:
         """Write into the table that this node serves the model revision."""
@@ -47,8 +47,8 @@ class Discovery:
     async def find_peers(self, revision: str, seconds: float = FIND_SECONDS) -> tuple[Record, ...]:
         """The online servers of a model revision, after a look into the Kademlia table.
 
-        Peers found there are asked for their view.  Without a table, or where it does not answer in
-        `seconds`, the records of the neighbours are all there is.
+        Peers found there are asked for their view.  Without a table, or without its answer in `seconds`,
+        only the neighbours' records count.
         """
         if self._finder is not None:
             with trio.move_on_after(seconds):
@@ -56,7 +56,7 @@ class Discovery:
         return self._view.view().spans(revision)
 
     async def run(self, served_revision: Callable[[], str | None]) -> None:
-        """Write the served revision into the table, and look there for peers that no neighbour knows."""
+        """Write the served revision into the table, and find peers there that no neighbour knows."""
         while self._finder is not None:
             view, revision = self._view.view(), served_revision()
             if revision is not None:

@@ -1,13 +1,13 @@
 """Finds peers of a model in py-libp2p's Kademlia table, and nothing else.
 
-The table holds no records: what a peer says of itself is asked of the peer and believed by its
-signature.  Here it only names peers to ask.  The traps of py-libp2p 0.8 that are avoided:
+The table holds no records: each peer sends its own record, with its signature.  The table only names peers
+to ask.  The traps of py-libp2p 0.8 that are avoided:
 
 * values have no expiry of ours and no merge, so only provider entries are used;
 * `find_providers` answers from its own cache for two days: lookups go through a store of their own,
   emptied before each;
-* it repeats peers, and gives whatever addresses it was told: both are cleaned here;
-* a table of one protocol name for all: the id of the swarm is part of the key;
+* it repeats peers and passes any address on: both are cleaned here;
+* one protocol name serves all swarms: the id of the swarm is part of the key;
 * ten ADD_PROVIDER per ten seconds and peer are taken: a node writes one key, rarely.
 """
 
@@ -30,7 +30,7 @@ from routing.names import PeerId, public_key_of
 from routing.view.records import MAX_ADDRESSES, check_address
 
 PROVIDE_SECONDS = 10.0
-MAX_PROVIDERS = 20  # that a lookup waits for; the table keeps no more per key
+MAX_PROVIDERS = 20  # providers that a lookup waits for; the table keeps no more per key
 _SHA256_MULTIHASH = bytes([0x12, 0x20])
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def provider_key(swarm: str, revision: str) -> bytes:
 
 
 class Kademlia:
-    """The Kademlia table of one host, as the directory wants it.  See `open_kademlia`."""
+    """The Kademlia table of one host, for the directory.  See `open_kademlia`."""
 
     def __init__(self, host: Host, dht: KadDHT, swarm: str) -> None:
         self._host = host
@@ -58,7 +58,7 @@ class Kademlia:
                 log.debug("no peer took our entry into the Kademlia table")
 
     async def find(self, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
-        """Who is written there as a server, with addresses; the caller brings the deadline."""
+        """The servers in the table, with addresses; the caller sets the deadline."""
         await self._meet_connected()
         key = provider_key(self._swarm, revision)
         fresh = ProviderStore(self._host.raw, self._dht.peer_routing)
@@ -72,13 +72,13 @@ class Kademlia:
         return peers
 
     async def _meet_connected(self) -> None:
-        """Put the peers that we are connected to into the table: Kademlia starts from them."""
+        """Put our connected peers into the table: Kademlia starts from them."""
         for peer in self._host.raw.get_connected_peers():
             await self._dht.add_peer(peer)
 
 
 def _read(info: PeerInfo) -> tuple[PeerId | None, list[str]]:
-    """A peer and its TCP addresses, out of what others wrote; None for an id that we cannot check."""
+    """A peer and its TCP addresses from a table entry; None for an id that we cannot check."""
     peer = PeerId(info.peer_id.to_base58())
     try:
         public_key_of(peer)
@@ -108,7 +108,7 @@ async def open_kademlia(host: Host, *, swarm: str, serves: bool) -> AsyncIterato
             await trio.sleep_forever()
 
     # In a task of its own: the service's nursery would put the caller's exceptions into groups, and
-    # its way of stopping waits for its tasks without a bound; cancelled, it does not.
+    # its stop waits for its tasks without a bound.  Cancelled, it does not wait.
     async with background_nursery() as nursery:
         await nursery.start(run)
         yield Kademlia(host, dht, swarm)

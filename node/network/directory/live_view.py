@@ -1,4 +1,4 @@
-"""The view of the swarm as it is now: records go in, a value comes out, and a task can wait for a change."""
+"""The present view of the swarm: records go in, a value comes out, and a task can wait for a change."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ EXPIRY_SECONDS = 1.0  # a record that ended is noticed this much later, at the l
 
 
 class LiveView:
-    """The one place that replaces the view.  What a record means is decided in `routing.view.view`.
+    """The one place that replaces the view.  `routing.view.view` decides the meaning of a record.
 
     swarm: its id.  bootstrap: addresses of peers that may have no record yet.
-    silent: peers that do not answer; None where nobody watches (see `routing.view.answers`).
+    silent: peers that do not answer; None without watching (see `routing.view.answers`).
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class LiveView:
         return self._shown
 
     async def changed(self, since: SwarmView | None = None) -> None:
-        """Return as soon as the view is no longer `since`, or by default no longer what it is now.
+        """Return as soon as the view differs from `since`, by default from the present view.
 
-        Where nothing changes this waits for ever: the caller brings the deadline.
+        Without a change this waits for ever: the caller sets the deadline.
         """
         since = self.view() if since is None else since
         await trio.lowlevel.checkpoint()
@@ -54,12 +54,12 @@ class LiveView:
             await self._news.wait()
 
     def addresses(self, peer: PeerId) -> tuple[str, ...]:
-        """Where to dial that peer: by its own record, else by our configuration; empty if unknown."""
+        """The addresses of that peer: from its own record, else from our configuration; empty if unknown."""
         record = self.view().get(peer)
         return record.addresses if record and record.addresses else self._bootstrap.get(peer, ())
 
     def merge(self, arrivals: Sequence[Arrival]) -> tuple[PeerId, ...]:
-        """Take verified records in; return the peers with news, in their order."""
+        """Take in verified records; return the peers with news, in order."""
         view, changed = merge(self._view, arrivals, trio.current_time())
         self._replace(view)
         return tuple(changed)

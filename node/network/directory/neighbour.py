@@ -1,4 +1,4 @@
-"""One stream of record exchange: what this node owes the other side, and what it accepts from it."""
+"""One stream of record exchange: the records that this node owes, and the records that it accepts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole 
 
 @dataclass(slots=True)
 class TokenBucket:
-    """At most `burst` at once and `rate` per second in the long run.  The caller brings the clock."""
+    """At most `burst` at once and `rate` per second in the long run.  The caller passes the time."""
 
     rate: float
     burst: float
@@ -36,11 +36,11 @@ class TokenBucket:
 
     @classmethod
     def full(cls, rate: float, burst: float, now: float) -> TokenBucket:
-        """A bucket that nobody has drawn from."""
+        """A full bucket."""
         return cls(rate, burst, burst, now)
 
     def take(self, count: float, now: float) -> float:
-        """Take `count`, and return the seconds to wait until that many will have been there."""
+        """Take `count`, and return the seconds until the rate has covered them."""
         self.level = min(self.burst, self.level + (now - self.filled) * self.rate) - count
         self.filled = now
         return max(0.0, -self.level / self.rate)
@@ -54,7 +54,7 @@ class Retry:
     not_before: float = 0.0
 
     def failed(self, now: float, rng: random.Random) -> None:
-        """Wait longer than the last time."""
+        """Wait longer than last time."""
         seconds = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**self.failures)
         self.failures = min(self.failures + 1, 10)
         self.not_before = now + seconds * rng.uniform(0.5, 1.0)
@@ -89,7 +89,7 @@ class Retries:
 
 
 class Budgets:
-    """What each peer may still send: records, and digests that ask for an answer.
+    """The budgets of each peer: records, and digests that ask for an answer.
 
     A budget outlives its stream, so a new stream is no new budget; at most BUDGETS_KEPT are kept.
     """
@@ -113,10 +113,10 @@ class Budgets:
 class Neighbour:
     """One records stream, opened by us (`ours`) or by the other side.
 
-    What waits to be sent is a set of peers, not a list of records: however slowly the other side
-    reads, it is owed at most one record of each, the newest.
+    The queue is a set of peers, not a list of records: a slow reader is owed at most one record of each
+    peer, the newest.
 
-    greeted: set when their first answer to our digest is whole; all that it was to bring has come.
+    greeted: set when their first answer to our digest is whole and all of its records have come.
     scope: cancel it to end the exchange.
     """
 
@@ -136,18 +136,18 @@ class Neighbour:
         self._heard: dict[bytes, int] = {}
 
     def owe(self, peers: Iterable[PeerId]) -> None:
-        """Send the records of these peers as soon as may be, as they are then."""
+        """Send the newest records of these peers as soon as possible."""
         self._owed.update(dict.fromkeys(peers))
         if self._owed:
             self._wake()
 
     def prove(self, ended: Arrival) -> None:
-        """Show the other side a record of its own that has ended, and that it does not know any more."""
+        """Show the other side a record of its own that has ended and that it no longer knows."""
         self._proofs = [ended]
         self._wake()
 
     def say_digest(self, *, ask: bool) -> None:
-        """Send our digest, after the records that are owed by now."""
+        """Send our digest, after the records owed by now."""
         self._digests.add(ask)
         self._wake()
 
@@ -161,7 +161,7 @@ class Neighbour:
         self._work.set()
 
     async def send_forever(self, view: Callable[[], SwarmView]) -> None:
-        """Send what is owed, records before digests.  Raises PeerFault."""
+        """Send the owed frames, records before digests.  Raises PeerFault."""
         while True:
             await self._work.wait()
             self._work = trio.Event()
@@ -177,7 +177,7 @@ class Neighbour:
                 self._idle.set()
 
     def hear_digest(self, part: Digest, most: int) -> dict[bytes, int] | None:
-        """Add one frame of a digest; return the whole when it was the last.  Raises MessageError."""
+        """Add one frame of a digest; return the whole digest after the last frame.  Raises MessageError."""
         self._heard.update(part.seqs)
         if len(self._heard) > most:
             raise MessageError(f"a digest of more than {most} peers")

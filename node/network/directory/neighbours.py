@@ -1,9 +1,9 @@
-"""The streams of record exchange: to which peers they lead, and what travels on them.
+"""The streams of record exchange: the choice of peers, and the exchange itself.
 
-A node keeps a few streams of its own, bootstrap peers first, and takes those that peers open.  When one
-opens, both sides send a digest and then the records that the other side lacks; from then on each record
-that is news to a node goes on to all its neighbours at once.  Every few seconds a digest goes to one
-neighbour at random, which repairs losses (anti-entropy, as in Demers et al., 1987).
+A node keeps a few streams of its own, bootstrap peers first, and takes streams that peers open.  On a new
+stream both sides send a digest and then the records that the other side lacks.  After that, a node sends
+each new record to all its neighbours at once.  Every few seconds a digest goes to one neighbour at random,
+which repairs losses (anti-entropy, as in Demers et al., 1987).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 PROTOCOL = "/raceme/records/1"
 
-NEIGHBOURS = 3  # streams that we open; about as many again are opened to us
-BOOTSTRAP_NEIGHBOURS = 2  # of these to bootstrap peers, where they can be reached
+NEIGHBOURS = 3  # streams that we open; peers open about as many to us
+BOOTSTRAP_NEIGHBOURS = 2  # of these, to bootstrap peers that can be reached
 KEEP_SECONDS = 1.0  # between looks at whether a neighbour is missing
 HEAL_SECONDS = 5.0  # a digest to a random neighbour
-JOIN_PAUSE_SECONDS = 0.25  # between two dials to one bootstrap peer that may still be starting
+JOIN_PAUSE_SECONDS = 0.25  # between two dials to one bootstrap peer, which may still be starting
 JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
 CLOSE_SECONDS = 0.5
 FAULTS_BEFORE_DROP = 3
@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 class Neighbours:
     """The peers with which records are exchanged, and the tasks that keep the exchange going.
 
-    view: records go in there, and answers come out of it.
-    own_record: called with a record of our own that a peer has and we did not announce.
+    view: takes records in and gives answers.
+    own_record: called with a peer's record of us that we did not announce.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Neighbours:
         self.retries = Retries(rng)
         self._lost = trio.Event()
         self._dialling: set[PeerId] = set()
-        self._turned_away: set[PeerId] = set()  # members of another swarm than ours
+        self._turned_away: set[PeerId] = set()  # members of another swarm
         self._budgets = Budgets(limits)
 
     @property
@@ -83,7 +83,7 @@ class Neighbours:
         return frozenset(neighbour.peer for neighbour in self._neighbours)
 
     def pass_on(self, peers: Iterable[PeerId], source: PeerId | None) -> None:
-        """Send the records of these peers to all neighbours but their source."""
+        """Send the records of these peers to all neighbours except their source."""
         changed = list(peers)
         for neighbour in {neighbour.peer: neighbour for neighbour in self._neighbours}.values():
             if neighbour.peer != source:
@@ -112,16 +112,16 @@ class Neighbours:
         if not self._open:
             return
         for older in [n for n in self._neighbours if n.peer == stream.peer and not n.ours]:
-            older.scope.cancel()  # the peer came again, so the old one leads nowhere
+            older.scope.cancel()  # the peer opened a new stream, so the old one is dead
         await self._exchange(Neighbour(stream, ours=False))
 
     async def _converse(
         self, peer: PeerId, addresses: Sequence[str], answered: trio.Event | None = None
     ) -> str:
-        """Dial a peer and exchange records for as long as it goes.  Returns why it ended.
+        """Dial a peer and exchange records until the exchange ends.  Returns the reason of the end.
 
-        answered: set when the peer has sent us all that it knew, or when that will not happen.
-        The one place that catches a fault of a peer that we dialled.
+        answered: set when the peer has sent its whole view, or never will.
+        The one place that catches faults of a peer that we dialled.
         """
         answered = trio.Event() if answered is None else answered
         self._dialling.add(peer)
@@ -179,9 +179,9 @@ class Neighbours:
             raise faults[0]
 
     async def _receive_forever(self, neighbour: Neighbour) -> None:
-        """Take in whatever the other side says until it ends its stream.  Raises PeerFault.
+        """Take in the other side's frames until it ends its stream.  Raises PeerFault.
 
-        A peer that says more than its budget allows is read more slowly: its own stream fills up.
+        A peer that sends more than its budget is read more slowly: its own stream fills up.
         """
         records, asks = self._budgets.of(neighbour.peer)
         while (frame := await neighbour.stream.receive()) is not None:
@@ -234,9 +234,9 @@ class Neighbours:
         self.pass_on(self._view.merge(arrivals), neighbour.peer)
 
     async def join(self, nursery: trio.Nursery, *, required: bool, patience_seconds: float) -> None:
-        """Dial the bootstrap peers; return when one has told us all it knows.
+        """Dial the bootstrap peers; return when one has sent its whole view.
 
-        patience_seconds: dial again for so long those that do not answer: they may be starting too.
+        patience_seconds: for this time, dial again peers that do not answer: they may be starting too.
         Raises ConfigError where none can be reached and `required`.
         """
         reached: list[PeerId] = []
@@ -269,7 +269,7 @@ class Neighbours:
             raise ConfigError(f"none of {len(peers)} peers could be reached: " + "; ".join(reasons))
 
     async def keep(self, nursery: trio.Nursery) -> None:
-        """See to it that there are a few neighbours."""
+        """Keep up the number of neighbours."""
         while True:
             for peer in self._to_dial():
                 self._dialling.add(peer)
@@ -296,7 +296,7 @@ class Neighbours:
         return self._view.addresses(peer) or (ended.record.addresses if ended else ())
 
     async def heal(self) -> None:
-        """Compare views with one neighbour after the other, at random."""
+        """Compare views with one random neighbour after another."""
         while True:
             await trio.sleep(HEAL_SECONDS * self._rng.uniform(0.8, 1.2))
             if self._neighbours:

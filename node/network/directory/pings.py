@@ -1,8 +1,8 @@
-"""Asks peers whether they are there and how far: pings, in tasks of their own, a few at once.
+"""Pings peers for their presence and distance, in tasks of their own, a few at once.
 
-Who wants to know waits for as long as it likes and no longer; a question goes on without it, and what
-comes of it is noted in `routing.view.answers`, silence too.  A client and `status` ask the servers that
-matter to them again and again, so that a peer that is gone is known before its record ends.
+A caller waits no longer than its own deadline.  The ping goes on without the caller, and
+`routing.view.answers` keeps its result, silence too.  A client and `status` ping their important servers
+periodically, so that a lost peer is known before its record ends.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from tensor_codec.errors import PeerFault, PeerGone
 if TYPE_CHECKING:
     from node.network.host import Host
 
-PING_SECONDS = 2.0  # in which a question must be answered, a connection included
-OVERDUE_SECONDS = 1.0  # after which a peer without any answer is taken for silent
-ASKED_AT_ONCE = 16  # half of what `Host` dials at once: a session's dial never waits for them
-WATCH_SECONDS = 3.0  # between two questions to the same server: silent ones are known within 8 s
-LOOK_SECONDS = 1.0  # between looks for servers that are new
+PING_SECONDS = 2.0  # for the answer to a ping, a connection included
+OVERDUE_SECONDS = 1.0  # after which a peer without any answer counts as silent
+ASKED_AT_ONCE = 16  # half of the dials that `Host` runs at once: a session's dial never waits for pings
+WATCH_SECONDS = 3.0  # between two pings to one server: silent ones are known within 8 s
+LOOK_SECONDS = 1.0  # between looks for new servers
 QUIET_SECONDS = 0.02
 STEP_SECONDS = 0.1
 MAX_WANTED = 64
-WATCHED = 16  # servers that a client asks again and again, besides those that it wants to use
+WATCHED = 16  # servers that a client pings periodically, besides the servers that it wants to use
 
 log = logging.getLogger(__name__)
 
 
 class Asker:
-    """Whom this node has asked, and what they answered.
+    """The peers that this node has asked, and their answers.
 
-    addresses: where to dial a peer; empty where nobody knows.  changed: told when somebody has become
-    silent or answers again.
+    addresses: of a peer; empty where unknown.  changed: called when a peer has become silent or answers
+    again.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Asker:
         self._changed = changed
         self._dial_seconds = dial_seconds
         self._turns = trio.CapacityLimiter(ASKED_AT_ONCE)
-        self._news = trio.Event()  # an answer, or that none will come
+        self._news = trio.Event()  # set by an answer, or by its failure
         self._connecting = 0
         self._quiet = trio.Event()
-        self._wanted: dict[PeerId, float] = {}  # whose distance somebody wanted to know, and when
+        self._wanted: dict[PeerId, float] = {}  # peers whose distance was asked for, and the time
 
     async def measure(
         self,
@@ -71,10 +71,10 @@ class Asker:
         seconds: float = PING_SECONDS,
         enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
     ) -> dict[PeerId, float]:
-        """The round trips to those of these peers that answer, as far as they are known in `seconds`.
+        """The round trips to the answering peers among these, as far as known within `seconds`.
 
         Peers that were asked within the last minute are not asked again, whether they answered or not.
-        enough: whether these round trips will do; then the others are waited for GRACE_SECONDS only.
+        enough: whether these round trips suffice; then the wait for the others is GRACE_SECONDS only.
         """
         now = trio.current_time()
         peers = [peer for peer in dict.fromkeys(peers) if peer != self._host.peer_id]
@@ -95,7 +95,7 @@ class Asker:
                 await self._news.wait()
 
     def ask(self, peer: PeerId) -> None:
-        """Ask now, unless that is under way."""
+        """Ask now, unless a ping is under way."""
         if self.answers.under_way(peer) is None:
             self.answers.ask(peer, trio.current_time())
             self._nursery.start_soon(self._ask, peer)
@@ -103,9 +103,9 @@ class Asker:
     async def watch(
         self, servers: Callable[[Collection[PeerId]], Collection[PeerId]], rng: random.Random
     ) -> None:
-        """Ask these servers until cancelled; new ones at once.
+        """Ping these servers periodically until cancelled; new servers at once.
 
-        servers: those that matter, given those that somebody wanted to know of within the last minute.
+        servers: the important ones, given the peers that were asked for within the last minute.
         """
         again = -math.inf
         while True:
@@ -138,7 +138,7 @@ class Asker:
             self._tell(before != (peer in self.answers.silent()))
 
     async def _try(self, peer: PeerId) -> bool:
-        """Whether there is no need to try again."""
+        """Whether a retry is unnecessary."""
         from node.network.connection_table import NoPlaceLeft
 
         done = False
@@ -158,7 +158,7 @@ class Asker:
         return done
 
     async def _be_patient(self, peer: PeerId, question: trio.CancelScope) -> None:
-        """End a question in time.  While this process stands still, time does not count."""
+        """End a ping at its deadline.  Time in which this process is suspended does not count."""
         steps = round(PING_SECONDS / STEP_SECONDS)
         for step in range(steps):
             if step == round(OVERDUE_SECONDS / STEP_SECONDS):
@@ -179,7 +179,7 @@ class Asker:
             if not self._connecting:
                 self._quiet.set()
                 self._quiet = trio.Event()
-        with trio.move_on_after(QUIET_SECONDS):  # a ping next to a handshake measures the handshake
+        with trio.move_on_after(QUIET_SECONDS):  # a ping during a handshake measures the handshake
             while self._connecting:
                 await self._quiet.wait()
         return await self._host.ping(peer, addresses)

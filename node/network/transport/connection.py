@@ -31,7 +31,7 @@ class MuxedStream:
         self.state = state
         self.protocol: str | None = None  # as agreed with the peer
         self.served = False  # opened by the peer, and counted against the caps
-        self._answer_due = b""  # bytes by which the peer agrees to the protocol, as far as not read yet
+        self._answer_due = b""  # unread bytes of the peer's agreement to the protocol
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
 
@@ -42,7 +42,7 @@ class MuxedStream:
         self.connection.queue(self, self._answer_due)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """The next bytes, b"" at the end of what the peer sends.
+        """The next bytes, b"" at the end of the peer's bytes.
 
         Raises PeerGone when the stream or the connection is gone, RemoteProtocolError where the peer
         does not speak the protocol that was proposed.
@@ -79,7 +79,7 @@ class MuxedStream:
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send, waiting for the peer's credit and the kernel.  Raises PeerGone.
 
-        Long data goes in pieces, between which other streams have their turn.
+        Long data goes in pieces; other streams send between the pieces.
         """
         connection = self.connection
         view = memoryview(data)
@@ -163,7 +163,7 @@ class Connection:
         self._on_fault = on_fault
         self._on_closed = on_closed
         self._streams: dict[int, MuxedStream] = {}
-        self._unsent: memoryview | None = None  # sealed, and not all of it taken by the kernel yet
+        self._unsent: memoryview | None = None  # sealed bytes that the kernel has not taken completely
         self._writer_wanted = trio.Event()
         self._waiting_for_writer = trio.lowlevel.ParkingLot()
         self._flushes = 0
@@ -228,7 +228,7 @@ class Connection:
             raise LocalProtocolError(f"{len(data)} bytes to queue on {stream.state}")
 
     def flush_now(self) -> None:
-        """Send what is queued, as far as the kernel takes it now; the rest is left to the writing task."""
+        """Send the queued bytes that the kernel takes now; the writing task sends the others."""
         if self._unsent is not None or self.closed.is_set():
             return
         while self.core.has_data_to_send:
@@ -244,7 +244,7 @@ class Connection:
                 return
 
     async def flush(self) -> None:
-        """Send what is queued now, waiting until the kernel has taken it.  Raises PeerGone."""
+        """Send the bytes queued by now, and wait until the kernel has taken them.  Raises PeerGone."""
         self.flush_now()
         if self._unsent is None:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -290,7 +290,7 @@ class Connection:
 
     @property
     def inbound_streams(self) -> int:
-        """How many open streams of the peer are served."""
+        """The number of the peer's open streams that are served."""
         return sum(stream.served and not stream.is_closed() for stream in self._streams.values())
 
     def _new_stream(self, state: Stream) -> MuxedStream:

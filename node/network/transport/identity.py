@@ -1,4 +1,4 @@
-"""Who a node is: an Ed25519 key, kept as 32 raw bytes in a file of its owner."""
+"""A node's identity: an Ed25519 key, kept as 32 raw bytes in a file of its owner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def identity_of(private_key: bytes) -> Identity:
 
 
 def load_or_create_identity(path: Path | str | None) -> Identity:
-    """The identity in a file, made there on the first call; without a path one that nobody will see again.
+    """The identity in a file, made there on the first call; without a path, one for this process alone.
 
     Raises ConfigError where the file is readable by others, has another size, or cannot be had.
     """
@@ -41,7 +41,7 @@ def load_or_create_identity(path: Path | str | None) -> Identity:
     path = Path(path)
     with contextlib.suppress(FileNotFoundError):
         return _load(path)
-    with contextlib.suppress(FileExistsError):  # another process was faster: its key is the one
+    with contextlib.suppress(FileExistsError):  # another process was faster: its key counts
         create_secret(path, secrets.token_bytes(PRIVATE_KEY_BYTES), "identity")
     try:
         return _load(path)

@@ -1,4 +1,4 @@
-"""The bytes under everything: one TCP socket, read and written with as little ceremony as trio allows.
+"""The lowest layer: one TCP socket, read and written with the least overhead that trio allows.
 
 `trio.SocketStream` passes three checkpoints and a lock per call.  Here a read is one wait and one
 `recv_into`, and a write that the kernel takes at once is one system call without any wait.
@@ -21,13 +21,15 @@ class Link(Protocol):
 
     @property
     def remote(self) -> tuple[str, int] | None:
-        """Address and port of the other end, if there are such."""
+        """Address and port of the other end; None without them."""
 
     async def receive_into(self, buffer: memoryview) -> int:
-        """Wait for bytes and put them at the buffer's beginning; how many, 0 at the end.  Raises PeerGone."""
+        """Wait for bytes and put them into the buffer; their number, 0 at the end.  Raises
+        PeerGone.
+        """
 
     def send_now(self, data: memoryview) -> int:
-        """How many of these bytes were taken without waiting.  Raises PeerGone."""
+        """The number of these bytes that the kernel took without waiting.  Raises PeerGone."""
 
     async def send(self, data: memoryview) -> None:
         """Send all, however long it takes.  Raises PeerGone."""
@@ -37,11 +39,11 @@ class Link(Protocol):
 
 
 class SocketLink:
-    """A link over a connected TCP socket that is ours alone."""
+    """A link over a connected TCP socket; nobody else uses the socket."""
 
     def __init__(self, stream: trio.SocketStream, user_timeout_seconds: float) -> None:
         """Take the socket out of a trio stream, which is of no use afterwards."""
-        with contextlib.suppress(OSError):  # gone already: the first read will say so
+        with contextlib.suppress(OSError):  # gone already: the first read will raise
             _tune(stream.socket, user_timeout_seconds)
         try:
             name = stream.socket.getpeername()
@@ -107,7 +109,7 @@ def _tune(sock: trio.socket.SocketType, user_timeout_seconds: float) -> None:
         ("TCP_KEEPIDLE", seconds),
         ("TCP_KEEPINTVL", max(1, seconds // 3)),
         ("TCP_KEEPCNT", 3),
-        # what the kernel holds unsent stands before every small message that comes later
+        # bytes that the kernel holds unsent delay every later small message
         ("TCP_NOTSENT_LOWAT", 128 * KIB),
     ):
         if hasattr(socket, name):

@@ -1,16 +1,16 @@
 """Membership of a private swarm: a peer proves that it holds the key, without ever sending it.
 
-The key file is text, so that it can be mailed, pasted and read by people:
+The key file is text that people can mail, paste and read:
 
     # comments and empty lines do not count
     raceme-swarm-key-1
     <64 hexadecimal digits: 32 random bytes>
 
 The proof runs inside the secured connection, before any protocol opens, and is the same for both
-ends: each sends 32 random bytes (its challenge), then HMAC-SHA256 under the key over everything
-that makes this connection this one: who dialled, both peer ids as the handshake authenticated
-them, both challenges, and the handshake's own hash.  An answer is therefore worth nothing on any
-other connection, nor sent back to its maker.
+ends: each sends 32 random bytes (its challenge), then HMAC-SHA256 under the key over all facts of this
+connection: the dialling side, both peer ids as the handshake authenticated them, both challenges, and the
+handshake's own hash.  An answer is therefore worth nothing on any other connection, nor sent back to its
+maker.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Role = Literal["initiator", "responder"]
 
 
 def swarm_id(key: bytes | None) -> str:
-    """A swarm's name in records: "public" without a key, else 32 hexadecimal digits that do not tell it."""
+    """A swarm's name in records: "public" without a key, else 32 hexadecimal digits that do not reveal it."""
     if key is None:
         return PUBLIC_SWARM
     return hashlib.sha256(_ID_DOMAIN + key).hexdigest()[:32]
@@ -90,7 +90,7 @@ def parse_swarm_key(content: bytes) -> bytes:
 
 
 def _text_of(content: bytes) -> str:
-    """Raises ValueError, which names what editors write instead of UTF-8."""
+    """Raises ValueError that names the encoding that an editor wrote instead of UTF-8."""
     marks = {
         codecs.BOM_UTF8: "UTF-8 with a BOM",
         codecs.BOM_UTF16_LE: "UTF-16",
@@ -112,9 +112,9 @@ class MembershipProof:
     """One end of the proof; sends and reads nothing itself.
 
     Promises, checked by tests/unit/test_membership.py:
-      * two ends with the same key, and only those, accept each other;
+      * two ends accept each other if and only if their keys are equal;
       * an answer made for another connection, role, peer or challenge is refused;
-      * the key itself is never sent, and how far a wrong answer is right cannot be timed.
+      * the key itself is never sent, and timing does not reveal the right bytes of a wrong answer.
 
     role: dialler or listener.  ours, theirs: peer ids as the secured handshake authenticated them.
     channel: the handshake's hash, equal at both ends of one connection and nowhere else.

@@ -1,8 +1,8 @@
-"""Agreeing on a protocol by name (multistream-select 1.0), in as few round trips as there can be.
+"""Agreeing on a protocol by name (multistream-select 1.0), in the fewest round trips.
 
 Each line is a varint length, the text and a newline.  Both sides say `/multistream/1.0.0`; then the
 initiator names a protocol, and the responder repeats it or says `na`.  The initiator may send its
-next bytes at once: with one protocol to propose there is nothing to wait for.
+next bytes at once: with one proposal it need not wait.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _MAX_PROPOSALS = 16
 
 
 class Dialogue:
-    """Exact reads, and writes that are held back until somebody waits for an answer.
+    """Exact reads, and writes that are held back until a read waits for an answer.
 
-    So whatever can go out in one packet does.
+    So writes share a packet where they can.
 
     receive: the next bytes, at most the given number; b"" at the end.  send: all of the bytes.
     """
@@ -37,7 +37,7 @@ class Dialogue:
         self._held += data
 
     async def flush(self) -> None:
-        """Send what was held back."""
+        """Send the bytes that were held back."""
         if self._held:
             data = bytes(self._held)
             self._held.clear()
@@ -87,7 +87,7 @@ def encode_lines(*lines: str) -> bytes:
 
 
 def proposal(protocol: str) -> bytes:
-    """What the initiator sends first; a responder that agrees sends the same."""
+    """The initiator's first bytes; a responder that agrees sends equal bytes."""
     return encode_lines(HEADER, protocol)
 
 

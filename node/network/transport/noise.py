@@ -1,8 +1,8 @@
 """A secured connection: libp2p's Noise handshake, then nothing per message but the cipher.
 
 The handshake (Noise XX with signed payloads) is py-libp2p's.  Its session reads every message in two
-short reads through four objects; here one read takes whatever the kernel has and opens every whole
-message in it.  On the wire both are the same: 2 bytes of length, then at most 65,535 of ciphertext.
+short reads through four objects; here one read takes all bytes that the kernel has and opens every whole
+message in them.  The bytes on the wire are equal: 2 bytes of length, then at most 65,535 of ciphertext.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from node.network.transport.identity import Identity
 
 PROTOCOL = "/noise"
-# Offered in place of the above where there is a swarm key, so that a peer without one, which does not
-# know this name, is turned away in its first packet.
+# Offered in place of PROTOCOL with a swarm key.  A peer without a key does not know this name, so it is
+# refused in its first packet.
 PRIVATE_PROTOCOL = "/raceme/noise/1"
 MAX_PLAINTEXT = 65_535 - 16
 _BUFFER_BYTES = 192 * KIB  # one read of 128 KiB after all but the end of a message
@@ -41,7 +41,7 @@ _NONCE = struct.Struct("<4xQ")
 class SecureChannel:
     """Bytes to and from one authenticated peer, over a link.
 
-    remote: its peer id.  handshake_hash: the same at both ends and nowhere else.
+    remote: its peer id.  handshake_hash: equal at both ends and nowhere else.
     round_trip_seconds: from a message of the handshake to its answer, which the peer had to compute.
     """
 
@@ -69,7 +69,7 @@ class SecureChannel:
         self._plain = bytearray()
 
     async def receive(self) -> bytes:
-        """What one read brought, one message at the least; b"" at the end.
+        """The bytes of one read, at least one message; b"" at the end.
 
         Raises PeerGone, RemoteProtocolError.
         """
@@ -91,7 +91,7 @@ class SecureChannel:
         return data[:max_bytes]
 
     def seal(self, data: bytes) -> bytes:
-        """The bytes on the wire.  What is sealed must be sent, all of it and in this order."""
+        """The bytes for the wire.  Sealed bytes must be sent completely and in this order."""
         if len(data) <= MAX_PLAINTEXT:
             return self._seal_one(data)
         view = memoryview(data)
@@ -126,7 +126,7 @@ class SecureChannel:
 
 
 class ReadBuffer:
-    """What was read from a link and not yet used."""
+    """The bytes that were read from a link and not used yet."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -174,8 +174,8 @@ class HandshakeConnection:
     def __init__(self, link: Link) -> None:
         self.buffer = ReadBuffer(link)
         self.dialogue = Dialogue(self.buffer.take, self._send)
-        # Each message of Noise is computed from the one before, so what was read last has answered what
-        # was sent last: a round trip.
+        # Each message of Noise is computed from the one before, so the last read answers the last write: a
+        # round trip.
         self.round_trip_seconds: float | None = None
         self._link = link
         self._sent_at: float | None = None
@@ -186,7 +186,7 @@ class HandshakeConnection:
         await self._link.send(memoryview(data))
 
     def before_reading(self, action: Callable[[], Awaitable[None]]) -> None:
-        """Do this once, when the handshake reads for the first time: what it wrote goes out before it."""
+        """Do this once, at the handshake's first read; its writes go out before that read."""
         self._before_reading = action
 
     async def read(self, n: int) -> bytes:
@@ -204,7 +204,7 @@ class HandshakeConnection:
         await self.dialogue.write(data)
 
     async def close(self) -> None:
-        """Closing is the link's owner's business."""
+        """Does nothing: the owner of the link closes it."""
 
 
 class Noise:
@@ -218,8 +218,8 @@ class Noise:
     async def secure(self, link: Link, connection: HandshakeConnection, remote: ID | None) -> SecureChannel:
         """Run the handshake: as initiator with `remote`, who must answer; as responder with None.
 
-        What is still to be sent goes out with the channel's first bytes at the latest.
-        Raises PeerGone, and RemoteProtocolError for everything a peer can do wrong.
+        Unsent bytes go out with the channel's first bytes at the latest.
+        Raises PeerGone, and RemoteProtocolError for every fault of a peer.
         """
         pattern = PatternXX(self._local, self._identity_key, self._noise_key)
         # A ReadWriteCloser in all that the handshake uses of one
@@ -231,8 +231,8 @@ class Noise:
                 session = await pattern.handshake_outbound(raw, remote)
         except PeerFault:
             raise
-        # The handshake decodes the peer's bytes with four libraries, each with errors of its own: whatever
-        # comes out of it is the peer's doing.
+        # The handshake decodes the peer's bytes with four libraries, each with errors of its own: any error
+        # is the peer's fault.
         except Exception as error:
             raise RemoteProtocolError(
                 f"the Noise handshake failed: {type(error).__name__} {error}"

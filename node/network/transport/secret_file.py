@@ -16,10 +16,10 @@ _MAX_SECRET_BYTES = 4096
 def read_secret(path: Path, what: str) -> bytes:
     """The bytes of a secret file.  Raises FileNotFoundError, or ConfigError where it is not private.
 
-    what: how to call it in an error, as in "identity".
+    what: its name in an error, as in "identity".
     """
     try:
-        # Opened without waiting: a FIFO has nobody at its other end.
+        # Opened without waiting: a FIFO may have no writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())

@@ -1,8 +1,8 @@
-"""From a fresh TCP connection to a peer that we know: security, proof of membership, muxer.
+"""From a fresh TCP connection to a known peer: security, proof of membership, muxer.
 
-In this order, so that a peer that fails at one has seen nothing of the next.  With a swarm key
-the only security protocol offered is our private one: a peer of another network is turned away in
-its first packet, and one that knows the name still has to prove the key.
+In this order, so that a peer that fails at one step sees nothing of the next.  With a swarm key
+the only security protocol offered is our private one: a peer of another network is refused in its first
+packet, and a peer that knows the name must still prove the key.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Upgrade:
         return channel
 
     async def inbound(self, link: Link) -> SecureChannel:
-        """Somebody dialled us.  Raises PeerGone, RemoteProtocolError, NotAMember."""
+        """A peer dialled us.  Raises PeerGone, RemoteProtocolError, NotAMember."""
         connection = HandshakeConnection(link)
         try:
             if await negotiate(connection.dialogue, lambda name: name == self._security) is None:
@@ -69,7 +69,7 @@ class Upgrade:
         return channel
 
     async def _prove(self, channel: SecureChannel, where: str | None) -> None:
-        """Prove membership and have it proved; nothing without a swarm key.  where: if we dialled."""
+        """Prove membership and check the peer's proof; nothing without a swarm key.  where: if we dialled."""
         if self._swarm_key is None:
             return
         proof = MembershipProof(

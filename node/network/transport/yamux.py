@@ -6,14 +6,14 @@ The wire is that of hashicorp's specification (libp2p's `/yamux/1.0.0`): a heade
 
 and, for type DATA, `length` bytes.  A stream starts with 256 KiB of credit in each direction; the
 receiver returns credit as its reader takes bytes, half a window at a time.  `credit + unread` never
-exceeds the stream's window: a peer that keeps the rules cannot fill memory, and any other peer is
-closed at its first byte too many.
+exceeds the stream's window: a peer that keeps the rules cannot fill memory, and the connection to any other
+peer is closed at its first byte over the window.
 
 Windows grow.  A stream of a distant peer gets more credit with the ACK, as the specification allows.
 A window doubles (the idea of go-yamux and rust-yamux) after two halves were used up in less than four
 round trips, as long as all windows together stay within the connection's budget.  A sender limited
-only by the window needs one round trip for both halves, two at the most.  TCP's slow start wants three
-times as much in each next round trip, so the window has to be ahead of it: hence four.  When later
+only by the window needs one round trip for both halves, two at the most.  TCP's slow start may triple its
+bytes in each round trip, so the window must be larger: hence four.  When later
 streams bring the windows beyond the budget, grown windows shrink: part of their credit is kept back.
 
 Bytes come in by `receive` and go out by `data_to_send`; nothing here waits or reads a clock.
@@ -43,11 +43,11 @@ HEADER = struct.Struct(">BBHII")
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 NORMAL, PROTOCOL_ERROR = 0, 1  # codes of GO_AWAY
-# Largest payload of one DATA frame that we send: with its header it fills exactly one Noise message
-# (65,535 bytes less the tag), and a small message waits for no more than this of another stream.
+# Largest payload of one DATA frame that we send: with its header it fills exactly one Noise message (65,535
+# bytes less the tag).  A small message waits for no more than this payload of another stream.
 CHUNK = 65_519 - HEADER.size
 _MAX_CREDIT = 2**32 - 1
-_MAX_STRAY = 16 * MIB  # of one frame to a stream that we have closed; what other implementations may send
+_MAX_STRAY = 16 * MIB  # of one frame to a stream that we have closed: the largest of other implementations
 
 
 class StreamReset(PeerGone):
@@ -55,7 +55,7 @@ class StreamReset(PeerGone):
 
 
 class Happening(Enum):
-    """What `receive` found."""
+    """The kinds of events that `receive` returns."""
 
     OPENED = auto()  # the peer opened this stream
     READABLE = auto()  # bytes or the end of the stream wait to be taken
@@ -65,7 +65,7 @@ class Happening(Enum):
 
 
 class Event(NamedTuple):
-    """One happening, to a stream or to the connection."""
+    """One event of a stream or of the connection."""
 
     what: Happening
     stream: Stream | None
@@ -114,13 +114,13 @@ class Yamux:
 
     Promises, checked by tests/unit/test_yamux.py:
       * any split of the same bytes has the same effect;
-      * from what a peer sends, nothing but YamuxError escapes, and after it every call raises it again;
+      * a peer's bytes raise nothing but YamuxError, and after it every call raises it again;
       * a stream never holds more than its window, the connection never more than `max_unread_bytes`;
       * we never send more than the peer's credit;
-      * what we owe in answers (pongs, resets) is bounded, however the peer floods.
+      * our owed answers (pongs, resets) are bounded for any flood of the peer.
 
     is_client: True for the side that dialled; its streams have odd ids.
-    round_trip_seconds: what the handshake took, until a ping took less.
+    round_trip_seconds: of the handshake, until a ping took less.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Yamux:
         self._round_trip = RoundTrip(round_trip_seconds)
         self._abandoned: deque[Stream] = deque()
         self._failure: str | None = None
-        # the part of a frame that has come so far
+        # the received part of a frame
         self._header = b""
         self._body_left = 0
         self._body_stream: Stream | None = None
@@ -148,7 +148,7 @@ class Yamux:
         self._outbox: list[bytes | memoryview] = []
         self._control_bytes = 0
 
-    # --- what the connection's owner asks ---
+    # --- for the connection's owner ---
 
     @property
     def has_data_to_send(self) -> bool:
@@ -162,7 +162,7 @@ class Yamux:
 
     @property
     def streams(self) -> int:
-        """How many streams are open, counting those that only the other side has not closed."""
+        """The number of open streams, including streams that only the other side has not closed."""
         return len(self._streams)
 
     @property
@@ -171,7 +171,7 @@ class Yamux:
         return self._round_trip.seconds
 
     def data_to_send(self) -> bytes:
-        """Everything that is to be sent now, once.  Hand it to the network in this order."""
+        """All bytes to send now, once.  Hand them to the network in this order."""
         outbox, self._outbox = self._outbox, []
         self._control_bytes = 0
         return b"".join(outbox)
@@ -215,7 +215,7 @@ class Yamux:
         return data
 
     def end(self, stream: Stream) -> None:
-        """Say that no more bytes will be sent on this stream.  Once is enough, twice does no harm."""
+        """End our side of this stream.  A second call does no harm."""
         if stream.send_ended or stream.is_reset or self._failure is not None:
             return
         stream.send_ended = True
@@ -224,7 +224,7 @@ class Yamux:
             self._drop(stream)
 
     def abandon(self, stream: Stream) -> None:
-        """`end`, and want nothing more of it: what comes is thrown away, unread bytes are forgotten.
+        """`end`, and discard further and unread bytes.
 
         A peer that has not ended the stream itself after `linger_seconds` gets a reset.
         """
@@ -235,7 +235,7 @@ class Yamux:
             self._abandoned.append(stream)
 
     def reset(self, stream: Stream) -> None:
-        """End both directions at once, and forget what was not read."""
+        """End both directions at once, and forget unread bytes."""
         if stream.is_reset:
             return
         was_open = self._streams.get(stream.id) is stream
@@ -255,7 +255,7 @@ class Yamux:
         """Say that this connection ends now."""
         self._queue(GO_AWAY, 0, 0, code)
 
-    # --- what the peer says ---
+    # --- the peer's bytes ---
 
     def receive(self, data: bytes, now: float) -> list[Event]:
         """Take bytes from the network.  Raises YamuxError, and nothing else.

@@ -1,4 +1,4 @@
-"""What one yamux connection may cost, as accounts: windows, opened streams, the round trip, stream ids.
+"""The accounts of one yamux connection: windows, opened streams, the round trip, stream ids.
 
 Each account is plain arithmetic; `node.network.transport.yamux` acts on its answers.
 """
@@ -25,7 +25,7 @@ class YamuxError(PeerFault):
 
 @dataclass(frozen=True, slots=True)
 class YamuxLimits:
-    """What one connection may cost us."""
+    """The bounds of one connection."""
 
     max_inbound_streams: int = 32
     max_unread_bytes: int = 8 * MIB
@@ -55,7 +55,7 @@ class StreamIds:
         return stream_id
 
     def see(self, stream_id: int) -> None:
-        """Note an id that the peer opens.  Raises YamuxError for an id that is not its own."""
+        """Note an id that the peer opens.  Raises YamuxError for an id of our side."""
         if not stream_id or self._is_ours(stream_id):
             raise YamuxError(f"the peer opened stream {stream_id}, an id that is not its own to use")
         self._highest_seen = max(self._highest_seen, stream_id)
@@ -103,7 +103,7 @@ class RoundTrip:
 class WindowBudget:
     """Receive windows of all streams together.
 
-    max_bytes: what the windows may grow to; the initial windows may exceed it.
+    max_bytes: the bound of grown windows; the initial windows may exceed it.
     granted: the sum of all windows, in bytes.
     """
 
@@ -137,7 +137,7 @@ class WindowBudget:
 
 @dataclass(slots=True)
 class InboundStreams:
-    """The streams that the peer opens: how many are open, how fast they come, how many are reset at once.
+    """The streams that the peer opens: their number, their rate, and the number that is reset at once.
 
     A token bucket over opened streams; a minute with too many dry seconds ends the connection, and so does
     rapid reset (CVE-2023-44487).
