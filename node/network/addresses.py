@@ -74,7 +74,7 @@ def parse_address(text: str) -> Address:
 
 
 def bootstrap_peers(multiaddrs: Sequence[str]) -> dict[PeerId, tuple[str, ...]]:
-    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one without a way to dial it."""
+    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that nobody can dial."""
     peers: dict[PeerId, tuple[str, ...]] = {}
     for text in multiaddrs:
         try:
