@@ -19,9 +19,9 @@ import trio
 from torch import Tensor
 
 from client.chains.avoided_peers import AvoidedPeers
+from client.chains.chooser import PeerStream
 from node.model.checkpoint.info import ModelInfo
-from node.network.streams import FramedStream
-from node.runtime.compute_thread import ComputeThread
+from node.runtime.compute_thread import Runner
 from node.runtime.values import shown
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
@@ -43,7 +43,7 @@ from tensor_codec.messages.forward_backward import (
 from tensor_codec.span_spec import SpanSpec
 
 T = TypeVar("T")
-OpenStream = Callable[[PeerId], Awaitable[FramedStream]]
+OpenStream = Callable[[PeerId], Awaitable[PeerStream]]
 
 # Of all rows of one request, where a row is not longer: see client.generation.conversation.
 REQUEST_POSITIONS = 512
@@ -108,7 +108,7 @@ class ForwardBackward:
     learn: Callable[[PeerId, float], None]
     dtype_of: Callable[[PeerId], str | None]
     open_stream: OpenStream
-    compute: ComputeThread
+    compute: Runner
     blame: AvoidedPeers
     limits: Limits = field(default_factory=Limits)
     codec: str = "auto"
@@ -116,7 +116,7 @@ class ForwardBackward:
     give_up_seconds: float = 120.0
     _planned: Counter[PeerId] = field(default_factory=Counter)  # parts under way whose chain has the peer
     _limiters: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
-    _idle: defaultdict[PeerId, list[FramedStream]] = field(default_factory=lambda: defaultdict(list))
+    _idle: defaultdict[PeerId, list[PeerStream]] = field(default_factory=lambda: defaultdict(list))
 
     async def forward(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Blocks [start, stop) on `hidden`: see `client.swarm.Swarm.forward`."""
@@ -347,9 +347,7 @@ class ForwardBackward:
             raise message.error()
         return message
 
-    async def _question(
-        self, stream: FramedStream, parts: list[Buffer], contract: Contract
-    ) -> Output | Failed:
+    async def _question(self, stream: PeerStream, parts: list[Buffer], contract: Contract) -> Output | Failed:
         """Send a request and return its answer.  Raises SlowPeer, PeerGone, FrameError, MessageError.
 
         The stream is kept for the next request, or reset.  Reading begins with the sending: a peer

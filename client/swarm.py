@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from node.model.embed_and_head import EmbedAndHead
     from node.network.directory.directory import Directory
     from node.network.host import Host
-    from node.runtime.compute_thread import ComputeThread
+    from node.runtime.compute_thread import Runner
     from routing.view.view import SwarmView
 
 log = logging.getLogger("raceme")
@@ -57,7 +57,7 @@ class Swarm:
     routes: ChainChooser
     _host: Host
     _directory: Directory
-    _compute: ComputeThread
+    _compute: Runner
     _heads: HeadBatches
     _nursery: trio.Nursery
     generation_defaults: GenerationDefaults | None = None  # of the model's folder

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
-from node.runtime.compute_thread import ComputeThread, open_compute_thread
+from node.runtime.compute_thread import Runner, open_compute_thread
 from node.runtime.nurseries import background_nursery
 from node.serving import memory
 from node.serving.balancer import Balancer, by_capacity
@@ -63,7 +63,7 @@ async def serve(config: NodeConfig) -> None:
         await _serve(config, compute, stopping)
 
 
-async def _serve(config: NodeConfig, compute: ComputeThread, stopping: Stopping) -> None:
+async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> None:
     """Take part in the network until a signal.  Raises ConfigError."""
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
         from node.serving.server import Server
@@ -102,7 +102,7 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         await stopping.requested.wait()
 
 
-async def find_setup(config: NodeConfig, node: Node, compute: ComputeThread) -> tuple[ServingSetup, Blocks]:
+async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[ServingSetup, Blocks]:
     """Find the model, and choose the blocks, their precision and the caches.  Raises ConfigError."""
     from node.serving.served_span import ServingSetup
 

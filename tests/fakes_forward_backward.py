@@ -7,10 +7,11 @@ side of something its input lies: a right gradient proves that each block ran on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import trio
@@ -166,13 +167,13 @@ class ToySwarm:
             peer=peer, role="serve", state="online", model="m", revision="r", blocks=BLOCKS, start=start,
             stop=stop, dtype=dtype, seconds_per_block=1.0, prefill_seconds_per_token=0.01,
         )  # fmt: skip
-        node = ToyNode(peer, span, engine, ForwardBackwardListener(served, engine, self.limits), record)  # type: ignore[arg-type]
+        node = ToyNode(peer, span, engine, ForwardBackwardListener(served, engine, self.limits), record)
         self.nodes[name] = node
         return node
 
-    def client(self, **changes: object) -> ForwardBackward:
-        """A client of this swarm."""
-        asked = {
+    def client(self, **changes: Any) -> ForwardBackward:
+        """A client of this swarm.  changes: of its fields, by name."""
+        asked: dict[str, Any] = {
             "info": SimpleNamespace(
                 name="m", revision="r", blocks=BLOCKS, hidden_size=HIDDEN, max_position=512
             ),
@@ -184,14 +185,15 @@ class ToySwarm:
             "blame": self.blame,
             "limits": self.limits,
         }
-        return ForwardBackward(**(asked | changes))  # type: ignore[arg-type]
+        return ForwardBackward(**(asked | changes))
 
-    async def find_chain(self, start: int, stop: int, *, beside: int, **weights: object) -> Chain:
+    async def find_chain(
+        self, start: int, stop: int, *, positions: int, waiting: Mapping[PeerId, int], beside: int
+    ) -> Chain:
         """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
         spans = [node.record for node in self.nodes.values()]
-        now, positions = trio.current_time(), int(str(weights["positions"]))
-        measured, waiting = self.measured.rates(spans, now, positions), weights["waiting"]
-        known = CostInputs(measured=measured, waiting=waiting, positions=positions)  # type: ignore[arg-type]
+        measured = self.measured.rates(spans, trio.current_time(), positions)
+        known = CostInputs(measured=measured, waiting=waiting, positions=positions)
         most_hops = None if self.most_hops is None else self.most_hops - beside
         await trio.lowlevel.checkpoint()
         for excluded in (self.blame.avoided(trio.current_time()), frozenset[PeerId]()):
@@ -262,9 +264,9 @@ class ToySwarm:
 
 
 @asynccontextmanager
-async def toy_swarm(limits: Limits | None = None, **changes: object) -> AsyncIterator[ToySwarm]:
+async def toy_swarm(limits: Limits | None = None, **changes: Any) -> AsyncIterator[ToySwarm]:
     """A swarm that is gone with the block.  When all streams have been idle, nothing is left in it."""
-    limits = replace(limits or Limits(), **changes)  # type: ignore[arg-type]
+    limits = replace(limits or Limits(), **changes)
     async with trio.open_nursery() as nursery:
         swarm = ToySwarm(nursery, limits)
         yield swarm

@@ -145,6 +145,7 @@ class FakeHost:
         self.nursery = nursery
         self.limits = limits
         self.faults = Faults()
+        self.raw = None  # there is no Kademlia table over a fake network
         self.handlers: dict[str, Handler] = {}
         self.linked: set[PeerId] = set()
         network.hosts[self.peer_id] = self

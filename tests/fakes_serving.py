@@ -19,6 +19,7 @@ from torch import Tensor
 
 from client.chains.chain_choice import ChainChooser
 from client.chains.chain_wait import ViewChanges
+from client.chains.chooser import SwarmAccess
 from client.generation.conversation import Conversation
 from client.generation.head_batches import HeadBatches
 from client.session.session import Session, open_session
@@ -417,18 +418,18 @@ class World:
         seconds: float = 0.0,
         tokens: int = 10**6,
         can_cut: bool = True,
-        **spec: object,
+        **spec: Any,  # of SpanSpec's fields
     ) -> FakeNode:
         """A node that serves blocks [start, stop); `seconds` for each step."""
         peer = PeerId(name)
         span, compute = FakeSpan(start, stop), FakeCompute(seconds)
         span.can_cut = can_cut
-        engine = Engine(span, compute, Rates(1.0, 1.0), self.limits)  # type: ignore[arg-type]
+        engine = Engine(span, compute, Rates(1.0, 1.0), self.limits)
         served = SpanSpec("m", "r", Blocks(start, stop), "float32", hidden=HIDDEN, max_position=4096)
         listener = Listener(
-            SpanAdmission(replace(served, **spec)),  # type: ignore[arg-type]
+            SpanAdmission(replace(served, **spec)),
             engine,
-            FakeArena(),  # type: ignore[arg-type]
+            FakeArena(),
             CacheBudget(tokens, max_session_tokens=self.limits.max_session_tokens),
             lambda to: self.dial(peer, to, PUSH_PROTOCOL),
             self.limits,
@@ -489,7 +490,7 @@ class World:
             self.blocks,
             view=self.view,
             rtts=lambda: dict.fromkeys(self.nodes, 1e-3),
-            dial=dial,  # type: ignore[arg-type]
+            dial=dial,
             changes=ViewChanges(changed),
             constraints=constraints or Constraints(),
         )
@@ -570,17 +571,17 @@ class World:
         routes: ChainChooser | None = None,
         deadline: float | None = None,
         trace: Trace | None = None,
-        **terms: object,
+        **terms: Any,  # of Terms' fields
     ) -> Session:
         """A session of a client, along `chain` at first, where one is given."""
         blocks = self.blocks if chain is None else chain.hops[-1].stop
         asked = Terms("m", "r", blocks, HIDDEN, batch, max_length, codec)
         routes = self.routes(client) if routes is None else routes
         return await open_session(
-            replace(asked, **terms),  # type: ignore[arg-type]
-            routes if chain is None else cast(ChainChooser, _FirstAlong(chain, routes)),
+            replace(asked, **terms),
+            routes if chain is None else cast(SwarmAccess, _FirstAlong(chain, routes)),
             nursery=self.nursery,
-            compute=FakeCompute(),  # type: ignore[arg-type]
+            compute=FakeCompute(),
             limits=self.limits,
             give_up_seconds=give_up_seconds,
             deadline=deadline,
@@ -608,9 +609,9 @@ class _FirstAlong:
         self.chain: Chain | None = chain
         self.routes = routes
 
-    def choose(self, start: int, stop: int, **how: object) -> Chain:
+    def choose(self, start: int, stop: int, **how: Any) -> Chain:
         chain, self.chain = self.chain, None
-        return chain or self.routes.choose(start, stop, **how)  # type: ignore[arg-type]
+        return chain or self.routes.choose(start, stop, **how)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.routes, name)
@@ -640,8 +641,11 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
         nursery.cancel_scope.cancel()
 
 
-def conversation_of(world: World, routes: ChainChooser | None = None, **changes: object) -> Conversation:
-    """A client's tokens in this world.  routes: what it knows and whom it avoids."""
+def conversation_of(world: World, routes: ChainChooser | None = None, **changes: Any) -> Conversation:
+    """A client's tokens in this world.  routes: what it knows and whom it avoids.
+
+    changes: of the conversation's fields, by name.
+    """
     routes = world.routes() if routes is None and world.nodes else routes
 
     async def open_chain(*, max_length: int, deadline: float, trace: Trace) -> Session:
@@ -651,7 +655,7 @@ def conversation_of(world: World, routes: ChainChooser | None = None, **changes:
         assert routes is not None
         routes.worked(session.working_hops)
 
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "local_model": FakeEmbedAndHead(),
         "compute": FakeCompute(),
         "open_chain": open_chain,
@@ -660,7 +664,7 @@ def conversation_of(world: World, routes: ChainChooser | None = None, **changes:
         "give_up_seconds": 60.0,
     }
     values |= changes
-    return Conversation(heads=HeadBatches(values["local_model"], values["compute"]), **values)  # type: ignore[arg-type]
+    return Conversation(heads=HeadBatches(values["local_model"], values["compute"]), **values)
 
 
 def best(logits: Tensor) -> int:
@@ -698,9 +702,7 @@ class RawClient:
         self.opened = opened
 
     @staticmethod
-    async def open(
-        world: World, peer: str, name: str = CLIENT, **changes: object
-    ) -> tuple[RawClient, object]:
+    async def open(world: World, peer: str, name: str = CLIENT, **changes: Any) -> tuple[RawClient, object]:
         """Dial, say Open, and return the client with what the hop answers."""
         node = world.nodes[PeerId(peer)]
         spec = SpanSpec("m", "r", node.listener.admission.spec.blocks, "float32")

@@ -19,9 +19,9 @@ from client.chains.chain_wait import (
     measure_candidates,
     wait_for_chain,
 )
+from client.chains.chooser import PeerStream
 from client.chains.no_chain import explain, explain_length
 from client.chains.queue_reports import QueueReports
-from node.network.streams import FramedStream
 from routing.blocks import Blocks, gaps
 from routing.chains.alternatives import Constraints, best_chains, suitable
 from routing.chains.distances import CLIENT, Distances
@@ -70,7 +70,7 @@ class ChainChooser:
     blocks: int
     view: Callable[[], SwarmView]
     rtts: Callable[[], Mapping[PeerId, float]]
-    dial: Callable[[PeerId, Sequence[str], str], Awaitable[FramedStream]]
+    dial: Callable[[PeerId, Sequence[str], str], Awaitable[PeerStream]]
     changes: ViewChanges
     pings: Pings | None = None
     blame: AvoidedPeers = field(default_factory=AvoidedPeers)
@@ -188,7 +188,7 @@ class ChainChooser:
         record = self.view().get(peer)
         return None if record is None else record.dtype
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
+    async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:
         """See `client.chains.chooser.SwarmAccess.open_stream`."""
         record = self.view().get(peer)
         return await self.dial(peer, record.addresses if record is not None else (), protocol)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from routing.chains.hops import Chain, Hop
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
+from tensor_codec.frame import Buffer
 
-if TYPE_CHECKING:
-    from node.network.streams import FramedStream
+
+class PeerStream(Protocol):
+    """The part of `node.network.streams.FramedStream` that a client needs."""
+
+    @property
+    def peer(self) -> PeerId:
+        """The authenticated peer at the other end."""
+
+    async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
+        """Send one frame, to be taken within `seconds`.  Raises SlowPeer, PeerGone."""
+
+    async def receive(self, seconds: float | None = None) -> Buffer | None:
+        """The next frame, None at a clean end.  Raises PeerFault."""
+
+    async def aclose(self) -> None:
+        """End this side cleanly."""
+
+    async def reset(self) -> None:
+        """End both sides at once."""
 
 
 class Chooser(Protocol):
@@ -58,7 +76,7 @@ class SwarmAccess(Chooser, Protocol):
         measured: the distances to the peers are measured before the choice.
         """
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
+    async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:
         """Raises PeerFault."""
 
     def fault(self, peer: PeerId, error: PeerFault) -> None:

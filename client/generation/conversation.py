@@ -21,8 +21,8 @@ from client.generation.head_batches import HeadBatches
 from client.session.session import Session, long_parts
 from client.session.steps import Pending
 from client.session.trace import Trace
-from node.model.embed_and_head import EmbedAndHead
-from node.runtime.compute_thread import ComputeThread
+from node.model.blocks.rope import LengthRope
+from node.runtime.compute_thread import Runner
 from tensor_codec.errors import BadResult, SlowPeer
 from tensor_codec.messages.contract import Reply
 from tensor_codec.messages.session import Result
@@ -43,6 +43,21 @@ class OpenChain(Protocol):
         """Raises NoChain, PeerFault or Refused when the deadline (trio's clock) has passed."""
 
 
+class Embedding(Protocol):
+    """The part of `node.model.embed_and_head.EmbedAndHead` that makes hidden states."""
+
+    @property
+    def stateless(self) -> bool:
+        """Whether several threads may use it at a time."""
+
+    @property
+    def rope(self) -> LengthRope | None:
+        """The rule of angles that depend on the length; None where no angle does."""
+
+    def embed(self, ids: Tensor, position: int) -> Tensor:
+        """Token ids [1, tokens], the first at `position` -> hidden states [1, tokens, hidden]."""
+
+
 @dataclass(slots=True)
 class Conversation:
     """The tokens of one generation, or of one conversation.
@@ -54,8 +69,8 @@ class Conversation:
     for every LONG_PART of the tokens.
     """
 
-    local_model: EmbedAndHead
-    compute: ComputeThread
+    local_model: Embedding
+    compute: Runner
     heads: HeadBatches
     open_chain: OpenChain
     worked: Callable[[Session], None]

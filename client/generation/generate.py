@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from client.generation.conversation import Conversation
 from client.generation.generation_config import Settings
 from client.generation.sampling import Choice, Sampler
 from client.generation.text import TextStream
-from node.model.embed_and_head import EmbedAndHead
 
 FinishReason = Literal["length", "end", "stop"]
 
@@ -39,11 +38,23 @@ class Token:
     top_logprobs: Mapping[int, float] | None = None
 
 
+class TokenModel(Protocol):
+    """The part of `node.model.embed_and_head.EmbedAndHead` that a generation needs."""
+
+    @property
+    def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
+        """From tokens to text."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a generation."""
+
+
 @dataclass(slots=True)
 class Generation:
     """One call of `Swarm.generate`."""
 
-    local_model: EmbedAndHead
+    local_model: TokenModel
     conversation: Conversation
     settings: Settings
     _tokens: list[int] = field(default_factory=list)

@@ -11,19 +11,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import outcome
 import torch
 from torch import Tensor
 
-from node.model.embed_and_head import EmbedAndHead
-from node.runtime.compute_thread import ComputeThread
+from node.runtime.compute_thread import Runner
 
 T = TypeVar("T")
 
 # Beyond these a row gets hardly cheaper, and the first rows of more would only come back later.
 MAX_ROWS = 8
+
+
+class Head(Protocol):
+    """The part of `node.model.embed_and_head.EmbedAndHead` that makes logits."""
+
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
+        """Norm and head: [rows, tokens, hidden] -> float32 [rows, tokens, vocabulary].
+
+        best_only: the place of the largest logit is wanted alone; others may be -inf.
+        """
 
 
 class HeadBatches:
@@ -34,7 +43,7 @@ class HeadBatches:
       * an error of one caller, or its cancellation, reaches no other caller.
     """
 
-    def __init__(self, local_model: EmbedAndHead, compute: ComputeThread, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, local_model: Head, compute: Runner, max_rows: int = MAX_ROWS) -> None:
         """max_rows: hidden states in one batch."""
         self._local_model = local_model
         self._compute = compute

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import trio
 
+from client.chains.chooser import PeerStream
 from client.session.hop_state import HopState
-from node.network.streams import FramedStream
 from tensor_codec.errors import PeerFault, RemoteProtocolError, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
@@ -35,11 +35,11 @@ class HopLink:
     """
 
     state: HopState
-    stream: FramedStream
+    stream: PeerStream
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _relinked: Relinked | None = None
     _answered: trio.Event = field(default_factory=trio.Event)
-    _bulk: FramedStream | None = None
+    _bulk: PeerStream | None = None
 
     async def open(self, opened: Open, limits: Limits) -> None:
         """Open the session at the hop.  Raises PeerFault, Refused."""
@@ -92,7 +92,7 @@ class HopLink:
         else:
             await self._bulk.send(encode_step(step), seconds)
 
-    async def begin_bulk(self, open_push: Callable[[], Awaitable[FramedStream]]) -> None:
+    async def begin_bulk(self, open_push: Callable[[], Awaitable[PeerStream]]) -> None:
         """From here on steps go over a stream of their own, which the hop reads as it computes.
 
         Raises PeerFault.

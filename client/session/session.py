@@ -31,7 +31,7 @@ from client.session.steps import Pending, StepTimes
 from client.session.terms import Terms
 from client.session.trace import Trace
 from node.runtime import values
-from node.runtime.compute_thread import ComputeThread
+from node.runtime.compute_thread import Runner
 from routing.chains.hops import Chain, Hop
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, SlowPeer
@@ -55,7 +55,7 @@ class Session:
     terms: Terms
     swarm: SwarmAccess
     nursery: trio.Nursery
-    compute: ComputeThread
+    compute: Runner
     limits: Limits
     give_up_seconds: float = 120.0
     trace: Trace = field(default_factory=Trace)
@@ -324,7 +324,7 @@ async def open_session(
     swarm: SwarmAccess,
     *,
     nursery: trio.Nursery,
-    compute: ComputeThread,
+    compute: Runner,
     limits: Limits,
     give_up_seconds: float = 120.0,
     deadline: float | None = None,

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import outcome
 import trio
@@ -19,6 +19,13 @@ T = TypeVar("T")
 
 JOIN_SECONDS = 30.0
 HURRIED_JOIN_SECONDS = 1.0
+
+
+class Runner(Protocol):
+    """Runs functions one after another, first come, first served: in a node a `ComputeThread`."""
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Return function(*args); its exceptions are raised here."""
 
 
 class ComputeThread:

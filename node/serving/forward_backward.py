@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from node.model.blocks.forward_backward import backward_in_parts, forward_in_parts
+from node.model.blocks.forward_backward import StatelessSpan, backward_in_parts, forward_in_parts
 from node.model.blocks.parts import backward_parts, forward_parts
-from node.model.blocks.span import Span
 from node.runtime.faults import Faults
-from node.serving.executor.engine import Answer, NotFinite
+from node.serving.executor.engine import Answer, NotFinite, Parts
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.span_admission import SpanAdmission
 from tensor_codec.blocks import Blocks
@@ -70,7 +69,7 @@ class StatelessEngine(Protocol):
         rows: int,
         tokens: int,
         parts: Sequence[tuple[int, int]],
-        work: Callable[[Span], Generator[None, None, Buffer]],
+        work: Parts,
     ) -> Answer:
         """Run `work` in the torch thread, one part at each `next`, when the request's parts are due.
 
@@ -94,7 +93,7 @@ class Work:
         parts = backward_parts if isinstance(self.request, Backward) else forward_parts
         return parts(contract.batch * contract.max_length, contract.start, contract.stop)
 
-    def __call__(self, span: Span) -> Generator[None, None, Buffer]:
+    def __call__(self, span: StatelessSpan) -> Generator[None, None, Buffer]:
         """A part at each `next`; the return value is the encoded answer.
 
         Raises BadResult (an input is not finite; nothing was done), NotFinite.

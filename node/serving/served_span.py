@@ -20,11 +20,11 @@ from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
 from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
-from node.runtime.compute_thread import ComputeThread
+from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving import memory
 from node.serving.cache_budget import CacheBudget
-from node.serving.executor.engine import Engine
+from node.serving.executor.engine import Engine, EngineSpan
 from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
 from node.serving.forward_backward import ForwardBackwardListener, PeekStream
 from node.serving.memory import Precision
@@ -163,21 +163,21 @@ class ServedSpan:
             nursery.start_soon(self.listener.hand_over_others)
             nursery.start_soon(self.stateless.finish_others)
 
-    async def take_up(self, fresh: Sequence[Span], compute: ComputeThread) -> None:
+    async def take_up(self, fresh: Sequence[EngineSpan], compute: Runner) -> None:
         """Have these blocks too from now on.
 
         Raises what torch raises without memory; nothing is changed then.
         """
         await compute.run(self._compute_with, self.listener.engine.span.joined(fresh))
 
-    async def give_back(self, compute: ComputeThread) -> None:
+    async def give_back(self, compute: Runner) -> None:
         """Keep only the blocks that are served.  Nothing may go through the others any more."""
         await compute.run(self._give_back)
 
     def _give_back(self) -> None:
         self._compute_with(self.listener.engine.span.part(*self.spec.blocks))
 
-    def _compute_with(self, span: Span) -> None:
+    def _compute_with(self, span: EngineSpan) -> None:
         """Runs in the torch thread, so between two batches."""
         self.listener.pool.hold(span.start, span.shapes)
         self.listener.engine.span = span
@@ -189,7 +189,7 @@ class ServedSpan:
 
 
 async def load_served_span(
-    setup: ServingSetup, blocks: Blocks, compute: ComputeThread, *, in_pieces: bool = False
+    setup: ServingSetup, blocks: Blocks, compute: Runner, *, in_pieces: bool = False
 ) -> ServedSpan:
     """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory.
 
@@ -219,7 +219,7 @@ async def load_served_span(
     return ServedSpan(setup, admission, listener, stateless)
 
 
-async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: ComputeThread) -> list[Span]:
+async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: Runner) -> list[Span]:
     """Load these blocks, a span of each: between two of them the torch thread serves what is served now.
 
     Raises as `load_served_span`.

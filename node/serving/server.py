@@ -21,7 +21,7 @@ from typing import NoReturn
 import trio
 
 from node.config import ConfigError
-from node.runtime.compute_thread import ComputeThread
+from node.runtime.compute_thread import Runner
 from node.serving.mover import MoveFailed
 from node.serving.own_record import Announcer, OwnRecord
 from node.serving.served_span import ServedSpan, ServingSetup, StreamDispatch, load_blocks, load_served_span
@@ -43,7 +43,7 @@ class Server:
 
     setup: ServingSetup
     directory: Announcer
-    compute: ComputeThread
+    compute: Runner
     nursery: trio.Nursery
     came_online: Callable[[SpanSpec], None]
     load: Load = load_served_span

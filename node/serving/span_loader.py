@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from node.config import ConfigError
-from node.model.blocks.span import Span
-from node.runtime.compute_thread import ComputeThread
+from node.runtime.compute_thread import Runner
+from node.serving.executor.engine import EngineSpan
 from node.serving.served_span import (
     LOAD_FAULTS,
     ServedSpan,
@@ -27,12 +27,12 @@ class Load(Protocol):
     """Loads a span to be served: `load_served_span`."""
 
     async def __call__(
-        self, setup: ServingSetup, blocks: Blocks, compute: ComputeThread, *, in_pieces: bool = False
+        self, setup: ServingSetup, blocks: Blocks, compute: Runner, *, in_pieces: bool = False
     ) -> ServedSpan:
         """Raises LOAD_FAULTS."""
 
 
-LoadBlocks = Callable[[ServingSetup, Blocks, ComputeThread], Awaitable[Sequence[Span]]]
+LoadBlocks = Callable[[ServingSetup, Blocks, Runner], Awaitable[Sequence[EngineSpan]]]
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class SpanLoader:
     """Loads whole spans, and blocks next to a served span."""
 
     setup: ServingSetup
-    compute: ComputeThread
+    compute: Runner
     load: Load = load_served_span
     load_blocks: LoadBlocks = load_blocks
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +13,8 @@ import trio
 import trio.testing
 
 from node.config import ConfigError
+from node.model.checkpoint.folder import ModelFolder
+from node.model.checkpoint.info import ModelInfo
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
@@ -26,7 +27,7 @@ from node.serving.server import Server
 from node.serving.sessions.listener import Listener
 from node.serving.span_admission import SpanAdmission
 from routing.blocks import Blocks
-from routing.names import PeerId
+from routing.names import ModelId, PeerId, Revision
 from routing.view.records import Record
 from routing.view.view import SwarmView
 from tensor_codec.codecs import decode_hidden, encode_hidden
@@ -59,31 +60,42 @@ from tests.fakes_serving import (
 
 LIMITS = Limits()
 ME = PeerId("me")
-INFO = SimpleNamespace(name="m", revision="r", blocks=6, hidden_size=HIDDEN, max_position=4096)
+INFO = ModelInfo(ModelId("m"), Revision("r"), "fake", 6, HIDDEN, 26, 4096, (1,) * 6, 1, 1)
+
+
+async def nowhere(peer: PeerId) -> FakeStream:
+    raise AssertionError
 
 
 @dataclass
-class FakeSetup:
+class FakeMemory:
     """room: for so many blocks besides what is loaded; rooms: at the next times that it is asked for."""
 
     room: int = 6
     rooms: list[int] = field(default_factory=list)
-    device: str = "cpu"
-    limits: Limits = LIMITS
-    fetched: list[Blocks] = field(default_factory=list)
 
-    info = INFO
-    precision = Precision("float32")
-    name = "name"
-    spec = ServingSetup.spec
-    record = ServingSetup.record
+
+@dataclass(frozen=True, slots=True)
+class FakeSetup(ServingSetup):
+    memory: FakeMemory = field(default_factory=FakeMemory)
+    fetched: list[Blocks] = field(default_factory=list)
 
     def fetch(self, blocks: Blocks) -> None:
         self.fetched.append(blocks)
 
-    def check_room(self, blocks: int) -> None:
-        if blocks > (self.rooms.pop(0) if self.rooms else self.room):
+    def check_room(self, count: int) -> None:
+        memory = self.memory
+        if count > (memory.rooms.pop(0) if memory.rooms else memory.room):
             raise ConfigError("no room")
+
+
+def setup_with(memory: FakeMemory) -> FakeSetup:
+    return FakeSetup(
+        folder=cast(ModelFolder, None),  # nothing is read
+        info=INFO, name="name", device="cpu", precision=Precision("float32"), threads=1,
+        cache_tokens=10**6, journal_tokens=None, limits=LIMITS, open_push=nowhere, faults=Faults(),
+        memory=memory,
+    )  # fmt: skip
 
 
 @dataclass
@@ -124,27 +136,24 @@ class Loader:
         return fresh
 
     async def __call__(
-        self, setup: FakeSetup, blocks: Blocks, compute: object, *, in_pieces: bool = False
+        self, setup: ServingSetup, blocks: Blocks, compute: object, *, in_pieces: bool = False
     ) -> ServedSpan:
         await trio.sleep(self.seconds)
         if blocks in self.broken:
             raise RuntimeError("not enough memory")
         self.loaded.append(blocks)
         span = FakeSpan(*blocks)
-        engine = Engine(span, FakeCompute(), Rates(1.0, 1.0), LIMITS)  # type: ignore[arg-type]
+        engine = Engine(span, FakeCompute(), Rates(1.0, 1.0), LIMITS)
         admission = SpanAdmission(setup.spec(blocks))
-
-        async def nowhere(peer: PeerId) -> FakeStream:
-            raise AssertionError
-
-        listener = Listener(admission, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)  # type: ignore[arg-type]
+        listener = Listener(admission, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)
         stateless = ForwardBackwardListener(admission, engine, LIMITS, Faults())
-        return ServedSpan(setup, admission, listener, stateless)  # type: ignore[arg-type]
+        return ServedSpan(setup, admission, listener, stateless)
 
 
 @dataclass
 class Setting:
     server: Server
+    memory: FakeMemory
     directory: FakeDirectory
     loader: Loader
     online: list[tuple[int, int]]
@@ -181,14 +190,14 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def serving(room: int = 6) -> AsyncIterator[Setting]:
     async with trio.open_nursery() as nursery:
-        directory, loader = FakeDirectory(), Loader()
+        directory, loader, memory = FakeDirectory(), Loader(), FakeMemory(room)
         online: list[tuple[int, int]] = []
         server = Server(
-            FakeSetup(room), directory, FakeCompute(), nursery,  # type: ignore[arg-type]
+            setup_with(memory), directory, FakeCompute(), nursery,
             lambda spec: online.append(spec.blocks), loader, loader.blocks,
         )  # fmt: skip
         await server.begin(Blocks(0, 3))
-        yield Setting(server, directory, loader, online, nursery)
+        yield Setting(server, memory, directory, loader, online, nursery)
         nursery.cancel_scope.cancel()
 
 
@@ -327,7 +336,7 @@ async def test_at_no_moment_of_a_move_are_the_blocks_of_both_spans_unserved(
         await setting.server.announce_move(Blocks(1, 4))
         await trio.sleep(1)
         if not room:  # nothing fits beside three blocks, one beside two
-            setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
+            setting.memory.rooms = [0, 1]
         await setting.server.move(Blocks(1, 4))
         await trio.sleep(0.6)
         assert watch.said == steps
@@ -344,7 +353,7 @@ async def test_a_session_of_blocks_that_stay_goes_on_while_the_others_are_loaded
     rooms: list[int], autojump_clock: trio.testing.MockClock
 ) -> None:
     async with watched(6) as (setting, _):
-        setting.server.setup.rooms = rooms  # type: ignore[attr-defined]
+        setting.memory.rooms = rooms
         setting.loader.seconds = 5.0
         stays, opened = await setting.open(1, 3)
         goes, _ = await setting.open(0, 3, 1)
@@ -370,7 +379,7 @@ async def test_new_sessions_of_the_overlap_are_taken_while_the_others_are_loaded
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with watched(6) as (setting, _):
-        setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
+        setting.memory.rooms = [0, 1]
         setting.nursery.start_soon(setting.server.move, Blocks(1, 4))
         await trio.sleep(1)
         assert isinstance((await setting.open(1, 3, 1))[1], Opened)
@@ -386,7 +395,7 @@ async def test_when_what_is_missing_cannot_be_loaded_what_was_left_is_loaded_aga
     rooms: list[int], autojump_clock: trio.testing.MockClock
 ) -> None:
     async with watched(6) as (setting, watch):
-        setting.server.setup.rooms = list(rooms)  # type: ignore[attr-defined]
+        setting.memory.rooms = list(rooms)
         setting.loader.broken.add((3, 4))
         await setting.server.announce_move(Blocks(1, 4))
         with pytest.raises(MoveFailed, match="not enough memory"):
@@ -402,7 +411,7 @@ async def test_what_stays_is_served_even_if_nothing_can_be_loaded_any_more(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with watched(6) as (setting, _):
-        setting.server.setup.rooms = [0, 1]  # type: ignore[attr-defined]
+        setting.memory.rooms = [0, 1]
         setting.loader.broken |= {(3, 4), (0, 1)}
         with pytest.raises(MoveFailed, match="not enough memory; serving blocks 1:3"):
             await setting.server.move(Blocks(1, 4))

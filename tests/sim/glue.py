@@ -18,6 +18,7 @@ from client.generation.head_batches import HeadBatches
 from client.swarm import Swarm
 from node.model.checkpoint.info import ModelInfo
 from node.network.streams import FramedStream
+from node.runtime.compute_thread import Runner
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
@@ -42,7 +43,7 @@ HOGS = 5  # a peer may have a quarter of a large budget
 
 def make_listener(
     span: FakeSpan,
-    compute: Any,  # with ComputeThread's one method
+    compute: Runner,
     pool: FakeArena,
     *,
     seconds_per_block: float,
@@ -51,13 +52,13 @@ def make_listener(
     open_stream: Callable[[PeerId], Awaitable[FramedStream]],
 ) -> Listener:
     """A real listener over a real engine; whoever makes it runs `listener.engine.run`."""
-    engine = Engine(span, compute, Rates(seconds_per_block, seconds_per_block), limits)  # type: ignore[arg-type]
+    engine = Engine(span, compute, Rates(seconds_per_block, seconds_per_block), limits)
     blocks = Blocks(span.start, span.stop)
     spec = SpanSpec(MODEL, REVISION, blocks, DTYPE, hidden=HIDDEN, max_position=MAX_POSITION)
     return Listener(
         SpanAdmission(spec),
         engine,
-        pool,  # type: ignore[arg-type]
+        pool,
         CacheBudget(budget_tokens, max_session_tokens=limits.max_session_tokens),
         open_stream,
         limits,
@@ -129,7 +130,7 @@ class ClientTimes:
 def make_swarm(
     host: Any,  # with the methods of node.network.host that a client uses
     directory: Any,  # the same of node.network.directory.directory
-    compute: Any,  # with ComputeThread's one method
+    compute: Runner,
     nursery: trio.Nursery,
     *,
     blocks: int,

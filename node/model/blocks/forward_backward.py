@@ -9,19 +9,36 @@ is computed, so the executor runs other batches there, and only one part's activ
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TypeVar, cast
+from collections.abc import Callable, Generator
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from node.model.blocks.parts import forward_parts
-from node.model.blocks.span import Span
 
 T = TypeVar("T")
 
 
-def forward(span: Span, hidden: Tensor, start: int, stop: int) -> Tensor:
+class StatelessSpan(Protocol):
+    """The part of `node.model.blocks.span.Span` that a pass without a cache needs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states inside."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+
+    def _view(self, start: int, stop: int) -> tuple[Callable[..., Any], Any]:
+        """The library's model of blocks [start, stop), and the entry that gives it hidden states.
+
+        Any: the library's output, and the entry's own type.
+        """
+
+
+def forward(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
     """Blocks [start, stop) on hidden states [batch, tokens, hidden]: the same shape, in the span's dtype.
 
     Positions count from 0 in every row, and every row is whole: nothing is padded.
@@ -29,7 +46,7 @@ def forward(span: Span, hidden: Tensor, start: int, stop: int) -> Tensor:
     return finish(forward_in_parts(span, hidden, start, stop))
 
 
-def backward(span: Span, hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
+def backward(span: StatelessSpan, hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
     """The gradient with respect to `hidden` of a loss whose gradient is `grad` at the output.
 
     hidden, grad: [batch, tokens, hidden], the input of block `start` and the gradient of the loss
@@ -38,7 +55,9 @@ def backward(span: Span, hidden: Tensor, grad: Tensor, start: int, stop: int) ->
     return finish(backward_in_parts(span, hidden, grad, start, stop))
 
 
-def forward_in_parts(span: Span, hidden: Tensor, start: int, stop: int) -> Generator[None, None, Tensor]:
+def forward_in_parts(
+    span: StatelessSpan, hidden: Tensor, start: int, stop: int
+) -> Generator[None, None, Tensor]:
     """`forward`, one of `forward_parts` at each `next`; its return value is the answer."""
     for begin, end in _parts(hidden, start, stop):
         hidden = _without_grad(span, hidden, begin, end)
@@ -48,7 +67,7 @@ def forward_in_parts(span: Span, hidden: Tensor, start: int, stop: int) -> Gener
 
 
 def backward_in_parts(
-    span: Span, hidden: Tensor, grad: Tensor, start: int, stop: int
+    span: StatelessSpan, hidden: Tensor, grad: Tensor, start: int, stop: int
 ) -> Generator[None, None, Tensor]:
     """`backward`, one of `backward_parts` at each `next`; its return value is the answer."""
     inputs: list[tuple[Tensor, int, int]] = []
@@ -77,12 +96,12 @@ def _parts(hidden: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
     return forward_parts(hidden.shape[0] * hidden.shape[1], start, stop)
 
 
-def _without_grad(span: Span, hidden: Tensor, start: int, stop: int) -> Tensor:
+def _without_grad(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
     with torch.inference_mode():
         return _run(span, hidden.to(span.device, span.dtype), start, stop)
 
 
-def _with_grad(span: Span, hidden: Tensor, start: int, stop: int, grad: Tensor) -> Tensor:
+def _with_grad(span: StatelessSpan, hidden: Tensor, start: int, stop: int, grad: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         given = hidden.to(span.device, span.dtype).detach()
         if given.is_inference():
@@ -94,7 +113,7 @@ def _with_grad(span: Span, hidden: Tensor, start: int, stop: int, grad: Tensor) 
     return found
 
 
-def _run(span: Span, hidden: Tensor, start: int, stop: int) -> Tensor:
+def _run(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
     model, entry = span._view(start, stop)
     entry.given = hidden
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -19,7 +19,6 @@ from routing.view.view import Arrival, likely_adjacent
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
-    from node.network.host import Host
     from node.network.transport.identity import Identity
 
 LEAVE_SECONDS = 2.0
@@ -34,6 +33,21 @@ RTT_NOISE_SECONDS = 0.005
 log = logging.getLogger(__name__)
 
 
+class AnnouncerHost(Protocol):
+    """The part of `node.network.host.Host` that a record needs."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's own."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs at which this node can be dialled, without /p2p, as last read."""
+
+    def read_addresses(self) -> bool:
+        """Read the machine's interfaces again; whether the addresses have changed."""
+
+
 class Announcer:
     """Signs and repeats the record of this node until `leave`.
 
@@ -42,7 +56,7 @@ class Announcer:
 
     def __init__(
         self,
-        host: Host,
+        host: AnnouncerHost,
         identity: Identity,
         limits: Limits,
         live: LiveView,

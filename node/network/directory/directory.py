@@ -10,21 +10,21 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
 from node.config import ConfigError
 from node.network.addresses import bootstrap_peers
-from node.network.directory.announcer import Announcer
+from node.network.directory.announcer import Announcer, AnnouncerHost
 from node.network.directory.discovery import FIND_SECONDS, Discovery, Finder
 from node.network.directory.live_view import LiveView
-from node.network.directory.neighbours import PROTOCOL, Neighbours
-from node.network.directory.pings import PING_SECONDS, Asker, worth_watching
+from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
+from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_watching
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
 from routing.view.answers import FRESH_SECONDS
@@ -34,7 +34,7 @@ from tensor_codec.errors import PeerFault
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
-    from node.network.host import Host
+    from node.network.streams import FramedStream
     from node.network.transport.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,23 @@ class DirectoryConfig:
         return self.role == "client" if self.watch is None else self.watch
 
 
+class DirectoryHost(AnnouncerHost, ExchangeHost, PingHost, Protocol):
+    """The part of `node.network.host.Host` that a directory needs."""
+
+    @property
+    def raw(self) -> Any:  # Any: py-libp2p has no types
+        """py-libp2p's host, for Kademlia alone."""
+
+    def handle(self, protocol: str, handler: Callable[[FramedStream], Awaitable[None]]) -> None:
+        """Answer inbound streams of a protocol."""
+
+
 class Directory:
     """The view of the swarm, and the record of this node.  Made by `open_directory`."""
 
     def __init__(
         self,
-        host: Host,
+        host: DirectoryHost,
         identity: Identity,
         config: DirectoryConfig,
         nursery: trio.Nursery,
@@ -219,7 +230,7 @@ class Directory:
 
 @asynccontextmanager
 async def open_directory(
-    host: Host,
+    host: DirectoryHost,
     identity: Identity,
     config: DirectoryConfig,
     *,

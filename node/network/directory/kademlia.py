@@ -17,6 +17,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
 import trio
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
@@ -24,7 +25,6 @@ from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.tools.anyio_service import background_trio_service
 
-from node.network.host import Host
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId, public_key_of
 from routing.view.records import MAX_ADDRESSES, check_address
@@ -42,10 +42,22 @@ def provider_key(swarm: str, revision: str) -> bytes:
     return _SHA256_MULTIHASH + hashlib.sha256(text.encode()).digest()
 
 
+class KademliaHost(Protocol):
+    """The part of `node.network.host.Host` that a Kademlia table needs."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's own."""
+
+    @property
+    def raw(self) -> Any:  # Any: py-libp2p has no types
+        """py-libp2p's host."""
+
+
 class Kademlia:
     """The Kademlia table of one host, for the directory.  See `open_kademlia`."""
 
-    def __init__(self, host: Host, dht: KadDHT, swarm: str) -> None:
+    def __init__(self, host: KademliaHost, dht: KadDHT, swarm: str) -> None:
         self._host = host
         self._dht = dht
         self._swarm = swarm
@@ -95,7 +107,7 @@ def _read(info: PeerInfo) -> tuple[PeerId | None, list[str]]:
 
 
 @asynccontextmanager
-async def open_kademlia(host: Host, *, swarm: str, serves: bool) -> AsyncIterator[Kademlia]:
+async def open_kademlia(host: KademliaHost, *, swarm: str, serves: bool) -> AsyncIterator[Kademlia]:
     """A Kademlia table, run until the end of the block.
 
     serves: hold a part of it and answer others; False for clients, which only ask.

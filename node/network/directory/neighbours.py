@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -27,7 +27,6 @@ from tensor_codec.errors import NotAMember, PeerFault, PeerGone
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
-    from node.network.host import Host
     from node.network.streams import FramedStream
 
 PROTOCOL = "/raceme/records/1"
@@ -46,6 +45,22 @@ DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
 log = logging.getLogger(__name__)
 
 
+class ExchangeHost(Protocol):
+    """The part of `node.network.host.Host` that an exchange of records needs."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's own."""
+
+    async def open_stream(
+        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
+    ) -> FramedStream:
+        """A new stream; seconds: for the connection.  Raises PeerFault."""
+
+    def charge(self, who: str, fault: PeerFault) -> None:
+        """Count a peer's fault."""
+
+
 class Neighbours:
     """The peers with which records are exchanged, and the tasks that keep the exchange going.
 
@@ -55,7 +70,7 @@ class Neighbours:
 
     def __init__(
         self,
-        host: Host,
+        host: ExchangeHost,
         view: LiveView,
         *,
         bootstrap: Mapping[PeerId, tuple[str, ...]],

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import trio
 
@@ -20,9 +20,6 @@ from routing.names import PeerId
 from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
 from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
-
-if TYPE_CHECKING:
-    from node.network.host import Host
 
 PING_SECONDS = 2.0  # for the answer to a ping, a connection included
 OVERDUE_SECONDS = 1.0  # after which a peer without any answer counts as silent
@@ -37,6 +34,20 @@ WATCHED = 16  # servers that a client pings periodically, besides the servers th
 log = logging.getLogger(__name__)
 
 
+class PingHost(Protocol):
+    """The part of `node.network.host.Host` that pings need."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's own."""
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
+        """Make sure that there is a connection.  Raises PeerFault."""
+
+    async def ping(self, peer: PeerId, addresses: Sequence[str]) -> float:
+        """A round trip to a peer, in seconds.  Raises PeerFault."""
+
+
 class Asker:
     """The peers that this node has asked, and their answers.
 
@@ -46,7 +57,7 @@ class Asker:
 
     def __init__(
         self,
-        host: Host,
+        host: PingHost,
         nursery: trio.Nursery,
         *,
         addresses: Callable[[PeerId], tuple[str, ...]],

@@ -14,20 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, Protocol, Self, cast
 
 import outcome
 import torch
 import trio
 from torch import Tensor
 
-from node.model.blocks.kv_pages import SpanCache
-from node.model.blocks.span import Span
-from node.runtime.compute_thread import ComputeThread
+from node.model.blocks.kv_pages import BlockShape
+from node.runtime.compute_thread import Runner
 from node.serving.executor.batcher import Batcher
 from node.serving.executor.job_queues import RETRY_SECONDS
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
-from node.serving.executor.rates import Rates, measure_decode
+from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, TooManyStreams
@@ -51,6 +50,46 @@ class Answer:
     compute_micros: int
 
 
+class StepCache(Protocol):
+    """The part of `node.model.blocks.kv_pages.SpanCache` that a step needs.  length: positions computed."""
+
+    length: int
+
+    def reserve(self, length: int) -> None:
+        """Own pages for the positions [0, length) of every row."""
+
+
+class EngineSpan(MeasuredSpan, Protocol):
+    """The part of `node.model.blocks.span.Span` that an engine needs.
+
+    Any: caches of the span's own kind.
+    """
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether a session's cache can go back to any earlier position."""
+
+    @property
+    def shapes(self) -> Sequence[BlockShape | None]:
+        """What each block caches, None for a convolution."""
+
+    def part(self, start: int, stop: int) -> Self:
+        """A span of the blocks [start, stop) of this one."""
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """One span of these blocks and those of `others`."""
+
+    def forward(
+        self, hidden: Tensor, cache: Any, position: int, start: int, stop: int, /, *, rope_length: int = 0
+    ) -> Tensor:
+        """See `Span.forward`."""
+
+    def decode(
+        self, hidden: Tensor, caches: Sequence[Any], start: int, stop: int, /, *, rope_lengths: Sequence[int]
+    ) -> Tensor:
+        """See `Span.decode`."""
+
+
 @dataclass(slots=True, eq=False)
 class _Work:
     """One request, from when it is queued until it is answered.  seconds: computing it, so far."""
@@ -67,7 +106,7 @@ class _Step(_Work):
     """A step of a session.  wanted: positions of the answer.  parts: outputs of the chunks so far."""
 
     contract: Contract = field(kw_only=True)
-    cache: SpanCache = field(kw_only=True)
+    cache: StepCache = field(kw_only=True)
     what: StepRange = field(kw_only=True)
     body: Buffer = field(kw_only=True)
     wanted: int = field(kw_only=True)
@@ -75,9 +114,8 @@ class _Step(_Work):
     parts: list[Tensor] = field(default_factory=list)
 
 
-Parts = Callable[
-    [Span], Generator[None, None, Buffer]
-]  # a part at each `next`; its return value is the answer
+# A part at each `next`; the return value is the answer.  Any: of the engine's span, what the work needs.
+Parts = Callable[[Any], Generator[None, None, Buffer]]
 
 
 @dataclass(slots=True, eq=False)
@@ -100,8 +138,8 @@ class Engine:
 
     def __init__(
         self,
-        span: Span,
-        compute: ComputeThread,
+        span: EngineSpan,
+        compute: Runner,
         rates: Rates,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -143,7 +181,7 @@ class Engine:
                 self._wanted.set()
 
     async def step(
-        self, peer: str, contract: Contract, cache: SpanCache, what: StepRange, body: Buffer, *, whole: bool
+        self, peer: str, contract: Contract, cache: StepCache, what: StepRange, body: Buffer, *, whole: bool
     ) -> Answer:
         """Compute one step: hidden states in the contract's codec in, and its outputs in that codec out.
 

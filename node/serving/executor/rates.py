@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from node.model.checkpoint.folder import write_atomically
 from node.serving.executor.batch_cost import OUTLIER_FACTOR
@@ -35,7 +35,6 @@ from routing.names import Revision
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from node.model.blocks.span import Span
 
 log = logging.getLogger("raceme")
 
@@ -100,7 +99,32 @@ class Rates:
         self.decode_seconds_per_block = self.alone = seconds_per_block
 
 
-def rates_at_start(span: Span, file: RatesFile, key: str, seconds: float = 2.0) -> Rates:
+class MeasuredSpan(Protocol):
+    """The part of `node.model.blocks.span.Span` that a measurement needs.
+
+    Any: caches of the span's own kind.
+    """
+
+    @property
+    def start(self) -> int:
+        """Its first block."""
+
+    @property
+    def stop(self) -> int:
+        """The block after its last one."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Values of a hidden state."""
+
+    def new_cache(self, batch: int, max_length: int) -> Any:
+        """An empty cache of `batch` rows."""
+
+    def forward(self, hidden: Tensor, cache: Any, position: int, start: int, stop: int, /) -> Tensor:
+        """See `Span.forward`."""
+
+
+def rates_at_start(span: MeasuredSpan, file: RatesFile, key: str, seconds: float = 2.0) -> Rates:
     """The kept figures where a few steps agree with them, else measured in about `seconds` and kept.
 
     Runs in the torch thread.
@@ -115,7 +139,7 @@ def rates_at_start(span: Span, file: RatesFile, key: str, seconds: float = 2.0) 
     return rates
 
 
-def measure_rates(span: Span, seconds: float = 2.0) -> Rates:
+def measure_rates(span: MeasuredSpan, seconds: float = 2.0) -> Rates:
     """Time prefills and decode steps on zeros, for about `seconds`; medians.
 
     Each is run at least once, however slow.  Runs in the torch thread.
@@ -135,7 +159,7 @@ def measure_rates(span: Span, seconds: float = 2.0) -> Rates:
     return Rates(measure_decode(span, seconds * 3 / 8), prefill)
 
 
-def measure_decode(span: Span, seconds: float) -> float:
+def measure_decode(span: MeasuredSpan, seconds: float) -> float:
     """Seconds that one decode step takes in a block, from up to `seconds` of them, at least two.
 
     The median, without the first, which pays for lazy set-up.  Runs in the torch thread.
@@ -148,12 +172,12 @@ def measure_decode(span: Span, seconds: float) -> float:
     return statistics.median(found[1:]) / (span.stop - span.start)
 
 
-def _timed(span: Span, cache: Any, tokens: int, position: int) -> float:  # Any: whatever the span makes
+def _timed(span: MeasuredSpan, cache: Any, tokens: int, position: int) -> float:  # Any: of the span's kind
     import torch
 
     hidden = torch.zeros(1, tokens, span.hidden_size)
     began = time.perf_counter()
-    answer: Tensor = span.forward(hidden, cache, position, span.start, span.stop)
+    answer = span.forward(hidden, cache, position, span.start, span.stop)
     answer[:, -1:].cpu()  # waits until a device has computed it
     return time.perf_counter() - began
 

@@ -8,8 +8,7 @@ from typing import Protocol
 
 import trio
 
-from node.model.blocks.kv_pages import SpanCache
-from node.serving.executor.engine import Answer
+from node.serving.executor.engine import Answer, StepCache
 from node.serving.sessions.inbox import Arrived, Inbox
 from node.serving.sessions.push import Outlet
 from node.serving.sessions.state import ServerSession
@@ -33,6 +32,16 @@ class FrameStream(Protocol):
 
     async def receive(self, seconds: float | None = None) -> Buffer | None:
         """The next frame, None at a clean end; raises PeerFault."""
+
+
+class SessionCache(StepCache, Protocol):
+    """The part of `node.model.blocks.kv_pages.SpanCache` that a session needs."""
+
+    def cut(self, length: int) -> None:
+        """Forget the positions from `length` on.  Raises CannotCut."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class HopSession:
     contract: Contract
     stream: FrameStream
     state: ServerSession
-    cache: SpanCache
+    cache: SessionCache
     outlet: Outlet
     inbox: Inbox
     route: SessionRoute

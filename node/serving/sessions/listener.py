@@ -9,17 +9,18 @@ Every byte is checked here, once, against the contract of its session.  The sess
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import trio
 
-from node.model.blocks.kv_pages import PagePool
+from node.model.blocks.kv_pages import BlockShape
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
-from node.serving.sessions.hop_session import FrameStream, HopSession, KeptOutputs, SessionRoute
+from node.serving.sessions.hop_session import FrameStream, HopSession, KeptOutputs, SessionCache, SessionRoute
 from node.serving.sessions.inbox import Inbox
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.state import ServerSession
@@ -51,6 +52,16 @@ from tensor_codec.messages.session import (
 )
 
 
+class CachePool(Protocol):
+    """The part of `node.model.blocks.kv_pages.PagePool` that sessions need."""
+
+    def open(self, batch: int, max_length: int) -> SessionCache:
+        """An empty cache of `batch` rows."""
+
+    def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
+        """Have stores for the blocks from `start` on, one for each shape."""
+
+
 @dataclass(slots=True, eq=False)
 class _Place:
     """The owner of a session id, from the moment it waits for pages.  epoch: of the route at its opening."""
@@ -71,7 +82,7 @@ class Listener:
 
     admission: SpanAdmission
     engine: Engine
-    pool: PagePool
+    pool: CachePool
     budget: CacheBudget
     open_stream: Callable[[PeerId], Awaitable[Sender]]
     limits: Limits = field(default_factory=Limits)

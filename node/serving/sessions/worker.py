@@ -12,11 +12,10 @@ from functools import partial
 
 import trio
 
-from node.model.blocks.kv_pages import SpanCache
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission
 from node.serving.executor.engine import Answer, Engine, NotFinite
-from node.serving.sessions.hop_session import HopSession
+from node.serving.sessions.hop_session import HopSession, SessionCache
 from node.serving.sessions.inbox import Arrived
 from node.serving.sessions.state import Compute
 from routing.names import PeerId
@@ -363,7 +362,7 @@ def _from_position(body: Buffer, contract: Contract, position: int) -> Buffer:
     return b"".join(whole[row * size + skipped : (row + 1) * size] for row in range(contract.batch))
 
 
-def _cut_cache(cache: SpanCache, length: int) -> None:
+def _cut_cache(cache: SessionCache, length: int) -> None:
     if cache.length > length:
         cache.cut(length)
 
