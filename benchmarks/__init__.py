@@ -1,1 +1,1 @@
-"""Numbers, never asserted in CI.  `python -m benchmarks` lists the benchmarks; each has a name there."""
+"""Numbers, never asserted in CI.  `python -m benchmarks` lists the benchmarks by name."""

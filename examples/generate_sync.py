@@ -14,7 +14,7 @@ import client
 def answer(swarm: client.SyncSwarm, prompt: str, max_new_tokens: int) -> None:
     """Print one prompt with its continuation, each token as it comes."""
     print(prompt, end="", flush=True)
-    # The end of the loop, however it comes (a break, an error, Ctrl-C), ends the session at the servers.
+    # Any end of the loop (a break, an error, Ctrl-C) ends the session at the servers.
     for token in swarm.generate(prompt, max_new_tokens=max_new_tokens):
         print(token.text, end="", flush=True)
     print()

@@ -1,9 +1,9 @@
-"""Run a serving node from a Python program: what `python -m node` does, as a value and a call.
+"""Run a serving node from a Python program: `python -m node` as a value and a call.
 
     python examples/run_a_node.py                                  found a swarm
     python examples/run_a_node.py --peers /ip4/.../p2p/12D3...     join one
 
-The node says on standard error how others join it.  Ctrl-C lets it leave politely.
+The node prints on standard error how others join it.  After Ctrl-C it leaves politely.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, help="how many blocks (default: as many as fit)")
     flags = parser.parse_args()
 
-    # One frozen value says everything; every field that is not given has a default.
+    # One frozen value holds all settings; every field has a default.
     config = NodeConfig(
         network=NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, name="example"),
         model=flags.model,

@@ -31,7 +31,7 @@ async def generate(request: Request) -> Response:
     try:
         count = int(request.query_params.get("max_new_tokens", 32))
         tokens = swarm.generate(request.query_params.get("prompt", ""), max_new_tokens=count)
-    except ValueError as error:  # an empty prompt, too many tokens: said before anything is sent
+    except ValueError as error:  # an empty prompt, too many tokens: refused before anything is sent
         return PlainTextResponse(str(error), status_code=400)
     return StreamingResponse(events(tokens), media_type="text/event-stream")
 
@@ -48,7 +48,7 @@ async def events(tokens: AsyncGenerator[client.Token, None]) -> AsyncIterator[st
 
 @asynccontextmanager
 async def joined(app: Starlette, flags: argparse.Namespace) -> AsyncIterator[None]:
-    """Be in the swarm for as long as the application runs: all requests share it."""
+    """Stay in the swarm while the application runs: all requests share it."""
     # trio runs in a thread of its own; the handle can be used like any other asyncio object.
     async with client.connect(flags.model, peers=flags.peers, swarm_key=flags.swarm_key) as swarm:
         app.state.swarm = swarm

@@ -34,7 +34,7 @@ from tensor_codec.span_spec import QUANTIZE
 
 MAX_REPLICAS = 1000
 USUAL = Limits()
-PATIENCE_SECONDS = 10.0  # nodes that start together do not have to start in order
+PATIENCE_SECONDS = 10.0  # nodes that start together may start in any order
 
 EPILOG = f"""\
 commands:
@@ -55,7 +55,7 @@ A command's own options: python -m node COMMAND --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what the operator must fix."""
+    """Run a command; returns the exit code: 0, 2 for an error that the operator must fix."""
     words = one_address_each(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "bootstrap": _bootstrap,

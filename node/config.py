@@ -50,7 +50,7 @@ class NetworkConfig:
     swarm_key: Path | None = None
     identity: Path | None = None  # a new identity for this run where None
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
-    announce: tuple[str, ...] = ()  # addresses told to others, where they differ from `listen`
+    announce: tuple[str, ...] = ()  # addresses to announce, where they differ from `listen`
     name: str = ""
     patience_seconds: float = 0.0  # for peers that do not answer yet: they may be starting too
     limits: Limits = field(default_factory=Limits)
@@ -70,10 +70,11 @@ class NetworkConfig:
 
 @dataclass(frozen=True, slots=True)
 class BalanceConfig:
-    """When a node moves to other blocks, and to which.
+    """The rule for a node's moves to other blocks.
 
-    quality: no node moves while the swarm's capacity is this share of its bound; 0: nodes move only to blocks
-    that nobody serves.  min_replicas: servers that each block should have, where that costs no capacity.
+    quality: no node moves while the swarm's capacity is this share of its bound; 0: nodes move only to
+    blocks without a server.  min_replicas: servers that each block should have, where that costs no
+    capacity.
     seconds: between looks for a better place, on average.
     """
 
@@ -88,9 +89,9 @@ class NodeConfig:
 
     blocks: the blocks to serve, a `Blocks` or any pair (start, stop); num_blocks: their number alone, placed
     where the swarm needs them most; neither: as many as fit.  threads: of torch; None: the cores divided by
-    the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept for
-    replays; None for as many as the caches hold.  balance: unless `blocks` is given.
-    Raises ConfigError for a value of another kind or out of range.
+    the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept
+    for replays; None for as many as the caches hold.  balance: unless `blocks` is given. Raises ConfigError
+    for a value of another kind or out of range.
     """
 
     network: NetworkConfig

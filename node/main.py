@@ -1,4 +1,4 @@
-"""Read this first: what a node is made of, in the order in which it comes up and goes down.
+"""Read this first: the parts of a node, in the order of its start and its end.
 
     config -> host (libp2p) -> directory (Kademlia, records) -> model folder -> blocks to serve
            -> span in memory -> engine -> listeners -> online ... draining -> gone
@@ -7,7 +7,7 @@
 
 One token passes `serving/served_span.py` (StreamDispatch), `sessions/listener.py`, `sessions/worker.py` and
 `sessions/state.py` there, `executor/engine.py`, `model/blocks/span.py` and `sessions/push.py`;
-docs/path-of-a-token.md follows it.  This module only puts parts together: pure functions elsewhere decide.
+docs/path-of-a-token.md follows it.  This module only assembles parts: pure functions elsewhere decide.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ LEAVE_SECONDS = 2.5  # the directory takes 2 at most
 async def serve(config: NodeConfig) -> None:
     """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
     async with stopped_by_signals() as stopping, open_compute_thread() as compute:
-        # Two threads that import at once only get in each other's way: torch first, then the network.
+        # Two threads that import at once only slow each other down: torch first, then the network.
         await compute.run(_prepare_torch, config.threads or memory.threads_for_this_node())
         await _serve(config, compute, stopping)
 
@@ -164,7 +164,7 @@ class Node:
 
 @asynccontextmanager
 async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
-    """A host in the swarm's directory; on leaving, the others are told.  Raises ConfigError."""
+    """A host in the swarm's directory; at its end, the node announces that it leaves.  Raises ConfigError."""
     from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
     from node.network.transport.identity import load_or_create_identity
@@ -212,7 +212,7 @@ class Stopping:
         self.online = True
 
     async def watch(self, signals: AsyncIterator[int]) -> None:
-        """Act on signals as they come."""
+        """Act on each signal."""
         async for number in signals:
             log.info("%s received", signal.Signals(number).name)
             if self.requested.is_set() or not self.online:
@@ -241,7 +241,7 @@ def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
 
 
 def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, threads: int) -> float:
-    """Seconds of a decode step through one block in an earlier run like this one; 0 where there was none.
+    """Seconds of a decode step through one block in an earlier run of this kind; 0 without an earlier run.
 
     Runs in the torch thread.
     """
@@ -255,9 +255,9 @@ def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, 
 async def _choose_blocks(
     config: NodeConfig, node: Node, info: ModelInfo, precision: Precision, free: int, seconds_per_block: float
 ) -> Blocks:
-    """The blocks to serve: those of the config, else those that the swarm needs most.  Raises ConfigError.
+    """The blocks to serve: the config's, else the blocks that the swarm needs most.  Raises ConfigError.
 
-    seconds_per_block: of this node; 0 where it is not known, then it counts as the others' median.
+    seconds_per_block: of this node; 0 where unknown: then the median of the others counts.
     """
     if config.blocks is not None:
         whole = Blocks(0, info.blocks)
@@ -282,7 +282,7 @@ async def _choose_blocks(
 
 
 def _prepare_torch(threads: int) -> None:
-    """Runs in the torch thread: the seconds of importing, and how many threads it may use."""
+    """Runs in the torch thread: the seconds of importing, and the number of threads that it may use."""
     import torch
 
     torch.set_num_threads(threads)
@@ -304,7 +304,7 @@ def _device_and_dtype(config: NodeConfig) -> tuple[str, str, int]:
 
 
 def _best_dtype(device: str) -> str:
-    """The smaller one, where the hardware computes in it."""
+    """The smaller dtype, where the hardware computes in it."""
     import torch
 
     if device == "cuda":
@@ -316,7 +316,7 @@ def _best_dtype(device: str) -> str:
 
 
 def _activations(dtype: str, quantize: str, device: str) -> str:
-    """The dtype that such a span computes in on this machine.  Runs in the torch thread.
+    """The dtype of such a span's computation on this machine.  Runs in the torch thread.
 
     Raises ConfigError.
     """
@@ -328,7 +328,7 @@ def _activations(dtype: str, quantize: str, device: str) -> str:
 
 
 def write_ready_file(config: NetworkConfig, node: Node, spec: SpanSpec | None) -> None:
-    """Write the facts of a node that is online; the file is there whole or not at all.
+    """Write the facts of a node that is online; the file appears whole or not at all.
 
     Raises ConfigError where it cannot be written.
     """

@@ -190,7 +190,7 @@ def foreign_assignments(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def assigned_by(node: ast.AST) -> Iterator[ast.expr]:
-    """What a statement assigns to or deletes, one by one."""
+    """The targets that a statement assigns or deletes, one by one."""
     targets: list[ast.expr] = []
     if isinstance(node, ast.Assign | ast.Delete):
         targets = list(node.targets)
@@ -214,7 +214,7 @@ def is_name(node: ast.expr, *names: str) -> bool:
 
 
 def imports_between(trees: Mapping[str, ast.AST], packages: frozenset[str]) -> dict[str, set[str]]:
-    """Which module imports which, in functions and under TYPE_CHECKING too."""
+    """The imports of each module, in functions and under TYPE_CHECKING too."""
     found: dict[str, set[str]] = {name: set() for name in trees}
     for name, tree in trees.items():
         for node in ast.walk(tree):
@@ -268,7 +268,7 @@ def circles_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def folder_sizes(root: Path) -> dict[str, int]:
-    """How many Python files each folder of packages and programs holds by itself."""
+    """The number of Python files directly in each folder of packages and programs."""
     sizes: dict[str, int] = defaultdict(int)
     for path in files(root, (*PACKAGES, *PROGRAMS)):
         sizes[str(path.parent.relative_to(root))] += 1

@@ -1,8 +1,8 @@
-"""Three nodes, one client and a real model on this machine: what `make demo` runs.
+"""Three nodes, one client and a real model on this machine: the program of `make demo`.
 
 Everything lives in one temporary folder and ends with this program: after the text, after Ctrl-C, after
-SIGTERM, after a failure, and on Linux also after `kill -9`, because each child asks the kernel to be
-ended with its parent.
+SIGTERM, after a failure, and on Linux also after `kill -9`, because each child asks the kernel for its own
+end with its parent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from node.runtime.console import OutputText, harmless, prepare_streams, run_comm
 ROOT = Path(__file__).resolve().parent.parent
 SPANS = ((0, 10), (10, 20), (20, 30))  # SmolLM2-135M has 30 blocks
 ONLINE_SECONDS = 120.0  # importing torch, reading ten blocks and measuring them take about 8 s on two cores
-STOP_SECONDS = 12.0  # a node finishes its steps in flight; this is more than it allows itself
+STOP_SECONDS = 12.0  # a node finishes its steps in flight; this exceeds its own limit
 LOG_LINES = 20
 
 prepare_streams()
@@ -42,7 +42,7 @@ console = Console(file=cast("IO[str]", OutputText()), highlight=False, soft_wrap
 
 
 class DemoError(Exception):
-    """What went wrong, in one line."""
+    """An error, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def main() -> int:
             console.print()
             code = 128 + stopped.signum
         finally:
-            # From here on nothing may come between us and the processes that we started.
+            # From here on every exit must end the processes that we started.
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_IGN)
             stubborn = stop_all(children)
@@ -117,7 +117,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -> None:
-    """The whole story, a stage at a time.  Raises DemoError; appends what it starts to `children`."""
+    """The whole demo, a stage at a time.  Raises DemoError; appends each started process to `children`."""
     swarm_key = folder / "swarm.key"
     node = [sys.executable, "-m", "node"]
     started = time.monotonic()
@@ -168,7 +168,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
     ):
         console.print(f"\n# {what}", style="dim")
         console.print(escape(shlex.join([python, "-m", module, *arguments])))
-    with suppress(Stopped):  # here it is the way out
+    with suppress(Stopped):  # Ctrl-C ends the demo here
         keep_up(children)
 
 
@@ -210,7 +210,7 @@ def node_flags(node: DemoNode) -> list[str]:
 
 
 def wait_until_online(nodes: Sequence[DemoNode], children: Sequence[Child]) -> None:
-    """Return when each node has written its ready-file, saying so one by one.  Raises DemoError."""
+    """Return when each node has written its ready-file; print a line for each.  Raises DemoError."""
     started = time.monotonic()
     waiting = list(nodes)
     while waiting:
@@ -241,7 +241,7 @@ class Stopped(Exception):
 
 
 def stop_running(signum: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exception, so that all of them leave by one way."""
+    """Turn a signal into an exception, so that all signals take one path."""
     raise Stopped(signum)
 
 
@@ -267,7 +267,7 @@ def start(children: list[Child], name: str, command: Sequence[str], log: Path | 
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """What a child does before it becomes the program: on Linux, ask to be killed when we die."""
+    """A child's first action, before it becomes the program: on Linux, ask for its death with ours."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # looked up here: a forked child should do little
@@ -293,14 +293,14 @@ def run_to_the_end(children: list[Child], name: str, command: Sequence[str]) -> 
 
 
 def check_alive(children: Sequence[Child]) -> None:
-    """Raise DemoError if a node ended by itself: none should."""
+    """Raise DemoError if a node ended by itself."""
     for child in children:
         if child.log is not None and child.process.poll() is not None:
             raise DemoError(f"{child.name} ended with exit code {child.process.returncode}")
 
 
 def keep_up(children: list[Child]) -> None:
-    """Wait for Ctrl-C; say so when a node ends, for somebody may want to see what the others do then.
+    """Wait for Ctrl-C; print a line when a node ends: the others go on.
 
     Raises DemoError when none is left.
     """
@@ -331,7 +331,7 @@ def stop_all(children: Sequence[Child]) -> list[str]:
 
 
 def signal_group(child: Child, signum: int) -> None:
-    """Send a signal to a child and to whatever it started, unless it has ended."""
+    """Send a signal to a child and its own children, unless it has ended."""
     if child.process.poll() is None:
         os.killpg(child.process.pid, signum)
 
@@ -341,7 +341,7 @@ def signal_group(child: Child, signum: int) -> None:
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Say what is going on, and then how long it took."""
+    """Print the stage, and then its time."""
     console.print(f"[bold]{what}[/bold] ...")
     started = time.monotonic()
     yield

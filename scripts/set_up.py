@@ -1,8 +1,8 @@
 """Makes `.venv`: from a bare machine to everything that `make demo` and `make test` need.
 
 Started by scripts/setup.sh with a Python that is new enough; uses the standard library alone.  A stage
-is one line on the terminal and the rest in `.venv/set-up.log`.  The stamp is written last, so a set-up
-that was interrupted runs again from what it left, and one that is finished costs milliseconds.
+is one line on the terminal and the rest in `.venv/set-up.log`.  The stamp is written last, so an
+interrupted set-up goes on from its last stage, and a finished one costs milliseconds.
 
 From the environment: RACEME_TORCH, a requirement that replaces the choice of torch made here;
 RACEME_NO_APT=1, which leaves system packages to you.
@@ -34,12 +34,12 @@ MADE_FOR = VENV / "made-for"  # which interpreter and folder: an environment can
 STAMP = VENV / "set-up-stamp"
 CONSTRAINTS = ROOT / "constraints.txt"
 
-BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)  # also when .venv's own python runs this
+BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)  # also if .venv's own python runs this
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 class SetUpError(Exception):
-    """Something that the reader must act on; the message is one clear line."""
+    """An error that the reader must fix; the message is one clear line."""
 
 
 class CommandFailed(Exception):
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def set_up() -> None:
-    """Run every stage; each may find that there is nothing left to do."""
+    """Run every stage; a finished stage does nothing."""
     STAMP.unlink(missing_ok=True)
     if VENV.exists() and not usable_environment():
         shutil.rmtree(VENV)
@@ -87,7 +87,7 @@ def set_up() -> None:
 
 
 def wanted_stamp() -> str:
-    """A digest of everything that the environment is made from."""
+    """A digest of all inputs of the environment."""
     digest = hashlib.sha256(made_for().encode())
     for path in (ROOT / "pyproject.toml", CONSTRAINTS):
         digest.update(path.read_bytes())
@@ -95,7 +95,7 @@ def wanted_stamp() -> str:
 
 
 def made_for() -> str:
-    """What binds an environment: the interpreter's version and the folder."""
+    """The binding of an environment: the interpreter's version and the folder."""
     return f"{sys.version} {sys.platform} {VENV}"
 
 
@@ -129,10 +129,10 @@ APT_NAMES = {"C compiler": "gcc", "gmp.h": "libgmp-dev", "Python.h": f"python{VE
 
 
 def missing_build_parts() -> list[str]:
-    """Which of a C compiler, gmp.h and this interpreter's Python.h a test compilation does not find."""
+    """The missing ones of a C compiler, gmp.h and this interpreter's Python.h, by a test compilation."""
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
     if shutil.which(compiler[0]) is None:
-        # Without a compiler the headers can only be looked for where they usually are.
+        # Without a compiler, look for the headers in their usual folders.
         multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
         gmp = any(Path("/usr/include", folder, "gmp.h").exists() for folder in ("", multiarch))
         own = Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -171,7 +171,7 @@ def fastecdsa_is_built() -> bool:
 
 
 def apt_prefix() -> list[str] | None:
-    """What to put before apt-get: nothing for root, sudo where it asks for no password; None: we may not."""
+    """The words before apt-get: none for root, sudo where it asks for no password; None: not allowed."""
     if shutil.which("apt-get") is None or os.environ.get("RACEME_NO_APT"):
         return None
     if os.geteuid() == 0:
@@ -182,7 +182,7 @@ def apt_prefix() -> list[str] | None:
 
 
 def apt_install(packages: Sequence[str], prefix: Sequence[str]) -> None:
-    """Install Debian packages, with fresh package lists if those at hand do not do."""
+    """Install Debian packages, with fresh package lists if the present lists fail."""
     apt = [*prefix, "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=120"]
     install = [*apt, "install", "-y", "--no-install-recommends", *packages]
     with stage(f"installing system packages: {' '.join(packages)}"):
@@ -219,7 +219,7 @@ def make_environment() -> None:
 
 
 def ensurepip_was_just_installed() -> bool:
-    """Ask a new process: this one looked before apt ran."""
+    """Ask a new process: this process looked before apt ran."""
     return subprocess.run([BASE_PYTHON, "-c", "import ensurepip"], capture_output=True).returncode == 0
 
 
@@ -240,8 +240,8 @@ def install_torch() -> None:
     """Install the pinned torch first, so that nothing else can ask for another build of it.
 
     Without an NVIDIA GPU the build for CPUs alone is asked for first; the general build for Linux brings
-    gigabytes of CUDA libraries that would never be used.  Whatever pip answers to the first choice, the
-    general build is tried: pip's answers are made for people and differ with its configuration.
+    gigabytes of CUDA libraries that would never be used.  After any failure of the first choice the general
+    build is tried: pip's messages differ with its configuration.
     """
     pin = f"torch=={pinned('torch')}"
     chosen = os.environ.get("RACEME_TORCH")
@@ -250,7 +250,7 @@ def install_torch() -> None:
         return
     if sys.platform == "linux" and not has_nvidia_gpu():
         try:
-            # Alone, so that pip's answer is about this build; what it depends on comes with the rest.
+            # Alone, so that pip's answer is about this build; its dependencies come with the other packages.
             pip_install(f"{pin}, the build for CPUs", "--no-deps", f"{pin}+cpu", constrained=False)
             return
         except CommandFailed:
@@ -274,7 +274,7 @@ def pip_install(what: str, *requirements: str, constrained: bool = True) -> None
         run([*command, *requirements], **pip_environment(command[0]))
 
 
-# Of pip's configuration: where packages come from, and how the way there is.  Everything else (constraints,
+# Of pip's configuration: the sources of packages, and the network settings.  Everything else (constraints,
 # --user, --target, hashes, ...) is meant for other environments; .venv has its own versions.
 PIP_OPTIONS_KEPT = (
     "index-url",
@@ -313,7 +313,7 @@ def pip_environment(python: str) -> dict[str, str]:
 
 
 def pip_configuration(python: str) -> str:
-    """What pip says of its configuration; nothing where its files cannot be read."""
+    """pip's report of its configuration; empty where its files cannot be read."""
     command = [python, "-m", "pip", "config", "list"]
     return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
 
@@ -375,7 +375,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """One line for one stage: what it does, and how long it took."""
+    """One line for one stage: its action, and its time."""
     started = time.monotonic()
     say(f"  {what} ... ", end="")
     try:

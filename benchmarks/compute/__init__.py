@@ -1,1 +1,1 @@
-"""Parts of a node by themselves, without a network."""
+"""Parts of a node alone, without a network."""

@@ -1,4 +1,4 @@
-"""The executor by itself, without a network: one session and many, in one batch and one by one.
+"""The executor alone, without a network: one session and many, in one batch and one by one.
 
     python -m benchmarks executor --sessions 1 4 8 16 --quantize none int8 --dtype float32
 
@@ -119,7 +119,7 @@ def measure(flags: argparse.Namespace, folder: Any, dtype: str, quantize: str) -
 
 
 class Sessions:
-    """`count` sessions of different lengths in one arena, which decode together or one after the other."""
+    """`count` sessions of different lengths in one page pool, which decode together or in turn."""
 
     def __init__(self, span: Any, pool: Any, count: int) -> None:  # Any: torch is not imported yet
         import torch
@@ -130,7 +130,7 @@ class Sessions:
         self.restart()
 
     def restart(self) -> None:
-        """New sessions with a prompt each, one token longer than the one before, as far as there is room."""
+        """New sessions with a prompt each, each one token longer than the last, until the cache is full."""
         import torch
 
         self.close()
@@ -172,7 +172,7 @@ class Sessions:
         python = sum(
             row[2]  # seconds in the function itself
             for (file, _, _), row in stats.stats.items()  # type: ignore[attr-defined]
-            if file.endswith(".py") and "kernels" not in Path(file).stem  # those are compiled
+            if file.endswith(".py") and "kernels" not in Path(file).stem  # compiled functions
         )
         return float(python / stats.total_tt)  # type: ignore[attr-defined]
 
@@ -190,7 +190,7 @@ class Sessions:
             cache.reserve(cache.length + 1)
         answer = self.span.decode(hidden, caches, self.span.start, self.span.stop)
         if answer.is_cuda:
-            answer.cpu()  # as the wire would need it; until then nothing may have been computed
+            answer.cpu()  # as for the wire; before this read torch may have computed nothing
         for cache in caches:
             cache.length += 1
 

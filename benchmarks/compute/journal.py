@@ -4,7 +4,7 @@
 
 One process, no network: a span of SmolLM2-135M decodes, and the output of each step goes into a
 journal as `node.serving.sessions.worker` does it.  A step and its append are timed one after the other, so
-both see one machine.  Then everything is read back, as for a replay.
+both see one machine.  Then all outputs are read back, as for a replay.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ async def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 async def lags(seconds: float) -> list[float]:
-    """How much longer than it should each sleep of a ticker took, in seconds."""
+    """The delay of each wake-up of a ticker, in seconds."""
     found = []
     end = trio.current_time() + seconds
     while (due := trio.current_time() + TICK_SECONDS) < end:

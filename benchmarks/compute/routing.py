@@ -2,8 +2,8 @@
 
     python -m benchmarks routing --servers 1000 10000 --blocks 126
 
-Spans of 3 to 24 blocks at random places, 16 announced round-trip times each.  Three times are given:
-with nothing kept, with one new record since the last choice, and with nothing new.
+Spans of 3 to 24 blocks at random places, 16 announced round-trip times each.  Three times are given: with
+an empty cache, with one new record since the last choice, and without a new record.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def swarm(servers: int, blocks: int, rng: random.Random) -> list[Record]:
-    """The records of a swarm made up."""
+    """The records of an invented swarm."""
     peers = [peer_id_of(rng.randbytes(32)) for _ in range(servers)]
     return [server(peer, peers, blocks, rng) for peer in sorted(peers)]
 
 
 def server(peer: PeerId, peers: Sequence[PeerId], blocks: int, rng: random.Random) -> Record:
-    """One of them."""
+    """One record."""
     length = min(blocks, rng.randint(3, 24))
     start = rng.randint(0, blocks - length)
     return Record(
@@ -80,7 +80,7 @@ def server(peer: PeerId, peers: Sequence[PeerId], blocks: int, rng: random.Rando
 def choose(
     spans: Sequence[Record], client_rtt: dict[PeerId, float], distances: Distances, most: int
 ) -> Chain:
-    """What a client does for one choice, from the records of its view on.  most: servers looked at."""
+    """One choice of a client, from the records of its view.  most: number of servers that it compares."""
     looked_at = sample(spans, "client", most=most)
     distances.update(looked_at, client_rtt)
     markup, bias = queue_markup(looked_at), client_bias("client", (span.peer for span in looked_at))
@@ -129,7 +129,7 @@ def _times(action: Callable[[], object], rounds: int) -> list[float]:
 
 
 def _memory(once: Callable[[Distances], object]) -> dict[str, float]:
-    """What is kept between choices, and the most that the first of them holds beyond the records."""
+    """The memory kept between choices, and the peak of the first choice beyond the records."""
     tracemalloc.start()
     distances = Distances()
     once(distances)

@@ -60,7 +60,7 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
 
 
 async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Greedy; the token ids, the seconds of each, and the part of them outside the hops' computing."""
+    """Generate greedily; the token ids, the seconds of each, and their part outside the hops' computing."""
     seconds: list[float] = []
     outside: list[float] = []
     found: list[int] = []

@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(
     flags: argparse.Namespace, swarm: LocalSwarm, client: Worker, reference: Worker
 ) -> dict[str, Any]:
-    """Alternate rounds of the swarm and of the reference; everything that is reported."""
+    """Alternate rounds of the swarm and of the reference; all reported figures."""
     prompts = prompts_of(client, flags.clients, flags.prompt_tokens)
     expected = [reference.ask({"ids": ids, "tokens": flags.tokens})["tokens"] for ids in prompts]
     single = {"ids": prompts[0], "tokens": flags.tokens}
@@ -161,7 +161,7 @@ def measure(
 
 
 def prompts_of(client: Worker, clients: int, tokens: int) -> list[list[int]]:
-    """A prompt of `tokens` tokens for each client: one text, begun a token later by each."""
+    """A prompt of `tokens` tokens for each client: one text, with the start moved on by one token."""
     ids = client.ask({"text": TEXT * (2 + (clients + tokens) // 50)})["ids"]
     return [ids[index : index + tokens] for index in range(clients)]
 
@@ -176,8 +176,8 @@ def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
 def client_rates(rounds: Sequence[Sequence[dict[str, Any]]], first: int) -> list[float]:
     """Tokens a second of each client over all rounds, from token number `first` on.
 
-    From 0 on these are whole generations, with the wait for the first token; from 1 on decode steps
-    alone, in which the first to begin is the slowest: its steps waited for the prompts of all others.
+    From 0 on these are whole generations, with the wait for the first token; from 1 on decode steps alone,
+    and there the first client is the slowest: its steps waited for the prompts of all others.
     """
     rates = []
     for generations in zip(*rounds, strict=True):

@@ -27,8 +27,9 @@ from benchmarks.lib.processes import Worker, local_swarm
 from benchmarks.lib.results import Run
 
 PREFILL_TOKENS = 512
-UNDER_WAY_SECONDS = 20  # how long the flooder has for its first steps
-# Who opens faster, or comes again at once, is banned for a minute: the worst guest keeps to the rules.
+UNDER_WAY_SECONDS = 20  # for the flooder's first steps
+# A client that opens faster, or comes again at once, is banned for a minute: the worst client keeps the
+# rules.
 OPENS_PER_SECOND, RETRY_SECONDS = 15.0, 5.0
 BOUND = re.compile(r"bound ([\d.]+) GiB resident")
 
@@ -94,7 +95,7 @@ def steps(round_: dict[str, Any]) -> list[float]:
 
 
 async def flood(flags: argparse.Namespace) -> None:
-    """The flooder: floods from one line on standard input to the next."""
+    """The flooder: starts at a line on standard input and stops at the next line."""
     from client.config import ClientConfig
     from client.swarm import open_swarm
 
@@ -134,5 +135,5 @@ async def _one(swarm: Any, tokens: int, delay: float, done: Counter[str]) -> Non
                     done[f"steps of {tokens}"] += 1
         except (Refused, PeerFault, NoChain) as error:
             done[type(error).__name__] += 1
-            swarm.routes.blame = AvoidedPeers()  # who floods does not avoid the server that refuses it
+            swarm.routes.blame = AvoidedPeers()  # a flooder does not avoid a server that refuses it
             await trio.sleep(RETRY_SECONDS)

@@ -21,7 +21,7 @@ from node.model.embed_and_head import load_embed_and_head
 
 
 class Stopwatch:
-    """Stands in for a streamer: notes when `generate` has each token."""
+    """A streamer that notes the time of each token of `generate`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

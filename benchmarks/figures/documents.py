@@ -48,7 +48,7 @@ FIGURE = re.compile(rf"(?<![\w.-])\d[\d,.]*\s?(?:{UNITS})(?![\w/])")
 def with_figures(document: str, figures: Figures) -> str:
     """The document with its blocks made anew.  KeyError for a block of no known name.
 
-    A block whose result has no file yet says how to measure it.
+    A block without a file of its result names the command to measure it.
     """
 
     def block(found: re.Match[str]) -> str:

@@ -92,7 +92,7 @@ MEASUREMENTS: Mapping[str, Sequence[str]] = {**USUAL, **LONG, **SIMULATED}
 
 
 def measure(name: str, rounds: int | None = None) -> int:
-    """Run the command of a result and write its file; the exit code, at 0 of which the file is new.
+    """Run the command of a result and write its file; the exit code; the file is new if it is 0.
 
     rounds: of the results of `benchmarks decode`; None: as usual.
     """
@@ -109,7 +109,7 @@ def measure(name: str, rounds: int | None = None) -> int:
 
 
 def run_demo() -> dict[str, Any]:
-    """The output of the demo but for lines that name a file of this machine.  Raises CalledProcessError."""
+    """The output of the demo without lines that name a file of this machine.  Raises CalledProcessError."""
     from node.main import _best_dtype
 
     about, elsewhere = machine(), Elsewhere()
@@ -127,7 +127,7 @@ def run_demo() -> dict[str, Any]:
 
 
 def without_files(lines: Sequence[str]) -> list[str]:
-    """The lines that name no file of this machine and tell of no progress."""
+    """The lines that neither name a file of this machine nor show progress."""
     return [line for line in lines if not re.search(r"(^| )/\w|^checking ", line)]
 
 

@@ -92,7 +92,7 @@ def swarm_picture(figures: Figures) -> str:
 
 
 class Frame(NamedTuple):
-    """Where a chart stands, in the picture's units; y runs down."""
+    """The place of a chart, in the picture's units; y runs down."""
 
     x: float
     y: float

@@ -32,7 +32,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]
 
 
 def with_note(table: str, *results: Result) -> str:
-    """A table and below it where its figures come from."""
+    """A table, and below it the source of its figures."""
     return f"{table}\n\nMeasured on {measured_on(results)}."
 
 
@@ -48,7 +48,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def yes(value: bool) -> str:
-    """A truth in a cell."""
+    """A yes or no in a cell."""
     return "yes" if value else "no"
 
 
@@ -64,8 +64,8 @@ def described(about: Mapping[str, Any]) -> str:
 def measured_on(results: Sequence[Result]) -> str:
     """Machine, day and commit of one table in a few words.
 
-    Raises ValueError where the results are of different machines or versions: they do not belong into one
-    table.
+    Raises ValueError where the results are of different machines or versions: one table holds figures of
+    one machine and version.
     """
     machines = [result["machine"] for result in results if result["machine"] is not None]
     if not machines:
@@ -84,6 +84,6 @@ def _commits(results: Sequence[Result]) -> str:
 
 
 def _busy(machines: Sequence[Mapping[str, Any]]) -> str:
-    """Said where other programs took a twentieth of the cores or more."""
+    """A remark if other programs took a twentieth of the cores or more."""
     others = round(100 * max(about["others"] for about in machines))
     return f", while other programs took {others} % of the cores" if others >= 5 else ""

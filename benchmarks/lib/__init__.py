@@ -1,1 +1,1 @@
-"""What several benchmarks use: processes, the machine, files of results."""
+"""The common parts of benchmarks: processes, the machine, files of results."""

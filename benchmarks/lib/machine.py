@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-# Of the processor's flags: those that decide which kernels run.
+# The processor's flags that choose the kernels.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -35,14 +35,14 @@ def machine() -> dict[str, object]:
 
 
 class Elsewhere:
-    """How much of the machine other programs than this one and its children take, from now on."""
+    """The share of the machine for other programs from now on, without this process and its children."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._busy, self._ours = _busy_seconds(), _our_seconds()
 
     def share(self) -> float:
-        """Of all cores, 0 to 1.  Children that have ended and were not waited for count as others."""
+        """The share of all cores, 0 to 1.  Children that ended without a wait count as other programs."""
         seconds = (time.monotonic() - self._began) * (os.cpu_count() or 1)
         others = (_busy_seconds() - self._busy) - (_our_seconds() - self._ours)
         return round(min(max(others / seconds, 0.0), 1.0), 2)

@@ -44,7 +44,7 @@ class NodeProcess:
 
     @property
     def address(self) -> str:
-        """Where others join."""
+        """The address for other nodes."""
         return str(self.facts["addresses"][0])
 
     def wait_online(self, seconds: float = ONLINE_SECONDS) -> None:
@@ -77,7 +77,7 @@ class NodeProcess:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def freeze(self) -> None:
-        """SIGSTOP: its sockets stay open and nothing is answered."""
+        """SIGSTOP: its sockets stay open, and it answers nothing."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -115,7 +115,7 @@ class LocalSwarm:
 
     @property
     def peers(self) -> list[str]:
-        """What newcomers and clients pass to --peers."""
+        """The --peers of newcomers and clients."""
         return [node.address for node in self.nodes if node.facts][:1]
 
     def start(
@@ -123,8 +123,8 @@ class LocalSwarm:
     ) -> NodeProcess:
         """Start a node, or with "bootstrap" first a directory; it joins the first one that is online.
 
-        prefix: words before the command, such as those that run it in a network namespace; they must
-        become the command by exec.  Does not wait.
+        prefix: words before the command, for instance to run it in a network namespace; they must become
+        the command by exec.  Does not wait.
         """
         number = len(self.nodes)
         ready, log = self.folder / f"node-{number}.json", self.folder / f"node-{number}.log"
@@ -160,7 +160,7 @@ def local_swarm(
 ) -> Iterator[LocalSwarm]:
     """A swarm whose processes all end with the block.
 
-    common: flags of every serving node; network: of these and of bootstrap nodes.
+    common: flags of every serving node; network: flags of serving and bootstrap nodes.
     """
     with tempfile.TemporaryDirectory(prefix="raceme-swarm-") as folder:
         swarm = LocalSwarm(Path(folder), common, network, environment or {})
@@ -181,7 +181,7 @@ def equal_spans(blocks: int, servers: int) -> list[tuple[int, int]]:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """A free port of the loopback."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
@@ -216,7 +216,7 @@ class Worker:
         return float(psutil.Process(self.process.pid).memory_info().rss / 2**20)
 
     def close(self) -> None:
-        """Let it end."""
+        """End the process."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:

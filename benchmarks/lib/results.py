@@ -20,7 +20,7 @@ Result = Mapping[str, Any]  # Any: JSON
 class Run:
     """One measurement, from its start to the file of its results.
 
-    Made before anything is measured: the load by other programs is counted from then on.
+    Made before the measurement: it counts the load by other programs from its start.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class Run:
         Path(file).write_text(json.dumps(rows, indent=2) + "\n")
 
     def about(self) -> dict[str, Any]:
-        """command, commit, machine: where a result comes from."""
+        """command, commit, machine: the origin of a result."""
         about = {**machine(), "others": self._elsewhere.share()}
         return {"command": command(sys.argv[1:]), "commit": commit(), "machine": about}
 
 
 def command(words: Sequence[str]) -> str:
-    """The command line, to be repeated: `--json FILE` and `--inside` are left out."""
+    """The command line to repeat, without `--json FILE` and `--inside`."""
     shown = [word for word in words if word != "--inside"]
     while "--json" in shown:
         at = shown.index("--json")

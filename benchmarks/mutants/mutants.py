@@ -67,7 +67,7 @@ SKIP = 34
 
 @dataclass(frozen=True, slots=True)
 class Equivalent:
-    """A change after which the code does the same: the line before, the line after, and the reason."""
+    """A change without an effect on the results: the line before, the line after, and the reason."""
 
     module: str
     before: str
@@ -137,7 +137,7 @@ def read_config(path: Path = CONFIG) -> Config:
 
 
 def copy_repository() -> None:
-    """Put what git tracks of the folders that count, as it is now, into a fresh build/mutants."""
+    """Copy the tracked files of the configured folders, in their present state, to build/mutants."""
     shutil.rmtree(WORK, ignore_errors=True)
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *COPIED]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -188,7 +188,7 @@ def mutmut(words: Sequence[str], seconds: float) -> int:
     return code
 
 
-# The changes, and what became of them
+# The changes, and their outcomes
 
 
 def records() -> Iterator[tuple[str, Path, dict[str, Any]]]:  # Any: JSON
@@ -200,7 +200,7 @@ def records() -> Iterator[tuple[str, Path, dict[str, Any]]]:  # Any: JSON
 
 
 def choose(config: Config, sample: int) -> None:
-    """Mark the changes that are not tried: those that are equivalent, and those outside the sample."""
+    """Mark the changes that are not tried: equivalent changes, and changes outside the sample."""
     found = list(records())
     skipped = {name for module, path, record in found for name in equivalents(config, module, path, record)}
     others = [name for _, _, record in found for name in record["exit_code_by_key"] if name not in skipped]
@@ -256,7 +256,7 @@ def survivors() -> Iterator[tuple[str, list[str]]]:
 
 
 def outcome(config: Config) -> dict[str, Any]:
-    """The score, and per module the numbers of changes by what became of them.
+    """The score, and per module the numbers of changes by outcome.
 
     The score is the share of killed changes and of changes after which a test takes far too long, among
     all that were tried.  A change in a function that no test runs counts as tried.

@@ -36,7 +36,7 @@ _SEGMENTS_PASS_WHOLE = 0x01 | 0x02 | 0x04  # TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6
 _NEW_NET = 0x40000000  # CLONE_NEWNET
 _FRAME_BYTES = 70_000  # more than any segment with its headers
 _AT_ONCE = 64  # frames read from one device before the other has its turn
-_EARLY_SECONDS = 0.0002  # a frame goes out so much too soon: about what waking up costs
+_EARLY_SECONDS = 0.0002  # a frame goes out this much too soon: about the time of a wake-up
 
 
 def why_not() -> str | None:
@@ -66,7 +66,7 @@ def delayed_line(rtt_ms: float, mbit: float) -> Iterator[tuple[str, ...]]:
                 _run(*words, "ip", "link", "set", "lo", "up")
                 _run(*words, "ip", "addr", "add", f"{address}/24", "dev", DEVICE)
                 _run(*words, "ip", "link", "set", DEVICE, "up")
-                # no connection begins with what an earlier one has learnt of the line
+                # no connection begins with an earlier connection's measurements of the line
                 _run(*words, "sysctl", "-qw", "net.ipv4.tcp_no_metrics_save=1")
             yield prefix
         finally:
@@ -83,7 +83,7 @@ def carry(one_way_seconds: float, bytes_per_second: float) -> None:
     far = _tap()
     print("up", flush=True)
     other = {near: far, far: near}
-    free_at = dict.fromkeys(other, 0.0)  # when the line that begins at this device is free
+    free_at = dict.fromkeys(other, 0.0)  # the time from which this device's line is free
     due: list[tuple[float, int, int, bytes]] = []
     count = 0
     while True:
@@ -106,12 +106,12 @@ def _waiting(device: int) -> Iterator[bytes]:
     for _ in range(_AT_ONCE):
         try:
             yield os.read(device, _FRAME_BYTES)
-        except OSError:  # none, or the device is not up yet
+        except OSError:  # no frame, or the device is not up yet
             return
 
 
 def _tap() -> int:
-    """A TAP device in the namespace that this thread is in, as a descriptor that does not wait."""
+    """A TAP device in this thread's namespace, as a non-blocking descriptor."""
     descriptor = os.open(TUN, os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), _TAP_WITH_HEADERS))
     fcntl.ioctl(descriptor, _TUNSETOFFLOAD, _SEGMENTS_PASS_WHOLE)

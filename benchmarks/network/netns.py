@@ -46,15 +46,15 @@ class Link:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """Words before a command that is to run there."""
+        """The words before a command, to run it there."""
         return ("ip", "netns", "exec", self.namespace)
 
     def down(self) -> None:
-        """From here on nothing comes in or out, without a reset."""
+        """Cut the link: from here on no packet passes, and no connection is reset."""
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
 
     def up(self) -> None:
-        """Connected again."""
+        """Connect the link again."""
         _ip("-n", self.namespace, "link", "set", "eth0", "up")
 
 

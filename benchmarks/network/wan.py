@@ -8,8 +8,8 @@ round trip as its delay each way, and the benchmark fails if one does not.  All 
 share its link, in each direction.
 
 The limit comes from the run itself.  A step passes `servers + 1` links, each with its delay and the time of
-its bytes at the rate.  Every hop and the client's ends compute it, one after another.  The limit has nothing
-else in it.  The rows without delay, with and without the proxy, show the proxy's own time.
+its bytes at the rate.  Every hop and the client's ends compute it, one after another.  The limit contains
+nothing else.  The rows without delay, with and without the proxy, show the proxy's own time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BYTES_PER_VALUE = 4  # float32 travels as it is
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What every link is like.  rtt_ms: there and back; mbit: a second, each way; None for no bound.
+    """The properties of every link.  rtt_ms: there and back; mbit: a second, each way; None for no bound.
 
     proxied: False for plain connections, without delay and bound.
     """
@@ -166,7 +166,7 @@ def check_all_proxied(processes: Sequence[int], proxy: int) -> None:
             raise ProcessError(f"process {process} has connections to ports {others}, not all are a link's")
 
 
-# What is measured.
+# The measurements.
 
 
 def question_of(client: Worker, tokens: int) -> tuple[list[int], int]:
@@ -218,10 +218,10 @@ def measure(
 def decode_figures(
     rounds: Sequence[Mapping[str, Any]], links: Links, servers: int, step_bytes: int
 ) -> dict[str, float]:
-    """Of the decode steps: the rate, the limit, and where the time went; medians over all steps.
+    """Of the decode steps: the rate, the limit, and the parts of the time; medians over all steps.
 
-    outside_ms: of a step, beyond the limit.  network_ms: in which no hop held it; queue_ms: in which
-    one did and did not compute.
+    outside_ms: of a step, beyond the limit.  network_ms: time in which no hop held the step; queue_ms: time
+    in which a hop held the step and did not compute.
     """
     steps = [token for each in rounds for token in each["tokens"][1:]]
     wire = (servers + 1) * (links.one_way_seconds + step_bytes / links.bytes_per_second)
@@ -248,9 +248,9 @@ def prefill_figures(
 ) -> dict[str, float]:
     """Of the prompt, medians over the rounds.
 
-    open_s: of the time to the first token, until the session was open.  prefill_seconds: the rest.
-    prefill_ratio: of that, less the delays of one way along the chain, over the slowest hop's
-    computing of it: 1 if that hop never waited, and nothing came before or after it.
+    open_s: of the time to the first token, until the session was open.  prefill_seconds: the other part.
+    prefill_ratio: prefill_seconds less the delays of one way along the chain, over the slowest hop's
+    computing: 1 if that hop never waited, and no time passed before or after it.
     """
     delays = (servers + 1) * links.one_way_seconds
     firsts = [each["tokens"][0] for each in rounds]
@@ -269,7 +269,7 @@ def prefill_figures(
     }
 
 
-# What is printed.
+# The output.
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> None:

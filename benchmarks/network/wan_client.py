@@ -48,8 +48,8 @@ def say(answer: object) -> None:
 async def bulk(swarm: Swarm, ids: list[int]) -> None:
     """Prefill this prompt in one new session after another.
 
-    Answers {} when the first is done, and the next line of standard input with how many tokens there
-    have been since, and in which time.
+    Answers {} after the first session.  Answers the next line of standard input with the number of tokens
+    since then, and their time.
     """
     done, began, first = 0, time.perf_counter(), trio.Event()
 
@@ -101,7 +101,7 @@ class Watch:
         self._hops: list[tuple[tuple[float, float], ...]] = []
 
     def watched(self, conversation: Conversation, swarm: Swarm) -> Conversation:
-        """The conversation, which was not used yet, with everything in it that measures."""
+        """The unused conversation, with measuring parts in it."""
         conversation.local_model = cast(EmbedAndHead, self._ends)
         conversation.heads = HeadBatches(
             conversation.local_model, swarm._compute
@@ -124,20 +124,20 @@ class Watch:
             self._hops.append(session.times.hops)
 
     def take(self) -> dict[str, Any]:
-        """What there was since the last call."""
+        """The measurements since the last call."""
         taken = {"ends": self._ends.seconds, "network": self._network, "hops": self._hops}
         self._ends.seconds, self._hops = 0.0, []
         return taken
 
 
 class WatchedSession:
-    """A session that tells of every step that comes back."""
+    """A session that reports every step that comes back."""
 
     def __init__(self, session: Session, note: Callable[[Session], None]) -> None:
         self._session = session
         self._note = note
 
-    def __getattr__(self, name: str) -> Any:  # Any: whatever a session has
+    def __getattr__(self, name: str) -> Any:  # Any: an attribute of a session
         return getattr(self._session, name)
 
     async def collect(self, pending: Pending, *, deadline: float | None = None) -> Result:
@@ -154,7 +154,7 @@ class TimedEnds:
         self._ends = ends
         self.seconds = 0.0
 
-    def __getattr__(self, name: str) -> Any:  # Any: whatever ends have
+    def __getattr__(self, name: str) -> Any:  # Any: an attribute of the ends
         return getattr(self._ends, name)
 
     def embed(self, ids: Tensor, position: int) -> Tensor:

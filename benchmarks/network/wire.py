@@ -44,7 +44,7 @@ BULK_FRAME = 1 * MIB
 
 
 class Frames(Protocol):
-    """What both stacks are measured through."""
+    """The interface through which both stacks are measured."""
 
     async def send(self, frame: bytes) -> None:
         """Send a frame."""
@@ -123,7 +123,7 @@ async def stock(peer: str, address: str) -> AsyncIterator[Open]:
 
 
 def stock_host() -> Any:
-    """py-libp2p as one would use it: TCP, Noise, Yamux."""
+    """py-libp2p in its usual form: TCP, Noise, Yamux."""
     from libp2p import new_host
     from libp2p.crypto.ed25519 import create_new_key_pair
     from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
@@ -171,7 +171,7 @@ async def round_trips(frames: Frames, size: int, rounds: int) -> list[float]:
 
 
 async def bulk(frames: Frames, size: int) -> float:
-    """MB/s of `size` bytes, until the other side has them all."""
+    """MB/s of `size` bytes, until the other side has all of them."""
     frame = bytes(BULK_FRAME)
     started = time.perf_counter()
     for _ in range(size // BULK_FRAME):

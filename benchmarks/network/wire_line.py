@@ -1,7 +1,7 @@
 """Bytes one way across a delayed line: our host's connection, and raw TCP over that line in turn.
 
 Every transfer has a new connection.  TCP's slow start and the growth of our windows are part of the time;
-the making of the connection is not.  The time ends with the receiver's word that it has everything.
+the making of the connection is not.  The time ends with the receiver's answer that it has all bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FRAME_BYTES = 1 * MIB
 READ_BYTES = 256 * KIB
 SECONDS = 60  # for one transfer
 RAW_PORT = 4002
-_SIZE = struct.Struct(">Q")  # before what goes over raw TCP
+_SIZE = struct.Struct(">Q")  # header of a transfer over raw TCP
 
 
 def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, object]:
@@ -107,7 +107,7 @@ def _over_raw_tcp(size: int) -> list[float]:
 
 
 def serve(kind: str) -> None:
-    """Take all bytes, and say when all are there, until killed."""
+    """Take all bytes and answer after the last one, until killed."""
     if kind == "ours":
         trio.run(_serve_our_host)
         return
@@ -139,7 +139,7 @@ async def _sink(frames: FramedStream) -> None:
 
 @contextmanager
 def _server(prefix: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
-    """A receiver's process at the line's far end; the two words that it says when it is up."""
+    """A receiver's process at the line's far end; the two words of its first answer."""
     command = [*prefix, sys.executable, "-m", "benchmarks.network.wire_line", kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:

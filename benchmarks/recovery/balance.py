@@ -134,12 +134,12 @@ async def kill_the_only_holder(
 
 
 def blocks_of(node: NodeProcess) -> tuple[int, int]:
-    """What it serves by now: the ready-file is written again when it has moved."""
+    """The blocks that it serves now: the ready-file is written again after a move."""
     start, stop = json.loads(node.ready_file.read_text())["blocks"]
     return start, stop
 
 
 def held(nodes: Sequence[NodeProcess], blocks: int) -> list[int]:
-    """How many of these nodes serve each block."""
+    """The number of these nodes that serve each block."""
     spans = [blocks_of(node) for node in nodes]
     return [sum(start <= block < stop for start, stop in spans) for block in range(blocks)]

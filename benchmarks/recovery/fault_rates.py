@@ -56,7 +56,7 @@ class Killer:
 
 
 class Killed(Exception):
-    """The generation is to begin again."""
+    """The generation must begin again."""
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class Cell:
     found: list[list[int]] = field(default_factory=list)
 
     async def generate(self, swarm: Swarm, killer: Killer, ids: Sequence[int]) -> None:
-        """One generation, however often it must begin; given up after `limit` seconds."""
+        """One generation with all its restarts; given up after `limit` seconds."""
         began = time.perf_counter()
         tokens = None
         with trio.move_on_after(self.limit):

@@ -5,8 +5,8 @@ A part of `benchmarks recovery`.
 Every client is a process of its own, forked from a process with all imports done.  It sends a long prompt;
 half of the clients are killed during the prompt, half during decoding, some at a time.  Afterwards
 descriptors are counted until they are back at their first number.  After the promised seconds one more
-generation shows that all servers are alive, and the servers are asked to leave: each then says how many
-sessions it has open, and its last record says how much of its cache is free.
+generation shows that all servers are alive, and the servers are asked to leave: each then reports its
+number of open sessions, and its last record has its free cache.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from client.config import ClientConfig
 from client.swarm import Swarm, open_swarm
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
-CLIENT_SECONDS = 120.0  # for a client to come as far as it shall
+CLIENT_SECONDS = 120.0  # for a client to reach its phase
 COUNT_SECONDS = 0.1
-BACK_SECONDS = 30.0  # how long is looked at most
+BACK_SECONDS = 30.0  # the longest look
 PROMISED_SECONDS = 5.0
 SETTLE_SECONDS = 1.0  # for a client's own good-byes
 LEFT_OPEN = re.compile(r"leaving, (\d+) sessions are open")
@@ -44,7 +44,7 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What a client process is to do, and where it is to be killed, `wait` seconds into that phase."""
+    """The task of a client process, and the phase of its kill, `wait` seconds after the phase begins."""
 
     peers: tuple[str, ...]
     model: str | None
@@ -105,7 +105,7 @@ async def _watched_by_a_client(
 async def _deaths(
     guests: Sequence[Guest], at_once: int, replicas: ReplicatedSwarm
 ) -> tuple[list[tuple[str, float]], list[int]]:
-    """What `kill_all` says, and the most descriptors that each server had in the meantime."""
+    """The answer of `kill_all`, and the most descriptors that each server had in the meantime."""
     most = descriptors(replicas)
     deaths: list[tuple[str, float]] = []
 
@@ -136,13 +136,13 @@ def descriptors(replicas: ReplicatedSwarm) -> list[int]:
 
 
 def free_tokens(swarm: Swarm, replicas: ReplicatedSwarm) -> list[int]:
-    """Free cache tokens of each server in its last record, which for one that has left is its good-bye."""
+    """Free cache tokens of each server in its last record; the last one is the good-bye."""
     peers = [replica.peer for replica in replicas.replicas if replica.peer is not None]
     return [swarm.view().entries[peer].record.cache_tokens for peer in peers]
 
 
 def invite(flags: argparse.Namespace, peers: Sequence[str], ids: list[int], first: float) -> list[Guest]:
-    """Half to be killed in prefill, half in decoding; each at a moment of its own."""
+    """Plan half of the kills in prefill and half in decoding, each at a moment of its own."""
     rng = random.Random(flags.seed)
     phases: tuple[Phase, Phase] = ("prefill", "decode")
     return [
@@ -181,7 +181,7 @@ def kill_all(guests: Sequence[Guest], at_once: int) -> list[tuple[str, float]]:
 
 
 def be_guest(guest: Guest, pipe: Connection) -> None:
-    """A client process: says which phase it is in, and goes on until it is killed."""
+    """A client process: reports its phase, and goes on until it is killed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     trio.run(_generate, guest, pipe)
 

@@ -58,7 +58,7 @@ Result = dict[str, Any]  # Any: JSON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; 1 if a token differs or is missing, 2 if it cannot be done here."""
+    """Measure and print; 1 if a token differs or is missing, 2 if this machine cannot run it."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     flags = parse(words)
     if flags.mode == "halfopen" and not flags.inside:
@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    slow = flags.mode == "slow"  # half of the tokens tell how fast it was, half how fast it is
+    slow = flags.mode == "slow"  # half of the tokens measure the speed before, half the speed after
     flags.kill_at = flags.kill_at or ("middle" if slow else "random")
     flags.tokens = flags.tokens or [256 if slow else 64]
     return flags
@@ -197,7 +197,7 @@ async def struck_once(
 
 
 def strike_number(when: str, tokens: int, rng: random.Random) -> int:
-    """The number of the token in whose time the fault comes; 0 is the prompt's."""
+    """The number of the token at the fault's time; 0 is the prompt's."""
     numbers = {"first": 1, "middle": tokens // 2, "last": tokens - 1, "prefill": 0}
     return numbers[when] if when in numbers else rng.randrange(1, tokens)
 

@@ -1,4 +1,4 @@
-"""A swarm of processes with several servers for each span, which can be made to fail and come back."""
+"""A swarm of processes with several servers for each span, which fail and come back on request."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from routing.names import PeerId
 from routing.view.view import SwarmView
 
 LOOPBACK = "/ip4/127.0.0.1/tcp"
-END_SECONDS = 60.0  # for a process that was asked to end; draining takes at most 20 s
+END_SECONDS = 60.0  # for a process to end after SIGTERM; draining takes at most 20 s
 LOOK_SECONDS = 0.05  # between two looks of the supervisor
-TURN_SECONDS = 0.05  # in which a slow server runs once: about what a token takes
+TURN_SECONDS = 0.05  # in which a slow server runs once: about the time of a token
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Replica:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there to stay, frozen or not."""
+        """Whether the process runs and was not asked to end, frozen or not."""
         return not self.ending and self.node.process.poll() is None
 
     @property
@@ -118,9 +118,9 @@ FAULTS: dict[str, Fault] = {"kill": kill, "freeze": freeze, "drain": drain, "hal
 
 @dataclass(slots=True, eq=False)
 class Slowdown:
-    """A fault: the server may run for one `times`-th of the time, in short turns, until `close`.
+    """A fault: the server runs for one `times`-th of the time, in short slices, until `close`.
 
-    Unlike a frozen one it does all that it is asked to, and answers.
+    Unlike a frozen server it does all its work, and answers.
     """
 
     times: float
@@ -128,7 +128,7 @@ class Slowdown:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def __call__(self, replica: Replica) -> None:
-        """From now on."""
+        """Start the slowing."""
         self._threads.append(threading.Thread(target=self._run, args=(replica.node,), name="slowdown"))
         self._threads[-1].start()
 
@@ -142,7 +142,7 @@ class Slowdown:
             node.thaw()
 
     def close(self) -> None:
-        """As fast as before."""
+        """End the slowing."""
         self._over.set()
         for thread in self._threads:
             thread.join()
@@ -158,7 +158,7 @@ class ReplicatedSwarm:
 
     @property
     def peers(self) -> list[str]:
-        """Where clients join."""
+        """The addresses for clients."""
         return [self.bootstrap.address]
 
     def of(self, peer: str) -> Replica:
@@ -182,7 +182,7 @@ class ReplicatedSwarm:
         self.bootstrap.wait_online()
 
     def mend(self, wait: bool = True) -> None:
-        """Undo every fault: thaw, connect and restart whatever needs it.
+        """Undo every fault: thaw, connect and restart servers as needed.
 
         wait: until all are online.  Raises ProcessError.
         """
@@ -203,7 +203,7 @@ class ReplicatedSwarm:
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
-        """A thread restarts whatever ends, at once, while the block runs."""
+        """A thread restarts each ended server at once, while the block runs."""
         over = threading.Event()
 
         def watch() -> None:
@@ -235,7 +235,7 @@ def replicated_swarm(
     """`copies` servers for each span, all online; all processes end with the block.
 
     flags: of the servers; network: of these and of the bootstrap node.  namespaces: where each server
-    has one of its own.  proxied: the port to be dialled for one that is listened on.  Raises ProcessError.
+    has one of its own.  proxied: the port to dial for a listening port.  Raises ProcessError.
     """
     with local_swarm(flags, network, {"OMP_NUM_THREADS": "1"}) as swarm:
         here = [] if namespaces is None else ["--listen", f"/ip4/{namespaces.address}/tcp/0"]

@@ -35,10 +35,10 @@ WAIT_SECONDS = 30.0  # for a chain: the default
 
 @dataclass(slots=True)
 class Watched:
-    """The tokens of a generation; when each was asked for, and the seconds until it was there.
+    """The tokens of a generation, the time of each request, and the seconds until the token came.
 
-    peers: of the chain, when each token was there.
-    error: why it ended without all of its tokens, error_seconds after the request for the next one.
+    peers: of the chain, at the time of each token.
+    error: the reason of an early end, error_seconds after the request for the next token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Watched:
         return max(self.seconds[n] - usual[n] for n in range(hit, min(hit + 2, tokens)))
 
     def number_at(self, at: float) -> int:
-        """The token that was waited for at `at`, or next; the last one if all were there."""
+        """The token whose wait includes `at`, or the next token; the last one if all had come."""
         ends = (asked + seconds for asked, seconds in zip(self.asked, self.seconds, strict=True))
         return next((number for number, end in enumerate(ends) if end >= at), len(self.seconds) - 1)
 
@@ -84,7 +84,7 @@ Before = Callable[[int], Awaitable[None]]  # called with the number of the next 
 
 
 async def nothing(number: int) -> None:
-    """What most generations do between two tokens."""
+    """The usual action between two tokens: nothing."""
 
 
 async def watch(
@@ -137,7 +137,7 @@ async def until_known(swarm: Swarm, condition: Callable[..., bool]) -> None:
 
 
 async def undisturbed(swarm: Swarm, ids: list[int]) -> Watched:
-    """The second of two short generations in which nothing happens: everything is warm then."""
+    """The second of two short generations without a fault: caches are warm then."""
     watched = Watched()
     for _ in range(2):
         conversation = swarm.conversation(len(ids) + WARM_UP_TOKENS)
@@ -166,7 +166,7 @@ def peers_in_use(conversation: Conversation) -> list[str]:
 
 @dataclass(slots=True)
 class Strike:
-    """One fault to a server of the chain in use, and when and whom it hit.
+    """One fault to a server of the chain in use, with its time and its peer.
 
     hop: of the chain; None for any.
     """
@@ -192,14 +192,14 @@ class Strike:
 def trace_events(
     conversation: Conversation,
 ) -> list[Any]:  # Any: trace.Event, where there is one
-    """What a conversation has noted down; empty where it notes nothing."""
+    """The trace of a conversation; empty without one."""
     return list(getattr(getattr(conversation, "trace", None), "events", ()))
 
 
 def trace_figures(conversation: Conversation, at: float) -> dict[str, float | None]:
-    """From the trace after `at`: seconds until the fault was seen, of replay, and until it was mended.
+    """From the trace after `at`: seconds until the fault was seen, of replay, and until the repair.
 
-    None for each that the trace does not tell.
+    None for each value outside the trace.
     """
     events = [event for event in trace_events(conversation) if event.at >= at]
     seen = next((event.at - at for event in events if event.kind == "fault"), None)
@@ -213,6 +213,6 @@ def trace_figures(conversation: Conversation, at: float) -> dict[str, float | No
 
 
 def percentile(values: Sequence[float | None], share: float) -> float | None:
-    """The value that `share` of the known ones do not exceed (nearest rank); None where none is known."""
+    """The quantile `share` of the known values (nearest rank); None without a known value."""
     known = sorted(value for value in values if value is not None)
     return known[max(math.ceil(share * len(known)), 1) - 1] if known else None

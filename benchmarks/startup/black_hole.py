@@ -41,7 +41,7 @@ def vanishing_address() -> Iterator[str]:
 
 @asynccontextmanager
 async def black_holed_server(peers: list[str]) -> AsyncIterator[None]:
-    """For as long as the block lasts, one server more, of the whole model and out of reach.
+    """While the block lasts, one more server, of the whole model and out of reach.
 
     It claims to be as fast as the fastest.
     """
@@ -65,7 +65,7 @@ async def black_holed_server(peers: list[str]) -> AsyncIterator[None]:
 
 
 async def _on_and_off(peers: list[str], how_many: int) -> None:
-    """Each line of standard input turns the servers on, or off again; answered by a line when that is so."""
+    """Each line of standard input turns the servers on, or off again; a line answers when it is done."""
     lines = trio.wrap_file(sys.stdin)
     while await lines.readline():
         off = trio.Event()

@@ -12,8 +12,8 @@ from client.connect import connect
 
 
 async def _first_token(model: str | None, peers: list[str], threads: int) -> dict[str, Any]:
-    """servers: those that are announced.  first_token_s, and chain_s of it until a chain is chosen: since the
-    client asked, in the swarm by then.
+    """servers: the announced ones.  first_token_s: seconds from the request of a client in the swarm;
+    chain_s: the part until a chain is chosen.
     """
     async with connect(model, peers=peers, threads=threads) as swarm:
         servers = sum(record.role == "serve" for record in swarm.view().records())

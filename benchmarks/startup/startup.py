@@ -1,4 +1,4 @@
-"""The time until a node is online, and until a client that came too early has its first token.
+"""The time until a node is online, and until an early client has its first token.
 
     python -m benchmarks startup
     python -m benchmarks startup --black-holed 1
@@ -6,9 +6,9 @@
 The model must be in the cache.  Nodes start one after the other; the client starts while the last
 third of the model is still missing, with a time to wait.
 
-With --black-holed the swarm is complete, and new clients come one after the other, in turn without and
-with further servers.  The further servers have records, claim to be as fast as the fastest, and answer
-nothing.  The difference is their cost to the others.
+With --black-holed the swarm is complete, and new clients come one after the other, alternately without and
+with further servers.  The further servers have records, claim the speed of the fastest, and answer nothing.
+The difference is their cost to the others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_run(flags: argparse.Namespace, model: list[str], blocks: int) -> dict[str, float]:
-    """A node alone, then a swarm with a client that is there before its last node."""
+    """A node alone, then a swarm with a client that starts before its last node."""
     common = ["--dtype", flags.dtype, "--threads", str(flags.threads)]
     threads = {"OMP_NUM_THREADS": str(flags.threads)}
     *most, last = equal_spans(blocks, flags.servers)
@@ -82,7 +82,7 @@ def one_run(flags: argparse.Namespace, model: list[str], blocks: int) -> dict[st
 
 
 def start_client(flags: argparse.Namespace, peers: Sequence[str]) -> subprocess.Popen[str]:
-    """A client that waits; returns when it has said that it does."""
+    """A client that waits; returns after the client has reported its wait."""
     code = "from benchmarks.startup.startup import wait_for_first_token; wait_for_first_token()"
     command = [sys.executable, "-c", code, json.dumps([flags.model, list(peers), flags.threads])]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -129,7 +129,7 @@ def beside_black_holes(flags: argparse.Namespace, model: list[str], blocks: int)
 
 
 def wait_for_first_token() -> None:
-    """The client's process: ask at once, print when the first token came."""
+    """The client's process: ask at once, print the time of the first token."""
     import trio
 
     from client.connect import connect

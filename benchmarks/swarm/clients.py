@@ -2,10 +2,10 @@
 
 A part of `benchmarks swarm`.
 
-The servers stand as placement left them.  Sessions begin at random times, and their number asks for a
+The servers keep their blocks of the placement.  Sessions begin at random times, and their number asks for a
 given share of the capacity.  A session makes one token after the other along its chain.  A server computes
 one step at a time in the order of arrival, and every hop costs half a round trip.  Real servers compute
-steps that wait together in one batch; here they do not, so waits are longer than theirs.  Prompts are not
+waiting steps in one batch.  Simulated servers do not, so their waits are longer.  Prompts are not
 simulated, replays are.
 
 Three kinds of clients, with equal sessions:
@@ -13,8 +13,8 @@ Three kinds of clients, with equal sessions:
 * ours: records up to 30 s old, each client's own measurements, and the hops' queues at
   the opening of a session (the parts of `client.chains.chain_choice`; in-session moves look for whole
   chains only).
-* petals: the shortest chain by announced speeds, 18 ms for each hop, and 10 s where the cache has too
-  little left; queues are not known (arXiv:2312.08361 and the routing of its client).
+* petals: the shortest chain by announced speeds, 18 ms for each hop, and 10 s for a cache with too little
+  space; queues are not known (arXiv:2312.08361 and the routing of its client).
 * all-seeing: everybody's queue at this moment, true speeds and distances.  `latency_ratio_p95` compares
   with it.
 """
@@ -51,8 +51,8 @@ from routing.names import PeerId
 from routing.placement.throughput import Holder, capacity
 from routing.view.records import MAX_RTTS, Record
 
-ANNOUNCE_SECONDS = 5.0  # between looks of a server at whether its record is still true
-LOOK_SECONDS = 0.5  # a client looks at most so often: its time is not simulated
+ANNOUNCE_SECONDS = 5.0  # between a server's checks of its own record
+LOOK_SECONDS = 0.5  # the shortest time between two searches of a client: their own time is not simulated
 SIGMA = 0.7  # of the logarithms of the sessions' lengths
 MIN_TOKENS = 4
 PETALS_HOP_SECONDS = 0.018
@@ -73,10 +73,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked for.
+    """The load of the clients.
 
-    tokens_per_s: by all sessions that begin.  tokens: of a session in the mean, log-normal.
-    warm_up, seconds: not measured, and measured.  view_seconds: the oldest that a view is.
+    tokens_per_s: by all sessions that begin.  tokens: of a session, mean of a log-normal distribution.
+    warm_up, seconds: not measured, and measured.  view_seconds: the largest age of a view.
     """
 
     tokens_per_s: float
@@ -90,10 +90,10 @@ class Demand:
 
 @dataclass(slots=True)
 class Served:
-    """What came of it.  latencies: seconds a token, of each session that began and ended while measured.
+    """The results.  latencies: seconds a token, of each session that began and ended in the measured time.
 
-    expected: seconds of a step along a chain when it was chosen, by the true waits, over those of the chain
-    that would have been the quickest for this client then.
+    expected: seconds of a step along a chain at its choice, by the true waits, over those of this client's
+    quickest chain at that time.
     """
 
     asked: int = 0
@@ -106,7 +106,7 @@ class Served:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One of a client: its chain as servers' numbers, seconds of computing at each, and ways between them.
+    """A client's session: its chain as numbers of servers, seconds of computing at each, and the ways.
 
     waited: seconds at each hop in the step under way.  seen: seconds a block of a hop's last steps.
     """
@@ -123,11 +123,11 @@ class Session:
     waited: list[float] = field(default_factory=list)
     lost: LostTime = field(default_factory=LostTime)
     seen: dict[PeerId, deque[float]] = field(default_factory=dict)
-    look_at: float = 0.0  # not before for another chain
+    look_at: float = 0.0  # the earliest time of another search
 
 
 class Chooser(Protocol):
-    """How a kind of clients chooses."""
+    """The choices of one kind of clients."""
 
     def open(self, client: int, tokens: int, now: float) -> Chain:
         """The chain of a new session of `tokens` tokens."""
@@ -158,7 +158,7 @@ class World:
         self._distances: dict[tuple[int, float], Distances] = {}
 
     def _record(self, index: int, rng: random.Random) -> Record:
-        """What a server says, its distances to some that may come next to it included."""
+        """A server's announcement, with its distances to some servers that may be next to it."""
         me = self.machines[index]
         near = [
             other
@@ -183,7 +183,7 @@ class World:
         self.caches = [*self.caches[-9:], tuple(self.cache_left)]
 
     def queue(self, index: int, now: float) -> float:
-        """What a server would say of its queue now."""
+        """The queue that a server would report now."""
         return round(self.waits[index].queue(now), 2)
 
     def seen(self, rng: random.Random) -> int:
@@ -192,10 +192,10 @@ class World:
         return -min(len(self.said), 1 + age)
 
     def distances(self, client: int, hop_seconds: float = 0.0) -> Distances:
-        """As servers announced them; from the client to all servers, as after a ping of each.
+        """The servers' announced distances; from the client to all servers, as after a ping of each.
 
-        One for all clients of a region: their own lines add equally to every chain.  hop_seconds: more
-        for each way between two servers.
+        One for all clients of a region: their own lines add equally to every chain.  hop_seconds: added for
+        each way between two servers.
         """
         region = self.clients[client].region
         if (region, hop_seconds) not in self._distances:
@@ -211,7 +211,7 @@ class World:
         return self._distances[region, hop_seconds]
 
     def take(self, session: Session, chain: Chain) -> None:
-        """Let the session go along this chain."""
+        """Give the session this chain."""
         session.chain = chain
         session.at = [self.number[hop.peer] for hop in chain.hops]
         session.work = [
@@ -227,7 +227,7 @@ class World:
         return [one.rtt(other) / 2 for one, other in pairwise(stops)]
 
     def true_seconds(self, client: int, chain: Chain, now: float) -> float:
-        """Of a step along this chain, by the waits of these seconds."""
+        """The seconds of a step along this chain, by these waits."""
         at = [self.number[hop.peer] for hop in chain.hops]
         computing = sum(
             (hop.stop - hop.start) / self.machines[index].rate * (1 + self.queue(index, now))
@@ -239,7 +239,8 @@ class World:
 class AllSeeing:
     """True speeds and distances, and the queues of this moment.
 
-    dear: minds a queue more than its own wait, as ours do (`routing.chains.load_sharing`): so all wait less.
+    dear: counts a queue with more than its own wait, as our clients do (`routing.chains.load_sharing`): so
+    all wait less.
     """
 
     def __init__(self, world: World, *, dear: bool = True) -> None:
@@ -248,7 +249,7 @@ class AllSeeing:
         self._near: dict[int, Distances] = {}
 
     def open(self, client: int, tokens: int, now: float) -> Chain:
-        """The best for all, or for this one."""
+        """The best chain for all clients, or for this one."""
         world = self._world
         records = [replace(r, queue=world.queue(i, now)) for i, r in enumerate(world.records)]
         measured = {r.peer: self._true[r.peer] * (1 + r.queue) for r in records}
@@ -257,7 +258,7 @@ class AllSeeing:
         return cheapest_chain(records, world.blocks, known=known, cost_factors=markup)
 
     def _distances(self, client: int) -> Distances:
-        """Between all pairs."""
+        """The distances between all pairs."""
         world, region = self._world, self._world.clients[client].region
         if region not in self._near:
             peers = list(zip(world.machines, world.places, strict=True))
@@ -270,15 +271,15 @@ class AllSeeing:
         return self._near[region]
 
     def learn(self, session: Session, now: float) -> None:
-        """There is nothing to learn."""
+        """Nothing: this client knows all."""
 
     def instead(self, session: Session, now: float) -> Chain | None:
-        """What was best is good enough."""
+        """None: a session keeps its first chain."""
         return None
 
 
 class Ours:
-    """What `client.chains.chain_choice.ChainChooser` and `client.session.repair.relocation` do."""
+    """The choices of `client.chains.chain_choice.ChainChooser` and `client.session.repair.relocation`."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -286,7 +287,7 @@ class Ours:
         self._measured = [Measured() for _ in world.clients]
 
     def open(self, client: int, tokens: int, now: float) -> Chain:
-        """By an old view; again where the hops turn out to be busier."""
+        """Choose by an old view, and again if the hops are busier."""
         world = self._world
         records = list(world.said[world.seen(self._rng)])
         chain = self._choose(client, records, now)
@@ -355,7 +356,7 @@ class Petals:
         self._rng = random.Random(f"petals {world.demand.seed}")
 
     def open(self, client: int, tokens: int, now: float) -> Chain:
-        """The shortest of all, whatever the other clients take."""
+        """The shortest chain of all, independent of other clients."""
         world = self._world
         caches = world.caches[world.seen(self._rng)]
         cost = {
@@ -368,10 +369,10 @@ class Petals:
         return cheapest_chain(records, world.blocks, known=CostInputs(distances=distances, measured=cost))
 
     def learn(self, session: Session, now: float) -> None:
-        """It does not."""
+        """Nothing: this client does not measure."""
 
     def instead(self, session: Session, now: float) -> Chain | None:
-        """Only where a server fails."""
+        """None: only a failure makes it choose again."""
         return None
 
 
@@ -385,7 +386,7 @@ def serve(machines: Sequence[Machine], blocks: int, demand: Demand, kind: str) -
 
 
 class _Run:
-    """The events: a session comes; a step comes to its next hop; a token comes to its client."""
+    """The events: a session begins; a step reaches its next hop; a token reaches its client."""
 
     def __init__(self, world: World, chooser: Chooser) -> None:
         self._world, self._chooser = world, chooser
@@ -395,7 +396,7 @@ class _Run:
         self._events: Events[tuple[Session | None, int]] = Events()
 
     def run(self) -> Served:
-        """From an empty swarm on."""
+        """Simulate from an empty swarm on."""
         demand, world = self._world.demand, self._world
         until, announce_at = demand.warm_up + demand.seconds, ANNOUNCE_SECONDS
         self._next_session(0.0)
@@ -469,7 +470,7 @@ class _Run:
         self._push(now + replay + session.ways[0], session, 0)
 
     def _move(self, session: Session, chain: Chain, now: float) -> float:
-        """Go on along another chain; the seconds until its new hops have computed all again."""
+        """Go on along another chain; the seconds until its new hops have computed the replay."""
         world, positions = self._world, session.tokens - session.left
         before = set(session.chain.hops)
         self._hold(session, -session.tokens)
@@ -484,17 +485,17 @@ class _Run:
 
 
 def machines_of(serving: Sequence[tuple[Holder, float]]) -> list[Machine]:
-    """From the holders of blocks, and the rates that they claim."""
+    """The servers, from the holders of blocks and their claimed rates."""
     return [Machine(h.peer, h.start, h.stop, h.rate, claim) for h, claim in serving]
 
 
 def capacity_of(machines: Sequence[Machine], blocks: int) -> float:
-    """What these can do together, in tokens per second."""
+    """The capacity of these servers together, in tokens per second."""
     return capacity([Holder(m.peer, m.start, m.stop, m.rate) for m in machines], blocks)
 
 
 def share_at(values: Sequence[float], share: float) -> float:
-    """The value below which that share of these lies; NaN where there are none."""
+    """The quantile `share` of these values; NaN without values."""
     return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
@@ -521,8 +522,8 @@ def measure(
 ) -> dict[str, float]:
     """The figures of one seed.
 
-    honest: the placement of these servers without liars, where there are liars; `aggregate_of_honest`
-    compares with the tokens made there.
+    honest: if there are liars, the placement of these servers without liars; `aggregate_of_honest` compares
+    with its tokens.
     """
     ours = serve(machines, blocks, demand, kind)
     best = serve(machines, blocks, demand, "all-seeing")

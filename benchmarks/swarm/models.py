@@ -1,7 +1,7 @@
-"""The settings of `benchmarks swarm`: GPUs, models, the fate of the servers, and the places of peers.
+"""The settings of `benchmarks swarm`: GPUs, models, the events of the servers, and the places of peers.
 
-A `Script` is drawn before the run, apart from the chance of any rule: servers then join and crash alike
-under every rule.
+A `Script` is drawn before the run, independent of any rule: servers then join and crash alike under every
+rule.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tensor_codec.limits import Limits
 
-VIEW_SECONDS = 5.0  # how old a view may be: records are flooded, and what was lost is healed as often
+VIEW_SECONDS = 5.0  # the largest age of a view: records are flooded, and losses are repaired at this interval
 ANNOUNCE_SECONDS = Limits().announce_seconds
 TTL_SECONDS = Limits().record_ttl_seconds
 REST_SECONDS = 600.0
@@ -22,7 +22,7 @@ LIE = 100.0
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A GPU: how many blocks it holds, its block-tokens per second, how frequent it is."""
+    """A GPU: the blocks that it holds, its block-tokens per second, its share of the servers."""
 
     name: str
     count: int
@@ -54,13 +54,13 @@ MODELS = {  # in 8 bits
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What happens.
+    """The events of a run.
 
     churn: share of the servers replaced per hour, from the last join on, over `seconds`.
     lost: share of the servers, a region, that crash together in the middle of that time.
-    partition: share of them that for ten minutes from then on neither sees the others nor is seen.
-    noise: by which a rate as announced is wrong at most, another way with each announcement.
-    join_seconds: between two that join.  load_gb_per_s: of a server that loads blocks.
+    partition: share of the servers that are cut off from the others for ten minutes after that.
+    noise: the largest error of an announced rate, drawn anew for each announcement.
+    join_seconds: between two joins.  load_gb_per_s: of a server that loads blocks.
     """
 
     model: Model
@@ -77,12 +77,12 @@ class Plan:
 
     @property
     def began(self) -> float:
-        """When observation begins, in seconds."""
+        """The start of the observation, in seconds."""
         return self.servers * self.join_seconds + REST_SECONDS
 
 
 class Hardware(NamedTuple):
-    """A server as it is bought.  name: 16 hexadecimal digits.  lies: announces LIE times its rate."""
+    """A server's hardware.  name: 16 hexadecimal digits.  lies: announces LIE times its rate."""
 
     name: str
     block_count: int
@@ -91,7 +91,7 @@ class Hardware(NamedTuple):
 
 
 class Crash(NamedTuple):
-    """Servers that crash at one moment; others announce each for the given seconds more."""
+    """Servers that crash at one moment; others announce each of them for the given seconds more."""
 
     at: float
     gone: tuple[tuple[str, float], ...]
@@ -107,7 +107,7 @@ class Script:
 
 
 def script(plan: Plan) -> Script:
-    """What befalls the servers of this seed."""
+    """The events of the servers of this seed."""
     draws, chance = random.Random(f"servers {plan.seed}"), random.Random(f"fate {plan.seed}")
     found = Script([(n * plan.join_seconds, _hardware(plan, draws)) for n in range(plan.servers)])
     alive, half_way = [server.name for _, server in found.joins], plan.began + plan.seconds / 2
@@ -144,7 +144,7 @@ def _replacements(plan: Plan, chance: random.Random) -> list[float]:
     return times
 
 
-# Where servers and clients are: five regions with the round trips between big data centres of them.
+# The places of servers and clients: five regions with the round trips between their big data centres.
 REGIONS = ("US east", "US west", "Europe", "East Asia", "South America")
 PEOPLE = (0.3, 0.2, 0.3, 0.15, 0.05)  # of servers and clients alike
 RTT_MS = (
@@ -171,5 +171,5 @@ class Place:
 
 
 def somewhere(rng: random.Random, line_ms: tuple[float, float]) -> Place:
-    """A place by chance."""
+    """A random place."""
     return Place(rng.choices(range(len(REGIONS)), PEOPLE)[0], rng.uniform(*line_ms) / 1e3)

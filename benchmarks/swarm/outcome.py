@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from benchmarks.swarm.models import Plan
 
-RESTORED_SECONDS = 60.0  # in which, and the time to load, a block that lost its last server should have one
+RESTORED_SECONDS = 60.0  # a block that lost its last server should have one within this time plus a load
 
 
 @dataclass(slots=True)
 class Gap:
-    """A block without a server.  Seconds of the simulated time: from when, and from when records tell it.
+    """A block without a server.  Seconds of the simulated time: since the loss, and since records show it.
 
     stuck: seconds without a remedy: all memory together is too little, or no plan closes the gap.
     """
@@ -26,9 +26,9 @@ class Gap:
 
 @dataclass(slots=True)
 class Repair:
-    """A block that has a server again, or not even at the end.
+    """A block that has a server again, or none until the end.
 
-    Seconds: in all, since records told of it, of the last load, and without a remedy.
+    Seconds: in all, since records showed it, of the last load, and without a remedy.
     """
 
     total: float
@@ -51,8 +51,8 @@ class Repair:
 class Outcome:
     """The measurements.  shares: of the bound, while observed; seconds of the simulated time.
 
-    rank_ms, turns_ms: of the part that all servers with one view work out alike; own_ms: of the rest of a
-    decision.
+    rank_ms, turns_ms: of the part that is equal for all servers with one view; own_ms: of the other part of
+    a decision.
     """
 
     shares: list[float] = field(default_factory=list)
@@ -84,7 +84,7 @@ class GapAccount:
     def look(self, now: float, blocks: Collection[int], unannounced: Collection[int], load: float) -> None:
         """Open and close gaps.
 
-        blocks: without a server now.  unannounced: those that no record covers.  load: seconds, of the
+        blocks: without a server now.  unannounced: blocks that no record covers.  load: seconds, of the
         server that came online last.
         """
         if bool(blocks) != bool(self.open):
@@ -105,7 +105,7 @@ class GapAccount:
                 gap.stuck, gap.stuck_since = gap.stuck + now - gap.stuck_since, None
 
     def pause(self, now: float) -> None:
-        """Account for the time up to a moment; gaps that are open stay so."""
+        """Account for the time up to a moment; open gaps stay open."""
         if self.open:
             self._outcome.uncovered_s += now - self._since
             self._since = now
@@ -121,10 +121,10 @@ def _repair(gap: Gap, now: float, load: float) -> Repair:
 def summary(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
     """The figures of all seeds of one rule.
 
-    coverage_restored_s: from when a block lost its last server until it has one again.
-    coverage_late: blocks for which that took more than RESTORED_SECONDS and the load of the server that
+    coverage_restored_s: from the loss of a block's last server until it has a server again.
+    coverage_late: blocks without a server for more than RESTORED_SECONDS plus the load of the server that
         closed the gap; coverage_late_impossible: of these, late only by the time without a remedy.
-    coverage_reaction_s: from when no record tells of a server, and without the load of the server that
+    coverage_reaction_s: from the end of the last record with a server, without the load of the server that
         closed the gap.
     """
     setup = sorted(statistics.fmean(outcome.shares) for outcome in outcomes)

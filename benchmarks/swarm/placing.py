@@ -17,19 +17,19 @@ from routing.placement.cover_gaps import PlannedMove, objection, opens_gap
 from routing.placement.rebalance import Move
 from routing.placement.throughput import Holder
 
-NOISE_SECONDS = 60.0  # between two announcements of another rate
-PAUSE_SECONDS = 10.0  # at most, of a server that has left its place, until it looks for another
+NOISE_SECONDS = 60.0  # between two announcements of a new rate
+PAUSE_SECONDS = 10.0  # the longest wait of a server between leaving its place and looking for another
 
 
 class Placing:
-    """What servers do by the rule: the shell around the decisions of `routing.placement`."""
+    """The servers' actions by the rule: the shell around the decisions of `routing.placement`."""
 
     def __init__(self, world: World, outcome: Outcome) -> None:
         self._world, self._outcome = world, outcome
         self.watch = Watch(world, self._notice)
 
     def _wobble(self, server: Server) -> None:
-        """Announce another rate, as a server does that measures anew."""
+        """Announce a new rate, as after a new measurement."""
         if not server.alive:
             return
         server.claim = server.rate * (
@@ -80,7 +80,7 @@ class Placing:
         self._take_place(server)
 
     def _take_place(self, server: Server) -> None:
-        """Choose blocks as one that serves nothing, and load them."""
+        """Choose blocks as a server without blocks, and load them."""
         seen = [holder for holder in self._world.view(server).held if holder.peer != server.peer]
         began = time.perf_counter()
         server.target = self._world.rule.join(
@@ -92,7 +92,7 @@ class Placing:
         self._load(server)
 
     def _load(self, server: Server) -> None:
-        """Load the missing blocks of the target; `serving` is there already."""
+        """Load the missing blocks of the target; `serving` is loaded already."""
         assert server.target is not None
         there = server.serving[1] - server.serving[0] if server.serving else 0
         missing = server.target[1] - server.target[0] - there
@@ -112,12 +112,12 @@ class Placing:
         self._world.later(server, self._world.chance.uniform(*self._world.rule.decide_seconds), self._decide)
 
     def _sees_itself(self, server: Server, held: list[Holder]) -> bool:
-        """Else it has not even seen its own last move; a node would know, but see the others as old."""
+        """Else the view lacks the server's own last move; a node knows it, but with an old view of others."""
         mine = next((holder for holder in held if holder.peer == server.peer), None)
         return mine is not None and mine.online and (mine.start, mine.stop) == server.target
 
     def _decide(self, server: Server) -> None:
-        """A look for a better place."""
+        """Look for a better place."""
         snapshot, blocks = self._world.view(server), self._world.plan.model.blocks
         window, seen = None, snapshot.held
         if self._sees_itself(server, seen):
@@ -134,7 +134,7 @@ class Placing:
             self._announce_move(server, window, seen)
 
     def _hear(self, server: Server) -> None:
-        """News of the others: so often it can see something new."""
+        """New records of the others: it looks at this interval."""
         if server.alive:
             self._world.events.add(self._world.now + VIEW_SECONDS, lambda: self._hear(server))
             self._notice(server)
@@ -185,7 +185,7 @@ class Placing:
         self._world.later(server, SETTLE_SECONDS, self._make_move)
 
     def _make_move(self, server: Server) -> None:
-        """Everyone may know by now: go, unless something speaks against it."""
+        """All servers may know of the move by now: go, unless a check forbids it."""
         own, window = server.serving, server.target
         assert own is not None
         assert window is not None

@@ -3,10 +3,10 @@
 Petals' rules are written from its papers (arXiv:2209.01188, arXiv:2312.08361) and from its servers' code
 (src/petals/server/block_selection.py): a server counts with one throughput for each of its blocks,
 its rate over the blocks that an average request uses of it, (count + 1) / 2.  A joining server takes the
-window whose throughputs, sorted, come first in lexicographic order.  Now and then each server simulates
-that it and then all others go where this rule sends them, until nobody moves; where the least throughput
-of a block would be 1/0.75 better it leaves its place, unless blocks would then be without a server, waits
-for a few seconds, and joins anew.  It reads the directory at that moment: its view is never old.
+window whose throughputs, sorted, come first in lexicographic order.  Periodically each server simulates its
+own move and then all others' moves by this rule, until nobody moves.  If the least throughput of a block
+gains a factor of 1/0.75, the server leaves its place, waits for a few seconds, and joins anew.  It stays if
+blocks would lose their last server.  It reads the directory at that moment: its view is never old.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from routing.placement.throughput import Floats, Holder
 Window = tuple[int, int]
 Between = tuple[float, float]
 PETALS_QUALITY = 0.75
-PETALS_SWEEPS = 20  # there they have no end
+PETALS_SWEEPS = 20  # the simulation's bound; Petals has none
 EPSILON = 1e-3
 
 
@@ -33,14 +33,14 @@ class Rule(Protocol):
     """A rule; `seen` is the view of the deciding server, and servers with an equal view share `rank`."""
 
     drops_first: bool  # stops serving as soon as it moves, joins again, and loads every block anew
-    fresh: bool  # sees everything at once
-    covers: bool  # looks all the time for blocks that nobody holds
-    decide_seconds: Between  # between two looks at its place, by chance
+    fresh: bool  # its view is never old
+    covers: bool  # looks every second for blocks that nobody holds
+    decide_seconds: Between  # between two looks at its place, random
 
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
     ) -> Window:
-        """Where a joining server goes."""
+        """The blocks of a joining server."""
         ...
 
     def rank(self, seen: Sequence[Holder], blocks: int) -> list[Move]:
@@ -50,7 +50,7 @@ class Rule(Protocol):
     def move(
         self, seen: Sequence[Holder], blocks: int, me: PeerId, ranked: list[Move], rng: random.Random
     ) -> Window | None:
-        """Where this server moves now, or None."""
+        """The move of this server now, or None."""
         ...
 
     def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
@@ -73,13 +73,13 @@ class Ours:
         return best_window(seen, blocks, count, rate, rng)
 
     def rank(self, seen: Sequence[Holder], blocks: int) -> list[Move]:
-        """The moves that are worth it."""
+        """The moves that gain enough."""
         return moves(seen, blocks)
 
     def move(
         self, seen: Sequence[Holder], blocks: int, me: PeerId, ranked: list[Move], rng: random.Random
     ) -> Window | None:
-        """Its own move, in its turn."""
+        """Its own move, in its place of the order."""
         return in_turn(ranked, me, rng)
 
     def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
@@ -88,7 +88,7 @@ class Ours:
 
 
 class Random:
-    """Any window, for ever."""
+    """A random window, for ever."""
 
     drops_first = True
     fresh = True
@@ -98,7 +98,7 @@ class Random:
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
     ) -> Window:
-        """By chance alone."""
+        """A random window."""
         start = rng.randrange(blocks - count + 1)
         return start, start + count
 
@@ -113,12 +113,12 @@ class Random:
         return None
 
     def turns(self, seen: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
-        """Nobody."""
+        """None."""
         return {}
 
 
 class Equal(Random):
-    """A static split: each window begins where that of the server before ended, round and round."""
+    """A static split: each window begins at the end of the last server's window, cyclically."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -133,12 +133,12 @@ class Equal(Random):
 
 
 class PetalsJoin(Random):
-    """Petals' rule for a server that joins, and no other."""
+    """Petals' rule for a joining server alone."""
 
     def join(
         self, seen: Sequence[Holder], blocks: int, count: int, rate: float, rng: random.Random
     ) -> Window:
-        """The window that is worst served."""
+        """The window with the least throughput."""
         start = _worst(_served(seen, blocks), count)
         return start, start + count
 
@@ -149,12 +149,12 @@ class Petals(PetalsJoin):
     def move(
         self, seen: Sequence[Holder], blocks: int, me: PeerId, ranked: list[Move], rng: random.Random
     ) -> Window | None:
-        """The window that is worst served without it, where everyone's moves would gain enough."""
+        """The window with the least throughput without this server, if everyone's moves gain enough."""
         served = _served(seen, blocks)
         least, mean = served.min(), served.mean()
         mine = next((holder for holder in seen if holder.peer == me), None)
         if mine is None or least > (PETALS_QUALITY - EPSILON) * mean:
-            return None  # no placement has a least above the mean: this much need not be simulated
+            return None  # no placement has a least above the mean, so the simulation may stop there
         _add(served, mine, -1 - EPSILON)
         if least > EPSILON and served.min() <= 0:
             return None
@@ -173,11 +173,11 @@ class Petals(PetalsJoin):
 
 
 def _sweep(served: Floats, there: list[Holder], rng: random.Random) -> bool:
-    """Every server in turn goes where it serves the worst; whether any has moved."""
+    """Move each server in order to the window with the least throughput; whether any moved."""
     rng.shuffle(there)
     moved = False
     for at, holder in enumerate(there):
-        _add(served, holder, -1 - EPSILON)  # a little more: where it is no better elsewhere it stays
+        _add(served, holder, -1 - EPSILON)  # a little more, so that it stays on a tie
         start, count = _worst(served, holder.stop - holder.start), holder.stop - holder.start
         _add(served, holder, EPSILON)
         moved = moved or start != holder.start

@@ -2,15 +2,15 @@
 
 Event by event, from one seed, with the constants and the decisions of the nodes:
 `routing.placement.rebalance`, `routing.placement.cover_gaps`, `node.serving.balancer`.  Records are
-flooded: every server knows those of the others as they were at most VIEW_SECONDS ago, at its own moments.
+flooded: every server knows the others' records of at most VIEW_SECONDS ago, at its own moments.
 A server that moves by our rule announces the new span and serves the old one for SETTLE_SECONDS more.
-It looks again, pings the servers that stay, and only then gives up the blocks it does not keep.  During
-the load it serves the blocks of both spans.  A crashed server is seen until its record ends, except by
-its watchers (`routing.placement.cover_gaps.watched`): each asks at its own moments, every WATCH_SECONDS,
+It looks again and pings the servers that stay.  Only then it gives up the blocks that it does not keep.
+During the load it serves the blocks of both spans.  A crashed server is seen until its record ends, except
+by its watchers (`routing.placement.cover_gaps.watched`): each asks at its own moments, every WATCH_SECONDS,
 and leaves the server out after two silences.
 
-By Petals' rule a server stops at once, looks for a place a few seconds later, and loads; it sees everything
-at once, and nobody is watched.
+By Petals' rule a server stops at once, looks for a place a few seconds later, and loads; its view is never
+old, and nobody is watched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARE_SECONDS = 15.0  # between two looks at the share of the bound
 
 
 class Simulation:
-    """`run` it once."""
+    """One run."""
 
     def __init__(self, plan: Plan, rule: Rule) -> None:
         self.plan = plan
@@ -42,7 +42,7 @@ class Simulation:
         self._last_plan: tuple[tuple[Holder, ...], bool] = ((), False)
 
     def run(self) -> Outcome:
-        """Everyone joins; ten minutes of rest, or as long as the plan's churn takes; then the figures."""
+        """All join; ten minutes without events, or the time of the plan's churn; then the figures."""
         plan, fate, world = self.plan, script(self.plan), self.world
         for at, hardware in fate.joins:
             world.events.add(at, partial(self._placing.join, hardware))
@@ -80,7 +80,7 @@ class Simulation:
         self._gaps.hopeless(world.now, self._hopeless())
 
     def _hopeless(self) -> set[int]:
-        """Open blocks that cannot be served now, whatever anybody knew: too little memory, or no plan."""
+        """Open blocks that cannot be served now with any knowledge: too little memory, or no plan."""
         blocks, up = self.plan.model.blocks, self.world.servers.values()
         held = [Holder(s.peer, *s.target, s.claim, s.state == "online") for s in up if s.target]
         too_little = sum(server.count for server in up) < blocks
@@ -89,7 +89,7 @@ class Simulation:
         return {block for block in self._gaps.open if not any(h.start <= block < h.stop for h in held)}
 
     def _planned(self, held: tuple[Holder, ...]) -> bool:
-        """Whether anybody could do anything."""
+        """Whether any server could close a gap."""
         if self._last_plan[0] != held:
             self._last_plan = held, bool(plan_moves(held, self.plan.model.blocks))
         return self._last_plan[1]

@@ -4,13 +4,13 @@
 
 Simulated servers on the real code of `routing` (see benchmarks.swarm.simulation): they join one after the
 other, have ten minutes, and then an hour is observed, at rest or with --churn and --lost.  `share` is
-capacity over its bound, all servers' rates over the blocks: at rest that of the end of the ten
-minutes, else the mean over the hour.  llama-405b is the thin case, llama-70b the roomy one.
-With --clients sessions then come to the servers as they stand (see benchmarks.swarm.clients), asking for
---load of what they can do: `made/asked` of their tokens, and the 95th percentile of a session's seconds
-for a token, also as a ratio to that of clients that see everything.
+capacity over its bound, all servers' rates over the blocks: at rest the value at the end of the ten
+minutes, else the mean over the hour.  llama-405b has little spare capacity, llama-70b much. With --clients
+sessions then use the placed servers (see benchmarks.swarm.clients) and ask for --load of their capacity.
+The results are `made/asked` of their tokens, and the 95th percentile of a session's seconds for a token,
+also as a ratio to the value of all-seeing clients.
 
-`decision ms` is the time of one decision of a node, with the part that nodes of one view work out alike.
+`decision ms` is the time of one decision of a node, with the part that is equal for nodes with one view.
 --decisions-only times each kind of decision.
 """
 
@@ -101,7 +101,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def plan_of(flags: argparse.Namespace, seed: int) -> Plan:
-    """One run; 1,000 servers join within the ten minutes in which 60 would."""
+    """One run; 1,000 servers join within the ten minutes of 60 servers."""
     return Plan(
         model=MODELS[flags.model],
         servers=flags.servers,
@@ -118,7 +118,7 @@ def plan_of(flags: argparse.Namespace, seed: int) -> Plan:
 
 
 class Result(NamedTuple):
-    """Of one seed.  clients: the figures of benchmarks.swarm.clients, empty where there are none."""
+    """The results of one seed.  clients: figures of benchmarks.swarm.clients, empty without clients."""
 
     servers: Outcome
     clients: dict[str, float]
@@ -138,7 +138,7 @@ def simulate(seed: int, name: str, flags: argparse.Namespace) -> Result:
         truthful.run()
         honest = machines_of(truthful.world.serving())
     if not capacity_of(machines, blocks):
-        return Result(outcome, {})  # nobody can be served
+        return Result(outcome, {})  # no client can be served
     asked, seconds = flags.load * capacity_of(honest or machines, blocks), flags.client_seconds
     demand = Demand(asked, seed, flags.clients, warm_up=seconds, seconds=seconds)
     kind = "petals" if name.startswith("petals") else "ours"
@@ -166,7 +166,7 @@ def measure(flags: argparse.Namespace, name: str) -> dict[str, Any]:  # Any: JSO
 
 
 def decisions(model_name: str, servers: int) -> dict[str, float]:
-    """Milliseconds of each decision among servers that chance has placed, and the most memory, in MB."""
+    """Milliseconds of each decision among randomly placed servers, and the peak memory, in MB."""
     model, rng = MODELS[model_name], random.Random(0)
     kinds = rng.choices(model.kinds, [kind.share for kind in model.kinds], k=servers)
     held = []

@@ -12,7 +12,7 @@ from routing.placement.cover_gaps import taken_for_lost, watched
 
 
 class Watch:
-    """Each server asks its watched ones at its own moments, every WATCH_SECONDS, while a server is silent.
+    """Each server pings its watched servers every WATCH_SECONDS, at its own moments, if a server is silent.
 
     notice: called with a server whose view has changed.
     """
@@ -34,7 +34,7 @@ class Watch:
         return bool(self._world.silent) or self._world.now < self._parted_until
 
     def _ask_around(self, server: Server) -> None:
-        """As a node does; an answer comes at once, a silence takes ANSWER_SECONDS."""
+        """Ping as a node does; an answer comes at once, a silence takes ANSWER_SECONDS."""
         server.watching = server.alive and (self._is_any_silent() or bool(server.lost))
         if not server.watching or server.target is None:
             server.watching = False
@@ -53,17 +53,17 @@ class Watch:
             self._notice(server)
 
     def answers(self, server: Server, peer: PeerId) -> bool:
-        """Whether a server that asks a peer hears of it."""
+        """Whether a server gets an answer of a peer."""
         return peer in self._world.servers and not self._world.news.parted(self._world.now, server.peer, peer)
 
     def part(self, peers: frozenset[str]) -> None:
-        """For ten minutes these do not hear the others, nor the others them."""
+        """Cut these peers off from the others for ten minutes."""
         self._world.news.cut(self._world.now, peers)
         self._parted_until = self._world.now + PARTED_SECONDS
         self.start_all()
 
     def start_all(self) -> None:
-        """A server has fallen silent: all watch."""
+        """A server has fallen silent: all servers watch."""
         if self._world.rule.covers:
             for server in self._world.servers.values():
                 self.start(server)

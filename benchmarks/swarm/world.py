@@ -1,4 +1,4 @@
-"""The common state of a simulation: the servers, their announcements, the clock, the chance."""
+"""The common state of a simulation: the servers, their announcements, the clock, the random source."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Server:
     count: int
     rate: float
     claim: float
-    heard_at: float  # of its last news; more comes every VIEW_SECONDS from then
+    heard_at: float  # of its last new records; more come every VIEW_SECONDS from then
     serving: Window | None = None
     target: Window | None = None
     state: State = "offline"
     alive: bool = True
-    version: int = 0  # of what it is doing: an event of an older version is void
+    version: int = 0  # of its action: an event of an older version is void
     hole_since: float | None = None
-    knew: Snapshot | None = None  # when it last looked
-    lost: frozenset[PeerId] = frozenset()  # who did not answer
+    knew: Snapshot | None = None  # time of its last look
+    lost: frozenset[PeerId] = frozenset()  # peers that did not answer
     watching: bool = False
-    seen: list[Holder] = field(default_factory=list)  # when it announced its move
+    seen: list[Holder] = field(default_factory=list)  # time of its announced move
 
 
 class World:
-    """The servers that are up, by peer, in truth; and their announcements.
+    """The running servers, by peer, and their announcements.
 
     silent: crashed, and still announced.  observing: figures are taken.  changed: a server began or ended to
     serve blocks since the last look.  last_load: seconds, of the server that came online last.
@@ -61,7 +61,7 @@ class World:
         return self.events.now
 
     def later(self, server: Server, seconds: float, do: Callable[[Server], None]) -> None:
-        """Let a server do something, unless it crashes or does something else before."""
+        """Plan an action of a server, unless it crashes or begins another action before."""
         version = server.version
 
         def unless_void() -> None:
@@ -71,7 +71,7 @@ class World:
         self.events.add(self.now + seconds, unless_void)
 
     def announce(self, server: Server) -> None:
-        """Announce the blocks of a server, or that it has none."""
+        """Announce the blocks of a server, or the end of its record."""
         record = None
         if server.target is not None and server.alive:
             start, stop = server.target
@@ -82,17 +82,17 @@ class World:
         self.news.announce(self.now, server.peer, record)
 
     def view(self, server: Server) -> Snapshot:
-        """The swarm as a server sees it now."""
+        """A server's view of the swarm now."""
         age = 0.0 if self.rule.fresh else (self.now - server.heard_at) % VIEW_SECONDS
         return self.news.seen(self.now, age, server.peer).without(server.lost)
 
     def serving(self) -> list[tuple[Holder, float]]:
-        """The holders of blocks now, in truth, and the rate that each claims."""
+        """The true holders of blocks now, and their claimed rates."""
         serving = ((s, s.serving) for s in self.servers.values())
         return [(Holder(s.peer, *window, s.rate), s.claim) for s, window in serving if window]
 
     def count(self) -> list[int]:
-        """How many servers serve each block, in truth."""
+        """The true number of servers of each block."""
         change = [0] * (self.plan.model.blocks + 1)
         for server in self.servers.values():
             if server.serving:
@@ -101,10 +101,10 @@ class World:
         return list(accumulate(change[:-1]))
 
     def open_blocks(self) -> list[int]:
-        """Blocks without a server, in truth."""
+        """The blocks that truly have no server."""
         return [block for block, count in enumerate(self.count()) if not count]
 
     def unannounced(self, blocks: list[int]) -> set[int]:
-        """Those of these blocks that no online server announces."""
+        """The blocks among these that no online server announces."""
         held = [holder for holder in self.news.fresh().held if holder.online] if blocks else []
         return {b for b in blocks if not any(h.start <= b < h.stop for h in held)}

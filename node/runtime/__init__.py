@@ -1,1 +1,1 @@
-"""What every command of the process needs: threads, nurseries, logs, arguments, the terminal."""
+"""The common parts of all commands: threads, nurseries, logs, arguments, the terminal."""

@@ -20,7 +20,7 @@ _OPTIONS = frozenset({"--peers", "--listen", "--announce"})
 
 
 def one_address_each(words: Sequence[str]) -> list[str]:
-    """Rewrite `--peers A B` as `--peers=A --peers=B`, so that what follows is not taken for an address.
+    """Rewrite `--peers A B` as `--peers=A --peers=B`, so that a following word is not taken for an address.
 
     argparse alone would read `generate --peers A "a prompt"` as two peers and no prompt.  The first
     first word after an option is its value; further words are values while they look like multiaddrs.
@@ -45,7 +45,7 @@ def one_address_each(words: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are harmless on a terminal whatever the argument was."""
+    """argparse's parser with errors that are harmless on a terminal for any argument."""
 
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         """Print it.  Raises OutputError, which argparse would swallow."""

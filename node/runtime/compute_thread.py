@@ -1,7 +1,7 @@
 """One thread for torch, and the only way from trio into it.
 
-Torch computes in one thread so that the event loop goes on answering while a block computes, and in
-always the same one because OpenMP keeps a team of workers for every thread that ever called it.
+Torch computes in a thread so that the event loop answers while a block computes.  It is always one thread
+because OpenMP keeps a team of workers for every thread that ever called it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Runner(Protocol):
 class ComputeThread:
     """Runs functions one after another in a thread of its own, first come, first served.
 
-    A caller that is cancelled gets control back at once; a function of its that waits is not run,
-    and the result of one that runs is dropped.
+    A cancelled caller gets control back at once.  Its waiting function is not run, and the result of its
+    running function is dropped.
     """
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
@@ -48,13 +48,13 @@ class ComputeThread:
             job.task = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        # Any: trio does not carry the type of what a task is rescheduled with
+        # Any: trio does not carry the type of a rescheduled task's value
         result: Any = await trio.lowlevel.wait_task_rescheduled(abort)
         return result  # type: ignore[no-any-return]
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if job.task is not None:  # else cancelled while it waited
+            if job.task is not None:  # else the caller was cancelled during the wait
                 job.result = outcome.capture(job.function, *job.args)
                 try:
                     self._token.run_sync_soon(job.deliver)
@@ -83,8 +83,9 @@ class _Job:
 async def open_compute_thread(name: str = "torch") -> AsyncIterator[ComputeThread]:
     """A compute thread for the time of the block.
 
-    On leaving, what still runs is finished (a step, not a generation) and the thread is joined.  Whoever is
-    cancelled or interrupted does not wait for a long import or a download: the thread ends by itself then.
+    At the end of the block the running function (a step, not a generation) is finished and the thread is
+    joined.  A cancelled or interrupted block does not wait for a long import or a download: the thread then
+    ends by itself.
     """
     compute = ComputeThread(trio.lowlevel.current_trio_token())
     thread = threading.Thread(target=compute._work, name=name, daemon=True)

@@ -1,7 +1,8 @@
-"""What a command line reads and prints and how it ends, whatever the streams, the locale and the text are.
+"""The input, output and end of a command line, for any streams, locale and text.
 
-Python's own standard streams are None where they were closed, refuse what their encoding lacks, and raise
-again at the interpreter's end what they could not write.  Here alone that is seen to.
+Python's own standard streams are None if they were closed.  They refuse characters that their encoding
+lacks, and they raise again at the interpreter's end if they could not write.  Only this module handles
+these cases.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from node.runtime.interrupts import end_at_once_on_interrupt
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))  # by their file descriptors
 INTERRUPTED = 130
-MAX_CHARACTERS = 1 << 25  # of a prompt: more than any model takes
-ERRORS = "raceme"  # the name of what is done with characters that an encoding lacks
+MAX_CHARACTERS = 1 << 25  # of a prompt: longer than any model's
+ERRORS = "raceme"  # the name of the handler for characters that an encoding lacks
 _ASCII = {"…": "..."}
 _PLAIN = re.compile(r"[\x20-\x7e\n\t]*")
 _DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
@@ -35,19 +36,19 @@ class OutputError(Exception):
 
 
 class NobodyReads(OutputError):
-    """Whoever read standard output has gone: that is no error."""
+    """The reader of standard output has gone: that is no error."""
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command; the exit code: its own, 2 for what the operator must fix, 130 after Ctrl-C.
+    """Run a command; the exit code: its own, 2 for an error that the operator must fix, 130 after Ctrl-C.
 
-    An output without a reader counts as success.  Raises SystemExit of argparse, and what is a bug.
+    An output without a reader counts as success.  Raises SystemExit of argparse, and bugs.
     """
     prepare_streams()
     try:
         try:
             code = command()
-        except SystemExit:  # argparse has said what there is to say
+        except SystemExit:  # argparse has printed its message
             flush()
             raise
         flush()
@@ -56,7 +57,7 @@ def run_command(command: Callable[[], int]) -> int:
         return 0
     except (ConfigError, OutputError) as error:
         return fail(error, 2)
-    except OSError as error:  # a full disk, too many open files: the machine's, and so the operator's
+    except OSError as error:  # a full disk, too many open files: the machine's fault, and so the operator's
         where = f": {error.filename}" if error.filename is not None else ""
         return fail(f"{error.strerror or error}{where}", 2)
     except KeyboardInterrupt:
@@ -72,10 +73,10 @@ def fail(error: Exception | str, code: int) -> int:
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:
-    """Be the process of a command: end with the code of `main`, also in the middle of an import.
+    """Run the process of a command: end with the code of `main`, also in the middle of an import.
 
     A thread that still imports torch, downloads or waits for a line is abandoned: the interpreter would
-    wait for it, or take from under it what it works with.
+    wait for it, or remove its modules under it.
     """
     end_at_once_on_interrupt()
     _be_somewhere()
@@ -110,11 +111,11 @@ def _be_somewhere() -> None:
 
 
 def prepare_streams() -> None:
-    """Make the standard streams usable, whatever the process was started with.
+    """Make the standard streams usable in any environment of the process.
 
-    A closed one reads as empty and takes everything; its descriptor is taken, so that no socket gets it and
-    with it what somebody prints.  What an encoding cannot say is written as \\xe9 or \\U0001f600.  Bytes that
-    are no text are read as lone surrogates, for `read_text` to judge, and written as they were.
+    A closed stream reads as empty and takes all text.  Its descriptor is taken, so that no socket gets the
+    descriptor and the printed text.  A character outside the encoding is written as \\xe9 or \\U0001f600.
+    Bytes that are no text are read as lone surrogates, for `read_text` to judge, and written unchanged.
     """
     for name, mode in _STREAMS:
         if getattr(sys, name) is None:
@@ -127,7 +128,7 @@ def prepare_streams() -> None:
 
 
 def _what_cannot_be_said(error: UnicodeError) -> tuple[str | bytes, int]:
-    """How to encode one character that the encoding lacks, for `codecs.register_error`."""
+    """The escape of one character that the encoding lacks, for `codecs.register_error`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
@@ -154,7 +155,7 @@ def put_line(text: str) -> None:
 
 
 def flush() -> None:
-    """Send on what was written to standard output.  Raises OutputError."""
+    """Flush standard output.  Raises OutputError."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -174,9 +175,9 @@ def text_for(stream: TextIO, text: str) -> str:
 
 
 def harmless(text: str) -> str:
-    """Write what a terminal would act on as Python writes it: \\x1b.
+    """Escape the characters that a terminal would act on, as Python writes them: \\x1b.
 
-    Those are the control characters but for end of line and tab, the marks that turn the direction of
+    These are the control characters except end of line and tab, the marks that change the direction of
     writing (CVE-2021-42574), the separators of lines, and lone surrogates.
     """
     if _PLAIN.fullmatch(text):
@@ -209,9 +210,10 @@ def argument_text(word: str, what: str) -> str:
 
 
 def read_text(what: str, read: Callable[[int], str] | None = None) -> str:
-    """What standard input holds, or what `read` takes of it, as `argument_text`.
+    """The text of standard input, or the part that `read` takes, as `argument_text`.
 
-    read: given how many characters there may be.  Raises ValueError for more, and for bytes that are no text.
+    read: called with the largest number of characters.  Raises ValueError for more, and for bytes that are
+    no text.
     """
     stream = sys.stdin
     try:
@@ -247,7 +249,7 @@ def _gone(error: OSError) -> OutputError:
 
 
 def _discard(number: int) -> None:
-    """Let what is buffered for this descriptor go nowhere: the interpreter's end would try it again."""
+    """Drop the bytes buffered for this descriptor: the interpreter's end would write them again."""
     stream = (sys.stdin, sys.stdout, sys.stderr)[number]
     with suppress(OSError, ValueError):  # a stand-in may have no descriptor
         null = os.open(os.devnull, os.O_WRONLY)
@@ -256,7 +258,7 @@ def _discard(number: int) -> None:
 
 
 class QuietText(io.TextIOBase):
-    """A stream that swallows what it cannot write: for bars and notes, which nobody needs."""
+    """A stream that drops text that it cannot write: for progress bars and notes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -267,7 +269,7 @@ class QuietText(io.TextIOBase):
         return self._stream.encoding or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether people see it as it comes."""
+        """Whether the stream is a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
@@ -275,13 +277,13 @@ class QuietText(io.TextIOBase):
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write the text if it can be written."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Send it on."""
+        """Flush the stream."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -290,10 +292,10 @@ class QuietText(io.TextIOBase):
 
 
 class OutputText(QuietText):
-    """Standard output as rich is to see it: what cannot be written raises OutputError."""
+    """Standard output for rich: a failed write raises OutputError."""
 
     def __init__(self) -> None:
-        super().__init__(sys.stdout)  # this one, whatever a live table puts into its place
+        super().__init__(sys.stdout)  # this stream, even while a live table replaces it
 
     def write(self, text: str) -> int:
         """Write it.  Raises OutputError."""

@@ -12,7 +12,7 @@ MAX_COUNTED = 4096  # pairs of a peer and a kind
 
 @dataclass(slots=True)
 class Faults:
-    """How often each peer was at fault, by the name of the error.
+    """The number of each peer's faults, by the name of the error.
 
     A peer is known by its id, or by its address where it proved no id.  Memory is bounded: at MAX_COUNTED
     pairs the rarer half is dropped, so that made-up peer ids cannot fill it.
@@ -29,7 +29,7 @@ class Faults:
         self._counts[key] += 1
 
     def count(self, peer: str, kind: type[PeerFault]) -> int:
-        """How many faults of this kind the peer is known to have made."""
+        """The number of faults of this kind by this peer."""
         return self._counts[peer, kind.__name__]
 
     def counts(self) -> dict[tuple[str, str], int]:

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command starts: the imports take seconds, and there is nothing to be tidied up yet.
+"""Ctrl-C while a command starts: the imports take seconds, and nothing needs a cleanup yet.
 
 Imports almost nothing, so that it is in force early.
 """
@@ -14,8 +14,8 @@ import threading
 def end_at_once_on_interrupt() -> None:
     """Until `let_interrupts_through` Ctrl-C ends the process with code 130, without a word.
 
-    A KeyboardInterrupt in the middle of an import may come out as any other error.  Where somebody has seen
-    to the signal (a shell ignores it for what runs in the background) nothing changes.
+    A KeyboardInterrupt in the middle of an import may come out as any other error.  If the signal has a
+    handler already (a shell ignores it for background commands) nothing changes.
     """
     ours = threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -29,7 +29,7 @@ def let_interrupts_through() -> None:
 
 
 def is_command(package: str) -> bool:
-    """Whether `python -m package` is being started: Python imports the package, then its __main__."""
+    """Whether `python -m package` is starting: Python imports the package, then its __main__."""
     words = sys.orig_argv
     return sys.argv[:1] == ["-m"] and "-m" in words and words[words.index("-m") + 1 :][:1] == [package]
 

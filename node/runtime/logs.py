@@ -28,7 +28,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The time and the message, in one line whatever peers have put into it; below it the traceback."""
+    """The time and the message, in one line for any text of peers; the traceback follows."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
@@ -44,16 +44,16 @@ class TextLines(logging.Formatter):
 
 
 class Handler(logging.StreamHandler[TextIO]):
-    """Writes to a stream; where that takes no more (a full disk, nobody reads) the node works on."""
+    """Writes to a stream; the node works on if the stream fails (a full disk, no reader)."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """What is done where a line could not be written: nothing, unless it is a bug."""
+        """Ignore a failed write, unless the error is a bug."""
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
 
 def set_up_logging(kind: str, level: int = logging.INFO) -> None:
-    """Send our own log lines to standard error; of the libraries' only what is serious.
+    """Send our own log lines to standard error; of the libraries' lines only errors.
 
     kind: "text" or "json".
     """

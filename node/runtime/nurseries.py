@@ -28,10 +28,10 @@ async def background_nursery() -> AsyncIterator[trio.Nursery]:
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
-    """`trio.run` for a command line: what ends it comes out as it is, whatever nurseries it passed.
+    """`trio.run` for a command line: its final error is raised without the groups of nurseries.
 
-    Ctrl-C is KeyboardInterrupt, even where other errors came with it; errors of one type are the
-    first of them; a mixture stays a group.
+    Ctrl-C is KeyboardInterrupt, even with other errors next to it.  Of errors of one type the first is
+    raised; a mixture stays a group.
     """
     try:
         trio.run(main)

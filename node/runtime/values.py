@@ -1,7 +1,7 @@
 """Values that a program hands over, checked on the call: numbers, switches, paths, texts, collections.
 
-Numbers of numpy and torch are numbers here too.  True is no number, and nothing is rounded.  A value
-of another kind or outside its range is a ValueError with what was found and what is allowed.
+Numbers of numpy and torch are numbers here too.  True is no number, and nothing is rounded.  A value of
+another kind or outside its range is a ValueError that names the found and the allowed value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 MAX_SECONDS = 1e6
 MAX_THREADS = 1024
 MAX_TOKENS = 1 << 40
-MAX_INT32 = 2**31 - 1  # a bound from here on is not worth a word
+MAX_INT32 = 2**31 - 1  # a bound from here on is not mentioned
 
 
 class Range(NamedTuple):
@@ -89,7 +89,7 @@ def texts(name: str, values: Any, what: str) -> tuple[str, ...]:  # Any: to be c
 
 
 def shown(value: object) -> str:
-    """A value for people: its kind too where it is no plain number or text, and never much of it."""
+    """A value for people, shortened; with its kind where it is no plain number or text."""
     text = " ".join(repr(value).split())
     text = text if len(text) <= 60 else text[:60] + "..."
     plain = value is None or isinstance(value, bool | int | float | str)

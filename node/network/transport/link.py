@@ -24,9 +24,7 @@ class Link(Protocol):
         """Address and port of the other end; None without them."""
 
     async def receive_into(self, buffer: memoryview) -> int:
-        """Wait for bytes and put them into the buffer; their number, 0 at the end.  Raises
-        PeerGone.
-        """
+        """Wait for bytes and put them into the buffer; their number, 0 at the end.  Raises PeerGone."""
 
     def send_now(self, data: memoryview) -> int:
         """The number of these bytes that the kernel took without waiting.  Raises PeerGone."""
