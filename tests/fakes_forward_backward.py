@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import trio
@@ -21,7 +21,7 @@ from client.chains.avoided_peers import AvoidedPeers
 from client.forward_backward import ForwardBackward
 from node.model.blocks.forward_backward import finish
 from node.serving.executor.engine import Answer
-from node.serving.forward_backward import ForwardBackwardListener
+from node.serving.forward_backward import ForwardBackwardListener, PeekStream
 from node.serving.span_admission import SpanAdmission
 from routing.chains.measured import Measured
 from routing.chains.search import Chain, CostInputs, NoChain, cheapest_chain
@@ -141,6 +141,16 @@ class ToyNode:
         return Counter({f"{peer} {kind}": count for (peer, kind), count in counts.items()})
 
 
+class HandledStream(PeekStream, Protocol):
+    """The part of a stream that a host needs: a FakeStream, or a FramedStream."""
+
+    async def aclose(self) -> None:
+        """End our side cleanly."""
+
+    async def reset(self) -> None:
+        """End both sides at once."""
+
+
 class ToySwarm:
     """Nodes that a client reaches by name, over streams in memory."""
 
@@ -230,7 +240,7 @@ class ToySwarm:
         self.nursery.start_soon(self._handle, node, theirs)
         return ours
 
-    async def _handle(self, node: ToyNode, stream: FakeStream) -> None:
+    async def _handle(self, node: ToyNode, stream: HandledStream) -> None:
         scope = trio.CancelScope()
         node.handlers.append(scope)
         try:

@@ -25,7 +25,7 @@ from client.connect import connect
 from node.config import ConfigError
 from routing.chains.search import NoChain
 from tensor_codec.errors import CacheFull, PeerGone, SlowPeer
-from tests.fakes_bridges import CONFIG, SOON, FakeSwarm, opener
+from tests.fakes_bridges import CONFIG, SOON, FakeSwarm, hidden, opener
 
 
 @asynccontextmanager
@@ -188,7 +188,7 @@ def test_errors_arrive_as_what_they_are(run):
                     pass
             with pytest.raises(PeerGone):
                 async with swarm.session() as session:
-                    await session.step(-1)
+                    await session.step(hidden(-1))
 
     run(main)
 
@@ -234,8 +234,8 @@ def test_a_session_steps_and_is_closed(run):
         async with bridged(fake) as swarm:
             async with swarm.session() as session:
                 assert fake.sessions == 1
-                assert await session.step(3) == 6
-                assert await session.step(1, position=2, reply="last") == 2
+                assert await session.step(hidden(3)) == 6
+                assert await session.step(hidden(1), position=2, reply="last") == 2
                 assert (session.length, session.chain, session.times) == (3, "chain", None)
             assert fake.sessions == 0
 
@@ -245,11 +245,11 @@ def test_a_session_steps_and_is_closed(run):
 def test_forward_and_backward_cross_with_what_they_are_given(run):
     async def main():
         async with bridged(FakeSwarm()) as swarm:
-            assert await swarm.forward(1) == ("forward", 1, 0, None)
-            assert await swarm.forward(1, start=2, stop=5) == ("forward", 1, 2, 5)
-            assert await swarm.backward(1, 7, start=2) == ("backward", 1, 7, 2, None)
+            assert await swarm.forward(hidden(1)) == ("forward", 1, 0, None)
+            assert await swarm.forward(hidden(1), start=2, stop=5) == ("forward", 1, 2, 5)
+            assert await swarm.backward(hidden(1), hidden(7), start=2) == ("backward", 1, 7, 2, None)
             with pytest.raises(PeerGone):
-                await swarm.forward(-1)
+                await swarm.forward(hidden(-1))
 
     run(main)
 

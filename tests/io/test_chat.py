@@ -6,6 +6,7 @@ import argparse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from typing import Any
 
 from client import terminal
 from client.generation.generate import Token
@@ -62,7 +63,7 @@ class Talker:
 
 
 async def chat(
-    monkeypatch, lines: list[str], swarm: Talker, max_length: int | None = None, **sampling: int
+    monkeypatch, lines: list[str], swarm: Talker, max_length: int | None = None, **sampling: Any
 ) -> None:
     @asynccontextmanager
     async def connected(flags):

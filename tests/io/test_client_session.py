@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ async def test_a_session_holds_max_length_positions_and_not_one_more(relay, auto
         await session.aclose()
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[dict[str, Any], type[Refused]]] = {
     "revision": ({"revision": "other"}, WrongRevision),
     "length": ({"max_length": 8193}, Refused),
 }

@@ -282,10 +282,9 @@ async def test_our_own_bugs_are_not_taken_for_a_peers_fault(autojump_clock):
 
 
 async def tokens_of(world: World, *, stop=(), new: int = 8, end_tokens=(), close: bool = True):
-    conversation = conversation_of(two_replicas(world), local_model=FakeEmbedAndHead(end_tokens))
-    generation = Generation(
-        conversation.local_model, conversation, Settings(SamplingOptions(), new, stop, ())
-    )
+    local_model = FakeEmbedAndHead(end_tokens)
+    conversation = conversation_of(two_replicas(world), local_model=local_model)
+    generation = Generation(local_model, conversation, Settings(SamplingOptions(), new, stop, ()))
     found = [token async for token in generation.run(list(PROMPT), close=close)]
     if close:
         assert conversation.session is None
@@ -334,9 +333,9 @@ async def test_what_is_held_back_for_a_stop_string_comes_with_the_last_token(aut
 async def test_a_generation_that_is_left_early_ends_its_session(autojump_clock):
     async with swarm() as world:
         conversation = conversation_of(two_replicas(world))
-        tokens = Generation(
-            conversation.local_model, conversation, Settings(SamplingOptions(), 8, (), ())
-        ).run(list(PROMPT), close=True)
+        tokens = Generation(FakeEmbedAndHead(), conversation, Settings(SamplingOptions(), 8, (), ())).run(
+            list(PROMPT), close=True
+        )
         async for _ in tokens:
             break
         await tokens.aclose()

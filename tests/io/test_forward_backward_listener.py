@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,12 @@ import trio
 import trio.testing
 from torch import Tensor
 
+from routing.names import PeerId
 from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import FrameError, MessageError, PeerGone, SlowPeer
 from tensor_codec.frame import encode_frame
 from tensor_codec.limits import Limits
-from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import (
     Backward,
     Forward,
@@ -28,7 +30,7 @@ from tensor_codec.messages.forward_backward import (
 )
 from tensor_codec.span_spec import SpanSpec
 from tests.fakes_forward_backward import blocks_on, gradient_of, toy_swarm, whole_numbers
-from tests.fakes_serving import HIDDEN, with_changes
+from tests.fakes_serving import CLIENT, HIDDEN, with_changes
 
 RUN = Run(SpanSpec("m", "r", Blocks(0, 6), "float32"), 2, "fp32")
 LIMITS = Limits()
@@ -44,13 +46,13 @@ def backward_of(hidden: Tensor, grad: Tensor, **changes) -> Backward:
     return Backward(run, encode_hidden(hidden, run.codec), encode_hidden(grad, run.codec))
 
 
-async def ask(stream, request) -> Tensor | Failed:
+async def ask(stream, request) -> Any:  # a Tensor, or Failed
     """Send a request and read the answer."""
     await stream.send(encode_request(request))
     return await answer_to(stream, request)
 
 
-async def answer_to(stream, request) -> Tensor | Failed:
+async def answer_to(stream, request) -> Any:  # a Tensor, or Failed
     contract = request_contract(request, HIDDEN, LIMITS.max_step_tokens)
     frame = await stream.receive(100.0)
     assert frame is not None, "the stream was closed instead of an answer"
@@ -147,7 +149,7 @@ async def test_more_positions_than_the_model_has_are_refused(autojump_clock):
 
 
 HUGE = whole_numbers(5, 512, HIDDEN)  # 2,560 positions, 2,048 are allowed
-UNFIT = {
+UNFIT: dict[str, tuple[Callable[[], Forward | Backward], str]] = {
     "half a row": (lambda: Forward(RUN, bytes(2 * HIDDEN * 4 + 4)), "message"),
     "nothing": (lambda: Forward(RUN, b""), "message"),
     "too many positions": (lambda: forward_of(HUGE), "message"),
@@ -316,7 +318,7 @@ async def test_a_request_behind_one_that_drips_is_blamed_as_slow(autojump_clock)
 def framed_pair():
     from tests.fakes import memory_framed_pair
 
-    return memory_framed_pair(peers=("client", "a"))
+    return memory_framed_pair(peers=(CLIENT, PeerId("a")))
 
 
 async def test_a_node_that_drains_finishes_what_it_has_and_takes_nothing_more(autojump_clock):

@@ -19,7 +19,7 @@ from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import Opened, Relink, Result, Step, encode_close, encode_step
-from tests.fakes_serving import HIDDEN, FakeCache, RawClient, some_hidden, swarm
+from tests.fakes_serving import CLIENT, HIDDEN, FakeCache, RawClient, some_hidden, swarm
 
 BEFORE = PeerId("before")
 
@@ -37,15 +37,24 @@ async def end(client: RawClient) -> None:
 
 
 class Sent:
-    """Takes frames."""
+    """Takes frames, and gives none."""
 
-    closed = False
+    def __init__(self, peer: PeerId) -> None:
+        self.peer = peer
+        self.closed = False
 
     async def send(self, frame: object, seconds: float | None = None) -> None:
         await trio.lowlevel.checkpoint()
 
+    async def receive(self, seconds: float | None = None) -> None:
+        await trio.sleep_forever()
+
     async def aclose(self) -> None:
         self.closed = True
+
+
+async def open_sent(peer: PeerId) -> Sent:
+    return Sent(peer)
 
 
 # Steps of older routes, and of others
@@ -55,10 +64,10 @@ async def test_a_part_of_a_replay_that_waited_for_space_while_the_route_changed_
     contract = Contract(bytes(16), 0, 4, 1, 64, HIDDEN, "fp32", 2048)
     hop = HopSession(
         contract=contract,
-        stream=Sent(),
+        stream=Sent(CLIENT),
         state=ServerSession(64),
         cache=FakeCache(1, 64),
-        outlet=Outlet(PushLinks(Sent), 60.0),
+        outlet=Outlet(PushLinks(open_sent), 60.0),
         inbox=Inbox(2, held=False),
         route=SessionRoute(0, BEFORE, None, relay=False),
         kept=KeptOutputs("fp32"),
@@ -209,7 +218,7 @@ async def test_bulk_streams_that_could_not_be_opened_take_nobodys_place(autojump
         await trio.lowlevel.checkpoint()
         if dead:
             raise PeerGone(f"{peer} is gone")
-        opened.append(Sent())
+        opened.append(Sent(peer))
         return opened[-1]
 
     link = PushLink(PeerId("next"), open_stream)

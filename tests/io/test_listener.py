@@ -69,7 +69,7 @@ async def end(client: RawClient) -> None:
 
 # What is asked for, and refused.
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another revision": ({"revision": "other"}, "wrong_revision"),
     "another dtype": ({"dtype": "bfloat16"}, "wrong_revision"),
     "blocks before the span": ({"start": 1, "stop": 4}, "wrong_revision"),

@@ -21,6 +21,7 @@ from client.session.trace import Trace as Events
 from node import main
 from node.config import NetworkConfig, NodeConfig
 from node.runtime.compute_thread import ComputeThread, open_compute_thread
+from routing.blocks import Blocks
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 from tests.fakes_serving import World, continued, conversation_of, generated, swarm
@@ -156,7 +157,7 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
             ready = folder / f"{number}.json"
             config = NodeConfig(
                 NetworkConfig(peers=peers, ready_file=ready), str(model),
-                blocks=blocks, dtype="float32", device="cpu", threads=1, cache_tokens=1024,
+                blocks=Blocks(*blocks), dtype="float32", device="cpu", threads=1, cache_tokens=1024,
             )  # fmt: skip
             stopping = main.Stopping(trio.Event(), trio.CancelScope())
             nursery.start_soon(main._serve, config, computes[-1], stopping)

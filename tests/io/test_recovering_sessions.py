@@ -33,7 +33,7 @@ BLOCKS = 9
 PROMPT = [3, 1, 4, 1, 5]
 
 
-def replicas(world: World, seconds: float = 0.0, **served: object) -> World:
+def replicas(world: World, seconds: float = 0.0, **served: Any) -> World:
     """Two nodes for each third of the model; those in capitals come first."""
     for names, start in (("Aa", 0), ("Bb", 3), ("Cc", 6)):
         for name in names:

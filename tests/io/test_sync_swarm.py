@@ -25,7 +25,7 @@ from client.bridges.trio_thread import TOKENS_AHEAD
 from node.config import ConfigError
 from routing.chains.hops import NoChain
 from tensor_codec.errors import CacheFull, PeerGone
-from tests.fakes_bridges import CONFIG, SOON, FakeSwarm, opener
+from tests.fakes_bridges import CONFIG, SOON, FakeSwarm, hidden, opener
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,14 +61,14 @@ def test_a_script_has_the_tokens_in_order():
 def test_every_call_blocks_until_it_has_its_answer():
     fake = FakeSwarm()
     with joined(fake) as swarm:
-        assert swarm.forward(1, start=2, stop=5) == ("forward", 1, 2, 5)
-        assert swarm.backward(1, 7, start=2) == ("backward", 1, 7, 2, None)
+        assert swarm.forward(hidden(1), start=2, stop=5) == ("forward", 1, 2, 5)
+        assert swarm.backward(hidden(1), hidden(7), start=2) == ("backward", 1, 7, 2, None)
         assert (swarm.config, swarm.info, swarm.local_model) == (CONFIG, "info", "local model")
         assert swarm.view() is fake.seen
         with swarm.session() as session:
             assert fake.sessions == 1
-            assert session.step(3) == 6
-            assert session.step(1, position=2, reply="last") == 2
+            assert session.step(hidden(3)) == 6
+            assert session.step(hidden(1), position=2, reply="last") == 2
             assert (session.length, session.chain, session.times) == (3, "chain", None)
         assert fake.sessions == 0
 
@@ -108,7 +108,7 @@ def test_errors_arrive_as_what_they_are():
         with pytest.raises(ValueError, match="too long"), swarm.session(max_length=4096):
             pass
         with pytest.raises(PeerGone), swarm.session() as session:
-            session.step(-1)
+            session.step(hidden(-1))
 
 
 def test_an_error_of_the_opening_comes_out_of_the_call():
@@ -192,7 +192,7 @@ def test_many_threads_use_one_swarm_at_a_time():
 def test_a_running_event_loop_s_thread_may_block_in_it_as_a_notebook_does():
     async def cell() -> list[str]:
         with joined(FakeSwarm()) as swarm:
-            return [*take(swarm, "t", 3), swarm.forward(1)[0]]
+            return [*take(swarm, "t", 3), swarm.forward(hidden(1))[0]]
 
     expected = ["t0", "t1", "t2", "forward"]
     assert asyncio.run(cell()) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def folder(request, tmp_path_factory) -> ModelFolder:
     return saved(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def moved(folder: ModelFolder, start: int, stop: int, **how: str) -> Span:
+def moved(folder: ModelFolder, start: int, stop: int, **how: Any) -> Span:
     """The blocks [start, stop) as a node comes to hold them that held 1:4 before."""
     kept = load_span(folder, 1, 4, **how).part(max(1, start), min(4, stop))
     missing = [block for block in range(start, stop) if not kept.start <= block < kept.stop]
@@ -84,7 +85,7 @@ def test_so_it_is_with_quantised_weights(name, quantize, tmp_path, monkeypatch):
 def test_so_it_is_in_other_dtypes(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr("node.model.weights.quantize.measured_plan", lambda *_: Plan(((1, "compiled"),)))
     folder = saved("llama", tmp_path)
-    assert_equal(moved(folder, 2, 6, dtype=dtype), load_span(folder, 2, 6, dtype=dtype))  # type: ignore[arg-type]
+    assert_equal(moved(folder, 2, 6, dtype=dtype), load_span(folder, 2, 6, dtype=dtype))
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from node.model.weights.quantize import (
     PackedLinear,
     Packing,
     Plan,
+    Way,
     choose_plan,
     dequantize_rows,
     fits_int8pack,
@@ -332,7 +334,10 @@ def test_codes_and_scales_are_those_of_bitsandbytes():
 
 
 def test_the_fastest_way_is_taken_for_every_number_of_rows():
-    seconds = {"compiled": {1: 1.0, 16: 16.0, 64: 64.0}, "dequantise": {1: 11.0, 16: 18.5, 64: 42.5}}
+    seconds: dict[Way, dict[int, float]] = {
+        "compiled": {1: 1.0, 16: 16.0, 64: 64.0},
+        "dequantise": {1: 11.0, 16: 18.5, 64: 42.5},
+    }
     plan = choose_plan(seconds)
     assert [plan.way(rows) for rows in (1, 16, 21, 22, 64, 4096)] == [
         "compiled", "compiled", "compiled", "dequantise", "dequantise", "dequantise",
@@ -668,7 +673,7 @@ def test_bitsandbytes_int8_gets_the_same_codes(llama, monkeypatch):
     theirs = {path: each for path, each in span.model.named_modules() if isinstance(each, Linear8bitLt)}
     assert len(theirs) == 14
     for path, layer in theirs.items():
-        twin = ours.model.get_submodule(path)
+        twin = cast(Any, ours.model.get_submodule(path))
         assert layer.state.threshold == quantize.LLM_INT8_THRESHOLD
         codes = layer.weight.data if layer.state.CB is None else layer.state.CB
         assert torch.equal(codes, twin.weight)

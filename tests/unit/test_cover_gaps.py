@@ -262,9 +262,14 @@ def test_where_there_are_many_to_watch_each_server_watches_others() -> None:
     assert len(watched(spans, 60, PeerId("s0"), 10)) == 10
 
 
+def lost_of(servers: str, *, silent: str) -> frozenset[PeerId]:
+    """Of servers with one letter each."""
+    return taken_for_lost([PeerId(name) for name in servers], [PeerId(name) for name in silent])
+
+
 def test_silence_of_most_means_that_we_are_cut_off() -> None:
-    assert taken_for_lost("abcd", "ab") == {"a", "b"}
-    assert taken_for_lost("abcd", "abc") == frozenset()
-    assert taken_for_lost("ab", "ab") == frozenset()
-    assert taken_for_lost("a", "a") == {"a"}, "of two servers one can only believe in the other's loss"
-    assert taken_for_lost("ab", "") == frozenset()
+    assert lost_of("abcd", silent="ab") == {"a", "b"}
+    assert lost_of("abcd", silent="abc") == frozenset()
+    assert lost_of("ab", silent="ab") == frozenset()
+    assert lost_of("a", silent="a") == {"a"}, "of two servers one can only believe in the other's loss"
+    assert lost_of("ab", silent="") == frozenset()

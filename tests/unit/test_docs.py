@@ -18,6 +18,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -356,7 +357,7 @@ def test_the_ready_file_and_the_log_have_the_keys_of_the_manual(tmp_path):
     text = in_one_line("docs/operating.md")
     ready = re.search(r"JSON, written whole once the node is online: (.*?)\. Remove", text)
     assert ready
-    node = SimpleNamespace(host=SimpleNamespace(peer_id="p", addresses=()))
+    node: Any = SimpleNamespace(host=SimpleNamespace(peer_id="p", addresses=()))
     write_ready_file(NetworkConfig(ready_file=tmp_path / "ready"), node, None)
     assert set(re.findall(r"`(\w+)`", ready[1])) == json.loads((tmp_path / "ready").read_text()).keys()
     logged = re.search(r"gives one object a line: (.*?)\. Prompts", text)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from client.config import ClientConfig
+from client.generation.conversation import Conversation
 from client.generation.generation_config import FILE, GenerationDefaults, defaults_of, read_defaults, settle
 from client.generation.options import GenerateOptions
 from client.generation.sampling import Sampler
@@ -336,9 +337,8 @@ def test_a_call_is_checked_when_it_is_made_and_its_settings_can_be_asked_for(tmp
     assert swarm.settings("ab").options.temperature == 0.6
     assert swarm.settings("ab", generation_config=False).options.best_only
     assert swarm.settings("ab", generation_config={"top_k": 3, "do_sample": True}).options.top_k == 3
-    assert (
-        swarm.settings(torch.tensor([[1, 2]]), conversation=SimpleNamespace(max_length=9)).max_new_tokens == 7
-    )
+    conversation = cast(Conversation, SimpleNamespace(max_length=9))
+    assert swarm.settings(torch.tensor([[1, 2]]), conversation=conversation).max_new_tokens == 7
     for wrong in (
         {"temperature": -1},
         {"seed": 1.5},

@@ -1,6 +1,7 @@
 import codecs
 import contextlib
 import stat
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,8 +24,8 @@ CAROL = "12D3KooWCarol"
 
 def ends(**changes):
     """Alice's and Bob's end of one connection; `alice_` or `bob_` before a field's name changes it."""
-    alice = {"key": KEY, "role": "initiator", "ours": ALICE.peer_id, "theirs": BOB.peer_id}
-    bob = {"key": KEY, "role": "responder", "ours": BOB.peer_id, "theirs": ALICE.peer_id}
+    alice: dict[str, Any] = {"key": KEY, "role": "initiator", "ours": ALICE.peer_id, "theirs": BOB.peer_id}
+    bob: dict[str, Any] = {"key": KEY, "role": "responder", "ours": BOB.peer_id, "theirs": ALICE.peer_id}
     for who, fields, challenge in (("alice_", alice, b"1"), ("bob_", bob, b"2")):
         fields |= {"channel": b"h" * 32, "challenge": challenge * 32}
         fields |= {name.removeprefix(who): value for name, value in changes.items() if name.startswith(who)}

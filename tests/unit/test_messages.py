@@ -224,6 +224,7 @@ def test_a_step_comes_back_as_it_was(number, position, tokens, reply, times, rop
     body = data.draw(st.binary(min_size=tokens * ROW, max_size=tokens * ROW))
     message = Step(ID, number, position, reply, body, times, rope_length=rope_length)
     found = decode_from_client(joined(encode_step(message)), CONTRACT)
+    assert isinstance(found, Step)
     assert replace(found, body=bytes(found.body)) == message
 
 
@@ -232,6 +233,7 @@ def test_a_result_comes_back_as_it_was(number, position, tokens, times, rope_len
     tokens = min(tokens, CONTRACT.max_length - position)
     message = Result(number, position, bytes(tokens * ROW), times, rope_length=rope_length)
     found = decode_from_hop(joined(encode_result(message)), CONTRACT)
+    assert isinstance(found, Result)
     assert replace(found, body=bytes(found.body)) == message
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from client.generation import checks
 from client.generation.options import MIN_TEMPERATURE, RANGES, GenerateOptions, SamplingOptions
 
 # Each option that changes which token is the likeliest, with a value of it.
-CHANGING = {
+CHANGING: dict[str, Any] = {
     "logit_bias": {3: 1.0},
     "sequence_bias": [[[1, 2], 1.0]],
     "bad_words_ids": [[1]],
@@ -67,16 +69,17 @@ def test_a_number_is_allowed_up_to_its_bounds(name):
 
 
 def test_all_named_tokens_are_compared_with_the_vocabulary():
-    options = SamplingOptions(
-        suppress_tokens=[1],
-        begin_suppress_tokens=[2],
-        forced_eos_token_id=[3, 4],
-        stop_token_ids=5,
-        logit_bias={6: 1.0},
-        sequence_bias=[[[7, 8], 1.0]],
-        bad_words_ids=[[9], [10, 11]],
-        forced_bos_token_id=0,
-    )
+    given: dict[str, Any] = {
+        "suppress_tokens": [1],
+        "begin_suppress_tokens": [2],
+        "forced_eos_token_id": [3, 4],
+        "stop_token_ids": 5,
+        "logit_bias": {6: 1.0},
+        "sequence_bias": [[[7, 8], 1.0]],
+        "bad_words_ids": [[9], [10, 11]],
+        "forced_bos_token_id": 0,
+    }
+    options = SamplingOptions(**given)
     assert options.tokens == frozenset(range(12))
     assert SamplingOptions().tokens == frozenset()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,8 +135,10 @@ def test_token_ids_may_come_in_whatever_holds_them():
         range(1, 3),
     ):
         assert token_ids("tokens", some) == (1, 2)
-    assert SamplingOptions(stop_token_ids=torch.tensor(3)).stop_token_ids == (3,)
-    assert SamplingOptions(logit_bias={"3": 1, np.int64(4): np.float32(-0.5)}).logit_bias == (
+    token: Any = torch.tensor(3)
+    bias: Any = {"3": 1, np.int64(4): np.float32(-0.5)}
+    assert SamplingOptions(stop_token_ids=token).stop_token_ids == (3,)
+    assert SamplingOptions(logit_bias=bias).logit_bias == (
         (3, 1.0),
         (4, -0.5),
     )
@@ -224,6 +227,11 @@ def test_a_bad_word_is_taken_at_the_beginning_and_behind_a_space():
 # The list of all options.
 
 
+def generate_options(**given: Any) -> GenerateOptions:
+    """Of the values that callers give: each option has one type, and takes others besides."""
+    return GenerateOptions(**given)
+
+
 def test_the_keywords_of_generate_and_the_fields_of_its_options_are_one_list():
     assert set(GenerateArguments.__annotations__) == OPTION_NAMES
 
@@ -231,12 +239,12 @@ def test_the_keywords_of_generate_and_the_fields_of_its_options_are_one_list():
 def test_every_option_has_a_check_and_none_of_them_is_given_by_default():
     for name in OPTION_NAMES - {"generation_config", "logits_processor"}:
         with pytest.raises(ValueError, match=name if name != "stop" else "stop"):
-            GenerateOptions(**{name: object()})
+            generate_options(**{name: object()})
         assert getattr(GenerateOptions(), name) is None
 
 
 def test_options_are_a_value_or_keywords_or_a_value_in_which_keywords_replace_fields():
-    value = GenerateOptions(temperature=np.float32(0.5), stop="a", bad_words=["b", [1]])
+    value = generate_options(temperature=np.float32(0.5), stop="a", bad_words=["b", [1]])
     assert (
         options_of(None, {"temperature": 0.5, "stop": ["a"], "bad_words": ("b", (1,)), "top_k": None})
         == value
@@ -265,5 +273,5 @@ def test_options_that_were_checked_pass_every_check_again():
         "logits_processor": print,
         "stop": {"x"},
     }
-    once = GenerateOptions(**given)
+    once = generate_options(**given)
     assert options_of(once, {"seed": 1}) == options_of(None, {**given, "seed": 1})

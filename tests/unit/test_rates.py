@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -284,12 +285,12 @@ def test_figures_that_are_no_longer_right_are_measured_anew(times, tmp_path, mon
 
 
 def test_a_key_tells_everything_apart_that_makes_a_difference():
-    first = ("r", "cpu x", "float32", "none", 1, "1.0")
-    other = ("s", "cpu y", "bfloat16", "int8", 2, "1.1")
+    first: tuple[Any, ...] = (Revision("r"), "cpu x", "float32", "none", 1, "1.0")
+    other: tuple[Any, ...] = (Revision("s"), "cpu y", "bfloat16", "int8", 2, "1.1")
     keys = [rates_key(*first)]
     for index in range(len(first)):
-        revision, *rest = (*first[:index], other[index], *first[index + 1 :])
-        keys.append(rates_key(Revision(revision), *rest))
+        changed: tuple[Any, ...] = (*first[:index], other[index], *first[index + 1 :])
+        keys.append(rates_key(*changed))
     assert len(set(keys)) == len(first) + 1
 
 

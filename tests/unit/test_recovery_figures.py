@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,10 +55,11 @@ def test_the_trace_tells_what_came_behind_the_strike():
         SimpleNamespace(at=6.0, kind="recovered", data={"seconds": 0.4, "replay_seconds": 0.1}),
         SimpleNamespace(at=7.0, kind="recovered", data={"seconds": 0.2, "replay_seconds": 0.1}),
     ]
-    conversation = SimpleNamespace(trace=SimpleNamespace(events=events))
+    conversation: Any = SimpleNamespace(trace=SimpleNamespace(events=events))
     figures = trace_figures(conversation, 5.0)
     assert figures == {"detect_s": 0.5, "replay_s": 0.2, "recovered_s": pytest.approx(0.6)}
-    assert set(trace_figures(SimpleNamespace(), 5.0).values()) == {None}
+    untraced: Any = SimpleNamespace()
+    assert set(trace_figures(untraced, 5.0).values()) == {None}
 
 
 def test_a_strike_comes_where_it_was_asked_for():
@@ -67,7 +69,10 @@ def test_a_strike_comes_where_it_was_asked_for():
 
 
 def test_gaps_of_all_runs_are_put_together():
-    rows = [{"gaps_s": [0.1, 0.4], "tokens_equal": True}, {"gap_s": 0.2, "tokens_equal": False}]
+    rows: list[dict[str, Any]] = [
+        {"gaps_s": [0.1, 0.4], "tokens_equal": True},
+        {"gap_s": 0.2, "tokens_equal": False},
+    ]
     found = summary(parse([]), rows)
     assert (found["gap_s_p50"], found["gap_s_p95"], found["ok"]) == (0.2, 0.4, False)
 
@@ -90,8 +95,9 @@ class Servers:
 
 
 def killer(spare, rate):
-    swarm = SimpleNamespace(view=lambda: None)
-    return Killer(Servers(spare), swarm, rate, random.Random(0))
+    servers: Any = Servers(spare)
+    swarm: Any = SimpleNamespace(view=lambda: None)
+    return Killer(servers, swarm, rate, random.Random(0))
 
 
 CHAIN = SimpleNamespace(session=SimpleNamespace(chain=SimpleNamespace(hops=[SimpleNamespace(peer="a")])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -50,7 +51,8 @@ def test_a_measurement_weighs_half_after_its_half_life_and_longer_where_the_peer
 def test_a_measurement_replaces_a_claim_and_moves_by_the_weight_of_the_newest_step():
     measured, claims = Measured(), span(0, seconds_per_block=0.01, queue=1.0)
     measured.learn(A, 0.04, claims, 0.0)
-    assert measured.decode[A] == Seen(0.04, pytest.approx(2.0), 0.0)
+    assert measured.decode[A].ratio == pytest.approx(2.0)
+    assert replace(measured.decode[A], ratio=2.0) == Seen(0.04, 2.0, 0.0)
     measured.learn(A, 0.02, claims, 0.0)
     assert measured.decode[A].seconds == pytest.approx(NEWEST * 0.02 + (1 - NEWEST) * 0.04)
     measured.learn(A, 0.5, None, 0.0)
@@ -65,7 +67,8 @@ def test_a_prefill_is_compared_with_the_claimed_prefill():
     measured.learn(
         A, 0.006, span(0, seconds_per_block=1.0, prefill_seconds_per_token=0.002), 5.0, prefill=True
     )
-    assert measured.prefill[A] == Seen(0.006, pytest.approx(3.0), 5.0)
+    assert measured.prefill[A].ratio == pytest.approx(3.0)
+    assert replace(measured.prefill[A], ratio=3.0) == Seen(0.006, 3.0, 5.0)
     measured.learn(B, 0.006, span(1, seconds_per_block=0.0), 5.0)
     assert measured.decode[B].ratio == 1.0
     measured.learn(C, 0.0, None, 5.0)

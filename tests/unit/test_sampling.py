@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -212,7 +213,7 @@ def end_tensor() -> torch.Tensor:
     return torch.tensor(ENDS)
 
 
-FILTERS = {
+FILTERS: dict[str, tuple[dict[str, Any], Any]] = {
     "temperature": ({"temperature": 0.7}, lambda: library.TemperatureLogitsWarper(0.7)),
     "top_k": ({"temperature": 1, "top_k": 5}, lambda: library.TopKLogitsWarper(5)),
     "top_p": ({"temperature": 1, "top_p": 0.7}, lambda: library.TopPLogitsWarper(0.7)),
@@ -304,7 +305,7 @@ def test_every_filter_works_in_the_place_where_the_library_has_it():
         scores[0, 6] += 1.0  # in place, as some do
         return scores
 
-    given = {
+    given: dict[str, Any] = {
         "temperature": 1.3,
         "top_k": 12,
         "top_p": 0.95,
@@ -334,7 +335,7 @@ def test_every_filter_works_in_the_place_where_the_library_has_it():
         return_dict_in_generate=True,
         **given,
     )
-    options = SamplingOptions(**given, logits_processor=[note])
+    options = SamplingOptions(**given | {"logits_processor": [note]})
     sampler = Sampler(options, end_ids=[2, 7], prompt_tokens=len(prompt), max_length=len(prompt) + 12)
     tokens, expected = theirs.sequences[0].tolist(), list(seen)
     seen.clear()
@@ -349,6 +350,7 @@ def test_every_filter_works_in_the_place_where_the_library_has_it():
 def test_a_callers_processor_takes_the_place_of_one_of_its_type():
     mine = library.RepetitionPenaltyLogitsProcessor(5.0)
     logits = torch.tensor([2.0, 1.5, -1.0, -1.5])
+    some: Any
     for some in ([mine], mine, library.LogitsProcessorList([mine])):
         options = SamplingOptions(repetition_penalty=1.1, logits_processor=some)
         assert sampler_of(options)._filtered(logits, [0]).tolist() == pytest.approx([0.4, 1.5, -1.0, -1.5])
@@ -364,7 +366,8 @@ def test_a_processor_that_gives_no_scores_is_told_so(wrong):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_options_that_forbid_every_token_say_so(temperature):
-    options = SamplingOptions(temperature, suppress_tokens=range(4))
+    tokens: Any = range(4)
+    options = SamplingOptions(temperature, suppress_tokens=tokens)
     with pytest.raises(ValueError, match="the options forbid every token"):
         picks(options, torch.zeros(4), 1)
 

@@ -120,6 +120,7 @@ def test_a_step_that_was_dropped_after_its_cut_leaves_the_cache_cut_and_may_come
     session = ServerSession(MOST)
     applied(session, 0, 0, 8)
     decision = session.receive(1, StepRange(5, 2))
+    assert isinstance(decision, Compute)
     session.dropped(decision)
     assert session.length == 5
     assert applied(session, 1, 5, 2) == Compute(1, StepRange(5, 2), None)
@@ -129,7 +130,9 @@ def test_a_step_that_was_dropped_after_its_cut_leaves_the_cache_cut_and_may_come
 def test_a_step_that_was_dropped_without_a_cut_leaves_the_cache_as_it_was():
     session = ServerSession(MOST)
     applied(session, 0, 0, 8)
-    session.dropped(session.receive(1, StepRange(8, 2)))
+    decision = session.receive(1, StepRange(8, 2))
+    assert isinstance(decision, Compute)
+    session.dropped(decision)
     assert session.length == 8
     assert session.receive(0, StepRange(0, 8)) == Repeat(0)
 

@@ -71,9 +71,12 @@ def test_a_replay_that_was_dropped_may_come_again():
 @pytest.mark.parametrize("can_cut", [True, False])
 def test_every_model_goes_back_to_nothing(can_cut):
     session = ServerSession(MOST, can_cut=can_cut)
-    session.computed(session.receive(1, STEP))
+    first = session.receive(1, STEP)
+    assert isinstance(first, Compute)
+    session.computed(first)
     again = session.receive(2, StepRange(0, 2))
     assert again == Compute(2, StepRange(0, 2), 0)
+    assert isinstance(again, Compute)
     session.computed(again)
     session.resume(0)
     assert (session.length, session.last) == (0, None)
@@ -90,7 +93,9 @@ def test_what_is_refused_is_said_with_its_numbers():
         (lambda session: session.resume(5), "the session is to go on from 5, the cache holds 4"),
     ):
         session = ServerSession(MOST)
-        session.computed(session.receive(1, STEP))
+        first = session.receive(1, STEP)
+        assert isinstance(first, Compute)
+        session.computed(first)
         with pytest.raises(RemoteProtocolError, match=says):
             call(session)
         assert session.state is State.CLOSED
