@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # Any: of every type
-    """Names whose modules import torch: imported when they are first used."""
+    """Names whose modules import torch: imported at their first use."""
     if name == "Token":
         from client.generation.generate import Token
 

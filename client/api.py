@@ -1,4 +1,4 @@
-"""What a program holds of a swarm: one interface, awaited or blocking.
+"""A program's handles on a swarm: one interface, awaited or blocking.
 
 `client.swarm.Swarm` (trio) has the methods of `SwarmLike`; under asyncio and in blocking programs a proxy
 (`client.bridges.proxy`) stands for it.  `Swarm` documents each method.  `SyncSwarm` is `SwarmLike` without
@@ -41,7 +41,7 @@ class ConversationLike(Protocol):
 
 
 class SessionFacts(Protocol):
-    """What is known of a session for hidden states."""
+    """The state of a session for hidden states."""
 
     @property
     def chain(self) -> Chain:
@@ -53,7 +53,7 @@ class SessionFacts(Protocol):
 
     @property
     def times(self) -> StepTimes | None:
-        """Where the time of the last step went."""
+        """The parts of the last step's time."""
 
     @property
     def trace(self) -> Trace:
@@ -89,11 +89,11 @@ class SyncSession(SessionFacts, Protocol):
 
 
 class SwarmFacts(Protocol):
-    """What a handle answers without waiting, awaited or blocking."""
+    """The members of a handle that never wait, awaited or blocking."""
 
     @property
     def config(self) -> ClientConfig:
-        """How it was joined."""
+        """The settings of the client."""
 
     @property
     def info(self) -> ModelInfo:
@@ -148,7 +148,7 @@ class SwarmLike(SwarmFacts, Protocol):
         trace: Trace | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
-        """See `Swarm.generate`.  A few tokens may wait for a consumer that is slow."""
+        """See `Swarm.generate`.  A few tokens may wait for a slow consumer."""
 
     async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         """See `Swarm.forward`."""
@@ -188,7 +188,7 @@ class SyncSwarm(SwarmFacts, Protocol):
         trace: Trace | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> Generator[Token, None, None]:
-        """See `Swarm.generate`.  The end of the loop, however it comes, ends the session."""
+        """See `Swarm.generate`.  Any end of the loop ends the session."""
 
     def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         """See `Swarm.forward`."""

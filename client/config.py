@@ -19,7 +19,7 @@ SWARM_KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """How a client joins and how long it waits.
+    """The settings of joining, and the times that a client waits.
 
     model: a folder, a hub id, or a built-in name; None for the default.
     peers: multiaddrs with /p2p/ID of nodes of the swarm.
@@ -64,8 +64,8 @@ def client_config(
 ) -> ClientConfig:
     """The arguments of `client.connect` and `client.connect_sync`, which explain them, as a checked value.
 
-    Raises ConfigError for a value that cannot be: a bad address, a number out of range, constraints that
-    nothing can meet.
+    Raises ConfigError for a value that cannot be: a bad address, a number out of range, constraints that no
+    chain can meet.
     """
     with config_errors():
         config = ClientConfig(

@@ -62,13 +62,13 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
     constraints: servers that may be used or may not, and the number of hops of a chain; they hold for
     sessions, `generate`, `forward` and `backward`, and for replacements of servers that failed.
-    max_session_tokens: rows times positions of the longest session to open; None: what the model and the
-    servers allow.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
-    `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much.
-    Works under trio, and under asyncio (any event loop) through a trio thread of its own; the
-    handle has the same methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a
-    number out of range, constraints that nothing can meet), on entry where there is no such model, no peer
-    could be reached, or the swarm does not accept the key.
+    max_session_tokens: rows times positions of the longest session to open; None: the bound of the model
+    and the servers.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
+    `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much. Works
+    under trio, and under asyncio (any event loop) through a trio thread of its own; the handle has the same
+    methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a number out of
+    range, constraints that nothing can meet), on entry where there is no such model, no peer could be
+    reached, or the swarm does not accept the key.
     """
     return _Connection(config)
 
@@ -79,7 +79,7 @@ def connect_sync(config: ClientConfig) -> SyncSwarm:
 
     The arguments are those of `connect`, and the handle's methods too, without `await` and `async`.
     Joins on the call; `swarm.close()`, the end of the `with` or the end of the program leaves.
-    The swarm runs in a thread of its own, so any thread may use it, that of a running event loop too.
+    The swarm runs in a thread of its own, so any thread may use it, even a thread with a running event loop.
     Raises ConfigError, on the call.
     """
     from client.bridges.sync import open_sync

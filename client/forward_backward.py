@@ -45,7 +45,7 @@ from tensor_codec.span_spec import SpanSpec
 T = TypeVar("T")
 OpenStream = Callable[[PeerId], Awaitable[PeerStream]]
 
-# Of all rows of one request, where a row is not longer: see client.generation.conversation.
+# Of all rows of one request, unless one row is longer: see client.generation.conversation.
 REQUEST_POSITIONS = 512
 UNDER_WAY = 8  # requests of one call, at all peers together
 UNDER_WAY_PER_PEER = 3  # one comes, one is computed, one goes back; within max_compute_streams_per_peer
@@ -139,7 +139,7 @@ class ForwardBackward:
         if tokens > self.info.max_position:
             raise ValueError(f"rows of {tokens} positions, the model has {self.info.max_position}")
         tensors = 1 if grad is None else 2
-        # Where the codec is the hops' own a long row may still fit at two bytes a value.
+        # With the hops' own codec a long row may still fit at two bytes a value.
         codecs = ("fp32", "bf16") if self.codec == "auto" else (self.codec,)
         room = [self._max_positions(codec, tensors) for codec in codecs]
         max_positions = next((each for each in room if tokens <= each), None)
@@ -339,7 +339,7 @@ class ForwardBackward:
         """
         message = None
         if self._idle[peer]:
-            with suppress(PeerGone):  # closed as idle; asking twice does no harm
+            with suppress(PeerGone):  # closed as idle; a second request does no harm
                 message = await self._question(self._idle[peer].pop(), parts, contract)
         if message is None:
             message = await self._question(await self.open_stream(peer), parts, contract)

@@ -1,4 +1,4 @@
-"""How long a session may be: the smallest of what the model, the servers and this client allow."""
+"""The length of sessions: the smallest of the bounds of the model, the servers and this client."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SessionLengths:
         return allowed
 
     def _of_servers(self) -> int | None:
-        """Tokens of the longest session that some chain takes; None where no server has announced any."""
+        """Tokens of the longest session of any chain; None where no server has announced a bound."""
         spans = self.last_view().spans(self.info.revision, self.info.blocks)
         return longest_session(suitable(spans, self.constraints), self.info.blocks)
 

@@ -32,7 +32,7 @@ HANDLES = {"conversation": ConversationLike, "session": SessionLike}
 async def open_bridge(
     config: ClientConfig, open_swarm: Callable[[ClientConfig], AbstractAsyncContextManager[Any]]
 ) -> AsyncIterator[SwarmLike]:
-    """The asyncio side of `connect`.  Raises what `open_swarm` raises: ConfigError.
+    """The asyncio side of `connect`.  Raises ConfigError, as `open_swarm` does.
 
     open_swarm: `client.swarm.open_swarm`, which runs in the trio thread.
     A call that the end of the `async with` overtakes, or that comes after it, raises RuntimeError.
@@ -59,7 +59,7 @@ class AsyncioPortal(Generic[V]):
         self._thread: TrioThread[V] = TrioThread(self._loop.call_soon_threadsafe, self._news)
 
     async def enter(self, open_value: Callable[[], AbstractAsyncContextManager[V]]) -> V:
-        """Start the thread; what `async with open_value()` gives in it.  Raises what that raises."""
+        """Start the thread and enter `async with open_value()` in it; its value.  Raises its errors."""
         self._thread.start(open_value)
         try:
             await self._news.wait()
@@ -73,7 +73,7 @@ class AsyncioPortal(Generic[V]):
         return self._thread.value
 
     async def leave(self) -> None:
-        """Close the context manager and wait for the thread.  Raises what ended it before its time."""
+        """Close the context manager and wait for the thread.  Raises the error of an early end."""
         self._thread.leave()
         try:
             async with asyncio.timeout(trio_thread.LEAVE_SECONDS + trio_thread.END_SECONDS):
@@ -96,7 +96,7 @@ class AsyncioPortal(Generic[V]):
         return call.result()
 
     async def iterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """What `items` yields in trio.  Leave it early under `aclosing`: `items` is closed then."""
+        """The items that `items` yields in trio.  Leave early under `aclosing`, so that `items` is closed."""
         queue: Queue[T] = Queue()
         news = asyncio.Event()
         post = partial(self._loop.call_soon_threadsafe, news.set)
@@ -120,7 +120,7 @@ class AsyncioPortal(Generic[V]):
     async def hold(
         self, manager: AbstractAsyncContextManager[T], wrap: Callable[[T], Any]
     ) -> AsyncIterator[Any]:
-        """`wrap` of what the manager gives in trio, for as long as the block runs."""
+        """`wrap` of the manager's value in trio, until the end of the block."""
         async with aclosing(self.iterate(held(manager))) as values:
             yield wrap(await anext(values))
 
@@ -136,7 +136,7 @@ class AsyncioPortal(Generic[V]):
         return call
 
     async def _cancel(self, call: Call[T], news: asyncio.Event) -> None:
-        """End a call whose caller has gone, and wait until it has cleaned up."""
+        """End a call without a caller, and wait for its cleanup."""
         if not call.over and self._thread.cancel(call):
             await _until_over(call, news)
 

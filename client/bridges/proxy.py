@@ -1,7 +1,8 @@
-"""One proxy for every handle: the members of an interface, each led across a portal as its kind asks.
+"""One proxy for every handle: each member of an interface crosses a portal by its kind.
 
-An interface is a protocol of `client.api`.  What its members return decides the way across: a coroutine
-is a call in trio, a generator a queue, a context manager is held open, anything else is there already.
+An interface is a protocol of `client.api`.  The type of a member's result decides the crossing: a coroutine
+is a call in trio, a generator is a queue, a context manager is held open, and any other value is returned
+directly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Proxy:
     """Stands for an object in trio's thread, with the members of one interface.  Made by `proxy_of`."""
 
     def __init__(self, target: Any, portal: Portal, handles: Mapping[str, type]) -> None:
-        """target: the object.  handles: the interface of what a method returns, by the method's name."""
+        """target: the object.  handles: the interface of a method's result, by the method's name."""
         self._target = target
         self._portal = portal
         self._handles = handles
@@ -48,7 +49,7 @@ class Proxy:
 
 def proxy_of(
     target: Any, interface: type, portal: Portal, handles: Mapping[str, type], base: type[Proxy] = Proxy
-) -> Any:  # Any: what `interface` says
+) -> Any:  # Any: a value of type `interface`
     """An object with the members of `interface` that stands for `target`."""
     made = proxy_class(interface, cast(Any, base))  # Any: mypy holds it for unhashable
     return made(target, portal, handles)

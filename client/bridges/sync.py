@@ -34,7 +34,7 @@ CLOSE_SECONDS = 3.0  # for a generation that is abandoned: the end of its sessio
 def open_sync(
     config: ClientConfig, open_swarm: Callable[[ClientConfig], AbstractAsyncContextManager[Any]]
 ) -> SyncSwarm:
-    """The blocking side of `connect_sync`.  Raises what `open_swarm` raises: ConfigError.
+    """The blocking side of `connect_sync`.  Raises ConfigError, as `open_swarm` does.
 
     open_swarm: `client.swarm.open_swarm`, which runs in the trio thread.
     The swarm is left by `close`, by the end of the `with`, or at the end of the program.
@@ -73,7 +73,7 @@ class BlockingPortal(Generic[V]):
         self._is_open = True
 
     def enter(self, open_value: Callable[[], AbstractAsyncContextManager[V]]) -> V:
-        """Start the thread; what `async with open_value()` gives in it.  Raises what that raises."""
+        """Start the thread and enter `async with open_value()` in it; its value.  Raises its errors."""
         self._thread.start(open_value)
         atexit.register(self.leave)
         try:
@@ -88,9 +88,9 @@ class BlockingPortal(Generic[V]):
         return self._thread.value
 
     def leave(self) -> None:
-        """Close the context manager and wait for the thread; again, and it does nothing.
+        """Close the context manager and wait for the thread.  A second call does nothing.
 
-        Raises what ended the thread before its time.
+        Raises the error of an early end of the thread.
         """
         with self._lock:
             is_open, self._is_open = self._is_open, False
@@ -120,7 +120,7 @@ class BlockingPortal(Generic[V]):
         return call.result()
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-        """What `items` yields in trio.  A generator that is closed or dropped closes `items`."""
+        """The items that `items` yields in trio.  A generator that is closed or dropped closes `items`."""
         queue: Queue[T] = Queue()
         news = threading.Event()
         call = Call(partial(queue.fill, items, news.set), news)
@@ -139,8 +139,8 @@ class BlockingPortal(Generic[V]):
                     break
                 news.wait()
         except GeneratorExit:
-            # A garbage collection closes a dropped generator in whatever thread it runs, torch's and trio's
-            # among them, which must not wait for trio; and in its own at any line, so never without an end.
+            # A garbage collection closes a dropped generator in any thread, at any line.  torch's and
+            # trio's threads must not wait for trio, and no other wait may be without an end.
             seconds = CLOSE_SECONDS if threading.get_ident() == thread else 0.0
             raise
         finally:
@@ -149,7 +149,7 @@ class BlockingPortal(Generic[V]):
 
     @contextmanager
     def hold(self, manager: AbstractAsyncContextManager[T], wrap: Callable[[T], Any]) -> Iterator[Any]:
-        """`wrap` of what the manager gives in trio, for as long as the block runs."""
+        """`wrap` of the manager's value in trio, until the end of the block."""
         with closing(self.iterate(held(manager))) as values:
             yield wrap(next(values))
 
@@ -164,7 +164,7 @@ class BlockingPortal(Generic[V]):
         self._thread.begin(call)
 
     def _cancel(self, call: Call[T], news: threading.Event, seconds: float = math.inf) -> None:
-        """End a call whose caller has gone, and wait up to `seconds` until it has cleaned up."""
+        """End a call without a caller, and wait up to `seconds` for its cleanup."""
         if not call.over and self._thread.cancel(call) and seconds > 0:
             _wait(call, news, seconds)
 

@@ -6,13 +6,12 @@
     a generator          -- run_sync_soon -->    a task that iterates `Swarm.generate`
                          <-- post --             each token, through a queue of TOKENS_AHEAD
 
-A portal (`client.bridges.asyncio_swarm`, `client.bridges.sync`) is the caller's side.  Whatever ends a
-call there (a cancellation, a closed generator, Ctrl-C, the end of the `with`) cancels its task here.
+A portal (`client.bridges.asyncio_swarm`, `client.bridges.sync`) is the caller's side.  Any end of a call
+there (a cancellation, a closed generator, Ctrl-C, the end of the `with`) cancels its task here.
 
-The way across is made of the two calls that the loops have for it and of nothing else.  There and
-back takes 120-180 us on two busy cores, under asyncio as under uvloop; through anyio's blocking
-portal it was 2.5 times as long, and the queue would still have been ours to write.  A token on its
-way back costs 25-40 us.
+The crossing uses only the two calls that the loops have for it.  There and
+back takes 120-180 us on two busy cores, under asyncio as under uvloop; through anyio's blocking portal it
+was 2.5 times as long, without a queue.  A token on its way back costs 25-40 us.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ V = TypeVar("V")
 
 TOKENS_AHEAD = 8  # tokens of one generation that wait for their consumer
 LEAVE_SECONDS = 10.0  # for the trio side to close its sessions and connections, each with its own deadline
-END_SECONDS = 1.0  # for the cancelled rest to unwind
+END_SECONDS = 1.0  # for cancelled tasks to unwind
 
 
 class News(Protocol):
@@ -100,12 +99,12 @@ class TrioThread(Generic[V]):
         self.soon(self._leave)  # where there is no token yet, trio looks at _left
 
     def join(self) -> None:
-        """Wait for the thread, which has ended.  Raises what ended it before its time."""
+        """Wait for the thread, which has ended.  Raises the error of an early end."""
         self._thread.join()
         if self._outcome is not None:
             self._outcome.unwrap()
 
-    # What follows runs in trio's thread.
+    # The code below runs in trio's thread.
 
     def _run(self, open_value: Callable[[], AbstractAsyncContextManager[V]]) -> None:
         self._outcome = outcome.capture(trio.run, self._main, open_value)
@@ -194,7 +193,7 @@ class Call(Generic[T]):
         self._news.set()
 
     def result(self) -> T:
-        """What the function returned; raises what it raised, RuntimeError when it was cut short."""
+        """The function's result; raises the function's error, or RuntimeError if it was cut short."""
         if self._outcome is None:
             raise RuntimeError("the swarm was left, or has failed, before this call could end")
         return self._outcome.unwrap()
@@ -231,7 +230,7 @@ class Queue(Generic[T]):
 
 
 async def held(manager: AbstractAsyncContextManager[T]) -> AsyncGenerator[T, None]:
-    """Runs in trio: what a context manager gives, which is left when this generator is closed."""
+    """Runs in trio: the value of a context manager, which ends when this generator is closed."""
     async with manager as value:
         yield value
         await trio.sleep_forever()
@@ -240,11 +239,11 @@ async def held(manager: AbstractAsyncContextManager[T]) -> AsyncGenerator[T, Non
 class Portal(Protocol):
     """A caller's side, as proxies use it: its answers are awaited under asyncio, and plain in `sync`."""
 
-    def call(self, function: Callable[[], Awaitable[Any]]) -> Any:  # Any: whatever the function returns
+    def call(self, function: Callable[[], Awaitable[Any]]) -> Any:  # Any: the function's result
         """The result of `await function()` in trio."""
 
     def iterate(self, items: AsyncGenerator[Any, None]) -> Any:
-        """What `items` yields in trio, as a generator of the caller's kind."""
+        """The items that `items` yields in trio, as a generator of the caller's kind."""
 
     def hold(self, manager: AbstractAsyncContextManager[Any], wrap: Callable[[Any], Any]) -> Any:
         """A context manager of the caller's kind around one of trio; gives `wrap` of its value."""

@@ -1,1 +1,1 @@
-"""Which chains a client takes, and what it remembers of peers."""
+"""The chains that a client takes, and its memory of peers."""

@@ -1,4 +1,4 @@
-"""Peers that have failed lately, and for how long they are to be left alone."""
+"""Peers that have failed lately, and the time for which they are avoided."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from routing.names import PeerId
 
 AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
 MAX_AVOID_SECONDS = 3600.0
-SAME_TIME_SECONDS = 1.0  # how wrong the age of a record may be
+SAME_TIME_SECONDS = 1.0  # the largest error of a record's age
 
 
 @dataclass(slots=True)
 class AvoidedPeers:
-    """Peers to be avoided, and until when.  Times are the caller's clock, in seconds."""
+    """The avoided peers, each with the end of its avoidance.  Times are the caller's clock, in seconds."""
 
     _until: dict[PeerId, float] = field(default_factory=dict)
     _faults: dict[PeerId, int] = field(default_factory=dict)
-    _gone: dict[PeerId, float] = field(default_factory=dict)  # since when; infinite for other faults
+    _gone: dict[PeerId, float] = field(default_factory=dict)  # time of the loss; infinite otherwise
 
     def fault(self, peer: PeerId, now: float, *, gone: bool = False) -> None:
         """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour.
 
         gone: its connection broke, or could not be made; see `seen_online`.
-        While it is avoided it may be tried where no other peer is left; that it fails again then says
-        nothing new, and does not make it longer.
+        An avoided peer may be tried if no other peer is left.  Another failure in this time does not
+        prolong it.
         """
         if self._until.get(peer, now) > now and peer in self._faults:
             return
@@ -39,7 +39,7 @@ class AvoidedPeers:
         self._until[peer] = max(until, self._until.get(peer, until))
 
     def seen_online(self, peer: PeerId, sent: float) -> None:
-        """A peer has said at `sent` that it serves.  One that was gone before has been started again."""
+        """A peer has announced at `sent` that it serves: a peer that was gone before has restarted."""
         if sent > self._gone.get(peer, math.inf) + SAME_TIME_SECONDS:
             self._until.pop(peer, None)
 
@@ -54,5 +54,5 @@ class AvoidedPeers:
         return frozenset(self.soonest_first(now))
 
     def soonest_first(self, now: float) -> list[PeerId]:
-        """The same, those first that will be forgiven first."""
+        """The avoided peers, in the order of the end of their avoidance."""
         return sorted((p for p, until in self._until.items() if until > now), key=self._until.__getitem__)

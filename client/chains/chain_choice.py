@@ -1,4 +1,4 @@
-"""Which way a session takes: what is known of the swarm, what this client has seen of it, and a choice."""
+"""The choice of a session's chain, by the view of the swarm and this client's own measurements."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from tensor_codec.errors import PeerFault, PeerGone
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a chain is searched for: see `client.chains.chooser.Chooser.choose`.
+    """The demands on a chain: see `client.chains.chooser.Chooser.choose`.
 
-    positions: that one step carries.  waiting: of these, how many wait at a peer already.
+    positions: in one step.  waiting: the number of these that wait at a peer already.
     """
 
     start: int = 0
@@ -53,15 +53,15 @@ class Wanted:
 
 @dataclass(slots=True)
 class ChainChooser:
-    """Chooses chains, and remembers what peers did (`client.chains.chooser.SwarmAccess`).
+    """Chooses chains, and remembers the peers' behaviour (`client.chains.chooser.SwarmAccess`).
 
-    model, revision, blocks: of the model.  view: what is known now.  rtts: seconds from here to a peer
-    and back.  dial: a stream to a peer at these addresses.  changes: waits for another view.
+    model, revision, blocks: of the model.  view: the present view of the swarm.  rtts: seconds from here to
+    a peer and back.  dial: a stream to a peer at these addresses.  changes: waits for another view.
     pings: measures round trips before a first choice; None: nothing is measured.
-    measured: how fast peers have been for this client.
-    late: peers that were asked a moment ago how far they are, and have not answered at once.
-    constraints: what chains may be made of, at every choice.
-    spread: what tells this client from others, so that of nearly equal chains each takes another one
+    measured: the speed of peers for this client.
+    late: peers that were pinged a moment ago and have not answered at once.
+    constraints: on chains, at every choice.
+    spread: this client's own bias, so that clients choose different ones of nearly equal chains
     (`routing.chains.load_sharing`); None: always the cheapest.
     """
 
@@ -99,7 +99,7 @@ class ChainChooser:
         factors = _cost_factors(self.spread, spans)
         alike = [span for span in spans if not kinds or _kind(span) in kinds]
         roomy = [span for span in alike if span.cache_tokens >= tokens]
-        for some in (roomy, alike):  # better one of another kind, or one that may refuse, than none
+        for some in (roomy, alike):  # a peer of another kind, or one that may refuse, is better than none
             if len(some) < len(spans):
                 with suppress(NoChain):
                     return self._cheapest(some, wanted, factors)
@@ -127,7 +127,7 @@ class ChainChooser:
         other_hops: int = 0,
         last_resort: bool = False,
     ) -> Chain:
-        """The chain for many positions at once, as `cheapest_chain` says.  Raises NoChain.
+        """The chain for many positions at once, by `cheapest_chain`.  Raises NoChain.
 
         other_hops, last_resort: see `client.chains.chooser.Chooser.choose`.
         """
@@ -158,7 +158,7 @@ class ChainChooser:
         return await choose_among_the_living(self.pings, choose)
 
     def usable(self, *, silent: bool = False) -> list[Record]:
-        """The peers that the constraints admit, by id.  silent: those that do not answer too."""
+        """The peers that the constraints admit, by id.  silent: peers that do not answer too."""
         return suitable(self.view().spans(self.revision, self.blocks, silent=silent), self.constraints)
 
     def is_covered_by(self, peers: Collection[PeerId]) -> bool:
@@ -226,12 +226,12 @@ class ChainChooser:
         self.measured.learn(peer, seconds, self.view().get(peer), trio.current_time(), prefill=True)
 
     def _with_queue(self, record: Record) -> Record:
-        """With the queue that the peer itself reported since it sent its record."""
+        """The record with the queue that the peer reported after its record."""
         sent = self.view().entries[record.peer].sent
         return self._queues.current(record, sent, trio.current_time())
 
     def _spans(self, others: Sequence[Record] = (), *, silent: bool = False) -> Sequence[Record]:
-        """The peers that this client looks at, with the distances brought up to date.
+        """The peers that this client compares, with updated distances.
 
         others: peers that take no new sessions, and whose distances are asked for too.
         """
@@ -261,9 +261,7 @@ class ChainChooser:
         )
         view = self.view()
         avoided = _avoided(self.blame, view, now)
-        if (
-            wanted.last_resort
-        ):  # those last that have failed most, and those that do not even answer after them
+        if wanted.last_resort:  # peers that failed most come last, and silent peers after them
             avoided = [*(p for p in avoided if p not in view.silent), *sorted(view.silent)]
             for forgiven in range(len(avoided)):
                 with suppress(NoChain):
@@ -279,7 +277,7 @@ class ChainChooser:
 
 
 def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId, float]:
-    """What a block at each peer costs this client more than it takes: see `routing.chains.load_sharing`."""
+    """The extra cost of a block at each peer for this client: see `routing.chains.load_sharing`."""
     queues = queue_markup(spans)
     if spread is None:
         return queues
@@ -288,7 +286,7 @@ def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId
 
 
 def _avoided(blame: AvoidedPeers, view: SwarmView, now: float) -> list[PeerId]:
-    """The peers that have failed lately, but for those that have been started again since."""
+    """The peers that have failed lately and have not restarted since."""
     for peer in blame.soonest_first(now):
         if (entry := view.entries.get(peer)) is not None and entry.record.state == "online":
             blame.seen_online(peer, entry.sent)
@@ -296,5 +294,5 @@ def _avoided(blame: AvoidedPeers, view: SwarmView, now: float) -> list[PeerId]:
 
 
 def _kind(record: Record) -> str:
-    """What decides which tokens come out, besides the weights."""
+    """The properties of a server that affect the tokens, besides the weights."""
     return f"{record.dtype} {record.quantize}"

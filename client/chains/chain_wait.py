@@ -16,9 +16,9 @@ from routing.view.view import SwarmView
 
 LOOK_AGAIN_SECONDS = 0.5  # between looks for a chain while there is none
 FIND_AGAIN_SECONDS = 10.0  # between searches for peers that the neighbours do not know
-PING_SECONDS = 1.0  # to wait for the peers' answers, where nothing can be chosen without them
+PING_SECONDS = 1.0  # to wait for the peers' answers, where no choice is possible without them
 PINGED_PEERS = 16  # candidates whose round trip is measured before a chain is chosen
-CHOICES = 4  # of a chain, as long as there is a peer in it of which nothing is known
+CHOICES = 4  # of a chain with an unknown peer in it
 
 
 @dataclass(slots=True)
@@ -35,14 +35,14 @@ class ViewChanges:
     _found_at: float = -math.inf
 
     def look(self, view: SwarmView) -> SwarmView:
-        """Somebody chooses by this view."""
+        """Note that a choice uses this view."""
         self._seen = view
         return view
 
     async def wait(self, seconds: float) -> None:
-        """Until the view is another than at the last look, or the seconds are over.
+        """Wait until the view differs from the last look, or the seconds are over.
 
-        At times peers are looked for instead.
+        Periodically it searches for peers instead.
         """
         now = trio.current_time()
         with trio.move_on_after(max(0.0, seconds)):
@@ -59,17 +59,20 @@ class Pings(Protocol):
     async def measure(
         self, peers: Sequence[PeerId], seconds: float, enough: Callable[[Collection[PeerId]], bool]
     ) -> object:
-        """Ask peers how far they are, until those that have answered are `enough`, or the time is over."""
+        """Ping peers until the answers are `enough`, or the time is over."""
 
     def unknown(self, peers: Iterable[PeerId]) -> list[PeerId]:
-        """The peers of which no answer and no silence is known."""
+        """The peers without a known answer or silence."""
 
 
 async def measure_candidates(
     pings: Pings, peers: Sequence[PeerId], client: str, is_enough: Callable[[Collection[PeerId]], bool]
 ) -> None:
-    """Measure the round trips to the peers that a chain may begin or end with: PINGED_PEERS at most, others
-    for each client.  Waits only until those that have answered are enough."""
+    """Measure the round trips to the possible first and last peers of a chain.
+
+    At most PINGED_PEERS are measured, different ones for each client.  Waits only until the answers are
+    enough.
+    """
     if len(peers) > PINGED_PEERS:
         peers = rendezvous(client, peers, PINGED_PEERS)
     await pings.measure(peers, PING_SECONDS, is_enough)
@@ -94,7 +97,7 @@ async def wait_for_chain(
 ) -> Chain:
     """The first chain that can be chosen.  deadline: on trio's clock.  Raises NoChain when it has passed.
 
-    choose: is given whether peers that failed lately may be used, from LOOK_AGAIN_SECONDS on.
+    choose: takes True from LOOK_AGAIN_SECONDS on: then peers that failed lately may be used.
     changed: waits for news of the swarm, at most the seconds that it is given.
     """
     last_resort_at = trio.current_time() + LOOK_AGAIN_SECONDS

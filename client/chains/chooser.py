@@ -51,7 +51,7 @@ class Chooser(Protocol):
         excluded: peers not to be used.  last_resort: peers that have failed lately may be used.
         kinds: of peers (`kind_of`) that are preferred to all others.
         tokens: of cache that the session may come to need.  Peers with less free cache are used only where
-        no other is left; peers that refuse sessions of this length never.
+        no other is left; peers that refuse sessions of this length are never used.
         other_hops: that the session's chain has for its other blocks.
         observed: seconds per block of peers, as the session sees them now.
         """
@@ -60,7 +60,7 @@ class Chooser(Protocol):
         """Expected seconds of a step along these hops; infinite where a peer has left the view."""
 
     def kind_of(self, peer: PeerId) -> str | None:
-        """What a peer computes in; the same kind gives the same tokens.  None: the peer has left."""
+        """The kind of a peer's arithmetic; peers of one kind give equal tokens.  None: the peer has left."""
 
     def dtype_of(self, peer: PeerId) -> str | None:
         """The dtype that a peer announces, or None where the peer has left."""
@@ -72,7 +72,7 @@ class SwarmAccess(Chooser, Protocol):
     async def wait_for_chain(self, choose: Callable[[bool], Chain], *, measured: bool) -> Chain:
         """The first chain that `choose` finds.  Set your own deadline.
 
-        choose: is given whether peers that have failed lately may be used, and raises NoChain.
+        choose: takes True if peers that have failed lately may be used, and raises NoChain.
         measured: the distances to the peers are measured before the choice.
         """
 
@@ -86,7 +86,7 @@ class SwarmAccess(Chooser, Protocol):
         """A peer said no: ask others for a while."""
 
     def report_queue(self, peer: PeerId, queue: float) -> bool:
-        """A hop says how long steps wait there now; whether that is much longer than was known."""
+        """A hop reports the present wait of steps; whether it is much longer than was known."""
 
     def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
-        """A decode step of one row took `total` seconds.  held: seconds that each hop says it had it."""
+        """A decode step of one row took `total` seconds.  held: seconds at each hop, by its report."""

@@ -1,4 +1,4 @@
-"""Why there is no chain, for people.  Pure."""
+"""The reason why there is no chain, for people.  Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from routing.view.view import SwarmView
 
 
 def explain_length(none: NoChain, spans: Sequence[Record], tokens: int) -> NoChain:
-    """The error, with what servers of the missing blocks take, where that is less than `tokens`."""
+    """The error, with the sizes that servers of the missing blocks take, if less than `tokens`."""
     longest = [span.session_tokens for span in spans if _serves_missing(span, none)]
     if any(0 < taken < tokens for taken in longest):
         none.explain(asked_tokens=tokens, session_tokens=max(longest))

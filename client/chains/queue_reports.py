@@ -1,4 +1,4 @@
-"""How long steps wait at peers, as the peers said when sessions were opened there.  Pure."""
+"""The waits of steps at peers, as the peers reported at the opening of sessions.  Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from routing.chains.load_sharing import queue_price
 from routing.names import PeerId
 from routing.view.records import Record
 
-SURPRISE = 1.25  # times as dear as was known: then it is worth choosing again
-REPORT_SECONDS = 30.0  # for which a report counts, where the peer's record is older
+SURPRISE = 1.25  # factor over the known cost from which the client chooses again
+REPORT_SECONDS = 30.0  # for which a report counts, if the peer's record is older
 
 
 @dataclass(slots=True)

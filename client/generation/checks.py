@@ -1,4 +1,4 @@
-"""What one option of a generation may hold: token ids, biases, words, stop strings, a prompt.
+"""The values of one option of a generation: token ids, biases, words, stop strings, a prompt.
 
 A check takes the option's name for its message and returns plain values of Python.  A value that was
 checked already comes out as it is.
@@ -47,7 +47,7 @@ def token_lists(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """Token ids and what is added to their logits.  Raises ValueError."""
+    """Token ids and the biases of their logits.  Raises ValueError."""
     if isinstance(value, tuple):  # checked already
         value = dict(value)
     if not isinstance(value, Mapping):
@@ -61,7 +61,7 @@ def logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Token sequences and what is added to the logit of their last token.  Raises ValueError."""
+    """Token sequences and the bias of their last token's logit.  Raises ValueError."""
     pairs = list(value.items()) if isinstance(value, Mapping) else items_of(value)
     biases = {}
     for pair in pairs or ():
@@ -75,7 +75,7 @@ def sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float],
 
 
 def decay(name: str, value: Any) -> tuple[int, float]:
-    """Where an exponential penalty begins, in tokens, and its factor.  Raises ValueError."""
+    """The start of an exponential penalty, in tokens, and its factor.  Raises ValueError."""
     parts = items_of(value)
     if parts is None or len(parts) != 2:
         raise ValueError(f"{name} is {shown(value)}, (tokens, factor) is allowed")

@@ -1,4 +1,4 @@
-"""Tokens in a session's caches, and how they get there again after a failure.
+"""The tokens in a session's caches, and their replay after a failure.
 
 A `Conversation` gives the logits after a list of tokens.  It knows the tokens in the hops' caches, sends
 the others, and cuts the caches where the tokens differ.  The session (`client.session.session`) replaces
@@ -79,7 +79,7 @@ class Conversation:
     trace: Trace = field(default_factory=Trace)
     session: Session | None = None
     tokens: list[int] = field(default_factory=list)
-    _rope_length: int = 0  # of what the caches hold, see `StepRange`
+    _rope_length: int = 0  # of the cached positions, see `StepRange`
 
     @property
     def recoveries(self) -> int:

@@ -37,7 +37,7 @@ _ARGUMENTS_ONLY = frozenset(
 )
 _OPTIONS = frozenset(one.name for one in fields(SamplingOptions)) - _ARGUMENTS_ONLY
 _OTHERS = frozenset(["do_sample", "max_new_tokens", "max_length", "stop_strings", "eos_token_id"])
-# Fields that change no token of one text from a decoder: how the text is computed, or returned.
+# Fields that change no token of a decoder's text: the way of computing or returning the text.
 _SILENT = frozenset(
     [
         "use_cache",
@@ -101,7 +101,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is in force for one generation: arguments, else the file, else transformers' defaults.
+    """The settings of one generation: arguments, else the file, else transformers' defaults.
 
     from_file: the names of the options that the file decided.
     eos_ids: tokens that end the text; None: the model's own.
@@ -187,9 +187,9 @@ def settle(
     prompt_tokens: int,
     room: int,
 ) -> Settings:
-    """What is in force of a caller's options and the model's own defaults.
+    """The settings from a caller's options and the model's own defaults.
 
-    room: tokens that a text may still have, for a call without a length.
+    room: the largest number of new tokens, for a call without a length.
     Raises ValueError for a value that is not allowed.
     """
     defaults = _defaults(asked.generation_config, own, vocabulary)
@@ -224,7 +224,7 @@ def settle(
 
 
 def _defaults(given: Any, own: GenerationDefaults, vocabulary: int) -> GenerationDefaults:  # Any: unchecked
-    """What takes the place of options that a caller leaves out.  given: see `GenerateOptions`."""
+    """The values of options that a caller leaves out.  given: see `GenerateOptions`."""
     if given is None:
         return own
     return GenerationDefaults() if given is False else defaults_of(given, vocabulary)

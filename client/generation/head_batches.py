@@ -1,9 +1,9 @@
-"""The head for many generations: those that wait for logits at one moment share a batch.
+"""The head for many generations: generations that wait for logits at one moment share a batch.
 
 A head reads its whole matrix, whether for one hidden state or for eight: 113 MB and 7 ms for one and
 10 ms for eight with SmolLM2-135M in float32 on one core (1.4 and 3.9 ms where only the likeliest token is
-wanted, see node/model/weights/argmax_head.py).  The batch is put together as late as can be, when the
-torch thread takes it up; no generation waits for others to come.
+wanted, see node/model/weights/argmax_head.py).  The batch is assembled as late as possible, when the torch
+thread takes it; no generation waits for others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from node.runtime.compute_thread import Runner
 
 T = TypeVar("T")
 
-# Beyond these a row gets hardly cheaper, and the first rows of more would only come back later.
+# Beyond this number a row gets hardly cheaper, and the first rows would only come back later.
 MAX_ROWS = 8
 
 
@@ -56,10 +56,10 @@ class HeadBatches:
         """pick(logits float32 [vocabulary]) after the last position of read() [1, tokens, hidden].
 
         best_only: `pick` needs the place of the largest logit alone; others may be -inf.
-        Both run in the torch thread; what either raises is raised here.
+        Both run in the torch thread; an error of either is raised here.
         """
         request: _Request[T] = _Request(read, pick, best_only)
-        # No await in between: the first of those that wait is the first in the thread's queue.
+        # No await in between: the first waiting caller is the first in the thread's queue.
         self._waiting.append(request)  # type: ignore[arg-type]  # the type of its answer stays its own
         try:
             return await self._compute.run(self._answer, request)

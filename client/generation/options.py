@@ -1,4 +1,4 @@
-"""What `generate` takes: the one list of its options, each with its check.
+"""The one list of the options of `generate`, each with its check.
 
 A new option is a line in `GenerateArguments`, with the type that a caller may give, and a field of
 `SamplingOptions` or `GenerateOptions`, with the check that makes plain values of Python of it.  Every
@@ -84,7 +84,7 @@ def _as_it_is(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How the next token is chosen, in plain values of Python.  None leaves an option out.
+    """The choice of the next token, in plain values of Python.  None leaves an option out.
 
     `GenerateOptions` explains them; a field for each is what users know from transformers.
     temperature: None or 0 is greedy.  seed: for a generator of this generation's own; None draws one.
@@ -153,7 +153,7 @@ class SamplingOptions:
 
     @property
     def tokens(self) -> frozenset[int]:
-        """All token ids that are named, to be compared with the model's vocabulary."""
+        """All token ids in the options, for a check against the model's vocabulary."""
         lists = (
             self.suppress_tokens,
             self.begin_suppress_tokens,
@@ -195,9 +195,9 @@ _CHANGING_LOGITS = (
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions(SamplingOptions):
-    """What `generate` takes, checked: a value for many calls, or made of the keywords of one call.
+    """The checked options of `generate`: a value for many calls, or made of the keywords of one call.
 
-    Numbers of numpy and torch are taken.  None: as the model's generation_config.json says, as in
+    Numbers of numpy and torch are taken.  None: the value of the model's generation_config.json, as in
     transformers; without a file greedy, 64 tokens.
 
     The end: max_new_tokens; stop, strings that end the text; stop_token_ids, tokens that end it too.
@@ -243,7 +243,7 @@ def options_of(options: GenerateOptions | None, arguments: Mapping[str, Any]) ->
 
     Raises ValueError for a value that is not allowed, TypeError for a name that is no option.
     """
-    given: object = options  # whatever a caller gave
+    given: object = options  # a caller's value
     if given is not None and not isinstance(given, GenerateOptions):
         raise TypeError(f"options is {shown(given)}, client.GenerateOptions(...) is needed")
     if unknown := sorted(set(arguments) - OPTION_NAMES):

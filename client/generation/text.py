@@ -24,7 +24,7 @@ class TextStream:
     Promises, checked by tests/unit/test_text.py for tokenizers of every kind:
       * the texts of `push` and `finish`, joined, are `decode(prompt + tokens)` after
         `decode(prompt)`, up to the first stop string;
-      * at every moment it is the beginning of that;
+      * at every moment they are a beginning of that text;
       * a token costs no more after a million others than after a hundred.
     Of several stop strings the first to be whole counts.
     """

@@ -1,1 +1,1 @@
-"""A client's session along a chain: its state, its hops, and what is done when hops fail."""
+"""A client's session along a chain: its state, its hops, and the repair after a hop's failure."""

@@ -1,4 +1,4 @@
-"""What happens to a session, and what its core wants done: the events and the actions of `ClientSession`."""
+"""The events that `ClientSession` takes, and the actions that it gives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """A hop says that something went wrong, there or with a neighbour."""
+    """A hop reports a fault of its own or of a neighbour."""
 
     hop: HopState
     failed: Failed
@@ -38,7 +38,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A hop says how far it is."""
+    """A hop reports its progress."""
 
     hop: HopState
     here: Here
@@ -46,7 +46,7 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A hop's stream is broken, or what came over it is no answer.  blame: the peer is at fault."""
+    """A hop's stream is broken, or carried something else than an answer.  blame: the peer is at fault."""
 
     hop: HopState
     error: PeerFault | Refused
@@ -62,7 +62,7 @@ class Late:
 
 @dataclass(frozen=True, slots=True)
 class Unanswered:
-    """Hops that were asked in a replay have had their time to answer."""
+    """The time for answers of hops that were asked in a replay is over."""
 
     hops: Sequence[HopState]
     seconds: float
@@ -70,12 +70,12 @@ class Unanswered:
 
 @dataclass(frozen=True, slots=True)
 class StepsGivenUp:
-    """Nobody will collect the pending steps."""
+    """The pending steps will not be collected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moving:
-    """Hops that work are to be left, where others can take over."""
+    """Leave working hops, if others can take over."""
 
     why: str
 
@@ -101,7 +101,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """Send a hop what the hop before it made and cannot send itself."""
+    """Send a hop the output of the hop before it, which cannot send it itself."""
 
     hop: HopState
     step: Step
@@ -109,7 +109,7 @@ class Carry:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Ask a hop how far it is."""
+    """Ask a hop for its progress."""
 
     hop: HopState
 
@@ -130,14 +130,14 @@ class Repair:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Leave the hops that are avoided, if there are others, while they work."""
+    """Leave the avoided hops while they work, if there are others."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class StopSwitching:
-    """What is being agreed on with the hops has become useless."""
+    """Cancel the agreement under way with the hops: it has become useless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class Observe:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something for the session's trace."""
+    """An entry for the session's trace."""
 
     kind: Kind
     data: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON

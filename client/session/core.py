@@ -1,13 +1,12 @@
 """The core of a client's session: events and the time in, actions out.
 
 A session sends steps along hops, which push them on among themselves, and survives the loss of any hop.
-All that is decided on the way is decided here and in the modules that this one puts together: what is
-sent to whom, which answer belongs to which step, which hop has failed, when the session leaves a hop,
-how a new route is agreed on.  Whoever has the streams and the clock (`client.session.route`) tells what
-happens and does what comes out.
+All decisions are made here and in the modules that this one combines: the receiver of each frame, the step
+of each answer, the failure of a hop, the time to leave a hop, the agreement on a new route.
+`client.session.route` has the streams and the clock: it passes events in and performs the actions.
 
-A change of the route has five steps: `choose`, `line_up` (which hops are opened, which get new
-neighbours), `take_over` (what each hop lacks), `send_again`, `end_switch`.
+A change of the route has five steps: `choose`, `line_up` (opens new hops, gives the others new neighbours),
+`take_over` (fills each hop with missing positions), `send_again`, `end_switch`.
 """
 
 from __future__ import annotations
@@ -65,16 +64,16 @@ BULK_BYTES = 16 * 1024  # a step with more takes a stream of its own from hop to
 
 
 class State(enum.Enum):
-    """Where a session is in its life."""
+    """The state of a session."""
 
     OPENING = enum.auto()  # no route was tried yet
     SOUND = enum.auto()  # steps are sent
-    BROKEN = enum.auto()  # the route has to be changed before anything else is sent
-    SWITCHING = enum.auto()  # a new route is being agreed on and filled up
+    BROKEN = enum.auto()  # the route must change before the next frame is sent
+    SWITCHING = enum.auto()  # a new route is agreed on and filled
     CLOSED = enum.auto()
 
 
-# Which state may follow which.  A switch that is disturbed is BROKEN, and begins again.
+# The states that may follow each state.  A disturbed switch is BROKEN, and begins again.
 NEXT: dict[State, frozenset[State]] = {
     State.OPENING: frozenset({State.SWITCHING, State.BROKEN, State.CLOSED}),
     State.SOUND: frozenset({State.BROKEN, State.CLOSED}),
@@ -88,7 +87,8 @@ NEXT: dict[State, frozenset[State]] = {
 class Outage:
     """A time without a sound route.
 
-    rerouted: the route has other hops now.  refilled_at: when these had what they lacked, until an answer.
+    rerouted: the route has other hops now.  refilled_at: the time at which these had all positions, until
+    an answer.
     """
 
     why: str
@@ -119,9 +119,9 @@ class ClientSession:
 
     Promises, checked by tests/unit/test_session_core.py:
       * a step is sent only while the route is sound, and again, once, after every change of the route;
-      * an answer is delivered at most once, in the order and the size that were asked for;
-      * what was given up never meets what comes later: the route changes first;
-      * the epoch grows with every change of the route, and nothing of an older one is carried on;
+      * an answer is delivered at most once, in the order and the size of its request;
+      * a step that was given up never meets a later step: the route changes first;
+      * the epoch grows with every change of the route, and no frame of an older epoch is passed on;
       * a disturbance in the middle of a change starts another change;
       * a hop that failed serves no further route, and is blamed once;
       * after `Closed` nothing is sent.
@@ -143,10 +143,10 @@ class ClientSession:
         self.relocation = Relocation(self.terms)
         self.watchdog = Watchdog(self.relocation.lost_time)
 
-    # --- what the caller asks for ---
+    # --- the caller's requests ---
 
     def before_step(self, position: int, now: float) -> Repair | Move | None:
-        """No step is on its way, the next one begins at `position`: what is to be done first, if anything."""
+        """No step is on its way, and the next one begins at `position`: the actions before it."""
         if self.steps.go_back(position) and position > 0 and self.route.cannot_cut:
             self._break("going back", now)  # the caches are filled again
         if self.state is not State.SOUND:
@@ -167,13 +167,13 @@ class ClientSession:
         return Move("slow") if leave else None
 
     def submit(self, what: StepRange, body: Buffer, now: float) -> tuple[Pending, Send | None]:
-        """A new step, and how it is sent; None: it goes out once the route is sound again."""
+        """A new step, and the action that sends it; None: it goes out once the route is sound again."""
         bulk = what.tokens * self.route.contracts.current.row_bytes > BULK_BYTES
         pending = self.steps.add(what, body, bulk, now)
         return pending, self._send(pending, now) if self.state is State.SOUND else None
 
     def collected(self, pending: Pending, result: Result, now: float) -> tuple[StepTimes, Action | None]:
-        """The caller takes the answer to a step: where the time went, and what is to be noted."""
+        """The caller takes the answer to a step: the parts of its time, and the actions."""
         self.last_error = None
         self.steps.collected(pending)
         alone = not self.steps.pending
@@ -190,10 +190,10 @@ class ClientSession:
             return times, None
         return times, Observe(self.route.chain.hops, [held for held, _ in hops], times.total)
 
-    # --- what happens ---
+    # --- events ---
 
     def receive(self, event: Event, now: float) -> list[Action]:
-        """Take in what has happened; what is to be done.  Raises MessageError for a wrong answer."""
+        """Take in an event; the actions.  Raises MessageError for a wrong answer."""
         match event:
             case Answered(hop, result):
                 return self._answered(hop, result)
@@ -233,14 +233,14 @@ class ClientSession:
         return [Deliver(pending)]
 
     def _reported(self, hop: HopState, failed: Failed, now: float) -> list[Action]:
-        """A hop says that something went wrong: there, or with a neighbour."""
+        """A hop reports a fault of its own or of a neighbour."""
         error = failed.error()
         peer = PeerId(failed.peer) if failed.peer is not None else None
         if failed.code == "leaving":
             hop.set_leaving()
             return []
         if failed.code == "cannot_push" and peer is not None:
-            self.route.replacement.separate([(hop.hop.peer, peer)])  # whether `peer` lives will be seen
+            self.route.replacement.separate([(hop.hop.peer, peer)])  # later events show whether `peer` lives
             return self._break(f"{hop.hop.peer} cannot reach {peer}", now)
         if isinstance(error, Refused) and failed.step is not None:
             hop.refuse()
@@ -253,7 +253,7 @@ class ClientSession:
         return actions + self._lost(hop, ended, now, blame=False)
 
     def _late(self, pending: Pending, now: float) -> list[Action]:
-        """A step is late: ask the hops, give up those that say nothing, or leave the one that is stuck."""
+        """A step is late: ask the hops, give up silent hops, or leave a stuck hop."""
         found = self.watchdog.look(
             pending,
             self.route.hops,
@@ -272,7 +272,7 @@ class ClientSession:
         return silent or [Ask(hop) for hop in found.ask]
 
     def _leave(self, hop: HopState, why: str, now: float) -> list[Action]:
-        """A hop works, but too slowly: go elsewhere, if there is another peer."""
+        """A hop works too slowly: leave it, if there is another peer."""
         hop.set_leaving()
         if not self.route.has_choice():
             hop.set_leaving(False)
@@ -283,7 +283,7 @@ class ClientSession:
     def _lost(
         self, hop: HopState, error: PeerFault | Refused, now: float, *, blame: bool = True
     ) -> list[Action]:
-        """A hop is of no use any more."""
+        """Give up a hop."""
         if not hop.alive:
             return []
         error.about(hop.hop.peer)
@@ -295,7 +295,7 @@ class ClientSession:
         return [*actions, StopSwitching()]
 
     def note(self, peer: PeerId, error: PeerFault | Refused) -> list[Action]:
-        """Remember what a peer did.  Our own bugs never come here."""
+        """The reports on a peer's fault or refusal.  Our own bugs never come here."""
         error.about(peer)
         self.last_error = error
         fault = Note("fault", {"peer": peer, "error": f"{type(error).__name__}: {error}"})
@@ -304,7 +304,7 @@ class ClientSession:
         return [fault, Blame(peer, error)]
 
     def _break(self, why: str, now: float) -> list[Action]:
-        """The route has to be changed before anything else is sent."""
+        """The route must change before the next frame is sent."""
         if self.state is State.SOUND:
             self.outage = Outage(why, now)
         if self.state in (State.SOUND, State.SWITCHING):
@@ -314,15 +314,15 @@ class ClientSession:
     # --- changes of the route ---
 
     def begin_switch(self) -> None:
-        """The route is changed now."""
+        """The change of the route begins."""
         self._become(State.SWITCHING)
 
     def take_over(
         self, line_up: LineUp, made: Sequence[HopState], seconds: float
     ) -> tuple[Refill | None, list[Action]]:
-        """The hops of a new route are agreed on: what they lack; None where all of them are new.
+        """The hops of a new route have agreed: their missing positions; None where all hops are new.
 
-        seconds: that the agreement took.
+        seconds: of the agreement.
         """
         before = self.route.hops
         refill, actions = self.route.take_over(
@@ -333,15 +333,15 @@ class ClientSession:
         return refill, actions
 
     def send_again(self, now: float) -> list[Action]:
-        """The hops have what they lacked: other hops are left, and steps without an answer go out again.
+        """The hops have all positions: leave other hops, and send steps without an answer again.
 
-        A step that was answered meanwhile goes out too: not every hop may have seen it.
+        A step that was answered meanwhile goes out too: some hop may not have seen it.
         """
         leave: list[Action] = [Leave(hop) for hop in self.route.leave_others()]
         return leave + [self._send(pending, now) for pending in self.steps.again]
 
     def end_switch(self, now: float, error: PeerFault | Refused | None, *, done: bool) -> None:
-        """The change of the route is over.  done: to its end; else by `error`, or by what was received."""
+        """The change of the route is over.  done: to its end; else by `error`, or by an event."""
         self.last_error = error or self.last_error
         if self.state is State.SWITCHING:
             self._become(State.SOUND if done else State.BROKEN)

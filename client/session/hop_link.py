@@ -31,7 +31,7 @@ from tensor_codec.messages.session import (
 class HopLink:
     """The streams to one hop, as long as the session uses it.
 
-    state: what is known of the hop.  scope: of the task that reads the stream.
+    state: of the hop.  scope: of the task that reads the stream.
     """
 
     state: HopState
@@ -54,7 +54,7 @@ class HopLink:
         self.state.opened(reply)
 
     async def relink(self, order: Relink, seconds: float) -> None:
-        """Give the hop its new neighbours, and wait until it says where it is.  Raises PeerFault."""
+        """Give the hop its new neighbours, and wait for its position.  Raises PeerFault."""
         peer = self.state.hop.peer
         await self.stream.send(encode_relink(order))
         with trio.move_on_after(seconds):
@@ -73,7 +73,7 @@ class HopLink:
         self._answered.set()
 
     async def ask(self) -> None:
-        """Ask how far the hop is, unless it has been asked.  Raises PeerFault."""
+        """Ask the hop for its progress, unless a question is open.  Raises PeerFault."""
         if self.state.asked_at is None:
             self.state.ask(trio.current_time())
             await self.stream.send(encode_where())
@@ -83,7 +83,7 @@ class HopLink:
         await self.stream.send(parts)
 
     async def send_step(self, step: Step, seconds: float) -> None:
-        """Send a step, over the bulk stream where there is one, which takes it within `seconds`.
+        """Send a step, over the bulk stream if there is one, within `seconds`.
 
         Raises PeerFault.
         """
@@ -93,7 +93,7 @@ class HopLink:
             await self._bulk.send(encode_step(step), seconds)
 
     async def begin_bulk(self, open_push: Callable[[], Awaitable[PeerStream]]) -> None:
-        """From here on steps go over a stream of their own, which the hop reads as it computes.
+        """From here on steps go over a stream of their own; the hop reads it at the speed of its computing.
 
         Raises PeerFault.
         """

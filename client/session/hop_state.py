@@ -1,4 +1,4 @@
-"""What is known of one hop of a session.  Pure: the stream to it is `client.session.hop_link`."""
+"""The state of one hop of a session.  Pure: the stream to it is `client.session.hop_link`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tensor_codec.messages.session import Here, Opened, Relinked
 class HopState:
     """One hop, from the moment that it opened the session.
 
-    dtype: what it computes in.  codec: how hidden states travel to and from it.
-    progress: as it last said, when the route changed.  queue: see `Opened`.
+    dtype: of its computation.  codec: of hidden states to and from it.
+    progress: of its last report, at the change of the route.  queue: see `Opened`.
     push: it reaches its successor.  relay: the client carries its outputs.  fed: the client sends its inputs.
-    leaving: it goes on for a while.  refused: it could not take a step, and may be able to later.
-    error: why it is of no use any more.  blamed: another peer is to be preferred from now on.
-    here, asked_at: what it answered last to Where, and when an unanswered Where was sent.
+    leaving: it goes on for a while.  refused: it could not take a step, and may take it later.
+    error: the reason why it was given up.  blamed: another peer is preferred from now on.
+    here, asked_at: its last answer to Where, and the time of an unanswered Where.
     closed: the client has left it.
     """
 
@@ -41,12 +41,12 @@ class HopState:
 
     @property
     def alive(self) -> bool:
-        """Whether its session goes on there, as far as is known."""
+        """Whether the session goes on there, as far as is known."""
         return self.error is None and not self.closed
 
     @property
     def avoided(self) -> bool:
-        """Whether another peer is to be preferred."""
+        """Whether another peer is preferred."""
         return self.leaving or self.refused or self.blamed
 
     def opened(self, reply: Opened) -> None:
@@ -58,7 +58,7 @@ class HopState:
         self.relay, self.fed, self.refused = relay, fed, False
 
     def relinked(self, reply: Relinked, codec: str) -> None:
-        """It has taken its new neighbours, and says where it is."""
+        """It has taken its new neighbours, and reports its position."""
         self.push, self.codec = reply.push, codec
         self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut)
 
@@ -67,23 +67,23 @@ class HopState:
         self.progress = HopProgress(length, cut=self.progress.cut)
 
     def ask(self, now: float) -> None:
-        """It is asked how far it is."""
+        """It is asked for its progress."""
         self.asked_at = now
 
     def answer(self, here: Here) -> None:
-        """It says how far it is."""
+        """It reports its progress."""
         self.here, self.asked_at = here, None
 
     def forget_answers(self) -> None:
-        """What it said was of another route."""
+        """Its report was of another route."""
         self.here = self.asked_at = None
 
     def set_leaving(self, leaving: bool = True) -> None:
-        """Another hop is to take over while this one works; False: there is no other."""
+        """Another hop shall take over while this one works; False: there is no other."""
         self.leaving = leaving
 
     def refuse(self) -> None:
-        """It could not take a step, and may be able to later."""
+        """It could not take a step, and may take it later."""
         self.refused = True
 
     def fail(self, error: PeerFault | Refused, *, blame: bool) -> None:

@@ -1,1 +1,1 @@
-"""What a session decides when hops are late, slow or gone.  Pure."""
+"""The decisions of a session when hops are late, slow or gone.  Pure."""

@@ -1,4 +1,4 @@
-"""How hidden states travel in each epoch of a session.  Pure."""
+"""The codec of hidden states in each epoch of a session.  Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Contracts:
     """The contract of the present epoch, and those of earlier ones, in which late answers come.
 
     Promises, checked by tests/unit/test_contracts.py:
-      * with "auto" the codec is that of the hops of the route that is agreed on, at every change of it;
+      * with "auto" the codec fits the hops of the new route, at every change of it;
       * hops that go on never get a narrower codec once anything was sent;
       * a codec that the user chose stays.
 
@@ -23,7 +23,7 @@ class Contracts:
     wanted: str
     current: Contract
     anything_sent: bool = False
-    _since: list[tuple[int, Contract]] = field(default_factory=list)  # from which epoch on
+    _since: list[tuple[int, Contract]] = field(default_factory=list)  # its first epoch
 
     def sent(self) -> None:
         """A hop was given hidden states."""
@@ -32,8 +32,8 @@ class Contracts:
     def agree(self, epoch: int, dtypes: Sequence[str | None], *, kept: bool) -> Contract:
         """The contract from `epoch` on.  dtypes: of the hops; None for a hop that has just left.
 
-        kept: some hops go on.  These have what the codec until now left of the hidden states: a narrower
-        codec would gain bytes and lose what is kept.
+        kept: some hops go on.  These have hidden states in the codec until now: a narrower codec would save
+        bytes and lose digits of kept states.
         """
         codec = self.wanted
         if codec == "auto":
@@ -46,7 +46,7 @@ class Contracts:
         return self.current
 
     def in_epoch(self, epoch: int) -> Contract:
-        """What was agreed on in an epoch."""
+        """The contract of an epoch."""
         for since, contract in reversed(self._since):
             if since <= epoch:
                 return contract

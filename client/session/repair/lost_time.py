@@ -1,4 +1,4 @@
-"""When has a session lost so much time to a chain that became slow, that it should look for another?
+"""The time that a session loses to a slow chain, and the moment to look for another chain.
 
 One slow step is chance: another client's prompt was before it.  To move for that costs a
 replay, which makes the new hops slow for others, who then move too: in `benchmarks swarm --clients`, at
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 RECENT_STEPS = 64
 MIN_STEPS = 4
-SUSPICION = 2.0  # times the usual step: what a step takes beyond that is lost
-MAX_LOST_STEPS = 4.0  # usual ones: then a session looks around, whatever a replay costs
+SUSPICION = 2.0  # times the usual step: the seconds of a step beyond that are lost
+MAX_LOST_STEPS = 4.0  # usual steps: after this loss a session looks for a chain, at any cost of a replay
 REPLAYED_SHARE = 0.15  # of a decode step's time, for each position of a replay
 
 
@@ -38,7 +38,9 @@ class LostTime:
         self.recent.append(seconds)
         usual = min(statistics.median(self.recent), SUSPICION * expected)
         lost = max(0.0, self._lost + seconds - SUSPICION * usual)
-        self._lost = min(lost, 2 * MAX_LOST_STEPS * usual)  # so that it is made up for some time
+        self._lost = min(
+            lost, 2 * MAX_LOST_STEPS * usual
+        )  # so that quick steps balance the loss for some time
 
     def too_much(self, length: int, hops: int) -> bool:
         """Whether to look for a better chain, for `length` positions at `hops` hops."""
@@ -48,5 +50,5 @@ class LostTime:
         return self._lost > statistics.median(self.recent) * min(MAX_LOST_STEPS, max(1.0, replay))
 
     def forget(self) -> None:
-        """The session has moved: what was lost is."""
+        """The session has moved: the loss begins at 0."""
         self._lost = 0.0

@@ -1,4 +1,4 @@
-"""When a session leaves hops that have become slow, and which of them.  Pure."""
+"""The time at which a session leaves slow hops, and the choice of these hops.  Pure."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SEARCH_SHARE = 0.05  # of the time may go into the search for a better chain
 MIN_GAIN_SECONDS = 0.01  # a step: less is noise
 COOLDOWN_SECONDS = 5.0  # after a move, before another one
 STEPS_AHEAD = 32  # steps that are assumed to come: their gain has to pay for the replay
-SEEN_STEPS = 3  # of a hop, whose median is what it is now
+SEEN_STEPS = 3  # of a hop: their median is its present speed
 
 
 @dataclass(slots=True)
 class Relocation:
-    """Decides when another chain is searched for, and whether a move to it pays.
+    """Decides the time of a search for another chain, and whether a move to it pays.
 
     Promises, checked by tests/unit/test_relocation.py:
       * no search before more time was lost than a replay costs, nor within COOLDOWN_SECONDS of a move;
@@ -40,7 +40,7 @@ class Relocation:
     terms: Terms
     lost_time: LostTime = field(default_factory=LostTime)
     _observed: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
-    _search_at: float = 0.0  # not before this
+    _search_at: float = 0.0  # the earliest next search
 
     def observe(self, hops: Sequence[Hop], times: StepTimes, expected: float) -> None:
         """A decode step has come back.  expected: seconds that the chain promised."""
@@ -64,7 +64,7 @@ class Relocation:
     def hops_to_leave(
         self, chain: Chain, length: int, chooser: Chooser, kinds: frozenset[str]
     ) -> frozenset[Hop]:
-        """The hops without which the session would be so much faster that a replay pays."""
+        """The hops whose replacement makes the session fast enough to pay for a replay."""
         observed = {peer: statistics.median(held) for peer, held in self._observed.items()}
         present = chooser.cost(chain.hops, observed)
         gains = [
@@ -92,7 +92,7 @@ class Relocation:
                 yield other, chooser.cost(other, observed)
 
     def _gain(self, chain: Chain, length: int, hops: Sequence[Hop], seconds: float, present: float) -> float:
-        """Seconds won by a move to `hops`, which take `seconds` a step, the replay paid; 0 for too few."""
+        """Seconds gained by a move to `hops`, which take `seconds` a step, less the replay; 0 for too few."""
         gain = present - seconds
         if gain < max(MIN_GAIN_SECONDS, (1 - BETTER) * present):
             return 0.0

@@ -15,12 +15,12 @@ from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, Refused
 
-MAX_REFUSED_SECONDS = 15.0  # that a peer is left alone after refusals one after the other
+MAX_REFUSED_SECONDS = 15.0  # for which a peer is avoided after successive refusals
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """predecessor, successor: as far as the hop is to know them.  relay: the client carries its outputs."""
+    """predecessor, successor: None where it must not know them.  relay: the client carries its outputs."""
 
     predecessor: PeerId | None
     successor: PeerId | None
@@ -29,27 +29,27 @@ class Neighbours:
 
 @dataclass(slots=True)
 class Replacement:
-    """Decides which hops a session keeps, and which new ones it takes.
+    """Decides the hops that a session keeps, and the new hops that it takes.
 
     Promises, checked by tests/unit/test_replacement.py:
       * hops that live and are not avoided stay where the gaps between them can be filled;
       * a peer that cannot serve the session at all is never chosen again;
-      * a peer that refuses again and again is left alone for twice as long each time, 15 s at most;
+      * a peer that refuses repeatedly is avoided for twice the time after each refusal, 15 s at most;
       * two hops that cannot reach each other do not learn of each other.
 
-    kinds: of the hops until now: others would give other tokens.
+    kinds: of the hops until now: other kinds would give other tokens.
     """
 
     terms: Terms
     chooser: Chooser
     kinds: frozenset[str] = frozenset()
     _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
-    _relayed: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # as the trace says already
+    _relayed: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # noted in the trace already
     _unable: frozenset[PeerId] = frozenset()  # peers that cannot serve this session at all
     _refusals: Counter[PeerId] = field(default_factory=Counter)
 
     def best_chain(self, hops: Sequence[HopState], *, last_resort: bool) -> Chain:
-        """Keep what can be kept of the present hops and fill the gaps; else the best chain of all.
+        """Keep usable present hops and fill the gaps; else take the best chain of all.
 
         Raises NoChain.
         """
@@ -77,22 +77,22 @@ class Replacement:
         self.kinds = frozenset(kind for hop in hops if (kind := self.chooser.kind_of(hop.peer)))
 
     def refused(self, peer: PeerId, error: Refused) -> float | None:
-        """A peer said no; for how many seconds it is to be left alone, None: the usual time."""
-        self._refusals[peer] += 1  # a peer that says "soon" again and again is believed less and less
+        """A peer has refused; the seconds for which it is avoided, None: the usual time."""
+        self._refusals[peer] += 1  # each further refusal doubles the time
         soon = error.retry_after_seconds
         if soon is None:
             if type(error) in (Refused, CacheFull):
-                self._unable |= {peer}  # nor will it have later what this session asks for
+                self._unable |= {peer}  # it will never have the capacity for this session
             return None
         times: int = 2 ** min(self._refusals[peer] - 1, 8)
         return min(soon * times, MAX_REFUSED_SECONDS)
 
     def separate(self, pairs: Collection[tuple[PeerId, PeerId]]) -> None:
-        """In each pair the one cannot push to the other."""
+        """In each pair the first hop cannot push to the second."""
         self._apart.update(pairs)
 
     def newly_relayed(self, pairs: Sequence[tuple[PeerId, PeerId]]) -> list[tuple[PeerId, PeerId]]:
-        """Those of the pairs between which the client did not carry anything before."""
+        """The pairs between which the client did not carry hidden states before."""
         fresh = [pair for pair in pairs if pair not in self._relayed]
         self._relayed.update(fresh)
         return fresh

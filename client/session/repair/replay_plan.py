@@ -1,17 +1,17 @@
-"""What has to be computed again when hops of a session are replaced: as little as possible.  Pure.
+"""The least recomputation when hops of a session are replaced.  Pure.
 
 Each hop of the new route reports its progress: how many positions its cache holds, which step it
 computed last, and which of its outputs its journal still has.  A new hop has nothing.  `plan`
 works out how much of every cache stays good and which hop sends what again, so that in the end every hop
 holds the positions before the first step that has no answer yet.  That step then goes out again.
 
-Three cases beyond the plain one (one hop died, the one before it replays):
+Three cases besides the plain one (one hop died, and the hop before it replays):
 
-* several died: the sender of a hop may be new itself.  It is fed first, computes, and what it computes
-  goes on to those that lack it;
+* several died: the sender of a hop may be new itself.  It is fed first and computes, and its outputs go on
+  to hops that lack them;
 * a sender's journal does not reach back far enough: it is cut to what its successor holds, and has to
   be fed itself, by the hop before it; in the end by the client, which has everything;
-* a model whose cache cannot go back (a convolution's state): a hop that is too far begins again.
+* a model whose cache cannot go back (a convolution's state): a hop beyond the position begins again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class HopOrder:
-    """What a hop is to do: see `tensor_codec.messages.session.Resume`."""
+    """The order to a hop: see `tensor_codec.messages.session.Resume`."""
 
     length: int
     has: int
@@ -69,10 +69,10 @@ class Plan:
 def plan(
     standings: Sequence[HopProgress], position: int, sent: Sequence[Sent], again: Sequence[int] = ()
 ) -> Plan:
-    """How to bring all hops to `position` with the least work.
+    """The plan that brings all hops to `position` with the least work.
 
     position: of the first step that is sent again, or the session's length where there is none.
-    sent: steps without an answer, oldest first.  again: the numbers of those that will be sent again.
+    sent: steps without an answer, oldest first.  again: the numbers of the steps that will be sent again.
 
     A hop that has computed the only step that comes again, and nothing after it, keeps it: it answers
     from memory.
@@ -99,16 +99,18 @@ def plan(
 
 
 def _good(standing: HopProgress, position: int, sent: Sequence[Sent]) -> int:
-    """How many positions of a hop's cache are what they should be, up to `position`."""
+    """The number of valid positions of a hop's cache, up to `position`."""
     good = min(standing.length, position)
     for one in sent:
         if standing.step is None or one.step > standing.step:
-            good = min(good, one.what.position)  # it would have cut there, and has not seen it
+            good = min(
+                good, one.what.position
+            )  # it has not seen this step, which would have cut its cache there
     return good
 
 
 def _is_ahead(standing: HopProgress, sent: Sequence[Sent], again: Sequence[int]) -> bool:
-    """Whether the one step that comes again is the last thing that this hop has computed."""
+    """Whether the one step that comes again is the last computed step of this hop."""
     if len(again) != 1:
         return False
     (number,) = again

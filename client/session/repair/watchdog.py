@@ -1,4 +1,4 @@
-"""When hops are asked how far a late step is, and which of them has failed.  Pure."""
+"""The time of questions to hops about a late step, and the detection of a failed hop.  Pure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tensor_codec.messages.contract import REPLAY_TOKENS
 MIN_HOP_SECONDS = 1.0  # a hop's deadline is 4 x p95 of its recent steps, within these two
 MAX_HOP_SECONDS = 30.0
 DEADLINE_FACTOR = 4.0
-ASK_AT = 0.25  # of the deadline: then every hop is asked how far it is
+ASK_AT = 0.25  # of the deadline: then every hop is asked for its progress
 MAX_DOUBLINGS = 5  # of the time that a hop may be silent
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a look at a late step has shown.
+    """The result of a look at a late step.
 
-    ask: hops to be asked how far they are.  silent: hops that did not answer, and since when no sign of
-    them, in seconds.  stuck: a hop that has lost the step.  busy: a hop that works on something else for
-    too long.  waited: seconds without progress, of a hop that is stuck or busy.
+    ask: hops to ask for their progress.  silent: hops that did not answer, with the seconds of their
+    silence.  stuck: a hop that has lost the step.  busy: a hop that works on something else for too long.
+    waited: seconds without progress, of a hop that is stuck or busy.
     """
 
     ask: Sequence[HopState] = ()
@@ -37,14 +37,15 @@ class Findings:
 
 @dataclass(slots=True)
 class Watchdog:
-    """Looks after steps that are late.
+    """Watches late steps.
 
     Promises, checked by tests/unit/test_watchdog.py:
       * a hop's deadline is four times the 95th percentile of the recent steps, from 1 to 30 s;
-      * hops are asked after a quarter of the deadline, and none is silent before the rest has passed;
+      * hops are asked after a quarter of the deadline, and none counts as silent before the deadline has
+      passed;
       * a hop that was given up for its silence has twice the time after each such fault, 30 s at most;
-      * a step that makes progress is waited for; one that makes none is lost at a hop that is idle, and is
-        waited for at a busy one as long as its positions may take.
+      * a step that makes progress is waited for; a step without progress is lost at an idle hop, and waits
+        at a busy hop for the time that its positions may take.
 
     lost_time: of the session's recent steps.
     """
@@ -53,7 +54,7 @@ class Watchdog:
     silences: Counter[PeerId] = field(default_factory=Counter)
 
     def hop_seconds(self) -> float:
-        """How long a hop may be silent: the deadline of one hop's work on a step."""
+        """The longest silence of a hop: the deadline of one hop's work on a step."""
         recent = self.lost_time.recent
         if not recent:
             return MIN_HOP_SECONDS
@@ -61,13 +62,13 @@ class Watchdog:
         return min(max(DEADLINE_FACTOR * p95, MIN_HOP_SECONDS), MAX_HOP_SECONDS)
 
     def first_look(self, now: float) -> float:
-        """When the hops are to be asked for a step that is all right now."""
+        """The time of the next question for a step without a fault now."""
         return now + self.hop_seconds() * ASK_AT
 
     def look(
         self, pending: Pending, hops: Sequence[HopState], now: float, *, refilling: bool, expected: float
     ) -> Findings:
-        """Look after a late step, and set its next look.
+        """Look at a late step, and set its next look.
 
         refilling: a replay is before the step.  expected: seconds that the chain promised for one step.
         """
@@ -93,9 +94,9 @@ class Watchdog:
         return found
 
     def _answer_seconds(self, hop: HopState) -> float:
-        """Seconds that a hop has to answer; twice as many after each time that it was given up for silence.
+        """Seconds for a hop's answer; twice as many after each time that it was given up for silence.
 
-        A distant hop over a bad line would else never have the time to answer, where there is no other.
+        Otherwise a distant hop over a bad line would never have the time to answer, where there is no other.
         """
         times: int = 2 ** min(self.silences[hop.hop.peer], MAX_DOUBLINGS)
         return min((1 - ASK_AT) * self.hop_seconds() * times, MAX_HOP_SECONDS)
@@ -116,7 +117,7 @@ class Watchdog:
         return Findings()
 
     def _busy_seconds(self, pending: Pending, *, refilling: bool, expected: float) -> float:
-        """How long a hop may work on one thing before another hop is looked for."""
+        """The longest work of a hop on one thing before a search for another hop."""
         positions = pending.what.tokens
         if refilling:
             positions = max(positions, min(REPLAY_TOKENS, pending.what.position))
@@ -126,7 +127,7 @@ class Watchdog:
 
 
 def _first_without(step: int, hops: Sequence[HopState]) -> int:
-    """The first hop that has not computed a step, by what the hops have said; len(hops) if there is none."""
+    """The first hop that has not computed a step, by the hops' reports; len(hops) if there is none."""
     for index, hop in enumerate(hops):
         if hop.here is None or hop.here.step is None or hop.here.step < step:
             return index
