@@ -1,4 +1,4 @@
-"""A swarm as a trio program holds it: chains, sessions, tokens, hidden states and gradients."""
+"""A trio program's handle on a swarm: chains, sessions, tokens, hidden states and gradients."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ class Swarm:
         return self.local_model
 
     def view(self) -> SwarmView:
-        """What is known of the swarm now."""
+        """The present view of the swarm."""
         return self._directory.view()
 
     @property
     def last_view(self) -> SwarmView:
-        """The view of the last look, some of whose records may have ended since.  For any thread."""
+        """The view of the last look; some of its records may have ended since.  For any thread."""
         return self._directory.last_view
 
     async def changed(self, since: SwarmView) -> None:
@@ -171,19 +171,19 @@ class Swarm:
         conversation: Conversation | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> Settings:
-        """The settings of a `generate` with these arguments, and which of them the model's file decides.
+        """The settings of a `generate` with these arguments, and the names of settings from the model's file.
 
-        Raises what `generate` raises on the call.
+        Raises the errors of `generate` on the call.
         """
         return self._settle(prompt, options_of(options, arguments), conversation)[1]
 
     def _settle(
         self,
-        prompt: Any,  # Any: whatever a caller gave
+        prompt: Any,  # Any: a caller's value
         options: GenerateOptions,
         conversation: Conversation | None,
     ) -> tuple[list[int], Settings]:
-        """The prompt's tokens, and what is in force for them."""
+        """The prompt's tokens, and the settings for them."""
         from client.generation.checks import prompt_ids
         from client.generation.generation_config import GenerationDefaults, settle
 
@@ -280,7 +280,7 @@ class Swarm:
     ) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
-        deadline: on trio's clock, if it is to be another one.
+        deadline: on trio's clock, in place of `wait_seconds`.
         Peers that have failed lately are used only when nothing else covers the model.
         Raises NoChain, PeerFault and Refused when the time is up.
         """
@@ -359,7 +359,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         background_nursery() as nursery,
     ):
         info, local_model, defaults = await compute.run(_load_model, config)
-        gc.freeze()  # these objects stay: later collections need not look at a million of them
+        gc.freeze()  # these objects stay: later collections need not visit a million of them
         heads = HeadBatches(local_model, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
         nursery.start_soon(trio.to_thread.run_sync, local_model.make_exact_argmax)

@@ -210,7 +210,7 @@ def describe_events(trace: Trace) -> list[str]:
 
 
 async def wait_for_route(swarm: SwarmLike, seconds: float) -> Chain:
-    """The route, as soon as the swarm is complete.  Raises NoChain after `seconds`."""
+    """The route, once the swarm is complete.  Raises NoChain after `seconds`."""
     deadline, announced = trio.current_time() + seconds, False
     while True:
         seen = swarm.view()

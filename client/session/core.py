@@ -157,7 +157,7 @@ class ClientSession:
         return None
 
     def search(self) -> Move | None:
-        """Search for a chain that is so much better that the session moves; the hops to leave are marked."""
+        """Search for a chain whose gain pays for a move, and mark the hops to leave."""
         leave = self.relocation.hops_to_leave(
             self.route.chain, self.steps.length, self.chooser, self.route.replacement.kinds
         )

@@ -1,8 +1,8 @@
 """The streams of a session: dials, sends, receives and times what the session's core decides.
 
 `Route.repair` makes the route sound, at the opening and after every fault: it waits for a chain, opens
-the session at new hops and gives the others their new neighbours (`_line_up`), has every hop filled with
-what it lacks (`_fill_up`), and begins again where anything fails on the way.
+the session at new hops and gives the others their new neighbours (`_line_up`), fills every hop with its
+missing positions (`_fill_up`), and begins again after any fault on the way.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ from tensor_codec.messages.session import (
 )
 from tensor_codec.span_spec import SpanSpec
 
-# For a hop to be dialled, find free cache for the session and answer.  Doubles with every attempt: others
-# may be quicker, but where every peer is that slow it has to be waited for.
+# For the dial to a hop, its wait for free cache, and its answer.  Doubles with every attempt: other peers
+# may be quicker, but if every peer is slow the session must wait.
 OPEN_SECONDS = 2.5
-RELINK_SECONDS = 2.0  # for a hop to say where it is, a dial to its successor not included
-CHOICES = 3  # of a chain for a new session, whose hops turn out to be busier than was known
+RELINK_SECONDS = 2.0  # for a hop's report of its position, without the dial to its successor
+CHOICES = 3  # of a chain for a new session, if its hops are busier than was known
 
 
 @dataclass(slots=True, eq=False)
 class Route:
     """The streams to the hops of one session.  Their tasks run in `nursery` until the session is closed.
 
-    journal: what was sent to the first hop, in `terms.kept_codec`.
-    news: set, and made anew, whenever waiting tasks have to look again.
+    journal: the hidden states sent to the first hop, in `terms.kept_codec`.
+    news: set, and made anew, when waiting tasks must look again.
     """
 
     core: ClientSession
@@ -88,7 +88,7 @@ class Route:
     news: trio.Event = field(default_factory=trio.Event)
     _links: dict[HopState, HopLink] = field(default_factory=dict)  # whose tasks run
     _bulk: list[HopLink] = field(default_factory=list)  # with a stream of their own for bulk
-    _unanswered: set[PeerId] = field(default_factory=set)  # hops that are to take a new route
+    _unanswered: set[PeerId] = field(default_factory=set)  # hops that must take a new route
     _changing: trio.Lock = field(default_factory=trio.Lock)
     _switching: trio.CancelScope | None = None
 
@@ -120,14 +120,14 @@ class Route:
     def tell(self, event: Event) -> bool:
         """Give an event to the core and do what it decides; whether it decides anything.
 
-        Only for events after which nothing has to be sent.
+        Only for events without a frame to send.
         """
         actions = self.core.receive(event, trio.current_time())
         self.apply(actions)
         return bool(actions)
 
     def apply(self, actions: Iterable[Action]) -> None:
-        """Do what takes no time."""
+        """Perform the actions that take no time."""
         for action in actions:
             match action:
                 case Note(kind, data):
@@ -150,7 +150,7 @@ class Route:
                     raise LocalProtocolError(f"{action} takes time")
 
     async def perform(self, actions: Iterable[Action]) -> None:
-        """Do what is to be sent as well.  A failure goes to the core."""
+        """Perform all actions, frames to send included.  A failure goes to the core."""
         for action in actions:
             match action:
                 case Deliver():
@@ -186,24 +186,24 @@ class Route:
             raise
 
     async def end_bulk(self) -> None:
-        """Everything that was sent has been answered: steps need no streams of their own any more."""
+        """All steps are answered: steps need no streams of their own any more."""
         while self._bulk:
             await self._bulk.pop().end_bulk()
 
     def wake(self) -> None:
-        """Whoever waits for news looks again."""
+        """Wake the tasks that wait for news."""
         self.news.set()
         self.news = trio.Event()
 
     async def wait_closed(self) -> None:
-        """Until all streams are closed."""
+        """Wait until all streams are closed."""
         while self._links:
             await self.news.wait()
 
     # --- a new route ---
 
     async def _switch(self, chain: Chain, open_seconds: float) -> None:
-        """Change to this chain, as far as nothing disturbs it."""
+        """Change to this chain, unless an event disturbs the change."""
         core, done, failure = self.core, False, None
         if core.state is State.CLOSED:
             raise PeerGone("the session was closed")
@@ -222,7 +222,7 @@ class Route:
             core.end_switch(trio.current_time(), failure, done=done)
 
     async def _line_up(self, chain: Chain, open_seconds: float) -> tuple[LineUp, list[HopState]]:
-        """Every hop of the chain, or of a better one that shows up now, in the new epoch.
+        """Open or relink every hop of the chain in the new epoch, or of a better chain found now.
 
         Raises PeerFault, Refused, which the core knows then.
         """
@@ -247,7 +247,7 @@ class Route:
             return line_up, made
 
     async def _each_hop(self, line_up: LineUp, open_seconds: float) -> list[HopState]:
-        """Open or relink all hops at once; the first failure cancels the rest.  Raises it."""
+        """Open or relink all hops at once; the first failure cancels the others.  Raises it."""
         made: dict[int, HopState] = {}
         failure: PeerFault | Refused | None = None
         self._unanswered.clear()
@@ -322,7 +322,7 @@ class Route:
         await link.relink(Relink(line_up.epoch, near.predecessor, near.successor, near.relay, codec), seconds)
 
     async def _fill_up(self, line_up: LineUp, made: Sequence[HopState], began: float) -> None:
-        """Let every hop have what it lacks, and send the steps without an answer again.
+        """Fill every hop with its missing positions, and send the steps without an answer again.
 
         Raises PeerFault, which the core knows then.
         """
@@ -343,7 +343,7 @@ class Route:
                 self.apply([action])
 
     async def _replay(self, refill: Refill, line_up: LineUp) -> None:
-        """Send the first hop what it lacks.  Raises PeerFault, which the core knows then."""
+        """Send the first hop its missing positions.  Raises PeerFault, which the core knows then."""
         for hop in refill.bulk:
             with self._noting(hop) as link:
                 await link.begin_bulk(partial(self.swarm.open_stream, hop.hop.peer, PUSH_PROTOCOL))
@@ -361,7 +361,7 @@ class Route:
                 await link.send_step(step, self.limits.session_idle_seconds)
 
     async def _watch(self, hops: Sequence[HopState]) -> None:
-        """While a replay goes on, which may be held back: ask every hop whether it lives."""
+        """During a replay, which may be delayed, ask every hop whether it lives."""
         while True:
             await trio.sleep(RELINK_SECONDS / 2)
             for hop in hops:  # shielded: a question that was cut short would take the stream with it
@@ -388,7 +388,7 @@ class Route:
             raise
 
     async def _listen(self, link: HopLink, task_status: trio.TaskStatus[None]) -> None:
-        """Read what a hop says until the session leaves it; then say goodbye."""
+        """Read a hop's frames until the session leaves it; then send a goodbye."""
         core, hop, contracts = self.core, link.state, self.core.route.contracts
         try:
             with link.scope:

@@ -1,4 +1,4 @@
-"""The hops of a session's route, and how a new route is agreed on with them.  Pure."""
+"""The hops of a session's route, and the agreement on a new route with them.  Pure."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tensor_codec.messages.contract import Contract, Reply
 from tensor_codec.messages.session import Result, Step
 
 LATE_SECONDS = 1.0  # without an answer to Open: then a hop waits for free cache
-REFUSED_SECONDS = 2.0  # that such a hop is left alone
+REFUSED_SECONDS = 2.0  # for which this hop is then avoided
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One hop of a route that is to be agreed on.
+    """One hop of a route before its agreement.
 
     state: of the hop, where it serves the session already; else it is opened.
-    dtype: what it computes in; None where the peer has just left the swarm.
+    dtype: of its computation; None where the peer has just left the swarm.
     """
 
     hop: Hop
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class LineUp:
-    """A route that is to be agreed on with its hops.
+    """A route before the agreement with its hops.
 
     contract: of its epoch.  held: new hops come into a session that has positions already.
     """
@@ -58,10 +58,10 @@ class LineUp:
 
 @dataclass(frozen=True, slots=True)
 class Refill:
-    """What the hops of a new route lack, and their senders: see `client.session.repair.replay_plan`.
+    """The missing positions of a new route, and their senders: see `client.session.repair.replay_plan`.
 
     orders: for each hop.  The client sends the first hop positions [client_from, position) again.
-    bulk: hops to which the client opens a stream for what is sent again.
+    bulk: hops to which the client opens a stream for the replay.
     """
 
     orders: tuple[tuple[HopState, HopOrder], ...]
@@ -72,9 +72,9 @@ class Refill:
 
 @dataclass(slots=True, eq=False)
 class RouteState:
-    """Which hops serve a session in which epoch, and which neighbours they know.
+    """The hops that serve a session in each epoch, and their known neighbours.
 
-    hops: of the present route.  opened: all that serve the session, those of the present route included.
+    hops: of the present route.  opened: all hops that serve the session, the present route's included.
     chain: of the hops.  refilling: a replay may still be under way, which no step may overtake.
     """
 
@@ -96,14 +96,14 @@ class RouteState:
         return self.replacement.best_chain(self.hops, last_resort=last_resort)
 
     def has_choice(self) -> bool:
-        """Whether there is a chain without the hops that are avoided."""
+        """Whether there is a chain without the avoided hops."""
         try:
             return bool(self.choose().hops)
         except NoChain:
             return False
 
     def instead_of(self, chain: Chain) -> Chain | None:
-        """The best chain by what is known now, if that is another one."""
+        """The best chain by present knowledge, if it differs."""
         try:
             best = self.choose()
         except NoChain:
@@ -137,7 +137,7 @@ class RouteState:
         self.opened.append(hop)
 
     def postpone_late(self, unanswered: Collection[PeerId], line_up: LineUp, seconds: float) -> list[Action]:
-        """A new hop has refused the session: which others are not asked next, if there are other peers.
+        """A new hop has refused the session: the other hops that are avoided too, if there are other peers.
 
         unanswered: peers that have not answered either, after `seconds`.  They are taken to wait for free
         cache too: asked again, they would refuse only after a further wait.
@@ -148,7 +148,7 @@ class RouteState:
         return [Postpone(peer, REFUSED_SECONDS) for peer in fresh if peer in unanswered]
 
     def are_apart(self, made: Sequence[HopState]) -> bool:
-        """Whether hops of a new route cannot reach the next one, as was not known before."""
+        """Whether a hop of a new route cannot reach the next hop, and this was not known before."""
         pairs = [
             (one.hop.peer, two.hop.peer) for one, two in pairwise(made) if not one.push and not one.relay
         ]
@@ -158,9 +158,9 @@ class RouteState:
     def take_over(
         self, line_up: LineUp, made: Sequence[HopState], point: ResumePoint, why: str, seconds: float
     ) -> tuple[Refill | None, list[Action]]:
-        """The hops of a new route are agreed on: what they lack; None where all of them are new.
+        """The hops of a new route have agreed: their missing positions; None where all hops are new.
 
-        point: what they are brought to.  why: the route was changed.  seconds: that the agreement took.
+        point: of the resumption.  why: the reason of the change.  seconds: of the agreement.
         """
         before, self.hops = self.hops, list(made)
         hops = tuple(hop.hop for hop in made)
@@ -183,7 +183,7 @@ class RouteState:
         return Refill(orders, todo.client_from, point.position, bulk), notes
 
     def leave_others(self) -> list[HopState]:
-        """The hops that are not of the present route are left; those of the route may be asked anew."""
+        """Leave the hops outside the present route; hops of the route may be asked anew."""
         leave = [hop for hop in self.opened if hop not in self.hops]
         self.opened = list(self.hops)
         for hop in leave:
@@ -193,7 +193,7 @@ class RouteState:
         return leave
 
     def why_none(self, last_error: PeerFault | Refused | None, unanswered: Sequence[PeerId]) -> Exception:
-        """Why there is no sound route at the deadline.  unanswered: peers that a new route waits for."""
+        """The reason for the lack of a sound route at the deadline.  unanswered: peers without an answer."""
         if isinstance(last_error, Refused):
             return last_error
         try:
@@ -219,7 +219,7 @@ class RouteState:
         self.refilling = False
 
     def carry(self, hop: HopState, result: Result, pending: Pending | None) -> list[Action]:
-        """What a hop made goes to the next one, which it cannot reach."""
+        """The client carries a hop's output to the next hop, which it cannot reach."""
         if result.epoch != self.epoch or hop not in self.hops or not len(result.body):
             return []
         reply: Reply = "replay" if result.replay else pending.what.reply if pending else "none"
@@ -243,7 +243,7 @@ class RouteState:
         return Note("replayed", {"sender": sender, "peer": peer, "start": start, "stop": stop, "bytes": size})
 
     def _notes(self, before: Sequence[HopState], why: str, seconds: float) -> list[Action]:
-        """What the trace says of a new route."""
+        """The trace's entry of a new route."""
         relayed = [(one.hop.peer, two.hop.peer) for one, two in pairwise(self.hops) if one.relay]
         notes: list[Action] = [
             Note("relayed", {"sender": one, "peer": two})

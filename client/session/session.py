@@ -1,8 +1,8 @@
-"""One session: hidden states in at the first block, out of the last, whatever happens to the hops.
+"""One session: hidden states in at the first block, out of the last, also after faults of hops.
 
 The client opens a stream to every hop.  It sends steps to the first one; the hops push them on
 among themselves and the last one answers.  The streams to the hops between carry orders and faults.
-Where two hops cannot reach each other the client carries what goes from one to the other.
+Where two hops cannot reach each other, the client carries hidden states between them.
 
 When a hop fails, `collect` (or the next `submit`) has the route repaired (`client.session.route`) and
 goes on: steps without an answer are sent again, and a hop that has computed one answers from memory.
@@ -41,14 +41,14 @@ from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES, SESSION_ID_BYTES, Contract, Reply, StepRange
 from tensor_codec.messages.session import Result
 
-LONG_PART = 2048  # positions: what a caller waits for one step is enough to fill caches with as many
+LONG_PART = 2048  # positions: a caller's wait for one step suffices to fill caches with this number
 
 
 @dataclass(slots=True, eq=False)
 class Session:
     """A session.  Made by `open_session`; its tasks run in the swarm's nursery until `close`.
 
-    give_up_seconds: how long one call may take, repairs included, where it does not say.
+    give_up_seconds: the default time of one call, repairs included.
     times: of the last step.  max_step_tokens: positions that one step may carry; longer inputs go in chunks.
     """
 
@@ -85,7 +85,7 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Positions in the hops' caches, as far as answers have come back."""
+        """Positions in the hops' caches, by the answers so far."""
         return self.core.steps.length
 
     @property
@@ -100,7 +100,7 @@ class Session:
 
     @property
     def working_hops(self) -> tuple[Hop, ...]:
-        """The hops of which no fault is known."""
+        """The hops without a known fault."""
         return tuple([hop.hop for hop in self.core.route.hops if hop.alive and not hop.refused])
 
     async def open(self, deadline: float) -> None:
@@ -117,11 +117,11 @@ class Session:
     def encode(self, hidden: Tensor) -> Buffer:
         """Hidden states [batch, tokens, hidden] as `submit` takes them.  Raises BadResult for NaN.
 
-        They are narrowed to what travels when they are sent, since the hops may be others by then.
+        They are narrowed to the codec at the time of sending, since the hops may be others by then.
         """
         kept, now = self.terms.kept_codec, self.core.route.contracts.current.codec
         if now != kept:
-            encode_hidden(hidden, now)  # raises for what is beyond its range
+            encode_hidden(hidden, now)  # raises for a value beyond its range
         return encode_hidden(hidden, kept)
 
     def decode(self, result: Result) -> Tensor:
@@ -133,7 +133,7 @@ class Session:
             raise
 
     def distrust(self, error: BadResult) -> None:
-        """The last hop answered with what cannot be right (see `decode`): it is to be replaced."""
+        """The last hop sent a wrong answer (see `decode`): replace it."""
         for hop in self.core.route.hops:
             if hop.hop.peer == error.peer:
                 self.route.tell(Lost(hop, error))
@@ -149,10 +149,10 @@ class Session:
     ) -> Tensor | None:
         """Run hidden states [batch, tokens, hidden] through the chain.
 
-        position: of the first token; default: after what the caches hold; lower cuts them there.
+        position: of the first token; default: after the cached positions; a lower one cuts the caches there.
         reply: positions to get back ("all", "last", or "none": returns None).
-        seconds: that it may take, repairs included; default: `give_up_seconds`, and while caches of many
-        positions are filled again as many more for every LONG_PART of them.
+        seconds: for the step, repairs included; default: `give_up_seconds`, and once more for every
+        LONG_PART of positions while caches are filled again.
         rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
         angles depend on its length; default: up to the end of this step.
         Returns hidden states [batch, tokens or 1, hidden] before the final norm, in the codec's
@@ -177,7 +177,7 @@ class Session:
             raise
 
     def _check_step(self, hidden: Any, position: Any, reply: Any, seconds: Any) -> None:  # Any: to be checked
-        """Raises ValueError for what no server would take."""
+        """Raises ValueError for an input that no server would take."""
         rows, size = self.terms.batch, self.terms.hidden
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             raise ValueError(f"hidden is {values.shown(hidden)}, a tensor of floats is needed")
@@ -203,8 +203,8 @@ class Session:
     ) -> Pending:
         """Send one encoded step; `collect` waits for the answer.
 
-        Several may be on their way (`Limits.max_steps_in_flight`): hops then work on different
-        ones at the same time.  rope_length: see `StepRange`.  Raises as `step`.
+        Several steps may be on their way (`Limits.max_steps_in_flight`): hops then work on different steps
+        at one time.  rope_length: see `StepRange`.  Raises as `step`.
         """
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
         if not 0 < tokens <= self.max_step_tokens or position + tokens > self.terms.max_length:
@@ -215,7 +215,7 @@ class Session:
         if not 0 <= rope_length <= self.terms.max_length:
             raise ValueError(f"a rope_length of {rope_length}, 0 to {self.terms.max_length} are allowed")
         if self.terms.rope is None or rope_length <= position + 1:
-            rope_length = 0  # nothing depends on it
+            rope_length = 0  # the angles do not depend on it
         if not self.core.steps.pending:
             await self._before_step(position, deadline)
         elif position != self._journal.stop:
@@ -235,7 +235,7 @@ class Session:
     ) -> Result:
         """The answer to a submitted step.  Raises as `step`.
 
-        until: as long as a replay before the step makes progress, the deadline moves, to here at most.
+        until: the latest deadline, which moves while a replay before the step makes progress.
         """
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
         try:
@@ -257,7 +257,7 @@ class Session:
         return pending.result
 
     def give_up_steps(self) -> None:
-        """Nobody will collect the steps on their way: what is left of them must not meet later ones."""
+        """Give up the steps on their way: their late answers must not meet later steps."""
         self.route.tell(StepsGivenUp())
 
     def close(self) -> None:
@@ -265,7 +265,7 @@ class Session:
         self.route.tell(Closed())
 
     async def aclose(self) -> None:
-        """The same, and wait until the streams are closed."""
+        """End the session, and wait until the streams are closed."""
         self.close()
         await self.route.wait_closed()
 
@@ -285,7 +285,7 @@ class Session:
             await self.route.repair(deadline)
 
     async def _wait(self, pending: Pending, deadline: float) -> None:
-        """Until there is news, or it is time to look after the step.  Raises SlowPeer at the deadline."""
+        """Wait for news, or for the time to look after the step.  Raises SlowPeer at the deadline."""
         news = self.route.news
         first = pending is next(iter(self.core.steps.pending.values()), None)
         with trio.move_on_at(min(deadline, pending.watch.look_at if first else math.inf)):
@@ -297,7 +297,7 @@ class Session:
         await self.route.perform(self.core.receive(Late(pending), now))
 
     def _collected(self, pending: Pending, result: Result) -> None:
-        """What an answer shows."""
+        """Take the measurements of an answer, and note them in the trace."""
         what = pending.what
         self.times, action = self.core.collected(pending, result, trio.current_time())
         if action is not None:
@@ -315,7 +315,7 @@ class Session:
 
 
 def long_parts(positions: int) -> int:
-    """How many parts of `positions` take time of their own to be filled again."""
+    """The number of parts of `positions` that add time to a refill."""
     return positions // LONG_PART
 
 

@@ -1,4 +1,4 @@
-"""Steps of a session that have no answer yet, and where the time of one went.  Pure."""
+"""Steps of a session without an answer, and the parts of a step's time.  Pure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tensor_codec.messages.session import Result
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Where the time of one step went, in seconds.
+    """The parts of one step's time, in seconds.
 
-    hops: for each hop in the chain's order, how long it held the step and how long it computed.
+    hops: for each hop in the chain's order, the time that it held the step and the time that it computed.
     """
 
     total: float
@@ -30,11 +30,12 @@ class StepTimes:
 
 @dataclass(slots=True, eq=False)
 class StepWatch:
-    """What is known of a step's progress.  Times are the caller's clock, in seconds.
+    """The known progress of a step.  Times are the caller's clock, in seconds.
 
-    since: when the step was sent, or last found to be all right.  look_at: when the hops are to be asked.
-    asked: they have been.  moved_at: when the step was last seen to make progress, by what the hops
-    said (`progress`).  refilled_at: when a replay before the step was last seen to make progress.
+    since: time of sending, or of the last look without a fault.  look_at: time of the next question to the
+    hops.
+    asked: whether they have been asked.  moved_at: time of the step's last progress, by the hops' reports
+    (`progress`).  refilled_at: time of the last progress of a replay before the step.
     """
 
     since: float = 0.0
@@ -62,7 +63,7 @@ class StepWatch:
         self.look_at = look_at
 
     def saw(self, progress: tuple[object, ...], now: float, *, refilling: bool) -> bool:
-        """Take in where the hops are; whether that is further than before."""
+        """Take in the hops' progress; whether the step has moved on."""
         if progress == self.progress:
             return False
         if self.progress and refilling:
@@ -75,8 +76,9 @@ class StepWatch:
 class Pending:
     """A step on its way.
 
-    body: its hidden states as the client keeps them.  bulk: it takes a stream of its own from hop to hop.
-    began: when it was submitted.  timings: of the hops before the last point at which the client carried it.
+    body: its hidden states in the client's journal codec.  bulk: it takes a stream of its own from hop to
+    hop.
+    began: time of its submission.  timings: of the hops before the last point at which the client carried it.
     """
 
     step: int
@@ -103,13 +105,13 @@ class Pending:
         self.result = result
 
     def give_up(self) -> None:
-        """Nobody waits for the answer."""
+        """The caller has gone."""
         self.given_up = True
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """What all hops of a new route are brought to.
+    """The position from which a new route resumes.
 
     position: of the first step that will be sent again, or the session's length.
     sent: steps without an answer.  again: the numbers of those that will be sent again.
@@ -122,9 +124,9 @@ class ResumePoint:
 
 @dataclass(slots=True, eq=False)
 class StepSource:
-    """The steps of a session: what was sent, what is answered, what goes out again.
+    """The steps of a session: sent, answered, and to send again.
 
-    length: positions in the hops' caches, as far as answers have come back.
+    length: positions in the hops' caches, by the answers so far.
     pending: by step, oldest first.  sent: without an answer, given up or not.
     again: the steps of the last `resume_point`.
     """
@@ -153,7 +155,7 @@ class StepSource:
         self.sent = [one for one in self.sent if one.step > pending.step]
 
     def give_up(self) -> bool:
-        """Nobody will collect the pending steps; whether any of them may still be on its way."""
+        """Give up the pending steps; whether any of them may still be on its way."""
         given_up = [pending for pending in self.pending.values() if pending.result is None]
         self.pending.clear()
         for pending in given_up:
@@ -161,14 +163,14 @@ class StepSource:
         return bool(given_up)
 
     def go_back(self, position: int) -> bool:
-        """The next step begins at `position`; whether the caches hold more than that."""
+        """The next step begins at `position`; whether the caches hold more positions."""
         if position >= self.length:
             return False
         self.length = position
         return True
 
     def resume_point(self) -> ResumePoint:
-        """What the session needs of its hops now.  Then `again` holds the steps to send again."""
+        """The point from which the hops must resume now.  Then `again` holds the steps to send again."""
         self.again = [pending for pending in self.pending.values() if pending.result is None]
         position = self.again[0].what.position if self.again else self.length
         return ResumePoint(position, self.sent, [pending.step for pending in self.again])

@@ -1,4 +1,4 @@
-"""What a session asks of every hop."""
+"""The terms of a session for every hop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ class Terms:
     """The model, the size and the codec of a session.
 
     max_length: positions of each of the `batch` rows.
-    codec: how hidden states travel: "fp32" or "bf16", or "auto", which loses nothing along the hops that
-    the session has at the time.
-    rope: what in the model depends on a sequence's length, if anything does.
+    codec: of hidden states: "fp32" or "bf16", or "auto", which is exact for the present hops.
+    rope: the model's angles that depend on a sequence's length; None without them.
     """
 
     model: str
@@ -35,5 +34,5 @@ class Terms:
 
     @property
     def cache_tokens(self) -> int:
-        """Positions of all rows: what a hop's cache may have to hold."""
+        """Positions of all rows: the most that a hop's cache may have to hold."""
         return self.batch * self.max_length

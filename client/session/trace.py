@@ -1,4 +1,4 @@
-"""What happened to a session: its hops, its steps, and everything that went wrong on the way."""
+"""The events of a session: its hops, its steps, and its faults."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Kind = Literal["opened", "step", "fault", "rerouted", "replayed", "recovered", "
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened.  at: time.perf_counter().  data: JSON; what is in it depends on the kind.
+    """An event.  at: time.perf_counter().  data: JSON; its keys depend on the kind.
 
-    opened      hops, codec: how hidden states travel; seconds
+    opened      hops, codec: of hidden states; seconds
     step        step, position, tokens, seconds, hops: for each (seconds held, seconds computed),
                 sent, received: bytes of hidden states
     fault       peer, error
     rerouted    why, kept, opened: peers; hops, codec, seconds
     replayed    sender, peer, start, stop: positions; bytes
     recovered   seconds since the fault, replay_seconds: from the new route to the next answer
-    relayed     sender, peer: the client carries what goes from one to the other
+    relayed     sender, peer: the client carries hidden states between them
     ended
     """
 
@@ -44,7 +44,7 @@ class Trace:
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, kind: Kind, **data: Any) -> None:  # Any: JSON
-        """Note that something happened now."""
+        """Note an event of now."""
         self.counts[kind] += 1
         self.events.append(Event(time.perf_counter(), kind, data))
 
@@ -59,7 +59,7 @@ class Trace:
             json.dumps({"at": round(event.at - began, 6), "kind": event.kind, **event.data})
             for event in self.events
         )
-        # Opened without waiting: a FIFO may have nobody at its other end.
+        # Opened without waiting: a FIFO may have no reader.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666)
         os.set_blocking(descriptor, True)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from tensor_codec.messages.contract import Contract, codec_for
 
 @dataclass(slots=True)
 class Contracts:
-    """The contract of the present epoch, and those of earlier ones, in which late answers come.
+    """The contracts of the present epoch and of earlier epochs, in which late answers come.
 
     Promises, checked by tests/unit/test_contracts.py:
       * with "auto" the codec fits the hops of the new route, at every change of it;

@@ -1,11 +1,10 @@
 """The time that a session loses to a slow chain, and the moment to look for another chain.
 
-One slow step is chance: another client's prompt was before it.  To move for that costs a
-replay, which makes the new hops slow for others, who then move too: in `benchmarks swarm --clients`, at
-80 % of the capacity, moves at a single slow step cost a fifth of it.  So what is lost is added up, a CUSUM
-(Page, 1954): of each step the seconds beyond SUSPICION times the usual, less where steps are quicker, and
-never below nothing.  As long as less was lost than a replay costs, one stays; who then goes has paid at most
-about twice what would have been best, as with skis that one hires until they could have been bought.
+One slow step is chance: another client's prompt was before it.  A move costs a replay, and the replay makes
+the new hops slow for other clients, which then move too: in `benchmarks swarm --clients`, at 80 % of the
+capacity, moves at a single slow step cost a fifth of it.  So the loss is added up, a CUSUM (Page, 1954): of
+each step the seconds beyond SUSPICION times the usual, less for quicker steps, and never below 0.  The rule
+is ski rental: move once the loss exceeds a replay's cost; the total is at most about twice the optimum.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ REPLAYED_SHARE = 0.15  # of a decode step's time, for each position of a replay
 
 @dataclass(slots=True)
 class LostTime:
-    """The recent steps of a session, in seconds, and what was lost of late.  Decides nothing alone."""
+    """The recent steps of a session, in seconds, and the recent loss.  Decides nothing alone."""
 
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _lost: float = 0.0
@@ -33,8 +32,10 @@ class LostTime:
         return statistics.median(self.recent) if self.recent else None
 
     def took(self, seconds: float, expected: float) -> None:
-        """A decode step took `seconds`.  expected: what the chain promised, which a chain that has been
-        slow from its first step is measured by."""
+        """A decode step took `seconds`.
+
+        expected: the chain's promise, the measure of a chain that is slow from its first step.
+        """
         self.recent.append(seconds)
         usual = min(statistics.median(self.recent), SUSPICION * expected)
         lost = max(0.0, self._lost + seconds - SUSPICION * usual)

@@ -1,16 +1,16 @@
 """The least recomputation when hops of a session are replaced.  Pure.
 
-Each hop of the new route reports its progress: how many positions its cache holds, which step it
-computed last, and which of its outputs its journal still has.  A new hop has nothing.  `plan`
-works out how much of every cache stays good and which hop sends what again, so that in the end every hop
-holds the positions before the first step that has no answer yet.  That step then goes out again.
+Each hop of the new route reports its progress: the positions in its cache, its last computed step, and the
+outputs in its journal.  A new hop has nothing.  `plan` computes the valid part of every cache and the
+replay of every sender.  After it every hop holds the positions before the first step without an answer.
+That step then goes out again.
 
 Three cases besides the plain one (one hop died, and the hop before it replays):
 
 * several died: the sender of a hop may be new itself.  It is fed first and computes, and its outputs go on
   to hops that lack them;
-* a sender's journal does not reach back far enough: it is cut to what its successor holds, and has to
-  be fed itself, by the hop before it; in the end by the client, which has everything;
+* a sender's journal does not reach back far enough: it is cut to its successor's positions, and the hop
+  before it feeds it; the client, which has all inputs, feeds the first hop;
 * a model whose cache cannot go back (a convolution's state): a hop beyond the position begins again.
 """
 
@@ -24,7 +24,7 @@ from tensor_codec.messages.contract import StepRange
 
 @dataclass(frozen=True, slots=True)
 class HopProgress:
-    """How far a hop is: see `tensor_codec.messages.session.Relinked`."""
+    """The progress of a hop: see `tensor_codec.messages.session.Relinked`."""
 
     length: int = 0
     kept: int = 0
