@@ -68,7 +68,11 @@ def run(request) -> Callable[[Callable[[], Awaitable]], object]:
 
 
 async def take(swarm: SwarmLike, prompt: str, count: int = 5) -> list[str]:
-    return [token async for token in swarm.generate(prompt, max_new_tokens=count)]
+    return [str(token) async for token in swarm.generate(prompt, max_new_tokens=count)]
+
+
+def at_least(fake: FakeSwarm, made: int) -> bool:
+    return fake.made >= made
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -101,7 +105,7 @@ def test_a_slow_consumer_holds_the_generation_back(run):
             async for token in swarm.generate("t", max_new_tokens=3 * TOKENS_AHEAD):
                 got.append(token)
                 ahead = min(len(got) + TOKENS_AHEAD, 3 * TOKENS_AHEAD)
-                await eventually(lambda ahead=ahead: fake.made >= ahead)
+                await eventually(partial(at_least, fake, ahead))
                 assert fake.made <= len(got) + TOKENS_AHEAD
         return len(got)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from client.forward_backward import REQUEST_POSITIONS, UNDER_WAY, UNDER_WAY_PER_PEER
 from routing.chains.search import NoChain
+from routing.names import PeerId
 from tensor_codec.errors import (
     BadResult,
     Draining,
@@ -329,7 +331,7 @@ async def test_a_server_that_lies_is_named_or_replaced(lie, autojump_clock):
 
     async with toy_swarm() as swarm:
         three_hops(swarm)
-        swarm.nodes["b"].listener = Serving(swarm.nodes["b"].listener, serve)
+        swarm.nodes["b"].listener = serving(swarm.nodes["b"].listener, serve)
         with pytest.raises(kind) as caught:
             await swarm.client(give_up_seconds=3).forward(STATES, 0, 6)
         assert caught.value.peer == "b"
@@ -340,7 +342,7 @@ async def test_a_server_that_lies_is_named_or_replaced(lie, autojump_clock):
 
 
 class Serving:
-    """A listener with another way to serve."""
+    """Stands in for a listener, with another way to serve."""
 
     def __init__(self, honest, serve) -> None:
         self._honest = honest
@@ -348,6 +350,10 @@ class Serving:
 
     def __getattr__(self, name):
         return getattr(self._honest, name)
+
+
+def serving(honest, serve) -> Any:  # Any: it has all that the listener has
+    return Serving(honest, serve)
 
 
 async def closes(stream):
@@ -375,7 +381,7 @@ async def does_not_speak_it(stream):
 async def test_a_server_that_does_not_answer_is_named_within_the_time_for_it(serve, kind, autojump_clock):
     async with toy_swarm() as swarm:
         node = swarm.add("a")
-        node.listener = Serving(node.listener, serve)
+        node.listener = serving(node.listener, serve)
         began = trio.current_time()
         with pytest.raises(kind) as caught:
             await swarm.client(step_seconds=2.0, give_up_seconds=7.0).forward(STATES, 0, 6)
@@ -524,14 +530,14 @@ async def test_what_a_request_took_is_learnt_by_its_blocks_and_positions(autojum
             while await stream.receive() is not None:
                 await stream.send(encode_output(Output(bytes(ROWS * TOKENS * HIDDEN * 4), tuple(held))))
 
-        node.listener, honest = Serving(node.listener, serve), node.listener
+        node.listener, honest = serving(node.listener, serve), node.listener
         client = swarm.client()
         await client.forward(STATES, 1, 3)
-        assert swarm.measured.prefill["a"].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
+        assert swarm.measured.prefill[PeerId("a")].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
         held.clear()
         await client.forward(STATES, 1, 3)
         await client.backward(STATES, GRAD, 1, 3)
-        assert swarm.measured.prefill["a"].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
+        assert swarm.measured.prefill[PeerId("a")].seconds == pytest.approx(6 / (ROWS * TOKENS) / 2)
         await swarm.client_streams[-1].aclose()
         node.listener = honest
 

@@ -184,7 +184,8 @@ async def test_a_hop_that_computes_in_another_dtype_than_it_says_refuses_and_is_
         chain = world.add_chain(0, 3, 8)
         liar = world.nodes[PeerId("hop1")].listener
         liar.admission.spec = replace(liar.admission.spec, dtype="bfloat16")
-        world.record = lambda node, record=world.record: replace(record(node), dtype="float32")
+        record = world.record
+        world.record = lambda node: replace(record(node), dtype="float32")
         world.add("other", 3, 8)
         session = await world.open(chain)
         assert [hop.peer for hop in session.chain.hops] == ["hop0", "other"]
@@ -210,14 +211,14 @@ async def test_a_full_cache_and_a_full_house_and_a_leaving_node_say_so(autojump_
             await world.open(chain, give_up_seconds=3.0)
         assert refused.value.retry_after_seconds == 5.0
         listener.budget.tokens = 64
-        with pytest.raises(CacheFull) as refused:
+        with pytest.raises(CacheFull) as full:
             await world.open(chain, client=PeerId("another"), give_up_seconds=3.0)
-        assert refused.value.retry_after_seconds == 2.0
+        assert full.value.retry_after_seconds == 2.0
         await first.aclose()
         await listener.drain()
-        with pytest.raises(Draining) as refused:
+        with pytest.raises(Draining) as draining:
             await world.open(chain, give_up_seconds=3.0)
-        assert refused.value.peer == "hop0"
+        assert draining.value.peer == "hop0"
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
@@ -398,7 +399,8 @@ async def test_a_hop_that_lies_is_named(lie, autojump_clock):
 
     async with swarm() as world:
         chain = world.add_chain(0, 8)
-        honest, world.nodes[PeerId("hop0")].listener = world.nodes[PeerId("hop0")].listener, Liar()
+        liar: Any = Liar()
+        honest, world.nodes[PeerId("hop0")].listener = world.nodes[PeerId("hop0")].listener, liar
         liar_record = world.record
         world.record = lambda node: liar_record(replace(node, listener=honest))
         session = await world.open(chain)
@@ -438,7 +440,8 @@ async def test_a_hop_that_opens_wrongly_is_named_and_the_others_are_freed(lie, a
 
     async with swarm() as world:
         chain = world.add_chain(0, 3, 8)
-        honest, world.nodes[PeerId("hop1")].listener = world.nodes[PeerId("hop1")].listener, Liar()
+        liar: Any = Liar()
+        honest, world.nodes[PeerId("hop1")].listener = world.nodes[PeerId("hop1")].listener, liar
         real_record = world.record
         world.record = lambda node: real_record(
             replace(node, listener=honest) if node.peer == "hop1" else node

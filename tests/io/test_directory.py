@@ -309,8 +309,8 @@ async def liar(host: FakeHost, victim: FakeHost, wires: list[bytes]) -> list[byt
         for wire in wires:
             for frame in exchange.encode_records([Arrival(SERVER, wire)]):
                 await stream.send(frame)
-        while (frame := await stream.receive()) is not None:
-            heard.append(frame)
+        while (answer := await stream.receive()) is not None:
+            heard.append(answer)
     return heard
 
 
@@ -554,10 +554,13 @@ async def test_who_keeps_its_addresses_announces_no_oftener(autojump_clock, swar
     await full_swarm(swarm, 2)
     said = []
     node = swarm.nodes[1]
-    real, node._announcer._publish = (
-        node._announcer._publish,
-        lambda record: (said.append(trio.current_time()), real(record)),
-    )
+    real = node._announcer._publish
+
+    def publish(record):
+        said.append(trio.current_time())
+        real(record)
+
+    node._announcer._publish = publish
     await trio.sleep(10 * LIMITS.announce_seconds)
     assert len(said) <= 12  # one for distances that have changed
 

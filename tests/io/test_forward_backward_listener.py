@@ -102,7 +102,7 @@ async def test_bf16_comes_and_goes_as_bf16(autojump_clock):
         await stream.aclose()
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "another revision": ({"revision": "q"}, "wrong_revision", "revision q of m was asked for, r of m is"),
     "another dtype": ({"dtype": "bfloat16"}, "wrong_revision", "dtype bfloat16 was asked for, float32 is"),
     "blocks before the span": ({"start": 0}, "wrong_revision", "blocks 0:5 were asked for, 1:5 are"),

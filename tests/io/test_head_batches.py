@@ -164,7 +164,7 @@ async def test_an_error_of_one_is_nobody_elses(where):
     assert ends.heads == [2 if where == "read" else 3]
 
 
-async def test_an_error_of_the_head_itself_comes_to_all_and_the_next_ones_are_answered():
+async def test_an_error_of_the_head_itself_comes_to_all_and_the_next_ones_are_answered(monkeypatch):
     ends, found = CountingEnds(), []
 
     async def one(index):
@@ -173,8 +173,8 @@ async def test_an_error_of_the_head_itself_comes_to_all_and_the_next_ones_are_an
         found.append(index)
 
     async with open_compute_thread() as compute:
-        heads, whole = HeadBatches(ends, compute), ends.head
-        ends.head = lambda hidden, best_only: 1 // 0
+        heads = HeadBatches(ends, compute)
+        monkeypatch.setattr(ends, "head", lambda hidden, best_only: 1 // 0)
         async with trio.open_nursery() as nursery:
             busy = Busy(compute)
             await nursery.start(busy.run)
@@ -183,7 +183,7 @@ async def test_an_error_of_the_head_itself_comes_to_all_and_the_next_ones_are_an
             await trio.testing.wait_all_tasks_blocked()
             busy.let_go()
         assert sorted(found) == [0, 1, 2]
-        ends.head = whole
+        monkeypatch.undo()
         assert await heads.pick(partial(some_hidden, 1, seed=5), best) == own_answer(5)
 
 

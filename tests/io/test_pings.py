@@ -82,11 +82,14 @@ async def test_a_watched_peer_is_asked_every_few_seconds(autojump_clock, asking)
 async def test_what_somebody_wanted_to_know_is_watched_for_a_minute(autojump_clock, asking):
     asking._host.answering = set(PEERS)
     seen = []
+
+    def note(wanted):
+        seen.append((trio.current_time(), set(wanted)))
+        return list(wanted)
+
     await asking.measure(PEERS[:1])
     with trio.move_on_after(70.0):
-        await asking.watch(
-            lambda wanted: seen.append((trio.current_time(), set(wanted))) or list(wanted), random.Random(1)
-        )
+        await asking.watch(note, random.Random(1))
     assert {frozenset(wanted) for at, wanted in seen if at < 59} == {frozenset(PEERS[:1])}
     assert {frozenset(wanted) for at, wanted in seen if at > 61} == {frozenset()}
 

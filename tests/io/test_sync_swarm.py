@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,10 @@ def joined(fake: FakeSwarm) -> SyncSwarm:
 
 def take(swarm: SyncSwarm, prompt: str, count: int = 5) -> list[str]:
     return [str(token) for token in swarm.generate(prompt, max_new_tokens=count)]
+
+
+def at_least(fake: FakeSwarm, made: int) -> bool:
+    return fake.made >= made
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -130,7 +135,7 @@ def test_a_slow_consumer_holds_the_generation_back():
         for _ in swarm.generate("t", max_new_tokens=3 * TOKENS_AHEAD):
             got += 1
             ahead = min(got + TOKENS_AHEAD, 3 * TOKENS_AHEAD)
-            eventually(lambda ahead=ahead: fake.made >= ahead)
+            eventually(partial(at_least, fake, ahead))
             assert fake.made <= got + TOKENS_AHEAD
     assert got == 3 * TOKENS_AHEAD
 
@@ -192,7 +197,8 @@ def test_many_threads_use_one_swarm_at_a_time():
 def test_a_running_event_loop_s_thread_may_block_in_it_as_a_notebook_does():
     async def cell() -> list[str]:
         with joined(FakeSwarm()) as swarm:
-            return [*take(swarm, "t", 3), swarm.forward(hidden(1))[0]]
+            found: Any = swarm.forward(hidden(1))
+            return [*take(swarm, "t", 3), found[0]]
 
     expected = ["t0", "t1", "t2", "forward"]
     assert asyncio.run(cell()) == expected

@@ -35,6 +35,7 @@ from client.generation.generate import Token
 from client.session.trace import Trace
 from node.config import NetworkConfig, NodeConfig
 from node.runtime.console import OutputError, OutputText
+from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from routing.view.records import Record
@@ -424,7 +425,7 @@ def test_a_route_is_one_line_a_hop_whatever_a_server_calls_itself(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (NoChain([(0, 6)], 6, alone=True, instead=["a\nmodel"]), 3),
+        (NoChain([Blocks(0, 6)], 6, alone=True, instead=["a\nmodel"]), 3),
         (PeerGone("the last hop has gone"), 4),
         (BadResult("NaN or infinity"), 4),
         (CacheFull("no room", 3.0), 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def test_one_of_two_that_are_tied_is_enough(variant, kind, tmp_path):
 
 def check(library, tmp_path, *, differ: bool) -> None:
     ends = load_embed_and_head(open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json")))
-    whole = library.from_pretrained(tmp_path / "model")
-    embedding, head = ends.model.get_input_embeddings().weight, ends.model.get_output_embeddings().weight
+    whole, model = library.from_pretrained(tmp_path / "model"), cast(Any, ends.model)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert torch.equal(embedding, whole.get_input_embeddings().weight)
     assert torch.equal(head, whole.get_output_embeddings().weight)
     assert torch.equal(embedding, head) is not differ

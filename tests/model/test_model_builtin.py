@@ -8,6 +8,7 @@ import zipfile
 from collections import namedtuple
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -73,8 +74,8 @@ def test_the_conversion_keeps_every_value_and_sets_the_rotary_halves_apart(tmp_p
     folder = open_folder(tmp_path / "out", memo=memo_of(tmp_path))
     assert len(folder.tensors) == len(values)
     span, ends = load_span(folder, 0, BLOCKS), load_embed_and_head(folder)
-    block = span.model.layers[1]
-    assert np.array_equal(ends.model.lm_head.weight.numpy(), values["token_embd.weight"])
+    block, model = cast(Any, span.model).layers[1], cast(Any, ends.model)
+    assert np.array_equal(model.lm_head.weight.numpy(), values["token_embd.weight"])
     assert np.array_equal(block.mlp.down_proj.weight.numpy(), values["blk.1.ffn_down.weight"])
     # In the GGUF the two numbers that are rotated together are neighbours, in the library half a head apart.
     half = HIDDEN // HEADS // 2

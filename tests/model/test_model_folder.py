@@ -173,10 +173,12 @@ def test_the_revision_does_not_depend_on_the_order_of_files():
 
 def test_a_file_is_hashed_once_until_it_changes(model, memo, monkeypatch):
     read = []
-    monkeypatch.setattr(
-        "node.model.checkpoint.folder.sha256_of",
-        lambda path, progress: (read.append(path.name), sha256_of(path, progress))[1],
-    )
+
+    def note(path, progress):
+        read.append(path.name)
+        return sha256_of(path, progress)
+
+    monkeypatch.setattr("node.model.checkpoint.folder.sha256_of", note)
     first = open_folder(model, memo=memo).revision
     assert len(read) == len(list(model.glob("*.safetensors"))) + 1
     read.clear()

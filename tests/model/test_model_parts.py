@@ -101,7 +101,9 @@ def test_of_the_blocks_that_are_left_nothing_stays_in_memory(folder, quantize):
     span = load_span(folder, 0, 4, quantize=quantize)
     answers(span)  # views, angles, compiled kernels: all that computing leaves behind
     blocks = list(
-        span.model.get_submodule(span.architecture.container).get_submodule(span.architecture.blocks)
+        span.model.get_submodule(span.architecture.container)
+        .get_submodule(span.architecture.blocks)
+        .children()
     )
     left = [weakref.ref(each) for block in blocks[:2] for each in (*block.modules(), *block.parameters())]
     left += [weakref.ref(block) for block in (span._fused.blocks[:2] if span._fused else ())]

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -369,9 +370,12 @@ def test_three_ways_may_follow_each_other():
 def test_a_plan_is_measured_once_for_layers_of_a_kind(monkeypatch):
     monkeypatch.setattr(quantize, "_plans", {})
     timed = []
-    monkeypatch.setattr(
-        quantize, "_timed", lambda part, way, dtype: timed.append((way, part.out_features)) or {1: len(timed)}
-    )
+
+    def note(part, way, dtype):
+        timed.append((way, part.out_features))
+        return {1: len(timed)}
+
+    monkeypatch.setattr(quantize, "_timed", note)
     linear = PackedLinear(*random_rows(1, 4096, 512, torch.int8))
     plan = measured_plan(linear, torch.float32)
     assert measured_plan(linear, torch.float32) is plan
@@ -518,13 +522,14 @@ def frozen_linear(outs: int, bias: bool) -> nn.Linear:
 @pytest.mark.parametrize("kind", ["plain", torch.int8, torch.bfloat16])
 def test_merged_layers_give_the_parts_side_by_side_and_share_their_memory(kind, biases):
     sizes = (6, 3, 11)
+    parts: Sequence[Any]
     if kind == "plain":
         parts = [frozen_linear(size, bias) for size, bias in zip(sizes, biases, strict=True)]
     else:
         parts = [packed(kind, size, 16, bias) for size, bias in zip(sizes, biases, strict=True)]
     x = torch.randn(5, 16, generator=seeded(16))
     before = [part(x) for part in parts]
-    merged = merge_linears(parts)
+    merged: Any = merge_linears(parts)
     assert type(merged) is type(parts[0])
     assert torch.allclose(merged(x), torch.cat(before, -1), rtol=1e-6, atol=1e-6)
     assert [part.weight.untyped_storage().data_ptr() for part in parts] == [

@@ -322,9 +322,10 @@ def swarm_of(defaults: GenerationDefaults) -> Swarm:
     swarm = object.__new__(Swarm)
     swarm.config = ClientConfig(peers=())
     info: Any = SimpleNamespace(vocab_size=VOCABULARY, name="M", max_position=60)
-    swarm.local_model = SimpleNamespace(
+    local_model: Any = SimpleNamespace(
         tokenizer=lambda text: {"input_ids": [ord(char) % 40 for char in text]}
     )
+    swarm.local_model = local_model
     swarm.generation_defaults = defaults
     info.revision, info.blocks = "r", 1
     swarm.info = info

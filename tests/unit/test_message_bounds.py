@@ -225,5 +225,5 @@ def test_every_field_has_its_name_on_the_wire_and_comes_back(parts, fields):
     header, body = split_message(b"".join(parts))
     assert header._fields == fields
     found = read(fields, bytes(body))
-    encode = {"opened": encode_opened, "step": encode_step, "result": encode_result}[fields["k"]]
+    encode: Any = {"opened": encode_opened, "step": encode_step, "result": encode_result}[fields["k"]]
     assert b"".join(encode(found)) == b"".join(parts)

@@ -156,16 +156,15 @@ def test_the_tokens_are_those_of_transformers_own_generate(options):
         **{name: value for name, value in asked.items() if value is not None},
     )[0].tolist()
 
-    sampler, tokens = Sampler(SamplingOptions(*_without_seed(options), seed=11)), list(prompt)
+    drawn = SamplingOptions(
+        options.temperature, options.top_k, options.top_p, options.repetition_penalty, seed=11
+    )
+    sampler, tokens = Sampler(drawn), list(prompt)
     with torch.inference_mode():
         for _ in range(new):
             logits = model(torch.tensor([tokens])).logits[0, -1].float()
             tokens.append(sampler.pick(logits, tokens))
     assert tokens == expected
-
-
-def _without_seed(options: SamplingOptions) -> tuple:
-    return options.temperature, options.top_k, options.top_p, options.repetition_penalty
 
 
 @pytest.mark.parametrize(

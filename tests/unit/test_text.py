@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -114,7 +116,7 @@ def slow() -> ByT5Tokenizer:
     return ByT5Tokenizer(extra_ids=3)
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte level": byte_level,
     "metaspace": metaspace,
     "byte fallback, space lost": llama,

@@ -83,7 +83,7 @@ def test_who_does_not_answer_covers_no_block():
     assert (model["holes"], model["complete"], model["chains"]) == ([[3, 6]], False, [])
     lines = tables(facts(span("a", 0, 3), span("b", 3, 6), silent="b"))
     assert "m (r), 6 blocks: served by nobody: blocks 3:6" in lines
-    assert "public: 1 online, 1 unreachable" in lines[0].title
+    assert "public: 1 online, 1 unreachable" in str(lines[0].title)
 
 
 def test_a_model_of_which_nobody_answers_is_shown_as_such():
