@@ -67,8 +67,8 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much. Works
     under trio, and under asyncio (any event loop) through a trio thread of its own; the handle has the same
     methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a number out of
-    range, constraints that nothing can meet), on entry where there is no such model, no peer could be
-    reached, or the swarm does not accept the key.
+    range, constraints that nothing can meet), on entry if the model is not found, no peer could be reached,
+    or the swarm does not accept the key.
     """
     return _Connection(config)
 

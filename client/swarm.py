@@ -143,7 +143,7 @@ class Swarm:
 
         A server that fails is replaced, and the server before it sends its inputs to the new one: the
         caller sees a pause.  Raises on the call ValueError (an option, a token or a length out of
-        range) and TypeError (no such option); later NoChain, PeerFault, Refused, and ValueError where
+        range) and TypeError (an unknown option); later NoChain, PeerFault, Refused, and ValueError where
         the options forbid every token.
         Leave the loop early under `contextlib.aclosing`, so that the session ends at once.
         """

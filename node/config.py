@@ -26,7 +26,7 @@ DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 class ConfigError(Exception):
-    """The operator must fix something: one line that says what was found and what is allowed."""
+    """An error that the operator must fix: one line with the found and the allowed value."""
 
 
 @contextmanager

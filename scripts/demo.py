@@ -314,7 +314,7 @@ def keep_up(children: list[Child]) -> None:
 
 
 def stop_all(children: Sequence[Child]) -> list[str]:
-    """End every child, politely for STOP_SECONDS; the names of those that did not end with code 0."""
+    """End every child, politely for STOP_SECONDS; the names of children that did not end with code 0."""
     for child in children:
         signal_group(child, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS

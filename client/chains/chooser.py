@@ -1,4 +1,4 @@
-"""What a session needs of the swarm: chains to choose from, streams, and a place for reports."""
+"""A session's access to the swarm: chains to choose from, streams, and a place for reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PeerStream(Protocol):
 
 
 class Chooser(Protocol):
-    """Chooses chains from what is known now, without waiting."""
+    """Chooses chains by the present view, without waiting."""
 
     def choose(
         self,

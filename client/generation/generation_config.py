@@ -114,7 +114,7 @@ class Settings:
     eos_ids: frozenset[int] | None = None
 
     def as_dict(self) -> dict[str, Any]:  # Any: JSON
-        """For people and programs: the options in force, without those that are off."""
+        """For people and programs: the options in force, without options that are off."""
         options = self.options
         found: dict[str, Any] = {"do_sample": not options.greedy}
         for one in fields(options):

@@ -1,4 +1,4 @@
-"""The streams of a session: dials, sends, receives and times what the session's core decides.
+"""The streams of a session: dials, sends, receives and times by the decisions of the session's core.
 
 `Route.repair` makes the route sound, at the opening and after every fault: it waits for a chain, opens
 the session at new hops and gives the others their new neighbours (`_line_up`), fills every hop with its
@@ -118,7 +118,7 @@ class Route:
             raise core.route.why_none(core.last_error, sorted(self._unanswered)) from core.last_error
 
     def tell(self, event: Event) -> bool:
-        """Give an event to the core and do what it decides; whether it decides anything.
+        """Give an event to the core and perform its actions; whether there are any.
 
         Only for events without a frame to send.
         """

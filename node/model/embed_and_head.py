@@ -202,7 +202,7 @@ def load_embed_and_head(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> EmbedAndHead:
-    """Read embedding, norm and head of a model.  Raises ConfigError, naming what is wrong.
+    """Read embedding, norm and head of a model.  Raises ConfigError that names the fault.
 
     A head that is tied to the embedding is the embedding's tensor, unless the checkpoint has a head.  On
     the CPU, weights whose file has `dtype` stay mapped from the file.

@@ -50,7 +50,7 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """Read a multiaddr.  Raises ValueError that says what is wrong with it and shows a right one."""
+    """Read a multiaddr.  Raises ValueError that names its fault and shows a right one."""
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"a multiaddr of {len(text)} characters, at most {_MAX_CHARACTERS} are allowed")
     parts = text.split("/")

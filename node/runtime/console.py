@@ -265,7 +265,7 @@ class QuietText(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # a property of the library's too
-        """What the stream writes."""
+        """The encoding of the stream."""
         return self._stream.encoding or "utf-8"
 
     def isatty(self) -> bool:

@@ -17,7 +17,6 @@ MAX_FUNCTION_LINES, MAX_FOLDER = 70, 12
 MANY_METHODS = {
     "node.network.transport.yamux.Yamux": "one state machine, a method for each rule of the protocol",
     "node.model.weights.kernels._Tile": "the instructions of one tile, which only make sense together",
-    "client.session.core.ClientSession": "one state machine, a method for each event",
     "node.serving.server.Server": "one lifecycle: load, announce, serve, move, drain",
 }
 MANY_FIELDS = {

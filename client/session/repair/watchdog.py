@@ -43,7 +43,7 @@ class Watchdog:
       * a hop's deadline is four times the 95th percentile of the recent steps, from 1 to 30 s;
       * hops are asked after a quarter of the deadline, and none counts as silent before the deadline has
       passed;
-      * a hop that was given up for its silence has twice the time after each such fault, 30 s at most;
+      * a hop that was given up for its silence has twice the time after each of these faults, 30 s at most;
       * a step that makes progress is waited for; a step without progress is lost at an idle hop, and waits
         at a busy hop for the time that its positions may take.
 

@@ -395,7 +395,7 @@ def load_span(
     quantize: str = "none",
     progress: Progress = silent,
 ) -> Span:
-    """Read the blocks [start, stop) of a model.  Raises ConfigError, naming what is wrong.
+    """Read the blocks [start, stop) of a model.  Raises ConfigError that names the fault.
 
     quantize: "none", "int8" or "nf4"; a folder that was prepared in int8 is read as it is.  dtype: of
     tensors that are not quantised.  A CPU without bfloat16 arithmetic keeps matrices in bfloat16 and

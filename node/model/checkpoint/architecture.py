@@ -51,7 +51,7 @@ class Architecture:
     fused: bool = False
 
     def block_of(self, tensor: str) -> tuple[int, str] | None:
-        """(block, rest of the name) of a checkpoint's tensor, None for a tensor of the ends.
+        """(block, rest of the name) of a checkpoint's tensor, None for a tensor of embedding, norm or head.
 
         Checkpoints of the base model alone omit the prefix; both spellings are read.
         """

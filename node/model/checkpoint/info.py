@@ -56,7 +56,7 @@ class ModelInfo:
     quantize: str = "none"
 
     def block_bytes(self, dtype: str = "float32", quantize: str = "none") -> int:
-        """Bytes of the largest block's weights.  dtype: of what is not quantised."""
+        """Bytes of the largest block's weights.  dtype: of values that are not quantised."""
         item = _item_bytes(dtype)
         kept = self.quantize if quantize == "none" else quantize
         if kept not in QUANTIZE:

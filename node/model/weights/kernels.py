@@ -600,7 +600,7 @@ class Rows:
 
     def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
         """x: float32 [..., k].  threads: the most that are used; fewer for small products."""
-        # This runs for every matrix of every token, so it does only what is necessary.
+        # This runs for every matrix of every token, so it does only the necessary work.
         shape = x.shape
         if x.dtype is not torch.float32 or shape[-1] != self.k or not x.is_cpu:
             raise ValueError(f"float32 [..., {self.k}] on the CPU is multiplied, not {_described(x)}")

@@ -339,7 +339,7 @@ def has_bfloat16() -> bool:
 
 
 def ways_for(weight: torch.dtype, activations: torch.dtype) -> tuple[Way, ...]:
-    """The ways that are worth measuring for such weights and activations here."""
+    """The ways that are worth a measurement for these weights and activations here."""
     ways: list[Way] = ["compiled"] if kernels() else []
     if weight == torch.int8 and activations == torch.bfloat16 and has_bfloat16():
         ways.append("int8pack")
@@ -550,7 +550,7 @@ def await_matrices(model: nn.Module, matrices: Mapping[str, Matrix | Experts]) -
 def misplaced(
     model: nn.Module, matrices: Mapping[str, Matrix | Experts]
 ) -> tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-    """Names of matrices that no layer awaits, and (name, shape, shape awaited) of those that do not fit."""
+    """Names of matrices that no layer awaits, and (name, shape, shape awaited) of misfits."""
     awaiting = {path: each for path, each in model.named_modules() if isinstance(each, Awaiting)}
     homeless = [f"{path}.weight" for path in matrices if path not in awaiting]
     wrong = [

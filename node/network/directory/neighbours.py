@@ -318,7 +318,7 @@ class Neighbours:
                 self._rng.choice(self._neighbours).say_digest(ask=True)
 
     def close(self) -> None:
-        """Take no more streams, and end those that peers opened."""
+        """Take no more streams, and end the streams that peers opened."""
         self._open = False
         for neighbour in self._neighbours:
             neighbour.scope.cancel()

@@ -137,7 +137,7 @@ class MuxedStream:
 
 
 class Connection:
-    """A peer's connection: opens streams, and hands those that the peer opens to `on_stream`.
+    """A peer's connection: opens streams, and passes the peer's streams to `on_stream`.
 
     on_stream: called with each stream that the peer opens; None keeps the streams for `accept`.
     on_fault: called when the peer broke a rule of yamux or of the channel; the connection is closed then.

@@ -216,7 +216,7 @@ class Noise:
         self._local = ID.from_base58(identity.peer_id)
 
     async def secure(self, link: Link, connection: HandshakeConnection, remote: ID | None) -> SecureChannel:
-        """Run the handshake: as initiator with `remote`, who must answer; as responder with None.
+        """Run the handshake: as initiator with `remote`, the peer that must answer; as responder with None.
 
         Unsent bytes go out with the channel's first bytes at the latest.
         Raises PeerGone, and RemoteProtocolError for every fault of a peer.
