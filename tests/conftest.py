@@ -54,10 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, at in enumerate(ORDER) if item.nodeid.startswith(at)), -1))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test with processes of its own ends them: one that is left is killed, and fails its own test."""
-    if request.node.get_closest_marker("process") is None:
+    """A module ends its processes: one that is left is killed, and fails the module's last test.
+
+    Not a check of each test: a swarm of the whole module starts its killed servers again between tests.
+    """
+    tests = [item for item in request.session.items if item.nodeid.startswith(request.node.nodeid)]
+    if not any(item.get_closest_marker("process") for item in tests):
         yield
         return
     before = children()

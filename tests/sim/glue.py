@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def make_listener(
     open_stream: Callable[[PeerId], Awaitable[FramedStream]],
 ) -> Listener:
     """A real listener over a real engine; whoever makes it runs `listener.engine.run`."""
-    engine = Engine(span, compute, Rates(seconds_per_block, seconds_per_block), limits)
+    rates = Rates(seconds_per_block, seconds_per_block)
+    engine = Engine(span, compute, rates, limits, clock=lambda: time.perf_counter())  # the simulated clock
     blocks = Blocks(span.start, span.stop)
     spec = SpanSpec(MODEL, REVISION, blocks, DTYPE, hidden=HIDDEN, max_position=MAX_POSITION)
     return Listener(

@@ -38,7 +38,7 @@ def swarm(*session_tokens: int, limits: Limits | None = None, info: ModelInfo = 
     nothing = SimpleNamespace(
         last_view=view,
         constraints=Constraints(),
-        learn_of_many=None,
+        observe_prefill=None,
         dtype_of=None,
         open_stream=print,
         blame=None,
