@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,11 @@ def run(*words: object, seconds: float = 120, text: str = "") -> subprocess.Comp
     )
 
 
-def answer(*words: object) -> dict[str, object]:
+def answer(*words: object) -> dict[str, Any]:
     """The JSON that a command prints; it must succeed."""
     done = run(*words)
     assert done.returncode == 0, done.stderr
-    result: dict[str, object] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
@@ -92,7 +93,7 @@ def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve
     ids = AutoTokenizer.from_pretrained(builtin_model.path)(PROMPT, return_tensors="pt")["input_ids"]
     expected = whole.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
     assert found["tokens"] == expected[0, ids.shape[1] :].tolist()
-    assert [hop["blocks"] for hop in found["route"]] == [[0, 10], [10, 20], [20, 30]]  # type: ignore[attr-defined]
+    assert [hop["blocks"] for hop in found["route"]] == [[0, 10], [10, 20], [20, 30]]
 
     talk = run(
         *("client", "chat", *join, "--max-new-tokens", "24", "--threads", "1"),
@@ -103,8 +104,8 @@ def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve
     assert talk.stderr.count("tokens/s") == 2  # two turns, each with its speed
 
     status = answer("node", "status", "--json", *join)
-    assert {peer["peer"] for peer in status["peers"]} == {n.facts["peer_id"] for n in swarm.nodes}  # type: ignore[attr-defined]
-    (model,) = status["models"]  # type: ignore[misc]
+    assert {peer["peer"] for peer in status["peers"]} == {n.facts["peer_id"] for n in swarm.nodes}
+    (model,) = status["models"]
     assert model["coverage"] == [1] * 30
     assert model["complete"]
 
@@ -145,7 +146,7 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
 
         def holes() -> list[list[int]]:
             status = answer("node", "status", "--json", *join)
-            return [hole for model in status["models"] for hole in model["holes"]]  # type: ignore[attr-defined]
+            return [hole for model in status["models"] for hole in model["holes"]]
 
         assert holes() == []
         other = run("client", "generate", *join, "--wait", "0.5", "hello")  # the built-in model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -29,15 +30,15 @@ def view_of(*records: Record, silent: str = "") -> SwarmView:
     return SwarmView("public", entries=entries, silent=frozenset(map(PeerId, silent)))
 
 
-def facts(*records: Record, chains: int = 0, silent: str = "") -> dict[str, object]:
+def facts(*records: Record, chains: int = 0, silent: str = "") -> dict[str, Any]:
     view = view_of(*records, silent=silent)
-    found: dict[str, object] = json.loads(json.dumps(describe(view, {}, chains)))
+    found: dict[str, Any] = json.loads(json.dumps(describe(view, {}, chains)))
     return found
 
 
 def test_capacity_bound_and_bottleneck_are_shown():
     found = facts(span("a", 0, 3), span("b", 0, 3), span("c", 3, 6))
-    (model,) = found["models"]  # type: ignore[misc]
+    (model,) = found["models"]
     assert model["capacity_tokens_per_s"] == pytest.approx(100 / 3, abs=0.01)
     assert model["bound_tokens_per_s"] == 50
     assert (model["bottleneck_blocks"], model["bottleneck_peers"]) == ([3, 4, 5], ["c"])
@@ -51,9 +52,9 @@ def test_a_swarm_with_a_hole_has_no_capacity():
 def test_blocks_whose_only_server_might_go_are_named():
     found = facts(span("a", 0, 3), span("b", 0, 3), span("c", 3, 6))
     assert tables(found)[-2] == "  served by one server only: blocks 3:6"
-    (model,) = found["models"]  # type: ignore[misc]
+    (model,) = found["models"]
     assert not model["survives_any_loss"]
-    (model,) = facts(span("a", 0, 6), span("b", 0, 6))["models"]  # type: ignore[misc]
+    (model,) = facts(span("a", 0, 6), span("b", 0, 6))["models"]
     assert model["survives_any_loss"]
 
 
@@ -63,23 +64,23 @@ def test_the_best_chains_are_shown_with_what_they_share():
         "  chain 1, 210.0 ms a token from here: …a 0:3, …c 3:6",
         "  chain 2, 240.0 ms a token from here: …b 0:3, …c 3:6 (again)",
     ]
-    (model,) = found["models"]  # type: ignore[misc]
+    (model,) = found["models"]
     assert model["chains"][0]["hops"][1] == {"peer": "c", "blocks": [3, 6]}
-    (model,) = facts(span("a", 0, 3), chains=2)["models"]  # type: ignore[misc]
+    (model,) = facts(span("a", 0, 3), chains=2)["models"]
     assert model["chains"] == []
 
 
 def test_who_does_not_answer_covers_no_block():
     found = facts(span("a", 0, 3), span("b", 3, 6), span("c", 3, 6), silent="b", chains=1)
     assert found["servers"] == {"online": 2, "joining": 0, "draining": 0, "unreachable": 1}
-    states = {peer["peer"]: (peer["state"], peer["announced_state"]) for peer in found["peers"]}  # type: ignore[attr-defined]
+    states = {peer["peer"]: (peer["state"], peer["announced_state"]) for peer in found["peers"]}
     assert states["b"] == ("unreachable", "online")
     assert states["c"] == ("online", "online")
-    (model,) = found["models"]  # type: ignore[misc]
+    (model,) = found["models"]
     assert (model["coverage"], model["complete"], model["unreachable"]) == ([1] * 6, True, ["b"])
     assert model["chains"][0]["hops"][1]["peer"] == "c"
     assert "  no answer from …b: not counted" in tables(found)
-    (model,) = facts(span("a", 0, 3), span("b", 3, 6), silent="b", chains=1)["models"]  # type: ignore[misc]
+    (model,) = facts(span("a", 0, 3), span("b", 3, 6), silent="b", chains=1)["models"]
     assert (model["holes"], model["complete"], model["chains"]) == ([[3, 6]], False, [])
     lines = tables(facts(span("a", 0, 3), span("b", 3, 6), silent="b"))
     assert "m (r), 6 blocks: served by nobody: blocks 3:6" in lines
@@ -87,7 +88,7 @@ def test_who_does_not_answer_covers_no_block():
 
 
 def test_a_model_of_which_nobody_answers_is_shown_as_such():
-    (model,) = facts(span("a", 0, 6), silent="a")["models"]  # type: ignore[misc]
+    (model,) = facts(span("a", 0, 6), silent="a")["models"]
     assert (model["holes"], model["unreachable"], model["survives_any_loss"]) == ([[0, 6]], ["a"], False)
 
 
@@ -159,8 +160,8 @@ def test_a_move_of_which_a_part_is_served_on_is_one_move():
 def test_of_one_that_moves_both_spans_are_shown_and_what_it_still_serves_counts():
     moving = replace(span("a", 0, 3), next_start=1, next_stop=4)
     found = facts(moving, span("b", 3, 6))
-    assert found["peers"][0]["next_blocks"] == [1, 4]  # type: ignore[index]
-    assert found["models"][0]["capacity_tokens_per_s"] == pytest.approx(100 / 3, abs=0.01)  # type: ignore[index]
+    assert found["peers"][0]["next_blocks"] == [1, 4]
+    assert found["models"][0]["capacity_tokens_per_s"] == pytest.approx(100 / 3, abs=0.01)
     console = Console(width=120, record=True, file=io.StringIO())
     for part in tables(found):
         console.print(part)
