@@ -112,7 +112,7 @@ class SwarmFacts(Protocol):
 
     def settings(
         self,
-        prompt: Any,  # Any: text, or token ids in whatever holds them
+        prompt: Any,  # Any: text, or token ids in any container
         options: GenerateOptions | None = None,
         *,
         conversation: Any = None,  # Any: what `conversation` of this swarm gave
@@ -141,7 +141,7 @@ class SwarmLike(SwarmFacts, Protocol):
 
     def generate(
         self,
-        prompt: Any,  # Any: text, or token ids in whatever holds them
+        prompt: Any,  # Any: text, or token ids in any container
         options: GenerateOptions | None = None,
         *,
         conversation: Any = None,  # Any: what `conversation` of this swarm gave
@@ -181,7 +181,7 @@ class SyncSwarm(SwarmFacts, Protocol):
 
     def generate(
         self,
-        prompt: Any,  # Any: text, or token ids in whatever holds them
+        prompt: Any,  # Any: text, or token ids in any container
         options: GenerateOptions | None = None,
         *,
         conversation: Any = None,  # Any: what `conversation` of this swarm gave

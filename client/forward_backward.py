@@ -154,7 +154,7 @@ class ForwardBackward:
         return [Part(hidden[i : i + rows], None if grad is None else grad[i : i + rows]) for i in cuts]
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as it is kept here: on the CPU, in float32 or bfloat16.  Raises ValueError."""
+        """The tensor in its form here: on the CPU, in float32 or bfloat16.  Raises ValueError."""
         size = self.info.hidden_size
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is {shown(tensor)}, a tensor of torch is needed")
@@ -229,7 +229,7 @@ class ForwardBackward:
     async def _onward(
         self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, beside: int = 0
     ) -> tuple[list[Kept], Tensor]:
-        """Forward from hop to hop: the input of each, and the output of the last one that was asked.
+        """Forward from hop to hop: the input of each, and the output of the last hop that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
         beside: hops of the part's chain for other blocks.

@@ -125,7 +125,7 @@ class Swarm:
 
     def generate(
         self,
-        prompt: Any,  # Any: text, or token ids in whatever holds them
+        prompt: Any,  # Any: text, or token ids in any container
         options: GenerateOptions | None = None,
         *,
         conversation: Conversation | None = None,
@@ -165,7 +165,7 @@ class Swarm:
 
     def settings(
         self,
-        prompt: Any,  # Any: text, or token ids in whatever holds them
+        prompt: Any,  # Any: text, or token ids in any container
         options: GenerateOptions | None = None,
         *,
         conversation: Conversation | None = None,

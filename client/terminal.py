@@ -173,7 +173,7 @@ def _template(tokenizer: Any, history: list[Message]) -> list[int]:  # Any: the 
 
 @contextmanager
 def traced(trace: Trace, path: Path | None) -> Iterator[None]:
-    """Write the trace at the end of the block, however it ends.  Raises ConfigError where it cannot."""
+    """Write the trace at any end of the block.  Raises ConfigError where it cannot."""
     try:
         yield
     finally:

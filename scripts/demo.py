@@ -293,7 +293,7 @@ def run_to_the_end(children: list[Child], name: str, command: Sequence[str]) -> 
 
 
 def check_alive(children: Sequence[Child]) -> None:
-    """Raise DemoError if a node ended by itself."""
+    """Raise DemoError if a node ended unasked."""
     for child in children:
         if child.log is not None and child.process.poll() is not None:
             raise DemoError(f"{child.name} ended with exit code {child.process.returncode}")

@@ -194,7 +194,7 @@ def apt_install(packages: Sequence[str], prefix: Sequence[str]) -> None:
 
 
 def remedy(packages: Sequence[str]) -> str:
-    """The command that installs the missing packages, for the system at hand."""
+    """The command that installs the missing packages, for this system."""
     if sys.platform == "darwin":
         return "xcode-select --install; brew install gmp (and point CFLAGS and LDFLAGS at it)"
     if shutil.which("dnf"):

@@ -20,7 +20,7 @@ SWARM = ["swarm", "--jobs", "2"]
 THIN, ROOMY = ["--model", "llama-405b"], ["--model", "llama-70b"]
 CLIENTS = ["--clients", "1000"]
 
-# Measured by `make figures`: the version at hand on the machine at hand.
+# Measured by `make figures`: the present version on the present machine.
 USUAL: Mapping[str, Sequence[str]] = {
     DEMO: [],  # scripts/demo.py
     **{f"decode-{servers}": ["decode", "--servers", str(servers)] for servers in (1, 2, 3)},

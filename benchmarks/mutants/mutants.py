@@ -170,7 +170,7 @@ def write_settings(config: Config, modules: Sequence[str], tests: Sequence[str])
 def mutmut(words: Sequence[str], seconds: float) -> int:
     """Run mutmut in the copy, its progress into build/mutants/mutmut.log; an interrupt ends it in time.
 
-    Returns 0 where it ended by itself or by the interrupt, else its exit code.
+    Returns 0 after a normal end or the interrupt, else its exit code.
     """
     log = WORK / "mutmut.log"
     with log.open("a") as file:

@@ -1,4 +1,4 @@
-"""Clients of a simulated swarm: each chooses its chains by itself, step by step.
+"""Clients of a simulated swarm: each chooses its own chains, step by step.
 
 A part of `benchmarks swarm`.
 

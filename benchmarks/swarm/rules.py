@@ -88,7 +88,7 @@ class Ours:
 
 
 class Random:
-    """A random window, for ever."""
+    """A random window, without moves."""
 
     drops_first = True
     fresh = True

@@ -63,7 +63,7 @@ class GenerateArguments(TypedDict, total=False):
     seed: SupportsIndex | None
 
 
-def _by(check: Callable[[str, Any], Any]) -> dict[str, Any]:  # Any: whatever the option holds
+def _by(check: Callable[[str, Any], Any]) -> dict[str, Any]:  # Any: the option's value
     """The metadata of an option: its check takes name and value, and raises ValueError."""
     return {"check": check}
 

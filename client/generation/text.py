@@ -138,7 +138,7 @@ class Detokenizer:
         return self._beyond_prompt(fresh)
 
     def _read_wrong_bytes(self, run: _ByteRun) -> str:
-        """Text up to here; the last bytes of a wrong run stay: each of them is wrong by itself."""
+        """Text up to here; the last bytes of a wrong run stay: each of them is wrong alone."""
         text, self._unread = self._decode(self._tokens), 0
         fresh, self._shown = text[self._shown :], len(text)
         if run.is_shown:

@@ -41,7 +41,7 @@ class HopState:
 
     @property
     def alive(self) -> bool:
-        """Whether the session goes on there, as far as is known."""
+        """Whether the session goes on there, by present knowledge."""
         return self.error is None and not self.closed
 
     @property

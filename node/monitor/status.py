@@ -67,7 +67,7 @@ def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dic
     """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and `chains`.
 
     rtts: seconds from here to a peer and back.  chains: how many to list for each model.
-    A peer without an answer (`view.silent`) is unreachable, whatever it announces, and covers no block.
+    A peer without an answer (`view.silent`) is unreachable for any announcement, and covers no block.
     """
     records = [record for record in view.records() if record.role != "client"]
     states = {r.peer: UNREACHABLE if r.peer in view.silent else r.state for r in records}

@@ -121,7 +121,7 @@ def make_libp2p_host(
         try:
             await host.get_mux().handlers[protocol](net_stream)
         # Of the library's 1,126 handlers 716 catch everything themselves.  An error that escapes is of any
-        # type and, as far as one can tell, the peer's fault.  It must not end the node.
+        # type and counts as the peer's fault.  It must not end the node.
         except Exception as error:  # noqa: BLE001
             logger.debug("%s on a stream of %s: %r", protocol, net_stream.muxed_conn.peer_id, error)
             await net_stream.reset()

@@ -108,7 +108,7 @@ class FramedStream:
     async def receive(self, seconds: float | None = None) -> bytearray | None:
         """The next frame, or None at a clean end.
 
-        seconds: for the whole frame.  None waits for its first byte for ever, but a frame that has begun
+        seconds: for the whole frame.  None waits for its first byte without end, but a frame that has begun
         must be whole within `frame_start_seconds` and the time of its size at the slowest rate allowed.
         Raises SlowPeer, PeerGone, FrameError.
         """

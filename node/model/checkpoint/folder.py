@@ -74,7 +74,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model whose config, index and headers are at hand; `need` brings the weights.
+    """A model whose config, index and headers are present; `need` fetches the weights.
 
     path: the folder.  config: its config.json.  tensors: every tensor of the checkpoint by name.
     revision: 32 hex digits, equal for equal content from any source.

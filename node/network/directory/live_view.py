@@ -46,7 +46,7 @@ class LiveView:
     async def changed(self, since: SwarmView | None = None) -> None:
         """Return as soon as the view differs from `since`, by default from the present view.
 
-        Without a change this waits for ever: the caller sets the deadline.
+        Without a change this waits without end: the caller sets the deadline.
         """
         since = self.view() if since is None else since
         await trio.lowlevel.checkpoint()

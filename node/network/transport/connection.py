@@ -141,7 +141,7 @@ class Connection:
 
     on_stream: called with each stream that the peer opens; None keeps the streams for `accept`.
     on_fault: called when the peer broke a rule of yamux or of the channel; the connection is closed then.
-    on_closed: called once, however the connection ended.
+    on_closed: called once, after any end of the connection.
     """
 
     def __init__(
@@ -294,7 +294,9 @@ class Connection:
         return sum(stream.served and not stream.is_closed() for stream in self._streams.values())
 
     def _new_stream(self, state: Stream) -> MuxedStream:
-        if len(self._streams) > 2 * self.core.streams + 16:  # now and then, so that none is kept for ever
+        if (
+            len(self._streams) > 2 * self.core.streams + 16
+        ):  # from time to time, so that no ended stream stays
             self._streams = {i: stream for i, stream in self._streams.items() if not stream.is_closed()}
         stream = self._streams[state.id] = MuxedStream(self, state)
         return stream

@@ -30,7 +30,7 @@ class Link(Protocol):
         """The number of these bytes that the kernel took without waiting.  Raises PeerGone."""
 
     async def send(self, data: memoryview) -> None:
-        """Send all, however long it takes.  Raises PeerGone."""
+        """Send all bytes; waits without a bound.  Raises PeerGone."""
 
     def close(self) -> None:
         """Close at once; every waiter gets PeerGone.  Twice does no harm."""

@@ -100,7 +100,7 @@ class SecureChannel:
         )
 
     async def send(self, data: bytes) -> None:
-        """Seal and send, however long it takes.  Raises PeerGone."""
+        """Seal and send; waits without a bound.  Raises PeerGone."""
         await self.link.send(memoryview(self.seal(data)))
 
     def _seal_one(self, data: bytes | memoryview) -> bytes:
