@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,8 +29,8 @@ DECODE_SECONDS_PER_BLOCK, SECONDS_PER_BLOCK_TOKEN = 0.0011, 0.0003
 NO_LIMIT = Limits(max_waiting_steps=10_000, max_waiting_steps_per_peer=10_000)
 
 
-def batcher_of(limits: Limits = NO_LIMIT, **tunables: float) -> Batcher:
-    policy = BatchPolicy(**tunables)  # type: ignore[arg-type]
+def batcher_of(limits: Limits = NO_LIMIT, **tunables: Any) -> Batcher:
+    policy = BatchPolicy(**tunables)
     return Batcher(DECODE_SECONDS_PER_BLOCK, SECONDS_PER_BLOCK_TOKEN, limits, policy)
 
 
