@@ -294,9 +294,7 @@ class Connection:
         return sum(stream.served and not stream.is_closed() for stream in self._streams.values())
 
     def _new_stream(self, state: Stream) -> MuxedStream:
-        if (
-            len(self._streams) > 2 * self.core.streams + 16
-        ):  # from time to time, so that no ended stream stays
+        if len(self._streams) > 2 * self.core.streams + 16:  # from time to time: none stays for ever
             self._streams = {i: stream for i, stream in self._streams.items() if not stream.is_closed()}
         stream = self._streams[state.id] = MuxedStream(self, state)
         return stream
