@@ -39,9 +39,7 @@ class LostTime:
         self.recent.append(seconds)
         usual = min(statistics.median(self.recent), SUSPICION * expected)
         lost = max(0.0, self._lost + seconds - SUSPICION * usual)
-        self._lost = min(
-            lost, 2 * MAX_LOST_STEPS * usual
-        )  # so that quick steps balance the loss for some time
+        self._lost = min(lost, 2 * MAX_LOST_STEPS * usual)  # bounded, so that quick steps make up for it
 
     def too_much(self, length: int, hops: int) -> bool:
         """Whether to look for a better chain, for `length` positions at `hops` hops."""

@@ -103,9 +103,7 @@ def _good(standing: HopProgress, position: int, sent: Sequence[Sent]) -> int:
     good = min(standing.length, position)
     for one in sent:
         if standing.step is None or one.step > standing.step:
-            good = min(
-                good, one.what.position
-            )  # it has not seen this step, which would have cut its cache there
+            good = min(good, one.what.position)  # a step that the hop has not seen would have cut there
     return good
 
 
