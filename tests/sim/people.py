@@ -17,7 +17,7 @@ from client.swarm import Swarm
 from node.network.streams import FramedStream
 from routing.chains.search import NoChain
 from routing.names import PeerId
-from routing.view.records import Record
+from routing.view.records import Record, State
 from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import PUSH_PROTOCOL
@@ -177,7 +177,7 @@ class Node:
         self.directory = Directory(self.peer, world.network, self._overtaken)
         self.handlers = 0
         self._seq = 0
-        self._state: str | None = None  # what we announce, if anything
+        self._state: State | None = None  # what we announce, if anything
         world.network.participants[self.peer] = self
         world.gossip.directories[self.peer] = self.directory
         world.nodes[self.peer] = self
@@ -222,7 +222,7 @@ class Node:
         self.world.network.gone(self.peer, vanished=vanish)
         self.nursery.cancel_scope.cancel()
 
-    def say(self, state: str) -> None:
+    def say(self, state: State) -> None:
         """Announce."""
         self._state = state
         record = numbered(self._record(state), self._seq, EPOCH + trio.current_time() + self.skew_seconds)
@@ -274,14 +274,14 @@ class Node:
             self._seq = seq
             self.say(self._state)
 
-    def _record(self, state: str) -> Record:
+    def _record(self, state: State) -> Record:
         listener, network, plan = self.listener, self.world.network, self.plan
         others = [each for each in self.world.nodes.values() if each.plan.start <= plan.stop < each.plan.stop]
         rtt = {each.peer: 2 * network.way(self.peer, each.peer).delay for each in others[:RTTS_ANNOUNCED]}
         return Record(
             peer=self.peer,
             role="serve",
-            state=state,  # type: ignore[arg-type]  # one of the four
+            state=state,
             model=glue.MODEL,
             revision=glue.REVISION,
             blocks=self.world.blocks,
