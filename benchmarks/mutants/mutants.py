@@ -87,6 +87,7 @@ class Config:
     modules: Sequence[str]
     left_out: Sequence[str]
     tests: Sequence[str]
+    deselected: Sequence[str]
     equivalent: Sequence[Equivalent] = field(default=())
 
 
@@ -150,12 +151,13 @@ def copy_repository() -> None:
 def write_settings(config: Config, modules: Sequence[str], tests: Sequence[str]) -> None:
     """Add mutmut's section to the copy's pyproject.toml."""
     files = sorted({str(path.relative_to(ROOT)) for pattern in tests for path in ROOT.glob(pattern)})
+    deselected = [f"--deselect={name}" for name in config.deselected]
     settings: dict[str, object] = {
         "source_paths": FOLDERS,
         "only_mutate": modules,
         "do_not_mutate": config.left_out,
         "do_not_mutate_patterns": config.words,
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutants"],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutants", *deselected],
         "pytest_add_cli_args_test_selection": files,
         "also_copy": [name for name in COPIED if name not in FOLDERS],
         "timeout_multiplier": 5.0,

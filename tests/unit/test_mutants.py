@@ -35,7 +35,7 @@ def codes_in(record: Path) -> list[int | None]:
 
 
 def config(*equivalent: mutants.Equivalent) -> mutants.Config:
-    return mutants.Config(0, 0.0, 1, "", (), (), (), (), equivalent)
+    return mutants.Config(0, 0.0, 1, "", (), (), (), (), (), equivalent)
 
 
 def test_every_pattern_of_modules_and_tests_finds_files():
