@@ -61,10 +61,10 @@ class FindChain(Protocol):
         *,
         positions: int,
         waiting: Mapping[PeerId, int],
-        beside: int,
+        other_hops: int,
     ) -> Awaitable[Chain]:
         """positions: of all rows.  waiting: see `cheapest_chain`.
-        beside: hops of the whole chain for other blocks.
+        other_hops: hops of the whole chain for other blocks.
 
         Raises NoChain when none came up in time.
         """
@@ -212,7 +212,7 @@ class ForwardBackward:
             if lost:
                 hop = kept[-1].hop
                 again, _ = await self._onward(
-                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False, beside=hops - 1
+                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False, other_hops=hops - 1
                 )
                 hops += len(again) - 1
                 kept[-1:] = again
@@ -227,12 +227,12 @@ class ForwardBackward:
         return grad
 
     async def _onward(
-        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, beside: int = 0
+        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, other_hops: int = 0
     ) -> tuple[list[Kept], Tensor]:
         """Forward from hop to hop: the input of each, and the output of the last hop that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
-        beside: hops of the part's chain for other blocks.
+        other_hops: hops of the part's chain for other blocks.
         """
         kept: list[Kept] = []
         ahead: deque[Hop] = deque()
@@ -240,7 +240,7 @@ class ForwardBackward:
         async def hop_on() -> Tensor:
             if not ahead:
                 begin = kept[-1].hop.stop if kept else start
-                ahead.extend(await self._hops(part, begin, stop, beside + len(kept)))
+                ahead.extend(await self._hops(part, begin, stop, other_hops + len(kept)))
             if ahead[0].stop == stop and not to_the_end:
                 return hidden
             try:
@@ -254,11 +254,13 @@ class ForwardBackward:
             kept.append(Kept(ahead.popleft(), given))
         return kept, hidden
 
-    async def _hops(self, part: Part, start: int, stop: int, beside: int) -> Sequence[Hop]:
+    async def _hops(self, part: Part, start: int, stop: int, other_hops: int) -> Sequence[Hop]:
         """Plan the chain of a part through these blocks.  Raises NoChain."""
         self._plan(part, ())
         positions = part.hidden.shape[0] * part.hidden.shape[1]
-        chain = await self.find_chain(start, stop, positions=positions, waiting=self._planned, beside=beside)
+        chain = await self.find_chain(
+            start, stop, positions=positions, waiting=self._planned, other_hops=other_hops
+        )
         self._plan(part, tuple(hop.peer for hop in chain.hops))
         return chain.hops
 

@@ -311,13 +311,18 @@ class Swarm:
         *,
         positions: int,
         waiting: Mapping[PeerId, int],
-        beside: int,
+        other_hops: int,
     ) -> Chain:
         """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
 
         def choose(last_resort: bool) -> Chain:
             return self.routes.choose_for_throughput(
-                start, stop, positions=positions, waiting=waiting, other_hops=beside, last_resort=last_resort
+                start,
+                stop,
+                positions=positions,
+                waiting=waiting,
+                other_hops=other_hops,
+                last_resort=last_resort,
             )
 
         deadline = trio.current_time() + self.config.wait_seconds

@@ -185,8 +185,10 @@ def foreign_assignments(tree: ast.AST) -> Iterator[tuple[int, str]]:
         for target in assigned_by(node):
             if isinstance(target, ast.Attribute) and not is_name(target.value, "self", "cls"):
                 yield target.lineno, ast.unparse(target)
-        if isinstance(node, ast.Call) and is_name(node.func, "setattr", "delattr") and node.args:
-            yield from [(node.lineno, ast.unparse(node))] * (not is_name(node.args[0], "self", "cls"))
+        if isinstance(node, ast.Call) and is_name(node.func, "setattr", "delattr"):
+            owner = node.args[0] if node.args else None
+            if owner is not None and not is_name(owner, "self", "cls"):
+                yield node.lineno, ast.unparse(node)
 
 
 def assigned_by(node: ast.AST) -> Iterator[ast.expr]:

@@ -60,7 +60,7 @@ def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
     Not a check of each test: a swarm of the whole module starts its killed servers again between tests.
     """
-    tests = [item for item in request.session.items if item.nodeid.startswith(request.node.nodeid)]
+    tests = [item for item in request.session.items if item.nodeid.startswith(f"{request.node.nodeid}::")]
     if not any(item.get_closest_marker("process") for item in tests):
         yield
         return

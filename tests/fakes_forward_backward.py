@@ -198,13 +198,13 @@ class ToySwarm:
         return ForwardBackward(**(asked | changes))
 
     async def find_chain(
-        self, start: int, stop: int, *, positions: int, waiting: Mapping[PeerId, int], beside: int
+        self, start: int, stop: int, *, positions: int, waiting: Mapping[PeerId, int], other_hops: int
     ) -> Chain:
         """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
         spans = [node.record for node in self.nodes.values()]
         measured = self.measured.rates(spans, trio.current_time(), positions)
         known = CostInputs(measured=measured, waiting=waiting, positions=positions)
-        most_hops = None if self.most_hops is None else self.most_hops - beside
+        most_hops = None if self.most_hops is None else self.most_hops - other_hops
         await trio.lowlevel.checkpoint()
         for excluded in (self.blame.avoided(trio.current_time()), frozenset[PeerId]()):
             try:

@@ -51,7 +51,7 @@ from routing.names import PeerId
 from routing.placement.throughput import Holder, capacity
 from routing.view.records import MAX_RTTS, Record
 
-ANNOUNCE_SECONDS = 5.0  # between a server's checks of its own record
+RECORD_CHECK_SECONDS = 5.0  # between a server's checks of its own record
 LOOK_SECONDS = 0.5  # the shortest time between two searches of a client: their own time is not simulated
 SIGMA = 0.7  # of the logarithms of the sessions' lengths
 MIN_TOKENS = 4
@@ -153,7 +153,9 @@ class World:
         self.waits = [Waits() for _ in self.machines]
         self.cache_left = [PETALS_CACHE_TOKENS] * len(self.machines)
         self.records = [self._record(index, rng) for index in range(len(self.machines))]
-        self.said: list[tuple[Record, ...]] = [tuple(self.records)]  # every ANNOUNCE_SECONDS, the newest last
+        self.said: list[tuple[Record, ...]] = [
+            tuple(self.records)
+        ]  # every RECORD_CHECK_SECONDS, the newest last
         self.caches: list[tuple[int, ...]] = [tuple(self.cache_left)]
         self._distances: dict[tuple[int, float], Distances] = {}
 
@@ -188,7 +190,7 @@ class World:
 
     def seen(self, rng: random.Random) -> int:
         """The index of the announcements that a client sees: -1 is the newest."""
-        age = int(rng.uniform(0, self.demand.view_seconds) / ANNOUNCE_SECONDS)
+        age = int(rng.uniform(0, self.demand.view_seconds) / RECORD_CHECK_SECONDS)
         return -min(len(self.said), 1 + age)
 
     def distances(self, client: int, hop_seconds: float = 0.0) -> Distances:
@@ -398,13 +400,13 @@ class _Run:
     def run(self) -> Served:
         """Simulate from an empty swarm on."""
         demand, world = self._world.demand, self._world
-        until, announce_at = demand.warm_up + demand.seconds, ANNOUNCE_SECONDS
+        until, announce_at = demand.warm_up + demand.seconds, RECORD_CHECK_SECONDS
         self._next_session(0.0)
         while (event := self._events.take(until)) is not None:
             (session, hop), now = event, self._events.now
             while announce_at <= now:
                 world.announce(announce_at)
-                announce_at += ANNOUNCE_SECONDS
+                announce_at += RECORD_CHECK_SECONDS
             if session is None:
                 self._come(now)
             elif hop < len(session.at):

@@ -34,10 +34,9 @@ class ViewChanges:
     _seen: SwarmView | None = None  # at the last choice
     _found_at: float = -math.inf
 
-    def look(self, view: SwarmView) -> SwarmView:
+    def look(self, view: SwarmView) -> None:
         """Note that a choice uses this view."""
         self._seen = view
-        return view
 
     async def wait(self, seconds: float) -> None:
         """Wait until the view differs from the last look, or the seconds are over.

@@ -138,10 +138,12 @@ class StepSource:
     _next: int = 0
 
     def add(self, what: StepRange, body: Buffer, bulk: bool, now: float) -> Pending:
-        """Number a step.  bulk: the step is long; steps that follow a bulk step are bulk too."""
-        for before in self.pending.values():
-            bulk = before.bulk
-            break
+        """Number a step.  bulk: the step is long.
+
+        All pending steps travel on one stream, that of the oldest: on two streams one could overtake another.
+        """
+        if self.pending:
+            bulk = next(iter(self.pending.values())).bulk
         pending = Pending(self._next, what, body, bulk, now)
         self._next += 1
         self.pending[pending.step] = pending

@@ -112,7 +112,7 @@ def hog(listener: Listener) -> Callable[[], None]:
     def give_back() -> None:
         for session in taken:
             budget.release(session)
-        listener._room.wake()
+        listener._cache_admission.wake()
 
     return give_back
 

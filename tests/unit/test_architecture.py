@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from client.session.core import NEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FUNCTION_LINES, MAX_FOLDER = 70, 12
@@ -37,10 +40,7 @@ def load() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name
-    import sys
-
-    sys.modules["architecture"] = module
+    sys.modules["architecture"] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 
@@ -145,8 +145,6 @@ def test_the_tree_in_the_architecture_page_is_the_tree():
 
 
 def test_the_states_in_the_architecture_page_are_those_of_the_core():
-    from client.session.core import NEXT
-
     page = (ROOT / "docs" / "architecture.md").read_text()
     arrows = set(re.findall(r"^    ([A-Z]+) --> ([A-Z]+)", page, re.MULTILINE))
     assert arrows == {(one.name, other.name) for one, others in NEXT.items() for other in others}

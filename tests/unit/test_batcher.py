@@ -324,7 +324,7 @@ def test_a_stateless_request_runs_in_its_parts_in_order():
     long = job(kind=STATELESS, tokens=500, parts=PARTS)
     submit(batcher, long)
     pieces = [run(batcher)[0] for _ in PARTS]
-    assert [(piece.part, piece.run, piece.last) for piece in pieces] == [
+    assert [(piece.part, piece.job.parts[piece.part], piece.last) for piece in pieces] == [
         (index, part, index == len(PARTS) - 1) for index, part in enumerate(PARTS)
     ]
     assert batcher.waiting == 0

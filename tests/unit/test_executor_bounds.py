@@ -8,7 +8,7 @@ import pytest
 
 from node.serving.executor.active_peers import ActivePeers
 from node.serving.executor.job_queues import JobQueues
-from node.serving.executor.jobs import Job, Kind, Piece
+from node.serving.executor.jobs import Job, Kind, Piece, size_of
 from tensor_codec.errors import LocalProtocolError, TooManyStreams
 from tensor_codec.limits import Limits
 
@@ -103,13 +103,13 @@ def test_a_job_expires_at_its_deadline_unless_it_has_begun():
     assert waiting.next_deadline == math.inf
 
 
-def test_a_piece_knows_its_blocks_and_whether_it_is_the_last():
+def test_a_piece_counts_its_own_blocks_and_knows_whether_it_is_the_last():
     whole = Job(0, "a", Kind.PREFILL, 1, 10, 2, 6)
     assert (Piece(whole, 0, 9).last, Piece(whole, 0, 10).last, Piece(whole, 9, 1).last) == (False, True, True)
-    assert Piece(whole, 3, 2).run == (2, 6)
+    assert size_of((Piece(whole, 3, 2),)) == (4, 2, [8])
     parts = Job(1, "a", Kind.STATELESS, 1, 10, 2, 6, parts=((4, 6), (2, 4)))
     assert (Piece(parts, 0, 10, 0).last, Piece(parts, 0, 10, 1).last) == (False, True)
-    assert (Piece(parts, 0, 10, 0).run, Piece(parts, 0, 10, 1).run) == ((4, 6), (2, 4))
+    assert size_of((Piece(parts, 0, 10, 0),)) == size_of((Piece(parts, 0, 10, 1),)) == (2, 10, [20])
 
 
 def test_a_peer_is_active_for_as_long_as_it_is_said_after_its_last_job():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ from node.model.checkpoint.folder import (
     write_atomically,
 )
 from node.model.checkpoint.progress import Progress, silent
+from node.model.checkpoint.shards import Entry, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +62,6 @@ WAIT_SECONDS = 2400.0  # for another process's download, and a minute for its co
 _BLOCKS = 30
 _BLOCKS_PER_SHARD = 6
 _HEADS, _KV_HEADS = 9, 3
-_ALIGNMENT = 64  # of each tensor in a shard: a cache line, and the width of an AVX-512 register
 
 _CONFIG: dict[str, Any] = {  # Any: JSON
     "architectures": ["LlamaForCausalLM"],
@@ -336,33 +337,9 @@ def _dequantised(tensor: Any) -> Array:  # Any: gguf has no types
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterable[Array]) -> str:
-    """Write float32 tensors as one safetensors file; its SHA-256.  Raises OSError.
-
-    The header is padded with blanks, which the format allows, so that each tensor whose
-    predecessors have a multiple of 64 bytes begins at one.
-    """
-    header: dict[str, object] = {}
-    end = 0
-    for name, shape in shapes.items():
-        begin, size = end, 4
-        for length in shape:
-            size *= length
-        end = begin + size
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
-            digest.update(piece)
-        for array in arrays:
-            view = array.data.cast("B")
-            file.write(view)
-            digest.update(view)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    """Write float32 tensors as one safetensors file; its SHA-256.  Raises OSError."""
+    entries = {name: Entry("F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()}
+    return write_file(path, entries, (array.data.cast("B") for array in arrays))
 
 
 def _write_tokenizer(reader: Any, out: Path) -> None:  # Any: gguf has no types

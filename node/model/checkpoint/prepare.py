@@ -9,7 +9,6 @@ quantising the original at start would give equal weights (docs/decisions/0008).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -39,9 +38,9 @@ from node.model.checkpoint.folder import (
 from node.model.checkpoint.info import SCALE_SUFFIX, TRANSPOSED, is_matrix
 from node.model.checkpoint.packed import packing_of
 from node.model.checkpoint.progress import Progress, silent
+from node.model.checkpoint.shards import ALIGNMENT, Entry, write_file
 from node.model.weights.quantize import quantize_rows
 
-_ALIGNMENT = 64  # the alignment of each tensor after tensors whose size is a multiple of it; these come first
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -96,7 +95,7 @@ def _in_order(made: Mapping[str, Written]) -> dict[str, Written]:
     return dict(
         sorted(
             made.items(),
-            key=lambda item: (item[1].scales, item[1].nbytes % _ALIGNMENT != 0, not item[1].matrix, item[0]),
+            key=lambda item: (item[1].scales, item[1].nbytes % ALIGNMENT != 0, not item[1].matrix, item[0]),
         )
     )
 
@@ -225,28 +224,11 @@ def write_tensors(
 ) -> str:
     """Write one safetensors file; its SHA-256.  Raises OSError.
 
-    written: called with the bytes of each tensor.  The header is padded with blanks, which the format allows.
+    written: called with the bytes of each tensor.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in made.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
-            digest.update(piece)
-        for values in tensors:
-            view = values.contiguous().flatten().view(torch.uint8).numpy().data
-            file.write(view)
-            digest.update(view)
-            written(view.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    entries = {name: Entry(tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in made.items()}
+    values = (each.contiguous().flatten().view(torch.uint8).numpy().data for each in tensors)
+    return write_file(path, entries, values, metadata={"format": "pt"}, written=written)
 
 
 def _json(value: object) -> bytes:

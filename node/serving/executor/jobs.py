@@ -54,12 +54,6 @@ class Piece:
         """Whether the job is done after this piece."""
         return self.offset + self.tokens == self.job.tokens and self.part + 1 >= len(self.job.parts)
 
-    @property
-    def run(self) -> tuple[int, int]:
-        """The blocks [start, stop) that the piece goes through."""
-        job = self.job
-        return job.parts[self.part] if job.parts else (job.start, job.stop)
-
 
 Batch = tuple[Piece, ...]
 

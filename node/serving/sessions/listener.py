@@ -91,13 +91,13 @@ class Listener:
     _sessions: dict[bytes, HopSession] = field(default_factory=dict)
     _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those too that wait for pages
     _links: PushLinks = field(init=False)
-    _room: CacheAdmission = field(init=False)
+    _cache_admission: CacheAdmission = field(init=False)
     _journals: JournalBudget = field(init=False)
     _session_ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self._links = PushLinks(self.open_stream)
-        self._room = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
+        self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
         self._journals = JournalBudget(tokens)
 
@@ -118,7 +118,9 @@ class Listener:
             place = self._places[opened.session] = _Place(stream.peer, opened.epoch)
             try:
                 with place.opening:
-                    await self._room.admit(opened.session, stream.peer, opened.batch, opened.max_length)
+                    await self._cache_admission.admit(
+                        opened.session, stream.peer, opened.batch, opened.max_length
+                    )
                     with self._place(stream, opened) as hop:
                         await self._run(hop)
             finally:
@@ -210,7 +212,7 @@ class Listener:
         self._session_ended = trio.Event()
 
     def _worker(self, hop: HopSession) -> HopWorker:
-        return HopWorker(hop, self.engine, self._room, self._journals, self.faults, self.limits)
+        return HopWorker(hop, self.engine, self._cache_admission, self._journals, self.faults, self.limits)
 
     @contextmanager
     def _place(self, stream: FrameStream, opened: Open) -> Iterator[HopSession]:
@@ -245,7 +247,7 @@ class Listener:
         finally:
             self._sessions.pop(opened.session, None)
             self.engine.before_next(cache.close)  # a batch may still be computing with its pages
-            self._room.release(opened.session)
+            self._cache_admission.release(opened.session)
             self._journals.close(opened.session)
 
     def _check(self, peer: PeerId, opened: Open) -> None:
