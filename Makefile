@@ -8,6 +8,9 @@ TEST_SECONDS ?= 1200
 WORKERS ?= $(if $(ARGS),0,2)
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
 
+# Where this is set, every process compiles every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-quick lint format types bench figures mutants clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,13 +54,16 @@ def line_of(process: subprocess.Popen[str], start: str) -> str:
 
 
 def children() -> set[psutil.Process]:
-    """Every process below this one, but the helpers that Python's own multiprocessing keeps."""
+    """Every process below this one, but the helpers that Python's own multiprocessing keeps.
+
+    What these have forked counts.
+    """
     return {child for child in psutil.Process().children(recursive=True) if not _is_python_s_own(child)}
 
 
 def _is_python_s_own(process: psutil.Process) -> bool:
     try:
-        return "multiprocessing" in " ".join(process.cmdline())
+        return process.ppid() == os.getpid() and "multiprocessing" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

@@ -9,6 +9,7 @@ from inspect import CO_COROUTINE
 from pathlib import Path
 from types import CodeType, FrameType
 
+_TASKS = "unrolled_run"  # the function in which trio runs every task
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tensor_codec", "routing", "node", "client")
 
@@ -50,7 +51,7 @@ class Tracer:
             return
         code, caller, root = frame.f_code, None, frame.f_code.co_qualname
         below = frame.f_back
-        while below is not None:
+        while below is not None and below.f_code.co_name != _TASKS:
             if (below_module := self._module(below.f_code)) is not None:
                 root = below.f_code.co_qualname
                 caller = caller or (below_module, root)

@@ -15,13 +15,54 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 ONLINE_SECONDS = 120.0
 STOP_SECONDS = 15.0
+
+
+class RunningProcess(Protocol):
+    """What is asked of a node's process: the part of `subprocess.Popen` with this meaning."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> Any:  # Any: Popen's own type
+        """The exit code; None as long as it is not known to have ended."""
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; the exit code.  Raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Nothing happens where it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+class Spawn(Protocol):
+    """How a process is started."""
+
+    def __call__(
+        self, command: Sequence[str], environment: Mapping[str, str], output: Path
+    ) -> RunningProcess:
+        """Start a command in the root of the project, with its output in a file."""
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], output: Path) -> RunningProcess:
+    """Start a new process."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
 
 
 class ProcessError(Exception):
@@ -35,7 +76,7 @@ class NodeProcess:
     online_seconds: from its start to its ready-file; None until `wait_online`.
     """
 
-    process: subprocess.Popen[bytes]
+    process: RunningProcess
     log: Path
     ready_file: Path
     started: float
@@ -105,9 +146,15 @@ class LocalSwarm:
     """Nodes of one swarm on this machine.  Made by `local_swarm`."""
 
     def __init__(
-        self, folder: Path, common: Sequence[str], network: Sequence[str], environment: Mapping[str, str]
+        self,
+        folder: Path,
+        common: Sequence[str],
+        network: Sequence[str],
+        environment: Mapping[str, str],
+        spawn: Spawn,
     ) -> None:
         self.folder = folder
+        self._spawn = spawn
         self.nodes: list[NodeProcess] = []
         self._common = list(common)
         self._network = list(network)
@@ -133,16 +180,7 @@ class LocalSwarm:
         command = [*prefix, sys.executable, "-m", "node", *flags, *common, "--ready-file", str(ready)]
         if join:
             command += ["--peers", *join]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        node = NodeProcess(process, log, ready, time.time())
+        node = NodeProcess(self._spawn(command, self._environment, log), log, ready, time.time())
         self.nodes.append(node)
         return node
 
@@ -157,13 +195,14 @@ def local_swarm(
     common: Sequence[str] = (),
     network: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    spawn: Spawn = spawn,
 ) -> Iterator[LocalSwarm]:
     """A swarm whose processes all end with the block.
 
-    common: flags of every serving node; network: flags of serving and bootstrap nodes.
+    common: flags of every serving node; network: flags of serving and bootstrap nodes.  spawn: starts them.
     """
     with tempfile.TemporaryDirectory(prefix="raceme-swarm-") as folder:
-        swarm = LocalSwarm(Path(folder), common, network, environment or {})
+        swarm = LocalSwarm(Path(folder), common, network, environment or {}, spawn)
         try:
             yield swarm
         finally:

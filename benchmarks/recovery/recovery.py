@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import trio
 
-from benchmarks.lib.processes import Worker, equal_spans
+from benchmarks.lib.processes import Spawn, Worker, equal_spans, spawn
 from benchmarks.lib.results import Run
 from benchmarks.network.netns import Network, command_inside, why_not
 from benchmarks.recovery.fault_rates import fault_rates
@@ -131,14 +131,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def measure(flags: argparse.Namespace) -> Result:
-    """Start the swarm, run the mode of the flags, and gather the figures.  Raises ConfigError."""
+def measure(flags: argparse.Namespace, spawn: Spawn = spawn) -> Result:
+    """Start the swarm by `spawn`, run the mode of the flags, and gather the figures.  Raises ConfigError."""
     folder = resolve(flags.model, cache_dir=cache_dir())
     spans = equal_spans(read_info(folder).blocks, flags.servers)
     namespaces = Network() if flags.mode == "halfopen" else None
     copies = 1 if flags.mode == "clients" else flags.copies
     common = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "8192"]
-    with replicated_swarm(spans, copies, model=flags.model, flags=common, namespaces=namespaces) as replicas:
+    with replicated_swarm(
+        spans, copies, model=flags.model, flags=common, namespaces=namespaces, spawn=spawn
+    ) as replicas:
         if flags.mode == "clients":
             return lost_clients(flags, replicas)
         if flags.fault_rate is not None:

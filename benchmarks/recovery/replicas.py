@@ -16,8 +16,10 @@ from benchmarks.lib.processes import (
     LocalSwarm,
     NodeProcess,
     ProcessError,
+    Spawn,
     free_port,
     local_swarm,
+    spawn,
 )
 from benchmarks.network.netns import Link, Network
 from routing.names import PeerId
@@ -231,13 +233,15 @@ def replicated_swarm(
     network: Sequence[str] = (),
     namespaces: Network | None = None,
     proxied: Callable[[int], int] | None = None,
+    spawn: Spawn = spawn,
 ) -> Iterator[ReplicatedSwarm]:
     """`copies` servers for each span, all online; all processes end with the block.
 
     flags: of the servers; network: of these and of the bootstrap node.  namespaces: where each server
-    has one of its own.  proxied: the port to dial for a listening port.  Raises ProcessError.
+    has one of its own.  proxied: the port to dial for a listening port.  spawn: starts the processes.
+    Raises ProcessError.
     """
-    with local_swarm(flags, network, {"OMP_NUM_THREADS": "1"}) as swarm:
+    with local_swarm(flags, network, {"OMP_NUM_THREADS": "1"}, spawn) as swarm:
         here = [] if namespaces is None else ["--listen", f"/ip4/{namespaces.address}/tcp/0"]
         bootstrap = swarm.start("bootstrap", *here, peers=[])
         bootstrap.wait_online()

@@ -78,6 +78,8 @@ def plan_moves(servers: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMo
     of its blocks.  O(servers * count * blocks) for each move, `count` the blocks that one server holds.
     """
     found: dict[PeerId, PlannedMove] = {}
+    if 0 not in coverage((server for server in servers if server.online), blocks):
+        return found
     for rank in range(MAX_PLANS):
         steps = _Crew(servers, blocks, set(found)).plan()
         if not steps:

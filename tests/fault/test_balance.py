@@ -20,6 +20,7 @@ from client.config import ClientConfig
 from client.swarm import open_swarm
 from routing.blocks import coverage
 from routing.view.view import SwarmView
+from tests.forked import Forked
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
 pytestmark = pytest.mark.process
@@ -52,7 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def swarm() -> Iterator[LocalSwarm]:
     network = ["--record-ttl", str(TTL_SECONDS)]
-    with local_swarm(FLAGS, network, {"OMP_NUM_THREADS": "1"}) as found:
+    with local_swarm(FLAGS, network, {"OMP_NUM_THREADS": "1"}, Forked) as found:
         found.start("bootstrap").wait_online()
         yield found
 

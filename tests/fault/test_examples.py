@@ -73,18 +73,15 @@ def joining(tiny_llama: Path, swarm_key: Path) -> Iterator[list[str]]:
         yield ["--peers", address, "--swarm-key", str(swarm_key), "--model", str(tiny_llama)]
 
 
-def test_a_node_serves_and_a_trio_program_generates_with_it(joining: list[str]):
-    one = run_to_the_end("generate_trio.py", *joining, "--max-new-tokens", "5", "HELLO", "WORLD")
-    assert sorted(line[:5] for line in one.splitlines()) == ["HELLO", "WORLD"]
-    assert all(len(line) > 5 for line in one.splitlines())
-
-
-def test_a_plain_script_prints_tokens_as_they_come_and_the_same_as_under_trio(joining: list[str]):
+def test_a_node_serves_and_a_trio_program_and_a_plain_script_print_the_same_tokens(joining: list[str]):
     prompts = ("HELLO", "WORLD")
     asked = [*joining, "--max-new-tokens", "5", *prompts]
+    at_once = run_to_the_end("generate_trio.py", *asked).splitlines()
+    assert sorted(line[:5] for line in at_once) == ["HELLO", "WORLD"]
+    assert all(len(line) > 5 for line in at_once)
     lines = run_to_the_end("generate_sync.py", *asked).splitlines()
     assert [line[:5] for line in lines] == list(prompts)
-    assert sorted(lines) == sorted(run_to_the_end("generate_trio.py", *asked).splitlines())
+    assert sorted(lines) == sorted(at_once)
 
 
 def test_a_node_says_in_one_line_what_its_operator_must_fix():

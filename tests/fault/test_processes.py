@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lib.processes import ROOT, LocalSwarm, local_swarm
 from node.model.checkpoint.folder import ModelFolder
+from tests.forked import Forked
 from tests.processes import line_of, python, running
 
 pytestmark = pytest.mark.process
@@ -116,6 +117,7 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
     with local_swarm(
         ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"],
         ["--record-ttl", str(TTL_SECONDS), "--swarm-key", str(key)],
+        spawn=Forked,
     ) as swarm:
         bootstrap = swarm.start("bootstrap")
         bootstrap.wait_online()
@@ -171,7 +173,7 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
 def test_a_wrong_or_missing_key_is_refused_with_one_line(key: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     assert run("node", "new-swarm-key", other).returncode == 0
-    with local_swarm(network=["--swarm-key", str(key)]) as swarm:
+    with local_swarm(network=["--swarm-key", str(key)], spawn=Forked) as swarm:
         swarm.start("bootstrap").wait_online()
         for stranger in (["--swarm-key", str(other)], []):
             began = time.monotonic()
@@ -184,7 +186,7 @@ def test_a_wrong_or_missing_key_is_refused_with_one_line(key: Path, tmp_path: Pa
 
 
 def test_ctrl_c_ends_a_waiting_client_without_a_traceback(tiny_llama: Path) -> None:
-    with local_swarm() as swarm:
+    with local_swarm(spawn=Forked) as swarm:
         swarm.start("bootstrap").wait_online()
         words = ["client", "generate", "--model", str(tiny_llama), "--peers", *swarm.peers, "hello"]
         with running(python(*words)) as waiting:

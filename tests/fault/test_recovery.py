@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lib.processes import ROOT, Worker
-from benchmarks.recovery.recovery import killed_again_and_again, parse
+from benchmarks.recovery.recovery import killed_again_and_again, measure, parse
 from benchmarks.recovery.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
 from benchmarks.recovery.watched import Watched, peers_in_use, trace_events, until_known, watch
 from client.config import ClientConfig
@@ -32,6 +32,7 @@ from node.model.blocks.forward_backward import backward, forward
 from node.model.blocks.span import load_span
 from node.model.checkpoint.folder import HashMemo, open_folder
 from tests.fault_link import WAYS
+from tests.forked import Forked
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
 pytestmark = pytest.mark.process
@@ -91,7 +92,9 @@ def expected(model: Path) -> Expected:
 @pytest.fixture(scope="module")
 def processes(model: Path) -> Iterator[ReplicatedSwarm]:
     network = ["--record-ttl", str(TTL_SECONDS)]
-    with replicated_swarm(SPANS, COPIES, model=str(model), flags=FLAGS, network=network) as swarm:
+    with replicated_swarm(
+        SPANS, COPIES, model=str(model), flags=FLAGS, network=network, spawn=Forked
+    ) as swarm:
         yield swarm
 
 
@@ -373,7 +376,9 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
                 flipped = sum(now // FLIP_EVERY - was // FLIP_EVERY for was, now in pairs)
             proxy.ask({"do": "heal"})
 
-        with replicated_swarm(SPANS, ENOUGH, model=str(model), flags=FLAGS, proxied=proxied) as servers:
+        with replicated_swarm(
+            SPANS, ENOUGH, model=str(model), flags=FLAGS, proxied=proxied, spawn=Forked
+        ) as servers:
             async with joined(servers, model) as swarm, trio.open_nursery() as nursery:
                 nursery.cancel_scope.deadline = trio.current_time() + GENEROUS_SECONDS
 
@@ -387,28 +392,22 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
             assert not nursery.cancel_scope.cancelled_caught
 
 
-def benchmark(*words: str, out: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
-    """What `benchmarks recovery` has found; empty where it could not run."""
-    command = [sys.executable, "-m", "benchmarks", "recovery", "--json", str(out), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    return (json.loads(out.read_text()) if out.exists() else {}), done
-
-
 def test_a_link_that_goes_down_without_a_reset_costs_no_token(model: Path, tmp_path: Path) -> None:
     words = ["--mode", "halfopen", "--kill-at", "middle", "--servers", "2", "--model", str(model)]
-    found, done = benchmark(*words, out=tmp_path / "found.json")
+    out = tmp_path / "found.json"
+    command = [sys.executable, "-m", "benchmarks", "recovery", "--json", str(out), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode == 2:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    (row,) = found["rows"]
+    (row,) = json.loads(out.read_text())["rows"]
     assert (row["error"], row["tokens_equal"]) == (None, True)
     assert row["sockets_gone_s"] is not None
 
 
-def test_of_clients_killed_in_prefill_and_in_decoding_nothing_is_left(model: Path, tmp_path: Path) -> None:
+def test_of_clients_killed_in_prefill_and_in_decoding_nothing_is_left(model: Path) -> None:
     words = ["--mode", "clients", "--runs", "6", "--at-once", "3", "--servers", "2", "--model", str(model)]
-    found, done = benchmark(*words, out=tmp_path / "found.json")
-    assert found, done.stderr
+    found = measure(parse(words), Forked)
     assert sum(found["killed_in"].values()) == 6
     assert found["alive"]
     assert found["sessions_left"] == [0, 0]
@@ -417,8 +416,7 @@ def test_of_clients_killed_in_prefill_and_in_decoding_nothing_is_left(model: Pat
 
 
 @pytest.mark.real_model
-def test_a_server_of_the_real_model_killed_in_the_midst_of_a_token_costs_no_token(tmp_path: Path) -> None:
+def test_a_server_of_the_real_model_killed_in_the_midst_of_a_token_costs_no_token() -> None:
     words = ["--kill-at", "middle", "--tokens", "24", "--servers", "2"]
-    found, done = benchmark(*words, out=tmp_path / "found.json")
-    assert done.returncode == 0, done.stderr
+    found = measure(parse(words), Forked)
     assert (found["runs"], found["tokens_equal"]) == (1, True)

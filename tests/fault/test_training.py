@@ -15,6 +15,7 @@ from benchmarks.lib.processes import local_swarm
 from node.model.blocks.forward_backward import backward, forward
 from node.model.blocks.span import load_span
 from node.model.checkpoint.folder import HashMemo, open_folder
+from tests.forked import Forked
 
 pytestmark = pytest.mark.process
 
@@ -37,7 +38,7 @@ async def test_a_gradient_over_two_servers_is_that_of_one_process_also_when_one_
     output, gradient = forward(whole, hidden, 0, 6), backward(whole, hidden, grad, 0, 6)
 
     flags = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"]
-    with local_swarm([str(tiny_llama), *flags]) as swarm:
+    with local_swarm([str(tiny_llama), *flags], spawn=Forked) as swarm:
         nodes = [swarm.start("--blocks", "0:3")]
         nodes[0].wait_online()
         nodes += [swarm.start("--blocks", "3:6") for _ in range(2)]

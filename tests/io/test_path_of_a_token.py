@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -108,23 +109,42 @@ def section(heading: str) -> str:
 ONCE, EVERY, WRONG = map(section, ("Once", "For every token", "When something goes wrong"))
 
 
-def functions_of(tree: ast.AST, prefix: str = "") -> Iterable[str]:
+@dataclass(frozen=True)
+class Names:
+    """What the packages' source defines.  words: every word in it."""
+
+    functions: frozenset[str]
+    properties: frozenset[str]
+    words: frozenset[str]
+
+
+@cache  # when a test asks, and not when tests are collected
+def names() -> Names:
+    functions, properties, words = set[str](), set[str](), set[str]()
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        source = path.read_text()
+        words |= set(re.findall(r"\w+", source))
+        for name, node in functions_of(ast.parse(source)):
+            functions.add(name)
+            if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
+                properties.add(name)
+    return Names(frozenset(functions), frozenset(properties), frozenset(words))
+
+
+def functions_of(
+    tree: ast.AST, prefix: str = ""
+) -> Iterable[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
             yield from functions_of(node, f"{node.name}.")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield prefix + node.name
-
-
-SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-FUNCTIONS = {name for path in SOURCES for name in functions_of(ast.parse(path.read_text()))}
-WORDS = set(re.findall(r"\w+", "\n".join(path.read_text() for path in SOURCES)))
+            yield prefix + node.name, node
 
 
 def named(text: str) -> list[str]:
     """The functions that a text names, each once, in its order."""
     quoted = re.findall(r"(?<!\[)`([A-Za-z_][\w.]*)`", text)
-    return list(dict.fromkeys(name for name in quoted if "." in name or name in FUNCTIONS))
+    return list(dict.fromkeys(name for name in quoted if "." in name or name in names().functions))
 
 
 def linked(text: str) -> set[str]:
@@ -236,16 +256,16 @@ def in_all(windows: Sequence[Window]) -> dict[str, Called]:
     return {call.name: call for window in windows for call in window if call.name in common}
 
 
-def disorder(names: Sequence[str], window: Window) -> list[str]:
+def disorder(wanted: Sequence[str], window: Window) -> list[str]:
     """Where the page's order is not that of the calls, one line for each pair."""
     places = first_calls(window)
-    return [f"{two} is called before {one}" for one, two in pairwise(names) if places[one] > places[two]]
+    return [f"{two} is called before {one}" for one, two in pairwise(wanted) if places[one] > places[two]]
 
 
-def not_in_turn(names: Sequence[str], window: Window) -> str | None:
+def not_in_turn(wanted: Sequence[str], window: Window) -> str | None:
     """The first of these that is not called after all those before it; None where each has its turn."""
     calls = iter(window)
-    return next((name for name in names if all(call.name != name for call in calls)), None)
+    return next((name for name in wanted if all(call.name != name for call in calls)), None)
 
 
 def package_of(module: str) -> str:
@@ -260,23 +280,10 @@ def matters(call: Called) -> bool:
     is where it is handed over.
     """
     name = call.name.rpartition(".")[2]
-    if name.startswith("_") or "<" in call.name or call.name in PROPERTIES or call.module in HELPERS:
+    if name.startswith("_") or "<" in call.name or call.name in names().properties or call.module in HELPERS:
         return False
     crosses = call.caller is not None and package_of(call.caller[0]) != package_of(call.module)
     return call.is_coroutine or crosses
-
-
-def properties_of(tree: ast.AST) -> Iterable[str]:
-    for owner in ast.walk(tree):
-        if isinstance(owner, ast.ClassDef):
-            for function in owner.body:
-                if isinstance(function, ast.FunctionDef) and any(
-                    ast.unparse(decorator) == "property" for decorator in function.decorator_list
-                ):
-                    yield f"{owner.name}.{function.name}"
-
-
-PROPERTIES = {name for path in SOURCES for name in properties_of(ast.parse(path.read_text()))}
 
 
 def opening(window: Window) -> Window:
@@ -286,16 +293,16 @@ def opening(window: Window) -> Window:
 
 def test_every_function_that_the_page_names_exists():
     for name in named(PAGE.read_text()):
-        assert name in FUNCTIONS, f"there is no {name}"
+        assert name in names().functions, f"there is no {name}"
     for word in re.findall(r"(?<!\[)`([A-Za-z_]\w*)`", PAGE.read_text()):
-        assert word in WORDS, f"nothing is called {word}"
+        assert word in names().words, f"nothing is called {word}"
 
 
 def test_every_function_on_the_path_is_called_when_the_page_says(trace: Trace):
     for text, windows in ((ONCE, trace.first), (EVERY, trace.later)):
-        names, called = named(text), in_all(windows)
-        assert len(names) > 30
-        assert [name for name in names if name not in called] == [], "named, and not called"
+        wanted, called = named(text), in_all(windows)
+        assert len(wanted) > 30
+        assert [name for name in wanted if name not in called] == [], "named, and not called"
 
 
 def test_the_order_of_the_page_is_the_order_of_the_calls(trace: Trace):
@@ -386,8 +393,8 @@ async def test_what_the_page_says_of_trouble_is_what_is_called(case: str, autoju
     tracer = Tracer()
     # A hop that waits for room for as long as it may is left before it has said no.
     async with swarm(Limits(cache_wait_seconds=0.5)) as world:
-        for start, names in ((0, "Aa"), (3, "Bb"), (6, "Cc")):
-            for name in names:
+        for start, pair in ((0, "Aa"), (3, "Bb"), (6, "Cc")):
+            for name in pair:
                 world.add(name, start, start + 3, seconds=0.01)
         conversation = conversation_of(world)
         found = await continued(conversation, PROMPT, 8)
@@ -409,5 +416,5 @@ async def test_what_the_page_says_of_trouble_is_what_is_called(case: str, autoju
 
 
 def test_nothing_is_left_out_of_the_page_that_does_not_exist():
-    assert UNNAMED.keys() <= FUNCTIONS
+    assert UNNAMED.keys() <= names().functions
     assert all((ROOT / module).is_file() for module in HELPERS)

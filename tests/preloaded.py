@@ -1,0 +1,9 @@
+"""What a process of `tests.forked` has imported before it is forked: the large libraries, and no state."""
+
+import libp2p.host.basic_host
+import torch
+import transformers.modeling_utils
+import transformers.models.llama.modeling_llama
+import trio
+
+IMPORTED = (libp2p, torch, transformers, trio)
