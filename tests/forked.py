@@ -1,8 +1,8 @@
 """Processes of `python -m node` that have not to import torch first: a test starts many of them.
 
-They are forked from a process that has imported the libraries and done nothing else: that saves five seconds
-of processor time for each.  From then on they are as any other: signals, exit codes, output.  A test of the
-start itself, or of a command line, uses `subprocess`.
+They are forked from a process that has imported the libraries and done nothing else.  From then on they are
+as any other: signals, exit codes, output.  A test of the start itself, or of a command
+line, uses `subprocess`.
 """
 
 from __future__ import annotations

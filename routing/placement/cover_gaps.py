@@ -78,13 +78,14 @@ def plan_moves(servers: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMo
     of its blocks.  O(servers * count * blocks) for each move, `count` the blocks that one server holds.
     """
     found: dict[PeerId, PlannedMove] = {}
-    if 0 not in coverage((server for server in servers if server.online), blocks):
+    online = coverage((server for server in servers if server.online), blocks)
+    if 0 not in online:
         return found
     for rank in range(MAX_PLANS):
         steps = _Crew(servers, blocks, set(found)).plan()
         if not steps:
             break
-        now = np.array(coverage((server for server in servers if server.online), blocks))
+        now = np.array(online)
         for move in steps:
             left = _left(move, blocks)
             ready = bool((now[left] > 1).all())

@@ -166,14 +166,14 @@ async def test_servers_settle_where_the_swarm_can_do_most_and_then_stay(
     seed: int, autojump_clock: object
 ) -> None:
     async with balanced((0, 3), (0, 3), (0, 3), (3, 6), seed=seed, better=None) as swarm:
-        for _ in range(900):
+        for _ in range(1800):
             await trio.sleep(1)
             assert 0 not in swarm.online()
         held = holders(tuple(swarm.serving.values()))
         assert capacity(held, BLOCKS) > 0.98 * bound(held, BLOCKS)
         moves = len(swarm.log)
         assert moves <= 3
-        await trio.sleep(1200)
+        await trio.sleep(3600)
         assert len(swarm.log) == moves
 
 
@@ -196,7 +196,7 @@ async def test_of_two_that_leave_the_same_blocks_at_once_not_both_go(autojump_cl
 
     for seed in range(20):
         async with balanced((0, 3), (0, 3), (3, 6), better=better, seed=seed) as swarm:
-            for _ in range(150):
+            for _ in range(300):
                 await trio.sleep(1)
                 assert 0 not in swarm.online()
 

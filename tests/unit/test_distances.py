@@ -69,7 +69,7 @@ VIEWS = st.dictionaries(
 CLIENTS = st.dictionaries(st.sampled_from(PEERS), st.sampled_from([0.001, 0.05]), max_size=3)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(VIEWS, CLIENTS, st.sets(st.sampled_from(PEERS))), min_size=1, max_size=6))
 def test_what_was_known_before_makes_no_difference(views):
     kept, records = Distances(), {}
