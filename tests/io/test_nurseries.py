@@ -1,5 +1,7 @@
 """Nurseries for what lives as long as a block."""
 
+import os
+import signal
 from contextlib import asynccontextmanager
 
 import pytest
@@ -109,4 +111,22 @@ def test_a_command_ends_with_its_error_and_not_with_a_group_of_one(raised, expec
                 nursery.start_soon(fail, error)
 
     with pytest.raises(expected):
+        run(main)
+
+
+def test_ctrl_c_ends_the_command_whatever_its_tasks_do_with_errors():
+    async def swallows_everything():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await trio.sleep(0)
+        except KeyboardInterrupt:
+            pass
+        await trio.sleep_forever()
+
+    async def main():
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(swallows_everything)
+
+    with pytest.raises(KeyboardInterrupt):
         run(main)
