@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -52,6 +53,13 @@ ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first: the last files, which are short, let all workers end together."""
     items.sort(key=lambda item: next((n for n, at in enumerate(ORDER) if item.nodeid.startswith(at)), -1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_libraries() -> None:
+    """The libraries' million objects stay: each later collection of garbage would visit them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
