@@ -1,8 +1,7 @@
 """Processes of `python -m node` that have not to import torch first: a test starts many of them.
 
 They are forked from a process that has imported the libraries and done nothing else.  From then on they are
-as any other: signals, exit codes, output.  A test of the start itself, or of a command
-line, uses `subprocess`.
+as any other: signals, exit codes, output.  A test of the start itself uses `subprocess`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.network import netns
 from tests.processes import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -23,13 +24,28 @@ CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Forked:
-    """What `subprocess.Popen` is for a command `python -m MODULE ...`, as far as tests need it."""
+    """What `subprocess.Popen` is for a command `python -m MODULE ...`, as far as tests need it.
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    The command may begin with `ip netns exec NAME`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        output: Path,
+        errors: Path | None = None,
+        given: Path = Path(os.devnull),
+    ) -> None:
+        """output: of both streams; errors: of standard error, apart.  given: as standard input."""
+        namespace = None
+        if tuple(command[:3]) == ("ip", "netns", "exec"):
+            namespace, command = command[3], command[4:]
         python, flag, *words = command
         assert (python, flag) == (sys.executable, "-m"), f"only python -m is forked: {command}"
         self.args = command
-        self._process = CONTEXT.Process(target=_run, args=(words, dict(environment), output))
+        streams = (given, output, errors or output)
+        self._process = CONTEXT.Process(target=_run, args=(words, dict(environment), streams, namespace))
         self._process.start()
 
     @property
@@ -64,15 +80,45 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(words: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+def forked_run(*words: object, seconds: float = 120, text: str = "") -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` gives for `python -m WORDS` with `text` as its standard input.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    command = [sys.executable, "-m", *map(str, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        given, output, errors = (Path(folder) / name for name in ("given", "output", "errors"))
+        given.write_text(text)
+        process = Forked(command, os.environ, output, errors, given)
+        try:
+            code = process.wait(seconds)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
+
+
+def _run(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    streams: tuple[Path, Path, Path],
+    namespace: str | None,
+) -> None:
     """The forked process: what `python -m WORDS` is from here on."""
-    with output.open("wb") as file:
+    given, output, errors = streams
+    with given.open("rb") as standard_input, output.open("wb") as file:
+        os.dup2(standard_input.fileno(), 0)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if errors != output:
+        with errors.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+    sys.stdin = os.fdopen(0, "r", closefd=False)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    if namespace is not None:
+        netns.enter(namespace)
     sys.argv = list(words)
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -11,7 +11,6 @@ Linux, as root, in a network and a mount namespace of its own (`netns.command_in
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import heapq
 import os
@@ -29,11 +28,10 @@ from benchmarks.network import netns
 NEAR, FAR, NAMESPACE = "10.78.0.1", "10.78.0.2", "far"
 DEVICE = "line0"
 TUN = Path("/dev/net/tun")
-# of linux/if_tun.h and linux/sched.h
+# of linux/if_tun.h
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _TAP_WITH_HEADERS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _SEGMENTS_PASS_WHOLE = 0x01 | 0x02 | 0x04  # TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6
-_NEW_NET = 0x40000000  # CLONE_NEWNET
 _FRAME_BYTES = 70_000  # more than any segment with its headers
 _AT_ONCE = 64  # frames read from one device before the other has its turn
 _EARLY_SECONDS = 0.0002  # a frame goes out this much too soon: about the time of a wake-up
@@ -76,10 +74,7 @@ def delayed_line(rtt_ms: float, mbit: float) -> Iterator[tuple[str, ...]]:
 def carry(one_way_seconds: float, bytes_per_second: float) -> None:
     """Carry frames between both devices until killed.  Nothing is lost: a queue has no end."""
     near = _tap()
-    with open(netns.MOUNT / NAMESPACE) as namespace:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(namespace.fileno(), _NEW_NET):
-            raise OSError(ctypes.get_errno(), "setns")
+    netns.enter(NAMESPACE)
     far = _tap()
     print("up", flush=True)
     other = {near: far, far: near}

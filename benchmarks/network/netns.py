@@ -6,6 +6,7 @@ own (`command_inside`): everything is gone when it and its children have ended.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 BRIDGE, NETWORK = "raceme0", "10.77.0"
 MOUNT = Path("/run/netns")  # where `ip netns` looks for names
+_NEW_NET = 0x40000000  # CLONE_NEWNET of setns(2)
 
 
 def why_not() -> str | None:
@@ -35,6 +37,14 @@ def why_not() -> str | None:
 def command_inside(module: str, arguments: Sequence[str]) -> list[str]:
     """The command that runs a Python module in namespaces of its own."""
     return ["unshare", "-nm", sys.executable, "-m", module, *arguments]
+
+
+def enter(namespace: str) -> None:
+    """Move the calling thread into a namespace, as `ip netns exec` does.  Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
+    with open(MOUNT / namespace) as file:
+        if libc.setns(file.fileno(), _NEW_NET):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ async def background_nursery() -> AsyncIterator[trio.Nursery]:
 def run(main: Callable[[], Awaitable[None]]) -> None:
     """`trio.run` for a command line: its final error is raised without the groups of nurseries.
 
-    Ctrl-C is KeyboardInterrupt, even with other errors next to it.  Trio raises it in the main task alone, at
-    a checkpoint: in the task of a library, or in an import, it could be lost.  Of errors of one type the first
-    is raised; a mixture stays a group.
+    Ctrl-C is KeyboardInterrupt, even with other errors next to it.  Trio raises it in the main task alone,
+    at a checkpoint: in the task of a library, or in an import, it could be lost.  Of errors of one type the
+    first is raised; a mixture stays a group.
     """
     try:
         trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.lib.processes import ROOT, LocalSwarm, local_swarm
+from benchmarks.lib.processes import LocalSwarm, local_swarm
 from node.model.checkpoint.folder import ModelFolder
-from tests.forked import Forked
+from tests.forked import Forked, forked_run
 from tests.processes import line_of, python, running
 
 pytestmark = pytest.mark.process
@@ -25,16 +24,9 @@ TTL_SECONDS = 60.0
 PROMPT = "The three most important things about a good garden are"
 
 
-def run(*words: object, seconds: float = 120, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end, with `text` as its standard input."""
-    return subprocess.run(
-        python(*words), cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False, input=text
-    )
-
-
 def answer(*words: object) -> dict[str, Any]:
     """The JSON that a command prints; it must succeed."""
-    done = run(*words)
+    done = forked_run(*words)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -52,7 +44,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("key") / "swarm.key"
-    assert run("node", "new-swarm-key", path).returncode == 0
+    assert forked_run("node", "new-swarm-key", path).returncode == 0
     return path
 
 
@@ -70,7 +62,8 @@ def swarm(key: Path) -> Iterator[LocalSwarm]:
             str(key),
             "--cache-tokens",
             "4096",
-        ]
+        ],
+        spawn=Forked,
     ) as swarm:
         yield swarm
 
@@ -96,7 +89,7 @@ def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve
     assert found["tokens"] == expected[0, ids.shape[1] :].tolist()
     assert [hop["blocks"] for hop in found["route"]] == [[0, 10], [10, 20], [20, 30]]
 
-    talk = run(
+    talk = forked_run(
         *("client", "chat", *join, "--max-new-tokens", "24", "--threads", "1"),
         text="What is the capital of France?\nAnd of Italy?\n",
     )
@@ -151,7 +144,7 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
             return [hole for model in status["models"] for hole in model["holes"]]
 
         assert holes() == []
-        other = run("client", "generate", *join, "--wait", "0.5", "hello")  # the built-in model
+        other = forked_run("client", "generate", *join, "--wait", "0.5", "hello")  # the built-in model
         assert other.returncode == 3
         assert "the swarm serves tiny-llama" in other.stderr
         late[0].process.send_signal(signal.SIGTERM)
@@ -161,7 +154,7 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
         last.kill()
         wait_until(lambda: holes() == [[0, 2], [4, 6]], 10)  # it does not answer: no TTL to wait for either
 
-        refused = run(*generate, "--wait", "0.5", "hello")
+        refused = forked_run(*generate, "--wait", "0.5", "hello")
         assert refused.returncode == 3
         assert "blocks 0:2, 4:6 of 6 are served by nobody" in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -172,17 +165,17 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
 
 def test_a_wrong_or_missing_key_is_refused_with_one_line(key: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
-    assert run("node", "new-swarm-key", other).returncode == 0
+    assert forked_run("node", "new-swarm-key", other).returncode == 0
     with local_swarm(network=["--swarm-key", str(key)], spawn=Forked) as swarm:
         swarm.start("bootstrap").wait_online()
         for stranger in (["--swarm-key", str(other)], []):
             began = time.monotonic()
-            refused = run("node", "status", "--peers", *swarm.peers, *stranger)
+            refused = forked_run("node", "status", "--peers", *swarm.peers, *stranger)
             assert refused.returncode == 2
             assert "swarm key" in refused.stderr
             assert len(refused.stderr.strip().splitlines()) == 1
             assert time.monotonic() - began < 20
-        assert run("node", "status", "--peers", *swarm.peers, "--swarm-key", key).returncode == 0
+        assert forked_run("node", "status", "--peers", *swarm.peers, "--swarm-key", key).returncode == 0
 
 
 def test_ctrl_c_ends_a_waiting_client_without_a_traceback(tiny_llama: Path) -> None:

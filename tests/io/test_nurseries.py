@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from node.runtime.nurseries import background_nursery, run
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_the_command_whatever_its_tasks_do_with_errors():
     async def swallows_everything():
         try:
             os.kill(os.getpid(), signal.SIGINT)
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         except KeyboardInterrupt:
             pass
         await trio.sleep_forever()
