@@ -21,12 +21,14 @@ from routing.chains.hops import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
 if TYPE_CHECKING:
+    from client.batch_parts import KeptInputs
     from client.generation.generate import Token
 
 __all__ = [
     "ConfigError",
     "Constraints",
     "GenerateOptions",
+    "KeptInputs",
     "NoChain",
     "PeerFault",
     "Refused",
@@ -44,4 +46,8 @@ def __getattr__(name: str) -> Any:  # Any: of every type
         from client.generation.generate import Token
 
         return Token
+    if name == "KeptInputs":
+        from client.batch_parts import KeptInputs
+
+        return KeptInputs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from client.batch_parts import KeptInputs
     from client.config import ClientConfig
     from client.generation.generate import Token
     from client.generation.generation_config import Settings
@@ -150,12 +151,25 @@ class SwarmLike(SwarmFacts, Protocol):
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`.  A few tokens may wait for a slow consumer."""
 
-    async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+    async def forward(
+        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
         """See `Swarm.forward`."""
 
+    async def forward_kept(
+        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, KeptInputs]:
+        """See `Swarm.forward_kept`."""
+
     async def backward(
-        self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
-    ) -> Tensor:
+        self,
+        hidden: Tensor | KeptInputs,
+        grad: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Swarm.backward`."""
 
     def session(
@@ -190,10 +204,25 @@ class SyncSwarm(SwarmFacts, Protocol):
     ) -> Generator[Token, None, None]:
         """See `Swarm.generate`.  Any end of the loop ends the session."""
 
-    def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
         """See `Swarm.forward`."""
 
-    def backward(self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+    def forward_kept(
+        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, KeptInputs]:
+        """See `Swarm.forward_kept`."""
+
+    def backward(
+        self,
+        hidden: Tensor | KeptInputs,
+        grad: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Swarm.backward`."""
 
     def session(

@@ -1,9 +1,12 @@
 """Forward and backward through a run of blocks without a session: for training and for research.
 
-A batch is cut by rows into requests, several of them under way at a time.  Each goes from hop to hop
-through the client, as in Petals (arXiv:2312.08361).  The client keeps every hop's input, so a hop
-that fails is replaced and its own part alone is done again.  A request changes nothing at a server and
+A batch is cut by rows into requests (`client.batch_parts`), several of them under way at a time.  Each goes
+from hop to hop through the client, as in Petals (arXiv:2312.08361).  The client keeps every hop's input, so a
+hop that fails is replaced and its own part alone is done again.  A request changes nothing at a server and
 may be repeated: the result is that of an undisturbed pass, or an error.
+
+A backward needs the input of every hop.  `forward_kept` hands them out, and a `backward` of these asks for no
+forward again.
 """
 
 from __future__ import annotations
@@ -12,24 +15,25 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import trio
 from torch import Tensor
 
+from client.batch_parts import BatchCutter, HopInput, KeptInputs, KeptPart, Part
 from client.chains.avoided_peers import AvoidedPeers
 from client.chains.chooser import PeerStream
 from node.model.checkpoint.info import ModelInfo
 from node.runtime.compute_thread import Runner
-from node.runtime.values import shown
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES, Contract, codec_for
+from tensor_codec.messages.contract import Contract, codec_for
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import (
     Backward,
@@ -38,6 +42,7 @@ from tensor_codec.messages.forward_backward import (
     Run,
     decode_output,
     encode_request,
+    prompts_contract,
     request_contract,
 )
 from tensor_codec.span_spec import SpanSpec
@@ -45,8 +50,6 @@ from tensor_codec.span_spec import SpanSpec
 T = TypeVar("T")
 OpenStream = Callable[[PeerId], Awaitable[PeerStream]]
 
-# Of all rows of one request, unless one row is longer: see client.generation.conversation.
-REQUEST_POSITIONS = 512
 UNDER_WAY = 8  # requests of one call, at all peers together
 UNDER_WAY_PER_PEER = 3  # one comes, one is computed, one goes back; within max_compute_streams_per_peer
 
@@ -62,34 +65,28 @@ class FindChain(Protocol):
         positions: int,
         waiting: Mapping[PeerId, int],
         other_hops: int,
+        prompts: bool,
     ) -> Awaitable[Chain]:
         """positions: of all rows.  waiting: see `cheapest_chain`.
-        other_hops: hops of the whole chain for other blocks.
+        other_hops: hops of the whole chain for other blocks.  prompts: whether each must take deep prompts.
 
         Raises NoChain when none came up in time.
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A hop and its input: enough to do its part again, there or elsewhere."""
-
-    hop: Hop
-    hidden: Tensor
-
-
-@dataclass(slots=True)
-class Part:
-    """Some rows of a call.  planned: the peers of its chain."""
+class Gradients(NamedTuple):
+    """The answer of a backward.  prompts: None where there are none."""
 
     hidden: Tensor
-    grad: Tensor | None
-    planned: tuple[PeerId, ...] = ()
+    prompts: Tensor | None
 
-    def plan(self, peers: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
-        """Take another chain; returns the peers of the one before."""
-        before, self.planned = self.planned, peers
-        return before
+
+class _Asked(NamedTuple):
+    """A request on its way: the parts of its frame, and what its answer is read against."""
+
+    parts: list[Buffer]
+    contract: Contract
+    prompts: int  # positions of the prompts whose gradient comes back, 0 for none
 
 
 @dataclass(slots=True)
@@ -117,64 +114,73 @@ class ForwardBackward:
     _planned: Counter[PeerId] = field(default_factory=Counter)  # parts under way whose chain has the peer
     _limiters: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
     _idle: defaultdict[PeerId, list[PeerStream]] = field(default_factory=lambda: defaultdict(list))
+    _cutter: BatchCutter = field(init=False)
 
-    async def forward(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+    def __post_init__(self) -> None:
+        self._cutter = BatchCutter(self.info, self.limits, self.codec)
+
+    async def forward(self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None) -> Tensor:
         """Blocks [start, stop) on `hidden`: see `client.swarm.Swarm.forward`."""
-        return await self._in_parts(await self.compute.run(self._cut, hidden, None, start, stop), start, stop)
+        parts = await self._cut(hidden, start, stop, prompts=prompts)
+        done = await self._each(parts, self._forward_part)
+        return await self.compute.run(torch.cat, [output for _, output in done])
 
-    async def backward(self, hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
+    async def forward_kept(
+        self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None
+    ) -> tuple[Tensor, KeptInputs]:
+        """`forward`, and the inputs of all hops: see `client.swarm.Swarm.forward_kept`."""
+        parts = await self._cut(hidden, start, stop, prompts=prompts, tensors=2)
+        done = await self._each(parts, self._forward_part)
+        output = await self.compute.run(torch.cat, [output for _, output in done])
+        kept = tuple(KeptPart(part, tuple(inputs)) for part, (inputs, _) in zip(parts, done, strict=True))
+        return output, KeptInputs(start, stop, tuple(output.shape), kept)
+
+    async def backward(
+        self, hidden: Tensor, grad: Tensor, start: int, stop: int, prompts: Tensor | None = None
+    ) -> Gradients:
         """The gradient with respect to `hidden`: see `client.swarm.Swarm.backward`."""
-        return await self._in_parts(await self.compute.run(self._cut, hidden, grad, start, stop), start, stop)
+        parts = await self._cut(hidden, start, stop, grad=grad, prompts=prompts, tensors=2)
 
-    def _cut(self, hidden: Tensor, grad: Tensor | None, start: int, stop: int) -> list[Part]:
-        """Runs in the torch thread: check the tensors, and cut them into requests.  Raises ValueError."""
-        if not 0 <= start < stop <= self.info.blocks:
-            raise ValueError(f"blocks {start}:{stop} of a model that has 0:{self.info.blocks}")
-        hidden = self._checked("hidden", hidden)
-        if grad is not None:
-            grad = self._checked("grad", grad)
-            if grad.shape != hidden.shape:
-                raise ValueError(f"grad is {list(grad.shape)} and hidden {list(hidden.shape)}")
-        batch, tokens, _ = hidden.shape
-        if tokens > self.info.max_position:
-            raise ValueError(f"rows of {tokens} positions, the model has {self.info.max_position}")
-        tensors = 1 if grad is None else 2
-        # With the hops' own codec a long row may still fit at two bytes a value.
-        codecs = ("fp32", "bf16") if self.codec == "auto" else (self.codec,)
-        room = [self._max_positions(codec, tensors) for codec in codecs]
-        max_positions = next((each for each in room if tokens <= each), None)
-        if max_positions is None:
-            raise ValueError(
-                f"rows of {tokens} positions, {max(room)} fit into one request of {tensors} x"
-                f" {self.info.hidden_size} values a position (max_step_tokens is"
-                f" {self.limits.max_step_tokens}, max_frame_bytes {self.limits.max_frame_bytes})"
-            )
-        rows = max(1, min(max_positions, REQUEST_POSITIONS) // tokens)
-        cuts = range(0, batch, rows)
-        return [Part(hidden[i : i + rows], None if grad is None else grad[i : i + rows]) for i in cuts]
+        async def forward_and_back(part: Part) -> tuple[list[HopInput], Gradients]:
+            inputs, _ = await self._onward(part, part.hidden, part.start, part.stop, to_the_end=False)
+            return await self._back(part, inputs)
 
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor in its form here: on the CPU, in float32 or bfloat16.  Raises ValueError."""
-        size = self.info.hidden_size
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is {shown(tensor)}, a tensor of torch is needed")
-        if tensor.dim() != 3 or tensor.shape[2] != size or not tensor.numel():
-            raise ValueError(f"{name} is {list(tensor.shape)}, [batch, tokens, {size}] is needed")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds {tensor.dtype}, a float dtype is needed")
-        dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-        kept = tensor.detach().to("cpu", dtype)
-        if not bool(torch.isfinite(kept).all()):
-            raise ValueError(f"{name} holds NaN or infinity")
-        return kept
+        done = await self._each(parts, forward_and_back)
+        return await self.compute.run(_joined, [found for _, found in done])
 
-    def _max_positions(self, codec: str, tensors: int) -> int:
-        """The largest number of positions, of all rows, in one request."""
-        return self.limits.step_tokens(tensors * self.info.hidden_size * CODEC_BYTES[codec])
+    async def backward_kept(self, kept: KeptInputs, grad: Tensor) -> Gradients:
+        """The gradient with respect to the input of a `forward_kept`: see `client.swarm.Swarm.backward`."""
+        parts = kept.parts()
+        grad = await self.compute.run(self._cutter.gradient, grad, kept.shape)
+        rows = torch.split(grad, [len(each.part.hidden) for each in parts])
+        again = [each.again(some) for each, some in zip(parts, rows, strict=True)]
+        inputs = {id(part): each.inputs for part, each in zip(again, parts, strict=True)}
 
-    async def _in_parts(self, parts: Sequence[Part], start: int, stop: int) -> Tensor:
-        """All parts, a few at a time: their answers as one tensor.  The first failure ends the others."""
-        answers: list[Tensor | None] = [None] * len(parts)
+        async def back(part: Part) -> tuple[list[HopInput], Gradients]:
+            self._plan(part, tuple(each.hop.peer for each in inputs[id(part)]))
+            return await self._back(part, inputs[id(part)])
+
+        done = await self._each(again, back)
+        kept.follow([hops for hops, _ in done])
+        return await self.compute.run(_joined, [found for _, found in done])
+
+    async def _cut(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        *,
+        grad: Tensor | None = None,
+        prompts: Tensor | None = None,
+        tensors: int = 1,
+    ) -> list[Part]:
+        """The parts of a call, checked in the torch thread.  Raises ValueError."""
+        cut = partial(self._cutter.cut, grad=grad, prompts=prompts, tensors=tensors)
+        return await self.compute.run(cut, hidden, start, stop)
+
+    async def _each(self, parts: Sequence[Part], do: Callable[[Part], Awaitable[T]]) -> list[T]:
+        """`do` all parts, a few at a time: their answers, in order.  The first failure ends the others."""
+        answers: dict[int, T] = {}
         failure: PeerFault | Refused | NoChain | ValueError | None = None
         window = trio.Semaphore(UNDER_WAY)
 
@@ -182,7 +188,7 @@ class ForwardBackward:
             nonlocal failure
             part = parts[index]
             try:
-                answers[index] = await self._pass(part, start, stop)
+                answers[index] = await do(part)
             except (PeerFault, Refused, NoChain, ValueError) as error:
                 failure = failure or error
                 nursery.cancel_scope.cancel()
@@ -196,73 +202,90 @@ class ForwardBackward:
                 nursery.start_soon(run, index)
         if failure is not None:
             raise failure
-        return await self.compute.run(torch.cat, answers)
+        return [answers[index] for index in range(len(parts))]
 
-    async def _pass(self, part: Part, start: int, stop: int) -> Tensor:
-        """One part forward through all hops; where it has a gradient, the gradient back to the first."""
-        if part.grad is None:
-            return (await self._onward(part, part.hidden, start, stop, to_the_end=True))[1]
-        grad = part.grad
-        kept, _ = await self._onward(part, part.hidden, start, stop, to_the_end=False)
-        hops = len(kept)  # of the whole way
-        lost = False  # the last hop of `kept`; its input is still there
+    async def _forward_part(self, part: Part) -> tuple[list[HopInput], Tensor]:
+        return await self._onward(part, part.hidden, part.start, part.stop, to_the_end=True)
 
-        async def back() -> Tensor:
-            nonlocal lost, hops
+    async def _back(self, part: Part, inputs: Sequence[HopInput]) -> tuple[list[HopInput], Gradients]:
+        """The gradient of a part through hops with these inputs, the last one first; and these hops.
+
+        A hop that fails is replaced for its own blocks, from its input: the hops that were asked in the end
+        are answered too.
+        """
+        assert part.grad is not None
+        hops, grad = list(inputs), part.grad
+        at = len(hops) - 1  # the hop that is asked now
+        lost = False  # that hop; its input is still there
+
+        async def back() -> tuple[Tensor, Tensor | None]:
+            nonlocal lost, at
             if lost:
-                hop = kept[-1].hop
+                hop, hidden = hops[at].hop, hops[at].hidden
                 again, _ = await self._onward(
-                    part, kept[-1].hidden, hop.start, hop.stop, to_the_end=False, other_hops=hops - 1
+                    part, hidden, hop.start, hop.stop, to_the_end=False, other_hops=len(hops) - 1
                 )
-                hops += len(again) - 1
-                kept[-1:] = again
+                hops[at : at + 1] = again
+                at += len(again) - 1
             lost = True
-            answer = await self._ask(kept[-1].hop, kept[-1].hidden, grad)
+            answer = await self._ask(hops[at].hop, part, hops[at].hidden, grad)
             lost = False
             return answer
 
-        while kept:
-            grad = await self._until_done(back)
-            kept.pop()
-        return grad
+        found: list[Tensor] = []
+        while at >= 0:
+            grad, own = await self._until_done(back)
+            found[:0] = [] if own is None else [own]
+            at -= 1
+        return hops, Gradients(grad, await self.compute.run(torch.cat, found) if found else None)
 
     async def _onward(
         self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, other_hops: int = 0
-    ) -> tuple[list[Kept], Tensor]:
+    ) -> tuple[list[HopInput], Tensor]:
         """Forward from hop to hop: the input of each, and the output of the last hop that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
         other_hops: hops of the part's chain for other blocks.
         """
-        kept: list[Kept] = []
+        inputs: list[HopInput] = []
         ahead: deque[Hop] = deque()
 
         async def hop_on() -> Tensor:
             if not ahead:
-                begin = kept[-1].hop.stop if kept else start
-                ahead.extend(await self._hops(part, begin, stop, other_hops + len(kept)))
+                begin = inputs[-1].hop.stop if inputs else start
+                ahead.extend(await self._hops(part, begin, stop, other_hops + len(inputs)))
             if ahead[0].stop == stop and not to_the_end:
                 return hidden
             try:
-                return await self._ask(ahead[0], hidden, None)
+                return (await self._ask(ahead[0], part, hidden, None))[0]
             except (PeerFault, Refused):
                 ahead.clear()
                 raise
 
-        while not kept or kept[-1].hop.stop < stop:
+        while not inputs or inputs[-1].hop.stop < stop:
             given, hidden = hidden, await self._until_done(hop_on)
-            kept.append(Kept(ahead.popleft(), given))
-        return kept, hidden
+            inputs.append(HopInput(ahead.popleft(), given))
+        return inputs, hidden
 
-    async def _hops(self, part: Part, start: int, stop: int, other_hops: int) -> Sequence[Hop]:
+    async def _hops(self, part: Part, start: int, stop: int, other_hops: int) -> list[Hop]:
         """Plan the chain of a part through these blocks.  Raises NoChain."""
         self._plan(part, ())
-        positions = part.hidden.shape[0] * part.hidden.shape[1]
+        prompts = part.prompts is not None
         chain = await self.find_chain(
-            start, stop, positions=positions, waiting=self._planned, other_hops=other_hops
+            start,
+            stop,
+            positions=part.positions,
+            waiting=self._planned,
+            other_hops=other_hops,
+            prompts=prompts,
         )
         self._plan(part, tuple(hop.peer for hop in chain.hops))
-        return chain.hops
+        return [piece for hop in chain.hops for piece in self._pieces(hop, part)]
+
+    def _pieces(self, hop: Hop, part: Part) -> list[Hop]:
+        dtype = self.dtype_of(hop.peer)
+        codec = self.codec if self.codec != "auto" else codec_for(frozenset({dtype or ""}))
+        return self._cutter.pieces(hop, part, codec)
 
     def _plan(self, part: Part, peers: tuple[PeerId, ...]) -> None:
         self._planned.subtract(part.plan(peers))
@@ -284,19 +307,25 @@ class ForwardBackward:
                 break
         raise failure or SlowPeer(f"no answer within {self.give_up_seconds} s")
 
-    async def _ask(self, hop: Hop, hidden: Tensor, grad: Tensor | None) -> Tensor:
-        """One request at one hop.  Raises ValueError (it is too large), PeerFault, Refused with `peer`."""
+    async def _ask(
+        self, hop: Hop, part: Part, hidden: Tensor, grad: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One request at one hop: its answer, and the gradient of its prompts where `grad` is given.
+
+        Raises ValueError (it is too large), PeerFault, Refused with `peer`.
+        """
         peer, dtype = hop.peer, self.dtype_of(hop.peer)
         limiter = self._limiters.setdefault(peer, trio.CapacityLimiter(UNDER_WAY_PER_PEER))
         avoided = peer in self.blame.avoided(trio.current_time())
         try:
             if dtype is None:
                 raise PeerGone(f"{peer} has just left the swarm")
-            parts, contract = await self.compute.run(self._encode, hop, dtype, hidden, grad)
+            prompts = part.prompts_of(hop)
+            asked = await self.compute.run(self._encode, hop, dtype, hidden, grad, prompts)
             async with limiter:
                 under_way = limiter.borrowed_tokens
-                output = await self._exchange(peer, parts, contract)
-            answer = await self.compute.run(decode_hidden, output.body, contract)
+                output = await self._exchange(peer, asked)
+            answer = await self.compute.run(_decode, output, asked)
         except (PeerFault, Refused) as error:
             error.about(peer)
             self._take_note(error, peer, avoided)
@@ -304,27 +333,31 @@ class ForwardBackward:
         self.blame.worked(peer)
         if grad is None and output.timings:
             held = output.timings[0][0] / 1e6 / under_way  # the hop had the others too
-            self.learn(peer, held / (contract.batch * contract.max_length * (hop.stop - hop.start)))
+            self.learn(peer, held / (part.positions * (hop.stop - hop.start)))
         return answer
 
     def _encode(
-        self, hop: Hop, dtype: str, hidden: Tensor, grad: Tensor | None
-    ) -> tuple[list[Buffer], Contract]:
-        """Runs in the torch thread: the parts of the request's frame.  Raises ValueError."""
+        self, hop: Hop, dtype: str, hidden: Tensor, grad: Tensor | None, prompts: Tensor | None
+    ) -> _Asked:
+        """Runs in the torch thread: the request.  Raises ValueError."""
         codec = codec_for(frozenset({dtype})) if self.codec == "auto" else self.codec
         spec = SpanSpec(self.info.name, self.info.revision, hop.blocks, dtype)
-        run = Run(spec, hidden.shape[0], codec)
-        tensors = [hidden] if grad is None else [hidden, grad]
+        own = 0 if prompts is None else prompts.shape[1]
+        run = Run(spec, hidden.shape[0], codec, own)
         try:
-            bodies = [encode_hidden(tensor, codec) for tensor in tensors]
+            body = encode_hidden(hidden, codec)
+            trained: Buffer = b"" if prompts is None else encode_hidden(prompts, codec)
+            gradient = None if grad is None else encode_hidden(grad, codec)
         except BadResult:  # it was finite as it came
-            raise ValueError(f"hidden states or gradients are too large for {codec}") from None
-        request = Forward(run, *bodies) if grad is None else Backward(run, *bodies)
-        fitting, positions = self._max_positions(codec, len(tensors)), hidden.shape[0] * hidden.shape[1]
-        if positions > fitting:
+            raise ValueError(f"hidden states, gradients or prompts are too large for {codec}") from None
+        fitting = self._cutter.max_positions(codec, 1 if grad is None else 2, own * hop.blocks.size)
+        if (positions := hidden.shape[0] * hidden.shape[1]) > fitting:
             raise ValueError(f"{positions} positions for a {dtype} hop, {fitting} fit into one request")
+        request: Forward | Backward = Forward(run, body, trained)
+        if gradient is not None:
+            request = Backward(run, body, gradient, trained)
         contract = request_contract(request, self.info.hidden_size, self.limits.max_step_tokens)
-        return encode_request(request), contract
+        return _Asked(encode_request(request), contract, 0 if grad is None else own)
 
     def _take_note(self, error: PeerFault | Refused, peer: PeerId, avoided: bool) -> None:
         """Avoid a peer that failed.  avoided: it was avoided already when it was asked."""
@@ -334,7 +367,7 @@ class ForwardBackward:
         elif avoided or peer not in self.blame.avoided(now):  # else: one fault of several requests
             self.blame.fault(peer, now)
 
-    async def _exchange(self, peer: PeerId, parts: list[Buffer], contract: Contract) -> Output:
+    async def _exchange(self, peer: PeerId, asked: _Asked) -> Output:
         """Send a request and take the answer, on a stream that is open if there is one.
 
         Raises PeerFault, Refused.
@@ -342,20 +375,20 @@ class ForwardBackward:
         message = None
         if self._idle[peer]:
             with suppress(PeerGone):  # closed as idle; a second request does no harm
-                message = await self._question(self._idle[peer].pop(), parts, contract)
+                message = await self._question(self._idle[peer].pop(), asked)
         if message is None:
-            message = await self._question(await self.open_stream(peer), parts, contract)
+            message = await self._question(await self.open_stream(peer), asked)
         if isinstance(message, Failed):
             raise message.error()
         return message
 
-    async def _question(self, stream: PeerStream, parts: list[Buffer], contract: Contract) -> Output | Failed:
+    async def _question(self, stream: PeerStream, asked: _Asked) -> Output | Failed:
         """Send a request and return its answer.  Raises SlowPeer, PeerGone, FrameError, MessageError.
 
         The stream is kept for the next request, or reset.  Reading begins with the sending: a peer
         that refuses does not wait for the whole frame.
         """
-        size = sum(len(part) for part in parts)
+        size = sum(len(part) for part in asked.parts)
         seconds = self.step_seconds + 2 * size / self.limits.frame_floor_bytes_per_second
         frame: Buffer | None = None
         fault: PeerFault | None = None
@@ -364,7 +397,7 @@ class ForwardBackward:
         async def send() -> None:
             nonlocal fault, sent
             try:
-                await stream.send(parts)
+                await stream.send(asked.parts)
                 sent = True
             except PeerFault as error:
                 fault = error  # an answer that came in before can still be read
@@ -386,7 +419,7 @@ class ForwardBackward:
                 raise SlowPeer(f"no answer within {seconds:.3g} s")
             if frame is None:
                 raise fault or PeerGone("the stream was closed instead of an answer")
-            message = decode_output(frame, contract)
+            message = decode_output(frame, asked.contract, asked.prompts)
             kept = sent
         finally:
             if not kept:
@@ -394,3 +427,18 @@ class ForwardBackward:
         if kept:
             self._idle[PeerId(stream.peer)].append(stream)
         return message
+
+
+def _decode(output: Output, asked: _Asked) -> tuple[Tensor, Tensor | None]:
+    """Runs in the torch thread: the tensors of an answer.  Raises BadResult."""
+    answer = decode_hidden(output.body, asked.contract)
+    if not asked.prompts:
+        return answer, None
+    return answer, decode_hidden(output.prompts, prompts_contract(asked.contract, asked.prompts))
+
+
+def _joined(found: Sequence[Gradients]) -> Gradients:
+    """Runs in the torch thread: the gradients of a batch.  Those of prompts are sums, in float32."""
+    hidden = torch.cat([each.hidden for each in found])
+    sums = [each.prompts.float() for each in found if each.prompts is not None]
+    return Gradients(hidden, torch.stack(sums).sum(0) if sums else None)

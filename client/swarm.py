@@ -26,6 +26,7 @@ from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.batch_parts import KeptInputs
     from client.chains.avoided_peers import AvoidedPeers
     from client.chains.chain_choice import ChainChooser
     from client.forward_backward import ForwardBackward
@@ -250,30 +251,66 @@ class Swarm:
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await session.aclose()
 
-    async def forward(self, hidden: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+    async def forward(
+        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
         """The output of blocks [start, stop), by default all, for hidden states [batch, tokens, hidden].
 
         Without a session or a cache: positions count from 0 in every row.  hidden: any float dtype.
         Returns that shape on the CPU, before the final norm: in bfloat16 where the last hop computes in
         bfloat16, else in float32.
+        prompts: deep prompts [stop - start, n, hidden]: every block adds its own to the first n positions of
+        its input, in all rows.  Only servers whose records say that they take prompts are asked then.
         A large batch is cut by rows into requests, several of them under way at a time.  A server
         that fails is replaced, and its part alone is done again.
         Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
         NoChain, PeerFault, Refused.
         """
-        return await self._stateless.forward(hidden, *_blocks(self.info, start, stop))
+        return await self._stateless.forward(hidden, *_blocks(self.info, start, stop), prompts)
+
+    async def forward_kept(
+        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, KeptInputs]:
+        """`forward`, and the input of every server: `backward` of it asks for no forward again.
+
+        The kept inputs take the hidden states of the batch, once for each server of a chain, of this
+        program's memory (`nbytes`), until `release` or until the program drops them.  They serve any number
+        of backwards.  Rows are cut as for a backward: a row of which two do not fit into a frame is refused.
+        """
+        return await self._stateless.forward_kept(hidden, *_blocks(self.info, start, stop), prompts)
 
     async def backward(
-        self, hidden: Tensor, grad: Tensor, *, start: int = 0, stop: int | None = None
-    ) -> Tensor:
+        self,
+        hidden: Tensor | KeptInputs,
+        grad: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The gradient of a loss with respect to `hidden`, the input of block `start`.
 
         grad: its gradient with respect to the output of block `stop` - 1, in the shape of `hidden`.
-        The weights are frozen.  Every server runs its blocks forward once more, so nothing of an earlier
-        `forward` is needed.  Everything else is as in `forward`; the result is the gradient of an
+        prompts: as in `forward`; the answer is then a pair, the second item the gradient of the prompts: in
+        their shape, float32, the sum over all rows.
+        hidden: of hidden states, every server but the last runs its blocks forward once more before the
+        gradient comes back to it.  The kept inputs of a `forward_kept` save that, and the result is equal;
+        blocks and prompts are those of that call.  A server that has gone since is replaced for its own
+        blocks.
+        The weights are frozen.  Everything else is as in `forward`; the result is the gradient of an
         undisturbed pass, or an error, never a part of it.
         """
-        return await self._stateless.backward(hidden, grad, *_blocks(self.info, start, stop))
+        from client.batch_parts import KeptInputs
+
+        run = _blocks(self.info, start, stop)
+        if isinstance(hidden, KeptInputs):
+            if prompts is not None or ((start, stop) != (0, None) and run != (hidden.start, hidden.stop)):
+                own = f"{hidden.start}:{hidden.stop}"
+                raise ValueError(f"kept inputs have their own prompts and blocks, {own}: give neither")
+            found = await self._stateless.backward_kept(hidden, grad)
+        else:
+            found = await self._stateless.backward(hidden, grad, *run, prompts)
+        return found.hidden if found.prompts is None else (found.hidden, found.prompts)
 
     async def open_chain(
         self, *, max_length: int, batch: int = 1, deadline: float | None = None, trace: Trace | None = None
@@ -312,11 +349,16 @@ class Swarm:
         positions: int,
         waiting: Mapping[PeerId, int],
         other_hops: int,
+        prompts: bool,
     ) -> Chain:
         """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
 
+        from client.chains.chain_choice import for_prompts
+
+        routes = for_prompts(self.routes) if prompts else self.routes
+
         def choose(last_resort: bool) -> Chain:
-            return self.routes.choose_for_throughput(
+            return routes.choose_for_throughput(
                 start,
                 stop,
                 positions=positions,
@@ -326,7 +368,7 @@ class Swarm:
             )
 
         deadline = trio.current_time() + self.config.wait_seconds
-        return await self.routes.wait_for_chain(choose, measured=True, deadline=deadline)
+        return await routes.wait_for_chain(choose, measured=True, deadline=deadline)
 
     def usual_length(self, batch: int = 1) -> int:
         """Positions of a session of `batch` rows without a length of its own.

@@ -122,6 +122,11 @@ class FakeSwarm:
             raise PeerGone("a server has gone")
         return ("forward", hidden, start, stop)
 
+    async def forward_kept(self, hidden, *, start=0, stop=None, prompts=None):
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        return ("forward", hidden, start, stop), ("kept", hidden, prompts)
+
     async def backward(self, hidden, grad, *, start=0, stop=None):
         assert trio.lowlevel.in_trio_run()
         await trio.lowlevel.checkpoint()

@@ -53,6 +53,23 @@ def gradient_of(hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
     return torch.autograd.grad(blocks_on(given, start, stop), given, grad)[0]
 
 
+def prompted(hidden: Tensor, prompts: Tensor, start: int, stop: int) -> Tensor:
+    """What blocks [start, stop) make of hidden states with deep prompts, [stop - start, n, hidden]."""
+    for block, prompt in zip(range(start, stop), prompts, strict=True):
+        rest = torch.zeros(hidden.shape[1] - len(prompt), hidden.shape[2])
+        hidden = blocks_on(hidden + torch.cat([prompt, rest]), block, block + 1)
+    return hidden
+
+
+def prompted_gradients(
+    hidden: Tensor, grad: Tensor, prompts: Tensor, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients with respect to `hidden` and to `prompts`, by autograd through all blocks at once."""
+    given, trained = hidden.clone().requires_grad_(), prompts.clone().requires_grad_()
+    of_hidden, of_prompts = torch.autograd.grad(prompted(given, trained, start, stop), [given, trained], grad)
+    return of_hidden, of_prompts
+
+
 def whole_numbers(*shape: int, seed: int = 0, most: int = PRIME) -> Tensor:
     """Hidden states, or gradients where `most` is small."""
     return torch.randint(0, most, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -176,6 +193,7 @@ class ToySwarm:
         record = Record(
             peer=peer, role="serve", state="online", model="m", revision="r", blocks=BLOCKS, start=start,
             stop=stop, dtype=dtype, seconds_per_block=1.0, prefill_seconds_per_token=0.01,
+            prompts=True,
         )  # fmt: skip
         node = ToyNode(peer, span, engine, ForwardBackwardListener(served, engine, self.limits), record)
         self.nodes[name] = node
@@ -198,10 +216,17 @@ class ToySwarm:
         return ForwardBackward(**(asked | changes))
 
     async def find_chain(
-        self, start: int, stop: int, *, positions: int, waiting: Mapping[PeerId, int], other_hops: int
+        self,
+        start: int,
+        stop: int,
+        *,
+        positions: int,
+        waiting: Mapping[PeerId, int],
+        other_hops: int,
+        prompts: bool,
     ) -> Chain:
         """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
-        spans = [node.record for node in self.nodes.values()]
+        spans = [node.record for node in self.nodes.values() if node.record.prompts or not prompts]
         measured = self.measured.rates(spans, trio.current_time(), positions)
         known = CostInputs(measured=measured, waiting=waiting, positions=positions)
         most_hops = None if self.most_hops is None else self.most_hops - other_hops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -274,6 +274,11 @@ class ChainChooser:
             return cheapest(excluded=wanted.excluded.union(avoided))
         except NoChain as none:
             raise explain(none, view, self.model, self.revision, self.constraints) from None
+
+
+def for_prompts(chooser: ChainChooser) -> ChainChooser:
+    """A chooser with the same memory of peers, that chooses only those which take deep prompts."""
+    return replace(chooser, constraints=replace(chooser.constraints, prompts=True))
 
 
 def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId, float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -46,6 +46,7 @@ from tensor_codec.messages.forward_backward import (
     Output,
     decode_request,
     encode_output,
+    prompts_contract,
     request_contract,
 )
 
@@ -81,17 +82,23 @@ class StatelessEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A request as the torch thread runs it: wire bytes in, wire bytes out."""
+    """A request as the torch thread runs it: wire bytes in, wire bytes out.
+
+    held: positions times blocks whose activations a backward may hold (`node.model.blocks.parts`).
+    """
 
     request: Forward | Backward
     contract: Contract
+    held: int = 0
 
     @property
     def parts(self) -> list[tuple[int, int]]:
         """The blocks [start, stop) of each part, in order."""
         contract = self.contract
-        parts = backward_parts if isinstance(self.request, Backward) else forward_parts
-        return parts(contract.batch * contract.max_length, contract.start, contract.stop)
+        positions, run = contract.batch * contract.max_length, (contract.start, contract.stop)
+        if isinstance(self.request, Backward):
+            return backward_parts(positions, *run, self.held)
+        return forward_parts(positions, *run)
 
     def __call__(self, span: StatelessSpan) -> Generator[None, None, Buffer]:
         """A part at each `next`; the return value is the encoded answer.
@@ -99,17 +106,22 @@ class Work:
         Raises BadResult (an input is not finite; nothing was done), NotFinite.
         """
         request, contract = self.request, self.contract
-        hidden = decode_hidden(request.hidden, contract)
+        run = contract.start, contract.stop
+        hidden, prompts = decode_hidden(request.hidden, contract), None
+        if request.run.prompts:
+            prompts = decode_hidden(request.prompts, prompts_contract(contract, request.run.prompts))
         if isinstance(request, Backward):
             grad = decode_hidden(request.grad, contract)
-            answer = yield from backward_in_parts(span, hidden, grad, contract.start, contract.stop)
+            found = yield from backward_in_parts(span, hidden, grad, *run, prompts, self.held)
+            answers = [each for each in found if each is not None]
         else:
-            answer = yield from forward_in_parts(span, hidden, contract.start, contract.stop)
+            answers = [(yield from forward_in_parts(span, hidden, *run, prompts))]
         try:
-            return encode_hidden(answer, contract.codec)
+            bodies = [encode_hidden(answer, contract.codec) for answer in answers]
         except BadResult as bad:
             what = "backward" if isinstance(request, Backward) else "forward"
             raise NotFinite(f"{what} through blocks {contract.start}:{contract.stop}: {bad}") from None
+        return bodies[0] if len(bodies) == 1 else b"".join(bodies)
 
 
 @dataclass(slots=True)
@@ -117,12 +129,14 @@ class ForwardBackwardListener:
     """Serves forward and backward over one span.
 
     admission: of what is served.  faults: of peers, counted.
+    held: positions times blocks whose activations a backward that comes now may hold.
     """
 
     admission: SpanAdmission
     engine: StatelessEngine
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
+    held: Callable[[], int] = int
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
     _quiet: trio.Event = field(default_factory=trio.Event)
@@ -218,12 +232,14 @@ class ForwardBackwardListener:
         Raises _Unfit; PeerFault for what is no request at all.
         """
         arrived = time.perf_counter()
-        request = decode_request(frame)
+        asked = decode_request(frame)
         try:
-            self.admission.admits(request.run.spec)
+            self.admission.admits(asked.run.spec)
+            request = asked.divided(self.admission.spec.hidden)
             contract = self._contract(request)
-            with serving.computing(request.run.spec.blocks):
-                computed = await self._compute(stream, Work(request, contract), contract)
+            work = Work(request, contract, self.held() if asked.backward else 0)
+            with serving.computing(asked.run.spec.blocks):
+                computed = await self._compute(stream, work, contract)
         except Refused as refusal:
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:

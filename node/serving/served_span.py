@@ -136,6 +136,7 @@ class ServedSpan:
             cache_tokens=listener.budget.free_tokens,
             session_tokens=listener.budget.session_tokens,
             step_tokens=listener.limits.step_tokens(self.spec.hidden * CODEC_BYTES["fp32"]),
+            prompts=True,
             queue=engine.queue,
         )
 

@@ -29,6 +29,7 @@ class Constraints:
     allowed, blocked: peers.  dtypes, quantize: what peers compute in, and how they keep their matrices.
     adapter: an adapter that each peer must have.  cache_tokens: the minimum of free cache when a peer is
     chosen.  step_tokens: the minimum that a peer takes in one step.  most_hops: the maximum of hops.
+    prompts: whether each peer must take deep prompts.
 
     Nothing lifts a constraint: where no chain meets all of them, there is no chain.
     """
@@ -41,6 +42,7 @@ class Constraints:
     cache_tokens: int = 0
     step_tokens: int = 0
     most_hops: int | None = None
+    prompts: bool = False
 
     def admits(self, span: Record) -> bool:
         """Whether this peer may be used."""
@@ -52,6 +54,7 @@ class Constraints:
             and (self.adapter is None or self.adapter in span.adapters)
             and span.cache_tokens >= self.cache_tokens
             and span.step_tokens >= self.step_tokens
+            and (span.prompts or not self.prompts)
         )
 
     def check(self) -> None:
@@ -67,6 +70,8 @@ class Constraints:
                 raise ValueError(f"{name} is {tokens!r}, a whole number of at least 0 is needed")
         if self.most_hops is not None and not (_is_whole(self.most_hops) and self.most_hops >= 1):
             raise ValueError(f"most_hops is {self.most_hops!r}, a whole number of at least 1 is needed")
+        if not isinstance(self.prompts, bool):
+            raise ValueError(f"prompts is {self.prompts!r}, True or False is needed")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise ValueError(f"adapter is {self.adapter!r}, a name is needed")
 

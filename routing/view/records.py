@@ -64,6 +64,7 @@ class Record:
     cache_tokens: free tokens of cache.
     session_tokens: of the longest session that the peer takes, rows times positions; 0: not said.
     step_tokens: of the largest step that the peer takes, in float32; 0: not said.
+    prompts: whether the peer takes deep prompts; older versions do not say.
     queue: waiting time of a decode step, in times of its own computing; the mean of the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
     seq: order among this peer's records; only the highest counts.
@@ -89,6 +90,7 @@ class Record:
     cache_tokens: int = 0
     session_tokens: int = 0
     step_tokens: int = 0
+    prompts: bool = False
     queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     seq: int = 0
@@ -208,6 +210,8 @@ def _to_wire(record: Record) -> dict[str, object]:
         fields |= {"next_start": record.next_start, "next_stop": record.next_stop}
     most = {"session_tokens": record.session_tokens, "step_tokens": record.step_tokens}
     fields |= {name: tokens for name, tokens in most.items() if tokens}
+    if record.prompts:
+        fields["prompts"] = True
     return dict(sorted(fields.items()))
 
 
@@ -248,6 +252,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         cache_tokens=fields.integer("cache_tokens", 0, MAX_CACHE_TOKENS),
         session_tokens=_tokens(fields, "session_tokens"),
         step_tokens=_tokens(fields, "step_tokens"),
+        prompts=fields.flag("prompts", absent=False),
         queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),
         seq=fields.integer("seq", 0, MAX_SEQ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
@@ -19,19 +19,26 @@ class Run:
     """What a stateless request asks for: the blocks of `spec`, on `batch` rows of equal length.
 
     codec: how all tensors of the request and its answer travel.
+    prompts: positions of the deep prompts, 0 without them: every block adds a row of its own to its input at
+    the first `prompts` positions.
     """
 
     spec: SpanSpec
     batch: int
     codec: str
+    prompts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Asks for what the blocks make of `hidden`: [batch, tokens, hidden], positions from 0."""
+    """Asks for what the blocks make of `hidden`: [batch, tokens, hidden], positions from 0.
+
+    prompts: [blocks, run.prompts, hidden], the same for all rows.
+    """
 
     run: Run
     hidden: Buffer
+    prompts: Buffer = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +46,42 @@ class Backward:
     """Asks for the gradient of a loss with respect to `hidden`, the blocks' input.
 
     grad: its gradient with respect to their output, [batch, tokens, hidden] like `hidden`.
+    prompts: as in Forward; their gradient, summed over the rows, is a part of the answer.
     """
 
     run: Run
     hidden: Buffer
     grad: Buffer
+    prompts: Buffer = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A Forward or a Backward as it came: `divided` makes it one, where the model is known."""
+
+    run: Run
+    backward: bool
+    body: Buffer
+
+    def divided(self, hidden: int) -> Forward | Backward:
+        """The request with its tensors apart.  hidden: values per position in the model.
+
+        Raises MessageError where the body has no room for its prompts, or is not two tensors of one size.
+        """
+        prompts = prompts_bytes(self.run, hidden)
+        rest = len(self.body) - prompts
+        if rest < 0:
+            raise MessageError(
+                f"{len(self.body)} body bytes, prompts of {self.run.prompts} positions take {prompts}"
+            )
+        if not self.backward:
+            return Forward(self.run, self.body[:rest], self.body[rest:])
+        half, odd = divmod(rest, 2)
+        if odd:
+            raise MessageError(f"{rest} body bytes are not two tensors of one size")
+        return Backward(
+            self.run, self.body[:half], self.body[half + prompts :], self.body[half : half + prompts]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +89,12 @@ class Output:
     """The answer to Forward or Backward: hidden states or gradients, in the shape of what came.
 
     timings: microseconds (in the peer's hands, computing), one pair or none.
+    prompts: the gradient of a Backward's prompts, in their shape.
     """
 
     body: Buffer
     timings: tuple[tuple[int, int], ...] = ()
+    prompts: Buffer = b""
 
 
 def encode_request(message: Forward | Backward) -> list[Buffer]:
@@ -72,32 +112,46 @@ def encode_request(message: Forward | Backward) -> list[Buffer]:
     }
     if spec.adapter is not None:
         fields["adapter"] = spec.adapter
-    bodies = [message.hidden] if isinstance(message, Forward) else [message.hidden, message.grad]
+    if run.prompts:
+        fields["prompts"] = run.prompts
+    bodies = [message.hidden, *([message.prompts] if run.prompts else [])]
+    if isinstance(message, Backward):
+        bodies.append(message.grad)
     return [pack_header(fields), *bodies]
 
 
-def decode_request(frame: Buffer) -> Forward | Backward:
+def decode_request(frame: Buffer) -> Request:
     """Read a stateless request.  Raises MessageError.
 
-    The tensors may still be of any size: `request_contract` checks that, once the model is known to be the
-    right one.
+    The body may still be of any size: `Request.divided` and `request_contract` check that, once the model is
+    known to be the right one.
     """
     message = read_message(frame, frozenset({"forward", "backward"}))
     header = message.header
-    run = Run(read_spec(header), header.integer("batch", 1, MAX_TOKENS), header.choice("codec", CODECS))
-    if message.kind == "forward":
-        return Forward(run, message.body)
-    half, rest = divmod(len(message.body), 2)
-    if rest:
-        raise MessageError(f"{len(message.body)} body bytes are not two tensors of one size")
-    return Backward(run, message.body[:half], message.body[half:])
+    run = Run(
+        read_spec(header),
+        header.integer("batch", 1, MAX_TOKENS),
+        header.choice("codec", CODECS),
+        header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
+    )
+    return Request(run, message.kind == "backward", message.body)
+
+
+def prompts_bytes(run: Run, hidden: int) -> int:
+    """Bytes of a request's prompts.  hidden: values per position in the model."""
+    return run.spec.blocks.size * run.prompts * hidden * CODEC_BYTES[run.codec]
+
+
+def prompts_contract(contract: Contract, prompts: int) -> Contract:
+    """What the prompts of a request with this contract are read against: [blocks, prompts, hidden]."""
+    return replace(contract, batch=contract.stop - contract.start, max_length=prompts)
 
 
 def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: int) -> Contract:
     """What a request's tensors and its answer are read against; `max_length` is the number of tokens.
 
-    hidden: values per position in the model.  Raises MessageError unless the body is 1 position or
-    more, and batch * tokens at most max_step_tokens.
+    hidden: values per position in the model.  Raises MessageError unless the hidden states are 1 position or
+    more, and the positions of the prompts, and batch * tokens at most max_step_tokens.
     """
     run = message.run
     row_bytes = run.batch * hidden * CODEC_BYTES[run.codec]
@@ -108,6 +162,8 @@ def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: 
             f"{len(message.hidden)} bytes of hidden states in {run.batch} rows, 1..{room} positions of"
             f" {row_bytes} bytes are allowed"
         )
+    if run.prompts > tokens:
+        raise MessageError(f"prompts of {run.prompts} positions for rows of {tokens}")
     return Contract(
         session=b"",
         start=run.spec.blocks.start,
@@ -125,15 +181,20 @@ def encode_output(message: Output) -> list[Buffer]:
     fields: dict[str, object] = {"k": "output"}
     if message.timings:
         fields["t"] = message.timings
-    return [pack_header(fields), message.body]
+    parts: list[Buffer] = [pack_header(fields), message.body]
+    return [*parts, message.prompts] if message.prompts else parts
 
 
-def decode_output(frame: Buffer, contract: Contract) -> Output | Failed:
-    """Read the answer to a stateless request with this contract.  Raises MessageError."""
+def decode_output(frame: Buffer, contract: Contract, prompts: int = 0) -> Output | Failed:
+    """Read the answer to a stateless request with this contract.  Raises MessageError.
+
+    prompts: positions of prompts whose gradient comes too, 0 for none.
+    """
     message = read_message(frame, frozenset({"output", "failed"}))
     if message.kind == "failed":
         return read_failed(message)
-    expected = contract.max_length * contract.row_bytes
+    first = contract.max_length * contract.row_bytes
+    expected = first + (prompts * prompts_contract(contract, prompts).row_bytes if prompts else 0)
     if len(message.body) != expected:
         raise MessageError(f"{len(message.body)} body bytes came back, {expected} were asked for")
-    return Output(message.body, read_timings(message.header, 1))
+    return Output(message.body[:first], read_timings(message.header, 1), message.body[first:])

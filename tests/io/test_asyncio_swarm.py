@@ -252,6 +252,8 @@ def test_forward_and_backward_cross_with_what_they_are_given(run):
             assert await swarm.forward(hidden(1)) == ("forward", 1, 0, None)
             assert await swarm.forward(hidden(1), start=2, stop=5) == ("forward", 1, 2, 5)
             assert await swarm.backward(hidden(1), hidden(7), start=2) == ("backward", 1, 7, 2, None)
+            output, kept = await swarm.forward_kept(hidden(1), stop=5, prompts=hidden(3))
+            assert (output, kept) == (("forward", 1, 0, 5), ("kept", 1, 3))
             with pytest.raises(PeerGone):
                 await swarm.forward(hidden(-1))
 

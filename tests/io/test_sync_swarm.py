@@ -68,6 +68,8 @@ def test_every_call_blocks_until_it_has_its_answer():
     with joined(fake) as swarm:
         assert swarm.forward(hidden(1), start=2, stop=5) == ("forward", 1, 2, 5)
         assert swarm.backward(hidden(1), hidden(7), start=2) == ("backward", 1, 7, 2, None)
+        output, kept = swarm.forward_kept(hidden(1), stop=5, prompts=hidden(3))
+        assert (output, kept) == (("forward", 1, 0, 5), ("kept", 1, 3))
         assert (swarm.config, swarm.info, swarm.local_model) == (CONFIG, "info", "local model")
         assert swarm.view() is fake.seen
         with swarm.session() as session:

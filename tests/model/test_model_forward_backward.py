@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from node.model.blocks import parts
 from node.model.blocks.forward_backward import (
@@ -232,8 +233,8 @@ def test_fewer_bits_give_about_the_same_gradient_in_the_spans_own_dtype(dtype, q
 )
 def test_a_part_has_as_many_blocks_as_its_positions_allow(rows, tokens, expected):
     assert parts.forward_parts(rows * tokens, 2, 30) == expected
-    there = expected[:-1]
-    assert parts.backward_parts(rows * tokens, 2, 30) == [*there, *reversed(expected)]
+    twice = [run for run in reversed(expected) for _ in range(2)]
+    assert parts.backward_parts(rows * tokens, 2, 30) == [*expected[:-1], *twice]
 
 
 def test_a_part_at_a_time_and_the_last_one_answers(llama, monkeypatch):
@@ -242,8 +243,98 @@ def test_a_part_at_a_time_and_the_last_one_answers(llama, monkeypatch):
     work = forward_in_parts(span, llama.inputs, 1, 4)
     assert next(work) is None
     assert torch.equal(finish(work), forward(span, llama.inputs, 1, 4))
-    work = backward_in_parts(span, llama.inputs, llama.direction, 1, 4)
-    assert [next(work), next(work)] == [None, None]  # forward through one, backward through the other
-    found = finish(work)
+    back = backward_in_parts(span, llama.inputs, llama.direction, 1, 4)
+    # forward through both, the second with its activations, and backward through that one
+    assert [next(back), next(back), next(back)] == [None] * 3
+    found = finish(back).hidden
     monkeypatch.setattr(parts, "PART_POSITIONS", 10**9)
     assert error(found, backward(span, llama.inputs, llama.direction, 1, 4)) <= TOLERANCE
+
+
+def with_prompts(case: Case, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient and the prompts' gradient of the whole model, whose blocks' hooks add the prompts."""
+    trained = prompts.clone().requires_grad_()
+
+    def adds(number: int) -> Any:
+        def add(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            given = args[0] if args else kwargs["hidden_states"]
+            changed = given + functional.pad(trained[number], (0, 0, 0, given.shape[1] - prompts.shape[1]))
+            return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
+
+        return add
+
+    blocks = blocks_of(case.whole)
+    leaf = case.inputs.clone().requires_grad_()
+
+    def enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaf})
+
+    seen = {}
+
+    def leave(block: Any, args: tuple, output: Any) -> None:
+        seen["output"] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [
+        block.register_forward_pre_hook(adds(number), with_kwargs=True) for number, block in enumerate(blocks)
+    ]
+    hooks.append(blocks[-1].register_forward_hook(leave))
+    with torch.enable_grad():
+        case.whole(torch.zeros(ROWS, TOKENS, dtype=torch.long), use_cache=False)
+        of_hidden, of_prompts = torch.autograd.grad(seen["output"], [leaf, trained], case.direction)
+    for hook in hooks:
+        hook.remove()
+    return seen["output"].detach(), of_hidden, of_prompts
+
+
+@pytest.mark.parametrize("held", [0, 10**9])
+def test_deep_prompts_are_those_of_hooks_on_the_whole_model(case, held, monkeypatch):
+    if held:
+        monkeypatch.setattr(parts, "PART_POSITIONS", ROWS * TOKENS * 2)  # several runs, held at one time
+    prompts = torch.randn(BLOCKS, 5, 32, generator=torch.Generator().manual_seed(4))
+    output, gradient, of_prompts = with_prompts(case, prompts)
+    hidden, inputs, grad = case.inputs, [], case.direction
+    for span in case.spans:
+        inputs.append(hidden)
+        hidden = forward(span, hidden, span.start, span.stop, prompts[span.start : span.stop])
+    assert error(hidden, output) <= TOLERANCE
+    found: list[Tensor] = []
+    for span, given in reversed(list(zip(case.spans, inputs, strict=True))):
+        own = prompts[span.start : span.stop]
+        grad, each = finish(backward_in_parts(span, given, grad, span.start, span.stop, own, held))
+        assert each is not None
+        found[:0] = [each]
+    assert error(grad, gradient) <= TOLERANCE
+    assert error(torch.cat(found), of_prompts) <= TOLERANCE
+    assert error(hidden, case.output) > 0.01, "the prompts change the output"
+
+
+def test_activations_that_are_held_give_the_gradient_of_those_that_are_not(case, monkeypatch):
+    monkeypatch.setattr(parts, "PART_POSITIONS", ROWS * TOKENS)  # runs of one block
+    span, positions = case.spans[1], ROWS * TOKENS
+    expected = finish(backward_in_parts(span, case.inputs, case.direction, 1, 4)).hidden
+    for blocks in (1, 2, 3):
+        work = backward_in_parts(span, case.inputs, case.direction, 1, 4, held=blocks * positions)
+        for _ in parts.backward_parts(positions, 1, 4, blocks * positions)[:-1]:
+            assert next(work) is None
+        assert error(finish(work).hidden, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        (0, [[(0, 2)], [(2, 4)], [(4, 5)]]),
+        (4, [[(0, 2)], [(2, 4)], [(4, 5)]]),
+        (5, [[(0, 2)], [(2, 4)], [(4, 5)]]),
+        (6, [[(0, 2)], [(2, 4), (4, 5)]]),
+        (9, [[(0, 2)], [(2, 4), (4, 5)]]),
+        (10, [[(0, 2), (2, 4), (4, 5)]]),
+    ],
+)
+def test_a_group_has_as_many_blocks_as_there_is_memory_for_and_one_run_at_least(held, expected, monkeypatch):
+    monkeypatch.setattr(parts, "PART_POSITIONS", 4)
+    assert parts.backward_groups(2, 0, 5, held) == expected
+    again = [run for group in expected[:-1] for run in group]
+    for group in reversed(expected):
+        again += [*group, *reversed(group)]
+    assert parts.backward_parts(2, 0, 5, held) == again

@@ -1,5 +1,6 @@
 """More chains than one, and peers that may not be used."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -77,6 +78,7 @@ def test_a_way_around_a_peer_is_found_although_to_come_back_to_it_seems_cheaper(
 
 def test_only_peers_that_meet_every_constraint_are_suitable():
     one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100, step_tokens=4096)
+    one = replace(one, prompts=True)
     other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10, step_tokens=2048)
     spans = [one, other]
     assert suitable(spans, Constraints()) == spans
@@ -88,6 +90,7 @@ def test_only_peers_that_meet_every_constraint_are_suitable():
         Constraints(adapter="a"),
         Constraints(cache_tokens=100),
         Constraints(step_tokens=4096),
+        Constraints(prompts=True),
     ):
         assert suitable(spans, constraints) == [one]
 
@@ -126,6 +129,7 @@ def test_the_longest_session_is_that_of_the_chain_whose_least_server_takes_most(
         ({"quantize": []}, r"quantize holds nothing"),
         ({"cache_tokens": -1}, r"cache_tokens is -1, a whole number of at least 0 is needed"),
         ({"step_tokens": -1}, r"step_tokens is -1, a whole number of at least 0 is needed"),
+        ({"prompts": 1}, r"prompts is 1, True or False is needed"),
         ({"most_hops": 0}, r"most_hops is 0, a whole number of at least 1 is needed"),
     ],
 )

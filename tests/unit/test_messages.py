@@ -39,6 +39,7 @@ from tensor_codec.messages.forward_backward import (
     decode_request,
     encode_output,
     encode_request,
+    prompts_contract,
     request_contract,
 )
 from tensor_codec.messages.session import (
@@ -131,7 +132,7 @@ def output_frame(body: bytes = bytes(3 * ROW), /, **changes) -> bytes:
 
 
 def read_request(frame: bytes) -> tuple[Forward | Backward, Contract]:
-    request = decode_request(frame)
+    request = decode_request(frame).divided(4)
     return request, request_contract(request, 4, REQUEST_TOKENS)
 
 
@@ -262,6 +263,41 @@ def test_a_stateless_request_comes_back_as_it_was(like, tokens, backward, data):
     assert not backward or bytes(found.grad) == grad
     assert (contract.start, contract.stop, contract.batch) == (*run.spec.blocks, 2)
     assert (contract.max_length, contract.hidden, contract.codec) == (tokens, 4, run.codec)
+
+
+@given(opens(), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
+def test_a_stateless_request_with_prompts_comes_back_as_it_was(like, tokens, prompts, backward, data):
+    run = Run(like.spec, 2, like.codec, min(prompts, tokens))
+    vector = 4 * CODEC_BYTES[run.codec]
+    size = tokens * 2 * vector
+    hidden, grad = (data.draw(st.binary(min_size=size, max_size=size)) for _ in range(2))
+    own = bytes([7]) * (like.spec.blocks.size * run.prompts * vector)
+    message = Backward(run, hidden, grad, own) if backward else Forward(run, hidden, own)
+    found, contract = read_request(joined(encode_request(message)))
+    assert found == message
+    assert contract.max_length == tokens
+    assert prompts_contract(contract, run.prompts).row_bytes * run.prompts == len(own)
+    answer = decode_output(joined(encode_output(Output(hidden, (), own))), contract, run.prompts)
+    assert answer == Output(hidden, (), own)
+    for wrong in (own[1:], own + own, b""):
+        with pytest.raises(MessageError):
+            decode_output(joined(encode_output(Output(hidden, (), wrong))), contract, run.prompts)
+
+
+@pytest.mark.parametrize(
+    ("body", "changes", "words"),
+    [
+        (bytes(3 * ROW), {"prompts": 0}, "prompts"),
+        (bytes(3 * ROW), {"prompts": 2.0}, "prompts"),
+        (bytes(ROW), {"prompts": 1}, "body bytes, prompts of 1 positions take 48"),
+        (bytes(3 * ROW // 2 + 2 * ROW), {"prompts": 3}, "body bytes, prompts of 3 positions take 144"),
+        (bytes(9 * ROW // 2 + 2 * ROW), {"prompts": 3}, "prompts of 3 positions for rows of 2"),
+        (bytes(3 * ROW // 2 + 3 * ROW + 1), {"prompts": 1, "k": "backward"}, "not two tensors of one size"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_with_the_numbers(body, changes, words):
+    with pytest.raises(MessageError, match=words):
+        read_request(request_frame(body, **changes))
 
 
 @given(st.binary(min_size=3 * ROW, max_size=3 * ROW), timings)
@@ -515,6 +551,11 @@ def test_the_tables_begin_from_frames_that_are_right():
     assert decode_output(output_frame(), ASKED) == Output(bytes(3 * ROW))
     backward = read_request(request_frame(bytes(6 * ROW), k="backward"))
     assert backward == (Backward(RUN, bytes(3 * ROW), bytes(3 * ROW)), ASKED)
+    run, prompts = replace(RUN, prompts=2), bytes(3 * 2 * ROW // 2)  # of three blocks, for all rows
+    asked = read_request(request_frame(bytes(3 * ROW) + prompts, prompts=2))
+    assert asked == (Forward(run, bytes(3 * ROW), prompts), ASKED)
+    asked = read_request(request_frame(bytes(6 * ROW) + prompts, k="backward", prompts=2))
+    assert asked == (Backward(run, bytes(3 * ROW), bytes(3 * ROW), prompts), ASKED)
 
 
 def test_the_limits_of_a_contract_are_reached_and_not_passed():
@@ -546,7 +587,11 @@ READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
     ),
     "a stateless request": (
         read_request,
-        [request_frame(adapter="a"), request_frame(bytes(6 * ROW), k="backward")],
+        [
+            request_frame(adapter="a"),
+            request_frame(bytes(6 * ROW), k="backward"),
+            request_frame(bytes(4 * ROW + ROW // 2), prompts=1),
+        ],
     ),
     "a stateless request's answer": (
         lambda frame: decode_output(frame, ASKED),
@@ -585,7 +630,9 @@ def test_the_fields_of_a_message_may_hold_anything_and_only_message_errors_escap
         max_leaves=5,
     )
     value = data.draw(anything)
-    field = data.draw(st.sampled_from(["k", "model", "revision", "start", "stop", "batch", "dtype", "codec"]))
+    field = data.draw(
+        st.sampled_from(["k", "model", "revision", "start", "stop", "batch", "dtype", "codec", "prompts"])
+    )
     with contextlib.suppress(MessageError):
         read_request(request_frame(**{field: value}))
     field = data.draw(st.sampled_from(["k", "s", "n", "p", "r", "t"]))

@@ -43,7 +43,8 @@ LIMITS = Limits()
 CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
 ROW = bytes(CONTRACT.row_bytes)
 SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
-RUN = forward_backward.Run(SPEC, 1, "fp32")
+RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1)
+PROMPTS = ROW + ROW  # of two blocks
 STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
 OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True)
 
@@ -71,7 +72,7 @@ def answer(frame: bytes) -> object:
 
 
 def request(frame: bytes) -> object:
-    asked = forward_backward.decode_request(frame)
+    asked = forward_backward.decode_request(frame).divided(4)
     forward_backward.request_contract(asked, 4, 64)
     return asked
 
@@ -88,8 +89,10 @@ KINDS = {
     "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5)), from_client),
     "where": Kind(session.encode_where(), from_client),
     "here": Kind(session.encode_here(session.Here(5, 1, 3)), from_hop),
-    "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW)), request),
-    "backward": Kind(forward_backward.encode_request(forward_backward.Backward(RUN, ROW, ROW)), request),
+    "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW, PROMPTS)), request),
+    "backward": Kind(
+        forward_backward.encode_request(forward_backward.Backward(RUN, ROW, ROW, PROMPTS)), request
+    ),
     "output": Kind(forward_backward.encode_output(forward_backward.Output(ROW, ((1, 2),))), answer),
 }
 MESSAGES = {row[0]: row[1:] for row in table(PAGE, "## 4. Sessions")}
@@ -202,7 +205,7 @@ def full_record() -> tuple[Record, bytes]:
         addresses=("/ip4/10.0.0.5/tcp/1",), role="serve", model="m", revision="r", blocks=6, start=0, stop=3,
         next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
         prefill_seconds_per_token=1e-3, cache_tokens=64, session_tokens=64, step_tokens=64, queue=1.0, seq=1,
-        name="n", version="0",
+        prompts=True, name="n", version="0",
     )  # fmt: skip
     return record, key
 

@@ -398,6 +398,15 @@ def test_what_a_peer_takes_at_most_is_optional_and_checked():
                 verify(signed(dict(sorted((payload_of(GOOD) | {name: wrong}).items()))))
 
 
+def test_whether_a_peer_takes_prompts_is_optional_and_true_or_false():
+    assert "prompts" not in payload_of(GOOD)
+    says = replace(GOOD, prompts=True)
+    assert verify(sign_record(says, KEY)) == says
+    for wrong in (1, "true", 0.0, []):
+        with pytest.raises(RecordError):
+            verify(signed(dict(sorted((payload_of(GOOD) | {"prompts": wrong}).items()))))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from client import forward_backward
+from client import batch_parts, forward_backward
 from client.chains import avoided_peers
 from client.chains.chain_wait import PINGED_PEERS
 from client.config import ClientConfig
@@ -97,7 +97,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "requests of about N positions, up to N at a time and N to one peer",
-        (forward_backward.REQUEST_POSITIONS, forward_backward.UNDER_WAY, forward_backward.UNDER_WAY_PER_PEER),
+        (batch_parts.REQUEST_POSITIONS, forward_backward.UNDER_WAY, forward_backward.UNDER_WAY_PER_PEER),
     ),
     (PROTOCOL, "speak for another. At most N KiB", (LIMITS.max_record_bytes / KIB,)),
     (PROTOCOL, "up to N multiaddrs", (records.MAX_ADDRESSES,)),

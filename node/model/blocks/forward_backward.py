@@ -3,21 +3,31 @@
 The whole model's own arithmetic on whole sequences, positions from 0, for training.  The weights
 are frozen, and backward runs the blocks once more with gradients on, in the way of Petals
 (arXiv:2312.08361).  Both go in parts of a few blocks (`node.model.blocks.parts`).  Between two parts nothing
-is computed, so the executor runs other batches there, and only one part's activations are held at a time.
-`backward` runs each part but the last twice, once for its output alone.
+is computed, so the executor runs other batches there.  `backward` holds the activations of as many parts as
+there is memory for; it runs the other parts forward twice, once for their output alone.
+
+Deep prompts (Petals' deep_ptune) are trained tensors that every block adds to its own input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Protocol, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from node.model.blocks.parts import forward_parts
+from node.model.blocks.parts import backward_groups, forward_parts
 
 T = TypeVar("T")
+
+
+class Gradients(NamedTuple):
+    """The answer of a backward.  prompts: of the deep prompts, summed over rows; None without them."""
+
+    hidden: Tensor
+    prompts: Tensor | None
 
 
 class StatelessSpan(Protocol):
@@ -38,12 +48,16 @@ class StatelessSpan(Protocol):
         """
 
 
-def forward(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
+def forward(
+    span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None
+) -> Tensor:
     """Blocks [start, stop) on hidden states [batch, tokens, hidden]: the same shape, in the span's dtype.
 
     Positions count from 0 in every row, and every row is whole: nothing is padded.
+    prompts: [stop - start, n, hidden], n at most `tokens`: each block adds its own to the first n positions
+    of its input, in every row.
     """
-    return finish(forward_in_parts(span, hidden, start, stop))
+    return finish(forward_in_parts(span, hidden, start, stop, prompts))
 
 
 def backward(span: StatelessSpan, hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
@@ -52,35 +66,55 @@ def backward(span: StatelessSpan, hidden: Tensor, grad: Tensor, start: int, stop
     hidden, grad: [batch, tokens, hidden], the input of block `start` and the gradient of the loss
     with respect to the output of block `stop` - 1.  Answers the same shape, in the span's dtype.
     """
-    return finish(backward_in_parts(span, hidden, grad, start, stop))
+    return finish(backward_in_parts(span, hidden, grad, start, stop)).hidden
 
 
 def forward_in_parts(
-    span: StatelessSpan, hidden: Tensor, start: int, stop: int
+    span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None
 ) -> Generator[None, None, Tensor]:
     """`forward`, one of `forward_parts` at each `next`; its return value is the answer."""
-    for begin, end in _parts(hidden, start, stop):
-        hidden = _without_grad(span, hidden, begin, end)
+    for begin, end in forward_parts(hidden.shape[0] * hidden.shape[1], start, stop):
+        hidden = _without_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start))
         if end < stop:
             yield
     return hidden
 
 
 def backward_in_parts(
-    span: StatelessSpan, hidden: Tensor, grad: Tensor, start: int, stop: int
-) -> Generator[None, None, Tensor]:
-    """`backward`, one of `backward_parts` at each `next`; its return value is the answer."""
-    inputs: list[tuple[Tensor, int, int]] = []
-    for begin, end in _parts(hidden, start, stop):
-        inputs.append((hidden, begin, end))
-        if end < stop:
-            hidden = _without_grad(span, hidden, begin, end)
+    span: StatelessSpan,
+    hidden: Tensor,
+    grad: Tensor,
+    start: int,
+    stop: int,
+    prompts: Tensor | None = None,
+    held: int = 0,
+) -> Generator[None, None, Gradients]:
+    """`backward`, one of `backward_parts` at each `next`; its return value is the answer.
+
+    prompts: see `forward`.  held: see `backward_groups`.
+    """
+    groups = backward_groups(hidden.shape[0] * hidden.shape[1], start, stop, held)
+    inputs: list[Tensor] = []
+    for group in groups[:-1]:
+        inputs.append(hidden)
+        for begin, end in group:
+            hidden = _without_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start))
             yield
-    while inputs:
-        grad = _with_grad(span, *inputs.pop(), grad)
-        if inputs:
+    found: list[Tensor] = []
+    while groups:
+        graphs: list[_Graph] = []
+        for begin, end in groups.pop():
+            graphs.append(_with_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start)))
+            hidden = graphs[-1].output
             yield
-    return grad
+        while graphs:
+            grad, own = graphs.pop().back(grad)
+            found[:0] = [] if own is None else [own]
+            if graphs or groups:
+                yield
+        if groups:
+            hidden = inputs.pop()
+    return Gradients(grad, torch.cat(found) if found else None)
 
 
 def finish(work: Generator[None, None, T]) -> T:
@@ -92,28 +126,62 @@ def finish(work: Generator[None, None, T]) -> T:
             return cast(T, end.value)
 
 
-def _parts(hidden: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
-    return forward_parts(hidden.shape[0] * hidden.shape[1], start, stop)
+def with_prompt(hidden: Tensor, prompt: Tensor) -> Tensor:
+    """The input of a block with its deep prompt: [batch, tokens, hidden], [n, hidden] -> the first shape."""
+    return torch.cat([hidden[:, : len(prompt)] + prompt, hidden[:, len(prompt) :]], 1)
 
 
-def _without_grad(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
+@dataclass(slots=True)
+class _Graph:
+    """A run of blocks that went forward with its activations: autograd can go back through it, once."""
+
+    given: list[Tensor]  # the run's hidden states, and its prompts where there are any
+    output: Tensor
+
+    def back(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient with respect to the hidden states, and to the prompts."""
+        with torch.inference_mode(False), torch.enable_grad():
+            grad = grad.to(self.output.device, self.output.dtype)
+            grad = grad.clone() if grad.is_inference() else grad
+            found = torch.autograd.grad(self.output, self.given, grad)
+        return found[0], found[1] if len(found) > 1 else None
+
+
+def _of(prompts: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if prompts is None else prompts[first:last]
+
+
+def _without_grad(
+    span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None
+) -> Tensor:
     with torch.inference_mode():
-        return _run(span, hidden.to(span.device, span.dtype), start, stop)
+        moved = None if prompts is None else prompts.to(span.device, span.dtype)
+        return _run(span, hidden.to(span.device, span.dtype), start, stop, moved)
 
 
-def _with_grad(span: StatelessSpan, hidden: Tensor, start: int, stop: int, grad: Tensor) -> Tensor:
+def _with_grad(span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None) -> _Graph:
     with torch.inference_mode(False), torch.enable_grad():
-        given = hidden.to(span.device, span.dtype).detach()
-        if given.is_inference():
-            given = given.clone()  # tensors made in inference mode can never take part in autograd
-        given.requires_grad_()
-        output = _run(span, given, start, stop)
-        grad = grad.to(output.device, output.dtype)
-        (found,) = torch.autograd.grad(output, given, grad.clone() if grad.is_inference() else grad)
-    return found
+        given = [_leaf(span, each) for each in (hidden, prompts) if each is not None]
+        return _Graph(given, _run(span, given[0], start, stop, given[1] if len(given) > 1 else None))
 
 
-def _run(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
+def _leaf(span: StatelessSpan, tensor: Tensor) -> Tensor:
+    """The tensor on the span's device and in its dtype, as autograd's input."""
+    leaf = tensor.to(span.device, span.dtype).detach()
+    if leaf.is_inference():
+        leaf = leaf.clone()  # tensors made in inference mode can never take part in autograd
+    return leaf.requires_grad_()
+
+
+def _run(span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None) -> Tensor:
+    if prompts is None:
+        return _through(span, hidden, start, stop)
+    for block, prompt in zip(range(start, stop), prompts, strict=True):
+        hidden = _through(span, with_prompt(hidden, prompt), block, block + 1)
+    return hidden
+
+
+def _through(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
     model, entry = span._view(start, stop)
     entry.given = hidden
     try:

@@ -6,8 +6,7 @@ Without torch, so that the memory of a node can be planned before torch is loade
 from __future__ import annotations
 
 # Positions of all rows times blocks of one part: a prefill step of 512 positions through eight blocks.
-# Backward holds about 16 times the hidden states of every block for it (measured on a llama), so
-# 0.5 GiB in bfloat16 at hidden size 4096.
+# A decode step waits for one part at most.
 PART_POSITIONS = 4096
 
 Run = tuple[int, int]
@@ -22,7 +21,29 @@ def forward_parts(positions: int, start: int, stop: int) -> list[Run]:
     return [(begin, min(begin + blocks, stop)) for begin in range(start, stop, blocks)]
 
 
-def backward_parts(positions: int, start: int, stop: int) -> list[Run]:
-    """The runs of a backward: forward through all runs but the last, then back through all of them."""
-    forward = forward_parts(positions, start, stop)
-    return forward[:-1] + forward[::-1]
+def backward_groups(positions: int, start: int, stop: int, held: int) -> list[list[Run]]:
+    """The runs of a backward in groups, in order: the activations of one group are held at the same time.
+
+    held: positions times blocks whose activations there is memory for; a group has one run at least.  Every
+    run but those of the last group goes forward twice, so the groups fill up from the last block on.
+    """
+    groups: list[list[Run]] = []
+    blocks = 0
+    for run in reversed(forward_parts(positions, start, stop)):
+        blocks += run[1] - run[0]
+        if not groups or blocks * positions > held:
+            groups.insert(0, [])
+            blocks = run[1] - run[0]
+        groups[0].insert(0, run)
+    return groups
+
+
+def backward_parts(positions: int, start: int, stop: int, held: int = 0) -> list[Run]:
+    """The runs of a backward in the order of computing: forward through all groups but the last; then group
+    by group, the last one first, forward with activations and back.
+    """
+    groups = backward_groups(positions, start, stop, held)
+    parts = [run for group in groups[:-1] for run in group]
+    for group in reversed(groups):
+        parts += group + group[::-1]
+    return parts
