@@ -19,6 +19,7 @@ from node.config import ConfigError
 from routing.chains.alternatives import Constraints
 from routing.chains.hops import NoChain
 from tensor_codec.errors import PeerFault, Refused
+from tensor_codec.messages.info import PeerInfo
 
 if TYPE_CHECKING:
     from client.batch_parts import KeptInputs
@@ -31,6 +32,7 @@ __all__ = [
     "KeptInputs",
     "NoChain",
     "PeerFault",
+    "PeerInfo",
     "Refused",
     "SwarmLike",
     "SyncSwarm",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from routing.chains.hops import Chain
     from routing.view.view import SwarmView
     from tensor_codec.messages.contract import Reply
+    from tensor_codec.messages.info import PeerInfo
 
 
 class ConversationLike(Protocol):
@@ -60,6 +61,12 @@ class SessionFacts(Protocol):
     def trace(self) -> Trace:
         """The events of the session."""
 
+    def close(self) -> None:
+        """End the session; returns at once.
+
+        Under asyncio and in blocking programs from any thread, also out of a `weakref.finalize`.
+        """
+
 
 class SessionLike(SessionFacts, Protocol):
     """A session for hidden states.  See `client.session.session.Session`."""
@@ -74,6 +81,17 @@ class SessionLike(SessionFacts, Protocol):
     ) -> Tensor | None:
         """Run hidden states through the chain.  See `Session.step`."""
 
+    async def prefill(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+        rope_length: int | None = None,
+    ) -> Tensor | None:
+        """Run any number of positions through the chain, in chunks.  See `Session.prefill`."""
+
 
 class SyncSession(SessionFacts, Protocol):
     """`SessionLike`, blocking."""
@@ -87,6 +105,17 @@ class SyncSession(SessionFacts, Protocol):
         seconds: float | None = None,
     ) -> Tensor | None:
         """Run hidden states through the chain.  See `Session.step`."""
+
+    def prefill(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+        rope_length: int | None = None,
+    ) -> Tensor | None:
+        """Run any number of positions through the chain, in chunks.  See `Session.prefill`."""
 
 
 class SwarmFacts(Protocol):
@@ -173,9 +202,17 @@ class SwarmLike(SwarmFacts, Protocol):
         """See `Swarm.backward`."""
 
     def session(
-        self, *, batch: int = 1, max_length: int | None = None
+        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
     ) -> AbstractAsyncContextManager[SessionLike]:
         """See `Swarm.session`."""
+
+    async def open_session(
+        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+    ) -> SessionLike:
+        """See `Swarm.open_session`."""
+
+    async def peer_info(self, peer: str) -> PeerInfo:
+        """See `Swarm.peer_info`."""
 
 
 class SyncSwarm(SwarmFacts, Protocol):
@@ -226,9 +263,17 @@ class SyncSwarm(SwarmFacts, Protocol):
         """See `Swarm.backward`."""
 
     def session(
-        self, *, batch: int = 1, max_length: int | None = None
+        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[SyncSession]:
         """See `Swarm.session`."""
+
+    def open_session(
+        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+    ) -> SyncSession:
+        """See `Swarm.open_session`."""
+
+    def peer_info(self, peer: str) -> PeerInfo:
+        """See `Swarm.peer_info`."""
 
     def close(self) -> None:
         """Leave the swarm."""

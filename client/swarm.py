@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,10 +18,13 @@ from client.config import ClientConfig, check
 from client.generation.options import GenerateArguments, GenerateOptions, options_of
 from client.lengths import SessionLengths, check_room
 from node.runtime import values
+from routing.blocks import Blocks
 from routing.chains.hops import Chain
 from routing.names import PeerId
+from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
+from tensor_codec.messages.info import INFO_PROTOCOL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from node.network.host import Host
     from node.runtime.compute_thread import Runner
     from routing.view.view import SwarmView
+    from tensor_codec.messages.info import PeerInfo
 
 log = logging.getLogger("raceme")
 
@@ -66,6 +70,7 @@ class Swarm:
     _stateless: ForwardBackward = field(init=False)
 
     def __post_init__(self) -> None:
+        from client.chains.chain_choice import find_run
         from client.forward_backward import ForwardBackward
 
         config = self.config
@@ -74,7 +79,7 @@ class Swarm:
         )
         self._stateless = ForwardBackward(
             info=self.info,
-            find_chain=self._find_run,
+            find_chain=partial(find_run, self.routes, config.wait_seconds),
             learn=self.routes.observe_prefill,
             dtype_of=self.routes.dtype_of,
             open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
@@ -224,18 +229,37 @@ class Swarm:
         )
 
     @asynccontextmanager
-    async def session(self, *, batch: int = 1, max_length: int | None = None) -> AsyncIterator[Session]:
+    async def session(
+        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+    ) -> AsyncIterator[Session]:
         """A session for hidden states: `await session.step(hidden)`.
 
         batch: rows.  max_length: positions of each row; None: see `usual_length`.
+        start, stop: the blocks [start, stop) that it goes through, by default all.
         A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
         the session may be used again then.  `session.trace` has the events.
-        Raises ValueError (a length that the model or the servers do not allow), NoChain, PeerFault, Refused.
+        Raises ValueError (a length that the model or the servers do not allow, blocks that the model does
+        not have), NoChain, PeerFault, Refused.
         """
+        session = await self.open_session(batch=batch, max_length=max_length, start=start, stop=stop)
+        try:
+            yield session
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(2):
+                await session.aclose()
+
+    async def open_session(
+        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+    ) -> Session:
+        """A session as `session` gives it, for programs that cannot use `with`.
+
+        It is open until its `close`, which returns at once, or until the swarm is left.  Raises as `session`.
+        """
+        run = _blocks(self.info, start, stop)
         batch = values.whole("batch", batch)
         if max_length is not None:
             max_length = values.whole("max_length", max_length)
-        max_length = max_length or self.usual_length(batch)
+        max_length = max_length or self._lengths.usual(batch, run)
         position = 4 * batch * self.info.hidden_size
         if not self.config.limits.step_tokens(position):
             raise ValueError(
@@ -243,13 +267,8 @@ class Swarm:
                 f" {self.config.limits.max_frame_bytes}"
             )
         rows = f"{batch} rows of " if batch > 1 else ""
-        self._lengths.check(max_length, f"a session of {rows}{max_length} positions", batch)
-        session = await self.open_chain(max_length=max_length, batch=batch)
-        try:
-            yield session
-        finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(2):
-                await session.aclose()
+        self._lengths.check(max_length, f"a session of {rows}{max_length} positions", batch, run)
+        return await self.open_chain(max_length=max_length, batch=batch, start=run.start, stop=run.stop)
 
     async def forward(
         self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
@@ -312,14 +331,42 @@ class Swarm:
             found = await self._stateless.backward(hidden, grad, *run, prompts)
         return found.hidden if found.prompts is None else (found.hidden, found.prompts)
 
+    async def peer_info(self, peer: str) -> PeerInfo:
+        """The state of a server at this moment, by its own word: free cache, sessions, rates, queue.
+
+        peer: its id.  The records of `view` say the same of all servers, some seconds old.
+        Raises PeerGone (unknown to the view, or not to be reached), SlowPeer after `step_seconds`,
+        RemoteProtocolError (a version that does not know the question, or no server), and Refused while
+        the peer loads blocks.
+        """
+        from client.peer_info import ask_for_info
+
+        if self.view().get(PeerId(peer)) is None:
+            raise PeerGone(f"{values.shown(peer)} is not in our view of the swarm")
+        try:
+            stream = await self.routes.open_stream(PeerId(peer), INFO_PROTOCOL)
+            return await ask_for_info(stream, self.config.step_seconds)
+        except (PeerFault, Refused) as error:
+            error.about(PeerId(peer))
+            raise
+
     async def open_chain(
-        self, *, max_length: int, batch: int = 1, deadline: float | None = None, trace: Trace | None = None
+        self,
+        *,
+        max_length: int,
+        batch: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        deadline: float | None = None,
+        trace: Trace | None = None,
     ) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
+        start, stop: the blocks [start, stop) that it goes through, by default all.
         deadline: on trio's clock, in place of `wait_seconds`.
-        Peers that have failed lately are used only when nothing else covers the model.
-        Raises NoChain, PeerFault and Refused when the time is up.
+        Peers that have failed lately are used only when nothing else covers these blocks.
+        Raises ValueError for blocks that the model does not have; NoChain, PeerFault and Refused when the
+        time is up.
         """
         from client.session.session import open_session
         from client.session.terms import Terms
@@ -327,8 +374,8 @@ class Swarm:
         wait_until = trio.current_time() + self.config.wait_seconds
         info = self.info
         terms = Terms(
-            info.name, info.revision, info.blocks, info.hidden_size, batch, max_length, self.config.codec,
-            self.local_model.rope,
+            info.name, info.revision, _blocks(info, start, stop), info.hidden_size, batch, max_length,
+            self.config.codec, self.local_model.rope,
         )  # fmt: skip
         return await open_session(
             terms,
@@ -340,35 +387,6 @@ class Swarm:
             deadline=wait_until if deadline is None else min(deadline, wait_until),
             trace=trace,
         )
-
-    async def _find_run(
-        self,
-        start: int,
-        stop: int,
-        *,
-        positions: int,
-        waiting: Mapping[PeerId, int],
-        other_hops: int,
-        prompts: bool,
-    ) -> Chain:
-        """The chain over these blocks with the most throughput, as `open_chain` waits for one."""
-
-        from client.chains.chain_choice import for_prompts
-
-        routes = for_prompts(self.routes) if prompts else self.routes
-
-        def choose(last_resort: bool) -> Chain:
-            return routes.choose_for_throughput(
-                start,
-                stop,
-                positions=positions,
-                waiting=waiting,
-                other_hops=other_hops,
-                last_resort=last_resort,
-            )
-
-        deadline = trio.current_time() + self.config.wait_seconds
-        return await routes.wait_for_chain(choose, measured=True, deadline=deadline)
 
     def usual_length(self, batch: int = 1) -> int:
         """Positions of a session of `batch` rows without a length of its own.
@@ -428,13 +446,13 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         yield Swarm(config, info, local_model, routes, host, directory, compute, heads, nursery, defaults)
 
 
-def _blocks(info: ModelInfo, start: int, stop: int | None) -> tuple[int, int]:
+def _blocks(info: ModelInfo, start: int, stop: int | None) -> Blocks:
     """A run of the model's blocks; stop: None is the last.  Raises ValueError for any other run."""
     start = values.whole("start", start, 0)
     stop = info.blocks if stop is None else values.whole("stop", stop, 0)
     if not start < stop <= info.blocks:
         raise ValueError(f"blocks {start}:{stop} of a model that has 0:{info.blocks}")
-    return start, stop
+    return Blocks(start, stop)
 
 
 def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:

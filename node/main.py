@@ -39,6 +39,7 @@ from routing.view.records import Record, Role
 from routing.view.view import ONLINE_SOON
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
+from tensor_codec.messages.info import INFO_FRAME_BYTES, INFO_PROTOCOL
 from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL
 from tensor_codec.span_spec import SpanSpec
 
@@ -78,6 +79,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
         node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push)
         node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
+        node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
         await server.begin(blocks)
         nursery.start_soon(server.keep_record_true)
         stopping.started()

@@ -25,11 +25,18 @@ def hidden(number: int) -> Any:  # Any: a session takes tensors, this one number
     return number
 
 
+def event_that_is_set() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class FakeSession:
     length: int = 0
     chain: str = "chain"
     times: None = None
+    closed: threading.Event = field(default_factory=threading.Event)
 
     async def step(
         self,
@@ -46,6 +53,21 @@ class FakeSession:
             raise PeerGone("a hop has gone")
         self.length = (self.length if position is None else position) + hidden
         return hidden * 2
+
+    async def prefill(
+        self,
+        hidden: int,
+        position: int | None = None,
+        reply: str = "all",
+        *,
+        seconds: float | None = None,
+        rope_length: int | None = None,
+    ) -> int:
+        return await self.step(hidden, position, reply, seconds=seconds, rope_length=rope_length)
+
+    def close(self) -> None:
+        assert trio.lowlevel.in_trio_run()
+        self.closed.set()
 
 
 @dataclass
@@ -69,6 +91,8 @@ class FakeSwarm:
     generating: int = 0
     made: int = 0  # tokens
     sessions: int = 0
+    opened: list[FakeSession] = field(default_factory=list)
+    opening: trio.Event = field(default_factory=event_that_is_set)
     seen: object = field(default_factory=object)
     news: trio.Event = field(default_factory=trio.Event)
     nursery: trio.Nursery | None = None
@@ -132,8 +156,21 @@ class FakeSwarm:
         await trio.lowlevel.checkpoint()
         return ("backward", hidden, grad, start, stop)
 
+    async def open_session(self, *, batch=1, max_length=None, start=0, stop=None):
+        assert trio.lowlevel.in_trio_run()
+        await self.opening.wait()
+        if max_length is not None and max_length > 2048:
+            raise ValueError("too long")
+        self.opened.append(FakeSession(chain=f"{start}:{stop}"))
+        return self.opened[-1]
+
+    async def peer_info(self, peer):
+        assert trio.lowlevel.in_trio_run()
+        await trio.lowlevel.checkpoint()
+        return ("info", peer)
+
     @asynccontextmanager
-    async def session(self, *, batch=1, max_length=None):
+    async def session(self, *, batch=1, max_length=None, start=0, stop=None):
         if max_length is not None and max_length > 2048:
             raise ValueError("too long")
         self.sessions += 1

@@ -225,7 +225,7 @@ class ToySwarm:
         other_hops: int,
         prompts: bool,
     ) -> Chain:
-        """As `Swarm._find_run`: those that failed lately only where nothing else covers the blocks."""
+        """As `client.chains.chain_choice.find_run`: those that failed lately only where nothing else covers the blocks."""
         spans = [node.record for node in self.nodes.values() if node.record.prompts or not prompts]
         measured = self.measured.rates(spans, trio.current_time(), positions)
         known = CostInputs(measured=measured, waiting=waiting, positions=positions)

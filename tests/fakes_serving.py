@@ -574,8 +574,8 @@ class World:
         **terms: Any,  # of Terms' fields
     ) -> Session:
         """A session of a client, along `chain` at first, where one is given."""
-        blocks = self.blocks if chain is None else chain.hops[-1].stop
-        asked = Terms("m", "r", blocks, HIDDEN, batch, max_length, codec)
+        run = Blocks(0, self.blocks) if chain is None else Blocks(chain.hops[0].start, chain.hops[-1].stop)
+        asked = Terms("m", "r", run, HIDDEN, batch, max_length, codec)
         routes = self.routes(client) if routes is None else routes
         return await open_session(
             replace(asked, **terms),

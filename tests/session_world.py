@@ -17,6 +17,7 @@ from tensor_codec.messages.contract import Contract, StepRange
 from tensor_codec.messages.session import Opened, Relinked, Result
 
 BLOCKS, HIDDEN, MAX_LENGTH = 6, 4, 64
+WHOLE = Blocks(0, BLOCKS)
 ROW = HIDDEN * 4
 
 
@@ -78,11 +79,13 @@ class Peers:
 HELD = {"A": (0, 2), "B": (2, 4), "C": (4, 6), "a": (0, 2), "b": (2, 4), "c": (4, 6)}
 
 
-def new_session(peers: Peers | None = None, *, codec: str = "fp32", batch: int = 1) -> ClientSession:
+def new_session(
+    peers: Peers | None = None, *, codec: str = "fp32", batch: int = 1, run: Blocks = WHOLE
+) -> ClientSession:
     """A session that has no route yet."""
     peers = peers or Peers(HELD)
-    terms = Terms("m", "r", BLOCKS, HIDDEN, batch, MAX_LENGTH, codec)
-    contract = Contract(bytes(16), 0, BLOCKS, batch, MAX_LENGTH, HIDDEN, terms.kept_codec, 2048)
+    terms = Terms("m", "r", run, HIDDEN, batch, MAX_LENGTH, codec)
+    contract = Contract(bytes(16), run.start, run.stop, batch, MAX_LENGTH, HIDDEN, terms.kept_codec, 2048)
     return ClientSession(terms, peers, RouteState(terms, peers, Contracts(codec, contract)))
 
 

@@ -140,9 +140,11 @@ class WatchedSession:
     def __getattr__(self, name: str) -> Any:  # Any: an attribute of a session
         return getattr(self._session, name)
 
-    async def collect(self, pending: Pending, *, deadline: float | None = None) -> Result:
+    async def collect(
+        self, pending: Pending, *, deadline: float | None = None, until: float | None = None
+    ) -> Result:
         """See Session."""
-        result = await self._session.collect(pending, deadline=deadline)
+        result = await self._session.collect(pending, deadline=deadline, until=until)
         self._note(self._session)
         return result
 

@@ -25,7 +25,7 @@ log = logging.getLogger("raceme")
 T = TypeVar("T")
 V = TypeVar("V")
 
-HANDLES = {"conversation": ConversationLike, "session": SessionLike}
+HANDLES = {"conversation": ConversationLike, "session": SessionLike, "open_session": SessionLike}
 
 
 @asynccontextmanager
@@ -85,14 +85,18 @@ class AsyncioPortal(Generic[V]):
             return
         self._thread.join()
 
-    async def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """The result of `await function()` in trio."""
+    async def call(
+        self, function: Callable[[], Awaitable[T]], undo: Callable[[T], object] | None = None
+    ) -> T:
+        """See `Portal.call`."""
         news = asyncio.Event()
         call = self._start(function, news)
         try:
             await _until_over(call, news)
-        finally:
+        except BaseException:
             await self._cancel(call, news)
+            call.drop(undo)
+            raise
         return call.result()
 
     async def iterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

@@ -8,7 +8,7 @@ directly.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import cache, partial, wraps
 from typing import Any, cast
@@ -33,7 +33,10 @@ class Proxy:
         args = tuple(_unwrapped(each) for each in args)
         arguments = {key: _unwrapped(each) for key, each in arguments.items()}
         if inspect.iscoroutinefunction(method):
-            return self._portal.call(partial(method, *args, **arguments))
+            function = partial(method, *args, **arguments)
+            if name not in self._handles:
+                return self._portal.call(function)
+            return self._portal.call(partial(self._opened, name, function), _close)
         # A call that gives a generator or a context manager only checks; trio's part comes with its use.
         found = method(*args, **arguments)
         if isinstance(found, AsyncGenerator):
@@ -41,6 +44,10 @@ class Proxy:
         if isinstance(found, AbstractAsyncContextManager):
             return self._portal.hold(found, partial(self._wrapped, name))
         return self._wrapped(name, found)
+
+    async def _opened(self, name: str, function: Callable[[], Awaitable[Any]]) -> Any:
+        """Runs in trio: a proxy of what the function opens."""
+        return self._wrapped(name, await function())
 
     def _wrapped(self, name: str, found: Any) -> Any:
         interface = self._handles.get(name)

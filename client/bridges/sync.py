@@ -27,7 +27,7 @@ log = logging.getLogger("raceme")
 T = TypeVar("T")
 V = TypeVar("V")
 
-HANDLES = {"conversation": ConversationLike, "session": SyncSession}
+HANDLES = {"conversation": ConversationLike, "session": SyncSession, "open_session": SyncSession}
 CLOSE_SECONDS = 3.0  # for a generation that is abandoned: the end of its session takes up to 2
 
 
@@ -108,15 +108,17 @@ class BlockingPortal(Generic[V]):
                 return
         self._thread.join()
 
-    def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """The result of `await function()` in trio."""
+    def call(self, function: Callable[[], Awaitable[T]], undo: Callable[[T], object] | None = None) -> T:
+        """See `Portal.call`."""
         news = threading.Event()
         call = Call(function, news)
         try:
             self._start(call)
             _wait(call, news)
-        finally:
+        except BaseException:
             self._cancel(call, news)
+            call.drop(undo)
+            raise
         return call.result()
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:

@@ -190,6 +190,11 @@ class Call(Generic[T]):
         self.over = True
         self._news.set()
 
+    def drop(self, undo: Callable[[T], object] | None) -> None:
+        """The caller has gone: `undo` takes the result, if there is one."""
+        if undo is not None and isinstance(self._outcome, outcome.Value):
+            undo(self._outcome.value)
+
     def result(self) -> T:
         """The function's result; raises the function's error, or RuntimeError if it was cut short."""
         if self._outcome is None:
@@ -237,8 +242,12 @@ async def held(manager: AbstractAsyncContextManager[T]) -> AsyncGenerator[T, Non
 class Portal(Protocol):
     """A caller's side, as proxies use it: its answers are awaited under asyncio, and plain in `sync`."""
 
-    def call(self, function: Callable[[], Awaitable[Any]]) -> Any:  # Any: the function's result
-        """The result of `await function()` in trio."""
+    def call(
+        self,
+        function: Callable[[], Awaitable[Any]],
+        undo: Callable[[Any], object] | None = None,
+    ) -> Any:  # Any: the function's result
+        """The result of `await function()` in trio.  undo: takes a result whose caller has gone meanwhile."""
 
     def iterate(self, items: AsyncGenerator[Any, None]) -> Any:
         """The items that `items` yields in trio, as a generator of the caller's kind."""

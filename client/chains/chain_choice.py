@@ -138,35 +138,39 @@ class ChainChooser:
         return self._cheapest(spans, wanted, _cost_factors(self.spread, spans))
 
     async def wait_for_chain(
-        self, choose: Callable[[bool], Chain], *, measured: bool, deadline: float = math.inf
+        self, choose: Callable[[bool], Chain], *, measured: Blocks | None, deadline: float = math.inf
     ) -> Chain:
         """See `client.chains.chooser.SwarmAccess`.  Raises NoChain when the deadline has passed."""
 
         async def attempt(last_resort: bool) -> Chain:
-            if not measured:
+            if measured is None:
                 return choose(last_resort)
-            return await self.choose_measured(partial(choose, last_resort))
+            return await self.choose_measured(partial(choose, last_resort), measured)
 
         return await wait_for_chain(attempt, self.changes.wait, deadline)
 
-    async def choose_measured(self, choose: Callable[[], Chain]) -> Chain:
-        """A choice after the round trips have been measured that it needs.  Raises NoChain."""
+    async def choose_measured(self, choose: Callable[[], Chain], run: Blocks | None = None) -> Chain:
+        """A choice after the round trips have been measured that it needs.  Raises NoChain.
+
+        run: the blocks that are chosen for; None: all.
+        """
         if self.pings is None:
             return choose()
-        peers = [span.peer for span in self.usable()]
-        await measure_candidates(self.pings, peers, self.spread or "", self.is_covered_by)
+        run = run or Blocks(0, self.blocks)
+        peers = [span.peer for span in self.usable() if run.overlap((span.start, span.stop))]
+        is_enough = partial(self.is_covered_by, run=run)
+        await measure_candidates(self.pings, peers, self.spread or "", is_enough)
         return await choose_among_the_living(self.pings, choose)
 
     def usable(self, *, silent: bool = False) -> list[Record]:
         """The peers that the constraints admit, by id.  silent: peers that do not answer too."""
         return suitable(self.view().spans(self.revision, self.blocks, silent=silent), self.constraints)
 
-    def is_covered_by(self, peers: Collection[PeerId]) -> bool:
-        """Whether these peers hold all blocks that any usable peer holds."""
+    def is_covered_by(self, peers: Collection[PeerId], run: Blocks) -> bool:
+        """Whether these peers hold all blocks of a run that any usable peer holds."""
         spans = self.usable()
         those = [span for span in spans if span.peer in peers]
-        whole = Blocks(0, self.blocks)
-        return gaps(those, whole) == gaps(spans, whole)
+        return gaps(those, run) == gaps(spans, run)
 
     def cost(self, hops: Sequence[Hop], observed: Mapping[PeerId, float]) -> float:
         """See `client.chains.chooser.Chooser.cost`."""
@@ -279,6 +283,33 @@ class ChainChooser:
 def for_prompts(chooser: ChainChooser) -> ChainChooser:
     """A chooser with the same memory of peers, that chooses only those which take deep prompts."""
     return replace(chooser, constraints=replace(chooser.constraints, prompts=True))
+
+
+async def find_run(
+    chooser: ChainChooser,
+    wait_seconds: float,
+    start: int,
+    stop: int,
+    *,
+    positions: int,
+    waiting: Mapping[PeerId, int],
+    other_hops: int,
+    prompts: bool,
+) -> Chain:
+    """The chain over blocks [start, stop) with the most throughput; waits up to `wait_seconds` for one.
+
+    prompts: of peers which take deep prompts alone.  The others: see `ChainChooser.choose_for_throughput`.
+    Raises NoChain.
+    """
+    routes = for_prompts(chooser) if prompts else chooser
+
+    def choose(last_resort: bool) -> Chain:
+        return routes.choose_for_throughput(
+            start, stop, positions=positions, waiting=waiting, other_hops=other_hops, last_resort=last_resort
+        )
+
+    deadline = trio.current_time() + wait_seconds
+    return await routes.wait_for_chain(choose, measured=Blocks(start, stop), deadline=deadline)
 
 
 def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId, float]:

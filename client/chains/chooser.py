@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
@@ -69,11 +70,11 @@ class Chooser(Protocol):
 class SwarmAccess(Chooser, Protocol):
     """A chooser that also waits, dials and takes reports.  See `client.chains.chain_choice.ChainChooser`."""
 
-    async def wait_for_chain(self, choose: Callable[[bool], Chain], *, measured: bool) -> Chain:
+    async def wait_for_chain(self, choose: Callable[[bool], Chain], *, measured: Blocks | None) -> Chain:
         """The first chain that `choose` finds.  Set your own deadline.
 
         choose: takes True if peers that have failed lately may be used, and raises NoChain.
-        measured: the distances to the peers are measured before the choice.
+        measured: the distances to peers of these blocks are measured before the choice; None: to nobody.
         """
 
     async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:

@@ -7,8 +7,6 @@ hops that fail; the caller's deadline alone comes through to here.
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,22 +16,17 @@ import trio
 from torch import Tensor
 
 from client.generation.head_batches import HeadBatches
-from client.session.session import Session, long_parts
-from client.session.steps import Pending
+from client.session.inputs import Feed
+from client.session.session import Session, deadlines
 from client.session.trace import Trace
 from node.model.blocks.rope import LengthRope
 from node.runtime.compute_thread import Runner
 from tensor_codec.errors import BadResult, SlowPeer
-from tensor_codec.messages.contract import Reply
 from tensor_codec.messages.session import Result
 
 T = TypeVar("T")
 
 LATE_SECONDS = 0.1  # after the deadline, for a call that hangs
-CHUNKS_UNDER_WAY = 6  # of the 8 that a hop takes (Limits.max_steps_in_flight)
-PREFILL_TOKENS = 256  # the most positions of one prefill step: several hops work on steps of one prompt
-# The fixed cost of a step at a hop, in positions: on CPUs 32 in float32, 4 in int8.
-STEP_COST_TOKENS = 24
 
 
 class OpenChain(Protocol):
@@ -105,8 +98,7 @@ class Conversation:
         """
         if not 0 < len(tokens) <= self.max_length:
             raise ValueError(f"{len(tokens)} tokens, 1 to {self.max_length} are allowed here")
-        deadline = trio.current_time() + self.give_up_seconds
-        until = deadline + self.give_up_seconds * long_parts(len(tokens))
+        deadline, until = deadlines(self.give_up_seconds, len(tokens), None)
         while True:
             try:
                 with trio.fail_at(until + LATE_SECONDS):
@@ -151,88 +143,29 @@ class Conversation:
                 kept = 0  # the keys in the caches have other rotary angles than these tokens have
             self._rope_length = length
         del self.tokens[kept:]
-        result = await self._feed(session, tokens, kept, deadline, until)
+
+        def answered(stop: int, _: Result) -> None:
+            self.tokens = tokens[:stop]
+
+        feed = Feed(session, "last", deadline, until, self.give_up_seconds, self._rope_length)
+        result = await feed.run(kept, len(tokens), partial(self._embed, session, tokens), answered)
         picked = await self.heads.pick(partial(session.decode, result), pick, best_only=best_only)
         self.worked(session)
         return picked
 
-    async def _feed(
-        self, session: Session, tokens: list[int], kept: int, deadline: float, until: float
-    ) -> Result:
-        """Send all tokens from position `kept` on; the answer to the last one.
-
-        A long prompt goes in chunks, several under way at a time: several hops work at once.
-        """
-        try:
-            return await self._feed_chunks(session, tokens, kept, deadline, until)
-        except BaseException:
-            session.give_up_steps()
-            raise
-
-    async def _feed_chunks(
-        self, session: Session, tokens: list[int], kept: int, deadline: float, until: float
-    ) -> Result:
-        chunk = min(chunk_tokens(len(tokens) - kept, len(session.chain.hops)), session.max_step_tokens)
-        under_way: deque[tuple[int, Pending]] = deque()
-        for begin in range(kept, len(tokens), chunk):
-            stop = min(begin + chunk, len(tokens))
-            body = await self._embed(session, tokens[begin:stop], begin)
-            if len(under_way) == CHUNKS_UNDER_WAY:
-                await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
-                deadline = self._moved(deadline, until)
-            reply: Reply = "last" if stop == len(tokens) else "none"
-            pending = await session.submit(
-                body, begin, stop - begin, reply, deadline=deadline, rope_length=self._rope_length
-            )
-            under_way.append((stop, pending))
-        while len(under_way) > 1:
-            await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
-            deadline = self._moved(deadline, until)
-        return await self._acknowledge(session, tokens, *under_way.popleft(), deadline, until)
-
-    def _moved(self, deadline: float, until: float) -> float:
-        """The deadline of a prompt that makes progress."""
-        return max(deadline, min(trio.current_time() + self.give_up_seconds, until))
-
-    async def _acknowledge(
-        self,
-        session: Session,
-        tokens: list[int],
-        stop: int,
-        pending: Pending,
-        deadline: float,
-        until: float,
-    ) -> Result:
-        result = await session.collect(pending, deadline=deadline, until=until)
-        self.tokens = tokens[:stop]
-        return result
-
-    async def _embed(self, session: Session, tokens: list[int], position: int) -> memoryview:
-        """Token ids to the encoded hidden states [1, tokens, hidden] of the first hop's input."""
+    async def _embed(self, session: Session, tokens: list[int], first: int, last: int) -> memoryview:
+        """Tokens [first, last) to the encoded hidden states [1, last - first, hidden] of a step."""
 
         def embed() -> memoryview:
             import torch
 
-            return memoryview(session.encode(self.local_model.embed(torch.tensor([tokens]), position)))
+            ids = torch.tensor([tokens[first:last]])
+            return memoryview(session.encode(self.local_model.embed(ids, first)))
 
         # One token takes less time here than its way into the torch thread and back.  A model that keeps
         # state belongs to that thread, where another generation may be using it.
-        here = len(tokens) == 1 and self.local_model.stateless
+        here = last - first == 1 and self.local_model.stateless
         return embed() if here else await self.compute.run(embed)
-
-
-def chunk_tokens(tokens: int, hops: int) -> int:
-    """Positions of each step of a prompt with the least time on a chain of `hops`.
-
-    The last hop computes all steps after every other hop has computed the first.  Few long steps make
-    hops wait for each other, many short ones cost more (STEP_COST_TOKENS).  Ties go to the longer steps.
-    """
-
-    def cost(steps: int) -> float:
-        return (tokens / steps + STEP_COST_TOKENS) * (steps + hops - 1)
-
-    min_steps, max_steps = math.ceil(tokens / PREFILL_TOKENS), math.ceil(tokens / STEP_COST_TOKENS)
-    return math.ceil(tokens / min(range(min_steps, max_steps + 1), key=cost))
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -218,7 +218,7 @@ class ClientSession:
 
     def _answered(self, hop: HopState, result: Result) -> list[Action]:
         pending = self.steps.pending.get(result.step) if not result.replay else None
-        if hop.hop.stop < self.terms.blocks:
+        if hop.hop.stop < self.terms.run.stop:
             return self.route.carry(hop, result, pending)
         if pending is None or pending.result is not None:
             return []  # its caller has gone, or has the answer

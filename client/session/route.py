@@ -110,8 +110,8 @@ class Route:
                 async with self._changing:
                     open_seconds = OPEN_SECONDS
                     while core.state is not State.SOUND:
-                        opening = core.state is State.OPENING
-                        chain = await self.swarm.wait_for_chain(core.route.choose, measured=opening)
+                        measured = core.terms.run if core.state is State.OPENING else None
+                        chain = await self.swarm.wait_for_chain(core.route.choose, measured=measured)
                         await self._switch(chain, open_seconds)
                         open_seconds *= 2
         except trio.TooSlowError:

@@ -15,25 +15,27 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
+import torch
 import trio
 from torch import Tensor
 
 from client.chains.chooser import SwarmAccess
 from client.session.actions import Closed, Late, Lost, Moving, StepsGivenUp
 from client.session.core import ClientSession, State
+from client.session.inputs import Feed, check_input
 from client.session.repair.contracts import Contracts
 from client.session.route import Route
 from client.session.route_state import RouteState
 from client.session.steps import Pending, StepTimes
 from client.session.terms import Terms
 from client.session.trace import Trace
-from node.runtime import values
 from node.runtime.compute_thread import Runner
 from routing.chains.hops import Chain, Hop
-from tensor_codec.codecs import decode_hidden, encode_hidden
+from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
@@ -69,8 +71,8 @@ class Session:
         terms = self.terms
         contract = Contract(
             session=secrets.token_bytes(SESSION_ID_BYTES),
-            start=0,
-            stop=terms.blocks,
+            start=terms.run.start,
+            stop=terms.run.stop,
             batch=terms.batch,
             max_length=terms.max_length,
             hidden=terms.hidden,
@@ -102,17 +104,6 @@ class Session:
     def working_hops(self) -> tuple[Hop, ...]:
         """The hops without a known fault."""
         return tuple([hop.hop for hop in self.core.route.hops if hop.alive and not hop.refused])
-
-    async def open(self, deadline: float) -> None:
-        """Choose a chain and open the session at its hops.  deadline: on trio's clock.
-
-        Raises NoChain, PeerFault, Refused when the deadline has passed; then the session is closed.
-        """
-        try:
-            await self.route.repair(deadline)
-        except BaseException:
-            self.close()
-            raise
 
     def encode(self, hidden: Tensor) -> Buffer:
         """Hidden states [batch, tokens, hidden] as `submit` takes them.  Raises BadResult for NaN.
@@ -155,41 +146,74 @@ class Session:
         LONG_PART of positions while caches are filled again.
         rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
         angles depend on its length; default: up to the end of this step.
-        Returns hidden states [batch, tokens or 1, hidden] before the final norm, in the codec's
-        dtype.  A hop that fails is replaced, and the step goes on.  Raises NoChain, PeerFault or
-        Refused when the time is up; the session may be used again, from `length` on.
+        Returns hidden states [batch, tokens or 1, hidden] after the session's last block, in the codec's
+        dtype: before the final norm, where that is the model's last one.  A step of 0 tokens is answered
+        here, with [batch, 0, hidden]: nothing is sent, and the caches stay as they are.
+        A hop that fails is replaced, and the step goes on.  Raises ValueError for an input that no server
+        would take; NoChain, PeerFault or Refused when the time is up; the session may be used again, from
+        `length` on.
         """
-        self._check_step(hidden, position, reply, seconds)
-        begin = self.length if position is None else position
-        deadline = trio.current_time() + (self.give_up_seconds if seconds is None else seconds)
-        until = deadline + self.give_up_seconds * long_parts(begin) if seconds is None else deadline
+        check_input(self.terms, hidden, position, reply, seconds)
+        begin, tokens = self.length if position is None else position, int(hidden.shape[1])
+        if not tokens:
+            return self._answer_to_nothing(reply)
+        deadline, until = deadlines(self.give_up_seconds, begin, seconds)
         body = await self.compute.run(self.encode, hidden)
-        tokens = int(hidden.shape[1])
         whole = begin + tokens if rope_length is None else rope_length
         pending = await self.submit(body, begin, tokens, reply, deadline=deadline, rope_length=whole)
         result = await self.collect(pending, deadline=deadline, until=until)
-        if reply == "none":
-            return None
+        return None if reply == "none" else await self._decoded([result])
+
+    async def prefill(
+        self,
+        hidden: Tensor,
+        position: int | None = None,
+        reply: Reply = "all",
+        *,
+        seconds: float | None = None,
+        rope_length: int | None = None,
+    ) -> Tensor | None:
+        """Run any number of positions through the chain, in chunks: several hops work at once.
+
+        Everything is as in `step`, which takes `max_step_tokens` positions at most; `seconds` is for all
+        of it, and the default grows with its length while answers come.  After an error the caches hold
+        `length` positions, perhaps a part of these.
+        """
+        check_input(self.terms, hidden, position, reply, seconds)
+        begin, tokens = self.length if position is None else position, int(hidden.shape[1])
+        if not tokens:
+            return self._answer_to_nothing(reply)
+        stop = begin + tokens
+        if stop > self.terms.max_length:
+            raise ValueError(
+                f"{tokens} positions from {begin} on, {self.terms.max_length} in all are allowed"
+            )
+        deadline, until = deadlines(self.give_up_seconds, stop, seconds)
+        whole = stop if rope_length is None else rope_length
+        results: list[Result] = []
+
+        async def body_of(first: int, last: int) -> Buffer:
+            return await self.compute.run(self.encode, hidden[:, first - begin : last - begin])
+
+        feed = Feed(self, reply, deadline, until, self.give_up_seconds, whole, self.terms.batch)
+        await feed.run(begin, stop, body_of, lambda _, result: results.append(result))
+        return None if reply == "none" else await self._decoded(results if reply == "all" else results[-1:])
+
+    def _answer_to_nothing(self, reply: Reply) -> Tensor | None:
+        """Of an input of 0 positions.  Raises PeerGone after `close`."""
+        if self.core.state is State.CLOSED:
+            raise PeerGone("the session was closed")
+        shape = self.terms.batch, 0, self.terms.hidden
+        return None if reply == "none" else torch.empty(shape, dtype=WIRE_DTYPES[self.route.contract.codec])
+
+    async def _decoded(self, results: Sequence[Result]) -> Tensor:
+        """The hidden states of these answers, one after the other.  Raises BadResult."""
         try:
-            return await self.compute.run(self.decode, result)
+            parts = [await self.compute.run(self.decode, result) for result in results]
         except BadResult as error:
             self.distrust(error)
             raise
-
-    def _check_step(self, hidden: Any, position: Any, reply: Any, seconds: Any) -> None:  # Any: to be checked
-        """Raises ValueError for an input that no server would take."""
-        rows, size = self.terms.batch, self.terms.hidden
-        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-            raise ValueError(f"hidden is {values.shown(hidden)}, a tensor of floats is needed")
-        shape = tuple(hidden.shape)
-        if len(shape) != 3 or shape[0] != rows or not shape[1] or shape[2] != size:
-            raise ValueError(f"hidden is {list(shape)}, [{rows}, tokens, {size}] is needed")
-        if position is not None:
-            values.whole("position", position, 0)
-        if reply not in ("all", "last", "none"):
-            raise ValueError(f"reply is {values.shown(reply)}, all, last or none is allowed")
-        if seconds is not None:
-            values.seconds("seconds", seconds)
+        return parts[0] if len(parts) == 1 else await self.compute.run(partial(torch.cat, dim=1), parts)
 
     async def submit(
         self,
@@ -217,6 +241,8 @@ class Session:
         if self.terms.rope is None or rope_length <= position + 1:
             rope_length = 0  # the angles do not depend on it
         if not self.core.steps.pending:
+            if position > self.core.steps.length:
+                raise ValueError(f"a step from position {position} on, the caches hold {self.length}")
             await self._before_step(position, deadline)
         elif position != self._journal.stop:
             raise ValueError(
@@ -314,9 +340,15 @@ class Session:
         )
 
 
-def long_parts(positions: int) -> int:
-    """The number of parts of `positions` that add time to a refill."""
-    return positions // LONG_PART
+def deadlines(give_up_seconds: float, positions: int, seconds: float | None) -> tuple[float, float]:
+    """The deadline of a call, and the latest one where it has to fill caches with so many positions.
+
+    seconds: that the caller gives; None: `give_up_seconds`, and once more for every LONG_PART of positions.
+    """
+    if seconds is not None:
+        return trio.current_time() + seconds, trio.current_time() + seconds
+    deadline = trio.current_time() + give_up_seconds
+    return deadline, deadline + give_up_seconds * (positions // LONG_PART)
 
 
 async def open_session(
@@ -337,5 +369,9 @@ async def open_session(
     """
     trace = trace if trace is not None else Trace()
     session = Session(terms, swarm, nursery, compute, limits, give_up_seconds, trace)
-    await session.open(trio.current_time() + give_up_seconds if deadline is None else deadline)
+    try:
+        await session.route.repair(trio.current_time() + give_up_seconds if deadline is None else deadline)
+    except BaseException:
+        session.close()
+        raise
     return session

@@ -5,22 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from routing.blocks import Blocks
+
 if TYPE_CHECKING:
     from node.model.blocks.rope import LengthRope
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The model, the size and the codec of a session.
+    """The model, the blocks, the size and the codec of a session.
 
-    max_length: positions of each of the `batch` rows.
+    run: the blocks that the session goes through.  max_length: positions of each of the `batch` rows.
     codec: of hidden states: "fp32" or "bf16", or "auto", which is exact for the present hops.
     rope: the model's angles that depend on a sequence's length; None without them.
     """
 
     model: str
     revision: str
-    blocks: int
+    run: Blocks
     hidden: int
     batch: int
     max_length: int

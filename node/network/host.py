@@ -11,6 +11,7 @@ import errno
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import trio
 from libp2p.host.basic_host import BasicHost
@@ -79,7 +80,7 @@ class Host:
         self._upgrade = Upgrade(identity, swarm_key, limits)
         self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
         self._nursery = nursery
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, tuple[Handler, Limits]] = {}
         self.raw: BasicHost = make_libp2p_host(
             identity, lambda: self._addresses, limits, self._dial_for_libp2p
         )
@@ -97,13 +98,17 @@ class Host:
         before, self._addresses = self._addresses, self._find_addresses()
         return self._addresses != before
 
-    def handle(self, protocol: str, handler: Handler) -> None:
+    def handle(self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None) -> None:
         """Answer inbound streams of a protocol.
 
+        max_frame_bytes: of one frame on such a stream; None: the limit of all protocols.
         A PeerFault that escapes the handler is counted in `faults` and resets the stream; when the handler
         returns, the stream is closed.  Any other error that escapes is our own bug and ends the host.
         """
-        self._handlers[protocol] = handler
+        limits = self._limits
+        if max_frame_bytes is not None:
+            limits = replace(limits, max_frame_bytes=max_frame_bytes)
+        self._handlers[protocol] = handler, limits
 
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
@@ -198,11 +203,11 @@ class Host:
                 self.charge(peer, RemoteProtocolError("a stream for no protocol that we speak"))
                 await stream.aclose()  # and no reset, which would overtake our `na`
                 return
-            handler = self._handlers.get(protocol)
-            if handler is None:
+            if protocol not in self._handlers:
                 stream.connection.offer(stream)  # one of py-libp2p's own
                 return
-            framed = FramedStream(stream, peer, protocol, self._limits, self.traffic)
+            handler, limits = self._handlers[protocol]
+            framed = FramedStream(stream, peer, protocol, limits, self.traffic)
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:

@@ -83,6 +83,11 @@ class CacheBudget:
     _sessions: dict[bytes, _Session] = field(default_factory=dict)  # oldest first
 
     @property
+    def all_tokens(self) -> int:
+        """Tokens of all pages."""
+        return self.page_tokens * self._all_pages
+
+    @property
     def free_tokens(self) -> int:
         """Tokens of the pages that nobody holds."""
         return self.page_tokens * (self._all_pages - _held(self._sessions.values()))

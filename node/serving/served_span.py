@@ -39,6 +39,7 @@ from tensor_codec.errors import Draining
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.messages.fields import Failed, encode_failed
+from tensor_codec.messages.info import PeerInfo, decode_describe, encode_info
 from tensor_codec.span_spec import SpanSpec
 
 log = logging.getLogger("raceme")
@@ -138,6 +139,31 @@ class ServedSpan:
             step_tokens=listener.limits.step_tokens(self.spec.hidden * CODEC_BYTES["fp32"]),
             prompts=True,
             queue=engine.queue,
+        )
+
+    def info(self) -> PeerInfo:
+        """What the node says of it on request, as it is at this moment."""
+        record, listener = self.record("online"), self.listener
+        return PeerInfo(
+            state="draining" if self.admission.draining else "online",
+            model=record.model,
+            revision=record.revision,
+            blocks=record.blocks,
+            start=record.start,
+            stop=record.stop,
+            dtype=record.dtype,
+            quantize=record.quantize,
+            sessions=listener.session_count,
+            cache_tokens=record.cache_tokens,
+            cache_size=listener.budget.all_tokens,
+            page_tokens=listener.budget.page_tokens,
+            session_tokens=record.session_tokens,
+            step_tokens=record.step_tokens,
+            queue=record.queue,
+            seconds_per_block=record.seconds_per_block,
+            prefill_seconds_per_token=record.prefill_seconds_per_token,
+            name=record.name,
+            version=record.version,
         )
 
     async def run(self) -> None:
@@ -291,6 +317,15 @@ class StreamDispatch:
             await self._refuse(stream)
         else:
             await self.served_span.stateless.serve(stream)
+
+    async def serve_info(self, stream: FrameStream) -> None:
+        """Answer one question for the node's state.  Raises PeerFault."""
+        if (span := self.served_span) is None:
+            return await self._refuse(stream)
+        if (frame := await stream.receive(self.limits.frame_start_seconds)) is not None:
+            decode_describe(frame)
+            await stream.send(encode_info(span.info()))
+        return None
 
     async def serve_push(self, stream: FrameStream) -> None:
         """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault.

@@ -15,7 +15,8 @@ from typing import Any, Protocol, SupportsIndex
 from routing.blocks import Blocks, merged
 from routing.chains.hops import Chain
 from routing.names import PeerId, public_key_of
-from routing.view.records import MAX_CACHE_TOKENS, Record
+from routing.view.records import Record
+from tensor_codec.messages.contract import MAX_CACHE_TOKENS
 from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 USED_ALREADY = 1e9  # cost factor of a peer of an earlier chain: any other peer is better
@@ -113,16 +114,16 @@ def suitable(spans: Sequence[Record], constraints: Constraints) -> list[Record]:
     return [span for span in spans if constraints.admits(span)]
 
 
-def longest_session(spans: Sequence[Record], blocks: int) -> int | None:
-    """Tokens of the longest session that some chain takes, by what its servers say of themselves.
+def longest_session(spans: Sequence[Record], run: Blocks) -> int | None:
+    """Tokens of the longest session that some chain over a run takes, by what its servers say of themselves.
 
     None: some block is served by nobody, or a chain's servers do not say.  O(servers * log(servers)).
     """
     covered: list[Blocks] = []
     longest = sorted(spans, key=lambda span: (-(span.session_tokens or MAX_CACHE_TOKENS + 1), span.start))
     for span in longest:
-        covered = merged([*covered, span])
-        if covered[0].contains((0, blocks)):
+        covered = merged([*covered, run.overlap((span.start, span.stop))])
+        if covered == [run]:
             return span.session_tokens or None
     return None
 

@@ -25,7 +25,7 @@ from routing.names import PUBLIC_KEY_BYTES, PeerId, peer_id_of, public_key_of
 from tensor_codec.errors import MessageError, PeerFault
 from tensor_codec.header import Header, unpack_map
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import MAX_QUEUE
+from tensor_codec.messages.contract import MAX_CACHE_TOKENS, MAX_QUEUE, MAX_RATE_SECONDS
 
 Role = Literal["serve", "bootstrap", "client"]
 State = Literal["joining", "online", "draining", "offline"]
@@ -39,9 +39,8 @@ MAX_ADAPTERS = 8
 MAX_RTTS = 16
 MAX_SEQ = 2**63
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
-MIN_RATE_SECONDS, MAX_RATE_SECONDS = 1e-7, 60.0  # one token through one block; 0: not yet measured
+MIN_RATE_SECONDS = 1e-7  # one token through one block; 0: not yet measured
 MAX_RTT_SECONDS = 60.0
-MAX_CACHE_TOKENS = 2**40
 _SIGNATURE_BYTES = 64
 _TAIL_BYTES = 2 + PUBLIC_KEY_BYTES + 2 + _SIGNATURE_BYTES  # each with its msgpack bin 8 header
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -31,6 +31,8 @@ from client.swarm import Swarm, open_swarm
 from node.model.blocks.forward_backward import backward, forward
 from node.model.blocks.span import load_span
 from node.model.checkpoint.folder import HashMemo, open_folder
+from routing.blocks import Blocks
+from tensor_codec.errors import PeerGone
 from tests.fault_link import WAYS
 from tests.forked import Forked
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
@@ -310,6 +312,70 @@ async def test_servers_of_a_span_killed_in_turn_again_and_again_cost_no_token(
     row = await killed_again_and_again(parse(words), servers, 0, ids, expected(ids, 120))
     assert (row["kills"], row["error"], row["tokens_lost"], row["tokens_equal"]) == (4, None, 0, True)
     assert row["servers_killed"] >= 2
+
+
+def layers_of(model: Path, start: int, stop: int, hidden: Tensor) -> Tensor:
+    """What the library's layers [start, stop) make of hidden states, before the norm."""
+    whole = AutoModelForCausalLM.from_pretrained(model).model
+    whole.layers, whole.norm = whole.layers[start:stop], torch.nn.Identity()
+    with torch.no_grad():
+        found: Tensor = whole(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    return found
+
+
+def relative_error(found: Tensor | None, expected: Tensor) -> float:
+    assert found is not None
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("start", "stop"), [(4, 5), (2, 5)])
+async def test_sessions_over_some_blocks_give_what_the_library_s_layers_give_also_after_a_death(
+    servers: ReplicatedSwarm, model: Path, start: int, stop: int
+) -> None:
+    hidden = torch.randn(2, LONG, 64, generator=torch.Generator().manual_seed(start))
+    expected = layers_of(model, start, stop, hidden)
+    async with (
+        joined(servers, model) as swarm,
+        swarm.session(batch=2, max_length=LONG, start=start, stop=stop) as session,
+    ):
+        spans = [hop.blocks for hop in session.chain.hops]
+        assert spans == [each for each in (Blocks(start, stop).overlap(span) for span in SPANS) if each]
+        found = [await session.prefill(hidden[:, :500]), await session.step(hidden[:, 500:501])]
+        assert relative_error(torch.cat(cast(Any, found), dim=1), expected[:, :501]) < 1e-5
+        kill(servers.of(session.chain.hops[-1].peer))
+        assert relative_error(await session.prefill(hidden[:, 501:]), expected[:, 501:]) < 1e-5
+        other = layers_of(model, start, stop, torch.cat([hidden[:, :2], hidden[:, 9:10]], dim=1))
+        assert relative_error(await session.step(hidden[:, 9:10], position=2), other[:, 2:]) < 1e-5
+        assert session.length == 3
+
+
+async def test_a_server_says_to_the_token_how_much_cache_is_free_before_within_and_after_a_session(
+    servers: ReplicatedSwarm, model: Path
+) -> None:
+    hidden = torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0))
+    async with joined(servers, model) as swarm:
+        async with swarm.session(max_length=256, start=3, stop=6) as session:
+            (hop,) = session.chain.hops
+            before = await swarm.peer_info(hop.peer)
+            record = swarm.view().get(hop.peer)
+            assert record is not None
+            assert (before.start, before.stop, before.dtype, before.version, before.sessions) == (
+                3, 6, "float32", record.version, 1,
+            )  # fmt: skip
+            assert before.cache_tokens == before.cache_size == 8192, "a session takes pages as it grows"
+            await session.prefill(hidden)
+            inside = await swarm.peer_info(hop.peer)
+            pages = -(-200 // inside.page_tokens)
+            assert inside.cache_tokens == before.cache_tokens - pages * inside.page_tokens
+            await session.step(hidden[:, :1], position=0)
+            assert (await swarm.peer_info(hop.peer)).cache_tokens == 8192 - inside.page_tokens
+        with trio.fail_after(GENEROUS_SECONDS):
+            while (after := await swarm.peer_info(hop.peer)).sessions:  # noqa: ASYNC110  its stream just ended
+                await trio.sleep(0.01)
+        assert after.cache_tokens == 8192
+        with pytest.raises(PeerGone, match="'nobody' is not in our view of the swarm"):
+            await swarm.peer_info("nobody")
 
 
 async def test_a_fine_tuning_whose_servers_die_between_forward_and_backward_loses_nothing(

@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -242,6 +243,43 @@ def test_a_session_steps_and_is_closed(run):
                 assert await session.step(hidden(1), position=2, reply="last") == 2
                 assert (session.length, session.chain, session.times) == (3, "chain", None)
             assert fake.sessions == 0
+
+    run(main)
+
+
+def test_a_session_without_a_with_is_opened_stepped_and_closed_at_once(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            session = await swarm.open_session(max_length=9, start=3, stop=5)
+            assert (session.chain, await session.prefill(hidden(3)), session.length) == ("3:5", 6, 3)
+            session.close()
+            await eventually(fake.opened[0].closed.is_set)
+            other = await swarm.open_session()
+            finalizer = weakref.finalize(fake, other.close)
+            await asyncio.to_thread(finalizer)
+            await eventually(fake.opened[1].closed.is_set)
+            with pytest.raises(ValueError, match="too long"):
+                await swarm.open_session(max_length=4096)
+            assert await swarm.peer_info("somebody") == ("info", "somebody")
+        session.close()  # too late, and harmless
+
+    run(main)
+
+
+def test_a_session_whose_caller_has_gone_when_it_is_open_is_closed(run):
+    async def main():
+        fake = FakeSwarm()
+        async with bridged(fake) as swarm:
+            task = asyncio.create_task(cast(Any, swarm.open_session()))
+            await asyncio.sleep(0)
+            while not fake.opened:  # the loop stands still: nobody takes the session
+                time.sleep(0.001)  # noqa: ASYNC251
+            time.sleep(0.05)  # noqa: ASYNC251
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await eventually(fake.opened[0].closed.is_set)
 
     run(main)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from client.chains.chain_wait import PINGED_PEERS, choose_among_the_living
+from routing.blocks import Blocks
 from routing.chains.alternatives import Constraints
 from routing.chains.hops import Hop, NoChain
 from routing.names import PeerId
@@ -151,9 +152,21 @@ async def test_some_peers_are_enough_when_they_hold_what_all_hold(autojump_clock
             ("A", False),
             ("", False),
         ):
-            assert routes.is_covered_by(set(map(PeerId, peers))) == covered
+            assert routes.is_covered_by(set(map(PeerId, peers)), Blocks(0, 6)) == covered
+        assert routes.is_covered_by({PeerId("A")}, Blocks(1, 4)), "what others hold besides is not asked for"
         routes.view = silent(world, "C")
-        assert routes.is_covered_by({PeerId("A")})
+        assert routes.is_covered_by({PeerId("A")}, Blocks(0, 6))
+
+
+async def test_for_a_run_of_blocks_only_its_servers_are_measured(autojump_clock):
+    async with swarm() as world:
+        for name, start, stop in (("A", 0, 2), ("B", 2, 4), ("C", 3, 6)):
+            world.add(name, start, stop)
+        routes = world.routes()
+        routes.pings = Asked(routes, "ABC")
+        chain = await routes.choose_measured(lambda: routes.choose(3, 4), Blocks(3, 4))
+        assert set(routes.pings.asked) == {"B", "C"}
+        assert [hop.blocks for hop in chain.hops] == [(3, 4)]
 
 
 class Asked:

@@ -10,10 +10,10 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.generation.conversation import PREFILL_TOKENS, chunk_tokens
 from client.generation.generate import Generation
 from client.generation.generation_config import Settings
 from client.generation.options import SamplingOptions
+from client.session.inputs import PREFILL_TOKENS, chunk_tokens
 from routing.chains.search import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import BadResult, CacheFull, Draining, PeerGone, Refused, SlowPeer

@@ -220,6 +220,19 @@ async def test_a_protocol_that_the_peer_does_not_speak_is_found_out_by_the_first
         assert bob.faults.counts() == {(alice.peer_id, "RemoteProtocolError"): 1}
 
 
+async def test_a_protocol_of_short_frames_takes_no_longer_ones():
+    async with host() as alice, host() as bob:
+        bob.handle("/raceme/test-short/1", echo, max_frame_bytes=10)
+        stream = await alice.open_stream(bob.peer_id, bob.addresses, "/raceme/test-short/1", seconds=3)
+        await stream.send(bytes(10))
+        assert await stream.receive(3) == bytes(10)
+        await stream.send(bytes(11))
+        with pytest.raises(PeerGone):
+            await stream.receive(3)
+        await eventually(lambda: bob.faults.counts())
+        assert bob.faults.counts() == {(alice.peer_id, "FrameError"): 1}
+
+
 @pytest.mark.parametrize("in_a_group", [False, True])
 async def test_a_fault_in_a_handler_is_counted_and_resets_that_stream_alone(in_a_group):
     async def handler(stream):

@@ -11,7 +11,7 @@ import torch
 import trio
 import trio.testing
 
-from client.generation.conversation import PREFILL_TOKENS
+from client.session.inputs import PREFILL_TOKENS
 from client.session.route import CHOICES
 from routing.chains.alternatives import Constraints
 from routing.chains.hops import NoChain

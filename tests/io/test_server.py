@@ -12,7 +12,7 @@ import torch
 import trio
 import trio.testing
 
-from node.config import ConfigError
+from node.config import VERSION, ConfigError
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
 from node.runtime.faults import Faults
@@ -31,9 +31,11 @@ from routing.names import ModelId, PeerId, Revision
 from routing.view.records import Record
 from routing.view.view import SwarmView
 from tensor_codec.codecs import decode_hidden, encode_hidden
+from tensor_codec.errors import MessageError, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.info import INFO_PROTOCOL, PeerInfo, decode_info, encode_describe
 from tensor_codec.messages.session import (
     SESSION_PROTOCOL,
     Open,
@@ -60,6 +62,8 @@ from tests.fakes_serving import (
 
 LIMITS = Limits()
 ME = PeerId("me")
+SPEC = SpanSpec("m", "r", Blocks(0, 3), "float32")
+OPEN = Open(bytes(16), SPEC, 1, 64, "fp32")
 INFO = ModelInfo(ModelId("m"), Revision("r"), "fake", 6, HIDDEN, 26, 4096, (1,) * 6, 1, 1)
 
 
@@ -165,7 +169,7 @@ class Setting:
         ours, theirs = stream_pair(CLIENT, PeerId("me"), SESSION_PROTOCOL, LIMITS)
         self.clients.append(ours)
         self.nursery.start_soon(self._handle, theirs)
-        opened = Open(bytes([number]) * 16, SpanSpec("m", "r", Blocks(start, stop), "float32"), 1, 64, "fp32")
+        opened = replace(OPEN, session=bytes([number]) * 16, spec=replace(SPEC, blocks=Blocks(start, stop)))
         await ours.send(encode_open(opened))
         frame = await ours.receive(5)
         assert frame is not None
@@ -238,6 +242,59 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
         assert (answer.code, answer.retry_after_seconds) == ("draining", 2.0)
         await trio.sleep(10)
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
+
+
+async def ask(setting: Setting, frame: Any = None) -> PeerInfo | Failed:
+    """The answer of the node to the question for its state."""
+    ours, theirs = stream_pair(CLIENT, PeerId("me"), INFO_PROTOCOL, LIMITS)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setting.server.dispatch.serve_info, theirs)
+        await ours.send(encode_describe() if frame is None else frame)
+        answer = await ours.receive(5)
+    assert answer is not None
+    return decode_info(answer)
+
+
+async def test_a_node_says_its_state_of_this_moment_on_request(autojump_clock: object) -> None:
+    async with serving() as setting:
+        budget = setting.server._current().listener.budget
+        before = await ask(setting)
+        assert before == PeerInfo(
+            state="online", model="m", revision="r", blocks=6, start=0, stop=3, dtype="float32",
+            quantize="none", sessions=0, cache_tokens=10**6, cache_size=10**6, page_tokens=16,
+            session_tokens=10**6, step_tokens=2048, queue=0.0, seconds_per_block=1.0,
+            prefill_seconds_per_token=1.0, name="name", version=VERSION,
+        )  # fmt: skip
+        await setting.open(0, 3)
+        session = next(iter(budget._sessions))
+        budget.grow(session, 40)
+        inside = await ask(setting)
+        assert inside == replace(before, sessions=1, cache_tokens=10**6 - 48)
+        setting.server._current().admission.drain()
+        assert await ask(setting) == replace(inside, state="draining")
+        setting.server.dispatch.served_span = None
+        refused = await ask(setting)
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.retry_after_seconds) == ("draining", 2.0)
+
+
+async def test_a_question_for_the_state_that_is_none_is_a_fault_and_one_that_never_comes_too(
+    autojump_clock: object,
+) -> None:
+    async with serving() as setting:
+        for wrong in (b"x", [*encode_describe(), b"body"], encode_open(OPEN)):
+            ours, theirs = stream_pair(CLIENT, PeerId("me"), INFO_PROTOCOL, LIMITS)
+            await ours.send(wrong)
+            with pytest.raises(MessageError):
+                await setting.server.dispatch.serve_info(theirs)
+        ours, theirs = stream_pair(CLIENT, PeerId("me"), INFO_PROTOCOL, LIMITS)
+        began = trio.current_time()
+        with pytest.raises(SlowPeer):
+            await setting.server.dispatch.serve_info(theirs)
+        assert trio.current_time() - began == pytest.approx(LIMITS.frame_start_seconds)
+        ours, theirs = stream_pair(CLIENT, PeerId("me"), INFO_PROTOCOL, LIMITS)
+        await ours.aclose()
+        await setting.server.dispatch.serve_info(theirs)
 
 
 @pytest.mark.parametrize("room", [3, 0])

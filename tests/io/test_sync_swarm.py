@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -78,6 +79,49 @@ def test_every_call_blocks_until_it_has_its_answer():
             assert session.step(hidden(1), position=2, reply="last") == 2
             assert (session.length, session.chain, session.times) == (3, "chain", None)
         assert fake.sessions == 0
+
+
+def test_a_session_without_a_with_may_be_closed_by_any_thread_and_by_a_finalizer():
+    fake = FakeSwarm()
+    with joined(fake) as swarm:
+        sessions = [swarm.open_session(start=number) for number in range(3)]
+        assert (sessions[2].chain, sessions[2].prefill(hidden(3)), sessions[2].length) == ("2:None", 6, 3)
+        sessions[0].close()
+        thread = threading.Thread(target=sessions[1].close)
+        thread.start()
+        thread.join(SOON)
+        cast(Any, swarm)._portal.soon(weakref.finalize(fake, sessions[2].close))  # in trio's own thread
+        for each in fake.opened:
+            eventually(each.closed.is_set)
+        with pytest.raises(ValueError, match="too long"):
+            swarm.open_session(max_length=4096)
+        assert swarm.peer_info("somebody") == ("info", "somebody")
+    sessions[0].close()  # too late, and harmless
+
+
+def test_ctrl_c_at_the_opening_of_a_session_leaves_none_open():
+    fake = FakeSwarm(opening=trio.Event())
+    with joined(fake) as swarm:
+        interrupt = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            swarm.open_session()
+        interrupt.join()
+        assert fake.opened == []
+
+
+def test_a_session_that_came_up_as_its_caller_left_is_closed(monkeypatch):
+    fake = FakeSwarm()
+    with joined(fake) as swarm:
+
+        def interrupted(call: Any, news: threading.Event) -> None:
+            eventually(lambda: call.over)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("client.bridges.sync._wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            swarm.open_session()
+        eventually(fake.opened[0].closed.is_set)
 
 
 def test_the_view_is_waited_for():

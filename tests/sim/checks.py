@@ -18,7 +18,7 @@ import torch
 from routing.blocks import Blocks, gaps
 from routing.chains.search import NoChain
 from tensor_codec.errors import SlowPeer
-from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan
+from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan, whole_model
 from tests.sim import glue
 from tests.sim.faults import Happened
 from tests.sim.people import Call, Story, World
@@ -42,10 +42,20 @@ def expected_tokens(prompt: Sequence[int], count: int, blocks: int) -> list[int]
     return tokens[len(prompt) :]
 
 
+def expected_sums(prompt: Sequence[int], count: int, run: Blocks) -> list[int]:
+    """What a session over a run gives for the prompt, and for each position after it."""
+    hidden = glue.hidden_of(tuple(prompt), count)
+    whole, tokens = whole_model(hidden, *run), len(prompt)
+    ends = range(tokens, hidden.shape[1] + 1)
+    return [glue.sum_of(whole[:, 0 if end == tokens else end - 1 : end]) for end in ends]
+
+
 def check_story(story: Story, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
     """P1, P3 and progress of one generation."""
     who = f"{story.client.name} with {len(story.prompt)} + {story.new_tokens} tokens"
-    expected = expected_tokens(story.prompt, story.new_tokens, plan.blocks)
+    run = Blocks(0, plan.blocks) if story.run is None else story.run
+    of_story = (story.prompt, story.new_tokens)
+    expected = expected_tokens(*of_story, plan.blocks) if story.run is None else expected_sums(*of_story, run)
     found = story.tokens
     if found != expected[: len(found)]:
         at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
@@ -54,11 +64,13 @@ def check_story(story: Story, plan: Plan, happened: Sequence[Happened]) -> Itera
     if story.done and not failed and len(found) != story.new_tokens:
         yield f"P1: {who}: {len(found)} tokens came"
     for number, call in enumerate(story.calls):
-        for complaint in _check_call(story.client, call, plan, happened):
+        for complaint in _check_call(story.client, call, plan, happened, run):
             yield f"{complaint} (token {number} of {who}, from {call.began:.2f} to {call.ended:.2f})"
 
 
-def _check_call(client: ClientPlan, call: Call, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
+def _check_call(
+    client: ClientPlan, call: Call, plan: Plan, happened: Sequence[Happened], run: Blocks
+) -> Iterator[str]:
     if call.ended - call.began > client.give_up_seconds + SLACK_SECONDS:
         yield f"P3: a call took {call.ended - call.began:.2f} s, {client.give_up_seconds} s are allowed"
     if call.error is None:
@@ -67,13 +79,13 @@ def _check_call(client: ClientPlan, call: Call, plan: Plan, happened: Sequence[H
     if not glue.names_its_cause(call.error):
         yield f"P3: an error names no cause: {what}"
     patience = VIEW_SECONDS if isinstance(call.error, NoChain) else RECOVERY_SECONDS + client.step_seconds
-    since = _well_since(call, plan, happened)
+    since = _well_since(call, plan, happened, run)
     if call.ended - since > patience:
         yield f"progress: there was a chain {_told(since)}: {what}"
 
 
-def _well_since(call: Call, plan: Plan, happened: Sequence[Happened]) -> float:
-    """Since when in a call the client could reach servers of all blocks, none of which any fault concerned.
+def _well_since(call: Call, plan: Plan, happened: Sequence[Happened], run: Blocks) -> float:
+    """Since when in a call the client could reach servers of its blocks, none of which any fault concerned.
 
     Servers with little room do not count.  Minus infinity where there was no fault before or in the call
     (frames that come late are none, but may make a step slow).
@@ -86,7 +98,7 @@ def _well_since(call: Call, plan: Plan, happened: Sequence[Happened]) -> float:
     for fault in sorted(faults, key=lambda each: -each.well):
         since = max(min(since, fault.well), call.began)
         struck.update(fault.who)
-        if call.client in struck or not _covered(plan, struck):
+        if call.client in struck or not _covered(plan, struck, run):
             return since
     return call.began
 
@@ -95,9 +107,9 @@ def _told(since: float) -> str:
     return f"since {since:.2f}" if since > -math.inf else "all the time"
 
 
-def _covered(plan: Plan, struck: set[str]) -> bool:
+def _covered(plan: Plan, struck: set[str], run: Blocks) -> bool:
     useful = [each for each in plan.nodes if each.name not in struck and each.tokens >= ROOMY]
-    return not gaps(useful, Blocks(0, plan.blocks))
+    return not gaps(useful, run)
 
 
 def check_idle(world: World) -> Iterator[str]:

@@ -81,7 +81,7 @@ class Injector:
             while client.progress < tokens and not client.finished:
                 await client.moved.wait()
             await trio.sleep(self._rng.random() * 0.3)  # into the next step
-        chains = [hops for hops in map(glue.hops_of, client.conversations) if hops]
+        chains = client.chains()
         if not chains:
             return who
         chain = chains[0]

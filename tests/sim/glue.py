@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import trio
+from torch import Tensor
 
 from client.chains.chain_choice import ChainChooser
 from client.chains.chain_wait import ViewChanges
 from client.config import ClientConfig
 from client.generation.conversation import Conversation
 from client.generation.head_batches import HeadBatches
+from client.session.session import Session
 from client.swarm import Swarm
 from node.model.checkpoint.info import ModelInfo
 from node.network.streams import FramedStream
@@ -32,7 +35,7 @@ from tensor_codec.errors import CacheFull, PeerFault, Refused, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import SESSION_PROTOCOL
 from tensor_codec.span_spec import SpanSpec
-from tests.fakes_serving import HIDDEN, FakeArena, FakeEmbedAndHead, FakeSpan, serve_push
+from tests.fakes_serving import HIDDEN, FakeArena, FakeEmbedAndHead, FakeSpan, serve_push, some_hidden
 
 MODEL, REVISION, DTYPE = ModelId("m"), Revision("r"), "float32"
 MAX_POSITION = 4096
@@ -174,20 +177,31 @@ def make_swarm(
     return Swarm(config, info, ends, routes, host, directory, compute, HeadBatches(ends, compute), nursery)
 
 
-@asynccontextmanager
 async def tokens_of(
     swarm: Swarm, conversation: Conversation, prompt: tuple[int, ...], new_tokens: int
-) -> AsyncGenerator[AsyncGenerator[Any, None], None]:
+) -> AsyncGenerator[int, None]:
     """The tokens of one generation, one by one."""
     async with aclosing(
         swarm.generate(list(prompt), max_new_tokens=new_tokens, conversation=conversation)
     ) as tokens:
-        yield tokens
+        async for token in tokens:
+            yield token.id
 
 
-def hops_of(conversation: Conversation) -> list[PeerId]:
-    """The peers of the chain that a conversation uses now."""
-    return [hop.peer for hop in conversation.session.chain.hops] if conversation.session is not None else []
+def hidden_of(prompt: tuple[int, ...], count: int) -> Tensor:
+    """Hidden states for a prompt's positions, and for `count` - 1 positions after it: [1, tokens, hidden]."""
+    return some_hidden(len(prompt) + count - 1, seed=sum(prompt))
+
+
+def sum_of(hidden: Tensor | None) -> int:
+    """Of all values, which are whole numbers."""
+    assert hidden is not None
+    return int(hidden.sum(dtype=torch.float64))
+
+
+def hops_of(session: Session) -> list[PeerId]:
+    """The peers of the chain that a session uses now."""
+    return [hop.peer for hop in session.chain.hops]
 
 
 def names_its_cause(error: Exception) -> bool:

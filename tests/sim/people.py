@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,8 +14,10 @@ import trio
 from torch import Tensor
 
 from client.generation.conversation import Conversation
+from client.session.session import Session
 from client.swarm import Swarm
 from node.network.streams import FramedStream
+from routing.blocks import Blocks
 from routing.chains.search import NoChain
 from routing.names import PeerId
 from routing.view.records import Record, State
@@ -310,11 +313,15 @@ class Call:
 
 @dataclass(slots=True)
 class Story:
-    """One generation: what was asked, and every call of it.  done: it ended by itself."""
+    """One generation: what was asked, and every call of it.  done: it ended by itself.
+
+    run: of a session for hidden states; then the tokens are sums of what came back.
+    """
 
     client: ClientPlan
     prompt: tuple[int, ...]
     new_tokens: int
+    run: Blocks | None = None
     calls: list[Call] = field(default_factory=list)
     done: bool = False
 
@@ -336,6 +343,7 @@ class Client:
         self.directory = Directory(self.peer, world.network)
         self.stories: list[Story] = []
         self.conversations: list[Conversation] = []
+        self.sessions: list[Session] = []
         self.progress = 0
         self.moved = trio.Event()
         self.finished = False
@@ -385,27 +393,59 @@ class Client:
         self.moved.set()
         self.moved = trio.Event()
 
+    def chains(self) -> list[list[PeerId]]:
+        """The peers of each chain that is in use."""
+        sessions = [each.session for each in self.conversations if each.session is not None]
+        return [hops for session in (*sessions, *self.sessions) if (hops := glue.hops_of(session))]
+
     async def _job(self, job: Job) -> None:
         await trio.sleep(job.at)
+        patience = math.inf if job.patience is None else job.patience
+        if job.run is not None:
+            with trio.move_on_after(patience):
+                story = Story(self.plan, job.prompt, job.new_tokens, job.run)
+                await self._listen(story, aclosing(self._sums(job, job.run)))
+            return
         longest = max(len(job.prompt), len(job.again)) + job.new_tokens
         conversation = self.swarm.conversation(longest)
         self.conversations.append(conversation)
         try:
-            with trio.move_on_after(math.inf if job.patience is None else job.patience):
+            with trio.move_on_after(patience):
                 for prompt in filter(None, (job.prompt, job.again)):
-                    await self._generate(conversation, prompt, job.new_tokens)
+                    story = Story(self.plan, prompt, job.new_tokens)
+                    tokens = glue.tokens_of(self.swarm, conversation, prompt, job.new_tokens)
+                    await self._listen(story, aclosing(tokens))
         finally:
             conversation.close()
 
-    async def _generate(self, conversation: Conversation, prompt: tuple[int, ...], new_tokens: int) -> None:
-        story = Story(self.plan, prompt, new_tokens)
+    async def _sums(self, job: Job, run: Blocks) -> AsyncGenerator[int, None]:
+        """The sums of what a session over a run gives for the prompt, and for each position after it."""
+        hidden, prompt = glue.hidden_of(job.prompt, job.new_tokens), len(job.prompt)
+        deadline = trio.current_time() + self.plan.give_up_seconds
+        session = await self.swarm.open_chain(
+            max_length=hidden.shape[1], start=run.start, stop=run.stop, deadline=deadline
+        )
+        self.sessions.append(session)
+        try:
+            left = max(0.0, deadline - trio.current_time())
+            yield glue.sum_of(await session.prefill(hidden[:, :prompt], seconds=left))
+            for position in range(prompt, hidden.shape[1]):
+                yield glue.sum_of(await session.step(hidden[:, position : position + 1]))
+        finally:
+            self.sessions.remove(session)
+            session.close()
+
+    async def _listen(
+        self, story: Story, tokens_of: AbstractAsyncContextManager[AsyncGenerator[int, None]]
+    ) -> None:
+        """Take one token after the other."""
         self.stories.append(story)
-        async with glue.tokens_of(self.swarm, conversation, prompt, new_tokens) as tokens:
+        async with tokens_of as tokens:
             while not story.done:
                 call = Call(self.plan.name, trio.current_time(), math.inf)
                 story.calls.append(call)
                 try:
-                    call.token = (await anext(tokens)).id
+                    call.token = await anext(tokens)
                 except StopAsyncIteration:
                     story.calls.pop()
                     story.done = True

@@ -8,12 +8,15 @@ of the very chain that it uses.  Every fault ends, so every generation can come 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from routing.blocks import Blocks
 
 FAULTS_UNTIL = 20.0  # seconds after the start in which faults begin
 LONG_FAULT, LONGEST_FAULT = 25.0, 100.0
 ROOMY = 100_000  # tokens of a budget that nobody fills
 VOCABULARY = 26
+RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
 KINDS = (
     "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
     "swizzle", "full", "sick", "lossy", "clock",
@@ -41,6 +44,8 @@ class Job:
     """One generation.  patience: the client leaves after so many seconds, None: it stays to the end.
 
     again: the prompt of a second turn in the same conversation, which shares a beginning with the first.
+    run: the blocks of a session for hidden states, in place of a generation: as many positions as the
+    prompt has tokens in one piece, then one after the other.
     """
 
     at: float
@@ -48,6 +53,7 @@ class Job:
     new_tokens: int
     patience: float | None
     again: tuple[int, ...]
+    run: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,8 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
     blocks = rng.randint(6, 12)
     nodes = _nodes(rng, blocks)
     clients = tuple(_client(rng, index) for index in range(rng.choice((1, 1, 2, 2, 3, 4))))
+    if seed % RUNS_EVERY == RUNS_EVERY - 1:  # drawn apart: the plans of all other seeds stay as they are
+        clients = _with_runs(clients, blocks, random.Random(f"runs {seed}"))
     names = [node.name for node in nodes], [client.name for client in clients]
     count = rng.choice((0, 1, 2, 3, 4, 5, 6, 8))
     faults = tuple(_fault(rng, *names) for _ in range(count))
@@ -174,6 +182,17 @@ def _job(rng: random.Random) -> Job:
         patience=rng.uniform(0.2, 15) if rng.random() < 0.12 else None,
         again=(*prompt[: rng.randint(0, len(prompt))], *_tokens(rng, rng.randint(1, 6))) if turns else (),
     )
+
+
+def _with_runs(clients: tuple[ClientPlan, ...], blocks: int, rng: random.Random) -> tuple[ClientPlan, ...]:
+    """The clients, with half of their jobs over a run of blocks."""
+
+    def job_with_run(job: Job) -> Job:
+        start = rng.randrange(blocks)
+        run = Blocks(start, rng.randint(start + 1, blocks))
+        return replace(job, run=run) if rng.random() < 0.5 else job
+
+    return tuple(replace(client, jobs=tuple(map(job_with_run, client.jobs))) for client in clients)
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:

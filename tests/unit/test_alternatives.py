@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 
+from routing.blocks import Blocks
 from routing.chains.alternatives import Constraints, best_chains, longest_session, suitable
 from routing.chains.search import CostInputs, NoChain, cheapest_chain
 from tests.unit.test_chain_search import PEERS, every_chain, price, span, swarms
@@ -111,7 +112,22 @@ def test_only_peers_that_meet_every_constraint_are_suitable():
 )
 def test_the_longest_session_is_that_of_the_chain_whose_least_server_takes_most(servers, longest):
     spans = [span(i, start, stop, session_tokens=most) for i, (start, stop, most) in enumerate(servers)]
-    assert longest_session(spans, 6) == longest
+    assert longest_session(spans, Blocks(0, 6)) == longest
+
+
+@pytest.mark.parametrize(
+    ("servers", "longest"),
+    [
+        ([(0, 6, 100), (3, 5, 200)], 200),
+        ([(0, 2, 500), (2, 4, 100), (4, 6, 40)], 40),  # one server has nothing of the run
+        ([(3, 5, 70)], 70),  # other blocks have no server
+        ([(0, 4, 100), (5, 6, 100)], None),
+        ([(0, 3, 100), (5, 6, 100)], None),
+    ],
+)
+def test_the_longest_session_over_a_run_is_that_of_the_run_s_servers(servers, longest):
+    spans = [span(i, start, stop, session_tokens=most) for i, (start, stop, most) in enumerate(servers)]
+    assert longest_session(spans, Blocks(3, 5)) == longest
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ MANY_FIELDS = {
     "client.generation.options.GenerateArguments": "a value: transformers' options by their names",
     "client.generation.options.SamplingOptions": "a value: transformers' options by their names",
     "routing.view.records.Record": "a value: the record on the wire",
+    "tensor_codec.messages.info.PeerInfo": "a value: a server's state on the wire",
 }
 MANY_PARAMETERS = {
     "client.config.client_config": "the arguments of `client.connect`, by name",

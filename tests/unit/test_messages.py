@@ -27,7 +27,7 @@ from tensor_codec.errors import (
     TooManyStreams,
     WrongRevision,
 )
-from tensor_codec.header import pack_header
+from tensor_codec.header import pack_header, split_message
 from tensor_codec.messages.contract import CODEC_BYTES, MAX_HOPS, MAX_TOKENS, Contract, StepRange
 from tensor_codec.messages.fields import FAULTS, Failed, encode_failed, read_message
 from tensor_codec.messages.forward_backward import (
@@ -41,6 +41,13 @@ from tensor_codec.messages.forward_backward import (
     encode_request,
     prompts_contract,
     request_contract,
+)
+from tensor_codec.messages.info import (
+    PeerInfo,
+    decode_describe,
+    decode_info,
+    encode_describe,
+    encode_info,
 )
 from tensor_codec.messages.session import (
     Close,
@@ -77,6 +84,9 @@ CONTRACT = Contract(
 )
 ROW = 2 * 4 * 4  # bytes of one position
 SPEC = SpanSpec("m", "r", Blocks(2, 5), "float32")
+INFO = PeerInfo(
+    "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "name", "0.1"
+)
 OPEN = Open(ID, SPEC, 2, 10, "fp32")
 
 
@@ -298,6 +308,55 @@ def test_a_stateless_request_with_prompts_comes_back_as_it_was(like, tokens, pro
 def test_prompts_that_do_not_fit_are_refused_with_the_numbers(body, changes, words):
     with pytest.raises(MessageError, match=words):
         read_request(request_frame(body, **changes))
+
+
+def test_a_peer_s_state_comes_back_as_it_was_or_as_a_refusal():
+    assert decode_info(joined(encode_info(INFO))) == INFO
+    assert INFO.span == Blocks(0, 3)
+    failed = Failed("draining", "loading", 2.0)
+    assert decode_info(joined(encode_failed(failed))) == failed
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed", "refused"),
+    [
+        ("state", "draining", "offline"),
+        ("model", "m" * 256, ""),
+        ("revision", "r" * 128, "r" * 129),
+        ("blocks", 4096, 4097),
+        ("start", 2, 3),
+        ("stop", 6, 7),
+        ("stop", 1, 0),
+        ("dtype", "bfloat16", "fp32"),
+        ("quantize", "int8", "int4"),
+        ("sessions", 0, -1),
+        ("sessions", 1 << 20, (1 << 20) + 1),
+        ("cache_tokens", 96, 97),
+        ("cache_tokens", 0, -16),
+        ("cache_size", 1 << 40, (1 << 40) + 1),
+        ("page_tokens", 1, 0),
+        ("page_tokens", 1 << 40, (1 << 40) + 1),
+        ("session_tokens", 1 << 40, (1 << 40) + 1),
+        ("session_tokens", 0, -1),
+        ("step_tokens", 1 << 40, (1 << 40) + 1),
+        ("step_tokens", 0, -1),
+        ("queue", 1e6, 1.1e6),
+        ("queue", 0.0, -0.1),
+        ("seconds_per_block", 60.0, 60.1),
+        ("seconds_per_block", 0.0, -0.1),
+        ("prefill_seconds_per_token", 60.0, 60.1),
+        ("prefill_seconds_per_token", 0.0, -0.1),
+        ("name", "n" * 64, "n" * 65),
+        ("name", "", None),
+        ("version", "v" * 32, "v" * 33),
+    ],
+)
+def test_a_peer_s_state_has_values_within_bounds_alone(key, allowed, refused):
+    fields = split_message(joined(encode_info(INFO)))[0]._fields
+    found = decode_info(pack_header(fields | {key: allowed}))
+    assert getattr(found, key) == allowed
+    with pytest.raises(MessageError):
+        decode_info(pack_header(fields | {key: refused}))
 
 
 @given(st.binary(min_size=3 * ROW, max_size=3 * ROW), timings)
@@ -593,6 +652,8 @@ READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
             request_frame(bytes(4 * ROW + ROW // 2), prompts=1),
         ],
     ),
+    "a question for a peer's state": (decode_describe, [joined(encode_describe())]),
+    "a peer's state": (decode_info, [joined(encode_info(INFO))]),
     "a stateless request's answer": (
         lambda frame: decode_output(frame, ASKED),
         [output_frame(t=[[1, 2]]), joined(encode_failed(Failed("ended", "over", 1.0, 2, "p")))],

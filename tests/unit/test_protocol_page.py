@@ -28,7 +28,7 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
-from tensor_codec.messages import fields, forward_backward, session
+from tensor_codec.messages import fields, forward_backward, info, session
 from tensor_codec.messages.contract import CODEC_BYTES, REPLIES, Contract, codec_for
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
@@ -46,6 +46,9 @@ SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
 RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1)
 PROMPTS = ROW + ROW  # of two blocks
 STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
+INFO = info.PeerInfo(
+    "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0"
+)
 OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True)
 
 
@@ -93,6 +96,8 @@ KINDS = {
     "backward": Kind(
         forward_backward.encode_request(forward_backward.Backward(RUN, ROW, ROW, PROMPTS)), request
     ),
+    "describe": Kind(info.encode_describe(), info.decode_describe),
+    "info": Kind(info.encode_info(INFO), info.decode_info),
     "output": Kind(forward_backward.encode_output(forward_backward.Output(ROW, ((1, 2),))), answer),
 }
 MESSAGES = {row[0]: row[1:] for row in table(PAGE, "## 4. Sessions")}
@@ -186,7 +191,7 @@ def test_the_protocols_of_the_page_are_the_code_s():
     ids = [row[0] for row in table(PAGE, "## 2. Streams")]
     ours = [
         session.SESSION_PROTOCOL, session.PUSH_PROTOCOL, forward_backward.COMPUTE_PROTOCOL,
-        neighbours.PROTOCOL, host.PING_PROTOCOL,
+        info.INFO_PROTOCOL, neighbours.PROTOCOL, host.PING_PROTOCOL,
     ]  # fmt: skip
     assert ids[: len(ours)] == ours
     first = PAGE[: PAGE.index("## 2. Streams")]

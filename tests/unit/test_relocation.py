@@ -17,14 +17,14 @@ from client.session.steps import StepTimes
 from client.session.terms import Terms
 from routing.chains.hops import Chain, Hop
 from routing.names import PeerId
-from tests.session_world import BLOCKS, HIDDEN, MAX_LENGTH, Peers
+from tests.session_world import HIDDEN, MAX_LENGTH, WHOLE, Peers
 
 CHAIN = Chain(tuple(Hop(PeerId(name), at, at + 2) for name, at in (("A", 0), ("B", 2), ("C", 4))), 0.6)
 HELD = {"A": (0, 2), "B": (2, 4), "C": (4, 6), "b": (2, 4)}
 
 
 def relocation() -> Relocation:
-    return Relocation(Terms("m", "r", BLOCKS, HIDDEN, 1, MAX_LENGTH, "fp32"))
+    return Relocation(Terms("m", "r", WHOLE, HIDDEN, 1, MAX_LENGTH, "fp32"))
 
 
 def observe(moves: Relocation, *held: float, times: int = 1) -> None:

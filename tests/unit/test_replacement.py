@@ -7,15 +7,16 @@ import pytest
 from client.session.hop_state import HopState
 from client.session.repair.replacement import MAX_REFUSED_SECONDS, Neighbours, Replacement
 from client.session.terms import Terms
+from routing.blocks import Blocks
 from routing.chains.hops import Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, Draining, PeerGone, Refused, TooManyStreams
 from tensor_codec.messages.session import Opened
-from tests.session_world import BLOCKS, HELD, HIDDEN, MAX_LENGTH, Peers
+from tests.session_world import HELD, HIDDEN, MAX_LENGTH, WHOLE, Peers
 
 
-def replacement(peers: Peers | None = None) -> Replacement:
-    terms = Terms("m", "r", BLOCKS, HIDDEN, 2, MAX_LENGTH, "fp32")
+def replacement(peers: Peers | None = None, run: Blocks = WHOLE) -> Replacement:
+    terms = Terms("m", "r", run, HIDDEN, 2, MAX_LENGTH, "fp32")
     return Replacement(terms, peers or Peers(HELD))
 
 
@@ -53,6 +54,18 @@ def test_where_the_gaps_cannot_be_filled_the_whole_chain_is_another_one():
     peers = Peers({"A": (2, 4), "w": (0, 6)}, A=0.1)
     hops = [HopState(Hop(PeerId("A"), 2, 4), "float32", "fp32")]
     assert names(replacement(peers).best_chain(hops, last_resort=False)) == "w", "w serves a session once"
+
+
+def test_over_a_run_of_blocks_its_gaps_alone_are_filled():
+    peers = Peers({"B": (2, 4), "b": (2, 4), "c": (3, 6)})
+    chosen = replacement(peers, Blocks(3, 5))
+    hops = [HopState(Hop(PeerId("B"), 3, 4), "float32", "fp32")]
+    assert chosen.best_chain(hops, last_resort=False).hops == (Hop(PeerId("B"), 3, 4), Hop(PeerId("c"), 4, 5))
+    hops[0].fail(PeerGone("gone"), blame=True)
+    assert chosen.best_chain(hops, last_resort=False).hops == (Hop(PeerId("b"), 3, 4), Hop(PeerId("c"), 4, 5))
+    with pytest.raises(NoChain) as none:
+        replacement(Peers({"B": (2, 4)}), Blocks(3, 5)).best_chain([], last_resort=False)
+    assert none.value.missing == (Blocks(4, 5),)
 
 
 @pytest.mark.parametrize("error", [Refused("no"), CacheFull("too long")])

@@ -619,7 +619,7 @@ class SessionOverBadHops(RuleBasedStateMachine):
             for hop in self.session.route.hops:
                 assert hop.hop.start == reached
                 reached = hop.hop.stop
-            assert reached == self.session.terms.blocks
+            assert reached == self.session.terms.run.stop
 
     @invariant()
     def a_sound_route_has_no_dead_hop(self) -> None:

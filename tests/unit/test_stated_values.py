@@ -14,7 +14,7 @@ from client import batch_parts, forward_backward
 from client.chains import avoided_peers
 from client.chains.chain_wait import PINGED_PEERS
 from client.config import ClientConfig
-from client.generation import conversation
+from client.session import inputs
 from client.session.repair import watchdog
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
@@ -92,7 +92,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "chunks of at most N positions, N under way",
-        (conversation.PREFILL_TOKENS, conversation.CHUNKS_UNDER_WAY),
+        (inputs.PREFILL_TOKENS, inputs.CHUNKS_UNDER_WAY),
     ),
     (
         PROTOCOL,

@@ -82,7 +82,7 @@ class Relocation:
         hops = chain.hops
         choose = partial(chooser.choose, kinds=kinds, tokens=self.terms.cache_tokens, observed=observed)
         with suppress(NoChain):
-            best = choose(0, self.terms.blocks)
+            best = choose(*self.terms.run)
             yield best.hops, best.expected_seconds
         ours = frozenset(hop.peer for hop in hops)
         for index, hop in enumerate(hops):
@@ -97,5 +97,5 @@ class Relocation:
         if gain < max(MIN_GAIN_SECONDS, (1 - BETTER) * present):
             return 0.0
         fresh = sum(hop.stop - hop.start for hop in hops if hop not in chain.hops)
-        replay: float = length * REPLAYED_SHARE * seconds * fresh / self.terms.blocks
+        replay: float = length * REPLAYED_SHARE * seconds * fresh / self.terms.run.size
         return max(0.0, gain * STEPS_AHEAD - replay)

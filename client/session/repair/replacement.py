@@ -10,7 +10,7 @@ from functools import partial
 from client.chains.chooser import Chooser
 from client.session.hop_state import HopState
 from client.session.terms import Terms
-from routing.blocks import Blocks, gaps
+from routing.blocks import gaps
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import CacheFull, Refused
@@ -61,15 +61,15 @@ class Replacement:
         taken = frozenset(hop.hop.peer for hop in kept) | gone
         chosen: list[Hop] = [hop.hop for hop in kept]
         try:
-            missing = gaps(chosen, Blocks(0, self.terms.blocks))
+            missing = gaps(chosen, self.terms.run)
             for done, gap in enumerate(missing, 1):  # each later gap takes a hop at least
                 others = len(chosen) + len(missing) - done
                 chosen += choose(gap.start, gap.stop, excluded=taken, other_hops=others).hops
         except NoChain:
-            return choose(0, self.terms.blocks, excluded=gone)
+            return choose(*self.terms.run, excluded=gone)
         chosen.sort(key=lambda hop: hop.start)
         if len({hop.peer for hop in chosen}) < len(chosen):  # a peer can serve a session only once
-            return choose(0, self.terms.blocks, excluded=gone)
+            return choose(*self.terms.run, excluded=gone)
         return Chain(tuple(chosen), 0.0)
 
     def adopt(self, hops: Iterable[Hop]) -> None:
