@@ -339,7 +339,7 @@ class Swarm:
         RemoteProtocolError (a version that does not know the question, or no server), and Refused while
         the peer loads blocks.
         """
-        from client.peer_info import ask_for_info
+        from node.network.peer_info import ask_for_info
 
         if self.view().get(PeerId(peer)) is None:
             raise PeerGone(f"{values.shown(peer)} is not in our view of the swarm")

@@ -151,7 +151,13 @@ def _status(words: list[str]) -> int:
         "--chains", type=positive, default=0, metavar="N",
         help="show the N best chains too, with as few servers in common as possible",
     )  # fmt: skip
+    parser.add_argument(
+        "--ask", action="store_true",
+        help="ask servers for their free cache, queue and sessions of this moment; not with --watch",
+    )  # fmt: skip
     flags = parser.parse_args(words)
+    if flags.ask and flags.watch:
+        parser.error("--ask goes without --watch")
     set_up_logging("text", logging.WARNING)
     from node.monitor.status import show_status
     from node.monitor.watch import watch_status
@@ -159,7 +165,7 @@ def _status(words: list[str]) -> int:
     config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
     if flags.watch:
         return _run(partial(watch_status, config, as_json=flags.json, chains=flags.chains))
-    return _run(partial(show_status, config, as_json=flags.json, chains=flags.chains))
+    return _run(partial(show_status, config, as_json=flags.json, chains=flags.chains, ask=flags.ask))
 
 
 def _models(words: list[str]) -> int:

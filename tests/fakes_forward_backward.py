@@ -225,7 +225,7 @@ class ToySwarm:
         other_hops: int,
         prompts: bool,
     ) -> Chain:
-        """As `client.chains.chain_choice.find_run`: those that failed lately only where nothing else covers the blocks."""
+        """As `find_run` of `client.chains.chain_choice`: those that failed lately only as a last resort."""
         spans = [node.record for node in self.nodes.values() if node.record.prompts or not prompts]
         measured = self.measured.rates(spans, trio.current_time(), positions)
         known = CostInputs(measured=measured, waiting=waiting, positions=positions)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -12,11 +13,14 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import trio
 
 from node.config import DEFAULT_MODEL, NetworkConfig
+from node.network.peer_info import QuestionStream, ask_for_info
 from node.runtime.console import OutputText, one_line, put_line
 from routing.blocks import Blocks, coverage, gaps
 from routing.names import ModelId, PeerId, Revision
 from routing.view.records import Record, State
 from routing.view.view import ModelKey, SwarmView
+from tensor_codec.errors import PeerFault, Refused
+from tensor_codec.messages.info import INFO_PROTOCOL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 MAX_NAMED = 4  # peers of a bottleneck
 PRESENT: tuple[State, ...] = ("online", "joining", "draining")
 MAX_ASKED = 64  # servers that `status` pings, servers of the rarest blocks first
+ASKED_AT_ONCE = 16  # servers that `status` asks for their state
 ASK_SECONDS = 2.5  # for the answers; a little longer than the timeout of one ping
 UNREACHABLE = "unreachable"  # a state that pings find; no peer announces it
 PIPE_COLUMNS = 160
@@ -32,18 +37,51 @@ MIN_COLUMNS = 20  # fewer are a wrong COLUMNS
 SETTLE_SECONDS = 0.3  # after the first digest, for records on their way
 
 
-async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0) -> None:
-    """Look at the swarm once and print it, with the `chains` best chains.  Raises ConfigError."""
+async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0, ask: bool = False) -> None:
+    """Look at the swarm once and print it, with the `chains` best chains.  Raises ConfigError.
+
+    ask: servers say their state of this moment.
+    """
     from node.main import open_node
 
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
         await node.directory.measure(worth_asking(node.directory.view(), node.host.peer_id), ASK_SECONDS)
         facts = describe(node.directory.view(), dict(node.directory.rtts()), chains)
+        if ask:
+            await ask_servers(partial(node.open_stream, protocol=INFO_PROTOCOL), facts["peers"])
     if as_json:
         put_line(json.dumps(facts, indent=2))
     else:
         print_status(facts)
+
+
+async def ask_servers(
+    open_stream: Callable[[PeerId], Awaitable[QuestionStream]],
+    peers: Sequence[dict[str, Any]],  # Any: JSON
+) -> None:
+    """Ask up to MAX_ASKED servers for their state, and put it in the place of their records' in `peers`.
+
+    Adds `sessions`, None where no answer came within ASK_SECONDS: then the record stands.
+    """
+    limiter = trio.CapacityLimiter(ASKED_AT_ONCE)
+
+    async def ask(peer: dict[str, Any]) -> None:  # Any: JSON
+        async with limiter:
+            with trio.move_on_after(ASK_SECONDS), suppress(PeerFault, Refused):
+                info = await ask_for_info(await open_stream(peer["peer"]), ASK_SECONDS)
+                peer |= {
+                    "sessions": info.sessions,
+                    "free_cache_tokens": info.cache_tokens,
+                    "queue": info.queue,
+                }
+
+    servers = [peer for peer in peers if peer["blocks"] is not None]
+    async with trio.open_nursery() as nursery:
+        for peer in servers:
+            peer["sessions"] = None
+        for peer in [peer for peer in servers if peer["state"] in ("online", "draining")][:MAX_ASKED]:
+            nursery.start_soon(ask, peer)
 
 
 def worth_asking(view: SwarmView, me: PeerId, most: int = MAX_ASKED) -> list[PeerId]:
@@ -211,6 +249,9 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         table.add_column(column, no_wrap=True)
     for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
         table.add_column(column, justify="right", no_wrap=True)
+    asked = any("sessions" in peer for peer in facts["peers"])
+    if asked:
+        table.add_column("sessions", justify="right", no_wrap=True)
     for peer in sorted(facts["peers"], key=lambda peer: (peer["model"], peer["blocks"] or [])):
         serves = peer["blocks"] is not None
         measured = serves and peer["decode_ms_per_block"] > 0
@@ -225,6 +266,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
             str(peer["free_cache_tokens"]) if measured else "",
             str(peer["queue"]) if measured else "",
             "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
+            *([_sessions(peer)] if asked else []),
         )
     parts: list[Table | str] = [table]
     if not facts["models"]:
@@ -242,6 +284,12 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         parts.append(_limit(model))
         parts += _chain_lines(model.get("chains", []))
     return parts
+
+
+def _sessions(peer: dict[str, Any]) -> str:  # Any: JSON
+    """The open sessions of a server that has said them."""
+    found = peer.get("sessions")
+    return "" if found is None else str(found)
 
 
 def _blocks(peer: dict[str, Any]) -> str:  # Any: JSON

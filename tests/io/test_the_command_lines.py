@@ -173,6 +173,7 @@ NO_SECONDS = "is not 0 to 1,000,000 seconds"
         node_says("--balance-quality", "nan", says="0 to 1 is allowed"),
         node_says("--balance-seconds", "inf", says="1 to 86400 are allowed"),
         node_says("status", *JOIN, "--chains", "-1", says=NUMBER),
+        node_says("status", *JOIN, "--ask", "--watch", says="--ask goes without --watch"),
         # addresses
         node_says("bootstrap", "--listen", "/ip4/127.0.0.1/tcp/99999", says="allowed are 0 to 65535"),
         node_says("bootstrap", "--listen", "/ip4/127.0.0.1/tcp/-1", says="allowed are 0 to 65535"),

@@ -20,12 +20,13 @@ from node.network.streams import FramedStream
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.sessions.worker import HopWorker
+from routing.blocks import Blocks
 from tensor_codec.errors import PeerGone
 from tests.fakes_serving import generated
 from tests.sim.checks import expected_tokens
 from tests.sim.many import open_pool, run_many
 from tests.sim.people import Span
-from tests.sim.plan import ROOMY, ClientPlan, Fault, Job, NodePlan, Plan
+from tests.sim.plan import ROOMY, RUNS_EVERY, ClientPlan, Fault, Job, NodePlan, Plan, make_plan
 from tests.sim.run import Outcome, run_plan, run_seed
 
 SEEDS, A_TIME = 200, 25
@@ -135,6 +136,45 @@ def test_a_hop_that_fails_for_long_is_replaced_and_no_token_is_lost(kind, hop):
     assert outcome.failures == []
     assert (outcome.tokens, outcome.errors) == (20, 0)
     assert outcome.longest_wait < LONGEST_WAIT[kind]
+
+
+def over(run: Blocks, plan: Plan) -> Plan:
+    """The plan, with a session for hidden states over a run of blocks in place of its generation."""
+    (client,) = plan.clients
+    jobs = tuple(replace(job, run=run) for job in client.jobs)
+    return replace(plan, clients=(replace(client, jobs=jobs),))
+
+
+@pytest.mark.parametrize("hop", range(2))
+@pytest.mark.parametrize("kind", ["kill", "vanish", "freeze", "drain", "full", "slow"])
+def test_a_session_over_a_run_of_blocks_survives_as_a_generation_does(kind, hop):
+    outcome = run(over(Blocks(3, 5), plan_of(Fault(kind, 20.0, 100.0, ("n10",), 100.0, ("c0", 5, hop)))))
+    assert outcome.failures == []
+    assert (outcome.tokens, outcome.errors) == (20, 0)
+    assert outcome.longest_wait < LONGEST_WAIT[kind]
+
+
+def test_what_a_run_does_not_need_may_be_gone():
+    faults = (Fault("kill", 0.5, 100.0, (node.name,)) for node in CHAIN if node.stop <= 2)
+    outcome = run(over(Blocks(3, 5), plan_of(*faults)))
+    assert outcome.failures == []
+    assert (outcome.tokens, outcome.errors) == (20, 0)
+
+
+def test_a_block_left_out_of_a_run_is_found():
+    plan = over(Blocks(2, 6), plan_of())
+    assert run(plan).failures == []
+    with a_block_left_out():
+        assert any(failure.startswith("P1: ") for failure in run(plan).failures)
+
+
+def test_some_seeds_have_sessions_over_runs_of_blocks():
+    plans = [make_plan(seed, random.Random(seed)) for seed in range(50)]
+    jobs = [job for plan in plans for client in plan.clients for job in client.jobs]
+    runs = [job.run for job in jobs if job.run is not None]
+    assert 5 <= len(runs) <= len(jobs) / 5
+    assert all(plan.seed % RUNS_EVERY == RUNS_EVERY - 1 for plan in plans if "run=Blocks" in repr(plan))
+    assert any(blocks.start > 0 for blocks in runs)
 
 
 @pytest.mark.parametrize("kind", ["kill", "vanish", "freeze", "silence", "drain"])

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from client.chains.chooser import PeerStream
+from collections.abc import Sequence
+from typing import Protocol
+
 from tensor_codec.errors import PeerGone
+from tensor_codec.frame import Buffer
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.info import PeerInfo, decode_info, encode_describe
 
 
-async def ask_for_info(stream: PeerStream, seconds: float) -> PeerInfo:
+class QuestionStream(Protocol):
+    """The part of `node.network.streams.FramedStream` that a question needs."""
+
+    async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
+        """See `FramedStream.send`."""
+
+    async def receive(self, seconds: float | None = None) -> Buffer | None:
+        """See `FramedStream.receive`."""
+
+    async def aclose(self) -> None:
+        """See `FramedStream.aclose`."""
+
+    async def reset(self) -> None:
+        """See `FramedStream.reset`."""
+
+
+async def ask_for_info(stream: QuestionStream, seconds: float) -> PeerInfo:
     """What the peer says of itself, on a new stream of INFO_PROTOCOL, which is closed then.
 
     seconds: for the question, and for the answer.  Raises PeerFault, Refused.
