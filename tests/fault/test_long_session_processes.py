@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.lib.processes import local_swarm
 from tests import model_fixtures
-from tests.fault.test_processes import run
+from tests.forked import forked_run
 
 pytestmark = pytest.mark.process
 
@@ -57,7 +57,7 @@ def test_thirty_two_thousand_tokens_give_what_the_whole_model_gives(
             "--threads",
             1,
         ]
-        done = run("client", "generate", *words, "-", text=prompt)
+        done = forked_run("client", "generate", *words, "-", text=prompt)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["tokens"] == expected[0, len(ids) :].tolist()
         bound = re.search(r"bound ([\d.]+) GiB resident", node.log.read_text())
