@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
 
@@ -78,6 +78,7 @@ class SessionLike(SessionFacts, Protocol):
         reply: Reply = "all",
         *,
         seconds: float | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor | None:
         """Run hidden states through the chain.  See `Session.step`."""
 
@@ -103,6 +104,7 @@ class SyncSession(SessionFacts, Protocol):
         reply: Reply = "all",
         *,
         seconds: float | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor | None:
         """Run hidden states through the chain.  See `Session.step`."""
 

@@ -94,10 +94,11 @@ class Header:
     are ignored: a later version may add some.  absent: the value of a field that may be missing.
     """
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_fields", "names")
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self._fields = fields
+        self.names = fields.keys()
 
     def __contains__(self, name: str) -> bool:
         return self._fields.get(name) is not None

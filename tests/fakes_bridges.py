@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,7 @@ class FakeSession:
         reply: str = "all",
         *,
         seconds: float | None = None,
+        rows: Sequence[int] | None = None,
         rope_length: int | None = None,
     ) -> int:
         assert trio.lowlevel.in_trio_run()

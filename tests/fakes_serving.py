@@ -77,6 +77,11 @@ class FakeCache:
         self.length = length
         self.given = {block: given[:, :length] for block, given in self.given.items()}
 
+    def select(self, order: Sequence[int]) -> None:
+        """Row i becomes what row order[i] was."""
+        index = torch.tensor(list(order))
+        self.given = {block: given.index_select(0, index) for block, given in self.given.items()}
+
     def reserve(self, length: int) -> None:
         """Room for the positions before `length`."""
         assert not self.closed

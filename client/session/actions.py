@@ -81,11 +81,16 @@ class Moving:
 
 
 @dataclass(frozen=True, slots=True)
+class Reordering:
+    """From now on steps reorder the session's rows."""
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The session is over."""
 
 
-Event = Answered | Reported | Located | Lost | Late | Unanswered | StepsGivenUp | Moving | Closed
+Event = Answered | Reported | Located | Lost | Late | Unanswered | StepsGivenUp | Moving | Reordering | Closed
 
 # --- actions ---
 

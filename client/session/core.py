@@ -33,6 +33,7 @@ from client.session.actions import (
     Note,
     Observe,
     Postpone,
+    Reordering,
     Repair,
     Reported,
     Send,
@@ -43,7 +44,7 @@ from client.session.actions import (
 from client.session.hop_state import HopState
 from client.session.repair.relocation import Relocation
 from client.session.repair.watchdog import Watchdog
-from client.session.route_state import LineUp, Refill, RouteState
+from client.session.route_state import LineUp, Refill, RouteState, cannot_reorder
 from client.session.steps import Pending, StepSource, StepTimes
 from client.session.terms import Terms
 from routing.names import PeerId
@@ -121,6 +122,7 @@ class ClientSession:
       * a step is sent only while the route is sound, and again, once, after every change of the route;
       * an answer is delivered at most once, in the order and the size of its request;
       * a step that was given up never meets a later step: the route changes first;
+      * no step that reorders rows is sent to a hop that cannot;
       * the epoch grows with every change of the route, and no frame of an older epoch is passed on;
       * a disturbance in the middle of a change starts another change;
       * a hop that failed serves no further route, and is blamed once;
@@ -213,6 +215,9 @@ class ClientSession:
                 return self._break("steps were given up", now) if self.steps.give_up() else []
             case Moving(why):
                 return self._break(why, now) if self.route.has_choice() else []
+            case Reordering():
+                unable = self.route.reorder_rows()
+                return [act for hop in unable for act in self._lost(hop, cannot_reorder(hop.hop.peer), now)]
             case Closed():
                 return self._close()
 

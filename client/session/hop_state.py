@@ -49,9 +49,15 @@ class HopState:
         """Whether another peer is preferred."""
         return self.leaving or self.refused or self.blamed
 
+    @property
+    def can_reorder(self) -> bool:
+        """Whether it can reorder the session's rows."""
+        return self.progress.orders is not None
+
     def opened(self, reply: Opened) -> None:
         """It has taken the session."""
-        self.push, self.progress, self.queue = reply.push, HopProgress(cut=reply.cut), reply.queue
+        progress = HopProgress(cut=reply.cut, orders=0 if reply.rows else None)
+        self.push, self.progress, self.queue = reply.push, progress, reply.queue
 
     def relink(self, *, relay: bool, fed: bool) -> None:
         """It gets new neighbours, and may take steps again."""
@@ -60,11 +66,12 @@ class HopState:
     def relinked(self, reply: Relinked, codec: str) -> None:
         """It has taken its new neighbours, and reports its position."""
         self.push, self.codec = reply.push, codec
-        self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut)
+        orders = reply.orders if self.can_reorder else None
+        self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut, orders)
 
     def resume(self, length: int) -> None:
         """It goes on from `length` positions, by a Resume."""
-        self.progress = HopProgress(length, cut=self.progress.cut)
+        self.progress = HopProgress(length, cut=self.progress.cut, orders=self.progress.orders)
 
     def ask(self, now: float) -> None:
         """It is asked for its progress."""

@@ -178,6 +178,7 @@ class Route:
             epoch=self.core.route.epoch,
             bulk=send.bulk,
             rope_length=what.rope_length,
+            rows=what.rows,
         )
         try:
             await self._link(send.hop).send_step(step, self.limits.session_idle_seconds)
@@ -305,6 +306,7 @@ class Route:
         )
         try:
             await link.open(opened, self.limits)
+            self.core.route.check(state)
         except BaseException:
             await link.say_goodbye()
             raise
@@ -331,7 +333,7 @@ class Route:
         if refill is not None:
             for hop, order in refill.orders:
                 with self._noting(hop) as link:
-                    resume = Resume(line_up.epoch, order.length, order.has, order.stop)
+                    resume = Resume(line_up.epoch, order.length, order.has, order.stop, refill.step)
                     await link.send(encode_resume(resume))
             async with background_nursery() as nursery:
                 nursery.start_soon(self._watch, made)
@@ -355,7 +357,8 @@ class Route:
         self.apply([note])
         part = min(REPLAY_TOKENS, contract.max_tokens)
         for start, stop, rope_length in self.journal.parts(refill.client_from, refill.position, part):
-            body = recode(self.journal.read(start, stop), self.core.terms.kept_codec, contract.codec)
+            kept = self.journal.read(start, stop, refill.step)
+            body = recode(kept, self.core.terms.kept_codec, contract.codec)
             step = Step(contract.session, 0, start, "replay", body, (), line_up.epoch, True, rope_length)
             with self._noting(first) as link:
                 await link.send_step(step, self.limits.session_idle_seconds)

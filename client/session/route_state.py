@@ -11,8 +11,8 @@ from client.session.actions import Action, Carry, Leave, Note, Postpone
 from client.session.hop_state import HopState
 from client.session.repair.contracts import Contracts
 from client.session.repair.replacement import Neighbours, Replacement
-from client.session.repair.replay_plan import HopOrder, plan
-from client.session.steps import Pending, ResumePoint
+from client.session.repair.replay_plan import HopOrder, ResumePoint, plan
+from client.session.steps import Pending
 from client.session.terms import Terms
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
@@ -62,12 +62,14 @@ class Refill:
 
     orders: for each hop.  The client sends the first hop positions [client_from, position) again.
     bulk: hops to which the client opens a stream for the replay.
+    step: where rows are reordered, the first step that comes after the replay.
     """
 
     orders: tuple[tuple[HopState, HopOrder], ...]
     client_from: int
     position: int
     bulk: tuple[HopState, ...]
+    step: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +78,7 @@ class RouteState:
 
     hops: of the present route.  opened: all hops that serve the session, the present route's included.
     chain: of the hops.  refilling: a replay may still be under way, which no step may overtake.
+    reorders: steps reorder the rows, which every hop has to be able to do.
     """
 
     terms: Terms
@@ -86,6 +89,7 @@ class RouteState:
     opened: list[HopState] = field(default_factory=list)
     chain: Chain = field(default_factory=lambda: Chain((), 0.0))
     refilling: bool = False
+    reorders: bool = False
     replacement: Replacement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,6 +136,16 @@ class RouteState:
         held = kept or position > 0
         return LineUp(places, self.epoch, contract, held), [Leave(hop) for hop in elsewhere]
 
+    def reorder_rows(self) -> list[HopState]:
+        """Steps reorder the rows from now on: the hops that cannot do it."""
+        self.reorders = True
+        return [hop for hop in self.opened if not hop.can_reorder]
+
+    def check(self, hop: HopState) -> None:
+        """Raises Refused where a new hop cannot serve this session."""
+        if self.reorders and not hop.can_reorder:
+            raise cannot_reorder(hop.hop.peer)
+
     def add(self, hop: HopState) -> None:
         """A new hop has taken the session."""
         self.opened.append(hop)
@@ -169,7 +183,7 @@ class RouteState:
         notes = self._notes(before, why, seconds)
         if not line_up.held:
             return None, notes
-        todo = plan([hop.progress for hop in made], point.position, point.sent, point.again)
+        todo = plan([hop.progress for hop in made], point)
         from_client = todo.client_from < point.position
         for hop, order in zip(made, todo.orders, strict=True):
             hop.resume(order.length)
@@ -180,7 +194,8 @@ class RouteState:
         self.refilling |= from_client or bool(todo.replays)
         bulk = tuple(hop for hop in made if hop.fed and (hop is not made[0] or from_client))
         orders = tuple(zip(made, todo.orders, strict=True))
-        return Refill(orders, todo.client_from, point.position, bulk), notes
+        step = point.step if self.reorders else None
+        return Refill(orders, todo.client_from, point.position, bulk, step), notes
 
     def leave_others(self) -> list[HopState]:
         """Leave the hops outside the present route; hops of the route may be asked anew."""
@@ -234,6 +249,7 @@ class RouteState:
             epoch=result.epoch,
             bulk=self.refilling or (pending is not None and pending.bulk),
             rope_length=result.rope_length if pending is None else pending.what.rope_length,
+            rows=() if pending is None else pending.what.rows,
         )
         return [Carry(self.hops[self.hops.index(hop) + 1], step)]
 
@@ -256,3 +272,8 @@ class RouteState:
         kept = [hop.hop.peer for hop in self.hops if hop in before]
         fresh = [hop.hop.peer for hop in self.hops if hop not in before]
         return [*notes, Note("rerouted", {"why": why, "kept": kept, "opened": fresh, **said})]
+
+
+def cannot_reorder(peer: PeerId) -> Refused:
+    """The reason for which a hop is of no use to a session that reorders its rows."""
+    return Refused(f"{peer} cannot reorder the rows of a session, its version is too old")

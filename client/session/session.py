@@ -24,7 +24,7 @@ import trio
 from torch import Tensor
 
 from client.chains.chooser import SwarmAccess
-from client.session.actions import Closed, Late, Lost, Moving, StepsGivenUp
+from client.session.actions import Closed, Late, Lost, Moving, Reordering, StepsGivenUp
 from client.session.core import ClientSession, State
 from client.session.inputs import Feed, check_input
 from client.session.repair.contracts import Contracts
@@ -42,6 +42,7 @@ from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES, SESSION_ID_BYTES, Contract, Reply, StepRange
 from tensor_codec.messages.session import Result
+from tensor_codec.row_order import row_order
 
 LONG_PART = 2048  # positions: a caller's wait for one step suffices to fill caches with this number
 
@@ -136,6 +137,7 @@ class Session:
         reply: Reply = "all",
         *,
         seconds: float | None = None,
+        rows: Sequence[int] | None = None,
         rope_length: int | None = None,
     ) -> Tensor | None:
         """Run hidden states [batch, tokens, hidden] through the chain.
@@ -144,6 +146,9 @@ class Session:
         reply: positions to get back ("all", "last", or "none": returns None).
         seconds: for the step, repairs included; default: `give_up_seconds`, and once more for every
         LONG_PART of positions while caches are filled again.
+        rows: an item for each row; before the step row i of the cached positions becomes what row rows[i] was
+        (transformers' `reorder_cache`).  Rows may be named more than once or not at all.  A step that raises
+        and does not show in `length` has left the rows as they were.
         rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
         angles depend on its length; default: up to the end of this step.
         Returns hidden states [batch, tokens or 1, hidden] after the session's last block, in the codec's
@@ -156,11 +161,15 @@ class Session:
         check_input(self.terms, hidden, position, reply, seconds)
         begin, tokens = self.length if position is None else position, int(hidden.shape[1])
         if not tokens:
+            if rows is not None:
+                raise ValueError("a step of 0 tokens does nothing, it cannot reorder rows")
             return self._answer_to_nothing(reply)
         deadline, until = deadlines(self.give_up_seconds, begin, seconds)
         body = await self.compute.run(self.encode, hidden)
         whole = begin + tokens if rope_length is None else rope_length
-        pending = await self.submit(body, begin, tokens, reply, deadline=deadline, rope_length=whole)
+        pending = await self.submit(
+            body, begin, tokens, reply, deadline=deadline, rope_length=whole, rows=rows
+        )
         result = await self.collect(pending, deadline=deadline, until=until)
         return None if reply == "none" else await self._decoded([result])
 
@@ -224,11 +233,13 @@ class Session:
         *,
         deadline: float | None = None,
         rope_length: int = 0,
+        rows: Sequence[int] | None = None,
     ) -> Pending:
         """Send one encoded step; `collect` waits for the answer.
 
         Several steps may be on their way (`Limits.max_steps_in_flight`): hops then work on different steps
-        at one time.  rope_length: see `StepRange`.  Raises as `step`.
+        at one time.  rope_length: see `StepRange`.  rows: see `step`; only while no other step is on its way.
+        Raises as `step`.
         """
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
         if not 0 < tokens <= self.max_step_tokens or position + tokens > self.terms.max_length:
@@ -240,6 +251,9 @@ class Session:
             raise ValueError(f"a rope_length of {rope_length}, 0 to {self.terms.max_length} are allowed")
         if self.terms.rope is None or rope_length <= position + 1:
             rope_length = 0  # the angles do not depend on it
+        order = () if rows is None else _order_of(rows, self.terms, position, len(self.core.steps.pending))
+        if order and not self.core.route.reorders:
+            self.route.tell(Reordering())
         if not self.core.steps.pending:
             if position > self.core.steps.length:
                 raise ValueError(f"a step from position {position} on, the caches hold {self.length}")
@@ -248,12 +262,18 @@ class Session:
             raise ValueError(
                 f"a step from position {position} on, others up to {self._journal.stop} are on their way"
             )
+        if order:
+            self._journal.reorder(position, self.core.steps.next_step, order)
         self._journal.append(position, tokens, body, rope_length)
-        what = StepRange(position, tokens, reply, rope_length)
+        what = StepRange(position, tokens, reply, rope_length, order)
         pending, send = self.core.submit(what, body, trio.current_time())
-        if send is not None:
-            with contextlib.suppress(PeerFault):  # the core knows; `collect` repairs it
-                await self.route.send(send)
+        try:
+            if send is not None:
+                with contextlib.suppress(PeerFault):  # the core knows; `collect` repairs it
+                    await self.route.send(send)
+        except BaseException:
+            self.give_up_steps()  # nobody will collect it
+            raise
         return pending
 
     async def collect(
@@ -284,6 +304,8 @@ class Session:
 
     def give_up_steps(self) -> None:
         """Give up the steps on their way: their late answers must not meet later steps."""
+        for step in self.core.steps.pending:
+            self._journal.take_back_orders(step)
         self.route.tell(StepsGivenUp())
 
     def close(self) -> None:
@@ -349,6 +371,17 @@ def deadlines(give_up_seconds: float, positions: int, seconds: float | None) -> 
         return trio.current_time() + seconds, trio.current_time() + seconds
     deadline = trio.current_time() + give_up_seconds
     return deadline, deadline + give_up_seconds * (positions // LONG_PART)
+
+
+def _order_of(rows: Sequence[int], terms: Terms, position: int, under_way: int) -> tuple[int, ...]:
+    """The order of rows of a step, empty where every row stays.  Raises ValueError.
+
+    under_way: steps without an answer.
+    """
+    order = row_order(rows, terms.batch)
+    if under_way:
+        raise ValueError(f"rows are reordered while no step is on its way, {under_way} are: collect them")
+    return order if position else ()
 
 
 async def open_session(

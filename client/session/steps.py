@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from client.session.repair.replay_plan import Sent
+from client.session.repair.replay_plan import ResumePoint, Sent
 from tensor_codec.frame import Buffer
 from tensor_codec.messages.contract import StepRange
 from tensor_codec.messages.session import Result
@@ -109,33 +108,22 @@ class Pending:
         self.given_up = True
 
 
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """The position from which a new route resumes.
-
-    position: of the first step that will be sent again, or the session's length.
-    sent: steps without an answer.  again: the numbers of those that will be sent again.
-    """
-
-    position: int
-    sent: Sequence[Sent]
-    again: Sequence[int]
-
-
 @dataclass(slots=True, eq=False)
 class StepSource:
     """The steps of a session: sent, answered, and to send again.
 
     length: positions in the hops' caches, by the answers so far.
     pending: by step, oldest first.  sent: without an answer, given up or not.
-    again: the steps of the last `resume_point`.
+    again: the steps of the last `resume_point`.  next_step: the number of the next one.
+    ordered: the last answered step that reordered rows in the hops' caches, -1 if none did.
     """
 
     length: int = 0
     pending: dict[int, Pending] = field(default_factory=dict)
     sent: list[Sent] = field(default_factory=list)
     again: list[Pending] = field(default_factory=list)
-    _next: int = 0
+    next_step: int = 0
+    ordered: int = -1
 
     def add(self, what: StepRange, body: Buffer, bulk: bool, now: float) -> Pending:
         """Number a step.  bulk: the step is long.
@@ -144,8 +132,8 @@ class StepSource:
         """
         if self.pending:
             bulk = next(iter(self.pending.values())).bulk
-        pending = Pending(self._next, what, body, bulk, now)
-        self._next += 1
+        pending = Pending(self.next_step, what, body, bulk, now)
+        self.next_step += 1
         self.pending[pending.step] = pending
         self.sent.append(Sent(pending.step, what))
         return pending
@@ -154,25 +142,38 @@ class StepSource:
         """The answer to a step has been taken."""
         self.pending.pop(pending.step, None)
         self.length = pending.what.position + pending.what.tokens
+        if pending.what.rows:
+            self.ordered = pending.step
         self.sent = [one for one in self.sent if one.step > pending.step]
 
     def give_up(self) -> bool:
-        """Give up the pending steps; whether any of them may still be on its way."""
-        given_up = [pending for pending in self.pending.values() if pending.result is None]
+        """Give up the pending steps; whether any of them may still be on its way, or has reordered rows."""
+        pending = list(self.pending.values())
+        given_up = [one for one in pending if one.result is None]
         self.pending.clear()
-        for pending in given_up:
-            pending.give_up()
-        return bool(given_up)
+        for one in given_up:
+            one.give_up()
+        return bool(given_up) or any(one.what.rows for one in pending)
 
     def go_back(self, position: int) -> bool:
         """The next step begins at `position`; whether the caches hold more positions."""
         if position >= self.length:
             return False
         self.length = position
+        if not position:
+            self.ordered = -1  # nothing is left of it
         return True
 
     def resume_point(self) -> ResumePoint:
         """The point from which the hops must resume now.  Then `again` holds the steps to send again."""
-        self.again = [pending for pending in self.pending.values() if pending.result is None]
-        position = self.again[0].what.position if self.again else self.length
-        return ResumePoint(position, self.sent, [pending.step for pending in self.again])
+        pending = list(self.pending.values())
+        self.again = [one for one in pending if one.result is None]
+        if self.again:
+            position, step = self.again[0].what.position, self.again[0].step
+        elif pending:  # all have their answers, which nobody has taken yet
+            position, step = pending[-1].what.position + pending[-1].what.tokens, self.next_step
+        else:
+            position, step = self.length, self.sent[0].step if self.sent else self.next_step
+        ordered = [one.step for one in pending if one.what.rows and one.step < step]
+        numbers = [one.step for one in self.again]
+        return ResumePoint(position, self.sent, numbers, step, max([self.ordered, *ordered]))

@@ -56,12 +56,14 @@ class StepRange:
 
     rope_length: for models with rotary angles that depend on the length.  A position takes the angles of a
     sequence of `rope_length` positions, or of one that ends with it, whichever is longer.
+    rows: before the step row i of the positions [0, position) becomes what row rows[i] was; empty: all stay.
     """
 
     position: int
     tokens: int
     reply: Reply = field(default="all")
     rope_length: int = 0
+    rows: tuple[int, ...] = ()
 
     @property
     def reply_position(self) -> int:

@@ -45,6 +45,7 @@ from tensor_codec.messages.fields import (
     read_spec,
     read_timings,
 )
+from tensor_codec.row_order import MAX_ORDERED_ROWS, ROW_BYTES, decode_rows, encode_rows
 from tensor_codec.span_spec import SpanSpec
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
@@ -80,12 +81,13 @@ class Opened:
 
     push: it has a stream to the successor (else relay).  cut: its caches can go back to a lower
     position; where not, only to none.  queue: the wait of a decode step there now, as a multiple of its
-    computing, as in the hop's record, which may be older.
+    computing, as in the hop's record, which may be older.  rows: it can reorder the session's rows.
     """
 
     push: bool
     cut: bool = True
     queue: float = 0.0
+    rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class Relinked:
     push, cut: as in Opened.  length: positions in its cache.  step: the last one that it computed,
     or None.  kept: of its outputs, those of positions [kept, length) can be sent again.
     codec: in which hidden states travel now, where Relink named one.
+    orders: its cache has the orders of rows of all steps below this number, and of no other step.
     """
 
     epoch: int
@@ -120,6 +123,7 @@ class Relinked:
     step: int | None = None
     cut: bool = True
     codec: str | None = None
+    orders: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +133,15 @@ class Resume:
     length: of the cache; later positions are to be forgotten.
     has: positions that the successor has; the hop forwards no replayed position below it.
     stop: outputs of [has, stop) are to be sent to the successor again.
+    step: where rows were reordered, the first step that comes after the replay: replayed rows stand in the
+    order before it.
     """
 
     epoch: int
     length: int
     has: int = 0
     stop: int = 0
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,7 @@ class Step:
     timings: for each hop passed so far, microseconds (in its hands, computing).
     body: [batch, tokens, hidden] in the contract's codec.
     epoch: of its route.  bulk: it does not travel with other sessions' single tokens.
-    rope_length: see `StepRange`.
+    rope_length, rows: see `StepRange`.
     """
 
     session: bytes
@@ -174,6 +181,7 @@ class Step:
     epoch: int = 0
     bulk: bool = False
     rope_length: int = 0
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +252,8 @@ def decode_open(frame: Buffer) -> Open:
 def encode_opened(message: Opened) -> list[Buffer]:
     """The parts of a frame."""
     fields = {"k": "opened", "push": message.push, "cut": message.cut, "q": float(message.queue)}
+    if message.rows:
+        fields["w"] = True
     return [pack_header(fields)]
 
 
@@ -255,7 +265,8 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
     no_body(message)
     header = message.header
     queue = header.number("q", 0.0, MAX_QUEUE) if "q" in header else 0.0
-    return Opened(header.flag("push"), header.flag("cut", absent=True), queue)
+    rows = header.flag("w", absent=False)
+    return Opened(header.flag("push"), header.flag("cut", absent=True), queue, rows)
 
 
 def encode_relink(message: Relink) -> list[Buffer]:
@@ -281,16 +292,23 @@ def encode_relinked(message: Relinked) -> list[Buffer]:
         fields["n"] = message.step
     if message.codec is not None:
         fields["codec"] = message.codec
+    if message.orders:
+        fields["w"] = message.orders
     return [pack_header(fields)]
 
 
 def encode_resume(message: Resume) -> list[Buffer]:
     """The parts of a frame."""
-    return [
-        pack_header(
-            {"k": "resume", "e": message.epoch, "p": message.length, "has": message.has, "stop": message.stop}
-        )
-    ]
+    fields: dict[str, object] = {
+        "k": "resume",
+        "e": message.epoch,
+        "p": message.length,
+        "has": message.has,
+        "stop": message.stop,
+    }
+    if message.step is not None:
+        fields["n"] = message.step
+    return [pack_header(fields)]
 
 
 def encode_where() -> list[Buffer]:
@@ -323,6 +341,8 @@ def encode_step(message: Step) -> list[Buffer]:
         fields["b"] = True
     if message.rope_length:
         fields["l"] = message.rope_length
+    if message.rows:
+        fields["w"] = encode_rows(message.rows)
     return [pack_header(fields), message.body]
 
 
@@ -354,16 +374,25 @@ def read_step(message: Message, contract: Contract) -> Step:
             f"{len(message.body)} body bytes at position {position}, 1..{room} positions of"
             f" {contract.row_bytes} bytes are allowed"
         )
+    reply = REPLIES[header.integer("r", 0, len(REPLIES) - 1)]
+    rows: tuple[int, ...] = ()
+    if "w" in header.names:
+        if reply == "replay":
+            raise MessageError("a part of a replay with an order of rows, which only other steps may have")
+        if contract.batch > MAX_ORDERED_ROWS:
+            raise MessageError(f"an order of {contract.batch} rows, {MAX_ORDERED_ROWS} at most are allowed")
+        rows = decode_rows(header.binary("w", ROW_BYTES * contract.batch))
     return Step(
         session=session,
         step=header.integer("n", 0, MAX_STEP),
         position=position,
-        reply=REPLIES[header.integer("r", 0, len(REPLIES) - 1)],
+        reply=reply,
         body=message.body,
         timings=read_timings(header),
         epoch=header.integer("e", 0, MAX_EPOCH, absent=0),
         bulk=header.flag("b", absent=False),
         rope_length=header.integer("l", 0, contract.max_length, absent=0),
+        rows=rows,
     )
 
 
@@ -452,7 +481,7 @@ def _read_resume(header: Header, contract: Contract) -> Resume:
     length, has, stop = (header.integer(name, 0, contract.max_length) for name in ("p", "has", "stop"))
     if stop > length:
         raise MessageError(f"outputs up to {stop} are to be sent again, the cache is to hold {length}")
-    return Resume(header.integer("e", 0, MAX_EPOCH, absent=0), length, has, stop)
+    return Resume(header.integer("e", 0, MAX_EPOCH, absent=0), length, has, stop, optional_step(header))
 
 
 def _read_relinked(header: Header, contract: Contract) -> Relinked:
@@ -465,6 +494,7 @@ def _read_relinked(header: Header, contract: Contract) -> Relinked:
         optional_step(header),
         header.flag("cut"),
         optional_codec(header),
+        header.integer("w", 0, MAX_STEP + 1, absent=0),
     )
 
 

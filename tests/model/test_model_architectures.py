@@ -141,6 +141,32 @@ def test_rows_of_different_lengths_in_one_batch_get_what_each_gets_alone(case):
             assert_close(got, whole_logits(case, row[:, : length + step + 1])[:, -1:])
 
 
+def test_rows_that_change_their_order_go_on_as_the_rows_that_they_were(case):
+    """A permutation, repeated rows, then all rows from one, beyond the first page and into the next."""
+    ids = ids_of(6, 14, batch=4)
+    caches = [span.new_cache(4, 32) for span in case.spans]
+
+    def run(new: Tensor) -> Tensor:
+        hidden = case.ends.embed(new, caches[0].length)
+        for span, cache in zip(case.spans, caches, strict=True):
+            if new.shape[1] > 1:
+                hidden = span.forward(hidden, cache, cache.length)
+                continue
+            cache.reserve(cache.length + 1)
+            hidden = span.decode(hidden[:, 0], [cache], span.start, span.stop)[:, None]
+            cache.length += 1
+        return case.ends.head(hidden)
+
+    run(ids)
+    steps = (((2, 0, 3, 1), 1), ((0, 0, 2, 2), 4), ((3, 1, 3, 1), 1), ((1, 1, 1, 1), 1), ((0, 3, 2, 1), 2))
+    for seed, (order, tokens) in enumerate(steps):
+        for cache in caches:
+            cache.select(order)
+        new = ids_of(seed, tokens, batch=4)
+        ids = torch.cat([ids[list(order)], new], 1)
+        assert_close(run(new), whole_logits(case, ids)[:, -tokens:])
+
+
 def test_calling_the_plain_ends_by_themselves_changes_no_bit(case):
     ends, ids = case.ends, ids_of(4)
     hidden = torch.randn(2, 3, ends.hidden_size)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from routing.blocks import Blocks, gaps
 from routing.chains.search import NoChain
@@ -21,7 +22,7 @@ from tensor_codec.errors import SlowPeer
 from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan, whole_model
 from tests.sim import glue
 from tests.sim.faults import Happened
-from tests.sim.people import Call, Story, World
+from tests.sim.people import Call, RowsStory, Story, World
 from tests.sim.plan import ROOMY, ClientPlan, Plan
 
 SLACK_SECONDS = 2.5  # beyond the deadline: a session may take a second to say goodbye
@@ -66,6 +67,24 @@ def check_story(story: Story, plan: Plan, happened: Sequence[Happened]) -> Itera
     for number, call in enumerate(story.calls):
         for complaint in _check_call(story.client, call, plan, happened, run):
             yield f"{complaint} (token {number} of {who}, from {call.began:.2f} to {call.ended:.2f})"
+
+
+def check_rows(story: RowsStory, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
+    """P1, P3 and progress of one session of some rows, beside a plain list of what each row was given."""
+    who = f"{story.client.name} with {story.job.batch} rows"
+    given: Tensor | None = None
+    for number, step in enumerate(story.applied):
+        before = step.hidden[:, :0] if given is None else given[:, : step.position]
+        if step.rows is not None:
+            before = before[list(step.rows)]
+        given = torch.cat([before, step.hidden], dim=1)
+        expected = whole_model(given, 0, plan.blocks)[:, step.position :]
+        if step.found is not None and not torch.equal(step.found, expected):
+            yield f"P1: {who}: the answer to step {number} of {len(story.applied)} is not the whole model's"
+            break
+    for number, call in enumerate(story.calls):
+        for complaint in _check_call(story.client, call, plan, happened, Blocks(0, plan.blocks)):
+            yield f"{complaint} (call {number} of {who}, from {call.began:.2f} to {call.ended:.2f})"
 
 
 def _check_call(

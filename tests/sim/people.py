@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -24,11 +25,11 @@ from routing.view.records import Record, State
 from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import PUSH_PROTOCOL
-from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan
+from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan, some_hidden
 from tests.sim import glue
 from tests.sim.directory import Directory, Gossip, numbered
 from tests.sim.network import End, Host, Network
-from tests.sim.plan import ClientPlan, Job, NodePlan
+from tests.sim.plan import VOCABULARY, ClientPlan, Job, NodePlan, RowsJob, RowsStep
 
 EPOCH = 1.7e9  # what wall clocks show at the beginning
 RTTS_ANNOUNCED = 6
@@ -331,6 +332,27 @@ class Story:
         return [call.token for call in self.calls if call.token is not None]
 
 
+@dataclass(slots=True)
+class Applied:
+    """A step of some rows that took place.  found: its answer, None where the client had left by then."""
+
+    position: int
+    rows: tuple[int, ...] | None
+    hidden: Tensor
+    found: Tensor | None
+
+
+@dataclass(slots=True)
+class RowsStory:
+    """One session of some rows: every step that took place, and every call."""
+
+    client: ClientPlan
+    job: RowsJob
+    applied: list[Applied] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    done: bool = False
+
+
 class Client:
     """A client process.  stories: of its generations.  progress: tokens that came, in all."""
 
@@ -342,6 +364,7 @@ class Client:
         self.vanished = False
         self.directory = Directory(self.peer, world.network)
         self.stories: list[Story] = []
+        self.rows_stories: list[RowsStory] = []
         self.conversations: list[Conversation] = []
         self.sessions: list[Session] = []
         self.progress = 0
@@ -374,6 +397,8 @@ class Client:
                 async with trio.open_nursery() as jobs:
                     for job in plan.jobs:
                         jobs.start_soon(self._job, job)
+                    for rows_job in plan.rows_jobs:
+                        jobs.start_soon(self._rows_job, rows_job)
                 self._finish()
 
     def kill(self) -> None:
@@ -417,6 +442,68 @@ class Client:
                     await self._listen(story, aclosing(tokens))
         finally:
             conversation.close()
+
+    async def _rows_job(self, job: RowsJob) -> None:
+        await trio.sleep(job.at)
+        story = RowsStory(self.plan, job)
+        self.rows_stories.append(story)
+        with self._call(story.calls) as opening:
+            longest = sum(step.tokens for step in job.steps)
+            deadline = trio.current_time() + self.plan.give_up_seconds
+            session = await self.swarm.open_chain(max_length=longest, batch=job.batch, deadline=deadline)
+        if opening.error is not None:
+            return
+        self.sessions.append(session)
+        try:
+            for number, step in enumerate(job.steps):
+                position = max(0, session.length - step.back)
+                for begin in range(0, step.tokens, session.max_step_tokens):
+                    part = replace(step, tokens=min(session.max_step_tokens, step.tokens - begin))
+                    if begin:
+                        part = replace(part, rows=None, patience=None)
+                    if not await self._rows_step(story, session, part, position + begin, number):
+                        return
+            story.done = True
+        finally:
+            self.sessions.remove(session)
+            session.close()
+
+    async def _rows_step(
+        self, story: RowsStory, session: Session, step: RowsStep, position: int, seed: int
+    ) -> bool:
+        """Do a step, once more where the client left it or it failed; whether it was done in the end."""
+        hidden = some_hidden(step.tokens, story.job.batch, seed)
+        step_once = partial(session.step, hidden, position, rows=step.rows)
+        if step.patience is not None:
+            with trio.move_on_after(step.patience), suppress(PeerFault, Refused, NoChain):
+                story.applied.append(Applied(position, step.rows, hidden, await step_once()))
+                return True
+            if session.length == position + step.tokens:  # it was answered in the moment of the leave
+                story.applied.append(Applied(position, step.rows, hidden, None))
+                return True
+        for _ in range(3):
+            with self._call(story.calls) as call:
+                story.applied.append(Applied(position, step.rows, hidden, await step_once()))
+                call.token = int(story.applied[-1].found.sum()) % VOCABULARY
+            if call.error is None:
+                return True
+        return False
+
+    @contextmanager
+    def _call(self, calls: list[Call]) -> Iterator[Call]:
+        """A wait of this client."""
+        call = Call(self.plan.name, trio.current_time(), math.inf)
+        calls.append(call)
+        try:
+            yield call
+        except (PeerFault, Refused, NoChain) as error:
+            call.error = error
+            self.world.log(f"{self.plan.name} failed: {type(error).__name__}: {error}")
+        finally:
+            call.ended = trio.current_time()
+        self.progress += 1
+        self.world.network.note(self.plan.name, call.token)
+        self._moved()
 
     async def _sums(self, job: Job, run: Blocks) -> AsyncGenerator[int, None]:
         """The sums of what a session over a run gives for the prompt, and for each position after it."""

@@ -17,6 +17,7 @@ LONG_FAULT, LONGEST_FAULT = 25.0, 100.0
 ROOMY = 100_000  # tokens of a budget that nobody fills
 VOCABULARY = 26
 RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
+ROWS_EVERY = 6  # seeds: one of them has sessions whose rows change their order
 KINDS = (
     "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
     "swizzle", "full", "sick", "lossy", "clock",
@@ -57,6 +58,29 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsStep:
+    """One step of a session of several rows.
+
+    tokens: of each row.  back: positions that it goes back before it.  rows: the order of the rows, if any.
+    patience: the client leaves a first try of it after so many seconds, None: it makes none.
+    """
+
+    tokens: int
+    back: int
+    rows: tuple[int, ...] | None
+    patience: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowsJob:
+    """One session of `batch` rows whose order changes, as a beam search changes it."""
+
+    at: float
+    batch: int
+    steps: tuple[RowsStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ClientPlan:
     """A client and its generations, which run beside each other.  killed: at that time, if at all."""
 
@@ -67,6 +91,7 @@ class ClientPlan:
     give_up_seconds: float
     jobs: tuple[Job, ...]
     killed: float | None
+    rows_jobs: tuple[RowsJob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +139,9 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
     clients = tuple(_client(rng, index) for index in range(rng.choice((1, 1, 2, 2, 3, 4))))
     if seed % RUNS_EVERY == RUNS_EVERY - 1:  # drawn apart: the plans of all other seeds stay as they are
         clients = _with_runs(clients, blocks, random.Random(f"runs {seed}"))
+    if seed % ROWS_EVERY == 1:  # apart, as these
+        rows_jobs = _rows_jobs(random.Random(f"rows {seed}"))
+        clients = (replace(clients[0], rows_jobs=rows_jobs), *clients[1:])
     names = [node.name for node in nodes], [client.name for client in clients]
     count = rng.choice((0, 1, 2, 3, 4, 5, 6, 8))
     faults = tuple(_fault(rng, *names) for _ in range(count))
@@ -193,6 +221,28 @@ def _with_runs(clients: tuple[ClientPlan, ...], blocks: int, rng: random.Random)
         return replace(job, run=run) if rng.random() < 0.5 else job
 
     return tuple(replace(client, jobs=tuple(map(job_with_run, client.jobs))) for client in clients)
+
+
+def _rows_jobs(rng: random.Random) -> tuple[RowsJob, ...]:
+    """Sessions whose rows change their order."""
+    return tuple(_rows_job(rng) for _ in range(rng.choice((1, 1, 2))))
+
+
+def _rows_job(rng: random.Random) -> RowsJob:
+    batch = rng.randint(2, 4)
+    first = RowsStep(rng.choice((1, 3, 20)), 0, None, None)
+    steps = tuple(_rows_step(rng, batch) for _ in range(rng.randint(5, 25)))
+    return RowsJob(rng.uniform(0, 8), batch, (first, *steps))
+
+
+def _rows_step(rng: random.Random, batch: int) -> RowsStep:
+    rows = tuple(rng.randrange(batch) for _ in range(batch))
+    return RowsStep(
+        tokens=rng.choice((1, 1, 1, 1, 3)),
+        back=rng.choice((0, 0, 0, 0, 0, 1, 4)),
+        rows=rng.choice((rows, rows, tuple(rng.sample(range(batch), batch)), None)),
+        patience=rng.uniform(0.01, 1) if rng.random() < 0.1 else None,
+    )
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import trio._core._run as trio_run
 import trio.testing
 
 from tensor_codec.limits import Limits
-from tests.sim.checks import check_idle, check_story
+from tests.sim.checks import check_idle, check_rows, check_story
 from tests.sim.directory import Gossip
 from tests.sim.faults import Injector
 from tests.sim.network import Network
@@ -33,6 +33,7 @@ class Outcome:
     """What came of a seed.  failures: empty if every promise was kept.  trace: of all that was sent.
 
     errors: generations that ended in one.  longest_wait: for a token that came, in seconds.
+    row_steps: of sessions whose rows change their order.
     """
 
     seed: int
@@ -40,6 +41,7 @@ class Outcome:
     trace: int = 0
     frames: int = 0
     tokens: int = 0
+    row_steps: int = 0
     errors: int = 0
     longest_wait: float = 0.0
     virtual_seconds: float = 0.0
@@ -147,4 +149,8 @@ def _judge(plan: Plan, world: World, injector: Injector, outcome: Outcome) -> No
             waits = [call.ended - call.began for call in story.calls if call.token is not None]
             outcome.longest_wait = max(outcome.longest_wait, *waits, 0.0)
             outcome.failures += check_story(story, plan, injector.happened)
+        for rows in client.rows_stories:
+            outcome.row_steps += len(rows.applied)
+            outcome.errors += sum(call.error is not None for call in rows.calls)
+            outcome.failures += check_rows(rows, plan, injector.happened)
     outcome.failures += check_idle(world)

@@ -19,14 +19,28 @@ from client.generation.conversation import Conversation
 from node.network.streams import FramedStream
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
+from node.serving.sessions.state import Compute, ServerSession
 from node.serving.sessions.worker import HopWorker
 from routing.blocks import Blocks
 from tensor_codec.errors import PeerGone
+from tensor_codec.journal import Journal
 from tests.fakes_serving import generated
 from tests.sim.checks import expected_tokens
 from tests.sim.many import open_pool, run_many
 from tests.sim.people import Span
-from tests.sim.plan import ROOMY, RUNS_EVERY, ClientPlan, Fault, Job, NodePlan, Plan, make_plan
+from tests.sim.plan import (
+    ROOMY,
+    ROWS_EVERY,
+    RUNS_EVERY,
+    ClientPlan,
+    Fault,
+    Job,
+    NodePlan,
+    Plan,
+    RowsJob,
+    RowsStep,
+    make_plan,
+)
 from tests.sim.run import Outcome, run_plan, run_seed
 
 SEEDS, A_TIME = 200, 25
@@ -217,6 +231,49 @@ def test_of_two_sides_the_one_with_a_chain_goes_on_and_the_other_when_they_are_o
     assert outcome.longest_wait > 20 if not errors else outcome.longest_wait < 5
 
 
+# Rows that change their order: one client with one session of three rows, and no generation.
+
+ORDERS = ((2, 0, 1), (0, 0, 2), None, (1, 1, 1), (2, 2, 0), (0, 2, 2), (1, 0, 0), None, (2, 2, 2), (1, 2, 0))
+
+
+def rows_plan(*faults: Fault, patience: float | None = None) -> Plan:
+    """A prompt of three positions, then twenty tokens of each row; every third step has been left once."""
+    steps = [RowsStep(3, 0, None, None)]
+    for number, rows in enumerate(ORDERS * 2):
+        steps.append(RowsStep(1, 2 if number % 7 == 6 else 0, rows, patience if number % 3 == 2 else None))
+    plan = plan_of(*faults)
+    (client,) = plan.clients
+    job = RowsJob(at=1.0, batch=3, steps=tuple(steps))
+    return replace(plan, clients=(replace(client, jobs=(), rows_jobs=(job,)),))
+
+
+@pytest.mark.parametrize("patience", [None, 0.02, 0.05])
+@pytest.mark.parametrize("hop", range(3))
+@pytest.mark.parametrize("at", range(1, 11))
+def test_a_server_that_is_killed_at_a_step_that_reorders_rows_loses_and_repeats_no_order(at, hop, patience):
+    fault = Fault("kill", 100.0, 100.0, ("n00",), hit=("c0", at, hop))
+    outcome = run(rows_plan(fault, patience=patience))
+    assert outcome.failures == []
+    assert (outcome.row_steps, outcome.errors) == (21, 0)
+
+
+@pytest.mark.parametrize("kind", ["freeze", "drain", "full", "cut", "unreachable", "slow", "lossy"])
+def test_rows_keep_their_order_through_other_faults(kind):
+    for hop, at in ((0, 3), (1, 5), (2, 8)):
+        who = ("n00", "n10") if kind in ("cut", "unreachable", "lossy") else ("n00",)
+        outcome = run(rows_plan(Fault(kind, 100.0, 20.0, who, 100.0, ("c0", at, hop)), patience=0.05))
+        assert outcome.failures == []
+        assert (outcome.row_steps, outcome.errors) == (21, 0)
+
+
+def test_one_seed_in_six_has_sessions_whose_rows_change_their_order():
+    plans = [make_plan(seed, random.Random(seed)) for seed in range(SEEDS)]
+    assert sum(bool(plan.clients[0].rows_jobs) for plan in plans) == len(range(1, SEEDS, ROWS_EVERY))
+    jobs = [job for plan in plans for client in plan.clients for job in client.rows_jobs]
+    repeats = [step for job in jobs for step in job.steps if step.rows and len(set(step.rows)) < job.batch]
+    assert len(repeats) > 2 * len(jobs)
+
+
 CHURN_NODES, CHURN_MINUTES, GENERATIONS = 20, 10, 60
 
 
@@ -316,6 +373,41 @@ def late() -> Iterator[None]:
 
     with mock.patch.object(Conversation, "logits_after", slowly):
         yield
+
+
+@contextmanager
+def orders_forgotten() -> Iterator[None]:
+    """Journals that send rows again where they stood when they first went out."""
+    read = Journal.read
+    with mock.patch.object(
+        Journal, "read", lambda self, start, stop, before=None: read(self, start, stop, 0)
+    ):
+        yield
+
+
+@contextmanager
+def orders_applied_again() -> Iterator[None]:
+    """A server that orders its rows for every step that it computes, also where they are in that order."""
+    receive = ServerSession.receive
+
+    def forgetful(self, step, what):
+        found = receive(self, step, what)
+        return replace(found, reorder=bool(what.rows)) if isinstance(found, Compute) else found
+
+    with mock.patch.object(ServerSession, "receive", forgetful):
+        yield
+
+
+@pytest.mark.parametrize("bug", [orders_forgotten, orders_applied_again])
+def test_a_bug_with_orders_of_rows_is_found(bug):
+    plans = [
+        rows_plan(Fault("kill", 100.0, 100.0, ("n00",), hit=("c0", at, hop)))
+        for at in range(1, 11)
+        for hop in range(3)
+    ]
+    with bug():
+        failures = [failure for plan in plans for failure in run(plan).failures]
+    assert any(failure.startswith("P1: c0 with 3 rows") for failure in failures), failures
 
 
 def failing_with(error: Exception) -> Callable[[], mock._patch]:

@@ -6,8 +6,9 @@ import mmap
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tensor_codec.errors import LocalProtocolError
 from tensor_codec.journal import Journal, JournalBudget
@@ -196,3 +197,128 @@ def test_a_journal_in_another_codec_takes_the_place_of_the_old_one():
     assert (wider.tokens, budget.held) == (4, 4)
     budget.close(b"a")
     assert budget.held == 0
+
+
+POSITIONS, TOKENS = st.integers(0, 100), st.integers(1, 5) | st.just(70)
+
+
+class JournalAndOrders(RuleBasedStateMachine):
+    """A journal beside a plain list of positions, each a list of its rows, which every order moves.
+
+    An order that was not final is taken back by going on from a copy of the list of before it.
+    """
+
+    BATCH = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.journal = Journal(self.BATCH, self.BATCH * ROW, LENGTH)
+        self.known: list[list[bytes]] = []
+        self.before_order: list[list[bytes]] | None = None  # where the last step's order is not final
+        self.step = 0
+
+    @rule(position=POSITIONS, tokens=TOKENS, order=st.none() | st.permutations([0, 1, 2]))
+    def step_with_a_permutation(self, position, tokens, order) -> None:
+        self._go_on(position, tokens, order)
+
+    @rule(position=POSITIONS, tokens=TOKENS, order=st.tuples(*[st.integers(0, 2)] * 3))
+    def step_that_repeats_rows(self, position, tokens, order) -> None:
+        self._go_on(position, tokens, order)
+
+    def _go_on(self, position: int, tokens: int, order) -> None:
+        position = min(position, len(self.known))
+        tokens = min(tokens, LENGTH - position)
+        del self.known[position:]
+        self.journal.cut(position)
+        self.before_order = None
+        if order is not None:
+            self.before_order = [list(rows) for rows in self.known]
+            self.known = [[rows[row] for row in order] for rows in self.known]
+            self.journal.reorder(position, self.step, tuple(order))
+        put = body(self.BATCH, position, tokens, self.step)
+        rows = [put[at : at + ROW] for at in range(0, len(put), ROW)]
+        self.known += [rows[token::tokens] for token in range(tokens)]
+        self.journal.append(position, tokens, put)
+        self.step += 1
+
+    @rule(length=POSITIONS)
+    def cut(self, length: int) -> None:
+        del self.known[length:]
+        self.journal.cut(length)
+        self.before_order = None
+
+    @rule(tokens=st.integers(1, 5))
+    def drop(self, tokens: int) -> None:
+        if len(self.known) > 64:
+            self.journal.drop(tokens)
+
+    @precondition(lambda self: self.before_order is not None)
+    @rule()
+    def the_last_step_is_given_up(self) -> None:
+        assert self.before_order is not None
+        self.journal.take_back_orders(self.step - 1)
+        self.known, self.before_order = self.before_order, None
+        self.journal.cut(len(self.known))
+
+    @precondition(lambda self: self.journal.tokens)
+    @rule()
+    def it_is_written_anew_in_another_codec(self) -> None:
+        old = self.journal
+        self.journal = Journal(self.BATCH, self.BATCH * ROW, LENGTH)
+        for start, stop, _ in old.parts(old.start, old.stop, 7):
+            self.journal.append(start, stop - start, old.read(start, stop, before=0))
+        self.journal.adopt_orders(old)
+
+    @invariant()
+    def each_row_is_read_where_the_orders_have_put_it(self) -> None:
+        start, stop = self.journal.start, self.journal.stop
+        assert stop == len(self.known)
+        for first in range(start, stop, 7):
+            last = min(first + 7, stop)
+            assert bytes(self.journal.read(first, last)) == flat(self.known[first:last])
+        if self.before_order and start < len(self.before_order):
+            found = self.journal.read(start, len(self.before_order), before=self.step - 1)
+            assert bytes(found) == flat(self.before_order[start:])
+
+    @invariant()
+    def there_are_no_more_orders_than_positions_and_one(self) -> None:
+        journal = self.journal
+        positions, orders = journal.stop - journal.start, len(journal.orders)
+        assert orders <= positions + 1
+        assert journal.tokens == 3 * positions + journal.order_tokens * orders
+
+
+def flat(positions: list[list[bytes]]) -> bytes:
+    """[positions][rows] as [rows, positions]."""
+    return b"".join(rows[row] for row in range(len(positions[0])) for rows in positions)
+
+
+TestJournalAndOrders = JournalAndOrders.TestCase
+TestJournalAndOrders.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_orders_of_rows_are_counted_and_end_with_their_positions():
+    budget = JournalBudget(1000)
+    journal = budget.open(b"s", 2, 2 * ROW, LENGTH)
+    assert journal.order_tokens == 11, "260 bytes, where a token has 24"
+    for step in range(20):
+        budget.append(journal, step, 1, body(2, step, 1))
+        budget.reorder(journal, step + 1, step, (1, 0))
+    assert budget.held == journal.tokens == 20 * 2 + 20 * 11
+    budget.append(journal, 5, 1, body(2, 5, 1))
+    assert budget.held == journal.tokens == 6 * 2 + 5 * 11
+    budget.cut(journal, 0)
+    assert budget.held == 0
+    for step in range(100):
+        budget.reorder(journal, 0, step, (1, 0))
+    assert (budget.held, journal.orders) == (0, [])
+
+
+def test_orders_beyond_the_budget_drop_positions_as_rows_do():
+    budget = JournalBudget(100)
+    journal = budget.open(b"s", 2, 2 * ROW, LENGTH)
+    for step in range(40):
+        budget.append(journal, step, 1, body(2, step, 1))
+        budget.reorder(journal, step + 1, step, (0, 0))
+        assert budget.held <= 100
+    assert journal.start > 0

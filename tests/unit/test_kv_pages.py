@@ -8,10 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from node.model.blocks import kv_pages
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, CannotCut, PagePool, SpanCache
 from tensor_codec.errors import LocalProtocolError
 
 SHAPE = BlockShape(2, 3, 1, 4)
+
+
+class NoState:
+    """What stands for the states of a convolution.  orders: that its rows were given."""
+
+    def __init__(self) -> None:
+        self.orders: list[list[int]] = []
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.orders.append(beam_idx.tolist())
 
 
 def arena_of(tokens: int, max_length: int = 2048) -> PagePool:
@@ -90,7 +101,7 @@ def test_a_cut_gives_whole_pages_back_and_a_length_that_was_not_reached_is_refus
     for length in (34, -1):
         with pytest.raises(ValueError, match=f"cannot cut a cache of 33 tokens to {length}"):
             cache.cut(length)
-    cache.states[6] = object()
+    cache.states[6] = NoState()
     with pytest.raises(CannotCut, match="from 33 to 5"):
         cache.cut(5)
     cache.cut(0)
@@ -192,3 +203,88 @@ def test_a_page_that_held_nan_is_zero_for_its_next_owner():
     two.reserve(3)
     slots = pool.slots(two.rows, PAGE_TOKENS)[0]
     assert not any(store[slots].any() for store in (*pool.keys, *pool.values))
+
+
+# Rows that change their order
+
+BATCHES = st.integers(1, 6)
+
+
+def filled(batch: int, length: int, seed: int = 0) -> SpanCache:
+    """A cache of random keys and values, between other sessions' pages, with states of a convolution."""
+    pool = arena_of((batch + 2) * 512)
+    other = pool.open(1, 512)
+    cache = pool.open(batch, 512)
+    for reached in range(1, length + 1, 16):
+        cache.reserve(reached)
+        other.reserve(reached)
+    cache.reserve(length)
+    generator = torch.Generator().manual_seed(seed)
+    for store in (*pool.keys, *pool.values):
+        store.copy_(torch.randn(store.shape, generator=generator))
+    cache.length = length
+    cache.states[6] = NoState()
+    return cache
+
+
+def contents(cache: SpanCache) -> list[torch.Tensor]:
+    """What each block holds of each row: [batch, length, heads, head_dim]."""
+    slots = torch.from_numpy(cache.pool.slots(cache.rows, cache.length))
+    return [store[slots] for store in (*cache.pool.keys, *cache.pool.values) if store.numel()]
+
+
+@given(st.integers(1, 100), BATCHES, st.data())
+def test_rows_become_the_rows_that_an_order_names(length, batch, data):
+    cache = filled(batch, length)
+    pool, own = cache.pool, set(cache.rows.tolist())
+    for _ in range(2):
+        order = data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch))
+        expected = [each.index_select(0, torch.tensor(order)) for each in contents(cache)]
+        stores = [store.clone() for store in (*pool.keys, *pool.values)]
+        pages = pool.table(cache.rows, cache.pages)
+        cache.select(order)
+        assert all(map(torch.equal, contents(cache), expected))
+        assert set(cache.rows.tolist()) == own
+        foreign = [page for page in range(pool.pages + 1) if page not in pages]
+        slots = [page * PAGE_TOKENS + at for page in foreign for at in range(PAGE_TOKENS)]
+        now = (*pool.keys, *pool.values)
+        assert all(
+            torch.equal(store[slots], old[slots])
+            for store, old in zip(now, stores, strict=True)
+            if store.numel()
+        )
+        state = cache.states[6]
+        assert isinstance(state, NoState)
+        assert state.orders[-1] == order
+
+
+@given(st.permutations(range(5)), st.integers(0, 60))
+def test_a_permutation_of_rows_copies_no_page(order, length):
+    cache = filled(5, length)
+    stores = [store.clone() for store in (*cache.pool.keys, *cache.pool.values)]
+    expected = [each.index_select(0, torch.tensor(order)) for each in contents(cache)]
+    cache.select(order)
+    assert all(map(torch.equal, (*cache.pool.keys, *cache.pool.values), stores))
+    assert all(map(torch.equal, contents(cache), expected))
+
+
+def test_rows_that_are_copied_keep_the_number_of_pages_and_grow_apart():
+    cache = filled(3, 40)
+    free = cache.pool.free_tokens
+    cache.select([2, 2, 2])
+    assert cache.pool.free_tokens == free
+    cache.reserve(48)
+    slots = cache.pool.slots(cache.rows, 48)
+    assert len(set(slots.ravel().tolist())) == 3 * 48
+    cache.states.clear()
+    cache.cut(10)
+    cache.close()
+    assert cache.pool.free_tokens == 5 * 512 - 3 * PAGE_TOKENS, "but the other session's"
+
+
+def test_many_pages_are_copied_in_parts(monkeypatch):
+    monkeypatch.setattr(kv_pages, "COPIED_PAGES", 3)
+    cache = filled(4, 100)
+    expected = [each.index_select(0, torch.tensor([1, 1, 1, 0])) for each in contents(cache)]
+    cache.select([1, 1, 1, 0])
+    assert all(map(torch.equal, contents(cache), expected))

@@ -76,6 +76,7 @@ from tensor_codec.messages.session import (
     encode_where,
     read_step,
 )
+from tensor_codec.row_order import MAX_ORDERED_ROWS
 from tensor_codec.span_spec import SpanSpec
 
 ID = bytes(range(16))
@@ -237,6 +238,45 @@ def test_a_step_comes_back_as_it_was(number, position, tokens, reply, times, rop
     found = decode_from_client(joined(encode_step(message)), CONTRACT)
     assert isinstance(found, Step)
     assert replace(found, body=bytes(found.body)) == message
+
+
+@given(numbers, st.tuples(st.integers(0, 1), st.integers(0, 1)))
+def test_an_order_of_rows_comes_back_as_it_was(number, rows):
+    message = Step(ID, number, 4, "last", bytes(ROW), rows=rows)
+    found = decode_from_client(joined(encode_step(message)), CONTRACT)
+    assert isinstance(found, Step)
+    assert found.rows == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"w": b"\0\0"}, "w is b'.*', 4 bytes are allowed"),
+        ({"w": bytes(6)}, "w is b'.*', 4 bytes are allowed"),
+        ({"w": b"\0\0\0\2"}, "row 2 in an order of rows, 0..1 are allowed"),
+        ({"w": b"\1\0\0\1"}, "row 256 in an order of rows"),
+        ({"w": [0, 1]}, r"w is \[0, 1\], 4 bytes are allowed"),
+        ({"w": None}, "w is None, 4 bytes are allowed"),
+        ({"w": bytes(4), "r": 3}, "a part of a replay with an order of rows"),
+    ],
+)
+def test_an_order_of_rows_that_cannot_be_is_refused(changes, why):
+    header = {"k": "step", "s": ID, "n": 1, "p": 4, "r": 0}
+    with pytest.raises(MessageError, match=why):
+        decode_from_client(pack_header(header | changes) + bytes(ROW), CONTRACT)
+
+
+def test_an_order_of_more_rows_than_a_header_takes_is_refused():
+    for rows in (MAX_ORDERED_ROWS, MAX_ORDERED_ROWS + 1):
+        contract = replace(CONTRACT, batch=rows)
+        step = Step(
+            ID, 1, 4, "last", bytes(contract.row_bytes), ((1 << 32, 1 << 32),) * MAX_HOPS, rows=(0,) * rows
+        )
+        if rows == MAX_ORDERED_ROWS:
+            assert decode_from_client(joined(encode_step(step)), contract).rows == step.rows
+        else:
+            with pytest.raises(MessageError, match="an order of 1025 rows, 1024 at most are allowed"):
+                decode_from_client(joined(encode_step(step)), contract)
 
 
 @given(numbers, st.integers(0, 10), st.integers(0, 6), timings, st.integers(0, 10))

@@ -45,7 +45,7 @@ ROW = bytes(CONTRACT.row_bytes)
 SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
 RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1)
 PROMPTS = ROW + ROW  # of two blocks
-STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9)
+STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9, (0,))
 INFO = info.PeerInfo(
     "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0"
 )
@@ -82,14 +82,14 @@ def request(frame: bytes) -> object:
 
 KINDS = {
     "open": Kind(session.encode_open(OPEN), session.decode_open),
-    "opened": Kind(session.encode_opened(session.Opened(True, True, 1.5)), session.decode_open_reply),
+    "opened": Kind(session.encode_opened(session.Opened(True, True, 1.5, True)), session.decode_open_reply),
     "step": Kind(session.encode_step(STEP), from_client),
     "result": Kind(session.encode_result(session.Result(3, 5, ROW, ((1, 2),), 1, True, 9)), from_hop),
     "failed": Kind(fields.encode_failed(fields.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
     "close": Kind(session.encode_close(), from_client),
     "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32")), from_client),
-    "relinked": Kind(session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32")), from_hop),
-    "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5)), from_client),
+    "relinked": Kind(session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32", 4)), from_hop),
+    "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5, 4)), from_client),
     "where": Kind(session.encode_where(), from_client),
     "here": Kind(session.encode_here(session.Here(5, 1, 3)), from_hop),
     "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW, PROMPTS)), request),

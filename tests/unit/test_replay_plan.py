@@ -6,10 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.session.repair.replay_plan import HopOrder, HopProgress, Sent, plan
+from client.session.repair.replay_plan import HopOrder, HopProgress, ResumePoint, Sent
+from client.session.repair.replay_plan import plan as plan_of
 from tensor_codec.messages.contract import StepRange
 
 NEW = HopProgress()
+
+
+def plan(standings, position, under_way, again=(), *, step=0, ordered=-1):
+    return plan_of(standings, ResumePoint(position, under_way, again, step, ordered))
 
 
 def at(length: int, kept: int = 0, step: int | None = 9, *, cut: bool = True) -> HopProgress:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from client.session.repair.replay_plan import HopProgress, Sent, plan
+from client.session.steps import StepSource
 from node.serving.sessions.state import Compute, Repeat, ServerSession, State
 from tensor_codec.errors import LocalProtocolError, RemoteProtocolError
 from tensor_codec.messages.contract import StepRange
+from tensor_codec.messages.session import Result
 
 MOST = 12
 
@@ -337,3 +341,267 @@ class SessionOverABadLink(RuleBasedStateMachine):
 
 TestSessionOverABadLink = SessionOverABadLink.TestCase
 TestSessionOverABadLink.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+
+
+# Orders of rows
+
+
+def ordering(position: int, tokens: int, *rows: int) -> StepRange:
+    return StepRange(position, tokens, rows=rows)
+
+
+def reordered(session: ServerSession, step: int, what: StepRange) -> Compute:
+    """Receive a step whose order is applied, and go no further."""
+    decision = session.receive(step, what)
+    assert isinstance(decision, Compute)
+    assert decision.reorder
+    session.reordered(decision)
+    return decision
+
+
+def filled() -> ServerSession:
+    """Six positions of two rows, from steps without an order."""
+    session = ServerSession(MOST)
+    applied(session, 0, 0, 4)
+    applied(session, 1, 4, 2)
+    return session
+
+
+def test_the_order_of_a_step_is_applied_once_also_where_the_step_was_refused_and_comes_again():
+    session, what = filled(), ordering(6, 1, 1, 1)
+    session.dropped(reordered(session, 2, what))
+    again = session.receive(2, what)
+    assert again == Compute(2, what, None, reorder=False)
+    session.computed(again)
+    assert session.receive(2, what) == Repeat(2)
+    assert reordered(session, 3, ordering(7, 1, 1, 0)).reorder
+
+
+def test_a_step_that_was_refused_before_its_order_was_applied_has_it_applied_when_it_comes_again():
+    session, what = filled(), ordering(5, 1, 1, 1)
+    decision = session.receive(2, what)
+    assert isinstance(decision, Compute)
+    session.dropped(decision)
+    assert reordered(session, 2, what).cut is None
+
+
+def test_the_order_of_a_step_is_not_applied_again_when_a_resume_forgot_its_answer():
+    session, what = filled(), ordering(6, 1, 1, 1)
+    session.computed(reordered(session, 2, what))
+    session.resume(6, step=2)
+    again = session.receive(2, what)
+    assert again == Compute(2, what, None, reorder=False)
+    session.computed(again)
+    assert session.orders == 3
+
+
+def test_a_cache_that_begins_again_has_the_orders_before_the_step_that_comes_next():
+    session, what = filled(), ordering(6, 1, 1, 1)
+    session.computed(reordered(session, 2, what))
+    session.resume(0, step=2)
+    assert session.orders == 2
+    session.computed(session.replay(StepRange(0, 6)))
+    assert reordered(session, 2, what).reorder
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        (2, ordering(6, 1, 0, 0)),  # another order
+        (2, StepRange(6, 1)),  # no order
+        (2, ordering(5, 1, 1, 1)),  # another position
+        (1, StepRange(4, 2, "last")),  # a step before it
+    ],
+)
+def test_after_an_order_was_applied_its_step_comes_with_it_or_not_at_all(step, what):
+    session = filled()
+    session.dropped(reordered(session, 2, ordering(6, 1, 1, 1)))
+    with pytest.raises(RemoteProtocolError):
+        session.receive(step, what)
+
+
+def test_a_retry_with_another_order_is_no_retry():
+    session, what = filled(), ordering(6, 1, 1, 1)
+    session.computed(reordered(session, 2, what))
+    with pytest.raises(RemoteProtocolError, match="step 2"):
+        session.receive(2, ordering(6, 1, 0, 1))
+
+
+@pytest.mark.parametrize(("length", "step"), [(6, 1), (5, 2), (1, 2)])
+def test_a_resume_cannot_go_back_behind_an_order_but_to_the_beginning(length, step):
+    session = filled()
+    session.computed(reordered(session, 2, ordering(6, 1, 1, 1)))
+    with pytest.raises(
+        RemoteProtocolError, match="rows of the cache were reordered over 6 positions by step 2"
+    ):
+        session.resume(length, step)
+
+
+def test_a_resume_cuts_below_an_order_that_stays():
+    session = filled()
+    session.computed(reordered(session, 2, ordering(6, 1, 1, 1)))
+    session.resume(3, step=3)
+    assert (session.length, session.orders) == (3, 3)
+
+
+def test_an_order_that_nobody_asked_for_is_our_own_bug():
+    session = filled()
+    decision = session.receive(2, StepRange(6, 1))
+    assert isinstance(decision, Compute)
+    with pytest.raises(LocalProtocolError, match="without a request"):
+        session.reordered(decision)
+
+
+class Hop:
+    """A hop whose cache is a list of names for each row, and the steps on their way to it."""
+
+    def __init__(self) -> None:
+        self.session = ServerSession(10**6)
+        self.rows: list[list[str]] = [[], [], []]
+        self.link: deque[Sent] = deque()
+
+
+def rows_after(rows: list[list[str]], one: Sent) -> list[list[str]]:
+    """What a step makes of rows: it cuts, orders, and adds names that no other step adds."""
+    order = one.what.rows or range(len(rows))
+    names = [f"{one.step}.{offset}" for offset in range(one.what.tokens)]
+    kept = [rows[row][: one.what.position] for row in order]
+    return [row + [f"{name} {index}" for name in names] for index, row in enumerate(kept)]
+
+
+class RowsOverARoute:
+    """A client whose steps order rows, and hops that refuse, die and are replaced, each step in its own time.
+
+    The client decides with its own code (`StepSource`, `plan`).  Whatever happens, the rows of a hop that has
+    computed a step are what all steps before it make of them, each order once.
+    happened: how often each way of a step at a hop was gone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.hops = [Hop() for _ in range(3)]
+        self.steps = StepSource()
+        self.taken: list[list[str]] = [[], [], []]  # by the answers that were collected
+        self.answers: set[int] = set()
+        self.broken = False
+        self.happened: Counter[str] = Counter()
+
+    def run(self, events: int) -> None:
+        """Have so many things happen."""
+        often = [self.hop_takes_a_step, self.answer_arrives, self.client_collects, self.client_steps]
+        what = [*often * 10, *[self.route_changes] * 2, self.client_gives_up]
+        for _ in range(events):
+            self.route_changes() if self.broken else self.random.choice(what)()
+
+    def wanted(self, before: int) -> list[list[str]]:
+        """The rows after all steps below this number that were not given up."""
+        rows = [row[: self.steps.length] for row in self.taken]
+        for pending in self.steps.pending.values():
+            if pending.step < before:
+                rows = rows_after(rows, Sent(pending.step, pending.what))
+        return rows
+
+    def client_steps(self) -> None:
+        if self.broken or len(self.steps.pending) >= 3:
+            return
+        length = len(self.wanted(10**6)[0])
+        position = length if self.steps.pending else max(0, length - self.random.choice((0, 0, 0, 1, 3)))
+        orders = self.random.random() < 0.7 and position and not self.steps.pending
+        rows = tuple(self.random.randrange(3) for _ in range(3)) if orders else ()
+        self.steps.go_back(position)
+        what = StepRange(position, self.random.randint(1, 3), rows=rows)
+        pending = self.steps.add(what, b"", False, 0.0)
+        self.hops[0].link.append(Sent(pending.step, pending.what))
+
+    def hop_takes_a_step(self) -> None:
+        busy = [at for at, hop in enumerate(self.hops) if hop.link]
+        if not busy:
+            return
+        at = self.random.choice(busy)
+        hop = self.hops[at]
+        one = hop.link.popleft()
+        decision = hop.session.receive(one.step, one.what)
+        if isinstance(decision, Compute):
+            if not self._is_computed(hop, one, decision):
+                self.broken = True
+                for other in self.hops:
+                    other.link.clear()
+                return
+            if one.step in self.steps.pending:
+                assert hop.rows == self.wanted(one.step + 1)
+        if at + 1 < len(self.hops):
+            self.hops[at + 1].link.append(one)
+        else:
+            self.answers.add(one.step)
+
+    def _is_computed(self, hop: Hop, one: Sent, decision: Compute) -> bool:
+        hop.rows = [row[: one.what.position] for row in hop.rows]
+        if self.random.random() < 0.05:
+            hop.session.dropped(decision)
+            return False
+        self.happened["an order that was there already"] += bool(one.what.rows) and not decision.reorder
+        if decision.reorder:
+            hop.session.reordered(decision)
+            hop.rows = [list(hop.rows[row]) for row in one.what.rows]
+            if self.random.random() < 0.1:
+                hop.session.dropped(decision)
+                return False
+        hop.session.computed(decision)
+        hop.rows = rows_after(hop.rows, Sent(one.step, replace(one.what, rows=())))
+        return True
+
+    def answer_arrives(self) -> None:
+        waiting = [each for each in self.steps.pending.values() if each.result is None]
+        if waiting and waiting[0].step in self.answers:
+            waiting[0].deliver(Result(waiting[0].step, waiting[0].what.position, b""))
+
+    def client_collects(self) -> None:
+        pending = next(iter(self.steps.pending.values()), None)
+        if pending is not None and pending.result is not None:
+            self.taken = self.wanted(pending.step + 1)
+            self.steps.collected(pending)
+
+    def client_gives_up(self) -> None:
+        self.broken |= self.steps.give_up()
+
+    def _progress(self, session: ServerSession) -> HopProgress:
+        kept = self.random.choice((0, 0, session.length // 2, session.length))
+        last = session.last[0] if session.last is not None else None
+        return HopProgress(session.length, kept, last, True, session.orders)
+
+    def route_changes(self) -> None:
+        """Some hops are replaced, and all are told how to resume, unless the change is disturbed."""
+        for hop in self.hops:
+            hop.link.clear()
+        self.hops = [Hop() if self.random.random() < 0.2 else hop for hop in self.hops]
+        told = self.random.choice((0, 1, 2, 3, 3, 3, 3))
+        point = self.steps.resume_point()
+        progress = [self._progress(hop.session) for hop in self.hops]
+        wanted = self.wanted(point.step)
+        for hop, order in list(zip(self.hops, plan(progress, point).orders, strict=True))[:told]:
+            self.happened["a cache that begins again"] += hop.session.length > 0 == order.length
+            hop.session.resume(order.length, point.step)
+            hop.rows = [row[: order.length] for row in hop.rows]
+            while hop.session.length < point.position:  # a replay, in parts
+                start = hop.session.length
+                stop = self.random.randint(start + 1, point.position)
+                part = hop.session.replay(StepRange(start, stop - start))
+                hop.rows = [row + wanted[index][start:stop] for index, row in enumerate(hop.rows)]
+                hop.session.computed(part)
+                if told < len(self.hops) and self.random.random() < 0.5:
+                    break  # disturbed in the middle
+            if hop.session.orders <= point.step:
+                got = min(hop.session.length, point.position)
+                assert [row[:got] for row in hop.rows] == [row[:got] for row in wanted]
+        self.broken = told < len(self.hops)
+        if not self.broken:
+            self.hops[0].link.extend(Sent(each.step, each.what) for each in self.steps.again)
+
+
+def test_orders_of_rows_are_applied_once_whatever_happens_to_the_hops():
+    happened: Counter[str] = Counter()
+    for seed in range(300):
+        route = RowsOverARoute(seed)
+        route.run(200)
+        happened += route.happened
+    assert min(happened["an order that was there already"], happened["a cache that begins again"]) > 50

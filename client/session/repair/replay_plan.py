@@ -12,6 +12,11 @@ Three cases besides the plain one (one hop died, and the hop before it replays):
 * a sender's journal does not reach back far enough: it is cut to its successor's positions, and the hop
   before it feeds it; the client, which has all inputs, feeds the first hop;
 * a model whose cache cannot go back (a convolution's state): a hop beyond the position begins again.
+
+Where rows are reordered, a replay brings them in the order before the first step that comes again.  A cache
+whose rows are in another order, which cannot be undone, begins again: one that lacks an order, and one that
+has the order of a step that nobody waits for any more.  The order of the step that comes again may be in a
+whole cache already: it is not applied twice.
 """
 
 from __future__ import annotations
@@ -24,12 +29,16 @@ from tensor_codec.messages.contract import StepRange
 
 @dataclass(frozen=True, slots=True)
 class HopProgress:
-    """The progress of a hop: see `tensor_codec.messages.session.Relinked`."""
+    """The progress of a hop: see `tensor_codec.messages.session.Relinked`.
+
+    orders: None where the hop cannot reorder rows.
+    """
 
     length: int = 0
     kept: int = 0
     step: int | None = None
     cut: bool = True
+    orders: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,23 @@ class Sent:
 
     step: int
     what: StepRange
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """The position from which a new route resumes.
+
+    position: of the first step that will be sent again, or the session's length.
+    sent: steps without an answer, oldest first.  again: the numbers of those that will be sent again.
+    step: the first step that comes after the replay.  ordered: the last one before it that reordered rows,
+    -1 if none did.
+    """
+
+    position: int
+    sent: Sequence[Sent]
+    again: Sequence[int] = ()
+    step: int = 0
+    ordered: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +92,21 @@ class Plan:
         )
 
 
-def plan(
-    standings: Sequence[HopProgress], position: int, sent: Sequence[Sent], again: Sequence[int] = ()
-) -> Plan:
-    """The plan that brings all hops to `position` with the least work.
-
-    position: of the first step that is sent again, or the session's length where there is none.
-    sent: steps without an answer, oldest first.  again: the numbers of the steps that will be sent again.
+def plan(standings: Sequence[HopProgress], point: ResumePoint) -> Plan:
+    """The plan that brings all hops to a point with the least work.
 
     A hop that has computed the only step that comes again, and nothing after it, keeps it: it answers
     from memory.
     """
-    ahead = [_is_ahead(standing, sent, again) for standing in standings]
+    ahead = [_is_ahead(standing, point) for standing in standings]
     held = [
-        _good(standing, position, sent) if one_on else _back_to(standing, _good(standing, position, sent))
+        _good(standing, point) if one_on else _back_to(standing, _good(standing, point), point)
         for standing, one_on in zip(standings, ahead, strict=True)
     ]
     for index in reversed(range(len(standings) - 1)):
         following = held[index + 1]
         if following < held[index] and standings[index].kept > following:
-            held[index], ahead[index] = _back_to(standings[index], following), False
+            held[index], ahead[index] = _back_to(standings[index], following, point), False
     has = [*held[1:], 0]
     orders = [
         HopOrder(
@@ -98,24 +119,35 @@ def plan(
     return Plan(tuple(orders), held[0])
 
 
-def _good(standing: HopProgress, position: int, sent: Sequence[Sent]) -> int:
-    """The number of valid positions of a hop's cache, up to `position`."""
-    good = min(standing.length, position)
-    for one in sent:
+def _good(standing: HopProgress, point: ResumePoint) -> int:
+    """The number of valid positions of a hop's cache, up to the point."""
+    good = min(standing.length, point.position)
+    for one in point.sent:
         if standing.step is None or one.step > standing.step:
             good = min(good, one.what.position)  # a step that the hop has not seen would have cut there
-    return good
+    return good if _are_rows_in_place(standing, good, point) else 0
 
 
-def _is_ahead(standing: HopProgress, sent: Sequence[Sent], again: Sequence[int]) -> bool:
+def _is_ahead(standing: HopProgress, point: ResumePoint) -> bool:
     """Whether the one step that comes again is the last computed step of this hop."""
-    if len(again) != 1:
+    if len(point.again) != 1:
         return False
-    (number,) = again
-    what = next(one.what for one in sent if one.step == number)
+    (number,) = point.again
+    what = next(one.what for one in point.sent if one.step == number)
     return standing.step == number and standing.length == what.position + what.tokens
 
 
-def _back_to(standing: HopProgress, length: int) -> int:
+def _back_to(standing: HopProgress, length: int, point: ResumePoint) -> int:
     """The length that a hop can go back to."""
+    if not _are_rows_in_place(standing, length, point):
+        return 0
     return length if standing.cut or length == standing.length else 0
+
+
+def _are_rows_in_place(standing: HopProgress, length: int, point: ResumePoint) -> bool:
+    """Whether the rows of `length` positions of a hop's cache are in the order that a replay continues."""
+    orders = standing.orders or 0
+    if orders <= point.ordered:
+        return False  # it lacks an order
+    early = [one for one in point.sent if point.step <= one.step < orders and one.what.rows]
+    return all(one.step in point.again and length == one.what.position for one in early)

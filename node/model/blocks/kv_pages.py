@@ -21,6 +21,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from tensor_codec.errors import LocalProtocolError, Refused
 from tensor_codec.memory import set_aside
 
 PAGE_TOKENS = 16
+COPIED_PAGES = 1024  # at a time, of one block: their copy on its way takes memory beside the stores
 
 
 class CannotCut(Refused):
@@ -52,6 +54,13 @@ class BlockShape:
     def values(self) -> int:
         """Numbers for each position."""
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+class RowStates(Protocol):
+    """A convolution's states of a session's rows, as the library keeps them."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
 
 
 class PagePool:
@@ -194,6 +203,15 @@ class PagePool:
             if not first:
                 self._pages[row] = np.empty(0, np.int64)
 
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Copy the pages `sources`, [n], to the pages `targets`, [n], none of which is a source."""
+        for first in range(0, len(sources), COPIED_PAGES):
+            part = slice(first, first + COPIED_PAGES)
+            given, taken = (torch.from_numpy(each[part]).to(self.device) for each in (sources, targets))
+            for store in self._stores:
+                pages = store.view(-1, self.page_tokens, *store.shape[1:])
+                pages.index_copy_(0, taken, pages.index_select(0, given))
+
     def close_rows(self, rows: NDArray[np.int64]) -> None:
         """Let rows without pages be used again."""
         with self._opening:
@@ -225,7 +243,7 @@ class SpanCache:
     max_length: int
     length: int = 0
     pages: int = 0  # of each row
-    states: dict[int, object] = field(default_factory=dict)  # of convolutions, by block
+    states: dict[int, RowStates] = field(default_factory=dict)  # of convolutions, by block
     closed: bool = False
 
     @property
@@ -273,6 +291,26 @@ class SpanCache:
             self.states.clear()
         self.length = length
         self._keep(-(-length // self.pool.page_tokens))
+
+    def select(self, order: Sequence[int]) -> None:
+        """Row i becomes what row order[i] was, over all positions.  order: [batch], each below batch.
+
+        A row that is named goes to its place without a copy.  Named again, it is copied into the pages of a
+        row that is not named: the number of pages stays the same.
+        """
+        named = np.array(order, np.int64)
+        first = np.zeros(self.batch, bool)  # whether a place takes its row itself
+        first[np.unique(named, return_index=True)[1]] = True
+        rows = self.rows[named]
+        rows[~first] = np.delete(self.rows, named)
+        filled = -(-self.length // self.pool.page_tokens)
+        if filled and not first.all():
+            sources, targets = self.rows[named[~first]], rows[~first]
+            self.pool.copy(*(self.pool.table(each, filled).ravel() for each in (sources, targets)))
+        self.rows = rows
+        index = torch.from_numpy(named)
+        for state in self.states.values():
+            state.reorder_cache(index)
 
     def close(self) -> None:
         """Give everything back."""

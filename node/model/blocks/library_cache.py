@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from node.model.blocks.kv_pages import BlockShape, PagePool
+from node.model.blocks.kv_pages import BlockShape, PagePool, RowStates
 
 
 class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not typed
@@ -51,7 +51,7 @@ class ArenaRun(_FullAttention):
         rows: NDArray[np.int64],
         write: NDArray[np.int64],
         length: int,
-        states: dict[int, object] | None = None,
+        states: dict[int, RowStates] | None = None,
     ) -> None:
         """write: slots of the new positions, [rows, tokens].  length: positions to read.
 

@@ -40,6 +40,9 @@ class SessionCache(StepCache, Protocol):
     def cut(self, length: int) -> None:
         """Forget the positions from `length` on.  Raises CannotCut."""
 
+    def select(self, order: Sequence[int]) -> None:
+        """Row i becomes what row order[i] was."""
+
     def close(self) -> None:
         """Give everything back."""
 

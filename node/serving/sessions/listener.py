@@ -50,6 +50,7 @@ from tensor_codec.messages.session import (
     step_epoch,
     step_session,
 )
+from tensor_codec.row_order import MAX_ORDERED_ROWS
 
 
 class CachePool(Protocol):
@@ -280,7 +281,8 @@ class Listener:
         worker = self._worker(hop)
         try:
             push = await worker.connect_successor()
-            await hop.stream.send(encode_opened(Opened(push, hop.state.can_cut, self.engine.queue)))
+            rows = 1 < hop.contract.batch <= MAX_ORDERED_ROWS
+            await hop.stream.send(encode_opened(Opened(push, hop.state.can_cut, self.engine.queue, rows)))
             await worker.run()
         finally:
             hop.inbox.close()

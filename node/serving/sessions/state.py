@@ -30,12 +30,14 @@ class State(enum.Enum):
 class Compute:
     """Run the step.  cut: set the cache to this length first, or None where it fits already.
 
-    step: None for a part of a replay.
+    step: None for a part of a replay.  reorder: order the rows by `what.rows` after the cut; else they stand
+    in that order already.
     """
 
     step: int | None
     what: StepRange
     cut: int | None
+    reorder: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,11 @@ class ServerSession:
       * the cached length never exceeds max_length, and has no holes;
       * the length advances only with the answer: a cancelled step leaves no trace;
       * a replay continues the cache and nothing else: no hole, no overlap;
+      * a step's order of rows is applied at most once, and a cut after it never mixes two orders;
       * after an error every later call raises RemoteProtocolError.
+
+    orders: the cache has the orders of rows of all steps below this number, and of no other step.
+    ordered: the last step whose order was applied to it.
     """
 
     max_length: int
@@ -62,6 +68,8 @@ class ServerSession:
     length: int = 0
     last: tuple[int, StepRange] | None = None
     state: State = State.OPEN
+    orders: int = 0
+    ordered: tuple[int, StepRange] | None = None
 
     def receive(self, step: int, what: StepRange) -> Compute | Repeat:
         """Decide about a step.  Raises RemoteProtocolError."""
@@ -73,6 +81,8 @@ class ServerSession:
             return Repeat(step)
         if self.last is not None and step <= self.last[0]:
             self._fail(f"step {step} ({what}) after step {self.last[0]} ({self.last[1]})")
+        if self.ordered is not None and step <= self.ordered[0] and (step, what) != self.ordered:
+            self._fail(f"step {step} ({what}) after the order of step {self.ordered[0]} ({self.ordered[1]})")
         if what.position > self.length:
             self._fail(f"step {step} is for position {what.position}, the cache holds {self.length}")
         if not 0 < what.tokens <= self.max_length - what.position:
@@ -84,7 +94,14 @@ class ServerSession:
         if cut and not self.can_cut:  # to 0 every cache can: it begins again
             self._fail(f"step {step} goes back to position {cut}, which this model cannot")
         self.state = State.COMPUTING
-        return Compute(step, what, cut)
+        return Compute(step, what, cut, bool(what.rows) and step >= self.orders)
+
+    def reordered(self, compute: Compute) -> None:
+        """The rows are in the order of `compute` from now on, whether it will be computed or not."""
+        if self.state is not State.COMPUTING or compute.step is None or not compute.reorder:
+            raise LocalProtocolError(f"the rows were ordered for step {compute.step} without a request")
+        self.length = compute.what.position
+        self.orders, self.ordered = compute.step + 1, (compute.step, compute.what)
 
     def replay(self, what: StepRange) -> Compute:
         """Decide about a part of a replay.  Raises RemoteProtocolError."""
@@ -100,19 +117,31 @@ class ServerSession:
         self.state = State.COMPUTING
         return Compute(None, what, None)
 
-    def resume(self, length: int) -> None:
+    def resume(self, length: int, step: int | None = None) -> None:
         """Go on from `length` positions and forget the later ones.  Raises RemoteProtocolError.
 
         A forgotten step may come again, under its old number.
+        step: where rows were reordered, the first step that comes after the replay, which brings rows in the
+        order before it.
         """
         if self.state is not State.OPEN:
             raise LocalProtocolError("a session was resumed in the middle of a step, or after its end")
         if length > self.length:
             self._fail(f"the session is to go on from {length}, the cache holds {self.length}")
+        if self.ordered is not None and step is not None and length:
+            number, what = self.ordered
+            if step < number or (step == number and length < what.position):
+                self._fail(
+                    f"the session is to go on from {length} with step {step}, the rows of the cache were"
+                    f" reordered over {what.position} positions by step {number}"
+                )
         if length < self.length:
             if length and not self.can_cut:
                 self._fail(f"the session is to go back to position {length}, which this model cannot")
             self.length, self.last = length, None
+        if not length:
+            self.orders, self.ordered = 0, None
+        self.orders = max(self.orders, step or 0)
 
     def computed(self, compute: Compute) -> None:
         """Make the answer to `compute` part of the session."""

@@ -182,6 +182,7 @@ class HopWorker:
             state.last[0] if state.last is not None else None,
             state.can_cut,
             order.codec,
+            state.orders,
         )
         if order.epoch == hop.route.epoch:
             await send_to_client(hop, encode_relinked(answer))
@@ -200,9 +201,10 @@ class HopWorker:
         kept.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
         kept.journal.pinned = True
         for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
-            body = recode(old.read(start, stop), before, contract.codec)
+            body = recode(old.read(start, stop, before=0), before, contract.codec)
             kept.journal.append(start, stop - start, body, rope_length)
             await trio.lowlevel.checkpoint()  # a long one takes milliseconds
+        kept.journal.adopt_orders(old)
         self.journals.replace(contract.session, kept.journal)
 
     async def _resume(self, order: Resume) -> None:
@@ -211,7 +213,7 @@ class HopWorker:
         Raises RemoteProtocolError.
         """
         hop = self.hop
-        hop.state.resume(order.length)
+        hop.state.resume(order.length, order.step)
         self._cut(order.length)
         hop.kept.successor_has = order.has
         try:
@@ -230,7 +232,7 @@ class HopWorker:
                 raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
             part = max(1, min(REPLAY_TOKENS, hop.contract.max_tokens, REPLAY_BYTES // hop.contract.row_bytes))
             for start, stop, rope_length in journal.parts(order.has, order.stop, part):
-                await self._send_replay(start, journal.read(start, stop), (), rope_length)
+                await self._send_replay(start, journal.read(start, stop, order.step), (), rope_length)
 
     def _cut(self, length: int) -> None:
         """Forget positions from `length` on, those of an interrupted step too."""
@@ -247,7 +249,7 @@ class HopWorker:
         """
         step, hop, contract = arrived.step, self.hop, self.hop.contract  # a Relink may change it meanwhile
         tokens = len(step.body) // contract.row_bytes
-        what = StepRange(step.position, tokens, step.reply, step.rope_length)
+        what = StepRange(step.position, tokens, step.reply, step.rope_length, step.rows)
         replay = step.reply == "replay"
         decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
         answer = hop.kept.answer
@@ -264,7 +266,7 @@ class HopWorker:
         whole = False
         try:
             with hop.interruptible() if hop.state.can_cut else trio.CancelScope():
-                await self._allocate(what)
+                await self._allocate(decision)
                 whole = hop.route.sends_on  # now: a Relink may change it while this is computed
                 answer = await self.engine.step(
                     hop.stream.peer, contract, hop.cache, what, step.body, whole=whole
@@ -286,12 +288,20 @@ class HopWorker:
             hop.kept.answer = answer
         return answer
 
-    async def _allocate(self, what: StepRange) -> None:
-        """Have the cache cut to a step's position, and get pages for the step.  Raises CacheFull."""
-        hop, session = self.hop, self.hop.contract.session
+    async def _allocate(self, decision: Compute) -> None:
+        """Have the cache cut to a step's position, get pages for the step, and have the rows ordered.
+
+        Raises CacheFull; then the rows stay as they are.
+        """
+        hop, what = self.hop, decision.what
         if hop.cache.length > what.position:
             self._cut(what.position)
-        await self.admission.grow(session, what.position + what.tokens)
+        await self.admission.grow(hop.contract.session, what.position + what.tokens)
+        if decision.reorder and decision.step is not None:
+            hop.state.reordered(decision)
+            self.engine.before_next(partial(hop.cache.select, what.rows))
+            if hop.kept.journal is not None:
+                self.journals.reorder(hop.kept.journal, what.position, decision.step, what.rows)
 
     async def _pass_on(self, arrived: Arrived, what: StepRange, answer: Answer) -> None:
         step, hop = arrived.step, self.hop
