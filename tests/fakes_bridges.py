@@ -94,6 +94,7 @@ class FakeSwarm:
     sessions: int = 0
     opened: list[FakeSession] = field(default_factory=list)
     opening: trio.Event = field(default_factory=event_that_is_set)
+    stubborn: bool = False  # a session comes up although its caller has gone
     seen: object = field(default_factory=object)
     news: trio.Event = field(default_factory=trio.Event)
     nursery: trio.Nursery | None = None
@@ -159,7 +160,8 @@ class FakeSwarm:
 
     async def open_session(self, *, batch=1, max_length=None, start=0, stop=None):
         assert trio.lowlevel.in_trio_run()
-        await self.opening.wait()
+        with trio.CancelScope(shield=self.stubborn):
+            await self.opening.wait()
         if max_length is not None and max_length > 2048:
             raise ValueError("too long")
         self.opened.append(FakeSession(chain=f"{start}:{stop}"))

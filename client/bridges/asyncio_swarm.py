@@ -94,8 +94,8 @@ class AsyncioPortal(Generic[V]):
         try:
             await _until_over(call, news)
         except BaseException:
-            await self._cancel(call, news)
             call.drop(undo)
+            await self._cancel(call, news)
             raise
         return call.result()
 

@@ -116,8 +116,8 @@ class BlockingPortal(Generic[V]):
             self._start(call)
             _wait(call, news)
         except BaseException:
-            self._cancel(call, news)
             call.drop(undo)
+            self._cancel(call, news)
             raise
         return call.result()
 

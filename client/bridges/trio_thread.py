@@ -163,6 +163,7 @@ class Call(Generic[T]):
         self._news = news
         self._scope = trio.CancelScope()
         self._has_begun = False  # changed in trio's thread alone
+        self._undo: Callable[[T], object] | None = None  # of a caller that has gone
         self.over = False
 
     def begin(self, nursery: trio.Nursery, post: Callable[[Callable[[], object]], None]) -> None:
@@ -188,12 +189,18 @@ class Call(Generic[T]):
     def end(self) -> None:
         """Runs on the caller's side."""
         self.over = True
+        self._take_back()
         self._news.set()
 
     def drop(self, undo: Callable[[T], object] | None) -> None:
-        """The caller has gone: `undo` takes the result, if there is one."""
-        if undo is not None and isinstance(self._outcome, outcome.Value):
-            undo(self._outcome.value)
+        """The caller has gone: `undo` takes the result, where there is one by the end of the call."""
+        self._undo = undo
+        if self.over:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        if self._undo is not None and isinstance(self._outcome, outcome.Value):
+            self._undo(self._outcome.value)
 
     def result(self) -> T:
         """The function's result; raises the function's error, or RuntimeError if it was cut short."""

@@ -159,7 +159,7 @@ class Session:
         `length` on.
         """
         check_input(self.terms, hidden, position, reply, seconds)
-        begin, tokens = self.length if position is None else position, int(hidden.shape[1])
+        begin, tokens = self.length if position is None else int(position), int(hidden.shape[1])
         if not tokens:
             if rows is not None:
                 raise ValueError("a step of 0 tokens does nothing, it cannot reorder rows")
@@ -189,7 +189,7 @@ class Session:
         `length` positions, perhaps a part of these.
         """
         check_input(self.terms, hidden, position, reply, seconds)
-        begin, tokens = self.length if position is None else position, int(hidden.shape[1])
+        begin, tokens = self.length if position is None else int(position), int(hidden.shape[1])
         if not tokens:
             return self._answer_to_nothing(reply)
         stop = begin + tokens

@@ -284,6 +284,24 @@ def test_a_session_whose_caller_has_gone_when_it_is_open_is_closed(run):
     run(main)
 
 
+def test_a_session_that_comes_up_after_its_caller_was_cancelled_twice_is_closed(run):
+    async def main():
+        fake = FakeSwarm(opening=trio.Event(), stubborn=True)
+        async with bridged(fake) as swarm:
+            task = asyncio.create_task(cast(Any, swarm.open_session()))
+            await asyncio.sleep(0.01)
+            for _ in range(2):  # the second one ends the wait for the end of the call
+                task.cancel()
+                await asyncio.sleep(0.01)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            cast(Any, swarm)._portal.soon(fake.opening.set)
+            await eventually(lambda: bool(fake.opened))
+            await eventually(fake.opened[0].closed.is_set)
+
+    run(main)
+
+
 def test_forward_and_backward_cross_with_what_they_are_given(run):
     async def main():
         async with bridged(FakeSwarm()) as swarm:
