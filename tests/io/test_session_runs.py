@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ async def test_a_lower_position_cuts_the_cache_of_one_block_there(autojump_clock
         session = await world.open(run=Blocks(3, 4))
         hidden, other = some_hidden(5), some_hidden(2, seed=9)
         await session.step(hidden)
-        found = await session.step(other, position=np.int64(2))
+        found = await session.step(other, position=cast(int, np.int64(2)))
         assert torch.equal(found, whole_model(torch.cat([hidden[:, :2], other], dim=1), 3, 4)[:, 2:])
         assert session.length == 4
         with pytest.raises(ValueError, match="from position 6 on, the caches hold 4"):
