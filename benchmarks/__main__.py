@@ -25,6 +25,7 @@ BENCHMARKS: Mapping[str, str] = {
     "balance": "benchmarks.recovery.balance",
     "executor": "benchmarks.compute.executor",
     "journal": "benchmarks.compute.journal",
+    "backward": "benchmarks.compute.backward",
     "loop_lag": "benchmarks.compute.loop_lag",
     "quality": "benchmarks.compute.quality",
     "startup": "benchmarks.startup.startup",

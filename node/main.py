@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,10 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
     journal_tokens = config.journal_tokens
     if journal_tokens is None:
         journal_tokens = memory.journal_tokens_that_fit(info, cache_tokens, device, memory.free_bytes())
-    bound = memory.memory_of(
+    training = memory.training_bytes_that_fit(
+        info, blocks.size, precision, cache_tokens, free, device=device, step_tokens=limits.max_step_tokens
+    )
+    span_alone = memory.memory_of(
         info, blocks.size, precision, cache_tokens,
         device=device, limits=limits, process=process, journal_tokens=journal_tokens,
     )  # fmt: skip
@@ -134,10 +137,11 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
         "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
         blocks, info.name, info.revision, dtype, quantize, device, threads,
     )  # fmt: skip
+    bound = replace(span_alone, training=training)
     log.info("%s", memory.in_one_line(bound, info, blocks.size, cache_tokens, free))
     setup = ServingSetup(
         folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
-        limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults,
+        limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training,
     )  # fmt: skip
     return setup, blocks
 

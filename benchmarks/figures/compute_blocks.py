@@ -69,3 +69,25 @@ def journal_block(figures: Figures) -> str:
         ("reading back, us a token", column([run], "{read_us_per_token:.1f}")),
     ]
     return with_note(markdown_table(["median"], rows), run)
+
+
+def backward_block(figures: Figures) -> str:
+    """A server's backward, by the activations that it holds."""
+    run = figures["backward"]
+    ways = {
+        "forward": "forward",
+        "backward, activations of one part held": "one_part",
+        "backward, activations of half of the blocks held": "half",
+        "backward, all activations held": "all",
+    }
+    rows = [
+        (name, [f"{run[f'{key}_s']:.2f}", f"{run[f'{key}_longest_part_s']:.2f}"])
+        for name, key in ways.items()
+    ]
+    rows.append(("memory of all activations, MiB", [f"{run['all_mib']:.0f}", ""]))
+    rows.append(
+        ("one position in one block, in hidden states", [f"{run['activations_of_a_position']:.1f}", ""])
+    )
+    start, stop = run["blocks"]
+    head = [f"{run['positions']:,} positions, {stop - start} blocks: s", "longest part, s"]
+    return with_note(markdown_table(head, rows), run)

@@ -30,6 +30,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "loop-lag": compute_blocks.loop_lag_block,
     "quality": compute_blocks.quality_block,
     "journal": compute_blocks.journal_block,
+    "backward": compute_blocks.backward_block,
     "swarm-placement": swarm_blocks.placement_block,
     "swarm-moves": swarm_blocks.moves_block,
     "swarm-churn": swarm_blocks.churn_block,

@@ -25,6 +25,7 @@ USUAL: Mapping[str, Sequence[str]] = {
     DEMO: [],  # scripts/demo.py
     **{f"decode-{servers}": ["decode", "--servers", str(servers)] for servers in (1, 2, 3)},
     "journal": ["journal"],
+    "backward": ["backward"],
     "loop-lag": ["loop_lag"],
     "quality": ["quality"],
     "startup": ["startup"],

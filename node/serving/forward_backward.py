@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from node.model.blocks.forward_backward import StatelessSpan, backward_in_parts, forward_in_parts
+from node.model.blocks.forward_backward import (
+    Activations,
+    StatelessSpan,
+    backward_in_parts,
+    forward_in_parts,
+)
 from node.model.blocks.parts import backward_parts, forward_parts
+from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite, Parts
 from node.serving.sessions.hop_session import FrameStream
@@ -124,19 +130,50 @@ class Work:
         return bodies[0] if len(bodies) == 1 else b"".join(bodies)
 
 
+Held = Callable[[int], Awaitable[int]]
+
+
+async def _one_part(tokens: int) -> int:
+    return 0  # the activations of one part are always held
+
+
+@dataclass(slots=True)
+class HeldActivations:
+    """How many activations a backward may hold: by their size, measured at the first one, and by memory.
+
+    part: bytes of one part's.  most: bytes besides.  free: bytes of memory now.  measure: runs in the torch
+    thread.
+    """
+
+    part: int
+    most: int
+    free: Callable[[], int]
+    compute: Runner
+    measure: Callable[[], Activations]
+    _activations: Activations | None = None
+
+    async def positions(self, tokens: int) -> int:
+        """Positions times blocks whose activations may be held now.  tokens: of a row."""
+        if self._activations is None:
+            self._activations = await self.compute.run(self.measure)
+        held = self.part + min(self.most, self.free())
+        return int(held / self._activations.of_a_position(tokens))
+
+
 @dataclass(slots=True)
 class ForwardBackwardListener:
     """Serves forward and backward over one span.
 
     admission: of what is served.  faults: of peers, counted.
-    held: positions times blocks whose activations a backward that comes now may hold.
+    held: from the tokens of its rows, the positions times blocks whose activations a backward that comes now
+    may hold.
     """
 
     admission: SpanAdmission
     engine: StatelessEngine
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
-    held: Callable[[], int] = int
+    held: Held = _one_part
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
     _quiet: trio.Event = field(default_factory=trio.Event)
@@ -237,9 +274,9 @@ class ForwardBackwardListener:
             self.admission.admits(asked.run.spec)
             request = asked.divided(self.admission.spec.hidden)
             contract = self._contract(request)
-            work = Work(request, contract, self.held() if asked.backward else 0)
             with serving.computing(asked.run.spec.blocks):
-                computed = await self._compute(stream, work, contract)
+                held = await self.held(contract.max_length) if asked.backward else 0
+                computed = await self._compute(stream, Work(request, contract, held), contract)
         except Refused as refusal:
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -24,7 +24,13 @@ USUAL_CACHE_TOKENS = USUAL.least_share_tokens  # so one peer can fill a cache of
 MAX_CACHE_TOKENS = 65_536  # more only for a peer's share as long as the model's longest session
 DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
 
+MAX_TRAINING_BYTES = (
+    4096 * MIB
+)  # of the activations that one backward holds; a longer one holds parts of them
+TRAINING_SHARE = 0.5  # for activations, of the memory that is free when a backward comes
+DEVICE_TRAINING_SHARE = 1 / 16  # of a device's memory: its cache would take all of it
 TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block of a part, in hidden sizes
+LARGEST_TRAINED_VALUES = 32  # of all architectures (benchmarks backward)
 MIN_HEAD_DIM = 64  # a smaller head dimension means more heads, and more scores than are counted here
 OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's waste
 
@@ -53,8 +59,9 @@ class Memory:
 
     weights, cache: of the span, the cache when it is full.  workspace: what computing takes besides them for
     a moment.  process: resident memory before anything was loaded.  network: what peers can make the node
-    hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights, cache and
-    workspace are in a device's own memory.
+    hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights, cache, workspace
+    and training are in a device's own memory.  training: activations that a long backward holds besides those
+    in the workspace.
     """
 
     weights: int
@@ -64,11 +71,12 @@ class Memory:
     network: int
     journal: int = 0
     on_device: bool = False
+    training: int = 0
 
     @property
     def needed(self) -> int:
         """On the device that computes."""
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace + self.training
 
     @property
     def resident_bound(self) -> int:
@@ -84,6 +92,19 @@ def free_bytes(device: str = "cpu") -> int:
 
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
+
+
+def free_for_training(device: str = "cpu") -> int:
+    """Memory that the activations of a backward may take now, in bytes: a share of the free memory.
+
+    What torch has of a device's memory and does not use counts as free.
+    """
+    unused = 0
+    if device == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(TRAINING_SHARE * (free_bytes(device) + unused))
 
 
 def servers_on_this_machine() -> int:
@@ -131,11 +152,46 @@ def workspace_bytes(
     scores = CHUNK_POSITIONS * longest * heads * 4
     copied = cache_tokens * info.kv_bytes_per_token_per_block(precision.computes)
     chunk = int(CHUNK_POSITIONS * outputs * item) + scores + copied
-    training = int(max(PART_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
+    training = part_bytes(info, precision, step_tokens)
     row = min(step_tokens, info.max_position)
     if row > USUAL.max_step_tokens:
         training += row * row * heads * 4
     return max(loading, chunk, training)
+
+
+def part_bytes(info: ModelInfo, precision: Precision, step_tokens: int = USUAL.max_step_tokens) -> int:
+    """Bytes of the activations of one part of a backward: room for them is always kept."""
+    item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+    return int(max(PART_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
+
+
+def training_bytes_that_fit(
+    info: ModelInfo,
+    blocks: int,
+    precision: Precision,
+    cache_tokens: int,
+    free: int,
+    *,
+    device: str = "cpu",
+    step_tokens: int = USUAL.max_step_tokens,
+) -> int:
+    """Bytes for activations of a backward besides those of one part: fewer parts run forward twice then.
+
+    At most those of the largest request through all blocks, and MAX_TRAINING_BYTES; on a CPU a share of the
+    memory that the span leaves, on a device all of it.
+    """
+    used = memory_of(
+        info, blocks, precision, cache_tokens, limits=replace(USUAL, max_step_tokens=step_tokens)
+    )
+    on_cpu = device in ("cpu", "mps")
+    room = MEMORY_SHARE * free - used.needed - (used.journal if on_cpu else 0)
+    most = min(MAX_TRAINING_BYTES, _largest_training(info, blocks, precision, step_tokens))
+    return max(0, min(most, int((TRAINING_SHARE if on_cpu else 1.0) * room)))
+
+
+def _largest_training(info: ModelInfo, blocks: int, precision: Precision, step_tokens: int) -> int:
+    item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+    return int(step_tokens * blocks * LARGEST_TRAINED_VALUES * info.hidden_size * item)
 
 
 def memory_of(
@@ -152,7 +208,7 @@ def memory_of(
     """The memory that a span of `blocks` takes, with caches for `cache_tokens` tokens.
 
     process: bytes of `process_bytes`, before anything is loaded.  journal_tokens: None for as many as the
-    caches hold.
+    caches hold.  Activations of a long backward are not in it (`training_bytes_that_fit`).
     """
     limits = limits or Limits()
     token_bytes = info.kv_bytes_per_token_per_block(precision.computes)
@@ -173,7 +229,8 @@ def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int,
     return (
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
-        f" journal {_gib(memory.journal)}, workspace {_gib(memory.workspace)};"
+        f" journal {_gib(memory.journal)}, workspace {_gib(memory.workspace)},"
+        f" gradients {_gib(memory.training)};"
         f" bound {_gib(memory.resident_bound)} resident; {_gib(free)} free"
     )
 
@@ -198,12 +255,16 @@ def cache_tokens_that_fit(
     if not token_bytes:
         return most  # convolutions alone: nothing grows with the tokens
     weights = blocks * info.block_bytes(precision.dtype, precision.quantize)
-    room = MEMORY_SHARE * free - weights - workspace_bytes(info, precision, USUAL_CACHE_TOKENS)
+    training = 0
+    if device not in ("cpu", "mps"):
+        largest = _largest_training(info, blocks, precision, USUAL.max_step_tokens)
+        training = min(MAX_TRAINING_BYTES, largest, int(DEVICE_TRAINING_SHARE * free))
+    room = MEMORY_SHARE * free - weights - training - workspace_bytes(info, precision, USUAL_CACHE_TOKENS)
     share = CACHE_SHARE if device in ("cpu", "mps") else 1.0
     tokens = int(max(share * room, min(room, USUAL_CACHE_TOKENS * token_bytes)) // token_bytes)
 
     def fits(tokens: int) -> bool:
-        needed = weights + tokens * token_bytes + workspace_bytes(info, precision, tokens)
+        needed = weights + training + tokens * token_bytes + workspace_bytes(info, precision, tokens)
         journal = tokens * _journal_bytes(info) if device in ("cpu", "mps") else 0
         return needed + journal <= MEMORY_SHARE * free
 

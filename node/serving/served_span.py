@@ -11,10 +11,12 @@ import gc
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import trio
 
 from node.config import VERSION, ConfigError
+from node.model.blocks.forward_backward import measure_activations
 from node.model.blocks.span import DTYPES, Span, load_span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
@@ -26,7 +28,7 @@ from node.serving import memory
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine, EngineSpan
 from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
-from node.serving.forward_backward import ForwardBackwardListener, PeekStream
+from node.serving.forward_backward import ForwardBackwardListener, HeldActivations, PeekStream
 from node.serving.memory import Precision
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Listener
@@ -50,7 +52,7 @@ class ServingSetup:
     """What a node serves with, whichever blocks.
 
     name: of the node.  precision: what weights are kept in, and what is computed in.  open_push: a stream to
-    a peer, for pushing.  faults: of peers, counted.
+    a peer, for pushing.  faults: of peers, counted.  training_bytes: see `memory.training_bytes_that_fit`.
     """
 
     folder: ModelFolder
@@ -64,6 +66,7 @@ class ServingSetup:
     limits: Limits
     open_push: Callable[[PeerId], Awaitable[Sender]]
     faults: Faults
+    training_bytes: int = 0
 
     def spec(self, blocks: Blocks) -> SpanSpec:
         """The spec for serving these blocks."""
@@ -242,7 +245,12 @@ async def load_served_span(
         admission, engine, pool, budget, setup.open_push, limits, setup.faults,
         journal_tokens=setup.journal_tokens,
     )  # fmt: skip
-    stateless = ForwardBackwardListener(admission, engine, limits, setup.faults)
+    part = memory.part_bytes(setup.info, setup.precision, limits.max_step_tokens)
+    free = partial(memory.free_for_training, setup.device)
+    held = HeldActivations(
+        part, setup.training_bytes, free, compute, lambda: measure_activations(engine.span)
+    )
+    stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions)
     return ServedSpan(setup, admission, listener, stateless)
 
 

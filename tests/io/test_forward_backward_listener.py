@@ -13,6 +13,9 @@ import trio
 import trio.testing
 from torch import Tensor
 
+from node.model.blocks import parts
+from node.model.blocks.forward_backward import Activations
+from node.serving.forward_backward import HeldActivations
 from routing.names import PeerId
 from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
@@ -30,7 +33,7 @@ from tensor_codec.messages.forward_backward import (
 )
 from tensor_codec.span_spec import SpanSpec
 from tests.fakes_forward_backward import blocks_on, gradient_of, toy_swarm, whole_numbers
-from tests.fakes_serving import CLIENT, HIDDEN, with_changes
+from tests.fakes_serving import CLIENT, HIDDEN, FakeCompute, with_changes
 
 RUN = Run(SpanSpec("m", "r", Blocks(0, 6), "float32"), 2, "fp32")
 LIMITS = Limits()
@@ -76,6 +79,48 @@ async def test_forward_and_backward_are_answered_one_after_the_other_on_one_stre
         assert node.engine.asked == [(2, 5)] * 6
         assert node.faults == {}
         await stream.aclose()
+
+
+async def test_a_backward_holds_the_activations_that_there_is_memory_for(autojump_clock, monkeypatch):
+    monkeypatch.setattr(parts, "PART_POSITIONS", 20)  # two blocks of two rows of five positions
+    async with toy_swarm() as swarm:
+        node = swarm.add("a")
+        stream = await swarm.dial("a")
+        asked = []
+        rooms = [0, 40, 60]
+
+        async def held(tokens: int) -> int:
+            asked.append(tokens)
+            return rooms[len(asked) - 1]
+
+        node.listener.held = held
+        for passes in (5, 4, 3):  # of three parts two run forward twice, one, none
+            node.span.done.clear()
+            found = await ask(stream, backward_of(HIDDEN_STATES, GRAD))
+            assert torch.equal(found, gradient_of(HIDDEN_STATES, GRAD, 0, 6))
+            assert len(node.span.done) == passes
+        await ask(stream, forward_of(HIDDEN_STATES))
+        assert asked == [5, 5, 5]  # a forward holds none
+        await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("most", "free", "positions"),
+    [(0, 10**9, 10), (500, 10**9, 15), (500, 10**3 // 2, 15), (500, 200, 12), (10**9, 0, 10)],
+)
+async def test_activations_are_bounded_by_a_plan_and_by_the_memory_that_is_free_now(
+    most, free, positions, autojump_clock
+):
+    measured = []
+
+    def measure() -> Activations:
+        measured.append(True)
+        return Activations(80.0, 2.0)
+
+    held = HeldActivations(1000, most, lambda: free, FakeCompute(), measure)
+    for _ in range(2):
+        assert await held.positions(10) == positions  # of 100 bytes each
+    assert measured == [True]
 
 
 async def test_the_answer_says_how_long_it_was_held_and_computed(autojump_clock):

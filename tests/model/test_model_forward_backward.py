@@ -17,6 +17,7 @@ from node.model.blocks.forward_backward import (
     finish,
     forward,
     forward_in_parts,
+    measure_activations,
 )
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
@@ -318,6 +319,28 @@ def test_activations_that_are_held_give_the_gradient_of_those_that_are_not(case,
         for _ in parts.backward_parts(positions, 1, 4, blocks * positions)[:-1]:
             assert next(work) is None
         assert error(finish(work).hidden, expected) <= TOLERANCE
+
+
+def test_the_measured_activations_are_those_of_a_backward(case):
+    span = case.spans[1]
+    figures = measure_activations(span)
+    weights = {
+        each.untyped_storage().data_ptr() for each in (*span.model.parameters(), *span.model.buffers())
+    }
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)  # its address stays taken
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work = backward_in_parts(span, case.inputs, case.direction, 1, 4, held=10**9)
+        next(work)
+    really = sum(size for address, size in found.items() if address not in weights)
+    predicted = figures.of_a_position(TOKENS) * ROWS * TOKENS * 3
+    assert 0.4 * predicted <= really <= 1.05 * predicted
 
 
 @pytest.mark.parametrize(

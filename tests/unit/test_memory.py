@@ -104,7 +104,8 @@ def test_cache_tokens_follow_the_memory_that_the_weights_leave_between_two_bound
     assert fits(50 * MIB) == 5120
     assert fits(200 * MIB) == memory.USUAL_CACHE_TOKENS
     assert fits(400 * MIB) == 10_240
-    assert fits(400 * MIB, "cuda") == 38_423  # a copy of one block's for a batch has room as well
+    # A copy of one block's for a batch has room as well, and a sixteenth for activations.
+    assert fits(400 * MIB, "cuda") == 35_325
     assert fits(10**12) == memory.MAX_CACHE_TOKENS
 
 
@@ -136,6 +137,31 @@ def test_a_journal_beside_a_gpu_follows_the_memory_of_the_host():
     assert memory.journal_tokens_that_fit(info, 524_288, "cuda", 2**30) == 13_107  # a fifth at 16 KiB
     assert memory.journal_tokens_that_fit(info, 524_288, "cuda", 0) == memory.MIN_CACHE_TOKENS
     assert memory.journal_tokens_that_fit(info, 4096, "cuda", 2**40) == 4096
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("free", [10**8, 10**9, 10**10, 10**12])
+def test_activations_of_a_backward_take_what_the_span_leaves_and_no_more_than_they_can_use(free, device):
+    info = model(60)
+    blocks = memory.blocks_that_fit(info, PLAIN, None, free)
+    tokens = memory.cache_tokens_that_fit(info, blocks, PLAIN, free, device)
+    found = memory.training_bytes_that_fit(info, blocks, PLAIN, tokens, free, device=device)
+    bound = replace(memory.memory_of(info, blocks, PLAIN, tokens, device=device), training=found)
+    assert 0 <= found <= memory.MAX_TRAINING_BYTES
+    assert found <= 2048 * blocks * memory.LARGEST_TRAINED_VALUES * info.hidden_size * 4
+    if found:
+        assert bound.needed + (bound.journal if device == "cpu" else 0) <= memory.MEMORY_SHARE * free
+    assert bound.needed == memory.memory_of(info, blocks, PLAIN, tokens).needed + found
+    if free >= 10**9:
+        assert found > 0
+    if free == 10**12:
+        assert found == 2048 * 60 * memory.LARGEST_TRAINED_VALUES * info.hidden_size * 4
+
+
+def test_a_large_model_holds_no_more_activations_than_the_limit():
+    info = replace(model(60), hidden_size=8192)
+    assert memory.training_bytes_that_fit(info, 60, PLAIN, 2048, 10**12) == memory.MAX_TRAINING_BYTES
+    assert memory.training_bytes_that_fit(info, 60, PLAIN, 2048, 10**9) == 0
 
 
 def test_requests_that_are_longer_than_usual_have_room_for_their_scores():
@@ -194,10 +220,10 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
 
 
 def test_the_start_log_says_it_in_one_line():
-    bound = memory.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27)
+    bound = memory.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27, training=2**28)
     assert memory.in_one_line(bound, model(), 7, 16_384, 20 * 2**30) == (
         "7 of 10 blocks: weights 0.12 GiB, KV cache 0.50 GiB for 16,384 tokens, journal 0.12 GiB,"
-        " workspace 0.25 GiB; bound 2.75 GiB resident; 20.00 GiB free"
+        " workspace 0.25 GiB, gradients 0.25 GiB; bound 3.00 GiB resident; 20.00 GiB free"
     )
 
 

@@ -22,12 +22,29 @@ from node.model.blocks.parts import backward_groups, forward_parts
 
 T = TypeVar("T")
 
+MEASURED_TOKENS = 16, 48  # of the two rows that activations are measured with
+
 
 class Gradients(NamedTuple):
     """The answer of a backward.  prompts: of the deep prompts, summed over rows; None without them."""
 
     hidden: Tensor
     prompts: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes that a backward holds of one position in one block: `base`, and more for each token of its row.
+
+    per_token: of attention that keeps its scores.
+    """
+
+    base: float
+    per_token: float
+
+    def of_a_position(self, tokens: int) -> float:
+        """In a row of `tokens` tokens."""
+        return self.base + self.per_token * tokens
 
 
 class StatelessSpan(Protocol):
@@ -115,6 +132,35 @@ def backward_in_parts(
         if groups:
             hidden = inputs.pop()
     return Gradients(grad, torch.cat(found) if found else None)
+
+
+def measure_activations(span: Any) -> Activations:  # Any: a Span; a backward alone needs less of it
+    """Run each block forward on a short row and on a longer one, and count what autograd keeps.
+
+    Weights are left out.  Of all blocks the largest counts.  Runs in the torch thread, for as long as a prefill
+    of MEASURED_TOKENS tokens together.
+    """
+    weights = {
+        each.untyped_storage().data_ptr() for each in (*span.model.parameters(), *span.model.buffers())
+    }
+
+    def kept(block: int, tokens: int) -> float:
+        found: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        hidden = torch.zeros(1, tokens, span.hidden_size)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            pack(_with_grad(span, hidden, block, block + 1, None).output)
+        own = [each for address, each in found.items() if address not in weights]
+        return sum(each.untyped_storage().nbytes() for each in own) / tokens
+
+    blocks = range(span.start, span.stop)
+    short, long = (max(kept(block, tokens) for block in blocks) for tokens in MEASURED_TOKENS)
+    more = max(0.0, (long - short) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0]))
+    return Activations(max(short, long) - more * MEASURED_TOKENS[0], more)
 
 
 def finish(work: Generator[None, None, T]) -> T:
