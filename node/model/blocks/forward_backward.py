@@ -137,7 +137,7 @@ def backward_in_parts(
 def measure_activations(span: Any) -> Activations:  # Any: a Span; a backward alone needs less of it
     """Run each block forward on a short row and on a longer one, and count what autograd keeps.
 
-    Weights are left out.  Of all blocks the largest counts.  Runs in the torch thread, for as long as a prefill
+    Weights are left out; of all blocks the largest counts.  Runs in the torch thread, as long as a prefill
     of MEASURED_TOKENS tokens together.
     """
     weights = {
