@@ -204,12 +204,24 @@ class SwarmLike(SwarmFacts, Protocol):
         """See `Swarm.backward`."""
 
     def session(
-        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
     ) -> AbstractAsyncContextManager[SessionLike]:
         """See `Swarm.session`."""
 
     async def open_session(
-        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
     ) -> SessionLike:
         """See `Swarm.open_session`."""
 
@@ -265,12 +277,24 @@ class SyncSwarm(SwarmFacts, Protocol):
         """See `Swarm.backward`."""
 
     def session(
-        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
     ) -> AbstractContextManager[SyncSession]:
         """See `Swarm.session`."""
 
     def open_session(
-        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
     ) -> SyncSession:
         """See `Swarm.open_session`."""
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from client.session.terms import SessionPrompts, Terms
 from node.model.checkpoint.info import ModelInfo
 from node.runtime.values import shown
 from routing.chains.hops import Hop
 from routing.names import PeerId
+from tensor_codec.codecs import encode_hidden
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
 
@@ -147,7 +149,7 @@ class BatchCutter:
         batch, tokens, _ = hidden.shape
         if tokens > self.info.max_position:
             raise ValueError(f"rows of {tokens} positions, the model has {self.info.max_position}")
-        prompts = None if prompts is None else self._prompts(prompts, stop - start, tokens)
+        prompts = None if prompts is None else self.prompts(prompts, stop - start, tokens)
         rows = max(1, min(self._room(tokens, tensors, prompts), REQUEST_POSITIONS) // tokens)
         parts = []
         for i in range(0, batch, rows):
@@ -201,13 +203,20 @@ class BatchCutter:
             self.info.hidden_size * CODEC_BYTES[codec]
         )
 
-    def _prompts(self, prompts: Tensor, blocks: int, tokens: int) -> Tensor:
+    def prompts(self, prompts: Tensor, blocks: int, tokens: int) -> Tensor:
+        """Deep prompts for rows of `tokens` positions, in their form here.  Raises ValueError."""
         prompts = self.checked("prompts", prompts, "blocks, positions")
         if len(prompts) != blocks:
             raise ValueError(f"prompts is {list(prompts.shape)} for {blocks} blocks")
         if prompts.shape[1] > tokens:
             raise ValueError(f"prompts of {prompts.shape[1]} positions for rows of {tokens}")
         return prompts
+
+    def for_session(self, prompts: Tensor, terms: Terms) -> SessionPrompts:
+        """Deep prompts for all hops of a session.  Runs in the torch thread.  Raises ValueError."""
+        own = self.prompts(prompts, terms.run.size, terms.max_length)
+        codec = terms.kept_codec
+        return SessionPrompts(own.shape[1], terms.run, codec, encode_hidden(own, codec))
 
     def _room(self, tokens: int, tensors: int, prompts: Tensor | None) -> int:
         """Positions of one request.  Raises ValueError where one row has no room.

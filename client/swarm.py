@@ -230,18 +230,27 @@ class Swarm:
 
     @asynccontextmanager
     async def session(
-        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
     ) -> AsyncIterator[Session]:
         """A session for hidden states: `await session.step(hidden)`.
 
         batch: rows.  max_length: positions of each row; None: see `usual_length`.
         start, stop: the blocks [start, stop) that it goes through, by default all.
+        prompts: deep prompts [stop - start, n, hidden], see `forward`: for positions below n of every row.
         A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
         the session may be used again then.  `session.trace` has the events.
         Raises ValueError (a length that the model or the servers do not allow, blocks that the model does
-        not have), NoChain, PeerFault, Refused.
+        not have, prompts of another shape), NoChain, PeerFault, Refused.
         """
-        session = await self.open_session(batch=batch, max_length=max_length, start=start, stop=stop)
+        session = await self.open_session(
+            batch=batch, max_length=max_length, start=start, stop=stop, prompts=prompts
+        )
         try:
             yield session
         finally:
@@ -249,7 +258,13 @@ class Swarm:
                 await session.aclose()
 
     async def open_session(
-        self, *, batch: int = 1, max_length: int | None = None, start: int = 0, stop: int | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
     ) -> Session:
         """A session as `session` gives it, for programs that cannot use `with`.
 
@@ -268,7 +283,9 @@ class Swarm:
             )
         rows = f"{batch} rows of " if batch > 1 else ""
         self._lengths.check(max_length, f"a session of {rows}{max_length} positions", batch, run)
-        return await self.open_chain(max_length=max_length, batch=batch, start=run.start, stop=run.stop)
+        return await self.open_chain(
+            max_length=max_length, batch=batch, start=run.start, stop=run.stop, prompts=prompts
+        )
 
     async def forward(
         self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
@@ -357,17 +374,20 @@ class Swarm:
         batch: int = 1,
         start: int = 0,
         stop: int | None = None,
+        prompts: Tensor | None = None,
         deadline: float | None = None,
         trace: Trace | None = None,
     ) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
-        start, stop: the blocks [start, stop) that it goes through, by default all.
+        start, stop, prompts: as in `session`.
         deadline: on trio's clock, in place of `wait_seconds`.
         Peers that have failed lately are used only when nothing else covers these blocks.
-        Raises ValueError for blocks that the model does not have; NoChain, PeerFault and Refused when the
-        time is up.
+        Raises ValueError for blocks that the model does not have and for prompts of another shape; NoChain,
+        PeerFault and Refused when the time is up.
         """
+        from client.batch_parts import BatchCutter
+        from client.chains.chain_choice import for_prompts
         from client.session.session import open_session
         from client.session.terms import Terms
 
@@ -377,9 +397,14 @@ class Swarm:
             info.name, info.revision, _blocks(info, start, stop), info.hidden_size, batch, max_length,
             self.config.codec, self.local_model.rope,
         )  # fmt: skip
+        routes = self.routes
+        if prompts is not None:
+            cutter = BatchCutter(info, self.config.limits, self.config.codec)
+            terms = replace(terms, prompts=await self._compute.run(cutter.for_session, prompts, terms))
+            routes = for_prompts(routes)
         return await open_session(
             terms,
-            self.routes,
+            routes,
             nursery=self._nursery,
             compute=self._compute,
             limits=self.config.limits,

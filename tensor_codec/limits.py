@@ -68,6 +68,8 @@ class Limits:
     session_position_seconds: float = 0.25  # of life more for each position that it was opened for
     cache_share_per_peer: float = 0.25
     least_share_tokens: int = 8192  # a peer's share is never less, where the cache has so many
+    max_prompt_bytes: int = 64 * MIB  # deep prompts that sessions hold
+    max_prompt_bytes_per_peer: int = 16 * MIB  # those of one frame
     successor_seconds: float = 2.0  # for a hop to connect to the next one, while its client waits
     cache_wait_seconds: float = 2.0  # for room in the cache, at the opening and in mid-session
 

@@ -153,6 +153,7 @@ class FakeSpan:
         stop: int,
         *,
         rope_length: int = 0,
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """Compute a step: [batch, tokens, hidden] -> the same shape."""
         assert self.start <= start < stop <= self.stop
@@ -166,6 +167,9 @@ class FakeSpan:
             angles[:, 0] = torch.tensor([sum(self.rope.factors(length)) for length in lengths])
         for block in range(start, stop):
             hidden = hidden + angles
+            if prompts is not None:
+                own = prompts[block - start, position : position + tokens]
+                hidden = torch.cat([hidden[:, : len(own)] + own, hidden[:, len(own) :]], dim=1)
             given = cache.given.get(block, hidden[:, :0])
             cache.given[block] = torch.cat([given, hidden], dim=1)
             before = cache.given[block].cumsum(1)[:, position:] - hidden

@@ -262,10 +262,13 @@ class Route:
                     await self._relink(line_up, place, place.state)
                     made[index] = place.state
                 else:
-                    with trio.move_on_after(open_seconds) as waited:
+                    seconds = open_seconds
+                    if (prompts := self.core.terms.prompts) is not None:
+                        seconds += prompts.seconds_for(place.hop.blocks, self.limits)
+                    with trio.move_on_after(seconds) as waited:
                         made[index] = await self._open(line_up, place)
                     if waited.cancelled_caught:
-                        raise SlowPeer(f"the session could not be opened within {open_seconds:g} s")
+                        raise SlowPeer(f"the session could not be opened within {seconds:g} s")
             except (PeerFault, Refused) as error:
                 if place.state is not None:
                     self.tell(Lost(place.state, error))
@@ -290,6 +293,8 @@ class Route:
         if place.dtype is None:
             raise PeerGone(f"{hop.peer} has just left the swarm")
         codec = line_up.contract.codec
+        prompts = terms.prompts
+        body = b"" if prompts is None else prompts.body_for(hop.blocks, codec, self.limits)
         state = HopState(hop, place.dtype, codec, relay=near.relay, fed=place.fed)
         link = HopLink(state, await self.swarm.open_stream(hop.peer, SESSION_PROTOCOL))
         opened = Open(
@@ -303,6 +308,8 @@ class Route:
             relay=near.relay,
             epoch=line_up.epoch,
             held=line_up.held,
+            prompts=0 if prompts is None else prompts.positions,
+            body=body,
         )
         try:
             await link.open(opened, self.limits)

@@ -6,9 +6,46 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from routing.blocks import Blocks
+from tensor_codec.codecs import recode
+from tensor_codec.errors import Refused
+from tensor_codec.frame import Buffer
+from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
     from node.model.blocks.rope import LengthRope
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPrompts:
+    """Deep prompts of a session: each block adds its own to its input at the first `positions`.
+
+    run: the blocks.  codec, body: [blocks, positions, hidden], those of all blocks.
+    """
+
+    positions: int
+    run: Blocks
+    codec: str
+    body: Buffer
+
+    def body_for(self, blocks: Blocks, codec: str, limits: Limits) -> Buffer:
+        """The prompts of these blocks in a codec.  Raises Refused where a frame has no room for them."""
+        own = recode(self._of(blocks), self.codec, codec)
+        room = limits.max_frame_bytes - 2 * limits.max_header_bytes
+        if len(own) > room:
+            raise Refused(
+                f"prompts of {len(own)} bytes for blocks {blocks}, a frame has room for {room}"
+                " (max_frame_bytes)"
+            )
+        return own
+
+    def seconds_for(self, blocks: Blocks, limits: Limits) -> float:
+        """Time to send the prompts of these blocks, a part of a hop's opening."""
+        return len(self._of(blocks)) / limits.frame_floor_bytes_per_second
+
+    def _of(self, blocks: Blocks) -> Buffer:
+        size = len(self.body) // self.run.size
+        first, last = ((block - self.run.start) * size for block in blocks)
+        return memoryview(self.body)[first:last]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +54,8 @@ class Terms:
 
     run: the blocks that the session goes through.  max_length: positions of each of the `batch` rows.
     codec: of hidden states: "fp32" or "bf16", or "auto", which is exact for the present hops.
-    rope: the model's angles that depend on a sequence's length; None without them.
+    rope: the model's angles that depend on a sequence's length; None without them.  prompts: every hop gets
+    those of its blocks when it is opened.
     """
 
     model: str
@@ -28,6 +66,7 @@ class Terms:
     max_length: int
     codec: str
     rope: LengthRope | None = None
+    prompts: SessionPrompts | None = None
 
     @property
     def kept_codec(self) -> str:

@@ -218,7 +218,8 @@ def memory_of(
         workspace=workspace_bytes(info, precision, cache_tokens, limits.max_step_tokens),
         process=process,
         network=limits.max_connections * limits.max_unread_bytes_per_connection
-        + limits.max_compute_streams * limits.max_frame_bytes,
+        + limits.max_compute_streams * limits.max_frame_bytes
+        + limits.max_prompt_bytes,
         journal=(cache_tokens if journal_tokens is None else journal_tokens) * _journal_bytes(info),
         on_device=device not in ("cpu", "mps"),
     )

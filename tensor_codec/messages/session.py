@@ -22,6 +22,7 @@ from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header
 from tensor_codec.messages.contract import (
+    CODEC_BYTES,
     CODECS,
     MAX_EPOCH,
     MAX_QUEUE,
@@ -61,6 +62,8 @@ class Open:
     relay: the client carries them on to a next hop, so the session does not end here.
     epoch: of the session's route; grows with every change of it.
     held: steps are to wait for a Resume.
+    prompts: positions of deep prompts, 0 without them: each block adds its own to its input there.
+    body: the prompts, [blocks, prompts, hidden] in the codec of the opening, the same for all rows.
     """
 
     session: bytes
@@ -73,6 +76,8 @@ class Open:
     relay: bool = False
     epoch: int = 0
     held: bool = False
+    prompts: int = 0
+    body: Buffer = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,18 +229,22 @@ def encode_open(message: Open) -> list[Buffer]:
     }
     named = {"predecessor": message.predecessor, "successor": message.successor, "adapter": spec.adapter}
     fields |= {name: value for name, value in named.items() if value is not None}
-    for name in ("relay", "epoch", "held"):
+    for name in ("relay", "epoch", "held", "prompts"):
         if value := getattr(message, name):
             fields[name] = value
-    return [pack_header(fields)]
+    return [pack_header(fields), message.body] if message.prompts else [pack_header(fields)]
 
 
 def decode_open(frame: Buffer) -> Open:
-    """Read the first message of a session stream.  Raises MessageError."""
+    """Read the first message of a session stream.  Raises MessageError.
+
+    Prompts are whole numbers; `check_prompts` compares them with the size of the model.
+    """
     message = read_message(frame, frozenset({"open"}))
-    no_body(message)
     header = message.header
-    return Open(
+    if "prompts" not in header:
+        no_body(message)
+    opened = Open(
         session=header.binary("s", SESSION_ID_BYTES),
         spec=read_spec(header),
         batch=header.integer("batch", 1, MAX_TOKENS),
@@ -246,7 +255,27 @@ def decode_open(frame: Buffer) -> Open:
         relay=header.flag("relay", absent=False),
         epoch=header.integer("epoch", 0, MAX_EPOCH, absent=0),
         held=header.flag("held", absent=False),
+        prompts=header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
+        body=message.body,
     )
+    vectors = opened.spec.blocks.size * opened.prompts * CODEC_BYTES[opened.codec]
+    if opened.prompts and (not len(opened.body) or len(opened.body) % vectors):
+        raise MessageError(f"{len(opened.body)} body bytes are not prompts of {opened.prompts} positions")
+    return opened
+
+
+def check_prompts(opened: Open, hidden: int) -> None:
+    """Raise MessageError unless the body of an Open holds its prompts.
+
+    hidden: values per position in the model.
+    """
+    size = opened.spec.blocks.size * opened.prompts * hidden * CODEC_BYTES[opened.codec]
+    if len(opened.body) != size:
+        raise MessageError(
+            f"{len(opened.body)} body bytes, prompts of {opened.prompts} positions take {size}"
+        )
+    if opened.prompts > opened.max_length:
+        raise MessageError(f"prompts of {opened.prompts} positions for a session of {opened.max_length}")
 
 
 def encode_opened(message: Opened) -> list[Buffer]:

@@ -310,6 +310,17 @@ def test_deep_prompts_are_those_of_hooks_on_the_whole_model(case, held, monkeypa
     assert error(hidden, case.output) > 0.01, "the prompts change the output"
 
 
+def test_a_session_with_deep_prompts_equals_a_pass_without_a_cache(case):
+    prompts = torch.randn(BLOCKS, 5, 32, generator=torch.Generator().manual_seed(4))
+    for span in case.spans:
+        own = prompts[span.start : span.stop]
+        expected = forward(span, case.inputs, span.start, span.stop, own)
+        cache, found = span.new_cache(ROWS, TOKENS), []
+        for start, stop in ((0, 3), (3, 4), (4, 12), (12, 13), (13, TOKENS)):
+            found.append(span.forward(case.inputs[:, start:stop], cache, start, prompts=own))
+        assert error(torch.cat(found, 1), expected) <= 10 * TOLERANCE
+
+
 def test_activations_that_are_held_give_the_gradient_of_those_that_are_not(case, monkeypatch):
     monkeypatch.setattr(parts, "PART_POSITIONS", ROWS * TOKENS)  # runs of one block
     span, positions = case.spans[1], ROWS * TOKENS

@@ -99,8 +99,10 @@ class Span(FakeSpan):
         stop: int,
         *,
         rope_length: int = 0,
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """[batch, tokens, hidden] -> the same shape, as `FakeSpan.forward` without angles."""
+        assert prompts is None, "no session here has any"
         assert isinstance(cache, CountingCache)
         assert self.start <= start < stop <= self.stop
         if position != cache.length:

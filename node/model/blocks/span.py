@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from node.config import ConfigError
+from node.model.blocks.forward_backward import with_prompt
 from node.model.blocks.fused import FusedSpan, fuse
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
 from node.model.blocks.library_cache import ArenaRun, ShapeProbe
@@ -189,6 +190,7 @@ class Span:
         stop: int | None = None,
         *,
         rope_length: int = 0,
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """Compute a step of one session: [batch, tokens, hidden_size] -> the same shape, in `dtype`.
 
@@ -197,6 +199,8 @@ class Span:
         rope_length: where angles depend on the length, each position takes the angles of a sequence of this
         length, or of a sequence that ends with the position, whichever is longer (see
         node/model/blocks/rope.py).
+        prompts: [blocks of the run, n, hidden_size]: each block adds its own to its input at the positions
+        below n, in every row.
         """
         start, stop = self._run_of(start, stop)
         tokens = hidden.shape[1]
@@ -206,17 +210,29 @@ class Span:
             )
         cache.reserve(position + tokens)
         hidden = hidden.to(self.device, self.dtype)
-        if self._fused is not None:
-            answer = self._fused.step(hidden, cache.pool, cache.rows, position, start, stop)
+        if prompts is None or position >= prompts.shape[1]:
+            hidden = self._prefill(hidden, cache, position, start, stop, rope_length)
         else:
-            positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
-            write = cache.pool.slots_of(cache.rows[:, None], positions)
-            run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states)
-            where = positions[:1].copy()
-            lengths = np.maximum(where + 1, rope_length)
-            answer = self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
+            here = prompts[:, position : position + tokens].to(self.device, self.dtype)
+            for block, prompt in zip(range(start, stop), here, strict=True):
+                hidden = with_prompt(hidden, prompt)
+                hidden = self._prefill(hidden, cache, position, block, block + 1, rope_length)
         cache.length = position + tokens
-        return answer
+        return hidden
+
+    def _prefill(
+        self, hidden: Tensor, cache: SpanCache, position: int, start: int, stop: int, rope_length: int
+    ) -> Tensor:
+        """`forward` through a run of blocks, without a change of the cache's length."""
+        if self._fused is not None:
+            return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop)
+        tokens = hidden.shape[1]
+        positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
+        write = cache.pool.slots_of(cache.rows[:, None], positions)
+        run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states)
+        where = positions[:1].copy()
+        lengths = np.maximum(where + 1, rope_length)
+        return self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
 
     @torch.inference_mode()
     def decode(

@@ -80,7 +80,16 @@ class EngineSpan(MeasuredSpan, Protocol):
         """One span of these blocks and those of `others`."""
 
     def forward(
-        self, hidden: Tensor, cache: Any, position: int, start: int, stop: int, /, *, rope_length: int = 0
+        self,
+        hidden: Tensor,
+        cache: Any,
+        position: int,
+        start: int,
+        stop: int,
+        /,
+        *,
+        rope_length: int = 0,
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """See `Span.forward`."""
 
@@ -110,6 +119,7 @@ class _Step(_Work):
     what: StepRange = field(kw_only=True)
     body: Buffer = field(kw_only=True)
     wanted: int = field(kw_only=True)
+    prompts: Tensor | None = field(kw_only=True, default=None)
     hidden: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
 
@@ -181,17 +191,26 @@ class Engine:
                 self._wanted.set()
 
     async def step(
-        self, peer: str, contract: Contract, cache: StepCache, what: StepRange, body: Buffer, *, whole: bool
+        self,
+        peer: str,
+        contract: Contract,
+        cache: StepCache,
+        what: StepRange,
+        body: Buffer,
+        *,
+        whole: bool,
+        prompts: Tensor | None = None,
     ) -> Answer:
         """Compute one step: hidden states in the contract's codec in, and its outputs in that codec out.
 
         body: [batch, tokens, hidden].
         cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
+        prompts: deep prompts for some of its positions, see `Span.forward`; the step then runs as a prefill.
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
         nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
         """
-        kind = Kind.DECODE if what.tokens == 1 else Kind.PREFILL
+        kind = Kind.DECODE if what.tokens == 1 and prompts is None else Kind.PREFILL
         now = self._clock()
         job = Job(
             next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
@@ -199,7 +218,9 @@ class Engine:
         )  # fmt: skip
         wanted = what.tokens if whole else what.reply_tokens
         return await self._answer(
-            _Step(job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted)
+            _Step(
+                job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted, prompts=prompts
+            )
         )
 
     async def stateless(
@@ -374,7 +395,7 @@ class Engine:
             given = step.hidden[:, piece.offset : piece.offset + piece.tokens]
             answer = self.span.forward(
                 given, step.cache, step.what.position + piece.offset, contract.start, contract.stop,
-                rope_length=step.what.rope_length,
+                rope_length=step.what.rope_length, prompts=step.prompts,
             )  # fmt: skip
             wanted_from = step.job.tokens - step.wanted - piece.offset
             if wanted_from < piece.tokens:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
+from torch import Tensor
 
 from node.serving.executor.engine import Answer, StepCache
 from node.serving.sessions.inbox import Arrived, Inbox
@@ -86,6 +87,7 @@ class HopSession:
 
     scope: of the session's tasks.  busy: a step is being computed or passed on.  active_at: trio's clock.
     end_reason: why the session ended, if not by its client's wish.
+    prompts: deep prompts, [blocks, positions, hidden]; None without them.
     """
 
     contract: Contract
@@ -100,7 +102,13 @@ class HopSession:
     busy: bool = False
     active_at: float = 0.0
     end_reason: PeerFault | Refused | None = None
+    prompts: Tensor | None = None
     _interruptible: trio.CancelScope | None = None
+
+    def prompts_at(self, position: int) -> Tensor | None:
+        """The prompts for a step from `position` on; None where they end before it."""
+        prompts = self.prompts
+        return prompts if prompts is not None and position < prompts.shape[1] else None
 
     @property
     def in_use(self) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
+from torch import Tensor
 
 from node.model.blocks.kv_pages import BlockShape
 from node.runtime.faults import Faults
@@ -22,12 +23,14 @@ from node.serving.cache_budget import CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.sessions.hop_session import FrameStream, HopSession, KeptOutputs, SessionCache, SessionRoute
 from node.serving.sessions.inbox import Inbox
+from node.serving.sessions.prompt_budget import PromptBudget
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.state import ServerSession
 from node.serving.sessions.worker import HopWorker, send_to_client
 from node.serving.span_admission import LEAVING, SpanAdmission
 from routing.names import PeerId
 from tensor_codec.blocks import Blocks
+from tensor_codec.codecs import decode_hidden
 from tensor_codec.errors import (
     Draining,
     MessageError,
@@ -41,9 +44,11 @@ from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES, Contract
 from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
+from tensor_codec.messages.forward_backward import prompts_contract
 from tensor_codec.messages.session import (
     Open,
     Opened,
+    check_prompts,
     decode_open,
     encode_opened,
     read_step,
@@ -94,10 +99,12 @@ class Listener:
     _links: PushLinks = field(init=False)
     _cache_admission: CacheAdmission = field(init=False)
     _journals: JournalBudget = field(init=False)
+    _prompts: PromptBudget = field(init=False)
     _session_ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self._links = PushLinks(self.open_stream)
+        self._prompts = PromptBudget(self.limits)
         self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
         self._journals = JournalBudget(tokens)
@@ -113,16 +120,19 @@ class Listener:
         if frame is None:
             return
         opened = decode_open(frame)
+        del frame  # with its prompts it is large
         try:
             await self._end_earlier(stream.peer, opened)
             self._check(stream.peer, opened)
             place = self._places[opened.session] = _Place(stream.peer, opened.epoch)
             try:
-                with place.opening:
+                with place.opening, self._prompts.hold(stream.peer, len(opened.body)):
+                    prompts = await self._prompts_of(opened)
+                    opened = replace(opened, body=b"")
                     await self._cache_admission.admit(
                         opened.session, stream.peer, opened.batch, opened.max_length
                     )
-                    with self._place(stream, opened) as hop:
+                    with self._place(stream, opened, prompts) as hop:
                         await self._run(hop)
             finally:
                 del self._places[opened.session]
@@ -215,11 +225,16 @@ class Listener:
     def _worker(self, hop: HopSession) -> HopWorker:
         return HopWorker(hop, self.engine, self._cache_admission, self._journals, self.faults, self.limits)
 
-    @contextmanager
-    def _place(self, stream: FrameStream, opened: Open) -> Iterator[HopSession]:
-        """An admitted session, until it ends.  Raises Refused, MessageError."""
+    async def _prompts_of(self, opened: Open) -> Tensor | None:
+        """The deep prompts of a session, checked in the torch thread.  Raises BadResult."""
+        if not opened.prompts:
+            return None
+        contract = prompts_contract(self._contract(opened), opened.prompts)
+        return await self.engine.compute.run(decode_hidden, opened.body, contract)
+
+    def _contract(self, opened: Open) -> Contract:
         hidden = self.admission.spec.hidden
-        contract = Contract(
+        return Contract(
             session=opened.session,
             start=opened.spec.blocks.start,
             stop=opened.spec.blocks.stop,
@@ -229,6 +244,11 @@ class Listener:
             codec=opened.codec,
             max_step_tokens=self.limits.step_tokens(hidden * CODEC_BYTES[opened.codec]),
         )
+
+    @contextmanager
+    def _place(self, stream: FrameStream, opened: Open, prompts: Tensor | None) -> Iterator[HopSession]:
+        """An admitted session, until it ends.  Raises Refused, MessageError."""
+        contract = self._contract(opened)
         cache = self.pool.open(opened.batch, opened.max_length)
         try:
             self._check_still_served(opened)  # it may have waited since it was checked
@@ -242,6 +262,7 @@ class Listener:
                 route=SessionRoute(opened.epoch, opened.predecessor, opened.successor, opened.relay),
                 kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),
+                prompts=prompts,
             )
             self._sessions[opened.session] = hop
             yield hop
@@ -258,6 +279,7 @@ class Listener:
         if opened.session in self._places:
             raise MessageError("a session with this id is open already")
         self.admission.admits(opened.spec)
+        check_prompts(opened, served.hidden)
         if opened.max_length > served.max_position:
             raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
         position = opened.batch * served.hidden * CODEC_BYTES[opened.codec]

@@ -269,7 +269,13 @@ class HopWorker:
                 await self._allocate(decision)
                 whole = hop.route.sends_on  # now: a Relink may change it while this is computed
                 answer = await self.engine.step(
-                    hop.stream.peer, contract, hop.cache, what, step.body, whole=whole
+                    hop.stream.peer,
+                    contract,
+                    hop.cache,
+                    what,
+                    step.body,
+                    whole=whole,
+                    prompts=hop.prompts_at(what.position),
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
