@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from routing.blocks import Blocks
-from tensor_codec.codecs import recode
 from tensor_codec.errors import Refused
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
@@ -29,6 +28,8 @@ class SessionPrompts:
 
     def body_for(self, blocks: Blocks, codec: str, limits: Limits) -> Buffer:
         """The prompts of these blocks in a codec.  Raises Refused where a frame has no room for them."""
+        from tensor_codec.codecs import recode  # not at the start: the core of a session needs no torch
+
         own = recode(self._of(blocks), self.codec, codec)
         room = limits.max_frame_bytes - 2 * limits.max_header_bytes
         if len(own) > room:

@@ -106,7 +106,7 @@ class HopSession:
     _interruptible: trio.CancelScope | None = None
 
     def prompts_at(self, position: int) -> Tensor | None:
-        """The prompts for a step from `position` on; None where they end before it."""
+        """The prompts for a step from `position` on; None where there are none or they end before it."""
         prompts = self.prompts
         return prompts if prompts is not None and position < prompts.shape[1] else None
 

@@ -10,7 +10,7 @@ Every byte is checked here, once, against the contract of its session.  The sess
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -126,8 +126,11 @@ class Listener:
             self._check(stream.peer, opened)
             place = self._places[opened.session] = _Place(stream.peer, opened.epoch)
             try:
-                with place.opening, self._prompts.hold(stream.peer, len(opened.body)):
-                    prompts = await self._prompts_of(opened)
+                holding = (
+                    self._prompts.hold(stream.peer, len(opened.body)) if opened.prompts else nullcontext()
+                )
+                with place.opening, holding:
+                    prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
                     await self._cache_admission.admit(
                         opened.session, stream.peer, opened.batch, opened.max_length
@@ -225,10 +228,8 @@ class Listener:
     def _worker(self, hop: HopSession) -> HopWorker:
         return HopWorker(hop, self.engine, self._cache_admission, self._journals, self.faults, self.limits)
 
-    async def _prompts_of(self, opened: Open) -> Tensor | None:
+    async def _prompts_of(self, opened: Open) -> Tensor:
         """The deep prompts of a session, checked in the torch thread.  Raises BadResult."""
-        if not opened.prompts:
-            return None
         contract = prompts_contract(self._contract(opened), opened.prompts)
         return await self.engine.compute.run(decode_hidden, opened.body, contract)
 
@@ -279,7 +280,8 @@ class Listener:
         if opened.session in self._places:
             raise MessageError("a session with this id is open already")
         self.admission.admits(opened.spec)
-        check_prompts(opened, served.hidden)
+        if opened.prompts:
+            check_prompts(opened, served.hidden)
         if opened.max_length > served.max_position:
             raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
         position = opened.batch * served.hidden * CODEC_BYTES[opened.codec]

@@ -275,7 +275,7 @@ class HopWorker:
                     what,
                     step.body,
                     whole=whole,
-                    prompts=hop.prompts_at(what.position),
+                    prompts=None if hop.prompts is None else hop.prompts_at(what.position),
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
