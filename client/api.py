@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, Unpack
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from routing.view.view import SwarmView
     from tensor_codec.messages.contract import Reply
     from tensor_codec.messages.info import PeerInfo
+
+
+T = TypeVar("T")
 
 
 class ConversationLike(Protocol):
@@ -300,6 +303,9 @@ class SyncSwarm(SwarmFacts, Protocol):
 
     def peer_info(self, peer: str) -> PeerInfo:
         """See `Swarm.peer_info`."""
+
+    def run(self, function: Callable[[Any], Awaitable[T]]) -> T:  # Any: `client.swarm.Swarm`
+        """The result of `await function(swarm)` in the swarm's event loop, with its trio handle."""
 
     def close(self) -> None:
         """Leave the swarm."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from client.batch_parts import KeptInputs
+    from client.bridges.sync import BlockingCalls
     from client.chains.avoided_peers import AvoidedPeers
     from client.chains.chain_choice import ChainChooser
     from client.forward_backward import ForwardBackward
@@ -66,6 +67,7 @@ class Swarm:
     _heads: HeadBatches
     _nursery: trio.Nursery
     generation_defaults: GenerationDefaults | None = None  # of the model's folder
+    trio_token: trio.lowlevel.TrioToken | None = None  # of the run that it lives in
     _lengths: SessionLengths = field(init=False)
     _stateless: ForwardBackward = field(init=False)
 
@@ -413,6 +415,13 @@ class Swarm:
             trace=trace,
         )
 
+    def blocking_calls(self) -> BlockingCalls:
+        """Blocking calls into this swarm's event loop, for the program's other threads."""
+        from client.bridges.sync import BlockingCalls, SwarmSide
+
+        assert self.trio_token is not None
+        return BlockingCalls(SwarmSide(self.trio_token, self._nursery))
+
     def usual_length(self, batch: int = 1) -> int:
         """Positions of a session of `batch` rows without a length of its own.
 
@@ -468,7 +477,10 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
             spread=identity.peer_id,
         )
-        yield Swarm(config, info, local_model, routes, host, directory, compute, heads, nursery, defaults)
+        token = trio.lowlevel.current_trio_token()
+        yield Swarm(
+            config, info, local_model, routes, host, directory, compute, heads, nursery, defaults, token
+        )
 
 
 def _blocks(info: ModelInfo, start: int, stop: int | None) -> Blocks:

@@ -28,6 +28,12 @@ class Proxy:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._target!r}>"
 
+    def __deepcopy__(self, memo: object) -> Proxy:
+        return self  # a copy of a model that holds a handle keeps it
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} cannot be pickled: a swarm belongs to its process")
+
     def _call(self, name: str, *args: Any, **arguments: Any) -> Any:  # Any, here and below: passed through
         method = getattr(self._target, name)
         args = tuple(_unwrapped(each) for each in args)
@@ -99,3 +105,8 @@ _SPECIAL: dict[str, Callable[[Proxy], Any]] = {"view": _view, "close": _close}
 
 def _unwrapped(value: Any) -> Any:
     return value._target if isinstance(value, Proxy) else value
+
+
+def target_of(handle: Any) -> Any:
+    """The object in trio's thread for which a proxy stands; any other object itself."""
+    return _unwrapped(handle)

@@ -114,6 +114,10 @@ class Conversation:
             except trio.TooSlowError:
                 raise SlowPeer(f"no answer within {self.give_up_seconds} s") from None
 
+    def adopt(self, session: Session, tokens: list[int]) -> None:
+        """Go on with a session whose caches hold these tokens."""
+        self.session, self.tokens = session, list(tokens)
+
     def close(self) -> None:
         """End the session; the conversation may be used again, and then opens another."""
         if self.session is not None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from client.generation.conversation import Conversation
 from client.generation.generation_config import Settings
@@ -57,6 +57,7 @@ class Generation:
     local_model: TokenModel
     conversation: Conversation
     settings: Settings
+    generator: Generator | None = None  # of random numbers, in place of the options' seed
     _tokens: list[int] = field(default_factory=list)
 
     @property
@@ -71,6 +72,7 @@ class Generation:
             end_ids=self._end_ids,
             prompt_tokens=len(prompt),
             max_length=len(prompt) + self.settings.max_new_tokens,
+            generator=self.generator,
         )
         text = TextStream(
             self.local_model.tokenizer,

@@ -33,14 +33,14 @@ class Sampler:
         end_ids: Iterable[int] = (),
         prompt_tokens: int = 0,
         max_length: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        """end_ids: tokens that end a generation.  max_length: of prompt and text, in tokens."""
+        """end_ids: tokens that end a generation.  max_length: of prompt and text, in tokens.
+
+        generator: of random numbers; None: one of its own, by the options' seed.
+        """
         self._options = options
-        self._generator = torch.Generator()
-        if options.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(options.seed)
+        self._generator = _seeded(options.seed) if generator is None else generator
         self._filters: list[Any] = []  # Any: the library's processors are untyped
         if not options.best_only:
             self._filters = _filters(options, sorted(end_ids), prompt_tokens, max_length)
@@ -86,6 +86,16 @@ class Sampler:
                     f" scores {list(shape)} are needed"
                 )
         return scores[0]
+
+
+def _seeded(seed: int | None) -> torch.Generator:
+    """A generator; None: by chance."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 class OutputPenalty:

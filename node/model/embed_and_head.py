@@ -86,6 +86,11 @@ class EmbedAndHead:
             bias = None if head.bias is None else head.bias.detach()
             self._product = compiled.Rows(head.weight.detach(), None, bias)
 
+    @property
+    def product(self) -> Callable[..., Tensor] | None:
+        """The head's product where it is compiled: (hidden states, threads) -> logits; else None."""
+        return self._product
+
     def make_exact_argmax(self) -> None:
         """From now on find the likeliest token with less work, where that is possible (see `ExactArgmax`).
 

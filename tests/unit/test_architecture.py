@@ -20,6 +20,8 @@ MAX_FUNCTION_LINES, MAX_FOLDER = 70, 12
 MANY_METHODS = {
     "node.network.transport.yamux.Yamux": "one state machine, a method for each rule of the protocol",
     "node.model.weights.kernels._Tile": "the instructions of one tile, which only make sense together",
+    "client.hf.cache.RemoteCache": "the methods that transformers asks of a Cache",
+    "client.swarm.Swarm": "a method for each thing that a program asks of a swarm",
     "node.serving.server.Server": "one lifecycle: load, announce, serve, move, drain",
 }
 MANY_FIELDS = {
@@ -31,6 +33,7 @@ MANY_FIELDS = {
 }
 MANY_PARAMETERS = {
     "client.config.client_config": "the arguments of `client.connect`, by name",
+    "client.hf.auto": "the arguments that transformers and Petals have, by name",
     "node.model.weights.kernels": "compiled: numba and LLVM take flat arguments",
     "node.model.weights.decode_kernels": "compiled: numba and LLVM take flat arguments",
 }

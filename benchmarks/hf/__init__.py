@@ -1,0 +1,1 @@
+"""The transformers API over a swarm, measured."""

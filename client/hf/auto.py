@@ -1,0 +1,184 @@
+"""From a name and peers to a model: the Auto classes, with Petals' names and arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from client.config import client_config
+from client.connect import connect_sync
+from client.hf.access import SwarmAccess
+from client.hf.model import base_model, task_model
+from client.hf.training import load_trained, read_about
+from node.runtime.values import shown
+from routing.chains.alternatives import Constraints
+
+if TYPE_CHECKING:
+    from client.api import SwarmLike, SyncSwarm
+
+TUNING_MODES = (None, "ptune", "deep_ptune")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What is trained beside the heads.  Raises ValueError for a mode or a length that cannot be."""
+
+    tuning_mode: str | None = None
+    pre_seq_len: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tuning_mode not in TUNING_MODES:
+            raise ValueError(
+                f"tuning_mode is {shown(self.tuning_mode)}, ptune, deep_ptune or None is allowed"
+            )
+        if self.tuning_mode is None and self.pre_seq_len:
+            raise ValueError(
+                f"pre_seq_len is {self.pre_seq_len}: it needs tuning_mode='ptune' or 'deep_ptune'"
+            )
+        if self.tuning_mode is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {shown(self.pre_seq_len)}, 1 or more is needed for tuning")
+
+
+def from_swarm(
+    swarm: SyncSwarm | SwarmLike,
+    *,
+    task: type[AutoDistributedModel] | None = None,
+    tuning_mode: str | None = None,
+    pre_seq_len: int = 0,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **config_overrides: Any,
+) -> Any:  # Any: the library's own classes
+    """A model over a swarm that the program has joined already.
+
+    swarm: of `connect_sync`, or of `connect` under trio or asyncio; then the model is used in other threads.
+    task: one of the Auto classes here; None: the causal language model.
+    tuning_mode: "ptune" trains a soft prompt of `pre_seq_len`, "deep_ptune" one at each block too.
+    dtype, device: of embedding, norm, head and prompts; the servers have their own.
+    config_overrides: of the model's config.
+    Raises ValueError for values that are not allowed.
+    """
+    kind = task or AutoDistributedModelForCausalLM
+    tuning = Tuning(tuning_mode, pre_seq_len)
+    access = SwarmAccess(swarm)
+    ends = access.swarm.local_model
+    causal = base_model(
+        access,
+        ends,
+        dtype=dtype,
+        device=device,
+        pre_seq_len=tuning.pre_seq_len,
+        deep=tuning.tuning_mode == "deep_ptune",
+        overrides=config_overrides,
+    )
+    model = kind.of_causal(causal, ends, num_labels)
+    vars(model)["tuning"] = {"tuning_mode": tuning.tuning_mode, "pre_seq_len": tuning.pre_seq_len}
+    return model
+
+
+class AutoDistributedModel:
+    """The base model: hidden states after the final norm.  Made by `from_pretrained`."""
+
+    auto: ClassVar[str | None] = None  # the library's Auto class of the task
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} is made by from_pretrained or from_swarm")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        peers: Sequence[str] = (),
+        initial_peers: Sequence[str] = (),
+        allowed_servers: Sequence[str] | None = None,
+        blocked_servers: Sequence[str] | None = None,
+        active_adapter: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        tuning_mode: str | None = None,
+        pre_seq_len: int = 0,
+        num_labels: int | None = None,
+        **others: Any,
+    ) -> Any:  # Any: the library's own classes
+        """Join a swarm and return the library's model over it; `model.close()` leaves.
+
+        name: as in `client.connect`; or a folder of `save_pretrained`, whose prompts and heads are loaded
+        over the swarm's model of the same revision.  peers: multiaddrs; initial_peers is Petals' name.
+        allowed_servers, blocked_servers: peer ids, into `constraints`.  Every other argument of
+        `client.connect` goes there; what is none is an override of the model's config.
+        Raises ConfigError as `connect_sync`, ValueError for values that are not allowed.
+        """
+        if active_adapter is not None:
+            raise ValueError(f"active_adapter is {shown(active_adapter)}: the servers hold no adapters")
+        known = set(inspect.signature(client_config).parameters)
+        joining = {key: others.pop(key) for key in sorted(set(others) & known)}
+        about = None if name is None else read_about(Path(name))
+        if about is not None:
+            folder, name = Path(cast(str, name)), about["model"]
+            tuning_mode = about.get("tuning_mode") if tuning_mode is None else tuning_mode
+            pre_seq_len = pre_seq_len or about.get("pre_seq_len") or 0
+            num_labels = num_labels or about.get("num_labels")
+        if allowed_servers is not None or blocked_servers is not None:
+            constraints = joining.get("constraints") or Constraints()
+            given = {"allowed": allowed_servers, "blocked": blocked_servers}
+            fields = {key: frozenset(map(str, value)) for key, value in given.items() if value is not None}
+            joining["constraints"] = replace(constraints, **cast(Any, fields))
+        swarm = connect_sync(model=joining.pop("model", name), peers=[*peers, *initial_peers], **joining)
+        try:
+            model = from_swarm(
+                swarm,
+                task=cls,
+                tuning_mode=tuning_mode,
+                pre_seq_len=pre_seq_len,
+                num_labels=num_labels,
+                dtype=dtype or torch_dtype or torch.float32,
+                device=device,
+                **others,
+            )
+            if about is not None:
+                load_trained(model, folder, about, swarm.info.revision)
+        except BaseException:
+            swarm.close()
+            raise
+        model.own_swarm()
+        return model
+
+    @classmethod
+    def of_causal(cls, causal: nn.Module, ends: Any, num_labels: int | None) -> nn.Module:
+        """The model of this class on the base of a causal language model."""
+        if cls.auto is None:
+            return causal.get_submodule(ends.architecture.prefix)
+        import transformers
+
+        auto = getattr(transformers, cls.auto)
+        return task_model(causal, ends.architecture, auto, num_labels)
+
+
+class AutoDistributedModelForCausalLM(AutoDistributedModel):
+    """The causal language model: logits, `generate`.  Made by `from_pretrained`."""
+
+    @classmethod
+    def of_causal(cls, causal: nn.Module, ends: Any, num_labels: int | None) -> nn.Module:
+        """The causal language model itself."""
+        return causal
+
+
+class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
+    """A label for a text, by a trainable head.  Made by `from_pretrained`."""
+
+    auto = "AutoModelForSequenceClassification"
+
+
+class AutoDistributedModelForTokenClassification(AutoDistributedModel):
+    """A label for each token, by a trainable head.  Made by `from_pretrained`."""
+
+    auto = "AutoModelForTokenClassification"
