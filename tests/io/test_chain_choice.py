@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from client.chains.chain_choice import for_prompts
 from client.chains.chain_wait import PINGED_PEERS, choose_among_the_living
 from routing.blocks import Blocks
 from routing.chains.alternatives import Constraints
@@ -92,6 +93,27 @@ async def test_where_blocks_have_no_server_the_length_is_not_blamed(autojump_clo
         with pytest.raises(NoChain) as none:
             world.routes(constraints=Constraints(blocked={PeerId("a")})).choose(tokens=9000)
         assert "asked for" not in str(none.value)
+
+
+async def test_prompts_go_only_to_peers_that_say_that_they_take_them(autojump_clock):
+    async with swarm() as world:
+        world.add("old", 0, 6)
+        world.add("new", 0, 6, seconds=9)
+        routes = world.routes()
+        view = world.view()
+        entries = {
+            peer: replace(entry, record=replace(entry.record, prompts=peer == "new"))
+            for peer, entry in view.entries.items()
+        }
+        routes.view = lambda: replace(view, entries=entries)
+        assert names(routes.choose()) == "old"
+        prompted = for_prompts(routes)
+        assert names(prompted.choose()) == "new"
+        assert names(prompted.choose_for_throughput(0, 6, positions=9, waiting={})) == "new"
+        assert prompted.blame is routes.blame, "one memory of peers"
+        del entries[PeerId("new")]
+        with pytest.raises(NoChain, match="constraints"):
+            prompted.choose()
 
 
 def silent(world, *names):
