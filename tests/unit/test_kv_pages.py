@@ -282,8 +282,10 @@ def test_rows_that_are_copied_keep_the_number_of_pages_and_grow_apart():
     assert cache.pool.free_tokens == 5 * 512 - 3 * PAGE_TOKENS, "but the other session's"
 
 
-def test_many_pages_are_copied_in_parts(monkeypatch):
-    monkeypatch.setattr(kv_pages, "COPIED_PAGES", 3)
+@pytest.mark.parametrize("copied_bytes", [1, 3 * PAGE_TOKENS * 2 * 3 * 4, 8 << 20])  # a page, three, all
+def test_pages_are_copied_in_parts_where_their_copy_takes_memory(copied_bytes, monkeypatch):
+    monkeypatch.setattr(kv_pages, "COPIED_BYTES", copied_bytes)
+    monkeypatch.setattr(kv_pages, "copy_runs", kv_pages.copy_indexed)
     cache = filled(4, 100)
     expected = [each.index_select(0, torch.tensor([1, 1, 1, 0])) for each in contents(cache)]
     cache.select([1, 1, 1, 0])

@@ -25,6 +25,7 @@ from client.session.actions import (
     Note,
     Observe,
     Postpone,
+    Reordering,
     Repair,
     Reported,
     Send,
@@ -37,10 +38,10 @@ from client.session.hop_state import HopState
 from client.session.route_state import LATE_SECONDS, REFUSED_SECONDS
 from routing.chains.hops import NoChain
 from routing.names import PeerId
-from tensor_codec.errors import CacheFull, LocalProtocolError, MessageError, PeerGone, SlowPeer
+from tensor_codec.errors import CacheFull, LocalProtocolError, MessageError, PeerGone, Refused, SlowPeer
 from tensor_codec.messages.contract import StepRange
 from tensor_codec.messages.fields import Failed
-from tensor_codec.messages.session import Here, Result
+from tensor_codec.messages.session import Here, Opened, Result
 from tests.session_world import (
     HELD,
     HIDDEN,
@@ -259,6 +260,72 @@ def test_a_replay_that_has_to_be_carried_stays_a_replay():
     replay = Result(7, 0, bytes(2 * ROW), epoch=session.route.epoch, replay=True, rope_length=9)
     (carry,) = session.receive(Answered(session.route.hops[1], replay), 3.0)
     assert (carry.step.reply, carry.step.rope_length) == ("replay", 9)
+
+
+# Rows that change their order.
+
+
+def able(session, *peers):
+    """These hops have said that they can reorder rows."""
+    for hop in session.route.hops:
+        if hop.hop.peer in peers:
+            hop.opened(Opened(push=True, rows=True))
+
+
+def test_hops_that_cannot_reorder_rows_are_left_before_the_first_order_and_not_chosen_again():
+    session = sound_session()
+    able(session, "A", "C")
+    actions = session.receive(Reordering(), 2.0)
+    assert [action.peer for action in actions if isinstance(action, Postpone)] == ["B"]
+    assert kinds(actions).count(Repair) == 1
+    assert "B cannot reorder the rows" in str(session.last_error)
+    assert session.state is State.BROKEN
+    pending, send = session.submit(StepRange(1, 1, rows=(1, 0)), bytes(ROW), 3.0)
+    assert send is None
+    (*_, sent) = change_route(session, 4.0)
+    assert isinstance(sent, Send)
+    assert (hops(session), sent.pending) == ("AbC", pending)
+    assert "B" not in {hop.peer for hop in session.route.choose(last_resort=True).hops}
+
+
+def test_a_new_hop_that_cannot_reorder_rows_is_refused_where_steps_reorder_them():
+    session = sound_session()
+    unable, *_ = session.route.hops
+    session.route.check(unable)
+    able(session, "B", "C")
+    session.receive(Reordering(), 2.0)
+    with pytest.raises(Refused, match="A cannot reorder the rows"):
+        session.route.check(unable)
+    session.route.check(session.route.hops[1])
+
+
+def test_where_all_hops_can_reorder_rows_nothing_happens():
+    session = sound_session()
+    able(session, "A", "B", "C")
+    assert session.receive(Reordering(), 2.0) == []
+    assert session.state is State.SOUND
+
+
+def test_an_order_is_carried_with_its_step():
+    session = relayed()
+    what = StepRange(0, 1, rows=(1, 0))
+    pending, _ = session.submit(what, bytes(ROW), 2.5)
+    (carry,) = session.receive(Answered(session.route.hops[1], answer_to(session, pending)), 3.0)
+    assert carry.step.rows == (1, 0)
+
+
+def test_the_step_that_comes_after_a_replay_is_named_where_steps_reorder_rows():
+    for reorders in (False, True):
+        session = sound_session()
+        collected(session, submitted(session, tokens=4))
+        able(session, "A", "B", "C")
+        if reorders:
+            session.receive(Reordering(), 2.0)
+        session.receive(Lost(session.route.hops[1], PeerGone("gone")), 3.0)
+        session.begin_switch()
+        line_up, _ = session.route.line_up(session.route.choose(), session.steps.resume_point().position)
+        refill, _ = session.take_over(line_up, agree(session, line_up), 0.0)
+        assert refill.step == (1 if reorders else None)
 
 
 # A disturbance in the middle of a change starts another change.

@@ -21,6 +21,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -32,7 +33,7 @@ from tensor_codec.errors import LocalProtocolError, Refused
 from tensor_codec.memory import set_aside
 
 PAGE_TOKENS = 16
-COPIED_PAGES = 1024  # at a time, of one block: their copy on its way takes memory beside the stores
+COPIED_BYTES = 8 << 20  # at a time: the copy on its way takes memory beside the stores
 
 
 class CannotCut(Refused):
@@ -205,12 +206,9 @@ class PagePool:
 
     def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
         """Copy the pages `sources`, [n], to the pages `targets`, [n], none of which is a source."""
-        for first in range(0, len(sources), COPIED_PAGES):
-            part = slice(first, first + COPIED_PAGES)
-            given, taken = (torch.from_numpy(each[part]).to(self.device) for each in (sources, targets))
-            for store in self._stores:
-                pages = store.view(-1, self.page_tokens, *store.shape[1:])
-                pages.index_copy_(0, taken, pages.index_select(0, given))
+        copy = copy_runs if self.device.type == "cpu" else copy_indexed
+        for store in self._stores:
+            copy(store.view(-1, self.page_tokens, *store.shape[1:]), sources, targets)
 
     def close_rows(self, rows: NDArray[np.int64]) -> None:
         """Let rows without pages be used again."""
@@ -325,6 +323,23 @@ class SpanCache:
             for row in self.rows:
                 self.pool.give_back(int(row), pages, self.pages - pages)
             self.pages = pages
+
+
+def copy_runs(pages: Tensor, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+    """Copy pages run by run of neighbours, without memory beside them: the way of a CPU."""
+    breaks = np.flatnonzero((np.diff(sources) != 1) | (np.diff(targets) != 1)) + 1
+    for first, last in pairwise([0, *breaks.tolist(), len(sources)]):
+        given, taken, size = int(sources[first]), int(targets[first]), last - first
+        pages[taken : taken + size].copy_(pages[given : given + size])
+
+
+def copy_indexed(pages: Tensor, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+    """Copy pages with few kernels, up to COPIED_BYTES at a time: the way of a GPU."""
+    at_once = max(1, COPIED_BYTES // pages[0].nbytes)
+    indices = (torch.from_numpy(each).to(pages.device) for each in (sources, targets))
+    parts = (torch.split(each, at_once) for each in indices)
+    for given, taken in zip(*parts, strict=True):
+        pages.index_copy_(0, taken, pages.index_select(0, given))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
