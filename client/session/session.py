@@ -147,8 +147,8 @@ class Session:
         seconds: for the step, repairs included; default: `give_up_seconds`, and once more for every
         LONG_PART of positions while caches are filled again.
         rows: an item for each row; before the step row i of the cached positions becomes what row rows[i] was
-        (transformers' `reorder_cache`).  Rows may be named more than once or not at all.  A step that raises
-        and does not show in `length` has left the rows as they were.
+        (transformers' `reorder_cache`).  Rows may be named more than once or not at all.  A step with `rows`
+        that raises has left the rows, and `length`, as they were before it, but for a cut.
         rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
         angles depend on its length; default: up to the end of this step.
         Returns hidden states [batch, tokens or 1, hidden] after the session's last block, in the codec's
@@ -171,7 +171,15 @@ class Session:
             body, begin, tokens, reply, deadline=deadline, rope_length=whole, rows=rows
         )
         result = await self.collect(pending, deadline=deadline, until=until)
-        return None if reply == "none" else await self._decoded([result])
+        if reply == "none":
+            return None
+        try:
+            return await self._decoded([result])
+        except BaseException:
+            if pending.what.rows and self.length == begin + tokens:
+                self.core.steps.revoke(pending)
+                self.give_up_steps()
+            raise
 
     async def prefill(
         self,

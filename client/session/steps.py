@@ -124,6 +124,7 @@ class StepSource:
     again: list[Pending] = field(default_factory=list)
     next_step: int = 0
     ordered: int = -1
+    _ordered_before: int = -1
 
     def add(self, what: StepRange, body: Buffer, bulk: bool, now: float) -> Pending:
         """Number a step.  bulk: the step is long.
@@ -143,8 +144,14 @@ class StepSource:
         self.pending.pop(pending.step, None)
         self.length = pending.what.position + pending.what.tokens
         if pending.what.rows:
-            self.ordered = pending.step
+            self._ordered_before, self.ordered = self.ordered, pending.step
         self.sent = [one for one in self.sent if one.step > pending.step]
+
+    def revoke(self, pending: Pending) -> None:
+        """The answer taken last, to a step that reordered rows, is of no use: the step has none yet."""
+        self.pending = {pending.step: pending, **self.pending}
+        self.sent.insert(0, Sent(pending.step, pending.what))
+        self.length, self.ordered = pending.what.position, self._ordered_before
 
     def give_up(self) -> bool:
         """Give up the pending steps; whether any of them may still be on its way, or has reordered rows."""

@@ -16,11 +16,11 @@ from client.session.hop_state import HopState
 from client.session.session import Session
 from routing.chains.hops import NoChain
 from routing.names import PeerId
-from tensor_codec.errors import Refused
+from tensor_codec.errors import BadResult, Refused
 from tensor_codec.header import pack_header
 from tensor_codec.messages import session as session_messages
 from tensor_codec.messages.session import Opened
-from tests.fakes_serving import World, some_hidden, swarm, whole_model
+from tests.fakes_serving import FakeCompute, World, some_hidden, swarm, whole_model
 
 BLOCKS, BATCH = 9, 3
 # Permutations, repeated rows, all from one, and steps without an order; going back, or not.
@@ -125,12 +125,41 @@ async def test_a_step_that_was_given_up_has_reordered_nothing(leave_at, victim, 
         with trio.move_on_after(leave_at):
             await rows.session.step(some_hidden(1, BATCH, 99), rows=(0, 0, 1))
         if rows.session.length == rows.given.shape[1] + 1:
-            assert leave_at == 3.5, "it was answered"
+            assert leave_at == 3.5, "it was answered in time"
             await rows.session.aclose()
             return
         if victim is not None:
             await world.kill(victim)
         for step in STEPS[4:]:
+            await rows.step(*step)
+        await rows.session.aclose()
+
+
+async def test_a_step_whose_answer_cannot_be_read_has_reordered_nothing(autojump_clock):
+    async with swarm() as world:
+        rows = Rows(await replicas(world).open(batch=BATCH))
+        await rows.step(5, 0, None)
+        with (
+            mock.patch.object(Session, "decode", side_effect=BadResult("NaN")),
+            pytest.raises(BadResult, match="NaN"),
+        ):
+            await rows.session.step(some_hidden(1, BATCH, 99), rows=(0, 0, 1))
+        assert rows.session.length == 5
+        for step in STEPS[1:]:
+            await rows.step(*step)
+        await rows.session.aclose()
+
+
+async def test_a_step_that_is_left_while_its_answer_is_read_has_reordered_nothing(autojump_clock):
+    async with swarm() as world:
+        rows = Rows(await replicas(world).open(batch=BATCH))
+        await rows.step(5, 0, None)
+        rows.session.compute = FakeCompute(1.0)
+        with trio.move_on_after(1.5) as left:
+            await rows.session.step(some_hidden(1, BATCH, 99), rows=(0, 0, 1))
+        assert left.cancelled_caught
+        assert rows.session.length == 5
+        for step in STEPS[1:]:
             await rows.step(*step)
         await rows.session.aclose()
 

@@ -79,7 +79,7 @@ def check_rows(story: RowsStory, plan: Plan, happened: Sequence[Happened]) -> It
             before = before[list(step.rows)]
         given = torch.cat([before, step.hidden], dim=1)
         expected = whole_model(given, 0, plan.blocks)[:, step.position :]
-        if step.found is not None and not torch.equal(step.found, expected):
+        if step.found is None or not torch.equal(step.found, expected):
             yield f"P1: {who}: the answer to step {number} of {len(story.applied)} is not the whole model's"
             break
     for number, call in enumerate(story.calls):

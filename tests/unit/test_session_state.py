@@ -558,8 +558,13 @@ class RowsOverARoute:
     def client_collects(self) -> None:
         pending = next(iter(self.steps.pending.values()), None)
         if pending is not None and pending.result is not None:
-            self.taken = self.wanted(pending.step + 1)
+            before, self.taken = self.taken, self.wanted(pending.step + 1)
             self.steps.collected(pending)
+            if pending.what.rows and self.random.random() < 0.1:
+                self.taken = before  # its answer could not be read
+                self.steps.revoke(pending)
+                self.broken |= self.steps.give_up()
+                assert self.broken
 
     def client_gives_up(self) -> None:
         self.broken |= self.steps.give_up()
