@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 from tests.processes import children, end
+
+# Of other packages: `make test-ecosystem` has an environment with them.
+collect_ignore = [] if find_spec("peft") and find_spec("lm_eval") else ["ecosystem"]
 
 settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
 settings.register_profile(  # of `make mutants`: one answer for each change, and no search for small examples

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from client.session.trace import Trace
 
 SLACK = 64  # positions of a session beyond those that a call asks for: virtual tokens of an adapter in front
+# Methods that adapters (peft) replace at an object.
+_REPLACED = ("forward", "generate", "prepare_inputs_for_generation")
 _MADE: ContextVar[list[RemoteCache] | None] = ContextVar("caches that a generate has made", default=None)
 
 
@@ -161,6 +163,8 @@ class RemoteGeneration:
         if cache is not None and not isinstance(cache, RemoteCache):
             return False
         if cache is not None and cache.is_initialized and cache.single is None:
+            return False
+        if any(name in vars(model) for name in _REPLACED):
             return False
         changed = [module._forward_hooks or module._forward_pre_hooks for module in (model, model.base_model)]
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from client.bridges.proxy import target_of
 from client.hf import RemoteCache, from_swarm
 from tests.hf_swarm import Nodes, nodes_of
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
@@ -381,3 +384,56 @@ def test_the_library_sees_its_own_class(model: Any, local: Any) -> None:
     assert model.can_generate()
     assert sum(each.numel() for each in model.parameters()) < sum(each.numel() for each in local.parameters())
     model.activation_checkpointing_enable()
+
+
+def test_ctrl_c_in_a_generation_leaves_model_and_cache_usable(model: Any, local: Any) -> None:
+    cache = RemoteCache(model.swarm, 120)
+    main = threading.get_ident()
+    interrupt = threading.Timer(0.001, signal.pthread_kill, (main, signal.SIGINT))
+
+    def count(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if ids.shape[1] == IDS.shape[1] + 3:
+            interrupt.start()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(IDS, past_key_values=cache, max_new_tokens=110, stopping_criteria=[count], **GREEDY)
+    cache.crop(-cache.get_seq_length())
+    found = model.generate(IDS, past_key_values=cache, max_new_tokens=6, **GREEDY)
+    assert torch.equal(found, local.generate(IDS, max_new_tokens=6, **GREEDY))
+    cache.close()
+
+
+def test_a_method_that_an_adapter_replaces_is_called(nodes: Nodes, local: Any) -> None:
+    """As peft's prompt tuning does: other inputs at the first step."""
+    found = []
+    for each in (from_swarm(nodes.swarm), copy.deepcopy(local)):
+        plain = each.prepare_inputs_for_generation
+
+        def replaced(ids: Tensor, *args: Any, plain: Any = plain, **arguments: Any) -> Any:
+            return plain((ids + 1) % 90, *args, **arguments)
+
+        each.prepare_inputs_for_generation = replaced
+        found.append(each.generate(IDS, max_new_tokens=5, **GREEDY))
+    assert torch.equal(*found)
+
+
+def test_a_forked_process_is_told_to_join_by_itself(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.bridges.sync.os.getpid", lambda: 1)
+    with pytest.raises(RuntimeError, match="forked"):
+        model(IDS)
+
+
+def test_a_handle_of_a_running_loop_serves_its_other_threads(nodes: Nodes, local: Any) -> None:
+    handle = target_of(nodes.swarm)  # what `async with client.connect(...)` gives under trio
+    model = from_swarm(handle)
+    theirs = local.generate(IDS, max_new_tokens=4, **GREEDY)
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, **GREEDY), theirs)
+
+    async def within(swarm: Any) -> None:
+        with pytest.raises(RuntimeError, match="own thread"):
+            model(IDS)
+        found = await trio.to_thread.run_sync(lambda: model.generate(IDS, max_new_tokens=4, **GREEDY))
+        assert torch.equal(found, theirs)
+
+    nodes.swarm.run(within)
