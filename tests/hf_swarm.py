@@ -26,10 +26,14 @@ from routing.blocks import Blocks
 
 @dataclass
 class Nodes:
-    """The servers of a swarm in this process.  scopes: the cancellation of one ends it at once."""
+    """The servers of a swarm in this process.
+
+    scopes: the cancellation of one ends it at once.  addresses: of the first server, for another client.
+    """
 
     swarm: SyncSwarm
     scopes: list[trio.CancelScope] = field(default_factory=list)
+    addresses: Sequence[str] = ()
 
     def kill(self, number: int) -> None:
         """End a server without a word to anybody, from any thread."""
@@ -48,26 +52,27 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
     settings: of `client.connect`.
     """
     scopes: list[trio.CancelScope] = []
+    addresses: list[str] = []
 
     @asynccontextmanager
     async def opened(config: ClientConfig) -> AsyncIterator[Swarm]:
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             nursery = await stack.enter_async_context(trio.open_nursery())
-            peers: tuple[str, ...] = ()
             for number, blocks in enumerate(spans):
                 compute = await stack.enter_async_context(open_compute_thread())
                 ready = folder / f"{number}.json"
+                network = NetworkConfig(peers=tuple(addresses), ready_file=ready)
                 node = NodeConfig(
-                    NetworkConfig(peers=peers, ready_file=ready), str(model), blocks=Blocks(*blocks),
+                    network, str(model), blocks=Blocks(*blocks),
                     dtype="float32", device="cpu", threads=1, cache_tokens=4096,
                 )  # fmt: skip
                 scopes.append(trio.CancelScope())
                 nursery.start_soon(_serve, scopes[-1], node, compute)
                 while not ready.exists():  # noqa: ASYNC110  the node tells others by this file
                     await trio.sleep(0.01)
-                peers = peers or (json.loads(ready.read_text())["addresses"][0],)
-            joined = client_config(model, peers=peers, **settings)
+                addresses[:] = addresses or json.loads(ready.read_text())["addresses"][:1]
+            joined = client_config(model, peers=addresses, **settings)
             async with open_swarm(joined) as swarm:
                 yield swarm
             nursery.cancel_scope.cancel()
@@ -76,7 +81,7 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
         patch.setenv("RACEME_CACHE", cache)
         patch.setattr("client.session.repair.watchdog.MIN_HOP_SECONDS", 20.0)  # for a busy machine
         with open_sync(cast(Any, None), opened) as swarm:
-            yield Nodes(swarm, scopes)
+            yield Nodes(swarm, scopes, addresses)
 
 
 async def _serve(scope: trio.CancelScope, config: NodeConfig, compute: Any) -> None:

@@ -79,7 +79,11 @@ def from_swarm(
         overrides=config_overrides,
     )
     model = kind.of_causal(causal, ends, num_labels)
-    vars(model)["tuning"] = {"tuning_mode": tuning.tuning_mode, "pre_seq_len": tuning.pre_seq_len}
+    vars(model)["tuning"] = {
+        "tuning_mode": tuning.tuning_mode,
+        "pre_seq_len": tuning.pre_seq_len,
+        "num_labels": num_labels,
+    }
     return model
 
 

@@ -134,7 +134,7 @@ class RemoteSequential(nn.Module):
         """
         if self._active:
             if prompts is not None:
-                raise ValueError("prompts inside a session: give them to inference_session(prompts=...)")
+                raise ValueError("prompts inside a session: only a pass without a session takes them")
             return self._active[-1].step(hidden)
         return self.swarm.run(hidden, self.start, self.stop, prompts)
 

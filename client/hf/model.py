@@ -104,7 +104,7 @@ def base_model(
     remote = _mixed(container, RemoteBase, {**known, "remote": blocks, "architecture": architecture})
     if architecture.container:
         base.register_module(architecture.container, remote)
-        vars(base).update(config=config)
+        model.register_module(architecture.prefix, _mixed(base, RemoteSaving, known))
     else:
         model.register_module(architecture.prefix, remote)
     causal = cast(Any, _mixed(model, RemoteCausal, {**known, "blocks": blocks}))

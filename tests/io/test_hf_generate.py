@@ -437,3 +437,16 @@ def test_a_handle_of_a_running_loop_serves_its_other_threads(nodes: Nodes, local
         assert torch.equal(found, theirs)
 
     nodes.swarm.run(within)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_gives_the_library_s_texts(model: Any, local: Any, folder: Path) -> None:
+    from transformers import AutoTokenizer, pipeline
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    prompts, options = ["HELLO", "A LONGER WORLD"], {"max_new_tokens": 5, "do_sample": False, "batch_size": 2}
+    found = [
+        pipeline("text-generation", model=each, tokenizer=tokenizer)(prompts, **options)
+        for each in (model, local)
+    ]
+    assert found[0] == found[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.hf import from_swarm
+from client.hf import AutoDistributedModel, from_swarm
 from tests.hf_swarm import nodes_of
 from tests.model_fixtures import TINY, save_tiny, save_tiny_tokenizer
 
@@ -19,11 +19,15 @@ GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 @dataclass
 class Pair:
-    """The library's model, and the same one in a swarm of two servers.  ids: padded on the left by `mask`."""
+    """The library's model, and the same one in a swarm of two servers.
+
+    base: the model without a head, over the swarm.  ids: padded on the left by `mask`.
+    """
 
     variant: str
     local: Any
     remote: Any
+    base: Any
     ids: Tensor
     mask: Tensor
 
@@ -40,7 +44,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     mask[0, :4] = mask[1, :1] = 0
     ids[mask == 0] = 0
     with nodes_of(path, [(0, blocks // 2), (blocks // 2, blocks)]) as nodes:
-        yield Pair(request.param, local, from_swarm(nodes.swarm), ids, mask)
+        base = from_swarm(nodes.swarm, task=AutoDistributedModel)
+        yield Pair(request.param, local, from_swarm(nodes.swarm), base, ids, mask)
 
 
 def test_a_batch_that_is_padded_on_the_left_gets_the_library_s_tokens(pair: Pair) -> None:
@@ -94,3 +99,12 @@ def test_logits_and_hidden_states_are_the_library_s(pair: Pair) -> None:
     assert len(mine.hidden_states) == len(theirs.hidden_states)
     for my_state, state in zip(mine.hidden_states, theirs.hidden_states, strict=True):
         torch.testing.assert_close(my_state, state, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_without_a_head_is_the_library_s(pair: Pair) -> None:
+    local = pair.local.get_submodule(pair.base.swarm.swarm.local_model.architecture.prefix)
+    mine, theirs = (model(pair.ids).last_hidden_state for model in (pair.base, local))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    pair.base.close()  # the swarm is not its own, and goes on
+    assert pair.base(pair.ids).last_hidden_state.shape == mine.shape
