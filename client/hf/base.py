@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from client.hf.access import SwarmAccess
 from client.hf.blocks import RemoteSequential
-from client.hf.cache import RemoteCache
+from client.hf.cache import CURRENT, RemoteCache
 from client.hf.layers import CALL, Call
 from client.hf.padding import check_cached, check_positions, padding_of, positions
 from client.hf.training import Prompts, RemoteSaving
@@ -96,6 +96,8 @@ class RemoteBase(RemoteSaving):
 
     def _cache(self, given: Any, use_cache: bool | None) -> RemoteCache | None:
         session = self.remote.active_session
+        if given is None and session is None and use_cache and (current := CURRENT.get()) is not None:
+            return current.successor()
         if given is None:
             return session.open_cache() if session is not None and use_cache is not False else None
         if not isinstance(given, RemoteCache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from client.hf.access import SwarmAccess
     from client.session.session import Session
     from tensor_codec.messages.contract import Reply
+
+
+# Of the `generate` under way: where the library drops a cache (the angles of phi3), another one follows.
+CURRENT: ContextVar[RemoteCache | None] = ContextVar("cache of a generate", default=None)
 
 
 @dataclass(slots=True)
@@ -71,6 +76,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         self.stops: tuple[int, ...] = (swarm.blocks,)
         self._seen = 0  # tokens of each row, padding included and soft prompt not: as the library counts
         self._groups: list[Group] = []
+        self._successor: RemoteCache | None = None
         self._finalizer: Any = None  # Any: of weakref.finalize
 
     # --- what the library asks ---
@@ -96,7 +102,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         return self._seen > 0
 
     def __len__(self) -> int:
-        return 0
+        return 1  # the one layer that the library sees
 
     @property
     def batch_size(self) -> int:
@@ -272,19 +278,29 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         if padded := max(0, group.pad - self._seen):
             hidden = torch.cat([hidden[:, :ahead], hidden[:, ahead + padded :]], dim=1)
         position = (self.prefix if self._seen else 0) + max(0, self._seen - group.pad)
+        whole = self._rope_length(position + hidden.shape[1], group)
         states = []
         for number, session in enumerate(group.sessions):
             reply: Reply = "last" if last_only and session is group.sessions[-1] else "all"
             order = group.orders[number]
             if order is None:
-                answer = await session.prefill(hidden, position, reply)
+                answer = await session.prefill(hidden, position, reply, rope_length=whole)
             else:
-                answer = await session.step(hidden, position, reply, rows=order)
+                answer = await session.step(hidden, position, reply, rows=order, rope_length=whole)
             group.sent(number)
             assert answer is not None
             hidden = answer.float()
             states.append(hidden)
         return states
+
+    def _rope_length(self, stop: int, group: Group) -> int:
+        """The length for angles that depend on it: as in the library, that of the longest row.
+
+        stop: of the group's rows after this step.
+        """
+        if self.pads is None or self.swarm.swarm.local_model.rope is None:
+            return stop
+        return min(stop + group.pad - int(self.pads.min()), group.sessions[0].terms.max_length)
 
     def _open(self, rows: int, tokens: int) -> None:
         """Open the sessions for each length of padding."""
@@ -296,7 +312,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
             for pad in sorted(set(pads)):
                 members = [row for row, one in enumerate(pads) if one == pad]
                 groups.append(Group(members, pad, []))
-                positions = length - pad + self.prefix
+                positions = length - (0 if self.swarm.swarm.local_model.rope else pad) + self.prefix
                 for start, stop in pairwise((0, *self.stops)):
                     deep = None if self.deep is None else self.deep[start:stop]
                     session = self.swarm.open_session(len(members), positions, start, stop, deep)
@@ -319,6 +335,11 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         group = self._groups[0]
         return group.sessions[0] if len(group.rows) == len(group.sessions) == 1 else None
 
+    def successor(self) -> RemoteCache:
+        """A cache in the place of this one, from position 0 on; ends with it."""
+        self._successor = RemoteCache(self.swarm, self.max_length)
+        return self._successor
+
     def keep(self) -> None:
         """It outlives the `generate` that uses it."""
         self._is_user_defined = True
@@ -335,7 +356,9 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         """End the sessions; returns at once.  The cache is empty then."""
         if self._finalizer is not None:
             self._finalizer()
-        self._groups, self._seen, self._finalizer = [], 0, None
+        if self._successor is not None:
+            self._successor.close()
+        self._groups, self._seen, self._finalizer, self._successor = [], 0, None, None
 
     def __deepcopy__(self, memo: Any) -> RemoteCache:
         raise TypeError("a RemoteCache cannot be copied: its keys and values are at the servers")

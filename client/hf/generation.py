@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from client.hf.access import SwarmAccess
 from client.hf.blocks import RemoteSequential
-from client.hf.cache import RemoteCache
+from client.hf.cache import CURRENT, RemoteCache
 from client.hf.native import NativeRun, one_prompt, settings_for
 from client.hf.training import Prompts
 
@@ -197,6 +197,7 @@ class RemoteGeneration:
             given.keep()
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._new_cache(max_cache_length + 1)
+        CURRENT.set(model_kwargs.get("past_key_values"))
 
     def _new_cache(self, positions: int) -> RemoteCache:
         """A cache of this call: positions, and SLACK as far as the model goes."""
@@ -211,11 +212,12 @@ class RemoteGeneration:
 def _made() -> Iterator[list[RemoteCache]]:
     """The caches that are made within; those left in the list are closed at the end."""
     made: list[RemoteCache] = []
-    token = _MADE.set(made)
+    token, current = _MADE.set(made), CURRENT.set(None)
     try:
         yield made
     finally:
         _MADE.reset(token)
+        CURRENT.reset(current)
         for cache in made:
             cache.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ def settings_for(
     try:
         if defaults_of(config, vocabulary).unsupported:
             return None
-        return settle(
+        settings = settle(
             GenerateOptions(
                 max_new_tokens=new_tokens,
                 generation_config=config,
@@ -74,6 +75,9 @@ def settings_for(
         )
     except ValueError:  # the library says in its own words what it does not take
         return None
+    ends = config.eos_token_id  # None: no token ends the text
+    eos_ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return replace(settings, eos_ids=frozenset(eos_ids))
 
 
 class NativeRun:

@@ -83,6 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repetition": {"max_new_tokens": 8, "repetition_penalty": 1.4},
     "ngrams": {"max_new_tokens": 8, "no_repeat_ngram_size": 2},
     "least": {"max_new_tokens": 8, "min_new_tokens": 6, "eos_token_id": 48},
+    "no end": {"max_new_tokens": 12, "min_new_tokens": 12, "eos_token_id": None},
     "end": {"max_new_tokens": 12, "eos_token_id": [7, 23, 48, 61]},
     "bans": {"max_new_tokens": 8, "bad_words_ids": [[23], [48]], "suppress_tokens": [61]},
     "processor": {"max_new_tokens": 8, "logits_processor": [Plus()]},
