@@ -323,9 +323,9 @@ def applied_twice() -> Iterator[None]:
     """A server that computes every step of a decode twice."""
     step = Engine.step
 
-    async def twice(self, peer, contract, cache, decision, body, *, whole):
-        await step(self, peer, contract, cache, decision, body, whole=whole)
-        return await step(self, peer, contract, cache, decision, body, whole=whole)
+    async def twice(self, *args, **more):
+        await step(self, *args, **more)
+        return await step(self, *args, **more)
 
     with mock.patch.object(Engine, "step", twice):
         yield
