@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from client.hf.access import SwarmAccess
-from client.hf.cache import RemoteCache
+from client.hf.cache import RemoteCache, send
 
 if TYPE_CHECKING:
     from client.session.session import Session
@@ -88,10 +88,8 @@ class InferenceSession:
         Raises ValueError (another shape, more positions than max_length), NoChain, PeerFault, Refused.
         """
         session = self.session
-        arguments: dict[str, Any] = {} if rows is None else {"rows": rows}
         given = hidden.detach().to("cpu", torch.float32)
-        found = self.swarm.call(partial(session.prefill, given, self._position, "all", **arguments))
-        assert found is not None
+        found = self.swarm.call(partial(send, session, given, self._position, rows=rows))
         self._position += hidden.shape[1]
         return found.to(hidden.device, hidden.dtype)
 

@@ -282,13 +282,9 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         states = []
         for number, session in enumerate(group.sessions):
             reply: Reply = "last" if last_only and session is group.sessions[-1] else "all"
-            order = group.orders[number]
-            if order is None:
-                answer = await session.prefill(hidden, position, reply, rope_length=whole)
-            else:
-                answer = await session.step(hidden, position, reply, rows=order, rope_length=whole)
+            order = group.orders[number] if position else None  # nothing is cached, nothing moves
+            answer = await send(session, hidden, position, reply, rows=order, rope_length=whole)
             group.sent(number)
-            assert answer is not None
             hidden = answer.float()
             states.append(hidden)
         return states
@@ -365,6 +361,24 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
 
     def __repr__(self) -> str:
         return f"RemoteCache({self._seen} positions, {max(self.batch_size, 0)} rows)"
+
+
+async def send(
+    session: Session,
+    hidden: Tensor,
+    position: int,
+    reply: Reply = "all",
+    *,
+    rows: Sequence[int] | None = None,
+    rope_length: int | None = None,
+) -> Tensor:
+    """Runs in trio: any number of positions, or one step of them after an order of `rows`."""
+    if rows is None:
+        answer = await session.prefill(hidden, position, reply, rope_length=rope_length)
+    else:
+        answer = await session.step(hidden, position, reply, rows=rows, rope_length=rope_length)
+    assert answer is not None
+    return answer
 
 
 def _sessions(groups: Sequence[Group]) -> list[Session]:

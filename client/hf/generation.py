@@ -19,7 +19,6 @@ from client.hf.training import Prompts
 
 if TYPE_CHECKING:
     from client.hf.blocks import InferenceSession
-    from client.session.trace import Trace
 
 SLACK = 64  # positions of a session beyond those that a call asks for: virtual tokens of an adapter in front
 # Methods that adapters (peft) replace at an object.
@@ -42,7 +41,6 @@ class RemoteGeneration:
         generation_config: Any = None,
         *,
         session: InferenceSession | None = None,
-        trace: Trace | None = None,
         **arguments: Any,
     ) -> Any:
         """The library's `generate`, with all its arguments.
@@ -69,11 +67,9 @@ class RemoteGeneration:
         """A session in use within the context: see `RemoteSequential.inference_session`."""
         return self.blocks.inference_session(max_length, batch=batch_size)
 
-    @contextmanager
-    def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
+    def use_session(self, session: InferenceSession | None) -> Any:
         """Use a session that exists within the context."""
-        with self.blocks.use_session(session) as used:
-            yield used
+        return self.blocks.use_session(session)
 
     @property
     def active_session(self) -> InferenceSession | None:

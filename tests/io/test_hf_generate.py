@@ -290,6 +290,16 @@ def test_a_session_over_some_blocks_is_cut_by_its_position(model: Any) -> None:
     torch.testing.assert_close(again, whole[:, 2:], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_rows_of_a_session_change_their_order(model: Any) -> None:
+    hidden = torch.randn(2, 6, 32)
+    swapped = torch.cat([hidden[[1, 0], :4], hidden[:, 4:]], dim=1)
+    with model.blocks.inference_session(max_length=16, batch=2) as session:
+        session.step(hidden[:, :4])
+        found = session.step(hidden[:, 4:], rows=[1, 0])
+    torch.testing.assert_close(found, model.blocks(swapped)[:, 4:], rtol=1e-4, atol=1e-5)
+
+
 # What cannot be
 
 
