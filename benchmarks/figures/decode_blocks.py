@@ -1,4 +1,4 @@
-"""Blocks about decoding over servers, about starting, and about failures."""
+"""Blocks about decoding over servers, and about starting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from benchmarks.figures.tables import (
 
 SERVERS = (1, 2, 3)
 SERVER_HEAD = [f"{servers} server{'s' * (servers > 1)}" for servers in SERVERS]
-RECOVERIES = {"kill": "killed", "freeze": "frozen", "drain": "asked to leave"}
 
 
 def demo_block(figures: Figures) -> str:
@@ -183,20 +182,6 @@ def black_holed_block(figures: Figures) -> str:
     return f"{about}\n\n{markdown_table(['without', 'with it', 'more'], rows)}"
 
 
-def recovery_block(figures: Figures) -> str:
-    """A server that fails in the midst of a generation, by the kind of failure."""
-    runs = [figures[f"recovery-{mode}"] for mode in RECOVERIES]
-    rows = [
-        ("runs", column(runs, "{runs}")),
-        ("tokens equal", [yes(run["tokens_equal"]) for run in runs]),
-        ("a token without a failure, s", column(runs, "{typical_step_s_p50:.3f}")),
-        ("gap, s (p95)", column(runs, "{gap_s_p50:.3f} ({gap_s_p95:.3f})")),
-        ("until the client noticed, s", [_seconds(run["detect_s_p50"]) for run in runs]),
-        ("replay, s", [_seconds(run["replay_s_p50"]) for run in runs]),
-    ]
-    return with_note(markdown_table([f"server {how}" for how in RECOVERIES.values()], rows), *runs)
-
-
 def decodes(figures: Figures) -> list[Any]:
     """The runs over one, two and three servers.  ValueError where they are not of one machine and version."""
     runs = [figures[f"decode-{servers}"] for servers in SERVERS]
@@ -207,7 +192,3 @@ def decodes(figures: Figures) -> list[Any]:
 def first_tokens(runs: list[Any]) -> list[str]:
     """Milliseconds to the first token, ours and the library's."""
     return [f"{1e3 * run['ttft_s']:.0f} ({1e3 * run['reference_ttft_s']:.0f})" for run in runs]
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

@@ -9,10 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from benchmarks.figures import compute_blocks, decode_blocks, network_blocks, swarm_blocks
+from benchmarks.figures import (
+    compute_blocks,
+    decode_blocks,
+    hf_blocks,
+    network_blocks,
+    recovery_blocks,
+    swarm_blocks,
+)
 from benchmarks.figures.tables import Figures, NotMeasured
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/compared-with-petals.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/compared-with-petals.md",
+    "docs/faults.md",
+)
+WITH_LIMITS = {"docs/faults.md"}  # documents whose typed numbers are limits and promises
 BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "demo": decode_blocks.demo_block,
     "beside-petals": decode_blocks.beside_petals_block,
@@ -21,7 +34,12 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "flood": decode_blocks.flood_block,
     "startup": decode_blocks.startup_block,
     "black-holed": decode_blocks.black_holed_block,
-    "recovery": decode_blocks.recovery_block,
+    "recovery": recovery_blocks.recovery_block,
+    "faults": recovery_blocks.faults_block,
+    "no-replacement": recovery_blocks.no_replacement_block,
+    "lost-clients": recovery_blocks.lost_clients_block,
+    "fault-rates": recovery_blocks.fault_rates_block,
+    "hf": hf_blocks.hf_block,
     "wan": network_blocks.wan_block,
     "wan-bulk": network_blocks.wan_bulk_block,
     "wire": network_blocks.wire_block,

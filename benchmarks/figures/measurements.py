@@ -45,6 +45,23 @@ LONG: Mapping[str, Sequence[str]] = {
     "recovery-kill": ["recovery", "--runs", "10"],
     "recovery-freeze": ["recovery", "--mode", "freeze", "--runs", "10"],
     "recovery-drain": ["recovery", "--mode", "drain", "--runs", "10"],
+    "recovery-prefill": ["recovery", "--kill-at", "prefill", "--runs", "5"],
+    "recovery-kill-every": ["recovery", "--tokens", "300", "--kill-every", "60", "--runs", "2"],
+    "recovery-no-copy": ["recovery", "--copies", "1", "--give-up", "10", "--runs", "3"],
+    "recovery-halfopen": ["recovery", "--mode", "halfopen", "--runs", "5"],  # as root
+    "recovery-slow": ["recovery", "--mode", "slow", "--runs", "5"],
+    "recovery-clients": ["recovery", "--mode", "clients", "--runs", "50"],
+    "recovery-rates": [
+        "recovery", "--fault-rate", "1e-3", "1e-2", "--tokens", "128", "1024", "--runs", "2",
+        "--limit", "120",
+    ],
+    **{
+        f"hf-{'int8-' * (kind == 'int8')}{servers}": [
+            "hf", "--servers", str(servers), "--quantize", kind,
+        ]
+        for kind in ("none", "int8")
+        for servers in (1, 3)
+    },
     "routing": ["routing", "--servers", "1000", "10000"],
     "swarm-decisions": ["swarm", "--decisions-only", "60", "1000", "10000"],
     "wan": ["wan"],
