@@ -9,14 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from benchmarks.figures import (
-    compute_blocks,
-    decode_blocks,
-    hf_blocks,
-    network_blocks,
-    recovery_blocks,
-    swarm_blocks,
-)
+from benchmarks.figures.blocks import compute, decode, hf, network, recovery, swarm
 from benchmarks.figures.tables import Figures, NotMeasured
 
 DOCUMENTS = (
@@ -27,35 +20,35 @@ DOCUMENTS = (
 )
 WITH_LIMITS = {"docs/faults.md"}  # documents whose typed numbers are limits and promises
 BLOCKS: Mapping[str, Callable[[Figures], str]] = {
-    "demo": decode_blocks.demo_block,
-    "beside-petals": decode_blocks.beside_petals_block,
-    "decode": decode_blocks.decode_block,
-    "decode-int8": decode_blocks.decode_int8_block,
-    "flood": decode_blocks.flood_block,
-    "startup": decode_blocks.startup_block,
-    "black-holed": decode_blocks.black_holed_block,
-    "recovery": recovery_blocks.recovery_block,
-    "faults": recovery_blocks.faults_block,
-    "no-replacement": recovery_blocks.no_replacement_block,
-    "lost-clients": recovery_blocks.lost_clients_block,
-    "fault-rates": recovery_blocks.fault_rates_block,
-    "hf": hf_blocks.hf_block,
-    "wan": network_blocks.wan_block,
-    "wan-bulk": network_blocks.wan_bulk_block,
-    "wire": network_blocks.wire_block,
-    "wire-line": network_blocks.wire_line_block,
-    "executor": compute_blocks.executor_block,
-    "loop-lag": compute_blocks.loop_lag_block,
-    "quality": compute_blocks.quality_block,
-    "journal": compute_blocks.journal_block,
-    "backward": compute_blocks.backward_block,
-    "swarm-placement": swarm_blocks.placement_block,
-    "swarm-moves": swarm_blocks.moves_block,
-    "swarm-churn": swarm_blocks.churn_block,
-    "swarm-clients": swarm_blocks.clients_block,
-    "swarm-liars": swarm_blocks.liars_block,
-    "swarm-decisions": swarm_blocks.decisions_block,
-    "routing": swarm_blocks.routing_block,
+    "demo": decode.demo_block,
+    "beside-petals": decode.beside_petals_block,
+    "decode": decode.decode_block,
+    "decode-int8": decode.decode_int8_block,
+    "flood": decode.flood_block,
+    "startup": decode.startup_block,
+    "black-holed": decode.black_holed_block,
+    "recovery": recovery.recovery_block,
+    "faults": recovery.faults_block,
+    "no-replacement": recovery.no_replacement_block,
+    "lost-clients": recovery.lost_clients_block,
+    "fault-rates": recovery.fault_rates_block,
+    "hf": hf.hf_block,
+    "wan": network.wan_block,
+    "wan-bulk": network.wan_bulk_block,
+    "wire": network.wire_block,
+    "wire-line": network.wire_line_block,
+    "executor": compute.executor_block,
+    "loop-lag": compute.loop_lag_block,
+    "quality": compute.quality_block,
+    "journal": compute.journal_block,
+    "backward": compute.backward_block,
+    "swarm-placement": swarm.placement_block,
+    "swarm-moves": swarm.moves_block,
+    "swarm-churn": swarm.churn_block,
+    "swarm-clients": swarm.clients_block,
+    "swarm-liars": swarm.liars_block,
+    "swarm-decisions": swarm.decisions_block,
+    "routing": swarm.routing_block,
 }
 NUMBER = re.compile(r"[+-]?\d[\d,.]*(\s?\([^)]*\))?")
 BEGIN, END = r"(<!-- figures: ([\w-]+) -->)", r"(<!-- end of figures -->)"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.figures import svg
-from benchmarks.figures.swarm_blocks import RULES, STILL, Row, case_name, rows_of
+from benchmarks.figures.blocks.swarm import RULES, STILL, Row, case_name, rows_of
 from benchmarks.figures.tables import Figures
 
 COLOURS = {

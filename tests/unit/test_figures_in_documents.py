@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures.decode_blocks import (
+from benchmarks.figures.blocks.decode import (
     SERVERS,
     beside_petals_block,
     black_holed_block,
     decode_block,
     demo_block,
 )
+from benchmarks.figures.blocks.swarm import rows_of
 from benchmarks.figures.documents import BLOCKS, DOCUMENTS, WITH_LIMITS, typed_figures, with_figures
 from benchmarks.figures.measurements import FIGURES as FOLDER
 from benchmarks.figures.measurements import MEASUREMENTS, read_figures, without_files
 from benchmarks.figures.pictures import PICTURES
-from benchmarks.figures.swarm_blocks import rows_of
 from benchmarks.figures.tables import Results, described, measured_on
 from benchmarks.lib.results import ROOT
 from node.config import VERSION

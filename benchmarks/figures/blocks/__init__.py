@@ -1,0 +1,1 @@
+"""Blocks of figures in documents, by subject."""
