@@ -2,7 +2,8 @@
 
 python examples/chat_transformers.py --peers /ip4/.../p2p/12D3... "Name a river." "Name another one."
 
-Without turns on the command line it reads them from the standard input, one a line.
+Without turns on the command line it reads them from the standard input, one a line.  --tuned takes a folder
+of prompt_tuning.py: the chat then has the trained prompt in front of it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-import client
-from client.hf import RemoteCache, from_swarm
+from client.hf import AutoDistributedModelForCausalLM, RemoteCache
 
 
 def tokens_of(tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
@@ -33,9 +33,9 @@ def tokens_of(tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
     return ids
 
 
-def chat(swarm: client.SyncSwarm, turns: Iterable[str], max_length: int, max_new_tokens: int) -> None:
+def chat(model: Any, turns: Iterable[str], max_length: int, max_new_tokens: int) -> None:
     """Answer one turn after the other, each token as it comes."""
-    model, tokenizer = from_swarm(swarm), swarm.local_model.tokenizer
+    tokenizer = model.swarm.handle.local_model.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cache = RemoteCache(model.swarm, max_length)
     messages: list[dict[str, str]] = []
@@ -63,12 +63,14 @@ def main() -> None:
     parser.add_argument("--peers", action="append", required=True, help="address of a node; may come again")
     parser.add_argument("--swarm-key", type=Path, help="the key file of a private swarm")
     parser.add_argument("--model", help="the model that the swarm serves (default: the built-in one)")
+    parser.add_argument("--tuned", type=Path, help="a folder with a trained prompt, in place of --model")
     parser.add_argument("--max-length", type=int, default=1024, help="positions of the whole chat")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of one answer")
     flags = parser.parse_args()
     turns = flags.turns or (line.strip() for line in sys.stdin)
-    with client.connect_sync(flags.model, peers=flags.peers, swarm_key=flags.swarm_key) as swarm:
-        chat(swarm, turns, flags.max_length, flags.max_new_tokens)
+    name, joining = flags.tuned or flags.model, {"peers": flags.peers, "swarm_key": flags.swarm_key}
+    with AutoDistributedModelForCausalLM.from_pretrained(name, **joining) as model:
+        chat(model, turns, flags.max_length, flags.max_new_tokens)
 
 
 if __name__ == "__main__":

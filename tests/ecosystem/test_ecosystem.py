@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.markdown import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the packages
 
@@ -155,6 +160,30 @@ def test_lm_eval_finds_the_local_numbers(remote: Any, local: Any, tokenizer: Any
     torch.testing.assert_close([each for each, _ in mine], [each for each, _ in theirs], rtol=1e-4, atol=1e-4)
     assert [each for _, each in mine] == [each for _, each in theirs]
     assert my_texts == texts
+
+
+def test_the_example_of_lm_eval_finds_the_local_numbers(
+    nodes: Any, local: Any, tokenizer: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "lm_eval_questions.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "example", example)
+    spec.loader.exec_module(example)
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "once upon", "answers": [" a time", " the river is long"], "right": 0}\n')
+    joining = ["--peers", nodes.addresses[0], "--model", str(local.name_or_path)]
+    monkeypatch.setattr(sys, "argv", ["example", *joining, "--questions", str(file)])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    expected = example.evaluate(local, tokenizer, example.read(file))
+    assert f"({', '.join(f'{value:.2f}' for value in expected[0])})" in lines[-2]
+    assert re.fullmatch(r"[01] of 1 right", lines[-1])
+    file.write_text('{"question": "once upon", "answers": ["a"], "right": 1}\n')
+    with pytest.raises(SystemExit, match="line 1"):
+        example.read(file)
 
 
 def test_outlines_keeps_a_text_to_a_pattern(remote: Any, local: Any, tokenizer: Any) -> None:

@@ -59,15 +59,27 @@ def test_a_chat_of_several_turns_on_one_cache_says_what_new_chats_of_these_turns
     assert again[-1] == second
 
 
-def test_a_tuned_prompt_lowers_the_loss_and_is_the_same_when_it_is_loaded(
-    output: Callable[..., list[str]], tmp_path: Path
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_a_tuned_prompt_lowers_the_loss_is_the_same_when_it_is_loaded_and_chats(
+    output: Callable[..., list[str]], tmp_path: Path, mode: str
 ) -> None:
-    lines = output("prompt_tuning.py", "--steps", "5", "--save", str(tmp_path))
+    lines = output("prompt_tuning.py", "--steps", "5", "--save", str(tmp_path), "--tuning-mode", mode)
     before, after, loaded = map(float, LOSS.findall("\n".join(lines)))
     assert after < before
     assert loaded == after
     assert lines[-1].startswith("Tyger")
     assert len(lines[-1]) > 5
+    lengths = ["--max-length", "96", "--max-new-tokens", "6"]
+    tuned = output("chat_transformers.py", "--tuned", str(tmp_path), *lengths, "HELLO")
+    assert tuned != output("chat_transformers.py", *lengths, "HELLO")
+
+
+def test_a_text_that_is_too_short_to_tune_on_is_a_clear_error(
+    output: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "short").write_text("a")
+    with pytest.raises(SystemExit, match=r"a row of --tokens 24 is needed"):
+        output("prompt_tuning.py", "--text", str(tmp_path / "short"), "--save", str(tmp_path / "tuned"))
 
 
 def test_a_classifier_learns_its_sentences(output: Callable[..., list[str]]) -> None:
