@@ -16,6 +16,7 @@ from client.connect import connect_sync
 from client.hf.access import SwarmAccess
 from client.hf.model import base_model, task_model
 from client.hf.training import load_trained, read_about
+from node.model.blocks.span import library_class, library_config
 from node.runtime.values import shown
 from routing.chains.alternatives import Constraints
 
@@ -23,6 +24,23 @@ if TYPE_CHECKING:
     from client.api import SwarmLike, SyncSwarm
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
+AT_SERVERS = {  # arguments of the library's from_pretrained that have no meaning here, and why
+    "device_map": "blocks are at the servers; device= places embedding and head",
+    "max_memory": "blocks are at the servers",
+    "offload_folder": "blocks are at the servers",
+    "quantization_config": "each server chooses its own kind of weights",
+    "load_in_8bit": "each server chooses its own kind of weights",
+    "load_in_4bit": "each server chooses its own kind of weights",
+    "attn_implementation": "attention is at the servers",
+    "trust_remote_code": "no code of a model's folder is run",
+    "revision": "peers= and the name of the model say which revision is served",
+}
+OF_BLOCKS = {  # entries of a config that the blocks at the servers are made by
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "max_position_embeddings", "rope_parameters", "sliding_window", "layer_types",
+}  # fmt: skip
+WITHOUT_EFFECT = {"low_cpu_mem_usage", "use_safetensors", "tp_plan"}  # how weights of the blocks are loaded
+OF_HEADS = {"loss_type", "classifier_dropout", "hidden_dropout"}  # entries that a config may lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +70,7 @@ def from_swarm(
     tuning_mode: str | None = None,
     pre_seq_len: int = 0,
     num_labels: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     **config_overrides: Any,
 ) -> Any:  # Any: the library's own classes
@@ -61,30 +79,62 @@ def from_swarm(
     swarm: of `connect_sync`, or of `connect` under trio or asyncio; then the model is used in other threads.
     task: one of the Auto classes here; None: the causal language model.
     tuning_mode: "ptune" trains a soft prompt of `pre_seq_len`, "deep_ptune" one at each block too.
-    dtype, device: of embedding, norm, head and prompts; the servers have their own.
-    config_overrides: of the model's config.
+    dtype, device: of embedding, norm, head and prompts; the servers have their own.  dtype "auto": that of
+    the checkpoint.  config_overrides: entries of the model's config.
     Raises ValueError for values that are not allowed.
     """
     kind = task or AutoDistributedModelForCausalLM
     tuning = Tuning(tuning_mode, pre_seq_len)
     access = SwarmAccess(swarm)
     ends = access.swarm.local_model
+    overrides = checked_overrides(config_overrides, ends)
     causal = base_model(
         access,
         ends,
-        dtype=dtype,
+        dtype=dtype_of(dtype, ends),
         device=device,
         pre_seq_len=tuning.pre_seq_len,
         deep=tuning.tuning_mode == "deep_ptune",
-        overrides=config_overrides,
+        overrides=overrides,
     )
     model = kind.of_causal(causal, ends, num_labels)
     vars(model)["tuning"] = {
         "tuning_mode": tuning.tuning_mode,
         "pre_seq_len": tuning.pre_seq_len,
         "num_labels": num_labels,
+        "overrides": overrides,
     }
     return model
+
+
+def dtype_of(dtype: torch.dtype | str, ends: Any) -> torch.dtype:
+    """A torch dtype or the library's names of them; "auto" is the checkpoint's.  Raises ValueError."""
+    name = dtype
+    if dtype == "auto":
+        config: Any = library_config(library_class(ends.architecture, ends.architecture.whole), ends.folder)
+        dtype = config.dtype or torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype is {shown(name)}: float32, bfloat16, float16, float64 or auto is allowed")
+    return dtype
+
+
+def checked_overrides(overrides: dict[str, Any], ends: Any) -> dict[str, Any]:
+    """The overrides of the config.  Raises ValueError for a name that it lacks, and for what servers have."""
+    config: Any = library_config(library_class(ends.architecture, ends.architecture.whole), ends.folder)
+    found = {}
+    for name, value in overrides.items():
+        if name in AT_SERVERS and value not in (None, False):
+            raise ValueError(f"{name} has no meaning over a swarm: {AT_SERVERS[name]}")
+        if name in AT_SERVERS or name in WITHOUT_EFFECT:
+            continue
+        if not hasattr(config, name) and name not in OF_HEADS:
+            raise ValueError(f"{name} is no argument, and no entry of the config of {config.model_type}")
+        if name in OF_BLOCKS and value != (served := getattr(config, name)):
+            raise ValueError(f"{name} is {shown(value)}: the blocks of the swarm have {shown(served)}")
+        found[name] = value
+    return found
 
 
 class AutoDistributedModel:
@@ -105,8 +155,8 @@ class AutoDistributedModel:
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
         active_adapter: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
@@ -131,6 +181,7 @@ class AutoDistributedModel:
             tuning_mode = about.get("tuning_mode") if tuning_mode is None else tuning_mode
             pre_seq_len = pre_seq_len or about.get("pre_seq_len") or 0
             num_labels = num_labels or about.get("num_labels")
+            others = {**about.get("overrides", {}), **others}
         if allowed_servers is not None or blocked_servers is not None:
             constraints = joining.get("constraints") or Constraints()
             given = {"allowed": allowed_servers, "blocked": blocked_servers}

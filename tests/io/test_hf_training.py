@@ -201,11 +201,45 @@ def test_a_task_that_the_library_has_not_is_refused(nodes: Nodes) -> None:
         ({"tuning_mode": "lora"}, "ptune, deep_ptune or None"),
         ({"tuning_mode": "ptune"}, "1 or more"),
         ({"pre_seq_len": 4}, "it needs tuning_mode"),
+        ({"tunning_mode": "ptune"}, "tunning_mode is no argument, and no entry of the config of llama"),
+        ({"device_map": "auto"}, "device= places embedding and head"),
+        ({"load_in_8bit": True}, "each server chooses its own kind of weights"),
+        ({"attn_implementation": "eager"}, "attention is at the servers"),
+        ({"trust_remote_code": True}, "no code of a model's folder is run"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2: the blocks of the swarm have 6"),
+        ({"dtype": "float8"}, "dtype is 'float8': float32, bfloat16"),
+        ({"dtype": torch.int8}, "int8.*: float32, bfloat16"),
     ],
 )
-def test_a_tuning_that_cannot_be_is_refused(nodes: Nodes, arguments: dict[str, Any], words: str) -> None:
+def test_an_argument_that_cannot_be_is_refused(nodes: Nodes, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_swarm(nodes.swarm, **arguments)
+
+
+def test_arguments_of_the_library_that_change_nothing_here_are_taken(nodes: Nodes) -> None:
+    model = from_swarm(
+        nodes.swarm, low_cpu_mem_usage=True, trust_remote_code=False, num_hidden_layers=6, pad_token_id=5
+    )
+    assert model.config.pad_token_id == 5
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_dtype_has_the_library_s_names(nodes: Nodes, name: str, dtype: torch.dtype) -> None:
+    assert from_swarm(nodes.swarm, dtype=name).get_input_embeddings().weight.dtype == dtype
+
+
+def test_overrides_of_the_config_are_saved_with_what_was_trained(
+    nodes: Nodes, folder: Path, tmp_path: Path
+) -> None:
+    task = hf.AutoDistributedModelForSequenceClassification
+    model = from_swarm(nodes.swarm, task=task, num_labels=3, pad_token_id=7)
+    model.save_pretrained(tmp_path)
+    joined = task.from_pretrained(tmp_path, peers=[nodes.addresses[0]])
+    with joined:
+        assert (joined.config.pad_token_id, joined.config.num_labels) == (7, 3)
+        torch.testing.assert_close(joined.score.weight, model.score.weight)
+    with task.from_pretrained(tmp_path, peers=[nodes.addresses[0]], pad_token_id=8) as other:
+        assert other.config.pad_token_id == 8
 
 
 def test_a_graph_serves_two_backwards(nodes: Nodes) -> None:
