@@ -5,25 +5,26 @@ P2        no row of a cache computed twice (the span itself raises; see people.p
 P3        every call ends by its deadline, with a token or an error that names its cause
 P6        nothing lingers 5 s after the end
 progress  a call that fails had a reason: for the last seconds there was no time in which the client
-          could reach servers of all blocks that nothing happened to
+          knew and could reach servers of all blocks that nothing happened to
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from routing.blocks import Blocks, gaps
 from routing.chains.search import NoChain
+from routing.names import PeerId
 from tensor_codec.errors import SlowPeer
 from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan, whole_model
 from tests.sim import glue
 from tests.sim.faults import Happened
 from tests.sim.people import Call, RowsStory, Story, World
-from tests.sim.plan import ROOMY, ClientPlan, Plan
+from tests.sim.plan import ROOMY, ClientPlan, Fault, Plan
 
 SLACK_SECONDS = 2.5  # beyond the deadline: a session may take a second to say goodbye
 VIEW_SECONDS = 12.0  # until the views are true again after a fault
@@ -51,8 +52,10 @@ def expected_sums(prompt: Sequence[int], count: int, run: Blocks) -> list[int]:
     return [glue.sum_of(whole[:, 0 if end == tokens else end - 1 : end]) for end in ends]
 
 
-def check_story(story: Story, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
-    """P1, P3 and progress of one generation."""
+def check_story(
+    story: Story, plan: Plan, happened: Sequence[Happened], first_seen: Mapping[PeerId, float]
+) -> Iterator[str]:
+    """P1, P3 and progress of one generation.  first_seen: when its client heard of each server."""
     who = f"{story.client.name} with {len(story.prompt)} + {story.new_tokens} tokens"
     run = Blocks(0, plan.blocks) if story.run is None else story.run
     of_story = (story.prompt, story.new_tokens)
@@ -65,11 +68,15 @@ def check_story(story: Story, plan: Plan, happened: Sequence[Happened]) -> Itera
     if story.done and not failed and len(found) != story.new_tokens:
         yield f"P1: {who}: {len(found)} tokens came"
     for number, call in enumerate(story.calls):
-        for complaint in _check_call(story.client, call, plan, happened, run):
+        for complaint in _check_call(
+            story.client, call, plan, [*happened, *_unknown(call, plan, first_seen)], run
+        ):
             yield f"{complaint} (token {number} of {who}, from {call.began:.2f} to {call.ended:.2f})"
 
 
-def check_rows(story: RowsStory, plan: Plan, happened: Sequence[Happened]) -> Iterator[str]:
+def check_rows(
+    story: RowsStory, plan: Plan, happened: Sequence[Happened], first_seen: Mapping[PeerId, float]
+) -> Iterator[str]:
     """P1, P3 and progress of one session of some rows, beside a plain list of what each row was given."""
     who = f"{story.client.name} with {story.job.batch} rows"
     given: Tensor | None = None
@@ -83,7 +90,8 @@ def check_rows(story: RowsStory, plan: Plan, happened: Sequence[Happened]) -> It
             yield f"P1: {who}: the answer to step {number} of {len(story.applied)} is not the whole model's"
             break
     for number, call in enumerate(story.calls):
-        for complaint in _check_call(story.client, call, plan, happened, Blocks(0, plan.blocks)):
+        known = [*happened, *_unknown(call, plan, first_seen)]
+        for complaint in _check_call(story.client, call, plan, known, Blocks(0, plan.blocks)):
             yield f"{complaint} (call {number} of {who}, from {call.began:.2f} to {call.ended:.2f})"
 
 
@@ -120,6 +128,15 @@ def _well_since(call: Call, plan: Plan, happened: Sequence[Happened], run: Block
         if call.client in struck or not _covered(plan, struck, run):
             return since
     return call.began
+
+
+def _unknown(call: Call, plan: Plan, first_seen: Mapping[PeerId, float]) -> Iterator[Happened]:
+    """Servers that the client did not know when its call began: to it they were not there."""
+    for node in plan.nodes:
+        peer = PeerId(node.name)
+        seen = first_seen.get(peer, math.inf)
+        if seen > call.began:
+            yield Happened(Fault("unknown", 0.0, seen, (peer,)), (peer,), 0.0, seen)
 
 
 def _told(since: float) -> str:

@@ -31,6 +31,7 @@ class Directory:
     """What one participant knows, with those methods of the real Directory that are used.
 
     overtaken: told which seq of our own others have, where theirs is higher.
+    first_seen: when each participant's first record came.
     """
 
     me: PeerId
@@ -40,6 +41,7 @@ class Directory:
     _view: SwarmView = field(default_factory=lambda: SwarmView("public"))
     _news: trio.Event = field(default_factory=trio.Event)
     answers: Answers = field(default_factory=Answers)
+    first_seen: dict[PeerId, float] = field(default_factory=dict)
 
     def view(self) -> SwarmView:
         """The swarm as known now."""
@@ -113,6 +115,8 @@ class Directory:
     def _replace(self, view: SwarmView) -> None:
         if view is not self._view:
             self._view = view
+            for peer in view.entries.keys() - self.first_seen.keys():
+                self.first_seen[peer] = trio.current_time()
             self._news.set()
             self._news = trio.Event()
 

@@ -143,14 +143,15 @@ def _judge(plan: Plan, world: World, injector: Injector, outcome: Outcome) -> No
     outcome.virtual_seconds = trio.current_time()
     outcome.trace, outcome.frames = world.network.trace, world.network.frames
     for client in world.clients.values():
+        first_seen = client.directory.first_seen
         for story in client.stories:
             outcome.tokens += len(story.tokens)
             outcome.errors += sum(call.error is not None for call in story.calls)
             waits = [call.ended - call.began for call in story.calls if call.token is not None]
             outcome.longest_wait = max(outcome.longest_wait, *waits, 0.0)
-            outcome.failures += check_story(story, plan, injector.happened)
+            outcome.failures += check_story(story, plan, injector.happened, first_seen)
         for rows in client.rows_stories:
             outcome.row_steps += len(rows.applied)
             outcome.errors += sum(call.error is not None for call in rows.calls)
-            outcome.failures += check_rows(rows, plan, injector.happened)
+            outcome.failures += check_rows(rows, plan, injector.happened, first_seen)
     outcome.failures += check_idle(world)
