@@ -267,9 +267,8 @@ class ChainChooser:
         avoided = _avoided(self.blame, view, now)
         if wanted.last_resort:  # peers that failed most come last, and silent peers after them
             avoided = [*(p for p in avoided if p not in view.silent), *sorted(view.silent)]
-            for forgiven in range(len(avoided)):
-                with suppress(NoChain):
-                    return cheapest(excluded=wanted.excluded.union(avoided[forgiven:]))
+            with suppress(NoChain):
+                return _with_fewest_of(avoided, lambda rest: cheapest(excluded=wanted.excluded.union(rest)))
             avoided = []
         elif late := self.late():
             with suppress(NoChain):  # a peer without an answer may never answer
@@ -310,6 +309,27 @@ async def find_run(
 
     deadline = trio.current_time() + wait_seconds
     return await routes.wait_for_chain(choose, measured=Blocks(start, stop), deadline=deadline)
+
+
+def _with_fewest_of(avoided: Sequence[PeerId], search: Callable[[Collection[PeerId]], Chain]) -> Chain:
+    """A chain with as few of the avoided peers as it needs, the first ones before the others.
+
+    search: without these peers.  Raises NoChain.
+    """
+    for forgiven in range(len(avoided) + 1):
+        rest = list(avoided[forgiven:])
+        try:
+            chain = search(rest)
+        except NoChain:
+            if forgiven == len(avoided):
+                raise
+            continue
+        for peer in avoided[: max(0, forgiven - 1)]:  # a chain may need the last one alone
+            with suppress(NoChain):
+                chain = search([*rest, peer])
+                rest.append(peer)
+        return chain
+    raise AssertionError("the last search has no avoided peers left")
 
 
 def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId, float]:

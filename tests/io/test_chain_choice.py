@@ -150,6 +150,20 @@ async def test_a_peer_that_failed_and_answers_is_tried_before_one_that_does_not_
         assert names(routes.choose(last_resort=True)) == "B"
 
 
+async def test_a_last_resort_takes_no_more_peers_that_failed_than_it_needs(autojump_clock):
+    async with swarm() as world:
+        world.add("B", 0, 3)
+        world.add("C", 3, 6, seconds=1.0)
+        world.add("D", 3, 6)
+        routes = world.routes()
+        assert names(routes.choose()) == "BD"
+        routes.refused(PeerId("D"), 30.0)  # sooner forgiven than B, and not needed
+        routes.refused(PeerId("B"), 60.0)
+        with pytest.raises(NoChain):
+            routes.choose()
+        assert names(routes.choose(last_resort=True)) == "BC"
+
+
 async def test_who_has_not_answered_yet_is_used_only_where_nobody_else_can_be(autojump_clock):
     async with swarm() as world:
         for name, start, stop in (("A", 0, 6), ("B", 0, 3), ("C", 3, 6)):

@@ -1,7 +1,8 @@
-"""How records get about: everybody holds a real `SwarmView`, filled with real merges, late and incomplete.
+"""How records get about: everybody holds a real `LiveView`, filled with real merges, late and incomplete.
 
 Signing and the wire are left out.  What a participant says reaches each other one after a delay of its
-own; where the way is silent it is tried again a few seconds later, and its age is then known.
+own; where the way is silent it is tried again a few seconds later, and its age is then known.  Clients ping
+the servers that they know every few seconds, as real ones do, and their views mark those that are silent.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from node.network.directory.live_view import LiveView
+from node.network.directory.pings import PING_SECONDS, WATCH_SECONDS
 from routing.names import PeerId
 from routing.view.answers import GRACE_SECONDS, Answers
 from routing.view.records import Record
-from routing.view.view import Arrival, SwarmView, expire, merge
+from routing.view.view import Arrival, SwarmView
 from tests.sim.network import Network
 
 TICK_SECONDS = 0.25
 AGAIN_SECONDS = 5.0  # between tries to get a record through
 DELAYS = (0.02, 0.02, 0.3, 2.0)  # seconds, one drawn for each record and receiver
-PING_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -37,31 +39,48 @@ class Directory:
     me: PeerId
     network: Network
     overtaken: Callable[[int], None] | None = None
+    watches: bool = False
     due: list[tuple[float, int, float, Record]] = field(default_factory=list)  # heap: when, n, said, what
-    _view: SwarmView = field(default_factory=lambda: SwarmView("public"))
-    _news: trio.Event = field(default_factory=trio.Event)
     answers: Answers = field(default_factory=Answers)
     first_seen: dict[PeerId, float] = field(default_factory=dict)
+    live: LiveView = field(init=False)
+    _pings_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.live = LiveView("public", 10_000, {}, self.answers.silent if self.watches else None)
 
     def view(self) -> SwarmView:
         """The swarm as known now."""
-        self._replace(expire(self._view, trio.current_time()))
-        return self._view
+        return self.live.view()
 
     @property
     def last_view(self) -> SwarmView:
         """The view of the last look."""
-        return self._view
+        return self.live.last
 
     async def changed(self, since: SwarmView) -> None:
         """Return when the view is another one."""
-        await trio.lowlevel.checkpoint()
-        while self.view() is since:
-            await self._news.wait()
+        await self.live.changed(since)
 
     def take_in(self, arrivals: list[Arrival]) -> None:
         """Merge what came."""
-        self._replace(merge(self._view, arrivals, trio.current_time()).view)
+        for peer in self.live.merge(arrivals):
+            self.first_seen.setdefault(peer, trio.current_time())
+
+    def watch(self, rng: random.Random) -> None:
+        """Ping the servers in the view, if the time has come; two failures in a row make one silent."""
+        now = trio.current_time()
+        if not self.watches or now < self._pings_at:
+            return
+        self._pings_at = now + WATCH_SECONDS * rng.uniform(0.8, 1.2)
+        for record in self.live.view().records():
+            self.answers.ask(record.peer, now)
+            if (rtt := self._rtt(record.peer)) < PING_SECONDS:
+                self.answers.answered(record.peer, rtt, now)
+            else:
+                self.answers.failed(record.peer, now)
+            self.answers.done(record.peer)
+        self.live.mark_silent()
 
     def rtts(self) -> dict[PeerId, float]:
         """Round trips measured within the last minute."""
@@ -97,6 +116,7 @@ class Directory:
             else:
                 self.answers.failed(peer, now)
             self.answers.done(peer)
+        self.live.mark_silent()
         known = self.rtts()
         return {peer: known[peer] for peer in peers if peer in known}
 
@@ -112,20 +132,13 @@ class Directory:
             return PING_SECONDS
         return network.way(self.me, peer).delay + network.way(peer, self.me).delay
 
-    def _replace(self, view: SwarmView) -> None:
-        if view is not self._view:
-            self._view = view
-            for peer in view.entries.keys() - self.first_seen.keys():
-                self.first_seen[peer] = trio.current_time()
-            self._news.set()
-            self._news = trio.Event()
-
 
 class Gossip:
     """Carries records between all directories."""
 
     def __init__(self, network: Network, rng: random.Random) -> None:
         self.directories: dict[PeerId, Directory] = {}
+        self._servers: dict[PeerId, None] = {}  # participants that have announced themselves
         self._network = network
         self._rng = rng
         self._numbers = itertools.count()
@@ -133,16 +146,17 @@ class Gossip:
     def say(self, record: Record) -> None:
         """A participant announces itself."""
         now = trio.current_time()
+        self._servers[record.peer] = None
         for peer, directory in self.directories.items():
             delay = 0.0 if peer == record.peer else self._rng.choice(DELAYS) * self._rng.random()
             heapq.heappush(directory.due, (now + delay, next(self._numbers), now, record))
         self._deliver(self.directories[record.peer])
 
     def meet(self, peer: PeerId) -> None:
-        """Somebody comes, or comes back, and is told what one other, who can be reached, knows."""
+        """A participant comes, or comes back; one server that can be reached tells what it knows."""
         now = trio.current_time()
         me = self.directories[peer]
-        others = [each for each in self.directories if each != peer and self._passes(each, peer)]
+        others = [each for each in self._servers if each != peer and self._passes(each, peer)]
         if not others:
             return
         view = self.directories[self._rng.choice(others)].view()
@@ -159,6 +173,7 @@ class Gossip:
                 if self._network.participants[peer].alive:
                     self._deliver(directory)
                     directory.view()
+                    directory.watch(self._rng)
                     if self._rng.random() < TICK_SECONDS / AGAIN_SECONDS:
                         self._heal(peer)
 

@@ -364,7 +364,7 @@ class Client:
         self.peer = PeerId(plan.name)
         self.alive = True
         self.vanished = False
-        self.directory = Directory(self.peer, world.network)
+        self.directory = Directory(self.peer, world.network, watches=True)
         self.stories: list[Story] = []
         self.rows_stories: list[RowsStory] = []
         self.conversations: list[Conversation] = []
