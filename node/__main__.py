@@ -338,7 +338,7 @@ def _limits(flags: argparse.Namespace) -> Limits:
     try:
         return limits_with(
             **{name: getattr(flags, name, None) for name in CHOICES}
-        )  # bootstrap has no such flags
+        )  # bootstrap lacks these flags
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None

@@ -1,6 +1,6 @@
 """Every knob of a node, with its unit and its default, and the error for the operator.
 
-Built in `node/__main__.py` from the command line; below it nobody reads flags or the environment.
+Built in `node/__main__.py` from the command line; no module below it reads flags or the environment.
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ def _prepare_torch(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    import transformers.modeling_utils  # noqa: F401  most of what a model's own module needs
+    import transformers.modeling_utils  # noqa: F401  most imports of a model's own module
 
 
 def _device_and_dtype(config: NodeConfig) -> tuple[str, str, int]:
@@ -322,7 +322,7 @@ def _best_dtype(device: str) -> str:
 
 
 def _activations(dtype: str, quantize: str, device: str) -> str:
-    """The dtype of such a span's computation on this machine.  Runs in the torch thread.
+    """The dtype of a span's computation on this machine.  Runs in the torch thread.
 
     Raises ConfigError.
     """

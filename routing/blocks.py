@@ -1,4 +1,4 @@
-"""Runs of blocks: which of them many peers hold, how often, and which blocks nobody holds.
+"""Runs of blocks: which of them many peers hold, how often, and which blocks no peer holds.
 
 One run is a `Blocks`.  It stands in `tensor_codec.blocks`, because messages name runs too.
 """
@@ -15,7 +15,7 @@ __all__ = ["MAX_BLOCKS", "Blocks", "Run", "coverage", "gaps", "merged"]
 
 
 class Run(Protocol):
-    """Whatever holds the blocks [start, stop): `Blocks`, a record, a hop."""
+    """A holder of the blocks [start, stop): `Blocks`, a record, a hop."""
 
     @property
     def start(self) -> int:

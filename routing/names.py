@@ -1,6 +1,6 @@
 """Names that are all strings or bytes underneath, kept apart by type.
 
-A peer id is what libp2p makes of an Ed25519 public key: base58 of an identity multihash over the
+A peer id is libp2p's form of an Ed25519 public key: base58 of an identity multihash over the
 protobuf-encoded key.  It holds the whole key, so each can be had from the other.
 """
 

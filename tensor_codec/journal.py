@@ -29,7 +29,7 @@ _ORDER_BYTES = 256  # of one order of rows, besides 2 bytes a row
 
 
 class RowOrder(NamedTuple):
-    """Row i of the positions [0, position) became what row rows[i] was, by the order of a step."""
+    """Row i of the positions [0, position) became the former row rows[i], by the order of a step."""
 
     position: int
     step: int
@@ -94,7 +94,7 @@ class Journal:
             self._ropes.append((position, rope_length))
 
     def reorder(self, position: int, step: int, rows: tuple[int, ...]) -> None:
-        """Row i of the positions [0, position) becomes what row rows[i] was; the session goes on from there.
+        """Row i of positions [0, position) becomes the former row rows[i]; the session goes on from there.
 
         step: whose order it is; all orders before it are final.
         """

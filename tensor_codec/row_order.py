@@ -1,6 +1,6 @@
 """Orders of rows: the row of a session's batch that each row continues from now on.
 
-An order `rows` has an item for each of the batch's rows: row i becomes what row rows[i] was.  A row may be
+An order `rows` has an item for each of the batch's rows: row i becomes the former row rows[i].  A row may be
 named more than once, and then some other row is dropped.  Beam search orders rows at each step.
 On the wire: 2 bytes a row, big-endian.
 """

@@ -157,7 +157,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         self._seen += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was, for beams.  The order travels with the next step."""
+        """Row i becomes the former row beam_idx[i], for beams.  The order travels with the next step."""
         order = [int(each) for each in beam_idx]
         if order == list(range(len(order))):
             return

@@ -146,9 +146,9 @@ class Session:
         reply: positions to get back ("all", "last", or "none": returns None).
         seconds: for the step, repairs included; default: `give_up_seconds`, and once more for every
         LONG_PART of positions while caches are filled again.
-        rows: an item for each row; before the step row i of the cached positions becomes what row rows[i] was
-        (transformers' `reorder_cache`).  Rows may be named more than once or not at all.  A step with `rows`
-        that raises has left the rows, and `length`, as they were before it, but for a cut.
+        rows: an item for each row; before the step row i of the cached positions becomes the former row
+        rows[i] (transformers' `reorder_cache`).  Rows may be named more than once or not at all.  A step with
+        `rows` that raises has left the rows, and `length`, as they were before it, but for a cut.
         rope_length: positions of the whole prompt, where it comes in several steps and the model's rotary
         angles depend on its length; default: up to the end of this step.
         Returns hidden states [batch, tokens or 1, hidden] after the session's last block, in the codec's

@@ -40,7 +40,7 @@ class Address:
 
     @property
     def is_wildcard(self) -> bool:
-        """True for 0.0.0.0 and ::, which a node can listen on and nobody can dial."""
+        """True for 0.0.0.0 and ::, which a node can listen on and no peer can dial."""
         return self.kind in ("ip4", "ip6") and ipaddress.ip_address(self.host).is_unspecified
 
     @property
@@ -74,7 +74,7 @@ def parse_address(text: str) -> Address:
 
 
 def bootstrap_peers(multiaddrs: Sequence[str]) -> dict[PeerId, tuple[str, ...]]:
-    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that nobody can dial."""
+    """The addresses of each peer in a bootstrap list.  Raises ConfigError for one that no peer can dial."""
     peers: dict[PeerId, tuple[str, ...]] = {}
     for text in multiaddrs:
         try:

@@ -43,7 +43,7 @@ Dial = Callable[[PeerId, Sequence[str]], Awaitable[None]]
 
 
 class NoAutoConnector(AutoConnector):  # type: ignore[misc]  # py-libp2p has no types
-    """Connects to nobody: our own directory chooses our peers."""
+    """Connects to no peer: our own directory chooses our peers."""
 
     async def maybe_connect(self) -> None:
         """Do nothing."""

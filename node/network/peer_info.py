@@ -28,7 +28,7 @@ class QuestionStream(Protocol):
 
 
 async def ask_for_info(stream: QuestionStream, seconds: float) -> PeerInfo:
-    """What the peer says of itself, on a new stream of INFO_PROTOCOL, which is closed then.
+    """The peer's state by its own word, on a new stream of INFO_PROTOCOL, which is closed then.
 
     seconds: for the question, and for the answer.  Raises PeerFault, Refused.
     """

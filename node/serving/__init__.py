@@ -1,1 +1,1 @@
-"""What a serving node adds: listener, session, engine, cache."""
+"""The parts of a serving node: listener, session, engine, cache."""

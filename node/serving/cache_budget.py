@@ -1,9 +1,9 @@
 """The KV cache's budget: how many pages each session holds, and which session may have more.
 
 A span's cache is cut into pages of `page_tokens` positions.  A row of a session holds the pages that its
-positions fill, whatever length the session was opened for: memory follows use.  So sessions may ask for more
-pages than exist, and a session may be refused after it has begun; `CacheBudget` says which one, and why no
-deadlock follows.  The bytes of a token are the model's (`ModelInfo.kv_bytes_per_token_per_block`).
+positions fill, at any length that the session was opened for: memory follows use.  So sessions may ask for
+more pages than exist, and a session may be refused after it has begun; `CacheBudget` says which one, and why
+no deadlock follows.  The bytes of a token are the model's (`ModelInfo.kv_bytes_per_token_per_block`).
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class CacheBudget:
                 retry_after_seconds=FREE_AGAIN_SECONDS,
             )
         rows = sum(session.rows for session in self._sessions.values())
-        if rows + new.rows > self._all_pages:  # bounds what rows take besides their pages
+        if rows + new.rows > self._all_pages:  # bounds the memory of rows besides their pages
             raise CacheFull(
                 f"{new.rows} rows beside {rows}, {self._all_pages} are allowed here",
                 retry_after_seconds=FREE_AGAIN_SECONDS,

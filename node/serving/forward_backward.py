@@ -4,7 +4,7 @@
                         equal shape back
 
 Nothing is kept between two requests.  A stream carries one request at a time; an idle stream is closed.
-Each request is checked here against what is served, as a session is when it opens, and runs in the torch
+Each request is checked here against the served span, as a session is when it opens, and runs in the torch
 thread from wire bytes to wire bytes.  A client that leaves while its request waits or runs cancels it.
 """
 
@@ -68,7 +68,7 @@ class PeekStream(FrameStream, Protocol):
 
 
 class StatelessEngine(Protocol):
-    """What computes requests: `node.serving.executor.engine.Engine`."""
+    """The part of `node.serving.executor.engine.Engine` that computes requests."""
 
     async def stateless(
         self,
@@ -82,7 +82,7 @@ class StatelessEngine(Protocol):
 
         rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  A caller
         that is cancelled gets control back at once, and no further part is begun.
-        Raises TooManyStreams (nothing was done), and what `work` raises.
+        Raises TooManyStreams (nothing was done), and the errors of `work`.
         """
 
 
@@ -164,7 +164,7 @@ class HeldActivations:
 class ForwardBackwardListener:
     """Serves forward and backward over one span.
 
-    admission: of what is served.  faults: of peers, counted.
+    admission: to the served span.  faults: of peers, counted.
     held: from the tokens of its rows, the positions times blocks whose activations a backward that comes now
     may hold.
     """
@@ -225,7 +225,7 @@ class ForwardBackwardListener:
 
     @contextmanager
     def _admit(self, stream: PeekStream) -> Iterator[_Serving]:
-        """Hold a stream's place: what its requests may take in memory is bounded so.  Raises Refused."""
+        """Hold a stream's place: the number of places bounds the memory of requests.  Raises Refused."""
         peer, limits = stream.peer, self.limits
         self.admission.check_open()
         if self._by_peer[peer] >= limits.max_compute_streams_per_peer:
@@ -266,7 +266,7 @@ class ForwardBackwardListener:
     async def _answer(self, stream: PeekStream, frame: Buffer, serving: _Serving) -> list[Buffer] | None:
         """The parts of the frame that answers a request; None where the client left before it was there.
 
-        Raises _Unfit; PeerFault for what is no request at all.
+        Raises _Unfit; PeerFault for a frame that is no request at all.
         """
         arrived = time.perf_counter()
         asked = decode_request(frame)
@@ -291,7 +291,7 @@ class ForwardBackwardListener:
     async def _compute(self, stream: PeekStream, work: Work, contract: Contract) -> Answer | None:
         """The computed answer; None where the client leaves before.  Raises PeerFault, Refused, NotFinite.
 
-        Whatever the client sends meanwhile is a fault, and ends the computing.
+        Any frame that the client sends meanwhile is a fault, and ends the computing.
         """
         answer: Answer | None = None
         fault: PeerFault | Refused | None = None

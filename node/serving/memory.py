@@ -1,4 +1,4 @@
-"""What fits on this machine: pure arithmetic on two readings, free memory and the process's own."""
+"""The span that fits on this machine: pure arithmetic on two readings, free memory and the process's own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from node.serving.executor.batcher import CHUNK_POSITIONS
 from tensor_codec.limits import MIB, Limits
 
 USUAL = Limits()
-MEMORY_SHARE = 0.8  # of what is free now; other programs keep the rest
-CACHE_SHARE = 0.25  # for KV caches, of what weights and workspace leave; a GPU's memory is taken whole
+MEMORY_SHARE = 0.8  # of the memory that is free now; other programs keep the rest
+CACHE_SHARE = 0.25  # for KV caches, of the rest after weights and workspace; a GPU's memory is taken whole
 MIN_CACHE_TOKENS = 2048
 USUAL_CACHE_TOKENS = USUAL.least_share_tokens  # so one peer can fill a cache of the usual size
 MAX_CACHE_TOKENS = 65_536  # more only for a peer's share as long as the model's longest session
@@ -37,7 +37,7 @@ OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's w
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What the numbers of a span are kept and computed in: the bytes of the span follow from it.
+    """The formats of a span's numbers, in memory and in computing: the bytes of the span follow from them.
 
     dtype: of the weights, as loaded.  quantize: how matrices are kept.  activations: the dtype of hidden
     states and caches; "": the same as `dtype`.
@@ -55,13 +55,13 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The memory that a serving node takes, in bytes, by what takes it.
+    """The memory that a serving node takes, in bytes, by its use.
 
-    weights, cache: of the span, the cache when it is full.  workspace: what computing takes besides them for
-    a moment.  process: resident memory before anything was loaded.  network: what peers can make the node
-    hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights, cache, workspace
-    and training are in a device's own memory.  training: activations that a long backward holds besides those
-    in the workspace.
+    weights, cache: of the span, the cache when it is full.  workspace: taken by computing besides them, for
+    a moment.  process: resident memory before anything was loaded.  network: the most that peers can make
+    the node hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights, cache,
+    workspace and training are in a device's own memory.  training: activations that a long backward holds
+    besides those in the workspace.
     """
 
     weights: int
@@ -97,7 +97,7 @@ def free_bytes(device: str = "cpu") -> int:
 def free_for_training(device: str = "cpu") -> int:
     """Memory that the activations of a backward may take now, in bytes: a share of the free memory.
 
-    What torch has of a device's memory and does not use counts as free.
+    Memory of a device that torch has reserved and does not use counts as free.
     """
     unused = 0
     if device == "cuda":
@@ -226,7 +226,7 @@ def memory_of(
 
 
 def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int, free: int) -> str:
-    """How many blocks are served and what takes the memory, for the log."""
+    """The number of blocks served and the uses of the memory, for the log."""
     return (
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
@@ -246,8 +246,9 @@ def cache_tokens_that_fit(
     """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536, or four times the
     model's positions, so that one session of full length is within a peer's share.
 
-    Caches get a share of what the weights leave, so that they do not fill a machine; but at least the usual
-    number of tokens where these fit.  The workspace for so many tokens fits too, and on a CPU their journal.
+    Caches get a share of the memory that the weights leave, so that they do not fill a machine; but at least
+    the usual number of tokens where these fit.  The workspace for so many tokens fits too, and on a CPU
+    their journal.
     """
     most = MAX_CACHE_TOKENS
     if info.max_position < UNBOUNDED_POSITIONS:

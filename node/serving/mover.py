@@ -1,4 +1,4 @@
-"""What the balancer needs of the server that it moves."""
+"""The methods of a server that the balancer uses to move it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Mover(Protocol):
         """The swarm as known now."""
 
     def record(self) -> Record:
-        """What the node says of itself while it serves: peer, revision, blocks, start, stop."""
+        """The node's record while it serves: peer, revision, blocks, start, stop."""
 
     async def announce_move(self, blocks: Blocks) -> None:
         """Say that the node is about to serve these blocks."""
 
     async def stay(self) -> None:
-        """Say again that the node serves what it serves."""
+        """Announce that the node keeps its blocks."""
 
     async def move(self, blocks: Blocks) -> None:
         """Let the sessions move elsewhere, and serve these blocks.  Raises MoveFailed."""

@@ -1,4 +1,4 @@
-"""The node's own record: what it announces is what it serves, and where it is going."""
+"""The node's own record: it announces the blocks that are served, and the blocks of a coming move."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class OwnRecord:
             self._next = None
 
     async def announce(self) -> None:
-        """Announce what is served, and where the node is going; from now on that record is kept true."""
+        """Announce the served blocks, and those of a coming move; from now on that record is kept true."""
         span = self.dispatch.served_span
         assert span is not None, "nothing is served"
         async with self._announcing:

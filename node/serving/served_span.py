@@ -1,6 +1,6 @@
 """A served span: from when it is in memory until its sessions have moved elsewhere.
 
-A node serves one span after the other, and mostly only one; `ServingSetup` is what all of them share.  A move
+A node serves one span after the other, and mostly only one; all of them share one `ServingSetup`.  A move
 to blocks of which the node holds some already makes no new served span: the present one goes on with other
 blocks, and so do the sessions of the blocks that stay.
 """
@@ -49,9 +49,9 @@ log = logging.getLogger("raceme")
 
 @dataclass(frozen=True, slots=True)
 class ServingSetup:
-    """What a node serves with, whichever blocks.
+    """The settings and resources with which a node serves any span.
 
-    name: of the node.  precision: what weights are kept in, and what is computed in.  open_push: a stream to
+    name: of the node.  precision: of the weights, and of the computing.  open_push: a stream to
     a peer, for pushing.  faults: of peers, counted.  training_bytes: see `memory.training_bytes_that_fit`.
     """
 
@@ -81,7 +81,7 @@ class ServingSetup:
         )
 
     def record(self, spec: SpanSpec, state: State) -> Record:
-        """What the node announces of a span; rates and free memory are still to come."""
+        """The node's record of a span; rates and free memory are still to come."""
         return Record(
             role="serve",
             state=state,
@@ -102,7 +102,7 @@ class ServingSetup:
         self.folder.need({tensors[name].file for name in block_tensors(self.folder, *blocks)})
 
     def check_room(self, count: int) -> None:
-        """Raise ConfigError unless `count` more blocks fit besides what is loaded.
+        """Raise ConfigError unless `count` more blocks fit besides the loaded ones.
 
         Runs in the torch thread.
         """
@@ -127,11 +127,11 @@ class ServedSpan:
 
     @property
     def spec(self) -> SpanSpec:
-        """What is served now."""
+        """The spec of the blocks that are served now."""
         return self.admission.spec
 
     def record(self, state: State) -> Record:
-        """What the node announces of it, rates and free memory included."""
+        """The node's record of the span, rates and free memory included."""
         engine, listener = self.listener.engine, self.listener
         return replace(
             self.setup.record(self.spec, state),
@@ -145,7 +145,7 @@ class ServedSpan:
         )
 
     def info(self) -> PeerInfo:
-        """What the node says of it on request, as it is at this moment."""
+        """The span's state at this moment, for a peer that asks."""
         record, listener = self.record("online"), self.listener
         return PeerInfo(
             state="draining" if self.admission.draining else "online",
@@ -170,7 +170,7 @@ class ServedSpan:
         )
 
     async def run(self) -> None:
-        """Compute what is asked for, until `end`."""
+        """Compute steps and requests, until `end`."""
         try:
             with self._scope:
                 await self.listener.engine.run()
@@ -178,7 +178,7 @@ class ServedSpan:
             self._ended.set()
 
     async def drain(self) -> None:
-        """Take nothing new and let what is under way finish or move elsewhere.  Bounded."""
+        """Take nothing new; let sessions and requests finish or move elsewhere.  Bounded."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.listener.drain)
             nursery.start_soon(self.stateless.drain)
@@ -188,7 +188,7 @@ class ServedSpan:
         self.admission.spec = spec
 
     async def hand_over_others(self) -> None:
-        """Let what goes through blocks that are no longer served finish or move elsewhere.  Bounded."""
+        """Let sessions and requests of blocks that are no longer served finish or move.  Bounded."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.listener.hand_over_others)
             nursery.start_soon(self.stateless.finish_others)
@@ -196,7 +196,7 @@ class ServedSpan:
     async def take_up(self, fresh: Sequence[EngineSpan], compute: Runner) -> None:
         """Have these blocks too from now on.
 
-        Raises what torch raises without memory; nothing is changed then.
+        Raises torch's out-of-memory errors; nothing is changed then.
         """
         await compute.run(self._compute_with, self.listener.engine.span.joined(fresh))
 
@@ -221,7 +221,7 @@ class ServedSpan:
 async def load_served_span(
     setup: ServingSetup, blocks: Blocks, compute: Runner, *, in_pieces: bool = False
 ) -> ServedSpan:
-    """Load and measure these blocks.  Raises ConfigError, and what torch raises without memory.
+    """Load and measure these blocks.  Raises ConfigError, and torch's out-of-memory errors.
 
     in_pieces: block by block, as `load_blocks` does, for a node that serves meanwhile.
     """
@@ -255,7 +255,7 @@ async def load_served_span(
 
 
 async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: Runner) -> list[Span]:
-    """Load these blocks, a span of each: between two of them the torch thread serves what is served now.
+    """Load these blocks, a span of each: between two of them the torch thread computes for the present span.
 
     Raises as `load_served_span`.
     """
@@ -280,7 +280,7 @@ def _load_span(setup: ServingSetup, blocks: Blocks) -> Span:
 
 
 def forget_unused(device: str) -> None:
-    """Give back the memory of what nobody refers to any more.  Runs in the torch thread."""
+    """Give back the memory of objects without a reference.  Runs in the torch thread."""
     gc.unfreeze()
     gc.collect()
     if device == "cuda":
@@ -289,7 +289,7 @@ def forget_unused(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-# What loading may end with that is not a bug: torch says RuntimeError where there is no memory.
+# Errors of loading that are not a bug: torch raises RuntimeError where there is no memory.
 LOAD_FAULTS = (ConfigError, OSError, MemoryError, RuntimeError)
 
 

@@ -1,4 +1,4 @@
-"""Serves one span after the other: what a node does between joining and leaving the swarm.
+"""Serves one span after the other: the node's work between joining and leaving the swarm.
 
 Moves are decided elsewhere (`node.serving.balancer`) and carried out here.  Blocks that the old and the new
 span share are served all the time, and their sessions stay.  Only the missing blocks are loaded: at once
@@ -7,7 +7,7 @@ without a block of the old one is loaded besides the old one; where memory is sh
 ended: only then nothing is served for a while.  Clients move the sessions of blocks that the node leaves to
 other servers.  If the new blocks cannot be loaded, the old ones are served again.
 
-The node's record always says what is served, and where the node is going.
+The node's record always names the served blocks, and the blocks of a coming move.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Server:
         return sum(span.listener.session_count for span in self.dispatch.served_spans)
 
     async def begin(self, blocks: Blocks) -> None:
-        """Load the first span and serve it.  Raises ConfigError, and what torch raises without memory."""
+        """Load the first span and serve it.  Raises ConfigError, and torch's out-of-memory errors."""
         await self._own.announce_joining(blocks)
         await self._open(await self.load(self.setup, blocks, self.compute))
         self._settled()
@@ -79,14 +79,14 @@ class Server:
         """See `OwnRecord.keep_true`."""
         await self._own.keep_true()
 
-    # --- what the balancer asks for ---
+    # --- for the balancer ---
 
     def view(self) -> SwarmView:
         """The swarm as known now."""
         return self.directory.view()
 
     def record(self) -> Record:
-        """What the node says of itself while it serves; a move under way is left out."""
+        """The node's record while it serves; a move under way is left out."""
         return self._own.serving(self._current())
 
     async def announce_move(self, blocks: Blocks) -> None:

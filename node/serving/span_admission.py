@@ -12,7 +12,7 @@ LEAVING = "this node is leaving the swarm"
 
 @dataclass(slots=True)
 class SpanAdmission:
-    """What is served now.  Both listeners of a served span share one admission.
+    """The blocks that are served now.  Both listeners of a served span share one admission.
 
     spec: of the blocks that are admitted; the span has these at least.  draining: nothing new is admitted.
     """
@@ -21,7 +21,7 @@ class SpanAdmission:
     draining: bool = False
 
     def admits(self, asked: SpanSpec) -> None:
-        """Raise Draining or WrongRevision unless what is asked for is served now."""
+        """Raise Draining or WrongRevision unless the span asked for is served now."""
         self.check_open()
         self.spec.admits(asked)
 

@@ -45,7 +45,7 @@ class SpanLoader:
     load_blocks: LoadBlocks = load_blocks
 
     async def fits(self, runs: Sequence[Blocks]) -> bool:
-        """Whether these blocks fit besides what is loaded."""
+        """Whether these blocks fit besides the loaded ones."""
         try:
             await self.compute.run(self.setup.check_room, sum(run.size for run in runs))
         except ConfigError:
@@ -71,7 +71,7 @@ class SpanLoader:
             return None
         except LOAD_FAULTS as error:
             failure = str(error)
-        fresh = []  # by now the error holds nothing of what was loaded either
+        fresh = []  # by now the error holds none of the loaded tensors either
         log.warning("blocks %s could not be loaded: %s", ", ".join(map(str, missing)), failure)
         await self.forget()
         return failure

@@ -27,7 +27,7 @@ USED_TWICE = 1e3  # one more factor on that
 class Constraints:
     """The peers that a chain may be made of.  None: any.
 
-    allowed, blocked: peers.  dtypes, quantize: what peers compute in, and how they keep their matrices.
+    allowed, blocked: peers.  dtypes, quantize: of the peers' computing, and of their matrices.
     adapter: an adapter that each peer must have.  cache_tokens: the minimum of free cache when a peer is
     chosen.  step_tokens: the minimum that a peer takes in one step.  most_hops: the maximum of hops.
     prompts: whether each peer must take deep prompts.
@@ -115,9 +115,9 @@ def suitable(spans: Sequence[Record], constraints: Constraints) -> list[Record]:
 
 
 def longest_session(spans: Sequence[Record], run: Blocks) -> int | None:
-    """Tokens of the longest session that some chain over a run takes, by what its servers say of themselves.
+    """Tokens of the longest session that some chain over a run takes, by its servers' records.
 
-    None: some block is served by nobody, or a chain's servers do not say.  O(servers * log(servers)).
+    None: some block has no server, or a chain's servers announce no length.  O(servers * log(servers)).
     """
     covered: list[Blocks] = []
     longest = sorted(spans, key=lambda span: (-(span.session_tokens or MAX_CACHE_TOKENS + 1), span.start))

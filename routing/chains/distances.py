@@ -1,10 +1,9 @@
 """Distances between peers: as announced, else estimated over peers that both ends have measured.
 
-Nobody measures all pairs.  Where neither of two peers announced the other, each common neighbour gives an
-upper
-bound: the way over it.  The shortest way is the estimate, as in the triangulation of IDMaps (Francis et al.,
-2001) and its forerunners (Hotz, 1994).  The bound is tight when a common neighbour is close to either end,
-for instance in the same house.  The lower bound, |one leg - other leg|, is seldom tight and not used: an
+No peer measures all pairs.  Where neither of two peers announced the other, each common neighbour gives an
+upper bound: the way over it.  The shortest way is the estimate, as in the triangulation of IDMaps (Francis
+et al., 2001) and its forerunners (Hotz, 1994).  The bound is tight when a common neighbour is close to either
+end, for instance in the same house.  The lower bound, |one leg - other leg|, is seldom tight and not used: an
 estimate that is too long costs a detour, and one that is too short would reward false claims.
 
 The client is a common neighbour too, and no peer can falsify the client's distances.  The client's distance
@@ -34,7 +33,7 @@ class Distances:
     default: seconds between peers without a common neighbour.
     seconds: by `rows`; infinite from a peer to itself.  Read-only, and valid until the next update.
 
-    The distances follow from the records of the last `update` alone, whatever came before.
+    The distances follow from the records of the last `update` alone, not from earlier ones.
     Memory: 16 bytes for each pair of peers.
     """
 

@@ -1,4 +1,4 @@
-"""What a chain is, and the lack of one.  Apart from the search, so that their users load no numpy."""
+"""Chains, and the error where none exists.  Apart from the search, so that their users load no numpy."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Chain:
 class NoChain(Exception):
     """The swarm, as it is known now, cannot compute these blocks.
 
-    missing: the runs of blocks that nobody serves.
-    alone: nobody serves any block of this model at all.
+    missing: the runs of blocks without a server.
+    alone: no block of this model has a server.
     instead: the models that the swarm serves, where it serves others; for people.
     most_hops: every block is served, but a chain needs more hops than this.
     constrained: number of peers that serve missing blocks and that the client's constraints leave out.
@@ -86,7 +86,7 @@ class NoChain(Exception):
         session_tokens: int = 0,
         after: Exception | None = None,
     ) -> None:
-        """Say why, in the words of the class; what is not given stays."""
+        """Add details, by the fields of the class; a detail that is not given stays."""
         self.silent, self.constrained = silent or self.silent, constrained or self.constrained
         self.asked_tokens = asked_tokens or self.asked_tokens
         self.session_tokens = session_tokens or self.session_tokens

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Sequence
 from routing.names import PeerId
 from routing.view.records import Record
 
-SPREAD = 0.3  # of a block's cost: the mean of what a client's bias adds
+SPREAD = 0.3  # of a block's cost: the mean addition of a client's bias
 # A queue counts as this many times its waiting time, since a client that joins it delays all later
 # clients.  With 1 each client minimises its own wait, and all wait longer.
 QUEUE_PENALTY = 4.0

@@ -1,6 +1,6 @@
 """A client's own measurements of peers: they win over the peers' claims, and they age.
 
-A record claims a peer's speed and queue.  Nobody checks claims, so for a client that has used the peer
+A record claims a peer's speed and queue.  No peer checks claims, so for a client that has used the peer
 
 * a new measurement replaces the claim.  Its weight against the claim halves every HALF_SECONDS (both weighted
   as logarithms): a peer that was slow once, under load, is tried again some minutes later.
@@ -28,7 +28,7 @@ HALF_SECONDS = 120.0
 DOUBTED = 3.0
 DOUBTED_HALF_SECONDS = 600.0
 HALVES_KEPT = 6  # half-lives after which a figure is forgotten
-UNEXPLAINED = 0.25  # of a step's time: a smaller unexplained rest is charged to nobody
+UNEXPLAINED = 0.25  # of a step's time: a smaller unexplained rest is charged to no peer
 LOCAL_SECONDS = 0.005  # of a step, spent in the client's own process
 
 

@@ -56,7 +56,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class CostInputs:
-    """What a client knows of a step's costs besides the peers' records.
+    """A client's knowledge of a step's costs besides the peers' records.
 
     client_rtt: seconds from the client to a peer and back; ignored where `distances` are given.
     measured: seconds per block of a peer's steps as the client has seen them, queueing included.
@@ -115,7 +115,7 @@ def cheapest_chain(
     most_hops: longer chains are not chosen; the search takes that many times as long.
     cost_factors: on a block's cost at a peer, for the choice only: see `routing.chains.load_sharing`.
 
-    Ties break on the peer's id, whatever the order of `spans`.  A peer appears once: where the
+    Ties break on the peer's id, in any order of `spans`.  A peer appears once: where the
     cheapest walk would leave a peer and come back, the chain stays with it instead.
     O(blocks * peers of one block ** 2), and the time of `Distances.update`.
     Raises NoChain; ValueError for a part that is no part of the model.

@@ -1,6 +1,6 @@
 """Which servers should leave their blocks for others, so that no block is without a server?
 
-A block that nobody holds is an emergency: no chain exists until somebody holds it again.  All servers that
+A block without a server is an emergency: no chain exists until a server holds it again.  All servers that
 see it work out the same plans (`plan_moves`).  A plan is a few moves that close the gaps together, first the
 moves with the fewest blocks to load per block closed.  A server that cannot leave its blocks may be replaced
 first by another server, and so on, up to MAX_IN_A_ROW moves.  The servers of the first plan move; later plans
@@ -31,7 +31,7 @@ MAX_MOVERS = 48  # servers compared for each move of a plan
 MAX_PLANS = 3  # each without the servers of the plans before it
 SPARE = 1  # a peer whose blocks all have more other servers than this need not be watched
 MAX_WATCHED = 64  # in swarms of up to 64 servers everyone watches everyone
-MIN_CUT_OFF = 2  # with fewer silent peers nobody can tell whether they are lost or this node is cut off
+MIN_CUT_OFF = 2  # with fewer silent peers this node cannot tell whether they are lost or it is cut off
 MOVE_EFFORT = 5.0  # of a move without loading, in blocks that could be loaded in that time
 WAITING = 1.5  # cost factor of a move that must wait for another server to come online
 SLOW = 2.0  # a joining server this many times slower than a move does not keep the move from being made
@@ -67,12 +67,12 @@ class _Move(NamedTuple):
 
 
 def move_to_cover(servers: Sequence[Holder], blocks: int, me: PeerId) -> PlannedMove | None:
-    """The move of `me` towards blocks that nobody holds or is about to hold; None: it stays."""
+    """The move of `me` towards blocks without a present or coming server; None: it stays."""
     return plan_moves(servers, blocks).get(me)
 
 
 def plan_moves(servers: Sequence[Holder], blocks: int) -> dict[PeerId, PlannedMove]:
-    """The moves that cover blocks which nobody holds or is about to hold, by the server that moves.
+    """The moves that cover blocks without a present or coming server, by the server that moves.
 
     servers: of one model revision, online and joining.  Only online servers move, and each keeps the number
     of its blocks.  O(servers * count * blocks) for each move, `count` the blocks that one server holds.
@@ -105,7 +105,7 @@ class _Crew:
         self.stops = np.array([min(s.stop, blocks) for s in self.free], dtype=np.int64)
         self.soon = np.array(coverage(servers, blocks))
         self.now = np.array(coverage((s for s in servers if s.online), blocks))
-        self.wait = np.where(self.soon == 0, np.inf, 0.0)  # blocks to load until somebody serves this one
+        self.wait = np.where(self.soon == 0, np.inf, 0.0)  # blocks to load until a server has this one
         late = (self.now == 0) & (self.soon > 0)
         if late.any():
             self.wait[late] = np.inf

@@ -1,4 +1,4 @@
-"""What placement aims at, by default.  Apart from the algorithms, so that a config needs no numpy."""
+"""The goals of placement, by default.  Apart from the algorithms, so that a config needs no numpy."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def holders(spans: Sequence[Record]) -> list[Holder]:
 
     A peer that has not measured its rate counts as the median of the others; where no peer has, as one block
     per second.  Claimed rates count as `plausible` says.  A peer that is about to move counts at its new
-    blocks, and not as online: nobody relies on the blocks that it leaves.
+    blocks, and not as online: no move relies on the blocks that it leaves.
     """
     rates = plausible({s.peer: 1.0 / s.seconds_per_block for s in spans if s.seconds_per_block > 0})
     usual = sorted(rates.values())[len(rates) // 2] if rates else 1.0
@@ -147,7 +147,7 @@ def best_window(
 class Move(NamedTuple):
     """A server's best move.  gain: in shares of the swarm's work.
 
-    rank: 0 for moves that are made at once; higher ranks are for the case that such a move is not made.
+    rank: 0 for moves that are made at once; higher ranks are for the case that a move of rank 0 is not made.
     """
 
     gain: float
@@ -175,7 +175,7 @@ def better_window(
     """The window that this server should move to now, or None: stay.
 
     held: of all servers, this one included; a server that announced a move counts at its new blocks.
-    quality: at this share of the bound nobody moves for the capacity.
+    quality: at this share of the bound no server moves for the capacity.
 
     Every server works out the same moves (`moves`).  Moves of rank 0 are made; a move of rank 1 with a chance
     of one in four, of rank 2 with one in 16, so that the swarm does not wait for a server that is pinned or
@@ -207,7 +207,7 @@ def moves(
 
     counts: blocks that a server has memory for, where known; else the number that it holds.
     Moves of rank 0 are the best move, the best one after it, and so on, at most MAX_AT_ONCE.  No block
-    loses its last online holder, in whatever order these are made.  O(MAX_MOVERS * blocks**2).
+    loses its last online holder, in any order of these moves.  O(MAX_MOVERS * blocks**2).
     """
     first = ranked = _single_moves(held, blocks, quality, counts or {}, min_replicas)
     made: list[Move] = []
@@ -227,7 +227,7 @@ def _single_moves(
     held: Sequence[Holder], blocks: int, quality: float, counts: dict[PeerId, int], min_replicas: int
 ) -> list[Move]:
     """The best move of each server that has one, the greatest gain first."""
-    held = sorted(held, key=lambda h: h.peer)  # one order of adding: one result for everybody
+    held = sorted(held, key=lambda h: h.peer)  # one order of adding: one result at every server
     most, added = bound(held, blocks), reach(held, blocks)
     number = np.array(coverage(held, blocks))
     if not held:

@@ -52,7 +52,7 @@ class Bottleneck(NamedTuple):
 
 
 def capacity(servers: Sequence[Holder], blocks: int) -> float:
-    """Tokens per second that all blocks can get at once; 0 where nobody holds some block."""
+    """Tokens per second that all blocks can get at once; 0 where some block has no server."""
     return bottleneck(servers, blocks).capacity
 
 
@@ -87,7 +87,7 @@ def reach(servers: Sequence[Holder], blocks: int) -> Floats:
 
 
 def narrowest(added: Floats) -> Bottleneck:
-    """The bottleneck, from what `reach` gives."""
+    """The bottleneck, from the result of `reach`."""
     blocks = added.shape[1]
     chosen = tuple(range(blocks))
     rate = _quotient(added, chosen)

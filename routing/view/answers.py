@@ -1,6 +1,6 @@
 """Which peers answer this one, and at which distance: the results of its pings.
 
-A record says what a peer is; only an answer says whether the peer can be reached from here.  A peer is
+A record describes a peer; only an answer shows that the peer can be reached from here.  A peer is
 
     unknown    never asked, or not within FRESH_SECONDS;
     late       asked for the first time GRACE_SECONDS ago, without an answer yet: other peers are preferred;
@@ -43,7 +43,7 @@ class Answers:
 
     _peers: dict[PeerId, _Peer] = field(default_factory=dict)
 
-    # --- what happened ---
+    # --- events ---
 
     def ask(self, peer: PeerId, now: float) -> None:
         """A question goes out."""
@@ -88,7 +88,7 @@ class Answers:
             if peer not in present or (known.silent and known.tried <= now - FRESH_SECONDS):
                 del self._peers[peer]
 
-    # --- what is known ---
+    # --- knowledge ---
 
     def under_way(self, peer: PeerId) -> float | None:
         """When the question under way to this peer went out; None without one."""

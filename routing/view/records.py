@@ -1,4 +1,4 @@
-"""Records: what peers say of themselves, each signed by its peer.
+"""Records: the announcements of peers about themselves, each signed by its peer.
 
 On the wire a record is the msgpack array `[payload, public_key, signature]`.  The payload is a
 msgpack map with its keys in order; the signature is Ed25519 over the domain `raceme-record-1` and

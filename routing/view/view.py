@@ -115,7 +115,7 @@ class SwarmView:
     def digest(self) -> dict[bytes, int]:
         """The highest seq known of each peer, by public key: older records need not be sent here.
 
-        Expired records are included, so that nobody sends them again.
+        Expired records are included, so that no peer sends them again.
         """
         known = {**self.ended, **self.entries}
         return {public_key_of(peer): entry.record.seq for peer, entry in known.items()}

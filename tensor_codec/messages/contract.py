@@ -56,7 +56,7 @@ class StepRange:
 
     rope_length: for models with rotary angles that depend on the length.  A position takes the angles of a
     sequence of `rope_length` positions, or of one that ends with it, whichever is longer.
-    rows: before the step row i of the positions [0, position) becomes what row rows[i] was; empty: all stay.
+    rows: before the step row i of positions [0, position) becomes the former row rows[i]; empty: all stay.
     """
 
     position: int

@@ -61,7 +61,7 @@ class RowStates(Protocol):
     """A convolution's states of a session's rows, as the library keeps them."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
+        """Row i becomes the former row beam_idx[i]."""
 
 
 class PagePool:
@@ -291,7 +291,7 @@ class SpanCache:
         self._keep(-(-length // self.pool.page_tokens))
 
     def select(self, order: Sequence[int]) -> None:
-        """Row i becomes what row order[i] was, over all positions.  order: [batch], each below batch.
+        """Row i becomes the former row order[i], over all positions.  order: [batch], each below batch.
 
         A row that is named goes to its place without a copy.  Named again, it is copied into the pages of a
         row that is not named: the number of pages stays the same.

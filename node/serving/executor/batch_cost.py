@@ -40,7 +40,7 @@ class Cost:
 
 @dataclass(slots=True)
 class BatchCosts:
-    """Predictions for batches of each kind, and what counts as long.
+    """Predictions for batches of each kind, and the time from which a batch is long.
 
     joint_slowdown: times a decode step of one row; a batch that takes longer is long.
     """

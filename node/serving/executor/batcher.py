@@ -22,7 +22,7 @@ from node.serving.executor.jobs import Batch, Job, Kind, Piece, size_of
 from tensor_codec.errors import LocalProtocolError
 from tensor_codec.limits import Limits
 
-MAX_PASSED_OVER = 3  # batches of a kind that a peer with such a job may be passed over for cheaper ones
+MAX_PASSED_OVER = 3  # batches of a kind in which a peer's job of it may be passed over for cheaper ones
 CHUNK_POSITIONS = 256  # rows * tokens of a chunk: where a prefill's speed per token levels off
 
 
@@ -58,7 +58,7 @@ class Batcher:
       * while other peers are active a batch is short: beyond one step of each peer, decode steps join
         only while the batch takes `joint_slowdown` times as long as one row (`absent_slowdown` times
         if an active peer has no part in it); and if a peer decodes, a chunk takes
-        `absent_slowdown` times as long, plus what the next decode batch will stay below its own limit;
+        `absent_slowdown` times as long, plus the time by which the next decode batch stays below its limit;
       * a job that cannot be short (many rows, a large part) starts a cool-down as long as it took, if other
         peers run short decode steps: nothing long begins in that time;
       * a peer with one session keeps at least half of its speed next to one that floods;

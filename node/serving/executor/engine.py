@@ -71,7 +71,7 @@ class EngineSpan(MeasuredSpan, Protocol):
 
     @property
     def shapes(self) -> Sequence[BlockShape | None]:
-        """What each block caches, None for a convolution."""
+        """The shape of each block's cache, None for a convolution."""
 
     def part(self, start: int, stop: int) -> Self:
         """A span of the blocks [start, stop) of this one."""
@@ -124,7 +124,7 @@ class _Step(_Work):
     parts: list[Tensor] = field(default_factory=list)
 
 
-# A part at each `next`; the return value is the answer.  Any: of the engine's span, what the work needs.
+# A part at each `next`; the return value is the answer.  Any: of the engine's span, the methods needed.
 Parts = Callable[[Any], Generator[None, None, Buffer]]
 
 
@@ -175,7 +175,7 @@ class Engine:
         return round(self.waits.queue(self._clock()), 2)
 
     async def run(self) -> None:
-        """Compute what is queued, until cancelled.  An exception that escapes is our bug."""
+        """Compute the queued jobs, until cancelled.  An exception that escapes is our bug."""
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()

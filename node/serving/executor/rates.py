@@ -1,4 +1,4 @@
-"""How fast this node computes: measured at start, kept in a file, corrected by what is served.
+"""How fast this node computes: measured at start, kept in a file, corrected by the steps served.
 
 Two figures are announced, and clients choose chains by them (see routing/chains/search.py): the seconds of a
 block for one decode step of one session, and for one token of a prefill.  Waiting is not in them; the
@@ -87,7 +87,7 @@ class Rates:
 
     def relax(self) -> bool:
         """Call this every few seconds: if no step was served since the last call, go half the way back
-        to what a step takes that is alone.  Returns whether the node was idle."""
+        to the time of a step that is alone.  Returns whether the node was idle."""
         idle = not self._served
         if idle:
             self.decode_seconds_per_block = (self.decode_seconds_per_block + self.alone) / 2

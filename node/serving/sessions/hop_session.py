@@ -42,7 +42,7 @@ class SessionCache(StepCache, Protocol):
         """Forget the positions from `length` on.  Raises CannotCut."""
 
     def select(self, order: Sequence[int]) -> None:
-        """Row i becomes what row order[i] was."""
+        """Row i becomes the former row order[i]."""
 
     def close(self) -> None:
         """Give everything back."""

@@ -274,7 +274,7 @@ class Listener:
             self._journals.close(opened.session)
 
     def _check(self, peer: PeerId, opened: Open) -> None:
-        """Check an Open against what is served.  Raises Refused, MessageError."""
+        """Check an Open against the served span.  Raises Refused, MessageError."""
         served = self.admission.spec
         self.admission.check_open()
         if opened.session in self._places:
