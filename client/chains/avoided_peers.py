@@ -16,7 +16,8 @@ SAME_TIME_SECONDS = 1.0  # the largest error of a record's age
 class AvoidedPeers:
     """The avoided peers, each with the end of its avoidance.  Times are the caller's clock, in seconds."""
 
-    _until: dict[PeerId, float] = field(default_factory=dict)
+    _until: dict[PeerId, float] = field(default_factory=dict)  # after faults
+    _refused_until: dict[PeerId, float] = field(default_factory=dict)
     _faults: dict[PeerId, int] = field(default_factory=dict)
     _gone: dict[PeerId, float] = field(default_factory=dict)  # time of the loss; infinite otherwise
 
@@ -34,9 +35,12 @@ class AvoidedPeers:
         self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), MAX_AVOID_SECONDS)
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None, now: float) -> None:
-        """A peer said no: ask others for a while, without blaming it."""
+        """A peer said no: ask others for a while, without blaming it.
+
+        An answer to another session of this client, which the peer serves, does not shorten the time.
+        """
         until = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
-        self._until[peer] = max(until, self._until.get(peer, until))
+        self._refused_until[peer] = max(until, self._refused_until.get(peer, until))
 
     def seen_online(self, peer: PeerId, sent: float) -> None:
         """A peer has announced at `sent` that it serves: a peer that was gone before has restarted."""
@@ -55,4 +59,7 @@ class AvoidedPeers:
 
     def soonest_first(self, now: float) -> list[PeerId]:
         """The avoided peers, in the order of the end of their avoidance."""
-        return sorted((p for p, until in self._until.items() if until > now), key=self._until.__getitem__)
+        ends = dict(self._refused_until)
+        for peer, until in self._until.items():
+            ends[peer] = max(until, ends.get(peer, until))
+        return sorted((peer for peer, until in ends.items() if until > now), key=ends.__getitem__)

@@ -105,18 +105,28 @@ def test_a_peer_that_answers_is_forgiven():
     assert avoided_until(blame, A, 100.0) == 100.0 + AVOID_SECONDS
 
 
+def test_an_answer_to_another_session_does_not_take_a_refusal_back():
+    blame = AvoidedPeers()
+    blame.fault(A, 0.0)
+    blame.refused(A, 5.0, 0.0)
+    blame.worked(A)
+    assert A in blame.avoided(4.9)
+    assert A not in blame.avoided(5.0)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["fault", "refused", "worked"]), st.floats(0, 100)), max_size=40))
 def test_nobody_is_avoided_for_more_than_an_hour(events):
-    blame, now = AvoidedPeers(), 0.0
+    blame, now, refused_until = AvoidedPeers(), 0.0, 0.0
     for kind, seconds in events:
         now += seconds
         if kind == "fault":
             blame.fault(A, now)
         elif kind == "refused":
             blame.refused(A, seconds, now)
+            refused_until = max(refused_until, now + seconds)
         else:
             blame.worked(A)
-            assert A not in blame.avoided(now)
+            assert (A in blame.avoided(now)) == (now < refused_until)
     assert A not in blame.avoided(now + MAX_AVOID_SECONDS)
 
 
