@@ -44,7 +44,7 @@ def chat(model: Any, turns: Iterable[str], max_length: int, max_new_tokens: int)
         print(f"> {turn}")
         messages.append({"role": "user", "content": turn})
         ids = tokens_of(tokenizer, messages)
-        # A template may write an earlier answer in other tokens: the cache keeps what both have in common.
+        # A template may write an earlier answer in other tokens: the cache keeps their common beginning.
         both = min(ids.shape[1] - 1, before.shape[1])
         common = int((ids[0, :both] == before[0, :both]).long().cumprod(0).sum())
         cache.crop(min(0, common - cache.get_seq_length()))

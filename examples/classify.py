@@ -27,7 +27,7 @@ SENTENCES = [
 
 
 def train(swarm: client.SyncSwarm, steps: int) -> None:
-    """Train on all sentences and say what the model thinks of each."""
+    """Train on all sentences and print the model's class of each."""
     torch.manual_seed(0)
     tokenizer = swarm.local_model.tokenizer
     if tokenizer.pad_token is None:

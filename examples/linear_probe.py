@@ -1,4 +1,4 @@
-"""What a layer of a model in a swarm knows: a linear probe on the hidden states behind its first k blocks.
+"""A linear probe of a layer: on the hidden states behind the first k blocks of a model in a swarm.
 
 python examples/linear_probe.py --peers /ip4/.../p2p/12D3... --layer 10
 

@@ -26,7 +26,7 @@ when thy heart began to beat, What dread hand? and what dread feet?""".replace("
 
 
 def rows_of(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
-    """The text in rows of so many tokens, int64 [rows, tokens]; what is left at the end is left out."""
+    """The text in rows of so many tokens, int64 [rows, tokens]; a rest at the end is left out."""
     ids = torch.tensor(tokenizer(text)["input_ids"])
     if len(ids) < tokens:
         raise SystemExit(f"error: the text has {len(ids)} tokens, a row of --tokens {tokens} is needed")
@@ -48,7 +48,7 @@ def tune(model: Any, ids: torch.Tensor, steps: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, train, and generate with what was saved."""
+    """Read the command line, train, and generate with the saved prompt."""
     parser = argparse.ArgumentParser(description="Tune a soft prompt over a swarm.")
     parser.add_argument("--peers", action="append", required=True, help="address of a node; may come again")
     parser.add_argument("--swarm-key", type=Path, help="the key file of a private swarm")

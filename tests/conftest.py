@@ -1,4 +1,4 @@
-"""What tests of several directories share."""
+"""Fixtures of tests of several directories."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first: the last files, which are short, let all workers end together."""
+    """The long files come first: the last files, which are short, let all workers end together."""
     items.sort(key=lambda item: next((n for n, at in enumerate(ORDER) if item.nodeid.startswith(at)), -1))
 
 

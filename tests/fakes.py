@@ -85,7 +85,7 @@ async def connection_pair(
     on_stream: Callable[[MuxedStream], None] | None = None,
     on_fault: Callable[[PeerFault], None] | None = None,
 ) -> AsyncIterator[tuple[Connection, Connection]]:
-    """Alice's connection to Bob, who was dialled, and Bob's to her, both running.
+    """Alice's connection to Bob, dialled by Alice, and Bob's to her, both running.
 
     limits, on_stream, on_fault: of Bob.
     """

@@ -21,7 +21,7 @@ SOON = 10.0  # seconds that nothing here should come near
 
 
 def hidden(number: int) -> Any:  # Any: a session takes tensors, this one numbers
-    """What stands for hidden states here."""
+    """A stand-in for hidden states."""
     return number
 
 
@@ -84,7 +84,7 @@ class FakeConversation:
 
 @dataclass
 class FakeSwarm:
-    """Swarm's methods, in trio; counts what is going on."""
+    """Swarm's methods, in trio; counts generations, tokens and sessions."""
 
     config: ClientConfig = CONFIG
     info: str = "info"

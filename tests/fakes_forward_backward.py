@@ -1,7 +1,7 @@
 """Servers in memory that answer forward and backward with whole numbers, and a client of theirs.
 
-A block's answer depends on its number, on every position before and, by an absolute value, on what
-side of something its input lies: a right gradient proves that each block ran on its own input.
+A block's answer depends on its number, on every position before and, by an absolute value, on the
+side of a threshold where its input lies: a right gradient proves that each block ran on its own input.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRIME = 61  # values and gradients stay so small that float32 holds them exactly
 
 
 def blocks_on(hidden: Tensor, start: int, stop: int) -> Tensor:
-    """What blocks [start, stop) make of hidden states [batch, tokens, hidden]."""
+    """The outputs of blocks [start, stop) for hidden states [batch, tokens, hidden]."""
     for block in range(start, stop):
         before = hidden.cumsum(1) - hidden
         hidden = (torch.remainder(3 * hidden + block + before, PRIME) - PRIME // 2).abs()
@@ -54,7 +54,7 @@ def gradient_of(hidden: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
 
 
 def prompted(hidden: Tensor, prompts: Tensor, start: int, stop: int) -> Tensor:
-    """What blocks [start, stop) make of hidden states with deep prompts, [stop - start, n, hidden]."""
+    """The outputs of blocks [start, stop) with deep prompts, [stop - start, n, hidden]."""
     for block, prompt in zip(range(start, stop), prompts, strict=True):
         rest = torch.zeros(hidden.shape[1] - len(prompt), hidden.shape[2])
         hidden = blocks_on(hidden + torch.cat([prompt, rest]), block, block + 1)
@@ -78,8 +78,8 @@ def whole_numbers(*shape: int, seed: int = 0, most: int = PRIME) -> Tensor:
 class ToySpan:
     """The part of a Span that `node.model.blocks.forward_backward` uses.
 
-    done: every pass, as (rows, start, stop, with gradient).  poison: from what would be the answer
-    to what is.
+    done: every pass, as (rows, start, stop, with gradient).  poison: from the right answer
+    to the given one.
     """
 
     device = torch.device("cpu")
@@ -153,7 +153,7 @@ class ToyNode:
 
     @property
     def faults(self) -> Counter[str]:
-        """Whom this node has blamed, and for what."""
+        """The peers that this node has blamed, each with its fault."""
         counts = self.listener.faults.counts()
         return Counter({f"{peer} {kind}": count for (peer, kind), count in counts.items()})
 
@@ -225,7 +225,7 @@ class ToySwarm:
         other_hops: int,
         prompts: bool,
     ) -> Chain:
-        """As `find_run` of `client.chains.chain_choice`: those that failed lately only as a last resort."""
+        """As `find_run` of `client.chains.chain_choice`: peers that failed lately only as a last resort."""
         spans = [node.record for node in self.nodes.values() if node.record.prompts or not prompts]
         measured = self.measured.rates(spans, trio.current_time(), positions)
         known = CostInputs(measured=measured, waiting=waiting, positions=positions)

@@ -105,14 +105,14 @@ class FakeNetwork:
         self.side: dict[PeerId, int] = {}  # hosts of different sides do not reach each other
         self.streams: list[tuple[FakeHost, FakeHost, PipeEnd]] = []
         self.dials: list[tuple[PeerId, PeerId]] = []
-        self.black_holes: set[PeerId] = set()  # what is sent to these vanishes, and nothing comes of it
+        self.black_holes: set[PeerId] = set()  # frames to these peers vanish without an error
 
     def reachable(self, one: PeerId, other: PeerId) -> bool:
         there = one in self.hosts and other in self.hosts
         return there and self.side.get(one, 0) == self.side.get(other, 0)
 
     def split(self, *sides: Sequence[PeerId]) -> None:
-        """Cut every link between the sides; what goes on there breaks."""
+        """Cut every link between the sides; the streams there break."""
         self.side = {peer: number for number, side in enumerate(sides, 1) for peer in side}
         self._break_streams()
 

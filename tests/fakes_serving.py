@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 class FakeCache:
-    """What every block of the run was given, [batch, length, hidden] each."""
+    """The inputs of every block of the run, [batch, length, hidden] each."""
 
     def __init__(self, batch: int, max_length: int) -> None:
         self.batch = batch
@@ -72,13 +72,13 @@ class FakeCache:
         self.closed = False
 
     def cut(self, length: int) -> None:
-        """Forget what comes at and after position `length`."""
+        """Forget the positions from `length` on."""
         assert 0 <= length <= self.length
         self.length = length
         self.given = {block: given[:, :length] for block, given in self.given.items()}
 
     def select(self, order: Sequence[int]) -> None:
-        """Row i becomes what row order[i] was."""
+        """Row i becomes the former row order[i]."""
         index = torch.tensor(list(order))
         self.given = {block: given.index_select(0, index) for block, given in self.given.items()}
 
@@ -109,8 +109,8 @@ class FakeArena:
 class FakeSpan:
     """Blocks [start, stop); block b makes (3 h + b + 1 + all it was given before) mod 8191 of each h.
 
-    steps: every step computed, as (position, tokens, start, stop).  poison: a function from what
-    would be the answer to what is.  rope: then the angles that a position takes are added to it.
+    steps: every step computed, as (position, tokens, start, stop).  poison: a function from the
+    right answer to the given one.  rope: then the angles that a position takes are added to it.
     """
 
     rope: LengthRope | None = None
@@ -193,13 +193,13 @@ class FakeSpan:
             length = cache.length
             rows = hidden[first : first + cache.batch, None]
             parts.append(self.forward(rows, cache, length, start, stop, rope_length=rope_length)[:, 0])
-            cache.length = length  # whoever merged them moves it on
+            cache.length = length  # the caller that merged them moves it on
             first += cache.batch
         return torch.cat(parts)
 
 
 def whole_model(hidden: Tensor, start: int, stop: int) -> Tensor:
-    """What blocks [start, stop) make of hidden states [batch, tokens, hidden], all at once."""
+    """The outputs of blocks [start, stop) for hidden states [batch, tokens, hidden], all at once."""
     span = FakeSpan(start, stop)
     return span.forward(hidden, FakeCache(hidden.shape[0], hidden.shape[1]), 0, start, stop)
 
@@ -262,7 +262,7 @@ class FakeCompute:
 
 @dataclass
 class _Pipe:
-    """What both ends of a stream share."""
+    """The state that both ends of a stream share."""
 
     reset: bool = False
 
@@ -378,12 +378,12 @@ class FakeNode:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """What it serves."""
+        """The blocks that it serves, (start, stop)."""
         return self.span.start, self.span.stop
 
     @property
     def faults(self) -> Counter[str]:
-        """Whom this node has blamed, and for what."""
+        """The peers that this node has blamed, each with its fault."""
         counts = self.listener.faults.counts()
         return Counter({f"{peer} {kind}": count for (peer, kind), count in counts.items()})
 
@@ -405,7 +405,7 @@ class FakeNode:
 class World:
     """Nodes that reach each other by name, over streams in memory.
 
-    unreachable: pairs (from, to) that have no way.  limits: everybody's.
+    unreachable: pairs (from, to) that have no way.  limits: of all nodes.
     """
 
     def __init__(self, nursery: trio.Nursery, limits: Limits | None = None) -> None:
@@ -448,7 +448,7 @@ class World:
         return self.nodes[peer]
 
     def record(self, node: FakeNode) -> Record:
-        """What the node says of itself."""
+        """The node's record."""
         served = node.listener.admission.spec
         return Record(
             peer=node.peer,
@@ -476,7 +476,7 @@ class World:
         return max(node.span.stop for node in self.nodes.values())
 
     def view(self) -> SwarmView:
-        """What everybody knows: all nodes, the dead ones too, but those that were taken out of sight."""
+        """The view of every peer: all nodes, the dead ones too, but not the nodes taken out of sight."""
         entries = {
             peer: Entry(self.record(node), b"", 0.0)
             for peer, node in self.nodes.items()
@@ -485,7 +485,7 @@ class World:
         return SwarmView("", entries=entries)
 
     def routes(self, client: PeerId = CLIENT, constraints: Constraints | None = None) -> ChainChooser:
-        """What a client's sessions ask of the swarm around them, over streams of this world."""
+        """A chooser of chains for a client's sessions, over streams of this world."""
 
         async def dial(peer: PeerId, addresses: Sequence[str], protocol: str) -> FakeStream:
             return await self.dial(client, peer, protocol)
@@ -530,7 +530,7 @@ class World:
         return ours
 
     async def _handle(self, node: FakeNode, stream: FakeStream) -> None:
-        """What node.network's host does with a stream that comes in."""
+        """Handle an inbound stream as `node.network.host` does."""
         scope = trio.CancelScope()
         node.handlers.append(scope)
         try:
@@ -561,7 +561,7 @@ class World:
         self.nodes[PeerId(peer)].alive = True
 
     def freeze(self, peer: str) -> None:
-        """The process is stopped: what is sent to it waits, and it says nothing."""
+        """The process is stopped: frames to it wait, and it sends nothing."""
         self.frozen[PeerId(peer)] = trio.Event()
 
     def thaw(self, peer: str) -> None:
@@ -634,7 +634,7 @@ async def serve_push(listener: Listener, stream: FrameStream) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Look every tenth of a second of the test's clock, which costs none of ours."""
-    while not condition():  # noqa: ASYNC110  what is waited for knows nothing of the test
+    while not condition():  # noqa: ASYNC110  the condition has no event to wait for
         await trio.sleep(0.1)
 
 
@@ -651,7 +651,7 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
 
 
 def conversation_of(world: World, routes: ChainChooser | None = None, **changes: Any) -> Conversation:
-    """A client's tokens in this world.  routes: what it knows and whom it avoids.
+    """A client's tokens in this world.  routes: its view of the swarm, and the peers that it avoids.
 
     changes: of the conversation's fields, by name.
     """
@@ -696,7 +696,7 @@ def hops_of(conversation: Conversation) -> str:
 
 
 def with_changes(request: R, **changes: Any) -> R:
-    """The request with these changes; what belongs to its spec, `start` and `stop` too, is changed there."""
+    """The request with these changes; fields of its spec, `start` and `stop` too, are changed there."""
     spec = request.spec
     blocks = Blocks(changes.pop("start", spec.blocks.start), changes.pop("stop", spec.blocks.stop))
     own = {name: changes.pop(name) for name in ("model", "revision", "dtype", "adapter") if name in changes}
@@ -704,7 +704,7 @@ def with_changes(request: R, **changes: Any) -> R:
 
 
 class RawClient:
-    """A client that says what it likes: a stream to one hop, and the messages one by one."""
+    """A client without a protocol of its own: a stream to one hop, and the messages one by one."""
 
     def __init__(self, stream: FakeStream, opened: Open) -> None:
         self.stream = stream
@@ -712,7 +712,7 @@ class RawClient:
 
     @staticmethod
     async def open(world: World, peer: str, name: str = CLIENT, **changes: Any) -> tuple[RawClient, object]:
-        """Dial, say Open, and return the client with what the hop answers."""
+        """Dial, say Open, and return the client with the hop's answer."""
         node = world.nodes[PeerId(peer)]
         spec = SpanSpec("m", "r", node.listener.admission.spec.blocks, "float32")
         wanted = Open(bytes(16), spec, 1, 64, "fp32")
@@ -723,7 +723,7 @@ class RawClient:
         return RawClient(stream, opened), None if frame is None else decode_open_reply(frame)
 
     async def receive(self, world: World) -> Result | Failed | None:
-        """What the hop says next; None when it has closed."""
+        """The hop's next message; None when it has closed."""
         contract = Contract(
             self.opened.session,
             self.opened.spec.blocks.start,

@@ -7,7 +7,7 @@ Each direction is a wire that all connections share.  Bytes take their turn on i
 and arrive `delay` later.  At most QUEUE_BYTES wait for their turn, as in a router: beyond these
 nothing is read, so a sender feels the rate as TCP's own back pressure.
 
-What it cannot do: lose packets (TCP below it is loopback's), or leave a SYN unanswered.
+It cannot lose packets (TCP below it is loopback's), or leave a SYN unanswered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import trio
 Way = Literal["there", "back"]  # from the caller to the target, and back
 WAYS: tuple[Way, Way] = ("there", "back")
 
-CHUNK_BYTES = 16 * 1024  # read at once: what a small message may have to wait for
+CHUNK_BYTES = 16 * 1024  # read at once: a small message may wait behind that many
 QUEUE_BYTES = 64 * 1024  # waiting for their turn on a wire
 MAX_BYTES = 4 * 1024 * 1024  # under way on one connection, whatever delay and rate are
 SOCKET_BYTES = 128 * 1024  # of a kernel buffer; less than two of loopback's 64 KiB segments would stall
@@ -53,7 +53,7 @@ class Wire:
     free_at: float = -math.inf
 
     def carry(self, data: bytes, now: float) -> tuple[float, bytes]:
-        """When `data`, given to the wire now, has arrived as a whole, and as what."""
+        """The time when `data`, given to the wire now, has arrived as a whole, and the bytes that arrive."""
         self.free_at = max(now, self.free_at) + len(data) / self.bytes_per_second
         begin, self.carried = self.carried, self.carried + len(data)
         return self.free_at + self.delay_seconds, _damaged(data, begin, self.flip_every)
@@ -65,7 +65,7 @@ class Wire:
 
     @property
     def most_bytes(self) -> float:
-        """That one connection may have under way: what the wire holds, and what waits for it."""
+        """The most bytes that one connection has under way: on the wire, and waiting for it."""
         held = self.bytes_per_second * self.delay_seconds if self.delay_seconds else 0
         return min(held + QUEUE_BYTES, MAX_BYTES)
 
@@ -82,7 +82,7 @@ def _damaged(data: bytes, begin: int, every: int) -> bytes:
 
 @dataclass(slots=True)
 class _Flow:
-    """What is under way on one connection in one direction.  ended: by `half_close`."""
+    """The bytes under way on one connection in one direction.  ended: by `half_close`."""
 
     wire: Wire
     source: trio.socket.SocketType
@@ -141,7 +141,7 @@ class FaultLink:
             wire.flip_every = every_bytes
 
     def heal(self) -> None:
-        """No fault any more.  What was cut or half closed stays so."""
+        """No fault any more.  A connection that was cut or half closed stays so."""
         self._is_cut = False
         self._running.set()
         self.flip(0)
@@ -198,7 +198,7 @@ class FaultLink:
         target.close()
 
     async def _read(self, flow: _Flow, wire: trio.MemorySendChannel[tuple[float, bytes]]) -> None:
-        """Give the wire what the source says, up to its end, as b""; never more than there is room for."""
+        """Give the wire the source's bytes, up to its end, as b""; never more than there is room for."""
         data = b"-"
         while data:
             while flow.under_way >= flow.wire.most_bytes:
@@ -231,7 +231,7 @@ class FaultLink:
 
 def _socket() -> trio.socket.SocketType:
     sock = trio.socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BYTES)  # what is accepted inherits them
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BYTES)  # accepted sockets inherit them
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     return sock
 

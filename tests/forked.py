@@ -24,7 +24,7 @@ CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Forked:
-    """What `subprocess.Popen` is for a command `python -m MODULE ...`, as far as tests need it.
+    """A `subprocess.Popen` of a command `python -m MODULE ...`, as far as tests need it.
 
     The command may begin with `ip netns exec NAME`.
     """
@@ -81,7 +81,7 @@ class Forked:
 
 
 def forked_run(*words: object, seconds: float = 120, text: str = "") -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` gives for `python -m WORDS` with `text` as its standard input.
+    """The result of `subprocess.run` for `python -m WORDS` with `text` as its standard input.
 
     Raises subprocess.TimeoutExpired.
     """
@@ -103,7 +103,7 @@ def _run(
     streams: tuple[Path, Path, Path],
     namespace: str | None,
 ) -> None:
-    """The forked process: what `python -m WORDS` is from here on."""
+    """The forked process: it runs as `python -m WORDS` from here on."""
     given, output, errors = streams
     with given.open("rb") as standard_input, output.open("wb") as file:
         os.dup2(standard_input.fileno(), 0)

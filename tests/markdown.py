@@ -19,7 +19,7 @@ def in_one_line(name: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """What stands below a heading, up to the next one of its rank or above."""
+    """The text below a heading, up to the next one of its rank or above."""
     begin = text.index(f"\n{heading}") + 1
     rank = len(heading) - len(heading.lstrip("#"))
     rest = text[text.index("\n", begin) :]

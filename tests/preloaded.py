@@ -1,4 +1,4 @@
-"""What a process of `tests.forked` has imported before it is forked: the large libraries, and no state."""
+"""The imports of a process of `tests.forked` before the fork: the large libraries, and no state."""
 
 import libp2p.host.basic_host
 import torch

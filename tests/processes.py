@@ -1,4 +1,4 @@
-"""Processes of tests: each ends, and its pipes close, with the block that started it, whatever happens."""
+"""Processes of tests: each ends, and its pipes close, with the block that started it, also after an error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def line_of(process: subprocess.Popen[str], start: str) -> str:
 def children() -> set[psutil.Process]:
     """Every process below this one, but the helpers that Python's own multiprocessing keeps.
 
-    What these have forked counts.
+    The forks of those helpers count.
     """
     return {child for child in psutil.Process().children(recursive=True) if not _is_python_s_own(child)}
 

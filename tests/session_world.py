@@ -92,7 +92,7 @@ def new_session(
 def agree(
     session: ClientSession, line_up: LineUp, lengths: Mapping[str, int] | None = None, *, cut: bool = True
 ) -> list[HopState]:
-    """All hops of a new route agree.  lengths: of the caches of those that go on; else as the session has."""
+    """All hops of a new route agree.  lengths: of the caches of hops that go on; else as the session has."""
     made = []
     for place in line_up.places:
         near = place.neighbours
@@ -113,7 +113,7 @@ def agree(
 
 
 def change_route(session: ClientSession, now: float, *, cut: bool = True) -> list[object]:
-    """One undisturbed change of the route; what it wants sent at its end."""
+    """One undisturbed change of the route; the actions at its end."""
     try:
         chain = session.route.choose()
     except NoChain:
@@ -135,7 +135,7 @@ def sound_session(peers: Peers | None = None, *, cut: bool = True, codec: str = 
 
 
 def submitted(session: ClientSession, tokens: int = 1, now: float = 1.0) -> Pending:
-    """A step that follows what was sent before."""
+    """A step that follows the steps sent before."""
     pending = list(session.steps.pending.values())
     position = pending[-1].what.position + pending[-1].what.tokens if pending else session.steps.length
     step, _ = session.submit(StepRange(position, tokens), bytes(tokens * ROW), now)

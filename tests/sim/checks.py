@@ -45,7 +45,7 @@ def expected_tokens(prompt: Sequence[int], count: int, blocks: int) -> list[int]
 
 
 def expected_sums(prompt: Sequence[int], count: int, run: Blocks) -> list[int]:
-    """What a session over a run gives for the prompt, and for each position after it."""
+    """The right sums of a session over a run, for the prompt and for each position after it."""
     hidden = glue.hidden_of(tuple(prompt), count)
     whole, tokens = whole_model(hidden, *run), len(prompt)
     ends = range(tokens, hidden.shape[1] + 1)
@@ -77,7 +77,7 @@ def check_story(
 def check_rows(
     story: RowsStory, plan: Plan, happened: Sequence[Happened], first_seen: Mapping[PeerId, float]
 ) -> Iterator[str]:
-    """P1, P3 and progress of one session of some rows, beside a plain list of what each row was given."""
+    """P1, P3 and progress of one session of some rows, beside a plain list of each row's inputs."""
     who = f"{story.client.name} with {story.job.batch} rows"
     given: Tensor | None = None
     for number, step in enumerate(story.applied):

@@ -1,6 +1,6 @@
-"""How records get about: everybody holds a real `LiveView`, filled with real merges, late and incomplete.
+"""The spread of records: each participant has a real `LiveView`, filled by real merges, late and incomplete.
 
-Signing and the wire are left out.  What a participant says reaches each other one after a delay of its
+Signing and the wire are left out.  A participant's record reaches each other one after a delay of its
 own; where the way is silent it is tried again a few seconds later, and its age is then known.  Clients ping
 the servers that they know every few seconds, as real ones do, and their views mark those that are silent.
 """
@@ -30,9 +30,9 @@ DELAYS = (0.02, 0.02, 0.3, 2.0)  # seconds, one drawn for each record and receiv
 
 @dataclass(slots=True)
 class Directory:
-    """What one participant knows, with those methods of the real Directory that are used.
+    """The view of one participant, with those methods of the real Directory that are used.
 
-    overtaken: told which seq of our own others have, where theirs is higher.
+    overtaken: called with the highest seq of our own records at others, where theirs is higher.
     first_seen: when each participant's first record came.
     """
 
@@ -40,7 +40,7 @@ class Directory:
     network: Network
     overtaken: Callable[[int], None] | None = None
     watches: bool = False
-    due: list[tuple[float, int, float, Record]] = field(default_factory=list)  # heap: when, n, said, what
+    due: list[tuple[float, int, float, Record]] = field(default_factory=list)  # heap: due, n, said, record
     answers: Answers = field(default_factory=Answers)
     first_seen: dict[PeerId, float] = field(default_factory=dict)
     live: LiveView = field(init=False)
@@ -63,7 +63,7 @@ class Directory:
         await self.live.changed(since)
 
     def take_in(self, arrivals: list[Arrival]) -> None:
-        """Merge what came."""
+        """Merge the records that came."""
         for peer in self.live.merge(arrivals):
             self.first_seen.setdefault(peer, trio.current_time())
 
@@ -87,11 +87,11 @@ class Directory:
         return self.answers.rtts(trio.current_time())
 
     def late(self) -> frozenset[PeerId]:
-        """Who has not answered at once: nobody, as questions here end with the wait for them."""
+        """The peers without an answer at once: none, as questions here end with the wait for them."""
         return self.answers.late(trio.current_time())
 
     def unknown(self, peers: Iterable[PeerId]) -> list[PeerId]:
-        """Those of whom nothing is known."""
+        """The peers that were not asked lately."""
         return self.answers.unknown(peers, trio.current_time())
 
     async def measure(
@@ -100,7 +100,7 @@ class Directory:
         seconds: float = PING_SECONDS,
         enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
     ) -> dict[PeerId, float]:
-        """Round trips to these peers; those who do not answer make it take `seconds`, or the grace."""
+        """Round trips to these peers; with a silent peer it takes `seconds`, or the grace."""
         now = trio.current_time()
         asked = {peer: self._rtt(peer) for peer in peers if self.answers.is_due(peer, now)}
         there = {peer: rtt for peer, rtt in asked.items() if rtt < min(seconds, PING_SECONDS)}
@@ -153,7 +153,7 @@ class Gossip:
         self._deliver(self.directories[record.peer])
 
     def meet(self, peer: PeerId) -> None:
-        """A participant comes, or comes back; one server that can be reached tells what it knows."""
+        """A participant comes, or comes back; one server that can be reached sends its view."""
         now = trio.current_time()
         me = self.directories[peer]
         others = [each for each in self._servers if each != peer and self._passes(each, peer)]
@@ -166,7 +166,7 @@ class Gossip:
             me.overtaken(own.record.seq)
 
     async def run(self) -> None:
-        """Deliver what is due."""
+        """Deliver the records that are due."""
         while True:
             await trio.sleep(TICK_SECONDS)
             for peer, directory in self.directories.items():

@@ -55,7 +55,7 @@ def make_listener(
     limits: Limits,
     open_stream: Callable[[PeerId], Awaitable[FramedStream]],
 ) -> Listener:
-    """A real listener over a real engine; whoever makes it runs `listener.engine.run`."""
+    """A real listener over a real engine; the caller runs `listener.engine.run`."""
     rates = Rates(seconds_per_block, seconds_per_block)
     engine = Engine(span, compute, rates, limits, clock=lambda: time.perf_counter())  # the simulated clock
     blocks = Blocks(span.start, span.stop)
@@ -79,7 +79,7 @@ async def serve(listener: Listener, protocol: str, stream: FramedStream) -> None
 
 
 def left_over(listener: Listener) -> list[str]:
-    """What a listener that has nothing to do still holds."""
+    """The resources that a listener without sessions still holds."""
     budget = listener.budget
     counts = {
         "sessions": listener.session_count,
@@ -98,7 +98,7 @@ def is_hogged(listener: Listener) -> bool:
 
 
 def hog(listener: Listener) -> Callable[[], None]:
-    """Take every page that is to be had, as other clients would; returns what gives them back."""
+    """Take every free page, as other clients would; returns the function that gives them back."""
     budget, taken = listener.budget, []
     for number in range(HOGS):
         session, length = b"hog%d" % number, budget.peer_tokens

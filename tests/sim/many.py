@@ -12,7 +12,7 @@ import torch
 
 from tests.sim.run import Outcome, run_seed
 
-SEED_SECONDS = 60.0  # of the real clock: beyond it somebody spins without any time passing
+SEED_SECONDS = 60.0  # of the real clock: beyond it a task spins without any time passing
 
 
 def open_pool(jobs: int) -> ProcessPoolExecutor:

@@ -1,10 +1,10 @@
 """A network in memory: connections between named participants, as TCP and a muxer show them.
 
-Everything is reckoned in times of arrival.  A frame arrives after what its size takes at the pair's
-bandwidth, a delay, and jitter; one that is lost comes later, and all behind it on the connection with it.
-While the way is silent (a link is down, a host gone, a process frozen) nothing arrives and nobody is
-told; what was under way comes when the way is open again.  The kernel gives a connection up when what it
-sent is not acknowledged for 10 s, or after 20 s without a word (TCP_USER_TIMEOUT, keepalive); the
+Everything is reckoned in times of arrival.  A frame arrives after the time of its size at the pair's
+bandwidth, a delay, and jitter; a lost frame comes later, and all frames behind it on the connection with it.
+While the way is silent (a link is down, a host gone, a process frozen) nothing arrives and neither end is
+told; frames under way come when the way is open again.  The kernel gives a connection up when its packets
+are not acknowledged for 10 s, or after 20 s without a packet (TCP_USER_TIMEOUT, keepalive); the
 other end learns of that once packets pass again.
 
 The real `FramedStream` runs over an `End`.
@@ -30,11 +30,11 @@ from tests.sim.plan import Plan
 
 KEEPALIVE_SECONDS = 20.0  # without a word until a connection is given up: 10 s idle and 10 s of probes
 MIN_DELAY, MAX_DELAY = 0.001, 0.08  # seconds one way, by distance
-LATE_SECONDS = (0.2, 1.5)  # what a lost packet costs
+LATE_SECONDS = (0.2, 1.5)  # the delay of a lost packet
 
 
 class Participant(Protocol):
-    """Whoever has a name in the network."""
+    """A host with a name in the network."""
 
     alive: bool
     vanished: bool  # not even a kernel answers
@@ -84,7 +84,7 @@ class Connection:
 
 @dataclass(slots=True, eq=False)
 class End:
-    """One end of a stream; what FramedStream wants of a muxed stream.
+    """One end of a stream, with the methods of a muxed stream that FramedStream uses.
 
     inbox: (time of arrival, bytes) in order; b"" is the end, None a reset.
     closed: this side has let go of it.
@@ -110,7 +110,7 @@ class End:
         return max(at, self.network.frozen_until(self.me))
 
     def wake(self) -> None:
-        """Whoever waits here looks again."""
+        """The tasks that wait here look again."""
         self._changed.set()
         self._changed = trio.Event()
 
@@ -207,11 +207,11 @@ class End:
 
     def _post(self, data: bytes | None) -> None:
         if self.broken_at <= trio.current_time():
-            return  # nobody hears it
+            return  # it reaches no end
         size = len(data or b"")
         at = self.network.arrival(self.connection, self.me, self.peer, size)
         if self.other.closed or self.connection.broken[self.peer] <= at:
-            if data:  # what is said to nobody is answered by a reset
+            if data:  # data for a closed end is answered by a reset
                 heard = max(at, self.network.mute_until(self.me, self.peer))
                 self.gone_at = min(self.gone_at, heard + self.network.way(self.peer, self.me).delay)
                 self.wake()
@@ -384,7 +384,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What client and server see of the network: `node.network.host.Host`, as far as they use it."""
+    """The network of a client or server: the part of `node.network.host.Host` that they use."""
 
     network: Network
     me: PeerId

@@ -1,6 +1,6 @@
-"""What happens in one run of the simulation, all of it drawn from one seed before anything starts.
+"""The events of one run of the simulation, all drawn from one seed before anything starts.
 
-A plan is plain values: a swarm, its clients with what they generate, and the faults with the time at
+A plan is plain values: a swarm, its clients with their generations, and the faults with the time at
 which each begins and ends.  Some faults wait for a client to have so many tokens and then strike a hop
 of the very chain that it uses.  Every fault ends, so every generation can come to an end.
 """
@@ -14,7 +14,7 @@ from routing.blocks import Blocks
 
 FAULTS_UNTIL = 20.0  # seconds after the start in which faults begin
 LONG_FAULT, LONGEST_FAULT = 25.0, 100.0
-ROOMY = 100_000  # tokens of a budget that nobody fills
+ROOMY = 100_000  # tokens of a budget that no session fills
 VOCABULARY = 26
 RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
 ROWS_EVERY = 6  # seeds: one of them has sessions whose rows change their order
@@ -98,7 +98,7 @@ class ClientPlan:
 class Fault:
     """Something goes wrong at `at` and is well again after `seconds`.
 
-    who: participants that it concerns; what they are to each other depends on the kind (see faults.py).
+    who: participants that it strikes; the role of each depends on the kind (see faults.py).
     hit: (client, tokens, hop): strike when that client has so many tokens, or at `at` if that is
     earlier, and then that hop of its chain in place of who[0].
     """

@@ -23,14 +23,14 @@ from tests.sim.network import Network
 from tests.sim.people import Client, Clock, Node, Twice, World
 from tests.sim.plan import Plan, make_plan
 
-JOIN_SECONDS = 3.0  # until everybody knows everybody
+JOIN_SECONDS = 3.0  # until all participants know each other
 SETTLE_SECONDS = 5.0  # P6
 MAX_SECONDS = 3600.0  # of the run's clock
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a seed.  failures: empty if every promise was kept.  trace: of all that was sent.
+    """The result of a seed.  failures: empty if every promise was kept.  trace: of all frames sent.
 
     errors: generations that ended in one.  longest_wait: for a token that came, in seconds.
     row_steps: of sessions whose rows change their order.
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def run_seed(seed: int, *, log: Callable[[str], None] | None = None) -> Outcome:
-    """Run one seed.  log: is told what happens, line by line."""
+    """Run one seed.  log: called with each event, a line."""
     rng = random.Random(seed)
     return run_plan(make_plan(seed, rng), rng, log=log)
 
@@ -61,7 +61,7 @@ def run_plan(plan: Plan, rng: random.Random, *, log: Callable[[str], None] | Non
     with _reproducible(plan.seed, rng, clock):
         try:
             trio.run(_run, plan, rng, clock, outcome, log, clock=mock_clock)
-        except Exception as error:  # noqa: BLE001  whatever it is, it is what the seed has found
+        except Exception as error:  # noqa: BLE001  any error is a finding of the seed
             outcome.failures.insert(0, _told(error))
     return outcome
 
@@ -81,7 +81,7 @@ def _reproducible(seed: int, rng: random.Random, clock: Clock) -> Iterator[None]
 
 
 def _told(error: Exception) -> str:
-    """The first of what escaped, with where it came from."""
+    """The first error of a group, with the place that raised it."""
     leaf: BaseException = error
     while isinstance(leaf, BaseExceptionGroup):
         leaf = leaf.exceptions[0]

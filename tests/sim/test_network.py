@@ -1,4 +1,4 @@
-"""The simulated network does what TCP and a muxer do, as far as the code above them can tell."""
+"""The simulated network behaves as TCP and a muxer, as far as the code above them can tell."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def pair(plan: Plan = PLAN) -> AsyncIterator[tuple[Network, FramedStream, 
 
 
 async def since(began: float, stream: FramedStream) -> tuple[bytes, float]:
-    """What comes next, and when."""
+    """The next frame, and its time."""
     frame = await stream.receive()
     return bytes(frame), trio.current_time() - began
 

@@ -44,7 +44,7 @@ from tests.sim.plan import (
 from tests.sim.run import Outcome, run_plan, run_seed
 
 SEEDS, A_TIME = 200, 25
-# Seeds that failed once, each with what it found.  They stand for the plans that `make_plan` draws today.
+# Seeds that failed once, each with its finding.  They stand for the plans that `make_plan` draws today.
 ENDLESS_BLAME = "every try of a hop that is needed doubles its time out, and only one that refuses is left"
 REFUSALS_TAKE_TURNS = "two peers without room are asked in turn, and one that has room never"
 RELAYED = "what a hop sent to be carried on was taken for the last hop's answer, once the route had changed"
@@ -84,7 +84,7 @@ def test_a_seed_that_failed_once(seed):
 
 
 def test_a_seed_gives_the_same_run_in_every_process():
-    """Whatever the order of sets of strings, which each process has its own way of."""
+    """In any order of sets of strings: each process has an order of its own."""
     code = "from tests.sim.run import run_seed; print([run_seed(seed).trace for seed in (1, 2, 3)])"
     found = {
         subprocess.run(
@@ -346,7 +346,7 @@ def a_block_left_out() -> Iterator[None]:
 
 @contextmanager
 def streams_left_open() -> Iterator[None]:
-    """Nobody closes a stream."""
+    """No stream is closed."""
 
     async def nothing(self):
         await trio.lowlevel.checkpoint()

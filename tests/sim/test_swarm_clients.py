@@ -1,4 +1,4 @@
-"""The simulated clients of `benchmarks swarm`: what is counted is what happened."""
+"""The simulated clients of `benchmarks swarm`: the counts are those of the events."""
 
 import pytest
 
