@@ -45,7 +45,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (PROTOCOL, "all of this \\| \\| N s", (LIMITS.handshake_seconds,)),
     (
         PROTOCOL,
-        "credit of a stream \\| N KiB at first, or what N Mbit/s bring in a round trip \\(at most N MiB,",
+        "credit of a stream \\| N KiB at first, or the bytes of a round trip at N Mbit/s \\(at most N MiB,",
         (
             yamux_limits.INITIAL_WINDOW / KIB,
             yamux_limits.FAR_BYTES_PER_SECOND * 8 / 1e6,
@@ -177,7 +177,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (OPERATING, "each further one waits N s longer", (balancer.RANK_SECONDS,)),
     (OPERATING, "It looks every N s on average", (BALANCE.seconds,)),
-    (OPERATING, "the swarm does N of what its servers could do at best", (BALANCE.quality,)),
+    (OPERATING, "the swarm has N of the capacity that its servers could have", (BALANCE.quality,)),
     (OPERATING, "`--min-replicas` \\(N\\)", (BALANCE.min_replicas,)),
     (OPERATING, "still serves\\); N seconds later", (balancer.SETTLE_SECONDS,)),
     (OPERATING, "as if it left \\(N s at most\\)", (LIMITS.drain_seconds,)),
@@ -189,8 +189,8 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (
         OPERATING,
-        "it gets N % of what the weights leave of N % of free memory .on a GPU all of that.: N to N tokens,"
-        " and N at least",
+        "it gets N % of the memory that the weights leave of N % of free memory .on a GPU all of that.:"
+        " N to N tokens, and N at least",
         (
             100 * memory.CACHE_SHARE,
             100 * memory.MEMORY_SHARE,

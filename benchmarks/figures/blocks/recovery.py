@@ -69,7 +69,7 @@ def more_of(run: Any) -> str:
 
 
 def no_replacement_block(figures: Figures) -> str:
-    """A server that is killed while nobody else has its blocks (fault 2)."""
+    """A server that is killed while no other server has its blocks (fault 2)."""
     run = figures["recovery-no-copy"]
     rows = [
         ("runs", [f"{run['runs']}"]),
