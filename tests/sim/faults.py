@@ -128,10 +128,12 @@ class Injector:
         await trio.sleep(fault.seconds)
 
     async def _slow(self, fault: Fault, who: list[PeerId]) -> None:
-        span = self.world.nodes[who[0]].span
-        span.slowness *= fault.amount
+        node = self.world.nodes[who[0]]
+        slow_by, compute = node.span.slow_by, node.compute
+        slow_by.append(fault.amount)
         await trio.sleep(fault.seconds)
-        span.slowness /= fault.amount
+        slow_by.remove(fault.amount)
+        await trio.sleep_until(compute.busy_until)  # what has begun slowly ends slowly
 
     async def _sick(self, fault: Fault, who: list[PeerId]) -> None:
         span = self.world.nodes[who[0]].span

@@ -87,7 +87,7 @@ class Span(FakeSpan):
         super().__init__(start, stop)
         self.clock = clock
         self.seconds_per_block = seconds_per_block
-        self.slowness = 1.0
+        self.slow_by: list[float] = []  # of all that slows it down just now
         self.sick = False
 
     def forward(
@@ -124,7 +124,7 @@ class Span(FakeSpan):
         return hidden.to(torch.float32) * (math.nan if self.sick else 1.0)
 
     def _seconds(self, tokens: int, blocks: int) -> float:
-        return self.seconds_per_block * blocks * self.slowness * (1 + 0.05 * (tokens - 1))
+        return self.seconds_per_block * blocks * max(self.slow_by, default=1.0) * (1 + 0.05 * (tokens - 1))
 
 
 class Compute:
@@ -135,6 +135,7 @@ class Compute:
         self._network = network
         self._me = me
         self._lock = trio.Lock()
+        self.busy_until = 0.0
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """function(*args)."""
@@ -146,6 +147,7 @@ class Compute:
             finally:
                 seconds, self._clock.ahead = self._clock.ahead, 0.0
                 if seconds:
+                    self.busy_until = trio.current_time() + seconds
                     await trio.sleep(seconds)
                     await self._thaw()
 
@@ -200,9 +202,10 @@ class Node:
     async def _process(self, task_status: trio.TaskStatus[None]) -> None:
         world, plan = self.world, self.plan
         self.span = Span(plan.start, plan.stop, world.clock, plan.seconds_per_block)
+        self.compute = Compute(world.clock, world.network, self.peer)
         self.listener = glue.make_listener(
             self.span,
-            Compute(world.clock, world.network, self.peer),
+            self.compute,
             CountingArena(),
             seconds_per_block=plan.seconds_per_block,
             budget_tokens=plan.tokens,
