@@ -1,4 +1,4 @@
-"""What goes wrong, and how it is well again.
+"""The kinds of faults, and the end of each.
 
 kill         a process ends, its kernel resets its connections; it is started again with empty caches
 vanish       a host ends without a word, and is started again
@@ -6,7 +6,7 @@ freeze       a process stands still (SIGSTOP), then goes on with all that has co
 slow         a node computes 10 or 100 times slower
 drain        a node leaves politely, and is started again
 cut          the connection of a pair is reset
-silence      nothing passes between two, and nobody is told (half-open)
+silence      nothing passes between two, and neither is told (half-open)
 deaf         the same, one way only
 unreachable  one cannot open a connection to another
 partition    some are cut off from all others
@@ -31,13 +31,13 @@ from tests.sim.network import KEEPALIVE_SECONDS
 from tests.sim.people import Node, World
 from tests.sim.plan import Fault
 
-LEAVE_SECONDS = 2.0  # until all have been told
+LEAVE_SECONDS = 2.0  # until all have the record
 LOSSY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """A fault that struck.  who: whom.  well: when all that came of it was over."""
+    """A fault that struck.  who: the participants struck.  well: when all its effects were over."""
 
     fault: Fault
     who: tuple[PeerId, ...]
@@ -65,12 +65,12 @@ class Injector:
         await trio.sleep(max(0.0, left))
         self.world.log(f"{fault.kind} {' '.join(who)} is over")
         well = trio.current_time()
-        if fault.kind == "vanish":  # those who do not speak to it notice so late
+        if fault.kind == "vanish":  # peers that do not send to it notice so late
             well = max(well, began + KEEPALIVE_SECONDS)
         self.happened.append(Happened(fault, tuple(who), began, well))
 
     async def _when_due(self, fault: Fault) -> list[PeerId]:
-        """Whom it concerns, when the time has come."""
+        """The participants that it strikes, when the time has come."""
         who = [PeerId(name) for name in fault.who]
         if fault.hit is None:
             await trio.sleep_until(fault.at)

@@ -31,14 +31,14 @@ from tests.sim.directory import Directory, Gossip, numbered
 from tests.sim.network import End, Host, Network
 from tests.sim.plan import ClientPlan, Job, NodePlan, RowsJob, RowsStep
 
-EPOCH = 1.7e9  # what wall clocks show at the beginning
+EPOCH = 1.7e9  # of wall clocks at the beginning
 RTTS_ANNOUNCED = 6
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Clock:
-    """`time.perf_counter` of everybody.  ahead: by the compute of the function that runs just now."""
+    """`time.perf_counter` of all participants.  ahead: by the compute of the function that runs just now."""
 
     ahead: float = 0.0
 
@@ -59,7 +59,7 @@ class CountingCache(FakeCache):
         self.computed: Counter[tuple[int, int]] = Counter()  # by block and position
 
     def cut(self, length: int) -> None:
-        """Forget what comes at and after position `length`."""
+        """Forget the positions from `length` on."""
         super().cut(length)
         for key in [key for key in self.computed if key[1] >= length]:
             del self.computed[key]
@@ -128,7 +128,7 @@ class Span(FakeSpan):
 
 
 class Compute:
-    """Runs functions one at a time; what they take passes after them, and while frozen nothing runs."""
+    """Runs functions one at a time; their time passes after them, and while frozen nothing runs."""
 
     def __init__(self, clock: Clock, network: Network, me: PeerId) -> None:
         self._clock = clock
@@ -158,7 +158,7 @@ class Compute:
 
 @dataclass(slots=True)
 class World:
-    """What all participants share.  log: for people, told of what happens."""
+    """The parts that all participants share.  log: called with each event, for people."""
 
     blocks: int
     limits: Limits
@@ -185,7 +185,7 @@ class Node:
         self.directory = Directory(self.peer, world.network, self._overtaken)
         self.handlers = 0
         self._seq = 0
-        self._state: State | None = None  # what we announce, if anything
+        self._state: State | None = None  # announced, if anything
         world.network.participants[self.peer] = self
         world.gossip.directories[self.peer] = self.directory
         world.nodes[self.peer] = self
@@ -243,7 +243,7 @@ class Node:
         self.nursery.start_soon(self._serve, end)
 
     async def _serve(self, end: End) -> None:
-        """What `node.network.host` does with a stream."""
+        """Handle a stream as `node.network.host` does."""
         network = self.world.network
         stream = FramedStream(end, end.peer, end.protocol, network.limits)
         self.handlers += 1
@@ -319,9 +319,9 @@ class Call:
 
 @dataclass(slots=True)
 class Story:
-    """One generation: what was asked, and every call of it.  done: it ended by itself.
+    """One generation: its request, and every call of it.  done: it ended by itself.
 
-    run: of a session for hidden states; then the tokens are sums of what came back.
+    run: of a session for hidden states; then the tokens are sums of its outputs.
     """
 
     client: ClientPlan
@@ -333,7 +333,7 @@ class Story:
 
     @property
     def tokens(self) -> list[int]:
-        """What came."""
+        """The tokens that came."""
         return [call.token for call in self.calls if call.token is not None]
 
 
@@ -381,7 +381,7 @@ class Client:
         world.clients[self.peer] = self
 
     def accept(self, end: End) -> None:
-        """Nobody opens streams to a client."""
+        """No peer opens streams to a client."""
         raise AssertionError(f"{end.peer} dialled a client")
 
     async def run(self) -> None:
@@ -508,7 +508,7 @@ class Client:
         self._moved()
 
     async def _sums(self, job: Job, run: Blocks) -> AsyncGenerator[int, None]:
-        """The sums of what a session over a run gives for the prompt, and for each position after it."""
+        """The sums of a session's outputs over a run, for the prompt and for each position after it."""
         hidden, prompt = glue.hidden_of(job.prompt, job.new_tokens), len(job.prompt)
         deadline = trio.current_time() + self.plan.give_up_seconds
         session = await self.swarm.open_chain(
