@@ -1,4 +1,4 @@
-"""A transformers model over real node processes: whoever dies, tokens and losses stay the same."""
+"""A transformers model over real node processes: servers die, and tokens and losses stay the same."""
 
 from __future__ import annotations
 

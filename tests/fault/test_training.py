@@ -1,4 +1,4 @@
-"""Forward and backward over real node processes: the same numbers as in one process, whoever dies."""
+"""Forward and backward over real node processes: the same numbers as in one process, also if servers die."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ LOAD_SECONDS = 3.0
 
 @dataclass
 class FakeSwarm:
-    """What everybody knows of everybody, at once.  serving: what each in truth serves."""
+    """The records of all servers, known to all at once.  serving: the blocks that each in truth serves."""
 
     records: dict[PeerId, Record] = field(default_factory=dict)
     serving: dict[PeerId, Record] = field(default_factory=dict)
@@ -246,7 +246,7 @@ DETECTED_SECONDS = WATCH_SECONDS + ANSWER_SECONDS + AGAIN_SECONDS + ANSWER_SECON
 
 @dataclass
 class Pings:
-    """Who does not answer whom: `dead` nobody, and those in `cut_off` hear nothing and nobody."""
+    """Peers without answers: `dead` ones answer no peer, and `cut_off` ones reach no peer."""
 
     dead: set[PeerId] = field(default_factory=set)
     cut_off: set[PeerId] = field(default_factory=set)
@@ -331,7 +331,7 @@ async def test_who_is_silent_once_is_asked_again_and_then_believed(autojump_cloc
 
 @dataclass
 class Eyes:
-    """One balancer, p0 of (0, 3), without any wish to move, and what it sees."""
+    """One balancer, p0 of (0, 3), without a reason to move, and its swarm."""
 
     balancer: Balancer
     swarm: FakeSwarm

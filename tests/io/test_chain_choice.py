@@ -1,4 +1,4 @@
-"""What a client's choices of chains go by."""
+"""The grounds of a client's choices of chains."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ async def test_for_a_run_of_blocks_only_its_servers_are_measured(autojump_clock)
 
 
 class Asked:
-    """A directory of whose peers these answer at once, these never do, and whoever else was not asked yet."""
+    """A directory: these peers answer at once, these never, and all other peers were not asked yet."""
 
     def __init__(self, routes, answering, silent=()):
         self.routes, self.answering, self.never = routes, set(answering), set(silent)

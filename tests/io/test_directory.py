@@ -1,4 +1,4 @@
-"""The directory over a network in memory, on a clock that jumps: who knows what, and when."""
+"""The directory over a network in memory, on a clock that jumps: the peers' views, and their times."""
 
 from __future__ import annotations
 
@@ -634,7 +634,7 @@ async def test_who_can_do_without_a_silent_peer_waits_for_it_a_moment_and_once(a
         assert (await client.measure([there, also_there, silent], 1.0, enough)).keys() == {there, also_there}
         assert trio.current_time() - began <= most + 2 * swarm.network.delay * (most > 0)
     assert client.late() == {silent}
-    await trio.sleep(PING_SECONDS)  # the question goes on without anybody who waits
+    await trio.sleep(PING_SECONDS)  # the question goes on without a task that waits
     assert client.late() == set()
     assert client.unknown([there, silent]) == []  # and silence is noted
 
@@ -729,7 +729,7 @@ async def test_of_many_servers_a_client_asks_a_few_and_those_that_it_wants_to_us
 
 
 class FakeTable:
-    """A Kademlia table that everybody shares: a dict."""
+    """A Kademlia table that all peers share: a dict."""
 
     def __init__(self) -> None:
         self.providers: dict[str, dict] = {}

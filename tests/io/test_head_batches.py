@@ -64,7 +64,7 @@ class Busy:
 
 
 async def ask_all(heads: HeadBatches, compute: ComputeThread, count: int) -> dict[int, int]:
-    """What `count` callers get who all wait before the torch thread is free."""
+    """The results of `count` callers that all wait before the torch thread is free."""
     found: dict[int, int] = {}
 
     async def one(index: int) -> None:

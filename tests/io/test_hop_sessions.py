@@ -1,4 +1,4 @@
-"""Sessions at one hop, at their edges: who may feed and end them, and what is never begun."""
+"""Sessions at one hop, at their edges: the peers that may feed and end them, and steps never begun."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ async def test_all_addresses_together_have_the_time_of_one_dial():
 async def test_places_are_given_back_when_connections_end():
     limits = Limits(max_inbound_connections=2, max_connections=3)
     async with host(limits=limits) as bob, host() as alice, host() as carol, host() as dave:
-        for _ in range(3):  # who comes and goes takes no place from who comes later
+        for _ in range(3):  # a peer that comes and goes takes no place from a later peer
             for each in (alice, carol):
                 await each.connect(bob.peer_id, bob.addresses, seconds=3)
             with pytest.raises(PeerGone):
@@ -390,7 +390,7 @@ async def test_a_stock_peer_reaches_us_and_we_reach_it_where_there_is_no_swarm_k
 
 @asynccontextmanager
 async def hostile_channel(victim):
-    """A secured channel to a host, and nobody who keeps yamux's rules on it."""
+    """A secured channel to a host, without a muxer that keeps yamux's rules on it."""
     port = int(victim.addresses[0].rpartition("/")[2])
     link = SocketLink(await trio.open_tcp_stream("127.0.0.1", port), 10)
     yield await Upgrade(load_or_create_identity(None), None, Limits()).outbound(link, victim.peer_id, "there")

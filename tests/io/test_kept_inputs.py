@@ -1,4 +1,4 @@
-"""A backward that uses the inputs which a forward has kept: no forward again, whoever dies in between."""
+"""A backward with the inputs that a forward has kept: no forward again, also if servers die in between."""
 
 from __future__ import annotations
 
