@@ -89,6 +89,14 @@ def test_a_peer_that_refuses_again_and_again_is_left_alone_for_twice_as_long_eac
     assert chosen.refused(PeerId("B"), CacheFull("full", 2.0)) == 2.0
 
 
+def test_a_last_resort_asks_a_hop_again_and_others_where_it_goes_on_refusing():
+    chosen, hops = replacement(Peers(HELD, a=0.1)), some_hops()
+    for names_of_chain in ("ABC", "aBC"):
+        hops[0].refuse()
+        chosen.refused(PeerId("A"), CacheFull("full", 2.0))
+        assert names(chosen.best_chain(hops, last_resort=True)) == names_of_chain
+
+
 def test_hops_that_cannot_reach_each_other_are_not_told_of_each_other():
     chosen = replacement()
     hops = [hop.hop for hop in some_hops()]

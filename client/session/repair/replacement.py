@@ -16,6 +16,7 @@ from routing.names import PeerId
 from tensor_codec.errors import CacheFull, Refused
 
 MAX_REFUSED_SECONDS = 15.0  # for which a peer is avoided after successive refusals
+REFUSALS_BORNE = 1  # of a present hop, until a last resort tries other peers first
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Replacement:
     Promises, checked by tests/unit/test_replacement.py:
       * hops that live and are not avoided stay where the gaps between them can be filled;
       * a peer that cannot serve the session at all is never chosen again;
-      * a peer that refuses repeatedly is avoided for twice the time after each refusal, 15 s at most;
+      * a peer that refuses repeatedly is avoided for twice the time after each refusal, 15 s at most, and a
+        last resort keeps it no more;
       * two hops that cannot reach each other do not learn of each other.
 
     kinds: of the hops until now: other kinds would give other tokens.
@@ -53,7 +55,7 @@ class Replacement:
 
         Raises NoChain.
         """
-        kept = [hop for hop in hops if hop.alive and (last_resort or not hop.avoided)]
+        kept = [hop for hop in hops if hop.alive and (not hop.avoided or (last_resort and self._bears(hop)))]
         choose = partial(
             self.chooser.choose, last_resort=last_resort, kinds=self.kinds, tokens=self.terms.cache_tokens
         )
@@ -71,6 +73,10 @@ class Replacement:
         if len({hop.peer for hop in chosen}) < len(chosen):  # a peer can serve a session only once
             return choose(*self.terms.run, excluded=gone)
         return Chain(tuple(chosen), 0.0)
+
+    def _bears(self, hop: HopState) -> bool:
+        """Whether a last resort keeps an avoided hop: one more question, not one after the other."""
+        return self._refusals[hop.hop.peer] <= REFUSALS_BORNE
 
     def adopt(self, hops: Iterable[Hop]) -> None:
         """These hops serve the session from now on."""
