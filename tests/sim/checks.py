@@ -19,7 +19,6 @@ from torch import Tensor
 from routing.blocks import Blocks, gaps
 from routing.chains.search import NoChain
 from routing.names import PeerId
-from tensor_codec.errors import SlowPeer
 from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan, whole_model
 from tests.sim import glue
 from tests.sim.faults import Happened
@@ -115,11 +114,10 @@ def _well_since(call: Call, plan: Plan, happened: Sequence[Happened], run: Block
     """Since when in a call the client could reach servers of its blocks, none of which any fault concerned.
 
     Servers with little room do not count.  Minus infinity where there was no fault before or in the call
-    (frames that come late are none, but may make a step slow).
+    (frames that come late are none, but may make a step or an opening slow).
     """
     faults = [fault for fault in happened if fault.began < call.ended]
-    late_frames = plan.loss and isinstance(call.error, SlowPeer)
-    if not faults and not late_frames:
+    if not faults and not plan.loss:
         return -math.inf
     since, struck = call.ended, set[str]()
     for fault in sorted(faults, key=lambda each: -each.well):
