@@ -47,7 +47,15 @@ class Peers:
     ) -> Chain:
         """A run of hops over [start, stop)."""
         self.asked.append(
-            {"start": start, "stop": stop, "excluded": excluded, "tokens": tokens, "others": other_hops}
+            {
+                "start": start,
+                "stop": stop,
+                "excluded": excluded,
+                "tokens": tokens,
+                "others": other_hops,
+                "kinds": kinds,
+                "last_resort": last_resort,
+            }
         )
         hops: list[Hop] = []
         while start < stop:

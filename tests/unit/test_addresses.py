@@ -9,10 +9,12 @@ from node.network.addresses import (
     Interface,
     InterfaceAddress,
     announced,
+    bootstrap_peers,
     dial_order,
     is_inner_interface,
     parse_address,
 )
+from routing.names import peer_id_of
 from tests.fakes import ALICE
 
 
@@ -212,3 +214,16 @@ def test_addresses_are_dialled_from_the_farthest_reach_on_and_families_by_turns(
         "/ip4/10.0.0.5/tcp/1",
         "/ip4/127.0.0.1/tcp/1",
     ]
+
+
+def test_bootstrap_peers_have_all_their_addresses_in_order():
+    peer = peer_id_of(bytes(32))
+    texts = [f"/ip4/192.0.2.{number}/tcp/1/p2p/{peer}" for number in (2, 1)]
+    assert bootstrap_peers(texts) == {peer: ("/ip4/192.0.2.2/tcp/1", "/ip4/192.0.2.1/tcp/1")}
+    assert bootstrap_peers([]) == {}
+
+
+def test_names_of_ipv6_take_turns_with_those_of_ipv4():
+    texts = ["/dns4/a.example/tcp/1", "/dns4/b.example/tcp/1", "/dns6/c.example/tcp/1"]
+    found = list(map(str, dial_order(map(parse_address, texts))))
+    assert found == ["/dns4/a.example/tcp/1", "/dns6/c.example/tcp/1", "/dns4/b.example/tcp/1"]

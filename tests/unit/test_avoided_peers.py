@@ -105,6 +105,29 @@ def test_a_peer_that_answers_is_forgiven():
     assert avoided_until(blame, A, 100.0) == 100.0 + AVOID_SECONDS
 
 
+def test_a_later_refusal_does_not_shorten_an_earlier_one_and_the_longer_time_counts():
+    blame = AvoidedPeers()
+    blame.refused(B, 100.0, 0.0)
+    blame.refused(A, 20.0, 0.0)
+    blame.refused(A, 1.0, 1.0)
+    assert A in blame.avoided(19.9)
+    assert A not in blame.avoided(20.0)
+    blame.fault(A, 0.0)
+    assert A in blame.avoided(19.9)
+    assert blame.soonest_first(1.0) == [A, B]
+    blame.fault(A, 30.0)
+    assert A in blame.avoided(30.0 + 2 * AVOID_SECONDS - 0.1)
+
+
+def test_a_record_forgives_no_peer_that_was_not_gone():
+    blame = AvoidedPeers()
+    blame.refused(A, 5.0, 0.0)
+    blame.seen_online(A, 4.0)
+    assert A in blame.avoided(4.5)
+    blame.seen_online(B, 4.0)
+    assert B not in blame.avoided(4.5)
+
+
 def test_an_answer_to_another_session_does_not_take_a_refusal_back():
     blame = AvoidedPeers()
     blame.fault(A, 0.0)

@@ -60,6 +60,7 @@ from tensor_codec.messages.session import (
     Resume,
     Step,
     Where,
+    check_prompts,
     decode_from_client,
     decode_from_hop,
     decode_open,
@@ -75,6 +76,8 @@ from tensor_codec.messages.session import (
     encode_step,
     encode_where,
     read_step,
+    step_epoch,
+    step_session,
 )
 from tensor_codec.row_order import MAX_ORDERED_ROWS
 from tensor_codec.span_spec import SpanSpec
@@ -157,10 +160,13 @@ ORDERS = [
     (encode_relink, Relink(2**31, "before", "behind", relay=True), decode_from_client),
     (encode_relink, Relink(1, codec="fp32"), decode_from_client),
     (encode_resume, Resume(3, 10, 4, 9), decode_from_client),
+    (encode_resume, Resume(3, 10, 4, 9, 0), decode_from_client),
+    (encode_resume, Resume(3, 10, 4, 9, 2**53), decode_from_client),
     (lambda _: encode_where(), Where(), decode_from_client),
     (encode_relinked, Relinked(1, push=True, length=10, kept=3), decode_from_hop),
     (encode_relinked, Relinked(1, push=False, length=0, kept=0, step=2**53, cut=False), decode_from_hop),
     (encode_relinked, Relinked(1, push=True, length=10, kept=3, codec="bf16"), decode_from_hop),
+    (encode_relinked, Relinked(1, push=True, length=10, kept=3, orders=7), decode_from_hop),
     (encode_here, Here(9, 3), decode_from_hop),
     (encode_here, Here(0, 0, 17), decode_from_hop),
 ]
@@ -228,6 +234,68 @@ def opens(draw):
 @given(opens())
 def test_an_open_comes_back_as_it_was(message):
     assert decode_open(joined(encode_open(message))) == message
+
+
+FULL_OPEN = Open(
+    bytes(range(16)),
+    SpanSpec("m", "r", Blocks(2, 5), "float32"),
+    batch=2,
+    max_length=10,
+    codec="bf16",
+    predecessor="before",
+    relay=True,
+    epoch=7,
+    held=True,
+    prompts=3,
+    body=bytes(3 * 3 * 4 * 2),  # blocks, prompts, hidden, bytes of bf16
+)
+
+
+def test_an_open_with_every_field_comes_back_as_it_was():
+    found = decode_open(joined(encode_open(FULL_OPEN)))
+    assert replace(found, body=bytes(found.body)) == FULL_OPEN
+    check_prompts(found, hidden=4)
+    for hidden in (3, 5, 8):
+        with pytest.raises(MessageError, match="72 body bytes, prompts of 3 positions take"):
+            check_prompts(found, hidden)
+    with pytest.raises(MessageError, match="prompts of 3 positions for a session of 2"):
+        check_prompts(replace(found, max_length=2), hidden=4)
+    check_prompts(replace(found, max_length=3), hidden=4)
+    assert len(encode_open(replace(FULL_OPEN, prompts=0))) == 1, "without prompts there is no body"
+
+
+@pytest.mark.parametrize(
+    ("changes", "body"),
+    [
+        ({"prompts": 0}, FULL_OPEN.body),
+        ({"prompts": MAX_TOKENS + 1}, bytes(3 * (MAX_TOKENS + 1) * 2)),
+        ({"prompts": True}, FULL_OPEN.body),
+        ({}, b""),
+        ({}, FULL_OPEN.body[:-1]),
+        ({"prompts": ...}, FULL_OPEN.body),
+    ],
+)
+def test_prompts_of_an_open_that_cannot_be_are_refused(changes, body):
+    fields = msgpack.unpackb(bytes(encode_open(FULL_OPEN)[0])[2:])
+    with pytest.raises(MessageError):
+        decode_open(header_of(fields, changes) + body)
+
+
+def test_a_hop_says_whether_it_can_reorder_rows():
+    for rows in (False, True):
+        assert decode_open_reply(joined(encode_opened(Opened(True, rows=rows)))).rows is rows
+
+
+def test_a_step_is_read_for_its_session_and_epoch_before_its_contract_is_known():
+    step = Step(ID, 3, 4, "last", bytes(ROW), epoch=9)
+    message = read_message(joined(encode_step(step)), frozenset({"step"}))
+    assert (step_session(message), step_epoch(message)) == (ID, 9)
+    first = read_message(joined(encode_step(replace(step, epoch=0))), frozenset({"step"}))
+    assert step_epoch(first) == 0
+    for size in (15, 17):
+        short = read_message(header_of({"k": "step", "s": bytes(size)}, {}), frozenset({"step"}))
+        with pytest.raises(MessageError):
+            step_session(short)
 
 
 @given(numbers, st.integers(0, 9), st.integers(1, 6), replies, timings, st.integers(0, 10), st.data())
@@ -809,3 +877,10 @@ def test_what_a_reply_covers_is_the_end_of_its_step(position, tokens, reply):
     what = StepRange(position, tokens, reply)
     assert what.reply_tokens == {"all": tokens, "last": 1, "none": 0, "replay": 0}[reply]
     assert what.reply_position + what.reply_tokens == position + tokens
+
+
+def test_a_failure_has_a_printable_text_of_three_hundred_characters():
+    assert Failed.of(PeerGone("one\ntwo\x1b[31m")).message == "one two [31m"
+    assert Failed.of(PeerGone("x" * 299)).message == "x" * 299
+    assert Failed.of(PeerGone("x" * 301)).message == "x" * 300
+    assert Failed.of(PeerGone("")).message == "PeerGone"

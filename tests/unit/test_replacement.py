@@ -97,6 +97,20 @@ def test_a_last_resort_asks_a_hop_again_and_others_where_it_goes_on_refusing():
         assert names(chosen.best_chain(hops, last_resort=True)) == names_of_chain
 
 
+@pytest.mark.parametrize("last_resort", [False, True])
+def test_a_gap_is_filled_by_peers_of_the_kinds_that_served_until_now(last_resort):
+    peers = Peers(HELD)
+    peers.dtypes["A"] = "bfloat16"
+    chosen, hops = replacement(peers), some_hops()
+    chosen.adopt([hop.hop for hop in hops])
+    hops[1].fail(PeerGone("gone"), blame=True)
+    chain = chosen.best_chain(hops, last_resort=last_resort)
+    (asked,) = peers.asked
+    assert asked["kinds"] == {"bfloat16", "float32"}
+    assert asked["last_resort"] is last_resort
+    assert chain.expected_seconds == 0.0
+
+
 def test_hops_that_cannot_reach_each_other_are_not_told_of_each_other():
     chosen = replacement()
     hops = [hop.hop for hop in some_hops()]

@@ -262,6 +262,103 @@ def test_a_replay_that_has_to_be_carried_stays_a_replay():
     assert (carry.step.reply, carry.step.rope_length) == ("replay", 9)
 
 
+def test_a_carried_step_has_the_output_of_the_hop_before():
+    session = relayed()
+    pending = submitted(session)
+    result = answer_to(session, pending)
+    (carry,) = session.receive(Answered(session.route.hops[1], result), 3.0)
+    assert (carry.step.position, carry.step.body) == (result.position, result.body)
+    replay = Result(0, 0, bytes(2 * ROW), epoch=session.route.epoch)
+    collected(session, pending, 4.0)
+    (carry,) = session.receive(Answered(session.route.hops[1], replay), 5.0)
+    assert carry.step.reply == "none", "nobody waits for it"
+
+
+# What a change of the route notes in the trace.
+
+
+def places(*text):
+    return [{"peer": each[0], "blocks": [int(each[1]), int(each[2])]} for each in text]
+
+
+def switched(session, seconds):
+    """The refill and the notes of a change of the route, whose hops all agree."""
+    session.begin_switch()
+    line_up, _ = session.route.line_up(session.route.choose(), session.steps.resume_point().position)
+    return session.take_over(line_up, agree(session, line_up), seconds)
+
+
+def test_an_opening_is_noted_with_its_hops_and_needs_no_refill():
+    opened = Note("opened", {"hops": places("A02", "B24", "C46"), "codec": "fp32", "seconds": 0.5})
+    assert switched(new_session(), 0.5) == (None, [opened])
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+def test_a_replaced_hop_is_noted_with_the_replay_that_it_gets(positions):
+    session = sound_session()
+    collected(session, submitted(session, tokens=positions))
+    session.receive(Lost(session.route.hops[1], PeerGone("gone")), 3.0)
+    refill, notes = switched(session, 0.25)
+    rerouted = {"why": "gone", "kept": ["A", "C"], "opened": ["b"], "hops": places("A02", "b24", "C46")}
+    replayed = {"sender": "A", "peer": "b", "start": 0, "stop": positions, "bytes": positions * ROW}
+    assert notes == [
+        Note("rerouted", {**rerouted, "codec": "fp32", "seconds": 0.25}),
+        Note("replayed", replayed),
+    ]
+    assert [(hop.hop.peer, order.has, order.stop) for hop, order in refill.orders] == [
+        ("A", 0, positions),
+        ("b", positions, 0),
+        ("C", 0, 0),
+    ]
+    assert (refill.client_from, refill.position, refill.bulk) == (positions, positions, ())
+
+
+def test_a_replay_from_the_client_has_a_stream_of_its_own_to_the_first_hop():
+    session = sound_session()
+    collected(session, submitted(session, tokens=4))
+    session.receive(Lost(session.route.hops[0], PeerGone("gone")), 3.0)
+    refill, _ = switched(session, 0.25)
+    assert (refill.client_from, [hop.hop.peer for hop in refill.bulk]) == (0, ["a"])
+
+
+def test_hops_that_cannot_reach_each_other_are_noted_once():
+    session = sound_session()
+    session.receive(Reported(session.route.hops[1], Failed("cannot_push", "no way", peer="C")), 1.0)
+    _, notes = switched(session, 0.25)
+    assert notes[0] == Note("relayed", {"sender": "B", "peer": "C"})
+    session.end_switch(2.0, None, done=True)
+    session.receive(Lost(session.route.hops[0], PeerGone("gone")), 3.0)
+    assert all(note.kind != "relayed" for note in switched(session, 0.25)[1])
+
+
+def test_a_better_chain_is_another_one():
+    session = new_session(peers := Peers(HELD))
+    first = session.route.choose()
+    assert session.route.instead_of(first) is None
+    peers.seconds["a"] = 0.1  # it has become known meanwhile that A is busy
+    better = session.route.instead_of(first)
+    assert better is not None
+    assert [hop.peer for hop in better.hops] == ["a", "B", "C"]
+
+
+def test_faults_refusals_and_ends_are_noted_with_their_peer_and_reason():
+    reports = [
+        (Failed("protocol", "no"), "RemoteProtocolError: no", "no", True),
+        (Failed("ended", "idle"), "idle", "idle", False),
+        (Failed("cache_full", "full", 2.0, step=0), "CacheFull: full", "B refused a step", False),
+    ]
+    for failed, error, why, blamed in reports:
+        session = sound_session()
+        hop = session.route.hops[1]
+        actions = session.receive(Reported(hop, failed), 2.0)
+        assert actions[0] == Note("fault", {"peer": "B", "error": error})
+        assert Repair(why) in actions
+        assert hop.blamed == blamed
+    session = sound_session()
+    (note, *leaves, _, repair) = session.receive(Closed(), 2.0)
+    assert (note, repair, kinds(leaves)) == (Note("ended"), Repair("closed"), [Leave] * 3)
+
+
 # Rows that change their order.
 
 
