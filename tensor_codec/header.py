@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any, NoReturn
 
 import msgpack
@@ -19,6 +20,8 @@ from tensor_codec.frame import Buffer
 from tensor_codec.limits import MAX_HEADER_BYTES
 
 _LENGTH = struct.Struct(">H")
+_SHORT = Repr()  # of values that are nested to any depth
+_SHORT.maxstring = _SHORT.maxother = 80
 MAX_ITEMS = 64  # of one list or map: msgpack allocates as many as are announced, at every depth
 
 
@@ -176,6 +179,7 @@ class Header:
 
 
 def _brief(value: object) -> str:
-    if isinstance(value, bytes | str | list | dict):
-        return f"{type(value).__name__} of {len(value)}" if len(value) > 40 else repr(value)[:80]
-    return repr(value)[:80]
+    """A value of a peer in a few words; plain `repr` of a deeply nested value raises RecursionError."""
+    if isinstance(value, bytes | str | list | dict) and len(value) > 40:
+        return f"{type(value).__name__} of {len(value)}"
+    return _SHORT.repr(value)[:80]

@@ -236,3 +236,23 @@ def test_a_field_of_nil_is_a_field_that_is_not_there():
 
 def test_empty_text_is_taken_where_it_is_allowed():
     assert Header({"x": ""}).text("x", empty=True) == ""
+
+
+ANY_READERS: dict[str, Callable[[Header], object]] = {
+    "text": lambda header: header.text("k", 32),
+    "integer": lambda header: header.integer("k", 0, 9),
+    "number": lambda header: header.number("k", 0.0, 9.0),
+    "flag": lambda header: header.flag("k"),
+    "binary": lambda header: header.binary("k", 16),
+    "mapping": lambda header: header.mapping("k", 0),
+}
+
+
+@pytest.mark.parametrize("reader", ANY_READERS)
+@pytest.mark.parametrize("depth", [1, 10, 500, 900, 990, 1000, 1010, 1020, 1024, 2000, 4000])
+@pytest.mark.parametrize("unit", [b"\x91", b"\x81\xa1k"])
+def test_a_value_that_is_nested_to_any_depth_ends_in_a_message_error(reader: str, depth: int, unit: bytes):
+    packed = map_of((unit * depth)[: MAX_HEADER_BYTES - 8] + b"\xc0")
+    with pytest.raises(MessageError) as refused:
+        ANY_READERS[reader](split_message(framed(packed))[0])
+    assert len(str(refused.value)) < 300
