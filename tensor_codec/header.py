@@ -21,7 +21,7 @@ from tensor_codec.limits import MAX_HEADER_BYTES
 
 _LENGTH = struct.Struct(">H")
 _SHORT = Repr()  # of values that are nested to any depth
-_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _SHORT.maxlist = _SHORT.maxdict = MAX_HEADER_BYTES
 MAX_ITEMS = 64  # of one list or map: msgpack allocates as many as are announced, at every depth
 
 
