@@ -1,6 +1,6 @@
 """How many small changes to the pure modules a test notices: the score of mutmut.
 
-    python -m benchmarks mutants [--sample 3000] [--modules 'routing/*'] [--show] [--json FILE]
+    python -m benchmarks mutants [--sample 1500] [--modules 'routing/*'] [--show] [--json FILE]
 
 mutmut (docs/decisions/0016-mutmut-over-the-pure-modules.md) works in a copy of the repository under
 build/mutants.  benchmarks/mutants/mutants.toml says which modules are changed and which tests may notice.
