@@ -40,6 +40,7 @@ class AvoidedPeers:
         An answer to another session of this client, which the peer serves, does not shorten the time.
         """
         until = now + (AVOID_SECONDS if retry_after_seconds is None else retry_after_seconds)
+        self._refused_until = {each: end for each, end in self._refused_until.items() if end > now}
         self._refused_until[peer] = max(until, self._refused_until.get(peer, until))
 
     def seen_online(self, peer: PeerId, sent: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -265,15 +266,13 @@ class ChainChooser:
         )
         view = self.view()
         avoided = _avoided(self.blame, view, now)
-        if wanted.last_resort:  # peers that failed most come last, and silent peers after them
-            avoided = [*(p for p in avoided if p not in view.silent), *sorted(view.silent)]
-            with suppress(NoChain):
-                return _with_fewest_of(avoided, lambda rest: cheapest(excluded=wanted.excluded.union(rest)))
-            avoided = []
-        elif late := self.late():
-            with suppress(NoChain):  # a peer without an answer may never answer
-                return cheapest(excluded=wanted.excluded.union(avoided, late))
         try:
+            if wanted.last_resort:  # peers that failed most come last, and silent peers after them
+                avoided = [*(p for p in avoided if p not in view.silent), *sorted(view.silent)]
+                return _with_fewest_of(avoided, lambda rest: cheapest(excluded=wanted.excluded.union(rest)))
+            if late := self.late():
+                with suppress(NoChain):  # a peer without an answer may never answer
+                    return cheapest(excluded=wanted.excluded.union(avoided, late))
             return cheapest(excluded=wanted.excluded.union(avoided))
         except NoChain as none:
             raise explain(none, view, self.model, self.revision, self.constraints) from None
@@ -316,20 +315,20 @@ def _with_fewest_of(avoided: Sequence[PeerId], search: Callable[[Collection[Peer
 
     search: without these peers.  Raises NoChain.
     """
-    for forgiven in range(len(avoided) + 1):
-        rest = list(avoided[forgiven:])
+    rest, asked = deque(avoided), list[PeerId]()
+    while True:
         try:
             chain = search(rest)
+            break
         except NoChain:
-            if forgiven == len(avoided):
+            if not rest:
                 raise
-            continue
-        for peer in avoided[: max(0, forgiven - 1)]:  # a chain may need the last one alone
-            with suppress(NoChain):
-                chain = search([*rest, peer])
-                rest.append(peer)
-        return chain
-    raise AssertionError("the last search has no avoided peers left")
+            asked.append(rest.popleft())
+    for peer in asked[:-1]:  # without the last one there is no chain
+        with suppress(NoChain):
+            chain = search([*rest, peer])
+            rest.append(peer)
+    return chain
 
 
 def _cost_factors(spread: str | None, spans: Sequence[Record]) -> Mapping[PeerId, float]:

@@ -111,8 +111,7 @@ def dtype_of(dtype: torch.dtype | str, ends: Any) -> torch.dtype:
     """A torch dtype or the library's names of them; "auto" is the checkpoint's.  Raises ValueError."""
     name = dtype
     if dtype == "auto":
-        config: Any = library_config(library_class(ends.architecture, ends.architecture.whole), ends.folder)
-        dtype = config.dtype or torch.float32
+        dtype = _config_of(ends).dtype or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
@@ -122,8 +121,7 @@ def dtype_of(dtype: torch.dtype | str, ends: Any) -> torch.dtype:
 
 def checked_overrides(overrides: dict[str, Any], ends: Any) -> dict[str, Any]:
     """The overrides of the config.  Raises ValueError for a name that it lacks, and for what servers have."""
-    config: Any = library_config(library_class(ends.architecture, ends.architecture.whole), ends.folder)
-    found = {}
+    config, found = _config_of(ends), {}
     for name, value in overrides.items():
         if name in AT_SERVERS and value not in (None, False):
             raise ValueError(f"{name} has no meaning over a swarm: {AT_SERVERS[name]}")
@@ -135,6 +133,10 @@ def checked_overrides(overrides: dict[str, Any], ends: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is {shown(value)}: the blocks of the swarm have {shown(served)}")
         found[name] = value
     return found
+
+
+def _config_of(ends: Any) -> Any:  # Any: the library's config of the family
+    return library_config(library_class(ends.architecture, ends.architecture.whole), ends.folder)
 
 
 class AutoDistributedModel:

@@ -119,6 +119,13 @@ def test_a_later_refusal_does_not_shorten_an_earlier_one_and_the_longer_time_cou
     assert A in blame.avoided(30.0 + 2 * AVOID_SECONDS - 0.1)
 
 
+def test_refusals_that_are_over_are_forgotten():
+    blame = AvoidedPeers()
+    for number in range(1000):
+        blame.refused(PeerId(f"peer {number}"), 1.0, float(number))
+    assert len(blame._refused_until) == 1
+
+
 def test_a_record_forgives_no_peer_that_was_not_gone():
     blame = AvoidedPeers()
     blame.refused(A, 5.0, 0.0)
