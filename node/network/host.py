@@ -124,7 +124,7 @@ class Host:
         connection = self.connections.live(peer) or await self._dialler.connect(peer, addresses, seconds)
         stream = connection.open()
         stream.propose(protocol)
-        return FramedStream(stream, peer, protocol, self._limits, self.traffic)
+        return FramedStream(stream, peer, protocol, self._limits, self.traffic, connection.prefix)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
         """Make sure that there is a connection.  Raises what `open_stream` raises."""
@@ -207,7 +207,8 @@ class Host:
                 stream.connection.offer(stream)  # one of py-libp2p's own
                 return
             handler, limits = self._handlers[protocol]
-            framed = FramedStream(stream, peer, protocol, limits, self.traffic)
+            prefix = stream.connection.prefix
+            framed = FramedStream(stream, peer, protocol, limits, self.traffic, prefix)
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:

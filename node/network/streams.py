@@ -49,6 +49,7 @@ class FramedStream:
     frame waits here nothing is read from the stream, and the peer's credit runs out.
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
+    prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class FramedStream:
         protocol: str,
         limits: Limits | None = None,
         traffic: Traffic | None = None,
+        prefix: str = "",
     ) -> None:
         self.peer = peer
         self.protocol = protocol
+        self.prefix = prefix
         self._limits = limits or Limits()
         self._stream = stream
         self._traffic = traffic or Traffic()

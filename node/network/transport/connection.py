@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from node.network.prefixes import address_prefix
 from node.network.transport.multistream import proposal
 from node.network.transport.noise import SecureChannel
 from node.network.transport.yamux import CHUNK, PROTOCOL_ERROR, Event, Happening, Stream, StreamReset, Yamux
@@ -328,6 +329,12 @@ class Connection:
             self.core.go_away()
             self.flush_now()
             self.close_now("the connection was closed on this side")
+
+    @property
+    def prefix(self) -> str:
+        """Of the peer's address, as `address_prefix` has it; "" where that is unknown."""
+        remote = self.channel.link.remote
+        return address_prefix(remote[0]) if remote else ""
 
     @property
     def is_initiator(self) -> bool:
