@@ -28,6 +28,7 @@ import trio
 
 from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
 from node.runtime.compute_thread import Runner, open_compute_thread
+from node.runtime.files import write_atomically, write_fault
 from node.runtime.nurseries import background_nursery
 from node.serving import memory
 from node.serving.balancer import Balancer, by_capacity
@@ -72,7 +73,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         setup, blocks = await find_setup(config, node, compute)
 
         def came_online(spec: SpanSpec) -> None:
-            write_ready_file(config.network, node, spec)
+            write_ready_file(config.network, node, spec, serving=stopping.online)
             tell_how_to_join(node, f"online with blocks {spec.blocks} of {spec.model}")
 
         server = Server(setup, node.directory, compute, nursery, came_online)
@@ -333,10 +334,13 @@ def _activations(dtype: str, quantize: str, device: str) -> str:
     return next(name for name, known in DTYPES.items() if known == computes)
 
 
-def write_ready_file(config: NetworkConfig, node: Node, spec: SpanSpec | None) -> None:
+def write_ready_file(
+    config: NetworkConfig, node: Node, spec: SpanSpec | None, *, serving: bool = False
+) -> None:
     """Write the facts of a node that is online; the file appears whole or not at all.
 
-    Raises ConfigError where it cannot be written.
+    serving: the file is written anew after a move; where it cannot be written, the log says so and the node
+    serves on.  Raises ConfigError where it cannot be written at the start.
     """
     if config.ready_file is None:
         return
@@ -350,12 +354,13 @@ def write_ready_file(config: NetworkConfig, node: Node, spec: SpanSpec | None) -
     }
     if not config.ready_file.name:
         raise ConfigError(f"the ready file {config.ready_file} is a folder, a file is needed")
-    part = config.ready_file.with_name(f".{config.ready_file.name}.part")
     try:
-        part.write_text(json.dumps(facts))
-        part.replace(config.ready_file)
+        write_atomically(config.ready_file, json.dumps(facts).encode())
     except OSError as error:
-        raise ConfigError(f"cannot write the ready file {config.ready_file}: {error.strerror}") from None
+        fault = f"cannot write the ready file {config.ready_file}: {write_fault(error, config.ready_file)}"
+        if not serving:
+            raise ConfigError(fault) from None
+        log.error("%s; it still has the facts from before the move", fault)
 
 
 def tell_how_to_join(node: Node, what: str) -> None:

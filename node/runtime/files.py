@@ -1,0 +1,76 @@
+"""Files written whole or not at all, and the disk's errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from node.config import ConfigError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+
+
+def part_name(path: Path) -> Path:
+    """A name beside `path` that nobody can guess: in a shared folder it could be taken beforehand."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
+def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a whole file or none, readable at once under its name.  Raises OSError.
+
+    A link under this name is replaced, not followed.  mode: of the file, less the umask.
+    """
+    part = part_name(path)
+    try:
+        with os.fdopen(os.open(part, NEW_FILE, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder and the missing ones above it, of mode 0700 under any umask.  Raises OSError."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_private_folder(path.parent)
+    path.mkdir(0o700, exist_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the disk's error into one line for the operator: the path, and the bytes if the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        if error.errno in NO_SPACE:
+            free = free_disk_bytes(path)
+            raise ConfigError(f"the disk is full: writing {where} failed with {free} bytes free") from error
+        raise ConfigError(f"cannot write {where}: {error.strerror}") from error
+
+
+def write_fault(error: OSError, path: Path) -> str:
+    """The reason why `path` could not be written; of a full disk with its free bytes."""
+    free = f", {free_disk_bytes(path)} bytes are free" if error.errno in NO_SPACE else ""
+    return f"{error.strerror}{free}"
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free bytes of the file system that `path` is in, or would be in once its folders are made."""
+    for each in (path, *path.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(each).free
+    return 0
