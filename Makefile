@@ -12,7 +12,7 @@ TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foregrou
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick test-ecosystem lint format types bench figures mutants clean
+.PHONY: help env demo test test-quick test-ecosystem lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ bench: env ## Measure decoding over one and over three servers
 
 figures: env ## Measure the usual results, and write the tables and pictures of the documents; ARGS="wan executor" measures these
 	@$(BIN)/python -m benchmarks figures --measure $(ARGS)
+
+hostile: env ## Attack real nodes beside an honest client and newcomers: half an hour; ARGS="where_flood --seconds 4" runs these
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile $(if $(ARGS),$(ARGS),--all)
 
 mutants: env ## Change the pure modules in small ways and count the changes that the tests notice
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)

@@ -109,6 +109,12 @@ def _serve(words: list[str]) -> int:
         metavar="N",
         help="outputs kept for a replay should the next server die (default: as many tokens as the cache)",
     )
+    parser.add_argument(
+        "--vitals-file",
+        type=Path,
+        metavar="PATH",
+        help="write here once a second what the node holds: memory, connections, sessions, tasks",
+    )
     _add_limit_options(parser)
     _add_balance_options(parser)
     flags = parser.parse_args(words)
@@ -125,6 +131,7 @@ def _serve(words: list[str]) -> int:
         cache_tokens=flags.cache_tokens,
         journal_tokens=flags.journal_tokens,
         balance=_balance(flags),
+        vitals_file=flags.vitals_file,
     )
     from node.main import serve
 

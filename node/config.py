@@ -105,11 +105,14 @@ class NodeConfig:
     cache_tokens: int | None = None
     journal_tokens: int | None = None
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    vitals_file: Path | None = None  # what the node holds, once a second
 
     def __post_init__(self) -> None:
         with config_errors():
             if self.model is not None:
                 object.__setattr__(self, "model", str(values.path("model", self.model)))
+            if self.vitals_file is not None:
+                object.__setattr__(self, "vitals_file", values.path("vitals_file", self.vitals_file))
             if self.blocks is not None:
                 object.__setattr__(self, "blocks", _blocks(self.blocks))
             for name, least, most in (

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
+from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
 from node.runtime.files import write_atomically, write_fault
 from node.runtime.nurseries import background_nursery
@@ -83,6 +84,10 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
         await server.begin(blocks)
         nursery.start_soon(server.keep_record_true)
+        if config.vitals_file is not None:
+            nursery.start_soon(
+                write_vitals, config.vitals_file, lambda: node.host.connections, lambda: server.session_count
+            )
         stopping.started()
         async with background_nursery() as moving:
             if config.blocks is None:

@@ -1,0 +1,1 @@
+"""Attacks on real nodes, each beside an honest client and newcomers: python -m tests.hostile."""

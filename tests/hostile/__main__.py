@@ -1,0 +1,100 @@
+"""python -m tests.hostile: attack real nodes, and see whether others notice.
+
+    python -m tests.hostile --list
+    python -m tests.hostile where_flood giant_backward --seconds 4
+    python -m tests.hostile --all --json docs/figures/hostile.json
+
+Each attack has a swarm of its own on the loopback: a node (or a few), an honest client that decodes for
+ever, a newcomer each second, and one attacker.  Then a process that only burns as much CPU as the attacker
+did takes its place: the honest client's speed beside the attack is compared with its speed beside the
+burner.  Exit code 1 where an attack hurts others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the processes
+
+from benchmarks.lib.results import Run
+from tests.hostile.attacks import ATTACKS
+from tests.hostile.campaign import Setting, run_all
+
+SOURCE = "127.0.0.66"  # not the address of the honest peers: a prefix of its own
+COLUMNS = ("honest_share", "p95_ratio", "newcomers_in", "rss_within_bound", "nothing_left")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run attacks; 1 where one of them hurts others."""
+    flags = parse(arguments)
+    if flags.list:
+        print(listing())
+        return 0
+    attacks = [ATTACKS[name] for name in (ATTACKS if flags.all else flags.attacks)]
+    run, rows = Run(), []
+    folder = Path(flags.logs or tempfile.mkdtemp(prefix="raceme-hostile-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in run_all(attacks, Setting(flags.seconds, tuple(flags.sources), folder)):
+        print(told(row.values), flush=True)
+        rows.append(row.values)
+        run.write(flags.json, rows)
+    hurt = [row["attack"] for row in rows if not row["passed"]]
+    print(f"{len(rows) - len(hurt)} of {len(rows)} attacks hurt nobody else; logs in {folder}")
+    return bool(hurt)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.hostile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("attacks", nargs="*", metavar="ATTACK", help="names; --list prints them")
+    parser.add_argument("--all", action="store_true", help="every attack, about a minute each")
+    parser.add_argument("--list", action="store_true", help="print the attacks, and do nothing")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (%(default)s)")
+    parser.add_argument(
+        "--sources", nargs="+", default=[SOURCE], metavar="ADDRESS",
+        help="the attacker's own addresses, in 127.0.0.0/8 (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the rows here, after each attack")
+    parser.add_argument("--logs", metavar="FOLDER", help="of the nodes and the peers (default: a new one)")
+    flags = parser.parse_args(arguments)
+    if unknown := [name for name in flags.attacks if name not in ATTACKS]:
+        parser.error(f"no attack has the name {', '.join(unknown)}; --list prints them")
+    if not (flags.attacks or flags.all or flags.list):
+        parser.error("name attacks, or --all, or --list")
+    return flags
+
+
+def listing() -> str:
+    """The attacks, a line each."""
+    width = max(map(len, ATTACKS))
+    return "\n".join(f"{name:{width}}  {attack.what}" for name, attack in ATTACKS.items())
+
+
+def told(values: dict[str, Any]) -> str:
+    """A row in words."""
+    if "honest_share" not in values:
+        return f"{values['attack']}: {'; '.join(values['failed'])}"
+    shown = ", ".join(f"{name} {values[name]}" for name in COLUMNS)
+    more = (
+        f"tokens/s {values['tokens_per_s_before']} / {values['tokens_per_s_during']} /"
+        f" {values['tokens_per_s_left']}, burner {values['tokens_per_s_burner']};"
+        f" newcomers {values['newcomers']}, median {values['newcomer_s_p50']} s;"
+        f" RSS {values['rss_before_mib']} / {values['rss_most_mib']} / {values['rss_after_mib']} MiB;"
+        f" lag p99 {values['lag_p99_ms']} ms; attacker's CPU {values['attacker_cpu_share']}"
+    )
+    verdict = "held" if values["passed"] else "HURT: " + "; ".join(values["failed"])
+    return f"{values['attack']}: {shown}\n    {more}\n    got {values['got']}\n    {verdict}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

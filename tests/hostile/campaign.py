@@ -1,0 +1,197 @@
+"""One attack from its swarm to its row: nodes, an honest client, newcomers, the attacker, the burner."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
+from tests.hostile.attack import Attack
+from tests.hostile.judgement import HELD, Newcomer, Phases, Row, Seen, Vitals, Window, judged
+from tests.hostile.talking import ProcessEnded, Talking, talking
+
+START_SECONDS = 60.0
+WARM_TOKENS, WARM_NEWCOMERS = 30, 2
+SETTLE_SECONDS = 5.0  # nothing may be left after these
+LOOK_SECONDS = 3.0  # at what is left
+PATIENCE_SECONDS = 4.0  # for newcomers that came at the end
+WATCH_SECONDS = 0.05
+# Of resident memory: the attacker is ended there, so that a node without bounds does not fill the machine.
+MOST_RSS_BYTES = 8 * 2**30
+NODE = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "16384")
+BOUND = re.compile(r"bound ([\d.]+) GiB resident")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How attacks are run.  sources: the addresses that the attacker comes from."""
+
+    seconds: float
+    sources: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(slots=True)
+class Watched:
+    """A node and what was seen of it.  Made by `watched`."""
+
+    node: NodeProcess
+    file: Path
+    vitals: list[Vitals] = field(default_factory=list)
+    rss: list[tuple[float, int]] = field(default_factory=list)
+    too_large: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def bound(self) -> int:
+        """Of its resident memory, as its log states it."""
+        found = BOUND.search(self.node.log.read_text())
+        return int(float(found[1]) * 2**30) if found else 0
+
+    def look(self) -> None:
+        """Take a sample."""
+        try:
+            size = psutil.Process(self.node.process.pid).memory_info().rss
+            facts = json.loads(self.file.read_text())
+        except (OSError, psutil.NoSuchProcess, json.JSONDecodeError):
+            return
+        self.rss.append((time.monotonic(), size))
+        if size > MOST_RSS_BYTES:
+            self.too_large.set()
+        if not self.vitals or self.vitals[-1].at != facts["at"]:
+            held = {name: facts[name] for name in HELD}
+            self.vitals.append(Vitals(facts["at"], facts["rss"], held, tuple(facts["lags_ms"])))
+
+
+@contextmanager
+def watched(node: NodeProcess, file: Path) -> Iterator[Watched]:
+    """Sample a node until the end of the block."""
+    found, ended = Watched(node, file), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            found.look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def run_attack(attack: Attack, setting: Setting) -> Row:
+    """Run one attack against a fresh swarm.
+
+    Raises ProcessError and ProcessEnded where an honest part fails.
+    """
+    log = setting.folder / f"{attack.name}.log"
+    with local_swarm(NODE) as swarm, ExitStack() as stack:
+        node = start(swarm, attack)
+        watch = stack.enter_context(watched(node, swarm.folder / "vitals.json"))
+        addresses = [each.address for each in swarm.nodes]
+        honest = stack.enter_context(talking("tests.hostile.honest", addresses[:1], log))
+        newcomers = stack.enter_context(talking("tests.hostile.newcomers", addresses[:1], log))
+        words = ["--targets", *addresses, "--sources", *setting.sources, "--seconds", str(setting.seconds)]
+        attacker = stack.enter_context(talking("tests.hostile.attacker", [attack.name, *words], log))
+        honest.wait_for("token", START_SECONDS, WARM_TOKENS)
+        newcomers.wait_for("newcomer", START_SECONDS, WARM_NEWCOMERS)
+        attacker.wait_for("ready", START_SECONDS)
+        phases, over = act(attacker, watch, setting)
+        with talking("tests.hostile.burner", burner_words(over, setting, phases), log) as burner:
+            burner.process.wait(setting.seconds + START_SECONDS)
+        burnt = Window(time.monotonic() - setting.seconds, time.monotonic())
+        time.sleep(PATIENCE_SECONDS)
+        row = row_of(
+            attack, Phases(phases.before, phases.during, phases.left, burnt), over, watch, honest, newcomers
+        )
+        keep_log(node, setting, attack)
+        return row
+
+
+def start(swarm: LocalSwarm, attack: Attack) -> NodeProcess:
+    """The nodes, online; the attacked one."""
+    vitals = ("--vitals-file", str(swarm.folder / "vitals.json"))
+    for number, (begin, end) in enumerate(attack.spans):
+        swarm.start("--blocks", f"{begin}:{end}", *(vitals if number == 0 else ())).wait_online()
+    return swarm.nodes[0]
+
+
+def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, dict[str, Any]]:
+    """Before, during and after; the burner's window is not known yet."""
+    begin = time.monotonic()
+    time.sleep(setting.seconds)
+    before = Window(begin, time.monotonic())
+    attacker.tell("go")
+    began = attacker.wait_for("began", 10.0)
+    deadline = time.monotonic() + setting.seconds + 5.0
+    while attacker.process.poll() is None and not watch.too_large.is_set() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    attacker.process.kill()
+    attacker.process.wait()
+    during = Window(began, time.monotonic())
+    time.sleep(SETTLE_SECONDS)
+    begin = time.monotonic()
+    time.sleep(LOOK_SECONDS)
+    left = Window(begin, time.monotonic())
+    over = attacker.said[-1] if attacker.said else {}
+    if "over" not in over:  # it was ended from here
+        over = {
+            "cpu": during.seconds,
+            "got": {},
+            "facts": {"ended": "too much memory" if watch.too_large.is_set() else "late"},
+        }
+    return Phases(before, during, left, left), dict(over)
+
+
+def burner_words(over: dict[str, Any], setting: Setting, phases: Phases) -> list[str]:
+    """The attacker's share of a core, and the seconds."""
+    return [f"{min(1.0, over['cpu'] / phases.during.seconds):.3f}", str(setting.seconds)]
+
+
+def row_of(
+    attack: Attack, phases: Phases, over: dict[str, Any], watch: Watched, honest: Talking, newcomers: Talking
+) -> Row:
+    """The verdict."""
+    seen = Seen(
+        honest.all("token"),
+        [Newcomer(*each) for each in newcomers.all("newcomer")],
+        list(watch.vitals),
+        list(watch.rss),
+    )
+    got = {**over["got"], **over["facts"]}
+    failed = attack.check(got)
+    if watch.node.process.poll() is not None:
+        failed = [*failed, f"the node ended with exit code {watch.node.process.returncode}"]
+    if wrong := [at for at in honest.all("wrong") if at < phases.left.end]:
+        failed = [*failed, f"{len(wrong)} honest generations had other tokens than before"]
+    row = judged(seen, phases, watch.bound, attack.thresholds, got, failed)
+    values = {"attack": attack.name, **row.values}
+    values["attacker_cpu_share"] = round(over["cpu"] / phases.during.seconds, 2)
+    values["errors_of_the_honest"] = honest.all("error")[:5]
+    row.values = values
+    return row
+
+
+def keep_log(node: NodeProcess, setting: Setting, attack: Attack) -> None:
+    """The node's log, where it says more than usual."""
+    (setting.folder / f"{attack.name}.node.log").write_text(node.log.read_text())
+
+
+def run_all(attacks: Sequence[Attack], setting: Setting) -> Iterator[Row]:
+    """The row of each attack, one after the other.  An attack whose honest parts fail is a row, too."""
+    for attack in attacks:
+        try:
+            yield run_attack(attack, setting)
+        except ProcessEnded as error:
+            values = {"attack": attack.name, "failed": [str(error)], "passed": False}
+            yield Row(values, [str(error)])

@@ -1,0 +1,136 @@
+"""What an attack works with: its target, its identities and addresses, and the signal to begin."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from node.network.host import open_host
+from node.network.peer_info import ask_for_info
+from node.network.transport.identity import Identity, identity_of
+from routing.names import PeerId
+from tensor_codec.blocks import Blocks
+from tensor_codec.errors import PeerFault
+from tensor_codec.messages.info import INFO_PROTOCOL, PeerInfo
+from tensor_codec.messages.session import Open
+from tensor_codec.span_spec import SpanSpec
+from tests.hostile.talking import say
+
+PAUSE_SECONDS = 0.02  # after a try that was turned away: an attacker that spins only hurts itself
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A node: its multiaddr with /p2p/ID, taken apart.  Only loopback addresses are taken."""
+
+    address: str
+    host: str
+    port: int
+    peer: PeerId
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """Its addresses, without the id."""
+        return (self.address.partition("/p2p/")[0],)
+
+
+def target_of(address: str) -> Target:
+    """Raises ValueError for an address that is not this machine's own: nobody else is attacked."""
+    _, _, host, _, port, _, peer = address.split("/")
+    if not ipaddress.ip_address(host).is_loopback:
+        raise ValueError(f"{address} is not on the loopback")
+    return Target(address, host, int(port), PeerId(peer))
+
+
+@dataclass(slots=True)
+class Stage:
+    """One attack under way.
+
+    targets: the nodes of the swarm; most attacks take the first.  sources: the addresses that the attacker
+    comes from.  got: what the attacker counts.  facts: values to say at the end besides these.
+    """
+
+    targets: tuple[Target, ...]
+    sources: tuple[str, ...]
+    seconds: float
+    got: Counter[str] = field(default_factory=Counter)
+    facts: dict[str, Any] = field(default_factory=dict)  # Any: JSON
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    began: float | None = None
+    _cpu: float = 0.0
+    _turn: int = 0
+
+    @property
+    def target(self) -> Target:
+        """The first node."""
+        return self.targets[0]
+
+    def source(self) -> str:
+        """The next address to come from, in turn."""
+        self._turn += 1
+        return self.sources[self._turn % len(self.sources)]
+
+    async def ready(self) -> None:
+        """Say that everything is prepared, and wait for the signal; `seconds` count from it."""
+        say(ready=True)
+        await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+        self.scope.deadline = trio.current_time() + self.seconds
+        self.began, self._cpu = time.monotonic(), time.process_time()
+        say(began=self.began)
+
+    def over(self) -> None:
+        """Say what was done, and what it cost."""
+        cpu = time.process_time() - self._cpu
+        say(over=time.monotonic(), cpu=cpu, got=dict(self.got), facts=json.loads(json.dumps(self.facts)))
+
+    async def again_and_again(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Repeat an act until the end; the target turning it away is counted."""
+        while True:
+            try:
+                await act()
+            except (PeerFault, OSError) as error:
+                self.got[f"turned away: {type(error).__name__}"] += 1
+                await trio.sleep(PAUSE_SECONDS)
+            except BaseExceptionGroup as group:
+                faults, others = group.split((PeerFault, OSError))
+                if others is not None:
+                    raise others from None
+                self.got["turned away"] += 1 if faults else 0
+                await trio.sleep(PAUSE_SECONDS)
+
+    async def at_once(self, number: int, act: Callable[[], Awaitable[None]]) -> None:
+        """So many tasks that each repeat an act until the end."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(number):
+                nursery.start_soon(self.again_and_again, act)
+
+
+def new_identity() -> Identity:
+    """A throw-away one: it costs nothing."""
+    return identity_of(secrets.token_bytes(32))
+
+
+async def served_by(target: Target) -> PeerInfo:
+    """What a node serves, by its own word."""
+    async with open_host(identity=new_identity(), listen=[]) as host:
+        stream = await host.open_stream(target.peer, target.where, INFO_PROTOCOL, seconds=10.0)
+        return await ask_for_info(stream, 10.0)
+
+
+def spec_of(info: PeerInfo) -> SpanSpec:
+    """All blocks that a node serves, as a client asks for them."""
+    return SpanSpec(info.model, info.revision, Blocks(info.start, info.stop), info.dtype)
+
+
+def opening(spec: SpanSpec, max_length: int, **more: Any) -> Open:  # Any: fields of Open
+    """A session of one row under a new id."""
+    return Open(secrets.token_bytes(16), spec, 1, max_length, "fp32", **more)

@@ -1,0 +1,145 @@
+"""The verdict on an attack: statistics, thresholds, and the command line of `python -m tests.hostile`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.hostile.__main__ import SOURCE, listing, parse, told
+from tests.hostile.attacks import ATTACKS
+from tests.hostile.judgement import (
+    HELD,
+    Newcomer,
+    Phases,
+    Seen,
+    Thresholds,
+    Vitals,
+    Window,
+    judged,
+    latencies,
+    left_over,
+    percentile,
+    rate,
+    share_in_time,
+)
+from tests.hostile.stage import target_of
+
+PEER = "12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M"
+BEFORE, DURING, LEFT, BURNER = Window(0, 10), Window(10, 20), Window(25, 30), Window(30, 40)
+PHASES = Phases(BEFORE, DURING, LEFT, BURNER)
+
+
+def every(seconds: float, window: Window) -> list[float]:
+    return [window.begin + seconds * (i + 0.5) for i in range(round(window.seconds / seconds))]
+
+
+def vitals(at: float, **more: int) -> Vitals:
+    return Vitals(at, 0, {**dict.fromkeys(HELD, 3), **more}, (1.0, 2.0))
+
+
+def seen(**changes):
+    usual = {
+        "tokens": [at for window in (BEFORE, DURING, LEFT, BURNER) for at in every(0.1, window)],
+        "newcomers": [Newcomer(at, 0.2) for at in every(1.0, Window(0, 40))],
+        "vitals": [vitals(at) for at in every(1.0, Window(0, 40))],
+        "rss": [(at, 100 * 2**20) for at in every(0.1, Window(0, 40))],
+    }
+    return Seen(**{**usual, **changes})
+
+
+def judge(found: Seen, thresholds: Thresholds | None = None, bound: int = 200 * 2**20):
+    return judged(found, PHASES, bound, thresholds or Thresholds(), {}, [])
+
+
+def test_an_attack_that_nobody_notices_is_passed():
+    row = judge(seen())
+    assert row.failed == []
+    assert row.values["passed"]
+    assert row.values["honest_share"] == 1.0
+    assert row.values["newcomers_in"] == 1.0
+
+
+def test_the_keys_that_readers_count_on_are_there():
+    keys = {"honest_share", "p95_ratio", "newcomers_in", "rss_within_bound", "nothing_left"}
+    assert keys <= judge(seen()).values.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": [*every(0.1, BURNER), *every(0.2, DURING)]}, "0.5 of its speed"),
+        ({"tokens": [*every(0.1, BURNER)]}, "0.0 of its speed"),
+        ({"newcomers": [Newcomer(12, 1.5), Newcomer(13, 0.2)]}, "0.5 were let in"),
+        ({"newcomers": []}, "of the newcomers None"),
+        ({"rss": [(15.0, 201 * 2**20)]}, "201.0 MiB resident"),
+        (
+            {"vitals": [*map(vitals, every(1, BEFORE)), vitals(27, streams=9), vitals(28, streams=7)]},
+            "streams",
+        ),
+    ],
+)
+def test_an_attack_that_hurts_somebody_fails_at_its_threshold(changes, words):
+    assert any(words in failed for failed in judge(seen(**changes)).failed)
+
+
+def test_one_long_pause_is_found_by_the_latency_and_not_by_the_share_alone():
+    tokens = [*every(0.1, BURNER), *every(0.02, Window(10, 12)), *every(0.1, Window(17, 20))]
+    row = judge(seen(tokens=[*tokens, *[10 + 0.55 * i for i in range(20)]]))
+    assert row.values["honest_share"] > 1
+    assert any("p95" in failed for failed in row.failed)
+
+
+def test_a_wait_that_is_not_over_at_the_end_of_a_window_counts():
+    assert latencies([1.0, 2.0], Window(0, 10)) == [1.0, 1.0, 8.0]
+    assert latencies([], Window(0, 10)) == [10]
+    assert latencies([-1.0, 2.0], Window(0, 3)) == [3.0]
+
+
+def test_a_percentile_is_one_of_the_values():
+    assert percentile([5.0, 1.0, 3.0], 0.5) == 3.0
+    assert percentile([1.0, 2.0], 0.95) == 2.0
+    assert percentile([1.0], 0.0) == 1.0
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 0.5)
+
+
+def test_a_rate_counts_the_moments_of_its_window():
+    assert rate([-1, 0, 1, 2, 9.9, 10], Window(0, 10)) == 0.4
+
+
+def test_newcomers_that_were_let_in_late_or_never_are_not_let_in():
+    came = [Newcomer(0, 0.9), Newcomer(1, 1.0), Newcomer(2, 1.1), Newcomer(3, None, "refused")]
+    assert share_in_time(came) == 0.5
+    assert share_in_time([]) is None
+
+
+def test_what_comes_and_goes_is_not_left_over():
+    before = [vitals(0, streams=2), vitals(1, streams=5)]
+    assert left_over(before, [vitals(9, streams=5), vitals(10, streams=9)]) == {}
+    assert left_over(before, [vitals(9, streams=6), vitals(10, streams=9)]) == {"streams": (5, 6)}
+    assert "moments" in left_over(before, [])
+
+
+def test_every_attack_is_listed_in_a_line_of_its_own():
+    lines = listing().splitlines()
+    assert len(lines) == len(ATTACKS) >= 20
+    assert all(len(line.split()) > 3 and line.endswith((".", ").")) for line in lines)
+
+
+def test_the_command_line_knows_its_attacks(capsys):
+    assert parse(["where_flood"]).attacks == ["where_flood"]
+    assert parse(["--all"]).sources == [SOURCE]
+    for wrong in (["no_such_attack"], []):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+    assert "no_such_attack" in capsys.readouterr().err
+
+
+def test_a_row_is_told_in_words():
+    assert told({"attack": "flood", **judge(seen()).values, "attacker_cpu_share": 0.5}).endswith("held")
+    assert told({"attack": "flood", "failed": ["the node died"], "passed": False}).endswith("the node died")
+
+
+def test_nobody_but_this_machine_is_attacked():
+    assert target_of(f"/ip4/127.0.0.1/tcp/7/p2p/{PEER}").port == 7
+    with pytest.raises(ValueError, match="loopback"):
+        target_of(f"/ip4/10.0.0.5/tcp/7/p2p/{PEER}")
