@@ -86,6 +86,10 @@ class Limits:
     record_ttl_seconds: float = 90.0
     announce_seconds: float = 30.0
 
+    # The node itself
+    log_lines_per_peer_per_second: int = 5  # of one kind; the others of the second are counted
+    log_lines_per_second: int = 20  # of one kind, of all peers: ids are free, and a line is 100 to 300 bytes
+
     # Leaving
     drain_seconds: float = 10.0
     drain_idle_seconds: float = 2.0  # a session that is silent so long will not move before it goes on

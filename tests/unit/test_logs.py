@@ -56,3 +56,77 @@ def test_a_log_that_takes_no_more_is_no_error(capsys):
     assert capsys.readouterr().err == ""
     handler.handle(logging.LogRecord("raceme", logging.INFO, "", 0, "%d", ("a bug",), None))
     assert "TypeError" in capsys.readouterr().err
+
+
+PEER, OTHER = "12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M", "12D3KooW" + "a" * 44
+
+
+class Log:
+    """A handler with a clock that stands still until the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stream = io.StringIO()
+        self.handler = Handler(self.stream, lambda: self.now)
+        self.handler.setFormatter(logging.Formatter("%(message)s"))
+
+    def say(self, text: str, *values: object, line: int = 1) -> None:
+        self.handler.handle(logging.LogRecord("raceme", logging.INFO, "a.py", line, text, values, None))
+
+    def lines(self) -> list[str]:
+        said = self.stream.getvalue().splitlines()
+        self.stream.seek(0)
+        self.stream.truncate()
+        return said
+
+
+def test_of_one_kind_a_peer_gets_five_lines_a_second_and_the_others_are_counted():
+    log = Log()
+    for number in range(100):
+        log.say("%s did it, %d times", PEER, number)
+    log.say("%s did it, %d times", OTHER, 1)
+    log.say("%s did something else", PEER, line=2)
+    assert log.lines() == [
+        *(f"{PEER} did it, {number} times" for number in range(5)),
+        f"{OTHER} did it, 1 times",
+        f"{PEER} did something else",
+    ]
+    log.now = 1.0
+    log.say("a word from another place", line=3)
+    log.say("%s did it, %d times", PEER, 100)
+    assert log.lines() == [
+        f"... 95 more like this: {PEER} did it, 99 times",
+        "a word from another place",
+        f"{PEER} did it, 100 times",
+    ]
+    log.now = 2.0
+    log.say("the end", line=3)
+    assert log.lines() == ["the end"]
+
+
+def test_ids_made_up_for_each_line_do_not_fill_the_log():
+    log = Log()
+    for number in range(1000):
+        log.say("%s did it", f"12D3KooW{number + 1:0>44}".replace("0", "z"))
+    assert len(log.lines()) == 20
+    assert len(log.handler._rate._taken) <= 21
+    log.now = 1.0
+    log.say("on", line=2)
+    assert log.lines()[0].startswith("... 980 more like this: 12D3KooW")
+
+
+def test_lines_of_one_place_are_of_one_kind_also_where_the_text_was_made_before():
+    log = Log()
+    for number in range(100):
+        log.say(f"a library says {number}")
+    assert len(log.lines()) == 20
+
+
+def test_a_line_that_does_not_fit_its_values_is_counted_as_others_are(capsys):
+    log = Log()
+    for _ in range(30):
+        log.say("%d", PEER)
+    log.now = 1.0
+    log.say("on", line=2)
+    assert log.lines() == ["... 25 more like this: %d", "on"]
+    assert "TypeError" in capsys.readouterr().err
