@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
@@ -67,6 +69,35 @@ def test_a_second_row_begins_where_both_can_grow():
     for cache in (one, two):
         slots = pool.slots(cache.rows, 384)[0]
         assert (slots == range(slots[0], slots[0] + 384)).all()
+
+
+def test_sessions_that_follow_each_other_touch_no_more_pages_than_one_and_a_half_times_the_most_in_use():
+    pool, touched, most = arena_of(65_536, 1024), set(), 0
+    generator = random.Random(1)
+    caches: list[tuple[SpanCache, int]] = []
+    for _ in range(20_000):
+        if len(caches) < 16:
+            caches.append((pool.open(1, 1024), generator.randint(1, 900)))
+        cache, wanted = caches.pop(generator.randrange(len(caches)))
+        if cache.length >= wanted:
+            cache.close()
+            continue
+        cache.length += 16
+        cache.reserve(cache.length)
+        touched |= set(pool.table(cache.rows, cache.pages).ravel().tolist())
+        most = max(most, pool.pages - pool.free_tokens // PAGE_TOKENS)
+        caches.append((cache, wanted))
+    assert len(touched) <= max(touched) + 1 <= 1.5 * most + 1 < pool.pages / 3
+
+
+def test_one_session_after_the_other_takes_the_same_pages_again():
+    pool, touched = arena_of(65_536, 1024), set()
+    for _ in range(1000):
+        cache = pool.open(1, 1024)
+        cache.reserve(900)
+        touched |= set(pool.table(cache.rows, cache.pages).ravel().tolist())
+        cache.close()
+    assert touched == set(range(57))
 
 
 def test_what_lies_behind_a_rows_end_in_a_longer_batch_is_nobodys_zeros():

@@ -1,11 +1,12 @@
-"""The keys and values of all sessions of a span, in pages: memory follows use.
+"""The keys and values of all sessions of a span, in pages: memory follows the most that was in use at a time.
 
 Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
 A row of a session owns pages of 16 positions, in any order; a list of each row names the page of each of
 its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a session that grows
-takes another page, and going back sets a number.  A span that takes other blocks changes the list of
-stores alone: a page is the same for every block.  Sliding-window blocks keep all positions too: positions
-outside the window are masked, and going back needs no snapshot.
+takes another page, and going back sets a number.  A page takes memory once it has been written to, and keeps
+it: rows get pages from the beginning of the stores, where others were before (`_window`).  A span that takes
+other blocks changes the list of stores alone: a page is the same for every block.  Sliding-window blocks keep
+all positions too: positions outside the window are masked, and going back needs no snapshot.
 
 The last page of every store belongs to no row.  A batch reads from it, masked, the positions after the end
 of its shorter rows.  It holds zeros, or the writes of a CUDA graph's padding rows.
@@ -33,6 +34,8 @@ from tensor_codec.errors import LocalProtocolError, Refused
 from tensor_codec.memory import set_aside
 
 PAGE_TOKENS = 16
+SPARE_SHARE = 0.5  # of the owned pages: with 1.0 rows lie in half as many pieces, in a quarter more memory
+LEAST_WINDOW = 64  # pages
 COPIED_BYTES = 8 << 20  # at a time: the copy on its way takes memory beside the stores
 
 
@@ -182,17 +185,17 @@ class PagePool:
             grown = np.full(max(first + count, 2 * len(pages)), self.nobodys_page, np.int64)
             grown[: len(pages)] = pages
             self._pages[row] = pages = grown
-        near = int(pages[first - 1]) + 1 if first else self._roomiest()
+        near = int(pages[first - 1]) + 1 if first else self.pages
         for index in range(first, first + count):
-            if near >= self.pages or not self._free[near]:
+            if near >= self._window or not self._free[near]:
                 near = self._roomiest()
             pages[index] = near
             self._free[near] = False
+            self._free_pages -= 1
             # Another session may have left NaN there, and a masked NaN is still NaN.
             for store in self._stores:
                 store[near * self.page_tokens : (near + 1) * self.page_tokens].zero_()
             near += 1
-        self._free_pages -= count
 
     def give_back(self, row: int, first: int, count: int) -> None:
         """Take the pages first ... first + count - 1 of `row` away."""
@@ -215,12 +218,19 @@ class PagePool:
         with self._opening:
             self._free_rows += rows.tolist()
 
+    @property
+    def _window(self) -> int:
+        """The pages [0, window) are given out: all owned pages would fit into it, and one page more."""
+        owned = self.pages - self._free_pages + 1
+        return min(self.pages, max(LEAST_WINDOW, owned + int(SPARE_SHARE * owned)))
+
     def _roomiest(self) -> int:
-        """A page in the longest run of free pages.
+        """A page in the longest run of free pages within the window.
 
         The run's first page, or its middle one after another row's last page, so that both rows can grow.
         """
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], self._free, [False])).astype(np.int8)))
+        free = self._free[: self._window]
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], free, [False])).astype(np.int8)))
         starts, stops = edges[::2], edges[1::2]
         best = int((stops - starts).argmax())
         start, stop = int(starts[best]), int(stops[best])
