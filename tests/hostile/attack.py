@@ -25,12 +25,14 @@ class Attack:
     """run: prepares, calls `Stage.ready`, and attacks until it is cancelled or done.
 
     spans: the blocks of each node; the first is attacked.  check: what is wrong with the attacker's counts.
+    announces: newcomers announce themselves meanwhile, and an observer looks for them.
     """
 
     run: Callable[[Stage], Awaitable[None]]
     thresholds: Thresholds = field(default_factory=Thresholds)
     spans: tuple[Blocks, ...] = ((0, 30),)
     check: Check = nothing_more
+    announces: bool = False
 
     @property
     def name(self) -> str:

@@ -6,9 +6,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import psutil
 
 from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
 from tests.hostile.attack import Attack
-from tests.hostile.judgement import HELD, Newcomer, Phases, Row, Seen, Vitals, Window, judged
+from tests.hostile.judgement import HELD, SEEN_SECONDS, Newcomer, Phases, Row, Seen, Vitals, Window, judged
 from tests.hostile.talking import ProcessEnded, Talking, talking
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 WARM_TOKENS, WARM_NEWCOMERS = 30, 2
 SETTLE_SECONDS = 5.0  # nothing may be left after these
 LOOK_SECONDS = 3.0  # at what is left
@@ -89,33 +89,70 @@ def watched(node: NodeProcess, file: Path) -> Iterator[Watched]:
         thread.join()
 
 
+@dataclass(frozen=True, slots=True)
+class Bystanders:
+    """The honest peers, each a process that says what it sees.
+
+    client: decodes for ever.  newcomers: one a second.  announcers: newcomers that announce themselves, where
+    the attack is against that.
+    """
+
+    client: Talking
+    newcomers: Talking
+    announcers: Talking | None
+
+    def wait_warm(self) -> None:
+        """Until each has begun.  Raises ProcessEnded."""
+        self.client.wait_for("token", START_SECONDS, WARM_TOKENS)
+        self.newcomers.wait_for("newcomer", START_SECONDS, WARM_NEWCOMERS)
+        if self.announcers is not None:
+            self.announcers.wait_for("announced", START_SECONDS)
+
+    def figures(self, window: Window) -> dict[str, Any]:
+        """Besides tokens and newcomers: the longest search, and new records that were seen in time."""
+        found: dict[str, Any] = {}
+        if searches := [seconds for at, seconds in self.client.all("search") if window.holds(at)]:
+            found["search_ms"] = round(max(searches) * 1000, 1)
+        if self.announcers is not None:
+            told = [Newcomer(*each) for each in self.announcers.all("announced")]
+            came = [each for each in told if window.holds(each.began)]
+            seen = [each for each in came if each.seconds is not None and each.seconds <= SEEN_SECONDS]
+            found["announced_seen"] = round(len(seen) / len(came), 3) if came else None
+            found["announce_errors"] = sorted({each.error for each in came if each.error})[:3]
+        return found
+
+
 def run_attack(attack: Attack, setting: Setting) -> Row:
     """Run one attack against a fresh swarm.
 
     Raises ProcessError and ProcessEnded where an honest part fails.
     """
     log = setting.folder / f"{attack.name}.log"
+    log.unlink(missing_ok=True)
     with local_swarm(NODE) as swarm, ExitStack() as stack:
         node = start(swarm, attack)
         watch = stack.enter_context(watched(node, swarm.folder / "vitals.json"))
         addresses = [each.address for each in swarm.nodes]
-        honest = stack.enter_context(talking("tests.hostile.honest", addresses[:1], log))
-        newcomers = stack.enter_context(talking("tests.hostile.newcomers", addresses[:1], log))
-        words = ["--targets", *addresses, "--sources", *setting.sources, "--seconds", str(setting.seconds)]
-        attacker = stack.enter_context(talking("tests.hostile.attacker", [attack.name, *words], log))
-        honest.wait_for("token", START_SECONDS, WARM_TOKENS)
-        newcomers.wait_for("newcomer", START_SECONDS, WARM_NEWCOMERS)
-        attacker.wait_for("ready", START_SECONDS)
-        phases, over = act(attacker, watch, setting)
-        with talking("tests.hostile.burner", burner_words(over, setting, phases), log) as burner:
-            burner.process.wait(setting.seconds + START_SECONDS)
-        burnt = Window(time.monotonic() - setting.seconds, time.monotonic())
-        time.sleep(PATIENCE_SECONDS)
-        row = row_of(
-            attack, Phases(phases.before, phases.during, phases.left, burnt), over, watch, honest, newcomers
+
+        def begin(what: str, *words: str) -> Talking:
+            return stack.enter_context(talking(f"tests.hostile.{what}", words, log))
+
+        others = Bystanders(
+            begin("honest", addresses[0]),
+            begin("newcomers", addresses[0]),
+            begin("announcers", addresses[0]) if attack.announces else None,
         )
-        keep_log(node, setting, attack)
-        return row
+        where = ("--targets", *addresses, "--sources", *setting.sources)
+        attacker = begin("attacker", attack.name, *where, "--seconds", str(setting.seconds))
+        others.wait_warm()
+        attacker.wait_for("ready", START_SECONDS)
+        try:
+            phases, over = act(attacker, watch, setting)
+            phases = replace(phases, burner=burn(over, setting, phases, log))
+            time.sleep(PATIENCE_SECONDS)
+            return row_of(attack, phases, over, watch, others)
+        finally:
+            (setting.folder / f"{attack.name}.node.log").write_text(node.log.read_text())
 
 
 def start(swarm: LocalSwarm, attack: Attack) -> NodeProcess:
@@ -144,47 +181,46 @@ def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, di
     time.sleep(LOOK_SECONDS)
     left = Window(begin, time.monotonic())
     over = attacker.said[-1] if attacker.said else {}
-    if "over" not in over:  # it was ended from here
-        over = {
-            "cpu": during.seconds,
-            "got": {},
-            "facts": {"ended": "too much memory" if watch.too_large.is_set() else "late"},
-        }
+    if "over" not in over:
+        if not (watch.too_large.is_set() or during.seconds > setting.seconds):
+            raise ProcessEnded("the attacker failed; its log says why")
+        ended = "too much memory" if watch.too_large.is_set() else "late"
+        over = {"cpu": during.seconds, "got": {}, "facts": {"ended": ended}}
     return Phases(before, during, left, left), dict(over)
 
 
-def burner_words(over: dict[str, Any], setting: Setting, phases: Phases) -> list[str]:
-    """The attacker's share of a core, and the seconds."""
-    return [f"{min(1.0, over['cpu'] / phases.during.seconds):.3f}", str(setting.seconds)]
+def burn(over: Mapping[str, Any], setting: Setting, phases: Phases, log: Path) -> Window:
+    """Burn the attacker's share of a core for a phase."""
+    share = min(1.0, over["cpu"] / phases.during.seconds)
+    with talking("tests.hostile.burner", [f"{share:.3f}", str(setting.seconds)], log) as burner:
+        burner.process.wait(setting.seconds + START_SECONDS)
+    return Window(time.monotonic() - setting.seconds, time.monotonic())
 
 
 def row_of(
-    attack: Attack, phases: Phases, over: dict[str, Any], watch: Watched, honest: Talking, newcomers: Talking
+    attack: Attack, phases: Phases, over: Mapping[str, Any], watch: Watched, others: Bystanders
 ) -> Row:
     """The verdict."""
     seen = Seen(
-        honest.all("token"),
-        [Newcomer(*each) for each in newcomers.all("newcomer")],
+        others.client.all("token"),
+        [Newcomer(*each) for each in others.newcomers.all("newcomer")],
         list(watch.vitals),
         list(watch.rss),
     )
-    got = {**over["got"], **over["facts"]}
+    got = {**over["got"], **over["facts"], **others.figures(phases.during)}
     failed = attack.check(got)
     if watch.node.process.poll() is not None:
         failed = [*failed, f"the node ended with exit code {watch.node.process.returncode}"]
-    if wrong := [at for at in honest.all("wrong") if at < phases.left.end]:
+    if wrong := [at for at in others.client.all("wrong") if at < phases.left.end]:
         failed = [*failed, f"{len(wrong)} honest generations had other tokens than before"]
     row = judged(seen, phases, watch.bound, attack.thresholds, got, failed)
-    values = {"attack": attack.name, **row.values}
-    values["attacker_cpu_share"] = round(over["cpu"] / phases.during.seconds, 2)
-    values["errors_of_the_honest"] = honest.all("error")[:5]
-    row.values = values
+    row.values = {
+        "attack": attack.name,
+        **row.values,
+        "attacker_cpu_share": round(over["cpu"] / phases.during.seconds, 2),
+        "errors_of_the_honest": others.client.all("error")[:5],
+    }
     return row
-
-
-def keep_log(node: NodeProcess, setting: Setting, attack: Attack) -> None:
-    """The node's log, where it says more than usual."""
-    (setting.folder / f"{attack.name}.node.log").write_text(node.log.read_text())
 
 
 def run_all(attacks: Sequence[Attack], setting: Setting) -> Iterator[Row]:

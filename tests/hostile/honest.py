@@ -23,10 +23,18 @@ async def decode_forever(peers: tuple[str, ...]) -> None:
         first: list[int] = []
         while True:
             try:
+                time_a_search(swarm)
                 first = await decode(swarm, first)
             except (PeerFault, Refused) as error:
                 say(error=f"{type(error).__name__}: {error}")
                 await trio.sleep(0.2)
+
+
+def time_a_search(swarm: Swarm) -> None:
+    """Say how long the search for a chain takes in the client's event loop.  Raises NoChain."""
+    began = time.monotonic()
+    swarm.routes.choose()
+    say(search=[began, time.monotonic() - began])
 
 
 async def decode(swarm: Swarm, first: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LET_IN_SECONDS = 1.0
+SEEN_SECONDS = 5.0  # for a new record to be seen by all
 HELD = ("connections", "streams", "sessions", "tasks", "threads", "descriptors")
 
 

@@ -19,12 +19,13 @@ from node.network.peer_info import ask_for_info
 from node.network.transport.identity import Identity, identity_of
 from routing.names import PeerId
 from tensor_codec.blocks import Blocks
-from tensor_codec.errors import PeerFault
+from tensor_codec.errors import PeerFault, Refused
 from tensor_codec.messages.info import INFO_PROTOCOL, PeerInfo
 from tensor_codec.messages.session import Open
 from tensor_codec.span_spec import SpanSpec
 from tests.hostile.talking import say
 
+TURNED_AWAY = (PeerFault, Refused, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 PAUSE_SECONDS = 0.02  # after a try that was turned away: an attacker that spins only hurts itself
 
 
@@ -90,6 +91,7 @@ class Stage:
     def over(self) -> None:
         """Say what was done, and what it cost."""
         cpu = time.process_time() - self._cpu
+        self.facts["seconds"] = round(time.monotonic() - (self.began or time.monotonic()), 1)
         say(over=time.monotonic(), cpu=cpu, got=dict(self.got), facts=json.loads(json.dumps(self.facts)))
 
     async def again_and_again(self, act: Callable[[], Awaitable[None]]) -> None:
@@ -97,11 +99,11 @@ class Stage:
         while True:
             try:
                 await act()
-            except (PeerFault, OSError) as error:
+            except TURNED_AWAY as error:
                 self.got[f"turned away: {type(error).__name__}"] += 1
                 await trio.sleep(PAUSE_SECONDS)
             except BaseExceptionGroup as group:
-                faults, others = group.split((PeerFault, OSError))
+                faults, others = group.split(TURNED_AWAY)
                 if others is not None:
                     raise others from None
                 self.got["turned away"] += 1 if faults else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tests.hostile.attack import CONNECTIONS, Attack
-from tests.hostile.attacks import connections, frames, sessions, streams
+from tests.hostile.attacks import connections, directory, frames, hops, kademlia, sessions, streams
 
+TWO_COPIES, TWO_HOPS = ((0, 30), (0, 30)), ((0, 15), (15, 30))
 _ALL = (
     Attack(connections.connection_flood, CONNECTIONS),
     Attack(connections.half_handshakes, CONNECTIONS),
@@ -31,5 +32,17 @@ _ALL = (
     Attack(sessions.greedy_prefills),
     Attack(sessions.junk_uploads),
     Attack(sessions.giant_backward),
+    Attack(directory.record_flood, check=directory.seen_by_all, announces=True),
+    Attack(directory.sybil_servers, check=directory.found_fast),
+    Attack(directory.dial_amplification, check=directory.few_dials),
+    Attack(kademlia.kademlia_put, check=kademlia.none_taken),
+    Attack(kademlia.kademlia_hold, check=kademlia.all_answered),
+    Attack(kademlia.kademlia_poison, spans=TWO_COPIES, check=kademlia.servers_named),
+    Attack(hops.lie_frame, spans=TWO_HOPS),
+    Attack(hops.lie_stall),
+    Attack(hops.lie_garbage),
+    Attack(hops.lie_drip),
+    Attack(hops.lie_refuse),
+    Attack(hops.lie_rates),
 )
 ATTACKS: Mapping[str, Attack] = {attack.name: attack for attack in _ALL}

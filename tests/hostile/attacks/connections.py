@@ -87,7 +87,4 @@ async def opened(stage: Stage) -> trio.SocketStream:
     if stage.got["opened"] >= MOST_OPENED:
         await trio.sleep_forever()
     stage.got["opened"] += 1
-    try:
-        return await socket_to(stage)
-    except trio.BrokenResourceError as error:
-        raise PeerGone(str(error)) from error
+    return await socket_to(stage)

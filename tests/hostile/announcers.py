@@ -1,0 +1,65 @@
+"""Newcomers that announce themselves, and an observer that was there before.  A worker of tests.hostile."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AsyncExitStack
+
+import trio
+
+from node.config import VERSION, ConfigError
+from node.network.directory.directory import Directory, DirectoryConfig, open_directory
+from node.network.host import open_host
+from node.runtime.nurseries import run
+from routing.names import PeerId
+from routing.view.records import Record, Role
+from tensor_codec.errors import PeerFault
+from tests.hostile.stage import Target, new_identity, target_of
+from tests.hostile.talking import say
+
+EVERY_SECONDS = 2.0
+PATIENCE_SECONDS = 10.0
+LISTEN = "/ip4/127.0.0.1/tcp/0"
+
+
+async def announce_forever(target: Target) -> None:
+    """Say of each newcomer when the observer saw its record."""
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        observer, _ = await joined(stack, target, "client")
+        say(ready=True)
+        due = trio.current_time()
+        while True:
+            nursery.start_soon(announce, target, observer)
+            due += EVERY_SECONDS
+            await trio.sleep_until(due)
+
+
+async def joined(stack: AsyncExitStack, target: Target, role: Role) -> tuple[Directory, PeerId]:
+    """A new peer of the swarm.  Raises ConfigError where it cannot join."""
+    identity = new_identity()
+    host = await stack.enter_async_context(open_host(identity=identity, listen=[LISTEN]))
+    config = DirectoryConfig("public", (target.address,), role, kademlia=False, watch=False)
+    directory = await stack.enter_async_context(open_directory(host, identity, config))
+    return directory, identity.peer_id
+
+
+async def announce(target: Target, observer: Directory) -> None:
+    """One newcomer: it announces itself, and is waited for."""
+    began, seconds, error = time.monotonic(), None, ""
+    try:
+        async with AsyncExitStack() as stack:
+            with trio.move_on_after(PATIENCE_SECONDS):
+                directory, peer = await joined(stack, target, "bootstrap")
+                await directory.announce(Record(role="bootstrap", version=VERSION))
+                while observer.view().get(peer) is None:
+                    await observer.changed(observer.view())
+                seconds = time.monotonic() - began
+    except (ConfigError, PeerFault, OSError) as fault:
+        error = f"{type(fault).__name__}: {fault}"
+    say(announced=[began, seconds, error[:120]])
+
+
+if __name__ == "__main__":
+    target = target_of(sys.argv[1])
+    run(lambda: announce_forever(target))
