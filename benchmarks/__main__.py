@@ -32,6 +32,8 @@ BENCHMARKS: Mapping[str, str] = {
     "startup": "benchmarks.startup.startup",
     "swarm": "benchmarks.swarm.swarm",
     "routing": "benchmarks.compute.routing",
+    "soak": "benchmarks.soak.soak",
+    "hostile": "benchmarks.recovery.hostile",
     "figures": "benchmarks.figures.figures",
     "mutants": "benchmarks.mutants.mutants",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from benchmarks.figures.blocks import compute, decode, hf, network, recovery, swarm
+from benchmarks.figures.blocks import compute, decode, hf, hostile, network, recovery, swarm
 from benchmarks.figures.tables import Figures, NotMeasured
 
 DOCUMENTS = (
@@ -32,6 +32,8 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "no-replacement": recovery.no_replacement_block,
     "lost-clients": recovery.lost_clients_block,
     "fault-rates": recovery.fault_rates_block,
+    "hostile": hostile.hostile_block,
+    "soak": hostile.soak_block,
     "hf": hf.hf_block,
     "wan": network.wan_block,
     "wan-bulk": network.wan_bulk_block,

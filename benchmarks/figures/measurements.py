@@ -62,6 +62,8 @@ LONG: Mapping[str, Sequence[str]] = {
         for kind in ("none", "int8")
         for servers in (1, 3)
     },
+    "hostile": ["hostile", "--all"],
+    "soak": ["soak", "--minutes", "30"],
     "routing": ["routing", "--servers", "1000", "10000"],
     "swarm-decisions": ["swarm", "--decisions-only", "60", "1000", "10000"],
     "wan": ["wan"],

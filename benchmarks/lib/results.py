@@ -23,7 +23,9 @@ class Run:
     Made before the measurement: it counts the load by other programs from its start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = "benchmarks") -> None:
+        """program: the module that was run."""
+        self._program = program
         self._elsewhere = Elsewhere()
 
     def write(self, file: str | Path | None, found: Result | Sequence[Result]) -> None:
@@ -37,16 +39,16 @@ class Run:
     def about(self) -> dict[str, Any]:
         """command, commit, machine: the origin of a result."""
         about = {**machine(), "others": self._elsewhere.share()}
-        return {"command": command(sys.argv[1:]), "commit": commit(), "machine": about}
+        return {"command": command(sys.argv[1:], self._program), "commit": commit(), "machine": about}
 
 
-def command(words: Sequence[str]) -> str:
+def command(words: Sequence[str], program: str = "benchmarks") -> str:
     """The command line to repeat, without `--json FILE` and `--inside`."""
     shown = [word for word in words if word != "--inside"]
     while "--json" in shown:
         at = shown.index("--json")
         del shown[at : at + 2]
-    return shlex.join(["python", "-m", "benchmarks", *shown])
+    return shlex.join(["python", "-m", program, *shown])
 
 
 def commit() -> str:

@@ -32,12 +32,17 @@ COLUMNS = ("honest_share", "p95_ratio", "newcomers_in", "rss_within_bound", "not
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run attacks; 1 where one of them hurts others."""
-    flags = parse(arguments)
+    return run_attacks(arguments, "tests.hostile", "python -m tests.hostile")
+
+
+def run_attacks(arguments: Sequence[str] | None, program: str, usage: str) -> int:
+    """The same, as a part of another program too: `program` stands in the results, `usage` in the help."""
+    flags = parse(arguments, usage)
     if flags.list:
         print(listing())
         return 0
     attacks = [ATTACKS[name] for name in (ATTACKS if flags.all else flags.attacks)]
-    run, rows = Run(), []
+    run, rows = Run(program), []
     folder = Path(flags.logs or tempfile.mkdtemp(prefix="raceme-hostile-"))
     folder.mkdir(parents=True, exist_ok=True)
     for row in run_all(attacks, Setting(flags.seconds, tuple(flags.sources), folder)):
@@ -49,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return bool(hurt)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None, usage: str = "python -m tests.hostile") -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.hostile",
+        prog=usage,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

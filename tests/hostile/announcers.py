@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -25,8 +26,7 @@ LISTEN = "/ip4/127.0.0.1/tcp/0"
 
 async def announce_forever(target: Target) -> None:
     """Say of each newcomer when the observer saw its record."""
-    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        observer, _ = await joined(stack, target, "client")
+    async with joined(target, "client") as (observer, _), trio.open_nursery() as nursery:
         say(ready=True)
         due = trio.current_time()
         while True:
@@ -35,25 +35,27 @@ async def announce_forever(target: Target) -> None:
             await trio.sleep_until(due)
 
 
-async def joined(stack: AsyncExitStack, target: Target, role: Role) -> tuple[Directory, PeerId]:
+@asynccontextmanager
+async def joined(target: Target, role: Role) -> AsyncIterator[tuple[Directory, PeerId]]:
     """A new peer of the swarm.  Raises ConfigError where it cannot join."""
     identity = new_identity()
-    host = await stack.enter_async_context(open_host(identity=identity, listen=[LISTEN]))
     config = DirectoryConfig("public", (target.address,), role, kademlia=False, watch=False)
-    directory = await stack.enter_async_context(open_directory(host, identity, config))
-    return directory, identity.peer_id
+    async with (
+        open_host(identity=identity, listen=[LISTEN]) as host,
+        open_directory(host, identity, config) as directory,
+    ):
+        yield directory, identity.peer_id
 
 
 async def announce(target: Target, observer: Directory) -> None:
     """One newcomer: it announces itself, and is waited for."""
     began, seconds, error = time.monotonic(), None, ""
     try:
-        async with AsyncExitStack() as stack:
-            with trio.move_on_after(PATIENCE_SECONDS):
-                directory, peer = await joined(stack, target, "bootstrap")
+        with trio.move_on_after(PATIENCE_SECONDS):
+            async with joined(target, "bootstrap") as (directory, peer):
                 await directory.announce(Record(role="bootstrap", version=VERSION))
-                while observer.view().get(peer) is None:
-                    await observer.changed(observer.view())
+                while (view := observer.view()).get(peer) is None:
+                    await observer.changed(view)
                 seconds = time.monotonic() - began
     except (ConfigError, PeerFault, OSError) as fault:
         error = f"{type(fault).__name__}: {fault}"

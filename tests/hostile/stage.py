@@ -66,6 +66,7 @@ class Stage:
     got: Counter[str] = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)  # Any: JSON
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    told: bool = True  # when to begin, on standard input; else it begins when it is ready
     began: float | None = None
     _cpu: float = 0.0
     _turn: int = 0
@@ -82,11 +83,13 @@ class Stage:
 
     async def ready(self) -> None:
         """Say that everything is prepared, and wait for the signal; `seconds` count from it."""
-        say(ready=True)
-        await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+        if self.told:
+            say(ready=True)
+            await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
         self.scope.deadline = trio.current_time() + self.seconds
         self.began, self._cpu = time.monotonic(), time.process_time()
-        say(began=self.began)
+        if self.told:
+            say(began=self.began)
 
     def over(self) -> None:
         """Say what was done, and what it cost."""

@@ -137,7 +137,9 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 }
 BENCHMARKS = {"benchmarks": tuple(NAMES_OF_BENCHMARKS)}
 SCRIPTS = [
-    path for folder in ("scripts", "examples", "tests/sim") for path in sorted((ROOT / folder).glob("*.py"))
+    path
+    for folder in ("scripts", "examples", "tests/sim", "tests/hostile")
+    for path in sorted((ROOT / folder).glob("*.py"))
 ]
 OF_OTHER_PROGRAMS = {"--strict", "--upgrade"}  # of mypy and pip
 

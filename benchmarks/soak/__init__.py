@@ -1,0 +1,1 @@
+"""Nodes that run for long: what they hold must not grow."""

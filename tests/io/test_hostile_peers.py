@@ -1,0 +1,69 @@
+"""Attackers of tests/hostile beside honest newcomers at one host on loopback: the kinds, briefly.
+
+`python -m tests.hostile` runs them at length against whole nodes, and measures.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from node.network.host import PING_PROTOCOL, open_host
+from tensor_codec.messages.session import PUSH_PROTOCOL
+from tests.hostile.attacks import ATTACKS
+from tests.hostile.stage import Stage, new_identity, target_of
+
+SOURCE = "127.0.0.66"
+NEWCOMERS = 3
+# Of each the time to take effect: no promise is about it.
+ATTACK_SECONDS, PATIENCE_SECONDS = 0.5, 5.0
+
+
+async def take_frames(stream):
+    """A handler of pushed steps that waits for what never comes."""
+    while await stream.receive() is not None:
+        pass
+
+
+@asynccontextmanager
+async def attacked(name: str):
+    """A host under an attack that has begun; what the attacker counts."""
+    async with open_host(identity=new_identity(), listen=["/ip4/127.0.0.1/tcp/0"]) as host:
+        host.handle(PUSH_PROTOCOL, take_frames)
+        target = target_of(f"{host.addresses[0]}/p2p/{host.peer_id}")
+        stage = Stage((target,), (SOURCE,), 600.0, told=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ATTACKS[name].run, stage)
+            await trio.sleep(ATTACK_SECONDS)
+            yield host, stage
+            nursery.cancel_scope.cancel()
+
+
+async def newcomer_is_let_in(host) -> bool:
+    async with open_host(identity=new_identity(), listen=[]) as newcomer:
+        await newcomer.ping(host.peer_id, host.addresses, seconds=PATIENCE_SECONDS)
+        return host.peer_id in newcomer.connected()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stream_flood",
+        "open_and_reset",
+        "window_violation",
+        "ping_flood",
+        "pong_flood",
+        "stray_bytes",
+        "control_flood",
+        "id_churn",
+    ],
+)
+async def test_newcomers_are_let_in_beside_an_attacker(name: str):
+    async with attacked(name) as (host, stage):
+        with trio.fail_after(NEWCOMERS * PATIENCE_SECONDS):
+            for _ in range(NEWCOMERS):
+                assert await newcomer_is_let_in(host)
+    assert stage.got, "the attacker did nothing"
+    assert PING_PROTOCOL in host._handlers  # it still answers
