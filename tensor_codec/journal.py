@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -202,7 +202,7 @@ class JournalBudget:
     """
 
     tokens: int
-    _journals: dict[bytes, Journal] = field(default_factory=dict)
+    _journals: dict[Hashable, Journal] = field(default_factory=dict)
     _held: int = 0
 
     @property
@@ -210,7 +210,7 @@ class JournalBudget:
         """Tokens in all journals."""
         return self._held
 
-    def open(self, session: bytes, batch: int, row_bytes: int, max_length: int) -> Journal:
+    def open(self, session: Hashable, batch: int, row_bytes: int, max_length: int) -> Journal:
         """An empty journal.  Raises Refused where there is no memory."""
         if session in self._journals:
             raise LocalProtocolError("a session has a journal already")
@@ -246,7 +246,7 @@ class JournalBudget:
             longest.drop(self._held - self.tokens)
             self._held -= before - longest.tokens
 
-    def replace(self, session: bytes, journal: Journal) -> None:
+    def replace(self, session: Hashable, journal: Journal) -> None:
         """Keep `journal` in place of a session's own: equal positions, in another codec."""
         self._held += journal.tokens - self._journals[session].tokens
         self._journals[session] = journal
@@ -257,7 +257,7 @@ class JournalBudget:
         journal.cut(length)
         self._held -= before - journal.tokens
 
-    def close(self, session: bytes) -> None:
+    def close(self, session: Hashable) -> None:
         """Forget a session's journal."""
         journal = self._journals.pop(session, None)
         if journal is not None:

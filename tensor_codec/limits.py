@@ -70,6 +70,13 @@ class Limits:
     least_share_tokens: int = 8192  # a peer's share is never less, where the cache has so many
     max_prompt_bytes: int = 64 * MIB  # deep prompts that sessions hold
     max_prompt_bytes_per_peer: int = 16 * MIB  # those of one frame
+    # Messages without work, of one peer: our clients ask once a second and session, while a step is late
+    where_per_second: float = 10.0
+    relinks_per_second: float = 5.0
+    idle_steps_per_second: float = 100.0  # for no session, of another route, or answered from memory
+    frame_rate_session_share: float = 0.2  # of each rate more for every session of the peer
+    frame_burst_seconds: float = 4.0  # so many seconds' messages at once
+    frame_rate_peers_per_prefix: int = 8  # peers of one address have together as many times the rate
     successor_seconds: float = 2.0  # for a hop to connect to the next one, while its client waits
     cache_wait_seconds: float = 2.0  # for room in the cache, at the opening and in mid-session
 

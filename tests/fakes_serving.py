@@ -29,8 +29,10 @@ from node.model.blocks.rope import LengthRope
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
+from node.serving.sessions.frame_rates import FrameBudget, FrameRates
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Listener
+from node.serving.sessions.push_reader import read_pushes
 from node.serving.span_admission import SpanAdmission
 from routing.chains.alternatives import Constraints
 from routing.chains.search import Chain, Hop
@@ -280,6 +282,7 @@ class FakeStream:
         pipe: _Pipe,
     ) -> None:
         self.peer = peer
+        self.prefix = ""
         self.protocol = protocol
         self.limits = limits
         self.closed = False
@@ -417,6 +420,7 @@ class World:
         self.frozen: dict[PeerId, trio.Event] = {}
         self.client_streams: list[FakeStream] = []
         self.dialled: list[tuple[PeerId, PeerId]] = []
+        self.frames = FrameBudget(FrameRates(self.limits), lambda _: 0)
 
     def add(
         self,
@@ -538,7 +542,7 @@ class World:
                 if stream.protocol == SESSION_PROTOCOL:
                     await node.listener.serve_session(stream)
                 else:
-                    await serve_push(node.listener, stream)
+                    await serve_push(node.listener, stream, self.frames)
                 await stream.aclose()
         except PeerFault as fault:
             node.listener.faults.add(stream.peer, fault)
@@ -626,10 +630,9 @@ class _FirstAlong:
         return getattr(self.routes, name)
 
 
-async def serve_push(listener: Listener, stream: FrameStream) -> None:
+async def serve_push(listener: Listener, stream: FrameStream, frames: FrameBudget) -> None:
     """Give each frame of a push stream to a listener, as a node's StreamDispatch does.  Raises PeerFault."""
-    while (frame := await stream.receive()) is not None:
-        await listener.take_push(frame, stream.peer)
+    await read_pushes(stream, lambda: (listener,), frames)
 
 
 async def until(condition: Callable[[], bool]) -> None:

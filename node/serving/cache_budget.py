@@ -8,7 +8,7 @@ no deadlock follows.  The bytes of a token are the model's (`ModelInfo.kv_bytes_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -80,7 +80,7 @@ class CacheBudget:
     least_share_tokens: int = 8192
     page_tokens: int = 16
     max_session_tokens: int | None = None
-    _sessions: dict[bytes, _Session] = field(default_factory=dict)  # oldest first
+    _sessions: dict[Hashable, _Session] = field(default_factory=dict)  # oldest first
 
     @property
     def all_tokens(self) -> int:
@@ -106,7 +106,7 @@ class CacheBudget:
         """Tokens of the pages that this peer's sessions hold."""
         return self.page_tokens * _held(self._of(peer))
 
-    def admit(self, session: bytes, peer: str, rows: int, max_length: int) -> None:
+    def admit(self, session: Hashable, peer: str, rows: int, max_length: int) -> None:
         """Admit a session of `rows` x `max_length`; it holds no page yet.
 
         Raises CacheFull, and then nothing has changed: for good where the session is larger than a session
@@ -126,7 +126,7 @@ class CacheBudget:
         self._check(new, rows)
         self._sessions[session] = new
 
-    def grow(self, session: bytes, length: int) -> None:
+    def grow(self, session: Hashable, length: int) -> None:
         """Give every row pages for the positions before `length`; it may have more already.
 
         Raises CacheFull, and then nothing has changed.
@@ -139,12 +139,12 @@ class CacheBudget:
             self._check(mine, more)
             mine.pages += more
 
-    def shrink(self, session: bytes, length: int) -> None:
+    def shrink(self, session: Hashable, length: int) -> None:
         """Take back the pages that hold only positions from `length` on."""
         mine = self._sessions[session]
         mine.pages = min(mine.pages, mine.rows * self._pages(length))
 
-    def release(self, session: bytes) -> None:
+    def release(self, session: Hashable) -> None:
         """End a session: take back its pages."""
         del self._sessions[session]
 
@@ -237,20 +237,20 @@ class CacheAdmission:
     wait_seconds: float
     _more: trio.Event = field(default_factory=trio.Event)
 
-    async def admit(self, session: bytes, peer: str, rows: int, max_length: int) -> None:
+    async def admit(self, session: Hashable, peer: str, rows: int, max_length: int) -> None:
         """See `CacheBudget.admit`, after a bounded wait."""
         await self._with_patience(partial(self.budget.admit, session, peer, rows, max_length))
 
-    async def grow(self, session: bytes, length: int) -> None:
+    async def grow(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.grow`, after a bounded wait."""
         await self._with_patience(partial(self.budget.grow, session, length))
 
-    def shrink(self, session: bytes, length: int) -> None:
+    def shrink(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.shrink`; waiting callers try again."""
         self.budget.shrink(session, length)
         self.wake()
 
-    def release(self, session: bytes) -> None:
+    def release(self, session: Hashable) -> None:
         """See `CacheBudget.release`; waiting callers try again."""
         self.budget.release(session)
         self.wake()

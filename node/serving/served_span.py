@@ -30,9 +30,11 @@ from node.serving.executor.engine import Engine, EngineSpan
 from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
 from node.serving.forward_backward import ForwardBackwardListener, HeldActivations, PeekStream
 from node.serving.memory import Precision
+from node.serving.sessions.frame_rates import FrameBudget, FrameRates
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Listener
 from node.serving.sessions.push import Sender
+from node.serving.sessions.push_reader import read_pushes
 from node.serving.span_admission import SpanAdmission
 from routing.blocks import Blocks
 from routing.names import PeerId, Revision
@@ -306,6 +308,10 @@ class StreamDispatch:
     limits: Limits
     served_span: ServedSpan | None = None
     leaving: ServedSpan | None = None
+    _frames: FrameBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._frames = FrameBudget(FrameRates(self.limits), lambda _: 0)
 
     @property
     def served_spans(self) -> tuple[ServedSpan, ...]:
@@ -336,14 +342,8 @@ class StreamDispatch:
         return None
 
     async def serve_push(self, stream: FrameStream) -> None:
-        """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault.
-
-        A step of a session that has ended is dropped.
-        """
-        while (frame := await stream.receive()) is not None:
-            for served_span in self.served_spans:
-                if await served_span.listener.take_push(frame, stream.peer):
-                    break
+        """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
+        await read_pushes(stream, lambda: [span.listener for span in self.served_spans], self._frames)
 
     async def _refuse(self, stream: FrameStream) -> None:
         if await stream.receive(self.limits.frame_start_seconds) is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
@@ -51,6 +52,7 @@ from tensor_codec.span_spec import SpanSpec
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
 PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
+OWNER_BYTES = 8  # of an owner's tag: too many to find another peer id with that tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,7 @@ class Step:
     body: [batch, tokens, hidden] in the contract's codec.
     epoch: of its route.  bulk: it does not travel with other sessions' single tokens.
     rope_length, rows: see `StepRange`.
+    owner: tag of the peer that opened the session, on the way from hop to hop: `step_session` reads it.
     """
 
     session: bytes
@@ -187,6 +190,7 @@ class Step:
     bulk: bool = False
     rope_length: int = 0
     rows: tuple[int, ...] = ()
+    owner: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,12 +376,24 @@ def encode_step(message: Step) -> list[Buffer]:
         fields["l"] = message.rope_length
     if message.rows:
         fields["w"] = encode_rows(message.rows)
+    if message.owner:
+        fields["o"] = message.owner
     return [pack_header(fields), message.body]
 
 
-def step_session(message: Message) -> bytes:
-    """The session of a Step: it is read against that session's contract."""
-    return message.header.binary("s", SESSION_ID_BYTES)
+def owner_tag(owner: str) -> bytes:
+    """The tag of a session's owner: two peers may have sessions under one id, fed by the same hop."""
+    return sha256(b"raceme-owner-1\0" + owner.encode()).digest()[:OWNER_BYTES]
+
+
+def step_session(message: Message) -> tuple[bytes, bytes]:
+    """The session of a Step, and its owner's tag, b"" where the sender gives none.
+
+    The rest is read against that session's contract.
+    """
+    header = message.header
+    owner = header.binary("o", OWNER_BYTES) if "o" in header.names else b""
+    return header.binary("s", SESSION_ID_BYTES), owner
 
 
 def step_epoch(message: Message) -> int:

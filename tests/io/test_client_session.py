@@ -543,7 +543,11 @@ async def test_the_same_over_the_networks_own_framed_streams(autojump_clock):
         async def dial(me, to, protocol):
             ours, theirs = memory_framed_pair(protocol=protocol, peers=(me, to))
             listener = world.nodes[to].listener
-            serve = listener.serve_session if protocol == SESSION_PROTOCOL else partial(serve_push, listener)
+            serve = (
+                listener.serve_session
+                if protocol == SESSION_PROTOCOL
+                else partial(serve_push, listener, frames=world.frames)
+            )
 
             async def handle():
                 await serve(theirs)

@@ -35,6 +35,7 @@ from tensor_codec.messages.session import (
     encode_resume,
     encode_step,
     encode_where,
+    owner_tag,
 )
 from tensor_codec.span_spec import SpanSpec
 from tests.fakes_serving import CLIENT, HIDDEN, RawClient, World, some_hidden, swarm, until, whole_model
@@ -173,19 +174,163 @@ async def test_a_step_for_which_there_is_no_page_is_refused_and_the_session_goes
         node.assert_idle()
 
 
-async def test_a_session_whose_id_is_taken_is_a_fault_and_the_first_one_goes_on(autojump_clock):
+async def test_a_session_that_its_client_opens_twice_is_refused_and_the_first_one_goes_on(autojump_clock):
     async with swarm() as world:
         node = world.add("a", 0, 4)
         first, _ = await RawClient.open(world, "a")
-        thief = await world.dial(PeerId("thief"), PeerId("a"), first.stream.protocol)
-        await thief.send(encode_open(first.opened))
-        with pytest.raises(PeerGone, match="reset"):
-            await thief.receive(30.0)
-        await thief.aclose()
-        assert node.faults == {"thief MessageError": 1}
+        second, told = await RawClient.open(world, "a")
+        assert isinstance(told, Failed)
+        assert (told.code, told.retry_after_seconds) == ("too_many", 1.0)
+        assert await second.receive(world) is None, "the stream is closed, not reset"
+        await second.stream.aclose()
+        assert node.faults == {}
         await first.stream.send(step(0, 0))
         assert torch.equal(values(await first.receive(world)), expected(4, 1))
         await end(first)
+
+
+async def test_a_peer_that_opens_an_id_that_it_has_heard_of_takes_nothing_from_its_owner(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4, tokens=10**6)
+        thief, answer = await RawClient.open(world, "a", "thief")
+        assert isinstance(answer, Opened)
+        owner, answer = await RawClient.open(world, "a")
+        assert isinstance(answer, Opened), "the id is the owner's own, whoever else uses it"
+        for client, tokens in ((owner, 3), (thief, 5)):
+            await client.stream.send(step(0, 0, tokens))
+            assert torch.equal(values(await client.receive(world)), expected(4, tokens))
+        await end(thief)
+        await trio.testing.wait_all_tasks_blocked()
+        await owner.stream.send(step(1, 3))
+        assert isinstance(await owner.receive(world), Result)
+        await end(owner)
+        assert node.faults == {}
+
+
+async def test_of_two_sessions_with_one_id_and_one_hop_before_each_gets_its_own_steps(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        thief, _ = await RawClient.open(world, "a", "thief", predecessor="before")
+        owner, _ = await RawClient.open(world, "a", predecessor="before")
+        pusher = await world.dial(PeerId("before"), PeerId("a"), PUSH_PROTOCOL)
+        await pusher.send(step(0, 0, 3, owner=owner_tag(CLIENT)))
+        assert torch.equal(values(await owner.receive(world)), expected(4, 3))
+        await pusher.send(step(0, 0, 2, owner=owner_tag("thief")))
+        assert torch.equal(values(await thief.receive(world)), expected(4, 2))
+        await end(thief)
+        await trio.testing.wait_all_tasks_blocked()
+        await pusher.send(step(1, 3))  # as a hop of an earlier version sends it
+        assert isinstance(await owner.receive(world), Result)
+        await end(owner)
+        await pusher.aclose()
+        assert node.faults == {}
+
+
+# Messages without work.
+
+
+async def test_a_client_that_asks_where_without_end_is_at_fault_and_one_that_asks_often_is_not(
+    autojump_clock,
+):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        for _ in range(60):
+            await client.stream.send(encode_where())
+            assert isinstance(await client.receive(world), Here)
+            await trio.sleep(0.1)
+        told: object = None
+        asked = 0
+        while asked < 200 and (not asked or isinstance(told, Here)):
+            asked += 1
+            with suppress(PeerGone):
+                await client.stream.send(encode_where())
+            told = await client.receive(world)
+        assert asked - 1 <= 1.2 * LIMITS.where_per_second * LIMITS.frame_burst_seconds
+        assert isinstance(told, Failed)
+        assert told.code == "protocol"
+        assert node.faults == {"client RemoteProtocolError": 1}
+        await client.stream.aclose()
+
+
+async def test_a_client_that_changes_the_route_without_end_is_at_fault(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        for epoch in range(1, 100):
+            with suppress(PeerGone):
+                await client.stream.send(encode_relink(Relink(epoch)))
+            told = await client.receive(world)
+            if not isinstance(told, Relinked):
+                break
+        assert epoch <= 1.2 * LIMITS.relinks_per_second * LIMITS.frame_burst_seconds + 1
+        assert isinstance(told, Failed)
+        assert told.code == "protocol"
+        assert node.faults == {"client RemoteProtocolError": 1}
+        await client.stream.aclose()
+
+
+@pytest.mark.parametrize("what", ["unknown", "old route", "of another feeder"])
+async def test_steps_that_no_session_wants_cost_their_pusher_its_stream(what, autojump_clock):
+    async with swarm() as world, fed_session(world) as (client, pusher, node):
+        if what == "old route":
+            await client.stream.send(encode_relink(Relink(5, predecessor="before")))
+            assert isinstance(await client.receive(world), Relinked)
+        elif what == "of another feeder":
+            pusher = await world.dial(PeerId("other"), PeerId("a"), PUSH_PROTOCOL)
+        session = b"gone" * 4 if what == "unknown" else bytes(16)
+        sent = 0
+        with suppress(PeerGone):
+            for sent in range(10_000):
+                await pusher.send(step(0, 0, session=session))
+                if not sent % 10:
+                    await trio.testing.wait_all_tasks_blocked()
+        assert sent <= 1.1 * LIMITS.idle_steps_per_second * LIMITS.frame_burst_seconds
+        assert node.faults[f"{'other' if what == 'of another feeder' else 'before'} RemoteProtocolError"] == 1
+        await pusher.aclose()
+        if what != "old route":
+            fresh = await world.dial(PeerId("before"), PeerId("a"), PUSH_PROTOCOL)
+            await fresh.send(step(0, 0, 3))
+            assert torch.equal(values(await client.receive(world)), expected(4, 3))
+            await fresh.aclose()
+
+
+async def test_a_step_repeated_without_end_is_the_clients_fault(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        client, _ = await RawClient.open(world, "a")
+        told: object = None
+        sent = 0
+        while sent < 10_000 and (not sent or isinstance(told, Result)):
+            sent += 1
+            await client.stream.send(step(0, 0))
+            told = await client.receive(world)
+        assert sent - 1 <= 1.25 * LIMITS.idle_steps_per_second * LIMITS.frame_burst_seconds
+        assert isinstance(told, Failed)
+        assert told.code == "protocol"
+        assert len(node.span.steps) == 1
+        await client.stream.aclose()
+
+
+async def test_steps_that_were_on_their_way_when_a_session_ended_are_nobodys_fault(autojump_clock):
+    async with (
+        swarm(Limits(idle_steps_per_second=0.5)) as world,
+        fed_session(world) as (client, pusher, node),
+    ):
+        await pusher.send(step(0, 0, 3))
+        assert isinstance(await client.receive(world), Result)
+        await end(client)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(1, 20):
+            await pusher.send(step(number, number + 2))
+            await trio.testing.wait_all_tasks_blocked()
+        assert node.faults == {}
+        await trio.sleep(61)
+        with suppress(PeerGone):
+            for number in range(20, 40):
+                await pusher.send(step(number, number + 2))
+                await trio.testing.wait_all_tasks_blocked()
+        assert node.faults == {"before RemoteProtocolError": 1}
 
 
 @pytest.mark.parametrize("frame", [b"", b"garbage", b"\x00\x00", bytes(5000), b"\xff" * 100])
@@ -293,7 +438,7 @@ async def test_a_step_that_may_not_come_ends_the_session_and_touches_nothing(wha
         client, _ = await RawClient.open(world, "a")
         await client.stream.send(step(0, 0, 3))
         await client.receive(world)
-        cache: Any = next(iter(node.listener._sessions.values())).cache
+        cache: Any = next(iter(node.listener._sessions.all())).cache
         before = {block: given.clone() for block, given in cache.given.items()}
         await client.stream.send(frame)
         told = await client.receive(world)

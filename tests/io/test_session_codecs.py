@@ -217,7 +217,7 @@ async def test_the_codec_is_that_of_the_hops_that_were_opened_not_of_those_that_
         assert [hop.peer for hop in session.chain.hops] == ["A", "b", "C"]
         assert session.route.contract.codec == codec
         contracts = {
-            hop.contract.codec for node in world.nodes.values() for hop in node.listener._sessions.values()
+            hop.contract.codec for node in world.nodes.values() for hop in node.listener._sessions.all()
         }
         assert contracts == {codec}
         expected = Expected(b=opened is NARROW)

@@ -75,7 +75,7 @@ async def serve(listener: Listener, protocol: str, stream: FramedStream) -> None
     if protocol == SESSION_PROTOCOL:
         await listener.serve_session(stream)
     else:
-        await serve_push(listener, stream)
+        await serve_push(listener, stream, listener._frames)
 
 
 def left_over(listener: Listener) -> list[str]:
@@ -86,7 +86,7 @@ def left_over(listener: Listener) -> list[str]:
         "tokens of pages": budget.tokens // budget.page_tokens * budget.page_tokens - budget.free_tokens,
         "waiting steps": listener.engine.batcher.waiting,
         "links": len(listener._links._links),
-        "session ids": len(listener._places),
+        "session ids": len(listener._sessions.places),
         "tokens of journals": listener._journals.held,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]

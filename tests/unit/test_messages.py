@@ -75,6 +75,7 @@ from tensor_codec.messages.session import (
     encode_resume,
     encode_step,
     encode_where,
+    owner_tag,
     read_step,
     step_epoch,
     step_session,
@@ -289,7 +290,9 @@ def test_a_hop_says_whether_it_can_reorder_rows():
 def test_a_step_is_read_for_its_session_and_epoch_before_its_contract_is_known():
     step = Step(ID, 3, 4, "last", bytes(ROW), epoch=9)
     message = read_message(joined(encode_step(step)), frozenset({"step"}))
-    assert (step_session(message), step_epoch(message)) == (ID, 9)
+    assert (step_session(message), step_epoch(message)) == ((ID, b""), 9)
+    message = read_message(joined(encode_step(replace(step, owner=owner_tag("a")))), frozenset({"step"}))
+    assert step_session(message) == (ID, owner_tag("a"))
     first = read_message(joined(encode_step(replace(step, epoch=0))), frozenset({"step"}))
     assert step_epoch(first) == 0
     for size in (15, 17):

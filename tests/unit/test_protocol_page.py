@@ -45,7 +45,7 @@ ROW = bytes(CONTRACT.row_bytes)
 SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
 RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1)
 PROMPTS = ROW + ROW  # of two blocks
-STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9, (0,))
+STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9, (0,), bytes(8))
 INFO = info.PeerInfo(
     "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0"
 )

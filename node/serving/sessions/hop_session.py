@@ -18,7 +18,10 @@ from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.messages.contract import CODEC_BYTES, Contract
-from tensor_codec.messages.session import Relink, Step
+from tensor_codec.messages.session import Relink, Step, owner_tag
+
+# The tag of a session's owner (`owner_tag`), and its id.  An id alone is no secret: others may open it too.
+SessionKey = tuple[bytes, bytes]
 
 
 class FrameStream(Protocol):
@@ -27,6 +30,10 @@ class FrameStream(Protocol):
     @property
     def peer(self) -> PeerId:
         """The authenticated peer at the other end."""
+
+    @property
+    def prefix(self) -> str:
+        """The network prefix of the peer's address; "" where it has none."""
 
     async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
         """Send one frame; raises SlowPeer or PeerGone."""
@@ -87,7 +94,7 @@ class HopSession:
 
     scope: of the session's tasks.  busy: a step is being computed or passed on.  active_at: trio's clock.
     end_reason: why the session ended, if not by its client's wish.
-    prompts: deep prompts, [blocks, positions, hidden]; None without them.
+    prompts: deep prompts, [blocks, positions, hidden]; None without them.  key: of its client alone.
     """
 
     contract: Contract
@@ -103,7 +110,11 @@ class HopSession:
     active_at: float = 0.0
     end_reason: PeerFault | Refused | None = None
     prompts: Tensor | None = None
+    key: SessionKey = field(init=False)
     _interruptible: trio.CancelScope | None = None
+
+    def __post_init__(self) -> None:
+        self.key = owner_tag(self.stream.peer), self.contract.session
 
     def prompts_at(self, position: int) -> Tensor | None:
         """The prompts for a step from `position` on; None where there are none or they end before it."""

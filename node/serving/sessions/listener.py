@@ -21,10 +21,19 @@ from node.model.blocks.kv_pages import BlockShape
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
-from node.serving.sessions.hop_session import FrameStream, HopSession, KeptOutputs, SessionCache, SessionRoute
+from node.serving.sessions.frame_rates import FrameBudget, FrameRates
+from node.serving.sessions.hop_session import (
+    FrameStream,
+    HopSession,
+    KeptOutputs,
+    SessionCache,
+    SessionKey,
+    SessionRoute,
+)
 from node.serving.sessions.inbox import Inbox
 from node.serving.sessions.prompt_budget import PromptBudget
 from node.serving.sessions.push import Outlet, PushLinks, Sender
+from node.serving.sessions.session_table import Place, SessionTable
 from node.serving.sessions.state import ServerSession
 from node.serving.sessions.worker import HopWorker, send_to_client
 from node.serving.span_admission import LEAVING, SpanAdmission
@@ -51,11 +60,14 @@ from tensor_codec.messages.session import (
     check_prompts,
     decode_open,
     encode_opened,
+    owner_tag,
     read_step,
     step_epoch,
     step_session,
 )
 from tensor_codec.row_order import MAX_ORDERED_ROWS
+
+OPEN_AGAIN_SECONDS = 1.0  # until a session that was given up has ended
 
 
 class CachePool(Protocol):
@@ -66,15 +78,6 @@ class CachePool(Protocol):
 
     def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
         """Have stores for the blocks from `start` on, one for each shape."""
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    """The owner of a session id, from the moment it waits for pages.  epoch: of the route at its opening."""
-
-    peer: PeerId
-    epoch: int
-    opening: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
 @dataclass(slots=True)
@@ -94,8 +97,8 @@ class Listener:
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
     journal_tokens: int | None = None
-    _sessions: dict[bytes, HopSession] = field(default_factory=dict)
-    _places: dict[bytes, _Place] = field(default_factory=dict)  # of sessions, those too that wait for pages
+    _sessions: SessionTable = field(default_factory=SessionTable)
+    _frames: FrameBudget = field(init=False)
     _links: PushLinks = field(init=False)
     _cache_admission: CacheAdmission = field(init=False)
     _journals: JournalBudget = field(init=False)
@@ -108,6 +111,7 @@ class Listener:
         self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
         self._journals = JournalBudget(tokens)
+        self._frames = FrameBudget(FrameRates(self.limits), self._sessions.count_of)
 
     @property
     def session_count(self) -> int:
@@ -121,10 +125,11 @@ class Listener:
             return
         opened = decode_open(frame)
         del frame  # with its prompts it is large
+        key = owner_tag(stream.peer), opened.session
         try:
-            await self._end_earlier(stream.peer, opened)
-            self._check(stream.peer, opened)
-            place = self._places[opened.session] = _Place(stream.peer, opened.epoch)
+            await self._end_earlier(key, opened)
+            self._check(stream.peer, key, opened)
+            place = self._sessions.places[key] = Place(opened.epoch)
             try:
                 holding = (
                     self._prompts.hold(stream.peer, len(opened.body)) if opened.prompts else nullcontext()
@@ -132,37 +137,39 @@ class Listener:
                 with place.opening, holding:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
-                    await self._cache_admission.admit(
-                        opened.session, stream.peer, opened.batch, opened.max_length
-                    )
+                    await self._cache_admission.admit(key, stream.peer, opened.batch, opened.max_length)
                     with self._place(stream, opened, prompts) as hop:
                         await self._run(hop)
             finally:
-                del self._places[opened.session]
+                del self._sessions.places[key]
                 self._notify_session_ended()
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
 
     async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
-        """One step that `peer` pushes; False where there is no such session.  Raises PeerFault."""
+        """One step that `peer` pushes; False where it is of no session that goes on.  Raises PeerFault."""
         message = read_message(frame, frozenset({"step"}))
-        hop = self._sessions.get(step_session(message))
-        if hop is None:
-            return False  # it ended while the step travelled
-        if not hop.scope.cancel_called:
-            await self._take(message, hop, peer)
-        return True
+        session, owner = step_session(message)
+        named = self._sessions.by_id.get(session, ())
+        for hop in named:
+            if hop.feeder == peer and (not owner or owner == hop.key[0]):
+                return await self._take(message, hop, peer)
+        if self._sessions.ended.forgives(peer, session, trio.current_time()):
+            return True  # it ended while the step travelled
+        # A hop that has been replaced, a thief, or a client that opened its two hops differently.
+        # The stream goes on: it serves other sessions too.
+        epoch = step_epoch(message)
+        if any(epoch == hop.route.epoch and owner in (hop.key[0], b"") for hop in named):
+            self.faults.add(peer, MessageError("a step of a session that another peer feeds"))
+        return False
 
-    async def _take(self, message: Message, hop: HopSession, peer: PeerId) -> None:
-        if hop.feeder != peer:
-            # A hop that has been replaced, a thief, or a client that opened its two hops differently.
-            # The stream goes on: it serves other sessions too.
-            if step_epoch(message) == hop.route.epoch:
-                self.faults.add(peer, MessageError("a step of a session that another peer feeds"))
-            return
+    async def _take(self, message: Message, hop: HopSession, peer: PeerId) -> bool:
+        """Whether the step is of the session's present route."""
+        if hop.scope.cancel_called:
+            return True  # it ends just now
         try:
             if step_epoch(message) != hop.route.epoch:
-                return  # it took an older route, perhaps with another codec
+                return False  # it took an older route, perhaps with another codec
             step = read_step(message, hop.contract)
             if step.bulk:
                 await hop.put_when_it_fits(step, peer)
@@ -170,6 +177,7 @@ class Listener:
                 hop.put(step, peer)
         except (MessageError, RemoteProtocolError) as fault:
             self._worker(hop).end_for(fault, peer)
+        return True
 
     async def drain(self) -> None:
         """Take no new session, and let the clients of open sessions move elsewhere.  Bounded.
@@ -178,14 +186,14 @@ class Listener:
         `drain_idle_seconds`, or `drain_seconds` are over.
         """
         self.admission.drain()
-        await self._hand_over(lambda: list(self._sessions.values()))
+        await self._hand_over(self._sessions.all)
 
     async def hand_over_others(self) -> None:
         """Let sessions of blocks that are served no longer move elsewhere, as `drain` does."""
 
         def others() -> list[HopSession]:
             served = self.admission.spec.blocks
-            held = ((hop, Blocks(hop.contract.start, hop.contract.stop)) for hop in self._sessions.values())
+            held = ((hop, Blocks(hop.contract.start, hop.contract.stop)) for hop in self._sessions.all())
             return [hop for hop, blocks in held if not served.contains(blocks)]
 
         await self._hand_over(others)
@@ -209,16 +217,16 @@ class Listener:
             while which():
                 await self._session_ended.wait()
 
-    async def _end_earlier(self, peer: PeerId, opened: Open) -> None:
+    async def _end_earlier(self, key: SessionKey, opened: Open) -> None:
         """End the earlier session of a client that comes back, in a later epoch, to a hop it gave up."""
-        place, earlier = self._places.get(opened.session), self._sessions.get(opened.session)
-        if place is None or place.peer != peer:
+        place, earlier = self._sessions.places.get(key), self._sessions.by_key.get(key)
+        if place is None:
             return
         if opened.epoch <= (place.epoch if earlier is None else earlier.route.epoch):
             return
         place.opening.cancel()
         with trio.move_on_after(self.limits.cache_wait_seconds):
-            while self._places.get(opened.session) is place:
+            while self._sessions.places.get(key) is place:
                 await self._session_ended.wait()
 
     def _notify_session_ended(self) -> None:
@@ -226,7 +234,9 @@ class Listener:
         self._session_ended = trio.Event()
 
     def _worker(self, hop: HopSession) -> HopWorker:
-        return HopWorker(hop, self.engine, self._cache_admission, self._journals, self.faults, self.limits)
+        return HopWorker(
+            hop, self.engine, self._cache_admission, self._journals, self.faults, self.limits, self._frames
+        )
 
     async def _prompts_of(self, opened: Open) -> Tensor:
         """The deep prompts of a session, checked in the torch thread.  Raises BadResult."""
@@ -249,7 +259,7 @@ class Listener:
     @contextmanager
     def _place(self, stream: FrameStream, opened: Open, prompts: Tensor | None) -> Iterator[HopSession]:
         """An admitted session, until it ends.  Raises Refused, MessageError."""
-        contract = self._contract(opened)
+        contract, key = self._contract(opened), (owner_tag(stream.peer), opened.session)
         cache = self.pool.open(opened.batch, opened.max_length)
         try:
             self._check_still_served(opened)  # it may have waited since it was checked
@@ -265,20 +275,19 @@ class Listener:
                 active_at=trio.current_time(),
                 prompts=prompts,
             )
-            self._sessions[opened.session] = hop
-            yield hop
+            with self._sessions.holding(hop):
+                yield hop
         finally:
-            self._sessions.pop(opened.session, None)
             self.engine.before_next(cache.close)  # a batch may still be computing with its pages
-            self._cache_admission.release(opened.session)
-            self._journals.close(opened.session)
+            self._cache_admission.release(key)
+            self._journals.close(key)
 
-    def _check(self, peer: PeerId, opened: Open) -> None:
+    def _check(self, peer: PeerId, key: SessionKey, opened: Open) -> None:
         """Check an Open against the served span.  Raises Refused, MessageError."""
         served = self.admission.spec
         self.admission.check_open()
-        if opened.session in self._places:
-            raise MessageError("a session with this id is open already")
+        if key in self._sessions.places:
+            raise TooManyStreams("a session of yours with this id is open already", OPEN_AGAIN_SECONDS)
         self.admission.admits(opened.spec)
         if opened.prompts:
             check_prompts(opened, served.hidden)
@@ -290,7 +299,7 @@ class Listener:
                 f"one position of {opened.batch} rows takes {position} bytes, a frame of"
                 f" {self.limits.max_frame_bytes} has no room for it (--max-frame-bytes)"
             )
-        mine = sum(1 for hop in self._sessions.values() if hop.stream.peer == peer)
+        mine = self._sessions.count_of(peer)
         if mine >= self.limits.max_sessions_per_peer:
             raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)
 

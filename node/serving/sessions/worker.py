@@ -15,6 +15,7 @@ import trio
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission
 from node.serving.executor.engine import Answer, Engine, NotFinite
+from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import HopSession, SessionCache
 from node.serving.sessions.inbox import Arrived
 from node.serving.sessions.state import Compute
@@ -47,7 +48,10 @@ REPLAY_BYTES = 1 << 20  # of one part of a replay: small enough for hops to work
 
 @dataclass(slots=True)
 class HopWorker:
-    """Serves one session.  admission: to the caches of all; journals: of all; faults: of peers, counted."""
+    """Serves one session.
+
+    admission: to the caches of all; journals: of all; faults: of peers, counted; frames: those without work.
+    """
 
     hop: HopSession
     engine: Engine
@@ -55,6 +59,7 @@ class HopWorker:
     journals: JournalBudget
     faults: Faults
     limits: Limits
+    frames: FrameBudget
 
     async def run(self) -> None:
         """Serve until the client, a deadline or a fault ends the session; then tell the client."""
@@ -84,11 +89,11 @@ class HopWorker:
     def _open_or_close_journal(self) -> None:
         kept, contract, sends_on = self.hop.kept, self.hop.contract, self.hop.route.sends_on
         if kept.journal is not None and not sends_on:
-            self.journals.close(contract.session)
+            self.journals.close(self.hop.key)
             kept.journal = None
         if kept.journal is None and sends_on:
             kept.journal = self.journals.open(
-                contract.session, contract.batch, contract.row_bytes, contract.max_length
+                self.hop.key, contract.batch, contract.row_bytes, contract.max_length
             )
 
     def end_for(self, fault: PeerFault, sender: str) -> None:
@@ -121,12 +126,18 @@ class HopWorker:
                     hop.put(message, hop.stream.peer)
                 elif message.epoch == hop.route.epoch:
                     raise RemoteProtocolError("a step from the client, where another hop sends them")
+                if message.epoch != hop.route.epoch:
+                    await self.frames.spend("idle step", hop.stream)
             case Relink():
+                await self.frames.spend("relink", hop.stream)
                 hop.relink(message)
             case Resume():
                 if message.epoch == hop.route.epoch:
                     hop.inbox.order(message)
+                else:
+                    await self.frames.spend("relink", hop.stream)
             case Where():
+                await self.frames.spend("where", hop.stream)
                 step = hop.state.last[0] if hop.state.last is not None else None
                 here = Here(hop.state.length, len(hop.inbox) + hop.busy, step)
                 await send_to_client(hop, encode_here(here))
@@ -205,7 +216,7 @@ class HopWorker:
             kept.journal.append(start, stop - start, body, rope_length)
             await trio.lowlevel.checkpoint()  # a long one takes milliseconds
         kept.journal.adopt_orders(old)
-        self.journals.replace(contract.session, kept.journal)
+        self.journals.replace(self.hop.key, kept.journal)
 
     async def _resume(self, order: Resume) -> None:
         """Go on in a new epoch: cut, and send the outputs again that the successor lacks.
@@ -238,7 +249,7 @@ class HopWorker:
         """Forget positions from `length` on, those of an interrupted step too."""
         hop = self.hop
         self.engine.before_next(partial(_cut_cache, hop.cache, length))
-        self.admission.shrink(hop.contract.session, length)
+        self.admission.shrink(hop.key, length)
         if hop.kept.journal is not None:
             self.journals.cut(hop.kept.journal, length)
 
@@ -255,6 +266,8 @@ class HopWorker:
         answer = hop.kept.answer
         if isinstance(decision, Compute):
             answer = await self._compute(step, decision, contract)
+        else:
+            await self.frames.spend("idle step", hop.stream)
         if answer is not None and step.epoch == hop.route.epoch:
             with hop.interruptible():
                 await self._pass_on(arrived, what, answer)
@@ -302,7 +315,7 @@ class HopWorker:
         hop, what = self.hop, decision.what
         if hop.cache.length > what.position:
             self._cut(what.position)
-        await self.admission.grow(hop.contract.session, what.position + what.tokens)
+        await self.admission.grow(hop.key, what.position + what.tokens)
         if decision.reorder and decision.step is not None:
             hop.state.reordered(decision)
             self.engine.before_next(partial(hop.cache.select, what.rows))
@@ -320,7 +333,7 @@ class HopWorker:
             position = what.position if hop.route.relay else what.reply_position
             await self._answer(Result(step.step, position, answer.body, timings, hop.route.epoch))
         else:
-            onward = replace(step, body=answer.body, timings=timings)
+            onward = replace(step, body=answer.body, timings=timings, owner=hop.key[0])
             await self._push(onward, bulk=step.bulk)
 
     async def _pass_on_replay(
@@ -341,7 +354,10 @@ class HopWorker:
     ) -> None:
         hop, session = self.hop, self.hop.contract.session
         if hop.route.successor is not None:
-            step = Step(session, 0, start, "replay", body, timings, hop.route.epoch, True, rope_length)
+            epoch = hop.route.epoch
+            step = Step(
+                session, 0, start, "replay", body, timings, epoch, True, rope_length, owner=hop.key[0]
+            )
             await self._push(step, bulk=True)
         else:
             await self._answer(Result(0, start, body, timings, hop.route.epoch, True, rope_length))
