@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from tensor_codec.errors import FrameError, LocalProtocolError
 
@@ -41,58 +42,99 @@ class FrameDecoder:
       * any split of the same bytes gives the same frames;
       * a length above `max_frame` is refused on sight of its prefix, before its bytes are waited for;
       * nothing but FrameError is raised, and after it every later call raises it again;
-      * at most one frame, and the rest of the read that ended it, is held.
+      * memory grows with the bytes that came in, not with the length that was announced.
 
-    max_frame: largest payload accepted, in bytes.
+    max_frame: largest payload accepted, in bytes.  It may change: it holds for the frames not taken yet.
+    ended: whether the bytes ended, between two frames.
     """
 
     max_frame: int
+    ended: bool = field(default=False, init=False)
     _buffer: bytearray = field(default_factory=bytearray)
+    _unwanted: int = 0  # bytes still to come of a frame that is not wanted
     _broken: str | None = None
 
     @property
     def in_frame(self) -> bool:
-        """Whether a frame has begun and is not whole."""
-        return bool(self._buffer)
+        """Whether bytes of a frame have come that was not taken yet."""
+        return bool(self._buffer or self._unwanted)
+
+    @property
+    def held(self) -> int:
+        """Bytes held: of frames that were not taken yet."""
+        return len(self._buffer)
+
+    @property
+    def size(self) -> int | None:
+        """Payload bytes of the next frame, as announced; None before its prefix has come."""
+        if len(self._buffer) < PREFIX_BYTES:
+            return None
+        return int(_PREFIX.unpack_from(self._buffer)[0])
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes still to come for the frame that has begun (0 if its length is not known yet)."""
-        if len(self._buffer) < PREFIX_BYTES:
-            return 0
-        return PREFIX_BYTES + int(_PREFIX.unpack_from(self._buffer)[0]) - len(self._buffer)
+        """Bytes still to come for the next frame; 0 if its length is not known yet, or if it is whole."""
+        size = self.size
+        return self._unwanted if size is None else max(0, PREFIX_BYTES + size - len(self._buffer))
+
+    def add(self, data: Buffer) -> None:
+        """Add received bytes.  Raises FrameError if an earlier call did."""
+        if self._broken is not None:
+            raise FrameError(self._broken)
+        if self._unwanted:
+            passed = min(self._unwanted, len(data))
+            self._unwanted -= passed
+            data = memoryview(data)[passed:]
+        self._buffer += data
+
+    def take(self) -> bytearray | None:
+        """The next frame, in memory of its own; None if it is not whole.  Raises FrameError."""
+        if self._broken is not None:
+            raise FrameError(self._broken)
+        buffer = self._buffer
+        held = len(buffer)
+        if held < PREFIX_BYTES:
+            return None
+        size = int(_PREFIX.unpack_from(buffer)[0])
+        if size > self.max_frame:
+            self._fail(f"a frame of {size} bytes was announced, {self.max_frame} are allowed")
+        end = PREFIX_BYTES + size
+        if end > held:
+            return None
+        if end == held:  # the usual case, without a copy
+            self._buffer = bytearray()
+            del buffer[:PREFIX_BYTES]
+            return buffer
+        frame = buffer[PREFIX_BYTES:end]
+        del buffer[:end]
+        return frame
 
     def feed(self, data: Buffer) -> list[bytearray]:
-        """Add received bytes; return every frame now complete, each in memory of its own.
-
-        Raises FrameError.
-        """
-        if self._broken is not None:
-            raise FrameError(self._broken)
-        self._buffer += data
+        """Add received bytes; return every frame now complete.  Raises FrameError."""
+        self.add(data)
         frames: list[bytearray] = []
-        begin, held = 0, len(self._buffer)
-        while held - begin >= PREFIX_BYTES:
-            size = int(_PREFIX.unpack_from(self._buffer, begin)[0])
-            if size > self.max_frame:
-                self._fail(f"a frame of {size} bytes was announced, {self.max_frame} are allowed")
-            end = begin + PREFIX_BYTES + size
-            if end > held:
-                break
-            frames.append(self._buffer[begin + PREFIX_BYTES : end])
-            begin = end
-        if begin:
-            del self._buffer[:begin]
+        while (frame := self.take()) is not None:
+            frames.append(frame)
         return frames
 
+    def beginning(self, max_bytes: int) -> bytes:
+        """The first bytes of the next frame's payload, as far as they are here."""
+        return bytes(self._buffer[PREFIX_BYTES : PREFIX_BYTES + max_bytes])
+
+    def discard(self) -> None:
+        """Drop the frame that has begun and is not whole: its further bytes pass by."""
+        self._unwanted = self.missing_bytes
+        self._buffer.clear()
+
     def close(self) -> None:
-        """Say that no more bytes will come.  Raises FrameError if they end inside a frame."""
+        """Say that no more bytes will come, with all frames taken.  Raises FrameError inside a frame."""
         if self._broken is not None:
             raise FrameError(self._broken)
-        if self._buffer:
+        if self.in_frame:
             self._fail(f"the stream ended inside a frame, {len(self._buffer)} bytes into it")
+        self.ended = True
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         self._broken = reason
         self._buffer.clear()
         raise FrameError(reason)

@@ -46,11 +46,19 @@ class Limits:
     dial_seconds: float = 5.0
     tcp_user_timeout_seconds: float = 10.0  # the kernel's own default is a quarter of an hour
     max_unread_bytes_per_connection: int = 8 * MIB
+    # Frames above 128 KiB that arrive; smaller ones wait unread in their stream's window
+    large_bytes_per_connection: int = 4 * MIB  # those up to 1 MiB; larger ones come one at a time
+    max_large_frames: int = 32  # of all peers, in frames of `max_frame_bytes`: 512 MiB
 
     # Streams
     max_streams_per_connection: int = 80
     max_streams_per_peer: int = 80  # a session each, and the directory's
     max_streams: int = 512
+    # py-libp2p's own protocols: Kademlia, identify, ping
+    libp2p_stream_seconds: float = 10.0  # of one stream, for all its questions
+    max_libp2p_bytes_per_stream: int = 64 * KIB  # that the peer sends; twenty peers with addresses take 16
+    max_libp2p_streams_per_peer: int = 2  # of each protocol
+    max_libp2p_streams: int = 8  # of each, all peers; py-libp2p's Kademlia stops at 12
 
     # Sessions
     max_sessions_per_peer: int = 64  # a client process may be a gateway; what they hold is bounded below
@@ -90,6 +98,7 @@ class Limits:
     max_records: int = 10_000
     records_per_peer_per_second: float = 100.0  # verified at 0.3 to 0.6 ms each: 3 to 6 % of a core
     records_per_peer_burst: int = 10_000  # one whole view at the opening
+    records_idle_seconds: float = 90.0  # every server is heard of three times in it
     record_ttl_seconds: float = 90.0
     announce_seconds: float = 30.0
 

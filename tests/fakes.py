@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
+from node.network.budgets.large_frames import LargeFrames
 from node.network.streams import FramedStream
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity, identity_of
@@ -84,10 +85,11 @@ async def connection_pair(
     links: tuple[MemoryLink, MemoryLink] | None = None,
     on_stream: Callable[[MuxedStream], None] | None = None,
     on_fault: Callable[[PeerFault], None] | None = None,
+    large_frames: LargeFrames | None = None,
 ) -> AsyncIterator[tuple[Connection, Connection]]:
     """Alice's connection to Bob, dialled by Alice, and Bob's to her, both running.
 
-    limits, on_stream, on_fault: of Bob.
+    limits, on_stream, on_fault, large_frames: of Bob.
     """
     to_bob, to_alice = links or memory_link_pair()
     connections: list[Connection] = []
@@ -98,7 +100,9 @@ async def connection_pair(
 
     async def accept() -> None:
         channel = await Upgrade(BOB, None, Limits()).inbound(to_alice)
-        connections.append(Connection(channel, limits, on_stream=on_stream, on_fault=on_fault))
+        connections.append(
+            Connection(channel, limits, on_stream=on_stream, on_fault=on_fault, large_frames=large_frames)
+        )
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dial)

@@ -147,6 +147,7 @@ class FakeHost:
         self.faults = Faults()
         self.raw = None  # there is no Kademlia table over a fake network
         self.handlers: dict[str, Handler] = {}
+        self.frame_bytes: dict[str, int] = {}
         self.linked: set[PeerId] = set()
         network.hosts[self.peer_id] = self
 
@@ -158,8 +159,9 @@ class FakeHost:
         before, self.addresses = self.addresses, self.addresses_of_the_machine
         return self.addresses != before
 
-    def handle(self, protocol: str, handler: Handler) -> None:
+    def handle(self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None) -> None:
         self.handlers[protocol] = handler
+        self.frame_bytes[protocol] = max_frame_bytes or self.limits.max_frame_bytes
 
     def charge(self, who: str, fault: PeerFault) -> None:
         self.faults.add(who, fault)
@@ -181,7 +183,9 @@ class FakeHost:
         there, back = (DelayedPipe(network.delay, network.room) for _ in range(2))
         ours, theirs = PipeEnd(there, back), PipeEnd(back, there)
         network.streams.append((self, other, ours))
-        other.nursery.start_soon(other._serve, FramedStream(theirs, self.peer_id, protocol, self.limits))
+        served = FramedStream(theirs, self.peer_id, protocol, self.limits)
+        served.limit = other.frame_bytes[protocol]
+        other.nursery.start_soon(other._serve, served)
         return FramedStream(ours, peer, protocol, self.limits)
 
     async def _serve(self, stream: FramedStream) -> None:

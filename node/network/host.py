@@ -19,6 +19,7 @@ from libp2p.network.exceptions import SwarmException
 
 from node.config import ConfigError
 from node.network.addresses import Address, announced, parse_address
+from node.network.budgets.large_frames import LargeFrames
 from node.network.connection_table import ConnectionTable
 from node.network.dialler import Dialler
 from node.network.interfaces import read_interfaces
@@ -77,6 +78,7 @@ class Host:
         self._find_addresses = find_addresses
         self._addresses = find_addresses()
         self._limits = limits
+        self._large_frames = LargeFrames.of(limits)
         self._upgrade = Upgrade(identity, swarm_key, limits)
         self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
         self._nursery = nursery
@@ -84,7 +86,7 @@ class Host:
         self.raw: BasicHost = make_libp2p_host(
             identity, lambda: self._addresses, limits, self._dial_for_libp2p
         )
-        self.handle(PING_PROTOCOL, self._answer_pings)
+        self.handle(PING_PROTOCOL, self._answer_pings, max_frame_bytes=_PING_BYTES)
 
     # --- for the rest of the node ---
 
@@ -101,7 +103,8 @@ class Host:
     def handle(self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None) -> None:
         """Answer inbound streams of a protocol.
 
-        max_frame_bytes: of one frame on such a stream; None: the limit of all protocols.
+        max_frame_bytes: of one frame on such a stream, also on those that we open; None: the limit of all
+        protocols.
         A PeerFault that escapes the handler is counted in `faults` and resets the stream; when the handler
         returns, the stream is closed.  Any other error that escapes is our own bug and ends the host.
         """
@@ -124,7 +127,8 @@ class Host:
         connection = self.connections.live(peer) or await self._dialler.connect(peer, addresses, seconds)
         stream = connection.open()
         stream.propose(protocol)
-        return FramedStream(stream, peer, protocol, self._limits, self.traffic, connection.prefix)
+        _, limits = self._handlers.get(protocol, (None, self._limits))
+        return FramedStream(stream, peer, protocol, limits, self.traffic, connection.prefix)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
         """Make sure that there is a connection.  Raises what `open_stream` raises."""
@@ -264,6 +268,7 @@ class Host:
                 max_inbound_streams=limits.max_streams_per_connection,
                 max_unread_bytes=limits.max_unread_bytes_per_connection,
             ),
+            large_frames=self._large_frames,
             on_stream=self._on_stream,
             on_fault=lambda fault: self._on_fault(peer, fault),
             on_closed=self.connections.remove,
@@ -271,7 +276,8 @@ class Host:
         self.connections.add(connection)
         try:
             await self.raw.get_network().add_conn(
-                Libp2pConnection(connection), "outbound" if channel.initiator else "inbound"
+                Libp2pConnection(connection, limits.max_libp2p_bytes_per_stream),
+                "outbound" if channel.initiator else "inbound",
             )
         except SwarmException as error:
             connection.close_now(str(error))

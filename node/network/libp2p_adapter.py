@@ -18,11 +18,12 @@ from tensor_codec.errors import LocalProtocolError, PeerFault
 
 
 class Libp2pStream(IMuxedStream):  # type: ignore[misc]  # py-libp2p has no types
-    """One stream, for py-libp2p."""
+    """One stream, for py-libp2p.  Reads end after `max_bytes`: its handlers collect what they read."""
 
-    def __init__(self, muxed_conn: Libp2pConnection, stream: MuxedStream) -> None:
+    def __init__(self, muxed_conn: Libp2pConnection, stream: MuxedStream, max_bytes: int) -> None:
         self.muxed_conn = muxed_conn
         self._stream = stream
+        self._bytes_left = max_bytes
 
     @property
     def protocol(self) -> str | None:
@@ -31,10 +32,15 @@ class Libp2pStream(IMuxedStream):  # type: ignore[misc]  # py-libp2p has no type
 
     async def read(self, n: int | None = None) -> bytes:
         """Up to `n` of the next bytes.  Raises MuxedStreamReset, and MuxedStreamEOF at the end."""
+        most = self._bytes_left + 1
         try:
-            data = await self._stream.receive_some(n)
+            data = await self._stream.receive_some(most if n is None else min(n, most))
         except PeerFault as error:
             raise MuxedStreamReset(str(error)) from error
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
+            self._stream.reset_now()
+            raise MuxedStreamReset("the peer sent more than such a stream may carry")
         if not data and n != 0:
             raise MuxedStreamEOF("the peer ended the stream")
         return data
@@ -81,10 +87,11 @@ class Libp2pStream(IMuxedStream):  # type: ignore[misc]  # py-libp2p has no type
 
 
 class Libp2pConnection(IMuxedConn):  # type: ignore[misc]  # py-libp2p has no types
-    """One connection, for py-libp2p."""
+    """One connection, for py-libp2p.  max_stream_bytes: that the peer may send on one stream."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, max_stream_bytes: int) -> None:
         self._connection = connection
+        self._max_stream_bytes = max_stream_bytes
         self.peer_id: ID = connection.channel.remote_id
         self.event_started = connection.started
 
@@ -95,14 +102,14 @@ class Libp2pConnection(IMuxedConn):  # type: ignore[misc]  # py-libp2p has no ty
     async def open_stream(self) -> Libp2pStream:
         """A new stream.  Raises MuxedConnUnavailable."""
         try:
-            return Libp2pStream(self, self._connection.open())
+            return Libp2pStream(self, self._connection.open(), self._max_stream_bytes)
         except PeerFault as error:
             raise MuxedConnUnavailable(str(error)) from error
 
     async def accept_stream(self) -> Libp2pStream:
         """The next stream for one of py-libp2p's own protocols.  Raises MuxedConnUnavailable."""
         try:
-            return Libp2pStream(self, await self._connection.accept())
+            return Libp2pStream(self, await self._connection.accept(), self._max_stream_bytes)
         except PeerFault as error:
             raise MuxedConnUnavailable(str(error)) from error
 
@@ -124,6 +131,11 @@ class Libp2pConnection(IMuxedConn):  # type: ignore[misc]  # py-libp2p has no ty
     def is_closed(self) -> bool:
         """True once the connection has ended."""
         return self._connection.closed.is_set()
+
+    @property
+    def prefix(self) -> str:
+        """The network prefix of the peer's address."""
+        return self._connection.prefix
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """Address and port of the other end."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
+import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
@@ -29,6 +31,7 @@ from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from node.network.budgets.libp2p_streams import Libp2pStreams, ServedStream
 from node.network.transport.identity import Identity
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
@@ -114,17 +117,29 @@ def make_libp2p_host(
     )
     assert swarm._resource_manager is resources, "py-libp2p runs without its resource manager"
 
-    async def serve(net_stream: Any) -> None:
-        """One stream of py-libp2p's own protocols, which `Host` has negotiated."""
-        protocol = net_stream.muxed_stream.protocol
-        net_stream.set_protocol(protocol)
-        try:
-            await host.get_mux().handlers[protocol](net_stream)
-        # Of the library's 1,126 handlers 716 catch everything themselves.  An error that escapes is of any
-        # type and counts as the peer's fault.  It must not end the node.
-        except Exception as error:  # noqa: BLE001
-            logger.debug("%s on a stream of %s: %r", protocol, net_stream.muxed_conn.peer_id, error)
-            await net_stream.reset()
-
-    swarm.set_stream_handler(serve)
+    swarm.set_stream_handler(partial(_serve, host, Libp2pStreams(limits), limits.libp2p_stream_seconds))
     return host
+
+
+async def _serve(host: BasicHost, places: Libp2pStreams, seconds: float, net_stream: Any) -> None:
+    """One stream of py-libp2p's own protocols, which `Host` has negotiated; it ends within `seconds`."""
+    connection, protocol = net_stream.muxed_conn, net_stream.muxed_stream.protocol
+    net_stream.set_protocol(protocol)
+    scope = trio.CancelScope(deadline=trio.current_time() + seconds)
+    peer = str(connection.peer_id)
+    place = ServedStream(protocol, peer, connection.prefix, trio.current_time(), scope.cancel)
+    if not places.enter(place):
+        await net_stream.reset()
+        return
+    try:
+        with scope:
+            await host.get_mux().handlers[protocol](net_stream)
+    # Of the library's 1,126 handlers 716 catch everything themselves.  An error that escapes is of any
+    # type and counts as the peer's fault.  It must not end the node.
+    except Exception as error:  # noqa: BLE001
+        logger.debug("%s on a stream of %s: %r", protocol, peer, error)
+        await net_stream.reset()
+    finally:
+        places.leave(place)
+    if scope.cancelled_caught:
+        await net_stream.reset()

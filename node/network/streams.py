@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import trio
 
+from node.network.budgets.large_frames import SMALL_FRAME
+from node.network.budgets.turns import FRAMES_PER_TURN, Turns
 from routing.names import PeerId
-from tensor_codec.errors import PeerGone, SlowPeer
+from tensor_codec.errors import PeerGone, Refused, SlowPeer
 from tensor_codec.frame import PREFIX_BYTES, Buffer, FrameDecoder, encode_frame
-from tensor_codec.limits import KIB, Limits
+from tensor_codec.limits import KIB, MAX_HEADER_BYTES, Limits
 
 _READ_BYTES = 256 * KIB
+_HEADER_BYTES = 2 + MAX_HEADER_BYTES  # with its length
+Judge = Callable[[bytes, int], Refused | None]
 
 
 class ByteStream(Protocol):
@@ -34,6 +37,45 @@ class ByteStream(Protocol):
         """End it."""
 
 
+class CountedReader(Protocol):
+    """A byte stream that counts the bytes that its reader holds, as a muxed stream does."""
+
+    turns: Turns
+
+    async def receive_held(self, max_bytes: int) -> bytes | bytearray:
+        """The next bytes, held from now on; b"" at the end."""
+
+    def hold(self, size: int) -> None:
+        """Say how many of the bytes received are still held."""
+
+    async def begin_large(self, size: int, seconds: float) -> None:
+        """Wait for room for a frame that no window bounds.  Raises PeerGone after `seconds`."""
+
+    def end_large(self) -> None:
+        """Give the room back."""
+
+
+class PlainReader:
+    """The reading side of one of trio's own streams, where nothing is counted."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.turns = Turns()
+        self._stream = stream
+
+    async def receive_held(self, max_bytes: int) -> bytes | bytearray:
+        """See CountedReader."""
+        return await self._stream.receive_some(max_bytes)
+
+    def hold(self, size: int) -> None:
+        """See CountedReader."""
+
+    async def begin_large(self, size: int, seconds: float) -> None:
+        """See CountedReader."""
+
+    def end_large(self) -> None:
+        """See CountedReader."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """Bytes of frames, without their prefixes, over many streams."""
@@ -46,10 +88,15 @@ class FramedStream:
     """Whole frames to and from one peer.
 
     Any number of tasks may send, one may receive.  The bytes received and not taken are bounded: while a
-    frame waits here nothing is read from the stream, and the peer's credit runs out.
+    frame waits here nothing is read from the stream, and the peer's credit runs out.  Bytes of frames up to
+    SMALL_FRAME count as unread, and a larger frame is read once it has a place (`LargeFrames`).  After
+    some frames without a pause `receive` lets other tasks run.
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
+    judge: called with the beginning of a frame above SMALL_FRAME, at least its header, and with its size,
+    before the frame has a place.  It may raise a PeerFault.  A Refused that it returns is raised by `receive`
+    once the frame has passed by, of which nothing is kept then.
     """
 
     def __init__(
@@ -67,14 +114,27 @@ class FramedStream:
         self._limits = limits or Limits()
         self._stream = stream
         self._traffic = traffic or Traffic()
+        self.judge: Judge | None = None
         self._decoder = FrameDecoder(self._limits.max_frame_bytes)
-        self._ready: deque[bytearray] = deque()
+        self._has_place = False  # the frame that has begun is a large one
+        self._refusal: Refused | None = None  # to be raised after the frame that has begun
         self._receiving = False
         self._sending = trio.Lock()
-        self._ended = False
         # an ability of muxed streams, and not of trio's streams
         self._send_now: Callable[[bytes], bool] | None = getattr(stream, "send_now", None)
         self._reset_now: Callable[[], None] | None = getattr(stream, "reset_now", None)
+        self._reader: CountedReader = (
+            cast(CountedReader, stream) if hasattr(stream, "receive_held") else PlainReader(stream)
+        )
+
+    @property
+    def limit(self) -> int:
+        """Most bytes of a frame of the peer's that `receive` has not returned yet."""
+        return self._decoder.max_frame
+
+    @limit.setter
+    def limit(self, size: int) -> None:
+        self._decoder.max_frame = size
 
     @property
     def in_frame(self) -> bool:
@@ -113,24 +173,28 @@ class FramedStream:
 
         seconds: for the whole frame.  None waits for its first byte without end, but a frame that has begun
         must be whole within `frame_start_seconds` and the time of its size at the slowest rate allowed.
-        Raises SlowPeer, PeerGone, FrameError.
+        Raises SlowPeer, PeerGone, FrameError, and the errors of `judge`.
         """
-        if self._ready:
+        turns = self._reader.turns
+        if turns.frames >= FRAMES_PER_TURN:
+            await turns.next()
+        frame = None
+        if self._decoder.in_frame:
             await trio.lowlevel.checkpoint_if_cancelled()
-            return self._take()
-        if self._receiving:
-            raise trio.BusyResourceError("another task receives from this stream")
-        self._receiving = True
-        try:
-            if seconds is not None:
-                return await self._receive_within(seconds)
-            if not self._decoder.in_frame and not await self._read():
+            frame = self._take()
+        if frame is None:
+            if self._receiving:
+                raise trio.BusyResourceError("another task receives from this stream")
+            self._receiving = True
+            try:
+                frame = await self._receive(seconds)
+            finally:
+                self._receiving = False
+            if frame is None:
                 return None
-            if self._ready:
-                return self._take()
-            return await self._receive_rest()
-        finally:
-            self._receiving = False
+        turns.frames += 1
+        self._traffic.received += len(frame)
+        return frame
 
     async def aclose(self) -> None:
         """End our side cleanly, and discard further bytes.  Never raises."""
@@ -152,47 +216,90 @@ class FramedStream:
         else:
             await trio.aclose_forcefully(self._stream)  # type: ignore[arg-type]  # needs aclose alone
 
-    async def _receive_within(self, seconds: float) -> bytearray | None:
-        with trio.move_on_after(seconds):
-            while not self._ready:
-                if not await self._read():
-                    return None
-            return self._take()
-        raise SlowPeer(f"no whole frame from {self.peer} within {seconds:g} s")
-
-    async def _receive_rest(self) -> bytearray | None:
-        """The rest of a frame that has begun; its size may not be known yet."""
-        limits = self._limits
-        begun = trio.current_time()
-        seconds = limits.frame_start_seconds
-        with trio.move_on_at(begun + seconds) as scope:
-            while not self._ready:
-                size = self._decoder.missing_bytes
-                seconds = max(
-                    seconds, limits.frame_start_seconds + size / limits.frame_floor_bytes_per_second
-                )
+    async def _receive(self, seconds: float | None) -> bytearray | None:
+        decoder = self._decoder
+        if seconds is None and not decoder.in_frame:
+            if not await self._read():
+                return None
+            if (frame := self._take()) is not None:
+                return frame
+        begun, allowed = trio.current_time(), seconds or 0.0
+        with trio.CancelScope() as scope:
+            if seconds is not None:
                 scope.deadline = begun + seconds
+            while (frame := self._take()) is None:
+                if self._refusal is not None and not decoder.in_frame:
+                    self._raise_refusal()
+                if self._lacks_place():
+                    if seconds is None:
+                        scope.deadline = float("inf")  # the wait has an end of its own, and is not the peer's
+                    await self._get_place()
+                    begun = trio.current_time()
+                if seconds is None:
+                    allowed = max(allowed, self._seconds_for(decoder.missing_bytes))
+                    scope.deadline = begun + allowed
                 if not await self._read():
                     return None
-            return self._take()
-        raise SlowPeer(f"a frame from {self.peer} had begun and was not whole within {seconds:.3g} s")
+            return frame
+        if seconds is not None:
+            raise SlowPeer(f"no whole frame from {self.peer} within {seconds:g} s")
+        raise SlowPeer(f"a frame from {self.peer} had begun and was not whole within {allowed:.3g} s")
+
+    def _seconds_for(self, size: int) -> float:
+        return self._limits.frame_start_seconds + size / self._limits.frame_floor_bytes_per_second
+
+    def _take(self) -> bytearray | None:
+        """The next frame if it is whole; its bytes are the caller's from now on."""
+        frame = self._decoder.take()
+        if not self._has_place:
+            self._reader.hold(self._decoder.held)
+        elif frame is not None:
+            self._give_place_back()
+        return frame
+
+    def _lacks_place(self) -> bool:
+        """Whether a large frame has begun, is known by its header, and has no place yet."""
+        size = self._decoder.size
+        if size is None or size + PREFIX_BYTES <= SMALL_FRAME or self._has_place:
+            return False
+        return self._decoder.held - PREFIX_BYTES >= min(size, _HEADER_BYTES)
+
+    async def _get_place(self) -> None:
+        """Have the frame judged, and wait for a place.  Raises PeerFault."""
+        size = self._decoder.size or 0
+        if self.judge is not None:
+            self._refusal = self.judge(self._decoder.beginning(_HEADER_BYTES), size)
+        if self._refusal is None:
+            await self._reader.begin_large(size, self._seconds_for(size))
+        else:
+            self._decoder.discard()
+        self._has_place = True
+        self._reader.hold(0)
+
+    def _give_place_back(self) -> None:
+        self._has_place = False
+        self._reader.end_large()
+
+    def _raise_refusal(self) -> None:
+        refusal, self._refusal = self._refusal, None
+        self._give_place_back()
+        assert refusal is not None
+        raise refusal
 
     async def _read(self) -> bool:
         """Read once; False at a clean end.  Nothing is lost if it is cancelled."""
-        if self._ended:
+        if self._decoder.ended:
             return False
+        # of a large frame no byte more than belongs to it: the following ones have no place
+        size = min(_READ_BYTES, self._decoder.missing_bytes) if self._has_place else _READ_BYTES
         try:
-            data = await self._stream.receive_some(_READ_BYTES)
+            data = await self._reader.receive_held(size)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise PeerGone(str(error)) from error
         if data:
-            self._ready += self._decoder.feed(data)
+            self._decoder.add(data)
+            if self._has_place:
+                self._reader.hold(0)
             return True
         self._decoder.close()
-        self._ended = True
         return False
-
-    def _take(self) -> bytearray:
-        frame = self._ready.popleft()
-        self._traffic.received += len(frame)
-        return frame

@@ -23,6 +23,7 @@ from tensor_codec.header import pack_header, split_message
 KINDS = frozenset({"digest", "records"})
 DIGEST_ENTRIES = 1024  # per frame: 40 KiB
 RECORDS_BYTES = 16 * 1024  # per frame: about 30 records, verified in a few milliseconds
+FRAME_BYTES = 48 * 1024  # of the longest message, with room for what a later version adds to its header
 _ENTRY = struct.Struct(f">{PUBLIC_KEY_BYTES}sQ")  # public key, seq
 _RECORD = struct.Struct(">HI")  # size in bytes, age in milliseconds
 

@@ -8,6 +8,7 @@ from node.network.transport.multistream import HEADER, encode_lines, proposal
 from node.network.transport.yamux import HEADER as YAMUX_HEADER
 from node.network.transport.yamux_limits import INITIAL_WINDOW, YamuxError
 from tensor_codec.errors import PeerGone, RemoteProtocolError
+from tensor_codec.limits import KIB
 from tests.fakes import connection_pair, memory_link_pair
 
 
@@ -216,7 +217,7 @@ async def test_a_protocol_is_proposed_even_where_the_peer_speaks_first(autojump_
 
 async def test_streams_look_to_libp2p_like_its_own(autojump_clock):
     async with connection_pair() as connections:
-        alice, bob = map(Libp2pConnection, connections)
+        alice, bob = (Libp2pConnection(each, 64 * KIB) for each in connections)
         ours = await alice.open_stream()
         await ours.write(b"hello")
         theirs = await bob.accept_stream()
@@ -239,6 +240,48 @@ async def test_streams_look_to_libp2p_like_its_own(autojump_clock):
         await alice.close()
         with pytest.raises(MuxedConnUnavailable):
             await alice.open_stream()
+
+
+async def test_a_stream_of_libp2p_s_ends_when_the_peer_has_sent_more_than_it_may_carry(autojump_clock):
+    async with connection_pair() as connections:
+        alice, bob = (Libp2pConnection(each, 1000) for each in connections)
+        ours = await alice.open_stream()
+        await ours.write(bytes(1000))
+        theirs = await bob.accept_stream()
+        assert len(await theirs.read()) == 1000
+        await ours.write(b"x")
+        with pytest.raises(MuxedStreamReset, match="more than such a stream may carry"):
+            await theirs.read(5)
+        with pytest.raises(MuxedStreamReset):
+            await ours.read(1)
+
+
+async def test_a_read_full_of_frames_without_data_lets_others_run(autojump_clock):
+    turns = []
+
+    async def count_turns():
+        while True:
+            turns.append(1)
+            await trio.lowlevel.checkpoint()
+
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        ours, _ = await opened(alice, bob)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(count_turns)
+        received = []
+        receive_some = bob.core.receive_some
+
+        def receive(data, now):
+            received.append(len(turns))
+            return receive_some(data, now)
+
+        bob.core.receive_some = receive
+        await alice.channel.send(YAMUX_HEADER.pack(0, 1, 0, ours.state.id, 1) * 3000)
+        while len(received) < 3000 // 256:
+            await trio.lowlevel.checkpoint()
+        assert len(set(received)) > 4  # others ran between any two parts, in trio's random order
+        assert not bob.closed.is_set()
+        nursery.cancel_scope.cancel()
 
 
 async def test_streams_that_ended_are_forgotten(autojump_clock):

@@ -22,7 +22,7 @@ from routing.view import exchange
 from routing.view.answers import GRACE_SECONDS
 from routing.view.records import Record, sign_record
 from routing.view.view import Arrival
-from tensor_codec.errors import PeerGone
+from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 from tests.fakes_network import FakeHost, FakeNetwork
 
@@ -478,6 +478,45 @@ async def test_a_peer_that_is_not_there_is_dialled_ever_less_often(autojump_cloc
     await trio.sleep(600.0)
     dials = [to for _, to in swarm.network.dials if to == late.peer_id]
     assert 10 <= len(dials) <= 30
+
+
+async def test_a_stream_of_records_on_which_the_opener_is_silent_ends_after_five_seconds(
+    autojump_clock, swarm
+):
+    node = await swarm.add(BOOTSTRAP)
+    mute = FakeHost(swarm.network, 50, swarm.nursery, LIMITS)
+    (host,) = swarm.hosts
+    stream = await mute.open_stream(host.peer_id, host.addresses, PROTOCOL, seconds=1)
+    await trio.sleep(LIMITS.frame_start_seconds - 0.1)
+    assert node.neighbours() == {mute.peer_id}
+    await trio.sleep(0.2)
+    assert node.neighbours() == set()
+    assert host.faults.count(mute.peer_id, SlowPeer) == 1
+    await stream.aclose()
+
+
+async def test_a_neighbour_that_falls_silent_is_asked_and_given_up(autojump_clock, swarm):
+    node = await swarm.add(BOOTSTRAP)
+    mute = FakeHost(swarm.network, 50, swarm.nursery, LIMITS)
+    (host,) = swarm.hosts
+    stream = await mute.open_stream(host.peer_id, host.addresses, PROTOCOL, seconds=1)
+    for frame in exchange.encode_digest({}, ask=False):
+        await stream.send(frame)
+    idle = LIMITS.records_idle_seconds + LIMITS.reply_taken_seconds
+    await trio.sleep(idle - 1.0)
+    assert node.neighbours() == {mute.peer_id}
+    await trio.sleep(2.0)
+    assert node.neighbours() == set()
+
+
+async def test_a_neighbour_that_has_nothing_to_say_answers_and_stays(autojump_clock, swarm):
+    await swarm.add(BOOTSTRAP)
+    client = await swarm.add(None)
+    (host, _) = swarm.hosts
+    with trio.move_on_after(600.0):
+        while True:
+            assert client.neighbours() == {host.peer_id}
+            await trio.sleep(1.0)
 
 
 async def test_a_node_told_not_to_insist_comes_in_when_its_bootstrap_peer_appears(autojump_clock, swarm):

@@ -18,6 +18,7 @@ from libp2p.host.exceptions import StreamFailure
 from libp2p.host.ping import ID as LIBP2P_PING
 from libp2p.identity.identify.identify import ID as IDENTIFY
 from libp2p.kad_dht.common import PROTOCOL_ID as KADEMLIA
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
@@ -26,6 +27,7 @@ from libp2p.security.noise.transport import Transport as StockNoise
 from multiaddr import Multiaddr
 
 from node.config import ConfigError
+from node.network.directory.kademlia import open_kademlia
 from node.network.host import PING_PROTOCOL, open_host
 from node.network.transport.connection import Connection
 from node.network.transport.identity import load_or_create_identity
@@ -541,6 +543,58 @@ async def test_a_stream_that_names_no_protocol_is_reset():
         with trio.fail_after(2), pytest.raises(PeerGone):
             await stream.receive_some()
         assert [kind for _, kind in bob.faults.counts()] == ["SlowPeer"]
+
+
+async def ask_kademlia(host, peer):
+    """A question to a peer's Kademlia table, answered."""
+    host.raw.get_peerstore().add_addrs(peer.peer_id, peer.addrs, 600)
+    stream = await host.raw.new_stream(peer.peer_id, [KADEMLIA])
+    question = Message(type=Message.MessageType.FIND_NODE, key=peer.peer_id.to_bytes()).SerializeToString()
+    await stream.write(bytes([len(question)]) + question)
+    answer = await stream.read(1)
+    await stream.reset()
+    return len(answer)
+
+
+async def test_idle_streams_of_kademlia_stop_nobody_else():
+    async with (
+        host() as bob,
+        open_kademlia(bob, swarm="public", serves=True),
+        hostile_connection(bob) as connection,
+        host() as alice,
+    ):
+        streams = [connection.open() for _ in range(14)]
+        for stream in streams:
+            stream.propose(str(KADEMLIA))
+            await stream.send_all(b"\x05")  # the first byte of a message
+        await eventually(lambda: sum(stream.is_closed() for stream in streams) == 12)
+        with trio.fail_after(3):
+            assert await ask_kademlia(alice, info(bob)) == 1
+
+
+async def test_a_stream_of_kademlia_ends_at_its_deadline_and_with_its_bytes():
+    limits = Limits(libp2p_stream_seconds=0.3, max_libp2p_bytes_per_stream=1000)
+    async with (
+        host(limits=limits) as bob,
+        open_kademlia(bob, swarm="public", serves=True),
+        hostile_connection(bob) as connection,
+    ):
+        for data, seconds in ((b"\x05", 2.0), (b"\xff\x0f" + bytes(1000), 0.2)):
+            stream = connection.open()
+            stream.propose(str(KADEMLIA))
+            await stream.send_all(data)
+            with trio.fail_after(seconds), pytest.raises(PeerGone):
+                await stream.receive_some()
+
+
+async def test_a_ping_is_eight_bytes_and_nothing_longer_is_waited_for():
+    async with host() as bob, hostile_connection(bob) as connection:
+        stream = connection.open()
+        stream.propose(PING_PROTOCOL)
+        await stream.send_all(struct.pack(">I", 9))
+        with trio.fail_after(2), pytest.raises(PeerGone):
+            await stream.receive_some()
+        assert [kind for _, kind in bob.faults.counts()] == ["FrameError"]
 
 
 # --- what py-libp2p must go on doing as we rely on it ---

@@ -1,14 +1,19 @@
+from contextlib import asynccontextmanager, suppress
+
 import pytest
 import trio
 import trio.testing
 
+from node.network.budgets.large_frames import SMALL_FRAME, LargeFrames
 from node.network.streams import FramedStream, Traffic
-from tensor_codec.errors import FrameError, LocalProtocolError, PeerGone, SlowPeer
+from node.network.transport.yamux_limits import INITIAL_WINDOW, YamuxError, YamuxLimits
+from tensor_codec.errors import FrameError, LocalProtocolError, MessageError, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import encode_frame
-from tensor_codec.limits import Limits
+from tensor_codec.limits import KIB, MIB, Limits
 from tests.fakes import ALICE, BOB, connection_pair, memory_framed_pair
 
 SMALL = Limits(max_frame_bytes=1000)
+MANY = YamuxLimits(max_inbound_streams=80)
 
 
 def framed(stream, limits=None, traffic=None):
@@ -212,3 +217,210 @@ async def test_the_end_of_a_muxed_stream_is_clean(autojump_clock):
         assert await ours.receive() is None
         await trio.testing.wait_all_tasks_blocked()
         assert alice.core.streams == bob.core.streams == 0
+
+
+# --- bounds ---
+
+
+async def test_the_limit_may_change_and_holds_for_frames_that_were_not_taken_yet():
+    ours, theirs = trio.testing.memory_stream_pair()
+    receiver = framed(ours)
+    receiver.limit = 10
+    await theirs.send_all(b"".join(encode_frame(bytes(size)) for size in (10, 50, 51)))
+    assert len(await receiver.receive(1.0)) == 10
+    receiver.limit = 50
+    assert len(await receiver.receive(1.0)) == 50
+    with pytest.raises(FrameError, match="51 bytes was announced, 50 are allowed"):
+        await receiver.receive(1.0)
+
+
+async def count_turns(turns):
+    while True:
+        turns.append(1)
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("muxed", [False, True])
+async def test_a_reader_of_many_small_frames_lets_others_run(muxed, autojump_clock):
+    wire = encode_frame(b"x") * 1000
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        if muxed:
+            stream = alice.open()
+            await stream.send_all(wire)
+            receiver = framed(await bob.accept())
+        else:
+            ours, theirs = trio.testing.memory_stream_pair()
+            receiver = framed(ours)
+            await theirs.send_all(wire)
+        await receiver.receive(1.0)
+        turns = []
+        nursery.start_soon(count_turns, turns)
+        for _ in range(999):
+            await receiver.receive()
+        assert len(turns) >= 50
+        nursery.cancel_scope.cancel()
+
+
+async def test_many_streams_of_one_connection_have_one_turn_together(autojump_clock):
+    handed_out, rounds = [], []
+
+    async def read(stream):
+        while True:
+            await stream.receive()
+            handed_out.append(stream)
+
+    async def look():
+        while len(handed_out) < 2000:
+            before = len(handed_out)
+            await trio.lowlevel.checkpoint()
+            rounds.append(len(handed_out) - before)
+
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        readers = []
+        for _ in range(20):
+            stream = alice.open()
+            await stream.send_all(encode_frame(b"x") * 100)
+            readers.append(framed(await bob.accept()))
+        await trio.testing.wait_all_tasks_blocked()
+        for reader in readers:
+            nursery.start_soon(read, reader)
+        await look()
+        assert max(rounds) <= 2 * 16
+        nursery.cancel_scope.cancel()
+
+
+def held_bytes(connection, readers):
+    """Bytes that are kept for a peer: in the muxer, and in frames that are not whole."""
+    return connection.core.unread_bytes + sum(reader._decoder.held for reader in readers if reader._has_place)
+
+
+@asynccontextmanager
+async def flooded(streams, frame_bytes, sent_bytes, large_frames=None, on_fault=None):
+    """Bob reads frames from streams on which Alice sends as much of one as she may."""
+    async with (
+        connection_pair(limits=MANY, large_frames=large_frames, on_fault=on_fault) as (alice, bob),
+        trio.open_nursery() as nursery,
+    ):
+        readers, whole = [], []
+
+        async def send(stream):
+            wire = memoryview(encode_frame(bytes(frame_bytes)))[:sent_bytes]
+            with suppress(PeerGone):
+                await stream.send_all(wire)
+
+        async def read(reader):
+            with suppress(PeerGone):
+                whole.append(len(await reader.receive()))
+
+        opened = [alice.open() for _ in range(streams)]
+        alice.flush_now()
+        readers += [framed(await bob.accept()) for _ in opened]
+        for stream, reader in zip(opened, readers, strict=True):
+            nursery.start_soon(send, stream)
+            nursery.start_soon(read, reader)
+        with trio.move_on_after(1.0):  # the frames have longer
+            await trio.testing.wait_all_tasks_blocked()
+            yield bob, readers, whole
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_connection_holds_is_bounded_whatever_frames_its_streams_begin(autojump_clock):
+    for streams, size in ((25, 16 * MIB), (25, MIB), (25, SMALL_FRAME - 4)):
+        async with flooded(streams, size, size) as (bob, readers, whole):
+            assert not whole
+            held = held_bytes(bob, readers)
+            assert 2 * MIB < held <= 8 * MIB + 4 * MIB + 16 * MIB
+            assert held == sum(len(reader._stream.state.unread) for reader in readers) + sum(
+                reader._decoder.held for reader in readers
+            )
+            assert all(
+                len(reader._stream.state.unread) + reader._stream.state.held <= INITIAL_WINDOW
+                for reader in readers
+                if not reader._has_place
+            )
+
+
+async def test_a_peer_that_fills_the_windows_of_all_its_streams_loses_the_connection(autojump_clock):
+    faults = []
+    async with flooded(60, 16 * MIB, 16 * MIB, on_fault=faults.append) as (bob, _, _):
+        assert bob.closed.is_set()
+        assert [type(fault) for fault in faults] == [YamuxError]
+        assert bob.large_frames.bytes == 0
+
+
+@pytest.mark.parametrize("size", [100 * KIB, 300 * KIB, 3 * MIB])
+async def test_whole_frames_of_all_streams_get_through_however_many_begin_at_once(size, autojump_clock):
+    async with flooded(20, size, size + 4) as (bob, _, whole):
+        while len(whole) < 20:  # noqa: ASYNC110  # the readers are tasks of their own
+            await trio.sleep(0.01)
+        assert whole == [size] * 20
+        assert bob.core.unread_bytes == bob.large_frames.bytes == 0
+
+
+async def test_a_large_frame_waits_for_its_place_and_nobody_is_blamed_for_the_wait(autojump_clock):
+    frames = LargeFrames(4 * MIB)
+    async with (
+        flooded(1, 3 * MIB, 2 * MIB, frames) as (_, (holder,), _),
+        flooded(1, 2 * MIB, 2 * MIB + 4, frames) as (bob, (waiting,), whole),
+    ):
+        assert not waiting._has_place
+        assert bob.core.unread_bytes <= INITIAL_WINDOW
+        await holder.reset()
+        await trio.testing.wait_all_tasks_blocked()
+        assert whole == [2 * MIB]
+        assert frames.bytes == 0
+
+
+async def test_a_large_frame_that_finds_no_place_in_its_time_ends_its_stream_without_blame(autojump_clock):
+    frames = LargeFrames(MIB // 2)
+    async with connection_pair(large_frames=frames) as (alice, bob), trio.open_nursery() as nursery:
+        nursery.start_soon(framed(alice.open()).send, bytes(MIB))
+        receiver = framed(await bob.accept())
+        started = trio.current_time()
+        with pytest.raises(PeerGone, match="no room for a frame of 1048576 bytes within 9 s"):
+            await receiver.receive()
+        assert trio.current_time() - started == pytest.approx(9.0, abs=0.1)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_frame_that_is_refused_passes_by_and_the_next_one_is_read(autojump_clock):
+    judged = []
+
+    def judge(beginning, size):
+        judged.append((beginning[:6], len(beginning), size))
+        return Refused("no room") if size > MIB else None
+
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        ours = framed(alice.open())
+        sizes = (2 * MIB, 200 * KIB, 3 * MIB, 10)
+
+        async def send():
+            for size in sizes:
+                await ours.send(b"header" + bytes(size - 6))
+
+        nursery.start_soon(send)
+        receiver = framed(await bob.accept())
+        receiver.judge = judge
+        for size in sizes:
+            if size > MIB:
+                with pytest.raises(Refused):
+                    await receiver.receive()
+                assert bob.core.unread_bytes <= INITIAL_WINDOW
+                assert bob.large_frames.bytes == 0
+            else:
+                assert len(await receiver.receive()) == size
+        assert judged[0] == (b"header", 4 * KIB + 2, 2 * MIB)
+
+
+async def test_a_frame_that_its_judge_finds_faulty_ends_at_its_header(autojump_clock):
+    def judge(beginning, size):
+        raise MessageError("not this one")
+
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        nursery.start_soon(framed(alice.open()).send, bytes(MIB))
+        receiver = framed(await bob.accept())
+        receiver.judge = judge
+        with pytest.raises(MessageError):
+            await receiver.receive()
+        assert bob.core.unread_bytes <= INITIAL_WINDOW
+        nursery.cancel_scope.cancel()

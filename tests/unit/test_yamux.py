@@ -318,11 +318,12 @@ def test_pings_are_answered_and_a_flood_of_them_without_reading_the_answers_ends
     core = Yamux(False)
     core.receive(frame(PING, SYN, 0, 77), 0.0)
     assert frames(core.data_to_send()) == [(PING, ACK, 0, 77)]
-    for _ in range(100):  # as many as one likes while the answers are taken
-        core.receive(frame(PING, SYN, 0, 1) * 100, 0.0)
+    for tenth in range(100):  # a thousand a second, while the answers are taken
+        core.receive(frame(PING, SYN, 0, 1) * 100, tenth / 10)
         core.data_to_send()
+    core.receive(frame(PING, SYN, 0, 1) * 3000, 20.0)
     with pytest.raises(YamuxError, match="wait for a peer that does not take them"):
-        core.receive(frame(PING, SYN, 0, 1) * 6000, 0.0)
+        core.receive(frame(PING, SYN, 0, 1) * 3000, 30.0)
 
 
 def test_a_reset_ends_both_directions_at_once():
@@ -348,6 +349,102 @@ def test_what_a_peer_had_on_its_way_to_a_stream_that_we_reset_is_thrown_away():
     pair.deliver()
     assert ours.is_reset
     assert pair.server.unread_bytes == 0
+
+
+def test_bytes_to_streams_that_are_closed_are_thrown_away_up_to_their_credit_and_4_mib_more():
+    core = Yamux(False)
+    (event,) = core.receive(opened(), 0.0)
+    core.reset(event.stream)
+    stray = data(1, bytes(64 * KIB))
+    for _ in range((INITIAL_WINDOW + 4 * MIB) // (64 * KIB)):
+        assert core.receive(stray, 0.0) == []
+    with pytest.raises(YamuxError, match="bytes for closed streams beyond their credit"):
+        core.receive(stray, 3600.0)
+
+
+def test_honest_peers_whose_streams_are_reset_all_the_time_send_no_byte_too_many():
+    pair = Pair()
+    for _ in range(100):
+        pair.now += 1.0
+        ours, theirs = pair.open()
+        send_all(pair.client, ours, bytes(INITIAL_WINDOW))
+        pair.server.reset(theirs)
+        pair.deliver()
+        assert ours.is_reset
+
+
+EMPTY_FRAMES = {
+    "credit of nothing": frame(WINDOW_UPDATE, 0, 1, 0),
+    "credit": frame(WINDOW_UPDATE, 0, 1, 1),
+    "credit of a closed stream": frame(WINDOW_UPDATE, 0, 3, 1),
+    "a pong that nobody asked for": frame(PING, ACK, 0, 7),
+    "no data": frame(DATA, 0, 1, 0),
+    "no data, to a closed stream": frame(DATA, FIN, 3, 0),
+    "a reset of a closed stream": frame(WINDOW_UPDATE, RST, 3, 0),
+    "going away": frame(GO_AWAY, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("what", EMPTY_FRAMES)
+def test_frames_without_data_are_limited_to_a_thousand_a_second(what):
+    core = Yamux(False)
+    core.receive(opened() + opened(3) + frame(DATA, RST, 3, 0), 0.0)
+    burst = core._limits.control_frames_burst
+    core.receive(EMPTY_FRAMES[what] * (burst - 1), 0.0)
+    for second in range(1, 4):
+        core.receive(EMPTY_FRAMES[what] * 1000, float(second))
+    with pytest.raises(YamuxError, match="more than 1000 frames a second without data"):
+        core.receive(EMPTY_FRAMES[what] * 1001, 4.0)
+
+
+def test_pings_are_limited_as_other_frames_without_data_also_where_their_answers_are_taken():
+    core = Yamux(False)
+    for _ in range(core._limits.control_frames_burst):
+        core.receive(frame(PING, SYN, 0, 1), 0.0)
+        core.data_to_send()
+    with pytest.raises(YamuxError, match="frames a second without data"):
+        core.receive(frame(PING, SYN, 0, 1), 0.0)
+
+
+def test_a_peer_that_returns_credit_in_small_pieces_for_what_we_sent_meets_no_limit():
+    pair = Pair()
+    ours, theirs = pair.open()
+    for _ in range(200):
+        send_all(pair.server, theirs, bytes(100_000))
+        pair.deliver()
+        while taken := len(pair.client.take(ours, 256)):
+            pair.client._queue(WINDOW_UPDATE, 0, ours.id, 0)  # as often as py-libp2p would
+            assert taken
+        pair.deliver()
+
+
+def test_one_read_full_of_frames_is_handled_in_parts():
+    core, wire = Yamux(False), opened() + frame(WINDOW_UPDATE, 0, 1, 1) * 999
+    sizes = []
+    while wire:
+        _, used = core.receive_some(memoryview(wire), 0.0)
+        sizes.append(used // HEADER.size)
+        wire = wire[used:]
+    assert sizes == [256, 256, 256, 232]
+
+
+def test_bytes_that_a_reader_holds_count_as_unread_and_their_credit_stays_here():
+    core = Yamux(False)
+    (event,) = core.receive(opened(), 0.0)
+    stream = event.stream
+    core.receive(data(1, bytes(INITIAL_WINDOW)), 0.0)
+    core.data_to_send()
+    assert len(core.take_held(stream, 100_000)) == 100_000
+    assert len(core.take_held(stream, MIB)) == INITIAL_WINDOW - 100_000
+    assert core.unread_bytes == stream.held == INITIAL_WINDOW
+    assert not core.has_data_to_send
+    core.hold(stream, 100_000)
+    assert core.unread_bytes == stream.held == 100_000
+    assert frames(core.data_to_send()) == [(WINDOW_UPDATE, 0, 1, INITIAL_WINDOW - 100_000)]
+    core.receive(frame(DATA, RST, 1, 0), 0.0)
+    assert core.unread_bytes == 100_000  # the reader still has them
+    core.reset(stream)
+    assert core.unread_bytes == 0
 
 
 def test_a_stream_that_we_abandon_and_the_peer_does_not_end_is_reset_after_a_while():
@@ -399,7 +496,7 @@ def test_a_long_message_goes_in_pieces_that_fill_one_noise_message_each():
         (opened() + frame(DATA, 0, 1, 2**32 - 1), "a frame of 4294967295 bytes on stream 1"),
         (
             opened() + frame(DATA, RST, 1, 0) + frame(DATA, 0, 1, 2**32 - 1),
-            "bytes for a closed stream, allowed are 16777216",
+            "4294967295 bytes for closed streams beyond their credit, allowed are 4194304",
         ),
     ],
 )

@@ -28,6 +28,7 @@ from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_wa
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
 from routing.view.answers import FRESH_SECONDS
+from routing.view.exchange import FRAME_BYTES
 from routing.view.records import Record, Role, check_address
 from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault
@@ -75,7 +76,13 @@ class DirectoryHost(AnnouncerHost, ExchangeHost, PingHost, Protocol):
     def raw(self) -> Any:  # Any: py-libp2p has no types
         """py-libp2p's host, for Kademlia alone."""
 
-    def handle(self, protocol: str, handler: Callable[[FramedStream], Awaitable[None]]) -> None:
+    def handle(
+        self,
+        protocol: str,
+        handler: Callable[[FramedStream], Awaitable[None]],
+        *,
+        max_frame_bytes: int | None = None,
+    ) -> None:
         """Answer inbound streams of a protocol."""
 
 
@@ -199,7 +206,7 @@ class Directory:
 
     async def run(self, nursery: trio.Nursery, config: DirectoryConfig) -> None:
         """Join the swarm, then start the tasks that keep the view true.  Raises ConfigError."""
-        self._host.handle(PROTOCOL, self._neighbours.serve)
+        self._host.handle(PROTOCOL, self._neighbours.serve, max_frame_bytes=FRAME_BYTES)
         await self._neighbours.join(
             nursery, required=config.required, patience_seconds=config.patience_seconds
         )

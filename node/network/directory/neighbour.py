@@ -13,7 +13,7 @@ import trio
 from routing.names import PeerId
 from routing.view.exchange import Digest, encode_digest, encode_records
 from routing.view.view import Arrival, SwarmView
-from tensor_codec.errors import MessageError
+from tensor_codec.errors import MessageError, SlowPeer
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class Neighbour:
         self._idle = trio.Event()
         self._idle.set()
         self._heard: dict[bytes, int] = {}
+        self._was_heard = False
 
     def owe(self, peers: Iterable[PeerId]) -> None:
         """Send the newest records of these peers as soon as possible."""
@@ -175,6 +176,27 @@ class Neighbour:
                     await self.stream.send(frame)
             if not self._work.is_set():
                 self._idle.set()
+
+    async def next_frame(self, limits: Limits) -> bytearray | None:
+        """Their next frame; None at the end of the exchange.  Raises PeerFault.
+
+        A peer that opened the stream says something at once.  Who is silent for long is asked for its digest.
+        """
+        seconds = limits.records_idle_seconds
+        if not (self.ours or self._was_heard):
+            seconds = limits.frame_start_seconds
+        for _ in range(2):
+            with trio.move_on_after(seconds):
+                frame = await self.stream.receive()
+                self._was_heard = True
+                return frame
+            if self.stream.in_frame:
+                return await self.stream.receive()  # a frame that has begun has its own time
+            if not self.ours and not self._was_heard:
+                break
+            self.say_digest(ask=True)
+            seconds = limits.reply_taken_seconds
+        raise SlowPeer(f"{self.peer} was silent for too long on a stream of records")
 
     def hear_digest(self, part: Digest, most: int) -> dict[bytes, int] | None:
         """Add one frame of a digest; return the whole digest after the last frame.  Raises MessageError."""

@@ -199,7 +199,7 @@ class Neighbours:
         A peer that sends more than its budget is read more slowly: its own stream fills up.
         """
         records, asks = self._budgets.of(neighbour.peer)
-        while (frame := await neighbour.stream.receive()) is not None:
+        while (frame := await neighbour.next_frame(self._limits)) is not None:
             match decode(frame):
                 case Records(items):
                     await trio.sleep(records.take(len(items), trio.current_time()))

@@ -8,10 +8,13 @@ interface (`receive_some`, `send_all`, ...); `node.network.libp2p_adapter` gives
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
+from node.network.budgets.large_frames import FramePlace, LargeFrames
+from node.network.budgets.turns import FRAMES_PER_TURN, Turns
 from node.network.prefixes import address_prefix
 from node.network.transport.multistream import proposal
 from node.network.transport.noise import SecureChannel
@@ -19,7 +22,7 @@ from node.network.transport.yamux import CHUNK, PROTOCOL_ERROR, Event, Happening
 from node.network.transport.yamux_limits import YamuxLimits
 from routing.names import PeerId
 from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone, RemoteProtocolError
-from tensor_codec.limits import KIB
+from tensor_codec.limits import KIB, Limits
 
 _READ_BYTES = 256 * KIB
 
@@ -32,7 +35,9 @@ class MuxedStream:
         self.state = state
         self.protocol: str | None = None  # as agreed with the peer
         self.served = False  # opened by the peer, and counted against the caps
+        self.turns = connection.turns
         self._answer_due = b""  # unread bytes of the peer's agreement to the protocol
+        self._place: FramePlace | None = None  # of a large frame that arrives
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
 
@@ -48,12 +53,55 @@ class MuxedStream:
         Raises PeerGone when the stream or the connection is gone, RemoteProtocolError where the peer
         does not speak the protocol that was proposed.
         """
+        held = self.state.held
+        data = await self.receive_held(max_bytes or _READ_BYTES)
+        self.hold(held)
+        return data
+
+    async def receive_held(self, max_bytes: int) -> bytes:
+        """As `receive_some`, but the bytes count as unread until `hold` says that they are done with."""
         while self._answer_due:
             await self._read_answer()
-        return await self._receive(max_bytes or _READ_BYTES)
+        return await self._receive(max_bytes)
+
+    def hold(self, size: int) -> None:
+        """Say how many bytes of `receive_held` are still held; the peer gets credit for the others."""
+        connection = self.connection
+        connection.core.hold(self.state, size)
+        if connection.core.has_data_to_send:
+            connection.flush_now()
+
+    async def begin_large(self, size: int, seconds: float) -> None:
+        """Wait for a place for a frame of which more than a window is to be read.
+
+        Raises PeerGone where there was none within `seconds`.
+        """
+        connection = self.connection
+        granted = trio.Event()
+        place = FramePlace(
+            connection, connection.peer, connection.prefix, size, granted.set, evicted=self.reset_now
+        )
+        self.end_large()
+        self._place = place
+        connection.large_frames.ask(place)
+        with trio.move_on_after(seconds) as scope:
+            try:
+                await granted.wait()
+            except trio.Cancelled:
+                self.end_large()
+                raise
+        if scope.cancelled_caught:
+            raise PeerGone(f"no room for a frame of {size} bytes within {seconds:.3g} s")
+
+    def end_large(self) -> None:
+        """Give the place of a large frame back, if there is one."""
+        place, self._place = self._place, None
+        if place is not None:
+            self.connection.large_frames.leave(place)
 
     async def _receive(self, max_bytes: int) -> bytes:
         connection, state = self.connection, self.state
+        connection.turns.frames += bool(state.unread)  # no pause
         while not state.unread:
             if state.is_reset:
                 raise StreamReset(connection.failure or f"the peer reset stream {state.id}")
@@ -62,11 +110,11 @@ class MuxedStream:
             connection.raise_if_closed()
             connection.flush_now()
             await self._readers.park()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        data = connection.core.take(state, max_bytes)
-        if connection.core.has_data_to_send:
-            connection.flush_now()
-        return data
+        if connection.turns.frames > FRAMES_PER_TURN:
+            await connection.turns.next()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        return connection.core.take_held(state, max_bytes)
 
     def send_now(self, data: bytes) -> bool:
         """Send all of a short message if that needs no waiting at all; False if nothing was done."""
@@ -99,11 +147,13 @@ class MuxedStream:
 
     async def aclose(self) -> None:
         """End our side, and discard the peer's further bytes."""
+        self.end_large()
         self._end(self.connection.core.abandon)
         self.wake()
 
     def reset_now(self) -> None:
         """End both sides at once.  Twice does no harm."""
+        self.end_large()
         self._end(self.connection.core.reset)
         self.wake()
 
@@ -114,6 +164,7 @@ class MuxedStream:
 
     async def _read_answer(self) -> None:
         data = await self._receive(len(self._answer_due))
+        self.hold(self.state.held - len(data))
         if not data or not self._answer_due.startswith(data):
             self.reset_now()
             raise RemoteProtocolError(f"{self.connection.peer} does not speak {self.protocol}")
@@ -137,10 +188,21 @@ class MuxedStream:
         return self.state.is_reset or (self.state.send_ended and self.state.receive_ended)
 
 
+@dataclass(slots=True)
+class _Writer:
+    """The work of the writing task.  unsent: sealed bytes that the kernel has not taken completely."""
+
+    unsent: memoryview | None = None
+    wanted: trio.Event = field(default_factory=trio.Event)
+    waiting: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    flushes: int = 0
+
+
 class Connection:
     """A peer's connection: opens streams, and passes the peer's streams to `on_stream`.
 
     on_stream: called with each stream that the peer opens; None keeps the streams for `accept`.
+    large_frames: the places of all connections; None: of this one alone.
     on_fault: called when the peer broke a rule of yamux or of the channel; the connection is closed then.
     on_closed: called once, after any end of the connection.
     """
@@ -150,6 +212,7 @@ class Connection:
         channel: SecureChannel,
         limits: YamuxLimits | None = None,
         *,
+        large_frames: LargeFrames | None = None,
         on_stream: Callable[[MuxedStream], None] | None = None,
         on_fault: Callable[[PeerFault], None] | None = None,
         on_closed: Callable[[Connection], None] | None = None,
@@ -160,14 +223,13 @@ class Connection:
         self.failure: str | None = None
         self.closed = trio.Event()
         self.started = trio.Event()
+        self.turns = Turns()
+        self.large_frames = large_frames or LargeFrames.of(Limits())
         self._on_stream = on_stream or self.offer
         self._on_fault = on_fault
         self._on_closed = on_closed
         self._streams: dict[int, MuxedStream] = {}
-        self._unsent: memoryview | None = None  # sealed bytes that the kernel has not taken completely
-        self._writer_wanted = trio.Event()
-        self._waiting_for_writer = trio.lowlevel.ParkingLot()
-        self._flushes = 0
+        self._writer = _Writer()
         self._offered = trio.open_memory_channel[MuxedStream](1024)
 
     # --- running ---
@@ -196,10 +258,17 @@ class Connection:
 
     async def _read_loop(self) -> None:
         while data := await self.channel.receive():
-            for event in self.core.receive(data, trio.current_time()):
-                self._handle(event)
-            if self.core.has_data_to_send:
-                self.flush_now()
+            self.turns.frames = 0  # every other task has run
+            rest = memoryview(data)
+            while rest:
+                events, used = self.core.receive_some(rest, trio.current_time())
+                for event in events:
+                    self._handle(event)
+                if self.core.has_data_to_send:
+                    self.flush_now()
+                rest = rest[used:]
+                if rest:
+                    await trio.lowlevel.checkpoint()
 
     def _handle(self, event: Event) -> None:
         what, state = event
@@ -220,7 +289,7 @@ class Connection:
     @property
     def can_send_now(self) -> bool:
         """True if no earlier bytes wait for the kernel."""
-        return self._unsent is None and not self.closed.is_set()
+        return self._writer.unsent is None and not self.closed.is_set()
 
     def queue(self, stream: MuxedStream, data: bytes) -> None:
         """Send a short message with the next flush.  It must be within a chunk and the stream's credit."""
@@ -230,7 +299,7 @@ class Connection:
 
     def flush_now(self) -> None:
         """Send the queued bytes that the kernel takes now; the writing task sends the others."""
-        if self._unsent is not None or self.closed.is_set():
+        if self._writer.unsent is not None or self.closed.is_set():
             return
         while self.core.has_data_to_send:
             sealed = memoryview(self.channel.seal(self.core.data_to_send()))
@@ -240,33 +309,33 @@ class Connection:
                 self.close_now(str(gone))
                 return
             if taken < len(sealed):
-                self._unsent = sealed[taken:]
-                self._writer_wanted.set()
+                self._writer.unsent = sealed[taken:]
+                self._writer.wanted.set()
                 return
 
     async def flush(self) -> None:
         """Send the bytes queued by now, and wait until the kernel has taken them.  Raises PeerGone."""
         self.flush_now()
-        if self._unsent is None:
+        if self._writer.unsent is None:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             # one flush for the bytes being written, a second for the bytes queued after them
-            goal = self._flushes + (2 if self.core.has_data_to_send else 1)
-            while self._flushes < goal and not self.closed.is_set():
-                await self._waiting_for_writer.park()
+            goal = self._writer.flushes + (2 if self.core.has_data_to_send else 1)
+            while self._writer.flushes < goal and not self.closed.is_set():
+                await self._writer.waiting.park()
         self.raise_if_closed()
 
     async def _write_loop(self) -> None:
         while True:
-            await self._writer_wanted.wait()
-            self._writer_wanted = trio.Event()
-            while self._unsent is not None:
-                await self.channel.link.send(self._unsent)
-                self._unsent = None
-                self._flushes += 1
-                self._waiting_for_writer.unpark_all()
+            await self._writer.wanted.wait()
+            self._writer.wanted = trio.Event()
+            while self._writer.unsent is not None:
+                await self.channel.link.send(self._writer.unsent)
+                self._writer.unsent = None
+                self._writer.flushes += 1
+                self._writer.waiting.unpark_all()
                 if self.core.has_data_to_send:
-                    self._unsent = memoryview(self.channel.seal(self.core.data_to_send()))
+                    self._writer.unsent = memoryview(self.channel.seal(self.core.data_to_send()))
 
     # --- streams ---
 
@@ -316,9 +385,10 @@ class Connection:
         self.channel.link.close()
         for stream in self._streams.values():
             stream.state.is_reset = stream.state.is_reset or not stream.is_closed()
+            stream.end_large()
             stream.wake()
         self._streams.clear()
-        self._waiting_for_writer.unpark_all()
+        self._writer.waiting.unpark_all()
         self._offered[0].close()
         if self._on_closed is not None:
             self._on_closed(self)

@@ -23,20 +23,23 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
 from node.network.transport.yamux_limits import (
     INITIAL_WINDOW,
+    ControlFrames,
     InboundStreams,
     RoundTrip,
+    StrayBytes,
     StreamIds,
     WindowBudget,
     YamuxError,
     YamuxLimits,
 )
 from tensor_codec.errors import LocalProtocolError, PeerGone
-from tensor_codec.limits import MIB
+from tensor_codec.frame import Buffer
 
 PROTOCOL = "/yamux/1.0.0"
 HEADER = struct.Struct(">BBHII")
@@ -46,8 +49,8 @@ NORMAL, PROTOCOL_ERROR = 0, 1  # codes of GO_AWAY
 # Largest payload of one DATA frame that we send: with its header it fills exactly one Noise message (65,535
 # bytes less the tag).  A small message waits for no more than this payload of another stream.
 CHUNK = 65_519 - HEADER.size
+FRAMES_AT_ONCE = 256  # of about 5 us each, before other tasks run: one read may bring 16,000
 _MAX_CREDIT = 2**32 - 1
-_MAX_STRAY = 16 * MIB  # of one frame to a stream that we have closed: the largest of other implementations
 
 
 class StreamReset(PeerGone):
@@ -80,6 +83,7 @@ class Stream:
         "credited_at",
         "credited_before",
         "ends_after_body",
+        "held",
         "id",
         "inbound",
         "is_reset",
@@ -99,6 +103,7 @@ class Stream:
         self.send_credit = INITIAL_WINDOW  # bytes that we may still send
         # one buffer, not a list of chunks: a peer that sends two bytes per frame must not cost fifty
         self.unread = bytearray()
+        self.held = 0  # bytes taken that the reader has not let go
         self.send_ended = False
         self.receive_ended = False
         self.ends_after_body = False  # the frame being received is the last
@@ -109,6 +114,15 @@ class Stream:
         return f"<stream {self.id}, {len(self.unread)} unread, may send {self.send_credit}>"
 
 
+@dataclass(slots=True)
+class _PartOfFrame:
+    """A frame that is being received: its header as far as it came, then the rest of its body."""
+
+    header: bytes = b""
+    body_left: int = 0
+    stream: Stream | None = None
+
+
 class Yamux:
     """One connection's streams: bytes in, events and bytes out.
 
@@ -117,7 +131,8 @@ class Yamux:
       * a peer's bytes raise nothing but YamuxError, and after it every call raises it again;
       * a stream never holds more than its window, the connection never more than `max_unread_bytes`;
       * we never send more than the peer's credit;
-      * our owed answers (pongs, resets) are bounded for any flood of the peer.
+      * our owed answers (pongs, resets) are bounded for any flood of the peer;
+      * frames without data, and bytes for closed streams, end a connection beyond what honest peers send.
 
     is_client: True for the side that dialled; its streams have odd ids.
     round_trip_seconds: of the handshake, until a ping took less.
@@ -138,12 +153,11 @@ class Yamux:
         self._unread_bytes = 0
         self._windows = WindowBudget(self._limits.max_unread_bytes)
         self._round_trip = RoundTrip(round_trip_seconds)
+        self._control = ControlFrames(self._limits, now)
+        self._stray = StrayBytes(self._limits)
         self._abandoned: deque[Stream] = deque()
         self._failure: str | None = None
-        # the received part of a frame
-        self._header = b""
-        self._body_left = 0
-        self._body_stream: Stream | None = None
+        self._part = _PartOfFrame()
         # to be sent
         self._outbox: list[bytes | memoryview] = []
         self._control_bytes = 0
@@ -157,7 +171,7 @@ class Yamux:
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes received and not yet taken, of all streams."""
+        """Bytes received and not yet taken, or taken and still held, of all streams."""
         return self._unread_bytes
 
     @property
@@ -201,18 +215,34 @@ class Yamux:
         size = min(len(data), stream.send_credit, CHUNK)
         if size:
             stream.send_credit -= size
+            self._control.sent(size)
             self._outbox.append(HEADER.pack(0, DATA, 0, stream.id, size))
             self._outbox.append(data[:size])
         return size
 
     def take(self, stream: Stream, max_bytes: int) -> bytes:
         """Up to `max_bytes` that have come in, oldest first; b"" if there are none.  Gives credit back."""
+        held = stream.held
+        data = self.take_held(stream, max_bytes)
+        self.hold(stream, held)
+        return data
+
+    def take_held(self, stream: Stream, max_bytes: int) -> bytes:
+        """As `take`, but the bytes count as unread until `hold` says otherwise: their credit stays here."""
         data = bytes(memoryview(stream.unread)[:max_bytes])
         del stream.unread[: len(data)]
-        self._unread_bytes -= len(data)
-        if data and not (stream.receive_ended or stream.is_reset):
-            self._give_credit(stream)
+        stream.held += len(data)
         return data
+
+    def hold(self, stream: Stream, size: int) -> None:
+        """Say how many of the bytes of `take_held` are still held.  Gives the others' credit back."""
+        freed = stream.held - size
+        if freed <= 0:
+            return
+        stream.held = size
+        self._unread_bytes -= freed
+        if not (stream.receive_ended or stream.is_reset):
+            self._give_credit(stream)
 
     def end(self, stream: Stream) -> None:
         """End our side of this stream.  A second call does no harm."""
@@ -229,19 +259,20 @@ class Yamux:
         A peer that has not ended the stream itself after `linger_seconds` gets a reset.
         """
         self.end(stream)
-        self._forget_unread(stream)
+        self._forget_all(stream)
         if not stream.is_reset and stream.id in self._streams and stream.abandoned_at is None:
             stream.abandoned_at = self._now
             self._abandoned.append(stream)
 
     def reset(self, stream: Stream) -> None:
         """End both directions at once, and forget unread bytes."""
+        self._forget_all(stream)
         if stream.is_reset:
             return
         was_open = self._streams.get(stream.id) is stream
         stream.is_reset = True
-        self._forget_unread(stream)
         if was_open and self._failure is None:
+            self._stray.closed(stream.credit)
             self._drop(stream)
             self._queue(WINDOW_UPDATE, RST, stream.id, 0)
 
@@ -262,11 +293,20 @@ class Yamux:
 
         now: seconds on any clock that does not go back.
         """
+        events, used = self.receive_some(data, now)
+        while used < len(data):
+            data = data[used:]
+            more, used = self.receive_some(data, now)
+            events += more
+        return events
+
+    def receive_some(self, data: Buffer, now: float) -> tuple[list[Event], int]:
+        """As `receive`, but of at most FRAMES_AT_ONCE frames; the events, and the number of bytes used."""
         self._check()
         self._now = now
         events: list[Event] = []
         try:
-            self._parse(data, events)
+            used = self._parse(data, events)
             if self._abandoned:
                 self._sweep()
             if self._control_bytes > self._limits.max_control_bytes:
@@ -277,28 +317,32 @@ class Yamux:
         except YamuxError as error:
             self._failure = str(error)
             raise
-        return events
+        return events, used
 
-    def _parse(self, data: bytes, events: list[Event]) -> None:
-        position, size = 0, len(data)
+    def _parse(self, data: Buffer, events: list[Event]) -> int:
+        position, size, frames, part = 0, len(data), 0, self._part
         while position < size:
-            if self._body_left:
-                body = data[position : position + self._body_left]
+            if part.body_left:
+                body = data[position : position + part.body_left]
                 position += len(body)
                 self._on_body(body, events)
                 continue
-            if not self._header and size - position >= HEADER.size:
+            if frames == FRAMES_AT_ONCE:
+                break
+            if not part.header and size - position >= HEADER.size:
                 fields = HEADER.unpack_from(data, position)
                 position += HEADER.size
             else:
-                missing = HEADER.size - len(self._header)
-                self._header += data[position : position + missing]
-                position += missing
-                if len(self._header) < HEADER.size:
-                    return
-                fields = HEADER.unpack(self._header)
-                self._header = b""
+                missing = HEADER.size - len(part.header)
+                part.header += bytes(data[position : position + missing])
+                position += min(missing, size - position)
+                if len(part.header) < HEADER.size:
+                    break
+                fields = HEADER.unpack(part.header)
+                part.header = b""
+            frames += 1
             self._on_header(fields, events)
+        return position
 
     def _on_header(self, fields: tuple[int, ...], events: list[Event]) -> None:
         version, kind, flags, stream_id, length = fields
@@ -314,6 +358,8 @@ class Yamux:
             stream = self._on_open(stream_id, events)
         elif stream is None and not self._ids.was_open(stream_id):
             raise YamuxError(f"a frame for stream {stream_id}, which was never opened")
+        if not (flags & SYN or (kind == DATA and length)):
+            self._control.take(self._now)
         if flags & RST:
             if kind == DATA and length:
                 self._expect_body(None, length, False)
@@ -330,6 +376,7 @@ class Yamux:
             self._on_end(stream, events)
 
     def _on_session_frame(self, kind: int, flags: int, value: int, events: list[Event]) -> None:
+        self._control.take(self._now)
         if kind == PING:
             if flags & SYN:
                 self._queue(PING, ACK, 0, value)
@@ -343,6 +390,7 @@ class Yamux:
     def _on_open(self, stream_id: int, events: list[Event]) -> Stream | None:
         self._ids.see(stream_id)
         if not self._inbound.may_open(self._now):
+            self._stray.closed(INITIAL_WINDOW)
             self._queue(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         stream = Stream(stream_id, True, self._now)
@@ -356,8 +404,7 @@ class Yamux:
 
     def _expect_body(self, stream: Stream | None, length: int, ends_stream: bool) -> None:
         if stream is None:
-            if length > _MAX_STRAY:
-                raise YamuxError(f"a frame of {length} bytes for a closed stream, allowed are {_MAX_STRAY}")
+            self._stray.take(length)
         else:
             if stream.receive_ended:
                 raise YamuxError(f"bytes on stream {stream.id} after its end")
@@ -367,11 +414,12 @@ class Yamux:
                 )
             stream.credit -= length
             stream.ends_after_body = ends_stream
-        self._body_left, self._body_stream = length, stream
+        self._part.body_left, self._part.stream = length, stream
 
-    def _on_body(self, body: bytes, events: list[Event]) -> None:
-        self._body_left -= len(body)
-        stream = self._body_stream
+    def _on_body(self, body: Buffer, events: list[Event]) -> None:
+        part = self._part
+        part.body_left -= len(body)
+        stream = part.stream
         if stream is None:
             return
         if not (stream.is_reset or stream.abandoned_at is not None):
@@ -383,8 +431,8 @@ class Yamux:
                     f"allowed are {self._limits.max_unread_bytes}"
                 )
             events.append(Event(Happening.READABLE, stream))
-        if not self._body_left:
-            self._body_stream = None
+        if not part.body_left:
+            part.stream = None
             if stream.ends_after_body and not stream.is_reset:
                 self._on_end(stream, events)
 
@@ -416,8 +464,8 @@ class Yamux:
     # --- accounts ---
 
     def _give_credit(self, stream: Stream) -> None:
-        announced = self._body_left if self._body_stream is stream else 0  # its credit is spent already
-        owed = stream.window - stream.credit - len(stream.unread) - announced
+        announced = self._part.body_left if self._part.stream is stream else 0  # its credit is spent already
+        owed = stream.window - stream.credit - len(stream.unread) - stream.held - announced
         if owed * 2 < stream.window:
             return
         round_trip = self._round_trip.seconds
@@ -447,6 +495,12 @@ class Yamux:
     def _forget_unread(self, stream: Stream) -> None:
         self._unread_bytes -= len(stream.unread)
         stream.unread.clear()
+
+    def _forget_all(self, stream: Stream) -> None:
+        """The reader is gone, and the bytes that it held with it."""
+        self._forget_unread(stream)
+        self._unread_bytes -= stream.held
+        stream.held = 0
 
     def _sweep(self) -> None:
         while self._abandoned:

@@ -35,6 +35,11 @@ class YamuxLimits:
     reset_floor: int = 20
     breaches_allowed: int = 2  # seconds of one minute with more opens than the burst allows
     max_control_bytes: int = 64 * KIB  # pongs, resets and window updates that the peer does not take
+    # pings, pongs, credit, empty frames
+    control_frames_per_second: float = 1000.0
+    control_frames_burst: int = 4000
+    bytes_per_control_frame: int = 256  # one more for so many bytes that we send: py-libp2p credits each read
+    max_stray_bytes: int = 4 * MIB  # to streams that are closed, beyond the credit that they had
     linger_seconds: float = 10.0  # for the peer to end a stream that we have closed
 
 
@@ -202,4 +207,59 @@ class InboundStreams:
             raise YamuxError(
                 f"{self._resets} of {self._opens} streams were opened and reset within "
                 f"{limits.reset_window_seconds} s"
+            )
+
+
+@dataclass(slots=True)
+class ControlFrames:
+    """The peer's frames that carry no data and open no stream: a token bucket.
+
+    Honest peers return credit for the bytes that we sent, so these add tokens.
+    """
+
+    limits: YamuxLimits
+    now: float
+    _tokens: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tokens = float(self.limits.control_frames_burst)
+
+    def sent(self, size: int) -> None:
+        """Count bytes of ours, for which the peer returns credit."""
+        self._tokens += 1 + size / self.limits.bytes_per_control_frame  # cut when the next one is taken
+
+    def take(self, now: float) -> None:
+        """Count a frame of the peer's.  Raises YamuxError for a flood."""
+        limits = self.limits
+        tokens = self._tokens + (now - self.now) * limits.control_frames_per_second
+        self._tokens, self.now = min(tokens, float(limits.control_frames_burst)) - 1, now
+        if self._tokens < 0:
+            raise YamuxError(
+                f"more than {limits.control_frames_per_second:g} frames a second without data, "
+                f"beyond {limits.control_frames_burst} at once"
+            )
+
+
+@dataclass(slots=True)
+class StrayBytes:
+    """The peer's bytes to streams that are closed: what it may have sent before it knew, and some more.
+
+    granted: credit that closed streams had, at most that of all streams that the peer may have open.
+    """
+
+    limits: YamuxLimits
+    granted: int = 0
+
+    def closed(self, credit: int) -> None:
+        """Count a stream that we reset, with the credit that the peer had."""
+        most = max(self.limits.max_unread_bytes, self.limits.max_inbound_streams * INITIAL_WINDOW)
+        self.granted = min(self.granted + credit, most)
+
+    def take(self, size: int) -> None:
+        """Count a frame.  Raises YamuxError beyond the bound."""
+        self.granted -= size
+        if self.granted < -self.limits.max_stray_bytes:
+            raise YamuxError(
+                f"{-self.granted} bytes for closed streams beyond their credit, "
+                f"allowed are {self.limits.max_stray_bytes}"
             )
