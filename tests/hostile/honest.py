@@ -14,7 +14,7 @@ from tensor_codec.errors import PeerFault, Refused
 from tests.hostile.talking import say
 
 PROMPT = "The three most important things about a good garden are"
-NEW_TOKENS = 96  # of one session: a new one begins every second or two, and chooses its chain anew
+NEW_TOKENS = 32  # of one session: a new one begins every second or two, and chooses its chain anew
 
 
 async def decode_forever(peers: tuple[str, ...]) -> None:
