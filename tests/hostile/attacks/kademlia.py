@@ -15,7 +15,7 @@ from node.network.directory.kademlia import provider_key
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity
 from tensor_codec.errors import PeerFault, PeerGone
-from tensor_codec.limits import KIB
+from tensor_codec.limits import KIB, MIB
 from tests.hostile.means import connection_to, stream_of
 from tests.hostile.stage import Stage, new_identity, served_by
 
@@ -25,7 +25,7 @@ VALUE = bytes(900 * KIB)
 PROBE_SECONDS = 0.5
 PROBE_FROM = "127.0.0.1"  # as honest peers do
 ANSWER_SECONDS = 2.0
-MOST_ANSWER_BYTES = 64 * KIB
+MOST_ANSWER_BYTES = 4 * MIB
 
 
 async def kademlia_put(stage: Stage) -> None:
