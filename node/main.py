@@ -31,6 +31,7 @@ from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
 from node.runtime.files import write_atomically, write_fault
 from node.runtime.nurseries import background_nursery
+from node.runtime.watermarks import Guard
 from node.serving import memory
 from node.serving.balancer import Balancer, by_capacity
 from node.serving.memory import Precision
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from node.network.host import Host
     from node.network.streams import FramedStream
     from node.serving.served_span import ServingSetup
+    from node.serving.server import Server
 
 log = logging.getLogger("raceme")
 
@@ -84,6 +86,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
         await server.begin(blocks)
         nursery.start_soon(server.keep_record_true)
+        nursery.start_soon(guard_of(config.network, node, server).run)
         if config.vitals_file is not None:
             nursery.start_soon(
                 write_vitals, config.vitals_file, lambda: node.host.connections, lambda: server.session_count
@@ -102,12 +105,27 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
 
 async def run_bootstrap(config: NetworkConfig) -> None:
     """Be a directory, without a model, until SIGINT or SIGTERM.  Raises ConfigError."""
-    async with stopped_by_signals() as stopping, open_node(config, "bootstrap") as node:
+    async with (
+        stopped_by_signals() as stopping,
+        open_node(config, "bootstrap") as node,
+        background_nursery() as nursery,
+    ):
+        nursery.start_soon(guard_of(config, node).run)
         await node.directory.announce(Record(role="bootstrap", name=config.name, version=VERSION))
         write_ready_file(config, node, None)
         tell_how_to_join(node, "online as a bootstrap node")
         stopping.started()
         await stopping.requested.wait()
+
+
+def guard_of(config: NetworkConfig, node: Node, server: Server | None = None) -> Guard:
+    """Keeps the node within its descriptors, and a server within its stated memory."""
+    if server is None or server.setup.stated is None:
+        return Guard(config.limits, node.host.connections)
+    bound = server.setup.stated.bound_after_loading(memory.process_bytes())
+    return Guard(
+        config.limits, node.host.connections, server.dispatch, lambda: None if server.moving else bound
+    )
 
 
 async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[ServingSetup, Blocks]:
@@ -147,7 +165,7 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
     log.info("%s", memory.in_one_line(bound, info, blocks.size, cache_tokens, free))
     setup = ServingSetup(
         folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
-        limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training,
+        limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training, bound,
     )  # fmt: skip
     return setup, blocks
 

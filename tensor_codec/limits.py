@@ -103,6 +103,12 @@ class Limits:
     announce_seconds: float = 30.0
 
     # The node itself
+    descriptor_share: float = 0.8  # of RLIMIT_NOFILE: the rest is for files, pushes and our own dials
+    memory_share: float = 0.9  # of the stated bound of resident memory
+    memory_end_share: float = 1.0
+    memory_retry_seconds: float = 5.0
+    watermark_seconds: float = 1.0  # a reading takes 0.1 ms
+    min_free_disk_bytes: int = 2 * GIB  # of a disk smaller than 20 GiB a tenth
     log_lines_per_peer_per_second: int = 5  # of one kind; the others of the second are counted
     log_lines_per_second: int = 20  # of one kind, of all peers: ids are free, and a line is 100 to 300 bytes
 

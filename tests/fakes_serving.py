@@ -95,9 +95,15 @@ class FakeCache:
 
 
 class FakeArena:
-    """Makes caches.  held: the blocks that it has stores for, as far as it was told."""
+    """Makes caches.  held: the blocks that it has stores for, as far as it was told.
+    given_back: how often memory was."""
 
     held: tuple[int, int] | None = None
+    given_back: int = 0
+
+    def give_back_memory(self) -> None:
+        """Count the calls."""
+        self.given_back += 1
 
     def hold(self, start: int, shapes: Sequence[object]) -> None:
         """Have stores for these blocks."""

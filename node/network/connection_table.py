@@ -29,6 +29,7 @@ class ConnectionTable:
     """
 
     def __init__(self, limits: Limits) -> None:
+        self.accepting = True  # see `node.runtime.watermarks`
         self._limits = limits
         self._by_peer: dict[PeerId, list[Connection]] = {}
         self._banned_until: dict[PeerId, float] = {}
@@ -68,7 +69,8 @@ class ConnectionTable:
     def may_accept(self) -> bool:
         """Whether a fresh inbound socket may begin its handshake."""
         return (
-            self._handshakes < self._limits.max_unauthenticated_connections
+            self.accepting
+            and self._handshakes < self._limits.max_unauthenticated_connections
             and sum(not each.is_initiator for each in self) < self._limits.max_inbound_connections
             and len(self) < self._limits.max_connections
         )

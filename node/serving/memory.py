@@ -84,6 +84,14 @@ class Memory:
         always = self.process + self.network + self.journal + OTHER_BYTES
         return always + (0 if self.on_device else self.needed)
 
+    def bound_after_loading(self, resident: int) -> int:
+        """`resident_bound`, and as much more as the process took in loading beyond what was expected.
+
+        resident: bytes once the span is loaded.  A device's libraries may take gigabytes here.
+        """
+        expected = self.process + OTHER_BYTES + (0 if self.on_device else self.weights)
+        return self.resident_bound + max(0, resident - expected)
+
 
 def free_bytes(device: str = "cpu") -> int:
     """Free memory of a device, in bytes.  Imports torch for devices other than the CPU."""

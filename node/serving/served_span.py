@@ -24,6 +24,7 @@ from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
+from node.runtime.watermarks import trim_heap
 from node.serving import memory
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine, EngineSpan
@@ -39,7 +40,7 @@ from node.serving.span_admission import SpanAdmission
 from routing.blocks import Blocks
 from routing.names import PeerId, Revision
 from routing.view.records import Record, State
-from tensor_codec.errors import Draining
+from tensor_codec.errors import Draining, Refused, TooManyStreams
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.messages.fields import Failed, encode_failed
@@ -55,6 +56,7 @@ class ServingSetup:
 
     name: of the node.  precision: of the weights, and of the computing.  open_push: a stream to
     a peer, for pushing.  faults: of peers, counted.  training_bytes: see `memory.training_bytes_that_fit`.
+    stated: the memory of the span and of all that peers can add to it.
     """
 
     folder: ModelFolder
@@ -69,6 +71,7 @@ class ServingSetup:
     open_push: Callable[[PeerId], Awaitable[Sender]]
     faults: Faults
     training_bytes: int = 0
+    stated: memory.Memory | None = None
 
     def spec(self, blocks: Blocks) -> SpanSpec:
         """The spec for serving these blocks."""
@@ -302,12 +305,14 @@ RETRY_SECONDS = 2.0  # until a client asks again: the new blocks may be loaded b
 class StreamDispatch:
     """Passes each stream to the span that is served now; where there is none, the peer is asked to come back.
 
-    leaving: the span before, while its sessions move elsewhere.
+    leaving: the span before, while its sessions move elsewhere.  admitting: new sessions and requests; False
+    where memory is short.
     """
 
     limits: Limits
     served_span: ServedSpan | None = None
     leaving: ServedSpan | None = None
+    admitting: bool = True
     _frames: FrameBudget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -320,14 +325,14 @@ class StreamDispatch:
 
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one session.  Raises PeerFault."""
-        if self.served_span is None:
+        if self.served_span is None or not self.admitting:
             await self._refuse(stream)
         else:
             await self.served_span.listener.serve_session(stream)
 
     async def serve_request(self, stream: PeekStream) -> None:
         """Serve a stream of requests without a session.  Raises PeerFault."""
-        if self.served_span is None:
+        if self.served_span is None or not self.admitting:
             await self._refuse(stream)
         else:
             await self.served_span.stateless.serve(stream)
@@ -347,5 +352,21 @@ class StreamDispatch:
 
     async def _refuse(self, stream: FrameStream) -> None:
         if await stream.receive(self.limits.frame_start_seconds) is not None:
-            no = Draining("this node is loading other blocks", RETRY_SECONDS)
+            loading = Draining("this node is loading other blocks", RETRY_SECONDS)
+            no = self._short_of_memory() if self.served_span is not None else loading
             await stream.send(encode_failed(Failed.of(no)))
+
+    def _short_of_memory(self) -> Refused:
+        return TooManyStreams("this node is short of memory", self.limits.memory_retry_seconds)
+
+    # --- for the guard of the node's memory ---
+
+    async def give_back_memory(self) -> None:
+        """Give memory that no session uses back to the system."""
+        for span in self.served_spans:
+            await span.listener.engine.compute.run(span.listener.pool.give_back_memory)
+        await trio.to_thread.run_sync(trim_heap)
+
+    def end_youngest(self) -> bool:
+        """End the session that was opened last, for its client to go on elsewhere; False without one."""
+        return any(span.listener.end_youngest(self._short_of_memory()) for span in self.served_spans)

@@ -39,6 +39,7 @@ class Server:
     """Serves a span, and another one after a move.
 
     nursery: for the computing.  came_online: called with the spec of each span that is served.
+    moving: blocks of two spans may be in memory.
     """
 
     setup: ServingSetup
@@ -48,6 +49,7 @@ class Server:
     came_online: Callable[[SpanSpec], None]
     load: Load = load_served_span
     load_blocks: LoadBlocks = load_blocks
+    moving: bool = field(default=False, init=False)
     dispatch: StreamDispatch = field(init=False)
     _own: OwnRecord = field(init=False)
     _loader: SpanLoader = field(init=False)
@@ -105,6 +107,13 @@ class Server:
         Raises MoveFailed: the old blocks are served again, or as many of them as can be loaded.
         Raises ConfigError: nothing can be loaded.
         """
+        self.moving = True
+        try:
+            await self._move(blocks)
+        finally:
+            self.moving = False
+
+    async def _move(self, blocks: Blocks) -> None:
         old = self._current().spec.blocks
         self._own.plan(blocks)
         try:

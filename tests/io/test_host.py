@@ -516,6 +516,17 @@ async def test_connections_beyond_the_caps_are_closed():
         assert bob.connected() == {alice.peer_id, carol.peer_id}
 
 
+async def test_a_node_short_of_descriptors_keeps_its_connections_and_accepts_no_other():
+    async with host() as bob, host() as alice, host() as carol:
+        await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+        bob.connections.accepting = False
+        with pytest.raises(PeerGone):
+            await carol.connect(bob.peer_id, bob.addresses, seconds=3)
+        await alice.ping(bob.peer_id, bob.addresses)
+        bob.connections.accepting = True
+        await carol.ping(bob.peer_id, bob.addresses)
+
+
 def _port(ours):
     return int(ours.addresses[0].rpartition("/")[2])
 

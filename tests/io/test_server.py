@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import trio
+import trio.lowlevel
 import trio.testing
 
 from node.config import VERSION, ConfigError
@@ -242,6 +243,49 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
         assert (answer.code, answer.retry_after_seconds) == ("draining", 2.0)
         await trio.sleep(10)
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
+
+
+async def test_a_node_short_of_memory_admits_nothing_and_serves_on(autojump_clock: object) -> None:
+    async with serving() as setting:
+        dispatch = setting.server.dispatch
+        first, _ = await setting.open(0, 3)
+        dispatch.admitting = False
+        refused = (await setting.open(0, 3, 1))[1]
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.retry_after_seconds) == ("too_many", 5.0)
+        await first.send(
+            encode_step(Step(bytes(16), 0, 0, "all", bytes(encode_hidden(some_hidden(1), "fp32"))))
+        )
+        assert await first.receive(1) is not None
+        dispatch.admitting = True
+        assert isinstance((await setting.open(0, 3, 1))[1], Opened)
+
+
+async def test_at_the_bound_of_memory_the_youngest_session_ends_and_its_client_hears_when_to_come_back(
+    autojump_clock: object,
+) -> None:
+    async with serving() as setting:
+        streams = [(await setting.open(0, 3, number))[0] for number in range(3)]
+        dispatch = setting.server.dispatch
+        for stream, left in ((streams[2], 2), (streams[1], 1)):
+            assert dispatch.end_youngest()
+            frame = await stream.receive(1)
+            assert frame is not None
+            told = decode_from_hop(frame, Contract(bytes(16), 0, 3, 1, 64, HIDDEN, "fp32", 2048))
+            assert isinstance(told, Failed)
+            assert (told.code, told.retry_after_seconds) == ("too_many", 5.0)
+            await trio.lowlevel.checkpoint()
+            assert setting.server.session_count == left
+        assert dispatch.end_youngest()
+        assert not dispatch.end_youngest(), "one that is ending does not count"
+
+
+async def test_memory_without_a_session_goes_back_to_the_system(autojump_clock: object) -> None:
+    async with serving() as setting:
+        await setting.server.dispatch.give_back_memory()
+        pool = setting.server._current().listener.pool
+        assert isinstance(pool, FakeArena)
+        assert pool.given_back == 1
 
 
 async def ask(setting: Setting, frame: Any = None) -> PeerInfo | Failed:

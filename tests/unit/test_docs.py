@@ -235,7 +235,7 @@ def test_calls_in_the_snippets_fit_the_functions_that_they_call(snippet):
 # Tables
 
 
-UNITS = {"s": 1, "KiB": 1024, "MiB": 1024 * 1024}
+UNITS = {"s": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
 
 def test_the_table_of_limits_is_the_code_s():

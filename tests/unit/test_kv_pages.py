@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import random
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from node.model.blocks import kv_pages
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, CannotCut, PagePool, SpanCache
 from tensor_codec.errors import LocalProtocolError
+from tensor_codec.limits import MIB
 
 SHAPE = BlockShape(2, 3, 1, 4)
 
@@ -98,6 +101,29 @@ def test_one_session_after_the_other_takes_the_same_pages_again():
         touched |= set(pool.table(cache.rows, cache.pages).ravel().tolist())
         cache.close()
     assert touched == set(range(57))
+
+
+def resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only there memory can be given back")
+def test_memory_of_pages_without_an_owner_goes_back_to_the_system_and_the_others_keep_their_values():
+    shape = BlockShape(8, 64, 8, 64)
+    pool = PagePool(0, (shape, shape), 65_536, 16_384)
+    kept, ended = pool.open(1, 16_384), pool.open(1, 16_384)
+    kept.reserve(16)
+    ended.reserve(8192)  # 64 MiB
+    pool.keys[1][pool.slots(kept.rows, 16)[0]] = 7.0
+    before = resident()
+    ended.close()
+    pool.give_back_memory()
+    assert before - resident() > 60 * MIB
+    assert bool((pool.keys[1][pool.slots(kept.rows, 16)[0]] == 7.0).all())
+    again = pool.open(1, 16_384)
+    again.reserve(8192)
+    assert not bool(pool.keys[1][pool.slots(again.rows, 8192)[0]].any())
+    assert resident() > before - 10 * MIB
 
 
 def test_what_lies_behind_a_rows_end_in_a_longer_batch_is_nobodys_zeros():

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tensor_codec.errors import LocalProtocolError, Refused
-from tensor_codec.memory import set_aside
+from tensor_codec.memory import forget, set_aside
 
 PAGE_TOKENS = 16
 SPARE_SHARE = 0.5  # of the owned pages: with 1.0 rows lie in half as many pieces, in a quarter more memory
@@ -207,6 +207,15 @@ class PagePool:
             if not first:
                 self._pages[row] = np.empty(0, np.int64)
 
+    def give_back_memory(self) -> None:
+        """Give the memory of pages without an owner back to the system, where it can take it.
+
+        Runs in the torch thread, which alone takes pages.
+        """
+        for start, stop in _runs(self._free):
+            for store in self._stores:
+                give_back(store[start * self.page_tokens : stop * self.page_tokens])
+
     def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
         """Copy the pages `sources`, [n], to the pages `targets`, [n], none of which is a source."""
         copy = copy_runs if self.device.type == "cpu" else copy_indexed
@@ -230,10 +239,7 @@ class PagePool:
         The run's first page, or its middle one after another row's last page, so that both rows can grow.
         """
         free = self._free[: self._window]
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], free, [False])).astype(np.int8)))
-        starts, stops = edges[::2], edges[1::2]
-        best = int((stops - starts).argmax())
-        start, stop = int(starts[best]), int(stops[best])
+        start, stop = max(_runs(free), key=lambda run: run[1] - run[0])
         return start if start == 0 or stop - start < 4 else (start + stop) // 2
 
 
@@ -333,6 +339,18 @@ class SpanCache:
             for row in self.rows:
                 self.pool.give_back(int(row), pages, self.pages - pages)
             self.pages = pages
+
+
+def _runs(chosen: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """The runs of neighbours that are True, as [start, stop)."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False])).astype(np.int8))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def give_back(slots: Tensor) -> None:
+    """Give the memory of these neighbouring slots of a store back: they read as zeros afterwards."""
+    if slots.device.type == "cpu":
+        forget(slots.data_ptr(), slots.nbytes)
 
 
 def copy_runs(pages: Tensor, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:

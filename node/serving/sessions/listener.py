@@ -79,6 +79,9 @@ class CachePool(Protocol):
     def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
         """Have stores for the blocks from `start` on, one for each shape."""
 
+    def give_back_memory(self) -> None:
+        """Give the memory of pages without an owner back to the system.  Runs in the torch thread."""
+
 
 @dataclass(slots=True)
 class Listener:
@@ -178,6 +181,14 @@ class Listener:
         except (MessageError, RemoteProtocolError) as fault:
             self._worker(hop).end_for(fault, peer)
         return True
+
+    def end_youngest(self, reason: Refused) -> bool:
+        """End the session that was opened last; False where all are ending."""
+        for hop in reversed(self._sessions.all()):
+            if not hop.scope.cancel_called:
+                hop.end(reason)
+                return True
+        return False
 
     async def drain(self) -> None:
         """Take no new session, and let the clients of open sessions move elsewhere.  Bounded.
