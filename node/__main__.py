@@ -354,8 +354,9 @@ def _limits(flags: argparse.Namespace) -> Limits:
 def _network(flags: argparse.Namespace) -> NetworkConfig:
     limits = _limits(flags)
     if flags.record_ttl is not None:
-        if not 1 <= flags.record_ttl <= 3600:
-            raise ConfigError(f"--record-ttl is {flags.record_ttl}, 1 to 3600 seconds are allowed")
+        most = limits.record_life_seconds
+        if not 1 <= flags.record_ttl <= most:
+            raise ConfigError(f"--record-ttl is {flags.record_ttl}, 1 to {most:g} seconds are allowed")
         limits = replace(limits, record_ttl_seconds=flags.record_ttl, announce_seconds=flags.record_ttl / 3)
     try:
         name = argument_text(flags.name, "--name")

@@ -81,6 +81,7 @@ class ChainChooser:
     spread: str | None = None
     _queues: QueueReports = field(default_factory=QueueReports)
     _distances: Distances = field(default_factory=Distances)
+    _considered: dict[bool, tuple[SwarmView, Sequence[Record]]] = field(init=False, default_factory=dict)
 
     def choose(
         self,
@@ -158,7 +159,7 @@ class ChainChooser:
         if self.pings is None:
             return choose()
         run = run or Blocks(0, self.blocks)
-        peers = [span.peer for span in self.usable() if run.overlap((span.start, span.stop))]
+        peers = [span.peer for span in self.considered() if run.overlap((span.start, span.stop))]
         is_enough = partial(self.is_covered_by, run=run)
         await measure_candidates(self.pings, peers, self.spread or "", is_enough)
         return await choose_among_the_living(self.pings, choose)
@@ -167,9 +168,18 @@ class ChainChooser:
         """The peers that the constraints admit, by id.  silent: peers that do not answer too."""
         return suitable(self.view().spans(self.revision, self.blocks, silent=silent), self.constraints)
 
+    def considered(self, *, silent: bool = False) -> Sequence[Record]:
+        """The usable peers that this client compares: see `routing.chains.load_sharing.sample`."""
+        view, known = self.view(), self._considered.get(silent)
+        if known is None or known[0] is not view:
+            spans = self.usable(silent=silent)
+            few = sample(spans, self.spread or "", always=self.measured.decode, answering=self.rtts())
+            known = self._considered[silent] = view, few
+        return known[1]
+
     def is_covered_by(self, peers: Collection[PeerId], run: Blocks) -> bool:
-        """Whether these peers hold all blocks of a run that any usable peer holds."""
-        spans = self.usable()
+        """Whether these peers hold all blocks of a run that any considered peer holds."""
+        spans = self.considered()
         those = [span for span in spans if span.peer in peers]
         return gaps(those, run) == gaps(spans, run)
 
@@ -241,8 +251,7 @@ class ChainChooser:
         others: peers that take no new sessions, and whose distances are asked for too.
         """
         self.changes.look(self.view())
-        spans = self.usable(silent=silent)
-        looked_at = sample(spans, self.spread or "", always=self.measured.decode)
+        looked_at = self.considered(silent=silent)
         self._distances.update((*looked_at, *others), self.rtts())
         return [self._with_queue(span) for span in looked_at]
 

@@ -6,7 +6,8 @@ first and the last differ from client to client:
 * `client_bias`: a cost factor per peer, mostly small.  Among nearly equal chains each client prefers another
   one; a chain that is clearly the best stays the best.
 * `queue_markup`: a queue costs more than its waiting time.
-* `sample`: of very many peers a client considers only some, fast peers more often.
+* `sample`: of many peers a client considers only some, fast peers more often.  That also bounds the work of a
+  choice beside thousands of made-up servers, and one network's part of it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Collection, Iterable, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Sequence
+from functools import lru_cache
 
 from routing.names import PeerId
+from routing.view.networks import network_of
 from routing.view.records import Record
+from routing.view.view import MAX_CLAIMED_SPEED
 
 SPREAD = 0.3  # of a block's cost: the mean addition of a client's bias
 # A queue counts as this many times its waiting time, since a client that joins it delays all later
 # clients.  With 1 each client minimises its own wait, and all wait longer.
 QUEUE_PENALTY = 4.0
-MAX_PEERS = 1500  # that a client considers
+MAX_PEERS = 64  # that a client considers: a search among them takes 2 to 5 ms
 MIN_HOLDERS = 8  # of each block among the considered peers, where the swarm has as many
+NETWORK_SHARE = 0.5  # of the considered peers, while peers of other networks are there
+
+_Ranked = tuple[int, float, PeerId, Record]  # the peer is unique: records are never compared
 
 
 def client_bias(seed: str, peers: Iterable[PeerId], spread: float = SPREAD) -> dict[PeerId, float]:
@@ -59,26 +68,57 @@ def sample(
     *,
     most: int = MAX_PEERS,
     always: Collection[PeerId] = (),
+    answering: Container[PeerId] = (),
 ) -> Sequence[Record]:
     """The peers that a client considers: all of them where there are `most` or fewer.
 
-    They are drawn without replacement in proportion to announced speed (Efraimidis and Spirakis, 2006), and
-    stay while their records stay.  More than `most` are drawn where a block would have fewer than
-    `MIN_HOLDERS`.  always: peers to be included.  O(n log n).
+    Peers that have answered this client come first, since anybody can make up records.  Among equals peers
+    are drawn without replacement in proportion to believed speed (Efraimidis and Spirakis, 2006), and stay
+    while their records stay.  Peers of one public network take at most half of the places while there are
+    others.  More than `most` are drawn where a block would have fewer than `MIN_HOLDERS`.
+
+    always: peers to be included.  answering: peers that have answered a ping.  O(n log n).
     """
     if len(spans) <= most:
         return spans
-    ranked = sorted(spans, key=lambda span: (span.peer not in always, _rank(seed, span), span.peer))
-    chosen, held = ranked[:most], [0] * max(span.stop for span in spans)
+    fastest = statistics.median([span.seconds_per_block for span in spans]) / MAX_CLAIMED_SPEED
+    ranked = list[_Ranked]()
+    for span in spans:
+        peer = span.peer
+        rank = -_log_uniform(seed, peer) * max(span.seconds_per_block, fastest)
+        tier = 0 if peer in always else 1 if peer in answering else 2
+        ranked.append((tier, rank, peer, span))
+    ranked.sort()
+    chosen, held = _spread_over_networks(ranked, most), [0] * max([span.stop for span in spans])
     for span in chosen:
-        for block in range(span.start, span.stop):
-            held[block] += 1
-    for span in ranked[most:]:
-        if min(held[span.start : span.stop]) < MIN_HOLDERS:
+        _hold(span, held)
+    taken, left = {span.peer for span in chosen}, iter(ranked)
+    while min(held) < MIN_HOLDERS and (best := next(left, None)) is not None:
+        *_, peer, span = best
+        if min(held[span.start : span.stop]) < MIN_HOLDERS and peer not in taken:
             chosen.append(span)
-            for block in range(span.start, span.stop):
-                held[block] += 1
+            _hold(span, held)
     return chosen
+
+
+def _hold(span: Record, held: list[int]) -> None:
+    for block in range(span.start, span.stop):
+        held[block] += 1
+
+
+def _spread_over_networks(ranked: Sequence[_Ranked], most: int) -> list[Record]:
+    """The first `most`, of which one network has at most its share while there are others."""
+    chosen, deferred, counts = list[Record](), list[Record](), Counter[str]()
+    for *_, span in ranked:
+        network = network_of(span.addresses)
+        if network and counts[network] >= most * NETWORK_SHARE:
+            deferred.append(span)
+            continue
+        counts[network] += 1
+        chosen.append(span)
+        if len(chosen) == most:
+            break
+    return chosen + deferred[: most - len(chosen)]
 
 
 def rendezvous(seed: str, peers: Iterable[PeerId], most: int) -> list[PeerId]:
@@ -86,8 +126,9 @@ def rendezvous(seed: str, peers: Iterable[PeerId], most: int) -> list[PeerId]:
     return heapq.nsmallest(most, peers, key=lambda peer: _uniform(seed, peer))
 
 
-def _rank(seed: str, span: Record) -> float:
-    return -math.log(_uniform(seed, span.peer)) * span.seconds_per_block
+@lru_cache(maxsize=16_384)
+def _log_uniform(seed: str, peer: PeerId) -> float:
+    return math.log(_uniform(seed, peer))
 
 
 def _uniform(seed: str, peer: PeerId) -> float:

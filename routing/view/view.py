@@ -3,61 +3,46 @@
     view = merge(view, [Arrival(record, wire)], now).view
 
 `now` is the caller's monotonic clock, in seconds; no other clock matters.  The record with the highest `seq`
-of a peer counts.  It lives for its TTL from our receipt, less the age that the sender states: ages add up
-along the way, so gossip in circles cannot keep a dead peer alive.  The view remembers the `seq` of an expired
-record for a while, so a false age gains one TTL at most.  A peer that left keeps its last record (state
-offline) as a tombstone, for the same reason.
+of a peer counts.  It lives for its TTL from our receipt, `life_seconds` at most, less the age that the sender
+states: ages add up along the way, so gossip in circles cannot keep a dead peer alive.  The view remembers the
+`seq` of an expired record for a while, so a false age gains one life at most.  A peer that left keeps its
+last record (state offline) as a tombstone, for the same reason.
+
+A view has places for `max_records` peers.  While there are free places every server gets one.  A full view
+shares its places out: see `routing.view.places`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from operator import attrgetter
 from typing import NamedTuple
 
 from routing.names import ModelId, PeerId, Revision, public_key_of
+from routing.view.entry import Arrival, Entry
+from routing.view.places import Places
 from routing.view.records import MAX_TTL_SECONDS, Record, State
+from tensor_codec.limits import Limits
 
 # How long an expired record is remembered.  A peer whose clock went back announces a lower seq: it is shown
 # its own older record (see `missing`), or waits this long.
 REMEMBER_SECONDS = MAX_TTL_SECONDS
 # A peer's claim counts up to four times the median's speed; more counts only when measured.
 MAX_CLAIMED_SPEED = 4.0
+__all__ = ["Arrival", "Entry", "SwarmView", "believed_rates", "expire", "likely_adjacent", "merge"]
 ONLINE: frozenset[State] = frozenset({"online"})
 ONLINE_SOON: frozenset[State] = frozenset({"joining", "online"})
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A verified record, its wire form, and its known age: seconds since its peer sent it."""
-
-    record: Record
-    wire: bytes
-    age: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A record in the view.  sent: when its peer sent it, on our clock, by the stated ages."""
-
-    record: Record
-    wire: bytes
-    sent: float
-
-    @property
-    def expires(self) -> float:
-        """When it ends, on our clock."""
-        return self.sent + self.record.ttl_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
     """Everything known of a swarm at one moment; `merge` and `expire` return new ones.
 
-    max_records: of peers; a full view refuses new peers and keeps the known ones.
+    max_records: of peers.  life_seconds: of a record, at most, whatever its peer says.
     entries: the live records by peer, tombstones included.
     ended: expired records, remembered so that gossip cannot bring them back; at most max_records.
     next_expiry: no entry expires before this time.
@@ -70,6 +55,7 @@ class SwarmView:
     ended: Mapping[PeerId, Entry] = field(default_factory=dict)
     next_expiry: float = field(default=math.inf, compare=False)
     silent: frozenset[PeerId] = frozenset()
+    life_seconds: float = Limits().record_life_seconds
 
     def get(self, peer: PeerId) -> Record | None:
         """The record of that peer, or None where it is unknown or has left."""
@@ -79,7 +65,7 @@ class SwarmView:
     def records(self) -> tuple[Record, ...]:
         """The records of all peers that have not left, in the order of their ids."""
         present = (entry.record for entry in self.entries.values() if entry.record.state != "offline")
-        return tuple(sorted(present, key=lambda record: record.peer))
+        return tuple(sorted(present, key=_by_peer))
 
     def spans(
         self,
@@ -97,15 +83,16 @@ class SwarmView:
         states: ONLINE for new sessions; ONLINE_SOON when a new node chooses its blocks.
         silent: whether silent peers are included.
         """
-        return tuple(
-            record
-            for record in self.records()
-            if record.role == "serve"
-            and record.state in states
-            and record.revision == revision
-            and blocks in (None, record.blocks)
-            and (silent or record.peer not in self.silent)
-        )
+        found = [
+            entry.record
+            for peer, entry in self.entries.items()
+            if entry.record.role == "serve"
+            and entry.record.state in states
+            and entry.record.revision == revision
+            and blocks in (None, entry.record.blocks)
+            and (silent or peer not in self.silent)
+        ]
+        return tuple(sorted(found, key=_by_peer))
 
     def models(self) -> tuple[ModelKey, ...]:
         """The models that online peers serve."""
@@ -125,13 +112,20 @@ class SwarmView:
         found = [self.entries[peer] for peer in peers if peer in self.entries]
         return [_pass_on(entry, now) for entry in found if now < entry.expires]
 
-    def missing(self, digest: Mapping[bytes, int], now: float, asker: PeerId | None = None) -> list[Arrival]:
+    def missing(
+        self,
+        digest: Mapping[bytes, int],
+        now: float,
+        asker: PeerId | None = None,
+        withheld: Container[PeerId] = (),
+    ) -> list[Arrival]:
         """The records that the sender of this digest lacks, each with its age.
 
         asker: the sender.  Its own last record is included even if expired: a peer whose clock went back
             learns which seq it must exceed.
+        withheld: peers whose records are not passed on yet.
         """
-        held = [entry for entry in self.entries.values() if now < entry.expires]
+        held = [e for peer, e in self.entries.items() if now < e.expires and peer not in withheld]
         if asker is not None and asker in self.ended:
             held.append(self.ended[asker])
         return [
@@ -139,6 +133,9 @@ class SwarmView:
             for entry in held
             if entry.record.seq > digest.get(public_key_of(entry.record.peer), -1)
         ]
+
+
+_by_peer = attrgetter("peer")
 
 
 def _pass_on(entry: Entry, now: float) -> Arrival:
@@ -160,33 +157,43 @@ class Merged(NamedTuple):
     changed: tuple[PeerId, ...]
 
 
-def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float) -> Merged:
+def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float, met: Container[PeerId] = ()) -> Merged:
     """Take in verified records of this swarm.
 
-    Dropped are records of another swarm, records whose seq is no higher than the known one (expired ones
-    included), records whose TTL has passed, and records of new peers where the view is full.
+    Dropped are records of another swarm or of clients, records whose seq is no higher than the known one
+    (expired ones included), records whose life has passed, and records of new peers for which a full view
+    has no place.  met: peers that this node has been connected to; they keep their places.
     The order of arrivals does not matter unless the view is full.  O(view + arrivals).
     """
     view = expire(view, now)
     entries, ended = dict(view.entries), dict(view.ended)
     changed: dict[PeerId, None] = {}  # a set that keeps its order
+    places: Places | None = None
     for arrival in arrivals:
-        record, entry = arrival.record, Entry(arrival.record, arrival.wire, now - arrival.age)
+        record, source = arrival.record, arrival.source
+        entry = Entry(record, arrival.wire, now - arrival.age, source, view.life_seconds)
         known = entries.get(record.peer)
         latest = known or ended.get(record.peer)
-        if record.swarm != view.swarm or entry.expires <= now:
+        if record.swarm != view.swarm or record.role == "client" or entry.expires <= now:
             continue
         if latest is not None and record.seq <= latest.record.seq:
             continue
-        if known is None and len(entries) >= view.max_records:
-            continue
+        if known is not None:  # the first source stays: a renewal gives no second place
+            entry = replace(entry, source=known.source)
+        elif len(entries) >= view.max_records:
+            places = places or Places(entries, met)
+            if (evicted := places.make_room(entry)) is None:
+                continue
+            del entries[evicted]
+            changed.pop(evicted, None)
         entries[record.peer] = entry
         ended.pop(record.peer, None)
         changed[record.peer] = None
     if not changed:
         return Merged(view, ())
     next_expiry = min(view.next_expiry, *(entries[peer].expires for peer in changed))
-    return Merged(SwarmView(view.swarm, view.max_records, entries, ended, next_expiry), tuple(changed))
+    merged = replace(view, entries=entries, ended=ended, next_expiry=next_expiry, silent=frozenset())
+    return Merged(merged, tuple(changed))
 
 
 def expire(view: SwarmView, now: float) -> SwarmView:
@@ -200,7 +207,7 @@ def expire(view: SwarmView, now: float) -> SwarmView:
     if len(remembered) > view.max_records:
         latest = sorted(remembered.items(), key=lambda item: item[1].expires)[-view.max_records :]
         remembered = dict(latest)
-    return SwarmView(view.swarm, view.max_records, live, remembered, next_expiry)
+    return replace(view, entries=live, ended=remembered, next_expiry=next_expiry, silent=frozenset())
 
 
 def believed_rates(

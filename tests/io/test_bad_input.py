@@ -168,7 +168,7 @@ def test_a_truncated_weight_file_is_named(capsys, tmp_path, tiny_llama):
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--record-ttl", "0.5", "3600"),
+        ("--record-ttl", "0.5", "90"),
         ("--name", "x" * 65, "64"),
     ],
 )

@@ -1,6 +1,7 @@
 """Clients that decide by themselves do not all decide the same."""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,3 +86,34 @@ def test_a_sample_has_more_fast_peers_than_slow_ones_and_differs_between_clients
     looked_at = sample(spans, "me", most=40)
     assert sum(one.seconds_per_block == 0.001 for one in looked_at) > 30
     assert set(looked_at) != set(sample(spans, "you", most=40))
+
+
+def test_peers_that_have_answered_are_considered_before_any_number_of_others():
+    spans = [span(number, 0, 12, 0.01) for number in range(100)]
+    answering = set(PEERS[50:60])
+    looked_at = sample(spans, "me", most=20, answering=answering)
+    assert answering <= {one.peer for one in looked_at}
+    assert len(looked_at) == 20
+
+
+def test_a_false_claim_draws_no_more_than_four_times_the_median():
+    spans = [span(number, 0, 12, 0.01) for number in range(290)]
+    liars = [span(number, 0, 12, 1e-7) for number in range(290, 300)]
+    fast = [span(number, 0, 12, 0.0025) for number in range(290, 300)]
+    of_liars = {one.peer for one in sample([*spans, *liars], "me", most=40)}
+    assert of_liars == {one.peer for one in sample([*spans, *fast], "me", most=40)}
+    assert len(of_liars) == 40
+
+
+def at(record: Record, host: str) -> Record:
+    return replace(record, addresses=(f"/ip4/{host}/tcp/4001",))
+
+
+def test_one_network_has_at_most_half_of_the_places_while_there_are_others():
+    crowd = [at(span(number, 0, 12, 0.001), f"9.9.9.{number}") for number in range(200)]
+    others = [at(span(number, 0, 12, 0.01), f"8.8.{number - 200}.8") for number in range(200, 300)]
+    looked_at = sample([*crowd, *others], "me", most=40)
+    assert sum(one in crowd for one in looked_at) == 20
+    assert len(sample(crowd, "me", most=40)) == 40  # there is nobody else
+    at_home = [at(one, "192.168.1.7") for one in crowd]
+    assert sum(one in at_home for one in sample([*at_home, *others], "me", most=40)) > 30

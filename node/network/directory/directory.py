@@ -227,7 +227,7 @@ class Directory:
     def _silent(self) -> frozenset[PeerId]:
         return self._asker.answers.silent()
 
-    def _overtaken(self, record: Record) -> None:
+    def _overtaken(self, record: Record, told_by: PeerId) -> None:
         self._announcer.overtaken(record)
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import trio
@@ -58,9 +58,14 @@ class LiveView:
         record = self.view().get(peer)
         return record.addresses if record and record.addresses else self._bootstrap.get(peer, ())
 
-    def merge(self, arrivals: Sequence[Arrival]) -> tuple[PeerId, ...]:
-        """Take in verified records; return the peers with news, in order."""
-        view, changed = merge(self._view, arrivals, trio.current_time())
+    def merge(self, arrivals: Sequence[Arrival], met: Container[PeerId] = ()) -> tuple[PeerId, ...]:
+        """Take in verified records; return the peers with news, in order.
+
+        met: peers that this node has been connected to.
+        """
+        if not arrivals:
+            return ()
+        view, changed = merge(self._view, arrivals, trio.current_time(), met)
         self._replace(view)
         return tuple(changed)
 

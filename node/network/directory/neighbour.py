@@ -6,44 +6,28 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
+from node.network.prefixes import is_local, network_of
 from routing.names import PeerId
 from routing.view.exchange import Digest, encode_digest, encode_records
 from routing.view.view import Arrival, SwarmView
 from tensor_codec.errors import MessageError, SlowPeer
 from tensor_codec.limits import Limits
+from tensor_codec.token_bucket import TokenBucket
 
 if TYPE_CHECKING:
     from node.network.streams import FramedStream
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
 BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 RETRIES_KEPT = 1024  # peers that could not be reached
 ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
-
-
-@dataclass(slots=True)
-class TokenBucket:
-    """At most `burst` at once and `rate` per second in the long run.  The caller passes the time."""
-
-    rate: float
-    burst: float
-    level: float
-    filled: float
-
-    @classmethod
-    def full(cls, rate: float, burst: float, now: float) -> TokenBucket:
-        """A full bucket."""
-        return cls(rate, burst, burst, now)
-
-    def take(self, count: float, now: float) -> float:
-        """Take `count`, and return the seconds until the rate has covered them."""
-        self.level = min(self.burst, self.level + (now - self.filled) * self.rate) - count
-        self.filled = now
-        return max(0.0, -self.level / self.rate)
 
 
 @dataclass(slots=True)
@@ -88,26 +72,59 @@ class Retries:
         self._retries.clear()
 
 
-class Budgets:
-    """The budgets of each peer: records, and digests that ask for an answer.
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a neighbour may send: records, and digests that ask for an answer.
 
-    A budget outlives its stream, so a new stream is no new budget; at most BUDGETS_KEPT are kept.
+    network: shared by the peers of one public network; None on this machine and in private networks.
+    """
+
+    records: TokenBucket
+    asks: TokenBucket
+    network: TokenBucket | None
+
+    def records_due(self, cost: float, now: float) -> float:
+        """Take the cost of some records, and return the seconds until it is covered."""
+        wait = self.records.take(cost, now)
+        return wait if self.network is None else max(wait, self.network.take(cost, now))
+
+
+class Budgets:
+    """The budgets of each peer and of each public network.
+
+    A budget outlives its stream, so a new stream is no new budget; at most BUDGETS_KEPT of each are kept.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._budgets: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
+        self._peers: OrderedDict[PeerId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
+        self._networks: OrderedDict[str, TokenBucket] = OrderedDict()
 
-    def of(self, peer: PeerId) -> tuple[TokenBucket, TokenBucket]:
-        """The buckets of a peer: records, and asking digests."""
-        if peer not in self._budgets:
-            now, limits = trio.current_time(), self._limits
-            records = TokenBucket.full(limits.records_per_peer_per_second, limits.records_per_peer_burst, now)
-            self._budgets[peer] = records, TokenBucket.full(ASKS_PER_SECOND, ASKS_BURST, now)
-        self._budgets.move_to_end(peer)
-        while len(self._budgets) > BUDGETS_KEPT:
-            self._budgets.popitem(last=False)
-        return self._budgets[peer]
+    def of(self, peer: PeerId, prefix: str, *, whole_view: bool) -> Budget:
+        """The budget of a peer.
+
+        prefix: of its address.  whole_view: it may send a whole view at once, and no network counts.
+        """
+        now, limits = trio.current_time(), self._limits
+        if peer not in self._peers:
+            most = limits.max_records if whole_view else limits.records_per_peer_burst
+            records = TokenBucket.full(limits.records_per_peer_per_second, most, now)
+            self._peers[peer] = records, TokenBucket.full(ASKS_PER_SECOND, ASKS_BURST, now)
+        network = None
+        if not whole_view and not is_local(prefix):
+            name, rate = network_of(prefix), limits.records_per_network_per_second
+            if name not in self._networks:
+                self._networks[name] = TokenBucket.full(rate, limits.records_per_network_burst, now)
+            network = self._networks[name]
+            _keep_latest(self._networks, name)
+        _keep_latest(self._peers, peer)
+        return Budget(*self._peers[peer], network)
+
+
+def _keep_latest(budgets: OrderedDict[Key, Value], used: Key) -> None:
+    budgets.move_to_end(used)
+    while len(budgets) > BUDGETS_KEPT:
+        budgets.popitem(last=False)
 
 
 class Neighbour:
@@ -123,6 +140,7 @@ class Neighbour:
     def __init__(self, stream: FramedStream, *, ours: bool) -> None:
         self.stream = stream
         self.peer = stream.peer
+        self.prefix: str = getattr(stream, "prefix", "")
         self.ours = ours
         self.greeted = trio.Event()
         self.scope = trio.CancelScope()

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from node.config import ConfigError
+from node.network.directory.intake import Intake
 from node.network.directory.live_view import LiveView
-from node.network.directory.neighbour import Budgets, Neighbour, Retries
-from routing.names import PeerId, peer_id_of
+from node.network.directory.met import Met
+from node.network.directory.neighbour import Neighbour, Retries
+from routing.names import PeerId
 from routing.view.exchange import Digest, Records, decode
-from routing.view.records import NOBODY, Record, RecordError, signer, verify_record
-from routing.view.view import Arrival
+from routing.view.records import Record
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone
 from tensor_codec.limits import Limits
 
@@ -38,7 +39,6 @@ HEAL_SECONDS = 5.0  # a digest to a random neighbour
 JOIN_PAUSE_SECONDS = 0.25  # between two dials to one bootstrap peer, which may still be starting
 JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
 CLOSE_SECONDS = 0.5
-FAULTS_BEFORE_DROP = 3
 DIGEST_ENTRY_COST = 0.01  # of a record's
 DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
 
@@ -57,6 +57,9 @@ class ExchangeHost(Protocol):
     ) -> FramedStream:
         """A new stream; seconds: for the connection.  Raises PeerFault."""
 
+    def connected(self) -> set[PeerId]:
+        """The peers with a live connection."""
+
     def charge(self, who: str, fault: PeerFault) -> None:
         """Count a peer's fault."""
 
@@ -65,7 +68,8 @@ class Neighbours:
     """The peers with which records are exchanged, and the tasks that keep the exchange going.
 
     view: takes records in and gives answers.
-    own_record: called with a peer's record of us that we did not announce.
+    own_record: called with a peer's record of us that we did not announce, and that peer.
+    met: the peers that this node has been connected to.
     """
 
     def __init__(
@@ -75,14 +79,13 @@ class Neighbours:
         *,
         bootstrap: Mapping[PeerId, tuple[str, ...]],
         limits: Limits,
-        own_record: Callable[[Record], None],
+        own_record: Callable[[Record, PeerId], None],
         rng: random.Random,
     ) -> None:
         self._host = host
         self._view = view
         self._bootstrap = bootstrap
         self._limits = limits
-        self._own_record = own_record
         self._rng = rng
         self._open = True
         self._neighbours: list[Neighbour] = []
@@ -90,7 +93,11 @@ class Neighbours:
         self._lost = trio.Event()
         self._dialling: set[PeerId] = set()
         self._turned_away: set[PeerId] = set()  # members of another swarm
-        self._budgets = Budgets(limits)
+        self.met = Met()
+        self.met.add([host.peer_id])
+        self._intake = Intake(
+            host, view, limits, trusted=bootstrap, met=self.met, own_record=own_record, rng=rng
+        )
 
     @property
     def peers(self) -> frozenset[PeerId]:
@@ -181,6 +188,7 @@ class Neighbours:
                 faults.append(fault)
             nursery.cancel_scope.cancel()
 
+        self.met.add([neighbour.peer])
         self._neighbours.append(neighbour)
         try:
             with neighbour.scope:
@@ -194,19 +202,16 @@ class Neighbours:
             raise faults[0]
 
     async def _receive_forever(self, neighbour: Neighbour) -> None:
-        """Take in the other side's frames until it ends its stream.  Raises PeerFault.
-
-        A peer that sends more than its budget is read more slowly: its own stream fills up.
-        """
-        records, asks = self._budgets.of(neighbour.peer)
+        """Take in the other side's frames until it ends its stream.  Raises PeerFault."""
+        budget = self._intake.budget_of(neighbour)
         while (frame := await neighbour.next_frame(self._limits)) is not None:
             match decode(frame):
                 case Records(items):
-                    await trio.sleep(records.take(len(items), trio.current_time()))
-                    self._receive_records(neighbour, items)
+                    self.pass_on(await self._intake.take(neighbour, items), neighbour.peer)
                 case Digest() as part:
-                    await trio.sleep(records.take(len(part.seqs) * DIGEST_ENTRY_COST, trio.current_time()))
-                    await trio.sleep(asks.take(part.last, trio.current_time()))
+                    cost = len(part.seqs) * DIGEST_ENTRY_COST
+                    await trio.sleep(budget.records_due(cost, trio.current_time()))
+                    await trio.sleep(budget.asks.take(part.last, trio.current_time()))
                     self._receive_digest(neighbour, part)
 
     def _receive_digest(self, neighbour: Neighbour, part: Digest) -> None:
@@ -214,7 +219,7 @@ class Neighbours:
         if theirs is None:
             return
         view, now = self._view.view(), trio.current_time()
-        for arrival in view.missing(theirs, now, asker=neighbour.peer):
+        for arrival in view.missing(theirs, now, neighbour.peer, self._intake.withheld):
             if arrival.record.peer in view.entries:
                 neighbour.owe([arrival.record.peer])
             else:
@@ -224,29 +229,6 @@ class Neighbours:
         else:
             neighbour.greeted.set()
             self.retries.forget(neighbour.peer)
-
-    def _receive_records(self, neighbour: Neighbour, items: Sequence[tuple[bytes, float]]) -> None:
-        """Verify and take in; a few bad records are only counted.  Raises RecordError after those."""
-        view, arrivals = self._view.view(), []
-        for wire, age in items:
-            known = view.entries.get(_claimed_peer(wire))
-            if known is not None and known.wire == wire:
-                continue  # several neighbours send the same record: the copies cost no signature check
-            try:
-                record = verify_record(wire, swarm=self._view.swarm, limits=self._limits)
-            except RecordError as error:
-                neighbour.faults += 1
-                if neighbour.faults >= FAULTS_BEFORE_DROP:
-                    raise
-                self._host.charge(neighbour.peer, error)
-                continue
-            if record.peer == self._host.peer_id:
-                self._own_record(record)
-            elif known is not None and record.seq < known.record.seq:
-                neighbour.owe([record.peer])  # they do not know the newer one
-            else:
-                arrivals.append(Arrival(record, wire, age))
-        self.pass_on(self._view.merge(arrivals), neighbour.peer)
 
     async def join(self, nursery: trio.Nursery, *, required: bool, patience_seconds: float) -> None:
         """Dial the bootstrap peers; return when one has sent its whole view.
@@ -284,8 +266,10 @@ class Neighbours:
             raise ConfigError(f"none of {len(peers)} peers could be reached: " + "; ".join(reasons))
 
     async def keep(self, nursery: trio.Nursery) -> None:
-        """Keep up the number of neighbours."""
+        """Keep up the number of neighbours, and pass on the new peers whose turn it is."""
         while True:
+            self.met.add([*self._host.connected(), self._host.peer_id])
+            self.pass_on(self._intake.release(), None)
             for peer in self._to_dial():
                 self._dialling.add(peer)
                 nursery.start_soon(self._converse, peer, self._dial_addresses(peer))
@@ -329,8 +313,3 @@ def _what_happened(peer: PeerId, addresses: Sequence[str], why: str | None, seco
         why = f"no answer within {seconds:g} s"
     why = why.removeprefix(f"{peer} cannot be reached: ").removeprefix(f"{addresses[0]}: ")
     return f"{addresses[0]}/p2p/{peer}: {why}"
-
-
-def _claimed_peer(wire: bytes) -> PeerId:
-    key = signer(wire)
-    return peer_id_of(key) if key else NOBODY
