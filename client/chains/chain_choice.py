@@ -108,7 +108,7 @@ class ChainChooser:
         try:
             return self._cheapest(spans, wanted, factors)
         except NoChain as none:
-            raise explain_length(none, self.usable(), tokens) from None
+            raise explain_length(none, _usable(self), tokens) from None
 
     def chains(self, most: int) -> list[Chain]:
         """Up to `most` chains over the whole model, the best first: see `best_chains`.  Raises NoChain."""
@@ -164,15 +164,11 @@ class ChainChooser:
         await measure_candidates(self.pings, peers, self.spread or "", is_enough)
         return await choose_among_the_living(self.pings, choose)
 
-    def usable(self, *, silent: bool = False) -> list[Record]:
-        """The peers that the constraints admit, by id.  silent: peers that do not answer too."""
-        return suitable(self.view().spans(self.revision, self.blocks, silent=silent), self.constraints)
-
     def considered(self, *, silent: bool = False) -> Sequence[Record]:
         """The usable peers that this client compares: see `routing.chains.load_sharing.sample`."""
         view, known = self.view(), self._considered.get(silent)
         if known is None or known[0] is not view:
-            spans = self.usable(silent=silent)
+            spans = _usable(self, silent=silent)
             few = sample(spans, self.spread or "", always=self.measured.decode, answering=self.rtts())
             known = self._considered[silent] = view, few
         return known[1]
@@ -285,6 +281,13 @@ class ChainChooser:
             return cheapest(excluded=wanted.excluded.union(avoided))
         except NoChain as none:
             raise explain(none, view, self.model, self.revision, self.constraints) from None
+
+
+def _usable(chooser: ChainChooser, *, silent: bool = False) -> list[Record]:
+    """The peers that the constraints admit, by id.  silent: peers that do not answer too."""
+    return suitable(
+        chooser.view().spans(chooser.revision, chooser.blocks, silent=silent), chooser.constraints
+    )
 
 
 def for_prompts(chooser: ChainChooser) -> ChainChooser:

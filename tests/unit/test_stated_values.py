@@ -19,7 +19,7 @@ from client.session.repair import watchdog
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
 from node.network import addresses, connection_table, dialler, dialling, host
-from node.network.directory import announcer, neighbours
+from node.network.directory import announcer, intake, neighbours
 from node.network.transport import yamux_limits
 from node.network.transport.yamux_limits import YamuxLimits
 from node.serving import balancer, memory
@@ -154,7 +154,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         ),
     ),
     (PROTOCOL, "A node dials at most N peers at once", (dialler.MAX_DIALS,)),
-    (PROTOCOL, "counted; the N on a stream ends it", (neighbours.FAULTS_BEFORE_DROP,)),
+    (PROTOCOL, "counted; the N on a stream ends it", (intake.FAULTS_BEFORE_DROP,)),
     (
         PROTOCOL,
         "at fault is avoided for N s, doubling with each further fault up to N;",
