@@ -21,11 +21,12 @@ from client.chains.chain_wait import (
     wait_for_chain,
 )
 from client.chains.chooser import PeerStream
+from client.chains.considered import Considered
 from client.chains.no_chain import explain, explain_length
 from client.chains.queue_reports import QueueReports
 from routing.blocks import Blocks, gaps
 from routing.chains.alternatives import Constraints, best_chains, suitable
-from routing.chains.distances import CLIENT, Distances
+from routing.chains.distances import CLIENT
 from routing.chains.load_sharing import client_bias, queue_markup, sample
 from routing.chains.measured import Measured, admitted
 from routing.chains.search import Chain, CostInputs, Hop, NoChain, cheapest_chain, costs
@@ -80,8 +81,7 @@ class ChainChooser:
     constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     _queues: QueueReports = field(default_factory=QueueReports)
-    _distances: Distances = field(default_factory=Distances)
-    _considered: dict[bool, tuple[SwarmView, Sequence[Record]]] = field(init=False, default_factory=dict)
+    _few: Considered = field(default_factory=Considered)
 
     def choose(
         self,
@@ -166,12 +166,12 @@ class ChainChooser:
 
     def considered(self, *, silent: bool = False) -> Sequence[Record]:
         """The usable peers that this client compares: see `routing.chains.load_sharing.sample`."""
-        view, known = self.view(), self._considered.get(silent)
-        if known is None or known[0] is not view:
-            spans = _usable(self, silent=silent)
-            few = sample(spans, self.spread or "", always=self.measured.decode, answering=self.rtts())
-            known = self._considered[silent] = view, few
-        return known[1]
+
+        def draw() -> Sequence[Record]:
+            spans, always = _usable(self, silent=silent), self.measured.decode
+            return sample(spans, self.spread or "", always=always, answering=self.rtts())
+
+        return self._few.servers(self.view(), self.constraints, silent, draw)
 
     def is_covered_by(self, peers: Collection[PeerId], run: Blocks) -> bool:
         """Whether these peers hold all blocks of a run that any considered peer holds."""
@@ -187,7 +187,7 @@ class ChainChooser:
         self._spans(records)
         records = [self._with_queue(record) for record in records]
         rates = {**self.measured.rates(records, trio.current_time(), 1), **observed}
-        return costs(records, CostInputs(measured=rates, distances=self._distances)).chain(hops)
+        return costs(records, CostInputs(measured=rates, distances=self._few.distances)).chain(hops)
 
     def kind_of(self, peer: PeerId) -> str | None:
         """See `client.chains.chooser.Chooser.kind_of`."""
@@ -225,7 +225,7 @@ class ChainChooser:
 
     def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
         """See `client.chains.chooser.SwarmAccess.observe_step`."""
-        view, now, between = self.view(), trio.current_time(), self._distances.between
+        view, now, between = self.view(), trio.current_time(), self._few.distances.between
         peers = [CLIENT, *[hop.peer for hop in hops], CLIENT]
         network = sum([between(one, two) for one, two in pairwise(peers)]) / 2
         blocks = [hop.stop - hop.start for hop in hops]
@@ -248,7 +248,7 @@ class ChainChooser:
         """
         self.changes.look(self.view())
         looked_at = self.considered(silent=silent)
-        self._distances.update((*looked_at, *others), self.rtts())
+        self._few.distances.update((*looked_at, *others), self.rtts())
         return [self._with_queue(span) for span in looked_at]
 
     def _cheapest(self, spans: Sequence[Record], wanted: Wanted, factors: Mapping[PeerId, float]) -> Chain:
@@ -258,7 +258,7 @@ class ChainChooser:
             measured={**self.measured.rates(spans, now, wanted.positions), **wanted.observed},
             waiting=wanted.waiting,
             positions=wanted.positions,
-            distances=self._distances,
+            distances=self._few.distances,
         )
         cheapest = partial(
             cheapest_chain,
