@@ -16,7 +16,7 @@ from node.runtime.nurseries import run
 from tensor_codec.errors import PeerFault, Refused
 
 PROMPT = "The three most important things about a good garden are"
-LEAST_TOKENS, MOST_TOKENS = 4, 96
+LEAST_TOKENS, MOST_TOKENS = 2, 32
 TRAINED_TOKENS = 64
 TELL_SECONDS = 5.0
 
@@ -47,7 +47,7 @@ async def one_client(swarm: Swarm, rng: random.Random, done: Counter[str]) -> No
 async def generate(swarm: Swarm, rng: random.Random) -> None:
     """A generation from its first token to its last."""
     count = rng.randint(LEAST_TOKENS, MOST_TOKENS)
-    async for _ in swarm.generate(PROMPT * rng.randint(1, 8), max_new_tokens=count, temperature=0):
+    async for _ in swarm.generate(PROMPT * rng.randint(1, 4), max_new_tokens=count, temperature=0):
         pass
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.figures.blocks.hostile import hostile_block, soak_block
+from benchmarks.soak.growth import Sample, growth
 from tests.hostile.__main__ import SOURCE, listing, parse, told
 from tests.hostile.attacks import ATTACKS
 from tests.hostile.judgement import (
@@ -137,6 +139,31 @@ def test_the_command_line_knows_its_attacks(capsys):
 def test_a_row_is_told_in_words():
     assert told({"attack": "flood", **judge(seen()).values, "attacker_cpu_share": 0.5}).endswith("held")
     assert told({"attack": "flood", "failed": ["the node died"], "passed": False}).endswith("the node died")
+
+
+ABOUT = {"cpu": "a processor", "cores": 2, "day": "2026-01-01", "others": 0.0}
+
+
+def test_rows_stand_in_the_table_of_the_page():
+    row = {"attack": "where_flood", **judge(seen()).values, "machine": ABOUT, "commit": "c"}
+    broken = {"attack": "lie_stall", "failed": ["it did not begin"], "passed": False, "machine": ABOUT}
+    block = hostile_block({"hostile": [row, broken]})
+    assert "| `where_flood` | 1.00 | 1.00 | 1.00 | 0.20 | 100, 100, 100 | 2 | yes | yes |" in block
+    assert "| `lie_stall` | not measured: it did not begin |" in block
+
+
+def test_a_long_run_stands_in_the_table_of_the_page():
+    grown = growth([Sample(float(at), 500.0, 30.0, 40.0, 9.0) for at in range(100)], 10)
+    run = {
+        "servers": [{"who": "server of blocks 0:15", **grown}], "minutes": 30, "restarts": 4,
+        "killed_clients": 2, "machine": ABOUT,
+    }  # fmt: skip
+    block = soak_block({"soak": run})
+    assert (
+        "| server of blocks 0:15 | 500, 500 (+0.00) | 30, 30 (+0.00) | 40, 40 (+0.00) |"
+        in block
+    )
+    assert "30 minutes, 4 restarts" in block
 
 
 def test_nobody_but_this_machine_is_attacked():
