@@ -47,6 +47,12 @@ def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
     return hidden
 
 
+def check_finite(body: Buffer, codec: str) -> None:
+    """Raises BadResult if a value of an encoded body is NaN or infinite."""
+    if len(body) and not _all_finite(_values(body, codec)):
+        raise BadResult("received hidden states hold NaN or infinity")
+
+
 def recode(body: Buffer, codec: str, to: str) -> Buffer:
     """Equal values, in equal order, in another codec; the body itself where `to` is its codec.
 
@@ -54,8 +60,12 @@ def recode(body: Buffer, codec: str, to: str) -> Buffer:
     """
     if codec == to:
         return body
-    wire = torch.from_numpy(np.frombuffer(body, np.uint8).copy()).view(WIRE_DTYPES[codec])
-    return _bytes_of(wire.to(WIRE_DTYPES[to]))
+    return _bytes_of(_values(body, codec).to(WIRE_DTYPES[to]))
+
+
+def _values(body: Buffer, codec: str) -> Tensor:
+    """The values of a body, in memory of their own."""
+    return torch.from_numpy(np.frombuffer(body, np.uint8).copy()).view(WIRE_DTYPES[codec])
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
@@ -371,17 +371,19 @@ def stream_pair(
 
 
 R = TypeVar("R", Open, Run)
+Liar = Callable[[FakeStream], Awaitable[None]]
 
 
 @dataclass
 class FakeNode:
-    """A serving node of a World."""
+    """A serving node of a World.  liar: serves streams in place of the listener."""
 
     peer: PeerId
     span: FakeSpan
     compute: FakeCompute
     listener: Listener
     alive: bool = True
+    liar: Liar | None = None
     handlers: list[trio.CancelScope] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
 
@@ -545,7 +547,9 @@ class World:
         node.handlers.append(scope)
         try:
             with scope:
-                if stream.protocol == SESSION_PROTOCOL:
+                if node.liar is not None:
+                    await node.liar(stream)
+                elif stream.protocol == SESSION_PROTOCOL:
                     await node.listener.serve_session(stream)
                 else:
                     await serve_push(node.listener, stream, self.frames)

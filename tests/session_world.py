@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from client.chains.avoided_peers import AvoidedPeers
 from client.session.core import ClientSession, State
 from client.session.hop_state import HopState
 from client.session.repair.contracts import Contracts
@@ -32,6 +33,7 @@ class Peers:
         self.seconds = seconds
         self.dtypes: dict[str, str] = {}
         self.asked: list[dict[str, object]] = []
+        self.blame = AvoidedPeers()
 
     def choose(
         self,
@@ -105,14 +107,12 @@ def agree(
     for place in line_up.places:
         near = place.neighbours
         if place.state is None:
-            state = HopState(
-                place.hop, place.dtype or "", line_up.contract.codec, relay=near.relay, fed=place.fed
-            )
+            state = HopState(place.hop, place.dtype or "", line_up.contract.codec, near)
             state.opened(Opened(push=near.successor is not None, cut=cut))
             session.route.add(state)
         else:
             state = place.state
-            state.relink(relay=near.relay, fed=place.fed)
+            state.relink(near)
             length = (lengths or {}).get(place.hop.peer, session.steps.length)
             said = Relinked(line_up.epoch, near.successor is not None, length, 0, None, cut)
             state.relinked(said, line_up.contract.codec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from client.chains.accusations import Accusations
 from routing.names import PeerId
 
 AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
@@ -14,24 +15,29 @@ SAME_TIME_SECONDS = 1.0  # the largest error of a record's age
 
 @dataclass(slots=True)
 class AvoidedPeers:
-    """The avoided peers, each with the end of its avoidance.  Times are the caller's clock, in seconds."""
+    """The avoided peers, each with the end of its avoidance.  Times are the caller's clock, in seconds.
 
+    accusations: what peers report of each other.
+    """
+
+    accusations: Accusations = field(default_factory=Accusations)
     _until: dict[PeerId, float] = field(default_factory=dict)  # after faults
     _refused_until: dict[PeerId, float] = field(default_factory=dict)
-    _faults: dict[PeerId, int] = field(default_factory=dict)
+    _faults: dict[PeerId, float] = field(default_factory=dict)
     _gone: dict[PeerId, float] = field(default_factory=dict)  # time of the loss; infinite otherwise
 
-    def fault(self, peer: PeerId, now: float, *, gone: bool = False) -> None:
+    def fault(self, peer: PeerId, now: float, *, gone: bool = False, share: float = 1.0) -> None:
         """A peer was wrong, slow or gone: avoid it for 15 s, doubling up to an hour.
 
-        gone: its connection broke, or could not be made; see `seen_online`.
+        gone: its connection broke, or could not be made; see `seen_online`.  share: of a fault, where another
+        peer may be the one at fault: two halves count as one, and the first half for 11 s.
         An avoided peer may be tried if no other peer is left.  Another failure in this time does not
         prolong it.
         """
         if self._until.get(peer, now) > now and peer in self._faults:
             return
         self._gone[peer] = now if gone else math.inf
-        count = self._faults[peer] = self._faults.get(peer, 0) + 1
+        count = self._faults[peer] = self._faults.get(peer, 0) + share
         self._until[peer] = now + min(AVOID_SECONDS * 2 ** min(count - 1, 20), MAX_AVOID_SECONDS)
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None, now: float) -> None:

@@ -204,9 +204,9 @@ class ChainChooser:
         record = self.view().get(peer)
         return await self.dial(peer, record.addresses if record is not None else (), protocol)
 
-    def fault(self, peer: PeerId, error: PeerFault) -> None:
+    def fault(self, peer: PeerId, error: PeerFault, share: float = 1.0) -> None:
         """See `client.chains.chooser.SwarmAccess.fault`."""
-        self.blame.fault(peer, trio.current_time(), gone=isinstance(error, PeerGone))
+        self.blame.fault(peer, trio.current_time(), gone=isinstance(error, PeerGone), share=share)
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
         """See `client.chains.chooser.SwarmAccess.refused`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from client.chains.avoided_peers import AvoidedPeers
 from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop
 from routing.names import PeerId
@@ -66,6 +67,10 @@ class Chooser(Protocol):
     def dtype_of(self, peer: PeerId) -> str | None:
         """The dtype that a peer announces, or None where the peer has left."""
 
+    @property
+    def blame(self) -> AvoidedPeers:
+        """The peers that failed, of all sessions, and what they report of each other."""
+
 
 class SwarmAccess(Chooser, Protocol):
     """A chooser that also waits, dials and takes reports.  See `client.chains.chain_choice.ChainChooser`."""
@@ -80,8 +85,8 @@ class SwarmAccess(Chooser, Protocol):
     async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:
         """Raises PeerFault."""
 
-    def fault(self, peer: PeerId, error: PeerFault) -> None:
-        """A peer was wrong, slow or gone: avoid it for a while."""
+    def fault(self, peer: PeerId, error: PeerFault, share: float = 1.0) -> None:
+        """A peer was wrong, slow or gone: avoid it for a while.  share: of a fault."""
 
     def refused(self, peer: PeerId, retry_after_seconds: float | None) -> None:
         """A peer said no: ask others for a while."""

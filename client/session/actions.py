@@ -154,10 +154,11 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """A peer was wrong, slow or gone: avoid it for a while, in other sessions too."""
+    """A peer was wrong, slow or gone: avoid it for a while, in other sessions too.  share: of a fault."""
 
     peer: PeerId
     error: PeerFault
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

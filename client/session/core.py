@@ -12,8 +12,9 @@ A change of the route has five steps: `choose`, `line_up` (opens new hops, gives
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from client.chains.chooser import Chooser
 from client.session.actions import (
@@ -42,6 +43,8 @@ from client.session.actions import (
     Unanswered,
 )
 from client.session.hop_state import HopState
+from client.session.repair.judgement import HALF, judge
+from client.session.repair.pauses import Pauses
 from client.session.repair.relocation import Relocation
 from client.session.repair.watchdog import Watchdog
 from client.session.route_state import LineUp, Refill, RouteState, cannot_reorder
@@ -52,12 +55,11 @@ from tensor_codec.errors import (
     LocalProtocolError,
     MessageError,
     PeerFault,
-    PeerGone,
     Refused,
     SlowPeer,
 )
 from tensor_codec.frame import Buffer
-from tensor_codec.messages.contract import StepRange
+from tensor_codec.messages.contract import Contract, StepRange
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import Result
 
@@ -126,6 +128,8 @@ class ClientSession:
       * the epoch grows with every change of the route, and no frame of an older epoch is passed on;
       * a disturbance in the middle of a change starts another change;
       * a hop that failed serves no further route, and is blamed once;
+      * of two hops of which one is at fault each gets half of the blame; a hop that reports a second
+        neighbour, or a peer that it does not know, gets all of it;
       * after `Closed` nothing is sent.
 
     last_error: since the last answer.  outage: the last time without a sound route.
@@ -138,6 +142,7 @@ class ClientSession:
     steps: StepSource = field(default_factory=StepSource)
     last_error: PeerFault | Refused | None = None
     outage: Outage = field(default_factory=lambda: Outage("opening", 0.0))
+    pauses: Pauses = field(default_factory=Pauses)
     relocation: Relocation = field(init=False)
     watchdog: Watchdog = field(init=False)
 
@@ -178,6 +183,8 @@ class ClientSession:
         """The caller takes the answer to a step: the parts of its time, and the actions."""
         self.last_error = None
         self.steps.collected(pending)
+        if self.pauses.openings or self.pauses.endings:
+            self.pauses.answered()
         alone = not self.steps.pending
         if alone and result.epoch == self.route.epoch:
             self.route.refilled()
@@ -203,13 +210,15 @@ class ClientSession:
                 hop.answer(here)
                 return []
             case Lost(hop, error, blame):
-                return self._lost(hop, error, now, blame=blame)
+                _confirm(self.chooser, [hop])
+                return self._lost(hop, error, now, share=float(blame))
             case Reported(hop, failed):
                 return self._reported(hop, failed, now)
             case Late(pending):
                 return self._late(pending, now)
             case Unanswered(hops, seconds):
                 late = [hop for hop in hops if hop.asked_at is not None]
+                _confirm(self.chooser, late)
                 return [act for hop in late for act in self._lost(hop, _silence(hop, seconds), now)]
             case StepsGivenUp():
                 return self._break("steps were given up", now) if self.steps.give_up() else []
@@ -224,6 +233,8 @@ class ClientSession:
     def _answered(self, hop: HopState, result: Result) -> list[Action]:
         pending = self.steps.pending.get(result.step) if not result.replay else None
         if hop.hop.stop < self.terms.run.stop:
+            if pending is not None:
+                _check_carried(result, pending.what, self.route.contracts.in_epoch(result.epoch))
             return self.route.carry(hop, result, pending)
         if pending is None or pending.result is not None:
             return []  # its caller has gone, or has the answer
@@ -240,22 +251,25 @@ class ClientSession:
     def _reported(self, hop: HopState, failed: Failed, now: float) -> list[Action]:
         """A hop reports a fault of its own or of a neighbour."""
         error = failed.error()
-        peer = PeerId(failed.peer) if failed.peer is not None else None
         if failed.code == "leaving":
             hop.set_leaving()
             return []
-        if failed.code == "cannot_push" and peer is not None:
-            self.route.replacement.separate([(hop.hop.peer, peer)])  # later events show whether `peer` lives
-            return self._break(f"{hop.hop.peer} cannot reach {peer}", now)
         if isinstance(error, Refused) and failed.step is not None:
             hop.refuse()
             return [*self.note(hop.hop.peer, error), *self._break(f"{hop.hop.peer} refused a step", now)]
-        if peer is None or peer == hop.hop.peer:
-            return self._lost(hop, error, now, blame=failed.code != "ended")
-        others = [other for other in self.route.hops if other.hop.peer == peer]
-        actions = [action for other in others for action in self._lost(other, error, now)]
-        ended = PeerGone(f"{hop.hop.peer} ended the session for what {peer} did")
-        return actions + self._lost(hop, ended, now, blame=False)
+        if not hop.alive:
+            return []
+        found = judge(hop, failed, self.route.hops, partial(self.chooser.blame.accusations.accuse, now=now))
+        if found.unreachable is not None:
+            self.route.replacement.separate([found.unreachable])
+            return self._break("{} cannot reach {}".format(*found.unreachable), now)
+        if found.distrusted is not None:
+            self.route.replacement.distrust(found.distrusted)
+        actions: list[Action] = []
+        for loss in found.losses:
+            often = not loss.share and failed.code == "ended" and self.pauses.ended(hop.hop.peer)
+            actions += self._lost(loss.hop, loss.error, now, share=1.0 if often else loss.share)
+        return actions
 
     def _late(self, pending: Pending, now: float) -> list[Action]:
         """A step is late: ask the hops, give up silent hops, or leave a stuck hop."""
@@ -265,12 +279,20 @@ class ClientSession:
             now,
             refilling=self.route.refilling,
             expected=self.route.chain.expected_seconds,
+            part=self.route.contracts.current.replay_part,
         )
         why = f"step {pending.step} made no progress for {found.waited:.2g} s"
         if found.stuck is not None:
-            return self._lost(found.stuck, SlowPeer(why), now)
+            lost, share = found.stuck, 1.0
+            if found.before is not None:  # which of the two lies, or whether the step was lost between them
+                if self.chooser.blame.accusations.accuse(found.before.hop.peer, lost.hop.peer, now):
+                    lost, why = found.before, f"{why}, and it says that it has passed it on"
+                else:
+                    share = HALF
+            return self._lost(lost, SlowPeer(why), now, share=share)
         if found.busy is not None:
             return self._leave(found.busy, why, now)
+        _confirm(self.chooser, [hop for hop, _ in found.silent])
         silent = [
             action for hop, seconds in found.silent for action in self._lost(hop, _silence(hop, seconds), now)
         ]
@@ -286,27 +308,27 @@ class ClientSession:
         return [fault, Postpone(hop.hop.peer, None), *self._break(why, now)]
 
     def _lost(
-        self, hop: HopState, error: PeerFault | Refused, now: float, *, blame: bool = True
+        self, hop: HopState, error: PeerFault | Refused, now: float, *, share: float = 1.0
     ) -> list[Action]:
-        """Give up a hop."""
+        """Give up a hop.  share: of a fault, 0 without blame."""
         if not hop.alive:
             return []
         error.about(hop.hop.peer)
-        hop.fail(error, blame=blame)
+        hop.fail(error, blame=share > 0)
         fault = Note("fault", {"peer": hop.hop.peer, "error": str(error)})
-        actions = self.note(hop.hop.peer, error) if blame else [fault]
+        actions = self.note(hop.hop.peer, error, share) if share else [fault]
         if hop in self.route.hops or self.state is State.SWITCHING:
             actions += self._break(str(error), now)
         return [*actions, StopSwitching()]
 
-    def note(self, peer: PeerId, error: PeerFault | Refused) -> list[Action]:
-        """The reports on a peer's fault or refusal.  Our own bugs never come here."""
+    def note(self, peer: PeerId, error: PeerFault | Refused, share: float = 1.0) -> list[Action]:
+        """The reports on a peer's fault, or a share of one, or refusal.  Our own bugs never come here."""
         error.about(peer)
         self.last_error = error
         fault = Note("fault", {"peer": peer, "error": f"{type(error).__name__}: {error}"})
         if isinstance(error, Refused):
             return [fault, Postpone(peer, self.route.replacement.refused(peer, error))]
-        return [fault, Blame(peer, error)]
+        return [fault, Blame(peer, error, share)]
 
     def _break(self, why: str, now: float) -> list[Action]:
         """The route must change before the next frame is sent."""
@@ -371,6 +393,23 @@ class ClientSession:
         for hop in self.route.opened:
             hop.close()
         return [Note("ended"), *(Leave(hop) for hop in self.route.opened), StopSwitching(), Repair("closed")]
+
+
+def _check_carried(result: Result, what: StepRange, contract: Contract) -> None:
+    """Raises MessageError where a hop's output is not that of all positions of a step."""
+    tokens = len(result.body) // contract.row_bytes
+    if tokens and (result.position, tokens) != (what.position, what.tokens):
+        raise MessageError(
+            f"{tokens} positions from {result.position} on came back to be carried on,"
+            f" the step has {what.tokens} from {what.position} on"
+        )
+
+
+def _confirm(chooser: Chooser, hops: Iterable[HopState]) -> None:
+    """These hops fail before our eyes: reports of others about them were right."""
+    for hop in hops:
+        if hop.alive:
+            chooser.blame.accusations.confirm(hop.hop.peer)
 
 
 def _silence(hop: HopState, seconds: float) -> SlowPeer:

@@ -6,8 +6,21 @@ from dataclasses import dataclass, field
 
 from client.session.repair.replay_plan import HopProgress
 from routing.chains.hops import Hop
+from routing.names import PeerId
 from tensor_codec.errors import PeerFault, Refused
 from tensor_codec.messages.session import Here, Opened, Relinked
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """predecessor, successor: None where it must not know them.  relay: the client carries its outputs."""
+
+    predecessor: PeerId | None
+    successor: PeerId | None
+    relay: bool
+
+
+ALONE = Neighbours(None, None, relay=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -15,8 +28,9 @@ class HopState:
     """One hop, from the moment that it opened the session.
 
     dtype: of its computation.  codec: of hidden states to and from it.
+    near: the neighbours that it was told last; near_before: until it confirms these, those before them.
     progress: of its last report, at the change of the route.  queue: see `Opened`.
-    push: it reaches its successor.  relay: the client carries its outputs.  fed: the client sends its inputs.
+    push: it reaches its successor.
     leaving: it goes on for a while.  refused: it could not take a step, and may take it later.
     error: the reason why it was given up.  blamed: another peer is preferred from now on.
     here, asked_at: its last answer to Where, and the time of an unanswered Where.
@@ -26,8 +40,8 @@ class HopState:
     hop: Hop
     dtype: str
     codec: str
-    relay: bool = False
-    fed: bool = False
+    near: Neighbours = ALONE
+    near_before: Neighbours = ALONE
     progress: HopProgress = field(default_factory=HopProgress)
     queue: float = 0.0
     push: bool = False
@@ -38,6 +52,16 @@ class HopState:
     here: Here | None = None
     asked_at: float | None = None
     closed: bool = False
+
+    @property
+    def relay(self) -> bool:
+        """Whether the client carries its outputs."""
+        return self.near.relay
+
+    @property
+    def fed(self) -> bool:
+        """Whether the client sends its inputs."""
+        return self.near.predecessor is None
 
     @property
     def alive(self) -> bool:
@@ -59,15 +83,20 @@ class HopState:
         progress = HopProgress(cut=reply.cut, orders=0 if reply.rows else None)
         self.push, self.progress, self.queue = reply.push, progress, reply.queue
 
-    def relink(self, *, relay: bool, fed: bool) -> None:
+    def relink(self, near: Neighbours) -> None:
         """It gets new neighbours, and may take steps again."""
-        self.relay, self.fed, self.refused = relay, fed, False
+        self.near_before, self.near, self.refused = self.near, near, False
 
     def relinked(self, reply: Relinked, codec: str) -> None:
         """It has taken its new neighbours, and reports its position."""
-        self.push, self.codec = reply.push, codec
+        self.push, self.codec, self.near_before = reply.push, codec, self.near
         orders = reply.orders if self.can_reorder else None
         self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut, orders)
+
+    def may_name(self, peer: str, *, successor: bool) -> bool:
+        """Whether it can know anything of this peer: a neighbour, as far as it was told."""
+        near = (self.near, self.near_before)
+        return peer in [each.successor if successor else each.predecessor for each in near]
 
     def resume(self, length: int) -> None:
         """It goes on from `length` positions, by a Resume."""

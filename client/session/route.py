@@ -43,7 +43,7 @@ from client.session.trace import Trace
 from node.runtime.nurseries import background_nursery
 from routing.chains.hops import Chain
 from routing.names import PeerId
-from tensor_codec.codecs import recode
+from tensor_codec.codecs import check_finite, recode
 from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
@@ -140,8 +140,8 @@ class Route:
                 case StopSwitching():
                     if self._switching is not None:
                         self._switching.cancel()
-                case Blame(peer, error):
-                    self.swarm.fault(peer, error)
+                case Blame(peer, error, share):
+                    self.swarm.fault(peer, error, share)
                 case Postpone(peer, seconds):
                     self.swarm.refused(peer, seconds)
                 case Observe(hops, held, total):
@@ -262,6 +262,9 @@ class Route:
                     await self._relink(line_up, place, place.state)
                     made[index] = place.state
                 else:
+                    now, peer = trio.current_time(), place.hop.peer
+                    if (at := self.core.pauses.next_opening(peer, now)) > now:
+                        await trio.sleep_until(at)
                     seconds = open_seconds
                     if (prompts := self.core.terms.prompts) is not None:
                         seconds += prompts.seconds_for(place.hop.blocks, self.limits)
@@ -295,7 +298,7 @@ class Route:
         codec = line_up.contract.codec
         prompts = terms.prompts
         body = b"" if prompts is None else prompts.body_for(hop.blocks, codec, self.limits)
-        state = HopState(hop, place.dtype, codec, relay=near.relay, fed=place.fed)
+        state = HopState(hop, place.dtype, codec, near)
         link = HopLink(state, await self.swarm.open_stream(hop.peer, SESSION_PROTOCOL))
         opened = Open(
             session=line_up.contract.session,
@@ -324,7 +327,7 @@ class Route:
 
     async def _relink(self, line_up: LineUp, place: Place, state: HopState) -> None:
         near, link = place.neighbours, self._link(state)
-        state.relink(relay=near.relay, fed=place.fed)
+        state.relink(near)
         await link.end_bulk()
         seconds = RELINK_SECONDS + (self.limits.successor_seconds if near.successor is not None else 0.0)
         codec = line_up.contract.codec if state.codec != line_up.contract.codec else None
@@ -407,6 +410,8 @@ class Route:
                     event: Event
                     match decode_from_hop(frame, contracts.current, contracts.in_epoch):
                         case Result() as result:
+                            if hop.relay:  # the next hop would be the one to complain
+                                check_finite(result.body, contracts.in_epoch(result.epoch).codec)
                             event = Answered(hop, result)
                         case Failed() as failed:
                             event = Reported(hop, failed)

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 from client.chains.chooser import Chooser
 from client.session.actions import Action, Carry, Leave, Note, Postpone
-from client.session.hop_state import HopState
+from client.session.hop_state import HopState, Neighbours
 from client.session.repair.contracts import Contracts
-from client.session.repair.replacement import Neighbours, Replacement
+from client.session.repair.replacement import Replacement
 from client.session.repair.replay_plan import HopOrder, ResumePoint, plan
 from client.session.steps import Pending
 from client.session.terms import Terms
@@ -36,11 +36,6 @@ class Place:
     state: HopState | None
     dtype: str | None
     neighbours: Neighbours
-
-    @property
-    def fed(self) -> bool:
-        """Whether the client sends the hop its inputs."""
-        return self.neighbours.predecessor is None
 
 
 @dataclass(frozen=True, slots=True)

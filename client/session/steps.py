@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from client.session.repair.replay_plan import ResumePoint, Sent
+from routing.names import PeerId
 from tensor_codec.frame import Buffer
 from tensor_codec.messages.contract import StepRange
 from tensor_codec.messages.session import Result
@@ -33,20 +35,25 @@ class StepWatch:
 
     since: time of sending, or of the last look without a fault.  look_at: time of the next question to the
     hops.
-    asked: whether they have been asked.  moved_at: time of the step's last progress, by the hops' reports
-    (`progress`).  refilled_at: time of the last progress of a replay before the step.
+    asked: whether they have been asked.  moved_at: time of the step's last progress, by the hops' reports.
+    furthest: of each hop the most progress that it reported (last step, positions), and how often it grew.
+    at: the hop that has the step, by these reports, and since when.
+    refilled_at: time of the last progress of a replay before the step.
     """
 
     since: float = 0.0
     look_at: float = math.inf
     asked: bool = False
     moved_at: float = 0.0
-    progress: tuple[object, ...] = ()
+    furthest: dict[PeerId, tuple[int, int, int]] = field(default_factory=dict)
+    at: tuple[PeerId, float] | None = None
     refilled_at: float = -math.inf
 
     def start(self, now: float, look_at: float) -> None:
         """The step was sent."""
-        self.progress, self.moved_at = (), now
+        if self.furthest:
+            self.furthest = {}
+        self.at, self.moved_at = None, now
         self.since, self.look_at, self.asked = now, look_at, False
 
     def postpone(self, now: float, look_at: float) -> None:
@@ -61,14 +68,31 @@ class StepWatch:
         """Some hops have not answered yet, and have time until `look_at`."""
         self.look_at = look_at
 
-    def saw(self, progress: tuple[object, ...], now: float, *, refilling: bool) -> bool:
-        """Take in the hops' progress; whether the step has moved on."""
-        if progress == self.progress:
-            return False
-        if self.progress and refilling:
+    def saw(
+        self, reports: Mapping[PeerId, tuple[int, int]], now: float, *, refilling: bool, most_moves: int
+    ) -> bool:
+        """Take in the hops' reports (last step, positions); whether the step has moved on.
+
+        Only growth counts, and of each hop as often as honest work may grow: `most_moves`.
+        """
+        first, moved = not self.furthest, False
+        for peer, (step, length) in reports.items():
+            last_step, last_length, moves = self.furthest.get(peer, (step, length, 0))
+            if step > last_step or length > last_length:
+                moves += 1
+                moved |= moves <= most_moves
+            self.furthest[peer] = max(step, last_step), max(length, last_length), moves
+        if moved and refilling:
             self.refilled_at = now
-        self.progress, self.moved_at = progress, now
-        return True
+        if moved or first:
+            self.moved_at = now
+        return moved or first
+
+    def held_since(self, peer: PeerId, now: float) -> float:
+        """The step is at this hop, by the reports; since when."""
+        if self.at is None or self.at[0] != peer:
+            self.at = peer, now
+        return self.at[1]
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,7 @@ MAX_RATE_SECONDS = 60.0  # one token through one block
 MAX_HOPS = 64
 MAX_QUEUE = 1e6  # a step's wait, as a multiple of its computing
 REPLAY_TOKENS = 256  # positions of one part of a replay
+REPLAY_BYTES = 1 << 20  # of one part: small enough for hops to work on several parts at once
 
 Reply = Literal["all", "last", "none", "replay"]
 REPLIES: dict[int, Reply] = {0: "all", 1: "last", 2: "none", 3: "replay"}
@@ -48,6 +49,11 @@ class Contract:
         max_tokens = min(self.max_length, max(1, self.max_step_tokens // self.batch))
         object.__setattr__(self, "row_bytes", row_bytes)  # the class is frozen
         object.__setattr__(self, "max_tokens", max_tokens)
+
+    @property
+    def replay_part(self) -> int:
+        """Positions of one part of a replay from hop to hop."""
+        return max(1, min(REPLAY_TOKENS, self.max_tokens, REPLAY_BYTES // self.row_bytes))
 
 
 @dataclass(frozen=True, slots=True)

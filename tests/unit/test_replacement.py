@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from client.session.hop_state import HopState
-from client.session.repair.replacement import MAX_REFUSED_SECONDS, Neighbours, Replacement
+from client.session.hop_state import HopState, Neighbours
+from client.session.repair.replacement import MAX_REFUSED_SECONDS, Replacement
 from client.session.terms import Terms
 from routing.blocks import Blocks
 from routing.chains.hops import Hop, NoChain

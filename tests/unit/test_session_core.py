@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -495,12 +496,106 @@ def test_a_hop_that_failed_is_blamed_once_and_left():
     assert not lost.alive
 
 
-def test_a_neighbour_of_a_hop_that_failed_ends_the_session_without_blame():
+def blame(actions):
+    return {action.peer: action.share for action in actions if isinstance(action, Blame)}
+
+
+WRONG_INPUT = Failed("bad_values", "received hidden states hold NaN", peer="A")
+
+
+def test_of_a_hop_and_the_neighbour_that_it_reports_each_gets_half_of_the_blame():
     session = sound_session()
     a, b, _ = session.route.hops
-    actions = session.receive(Reported(a, Failed("protocol", "no whole rows", peer="B")), 2.0)
-    assert [action.peer for action in actions if isinstance(action, Blame)] == ["B"]
-    assert (a.alive, b.alive, a.blamed, b.blamed) == (False, False, False, True)
+    assert blame(session.receive(Reported(b, WRONG_INPUT), 2.0)) == {"A": 0.5, "B": 0.5}
+    assert (a.alive, b.alive, a.blamed, b.blamed) == (False, False, True, True)
+    change_route(session, 3.0)
+    assert hops(session) == "abC"
+
+
+def test_two_hops_of_which_one_reported_the_other_are_not_neighbours_again():
+    for only, expected in ("a", "aBC"), ("b", "AbC"):
+        peers = Peers({**{name: HELD[name] for name in "ABC"}, only: HELD[only]})
+        session = sound_session(peers)
+        session.receive(Reported(session.route.hops[1], WRONG_INPUT), 2.0)
+        change_route(session, 3.0)
+        assert hops(session) == expected
+    session = sound_session(Peers({name: HELD[name] for name in "ABC"}))
+    session.receive(Reported(session.route.hops[1], WRONG_INPUT), 2.0)
+    change_route(session, 3.0)
+    assert hops(session) == "ABC", "there are no others"
+    assert session.route.hops[0].relay, "and the client sees what one sends to the other"
+
+
+def test_a_hop_that_reports_a_second_neighbour_is_at_fault_itself_in_other_sessions_too():
+    peers = Peers(HELD)
+    session = sound_session(peers)
+    session.receive(Reported(session.route.hops[1], WRONG_INPUT), 2.0)
+    peers.held = {PeerId(name): HELD[name] for name in "aBCbc"}
+    session = sound_session(peers)
+    assert hops(session) == "aBC"
+    a, b, _ = session.route.hops
+    assert blame(session.receive(Reported(b, replace(WRONG_INPUT, peer="a")), 2.0)) == {"B": 1.0}
+    assert (a.alive, b.alive) == (True, False)
+    assert "has reported" not in str(session.last_error)
+    change_route(session, 3.0)
+    assert hops(session) == "abC"
+
+
+@pytest.mark.parametrize("code", ["bad_values", "message", "protocol", "cannot_push"])
+def test_a_hop_that_reports_a_peer_that_it_was_not_told_of_is_at_fault(code):
+    for who, other in ((0, "C"), (1, "C" if code != "cannot_push" else "A"), (2, "a"), (2, "nobody")):
+        session = sound_session()
+        hop = session.route.hops[who]
+        assert blame(session.receive(Reported(hop, Failed(code, "no", peer=other)), 2.0)) == {hop.hop.peer: 1}
+        assert [each.alive for each in session.route.hops].count(False) == 1
+
+
+def test_a_hop_that_cannot_push_once_is_not_blamed_and_one_that_says_so_of_all_is():
+    session = sound_session()
+    a, *_ = session.route.hops
+    told = Failed("cannot_push", "gone", step=0, peer="B")
+    assert blame(session.receive(Reported(a, told), 2.0)) == {}
+    assert blame(session.receive(Reported(a, told), 2.0)) == {}, "other steps were on their way"
+    change_route(session, 3.0)
+    assert (hops(session), a.relay) == ("ABC", True)
+    assert blame(session.receive(Reported(a, told), 4.0)) == {"A": 1.0}, "it pushes to nobody now"
+    change_route(session, 5.0)
+    assert hops(session) == "aBC"
+
+
+def test_reports_of_a_peer_that_then_fails_before_our_eyes_are_not_held_against_anybody():
+    session = sound_session()
+    a, b, _ = session.route.hops
+    session.receive(Reported(a, Failed("cannot_push", "gone", step=0, peer="B")), 2.0)
+    assert blame(session.receive(Lost(b, PeerGone("gone")), 2.1)) == {"B": 1.0}
+    change_route(session, 3.0)
+    assert hops(session) == "AbC"
+    assert blame(session.receive(Reported(a, Failed("cannot_push", "gone", step=0, peer="b")), 4.0)) == {}
+
+
+def test_a_hop_that_ends_every_session_is_blamed_after_some():
+    session = sound_session(Peers({name: HELD[name] for name in "ABC"}))
+    for _ in range(2):
+        assert blame(session.receive(Reported(session.route.hops[1], Failed("ended", "idle")), 2.0)) == {}
+        change_route(session, 3.0)
+    assert blame(session.receive(Reported(session.route.hops[1], Failed("ended", "idle")), 4.0)) == {"B": 1.0}
+    change_route(session, 5.0)
+    step = submitted(session)
+    collected(session, step)
+    assert blame(session.receive(Reported(session.route.hops[1], Failed("ended", "idle")), 6.0)) == {}
+
+
+def test_what_a_hop_gives_to_be_carried_on_must_be_of_all_positions_of_the_step():
+    session = sound_session()
+    a = session.route.hops[0]
+    session.receive(Reported(a, Failed("cannot_push", "gone", step=0, peer="B")), 2.0)
+    change_route(session, 3.0)
+    pending = submitted(session, tokens=3)
+    wrong = Result(pending.step, 1, bytes(2 * ROW), epoch=session.route.epoch)
+    with pytest.raises(MessageError, match="2 positions from 1 on"):
+        session.receive(Answered(a, wrong), 4.0)
+    right = Result(pending.step, 0, bytes(3 * ROW), epoch=session.route.epoch)
+    assert kinds(session.receive(Answered(a, right), 4.0)) == [Carry]
 
 
 def test_a_refused_step_postpones_the_peer_and_changes_the_route():

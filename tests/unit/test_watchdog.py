@@ -143,8 +143,78 @@ def test_a_busy_hop_without_progress_for_as_long_as_any_hop_may_take_is_lost():
 
 def test_a_replay_that_makes_progress_is_noted_as_the_reason_to_wait():
     dog, hops = watchdog(1.0), some_hops(1)
-    pending = late_step(dog)
+    pending = late_step(dog, position=300)
     answered(dog, pending, hops, 1.0, [Here(0, 1)], refilling=True)
     assert pending.watch.refilled_at < 0
     answered(dog, pending, hops, 5.0, [Here(256, 1)], refilling=True)
     assert pending.watch.refilled_at == 6.0
+
+
+# Only growth up to what was sent is progress, and a hop does not hold a step for ever.
+
+
+def stall(dog, pending, hops, answers, *, until=1000.0, **how) -> tuple[float, Findings]:
+    """The time at which a hop is left that gives these answers, one after the other, each second."""
+    now = 1.0
+    for answer in answers:
+        found = answered(dog, pending, hops, now, answer, **how)
+        now = pending.watch.look_at
+        if found != Findings():
+            return now, found
+        assert now < until
+    raise AssertionError("it was not left")
+
+
+@pytest.mark.parametrize("length", [lambda number: number, lambda number: 40 - number % 7])
+def test_a_hop_that_says_other_positions_each_time_is_left_as_one_that_says_nothing_new(length):
+    dog, hops = watchdog(1.0), some_hops(1)
+    pending = late_step(dog, position=40)
+    lies = ([Here(length(number), 1, 6)] for number in range(1000))
+    now, found = stall(dog, pending, hops, lies)
+    assert found.busy is hops[0] or found.stuck is hops[0]
+    assert now <= 25.0
+
+
+def test_a_hop_that_is_further_each_time_has_a_step_for_thirty_seconds_at_most():
+    dog, hops = watchdog(5.0), some_hops(1)
+    pending = late_step(dog, position=4000)
+    pending.watch.start(0.0, 1.0)
+    lies = ([Here(number, 1, number)] for number in range(1000))
+    now, found = stall(dog, pending, hops, lies)
+    assert found.busy is hops[0] or found.stuck is hops[0]
+    assert now <= MAX_HOP_SECONDS + 2 * dog.hop_seconds()
+
+
+def test_a_replay_has_as_long_again_for_each_of_its_parts_and_no_longer():
+    dog, hops = watchdog(5.0), some_hops(1)
+    pending = late_step(dog, position=3 * 256)
+    lies = ([Here(number, 1)] for number in range(1000))
+    now, found = stall(dog, pending, hops, lies, refilling=True)
+    assert found.busy is hops[0] or found.stuck is hops[0]
+    assert now <= 4 * MAX_HOP_SECONDS + 2 * dog.hop_seconds()
+    dog, hops = watchdog(5.0), some_hops(1)
+    pending = late_step(dog, position=3 * 256)
+    for part in range(4):
+        assert (
+            answered(dog, pending, hops, 1 + 25.0 * part, [Here(256 * part, 1)], refilling=True) == Findings()
+        )
+
+
+def test_of_a_hop_that_has_passed_a_step_on_by_its_own_word_and_one_that_has_nothing_either_may_lie():
+    dog, hops = watchdog(1.0), some_hops()
+    pending = late_step(dog)
+    answers = [Here(5, 0, 7), Here(4, 0, 6), Here(4, 0, 6)]
+    answered(dog, pending, hops, 1.0, answers)
+    found = answered(dog, pending, hops, 5.0, answers)
+    assert (found.stuck, found.before) == (hops[1], hops[0])
+    dog, hops = watchdog(1.0), some_hops()
+    pending = late_step(dog)
+    answers = [Here(4, 0, 6)] * 3
+    answered(dog, pending, hops, 1.0, answers)
+    assert answered(dog, pending, hops, 5.0, answers).before is None, "the client itself sent it"
+    dog, hops = watchdog(1.0), some_hops()
+    pending = late_step(dog)
+    answers = [Here(5, 0, 7)] * 3
+    answered(dog, pending, hops, 1.0, answers)
+    found = answered(dog, pending, hops, 5.0, answers)
+    assert (found.stuck, found.before) == (hops[2], None), "the client has no answer of the last one"

@@ -37,9 +37,10 @@ class LostTime:
         expected: the chain's promise, the measure of a chain that is slow from its first step.
         """
         self.recent.append(seconds)
-        usual = min(statistics.median(self.recent), SUSPICION * expected)
-        lost = max(0.0, self._lost + seconds - SUSPICION * usual)
-        self._lost = min(lost, 2 * MAX_LOST_STEPS * usual)  # bounded, so that quick steps make up for it
+        median = statistics.median(self.recent)
+        lost = max(0.0, self._lost + seconds - SUSPICION * min(median, SUSPICION * expected))
+        # Bounded, so that quick steps make up for it; by real steps: a false promise may be next to nothing.
+        self._lost = min(lost, 2 * MAX_LOST_STEPS * median)
 
     def too_much(self, length: int, hops: int) -> bool:
         """Whether to look for a better chain, for `length` positions at `hops` hops."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from client.session.repair.lost_time import REPLAYED_SHARE, LostTime
 from client.session.steps import StepTimes
 from client.session.terms import Terms
 from routing.chains.hops import Chain, Hop, NoChain
+from routing.chains.measured import admitted
 from routing.names import PeerId
 
 BETTER = 0.6  # of the present chain's seconds: then another chain is worth a move
@@ -32,7 +33,8 @@ class Relocation:
       * no search before more time was lost than a replay costs, nor within COOLDOWN_SECONDS of a move;
       * searches take at most SEARCH_SHARE of the time;
       * a chain is taken only if it needs at most BETTER of the present seconds, gains MIN_GAIN_SECONDS a
-        step, and wins the replay back within STEPS_AHEAD steps.
+        step, and wins the replay back within STEPS_AHEAD steps;
+      * hops that say that they had a step for less time than they did keep no session.
 
     terms: of the session.
     """
@@ -40,11 +42,13 @@ class Relocation:
     terms: Terms
     lost_time: LostTime = field(default_factory=LostTime)
     _observed: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
+    _unexplained: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN_STEPS))  # seconds of a step
     _search_at: float = 0.0  # the earliest next search
 
     def observe(self, hops: Sequence[Hop], times: StepTimes, expected: float) -> None:
         """A decode step has come back.  expected: seconds that the chain promised."""
         self.lost_time.took(times.total, expected)
+        self._unexplained.append(times.network)
         for hop, (held, _) in zip(hops, times.hops, strict=False):
             seen = self._observed.get(hop.peer)
             if seen is None:
@@ -66,6 +70,7 @@ class Relocation:
     ) -> frozenset[Hop]:
         """The hops whose replacement makes the session fast enough to pay for a replay."""
         observed = {peer: statistics.median(held) for peer, held in self._observed.items()}
+        observed |= self._admitted(chain.hops, chooser, observed)
         present = chooser.cost(chain.hops, observed)
         gains = [
             (self._gain(chain, length, hops, seconds, present), hops)
@@ -73,6 +78,19 @@ class Relocation:
         ]
         gain, best = max(gains, default=(0.0, chain.hops), key=lambda option: option[0])
         return frozenset(chain.hops).difference(best) if gain > 0 else frozenset()
+
+    def _admitted(
+        self, hops: Sequence[Hop], chooser: Chooser, observed: Mapping[PeerId, float]
+    ) -> dict[PeerId, float]:
+        """Seconds per block of these hops, with the time that they do not account for."""
+        if not self._unexplained or not all(hop.peer in observed for hop in hops):
+            return {}
+        blocks = [hop.stop - hop.start for hop in hops]
+        held = [observed[hop.peer] * count for hop, count in zip(hops, blocks, strict=True)]
+        network = chooser.cost(hops, dict.fromkeys([hop.peer for hop in hops], 0.0))
+        total = sum(held) + statistics.median(self._unexplained)
+        found = admitted(held, blocks, total, network)
+        return {hop.peer: seconds / count for hop, seconds, count in zip(hops, found, blocks, strict=True)}
 
     def _alternatives(
         self, chain: Chain, chooser: Chooser, kinds: frozenset[str], observed: dict[PeerId, float]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 from client.chains.chooser import Chooser
-from client.session.hop_state import HopState
+from client.session.hop_state import HopState, Neighbours
 from client.session.terms import Terms
 from routing.blocks import gaps
 from routing.chains.hops import Chain, Hop, NoChain
@@ -17,15 +19,6 @@ from tensor_codec.errors import CacheFull, Refused
 
 MAX_REFUSED_SECONDS = 15.0  # for which a peer is avoided after successive refusals
 REFUSALS_BORNE = 1  # of a present hop, until a last resort tries other peers first
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """predecessor, successor: None where it must not know them.  relay: the client carries its outputs."""
-
-    predecessor: PeerId | None
-    successor: PeerId | None
-    relay: bool
 
 
 @dataclass(slots=True)
@@ -37,7 +30,8 @@ class Replacement:
       * a peer that cannot serve the session at all is never chosen again;
       * a peer that refuses repeatedly is avoided for twice the time after each refusal, 15 s at most, and a
         last resort keeps it no more;
-      * two hops that cannot reach each other do not learn of each other.
+      * two hops that cannot reach each other do not learn of each other;
+      * two hops of which one reported the other are not neighbours again where there are others.
 
     kinds: of the hops until now: other kinds would give other tokens.
     """
@@ -46,6 +40,7 @@ class Replacement:
     chooser: Chooser
     kinds: frozenset[str] = frozenset()
     _apart: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # cannot reach each other
+    _distrusted: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # of which one is at fault
     _relayed: set[tuple[PeerId, PeerId]] = field(default_factory=set)  # noted in the trace already
     _unable: frozenset[PeerId] = frozenset()  # peers that cannot serve this session at all
     _refusals: Counter[PeerId] = field(default_factory=Counter)
@@ -55,11 +50,27 @@ class Replacement:
 
         Raises NoChain.
         """
+        best = self._best_without(frozenset(), hops, last_resort)
+        if self._distrusted and (pair := self._distrusted_in(best)) is not None:
+            for peer in pair:
+                with suppress(NoChain):
+                    other = self._best_without(frozenset({peer}), hops, last_resort)
+                    if self._distrusted_in(other) is None:
+                        return other
+        return best
+
+    def _distrusted_in(self, chain: Chain) -> tuple[PeerId, PeerId] | None:
+        """Two neighbours of a chain that must not be neighbours."""
+        pairs = ((one.peer, two.peer) for one, two in pairwise(chain.hops))
+        return next((pair for pair in pairs if pair in self._distrusted), None)
+
+    def _best_without(self, without: frozenset[PeerId], hops: Sequence[HopState], last_resort: bool) -> Chain:
+        hops = [hop for hop in hops if hop.hop.peer not in without]
         kept = [hop for hop in hops if hop.alive and (not hop.avoided or (last_resort and self._bears(hop)))]
         choose = partial(
             self.chooser.choose, last_resort=last_resort, kinds=self.kinds, tokens=self.terms.cache_tokens
         )
-        gone = self._unable.union(hop.hop.peer for hop in hops if hop.avoided and not last_resort)
+        gone = self._unable.union(without, (hop.hop.peer for hop in hops if hop.avoided and not last_resort))
         taken = frozenset(hop.hop.peer for hop in kept) | gone
         chosen: list[Hop] = [hop.hop for hop in kept]
         try:
@@ -96,6 +107,11 @@ class Replacement:
     def separate(self, pairs: Collection[tuple[PeerId, PeerId]]) -> None:
         """In each pair the first hop cannot push to the second."""
         self._apart.update(pairs)
+
+    def distrust(self, pair: tuple[PeerId, PeerId]) -> None:
+        """One of the two is at fault.  As a last resort the client carries the outputs between them."""
+        self._distrusted.add(pair)
+        self._apart.add(pair)
 
     def newly_relayed(self, pairs: Sequence[tuple[PeerId, PeerId]]) -> list[tuple[PeerId, PeerId]]:
         """The pairs between which the client did not carry hidden states before."""

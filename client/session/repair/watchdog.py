@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ MAX_HOP_SECONDS = 30.0
 DEADLINE_FACTOR = 4.0
 ASK_AT = 0.25  # of the deadline: then every hop is asked for its progress
 MAX_DOUBLINGS = 5  # of the time that a hop may be silent
+SPARE_MOVES = 2  # of a hop, beyond the step and the parts of a replay: steps that were given up may grow too
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,15 @@ class Findings:
     """The result of a look at a late step.
 
     ask: hops to ask for their progress.  silent: hops that did not answer, with the seconds of their
-    silence.  stuck: a hop that has lost the step.  busy: a hop that works on something else for too long.
+    silence.  stuck: a hop that has lost the step, or had it for too long.  before: the hop that, by its own
+    word, has passed the step on to the stuck one.  busy: a hop that works on something else for too long.
     waited: seconds without progress, of a hop that is stuck or busy.
     """
 
     ask: Sequence[HopState] = ()
     silent: Sequence[tuple[HopState, float]] = ()
     stuck: HopState | None = None
+    before: HopState | None = None
     busy: HopState | None = None
     waited: float = 0.0
 
@@ -45,7 +49,9 @@ class Watchdog:
       passed;
       * a hop that was given up for its silence has twice the time after each of these faults, 30 s at most;
       * a step that makes progress is waited for; a step without progress is lost at an idle hop, and waits
-        at a busy hop for the time that its positions may take.
+        at a busy hop for the time that its positions may take;
+      * only growth up to what was sent is progress, and as often as honest work grows;
+      * a hop has a step for 30 s at most, and for as long again for each part of a replay, whatever it says.
 
     lost_time: of the session's recent steps.
     """
@@ -66,11 +72,19 @@ class Watchdog:
         return now + self.hop_seconds() * ASK_AT
 
     def look(
-        self, pending: Pending, hops: Sequence[HopState], now: float, *, refilling: bool, expected: float
+        self,
+        pending: Pending,
+        hops: Sequence[HopState],
+        now: float,
+        *,
+        refilling: bool,
+        expected: float,
+        part: int = REPLAY_TOKENS,
     ) -> Findings:
         """Look at a late step, and set its next look.
 
-        refilling: a replay is before the step.  expected: seconds that the chain promised for one step.
+        refilling: a replay is before the step, in parts of `part` positions.
+        expected: seconds that the chain promised for one step.
         """
         watch, seconds = pending.watch, self.hop_seconds()
         if not watch.asked:
@@ -89,7 +103,8 @@ class Watchdog:
             return Findings()
         found = Findings(silent=[(hop, now - watch.since) for hop in silent])
         if not asked:
-            found = self._find_the_step(pending, hops, now, refilling=refilling, expected=expected)
+            parts = math.ceil(pending.what.position / part) if refilling else 0
+            found = self._find_the_step(pending, hops, now, parts, expected)
         watch.postpone(now, self.first_look(now))
         return found
 
@@ -102,15 +117,27 @@ class Watchdog:
         return min((1 - ASK_AT) * self.hop_seconds() * times, MAX_HOP_SECONDS)
 
     def _find_the_step(
-        self, pending: Pending, hops: Sequence[HopState], now: float, *, refilling: bool, expected: float
+        self, pending: Pending, hops: Sequence[HopState], now: float, parts: int, expected: float
     ) -> Findings:
-        """All hops answer: wait while a late step makes progress or is queued; else it was lost."""
-        progress = tuple((hop.here.length, hop.here.step) for hop in hops if hop.here is not None)
-        if pending.watch.saw(progress, now, refilling=refilling):
+        """All hops answer: wait while a late step makes progress or is queued; else it was lost.
+
+        parts: of the replay before the step.
+        """
+        watch, refilling = pending.watch, parts > 0
+        reports = {hop.hop.peer: _report(hop, pending) for hop in hops}
+        moved = watch.saw(reports, now, refilling=refilling, most_moves=parts + 1 + SPARE_MOVES)
+        index = _first_without(pending, hops)
+        hop = hops[min(index, len(hops) - 1)]
+        held = now - watch.held_since(hop.hop.peer, now)
+        if held > MAX_HOP_SECONDS * (1 + parts):
+            return Findings(stuck=hop, waited=held)
+        if moved:
             return Findings()
-        hop = hops[min(_first_without(pending.step, hops), len(hops) - 1)]
-        waited = now - pending.watch.moved_at
-        if hop.here is None or hop.here.waiting <= 0 or waited > MAX_HOP_SECONDS:
+        waited = now - watch.moved_at
+        if hop.here is None or hop.here.waiting <= 0:
+            before = hops[index - 1] if 0 < index < len(hops) else None
+            return Findings(stuck=hop, before=before, waited=waited)
+        if waited > MAX_HOP_SECONDS:
             return Findings(stuck=hop, waited=waited)
         if waited > self._busy_seconds(pending, refilling=refilling, expected=expected):
             return Findings(busy=hop, waited=waited)
@@ -126,9 +153,17 @@ class Watchdog:
         return min(max(seconds, self.hop_seconds()), MAX_HOP_SECONDS)
 
 
-def _first_without(step: int, hops: Sequence[HopState]) -> int:
-    """The first hop that has not computed a step, by the hops' reports; len(hops) if there is none."""
+def _report(hop: HopState, pending: Pending) -> tuple[int, int]:
+    """The last step and the positions that a hop reports, up to those that were sent."""
+    if hop.here is None:
+        return -1, 0
+    step = -1 if hop.here.step is None else hop.here.step
+    return min(step, pending.step), min(hop.here.length, pending.what.position + pending.what.tokens)
+
+
+def _first_without(pending: Pending, hops: Sequence[HopState]) -> int:
+    """The first hop that has not computed a step, by all its reports; len(hops) if there is none."""
     for index, hop in enumerate(hops):
-        if hop.here is None or hop.here.step is None or hop.here.step < step:
+        if pending.watch.furthest[hop.hop.peer][0] < pending.step:
             return index
     return len(hops)

@@ -43,8 +43,6 @@ from tensor_codec.messages.session import (
     encode_step,
 )
 
-REPLAY_BYTES = 1 << 20  # of one part of a replay: small enough for hops to work on several parts at once
-
 
 @dataclass(slots=True)
 class HopWorker:
@@ -241,8 +239,7 @@ class HopWorker:
             journal = hop.kept.journal
             if journal is None or not journal.start <= order.has < order.stop <= journal.stop:
                 raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
-            part = max(1, min(REPLAY_TOKENS, hop.contract.max_tokens, REPLAY_BYTES // hop.contract.row_bytes))
-            for start, stop, rope_length in journal.parts(order.has, order.stop, part):
+            for start, stop, rope_length in journal.parts(order.has, order.stop, hop.contract.replay_part):
                 await self._send_replay(start, journal.read(start, stop, order.step), (), rope_length)
 
     def _cut(self, length: int) -> None:
