@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LET_IN_SECONDS = 1.0
+RECOVERED_SHARE = 0.6  # of the speed before the attack; less than any burner leaves
 SEEN_SECONDS = 5.0  # for a new record to be seen by all
 HELD = ("connections", "streams", "sessions", "tasks", "threads", "descriptors")
 
@@ -176,21 +177,27 @@ def judged(
     speed = {
         name: rate(seen.tokens, getattr(phases, name)) for name in ("before", "during", "left", "burner")
     }
-    waits = {name: latencies(seen.tokens, getattr(phases, name)) for name in ("during", "burner")}
+    p95 = {
+        name: percentile(latencies(seen.tokens, getattr(phases, name)), 0.95)
+        for name in ("before", "during", "burner")
+    }
+    # An honest client that has not recovered is no control: then the time before the attack is.
+    recovered = speed["burner"] >= RECOVERED_SHARE * speed["before"]
+    control = "burner" if recovered else "before"
     share = share_in_time(came)
     left = left_over(vitals["before"], vitals["left"])
     in_time = [each.seconds for each in came if each.seconds is not None]
     lags = [lag for each in vitals["during"] for lag in each.lags_ms]
     row = Row(
         {
-            "honest_share": rounded(speed["during"] / speed["burner"] if speed["burner"] else None),
-            "p95_ratio": rounded(percentile(waits["during"], 0.95) / percentile(waits["burner"], 0.95)),
+            "honest_share": rounded(speed["during"] / speed[control] if speed[control] else None),
+            "p95_ratio": rounded(p95["during"] / p95[control]),
             "newcomers_in": rounded(share),
             "rss_within_bound": most <= bound,
             "nothing_left": not left,
             **{f"tokens_per_s_{name}": rounded(value) for name, value in speed.items()},
-            "p95_ms_during": rounded(percentile(waits["during"], 0.95) * 1000),
-            "p95_ms_burner": rounded(percentile(waits["burner"], 0.95) * 1000),
+            **{f"p95_ms_{name}": rounded(value * 1000) for name, value in p95.items()},
+            "recovered": recovered,
             "newcomers": len(came),
             "newcomers_before": rounded(share_in_time(let_in(seen.newcomers, phases.before))),
             "newcomer_s_p50": rounded(statistics.median(in_time) if in_time else None),
@@ -206,6 +213,8 @@ def judged(
             "got": dict(got),
         }
     )
+    if not recovered:
+        failed = [*failed, "the honest client had not recovered beside the burner"]
     row.failed = [*below(row.values, thresholds), *failed]
     row.values["failed"] = row.failed
     row.values["passed"] = not row.failed

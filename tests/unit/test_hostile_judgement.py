@@ -90,6 +90,12 @@ def test_one_long_pause_is_found_by_the_latency_and_not_by_the_share_alone():
     assert any("p95" in failed for failed in row.failed)
 
 
+def test_a_client_that_has_not_recovered_is_compared_with_the_time_before():
+    row = judge(seen(tokens=[*every(0.1, BEFORE), *every(0.2, DURING), *every(0.5, BURNER)]))
+    assert row.values["honest_share"] == 0.5
+    assert any("not recovered" in failed for failed in row.failed)
+
+
 def test_a_wait_that_is_not_over_at_the_end_of_a_window_counts():
     assert latencies([1.0, 2.0], Window(0, 10)) == [1.0, 1.0, 8.0]
     assert latencies([], Window(0, 10)) == [10]
@@ -159,10 +165,7 @@ def test_a_long_run_stands_in_the_table_of_the_page():
         "killed_clients": 2, "machine": ABOUT,
     }  # fmt: skip
     block = soak_block({"soak": run})
-    assert (
-        "| server of blocks 0:15 | 500, 500 (+0.00) | 30, 30 (+0.00) | 40, 40 (+0.00) |"
-        in block
-    )
+    assert "| server of blocks 0:15 | 500, 500 (+0.00) | 30, 30 (+0.00) | 40, 40 (+0.00) |" in block
     assert "30 minutes, 4 restarts" in block
 
 
