@@ -81,7 +81,8 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
 
         server = Server(setup, node.directory, compute, nursery, came_online)
         node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
-        node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push)
+        # a hop pushes what a client has arranged, who may have told its hops different things
+        node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push, bans=False)
         node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
         node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
         await server.begin(blocks)

@@ -10,14 +10,20 @@ must fix something) are defined next to the code that raises them.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class PeerFault(Exception):
     """A peer did something wrong, was too slow, or went away.
 
     peer: the peer at fault, where known.
+    may_be_the_network: an honest peer's bad network looks the same, so such faults ban nobody.
+    is_grave: no honest peer does it, so one such fault bans.
     """
 
     peer: str | None = None
+    may_be_the_network: ClassVar[bool] = False
+    is_grave: ClassVar[bool] = False
 
     def about(self, peer: str) -> None:
         """Name the peer, where nobody has named one."""
@@ -39,9 +45,13 @@ class RemoteProtocolError(PeerFault):
 class SlowPeer(PeerFault):
     """A deadline passed; the message says which and how long it was."""
 
+    may_be_the_network = True
+
 
 class PeerGone(PeerFault):
     """The connection or the stream is closed, reset, or could not be made."""
+
+    may_be_the_network = True
 
 
 class BadResult(PeerFault):
@@ -50,6 +60,8 @@ class BadResult(PeerFault):
 
 class NotAMember(PeerFault):
     """The peer could not prove that it holds our swarm key, or does not accept that we do."""
+
+    may_be_the_network = True
 
 
 class Refused(Exception):

@@ -39,6 +39,16 @@ class Limits:
     max_connections: int = 128
     max_inbound_connections: int = 64
     max_connections_per_peer: int = 2
+    max_connections_per_prefix: int = 8  # of one public address, where places are scarce
+    suspect_connections_per_prefix: int = 2  # of an address with several banned ids
+    known_good_connection_share: float = 0.25  # of the inbound places, for peers that did useful work
+    idle_connection_seconds: float = 60.0  # without a stream
+    sockets_per_prefix_per_second: float = 100.0  # accepted; a silent one costs 0.3 ms
+    sockets_per_prefix_burst: int = 500
+    handshakes_per_prefix_per_second: float = 20.0  # a handshake costs 4 ms: 8 % of a core
+    handshakes_per_prefix_burst: int = 128  # a whole swarm that starts on one machine
+    scarce_connections_per_second: float = 1.0  # of one public address, where places are scarce
+    scarce_connections_burst: int = 16
     max_unauthenticated_connections: int = 32
     handshake_seconds: float = 5.0  # TCP accept to a muxed connection, the whole
     membership_seconds: float = 1.0  # proof of the swarm key, inside the handshake
@@ -49,6 +59,15 @@ class Limits:
     # Frames above 128 KiB that arrive; smaller ones wait unread in their stream's window
     large_bytes_per_connection: int = 4 * MIB  # those up to 1 MiB; larger ones come one at a time
     max_large_frames: int = 32  # of all peers, in frames of `max_frame_bytes`: 512 MiB
+
+    # Bans, of what a peer does of its own accord
+    faults_before_ban: int = 3  # within the window
+    fault_window_seconds: float = 60.0
+    ban_seconds: float = 15.0  # the first; each further one twice as long
+    muxer_ban_seconds: float = 60.0  # for one broken rule of the muxer, which no honest peer breaks
+    longest_ban_seconds: float = 3600.0
+    bans_before_suspect: int = 3  # of ids of one address, within the window
+    suspect_seconds: float = 60.0  # the first time; each further time twice as long
 
     # Streams
     max_streams_per_connection: int = 80

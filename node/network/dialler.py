@@ -75,6 +75,7 @@ class Dialler:
 
         silent: at any time the addresses under trial.  Raises PeerGone, NotAMember.
         """
+        self._connections.raise_if_banned(peer)
         self._connections.raise_if_full()
         addresses, unreadable = _readable(texts, peer)
         race = Race(partial(self._attempt, peer), resolve, lambda late: late.link.close(), unanswered=silent)

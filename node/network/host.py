@@ -10,8 +10,10 @@ import contextlib
 import errno
 import logging
 import secrets
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import trio
 from libp2p.host.basic_host import BasicHost
@@ -19,16 +21,18 @@ from libp2p.network.exceptions import SwarmException
 
 from node.config import ConfigError
 from node.network.addresses import Address, announced, parse_address
+from node.network.admission.door import BACKLOG, keep_door
+from node.network.admission.reception import Reception
 from node.network.budgets.large_frames import LargeFrames
 from node.network.connection_table import ConnectionTable
 from node.network.dialler import Dialler
 from node.network.interfaces import read_interfaces
 from node.network.libp2p_adapter import Libp2pConnection
 from node.network.libp2p_host import make_libp2p_host
+from node.network.prefixes import address_prefix
 from node.network.streams import FramedStream, Traffic
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity
-from node.network.transport.link import SocketLink
 from node.network.transport.membership import KEY_BYTES, swarm_id
 from node.network.transport.multistream import Dialogue, negotiate
 from node.network.transport.noise import SecureChannel
@@ -50,14 +54,23 @@ _MAX_PINGS_PER_STREAM = 16
 _SHUTDOWN_SECONDS = 2.0
 
 
+class _Service(NamedTuple):
+    """The answer to inbound streams of a protocol: see `Host.handle`."""
+
+    handler: Handler
+    limits: Limits
+    bans: bool
+
+
 class Host:
     """One node's access to the network: framed streams to peers and from them.  Made by `open_host`.
 
     peer_id: this node's own.
     swarm_id: of the swarm key, or that of the public swarm.
-    faults: of peers, counted.
+    faults: of peers, and the bans for them.
     traffic: payload bytes of all framed streams.
-    connections: to peers, with their caps and bans.
+    connections: to peers, with their caps and their places.
+    reception: of the peers that connect.
     raw: py-libp2p's host, for Kademlia (`node.network.directory.kademlia`) and identify alone.
     """
 
@@ -72,17 +85,23 @@ class Host:
         """find_addresses: the addresses to announce, by the machine's present interfaces."""
         self.peer_id = identity.peer_id
         self.swarm_id = swarm_id(swarm_key)
-        self.faults = Faults()
+        self.faults = Faults(
+            limits,
+            clock=lambda: trio.current_time(),
+            prefix_of=lambda peer: self.connections.prefix_of(peer),
+            on_ban=self._on_ban,
+        )
         self.traffic = Traffic()
-        self.connections = ConnectionTable(limits)
+        self.connections = ConnectionTable(limits, self.faults, members_only=swarm_key is not None)
         self._find_addresses = find_addresses
         self._addresses = find_addresses()
         self._limits = limits
         self._large_frames = LargeFrames.of(limits)
         self._upgrade = Upgrade(identity, swarm_key, limits)
         self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
+        self.reception = Reception(limits, self._upgrade, self.connections, nursery, self._add, self.charge)
         self._nursery = nursery
-        self._handlers: dict[str, tuple[Handler, Limits]] = {}
+        self._services: dict[str, _Service] = {}
         self.raw: BasicHost = make_libp2p_host(
             identity, lambda: self._addresses, limits, self._dial_for_libp2p
         )
@@ -100,18 +119,20 @@ class Host:
         before, self._addresses = self._addresses, self._find_addresses()
         return self._addresses != before
 
-    def handle(self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None) -> None:
+    def handle(
+        self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None, bans: bool = True
+    ) -> None:
         """Answer inbound streams of a protocol.
 
         max_frame_bytes: of one frame on such a stream, also on those that we open; None: the limit of all
-        protocols.
+        protocols.  bans: False where a third peer can cause what a peer sends.
         A PeerFault that escapes the handler is counted in `faults` and resets the stream; when the handler
         returns, the stream is closed.  Any other error that escapes is our own bug and ends the host.
         """
         limits = self._limits
         if max_frame_bytes is not None:
             limits = replace(limits, max_frame_bytes=max_frame_bytes)
-        self._handlers[protocol] = handler, limits
+        self._services[protocol] = _Service(handler, limits, bans)
 
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
@@ -127,7 +148,8 @@ class Host:
         connection = self.connections.live(peer) or await self._dialler.connect(peer, addresses, seconds)
         stream = connection.open()
         stream.propose(protocol)
-        _, limits = self._handlers.get(protocol, (None, self._limits))
+        service = self._services.get(protocol)
+        limits = self._limits if service is None else service.limits
         return FramedStream(stream, peer, protocol, limits, self.traffic, connection.prefix)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
@@ -160,39 +182,19 @@ class Host:
         """The peers with a live connection."""
         return self.connections.connected()
 
-    def charge(self, who: str, fault: PeerFault) -> None:
-        """Count a peer's fault, and log it."""
-        self.faults.add(who, fault)
+    def charge(self, who: str, fault: PeerFault, *, bans: bool = True) -> None:
+        """Count a peer's fault, and log it.  bans: see `Faults.add`."""
+        self.faults.add(who, fault, bans=bans)
         level = logging.INFO if isinstance(fault, NotAMember) else logging.DEBUG
         logger.log(level, "%s: %s: %s", who, type(fault).__name__, fault)
 
     # --- inbound ---
 
-    async def accept(self, stream: trio.SocketStream) -> None:
-        """Make a connection of an accepted socket, or close it.  Never raises for a peer's fault."""
-        if not self.connections.may_accept():
-            await trio.aclose_forcefully(stream)
-            return
-        link = SocketLink(stream, self._limits.tcp_user_timeout_seconds)
-        where = link.remote[0] if link.remote else "a peer that left"
-        try:
-            seconds = self._limits.handshake_seconds
-            with trio.move_on_after(seconds):
-                with self.connections.handshake():
-                    channel = await self._upgrade.inbound(link)
-                where = channel.remote
-                await self._add(channel)
-                return
-            raise SlowPeer(f"the handshake was not done within {seconds:g} s")
-        except PeerFault as fault:
-            self.charge(where, fault)
-            link.close()
-        except BaseException:
-            link.close()
-            raise
-
     def _on_stream(self, stream: MuxedStream) -> None:
-        if not self.connections.may_serve(stream):
+        room = self.connections.room_for(stream, trio.current_time())
+        if room.instead_of is not None:
+            room.instead_of.reset_now()
+        if not room.admitted:
             stream.reset_now()
         else:
             stream.served = True
@@ -200,31 +202,32 @@ class Host:
 
     async def _serve(self, stream: MuxedStream) -> None:
         """Serve a stream that a peer opened: the one place where the peer's faults on it are caught."""
-        peer = stream.connection.peer
+        peer, bans = stream.connection.peer, True
         try:
             protocol = stream.protocol = await self._negotiate(stream)
             if protocol is None:
-                self.charge(peer, RemoteProtocolError("a stream for no protocol that we speak"))
+                unknown = RemoteProtocolError("a stream for no protocol that we speak")
+                self.charge(peer, unknown, bans=False)  # another version may speak it
                 await stream.aclose()  # and no reset, which would overtake our `na`
                 return
-            if protocol not in self._handlers:
+            if protocol not in self._services:
                 stream.connection.offer(stream)  # one of py-libp2p's own
                 return
-            handler, limits = self._handlers[protocol]
+            handler, limits, bans = self._services[protocol]
             prefix = stream.connection.prefix
             framed = FramedStream(stream, peer, protocol, limits, self.traffic, prefix)
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:
             stream.reset_now()
-            self.charge(peer, fault)
+            self.charge(peer, fault, bans=bans)
         except BaseExceptionGroup as group:  # a handler with a nursery of its own
             stream.reset_now()
             faults, others = group.split(PeerFault)
             if others is not None:
                 raise others from None
             if faults is not None:
-                self.charge(peer, _first_fault(faults))
+                self.charge(peer, _first_fault(faults), bans=bans)
         except BaseException:
             stream.reset_now()
             raise
@@ -236,7 +239,7 @@ class Host:
         with trio.move_on_after(seconds):
             try:
                 protocol = await negotiate(
-                    dialogue, lambda name: name in self._handlers or name in libp2p_protocols
+                    dialogue, lambda name: name in self._services or name in libp2p_protocols
                 )
             except RemoteProtocolError:
                 protocol = None  # the frame that came with the proposal follows our `na`
@@ -261,7 +264,11 @@ class Host:
     async def _add(self, channel: SecureChannel) -> Connection:
         """Make a connection of a secured channel, unless a cap or a ban forbids it.  Raises PeerGone."""
         peer, limits = channel.remote, self._limits
-        self.connections.check(peer, trio.current_time())
+        self.connections.check(peer)
+        if channel.initiator:
+            self.connections.raise_if_full()
+        else:
+            await self._make_room(peer, channel)
         connection = Connection(
             channel,
             YamuxLimits(
@@ -273,7 +280,7 @@ class Host:
             on_fault=lambda fault: self._on_fault(peer, fault),
             on_closed=self.connections.remove,
         )
-        self.connections.add(connection)
+        self.connections.add(connection, trio.current_time())
         try:
             await self.raw.get_network().add_conn(
                 Libp2pConnection(connection, limits.max_libp2p_bytes_per_stream),
@@ -286,12 +293,26 @@ class Host:
             connection.close_now("not wanted any more")
             raise
         connection.raise_if_closed()
+        if channel.initiator:
+            self.faults.worked(peer)  # it proved its id where it said that it listens
         return connection
 
+    async def _make_room(self, peer: PeerId, channel: SecureChannel) -> None:
+        """End the connection that has to make way for this one.  Raises NoPlaceLeft."""
+        remote = channel.link.remote
+        prefix = address_prefix(remote[0]) if remote else ""
+        loser = self.connections.make_room(peer, prefix, trio.current_time())
+        if loser is not None:
+            logger.debug("%s makes way for %s", loser.peer, peer)
+            await loser.close()
+
     def _on_fault(self, peer: PeerId, fault: PeerFault) -> None:
-        self.charge(peer, fault)
-        if isinstance(fault, YamuxError):
-            self.connections.ban(peer, trio.current_time())
+        """A broken rule of yamux bans; bytes that Noise refuses may have been changed by the network."""
+        self.charge(peer, fault, bans=isinstance(fault, YamuxError))
+
+    def _on_ban(self, peer: str) -> None:
+        for connection in self.connections.of(PeerId(peer)):
+            connection.close_now("the peer broke the rules")
 
     async def close_connections(self) -> None:
         """Send a goodbye to every peer, and wait a bounded time for py-libp2p to notice."""
@@ -324,7 +345,7 @@ async def open_host(
     if swarm_key is not None and len(swarm_key) != KEY_BYTES:
         raise ConfigError(f"a swarm key of {len(swarm_key)} bytes, it has {KEY_BYTES}")
     chosen = tuple(str(_parse(text, "announce")) for text in announce)
-    listeners: list[trio.SocketListener] = []
+    listeners: list[socket.socket] = []
     failure: BaseException | None = None
     try:
         listened_on: list[Address] = []
@@ -342,7 +363,8 @@ async def open_host(
             host = Host(identity, find_addresses, swarm_key, limits, nursery)
             async with host.raw.run([]):
                 listening = trio.CancelScope()
-                nursery.start_soon(_serve_listeners, host, listeners, nursery, listening)
+                nursery.start_soon(_serve_listeners, host, listeners, listening)
+                nursery.start_soon(host.reception.close_unused)
                 try:
                     yield host
                 except trio.Cancelled:
@@ -357,17 +379,16 @@ async def open_host(
                     nursery.cancel_scope.cancel()
     finally:
         for listener in listeners:
-            listener.socket.close()
+            listener.close()
     if failure is not None:
         raise failure
 
 
-async def _serve_listeners(
-    host: Host, listeners: Sequence[trio.SocketListener], nursery: trio.Nursery, scope: trio.CancelScope
-) -> None:
+async def _serve_listeners(host: Host, listeners: Sequence[socket.socket], scope: trio.CancelScope) -> None:
     with scope:
-        if listeners:
-            await trio.serve_listeners(host.accept, list(listeners), handler_nursery=nursery)
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                nursery.start_soon(keep_door, listener, host.reception.may_enter, host.reception.enter)
 
 
 def _parse(text: str, what: str) -> Address:
@@ -377,16 +398,19 @@ def _parse(text: str, what: str) -> Address:
         raise ConfigError(f"bad {what} address: {error}") from None
 
 
-async def _listen(address: Address) -> tuple[list[trio.SocketListener], Address]:
+async def _listen(address: Address) -> tuple[list[socket.socket], Address]:
     """The listeners, and the address with its present port."""
     if address.kind not in ("ip4", "ip6"):
         raise ConfigError(f"cannot listen on {address}: give an IP address, as in /ip4/127.0.0.1/tcp/0")
     try:
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=128)
+        opened = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
     except OSError as error:
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise ConfigError(f"cannot listen on {address}: {reason}") from error
-    port = listeners[0].socket.getsockname()[1]
+    listeners = [socket.socket(fileno=each.socket.detach()) for each in opened]
+    for each in listeners:
+        each.setblocking(False)
+    port = listeners[0].getsockname()[1]
     return listeners, Address(address.kind, address.host, port)
 
 

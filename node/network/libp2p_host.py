@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # import sets the level, and takes its loggers out of the reach of an earlier set-up of logging.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
+# It hears of the end of a connection 100 ms later, and until then counts it next to the one that replaced it
+_SLACK = 64
+
 Dial = Callable[[PeerId, Sequence[str]], Awaitable[None]]
 
 
@@ -89,8 +92,8 @@ def make_libp2p_host(
         transports=[],
         connection_config=ConnectionConfig(
             # `Host` counts exactly; these bounds must only be larger
-            max_connections=limits.max_connections + 2,
-            high_watermark=limits.max_connections + 2,
+            max_connections=limits.max_connections + _SLACK,
+            high_watermark=limits.max_connections + _SLACK,
             min_connections=0,
             low_watermark=0,
             max_connections_per_peer=limits.max_connections_per_peer + 1,
@@ -100,7 +103,9 @@ def make_libp2p_host(
         dial=dial,
     )
     resources = ResourceManager(
-        limits=ResourceLimits(max_connections=limits.max_connections + 2, max_streams=limits.max_streams),
+        limits=ResourceLimits(
+            max_connections=limits.max_connections + _SLACK, max_streams=limits.max_streams
+        ),
         enable_metrics=False,
         enable_connection_tracking=False,
         enable_memory_limits=False,

@@ -29,6 +29,7 @@ from multiaddr import Multiaddr
 from node.config import ConfigError
 from node.network.directory.kademlia import open_kademlia
 from node.network.host import PING_PROTOCOL, open_host
+from node.network.streams import FramedStream
 from node.network.transport.connection import Connection
 from node.network.transport.identity import load_or_create_identity
 from node.network.transport.link import SocketLink
@@ -37,7 +38,7 @@ from node.network.transport.upgrade import Upgrade
 from node.network.transport.yamux import HEADER as YAMUX_HEADER
 from node.network.transport.yamux import SYN, WINDOW_UPDATE
 from node.network.transport.yamux_limits import YamuxError
-from tensor_codec.errors import BadResult, NotAMember, PeerGone, RemoteProtocolError, SlowPeer
+from tensor_codec.errors import BadResult, MessageError, NotAMember, PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
 
 ECHO = "/raceme/test-echo/1"
@@ -390,19 +391,26 @@ async def test_a_stock_peer_reaches_us_and_we_reach_it_where_there_is_no_swarm_k
 # --- floods ---
 
 
+ELSEWHERE = "127.0.0.66"  # another address of this machine
+
+
+async def knock(victim, source=None):
+    """A socket at a host's door, from another address if `source` says so."""
+    return await trio.open_tcp_stream("127.0.0.1", _port(victim), local_address=source)
+
+
 @asynccontextmanager
-async def hostile_channel(victim):
+async def hostile_channel(victim, source=None):
     """A secured channel to a host, without a muxer that keeps yamux's rules on it."""
-    port = int(victim.addresses[0].rpartition("/")[2])
-    link = SocketLink(await trio.open_tcp_stream("127.0.0.1", port), 10)
+    link = SocketLink(await knock(victim, source), 10)
     yield await Upgrade(load_or_create_identity(None), None, Limits()).outbound(link, victim.peer_id, "there")
     link.close()
 
 
 @asynccontextmanager
-async def hostile_connection(victim):
+async def hostile_connection(victim, source=None):
     """A connection to a host whose credit its holder can lie about."""
-    async with hostile_channel(victim) as channel, trio.open_nursery() as nursery:
+    async with hostile_channel(victim, source) as channel, trio.open_nursery() as nursery:
         connection = Connection(channel)
         nursery.start_soon(connection.run)
         await connection.started.wait()
@@ -459,7 +467,7 @@ async def test_a_ban_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [SlowPeer("slow"), RemoteProtocolError("wrong"), BadResult("NaN")])
-async def test_only_a_broken_rule_of_the_muxer_bans(fault):
+async def test_one_fault_bans_only_where_it_is_a_broken_rule_of_the_muxer(fault):
     async with host() as alice, host() as bob:
         bob._on_fault(alice.peer_id, fault)
         bob.charge(alice.peer_id, fault)
@@ -474,8 +482,8 @@ async def test_streams_beyond_the_caps_are_reset_and_honest_peers_notice_nothing
         await channel.send(wire)
         await eventually(lambda: len(bob.connections))
         (theirs,) = bob.connections
-        await eventually(lambda: theirs.inbound_streams >= 8)
-        assert theirs.inbound_streams == 8
+        await eventually(lambda: len(theirs.served_streams()) >= 8)
+        assert len(theirs.served_streams()) == 8
         assert await honest.ping(bob.peer_id, bob.addresses) < 1
 
 
@@ -485,7 +493,7 @@ async def test_the_streams_of_a_peer_and_those_of_the_node_are_capped(limits):
         await alice.connect(bob.peer_id, bob.addresses, seconds=3)
         await eventually(lambda: identified(alice, bob))
         (connection,) = bob.connections.of(alice.peer_id)
-        await eventually(lambda: connection.inbound_streams == 0)
+        await eventually(lambda: not connection.served_streams())
         streams = []
         for _ in range(4):
             streams.append(await alice.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3))
@@ -534,16 +542,140 @@ def _port(ours):
 async def test_connections_that_do_not_finish_the_handshake_are_closed_and_hold_nobody_up():
     limits = Limits(max_unauthenticated_connections=2, handshake_seconds=0.5)
     async with host(limits=limits) as bob, host() as alice:
-        silent = [await trio.open_tcp_stream("127.0.0.1", _port(bob)) for _ in range(3)]
+        silent = [await knock(bob) for _ in range(3)]
         with trio.fail_after(0.4):
-            assert await silent[2].receive_some() == b""  # the third at once
+            assert await silent[0].receive_some() == b""  # the first at once: the third has its place
         with trio.fail_after(2):
-            for stream in silent[:2]:
+            for stream in silent[1:]:
                 assert await stream.receive_some() == b""  # the others at the deadline
         for stream in silent:
             await stream.aclose()
         await alice.ping(bob.peer_id, bob.addresses)
         assert bob.faults.count("127.0.0.1", SlowPeer) == 2
+        assert bob.faults.count("127.0.0.1", PeerGone) == 1
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("source", [None, ELSEWHERE])
+async def test_silent_sockets_keep_nobody_out(key, source):
+    async with host(key) as bob, host(key) as alice:
+        silent = [await knock(bob, source) for _ in range(100)]
+        assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
+        assert len(bob.connections.handshakes) <= Limits().max_unauthenticated_connections
+        for stream in silent:
+            await trio.aclose_forcefully(stream)
+
+
+async def test_sockets_that_drip_bytes_from_another_address_keep_nobody_out():
+    async with host() as bob, host() as alice, trio.open_nursery() as nursery:
+
+        async def drip():
+            with contextlib.suppress(trio.BrokenResourceError):
+                async with await knock(bob, ELSEWHERE) as stream:
+                    for each in b"\x13/multistream/1.0.0\n":
+                        await stream.send_all(bytes([each]))
+                        await trio.sleep(0.05)
+
+        for _ in range(60):
+            nursery.start_soon(drip)
+        await eventually(lambda: len(bob.connections.handshakes) == 32)
+        assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_connections_without_a_word_keep_no_newcomer_out():
+    limits = Limits(max_inbound_connections=8)
+    async with host(limits=limits) as bob, contextlib.AsyncExitStack() as stack, host() as alice:
+        for _ in range(7):
+            await stack.enter_async_context(hostile_channel(bob, ELSEWHERE))
+        await eventually(lambda: len(bob.connections) == 6)
+        for _ in range(3):
+            assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
+            await disconnect(alice, bob.peer_id)
+            await eventually(lambda: not alice.connected())
+        # on the address of the idle ones, too, once they have been idle for a moment
+        await trio.sleep(1.1)
+        async with hostile_connection(bob, ELSEWHERE) as newcomer:
+            stream = newcomer.open()
+            stream.propose(PING_PROTOCOL)
+            framed = FramedStream(stream, bob.peer_id, PING_PROTOCOL)
+            await framed.send(b"a ping!!")
+            assert await framed.receive(3) == b"a ping!!"
+            assert len(bob.connections) == 6
+
+
+async def test_a_connection_without_a_stream_is_closed_after_its_time(monkeypatch):
+    monkeypatch.setattr("node.network.admission.reception._UNUSED_SECONDS", 0.05)
+    async with host(limits=Limits(idle_connection_seconds=0.3)) as bob, host() as alice, host() as carol:
+        stream = await alice.open_stream(bob.peer_id, bob.addresses, ECHO, seconds=3)
+        await stream.send(b"x")
+        assert await stream.receive(3) == b"x"
+        await carol.connect(bob.peer_id, bob.addresses, seconds=3)
+        await eventually(lambda: bob.connected() == {alice.peer_id, carol.peer_id})
+        await eventually(lambda: bob.connected() == {alice.peer_id})
+        await eventually(lambda: not carol.connected())
+        await stream.send(b"y")
+        assert await stream.receive(3) == b"y"
+        assert alice.connected() == {bob.peer_id}
+        assert bob.faults.counts() == {}
+
+
+async def test_idle_streams_of_one_peer_keep_no_newcomer_out():
+    limits = Limits(max_streams=20)
+    async with host(limits=limits) as bob, host() as alice, hostile_connection(bob, ELSEWHERE) as evil:
+        bob.handle("/raceme/idle/1", lambda stream: stream.receive())
+        held = []
+        for _ in range(20):
+            held.append(evil.open())
+            held[-1].propose("/raceme/idle/1")
+            evil.flush_now()
+        (theirs,) = bob.connections
+        await eventually(lambda: len(theirs.served_streams()) == 20)
+        assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
+        assert 0 < len(theirs.served_streams()) < 20
+
+
+async def test_three_messages_that_cannot_be_read_end_the_connection_and_ban_the_peer():
+    async with host() as bob, host() as alice:
+
+        async def refuses(stream):
+            await stream.receive()
+            raise MessageError("nonsense")
+
+        bob.handle("/raceme/strict/1", refuses)
+        for faults in (1, 2, 3):
+            stream = await alice.open_stream(bob.peer_id, bob.addresses, "/raceme/strict/1", seconds=3)
+            await stream.send(b"x")
+            with pytest.raises(PeerGone):
+                await stream.receive(3)
+            assert bob.faults.count(alice.peer_id, MessageError) == faults
+        await eventually(lambda: not bob.connected())
+        assert bob.faults.banned().keys() == {alice.peer_id}
+        with pytest.raises(PeerGone):
+            await alice.ping(bob.peer_id, bob.addresses, seconds=3)
+        with pytest.raises(PeerGone, match=r"is let in again in 1\d s"):
+            await bob.connect(alice.peer_id, alice.addresses, seconds=3)
+
+
+async def test_asking_for_protocols_of_another_version_bans_nobody():
+    async with host() as bob, host() as alice:
+        for _ in range(5):
+            stream = await alice.open_stream(bob.peer_id, bob.addresses, "/raceme/session/99", seconds=3)
+            with pytest.raises(RemoteProtocolError, match="does not speak /raceme/session/99"):
+                await stream.receive(3)
+        assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
+        await eventually(lambda: bob.faults.count(alice.peer_id, RemoteProtocolError) == 5)
+
+
+async def test_bytes_that_the_network_has_changed_ban_nobody():
+    async with host() as bob, host() as alice:
+        for _ in range(4):
+            await alice.connect(bob.peer_id, bob.addresses, seconds=3)
+            (connection,) = alice.connections.of(bob.peer_id)
+            await connection.channel.link.send(memoryview(b"\x00\x20" + bytes(32)))
+            await eventually(lambda: not alice.connected())
+        assert bob.faults.count(alice.peer_id, RemoteProtocolError) == 4
+        assert await alice.ping(bob.peer_id, bob.addresses, seconds=3) < 1
 
 
 async def test_a_stream_that_names_no_protocol_is_reset():

@@ -66,4 +66,4 @@ async def test_newcomers_are_let_in_beside_an_attacker(name: str):
             for _ in range(NEWCOMERS):
                 assert await newcomer_is_let_in(host)
     assert stage.got, "the attacker did nothing"
-    assert PING_PROTOCOL in host._handlers  # it still answers
+    assert PING_PROTOCOL in host._services  # it still answers

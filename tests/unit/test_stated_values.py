@@ -18,7 +18,7 @@ from client.session import inputs
 from client.session.repair import watchdog
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
-from node.network import addresses, connection_table, dialler, dialling, host
+from node.network import addresses, dialler, dialling, host
 from node.network.directory import announcer, intake, neighbours
 from node.network.transport import yamux_limits
 from node.network.transport.yamux_limits import YamuxLimits
@@ -70,8 +70,8 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (PROTOCOL, "resets, credit\\) \\| N KiB", (YAMUX.max_control_bytes / KIB,)),
     (PROTOCOL, "and the peer does not \\| N s", (YAMUX.linger_seconds,)),
-    (PROTOCOL, "ban N s", (connection_table.BAN_SECONDS,)),
-    (PROTOCOL, "the peer is not let in for N s", (connection_table.BAN_SECONDS,)),
+    (PROTOCOL, "ban N s", (LIMITS.muxer_ban_seconds,)),
+    (PROTOCOL, "the peer is not let in for N s", (LIMITS.muxer_ban_seconds,)),
     (
         PROTOCOL,
         "\\| N bytes there and the same N bytes back, up to N times",

@@ -183,6 +183,11 @@ class MuxedStream:
         """Wake a writer that waits for credit."""
         self._writers.unpark_all()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its reader waits for the peer's bytes."""
+        return bool(self._readers) and not self.state.unread
+
     def is_closed(self) -> bool:
         """True once both sides have ended, or after a reset."""
         return self.state.is_reset or (self.state.send_ended and self.state.receive_ended)
@@ -358,10 +363,9 @@ class Connection:
         except (trio.EndOfChannel, trio.ClosedResourceError):
             raise PeerGone(self.failure or "the connection ended") from None
 
-    @property
-    def inbound_streams(self) -> int:
-        """The number of the peer's open streams that are served."""
-        return sum(stream.served and not stream.is_closed() for stream in self._streams.values())
+    def served_streams(self) -> list[MuxedStream]:
+        """The peer's open streams that are served."""
+        return [stream for stream in self._streams.values() if stream.served and not stream.is_closed()]
 
     def _new_stream(self, state: Stream) -> MuxedStream:
         if len(self._streams) > 2 * self.core.streams + 16:  # from time to time: none stays for ever

@@ -39,19 +39,31 @@ class Link(Protocol):
 class SocketLink:
     """A link over a connected TCP socket; nobody else uses the socket."""
 
-    def __init__(self, stream: trio.SocketStream, user_timeout_seconds: float) -> None:
+    def __init__(self, stream: trio.SocketStream | socket.socket, user_timeout_seconds: float) -> None:
         """Take the socket out of a trio stream, which is of no use afterwards."""
+        if isinstance(stream, socket.socket):
+            self._socket = stream
+        else:
+            self._socket = socket.socket(fileno=stream.socket.detach())
         with contextlib.suppress(OSError):  # gone already: the first read will raise
-            _tune(stream.socket, user_timeout_seconds)
+            _tune(self._socket, user_timeout_seconds)
         try:
-            name = stream.socket.getpeername()
+            name = self._socket.getpeername()
             self.remote: tuple[str, int] | None = (str(name[0]), int(name[1]))
         except OSError:
             self.remote = None
-        self._socket = socket.socket(fileno=stream.socket.detach())
         self._socket.setblocking(False)
         self._descriptor = self._socket.fileno()
         self._closed = False
+
+    async def readable(self) -> None:
+        """Wait until bytes or the end have come; costs no buffer.  Raises PeerGone."""
+        try:
+            if self._closed:
+                raise PeerGone("the connection was closed on this side")
+            await trio.lowlevel.wait_readable(self._descriptor)
+        except (OSError, trio.ClosedResourceError) as error:
+            raise PeerGone(self._reason(error)) from None
 
     async def receive_into(self, buffer: memoryview) -> int:
         """See Link."""
@@ -96,7 +108,7 @@ class SocketLink:
         return f"the connection broke: {getattr(error, 'strerror', None) or error}"
 
 
-def _tune(sock: trio.socket.SocketType, user_timeout_seconds: float) -> None:
+def _tune(sock: socket.socket, user_timeout_seconds: float) -> None:
     """Small messages at once, and a dead peer noticed in seconds where the kernel would take 15 minutes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

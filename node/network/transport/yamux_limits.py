@@ -22,6 +22,8 @@ FAR_WINDOW = MIB  # at most
 class YamuxError(PeerFault):
     """The peer broke the multiplexing protocol or a limit: the connection must be closed."""
 
+    is_grave = True
+
 
 @dataclass(frozen=True, slots=True)
 class YamuxLimits:

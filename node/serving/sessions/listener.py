@@ -163,7 +163,8 @@ class Listener:
         # The stream goes on: it serves other sessions too.
         epoch = step_epoch(message)
         if any(epoch == hop.route.epoch and owner in (hop.key[0], b"") for hop in named):
-            self.faults.add(peer, MessageError("a step of a session that another peer feeds"))
+            fault = MessageError("a step of a session that another peer feeds")
+            self.faults.add(peer, fault, bans=False)
         return False
 
     async def _take(self, message: Message, hop: HopSession, peer: PeerId) -> bool:

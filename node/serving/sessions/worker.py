@@ -80,7 +80,7 @@ class HopWorker:
             try:
                 await hop.outlet.connect(successor)
             except PeerFault as fault:
-                self.faults.add(str(successor), fault)
+                self.faults.add(str(successor), fault, bans=False)  # the client has chosen it
                 return False
         return hop.outlet.link is not None
 
@@ -96,8 +96,9 @@ class HopWorker:
 
     def end_for(self, fault: PeerFault, sender: str) -> None:
         """End the session for a fault of `sender`; the client learns its name, if it is another peer."""
-        self.faults.add(sender, fault)
-        if sender != self.hop.stream.peer:
+        is_client = sender == self.hop.stream.peer
+        self.faults.add(sender, fault, bans=is_client)  # a client can have told two hops different things
+        if not is_client:
             fault.peer = sender
         self.hop.end(fault)
 
@@ -146,6 +147,7 @@ class HopWorker:
         life = limits.session_life_seconds + limits.session_position_seconds * hop.contract.max_length
         life_ends = trio.current_time() + life
         patience = limits.session_first_step_seconds
+        proved = False  # the client: it lets us work
         while True:
             hop.active_at = trio.current_time()
             item = None
@@ -161,6 +163,9 @@ class HopWorker:
                 if isinstance(item, Arrived):
                     sender = item.sender
                     await self._step(item)
+                    if not proved:
+                        proved = True
+                        self.faults.worked(hop.stream.peer)
                 elif isinstance(item, Relink):
                     await self._relink(item)
                 else:
@@ -376,7 +381,7 @@ class HopWorker:
                 raise PeerGone(f"there is no connection to {peer}")
             await hop.outlet.send(encode_step(step), bulk=bulk)
         except PeerFault as fault:
-            self.faults.add(str(peer), fault)
+            self.faults.add(str(peer), fault, bans=False)
             notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
             await send_to_client(hop, notice)
 
