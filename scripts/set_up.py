@@ -33,6 +33,7 @@ LOG = VENV / "set-up.log"
 MADE_FOR = VENV / "made-for"  # which interpreter and folder: an environment cannot be moved
 STAMP = VENV / "set-up-stamp"
 CONSTRAINTS = ROOT / "constraints.txt"
+LOCKS = ROOT / "requirements"  # the same versions with the hashes of all their files, by scripts/lock.py
 
 BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)  # also if .venv's own python runs this
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -81,7 +82,9 @@ def set_up() -> None:
     if not usable_environment():
         make_environment()
     install_torch()
-    pip_install("Raceme and its dependencies", "-e", ".[dev,web]")
+    install_locked("setuptools", "build.lock")  # for packages in source: pip would fetch one without a hash
+    install_locked("the dependencies", "all.lock")
+    pip_install("Raceme", "--no-deps", "--no-build-isolation", "-e", ".")
     link_trio_types()
     STAMP.write_text(wanted_stamp())
 
@@ -89,7 +92,7 @@ def set_up() -> None:
 def wanted_stamp() -> str:
     """A digest of all inputs of the environment."""
     digest = hashlib.sha256(made_for().encode())
-    for path in (ROOT / "pyproject.toml", CONSTRAINTS):
+    for path in (ROOT / "pyproject.toml", CONSTRAINTS, *sorted(LOCKS.glob("*.lock"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -223,12 +226,17 @@ def ensurepip_was_just_installed() -> bool:
     return subprocess.run([BASE_PYTHON, "-c", "import ensurepip"], capture_output=True).returncode == 0
 
 
+VIRTUALENV = {"virtualenv", "distlib", "filelock", "platformdirs", "python-discovery"}
+
+
 def make_environment_with_virtualenv() -> None:
     """Put virtualenv into a temporary folder, so that the system's Python stays as it was."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            command = [BASE_PYTHON, "-m", "pip", "install", "--target", folder, "virtualenv"]
-            run(command, **pip_environment(BASE_PYTHON))
+            listed = Path(folder, "virtualenv.lock")
+            listed.write_text("".join(lines_of("all.lock", VIRTUALENV)))
+            target = ["--target", folder, *CHECKED, "-r", str(listed)]
+            run([BASE_PYTHON, "-m", "pip", "install", *target], **pip_environment(BASE_PYTHON))
         except CommandFailed:
             raise SetUpError(
                 f"{BASE_PYTHON} has neither venv nor pip: {remedy([f'python{VERSION}-venv'])}"
@@ -241,24 +249,26 @@ def install_torch() -> None:
 
     Without an NVIDIA GPU the build for CPUs alone is asked for first; the general build for Linux brings
     gigabytes of CUDA libraries that would never be used.  After any failure of the first choice the general
-    build is tried: pip's messages differ with its configuration.
+    build is tried: pip's messages differ with its configuration.  RACEME_TORCH is taken without a hash.
     """
     pin = f"torch=={pinned('torch')}"
     chosen = os.environ.get("RACEME_TORCH")
     if chosen:
-        pip_install(chosen, chosen)
+        pip_install(chosen, "-c", str(CONSTRAINTS), chosen)
         return
     if sys.platform == "linux" and not has_nvidia_gpu():
         try:
-            # Alone, so that pip's answer is about this build; its dependencies come with the other packages.
-            pip_install(f"{pin}, the build for CPUs", "--no-deps", f"{pin}+cpu", constrained=False)
+            install_locked(f"{pin}, the build for CPUs", "torch-cpu.lock")
             return
         except CommandFailed:
             why = "pip's index offers no such build; see 'Torch without CUDA' in CONTRIBUTING.md"
-            if "No matching distribution" not in LOG.read_text(errors="replace"):
+            answer = LOG.read_text(errors="replace")
+            if "DO NOT MATCH THE HASHES" in answer:
+                why = f"its hash is not in {LOCKS.name}; see 'Torch without CUDA' in CONTRIBUTING.md"
+            elif "No matching distribution" not in answer:
                 why = f"pip could not install that build (its answer is in .venv/{LOG.name})"
             say_and_log(f"  {why}; the general build is tried")
-    pip_install(pin, pin)
+    install_locked(pin, "torch.lock")
 
 
 def has_nvidia_gpu() -> bool:
@@ -266,12 +276,30 @@ def has_nvidia_gpu() -> bool:
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
-def pip_install(what: str, *requirements: str, constrained: bool = True) -> None:
-    """Install requirements into .venv, at the tested versions unless others are given."""
+CHECKED = ("--no-deps", "--require-hashes", "--no-build-isolation")
+
+
+def install_locked(what: str, lock: str) -> None:
+    """Install the packages of a lock into .venv, and no others that they ask for.  Raises CommandFailed."""
+    pip_install(what, *CHECKED, "-r", str(LOCKS / lock))
+
+
+def lines_of(lock: str, names: set[str]) -> list[str]:
+    """The lines of some packages in a lock."""
+    found, wanted = [], False
+    for line in (LOCKS / lock).read_text().splitlines(keepends=True):
+        if not line.startswith((" ", "#")):
+            wanted = line.partition("==")[0] in names
+        if wanted:
+            found.append(line)
+    return found
+
+
+def pip_install(what: str, *words: str) -> None:
+    """Let pip install into .venv, as one stage.  Raises CommandFailed."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off"]
-    command += ["-c", str(CONSTRAINTS)] if constrained else []
     with stage(f"installing {what}"):
-        run([*command, *requirements], **pip_environment(command[0]))
+        run([*command, *words], **pip_environment(command[0]))
 
 
 # Of pip's configuration: the sources of packages, and the network settings.  Everything else (constraints,

@@ -11,6 +11,17 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+REST = ["build.lock", "all.lock", "."]  # what follows torch
+ALL_LOCK = """\
+# Written by scripts/lock.py.
+distlib==1 \\
+    --hash=sha256:aa
+fastecdsa==2.3.2 ; sys_platform != 'win32' \\
+    --hash=sha256:bb \\
+    --hash=sha256:cc
+virtualenv==2 \\
+    --hash=sha256:dd
+"""
 
 
 class SetUp:
@@ -35,6 +46,7 @@ class SetUp:
             "MADE_FOR": self.venv / "made-for",
             "STAMP": self.venv / "set-up-stamp",
             "CONSTRAINTS": folder / "constraints.txt",
+            "LOCKS": folder / "requirements",
             "run": self.run,
             "missing_build_parts": list,
             "has_nvidia_gpu": lambda: False,
@@ -46,6 +58,8 @@ class SetUp:
             monkeypatch.delenv(name)
         (folder / "pyproject.toml").write_text("[project]\n")
         (folder / "constraints.txt").write_text("fastecdsa==2.3.2\ntorch==2.13.0\n")
+        (folder / "requirements").mkdir()
+        (folder / "requirements" / "all.lock").write_text(ALL_LOCK)
 
     def run(self, command: list[str], **environment: str) -> None:
         self.ran.append(command)
@@ -53,7 +67,8 @@ class SetUp:
         self.on_run(command)
 
     def installed(self) -> list[str]:
-        return [command[-1] for command in self.ran if "install" in command]
+        """The last word of each installation, of a lock its name."""
+        return [Path(command[-1]).name or "." for command in self.ran if "install" in command]
 
 
 @pytest.fixture
@@ -68,7 +83,7 @@ def test_a_finished_set_up_is_not_run_again(set_up: SetUp):
     assert set_up.ran == []
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "requirements/all.lock"])
 def test_a_changed_requirement_installs_again_into_the_same_environment(
     set_up: SetUp, tmp_path: Path, name: str
 ):
@@ -77,13 +92,13 @@ def test_a_changed_requirement_installs_again_into_the_same_environment(
     with (tmp_path / name).open("a") as file:
         file.write("# changed\n")
     assert set_up.script.main() == 0
-    assert ".[dev,web]" in set_up.installed()
+    assert set_up.installed()[-3:] == REST
     assert not any("venv" in command for command in set_up.ran)
 
 
 def test_an_interrupted_set_up_runs_again(set_up: SetUp, capsys: pytest.CaptureFixture[str]):
     def interrupt(command: list[str]) -> None:
-        if command[-1] == ".[dev,web]":
+        if command[-1].endswith("all.lock"):
             raise KeyboardInterrupt
 
     set_up.on_run = interrupt
@@ -92,7 +107,7 @@ def test_an_interrupted_set_up_runs_again(set_up: SetUp, capsys: pytest.CaptureF
     set_up.on_run = lambda command: None
     set_up.ran.clear()
     assert set_up.script.main() == 0
-    assert ".[dev,web]" in set_up.installed()
+    assert set_up.installed()[-3:] == REST
 
 
 def test_an_environment_that_was_not_finished_is_made_anew(set_up: SetUp):
@@ -104,7 +119,7 @@ def test_an_environment_that_was_not_finished_is_made_anew(set_up: SetUp):
 
 def test_a_failed_stage_shows_the_end_of_its_log(set_up: SetUp, capsys: pytest.CaptureFixture[str]):
     def fail(command: list[str]) -> None:
-        if command[-1] == ".[dev,web]":
+        if command[-1].endswith("all.lock"):
             set_up.script.LOG.write_text("".join(f"line {number}\n" for number in range(100)))
             raise set_up.script.CommandFailed("pip failed with exit code 1")
 
@@ -116,15 +131,35 @@ def test_a_failed_stage_shows_the_end_of_its_log(set_up: SetUp, capsys: pytest.C
     assert not set_up.script.STAMP.exists()
 
 
+def test_nothing_is_installed_without_a_hash_but_this_project(set_up: SetUp):
+    assert set_up.script.main() == 0
+    *packages, ours = [command for command in set_up.ran if "install" in command]
+    for command in packages:
+        assert {"--require-hashes", "--no-deps", "--no-build-isolation", "-r"} <= set(command)
+    assert ours[-4:] == ["--no-deps", "--no-build-isolation", "-e", "."]
+
+
+def test_where_the_interpreter_came_without_venv_the_tool_in_its_place_has_a_hash_too(set_up: SetUp):
+    set_up.on_run = lambda command: (
+        listed.append(Path(command[-1]).read_text()) if "--target" in command else None
+    )
+    listed: list[str] = []
+    (set_up.venv).mkdir()
+    set_up.script.make_environment_with_virtualenv()
+    assert listed == ["distlib==1 \\\n    --hash=sha256:aa\nvirtualenv==2 \\\n    --hash=sha256:dd\n"]
+    assert "--require-hashes" in set_up.ran[0]
+
+
 def test_torch_for_cpus_is_taken_where_the_index_offers_it(set_up: SetUp):
     assert set_up.script.main() == 0
-    assert set_up.installed() == ["torch==2.13.0+cpu", ".[dev,web]"]
+    assert set_up.installed() == ["torch-cpu.lock", *REST]
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         ("ERROR: No matching distribution found for torch==2.13.0+cpu\n", "pip's index offers no such build"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES ...\n", "its hash is not in requirements"),
         ("ERROR: ResolutionImpossible: for help visit ...\n", "pip could not install that build"),
         ("ERROR: HTTP error 403 while getting ...\n", "pip could not install that build"),
         ("", "pip could not install that build"),
@@ -134,13 +169,13 @@ def test_the_general_build_of_torch_is_tried_whatever_pip_says_of_the_other(
     set_up: SetUp, capsys: pytest.CaptureFixture[str], answer: str, said: str
 ):
     def fail(command: list[str]) -> None:
-        if command[-1].endswith("+cpu"):
+        if command[-1].endswith("torch-cpu.lock"):
             set_up.script.LOG.write_text(answer)
             raise set_up.script.CommandFailed("pip failed with exit code 1")
 
     set_up.on_run = fail
     assert set_up.script.main() == 0
-    assert set_up.installed() == ["torch==2.13.0+cpu", "torch==2.13.0", ".[dev,web]"]
+    assert set_up.installed() == ["torch-cpu.lock", "torch.lock", *REST]
     assert said in capsys.readouterr().out
     log = set_up.script.LOG.read_text()
     assert answer in log
@@ -149,12 +184,12 @@ def test_the_general_build_of_torch_is_tried_whatever_pip_says_of_the_other(
 
 def test_a_failure_of_the_general_build_ends_set_up(set_up: SetUp):
     def fail(command: list[str]) -> None:
-        if command[-1].startswith("torch"):
+        if "torch" in command[-1]:
             raise set_up.script.CommandFailed("pip failed with exit code 1")
 
     set_up.on_run = fail
     assert set_up.script.main() == 1
-    assert set_up.installed() == ["torch==2.13.0+cpu", "torch==2.13.0"]
+    assert set_up.installed() == ["torch-cpu.lock", "torch.lock"]
 
 
 def test_a_torch_of_your_own_is_the_only_one_tried(set_up: SetUp, monkeypatch: pytest.MonkeyPatch):
@@ -197,7 +232,7 @@ def test_pip_keeps_where_packages_come_from_and_nothing_else_of_its_configuratio
         for command, environment in zip(set_up.ran, set_up.environments, strict=True)
         if "install" in command
     ]
-    assert len(installs) == 2
+    assert len(installs) == 4
     for environment in installs:
         assert environment == {
             "PIP_CONFIG_FILE": os.devnull,
