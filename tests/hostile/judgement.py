@@ -235,7 +235,8 @@ def below(values: Mapping[str, Any], thresholds: Thresholds) -> list[str]:
     if not values["rss_within_bound"]:
         found.append(f"{values['rss_most_mib']} MiB resident, the bound is {values['bound_mib']}")
     if not values["nothing_left"]:
-        found.append(f"more than before: {', '.join(values['left'])}")
+        more = (f"{name} {before} -> {after}" for name, (before, after) in values["left"].items())
+        found.append(f"more than before: {', '.join(more)}")
     return found
 
 

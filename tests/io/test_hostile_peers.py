@@ -50,6 +50,14 @@ async def newcomer_is_let_in(host) -> bool:
 @pytest.mark.parametrize(
     "name",
     [
+        "idle_connections",
+        "half_handshakes",
+        "byte_a_second",
+        "connection_flood",
+        "stream_hold",
+        "giant_frames",
+        "giant_first_frames",
+        "header_bombs",
         "stream_flood",
         "open_and_reset",
         "window_violation",
