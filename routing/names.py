@@ -29,6 +29,18 @@ def peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_PREFIX + public_key).decode("ascii"))
 
 
+def peer_id_bytes(peer: PeerId) -> bytes:
+    """The peer id as libp2p's binary messages have it.  Raises ValueError where it holds no Ed25519 key."""
+    return _PREFIX + public_key_of(peer)
+
+
+def peer_id_from_bytes(raw: bytes) -> PeerId:
+    """The peer id in libp2p's binary form.  Raises ValueError for a peer with another kind of key."""
+    if not raw.startswith(_PREFIX):
+        raise ValueError(f"{len(raw)} bytes are not the id of a peer with an Ed25519 key")
+    return peer_id_of(bytes(raw[len(_PREFIX) :]))
+
+
 @lru_cache(maxsize=16_384)
 def public_key_of(peer: PeerId) -> bytes:
     """The Ed25519 public key, 32 raw bytes, inside a peer id.  Raises ValueError where there is none."""

@@ -136,6 +136,17 @@ class Limits:
     log_lines_per_peer_per_second: int = 5  # of one kind; the others of the second are counted
     log_lines_per_second: int = 20  # of one kind, of all peers: ids are free, and a line is 100 to 300 bytes
 
+    # The Kademlia table: names of peers, and no values
+    kademlia_message_bytes: int = 16 * KIB  # 40 peers with 8 addresses each
+    kademlia_questions_per_peer_per_second: float = 10.0  # a lookup asks each peer once
+    kademlia_questions_per_peer_burst: int = 50
+    max_table_peers_per_network: int = 8  # a bucket takes a quarter, as py-libp2p's does
+    max_providers: int = 2048  # 1 KiB each
+    max_providers_per_key: int = 64
+    max_providers_per_network: int = 8  # of a key
+    max_provider_keys_per_peer: int = 4  # revisions that a peer serves, and served a moment ago
+    provider_life_seconds: float = 300.0  # written again every minute
+
     # Leaving
     drain_seconds: float = 10.0
     drain_idle_seconds: float = 2.0  # a session that is silent so long will not move before it goes on

@@ -19,6 +19,7 @@ from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
 Handler = Callable[[FramedStream], Awaitable[None]]
+ByteHandler = Callable[["PipeEnd", PeerId, str], Awaitable[None]]
 
 
 class DelayedPipe:
@@ -145,8 +146,8 @@ class FakeHost:
         self.nursery = nursery
         self.limits = limits
         self.faults = Faults()
-        self.raw = None  # there is no Kademlia table over a fake network
         self.handlers: dict[str, Handler] = {}
+        self.byte_handlers: dict[str, ByteHandler] = {}
         self.frame_bytes: dict[str, int] = {}
         self.linked: set[PeerId] = set()
         network.hosts[self.peer_id] = self
@@ -166,27 +167,58 @@ class FakeHost:
     def charge(self, who: str, fault: PeerFault) -> None:
         self.faults.add(who, fault)
 
+    def handle_bytes(self, protocol: str, handler: ByteHandler) -> None:
+        self.byte_handlers[protocol] = handler
+
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
     ) -> FramedStream:
+        other = await self._reach(peer, addresses)
+        if protocol not in other.handlers:
+            raise PeerGone(f"{peer} does not speak {protocol}")
+        ours, theirs = self._pipes(other)
+        served = FramedStream(theirs, self.peer_id, protocol, self.limits)
+        served.limit = other.frame_bytes[protocol]
+        other.nursery.start_soon(other._serve, served)
+        return FramedStream(ours, peer, protocol, self.limits)
+
+    async def open_bytes(
+        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
+    ) -> PipeEnd:
+        other = await self._reach(peer, addresses)
+        if protocol not in other.byte_handlers:
+            raise PeerGone(f"{peer} does not speak {protocol}")
+        ours, theirs = self._pipes(other)
+        other.nursery.start_soon(other._serve_bytes, theirs, protocol, self.peer_id)
+        return ours
+
+    async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> FakeHost:
         network = self.network
         network.dials.append((self.peer_id, peer))
         await trio.sleep(2 * network.delay)
         if not network.reachable(self.peer_id, peer):
             raise PeerGone(f"{addresses[0]}: no route to host")
         other = network.hosts[peer]
-        self.linked.add(peer)
-        if not set(addresses) & set(other.addresses):
+        if not set(addresses) & set(other.addresses) and peer not in self.connected():
             raise PeerGone(f"{addresses[0]}: somebody else listens there")
-        if protocol not in other.handlers:
-            raise PeerGone(f"{peer} does not speak {protocol}")
+        self.linked.add(peer)
+        other.linked.add(self.peer_id)
+        return other
+
+    def _pipes(self, other: FakeHost) -> tuple[PipeEnd, PipeEnd]:
+        network = self.network
         there, back = (DelayedPipe(network.delay, network.room) for _ in range(2))
         ours, theirs = PipeEnd(there, back), PipeEnd(back, there)
         network.streams.append((self, other, ours))
-        served = FramedStream(theirs, self.peer_id, protocol, self.limits)
-        served.limit = other.frame_bytes[protocol]
-        other.nursery.start_soon(other._serve, served)
-        return FramedStream(ours, peer, protocol, self.limits)
+        return ours, theirs
+
+    async def _serve_bytes(self, stream: PipeEnd, protocol: str, peer: PeerId) -> None:
+        try:
+            await self.byte_handlers[protocol](stream, peer, "")
+            await stream.aclose()
+        except PeerFault as fault:
+            stream.reset_now()
+            self.charge(peer, fault)
 
     async def _serve(self, stream: FramedStream) -> None:
         try:

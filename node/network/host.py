@@ -46,6 +46,7 @@ from tensor_codec.limits import Limits
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[FramedStream], Awaitable[None]]
+ByteHandler = Callable[[MuxedStream, PeerId, str], Awaitable[None]]
 
 PING_PROTOCOL = "/raceme/ping/1"
 _PING_BYTES = 8
@@ -71,7 +72,7 @@ class Host:
     traffic: payload bytes of all framed streams.
     connections: to peers, with their caps and their places.
     reception: of the peers that connect.
-    raw: py-libp2p's host, for Kademlia (`node.network.directory.kademlia`) and identify alone.
+    raw: py-libp2p's host, for identify alone.
     """
 
     def __init__(
@@ -101,10 +102,8 @@ class Host:
         self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
         self.reception = Reception(limits, self._upgrade, self.connections, nursery, self._add, self.charge)
         self._nursery = nursery
-        self._services: dict[str, _Service] = {}
-        self.raw: BasicHost = make_libp2p_host(
-            identity, lambda: self._addresses, limits, self._dial_for_libp2p
-        )
+        self._services: dict[str, _Service | ByteHandler] = {}
+        self.raw: BasicHost = make_libp2p_host(identity, lambda: self._addresses, limits)
         self.handle(PING_PROTOCOL, self._answer_pings, max_frame_bytes=_PING_BYTES)
 
     # --- for the rest of the node ---
@@ -134,6 +133,13 @@ class Host:
             limits = replace(limits, max_frame_bytes=max_frame_bytes)
         self._services[protocol] = _Service(handler, limits, bans)
 
+    def handle_bytes(self, protocol: str, handler: ByteHandler) -> None:
+        """As `handle`, for a protocol that has frames of its own.
+
+        handler: gets the stream, its peer, and the prefix of the peer's address.
+        """
+        self._services[protocol] = handler
+
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
     ) -> FramedStream:
@@ -145,12 +151,19 @@ class Host:
         seconds: for the connection.
         Raises PeerGone, SlowPeer, NotAMember, RemoteProtocolError.
         """
+        stream = await self.open_bytes(peer, addresses, protocol, seconds=seconds)
+        service = self._services.get(protocol)
+        limits = service.limits if isinstance(service, _Service) else self._limits
+        return FramedStream(stream, peer, protocol, limits, self.traffic, stream.connection.prefix)
+
+    async def open_bytes(
+        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
+    ) -> MuxedStream:
+        """As `open_stream`, for a protocol that has frames of its own."""
         connection = self.connections.live(peer) or await self._dialler.connect(peer, addresses, seconds)
         stream = connection.open()
         stream.propose(protocol)
-        service = self._services.get(protocol)
-        limits = self._limits if service is None else service.limits
-        return FramedStream(stream, peer, protocol, limits, self.traffic, connection.prefix)
+        return stream
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
         """Make sure that there is a connection.  Raises what `open_stream` raises."""
@@ -210,10 +223,15 @@ class Host:
                 self.charge(peer, unknown, bans=False)  # another version may speak it
                 await stream.aclose()  # and no reset, which would overtake our `na`
                 return
-            if protocol not in self._services:
+            service = self._services.get(protocol)
+            if service is None:
                 stream.connection.offer(stream)  # one of py-libp2p's own
                 return
-            handler, limits, bans = self._services[protocol]
+            if not isinstance(service, _Service):
+                await service(stream, peer, stream.connection.prefix)
+                await stream.aclose()
+                return
+            handler, limits, bans = service
             prefix = stream.connection.prefix
             framed = FramedStream(stream, peer, protocol, limits, self.traffic, prefix)
             await handler(framed)
@@ -233,14 +251,12 @@ class Host:
             raise
 
     async def _negotiate(self, stream: MuxedStream) -> str | None:
-        libp2p_protocols = self.raw.get_mux().handlers
+        known = (self._services, self.raw.get_mux().handlers)
         dialogue = Dialogue(stream.receive_some, stream.send_all)
         seconds = self._limits.negotiation_seconds
         with trio.move_on_after(seconds):
             try:
-                protocol = await negotiate(
-                    dialogue, lambda name: name in self._services or name in libp2p_protocols
-                )
+                protocol = await negotiate(dialogue, lambda name: any(name in each for each in known))
             except RemoteProtocolError:
                 protocol = None  # the frame that came with the proposal follows our `na`
             await dialogue.flush()
@@ -257,9 +273,6 @@ class Host:
             await stream.send(question)
 
     # --- connections of both directions ---
-
-    async def _dial_for_libp2p(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        await self._dialler.connect(peer, addresses, self._limits.dial_seconds)
 
     async def _add(self, channel: SecureChannel) -> Connection:
         """Make a connection of a secured channel, unless a cap or a ban forbids it.  Raises PeerGone."""

@@ -1,7 +1,7 @@
-"""py-libp2p's host, kept for Kademlia and identify, with its traps closed.
+"""py-libp2p's host, kept for identify, with its traps closed.
 
-It neither listens nor dials: `Host` hands it finished connections, secured and muxed, and it asks `Host`
-for a new one.  This avoids, in py-libp2p 0.8:
+It neither listens nor dials: `Host` hands it finished connections, secured and muxed.  This avoids, in
+py-libp2p 0.8:
 
 * dials that take 250 ms after they succeeded, try one address only, and refuse for 60 s a peer that
   failed once (`Swarm.dial_peer`, overridden here);
@@ -14,7 +14,7 @@ for a new one.  This avoids, in py-libp2p 0.8:
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,15 +26,13 @@ from libp2p.network.config import ConnectionConfig
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.peer.peerstore import PeerStore
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.budgets.libp2p_streams import Libp2pStreams, ServedStream
 from node.network.transport.identity import Identity
-from routing.names import PeerId
-from tensor_codec.errors import PeerFault
 from tensor_codec.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -45,8 +43,6 @@ logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 # It hears of the end of a connection 100 ms later, and until then counts it next to the one that replaced it
 _SLACK = 64
 
-Dial = Callable[[PeerId, Sequence[str]], Awaitable[None]]
-
 
 class NoAutoConnector(AutoConnector):  # type: ignore[misc]  # py-libp2p has no types
     """Connects to no peer: our own directory chooses our peers."""
@@ -56,31 +52,21 @@ class NoAutoConnector(AutoConnector):  # type: ignore[misc]  # py-libp2p has no 
 
 
 class HostedSwarm(Swarm):  # type: ignore[misc]  # py-libp2p has no types
-    """py-libp2p's table of connections; dialling is left to `dial`."""
+    """py-libp2p's table of connections; it dials nobody."""
 
-    def __init__(self, *arguments: Any, dial: Dial, **options: Any) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._dial = dial
         self.auto_connector = NoAutoConnector(self)
 
     async def dial_peer(self, peer_id: ID) -> list[Any]:
-        """Connections to a peer, made if there are none.  Raises SwarmException."""
-        if not self.get_connections(peer_id):
-            try:
-                addresses = [str(address) for address in self.peerstore.addrs(peer_id)]
-            except PeerStoreError as error:
-                raise SwarmException(f"no address of {peer_id} is known") from error
-            try:
-                await self._dial(PeerId(peer_id.to_base58()), addresses)
-            except PeerFault as error:
-                raise SwarmException(str(error)) from error
-        return list(self.get_connections(peer_id))
+        """The connections to a peer.  Raises SwarmException where there are none."""
+        if not (connections := list(self.get_connections(peer_id))):
+            raise SwarmException(f"there is no connection to {peer_id}, and py-libp2p makes none here")
+        return connections
 
 
-def make_libp2p_host(
-    identity: Identity, addresses: Callable[[], Sequence[str]], limits: Limits, dial: Dial
-) -> BasicHost:
-    """A host that announces the result of `addresses`, and dials by `dial`; run it with `host.run([])`."""
+def make_libp2p_host(identity: Identity, addresses: Callable[[], Sequence[str]], limits: Limits) -> BasicHost:
+    """A host that announces the result of `addresses`, and dials nobody; run it with `host.run([])`."""
     key_pair = create_new_key_pair(seed=identity.private_key)
     peer_id = ID.from_base58(identity.peer_id)
     peerstore = PeerStore()
@@ -100,7 +86,6 @@ def make_libp2p_host(
             inbound_stream_protocol_negotiation_timeout=limits.negotiation_seconds,
             outbound_stream_protocol_negotiation_timeout=limits.negotiation_seconds,
         ),
-        dial=dial,
     )
     resources = ResourceManager(
         limits=ResourceLimits(

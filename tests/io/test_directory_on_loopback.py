@@ -119,13 +119,13 @@ async def test_a_client_finds_the_servers_of_a_model_in_the_kademlia_table():
         _, client = await add(node(None, [way_in(host)]))
         assert client._discovery._finder is not None
         with trio.fail_after(20.0):
-            while len(found := await client._discovery._finder.find("r")) < 3:  # noqa: ASYNC110  by and by
+            while len(found := await client._discovery._finder.find("r", 2.0)) < 3:  # noqa: ASYNC110  by and by
                 await trio.sleep(0.2)
         assert found.keys() == {server.peer_id for server in servers}
         assert all(
             address.startswith("/ip4/127.0.0.1/tcp/") for addresses in found.values() for address in addresses
         )
-        assert await client._discovery._finder.find("another revision") == {}
+        assert await client._discovery._finder.find("another revision", 2.0) == {}
         assert len(await client.find_peers("r")) == 3
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import random
 import socket
 import struct
 import time
@@ -27,7 +28,7 @@ from libp2p.security.noise.transport import Transport as StockNoise
 from multiaddr import Multiaddr
 
 from node.config import ConfigError
-from node.network.directory.kademlia import open_kademlia
+from node.network.directory.kademlia.kademlia import PROTOCOL, Knowledge, open_kademlia
 from node.network.host import PING_PROTOCOL, open_host
 from node.network.streams import FramedStream
 from node.network.transport.connection import Connection
@@ -688,46 +689,42 @@ async def test_a_stream_that_names_no_protocol_is_reset():
         assert [kind for _, kind in bob.faults.counts()] == ["SlowPeer"]
 
 
+def table(of, limits=None):
+    return open_kademlia(of, Knowledge("public"), limits or Limits(), random.Random(1), serves=True)
+
+
 async def ask_kademlia(host, peer):
     """A question to a peer's Kademlia table, answered."""
-    host.raw.get_peerstore().add_addrs(peer.peer_id, peer.addrs, 600)
-    stream = await host.raw.new_stream(peer.peer_id, [KADEMLIA])
-    question = Message(type=Message.MessageType.FIND_NODE, key=peer.peer_id.to_bytes()).SerializeToString()
-    await stream.write(bytes([len(question)]) + question)
-    answer = await stream.read(1)
-    await stream.reset()
+    stream = await host.open_bytes(peer.peer_id, peer.addresses, PROTOCOL, seconds=2)
+    question = Message(type=Message.MessageType.FIND_NODE, key=b"any").SerializeToString()
+    await stream.send_all(bytes([len(question)]) + question)
+    answer = await stream.receive_some(1)
+    stream.reset_now()
     return len(answer)
 
 
 async def test_idle_streams_of_kademlia_stop_nobody_else():
-    async with (
-        host() as bob,
-        open_kademlia(bob, swarm="public", serves=True),
-        hostile_connection(bob) as connection,
-        host() as alice,
-    ):
+    async with host() as bob, table(bob), hostile_connection(bob) as connection, host() as alice:
         streams = [connection.open() for _ in range(14)]
         for stream in streams:
-            stream.propose(str(KADEMLIA))
+            stream.propose(PROTOCOL)
             await stream.send_all(b"\x05")  # the first byte of a message
-        await eventually(lambda: sum(stream.is_closed() for stream in streams) == 12)
+        most = Limits().max_libp2p_streams_per_peer
+        await eventually(lambda: sum(stream.is_closed() for stream in streams) == 14 - most)
         with trio.fail_after(3):
-            assert await ask_kademlia(alice, info(bob)) == 1
+            assert await ask_kademlia(alice, bob) == 1
 
 
-async def test_a_stream_of_kademlia_ends_at_its_deadline_and_with_its_bytes():
-    limits = Limits(libp2p_stream_seconds=0.3, max_libp2p_bytes_per_stream=1000)
-    async with (
-        host(limits=limits) as bob,
-        open_kademlia(bob, swarm="public", serves=True),
-        hostile_connection(bob) as connection,
-    ):
-        for data, seconds in ((b"\x05", 2.0), (b"\xff\x0f" + bytes(1000), 0.2)):
+async def test_a_stream_of_kademlia_ends_at_its_deadline_and_at_a_message_that_is_too_long():
+    limits = Limits(libp2p_stream_seconds=0.3)
+    async with host() as bob, table(bob, limits), hostile_connection(bob) as connection:
+        for data, seconds in ((b"\x05", 2.0), (b"\xff\xff\x03", 0.2)):
             stream = connection.open()
-            stream.propose(str(KADEMLIA))
+            stream.propose(PROTOCOL)
             await stream.send_all(data)
             with trio.fail_after(seconds), pytest.raises(PeerGone):
                 await stream.receive_some()
+        assert {kind for _, kind in bob.faults.counts()} == {"SlowPeer", "FrameError"}
 
 
 async def test_a_ping_is_eight_bytes_and_nothing_longer_is_waited_for():
@@ -750,14 +747,17 @@ async def test_libp2p_runs_with_our_resource_manager():
         assert swarm._resource_manager.limits.max_streams == Limits().max_streams
 
 
-async def test_libp2p_dials_nobody_by_itself_and_dials_by_us_when_kademlia_asks():
+async def test_libp2p_dials_nobody_and_uses_the_connections_that_there_are():
     async with host() as alice, host() as bob:
         peer = info(bob)
         alice.raw.get_peerstore().add_addrs(peer.peer_id, peer.addrs, 600)
         await alice.raw.get_network().auto_connector.maybe_connect()
         alice.raw.get_network()._schedule_auto_connect()
         await trio.sleep(0.1)
+        with pytest.raises(Exception, match="no connection to"):
+            await alice.raw.new_stream(peer.peer_id, [LIBP2P_PING])
         assert alice.connected() == set()
+        await alice.ping(bob.peer_id, bob.addresses)
         stream = await alice.raw.new_stream(peer.peer_id, [LIBP2P_PING])
         await stream.write(bytes(32))
         assert await stream.read(32) == bytes(32)

@@ -14,7 +14,7 @@ CODE = """
 import logging
 from node.runtime.logs import set_up_logging
 set_up_logging("text")
-import node.network.host, node.network.directory.kademlia
+import node.network.host, node.network.directory.kademlia.kademlia
 logging.getLogger("libp2p.host.basic_host").error("a peer did something")
 logging.getLogger("libp2p.kad_dht").error("and something else")
 logging.getLogger("raceme").info("ours")

@@ -16,7 +16,7 @@ import routing.view.exchange
 from node.config import ConfigError
 from node.network import host
 from node.network.directory import neighbours
-from node.network.directory.kademlia import provider_key
+from node.network.directory.kademlia.kademlia import provider_key
 from node.network.transport import noise, yamux
 from node.network.transport.identity import identity_of
 from node.network.transport.yamux_limits import YamuxError

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -22,6 +22,7 @@ from node.config import ConfigError
 from node.network.addresses import bootstrap_peers
 from node.network.directory.announcer import Announcer, AnnouncerHost
 from node.network.directory.discovery import FIND_SECONDS, Discovery, Finder
+from node.network.directory.kademlia.kademlia import KademliaHost, Knowledge, open_kademlia
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
 from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_watching
@@ -69,12 +70,8 @@ class DirectoryConfig:
         return self.role == "client" if self.watch is None else self.watch
 
 
-class DirectoryHost(AnnouncerHost, ExchangeHost, PingHost, Protocol):
+class DirectoryHost(AnnouncerHost, ExchangeHost, KademliaHost, PingHost, Protocol):
     """The part of `node.network.host.Host` that a directory needs."""
-
-    @property
-    def raw(self) -> Any:  # Any: py-libp2p has no types
-        """py-libp2p's host, for Kademlia alone."""
 
     def handle(
         self,
@@ -257,13 +254,15 @@ async def open_directory(
         except ValueError as error:
             raise ConfigError(f"no peer could dial an address that we announce: {error}") from None
     async with AsyncExitStack() as stack:
+        rng = rng or random.Random()
         if finder is None and config.kademlia:
-            from node.network.directory.kademlia import open_kademlia  # libp2p takes a second to import
-
-            table = open_kademlia(host, swarm=config.swarm, serves=config.role != "client")
+            ways_in = bootstrap_peers(config.bootstrap)
+            knowledge = Knowledge(config.swarm, ways_in, lambda peer: directory.addresses(peer))
+            serves = config.role != "client"
+            table = open_kademlia(host, knowledge, config.limits, rng, serves=serves)
             finder = await stack.enter_async_context(table)
         nursery = await stack.enter_async_context(background_nursery())
-        directory = Directory(host, identity, config, nursery, finder, rng or random.Random(), wall_clock)
+        directory = Directory(host, identity, config, nursery, finder, rng, wall_clock)
         stack.callback(directory.close)
         await directory.run(nursery, config)
         yield directory

@@ -14,6 +14,8 @@ from routing.names import PeerId
 from routing.view.records import Record
 
 FIND_SECONDS = 5.0
+LOOKUP_SHARE = 0.5  # of that time, for the table; the rest is for the peers that it names
+MOST_MET = 24  # peers of one look into the table that are asked for their view
 DISCOVER_SECONDS = 60.0  # between looks into the Kademlia table
 
 
@@ -23,8 +25,8 @@ class Finder(Protocol):
     async def provide(self, revision: str) -> None:
         """Write into the table that this node serves the model revision."""
 
-    async def find(self, revision: str) -> Mapping[PeerId, tuple[str, ...]]:
-        """The peers in the table that serve the revision, with the addresses where they listen."""
+    async def find(self, revision: str, seconds: float) -> Mapping[PeerId, tuple[str, ...]]:
+        """The peers that the table names within `seconds`, the best first, with their addresses."""
 
 
 class Discovery:
@@ -52,7 +54,7 @@ class Discovery:
         """
         if self._finder is not None:
             with trio.move_on_after(seconds):
-                await self._meet(await self._finder.find(revision))
+                await self._meet(await self._finder.find(revision, seconds * LOOKUP_SHARE))
         return self._view.view().spans(revision)
 
     async def run(self, served_revision: Callable[[], str | None]) -> None:
@@ -67,13 +69,20 @@ class Discovery:
                 await self._view.changed(view)
 
     async def _meet(self, found: Mapping[PeerId, tuple[str, ...]]) -> None:
-        """Ask some of the peers without a record for their view."""
+        """Ask the peers without a record for their view, in this order, a few at once."""
+        turns = trio.CapacityLimiter(DIALS_AT_ONCE)
+
+        async def meet(peer: PeerId) -> None:
+            async with turns:
+                if self._view.view().get(peer) is None:
+                    await self._neighbours.ask_once(peer, found[peer])
+
         view = self._view.view()
-        unknown = [
-            peer
-            for peer in found
-            if peer != self._peer_id and view.get(peer) is None and self._neighbours.retries.may_dial(peer)
-        ]
         async with trio.open_nursery() as nursery:
-            for peer in self._rng.sample(unknown, min(DIALS_AT_ONCE, len(unknown))):
-                nursery.start_soon(self._neighbours.ask_once, peer, found[peer])
+            for peer in list(found)[:MOST_MET]:
+                if (
+                    peer != self._peer_id
+                    and view.get(peer) is None
+                    and self._neighbours.retries.may_dial(peer)
+                ):
+                    nursery.start_soon(meet, peer)

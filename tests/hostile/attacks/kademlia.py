@@ -11,7 +11,7 @@ import varint
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 
-from node.network.directory.kademlia import provider_key
+from node.network.directory.kademlia.kademlia import provider_key
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity
 from tensor_codec.errors import PeerFault, PeerGone

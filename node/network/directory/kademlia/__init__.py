@@ -1,0 +1,1 @@
+"""A Kademlia table that names the servers of a model revision, and nothing else."""
