@@ -44,7 +44,7 @@ class Limits:
     known_good_connection_share: float = 0.25  # of the inbound places, for peers that did useful work
     idle_connection_seconds: float = 60.0  # without a stream
     sockets_per_prefix_per_second: float = 100.0  # accepted; a silent one costs 0.3 ms
-    sockets_per_prefix_burst: int = 500
+    sockets_per_prefix_burst: int = 200
     handshakes_per_prefix_per_second: float = 20.0  # a handshake costs 4 ms: 8 % of a core
     handshakes_per_prefix_burst: int = 128  # a whole swarm that starts on one machine
     scarce_connections_per_second: float = 1.0  # of one public address, where places are scarce

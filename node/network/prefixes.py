@@ -33,11 +33,13 @@ def network_prefix(host: str) -> str:
     return _prefix(host, _NETWORK_BITS)
 
 
+@lru_cache(maxsize=4096)
 def network_of(prefix: str) -> str:
     """The network prefix that an address prefix lies in; "" for ""."""
     return network_prefix(prefix.partition("/")[0])
 
 
+@lru_cache(maxsize=4096)
 def is_local(prefix: str) -> bool:
     """Whether the peers of this prefix are on this machine or in its private network, or have no address."""
     host = prefix.partition("/")[0]

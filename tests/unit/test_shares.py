@@ -59,7 +59,7 @@ def sockets(
 @pytest.mark.parametrize("prefix", [PUBLIC, LOCAL])
 def test_where_places_are_plenty_only_a_flood_is_turned_away(prefix: str):
     arrivals = Arrivals(LIMITS)
-    assert sockets(arrivals, prefix, 0.0) == LIMITS.sockets_per_prefix_burst == 500
+    assert sockets(arrivals, prefix, 0.0) == LIMITS.sockets_per_prefix_burst == 200
     assert sockets(arrivals, prefix, 1.0) == LIMITS.sockets_per_prefix_per_second == 100
 
 
@@ -68,7 +68,7 @@ def test_where_places_are_scarce_a_public_address_brings_one_a_second_and_loopba
     assert sockets(arrivals, PUBLIC, 0.0, scarce=True) == LIMITS.scarce_connections_burst == 16
     assert sockets(arrivals, PUBLIC, 3.0, scarce=True) == 3
     assert sockets(arrivals, NEIGHBOUR, 3.0, scarce=True) == 16
-    assert sockets(arrivals, LOCAL, 3.0, scarce=True) == 500
+    assert sockets(arrivals, LOCAL, 3.0, scarce=True) == 200
 
 
 def test_a_suspect_address_brings_two_and_then_one_in_eight_seconds():
@@ -76,7 +76,7 @@ def test_a_suspect_address_brings_two_and_then_one_in_eight_seconds():
     assert sockets(arrivals, PUBLIC, 0.0, suspect=True) == 2
     assert sockets(arrivals, PUBLIC, 7.9, suspect=True) == 0
     assert sockets(arrivals, PUBLIC, 8.0, suspect=True) == 1
-    assert sockets(arrivals, LOCAL, 0.0, suspect=True) == 500
+    assert sockets(arrivals, LOCAL, 0.0, suspect=True) == 200
 
 
 def test_a_network_of_many_addresses_has_the_rate_of_four():

@@ -8,18 +8,20 @@ first bytes come with the connection, so it is done before it is the oldest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from node.network.admission.shares import Shares
 
 
 @dataclass(eq=False, slots=True)
 class Handshake:
-    """One handshake.  prefix: of its address.  give_up: ends it.  spoke: its first bytes have come."""
+    """One handshake.  prefix: of its address.  give_up: ends it.  spoke: its first bytes have begun it."""
 
     prefix: str
     give_up: Callable[[], object]
     spoke: bool = False
+    number: int = field(default_factory=count().__next__)  # in order of time
 
 
 class HalfOpen:
@@ -33,27 +35,38 @@ class HalfOpen:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._handshakes: dict[Handshake, None] = {}  # the oldest first
+        self._count = 0
+        self._by_prefix: dict[str, dict[Handshake, None]] = {}  # the oldest first
+        self._shares = Shares()
 
     def __len__(self) -> int:
         """How many there are."""
-        return len(self._handshakes)
+        return self._count
 
     def begin(self, handshake: Handshake) -> Handshake | None:
         """Take a place; the handshake that has to give up its own for it, which counts no more."""
-        loser = self._loser(handshake) if len(self._handshakes) >= self.most else None
+        self._shares.add(handshake.prefix, "")
+        loser = self._loser() if self._count >= self.most else None
         if loser is not None:
-            del self._handshakes[loser]
-        self._handshakes[handshake] = None
+            self.end(loser)
+        self._by_prefix.setdefault(handshake.prefix, {})[handshake] = None
+        self._count += 1
         return loser
 
     def end(self, handshake: Handshake) -> None:
         """Give the place back.  Twice does no harm."""
-        self._handshakes.pop(handshake, None)
+        others = self._by_prefix.get(handshake.prefix, {})
+        if handshake not in others:
+            return
+        del others[handshake]
+        if not others:
+            del self._by_prefix[handshake.prefix]
+        self._count -= 1
+        self._shares.add(handshake.prefix, "", -1)
 
-    def _loser(self, newcomer: Handshake) -> Handshake:
-        shares = Shares((each.prefix, "") for each in [*self._handshakes, newcomer])
-        # max and min take the first, the oldest, of several
-        most = max(shares.rank(each.prefix, "") for each in self._handshakes)
-        largest = [each for each in self._handshakes if shares.rank(each.prefix, "") == most]
-        return min(largest, key=lambda each: each.spoke)
+    def _loser(self) -> Handshake:
+        """Of the largest holders, with the newcomer counted among them, the oldest; silence first."""
+        ranks = {prefix: self._shares.rank(prefix, "") for prefix in self._by_prefix}
+        most = max(ranks.values())
+        largest = [each for prefix, held in self._by_prefix.items() if ranks[prefix] == most for each in held]
+        return min(largest, key=lambda each: (each.spoke, each.number))

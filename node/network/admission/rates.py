@@ -12,7 +12,8 @@ from tensor_codec.limits import Limits
 
 MAX_NAMES = 4096  # of one rate
 NETWORK_ADDRESSES = 4  # a network has the rates of four addresses
-SUSPECT_COST = 8  # arrivals at a suspect prefix count for so many
+SUSPECT_COST = 8  # an arrival at a suspect prefix counts for so many
+_ROUNDING = 1e-6  # seconds
 
 
 class NamedRates:
@@ -33,7 +34,8 @@ class NamedRates:
 
     def has(self, name: str, now: float, cost: float = 1.0) -> bool:
         """Whether that many may come now."""
-        return max(self._whole_at.get(name, now), now) + cost * self._seconds <= now + self._burst
+        whole_at = max(self._whole_at.get(name, now), now) + cost * self._seconds
+        return whole_at - now <= self._burst + _ROUNDING
 
     def take(self, name: str, now: float, cost: float = 1.0) -> None:
         """Count what has come."""

@@ -69,7 +69,7 @@ class Reception:
             seconds = self._limits.handshake_seconds
             with trio.move_on_after(seconds), scope:
                 await link.readable()  # a silent socket has cost no buffer and no key yet
-                await self._turn(handshake)
+                await self._turn(link, handshake)
                 handshake.spoke = True
                 channel = await self._upgrade.inbound(link)
                 self._connections.handshakes.end(handshake)
@@ -88,10 +88,13 @@ class Reception:
         finally:
             self._connections.handshakes.end(handshake)
 
-    async def _turn(self, handshake: Handshake) -> None:
-        """Wait until the rate of its address allows one more handshake."""
-        arrivals = self._connections.arrivals
-        while not arrivals.handshake(handshake.prefix, trio.current_time()):  # noqa: ASYNC110  # time passes
+    async def _turn(self, link: SocketLink, handshake: Handshake) -> None:
+        """Wait until the rate of its address allows one more handshake.  Raises PeerGone."""
+        while True:
+            if link.has_ended:
+                raise PeerGone("it left before its handshake")
+            if self._connections.arrivals.handshake(handshake.prefix, trio.current_time()):
+                return
             await trio.sleep(_TURN_SECONDS)
 
     async def close_unused(self) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from node.network.prefixes import network_of
+
+Key = TypeVar("Key")
 
 
 class Rank(NamedTuple):
@@ -33,11 +35,17 @@ class Shares:
             self.add(prefix, peer)
 
     def add(self, prefix: str, peer: str, places: int = 1) -> None:
-        """Count places of a peer."""
-        self._networks[network_of(prefix)] += places
-        self._addresses[prefix] += places
-        self._peers[prefix, peer] += places
+        """Count places of a peer; a negative number gives them back."""
+        _add(self._networks, network_of(prefix), places)
+        _add(self._addresses, prefix, places)
+        _add(self._peers, (prefix, peer), places)
 
     def rank(self, prefix: str, peer: str) -> Rank:
         """The places of a peer at an address, and of those around it."""
         return Rank(self._networks[network_of(prefix)], self._addresses[prefix], self._peers[prefix, peer])
+
+
+def _add(counts: Counter[Key], key: Key, places: int) -> None:
+    counts[key] += places
+    if not counts[key]:
+        del counts[key]

@@ -65,6 +65,16 @@ class SocketLink:
         except (OSError, trio.ClosedResourceError) as error:
             raise PeerGone(self._reason(error)) from None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no bytes wait and none will come."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     async def receive_into(self, buffer: memoryview) -> int:
         """See Link."""
         while True:
