@@ -52,7 +52,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
             yamux_limits.FAR_WINDOW / MIB,
         ),
     ),
-    (PROTOCOL, "all streams \\| N MiB \\| close", (LIMITS.max_unread_bytes_per_connection / MIB,)),
+    (PROTOCOL, "that are not whole \\| N MiB \\| close", (LIMITS.max_unread_bytes_per_connection / MIB,)),
     (
         PROTOCOL,
         "has open \\| N a connection, N a peer, N for the node",
@@ -77,7 +77,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "\\| N bytes there and the same N bytes back, up to N times",
         (host._PING_BYTES, host._PING_BYTES, host._MAX_PINGS_PER_STREAM),
     ),
-    (PROTOCOL, "A length above N MiB", (LIMITS.max_frame_bytes / MIB,)),
+    (PROTOCOL, "`max_frame_bytes`, N MiB", (LIMITS.max_frame_bytes / MIB,)),
     (
         PROTOCOL,
         "whole within N s plus its size at N KiB/s",
