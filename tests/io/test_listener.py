@@ -796,6 +796,25 @@ async def test_a_push_against_its_contract_ends_its_session_alone_and_names_who_
         await end(second)
 
 
+@pytest.mark.parametrize("faults_of", ["before", "client"])
+async def test_a_client_is_banned_for_its_faults_and_a_hop_for_none_that_its_client_can_have_caused(
+    faults_of: str, autojump_clock
+):
+    async with swarm() as world:
+        node = world.add("a", 0, 4)
+        pusher = await world.dial(PeerId("before"), PeerId("a"), PUSH_PROTOCOL)
+        for number in range(4):
+            banned = {CLIENT} if faults_of == "client" and number > 2 else set()
+            assert node.listener.faults.banned().keys() == banned
+            session = bytes([number]) * 16
+            before = "before" if faults_of == "before" else None
+            client, _ = await RawClient.open(world, "a", predecessor=before, session=session)
+            await (pusher if before else client.stream).send(step(0, 0, body=b"", session=session))
+            assert (await client.receive(world)).code == "message"
+            await end(client)
+        await pusher.aclose()
+
+
 async def test_values_that_are_not_finite_from_the_hop_before_are_its_fault_and_the_client_is_told(
     autojump_clock,
 ):
