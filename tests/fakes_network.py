@@ -164,8 +164,8 @@ class FakeHost:
         self.handlers[protocol] = handler
         self.frame_bytes[protocol] = max_frame_bytes or self.limits.max_frame_bytes
 
-    def charge(self, who: str, fault: PeerFault) -> None:
-        self.faults.add(who, fault)
+    def charge(self, who: str, fault: PeerFault, *, bans: bool = True) -> None:
+        self.faults.add(who, fault, bans=bans)
 
     def handle_bytes(self, protocol: str, handler: ByteHandler) -> None:
         self.byte_handlers[protocol] = handler

@@ -162,3 +162,13 @@ async def test_a_directory_with_its_kademlia_table_ends_quickly_and_leaves_no_ta
                 began = trio.current_time()
             assert trio.current_time() - began < 3.0
         assert not nursery.child_tasks
+
+
+async def test_a_bootstrap_peer_that_has_only_just_started_is_dialled_again_and_not_banned():
+    identity = load_or_create_identity(None)
+    async with open_host(identity=identity, listen=[LOOPBACK], limits=LIMITS) as early:
+        options = {"kademlia": False, "required": False, "patience_seconds": 1.5}
+        async with node(None, [way_in(early)], **options) as (host, _):  # it asks several times meanwhile
+            assert sum(host.faults.counts().values()) >= LIMITS.faults_before_ban
+            assert host.faults.banned() == {}
+            assert early.faults.banned() == {}

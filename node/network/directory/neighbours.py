@@ -24,7 +24,7 @@ from node.network.directory.neighbour import Neighbour, Retries
 from routing.names import PeerId
 from routing.view.exchange import Digest, Records, decode
 from routing.view.records import Record
-from tensor_codec.errors import NotAMember, PeerFault, PeerGone
+from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class ExchangeHost(Protocol):
     def connected(self) -> set[PeerId]:
         """The peers with a live connection."""
 
-    def charge(self, who: str, fault: PeerFault) -> None:
-        """Count a peer's fault."""
+    def charge(self, who: str, fault: PeerFault, *, bans: bool = True) -> None:
+        """Count a peer's fault.  bans: False where an honest peer may commit it."""
 
 
 class Neighbours:
@@ -168,7 +168,8 @@ class Neighbours:
         except PeerFault as fault:
             why = str(fault)
             if not isinstance(fault, PeerGone):
-                self._host.charge(peer, fault)
+                # a peer that has just started does not speak our protocol yet
+                self._host.charge(peer, fault, bans=not isinstance(fault, RemoteProtocolError))
             await stream.reset()
         finally:
             self.retries.failed(peer)
