@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from node.network.host import PING_PROTOCOL, open_host
+from node.network.host import open_host
 from tensor_codec.messages.session import PUSH_PROTOCOL
 from tests.hostile.attacks import ATTACKS
 from tests.hostile.stage import Stage, new_identity, target_of
@@ -18,7 +18,7 @@ from tests.hostile.stage import Stage, new_identity, target_of
 SOURCE = "127.0.0.66"
 NEWCOMERS = 3
 # Of each the time to take effect: no promise is about it.
-ATTACK_SECONDS, PATIENCE_SECONDS = 0.5, 5.0
+ATTACK_SECONDS, PATIENCE_SECONDS = 1.0, 5.0
 
 
 async def take_frames(stream):
@@ -28,7 +28,7 @@ async def take_frames(stream):
 
 
 @asynccontextmanager
-async def attacked(name: str):
+async def attacked(name: str, seconds: float = ATTACK_SECONDS):
     """A host under an attack that has begun; what the attacker counts."""
     async with open_host(identity=new_identity(), listen=["/ip4/127.0.0.1/tcp/0"]) as host:
         host.handle(PUSH_PROTOCOL, take_frames)
@@ -36,7 +36,7 @@ async def attacked(name: str):
         stage = Stage((target,), (SOURCE,), 600.0, told=False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ATTACKS[name].run, stage)
-            await trio.sleep(ATTACK_SECONDS)
+            await trio.sleep(seconds)
             yield host, stage
             nursery.cancel_scope.cancel()
 
@@ -74,4 +74,22 @@ async def test_newcomers_are_let_in_beside_an_attacker(name: str):
             for _ in range(NEWCOMERS):
                 assert await newcomer_is_let_in(host)
     assert stage.got, "the attacker did nothing"
-    assert PING_PROTOCOL in host._services  # it still answers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stream_flood",
+        "open_and_reset",
+        "window_violation",
+        "ping_flood",
+        "pong_flood",
+        "stray_bytes",
+        "control_flood",
+    ],
+)
+async def test_an_attacker_that_breaks_a_rule_of_the_muxer_is_turned_away(name: str):
+    async with attacked(name, 0.0) as (_, stage):
+        with trio.fail_after(PATIENCE_SECONDS):
+            while not any(key.startswith("turned away") for key in stage.got):  # noqa: ASYNC110
+                await trio.sleep(0.05)

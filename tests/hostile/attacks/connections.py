@@ -12,7 +12,7 @@ from tensor_codec.errors import PeerGone
 from tests.hostile.means import channel_to, connection_to, socket_to
 from tests.hostile.stage import Stage
 
-FLOOD_SOCKETS, HALF_OPEN, DRIPPING, IDLE, CHURNING = 500, 64, 40, 63, 4
+FLOOD_SOCKETS, HALF_OPEN, DRIPPING, IDLE, CHURNING = 500, 64, 40, 100, 4
 MOST_OPENED = 20_000  # of one attack
 FIRST_BYTES = proposal(PROTOCOL)
 
@@ -36,7 +36,7 @@ async def byte_a_second(stage: Stage) -> None:
 
 
 async def idle_connections(stage: Stage) -> None:
-    """63 finished handshakes of throw-away ids, and then silence."""
+    """100 finished handshakes of throw-away ids, and then silence."""
     await stage.ready()
     await stage.at_once(IDLE, partial(stay, stage))
 
