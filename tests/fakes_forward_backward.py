@@ -116,6 +116,7 @@ class ToyEngine:
     waiting: int = 0
     most_waiting: int = 0
     asked: list[tuple[int, int]] = field(default_factory=list)
+    part_positions: int | None = None
 
     async def stateless(
         self,
@@ -124,6 +125,8 @@ class ToyEngine:
         tokens: int,
         parts: Sequence[tuple[int, int]],
         work: Callable[[ToySpan], Generator[None, None, Buffer]],
+        *,
+        prefix: str = "",
     ) -> Answer:
         """As `node.serving.forward_backward.StatelessEngine` says."""
         if self.waiting >= self.most:
@@ -252,7 +255,7 @@ class ToySwarm:
         record = self.nodes[peer].record
         self.measured.learn(peer, seconds, record, trio.current_time(), prefill=True)
 
-    async def dial(self, to: str, name: str = CLIENT) -> FakeStream:
+    async def dial(self, to: str, name: str = CLIENT, *, prefix: str = "") -> FakeStream:
         """Open a stream.  Raises PeerGone."""
         await trio.lowlevel.checkpoint()
         self.dialled.append(to)
@@ -260,6 +263,7 @@ class ToySwarm:
         if not node.alive:
             raise PeerGone(f"{to} cannot be reached")
         ours, theirs = stream_pair(PeerId(name), node.peer, COMPUTE_PROTOCOL, self.limits)
+        theirs.prefix = prefix
         node.streams.append(theirs)
         self.client_streams.append(ours)
         self.nursery.start_soon(self._handle, node, theirs)

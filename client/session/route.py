@@ -410,7 +410,7 @@ class Route:
                     event: Event
                     match decode_from_hop(frame, contracts.current, contracts.in_epoch):
                         case Result() as result:
-                            if hop.relay:  # the next hop would be the one to complain
+                            if hop.near.relay:  # the next hop would be the one to complain
                                 check_finite(result.body, contracts.in_epoch(result.epoch).codec)
                             event = Answered(hop, result)
                         case Failed() as failed:

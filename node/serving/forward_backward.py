@@ -70,6 +70,10 @@ class PeekStream(FrameStream, Protocol):
 class StatelessEngine(Protocol):
     """The part of `node.serving.executor.engine.Engine` that computes requests."""
 
+    @property
+    def part_positions(self) -> int:
+        """Positions times blocks of one part."""
+
     async def stateless(
         self,
         peer: str,
@@ -77,12 +81,14 @@ class StatelessEngine(Protocol):
         tokens: int,
         parts: Sequence[tuple[int, int]],
         work: Parts,
+        *,
+        prefix: str = "",
     ) -> Answer:
         """Run `work` in the torch thread, one part at each `next`, when the request's parts are due.
 
         rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  A caller
         that is cancelled gets control back at once, and no further part is begun.
-        Raises TooManyStreams (nothing was done), and the errors of `work`.
+        Raises Refused, TooManyStreams (nothing was done), and the errors of `work`.
         """
 
 
@@ -91,11 +97,13 @@ class Work:
     """A request as the torch thread runs it: wire bytes in, wire bytes out.
 
     held: positions times blocks whose activations a backward may hold (`node.model.blocks.parts`).
+    most: positions times blocks of a part; None: the usual number.
     """
 
     request: Forward | Backward
     contract: Contract
     held: int = 0
+    most: int | None = None
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -103,8 +111,8 @@ class Work:
         contract = self.contract
         positions, run = contract.batch * contract.max_length, (contract.start, contract.stop)
         if isinstance(self.request, Backward):
-            return backward_parts(positions, *run, self.held)
-        return forward_parts(positions, *run)
+            return backward_parts(positions, *run, self.held, self.most)
+        return forward_parts(positions, *run, self.most)
 
     def __call__(self, span: StatelessSpan) -> Generator[None, None, Buffer]:
         """A part at each `next`; the return value is the encoded answer.
@@ -118,10 +126,10 @@ class Work:
             prompts = decode_hidden(request.prompts, prompts_contract(contract, request.run.prompts))
         if isinstance(request, Backward):
             grad = decode_hidden(request.grad, contract)
-            found = yield from backward_in_parts(span, hidden, grad, *run, prompts, self.held)
+            found = yield from backward_in_parts(span, hidden, grad, *run, prompts, self.held, self.most)
             answers = [each for each in found if each is not None]
         else:
-            answers = [(yield from forward_in_parts(span, hidden, *run, prompts))]
+            answers = [(yield from forward_in_parts(span, hidden, *run, prompts, self.most))]
         try:
             bodies = [encode_hidden(answer, contract.codec) for answer in answers]
         except BadResult as bad:
@@ -230,9 +238,12 @@ class ForwardBackwardListener:
         self.admission.check_open()
         if self._by_peer[peer] >= limits.max_compute_streams_per_peer:
             raise TooManyStreams(f"{self._by_peer[peer]} such streams of yours are open", RETRY_SECONDS)
-        if len(self._streams) >= limits.max_compute_streams:
-            raise TooManyStreams(f"{len(self._streams)} such streams are open here", RETRY_SECONDS)
-        serving = _Serving()
+        if sum(not each.yields for each in self._streams.values()) >= limits.max_compute_streams:
+            if (last := self._last_of_most(stream.prefix)) is None:
+                raise TooManyStreams(f"{len(self._streams)} such streams are open here", RETRY_SECONDS)
+            last.yields = True
+            last.scope.cancel()
+        serving = _Serving(stream.prefix)
         self._streams[id(serving)] = serving
         self._by_peer[peer] += 1
         try:
@@ -244,6 +255,19 @@ class ForwardBackwardListener:
                 del self._by_peer[peer]
             if not self._streams:
                 self._quiet.set()
+
+    def _last_of_most(self, prefix: str) -> _Serving | None:
+        """The stream that makes room for one of this prefix: of the prefix with the most, an idle one first.
+
+        None where no other prefix has more.
+        """
+        serving = [each for each in self._streams.values() if each.prefix and not each.yields]
+        counts = Counter(each.prefix for each in serving)
+        most = max(counts.values(), default=0)
+        if not prefix or counts[prefix] + 1 >= most:
+            return None
+        of_most = [each for each in reversed(serving) if counts[each.prefix] == most]
+        return min(of_most, key=lambda each: each.busy)
 
     async def _serve(self, stream: PeekStream, serving: _Serving) -> None:
         idle_seconds = self.limits.frame_start_seconds
@@ -276,7 +300,8 @@ class ForwardBackwardListener:
             contract = self._contract(request)
             with serving.computing(asked.run.spec.blocks):
                 held = await self.held(contract.max_length) if asked.backward else 0
-                computed = await self._compute(stream, Work(request, contract, held), contract)
+                work = Work(request, contract, held, self.engine.part_positions)
+                computed = await self._compute(stream, work, contract)
         except Refused as refusal:
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:
@@ -311,7 +336,7 @@ class ForwardBackwardListener:
             nursery.start_soon(watch)
             try:
                 answer = await self.engine.stateless(
-                    stream.peer, contract.batch, contract.max_length, work.parts, work
+                    stream.peer, contract.batch, contract.max_length, work.parts, work, prefix=stream.prefix
                 )
             except (PeerFault, Refused) as error:
                 fault = error
@@ -349,12 +374,18 @@ class _Unfit(Exception):
 
 @dataclass(slots=True)
 class _Serving:
-    """One stream.  busy: whether a request is under way; blocks: of that request; done: set at its end."""
+    """One stream.
 
+    prefix: of its peer's address.  busy: whether a request is under way; blocks: of that request; done: set
+    at its end.  yields: it ends for a stream of another prefix.
+    """
+
+    prefix: str
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     busy: bool = False
     blocks: Blocks | None = None
     done: trio.Event = field(default_factory=trio.Event)
+    yields: bool = False
 
     @contextmanager
     def computing(self, blocks: Blocks) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,16 +14,27 @@ import trio
 from node.model.blocks import parts
 from node.serving.executor.engine import Answer, Engine, NotFinite
 from node.serving.executor.rates import Rates
-from node.serving.forward_backward import Work
+from node.serving.forward_backward import ForwardBackwardListener, Work
+from node.serving.span_admission import SpanAdmission
+from routing.names import PeerId
 from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, TooManyStreams
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, StepRange
-from tensor_codec.messages.forward_backward import Backward, Forward, Run
+from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL, Backward, Forward, Run, encode_request
 from tensor_codec.span_spec import SpanSpec
 from tests.fakes_forward_backward import ToySpan, blocks_on, gradient_of, whole_numbers
-from tests.fakes_serving import HIDDEN, FakeCache, FakeCompute, FakeSpan, some_hidden, whole_model
+from tests.fakes_serving import (
+    HIDDEN,
+    FakeCache,
+    FakeCompute,
+    FakeSpan,
+    some_hidden,
+    stream_pair,
+    until,
+    whole_model,
+)
 
 
 class One:
@@ -291,6 +304,67 @@ async def test_no_further_part_of_a_cancelled_request_runs(autojump_clock):
         assert engine.batcher.waiting == 0
         await log.request("another")
         assert log.ran[-len(Parts.PARTS) :] == ["another"] * len(Parts.PARTS)
+
+
+class BothSpan(FakeSpan):
+    """Blocks for sessions and for requests without one.  ran: "step" or "part", in the order of computing."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__(start, stop)
+        self.toy = ToySpan(start, stop)
+        self.ran: list[str] = []
+
+    def decode(self, *args: Any, **how: Any) -> torch.Tensor:
+        self.ran.append("step")
+        return super().decode(*args, **how)
+
+    def _view(self, start: int, stop: int) -> Any:
+        self.ran.append("part")
+        return self.toy._view(start, stop)
+
+
+async def test_steps_run_between_the_parts_of_a_giant_backward_until_its_client_leaves(autojump_clock):
+    span: Any = BothSpan(0, 4)  # its parts would be plain ones, and nobody asks for any
+    limits = Limits(max_compute_seconds=1e6)
+    engine = Engine(span, FakeCompute(0.1), Rates(0.1, 1e-5), limits, clock=trio.current_time)
+    spec = SpanSpec("m", "r", Blocks(0, 4), "float32", hidden=HIDDEN, max_position=4096)
+    listener = ForwardBackwardListener(SpanAdmission(spec), engine, limits)
+    hidden = whole_numbers(1, 2048, HIDDEN)
+    body = encode_hidden(hidden, "fp32")
+    frame = encode_request(Backward(Run(replace(spec, hidden=0, max_position=0), 1, "fp32"), body, body))
+    one = One(engine, "honest", 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        for leaves in (False, True):
+            ours, theirs = stream_pair(PeerId("trainer"), PeerId("a"), COMPUTE_PROTOCOL, limits)
+            span.ran.clear()
+            one.check(await one.step())
+            async with trio.open_nursery() as serving:
+                serving.start_soon(listener.serve, theirs)
+                await ours.send(frame)
+                worst = 0.0
+                await until(lambda: "part" in span.ran)
+                for _ in range(12):
+                    began = trio.current_time()
+                    one.check(await one.step())
+                    worst = max(worst, trio.current_time() - began)
+                    if leaves:
+                        await ours.reset()
+                assert worst <= 0.2 + 1e-6, "a part, and the step itself"
+                if not leaves:
+                    assert await ours.receive(100.0) is not None
+                    await ours.aclose()
+            parts = [index for index, what in enumerate(span.ran) if what == "part"]
+            if leaves:
+                assert len(parts) == 1, "what had begun when its client left, and no more"
+                assert engine.batcher.waiting == 0
+            else:
+                assert len(parts) >= 3
+                assert all(two - one > 1 for one, two in itertools.pairwise(parts)), "steps between them"
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_step_that_waited_too_long_is_refused_and_never_begun(autojump_clock):

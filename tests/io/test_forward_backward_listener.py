@@ -300,6 +300,27 @@ async def test_a_peer_may_have_so_many_streams_and_all_peers_together_so_many(au
         assert node.faults == {}
 
 
+async def test_where_all_streams_are_taken_the_address_with_the_most_gives_one_to_another(autojump_clock):
+    async with toy_swarm(max_compute_streams_per_peer=2, max_compute_streams=6) as swarm:
+        node = swarm.add("a", seconds=1)
+        request = forward_of(HIDDEN_STATES)
+        crowd = [await swarm.dial("a", f"id {number // 2}", prefix="192.0.2.1/32") for number in range(6)]
+        await trio.testing.wait_all_tasks_blocked()
+        await crowd[5].send(encode_request(request))
+        await trio.testing.wait_all_tasks_blocked()
+        near = await swarm.dial("a", "one more", prefix="192.0.2.1/32")
+        assert (await answer_to(near, request)).code == "too_many"
+        others = [await swarm.dial("a", "other", prefix="198.51.100.1/32") for _ in range(2)]
+        for stream in others:
+            assert isinstance(await ask(stream, request), Tensor)
+        assert [await stream.receive(1.0) for stream in crowd[3:5]] == [None, None], "the last that were idle"
+        assert isinstance(await answer_to(crowd[5], request), Tensor)
+        assert isinstance(await ask(crowd[0], request), Tensor)
+        assert node.faults == {}
+        for stream in (*crowd, *others, near):
+            await stream.aclose()
+
+
 async def test_a_stream_is_closed_when_it_says_nothing_at_first_or_later(autojump_clock):
     async with toy_swarm() as swarm:
         swarm.add("a")

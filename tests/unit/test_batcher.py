@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from node.serving.executor.active_peers import MAX_PASSED_OVER
 from node.serving.executor.batch_cost import Cost
-from node.serving.executor.batcher import MAX_PASSED_OVER, Batcher, BatchPolicy
+from node.serving.executor.batcher import Batcher, BatchPolicy
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
-from tensor_codec.errors import LocalProtocolError, TooManyStreams
+from tensor_codec.errors import LocalProtocolError, Refused, TooManyStreams
 from tensor_codec.limits import Limits
 
 DECODE, PREFILL, STATELESS = Kind
@@ -45,8 +46,9 @@ def job(
     blocks: tuple[int, int] = (0, BLOCKS),
     deadline: float = math.inf,
     parts: tuple[tuple[int, int], ...] = (),
+    prefix: str = "",
 ) -> Job:
-    return Job(next(numbers), peer, kind, rows, tokens, *blocks, deadline, parts)
+    return Job(next(numbers), peer, kind, rows, tokens, *blocks, deadline, parts, prefix)
 
 
 def submit(batcher: Batcher, *jobs: Job, now: float = 0.0) -> None:
@@ -354,7 +356,7 @@ def test_a_request_that_has_begun_ends_before_another_one_begins_whoever_had_les
 
 
 def test_a_long_part_starts_a_cool_down_and_the_next_one_waits_for_its_end():
-    batcher = batcher_of()
+    batcher = batcher_of(stateless_rest=1.0)
     submit(batcher, job("honest"))
     run(batcher)
     submit(batcher, job("trainer", STATELESS, 500, parts=PARTS))
@@ -371,7 +373,7 @@ def test_what_cannot_be_short_starts_a_cool_down_as_long_as_it_took_if_others_de
     long: tuple[Kind, int, int],
 ):
     kind, tokens, rows = long
-    batcher = batcher_of()
+    batcher = batcher_of(stateless_rest=1.0)
     submit(batcher, job("honest"), now=0.0)
     run(batcher)
     submit(batcher, *(job("flood", kind, tokens, rows) for _ in range(2)))
@@ -384,6 +386,18 @@ def test_what_cannot_be_short_starts_a_cool_down_as_long_as_it_took_if_others_de
     assert peers_of(run(batcher, now=0.5)) == ["honest"]
     assert batcher.next(0.69) is None
     assert peers_of(run(batcher, now=0.7)) == ["flood"]
+
+
+def test_after_a_long_part_of_a_request_others_that_decode_have_the_server_three_times_as_long():
+    batcher = batcher_of()
+    submit(batcher, job("honest"))
+    run(batcher)
+    submit(batcher, job("trainer", STATELESS, 500, parts=PARTS))
+    batch = batcher.next(0.1)
+    assert batch is not None
+    batcher.finished(batch, 0.3, 0.4)
+    assert batcher.next(1.29) is None
+    assert batcher.resume_at() == pytest.approx(1.3)
 
 
 def test_a_cool_down_holds_nobody_back_where_all_requests_are_long_or_a_peer_is_alone():
@@ -537,6 +551,7 @@ class Client:
     tokens: int = 1
     rows: int = 1
     think: float = 0.0
+    prefix: str = ""
 
 
 def small(batch: Batch) -> float:
@@ -562,7 +577,7 @@ def answers(clients: Sequence[Client], server: Callable[[Batch], float], seconds
         while arrivals and arrivals[0][0] <= until:
             at, index = heapq.heappop(arrivals)
             client = clients[index]
-            new = job(client.peer, client.kind, client.tokens, client.rows)
+            new = job(client.peer, client.kind, client.tokens, client.rows, prefix=client.prefix)
             owners[new.number] = index
             batcher.submit(new, at)
 
@@ -628,6 +643,116 @@ def test_sixteen_equal_peers_stay_together_and_are_served_equally():
     assert min(done) > 0.95 * max(done)
     one_by_one = 8.0 / 0.011
     assert sum(done) > 2 * one_by_one
+
+
+# Many peers behind one address
+
+HOME, CROWD = "192.0.2.1/32", "198.51.100.1/32"
+
+
+@pytest.mark.parametrize("think", [0.015, 0.040])
+@pytest.mark.parametrize(
+    "flood",
+    [(DECODE, 1, 1), (PREFILL, 512, 1), (DECODE, 1, 64), (STATELESS, 256, 1)],
+    ids=["steps", "prefills", "many rows", "requests"],
+)
+def test_a_peer_keeps_its_speed_beside_a_crowd_behind_one_address_as_beside_one_peer(
+    flood: tuple[Kind, int, int], think: float
+):
+    honest = Client("honest", think=think, prefix=HOME)
+    crowd = [Client(f"id {number}", *flood, prefix=CROWD) for number in range(64)]
+    alone = answers([honest], small)[0]
+    assert answers([honest, *crowd], small)[0] >= 0.42 * alone
+
+
+def test_a_crowd_behind_the_only_address_is_served_as_peers_of_many_addresses_are():
+    near = [Client(f"peer {i}", think=0.015, prefix=CROWD) for i in range(16)]
+    far = [Client(f"peer {i}", think=0.015, prefix=f"192.0.2.{i}/32") for i in range(16)]
+    assert answers(near, small) == answers(far, small)
+    prefills = [Client(f"peer {i}", PREFILL, 100, prefix=CROWD) for i in range(5)]
+    unknown = [Client(f"peer {i}", PREFILL, 100) for i in range(5)]
+    assert answers(prefills, small) == answers(unknown, small)
+
+
+def test_a_crowd_shares_its_part_equally():
+    crowd = [Client(f"id {number}", prefix=CROWD) for number in range(12)]
+    done = answers([Client("honest", think=0.015, prefix=HOME), *crowd], small, 20.0)
+    assert min(done[1:]) > 0.7 * max(done[1:])
+
+
+def test_prefills_alternate_between_addresses_however_many_peers_one_has():
+    done = answers(
+        [Client("honest", PREFILL, 100, prefix=HOME)]
+        + [Client(f"id {number}", PREFILL, 100, prefix=CROWD) for number in range(8)],
+        small,
+        20.0,
+    )
+    assert done[0] >= 0.45 * sum(done)
+
+
+def test_where_the_queue_is_full_the_address_with_the_most_jobs_makes_room_for_others():
+    limits = Limits(max_waiting_steps=8, max_waiting_steps_per_peer=4)
+    batcher = batcher_of(limits)
+    crowd = [job(f"id {number // 4}", prefix=CROWD) for number in range(8)]
+    submit(batcher, *crowd)
+    batch = batcher.next(0.0)
+    assert batch is not None
+    submit(batcher, job("honest", prefix=HOME), job("honest", PREFILL, 3, prefix=HOME))
+    running = {piece.job.number for piece in batch}
+    (first, second) = batcher.expired(0.0)
+    assert {first.prefix, second.prefix} == {CROWD}
+    assert not running & {first.number, second.number}
+    assert batcher.waiting == 8
+    with pytest.raises(TooManyStreams, match="8 steps wait"):
+        submit(batcher, job("id 9", prefix=CROWD))
+    with pytest.raises(TooManyStreams, match="8 steps wait"):
+        submit(batcher, job("no address"))
+    batcher.finished(batch, 0.01, 0.01)
+
+
+def test_of_requests_without_a_session_too_the_address_with_the_most_makes_room():
+    batcher = batcher_of()
+    submit(batcher, *(job(f"id {number // 4}", STATELESS, prefix=CROWD) for number in range(16)))
+    submit(batcher, job("honest", STATELESS, prefix=HOME))
+    (gone,) = batcher.expired(0.0)
+    assert gone.prefix == CROWD
+    assert gone.deadline > 0.0
+
+
+# Requests that take long
+
+
+def test_a_request_that_would_take_too_long_is_refused_unless_it_is_short():
+    """A position takes 3 ms through all blocks."""
+    batcher = batcher_of(Limits(max_compute_seconds=3.0))
+    with pytest.raises(Refused, match="split it into requests of 512 positions") as refusal:
+        submit(batcher, job("a", STATELESS, 1100))
+    assert type(refusal.value) is Refused
+    again = tuple((start, start + 1) for start in (*range(BLOCKS), *reversed(range(BLOCKS))))
+    with pytest.raises(Refused, match="takes about 4 s"):
+        submit(batcher, job("a", STATELESS, 600, parts=again))
+    assert batcher.waiting == 0
+    submit(batcher, job("a", STATELESS, 900))
+    with pytest.raises(TooManyStreams, match="about 3 s wait here") as busy:
+        submit(batcher, job("a", STATELESS, 200))
+    assert busy.value.retry_after_seconds == pytest.approx(2.7, abs=0.1)
+    submit(batcher, job("b", STATELESS, 200))
+    slow = batcher_of(Limits(max_compute_seconds=0.1))
+    submit(slow, job("a", STATELESS, 512))
+    assert slow.waiting == 1, "clients send no shorter ones"
+
+
+def test_the_seconds_of_a_request_are_learned_from_the_parts_that_ran():
+    batcher = batcher_of(Limits(max_compute_seconds=30.0))
+    for _ in range(100):
+        try:
+            submit(batcher, job("a", STATELESS, 1000))
+        except Refused:
+            return
+        batch = batcher.next(0.0)
+        assert batch is not None
+        batcher.finished(batch, 60.0, 0.0)
+    raise AssertionError("a minute each time, and half of one is allowed")
 
 
 def test_two_peers_that_prefill_and_decode_share_the_prefills():

@@ -42,13 +42,13 @@ class Relocation:
     terms: Terms
     lost_time: LostTime = field(default_factory=LostTime)
     _observed: dict[PeerId, deque[float]] = field(default_factory=dict)  # seconds per block
-    _unexplained: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN_STEPS))  # seconds of a step
+    _recent: deque[StepTimes] = field(default_factory=lambda: deque(maxlen=SEEN_STEPS))
     _search_at: float = 0.0  # the earliest next search
 
     def observe(self, hops: Sequence[Hop], times: StepTimes, expected: float) -> None:
         """A decode step has come back.  expected: seconds that the chain promised."""
         self.lost_time.took(times.total, expected)
-        self._unexplained.append(times.network)
+        self._recent.append(times)
         for hop, (held, _) in zip(hops, times.hops, strict=False):
             seen = self._observed.get(hop.peer)
             if seen is None:
@@ -83,12 +83,12 @@ class Relocation:
         self, hops: Sequence[Hop], chooser: Chooser, observed: Mapping[PeerId, float]
     ) -> dict[PeerId, float]:
         """Seconds per block of these hops, with the time that they do not account for."""
-        if not self._unexplained or not all(hop.peer in observed for hop in hops):
+        if not self._recent or not all(hop.peer in observed for hop in hops):
             return {}
         blocks = [hop.stop - hop.start for hop in hops]
         held = [observed[hop.peer] * count for hop, count in zip(hops, blocks, strict=True)]
         network = chooser.cost(hops, dict.fromkeys([hop.peer for hop in hops], 0.0))
-        total = sum(held) + statistics.median(self._unexplained)
+        total = sum(held) + statistics.median([times.network for times in self._recent])
         found = admitted(held, blocks, total, network)
         return {hop.peer: seconds / count for hop, seconds, count in zip(hops, found, blocks, strict=True)}
 

@@ -87,10 +87,18 @@ def backward(span: StatelessSpan, hidden: Tensor, grad: Tensor, start: int, stop
 
 
 def forward_in_parts(
-    span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None
+    span: StatelessSpan,
+    hidden: Tensor,
+    start: int,
+    stop: int,
+    prompts: Tensor | None = None,
+    most: int | None = None,
 ) -> Generator[None, None, Tensor]:
-    """`forward`, one of `forward_parts` at each `next`; its return value is the answer."""
-    for begin, end in forward_parts(hidden.shape[0] * hidden.shape[1], start, stop):
+    """`forward`, one of `forward_parts` at each `next`; its return value is the answer.
+
+    most: see `forward_parts`.
+    """
+    for begin, end in forward_parts(hidden.shape[0] * hidden.shape[1], start, stop, most):
         hidden = _without_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start))
         if end < stop:
             yield
@@ -105,12 +113,13 @@ def backward_in_parts(
     stop: int,
     prompts: Tensor | None = None,
     held: int = 0,
+    most: int | None = None,
 ) -> Generator[None, None, Gradients]:
     """`backward`, one of `backward_parts` at each `next`; its return value is the answer.
 
-    prompts: see `forward`.  held: see `backward_groups`.
+    prompts: see `forward`.  held, most: see `backward_groups`.
     """
-    groups = backward_groups(hidden.shape[0] * hidden.shape[1], start, stop, held)
+    groups = backward_groups(hidden.shape[0] * hidden.shape[1], start, stop, held, most)
     inputs: list[Tensor] = []
     for group in groups[:-1]:
         inputs.append(hidden)

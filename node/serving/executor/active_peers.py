@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from node.serving.executor.jobs import Kind
+
+MAX_PASSED_OVER = 3  # batches of a kind in which a peer's job of it may be passed over for cheaper ones
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class ActivePeer:
 
 @dataclass(slots=True)
 class ActivePeers:
-    """Active peers by name.
+    """Active peers by name, or the prefixes of their addresses.
 
     recently_active_seconds: how long a peer without jobs counts as active.
     """
@@ -46,6 +48,23 @@ class ActivePeers:
         if short_decode:
             peer.last_short_decode_at = now
         return peer
+
+    def choose(self, names: Iterable[str], kind: Kind) -> str:
+        """Whose job of a kind runs next: of the one with the least compute; the first of equals.
+
+        One that was passed over MAX_PASSED_OVER times comes before.
+        """
+        waiting = {name: self.by_name[name] for name in names}
+
+        def rank(name: str) -> tuple[int, float]:
+            passed = waiting[name].passed_over[kind]
+            return (-passed if passed >= MAX_PASSED_OVER else 0, waiting[name].compute_seconds)
+
+        chosen = min(waiting, key=rank)
+        for peer in waiting.values():
+            peer.passed_over[kind] += 1
+        waiting[chosen].passed_over[kind] = 0
+        return chosen
 
     def charge_as_newcomer(self, name: str) -> None:
         """Raise a peer's compute to the smallest figure of the others: time away earns none."""

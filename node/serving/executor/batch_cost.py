@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 
-from node.serving.executor.jobs import Job, Kind
+from node.serving.executor.jobs import Job, Kind, Piece
 
 LEARNING = 0.2  # part of a prediction's error that each batch corrects
 FEW_POSITIONS = 4  # a batch of this many positions teaches as much about its fixed cost as about a position's
@@ -59,6 +60,10 @@ class BatchCosts:
         """Seconds of a decode step of one row through this many blocks: the measure of every wait."""
         return self.of[Kind.DECODE].seconds(blocks, blocks)
 
+    def least_row(self, pieces: Iterable[Piece]) -> float:
+        """Seconds of a step of one row, through the blocks of the piece with the fewest."""
+        return min(self.one_row(piece.job.stop - piece.job.start) for piece in pieces)
+
     def is_long(self, job: Job) -> bool:
         """Whether the job's smallest piece alone takes longer than a shared batch may."""
         if job.rows == 1 and job.tokens == 1 and job.kind is Kind.DECODE:
@@ -67,6 +72,12 @@ class BatchCosts:
         positions = job.rows * (1 if job.kind is Kind.PREFILL else job.tokens)
         seconds = self.of[job.kind].seconds(stop - start, (stop - start) * positions)
         return seconds > self.joint_slowdown * self.one_row(stop - start)
+
+    def stateless_seconds(self, job: Job) -> float:
+        """Seconds of a whole stateless request."""
+        parts = job.parts or ((job.start, job.stop),)
+        blocks = sum(stop - start for start, stop in parts)
+        return self.of[Kind.STATELESS].seconds(blocks, blocks * job.rows * job.tokens)
 
     def next_slowdown(self, positions: int) -> float:
         """The time of a decode batch of this many positions and one more, against one row's.

@@ -19,10 +19,11 @@ from node.serving.executor.active_peers import ActivePeers
 from node.serving.executor.batch_cost import BatchCosts
 from node.serving.executor.job_queues import MAX_STATELESS, MAX_STATELESS_PER_PEER, JobQueues
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, size_of
-from tensor_codec.errors import LocalProtocolError
+from tensor_codec.errors import LocalProtocolError, Refused, TooManyStreams
 from tensor_codec.limits import Limits
 
-MAX_PASSED_OVER = 3  # batches of a kind in which a peer's job of it may be passed over for cheaper ones
+SPLIT_POSITIONS = 512  # of a request that is taken however slow the hardware is: clients split into these
+MAX_RETRY_SECONDS = 60.0
 CHUNK_POSITIONS = 256  # rows * tokens of a chunk: where a prefill's speed per token levels off
 
 
@@ -36,7 +37,9 @@ class BatchPolicy:
     max_stateless_per_peer: int = MAX_STATELESS_PER_PEER
     recently_active_seconds: float = 2.0  # a token's way through a chain over slow links
     joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
+    crowd_slowdown: float = 2.0  # of one with more peers of a prefix, where other prefixes are active
     absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
+    stateless_rest: float = 3.0  # times a part's seconds nothing long begins after it, if others decode
 
 
 @dataclass(slots=True)
@@ -60,9 +63,16 @@ class Batcher:
         if an active peer has no part in it); and if a peer decodes, a chunk takes
         `absent_slowdown` times as long, plus the time by which the next decode batch stays below its limit;
       * a job that cannot be short (many rows, a large part) starts a cool-down as long as it took, if other
-        peers run short decode steps: nothing long begins in that time;
+        peers run short decode steps: nothing long begins in that time (`stateless_rest` times as long after
+        a part of a stateless request);
       * a peer with one session keeps at least half of its speed next to one that floods;
-      * queues are bounded, for all and for each peer;
+      * queues are bounded, for all and for each peer; where one is full, the network prefix with the most
+        jobs makes room for one with fewer;
+      * prefixes share the compute before the peers of each: however many peers one prefix has, a peer of
+        another prefix is in every decode batch, which then takes `crowd_slowdown` times one row at most, and
+        of chunks and requests the prefix with the least compute runs next;
+      * a stateless request that would take longer than `max_compute_seconds` is refused, and so are further
+        ones of a peer whose requests wait for so long;
       * a job that is cancelled or expired is not begun, and leaves no trace;
       * a session's rows are never split, and a job of more than `max_rows` runs alone.
 
@@ -88,6 +98,7 @@ class Batcher:
     _queues: JobQueues = field(init=False)
     _costs: BatchCosts = field(init=False)
     _peers: ActivePeers = field(init=False)
+    _parties: ActivePeers = field(init=False)  # prefixes; peers without one
     _running: Batch | None = None
     _cool_down_until: float = -math.inf
     _last_other: Kind = Kind.STATELESS  # of prefill and stateless, the kind that ran last
@@ -102,6 +113,7 @@ class Batcher:
             self.decode_seconds_per_block, self.prefill_seconds_per_block_token, policy.joint_slowdown
         )
         self._peers = ActivePeers(policy.recently_active_seconds)
+        self._parties = ActivePeers(policy.recently_active_seconds)
 
     @property
     def waiting(self) -> int:
@@ -121,13 +133,23 @@ class Batcher:
 
     def submit(self, job: Job, now: float) -> None:
         """Queue a job.  Raises TooManyStreams, and then nothing has changed."""
+        queues, party = self._queues, job.prefix or job.peer
         others = len(self._peers.by_name) > 1 or job.peer not in self._peers.by_name
-        newcomer = others and not self._queues.waiting_of(job.peer)
-        self._queues.add(job)
+        newcomer = others and not queues.waiting_of(job.peer)
+        new_party = newcomer and not queues.waiting_of_party(party)
+        if job.kind is Kind.STATELESS:
+            self._check_seconds(job)
+        queues.add(job, self._running or ())
         short_decode = job.kind is Kind.DECODE and not self._costs.is_long(job)
         self._peers.touch(job.peer, now, short_decode=short_decode)
+        if (known := self._parties.by_name.get(party)) is not None:
+            known.last_active_at = now  # as `touch` does, in no call
+        else:
+            self._parties.touch(party, now, short_decode=False)
         if newcomer:
             self._peers.charge_as_newcomer(job.peer)
+        if new_party:
+            self._parties.charge_as_newcomer(party)
 
     def cancel(self, number: int) -> None:
         """Forget a job, if it is still there; if it is running, no further piece of it will run."""
@@ -148,7 +170,7 @@ class Batcher:
         """The batch to run now, or None.  The next call comes after `finished`."""
         if self._running is not None:
             raise LocalProtocolError("a batch was asked for while one is running")
-        if now >= self._queues.next_deadline or now >= self._peers.look_at:
+        if now >= self._queues.next_deadline or now >= min(self._peers.look_at, self._parties.look_at):
             self._look_at_clock(now)
         lanes = self._queues.lanes
         for kind in self._kinds_in_order():
@@ -174,10 +196,14 @@ class Batcher:
         for piece, part in zip(batch, works, strict=True):
             job = piece.job
             if long := self._costs.is_long(job):
-                cool_down = min(seconds, self.policy.recently_active_seconds)  # peers are forgotten by then
+                rest = seconds * (self.policy.stateless_rest if job.kind is Kind.STATELESS else 1.0)
+                cool_down = min(rest, self.policy.recently_active_seconds)  # peers are forgotten by then
                 self._cool_down_until = max(self._cool_down_until, now + cool_down)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
             peer.compute_seconds += seconds * part / work
+            if (party := self._parties.by_name.get(job.prefix or job.peer)) is not None:
+                party.last_active_at = now
+                party.compute_seconds += seconds * part / work
             if job.number not in queues.jobs:
                 continue  # cancelled meanwhile
             if piece.last:
@@ -219,22 +245,28 @@ class Batcher:
         cost, pieces, rows, work = self._costs.of[Kind.DECODE], list[Piece](), 0, 0
         blocks, peers = set[int](), set[str]()
         full = set[str]()  # peers with a step that did not fit: later steps must not overtake it
-        max_seconds = math.nan
-        cooling = now < self._cool_down_until
+        max_seconds = max_crowd = math.nan
+        cooling, several, parties = now < self._cool_down_until, len(self._parties.by_name) > 1, set[str]()
         for job in self._queues.in_rounds(Kind.DECODE):
             if job.peer in full or (cooling and self._held_back(job, now)):
                 continue
             further = job.peer in peers
             if further and math.isnan(max_seconds):  # every peer's first step is in by now
                 max_seconds = self._max_decode_seconds(pieces, peers)
+            crowd = several and not further and job.prefix in parties
+            if crowd and math.isnan(max_crowd):  # every prefix's first step is in by now
+                max_crowd = self.policy.crowd_slowdown * self._costs.least_row(pieces)
             wider = blocks.union(range(job.start, job.stop))
             more = work + job.rows * job.tokens * (job.stop - job.start)
-            too_slow = further and cost.seconds(len(wider), more) > max_seconds
+            too_slow = (further or crowd) and cost.seconds(len(wider), more) > (
+                max_seconds if further else max_crowd
+            )
             if pieces and (rows + job.rows > self.policy.max_rows or too_slow):
                 full.add(job.peer)
                 continue
             pieces.append(Piece(job, 0, job.tokens))
             peers.add(job.peer)
+            parties.add(job.prefix or job.peer)
             blocks, work, rows = wider, more, rows + job.rows
         return tuple(pieces)
 
@@ -244,23 +276,17 @@ class Batcher:
             return math.inf
         policy = self.policy
         slowdown = policy.joint_slowdown if self._peers.by_name.keys() <= peers else policy.absent_slowdown
-        return slowdown * min(self._costs.one_row(piece.job.stop - piece.job.start) for piece in pieces)
+        return slowdown * self._costs.least_row(pieces)
 
     def _single(self, kind: Kind, now: float) -> Batch:
         """A chunk, or a part of a stateless request, of the peer that had the least compute."""
         heads = self._heads(kind, now)
         if not heads:
             return ()
-
-        def rank(job: Job) -> tuple[int, float]:
-            peer = self._peers.by_name[job.peer]
-            passed = peer.passed_over[kind]
-            return (-passed if passed >= MAX_PASSED_OVER else 0, peer.compute_seconds)
-
-        job = min(heads, key=rank)  # the first of equals: they are in the order of their rounds
-        for other in heads:
-            self._peers.by_name[other.peer].passed_over[kind] += 1
-        self._peers.by_name[job.peer].passed_over[kind] = 0
+        party = self._parties.choose([job.prefix or job.peer for job in heads], kind)
+        heads = [job for job in heads if (job.prefix or job.peer) == party]
+        peer = self._peers.choose([job.peer for job in heads], kind)
+        job = next(job for job in heads if job.peer == peer)
         if kind is Kind.STATELESS:
             return (Piece(job, 0, job.tokens, self._queues.done[job.number]),)
         return self._chunks(job, self._chunk_tokens(job, now), now)
@@ -316,3 +342,22 @@ class Batcher:
             self._queues.expire(now, {piece.job.number for piece in self._running or ()})
         if now >= self._peers.look_at:
             self._peers.forget(now, self._queues.waiting_of)
+        if now >= self._parties.look_at:
+            self._parties.forget(now, self._queues.waiting_of_party)
+
+    def _check_seconds(self, job: Job) -> None:
+        """Raise Refused, TooManyStreams where a stateless request would take, or wait for, too long."""
+        most = self.limits.max_compute_seconds
+        own = self._costs.stateless_seconds(job)
+        if own > most and job.rows * job.tokens > SPLIT_POSITIONS:
+            raise Refused(
+                f"a request of {job.rows} x {job.tokens} positions takes about {own:.0f} s here, {most:g} s"
+                f" are allowed: split it into requests of {SPLIT_POSITIONS} positions"
+            )
+        ahead = self._queues.lanes[Kind.STATELESS].get(job.peer, ())
+        waiting = sum(self._costs.stateless_seconds(other) for other in ahead)
+        if waiting and own + waiting > most:
+            raise TooManyStreams(
+                f"requests of yours that take about {waiting:.0f} s wait here, {most:g} s are allowed",
+                min(waiting, MAX_RETRY_SECONDS),
+            )

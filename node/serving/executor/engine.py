@@ -22,8 +22,9 @@ import trio
 from torch import Tensor
 
 from node.model.blocks.kv_pages import BlockShape
+from node.model.blocks.parts import PART_POSITIONS
 from node.runtime.compute_thread import Runner
-from node.serving.executor.batcher import Batcher
+from node.serving.executor.batcher import CHUNK_POSITIONS, Batcher
 from node.serving.executor.job_queues import RETRY_SECONDS
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
@@ -36,6 +37,7 @@ from tensor_codec.messages.contract import Contract, StepRange
 
 IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
 MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
+MAX_PART_SECONDS = 0.5  # of a part of a stateless request, by the rate of a prefill
 
 
 class NotFinite(BadResult):
@@ -200,6 +202,7 @@ class Engine:
         *,
         whole: bool,
         prompts: Tensor | None = None,
+        prefix: str = "",
     ) -> Answer:
         """Compute one step: hidden states in the contract's codec in, and its outputs in that codec out.
 
@@ -207,6 +210,7 @@ class Engine:
         cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
         prompts: deep prompts for some of its positions, see `Span.forward`; the step then runs as a prefill.
+        prefix: of the peer's network address.
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
         nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
         """
@@ -214,7 +218,7 @@ class Engine:
         now = self._clock()
         job = Job(
             next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
-            now + self.limits.step_wait_seconds,
+            now + self.limits.step_wait_seconds, prefix=prefix,
         )  # fmt: skip
         wanted = what.tokens if whole else what.reply_tokens
         return await self._answer(
@@ -223,18 +227,32 @@ class Engine:
             )
         )
 
+    @property
+    def part_positions(self) -> int:
+        """Positions times blocks of a part of a stateless request: at most half a second's, forward."""
+        a_second = 1 / max(self.rates.prefill_seconds_per_block_token, 1e-9)
+        return int(min(PART_POSITIONS, max(CHUNK_POSITIONS, MAX_PART_SECONDS * a_second)))
+
     async def stateless(
-        self, peer: str, rows: int, tokens: int, parts: Sequence[tuple[int, int]], work: Parts
+        self,
+        peer: str,
+        rows: int,
+        tokens: int,
+        parts: Sequence[tuple[int, int]],
+        work: Parts,
+        *,
+        prefix: str = "",
     ) -> Answer:
         """Run `work` in the torch thread, a part for each batch that the batcher gives this request.
 
         rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  Batches of
         steps may run between two parts; no part of another request does.
-        Raises TooManyStreams (nothing was done), and the PeerFault that `work` raises.
+        Raises Refused, TooManyStreams (nothing was done), and the PeerFault that `work` raises.
         """
         start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
         job = Job(
-            next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts)
+            next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts),
+            prefix=prefix,
         )  # fmt: skip
         return await self._answer(_Request(job, self._clock(), work=work))
 
@@ -287,7 +305,7 @@ class Engine:
             now = self._clock()
             batch = self.batcher.next(now)
             for job in self.batcher.expired(now):
-                settled.append((self._works[job.number], outcome.Error(self._too_late())))
+                settled.append((self._works[job.number], outcome.Error(self._taken_out(job, now))))
             if batch is None:
                 return settled, self.batcher.resume_at()
             works = [self._works[piece.job.number] for piece in batch]
@@ -319,7 +337,11 @@ class Engine:
                 waited += began - work.since
             self.waits.observe(waited, (ended - began) * len(works), len(works), ended)
 
-    def _too_late(self) -> TooManyStreams:
+    def _taken_out(self, job: Job, now: float) -> TooManyStreams:
+        """The reason why a job was not begun."""
+        if job.deadline > now:
+            what = "others wait for compute here, and most of what waits is of your network"
+            return TooManyStreams(what, RETRY_SECONDS)
         seconds = self.limits.step_wait_seconds
         return TooManyStreams(f"the step waited {seconds:g} s for compute here, no longer may", RETRY_SECONDS)
 

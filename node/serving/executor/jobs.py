@@ -24,6 +24,7 @@ class Job:
     number: unique.  deadline: on the caller's clock; from then on the job is not begun, and one that has
     begun goes on.  parts: of a stateless request, the blocks [start, stop) of each part, in order; empty for
     a request that runs whole.
+    prefix: of the peer's network address; peers of one prefix may be one machine with many ids.  "": unknown.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Job:
     stop: int
     deadline: float = math.inf
     parts: tuple[tuple[int, int], ...] = ()
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

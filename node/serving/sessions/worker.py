@@ -291,6 +291,7 @@ class HopWorker:
                     step.body,
                     whole=whole,
                     prompts=None if hop.prompts is None else hop.prompts_at(what.position),
+                    prefix=hop.stream.prefix,
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
