@@ -39,6 +39,7 @@ class InferenceSession:
         self.output_ids: Tensor | None = None
         self.cache: RemoteCache | None = None
         self._session: Session | None = None
+        self._prompts: Tensor | None = None
         self._position = 0
         self._closed = False
         self._finalizer: Any = None  # Any: of weakref.finalize
@@ -64,7 +65,9 @@ class InferenceSession:
         if self._closed:
             raise RuntimeError("the session was closed")
         if self._session is None:
-            self._session = self.swarm.open_session(self.batch, self.max_length, self.start, self.stop)
+            self._session = self.swarm.open_session(
+                self.batch, self.max_length, self.start, self.stop, self._prompts
+            )
             self._finalizer = weakref.finalize(self, self.swarm.close_soon, self._session)
         return self._session
 
@@ -81,17 +84,31 @@ class InferenceSession:
         self.output_ids = output_ids
 
     @torch.no_grad()
-    def step(self, hidden: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    def step(
+        self, hidden: Tensor, rows: Sequence[int] | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [batch, tokens, hidden] that follow the cached ones -> the same shape and dtype.
 
         rows: the cached row of which each row is the continuation; None: its own.
-        Raises ValueError (another shape, more positions than max_length), NoChain, PeerFault, Refused.
+        prompts: [blocks, n, hidden], added to the first n positions of each block's input.  The first step
+        gives them, and a later step none or the same ones.
+        Raises ValueError (another shape, more positions than max_length, other prompts), NoChain, PeerFault,
+        Refused.
         """
+        if prompts is not None:
+            self._take_prompts(prompts)
         session = self.session
         given = hidden.detach().to("cpu", torch.float32)
         found = self.swarm.call(partial(send, session, given, self._position, rows=rows))
         self._position += hidden.shape[1]
         return found.to(hidden.device, hidden.dtype)
+
+    def _take_prompts(self, prompts: Tensor) -> None:
+        given = prompts.detach().to("cpu", torch.float32)
+        if self._prompts is None and self._session is None:
+            self._prompts = given
+        elif self._prompts is None or not torch.equal(self._prompts, given):
+            raise ValueError("other prompts inside a session: it has those of its first step for good")
 
     def close(self) -> None:
         """End the session; returns at once."""
@@ -127,13 +144,11 @@ class RemoteSequential(nn.Module):
 
         prompts: [blocks, tokens of the prompt, hidden], added to the first positions of each block's input
         (deep prompt tuning).  Inside `inference_session` the caches of the session are used, without a
-        gradient.
+        gradient, and its first step gives the prompts.
         Raises ValueError for a shape that cannot be, NoChain, PeerFault, Refused.
         """
         if self._active:
-            if prompts is not None:
-                raise ValueError("prompts inside a session: only a pass without a session takes them")
-            return self._active[-1].step(hidden)
+            return self._active[-1].step(hidden, prompts=prompts)
         return self.swarm.run(hidden, self.start, self.stop, prompts)
 
     def __len__(self) -> int:

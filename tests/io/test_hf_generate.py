@@ -300,6 +300,26 @@ def test_rows_of_a_session_change_their_order(model: Any) -> None:
     torch.testing.assert_close(found, model.blocks(swapped)[:, 4:], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_first_step_of_a_session_gives_its_deep_prompts(model: Any) -> None:
+    torch.manual_seed(3)
+    blocks, hidden, prompts = model.blocks[1:4], torch.randn(1, 6, 32), torch.randn(3, 2, 32)
+    whole = blocks(hidden, prompts)
+    assert not torch.allclose(whole, blocks(hidden), atol=1e-2)
+    with blocks.inference_session(max_length=16) as session:
+        first = session.step(hidden[:, :3], prompts=prompts)
+        second = blocks(hidden[:, 3:5], prompts)  # the same ones again, as Petals' programs give them
+        third = session.step(hidden[:, 5:])
+        with pytest.raises(ValueError, match="other prompts inside a session"):
+            session.step(hidden[:, :1], prompts=prompts + 1)
+    torch.testing.assert_close(torch.cat([first, second, third], 1), whole, rtol=1e-4, atol=1e-5)
+    with (
+        blocks.inference_session(max_length=16) as session,
+        pytest.raises(ValueError, match="for 3 blocks"),
+    ):
+        session.step(hidden, prompts=prompts[:2])
+
+
 # What cannot be
 
 

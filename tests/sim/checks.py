@@ -19,7 +19,7 @@ from torch import Tensor
 from routing.blocks import Blocks, gaps
 from routing.chains.search import NoChain
 from routing.names import PeerId
-from tests.fakes_serving import FakeCache, FakeEmbedAndHead, FakeSpan, whole_model
+from tests.fakes_serving import HIDDEN, PRIME, FakeEmbedAndHead, whole_model
 from tests.sim import glue
 from tests.sim.faults import Happened
 from tests.sim.people import Call, RowsStory, Story, World
@@ -32,14 +32,16 @@ BASE_TASKS = 2  # of a node without sessions: the engine, the announcements
 
 
 def expected_tokens(prompt: Sequence[int], count: int, blocks: int) -> list[int]:
-    """The greedy tokens of the whole model."""
-    ends, span = FakeEmbedAndHead(), FakeSpan(0, blocks)
-    cache, tokens = FakeCache(1, len(prompt) + count), list(prompt)
-    new = tokens[:]
-    for _ in range(count):
-        hidden = span.forward(ends.embed(torch.tensor([new]), 0), cache, cache.length, 0, blocks)
-        new = [int(ends.head(hidden[:, -1:])[0, -1].argmax())]
-        tokens += new
+    """The greedy tokens of the whole model: `generated`, one position at a time and in plain numbers."""
+    ends, tokens = FakeEmbedAndHead(), list(prompt)
+    sums = [[0] * HIDDEN for _ in range(blocks)]  # of each block's inputs so far
+    for position in range(len(prompt) + count - 1):
+        values = [tokens[position] * factor + 1 for factor in range(1, HIDDEN + 1)]
+        for block, before in enumerate(sums):
+            sums[block] = [a + b for a, b in zip(before, values, strict=True)]
+            values = [(3 * value + block + 1 + a) % PRIME for value, a in zip(values, before, strict=True)]
+        if position >= len(prompt) - 1:
+            tokens.append(sum(values) % ends.vocabulary)
     return tokens[len(prompt) :]
 
 

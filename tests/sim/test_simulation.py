@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -64,15 +62,22 @@ FAILED_ONCE = {
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    """A process for each core."""
-    with open_pool(os.cpu_count() or 1) as opened:
+def pools() -> Iterator[list[ProcessPoolExecutor]]:
+    """A process for each core and at least two, each with its own order of sets of strings."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_pool(1)) for _ in range(max(2, os.cpu_count() or 1))]
+        for number, pool in enumerate(opened):
+            with mock.patch.dict(os.environ, PYTHONHASHSEED=str(number)):
+                pool.submit(int)  # starts the process
         yield opened
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, A_TIME))
-def test_two_hundred_seeds_keep_every_promise(first, pool):
-    outcomes = list(run_many(range(first, first + A_TIME), pool))
+def test_two_hundred_seeds_keep_every_promise(first, pools):
+    shares = [range(first + number, first + A_TIME, len(pools)) for number in range(len(pools))]
+    running = [run_many(seeds, pool) for seeds, pool in zip(shares, pools, strict=True)]
+    outcomes = [outcome for each in running for outcome in each]
+    assert sorted(outcome.seed for outcome in outcomes) == list(range(first, first + A_TIME))
     assert {outcome.seed: outcome.failures for outcome in outcomes if outcome.failures} == {}
     assert sum(outcome.tokens for outcome in outcomes) > 20 * A_TIME
     assert sum(outcome.errors for outcome in outcomes) < A_TIME
@@ -83,20 +88,12 @@ def test_a_seed_that_failed_once(seed):
     assert run_seed(seed).failures == []
 
 
-def test_a_seed_gives_the_same_run_in_every_process():
-    """In any order of sets of strings: each process has an order of its own."""
-    code = "from tests.sim.run import run_seed; print([run_seed(seed).trace for seed in (1, 2, 3)])"
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": str(number)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for number in (1, 2)
-    }
-    assert found == {f"{[run_seed(seed).trace for seed in (1, 2, 3)]}\n"}
+def test_a_seed_gives_the_same_run_in_every_process(pools):
+    """In any order of sets of strings, and whatever seeds a process has run before."""
+    assert len({pool.submit(hash, "n0").result() for pool in pools}) == len(pools)
+    running = [run_many(range(1, 4), pool) for pool in pools[:2]]
+    here = [run_seed(seed).trace for seed in range(1, 4)]
+    assert [[outcome.trace for outcome in outcomes] for outcomes in running] == [here, here]
 
 
 def test_what_is_expected_is_what_the_whole_model_gives():
