@@ -15,6 +15,8 @@ from typing import Protocol
 import psutil
 import trio
 
+from node.runtime.files import write_atomically
+
 TICK_SECONDS = 0.01
 EVERY_SECONDS = 1.0
 
@@ -44,13 +46,12 @@ async def write_vitals(
 
     connections: the present ones.  sessions: the number that is open.
     """
-    part = file.with_name(f".{file.name}.part")
     told = False
     while True:
         lags = await _lags(EVERY_SECONDS)
         try:
-            part.write_text(json.dumps(vitals(list(connections()), sessions(), lags)))
-            part.replace(file)
+            content = json.dumps(vitals(list(connections()), sessions(), lags)).encode()
+            write_atomically(file, content, durable=False)
         except OSError as error:
             if not told:
                 log.warning("cannot write the vitals file %s: %s", file, error.strerror)

@@ -21,17 +21,18 @@ def part_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
 
 
-def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a whole file or none, readable at once under its name.  Raises OSError.
 
-    A link under this name is replaced, not followed.  mode: of the file, less the umask.
+    A link under this name is replaced, not followed.  durable: also after the machine loses its power.
     """
     part = part_name(path)
     try:
-        with os.fdopen(os.open(part, NEW_FILE, mode), "wb") as file:
+        with os.fdopen(os.open(part, NEW_FILE, 0o666), "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         error.filename = str(path)
