@@ -28,17 +28,26 @@ async def take_frames(stream):
 
 
 @asynccontextmanager
-async def attacked(name: str, seconds: float = ATTACK_SECONDS):
-    """A host under an attack that has begun; what the attacker counts."""
+async def listening():
+    """A host, and the attacker's stage in front of it."""
     async with open_host(identity=new_identity(), listen=["/ip4/127.0.0.1/tcp/0"]) as host:
         host.handle(PUSH_PROTOCOL, take_frames)
         target = target_of(f"{host.addresses[0]}/p2p/{host.peer_id}")
-        stage = Stage((target,), (SOURCE,), 600.0, told=False)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ATTACKS[name].run, stage)
-            await trio.sleep(seconds)
-            yield host, stage
-            nursery.cancel_scope.cancel()
+        yield host, Stage((target,), (SOURCE,), 600.0, told=False)
+
+
+@asynccontextmanager
+async def attacked(name: str, seconds: float = ATTACK_SECONDS):
+    """A host under an attack that has begun; what the attacker counts."""
+    async with listening() as (host, stage), trio.open_nursery() as nursery:
+        nursery.start_soon(ATTACKS[name].run, stage)
+        await trio.sleep(seconds)
+        yield host, stage
+        nursery.cancel_scope.cancel()
+
+
+def tasks() -> int:
+    return trio.lowlevel.current_statistics().tasks_living
 
 
 async def newcomer_is_let_in(host) -> bool:
@@ -92,4 +101,19 @@ async def test_an_attacker_that_breaks_a_rule_of_the_muxer_is_turned_away(name: 
     async with attacked(name, 0.0) as (_, stage):
         with trio.fail_after(PATIENCE_SECONDS):
             while not any(key.startswith("turned away") for key in stage.got):  # noqa: ASYNC110
+                await trio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["idle_connections", "byte_a_second", "stream_hold", "giant_frames", "header_bombs", "open_and_reset"],
+)
+async def test_of_an_attacker_that_has_gone_nothing_is_left(name: str):
+    async with listening() as (host, stage):
+        await newcomer_is_let_in(host)
+        before = tasks()
+        with trio.move_on_after(ATTACK_SECONDS):
+            await ATTACKS[name].run(stage)
+        with trio.fail_after(PATIENCE_SECONDS):
+            while tasks() > before or len(host.connections):  # noqa: ASYNC110
                 await trio.sleep(0.05)

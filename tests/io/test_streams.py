@@ -383,6 +383,24 @@ async def test_a_large_frame_that_finds_no_place_in_its_time_ends_its_stream_wit
         nursery.cancel_scope.cancel()
 
 
+async def test_a_frame_that_waits_for_a_place_ends_at_once_with_its_connection(autojump_clock):
+    frames = LargeFrames(MIB // 2)
+    async with connection_pair(large_frames=frames) as (alice, bob), trio.open_nursery() as nursery:
+        nursery.start_soon(framed(alice.open()).send, bytes(MIB))
+        receiver = framed(await bob.accept())
+        started = trio.current_time()
+
+        async def leave():
+            await trio.sleep(0.5)  # the frame waits by then
+            bob.close_now("it was banned")
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(leave)
+        with trio.CancelScope(shield=True), pytest.raises(PeerGone, match="it was banned"):
+            await receiver.receive()
+        assert trio.current_time() - started == pytest.approx(0.5, abs=0.1)
+
+
 async def test_a_frame_that_is_refused_passes_by_and_the_next_one_is_read(autojump_clock):
     judged = []
 

@@ -297,6 +297,19 @@ def test_streams_opened_faster_than_allowed_are_reset_and_the_third_time_in_a_mi
         burst(21, 3.0)
 
 
+def test_streams_opened_beyond_the_cap_count_as_opened_too_fast():
+    core, ids = Yamux(False, YamuxLimits(max_inbound_streams=60)), iter(range(1, 10**6, 2))
+
+    def burst(now):
+        core.receive(b"".join(opened(next(ids)) for _ in range(100)), now)
+        core.data_to_send()
+
+    burst(0.0)  # 60 are open from now on, and nobody ends them
+    burst(5.0)
+    with pytest.raises(YamuxError, match="3 times within a minute"):
+        burst(10.0)
+
+
 def test_opening_and_resetting_in_turn_is_stopped():
     core = Yamux(False)
     in_turn = [opened(1 + 2 * i) + frame(WINDOW_UPDATE, RST, 1 + 2 * i, 0) for i in range(20)]

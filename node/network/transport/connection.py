@@ -92,12 +92,15 @@ class MuxedStream:
                 raise
         if scope.cancelled_caught:
             raise PeerGone(f"no room for a frame of {size} bytes within {seconds:.3g} s")
+        if self._place is not place:
+            raise StreamReset(connection.failure or f"stream {self.state.id} was reset")
 
     def end_large(self) -> None:
         """Give the place of a large frame back, if there is one."""
         place, self._place = self._place, None
         if place is not None:
             self.connection.large_frames.leave(place)
+            place.granted()  # a reader that still waits for it wakes up, and finds it gone
 
     async def _receive(self, max_bytes: int) -> bytes:
         connection, state = self.connection, self.state

@@ -169,7 +169,8 @@ class InboundStreams:
         if now - self._since > self.limits.reset_window_seconds:
             self._since, self._opens, self._resets = now, 0, 0
         self._opens += 1
-        return self.count < self.limits.max_inbound_streams and self._take_token(now)
+        in_time = self._take_token(now)  # also beyond the cap, or a peer there could go on for ever
+        return in_time and self.count < self.limits.max_inbound_streams
 
     def _take_token(self, now: float) -> bool:
         limits = self.limits
