@@ -45,8 +45,8 @@ class Limits:
     idle_connection_seconds: float = 60.0  # without a stream
     sockets_per_prefix_per_second: float = 100.0  # accepted; a silent one costs 0.3 ms
     sockets_per_prefix_burst: int = 200
-    handshakes_per_prefix_per_second: float = 20.0  # a handshake costs 4 ms: 8 % of a core
-    handshakes_per_prefix_burst: int = 128  # a whole swarm that starts on one machine
+    handshakes_per_prefix_per_second: float = 10.0  # a handshake costs 5 ms: 5 % of a core
+    handshakes_per_prefix_burst: int = 64  # a whole swarm that starts on one machine
     scarce_connections_per_second: float = 1.0  # of one public address, where places are scarce
     scarce_connections_burst: int = 16
     max_unauthenticated_connections: int = 32

@@ -92,8 +92,8 @@ def test_handshakes_wait_for_their_rate():
     def begun(now: float) -> int:
         return sum(arrivals.handshake(LOCAL, now) for _ in range(1000))
 
-    assert begun(0.0) == LIMITS.handshakes_per_prefix_burst == 128
-    assert begun(1.0) == LIMITS.handshakes_per_prefix_per_second == 20
+    assert begun(0.0) == LIMITS.handshakes_per_prefix_burst == 64
+    assert begun(1.0) == LIMITS.handshakes_per_prefix_per_second == 10
     assert arrivals.handshake(PUBLIC, 0.0)
 
 

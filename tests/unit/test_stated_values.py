@@ -18,10 +18,12 @@ from client.session import inputs
 from client.session.repair import watchdog
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
-from node.network import addresses, dialler, dialling, host
+from node.network import addresses, connection_table, dialler, dialling, host
+from node.network.admission import places, rates
 from node.network.directory import announcer, intake, neighbours
 from node.network.transport import yamux_limits
 from node.network.transport.yamux_limits import YamuxLimits
+from node.runtime import bans
 from node.serving import balancer, memory
 from node.serving.executor.batcher import CHUNK_POSITIONS
 from routing.chains import measured
@@ -71,6 +73,43 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (PROTOCOL, "resets, credit\\) \\| N KiB", (YAMUX.max_control_bytes / KIB,)),
     (PROTOCOL, "and the peer does not \\| N s", (YAMUX.linger_seconds,)),
     (PROTOCOL, "ban N s", (LIMITS.muxer_ban_seconds,)),
+    (
+        PROTOCOL,
+        "their connection for N minutes without a pause",
+        (connection_table.PROVEN_SECONDS / 60,),
+    ),
+    (PROTOCOL, "makes way, after N s, for a peer of its own address", (places.REST_SECONDS,)),
+    (
+        PROTOCOL,
+        "bring N sockets a second and begin N handshakes a second, in bursts of N and N;",
+        (
+            LIMITS.sockets_per_prefix_per_second,
+            LIMITS.handshakes_per_prefix_per_second,
+            LIMITS.sockets_per_prefix_burst,
+            LIMITS.handshakes_per_prefix_burst,
+        ),
+    ),
+    (
+        PROTOCOL,
+        "a public address has N connections and brings one a second, with bursts of N",
+        (LIMITS.max_connections_per_prefix, LIMITS.scarce_connections_burst),
+    ),
+    (
+        PROTOCOL,
+        "faults within N s ban a peer for N s, each further ban lasts twice as long, up to N;"
+        " N minutes without a fault",
+        (
+            LIMITS.fault_window_seconds,
+            LIMITS.ban_seconds,
+            LIMITS.longest_ban_seconds,
+            bans.FORGIVEN_SECONDS / 60,
+        ),
+    ),
+    (
+        PROTOCOL,
+        "have N connections there, and bring one in N s",
+        (LIMITS.suspect_connections_per_prefix, rates.SUSPECT_COST / LIMITS.scarce_connections_per_second),
+    ),
     (PROTOCOL, "the peer is not let in for N s", (LIMITS.muxer_ban_seconds,)),
     (
         PROTOCOL,
