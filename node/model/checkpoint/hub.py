@@ -32,7 +32,7 @@ from node.model.checkpoint.folder import (
     weight_files,
 )
 from node.model.checkpoint.progress import Progress, silent
-from node.runtime.files import disk_errors, write_atomically
+from node.runtime.files import check_free_disk, disk_errors, write_atomically
 
 T = TypeVar("T")
 
@@ -176,6 +176,8 @@ def resolve_hub(
     def fetch(files: Collection[str], progress: Progress) -> None:
         with disk_errors(path):
             for file in files:
+                needed = sum(entry.nbytes for entry in tensors.values() if entry.file == file)
+                check_free_disk(path, needed, file)
                 try:
                     hub.fetch(model, path.name, file)
                 except Unreachable as error:

@@ -37,7 +37,7 @@ from node.model.checkpoint.packed import packing_of
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.shards import ALIGNMENT, Entry, write_file
 from node.model.weights.quantize import quantize_rows
-from node.runtime.files import disk_errors, part_name, write_atomically
+from node.runtime.files import check_free_disk, disk_errors, part_name, write_atomically
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -123,8 +123,7 @@ def prepare(
     folder.need(files, progress)
     with disk_errors(out.absolute().parent):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(out.absolute().parent).free) < needed:
-            raise ConfigError(f"{out.absolute().parent} has {free} bytes free, {out.name} needs {needed}")
+        check_free_disk(out.absolute().parent, needed, out.name)
         part = part_name(out.absolute())
         try:
             part.mkdir()
