@@ -9,4 +9,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run attacks; 1 where one of them hurts others."""
     from tests.hostile.__main__ import run_attacks  # a program of its own, with attackers in it
 
-    return run_attacks(arguments, "benchmarks", "python -m benchmarks hostile")
+    return run_attacks(arguments, "python -m benchmarks hostile")

@@ -24,12 +24,13 @@ def main() -> None:
     parser.add_argument("name", choices=ATTACKS)
     parser.add_argument("--targets", nargs="+", required=True)
     parser.add_argument("--sources", nargs="+", required=True)
+    parser.add_argument("--third", required=True)
     parser.add_argument("--seconds", type=float, required=True)
     flags = parser.parse_args()
     logging.getLogger().setLevel(logging.CRITICAL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8192)), hard))
-    stage = Stage(tuple(map(target_of, flags.targets)), tuple(flags.sources), flags.seconds)
+    stage = Stage(tuple(map(target_of, flags.targets)), tuple(flags.sources), flags.seconds, flags.third)
     run(lambda: attack(flags.name, stage))
 
 

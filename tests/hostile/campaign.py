@@ -14,9 +14,11 @@ from typing import Any
 
 import psutil
 
+from benchmarks.lib.machine import Elsewhere
 from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
 from tests.hostile.attack import Attack
 from tests.hostile.judgement import HELD, SEEN_SECONDS, Newcomer, Phases, Row, Seen, Vitals, Window, judged
+from tests.hostile.places import Places
 from tests.hostile.talking import ProcessEnded, Talking, talking
 
 START_SECONDS = 120.0
@@ -33,10 +35,10 @@ BOUND = re.compile(r"bound ([\d.]+) GiB resident")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How attacks are run.  sources: the addresses that the attacker comes from."""
+    """How attacks are run.  folder: of the logs."""
 
     seconds: float
-    sources: tuple[str, ...]
+    places: Places
     folder: Path
 
 
@@ -130,7 +132,7 @@ def run_attack(attack: Attack, setting: Setting) -> Row:
     log = setting.folder / f"{attack.name}.log"
     log.unlink(missing_ok=True)
     with local_swarm(NODE) as swarm, ExitStack() as stack:
-        node = start(swarm, attack)
+        node = start(swarm, attack, setting.places)
         watch = stack.enter_context(watched(node, swarm.folder / "vitals.json"))
         addresses = [each.address for each in swarm.nodes]
 
@@ -140,26 +142,30 @@ def run_attack(attack: Attack, setting: Setting) -> Row:
         others = Bystanders(
             begin("honest", addresses[0]),
             begin("newcomers", addresses[0]),
-            begin("announcers", addresses[0]) if attack.announces else None,
+            begin("announcers", addresses[0], setting.places.honest) if attack.announces else None,
         )
-        where = ("--targets", *addresses, "--sources", *setting.sources)
+        places = setting.places
+        where = ("--targets", *addresses, "--sources", *places.attacker, "--third", places.third)
         attacker = begin("attacker", attack.name, *where, "--seconds", str(setting.seconds))
         others.wait_warm()
         attacker.wait_for("ready", START_SECONDS)
         try:
             phases, over = act(attacker, watch, setting)
+            elsewhere = Elsewhere()
             phases = replace(phases, burner=burn(over, setting, phases, log))
+            over["others_burner"] = elsewhere.share()
             time.sleep(PATIENCE_SECONDS)
             return row_of(attack, phases, over, watch, others)
         finally:
             (setting.folder / f"{attack.name}.node.log").write_text(node.log.read_text())
 
 
-def start(swarm: LocalSwarm, attack: Attack) -> NodeProcess:
+def start(swarm: LocalSwarm, attack: Attack, places: Places) -> NodeProcess:
     """The nodes, online; the attacked one."""
     vitals = ("--vitals-file", str(swarm.folder / "vitals.json"))
+    listen = ("--listen", f"/ip4/{places.node}/tcp/0")
     for number, (begin, end) in enumerate(attack.spans):
-        swarm.start("--blocks", f"{begin}:{end}", *(vitals if number == 0 else ())).wait_online()
+        swarm.start("--blocks", f"{begin}:{end}", *listen, *(vitals if number == 0 else ())).wait_online()
     return swarm.nodes[0]
 
 
@@ -168,6 +174,7 @@ def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, di
     begin = time.monotonic()
     time.sleep(setting.seconds)
     before = Window(begin, time.monotonic())
+    elsewhere = Elsewhere()
     attacker.tell("go")
     began = attacker.wait_for("began", 10.0)
     deadline = time.monotonic() + setting.seconds + 5.0
@@ -175,7 +182,7 @@ def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, di
         time.sleep(0.02)
     attacker.process.kill()
     attacker.process.wait()
-    during = Window(began, time.monotonic())
+    during, load = Window(began, time.monotonic()), elsewhere.share()
     time.sleep(SETTLE_SECONDS)
     begin = time.monotonic()
     time.sleep(LOOK_SECONDS)
@@ -186,7 +193,7 @@ def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, di
             raise ProcessEnded("the attacker failed; its log says why")
         ended = "too much memory" if watch.too_large.is_set() else "late"
         over = {"cpu": during.seconds, "got": {}, "facts": {"ended": ended}}
-    return Phases(before, during, left, left), dict(over)
+    return Phases(before, during, left, left), {**over, "others_during": load}
 
 
 def burn(over: Mapping[str, Any], setting: Setting, phases: Phases, log: Path) -> Window:
@@ -218,6 +225,8 @@ def row_of(
         "attack": attack.name,
         **row.values,
         "attacker_cpu_share": round(over["cpu"] / phases.during.seconds, 2),
+        "others_during": over["others_during"],
+        "others_burner": over["others_burner"],
         "errors_of_the_honest": others.client.all("error")[:5],
     }
     return row

@@ -30,7 +30,7 @@ LENIENT = YamuxLimits(
 async def socket_to(stage: Stage, target: Target | None = None) -> trio.SocketStream:
     """A TCP connection and nothing more.  Raises OSError."""
     target = target or stage.target
-    return await trio.open_tcp_stream(target.host, target.port, local_address=stage.source())
+    return await trio.open_tcp_stream(target.host, target.port, local_address=stage.source() or None)
 
 
 async def channel_to(

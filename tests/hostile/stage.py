@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import secrets
+import socket
 import sys
 import time
 from collections import Counter
@@ -47,8 +47,11 @@ class Target:
 def target_of(address: str) -> Target:
     """Raises ValueError for an address that is not this machine's own: nobody else is attacked."""
     _, _, host, _, port, _, peer = address.split("/")
-    if not ipaddress.ip_address(host).is_loopback:
-        raise ValueError(f"{address} is not on the loopback")
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))  # only an address of this machine can be taken
+        except OSError:
+            raise ValueError(f"{address} is not on this machine") from None
     return Target(address, host, int(port), PeerId(peer))
 
 
@@ -57,12 +60,14 @@ class Stage:
     """One attack under way.
 
     targets: the nodes of the swarm; most attacks take the first.  sources: the addresses that the attacker
-    comes from.  got: what the attacker counts.  facts: values to say at the end besides these.
+    comes from; "" for that of honest peers.  third: a third party's address, which is this machine's too.
+    got: what the attacker counts.  facts: values to say at the end besides these.
     """
 
     targets: tuple[Target, ...]
     sources: tuple[str, ...]
     seconds: float
+    third: str = "127.0.0.99"
     got: Counter[str] = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)  # Any: JSON
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.figures.blocks.hostile import hostile_block, soak_block
 from benchmarks.soak.growth import Sample, growth
-from tests.hostile.__main__ import SOURCE, listing, parse, told
+from tests.hostile.__main__ import addresses_of, listing, parse, told
 from tests.hostile.attacks import ATTACKS
 from tests.hostile.judgement import (
     HELD,
@@ -135,7 +135,8 @@ def test_every_attack_is_listed_in_a_line_of_its_own():
 
 def test_the_command_line_knows_its_attacks(capsys):
     assert parse(["where_flood"]).attacks == ["where_flood"]
-    assert parse(["--all"]).sources == [SOURCE]
+    assert addresses_of(parse(["--all"])) == "local"
+    assert addresses_of(parse(["--all", "--inside", "--one-address"])) == "public, one for all"
     for wrong in (["no_such_attack"], []):
         with pytest.raises(SystemExit):
             parse(wrong)
@@ -143,7 +144,10 @@ def test_the_command_line_knows_its_attacks(capsys):
 
 
 def test_a_row_is_told_in_words():
-    assert told({"attack": "flood", **judge(seen()).values, "attacker_cpu_share": 0.5}).endswith("held")
+    more = {"attacker_cpu_share": 0.5, "others_during": 0.1, "others_burner": 0.2}
+    words = told({"attack": "flood", **judge(seen()).values, **more})
+    assert "10% of the cores" in words
+    assert words.endswith("held")
     assert told({"attack": "flood", "failed": ["the node died"], "passed": False}).endswith("the node died")
 
 
@@ -171,5 +175,5 @@ def test_a_long_run_stands_in_the_table_of_the_page():
 
 def test_nobody_but_this_machine_is_attacked():
     assert target_of(f"/ip4/127.0.0.1/tcp/7/p2p/{PEER}").port == 7
-    with pytest.raises(ValueError, match="loopback"):
-        target_of(f"/ip4/10.0.0.5/tcp/7/p2p/{PEER}")
+    with pytest.raises(ValueError, match="not on this machine"):
+        target_of(f"/ip4/192.0.2.1/tcp/7/p2p/{PEER}")

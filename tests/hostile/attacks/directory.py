@@ -25,7 +25,6 @@ from tests.hostile.stage import Stage, new_identity, opening, served_by, spec_of
 
 RECORDS, SYBILS = 10_500, 10_000
 FLOODERS = 4
-THIRD_PARTY = "127.0.0.99"
 THIRD_PORTS = 8
 MOST_DIALS_PER_SECOND = 2.0
 SEARCH_MS = 50.0
@@ -35,7 +34,7 @@ async def record_flood(stage: Stage) -> None:
     """10,500 records of own keys, over and over, with the longest life that is allowed."""
     info = await served_by(stage.target)
     rng = random.Random(1)
-    wires = [forged(info, new_identity(), number, rng) for number in range(RECORDS)]
+    wires = [forged(info, stage.third, number, rng) for number in range(RECORDS)]
     await stage.ready()
     await spread(stage, wires)
 
@@ -66,9 +65,9 @@ async def dial_amplification(stage: Stage) -> None:
         where = []
         for _ in range(THIRD_PORTS):
             (listener,) = await nursery.start(
-                partial(trio.serve_tcp, partial(count_dial, stage), 0, host=THIRD_PARTY)
+                partial(trio.serve_tcp, partial(count_dial, stage), 0, host=stage.third)
             )
-            where.append(f"/ip4/{THIRD_PARTY}/tcp/{listener.socket.getsockname()[1]}")
+            where.append(f"/ip4/{stage.third}/tcp/{listener.socket.getsockname()[1]}")
         victims = [new_identity(), new_identity()]
         wires = [
             forged_server(info, victim, number, tuple(where), (0, info.blocks))
@@ -120,9 +119,10 @@ async def spread(stage: Stage, wires: Sequence[bytes]) -> None:
             nursery.start_soon(stage.again_and_again, partial(one_id, number))
 
 
-def forged(info: PeerInfo, identity: Identity, number: int, rng: random.Random) -> bytes:
+def forged(info: PeerInfo, third: str, number: int, rng: random.Random) -> bytes:
     """The record of a peer that is not there: a client, a bootstrap node, or a server of all blocks."""
-    where = (f"/ip4/{THIRD_PARTY}/tcp/{rng.randrange(1024, 65535)}",)
+    identity = new_identity()
+    where = (f"/ip4/{third}/tcp/{rng.randrange(1024, 65535)}",)
     if number % 3 == 0:
         return forged_server(info, identity, number, where, (0, info.blocks))
     role: Role = "client" if number % 3 == 1 else "bootstrap"

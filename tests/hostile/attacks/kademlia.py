@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,6 @@ PROTOCOL = "/ipfs/kad/1.0.0"
 PUTTERS, HELD, POISONERS = 4, 14, 8
 VALUE = bytes(900 * KIB)
 PROBE_SECONDS = 0.5
-PROBE_FROM = "127.0.0.1"  # as honest peers do
 ANSWER_SECONDS = 2.0
 MOST_ANSWER_BYTES = 4 * MIB
 
@@ -83,7 +83,7 @@ async def kademlia_poison(stage: Stage) -> None:
             message = Message(type=Message.ADD_PROVIDER, key=key)
             peer = message.providerPeers.add()
             peer.id = ID.from_base58(identity.peer_id).to_bytes()
-            peer.addrs.append(b"\x04\x7f\x00\x00\x63\x06\x00\x07")  # 127.0.0.99, port 7
+            peer.addrs.append(b"\x04" + socket.inet_aton(stage.third) + b"\x06\x00\x07")  # TCP, port 7
             await ask(connection, message)
             stage.got["entries"] += 1
             for _ in range(5):
@@ -119,7 +119,7 @@ async def probe_forever(stage: Stage, message: Message) -> None:
     while True:
         stage.got["probes"] += 1
         try:
-            prober = Stage(stage.targets, (PROBE_FROM,), 0)
+            prober = Stage(stage.targets, ("",), 0)  # from where honest peers come
             async with connection_to(prober) as connection:
                 answer = await ask(connection, message)
             stage.got["probes answered"] += answer is not None
