@@ -187,7 +187,7 @@ class Node:
     async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
         """A stream to a peer of our own verified view.  Raises PeerGone, SlowPeer, NotAMember."""
         record = self.directory.view().get(peer)
-        if record is None:
+        if record is None or not self.directory.is_vouched(peer):
             raise PeerGone(f"{peer} is not in our view of the swarm")
         seconds = self.config.limits.dial_seconds
         return await self.host.open_stream(peer, record.addresses, protocol, seconds=seconds)

@@ -54,6 +54,15 @@ class Limits:
     membership_seconds: float = 1.0  # proof of the swarm key, inside the handshake
     negotiation_seconds: float = 3.0  # protocol of a stream
     dial_seconds: float = 5.0
+    max_dials: int = 8  # at once for each purpose: sessions, pings, records with the Kademlia table
+    first_dial_pause_seconds: float = 1.0  # after a failed dial, to a peer and to an address; doubles
+    dial_pause_seconds: float = 60.0  # the longest pause
+    reached_dial_pause_seconds: float = 4.0  # the same, where a dial has worked: it may be back
+    failed_dials_per_host_per_second: float = 1.0  # to one IP address, whatever the ports and peers
+    failed_dials_per_host_burst: int = 64  # servers of one machine that end at once
+    max_successor_addresses: int = 2  # dialled for a client that names the next hop
+    successor_dials_per_client_per_second: float = 1.0  # to hops without a link
+    successor_dials_per_client_burst: int = 8
     tcp_user_timeout_seconds: float = 10.0  # the kernel's own default is a quarter of an hour
     max_unread_bytes_per_connection: int = 8 * MIB
     # Frames above 128 KiB that arrive; smaller ones wait unread in their stream's window

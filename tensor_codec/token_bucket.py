@@ -19,6 +19,11 @@ class TokenBucket:
         """A full bucket."""
         return cls(rate, burst, burst, now)
 
+    def level_at(self, now: float) -> float:
+        """What the bucket holds; less than 0 where more was taken than the rate has covered."""
+        self._fill(now)
+        return self.level
+
     def take(self, count: float, now: float) -> float:
         """Take `count`, and return the seconds until the rate has covered them."""
         self._fill(now)

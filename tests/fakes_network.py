@@ -7,7 +7,7 @@ stream that delivers after a delay.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
@@ -150,6 +150,7 @@ class FakeHost:
         self.byte_handlers: dict[str, ByteHandler] = {}
         self.frame_bytes: dict[str, int] = {}
         self.linked: set[PeerId] = set()
+        self.configured: set[str] = set()
         network.hosts[self.peer_id] = self
 
     @property
@@ -163,6 +164,12 @@ class FakeHost:
     def handle(self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None) -> None:
         self.handlers[protocol] = handler
         self.frame_bytes[protocol] = max_frame_bytes or self.limits.max_frame_bytes
+
+    def configure_peers(self, multiaddrs: Iterable[str]) -> None:
+        self.configured.update(multiaddrs)
+
+    def sign_of_life(self, names: Iterable[str]) -> None:
+        """A dial never waits here."""
 
     def charge(self, who: str, fault: PeerFault, *, bans: bool = True) -> None:
         self.faults.add(who, fault, bans=bans)

@@ -11,8 +11,9 @@ import errno
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -20,15 +21,15 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.network.exceptions import SwarmException
 
 from node.config import ConfigError
-from node.network.addresses import Address, announced, parse_address
+from node.network.addresses import Address, parse_address
 from node.network.admission.door import BACKLOG, keep_door
 from node.network.admission.reception import Reception
 from node.network.budgets.large_frames import LargeFrames
 from node.network.connection_table import ConnectionTable
-from node.network.dialler import Dialler
-from node.network.interfaces import read_interfaces
+from node.network.dialling.dialler import Dialler, Purpose
 from node.network.libp2p_adapter import Libp2pConnection
 from node.network.libp2p_host import make_libp2p_host
+from node.network.own_addresses import OwnAddresses, find_own_addresses
 from node.network.prefixes import address_prefix
 from node.network.streams import FramedStream, Traffic
 from node.network.transport.connection import Connection, MuxedStream
@@ -49,6 +50,12 @@ Handler = Callable[[FramedStream], Awaitable[None]]
 ByteHandler = Callable[[MuxedStream, PeerId, str], Awaitable[None]]
 
 PING_PROTOCOL = "/raceme/ping/1"
+_PURPOSES: Mapping[str, Purpose] = {  # of dials; those of other protocols are for sessions
+    PING_PROTOCOL: "ping",
+    "/raceme/records/1": "directory",
+    "/ipfs/kad/1.0.0": "directory",
+}
+_NAMED_BY_CLIENTS = frozenset({"/raceme/push/1"})  # a client names the peer to push to
 _PING_BYTES = 8
 _PINGS = 3  # the quickest counts: the first ping also pays for opening the stream
 _MAX_PINGS_PER_STREAM = 16
@@ -78,33 +85,34 @@ class Host:
     def __init__(
         self,
         identity: Identity,
-        find_addresses: Callable[[], tuple[str, ...]],
+        find_addresses: Callable[[], OwnAddresses],
         swarm_key: bytes | None,
         limits: Limits,
         nursery: trio.Nursery,
     ) -> None:
-        """find_addresses: the addresses to announce, by the machine's present interfaces."""
+        """find_addresses: this node's addresses, by the machine's present interfaces."""
         self.peer_id = identity.peer_id
         self.swarm_id = swarm_id(swarm_key)
         self.faults = Faults(
             limits,
             clock=lambda: trio.current_time(),
             prefix_of=lambda peer: self.connections.prefix_of(peer),
-            on_ban=self._on_ban,
+            on_ban=lambda peer: _close_all(self.connections.of(PeerId(peer))),
         )
         self.traffic = Traffic()
         self.connections = ConnectionTable(limits, self.faults, members_only=swarm_key is not None)
         self._find_addresses = find_addresses
-        self._addresses = find_addresses()
+        self._addresses: tuple[str, ...] = ()
         self._limits = limits
         self._large_frames = LargeFrames.of(limits)
         self._upgrade = Upgrade(identity, swarm_key, limits)
         self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
+        self.read_addresses()
         self.reception = Reception(limits, self._upgrade, self.connections, nursery, self._add, self.charge)
         self._nursery = nursery
         self._services: dict[str, _Service | ByteHandler] = {}
         self.raw: BasicHost = make_libp2p_host(identity, lambda: self._addresses, limits)
-        self.handle(PING_PROTOCOL, self._answer_pings, max_frame_bytes=_PING_BYTES)
+        self.handle(PING_PROTOCOL, partial(_answer_pings, limits), max_frame_bytes=_PING_BYTES)
 
     # --- for the rest of the node ---
 
@@ -115,8 +123,18 @@ class Host:
 
     def read_addresses(self) -> bool:
         """Read the machine's interfaces again; whether this node's addresses have changed."""
-        before, self._addresses = self._addresses, self._find_addresses()
+        found = self._find_addresses()
+        self._dialler.networks.set_own(found.hosts, listens=found.listens)
+        before, self._addresses = self._addresses, found.announced
         return self._addresses != before
+
+    def configure_peers(self, multiaddrs: Iterable[str]) -> None:
+        """The operator has named these addresses: they are dialled wherever they are, and at any time."""
+        self._dialler.networks.configure(map(parse_address, multiaddrs))
+
+    def sign_of_life(self, names: Iterable[str]) -> None:
+        """These peers and multiaddrs may be back: see `node.network.dialling.backoff`."""
+        self._dialler.backoff.sign_of_life(names)
 
     def handle(
         self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None, bans: bool = True
@@ -147,7 +165,7 @@ class Host:
 
         Costs no round trip: the first frame carries the protocol's name, and the first `receive` raises
         RemoteProtocolError where the peer does not speak it.
-        addresses: multiaddrs, tried as `node.network.dialling` says.
+        addresses: multiaddrs, tried as `node.network.dialling.race` says.
         seconds: for the connection.
         Raises PeerGone, SlowPeer, NotAMember, RemoteProtocolError.
         """
@@ -160,7 +178,11 @@ class Host:
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
     ) -> MuxedStream:
         """As `open_stream`, for a protocol that has frames of its own."""
-        connection = self.connections.live(peer) or await self._dialler.connect(peer, addresses, seconds)
+        connection = self.connections.live(peer)
+        if connection is None:
+            purpose = _PURPOSES.get(protocol, "session")
+            most = self._limits.max_successor_addresses if protocol in _NAMED_BY_CLIENTS else None
+            connection = await self._dialler.connect(peer, addresses, seconds, purpose, most)
         stream = connection.open()
         stream.propose(protocol)
         return stream
@@ -168,7 +190,7 @@ class Host:
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
         """Make sure that there is a connection.  Raises what `open_stream` raises."""
         if self.connections.live(peer) is None:
-            await self._dialler.connect(peer, addresses, seconds)
+            await self._dialler.connect(peer, addresses, seconds, "ping")
 
     async def ping(self, peer: PeerId, addresses: Sequence[str], *, seconds: float | None = None) -> float:
         """The least round trip of `_PINGS` pings to a peer, in seconds.
@@ -263,15 +285,6 @@ class Host:
             return protocol
         raise SlowPeer(f"a stream named no protocol within {seconds:g} s")
 
-    async def _answer_pings(self, stream: FramedStream) -> None:
-        for _ in range(_MAX_PINGS_PER_STREAM):
-            question = await stream.receive(self._limits.frame_start_seconds)
-            if question is None:
-                return
-            if len(question) != _PING_BYTES:
-                raise RemoteProtocolError(f"a ping of {len(question)} bytes, expected {_PING_BYTES}")
-            await stream.send(question)
-
     # --- connections of both directions ---
 
     async def _add(self, channel: SecureChannel) -> Connection:
@@ -323,10 +336,6 @@ class Host:
         """A broken rule of yamux bans; bytes that Noise refuses may have been changed by the network."""
         self.charge(peer, fault, bans=isinstance(fault, YamuxError))
 
-    def _on_ban(self, peer: str) -> None:
-        for connection in self.connections.of(PeerId(peer)):
-            connection.close_now("the peer broke the rules")
-
     async def close_connections(self) -> None:
         """Send a goodbye to every peer, and wait a bounded time for py-libp2p to notice."""
         for connection in self.connections:
@@ -367,12 +376,8 @@ async def open_host(
             listeners += opened
             listened_on.append(address)
 
-        def find_addresses() -> tuple[str, ...]:
-            if chosen or not listened_on:
-                return chosen
-            return announced(listened_on, read_interfaces())
-
         async with trio.open_nursery() as nursery:
+            find_addresses = partial(find_own_addresses, chosen, listened_on)
             host = Host(identity, find_addresses, swarm_key, limits, nursery)
             async with host.raw.run([]):
                 listening = trio.CancelScope()
@@ -402,6 +407,21 @@ async def _serve_listeners(host: Host, listeners: Sequence[socket.socket], scope
         async with trio.open_nursery() as nursery:
             for listener in listeners:
                 nursery.start_soon(keep_door, listener, host.reception.may_enter, host.reception.enter)
+
+
+async def _answer_pings(limits: Limits, stream: FramedStream) -> None:
+    for _ in range(_MAX_PINGS_PER_STREAM):
+        question = await stream.receive(limits.frame_start_seconds)
+        if question is None:
+            return
+        if len(question) != _PING_BYTES:
+            raise RemoteProtocolError(f"a ping of {len(question)} bytes, expected {_PING_BYTES}")
+        await stream.send(question)
+
+
+def _close_all(connections: Iterable[Connection]) -> None:
+    for connection in connections:
+        connection.close_now("the peer broke the rules")
 
 
 def _parse(text: str, what: str) -> Address:

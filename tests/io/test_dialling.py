@@ -7,9 +7,9 @@ import socket
 import pytest
 import trio
 
-from node.network import dialling
 from node.network.addresses import parse_address
-from node.network.dialling import STAGGER_SECONDS, TRIED_AT_ONCE, TURN_SECONDS, Race
+from node.network.dialling import race as dialling
+from node.network.dialling.race import STAGGER_SECONDS, TRIED_AT_ONCE, TURN_SECONDS, Race
 from tensor_codec.errors import NotAMember, PeerGone
 
 

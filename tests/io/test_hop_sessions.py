@@ -243,3 +243,37 @@ async def close_all(link: PushLink, streams: Sequence[Sent]) -> None:
         await link.close_bulk(stream)
         assert stream.closed
     assert await link.open_bulk() is not None
+
+
+# --- dials that a client asks for -------------------------------------------------------------------
+
+
+async def test_a_client_may_name_eight_new_hops_at_once_and_one_a_second_then(autojump_clock):
+    dialled = []
+
+    async def open_stream(peer):
+        dialled.append(peer)
+        raise PeerGone("nobody there")
+
+    links = PushLinks(open_stream)
+    greedy, other = Outlet(links, 60.0, "greedy"), Outlet(links, 60.0, "other")
+    for number in range(100):
+        with pytest.raises(PeerGone):
+            await greedy.connect(PeerId(f"hop {number}"))
+    assert len(dialled) == 8
+    with pytest.raises(PeerGone, match="nobody there"):
+        await other.connect(PeerId("hop"))
+    for _ in range(100):
+        await trio.sleep(0.1)
+        with pytest.raises(PeerGone):
+            await greedy.connect(PeerId("hop"))
+    assert 8 + 1 + 9 <= len(dialled) <= 8 + 1 + 11
+
+
+async def test_a_link_that_is_there_costs_no_dial(autojump_clock):
+    links = PushLinks(open_sent)
+    outlets = [Outlet(links, 60.0, "client") for _ in range(50)]
+    for outlet in outlets:
+        await outlet.connect(PeerId("hop"))
+    for outlet in outlets:
+        await outlet.aclose()

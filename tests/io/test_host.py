@@ -143,6 +143,7 @@ async def test_addresses_that_answer_nothing_hide_nobody():
             f"/dns/localhost/tcp/{silent.getsockname()[1]}",
         ]
         async with host() as alice, host() as bob, host(KEY) as member_of_another:
+            alice.configure_peers([*dead, *member_of_another.addresses])  # no pause after a failed dial
             addresses = [*dead, *member_of_another.addresses, *bob.addresses]
             await alice.connect(bob.peer_id, addresses, seconds=3)
             assert alice.connected() == {bob.peer_id}
@@ -527,6 +528,7 @@ async def test_connections_beyond_the_caps_are_closed():
 
 async def test_a_node_short_of_descriptors_keeps_its_connections_and_accepts_no_other():
     async with host() as bob, host() as alice, host() as carol:
+        carol.configure_peers(bob.addresses)  # which have no pause after a failed dial
         await alice.connect(bob.peer_id, bob.addresses, seconds=3)
         bob.connections.accepting = False
         with pytest.raises(PeerGone):

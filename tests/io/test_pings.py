@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from node.network.connection_table import NoPlaceLeft
-from node.network.directory.pings import ASKED_AT_ONCE, PING_SECONDS, WATCH_SECONDS, Asker
+from node.network.directory.pings import ASKED_AT_ONCE, DIALLED_AT_ONCE, PING_SECONDS, WATCH_SECONDS, Asker
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 
@@ -27,6 +27,10 @@ class Host:
         self.pings = []
         self.under_way = self.most = 0
         self.fault = None
+        self.linked = set()
+
+    def connected(self):
+        return self.linked
 
     async def connect(self, peer, addresses, *, seconds):
         self.under_way += 1
@@ -63,10 +67,16 @@ async def asking(autojump_clock):
 async def test_many_silent_peers_are_asked_a_few_at_a_time_and_all_come_to_their_turn(autojump_clock, asking):
     asking._host.answering = set(PEERS[-3:])
     assert (await asking.measure(PEERS, 20.0)).keys() == set(PEERS[-3:])
-    assert asking._host.most == ASKED_AT_ONCE
+    assert asking._host.most == DIALLED_AT_ONCE
     assert asking.answers.silent() == set(PEERS[:-3])
     await trio.sleep(PING_SECONDS)
     assert asking._host.under_way == 0
+
+
+async def test_more_are_asked_at_a_time_where_nobody_has_to_be_dialled(autojump_clock, asking):
+    asking._host.linked = set(PEERS)
+    await asking.measure(PEERS, 1.0)
+    assert asking._host.most == ASKED_AT_ONCE
 
 
 async def test_a_watched_peer_is_asked_every_few_seconds(autojump_clock, asking):

@@ -18,8 +18,9 @@ from client.session import inputs
 from client.session.repair import watchdog
 from node.config import BalanceConfig
 from node.model.blocks import kv_pages
-from node.network import addresses, connection_table, dialler, dialling, host
+from node.network import addresses, connection_table, host
 from node.network.admission import places, rates
+from node.network.dialling import race as dialling
 from node.network.directory import announcer, intake, neighbours
 from node.network.transport import yamux_limits
 from node.network.transport.yamux_limits import YamuxLimits
@@ -192,7 +193,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
             dialling.TURN_SECONDS,
         ),
     ),
-    (PROTOCOL, "A node dials at most N peers at once", (dialler.MAX_DIALS,)),
+    (PROTOCOL, "A node dials at most N peers at once for each purpose", (LIMITS.max_dials,)),
     (PROTOCOL, "counted; the N on a stream ends it", (intake.FAULTS_BEFORE_DROP,)),
     (
         PROTOCOL,

@@ -82,6 +82,9 @@ class DirectoryHost(AnnouncerHost, ExchangeHost, KademliaHost, PingHost, Protoco
     ) -> None:
         """Answer inbound streams of a protocol."""
 
+    def configure_peers(self, multiaddrs: Iterable[str]) -> None:
+        """The operator has named these addresses."""
+
 
 class Directory:
     """The view of the swarm, and the record of this node.  Made by `open_directory`."""
@@ -100,6 +103,7 @@ class Directory:
         self._host = host
         self._rng = rng
         bootstrap = bootstrap_peers(config.bootstrap)
+        host.configure_peers(address for addresses in bootstrap.values() for address in addresses)
         silent = self._silent if config.watches else None
         self._live = LiveView(config.swarm, config.limits.max_records, bootstrap, silent)
         self._neighbours = Neighbours(
@@ -143,6 +147,10 @@ class Directory:
     def addresses(self, peer: PeerId) -> tuple[str, ...]:
         """See `LiveView.addresses`."""
         return self._live.addresses(peer)
+
+    def is_vouched(self, peer: PeerId) -> bool:
+        """Whether this node has met that peer, or passes its record on: see `routing.view.newcomers`."""
+        return self._neighbours.is_vouched(peer)
 
     def neighbours(self) -> frozenset[PeerId]:
         """The peers with which records are exchanged now."""

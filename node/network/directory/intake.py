@@ -8,7 +8,7 @@ once.  Any other neighbour has a budget, and its new peers wait until they were 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import trio
@@ -35,8 +35,11 @@ class ChargingHost(Protocol):
     def peer_id(self) -> PeerId:
         """This node's own."""
 
-    def charge(self, who: str, fault: PeerFault) -> None:
-        """Count a peer's fault."""
+    def charge(self, who: str, fault: PeerFault, *, bans: bool = True) -> None:
+        """Count a peer's fault.  bans: False where an honest peer may commit it."""
+
+    def sign_of_life(self, names: Iterable[str]) -> None:
+        """These peers and multiaddrs may be back."""
 
 
 class Intake:
@@ -127,6 +130,8 @@ class Intake:
     def _merge(self, neighbour: Neighbour, arrivals: Sequence[Arrival]) -> Sequence[PeerId]:
         before = self._view.view().entries
         changed = self._view.merge(arrivals, self._met)
+        for peer in changed:
+            self._host.sign_of_life([peer, *self._view.addresses(peer)])
         if neighbour.peer in self._trusted:
             return changed
         unmet = [peer for peer in changed if peer not in before and peer not in self._met]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from node.config import ConfigError
-from node.network.directory.intake import Intake
+from node.network.dialling.backoff import DialPaused
+from node.network.directory.intake import ChargingHost, Intake
 from node.network.directory.live_view import LiveView
 from node.network.directory.met import Met
 from node.network.directory.neighbour import Neighbour, Retries
@@ -40,17 +41,13 @@ JOIN_PAUSE_SECONDS = 0.25  # between two dials to one bootstrap peer, which may 
 JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
 CLOSE_SECONDS = 0.5
 DIGEST_ENTRY_COST = 0.01  # of a record's
-DIALS_AT_ONCE = 8  # by the directory; `Host` holds the same bound for all
+DIALS_AT_ONCE = 8  # of peers that a Kademlia table has named; `Host` holds the same bound
 
 log = logging.getLogger(__name__)
 
 
-class ExchangeHost(Protocol):
+class ExchangeHost(ChargingHost, Protocol):
     """The part of `node.network.host.Host` that an exchange of records needs."""
-
-    @property
-    def peer_id(self) -> PeerId:
-        """This node's own."""
 
     async def open_stream(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
@@ -59,9 +56,6 @@ class ExchangeHost(Protocol):
 
     def connected(self) -> set[PeerId]:
         """The peers with a live connection."""
-
-    def charge(self, who: str, fault: PeerFault, *, bans: bool = True) -> None:
-        """Count a peer's fault.  bans: False where an honest peer may commit it."""
 
 
 class Neighbours:
@@ -103,6 +97,10 @@ class Neighbours:
     def peers(self) -> frozenset[PeerId]:
         """The peers with which records are exchanged now."""
         return frozenset(neighbour.peer for neighbour in self._neighbours)
+
+    def is_vouched(self, peer: PeerId) -> bool:
+        """Whether that peer was met, or its record is passed on."""
+        return peer in self.met or peer not in self._intake.withheld
 
     def pass_on(self, peers: Iterable[PeerId], source: PeerId | None) -> None:
         """Send the records of these peers to all neighbours except their source."""
@@ -152,7 +150,8 @@ class Neighbours:
                 peer, addresses, PROTOCOL, seconds=self._limits.dial_seconds
             )
         except PeerFault as fault:
-            self.retries.failed(peer)
+            if not isinstance(fault, DialPaused):
+                self.retries.failed(peer)
             if isinstance(fault, NotAMember):
                 self._turned_away.add(peer)
             answered.set()

@@ -23,7 +23,8 @@ from tensor_codec.errors import PeerFault, PeerGone
 
 PING_SECONDS = 2.0  # for the answer to a ping, a connection included
 OVERDUE_SECONDS = 1.0  # after which a peer without any answer counts as silent
-ASKED_AT_ONCE = 16  # half of the dials that `Host` runs at once: a session's dial never waits for pings
+ASKED_AT_ONCE = 16
+DIALLED_AT_ONCE = 8  # of these; `Host` holds the same bound, and a place there is never waited for
 WATCH_SECONDS = 3.0  # between two pings to one server: silent ones are known within 8 s
 LOOK_SECONDS = 1.0  # between looks for new servers
 QUIET_SECONDS = 0.02
@@ -40,6 +41,9 @@ class PingHost(Protocol):
     @property
     def peer_id(self) -> PeerId:
         """This node's own."""
+
+    def connected(self) -> set[PeerId]:
+        """The peers with a live connection."""
 
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
         """Make sure that there is a connection.  Raises PeerFault."""
@@ -71,6 +75,7 @@ class Asker:
         self._changed = changed
         self._dial_seconds = dial_seconds
         self._turns = trio.CapacityLimiter(ASKED_AT_ONCE)
+        self._dials = trio.CapacityLimiter(DIALLED_AT_ONCE)
         self._news = trio.Event()  # set by an answer, or by its failure
         self._connecting = 0
         self._quiet = trio.Event()
@@ -139,7 +144,8 @@ class Asker:
     async def _ask(self, peer: PeerId) -> None:
         before = peer in self.answers.silent()
         try:
-            async with self._turns:
+            limiter = self._turns if peer in self._host.connected() else self._dials
+            async with limiter:
                 tries = FAILURES if self.answers.has_answered(peer, trio.current_time()) else 1
                 for _ in range(tries):
                     if await self._try(peer):

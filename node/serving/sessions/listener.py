@@ -18,6 +18,7 @@ import trio
 from torch import Tensor
 
 from node.model.blocks.kv_pages import BlockShape
+from node.network.prefixes import is_local
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
@@ -109,7 +110,12 @@ class Listener:
     _session_ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
-        self._links = PushLinks(self.open_stream)
+        limits = self.limits
+        self._links = PushLinks(
+            self.open_stream,
+            limits.successor_dials_per_client_per_second,
+            limits.successor_dials_per_client_burst,
+        )
         self._prompts = PromptBudget(self.limits)
         self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
@@ -280,7 +286,7 @@ class Listener:
                 stream=stream,
                 state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
-                outlet=Outlet(self._links, self.limits.session_idle_seconds),
+                outlet=Outlet(self._links, self.limits.session_idle_seconds, _asker(stream)),
                 inbox=Inbox(self.limits.max_steps_in_flight, held=opened.held),
                 route=SessionRoute(opened.epoch, opened.predecessor, opened.successor, opened.relay),
                 kept=KeptOutputs(opened.codec),
@@ -332,6 +338,11 @@ class Listener:
         finally:
             hop.inbox.close()
             await hop.outlet.aclose()
+
+
+def _asker(stream: FrameStream) -> str:
+    """The name under which a client's dials are counted: its public address, else its id."""
+    return stream.peer if is_local(stream.prefix) else stream.prefix
 
 
 def _leaving() -> PeerGone:

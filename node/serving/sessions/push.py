@@ -7,6 +7,7 @@ muxer then divides the connection among streams, and a slow receiver holds back 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,11 +17,14 @@ import trio
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone
 from tensor_codec.frame import Buffer
+from tensor_codec.limits import Limits
+from tensor_codec.token_bucket import TokenBucket
 
 # Bulk streams: always well below the streams that a peer allows us to open (`Limits`).
 BULK_OPENS_PER_SECOND = 8.0
 BULK_OPENS_BURST = 24
 MAX_BULK_STREAMS = 24
+CLIENTS_KEPT = 1024  # whose dials are counted
 
 
 class Sender(Protocol):
@@ -117,13 +121,22 @@ async def _close(stream: Sender) -> None:
 
 @dataclass(slots=True)
 class PushLinks:
-    """All links of a node.  open_stream: dials a peer of our own view, with a deadline."""
+    """All links of a node.
+
+    open_stream: dials a peer of our own view, with a deadline.
+    dials_per_second, dials_burst: of links that one client asks for and that are not there.
+    """
 
     open_stream: Callable[[PeerId], Awaitable[Sender]]
+    dials_per_second: float = Limits().successor_dials_per_client_per_second
+    dials_burst: int = Limits().successor_dials_per_client_burst
     _links: dict[PeerId, PushLink] = field(default_factory=dict)
+    _asked: OrderedDict[str, TokenBucket] = field(default_factory=OrderedDict)
 
-    async def acquire(self, peer: PeerId) -> PushLink:
-        """The connected link to `peer`, until `release`.  Raises PeerGone, SlowPeer."""
+    async def acquire(self, peer: PeerId, client: str) -> PushLink:
+        """The connected link to `peer`, until `release`.  client: asks for it.  Raises PeerGone, SlowPeer."""
+        if peer not in self._links:
+            self._take_a_dial(client)
         link = self._links.setdefault(peer, PushLink(peer, self.open_stream))
         link.users += 1
         try:
@@ -132,6 +145,17 @@ class PushLinks:
             await self.release(link)
             raise
         return link
+
+    def _take_a_dial(self, client: str) -> None:
+        """Count a dial against the client's budget.  Raises PeerGone where none is left."""
+        now = trio.current_time()
+        if client not in self._asked:
+            self._asked[client] = TokenBucket.full(self.dials_per_second, self.dials_burst, now)
+        self._asked.move_to_end(client)
+        while len(self._asked) > CLIENTS_KEPT:
+            self._asked.popitem(last=False)
+        if not self._asked[client].try_take(1, now):
+            raise PeerGone(f"a client asks for more than {self.dials_per_second:g} new hops per second")
 
     async def release(self, link: PushLink) -> None:
         """End one session's use of the link; the last one closes it.  Bounded."""
@@ -148,10 +172,12 @@ class Outlet:
 
     bulk_seconds: time in which the next hop must read a frame of a long prompt or replay; it reads no faster
     than it computes.
+    client: the peer that names the next hops, or the network prefix that it shares with others.
     """
 
     links: PushLinks
     bulk_seconds: float
+    client: str = ""
     link: PushLink | None = None
     _bulk: Sender | None = None
 
@@ -166,7 +192,7 @@ class Outlet:
             return await self.end_bulk()
         await self.aclose()
         if peer is not None:
-            self.link = await self.links.acquire(peer)
+            self.link = await self.links.acquire(peer, self.client)
 
     async def send(self, parts: list[Buffer], *, bulk: bool) -> None:
         """Send one frame.  Raises PeerGone, SlowPeer.
