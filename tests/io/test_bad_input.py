@@ -11,6 +11,7 @@ import pytest
 
 import client.__main__
 import node.__main__
+from node.network.transport.identity import held_identity
 
 PEER = "12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8"
 
@@ -134,6 +135,13 @@ def test_a_swarm_key_is_never_overwritten(capsys, tmp_path):
     assert str(path) in refused(capsys, node.__main__, "new-swarm-key", path)
     assert path.read_bytes() == before
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_second_node_with_the_same_identity_is_refused(capsys, tmp_path):
+    path = tmp_path / "identity"
+    with held_identity(path):
+        said = refused(capsys, node.__main__, "bootstrap", "--identity", path)
+    assert f"identity {path} is in use by another node" in said
 
 
 def test_a_ready_file_that_cannot_be_written_is_named(capsys, tmp_path):

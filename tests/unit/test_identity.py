@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import stat
 
@@ -5,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config import ConfigError
-from node.network.transport.identity import identity_of, load_or_create_identity
+from node.network.transport.identity import held_identity, identity_of, load_or_create_identity
 from routing.names import public_key_of
 
 
@@ -20,6 +22,28 @@ def test_an_identity_is_made_once_and_kept(tmp_path):
 
 def test_without_a_path_every_identity_is_new():
     assert load_or_create_identity(None).peer_id != load_or_create_identity(None).peer_id
+
+
+def test_an_identity_has_one_node_at_a_time(tmp_path):
+    path = tmp_path / "identity"
+    with held_identity(path) as first:
+        used = rf"identity {path} is in use by another node: every node needs an identity of its own"
+        with pytest.raises(ConfigError, match=used), held_identity(path):
+            pass
+        with held_identity(tmp_path / "other") as other, held_identity(None) as third:
+            assert len({first.peer_id, other.peer_id, third.peer_id}) == 3
+        assert load_or_create_identity(path) == first, "to read it is no use of it"
+    with held_identity(path) as again:
+        assert again == first
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def unknown(descriptor, operation):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with held_identity(tmp_path / "identity") as one, held_identity(tmp_path / "identity") as two:
+        assert one == two
 
 
 def test_the_peer_id_is_that_of_libp2p():

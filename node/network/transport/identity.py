@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +51,39 @@ def load_or_create_identity(path: Path | str | None) -> Identity:
         return _load(path)
     except FileNotFoundError:
         raise ConfigError(f"identity {path} disappeared while it was being made") from None
+
+
+@contextlib.contextmanager
+def held_identity(path: Path | str | None) -> Iterator[Identity]:
+    """`load_or_create_identity`, for this process alone until the end of the block.
+
+    Raises ConfigError, also where another node of this machine holds the file: two nodes with one id would
+    overtake each other's records.  The system lets go of the file when the process ends, however it ends.
+    """
+    identity = load_or_create_identity(path)
+    if path is None:
+        yield identity
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise ConfigError(f"cannot read identity {path}: {error.strerror}") from error
+    try:
+        _hold(descriptor, path)
+        yield identity
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int, path: Path | str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise ConfigError(
+                f"identity {path} is in use by another node: every node needs an identity of its own"
+            ) from None
+        # a file system without locks
 
 
 def _load(path: Path) -> Identity:
