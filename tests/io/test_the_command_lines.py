@@ -366,6 +366,14 @@ def test_a_prompt_is_the_same_in_every_locale(
     assert swarm.asked == ["hëllo…"]
 
 
+def test_an_answer_in_a_chat_does_nothing_to_a_terminal(
+    command_line: CommandLine, serve: Callable[..., FakeSwarm]
+):
+    serve(*EVIL)
+    done = command_line.run(client.__main__, "chat", *JOIN, stdin=b"hello\n", stdout="tty")
+    assert (done.code, done.out) == (0, f"> {HARMLESS}\n> ")
+
+
 def test_a_chat_says_which_line_is_no_text_and_goes_on(
     command_line: CommandLine, serve: Callable[..., FakeSwarm]
 ):
@@ -566,6 +574,26 @@ def test_a_dumb_terminal_gets_one_look_below_the_other(
     done = command_line.run(node.__main__, *STATUS, "--watch", stdout="tty")
     assert (done.code, done.err) == (CTRL_C, "")
     assert len(looks) == 3
+
+
+@pytest.mark.usefixtures("swarm_of_records")
+def test_a_watch_shows_names_as_they_are(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch):
+    looks = []
+
+    async def stop(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) > 1:
+            raise KeyboardInterrupt
+
+    for name, value in {"TERM": "xterm", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(trio, "sleep", stop)
+    done = command_line.run(node.__main__, *STATUS, "--watch", stdout="tty")
+    assert (done.code, done.err) == (CTRL_C, "")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.out)
+    assert "\x1b" not in shown
+    for name in (r"[link=http://x]n[/link]\n\u202e", r"[/]:smile:\n\x1b[31m ([red]r), 6 blocks", "[b]"):
+        assert name in shown
 
 
 # Processes: what only they show
