@@ -298,7 +298,6 @@ class FakeStream:
         self._send = send_channel
         self._receive = receive_channel
         self._decoder = FrameDecoder(limits.max_frame_bytes)
-        self._ready: list[bytearray] = []
 
     @property
     def in_frame(self) -> bool:
@@ -326,7 +325,7 @@ class FakeStream:
     async def receive(self, seconds: float | None = None) -> bytearray | None:
         """The next frame, None at a clean end.  Raises SlowPeer, PeerGone, FrameError."""
         with trio.move_on_after(float("inf") if seconds is None else seconds):
-            while not self._ready:
+            while (frame := self._decoder.take()) is None:
                 try:
                     data = await self._receive.receive()
                     while (stopped := self.frozen.get(self.other.peer)) is not None:
@@ -338,8 +337,8 @@ class FakeStream:
                     return None
                 except trio.ClosedResourceError as error:
                     raise PeerGone("the stream is closed") from error
-                self._ready += self._decoder.feed(data)
-            return self._ready.pop(0)
+                self._decoder.add(data)
+            return frame
         raise SlowPeer(f"no whole frame from {self.peer} within {seconds} s")
 
     async def aclose(self) -> None:

@@ -20,7 +20,7 @@ from tests.traced import Called, Tracer
 PROMPT = [1, 2, 3, 4]
 HOPS = 3
 MAX_CALLS = 450
-MAX_SERVER_CALLS = 330  # of all hops, with reading and writing their messages and the client's
+MAX_SERVER_CALLS = 340  # of all hops, with reading and writing their messages and the client's
 MAX_SCHEDULER_CALLS_OF_A_HOP = 40  # with one step waiting
 EXECUTOR = "node/serving/executor/"
 SCHEDULER = {

@@ -84,6 +84,7 @@ UNNAMED = {
     "Host.open_bytes": "within Host.open_stream",
     "Host.ping": "within Directory.measure",
     "Journal.cut": "nothing to cut",
+    "MuxedStream.receive_some": "the protocol's name, for negotiate",
     "MuxedStream.send_all": "of the pings of Directory.measure",
     "Node.open_stream": "looks the address up for PushLink.connect",
     "Outlet.aclose": "nothing to leave yet",
