@@ -57,7 +57,7 @@ def done(swarm: ToySwarm) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def blamed(swarm: ToySwarm) -> dict[str, int]:
+def blamed(swarm: ToySwarm) -> dict[str, float]:
     return {str(peer): count for peer, count in swarm.blame._faults.items()}
 
 
