@@ -39,6 +39,14 @@ def test_a_peer_with_more_sessions_may_ask_more():
     assert spent(rates, "b", 0.0, sessions=64) == 552
 
 
+def test_a_hop_that_passes_on_steps_of_many_clients_has_their_rates():
+    rates = FrameRates(LIMITS)
+    for _ in range(8 * 40):
+        assert rates.spend("where", "hop", "192.0.2.7/32", 0.0, hop=True) == 0.0
+    with pytest.raises(RemoteProtocolError):
+        rates.spend("where", "hop", "192.0.2.7/32", 0.0, hop=True)
+
+
 def test_each_kind_of_message_has_a_rate_of_its_own():
     rates = FrameRates(LIMITS)
     assert spent(rates, "a", 0.0) == 40

@@ -42,7 +42,7 @@ class FrameRates:
 
     Promises, checked by tests/unit/test_frame_rates.py:
       * a peer sends its rate for ever and a burst at once, and is at fault beyond;
-      * sessions of a peer raise its rate;
+      * sessions of a peer raise its rate; a hop that pushes steps of many clients has the rate of many;
       * peers of one prefix together are slowed down beyond their rate, and none of them is at fault;
       * memory is bounded, whatever peers come.
     """
@@ -50,20 +50,25 @@ class FrameRates:
     limits: Limits
     _buckets: dict[tuple[FrameKind, str], tuple[float, float]] = field(default_factory=dict)  # used, since
 
-    def spend(self, kind: FrameKind, peer: str, prefix: str, now: float, sessions: int = 0) -> float:
+    def spend(
+        self, kind: FrameKind, peer: str, prefix: str, now: float, sessions: int = 0, *, hop: bool = False
+    ) -> float:
         """Count one message; the seconds until the next one may be read, 0 unless the prefix is used up.
 
-        sessions: of the peer here.  Raises RemoteProtocolError.
+        sessions: of the peer here.  hop: the peer passes on what many clients send, and has the rate of many.
+        Raises RemoteProtocolError.
         """
+        many = self.limits.frame_rate_peers_per_prefix
         rate = self._per_second(kind) * (1 + self.limits.frame_rate_session_share * sessions)
-        burst = rate * self.limits.frame_burst_seconds
-        if self._use(kind, peer, rate, now, most=burst + 1) > 0:
+        own = rate * many if hop else rate
+        burst = own * self.limits.frame_burst_seconds
+        if self._use(kind, peer, own, now, most=burst + 1) > 0:
             raise RemoteProtocolError(
-                f"{kind}: more than {rate:g} such messages a second, {burst:g} at once, without work"
+                f"{kind}: more than {own:g} such messages a second, {burst:g} at once, without work"
             )
         if not prefix:
             return 0.0
-        return max(0.0, self._use(kind, prefix, rate * self.limits.frame_rate_peers_per_prefix, now))
+        return max(0.0, self._use(kind, prefix, rate * many, now))
 
     def _per_second(self, kind: FrameKind) -> float:
         limits = self.limits
@@ -100,9 +105,12 @@ class FrameBudget:
     rates: FrameRates
     sessions_of: Callable[[str], int]
 
-    async def spend(self, kind: FrameKind, sender: Sender) -> None:
-        """Count one message; waits where the sender's prefix is used up.  Raises RemoteProtocolError."""
-        peer = sender.peer
-        now = trio.current_time()
-        if seconds := self.rates.spend(kind, peer, sender.prefix, now, self.sessions_of(peer)):
+    async def spend(self, kind: FrameKind, sender: Sender, *, hop: bool = False) -> None:
+        """Count one message; waits where the sender's prefix is used up.  Raises RemoteProtocolError.
+
+        hop: see `FrameRates.spend`.
+        """
+        peer, now = sender.peer, trio.current_time()
+        sessions = self.sessions_of(peer)
+        if seconds := self.rates.spend(kind, peer, sender.prefix, now, sessions, hop=hop):
             await trio.sleep(seconds)

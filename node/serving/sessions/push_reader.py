@@ -30,4 +30,4 @@ async def read_pushes(
             if await taker.take_push(frame, stream.peer):
                 break
         else:
-            await frames.spend("idle step", stream)
+            await frames.spend("idle step", stream, hop=True)
