@@ -415,7 +415,7 @@ class FakeNode:
 class World:
     """Nodes that reach each other by name, over streams in memory.
 
-    unreachable: pairs (from, to) that have no way.  limits: of all nodes.
+    unreachable: pairs (from, to) that have no way.  limits: of all nodes.  prefixes: of peers' addresses.
     """
 
     def __init__(self, nursery: trio.Nursery, limits: Limits | None = None) -> None:
@@ -424,6 +424,7 @@ class World:
         self.nodes: dict[PeerId, FakeNode] = {}
         self.unreachable: set[tuple[PeerId, PeerId]] = set()
         self.out_of_sight: set[PeerId] = set()
+        self.prefixes: dict[PeerId, str] = {}
         self.frozen: dict[PeerId, trio.Event] = {}
         self.client_streams: list[FakeStream] = []
         self.dialled: list[tuple[PeerId, PeerId]] = []
@@ -532,6 +533,7 @@ class World:
             raise PeerGone(f"{to} cannot be reached")
         ours, theirs = stream_pair(me, to, protocol, self.limits)
         ours.frozen = theirs.frozen = self.frozen
+        theirs.prefix = self.prefixes.get(me, "")
         node.streams.append(theirs)
         if me in self.nodes:
             self.nodes[me].streams.append(ours)
@@ -641,7 +643,7 @@ class _FirstAlong:
 
 async def serve_push(listener: Listener, stream: FrameStream, frames: FrameBudget) -> None:
     """Give each frame of a push stream to a listener, as a node's StreamDispatch does.  Raises PeerFault."""
-    await read_pushes(stream, lambda: (listener,), frames)
+    await read_pushes(stream, (listener,), frames)
 
 
 async def until(condition: Callable[[], bool]) -> None:

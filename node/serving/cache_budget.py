@@ -14,6 +14,7 @@ from functools import partial
 
 import trio
 
+from node.serving.fair_shares import who_yields
 from tensor_codec.errors import CacheFull, LocalProtocolError
 
 FREE_AGAIN_SECONDS = 2.0  # sessions end, and caches are cut, all the time
@@ -24,8 +25,8 @@ SHARE_AGAIN_SECONDS = 5.0  # the peer must end one of its own sessions first
 class _Session:
     """One session's pages, of all its rows.
 
-    max_pages: that it may come to hold; pages: that it holds.  long: whether max_pages exceeds a peer's
-    share.
+    prefix: of the peer's address.  max_pages: that it may come to hold; pages: that it holds.  long: whether
+    max_pages exceeds a peer's share.  yields: it is about to end, for others.
     """
 
     peer: str
@@ -33,7 +34,14 @@ class _Session:
     max_length: int
     max_pages: int
     long: bool = False
+    prefix: str = ""
     pages: int = 0
+    yields: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Its part of the cache: a row takes a place before it has a page."""
+        return max(self.pages, self.rows)
 
 
 @dataclass(slots=True)
@@ -47,7 +55,9 @@ class CacheBudget:
       * the first session can always go on, up to the length that it was opened for: the first one is the
         oldest that is not long, and without one the oldest long session;
       * every other session can do so at the latest when all sessions before it have ended;
-      * releasing all sessions brings the budget back to its beginning.
+      * releasing all sessions brings the budget back to its beginning;
+      * while peers of other prefixes wait, a prefix that holds more than its share gives sessions up, its
+        youngest first; while none waits, and among peers of one prefix, none is given up.
 
     The last but one is Dijkstra's banker (EWD 108) with one fixed order: by age, long sessions after all
     others.  For every session, the free pages and the pages of the sessions before it cover its further need:
@@ -106,16 +116,17 @@ class CacheBudget:
         """Tokens of the pages that this peer's sessions hold."""
         return self.page_tokens * _held(self._of(peer))
 
-    def admit(self, session: Hashable, peer: str, rows: int, max_length: int) -> None:
+    def admit(self, session: Hashable, peer: str, rows: int, max_length: int, prefix: str = "") -> None:
         """Admit a session of `rows` x `max_length`; it holds no page yet.
 
+        prefix: of the peer's address.
         Raises CacheFull, and then nothing has changed: for good where the session is larger than a session
         may be, for a while where a first page for each row is missing.
         """
         if session in self._sessions:
             raise LocalProtocolError("a session was admitted twice")
         max_pages = rows * self._pages(max_length)
-        new = _Session(peer, rows, max_length, max_pages, long=max_pages > self._peer_pages)
+        new = _Session(peer, rows, max_length, max_pages, max_pages > self._peer_pages, prefix)
         if max_pages > self._session_pages:
             raise CacheFull(
                 f"a session of {rows} x {max_length} tokens takes {max_pages * self.page_tokens} in pages of"
@@ -147,6 +158,21 @@ class CacheBudget:
     def release(self, session: Hashable) -> None:
         """End a session: take back its pages."""
         del self._sessions[session]
+
+    def prefix_of(self, session: Hashable) -> str:
+        """Of the address of a session's peer."""
+        return self._sessions[session].prefix
+
+    def make_yield(self, prefix: str) -> Hashable | None:
+        """The session that has to end so that a peer of this prefix gets pages; None where none has to.
+
+        It is not named again.  See `node.serving.fair_shares`.
+        """
+        found = who_yields(self._sessions.values(), prefix, self._all_pages)
+        if found is None:
+            return None
+        found.yields = True
+        return next(key for key, session in self._sessions.items() if session is found)
 
     @property
     def _all_pages(self) -> int:
@@ -231,19 +257,28 @@ def _spare(mine: _Session, sessions: Iterable[_Session], capacity: int) -> int:
 
 @dataclass(slots=True)
 class CacheAdmission:
-    """A budget, and the callers that wait for a part of it.  wait_seconds: at most for each."""
+    """A budget, and the callers that wait for a part of it.
+
+    wait_seconds: at most for each.  end: ends a session that has to give way, when half of that is over.
+    """
 
     budget: CacheBudget
     wait_seconds: float
+    end: Callable[[Hashable], None] = lambda _: None
     _more: trio.Event = field(default_factory=trio.Event)
 
-    async def admit(self, session: Hashable, peer: str, rows: int, max_length: int) -> None:
+    async def admit(self, session: Hashable, peer: str, rows: int, max_length: int, prefix: str = "") -> None:
         """See `CacheBudget.admit`, after a bounded wait."""
-        await self._with_patience(partial(self.budget.admit, session, peer, rows, max_length))
+        take = partial(self.budget.admit, session, peer, rows, max_length, prefix)
+        await self._with_patience(take, lambda: prefix)
 
     async def grow(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.grow`, after a bounded wait."""
-        await self._with_patience(partial(self.budget.grow, session, length))
+        try:
+            self.budget.grow(session, length)  # mostly; for every token
+        except CacheFull:
+            take = partial(self.budget.grow, session, length)
+            await self._with_patience(take, partial(self.budget.prefix_of, session))
 
     def shrink(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.shrink`; waiting callers try again."""
@@ -255,15 +290,22 @@ class CacheAdmission:
         self.budget.release(session)
         self.wake()
 
-    async def _with_patience(self, take: Callable[[], None]) -> None:
-        deadline = trio.current_time() + self.wait_seconds
+    async def _with_patience(self, take: Callable[[], None], prefix: Callable[[], str]) -> None:
+        began = trio.current_time()
+        ask_at, deadline = began + self.wait_seconds / 2, began + self.wait_seconds
         while True:
             try:
                 return take()
             except CacheFull as full:
-                if full.retry_after_seconds is None or trio.current_time() >= deadline:
+                now, again = trio.current_time(), full.retry_after_seconds
+                if again is None or now >= deadline:
                     raise
-            with trio.move_on_at(deadline):
+            yields = None
+            if now >= ask_at and again == FREE_AGAIN_SECONDS:
+                yields = self.budget.make_yield(prefix())
+            if yields is not None:
+                self.end(yields)
+            with trio.move_on_at(ask_at if now < ask_at else deadline):
                 await self._more.wait()
 
     def wake(self) -> None:

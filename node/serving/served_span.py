@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -301,6 +301,16 @@ LOAD_FAULTS = (ConfigError, OSError, MemoryError, RuntimeError)
 RETRY_SECONDS = 2.0  # until a client asks again: the new blocks may be loaded by then
 
 
+@dataclass(frozen=True, slots=True)
+class _Listeners:
+    """Those of the spans that are served whenever it is asked."""
+
+    dispatch: StreamDispatch
+
+    def __iter__(self) -> Iterator[Listener]:
+        return iter([span.listener for span in self.dispatch.served_spans])
+
+
 @dataclass(slots=True)
 class StreamDispatch:
     """Passes each stream to the span that is served now; where there is none, the peer is asked to come back.
@@ -348,7 +358,7 @@ class StreamDispatch:
 
     async def serve_push(self, stream: FrameStream) -> None:
         """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
-        await read_pushes(stream, lambda: [span.listener for span in self.served_spans], self._frames)
+        await read_pushes(stream, _Listeners(self), self._frames)
 
     async def _refuse(self, stream: FrameStream) -> None:
         if await stream.receive(self.limits.frame_start_seconds) is not None:

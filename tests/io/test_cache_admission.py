@@ -90,3 +90,25 @@ async def test_all_waiting_sessions_look_again_and_wait_on_where_nothing_is_left
         assert len(done) == 1
         admission.release(done[0])
     assert sorted(done) == [b"b", b"c"]
+
+
+async def test_a_session_of_the_address_that_has_most_gives_way_after_half_of_the_wait(autojump_clock):
+    budget, ended = CacheBudget(160, 1.0), []
+
+    def end(session: object) -> None:
+        ended.append((session, trio.current_time()))
+        nursery.start_soon(release, session)
+
+    async def release(session: object) -> None:
+        await trio.sleep(0.1)
+        admission.release(session)
+
+    admission = CacheAdmission(budget, WAIT, end)
+    for session in (b"a", b"b"):
+        await admission.admit(session, session.decode(), 1, 80, "198.51.100.1/32")
+        await admission.grow(session, 80)
+    async with trio.open_nursery() as nursery:
+        await admission.admit(b"c", "c", 1, 32, "192.0.2.1/32")
+        await admission.grow(b"c", 32)
+    assert ended == [(b"b", WAIT / 2)]
+    assert trio.current_time() == pytest.approx(WAIT / 2 + 0.1)

@@ -152,6 +152,39 @@ async def test_a_session_for_which_there_is_no_cache_is_refused_before_anything_
         await second.stream.aclose()
 
 
+async def test_four_ids_of_one_address_cannot_keep_another_out_of_the_cache(autojump_clock):
+    crowd, home = "198.51.100.1/32", "192.0.2.1/32"
+    async with swarm() as world:
+        node = world.add("a", 0, 4, tokens=256)
+        for name, prefix in (*((f"id {number}", crowd) for number in range(4)), (CLIENT, home)):
+            world.prefixes[PeerId(name)] = prefix
+        greedy = []
+        for number in range(4):
+            session = bytes([number]) * 16
+            client, _ = await RawClient.open(world, "a", f"id {number}", session=session)
+            await client.stream.send(step(0, 0, 64, session=session))
+            assert isinstance(await client.receive(world), Result)
+            greedy.append(client)
+        one_more, told = await RawClient.open(world, "a", "id 0", session=b"m" * 16)
+        assert isinstance(told, Failed)
+        assert told.code == "cache_full"
+        began = trio.current_time()
+        honest, answer = await RawClient.open(world, "a")
+        assert isinstance(answer, Opened)
+        assert trio.current_time() - began == pytest.approx(LIMITS.cache_wait_seconds / 2)
+        await honest.stream.send(step(0, 0, 64))
+        assert isinstance(await honest.receive(world), Result)
+        told = await greedy[3].receive(world)
+        assert isinstance(told, Failed)
+        assert (told.code, told.retry_after_seconds) == ("cache_full", 2.0)
+        for number, client in enumerate(greedy[:3]):
+            await client.stream.send(step(1, 63, session=bytes([number]) * 16))
+            assert isinstance(await client.receive(world), Result), "the others go on"
+        assert node.faults == {}
+        for client in (*greedy, one_more, honest):
+            await end(client)
+
+
 async def test_a_step_for_which_there_is_no_page_is_refused_and_the_session_goes_on_later(autojump_clock):
     async with swarm() as world:
         node = world.add("a", 0, 4, tokens=48)

@@ -9,7 +9,7 @@ Every byte is checked here, once, against the contract of its session.  The sess
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -20,7 +20,7 @@ from torch import Tensor
 from node.model.blocks.kv_pages import BlockShape
 from node.network.prefixes import is_local
 from node.runtime.faults import Faults
-from node.serving.cache_budget import CacheAdmission, CacheBudget
+from node.serving.cache_budget import FREE_AGAIN_SECONDS, CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.sessions.frame_rates import FrameBudget, FrameRates
 from node.serving.sessions.hop_session import (
@@ -42,6 +42,7 @@ from routing.names import PeerId
 from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden
 from tensor_codec.errors import (
+    CacheFull,
     Draining,
     MessageError,
     PeerGone,
@@ -117,7 +118,7 @@ class Listener:
             limits.successor_dials_per_client_burst,
         )
         self._prompts = PromptBudget(self.limits)
-        self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds)
+        self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds, self._give_way)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
         self._journals = JournalBudget(tokens)
         self._frames = FrameBudget(FrameRates(self.limits), self._sessions.count_of)
@@ -146,7 +147,9 @@ class Listener:
                 with place.opening, holding:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
-                    await self._cache_admission.admit(key, stream.peer, opened.batch, opened.max_length)
+                    await self._cache_admission.admit(
+                        key, stream.peer, opened.batch, opened.max_length, stream.prefix
+                    )
                     with self._place(stream, opened, prompts) as hop:
                         await self._run(hop)
             finally:
@@ -161,7 +164,8 @@ class Listener:
         session, owner = step_session(message)
         named = self._sessions.by_id.get(session, ())
         for hop in named:
-            if hop.feeder == peer and (not owner or owner == hop.key[0]):
+            feeder = hop.route.predecessor or hop.stream.peer  # `feeder`, for every token
+            if feeder == peer and (not owner or owner == hop.key[0]):
                 return await self._take(message, hop, peer)
         if self._sessions.ended.forgives(peer, session, trio.current_time()):
             return True  # it ended while the step travelled
@@ -250,6 +254,13 @@ class Listener:
     def _notify_session_ended(self) -> None:
         self._session_ended.set()
         self._session_ended = trio.Event()
+
+    def _give_way(self, key: Hashable) -> None:
+        """End a session for those of others: its client's network holds more than its share of the cache."""
+        hop = next((hop for hop in self._sessions.all() if hop.key == key), None)
+        if hop is not None:
+            why = "others wait for cache, of which your network holds more than its share"
+            hop.end(CacheFull(why, FREE_AGAIN_SECONDS))
 
     def _worker(self, hop: HopSession) -> HopWorker:
         return HopWorker(

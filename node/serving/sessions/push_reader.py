@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from node.serving.sessions.frame_rates import FrameBudget
@@ -18,15 +18,13 @@ class StepTaker(Protocol):
         """See `Listener.take_push`."""
 
 
-async def read_pushes(
-    stream: FrameStream, takers: Callable[[], Sequence[StepTaker]], frames: FrameBudget
-) -> None:
+async def read_pushes(stream: FrameStream, takers: Iterable[StepTaker], frames: FrameBudget) -> None:
     """Take steps until the peer closes the stream.  Raises PeerFault.
 
-    takers: of the spans that are served now.  frames: steps that no session wants are counted.
+    takers: of the spans that are served when a step comes.  frames: steps that no session wants are counted.
     """
     while (frame := await stream.receive()) is not None:
-        for taker in takers():
+        for taker in takers:
             if await taker.take_push(frame, stream.peer):
                 break
         else:
