@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.hostile.attack import CONNECTIONS, Attack
+from tests.hostile.attack import CONNECTIONS, SHARED, Attack
 from tests.hostile.attacks import connections, directory, frames, hops, kademlia, sessions, streams
 
 TWO_COPIES, TWO_HOPS = ((0, 30), (0, 30)), ((0, 15), (15, 30))
@@ -29,7 +29,7 @@ _ALL = (
     Attack(sessions.where_flood),
     Attack(sessions.unknown_steps),
     Attack(sessions.session_holding),
-    Attack(sessions.greedy_prefills),
+    Attack(sessions.greedy_prefills, SHARED),
     Attack(sessions.junk_uploads),
     Attack(sessions.giant_backward),
     Attack(directory.record_flood, check=directory.seen_by_all, announces=True),
