@@ -28,6 +28,7 @@ class Attack:
 
     spans: the blocks of each node; the first is attacked.  check: what is wrong with the attacker's counts.
     announces: newcomers announce themselves meanwhile, and an observer looks for them.
+    stretch: so many times as long as others, where it takes seconds until a lie is found out.
     """
 
     run: Callable[[Stage], Awaitable[None]]
@@ -35,6 +36,7 @@ class Attack:
     spans: tuple[Blocks, ...] = ((0, 30),)
     check: Check = nothing_more
     announces: bool = False
+    stretch: int = 1
 
     @property
     def name(self) -> str:

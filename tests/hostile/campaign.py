@@ -146,11 +146,12 @@ def run_attack(attack: Attack, setting: Setting) -> Row:
         )
         places = setting.places
         where = ("--targets", *addresses, "--sources", *places.attacker, "--third", places.third)
-        attacker = begin("attacker", attack.name, *where, "--seconds", str(setting.seconds))
+        seconds = setting.seconds * attack.stretch
+        attacker = begin("attacker", attack.name, *where, "--seconds", str(seconds))
         others.wait_warm()
         attacker.wait_for("ready", START_SECONDS)
         try:
-            phases, over = act(attacker, watch, setting)
+            phases, over = act(attacker, watch, setting.seconds, seconds)
             elsewhere = Elsewhere()
             phases = replace(phases, burner=burn(over, setting, phases, log))
             over["others_burner"] = elsewhere.share()
@@ -169,15 +170,17 @@ def start(swarm: LocalSwarm, attack: Attack, places: Places) -> NodeProcess:
     return swarm.nodes[0]
 
 
-def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, dict[str, Any]]:
+def act(
+    attacker: Talking, watch: Watched, before_seconds: float, seconds: float
+) -> tuple[Phases, dict[str, Any]]:
     """Before, during and after; the burner's window is not known yet."""
     begin = time.monotonic()
-    time.sleep(setting.seconds)
+    time.sleep(before_seconds)
     before = Window(begin, time.monotonic())
     elsewhere = Elsewhere()
     attacker.tell("go")
     began = attacker.wait_for("began", 10.0)
-    deadline = time.monotonic() + setting.seconds + 5.0
+    deadline = time.monotonic() + seconds + 5.0
     while attacker.process.poll() is None and not watch.too_large.is_set() and time.monotonic() < deadline:
         time.sleep(0.02)
     attacker.process.kill()
@@ -189,7 +192,7 @@ def act(attacker: Talking, watch: Watched, setting: Setting) -> tuple[Phases, di
     left = Window(begin, time.monotonic())
     over = attacker.said[-1] if attacker.said else {}
     if "over" not in over:
-        if not (watch.too_large.is_set() or during.seconds > setting.seconds):
+        if not (watch.too_large.is_set() or during.seconds > seconds):
             raise ProcessEnded("the attacker failed; its log says why")
         ended = "too much memory" if watch.too_large.is_set() else "late"
         over = {"cpu": during.seconds, "got": {}, "facts": {"ended": ended}}

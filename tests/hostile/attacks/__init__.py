@@ -38,11 +38,11 @@ _ALL = (
     Attack(kademlia.kademlia_put, check=kademlia.none_taken),
     Attack(kademlia.kademlia_hold, check=kademlia.all_answered),
     Attack(kademlia.kademlia_poison, spans=TWO_COPIES, check=kademlia.servers_named),
-    Attack(hops.lie_frame, spans=TWO_HOPS),
-    Attack(hops.lie_stall),
-    Attack(hops.lie_garbage),
-    Attack(hops.lie_drip),
-    Attack(hops.lie_refuse),
-    Attack(hops.lie_rates),
+    Attack(hops.lie_frame, spans=TWO_HOPS, stretch=3),
+    Attack(hops.lie_stall, stretch=3),
+    Attack(hops.lie_garbage, stretch=3),
+    Attack(hops.lie_drip, stretch=3),
+    Attack(hops.lie_refuse, stretch=3),
+    Attack(hops.lie_rates, stretch=3),
 )
 ATTACKS: Mapping[str, Attack] = {attack.name: attack for attack in _ALL}
