@@ -87,10 +87,14 @@ class FrameDecoder:
             data = memoryview(data)[passed:]
         self._buffer += data
 
-    def take(self) -> bytearray | None:
-        """The next frame, in memory of its own; None if it is not whole.  Raises FrameError."""
+    def take(self, data: Buffer = b"") -> bytearray | None:
+        """Add bytes; the next frame, in memory of its own, or None if it is not whole.  Raises FrameError."""
         if self._broken is not None:
             raise FrameError(self._broken)
+        if self._unwanted:
+            self.add(data)
+        else:
+            self._buffer += data
         buffer = self._buffer
         held = len(buffer)
         if held < PREFIX_BYTES:
@@ -111,10 +115,11 @@ class FrameDecoder:
 
     def feed(self, data: Buffer) -> list[bytearray]:
         """Add received bytes; return every frame now complete.  Raises FrameError."""
-        self.add(data)
         frames: list[bytearray] = []
-        while (frame := self.take()) is not None:
+        frame = self.take(data)
+        while frame is not None:
             frames.append(frame)
+            frame = self.take()
         return frames
 
     def beginning(self, max_bytes: int) -> bytes:

@@ -40,7 +40,7 @@ from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
 from tensor_codec.blocks import Blocks
-from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract
@@ -297,7 +297,17 @@ class FakeStream:
         self.frozen: dict[PeerId, trio.Event] = {}  # peers whose process is stopped
         self._send = send_channel
         self._receive = receive_channel
+        self.judge: Callable[[bytes, int], Refused | None] | None = None  # frames come whole
         self._decoder = FrameDecoder(limits.max_frame_bytes)
+
+    @property
+    def limit(self) -> int:
+        """Most bytes of a frame that has not come yet."""
+        return self._decoder.max_frame
+
+    @limit.setter
+    def limit(self, size: int) -> None:
+        self._decoder.max_frame = min(size, self.limits.max_frame_bytes)
 
     @property
     def in_frame(self) -> bool:
@@ -324,8 +334,10 @@ class FakeStream:
 
     async def receive(self, seconds: float | None = None) -> bytearray | None:
         """The next frame, None at a clean end.  Raises SlowPeer, PeerGone, FrameError."""
+        decoder = self._decoder
         with trio.move_on_after(float("inf") if seconds is None else seconds):
-            while (frame := self._decoder.take()) is None:
+            frame = decoder.take() if decoder._buffer else None
+            while frame is None:
                 try:
                     data = await self._receive.receive()
                     while (stopped := self.frozen.get(self.other.peer)) is not None:
@@ -333,11 +345,11 @@ class FakeStream:
                 except trio.EndOfChannel:
                     if self.pipe.reset:
                         raise PeerGone(f"{self.peer} reset the stream") from None
-                    self._decoder.close()
+                    decoder.close()
                     return None
                 except trio.ClosedResourceError as error:
                     raise PeerGone("the stream is closed") from error
-                self._decoder.add(data)
+                frame = decoder.take(data)
             return frame
         raise SlowPeer(f"no whole frame from {self.peer} within {seconds} s")
 

@@ -9,7 +9,8 @@ from typing import Protocol, cast
 
 import trio
 
-from node.network.budgets.large_frames import SMALL_FRAME
+from node.network.budgets.large_frames import SMALL_FRAME, LargeFrames
+from node.network.budgets.stream_place import StreamPlace
 from node.network.budgets.turns import FRAMES_PER_TURN, Turns
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, Refused, SlowPeer
@@ -41,6 +42,7 @@ class CountedReader(Protocol):
     """A byte stream that counts the bytes that its reader holds, as a muxed stream does."""
 
     turns: Turns
+    place: StreamPlace
 
     async def receive_held(self, max_bytes: int) -> bytes | bytearray:
         """The next bytes, held from now on; b"" at the end."""
@@ -48,18 +50,13 @@ class CountedReader(Protocol):
     def hold(self, size: int) -> None:
         """Say how many of the bytes received are still held."""
 
-    async def begin_large(self, size: int, seconds: float) -> None:
-        """Wait for room for a frame that no window bounds.  Raises PeerGone after `seconds`."""
-
-    def end_large(self) -> None:
-        """Give the room back."""
-
 
 class PlainReader:
     """The reading side of one of trio's own streams, where nothing is counted."""
 
     def __init__(self, stream: ByteStream) -> None:
         self.turns = Turns()
+        self.place = StreamPlace(LargeFrames(1 << 40, 1 << 40), None, "", "", lambda: None)
         self._stream = stream
 
     async def receive_held(self, max_bytes: int) -> bytes | bytearray:
@@ -67,12 +64,6 @@ class PlainReader:
         return await self._stream.receive_some(max_bytes)
 
     def hold(self, size: int) -> None:
-        """See CountedReader."""
-
-    async def begin_large(self, size: int, seconds: float) -> None:
-        """See CountedReader."""
-
-    def end_large(self) -> None:
         """See CountedReader."""
 
 
@@ -89,8 +80,8 @@ class FramedStream:
 
     Any number of tasks may send, one may receive.  The bytes received and not taken are bounded: while a
     frame waits here nothing is read from the stream, and the peer's credit runs out.  Bytes of frames up to
-    SMALL_FRAME count as unread, and a larger frame is read once it has a place (`LargeFrames`).  After
-    some frames without a pause `receive` lets other tasks run.
+    SMALL_FRAME count as unread, and a larger frame is read once it has a place (`LargeFrames`), which it
+    keeps until the next call of `receive`.  After some frames without a pause `receive` lets other tasks run.
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
@@ -129,12 +120,12 @@ class FramedStream:
 
     @property
     def limit(self) -> int:
-        """Most bytes of a frame of the peer's that `receive` has not returned yet."""
+        """Most bytes of a frame that `receive` has not returned yet; never more than `max_frame_bytes`."""
         return self._decoder.max_frame
 
     @limit.setter
     def limit(self, size: int) -> None:
-        self._decoder.max_frame = size
+        self._decoder.max_frame = min(size, self._limits.max_frame_bytes)
 
     @property
     def in_frame(self) -> bool:
@@ -175,6 +166,8 @@ class FramedStream:
         must be whole within `frame_start_seconds` and the time of its size at the slowest rate allowed.
         Raises SlowPeer, PeerGone, FrameError, and the errors of `judge`.
         """
+        if not self._has_place:
+            self._reader.place.end()  # of the frame before, which was in hand
         turns = self._reader.turns
         if turns.frames >= FRAMES_PER_TURN:
             await turns.next()
@@ -254,7 +247,8 @@ class FramedStream:
         if not self._has_place:
             self._reader.hold(self._decoder.held)
         elif frame is not None:
-            self._give_place_back()
+            self._has_place = False
+            self._reader.place.arrived()
         return frame
 
     def _lacks_place(self) -> bool:
@@ -270,19 +264,15 @@ class FramedStream:
         if self.judge is not None:
             self._refusal = self.judge(self._decoder.beginning(_HEADER_BYTES), size)
         if self._refusal is None:
-            await self._reader.begin_large(size, self._seconds_for(size))
+            await self._reader.place.begin(size, self._seconds_for(size))
         else:
             self._decoder.discard()
         self._has_place = True
         self._reader.hold(0)
 
-    def _give_place_back(self) -> None:
-        self._has_place = False
-        self._reader.end_large()
-
     def _raise_refusal(self) -> None:
         refusal, self._refusal = self._refusal, None
-        self._give_place_back()
+        self._has_place = False
         assert refusal is not None
         raise refusal
 

@@ -35,6 +35,7 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import (
     BadResult,
+    FrameError,
     MessageError,
     PeerFault,
     PeerGone,
@@ -320,18 +321,22 @@ class ForwardBackwardListener:
         """
         answer: Answer | None = None
         fault: PeerFault | Refused | None = None
+        too_early = RemoteProtocolError("a request while another one is under way on this stream")
 
         async def watch() -> None:
             nonlocal fault
             try:
                 if await stream.receive() is not None:
-                    fault = RemoteProtocolError("a request while another one is under way on this stream")
+                    fault = too_early
+            except FrameError:
+                fault = too_early
             except PeerGone:
                 pass
             except PeerFault as error:
                 fault = error
             nursery.cancel_scope.cancel()
 
+        stream.limit = 0  # nothing is read of a request that comes too early
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
             try:
@@ -341,6 +346,7 @@ class ForwardBackwardListener:
             except (PeerFault, Refused) as error:
                 fault = error
             nursery.cancel_scope.cancel()
+        stream.limit = self.limits.max_frame_bytes
         if fault is not None:
             raise fault
         return answer

@@ -14,7 +14,8 @@ from node.config import ConfigError
 from node.model.blocks.parts import PART_POSITIONS
 from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo, memory_needed
 from node.serving.executor.batcher import CHUNK_POSITIONS
-from tensor_codec.limits import MIB, Limits
+from node.serving.sessions.step_room import SMALL_STEP
+from tensor_codec.limits import KIB, MIB, Limits
 
 USUAL = Limits()
 MEMORY_SHARE = 0.8  # of the memory that is free now; other programs keep the rest
@@ -32,6 +33,7 @@ DEVICE_TRAINING_SHARE = 1 / 16  # of a device's memory: its cache would take all
 TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block of a part, in hidden sizes
 LARGEST_TRAINED_VALUES = 32  # of all architectures (benchmarks backward)
 MIN_HEAD_DIM = 64  # a smaller head dimension means more heads, and more scores than are counted here
+READ_BYTES = 512 * KIB  # of a connection: what one read brought, sealed and opened
 OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's waste
 
 
@@ -59,9 +61,9 @@ class Memory:
 
     weights, cache: of the span, the cache when it is full.  workspace: taken by computing besides them, for
     a moment.  process: resident memory before anything was loaded.  network: the most that peers can make
-    the node hold.  journal: outputs kept for replays, when it is full.  on_device: whether weights, cache,
-    workspace and training are in a device's own memory.  training: activations that a long backward holds
-    besides those in the workspace.
+    the node hold.  journal: outputs kept for replays, when it is full.  answers: of positions in the cache,
+    to the last step of each session.  on_device: whether weights, cache, workspace and training are in a
+    device's own memory.  training: activations that a long backward holds besides those in the workspace.
     """
 
     weights: int
@@ -72,6 +74,7 @@ class Memory:
     journal: int = 0
     on_device: bool = False
     training: int = 0
+    answers: int = 0
 
     @property
     def needed(self) -> int:
@@ -81,7 +84,7 @@ class Memory:
     @property
     def resident_bound(self) -> int:
         """The process's resident memory stays below this, whatever peers send."""
-        always = self.process + self.network + self.journal + OTHER_BYTES
+        always = self.process + self.network + self.journal + self.answers + OTHER_BYTES
         return always + (0 if self.on_device else self.needed)
 
     def bound_after_loading(self, resident: int) -> int:
@@ -225,11 +228,27 @@ def memory_of(
         cache=blocks * cache_tokens * token_bytes,
         workspace=workspace_bytes(info, precision, cache_tokens, limits.max_step_tokens),
         process=process,
-        network=limits.max_connections * limits.max_unread_bytes_per_connection
-        + limits.max_compute_streams * limits.max_frame_bytes
-        + limits.max_prompt_bytes,
+        network=network_bytes(limits),
+        answers=cache_tokens * _journal_bytes(info),
         journal=(cache_tokens if journal_tokens is None else journal_tokens) * _journal_bytes(info),
         on_device=device not in ("cpu", "mps"),
+    )
+
+
+def network_bytes(limits: Limits) -> int:
+    """The most bytes that a node holds of what peers send.
+
+    What waits unread in the muxer, or in frames that are small.  Large frames that arrive or are in hand.
+    Steps that wait at sessions, large ones and small ones.  Requests without a session, and prompts.
+    """
+    connection = limits.max_unread_bytes_per_connection + READ_BYTES
+    small_steps = limits.max_streams * limits.max_steps_in_flight * SMALL_STEP
+    frames = limits.max_large_frames + limits.max_large_steps + limits.max_compute_streams
+    return (
+        limits.max_connections * connection
+        + frames * limits.max_frame_bytes
+        + small_steps
+        + limits.max_prompt_bytes
     )
 
 

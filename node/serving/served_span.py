@@ -361,10 +361,15 @@ class StreamDispatch:
         await read_pushes(stream, _Listeners(self), self._frames)
 
     async def _refuse(self, stream: FrameStream) -> None:
-        if await stream.receive(self.limits.frame_start_seconds) is not None:
-            loading = Draining("this node is loading other blocks", RETRY_SECONDS)
-            no = self._short_of_memory() if self.served_span is not None else loading
-            await stream.send(encode_failed(Failed.of(no)))
+        loading = Draining("this node is loading other blocks", RETRY_SECONDS)
+        no = self._short_of_memory() if self.served_span is not None else loading
+        stream.judge = lambda _beginning, _size: no  # nothing is kept of a large one
+        try:
+            if await stream.receive(self.limits.frame_start_seconds) is None:
+                return
+        except Refused:
+            pass  # of `judge`
+        await stream.send(encode_failed(Failed.of(no)))
 
     def _short_of_memory(self) -> Refused:
         return TooManyStreams("this node is short of memory", self.limits.memory_retry_seconds)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tensor_codec.limits import MAX_HEADER_BYTES
+
 SESSION_ID_BYTES = 16
+HEADER_BYTES = 2 + MAX_HEADER_BYTES  # with its length
 CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
 CODECS = frozenset(CODEC_BYTES)
 MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
@@ -31,6 +34,7 @@ class Contract:
     codec: how hidden states travel.  max_step_tokens: batch * tokens of one step, but never less than one
     position of all rows.
     row_bytes: wire bytes of one position of all rows.  max_tokens: positions that one step may carry.
+    frame_bytes: of the longest message of the session.
     """
 
     session: bytes
@@ -43,12 +47,14 @@ class Contract:
     max_step_tokens: int
     row_bytes: int = field(init=False, repr=False, compare=False)
     max_tokens: int = field(init=False, repr=False, compare=False)
+    frame_bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         row_bytes = self.batch * self.hidden * CODEC_BYTES[self.codec]
         max_tokens = min(self.max_length, max(1, self.max_step_tokens // self.batch))
         object.__setattr__(self, "row_bytes", row_bytes)  # the class is frozen
         object.__setattr__(self, "max_tokens", max_tokens)
+        object.__setattr__(self, "frame_bytes", HEADER_BYTES + max_tokens * row_bytes)
 
     @property
     def replay_part(self) -> int:

@@ -16,7 +16,7 @@ the wire.  Bodies stay bytes here: `codecs` makes tensors of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from tensor_codec.errors import MessageError
@@ -244,11 +244,25 @@ def decode_open(frame: Buffer) -> Open:
 
     Prompts are whole numbers; `check_prompts` compares them with the size of the model.
     """
-    message = read_message(frame, frozenset({"open"}))
+    opened = _read_open(read_message(frame, frozenset({"open"})))
+    _check_body(opened, len(opened.body))
+    return opened
+
+
+def peek_open(beginning: Buffer, size: int) -> tuple[Open, int]:
+    """The first message of a session stream from its beginning, which holds the header, without its body.
+
+    size: of the frame.  Returns the size of the body too.  Raises MessageError.
+    """
+    opened = _read_open(read_message(beginning, frozenset({"open"})))
+    body_bytes = size - len(beginning) + len(opened.body)
+    _check_body(opened, body_bytes)
+    return replace(opened, body=b""), body_bytes
+
+
+def _read_open(message: Message) -> Open:
     header = message.header
-    if "prompts" not in header:
-        no_body(message)
-    opened = Open(
+    return Open(
         session=header.binary("s", SESSION_ID_BYTES),
         spec=read_spec(header),
         batch=header.integer("batch", 1, MAX_TOKENS),
@@ -262,22 +276,27 @@ def decode_open(frame: Buffer) -> Open:
         prompts=header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
         body=message.body,
     )
+
+
+def _check_body(opened: Open, body_bytes: int) -> None:
+    if not opened.prompts:
+        if body_bytes:
+            raise MessageError(f"{body_bytes} body bytes after 'open', which has none")
+        return
     vectors = opened.spec.blocks.size * opened.prompts * CODEC_BYTES[opened.codec]
-    if opened.prompts and (not len(opened.body) or len(opened.body) % vectors):
-        raise MessageError(f"{len(opened.body)} body bytes are not prompts of {opened.prompts} positions")
-    return opened
+    if not body_bytes or body_bytes % vectors:
+        raise MessageError(f"{body_bytes} body bytes are not prompts of {opened.prompts} positions")
 
 
-def check_prompts(opened: Open, hidden: int) -> None:
+def check_prompts(opened: Open, hidden: int, body_bytes: int | None = None) -> None:
     """Raise MessageError unless the body of an Open holds its prompts.
 
-    hidden: values per position in the model.
+    hidden: values per position in the model.  body_bytes: of a body that has not come yet.
     """
     size = opened.spec.blocks.size * opened.prompts * hidden * CODEC_BYTES[opened.codec]
-    if len(opened.body) != size:
-        raise MessageError(
-            f"{len(opened.body)} body bytes, prompts of {opened.prompts} positions take {size}"
-        )
+    found = len(opened.body) if body_bytes is None else body_bytes
+    if found != size:
+        raise MessageError(f"{found} body bytes, prompts of {opened.prompts} positions take {size}")
     if opened.prompts > opened.max_length:
         raise MessageError(f"prompts of {opened.prompts} positions for a session of {opened.max_length}")
 

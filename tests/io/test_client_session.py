@@ -12,6 +12,7 @@ import torch
 import trio
 import trio.testing
 
+from node.runtime.faults import Faults
 from routing.chains.search import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.errors import (
@@ -430,10 +431,15 @@ async def test_a_hop_that_opens_wrongly_is_named_and_the_others_are_freed(lie, a
     act, kind = OPENING_LIES[lie]
 
     class Liar:
+        faults = Faults()
+
         async def serve_session(self, stream):
             await stream.receive()
             await act(stream)
             await trio.sleep(1)
+
+        def feeds(self, peer):
+            return False
 
         async def take_push(self, frame, peer):
             raise AssertionError("nothing is pushed to it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import trio
@@ -12,9 +12,10 @@ from node.serving.sessions.hop_session import HopSession, KeptOutputs, SessionRo
 from node.serving.sessions.inbox import Inbox
 from node.serving.sessions.push import MAX_BULK_STREAMS, Outlet, PushLink, PushLinks
 from node.serving.sessions.state import ServerSession
+from node.serving.sessions.step_room import StepRoom
 from routing.names import PeerId
 from tensor_codec.codecs import encode_hidden
-from tensor_codec.errors import PeerGone
+from tensor_codec.errors import PeerGone, Refused
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
@@ -42,6 +43,8 @@ class Sent:
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
         self.prefix = ""
+        self.limit = 0
+        self.judge: Callable[[bytes, int], Refused | None] | None = None
         self.closed = False
 
     async def send(self, frame: object, seconds: float | None = None) -> None:
@@ -69,7 +72,7 @@ async def test_a_part_of_a_replay_that_waited_for_space_while_the_route_changed_
         state=ServerSession(64),
         cache=FakeCache(1, 64),
         outlet=Outlet(PushLinks(open_sent), 60.0),
-        inbox=Inbox(2, held=False),
+        inbox=Inbox(2, held=False, room=StepRoom(Limits()).of_session(CLIENT, "")),
         route=SessionRoute(0, BEFORE, None, relay=False),
         kept=KeptOutputs("fp32"),
     )

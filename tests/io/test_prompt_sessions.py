@@ -118,7 +118,7 @@ async def test_the_bytes_of_prompts_are_counted_for_each_peer_and_for_all_and_gi
             )
             assert not isinstance(opened, Failed)
             clients.append(client)
-        assert node.listener._prompts.used == 5 * size
+        assert node.listener._bytes.prompts.used == 5 * size
         for name, words in (
             ("one", f"prompts of {size} bytes, 0 of {2 * size} are free"),
             ("four", f"prompts of {size} bytes, 0 of {5 * size} are free"),
@@ -135,7 +135,7 @@ async def test_the_bytes_of_prompts_are_counted_for_each_peer_and_for_all_and_gi
         for client in clients:
             await client.stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
-        assert node.listener._prompts.used == 0
+        assert node.listener._bytes.prompts.used == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -311,6 +311,7 @@ async def flooded(streams, frame_bytes, sent_bytes, large_frames=None, on_fault=
         async def read(reader):
             with suppress(PeerGone):
                 whole.append(len(await reader.receive()))
+                await reader.receive()
 
         opened = [alice.open() for _ in range(streams)]
         alice.flush_now()
@@ -358,7 +359,7 @@ async def test_whole_frames_of_all_streams_get_through_however_many_begin_at_onc
 
 
 async def test_a_large_frame_waits_for_its_place_and_nobody_is_blamed_for_the_wait(autojump_clock):
-    frames = LargeFrames(4 * MIB)
+    frames = LargeFrames(4 * MIB, 4 * MIB)
     async with (
         flooded(1, 3 * MIB, 2 * MIB, frames) as (_, (holder,), _),
         flooded(1, 2 * MIB, 2 * MIB + 4, frames) as (bob, (waiting,), whole),
@@ -372,7 +373,7 @@ async def test_a_large_frame_waits_for_its_place_and_nobody_is_blamed_for_the_wa
 
 
 async def test_a_large_frame_that_finds_no_place_in_its_time_ends_its_stream_without_blame(autojump_clock):
-    frames = LargeFrames(MIB // 2)
+    frames = LargeFrames(MIB // 2, MIB)
     async with connection_pair(large_frames=frames) as (alice, bob), trio.open_nursery() as nursery:
         nursery.start_soon(framed(alice.open()).send, bytes(MIB))
         receiver = framed(await bob.accept())
@@ -384,7 +385,7 @@ async def test_a_large_frame_that_finds_no_place_in_its_time_ends_its_stream_wit
 
 
 async def test_a_frame_that_waits_for_a_place_ends_at_once_with_its_connection(autojump_clock):
-    frames = LargeFrames(MIB // 2)
+    frames = LargeFrames(MIB // 2, MIB)
     async with connection_pair(large_frames=frames) as (alice, bob), trio.open_nursery() as nursery:
         nursery.start_soon(framed(alice.open()).send, bytes(MIB))
         receiver = framed(await bob.accept())
@@ -442,3 +443,31 @@ async def test_a_frame_that_its_judge_finds_faulty_ends_at_its_header(autojump_c
             await receiver.receive()
         assert bob.core.unread_bytes <= INITIAL_WINDOW
         nursery.cancel_scope.cancel()
+
+
+async def test_a_large_frame_keeps_its_place_while_it_is_in_hand(autojump_clock):
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        ours = framed(alice.open())
+
+        async def send():
+            for _ in range(2):
+                await ours.send(bytes(2 * MIB))
+
+        nursery.start_soon(send)
+        receiver = framed(await bob.accept())
+        await receiver.receive()
+        assert bob.large_frames.bytes == 2 * MIB
+        await receiver.receive()
+        assert bob.large_frames.bytes == 2 * MIB
+        await receiver.aclose()
+        assert bob.large_frames.bytes == 0
+
+
+async def test_what_all_connections_hold_is_bounded_and_each_has_its_share(autojump_clock):
+    frames = LargeFrames(32 * MIB, 4 * MIB)
+    async with AsyncExitStack() as stack:
+        worlds = [await stack.enter_async_context(flooded(20, 15 * MIB, 15 * MIB, frames)) for _ in range(4)]
+        held = [held_bytes(bob, readers) for bob, readers, _ in worlds]
+        assert frames.bytes == 30 * MIB
+        assert 30 * MIB < sum(held) <= 32 * MIB + 4 * 8 * MIB
+        assert max(held) <= 8 * MIB + 16 * MIB

@@ -48,6 +48,26 @@ def test_frames_of_up_to_a_mebibyte_share_four_of_them_and_larger_ones_come_one_
     assert room.frames.bytes == 20 * MIB
 
 
+def test_a_frame_in_hand_holds_up_no_other_of_its_connection_and_keeps_its_bytes():
+    room = Room(40 * MIB)
+    places = [room.ask(16 * MIB) for _ in range(3)]
+    room.frames.arrived(places[0])
+    assert [room.has(place) for place in places] == [True, True, False]
+    room.frames.arrived(places[1])
+    assert not room.has(places[2])  # for lack of the node's room
+    room.frames.leave(places[0])
+    assert room.has(places[2])
+    assert room.frames.bytes == 32 * MIB
+
+
+def test_nobody_is_dropped_for_a_frame_that_would_not_fit_even_then():
+    room = Room(32 * MIB)
+    for number, size in enumerate((12, 4, 12, 4)):
+        room.ask(size * MIB, connection=str(number), peer=str(number), prefix=str(number // 2))
+    assert not room.has(room.ask(14 * MIB, connection="4", peer="honest", prefix="honest"))
+    assert room.evicted == []
+
+
 def test_connections_do_not_wait_for_each_other_while_the_node_has_room():
     room = Room(64 * MIB)
     places = [room.ask(16 * MIB, connection=str(number)) for number in range(4)]

@@ -202,19 +202,21 @@ def test_the_workspace_holds_the_largest_of_what_is_done_one_after_the_other():
 def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     limits = replace(
         Limits(), max_connections=10, max_unread_bytes_per_connection=MIB, max_compute_streams=3,
-        max_frame_bytes=2 * MIB, max_prompt_bytes=MIB,
+        max_frame_bytes=2 * MIB, max_prompt_bytes=MIB, max_large_frames=2, max_large_steps=1,
+        max_streams=16, max_steps_in_flight=2,
     )  # fmt: skip
     bound = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB)
     room = memory.workspace_bytes(model(), PLAIN, 2048)
     assert (bound.weights, bound.cache, bound.workspace) == (4 * MIB, 8 * MIB, room)
-    assert bound.network == 10 * MIB + 3 * 2 * MIB + MIB
+    # connections, large frames: arriving, waiting, and of requests; small steps: 16 x 2 x 32 KiB; prompts
+    assert bound.network == 10 * (MIB + MIB // 2) + (2 + 1 + 3) * 2 * MIB + MIB + MIB
     assert bound.needed == memory.check_fits(model(), 4, PLAIN, 2048, 10**9)
     journal = 2048 * model().hidden_size * 4
-    assert bound.journal == journal
-    assert bound.resident_bound == (400 + 17 + 256 + 4 + 8) * MIB + room + journal
+    assert bound.journal == bound.answers == journal
+    assert bound.resident_bound == (400 + 29 + 256 + 4 + 8) * MIB + room + 2 * journal
     on_gpu = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB, device="cuda")
     assert on_gpu.needed == bound.needed
-    assert on_gpu.resident_bound == (400 + 17 + 256) * MIB + journal
+    assert on_gpu.resident_bound == (400 + 29 + 256) * MIB + 2 * journal
     none = memory.memory_of(model(), 4, PLAIN, 2048, journal_tokens=0)
     assert none.journal == 0
 

@@ -1,11 +1,13 @@
-"""Room for large frames that arrive, of a whole node: bytes that no window of a stream bounds.
+"""Room for large frames that arrive or are in hand, of a whole node: bytes that no window of a stream bounds.
 
 A frame up to SMALL_FRAME waits within its stream's window, so it needs no place here.  A larger one takes its
-place before more of it is read.  Until then its stream is not read, and the peer's credit runs out.
+place before more of it is read.  Until then its stream is not read, and the peer's credit runs out.  The
+place is given back when its reader asks for the next frame, or leaves the stream.
 
 On one connection frames up to a quarter of `beside_bytes` share `beside_bytes`, and larger ones come one
-after the other.  Where the node's room is used up, the network prefix with the most bytes loses its youngest
-frame to one of a prefix that has fewer with it; inside one prefix the same holds for peers.
+after the other.  Where the node's room is used up, the network with the most bytes (a /24, or a /48 of IPv6)
+loses its youngest frame to one of a network that has fewer with it; inside one network the same holds for
+addresses, and at one address for peers.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from tensor_codec.limits import KIB, MIB, Limits
+from node.network.prefixes import network_of
+from tensor_codec.limits import KIB, Limits
 
 SMALL_FRAME = 128 * KIB  # with its prefix: half of the least window, which the peer can always send
 
 
 @dataclass(slots=True, eq=False)
 class FramePlace:
-    """A frame that arrives.  connection, peer, prefix: of its sender.  size: in bytes, as announced.
+    """A frame that arrives, or is in hand.  size: in bytes, as announced.
 
-    granted: called when the place is there.  evicted: called when it is lost to another peer's frame.
+    connection, peer, prefix: of its sender.  granted: called when the place is there.  evicted: called when
+    it is lost to another peer's frame.
     """
 
     connection: Hashable
@@ -38,82 +42,122 @@ class LargeFrames:
     """The places of large frames, and the frames that wait for one.
 
     Promises, checked by tests/unit/test_large_frames.py:
-      * all places together never have more than `max_bytes`, those of a connection never more than
-        `beside_bytes` and one frame;
-      * on a connection without a place the first frame that waits gets one, or room is made for it.
+      * all places together never have more than `max_bytes`, and frames that arrive on a connection never
+        more than `beside_bytes` and one frame;
+      * on a connection without a place the first frame that waits gets one, or room is made for it, unless
+        peers with no more than its own have all the room.
     """
 
-    def __init__(self, max_bytes: int, beside_bytes: int = 4 * MIB) -> None:
+    def __init__(self, max_bytes: int, beside_bytes: int) -> None:
+        self.bytes = 0  # of all places
         self._max_bytes = max_bytes
         self._beside_bytes = beside_bytes
-        self._places: list[FramePlace] = []  # the oldest first
-        self._waiting: list[FramePlace] = []
+        self._places: dict[FramePlace, None] = {}  # the oldest first
+        self._waiting: dict[FramePlace, None] = {}
+        self._arriving: dict[FramePlace, None] = {}
+        self._lines: Counter[tuple[Hashable, bool]] = Counter()  # bytes that arrive, by connection and kind
 
     @classmethod
     def of(cls, limits: Limits) -> LargeFrames:
-        """The places that these limits allow."""
+        """The places that these limits allow to frames of peers."""
         return cls(limits.max_large_frames * limits.max_frame_bytes, limits.large_bytes_per_connection)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all places."""
-        return sum(place.size for place in self._places)
 
     def ask(self, place: FramePlace) -> None:
         """Wait for a place; `granted` may be called at once."""
-        self._waiting.append(place)
+        self._waiting[place] = None
         self._grant()
+
+    def arrived(self, place: FramePlace) -> None:
+        """The frame is whole and in hand: it keeps its place, and others may come on its connection."""
+        if place in self._arriving:
+            self._leave_line(place)
+            self._grant()
 
     def leave(self, place: FramePlace) -> None:
         """Give a place back, or stop waiting for it.  Twice does no harm."""
-        for places in (self._places, self._waiting):
-            if place in places:
-                places.remove(place)
-                self._grant()
+        if place in self._places:
+            self._remove(place)
+        elif place in self._waiting:
+            del self._waiting[place]
+        else:
+            return
+        if self._waiting:
+            self._grant()
 
     def _grant(self) -> None:
-        held_up: set[tuple[Hashable, bool]] = set()  # connections, and the kind of frames that wait there
+        """Give places to the frames that wait, in their order: none overtakes another of its line or peer."""
+        held_up: set[Hashable] = set()
         news: list[Callable[[], None]] = []
         for place in list(self._waiting):
-            line = place.connection, self._is_small(place)
-            if line in held_up or not self._fits_connection(place) or not self._make_room(place, news):
+            line = self._line(place)
+            if line in held_up or place.peer in held_up:
+                continue
+            if not self._fits_line(place):
                 held_up.add(line)
-            else:
-                self._waiting.remove(place)
-                self._places.append(place)
-                news.append(place.granted)
+                continue
+            if not self._make_room(place, news):
+                held_up.add(place.peer)
+                continue
+            del self._waiting[place]
+            self._places[place] = self._arriving[place] = None
+            self._lines[line] += place.size
+            self.bytes += place.size
+            news.append(place.granted)
         for tell in news:  # last: they may come back to `leave`
             tell()
 
-    def _is_small(self, place: FramePlace) -> bool:
-        return place.size * 4 <= self._beside_bytes
+    def _line(self, place: FramePlace) -> tuple[Hashable, bool]:
+        """Frames of a connection that wait for each other: its small ones, or its others."""
+        return place.connection, place.size * 4 <= self._beside_bytes
 
-    def _fits_connection(self, place: FramePlace) -> bool:
-        small = self._is_small(place)
-        of_kind = [
-            each.size
-            for each in self._places
-            if each.connection == place.connection and self._is_small(each) == small
-        ]
-        return sum(of_kind) + place.size <= self._beside_bytes if small else not of_kind
+    def _fits_line(self, place: FramePlace) -> bool:
+        line = self._line(place)
+        return self._lines[line] + place.size <= self._beside_bytes if line[1] else not self._lines[line]
+
+    def _leave_line(self, place: FramePlace) -> None:
+        line = self._line(place)
+        del self._arriving[place]
+        self._lines[line] -= place.size
+        if not self._lines[line]:
+            del self._lines[line]
+
+    def _remove(self, place: FramePlace) -> None:
+        del self._places[place]
+        self.bytes -= place.size
+        if place in self._arriving:
+            self._leave_line(place)
 
     def _make_room(self, place: FramePlace, news: list[Callable[[], None]]) -> bool:
         """Whether the node has room for this frame now; frames of peers that have more are dropped for it."""
-        while self.bytes + place.size > self._max_bytes:
-            victim = self._of_the_largest(place)
+        if place.size > self._max_bytes:
+            return False
+        missing = self.bytes + place.size - self._max_bytes
+        victims: list[FramePlace] = []
+        places = list(self._places) if missing > 0 else []
+        while missing > 0:
+            victim = _of_the_largest(places, place)
             if victim is None:
                 return False
-            self._places.remove(victim)
+            victims.append(victim)
+            places.remove(victim)
+            missing -= victim.size
+        for victim in victims:
+            self._remove(victim)
             news.append(victim.evicted)
         return True
 
-    def _of_the_largest(self, place: FramePlace) -> FramePlace | None:
-        """The youngest frame of the prefix with most bytes, else of the peer with most in the same prefix.
 
-        None where the place's own prefix, or peer, would have no less than that.
-        """
-        own = [each for each in self._places if each.prefix == place.prefix]
-        return _youngest(self._places, place, _prefix_of) or _youngest(own, place, _peer_of)
+def _of_the_largest(places: Sequence[FramePlace], newcomer: FramePlace) -> FramePlace | None:
+    """The youngest frame of the network with most bytes, else of the address in it, else of the peer there.
+
+    None where the newcomer's own network, address and peer would have no less than that.
+    """
+    for part in (_network_of, _prefix_of, _peer_of):
+        victim = _youngest(places, newcomer, part)
+        if victim is not None:
+            return victim
+        places = [each for each in places if part(each) == part(newcomer)]
+    return None
 
 
 def _youngest(
@@ -126,6 +170,10 @@ def _youngest(
     if used[largest] <= used[part(newcomer)] + newcomer.size:
         return None
     return next(each for each in reversed(places) if part(each) == largest)
+
+
+def _network_of(place: FramePlace) -> str:
+    return network_of(place.prefix)
 
 
 def _prefix_of(place: FramePlace) -> str:

@@ -6,10 +6,10 @@ gets two of a protocol, and where all are in use a newcomer may take the place o
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from node.network.admission.shares import Shares
 from tensor_codec.limits import Limits
 
 LONG_SECONDS = 1.0  # an honest question is answered by then
@@ -58,13 +58,13 @@ class Libp2pStreams:
 
 
 def _to_end(streams: Sequence[ServedStream], newcomer: ServedStream) -> ServedStream | None:
-    """The oldest of the prefix that has most, of the peer that has most, or of all if it took long."""
-    prefixes = Counter(each.prefix for each in streams)
-    most = max(prefixes, key=lambda key: prefixes[key])
-    if prefixes[most] > prefixes[newcomer.prefix] + 1:
-        return next(each for each in streams if each.prefix == most)
-    peers = Counter(each.peer for each in streams if each.prefix == newcomer.prefix)
-    most = max(peers, key=lambda key: peers[key], default="")
-    if peers[most] > peers[newcomer.peer] + 1:
-        return next(each for each in streams if each.peer == most)
+    """The oldest of those that hold more than the newcomer would, or of all if it took long."""
+    shares = Shares((each.prefix, each.peer) for each in streams)
+    largest = max(streams, key=lambda each: shares.rank(each.prefix, each.peer))
+    own = shares.rank(newcomer.prefix, newcomer.peer)
+    for held, ours in zip(shares.rank(largest.prefix, largest.peer), own, strict=True):
+        if held > ours + 1:
+            return largest
+        if held > ours:
+            break
     return streams[0] if newcomer.since - streams[0].since >= LONG_SECONDS else None

@@ -13,7 +13,8 @@ from typing import Any
 
 import trio
 
-from node.network.budgets.large_frames import FramePlace, LargeFrames
+from node.network.budgets.large_frames import LargeFrames
+from node.network.budgets.stream_place import StreamPlace
 from node.network.budgets.turns import FRAMES_PER_TURN, Turns
 from node.network.prefixes import address_prefix
 from node.network.transport.multistream import proposal
@@ -37,7 +38,9 @@ class MuxedStream:
         self.served = False  # opened by the peer, and counted against the caps
         self.turns = connection.turns
         self._answer_due = b""  # unread bytes of the peer's agreement to the protocol
-        self._place: FramePlace | None = None  # of a large frame that arrives
+        self.place = StreamPlace(  # of a large frame that arrives or is in hand
+            connection.large_frames, connection, connection.peer, connection.prefix, self.reset_now
+        )
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
 
@@ -70,37 +73,6 @@ class MuxedStream:
         connection.core.hold(self.state, size)
         if connection.core.has_data_to_send:
             connection.flush_now()
-
-    async def begin_large(self, size: int, seconds: float) -> None:
-        """Wait for a place for a frame of which more than a window is to be read.
-
-        Raises PeerGone where there was none within `seconds`.
-        """
-        connection = self.connection
-        granted = trio.Event()
-        place = FramePlace(
-            connection, connection.peer, connection.prefix, size, granted.set, evicted=self.reset_now
-        )
-        self.end_large()
-        self._place = place
-        connection.large_frames.ask(place)
-        with trio.move_on_after(seconds) as scope:
-            try:
-                await granted.wait()
-            except trio.Cancelled:
-                self.end_large()
-                raise
-        if scope.cancelled_caught:
-            raise PeerGone(f"no room for a frame of {size} bytes within {seconds:.3g} s")
-        if self._place is not place:
-            raise StreamReset(connection.failure or f"stream {self.state.id} was reset")
-
-    def end_large(self) -> None:
-        """Give the place of a large frame back, if there is one."""
-        place, self._place = self._place, None
-        if place is not None:
-            self.connection.large_frames.leave(place)
-            place.granted()  # a reader that still waits for it wakes up, and finds it gone
 
     async def _receive(self, max_bytes: int) -> bytes:
         connection, state = self.connection, self.state
@@ -150,13 +122,13 @@ class MuxedStream:
 
     async def aclose(self) -> None:
         """End our side, and discard the peer's further bytes."""
-        self.end_large()
+        self.place.end()
         self._end(self.connection.core.abandon)
         self.wake()
 
     def reset_now(self) -> None:
         """End both sides at once.  Twice does no harm."""
-        self.end_large()
+        self.place.end()
         self._end(self.connection.core.reset)
         self.wake()
 
@@ -392,7 +364,7 @@ class Connection:
         self.channel.link.close()
         for stream in self._streams.values():
             stream.state.is_reset = stream.state.is_reset or not stream.is_closed()
-            stream.end_large()
+            stream.place.end()
             stream.wake()
         self._streams.clear()
         self._writer.waiting.unpark_all()

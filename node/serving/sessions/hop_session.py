@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
 from torch import Tensor
 
+from node.network.budgets.large_frames import FramePlace
 from node.serving.executor.engine import Answer, StepCache
 from node.serving.sessions.inbox import Arrived, Inbox
 from node.serving.sessions.push import Outlet
 from node.serving.sessions.state import ServerSession
+from node.serving.sessions.step_room import no_room
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
@@ -25,7 +27,14 @@ SessionKey = tuple[bytes, bytes]
 
 
 class FrameStream(Protocol):
-    """The part of a framed stream (see node/network/streams.py) that a session needs."""
+    """The part of a framed stream (see node/network/streams.py) that a session needs.
+
+    limit: most bytes of a frame that `receive` has not returned yet.  judge: of frames that are large; see
+    there.
+    """
+
+    limit: int
+    judge: Callable[[bytes, int], Refused | None] | None
 
     @property
     def peer(self) -> PeerId:
@@ -115,6 +124,8 @@ class HopSession:
 
     def __post_init__(self) -> None:
         self.key = owner_tag(self.stream.peer), self.contract.session
+        self.stream.limit = self.contract.frame_bytes
+        self.inbox.room.evicted = lambda: self.end(no_room())
 
     def prompts_at(self, position: int) -> Tensor | None:
         """The prompts for a step from `position` on; None where there are none or they end before it."""
@@ -138,15 +149,28 @@ class HopSession:
         self.inbox.close()
         self.scope.cancel()
 
-    def put(self, step: Step, sender: PeerId) -> None:
-        """Put a step into the inbox, unless it took an older route.  Raises RemoteProtocolError."""
+    def put(self, step: Step, sender: PeerId, place: FramePlace | None = None) -> None:
+        """Put a step into the inbox, unless it took an older route.  Raises RemoteProtocolError.
+
+        place: of its bytes, where there is one already.
+        """
         if step.epoch == self.route.epoch:
-            self.inbox.put(Arrived(step, sender, trio.current_time()))
+            try:
+                self.inbox.put(Arrived(step, sender, trio.current_time()), place)
+            except Refused as refusal:
+                self.end(refusal)
+        else:
+            self.inbox.room.remove(place)
 
     async def put_when_it_fits(self, step: Step, sender: PeerId) -> None:
         """The same for a part of a long prompt or replay: its sender waits for space in the inbox."""
-        if step.epoch == self.route.epoch and await self.inbox.wait_for_space():
-            self.put(step, sender)
+        if step.epoch != self.route.epoch:
+            return
+        fits, place = await self.inbox.wait_for_space(len(step.body))
+        if fits:
+            self.put(step, sender, place)
+        else:
+            self.inbox.room.remove(place)
 
     def relink(self, order: Relink) -> None:
         """Follow a change of the route.  Raises RemoteProtocolError."""
@@ -156,6 +180,7 @@ class HopSession:
         if self.state.length and CODEC_BYTES[codec] < CODEC_BYTES[self.contract.codec]:
             raise RemoteProtocolError(f"codec {codec} after {self.contract.codec}, which loses less")
         self.contract = replace(self.contract, codec=codec)
+        self.stream.limit = self.contract.frame_bytes
         self.route = SessionRoute(order.epoch, order.predecessor, order.successor, order.relay)
         self.inbox.order(order)
         if self._interruptible is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import trio
 
+from node.network.budgets.large_frames import FramePlace
+from node.serving.sessions.step_room import SMALL_STEP, SessionRoom
 from routing.names import PeerId
 from tensor_codec.errors import RemoteProtocolError
 from tensor_codec.messages.session import Relink, Resume, Step
@@ -24,13 +26,15 @@ class Arrived:
 class Inbox:
     """At most `max_steps` steps that wait, and the client's orders, which come before them.
 
-    held: steps have to wait for a Resume.
+    held: steps have to wait for a Resume.  room: for the bytes of the steps, and of the step taken last.
     """
 
-    def __init__(self, max_steps: int, *, held: bool) -> None:
+    def __init__(self, max_steps: int, *, held: bool, room: SessionRoom) -> None:
         self.held = held
+        self.room = room
         self._max_steps = max_steps
-        self._steps: deque[Arrived] = deque()
+        self._steps: deque[tuple[Arrived, FramePlace | None]] = deque()
+        self._taken: FramePlace | None = None
         self._orders: deque[Relink | Resume] = deque()
         self._changed = trio.Event()
         self._senders_waiting = 0
@@ -39,23 +43,36 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def put(self, arrived: Arrived) -> None:
-        """Put a step in.  Raises RemoteProtocolError if its sender has overfilled the inbox."""
+    def put(self, arrived: Arrived, place: FramePlace | None = None) -> None:
+        """Put a step in.  place: of `wait_for_space`.
+
+        Raises RemoteProtocolError if its sender has overfilled the inbox, TooManyStreams where the node has
+        no room for its bytes.
+        """
+        if self._closed:
+            return self.room.remove(place)
         if len(self._steps) >= self._max_steps:
+            self.room.remove(place)
             raise RemoteProtocolError(f"step {arrived.step.step}: too many steps are in flight")
-        self._steps.append(arrived)
+        if place is None and len(arrived.step.body) > SMALL_STEP:
+            place = self.room.add(len(arrived.step.body))
+        self._steps.append((arrived, place))
         self._changed.set()
         self._changed = trio.Event()
+        return None
 
-    async def wait_for_space(self) -> bool:
-        """Wait until another step fits; False when the session has ended."""
+    async def wait_for_space(self, size: int) -> tuple[bool, FramePlace | None]:
+        """Wait until another step fits; the place of its bytes.  False when the session has ended."""
         self._senders_waiting += 1
         try:
             while len(self._steps) >= self._max_steps and not self._closed:
                 await self._changed.wait()
         finally:
             self._senders_waiting -= 1
-        return not self._closed
+        place = None
+        if size > SMALL_STEP and not self._closed:
+            place = await self.room.wait(size)
+        return not self._closed, place
 
     def order(self, order: Relink | Resume) -> None:
         """Put an order in.  A Relink takes back earlier orders and all steps.
@@ -64,7 +81,7 @@ class Inbox:
         """
         if isinstance(order, Relink):
             self._orders.clear()
-            self._steps.clear()
+            self._drop_steps()
             self.held = True
         elif not self.held or any(isinstance(one, Resume) for one in self._orders):
             raise RemoteProtocolError("a Resume after another one")
@@ -72,21 +89,31 @@ class Inbox:
         self._notify()
 
     async def take(self) -> Arrived | Relink | Resume:
-        """The next order, or the next step where there is no order."""
+        """The next order, or the next step where there is no order; the step before it is done with."""
+        if self._taken is not None:
+            self.room.remove(self._taken)
+            self._taken = None
         while True:
             if self._orders:
                 return self._orders.popleft()
             if self._steps and not self.held:
                 if self._senders_waiting:
                     self._notify()
-                return self._steps.popleft()
+                arrived, self._taken = self._steps.popleft()
+                return arrived
             await self._changed.wait()
 
     def close(self) -> None:
         """Drop the steps; nothing is taken any more."""
         self._closed = True
-        self._steps.clear()
+        self._drop_steps()
+        self.room.close()
         self._notify()
+
+    def _drop_steps(self) -> None:
+        for _, place in self._steps:
+            self.room.remove(place)
+        self._steps.clear()
 
     def _notify(self) -> None:
         self._changed.set()

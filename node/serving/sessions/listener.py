@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -36,6 +37,7 @@ from node.serving.sessions.prompt_budget import PromptBudget
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.session_table import Place, SessionTable
 from node.serving.sessions.state import ServerSession
+from node.serving.sessions.step_room import StepRoom
 from node.serving.sessions.worker import HopWorker, send_to_client
 from node.serving.span_admission import LEAVING, SpanAdmission
 from routing.names import PeerId
@@ -53,7 +55,7 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES, Contract
+from tensor_codec.messages.contract import CODEC_BYTES, HEADER_BYTES, Contract
 from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
 from tensor_codec.messages.forward_backward import prompts_contract
 from tensor_codec.messages.session import (
@@ -85,6 +87,14 @@ class CachePool(Protocol):
         """Give the memory of pages without an owner back to the system.  Runs in the torch thread."""
 
 
+@dataclass(frozen=True, slots=True)
+class SessionBytes:
+    """Room for the prompts that sessions hold, and for the steps that wait at them."""
+
+    prompts: PromptBudget
+    steps: StepRoom
+
+
 @dataclass(slots=True)
 class Listener:
     """Serves sessions over one span.
@@ -107,7 +117,7 @@ class Listener:
     _links: PushLinks = field(init=False)
     _cache_admission: CacheAdmission = field(init=False)
     _journals: JournalBudget = field(init=False)
-    _prompts: PromptBudget = field(init=False)
+    _bytes: SessionBytes = field(init=False)
     _session_ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
@@ -117,7 +127,7 @@ class Listener:
             limits.successor_dials_per_client_per_second,
             limits.successor_dials_per_client_burst,
         )
-        self._prompts = PromptBudget(self.limits)
+        self._bytes = SessionBytes(PromptBudget(self.limits), StepRoom(self.limits))
         self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds, self._give_way)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
         self._journals = JournalBudget(tokens)
@@ -130,19 +140,24 @@ class Listener:
 
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one client until its session ends.  Raises PeerFault."""
-        frame = await stream.receive(self.limits.frame_start_seconds)
-        if frame is None:
-            return
-        opened = decode_open(frame)
-        del frame  # with its prompts it is large
-        key = owner_tag(stream.peer), opened.session
+        stream.limit = HEADER_BYTES + self.limits.max_prompt_bytes_per_peer
+        stream.judge = partial(self._bytes.prompts.judge, self.admission, stream.peer)
         try:
+            frame = await stream.receive(self.limits.frame_start_seconds)
+            if frame is None:
+                return
+            opened = decode_open(frame)
+            del frame  # with its prompts it is large
+            stream.judge = None  # of the frames of a session its contract is the limit
+            key = owner_tag(stream.peer), opened.session
             await self._end_earlier(key, opened)
             self._check(stream.peer, key, opened)
             place = self._sessions.places[key] = Place(opened.epoch)
             try:
                 holding = (
-                    self._prompts.hold(stream.peer, len(opened.body)) if opened.prompts else nullcontext()
+                    self._bytes.prompts.hold(stream.peer, len(opened.body))
+                    if opened.prompts
+                    else nullcontext()
                 )
                 with place.opening, holding:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
@@ -157,6 +172,27 @@ class Listener:
                 self._notify_session_ended()
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
+
+    def feeds(self, peer: PeerId) -> bool:
+        """Whether a session here gets its steps from this peer, and not from its client."""
+        return any(hop.route.predecessor == peer for hop in self._sessions.by_key.values())
+
+    def wants(self, beginning: bytes, size: int, peer: PeerId) -> bool:
+        """Whether a session here takes a step of so many bytes, by its beginning.  Raises PeerFault."""
+        message = read_message(beginning, frozenset({"step"}))
+        session, owner = step_session(message)
+        epoch = step_epoch(message)
+        for hop in self._sessions.by_id.get(session, ()):
+            if hop.feeder != peer or (owner and owner != hop.key[0]):
+                continue
+            if hop.scope.cancel_called or epoch != hop.route.epoch:
+                return False
+            if size <= hop.contract.frame_bytes:
+                return True
+            fault = MessageError(f"a step of {size} bytes, {hop.contract.frame_bytes} are allowed")
+            self._worker(hop).end_for(fault, peer)
+            return False
+        return False
 
     async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
         """One step that `peer` pushes; False where it is of no session that goes on.  Raises PeerFault."""
@@ -298,7 +334,11 @@ class Listener:
                 state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
                 outlet=Outlet(self._links, self.limits.session_idle_seconds, _asker(stream)),
-                inbox=Inbox(self.limits.max_steps_in_flight, held=opened.held),
+                inbox=Inbox(
+                    self.limits.max_steps_in_flight,
+                    held=opened.held,
+                    room=self._bytes.steps.of_session(stream.peer, stream.prefix),
+                ),
                 route=SessionRoute(opened.epoch, opened.predecessor, opened.successor, opened.relay),
                 kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),

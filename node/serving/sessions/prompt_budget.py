@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tensor_codec.errors import CacheFull
+from node.serving.span_admission import SpanAdmission
+from tensor_codec.errors import CacheFull, Refused
 from tensor_codec.limits import Limits
+from tensor_codec.messages.session import check_prompts, peek_open
 
 AGAIN_SECONDS = 5.0  # a session must end first
 
@@ -25,9 +27,8 @@ class PromptBudget:
         """Bytes that sessions hold now."""
         return self._by_peer.total()
 
-    @contextmanager
-    def hold(self, peer: str, size: int) -> Iterator[None]:
-        """Count `size` bytes of a peer's session within the context.  Raises CacheFull."""
+    def check(self, peer: str, size: int) -> None:
+        """Raise CacheFull where `size` more bytes of a peer's session have no room."""
         for used, most in (
             (self._by_peer[peer], self.limits.max_prompt_bytes_per_peer),
             (self.used, self.limits.max_prompt_bytes),
@@ -36,6 +37,25 @@ class PromptBudget:
                 raise CacheFull(
                     f"prompts of {size} bytes, {max(0, most - used)} of {most} are free", AGAIN_SECONDS
                 )
+
+    def judge(self, admission: SpanAdmission, peer: str, beginning: bytes, size: int) -> Refused | None:
+        """Whether the prompts of an Open are taken, before they have come; the reason if not.
+
+        beginning: of its frame, with the header; size: of all of it.  Raises MessageError.
+        """
+        opened, body_bytes = peek_open(beginning, size)
+        try:
+            admission.admits(opened.spec)
+            check_prompts(opened, admission.spec.hidden, body_bytes)
+            self.check(peer, body_bytes)
+        except Refused as refusal:
+            return refusal
+        return None
+
+    @contextmanager
+    def hold(self, peer: str, size: int) -> Iterator[None]:
+        """Count `size` bytes of a peer's session within the context.  Raises CacheFull."""
+        self.check(peer, size)
         self._by_peer[peer] += size
         try:
             yield

@@ -228,6 +228,8 @@ class HopWorker:
         """
         hop = self.hop
         hop.state.resume(order.length, order.step)
+        if hop.state.last is None:
+            hop.kept.answer = None  # of positions that are forgotten
         self._cut(order.length)
         hop.kept.successor_has = order.has
         try:
