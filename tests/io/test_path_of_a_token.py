@@ -57,6 +57,8 @@ HELPERS = {
     "node/network/directory/met.py": "remembers peers",
     "node/network/directory/neighbours.py": "knows the records that are not passed on",
     "node/network/prefixes.py": "reads addresses",
+    "node/network/budgets/stream_place.py": "holds the place of a large frame",
+    "node/serving/sessions/step_room.py": "counts the bytes of waiting steps",
     "node/runtime/faults.py": "remembers faults",
     "tensor_codec/token_bucket.py": "counts what a client asks for",
 }

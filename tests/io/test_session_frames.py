@@ -135,7 +135,7 @@ async def pushed(world: World, node: FakeNode) -> AsyncIterator[tuple[FramedStre
     async def serve() -> None:
         budget = FrameBudget(FrameRates(Limits(idle_steps_per_second=0.25)), lambda _: 0)
         try:
-            await read_pushes(theirs, lambda: (node.listener,), budget)
+            await read_pushes(theirs, (node.listener,), budget)
         except PeerFault as fault:
             faults.append(fault)
         await theirs.reset()

@@ -118,7 +118,6 @@ class Listener:
     _cache_admission: CacheAdmission = field(init=False)
     _journals: JournalBudget = field(init=False)
     _bytes: SessionBytes = field(init=False)
-    _session_ended: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -168,8 +167,7 @@ class Listener:
                     with self._place(stream, opened, prompts) as hop:
                         await self._run(hop)
             finally:
-                del self._sessions.places[key]
-                self._notify_session_ended()
+                self._sessions.free(key)
         except Refused as refusal:
             await stream.send(encode_failed(Failed.of(refusal)))
 
@@ -268,12 +266,12 @@ class Listener:
                     if not hop.in_use and hop.active_at <= silent:
                         hop.end(_leaving())
                 with trio.move_on_after(limits.drain_idle_seconds / 4):
-                    await self._session_ended.wait()
+                    await self._sessions.one_ended.wait()
         for hop in which():
             hop.end(_leaving())
         with trio.move_on_after(limits.drain_seconds):
             while which():
-                await self._session_ended.wait()
+                await self._sessions.one_ended.wait()
 
     async def _end_earlier(self, key: SessionKey, opened: Open) -> None:
         """End the earlier session of a client that comes back, in a later epoch, to a hop it gave up."""
@@ -285,11 +283,7 @@ class Listener:
         place.opening.cancel()
         with trio.move_on_after(self.limits.cache_wait_seconds):
             while self._sessions.places.get(key) is place:
-                await self._session_ended.wait()
-
-    def _notify_session_ended(self) -> None:
-        self._session_ended.set()
-        self._session_ended = trio.Event()
+                await self._sessions.one_ended.wait()
 
     def _give_way(self, key: Hashable) -> None:
         """End a session for those of others: its client's network holds more than its share of the cache."""

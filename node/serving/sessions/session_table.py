@@ -55,13 +55,15 @@ class SessionTable:
     """The open sessions: by their owner and id, by their id alone, and how many each peer has.
 
     by_key, by_id: for reading; those under one id are of different owners, the oldest first.
-    places: of sessions, those too that wait for pages.
+    places: of sessions, those too that wait for pages.  one_ended: set when a place becomes free, and then
+    another event.
     """
 
     by_key: dict[SessionKey, HopSession] = field(default_factory=dict)
     by_id: dict[bytes, list[HopSession]] = field(default_factory=dict)
     places: dict[SessionKey, Place] = field(default_factory=dict)
     ended: EndedSessions = field(default_factory=EndedSessions)
+    one_ended: trio.Event = field(default_factory=trio.Event)
     _by_peer: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
@@ -74,6 +76,12 @@ class SessionTable:
     def count_of(self, peer: str) -> int:
         """Sessions that this peer has open."""
         return self._by_peer[peer]
+
+    def free(self, key: SessionKey) -> None:
+        """Give the place of a session back that has ended, or that never began."""
+        del self.places[key]
+        self.one_ended.set()
+        self.one_ended = trio.Event()
 
     @contextmanager
     def holding(self, hop: HopSession) -> Iterator[None]:
