@@ -133,7 +133,8 @@ async def pushed(world: World, node: FakeNode) -> AsyncIterator[tuple[FramedStre
     faults: list[PeerFault] = []
 
     async def serve() -> None:
-        budget = FrameBudget(FrameRates(Limits(idle_steps_per_second=0.25)), lambda _: 0)
+        limits = Limits(idle_steps_per_second=0.25, frame_rate_peers_per_prefix=1)
+        budget = FrameBudget(FrameRates(limits), lambda _: 0)
         try:
             await read_pushes(theirs, (node.listener,), budget)
         except PeerFault as fault:
