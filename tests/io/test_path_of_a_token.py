@@ -259,6 +259,7 @@ BESIDE = (
     "Neighbours.",
     "Server.",
     "Balancer.",
+    "Guard.",
 )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from node.runtime.logs import Handler, JsonLines, TextLines
 
@@ -56,6 +60,27 @@ def test_a_log_that_takes_no_more_is_no_error(capsys):
     assert capsys.readouterr().err == ""
     handler.handle(logging.LogRecord("raceme", logging.INFO, "", 0, "%d", ("a bug",), None))
     assert "TypeError" in capsys.readouterr().err
+
+
+SECRET = {"prompt", "prompts", "text", "texts", "token", "tokens", "ids", "hidden", "body", "frame", "step"}
+
+
+def logged_names() -> Iterator[tuple[str, str]]:
+    """Each name within the values of a line of our own logs, with its place."""
+    root = Path(__file__).resolve().parents[2]
+    for package in ("node", "client", "routing", "tensor_codec"):
+        for path in (root / package).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                if isinstance(call, ast.Call) and re.match(r"log(ger)?\.\w+$", ast.unparse(call.func)):
+                    for value in (each for argument in call.args[1:] for each in ast.walk(argument)):
+                        name = getattr(value, "attr", getattr(value, "id", ""))
+                        yield f"{path.relative_to(root)}:{call.lineno}", name
+
+
+def test_no_line_holds_a_prompt_tokens_or_hidden_states():
+    names = list(logged_names())
+    assert len(names) > 30
+    assert [(place, name) for place, name in names if name in SECRET] == []
 
 
 PEER, OTHER = "12D3KooWPW5W3xqXDotptBwKmqM7tXNMVgcCVykq5vGqmiP1rh9M", "12D3KooW" + "a" * 44
