@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
@@ -64,6 +65,13 @@ def frozen_libraries() -> None:
     """The libraries' million objects stay: each later collection of garbage would visit them again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_of_torch() -> None:
+    """Each module begins with one, whatever nodes another module had in this process."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="module")

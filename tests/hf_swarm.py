@@ -21,6 +21,7 @@ from client.swarm import Swarm, open_swarm
 from node import main
 from node.config import NetworkConfig, NodeConfig
 from node.runtime.compute_thread import open_compute_thread
+from node.serving.executor.rates import rates_at_start
 from routing.blocks import Blocks
 
 
@@ -79,6 +80,7 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("RACEME_CACHE", cache)
+        patch.setattr("node.serving.served_span.rates_at_start", partial(rates_at_start, seconds=0.1))
         patch.setattr("client.session.repair.watchdog.MIN_HOP_SECONDS", 20.0)  # for a busy machine
         with open_sync(cast(Any, None), opened) as swarm:
             yield Nodes(swarm, scopes, addresses)

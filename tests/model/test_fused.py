@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -170,3 +171,4 @@ def test_several_threads_change_no_bit_of_a_block():
     for one, many in zip(*answers, strict=True):
         assert np.array_equal(one, many)
         assert np.abs(one).sum() > 0
+    assert (numba.threading_layer(), torch.get_num_threads()) == ("workqueue", 1), "torch keeps its own"

@@ -51,6 +51,10 @@ from numba.core.errors import NumbaError
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+# numba takes a layer of threads when the first code for several is compiled or read.  With the layer of
+# OpenMP, torch too would compute with these threads from then on; the third needs a library of its own.
+numba.config.THREADING_LAYER = "workqueue"
+
 _FEATURES = frozenset((numba.config.CPU_FEATURES or get_host_cpu_features()).split(","))
 LANES = 16 if "+avx512bw" in _FEATURES else 8  # of 32 bits in a vector
 INTEGERS = "+avx2" in _FEATURES  # whether int8 weights are multiplied with 16-bit integers
@@ -642,14 +646,12 @@ def _described(tensor: Tensor) -> str:
 def team(threads: int) -> Iterator[bool]:
     """Take this number of threads for compiled code; False while another caller has them: use one thread.
 
-    numba's own threads end the process when two callers come at once.  Its other thread layers bring a
-    second OpenMP next to torch's, or need libraries that may be missing.
+    numba's own threads end the process when two callers come at once.
     """
     if threads < 2 or not _in_threads.acquire(blocking=False):
         yield False
         return
     try:
-        numba.config.THREADING_LAYER = "workqueue"
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         yield True
     finally:
