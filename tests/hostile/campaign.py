@@ -24,7 +24,7 @@ from tests.hostile.talking import ProcessEnded, Talking, talking
 START_SECONDS = 120.0
 WARM_TOKENS, WARM_NEWCOMERS = 30, 2
 SETTLE_SECONDS = 5.0  # nothing may be left after these
-LOOK_SECONDS = 3.0  # at what is left
+LOOK_SECONDS = 4.0  # at what is left
 PATIENCE_SECONDS = 4.0  # for newcomers that came at the end
 WATCH_SECONDS = 0.05
 # Of resident memory: the attacker is ended there, so that a node without bounds does not fill the machine.

@@ -5,6 +5,7 @@ A worker of tests.hostile.
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 
@@ -20,6 +21,7 @@ from tests.hostile.stage import Target, new_identity, opening, served_by, spec_o
 from tests.hostile.talking import say
 
 EVERY_SECONDS = 1.0
+JITTER = 0.3  # of it: a node that is looked at every second must not hold a newcomer at each look
 PATIENCE_SECONDS = 3.0
 OPENS = 3  # each third one opens a session too
 SESSION_TOKENS = 64
@@ -29,13 +31,13 @@ async def come_forever(target: Target) -> None:
     """Say of each newcomer when it came, and how long it took."""
     spec = spec_of(await served_by(target))
     say(ready=True)
-    number = 0
+    number, rng = 0, random.Random(1)
     async with trio.open_nursery() as nursery:
         due = trio.current_time()
         while True:
             nursery.start_soon(come, target, spec if number % OPENS == 0 else None)
             number += 1
-            due += EVERY_SECONDS
+            due += EVERY_SECONDS * rng.uniform(1 - JITTER, 1 + JITTER)
             await trio.sleep_until(due)
 
 
