@@ -161,21 +161,24 @@ class ConnectionTable:
         own = stream.connection
         if (place := self._inbound.get(own)) is not None:
             place.used_at = now
-        users = [self._user(peer, connections) for peer, connections in self._by_peer.items()]
-        newcomer = next((user for user in users if user.peer == own.peer), User(own.peer, own.prefix, 0))
-        if newcomer.streams >= self._limits.max_streams_per_peer:
+        of_peer = self._streams_of(self._by_peer.get(own.peer, [own]))
+        if of_peer >= self._limits.max_streams_per_peer:
             return StreamRoom(admitted=False)
-        if sum(user.streams for user in users) < self._limits.max_streams:
+        if sum(map(self._streams_of, self._by_peer.values())) < self._limits.max_streams:
             return StreamRoom(admitted=True)
-        loser = gives_way(newcomer, users)
+        users = [
+            User(peer, held[0].prefix, self._streams_of(held), self._is_good(peer))
+            for peer, held in self._by_peer.items()
+        ]
+        loser = gives_way(User(own.peer, own.prefix, of_peer), users)
         if loser is None:
             return StreamRoom(admitted=False)
         theirs = [each for one in self._by_peer[PeerId(loser.peer)] for each in one.served_streams()]
         return StreamRoom(True, max(theirs, key=lambda each: (each.is_waiting, each.state.id)))
 
-    def _user(self, peer: PeerId, connections: Sequence[Connection]) -> User:
-        streams = sum(len(each.served_streams()) for each in connections)
-        return User(peer, connections[0].prefix, streams, self._is_good(peer))
+    @staticmethod
+    def _streams_of(connections: Sequence[Connection]) -> int:
+        return sum(len(each.served_streams()) for each in connections)
 
     # --- coming and going ---
 

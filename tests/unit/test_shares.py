@@ -123,3 +123,8 @@ def test_a_peer_known_good_gives_way_only_where_no_other_has_a_larger_share():
     loser = gives_way(User("new", OTHER, 0), [gateway, *others])
     assert loser in others
     assert gives_way(User("new", OTHER, 0), [gateway]) == gateway
+
+
+def test_a_peer_without_a_stream_gives_none_up():
+    users = [User("idle", PUBLIC, 0), User("gateway", PUBLIC, 80, good=True)]
+    assert gives_way(User("new", OTHER, 0), users) == users[1]

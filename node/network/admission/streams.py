@@ -32,7 +32,10 @@ def gives_way(newcomer: User, users: Sequence[User]) -> User | None:
         larger = [
             user
             for user in users
-            if user.good is good and user.peer != newcomer.peer and shares.rank(user.prefix, user.peer) > own
+            if user.good is good
+            and user.streams
+            and user.peer != newcomer.peer
+            and shares.rank(user.prefix, user.peer) > own
         ]
         if larger:
             return max(larger, key=lambda user: shares.rank(user.prefix, user.peer))
