@@ -23,9 +23,9 @@ class ClientConfig:
 
     model: a folder, a hub id, or a built-in name; None for the default.
     peers: multiaddrs with /p2p/ID of nodes of the swarm.
-    wait_seconds: for a chain to come up.  step_seconds: for one step, or one request of `forward`
-    and `backward` at one hop.  give_up_seconds: for one token, or one hop's part of a request, with new
-    chains and replays.
+    wait_seconds: for a chain to come up.  step_seconds: for one step; one request of `forward` and
+    `backward` at one hop may take three times as long.  give_up_seconds: for one token, or one hop's
+    part of a request, with new chains and replays.
     codec: of hidden states on the wire: "auto" (nothing is lost), "fp32" or "bf16".
     constraints: the servers that may be used, and their number in one chain.
     limits: max_session_tokens bounds the sessions of this client; None: the servers' own bound holds.

@@ -50,6 +50,7 @@ from tensor_codec.span_spec import SpanSpec
 T = TypeVar("T")
 OpenStream = Callable[[PeerId], Awaitable[PeerStream]]
 
+REQUEST_STEPS = 3  # times a step's seconds that a request may take: it gives way to others' decode steps
 UNDER_WAY = 8  # requests of one call, at all peers together
 UNDER_WAY_PER_PEER = 3  # one comes, one is computed, one goes back; within max_compute_streams_per_peer
 
@@ -96,8 +97,8 @@ class ForwardBackward:
     find_chain, dtype_of (None: the peer has left), open_stream: the swarm's.  learn: takes the seconds
     of a peer for a request, divided by positions and blocks.
     codec: "auto" for each hop's own, which loses nothing; else "fp32" or "bf16".
-    step_seconds: for one request at one hop.  give_up_seconds: for one hop's part, with all its
-    retries and new chains.
+    step_seconds: a request at one hop may take REQUEST_STEPS times as long.  give_up_seconds: for one
+    hop's part, with all its retries and new chains.
     """
 
     info: ModelInfo
@@ -389,7 +390,7 @@ class ForwardBackward:
         that refuses does not wait for the whole frame.
         """
         size = sum(len(part) for part in asked.parts)
-        seconds = self.step_seconds + 2 * size / self.limits.frame_floor_bytes_per_second
+        seconds = REQUEST_STEPS * self.step_seconds + 2 * size / self.limits.frame_floor_bytes_per_second
         frame: Buffer | None = None
         fault: PeerFault | None = None
         sent = kept = False

@@ -121,7 +121,7 @@ class Limits:
     max_compute_streams_per_peer: int = 4
     max_compute_streams: int = 32  # with a frame each in hand: 512 MiB
     compute_idle_seconds: float = 10.0  # a new stream costs no round trip
-    max_compute_seconds: float = 30.0  # of one peer's requests that wait or run: our clients wait no longer
+    max_compute_seconds: float = 60.0  # of one peer's requests that wait or run: our clients wait 90 s
 
     # Records
     max_record_bytes: int = 1 * KIB

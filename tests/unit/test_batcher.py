@@ -388,7 +388,7 @@ def test_what_cannot_be_short_starts_a_cool_down_as_long_as_it_took_if_others_de
     assert peers_of(run(batcher, now=0.7)) == ["flood"]
 
 
-def test_after_a_long_part_of_a_request_others_that_decode_have_the_server_three_times_as_long():
+def test_after_a_long_part_of_a_request_others_that_decode_have_the_server_six_times_as_long():
     batcher = batcher_of()
     submit(batcher, job("honest"))
     run(batcher)
@@ -396,8 +396,28 @@ def test_after_a_long_part_of_a_request_others_that_decode_have_the_server_three
     batch = batcher.next(0.1)
     assert batch is not None
     batcher.finished(batch, 0.3, 0.4)
-    assert batcher.next(1.29) is None
-    assert batcher.resume_at() == pytest.approx(1.3)
+    submit(batcher, job("honest"), now=1.0)
+    assert peers_of(run(batcher, now=1.0)) == ["honest"]
+    assert batcher.next(2.19) is None
+    assert batcher.resume_at() == pytest.approx(2.2)
+    assert run(batcher, now=2.2)[0].part == 1
+
+
+def test_a_cool_down_ends_when_nobody_decodes_any_more():
+    batcher = batcher_of()
+    submit(batcher, job("honest"))
+    run(batcher)
+    submit(batcher, job("trainer", STATELESS, 500, parts=PARTS))
+    batch = batcher.next(0.1)
+    assert batch is not None
+    batcher.finished(batch, 3.0, 3.1)
+    assert run(batcher, now=3.1)[0].part == 1, "honest has not decoded for so long"
+    submit(batcher, job("honest"), now=3.2)
+    assert peers_of(run(batcher, now=3.2)) == ["honest"]
+    assert batcher.next(3.3) is None
+    resume_at = batcher.resume_at()
+    assert resume_at == pytest.approx(5.2, abs=0.01)
+    assert run(batcher, now=resume_at)[0].part == 2
 
 
 def test_a_cool_down_holds_nobody_back_where_all_requests_are_long_or_a_peer_is_alone():
@@ -737,6 +757,9 @@ def test_a_request_that_would_take_too_long_is_refused_unless_it_is_short():
         submit(batcher, job("a", STATELESS, 200))
     assert busy.value.retry_after_seconds == pytest.approx(2.7, abs=0.1)
     submit(batcher, job("b", STATELESS, 200))
+    submit(batcher, job("decoder"))
+    with pytest.raises(Refused, match="takes about 13 s here now, 3 s are allowed"):
+        submit(batcher, job("c", STATELESS, 600))
     slow = batcher_of(Limits(max_compute_seconds=0.1))
     submit(slow, job("a", STATELESS, 512))
     assert slow.waiting == 1, "clients send no shorter ones"

@@ -169,7 +169,11 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         (neighbours.NEIGHBOURS, neighbours.BOOTSTRAP_NEIGHBOURS),
     ),
     (PROTOCOL, "client's side: N s for a chain", (CLIENT.wait_seconds,)),
-    (PROTOCOL, "N s for a forward or backward request at one hop", (CLIENT.step_seconds,)),
+    (
+        PROTOCOL,
+        "N s for a forward or backward request at one hop",
+        (forward_backward.REQUEST_STEPS * CLIENT.step_seconds,),
+    ),
     (PROTOCOL, "N s for one token, or for one hop's part", (CLIENT.give_up_seconds,)),
     (
         PROTOCOL,

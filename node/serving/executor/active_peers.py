@@ -75,7 +75,12 @@ class ActivePeers:
     def short_decoders(self, now: float) -> set[str]:
         """Peers that run short decode steps, now or a moment ago."""
         since = now - self.recently_active_seconds
-        return {name for name, peer in self.by_name.items() if peer.last_short_decode_at >= since}
+        return {name for name, peer in self.by_name.items() if peer.last_short_decode_at > since}
+
+    def last_short_decoder_leaves_at(self) -> float:
+        """From when on `short_decoders` has no peer, unless one decodes again."""
+        last = max((peer.last_short_decode_at for peer in self.by_name.values()), default=-math.inf)
+        return last + self.recently_active_seconds + 1e-3  # more than rounding takes
 
     def forget(self, now: float, waiting_of: Callable[[str], int]) -> None:
         """Forget the peers that have gone.  waiting_of: jobs of a peer that wait or run."""

@@ -39,7 +39,7 @@ class BatchPolicy:
     joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
     crowd_slowdown: float = 2.0  # of one with more peers of a prefix, where other prefixes are active
     absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
-    stateless_rest: float = 3.0  # times a part's seconds nothing long begins after it, if others decode
+    stateless_rest: float = 6.0  # times a part's seconds nothing long begins after it, if others decode
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class Batcher:
     comes due, and round robin by batch would forget that.  But not strictly: its prefill would then starve
     after its own decode steps while another peer's prefills never end.
 
-    decode_seconds_per_block, prefill_seconds_per_block_token: a first guess, then learned.
+    decode_seconds_per_block, prefill_seconds_per_block_token: a first guess of `costs`, which then learn.
     """
 
     decode_seconds_per_block: float
@@ -96,7 +96,7 @@ class Batcher:
     limits: Limits = field(default_factory=Limits)
     policy: BatchPolicy = field(default_factory=BatchPolicy)
     _queues: JobQueues = field(init=False)
-    _costs: BatchCosts = field(init=False)
+    costs: BatchCosts = field(init=False)
     _peers: ActivePeers = field(init=False)
     _parties: ActivePeers = field(init=False)  # prefixes; peers without one
     _running: Batch | None = None
@@ -109,7 +109,7 @@ class Batcher:
     def __post_init__(self) -> None:
         policy = self.policy
         self._queues = JobQueues(self.limits, policy.max_stateless, policy.max_stateless_per_peer)
-        self._costs = BatchCosts(
+        self.costs = BatchCosts(
             self.decode_seconds_per_block, self.prefill_seconds_per_block_token, policy.joint_slowdown
         )
         self._peers = ActivePeers(policy.recently_active_seconds)
@@ -127,9 +127,12 @@ class Batcher:
     def resume_at(self) -> float:
         """After `next` returned None: when to ask again, even if nothing is submitted until then.
 
-        Infinity, unless all waiting jobs are held back by the cool-down after a long batch.
+        Infinity, unless all waiting jobs are held back by the cool-down after a long batch: to its end, or
+        until the peers have left that it is for.
         """
-        return self._cool_down_until if self._queues.jobs and self._running is None else math.inf
+        if not self._queues.jobs or self._running is not None:
+            return math.inf
+        return min(self._cool_down_until, self._peers.last_short_decoder_leaves_at())
 
     def submit(self, job: Job, now: float) -> None:
         """Queue a job.  Raises TooManyStreams, and then nothing has changed."""
@@ -138,9 +141,9 @@ class Batcher:
         newcomer = others and not queues.waiting_of(job.peer)
         new_party = newcomer and not queues.waiting_of_party(party)
         if job.kind is Kind.STATELESS:
-            self._check_seconds(job)
+            self._check_seconds(job, now)
         queues.add(job, self._running or ())
-        short_decode = job.kind is Kind.DECODE and not self._costs.is_long(job)
+        short_decode = job.kind is Kind.DECODE and not self.costs.is_long(job)
         self._peers.touch(job.peer, now, short_decode=short_decode)
         if (known := self._parties.by_name.get(party)) is not None:
             known.last_active_at = now  # as `touch` does, in no call
@@ -195,10 +198,9 @@ class Batcher:
         work = sum(works)
         for piece, part in zip(batch, works, strict=True):
             job = piece.job
-            if long := self._costs.is_long(job):
+            if long := self.costs.is_long(job):
                 rest = seconds * (self.policy.stateless_rest if job.kind is Kind.STATELESS else 1.0)
-                cool_down = min(rest, self.policy.recently_active_seconds)  # peers are forgotten by then
-                self._cool_down_until = max(self._cool_down_until, now + cool_down)
+                self._cool_down_until = max(self._cool_down_until, now + rest)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
             peer.compute_seconds += seconds * part / work
             if (party := self._parties.by_name.get(job.prefix or job.peer)) is not None:
@@ -210,7 +212,7 @@ class Batcher:
                 queues.remove(job)
             else:
                 queues.done[job.number] += 1 if job.parts else piece.tokens
-        self._costs.of[batch[0].job.kind].learn(blocks, work, seconds)
+        self.costs.of[batch[0].job.kind].learn(blocks, work, seconds)
         return blocks, positions
 
     def _kinds_in_order(self) -> tuple[Kind, ...]:
@@ -242,7 +244,7 @@ class Batcher:
 
     def _decode_batch(self, now: float) -> Batch:
         """One step of every peer, then more of them, in rounds, while rows and seconds allow."""
-        cost, pieces, rows, work = self._costs.of[Kind.DECODE], list[Piece](), 0, 0
+        cost, pieces, rows, work = self.costs.of[Kind.DECODE], list[Piece](), 0, 0
         blocks, peers = set[int](), set[str]()
         full = set[str]()  # peers with a step that did not fit: later steps must not overtake it
         max_seconds = max_crowd = math.nan
@@ -255,7 +257,7 @@ class Batcher:
                 max_seconds = self._max_decode_seconds(pieces, peers)
             crowd = several and not further and job.prefix in parties
             if crowd and math.isnan(max_crowd):  # every prefix's first step is in by now
-                max_crowd = self.policy.crowd_slowdown * self._costs.least_row(pieces)
+                max_crowd = self.policy.crowd_slowdown * self.costs.least_row(pieces)
             wider = blocks.union(range(job.start, job.stop))
             more = work + job.rows * job.tokens * (job.stop - job.start)
             too_slow = (further or crowd) and cost.seconds(len(wider), more) > (
@@ -276,7 +278,7 @@ class Batcher:
             return math.inf
         policy = self.policy
         slowdown = policy.joint_slowdown if self._peers.by_name.keys() <= peers else policy.absent_slowdown
-        return slowdown * self._costs.least_row(pieces)
+        return slowdown * self.costs.least_row(pieces)
 
     def _single(self, kind: Kind, now: float) -> Batch:
         """A chunk, or a part of a stateless request, of the peer that had the least compute."""
@@ -322,17 +324,17 @@ class Batcher:
         if len(self._peers.by_name) > 1 and self._peers.short_decoders(now):
             # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
             waiting = [one for queue in self._queues.lanes[Kind.DECODE].values() for one in queue]
-            next_slowdown = self._costs.next_slowdown(sum(one.rows * one.tokens for one in waiting))
+            next_slowdown = self.costs.next_slowdown(sum(one.rows * one.tokens for one in waiting))
             seconds = policy.joint_slowdown + policy.absent_slowdown - next_slowdown
             blocks = job.stop - job.start
-            seconds *= self._costs.one_row(blocks) / blocks
-            cost = self._costs.of[Kind.PREFILL]
+            seconds *= self.costs.one_row(blocks) / blocks
+            cost = self.costs.of[Kind.PREFILL]
             positions = min(positions, int((seconds - cost.per_block) / cost.per_position))
         return max(1, positions // job.rows)
 
     def _held_back(self, job: Job, now: float) -> bool:
         """Whether the job must wait for the cool-down after a long batch."""
-        if now >= self._cool_down_until or not self._costs.is_long(job):
+        if now >= self._cool_down_until or not self.costs.is_long(job):
             return False
         return bool(self._peers.short_decoders(now) - {job.peer})
 
@@ -345,18 +347,21 @@ class Batcher:
         if now >= self._parties.look_at:
             self._parties.forget(now, self._queues.waiting_of_party)
 
-    def _check_seconds(self, job: Job) -> None:
+    def _check_seconds(self, job: Job, now: float) -> None:
         """Raise Refused, TooManyStreams where a stateless request would take, or wait for, too long."""
         most = self.limits.max_compute_seconds
-        own = self._costs.stateless_seconds(job)
-        if own > most and job.rows * job.tokens > SPLIT_POSITIONS:
+        own = self.costs.stateless_seconds(job)
+        others = self._peers.short_decoders(now) - {job.peer}
+        rest = self.policy.stateless_rest if others and self.costs.is_long(job) else 0.0
+        rested = own * (1 + rest)
+        if rested > most and job.rows * job.tokens > SPLIT_POSITIONS:
             raise Refused(
-                f"a request of {job.rows} x {job.tokens} positions takes about {own:.0f} s here, {most:g} s"
-                f" are allowed: split it into requests of {SPLIT_POSITIONS} positions"
+                f"a request of {job.rows} x {job.tokens} positions takes about {rested:.0f} s here now,"
+                f" {most:g} s are allowed: split it into requests of {SPLIT_POSITIONS} positions"
             )
         ahead = self._queues.lanes[Kind.STATELESS].get(job.peer, ())
-        waiting = sum(self._costs.stateless_seconds(other) for other in ahead)
-        if waiting and own + waiting > most:
+        waiting = sum(self.costs.stateless_seconds(other) for other in ahead) * rested / own
+        if waiting and rested + waiting > most:
             raise TooManyStreams(
                 f"requests of yours that take about {waiting:.0f} s wait here, {most:g} s are allowed",
                 min(waiting, MAX_RETRY_SECONDS),
