@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partialmethod
 from typing import Any
 
@@ -15,124 +14,22 @@ from node.serving.sessions.worker import HopWorker
 from routing.chains.hops import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
-from tensor_codec.frame import Buffer
-from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
-from tensor_codec.messages.session import (
-    SESSION_PROTOCOL,
-    Here,
-    Opened,
-    Relinked,
-    decode_open,
-    encode_here,
-    encode_opened,
-    encode_relinked,
-)
-from tests.fakes_serving import FakeStream, World, continued, conversation_of, generated, hops_of, swarm
+from tests.fakes_lies import LyingNode, Say, blames, ends, grows
+from tests.fakes_serving import World, continued, conversation_of, generated, hops_of, swarm
 
-KINDS = frozenset({"step", "relink", "resume", "where", "close"})
 PROMPT = [3, 1, 4, 1, 5]
 BLOCKS = 6
-Say = Callable[["LyingHop", Message], Sequence[list[Buffer]]]
 
 
-@dataclass
-class LyingHop:
-    """Takes every session, computes nothing, and answers each message with what `say` makes of it.
-
-    steps: the numbers of those that came, by stream or by push.
-    """
-
-    say: Say
-    opened: int = 0
-    steps: list[int] = field(default_factory=list)
-    pushed: trio.Event = field(default_factory=trio.Event)
-
-    async def __call__(self, stream: FakeStream) -> None:
-        if stream.protocol != SESSION_PROTOCOL:
-            return await self._take_pushes(stream)
-        frame = await stream.receive(5.0)
-        assert frame is not None
-        opened = decode_open(frame)
-        self.opened += 1
-        await stream.send(encode_opened(Opened(push=opened.successor is not None)))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._say_of_pushes, stream)
-            while (frame := await stream.receive()) is not None:
-                message = read_message(frame, KINDS)
-                if message.kind == "close":
-                    break
-                for said in self._answers(message):
-                    await stream.send(said)
-            nursery.cancel_scope.cancel()
-
-    def _answers(self, message: Message) -> Sequence[list[Buffer]]:
-        header = message.header
-        if message.kind == "relink":
-            push = "successor" in header
-            return [encode_relinked(Relinked(header.integer("e", 0, 1 << 31), push, 0, 0))]
-        if message.kind == "step":
-            self.steps.append(header.integer("n", 0, 1 << 53))
-        return self.say(self, message)
-
-    async def _take_pushes(self, stream: FakeStream) -> None:
-        while (frame := await stream.receive()) is not None:
-            self.steps.append(read_message(frame, KINDS).header.integer("n", 0, 1 << 53))
-            self.last = read_message(frame, KINDS)
-            self.pushed.set()
-
-    async def _say_of_pushes(self, stream: FakeStream) -> None:
-        while True:
-            await self.pushed.wait()
-            self.pushed = trio.Event()
-            try:
-                for said in self.say(self, self.last):
-                    await stream.send(said)
-            except PeerFault:
-                return
-
-
-def replicas(world: World, liar: str, say: Say, seconds: float = 0.1) -> LyingHop:
+def replicas(world: World, liar: str, say: Say, seconds: float = 0.1) -> LyingNode:
     """Two nodes for each half of the model, those in capitals chosen first; one of them lies."""
     for name in "Aa":
         world.add(name, 0, 3, seconds=seconds)
     for name in "Bb":
         world.add(name, 3, 6, seconds=seconds)
-    lying = LyingHop(say)
+    lying = LyingNode(say)
     world.nodes[PeerId(liar)].liar = lying
     return lying
-
-
-def blames(peer: str, code: str = "bad_values") -> Say:
-    """Every step ends the session for a fault of this peer."""
-
-    def say(hop: LyingHop, message: Message) -> Sequence[list[Buffer]]:
-        if message.kind == "where":
-            return [encode_here(Here(0, 0))]
-        if message.kind != "step":
-            return []
-        return [encode_failed(Failed(code, "received hidden states hold NaN", step=hop.steps[-1], peer=peer))]
-
-    return say
-
-
-def ends(hop: LyingHop, message: Message) -> Sequence[list[Buffer]]:
-    """Every step finds the session over."""
-    return [encode_failed(Failed("ended", "idle"))] if message.kind == "step" else []
-
-
-def grows(by: int, *, waiting: int = 1, done: bool = False) -> Say:
-    """It never answers a step, and says each time that it has more positions; done: and the step too."""
-    asked = 0
-
-    def say(hop: LyingHop, message: Message) -> Sequence[list[Buffer]]:
-        nonlocal asked
-        if message.kind != "where":
-            return []
-        asked += 1
-        number = (hop.steps[-1] if done else max(0, hop.steps[-1] - 1)) if hop.steps else None
-        return [encode_here(Here(min(64, asked * by), waiting, number))]
-
-    return say
 
 
 async def generation(world: World, count: int = 4, **how: Any) -> tuple[list[int], float, World, Any]:
@@ -179,7 +76,7 @@ async def test_a_hop_that_reports_honest_ones_is_blamed_in_full_at_its_second_re
         assert routes.blame._faults == {PeerId("A"): 0.5, PeerId("B"): 0.5}
         conversation.close()
         await trio.sleep(11.0)
-        world.nodes[PeerId("B")].liar = LyingHop(blames("a"))
+        world.nodes[PeerId("B")].liar = LyingNode(blames("a"))
         routes.blame.fault(PeerId("A"), trio.current_time())
         session = conversation_of(world, routes)
         assert await continued(session, PROMPT, 2) == generated(PROMPT, 2, BLOCKS)
@@ -195,7 +92,7 @@ async def test_where_only_a_liar_is_left_its_sessions_are_opened_a_few_times_a_s
     async with swarm() as world:
         world.add("A", 0, 3)
         world.add("B", 3, 6)
-        world.nodes[PeerId("B")].liar = lying = LyingHop(say)
+        world.nodes[PeerId("B")].liar = lying = LyingNode(say)
         conversation = conversation_of(world, give_up_seconds=10.0)
         with pytest.raises((NoChain, PeerFault)):
             await continued(conversation, PROMPT, 1)

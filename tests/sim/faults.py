@@ -15,6 +15,7 @@ full         others take every page of a node's cache
 sick         a node computes NaN
 lossy        half of the frames between two come late
 clock        a node's wall clock jumps
+lies         a node takes new sessions, and lies about its neighbours or its progress (tests/fakes_lies.py)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import trio
 
 from routing.names import PeerId
+from tests.fakes_lies import LIES, LyingNode
 from tests.sim import glue
 from tests.sim.network import KEEPALIVE_SECONDS
 from tests.sim.people import Node, World
@@ -140,6 +142,11 @@ class Injector:
         span.sick = True
         await trio.sleep(fault.seconds)
         span.sick = False
+
+    async def _lies(self, fault: Fault, who: list[PeerId]) -> None:
+        node = self.world.nodes[who[0]]
+        with node.lying(LyingNode(LIES[int(fault.amount)])):
+            await trio.sleep(fault.seconds)
 
     async def _full(self, fault: Fault, who: list[PeerId]) -> None:
         listener = self.world.nodes[who[0]].listener

@@ -26,6 +26,7 @@ from routing.view.records import Record, State
 from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import PUSH_PROTOCOL
+from tests.fakes_lies import LyingNode
 from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan, some_hidden
 from tests.sim import glue
 from tests.sim.directory import Directory, Gossip, numbered
@@ -198,6 +199,7 @@ class Node:
         self.host = Host(world.network, self.peer)
         self.directory = Directory(self.peer, world.network, self._overtaken)
         self.handlers = 0
+        self._liar: tuple[LyingNode, trio.Event] | None = None
         self._seq = 0
         self._state: State | None = None  # announced, if anything
         world.network.participants[self.peer] = self
@@ -256,6 +258,17 @@ class Node:
         """A stream comes in."""
         self.nursery.start_soon(self._serve, end)
 
+    @contextmanager
+    def lying(self, liar: LyingNode) -> Iterator[None]:
+        """Within the context new streams are served by a liar; at its end those are reset."""
+        over = trio.Event()
+        self._liar = liar, over
+        try:
+            yield
+        finally:
+            self._liar = None
+            over.set()
+
     async def _serve(self, end: End) -> None:
         """Handle a stream as `node.network.host` does."""
         network = self.world.network
@@ -263,7 +276,10 @@ class Node:
         self.handlers += 1
         try:
             await network.until_here(end)
-            await glue.serve(self.listener, end.protocol, stream)
+            if self._liar is None:
+                await glue.serve(self.listener, end.protocol, stream)
+            else:
+                await _serve_lies(*self._liar, stream)
             await stream.aclose()
         except PeerFault:
             end.reset_now()
@@ -318,6 +334,19 @@ class Node:
             rtt=rtt,
             ttl_seconds=self.world.limits.record_ttl_seconds,
         )
+
+
+async def _serve_lies(liar: LyingNode, over: trio.Event, stream: FramedStream) -> None:
+    """Until the peer ends the stream, or the time of the lie is over.  Raises PeerFault, also in a group."""
+
+    async def watch() -> None:
+        await over.wait()
+        raise PeerGone("the server tells the truth again")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await liar(stream)
+        nursery.cancel_scope.cancel()
 
 
 @dataclass(slots=True)

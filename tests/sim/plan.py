@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, replace
 
 from routing.blocks import Blocks
+from tests.fakes_lies import LIES
 
 FAULTS_UNTIL = 20.0  # seconds after the start in which faults begin
 LONG_FAULT, LONGEST_FAULT = 25.0, 100.0
@@ -18,6 +19,7 @@ ROOMY = 100_000  # tokens of a budget that no session fills
 VOCABULARY = 26
 RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
 ROWS_EVERY = 6  # seeds: one of them has sessions whose rows change their order
+LIES_EVERY = 4  # seeds: one of them has servers that lie for a while
 KINDS = (
     "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
     "swizzle", "full", "sick", "lossy", "clock",
@@ -145,6 +147,8 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
     names = [node.name for node in nodes], [client.name for client in clients]
     count = rng.choice((0, 1, 2, 3, 4, 5, 6, 8))
     faults = tuple(_fault(rng, *names) for _ in range(count))
+    if seed % LIES_EVERY == 3:  # apart, as these
+        faults += _lies(random.Random(f"lies {seed}"), *names)
     return Plan(
         seed=seed,
         blocks=blocks,
@@ -264,6 +268,21 @@ def _fault(rng: random.Random, nodes: list[str], clients: list[str]) -> Fault:
     if rng.random() < 0.6:
         hit = rng.choice(clients), rng.randint(0, 20), rng.randrange(8)
     return Fault(kind, rng.uniform(0, FAULTS_UNTIL), seconds, who, amount, hit)
+
+
+def _lies(rng: random.Random, nodes: list[str], clients: list[str]) -> tuple[Fault, ...]:
+    """A server or two that lie; amount: the number of the lie."""
+    return tuple(
+        Fault(
+            "lies",
+            rng.uniform(0, FAULTS_UNTIL),
+            rng.uniform(5, LONG_FAULT),
+            (rng.choice(nodes),),
+            float(rng.randrange(len(LIES))),
+            (rng.choice(clients), rng.randint(0, 10), rng.randrange(8)),
+        )
+        for _ in range(rng.choice((1, 1, 2)))
+    )
 
 
 def _who(rng: random.Random, kind: str, nodes: list[str], clients: list[str]) -> tuple[str, ...]:
