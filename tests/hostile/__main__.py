@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -46,7 +45,8 @@ def run_attacks(arguments: Sequence[str] | None, usage: str) -> int:
         return 0
     if not (flags.inside or flags.local) and can_go_inside():
         words = sys.argv[1:] if arguments is None else list(arguments)
-        return subprocess.run(command_inside(PROGRAM, [*words, "--inside"]), check=False).returncode
+        command = command_inside(PROGRAM, [*words, "--inside"])
+        os.execvp(command[0], command)
     if flags.inside:
         take_public_places()
     places = PUBLIC if flags.inside else LOCAL
