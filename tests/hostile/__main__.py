@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def run_attacks(arguments: Sequence[str] | None, usage: str) -> int:
         words = sys.argv[1:] if arguments is None else list(arguments)
         command = command_inside(PROGRAM, [*words, "--inside"])
         os.execvp(command[0], command)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nodes and peers end with us
     if flags.inside:
         take_public_places()
     places = PUBLIC if flags.inside else LOCAL
