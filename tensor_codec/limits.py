@@ -121,6 +121,9 @@ class Limits:
     max_compute_streams_per_peer: int = 4
     max_compute_streams: int = 32  # with a frame each in hand: 512 MiB
     compute_idle_seconds: float = 10.0  # a new stream costs no round trip
+    # Of requests that were refused, by network prefix: one of 512 positions of a large model has 8 MiB.
+    refused_compute_bytes_per_second: int = 4 << 20
+    refused_compute_bytes_burst: int = 16 << 20
     max_compute_seconds: float = 60.0  # of one peer's requests that wait or run: our clients wait 90 s
 
     # Records

@@ -55,7 +55,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     span = load_span(folder, start, stop, dtype=DTYPES[flags.dtype], device=flags.device)
     tokens = flags.positions // flags.rows
     hidden, grad = torch.randn(2, flags.rows, tokens, span.hidden_size)
-    activations = blocks_code.measure_activations(span)
+    kinds = blocks_code.kinds_of_blocks(span)
+    activations = blocks_code.Activations.most(blocks_code.measure_activations(span, kind) for kind in kinds)
     size = span.dtype.itemsize * span.hidden_size
 
     def back(held: int) -> Callable[[], Generator[None, None, Any]]:

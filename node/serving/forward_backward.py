@@ -26,6 +26,8 @@ from node.model.blocks.forward_backward import (
     forward_in_parts,
 )
 from node.model.blocks.parts import backward_parts, forward_parts
+from node.network.admission.rates import NamedRates
+from node.network.prefixes import is_local
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite, Parts
@@ -57,6 +59,7 @@ from tensor_codec.messages.forward_backward import (
     request_contract,
 )
 
+MAX_REST_SECONDS = 30.0  # until the next request of a peer whose requests were refused is read
 RETRY_SECONDS = 2.0  # until a peer asks again: one of its streams has probably ended by then
 
 
@@ -150,21 +153,22 @@ async def _one_part(tokens: int) -> int:
 class HeldActivations:
     """How many activations a backward may hold: by their size, measured at the first one, and by memory.
 
-    part: bytes of one part's.  most: bytes besides.  free: bytes of memory now.  measure: runs in the torch
-    thread.
+    part: bytes of one part's.  most: bytes besides.  free: bytes of memory now.  measures: each measures one
+    kind of blocks, in the torch thread; steps of sessions may run between two of them.
     """
 
     part: int
     most: int
     free: Callable[[], int]
     compute: Runner
-    measure: Callable[[], Activations]
+    measures: Callable[[], Sequence[Callable[[], Activations]]]
     _activations: Activations | None = None
 
     async def positions(self, tokens: int) -> int:
         """Positions times blocks whose activations may be held now.  tokens: of a row."""
         if self._activations is None:
-            self._activations = await self.compute.run(self.measure)
+            kinds = [await self.compute.run(measure) for measure in self.measures()]
+            self._activations = Activations.most(kinds)
         held = self.part + min(self.most, self.free())
         return int(held / self._activations.of_a_position(tokens))
 
@@ -183,9 +187,15 @@ class ForwardBackwardListener:
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
     held: Held = _one_part
+    _refused: NamedRates = field(init=False)  # bytes of refused requests
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
     _quiet: trio.Event = field(default_factory=trio.Event)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        a_second, burst = limits.refused_compute_bytes_per_second, limits.refused_compute_bytes_burst
+        self._refused = NamedRates(a_second, burst)
 
     async def serve(self, stream: PeekStream) -> None:
         """Answer request after request until the client ends the stream.  Raises PeerFault."""
@@ -272,9 +282,9 @@ class ForwardBackwardListener:
 
     async def _serve(self, stream: PeekStream, serving: _Serving) -> None:
         idle_seconds = self.limits.frame_start_seconds
-        while (
-            not self.admission.draining and (frame := await _next_request(stream, idle_seconds)) is not None
-        ):
+        while not self.admission.draining:
+            if (frame := await self._next_request(stream, idle_seconds)) is None:
+                return None
             serving.busy = True
             try:
                 answer = await self._answer(stream, frame, serving)
@@ -304,6 +314,7 @@ class ForwardBackwardListener:
                 work = Work(request, contract, held, self.engine.part_positions)
                 computed = await self._compute(stream, work, contract)
         except Refused as refusal:
+            self._refused.take(_payer(stream), trio.current_time(), len(frame))
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:
             return encode_failed(Failed.of(own))
@@ -351,6 +362,18 @@ class ForwardBackwardListener:
             raise fault
         return answer
 
+    async def _next_request(self, stream: PeekStream, idle_seconds: float) -> Buffer | None:
+        """The next frame; None at the end of the stream, or after `idle_seconds` without a byte.
+
+        One that has begun by then has the time that any frame has.  Nothing is read from a peer that has sent
+        too many requests in vain: refusing costs less than receiving.  Raises PeerFault.
+        """
+        if seconds := self._refused.wait(_payer(stream), trio.current_time()):
+            await trio.sleep(min(seconds, MAX_REST_SECONDS))
+        with trio.move_on_after(idle_seconds):
+            return await stream.receive()
+        return await stream.receive() if stream.in_frame else None
+
     def _contract(self, request: Forward | Backward) -> Contract:
         """The request's contract.  Raises Refused, MessageError."""
         served = self.admission.spec
@@ -360,14 +383,9 @@ class ForwardBackwardListener:
         return contract
 
 
-async def _next_request(stream: PeekStream, idle_seconds: float) -> Buffer | None:
-    """The next frame; None at the end of the stream, or after `idle_seconds` without a byte.
-
-    One that has begun by then has the time that any frame has.  Raises PeerFault.
-    """
-    with trio.move_on_after(idle_seconds):
-        return await stream.receive()
-    return await stream.receive() if stream.in_frame else None
+def _payer(stream: PeekStream) -> str:
+    """Whose budget a refused request is out of: its network prefix's, a peer's in a local network."""
+    return stream.peer if is_local(stream.prefix) else stream.prefix or stream.peer
 
 
 class _Unfit(Exception):

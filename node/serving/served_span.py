@@ -16,7 +16,7 @@ from functools import partial
 import trio
 
 from node.config import VERSION, ConfigError
-from node.model.blocks.forward_backward import measure_activations
+from node.model.blocks.forward_backward import kinds_of_blocks, measure_activations
 from node.model.blocks.span import DTYPES, Span, load_span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
@@ -253,8 +253,9 @@ async def load_served_span(
     part = memory.part_bytes(setup.info, setup.precision, limits.max_step_tokens)
     free = partial(memory.free_for_training, setup.device)
     held = HeldActivations(
-        part, setup.training_bytes, free, compute, lambda: measure_activations(engine.span)
-    )
+        part, setup.training_bytes, free, compute,
+        lambda: [partial(measure_activations, engine.span, block) for block in kinds_of_blocks(engine.span)],
+    )  # fmt: skip
     stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions)
     return ServedSpan(setup, admission, listener, stateless)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -113,14 +114,15 @@ async def test_activations_are_bounded_by_a_plan_and_by_the_memory_that_is_free_
 ):
     measured = []
 
-    def measure() -> Activations:
-        measured.append(True)
-        return Activations(80.0, 2.0)
+    def measure(base: float, per_token: float) -> Activations:
+        measured.append(base)
+        return Activations(base, per_token)
 
-    held = HeldActivations(1000, most, lambda: free, FakeCompute(), measure)
+    kinds = [partial(measure, 80.0, 1.0), partial(measure, 40.0, 2.0)]
+    held = HeldActivations(1000, most, lambda: free, FakeCompute(), lambda: kinds)
     for _ in range(2):
         assert await held.positions(10) == positions  # of 100 bytes each
-    assert measured == [True]
+    assert measured == [80.0, 40.0]
 
 
 async def test_the_answer_says_how_long_it_was_held_and_computed(autojump_clock):
@@ -169,6 +171,27 @@ async def test_what_is_not_served_is_refused_and_the_stream_goes_on(what, autoju
         assert node.faults == {}
         assert len(node.engine.asked) == 1
         await stream.aclose()
+
+
+async def test_a_peer_whose_requests_are_refused_may_send_a_few_of_them_and_then_so_many_bytes_a_second(
+    autojump_clock,
+):
+    limits = Limits(refused_compute_bytes_per_second=1000, refused_compute_bytes_burst=5000)
+    async with toy_swarm(limits) as swarm:
+        swarm.add("a", 1, 5)
+        streams = [await swarm.dial("a"), await swarm.dial("a")]
+        refused = forward_of(whole_numbers(1, 30, HIDDEN), start=0)
+        size = sum(len(part) for part in encode_request(refused))
+        began = trio.current_time()
+        for number in range(20):
+            failed = await ask(streams[number % 2], refused)
+            assert failed.code == "wrong_revision"
+        seconds = trio.current_time() - began
+        assert seconds == pytest.approx((19 * size - 5000) / 1000, rel=0.2)
+        good = forward_of(HIDDEN_STATES, start=1, stop=5)
+        assert torch.equal(await ask(streams[0], good), blocks_on(HIDDEN_STATES, 1, 5))
+        for stream in streams:
+            await stream.aclose()
 
 
 async def test_a_model_of_another_size_is_refused_by_its_revision_and_not_by_its_size(autojump_clock):

@@ -12,11 +12,13 @@ from torch.nn import functional
 
 from node.model.blocks import parts
 from node.model.blocks.forward_backward import (
+    Activations,
     backward,
     backward_in_parts,
     finish,
     forward,
     forward_in_parts,
+    kinds_of_blocks,
     measure_activations,
 )
 from node.model.blocks.span import Span, load_span
@@ -334,7 +336,7 @@ def test_activations_that_are_held_give_the_gradient_of_those_that_are_not(case,
 
 def test_the_measured_activations_are_those_of_a_backward(case):
     span = case.spans[1]
-    figures = measure_activations(span)
+    figures = Activations.most(measure_activations(span, kind) for kind in kinds_of_blocks(span))
     weights = {
         each.untyped_storage().data_ptr() for each in (*span.model.parameters(), *span.model.buffers())
     }

@@ -11,7 +11,7 @@ Deep prompts (Petals' deep_ptune) are trained tensors that every block adds to i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -41,6 +41,12 @@ class Activations:
 
     base: float
     per_token: float
+
+    @classmethod
+    def most(cls, kinds: Iterable[Activations]) -> Activations:
+        """At least those of each of these kinds of blocks."""
+        of = list(kinds)
+        return cls(max(each.base for each in of), max(each.per_token for each in of))
 
     def of_a_position(self, tokens: int) -> float:
         """In a row of `tokens` tokens."""
@@ -143,17 +149,33 @@ def backward_in_parts(
     return Gradients(grad, torch.cat(found) if found else None)
 
 
-def measure_activations(span: Any) -> Activations:  # Any: a Span; a backward alone needs less of it
-    """Run each block forward on a short row and on a longer one, and count what autograd keeps.
+def kinds_of_blocks(span: Any) -> list[int]:  # Any: a Span; a backward alone needs less of it
+    """The first block of each kind: blocks of one kind have tensors of the same names, shapes and dtypes.
 
-    Weights are left out; of all blocks the largest counts.  Runs in the torch thread, as long as a prefill
-    of MEASURED_TOKENS tokens together.
+    The layer types of the config make kinds, too.
+    """
+    types = getattr(span.model.config, "layer_types", None) or ()
+    kinds: dict[object, int] = {}
+    for block in range(span.start, span.stop):
+        _, entry = span._view(block, block + 1)
+        modules = tuple((name, type(module)) for name, module in entry.named_modules())
+        tensors = (*entry.named_parameters(), *entry.named_buffers())
+        shapes = tuple((name, each.shape, each.dtype) for name, each in tensors)
+        kinds.setdefault((modules, shapes, tuple(types[block : block + 1])), block)
+    return list(kinds.values())
+
+
+def measure_activations(span: Any, block: int) -> Activations:  # Any: a Span
+    """Run a block forward on a short row and on a longer one, and count what autograd keeps.
+
+    Weights are left out.  Runs in the torch thread, as long as a prefill of MEASURED_TOKENS tokens through
+    one block.
     """
     weights = {
         each.untyped_storage().data_ptr() for each in (*span.model.parameters(), *span.model.buffers())
     }
 
-    def kept(block: int, tokens: int) -> float:
+    def kept(tokens: int) -> float:
         found: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -166,8 +188,7 @@ def measure_activations(span: Any) -> Activations:  # Any: a Span; a backward al
         own = [each for address, each in found.items() if address not in weights]
         return sum(each.untyped_storage().nbytes() for each in own) / tokens
 
-    blocks = range(span.start, span.stop)
-    short, long = (max(kept(block, tokens) for block in blocks) for tokens in MEASURED_TOKENS)
+    short, long = map(kept, MEASURED_TOKENS)
     more = max(0.0, (long - short) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0]))
     return Activations(max(short, long) - more * MEASURED_TOKENS[0], more)
 

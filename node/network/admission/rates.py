@@ -37,6 +37,10 @@ class NamedRates:
         whole_at = max(self._whole_at.get(name, now), now) + cost * self._seconds
         return whole_at - now <= self._burst + _ROUNDING
 
+    def wait(self, name: str, now: float) -> float:
+        """Seconds until the name has not had more than its burst any more."""
+        return max(0.0, self._whole_at.get(name, now) - now - self._burst)
+
     def take(self, name: str, now: float, cost: float = 1.0) -> None:
         """Count what has come."""
         if len(self._whole_at) >= MAX_NAMES and name not in self._whole_at:
