@@ -32,7 +32,7 @@ from tests.hostile.stage import Stage, opening, served_by, spec_of
 IDS = 4
 HELD_SESSIONS, HELD_TOKENS = 64, 2048
 HIDDEN = 576  # SmolLM2-135M
-BACKWARD_TOKENS, BACKWARD_STREAMS = 2048, 4
+BACKWARD_TOKENS, SPLIT_TOKENS, BACKWARD_STREAMS = 2048, 512, 4
 PREFILLS, PREFILL_TOKENS = 8, 1024
 BATCH = 200
 ANSWER_SECONDS = 5.0
@@ -121,8 +121,18 @@ async def junk_uploads(stage: Stage) -> None:
 
 async def giant_backward(stage: Stage) -> None:
     """One id, four streams, each with a backward of 2,048 positions through all blocks."""
+    await backwards(stage, BACKWARD_TOKENS)
+
+
+async def many_backwards(stage: Stage) -> None:
+    """The same with 512 positions each: as much as any client may ask for, without end."""
+    await backwards(stage, SPLIT_TOKENS)
+
+
+async def backwards(stage: Stage, tokens: int) -> None:
+    """One id, four streams, each with one backward after the other."""
     spec = spec_of(await served_by(stage.target))
-    half = bytes(4 * BACKWARD_TOKENS * HIDDEN)
+    half = bytes(4 * tokens * HIDDEN)
     frame = encode_request(Backward(Run(spec, 1, "fp32"), half, half))
     await stage.ready()
 
