@@ -39,7 +39,7 @@ class BatchPolicy:
     joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
     crowd_slowdown: float = 2.0  # of one with more peers of a prefix, where other prefixes are active
     absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
-    stateless_rest: float = 6.0  # times a part's seconds nothing long begins after it, if others decode
+    stateless_rest: float = 7.0  # times a part's seconds nothing long begins after it, if others decode
 
 
 @dataclass(slots=True)
@@ -320,8 +320,12 @@ class Batcher:
     def _chunk_tokens(self, job: Job, now: float) -> int:
         """Tokens a row of a prefill's next piece."""
         policy, positions = self.policy, self.policy.chunk_positions
-        # The same for all peers: else a peer with short chunks would never catch up.
-        if len(self._peers.by_name) > 1 and self._peers.short_decoders(now):
+        # The same for all peers with prefills: else a peer with short chunks would never catch up.
+        decoders, others = (
+            self._peers.short_decoders(now),
+            self._queues.lanes[Kind.PREFILL].keys() - {job.peer},
+        )
+        if decoders and (others or decoders - {job.peer}):
             # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
             waiting = [one for queue in self._queues.lanes[Kind.DECODE].values() for one in queue]
             next_slowdown = self.costs.next_slowdown(sum(one.rows * one.tokens for one in waiting))

@@ -37,7 +37,7 @@ from tensor_codec.messages.contract import Contract, StepRange
 
 IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
 MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
-MAX_PART_SECONDS = 0.5  # of a part of a stateless request, by the rate of prefills and of such parts
+MAX_PART_SECONDS = 0.5  # of a part of a stateless request, by the rate of those that ran
 
 
 class NotFinite(BadResult):
@@ -230,9 +230,7 @@ class Engine:
     @property
     def part_positions(self) -> int:
         """Positions times blocks of a part of a stateless request: at most half a second's."""
-        each = max(
-            self.rates.prefill_seconds_per_block_token, self.batcher.costs.of[Kind.STATELESS].per_position
-        )
+        each = self.batcher.costs.of[Kind.STATELESS].per_position
         return int(min(PART_POSITIONS, max(CHUNK_POSITIONS, MAX_PART_SECONDS / each)))
 
     async def stateless(
