@@ -76,12 +76,14 @@ def test_what_an_idle_node_measures_replaces_what_it_believed_at_start():
     assert (rates.decode_seconds_per_block, rates.alone) == (0.001, 0.001)
 
 
-def test_prefills_go_by_the_token_and_short_ones_count_for_less():
-    whole, short = Rates(0.001, 0.001), Rates(0.001, 0.001)
+def test_prefills_go_by_the_token_and_short_ones_count_for_less_or_not_at_all():
+    whole, short, tiny = (Rates(0.001, 0.001) for _ in range(3))
+    tiny.observe(15, 10, 15 * 10 * 0.002, decode=False)  # a decode step takes as long
+    assert tiny.prefill_seconds_per_block_token == 0.001
     whole.observe(256, 10, 256 * 10 * 0.002, decode=False)
-    short.observe(8, 10, 8 * 10 * 0.002, decode=False)
+    short.observe(16, 10, 16 * 10 * 0.002, decode=False)
     assert whole.prefill_seconds_per_block_token == pytest.approx(0.0011)
-    assert short.prefill_seconds_per_block_token == pytest.approx(0.0010125)
+    assert short.prefill_seconds_per_block_token == pytest.approx(0.001025)
     assert whole.decode_seconds_per_block == 0.001
 
 
@@ -208,7 +210,7 @@ def test_what_is_kept_is_what_a_step_takes_alone(tmp_path):
 def test_only_so_many_figures_are_kept_and_the_oldest_go_first(tmp_path):
     file = RatesFile(tmp_path / "rates.json")
     entries = {f"k{index}": {"decode": 1.0, "prefill": 1.0} for index in range(MAX_KEPT)}
-    file.path.write_text(json.dumps({"format": 1, "rates": entries}))
+    file.path.write_text(json.dumps({"format": 2, "rates": entries}))
     file.put("k0", Rates(2.0, 2.0))
     file.put("new", Rates(3.0, 3.0))
     assert len(json.loads(file.path.read_text())["rates"]) == MAX_KEPT
@@ -224,9 +226,9 @@ def test_only_so_many_figures_are_kept_and_the_oldest_go_first(tmp_path):
         b"\xff\xfe",
         b"[]",
         b"[" * 100_000,
-        b'{"format": 1, "rates": 3}',
-        b'{"format": 2, "rates": {}}',
-        b'{"format": 1}',
+        b'{"format": 2, "rates": 3}',
+        b'{"format": 1, "rates": {}}',
+        b'{"format": 2}',
         b" " * (module.MAX_FILE_BYTES + 1),
     ],
     ids=lambda content: str(content[:30]),
@@ -251,7 +253,7 @@ def test_a_damaged_file_is_ignored_with_a_line_in_the_log_and_then_replaced(cont
 def test_an_entry_that_makes_no_sense_is_left_out_and_the_others_stay(entry, tmp_path, caplog):
     file = RatesFile(tmp_path / "rates.json")
     good = {"decode": 0.5, "prefill": 0.25}
-    file.path.write_text(json.dumps({"format": 1, "rates": {KEY: entry, "good": good}}))
+    file.path.write_text(json.dumps({"format": 2, "rates": {KEY: entry, "good": good}}))
     assert file.get(KEY) is None
     assert file.get("good") == Rates(0.5, 0.25)
     assert "1 of the rates" in caplog.text

@@ -40,11 +40,12 @@ log = logging.getLogger("raceme")
 
 EMA_WEIGHT = 0.1  # of the newest batch in the running figures
 WHOLE_CHUNK_TOKENS = 64  # a shorter prefill mostly reads weights: it counts for less
+LEAST_CHUNK_TOKENS = 16  # a shorter one takes about as long as a decode step: it says nothing about a token
 MEASURED_TOKENS = 64  # of a prefill at start, and decode steps after it
 MIN_PREFILL_TOKENS = 8
 CHECK_SECONDS = 0.2  # for checking whether the kept figures are still about right
 ABOUT_RIGHT = 2.0  # times slower or faster
-FILE_FORMAT = 1
+FILE_FORMAT = 2  # before: prefills of few tokens counted, and made the figure ten times too large
 MAX_KEPT = 128  # figures in the file; the oldest are dropped
 MAX_FILE_BYTES = 1 << 20
 MAX_BLOCK_SECONDS = 3600.0  # beyond it the file is damaged
@@ -79,7 +80,7 @@ class Rates:
             known = self.decode_seconds_per_block
             known += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * known) - known)
             self.decode_seconds_per_block = known
-        else:
+        elif rows_tokens >= LEAST_CHUNK_TOKENS:
             weight = EMA_WEIGHT * min(1.0, rows_tokens / WHOLE_CHUNK_TOKENS)
             known = self.prefill_seconds_per_block_token
             known += weight * (min(per_block / rows_tokens, OUTLIER_FACTOR * known) - known)
