@@ -1,4 +1,4 @@
-"""Our connections and streams under py-libp2p's interfaces, for its Kademlia and identify alone.
+"""Our connections and streams under py-libp2p's interfaces, for its identify alone.
 
 Each call is passed on; only the errors become py-libp2p's own.
 """

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import trio
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Message as Libp2pMessage
 from libp2p.peer.id import ID
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
@@ -322,6 +323,76 @@ async def test_the_table_and_py_libp2p_s_own_find_providers_for_each_other():
             found, _ = await dht.provider_store._get_providers_from_peer_with_closers(me, KEY)
             assert {each.peer_id.to_base58() for each in found} == {ours.peer_id, theirs.peer_id}
             await dht.peer_routing._query_peer_for_closest(me, KEY)
+
+
+@asynccontextmanager
+async def beside_py_libp2p() -> AsyncIterator[tuple[Kademlia, Host, KadDHT, Host]]:
+    """Our table and py-libp2p's, each on a host of its own; the two hosts are connected."""
+    async with real_host() as ours, real_host() as theirs:
+        dht = KadDHT(theirs.raw, DHTMode.SERVER)
+        async with (
+            background_trio_service(dht),
+            open_kademlia(ours, Knowledge("public"), LIMITS, random.Random(1), serves=True) as table,
+        ):
+            await ours.connect(theirs.peer_id, theirs.addresses, seconds=2.0)
+            yield table, ours, dht, theirs
+
+
+async def test_find_node_is_answered_by_the_one_table_with_the_contacts_of_the_other():
+    known = [Contact(_id(n), (f"/ip4/127.0.0.1/tcp/{n}", f"/ip6/fd00::{n}/tcp/1")) for n in range(4001, 4004)]
+    async with beside_py_libp2p() as (table, ours, dht, theirs):
+        for contact in known:
+            peer, where = ID.from_base58(contact.peer), [Multiaddr(text) for text in contact.addresses]
+            theirs.raw.get_peerstore().add_addrs(peer, where, 600)
+            assert await dht.routing_table.add_peer(peer, skip_server_mode_check=True)
+        way_in = Contact(theirs.peer_id, theirs.addresses)
+        answer = await table.ask(way_in, Message(Kind.FIND_NODE, KEY))
+        assert answer is not None
+        assert {each.peer: set(each.addresses) for each in answer.closer} == {
+            each.peer: set(each.addresses) for each in known
+        }
+        assert theirs.peer_id in table.table
+
+        one = Contact(_id(5000), ("/ip4/127.0.0.1/tcp/5000",))
+        table.table.answered(one, trio.current_time())
+        found = await dht.peer_routing._query_peer_for_closest(ID.from_base58(ours.peer_id), KEY)
+        assert [each.to_base58() for each in found] == [one.peer]
+        assert [str(each) for each in theirs.raw.get_peerstore().addrs(found[0])] == list(one.addresses)
+
+
+async def raw_question(
+    host: Host, peer: PeerId, addresses: tuple[str, ...], question: Libp2pMessage
+) -> bytes:
+    """The bytes of the answer to a question in py-libp2p's own encoding, until the peer's end or its reset."""
+    stream = await host.open_bytes(peer, addresses, PROTOCOL, seconds=2.0)
+    data = question.SerializeToString()
+    await stream.send_all(encode_varint(len(data)) + data)
+    with trio.fail_after(5.0):
+        answer = bytes(await stream.receive_some(LIMITS.kademlia_message_bytes))
+    stream.reset_now()
+    return answer
+
+
+async def test_a_ping_in_libp2p_s_bytes_comes_back_from_either_table():
+    ping = Libp2pMessage(type=Libp2pMessage.PING)
+    whole = encode_varint(len(ping.SerializeToString())) + ping.SerializeToString()
+    async with beside_py_libp2p() as (table, ours, _, theirs):
+        assert await raw_question(theirs, ours.peer_id, ours.addresses, ping) == whole
+        assert await raw_question(ours, theirs.peer_id, theirs.addresses, ping) == whole
+        assert await table.ask(Contact(theirs.peer_id, theirs.addresses), Message(Kind.PING)) == Message(
+            Kind.PING
+        )
+
+
+async def test_a_value_that_py_libp2p_s_table_would_keep_is_refused():
+    async with beside_py_libp2p() as (_, ours, dht, theirs):
+        key = f"/pk/{theirs.peer_id}".encode()
+        assert not await dht.value_store._store_at_peer(ID.from_base58(ours.peer_id), key, b"value")
+        value = Libp2pMessage(type=Libp2pMessage.PUT_VALUE, key=key)
+        value.record.key, value.record.value = key, b"value"
+        with pytest.raises((PeerGone, trio.BrokenResourceError)):
+            await raw_question(theirs, ours.peer_id, ours.addresses, value)
+        assert "RemoteProtocolError" in {fault for _, fault in ours.faults.counts()}
 
 
 def test_a_question_is_small():
