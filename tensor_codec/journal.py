@@ -168,6 +168,10 @@ class Journal:
         self.start = start
         self.orders = [order for order in self.orders if order.position > start]
 
+    def give_back(self, stop: int) -> None:
+        """Give the memory of the positions before `stop` back: they are not read again."""
+        self._free(self.start, stop)
+
     def _cut_orders(self, position: int) -> None:
         """Make one order, over the positions before `position`, of all that reach as far or farther."""
         rows = np.arange(self.batch, dtype=np.uint16)

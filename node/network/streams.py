@@ -140,6 +140,7 @@ class FramedStream:
         the stream with it.
         """
         data = encode_frame(frame, self._limits.max_frame_bytes)
+        del frame  # a slow peer has us hold the joined bytes alone
         self._traffic.sent += len(data) - PREFIX_BYTES
         if self._send_now is not None and not self._sending.locked() and self._send_now(data):
             await trio.lowlevel.checkpoint_if_cancelled()

@@ -293,7 +293,9 @@ class ForwardBackwardListener:
                 return await stream.send(encode_failed(Failed.of(unfit.fault)))
             if answer is None:
                 return None  # the client has gone
-            await stream.send(answer)
+            sending = stream.send(answer)
+            del answer  # up to a frame, of which a slow client has us hold one copy
+            await sending
             serving.busy = False
             idle_seconds = self.limits.compute_idle_seconds
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +13,8 @@ import psutil
 from node.config import ConfigError
 from node.model.blocks.parts import PART_POSITIONS
 from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo, memory_needed
+from node.network.budgets.large_frames import SMALL_FRAME
+from node.network.directory.kademlia.contact import KEY_BITS, NEAREST
 from node.serving.executor.batcher import CHUNK_POSITIONS
 from node.serving.sessions.step_room import SMALL_STEP
 from tensor_codec.limits import KIB, MIB, Limits
@@ -34,6 +36,13 @@ TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block
 LARGEST_TRAINED_VALUES = 32  # of all architectures (benchmarks backward)
 MIN_HEAD_DIM = 64  # a smaller head dimension means more heads, and more scores than are counted here
 READ_BYTES = 512 * KIB  # of a connection: what one read brought, sealed and opened
+OUTGOING_BYTES = 128 * KIB  # of a stream: one chunk that is sealed, and one that waits
+STEP_BYTES = 8 * KIB  # of a step besides its body: header, objects
+STEP_COPIES = 3  # of a step that is computed: its body, its tensor, the outputs of its chunks
+RECORD_BYTES = 5 * KIB  # of a record of the largest size, as bytes and as a value: 3 to 4 KiB
+CONTACT_BYTES = 4 * KIB  # of a contact or an entry of the Kademlia table with eight addresses
+TABLE_CONTACTS = KEY_BITS * NEAREST
+LIBP2P_PROTOCOLS = 4  # Kademlia, identify, identify/push, ping
 OTHER_BYTES = 256 * MIB  # queues, sessions, compiled kernels, the allocator's waste
 
 
@@ -56,14 +65,43 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerBytes:
+    """The most bytes that peers can make a node hold, by their use (`peer_bytes`).
+
+    connections: that wait unread in the muxer or in frames that are small, and buffers.  handshakes: buffers
+    of those under way.  small_frames: in the hands of their readers.  large_frames: that arrive or are in
+    hand, a request's while it is computed.  steps: that wait at sessions or are computed, with their tensors.
+    requests: answers to those without a session.  prompts: of sessions, and of those that make way for
+    others.  outgoing: what a slow peer has not taken of each stream.  directory: records, the Kademlia table,
+    and libp2p's streams.
+    """
+
+    connections: int
+    handshakes: int
+    small_frames: int
+    large_frames: int
+    steps: int
+    requests: int
+    prompts: int
+    outgoing: int
+    directory: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(getattr(self, each.name) for each in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """The memory that a serving node takes, in bytes, by its use.
 
     weights, cache: of the span, the cache when it is full.  workspace: taken by computing besides them, for
     a moment.  process: resident memory before anything was loaded.  network: the most that peers can make
-    the node hold.  journal: outputs kept for replays, when it is full.  answers: of positions in the cache,
-    to the last step of each session.  on_device: whether weights, cache, workspace and training are in a
-    device's own memory.  training: activations that a long backward holds besides those in the workspace.
+    the node hold (`PeerBytes`).  journal: outputs kept for replays, when it is full.  answers: of positions
+    in the cache, to the last step of each session, kept and on their way to a slow peer.  on_device: whether
+    weights, cache, workspace and training are in a device's own memory.  training: activations that a long
+    backward holds besides those in the workspace.
     """
 
     weights: int
@@ -228,27 +266,31 @@ def memory_of(
         cache=blocks * cache_tokens * token_bytes,
         workspace=workspace_bytes(info, precision, cache_tokens, limits.max_step_tokens),
         process=process,
-        network=network_bytes(limits),
-        answers=cache_tokens * _journal_bytes(info),
+        network=peer_bytes(limits).total,
+        answers=2 * cache_tokens * _journal_bytes(info),
         journal=(cache_tokens if journal_tokens is None else journal_tokens) * _journal_bytes(info),
         on_device=device not in ("cpu", "mps"),
     )
 
 
-def network_bytes(limits: Limits) -> int:
-    """The most bytes that a node holds of what peers send.
-
-    What waits unread in the muxer, or in frames that are small.  Large frames that arrive or are in hand.
-    Steps that wait at sessions, large ones and small ones.  Requests without a session, and prompts.
-    """
-    connection = limits.max_unread_bytes_per_connection + READ_BYTES
-    small_steps = limits.max_streams * limits.max_steps_in_flight * SMALL_STEP
-    frames = limits.max_large_frames + limits.max_large_steps + limits.max_compute_streams
-    return (
-        limits.max_connections * connection
-        + frames * limits.max_frame_bytes
-        + small_steps
-        + limits.max_prompt_bytes
+def peer_bytes(limits: Limits) -> PeerBytes:
+    """The most bytes that peers can make a node hold, whatever they send."""
+    frame = limits.max_frame_bytes
+    waiting = (limits.max_steps_in_flight + 1) * (SMALL_STEP + STEP_BYTES)  # and the one that is computed
+    small_steps = limits.max_streams * (waiting + (STEP_COPIES - 1) * SMALL_STEP)
+    libp2p_streams = LIBP2P_PROTOCOLS * limits.max_libp2p_streams
+    return PeerBytes(
+        connections=limits.max_connections * (limits.max_unread_bytes_per_connection + READ_BYTES),
+        handshakes=limits.max_unauthenticated_connections * READ_BYTES,
+        small_frames=limits.max_streams * SMALL_FRAME,
+        large_frames=limits.max_large_frames * frame,
+        steps=STEP_COPIES * limits.max_large_steps * frame + small_steps,
+        requests=limits.max_compute_streams * frame,
+        prompts=2 * limits.max_prompt_bytes,
+        outgoing=limits.max_streams * OUTGOING_BYTES,
+        directory=2 * limits.max_records * RECORD_BYTES  # live ones, and those that ended
+        + (limits.max_providers + TABLE_CONTACTS) * CONTACT_BYTES
+        + libp2p_streams * 2 * limits.max_libp2p_bytes_per_stream,
     )
 
 

@@ -114,6 +114,17 @@ async def test_decode_steps_of_all_sessions_run_as_one_batch_whatever_blocks_the
                 one.check(answers[index])
 
 
+async def test_an_answer_that_a_session_keeps_is_all_that_it_keeps_of_its_batch(autojump_clock):
+    async with running() as engine:
+        ones = [One(engine, str(number), number, batch=1 + number % 2) for number in range(4)]
+        for one in ones:
+            await one.step(2)
+        for answer in (await all_at_once(ones)).values():
+            assert isinstance(answer, Answer)
+            memory = memoryview(answer.body).obj
+            assert memoryview(memory).nbytes == len(answer.body)
+
+
 async def test_a_long_step_is_computed_in_chunks_between_which_others_decode(autojump_clock):
     async with running() as engine:
         long, short = One(engine, "a", 0), One(engine, "b", 1)

@@ -363,7 +363,7 @@ async def test_find_node_is_answered_by_the_one_table_with_the_contacts_of_the_o
 async def raw_question(
     host: Host, peer: PeerId, addresses: tuple[str, ...], question: Libp2pMessage
 ) -> bytes:
-    """The bytes of the answer to a question in py-libp2p's own encoding, until the peer's end or its reset."""
+    """The bytes of the answer to a question in py-libp2p's own encoding."""
     stream = await host.open_bytes(peer, addresses, PROTOCOL, seconds=2.0)
     data = question.SerializeToString()
     await stream.send_all(encode_varint(len(data)) + data)

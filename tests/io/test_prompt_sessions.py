@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import trio
 from torch import Tensor
 
 from client.session.terms import SessionPrompts
-from node.serving.sessions.prompt_budget import PromptBudget
+from node.serving.sessions.prompt_budget import HeldPrompts, PromptBudget
 from routing.blocks import Blocks
 from routing.names import PeerId
 from tensor_codec.codecs import encode_hidden
@@ -168,11 +169,60 @@ async def test_prompts_of_a_hop_that_fit_no_frame_are_refused_with_the_numbers(a
         session.close()
 
 
+async def test_prompts_make_way_for_those_of_a_network_that_has_less(autojump_clock):
+    size = 3 * POSITIONS * HIDDEN * 4
+    async with swarm(limits_of(max_prompt_bytes=3 * size)) as world:
+        node = three_hops(world).nodes[PeerId("a")]
+        body = encode_hidden(PROMPTS[:3], "fp32")
+        flooding = [PeerId(f"flood{number}") for number in range(4)]
+        world.prefixes |= dict.fromkeys(flooding, "203.0.113.1/32") | {PeerId("far"): "198.51.100.1/32"}
+
+        async def opened_by(peer: str) -> tuple[RawClient, object]:
+            return await RawClient.open(world, "a", peer, prompts=POSITIONS, body=body)
+
+        clients = [await opened_by(peer) for peer in flooding[:3]]
+        assert not any(isinstance(opened, Failed) for _, opened in clients)
+        fourth, refused = await opened_by(flooding[3])
+        assert isinstance(refused, Failed), "of one address nobody makes way for another"
+        far, opened = await opened_by("far")
+        assert not isinstance(opened, Failed)
+        ended = await clients[2][0].receive(world)
+        assert isinstance(ended, Failed)
+        assert (ended.code, ended.retry_after_seconds) == ("cache_full", 5.0)
+        await trio.testing.wait_all_tasks_blocked()
+        assert node.listener._bytes.prompts.used == 3 * size
+        assert node.listener.session_count == 3
+        for client in (*(client for client, _ in clients), fourth, far):
+            await client.stream.aclose()
+
+
+def held(peer: str, size: int, prefix: str = "", gone: list[str] | None = None) -> HeldPrompts:
+    return HeldPrompts(peer, prefix, size, lambda _: None if gone is None else gone.append(peer))
+
+
 def test_a_refusal_for_prompts_says_when_to_ask_again() -> None:
     budget = PromptBudget(limits_of(max_prompt_bytes=100, max_prompt_bytes_per_peer=60))
-    with budget.hold("a", 60), budget.hold("b", 40):
+    with budget.hold(held("a", 60)), budget.hold(held("b", 40)):
         for peer in ("a", "c"):
-            with pytest.raises(CacheFull) as full, budget.hold(peer, 1):
+            with pytest.raises(CacheFull) as full, budget.hold(held(peer, 1)):
                 raise AssertionError("it was held")
             assert full.value.retry_after_seconds == 5.0
+    assert budget.used == 0
+
+
+def test_the_youngest_prompts_of_the_prefix_with_most_make_way_until_the_new_ones_fit() -> None:
+    budget, gone = PromptBudget(limits_of(max_prompt_bytes=100)), list[str]()
+    with ExitStack() as stack:
+        for peer, size, prefix in (("a1", 30, "A"), ("b", 20, "B"), ("a2", 30, "A"), ("a3", 20, "A")):
+            stack.enter_context(budget.hold(held(peer, size, prefix, gone)))
+        with pytest.raises(CacheFull, match="prompts of 81 bytes, 0 of 100 are free"):
+            budget.check(held("c", 81, "C"))
+        with pytest.raises(CacheFull):
+            budget.check(held("nowhere", 1))
+        with pytest.raises(CacheFull):
+            budget.check(held("a4", 1, "A"))
+        assert gone == []
+        with budget.hold(held("c", 40, "C", gone)):
+            assert gone == ["a3", "a2"]
+            assert budget.used == 90
     assert budget.used == 0

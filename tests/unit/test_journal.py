@@ -159,6 +159,17 @@ def test_what_is_forgotten_takes_no_memory():
     assert _resident() - before < 8 << 20
 
 
+@given(st.integers(1, 3 * 4096), st.integers(0, LENGTH))
+def test_of_memory_that_is_given_back_the_rest_stays(row_bytes, read):
+    journal = Journal(1, row_bytes, LENGTH)
+    rows = b"".join(bytes([1 + position]) * row_bytes for position in range(LENGTH))
+    journal.append(0, LENGTH, rows)
+    journal.give_back(read)
+    whole = bytes(journal.read(0, LENGTH))
+    assert whole[read * row_bytes :] == rows[read * row_bytes :]
+    assert whole.count(0) == read * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+
+
 def _resident() -> int:
     """Bytes of memory that this process takes."""
     with open("/proc/self/statm") as statm:

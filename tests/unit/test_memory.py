@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -208,15 +208,17 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     bound = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB)
     room = memory.workspace_bytes(model(), PLAIN, 2048)
     assert (bound.weights, bound.cache, bound.workspace) == (4 * MIB, 8 * MIB, room)
-    # connections, large frames: arriving, waiting, and of requests; small steps: 16 x 2 x 32 KiB; prompts
-    assert bound.network == 10 * (MIB + MIB // 2) + (2 + 1 + 3) * 2 * MIB + MIB + MIB
+    held = memory.peer_bytes(limits)
+    assert bound.network == held.total == sum(asdict(held).values())
+    assert held.connections == 10 * (MIB + MIB // 2)
+    assert (held.large_frames, held.requests, held.prompts) == (4 * MIB, 6 * MIB, 2 * MIB)
     assert bound.needed == memory.check_fits(model(), 4, PLAIN, 2048, 10**9)
     journal = 2048 * model().hidden_size * 4
-    assert bound.journal == bound.answers == journal
-    assert bound.resident_bound == (400 + 29 + 256 + 4 + 8) * MIB + room + 2 * journal
+    assert (bound.journal, bound.answers) == (journal, 2 * journal)
+    assert bound.resident_bound == (400 + 256 + 4 + 8) * MIB + room + 3 * journal + held.total
     on_gpu = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB, device="cuda")
     assert on_gpu.needed == bound.needed
-    assert on_gpu.resident_bound == (400 + 29 + 256) * MIB + 2 * journal
+    assert on_gpu.resident_bound == (400 + 256) * MIB + 3 * journal + held.total
     none = memory.memory_of(model(), 4, PLAIN, 2048, journal_tokens=0)
     assert none.journal == 0
 

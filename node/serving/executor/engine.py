@@ -421,7 +421,8 @@ class Engine:
             )  # fmt: skip
             wanted_from = step.job.tokens - step.wanted - piece.offset
             if wanted_from < piece.tokens:
-                step.parts.append(answer[:, max(0, wanted_from) :])
+                # in the wire's dtype, so that outputs take no more memory than the step
+                step.parts.append(answer[:, max(0, wanted_from) :].to(WIRE_DTYPES[contract.codec]))
             step.seconds += self._clock() - began
             if not piece.last:
                 return
@@ -468,7 +469,10 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
 
 
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
-    """Each step's rows of hidden [rows, hidden_size] as bytes of its codec, or why they must not leave."""
+    """Each step's rows of hidden [rows, hidden_size] as bytes of its codec, or why they must not leave.
+
+    The bytes are a step's own where there are several: a session keeps them, and not those of a whole batch.
+    """
     wires: dict[str, tuple[list[bool], memoryview]] = {}
     bodies: list[Buffer | NotFinite] = []
     begin = 0
@@ -482,7 +486,10 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
         row = data.nbytes // len(finite)
         if not all(finite[begin:end]):
             bodies.append(NotFinite("computed hidden states hold NaN or infinity"))
+        elif step.wanted:
+            body = data[begin * row : end * row]
+            bodies.append(bytes(body) if len(steps) > 1 else body)
         else:
-            bodies.append(data[begin * row : end * row] if step.wanted else b"")
+            bodies.append(b"")
         begin = end
     return bodies

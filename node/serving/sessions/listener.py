@@ -10,7 +10,7 @@ Every byte is checked here, once, against the contract of its session.  The sess
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -33,7 +33,7 @@ from node.serving.sessions.hop_session import (
     SessionRoute,
 )
 from node.serving.sessions.inbox import Inbox
-from node.serving.sessions.prompt_budget import PromptBudget
+from node.serving.sessions.prompt_budget import HeldPrompts, PromptBudget
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.session_table import Place, SessionTable
 from node.serving.sessions.state import ServerSession
@@ -140,7 +140,7 @@ class Listener:
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one client until its session ends.  Raises PeerFault."""
         stream.limit = HEADER_BYTES + self.limits.max_prompt_bytes_per_peer
-        stream.judge = partial(self._bytes.prompts.judge, self.admission, stream.peer)
+        stream.judge = partial(self._bytes.prompts.judge, self.admission, stream.peer, stream.prefix)
         try:
             frame = await stream.receive(self.limits.frame_start_seconds)
             if frame is None:
@@ -153,11 +153,11 @@ class Listener:
             self._check(stream.peer, key, opened)
             place = self._sessions.places[key] = Place(opened.epoch)
             try:
-                holding = (
-                    self._bytes.prompts.hold(stream.peer, len(opened.body))
-                    if opened.prompts
-                    else nullcontext()
-                )
+                holding: AbstractContextManager[None] = nullcontext()
+                if opened.prompts:
+                    give_way = partial(self._sessions.end, key)
+                    held = HeldPrompts(stream.peer, stream.prefix, len(opened.body), give_way)
+                    holding = self._bytes.prompts.hold(held)
                 with place.opening, holding:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
@@ -166,6 +166,8 @@ class Listener:
                     )
                     with self._place(stream, opened, prompts) as hop:
                         await self._run(hop)
+                if place.refusal is not None:
+                    raise place.refusal
             finally:
                 self._sessions.free(key)
         except Refused as refusal:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import trio
 
 from node.serving.sessions.hop_session import HopSession, SessionKey
+from tensor_codec.errors import Refused
 
 REMEMBERED_SECONDS = 60.0  # a step that travels longer is late by any measure
 MAX_REMEMBERED = 4096
@@ -18,10 +19,19 @@ STEPS_FORGIVEN = 64  # of one session: those in flight, and parts of a replay
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """A session, from the moment that it waits for pages.  epoch: of the route at its opening."""
+    """A session, from the moment that it waits for pages.
+
+    epoch: of the route at its opening.  refusal: why it was not opened in the end.
+    """
 
     epoch: int
     opening: trio.CancelScope = field(default_factory=trio.CancelScope)
+    refusal: Refused | None = None
+
+    def refuse(self, refusal: Refused) -> None:
+        """End the opening."""
+        self.refusal = refusal
+        self.opening.cancel()
 
 
 @dataclass(slots=True)
@@ -76,6 +86,13 @@ class SessionTable:
     def count_of(self, peer: str) -> int:
         """Sessions that this peer has open."""
         return self._by_peer[peer]
+
+    def end(self, key: SessionKey, reason: Refused) -> None:
+        """End a session, or its opening."""
+        if (hop := self.by_key.get(key)) is not None:
+            hop.end(reason)
+        elif (place := self.places.get(key)) is not None:
+            place.refuse(reason)
 
     def free(self, key: SessionKey) -> None:
         """Give the place of a session back that has ended, or that never began."""

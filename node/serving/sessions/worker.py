@@ -217,6 +217,7 @@ class HopWorker:
         for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
             body = recode(old.read(start, stop, before=0), before, contract.codec)
             kept.journal.append(start, stop - start, body, rope_length)
+            old.give_back(stop)  # no session takes its journal's memory twice
             await trio.lowlevel.checkpoint()  # a long one takes milliseconds
         kept.journal.adopt_orders(old)
         self.journals.replace(self.hop.key, kept.journal)
