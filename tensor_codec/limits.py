@@ -82,6 +82,11 @@ class Limits:
     max_streams_per_connection: int = 80
     max_streams_per_peer: int = 80  # a session each, and the directory's
     max_streams: int = 512
+    # Opened by all peers of an address; a connection alone opens 20/s, in bursts of 64 (yamux)
+    streams_per_prefix_per_second: float = 160.0  # one costs 0.2 ms: 3 % of a core
+    streams_per_prefix_burst: int = 512  # as many as there are
+    streams_per_peer_per_second: float = 2.0  # that a peer opens whatever others at its address do
+    streams_per_peer_burst: int = 16  # a client that arrives: pings, records, sessions
     # py-libp2p's own protocols: Kademlia, identify, ping
     libp2p_stream_seconds: float = 10.0  # of one stream, for all its questions
     max_libp2p_bytes_per_stream: int = 64 * KIB  # that the peer sends; twenty peers with addresses take 16

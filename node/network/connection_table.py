@@ -43,7 +43,7 @@ class ConnectionTable:
 
     faults: knows the banned peers, the suspect addresses and the peers known good.
     members_only: every connected peer has proved the swarm key, and is known good.
-    handshakes: under way.  arrivals: of sockets, by prefix.
+    handshakes: under way.  arrivals: of sockets and streams, by prefix.
     """
 
     def __init__(self, limits: Limits, faults: Faults, *, members_only: bool = False) -> None:
@@ -157,12 +157,13 @@ class ConnectionTable:
     # --- streams ---
 
     def room_for(self, stream: MuxedStream, now: float) -> StreamRoom:
-        """Whether the caps on inbound streams, of its peer and of this node, allow one more stream."""
+        """Whether the rate of its prefix and the caps of its peer and of this node allow one more stream."""
         own = stream.connection
         if (place := self._inbound.get(own)) is not None:
             place.used_at = now
         of_peer = self._streams_of(self._by_peer.get(own.peer, [own]))
-        if of_peer >= self._limits.max_streams_per_peer:
+        in_time = self.arrivals.stream(own.peer, own.prefix, now)
+        if not in_time or of_peer >= self._limits.max_streams_per_peer:
             return StreamRoom(admitted=False)
         if sum(map(self._streams_of, self._by_peer.values())) < self._limits.max_streams:
             return StreamRoom(admitted=True)

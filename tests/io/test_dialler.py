@@ -13,7 +13,8 @@ from node.network.addresses import Address, parse_address
 from node.network.connection_table import ConnectionTable
 from node.network.dialling import dialler as module
 from node.network.dialling.backoff import DialPaused
-from node.network.dialling.dialler import Dialler
+from node.network.dialling.dialler import AGAIN_SECONDS, Dialler
+from node.network.dialling.race import STAGGER_SECONDS
 from node.network.transport.connection import Connection
 from node.runtime.faults import Faults
 from routing.names import PeerId, peer_id_of
@@ -55,9 +56,15 @@ class Wire:
 
 
 class Upgrade:
-    """A handshake that goes well."""
+    """A handshake that goes well, but for the first `resets` links to an address."""
+
+    def __init__(self, resets: dict[str, int] | None = None) -> None:
+        self.resets = resets or {}
 
     async def outbound(self, link: Any, peer: PeerId, where: str) -> Any:
+        if self.resets.get(where, 0):
+            self.resets[where] -= 1
+            raise PeerGone("the connection broke: Connection reset by peer")
         return SimpleNamespace(remote=peer, where=where, link=link)
 
 
@@ -69,12 +76,15 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     return made
 
 
-def dialler_of(own: tuple[str, ...] = ("8.8.4.4",), limits: Limits = LIMITS) -> Dialler:
+def dialler_of(
+    own: tuple[str, ...] = ("8.8.4.4",), limits: Limits = LIMITS, upgrade: Upgrade | None = None
+) -> Dialler:
     async def add(channel: Any) -> Any:
         return channel
 
     faults = Faults(limits, clock=trio.current_time, prefix_of=lambda _: "", on_ban=lambda _: None)
-    made = Dialler(ME, limits, Upgrade(), ConnectionTable(limits, faults), add, random.Random(1))  # type: ignore[arg-type]  # a fake
+    handshake: Any = upgrade or Upgrade()
+    made = Dialler(ME, limits, handshake, ConnectionTable(limits, faults), add, random.Random(1))
     made.networks.set_own(own, listens=True)
     return made
 
@@ -94,6 +104,36 @@ async def test_a_peer_that_refuses_is_dialled_a_few_times_a_minute_however_often
         await dial(dialler, peer(1), ELSEWHERE)
         await trio.sleep(0.1)
     assert 5 <= len(wire.dials) <= 12
+
+
+async def test_after_a_reset_the_next_address_is_tried_at_once(
+    autojump_clock: trio.testing.MockClock, wire: Wire
+):
+    other = "/ip4/9.9.9.9/tcp/1"
+    wire.answering |= {"8.8.8.8", "9.9.9.9"}
+    dialler = dialler_of(upgrade=Upgrade({ELSEWHERE: 9}))
+    made = await dial(dialler, peer(1), ELSEWHERE, other)
+    assert not isinstance(made, str)
+    assert [address for address, _ in wire.dials] == [ELSEWHERE, other]
+    assert trio.current_time() < STAGGER_SECONDS
+
+
+@pytest.mark.parametrize(("resets", "works"), [(1, True), (2, False)])
+async def test_a_peer_that_ends_the_connection_at_once_is_dialled_once_more_after_a_pause(
+    autojump_clock: trio.testing.MockClock, wire: Wire, resets: int, works: bool
+):
+    refused = "/ip4/9.9.9.9/tcp/1"
+    wire.answering.add("8.8.8.8")
+    dialler = dialler_of(upgrade=Upgrade({ELSEWHERE: resets}))
+    made = await dial(dialler, peer(1), ELSEWHERE, refused)
+    assert [address for address, _ in wire.dials] == [ELSEWHERE, refused, ELSEWHERE]
+    assert wire.dials[2][1] - wire.dials[0][1] >= AGAIN_SECONDS
+    assert isinstance(made, str) is not works
+    if not works:
+        assert "reset by peer" in str(made)
+        assert "refused" in str(made), "every address with its reason"
+        assert "the next one is made in" in str(await dial(dialler, peer(1), ELSEWHERE))
+        assert len(wire.dials) == 3
 
 
 async def test_peers_that_name_one_address_make_it_no_oftener_dialled(

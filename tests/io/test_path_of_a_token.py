@@ -41,6 +41,7 @@ HELPERS = {
     "client/session/trace.py": "takes notes",
     "node/serving/executor/batch_cost.py": "adds up seconds",
     "node/network/connection_table.py": "holds the connection in use",
+    "node/network/admission/rates.py": "counts the streams that are opened",
     "node/network/libp2p_adapter.py": "runs the connection for py-libp2p",
     "node/network/transport/yamux_limits.py": "counts windows and pings",
     "node/network/transport/multistream.py": "agrees on a protocol once for each stream",

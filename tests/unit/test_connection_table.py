@@ -406,3 +406,20 @@ def test_a_full_node_gives_a_place_only_at_the_expense_of_somebody():
     assert places.room(newcomer, held, 0.0).instead_of is None
     room = places.room(newcomer, held, 0.0, full=True)
     assert room.instead_of is held[0]
+
+
+# --- the rate of streams ---
+
+
+def test_peers_of_one_address_open_streams_no_faster_with_many_connections_and_ids():
+    node = Node(Limits(streams_per_prefix_burst=10, streams_per_peer_burst=3))
+    flooding = [node.come(PUBLIC, peer=f"id {number // 2}") for number in range(8)]
+
+    def opens(connection: FakeConnection) -> bool:
+        stream: Any = FakeStream(connection, 1)
+        return node.table.room_for(cast(MuxedStream, stream), node.now).admitted
+
+    admitted = sum(opens(connection) for _ in range(50) for connection in flooding)
+    assert admitted == 4 * 3 + 10, "three of each id, and ten together"
+    assert opens(node.come(PUBLIC)), "a newcomer of the address has a few of its own"
+    assert sum(opens(connection) for connection in [node.come(OTHER)] * 50) == 3 + 10

@@ -100,6 +100,29 @@ def test_handshakes_wait_for_their_rate():
 # --- streams ---
 
 
+@pytest.mark.parametrize("prefix", [PUBLIC, LOCAL])
+def test_the_peers_of_an_address_open_streams_at_one_rate_and_each_a_few_of_its_own(prefix: str):
+    arrivals = Arrivals(LIMITS)
+
+    def opened(peers: list[str], now: float, prefix: str = prefix) -> int:
+        return sum(arrivals.stream(peer, prefix, now) for peer in peers for _ in range(1000))
+
+    crowd = [f"p{number}" for number in range(10)]
+    own, together = LIMITS.streams_per_peer_burst, LIMITS.streams_per_prefix_burst
+    assert opened(crowd, 0.0) == 10 * own + together
+    assert opened(["newcomer"], 0.0) == own, "whatever the others have opened"
+    assert opened(["elsewhere"], 0.0, OTHER) == own + together
+    seconds = 2.0
+    assert opened(crowd, seconds) == seconds * (
+        10 * LIMITS.streams_per_peer_per_second + LIMITS.streams_per_prefix_per_second
+    )
+
+
+def test_a_peer_without_an_address_has_no_rate_to_share():
+    arrivals = Arrivals(LIMITS)
+    assert all(arrivals.stream("p", "", 0.0) for _ in range(2000))
+
+
 def test_the_peer_with_most_streams_of_the_address_with_most_gives_way():
     users = [User("a", LOCAL, 80), User("b", LOCAL, 70), User("c", PUBLIC, 60), User("d", OTHER, 2)]
     loser = gives_way(User("d", OTHER, 2), users)

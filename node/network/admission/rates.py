@@ -1,4 +1,4 @@
-"""Rates of arrival by prefix: of sockets, and of handshakes, which cost a hundred times as much.
+"""Rates of arrival by prefix: of sockets, of handshakes, which cost a hundred times as much, and of streams.
 
 A rate bites softly where places are plenty.  Where places are scarce a public address brings one connection a
 second, as in go-libp2p.  Loopback and private networks hold many honest peers at one address: for them only
@@ -66,12 +66,14 @@ class _Rate:
 
 
 class Arrivals:
-    """Whether a prefix may bring one more socket, and begin one more handshake."""
+    """Whether a prefix may bring one more socket, begin one more handshake, and open one more stream."""
 
     def __init__(self, limits: Limits) -> None:
         self._sockets = _Rate(limits.sockets_per_prefix_per_second, limits.sockets_per_prefix_burst)
         self._handshakes = _Rate(limits.handshakes_per_prefix_per_second, limits.handshakes_per_prefix_burst)
         self._scarce = _Rate(limits.scarce_connections_per_second, limits.scarce_connections_burst)
+        self._streams = _Rate(limits.streams_per_prefix_per_second, limits.streams_per_prefix_burst)
+        self._of_peers = NamedRates(limits.streams_per_peer_per_second, limits.streams_per_peer_burst)
 
     def socket(self, prefix: str, now: float, *, scarce: bool, suspect: bool) -> bool:
         """Count an accepted socket; False: close it at once.
@@ -92,4 +94,17 @@ class Arrivals:
         if not self._handshakes.may(prefix, now):
             return False
         self._handshakes.take(prefix, now)
+        return True
+
+    def stream(self, peer: str, prefix: str, now: float) -> bool:
+        """Count a stream that a peer opens; False: reset it.
+
+        A few are the peer's own: others at its address cannot use them up.  Those beyond are the prefix's.
+        """
+        if self._of_peers.has(peer, now):
+            self._of_peers.take(peer, now)
+        elif not prefix or self._streams.may(prefix, now):
+            self._streams.take(prefix, now)
+        else:
+            return False
         return True

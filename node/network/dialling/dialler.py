@@ -25,6 +25,11 @@ from tensor_codec.limits import Limits
 
 Purpose = Literal["session", "ping", "directory"]
 SILENT_SECONDS = 1.0  # after which an address whose dial is given up counts as failed
+AGAIN_SECONDS = 0.5  # before a second dial to a peer that ended the connection at once: it may be crowded
+
+
+class TurnedAway(PeerGone):
+    """The connection was there and ended before the handshake was done."""
 
 
 class Dialler:
@@ -105,17 +110,24 @@ class Dialler:
     ) -> Connection:
         """A new connection, `dial_seconds` for all addresses together.
 
+        Where all addresses fail, those that ended the connection at once are dialled once more.
         silent: at any time the addresses under trial.  Raises PeerGone, NotAMember.
         """
         self._connections.raise_if_banned(peer)
         self._connections.raise_if_full()
         if not any(self.networks.is_configured(each) or self.backoff.is_new(str(each)) for each in addresses):
             self._raise_if_paused(peer, f"{peer} cannot be reached: ")
-        race = Race(partial(self._attempt, peer), resolve, lambda late: late.link.close(), unanswered=silent)
+        race = self._race(peer, silent)
         channel, seconds, done = None, self._limits.dial_seconds, False
         try:
             with trio.move_on_after(seconds):
                 channel = await race.run(addresses)
+                turned = [failure for failure in race.failures if isinstance(failure[1], TurnedAway)]
+                if channel is None and turned:
+                    await trio.sleep(AGAIN_SECONDS)
+                    others = [failure for failure in race.failures if failure not in turned]
+                    race = self._race(peer, silent, others)
+                    channel = await race.run([address for address, _ in turned])
             done = True
         finally:
             if channel is None and (done or race.failures):
@@ -136,19 +148,32 @@ class Dialler:
         reasons += unreadable
         raise PeerGone(f"{peer} cannot be reached: {'; '.join(reasons) or 'none of its addresses is known'}")
 
-    async def _attempt(self, peer: PeerId, address: Address) -> SecureChannel:
-        """One dial to an IP address.  Raises PeerFault; PeerGone where the rules forbid it."""
+    def _race(
+        self, peer: PeerId, silent: list[Address], earlier: list[tuple[Address, PeerFault]] | None = None
+    ) -> Race[SecureChannel]:
+        """earlier: failures of the other addresses; None: this is the first dial to any of them."""
+        attempt = partial(self._attempt, peer, earlier is None)
+        return Race(attempt, resolve, lambda late: late.link.close(), earlier or [], silent)
+
+    async def _attempt(self, peer: PeerId, first: bool, address: Address) -> SecureChannel:
+        """One dial to an IP address.  Raises PeerFault; PeerGone where the rules forbid it.
+
+        first: where the peer ends the connection at once another dial follows, so no pause begins.
+        """
         self._raise_unless_allowed(address)
         began, name = trio.current_time(), str(address)
         try:
             link = SocketLink(await open_tcp(address), self._limits.tcp_user_timeout_seconds)
             try:
                 channel = await self._upgrade.outbound(link, peer, name)
+            except PeerGone as gone:
+                link.close()
+                raise TurnedAway(str(gone)) from gone
             except BaseException:
                 link.close()
                 raise
-        except PeerFault:
-            self._failed(address)
+        except PeerFault as fault:
+            self._failed(address, pause=not (first and isinstance(fault, TurnedAway)))
             raise
         except trio.Cancelled:
             if trio.current_time() >= began + SILENT_SECONDS:
@@ -172,9 +197,10 @@ class Dialler:
                 f"{what}the last dial failed a moment ago, the next one is made in {seconds:.1f} s"
             )
 
-    def _failed(self, address: Address) -> None:
+    def _failed(self, address: Address, *, pause: bool = True) -> None:
         now = trio.current_time()
-        self.backoff.failed(str(address), now)
+        if pause:
+            self.backoff.failed(str(address), now)
         self.backoff.host_failed(address.host, now)
 
 
