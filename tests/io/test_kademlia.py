@@ -190,6 +190,42 @@ async def test_a_peer_provides_for_itself_alone_and_for_keys_of_our_kind(
         await ask(stream, Message(Kind.ADD_PROVIDER, b"/ipfs/key", providers=(own,)))
 
 
+async def test_the_limits_of_the_table_are_those_of_the_node(autojump_clock: object, tables: Tables):
+    limits = replace(
+        LIMITS, max_providers=6, max_providers_per_key=4, max_providers_per_network=2,
+        max_provider_keys_per_peer=3, provider_life_seconds=50.0, max_table_peers_per_network=4,
+    )  # fmt: skip
+    table = await tables.add(limits=limits)
+
+    def add(number: int, network: int, key: int = 0) -> None:
+        peer = _id(4000 + number)
+        contact = Contact(peer, (f"/ip4/9.9.{network}.{number}/tcp/1",))
+        question = Message(Kind.ADD_PROVIDER, provider_key("public", str(key)), providers=(contact,))
+        table._answer(question, peer, f"9.9.{network}.{number}/32")
+
+    def held(key: int) -> int:
+        return len(
+            table.providers.of(provider_key("public", str(key)), trio.current_time(), random.Random(1))
+        )
+
+    for number in range(4):
+        add(number, network=1)
+    assert held(0) == limits.max_providers_per_network
+    for number in range(4, 10):
+        add(number, network=number)
+    assert held(0) == limits.max_providers_per_key
+    for key in range(1, 6):
+        add(20, network=20, key=key)
+    assert sum(map(held, range(1, 6))) == limits.max_provider_keys_per_peer
+    assert table.providers.size == limits.max_providers
+    await trio.sleep(limits.provider_life_seconds + 1.0)
+    assert held(0) == 0
+    for number in range(30):
+        contact = Contact(_id(6000 + number), (f"/ip4/9.9.1.{number}/tcp/1",))
+        table.table.answered(contact, trio.current_time())
+    assert 0 < len(table.table) <= limits.max_table_peers_per_network
+
+
 def _id(number: int) -> PeerId:
     return FakeHost(FakeNetwork(), number, None, LIMITS).peer_id
 

@@ -909,6 +909,21 @@ async def test_a_hop_that_cannot_reach_the_next_one_says_so_when_it_opens(autoju
         await end(client)
 
 
+async def test_a_hop_waits_two_seconds_for_a_next_one_that_does_not_answer(autojump_clock):
+    async with swarm() as world:
+        node = world.add("a", 0, 2)
+
+        async def dial_into_nothing(peer):
+            await trio.sleep_forever()
+
+        node.listener._links.open_stream = dial_into_nothing
+        began = trio.current_time()
+        client, answer = await RawClient.open(world, "a", successor="b")
+        assert answer == Opened(push=False)
+        assert trio.current_time() - began == pytest.approx(LIMITS.successor_seconds, abs=0.1)
+        await end(client)
+
+
 async def test_a_hop_says_how_far_it_is_while_it_computes(autojump_clock):
     async with swarm() as world:
         world.add("a", 0, 2, seconds=10)

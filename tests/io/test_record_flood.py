@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from node.network.directory.directory import Directory
+from node.network.directory.neighbour import Budgets
 from node.network.directory.neighbours import PROTOCOL
 from node.network.streams import FramedStream
 from node.network.transport.identity import identity_of
@@ -161,3 +162,21 @@ async def test_other_tasks_have_their_turn_between_two_signatures(
             scope.cancel()
     assert known_of(swarm.nodes[0], forge(60, seed=2)) == 60
     assert longest[0] <= 2
+
+
+async def test_neighbours_of_one_public_network_share_its_budget_and_those_at_home_have_none(
+    autojump_clock: object,
+) -> None:
+    budgets = Budgets(replace(LIMITS, records_per_network_per_second=10.0, records_per_network_burst=20))
+
+    def due(number: int, prefix: str, records: int, *, whole_view: bool = False) -> float:
+        peer = identity_of(bytes([number]) * 32).peer_id
+        return budgets.of(peer, prefix, whole_view=whole_view).records_due(records, trio.current_time())
+
+    assert due(1, "8.8.8.1/32", 20) == 0.0
+    assert due(2, "8.8.8.2/32", 10) == pytest.approx(1.0)
+    assert due(3, "8.8.9.1/32", 20) == 0.0
+    assert due(4, "127.0.0.1/32", 500) == 0.0
+    assert due(5, "8.8.8.3/32", 500, whole_view=True) == 0.0
+    await trio.sleep(3.0)
+    assert due(6, "8.8.8.4/32", 20) == 0.0

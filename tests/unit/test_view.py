@@ -21,6 +21,7 @@ from routing.view.view import (
     likely_adjacent,
     merge,
 )
+from tensor_codec.limits import Limits
 
 PEERS = [peer_id_of(bytes([number]) * 32) for number in range(40)]
 
@@ -66,6 +67,13 @@ def test_a_higher_seq_replaces_and_an_equal_or_lower_one_is_dropped():
 def test_a_record_lives_for_its_ttl_from_receipt_on_our_clock():
     view = view_of(span(0, ttl_seconds=90.0), now=1000.0)
     assert expire(view, 1089.999) is view
+    assert expire(view, 1090.0).records() == ()
+
+
+def test_no_record_lives_longer_than_its_reader_allows_whatever_its_peer_says():
+    view = view_of(span(0, ttl_seconds=3600.0), now=1000.0)
+    assert view.life_seconds == Limits().record_life_seconds == 90.0
+    assert expire(view, 1089.999).get(PEERS[0])
     assert expire(view, 1090.0).records() == ()
 
 
