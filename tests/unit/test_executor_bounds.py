@@ -118,8 +118,8 @@ def test_a_peer_is_active_for_as_long_as_it_is_said_after_its_last_job():
     peers.touch("a", 10.0, short_decode=True)
     peers.touch("b", 10.5, short_decode=False)
     assert peers.look_at == 12.0
-    assert peers.short_decoders(12.0) == {"a"}
-    assert peers.short_decoders(12.1) == set()
+    assert peers.short_decoders(11.9) == {"a"}
+    assert peers.short_decoders(12.0) == set()
     peers.forget(12.0, {}.__contains__)
     assert set(peers.by_name) == {"a", "b"}
     peers.forget(12.1, {"a": 1, "b": 1}.__getitem__)

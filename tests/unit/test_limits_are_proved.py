@@ -1,4 +1,7 @@
-"""Each limit of docs/protocol.md has a test that fails where the limit is not kept: its name, here."""
+"""Each limit of docs/protocol.md has a test that fails where the limit is not kept.
+
+The name of the test stands here, or the limit's name in the test.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pytest
 from tensor_codec.limits import Limits
 
 TESTS = Path(__file__).resolve().parents[1]
+LISTS = {"test_limits_are_proved.py", "test_protocol_page.py", "test_stated_values.py", "test_peer_bytes.py"}
 ARRIVALS = "unit/test_shares.py::"
 LISTENER = "io/test_listener.py::"
 HOST = "io/test_host.py::"
@@ -197,8 +201,13 @@ PROOFS = {
 }
 
 
-def test_every_limit_names_its_test():
-    assert PROOFS.keys() == {each.name for each in fields(Limits)}
+def test_every_limit_has_a_test():
+    limits = {each.name for each in fields(Limits)}
+    assert PROOFS.keys() <= limits
+    texts = [path.read_text() for path in TESTS.rglob("test_*.py") if path.name not in LISTS]
+    for limit in limits - PROOFS.keys():
+        named = re.compile(rf"\b{limit}\b")
+        assert any(map(named.search, texts)), f"{limit}: no test names it, and none is named here"
 
 
 @pytest.mark.parametrize("limit", PROOFS)
