@@ -34,6 +34,7 @@ BENCHMARKS: Mapping[str, str] = {
     "routing": "benchmarks.compute.routing",
     "soak": "benchmarks.soak.soak",
     "hostile": "benchmarks.recovery.hostile",
+    "eclipse": "benchmarks.eclipse.eclipse",
     "figures": "benchmarks.figures.figures",
     "mutants": "benchmarks.mutants.mutants",
 }

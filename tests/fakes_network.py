@@ -135,10 +135,22 @@ class FakeNetwork:
 
 
 class FakeHost:
-    """A host on a FakeNetwork, with the face of the real one."""
+    """A host on a FakeNetwork, with the face of the real one.
 
-    def __init__(self, network: FakeNetwork, number: int, nursery: trio.Nursery, limits: Limits) -> None:
-        self.identity: Identity = identity_of(number.to_bytes(32, "big"))
+    prefix: that others see of its address; "" for a machine of one's own.
+    """
+
+    prefix = ""
+
+    def __init__(
+        self,
+        network: FakeNetwork,
+        number: int,
+        nursery: trio.Nursery,
+        limits: Limits,
+        identity: Identity | None = None,
+    ) -> None:
+        self.identity: Identity = identity or identity_of(number.to_bytes(32, "big"))
         self.peer_id = self.identity.peer_id
         self.addresses: tuple[str, ...] = (f"/ip4/10.0.{number // 250}.{number % 250 + 1}/tcp/4001",)
         self.addresses_of_the_machine = self.addresses
@@ -184,10 +196,10 @@ class FakeHost:
         if protocol not in other.handlers:
             raise PeerGone(f"{peer} does not speak {protocol}")
         ours, theirs = self._pipes(other)
-        served = FramedStream(theirs, self.peer_id, protocol, self.limits)
+        served = FramedStream(theirs, self.peer_id, protocol, self.limits, prefix=self.prefix)
         served.limit = other.frame_bytes[protocol]
         other.nursery.start_soon(other._serve, served)
-        return FramedStream(ours, peer, protocol, self.limits)
+        return FramedStream(ours, peer, protocol, self.limits, prefix=other.prefix)
 
     async def open_bytes(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
@@ -196,7 +208,7 @@ class FakeHost:
         if protocol not in other.byte_handlers:
             raise PeerGone(f"{peer} does not speak {protocol}")
         ours, theirs = self._pipes(other)
-        other.nursery.start_soon(other._serve_bytes, theirs, protocol, self.peer_id)
+        other.nursery.start_soon(other._serve_bytes, theirs, protocol, self)
         return ours
 
     async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> FakeHost:
@@ -219,13 +231,13 @@ class FakeHost:
         network.streams.append((self, other, ours))
         return ours, theirs
 
-    async def _serve_bytes(self, stream: PipeEnd, protocol: str, peer: PeerId) -> None:
+    async def _serve_bytes(self, stream: PipeEnd, protocol: str, other: FakeHost) -> None:
         try:
-            await self.byte_handlers[protocol](stream, peer, "")
+            await self.byte_handlers[protocol](stream, other.peer_id, other.prefix)
             await stream.aclose()
         except PeerFault as fault:
             stream.reset_now()
-            self.charge(peer, fault)
+            self.charge(other.peer_id, fault)
 
     async def _serve(self, stream: FramedStream) -> None:
         try:

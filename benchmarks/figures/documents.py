@@ -34,6 +34,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "fault-rates": recovery.fault_rates_block,
     "hostile": hostile.hostile_block,
     "soak": hostile.soak_block,
+    "eclipse": hostile.eclipse_block,
     "hf": hf.hf_block,
     "wan": network.wan_block,
     "wan-bulk": network.wan_bulk_block,

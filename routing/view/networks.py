@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+
+from routing.names import PeerId
 
 _NETWORK_BITS = {4: 24, 6: 48}
 
@@ -15,6 +19,24 @@ def network_of(addresses: Sequence[str]) -> str:
     "" without one: peers on one machine, in one house, or behind names are never counted together.
     """
     return next((network for address in addresses if (network := _network(address))), "")
+
+
+def draw(peers: Mapping[PeerId, Sequence[str]], most: int, rng: random.Random) -> list[PeerId]:
+    """Up to `most` of these peers by chance: a network first, then a peer in it.
+
+    peers: with their addresses.  So any number of ids in one network counts as one peer.  A peer without a
+    public address counts as a network.  Every network gives one peer before any gives a second.
+    """
+    networks: dict[str, list[PeerId]] = defaultdict(list)
+    for peer in sorted(peers):
+        networks[network_of(peers[peer]) or peer].append(peer)
+    found: list[PeerId] = []
+    while len(found) < most and networks:
+        for name in rng.sample(list(networks), min(most - len(found), len(networks))):
+            found.append(networks[name].pop(rng.randrange(len(networks[name]))))
+            if not networks[name]:
+                del networks[name]
+    return found
 
 
 @lru_cache(maxsize=16_384)

@@ -4,8 +4,9 @@ Peer ids cost nothing, so one neighbour can tell of any number of peers.  A peer
 connected to keeps its place.  The others count by the neighbour that told of them, and below that by the
 network of their addresses: a new peer takes a place of the neighbour with the most, from its most crowded
 network.  So a neighbour with fewer than its share always finds room for its peers, and a flood displaces
-itself alone.  The places of a view that is not full are not shared out at all: the peers of one house, or of
-one machine, have one network and many neighbours in common.
+itself alone.  Half of the places are for peers that trusted neighbours (those of our own configuration) told
+of: any number of strangers displaces none of these.  The places of a view that is not full are not shared out
+at all: the peers of one house, or of one machine, have one network and many neighbours in common.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ from routing.view.networks import network_of
 
 
 class Places:
-    """The places of peers that were never met, in one full view.  O(view) to make, O(log view) to use."""
+    """The places of peers that were never met, in one full view.  O(view) to make, O(log view) to use.
 
-    def __init__(self, entries: Mapping[PeerId, Entry], met: Container[PeerId]) -> None:
+    trusted: the neighbours of our own configuration.  kept: places for the peers that they told of.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[PeerId, Entry],
+        met: Container[PeerId],
+        trusted: Container[PeerId] = (),
+        kept: int = 0,
+    ) -> None:
         self._met = met
+        self._trusted = trusted
+        self._kept = kept
         self._by_source: dict[PeerId, _Networks] = defaultdict(_Networks)
         for peer, entry in entries.items():
             if peer not in met:
@@ -31,16 +43,24 @@ class Places:
 
     def make_room(self, newcomer: Entry) -> PeerId | None:
         """The peer whose place the newcomer takes; None where the newcomer gets none."""
-        crowded = max(self._by_source, key=lambda each: (self._by_source[each].count, each), default=None)
-        if crowded is None or not (most := self._by_source[crowded]).count:
+        holders = {source for source, networks in self._by_source.items() if networks.count}
+        trusted = {source for source in holders if source in self._trusted}
+        in_use = sum(self._by_source[source].count for source in trusted)
+        is_met, is_trusted = newcomer.record.peer in self._met, newcomer.source in self._trusted
+        if holders != trusted and in_use + is_trusted <= self._kept:
+            holders -= trusted
+        crowded = max(holders, key=lambda each: (self._by_source[each].count, each), default=None)
+        if crowded is None:
             return None
-        if newcomer.record.peer in self._met:
+        most = self._by_source[crowded]
+        if is_met:
             return most.pop()
         own = self._by_source[newcomer.source]
+        has_claim = is_trusted and crowded not in trusted and in_use < self._kept
         if own is most:
             if own.size_of(newcomer) + 1 >= own.largest():
                 return None
-        elif own.count + 1 > most.count:
+        elif own.count + 1 > most.count and not has_claim:
             return None
         evicted = most.pop()
         own.add(newcomer.record.peer, newcomer)

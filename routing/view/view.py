@@ -157,12 +157,19 @@ class Merged(NamedTuple):
     changed: tuple[PeerId, ...]
 
 
-def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float, met: Container[PeerId] = ()) -> Merged:
+def merge(
+    view: SwarmView,
+    arrivals: Iterable[Arrival],
+    now: float,
+    met: Container[PeerId] = (),
+    trusted: Container[PeerId] = (),
+) -> Merged:
     """Take in verified records of this swarm.
 
     Dropped are records of another swarm or of clients, records whose seq is no higher than the known one
     (expired ones included), records whose life has passed, and records of new peers for which a full view
     has no place.  met: peers that this node has been connected to; they keep their places.
+    trusted: neighbours of our own configuration; the peers that they tell of have half of the places.
     The order of arrivals does not matter unless the view is full.  O(view + arrivals).
     """
     view = expire(view, now)
@@ -178,10 +185,11 @@ def merge(view: SwarmView, arrivals: Iterable[Arrival], now: float, met: Contain
             continue
         if latest is not None and record.seq <= latest.record.seq:
             continue
-        if known is not None:  # the first source stays: a renewal gives no second place
-            entry = replace(entry, source=known.source)
+        if known is not None:
+            if source not in trusted or known.source in trusted:
+                entry = replace(entry, source=known.source)  # a renewal gives no second place
         elif len(entries) >= view.max_records:
-            places = places or Places(entries, met)
+            places = places or Places(entries, met, trusted, view.max_records // 2)
             if (evicted := places.make_room(entry)) is None:
                 continue
             del entries[evicted]

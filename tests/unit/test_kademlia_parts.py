@@ -253,6 +253,16 @@ def test_an_answer_that_names_one_public_network_is_followed_twice():
     assert [contact.peer for contact in lookup.heard] == [first.peer]
 
 
+def test_a_path_asks_two_peers_of_a_public_network_whoever_names_them():
+    first, crowd = at(1), [at(number, "9.9.9") for number in range(100, 140)]
+    honest = [at(number) for number in range(200, 204)]
+    hints = {each.peer: [*crowd[10:30], *honest] for each in crowd}
+    lookup = Lookup(peer(0), KEY, [first], paths=1)
+    asked = walk(lookup, {first.peer: crowd[:20], **hints})[0]
+    assert sum(contact.peer in asked for contact in crowd) == 2
+    assert len(asked) == 3
+
+
 def test_hints_without_an_address_are_not_followed():
     first = at(1)
     assert walk(Lookup(peer(0), KEY, [first], paths=1), {first.peer: [Contact(peer(5))]}) == [[first.peer]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from routing.names import PeerId, peer_id_of
-from routing.view.networks import network_of
+from routing.view.networks import draw, network_of
 from routing.view.newcomers import MAX_LANES, Newcomers
 from routing.view.records import NOBODY
 from routing.view.view import Arrival, SwarmView, expire, merge
@@ -84,6 +85,57 @@ def test_a_renewal_by_another_neighbour_does_not_move_a_peer_to_that_neighbour_s
     view = merge(SwarmView("public", 10), [told(1, HONEST)], 0.0).view
     view = merge(view, [told(1, FLOODER, seq=2)], 1.0).view
     assert sources(view) == {HONEST: 1}
+
+
+def strangers(count: int, each: int) -> list[Arrival]:
+    """Made-up peers, told by as many neighbours that nobody configured."""
+    return [
+        told(1000 + n, PeerId(f"stranger {n % count}"), f"9.{n // 250}.{n % 250}")
+        for n in range(count * each)
+    ]
+
+
+def test_any_number_of_strangers_crowds_out_none_of_the_peers_that_a_bootstrap_peer_told_of():
+    honest, flood = [told(n, HONEST) for n in range(50)], strangers(60, 10)
+    first = merge(SwarmView("public", 100), [*honest, *flood], 0.0, (), {HONEST}).view
+    assert sources(first)[HONEST] == 50
+    late = merge(SwarmView("public", 100), [*flood, *honest], 0.0, (), {HONEST}).view
+    assert sources(late)[HONEST] == 50
+    assert len(late.entries) == 100
+    unprotected = merge(SwarmView("public", 100), [*flood, *honest], 0.0).view
+    assert sources(unprotected)[HONEST] < 5
+
+
+def test_bootstrap_peers_have_no_more_than_half_of_a_full_view_for_certain_and_share_it():
+    hostile = PeerId("a hostile bootstrap peer")
+    flood = strangers(60, 10)
+    own = [told(100_000 + n, hostile, f"7.{n // 250}.{n % 250}") for n in range(500)]
+    view = merge(SwarmView("public", 100), [*flood, *own], 0.0, (), {HONEST, hostile}).view
+    assert sources(view)[hostile] == 50
+    view = merge(view, [told(n, HONEST) for n in range(500)], 1.0, (), {HONEST, hostile}).view
+    assert abs(sources(view)[hostile] - sources(view)[HONEST]) <= 1
+    assert sources(view)[hostile] + sources(view)[HONEST] == 50
+
+
+def test_a_renewal_by_a_bootstrap_peer_moves_a_peer_to_the_places_that_are_kept():
+    view = merge(SwarmView("public", 10), [told(1, FLOODER)], 0.0, (), {HONEST}).view
+    view = merge(view, [told(1, HONEST, seq=2)], 1.0, (), {HONEST}).view
+    assert sources(view) == {HONEST: 1}
+    view = merge(view, [told(1, FLOODER, seq=3)], 2.0, (), {HONEST}).view
+    assert sources(view) == {HONEST: 1}
+
+
+def test_peers_are_drawn_by_network_and_every_network_gives_one_before_any_gives_a_second():
+    crowd = {peer(n): ("/ip4/9.9.9.9/tcp/1",) for n in range(100)}
+    others = {peer(200 + n): (f"/ip4/7.7.{n}.1/tcp/1",) for n in range(3)}
+    at_home = {peer(300 + n): ("/ip4/192.168.1.1/tcp/1",) for n in range(4)}
+    drawn = draw(crowd | others | at_home, 8, random.Random(1))
+    assert len(set(drawn)) == 8
+    assert sum(each in crowd for each in drawn) == 1
+    counts = Counter(draw(crowd | others, 1, random.Random(n))[0] in crowd for n in range(400))
+    assert 60 <= counts[True] <= 140  # one network of four
+    assert sorted(draw(crowd, 500, random.Random(1))) == sorted(crowd)
+    assert draw({}, 3, random.Random(1)) == []
 
 
 def test_a_record_counts_for_its_life_at_most_whatever_its_peer_says():

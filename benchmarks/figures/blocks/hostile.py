@@ -37,6 +37,35 @@ def cells(run: Any) -> list[str]:
     ]
 
 
+def eclipse_block(figures: Figures) -> str:
+    """Of newcomers among attackers, those that find every honest server, and the slowest one's seconds."""
+    runs = figures["eclipse"]
+    rows = [(eclipse_name(run), eclipse_cells(run)) for run in runs]
+    head = [
+        "1 address, honest", "8 addresses, 7 hostile", "the same, the honest one away for 20 s",
+        "seen by all", "honest views with a loss", "table alone: 1, 8 addresses",
+    ]  # fmt: skip
+    return with_note(markdown_table(head, rows), *runs)
+
+
+def eclipse_name(run: Any) -> str:
+    """The attackers of a case."""
+    if run["means"] is None:
+        return "none"
+    return f"{run['means']}: {run['ids']} ids in {run['prefixes']} network{'s' * (run['prefixes'] > 1)}"
+
+
+def eclipse_cells(run: Any) -> list[str]:
+    """One case: shares, and the longest time in seconds."""
+    kinds = [run[kind] for kind in ("one", "most", "late")]
+    return [
+        *(f"{kind['found']:.2f} ({number(kind['found_s_most'], '.1f')})" for kind in kinds),
+        f"{run['seen']:.2f} ({number(run['seen_s_most'], '.1f')})",
+        f"{run['lost']:.3f}",
+        ", ".join(f"{found:.2f}" for found in run["table"].values()),
+    ]
+
+
 def soak_block(figures: Figures) -> str:
     """What steady processes hold at the beginning and at the end of a long run."""
     run = figures["soak"]

@@ -26,6 +26,7 @@ from node.network.directory.kademlia.kademlia import KademliaHost, Knowledge, op
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
 from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_watching
+from node.network.directory.visits import visit_strangers
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
 from routing.view.answers import FRESH_SECONDS
@@ -224,6 +225,8 @@ class Directory:
         ):
             nursery.start_soon(task)
         nursery.start_soon(self._neighbours.keep, nursery)
+        bootstrap = bootstrap_peers(config.bootstrap)
+        nursery.start_soon(visit_strangers, self._neighbours, bootstrap, self._rng)
         if config.watches:  # after the first view, so that silent servers are known when a chain is chosen
             watched = partial(worth_watching, self.peer_id, self._live.view)
             nursery.start_soon(self._asker.watch, watched, self._rng)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import trio
 
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import DIALS_AT_ONCE, Neighbours
+from node.network.directory.turns import Turns
 from routing.names import PeerId
 from routing.view.records import Record
 
 FIND_SECONDS = 5.0
 LOOKUP_SHARE = 0.5  # of that time, for the table; the rest is for the peers that it names
 MOST_MET = 24  # peers of one look into the table that are asked for their view
+LATE_SECONDS = 0.5  # without an answer, until the next one is asked as well: it may be silent for long
 DISCOVER_SECONDS = 60.0  # between looks into the Kademlia table
 
 
@@ -70,12 +73,11 @@ class Discovery:
 
     async def _meet(self, found: Mapping[PeerId, tuple[str, ...]]) -> None:
         """Ask the peers without a record for their view, in this order, a few at once."""
-        turns = trio.CapacityLimiter(DIALS_AT_ONCE)
+        turns = Turns(DIALS_AT_ONCE, LATE_SECONDS)
 
         async def meet(peer: PeerId) -> None:
-            async with turns:
-                if self._view.view().get(peer) is None:
-                    await self._neighbours.ask_once(peer, found[peer])
+            if self._view.view().get(peer) is None:
+                await self._neighbours.ask_once(peer, found[peer])
 
         view = self._view.view()
         async with trio.open_nursery() as nursery:
@@ -85,4 +87,4 @@ class Discovery:
                     and view.get(peer) is None
                     and self._neighbours.retries.may_dial(peer)
                 ):
-                    nursery.start_soon(meet, peer)
+                    nursery.start_soon(turns.run, partial(meet, peer))

@@ -65,7 +65,7 @@ class LiveView:
         """
         if not arrivals:
             return ()
-        view, changed = merge(self._view, arrivals, trio.current_time(), met)
+        view, changed = merge(self._view, arrivals, trio.current_time(), met, self._bootstrap)
         self._replace(view)
         return tuple(changed)
 

@@ -6,6 +6,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -27,6 +28,7 @@ Value = TypeVar("Value")
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 1.0, 60.0
 BUDGETS_KEPT = 1024  # peers whose budgets are remembered
 RETRIES_KEPT = 1024  # peers that could not be reached
+RECORDS_AT_ONCE = 30  # about a frame, after which our own record may go first
 ASKS_PER_SECOND, ASKS_BURST = 1.0, 5.0  # the answer to a digest can be a whole view
 
 
@@ -179,15 +181,23 @@ class Neighbour:
             self._idle = trio.Event()
         self._work.set()
 
-    async def send_forever(self, view: Callable[[], SwarmView]) -> None:
-        """Send the owed frames, records before digests.  Raises PeerFault."""
+    async def send_forever(self, view: Callable[[], SwarmView], own: PeerId) -> None:
+        """Send the owed frames, records before digests, the record of `own` before all others.
+
+        The other side reads a crowd of new peers slowly: the news of this node do not wait for it.
+        Raises PeerFault.
+        """
         while True:
             await self._work.wait()
             self._work = trio.Event()
             owed, self._owed = self._owed, {}
             proofs, self._proofs = self._proofs, []
             digests, self._digests = self._digests, set()
-            for frame in encode_records([*view().held(owed, trio.current_time()), *proofs]):
+            while owed:
+                part = self._next_part(owed, own)
+                for frame in encode_records(view().held(part, trio.current_time())):
+                    await self.stream.send(frame)
+            for frame in encode_records(proofs):
                 await self.stream.send(frame)
             for ask in sorted(digests):
                 for frame in encode_digest(view().digest(), ask=ask):
@@ -195,14 +205,26 @@ class Neighbour:
             if not self._work.is_set():
                 self._idle.set()
 
+    def _next_part(self, owed: dict[PeerId, None], own: PeerId) -> list[PeerId]:
+        """Take some peers out of `owed`: first our own, also where it is owed since a moment ago."""
+        if own in owed or own in self._owed:
+            part = [own]
+            self._owed.pop(own, None)
+        else:
+            part = list(islice(owed, RECORDS_AT_ONCE))
+        for peer in part:
+            owed.pop(peer, None)
+        return part
+
     async def next_frame(self, limits: Limits) -> bytearray | None:
         """Their next frame; None at the end of the exchange.  Raises PeerFault.
 
-        A peer that opened the stream says something at once.  Who is silent for long is asked for its digest.
+        A peer that opened the stream says something at once, another peer answers our digest.  A peer that is
+        silent for long is asked for its digest.
         """
         seconds = limits.records_idle_seconds
-        if not (self.ours or self._was_heard):
-            seconds = limits.frame_start_seconds
+        if not self._was_heard:
+            seconds = limits.reply_taken_seconds if self.ours else limits.frame_start_seconds
         for _ in range(2):
             with trio.move_on_after(seconds):
                 frame = await self.stream.receive()

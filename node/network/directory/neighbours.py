@@ -3,14 +3,15 @@
 A node keeps a few streams of its own, bootstrap peers first, and takes streams that peers open.  On a new
 stream both sides send a digest and then the records that the other side lacks.  After that, a node sends
 each new record to all its neighbours at once.  Every few seconds a digest goes to one neighbour at random,
-which repairs losses (anti-entropy, as in Demers et al., 1987).
+which repairs losses (anti-entropy, as in Demers et al., 1987).  Neighbours are drawn by network, so that many
+ids in one network are few neighbours.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,7 @@ from node.network.directory.met import Met
 from node.network.directory.neighbour import Neighbour, Retries
 from routing.names import PeerId
 from routing.view.exchange import Digest, Records, decode
+from routing.view.networks import draw
 from routing.view.records import Record
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import Limits
@@ -40,6 +42,7 @@ HEAL_SECONDS = 5.0  # a digest to a random neighbour
 JOIN_PAUSE_SECONDS = 0.25  # between two dials to one bootstrap peer, which may still be starting
 JOIN_SECONDS = 3.0  # beyond the dialling, until a bootstrap peer has answered
 CLOSE_SECONDS = 0.5
+FLUSH_SECONDS = 1.0
 DIGEST_ENTRY_COST = 0.01  # of a record's
 DIALS_AT_ONCE = 8  # of peers that a Kademlia table has named; `Host` holds the same bound
 
@@ -119,12 +122,18 @@ class Neighbours:
         await self._lost.wait()
         self._lost = trio.Event()
 
-    async def ask_once(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Exchange records with a peer until we have its view."""
-        answered = trio.Event()
+    async def ask_once(self, peer: PeerId, addresses: Sequence[str] = ()) -> None:
+        """Exchange records with a peer until we have its view, and it has ours.
+
+        addresses: by default those of its record, or of our configuration.
+        """
+        answered, addresses = trio.Event(), addresses or self._dial_addresses(peer)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._converse, peer, addresses, answered)
             await answered.wait()
+            with trio.move_on_after(FLUSH_SECONDS):
+                for neighbour in [each for each in self._neighbours if each.greeted is answered]:
+                    await neighbour.flushed()
             nursery.cancel_scope.cancel()
 
     async def serve(self, stream: FramedStream) -> None:
@@ -193,7 +202,9 @@ class Neighbours:
         try:
             with neighbour.scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(run, partial(neighbour.send_forever, self._view.view))
+                    nursery.start_soon(
+                        run, partial(neighbour.send_forever, self._view.view, self._host.peer_id)
+                    )
                     nursery.start_soon(run, partial(self._receive_forever, neighbour))
         finally:
             self._neighbours.remove(neighbour)
@@ -281,14 +292,24 @@ class Neighbours:
         missing = NEIGHBOURS - len(self._dialling) - sum(neighbour.ours for neighbour in self._neighbours)
         if missing <= 0 and (ways_in_missing <= 0 or self._bootstrap.keys() <= linked):
             return []
-        view = self._view.view()
         ways_in = sorted(peer for peer in self._bootstrap.keys() - linked if self.retries.may_dial(peer))
         chosen = self._rng.sample(ways_in, max(0, min(ways_in_missing, len(ways_in))))
-        servers = {r.peer for r in view.records() if r.role != "client" and r.addresses}
-        if len(linked) == 1 and not servers - {self._host.peer_id}:
-            servers = {peer for peer, ended in view.ended.items() if ended.record.addresses}  # once known
-        others = sorted(p for p in servers - linked if self.retries.may_dial(p) and p not in chosen)
-        return chosen + self._rng.sample(others, max(0, min(missing - len(chosen), len(others))))
+        return chosen + self.draw(linked.union(chosen), max(0, missing - len(chosen)))
+
+    def strangers(self, peers: Iterable[PeerId]) -> list[PeerId]:
+        """Those among these peers that are no neighbours, nor about to be, and may be."""
+        linked = self.peers | self._dialling | self._turned_away | {self._host.peer_id}
+        return [peer for peer in peers if peer not in linked]
+
+    def draw(self, but_for: Container[PeerId], most: int) -> list[PeerId]:
+        """Servers that may be dialled, by chance: a network first, then a server in it."""
+        view = self._view.view()
+        servers = {r.peer: r.addresses for r in view.records() if r.role != "client" and r.addresses}
+        if not self.peers and not self._dialling and not servers.keys() - {self._host.peer_id}:
+            once = (entry.record for entry in view.ended.values())
+            servers = {record.peer: record.addresses for record in once if record.addresses}
+        others = {p: at for p, at in servers.items() if p not in but_for and self.retries.may_dial(p)}
+        return draw(others, most, self._rng)
 
     def _dial_addresses(self, peer: PeerId) -> tuple[str, ...]:
         ended = self._view.view().ended.get(peer)

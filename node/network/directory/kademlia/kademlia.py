@@ -28,6 +28,7 @@ from node.network.directory.kademlia.messages import Kind, Message
 from node.network.directory.kademlia.providers import Providers
 from node.network.directory.kademlia.stream import ByteStream, MessageStream
 from node.network.directory.kademlia.table import Table
+from node.network.directory.kademlia.walk import walk
 from node.network.prefixes import is_local
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
@@ -39,7 +40,6 @@ from tensor_codec.token_bucket import TokenBucket
 PROTOCOL = "/ipfs/kad/1.0.0"
 PROVIDE_SECONDS = 10.0
 ASK_SECONDS = 2.0  # one question, a connection included: a silent peer holds up its path for so long
-ASKED_AT_ONCE = 2  # by each path of a lookup
 CONNECTED_ASKED = 6  # connected peers that a lookup starts from, besides our own ways in
 TOLD_AT_ONCE = 4
 MAX_MESSAGES = 64  # of one stream
@@ -197,22 +197,11 @@ class Kademlia:
         lookup = Lookup(self._host.peer_id, key, self._first_asked(), self.table.nearest(key))
         named: dict[PeerId, Sequence[Contact]] = {}
 
-        async def put(number: int, contact: Contact) -> None:
-            answer = await self.ask(contact, Message(kind, key))
-            if answer is not None:
-                lookup.answered(number, contact, answer.closer)
-                named[contact.peer] = answer.providers
-
-        async def walk(number: int) -> None:
-            while batch := [each for _ in range(ASKED_AT_ONCE) if (each := lookup.next(number)) is not None]:
-                async with trio.open_nursery() as nursery:
-                    for contact in batch:
-                        nursery.start_soon(put, number, contact)
+        def note(contact: Contact, answer: Message) -> None:
+            named[contact.peer] = answer.providers
 
         with trio.move_on_after(seconds):
-            async with trio.open_nursery() as nursery:
-                for number in range(lookup.paths):
-                    nursery.start_soon(walk, number)
+            await walk(lookup, lambda contact: self.ask(contact, Message(kind, key)), note)
         return lookup, named
 
     def _ways_in(self) -> list[Contact]:

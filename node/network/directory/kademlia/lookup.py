@@ -17,16 +17,20 @@ from routing.names import PeerId
 
 PATHS = 3
 MOST_ASKED = 16  # by one path
-PER_NETWORK = 2  # hints of one answer in one public network
+PER_NETWORK = 2  # hints of one answer in one public network, and peers there that one path asks
 
 
 @dataclass(slots=True)
 class Path:
-    """One of the disjoint walks: peers to ask in any case, then the nearest that are known."""
+    """One of the disjoint walks: peers to ask in any case, then the nearest that are known.
+
+    networks: how many peers were asked in each public network, without the first peers.
+    """
 
     first: deque[Contact] = field(default_factory=deque)
     candidates: dict[PeerId, Contact] = field(default_factory=dict)
     asked: int = 0
+    networks: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -61,6 +65,10 @@ class Lookup:
         """The peers that answered, nearest to the key first."""
         return sorted(self._answered.values(), key=lambda contact: distance(contact.peer, self.key))
 
+    def has_first(self, number: int) -> bool:
+        """Whether path `number` has peers left that it asks in any case."""
+        return bool(self._paths[number].first)
+
     def next(self, number: int) -> Contact | None:
         """The peer that path `number` asks now; None at its end for the moment: hints may still come."""
         path = self._paths[number]
@@ -70,22 +78,32 @@ class Lookup:
                 return self._ask(path, contact)
         if path.asked >= MOST_ASKED:
             return None
-        free = [contact for peer, contact in path.candidates.items() if peer not in self._taken]
+        free = self._free(path)
         if not free:
             return None
-        return self._ask(path, min(free, key=lambda contact: distance(contact.peer, self.key)))
+        nearest = min(free, key=lambda contact: distance(contact.peer, self.key))
+        path.networks[nearest.network] += 1
+        return self._ask(path, nearest)
 
     def answered(self, number: int, contact: Contact, closer: Sequence[Contact]) -> None:
         """A peer that path `number` asked gave these hints."""
         self._answered[contact.peer] = contact
-        candidates, networks = self._paths[number].candidates, Counter[str]()
+        path, networks = self._paths[number], Counter[str]()
         for hint in closer[:NEAREST]:
             networks[hint.network] += 1
             if hint.addresses and (not hint.network or networks[hint.network] <= PER_NETWORK):
-                candidates.setdefault(hint.peer, hint)
-        free = [each for peer, each in candidates.items() if peer not in self._taken]
-        nearest = sorted(free, key=lambda each: distance(each.peer, self.key))[: 2 * NEAREST]
-        self._paths[number].candidates = {each.peer: each for each in nearest}
+                path.candidates.setdefault(hint.peer, hint)
+        nearest = sorted(self._free(path), key=lambda each: distance(each.peer, self.key))[: 2 * NEAREST]
+        path.candidates = {each.peer: each for each in nearest}
+
+    def _free(self, path: Path) -> list[Contact]:
+        """The candidates that this path may ask."""
+        return [
+            contact
+            for peer, contact in path.candidates.items()
+            if peer not in self._taken
+            and (not contact.network or path.networks[contact.network] < PER_NETWORK)
+        ]
 
     def _ask(self, path: Path, contact: Contact) -> Contact:
         self._taken.add(contact.peer)

@@ -1,0 +1,1 @@
+"""Newcomers among attackers: whether they find the honest servers of a swarm."""
