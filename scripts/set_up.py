@@ -167,10 +167,15 @@ def fastecdsa_is_built() -> bool:
     if any(VENV.glob("lib/python*/site-packages/fastecdsa-*.dist-info")):
         return True
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    listed = kept_wheels("fastecdsa").splitlines()
+    return any(pinned("fastecdsa") in line and f"-{tag}-" in line for line in listed)
+
+
+def kept_wheels(distribution: str) -> str:
+    """pip's list of the wheels that it built and kept."""
     pip = VENV / "bin" / "pip"
     command = [str(pip)] if pip.exists() else [BASE_PYTHON, "-m", "pip"]
-    listed = subprocess.run([*command, "cache", "list", "fastecdsa"], capture_output=True, text=True)
-    return any(pinned("fastecdsa") in line and f"-{tag}-" in line for line in listed.stdout.splitlines())
+    return subprocess.run([*command, "cache", "list", distribution], capture_output=True, text=True).stdout
 
 
 def apt_prefix() -> list[str] | None:

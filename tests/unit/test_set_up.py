@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,7 @@ class SetUp:
         self.ran: list[list[str]] = []
         self.environments: list[dict[str, str]] = []
         self.pip_configuration = ""  # what `pip config list` prints
+        self.kept_wheels = ""  # what `pip cache list fastecdsa` prints
         self.on_run: Callable[[list[str]], None] = lambda command: None
         self.venv = folder / ".venv"
         monkeypatch.delenv("RACEME_TORCH", raising=False)
@@ -52,6 +54,7 @@ class SetUp:
             "has_nvidia_gpu": lambda: False,
             "apt_prefix": lambda: None,
             "pip_configuration": lambda python: self.pip_configuration,
+            "kept_wheels": lambda distribution: self.kept_wheels,
         }.items():
             monkeypatch.setattr(self.script, name, value)
         for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -263,3 +266,18 @@ def test_nothing_is_compiled_once_fastecdsa_is_there(set_up: SetUp, monkeypatch:
     monkeypatch.setattr(set_up.script, "missing_build_parts", lambda: pytest.fail("looked for a compiler"))
     set_up.script.STAMP.unlink()
     assert set_up.script.main() == 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "compiles"),
+    [
+        ("", True),
+        ("{wheel}-{tag}-{tag}-linux_x86_64.whl (80 kB)", False),
+        ("{wheel}-cp27-cp27-linux_x86_64.whl (80 kB)", True),
+        ("fastecdsa-1.0-{tag}-{tag}-linux_x86_64.whl (80 kB)", True),
+    ],
+)
+def test_a_wheel_that_pip_kept_is_not_compiled_again(set_up: SetUp, kept: str, compiles: bool):
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    set_up.kept_wheels = f"Cache contents:\n\n - {kept.format(wheel='fastecdsa-2.3.2', tag=tag)}\n"
+    assert set_up.script.fastecdsa_is_built() != compiles
