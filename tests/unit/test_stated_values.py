@@ -63,8 +63,8 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (
         PROTOCOL,
-        "opening streams \\| N/s, bursts of N \\| reset the new one; more than N a minute",
-        (YAMUX.opens_per_second, YAMUX.open_burst, YAMUX.breaches_allowed),
+        "opening streams \\| N/s, bursts of N \\| reset the new one; more than N a minute, or N of them",
+        (YAMUX.opens_per_second, YAMUX.open_burst, YAMUX.breaches_allowed, YAMUX.refusals_allowed),
     ),
     (
         PROTOCOL,

@@ -310,6 +310,27 @@ def test_streams_opened_beyond_the_cap_count_as_opened_too_fast():
         burst(10.0)
 
 
+def test_a_flood_of_opened_streams_is_stopped_within_the_second():
+    core, ids = Yamux(False), iter(range(1, 10**6, 2))
+
+    def burst(count, now):
+        for _ in range(count):
+            core.receive(opened(next(ids)), now)
+            core.data_to_send()
+
+    burst(64 + 512, 0.0)
+    with pytest.raises(YamuxError, match="1 times within a minute, 513 too many"):
+        burst(1, 0.01)
+
+
+def test_streams_refused_in_another_minute_are_forgotten():
+    core, ids = Yamux(False), iter(range(1, 10**6, 2))
+    for now in (0.0, 70.0, 140.0):
+        for _ in range(64 + 300):
+            core.receive(opened(next(ids)), now)
+            core.data_to_send()
+
+
 def test_opening_and_resetting_in_turn_is_stopped():
     core = Yamux(False)
     in_turn = [opened(1 + 2 * i) + frame(WINDOW_UPDATE, RST, 1 + 2 * i, 0) for i in range(20)]

@@ -36,6 +36,9 @@ class YamuxLimits:
     reset_window_seconds: float = 10.0  # rapid reset: more than half of >= 20 opens in this time
     reset_floor: int = 20
     breaches_allowed: int = 2  # seconds of one minute with more opens than the burst allows
+    refusals_allowed: int = (
+        512  # of opened streams, until a minute passes without one: each costs as a stream
+    )
     max_control_bytes: int = 64 * KIB  # pongs, resets and window updates that the peer does not take
     # pings, pongs, credit, empty frames
     control_frames_per_second: float = 1000.0
@@ -146,8 +149,8 @@ class WindowBudget:
 class InboundStreams:
     """The streams that the peer opens: their number, their rate, and the number that is reset at once.
 
-    A token bucket over opened streams; a minute with too many dry seconds ends the connection, and so does
-    rapid reset (CVE-2023-44487).
+    A token bucket over opened streams; a minute with too many dry seconds ends the connection, and so do too
+    many refusals, and rapid reset (CVE-2023-44487).
     """
 
     limits: YamuxLimits
@@ -156,6 +159,7 @@ class InboundStreams:
     _tokens: float = field(init=False)
     _tokens_at: float = field(init=False)
     _breaches: deque[float] = field(default_factory=deque)
+    _refusals: int = 0  # since the oldest breach
     _since: float = field(init=False)  # when the counts below began
     _opens: int = 0
     _resets: int = 0
@@ -181,12 +185,13 @@ class InboundStreams:
             return True
         while self._breaches and now - self._breaches[0] > 60:
             self._breaches.popleft()
+        self._refusals = self._refusals + 1 if self._breaches else 1
         if not self._breaches or now - self._breaches[-1] >= 1:
             self._breaches.append(now)
-        if len(self._breaches) > limits.breaches_allowed:
+        if len(self._breaches) > limits.breaches_allowed or self._refusals > limits.refusals_allowed:
             raise YamuxError(
                 f"more than {limits.opens_per_second:g} streams a second were opened, "
-                f"{len(self._breaches)} times within a minute"
+                f"{len(self._breaches)} times within a minute, {self._refusals} too many"
             )
         return False
 
