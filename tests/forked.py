@@ -1,7 +1,8 @@
 """Processes of `python -m node` that have not to import torch first: a test starts many of them.
 
 They are forked from a process that has imported the libraries and done nothing else.  From then on they are
-as any other: signals, exit codes, output.  A test of the start itself uses `subprocess`.
+as any other: signals, exit codes, output.  Only a server measures its speed at the start within a tenth of a
+second.  A test of the start itself uses `subprocess`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.network import netns
+from node.serving import served_span
+from node.serving.executor.rates import rates_at_start
 from tests.processes import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
+MEASURE_SECONDS = 0.1
 
 
 class Forked:
-    """A `subprocess.Popen` of a command `python -m MODULE ...`, as far as tests need it.
+    """A `subprocess.Popen` of a command `python -m MODULE ...` or `python FILE ...`, as far as tests need it.
 
     The command may begin with `ip netns exec NAME`.
     """
@@ -41,8 +46,9 @@ class Forked:
         namespace = None
         if tuple(command[:3]) == ("ip", "netns", "exec"):
             namespace, command = command[3], command[4:]
-        python, flag, *words = command
-        assert (python, flag) == (sys.executable, "-m"), f"only python -m is forked: {command}"
+        python, *words = command
+        assert python == sys.executable, f"only this Python is forked: {command}"
+        assert words[0] == "-m" or words[0].endswith(".py"), f"neither a module nor a file: {command}"
         self.args = command
         streams = (given, output, errors or output)
         self._process = CONTEXT.Process(target=_run, args=(words, dict(environment), streams, namespace))
@@ -83,9 +89,10 @@ class Forked:
 def forked_run(*words: object, seconds: float = 120, text: str = "") -> subprocess.CompletedProcess[str]:
     """The result of `subprocess.run` for `python -m WORDS` with `text` as its standard input.
 
-    Raises subprocess.TimeoutExpired.
+    WORDS may begin with the path of a program in place of a module.  Raises subprocess.TimeoutExpired.
     """
-    command = [sys.executable, "-m", *map(str, words)]
+    first = () if isinstance(words[0], Path) else ("-m",)
+    command = [sys.executable, *first, *map(str, words)]
     with tempfile.TemporaryDirectory() as folder:
         given, output, errors = (Path(folder) / name for name in ("given", "output", "errors"))
         given.write_text(text)
@@ -103,7 +110,7 @@ def _run(
     streams: tuple[Path, Path, Path],
     namespace: str | None,
 ) -> None:
-    """The forked process: it runs as `python -m WORDS` from here on."""
+    """The forked process: it runs as `python WORDS` from here on."""
     given, output, errors = streams
     with given.open("rb") as standard_input, output.open("wb") as file:
         os.dup2(standard_input.fileno(), 0)
@@ -120,5 +127,11 @@ def _run(
     os.chdir(ROOT)
     if namespace is not None:
         netns.enter(namespace)
-    sys.argv = list(words)
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    served_span.rates_at_start = partial(rates_at_start, seconds=MEASURE_SECONDS)  # type: ignore[assignment]
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        sys.path[0] = str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")

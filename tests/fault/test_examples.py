@@ -1,8 +1,9 @@
-"""The examples do what they say, as the processes that a newcomer would start."""
+"""The examples do what they say, as processes: the node as a newcomer would start it, the others forked."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -16,6 +17,8 @@ import httpx
 import pytest
 
 from node.network.transport.membership import new_swarm_key
+from tests.fault.test_processes import wait_until
+from tests.forked import Forked, forked_run
 from tests.processes import running
 
 pytestmark = pytest.mark.process
@@ -25,9 +28,9 @@ START_SECONDS = 90.0
 
 
 @contextmanager
-def example(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A running example, output and log in one pipe; told to stop at the end, which it must do well."""
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
+def node_of(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A running node, output and log in one pipe; told to stop at the end, which it must do well."""
+    command = [sys.executable, str(EXAMPLES / "run_a_node.py"), *arguments]
     with running(command, stderr=subprocess.STDOUT) as process:
         yield process
         process.send_signal(signal.SIGINT)
@@ -46,14 +49,21 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
     raise AssertionError(f"no {pattern!r} in:\n{seen}")
 
 
+@contextmanager
+def forked(output: Path, name: str, *arguments: str) -> Iterator[Forked]:
+    """A running example, output and log in one file; told to stop at the end, which it must do well."""
+    process = Forked([sys.executable, str(EXAMPLES / name), *arguments], os.environ, output)
+    try:
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(START_SECONDS) == 0, output.read_text()
+        assert "Traceback" not in output.read_text(), output.read_text()
+    finally:
+        process.kill()
+
+
 def run_to_the_end(name: str, *arguments: str) -> str:
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=START_SECONDS,
-    )
+    ran = forked_run(EXAMPLES / name, *arguments, seconds=START_SECONDS)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -68,7 +78,7 @@ def swarm_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def joining(tiny_llama: Path, swarm_key: Path) -> Iterator[list[str]]:
     """A private swarm of one node, and the options with which a client joins it."""
-    with example("run_a_node.py", str(tiny_llama), "--swarm-key", str(swarm_key)) as node:
+    with node_of(str(tiny_llama), "--swarm-key", str(swarm_key)) as node:
         address = read_until(node, r"--peers (/ip4/\S+)").group(1)
         yield ["--peers", address, "--swarm-key", str(swarm_key), "--model", str(tiny_llama)]
 
@@ -85,23 +95,23 @@ def test_a_node_serves_and_a_trio_program_and_a_plain_script_print_the_same_toke
 
 
 def test_a_node_says_in_one_line_what_its_operator_must_fix():
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / "run_a_node.py"), "--peers", "next door"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=START_SECONDS,
-    )
+    ran = forked_run(EXAMPLES / "run_a_node.py", "--peers", "next door", seconds=START_SECONDS)
     assert ran.returncode == 1
     assert "next door" in ran.stderr.splitlines()[-1]
     assert "Traceback" not in ran.stderr
 
 
-def test_the_web_application_streams_tokens_to_one_browser_after_another(joining: list[str]):
+def test_the_web_application_streams_tokens_to_one_browser_after_another(joining: list[str], tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with example("web_app.py", *joining, "--port", str(port)) as application:
-        read_until(application, "Uvicorn running")
+    output = tmp_path / "output"
+    with forked(output, "web_app.py", *joining, "--port", str(port)) as application:
+
+        def is_up() -> bool:
+            assert application.poll() is None, output.read_text()
+            return output.exists() and "Uvicorn running" in output.read_text()
+
+        wait_until(is_up, START_SECONDS)
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS, trust_env=False
         ) as http:

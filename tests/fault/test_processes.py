@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -105,7 +106,7 @@ def test_three_nodes_give_the_tokens_of_the_whole_model_and_show_what_they_serve
 
 
 def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
-    key: Path, tiny_llama: Path, builtin_model: ModelFolder
+    key: Path, tiny_llama: Path, builtin_model: ModelFolder, tmp_path: Path
 ) -> None:
     with local_swarm(
         ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"],
@@ -130,14 +131,17 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
         ]
 
         # A client that asks too early waits for the last node, and not much longer.
-        with running(python(*generate, "--wait", "60", "hello")) as waiting:
-            said = line_of(waiting, "waiting up to 60 s")
-            assert "blocks 4:6 of 6 are served by nobody" in said
+        output, said = tmp_path / "output", tmp_path / "said"
+        waiting = Forked(python(*generate, "--wait", "60", "hello"), os.environ, output, said)
+        try:
+            wait_until(lambda: said.exists() and "waiting up to 60 s" in said.read_text(), 60)
+            assert "blocks 4:6 of 6 are served by nobody" in said.read_text()
             last = swarm.start(str(tiny_llama), "--blocks", "4:6")
             last.wait_online()
-            out, errors = waiting.communicate(timeout=60)
-            assert waiting.returncode == 0, errors
-        assert len(json.loads(out)["tokens"]) == 3
+            assert waiting.wait(60) == 0, said.read_text()
+        finally:
+            waiting.kill()
+        assert len(json.loads(output.read_text())["tokens"]) == 3
 
         def holes() -> list[list[int]]:
             status = answer("node", "status", "--json", *join)
@@ -148,11 +152,12 @@ def test_the_view_follows_who_leaves_and_who_dies_and_the_client_names_the_hole(
         assert other.returncode == 3
         assert "the swarm serves tiny-llama" in other.stderr
         late[0].process.send_signal(signal.SIGTERM)
-        assert late[0].process.wait(15) == 0
+        assert late[0].process.wait(30) == 0
         assert holes() == [[0, 2]]  # it said good-bye: no TTL to wait for
 
         last.kill()
-        wait_until(lambda: holes() == [[0, 2], [4, 6]], 10)  # it does not answer: no TTL to wait for either
+        # It does not answer: no TTL to wait for either.
+        wait_until(lambda: holes() == [[0, 2], [4, 6]], TTL_SECONDS / 2)
 
         refused = forked_run(*generate, "--wait", "0.5", "hello")
         assert refused.returncode == 3
@@ -174,7 +179,7 @@ def test_a_wrong_or_missing_key_is_refused_with_one_line(key: Path, tmp_path: Pa
             assert refused.returncode == 2
             assert "swarm key" in refused.stderr
             assert len(refused.stderr.strip().splitlines()) == 1
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 30
         assert forked_run("node", "status", "--peers", *swarm.peers, "--swarm-key", key).returncode == 0
 
 
@@ -185,5 +190,5 @@ def test_ctrl_c_ends_a_waiting_client_without_a_traceback(tiny_llama: Path) -> N
         with running(python(*words)) as waiting:
             line_of(waiting, "waiting up to 30 s")  # the first client to read a model says so before
             waiting.send_signal(signal.SIGINT)
-            out, errors = waiting.communicate(timeout=15)
+            out, errors = waiting.communicate(timeout=30)
             assert (waiting.returncode, out, errors) == (130, "", "")
