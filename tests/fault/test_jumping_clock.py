@@ -40,9 +40,8 @@ def states(swarm: LocalSwarm) -> dict[str, str]:
     return {peer["peer"]: peer["state"] for peer in peers}
 
 
-@pytest.mark.parametrize("jumps", [(DAY, -DAY), (-DAY, DAY)])
 def test_a_wall_clock_that_jumps_by_a_day_costs_no_token_and_no_peer(
-    tiny_llama: Path, tmp_path: Path, jumps: tuple[float, float]
+    tiny_llama: Path, tmp_path: Path
 ) -> None:
     clock = tmp_path / "clock"
     set_clock(clock, 0)
@@ -59,7 +58,7 @@ def test_a_wall_clock_that_jumps_by_a_day_costs_no_token_and_no_peer(
             swarm.start(str(tiny_llama), "--blocks", blocks).wait_online()
         before = tokens(swarm, tiny_llama)
         online = {str(node.facts["peer_id"]): "online" for node in swarm.nodes}
-        for jump in jumps:
+        for jump in (-DAY, DAY, -DAY):
             set_clock(clock, jump)
             time.sleep(TTL_SECONDS + 1)  # the last record from before the jump has ended
             wait_until(lambda: states(swarm) == online, 30)
