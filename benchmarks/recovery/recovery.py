@@ -22,7 +22,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -55,6 +55,7 @@ from node.model.checkpoint.source import cache_dir, resolve
 PREFILL_TOKENS = 300
 SOCKETS_GONE_SECONDS = 60.0
 Result = dict[str, Any]  # Any: JSON
+Reference = Callable[[argparse.Namespace], tuple[list[int], list[int]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,8 +132,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def measure(flags: argparse.Namespace, spawn: Spawn = spawn) -> Result:
-    """Start the swarm by `spawn`, run the mode of the flags, and gather the figures.  Raises ConfigError."""
+def reference(flags: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """The prompt, and the tokens of the whole model in one process."""
+    tokens = flags.prompt_tokens or (PREFILL_TOKENS if flags.kill_at == "prefill" else 32)
+    model = [] if flags.model is None else ["--model", flags.model]
+    common = ["--dtype", "float32", "--threads", "1"]
+    with closing(
+        Worker("benchmarks.decode.reference", [*model, *common], {"OMP_NUM_THREADS": "1"})
+    ) as worker:
+        ids = prompt_ids(flags.model, tokens)
+        return ids, worker.ask({"ids": ids, "tokens": flags.tokens[0]})["tokens"]
+
+
+def measure(flags: argparse.Namespace, spawn: Spawn = spawn, reference: Reference = reference) -> Result:
+    """Start the swarm by `spawn`, run the mode of the flags, and gather the figures.  Raises ConfigError.
+
+    reference: gives the prompt and its right tokens.
+    """
     folder = resolve(flags.model, cache_dir=cache_dir())
     spans = equal_spans(read_info(folder).blocks, flags.servers)
     namespaces = Network() if flags.mode == "halfopen" else None
@@ -149,18 +165,6 @@ def measure(flags: argparse.Namespace, spawn: Spawn = spawn) -> Result:
         once = killed_again_and_again if flags.kill_every else struck_once
         rows = [trio.run(once, flags, replicas, run, ids, expected) for run in range(flags.runs)]
     return summary(flags, rows)
-
-
-def reference(flags: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """The prompt, and the tokens of the whole model in one process."""
-    tokens = flags.prompt_tokens or (PREFILL_TOKENS if flags.kill_at == "prefill" else 32)
-    model = [] if flags.model is None else ["--model", flags.model]
-    common = ["--dtype", "float32", "--threads", "1"]
-    with closing(
-        Worker("benchmarks.decode.reference", [*model, *common], {"OMP_NUM_THREADS": "1"})
-    ) as worker:
-        ids = prompt_ids(flags.model, tokens)
-        return ids, worker.ask({"ids": ids, "tokens": flags.tokens[0]})["tokens"]
 
 
 async def struck_once(

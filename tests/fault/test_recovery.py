@@ -35,6 +35,7 @@ from routing.blocks import Blocks
 from tensor_codec.errors import PeerGone
 from tests.fault_link import WAYS
 from tests.forked import Forked
+from tests.in_namespaces import reference
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
 
 pytestmark = pytest.mark.process
@@ -483,5 +484,5 @@ def test_of_clients_killed_in_prefill_and_in_decoding_nothing_is_left(model: Pat
 @pytest.mark.real_model
 def test_a_server_of_the_real_model_killed_in_the_midst_of_a_token_costs_no_token() -> None:
     words = ["--kill-at", "middle", "--tokens", "24", "--servers", "2"]
-    found = measure(parse(words), Forked)
+    found = measure(parse(words), Forked, reference)
     assert (found["runs"], found["tokens_equal"]) == (1, True)
