@@ -4,8 +4,8 @@ BIN := .venv/bin
 ARGS ?=
 # The whole suite must fit; a test that hangs is ended with an interrupt, so that pytest still reports.
 TEST_SECONDS ?= 1200
-# Of pytest-xdist.  One test file alone is faster without them.
-WORKERS ?= $(if $(ARGS),0,2)
+# Of pytest-xdist: two cores and one, for the tests of processes mostly wait.  One test file alone is faster without.
+WORKERS ?= $(if $(ARGS),0,3)
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foreground --signal=INT --kill-after=30 $(TEST_SECONDS))
 
 # Where this is set, every process compiles every module anew.

@@ -38,20 +38,22 @@ settings.load_profile("raceme")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any: pytest-xdist's own types
-    """Each file goes to the next free worker, in the order of `ORDER`; tests/fault is as one file.
+    """Each file goes to the next free worker, in the order of `ORDER`; tests/fault is as two files.
 
     A file stays together: the models that its fixtures write are written once.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class ProcessesInOneWorker(LoadScopeScheduling):  # type: ignore[misc]
+    class ProcessesInTwoWorkers(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "processes" if nodeid.startswith("tests/fault/") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return "processes" if file.startswith("tests/fault/") and file != ALONE else file
 
     config.option.loadscopereorder = False  # newer versions would begin with the files of many tests
-    return ProcessesInOneWorker(config, log)
+    return ProcessesInTwoWorkers(config, log)
 
 
+ALONE = "tests/fault/test_recovery.py"  # takes about as long as the others of its folder together
 ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/")
 
 

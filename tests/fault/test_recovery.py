@@ -49,6 +49,7 @@ FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tok
 FLIP_EVERY = 8192  # bytes of a link, each way: some tens of tokens
 FLIPS = 5
 GENEROUS_SECONDS = 100.0
+LATE_SECONDS = 15.0  # of a client on a busy machine
 TOLERANCE = 5e-5  # of losses in float32 behind three steps; each gradient is within 5e-6
 
 Expected = Callable[[list[int], int], list[int]]
@@ -285,7 +286,7 @@ async def test_while_nobody_serves_a_block_one_client_hears_which_in_time_and_an
             began = time.monotonic()
             while "hasty" not in found:  # noqa: ASYNC110
                 await trio.sleep(0.01)
-            assert time.monotonic() - began < give_up_seconds + 5
+            assert time.monotonic() - began < give_up_seconds + LATE_SECONDS
 
             busy, began = psutil.Process().cpu_times(), time.monotonic()
             await trio.sleep(3)
