@@ -127,7 +127,7 @@ def _run(
     os.chdir(ROOT)
     if namespace is not None:
         netns.enter(namespace)
-    served_span.rates_at_start = partial(rates_at_start, seconds=MEASURE_SECONDS)  # type: ignore[assignment]
+    vars(served_span)["rates_at_start"] = partial(rates_at_start, seconds=MEASURE_SECONDS)
     if words[0] == "-m":
         sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lib.processes import LocalSwarm, local_swarm
+from tests.fault.test_processes import wait_until
 from tests.forked import Forked, forked_run
 
 pytestmark = pytest.mark.process
@@ -78,8 +79,10 @@ def test_a_node_whose_disk_fills_up_serves_on_and_leaves_nothing_half_written(
         swarm.folder = disk  # for its ready file
         node = swarm.start(str(tiny_llama), "--blocks", "0:6")
         node.wait_online()
-        before, written = generated(swarm, tiny_llama), names(disk)
-        assert {"identity", "vitals.json", "log", "node-0.json", "hashes.json", "rates.json"} <= written
+        before = generated(swarm, tiny_llama)
+        expected = {"identity", "vitals.json", "log", "node-0.json", "hashes.json", "rates.json"}
+        wait_until(lambda: expected <= names(disk), 30)  # vitals are written once a second
+        written = names(disk)
         fill(disk)
         assert generated(swarm, tiny_llama) == before
         assert generated(swarm, tiny_llama) == before
