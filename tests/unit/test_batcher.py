@@ -373,7 +373,7 @@ def test_what_cannot_be_short_starts_a_cool_down_as_long_as_it_took_if_others_de
     long: tuple[Kind, int, int],
 ):
     kind, tokens, rows = long
-    batcher = batcher_of(stateless_rest=1.0)
+    batcher = batcher_of(stateless_rest=1.0, prefill_rest=1.0)
     submit(batcher, job("honest"), now=0.0)
     run(batcher)
     submit(batcher, *(job("flood", kind, tokens, rows) for _ in range(2)))
@@ -410,6 +410,27 @@ def test_a_prompt_of_the_only_peer_that_decodes_is_not_cut_for_a_peer_with_a_req
     submit(batcher, job("trainer", STATELESS, 500, parts=PARTS), job("honest", PREFILL, 10))
     pieces = [piece for batch in (run(batcher), run(batcher, now=0.1)) for piece in batch]
     assert [piece.tokens for piece in pieces if piece.job.kind is PREFILL] == [10]
+
+
+def test_a_chunk_beside_a_decoder_is_as_long_as_the_pass_over_the_weights_and_starts_a_cool_down():
+    def next_chunk(per_position: float) -> tuple[int, float]:
+        batcher = Batcher(0.008, per_position)  # of a block: a step, and a position of a prefill
+        submit(batcher, job("honest"))
+        run(batcher)
+        submit(batcher, job("flood", PREFILL, 200))
+        batch = batcher.next(0.1)
+        assert batch is not None
+        batcher.finished(batch, 0.2, 0.3)
+        submit(batcher, job("honest"), now=0.3)
+        assert peers_of(run(batcher, now=0.3)) == ["honest"]
+        return batch[0].tokens, batcher.resume_at()
+
+    tokens, resume_at = next_chunk(0.0007)
+    assert tokens == 10
+    assert resume_at == pytest.approx(0.6)
+    tokens, resume_at = next_chunk(0.0001)  # so cheap that sixteen are short
+    assert tokens > 16
+    assert resume_at <= 0.3
 
 
 def test_a_cool_down_ends_when_nobody_decodes_any_more():

@@ -10,6 +10,9 @@ from node.serving.executor.jobs import Job, Kind, Piece
 LEARNING = 0.2  # part of a prediction's error that each batch corrects
 FEW_POSITIONS = 4  # a batch of this many positions teaches as much about its fixed cost as about a position's
 OUTLIER_FACTOR = 4.0  # a batch counts as at most this many times its expected seconds
+# Positions of a short chunk, at most: where a position costs little beside the pass over the weights, a chunk
+# of a few takes as long as one of these.
+LEAST_CHUNK_POSITIONS = 16
 MIN_SECONDS = 1e-9  # of either part of a cost: a prediction is never 0 and grows with the work
 
 
@@ -69,9 +72,15 @@ class BatchCosts:
         if job.rows == 1 and job.tokens == 1 and job.kind is Kind.DECODE:
             return False  # the measure itself
         start, stop = job.parts[0] if job.parts else (job.start, job.stop)
-        positions = job.rows * (1 if job.kind is Kind.PREFILL else job.tokens)
+        tokens = min(job.tokens, self.least_chunk(job.rows)) if job.kind is Kind.PREFILL else job.tokens
+        positions = job.rows * tokens
         seconds = self.of[job.kind].seconds(stop - start, (stop - start) * positions)
         return seconds > self.joint_slowdown * self.one_row(stop - start)
+
+    def least_chunk(self, rows: int) -> int:
+        """Tokens a row of the shortest chunk: its positions take as long as the pass over the weights."""
+        cost = self.of[Kind.PREFILL]
+        return max(1, int(min(LEAST_CHUNK_POSITIONS, cost.per_block / cost.per_position)) // rows)
 
     def stateless_seconds(self, job: Job) -> float:
         """Seconds of a whole stateless request."""

@@ -37,8 +37,9 @@ class BatchPolicy:
     max_stateless_per_peer: int = MAX_STATELESS_PER_PEER
     recently_active_seconds: float = 2.0  # a token's way through a chain over slow links
     joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
-    crowd_slowdown: float = 2.0  # of one with more peers of a prefix, where other prefixes are active
+    crowd_slowdown: float = 1.75  # of one with more peers of a prefix, where all active prefixes have a part
     absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
+    prefill_rest: float = 1.5  # the same after a chunk that cannot be short
     stateless_rest: float = 7.0  # times a part's seconds nothing long begins after it, if others decode
 
 
@@ -63,13 +64,15 @@ class Batcher:
         if an active peer has no part in it); and if a peer decodes, a chunk takes
         `absent_slowdown` times as long, plus the time by which the next decode batch stays below its limit;
       * a job that cannot be short (many rows, a large part) starts a cool-down as long as it took, if other
-        peers run short decode steps: nothing long begins in that time (`stateless_rest` times as long after
-        a part of a stateless request);
+        peers run short decode steps: nothing long begins in that time (`prefill_rest` times as long after
+        a chunk, `stateless_rest` times as long after a part of a stateless request);
+      * a chunk is not so short that the pass over the weights takes most of its time (`least_chunk`);
       * a peer with one session keeps at least half of its speed next to one that floods;
       * queues are bounded, for all and for each peer; where one is full, the network prefix with the most
         jobs makes room for one with fewer;
       * prefixes share the compute before the peers of each: however many peers one prefix has, a peer of
-        another prefix is in every decode batch, which then takes `crowd_slowdown` times one row at most, and
+        another prefix is in every decode batch, which then takes `crowd_slowdown` times one row at most
+        (`absent_slowdown` times if an active prefix has no part in it), and
         of chunks and requests the prefix with the least compute runs next;
       * a stateless request that would take longer than `max_compute_seconds` is refused, and so are further
         ones of a peer whose requests wait for so long;
@@ -99,6 +102,7 @@ class Batcher:
     costs: BatchCosts = field(init=False)
     _peers: ActivePeers = field(init=False)
     _parties: ActivePeers = field(init=False)  # prefixes; peers without one
+    _rests: dict[Kind, float] = field(init=False)  # times a long batch's seconds
     _running: Batch | None = None
     _cool_down_until: float = -math.inf
     _last_other: Kind = Kind.STATELESS  # of prefill and stateless, the kind that ran last
@@ -112,6 +116,9 @@ class Batcher:
         self.costs = BatchCosts(
             self.decode_seconds_per_block, self.prefill_seconds_per_block_token, policy.joint_slowdown
         )
+        self._rests = {
+            Kind.DECODE: 1.0, Kind.PREFILL: policy.prefill_rest, Kind.STATELESS: policy.stateless_rest
+        }  # fmt: skip
         self._peers = ActivePeers(policy.recently_active_seconds)
         self._parties = ActivePeers(policy.recently_active_seconds)
 
@@ -199,7 +206,7 @@ class Batcher:
         for piece, part in zip(batch, works, strict=True):
             job = piece.job
             if long := self.costs.is_long(job):
-                rest = seconds * (self.policy.stateless_rest if job.kind is Kind.STATELESS else 1.0)
+                rest = seconds * self._rests[job.kind]
                 self._cool_down_until = max(self._cool_down_until, now + rest)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
             peer.compute_seconds += seconds * part / work
@@ -257,7 +264,9 @@ class Batcher:
                 max_seconds = self._max_decode_seconds(pieces, peers)
             crowd = several and not further and job.prefix in parties
             if crowd and math.isnan(max_crowd):  # every prefix's first step is in by now
-                max_crowd = self.policy.crowd_slowdown * self.costs.least_row(pieces)
+                together = self._parties.by_name.keys() <= parties
+                slowdown = self.policy.crowd_slowdown if together else self.policy.absent_slowdown
+                max_crowd = slowdown * self.costs.least_row(pieces)
             wider = blocks.union(range(job.start, job.stop))
             more = work + job.rows * job.tokens * (job.stop - job.start)
             too_slow = (further or crowd) and cost.seconds(len(wider), more) > (
@@ -334,7 +343,7 @@ class Batcher:
             seconds *= self.costs.one_row(blocks) / blocks
             cost = self.costs.of[Kind.PREFILL]
             positions = min(positions, int((seconds - cost.per_block) / cost.per_position))
-        return max(1, positions // job.rows)
+        return max(self.costs.least_chunk(job.rows), positions // job.rows)
 
     def _held_back(self, job: Job, now: float) -> bool:
         """Whether the job must wait for the cool-down after a long batch."""
