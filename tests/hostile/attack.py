@@ -13,7 +13,7 @@ Blocks = tuple[int, int]
 Check = Callable[[Mapping[str, Any]], list[str]]  # Any: JSON
 # A flood of connections and the newcomers want the same thing.
 CONNECTIONS = Thresholds(newcomers_in=0.95)
-# Prompts are work as any other: two addresses have half of a server each.
+# Prompts and tokens are work that anybody may ask for: two addresses have half of a server each.
 SHARED = Thresholds(honest_share=0.45, p95_ratio=4.0)
 
 

@@ -682,6 +682,20 @@ def test_a_peer_with_one_session_keeps_half_of_its_speed_where_rows_cost_next_to
     assert sum(beside[1:33]) > 4 * beside[0]  # and the flood still has large batches
 
 
+def stepwise(batch: Batch) -> float:
+    """A row alone takes half of what any batch takes."""
+    return 0.030 if sum(piece.job.rows * piece.job.tokens for piece in batch) == 1 else 0.060
+
+
+def test_a_peer_keeps_about_half_beside_a_crowd_where_two_rows_take_twice_as_long_as_one():
+    honest = Client("honest", think=0.013, prefix=HOME)
+    crowd = [Client(f"id {number % 4}", think=0.05, prefix=CROWD) for number in range(64)]
+    alone = answers([honest], stepwise)[0]
+    beside = answers([honest, *crowd], stepwise)
+    assert beside[0] >= 0.47 * alone
+    assert sum(beside[1:]) >= beside[0]
+
+
 def test_a_flood_is_not_starved_either():
     beside = answers([Client("honest", think=0.015), *SHORT_FLOOD], small, 20.0)
     assert min(beside[1:33]) > 0

@@ -47,21 +47,34 @@ class BatchCosts:
     """Predictions for batches of each kind, and the time from which a batch is long.
 
     joint_slowdown: times a decode step of one row; a batch that takes longer is long.
+    single: seconds of a block for one position alone.  A row alone often takes a way through the hardware of
+    its own, so it teaches nothing about batches: on some CPUs two rows take twice as long, and five no longer
+    than two.
     """
 
     decode_seconds_per_block: InitVar[float]
     prefill_seconds_per_block_token: InitVar[float]
     joint_slowdown: float
     of: dict[Kind, Cost] = field(init=False)
+    single: float = field(init=False)
 
     def __post_init__(self, decode_seconds_per_block: float, prefill_seconds_per_block_token: float) -> None:
         per_position = prefill_seconds_per_block_token
         fixed = max(decode_seconds_per_block - per_position, MIN_SECONDS)
         self.of = {kind: Cost(fixed, per_position) for kind in Kind}
+        self.single = fixed + per_position
+
+    def learn(self, kind: Kind, blocks: int, work: int, seconds: float) -> None:
+        """Correct the predictions by a batch: see `Cost.learn`."""
+        if work > blocks or kind is Kind.STATELESS:
+            self.of[kind].learn(blocks, work, seconds)
+        elif kind is Kind.DECODE:
+            self.single += LEARNING * (min(seconds / blocks, OUTLIER_FACTOR * self.single) - self.single)
+            self.single = max(MIN_SECONDS, self.single)
 
     def one_row(self, blocks: int) -> float:
         """Seconds of a decode step of one row through this many blocks: the measure of every wait."""
-        return self.of[Kind.DECODE].seconds(blocks, blocks)
+        return self.single * blocks
 
     def least_row(self, pieces: Iterable[Piece]) -> float:
         """Seconds of a step of one row, through the blocks of the piece with the fewest."""
@@ -93,5 +106,6 @@ class BatchCosts:
 
         At most `joint_slowdown`.
         """
-        cost = self.of[Kind.DECODE]
-        return min(self.joint_slowdown, cost.seconds(1, 1 + positions) / cost.seconds(1, 1))
+        if not positions:
+            return 1.0
+        return min(self.joint_slowdown, self.of[Kind.DECODE].seconds(1, 1 + positions) / self.single)

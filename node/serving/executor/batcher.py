@@ -219,7 +219,7 @@ class Batcher:
                 queues.remove(job)
             else:
                 queues.done[job.number] += 1 if job.parts else piece.tokens
-        self.costs.of[batch[0].job.kind].learn(blocks, work, seconds)
+        self.costs.learn(batch[0].job.kind, blocks, work, seconds)
         return blocks, positions
 
     def _kinds_in_order(self) -> tuple[Kind, ...]:

@@ -28,7 +28,7 @@ _ALL = (
     Attack(frames.header_bombs),
     Attack(sessions.where_flood),
     Attack(sessions.unknown_steps),
-    Attack(sessions.session_holding),
+    Attack(sessions.session_holding, SHARED),
     Attack(sessions.greedy_prefills, SHARED),
     Attack(sessions.junk_uploads),
     Attack(sessions.giant_backward),
