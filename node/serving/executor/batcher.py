@@ -343,7 +343,8 @@ class Batcher:
             seconds *= self.costs.one_row(blocks) / blocks
             cost = self.costs.of[Kind.PREFILL]
             positions = min(positions, int((seconds - cost.per_block) / cost.per_position))
-        return max(self.costs.least_chunk(job.rows), positions // job.rows)
+        least = min(self.costs.least_chunk(job.rows), policy.chunk_positions // job.rows)
+        return max(1, least, positions // job.rows)
 
     def _held_back(self, job: Job, now: float) -> bool:
         """Whether the job must wait for the cool-down after a long batch."""
