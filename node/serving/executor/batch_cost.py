@@ -68,7 +68,9 @@ class BatchCosts:
         """Correct the predictions by a batch: see `Cost.learn`."""
         if work > blocks or kind is Kind.STATELESS:
             self.of[kind].learn(blocks, work, seconds)
-        elif kind is Kind.DECODE:
+        if kind is Kind.DECODE and (
+            work == blocks or seconds < self.single * blocks
+        ):  # more rows are no faster
             self.single += LEARNING * (min(seconds / blocks, OUTLIER_FACTOR * self.single) - self.single)
             self.single = max(MIN_SECONDS, self.single)
 
