@@ -125,6 +125,7 @@ async def test_a_peer_that_ends_the_connection_at_once_is_dialled_once_more_afte
     refused = "/ip4/9.9.9.9/tcp/1"
     wire.answering.add("8.8.8.8")
     dialler = dialler_of(upgrade=Upgrade({ELSEWHERE: resets}))
+    dialler.networks.configure([parse_address(ELSEWHERE)])
     made = await dial(dialler, peer(1), ELSEWHERE, refused)
     assert [address for address, _ in wire.dials] == [ELSEWHERE, refused, ELSEWHERE]
     assert wire.dials[2][1] - wire.dials[0][1] >= AGAIN_SECONDS
@@ -132,8 +133,27 @@ async def test_a_peer_that_ends_the_connection_at_once_is_dialled_once_more_afte
     if not works:
         assert "reset by peer" in str(made)
         assert "refused" in str(made), "every address with its reason"
-        assert "the next one is made in" in str(await dial(dialler, peer(1), ELSEWHERE))
-        assert len(wire.dials) == 3
+
+
+async def test_a_stranger_s_address_that_resets_is_not_dialled_once_more(
+    autojump_clock: trio.testing.MockClock, wire: Wire
+):
+    wire.answering.add("8.8.8.8")
+    dialler = dialler_of(upgrade=Upgrade({ELSEWHERE: 1}))
+    assert "reset by peer" in str(await dial(dialler, peer(1), ELSEWHERE))
+    assert "the next one is made in" in str(await dial(dialler, peer(1), ELSEWHERE))
+    assert len(wire.dials) == 1
+
+
+async def test_two_ports_of_a_host_are_dialled_and_a_third_one_only_where_we_know_it(
+    autojump_clock: trio.testing.MockClock, wire: Wire
+):
+    ports = [f"/ip4/8.8.8.8/tcp/{port}" for port in range(1, 9)]
+    dialler = dialler_of()
+    dialler.networks.configure([parse_address(ports[5])])
+    made = await dial(dialler, peer(1), *ports)
+    assert sorted({address for address, _ in wire.dials}) == [ports[0], ports[5]]
+    assert f"{ports[1]}: an address too many of its host" in str(made)
 
 
 async def test_peers_that_name_one_address_make_it_no_oftener_dialled(

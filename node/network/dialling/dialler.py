@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from tensor_codec.limits import Limits
 
 Purpose = Literal["session", "ping", "directory"]
 SILENT_SECONDS = 1.0  # after which an address whose dial is given up counts as failed
+PORTS_OF_A_HOST = 2  # that one dial tries, of those that a peer has named: nobody listens on more
 AGAIN_SECONDS = 0.5  # before a second dial to a peer that ended the connection at once: it may be crowded
 
 
@@ -99,18 +101,39 @@ class Dialler:
     ) -> tuple[list[Address], list[str]]:
         """The addresses that a dial to this peer may use, and the reason against each other address."""
         addresses, unreadable = _readable(texts, peer)
+        addresses, others = self._few_ports(addresses)
+        unreadable += [f"{other}: an address too many of its host" for other in others]
         if most is not None:
             addresses = sorted(
                 dial_order(addresses), key=lambda address: not self.backoff.was_reached(str(address))
             )[:most]
         return addresses, unreadable
 
+    def _few_ports(self, addresses: list[Address]) -> tuple[list[Address], list[Address]]:
+        """The addresses with PORTS_OF_A_HOST of each host at most, and the others.
+
+        A record with many ports of a third party would else be as many dials of everybody that hears of it.
+        """
+        kept: list[Address] = []
+        ports = Counter[str]()
+        known = {each: self._is_known(each) for each in addresses}
+        for address in sorted(addresses, key=lambda each: not known[each]):
+            ports[address.host] += 1
+            if known[address] or ports[address.host] <= PORTS_OF_A_HOST:
+                kept.append(address)
+        return [each for each in addresses if each in kept], [each for each in addresses if each not in kept]
+
+    def _is_known(self, address: Address) -> bool:
+        """Whether our operator gave the address, or a dial to it has worked."""
+        return self.networks.is_configured(address) or self.backoff.was_reached(str(address))
+
     async def _dial(
         self, peer: PeerId, addresses: list[Address], unreadable: list[str], silent: list[Address]
     ) -> Connection:
         """A new connection, `dial_seconds` for all addresses together.
 
-        Where all addresses fail, those that ended the connection at once are dialled once more.
+        Where all addresses fail, those that we know and that ended the connection at once are dialled once
+        more.
         silent: at any time the addresses under trial.  Raises PeerGone, NotAMember.
         """
         self._connections.raise_if_banned(peer)
@@ -122,7 +145,11 @@ class Dialler:
         try:
             with trio.move_on_after(seconds):
                 channel = await race.run(addresses)
-                turned = [failure for failure in race.failures if isinstance(failure[1], TurnedAway)]
+                turned = [
+                    (address, fault)
+                    for address, fault in race.failures
+                    if isinstance(fault, TurnedAway) and self._is_known(address)
+                ]
                 if channel is None and turned:
                     await trio.sleep(AGAIN_SECONDS)
                     others = [failure for failure in race.failures if failure not in turned]
@@ -173,7 +200,8 @@ class Dialler:
                 link.close()
                 raise
         except PeerFault as fault:
-            self._failed(address, pause=not (first and isinstance(fault, TurnedAway)))
+            again = first and isinstance(fault, TurnedAway) and self._is_known(address)
+            self._failed(address, pause=not again)
             raise
         except trio.Cancelled:
             if trio.current_time() >= began + SILENT_SECONDS:
