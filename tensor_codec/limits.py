@@ -138,8 +138,8 @@ class Limits:
     records_per_peer_per_second: float = 100.0  # verified at 0.3 to 0.6 ms each: 3 to 6 % of a core
     records_idle_seconds: float = 90.0  # every server is heard of three times in it
     records_per_peer_burst: int = 1_000  # a tenth of a view; a bootstrap peer may send a whole one
-    records_per_network_per_second: float = 400.0  # peers of one public /24 or /48 together
-    records_per_network_burst: int = 2_000
+    records_per_network_per_second: float = 100.0  # peers of one public /24 or /48 together: 3,000 servers
+    records_per_network_burst: int = 1_000
     new_peers_per_neighbour_per_second: float = 2.0  # unmet, and passed on: 180 within the life of a record
     new_peers_per_neighbour_burst: int = 64
     record_ttl_seconds: float = 90.0
