@@ -70,7 +70,7 @@ class LyingNode:
         opened = decode_open(frame)
         self.opened += 1
         session = self._sessions[opened.session] = LyingSession(opened, stream)
-        await stream.send(encode_opened(Opened(push=opened.successor is not None)))
+        await stream.send(encode_opened(Opened(opened.successor is not None, rows=opened.batch > 1)))
         while (frame := await stream.receive()) is not None:
             message = read_message(frame, KINDS)
             if message.kind == "close":

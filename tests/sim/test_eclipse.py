@@ -21,9 +21,7 @@ SOON_SECONDS = 1.0
     [
         Case("lie", 1, 24, HONEST),
         Case("lie", 48, 48, HONEST),
-        Case("slow", 48, 48, HONEST),
         Case("silent", 48, 48, HONEST),
-        Case("crowd", 48, 48, HONEST),
     ],
     ids=lambda case: case.name,
 )

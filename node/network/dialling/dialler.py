@@ -16,6 +16,7 @@ from node.network.connection_table import ConnectionTable
 from node.network.dialling.backoff import Backoff, DialPaused
 from node.network.dialling.networks import OwnNetworks
 from node.network.dialling.race import Race, open_tcp, resolve
+from node.network.prefixes import address_prefix, is_local
 from node.network.transport.connection import Connection
 from node.network.transport.link import SocketLink
 from node.network.transport.noise import SecureChannel
@@ -110,7 +111,7 @@ class Dialler:
         return addresses, unreadable
 
     def _few_ports(self, addresses: list[Address]) -> tuple[list[Address], list[Address]]:
-        """The addresses with PORTS_OF_A_HOST of each host at most, and the others.
+        """The addresses with PORTS_OF_A_HOST of each public host at most, and the others.
 
         A record with many ports of a third party would else be as many dials of everybody that hears of it.
         """
@@ -119,7 +120,8 @@ class Dialler:
         known = {each: self._is_known(each) for each in addresses}
         for address in sorted(addresses, key=lambda each: not known[each]):
             ports[address.host] += 1
-            if known[address] or ports[address.host] <= PORTS_OF_A_HOST:
+            local = (prefix := address_prefix(address.host)) and is_local(prefix)
+            if local or known[address] or ports[address.host] <= PORTS_OF_A_HOST:
                 kept.append(address)
         return [each for each in addresses if each in kept], [each for each in addresses if each not in kept]
 
