@@ -32,8 +32,7 @@ def test_a_newcomer_with_one_honest_bootstrap_peer_among_attackers_finds_every_h
         assert not newcomer.lost, newcomer
         if newcomer.serves and newcomer.kind != "late":
             assert newcomer.seen_s is not None, newcomer
-    if case.means != "crowd":  # an honest server without bootstrap peers has no places that are kept
-        assert outcome.losers == 0
+    assert outcome.losers == 0
 
 
 def test_without_visits_a_newcomer_whose_honest_bootstrap_peer_was_away_finds_nobody():
