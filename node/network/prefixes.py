@@ -46,6 +46,14 @@ def is_local(prefix: str) -> bool:
     return not host or reach_of(host) is not Reach.PUBLIC
 
 
+def sharer(peer: str, prefix: str) -> str:
+    """The name under which a peer's share of something is counted: its public prefix, else its id.
+
+    Peers of one public address share; a local network has many honest peers at one address.
+    """
+    return peer if is_local(prefix) else prefix
+
+
 def _prefix(host: str, bits: dict[int, int]) -> str:
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

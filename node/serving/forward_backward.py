@@ -27,7 +27,7 @@ from node.model.blocks.forward_backward import (
 )
 from node.model.blocks.parts import backward_parts, forward_parts
 from node.network.admission.rates import NamedRates
-from node.network.prefixes import is_local
+from node.network.prefixes import sharer
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite, Parts
@@ -316,7 +316,7 @@ class ForwardBackwardListener:
                 work = Work(request, contract, held, self.engine.part_positions)
                 computed = await self._compute(stream, work, contract)
         except Refused as refusal:
-            self._refused.take(_payer(stream), trio.current_time(), len(frame))
+            self._refused.take(sharer(stream.peer, stream.prefix), trio.current_time(), len(frame))
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:
             return encode_failed(Failed.of(own))
@@ -370,7 +370,7 @@ class ForwardBackwardListener:
         One that has begun by then has the time that any frame has.  Nothing is read from a peer that has sent
         too many requests in vain: refusing costs less than receiving.  Raises PeerFault.
         """
-        if seconds := self._refused.wait(_payer(stream), trio.current_time()):
+        if seconds := self._refused.wait(sharer(stream.peer, stream.prefix), trio.current_time()):
             await trio.sleep(min(seconds, MAX_REST_SECONDS))
         with trio.move_on_after(idle_seconds):
             return await stream.receive()
@@ -383,11 +383,6 @@ class ForwardBackwardListener:
         if contract.max_length > served.max_position:
             raise Refused(f"{contract.max_length} positions were sent, the model has {served.max_position}")
         return contract
-
-
-def _payer(stream: PeekStream) -> str:
-    """Whose budget a refused request is out of: its network prefix's, a peer's in a local network."""
-    return stream.peer if is_local(stream.prefix) else stream.prefix or stream.peer
 
 
 class _Unfit(Exception):

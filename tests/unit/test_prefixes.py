@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.network.prefixes import address_prefix, is_local, network_of, network_prefix
+from node.network.prefixes import address_prefix, is_local, network_of, network_prefix, sharer
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,9 @@ def _text(number: int) -> str:
 )
 def test_loopback_and_private_networks_are_local(prefix: str, local: bool):
     assert is_local(prefix) == local
+
+
+def test_peers_of_a_public_address_share_and_those_of_a_local_network_do_not():
+    assert sharer("peer", "8.8.8.8/32") == "8.8.8.8/32"
+    for local in ("127.0.0.1/32", "192.168.1.7/32", ""):
+        assert sharer("peer", local) == "peer"

@@ -16,7 +16,7 @@ import trio
 from node.network.directory.live_view import LiveView
 from node.network.directory.met import Met
 from node.network.directory.neighbour import Budget, Budgets, Neighbour
-from node.network.prefixes import is_local
+from node.network.prefixes import sharer
 from routing.names import PeerId, peer_id_of
 from routing.view.newcomers import Newcomers
 from routing.view.records import NOBODY, Record, RecordError, signer, verify_record
@@ -135,7 +135,7 @@ class Intake:
         if neighbour.peer in self._trusted:
             return changed
         unmet = [peer for peer in changed if peer not in before and peer not in self._met]
-        lane = neighbour.peer if is_local(neighbour.prefix) else neighbour.prefix
+        lane = sharer(neighbour.peer, neighbour.prefix)
         waiting = set(unmet).difference(self._newcomers.arrive(unmet, lane, trio.current_time()))
         return [peer for peer in changed if peer not in waiting and peer not in self._newcomers.waiting]
 

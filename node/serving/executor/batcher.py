@@ -367,14 +367,14 @@ class Batcher:
         own = self.costs.stateless_seconds(job)
         others = self._peers.short_decoders(now) - {job.peer}
         rest = self.policy.stateless_rest if others and self.costs.is_long(job) else 0.0
-        rested = own * (1 + rest)
+        rested = (1 + rest) * own
         if rested > most and job.rows * job.tokens > SPLIT_POSITIONS:
             raise Refused(
                 f"a request of {job.rows} x {job.tokens} positions takes about {rested:.0f} s here now,"
                 f" {most:g} s are allowed: split it into requests of {SPLIT_POSITIONS} positions"
             )
         ahead = self._queues.lanes[Kind.STATELESS].get(job.peer, ())
-        waiting = sum(self.costs.stateless_seconds(other) for other in ahead) * rested / own
+        waiting = (1 + rest) * sum(self.costs.stateless_seconds(other) for other in ahead)
         if waiting and rested + waiting > most:
             raise TooManyStreams(
                 f"requests of yours that take about {waiting:.0f} s wait here, {most:g} s are allowed",

@@ -19,7 +19,7 @@ import trio
 from torch import Tensor
 
 from node.model.blocks.kv_pages import BlockShape
-from node.network.prefixes import is_local
+from node.network.prefixes import sharer
 from node.runtime.faults import Faults
 from node.serving.cache_budget import FREE_AGAIN_SECONDS, CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
@@ -329,7 +329,9 @@ class Listener:
                 stream=stream,
                 state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
-                outlet=Outlet(self._links, self.limits.session_idle_seconds, _asker(stream)),
+                outlet=Outlet(
+                    self._links, self.limits.session_idle_seconds, sharer(stream.peer, stream.prefix)
+                ),
                 inbox=Inbox(
                     self.limits.max_steps_in_flight,
                     held=opened.held,
@@ -385,11 +387,6 @@ class Listener:
         finally:
             hop.inbox.close()
             await hop.outlet.aclose()
-
-
-def _asker(stream: FrameStream) -> str:
-    """The name under which a client's dials are counted: its public address, else its id."""
-    return stream.peer if is_local(stream.prefix) else stream.prefix
 
 
 def _leaving() -> PeerGone:
