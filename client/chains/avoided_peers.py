@@ -10,7 +10,14 @@ from routing.names import PeerId
 
 AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
 MAX_AVOID_SECONDS = 3600.0
+BUSY_FACTOR = 8.0  # times what a busy peer's step took: it says so for ever, and costs a ninth of the time
+MAX_BUSY_SECONDS = 240.0
 SAME_TIME_SECONDS = 1.0  # the largest error of a record's age
+
+
+def busy_seconds(held: float) -> float:
+    """For how long to ask others, after a peer has worked on one step for `held` seconds and was left."""
+    return min(max(AVOID_SECONDS, BUSY_FACTOR * held), MAX_BUSY_SECONDS)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from client.chains.avoided_peers import busy_seconds
 from client.chains.chooser import Chooser
 from client.session.actions import (
     Action,
@@ -291,21 +292,21 @@ class ClientSession:
                     share = HALF
             return self._lost(lost, SlowPeer(why), now, share=share)
         if found.busy is not None:
-            return self._leave(found.busy, why, now)
+            return self._leave(found.busy, why, now, found.held)
         _confirm(self.chooser, [hop for hop, _ in found.silent])
         silent = [
             action for hop, seconds in found.silent for action in self._lost(hop, _silence(hop, seconds), now)
         ]
         return silent or [Ask(hop) for hop in found.ask]
 
-    def _leave(self, hop: HopState, why: str, now: float) -> list[Action]:
-        """A hop works too slowly: leave it, if there is another peer."""
+    def _leave(self, hop: HopState, why: str, now: float, held: float) -> list[Action]:
+        """A hop has had a step for `held` seconds, too long: leave it, if there is another peer."""
         hop.set_leaving()
         if not self.route.has_choice():
             hop.set_leaving(False)
             return []
         fault = Note("fault", {"peer": hop.hop.peer, "error": why})
-        return [fault, Postpone(hop.hop.peer, None), *self._break(why, now)]
+        return [fault, Postpone(hop.hop.peer, busy_seconds(held)), *self._break(why, now)]
 
     def _lost(
         self, hop: HopState, error: PeerFault | Refused, now: float, *, share: float = 1.0

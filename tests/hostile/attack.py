@@ -13,8 +13,8 @@ Blocks = tuple[int, int]
 Check = Callable[[Mapping[str, Any]], list[str]]  # Any: JSON
 # A flood of connections and the newcomers want the same thing.
 CONNECTIONS = Thresholds(newcomers_in=0.95)
-# Prompts and tokens are work that anybody may ask for: two addresses have half of a server each.
-SHARED = Thresholds(honest_share=0.45, p95_ratio=4.0)
+# Prompts and tokens are work that anybody may ask for, and a chunk is no shorter than a pass over the weights.
+SHARED = Thresholds(honest_share=0.7, p95_ratio=3.0)
 
 
 def nothing_more(got: Mapping[str, Any]) -> list[str]:

@@ -40,6 +40,7 @@ HELPERS = {
     "client/session/repair/lost_time.py": "adds up seconds",
     "client/session/trace.py": "takes notes",
     "node/serving/executor/batch_cost.py": "adds up seconds",
+    "node/serving/executor/crowds.py": "counts the steps of prefixes",
     "node/network/connection_table.py": "holds the connection in use",
     "node/network/admission/rates.py": "counts the streams that are opened",
     "node/network/libp2p_adapter.py": "runs the connection for py-libp2p",

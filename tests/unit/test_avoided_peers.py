@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.chains.avoided_peers import AVOID_SECONDS, MAX_AVOID_SECONDS, AvoidedPeers
+from client.chains.avoided_peers import AVOID_SECONDS, MAX_AVOID_SECONDS, AvoidedPeers, busy_seconds
 from routing.names import PeerId
 
 A, B = PeerId("a"), PeerId("b")
@@ -185,3 +185,9 @@ def test_a_peer_that_was_slow_or_wrong_is_not_believed_sooner():
     blame.fault(A, 100.0)
     blame.seen_online(A, 110.0)
     assert blame.avoided(111.0) == {A}
+
+
+def test_a_peer_that_is_always_busy_costs_a_ninth_of_the_time_at_most():
+    assert busy_seconds(0.1) == AVOID_SECONDS
+    for held in (2.0, 4.0, 10.0, 30.0):
+        assert held / (held + busy_seconds(held)) <= 0.12

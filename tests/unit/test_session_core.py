@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from client.chains.avoided_peers import busy_seconds
 from client.session.actions import (
     Answered,
     Ask,
@@ -656,14 +657,18 @@ def test_a_hop_that_is_busy_for_too_long_is_left_only_where_another_peer_can_tak
         session.relocation.lost_time.recent.extend([0.1] * 8)
         pending = submitted(session, now=0.0)
         first = session.route.hops[0]
+        postponed = []
         for now in (0.25, 1.0, 1.25, 2.5):
             for action in session.receive(Late(pending), now):
+                if isinstance(action, Postpone):
+                    postponed.append(action.seconds)
                 if isinstance(action, Ask):
                     action.hop.ask(now)
                     session.receive(Located(action.hop, Here(0, 1)), now)
         assert session.state is state
         assert first.leaving == (state is State.BROKEN)
         assert first.alive
+        assert postponed == ([busy_seconds(1.25)] if first.leaving else [])
 
 
 def test_why_there_is_no_route_names_what_went_wrong_last_or_who_is_waited_for():

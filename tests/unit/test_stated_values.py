@@ -205,6 +205,11 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         (avoided_peers.AVOID_SECONDS, avoided_peers.MAX_AVOID_SECONDS),
     ),
     (
+        PROTOCOL,
+        "others are asked for N s, or for eight times as long as it had the step, N s at most",
+        (avoided_peers.AVOID_SECONDS, avoided_peers.MAX_BUSY_SECONDS),
+    ),
+    (
         OPERATING,
         "announces up to N of the machine's addresses",
         (addresses.MAX_ANNOUNCED,),

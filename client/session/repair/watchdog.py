@@ -28,7 +28,8 @@ class Findings:
     ask: hops to ask for their progress.  silent: hops that did not answer, with the seconds of their
     silence.  stuck: a hop that has lost the step, or had it for too long.  before: the hop that, by its own
     word, has passed the step on to the stuck one.  busy: a hop that works on something else for too long.
-    waited: seconds without progress, of a hop that is stuck or busy.
+    waited: seconds without progress, of a hop that is stuck or busy.  held: those for which a busy hop has
+    had the step.
     """
 
     ask: Sequence[HopState] = ()
@@ -37,6 +38,7 @@ class Findings:
     before: HopState | None = None
     busy: HopState | None = None
     waited: float = 0.0
+    held: float = 0.0
 
 
 @dataclass(slots=True)
@@ -140,7 +142,7 @@ class Watchdog:
         if waited > MAX_HOP_SECONDS:
             return Findings(stuck=hop, waited=waited)
         if waited > self._busy_seconds(pending, refilling=refilling, expected=expected):
-            return Findings(busy=hop, waited=waited)
+            return Findings(busy=hop, waited=waited, held=held)
         return Findings()
 
     def _busy_seconds(self, pending: Pending, *, refilling: bool, expected: float) -> float:

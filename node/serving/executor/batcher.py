@@ -12,11 +12,13 @@ seconds of a batch before it is tried.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
 from node.serving.executor.active_peers import ActivePeers
 from node.serving.executor.batch_cost import BatchCosts
+from node.serving.executor.crowds import Crowds
 from node.serving.executor.job_queues import MAX_STATELESS, MAX_STATELESS_PER_PEER, JobQueues
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, size_of
 from tensor_codec.errors import LocalProtocolError, Refused, TooManyStreams
@@ -39,7 +41,10 @@ class BatchPolicy:
     joint_slowdown: float = 1.5  # of a batch that gives every active peer its step
     crowd_slowdown: float = 1.75  # of one with more peers of a prefix, where all active prefixes have a part
     absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
-    prefill_rest: float = 1.5  # the same after a chunk that cannot be short
+    rested_slowdown: float = 2.0  # of one with a crowd's rows, which rest afterwards
+    resting_slowdown: float = 1.1  # of a batch that a crowd's rows join although they rest
+    crowd_rest: float = 8.0  # times the seconds that a crowd's rows take from others they have no batch
+    prefill_rest: float = 1.5  # as `stateless_rest`, after a chunk that cannot be short
     stateless_rest: float = 7.0  # times a part's seconds nothing long begins after it, if others decode
 
 
@@ -56,7 +61,8 @@ class Batcher:
         waits for one of them at most, and for the decode batch that it just missed;
       * a step of a peer without a part in the last decode batch does not even wait for the chunk;
       * parts of stateless requests and chunks alternate when both wait;
-      * every peer's first decode step is in the next decode batch if the rows allow it; of chunks and
+      * every peer's first decode step is in the next decode batch if the rows allow it and it does not
+        rest; of chunks and
         stateless requests the peer with the least compute runs next, and no peer is passed over more than a
         few times;
       * while other peers are active a batch is short: beyond one step of each peer, decode steps join
@@ -74,6 +80,8 @@ class Batcher:
         another prefix is in every decode batch, which then takes `crowd_slowdown` times one row at most
         (`absent_slowdown` times if an active prefix has no part in it), and
         of chunks and requests the prefix with the least compute runs next;
+      * after a batch with rows of a crowd (see `Crowds`), `rested_slowdown` times one row at most, the crowd
+        rests: its steps and chunks leave others about four fifths of their speed;
       * a stateless request that would take longer than `max_compute_seconds` is refused, and so are further
         ones of a peer whose requests wait for so long;
       * a job that is cancelled or expired is not begun, and leaves no trace;
@@ -102,6 +110,7 @@ class Batcher:
     costs: BatchCosts = field(init=False)
     _peers: ActivePeers = field(init=False)
     _parties: ActivePeers = field(init=False)  # prefixes; peers without one
+    _crowds: Crowds = field(init=False)
     _rests: dict[Kind, float] = field(init=False)  # times a long batch's seconds
     _running: Batch | None = None
     _cool_down_until: float = -math.inf
@@ -121,6 +130,7 @@ class Batcher:
         }  # fmt: skip
         self._peers = ActivePeers(policy.recently_active_seconds)
         self._parties = ActivePeers(policy.recently_active_seconds)
+        self._crowds = Crowds(policy.recently_active_seconds, policy.crowd_rest)
 
     @property
     def waiting(self) -> int:
@@ -131,15 +141,19 @@ class Batcher:
         """Jobs of this peer that wait or run."""
         return self._queues.waiting_of(peer)
 
-    def resume_at(self) -> float:
-        """After `next` returned None: when to ask again, even if nothing is submitted until then.
+    def resume_at(self, now: float) -> float:
+        """After `next(now)` returned None: when to ask again, even if nothing is submitted until then.
 
-        Infinity, unless all waiting jobs are held back by the cool-down after a long batch: to its end, or
-        until the peers have left that it is for.
+        Infinity, unless all waiting jobs are held back by the cool-down after a long batch or by the rest of
+        crowds: to the end of one, or until the peers have left that it is for.
         """
         if not self._queues.jobs or self._running is not None:
             return math.inf
-        return min(self._cool_down_until, self._peers.last_short_decoder_leaves_at())
+        cooled, rested = (
+            min(self._cool_down_until, self._peers.last_short_decoder_leaves_at()),
+            self._crowds.resume_at(now),
+        )
+        return min(cooled, rested) if cooled > now else rested
 
     def submit(self, job: Job, now: float) -> None:
         """Queue a job.  Raises TooManyStreams, and then nothing has changed."""
@@ -219,6 +233,8 @@ class Batcher:
                 queues.remove(job)
             else:
                 queues.done[job.number] += 1 if job.parts else piece.tokens
+        if batch[0].job.kind is not Kind.STATELESS and len(self._parties.by_name) > 1:
+            self._crowds.ran(batch, seconds, self.costs.least_row(batch), now)
         self.costs.learn(batch[0].job.kind, blocks, work, seconds)
         return blocks, positions
 
@@ -252,32 +268,48 @@ class Batcher:
     def _decode_batch(self, now: float) -> Batch:
         """One step of every peer, then more of them, in rounds, while rows and seconds allow."""
         cost, pieces, rows, work = self.costs.of[Kind.DECODE], list[Piece](), 0, 0
-        blocks, peers = set[int](), set[str]()
+        blocks, peers, parties = set[int](), set[str](), set[str]()
         full = set[str]()  # peers with a step that did not fit: later steps must not overtake it
-        max_seconds = max_crowd = math.nan
-        cooling, several, parties = now < self._cool_down_until, len(self._parties.by_name) > 1, set[str]()
-        for job in self._queues.in_rounds(Kind.DECODE):
-            if job.peer in full or (cooling and self._held_back(job, now)):
+        max_seconds = max_crowd = max_resting = math.nan
+        cooling, several = now < self._cool_down_until, len(self._parties.by_name) > 1
+        jobs, resting, crowds = self._queues.in_rounds(Kind.DECODE), frozenset[str](), frozenset[str]()
+        if several:
+            prefills = itertools.chain.from_iterable(self._queues.lanes[Kind.PREFILL].values())
+            self._crowds.look((*jobs, *prefills), now)
+            resting, crowds = self._crowds.resting(Kind.DECODE, now), self._crowds.known
+        if resting:
+            jobs.sort(key=lambda job: (job.prefix or job.peer) in resting)
+        for job in jobs:
+            if job.peer in full or (cooling and self._cools(job, now)):
                 continue
-            further = job.peer in peers
-            if further and math.isnan(max_seconds):  # every peer's first step is in by now
-                max_seconds = self._max_decode_seconds(pieces, peers)
-            crowd = several and not further and job.prefix in parties
-            if crowd and math.isnan(max_crowd):  # every prefix's first step is in by now
-                together = self._parties.by_name.keys() <= parties
-                slowdown = self.policy.crowd_slowdown if together else self.policy.absent_slowdown
-                max_crowd = slowdown * self.costs.least_row(pieces)
+            party, limit = job.prefix or job.peer, math.inf
+            if party in resting:
+                if not pieces:
+                    break  # crowds alone wait
+                if math.isnan(max_resting):  # all others' steps are in by now
+                    max_resting = self.policy.resting_slowdown * self.costs.least_row(pieces)
+                limit = max_resting
+            elif party in crowds and party in parties:
+                limit = self.policy.rested_slowdown * self.costs.least_row(pieces)
+            elif job.peer in peers:
+                if math.isnan(max_seconds):  # every peer's first step is in by now
+                    max_seconds = self._max_decode_seconds(pieces, peers)
+                limit = max_seconds
+            elif several and job.prefix in parties:
+                if math.isnan(max_crowd):  # every prefix's first step is in by now
+                    together = self._parties.by_name.keys() <= parties
+                    slowdown = self.policy.crowd_slowdown if together else self.policy.absent_slowdown
+                    max_crowd = slowdown * self.costs.least_row(pieces)
+                limit = max_crowd
             wider = blocks.union(range(job.start, job.stop))
             more = work + job.rows * job.tokens * (job.stop - job.start)
-            too_slow = (further or crowd) and cost.seconds(len(wider), more) > (
-                max_seconds if further else max_crowd
-            )
+            too_slow = limit < math.inf and cost.seconds(len(wider), more) > limit
             if pieces and (rows + job.rows > self.policy.max_rows or too_slow):
                 full.add(job.peer)
                 continue
             pieces.append(Piece(job, 0, job.tokens))
             peers.add(job.peer)
-            parties.add(job.prefix or job.peer)
+            parties.add(party)
             blocks, work, rows = wider, more, rows + job.rows
         return tuple(pieces)
 
@@ -308,7 +340,7 @@ class Batcher:
         if kind is Kind.STATELESS:  # a request under way holds memory between its parts
             for job in (job for queue in lane.values() for job in queue if done[job.number]):
                 return [] if self._held_back(job, now) else [job]
-        if now >= self._cool_down_until:
+        if now >= max(self._cool_down_until, self._crowds.until[kind]):
             return [queue[0] for queue in lane.values()]
         ready = ([job for job in queue if not self._held_back(job, now)] for queue in lane.values())
         return [jobs[0] for jobs in ready if jobs]
@@ -330,10 +362,7 @@ class Batcher:
         """Tokens a row of a prefill's next piece."""
         policy, positions = self.policy, self.policy.chunk_positions
         # The same for all peers with prefills: else a peer with short chunks would never catch up.
-        decoders, others = (
-            self._peers.short_decoders(now),
-            self._queues.lanes[Kind.PREFILL].keys() - {job.peer},
-        )
+        decoders, others = self._decoders(job, now), self._queues.lanes[Kind.PREFILL].keys() - {job.peer}
         if decoders and (others or decoders - {job.peer}):
             # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
             waiting = [one for queue in self._queues.lanes[Kind.DECODE].values() for one in queue]
@@ -347,10 +376,21 @@ class Batcher:
         return max(1, least, positions // job.rows)
 
     def _held_back(self, job: Job, now: float) -> bool:
+        """Whether a chunk or a part must wait: for the end of the cool-down, or of the rest of crowds."""
+        return self._cools(job, now) or (job.prefix or job.peer) in self._crowds.resting(job.kind, now)
+
+    def _cools(self, job: Job, now: float) -> bool:
         """Whether the job must wait for the cool-down after a long batch."""
         if now >= self._cool_down_until or not self.costs.is_long(job):
             return False
-        return bool(self._peers.short_decoders(now) - {job.peer})
+        return bool(self._decoders(job, now) - {job.peer})
+
+    def _decoders(self, job: Job, now: float) -> set[str]:
+        """The peers that run short decode steps, for which a long job waits.  No job waits for a crowd."""
+        decoders = self._peers.short_decoders(now)
+        if (job.prefix or job.peer) not in self._crowds.known:
+            decoders -= self._crowds.peers
+        return decoders
 
     def _look_at_clock(self, now: float) -> None:
         """Take out expired jobs, and forget peers that have gone."""
@@ -365,7 +405,7 @@ class Batcher:
         """Raise Refused, TooManyStreams where a stateless request would take, or wait for, too long."""
         most = self.limits.max_compute_seconds
         own = self.costs.stateless_seconds(job)
-        others = self._peers.short_decoders(now) - {job.peer}
+        others = self._decoders(job, now) - {job.peer}
         rest = self.policy.stateless_rest if others and self.costs.is_long(job) else 0.0
         rested = (1 + rest) * own
         if rested > most and job.rows * job.tokens > SPLIT_POSITIONS:

@@ -307,7 +307,7 @@ class Engine:
             for job in self.batcher.expired(now):
                 settled.append((self._works[job.number], outcome.Error(self._taken_out(job, now))))
             if batch is None:
-                return settled, self.batcher.resume_at()
+                return settled, self.batcher.resume_at(now)
             works = [self._works[piece.job.number] for piece in batch]
         began = self._clock()
         try:
