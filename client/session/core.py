@@ -292,6 +292,7 @@ class ClientSession:
                     share = HALF
             return self._lost(lost, SlowPeer(why), now, share=share)
         if found.busy is not None:
+            why = f"step {pending.step} takes longer than {found.waited:.2g} s"
             return self._leave(found.busy, why, now, found.held)
         _confirm(self.chooser, [hop for hop, _ in found.silent])
         silent = [

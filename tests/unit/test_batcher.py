@@ -699,7 +699,7 @@ def test_a_peer_keeps_its_speed_beside_a_crowd_where_two_rows_take_twice_as_long
 
 def test_a_peer_keeps_its_speed_beside_the_prompts_of_a_crowd():
     honest = Client("honest", think=0.015, prefix=HOME)
-    crowd = [Client(f"id {number % 4}", PREFILL, 32, prefix=CROWD) for number in range(32)]
+    crowd = [Client(f"id {number % 4}", PREFILL, 12, prefix=CROWD) for number in range(32)]
     alone = answers([honest], small, 24.0)[0]
     beside = answers([honest, *crowd], small, 24.0)
     assert beside[0] >= 0.75 * alone

@@ -175,6 +175,19 @@ def test_a_hop_that_says_other_positions_each_time_is_left_as_one_that_says_noth
     assert now <= 25.0
 
 
+def test_a_hop_that_crawls_is_left_after_twice_the_time_that_its_positions_may_take():
+    dog, hops = watchdog(), some_hops(1)
+    pending = late_step(dog, tokens=11)
+    lies = ([Here(number, 1)] for number in range(1000))
+    now, found = stall(dog, pending, hops, lies, expected=0.05)
+    assert found.busy is hops[0]
+    assert 2 * MIN_HOP_SECONDS < found.held <= 3 * MIN_HOP_SECONDS
+    dog = watchdog(1.0)
+    pending = late_step(dog, tokens=11)  # 4 x 1 s x (1 + 10 x 0.15)
+    for second in range(1, 9):
+        assert answered(dog, pending, hops, float(second), [Here(second, 1)]) == Findings()
+
+
 def test_a_hop_that_is_further_each_time_has_a_step_for_thirty_seconds_at_most():
     dog, hops = watchdog(5.0), some_hops(1)
     pending = late_step(dog, position=4000)

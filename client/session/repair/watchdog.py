@@ -18,6 +18,7 @@ MAX_HOP_SECONDS = 30.0
 DEADLINE_FACTOR = 4.0
 ASK_AT = 0.25  # of the deadline: then every hop is asked for its progress
 MAX_DOUBLINGS = 5  # of the time that a hop may be silent
+CRAWL_FACTOR = 2.0  # times what its positions may take, a step that makes some progress is late too
 SPARE_MOVES = 2  # of a hop, beyond the step and the parts of a replay: steps that were given up may grow too
 
 
@@ -50,7 +51,8 @@ class Watchdog:
       * hops are asked after a quarter of the deadline, and none counts as silent before the deadline has
       passed;
       * a hop that was given up for its silence has twice the time after each of these faults, 30 s at most;
-      * a step that makes progress is waited for; a step without progress is lost at an idle hop, and waits
+      * a step that makes progress is waited for, for twice the time that its positions may take where another
+        hop can take it; a step without progress is lost at an idle hop, and waits
         at a busy hop for the time that its positions may take;
       * only growth up to what was sent is progress, and as often as honest work grows;
       * a hop has a step for 30 s at most, and for as long again for each part of a replay, whatever it says.
@@ -133,15 +135,17 @@ class Watchdog:
         held = now - watch.held_since(hop.hop.peer, now)
         if held > MAX_HOP_SECONDS * (1 + parts):
             return Findings(stuck=hop, waited=held)
+        patience = self._busy_seconds(pending, refilling=refilling, expected=expected)
         if moved:
-            return Findings()
+            crawls = not refilling and held > CRAWL_FACTOR * patience
+            return Findings(busy=hop, waited=held, held=held) if crawls else Findings()
         waited = now - watch.moved_at
         if hop.here is None or hop.here.waiting <= 0:
             before = hops[index - 1] if 0 < index < len(hops) else None
             return Findings(stuck=hop, before=before, waited=waited)
         if waited > MAX_HOP_SECONDS:
             return Findings(stuck=hop, waited=waited)
-        if waited > self._busy_seconds(pending, refilling=refilling, expected=expected):
+        if waited > patience:
             return Findings(busy=hop, waited=waited, held=held)
         return Findings()
 

@@ -65,14 +65,17 @@ class Crowds:
     def ran(self, batch: Batch, seconds: float, one_row: float, now: float) -> None:
         """A batch of steps ran.  one_row: the seconds of a step of one row, which others would have taken.
 
-        What it took from others: a step that comes in the middle of it waits for half of it, one in it takes
-        longer than alone.
+        What it took from others: a step that comes in the middle of a short batch waits for half of it, and
+        for nearly all of a chunk; one in it takes longer than alone.
         """
         parties = {piece.job.prefix or piece.job.peer for piece in batch}
         if self.known.isdisjoint(parties):
             return
-        taken = seconds / 2 if self.known >= parties else max(0.0, seconds - one_row)
         kind = batch[0].job.kind
+        if self.known >= parties:
+            taken = seconds if kind is Kind.PREFILL else seconds / 2
+        else:
+            taken = max(0.0, seconds - one_row)
         self.until[kind] = max(self.until[kind], now + self.rest * taken)
 
     def resume_at(self, now: float) -> float:

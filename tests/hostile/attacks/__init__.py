@@ -32,7 +32,7 @@ _ALL = (
     Attack(sessions.greedy_prefills, SHARED),
     Attack(sessions.junk_uploads),
     Attack(sessions.giant_backward),
-    Attack(sessions.many_backwards),
+    Attack(sessions.many_backwards, SHARED),
     Attack(directory.record_flood, check=directory.seen_by_all, announces=True),
     Attack(directory.sybil_servers, check=directory.found_fast),
     Attack(directory.dial_amplification, check=directory.few_dials),
