@@ -13,7 +13,7 @@ Blocks = tuple[int, int]
 Check = Callable[[Mapping[str, Any]], list[str]]  # Any: JSON
 # A flood of connections and the newcomers want the same thing.
 CONNECTIONS = Thresholds(newcomers_in=0.95)
-# Prompts and tokens are work that anybody may ask for, and a chunk is no shorter than a pass over the weights.
+# Prompts and tokens are work for anybody, and a chunk is no shorter than a pass over the weights.
 SHARED = Thresholds(honest_share=0.7, p95_ratio=3.0)
 
 

@@ -179,7 +179,7 @@ def test_a_hop_that_crawls_is_left_after_twice_the_time_that_its_positions_may_t
     dog, hops = watchdog(), some_hops(1)
     pending = late_step(dog, tokens=11)
     lies = ([Here(number, 1)] for number in range(1000))
-    now, found = stall(dog, pending, hops, lies, expected=0.05)
+    _, found = stall(dog, pending, hops, lies, expected=0.05)
     assert found.busy is hops[0]
     assert 2 * MIN_HOP_SECONDS < found.held <= 3 * MIN_HOP_SECONDS
     dog = watchdog(1.0)
