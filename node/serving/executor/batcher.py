@@ -47,6 +47,10 @@ class BatchPolicy:
     prefill_rest: float = 1.5  # as `stateless_rest`, after a chunk that cannot be short
     stateless_rest: float = 7.0  # times a part's seconds nothing long begins after it, if others decode
 
+    def rest(self, kind: Kind) -> float:
+        """Times the seconds of a long batch for which nothing long begins after it, if others decode."""
+        return {Kind.PREFILL: self.prefill_rest, Kind.STATELESS: self.stateless_rest}.get(kind, 1.0)
+
 
 @dataclass(slots=True)
 class Batcher:
@@ -111,7 +115,6 @@ class Batcher:
     _peers: ActivePeers = field(init=False)
     _parties: ActivePeers = field(init=False)  # prefixes; peers without one
     _crowds: Crowds = field(init=False)
-    _rests: dict[Kind, float] = field(init=False)  # times a long batch's seconds
     _running: Batch | None = None
     _cool_down_until: float = -math.inf
     _last_other: Kind = Kind.STATELESS  # of prefill and stateless, the kind that ran last
@@ -125,9 +128,6 @@ class Batcher:
         self.costs = BatchCosts(
             self.decode_seconds_per_block, self.prefill_seconds_per_block_token, policy.joint_slowdown
         )
-        self._rests = {
-            Kind.DECODE: 1.0, Kind.PREFILL: policy.prefill_rest, Kind.STATELESS: policy.stateless_rest
-        }  # fmt: skip
         self._peers = ActivePeers(policy.recently_active_seconds)
         self._parties = ActivePeers(policy.recently_active_seconds)
         self._crowds = Crowds(policy.recently_active_seconds, policy.crowd_rest)
@@ -220,7 +220,7 @@ class Batcher:
         for piece, part in zip(batch, works, strict=True):
             job = piece.job
             if long := self.costs.is_long(job):
-                rest = seconds * self._rests[job.kind]
+                rest = seconds * self.policy.rest(job.kind)
                 self._cool_down_until = max(self._cool_down_until, now + rest)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
             peer.compute_seconds += seconds * part / work
@@ -280,7 +280,7 @@ class Batcher:
         if resting:
             jobs.sort(key=lambda job: (job.prefix or job.peer) in resting)
         for job in jobs:
-            if job.peer in full or (cooling and self._cools(job, now)):
+            if job.peer in full or (cooling and self._held_back(job, now)):
                 continue
             party, limit = job.prefix or job.peer, math.inf
             if party in resting:
@@ -362,7 +362,8 @@ class Batcher:
         """Tokens a row of a prefill's next piece."""
         policy, positions = self.policy, self.policy.chunk_positions
         # The same for all peers with prefills: else a peer with short chunks would never catch up.
-        decoders, others = self._decoders(job, now), self._queues.lanes[Kind.PREFILL].keys() - {job.peer}
+        decoders = self._crowds.waited_for(job, self._peers.short_decoders(now))
+        others = self._queues.lanes[Kind.PREFILL].keys() - {job.peer}
         if decoders and (others or decoders - {job.peer}):
             # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
             waiting = [one for queue in self._queues.lanes[Kind.DECODE].values() for one in queue]
@@ -376,21 +377,11 @@ class Batcher:
         return max(1, least, positions // job.rows)
 
     def _held_back(self, job: Job, now: float) -> bool:
-        """Whether a chunk or a part must wait: for the end of the cool-down, or of the rest of crowds."""
-        return self._cools(job, now) or (job.prefix or job.peer) in self._crowds.resting(job.kind, now)
-
-    def _cools(self, job: Job, now: float) -> bool:
-        """Whether the job must wait for the cool-down after a long batch."""
-        if now >= self._cool_down_until or not self.costs.is_long(job):
-            return False
-        return bool(self._decoders(job, now) - {job.peer})
-
-    def _decoders(self, job: Job, now: float) -> set[str]:
-        """The peers that run short decode steps, for which a long job waits.  No job waits for a crowd."""
-        decoders = self._peers.short_decoders(now)
-        if (job.prefix or job.peer) not in self._crowds.known:
-            decoders -= self._crowds.peers
-        return decoders
+        """Whether a job must wait for the cool-down after a long batch, or a chunk for the rest of crowds."""
+        cools = now < self._cool_down_until and self.costs.is_long(job)
+        if cools and self._crowds.waited_for(job, self._peers.short_decoders(now)) - {job.peer}:
+            return True
+        return job.kind is Kind.PREFILL and job.prefix in self._crowds.resting(job.kind, now)
 
     def _look_at_clock(self, now: float) -> None:
         """Take out expired jobs, and forget peers that have gone."""
@@ -405,7 +396,7 @@ class Batcher:
         """Raise Refused, TooManyStreams where a stateless request would take, or wait for, too long."""
         most = self.limits.max_compute_seconds
         own = self.costs.stateless_seconds(job)
-        others = self._decoders(job, now) - {job.peer}
+        others = self._crowds.waited_for(job, self._peers.short_decoders(now)) - {job.peer}
         rest = self.policy.stateless_rest if others and self.costs.is_long(job) else 0.0
         rested = (1 + rest) * own
         if rested > most and job.rows * job.tokens > SPLIT_POSITIONS:
