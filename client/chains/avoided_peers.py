@@ -10,7 +10,7 @@ from routing.names import PeerId
 
 AVOID_SECONDS = 15.0  # after a fault; doubles with every further one
 MAX_AVOID_SECONDS = 3600.0
-BUSY_FACTOR = 8.0  # times what a busy peer's step took: it says so for ever, and costs a ninth of the time
+BUSY_FACTOR = 12.0  # times what a busy peer's step took: one that says so for ever costs a thirteenth
 MAX_BUSY_SECONDS = 240.0
 SAME_TIME_SECONDS = 1.0  # the largest error of a record's age
 

@@ -187,7 +187,7 @@ def test_a_peer_that_was_slow_or_wrong_is_not_believed_sooner():
     assert blame.avoided(111.0) == {A}
 
 
-def test_a_peer_that_is_always_busy_costs_a_ninth_of_the_time_at_most():
+def test_a_peer_that_is_always_busy_costs_a_small_part_of_the_time():
     assert busy_seconds(0.1) == AVOID_SECONDS
     for held in (2.0, 4.0, 10.0, 30.0):
         assert held / (held + busy_seconds(held)) <= 0.12

@@ -668,7 +668,7 @@ def test_a_hop_that_is_busy_for_too_long_is_left_only_where_another_peer_can_tak
         assert session.state is state
         assert first.leaving == (state is State.BROKEN)
         assert first.alive
-        assert postponed == ([busy_seconds(1.25)] if first.leaving else [])
+        assert postponed == ([busy_seconds(1.5)] if first.leaving else [])
 
 
 def test_why_there_is_no_route_names_what_went_wrong_last_or_who_is_waited_for():

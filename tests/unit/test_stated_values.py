@@ -206,7 +206,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (
         PROTOCOL,
-        "others are asked for N s, or for eight times as long as it had the step, N s at most",
+        "others are asked for N s, or for twelve times as long as it had the step, N s at most",
         (avoided_peers.AVOID_SECONDS, avoided_peers.MAX_BUSY_SECONDS),
     ),
     (

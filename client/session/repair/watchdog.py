@@ -136,11 +136,12 @@ class Watchdog:
         if held > MAX_HOP_SECONDS * (1 + parts):
             return Findings(stuck=hop, waited=held)
         patience = self._busy_seconds(pending, refilling=refilling, expected=expected)
+        works = hop.here is not None and hop.here.waiting > 0
         if moved:
-            crawls = not refilling and held > CRAWL_FACTOR * patience
+            crawls = works and not refilling and held > CRAWL_FACTOR * patience
             return Findings(busy=hop, waited=held, held=held) if crawls else Findings()
         waited = now - watch.moved_at
-        if hop.here is None or hop.here.waiting <= 0:
+        if not works:
             before = hops[index - 1] if 0 < index < len(hops) else None
             return Findings(stuck=hop, before=before, waited=waited)
         if waited > MAX_HOP_SECONDS:
