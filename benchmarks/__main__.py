@@ -27,6 +27,7 @@ BENCHMARKS: Mapping[str, str] = {
     "executor": "benchmarks.compute.executor",
     "journal": "benchmarks.compute.journal",
     "backward": "benchmarks.compute.backward",
+    "training": "benchmarks.compute.training",
     "loop_lag": "benchmarks.compute.loop_lag",
     "quality": "benchmarks.compute.quality",
     "startup": "benchmarks.startup.startup",

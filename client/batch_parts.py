@@ -23,14 +23,22 @@ from tensor_codec.messages.contract import CODEC_BYTES
 
 # Of all rows of one request, unless one row is longer: see client.generation.conversation.
 REQUEST_POSITIONS = 512
+# Of a request where a chain has several hops: while one works on its part the others wait, unless there are
+# as many requests as these.  Products of fewer positions are slower (docs/decisions/0023-tapes.md).
+LEAST_POSITIONS, MOST_POSITIONS = 128, 256
+REQUESTS_PER_CALL = 8
 
 
 @dataclass(frozen=True, slots=True)
 class HopInput:
-    """A hop and its input: enough to do its part again, there or elsewhere."""
+    """A hop and its input: enough to do its part again, there or elsewhere.
+
+    tape: the id of the graph that the hop has kept of its forward; b"" where it has kept none.
+    """
 
     hop: Hop
     hidden: Tensor
+    tape: bytes = b""
 
 
 @dataclass(slots=True)
@@ -58,10 +66,36 @@ class Part:
         """The prompts of a hop's blocks, [blocks, positions, hidden]."""
         return None if self.prompts is None else self.prompts[hop.start - self.start : hop.stop - self.start]
 
+    def divided(self, positions: int) -> list[Part]:
+        """Parts of at most so many positions, or of one row each.
+
+        The same part where its prompts, which go with every request, are larger than these positions.
+        """
+        batch, tokens, _ = self.hidden.shape
+        rows = max(1, positions // tokens)
+        if rows >= batch or (self.prompts is not None and self.prompts[..., 0].numel() > rows * tokens):
+            return [self]
+        parts = []
+        for i in range(0, batch, rows):
+            own = None if self.grad is None else self.grad[i : i + rows]
+            parts.append(replace(self, hidden=self.hidden[i : i + rows], grad=own))
+        return parts
+
     def plan(self, peers: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
         """Take another chain; returns the peers of the one before."""
         before, self.planned = self.planned, peers
         return before
+
+
+def positions_of_a_request(positions: int, hops: int) -> int:
+    """Positions of a request of a call with so many positions, through so many hops.
+
+    With one hop the largest; else small enough for REQUESTS_PER_CALL requests, so that all hops work at the
+    same time, as in GPipe (arXiv:1811.06965).
+    """
+    if hops < 2:
+        return REQUEST_POSITIONS
+    return max(LEAST_POSITIONS, min(MOST_POSITIONS, positions // REQUESTS_PER_CALL))
 
 
 @dataclass(frozen=True, slots=True)

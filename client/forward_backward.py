@@ -6,11 +6,14 @@ hop that fails is replaced and its own part alone is done again.  A request chan
 may be repeated: the result is that of an undisturbed pass, or an error.
 
 A backward needs the input of every hop.  `forward_kept` hands them out, and a `backward` of these asks for no
-forward again.
+forward again.  Hops are asked to keep the graph of a forward that a backward follows, its tape: the backward
+then sends them the gradient alone, and they compute nothing again.  A hop that has lost the tape gets the
+input, which is here in any case.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,20 +25,30 @@ import torch
 import trio
 from torch import Tensor
 
-from client.batch_parts import BatchCutter, HopInput, KeptInputs, KeptPart, Part
+from client.batch_parts import (
+    LEAST_POSITIONS,
+    BatchCutter,
+    HopInput,
+    KeptInputs,
+    KeptPart,
+    Part,
+    positions_of_a_request,
+)
 from client.chains.avoided_peers import AvoidedPeers
 from client.chains.chooser import PeerStream
 from node.model.checkpoint.info import ModelInfo
 from node.runtime.compute_thread import Runner
+from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.codecs import decode_hidden, encode_hidden
-from tensor_codec.errors import BadResult, PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.errors import BadResult, NoTape, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, codec_for
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import (
+    TAPE_ID_BYTES,
     Backward,
     Forward,
     Output,
@@ -82,6 +95,26 @@ class Gradients(NamedTuple):
     prompts: Tensor | None
 
 
+class _Question(NamedTuple):
+    """What a hop is asked for: the output for `hidden`, or, with `grad`, the gradient.
+
+    tape: a forward's is to be kept under this id; a backward goes back through it, without `hidden`.
+    """
+
+    hop: Hop
+    hidden: Tensor
+    grad: Tensor | None = None
+    tape: bytes = b""
+
+
+class _Answer(NamedTuple):
+    """prompts: the gradient of the prompts, where there is one.  tape: the id of a tape that is kept."""
+
+    tensor: Tensor
+    prompts: Tensor | None
+    tape: bytes
+
+
 class _Asked(NamedTuple):
     """A request on its way: the parts of its frame, and what its answer is read against."""
 
@@ -123,7 +156,7 @@ class ForwardBackward:
     async def forward(self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None) -> Tensor:
         """Blocks [start, stop) on `hidden`: see `client.swarm.Swarm.forward`."""
         parts = await self._cut(hidden, start, stop, prompts=prompts)
-        done = await self._each(parts, self._forward_part)
+        done = await self._each(parts, partial(self._forward_part, tapes=False))
         return await self.compute.run(torch.cat, [output for _, output in done])
 
     async def forward_kept(
@@ -131,7 +164,7 @@ class ForwardBackward:
     ) -> tuple[Tensor, KeptInputs]:
         """`forward`, and the inputs of all hops: see `client.swarm.Swarm.forward_kept`."""
         parts = await self._cut(hidden, start, stop, prompts=prompts, tensors=2)
-        done = await self._each(parts, self._forward_part)
+        done = await self._each(parts, partial(self._forward_part, tapes=True))
         output = await self.compute.run(torch.cat, [output for _, output in done])
         kept = tuple(KeptPart(part, tuple(inputs)) for part, (inputs, _) in zip(parts, done, strict=True))
         return output, KeptInputs(start, stop, tuple(output.shape), kept)
@@ -143,8 +176,8 @@ class ForwardBackward:
         parts = await self._cut(hidden, start, stop, grad=grad, prompts=prompts, tensors=2)
 
         async def forward_and_back(part: Part) -> tuple[list[HopInput], Gradients]:
-            inputs, _ = await self._onward(part, part.hidden, part.start, part.stop, to_the_end=False)
-            return await self._back(part, inputs)
+            hops, _ = await self._onward(part, part.hidden, Blocks(part.start, part.stop), to_the_end=False)
+            return await self._back(part, hops)
 
         done = await self._each(parts, forward_and_back)
         return await self.compute.run(_joined, [found for _, found in done])
@@ -175,9 +208,18 @@ class ForwardBackward:
         prompts: Tensor | None = None,
         tensors: int = 1,
     ) -> list[Part]:
-        """The parts of a call, checked in the torch thread.  Raises ValueError."""
+        """The parts of a call, checked in the torch thread.  Raises ValueError, NoChain.
+
+        The chain that the first one would take says whether small parts pay.
+        """
         cut = partial(self._cutter.cut, grad=grad, prompts=prompts, tensors=tensors)
-        return await self.compute.run(cut, hidden, start, stop)
+        parts: list[Part] = await self.compute.run(cut, hidden, start, stop)
+        positions = sum(part.positions for part in parts)
+        if positions <= LEAST_POSITIONS:
+            return parts
+        chain = await self._chain(parts[0], start, stop, 0)
+        size = positions_of_a_request(positions, len(chain.hops))
+        return [each for part in parts for each in part.divided(size)]
 
     async def _each(self, parts: Sequence[Part], do: Callable[[Part], Awaitable[T]]) -> list[T]:
         """`do` all parts, a few at a time: their answers, in order.  The first failure ends the others."""
@@ -205,8 +247,9 @@ class ForwardBackward:
             raise failure
         return [answers[index] for index in range(len(parts))]
 
-    async def _forward_part(self, part: Part) -> tuple[list[HopInput], Tensor]:
-        return await self._onward(part, part.hidden, part.start, part.stop, to_the_end=True)
+    async def _forward_part(self, part: Part, *, tapes: bool) -> tuple[list[HopInput], Tensor]:
+        run = Blocks(part.start, part.stop)
+        return await self._onward(part, part.hidden, run, to_the_end=True, tapes=tapes)
 
     async def _back(self, part: Part, inputs: Sequence[HopInput]) -> tuple[list[HopInput], Gradients]:
         """The gradient of a part through hops with these inputs, the last one first; and these hops.
@@ -219,74 +262,82 @@ class ForwardBackward:
         at = len(hops) - 1  # the hop that is asked now
         lost = False  # that hop; its input is still there
 
-        async def back() -> tuple[Tensor, Tensor | None]:
+        async def back() -> _Answer:
             nonlocal lost, at
             if lost:
                 hop, hidden = hops[at].hop, hops[at].hidden
                 again, _ = await self._onward(
-                    part, hidden, hop.start, hop.stop, to_the_end=False, other_hops=len(hops) - 1
+                    part, hidden, hop.blocks, to_the_end=False, other_hops=len(hops) - 1
                 )
                 hops[at : at + 1] = again
                 at += len(again) - 1
             lost = True
-            answer = await self._ask(hops[at].hop, part, hops[at].hidden, grad)
+            given = hops[at]
+            hops[at] = HopInput(given.hop, given.hidden)  # a tape is good for one backward
+            answer = await self._ask(part, _Question(given.hop, given.hidden, grad, given.tape))
             lost = False
             return answer
 
         found: list[Tensor] = []
         while at >= 0:
-            grad, own = await self._until_done(back)
+            grad, own, _ = await self._until_done(back)
             found[:0] = [] if own is None else [own]
             at -= 1
         return hops, Gradients(grad, await self.compute.run(torch.cat, found) if found else None)
 
     async def _onward(
-        self, part: Part, hidden: Tensor, start: int, stop: int, *, to_the_end: bool, other_hops: int = 0
+        self,
+        part: Part,
+        hidden: Tensor,
+        run: Blocks,
+        *,
+        to_the_end: bool,
+        other_hops: int = 0,
+        tapes: bool = True,
     ) -> tuple[list[HopInput], Tensor]:
         """Forward from hop to hop: the input of each, and the output of the last hop that was asked.
 
         to_the_end: False where the last hop's answer is not needed; then it is not asked.
-        other_hops: hops of the part's chain for other blocks.
+        other_hops: hops of the part's chain for other blocks.  tapes: a backward follows.
         """
         inputs: list[HopInput] = []
         ahead: deque[Hop] = deque()
 
-        async def hop_on() -> Tensor:
+        async def hop_on() -> _Answer:
             if not ahead:
-                begin = inputs[-1].hop.stop if inputs else start
-                ahead.extend(await self._hops(part, begin, stop, other_hops + len(inputs)))
-            if ahead[0].stop == stop and not to_the_end:
-                return hidden
+                begin = inputs[-1].hop.stop if inputs else run.start
+                ahead.extend(await self._hops(part, begin, run.stop, other_hops + len(inputs)))
+            if ahead[0].stop == run.stop and not to_the_end:
+                return _Answer(hidden, None, b"")
             try:
-                return (await self._ask(ahead[0], part, hidden, None))[0]
+                tape = os.urandom(TAPE_ID_BYTES) if tapes else b""
+                return await self._ask(part, _Question(ahead[0], hidden, tape=tape))
             except (PeerFault, Refused):
                 ahead.clear()
                 raise
 
-        while not inputs or inputs[-1].hop.stop < stop:
-            given, hidden = hidden, await self._until_done(hop_on)
-            inputs.append(HopInput(ahead.popleft(), given))
+        while not inputs or inputs[-1].hop.stop < run.stop:
+            given, (hidden, _, tape) = hidden, await self._until_done(hop_on)
+            inputs.append(HopInput(ahead.popleft(), given, tape))
         return inputs, hidden
 
     async def _hops(self, part: Part, start: int, stop: int, other_hops: int) -> list[Hop]:
         """Plan the chain of a part through these blocks.  Raises NoChain."""
         self._plan(part, ())
-        prompts = part.prompts is not None
-        chain = await self.find_chain(
+        chain = await self._chain(part, start, stop, other_hops)
+        self._plan(part, tuple(hop.peer for hop in chain.hops))
+        codecs = {hop.peer: _codec(self.codec, self.dtype_of(hop.peer)) for hop in chain.hops}
+        return [piece for hop in chain.hops for piece in self._cutter.pieces(hop, part, codecs[hop.peer])]
+
+    async def _chain(self, part: Part, start: int, stop: int, other_hops: int) -> Chain:
+        return await self.find_chain(
             start,
             stop,
             positions=part.positions,
             waiting=self._planned,
             other_hops=other_hops,
-            prompts=prompts,
+            prompts=part.prompts is not None,
         )
-        self._plan(part, tuple(hop.peer for hop in chain.hops))
-        return [piece for hop in chain.hops for piece in self._pieces(hop, part)]
-
-    def _pieces(self, hop: Hop, part: Part) -> list[Hop]:
-        dtype = self.dtype_of(hop.peer)
-        codec = self.codec if self.codec != "auto" else codec_for(frozenset({dtype or ""}))
-        return self._cutter.pieces(hop, part, codec)
 
     def _plan(self, part: Part, peers: tuple[PeerId, ...]) -> None:
         self._planned.subtract(part.plan(peers))
@@ -308,46 +359,51 @@ class ForwardBackward:
                 break
         raise failure or SlowPeer(f"no answer within {self.give_up_seconds} s")
 
-    async def _ask(
-        self, hop: Hop, part: Part, hidden: Tensor, grad: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """One request at one hop: its answer, and the gradient of its prompts where `grad` is given.
+    async def _ask(self, part: Part, question: _Question) -> _Answer:
+        """One request at one hop, and a second one where it has lost the tape.
 
         Raises ValueError (it is too large), PeerFault, Refused with `peer`.
         """
-        peer, dtype = hop.peer, self.dtype_of(hop.peer)
+        try:
+            return await self._ask_once(part, question)
+        except NoTape:
+            return await self._ask_once(part, question._replace(tape=b""))
+
+    async def _ask_once(self, part: Part, question: _Question) -> _Answer:
+        """See `_ask`.  Raises NoTape too, which is no reason to avoid the peer."""
+        hop, peer = question.hop, question.hop.peer
         limiter = self._limiters.setdefault(peer, trio.CapacityLimiter(UNDER_WAY_PER_PEER))
         avoided = peer in self.blame.avoided(trio.current_time())
         try:
-            if dtype is None:
+            if (dtype := self.dtype_of(peer)) is None:
                 raise PeerGone(f"{peer} has just left the swarm")
-            prompts = part.prompts_of(hop)
-            asked = await self.compute.run(self._encode, hop, dtype, hidden, grad, prompts)
+            asked = await self.compute.run(self._encode, question, dtype, part.prompts_of(hop))
             async with limiter:
                 under_way = limiter.borrowed_tokens
                 output = await self._exchange(peer, asked)
-            answer = await self.compute.run(_decode, output, asked)
+            answer, own = await self.compute.run(_decode, output, asked)
         except (PeerFault, Refused) as error:
             error.about(peer)
-            self._take_note(error, peer, avoided)
+            if not isinstance(error, NoTape):
+                self._take_note(error, peer, avoided)
             raise
         self.blame.worked(peer)
-        if grad is None and output.timings:
+        if question.grad is None and output.timings:
             held = output.timings[0][0] / 1e6 / under_way  # the hop had the others too
             self.learn(peer, held / (part.positions * (hop.stop - hop.start)))
-        return answer
+        return _Answer(answer, own, question.tape if output.taped and question.grad is None else b"")
 
-    def _encode(
-        self, hop: Hop, dtype: str, hidden: Tensor, grad: Tensor | None, prompts: Tensor | None
-    ) -> _Asked:
+    def _encode(self, question: _Question, dtype: str, prompts: Tensor | None) -> _Asked:
         """Runs in the torch thread: the request.  Raises ValueError."""
-        codec = codec_for(frozenset({dtype})) if self.codec == "auto" else self.codec
+        hop, hidden, grad, tape = question
+        codec = _codec(self.codec, dtype)
         spec = SpanSpec(self.info.name, self.info.revision, hop.blocks, dtype)
         own = 0 if prompts is None else prompts.shape[1]
-        run = Run(spec, hidden.shape[0], codec, own)
+        run = Run(spec, hidden.shape[0], codec, own, tape)
+        of_tape = grad is not None and tape != b""
         try:
-            body = encode_hidden(hidden, codec)
-            trained: Buffer = b"" if prompts is None else encode_hidden(prompts, codec)
+            body: Buffer = b"" if of_tape else encode_hidden(hidden, codec)
+            trained: Buffer = b"" if prompts is None or of_tape else encode_hidden(prompts, codec)
             gradient = None if grad is None else encode_hidden(grad, codec)
         except BadResult:  # it was finite as it came
             raise ValueError(f"hidden states, gradients or prompts are too large for {codec}") from None
@@ -428,6 +484,11 @@ class ForwardBackward:
         if kept:
             self._idle[PeerId(stream.peer)].append(stream)
         return message
+
+
+def _codec(chosen: str, dtype: str | None) -> str:
+    """The codec of requests to a hop.  dtype: of its computing; None: unknown."""
+    return codec_for(frozenset({dtype or ""})) if chosen == "auto" else chosen
 
 
 def _decode(output: Output, asked: _Asked) -> tuple[Tensor, Tensor | None]:

@@ -297,6 +297,11 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         "--session-idle-seconds", type=float, metavar="SECONDS",
         help=f"between two steps of a session (default: {USUAL.session_idle_seconds:g})",
     )  # fmt: skip
+    limits.add_argument(
+        "--tape-bytes", type=int, metavar="N",
+        help="of the memory for gradients, for graphs of forwards that a backward follows; 0: none is kept"
+        f" (default: {USUAL.tape_bytes})",
+    )  # fmt: skip
 
 
 def _add_balance_options(parser: argparse.ArgumentParser) -> None:

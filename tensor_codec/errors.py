@@ -108,10 +108,16 @@ class Draining(Refused):
     code = "draining"
 
 
+class NoTape(Refused):
+    """The peer no longer has the graph of a forward: it computes it again from the hidden states."""
+
+    code = "no_tape"
+
+
 class LocalProtocolError(Exception):
     """We broke our own protocol: a bug, never a peer's doing."""
 
 
 REFUSALS: dict[str, type[Refused]] = {
-    kind.code: kind for kind in (Refused, CacheFull, TooManyStreams, WrongRevision, Draining)
+    kind.code: kind for kind in (Refused, CacheFull, TooManyStreams, WrongRevision, Draining, NoTape)
 }

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[int, int]] = {
     "max_frame_bytes": (16 * MIB, 1 * GIB),
     "session_life_seconds": (60, 30 * 86_400),
     "session_idle_seconds": (5, 86_400),
+    "tape_bytes": (0, 1 << 40),
 }
 
 
@@ -130,6 +131,8 @@ class Limits:
     refused_compute_bytes_per_second: int = 4 << 20
     refused_compute_bytes_burst: int = 16 << 20
     max_compute_seconds: float = 60.0  # of one peer's requests that wait or run: our clients wait 90 s
+    tape_bytes: int = 2 * GIB  # half of a long backward's activations; 8 x 128 positions of SmolLM2 take 0.84
+    tape_idle_seconds: float = 30.0  # without a request of its client, which computes a loss meanwhile
 
     # Records
     max_record_bytes: int = 1 * KIB

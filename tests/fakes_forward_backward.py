@@ -23,6 +23,7 @@ from node.model.blocks.forward_backward import finish
 from node.serving.executor.engine import Answer
 from node.serving.forward_backward import ForwardBackwardListener, PeekStream
 from node.serving.span_admission import SpanAdmission
+from node.serving.training.tapes import TapeBudget, Tapes
 from routing.chains.measured import Measured
 from routing.chains.search import Chain, CostInputs, NoChain, cheapest_chain
 from routing.names import PeerId
@@ -106,6 +107,11 @@ class ToySpan:
         return model, entry
 
 
+async def activations(tokens: int) -> float:
+    """Bytes that a tape keeps of a position in one block."""
+    return 100.0
+
+
 @dataclass
 class ToyEngine:
     """Runs requests one after the other, with a queue of so many.  asked: rows and tokens of each."""
@@ -185,9 +191,19 @@ class ToySwarm:
         self.client_streams: list[FakeStream] = []
 
     def add(
-        self, name: str, start: int = 0, stop: int = BLOCKS, *, seconds: float = 0.0, dtype: str = "float32"
+        self,
+        name: str,
+        start: int = 0,
+        stop: int = BLOCKS,
+        *,
+        seconds: float = 0.0,
+        dtype: str = "float32",
+        tape_bytes: int = 0,
     ) -> ToyNode:
-        """A node that serves blocks [start, stop); `seconds` for each request."""
+        """A node that serves blocks [start, stop); `seconds` for each request.
+
+        tape_bytes: of all tapes; a position in a block takes 100.
+        """
         peer = PeerId(name)
         span = ToySpan(start, stop, getattr(torch, dtype))
         engine = ToyEngine(span, FakeCompute(seconds))
@@ -198,7 +214,11 @@ class ToySwarm:
             stop=stop, dtype=dtype, seconds_per_block=1.0, prefill_seconds_per_token=0.01,
             prompts=True,
         )  # fmt: skip
-        node = ToyNode(peer, span, engine, ForwardBackwardListener(served, engine, self.limits), record)
+        tapes = Tapes(TapeBudget(tape_bytes, self.limits.tape_idle_seconds), activations, lambda: tape_bytes)
+        if tape_bytes:
+            self.nursery.start_soon(tapes.run)
+        listener = ForwardBackwardListener(served, engine, self.limits, tapes=tapes)
+        node = ToyNode(peer, span, engine, listener, record)
         self.nodes[name] = node
         return node
 

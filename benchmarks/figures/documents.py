@@ -45,6 +45,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "quality": compute.quality_block,
     "journal": compute.journal_block,
     "backward": compute.backward_block,
+    "training": compute.training_block,
     "swarm-placement": swarm.placement_block,
     "swarm-moves": swarm.moves_block,
     "swarm-churn": swarm.churn_block,

@@ -62,6 +62,15 @@ LONG: Mapping[str, Sequence[str]] = {
         for kind in ("none", "int8")
         for servers in (1, 3)
     },
+    **{
+        f"training-{servers}{'' if tape else '-no-tape'}": [
+            "training", "--servers", str(servers), *([] if tape else ["--no-tape"]),
+        ]
+        for servers in (1, 3)
+        for tape in (True, False)
+    },
+    "training-bfloat16-1": ["training", "--dtype", "bfloat16"],
+    "training-int8-1": ["training", "--quantize", "int8"],
     "hostile": ["hostile", "--all"],
     "soak": ["soak", "--minutes", "30"],
     "routing": ["routing", "--servers", "1000", "10000"],

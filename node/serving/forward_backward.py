@@ -3,7 +3,9 @@
     /raceme/compute/1   a client sends hidden states, or hidden states and a gradient, and gets a tensor of
                         equal shape back
 
-Nothing is kept between two requests.  A stream carries one request at a time; an idle stream is closed.
+Between two requests nothing is kept but tapes: graphs of forwards that a client wants to go back through, as
+long as there is memory for them (`node.serving.training.tapes`).  A stream carries one request at a time; an
+idle stream is closed.
 Each request is checked here against the served span, as a session is when it opens, and runs in the torch
 thread from wire bytes to wire bytes.  A client that leaves while its request waits or runs cancels it.
 """
@@ -18,10 +20,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
+from torch import Tensor
 
 from node.model.blocks.forward_backward import (
     Activations,
+    Gradients,
     StatelessSpan,
+    Tape,
     backward_in_parts,
     forward_in_parts,
 )
@@ -33,6 +38,7 @@ from node.runtime.faults import Faults
 from node.serving.executor.engine import Answer, NotFinite, Parts
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.span_admission import SpanAdmission
+from node.serving.training.tapes import Tapes, no_tapes
 from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import (
@@ -102,18 +108,22 @@ class Work:
 
     held: positions times blocks whose activations a backward may hold (`node.model.blocks.parts`).
     most: positions times blocks of a part; None: the usual number.
+    tape: a Forward keeps its graphs there, and a Backward goes back through them.
     """
 
     request: Forward | Backward
     contract: Contract
     held: int = 0
     most: int | None = None
+    tape: Tape | None = None
 
     @property
     def parts(self) -> list[tuple[int, int]]:
         """The blocks [start, stop) of each part, in order."""
         contract = self.contract
         positions, run = contract.batch * contract.max_length, (contract.start, contract.stop)
+        if isinstance(self.request, Backward) and self.tape is not None:
+            return self.tape.runs[::-1]
         if isinstance(self.request, Backward):
             return backward_parts(positions, *run, self.held, self.most)
         return forward_parts(positions, *run, self.most)
@@ -124,22 +134,36 @@ class Work:
         Raises BadResult (an input is not finite; nothing was done), NotFinite.
         """
         request, contract = self.request, self.contract
-        run = contract.start, contract.stop
-        hidden, prompts = decode_hidden(request.hidden, contract), None
-        if request.run.prompts:
-            prompts = decode_hidden(request.prompts, prompts_contract(contract, request.run.prompts))
         if isinstance(request, Backward):
-            grad = decode_hidden(request.grad, contract)
-            found = yield from backward_in_parts(span, hidden, grad, *run, prompts, self.held, self.most)
+            found = yield from self._backward(span, request)
             answers = [each for each in found if each is not None]
         else:
-            answers = [(yield from forward_in_parts(span, hidden, *run, prompts, self.most))]
+            answers = [(yield from self._forward(span, request))]
         try:
             bodies = [encode_hidden(answer, contract.codec) for answer in answers]
         except BadResult as bad:
             what = "backward" if isinstance(request, Backward) else "forward"
             raise NotFinite(f"{what} through blocks {contract.start}:{contract.stop}: {bad}") from None
         return bodies[0] if len(bodies) == 1 else b"".join(bodies)
+
+    def _forward(self, span: StatelessSpan, request: Forward) -> Generator[None, None, Tensor]:
+        hidden, prompts, run = *self._given(request), (self.contract.start, self.contract.stop)
+        if self.tape is not None:
+            return (yield from self.tape.forward_in_parts(span, hidden, *run, prompts, self.most))
+        return (yield from forward_in_parts(span, hidden, *run, prompts, self.most))
+
+    def _backward(self, span: StatelessSpan, request: Backward) -> Generator[None, None, Gradients]:
+        grad = decode_hidden(request.grad, self.contract)
+        if self.tape is not None:
+            return (yield from self.tape.backward_in_parts(grad))
+        hidden, prompts, run = *self._given(request), (self.contract.start, self.contract.stop)
+        return (yield from backward_in_parts(span, hidden, grad, *run, prompts, self.held, self.most))
+
+    def _given(self, request: Forward | Backward) -> tuple[Tensor, Tensor | None]:
+        """The hidden states and the prompts of a request.  Raises BadResult."""
+        contract, own = self.contract, request.run.prompts
+        hidden = decode_hidden(request.hidden, contract)
+        return hidden, decode_hidden(request.prompts, prompts_contract(contract, own)) if own else None
 
 
 Held = Callable[[int], Awaitable[int]]
@@ -166,11 +190,15 @@ class HeldActivations:
 
     async def positions(self, tokens: int) -> int:
         """Positions times blocks whose activations may be held now.  tokens: of a row."""
+        held = self.part + min(self.most, self.free())
+        return int(held / await self.of_a_position(tokens))
+
+    async def of_a_position(self, tokens: int) -> float:
+        """Bytes of a position in one block.  tokens: of its row."""
         if self._activations is None:
             kinds = [await self.compute.run(measure) for measure in self.measures()]
             self._activations = Activations.most(kinds)
-        held = self.part + min(self.most, self.free())
-        return int(held / self._activations.of_a_position(tokens))
+        return self._activations.of_a_position(tokens)
 
 
 @dataclass(slots=True)
@@ -179,7 +207,7 @@ class ForwardBackwardListener:
 
     admission: to the served span.  faults: of peers, counted.
     held: from the tokens of its rows, the positions times blocks whose activations a backward that comes now
-    may hold.
+    may hold.  tapes: of this span; without memory by default.
     """
 
     admission: SpanAdmission
@@ -187,6 +215,7 @@ class ForwardBackwardListener:
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
     held: Held = _one_part
+    tapes: Tapes = field(default_factory=no_tapes)
     _refused: NamedRates = field(init=False)  # bytes of refused requests
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
@@ -235,6 +264,7 @@ class ForwardBackwardListener:
         with trio.move_on_after(self.limits.drain_seconds):
             for _, done in others:
                 await done.wait()
+        self.tapes.budget.drop_outside(served)
 
     async def _until_quiet(self) -> None:
         while self._streams:
@@ -312,9 +342,7 @@ class ForwardBackwardListener:
             request = asked.divided(self.admission.spec.hidden)
             contract = self._contract(request)
             with serving.computing(asked.run.spec.blocks):
-                held = await self.held(contract.max_length) if asked.backward else 0
-                work = Work(request, contract, held, self.engine.part_positions)
-                computed = await self._compute(stream, work, contract)
+                computed, taped = await self._computed(stream, request, contract)
         except Refused as refusal:
             self._refused.take(sharer(stream.peer, stream.prefix), trio.current_time(), len(frame))
             return encode_failed(Failed.of(refusal))
@@ -325,7 +353,24 @@ class ForwardBackwardListener:
         if computed is None:
             return None
         held = int((time.perf_counter() - arrived) * 1e6)
-        return encode_output(Output(computed.body, ((held, computed.compute_micros),)))
+        return encode_output(Output(computed.body, ((held, computed.compute_micros),), taped=taped))
+
+    async def _computed(
+        self, stream: PeekStream, request: Forward | Backward, contract: Contract
+    ) -> tuple[Answer | None, bool]:
+        """The answer, see `_compute`, and whether a tape of it is kept.
+
+        Raises PeerFault, Refused, NotFinite.
+        """
+        backward = isinstance(request, Backward)
+        async with self.tapes.tape_for(stream.peer, stream.prefix, request, contract) as kept:
+            held = await self.held(contract.max_length) if backward and kept is None else 0
+            tape = None if kept is None else kept.tape
+            work = Work(request, contract, held, self.engine.part_positions, tape)
+            computed = await self._compute(stream, work, contract)
+            if kept is not None:
+                kept.answered = computed is not None
+        return computed, kept is not None and not backward
 
     async def _compute(self, stream: PeekStream, work: Work, contract: Contract) -> Answer | None:
         """The computed answer; None where the client leaves before.  Raises PeerFault, Refused, NotFinite.

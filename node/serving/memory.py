@@ -238,6 +238,14 @@ def training_bytes_that_fit(
     return max(0, min(most, int((TRAINING_SHARE if on_cpu else 1.0) * room)))
 
 
+def tape_bytes_of(training: int, limits: Limits) -> int:
+    """The part of the memory for activations (`training_bytes_that_fit`) that tapes may take.
+
+    At most half: a backward without a tape keeps the rest.
+    """
+    return min(limits.tape_bytes, training // 2)
+
+
 def _largest_training(info: ModelInfo, blocks: int, precision: Precision, step_tokens: int) -> int:
     item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
     return int(step_tokens * blocks * LARGEST_TRAINED_VALUES * info.hidden_size * item)

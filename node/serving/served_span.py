@@ -24,6 +24,7 @@ from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
+from node.runtime.nurseries import background_nursery
 from node.runtime.watermarks import trim_heap
 from node.serving import memory
 from node.serving.cache_budget import CacheBudget
@@ -37,6 +38,7 @@ from node.serving.sessions.listener import Listener
 from node.serving.sessions.push import Sender
 from node.serving.sessions.push_reader import read_pushes
 from node.serving.span_admission import SpanAdmission
+from node.serving.training.tapes import TapeBudget, Tapes
 from routing.blocks import Blocks
 from routing.names import PeerId, Revision
 from routing.view.records import Record, State
@@ -178,7 +180,9 @@ class ServedSpan:
         """Compute steps and requests, until `end`."""
         try:
             with self._scope:
-                await self.listener.engine.run()
+                async with background_nursery() as nursery:
+                    nursery.start_soon(self.stateless.tapes.run)
+                    await self.listener.engine.run()
         finally:
             self._ended.set()
 
@@ -252,11 +256,13 @@ async def load_served_span(
     )  # fmt: skip
     part = memory.part_bytes(setup.info, setup.precision, limits.max_step_tokens)
     free = partial(memory.free_for_training, setup.device)
+    for_tapes = memory.tape_bytes_of(setup.training_bytes, limits)
     held = HeldActivations(
-        part, setup.training_bytes, free, compute,
+        part, setup.training_bytes - for_tapes, free, compute,
         lambda: [partial(measure_activations, engine.span, block) for block in kinds_of_blocks(engine.span)],
     )  # fmt: skip
-    stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions)
+    tapes = Tapes(TapeBudget(for_tapes, limits.tape_idle_seconds), held.of_a_position, free)
+    stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions, tapes)
     return ServedSpan(setup, admission, listener, stateless)
 
 
@@ -378,8 +384,9 @@ class StreamDispatch:
     # --- for the guard of the node's memory ---
 
     async def give_back_memory(self) -> None:
-        """Give memory that no session uses back to the system."""
+        """Give memory that no session uses back to the system, and that of tapes."""
         for span in self.served_spans:
+            span.stateless.tapes.budget.drop_all()
             await span.listener.engine.compute.run(span.listener.pool.give_back_memory)
         await trio.to_thread.run_sync(trim_heap)
 

@@ -12,6 +12,7 @@ from tensor_codec.messages.fields import Failed, read_failed, read_message, read
 from tensor_codec.span_spec import SpanSpec
 
 COMPUTE_PROTOCOL = "/raceme/compute/1"  # a client and a peer, without a session
+TAPE_ID_BYTES = 16  # of a tape's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,15 @@ class Run:
     codec: how all tensors of the request and its answer travel.
     prompts: positions of the deep prompts, 0 without them: every block adds a row of its own to its input at
     the first `prompts` positions.
+    tape: the id of a tape, TAPE_ID_BYTES chosen by the client; b"" without one.  A Forward asks the peer to
+    keep the graph of its computing under this id, and a Backward goes back through that graph.
     """
 
     spec: SpanSpec
     batch: int
     codec: str
     prompts: int = 0
+    tape: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,18 @@ class Backward:
 
     grad: its gradient with respect to their output, [batch, tokens, hidden] like `hidden`.
     prompts: as in Forward; their gradient, summed over the rows, is a part of the answer.
+    With a tape `hidden` and `prompts` are empty: the peer has them.
     """
 
     run: Run
     hidden: Buffer
     grad: Buffer
     prompts: Buffer = b""
+
+    @property
+    def of_tape(self) -> bool:
+        """Whether it goes back through the graph of a Forward."""
+        return bool(self.run.tape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,8 @@ class Request:
 
         Raises MessageError where the body has no room for its prompts, or is not two tensors of one size.
         """
+        if self.backward and self.run.tape:
+            return Backward(self.run, b"", self.body)
         prompts = prompts_bytes(self.run, hidden)
         rest = len(self.body) - prompts
         if rest < 0:
@@ -90,11 +102,13 @@ class Output:
 
     timings: microseconds (in the peer's hands, computing), one pair or none.
     prompts: the gradient of a Backward's prompts, in their shape.
+    taped: the peer keeps the tape that a Forward asked for, for a while.
     """
 
     body: Buffer
     timings: tuple[tuple[int, int], ...] = ()
     prompts: Buffer = b""
+    taped: bool = False
 
 
 def encode_request(message: Forward | Backward) -> list[Buffer]:
@@ -114,6 +128,10 @@ def encode_request(message: Forward | Backward) -> list[Buffer]:
         fields["adapter"] = spec.adapter
     if run.prompts:
         fields["prompts"] = run.prompts
+    if run.tape:
+        fields["tape"] = run.tape
+    if isinstance(message, Backward) and message.of_tape:
+        return [pack_header(fields), message.grad]
     bodies = [message.hidden, *([message.prompts] if run.prompts else [])]
     if isinstance(message, Backward):
         bodies.append(message.grad)
@@ -133,6 +151,7 @@ def decode_request(frame: Buffer) -> Request:
         header.integer("batch", 1, MAX_TOKENS),
         header.choice("codec", CODECS),
         header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
+        header.binary("tape", TAPE_ID_BYTES) if "tape" in header else b"",
     )
     return Request(run, message.kind == "backward", message.body)
 
@@ -154,12 +173,15 @@ def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: 
     more, and the positions of the prompts, and batch * tokens at most max_step_tokens.
     """
     run = message.run
+    given, what = message.hidden, "hidden states"
+    if isinstance(message, Backward) and message.of_tape:
+        given, what = message.grad, "a gradient"
     row_bytes = run.batch * hidden * CODEC_BYTES[run.codec]
-    tokens, rest = divmod(len(message.hidden), row_bytes)
+    tokens, rest = divmod(len(given), row_bytes)
     room = max_step_tokens // run.batch
     if rest or not 0 < tokens <= room:
         raise MessageError(
-            f"{len(message.hidden)} bytes of hidden states in {run.batch} rows, 1..{room} positions of"
+            f"{len(given)} bytes of {what} in {run.batch} rows, 1..{room} positions of"
             f" {row_bytes} bytes are allowed"
         )
     if run.prompts > tokens:
@@ -181,6 +203,8 @@ def encode_output(message: Output) -> list[Buffer]:
     fields: dict[str, object] = {"k": "output"}
     if message.timings:
         fields["t"] = message.timings
+    if message.taped:
+        fields["tape"] = True
     parts: list[Buffer] = [pack_header(fields), message.body]
     return [*parts, message.prompts] if message.prompts else parts
 
@@ -197,4 +221,9 @@ def decode_output(frame: Buffer, contract: Contract, prompts: int = 0) -> Output
     expected = first + (prompts * prompts_contract(contract, prompts).row_bytes if prompts else 0)
     if len(message.body) != expected:
         raise MessageError(f"{len(message.body)} body bytes came back, {expected} were asked for")
-    return Output(message.body[:first], read_timings(message.header, 1), message.body[first:])
+    return Output(
+        message.body[:first],
+        read_timings(message.header, 1),
+        message.body[first:],
+        message.header.flag("tape", absent=False),
+    )

@@ -87,3 +87,29 @@ async def test_a_gradient_over_two_servers_is_that_of_one_process_also_when_one_
             assert cast(Any, handle).blame._faults.keys() == {victim.facts["peer_id"]}
 
         assert [node.stop() for node in nodes[:2]] == [0, 0]
+
+
+async def test_the_death_of_a_server_with_a_tape_changes_no_bit_of_a_gradient(tiny_llama: Path) -> None:
+    hidden, grad = torch.randn(2, 9, 100, 32, generator=torch.Generator().manual_seed(0))
+    flags = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"]
+    with local_swarm([str(tiny_llama), *flags], spawn=Forked) as swarm:
+        nodes = [swarm.start("--blocks", "0:3")]
+        nodes[0].wait_online()
+        nodes += [swarm.start("--blocks", "3:6") for _ in range(2)]
+        for node in nodes:
+            node.wait_online()
+        async with client.connect(str(tiny_llama), peers=swarm.peers) as handle:
+            output, kept = await handle.forward_kept(hidden)
+            assert all(each.tape for part in kept.parts() for each in part.inputs)
+            taped = cast(torch.Tensor, await handle.backward(kept, grad))
+            assert not any(each.tape for part in kept.parts() for each in part.inputs)
+            assert torch.equal(cast(torch.Tensor, await handle.backward(kept, grad)), taped)
+
+            again, kept = await handle.forward_kept(hidden)
+            assert torch.equal(again, output)
+            used = {each.hop.peer for part in kept.parts() for each in part.inputs}
+            victim = next(node for node in nodes[1:] if node.facts["peer_id"] in used)
+            victim.kill()
+            assert torch.equal(cast(torch.Tensor, await handle.backward(kept, grad)), taped)
+        others = [node for node in nodes if node is not victim]
+        assert [node.stop() for node in others] == [0, 0]

@@ -190,7 +190,7 @@ async def test_two_calls_at_one_time_share_the_pipeline_and_exceed_no_bound(auto
     async with toy_swarm() as swarm:
         three_hops(swarm, seconds=1)
         client = swarm.client()
-        hidden, grad = whole_numbers(4, 256, HIDDEN), whole_numbers(4, 256, HIDDEN, seed=1, most=2)
+        hidden, grad = whole_numbers(2, 500, HIDDEN), whole_numbers(2, 500, HIDDEN, seed=1, most=2)
 
         async def step() -> None:
             _, kept = await client.forward_kept(hidden, 0, BLOCKS)
@@ -209,3 +209,25 @@ async def test_two_calls_at_one_time_share_the_pipeline_and_exceed_no_bound(auto
         together = trio.current_time() - began
         assert together < 1.6 * alone
         assert {node.engine.most_waiting for node in swarm.nodes.values()} <= {1, 2, UNDER_WAY_PER_PEER}
+
+
+async def test_a_batch_keeps_all_servers_of_a_chain_busy(autojump_clock):
+    async with toy_swarm() as swarm:
+        three_hops(swarm, seconds=1)
+        client = swarm.client()
+        hidden, grad = whole_numbers(8, 128, HIDDEN), whole_numbers(8, 128, HIDDEN, seed=1, most=2)
+        began = trio.current_time()
+        _, kept = await client.forward_kept(hidden, 0, BLOCKS)
+        # Eight requests, each a hop after the one before it; two large ones would take as long for each.
+        assert trio.current_time() - began == pytest.approx(8 + 2)
+        found, _ = await client.backward_kept(kept, grad)
+        assert trio.current_time() - began == pytest.approx(2 * (8 + 2))
+        assert torch.equal(found, gradient_of(hidden, grad, 0, BLOCKS))
+        assert {rows for node in swarm.nodes.values() for rows, _ in node.engine.asked} == {1}
+
+
+async def test_a_batch_for_one_server_goes_in_large_requests(autojump_clock):
+    async with toy_swarm() as swarm:
+        node = swarm.add("a")
+        await swarm.client().forward(whole_numbers(8, 128, HIDDEN), 0, BLOCKS)
+        assert node.engine.asked == [(4, 128)] * 2

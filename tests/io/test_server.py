@@ -27,6 +27,7 @@ from node.serving.served_span import ServedSpan, ServingSetup
 from node.serving.server import Server
 from node.serving.sessions.listener import Listener
 from node.serving.span_admission import SpanAdmission
+from node.serving.training.tapes import KeptTape, TapeBudget
 from routing.blocks import Blocks
 from routing.names import ModelId, PeerId, Revision
 from routing.view.records import Record
@@ -36,6 +37,7 @@ from tensor_codec.errors import MessageError, SlowPeer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.forward_backward import Run
 from tensor_codec.messages.info import INFO_PROTOCOL, PeerInfo, decode_info, encode_describe
 from tensor_codec.messages.session import (
     SESSION_PROTOCOL,
@@ -286,6 +288,32 @@ async def test_memory_without_a_session_goes_back_to_the_system(autojump_clock: 
         pool = setting.server._current().listener.pool
         assert isinstance(pool, FakeArena)
         assert pool.given_back == 1
+
+
+def keep_a_tape(setting: Setting, start: int, stop: int) -> TapeBudget:
+    """Let the served span keep a tape of these blocks."""
+    tapes = setting.server._current().stateless.tapes
+    tapes.budget = TapeBudget(100, 30.0)
+    run = Run(replace(SPEC, blocks=Blocks(start, stop)), 1, "fp32", tape=bytes(16))
+    kept = KeptTape("a", run, Contract(b"", start, stop, 1, 8, HIDDEN, "fp32", 64), 10, "", 0)
+    assert tapes.budget.open(kept)
+    tapes.budget.keep(kept)
+    return tapes.budget
+
+
+async def test_tapes_go_where_memory_is_short(autojump_clock: object) -> None:
+    async with serving() as setting:
+        budget = keep_a_tape(setting, 0, 3)
+        await setting.server.dispatch.give_back_memory()
+        assert len(budget) == 0
+
+
+async def test_tapes_of_blocks_that_a_node_leaves_go_with_them(autojump_clock: object) -> None:
+    for blocks, left in ((Blocks(0, 2), 0), (Blocks(0, 4), 1)):
+        async with serving() as setting:
+            budget = keep_a_tape(setting, 0, 3)
+            await setting.server.move(blocks)
+            assert len(budget) == left
 
 
 async def ask(setting: Setting, frame: Any = None) -> PeerInfo | Failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from node.model.blocks import parts
 from node.model.blocks.forward_backward import (
     Activations,
+    Tape,
     backward,
     backward_in_parts,
     finish,
@@ -23,6 +25,7 @@ from node.model.blocks.forward_backward import (
 )
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.weights import quantize as quantize_code
 from tests.model_fixtures import _LLAMA, BLOCKS, TINY, VOCAB, save_tiny
 
 torch.set_num_threads(1)
@@ -105,6 +108,10 @@ def decode_some(case: Case) -> None:
             span.forward(hidden, span.new_cache(1, TOKENS), 0, span.start, span.stop)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def error(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape
     return float((got - expected).abs().max() / expected.abs().max())
@@ -145,6 +152,27 @@ def test_any_run_inside_a_span_is_that_part_of_the_model(case):
     grad = backward(middle, first, case.direction, 2, 4)
     expected = backward(middle, hidden, case.direction, 1, 4)
     assert error(backward(middle, hidden, grad, 1, 2), expected) <= TOLERANCE
+
+
+def assert_a_tape_changes_no_bit(span: Span, hidden: Tensor, grad: Tensor, most: int | None = None) -> None:
+    """Of the output, of the gradient and of that of deep prompts."""
+    run, trained = (span.start, span.stop), torch.randn(span.stop - span.start, 2, 32, generator=seeded(5))
+    for prompts in (None, trained):
+        tape = Tape()
+        output = finish(tape.forward_in_parts(span, hidden, *run, prompts, most))
+        assert not output.requires_grad
+        assert torch.equal(output, forward(span, hidden, *run, prompts))
+        found = finish(tape.backward_in_parts(grad))
+        expected = finish(backward_in_parts(span, hidden, grad, *run, prompts, most=most))
+        assert torch.equal(found.hidden, expected.hidden)
+        assert (found.prompts is None) == (prompts is None)
+        assert prompts is None or torch.equal(found.prompts, expected.prompts)
+
+
+def test_a_tape_gives_the_bits_of_a_backward_that_computes_again(case):
+    for span in case.spans:
+        assert_a_tape_changes_no_bit(span, case.inputs, case.direction)
+        assert_a_tape_changes_no_bit(span, case.inputs, case.direction, most=2 * ROWS * TOKENS)
 
 
 def test_rows_do_not_see_each_other(case):
@@ -221,6 +249,32 @@ def test_fewer_bits_give_about_the_same_gradient_in_the_spans_own_dtype(dtype, q
     for got, wanted in zip(found, expected, strict=True):
         assert got.dtype == span.dtype
         assert 0 < error(got.float(), wanted) < most
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.bfloat16, "none"), (torch.float16, "none"), (torch.float32, "int8")]
+)
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_tape_changes_no_bit_where_weights_are_packed(dtype, quantize, rounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize_code, "multiplies_bfloat16", lambda: rounds)
+    save_tiny("llama", tmp_path / "model")
+    folder = open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json"))
+    span = load_span(folder, 0, 2, dtype=dtype, quantize=quantize)
+    hidden, grad = torch.randn(2, 1, 5, 32, generator=seeded(2))
+    assert_a_tape_changes_no_bit(span, hidden, grad)
+
+
+def test_a_part_of_a_tape_at_a_time_and_each_is_given_up_after_its_use(llama):
+    span, tape = llama.spans[1], Tape()
+    work = tape.forward_in_parts(span, llama.inputs, 1, 4, most=2 * ROWS * TOKENS)
+    assert next(work) is None
+    finish(work)
+    assert tape.runs == [(1, 3), (3, 4)]
+    kept = weakref.ref(tape._graphs[-1].output)
+    back = tape.backward_in_parts(llama.direction)
+    assert next(back) is None
+    assert kept() is None
+    assert torch.equal(finish(back).hidden, backward(span, llama.inputs, llama.direction, 1, 4))
 
 
 @pytest.mark.parametrize(

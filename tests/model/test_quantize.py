@@ -41,6 +41,7 @@ from node.model.weights.quantize import (
     merge_linears,
     packing_for,
     quantize_rows,
+    training_products,
 )
 from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
@@ -480,7 +481,37 @@ def test_a_numba_that_cannot_be_imported_is_named_once(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
-def test_the_derivative_is_that_of_the_weights_that_are_kept(kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_with_products_of_bfloat16_rounds_gradients_to_it_and_nothing_else(kind, dtype, monkeypatch):
+    monkeypatch.setattr(quantize, "multiplies_bfloat16", lambda: True)
+    linear = packed(kind)
+    gradient = torch.randn(2, 3, 24, generator=seeded(15))
+    exact = gradient @ linear.dequantized(torch.float32)
+    found = linear.back(gradient.to(dtype))
+    assert found.dtype == dtype
+    assert (found - exact).norm() / exact.norm() < 2**-8  # rounded twice: the gradient and the answer
+    assert not torch.equal(found.float(), exact)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_only_weights_in_bfloat16_are_multiplied_in_it_and_only_in_training(kind, rounds, monkeypatch):
+    monkeypatch.setattr(quantize, "multiplies_bfloat16", lambda: rounds)
+    linear = packed(kind)
+    x = torch.randn(4, 32, generator=seeded(14), requires_grad=True)
+    usual = linear(x.detach())
+    with training_products():
+        without, with_gradient = linear(x.detach()), linear(x)
+    assert torch.equal(without, with_gradient)
+    assert without.dtype == torch.float32
+    assert torch.equal(without, usual) is not (rounds and kind == torch.bfloat16)
+    assert (without - usual).norm() / usual.norm() < 2**-7
+    assert torch.equal(linear(x.detach()), usual)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
+def test_the_derivative_is_that_of_the_weights_that_are_kept(kind, monkeypatch):
+    monkeypatch.setattr(quantize, "multiplies_bfloat16", lambda: False)
     linear = packed(kind)
     x = torch.randn(2, 3, 32, generator=seeded(14), requires_grad=True)
     twin = x.detach().clone().requires_grad_()

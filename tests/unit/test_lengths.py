@@ -110,6 +110,7 @@ def test_a_step_is_as_long_as_a_frame_has_room_for(hidden, codec_bytes, tokens):
         ({"max_frame_bytes": 1}, "max_frame_bytes is 1, 16777216 to 1073741824 are allowed"),
         ({"session_idle_seconds": float("nan")}, "session_idle_seconds is nan, 5 to 86400 are allowed"),
         ({"session_life_seconds": float("inf")}, "session_life_seconds is inf, 60 to 2592000 are allowed"),
+        ({"tape_bytes": -1}, "tape_bytes is -1, 0 to 1099511627776 are allowed"),
         ({"max_session_tokens": True}, "max_session_tokens is True"),
         ({"max_session_tokens": 20.5}, "max_session_tokens is 20.5"),
         ({"max_step_tokens": "4096"}, "max_step_tokens is '4096'"),

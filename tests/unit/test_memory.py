@@ -223,6 +223,12 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     assert none.journal == 0
 
 
+def test_tapes_get_half_of_the_memory_for_activations_and_no_more_than_their_limit():
+    for training, tapes in ((0, 0), (1001, 500), (8 * MIB, 4 * MIB), (80 * MIB, 10 * MIB)):
+        assert memory.tape_bytes_of(training, Limits(tape_bytes=10 * MIB)) == tapes
+    assert memory.tape_bytes_of(80 * MIB, Limits(tape_bytes=0)) == 0
+
+
 def test_the_start_log_says_it_in_one_line():
     bound = memory.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27, training=2**28)
     assert memory.in_one_line(bound, model(), 7, 16_384, 20 * 2**30) == (

@@ -405,6 +405,48 @@ def test_a_stateless_request_with_prompts_comes_back_as_it_was(like, tokens, pro
             decode_output(joined(encode_output(Output(hidden, (), wrong))), contract, run.prompts)
 
 
+@given(opens(), st.integers(1, 6), st.binary(min_size=16, max_size=16), st.booleans(), st.data())
+def test_a_request_with_a_tape_comes_back_as_it_was_and_a_backward_is_a_gradient_alone(
+    like, tokens, tape, backward, data
+):
+    run = Run(like.spec, 2, like.codec, data.draw(st.integers(0, tokens)), tape)
+    vector = 4 * CODEC_BYTES[run.codec]
+    states = data.draw(st.binary(min_size=2 * tokens * vector, max_size=2 * tokens * vector))
+    prompts = bytes(like.spec.blocks.size * run.prompts * vector)
+    message = Backward(run, b"", states) if backward else Forward(run, states, prompts)
+    found, contract = read_request(joined(encode_request(message)))
+    assert found == message
+    assert (contract.batch, contract.max_length) == (2, tokens)
+    own = prompts if backward else b""
+    output = Output(states, (), own, taped=data.draw(st.booleans()))
+    assert decode_output(joined(encode_output(output)), contract, run.prompts if backward else 0) == output
+
+
+@pytest.mark.parametrize(
+    ("body", "changes", "words"),
+    [
+        (bytes(3 * ROW), {"tape": bytes(15)}, "tape is b'.*, 16 bytes are allowed"),
+        (bytes(3 * ROW), {"tape": "x" * 16}, "16 bytes are allowed"),
+        (b"", {"tape": bytes(16), "k": "backward"}, "0 bytes of a gradient in 2 rows"),
+        (bytes(ROW + 1), {"tape": bytes(16), "k": "backward"}, "bytes of a gradient in 2 rows"),
+        (
+            bytes(2 * ROW),
+            {"tape": bytes(16), "k": "backward", "prompts": 3},
+            "prompts of 3 positions for rows",
+        ),
+    ],
+)
+def test_a_tape_that_cannot_be_is_refused_with_the_numbers(body, changes, words):
+    with pytest.raises(MessageError, match=words):
+        read_request(request_frame(body, **changes))
+
+
+@pytest.mark.parametrize("taped", [1, "true", []])
+def test_an_answer_says_true_or_false_about_its_tape(taped):
+    with pytest.raises(MessageError, match="true or false"):
+        decode_output(output_frame(tape=taped), ASKED)
+
+
 @pytest.mark.parametrize(
     ("body", "changes", "words"),
     [
@@ -761,6 +803,7 @@ READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
             request_frame(adapter="a"),
             request_frame(bytes(6 * ROW), k="backward"),
             request_frame(bytes(4 * ROW + ROW // 2), prompts=1),
+            request_frame(tape=bytes(16), k="backward"),
         ],
     ),
     "a question for a peer's state": (decode_describe, [joined(encode_describe())]),

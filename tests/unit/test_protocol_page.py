@@ -43,7 +43,7 @@ LIMITS = Limits()
 CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
 ROW = bytes(CONTRACT.row_bytes)
 SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
-RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1)
+RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1, tape=bytes(16))
 PROMPTS = ROW + ROW  # of two blocks
 STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9, (0,), bytes(8))
 INFO = info.PeerInfo(
@@ -93,12 +93,16 @@ KINDS = {
     "where": Kind(session.encode_where(), from_client),
     "here": Kind(session.encode_here(session.Here(5, 1, 3)), from_hop),
     "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW, PROMPTS)), request),
-    "backward": Kind(
-        forward_backward.encode_request(forward_backward.Backward(RUN, ROW, ROW, PROMPTS)), request
-    ),
+    "backward": Kind(forward_backward.encode_request(forward_backward.Backward(RUN, b"", ROW)), request),
     "describe": Kind(info.encode_describe(), info.decode_describe),
     "info": Kind(info.encode_info(INFO), info.decode_info),
-    "output": Kind(forward_backward.encode_output(forward_backward.Output(ROW, ((1, 2),))), answer),
+    "output": Kind(
+        forward_backward.encode_output(forward_backward.Output(ROW, ((1, 2),), taped=True)), answer
+    ),
+}
+WITHOUT = {  # other bodies of messages without a key
+    ("open", "prompts"): b"",
+    ("backward", "tape"): ROW + PROMPTS + ROW,
 }
 MESSAGES = {row[0]: row[1:] for row in table(PAGE, "## 4. Sessions")}
 
@@ -118,7 +122,7 @@ def test_a_message_has_the_keys_of_the_page_and_can_do_without_those_that_may_be
     fields = header._fields
     assert fields.keys() == needed | optional
     for key in fields:
-        alone = b"" if (kind, key) == ("open", "prompts") else bytes(body)  # nothing but prompts
+        alone = WITHOUT.get((kind, key), bytes(body))
         frame = pack_header({name: value for name, value in fields.items() if name != key}) + alone
         if key in optional:
             KINDS[kind].read(frame)

@@ -27,6 +27,7 @@ from node.network.transport.yamux_limits import YamuxLimits
 from node.runtime import bans
 from node.serving import balancer, memory
 from node.serving.executor.batcher import CHUNK_POSITIONS
+from node.serving.training import tapes
 from routing.chains import measured
 from routing.placement import cover_gaps
 from routing.view import exchange, records, view
@@ -138,6 +139,12 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         PROTOCOL,
         "requests of about N positions, up to N at a time and N to one peer",
         (batch_parts.REQUEST_POSITIONS, forward_backward.UNDER_WAY, forward_backward.UNDER_WAY_PER_PEER),
+    ),
+    (PROTOCOL, "requests of N to N positions", (batch_parts.LEAST_POSITIONS, batch_parts.MOST_POSITIONS)),
+    (
+        PROTOCOL,
+        "as N KiB a block at least and as a Nth of the memory",
+        (tapes.GRAPH_BYTES / KIB, tapes.MAX_TAPES),
     ),
     (PROTOCOL, "speak for another. At most N KiB", (LIMITS.max_record_bytes / KIB,)),
     (PROTOCOL, "up to N multiaddrs", (records.MAX_ADDRESSES,)),

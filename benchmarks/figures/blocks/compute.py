@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.figures.tables import Figures, column, markdown_table, with_note
+from benchmarks.figures.tables import Figures, column, markdown_table, with_note, yes
 
 
 def executor_block(figures: Figures) -> str:
@@ -91,3 +91,30 @@ def backward_block(figures: Figures) -> str:
     start, stop = run["blocks"]
     head = [f"{run['positions']:,} positions, {stop - start} blocks: s", "longest part, s"]
     return with_note(markdown_table(head, rows), run)
+
+
+TRAINING = {  # the name of a result, and its column
+    "training-1": "1 server",
+    "training-1-no-tape": "1 server, no tapes",
+    "training-3": "3 servers",
+    "training-3-no-tape": "3 servers, no tapes",
+    "training-int8-1": "1 server, int8",
+    "training-bfloat16-1": "1 server, bfloat16",
+}
+
+
+def training_block(figures: Figures) -> str:
+    """Forward and backward over a swarm, beside one process."""
+    runs = [figures[name] for name in TRAINING]
+    rows = [
+        ("gradients equal", [yes(run["gradients_equal"]) for run in runs]),
+        ("a step, of one process", column(runs, "{share_of_plain:.2f}")),
+        ("blocks alone, of one process", column(runs, "{blocks_share_of_plain:.2f}")),
+        ("a step, tokens/s", column(runs, "{tokens_per_s:.0f}")),
+        ("one process, tokens/s", column(runs, "{plain_tokens_per_s:.0f}")),
+    ]
+    for servers in ("3", "6"):
+        name = f"model: blocks with {servers} servers on machines of their own"
+        shares = [run.get("scheduled_share", {}).get(servers) for run in runs]
+        rows.append((name, ["" if share is None else f"{share:.2f}" for share in shares]))
+    return with_note(markdown_table(list(TRAINING.values()), rows), *runs)

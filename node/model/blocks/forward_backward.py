@@ -6,19 +6,23 @@ are frozen, and backward runs the blocks once more with gradients on, in the way
 is computed, so the executor runs other batches there.  `backward` holds the activations of as many parts as
 there is memory for; it runs the other parts forward twice, once for their output alone.
 
+A forward may keep its activations on a `Tape`: one backward goes back through them and computes nothing
+again.  The operations are those of a backward that runs the blocks forward itself, so all bits are equal.
+
 Deep prompts (Petals' deep_ptune) are trained tensors that every block adds to its own input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from node.model.blocks.parts import backward_groups, forward_parts
+from node.model.weights.quantize import training_products
 
 T = TypeVar("T")
 
@@ -149,6 +153,49 @@ def backward_in_parts(
     return Gradients(grad, torch.cat(found) if found else None)
 
 
+@dataclass(slots=True)
+class Tape:
+    """The graphs of a forward, part by part, for one backward.
+
+    runs: the blocks [start, stop) of each part, in order.
+    """
+
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    _graphs: list[_Graph] = field(default_factory=list)
+
+    def forward_in_parts(
+        self,
+        span: StatelessSpan,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        prompts: Tensor | None = None,
+        most: int | None = None,
+    ) -> Generator[None, None, Tensor]:
+        """`forward_in_parts` that keeps its graphs here: the same values."""
+        for begin, end in forward_parts(hidden.shape[0] * hidden.shape[1], start, stop, most):
+            graph = _with_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start))
+            self.runs.append((begin, end))
+            self._graphs.append(graph)
+            hidden = graph.output
+            if end < stop:
+                yield
+        return hidden.detach()
+
+    def backward_in_parts(self, grad: Tensor) -> Generator[None, None, Gradients]:
+        """`backward` without its forward, one of `runs` at each `next`, the last one first.
+
+        grad: see `backward`.  Each graph is given up when it was used.
+        """
+        found: list[Tensor] = []
+        while self._graphs:
+            grad, own = self._graphs.pop().back(grad)
+            found[:0] = [] if own is None else [own]
+            if self._graphs:
+                yield
+        return Gradients(grad, torch.cat(found) if found else None)
+
+
 def kinds_of_blocks(span: Any) -> list[int]:  # Any: a Span; a backward alone needs less of it
     """The first block of each kind: blocks of one kind have tensors of the same names, shapes and dtypes.
 
@@ -261,11 +308,12 @@ def _through(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tens
     model, entry = span._view(start, stop)
     entry.given = hidden
     try:
-        answer = model(
-            inputs_embeds=hidden,
-            position_ids=torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0),
-            use_cache=False,
-        )
+        with training_products():
+            answer = model(
+                inputs_embeds=hidden,
+                position_ids=torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0),
+                use_cache=False,
+            )
     finally:
         entry.given = None
     return cast(Tensor, answer.last_hidden_state)
