@@ -134,6 +134,11 @@ class Limits:
     tape_bytes: int = 2 * GIB  # half of a long backward's activations; 8 x 128 positions of SmolLM2 take 0.84
     tape_idle_seconds: float = 30.0  # without a request of its client, which computes a loss meanwhile
 
+    # Adapters of guests
+    max_adapter_rank: int = 64  # vLLM's default is 16, its largest 512; QLoRA trains 64
+    max_adapter_sites: int = 16  # of a block; the most linears that a supported block has are 11
+    max_adapter_manifest_bytes: int = 64 * KIB  # 200 blocks of 7 sites, all different, take 16 KiB
+
     # Records
     max_record_bytes: int = 1 * KIB
     max_records: int = 10_000
