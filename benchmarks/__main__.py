@@ -28,6 +28,7 @@ BENCHMARKS: Mapping[str, str] = {
     "journal": "benchmarks.compute.journal",
     "backward": "benchmarks.compute.backward",
     "training": "benchmarks.compute.training",
+    "adapters": "benchmarks.compute.adapters",
     "loop_lag": "benchmarks.compute.loop_lag",
     "quality": "benchmarks.compute.quality",
     "startup": "benchmarks.startup.startup",

@@ -25,6 +25,7 @@ from client.generation.head_batches import HeadBatches
 from client.session.session import Session, open_session
 from client.session.terms import Terms
 from client.session.trace import Trace
+from node.model.adapters.low_rank import SpanAdapter
 from node.model.blocks.rope import LengthRope
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
@@ -117,17 +118,21 @@ class FakeArena:
 class FakeSpan:
     """Blocks [start, stop); block b makes (3 h + b + 1 + all it was given before) mod 8191 of each h.
 
-    steps: every step computed, as (position, tokens, start, stop).  poison: a function from the
+    steps: every step computed, as (position, tokens, start, stop).  batches: of each decode, the adapters of
+    its sessions.  poison: a function from the
     right answer to the given one.  rope: then the angles that a position takes are added to it.
     """
 
     rope: LengthRope | None = None
+
+    block_values = 100.0
 
     def __init__(self, start: int, stop: int) -> None:
         self.start = start
         self.stop = stop
         self.hidden_size = HIDDEN
         self.steps: list[tuple[int, int, int, int]] = []
+        self.batches: list[list[str | None]] = []
         self.poison: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
     can_cut = True
@@ -162,8 +167,9 @@ class FakeSpan:
         *,
         rope_length: int = 0,
         prompts: Tensor | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> Tensor:
-        """Compute a step: [batch, tokens, hidden] -> the same shape."""
+        """Compute a step: [batch, tokens, hidden] -> the same shape.  An adapter adds its rank."""
         assert self.start <= start < stop <= self.stop
         assert position == cache.length, "a hole, or a cache that was not cut"
         tokens = hidden.shape[1]
@@ -181,7 +187,8 @@ class FakeSpan:
             given = cache.given.get(block, hidden[:, :0])
             cache.given[block] = torch.cat([given, hidden], dim=1)
             before = cache.given[block].cumsum(1)[:, position:] - hidden
-            hidden = (3 * hidden + block + 1 + before) % PRIME
+            added = 0 if adapter is None else adapter.rank
+            hidden = (3 * hidden + block + 1 + before + added) % PRIME
         cache.length += tokens
         self.steps.append((position, tokens, start, stop))
         return self.poison(hidden.to(torch.float32))
@@ -194,22 +201,29 @@ class FakeSpan:
         stop: int,
         *,
         rope_lengths: Sequence[int],
+        adapters: Sequence[SpanAdapter | None] | None = None,
     ) -> Tensor:
         """One position of each row of several sessions: [rows, hidden] -> the same shape."""
         parts, first = [], 0
-        for cache, rope_length in zip(caches, rope_lengths, strict=True):
+        owners = adapters or [None] * len(caches)
+        self.batches.append([None if each is None else each.id for each in owners])
+        for cache, rope_length, adapter in zip(caches, rope_lengths, owners, strict=True):
             length = cache.length
             rows = hidden[first : first + cache.batch, None]
-            parts.append(self.forward(rows, cache, length, start, stop, rope_length=rope_length)[:, 0])
+            answer = self.forward(
+                rows, cache, length, start, stop, rope_length=rope_length, adapter=adapter
+            )
+            parts.append(answer[:, 0])
             cache.length = length  # the caller that merged them moves it on
             first += cache.batch
         return torch.cat(parts)
 
 
-def whole_model(hidden: Tensor, start: int, stop: int) -> Tensor:
+def whole_model(hidden: Tensor, start: int, stop: int, adapter: SpanAdapter | None = None) -> Tensor:
     """The outputs of blocks [start, stop) for hidden states [batch, tokens, hidden], all at once."""
     span = FakeSpan(start, stop)
-    return span.forward(hidden, FakeCache(hidden.shape[0], hidden.shape[1]), 0, start, stop)
+    cache = FakeCache(hidden.shape[0], hidden.shape[1])
+    return span.forward(hidden, cache, 0, start, stop, adapter=adapter)
 
 
 def some_hidden(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:

@@ -46,6 +46,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "journal": compute.journal_block,
     "backward": compute.backward_block,
     "training": compute.training_block,
+    "adapters": compute.adapters_block,
     "swarm-placement": swarm.placement_block,
     "swarm-moves": swarm.moves_block,
     "swarm-churn": swarm.churn_block,

@@ -41,6 +41,7 @@ LONG: Mapping[str, Sequence[str]] = {
         "executor", "--sessions", "1", "4", "16", "--quantize", "none", "int8",
         "--dtype", "float32", "bfloat16",
     ],
+    "adapters": ["adapters"],
     "flood": ["flood", "--quantize", "int8"],
     "recovery-kill": ["recovery", "--runs", "10"],
     "recovery-freeze": ["recovery", "--mode", "freeze", "--runs", "10"],

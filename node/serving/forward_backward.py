@@ -17,11 +17,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import trio
 from torch import Tensor
 
+from node.model.adapters.adapted import AdaptedSpan
+from node.model.adapters.low_rank import AdapterGradients, SpanAdapter
 from node.model.blocks.forward_backward import (
     Activations,
     Gradients,
@@ -109,6 +111,8 @@ class Work:
     held: positions times blocks whose activations a backward may hold (`node.model.blocks.parts`).
     most: positions times blocks of a part; None: the usual number.
     tape: a Forward keeps its graphs there, and a Backward goes back through them.
+    adapter: of the request, for all its blocks.  take: gets the gradients of the adapter's matrices, in the
+    torch thread, before the answer of a backward is encoded; None: they are not computed.
     """
 
     request: Forward | Backward
@@ -116,6 +120,8 @@ class Work:
     held: int = 0
     most: int | None = None
     tape: Tape | None = None
+    adapter: SpanAdapter | None = None
+    take: Callable[[AdapterGradients], None] | None = None
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -134,9 +140,13 @@ class Work:
         Raises BadResult (an input is not finite; nothing was done), NotFinite.
         """
         request, contract = self.request, self.contract
+        if self.adapter is not None:
+            span = self._adapted(span, self.adapter)
         if isinstance(request, Backward):
             found = yield from self._backward(span, request)
             answers = [each for each in found if each is not None]
+            if self.take is not None and isinstance(span, AdaptedSpan):
+                self.take(span.gradients)
         else:
             answers = [(yield from self._forward(span, request))]
         try:
@@ -145,6 +155,15 @@ class Work:
             what = "backward" if isinstance(request, Backward) else "forward"
             raise NotFinite(f"{what} through blocks {contract.start}:{contract.stop}: {bad}") from None
         return bodies[0] if len(bodies) == 1 else b"".join(bodies)
+
+    def _adapted(self, span: StatelessSpan, adapter: SpanAdapter) -> AdaptedSpan:
+        """The span with the adapter; of a tape's backward the one that its forward went through."""
+        if self.tape is None:
+            return AdaptedSpan(span, adapter, trains=self.take is not None)
+        if isinstance(self.request, Backward):
+            return cast(AdaptedSpan, self.tape.span)
+        self.tape.span = found = AdaptedSpan(span, adapter, trains=True)
+        return found
 
     def _forward(self, span: StatelessSpan, request: Forward) -> Generator[None, None, Tensor]:
         hidden, prompts, run = *self._given(request), (self.contract.start, self.contract.stop)

@@ -12,8 +12,11 @@ import torch
 import trio
 import trio.testing
 
+from node.model.adapters.low_rank import LowRank, SpanAdapter
 from node.model.blocks import parts
+from node.serving.executor.batcher import Batcher
 from node.serving.executor.engine import Answer, Engine, NotFinite
+from node.serving.executor.jobs import Job
 from node.serving.executor.rates import Rates
 from node.serving.forward_backward import ForwardBackwardListener, Work
 from node.serving.span_admission import SpanAdmission
@@ -42,9 +45,17 @@ class One:
     """A session at the engine, and what it has sent so far."""
 
     def __init__(
-        self, engine: Engine, peer: str, seed: int, *, start: int = 0, stop: int = 4, batch: int = 1
+        self,
+        engine: Engine,
+        peer: str,
+        seed: int,
+        *,
+        start: int = 0,
+        stop: int = 4,
+        batch: int = 1,
+        adapter: SpanAdapter | None = None,
     ):
-        self.engine, self.peer = engine, peer
+        self.engine, self.peer, self.adapter = engine, peer, adapter
         self.contract = Contract(bytes([seed]) * 16, start, stop, batch, 1024, HIDDEN, "fp32", 2048)
         self.cache = FakeCache(batch, 1024)
         self.hidden = some_hidden(1024, batch, seed)
@@ -59,7 +70,7 @@ class One:
         what = StepRange(begin, tokens, reply)
         self.steps += 1
         return await self.engine.step(
-            self.peer, self.contract, self.cache, what, memoryview(body), whole=False
+            self.peer, self.contract, self.cache, what, memoryview(body), whole=False, adapter=self.adapter
         )
 
     def check(self, answer: Answer | Exception) -> None:
@@ -67,7 +78,8 @@ class One:
         assert isinstance(answer, Answer)
         got = decode_hidden(answer.body, self.contract)
         length = self.cache.length
-        right = whole_model(self.hidden[:, :length], self.contract.start, self.contract.stop)
+        given = self.hidden[:, :length]
+        right = whole_model(given, self.contract.start, self.contract.stop, self.adapter)
         assert torch.equal(got, right[:, length - got.shape[1] :])
 
 
@@ -124,6 +136,58 @@ async def test_an_answer_that_a_session_keeps_is_all_that_it_keeps_of_its_batch(
             assert isinstance(answer, Answer)
             memory = memoryview(answer.body).obj
             assert memoryview(memory).nbytes == len(answer.body)
+
+
+def adapter_of(name: str, rank: int) -> SpanAdapter:
+    """For all blocks; its values are a quarter of a block's."""
+    low = LowRank(torch.zeros(rank, 20), torch.zeros(5, rank), 1.0)
+    return SpanAdapter(name, {block: {"q": low} for block in range(4)})
+
+
+async def test_sessions_with_adapters_decode_in_one_batch_each_adapter_s_next_to_each_other(autojump_clock):
+    one, two = adapter_of("one", 1), adapter_of("two", 2)
+    async with running() as engine:
+        ones = [
+            One(engine, "a", 0, adapter=one),
+            One(engine, "b", 1, start=1, stop=3),
+            One(engine, "c", 2, start=2, batch=3, adapter=two),
+            One(engine, "d", 3, stop=1, adapter=one),
+            One(engine, "e", 4, adapter=two),
+            One(engine, "f", 5, adapter=one),
+        ]
+        for session in ones:
+            session.check(await session.step(5))
+        for _ in range(2):
+            engine.span.batches.clear()
+            began = trio.current_time()
+            answers = await all_at_once(ones)
+            assert trio.current_time() - began == 1.0, "one batch"
+            for index, session in enumerate(ones):
+                session.check(answers[index])
+            for owners in engine.span.batches:
+                assert owners == sorted(owners, key=lambda name: name or "")
+
+
+async def test_a_job_with_an_adapter_weighs_more_by_its_values(autojump_clock, monkeypatch):
+    submitted: list[Job] = []
+    submit = Batcher.submit
+
+    def note(self: Batcher, job: Job, now: float) -> None:
+        submitted.append(job)
+        submit(self, job, now)
+
+    def work(span: FakeSpan):
+        yield from ()
+        return b""
+
+    monkeypatch.setattr(Batcher, "submit", note)
+    async with running() as engine:
+        await One(engine, "a", 0).step(3)
+        await One(engine, "b", 1, adapter=adapter_of("one", 1)).step(3)
+        await One(engine, "c", 2, start=1, stop=3, adapter=adapter_of("two", 2)).step()
+        await engine.stateless("d", 1, 1, [(0, 4)], work, adapter=adapter_of("one", 4))
+    found = [(job.weight, job.adapter) for job in submitted]
+    assert found == [(1, ""), (1.25, "one"), (1.5, "two"), (2, "one")]
 
 
 async def test_a_long_step_is_computed_in_chunks_between_which_others_decode(autojump_clock):

@@ -128,7 +128,7 @@ def test_a_fused_step_through_graphs_is_the_step(tmp_path: Path):
     @torch.inference_mode()
     def run(hidden: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
         places, write, read = positions
-        return fused._decode_torch(hidden, pool, places, write, read, 0, 4)
+        return fused._decode_torch(hidden, pool, places, write, read, (0, 4))
 
     expected = span.decode(inputs.hidden, caches, 0, 4)
     for _ in range(3):

@@ -8,7 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from node.serving.executor.active_peers import MAX_PASSED_OVER
 from node.serving.executor.batch_cost import Cost
 from node.serving.executor.batcher import Batcher, BatchPolicy
-from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments, size_of
 from tensor_codec.errors import LocalProtocolError, Refused, TooManyStreams
 from tensor_codec.limits import Limits
 
@@ -465,6 +465,66 @@ def test_only_long_steps_of_a_peer_wait_for_the_cool_down_and_not_short_ones_aft
     assert peers_of(run(batcher)) == ["honest", "mixed"]
     assert [piece.job.rows for piece in run(batcher)] == [1]
     assert batcher.next(0.0) is None
+
+
+# Adapters
+
+
+def adapted(one: Job, weight: float, adapter: str) -> Job:
+    return replace(one, weight=weight, adapter=adapter)
+
+
+def test_an_adapter_s_values_count_once_for_all_jobs_that_have_it():
+    plain = [Piece(job(), 0, 1) for _ in range(3)]
+    assert size_of(tuple(plain)) == (BLOCKS, 3, [BLOCKS] * 3)
+    own = [Piece(adapted(job(), 1.5, name), 0, 1) for name in "aab"]
+    assert size_of(tuple(own)) == (2 * BLOCKS, 3, [1.5 * BLOCKS] * 3)
+    half = Piece(adapted(job(blocks=(0, BLOCKS // 2)), 1.5, "c"), 0, 1)
+    assert size_of((*plain, half)) == (1.25 * BLOCKS, 4, [*[BLOCKS] * 3, 0.75 * BLOCKS])
+
+
+def test_a_peer_is_charged_for_the_time_that_its_adapter_adds():
+    batcher = batcher_of()
+    submit(batcher, job("plain"), adapted(job("guest"), 1.5, "a"), job("other"))
+    batch = run(batcher)
+    assert len(batch) == 3
+    spent = {name: peer.compute_seconds for name, peer in batcher._peers.by_name.items()}
+    assert sum(spent.values()) == pytest.approx(predicted(batch))
+    assert spent["plain"] == pytest.approx(spent["other"])
+    cost = Cost(DECODE_SECONDS_PER_BLOCK - SECONDS_PER_BLOCK_TOKEN, SECONDS_PER_BLOCK_TOKEN)
+    # Half a block's reading for every block, and half more for its own position.
+    added = cost.seconds(BLOCKS / 2, BLOCKS / 2)
+    assert spent["guest"] - spent["plain"] > 0.9 * added
+
+
+def test_further_rows_with_other_adapters_join_only_while_the_batch_is_short():
+    def joined(weight: float, names: str) -> int:
+        batcher = batcher_of()
+        submit(batcher, job("watcher"))
+        run(batcher)
+        steps = [adapted(job("guest"), weight, name) for name in names]
+        submit(batcher, job("watcher"), *steps)
+        return len(run(batcher)) - 1
+
+    without = joined(1, "aaaa")
+    assert joined(1.2, "aaaa") >= joined(1.2, "abcd")
+    assert joined(1.2, "abcd") < without
+
+
+def test_a_chunk_and_a_request_with_an_adapter_count_as_much_longer():
+    batcher = batcher_of()
+    submit(batcher, job("short"))
+    run(batcher)
+    submit(batcher, job("plain", PREFILL, 200))
+    plain = run(batcher)[0].tokens
+    other = batcher_of()
+    submit(other, job("short"))
+    run(other)
+    submit(other, adapted(job("guest", PREFILL, 200), 2.0, "a"))
+    assert 1 <= run(other)[0].tokens < plain
+    costs = batcher.costs
+    request = job(kind=STATELESS, tokens=500, parts=PARTS)
+    assert costs.stateless_seconds(adapted(request, 1.5, "a")) == 1.5 * costs.stateless_seconds(request)
 
 
 # Bounds, cancelling, deadlines

@@ -71,6 +71,20 @@ def journal_block(figures: Figures) -> str:
     return with_note(markdown_table(["median"], rows), run)
 
 
+def adapters_block(figures: Figures) -> str:
+    """What adapters add to a step of many rows, and to the opening of a session."""
+    runs = figures["adapters"]
+    rows = []
+    for run in runs:
+        opened = [run["cold_open_extra_ms"], run["warm_open_extra_ms"]]
+        cells = [run["ms"], run["slowdown"], run["adapters_mib"], *opened]
+        formats = ("{:.1f}", "{:.2f}", "{:.1f}", "{:.1f}", "{:.1f}")
+        made = ["" if cell is None else form.format(cell) for cell, form in zip(cells, formats, strict=True)]
+        rows.append((run["case"], made))
+    head = ["a step, ms", "x a step without", "adapters, MiB", "open: first time, + ms", "again, + ms"]
+    return with_note(markdown_table(head, rows), *runs)
+
+
 def backward_block(figures: Figures) -> str:
     """A server's backward, by the activations that it holds."""
     run = figures["backward"]

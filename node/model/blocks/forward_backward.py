@@ -9,7 +9,8 @@ there is memory for; it runs the other parts forward twice, once for their outpu
 A forward may keep its activations on a `Tape`: one backward goes back through them and computes nothing
 again.  The operations are those of a backward that runs the blocks forward itself, so all bits are equal.
 
-Deep prompts (Petals' deep_ptune) are trained tensors that every block adds to its own input.
+Deep prompts (Petals' deep_ptune) are trained tensors that every block adds to its own input.  An adapter
+comes as an `AdaptedSpan`, which also takes the gradients of the adapter's matrices, part by part.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from node.model.blocks.parts import backward_groups, forward_parts
+from node.model.adapters.adapted import AdaptedSpan
+from node.model.blocks.parts import Run, backward_groups, forward_parts
 from node.model.weights.quantize import training_products
 
 T = TypeVar("T")
@@ -157,10 +159,11 @@ def backward_in_parts(
 class Tape:
     """The graphs of a forward, part by part, for one backward.
 
-    runs: the blocks [start, stop) of each part, in order.
+    runs: the blocks [start, stop) of each part, in order.  span: that the forward went through.
     """
 
     runs: list[tuple[int, int]] = field(default_factory=list)
+    span: StatelessSpan | None = None
     _graphs: list[_Graph] = field(default_factory=list)
 
     def forward_in_parts(
@@ -260,14 +263,28 @@ class _Graph:
 
     given: list[Tensor]  # the run's hidden states, and its prompts where there are any
     output: Tensor
+    span: StatelessSpan
+    run: Run
 
     def back(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient with respect to the hidden states, and to the prompts."""
         with torch.inference_mode(False), torch.enable_grad():
             grad = grad.to(self.output.device, self.output.dtype)
             grad = grad.clone() if grad.is_inference() else grad
-            found = torch.autograd.grad(self.output, self.given, grad)
-        return found[0], found[1] if len(found) > 1 else None
+            low = _matrices(self.span, *self.run)
+            # A linear that the library did not call has no gradient.
+            found = torch.autograd.grad(self.output, [*self.given, *low], grad, allow_unused=bool(low))
+        count = len(self.given)
+        if isinstance(self.span, AdaptedSpan):
+            self.span.learn(*self.run, list(found[count:]))
+        return found[0], found[1] if count > 1 else None
+
+
+def _matrices(span: StatelessSpan, start: int, stop: int) -> list[Tensor]:
+    """The adapter's matrices whose gradients are wanted: A and B of each linear."""
+    if not isinstance(span, AdaptedSpan):
+        return []
+    return [each for _, _, low in span.leaves(start, stop) for each in (low.a, low.b)]
 
 
 def _of(prompts: Tensor | None, first: int, last: int) -> Tensor | None:
@@ -285,7 +302,8 @@ def _without_grad(
 def _with_grad(span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None) -> _Graph:
     with torch.inference_mode(False), torch.enable_grad():
         given = [_leaf(span, each) for each in (hidden, prompts) if each is not None]
-        return _Graph(given, _run(span, given[0], start, stop, given[1] if len(given) > 1 else None))
+        output = _run(span, given[0], start, stop, given[1] if len(given) > 1 else None)
+        return _Graph(given, output, span, (start, stop))
 
 
 def _leaf(span: StatelessSpan, tensor: Tensor) -> Tensor:

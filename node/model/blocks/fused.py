@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from node.model.adapters.hooks import with_low_rank
+from node.model.adapters.low_rank import Groups, parts_of
 from node.model.blocks.graphs import MIN_LENGTH, DecodeGraphs, Inputs, bucket
 from node.model.blocks.kv_pages import PagePool
 from node.model.checkpoint.architecture import Architecture
@@ -38,6 +40,7 @@ from node.model.weights.quantize import PackedLinear, kernels, merge_linears
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 Halves = tuple[Callable[..., None], Callable[..., None]]
 _NOTHING = np.empty(0, np.float32)
+_NO_UPDATES = np.zeros(0, np.int64)
 _FIRST_ANGLES = 1024  # positions; doubled for a longer session
 
 
@@ -176,6 +179,7 @@ class _Where:
 
     write: slots of the new positions.  read: slots of the new and all earlier positions.  Both are flat.
     position: the first new one.  masks: by window.  angles: cos and sin of the new positions.
+    groups: rows with an adapter.
     """
 
     pool: PagePool
@@ -184,6 +188,35 @@ class _Where:
     position: int
     masks: dict[int, Tensor | None]
     angles: tuple[Tensor, Tensor]
+    groups: Groups
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class _Low:
+    """What adapters add to the products of a block in torch's own operations.  rows: of the batch."""
+
+    groups: Groups
+    block: int
+    rows: int
+
+    def product(
+        self, matrix: nn.Module, x: Tensor, sites: Sequence[str], widths: Sequence[int] | None = None
+    ) -> Tensor:
+        """x [rows, tokens, in] times a matrix, whose outputs are those of `sites` side by side.
+
+        widths: the outputs of each site; None: all have as many.
+        """
+        answer: Tensor = matrix(x)
+        last = 0
+        for number, name in enumerate(sites if self.groups else ()):
+            first, last = last, last + (widths[number] if widths else answer.shape[-1] // len(sites))
+            if parts := parts_of(self.groups, self.block, name):
+                own = answer[..., first:last]
+                own.copy_(with_low_rank(own, x, parts, self.rows))
+        return answer
 
 
 class FusedSpan:
@@ -201,6 +234,8 @@ class FusedSpan:
         self.heads = int(config.num_attention_heads)
         self.key_heads = int(config.num_key_value_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        # Outputs of the product for queries, keys and values.
+        self._widths = [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
         kept = {_kept_in(linear) for block in blocks for linear in block.matrices}
@@ -219,13 +254,23 @@ class FusedSpan:
         return FusedSpan(blocks, spans[0].start, self._rotary, self._config)
 
     def step(
-        self, hidden: Tensor, pool: PagePool, rows: NDArray[np.int64], position: int, start: int, stop: int
+        self,
+        hidden: Tensor,
+        pool: PagePool,
+        rows: NDArray[np.int64],
+        position: int,
+        start: int,
+        stop: int,
+        groups: Groups = (),
     ) -> Tensor:
-        """Compute positions of one session: hidden [batch, tokens, hidden_size], the first at `position`."""
+        """Compute positions of one session: hidden [batch, tokens, hidden_size], the first at `position`.
+
+        groups: the rows of the batch with an adapter.
+        """
         batch, tokens, _ = hidden.shape
         if tokens == 1 and self._compiled(hidden):
             lengths = np.full(batch, position)
-            return self.decode(hidden[:, 0], pool, rows, lengths, start, stop)[:, None]
+            return self.decode(hidden[:, 0], pool, rows, lengths, start, stop, groups)[:, None]
         length = position + tokens
         positions = np.arange(position, length)
         write = _on(pool.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))), hidden)
@@ -234,31 +279,40 @@ class FusedSpan:
         masks = {
             block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
         }
-        where = _Where(pool, write.view(-1), read.view(-1), position, masks, (cos, sin))
+        where = _Where(pool, write.view(-1), read.view(-1), position, masks, (cos, sin), groups)
         if not self._compiled(hidden) or not self._compiled_for(batch * tokens):
             for index, block in self._numbered(start, stop):
                 hidden = self._torch_block(index, block, hidden, where)
             return hidden
         hidden = hidden.clone(memory_format=torch.contiguous_format)
+        updates = self._updates(groups, tokens)
         with self._halves() as halves:
             for index, block in self._numbered(start, stop):
-                self._compiled_block(halves, index, block, hidden, where)
+                self._compiled_block(halves, index, block, hidden, where, updates)
         return hidden
 
     def _torch_block(self, index: int, block: FusedBlock, hidden: Tensor, where: _Where) -> Tensor:
-        q, k, v = self._query_key_value(block, hidden, *where.angles)
+        low = _Low(where.groups, self.start + index, len(hidden))
+        q, k, v = self._query_key_value(block, hidden, *where.angles, low)
         keys, values = where.pool.keys[index], where.pool.values[index]
         keys.index_copy_(0, where.write, k.reshape(-1, *keys.shape[1:]))
         values.index_copy_(0, where.write, v.reshape(-1, *values.shape[1:]))
-        return self._after(block, hidden, self._attended(index, block, q, k, v, where))
+        return self._after(block, hidden, self._attended(index, block, q, k, v, where), low)
 
     def _compiled_block(
-        self, halves: Halves, index: int, block: FusedBlock, hidden: Tensor, where: _Where
+        self,
+        halves: Halves,
+        index: int,
+        block: FusedBlock,
+        hidden: Tensor,
+        where: _Where,
+        updates: NDArray[np.int64],
     ) -> None:
         """`step` in place, with everything but attention compiled."""
         before, after = halves
         it = block.compiled
         batch, tokens, width = hidden.shape
+        low = _address(updates), self.start + index
         residual = hidden.view(batch * tokens, width).numpy()
         qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
         keys, values = where.pool.keys[index].numpy(), where.pool.values[index].numpy()
@@ -266,12 +320,12 @@ class FusedSpan:
         places = np.tile(np.arange(tokens), batch)
         before(
             it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads, keys,
-            values, places, where.write.numpy(), cos, sin, block.rotary, it.query_norm, it.key_norm,
+            values, places, where.write.numpy(), cos, sin, block.rotary, it.query_norm, it.key_norm, *low,
         )  # fmt: skip
         attended = self._attended(index, block, *self._split(qkv), where).reshape(batch * tokens, -1)
         after(
             it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended.contiguous().numpy(),
-            residual,
+            residual, *low,
         )  # fmt: skip
 
     def _attended(
@@ -303,22 +357,25 @@ class FusedSpan:
         lengths: NDArray[np.int64],
         start: int,
         stop: int,
+        groups: Groups = (),
     ) -> Tensor:
-        """Compute one position of each row, hidden [rows, hidden_size], after its `lengths` positions."""
+        """Compute one position of each row, hidden [rows, hidden_size], after its `lengths` positions.
+
+        groups: the rows with an adapter.
+        """
         longest = int(lengths.max()) + 1
-        slots = pool.slots_of(rows, lengths)
-        angles = self._angles_for(longest, hidden)
+        self._angles_for(longest, hidden)
         if self._compiled(hidden):
-            table = pool.table(rows, -(-longest // pool.page_tokens))
-            return self._decode_compiled(hidden, pool, table, lengths, slots, angles, start, stop)
+            return self._decode_compiled(hidden, pool, rows, lengths, start, stop, groups)
+        slots = pool.slots_of(rows, lengths)
         inputs = Inputs(
             hidden, _on(lengths, hidden), _on(slots, hidden), _on(pool.slots(rows, longest), hidden)
         )
 
         def run(hidden: Tensor, places: Tensor, write: Tensor, read: Tensor) -> Tensor:
-            return self._decode_torch(hidden, pool, places, write, read, start, stop)
+            return self._decode_torch(hidden, pool, places, write, read, (start, stop), groups)
 
-        if hidden.device.type != "cuda":
+        if hidden.device.type != "cuda" or groups:  # a graph has no place for the addresses of adapters
             return inputs.run(run)
         self._angles_for(bucket(longest, MIN_LENGTH), hidden)  # a graph still reads its memory
         graphs = self._graphs.setdefault(pool, DecodeGraphs(pool.nobodys_page * pool.page_tokens))
@@ -331,8 +388,8 @@ class FusedSpan:
         places: Tensor,
         write: Tensor,
         read: Tensor,
-        start: int,
-        stop: int,
+        run: tuple[int, int],
+        groups: Groups = (),
     ) -> Tensor:
         """`decode` in torch's own operations: fixed shapes and no host sync, so a graph can record it.
 
@@ -343,8 +400,9 @@ class FusedSpan:
         cos, sin = (table[places][:, None, None] for table in self._angles)
         seen = torch.arange(longest, device=hidden.device)
         hidden = hidden[:, None]  # [rows, 1, hidden_size]
-        for index, block in self._numbered(start, stop):
-            q, k, v = self._query_key_value(block, hidden, cos, sin)
+        for index, block in self._numbered(*run):
+            low = _Low(groups, self.start + index, rows)
+            q, k, v = self._query_key_value(block, hidden, cos, sin, low)
             keys, values = pool.keys[index], pool.values[index]
             keys.index_copy_(0, write, k[:, 0])
             values.index_copy_(0, write, v[:, 0])
@@ -360,25 +418,29 @@ class FusedSpan:
             attended = functional.scaled_dot_product_attention(
                 grouped, k, v, attn_mask=visible[:, None, None], scale=block.scale
             )
-            hidden = self._after(block, hidden, attended.reshape(rows, 1, -1))
+            hidden = self._after(block, hidden, attended.reshape(rows, 1, -1), low)
         return hidden[:, 0]
 
     def _decode_compiled(
         self,
         hidden: Tensor,
         pool: PagePool,
-        table: NDArray[np.int64],
+        numbers: NDArray[np.int64],
         lengths: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        angles: tuple[Tensor, Tensor],
         start: int,
         stop: int,
+        groups: Groups,
     ) -> Tensor:
         """`decode` in three compiled calls a block: before attention, attention over pages, and after it."""
         found = decode_kernels()
         assert found is not None
+        assert self._angles is not None
         attend = found.attention(self.head_dim, self.heads // self.key_heads)
-        cos, sin = angles[0].numpy(), angles[1].numpy()
+        cos, sin = (angles.numpy() for angles in self._angles)
+        table = pool.table(numbers, -(-(int(lengths.max()) + 1) // pool.page_tokens))
+        slots = pool.slots_of(numbers, lengths)
+        updates = self._updates(groups)
+        low = _address(updates)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         residual, rows = hidden.numpy(), len(hidden)
         qkv = np.empty((rows, (self.heads + 2 * self.key_heads) * self.head_dim), np.float32)
@@ -390,13 +452,27 @@ class FusedSpan:
                 keys, values = pool.keys[index].numpy(), pool.values[index].numpy()
                 before(
                     it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values, lengths, slots, cos,
-                    sin, block.rotary, it.query_norm, it.key_norm,
+                    sin, block.rotary, it.query_norm, it.key_norm, low, self.start + index,
                 )  # fmt: skip
                 attend(qkv, keys, values, table, seen, page, block.scale, block.window, attended)
                 after(
-                    it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual
+                    it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual, low,
+                    self.start + index,
                 )  # fmt: skip
         return hidden
+
+    def _updates(self, groups: Groups, tokens: int = 1) -> NDArray[np.int64]:
+        """What the kernels add in a step with these groups, rows of `tokens` positions; empty for nothing."""
+        if not groups:
+            return _NO_UPDATES
+        found = decode_kernels()
+        assert found is not None
+        kernel = found.low_rank_kernel
+        numbers = [kernel.function().address, len(groups)]
+        for each in groups:
+            table = each.adapter.table_at(found.SITES, kernel)
+            numbers += [table, each.first * tokens, each.last * tokens]
+        return np.array(numbers, np.int64)
 
     @contextmanager
     def _halves(self) -> Iterator[Halves]:
@@ -410,10 +486,11 @@ class FusedSpan:
             yield partial(before, *given), partial(after, *given)
 
     def _query_key_value(
-        self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor
+        self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor, low: _Low
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, tokens, heads, head_dim] each, normed and rotated."""
-        q, k, v = self._split(block.qkv(_rms_norm(hidden, block.norm, block.eps)))
+        normed = _rms_norm(hidden, block.norm, block.eps)
+        q, k, v = self._split(low.product(block.qkv, normed, _QKV, self._widths))
         if block.query_norm is not None and block.key_norm is not None:
             q, k = _rms_norm(q, block.query_norm, block.eps), _rms_norm(k, block.key_norm, block.eps)
         if block.rotary:
@@ -421,15 +498,16 @@ class FusedSpan:
         return q, k, v
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        counts = [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
-        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in torch.split(qkv, counts, -1))
+        parts = torch.split(qkv, self._widths, -1)
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
         return q, k, v
 
-    def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor) -> Tensor:
+    def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor, low: _Low) -> Tensor:
         """The part of the block after attention."""
-        hidden = hidden + block.out(attended)
-        gate, up = block.gate_up(_rms_norm(hidden, block.mlp_norm, block.eps)).chunk(2, -1)
-        return cast(Tensor, hidden + block.down(functional.silu(gate) * up))
+        hidden = hidden + low.product(block.out, attended, ("o_proj",))
+        normed = _rms_norm(hidden, block.mlp_norm, block.eps)
+        gate, up = low.product(block.gate_up, normed, ("gate_proj", "up_proj")).chunk(2, -1)
+        return hidden + low.product(block.down, functional.silu(gate) * up, ("down_proj",))
 
     def _numbered(self, start: int, stop: int) -> list[tuple[int, FusedBlock]]:
         """The blocks of a run with their numbers in the page pool."""
@@ -458,6 +536,10 @@ class FusedSpan:
             self._angles = cos[0].contiguous(), sin[0].contiguous()
             self._graphs.clear()  # they read the old ones
         return self._angles
+
+
+def _address(updates: NDArray[np.int64]) -> int:
+    return int(updates.ctypes.data) if updates.size else 0
 
 
 def decode_kernels() -> ModuleType | None:

@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from node.config import ConfigError
+from node.model.adapters.hooks import adapted
+from node.model.adapters.low_rank import Group, Groups, SpanAdapter, groups_of, part_of
+from node.model.adapters.sites import numbered_blocks, shapes_of
 from node.model.blocks.forward_backward import with_prompt
 from node.model.blocks.fused import FusedSpan, fuse
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
@@ -106,6 +109,9 @@ class Span:
             self.shapes = self._probe()
         else:
             self._fused, self.shapes = made
+        found = [shapes_of(block) for block in _blocks(model, architecture)]
+        # Numbers in the matrices of a block, on the average: what an adapter's are compared with.
+        self.block_values = sum(ins * outs for block in found for ins, outs in block.values()) / len(found)
 
     @property
     def can_cut(self) -> bool:
@@ -191,6 +197,7 @@ class Span:
         *,
         rope_length: int = 0,
         prompts: Tensor | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> Tensor:
         """Compute a step of one session: [batch, tokens, hidden_size] -> the same shape, in `dtype`.
 
@@ -201,8 +208,13 @@ class Span:
         node/model/blocks/rope.py).
         prompts: [blocks of the run, n, hidden_size]: each block adds its own to its input at the positions
         below n, in every row.
+        adapter: of the session, for all blocks of the run.
         """
         start, stop = self._run_of(start, stop)
+        groups: Groups = ()
+        if adapter is not None:
+            adapter.check(start, stop)
+            groups = (Group(adapter, 0, len(hidden)),)
         tokens = hidden.shape[1]
         if position != cache.length or position + tokens > cache.max_length:
             raise LocalProtocolError(
@@ -211,28 +223,36 @@ class Span:
         cache.reserve(position + tokens)
         hidden = hidden.to(self.device, self.dtype)
         if prompts is None or position >= prompts.shape[1]:
-            hidden = self._prefill(hidden, cache, position, start, stop, rope_length)
+            hidden = self._prefill(hidden, cache, position, start, stop, rope_length, groups)
         else:
             here = prompts[:, position : position + tokens].to(self.device, self.dtype)
             for block, prompt in zip(range(start, stop), here, strict=True):
                 hidden = with_prompt(hidden, prompt)
-                hidden = self._prefill(hidden, cache, position, block, block + 1, rope_length)
+                hidden = self._prefill(hidden, cache, position, block, block + 1, rope_length, groups)
         cache.length = position + tokens
         return hidden
 
     def _prefill(
-        self, hidden: Tensor, cache: SpanCache, position: int, start: int, stop: int, rope_length: int
+        self,
+        hidden: Tensor,
+        cache: SpanCache,
+        position: int,
+        start: int,
+        stop: int,
+        rope_length: int,
+        groups: Groups,
     ) -> Tensor:
         """`forward` through a run of blocks, without a change of the cache's length."""
         if self._fused is not None:
-            return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop)
+            return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
         tokens = hidden.shape[1]
         positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
         write = cache.pool.slots_of(cache.rows[:, None], positions)
         run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states)
         where = positions[:1].copy()
         lengths = np.maximum(where + 1, rope_length)
-        return self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
+        with adapted(numbered_blocks(self, start, stop) if groups else {}, groups, len(hidden)):
+            return self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
 
     @torch.inference_mode()
     def decode(
@@ -243,34 +263,48 @@ class Span:
         stop: int,
         *,
         rope_lengths: Sequence[int] | None = None,
+        adapters: Sequence[SpanAdapter | None] | None = None,
     ) -> Tensor:
         """Compute one position of each row of several sessions: [rows, hidden_size] -> the same shape.
 
         rows: the sessions' caches, all of one page pool, in the order of their rows in `hidden`.  Each
         cache has reserved a position more than its length; the caller then moves the length.
         rope_lengths: of each session, as in `forward`; None: 0.
+        adapters: of each session; None: nowhere.  Sessions of one adapter stand next to each other.
         """
         start, stop = self._run_of(start, stop)
         pool = rows[0].pool
         hidden = hidden.to(self.device, self.dtype)
         numbers = np.concatenate([cache.rows for cache in rows])
         lengths = np.repeat([cache.length for cache in rows], [cache.batch for cache in rows])
+        groups: Groups = ()
+        if adapters is not None:
+            groups = groups_of(adapters, [cache.batch for cache in rows])
+            for group in groups:
+                group.adapter.check(start, stop)
         if self._fused is not None:
-            return self._fused.decode(hidden, pool, numbers, lengths, start, stop)
+            return self._fused.decode(hidden, pool, numbers, lengths, start, stop, groups)
         wholes = lengths + 1
         if rope_lengths is not None:
             wholes = np.maximum(wholes, np.repeat(rope_lengths, [cache.batch for cache in rows]))
         if self.architecture.merge == "never" or bool((lengths == lengths[0]).all()):
-            return self._decode_in_turn(hidden, rows, wholes, start, stop)
+            return self._decode_in_turn(hidden, rows, wholes, start, stop, groups)
         write = pool.slots_of(numbers, lengths)[:, None]
         longest = int(lengths.max()) + 1
         mask = self._ragged_mask(torch.from_numpy(lengths).to(self.device), longest)
         positions = torch.from_numpy(lengths)[:, None]
         run = ArenaRun(pool, numbers, write, longest)
-        return self._library(hidden[:, None], run, positions, mask, start, stop, wholes[:, None])[:, 0]
+        with adapted(numbered_blocks(self, start, stop) if groups else {}, groups, len(hidden)):
+            return self._library(hidden[:, None], run, positions, mask, start, stop, wholes[:, None])[:, 0]
 
     def _decode_in_turn(
-        self, hidden: Tensor, rows: Sequence[SpanCache], wholes: NDArray[np.int64], start: int, stop: int
+        self,
+        hidden: Tensor,
+        rows: Sequence[SpanCache],
+        wholes: NDArray[np.int64],
+        start: int,
+        stop: int,
+        groups: Groups,
     ) -> Tensor:
         """Rows of equal length together, the others one session after the other.
 
@@ -278,18 +312,19 @@ class Span:
         """
         answers: list[Tensor] = []
         together = len({cache.length for cache in rows}) == 1 and not any(cache.states for cache in rows)
-        groups = [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]
+        blocks = numbered_blocks(self, start, stop) if groups else {}
         first = 0
-        for group in groups:
-            numbers = np.concatenate([cache.rows for cache in group])
-            length = group[0].length
-            pool, part = group[0].pool, hidden[first : first + len(numbers), None]
+        for turn in [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]:
+            numbers = np.concatenate([cache.rows for cache in turn])
+            length, last = turn[0].length, first + len(numbers)
+            pool, part = turn[0].pool, hidden[first:last, None]
             write = pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
-            run = ArenaRun(pool, numbers, write, length + 1, group[0].states)
-            whole = wholes[first : first + len(numbers), None]
+            run = ArenaRun(pool, numbers, write, length + 1, turn[0].states)
+            whole = wholes[first:last, None]
             positions = torch.full((1 if self._rotary is None else len(numbers), 1), length)
-            answers.append(self._library(part, run, positions, None, start, stop, whole)[:, 0])
-            first += len(numbers)
+            with adapted(blocks, part_of(groups, first, last), len(numbers)):
+                answers.append(self._library(part, run, positions, None, start, stop, whole)[:, 0])
+            first = last
         return torch.cat(answers)
 
     def _library(
@@ -585,8 +620,7 @@ def sliced_config(config: Any, start: int, stop: int) -> Any:  # Any: the librar
 
 def _blocks(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """The blocks of a base model, in order."""
-    container = model.get_submodule(architecture.container)
-    return list(container.get_submodule(architecture.blocks).children())
+    return architecture.blocks_of(model)
 
 
 def _shallow(module: nn.Module) -> nn.Module:

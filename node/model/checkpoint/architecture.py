@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from node.config import ConfigError
 
@@ -58,6 +58,11 @@ class Architecture:
         path = re.escape(f"{self.container}.{self.blocks}" if self.container else self.blocks)
         found = re.fullmatch(rf"(?:{re.escape(self.prefix)}\.)?{path}\.(\d+)\.(.+)", tensor)
         return (int(found[1]), found[2]) if found else None
+
+    def blocks_of(self, model: Any) -> list[Any]:
+        """The blocks of a base model, in order.  Any: torch's modules, of which this file knows nothing."""
+        container = model.get_submodule(self.container)
+        return list(container.get_submodule(self.blocks).children())
 
     def block_tensor(self, block: int, rest: str) -> str:
         """The name in the base model of the tensor `rest` of the kept block `block`."""

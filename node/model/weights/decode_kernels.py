@@ -19,12 +19,15 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from node.model.weights import kernels
+from node.model.weights import kernels, low_rank_kernel
+from node.model.weights.low_rank_kernel import add_low_rank
 
 # Sums may be taken in lanes and products fused, so that the compiler makes vectors.  NaN and infinity
 # keep their meaning.
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _f = np.float32
+# The linears of a block that an adapter may add to, in the order of its table.
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _HIDDEN, _STORE, _TABLE = "float32[:, ::1]", "float32[:, :, ::1]", "int64[:, :]"
 
 
@@ -210,6 +213,13 @@ def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any,
     return alone if isinstance(threads, types.NoneType) else together
 
 
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _updated(updates: Any, block: Any, site: Any, x: Any, out: Any, first: Any, outs: Any) -> None:
+    """out[:, first : first + outs] += the low-rank products of a site with x, both with a row for each row."""
+    to = out.ctypes.data + first * 4
+    add_low_rank(updates, block, site, len(SITES), x.ctypes.data, x.shape[1], to, out.shape[1], outs)
+
+
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _gated(gate_up: Any, out: Any) -> None:
     """out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner]."""
@@ -230,9 +240,10 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     """A block before and after attention, each in one call, for weights of this dtype.
 
     before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, keys, values, positions, slots,
-    cos, sin, rotary, query_norm, key_norm): norm, one product for queries, keys and values, rotary, stores.
-    after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden): the product after
-    attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
+    cos, sin, rotary, query_norm, key_norm, updates, block): norm, one product for queries, keys and values,
+    rotary, stores.
+    after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden, updates, block): the
+    product after attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
 
     together: whether for several threads, else `threads` is None.  item, size: 0 and the bytes of a
     weight.  matrix, out, gate_up, down: the addresses of their weights, scales and biases (see
@@ -240,27 +251,33 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
     head_dim].  attended: [rows, heads * head_dim].  keys, values: the block's stores [slots, key_heads,
     head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
-    [head_dim], or empty where the model has none.
+    [head_dim], or empty where the model has none.  updates: the address of what adapters add in this step
+    (see node/model/weights/low_rank_kernel.py), 0 for nothing; block: the place in the adapters' tables.
     """
     fingerprint = kernels.FINGERPRINT  # becomes part of the cache's key
 
     def before(
         item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
         heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
-        query_norm: Any, key_norm: Any,
+        query_norm: Any, key_norm: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
         if fingerprint < 0:
             return
         normed = np.empty(hidden.shape, np.float32)
         _normed(hidden, norm, eps, normed)
         _multiplied(item, size, threads, matrix, normed, qkv)
+        if updates:
+            queries, others = heads * keys.shape[2], keys.shape[1] * keys.shape[2]
+            _updated(updates, block, 0, normed, qkv, 0, queries)
+            _updated(updates, block, 1, normed, qkv, queries, others)
+            _updated(updates, block, 2, normed, qkv, queries + others, others)
         _rotated_and_kept(
             qkv, heads, keys, values, positions, slots, cos, sin, rotary, query_norm, key_norm, eps
         )
 
     def after(
         item: Any, size: Any, threads: Any, out: Any, norm: Any, eps: Any, gate_up: Any, down: Any,
-        inner: Any, attended: Any, hidden: Any,
+        inner: Any, attended: Any, hidden: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
         if fingerprint < 0:
             return
@@ -268,20 +285,28 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         given, both = np.empty((rows, width), np.float32), np.empty((rows, 2 * inner), np.float32)
         gated = np.empty((rows, inner), np.float32)
         _multiplied(item, size, threads, out, attended, given)
+        if updates:
+            _updated(updates, block, 3, attended, given, 0, width)
         _add(given, hidden)
         _normed(hidden, norm, eps, given)
         _multiplied(item, size, threads, gate_up, given, both)
+        if updates:
+            _updated(updates, block, 4, given, both, 0, inner)
+            _updated(updates, block, 5, given, both, inner, inner)
         _gated(both, gated)
         _multiplied(item, size, threads, down, gated, given)
+        if updates:
+            _updated(updates, block, 6, gated, given, 0, width)
         _add(given, hidden)
 
     item, threads = kernels.ITEMS[dtype], "int64" if together else "none"
     matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
     of_before = (
         f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {_STORE}, {_STORE}, {integers},"
-        f" {integers}, {_HIDDEN}, {_HIDDEN}, boolean, {vector}, {vector}"
+        f" {integers}, {_HIDDEN}, {_HIDDEN}, boolean, {vector}, {vector},"
+        " int64, int64"
     )
-    of_after = f"{matrix}, {vector}, float32, {matrix}, {matrix}, int64, {_HIDDEN}, {_HIDDEN}"
+    of_after = f"{matrix}, {vector}, float32, {matrix}, {matrix}, int64, {_HIDDEN}, {_HIDDEN}, int64, int64"
     return _for(item, threads, before, of_before), _for(item, threads, after, of_after)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 
-from node.serving.executor.jobs import Job, Kind, Piece
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, run_of
 
 LEARNING = 0.2  # part of a prediction's error that each batch corrects
 FEW_POSITIONS = 4  # a batch of this many positions teaches as much about its fixed cost as about a position's
@@ -23,11 +23,11 @@ class Cost:
     per_block: float
     per_position: float
 
-    def seconds(self, blocks: int, work: int) -> float:
+    def seconds(self, blocks: float, work: float) -> float:
         """The prediction for `blocks` blocks and `work` positions, added up over these blocks."""
         return self.per_block * blocks + self.per_position * work
 
-    def learn(self, blocks: int, work: int, seconds: float) -> None:
+    def learn(self, blocks: float, work: float, seconds: float) -> None:
         """Correct the prediction for this batch by a part of its error.
 
         The smallest change of both figures that corrects `LEARNING` of the error (normalised least mean
@@ -89,7 +89,8 @@ class BatchCosts:
         start, stop = job.parts[0] if job.parts else (job.start, job.stop)
         tokens = min(job.tokens, self.least_chunk(job.rows)) if job.kind is Kind.PREFILL else job.tokens
         positions = job.rows * tokens
-        seconds = self.of[job.kind].seconds(stop - start, (stop - start) * positions)
+        blocks = (stop - start) * job.weight
+        seconds = self.of[job.kind].seconds(blocks, blocks * positions)
         return seconds > self.joint_slowdown * self.one_row(stop - start)
 
     def least_chunk(self, rows: int) -> int:
@@ -100,8 +101,21 @@ class BatchCosts:
     def stateless_seconds(self, job: Job) -> float:
         """Seconds of a whole stateless request."""
         parts = job.parts or ((job.start, job.stop),)
-        blocks = sum(stop - start for start, stop in parts)
+        blocks = sum(stop - start for start, stop in parts) * job.weight
         return self.of[Kind.STATELESS].seconds(blocks, blocks * job.rows * job.tokens)
+
+    def shares(self, batch: Batch, works: Sequence[float]) -> list[float]:
+        """The part of a batch's seconds that each piece is charged with; together 1.
+
+        In proportion to the work; and to each its own adapter, which the batch reads for it.
+        """
+        cost, work, runs = self.of[batch[0].job.kind], sum(works), [run_of(piece) for piece in batch]
+        common = cost.seconds(len({block for run in runs for block in range(*run)}), work) / work
+        seconds = [
+            common * own + cost.per_block * (piece.job.weight - 1) * (stop - start)
+            for piece, own, (start, stop) in zip(batch, works, runs, strict=True)
+        ]
+        return [each / sum(seconds) for each in seconds]
 
     def next_slowdown(self, positions: int) -> float:
         """The time of a decode batch of this many positions and one more, against one row's.

@@ -88,6 +88,7 @@ class Batcher:
         rests: its steps and chunks leave others about four fifths of their speed;
       * a stateless request that would take longer than `max_compute_seconds` is refused, and so are further
         ones of a peer whose requests wait for so long;
+      * a peer is charged for the time that its adapter adds to a batch;
       * a job that is cancelled or expired is not begun, and leaves no trace;
       * a session's rows are never split, and a job of more than `max_rows` runs alone.
 
@@ -206,10 +207,11 @@ class Batcher:
                 return batch
         return None
 
-    def finished(self, batch: Batch, seconds: float, now: float) -> tuple[int, int]:
+    def finished(self, batch: Batch, seconds: float, now: float) -> tuple[float, int]:
         """The batch of `next` was run, in `seconds`; also if it failed.
 
-        Returns its size: the blocks that it ran through, each counted once, and its rows times tokens.
+        Returns its size: the blocks that it ran through, each counted once, with what adapters add to them,
+        and its rows times tokens.
         """
         if batch is not self._running:
             raise LocalProtocolError("a batch is finished that is not running")
@@ -217,16 +219,19 @@ class Batcher:
         queues = self._queues
         blocks, positions, works = size_of(batch)
         work = sum(works)
-        for piece, part in zip(batch, works, strict=True):
+        shares = [part / work for part in works]
+        if any(piece.job.adapter for piece in batch) and len(batch) > 1:
+            shares = self.costs.shares(batch, works)
+        for piece, share in zip(batch, shares, strict=True):
             job = piece.job
             if long := self.costs.is_long(job):
                 rest = seconds * self.policy.rest(job.kind)
                 self._cool_down_until = max(self._cool_down_until, now + rest)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
-            peer.compute_seconds += seconds * part / work
+            peer.compute_seconds += seconds * share
             if (party := self._parties.by_name.get(job.prefix or job.peer)) is not None:
                 party.last_active_at = now
-                party.compute_seconds += seconds * part / work
+                party.compute_seconds += seconds * share
             if job.number not in queues.jobs:
                 continue  # cancelled meanwhile
             if piece.last:
@@ -267,8 +272,8 @@ class Batcher:
 
     def _decode_batch(self, now: float) -> Batch:
         """One step of every peer, then more of them, in rounds, while rows and seconds allow."""
-        cost, pieces, rows, work = self.costs.of[Kind.DECODE], list[Piece](), 0, 0
-        blocks, peers, parties = set[int](), set[str](), set[str]()
+        cost, pieces, rows, work = self.costs.of[Kind.DECODE], list[Piece](), 0, 0.0
+        blocks, peers, parties, adapters = set[int](), set[str](), set[str](), dict[str, float]()
         full = set[str]()  # peers with a step that did not fit: later steps must not overtake it
         max_seconds = max_crowd = max_resting = math.nan
         cooling, several = now < self._cool_down_until, len(self._parties.by_name) > 1
@@ -302,15 +307,18 @@ class Batcher:
                     max_crowd = slowdown * self.costs.least_row(pieces)
                 limit = max_crowd
             wider = blocks.union(range(job.start, job.stop))
-            more = work + job.rows * job.tokens * (job.stop - job.start)
-            too_slow = limit < math.inf and cost.seconds(len(wider), more) > limit
+            more = work + job.rows * job.tokens * (job.stop - job.start) * job.weight
+            read = adapters
+            if job.adapter:
+                read = adapters | {job.adapter: (job.weight - 1) * (job.stop - job.start)}
+            too_slow = limit < math.inf and cost.seconds(len(wider) + sum(read.values()), more) > limit
             if pieces and (rows + job.rows > self.policy.max_rows or too_slow):
                 full.add(job.peer)
                 continue
             pieces.append(Piece(job, 0, job.tokens))
             peers.add(job.peer)
             parties.add(party)
-            blocks, work, rows = wider, more, rows + job.rows
+            blocks, work, rows, adapters = wider, more, rows + job.rows, read
         return tuple(pieces)
 
     def _max_decode_seconds(self, pieces: list[Piece], peers: set[str]) -> float:
@@ -370,7 +378,7 @@ class Batcher:
             next_slowdown = self.costs.next_slowdown(sum(one.rows * one.tokens for one in waiting))
             seconds = policy.joint_slowdown + policy.absent_slowdown - next_slowdown
             blocks = job.stop - job.start
-            seconds *= self.costs.one_row(blocks) / blocks
+            seconds *= self.costs.one_row(blocks) / blocks / job.weight
             cost = self.costs.of[Kind.PREFILL]
             positions = min(positions, int((seconds - cost.per_block) / cost.per_position))
         least = min(self.costs.least_chunk(job.rows), policy.chunk_positions // job.rows)

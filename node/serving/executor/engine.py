@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, cast
 
 import outcome
@@ -21,6 +21,7 @@ import torch
 import trio
 from torch import Tensor
 
+from node.model.adapters.low_rank import SpanAdapter
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
 from node.runtime.compute_thread import Runner
@@ -72,6 +73,10 @@ class EngineSpan(MeasuredSpan, Protocol):
         """Whether a session's cache can go back to any earlier position."""
 
     @property
+    def block_values(self) -> float:
+        """Numbers in the matrices of a block, on the average."""
+
+    @property
     def shapes(self) -> Sequence[BlockShape | None]:
         """The shape of each block's cache, None for a convolution."""
 
@@ -92,11 +97,20 @@ class EngineSpan(MeasuredSpan, Protocol):
         *,
         rope_length: int = 0,
         prompts: Tensor | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> Tensor:
         """See `Span.forward`."""
 
     def decode(
-        self, hidden: Tensor, caches: Sequence[Any], start: int, stop: int, /, *, rope_lengths: Sequence[int]
+        self,
+        hidden: Tensor,
+        caches: Sequence[Any],
+        start: int,
+        stop: int,
+        /,
+        *,
+        rope_lengths: Sequence[int],
+        adapters: Sequence[SpanAdapter | None] | None = None,
     ) -> Tensor:
         """See `Span.decode`."""
 
@@ -122,6 +136,7 @@ class _Step(_Work):
     body: Buffer = field(kw_only=True)
     wanted: int = field(kw_only=True)
     prompts: Tensor | None = field(kw_only=True, default=None)
+    adapter: SpanAdapter | None = field(kw_only=True, default=None)
     hidden: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
 
@@ -202,6 +217,7 @@ class Engine:
         *,
         whole: bool,
         prompts: Tensor | None = None,
+        adapter: SpanAdapter | None = None,
         prefix: str = "",
     ) -> Answer:
         """Compute one step: hidden states in the contract's codec in, and its outputs in that codec out.
@@ -210,6 +226,7 @@ class Engine:
         cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
         prompts: deep prompts for some of its positions, see `Span.forward`; the step then runs as a prefill.
+        adapter: of the session, for all its blocks.
         prefix: of the peer's network address.
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
         nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
@@ -220,12 +237,15 @@ class Engine:
             next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
             now + self.limits.step_wait_seconds, prefix=prefix,
         )  # fmt: skip
+        if adapter is not None:
+            job = self._with_adapter(job, adapter)
         wanted = what.tokens if whole else what.reply_tokens
         return await self._answer(
             _Step(
-                job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted, prompts=prompts
+                job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted,
+                prompts=prompts, adapter=adapter,
             )
-        )
+        )  # fmt: skip
 
     @property
     def part_positions(self) -> int:
@@ -241,12 +261,13 @@ class Engine:
         parts: Sequence[tuple[int, int]],
         work: Parts,
         *,
+        adapter: SpanAdapter | None = None,
         prefix: str = "",
     ) -> Answer:
         """Run `work` in the torch thread, a part for each batch that the batcher gives this request.
 
         rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  Batches of
-        steps may run between two parts; no part of another request does.
+        steps may run between two parts; no part of another request does.  adapter: that `work` computes with.
         Raises Refused, TooManyStreams (nothing was done), and the PeerFault that `work` raises.
         """
         start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
@@ -254,7 +275,14 @@ class Engine:
             next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts),
             prefix=prefix,
         )  # fmt: skip
+        if adapter is not None:
+            job = self._with_adapter(job, adapter)
         return await self._answer(_Request(job, self._clock(), work=work))
+
+    def _with_adapter(self, job: Job, adapter: SpanAdapter) -> Job:
+        values = self.span.block_values * (job.stop - job.start)
+        weight = 1 + adapter.values(job.start, job.stop) / max(values, 1.0)
+        return replace(job, weight=weight, adapter=adapter.id)
 
     async def measure_again(self) -> None:
         """Measure a decode step, for about IDLE_MEASURE_SECONDS; call this when nothing is served.
@@ -324,7 +352,7 @@ class Engine:
         return settled, resume_at
 
     def _observe(
-        self, kind: Kind, size: tuple[int, int], works: Sequence[_Work], began: float, ended: float
+        self, kind: Kind, size: tuple[float, int], works: Sequence[_Work], began: float, ended: float
     ) -> None:
         """Update the announced figures by a batch.  size: its blocks, and its rows times tokens."""
         if kind is Kind.STATELESS:
@@ -388,20 +416,27 @@ class Engine:
 
         Each step joins at its first block and leaves after its last.
         """
-        rows_of, jobs = [], []
+        rows_of, jobs, mixed = [], [], False
         for step in steps:
             step.cache.reserve(step.what.position + 1)
             rows_of.append(step.contract.batch)
             jobs.append(step.job)
+            mixed = mixed or step.adapter is not None
         parts = list(torch.split(hidden, rows_of))
         for start, stop, active in segments(jobs):
             caches, lengths, given, sizes = [], [], [], []
+            adapters: list[SpanAdapter | None] | None = None
+            if mixed:
+                active = _by_adapter(steps, active)
+                adapters = [steps[index].adapter for index in active]
             for index in active:
                 caches.append(steps[index].cache)
                 lengths.append(steps[index].what.rope_length)
                 given.append(parts[index])
                 sizes.append(rows_of[index])
-            rows = self.span.decode(torch.cat(given), caches, start, stop, rope_lengths=lengths)
+            rows = self.span.decode(
+                torch.cat(given), caches, start, stop, rope_lengths=lengths, adapters=adapters
+            )
             for index, part in zip(active, torch.split(rows, sizes), strict=True):
                 parts[index] = part
         for step in steps:
@@ -417,7 +452,7 @@ class Engine:
             given = step.hidden[:, piece.offset : piece.offset + piece.tokens]
             answer = self.span.forward(
                 given, step.cache, step.what.position + piece.offset, contract.start, contract.stop,
-                rope_length=step.what.rope_length, prompts=step.prompts,
+                rope_length=step.what.rope_length, prompts=step.prompts, adapter=step.adapter,
             )  # fmt: skip
             wanted_from = step.job.tokens - step.wanted - piece.offset
             if wanted_from < piece.tokens:
@@ -434,6 +469,17 @@ class Engine:
             settled.append((step, outcome.Error(own)))
         else:
             settled.append((step, outcome.Value(Answer(body, int(step.seconds * 1e6)))))
+
+
+def _by_adapter(steps: Sequence[_Step], active: Sequence[int]) -> tuple[int, ...]:
+    """These indices of steps, those of one adapter next to each other; those without one come first."""
+
+    def place(index: int) -> int:
+        adapter = steps[index].adapter
+        return -1 if adapter is None else first.setdefault(id(adapter), index)
+
+    first: dict[int, int] = {}
+    return tuple(sorted(active, key=place))
 
 
 def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Tensor]:

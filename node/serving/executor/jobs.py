@@ -25,6 +25,8 @@ class Job:
     begun goes on.  parts: of a stateless request, the blocks [start, stop) of each part, in order; empty for
     a request that runs whole.
     prefix: of the peer's network address; peers of one prefix may be one machine with many ids.  "": unknown.
+    weight: of a block with its adapter against one without: 1 + adapter values / block values.
+    adapter: its id, "" for none; a batch reads its values once for all jobs that have it.
     """
 
     number: int
@@ -37,6 +39,8 @@ class Job:
     deadline: float = math.inf
     parts: tuple[tuple[int, int], ...] = ()
     prefix: str = ""
+    weight: float = 1
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +80,25 @@ def segments(jobs: Sequence[Job]) -> list[tuple[int, int, tuple[int, ...]]]:
     return runs
 
 
-def size_of(batch: Batch) -> tuple[int, int, list[int]]:
+def run_of(piece: Piece) -> tuple[int, int]:
+    """The blocks [start, stop) of a piece."""
+    job = piece.job
+    return job.parts[piece.part] if job.parts else (job.start, job.stop)
+
+
+def size_of(batch: Batch) -> tuple[float, int, list[float]]:
     """Blocks that a batch runs through, each counted once; its rows times tokens; the work of each piece.
 
-    The work of a piece is its rows times tokens times blocks.
+    The values of an adapter count as a part of the blocks, once for each adapter.  The work of a piece is its
+    rows times tokens times blocks, times its job's weight.
     """
-    blocks, positions, works = set[int](), 0, []
+    blocks, positions, works, added = set[int](), 0, list[float](), dict[str, float]()
     for piece in batch:
         job = piece.job
         start, stop = job.parts[piece.part] if job.parts else (job.start, job.stop)
         blocks.update(range(start, stop))
         positions += job.rows * piece.tokens
-        works.append(job.rows * piece.tokens * (stop - start))
-    return len(blocks), positions, works
+        works.append(job.rows * piece.tokens * (stop - start) * job.weight)
+        if job.adapter:
+            added[job.adapter] = max(added.get(job.adapter, 0.0), (job.weight - 1) * (stop - start))
+    return (len(blocks) + sum(added.values()) if added else len(blocks)), positions, works

@@ -66,7 +66,7 @@ class Rates:
     def __post_init__(self) -> None:
         self.alone = self.decode_seconds_per_block
 
-    def observe(self, rows_tokens: int, blocks: int, seconds: float, decode: bool) -> None:
+    def observe(self, rows_tokens: int, blocks: float, seconds: float, decode: bool) -> None:
         """Fold a served batch into the running figures.
 
         rows_tokens: rows of a decode batch, or rows times tokens of a prefill's chunk.
