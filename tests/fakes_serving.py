@@ -210,9 +210,7 @@ class FakeSpan:
         for cache, rope_length, adapter in zip(caches, rope_lengths, owners, strict=True):
             length = cache.length
             rows = hidden[first : first + cache.batch, None]
-            answer = self.forward(
-                rows, cache, length, start, stop, rope_length=rope_length, adapter=adapter
-            )
+            answer = self.forward(rows, cache, length, start, stop, rope_length=rope_length, adapter=adapter)
             parts.append(answer[:, 0])
             cache.length = length  # the caller that merged them moves it on
             first += cache.batch

@@ -70,7 +70,9 @@ class _Merged(nn.Module):
 
 @contextmanager
 def merged(
-    whole: Any, adapter: SpanAdapter | None, leaves: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
+    whole: Any,
+    adapter: SpanAdapter | None,
+    leaves: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[None]:
     """The whole model computes with the adapter within the context, added to its weights.
 

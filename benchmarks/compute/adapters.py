@@ -128,9 +128,7 @@ def random_adapter(span: Any, seed: int, rank: int, names: Sequence[str]) -> Any
     def matrices(ins: int, outs: int) -> LowRank:
         a = torch.randn(rank, ins, generator=generator) / math.sqrt(ins)
         b = torch.randn(outs, rank, generator=generator) * 0.01
-        return LowRank(
-            a.to(span.device, torch.bfloat16), b.to(span.device, torch.bfloat16), 2.0
-        )
+        return LowRank(a.to(span.device, torch.bfloat16), b.to(span.device, torch.bfloat16), 2.0)
 
     return SpanAdapter(
         f"{rank:02}-{seed:02}",

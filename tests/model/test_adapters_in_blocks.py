@@ -1,4 +1,4 @@
-"""Adapters inside the blocks of every supported architecture, against the whole model with changed weights."""
+"""Adapters in the blocks of every supported architecture, against the whole model with changed weights."""
 
 from __future__ import annotations
 

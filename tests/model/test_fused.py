@@ -14,6 +14,8 @@ from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.weights import decode_kernels, kernels
+from node.model.weights import low_rank_kernel as kernel
+from tests.lora_fixtures import random_adapter
 from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
@@ -153,6 +155,13 @@ def test_several_threads_change_no_bit_of_a_block():
     angles = torch.rand(8, head, generator=generator).numpy()
     places, slots = np.zeros(rows, np.int64), np.arange(rows)
     hidden = torch.randn(rows, width, generator=generator).numpy()
+    shapes = dict.fromkeys(decode_kernels.SITES, (width, 256)) | {
+        "q_proj": (width, 512), "o_proj": (512, width), "down_proj": (inner, width),
+        "gate_proj": (width, inner), "up_proj": (width, inner),
+    }  # fmt: skip
+    adapter = random_adapter({0: shapes}, 1)
+    low = [kernel.function().address, 1, adapter.table_at(decode_kernels.SITES, kernel), 5, 40]
+    updates = np.array(low, np.int64)
     answers = []
     for threads in (None, 2):
         before, after = decode_kernels.halves(dtype, together=threads is not None)
@@ -162,11 +171,12 @@ def test_several_threads_change_no_bit_of_a_block():
             assert together == (threads is not None)
             before(
                 0, 1, threads, qkv_at, norm, 1e-5, residual, qkv, 8, keys, values, places, slots, angles,
-                angles, True, empty, empty,
+                angles, True, empty, empty, updates.ctypes.data, 0,
             )  # fmt: skip
             after(
-                0, 1, threads, out_at, norm, 1e-5, gate_up_at, down_at, inner, qkv[:, :512].copy(), residual
-            )
+                0, 1, threads, out_at, norm, 1e-5, gate_up_at, down_at, inner, qkv[:, :512].copy(), residual,
+                updates.ctypes.data, 0,
+            )  # fmt: skip
         answers.append((qkv, keys, values, residual))
     for one, many in zip(*answers, strict=True):
         assert np.array_equal(one, many)

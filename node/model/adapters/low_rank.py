@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from tensor_codec.errors import LocalProtocolError
 
+TILE = 16  # outputs in a tile of B, at most: lanes of a vector
+
 
 class LowRank:
     """Low-rank matrices of one linear: a [rank, in] and b [out, rank] of one float dtype, and a scale.
@@ -61,10 +63,8 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both, as they are kept."""
-        kept = self._b if self._b is not None else self._tiles
-        assert kept is not None
-        return self.a.nbytes + kept.nbytes
+        """Bytes of both, with B in tiles: the most that they take."""
+        return self.a.nbytes + -(-self.outs // TILE) * TILE * self.rank * self.a.element_size()
 
     def in_tiles(self, lanes: int) -> Tensor:
         """B as [tiles, rank, lanes], filled up with zeros; from now on it is kept so alone."""

@@ -22,7 +22,7 @@ EXPERTS = "experts"  # the module that holds them
 
 
 def site_paths(block: nn.Module) -> dict[str, str]:
-    """The paths of a block's sites by their names, in the block's order; of a block on the meta device too."""
+    """The paths of a block's sites by their names, in its order; of one on the meta device too."""
     paths = [path for path, _ in _linears(block)]
     shared = Counter(end for path in paths for end in _ends(path))
     return {next(end for end in _ends(path) if shared[end] == 1).replace(".", "_"): path for path in paths}
@@ -40,7 +40,9 @@ def shapes_of(block: nn.Module) -> dict[str, tuple[int, int]]:
 
 def site_shapes(span: Any) -> Mapping[int, Mapping[str, tuple[int, int]]]:
     """(in, out) of the sites of each block of a span.  Any: a `node.model.blocks.span.Span`."""
-    return {block: shapes_of(module) for block, module in numbered_blocks(span, span.start, span.stop).items()}
+    return {
+        block: shapes_of(module) for block, module in numbered_blocks(span, span.start, span.stop).items()
+    }
 
 
 def numbered_blocks(span: Any, start: int, stop: int) -> dict[int, nn.Module]:

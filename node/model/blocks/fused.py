@@ -465,9 +465,10 @@ class FusedSpan:
         """What the kernels add in a step with these groups, rows of `tokens` positions; empty for nothing."""
         if not groups:
             return _NO_UPDATES
+        from node.model.weights import low_rank_kernel as kernel
+
         found = decode_kernels()
         assert found is not None
-        kernel = found.low_rank_kernel
         numbers = [kernel.function().address, len(groups)]
         for each in groups:
             table = each.adapter.table_at(found.SITES, kernel)

@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from node.model.weights import kernels, low_rank_kernel
+from node.model.weights import kernels
 from node.model.weights.low_rank_kernel import add_low_rank
 
 # Sums may be taken in lanes and products fused, so that the compiler makes vectors.  NaN and infinity
@@ -215,7 +215,7 @@ def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any,
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _updated(updates: Any, block: Any, site: Any, x: Any, out: Any, first: Any, outs: Any) -> None:
-    """out[:, first : first + outs] += the low-rank products of a site with x, both with a row for each row."""
+    """out[:, first : first + outs] += the low-rank products of a site with x, row by row."""
     to = out.ctypes.data + first * 4
     add_low_rank(updates, block, site, len(SITES), x.ctypes.data, x.shape[1], to, out.shape[1], outs)
 

@@ -81,7 +81,7 @@ class _Expansion:
         self.prefetch = cgutils.get_or_insert_function(module, take, "llvm.prefetch.p0i8")
 
     def write(self, t: Any, b: Any, rank: Any, scale: Any, out: Any, stride: Any) -> None:
-        """The whole code.  t: address of float32 [rows, rank]; b: of `tiles` tiles; stride: of rows of out."""
+        """The whole code.  t: address of float32 [rows, rank]; b: of the tiles; stride: of rows of out."""
         build = self.build
         before = build.block
         head, inside, after = (build.append_basic_block(name) for name in ("head", "inside", "after"))
