@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from node.model.weights.quantize import PackedLinear
 
 ROUTERS = frozenset({"gate", "router"})  # of the library's mixtures of experts
 EXPERTS = "experts"  # the module that holds them
+_sites: WeakKeyDictionary[nn.Module, Mapping[str, nn.Module]] = WeakKeyDictionary()
 
 
 def site_paths(block: nn.Module) -> dict[str, str]:
@@ -28,14 +30,18 @@ def site_paths(block: nn.Module) -> dict[str, str]:
     return {next(end for end in _ends(path) if shared[end] == 1).replace(".", "_"): path for path in paths}
 
 
-def sites_of(block: nn.Module) -> dict[str, nn.Module]:
-    """A block's sites by their names."""
-    return {name: block.get_submodule(path) for name, path in site_paths(block).items()}
+def sites_of(block: nn.Module) -> Mapping[str, nn.Module]:
+    """A loaded block's sites by their names; looked for once, as every step of a block asks for them."""
+    found = _sites.get(block)
+    if found is None:
+        found = {name: block.get_submodule(path) for name, path in site_paths(block).items()}
+        _sites[block] = found
+    return found
 
 
 def shapes_of(block: nn.Module) -> dict[str, tuple[int, int]]:
     """(in, out) of a block's sites by their names."""
-    return {name: _shape(linear) for name, linear in sites_of(block).items()}
+    return {name: _shape(block.get_submodule(path)) for name, path in site_paths(block).items()}
 
 
 def site_shapes(span: Any) -> Mapping[int, Mapping[str, tuple[int, int]]]:
