@@ -208,7 +208,7 @@ def test_values_that_overflow_spoil_the_rows_of_their_adapter_alone(folder, quan
         pytest.skip("torch's products of more rows may be other sums")
 
     def huge(ins: int, outs: int) -> LowRank:
-        return LowRank(torch.full((4, ins), 1e4), torch.full((outs, 4), 1e4), 1e4)
+        return LowRank(torch.full((4, ins), 1e30), torch.full((outs, 4), 1e30), 1e4)
 
     own = {block: {name: huge(*shape) for name, shape in sites.items()}
            for block, sites in site_shapes(span).items()}  # fmt: skip

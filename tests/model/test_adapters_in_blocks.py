@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 
 # Relative to the largest value.  W x + B (A x) and (W + B A) x are other sums; 4e-6 was the worst seen.
 TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 5e-5  # 1e-5 was the worst seen, on glm4 with its four norms
 SPANS = ((0, 2), (2, BLOCKS))
 
 
@@ -181,7 +182,7 @@ def test_a_backward_gives_the_gradients_of_the_adapter_s_matrices(case, most, mo
         for name, pair in pairs.items():
             for got, wanted in zip(pair, expected[block, name], strict=True):
                 assert got.dtype == torch.float32
-                assert (got - wanted).abs().max() <= TOLERANCE * max(1e-3, float(wanted.abs().max()))
+                assert (got - wanted).abs().max() <= GRADIENT_TOLERANCE * max(1e-3, float(wanted.abs().max()))
 
 
 def test_an_adapter_that_lacks_a_block_of_the_run_is_our_own_fault(case):
