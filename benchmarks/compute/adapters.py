@@ -2,9 +2,10 @@
 
     python -m benchmarks adapters [--model FOLDER] [--quantize int8] [--rows 16] [--json FILE]
 
-One process, no network.  A step of 16 rows without adapters is measured in turn with the steps of each case,
-so that a noisy machine is noisy for both, on the CPU in seconds of the thread; `slowdown` is the ratio of a case's step to the step without, the
-median of all rounds.  `cold_open_extra_ms` and `warm_open_extra_ms` are null where a case opens no session.
+One process, no network.  Steps without adapters are measured in turn with the steps of each case, so that a
+noisy machine is noisy for both; on the CPU with one thread in seconds of the processor.  `slowdown` is the
+ratio of a case's step to the step without, the median of all rounds.  `cold_open_extra_ms` and
+`warm_open_extra_ms` are null where a case opens no session.
 """
 
 from __future__ import annotations
