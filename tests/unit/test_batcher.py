@@ -499,16 +499,14 @@ def test_a_peer_is_charged_for_the_time_that_its_adapter_adds():
 
 def test_further_rows_with_other_adapters_join_only_while_the_batch_is_short():
     def joined(weight: float, names: str) -> int:
-        batcher = batcher_of()
+        batcher = batcher_of(joint_slowdown=3.0)
         submit(batcher, job("watcher"))
         run(batcher)
         steps = [adapted(job("guest"), weight, name) for name in names]
         submit(batcher, job("watcher"), *steps)
         return len(run(batcher)) - 1
 
-    without = joined(1, "aaaa")
-    assert joined(1.2, "aaaa") >= joined(1.2, "abcd")
-    assert joined(1.2, "abcd") < without
+    assert joined(1.2, "abcdefgh") < joined(1.2, "aaaaaaaa") < joined(1, "aaaaaaaa") < 8
 
 
 def test_a_chunk_and_a_request_with_an_adapter_count_as_much_longer():

@@ -141,7 +141,7 @@ class SpanAdapter:
                     if (low := matrices.get(name)) is not None:
                         table[block - first, site] = _entry(low, kernel.LANES)
             self._tables[key] = table
-        return int(table.ctypes.data) - first * len(key) * kernel.ENTRY * table.itemsize
+        return int(table.ctypes.data - first * len(key) * kernel.ENTRY * table.itemsize)
 
 
 def _entry(low: LowRank, lanes: int) -> tuple[int, int, int, int, int]:

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 from node.model.weights import kernels
-from node.model.weights.kernels import AHEAD_BYTES, LANES
+
+LANES = kernels.LANES
 
 # The table of an adapter, int64 [blocks, sites, ENTRY], has for each linear: the address of A [rank, in], the
 # address of B in tiles, the rank (0: nothing is added), the scale (float32, in the lower half), and the bytes
@@ -40,6 +41,7 @@ A, B, RANK, SCALE, BYTES = range(ENTRY)
 HEAD, GROUP = 2, 3
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_BYTE = ir.IntType(8).as_pointer()
 _VECTOR = ir.VectorType(_F32, LANES)
 _ROWS, _TILES = 4, 4  # of a step in the second product: 16 sums and 4 vectors of weights in registers
 _WIDE_ROWS = _ROWS if LANES == 16 else 2  # 16 registers hold half as many
@@ -77,7 +79,7 @@ class _Expansion:
         module = builder.module
         fma = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         self.fma = cgutils.get_or_insert_function(module, fma, f"llvm.fmuladd.v{LANES}f32")
-        take = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
+        take = ir.FunctionType(ir.VoidType(), [_BYTE, _I32, _I32, _I32])
         self.prefetch = cgutils.get_or_insert_function(module, take, "llvm.prefetch.p0i8")
 
     def write(self, t: Any, b: Any, rank: Any, scale: Any, out: Any, stride: Any) -> None:
@@ -118,7 +120,7 @@ class _Expansion:
         # A step reads its tiles next to each other and goes on in the order of the memory.
         ahead = build.add(b, build.mul(j, _I64(self.tiles * LANES * item_bytes)))
         for offset in range(0, self.tiles * LANES * item_bytes, kernels.CACHE_LINE):
-            pointer = build.inttoptr(build.add(ahead, _I64(AHEAD_BYTES + offset)), ir.IntType(8).as_pointer())
+            pointer = build.inttoptr(build.add(ahead, _I64(kernels.AHEAD_BYTES + offset)), _BYTE)
             build.call(self.prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, keep it, data
         now = []
         for row in range(self.rows):
@@ -203,7 +205,7 @@ def _expanded(
 def _last_outputs(item: Any, t: int, b: int, rank: int, scale: Any, out: int, outs: int) -> None:
     """The outputs of a tile that is not full, of one row."""
     line = np.zeros(LANES, np.float32)
-    to = kernels.carray(kernels.floats_at(out), outs)
+    to = carray(kernels.floats_at(out), outs)
     line[:outs] = to
     _one_narrow(item, t, b, rank, scale, line.ctypes.data, LANES)
     to[:] = line[:outs]
