@@ -36,6 +36,8 @@ MANY_PARAMETERS = {
     "client.hf.auto": "the arguments that transformers and Petals have, by name",
     "node.model.weights.kernels": "compiled: numba and LLVM take flat arguments",
     "node.model.weights.decode_kernels": "compiled: numba and LLVM take flat arguments",
+    "node.serving.executor.engine.Engine.step": "a step as its session knows it, by name",
+    "node.model.weights.low_rank_kernel": "compiled: numba and LLVM take flat arguments",
 }
 
 

@@ -215,9 +215,10 @@ def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any,
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _updated(updates: Any, block: Any, site: Any, x: Any, out: Any, first: Any, outs: Any) -> None:
-    """out[:, first : first + outs] += the low-rank products of a site with x, row by row."""
-    to = out.ctypes.data + first * 4
-    add_low_rank(updates, block, site, len(SITES), x.ctypes.data, x.shape[1], to, out.shape[1], outs)
+    """out[:, first : first + outs] += the low-rank products of a site with x, where there are updates."""
+    if updates:
+        to = out.ctypes.data + first * 4
+        add_low_rank(updates, block, site, len(SITES), x.ctypes.data, x.shape[1], to, out.shape[1], outs)
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -266,11 +267,10 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         normed = np.empty(hidden.shape, np.float32)
         _normed(hidden, norm, eps, normed)
         _multiplied(item, size, threads, matrix, normed, qkv)
-        if updates:
-            queries, others = heads * keys.shape[2], keys.shape[1] * keys.shape[2]
-            _updated(updates, block, 0, normed, qkv, 0, queries)
-            _updated(updates, block, 1, normed, qkv, queries, others)
-            _updated(updates, block, 2, normed, qkv, queries + others, others)
+        queries, others = heads * keys.shape[2], keys.shape[1] * keys.shape[2]
+        _updated(updates, block, 0, normed, qkv, 0, queries)
+        _updated(updates, block, 1, normed, qkv, queries, others)
+        _updated(updates, block, 2, normed, qkv, queries + others, others)
         _rotated_and_kept(
             qkv, heads, keys, values, positions, slots, cos, sin, rotary, query_norm, key_norm, eps
         )
@@ -285,18 +285,15 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         given, both = np.empty((rows, width), np.float32), np.empty((rows, 2 * inner), np.float32)
         gated = np.empty((rows, inner), np.float32)
         _multiplied(item, size, threads, out, attended, given)
-        if updates:
-            _updated(updates, block, 3, attended, given, 0, width)
+        _updated(updates, block, 3, attended, given, 0, width)
         _add(given, hidden)
         _normed(hidden, norm, eps, given)
         _multiplied(item, size, threads, gate_up, given, both)
-        if updates:
-            _updated(updates, block, 4, given, both, 0, inner)
-            _updated(updates, block, 5, given, both, inner, inner)
+        _updated(updates, block, 4, given, both, 0, inner)
+        _updated(updates, block, 5, given, both, inner, inner)
         _gated(both, gated)
         _multiplied(item, size, threads, down, gated, given)
-        if updates:
-            _updated(updates, block, 6, gated, given, 0, width)
+        _updated(updates, block, 6, gated, given, 0, width)
         _add(given, hidden)
 
     item, threads = kernels.ITEMS[dtype], "int64" if together else "none"
