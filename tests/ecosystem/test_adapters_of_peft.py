@@ -44,7 +44,7 @@ def with_peft(whole: Any) -> dict[int, dict[str, Any]]:
     config = LoraConfig(r=RANK, lora_alpha=6, target_modules=targets, lora_dropout=0.0)
     torch.manual_seed(5)
     inject_adapter_in_model(config, whole)
-    found = {
+    found: dict[int, dict[str, Any]] = {
         number: {name: block.get_submodule(path) for name, path in own.items()}
         for number, (block, own) in enumerate(zip(blocks_of(whole), sites, strict=True))
     }
