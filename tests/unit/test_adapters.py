@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensor_codec.adapters import (
+    AdapterContent,
     AdapterManifest,
     LoraSite,
     adapter_id,
@@ -145,7 +146,7 @@ def test_the_manifest_that_the_bad_ones_differ_from_is_good():
         ({"names": ["../x", "v_proj"]}, "site is '../x'"),
         ({"names": [7]}, "site is 7"),
         ({"names": []}, "name 0 of 0"),
-        ({"names": ["a"] * 65}, "names"),
+        ({"names": ["a"] * 65}, "65 exceeds max_array_len(64)"),
         ({"tables": "text"}, "tables of a manifest is a str"),
         ({"tables": table((0, 0, 1.0))}, "rank 0 at 'q_proj', 1..64 is allowed"),
         ({"tables": table((0, 65, 1.0))}, "rank 65 at 'q_proj', 1..64 is allowed"),
@@ -184,3 +185,10 @@ def test_a_manifest_with_one_byte_changed_is_another_one_or_an_error(at, value):
     except MessageError:
         return
     assert decode_manifest(encode_manifest(found), LIMITS) == found
+
+
+def test_content_has_the_id_and_digests_of_its_blobs():
+    content = AdapterContent(MANIFEST, tuple(bytes([block]) for block in range(4)))
+    assert list(content.digests) == DIGESTS
+    assert content.id == adapter_id(MANIFEST, DIGESTS)
+    assert content.nbytes == 4

@@ -17,6 +17,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast
 
 import msgpack
@@ -32,6 +33,7 @@ AdapterKind = Literal["lora", "prefix"]
 ADAPTER_DTYPES: dict[str, int] = {"bf16": 2, "fp32": 4}  # bytes of a value
 ADAPTER_KINDS = ("lora", "prefix")
 ID_DOMAIN = b"raceme-adapter-1\0"
+MAX_VALUE = 1e4  # of A and B: what is larger overflows the 16 bits of a row
 MAX_SCALE = 1e4  # peft's largest in use: alpha 256 at rank 1
 MAX_VIRTUAL_TOKENS = 4096  # positions of a prefix, those of a short context
 _ID = re.compile("[0-9a-f]{64}")
@@ -66,6 +68,29 @@ class AdapterManifest:
     blocks: tuple[tuple[LoraSite, ...], ...]
     kind: AdapterKind = "lora"
     virtual_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterContent:
+    """An adapter at one moment: the manifest, and the blob of every block of the model."""
+
+    manifest: AdapterManifest
+    blobs: tuple[bytes, ...]
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of every blob."""
+        return tuple(blob_digest(blob) for blob in self.blobs)
+
+    @cached_property
+    def id(self) -> str:
+        """The adapter's id."""
+        return adapter_id(self.manifest, self.digests)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blobs."""
+        return sum(map(len, self.blobs))
 
 
 def is_adapter_id(name: str) -> bool:

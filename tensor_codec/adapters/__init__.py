@@ -1,0 +1,43 @@
+"""An adapter as bytes: its manifest, its id, and the sizes of its blobs."""
+
+from tensor_codec.adapters.manifest import (
+    ADAPTER_DTYPES,
+    ADAPTER_KINDS,
+    MAX_SCALE,
+    MAX_VALUE,
+    MAX_VIRTUAL_TOKENS,
+    AdapterContent,
+    AdapterDtype,
+    AdapterKind,
+    AdapterManifest,
+    LoraSite,
+    adapter_id,
+    blob_bytes,
+    blob_digest,
+    decode_manifest,
+    encode_manifest,
+    is_adapter_id,
+    prefix_bytes,
+    site_bytes,
+)
+
+__all__ = [
+    "ADAPTER_DTYPES",
+    "ADAPTER_KINDS",
+    "MAX_SCALE",
+    "MAX_VALUE",
+    "MAX_VIRTUAL_TOKENS",
+    "AdapterContent",
+    "AdapterDtype",
+    "AdapterKind",
+    "AdapterManifest",
+    "LoraSite",
+    "adapter_id",
+    "blob_bytes",
+    "blob_digest",
+    "decode_manifest",
+    "encode_manifest",
+    "is_adapter_id",
+    "prefix_bytes",
+    "site_bytes",
+]
