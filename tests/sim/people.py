@@ -18,6 +18,7 @@ from torch import Tensor
 from client.generation.conversation import Conversation
 from client.session.session import Session
 from client.swarm import Swarm
+from node.model.adapters.low_rank import SpanAdapter
 from node.network.streams import FramedStream
 from routing.blocks import Blocks
 from routing.chains.search import NoChain
@@ -121,9 +122,11 @@ class Span(FakeSpan):
         *,
         rope_length: int = 0,
         prompts: Tensor | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> Tensor:
         """[batch, tokens, hidden] -> the same shape, as `FakeSpan.forward` without angles."""
         assert prompts is None, "no session here has any"
+        assert adapter is None, "nor one of these"
         assert isinstance(cache, CountingCache)
         assert self.start <= start < stop <= self.stop
         if position != cache.length:
