@@ -64,13 +64,12 @@ class BatchCosts:
         self.of = {kind: Cost(fixed, per_position) for kind in Kind}
         self.single = fixed + per_position
 
-    def learn(self, kind: Kind, blocks: int, work: int, seconds: float) -> None:
+    def learn(self, kind: Kind, blocks: float, work: float, seconds: float) -> None:
         """Correct the predictions by a batch: see `Cost.learn`."""
-        if work > blocks or kind is Kind.STATELESS:
+        alone = work < blocks * (1 + 1e-9)  # equal, but for the rounding of an adapter's weight
+        if not alone or kind is Kind.STATELESS:
             self.of[kind].learn(blocks, work, seconds)
-        if kind is Kind.DECODE and (
-            work == blocks or seconds < self.single * blocks
-        ):  # more rows are no faster
+        if kind is Kind.DECODE and (alone or seconds < self.single * blocks):  # more rows are no faster
             self.single += LEARNING * (min(seconds / blocks, OUTLIER_FACTOR * self.single) - self.single)
             self.single = max(MIN_SECONDS, self.single)
 
