@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from client.adapters.upload import AnyAdapter
     from client.batch_parts import KeptInputs
     from client.config import ClientConfig
+    from client.forward_backward import Gradients
     from client.generation.generate import Token
     from client.generation.generation_config import Settings
     from client.generation.options import GenerateArguments, GenerateOptions
@@ -158,7 +160,13 @@ class SwarmFacts(Protocol):
     def usual_length(self, batch: int = 1) -> int:
         """See `Swarm.usual_length`."""
 
-    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> ConversationLike:
+    def conversation(
+        self,
+        max_length: int | None = None,
+        *,
+        adapter: AnyAdapter | None = None,
+        trace: Trace | None = None,
+    ) -> ConversationLike:
         """See `Swarm.conversation`."""
 
 
@@ -180,18 +188,31 @@ class SwarmLike(SwarmFacts, Protocol):
         options: GenerateOptions | None = None,
         *,
         conversation: Any = None,  # Any: what `conversation` of this swarm gave
+        adapter: AnyAdapter | None = None,
         trace: Trace | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
         """See `Swarm.generate`.  A few tokens may wait for a slow consumer."""
 
     async def forward(
-        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Tensor:
         """See `Swarm.forward`."""
 
     async def forward_kept(
-        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> tuple[Tensor, KeptInputs]:
         """See `Swarm.forward_kept`."""
 
@@ -203,8 +224,21 @@ class SwarmLike(SwarmFacts, Protocol):
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Swarm.backward`."""
+
+    async def gradients(
+        self,
+        hidden: Tensor | KeptInputs,
+        grad: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
+    ) -> Gradients:
+        """See `Swarm.gradients`."""
 
     def session(
         self,
@@ -214,6 +248,7 @@ class SwarmLike(SwarmFacts, Protocol):
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> AbstractAsyncContextManager[SessionLike]:
         """See `Swarm.session`."""
 
@@ -225,6 +260,7 @@ class SwarmLike(SwarmFacts, Protocol):
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> SessionLike:
         """See `Swarm.open_session`."""
 
@@ -253,18 +289,31 @@ class SyncSwarm(SwarmFacts, Protocol):
         options: GenerateOptions | None = None,
         *,
         conversation: Any = None,  # Any: what `conversation` of this swarm gave
+        adapter: AnyAdapter | None = None,
         trace: Trace | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> Generator[Token, None, None]:
         """See `Swarm.generate`.  Any end of the loop ends the session."""
 
     def forward(
-        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Tensor:
         """See `Swarm.forward`."""
 
     def forward_kept(
-        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> tuple[Tensor, KeptInputs]:
         """See `Swarm.forward_kept`."""
 
@@ -276,8 +325,21 @@ class SyncSwarm(SwarmFacts, Protocol):
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Swarm.backward`."""
+
+    def gradients(
+        self,
+        hidden: Tensor | KeptInputs,
+        grad: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
+    ) -> Gradients:
+        """See `Swarm.gradients`."""
 
     def session(
         self,
@@ -287,6 +349,7 @@ class SyncSwarm(SwarmFacts, Protocol):
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> AbstractContextManager[SyncSession]:
         """See `Swarm.session`."""
 
@@ -298,6 +361,7 @@ class SyncSwarm(SwarmFacts, Protocol):
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> SyncSession:
         """See `Swarm.open_session`."""
 

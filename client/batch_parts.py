@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from client.adapters.upload import AdapterUse
 from client.session.terms import SessionPrompts, Terms
 from node.model.checkpoint.info import ModelInfo
 from node.runtime.values import shown
@@ -20,6 +22,7 @@ from routing.names import PeerId
 from tensor_codec.codecs import encode_hidden
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
+from tensor_codec.messages.gradients import Summed
 
 # Of all rows of one request, unless one row is longer: see client.generation.conversation.
 REQUEST_POSITIONS = 512
@@ -41,12 +44,23 @@ class HopInput:
     tape: bytes = b""
 
 
+class Sums(Protocol):
+    """Where the gradients of a call's adapter are added: `client.adapters.sums.CallSums`."""
+
+    def at(self, hop: Hop, number: int) -> Summed | None:
+        """The sum at a hop, and the request's place in it; None where the hop's blocks have no site."""
+
+    def confirmed(self, hop: Hop, part: Part, hidden: Tensor, grad: Tensor) -> None:
+        """A hop has answered a request."""
+
+
 @dataclass(slots=True)
 class Part:
     """Some rows of a call, through blocks [start, stop).
 
     grad: of the loss at the output, for a backward.  prompts: of all rows, a row of them for each block.
     tensors: of its largest request, each of the size of `hidden`.  planned: the peers of its chain.
+    adapter: of the call.  sums: of its gradients; number: of the part in them.
     """
 
     hidden: Tensor
@@ -56,6 +70,9 @@ class Part:
     prompts: Tensor | None = None
     tensors: int = 1
     planned: tuple[PeerId, ...] = ()
+    adapter: AdapterUse | None = None
+    sums: Sums | None = None
+    number: int = 0
 
     @property
     def positions(self) -> int:
@@ -80,6 +97,10 @@ class Part:
             own = None if self.grad is None else self.grad[i : i + rows]
             parts.append(replace(self, hidden=self.hidden[i : i + rows], grad=own))
         return parts
+
+    def begin_sums(self, sums: Sums, number: int) -> None:
+        """Have the gradients of its adapter added there, under this number."""
+        self.sums, self.number = sums, number
 
     def plan(self, peers: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
         """Take another chain; returns the peers of the one before."""
@@ -116,13 +137,15 @@ class KeptInputs:
     """The input of every server of a forward, so that a backward need not run the forward again.
 
     Made by `Swarm.forward_kept`; good for any number of backwards until `release`, or until the program drops
-    it.  start, stop: the blocks.  shape: of the hidden states, [batch, tokens, hidden].
+    it.  start, stop: the blocks.  shape: of the hidden states, [batch, tokens, hidden].  adapter: of that
+    call, and of the backwards.
     """
 
     start: int
     stop: int
     shape: tuple[int, ...]
     _parts: tuple[KeptPart, ...] | None = field(repr=False)
+    adapter: AdapterUse | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -14,10 +14,9 @@ input, which is here in any case.
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -25,6 +24,8 @@ import torch
 import trio
 from torch import Tensor
 
+from client.adapters.sums import CallSums, HopSum
+from client.adapters.upload import AdapterUse, Needs
 from client.batch_parts import (
     LEAST_POSITIONS,
     BatchCutter,
@@ -36,34 +37,33 @@ from client.batch_parts import (
 )
 from client.chains.avoided_peers import AvoidedPeers
 from client.chains.chooser import PeerStream
+from client.request_streams import Asked, RequestStreams
 from node.model.checkpoint.info import ModelInfo
 from node.runtime.compute_thread import Runner
 from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop, NoChain
 from routing.names import PeerId
 from tensor_codec.codecs import decode_hidden, encode_hidden
-from tensor_codec.errors import BadResult, NoTape, PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.errors import BadResult, NoAdapter, NoTape, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import Contract, codec_for
-from tensor_codec.messages.fields import Failed
+from tensor_codec.messages.contract import codec_for
 from tensor_codec.messages.forward_backward import (
     TAPE_ID_BYTES,
     Backward,
     Forward,
     Output,
     Run,
-    decode_output,
     encode_request,
     prompts_contract,
     request_contract,
 )
+from tensor_codec.messages.gradients import Collect, Summed
 from tensor_codec.span_spec import SpanSpec
 
 T = TypeVar("T")
 OpenStream = Callable[[PeerId], Awaitable[PeerStream]]
 
-REQUEST_STEPS = 3  # times a step's seconds that a request may take: it gives way to others' decode steps
 UNDER_WAY = 8  # requests of one call, at all peers together
 UNDER_WAY_PER_PEER = 3  # one comes, one is computed, one goes back; within max_compute_streams_per_peer
 
@@ -79,20 +79,25 @@ class FindChain(Protocol):
         positions: int,
         waiting: Mapping[PeerId, int],
         other_hops: int,
-        prompts: bool,
+        needs: Needs,
     ) -> Awaitable[Chain]:
         """positions: of all rows.  waiting: see `cheapest_chain`.
-        other_hops: hops of the whole chain for other blocks.  prompts: whether each must take deep prompts.
+        other_hops: hops of the whole chain for other blocks.  needs: that each hop must meet.
 
         Raises NoChain when none came up in time.
         """
 
 
 class Gradients(NamedTuple):
-    """The answer of a backward.  prompts: None where there are none."""
+    """The answer of a backward.  prompts: None where there are none.
+
+    adapter: for each block with sites the gradient of the values of its blob, in their order, float32 and
+    flat: the sum over all rows; None where the client has brought no adapter.
+    """
 
     hidden: Tensor
     prompts: Tensor | None
+    adapter: Mapping[int, Tensor] | None = None
 
 
 class _Question(NamedTuple):
@@ -113,14 +118,6 @@ class _Answer(NamedTuple):
     tensor: Tensor
     prompts: Tensor | None
     tape: bytes
-
-
-class _Asked(NamedTuple):
-    """A request on its way: the parts of its frame, and what its answer is read against."""
-
-    parts: list[Buffer]
-    contract: Contract
-    prompts: int  # positions of the prompts whose gradient comes back, 0 for none
 
 
 @dataclass(slots=True)
@@ -147,40 +144,57 @@ class ForwardBackward:
     give_up_seconds: float = 120.0
     _planned: Counter[PeerId] = field(default_factory=Counter)  # parts under way whose chain has the peer
     _limiters: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
-    _idle: defaultdict[PeerId, list[PeerStream]] = field(default_factory=lambda: defaultdict(list))
+    _streams: RequestStreams = field(init=False)
     _cutter: BatchCutter = field(init=False)
 
     def __post_init__(self) -> None:
         self._cutter = BatchCutter(self.info, self.limits, self.codec)
+        self._streams = RequestStreams(self.open_stream, self.limits, self.step_seconds)
 
-    async def forward(self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None) -> Tensor:
+    async def forward(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        prompts: Tensor | None = None,
+        adapter: AdapterUse | None = None,
+    ) -> Tensor:
         """Blocks [start, stop) on `hidden`: see `client.swarm.Swarm.forward`."""
-        parts = await self._cut(hidden, start, stop, prompts=prompts)
+        parts = await self._cut(hidden, Blocks(start, stop), adapter, prompts=prompts)
         done = await self._each(parts, partial(self._forward_part, tapes=False))
         return await self.compute.run(torch.cat, [output for _, output in done])
 
     async def forward_kept(
-        self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        prompts: Tensor | None = None,
+        adapter: AdapterUse | None = None,
     ) -> tuple[Tensor, KeptInputs]:
         """`forward`, and the inputs of all hops: see `client.swarm.Swarm.forward_kept`."""
-        parts = await self._cut(hidden, start, stop, prompts=prompts, tensors=2)
+        parts = await self._cut(hidden, Blocks(start, stop), adapter, prompts=prompts, tensors=2)
         done = await self._each(parts, partial(self._forward_part, tapes=True))
         output = await self.compute.run(torch.cat, [output for _, output in done])
         kept = tuple(KeptPart(part, tuple(inputs)) for part, (inputs, _) in zip(parts, done, strict=True))
-        return output, KeptInputs(start, stop, tuple(output.shape), kept)
+        return output, KeptInputs(start, stop, tuple(output.shape), kept, adapter)
 
     async def backward(
-        self, hidden: Tensor, grad: Tensor, start: int, stop: int, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        grad: Tensor,
+        start: int,
+        stop: int,
+        prompts: Tensor | None = None,
+        adapter: AdapterUse | None = None,
     ) -> Gradients:
         """The gradient with respect to `hidden`: see `client.swarm.Swarm.backward`."""
-        parts = await self._cut(hidden, start, stop, grad=grad, prompts=prompts, tensors=2)
-
-        async def forward_and_back(part: Part) -> tuple[list[HopInput], Gradients]:
-            hops, _ = await self._onward(part, part.hidden, Blocks(part.start, part.stop), to_the_end=False)
-            return await self._back(part, hops)
-
-        done = await self._each(parts, forward_and_back)
-        return await self.compute.run(_joined, [found for _, found in done])
+        run = Blocks(start, stop)
+        parts = await self._cut(hidden, run, adapter, grad=grad, prompts=prompts, tensors=2)
+        sums = _sums_for(parts, adapter)
+        done = await self._each(parts, self._forward_and_back)
+        found = await self.compute.run(_joined, [found for _, found in done])
+        return found._replace(adapter=await self._collect(sums))
 
     async def backward_kept(self, kept: KeptInputs, grad: Tensor) -> Gradients:
         """The gradient with respect to the input of a `forward_kept`: see `client.swarm.Swarm.backward`."""
@@ -188,6 +202,7 @@ class ForwardBackward:
         grad = await self.compute.run(self._cutter.gradient, grad, kept.shape)
         rows = torch.split(grad, [len(each.part.hidden) for each in parts])
         again = [each.again(some) for each, some in zip(parts, rows, strict=True)]
+        sums = _sums_for(again, kept.adapter)
         inputs = {id(part): each.inputs for part, each in zip(again, parts, strict=True)}
 
         async def back(part: Part) -> tuple[list[HopInput], Gradients]:
@@ -196,13 +211,14 @@ class ForwardBackward:
 
         done = await self._each(again, back)
         kept.follow([hops for hops, _ in done])
-        return await self.compute.run(_joined, [found for _, found in done])
+        found = await self.compute.run(_joined, [found for _, found in done])
+        return found._replace(adapter=await self._collect(sums))
 
     async def _cut(
         self,
         hidden: Tensor,
-        start: int,
-        stop: int,
+        run: Blocks,
+        adapter: AdapterUse | None,
         *,
         grad: Tensor | None = None,
         prompts: Tensor | None = None,
@@ -213,11 +229,12 @@ class ForwardBackward:
         The chain that the first one would take says whether small parts pay.
         """
         cut = partial(self._cutter.cut, grad=grad, prompts=prompts, tensors=tensors)
-        parts: list[Part] = await self.compute.run(cut, hidden, start, stop)
+        whole: list[Part] = await self.compute.run(cut, hidden, *run)
+        parts = [replace(part, adapter=adapter) for part in whole]
         positions = sum(part.positions for part in parts)
         if positions <= LEAST_POSITIONS:
             return parts
-        chain = await self._chain(parts[0], start, stop, 0)
+        chain = await self._chain(parts[0], *run, 0)
         size = positions_of_a_request(positions, len(chain.hops))
         return [each for part in parts for each in part.divided(size)]
 
@@ -250,6 +267,33 @@ class ForwardBackward:
     async def _forward_part(self, part: Part, *, tapes: bool) -> tuple[list[HopInput], Tensor]:
         run = Blocks(part.start, part.stop)
         return await self._onward(part, part.hidden, run, to_the_end=True, tapes=tapes)
+
+    async def _forward_and_back(self, part: Part) -> tuple[list[HopInput], Gradients]:
+        hops, _ = await self._onward(part, part.hidden, Blocks(part.start, part.stop), to_the_end=False)
+        return await self._back(part, hops)
+
+    async def _collect(self, sums: CallSums | None) -> Mapping[int, Tensor] | None:
+        """The gradients of a call's adapter, by blocks.  Sums that are lost are computed again.
+
+        Raises the errors of a backward.
+        """
+        if sums is None:
+            return None
+        deadline = trio.current_time() + self.give_up_seconds
+        while wanted := sums.to_collect():
+            lost: list[HopSum] = []
+            failures: list[PeerFault | Refused] = []
+            async with trio.open_nursery() as nursery:
+                for own, dtype in wanted:
+                    nursery.start_soon(_collect_one, self._streams, sums, own, dtype, lost, failures)
+            for error in failures:
+                if isinstance(error, PeerFault) and error.peer is not None:
+                    self._take_note(error, PeerId(error.peer), avoided=False)
+            if lost and trio.current_time() >= deadline:
+                peers = ", ".join(sorted(own.hop.peer for own in lost))
+                raise PeerGone(f"the gradients of an adapter could not be collected from {peers}")
+            await self._each([part for own in lost for part in sums.again(own)], self._forward_and_back)
+        return await self.compute.run(sums.total)
 
     async def _back(self, part: Part, inputs: Sequence[HopInput]) -> tuple[list[HopInput], Gradients]:
         """The gradient of a part through hops with these inputs, the last one first; and these hops.
@@ -336,7 +380,7 @@ class ForwardBackward:
             positions=part.positions,
             waiting=self._planned,
             other_hops=other_hops,
-            prompts=part.prompts is not None,
+            needs=Needs(part.prompts is not None, part.adapter),
         )
 
     def _plan(self, part: Part, peers: tuple[PeerId, ...]) -> None:
@@ -360,46 +404,65 @@ class ForwardBackward:
         raise failure or SlowPeer(f"no answer within {self.give_up_seconds} s")
 
     async def _ask(self, part: Part, question: _Question) -> _Answer:
-        """One request at one hop, and a second one where it has lost the tape.
+        """One request at one hop, and others where it has lost the tape or the adapter.
 
         Raises ValueError (it is too large), PeerFault, Refused with `peer`.
         """
-        try:
-            return await self._ask_once(part, question)
-        except NoTape:
-            return await self._ask_once(part, question._replace(tape=b""))
+        brought = False
+        while True:
+            try:
+                return await self._ask_once(part, question)
+            except NoTape:
+                question = question._replace(tape=b"")
+            except NoAdapter:  # it had the adapter, as far as was known here
+                peer = question.hop.peer
+                if brought or part.adapter is None or not part.adapter.forget(peer):
+                    self.blame.refused(peer, None, trio.current_time())
+                    raise
+                brought = True
 
     async def _ask_once(self, part: Part, question: _Question) -> _Answer:
-        """See `_ask`.  Raises NoTape too, which is no reason to avoid the peer."""
+        """See `_ask`.  Raises NoTape and NoAdapter too, which are no reason to avoid the peer."""
         hop, peer = question.hop, question.hop.peer
         limiter = self._limiters.setdefault(peer, trio.CapacityLimiter(UNDER_WAY_PER_PEER))
         avoided = peer in self.blame.avoided(trio.current_time())
         try:
             if (dtype := self.dtype_of(peer)) is None:
                 raise PeerGone(f"{peer} has just left the swarm")
-            asked = await self.compute.run(self._encode, question, dtype, part.prompts_of(hop))
+            if part.adapter is not None:
+                await part.adapter.bring(
+                    peer, SpanSpec(self.info.name, self.info.revision, hop.blocks, dtype)
+                )
+            summed = None
+            if question.grad is not None and part.sums is not None:
+                summed = part.sums.at(hop, part.number)
+            asked = await self.compute.run(self._encode, question, dtype, part, summed)
             async with limiter:
                 under_way = limiter.borrowed_tokens
-                output = await self._exchange(peer, asked)
+                output = await self._streams.ask(peer, asked)
             answer, own = await self.compute.run(_decode, output, asked)
         except (PeerFault, Refused) as error:
             error.about(peer)
-            if not isinstance(error, NoTape):
+            if not isinstance(error, NoTape | NoAdapter):
                 self._take_note(error, peer, avoided)
             raise
         self.blame.worked(peer)
+        if question.grad is not None and part.sums is not None:
+            part.sums.confirmed(hop, part, question.hidden, question.grad)
         if question.grad is None and output.timings:
             held = output.timings[0][0] / 1e6 / under_way  # the hop had the others too
             self.learn(peer, held / (part.positions * (hop.stop - hop.start)))
         return _Answer(answer, own, question.tape if output.taped and question.grad is None else b"")
 
-    def _encode(self, question: _Question, dtype: str, prompts: Tensor | None) -> _Asked:
+    def _encode(self, question: _Question, dtype: str, part: Part, summed: Summed | None) -> Asked:
         """Runs in the torch thread: the request.  Raises ValueError."""
         hop, hidden, grad, tape = question
+        prompts = part.prompts_of(hop)
         codec = _codec(self.codec, dtype)
-        spec = SpanSpec(self.info.name, self.info.revision, hop.blocks, dtype)
+        adapter = None if part.adapter is None else part.adapter.name
+        spec = SpanSpec(self.info.name, self.info.revision, hop.blocks, dtype, adapter)
         own = 0 if prompts is None else prompts.shape[1]
-        run = Run(spec, hidden.shape[0], codec, own, tape)
+        run = Run(spec, hidden.shape[0], codec, own, tape, summed)
         of_tape = grad is not None and tape != b""
         try:
             body: Buffer = b"" if of_tape else encode_hidden(hidden, codec)
@@ -414,7 +477,7 @@ class ForwardBackward:
         if gradient is not None:
             request = Backward(run, body, gradient, trained)
         contract = request_contract(request, self.info.hidden_size, self.limits.max_step_tokens)
-        return _Asked(encode_request(request), contract, 0 if grad is None else own)
+        return Asked(encode_request(request), contract, 0 if grad is None else own)
 
     def _take_note(self, error: PeerFault | Refused, peer: PeerId, avoided: bool) -> None:
         """Avoid a peer that failed.  avoided: it was avoided already when it was asked."""
@@ -424,74 +487,45 @@ class ForwardBackward:
         elif avoided or peer not in self.blame.avoided(now):  # else: one fault of several requests
             self.blame.fault(peer, now)
 
-    async def _exchange(self, peer: PeerId, asked: _Asked) -> Output:
-        """Send a request and take the answer, on a stream that is open if there is one.
-
-        Raises PeerFault, Refused.
-        """
-        message = None
-        if self._idle[peer]:
-            with suppress(PeerGone):  # closed as idle; a second request does no harm
-                message = await self._question(self._idle[peer].pop(), asked)
-        if message is None:
-            message = await self._question(await self.open_stream(peer), asked)
-        if isinstance(message, Failed):
-            raise message.error()
-        return message
-
-    async def _question(self, stream: PeerStream, asked: _Asked) -> Output | Failed:
-        """Send a request and return its answer.  Raises SlowPeer, PeerGone, FrameError, MessageError.
-
-        The stream is kept for the next request, or reset.  Reading begins with the sending: a peer
-        that refuses does not wait for the whole frame.
-        """
-        size = sum(len(part) for part in asked.parts)
-        seconds = REQUEST_STEPS * self.step_seconds + 2 * size / self.limits.frame_floor_bytes_per_second
-        frame: Buffer | None = None
-        fault: PeerFault | None = None
-        sent = kept = False
-
-        async def send() -> None:
-            nonlocal fault, sent
-            try:
-                await stream.send(asked.parts)
-                sent = True
-            except PeerFault as error:
-                fault = error  # an answer that came in before can still be read
-
-        async def receive() -> None:
-            nonlocal frame, fault
-            try:
-                frame = await stream.receive()
-            except PeerFault as error:
-                fault = fault or error
-            nursery.cancel_scope.cancel()
-
-        try:
-            with trio.move_on_after(seconds) as limit:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(send)
-                    nursery.start_soon(receive)
-            if frame is None and limit.cancelled_caught:
-                raise SlowPeer(f"no answer within {seconds:.3g} s")
-            if frame is None:
-                raise fault or PeerGone("the stream was closed instead of an answer")
-            message = decode_output(frame, asked.contract, asked.prompts)
-            kept = sent
-        finally:
-            if not kept:
-                await stream.reset()
-        if kept:
-            self._idle[PeerId(stream.peer)].append(stream)
-        return message
-
 
 def _codec(chosen: str, dtype: str | None) -> str:
     """The codec of requests to a hop.  dtype: of its computing; None: unknown."""
     return codec_for(frozenset({dtype or ""})) if chosen == "auto" else chosen
 
 
-def _decode(output: Output, asked: _Asked) -> tuple[Tensor, Tensor | None]:
+async def _collect_one(
+    streams: RequestStreams,
+    sums: CallSums,
+    own: HopSum,
+    dtype: str,
+    lost: list[HopSum],
+    failures: list[PeerFault | Refused],
+) -> None:
+    """Take the sum of a hop; where it cannot be had it joins `lost`."""
+    peer = own.hop.peer
+    try:
+        size = sums.bytes_of(own.hop, dtype)
+        numbers, data = await streams.collect(peer, Collect(own.name, dtype), size)
+    except (PeerFault, Refused) as error:
+        error.about(peer)
+        failures.append(error)
+        lost.append(own)
+        return
+    if not sums.take(own, dtype, numbers, data):
+        lost.append(own)
+
+
+def _sums_for(parts: Sequence[Part], adapter: AdapterUse | None) -> CallSums | None:
+    """Number the parts of a backward, and have their gradients of the adapter summed; None without any."""
+    if adapter is None or adapter.content is None:
+        return None
+    sums = CallSums(adapter.content)
+    for number, part in enumerate(parts):
+        part.begin_sums(sums, number)
+    return sums
+
+
+def _decode(output: Output, asked: Asked) -> tuple[Tensor, Tensor | None]:
     """Runs in the torch thread: the tensors of an answer.  Raises BadResult."""
     answer = decode_hidden(output.body, asked.contract)
     if not asked.prompts:

@@ -23,17 +23,19 @@ from routing.chains.hops import Chain
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
+from tensor_codec.messages.adapter import ADAPTER_PROTOCOL
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
 from tensor_codec.messages.info import INFO_PROTOCOL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from client.adapters.upload import AdapterUploads, AdapterUse, AnyAdapter
     from client.batch_parts import KeptInputs
     from client.bridges.sync import BlockingCalls
     from client.chains.avoided_peers import AvoidedPeers
     from client.chains.chain_choice import ChainChooser
-    from client.forward_backward import ForwardBackward
+    from client.forward_backward import ForwardBackward, Gradients
     from client.generation.conversation import Conversation
     from client.generation.generate import Generation, Token
     from client.generation.generation_config import GenerationDefaults, Settings
@@ -68,14 +70,19 @@ class Swarm:
     _nursery: trio.Nursery
     generation_defaults: GenerationDefaults | None = None  # of the model's folder
     trio_token: trio.lowlevel.TrioToken | None = None  # of the run that it lives in
+    _uploads: AdapterUploads = field(init=False)
     _lengths: SessionLengths = field(init=False)
     _stateless: ForwardBackward = field(init=False)
 
     def __post_init__(self) -> None:
+        from client.adapters.upload import AdapterUploads
         from client.chains.chain_choice import find_run
         from client.forward_backward import ForwardBackward
 
         config = self.config
+        self._uploads = AdapterUploads(
+            config.limits, self.info, partial(self.routes.open_stream, protocol=ADAPTER_PROTOCOL)
+        )
         self._lengths = SessionLengths(
             self.info, config.limits, self.routes.constraints, lambda: self._directory.last_view
         )
@@ -137,6 +144,7 @@ class Swarm:
         options: GenerateOptions | None = None,
         *,
         conversation: Conversation | None = None,
+        adapter: AnyAdapter | None = None,
         trace: Trace | None = None,
         **arguments: Unpack[GenerateArguments],
     ) -> AsyncGenerator[Token, None]:
@@ -146,7 +154,8 @@ class Swarm:
         options, arguments: see `client.GenerateOptions`; a keyword replaces a field of `options`.
         Ends at an end token of the model, at a stop string, at a token of `stop_token_ids`, or after
         `max_new_tokens`; the last token says which in `finish_reason`.
-        conversation: from `conversation`: keep the caches for the next call.
+        conversation: from `conversation`: keep the caches for the next call; it has its own adapter.
+        adapter: an adapter that this program brings to the servers, or the name of one that servers keep.
         trace: records the events of the session; a conversation has its own.
 
         A server that fails is replaced, and the server before it sends its inputs to the new one: the
@@ -162,11 +171,13 @@ class Swarm:
         what = f"a prompt of {len(ids)} tokens and {settings.max_new_tokens} new ones"
         if conversation is None:
             self._lengths.check(length, what)
+        elif adapter is not None:
+            raise ValueError("a conversation has its own adapter: give it to `conversation`")
         else:
             check_room(length, what, conversation.max_length)
         generation: Generation = Generation(
             self.local_model,
-            conversation or self.conversation(length, trace=trace),
+            conversation or self.conversation(length, adapter=adapter, trace=trace),
             settings,
         )
         return generation.run(ids, close=conversation is None)
@@ -207,11 +218,18 @@ class Swarm:
         )
         return ids, settings
 
-    def conversation(self, max_length: int | None = None, *, trace: Trace | None = None) -> Conversation:
+    def conversation(
+        self,
+        max_length: int | None = None,
+        *,
+        adapter: AnyAdapter | None = None,
+        trace: Trace | None = None,
+    ) -> Conversation:
         """A session whose caches outlive one `generate`: later prompts send their new tokens alone.
 
         Give it to `generate(conversation=...)` and `close` it at the end.  max_length: in tokens; None: see
-        `usual_length`.  trace: records the events; `conversation.trace` if not given.
+        `usual_length`.  adapter: see `generate`; as it is now, whatever is trained later: the caches depend
+        on it.  trace: records the events; `conversation.trace` if not given.
         Raises ValueError for a length that the model or the servers do not allow.
         """
         from client.generation.conversation import Conversation
@@ -223,7 +241,7 @@ class Swarm:
             local_model=self.local_model,
             compute=self._compute,
             heads=self._heads,
-            open_chain=self.open_chain,
+            open_chain=partial(self.open_chain, adapter=self._uploads.use_of(adapter, self.last_view)),
             worked=lambda session: self.routes.worked(session.working_hops),
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
@@ -239,19 +257,21 @@ class Swarm:
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> AsyncIterator[Session]:
         """A session for hidden states: `await session.step(hidden)`.
 
         batch: rows.  max_length: positions of each row; None: see `usual_length`.
         start, stop: the blocks [start, stop) that it goes through, by default all.
         prompts: deep prompts [stop - start, n, hidden], see `forward`: for positions below n of every row.
+        adapter: see `generate`; the session keeps it as it is now.
         A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
         the session may be used again then.  `session.trace` has the events.
         Raises ValueError (a length that the model or the servers do not allow, blocks that the model does
         not have, prompts of another shape), NoChain, PeerFault, Refused.
         """
         session = await self.open_session(
-            batch=batch, max_length=max_length, start=start, stop=stop, prompts=prompts
+            batch=batch, max_length=max_length, start=start, stop=stop, prompts=prompts, adapter=adapter
         )
         try:
             yield session
@@ -267,6 +287,7 @@ class Swarm:
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Session:
         """A session as `session` gives it, for programs that cannot use `with`.
 
@@ -285,12 +306,19 @@ class Swarm:
             )
         rows = f"{batch} rows of " if batch > 1 else ""
         self._lengths.check(max_length, f"a session of {rows}{max_length} positions", batch, run)
+        use = self._uploads.use_of(adapter, self.last_view)
         return await self.open_chain(
-            max_length=max_length, batch=batch, start=run.start, stop=run.stop, prompts=prompts
+            max_length=max_length, batch=batch, start=run.start, stop=run.stop, prompts=prompts, adapter=use
         )
 
     async def forward(
-        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Tensor:
         """The output of blocks [start, stop), by default all, for hidden states [batch, tokens, hidden].
 
@@ -299,15 +327,23 @@ class Swarm:
         bfloat16, else in float32.
         prompts: deep prompts [stop - start, n, hidden]: every block adds its own to the first n positions of
         its input, in all rows.  Only servers whose records say that they take prompts are asked then.
+        adapter: see `generate`.
         A large batch is cut by rows into requests, several of them under way at a time.  A server
         that fails is replaced, and its part alone is done again.
         Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),
         NoChain, PeerFault, Refused.
         """
-        return await self._stateless.forward(hidden, *_blocks(self.info, start, stop), prompts)
+        use = self._uploads.use_of(adapter, self.last_view)
+        return await self._stateless.forward(hidden, *_blocks(self.info, start, stop), prompts, use)
 
     async def forward_kept(
-        self, hidden: Tensor, *, start: int = 0, stop: int | None = None, prompts: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> tuple[Tensor, KeptInputs]:
         """`forward`, and the input of every server: `backward` of it asks for no forward again.
 
@@ -315,7 +351,8 @@ class Swarm:
         program's memory (`nbytes`), until `release` or until the program drops them.  They serve any number
         of backwards.  Rows are cut as for a backward: a row of which two do not fit into a frame is refused.
         """
-        return await self._stateless.forward_kept(hidden, *_blocks(self.info, start, stop), prompts)
+        use = self._uploads.use_of(adapter, self.last_view)
+        return await self._stateless.forward_kept(hidden, *_blocks(self.info, start, stop), prompts, use)
 
     async def backward(
         self,
@@ -325,6 +362,7 @@ class Swarm:
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The gradient of a loss with respect to `hidden`, the input of block `start`.
 
@@ -333,22 +371,44 @@ class Swarm:
         their shape, float32, the sum over all rows.
         hidden: of hidden states, every server but the last runs its blocks forward once more before the
         gradient comes back to it.  The kept inputs of a `forward_kept` save that, and the result is equal;
-        blocks and prompts are those of that call.  A server that has gone since is replaced for its own
-        blocks.
+        blocks, prompts and adapter are those of that call.  A server that has gone since is replaced for its
+        own blocks.
+        adapter: as in `forward`; `gradients` gives those of its values too.
         The weights are frozen.  Everything else is as in `forward`; the result is the gradient of an
         undisturbed pass, or an error, never a part of it.
+        """
+        found = await self.gradients(hidden, grad, start=start, stop=stop, prompts=prompts, adapter=adapter)
+        return found.hidden if found.prompts is None else (found.hidden, found.prompts)
+
+    async def gradients(
+        self,
+        hidden: Tensor | KeptInputs,
+        grad: Tensor,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: AnyAdapter | None = None,
+    ) -> Gradients:
+        """`backward`, with all gradients: of the hidden states, of the prompts, and of the adapter.
+
+        Those of an adapter that this program brings are a mapping from each block with sites to the gradient
+        of its blob's values: float32, flat, in the blob's order, the sum over all rows.  Servers add them up
+        over the requests of the call.  They have the same bits whatever servers fail on the way.
         """
         from client.batch_parts import KeptInputs
 
         run = _blocks(self.info, start, stop)
-        if isinstance(hidden, KeptInputs):
-            if prompts is not None or ((start, stop) != (0, None) and run != (hidden.start, hidden.stop)):
-                own = f"{hidden.start}:{hidden.stop}"
-                raise ValueError(f"kept inputs have their own prompts and blocks, {own}: give neither")
-            found = await self._stateless.backward_kept(hidden, grad)
-        else:
-            found = await self._stateless.backward(hidden, grad, *run, prompts)
-        return found.hidden if found.prompts is None else (found.hidden, found.prompts)
+        if not isinstance(hidden, KeptInputs):
+            use = self._uploads.use_of(adapter, self.last_view)
+            return await self._stateless.backward(hidden, grad, *run, prompts, use)
+        others = prompts is not None or adapter is not None
+        if others or ((start, stop) != (0, None) and run != (hidden.start, hidden.stop)):
+            own = f"{hidden.start}:{hidden.stop}"
+            raise ValueError(
+                f"kept inputs have their own prompts, adapter and blocks, {own}: give none of them"
+            )
+        return await self._stateless.backward_kept(hidden, grad)
 
     async def peer_info(self, peer: str) -> PeerInfo:
         """The state of a server at this moment, by its own word: free cache, sessions, rates, queue.
@@ -377,19 +437,21 @@ class Swarm:
         start: int = 0,
         stop: int | None = None,
         prompts: Tensor | None = None,
+        adapter: AdapterUse | None = None,
         deadline: float | None = None,
         trace: Trace | None = None,
     ) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
-        start, stop, prompts: as in `session`.
+        start, stop, prompts: as in `session`.  adapter: of all hops.
         deadline: on trio's clock, in place of `wait_seconds`.
         Peers that have failed lately are used only when nothing else covers these blocks.
         Raises ValueError for blocks that the model does not have and for prompts of another shape; NoChain,
         PeerFault and Refused when the time is up.
         """
+        from client.adapters.upload import Needs
         from client.batch_parts import BatchCutter
-        from client.chains.chain_choice import for_prompts
+        from client.chains.chain_choice import chooser_for
         from client.session.session import open_session
         from client.session.terms import Terms
 
@@ -403,7 +465,11 @@ class Swarm:
         if prompts is not None:
             cutter = BatchCutter(info, self.config.limits, self.config.codec)
             terms = replace(terms, prompts=await self._compute.run(cutter.for_session, prompts, terms))
-            routes = for_prompts(routes)
+        if prompts is not None or adapter is not None:
+            terms, routes = (
+                replace(terms, adapter=adapter),
+                chooser_for(routes, Needs(prompts is not None, adapter)),
+            )
         return await open_session(
             terms,
             routes,

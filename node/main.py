@@ -41,6 +41,7 @@ from routing.placement.rebalance import choose_blocks
 from routing.view.records import Record, Role
 from routing.view.view import ONLINE_SOON
 from tensor_codec.errors import PeerGone
+from tensor_codec.messages.adapter import ADAPTER_PROTOCOL
 from tensor_codec.messages.forward_backward import COMPUTE_PROTOCOL
 from tensor_codec.messages.info import INFO_FRAME_BYTES, INFO_PROTOCOL
 from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL
@@ -84,6 +85,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         # a hop pushes what a client has arranged, who may have told its hops different things
         node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push, bans=False)
         node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
+        node.host.handle(ADAPTER_PROTOCOL, server.dispatch.serve_adapter)
         node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
         await server.begin(blocks)
         nursery.start_soon(server.keep_record_true)
@@ -131,6 +133,7 @@ def guard_of(config: NetworkConfig, node: Node, server: Server | None = None) ->
 
 async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[ServingSetup, Blocks]:
     """Find the model, and choose the blocks, their precision and the caches.  Raises ConfigError."""
+    from node.serving.adapters.desk import open_desk
     from node.serving.served_span import ServingSetup
 
     limits = config.network.limits
@@ -167,6 +170,7 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
     setup = ServingSetup(
         folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
         limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training, bound,
+        open_desk(limits, info.blocks, device, bound.adapters, bound.sums),
     )  # fmt: skip
     return setup, blocks
 

@@ -114,10 +114,17 @@ class NoTape(Refused):
     code = "no_tape"
 
 
+class NoAdapter(Refused):
+    """The peer does not hold the adapter that was named: bring it, and ask the same peer again."""
+
+    code = "no_adapter"
+
+
 class LocalProtocolError(Exception):
     """We broke our own protocol: a bug, never a peer's doing."""
 
 
 REFUSALS: dict[str, type[Refused]] = {
-    kind.code: kind for kind in (Refused, CacheFull, TooManyStreams, WrongRevision, Draining, NoTape)
+    kind.code: kind
+    for kind in (Refused, CacheFull, TooManyStreams, WrongRevision, Draining, NoTape, NoAdapter)
 }

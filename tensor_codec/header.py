@@ -161,6 +161,13 @@ class Header:
             raise MessageError(f"{name} is {_brief(value)}, {size} bytes are allowed")
         return value
 
+    def short_binary(self, name: str, most: int) -> bytes:
+        """The bytes `name`, 1 to `most` of them."""
+        value = self._fields.get(name)
+        if type(value) is not bytes or not 0 < len(value) <= most:
+            raise MessageError(f"{name} is {_brief(value)}, 1..{most} bytes are allowed")
+        return value
+
     def items(self, name: str, max_items: int, *, absent: bool = False) -> list[Any]:  # Any: not checked
         """The list `name`, of at most `max_items`; the caller checks the items.  absent: then it is empty."""
         value = self._fields.get(name)

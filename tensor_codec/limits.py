@@ -138,6 +138,22 @@ class Limits:
     max_adapter_rank: int = 64  # vLLM's default is 16, its largest 512; QLoRA trains 64
     max_adapter_sites: int = 16  # of a block; the most linears that a supported block has are 11
     max_adapter_manifest_bytes: int = 64 * KIB  # 200 blocks of 7 sites, all different, take 16 KiB
+    adapter_bytes: int = 1 * GIB  # of all guests, where an eighth of the weights is as much
+    adapter_share_per_peer: float = 0.25
+    adapter_share_per_prefix: float = 0.5  # of a public address
+    max_adapters_per_peer: int = 8
+    adapter_idle_seconds: float = 600.0  # a break between two conversations
+    max_adapter_uploads_per_peer: int = 2
+    max_adapter_uploads: int = 8
+    adapter_upload_seconds: float = 30.0  # and the time of its size at the slowest rate allowed
+    adapter_upload_bytes_per_second: int = 32 * MIB  # of all uploads: 5 % of a core for hashes and copies
+    adapter_upload_burst_bytes: int = 64 * MIB
+    adapter_offers_per_second: float = 2.0  # of one peer: a step of training has one
+    adapter_offers_burst: int = 32
+    sum_bytes: int = 512 * MIB  # gradients of adapters in float64; a large adapter of 8 blocks takes 84
+    sum_share_per_peer: float = 0.25
+    max_sums_per_peer: int = 4
+    sum_idle_seconds: float = 60.0  # between two requests of a sum: twice what one may take
 
     # Records
     max_record_bytes: int = 1 * KIB

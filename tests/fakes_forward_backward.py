@@ -17,6 +17,7 @@ import torch
 import trio
 from torch import Tensor
 
+from client.adapters.upload import Needs
 from client.chains.avoided_peers import AvoidedPeers
 from client.forward_backward import ForwardBackward
 from node.model.blocks.forward_backward import finish
@@ -133,6 +134,7 @@ class ToyEngine:
         work: Callable[[ToySpan], Generator[None, None, Buffer]],
         *,
         prefix: str = "",
+        adapter: object = None,
     ) -> Answer:
         """As `node.serving.forward_backward.StatelessEngine` says."""
         if self.waiting >= self.most:
@@ -246,10 +248,10 @@ class ToySwarm:
         positions: int,
         waiting: Mapping[PeerId, int],
         other_hops: int,
-        prompts: bool,
+        needs: Needs,
     ) -> Chain:
         """As `find_run` of `client.chains.chain_choice`: peers that failed lately only as a last resort."""
-        spans = [node.record for node in self.nodes.values() if node.record.prompts or not prompts]
+        spans = [node.record for node in self.nodes.values() if node.record.prompts or not needs.prompts]
         measured = self.measured.rates(spans, trio.current_time(), positions)
         known = CostInputs(measured=measured, waiting=waiting, positions=positions)
         most_hops = None if self.most_hops is None else self.most_hops - other_hops

@@ -27,6 +27,8 @@ from client.session.terms import Terms
 from client.session.trace import Trace
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.blocks.rope import LengthRope
+from node.serving.adapters.desk import AdapterDesk
+from node.serving.adapters.listener import AdapterListener
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates
@@ -44,6 +46,7 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
+from tensor_codec.messages.adapter import ADAPTER_PROTOCOL
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import Run
@@ -407,6 +410,7 @@ class FakeNode:
     listener: Listener
     alive: bool = True
     liar: Liar | None = None
+    adapters: AdapterListener | None = None
     handlers: list[trio.CancelScope] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
 
@@ -463,16 +467,18 @@ class World:
         seconds: float = 0.0,
         tokens: int = 10**6,
         can_cut: bool = True,
+        desk: AdapterDesk | None = None,
         **spec: Any,  # of SpanSpec's fields
     ) -> FakeNode:
-        """A node that serves blocks [start, stop); `seconds` for each step."""
+        """A node that serves blocks [start, stop); `seconds` for each step.  desk: then it takes adapters."""
         peer = PeerId(name)
         span, compute = FakeSpan(start, stop), FakeCompute(seconds)
         span.can_cut = can_cut
         engine = Engine(span, compute, Rates(1.0, 1.0), self.limits)
         served = SpanSpec("m", "r", Blocks(start, stop), "float32", hidden=HIDDEN, max_position=4096)
+        admission = SpanAdmission(replace(served, **spec), adapters=None if desk is None else desk.store)
         listener = Listener(
-            SpanAdmission(replace(served, **spec)),
+            admission,
             engine,
             FakeArena(),
             CacheBudget(tokens, max_session_tokens=self.limits.max_session_tokens),
@@ -480,8 +486,13 @@ class World:
             self.limits,
         )
         self.nursery.start_soon(engine.run)
-        self.nodes[peer] = FakeNode(peer, span, compute, listener)
-        return self.nodes[peer]
+        node = self.nodes[peer] = FakeNode(peer, span, compute, listener)
+        if desk is not None:
+            shapes = {block: {"q_proj": (HIDDEN, HIDDEN)} for block in range(start, stop)}
+            node.adapters = AdapterListener(
+                admission, desk, lambda: shapes, compute, self.limits, listener.faults
+            )
+        return node
 
     def record(self, node: FakeNode) -> Record:
         """The node's record."""
@@ -502,6 +513,8 @@ class World:
             seconds_per_block=node.compute.seconds / served.blocks.size or 1e-3,
             session_tokens=node.listener.budget.session_tokens,
             rtt=dict.fromkeys(self.nodes, 1e-3),
+            lora=0 if node.adapters is None else self.limits.max_adapter_rank,
+            adapters=() if node.adapters is None else node.adapters.desk.store.announced,
             seq=1,
             ttl_seconds=86400.0,
         )
@@ -574,6 +587,9 @@ class World:
             with scope:
                 if node.liar is not None:
                     await node.liar(stream)
+                elif stream.protocol == ADAPTER_PROTOCOL:
+                    assert node.adapters is not None
+                    await node.adapters.serve(stream)
                 elif stream.protocol == SESSION_PROTOCOL:
                     await node.listener.serve_session(stream)
                 else:

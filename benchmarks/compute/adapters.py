@@ -5,7 +5,8 @@
 One process, no network.  Steps without adapters are measured in turn with the steps of each case, so that a
 noisy machine is noisy for both; on the CPU with one thread in seconds of the processor.  `slowdown` is the
 ratio of a case's step to the step without, the median of all rounds.  `cold_open_extra_ms` and
-`warm_open_extra_ms` are null where a case opens no session.
+`warm_open_extra_ms` are null where a case opens no session.  The last row opens sessions over nodes of this
+machine (`benchmarks.network.adapter_opening`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import Run
+from benchmarks.network.adapter_opening import opening_row
 from node.config import ConfigError
 
 PROMPT_TOKENS = 17  # of the first session; the others have up to 15 more
@@ -39,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of a case in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="of all cases in turn (%(default)s)")
+    parser.add_argument("--openings", type=int, default=20, help="of sessions; 0: none (%(default)s)")
     parser.add_argument("--json", type=Path)
     flags, run = parser.parse_args(arguments), Run()
     try:
         rows = decode_rows(flags)
+        if flags.openings:
+            rows.append(opening_row(flags.model, rounds=flags.openings))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import trio
 
+from client.adapters.upload import Needs
 from client.chains.avoided_peers import AvoidedPeers
 from client.chains.chain_wait import (
     Pings,
@@ -290,9 +291,9 @@ def _usable(chooser: ChainChooser, *, silent: bool = False) -> list[Record]:
     )
 
 
-def for_prompts(chooser: ChainChooser) -> ChainChooser:
-    """A chooser with the same memory of peers, that chooses only those which take deep prompts."""
-    return replace(chooser, constraints=replace(chooser.constraints, prompts=True))
+def chooser_for(chooser: ChainChooser, needs: Needs) -> ChainChooser:
+    """A chooser with the same memory of peers, that chooses only those which take what a session brings."""
+    return replace(chooser, constraints=needs.within(chooser.constraints))
 
 
 async def find_run(
@@ -304,14 +305,14 @@ async def find_run(
     positions: int,
     waiting: Mapping[PeerId, int],
     other_hops: int,
-    prompts: bool,
+    needs: Needs,
 ) -> Chain:
     """The chain over blocks [start, stop) with the most throughput; waits up to `wait_seconds` for one.
 
-    prompts: of peers which take deep prompts alone.  The others: see `ChainChooser.choose_for_throughput`.
+    needs: of peers which meet these alone.  The others: see `ChainChooser.choose_for_throughput`.
     Raises NoChain.
     """
-    routes = for_prompts(chooser) if prompts else chooser
+    routes = chooser_for(chooser, needs)
 
     def choose(last_resort: bool) -> Chain:
         return routes.choose_for_throughput(

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import trio
 
+from client.adapters.upload import AdapterUse
 from client.chains.chooser import PeerStream
 from client.session.hop_state import HopState
-from tensor_codec.errors import PeerFault, RemoteProtocolError, SlowPeer
+from tensor_codec.errors import NoAdapter, PeerFault, RemoteProtocolError, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.fields import Failed
@@ -116,3 +117,29 @@ class HopLink:
                 await self.stream.aclose()
             except PeerFault:
                 await self.stream.reset()
+
+
+async def open_link(
+    state: HopState,
+    open_stream: Callable[[], Awaitable[PeerStream]],
+    opened: Open,
+    adapter: AdapterUse | None,
+    limits: Limits,
+) -> HopLink:
+    """Open the session at a hop, which gets the session's adapter first.  Raises PeerFault, Refused."""
+    again = adapter is not None
+    while True:
+        if adapter is not None:
+            await adapter.bring(state.hop.peer, opened.spec)
+        link = HopLink(state, await open_stream())
+        try:
+            await link.open(opened, limits)
+            return link
+        except NoAdapter:  # it had the adapter, as far as was known here
+            await link.say_goodbye()
+            if not (again and adapter is not None and adapter.forget(state.hop.peer)):
+                raise
+            again = False
+        except BaseException:
+            await link.say_goodbye()
+            raise

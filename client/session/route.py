@@ -36,7 +36,7 @@ from client.session.actions import (
     Unanswered,
 )
 from client.session.core import ClientSession, State
-from client.session.hop_link import HopLink
+from client.session.hop_link import HopLink, open_link
 from client.session.hop_state import HopState
 from client.session.route_state import LineUp, Place, Refill
 from client.session.trace import Trace
@@ -268,6 +268,8 @@ class Route:
                     seconds = open_seconds
                     if (prompts := self.core.terms.prompts) is not None:
                         seconds += prompts.seconds_for(place.hop.blocks, self.limits)
+                    if (adapter := self.core.terms.adapter) is not None:
+                        seconds += adapter.seconds_for(peer, place.hop.blocks)
                     with trio.move_on_after(seconds) as waited:
                         made[index] = await self._open(line_up, place)
                     if waited.cancelled_caught:
@@ -299,10 +301,9 @@ class Route:
         prompts = terms.prompts
         body = b"" if prompts is None else prompts.body_for(hop.blocks, codec, self.limits)
         state = HopState(hop, place.dtype, codec, near)
-        link = HopLink(state, await self.swarm.open_stream(hop.peer, SESSION_PROTOCOL))
         opened = Open(
             session=line_up.contract.session,
-            spec=SpanSpec(terms.model, terms.revision, hop.blocks, place.dtype),
+            spec=SpanSpec(terms.model, terms.revision, hop.blocks, place.dtype, terms.adapter_name),
             batch=terms.batch,
             max_length=terms.max_length,
             codec=codec,
@@ -314,8 +315,9 @@ class Route:
             prompts=0 if prompts is None else prompts.positions,
             body=body,
         )
+        open_stream = partial(self.swarm.open_stream, hop.peer, SESSION_PROTOCOL)
+        link = await open_link(state, open_stream, opened, terms.adapter, self.limits)
         try:
-            await link.open(opened, self.limits)
             self.core.route.check(state)
         except BaseException:
             await link.say_goodbye()

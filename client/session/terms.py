@@ -11,6 +11,7 @@ from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 
 if TYPE_CHECKING:
+    from client.adapters.upload import AdapterUse
     from node.model.blocks.rope import LengthRope
 
 
@@ -56,7 +57,7 @@ class Terms:
     run: the blocks that the session goes through.  max_length: positions of each of the `batch` rows.
     codec: of hidden states: "fp32" or "bf16", or "auto", which is exact for the present hops.
     rope: the model's angles that depend on a sequence's length; None without them.  prompts: every hop gets
-    those of its blocks when it is opened.
+    those of its blocks when it is opened.  adapter: of all blocks; a hop has it before it is opened.
     """
 
     model: str
@@ -68,11 +69,17 @@ class Terms:
     codec: str
     rope: LengthRope | None = None
     prompts: SessionPrompts | None = None
+    adapter: AdapterUse | None = None
 
     @property
     def kept_codec(self) -> str:
         """The codec of the client's own journal: the exact one, where later hops may need it."""
         return "fp32" if self.codec == "auto" else self.codec
+
+    @property
+    def adapter_name(self) -> str | None:
+        """By which hops are asked for the adapter; None without one."""
+        return None if self.adapter is None else self.adapter.name
 
     @property
     def cache_tokens(self) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -37,6 +37,7 @@ from node.network.admission.rates import NamedRates
 from node.network.prefixes import sharer
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
+from node.serving.adapters.sums import SpanSums
 from node.serving.executor.engine import Answer, NotFinite, Parts
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.span_admission import SpanAdmission
@@ -61,11 +62,13 @@ from tensor_codec.messages.forward_backward import (
     Backward,
     Forward,
     Output,
+    Run,
     decode_request,
     encode_output,
     prompts_contract,
     request_contract,
 )
+from tensor_codec.messages.gradients import Collect
 
 MAX_REST_SECONDS = 30.0  # until the next request of a peer whose requests were refused is read
 RETRY_SECONDS = 2.0  # until a peer asks again: one of its streams has probably ended by then
@@ -95,11 +98,13 @@ class StatelessEngine(Protocol):
         work: Parts,
         *,
         prefix: str = "",
+        adapter: SpanAdapter | None = None,
     ) -> Answer:
         """Run `work` in the torch thread, one part at each `next`, when the request's parts are due.
 
-        rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  A caller
-        that is cancelled gets control back at once, and no further part is begun.
+        rows, tokens: of hidden states.  parts: the blocks [start, stop) of each part, in order.  adapter: of
+        `work`.  A caller that is cancelled gets control back at once, and no further part is
+        begun.
         Raises Refused, TooManyStreams (nothing was done), and the errors of `work`.
         """
 
@@ -226,7 +231,8 @@ class ForwardBackwardListener:
 
     admission: to the served span.  faults: of peers, counted.
     held: from the tokens of its rows, the positions times blocks whose activations a backward that comes now
-    may hold.  tapes: of this span; without memory by default.
+    may hold.  tapes: of this span; without memory by default.  sums: of gradients of adapters; None: none are
+    computed.
     """
 
     admission: SpanAdmission
@@ -235,6 +241,7 @@ class ForwardBackwardListener:
     faults: Faults = field(default_factory=Faults)
     held: Held = _one_part
     tapes: Tapes = field(default_factory=no_tapes)
+    sums: SpanSums | None = None
     _refused: NamedRates = field(init=False)  # bytes of refused requests
     _streams: dict[int, _Serving] = field(default_factory=dict)
     _by_peer: Counter[str] = field(default_factory=Counter)
@@ -357,10 +364,13 @@ class ForwardBackwardListener:
         arrived = time.perf_counter()
         asked = decode_request(frame)
         try:
-            self.admission.admits(asked.run.spec)
+            if isinstance(asked, Collect):
+                return await self._collected(stream, asked)
+            spec = asked.run.spec
+            self.admission.admits(spec)
             request = asked.divided(self.admission.spec.hidden)
             contract = self._contract(request)
-            with serving.computing(asked.run.spec.blocks):
+            with serving.computing(spec.blocks):
                 computed, taped = await self._computed(stream, request, contract)
         except Refused as refusal:
             self._refused.take(sharer(stream.peer, stream.prefix), trio.current_time(), len(frame))
@@ -381,15 +391,41 @@ class ForwardBackwardListener:
 
         Raises PeerFault, Refused, NotFinite.
         """
-        backward = isinstance(request, Backward)
-        async with self.tapes.tape_for(stream.peer, stream.prefix, request, contract) as kept:
-            held = await self.held(contract.max_length) if backward and kept is None else 0
-            tape = None if kept is None else kept.tape
-            work = Work(request, contract, held, self.engine.part_positions, tape)
-            computed = await self._compute(stream, work, contract)
-            if kept is not None:
-                kept.answered = computed is not None
+        backward, run = isinstance(request, Backward), request.run
+        using = self.admission.using(stream.peer, run.spec, trio.current_time)
+        tape_for = self.tapes.tape_for(stream.peer, stream.prefix, request, contract)
+        with using as adapter, self._summing(stream, run) as take:
+            async with tape_for as kept:
+                held = await self.held(contract.max_length) if backward and kept is None else 0
+                tape = None if kept is None else kept.tape
+                work = Work(request, contract, held, self.engine.part_positions, tape, adapter, take)
+                computed = await self._compute(stream, work, contract)
+                if kept is not None:
+                    kept.answered = computed is not None
         return computed, kept is not None and not backward
+
+    def _summing(
+        self, stream: PeekStream, run: Run
+    ) -> AbstractContextManager[Callable[[AdapterGradients], None] | None]:
+        """Where the gradients of a request's adapter go; None where it names no sum.
+
+        Raises Refused, PeerFault.
+        """
+        if run.summed is None or run.spec.adapter is None:
+            return nullcontext()
+        if self.sums is None:
+            raise Refused("no gradients of adapters are computed here")
+        return self.sums.adding(stream.peer, stream.prefix, run.summed, run.spec)
+
+    async def _collected(self, stream: PeekStream, asked: Collect) -> list[Buffer]:
+        """Send a sum, and return the last part of it.  Raises Refused, PeerFault."""
+        if self.sums is None:
+            raise Refused("no gradients of adapters are computed here")
+        *parts, last = await self.sums.parts(stream.peer, asked)
+        for part in parts:
+            await stream.send(part)
+        self.sums.sums.forget(stream.peer, asked.name)
+        return last
 
     async def _compute(self, stream: PeekStream, work: Work, contract: Contract) -> Answer | None:
         """The computed answer; None where the client leaves before.  Raises PeerFault, Refused, NotFinite.
@@ -418,8 +454,9 @@ class ForwardBackwardListener:
             nursery.start_soon(watch)
             try:
                 answer = await self.engine.stateless(
-                    stream.peer, contract.batch, contract.max_length, work.parts, work, prefix=stream.prefix
-                )
+                    stream.peer, contract.batch, contract.max_length, work.parts, work, prefix=stream.prefix,
+                    adapter=work.adapter,
+                )  # fmt: skip
             except (PeerFault, Refused) as error:
                 fault = error
             nursery.cancel_scope.cancel()

@@ -34,6 +34,7 @@ TRAINING_SHARE = 0.5  # for activations, of the memory that is free when a backw
 DEVICE_TRAINING_SHARE = 1 / 16  # of a device's memory: its cache would take all of it
 TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block of a part, in hidden sizes
 LARGEST_TRAINED_VALUES = 32  # of all architectures (benchmarks backward)
+MIN_ADAPTER_BYTES = 128 * MIB  # of guests: three small models' largest, a quarter of it for each
 MIN_HEAD_DIM = 64  # a smaller head dimension means more heads, and more scores than are counted here
 READ_BYTES = 512 * KIB  # of a connection: what one read brought, sealed and opened
 OUTGOING_BYTES = 128 * KIB  # of a stream: one chunk that is sealed, and one that waits
@@ -100,8 +101,9 @@ class Memory:
     a moment.  process: resident memory before anything was loaded.  network: the most that peers can make
     the node hold (`PeerBytes`).  journal: outputs kept for replays, when it is full.  answers: of positions
     in the cache, to the last step of each session, kept and on their way to a slow peer.  on_device: whether
-    weights, cache, workspace and training are in a device's own memory.  training: activations that a long
-    backward holds besides those in the workspace.
+    weights, cache, workspace, training and adapters are in a device's own memory.  training: activations
+    that a long backward holds besides those in the workspace.  adapters: of guests.  sums: of the gradients
+    of these, always in the machine's memory.
     """
 
     weights: int
@@ -113,17 +115,19 @@ class Memory:
     on_device: bool = False
     training: int = 0
     answers: int = 0
+    adapters: int = 0
+    sums: int = 0
 
     @property
     def needed(self) -> int:
-        """On the device that computes."""
+        """On the device that computes, without the adapters of guests."""
         return self.weights + self.cache + self.workspace + self.training
 
     @property
     def resident_bound(self) -> int:
         """The process's resident memory stays below this, whatever peers send."""
-        always = self.process + self.network + self.journal + self.answers + OTHER_BYTES
-        return always + (0 if self.on_device else self.needed)
+        always = self.process + self.network + self.journal + self.answers + self.sums + OTHER_BYTES
+        return always + (0 if self.on_device else self.needed + self.adapters)
 
     def bound_after_loading(self, resident: int) -> int:
         """`resident_bound`, and as much more as the process took in loading beyond what was expected.
@@ -269,6 +273,7 @@ def memory_of(
     """
     limits = limits or Limits()
     token_bytes = info.kv_bytes_per_token_per_block(precision.computes)
+    adapters = adapter_bytes(info, blocks, precision, limits)
     return Memory(
         weights=blocks * info.block_bytes(precision.dtype, precision.quantize),
         cache=blocks * cache_tokens * token_bytes,
@@ -278,7 +283,20 @@ def memory_of(
         answers=2 * cache_tokens * _journal_bytes(info),
         journal=(cache_tokens if journal_tokens is None else journal_tokens) * _journal_bytes(info),
         on_device=device not in ("cpu", "mps"),
+        adapters=adapters,
+        sums=sum_bytes(adapters, limits),
     )
+
+
+def adapter_bytes(info: ModelInfo, blocks: int, precision: Precision, limits: Limits) -> int:
+    """Bytes for the adapters of guests: an eighth of the weights, within bounds."""
+    weights = blocks * info.block_bytes(precision.dtype, precision.quantize)
+    return min(limits.adapter_bytes, max(MIN_ADAPTER_BYTES, weights // 8))
+
+
+def sum_bytes(adapters: int, limits: Limits) -> int:
+    """Bytes for sums of gradients: in float64 they take two to four times the bytes of their adapters."""
+    return min(limits.sum_bytes, 2 * adapters)
 
 
 def peer_bytes(limits: Limits) -> PeerBytes:
@@ -308,7 +326,7 @@ def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int,
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
         f" journal {_gib(memory.journal)}, workspace {_gib(memory.workspace)},"
-        f" gradients {_gib(memory.training)};"
+        f" gradients {_gib(memory.training)}, adapters {_gib(memory.adapters + memory.sums)};"
         f" bound {_gib(memory.resident_bound)} resident; {_gib(free)} free"
     )
 

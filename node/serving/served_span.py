@@ -16,6 +16,8 @@ from functools import partial
 import trio
 
 from node.config import VERSION, ConfigError
+from node.model.adapters.kernels import prepare
+from node.model.adapters.sites import site_shapes
 from node.model.blocks.forward_backward import kinds_of_blocks, measure_activations
 from node.model.blocks.span import DTYPES, Span, load_span
 from node.model.checkpoint.folder import ModelFolder
@@ -27,6 +29,9 @@ from node.runtime.faults import Faults
 from node.runtime.nurseries import background_nursery
 from node.runtime.watermarks import trim_heap
 from node.serving import memory
+from node.serving.adapters.desk import AdapterDesk
+from node.serving.adapters.listener import AdapterListener
+from node.serving.adapters.sums import Shapes, SpanSums
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine, EngineSpan
 from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
@@ -42,7 +47,7 @@ from node.serving.training.tapes import TapeBudget, Tapes
 from routing.blocks import Blocks
 from routing.names import PeerId, Revision
 from routing.view.records import Record, State
-from tensor_codec.errors import Draining, Refused, TooManyStreams
+from tensor_codec.errors import Draining, MessageError, Refused, TooManyStreams
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.messages.fields import Failed, encode_failed
@@ -58,7 +63,7 @@ class ServingSetup:
 
     name: of the node.  precision: of the weights, and of the computing.  open_push: a stream to
     a peer, for pushing.  faults: of peers, counted.  training_bytes: see `memory.training_bytes_that_fit`.
-    stated: the memory of the span and of all that peers can add to it.
+    stated: the memory of the span and of all that peers can add to it.  adapters: None: none are taken.
     """
 
     folder: ModelFolder
@@ -74,6 +79,7 @@ class ServingSetup:
     faults: Faults
     training_bytes: int = 0
     stated: memory.Memory | None = None
+    adapters: AdapterDesk | None = None
 
     def spec(self, blocks: Blocks) -> SpanSpec:
         """The spec for serving these blocks."""
@@ -120,7 +126,7 @@ class ServingSetup:
 
 @dataclass(slots=True, eq=False)
 class ServedSpan:
-    """A span in memory and its two listeners.  Made by `load_served_span`; `run` must be running.
+    """A span in memory and its listeners.  Made by `load_served_span`; `run` must be running.
 
     admission: of both listeners; its spec says which of the span's blocks are served.
     """
@@ -129,6 +135,7 @@ class ServedSpan:
     admission: SpanAdmission
     listener: Listener
     stateless: ForwardBackwardListener
+    adapters: AdapterListener | None = None
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _ended: trio.Event = field(default_factory=trio.Event)
 
@@ -149,7 +156,15 @@ class ServedSpan:
             step_tokens=listener.limits.step_tokens(self.spec.hidden * CODEC_BYTES["fp32"]),
             prompts=True,
             queue=engine.queue,
+            lora=self.lora,
+            adapters=() if self.setup.adapters is None else self.setup.adapters.store.announced,
         )
+
+    @property
+    def lora(self) -> int:
+        """The largest rank of an adapter that guests may bring; 0 where none is taken."""
+        takes = self.adapters is not None and any(self.adapters.shapes().values())
+        return self.setup.limits.max_adapter_rank if takes else 0
 
     def info(self) -> PeerInfo:
         """The span's state at this moment, for a peer that asks."""
@@ -182,6 +197,8 @@ class ServedSpan:
             with self._scope:
                 async with background_nursery() as nursery:
                     nursery.start_soon(self.stateless.tapes.run)
+                    if self.setup.adapters is not None:
+                        nursery.start_soon(self.setup.adapters.expire)
                     await self.listener.engine.run()
         finally:
             self._ended.set()
@@ -208,10 +225,22 @@ class ServedSpan:
         Raises torch's out-of-memory errors; nothing is changed then.
         """
         await compute.run(self._compute_with, self.listener.engine.span.joined(fresh))
+        await self.load_own_adapters()
 
     async def give_back(self, compute: Runner) -> None:
         """Keep only the blocks that are served.  Nothing may go through the others any more."""
         await compute.run(self._give_back)
+        if self.setup.adapters is not None:
+            self.setup.adapters.store.forget_other_blocks(self.spec.blocks)
+
+    async def load_own_adapters(self) -> None:
+        """Have the operator's adapters for all blocks.  Raises ConfigError."""
+        if (desk := self.setup.adapters) is not None and desk.own:
+            engine, shapes = self.listener.engine, site_shapes(self.listener.engine.span)
+            try:
+                await desk.load_own(sorted(shapes), shapes, engine.compute)
+            except MessageError as error:
+                raise ConfigError(f"--adapter: {error}") from None
 
     def _give_back(self) -> None:
         self._compute_with(self.listener.engine.span.part(*self.spec.blocks))
@@ -249,7 +278,8 @@ async def load_served_span(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
         limits.max_session_tokens,
     )  # fmt: skip
-    admission = SpanAdmission(setup.spec(blocks))
+    desk = setup.adapters
+    admission = SpanAdmission(setup.spec(blocks), adapters=None if desk is None else desk.store)
     listener = Listener(
         admission, engine, pool, budget, setup.open_push, limits, setup.faults,
         journal_tokens=setup.journal_tokens,
@@ -263,7 +293,29 @@ async def load_served_span(
     )  # fmt: skip
     tapes = Tapes(TapeBudget(for_tapes, limits.tape_idle_seconds), held.of_a_position, free)
     stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions, tapes)
-    return ServedSpan(setup, admission, listener, stateless)
+    served = ServedSpan(setup, admission, listener, stateless)
+    if desk is not None:
+        await compute.run(prepare)
+        shapes = KnownShapes(engine)
+        served.adapters = AdapterListener(admission, desk, shapes, compute, limits, setup.faults)
+        stateless.sums = SpanSums(desk.sums, desk.store, shapes, compute)
+        await served.load_own_adapters()
+    return served
+
+
+@dataclass(slots=True)
+class KnownShapes:
+    """(in, out) of the linears of each block that the engine has, by name: found once for each span."""
+
+    engine: Engine
+    _of: EngineSpan | None = None
+    _shapes: Shapes = field(default_factory=dict)
+
+    def __call__(self) -> Shapes:
+        """See above."""
+        if self._of is not self.engine.span:
+            self._of, self._shapes = self.engine.span, site_shapes(self.engine.span)
+        return self._shapes
 
 
 async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: Runner) -> list[Span]:
@@ -353,6 +405,13 @@ class StreamDispatch:
             await self._refuse(stream)
         else:
             await self.served_span.stateless.serve(stream)
+
+    async def serve_adapter(self, stream: PeekStream) -> None:
+        """Take adapters that a client brings.  Raises PeerFault."""
+        if (span := self.served_span) is None or not self.admitting or span.adapters is None:
+            await self._refuse(stream)
+        else:
+            await span.adapters.serve(stream)
 
     async def serve_info(self, stream: FrameStream) -> None:
         """Answer one question for the node's state.  Raises PeerFault."""

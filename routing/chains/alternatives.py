@@ -28,9 +28,11 @@ class Constraints:
     """The peers that a chain may be made of.  None: any.
 
     allowed, blocked: peers.  dtypes, quantize: of the peers' computing, and of their matrices.
-    adapter: an adapter that each peer must have.  cache_tokens: the minimum of free cache when a peer is
+    adapter: an adapter that each peer must keep for all, by its name, with or without `#` and digits of its
+    id, or by its id.  cache_tokens: the minimum of free cache when a peer is
     chosen.  step_tokens: the minimum that a peer takes in one step.  most_hops: the maximum of hops.
-    prompts: whether each peer must take deep prompts.
+    prompts: whether each peer must take deep prompts.  lora: the rank of an adapter that each must take from
+    its client, 0 for none.
 
     Nothing lifts a constraint: where no chain meets all of them, there is no chain.
     """
@@ -44,6 +46,7 @@ class Constraints:
     step_tokens: int = 0
     most_hops: int | None = None
     prompts: bool = False
+    lora: int = 0
 
     def admits(self, span: Record) -> bool:
         """Whether this peer may be used."""
@@ -52,7 +55,8 @@ class Constraints:
             and (self.allowed is None or span.peer in self.allowed)
             and (self.dtypes is None or span.dtype in self.dtypes)
             and (self.quantize is None or span.quantize in self.quantize)
-            and (self.adapter is None or self.adapter in span.adapters)
+            and (self.adapter is None or has_adapter(span, self.adapter))
+            and span.lora >= self.lora
             and span.cache_tokens >= self.cache_tokens
             and span.step_tokens >= self.step_tokens
             and (span.prompts or not self.prompts)
@@ -66,7 +70,10 @@ class Constraints:
             raise ValueError(f"allowed and blocked both name {', '.join(both)}: a peer can be in one of them")
         _check_choice("dtypes", self.dtypes, DTYPES)
         _check_choice("quantize", self.quantize, QUANTIZE)
-        for name, tokens in (("cache_tokens", self.cache_tokens), ("step_tokens", self.step_tokens)):
+        whole = (
+            ("cache_tokens", self.cache_tokens), ("step_tokens", self.step_tokens), ("lora", self.lora)
+        )  # fmt: skip
+        for name, tokens in whole:
             if not _is_whole(tokens) or tokens < 0:
                 raise ValueError(f"{name} is {tokens!r}, a whole number of at least 0 is needed")
         if self.most_hops is not None and not (_is_whole(self.most_hops) and self.most_hops >= 1):
@@ -107,6 +114,15 @@ def _check_choice(name: str, chosen: Any, known: Collection[str]) -> None:  # An
     if wrong or not chosen:
         found = f"{wrong[0]!r}" if wrong else "nothing"
         raise ValueError(f"{name} holds {found}, a collection of {', '.join(known)} is allowed")
+
+
+def has_adapter(span: Record, adapter: str) -> bool:
+    """Whether a peer announces an adapter of this name, name#digits, or id."""
+    for announced in span.adapters:
+        name, _, digits = announced.partition("#")
+        if adapter in (announced, name) or (digits and len(adapter) == 64 and adapter.startswith(digits)):
+            return True
+    return False
 
 
 def suitable(spans: Sequence[Record], constraints: Constraints) -> list[Record]:

@@ -36,6 +36,7 @@ STATES = frozenset(get_args(State))
 DOMAIN = b"raceme-record-1"
 MAX_ADDRESSES = 8
 MAX_ADAPTERS = 8
+MAX_RANK = 4096  # of an adapter: as much as the hidden size of a large model
 MAX_RTTS = 16
 MAX_SEQ = 2**63
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
@@ -90,6 +91,7 @@ class Record:
     session_tokens: int = 0
     step_tokens: int = 0
     prompts: bool = False
+    lora: int = 0
     queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     seq: int = 0
@@ -211,6 +213,8 @@ def _to_wire(record: Record) -> dict[str, object]:
     fields |= {name: tokens for name, tokens in most.items() if tokens}
     if record.prompts:
         fields["prompts"] = True
+    if record.lora:
+        fields["lora"] = record.lora
     return dict(sorted(fields.items()))
 
 
@@ -252,6 +256,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         session_tokens=_tokens(fields, "session_tokens"),
         step_tokens=_tokens(fields, "step_tokens"),
         prompts=fields.flag("prompts", absent=False),
+        lora=fields.integer("lora", 0, MAX_RANK, absent=0),
         queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),
         seq=fields.integer("seq", 0, MAX_SEQ),

@@ -8,7 +8,8 @@ from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import pack_header
 from tensor_codec.messages.contract import CODEC_BYTES, CODECS, MAX_TOKENS, Contract
-from tensor_codec.messages.fields import Failed, read_failed, read_message, read_spec, read_timings
+from tensor_codec.messages.fields import Failed, no_body, read_failed, read_message, read_spec, read_timings
+from tensor_codec.messages.gradients import Collect, Summed, read_collect, read_summed
 from tensor_codec.span_spec import SpanSpec
 
 COMPUTE_PROTOCOL = "/raceme/compute/1"  # a client and a peer, without a session
@@ -24,6 +25,7 @@ class Run:
     the first `prompts` positions.
     tape: the id of a tape, TAPE_ID_BYTES chosen by the client; b"" without one.  A Forward asks the peer to
     keep the graph of its computing under this id, and a Backward goes back through that graph.
+    summed: where a Backward's gradients of its adapter are added; None: they are not computed.
     """
 
     spec: SpanSpec
@@ -31,6 +33,7 @@ class Run:
     codec: str
     prompts: int = 0
     tape: bytes = b""
+    summed: Summed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,8 @@ def encode_request(message: Forward | Backward) -> list[Buffer]:
         fields["prompts"] = run.prompts
     if run.tape:
         fields["tape"] = run.tape
+    if run.summed is not None:
+        fields |= {"sum": run.summed.name, "n": run.summed.number}
     if isinstance(message, Backward) and message.of_tape:
         return [pack_header(fields), message.grad]
     bodies = [message.hidden, *([message.prompts] if run.prompts else [])]
@@ -138,20 +143,24 @@ def encode_request(message: Forward | Backward) -> list[Buffer]:
     return [pack_header(fields), *bodies]
 
 
-def decode_request(frame: Buffer) -> Request:
+def decode_request(frame: Buffer) -> Request | Collect:
     """Read a stateless request.  Raises MessageError.
 
     The body may still be of any size: `Request.divided` and `request_contract` check that, once the model is
     known to be the right one.
     """
-    message = read_message(frame, frozenset({"forward", "backward"}))
+    message = read_message(frame, frozenset({"forward", "backward", "collect"}))
     header = message.header
+    if message.kind == "collect":
+        no_body(message)
+        return read_collect(header)
     run = Run(
         read_spec(header),
         header.integer("batch", 1, MAX_TOKENS),
         header.choice("codec", CODECS),
         header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
         header.binary("tape", TAPE_ID_BYTES) if "tape" in header else b"",
+        read_summed(header) if message.kind == "backward" else None,
     )
     return Request(run, message.kind == "backward", message.body)
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from client.chains.chain_choice import for_prompts
+from client.adapters.upload import Needs
+from client.chains.chain_choice import chooser_for
 from client.chains.chain_wait import PINGED_PEERS, choose_among_the_living
 from routing.blocks import Blocks
 from routing.chains.alternatives import Constraints
@@ -107,7 +108,7 @@ async def test_prompts_go_only_to_peers_that_say_that_they_take_them(autojump_cl
         }
         routes.view = lambda: replace(view, entries=entries)
         assert names(routes.choose()) == "old"
-        prompted = for_prompts(routes)
+        prompted = chooser_for(routes, Needs(prompts=True))
         assert names(prompted.choose()) == "new"
         assert names(prompted.choose_for_throughput(0, 6, positions=9, waiting={})) == "new"
         assert prompted.blame is routes.blame, "one memory of peers"

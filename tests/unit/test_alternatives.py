@@ -79,7 +79,7 @@ def test_a_way_around_a_peer_is_found_although_to_come_back_to_it_seems_cheaper(
 
 def test_only_peers_that_meet_every_constraint_are_suitable():
     one = span(0, 0, 6, dtype="float32", quantize="int8", adapters=("a",), cache_tokens=100, step_tokens=4096)
-    one = replace(one, prompts=True)
+    one = replace(one, prompts=True, lora=16)
     other = span(1, 0, 6, dtype="bfloat16", cache_tokens=10, step_tokens=2048)
     spans = [one, other]
     assert suitable(spans, Constraints()) == spans
@@ -92,8 +92,18 @@ def test_only_peers_that_meet_every_constraint_are_suitable():
         Constraints(cache_tokens=100),
         Constraints(step_tokens=4096),
         Constraints(prompts=True),
+        Constraints(lora=16),
     ):
         assert suitable(spans, constraints) == [one]
+
+
+def test_an_adapter_is_known_by_its_name_with_or_without_digits_and_by_its_id():
+    poems = "0123456789abcdef" + 48 * "0"
+    one = span(0, 0, 6, adapters=("poems#0123456789abcdef", "prose#ffffffffffffffff"))
+    for adapter in ("poems", "poems#0123456789abcdef", poems, "prose"):
+        assert suitable([one], Constraints(adapter=adapter)) == [one]
+    for adapter in ("poem", "poems#", "poems#ffffffffffffffff", "0" * 64, "0123456789abcdef"):
+        assert suitable([one], Constraints(adapter=adapter)) == []
 
 
 @pytest.mark.parametrize(

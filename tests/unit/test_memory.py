@@ -203,7 +203,7 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     limits = replace(
         Limits(), max_connections=10, max_unread_bytes_per_connection=MIB, max_compute_streams=3,
         max_frame_bytes=2 * MIB, max_prompt_bytes=MIB, max_large_frames=2, max_large_steps=1,
-        max_streams=16, max_steps_in_flight=2,
+        max_streams=16, max_steps_in_flight=2, adapter_bytes=16 * MIB, sum_bytes=24 * MIB,
     )  # fmt: skip
     bound = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB)
     room = memory.workspace_bytes(model(), PLAIN, 2048)
@@ -215,12 +215,25 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     assert bound.needed == memory.check_fits(model(), 4, PLAIN, 2048, 10**9)
     journal = 2048 * model().hidden_size * 4
     assert (bound.journal, bound.answers) == (journal, 2 * journal)
-    assert bound.resident_bound == (400 + 256 + 4 + 8) * MIB + room + 3 * journal + held.total
+    guests = (16 + 24) * MIB  # their adapters, and the sums of gradients
+    assert bound.resident_bound == (400 + 256 + 4 + 8) * MIB + guests + room + 3 * journal + held.total
     on_gpu = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB, device="cuda")
     assert on_gpu.needed == bound.needed
-    assert on_gpu.resident_bound == (400 + 256) * MIB + 3 * journal + held.total
+    assert on_gpu.resident_bound == (400 + 256 + 24) * MIB + 3 * journal + held.total
     none = memory.memory_of(model(), 4, PLAIN, 2048, journal_tokens=0)
     assert none.journal == 0
+
+
+def test_adapters_of_guests_get_an_eighth_of_the_weights_within_bounds_and_sums_twice_that():
+    info, limits = model(), Limits()
+    least = memory.adapter_bytes(info, 4, PLAIN, limits)
+    assert least == memory.MIN_ADAPTER_BYTES
+    assert memory.adapter_bytes(info, 4, PLAIN, replace(limits, adapter_bytes=MIB)) == MIB
+    many = 8 * 8 * least // info.block_bytes("float32", "none")
+    assert memory.adapter_bytes(info, many, PLAIN, limits) == limits.adapter_bytes
+    assert memory.adapter_bytes(info, many // 4, PLAIN, limits) == 2 * least
+    assert memory.sum_bytes(least, limits) == 2 * least
+    assert memory.sum_bytes(limits.adapter_bytes, limits) == limits.sum_bytes
 
 
 def test_tapes_get_half_of_the_memory_for_activations_and_no_more_than_their_limit():
@@ -230,10 +243,12 @@ def test_tapes_get_half_of_the_memory_for_activations_and_no_more_than_their_lim
 
 
 def test_the_start_log_says_it_in_one_line():
-    bound = memory.Memory(2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27, training=2**28)
+    bound = memory.Memory(
+        2**30 // 8, 2**29, 2**28, 2**29, 2**30, 2**27, training=2**28, adapters=2**27, sums=2**28
+    )
     assert memory.in_one_line(bound, model(), 7, 16_384, 20 * 2**30) == (
         "7 of 10 blocks: weights 0.12 GiB, KV cache 0.50 GiB for 16,384 tokens, journal 0.12 GiB,"
-        " workspace 0.25 GiB, gradients 0.25 GiB; bound 3.00 GiB resident; 20.00 GiB free"
+        " workspace 0.25 GiB, gradients 0.25 GiB, adapters 0.38 GiB; bound 3.38 GiB resident; 20.00 GiB free"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
-from tensor_codec.messages import fields, forward_backward, info, session
+from tensor_codec.messages import adapter, fields, forward_backward, gradients, info, session
 from tensor_codec.messages.contract import CODEC_BYTES, REPLIES, Contract, codec_for
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
+from tests.adapter_fixtures import content
 from tests.markdown import page, section, table, words
 
 PAGE = page("docs/protocol.md")
@@ -43,7 +44,11 @@ LIMITS = Limits()
 CONTRACT = Contract(bytes(16), 0, 2, 1, 64, 4, "fp32", 64)
 ROW = bytes(CONTRACT.row_bytes)
 SPEC = SpanSpec("m", "r", Blocks(0, 2), "float32", "a")
+ADAPTER = content(blocks=2)
+OFFERED = SpanSpec("m", "r", Blocks(0, 2), "float32", ADAPTER.id)
+OFFER = adapter.Offer(OFFERED, ADAPTER.manifest, ADAPTER.digests)
 RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1, tape=bytes(16))
+SUMMED = replace(RUN, summed=gradients.Summed(bytes(16), 3))
 PROMPTS = ROW + ROW  # of two blocks
 STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9, (0,), bytes(8))
 INFO = info.PeerInfo(
@@ -80,6 +85,11 @@ def request(frame: bytes) -> object:
     return asked
 
 
+def offer(frame: bytes) -> object:
+    found = adapter.decode_offer(frame)
+    return found.checked(LIMITS) if isinstance(found, adapter.OfferFrame) else found
+
+
 KINDS = {
     "open": Kind(session.encode_open(OPEN), session.decode_open),
     "opened": Kind(session.encode_opened(session.Opened(True, True, 1.5, True)), session.decode_open_reply),
@@ -93,7 +103,25 @@ KINDS = {
     "where": Kind(session.encode_where(), from_client),
     "here": Kind(session.encode_here(session.Here(5, 1, 3)), from_hop),
     "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW, PROMPTS)), request),
-    "backward": Kind(forward_backward.encode_request(forward_backward.Backward(RUN, b"", ROW)), request),
+    "backward": Kind(forward_backward.encode_request(forward_backward.Backward(SUMMED, b"", ROW)), request),
+    "collect": Kind(
+        gradients.encode_collect(gradients.Collect(bytes(16), "fp32")), forward_backward.decode_request
+    ),
+    "gradients": Kind(
+        gradients.encode_gradients(frozenset({0, 9}), 0, b"1234"),
+        lambda frame: gradients.decode_gradients(frame, 0, 4),
+    ),
+    "offer": Kind(adapter.encode_offer(OFFER), offer),
+    "need": Kind(
+        adapter.encode_need(adapter.Need((1,), 8), Blocks(0, 2)),
+        lambda frame: adapter.decode_need_or_held(frame, Blocks(0, 2)),
+    ),
+    "block": Kind(
+        adapter.encode_blob_part(adapter.BlobPart(1, 4, b"1234")),
+        lambda frame: adapter.decode_blob_part(frame, 4),
+    ),
+    "held": Kind(adapter.encode_held(adapter.HeldAdapter(600.0)), adapter.decode_held),
+    "drop": Kind(adapter.encode_drop(adapter.Drop(ADAPTER.id)), adapter.decode_offer),
     "describe": Kind(info.encode_describe(), info.decode_describe),
     "info": Kind(info.encode_info(INFO), info.decode_info),
     "output": Kind(
@@ -196,7 +224,7 @@ def test_the_protocols_of_the_page_are_the_code_s():
     ids = [row[0] for row in table(PAGE, "## 2. Streams")]
     ours = [
         session.SESSION_PROTOCOL, session.PUSH_PROTOCOL, forward_backward.COMPUTE_PROTOCOL,
-        info.INFO_PROTOCOL, neighbours.PROTOCOL, host.PING_PROTOCOL,
+        adapter.ADAPTER_PROTOCOL, info.INFO_PROTOCOL, neighbours.PROTOCOL, host.PING_PROTOCOL,
     ]  # fmt: skip
     assert ids[: len(ours)] == ours
     first = PAGE[: PAGE.index("## 2. Streams")]
@@ -215,7 +243,7 @@ def full_record() -> tuple[Record, bytes]:
         addresses=("/ip4/10.0.0.5/tcp/1",), role="serve", model="m", revision="r", blocks=6, start=0, stop=3,
         next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
         prefill_seconds_per_token=1e-3, cache_tokens=64, session_tokens=64, step_tokens=64, queue=1.0, seq=1,
-        prompts=True, name="n", version="0",
+        prompts=True, lora=64, name="n", version="0",
     )  # fmt: skip
     return record, key
 

@@ -398,6 +398,24 @@ def test_what_a_peer_takes_at_most_is_optional_and_checked():
                 verify(signed(dict(sorted((payload_of(GOOD) | {name: wrong}).items()))))
 
 
+def test_the_rank_that_a_peer_takes_is_optional_and_a_whole_number():
+    assert "lora" not in payload_of(GOOD)
+    says = replace(GOOD, lora=64)
+    assert verify(sign_record(says, KEY)) == says
+    for wrong in (-1, 1.5, True, "64", 4097):
+        with pytest.raises(RecordError):
+            verify(signed(dict(sorted((payload_of(GOOD) | {"lora": wrong}).items()))))
+
+
+def test_four_names_of_adapters_leave_room_for_addresses_and_round_trips():
+    names = tuple(f"{number}{'n' * 27}#{'f' * 16}" for number in range(4))
+    rtt = {peer_id_of(bytes([i]) * 32): 0.001 * i for i in range(1, 9)}
+    fitted = fit_record(replace(GOOD, adapters=names, rtt=rtt, lora=64, prompts=True), LIMITS)
+    assert fitted.adapters == names
+    assert len(fitted.addresses) == 3
+    assert len(fitted.rtt) >= 3
+
+
 def test_whether_a_peer_takes_prompts_is_optional_and_true_or_false():
     assert "prompts" not in payload_of(GOOD)
     says = replace(GOOD, prompts=True)

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from client import batch_parts, forward_backward
+from client import batch_parts, forward_backward, request_streams
 from client.chains import avoided_peers
 from client.chains.chain_wait import PINGED_PEERS
 from client.config import ClientConfig
@@ -179,7 +179,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     (
         PROTOCOL,
         "N s for a forward or backward request at one hop",
-        (forward_backward.REQUEST_STEPS * CLIENT.step_seconds,),
+        (request_streams.REQUEST_STEPS * CLIENT.step_seconds,),
     ),
     (PROTOCOL, "N s for one token, or for one hop's part", (CLIENT.give_up_seconds,)),
     (

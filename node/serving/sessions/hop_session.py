@@ -10,6 +10,7 @@ import trio
 from torch import Tensor
 
 from node.network.budgets.large_frames import FramePlace
+from node.serving.adapters.store import HopAdapter
 from node.serving.executor.engine import Answer, StepCache
 from node.serving.sessions.inbox import Arrived, Inbox
 from node.serving.sessions.push import Outlet
@@ -97,13 +98,29 @@ class KeptOutputs:
     successor_has: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Guests:
+    """What a client adds to the blocks of its session, so that their cache is its own.
+
+    prompts: deep prompts, [blocks, positions, hidden].  adapter: of all steps.
+    """
+
+    prompts: Tensor | None = None
+    adapter: HopAdapter | None = None
+
+    def prompts_at(self, position: int) -> Tensor | None:
+        """The prompts for a step from `position` on; None where there are none or they end before it."""
+        prompts = self.prompts
+        return prompts if prompts is not None and position < prompts.shape[1] else None
+
+
 @dataclass(slots=True)
 class HopSession:
     """One session at this node, and everything that belongs to it alone.
 
     scope: of the session's tasks.  busy: a step is being computed or passed on.  active_at: trio's clock.
     end_reason: why the session ended, if not by its client's wish.
-    prompts: deep prompts, [blocks, positions, hidden]; None without them.  key: of its client alone.
+    guests: see `Guests`.  key: of its client alone.
     """
 
     contract: Contract
@@ -118,7 +135,7 @@ class HopSession:
     busy: bool = False
     active_at: float = 0.0
     end_reason: PeerFault | Refused | None = None
-    prompts: Tensor | None = None
+    guests: Guests = Guests()
     key: SessionKey = field(init=False)
     _interruptible: trio.CancelScope | None = None
 
@@ -126,11 +143,6 @@ class HopSession:
         self.key = owner_tag(self.stream.peer), self.contract.session
         self.stream.limit = self.contract.frame_bytes
         self.inbox.room.evicted = lambda: self.end(no_room())
-
-    def prompts_at(self, position: int) -> Tensor | None:
-        """The prompts for a step from `position` on; None where there are none or they end before it."""
-        prompts = self.prompts
-        return prompts if prompts is not None and position < prompts.shape[1] else None
 
     @property
     def in_use(self) -> bool:

@@ -26,6 +26,7 @@ from node.serving.executor.engine import Engine
 from node.serving.sessions.frame_rates import FrameBudget, FrameRates
 from node.serving.sessions.hop_session import (
     FrameStream,
+    Guests,
     HopSession,
     KeptOutputs,
     SessionCache,
@@ -158,13 +159,14 @@ class Listener:
                     give_way = partial(self._sessions.end, key)
                     held = HeldPrompts(stream.peer, stream.prefix, len(opened.body), give_way)
                     holding = self._bytes.prompts.hold(held)
-                with place.opening, holding:
+                adapting = self.admission.using(stream.peer, opened.spec, trio.current_time)
+                with place.opening, holding, adapting as adapter:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
                     await self._cache_admission.admit(
                         key, stream.peer, opened.batch, opened.max_length, stream.prefix
                     )
-                    with self._place(stream, opened, prompts) as hop:
+                    with self._place(stream, opened, Guests(prompts, adapter)) as hop:
                         await self._run(hop)
                 if place.refusal is not None:
                     raise place.refusal
@@ -318,7 +320,7 @@ class Listener:
         )
 
     @contextmanager
-    def _place(self, stream: FrameStream, opened: Open, prompts: Tensor | None) -> Iterator[HopSession]:
+    def _place(self, stream: FrameStream, opened: Open, guests: Guests) -> Iterator[HopSession]:
         """An admitted session, until it ends.  Raises Refused, MessageError."""
         contract, key = self._contract(opened), (owner_tag(stream.peer), opened.session)
         cache = self.pool.open(opened.batch, opened.max_length)
@@ -340,7 +342,7 @@ class Listener:
                 route=SessionRoute(opened.epoch, opened.predecessor, opened.successor, opened.relay),
                 kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),
-                prompts=prompts,
+                guests=guests,
             )
             with self._sessions.holding(hop):
                 yield hop

@@ -285,6 +285,7 @@ class HopWorker:
         try:
             with hop.interruptible() if hop.state.can_cut else trio.CancelScope():
                 await self._allocate(decision)
+                guests = hop.guests
                 whole = hop.route.sends_on  # now: a Relink may change it while this is computed
                 answer = await self.engine.step(
                     hop.stream.peer,
@@ -293,8 +294,9 @@ class HopWorker:
                     what,
                     step.body,
                     whole=whole,
-                    prompts=None if hop.prompts is None else hop.prompts_at(what.position),
+                    prompts=None if guests.prompts is None else guests.prompts_at(what.position),
                     prefix=hop.stream.prefix,
+                    adapter=guests.adapter,
                 )
         except CacheFull as full:
             hop.state.dropped(decision)

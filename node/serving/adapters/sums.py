@@ -1,0 +1,206 @@
+"""Sums of the gradients of guests' adapters: added request by request, collected once.
+
+The truth of a training stays with its client.  A sum is soft state: it is taken whole or not at all, and a
+client that has lost one asks for its requests again, here or elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import trio
+from torch import Tensor
+
+from node.network.prefixes import is_local
+from node.runtime.compute_thread import Runner
+from node.serving.adapters.store import AdapterStore
+from tensor_codec.adapters import AdapterManifest
+from tensor_codec.blocks import Blocks
+from tensor_codec.errors import Refused, RemoteProtocolError, TooManyStreams
+from tensor_codec.frame import Buffer
+from tensor_codec.limits import Limits
+from tensor_codec.messages.gradients import SUM_DTYPES, Collect, Summed, encode_gradients, gradient_pieces
+from tensor_codec.span_spec import SpanSpec
+
+AGAIN_SECONDS = 5.0  # another sum was collected or has ended by then
+Shape = Mapping[str, tuple[int, int]]  # (in, out) of the linears of a block, by name
+Shapes = Mapping[int, Shape]
+Gradients = Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]  # `AdapterGradients` of node.model.adapters
+_SUM_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(slots=True, eq=False)
+class GradientSum:
+    """One sum, in float64.  size: bytes that it may come to take.  under_way: its requests now.
+
+    A request is added in the torch thread, whole, and once however often it comes.
+    """
+
+    peer: str
+    prefix: str
+    adapter: str
+    run: Blocks
+    manifest: AdapterManifest
+    size: int
+    used_at: float
+    under_way: int = 0
+    numbers: set[int] = field(default_factory=set)
+    _sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, number: int, gradients: Gradients) -> None:
+        """Add the gradients of request `number`, float32, unless they are in.  Runs in the torch thread."""
+        if number in self.numbers:
+            return
+        found = {
+            (block, name): (a.to("cpu", torch.float64), b.to("cpu", torch.float64))
+            for block, sites in gradients.items()
+            for name, (a, b) in sites.items()
+        }
+        for key, (a, b) in found.items():
+            if key in self._sums:
+                self._sums[key][0].add_(a)
+                self._sums[key][1].add_(b)
+            else:
+                self._sums[key] = a, b
+        self.numbers.add(number)
+
+    def encoded(self, dtype: str) -> bytes:
+        """The sum as it travels: block after block, site after site A [rank, in] and B [out, rank].
+
+        dtype: "fp32" or "fp64".  Runs in the torch thread.
+        """
+        parts = []
+        for block in range(*self.run):
+            for site in self.manifest.blocks[block]:
+                for part in self._sums[block, site.name]:
+                    parts.append(part.to(_SUM_DTYPES[dtype]).contiguous().numpy().tobytes())
+        return b"".join(parts)
+
+
+@dataclass(slots=True)
+class GradientSums:
+    """The sums of a node, within a budget.  Times are the caller's clock, in seconds.
+
+    capacity: bytes of all sums.
+
+    Promises, checked by tests/unit/test_gradient_sums.py:
+      * the sums never exceed the capacity, nor a peer's or a prefix's share, nor a peer's number;
+      * a sum belongs to the peer that began it, to one adapter and one run of blocks;
+      * what was not used for `sum_idle_seconds` is gone.
+    """
+
+    limits: Limits
+    capacity: int
+    _sums: dict[tuple[str, bytes], GradientSum] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        """Bytes that all sums may come to take."""
+        return sum(each.size for each in self._sums.values())
+
+    def begin(self, name: bytes, wanted: GradientSum) -> GradientSum:
+        """The sum of this name, made like `wanted` where there is none; used until `end`.
+
+        Raises TooManyStreams, and RemoteProtocolError for a name that is another sum's.
+        """
+        key = wanted.peer, name
+        self.expire(wanted.used_at)
+        found = self._sums.get(key)
+        if found is None:
+            self._check_room(wanted)
+            found = self._sums[key] = wanted
+        elif (found.adapter, found.run) != (wanted.adapter, wanted.run):
+            raise RemoteProtocolError("a sum of gradients of another adapter, or of other blocks")
+        found.under_way += 1
+        return found
+
+    def end(self, used: GradientSum, now: float) -> None:
+        """A request of the sum has ended."""
+        used.under_way -= 1
+        used.used_at = now
+
+    def find(self, peer: str, name: bytes) -> GradientSum:
+        """A sum that is to be collected.  Raises Refused where there is none."""
+        found = self._sums.get((peer, name))
+        if found is None:
+            raise Refused("no such sum of gradients is here: it has ended, or was collected", 0.0)
+        return found
+
+    def forget(self, peer: str, name: bytes) -> None:
+        """It was collected."""
+        self._sums.pop((peer, name), None)
+
+    def expire(self, now: float) -> None:
+        """Forget the sums that were not used for `sum_idle_seconds`."""
+        old = now - self.limits.sum_idle_seconds
+        self._sums = {key: each for key, each in self._sums.items() if each.under_way or each.used_at >= old}
+
+    def _check_room(self, wanted: GradientSum) -> None:
+        limits, size = self.limits, wanted.size
+        mine = [each for each in self._sums.values() if each.peer == wanted.peer]
+        if len(mine) >= limits.max_sums_per_peer:
+            raise TooManyStreams(f"{len(mine)} sums of gradients of yours are open", AGAIN_SECONDS)
+        bounds: list[tuple[Sequence[GradientSum], float]] = [
+            (mine, limits.sum_share_per_peer),
+            (list(self._sums.values()), 1.0),
+        ]
+        if not is_local(wanted.prefix):
+            near = [each for each in self._sums.values() if each.prefix == wanted.prefix]
+            bounds.append((near, limits.adapter_share_per_prefix))
+        for sums, share in bounds:
+            free = int(self.capacity * share) - sum(each.size for each in sums)
+            if size > free:
+                raise TooManyStreams(
+                    f"a sum of {size} bytes of gradients, {max(0, free)} are free", AGAIN_SECONDS
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class SpanSums:
+    """The sums of a node, for the span that it serves.
+
+    adapters: that its peers have brought.  shapes: (in, out) of the linears of each block of the span.
+    """
+
+    sums: GradientSums
+    adapters: AdapterStore
+    shapes: Callable[[], Shapes]
+    compute: Runner
+
+    @contextmanager
+    def adding(
+        self, peer: str, prefix: str, summed: Summed, spec: SpanSpec
+    ) -> Iterator[Callable[[Gradients], None]]:
+        """A function for the torch thread that adds the gradients of a request of this peer to its sum.
+
+        Raises Refused, TooManyStreams, RemoteProtocolError.
+        """
+        assert spec.adapter is not None
+        run = spec.blocks
+        adapter, manifest = self.adapters.manifest(peer, spec.adapter, run)
+        size = sum_size(manifest, run, self.shapes())
+        wanted = GradientSum(peer, prefix, adapter, run, manifest, size, trio.current_time())
+        used = self.sums.begin(summed.name, wanted)
+        try:
+            yield partial(used.add, summed.number)
+        finally:
+            self.sums.end(used, trio.current_time())
+
+    async def parts(self, peer: str, asked: Collect) -> list[list[Buffer]]:
+        """The frames of a sum, in parts each.  Raises Refused."""
+        found = self.sums.find(peer, asked.name)
+        numbers = frozenset(found.numbers)
+        data = await self.compute.run(found.encoded, asked.dtype)
+        return [encode_gradients(numbers, at, part) for at, part in gradient_pieces(data)]
+
+
+def sum_size(manifest: AdapterManifest, run: Blocks, shapes: Shapes) -> int:
+    """Bytes of a sum over the blocks of `run`.  shapes: (in, out) of the linears of each block."""
+    values = sum(
+        site.rank * sum(shapes[block][site.name]) for block in range(*run) for site in manifest.blocks[block]
+    )
+    return values * SUM_DTYPES["fp64"]

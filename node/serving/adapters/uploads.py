@@ -1,0 +1,93 @@
+"""Places for uploads of adapters, and their pace: what guests send costs others no place and no time.  Pure.
+
+All places may be taken by one network prefix while nobody else wants one.  A peer of another prefix then gets
+the place of the newest upload of the prefix that has most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import trio
+
+from tensor_codec.errors import RemoteProtocolError, TooManyStreams
+from tensor_codec.limits import Limits
+from tensor_codec.token_bucket import TokenBucket
+
+AGAIN_SECONDS = 2.0  # another upload has ended by then
+MAX_BUCKETS = 1024  # of peers; a bucket that is full again needs no entry
+
+
+@dataclass(slots=True, eq=False)
+class Upload:
+    """One upload under way.  yields: it ends for one of another prefix, by its scope."""
+
+    peer: str
+    prefix: str
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    yields: bool = False
+
+
+@dataclass(slots=True)
+class Uploads:
+    """The uploads of a node.  Times are the caller's clock, in seconds."""
+
+    limits: Limits
+    _under_way: list[Upload] = field(default_factory=list)
+    _offers: dict[str, TokenBucket] = field(default_factory=dict)
+    _bytes: TokenBucket | None = None
+
+    @property
+    def count(self) -> int:
+        """Uploads under way."""
+        return len(self._under_way)
+
+    def offered(self, peer: str, now: float) -> None:
+        """Count an offer of a peer.  Raises RemoteProtocolError where it offers too often."""
+        rate, burst = self.limits.adapter_offers_per_second, self.limits.adapter_offers_burst
+        if len(self._offers) >= MAX_BUCKETS:
+            self._offers = {
+                name: bucket for name, bucket in self._offers.items() if bucket.level_at(now) < burst
+            }
+            while len(self._offers) >= MAX_BUCKETS:
+                del self._offers[next(iter(self._offers))]
+        bucket = self._offers.setdefault(peer, TokenBucket.full(rate, burst, now))
+        if not bucket.try_take(1, now):
+            raise RemoteProtocolError(f"more than {rate:g} offers of adapters a second, {burst} at once")
+
+    def begin(self, peer: str, prefix: str) -> Upload:
+        """A place for an upload, until `end`.  Raises TooManyStreams."""
+        mine = sum(each.peer == peer for each in self._under_way)
+        if mine >= self.limits.max_adapter_uploads_per_peer:
+            raise TooManyStreams(f"{mine} adapters of yours are on their way", AGAIN_SECONDS)
+        if sum(not each.yields for each in self._under_way) >= self.limits.max_adapter_uploads:
+            if (last := self._last_of_most(prefix)) is None:
+                raise TooManyStreams(f"{self.count} adapters are on their way here", AGAIN_SECONDS)
+            last.yields = True
+            last.scope.cancel()
+        upload = Upload(peer, prefix)
+        self._under_way.append(upload)
+        return upload
+
+    def end(self, upload: Upload) -> None:
+        """Its place is free."""
+        self._under_way.remove(upload)
+
+    def pause(self, size: int, now: float) -> float:
+        """Count bytes that have come; the seconds until more is read."""
+        if self._bytes is None:
+            limits = self.limits
+            self._bytes = TokenBucket.full(
+                limits.adapter_upload_bytes_per_second, limits.adapter_upload_burst_bytes, now
+            )
+        return self._bytes.take(size, now)
+
+    def _last_of_most(self, prefix: str) -> Upload | None:
+        """The upload that makes room for one of this prefix; None where no prefix has more."""
+        named = [each for each in self._under_way if each.prefix and not each.yields]
+        counts = Counter(each.prefix for each in named)
+        most = max(counts.values(), default=0)
+        if not prefix or counts[prefix] + 1 >= most:
+            return None
+        return next(each for each in reversed(named) if counts[each.prefix] == most)

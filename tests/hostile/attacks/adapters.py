@@ -1,0 +1,65 @@
+"""Attacks with adapters: junk in the form of a guest's upload, from many ids at full speed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import struct
+from dataclasses import replace
+
+import trio
+
+from tensor_codec.adapters import AdapterContent, AdapterManifest, LoraSite
+from tensor_codec.errors import PeerGone
+from tensor_codec.messages.adapter import (
+    ADAPTER_PROTOCOL,
+    Need,
+    Offer,
+    decode_need_or_held,
+    encode_blob_part,
+    encode_offer,
+    pieces,
+)
+from tests.hostile.means import connection_to, framed
+from tests.hostile.stage import Stage, served_by, spec_of
+
+GUESTS = 64
+RANK, HIDDEN = 64, 576  # SmolLM2-135M
+SITES = (LoraSite("q_proj", RANK, 1.0), LoraSite("o_proj", RANK, 1.0))
+BLOB_VALUES = len(SITES) * RANK * 2 * HIDDEN
+
+
+async def junk_adapters(stage: Stage) -> None:
+    """64 ids that upload adapters at full speed: other bytes than were hashed, NaN, and sound ones."""
+    info = await served_by(stage.target)
+    spec = spec_of(info)
+    kinds = itertools.cycle(("other bytes", "not a number", "sound"))
+    manifest = AdapterManifest(info.revision, "fp32", (SITES,) * info.blocks)
+    await stage.ready()
+
+    async def upload() -> None:
+        kind = next(kinds)
+        last = float("nan") if kind == "not a number" else 0.0
+        blob = struct.pack("<f", random.random()) + bytes(4 * BLOB_VALUES - 8) + struct.pack("<f", last)
+        own = AdapterContent(manifest, (blob,) * info.blocks)
+        async with connection_to(stage) as connection:
+            stream = framed(connection, ADAPTER_PROTOCOL)
+            named = replace(spec, adapter=own.id)
+            await stream.send(encode_offer(Offer(named, own.manifest, own.digests)))
+            stage.got["offers"] += 1
+            frame = await stream.receive()
+            if frame is None:
+                raise PeerGone("no answer to an offer")
+            answer = decode_need_or_held(frame, spec.blocks)
+            if not isinstance(answer, Need):
+                stage.got[f"answered: {type(answer).__name__}"] += 1
+                await trio.sleep(0.1)
+                return
+            sent = blob if kind != "other bytes" else blob[:-1] + b"\1"
+            for block in answer.blocks:
+                for part in pieces(block, sent):
+                    await stream.send(encode_blob_part(part))
+                    stage.got["blobs"] += 1
+            await stream.receive()
+
+    await stage.at_once(GUESTS, upload)
