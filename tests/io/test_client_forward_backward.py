@@ -67,7 +67,7 @@ async def test_forward_and_backward_over_three_hops_are_those_of_the_whole_model
         client = swarm.client()
         assert torch.equal(await client.forward(STATES, 0, BLOCKS), blocks_on(STATES, 0, BLOCKS))
         assert done(swarm) == {"a": (1, 0), "b": (1, 0), "c": (1, 0)}
-        found, _ = await client.backward(STATES, GRAD, 0, BLOCKS)
+        found, *_ = await client.backward(STATES, GRAD, 0, BLOCKS)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         # The last hop is not asked for a forward that nobody needs.
         assert done(swarm) == {"a": (2, 1), "b": (2, 1), "c": (1, 1)}
@@ -81,7 +81,7 @@ async def test_any_run_of_blocks(start, stop, autojump_clock):
         three_hops(swarm)
         client = swarm.client()
         assert torch.equal(await client.forward(STATES, start, stop), blocks_on(STATES, start, stop))
-        found, _ = await client.backward(STATES, GRAD, start, stop)
+        found, *_ = await client.backward(STATES, GRAD, start, stop)
         assert torch.equal(found, gradient_of(STATES, GRAD, start, stop))
 
 
@@ -94,7 +94,7 @@ async def test_a_large_batch_goes_in_parts_of_whole_rows_and_comes_back_in_order
         assert torch.equal(await client.forward(hidden, 0, 6), blocks_on(hidden, 0, 6))
         small = [(2, 100), (2, 100), (1, 100)] * 4 + [(2, 100), (1, 100)]
         assert swarm.nodes["a"].engine.asked == small
-        found, _ = await client.backward(hidden, grad, 4, 6)
+        found, *_ = await client.backward(hidden, grad, 4, 6)
         assert torch.equal(found, gradient_of(hidden, grad, 4, 6))
         assert swarm.nodes["c"].engine.asked[-5:] == [(5, 100)] * 4 + [(3, 100)]
         assert swarm.nodes["b"].engine.asked == small
@@ -185,7 +185,7 @@ async def test_each_hop_has_the_codec_that_loses_nothing_of_what_it_computes(aut
         found = await client.forward(STATES, 0, 4)
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, blocks_on(middle.bfloat16(), 2, 4))
-        found, _ = await client.backward(STATES, GRAD, 0, 4)
+        found, *_ = await client.backward(STATES, GRAD, 0, 4)
         assert found.dtype == torch.float32  # of the first hop
         behind = gradient_of(middle.bfloat16(), GRAD.bfloat16(), 2, 4)
         assert torch.equal(found, gradient_of(STATES, behind.float(), 0, 2))
@@ -203,7 +203,7 @@ async def test_a_hop_of_another_dtype_that_replaces_one_is_asked_in_its_own_code
         found = await client.forward(STATES, 0, 4)
         assert found.dtype == torch.float32
         assert torch.equal(found, blocks_on(STATES, 0, 4))
-        gradient, _ = await client.backward(STATES, GRAD, 0, 4)
+        gradient, *_ = await client.backward(STATES, GRAD, 0, 4)
         assert torch.equal(gradient, gradient_of(STATES, GRAD, 0, 4))
 
 
@@ -216,7 +216,7 @@ async def test_a_server_that_dies_at_any_moment_of_backward_is_replaced_and_the_
         three_hops(swarm, seconds=1, replicas="abc")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(later, at, swarm.kill, victim)
-            found, _ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
+            found, *_ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
             assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
             # Undisturbed it takes two forwards and three backwards; only what was lost is done again.
             # With the last seconds of it gone the dead server may not be needed any more.
@@ -255,7 +255,7 @@ async def test_what_replaces_a_server_in_backward_makes_the_way_no_longer_either
         slow(swarm, "e")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(later, 2.5, swarm.kill, "A")
-            found, _ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
+            found, *_ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         assert set(swarm.dialled) == {"A", "b", "e"}
 
@@ -287,7 +287,7 @@ async def test_blocks_that_one_server_held_may_be_done_by_several_others(autojum
         three_hops(swarm, seconds=1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(later, 0.5, swarm.kill, "whole")
-            found, _ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
+            found, *_ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         assert done(swarm) == {"whole": (0, 0), "a": (1, 1), "b": (1, 1), "c": (0, 1)}
 
@@ -298,7 +298,7 @@ async def test_two_servers_that_die_one_after_the_other_are_both_replaced(autoju
         async with trio.open_nursery() as nursery:
             nursery.start_soon(later, 2.5, swarm.kill, "c")
             nursery.start_soon(later, 4.0, swarm.kill, "a")
-            found, _ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
+            found, *_ = await swarm.client().backward(STATES, GRAD, 0, BLOCKS)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         assert blamed(swarm) == {"a": 1, "c": 1}
 
@@ -468,7 +468,7 @@ async def test_when_the_last_one_with_a_block_dies_the_call_fails_whole(autojump
 async def test_time_to_give_up_begins_anew_with_every_hop(autojump_clock):
     async with toy_swarm() as swarm:
         three_hops(swarm, seconds=4)
-        found, _ = await swarm.client(give_up_seconds=5).backward(STATES, GRAD, 0, 6)
+        found, *_ = await swarm.client(give_up_seconds=5).backward(STATES, GRAD, 0, 6)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, 6))
         assert trio.current_time() == 20
 
@@ -589,7 +589,7 @@ async def test_a_call_that_is_cancelled_at_any_await_leaves_nothing_behind_and_t
             instrument = CancelAt(k, scope)
             trio.lowlevel.add_instrument(instrument)
             with scope:
-                found, _ = await client.backward(hidden, grad, 0, 6)
+                found, *_ = await client.backward(hidden, grad, 0, 6)
             trio.lowlevel.remove_instrument(instrument)
             assert not +client._planned
             assert all(limiter.borrowed_tokens == 0 for limiter in client._limiters.values())
@@ -630,6 +630,6 @@ async def test_the_same_over_the_networks_own_framed_streams(autojump_clock):
         client = swarm.client(open_stream=dial)
         hidden = whole_numbers(9, 256, HIDDEN)
         assert torch.equal(await client.forward(hidden, 0, 6), blocks_on(hidden, 0, 6))
-        gradient, _ = await client.backward(STATES, GRAD, 0, 6)
+        gradient, *_ = await client.backward(STATES, GRAD, 0, 6)
         assert torch.equal(gradient, gradient_of(STATES, GRAD, 0, 6))
         assert all(node.faults == {} for node in swarm.nodes.values())

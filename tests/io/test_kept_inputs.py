@@ -54,7 +54,7 @@ async def test_a_backward_of_kept_inputs_asks_for_no_forward_and_equals_the_usua
         assert torch.equal(output, await swarm.client().forward(STATES, 0, BLOCKS))
         for node in swarm.nodes.values():
             node.span.done.clear()
-        found, none = await client.backward_kept(kept, GRAD)
+        found, none, *_ = await client.backward_kept(kept, GRAD)
         assert done(swarm) == dict.fromkeys("abc", (0, 1))
         assert torch.equal(found, (await client.backward(STATES, GRAD, 0, BLOCKS)).hidden)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
@@ -69,7 +69,7 @@ async def test_kept_inputs_serve_any_number_of_backwards_until_they_are_released
         assert (kept.start, kept.stop, kept.shape) == (1, 5, (ROWS, TOKENS, HIDDEN))
         assert kept.nbytes == 3 * STATES.nbytes  # of three servers
         for grad in (GRAD, OTHER, GRAD):
-            found, _ = await client.backward_kept(kept, grad)
+            found, *_ = await client.backward_kept(kept, grad)
             assert torch.equal(found, gradient_of(STATES, grad, 1, 5))
         kept.release()
         assert kept.nbytes == 0
@@ -106,13 +106,13 @@ async def test_a_server_that_dies_between_forward_and_backward_is_replaced_for_i
         await swarm.kill(victim)
         for node in swarm.nodes.values():
             node.span.done.clear()
-        found, _ = await client.backward_kept(kept, GRAD)
+        found, *_ = await client.backward_kept(kept, GRAD)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         expected = dict.fromkeys("abc", (0, 1)) | dict.fromkeys("ABC", (0, 0))
         assert done(swarm) == expected | {victim: (0, 0), victim.upper(): (0, 1)}
         # The next backward asks the server that took its place, without a detour.
         dialled = len(swarm.dialled)
-        found, _ = await client.backward_kept(kept, OTHER)
+        found, *_ = await client.backward_kept(kept, OTHER)
         assert torch.equal(found, gradient_of(STATES, OTHER, 0, BLOCKS))
         assert victim not in swarm.dialled[dialled:]
 
@@ -129,7 +129,7 @@ async def test_servers_with_other_blocks_that_replace_one_run_forward_within_its
         swarm.add("d", 4, 6)
         for node in swarm.nodes.values():
             node.span.done.clear()
-        found, _ = await client.backward_kept(kept, GRAD)
+        found, *_ = await client.backward_kept(kept, GRAD)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         assert (done(swarm)["a"], done(swarm)["b"], done(swarm)["d"]) == ((0, 1), (0, 0), (0, 1))
         assert done(swarm)["c"] == (1, 1)
@@ -148,7 +148,7 @@ async def test_a_server_that_dies_in_a_backward_of_kept_inputs_is_replaced_too(a
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(kill_soon)
-            found, _ = await client.backward_kept(kept, GRAD)
+            found, *_ = await client.backward_kept(kept, GRAD)
         assert torch.equal(found, gradient_of(STATES, GRAD, 0, BLOCKS))
         assert done(swarm)["B"] == (0, 1)
 
@@ -160,7 +160,7 @@ async def test_rows_of_a_large_batch_keep_their_order(autojump_clock):
         client = swarm.client()
         output, kept = await client.forward_kept(hidden, 0, BLOCKS)
         assert torch.equal(output, blocks_on(hidden, 0, BLOCKS))
-        found, _ = await client.backward_kept(kept, grad)
+        found, *_ = await client.backward_kept(kept, grad)
         assert torch.equal(found, gradient_of(hidden, grad, 0, BLOCKS))
 
 
@@ -180,7 +180,7 @@ async def test_kept_inputs_have_the_prompts_of_their_forward(autojump_clock):
         output, kept = await client.forward_kept(STATES, 0, BLOCKS, PROMPTS)
         assert torch.equal(output, prompted(STATES, PROMPTS, 0, BLOCKS))
         await swarm.kill("b")
-        found, own = await client.backward_kept(kept, GRAD)
+        found, own, *_ = await client.backward_kept(kept, GRAD)
         expected = prompted_gradients(STATES, GRAD, PROMPTS, 0, BLOCKS)
         assert torch.equal(found, expected[0])
         assert torch.equal(own, expected[1])
@@ -220,7 +220,7 @@ async def test_a_batch_keeps_all_servers_of_a_chain_busy(autojump_clock):
         _, kept = await client.forward_kept(hidden, 0, BLOCKS)
         # Eight requests, each a hop after the one before it; two large ones would take as long for each.
         assert trio.current_time() - began == pytest.approx(8 + 2)
-        found, _ = await client.backward_kept(kept, grad)
+        found, *_ = await client.backward_kept(kept, grad)
         assert trio.current_time() - began == pytest.approx(2 * (8 + 2))
         assert torch.equal(found, gradient_of(hidden, grad, 0, BLOCKS))
         assert {rows for node in swarm.nodes.values() for rows, _ in node.engine.asked} == {1}

@@ -195,6 +195,12 @@ PROOFS = {
     "log_lines_per_peer_per_second": "unit/test_logs.py::"
     "test_of_one_kind_a_peer_gets_five_lines_a_second_and_the_others_are_counted",
     "log_lines_per_second": "unit/test_logs.py::test_ids_made_up_for_each_line_do_not_fill_the_log",
+    "adapter_idle_seconds": "unit/test_adapter_store.py::test_what_nobody_uses_is_forgotten_after_its_time",
+    "adapter_upload_seconds": "io/test_adapter_listener.py::"
+    "test_half_an_upload_ends_at_its_deadline_and_gives_its_bytes_back",
+    "adapter_offers_per_second": "unit/test_adapter_uploads.py::test_a_peer_that_offers_for_ever_is_at_fault",
+    "sum_idle_seconds": "unit/test_gradient_sums.py::"
+    "test_a_sum_that_nobody_uses_is_gone_and_one_in_use_stays",
     "drain_seconds": LISTENER + "test_draining_ends_by_its_limit_whatever_the_steps_take",
     "drain_idle_seconds": LISTENER
     + "test_a_node_that_drains_finishes_the_steps_in_flight_and_takes_no_new_session",
