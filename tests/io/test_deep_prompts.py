@@ -30,7 +30,7 @@ PROMPTS = whole_numbers(BLOCKS, POSITIONS, HIDDEN, seed=3, most=5)
 
 
 def equal(found, expected) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    return all(torch.equal(one, other) for one, other in zip(found[:2], expected, strict=True))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (1, 5), (2, 3)])

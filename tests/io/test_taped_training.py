@@ -10,7 +10,7 @@ import torch
 import trio
 from torch import Tensor
 
-from client.forward_backward import ForwardBackward
+from client.request_streams import RequestStreams
 from node.serving.training.tapes import MAX_TAPES
 from routing.names import PeerId
 from tensor_codec.blocks import Blocks
@@ -86,13 +86,13 @@ async def test_the_gradient_alone_is_sent_where_the_server_has_the_tape(autojump
         client = swarm.client()
         _, kept = await client.forward_kept(STATES, 0, BLOCKS)
         sizes: list[int] = []
-        exchange = client._exchange
+        exchange = client._streams.ask
 
         async def counted(peer: PeerId, asked: Any) -> Output:
             sizes.append(sum(len(part) for part in asked.parts[1:]))
             return await exchange(peer, asked)
 
-        monkeypatch.setattr(ForwardBackward, "_exchange", lambda self, *given: counted(*given))
+        monkeypatch.setattr(RequestStreams, "ask", lambda self, *given: counted(*given))
         await client.backward_kept(kept, GRAD)
         await client.backward_kept(kept, GRAD)  # without the tape: hidden states too
         assert sizes == [GRAD.nbytes, STATES.nbytes + GRAD.nbytes]
