@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from node.runtime.interrupts import end_at_once_on_interrupt, is_command
@@ -22,10 +23,13 @@ from tensor_codec.errors import PeerFault, Refused
 from tensor_codec.messages.info import PeerInfo
 
 if TYPE_CHECKING:
+    from client.adapters.adapter import Adapter
+    from client.adapters.folder import load_adapter, new_adapter, save_adapter
     from client.batch_parts import KeptInputs
     from client.generation.generate import Token
 
 __all__ = [
+    "Adapter",
     "ConfigError",
     "Constraints",
     "GenerateOptions",
@@ -39,17 +43,23 @@ __all__ = [
     "Token",
     "connect",
     "connect_sync",
+    "load_adapter",
+    "new_adapter",
+    "save_adapter",
 ]
+
+# Names whose modules import torch, which is imported at their first use.
+_LATER = {
+    "Adapter": "client.adapters.adapter",
+    "KeptInputs": "client.batch_parts",
+    "Token": "client.generation.generate",
+    "load_adapter": "client.adapters.folder",
+    "new_adapter": "client.adapters.folder",
+    "save_adapter": "client.adapters.folder",
+}
 
 
 def __getattr__(name: str) -> Any:  # Any: of every type
-    """Names whose modules import torch: imported at their first use."""
-    if name == "Token":
-        from client.generation.generate import Token
-
-        return Token
-    if name == "KeptInputs":
-        from client.batch_parts import KeptInputs
-
-        return KeptInputs
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from client.adapters.ends import sharing
 from client.hf.base import LAST_ONLY, RemoteBase
 from client.hf.blocks import RemoteSequential
 from client.hf.generation import RemoteGeneration
@@ -37,6 +38,7 @@ class FastLinear(nn.Linear):
 
     _product: Callable[..., Tensor]
     _loaded: int  # the version of the weight that the kernel read
+    _place: int  # and its address: an adapter may put another one in its place
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -49,7 +51,7 @@ class FastLinear(nn.Linear):
     @property
     def as_loaded(self) -> bool:
         """Whether the weight is that of the checkpoint."""
-        return self.weight._version == self._loaded
+        return self.weight._version == self._loaded and self.weight.data_ptr() == self._place
 
 
 class RemoteCausal(RemoteSaving, RemoteGeneration):
@@ -85,7 +87,7 @@ def base_model(
     """
     folder, architecture = ends.folder, ends.architecture
     whole = library_class(architecture, architecture.whole)
-    model = _sharing(ends.model)
+    model = sharing(ends.model)
     base = model.get_submodule(architecture.prefix)
     container = base.get_submodule(architecture.container)
     layers = nn.ModuleList([RemoteLayer(architecture.answers_tuple)])
@@ -146,15 +148,6 @@ def task_model(causal: nn.Module, architecture: Architecture, auto: Any, num_lab
     return _mixed(model, RemoteTask, known).eval()
 
 
-def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of a model with parameters of its own on the same memory."""
-    memo: dict[int, Any] = {
-        id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()
-    }
-    memo |= {id(one): one for one in model.buffers()}
-    return copy.deepcopy(model, memo)
-
-
 def _mixed(model: nn.Module, mixin: type, attributes: dict[str, Any]) -> nn.Module:
     """The same model as an object of the library's class with a mixin, and with these attributes.
 
@@ -186,5 +179,7 @@ def _compiled(head: nn.Module | None, ends: EmbedAndHead) -> FastLinear | None:
     if type(head) is not nn.Linear or ends.product is None or head.weight.dtype != torch.float32:
         return None
     fast = FastLinear.__new__(FastLinear)
-    vars(fast).update({**vars(head), "_product": ends.product, "_loaded": head.weight._version})
+    weight = head.weight
+    known = {"_product": ends.product, "_loaded": weight._version, "_place": weight.data_ptr()}
+    vars(fast).update({**vars(head), **known})
     return fast

@@ -28,6 +28,7 @@ from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.tensors import end_tensors, load_tensors
 
 if TYPE_CHECKING:
+    from node.model.peft.modules import ModelModules
     from node.model.weights.argmax_head import ExactArgmax
 
 
@@ -144,6 +145,13 @@ class EmbedAndHead:
     def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
         """The folder's tokenizer, with its chat template if the model has one."""
         return open_tokenizer(self.folder.path)
+
+    @cached_property
+    def modules(self) -> ModelModules:
+        """Names and shapes of all modules of the model, for adapters."""
+        from node.model.peft.modules import model_modules
+
+        return model_modules(self.folder)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:

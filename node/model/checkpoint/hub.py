@@ -110,6 +110,32 @@ class Hub:
         except LocalEntryNotFoundError:
             return None
 
+    def adapter(self, name: str, revision: str | None, files: Collection[str]) -> Path:
+        """Fetch these files of an adapter; the folder they lie in.  Without the hub, an earlier copy."""
+        from huggingface_hub import snapshot_download
+
+        wanted = list(files)
+        try:
+            return Path(
+                _answer(name, lambda: snapshot_download(name, revision=revision, allow_patterns=wanted))
+            )
+        except Unreachable:
+            if (found := self.local_adapter(name, revision, wanted)) is None:
+                raise
+            return found
+
+    def local_adapter(self, name: str, revision: str | None, files: list[str]) -> Path | None:
+        """The folder of an adapter that was fetched before, without asking the hub."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True)
+            )
+        except LocalEntryNotFoundError:
+            return None
+
 
 def _answer(model: str, ask: Callable[[], T]) -> T:
     """Ask the hub, and sort the errors by the party that must act."""

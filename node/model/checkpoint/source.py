@@ -23,7 +23,7 @@ _KINDS = {
     ".pth": "a file of weights in PyTorch's format and not a folder",
     ".onnx": "an ONNX file and not a folder",
 }
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -69,7 +69,7 @@ def resolve(
         raise ConfigError(f"cannot open {brief(named)} as a model's folder: {why}") from None
     if is_file and named != BUILTIN_MODEL:
         raise ConfigError(f"{brief(named)} is {_kind_of(path)}: {_NEEDED}")
-    from_hub = named != BUILTIN_MODEL and not is_folder and _HUB_NAME.fullmatch(named)
+    from_hub = named != BUILTIN_MODEL and not is_folder and HUB_NAME.fullmatch(named)
     if revision is not None and not from_hub:
         raise ConfigError(f"a revision can be chosen for a model of the hub only, and {named} is none")
     if named == BUILTIN_MODEL:
