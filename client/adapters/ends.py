@@ -53,7 +53,7 @@ class AdaptedModule(nn.Module):
             own = getattr(self.base, "embed_scale", None)  # of gemma: the library scales the answer
             return cast(Tensor, low if own is None else low * own)
         low = functional.linear(functional.linear(given.to(self.a.dtype), self.a), self.b)
-        return cast(Tensor, low * self.scale)
+        return low * self.scale
 
     def __getattr__(self, name: str) -> Any:  # Any: an attribute of the module
         try:
