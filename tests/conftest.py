@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ from hypothesis import Phase, settings
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
-from tests.processes import children, end
+from tests.processes import ROOT, children, end
 
 # Of other packages: `make test-ecosystem` has an environment with them.
 collect_ignore = [] if find_spec("peft") and find_spec("lm_eval") else ["ecosystem"]
@@ -34,6 +35,13 @@ settings.register_profile(  # of `make mutants`: one answer for each change, and
     phases=(Phase.explicit, Phase.generate),
 )
 settings.load_profile("raceme")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before the workers start, one process compiles the kernels that all of them and their nodes use."""
+    config = session.config
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        subprocess.run([sys.executable, "-m", "node.model.weights.precompile"], cwd=ROOT, check=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -295,7 +295,7 @@ async def load_served_span(
     stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions, tapes)
     served = ServedSpan(setup, admission, listener, stateless)
     if desk is not None:
-        await compute.run(prepare)
+        await compute.run(prepare, span)
         shapes = KnownShapes(engine)
         served.adapters = AdapterListener(admission, desk, shapes, compute, limits, setup.faults)
         stateless.sums = SpanSums(desk.sums, desk.store, shapes, compute)

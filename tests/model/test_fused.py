@@ -160,7 +160,7 @@ def test_several_threads_change_no_bit_of_a_block():
         "gate_proj": (width, inner), "up_proj": (width, inner),
     }  # fmt: skip
     adapter = random_adapter({0: shapes}, 1)
-    low = [kernel.function().address, 1, adapter.table_at(decode_kernels.SITES, kernel), 5, 40]
+    low = [*kernel.head(1), adapter.table_at(decode_kernels.SITES, kernel), 5, 40]
     updates = np.array(low, np.int64)
     answers = []
     for threads in (None, 2):

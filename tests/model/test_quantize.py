@@ -26,7 +26,7 @@ from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.architecture import architecture_of
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.checkpoint.info import TRANSPOSED, is_matrix
-from node.model.weights import kernels, quantize
+from node.model.weights import compiling, kernels, quantize
 from node.model.weights.quantize import (
     CODES,
     PackedExperts,
@@ -276,8 +276,8 @@ def test_without_a_folder_for_the_cache_kernels_are_compiled_each_time(monkeypat
 
         return compiled
 
-    monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels.compiled(kernels._whole, types.void(types.int8)) is kernels._whole
+    monkeypatch.setattr(compiling, "njit", njit)
+    assert compiling.compiled(kernels._called, types.void(types.int8)) is kernels._called
     assert asked == [True, False]
 
 

@@ -469,7 +469,7 @@ class FusedSpan:
 
         found = decode_kernels()
         assert found is not None
-        numbers = [kernel.function().address, len(groups)]
+        numbers = kernel.head(len(groups))
         for each in groups:
             table = each.adapter.table_at(found.SITES, kernel)
             numbers += [table, each.first * tokens, each.last * tokens]

@@ -20,7 +20,8 @@ from numba.extending import overload
 from torch import Tensor
 
 from node.model.weights import kernels
-from node.model.weights.low_rank_kernel import add_low_rank
+from node.model.weights.compiling import FINGERPRINT, compiled
+from node.model.weights.low_rank_kernel import word
 
 # Sums may be taken in lanes and products fused, so that the compiler makes vectors.  NaN and infinity
 # keep their meaning.
@@ -33,7 +34,7 @@ _HIDDEN, _STORE, _TABLE = "float32[:, ::1]", "float32[:, :, ::1]", "int64[:, :]"
 
 def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Compile now, or read from the cache: a first step must not wait seconds for a compiler."""
-    return partial(kernels.compiled, signature=signature, fastmath=_FAST)
+    return partial(compiled, signature=signature, fastmath=_FAST)
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -82,9 +83,13 @@ def _rotated_and_kept(
         for head in range(key_heads):
             first = (heads + head) * size
             _norm_and_rotate(line[first : first + size], key_norm, eps, row_cos, row_sin, rotary)
-            keys[slot, head] = line[first : first + size]
+            key, value = keys[slot, head], values[slot, head]
+            # Loops: an assignment of slices takes a second to compile.
+            for i in range(size):
+                key[i] = line[first + i]
             first += key_heads * size
-            values[slot, head] = line[first : first + size]
+            for i in range(size):
+                value[i] = line[first + i]
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -186,25 +191,30 @@ def attention(head_dim: int, group: int) -> Callable[..., None]:
     return _compiled(signature)(attend)
 
 
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _multiplied_alone(size: Any, matrix: Any, x: Any, out: Any) -> None:
+    rows, outs = out.shape
+    k, to = x.shape[1], out.ctypes.data
+    given = (size, x.ctypes.data, matrix[0], matrix[1], matrix[2], to, rows, outs, k, outs)
+    if kernels.call_at(matrix[3], given) == 0:
+        raise MemoryError
+
+
 def _multiplied(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
-    """out [rows, outs] = x [rows, k] times a matrix, given by the addresses of weight, scale and bias."""
+    """out [rows, outs] = x [rows, k] times a matrix (see `addresses_of`)."""
 
 
 @overload(_multiplied)  # type: ignore[untyped-decorator]
 def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
     def alone(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
-        rows, outs = out.shape
-        kernels.product(
-            item, size, x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data, rows, outs,
-            x.shape[1], outs, 1,
-        )  # fmt: skip
+        _multiplied_alone(size, matrix, x, out)
 
     def together(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
         rows, outs = out.shape
         slices = kernels.compiled_slices_for(rows * outs * x.shape[1], outs, threads)
         x_at, w, scale, bias, to = x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data
         if slices == 1:
-            kernels.product(item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, 1)
+            _multiplied_alone(size, matrix, x, out)
         else:
             kernels.product_in_slices(
                 item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, slices
@@ -218,7 +228,9 @@ def _updated(updates: Any, block: Any, site: Any, x: Any, out: Any, first: Any, 
     """out[:, first : first + outs] += the low-rank products of a site with x, where there are updates."""
     if updates:
         to = out.ctypes.data + first * 4
-        add_low_rank(updates, block, site, len(SITES), x.ctypes.data, x.shape[1], to, out.shape[1], outs)
+        given = (updates, block, site, len(SITES), x.ctypes.data, x.shape[1], to, out.shape[1], outs)
+        if kernels.call_at(word(updates, 0), given) == 0:
+            raise MemoryError
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -246,16 +258,15 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden, updates, block): the
     product after attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
 
-    together: whether for several threads, else `threads` is None.  item, size: 0 and the bytes of a
-    weight.  matrix, out, gate_up, down: the addresses of their weights, scales and biases (see
-    `addresses_of`).
+    together: whether for several threads, else `threads` is None and one function serves all dtypes.
+    item, size: 0 and the bytes of a weight.  matrix, out, gate_up, down: see `addresses_of`.
     inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
     head_dim].  attended: [rows, heads * head_dim].  keys, values: the block's stores [slots, key_heads,
     head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
     [head_dim], or empty where the model has none.  updates: the address of what adapters add in this step
     (see node/model/weights/low_rank_kernel.py), 0 for nothing; block: the place in the adapters' tables.
     """
-    fingerprint = kernels.FINGERPRINT  # becomes part of the cache's key
+    fingerprint = FINGERPRINT  # becomes part of the cache's key
 
     def before(
         item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
@@ -296,7 +307,7 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         _updated(updates, block, 6, gated, given, 0, width)
         _add(given, hidden)
 
-    item, threads = kernels.ITEMS[dtype], "int64" if together else "none"
+    item, threads = (kernels.ITEMS[dtype], "int64") if together else (types.int64, "none")
     matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
     of_before = (
         f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {_STORE}, {_STORE}, {integers},"
@@ -319,6 +330,6 @@ def _add(given: Any, hidden: Any) -> None:
 
 
 def addresses_of(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Any:
-    """The addresses of a matrix's parts for `halves`, 0 for a missing part."""
-    parts = (weight, scale, bias)
-    return np.array([0 if part is None else part.data_ptr() for part in parts], np.int64)
+    """A matrix for `halves`: the addresses of its parts, 0 for a missing part, and of its product's code."""
+    parts = [0 if part is None else part.data_ptr() for part in (weight, scale, bias)]
+    return np.array([*parts, kernels.product_of(weight.dtype).address], np.int64)

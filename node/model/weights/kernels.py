@@ -27,17 +27,15 @@ which hardware prefetchers do not follow.  The tile asks for the memory in its o
 KiB ahead: for one row and 106 million weights that made 7 ms of 19.
 
 Importing this module imports numba.  A kernel is compiled at its first use (a few seconds), and kept in
-`__pycache__` or numba's own folder if one of them can be written.
+`__pycache__` or numba's own folder if one of them can be written (node/model/weights/compiling.py).
 """
 
 from __future__ import annotations
 
-import pickle
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -47,9 +45,10 @@ from llvmlite import ir
 from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
-from numba.core.errors import NumbaError
 from numba.extending import intrinsic, overload
 from torch import Tensor
+
+from node.model.weights.compiling import FINGERPRINT, Kernel, callback, compiled
 
 # numba takes a layer of threads when the first code for several is compiled or read.  With the layer of
 # OpenMP, torch too would compute with these threads from then on; the third needs a library of its own.
@@ -65,9 +64,6 @@ CACHE_LINE = 64
 LARGEST = 32767  # the 16-bit value of a row's largest number
 # A lane of 32 bits holds this many products of a pair of 16-bit and 8-bit numbers, then it might overflow.
 EXACT_VECTORS = (1 << 31) // (2 * LARGEST * 128)
-
-# Other modules' compiled code is cached by the age of its own file, so its key must include this file.
-FINGERPRINT = zlib.crc32(Path(__file__).read_bytes())
 
 _F32 = ir.FloatType()
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -528,6 +524,7 @@ def _hold(memory: Any) -> None:
     """Use `memory` once more, so that it is not freed earlier."""
 
 
+@njit(nogil=True)  # type: ignore[untyped-decorator]
 def _whole(
     item: Any, size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int,
     stride: int, slices: int,
@@ -553,16 +550,53 @@ def _in_slices(
     _hold(memory)
 
 
-# For other compiled code.
-product, product_in_slices = njit(nogil=True)(_whole), njit(nogil=True, parallel=True)(_in_slices)
-
-Kernel = Callable[..., None]  # a weight, its bytes, and ten numbers, as `_whole` takes them
+product_in_slices = njit(nogil=True, parallel=True)(_in_slices)  # for other compiled code
 
 ITEMS = {torch.int8: types.int8, torch.bfloat16: types.int16, torch.float32: types.int32}
+_ZEROS = {torch.int8: np.int8(0), torch.bfloat16: np.int16(0), torch.float32: np.int32(0)}
 
 _kernels: dict[tuple[torch.dtype, bool], Kernel] = {}
 _compiling = threading.Lock()
 _in_threads = threading.Lock()
+
+
+@cache
+def product_of(dtype: torch.dtype) -> Any:
+    """The product with weights of this dtype for other compiled code, which calls it by its address.
+
+    So blocks and adapters are compiled once for all dtypes, and without tiles, which take seconds.
+    """
+    item, fingerprint = _ZEROS[dtype], FINGERPRINT  # parts of the cache's key
+
+    def multiply(
+        size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int, stride: int
+    ) -> int:
+        if fingerprint >= 0:
+            _whole(item, size, x, w, scale, bias, out, m, n, k, stride, 1)
+        return 1
+
+    return callback(multiply, types.int64(*[types.int64] * 10))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call_at(context: Any, address: Any, arguments: Any) -> Any:
+    """For compiled code: the answer of the `callback` at an address, for a tuple of int64 arguments."""
+    count = len(arguments)
+
+    def write(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(_I64, [_I64] * count)
+        given = [builder.extract_value(values[1], index) for index in range(count)]
+        return builder.call(builder.inttoptr(values[0], kind.as_pointer()), given)
+
+    return types.int64(types.int64, types.UniTuple(types.int64, count)), write
+
+
+def _called(
+    address: int, item: int, size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int,
+    k: int, stride: int, slices: int,
+) -> None:  # fmt: skip
+    if call_at(address, (size, x, w, scale, bias, out, m, n, k, stride)) == 0:
+        raise MemoryError
 
 
 def kernel_for(dtype: torch.dtype, *, parallel: bool = False) -> Kernel:
@@ -572,11 +606,15 @@ def kernel_for(dtype: torch.dtype, *, parallel: bool = False) -> Kernel:
         with _compiling:
             kernel = _kernels.get((dtype, parallel))
             if kernel is None:
-                function = _in_slices if parallel else _whole
-                signature = types.void(ITEMS[dtype], *[types.int64] * 11)
-                kernel = compiled(function, signature, parallel=parallel)
-                _kernels[dtype, parallel] = kernel
+                kernel = _kernels[dtype, parallel] = _made(dtype, parallel)
     return kernel
+
+
+def _made(dtype: torch.dtype, parallel: bool) -> Kernel:
+    if parallel:
+        return compiled(_in_slices, types.void(ITEMS[dtype], *[types.int64] * 11), parallel=True)
+    by_address = compiled(_called, types.void(*[types.int64] * 13))
+    return partial(by_address, product_of(dtype).address)
 
 
 class Rows:
@@ -656,16 +694,3 @@ def team(threads: int) -> Iterator[bool]:
         yield True
     finally:
         _in_threads.release()
-
-
-def compiled(function: Callable[..., None], signature: Any, **options: Any) -> Kernel:
-    """The function as machine code, from the cache if it is there and can be used.
-
-    options: of numba's, besides nogil.
-    """
-    try:
-        kernel = njit(signature, nogil=True, cache=True, **options)(function)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError):
-        # No writable folder, a full disk, or a truncated file.
-        kernel = njit(signature, nogil=True, **options)(function)
-    return kernel  # type: ignore[no-any-return]

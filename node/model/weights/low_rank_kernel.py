@@ -7,27 +7,27 @@ without adapters pays for a comparison with 0, and one compiled variant of the h
 
 A decode step with many adapters reads all of their values and uses each for a row or two: memory bounds it.
 So values stay in bfloat16, or in the float32 that a client trains, and are widened in registers.  x @ A.T is
-the tiles of node/model/weights/kernels.py.  The second product has a sum of `rank` numbers for each output;
-B lies in tiles of LANES outputs, [tile][rank][LANES], so that its numbers are read in the order in which they
-lie, once for all rows of a group.  Each sum has one order, in ascending rank, so a row's bits are the same
-alone and in any batch.
+a product of node/model/weights/kernels.py, called by its address too.  The second product has a sum of
+`rank` numbers for each output; B lies in tiles of LANES outputs, [tile][rank][LANES], so that its numbers are
+read in the order in which they lie, once for all rows of a group.  Each sum has one order, in ascending rank,
+so a row's bits are the same alone and in any batch.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import njit, types
 from numba.core import cgutils
-from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 from node.model.weights import kernels
+from node.model.weights.compiling import FINGERPRINT, callback
 
 LANES = kernels.LANES
 
@@ -37,8 +37,10 @@ LANES = kernels.LANES
 ENTRY = 5
 A, B, RANK, SCALE, BYTES = range(ENTRY)
 # The updates of a step, int64 [HEAD + GROUP * groups]: the address of the compiled function, the number of
-# groups; then for each group the address of its adapter's table at block 0, its first row, the row after it.
-HEAD, GROUP = 2, 3
+# groups, the addresses of the products with values of 2 and of 4 bytes; then for each group the address of
+# its adapter's table at block 0, its first row, the row after it.
+HEAD, GROUP = 4, 3
+CODE = (0, 2, 3)  # places of addresses of compiled functions
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTE = ir.IntType(8).as_pointer()
@@ -48,7 +50,7 @@ _WIDE_ROWS = _ROWS if LANES == 16 else 2  # 16 registers hold half as many
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _word(context: Any, address: Any, index: Any) -> Any:
+def word(context: Any, address: Any, index: Any) -> Any:
     """The int64 number `index` at an address."""
 
     def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
@@ -66,6 +68,23 @@ def _number(context: Any, address: Any) -> Any:
         return builder.load(builder.inttoptr(arguments[0], _F32.as_pointer()))
 
     return types.float32(types.int64), write
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _copy(context: Any, source: Any, to: Any, count: Any) -> Any:
+    """Copy `count` float32 numbers from one address to another."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        source, to, count = arguments
+        with cgutils.for_range(builder, count) as loop:
+            offset = builder.mul(loop.index, _I64(4))
+            number, place = (
+                builder.inttoptr(builder.add(base, offset), _F32.as_pointer()) for base in (source, to)
+            )
+            builder.store(builder.load(number, align=4), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), write
 
 
 class _Expansion:
@@ -172,55 +191,54 @@ _rows_wide, _rows_narrow = _expansion(_WIDE_ROWS, _TILES), _expansion(_WIDE_ROWS
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _expanded(
-    item: Any, size: int, t: int, b: int, rank: int, scale: Any, out: int, stride: int, rows: int, outs: int
-) -> None:
-    """out [rows, outs] += scale * t [rows, rank] @ B.T, rows of out `stride` numbers apart."""
+    item: Any, size: int, t: int, b: int, rank: int, scale: Any, out: int, stride: int, rows: int, outs: int,
+    spare: int,
+) -> None:  # fmt: skip
+    """out [rows, outs] += scale * t [rows, rank] @ B.T, rows of out `stride` apart.
+
+    spare: address of LANES float32 numbers for a tile that is not full.
+    """
     tile_bytes = rank * LANES * size
     column = 0
     while column < outs:
         at = b + column // LANES * tile_bytes
         left = outs - column
+        full = min(left, LANES)
         row = 0
         while row < rows:
-            many = rows - row >= _WIDE_ROWS
+            many = rows - row >= _WIDE_ROWS and left >= LANES
             t_at, out_at = t + row * rank * 4, out + (row * stride + column) * 4
             if left >= _TILES * LANES:
                 if many:
                     _rows_wide(item, t_at, at, rank, scale, out_at, stride)
                 else:
                     _one_wide(item, t_at, at, rank, scale, out_at, stride)
-            elif left >= LANES:
-                if many:
-                    _rows_narrow(item, t_at, at, rank, scale, out_at, stride)
-                else:
-                    _one_narrow(item, t_at, at, rank, scale, out_at, stride)
+            elif many:
+                _rows_narrow(item, t_at, at, rank, scale, out_at, stride)
             else:
-                _last_outputs(item, t_at, at, rank, scale, out_at, left)
-                many = False
+                to = out_at if left >= LANES else spare
+                if left < LANES:
+                    _copy(out_at, spare, full)
+                _one_narrow(item, t_at, at, rank, scale, to, stride)
+                if left < LANES:
+                    _copy(spare, out_at, full)
             row += _WIDE_ROWS if many else 1
         column += _TILES * LANES if left >= _TILES * LANES else LANES
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
-def _last_outputs(item: Any, t: int, b: int, rank: int, scale: Any, out: int, outs: int) -> None:
-    """The outputs of a tile that is not full, of one row."""
-    line = np.zeros(LANES, np.float32)
-    to = carray(kernels.floats_at(out), outs)
-    line[:outs] = to
-    _one_narrow(item, t, b, rank, scale, line.ctypes.data, LANES)
-    to[:] = line[:outs]
-
-
-@njit(nogil=True)  # type: ignore[untyped-decorator]
 def _group(
-    item: Any, size: int, entry: int, x: int, k: int, out: int, stride: int, outs: int, rows: int
-) -> None:
-    rank = _word(entry, RANK)
-    t = np.empty((rows, rank), np.float32)
+    item: Any, size: int, product: int, entry: int, x: int, k: int, out: int, stride: int, outs: int,
+    rows: int,
+) -> None:  # fmt: skip
+    rank = word(entry, RANK)
+    t = np.empty(rows * rank + LANES, np.float32)
     to = t.ctypes.data
-    kernels._rows(np.float32(0), item, (4, size), x, 0, _word(entry, A), 0, 0, to, rows, rank, k, rank)
-    scale = _number(entry + 8 * SCALE)
-    _expanded(item, size, to, _word(entry, B), rank, scale, out, stride, rows, outs)
+    given = (size, x, word(entry, A), 0, 0, to, rows, rank, k, rank)
+    if kernels.call_at(product, given) == 0:
+        raise MemoryError
+    scale, spare = _number(entry + 8 * SCALE), to + rows * rank * 4
+    _expanded(item, size, to, word(entry, B), rank, scale, out, stride, rows, outs, spare)
     kernels._hold(t)
 
 
@@ -229,52 +247,35 @@ def _added(
     updates: int, block: int, site: int, sites: int, x: int, k: int, out: int, stride: int, outs: int
 ) -> None:
     """out [rows, outs] += each group's low-rank product with x [rows, k], rows of out `stride` apart."""
-    for group in range(_word(updates, 1)):
+    for group in range(word(updates, 1)):
         at = updates + 8 * (HEAD + GROUP * group)
-        first, last = _word(at, 1), _word(at, 2)
-        entry = _word(at, 0) + 8 * ENTRY * (sites * block + site)
-        if _word(entry, RANK) == 0:
+        first, last = word(at, 1), word(at, 2)
+        entry = word(at, 0) + 8 * ENTRY * (sites * block + site)
+        if word(entry, RANK) == 0:
             continue
         x_at, out_at = x + first * k * 4, out + first * stride * 4
-        if _word(entry, BYTES) == 2:
-            _group(np.int16(0), 2, entry, x_at, k, out_at, stride, outs, last - first)
+        if word(entry, BYTES) == 2:
+            _group(np.int16(0), 2, word(updates, 2), entry, x_at, k, out_at, stride, outs, last - first)
         else:
-            _group(np.int32(0), 4, entry, x_at, k, out_at, stride, outs, last - first)
+            _group(np.int32(0), 4, word(updates, 3), entry, x_at, k, out_at, stride, outs, last - first)
 
 
 @cache
 def function() -> Any:
     """The compiled function; the first call compiles it, in seconds, or reads it from the cache."""
-    fingerprint = kernels.FINGERPRINT  # becomes part of the cache's key
+    fingerprint = FINGERPRINT  # becomes part of the cache's key
 
     def add(
         updates: int, block: int, site: int, sites: int, x: int, k: int, out: int, stride: int, outs: int
-    ) -> None:
+    ) -> int:
         if fingerprint >= 0:
             _added(updates, block, site, sites, x, k, out, stride, outs)
+        return 1
 
-    signature = types.void(*[types.int64] * 9)
-    try:
-        return cfunc(signature, nopython=True, cache=True)(add)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError):
-        return cfunc(signature, nopython=True)(add)  # as in `kernels.compiled`
+    return callback(add, types.int64(*[types.int64] * 9))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_low_rank(
-    context: Any, updates: Any, block: Any, site: Any, sites: Any, x: Any, k: Any, out: Any, stride: Any,
-    outs: Any,
-) -> Any:  # fmt: skip
-    """For compiled code: out [rows, outs] += each group's low-rank product with x [rows, k].
-
-    updates: address of a step's updates, which begin with the compiled function's.  block, site: of the
-    table, which has `sites` sites a block.  x, out: addresses; rows of out are `stride` numbers apart.
-    """
-
-    def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 9)
-        first = builder.load(builder.inttoptr(arguments[0], _I64.as_pointer()))
-        builder.call(builder.inttoptr(first, kind.as_pointer()), list(arguments))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 9), write
+def head(groups: int) -> list[int]:
+    """The first numbers of a step's updates: HEAD of them."""
+    products = [kernels.product_of(dtype).address for dtype in (torch.bfloat16, torch.float32)]
+    return [int(function().address), groups, *products]

@@ -1,0 +1,33 @@
+"""Compiles the kernels of the usual nodes on this CPU: python -m node.model.weights.precompile
+
+A node compiles what it lacks at its start.  Many nodes that start at once, as in the tests, or a container's
+image, have it done beforehand.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from node.model.weights.quantize import kernels
+
+BUILTIN_ATTENTION = (64, 3)  # SmolLM2-135M's head size, and its queries for a key head
+
+
+def main() -> int:
+    """Compile what the cache lacks; 0, also where there is nothing to compile with."""
+    if (found := kernels()) is None:
+        return 0
+    from node.model.weights import decode_kernels, low_rank_kernel
+
+    for dtype in (torch.float32, torch.int8):
+        found.kernel_for(dtype)
+        decode_kernels.halves(dtype, together=False)
+    decode_kernels.attention(*BUILTIN_ATTENTION)
+    low_rank_kernel.head(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
