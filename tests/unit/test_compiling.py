@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 
 from node.model.weights import compiling
 
@@ -60,7 +60,7 @@ class Clock:
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     fake = Compiler()
     monkeypatch.setattr(compiling, "njit", fake)
-    monkeypatch.setattr(compiling.numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     return fake
 
 
@@ -94,9 +94,7 @@ def test_who_finds_another_one_compiling_waits_for_it(compiler: Compiler, clock:
     assert compiler.asked == [True]
 
 
-def test_who_compiles_holds_the_lock_and_gives_it_back(
-    compiler: Compiler, clock: Clock, other_process: int
-):
+def test_who_compiles_holds_the_lock_and_gives_it_back(compiler: Compiler, clock: Clock, other_process: int):
     def holding() -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(other_process, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,6 +121,6 @@ def test_without_a_folder_for_locks_each_process_compiles(
     compiler: Compiler, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(compiling.numba.config, "CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file"))
     assert compiling.compiled(answer, "int64()") is answer
     assert clock.seconds == 0.0
