@@ -148,7 +148,7 @@ class Limits:
     adapter_upload_seconds: float = 30.0  # and the time of its size at the slowest rate allowed
     adapter_upload_bytes_per_second: int = 32 * MIB  # of all uploads: 5 % of a core for hashes and copies
     adapter_upload_burst_bytes: int = 64 * MIB
-    adapter_offers_per_second: float = 2.0  # of one peer: a step of training has one
+    adapter_offers_per_second: float = 4.0  # of one peer: a step of training has one
     adapter_offers_burst: int = 32
     sum_bytes: int = 512 * MIB  # gradients of adapters in float64; a large adapter of 8 blocks takes 84
     sum_share_per_peer: float = 0.25

@@ -17,7 +17,7 @@ from node.serving.span_admission import SpanAdmission
 from routing.names import PeerId
 from tensor_codec.adapters import AdapterContent, AdapterManifest, LoraSite, adapter_id
 from tensor_codec.blocks import Blocks
-from tensor_codec.errors import MessageError, PeerFault, PeerGone, RemoteProtocolError, SlowPeer
+from tensor_codec.errors import MessageError, PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import MIB, Limits
 from tensor_codec.messages.adapter import (
@@ -327,18 +327,25 @@ async def test_an_upload_that_is_cut_off_goes_on_where_it_was(autojump_clock: ob
         assert needed.blocks == (2, 3)
 
 
-async def test_a_peer_that_offers_for_ever_is_at_fault(autojump_clock: object) -> None:
+async def test_a_peer_that_offers_for_ever_is_slowed(autojump_clock: object) -> None:
     async with server() as one:
-        stream = one.stream()
+        stream, began = one.stream(), trio.current_time()
+        for _ in range(one.limits.adapter_offers_burst + 20):  # a training with an adapter in every step
+            assert isinstance(await bring(stream, OWN), HeldAdapter)
+        assert trio.current_time() - began == pytest.approx(20 / one.limits.adapter_offers_per_second)
+        assert one.faults() == {}
 
-        async def offer_for_ever() -> None:
-            while True:
-                await stream.send(offered(content(revision="x"), revision="x"))
-                await answer(stream)
 
-        with pytest.raises(PeerGone):
-            await offer_for_ever()
-        assert one.faults() == {("guest", RemoteProtocolError.__name__): 1}
+async def test_a_peer_with_offers_on_many_streams_is_refused_and_not_blamed(autojump_clock: object) -> None:
+    async with server(Limits(adapter_offers_burst=1)) as one:
+        streams = [one.stream() for _ in range(10)]
+        for stream in streams:
+            await stream.send(offered(content(revision="x"), revision="x"))
+        found = [(await answer(stream), stream) for stream in streams]
+        refused = [stream for said, stream in found if isinstance(said, Failed) and said.code == "too_many"]
+        assert len(refused) == 1
+        assert await refused[0].receive() is None
+        assert one.faults() == {}
 
 
 async def test_an_adapter_larger_than_a_peer_s_share_is_refused(autojump_clock: object) -> None:

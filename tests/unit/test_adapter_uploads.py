@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from node.serving.adapters.uploads import MAX_BUCKETS, Uploads
-from tensor_codec.errors import RemoteProtocolError, TooManyStreams
+from tensor_codec.errors import TooManyStreams
 from tensor_codec.limits import MIB, Limits
 
 HOME, CROWD = "192.0.2.1/32", "198.51.100.1/32"
@@ -44,16 +44,16 @@ def test_peers_without_an_address_take_nobody_s_place():
         one.begin("a", "")
 
 
-def test_a_peer_that_offers_for_ever_is_at_fault():
+def test_a_peer_that_offers_for_ever_waits():
     one = Uploads(LIMITS)
-    for _ in range(LIMITS.adapter_offers_burst):
+    assert [one.offered("a", 0.0) for _ in range(LIMITS.adapter_offers_burst)] == [0.0] * 32
+    assert [one.offered("a", 0.0) for _ in range(8)] == [number / 4 for number in range(1, 9)]
+    with pytest.raises(TooManyStreams, match="more than 4 offers of adapters a second, 32 at once") as said:
         one.offered("a", 0.0)
-    with pytest.raises(RemoteProtocolError, match="more than 2 offers of adapters a second, 32 at once"):
-        one.offered("a", 0.0)
-    one.offered("b", 0.0)
-    one.offered("a", 0.5)
-    with pytest.raises(RemoteProtocolError):
-        one.offered("a", 0.5)
+    assert said.value.retry_after_seconds == 2.25
+    assert one.offered("b", 0.0) == 0.0
+    assert one.offered("a", 0.25) == 2.0  # what was refused does not count
+    assert one.offered("a", 2.5) == 0.0
 
 
 def test_offers_of_made_up_peers_take_no_memory():

@@ -201,7 +201,7 @@ PROOFS = {
     "adapter_idle_seconds": "unit/test_adapter_store.py::test_what_nobody_uses_is_forgotten_after_its_time",
     "adapter_upload_seconds": "io/test_adapter_listener.py::"
     "test_half_an_upload_ends_at_its_deadline_and_gives_its_bytes_back",
-    "adapter_offers_per_second": "unit/test_adapter_uploads.py::test_a_peer_that_offers_for_ever_is_at_fault",
+    "adapter_offers_per_second": "unit/test_adapter_uploads.py::test_a_peer_that_offers_for_ever_waits",
     "sum_idle_seconds": "unit/test_gradient_sums.py::"
     "test_a_sum_that_nobody_uses_is_gone_and_one_in_use_stays",
     "drain_seconds": LISTENER + "test_draining_ends_by_its_limit_whatever_the_steps_take",

@@ -81,8 +81,15 @@ class AdapterListener:
             if isinstance(message, Drop):
                 self.desk.store.drop(stream.peer, message.adapter)
             else:
-                self.desk.uploads.offered(stream.peer, trio.current_time())
-                goes_on = await self._answer(stream, message)
+                goes_on = await self._paced(stream) and await self._answer(stream, message)
+
+    async def _paced(self, stream: PeekStream) -> bool:
+        """Wait until one more offer of the peer may be looked at; False where that takes too long."""
+        try:
+            await trio.sleep(self.desk.uploads.offered(stream.peer, trio.current_time()))
+        except TooManyStreams as refusal:
+            return await self._end(stream, refusal)
+        return True
 
     async def _answer(self, stream: PeekStream, frame: OfferFrame) -> bool:
         """Take what is offered; False where the stream is to end.  Raises PeerFault."""

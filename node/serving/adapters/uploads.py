@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from tensor_codec.errors import RemoteProtocolError, TooManyStreams
+from tensor_codec.errors import TooManyStreams
 from tensor_codec.limits import Limits
 from tensor_codec.token_bucket import TokenBucket
 
-AGAIN_SECONDS = 2.0  # another upload has ended by then
+AGAIN_SECONDS = 2.0  # another upload has ended by then, or an offer has waited
 MAX_BUCKETS = 1024  # of peers; a bucket that is full again needs no entry
 
 
@@ -43,8 +43,12 @@ class Uploads:
         """Uploads under way."""
         return len(self._under_way)
 
-    def offered(self, peer: str, now: float) -> None:
-        """Count an offer of a peer.  Raises RemoteProtocolError where it offers too often."""
+    def offered(self, peer: str, now: float) -> float:
+        """Count an offer of a peer; the seconds until it is answered.
+
+        A training has an adapter with every step, so a fast one is slowed and is no fault.  Raises
+        TooManyStreams where the wait is longer than AGAIN_SECONDS: the peer offers on many streams at once.
+        """
         rate, burst = self.limits.adapter_offers_per_second, self.limits.adapter_offers_burst
         if len(self._offers) >= MAX_BUCKETS:
             self._offers = {
@@ -53,8 +57,10 @@ class Uploads:
             while len(self._offers) >= MAX_BUCKETS:
                 del self._offers[next(iter(self._offers))]
         bucket = self._offers.setdefault(peer, TokenBucket.full(rate, burst, now))
-        if not bucket.try_take(1, now):
-            raise RemoteProtocolError(f"more than {rate:g} offers of adapters a second, {burst} at once")
+        wait = (1 - bucket.level_at(now)) / rate
+        if wait > AGAIN_SECONDS:
+            raise TooManyStreams(f"more than {rate:g} offers of adapters a second, {burst} at once", wait)
+        return bucket.take(1, now)
 
     def begin(self, peer: str, prefix: str) -> Upload:
         """A place for an upload, until `end`.  Raises TooManyStreams."""
