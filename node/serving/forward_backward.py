@@ -117,7 +117,7 @@ class Work:
     most: positions times blocks of a part; None: the usual number.
     tape: a Forward keeps its graphs there, and a Backward goes back through them.
     adapter: of the request, for all its blocks.  take: gets the gradients of the adapter's matrices, in the
-    torch thread, before the answer of a backward is encoded; None: they are not computed.
+    torch thread, once the answer of a backward is encoded; None: they are not computed.
     """
 
     request: Forward | Backward
@@ -150,8 +150,6 @@ class Work:
         if isinstance(request, Backward):
             found = yield from self._backward(span, request)
             answers = [each for each in found if each is not None]
-            if self.take is not None and isinstance(span, AdaptedSpan):
-                self.take(span.gradients)
         else:
             answers = [(yield from self._forward(span, request))]
         try:
@@ -159,6 +157,8 @@ class Work:
         except BadResult as bad:
             what = "backward" if isinstance(request, Backward) else "forward"
             raise NotFinite(f"{what} through blocks {contract.start}:{contract.stop}: {bad}") from None
+        if self.take is not None and isinstance(request, Backward) and isinstance(span, AdaptedSpan):
+            self.take(span.gradients)
         return bodies[0] if len(bodies) == 1 else b"".join(bodies)
 
     def _adapted(self, span: StatelessSpan, adapter: SpanAdapter) -> AdaptedSpan:
@@ -421,11 +421,7 @@ class ForwardBackwardListener:
         """Send a sum, and return the last part of it.  Raises Refused, PeerFault."""
         if self.sums is None:
             raise Refused("no gradients of adapters are computed here")
-        *parts, last = await self.sums.parts(stream.peer, asked)
-        for part in parts:
-            await stream.send(part)
-        self.sums.sums.forget(stream.peer, asked.name)
-        return last
+        return await self.sums.collected(stream.peer, asked, stream.send)
 
     async def _compute(self, stream: PeekStream, work: Work, contract: Contract) -> Answer | None:
         """The computed answer; None where the client leaves before.  Raises PeerFault, Refused, NotFinite.

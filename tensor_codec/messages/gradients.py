@@ -100,11 +100,10 @@ def decode_gradients(frame: Buffer, at: int, size: int) -> GradientPart | Failed
     return GradientPart(_numbers(header), found, message.body)
 
 
-def gradient_pieces(data: Buffer) -> Sequence[tuple[int, Buffer]]:
-    """A sum in parts: (at, bytes)."""
-    view = memoryview(data)
+def gradient_ranges(size: int) -> Sequence[tuple[int, int]]:
+    """The bytes [start, stop) of a sum of `size` bytes that travel together; one range at least."""
     step = GRADIENT_PIECE_BYTES
-    return [(at, view[at : at + step]) for at in range(0, max(len(view), 1), step)]
+    return [(at, min(at + step, size)) for at in range(0, max(size, 1), step)]
 
 
 def _numbers(header: Header) -> frozenset[int]:

@@ -73,9 +73,13 @@ def gradients_at(hidden: Tensor, grad: Tensor, start: int, stop: int) -> dict[in
 
 
 class LearningEngine(ToyEngine):
-    """Gives gradients to requests that name a sum.  lose: of each request, whether its answer is lost."""
+    """Gives gradients to requests that name a sum.
+
+    lose: of each request, whether its answer is lost.  learns: whether gradients are added.
+    """
 
     lose: Callable[[], bool] = staticmethod(lambda: False)
+    learns = True
 
     async def stateless(
         self,
@@ -95,7 +99,7 @@ class LearningEngine(ToyEngine):
 
         def compute(span: Any) -> Generator[None, None, Buffer]:
             body: Buffer = finish(plain(span))
-            if own.take is not None and isinstance(request, Backward):
+            if self.learns and own.take is not None and isinstance(request, Backward):
                 hidden, grad = decode_hidden(request.hidden, contract), decode_hidden(request.grad, contract)
                 own.take(gradients_at(hidden, grad, contract.start, contract.stop))
             return body
@@ -342,6 +346,35 @@ async def test_a_request_that_comes_twice_is_added_once(autojump_clock: object) 
         await stream.send(encode_collect(Collect(bytes(16), "fp32")))
         said: Any = decode_gradients(await stream.receive(100) or b"", 0, size)
         assert (said.code, said.message.startswith("no such sum")) == ("refused", True)
+
+
+async def test_a_sum_without_a_request_is_refused(autojump_clock: object) -> None:
+    async with learning() as swarm:
+        node = swarm.learner("a", 0, BLOCKS)
+        cast(Any, node.engine).lose = lambda: True
+        cast(Any, node.engine).learns = False
+        await swarm.use().bring(PeerId("a"), SpanSpec("m", "r", Blocks(0, BLOCKS), "float32"))
+        stream = await swarm.dial("a")
+        await stream.send(request())
+        with pytest.raises(PeerGone):
+            await stream.receive(100)
+        assert open_sums(swarm) == 1  # begun, and without a gradient
+        stream = await swarm.dial("a")
+        await stream.send(encode_collect(Collect(bytes(16), "fp32")))
+        said: Any = decode_gradients(await stream.receive(100) or b"", 0, 4)
+        assert said.message.startswith("no such sum")
+
+
+async def test_a_long_sum_travels_in_frames_that_are_made_one_after_the_other(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensor_codec.messages import gradients
+
+    monkeypatch.setattr(gradients, "GRADIENT_PIECE_BYTES", 4 * HIDDEN)
+    async with learning() as swarm:
+        three_hops(swarm)
+        assert same((await backward(swarm)).adapter, exact())
+        assert open_sums(swarm) == 0
 
 
 async def test_a_sum_of_an_adapter_that_is_not_here_is_refused_and_nothing_is_computed(

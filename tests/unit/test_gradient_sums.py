@@ -12,7 +12,7 @@ from torch import Tensor
 from node.serving.adapters.sums import GradientSum, GradientSums, sum_size
 from tensor_codec.adapters import AdapterManifest, LoraSite
 from tensor_codec.blocks import Blocks
-from tensor_codec.errors import Refused, RemoteProtocolError, TooManyStreams
+from tensor_codec.errors import PeerGone, Refused, RemoteProtocolError, TooManyStreams
 from tensor_codec.limits import Limits
 
 SITES = (LoraSite("q_proj", 2, 1.0), LoraSite("v_proj", 1, 1.0))
@@ -24,7 +24,10 @@ Gradients = dict[int, dict[str, tuple[Tensor, Tensor]]]
 CROWD = "198.51.100.1/32"
 
 
-def wanted(peer: str = "a", size: int = 100, now: float = 0.0, prefix: str = "") -> GradientSum:
+VALUES = 2 * (4 + 6) + 1 * (4 + 2) + 2 * (4 + 6)
+
+
+def wanted(peer: str = "a", size: int = 8 * VALUES, now: float = 0.0, prefix: str = "") -> GradientSum:
     return GradientSum(peer, prefix, "f" * 64, RUN, MANIFEST, size, now)
 
 
@@ -48,8 +51,7 @@ def some(seed: int) -> Gradients:
 
 
 def test_the_size_of_a_sum_is_that_of_its_values_in_float64():
-    one = 2 * (4 + 6) + 1 * (4 + 2)
-    assert sum_size(MANIFEST, RUN, SHAPES) == 8 * (one + 2 * (4 + 6))
+    assert sum_size(MANIFEST, RUN, SHAPES) == 8 * VALUES
     own = wanted()
     own.add(0, some(0))
     assert len(own.encoded("fp64")) == sum_size(MANIFEST, RUN, SHAPES) == 2 * len(own.encoded("fp32"))
@@ -62,6 +64,26 @@ def test_a_request_is_added_once_however_often_it_comes():
     own.add(3, some(3))
     assert own.encoded("fp32") == once
     assert own.numbers == {3}
+
+
+def test_a_request_that_comes_while_a_sum_is_collected_is_not_in_it():
+    own = wanted()
+    own.add(1, some(1))
+    once = own.encoded("fp64")
+    assert own.freeze() == {1}
+    own.add(2, some(2))
+    assert (own.numbers, own.encoded("fp64")) == ({1}, once)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_a_sum_is_made_in_parts_of_any_size(dtype: str):
+    own = wanted()
+    own.add(0, some(0))
+    whole, item = own.encoded(dtype), len(own.encoded(dtype)) // (own.size // 8)
+    assert len(whole) == own.encoded_size(dtype)
+    for step in (item, 3 * item, 7 * item, len(whole)):
+        ranges = [(at, min(at + step, len(whole))) for at in range(0, len(whole), step)]
+        assert b"".join(own.encoded(dtype, *each) for each in ranges) == whole
 
 
 def test_a_sum_of_one_request_is_its_gradients_site_after_site():
@@ -102,12 +124,34 @@ def test_a_sum_belongs_to_its_peer_one_adapter_and_one_run():
     other.run = Blocks(0, 2)
     with pytest.raises(RemoteProtocolError, match="of another adapter, or of other blocks"):
         all_sums.begin(NAME, other)
-    with pytest.raises(Refused, match="no such sum of gradients is here"):
-        all_sums.find("c", NAME)
-    assert all_sums.find("a", NAME) is first
-    all_sums.forget("a", NAME)
-    with pytest.raises(Refused):
-        all_sums.find("a", NAME)
+    assert len(all_sums._sums) == 2
+
+
+def test_a_sum_is_collected_once_at_a_time_and_counts_until_then():
+    all_sums, used = sums(), wanted().size
+    own = all_sums.begin(NAME, wanted())
+    with pytest.raises(Refused, match="no such sum of gradients is here"), all_sums.collecting("a", NAME, now):
+        pass  # no request has ended
+    own.add(0, some(0))
+    all_sums.end(own, 0.0)
+    with pytest.raises(Refused, match="no such sum of gradients is here"), all_sums.collecting("b", NAME, now):
+        pass
+    with pytest.raises(PeerGone), all_sums.collecting("a", NAME, now) as found:
+        assert found is own
+        with pytest.raises(TooManyStreams), all_sums.collecting("a", NAME, now):
+            pass
+        with pytest.raises(Refused, match="is being collected"):
+            all_sums.begin(NAME, wanted())
+        all_sums.expire(10_000.0)
+        assert all_sums.used == used
+        raise PeerGone("in the middle")
+    with all_sums.collecting("a", NAME, now):  # it is still there
+        assert all_sums.used == used
+    assert all_sums.used == 0
+
+
+def now() -> float:
+    return 0.0
 
 
 def test_the_sums_keep_within_their_budget_and_each_peer_within_its_share():
@@ -139,9 +183,9 @@ def test_a_sum_that_nobody_uses_is_gone_and_one_in_use_stays():
     all_sums = sums()
     own = all_sums.begin(NAME, wanted())
     all_sums.expire(1000)
-    assert all_sums.find("a", NAME) is own
+    assert all_sums.used == own.size
     all_sums.end(own, 1000)
     all_sums.expire(1000 + Limits().sum_idle_seconds)
-    assert all_sums.used == 100
+    assert all_sums.used == own.size
     all_sums.expire(1001 + Limits().sum_idle_seconds)
     assert all_sums.used == 0

@@ -6,7 +6,7 @@ client that has lost one asks for its requests again, here or elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +23,14 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import Refused, RemoteProtocolError, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
-from tensor_codec.messages.gradients import SUM_DTYPES, Collect, Summed, encode_gradients, gradient_pieces
+from tensor_codec.messages.gradients import SUM_DTYPES, Collect, Summed, encode_gradients, gradient_ranges
 from tensor_codec.span_spec import SpanSpec
 
 AGAIN_SECONDS = 5.0  # another sum was collected or has ended by then
 Shape = Mapping[str, tuple[int, int]]  # (in, out) of the linears of a block, by name
 Shapes = Mapping[int, Shape]
 Gradients = Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]  # `AdapterGradients` of node.model.adapters
+Send = Callable[[list[Buffer]], Awaitable[None]]
 _SUM_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -37,7 +38,8 @@ _SUM_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 class GradientSum:
     """One sum, in float64.  size: bytes that it may come to take.  under_way: its requests now.
 
-    A request is added in the torch thread, whole, and once however often it comes.
+    A request is added in the torch thread, whole, and once however often it comes.  Nothing is added once
+    the sum is `frozen`: it is being collected.
     """
 
     peer: str
@@ -48,37 +50,58 @@ class GradientSum:
     size: int
     used_at: float
     under_way: int = 0
+    frozen: bool = False
     numbers: set[int] = field(default_factory=set)
     _sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def add(self, number: int, gradients: Gradients) -> None:
-        """Add the gradients of request `number`, float32, unless they are in.  Runs in the torch thread."""
-        if number in self.numbers:
+        """Add the gradients of request `number`, float32 on the CPU, unless they are in.
+
+        Runs in the torch thread.  All memory is taken at the first request, before any number is changed.
+        """
+        if number in self.numbers or self.frozen:
             return
-        found = {
-            (block, name): (a.to("cpu", torch.float64), b.to("cpu", torch.float64))
-            for block, sites in gradients.items()
-            for name, (a, b) in sites.items()
-        }
-        for key, (a, b) in found.items():
-            if key in self._sums:
-                self._sums[key][0].add_(a)
-                self._sums[key][1].add_(b)
-            else:
-                self._sums[key] = a, b
+        if not self._sums:
+            self._sums = {
+                (block, name): (_zeros_like(a), _zeros_like(b))
+                for block, sites in gradients.items()
+                for name, (a, b) in sites.items()
+            }
+        for block, sites in gradients.items():
+            for name, pair in sites.items():
+                for total, own in zip(self._sums[block, name], pair, strict=True):
+                    total.add_(own)
         self.numbers.add(number)
 
-    def encoded(self, dtype: str) -> bytes:
-        """The sum as it travels: block after block, site after site A [rank, in] and B [out, rank].
+    def freeze(self) -> frozenset[int]:
+        """The requests in the sum; no other one is added from now on.  Runs in the torch thread."""
+        self.frozen = True
+        return frozenset(self.numbers)
 
-        dtype: "fp32" or "fp64".  Runs in the torch thread.
+    def encoded_size(self, dtype: str) -> int:
+        """Bytes of `encoded`."""
+        return self.size // SUM_DTYPES["fp64"] * SUM_DTYPES[dtype]
+
+    def encoded(self, dtype: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of the sum as it travels, by default all; multiples of a value's bytes.
+
+        Block after block, site after site A [rank, in] and B [out, rank].  dtype: "fp32" or "fp64".  Of a sum
+        with requests in it.  Runs in the torch thread.
         """
-        parts = []
+        item, parts, at = SUM_DTYPES[dtype], [], 0
+        stop = self.encoded_size(dtype) if stop is None else stop
         for block in range(*self.run):
             for site in self.manifest.blocks[block]:
                 for part in self._sums[block, site.name]:
-                    parts.append(part.to(_SUM_DTYPES[dtype]).contiguous().numpy().tobytes())
+                    first, last = max(start - at, 0) // item, max(stop - at, 0) // item
+                    own = part.view(-1)[first:last]
+                    parts.append(own.to(_SUM_DTYPES[dtype]).numpy().tobytes())
+                    at += part.numel() * item
         return b"".join(parts)
+
+
+def _zeros_like(gradient: Tensor) -> Tensor:
+    return torch.zeros(gradient.shape, dtype=torch.float64)
 
 
 @dataclass(slots=True)
@@ -90,6 +113,7 @@ class GradientSums:
     Promises, checked by tests/unit/test_gradient_sums.py:
       * the sums never exceed the capacity, nor a peer's or a prefix's share, nor a peer's number;
       * a sum belongs to the peer that began it, to one adapter and one run of blocks;
+      * a sum is collected once at a time, and counts until the last of it was made;
       * what was not used for `sum_idle_seconds` is gone.
     """
 
@@ -105,7 +129,8 @@ class GradientSums:
     def begin(self, name: bytes, wanted: GradientSum) -> GradientSum:
         """The sum of this name, made like `wanted` where there is none; used until `end`.
 
-        Raises TooManyStreams, and RemoteProtocolError for a name that is another sum's.
+        Raises TooManyStreams, Refused (it is being collected), and RemoteProtocolError for a name that is
+        another sum's.
         """
         key = wanted.peer, name
         self.expire(wanted.used_at)
@@ -115,6 +140,8 @@ class GradientSums:
             found = self._sums[key] = wanted
         elif (found.adapter, found.run) != (wanted.adapter, wanted.run):
             raise RemoteProtocolError("a sum of gradients of another adapter, or of other blocks")
+        elif found.frozen:
+            raise Refused("that sum of gradients is being collected", 0.0)
         found.under_way += 1
         return found
 
@@ -123,16 +150,24 @@ class GradientSums:
         used.under_way -= 1
         used.used_at = now
 
-    def find(self, peer: str, name: bytes) -> GradientSum:
-        """A sum that is to be collected.  Raises Refused where there is none."""
-        found = self._sums.get((peer, name))
-        if found is None:
-            raise Refused("no such sum of gradients is here: it has ended, or was collected", 0.0)
-        return found
+    @contextmanager
+    def collecting(self, peer: str, name: bytes, clock: Callable[[], float]) -> Iterator[GradientSum]:
+        """A sum that is collected within the context, and forgotten afterwards unless that fails.
 
-    def forget(self, peer: str, name: bytes) -> None:
-        """It was collected."""
-        self._sums.pop((peer, name), None)
+        Raises Refused where there is none with a request in it, TooManyStreams while it is collected already.
+        """
+        found = self._sums.get((peer, name))
+        if found is None or not found.numbers:
+            raise Refused("no such sum of gradients is here: it has ended, or was collected", 0.0)
+        if found.frozen and found.under_way:
+            raise TooManyStreams("that sum of gradients is being collected", AGAIN_SECONDS)
+        found.frozen = True
+        found.under_way += 1
+        try:
+            yield found
+            del self._sums[peer, name]
+        finally:
+            self.end(found, clock())
 
     def expire(self, now: float) -> None:
         """Forget the sums that were not used for `sum_idle_seconds`."""
@@ -190,12 +225,21 @@ class SpanSums:
         finally:
             self.sums.end(used, trio.current_time())
 
-    async def parts(self, peer: str, asked: Collect) -> list[list[Buffer]]:
-        """The frames of a sum, in parts each.  Raises Refused."""
-        found = self.sums.find(peer, asked.name)
-        numbers = frozenset(found.numbers)
-        data = await self.compute.run(found.encoded, asked.dtype)
-        return [encode_gradients(numbers, at, part) for at, part in gradient_pieces(data)]
+    async def collected(self, peer: str, asked: Collect, send: Send) -> list[Buffer]:
+        """Send all frames of a sum but the last one, which is returned.
+
+        One frame at a time is made, so a slow client has one of them held.  Raises Refused, PeerFault.
+        """
+        with self.sums.collecting(peer, asked.name, trio.current_time) as found:
+            numbers = await self.compute.run(found.freeze)
+            *others, last = gradient_ranges(found.encoded_size(asked.dtype))
+            for start, stop in others:
+                data = await self.compute.run(found.encoded, asked.dtype, start, stop)
+                await send(encode_gradients(numbers, start, data))
+                del data
+            return encode_gradients(
+                numbers, last[0], await self.compute.run(found.encoded, asked.dtype, *last)
+            )
 
 
 def sum_size(manifest: AdapterManifest, run: Blocks, shapes: Shapes) -> int:
