@@ -42,6 +42,8 @@ def content(
     return AdapterContent(AdapterManifest(revision, "fp32", table), tuple(blobs))
 
 
-def a_desk(limits: Limits | None = None, *, blocks: int = 6, capacity: int = MIB) -> AdapterDesk:
+def a_desk(
+    limits: Limits | None = None, *, blocks: int = 6, capacity: int = MIB, sum_capacity: int = MIB
+) -> AdapterDesk:
     """The adapters of a node that serves a model of so many blocks."""
-    return open_desk(limits or Limits(), blocks, "cpu", capacity, capacity)
+    return open_desk(limits or Limits(), blocks, "cpu", capacity, sum_capacity)

@@ -68,9 +68,14 @@ class OfferFrame:
         assert self.spec.adapter is not None
         return self.spec.adapter
 
-    def checked(self, limits: Limits) -> Offer:
-        """The offer; its id is that of the manifest and the digests.  Raises MessageError."""
+    def checked(self, limits: Limits, blocks: int) -> Offer:
+        """The offer; its id is that of the manifest and the digests.  blocks: of the model.
+
+        Raises MessageError.
+        """
         manifest = decode_manifest(self.manifest, limits)
+        if len(manifest.blocks) != blocks:  # before the hash, which takes as long as there are blocks
+            raise MessageError(f"an adapter of {len(manifest.blocks)} blocks, {blocks} are needed")
         size = DIGEST_BYTES
         if len(self.digests) != size * len(manifest.blocks):
             raise MessageError(

@@ -13,6 +13,7 @@ import trio.testing
 from node.runtime.faults import Faults
 from node.serving.adapters.desk import AdapterDesk
 from node.serving.adapters.listener import AdapterListener
+from node.serving.adapters.store import manifest_bytes
 from node.serving.span_admission import SpanAdmission
 from routing.names import PeerId
 from tensor_codec.adapters import AdapterContent, AdapterManifest, LoraSite, adapter_id
@@ -73,8 +74,9 @@ class Server:
 
     @property
     def kept(self) -> int:
-        """Bytes that guests hold here."""
-        return self.desk.store.claims.used
+        """Bytes of blobs that guests hold here."""
+        claims = self.desk.store.claims
+        return claims.used - sum(each.overhead for each in claims._claims.values())
 
 
 @asynccontextmanager
@@ -152,6 +154,19 @@ async def test_a_peer_cannot_find_out_what_another_has_brought(autojump_clock: o
         needed = await answer(other)
         assert isinstance(needed, Need)
         assert needed.blocks == (1, 2, 3)
+
+
+async def test_an_adapter_counts_with_its_manifest_though_it_has_no_site(autojump_clock: object) -> None:
+    nothing = content(empty=range(6))
+    size = manifest_bytes(nothing.manifest)
+    async with server(capacity=4 * size) as one:
+        for number in range(6):  # each has the share of one such adapter
+            assert isinstance(await bring(one.stream(f"guest {number}"), nothing), HeldAdapter)
+        assert one.desk.store.claims.used == 4 * size
+    async with server(capacity=4 * size - 4) as one:
+        found = await bring(one.stream(), nothing)
+        assert isinstance(found, Failed)
+        assert f"an adapter of {size} bytes" in found.message
 
 
 async def test_blocks_without_sites_need_no_bytes(autojump_clock: object) -> None:
@@ -349,7 +364,8 @@ async def test_a_peer_with_offers_on_many_streams_is_refused_and_not_blamed(auto
 
 
 async def test_an_adapter_larger_than_a_peer_s_share_is_refused(autojump_clock: object) -> None:
-    async with server(capacity=4 * 3 * len(OWN.blobs[1]) - 4) as one:
+    size = 3 * len(OWN.blobs[1]) + manifest_bytes(OWN.manifest)
+    async with server(capacity=4 * size - 4) as one:
         found = await bring(one.stream(), OWN)
         assert isinstance(found, Failed)
         assert (found.code, "are allowed here" in found.message) == ("refused", True)

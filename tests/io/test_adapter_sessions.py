@@ -15,6 +15,7 @@ from torch import Tensor
 from client.adapters.upload import AdapterUploads, AdapterUse, Needs, kept_name
 from client.chains.chain_choice import chooser_for
 from client.session.session import Session
+from node.serving.adapters.store import manifest_bytes
 from routing.chains.hops import NoChain
 from routing.names import PeerId
 from routing.view.records import Record
@@ -102,7 +103,7 @@ async def test_the_adapter_goes_to_all_hops_at_once_and_to_each_its_own_blocks(
         for node in world.nodes.values():
             assert node.adapters is not None
             size = sum(len(OWN.blobs[block]) for block in range(*node.blocks))
-            assert node.adapters.desk.store.claims.used == size
+            assert node.adapters.desk.store.claims.used == size + manifest_bytes(OWN.manifest)
         await session.aclose()
 
 

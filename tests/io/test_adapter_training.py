@@ -115,11 +115,11 @@ class LearningSwarm(ToySwarm):
     """Nodes that take adapters and sum their gradients."""
 
     def learner(
-        self, name: str, start: int, stop: int, *, seconds: float = 0.0, capacity: int = 1 << 20
+        self, name: str, start: int, stop: int, *, seconds: float = 0.0, sum_capacity: int = 1 << 20
     ) -> ToyNode:
         """A node like those of `add`."""
         node = self.add(name, start, stop, seconds=seconds)
-        desk = a_desk(self.limits, blocks=BLOCKS, capacity=capacity)
+        desk = a_desk(self.limits, blocks=BLOCKS, sum_capacity=sum_capacity)
         shapes = {block: SHAPES[block] for block in range(start, stop)}
         compute = FakeCompute()
         node.engine = node.listener.engine = LearningEngine(node.span, FakeCompute(seconds))
@@ -312,7 +312,7 @@ async def test_a_server_that_has_forgotten_the_adapter_gets_it_again(autojump_cl
 
 async def test_a_server_without_room_for_a_sum_is_left_for_one_that_has_room(autojump_clock: object) -> None:
     async with learning() as swarm:
-        swarm.learner("small", 0, BLOCKS, capacity=4 * 192)  # of its peer 192: the adapter, and no sum of 384
+        swarm.learner("small", 0, BLOCKS, sum_capacity=4 * 192)  # of its peer 192: no sum of 384
         swarm.learner("large", 0, BLOCKS, seconds=5.0)
         found = await backward(swarm)
         assert same(found.adapter, exact())

@@ -41,7 +41,7 @@ def test_an_offer_comes_out_as_it_went_in():
     found = adapter.decode_offer(offered())
     assert isinstance(found, adapter.OfferFrame)
     assert found.name == OWN.id
-    assert found.checked(LIMITS) == OFFER
+    assert found.checked(LIMITS, 3) == OFFER
     assert adapter.decode_offer(frame(list(adapter.encode_drop(adapter.Drop(OWN.id))))) == adapter.Drop(
         OWN.id
     )
@@ -62,7 +62,7 @@ def test_an_offer_of_another_content_is_refused(changes: dict[str, object], word
     found = adapter.decode_offer(offered(**changes))
     assert isinstance(found, adapter.OfferFrame)
     with pytest.raises(MessageError, match=words):
-        found.checked(LIMITS)
+        found.checked(LIMITS, 3)
 
 
 @pytest.mark.parametrize("name", ["poems", "F" * 64, "0" * 63, ""])
@@ -81,7 +81,20 @@ def test_an_offer_without_hashes_or_with_half_of_one_is_refused():
     found = adapter.decode_offer(whole[:-32])
     assert isinstance(found, adapter.OfferFrame)
     with pytest.raises(MessageError, match="64 bytes of digests for 3 blocks"):
-        found.checked(LIMITS)
+        found.checked(LIMITS, 3)
+
+
+def test_an_offer_for_another_number_of_blocks_is_refused_before_it_is_hashed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def hashed(*_: object) -> str:
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr(adapter, "adapter_id", hashed)
+    found = adapter.decode_offer(offered())
+    assert isinstance(found, adapter.OfferFrame)
+    with pytest.raises(MessageError, match="an adapter of 3 blocks, 2 are needed"):
+        found.checked(LIMITS, 2)
 
 
 @given(st.integers(0, 100), st.sets(st.integers(0, 79), min_size=1), st.integers(0, 1 << 40))
@@ -165,7 +178,7 @@ def test_any_bytes_are_a_message_or_a_fault(reader: str, data: bytes):
 @given(st.binary(max_size=300))
 def test_any_manifest_is_one_or_a_fault(data: bytes):
     with pytest.raises(MessageError):
-        adapter.OfferFrame(SPEC, data, b"".join(OWN.digests)).checked(LIMITS)
+        adapter.OfferFrame(SPEC, data, b"".join(OWN.digests)).checked(LIMITS, 3)
 
 
 def test_a_refusal_is_read_in_place_of_an_answer():

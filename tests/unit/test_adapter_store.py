@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.serving.adapters.store import AdapterStore
+from node.serving.adapters.store import MAX_HOPS, AdapterStore
 from tensor_codec.adapters import AdapterManifest
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import NoAdapter, Refused, TooManyStreams, WrongRevision
@@ -84,6 +84,37 @@ def test_a_session_finds_the_same_object_again_so_that_rows_share_a_group():
         assert first is second
     with one.using("a", name(1), Blocks(1, 2), lambda: 0.0) as part:
         assert part == (name(1), {1: "a 1 1"})
+
+
+def test_of_an_adapter_few_runs_of_blocks_are_kept_made():
+    one, blocks = store(), 2 * MAX_HOPS
+    manifest = AdapterManifest("r", "fp32", ((),) * blocks)
+    one.reserve("a", "", name(1), manifest, 10, 0.0)
+    for block in range(blocks):
+        one.add("a", name(1), block, f"{block}", 0)
+    one.release("a", name(1), 10, 0.0)
+
+    def hop(start: int) -> object:
+        with one.using("a", name(1), Blocks(start, blocks), lambda: 0.0) as found:
+            return found
+
+    first = hop(0)
+    for start in range(1, blocks):
+        hop(start)
+        assert hop(0) is first  # the one that is used again and again stays
+    assert len(one._contents[name(1)].hops) == MAX_HOPS
+
+
+def test_a_claim_counts_with_what_is_kept_besides_its_blocks_once():
+    one = store()
+    one.reserve("a", "", name(1), MANIFEST, 10, 0.0, 7)
+    one.add("a", name(1), 0, "zero", 5)
+    one.release("a", name(1), 5, 0.0)
+    assert one.claims.used == 5 + 7
+    one.reserve("a", "", name(1), MANIFEST, 5, 0.0, 7)  # the rest of it
+    assert one.claims.used == 10 + 7
+    with pytest.raises(Refused, match="an adapter of 51 bytes"):
+        one.reserve("b", "", name(2), MANIFEST, 44, 0.0, 7)
 
 
 def test_only_the_blocks_that_came_can_be_used():

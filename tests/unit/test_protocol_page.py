@@ -87,7 +87,8 @@ def request(frame: bytes) -> object:
 
 def offer(frame: bytes) -> object:
     found = adapter.decode_offer(frame)
-    return found.checked(LIMITS) if isinstance(found, adapter.OfferFrame) else found
+    blocks = len(ADAPTER.manifest.blocks)
+    return found.checked(LIMITS, blocks) if isinstance(found, adapter.OfferFrame) else found
 
 
 KINDS = {

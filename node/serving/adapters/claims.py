@@ -18,7 +18,7 @@ class Claim:
     """A peer's claim to an adapter.
 
     blocks: that the peer has brought, and their bytes.  coming: bytes of uploads.  pins: uses and uploads.
-    used_at: on the caller's clock.
+    used_at: on the caller's clock.  overhead: bytes of what is kept besides the blocks.
     """
 
     peer: str
@@ -28,11 +28,12 @@ class Claim:
     blocks: dict[int, int] = field(default_factory=dict)
     coming: int = 0
     pins: int = 0
+    overhead: int = 0
 
     @property
     def size(self) -> int:
         """Bytes that count for the peer, whoever else has brought the same."""
-        return self.coming + sum(self.blocks.values())
+        return self.overhead + self.coming + sum(self.blocks.values())
 
     @property
     def is_free(self) -> bool:
@@ -67,20 +68,26 @@ class Claims:
         """All peers' claims to an adapter."""
         return [claim for claim in self._claims.values() if claim.adapter == adapter]
 
-    def reserve(self, peer: str, prefix: str, adapter: str, size: int, now: float) -> Claim:
+    def reserve(
+        self, peer: str, prefix: str, adapter: str, size: int, now: float, overhead: int = 0
+    ) -> Claim:
         """Set `size` bytes aside for what a peer is about to bring.  Raises Refused, TooManyStreams.
 
+        overhead: bytes more of a claim that is new.
         Claims without a use make room, those that were not used for longest first: the peer's own where it
         has its share, then those of the prefix that holds most, with these bytes.  A prefix that holds less
         than the peer's makes no room for it.
         """
-        if size > self.room_per_peer:
-            raise Refused(
-                f"an adapter of {size} bytes for these blocks, {self.room_per_peer} are allowed here"
-            )
         self.expire(now)
-        self._make_room(peer, prefix, adapter, size)
-        claim = self._claims.setdefault((peer, adapter), Claim(peer, prefix, adapter, now))
+        new = Claim(peer, prefix, adapter, now, overhead=overhead)
+        claim = self._claims.get((peer, adapter), new)
+        more = size + (overhead if claim is new else 0)
+        if more > self.room_per_peer:
+            raise Refused(
+                f"an adapter of {more} bytes for these blocks, {self.room_per_peer} are allowed here"
+            )
+        self._make_room(peer, prefix, adapter, more)
+        self._claims[peer, adapter] = claim
         claim.coming += size
         claim.pins += 1
         claim.used_at = now

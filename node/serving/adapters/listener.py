@@ -18,7 +18,7 @@ import trio
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving.adapters.desk import AdapterDesk
-from node.serving.adapters.store import Block
+from node.serving.adapters.store import Block, manifest_bytes
 from node.serving.adapters.sums import Shapes
 from node.serving.adapters.uploads import AGAIN_SECONDS, Upload
 from node.serving.forward_backward import PeekStream
@@ -123,10 +123,8 @@ class AdapterListener:
         Raises Refused, MessageError.
         """
         self.admission.admits(replace(frame.spec, adapter=None))
-        offer = frame.checked(self.limits)
+        offer = frame.checked(self.limits, self.desk.blocks)
         manifest, blocks = offer.manifest, offer.spec.blocks
-        if len(manifest.blocks) != self.desk.blocks:
-            raise MessageError(f"an adapter of {len(manifest.blocks)} blocks, {self.desk.blocks} are needed")
         if manifest.kind != "lora":
             raise Refused(f"an adapter of kind {manifest.kind!r}: only lora is taken here")
         shapes = self.shapes()
@@ -144,8 +142,9 @@ class AdapterListener:
         upload = self.desk.uploads.begin(stream.peer, stream.prefix)
         try:
             self.desk.store.reserve(
-                stream.peer, stream.prefix, offer.name, offer.manifest, size, trio.current_time()
-            )
+                stream.peer, stream.prefix, offer.name, offer.manifest, size, trio.current_time(),
+                manifest_bytes(offer.manifest),
+            )  # fmt: skip
         except Refused:
             self.desk.uploads.end(upload)
             raise
@@ -163,8 +162,8 @@ class AdapterListener:
                 await stream.send(encode_need(need, offer.spec.blocks))
                 stream.limit = HEADER_BYTES + PIECE_BYTES
                 for block, size in sizes.items():
-                    blob = await self._blob(stream, offer, block, size)
-                    kept = await self._read(offer, block, blob)
+                    # In one expression: the blob is not held while the next one comes.
+                    kept = await self._read(offer, block, await self._blob(stream, offer, block, size))
                     store.add(stream.peer, offer.name, block, kept, size)
                     left -= size
             if time.cancelled_caught:

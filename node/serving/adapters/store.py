@@ -19,6 +19,9 @@ from tensor_codec.errors import NoAdapter, WrongRevision
 from tensor_codec.limits import Limits
 
 SHORT_ID = 16  # hexadecimal digits of an id in a record
+MAX_HOPS = 8  # of an adapter that are kept made: chains divide a server's blocks in few ways
+CLAIM_BYTES = 4096  # of a claim and an adapter's entry, without its sites
+SITE_BYTES = 2048  # of a site, in the manifest and in hops' tables, and of two tensors without their values
 
 # Any: what the torch thread makes of a block's blob, and of all blocks of a hop (`node.model.adapters`)
 Block = Any
@@ -38,6 +41,11 @@ class _Content:
     hops: dict[Blocks, HopAdapter] = field(default_factory=dict)
 
 
+def manifest_bytes(manifest: AdapterManifest) -> int:
+    """Bytes that are kept of a manifest, and of what is made for each of its sites: an estimate from above."""
+    return CLAIM_BYTES + SITE_BYTES * sum(map(len, manifest.blocks)) + 8 * len(manifest.blocks)
+
+
 class AdapterStore:
     """Adapters within a budget.  Times are the caller's clock, in seconds.
 
@@ -46,7 +54,8 @@ class AdapterStore:
     Promises, checked by tests/unit/test_adapter_store.py:
       * what guests hold, with what is on its way, never exceeds the capacity, nor a peer's or prefix's share;
       * an adapter in use stays; others make room, the oldest of the prefix that holds most first;
-      * a peer is told nothing about adapters that other guests have brought.
+      * a peer is told nothing about adapters that other guests have brought;
+      * of an adapter at most MAX_HOPS runs of blocks are kept made.
     """
 
     def __init__(
@@ -98,13 +107,20 @@ class AdapterStore:
         return [block for block in blocks if claim is None or block not in claim.blocks]
 
     def reserve(
-        self, peer: str, prefix: str, adapter: str, manifest: AdapterManifest, size: int, now: float
+        self,
+        peer: str,
+        prefix: str,
+        adapter: str,
+        manifest: AdapterManifest,
+        size: int,
+        now: float,
+        overhead: int = 0,
     ) -> None:
         """Set `size` bytes aside for blobs that a peer is about to bring: see `Claims.reserve`.
 
-        To be followed by `release`.  Raises Refused, TooManyStreams.
+        overhead: see `manifest_bytes`.  To be followed by `release`.  Raises Refused, TooManyStreams.
         """
-        self.claims.reserve(peer, prefix, adapter, size, now)
+        self.claims.reserve(peer, prefix, adapter, size, now, overhead)
         self._contents.setdefault(adapter, _Content(manifest))
 
     def add(self, peer: str, adapter: str, block: int, kept: Block, size: int) -> None:
@@ -139,10 +155,7 @@ class AdapterStore:
         Raises NoAdapter (an id that the peer has not brought for all these blocks), WrongRevision (a name).
         """
         found, content = self._found(peer, adapter, blocks)
-        hop = content.hops.get(blocks)
-        if hop is None:
-            hop = self._make(found, {block: content.blocks[block] for block in range(*blocks)})
-            content.hops[blocks] = hop
+        hop = self._hop(found, content, blocks)
         if content.name:
             yield hop
             return
@@ -153,6 +166,16 @@ class AdapterStore:
         finally:
             claim.pins -= 1
             claim.used_at = clock()
+
+    def _hop(self, adapter: str, content: _Content, blocks: Blocks) -> HopAdapter:
+        """One object for all sessions and requests of a run: rows with it are one group of a batch."""
+        hop = content.hops.pop(blocks, None)
+        if hop is None:
+            hop = self._make(adapter, {block: content.blocks[block] for block in range(*blocks)})
+        content.hops[blocks] = hop  # the last one that was used stands last
+        while len(content.hops) > MAX_HOPS:
+            del content.hops[next(iter(content.hops))]
+        return hop
 
     def manifest(self, peer: str, adapter: str, blocks: Blocks) -> tuple[str, AdapterManifest]:
         """The id and the manifest of an adapter that this peer may use.  Raises as `using`."""
