@@ -190,10 +190,10 @@ class Work:
         return hidden, decode_hidden(request.prompts, prompts_contract(contract, own)) if own else None
 
 
-Held = Callable[[int], Awaitable[int]]
+Held = Callable[[int, float], Awaitable[int]]
 
 
-async def _one_part(tokens: int) -> int:
+async def _one_part(tokens: int, more: float) -> int:
     return 0  # the activations of one part are always held
 
 
@@ -212,10 +212,13 @@ class HeldActivations:
     measures: Callable[[], Sequence[Callable[[], Activations]]]
     _activations: Activations | None = None
 
-    async def positions(self, tokens: int) -> int:
-        """Positions times blocks whose activations may be held now.  tokens: of a row."""
+    async def positions(self, tokens: int, more: float) -> int:
+        """Positions times blocks whose activations may be held now.
+
+        tokens: of a row.  more: bytes of a position in one block besides those that are measured.
+        """
         held = self.part + min(self.most, self.free())
-        return int(held / await self.of_a_position(tokens))
+        return int(held / (await self.of_a_position(tokens) + more))
 
     async def of_a_position(self, tokens: int) -> float:
         """Bytes of a position in one block.  tokens: of its row."""
@@ -230,9 +233,9 @@ class ForwardBackwardListener:
     """Serves forward and backward over one span.
 
     admission: to the served span.  faults: of peers, counted.
-    held: from the tokens of its rows, the positions times blocks whose activations a backward that comes now
-    may hold.  tapes: of this span; without memory by default.  sums: of gradients of adapters; None: none are
-    computed.
+    held: from the tokens of its rows, and bytes of a position for its adapter, the positions times blocks
+    whose activations a backward that comes now may hold.  tapes: of this span; without memory by default.
+    sums: of gradients of adapters; None: none are computed.
     """
 
     admission: SpanAdmission
@@ -393,10 +396,10 @@ class ForwardBackwardListener:
         """
         backward, run = isinstance(request, Backward), request.run
         using = self.admission.using(stream.peer, run.spec, trio.current_time)
-        tape_for = self.tapes.tape_for(stream.peer, stream.prefix, request, contract)
         with using as adapter, self._summing(stream, run) as take:
-            async with tape_for as kept:
-                held = await self.held(contract.max_length) if backward and kept is None else 0
+            more = 0.0 if adapter is None else adapter.kept_bytes
+            async with self.tapes.tape_for(stream.peer, stream.prefix, request, contract, adapter) as kept:
+                held = await self.held(contract.max_length, more) if backward and kept is None else 0
                 tape = None if kept is None else kept.tape
                 work = Work(request, contract, held, self.engine.part_positions, tape, adapter, take)
                 computed = await self._compute(stream, work, contract)

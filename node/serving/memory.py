@@ -34,6 +34,7 @@ TRAINING_SHARE = 0.5  # for activations, of the memory that is free when a backw
 DEVICE_TRAINING_SHARE = 1 / 16  # of a device's memory: its cache would take all of it
 TRAINED_VALUES = 16  # numbers that `backward` holds for each position and block of a part, in hidden sizes
 LARGEST_TRAINED_VALUES = 32  # of all architectures (benchmarks backward)
+TRAINED_COPIES = 4  # of an adapter's bytes in bfloat16: its values in float32, and their gradients
 MIN_ADAPTER_BYTES = 128 * MIB  # of guests: three small models' largest, a quarter of it for each
 MIN_HEAD_DIM = 64  # a smaller head dimension means more heads, and more scores than are counted here
 READ_BYTES = 512 * KIB  # of a connection: what one read brought, sealed and opened
@@ -103,7 +104,8 @@ class Memory:
     in the cache, to the last step of each session, kept and on their way to a slow peer.  on_device: whether
     weights, cache, workspace, training and adapters are in a device's own memory.  training: activations
     that a long backward holds besides those in the workspace.  adapters: of guests.  sums: of the gradients
-    of these, always in the machine's memory.
+    of these, always in the machine's memory.  trained: what one request at a time holds besides for the
+    adapter that it trains.
     """
 
     weights: int
@@ -117,6 +119,7 @@ class Memory:
     answers: int = 0
     adapters: int = 0
     sums: int = 0
+    trained: int = 0
 
     @property
     def needed(self) -> int:
@@ -126,8 +129,9 @@ class Memory:
     @property
     def resident_bound(self) -> int:
         """The process's resident memory stays below this, whatever peers send."""
-        always = self.process + self.network + self.journal + self.answers + self.sums + OTHER_BYTES
-        return always + (0 if self.on_device else self.needed + self.adapters)
+        guests = self.sums + self.trained + (0 if self.on_device else self.adapters)
+        always = self.process + self.network + self.journal + self.answers + OTHER_BYTES
+        return always + guests + (0 if self.on_device else self.needed)
 
     def bound_after_loading(self, resident: int) -> int:
         """`resident_bound`, and as much more as the process took in loading beyond what was expected.
@@ -285,6 +289,7 @@ def memory_of(
         on_device=device not in ("cpu", "mps"),
         adapters=adapters,
         sums=sum_bytes(adapters, limits),
+        trained=trained_bytes(info.hidden_size, adapters, limits),
     )
 
 
@@ -297,6 +302,16 @@ def adapter_bytes(info: ModelInfo, blocks: int, precision: Precision, limits: Li
 def sum_bytes(adapters: int, limits: Limits) -> int:
     """Bytes for sums of gradients: in float64 they take two to four times the bytes of their adapters."""
     return min(limits.sum_bytes, 2 * adapters)
+
+
+def trained_bytes(hidden: int, adapters: int, limits: Limits) -> int:
+    """Bytes for the adapter that a request trains: of one peer, and one request is under way at a time.
+
+    Copies and gradients of all that a peer may have; and in float32, for one part of a backward, the inputs
+    of the linears (see `SpanAdapter.kept_bytes`).  hidden: values of a hidden state.
+    """
+    copies = TRAINED_COPIES * int(limits.adapter_share_per_peer * adapters)
+    return copies + max(PART_POSITIONS, limits.max_step_tokens) * TRAINED_VALUES * hidden * 4
 
 
 def peer_bytes(limits: Limits) -> PeerBytes:
@@ -322,11 +337,12 @@ def peer_bytes(limits: Limits) -> PeerBytes:
 
 def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int, free: int) -> str:
     """The number of blocks served and the uses of the memory, for the log."""
+    guests = memory.adapters + memory.sums + memory.trained
     return (
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
         f" journal {_gib(memory.journal)}, workspace {_gib(memory.workspace)},"
-        f" gradients {_gib(memory.training)}, adapters {_gib(memory.adapters + memory.sums)};"
+        f" gradients {_gib(memory.training)}, adapters {_gib(guests)};"
         f" bound {_gib(memory.resident_bound)} resident; {_gib(free)} free"
     )
 

@@ -121,7 +121,8 @@ async def test_activations_are_bounded_by_a_plan_and_by_the_memory_that_is_free_
     kinds = [partial(measure, 80.0, 1.0), partial(measure, 40.0, 2.0)]
     held = HeldActivations(1000, most, lambda: free, FakeCompute(), lambda: kinds)
     for _ in range(2):
-        assert await held.positions(10) == positions  # of 100 bytes each
+        assert await held.positions(10, 0.0) == positions  # of 100 bytes each
+    assert await held.positions(10, 100.0) == positions // 2  # with an adapter
     assert measured == [80.0, 40.0]
 
 

@@ -11,7 +11,8 @@ import trio
 from torch import Tensor
 
 from client.request_streams import RequestStreams
-from node.serving.training.tapes import MAX_TAPES
+from node.model.adapters.low_rank import LowRank, SpanAdapter
+from node.serving.training.tapes import MAX_TAPES, TapeBudget, Tapes
 from routing.names import PeerId
 from tensor_codec.blocks import Blocks
 from tensor_codec.codecs import decode_hidden, encode_hidden
@@ -235,6 +236,22 @@ async def test_the_answer_says_whether_the_tape_is_kept(autojump_clock):
             assert not plain.taped
             assert bytes(plain.body) == bytes(answer.body)
             await stream.aclose()
+
+
+async def test_a_tape_counts_the_copies_of_its_adapter_and_the_inputs_that_they_keep(autojump_clock):
+    async def activations(tokens: int) -> float:
+        return 1e6
+
+    low = LowRank(torch.zeros(2, 8), torch.zeros(6, 2), 1.0)
+    adapter = SpanAdapter("f" * 64, {block: {"q_proj": low} for block in range(6)})
+    kept = Tapes(TapeBudget(ROOM, 30.0), activations, lambda: ROOM)
+    contract, sizes = request_contract(FORWARD, HIDDEN, 2048), []
+    for own in (None, adapter):
+        async with kept.tape_for("a", "", FORWARD, contract, own) as tape:
+            assert tape is not None
+            sizes.append(tape.size)
+    copies = 4 * 6 * 2 * (8 + 6)
+    assert sizes[1] - sizes[0] == copies + 6 * ROWS * TOKENS * 4 * (8 + 2)
 
 
 async def test_a_tape_that_is_not_there_is_a_refusal_and_the_stream_goes_on(autojump_clock):

@@ -215,11 +215,14 @@ def test_the_bound_on_resident_memory_counts_everything_that_peers_can_fill():
     assert bound.needed == memory.check_fits(model(), 4, PLAIN, 2048, 10**9)
     journal = 2048 * model().hidden_size * 4
     assert (bound.journal, bound.answers) == (journal, 2 * journal)
-    guests = (16 + 24) * MIB  # their adapters, and the sums of gradients
+    # Four times a quarter of the adapters, and the inputs of a part's linears.
+    trained = 16 * MIB + 4 * PART_POSITIONS * memory.TRAINED_VALUES * 64
+    assert bound.trained == trained
+    guests = (16 + 24) * MIB + trained  # their adapters, and the sums of gradients
     assert bound.resident_bound == (400 + 256 + 4 + 8) * MIB + guests + room + 3 * journal + held.total
     on_gpu = memory.memory_of(model(), 4, PLAIN, 2048, limits=limits, process=400 * MIB, device="cuda")
     assert on_gpu.needed == bound.needed
-    assert on_gpu.resident_bound == (400 + 256 + 24) * MIB + 3 * journal + held.total
+    assert on_gpu.resident_bound == (400 + 256 + 24) * MIB + trained + 3 * journal + held.total
     none = memory.memory_of(model(), 4, PLAIN, 2048, journal_tokens=0)
     assert none.journal == 0
 

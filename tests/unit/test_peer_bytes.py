@@ -6,12 +6,16 @@ import tracemalloc
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from node.model.adapters.adapted import AdaptedSpan
+from node.model.adapters.low_rank import LowRank, SpanAdapter
+from node.model.blocks.parts import PART_POSITIONS
 from node.network.admission.half_open import HalfOpen, Handshake
 from node.network.budgets.large_frames import SMALL_FRAME, FramePlace, LargeFrames
 from node.network.budgets.libp2p_streams import Libp2pStreams, ServedStream
@@ -20,7 +24,7 @@ from node.network.directory.kademlia.providers import Providers
 from node.network.transport.noise import ReadBuffer
 from node.network.transport.yamux import CHUNK, DATA, HEADER, SYN, Yamux
 from node.network.transport.yamux_limits import YamuxError, YamuxLimits
-from node.serving.memory import PeerBytes, peer_bytes
+from node.serving.memory import TRAINED_COPIES, PeerBytes, peer_bytes, trained_bytes
 from node.serving.sessions.inbox import Arrived, Inbox
 from node.serving.sessions.prompt_budget import HeldPrompts, PromptBudget
 from node.serving.sessions.step_room import SMALL_STEP, StepRoom
@@ -225,6 +229,27 @@ def test_every_limit_that_lets_peers_hold_bytes_raises_the_bound():
     ):  # fmt: skip
         changes: Any = {name: 2 * getattr(Limits(), name)}
         assert peer_bytes(replace(Limits(), **changes)).total > before, name
+
+
+def test_an_adapter_that_is_trained_takes_no_more_than_the_bound_counts():
+    """All that a peer may have, in bfloat16: its copies and their gradients; and what a part of it keeps."""
+    capacity, hidden, rank = 4 * MIB, 512, 8
+    room = int(capacity * Limits().adapter_share_per_peer)
+    sites = room // (2 * rank * 2 * hidden)
+    a, b = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((rank, hidden), (hidden, rank)))
+    low = LowRank(a, b, 1.0)
+    adapter = SpanAdapter("a", {0: {str(number): low for number in range(sites)}})
+    assert adapter.nbytes == room
+    base = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
+    span = AdaptedSpan(base, adapter, trains=True)
+    leaves = [each for _, _, one in span.leaves(0, 1) for each in (one.a, one.b)]
+    span.learn(0, 1, [torch.ones_like(each) for each in leaves])
+    gradients = [each for pair in span.gradients[0].values() for each in pair]
+    held = sum(each.nbytes for each in (*leaves, *gradients))
+    assert held == TRAINED_COPIES * room
+    few = SpanAdapter("a", {0: {str(number): low for number in range(7)}})
+    kept = few.kept_bytes * PART_POSITIONS  # of a block with seven linears, in one part of a backward
+    assert held + kept <= trained_bytes(hidden, capacity, Limits())
 
 
 def test_journals_hold_no_more_than_the_bound_counts():

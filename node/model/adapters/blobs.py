@@ -35,12 +35,13 @@ def read_block(
         raise MessageError(f"a blob of an adapter has {len(blob)} bytes, its sites take {expected}")
     if not sites:
         return {}
-    values = torch.frombuffer(bytearray(blob), dtype=DTYPES[dtype])
-    _check(values)
+    writable = blob if isinstance(blob, bytearray) else bytearray(blob)  # as torch wants it; nothing writes
+    values = torch.frombuffer(writable, dtype=DTYPES[dtype])
     found, begin = {}, 0
     for site in sites:
         ins, outs = shapes[site.name]
         middle, end = begin + site.rank * ins, begin + site.rank * (ins + outs)
+        _check(values[begin:end])
         a, b = values[begin:middle].view(site.rank, ins), values[middle:end].view(outs, site.rank)
         # A copy each: B moves into the kernels' order later, and its place would stay taken.
         found[site.name] = LowRank(a.to(device, copy=True), b.to(device, copy=True), site.scale)

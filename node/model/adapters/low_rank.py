@@ -113,6 +113,17 @@ class SpanAdapter:
         """The largest rank; 0 without any site."""
         return max((low.rank for block in self.blocks.values() for low in block.values()), default=0)
 
+    @property
+    def kept_bytes(self) -> int:
+        """The most bytes that a backward keeps of a position for the products in one block.
+
+        In float32 the input of each linear, which frozen weights alone do not need, and A times it.
+        """
+        return 4 * max(
+            (sum(low.rank + low.a.shape[1] for low in block.values()) for block in self.blocks.values()),
+            default=0,
+        )
+
     def values(self, start: int, stop: int) -> int:
         """Numbers in the matrices of blocks [start, stop).  Raises LocalProtocolError for a missing block."""
         self.check(start, stop)

@@ -42,7 +42,7 @@ class _Content:
 
 
 def manifest_bytes(manifest: AdapterManifest) -> int:
-    """Bytes that are kept of a manifest, and of what is made for each of its sites: an estimate from above."""
+    """Bytes kept of a manifest, and of what is made for each of its sites: an estimate from above."""
     return CLAIM_BYTES + SITE_BYTES * sum(map(len, manifest.blocks)) + 8 * len(manifest.blocks)
 
 

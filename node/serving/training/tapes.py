@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from node.model.adapters.low_rank import SpanAdapter
 from node.model.blocks.forward_backward import Tape
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import MessageError, NoTape, Refused
@@ -202,9 +203,14 @@ class Tapes:
 
     @asynccontextmanager
     async def tape_for(
-        self, peer: str, prefix: str, request: Forward | Backward, contract: Contract
+        self,
+        peer: str,
+        prefix: str,
+        request: Forward | Backward,
+        contract: Contract,
+        adapter: SpanAdapter | None = None,
     ) -> AsyncIterator[KeptTape | None]:
-        """The tape for the time in which a request is computed.
+        """The tape for the time in which a request is computed.  adapter: of the request.
 
         None for a request without one, and for a forward where there is no memory for it.  A forward's is
         kept afterwards where the block says `answered`; a backward's where the block raises Refused: then
@@ -218,7 +224,7 @@ class Tapes:
         elif backward:
             kept = self._taken(peer, request.run, contract)
         else:
-            kept = await self._opened(peer, prefix, request.run, contract)
+            kept = await self._opened(peer, prefix, request.run, contract, adapter)
         stays = False
         try:
             yield kept
@@ -254,11 +260,17 @@ class Tapes:
             )
         return kept
 
-    async def _opened(self, peer: str, prefix: str, run: Run, contract: Contract) -> KeptTape | None:
+    async def _opened(
+        self, peer: str, prefix: str, run: Run, contract: Contract, adapter: SpanAdapter | None
+    ) -> KeptTape | None:
         if not self.budget.capacity:
             return None
         positions, blocks = contract.batch * contract.max_length, contract.stop - contract.start
-        activations = int(await self.activations(contract.max_length) * positions * blocks)
+        of_a_position, copies = await self.activations(contract.max_length), 0
+        if adapter is not None:
+            of_a_position += adapter.kept_bytes
+            copies = 4 * adapter.values(contract.start, contract.stop)  # float32, leaves of the graph
+        activations = int(of_a_position * positions * blocks) + copies
         if activations > self.free():
             return None
         size = max(activations, blocks * GRAPH_BYTES, self.budget.capacity // MAX_TAPES)
