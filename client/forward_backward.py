@@ -14,7 +14,7 @@ input, which is here in any case.
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -143,7 +143,9 @@ class ForwardBackward:
     step_seconds: float = 30.0
     give_up_seconds: float = 120.0
     _planned: Counter[PeerId] = field(default_factory=Counter)  # parts under way whose chain has the peer
-    _limiters: dict[PeerId, trio.CapacityLimiter] = field(default_factory=dict)
+    _limiters: defaultdict[PeerId, trio.CapacityLimiter] = field(
+        default_factory=lambda: defaultdict(partial(trio.CapacityLimiter, UNDER_WAY_PER_PEER))
+    )
     _streams: RequestStreams = field(init=False)
     _cutter: BatchCutter = field(init=False)
 
@@ -285,7 +287,8 @@ class ForwardBackward:
             failures: list[PeerFault | Refused] = []
             async with trio.open_nursery() as nursery:
                 for own, dtype in wanted:
-                    nursery.start_soon(_collect_one, self._streams, sums, own, dtype, lost, failures)
+                    limiter = self._limiters[own.hop.peer]
+                    nursery.start_soon(_collect_one, self._streams, limiter, sums, own, dtype, lost, failures)
             for error in failures:
                 if isinstance(error, PeerFault) and error.peer is not None:
                     self._take_note(error, PeerId(error.peer), avoided=False)
@@ -424,7 +427,7 @@ class ForwardBackward:
     async def _ask_once(self, part: Part, question: _Question) -> _Answer:
         """See `_ask`.  Raises NoTape and NoAdapter too, which are no reason to avoid the peer."""
         hop, peer = question.hop, question.hop.peer
-        limiter = self._limiters.setdefault(peer, trio.CapacityLimiter(UNDER_WAY_PER_PEER))
+        limiter = self._limiters[peer]
         avoided = peer in self.blame.avoided(trio.current_time())
         try:
             if (dtype := self.dtype_of(peer)) is None:
@@ -495,6 +498,7 @@ def _codec(chosen: str, dtype: str | None) -> str:
 
 async def _collect_one(
     streams: RequestStreams,
+    limiter: trio.CapacityLimiter,
     sums: CallSums,
     own: HopSum,
     dtype: str,
@@ -505,7 +509,8 @@ async def _collect_one(
     peer = own.hop.peer
     try:
         size = sums.bytes_of(own.hop, dtype)
-        numbers, data = await streams.collect(peer, Collect(own.name, dtype), size)
+        async with limiter:
+            numbers, data = await streams.collect(peer, Collect(own.name, dtype), size)
     except (PeerFault, Refused) as error:
         error.about(peer)
         failures.append(error)

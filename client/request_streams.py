@@ -48,8 +48,14 @@ class RequestStreams:
 
         Raises PeerFault, Refused.
         """
+        if self._idle[peer]:
+            with suppress(PeerGone):  # closed as idle; where the sum went with it, `Refused` follows
+                return await self._sum(self._idle[peer].pop(), asked, size)
+        return await self._sum(await self.open_stream(peer), asked, size)
+
+    async def _sum(self, stream: PeerStream, asked: Collect, size: int) -> tuple[frozenset[int], bytes]:
+        """Ask for a sum and take its parts.  The stream is kept for the next request, or reset."""
         seconds = self.step_seconds + size / self.limits.frame_floor_bytes_per_second
-        stream = await self.open_stream(peer)
         with trio.move_on_after(seconds):
             try:
                 await stream.send(encode_collect(asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import client.batch_parts
 from client.adapters.upload import AdapterUploads, AdapterUse
-from client.forward_backward import ForwardBackward, Gradients
+from client.forward_backward import UNDER_WAY_PER_PEER, ForwardBackward, Gradients
 from node.model.blocks.forward_backward import finish
 from node.serving.adapters.listener import AdapterListener
 from node.serving.adapters.sums import SpanSums
@@ -227,6 +228,16 @@ async def test_kept_inputs_carry_their_adapter(autojump_clock: object) -> None:
         assert torch.equal(output, blocks_on(STATES, 0, BLOCKS))
         for _ in range(2):
             assert same((await trainer.backward_kept(kept, GRAD)).adapter, exact())
+
+
+async def test_step_after_step_needs_no_more_streams_than_a_server_allows(autojump_clock: object) -> None:
+    async with learning() as swarm:
+        three_hops(swarm)
+        trainer, begin = swarm.trainer(), trio.current_time()
+        for _ in range(3 * swarm.limits.max_compute_streams_per_peer):
+            await trainer.backward(STATES, GRAD, 0, BLOCKS, adapter=swarm.use())
+        assert trio.current_time() == begin  # no server has refused a stream
+        assert max(Counter(swarm.dialled).values()) <= UNDER_WAY_PER_PEER
 
 
 async def test_a_backward_without_an_adapter_asks_for_no_sum(autojump_clock: object) -> None:
