@@ -41,7 +41,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Before the workers start, one process compiles the kernels that all of them and their nodes use."""
     config = session.config
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        subprocess.run([sys.executable, "-m", "node.model.weights.precompile"], cwd=ROOT, check=True)
+        command = [sys.executable, "-m", "node.model.weights.precompile"]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=PRECOMPILE_SECONDS)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -61,6 +62,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any:
     return ProcessesInTwoWorkers(config, log)
 
 
+PRECOMPILE_SECONDS = 300.0  # half a minute on two idle cores
 ALONE = "tests/fault/test_recovery.py"  # takes about as long as the others of its folder together
 ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/")
 
