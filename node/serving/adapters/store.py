@@ -16,11 +16,12 @@ from node.serving.adapters.claims import AGAIN_SECONDS, Claim, Claims
 from tensor_codec.adapters import AdapterManifest, is_adapter_id
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import NoAdapter, WrongRevision
-from tensor_codec.limits import Limits
+from tensor_codec.limits import KIB, Limits
 
 SHORT_ID = 16  # hexadecimal digits of an id in a record
 MAX_HOPS = 8  # of an adapter that are kept made: chains divide a server's blocks in few ways
-CLAIM_BYTES = 4096  # of a claim and an adapter's entry, without its sites
+# Of a claim and an adapter's entry without its sites; so much that a look at all claims takes no time.
+CLAIM_BYTES = 16 * KIB
 SITE_BYTES = 2048  # of a site, in the manifest and in hops' tables, and of two tensors without their values
 
 # Any: what the torch thread makes of a block's blob, and of all blocks of a hop (`node.model.adapters`)
