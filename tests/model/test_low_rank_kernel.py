@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from node.model.adapters.kernels import prepare
 from node.model.adapters.low_rank import Group, LowRank, SpanAdapter
 from node.model.weights import low_rank_kernel as kernel
 
@@ -72,6 +75,25 @@ def test_a_row_has_the_same_bits_alone_and_in_any_group(dtype):
         alone = [Group(owner, 0, 1)] if owner is not None else []
         assert np.array_equal(added(alone, x[row : row + 1], out[row : row + 1], 0, outs)[0], together[row])
     assert np.array_equal(together[4], out[4])
+
+
+@pytest.mark.parametrize(
+    ("fused", "dtype", "device", "needed"),
+    [
+        (True, torch.float32, "cpu", True),
+        (False, torch.float32, "cpu", False),
+        (True, torch.bfloat16, "cpu", False),
+        (True, torch.float32, "meta", False),
+    ],
+)
+def test_a_node_compiles_for_adapters_what_its_blocks_will_call(
+    fused: bool, dtype: torch.dtype, device: str, needed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+    monkeypatch.setattr(kernel, "head", lambda groups: asked.append(groups) or [1] * kernel.HEAD)
+    span = SimpleNamespace(fused=fused, dtype=dtype, device=torch.device(device))
+    assert prepare(span) is needed
+    assert asked == [0] * needed
 
 
 def test_b_is_kept_once_and_reads_as_before():
