@@ -89,8 +89,13 @@ def test_a_row_has_the_same_bits_alone_and_in_any_group(dtype):
 def test_a_node_compiles_for_adapters_what_its_blocks_will_call(
     fused: bool, dtype: torch.dtype, device: str, needed: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    asked = []
-    monkeypatch.setattr(kernel, "head", lambda groups: asked.append(groups) or [1] * kernel.HEAD)
+    asked: list[int] = []
+
+    def head(groups: int) -> list[int]:
+        asked.append(groups)
+        return [1] * kernel.HEAD
+
+    monkeypatch.setattr(kernel, "head", head)
     span = SimpleNamespace(fused=fused, dtype=dtype, device=torch.device(device))
     assert prepare(span) is needed
     assert asked == [0] * needed
