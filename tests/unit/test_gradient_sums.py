@@ -130,24 +130,29 @@ def test_a_sum_belongs_to_its_peer_one_adapter_and_one_run():
 def test_a_sum_is_collected_once_at_a_time_and_counts_until_then():
     all_sums, used = sums(), wanted().size
     own = all_sums.begin(NAME, wanted())
-    with pytest.raises(Refused, match="no such sum of gradients is here"), all_sums.collecting("a", NAME, now):
-        pass  # no request has ended
+    with pytest.raises(Refused, match="no such sum of gradients is here"):
+        collect(all_sums, "a")  # no request has ended
     own.add(0, some(0))
     all_sums.end(own, 0.0)
-    with pytest.raises(Refused, match="no such sum of gradients is here"), all_sums.collecting("b", NAME, now):
-        pass
+    with pytest.raises(Refused, match="no such sum of gradients is here"):
+        collect(all_sums, "b")
     with pytest.raises(PeerGone), all_sums.collecting("a", NAME, now) as found:
         assert found is own
-        with pytest.raises(TooManyStreams), all_sums.collecting("a", NAME, now):
-            pass
+        with pytest.raises(TooManyStreams):
+            collect(all_sums, "a")
         with pytest.raises(Refused, match="is being collected"):
             all_sums.begin(NAME, wanted())
         all_sums.expire(10_000.0)
         assert all_sums.used == used
         raise PeerGone("in the middle")
-    with all_sums.collecting("a", NAME, now):  # it is still there
-        assert all_sums.used == used
+    assert all_sums.used == used  # it is still there
+    collect(all_sums, "a")
     assert all_sums.used == 0
+
+
+def collect(all_sums: GradientSums, peer: str) -> None:
+    with all_sums.collecting(peer, NAME, now):
+        assert all_sums.used
 
 
 def now() -> float:
