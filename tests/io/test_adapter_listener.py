@@ -156,17 +156,13 @@ async def test_a_peer_cannot_find_out_what_another_has_brought(autojump_clock: o
         assert needed.blocks == (1, 2, 3)
 
 
-async def test_an_adapter_counts_with_its_manifest_though_it_has_no_site(autojump_clock: object) -> None:
-    nothing = content(empty=range(6))
-    size = manifest_bytes(nothing.manifest)
+async def test_an_adapter_counts_with_its_manifest(autojump_clock: object) -> None:
+    size = 3 * len(OWN.blobs[1]) + manifest_bytes(OWN.manifest)
     async with server(capacity=4 * size) as one:
         for number in range(6):  # each has the share of one such adapter
-            assert isinstance(await bring(one.stream(f"guest {number}"), nothing), HeldAdapter)
+            found = await bring(one.stream(f"guest {number}"), content(seed=number))
+            assert isinstance(found, HeldAdapter)
         assert one.desk.store.claims.used == 4 * size
-    async with server(capacity=4 * size - 4) as one:
-        found = await bring(one.stream(), nothing)
-        assert isinstance(found, Failed)
-        assert f"an adapter of {size} bytes" in found.message
 
 
 async def test_blocks_without_sites_need_no_bytes(autojump_clock: object) -> None:

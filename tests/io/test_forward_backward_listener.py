@@ -90,7 +90,7 @@ async def test_a_backward_holds_the_activations_that_there_is_memory_for(autojum
         asked = []
         rooms = [0, 40, 60]
 
-        async def held(tokens: int) -> int:
+        async def held(tokens: int, more: float) -> int:
             asked.append(tokens)
             return rooms[len(asked) - 1]
 

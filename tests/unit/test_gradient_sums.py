@@ -136,15 +136,16 @@ def test_a_sum_is_collected_once_at_a_time_and_counts_until_then():
     all_sums.end(own, 0.0)
     with pytest.raises(Refused, match="no such sum of gradients is here"):
         collect(all_sums, "b")
-    with pytest.raises(PeerGone), all_sums.collecting("a", NAME, now) as found:
-        assert found is own
-        with pytest.raises(TooManyStreams):
-            collect(all_sums, "a")
-        with pytest.raises(Refused, match="is being collected"):
-            all_sums.begin(NAME, wanted())
-        all_sums.expire(10_000.0)
-        assert all_sums.used == used
-        raise PeerGone("in the middle")
+    collecting = all_sums.collecting("a", NAME, now)
+    assert collecting.__enter__() is own
+    with pytest.raises(TooManyStreams):
+        collect(all_sums, "a")
+    with pytest.raises(Refused, match="is being collected"):
+        all_sums.begin(NAME, wanted())
+    all_sums.expire(10_000.0)
+    assert all_sums.used == used
+    gone = PeerGone("in the middle")
+    assert not collecting.__exit__(PeerGone, gone, None)
     assert all_sums.used == used  # it is still there
     collect(all_sums, "a")
     assert all_sums.used == 0

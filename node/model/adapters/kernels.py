@@ -30,4 +30,5 @@ def prepare(span: Computes) -> bool:
         return False
     from node.model.weights import low_rank_kernel
 
-    return all(low_rank_kernel.head(0)[place] for place in low_rank_kernel.CODE)
+    head = low_rank_kernel.head(0)
+    return all(head[place] for place in low_rank_kernel.CODE)
