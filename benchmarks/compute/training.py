@@ -10,6 +10,7 @@ share_of_plain: tokens a second of the swarm, to the one process.  blocks_share_
 blocks alone, without embeddings, head and loss.  gradients_equal: in float32, whether the gradient is that of
 the one process, within 1e-6 of its norm; in other dtypes, whether it is as near to float32 as that of the one
 process in this dtype.  With tapes: whether it is that of a second backward, without a tape, in every bit too.
+lora_share: of the blocks with an adapter of rank 8 on queries and values that is trained, to those without.
 scheduled_share: of a model, with the measured seconds, of a swarm with one machine for each server.
 """
 
@@ -66,6 +67,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tape", action=argparse.BooleanOptionalAction, default=True, help="of the nodes")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--quantize", default="none", choices=("none", "int8", "nf4"), help="of the nodes")
+    parser.add_argument(
+        "--lora", action="store_true", help="measure blocks with an adapter that is trained too"
+    )
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of a row (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process (%(default)s)")
@@ -98,12 +102,16 @@ def measure(flags: argparse.Namespace, nodes: LocalSwarm, path: Any) -> dict[str
         }
         if flags.servers == 1:
             calls["small"] = partial(in_small_requests, flags, swarm, hidden, grad)
+        if flags.lora:
+            calls["lora"] = partial(blocks_with_lora, swarm, hidden, grad, lora(swarm))
         seconds, answers = alternate(calls, flags.rounds)
         found = about(flags, seconds)
         found |= gradients(flags, answers, path, ids)
         if flags.tape:
             found["tape_equal"] = tape_equal(swarm, hidden, grad)
             found["gradients_equal"] &= found["tape_equal"]
+        if flags.lora:
+            found["lora_share"] = share(seconds, "blocks", "lora")
         if flags.servers == 1:
             found["scheduled_share"] = scheduled(flags, seconds)
     return found
@@ -154,6 +162,31 @@ def blocks_of_a_swarm(swarm: Any, hidden: Any, grad: Any) -> Any:
     """The same over a swarm."""
     _, kept = swarm.forward_kept(hidden)
     return swarm.backward(kept, grad)
+
+
+def lora(swarm: Any) -> Any:
+    """A new adapter of rank 8 on queries and values."""
+    from client.adapters.folder import new_adapter
+
+    return new_adapter(
+        {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}, swarm
+    )
+
+
+def blocks_with_lora(swarm: Any, hidden: Any, grad: Any, adapter: Any) -> Any:
+    """Forward and backward with an adapter that has changed since the last step, as in training.
+
+    The servers get its values anew, and their gradients come back.
+    """
+    import torch
+
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(1e-6)
+    _, kept = swarm.forward_kept(hidden, adapter=adapter.content())
+    found = swarm.gradients(kept, grad)
+    assert found.adapter
+    return found.hidden
 
 
 def small_positions(flags: argparse.Namespace) -> int:
