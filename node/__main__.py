@@ -91,6 +91,7 @@ def _serve(words: list[str]) -> int:
         choices=QUANTIZE,
         help="keep the blocks' matrices in 8 or 4 bits (default: int8 on CUDA, none elsewhere)",
     )
+    _add_adapter_option(parser)
     parser.add_argument(
         "--threads",
         type=threads,
@@ -132,6 +133,7 @@ def _serve(words: list[str]) -> int:
         journal_tokens=flags.journal_tokens,
         balance=_balance(flags),
         vitals_file=flags.vitals_file,
+        adapters=tuple(flags.adapter),
     )
     from node.main import serve
 
@@ -302,6 +304,16 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         help="of the memory for gradients, for graphs of forwards that a backward follows; 0: none is kept"
         f" (default: {USUAL.tape_bytes})",
     )  # fmt: skip
+
+
+def _add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="keep an adapter (LoRA) for every client: a folder of peft or a hub's id; up to four",
+    )
 
 
 def _add_balance_options(parser: argparse.ArgumentParser) -> None:

@@ -90,8 +90,8 @@ class NodeConfig:
     blocks: the blocks to serve, a `Blocks` or any pair (start, stop); num_blocks: their number alone, placed
     where the swarm needs them most; neither: as many as fit.  threads: of torch; None: the cores divided by
     the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept
-    for replays; None for as many as the caches hold.  balance: unless `blocks` is given. Raises ConfigError
-    for a value of another kind or out of range.
+    for replays; None for as many as the caches hold.  balance: unless `blocks` is given.  adapters: at most
+    four.  Raises ConfigError for a value of another kind or out of range.
     """
 
     network: NetworkConfig
@@ -106,9 +106,11 @@ class NodeConfig:
     journal_tokens: int | None = None
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     vitals_file: Path | None = None  # what the node holds, once a second
+    adapters: tuple[str, ...] = ()  # folders of peft or names of the hub, kept for everybody
 
     def __post_init__(self) -> None:
         with config_errors():
+            object.__setattr__(self, "adapters", values.texts("adapters", self.adapters, "folders or names"))
             if self.model is not None:
                 object.__setattr__(self, "model", str(values.path("model", self.model)))
             if self.vitals_file is not None:

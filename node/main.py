@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.network.streams import FramedStream
+    from node.serving.adapters.desk import OwnAdapter
     from node.serving.served_span import ServingSetup
     from node.serving.server import Server
 
@@ -138,6 +139,7 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
 
     limits = config.network.limits
     folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
+    own = await compute.run(_own_adapters, config, folder) if config.adapters else []
     device, dtype, threads = await compute.run(_device_and_dtype, config)
     quantize = info.quantize if info.quantize != "none" else config.quantize
     if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
@@ -170,7 +172,7 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
     setup = ServingSetup(
         folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
         limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training, bound,
-        open_desk(limits, info.blocks, device, bound.adapters, bound.sums),
+        open_desk(limits, info.blocks, device, bound.adapters, bound.sums, own),
     )  # fmt: skip
     return setup, blocks
 
@@ -273,6 +275,13 @@ def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
     with progress_bar(sys.stderr) as progress:
         folder = resolve(config.model, cache_dir=cache_dir(), progress=progress)
     return folder, read_info(folder)
+
+
+def _own_adapters(config: NodeConfig, folder: ModelFolder) -> list[OwnAdapter]:
+    """Runs in the torch thread: the adapters that the node keeps for everybody.  Raises ConfigError."""
+    from node.serving.adapters.own import own_adapters
+
+    return own_adapters(config.adapters, folder)
 
 
 def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, threads: int) -> float:
