@@ -25,6 +25,7 @@ from tensor_codec.messages.info import PeerInfo
 if TYPE_CHECKING:
     from client.adapters.adapter import Adapter
     from client.adapters.folder import load_adapter, new_adapter, save_adapter
+    from client.adapters.trainer import train, train_sync
     from client.batch_parts import KeptInputs
     from client.generation.generate import Token
 
@@ -46,6 +47,8 @@ __all__ = [
     "load_adapter",
     "new_adapter",
     "save_adapter",
+    "train",
+    "train_sync",
 ]
 
 # Names whose modules import torch, which is imported at their first use.
@@ -56,6 +59,8 @@ _LATER = {
     "load_adapter": "client.adapters.folder",
     "new_adapter": "client.adapters.folder",
     "save_adapter": "client.adapters.folder",
+    "train": "client.adapters.trainer",
+    "train_sync": "client.adapters.trainer",
 }
 
 

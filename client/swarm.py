@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import trio
 
@@ -175,11 +175,9 @@ class Swarm:
             raise ValueError("a conversation has its own adapter: give it to `conversation`")
         else:
             check_room(length, what, conversation.max_length)
-        generation: Generation = Generation(
-            self.local_model,
-            conversation or self.conversation(length, adapter=adapter, trace=trace),
-            settings,
-        )
+        given = conversation or self.conversation(length, adapter=adapter, trace=trace)
+        ends = cast("EmbedAndHead", given.local_model)  # of this swarm, with the adapter of the conversation
+        generation: Generation = Generation(ends, given, settings)
         return generation.run(ids, close=conversation is None)
 
     def settings(
@@ -232,15 +230,22 @@ class Swarm:
         on it.  trace: records the events; `conversation.trace` if not given.
         Raises ValueError for a length that the model or the servers do not allow.
         """
+        from client.adapters.adapter import Adapter
+        from client.adapters.ends import ends_with
         from client.generation.conversation import Conversation
+        from client.generation.head_batches import HeadBatches
         from client.session.trace import Trace
 
         max_length = self.usual_length() if max_length is None else values.whole("max_length", max_length)
         self._lengths.check(max_length, f"a conversation of {max_length} tokens")
+        ends, heads = self.local_model, self._heads
+        if isinstance(adapter, Adapter) and adapter.tensors.is_at_ends:
+            ends = ends_with(ends, adapter)
+            heads = HeadBatches(ends, self._compute)
         return Conversation(
-            local_model=self.local_model,
+            local_model=ends,
             compute=self._compute,
-            heads=self._heads,
+            heads=heads,
             open_chain=partial(self.open_chain, adapter=self._uploads.use_of(adapter, self.last_view)),
             worked=lambda session: self.routes.worked(session.working_hops),
             max_length=max_length,

@@ -30,11 +30,13 @@ class Nodes:
     """The servers of a swarm in this process.
 
     scopes: the cancellation of one ends it at once.  addresses: of the first server, for another client.
+    ids: the peer id of each.
     """
 
     swarm: SyncSwarm
     scopes: list[trio.CancelScope] = field(default_factory=list)
     addresses: Sequence[str] = ()
+    ids: Sequence[str] = ()
 
     def kill(self, number: int) -> None:
         """End a server without a word to anybody, from any thread."""
@@ -54,6 +56,7 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
     """
     scopes: list[trio.CancelScope] = []
     addresses: list[str] = []
+    ids: list[str] = []
 
     @asynccontextmanager
     async def opened(config: ClientConfig) -> AsyncIterator[Swarm]:
@@ -72,7 +75,9 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
                 nursery.start_soon(_serve, scopes[-1], node, compute)
                 while not ready.exists():  # noqa: ASYNC110  the node tells others by this file
                     await trio.sleep(0.01)
-                addresses[:] = addresses or json.loads(ready.read_text())["addresses"][:1]
+                own = json.loads(ready.read_text())["addresses"]
+                addresses[:] = addresses or own[:1]
+                ids.append(own[0].rpartition("/")[2])
             joined = client_config(model, peers=addresses, **settings)
             async with open_swarm(joined) as swarm:
                 yield swarm
@@ -83,7 +88,7 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
         patch.setattr("node.serving.served_span.rates_at_start", partial(rates_at_start, seconds=0.1))
         patch.setattr("client.session.repair.watchdog.MIN_HOP_SECONDS", 20.0)  # for a busy machine
         with open_sync(cast(Any, None), opened) as swarm:
-            yield Nodes(swarm, scopes, addresses)
+            yield Nodes(swarm, scopes, addresses, ids)
 
 
 async def _serve(scope: trio.CancelScope, config: NodeConfig, compute: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from client.adapters.adapter import Adapter
 from client.bridges.proxy import target_of
 from client.bridges.sync import BlockingCalls
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from client.api import SwarmLike, SyncSwarm
     from client.session.session import Session
     from client.swarm import Swarm
+    from tensor_codec.adapters import AdapterContent
 
 T = TypeVar("T")
 
@@ -23,11 +26,13 @@ T = TypeVar("T")
 class SwarmAccess:
     """Blocking calls to a swarm of any handle: `connect_sync`, or `connect` under trio or asyncio.
 
+    adapter: in use for every call: one of this program, or the name of one that servers keep; None: none.
     With a handle of a running event loop, the calls come from other threads (`trio.to_thread.run_sync`,
     `asyncio.to_thread`): a call in trio's own thread raises RuntimeError.
     """
 
     def __init__(self, handle: SyncSwarm | SwarmLike) -> None:
+        self.adapter: Adapter | str | None = None
         self.handle = handle
         self.swarm: Swarm = target_of(handle)
         self.calls: BlockingCalls = self.swarm.blocking_calls()
@@ -55,7 +60,7 @@ class SwarmAccess:
         self, batch: int, max_length: int, start: int, stop: int, prompts: Tensor | None = None
     ) -> Session:
         """Open a session for `batch` rows over blocks [start, stop).  prompts: at each block, if any."""
-        given = _given(prompts=prompts)
+        given = _given(prompts=prompts, adapter=self.content)
         return self.call(
             partial(
                 self.swarm.open_session,
@@ -71,35 +76,46 @@ class SwarmAccess:
         """End a session, without waiting; for any thread, and for a garbage collection."""
         self.calls.soon(session.close)
 
+    def use(self, adapter: Adapter | str | None) -> None:
+        """Compute with this adapter from now on, or with none."""
+        self.adapter = adapter
+
+    @property
+    def content(self) -> AdapterContent | str | None:
+        """The present values for servers, or the name of an adapter of theirs; None where there are none."""
+        adapter = self.adapter
+        if adapter is None or isinstance(adapter, str):
+            return adapter
+        return adapter.content() if adapter.is_in_blocks else None
+
     def run(self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None) -> Tensor:
         """Blocks [start, stop) on hidden states [batch, tokens, hidden], with a gradient if one is wanted."""
-        if torch.is_grad_enabled() and (
-            hidden.requires_grad or (prompts is not None and prompts.requires_grad)
+        adapter = self.adapter if isinstance(self.adapter, str) or self.content is not None else None
+        trained = adapter.parameters_of(start, stop) if isinstance(adapter, Adapter) else []
+        if torch.is_grad_enabled() and any(
+            one is not None and one.requires_grad for one in (hidden, prompts, *trained)
         ):
-            return cast(Tensor, cast(Any, Through).apply(hidden, prompts, self, start, stop))
-        found = self.call(
-            partial(self.swarm.forward, hidden, start=start, stop=stop, **_given(prompts=prompts))
-        )
+            call = Asked(self, start, stop, adapter)
+            return cast(Tensor, cast(Any, Through).apply(hidden, prompts, call, *trained))
+        given = _given(prompts=prompts, adapter=self.content)
+        found = self.call(partial(self.swarm.forward, hidden, start=start, stop=stop, **given))
         return found.to(hidden.device, hidden.dtype)
-
-    def forward_kept(
-        self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """The output of blocks [start, stop), and the inputs of all hops for `backward_kept`."""
-        return self.call(
-            partial(self.swarm.forward_kept, hidden, start=start, stop=stop, **_given(prompts=prompts))
-        )
-
-    def backward_kept(self, kept: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradients of the input, and of the prompts where there are any."""
-        found = self.call(partial(self.swarm.backward, kept, grad))
-        return found if isinstance(found, tuple) else (found, None)
 
     def __deepcopy__(self, memo: object) -> SwarmAccess:
         return self
 
     def __reduce__(self) -> Any:
         raise TypeError("a model of a swarm cannot be pickled: save_pretrained saves what was trained")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """The blocks of a pass, and the adapter that they have."""
+
+    swarm: SwarmAccess
+    start: int
+    stop: int
+    adapter: Adapter | str | None
 
 
 class Through(torch.autograd.Function):
@@ -114,24 +130,35 @@ class Through(torch.autograd.Function):
         ctx: Any,  # Any, here and below: torch's own, untyped
         hidden: Tensor,
         prompts: Tensor | None,
-        swarm: SwarmAccess,
-        start: int,
-        stop: int,
+        asked: Asked,
+        *trained: Tensor,
     ) -> Tensor:
-        """hidden [batch, tokens, hidden] -> the same shape, dtype and device."""
-        output, kept = swarm.forward_kept(hidden, start, stop, prompts)
+        """hidden [batch, tokens, hidden] -> the same shape, dtype and device.
+
+        trained: the adapter's parameters in these blocks.
+        """
+        swarm = asked.swarm
+        # An optimizer may write past torch's count of changes, so every value is looked at.
+        own = asked.adapter.renew() if isinstance(asked.adapter, Adapter) else asked.adapter
+        given = _given(prompts=prompts, adapter=own)
+        output, kept = swarm.call(
+            partial(swarm.swarm.forward_kept, hidden, start=asked.start, stop=asked.stop, **given)
+        )
         like = [None if each is None else (each.device, each.dtype) for each in (hidden, prompts)]
-        vars(ctx).update(swarm=swarm, kept=kept, like=like)
+        vars(ctx).update(asked=asked, kept=kept, like=like)
         return output.to(hidden.device, hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """The gradients of `hidden` and `prompts`."""
-        found, of_prompts = ctx.swarm.backward_kept(ctx.kept, grad)
+        """The gradients of `hidden`, `prompts` and the adapter's parameters."""
+        asked: Asked = ctx.asked
+        found = asked.swarm.call(partial(asked.swarm.swarm.gradients, ctx.kept, grad))
         like, prompts_like = ctx.like
-        if of_prompts is not None:
-            of_prompts = of_prompts.to(*prompts_like)
-        return found.to(*like), of_prompts, None, None, None
+        of_prompts = None if found.prompts is None else found.prompts.to(*prompts_like)
+        of_adapter: list[Tensor | None] = []
+        if isinstance(asked.adapter, Adapter):
+            of_adapter = asked.adapter.gradients_of(found.adapter or {}, asked.start, asked.stop)
+        return found.hidden.to(*like), of_prompts, None, *of_adapter
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import nn
 
+from client.adapters.adapter import Adapter
+from client.adapters.hf_model import is_adapter_folder
 from client.config import client_config
 from client.connect import connect_sync
 from client.hf.access import SwarmAccess
@@ -70,6 +72,7 @@ def from_swarm(
     tuning_mode: str | None = None,
     pre_seq_len: int = 0,
     num_labels: int | None = None,
+    active_adapter: str | Path | Adapter | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     **config_overrides: Any,
@@ -79,6 +82,8 @@ def from_swarm(
     swarm: of `connect_sync`, or of `connect` under trio or asyncio; then the model is used in other threads.
     task: one of the Auto classes here; None: the causal language model.
     tuning_mode: "ptune" trains a soft prompt of `pre_seq_len`, "deep_ptune" one at each block too.
+    active_adapter: a folder of peft, or an adapter, as for `load_adapter`; another text is the name of an
+    adapter that servers keep.
     dtype, device: of embedding, norm, head and prompts; the servers have their own.  dtype "auto": that of
     the checkpoint.  config_overrides: entries of the model's config.
     Raises ValueError for values that are not allowed.
@@ -104,6 +109,10 @@ def from_swarm(
         "num_labels": num_labels,
         "overrides": overrides,
     }
+    if isinstance(active_adapter, Adapter | Path) or (active_adapter and is_adapter_folder(active_adapter)):
+        cast(Any, model).load_adapter(active_adapter)
+    elif active_adapter is not None:
+        access.use(active_adapter)
     return model
 
 
@@ -156,7 +165,7 @@ class AutoDistributedModel:
         initial_peers: Sequence[str] = (),
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
-        active_adapter: str | None = None,
+        active_adapter: str | Path | Adapter | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
@@ -169,12 +178,10 @@ class AutoDistributedModel:
 
         name: as in `client.connect`; or a folder of `save_pretrained`, whose prompts and heads are loaded
         over the swarm's model of the same revision.  peers: multiaddrs; initial_peers is Petals' name.
-        allowed_servers, blocked_servers: peer ids, into `constraints`.  Every other argument of
-        `client.connect` goes there; what is none is an override of the model's config.
+        allowed_servers, blocked_servers: peer ids, into `constraints`.  active_adapter: see `from_swarm`.
+        Every other argument of `client.connect` goes there; what is none overrides the model's config.
         Raises ConfigError as `connect_sync`, ValueError for values that are not allowed.
         """
-        if active_adapter is not None:
-            raise ValueError(f"active_adapter is {shown(active_adapter)}: the servers hold no adapters")
         known = set(inspect.signature(client_config).parameters)
         joining = {key: others.pop(key) for key in sorted(set(others) & known)}
         about = None if name is None else read_about(Path(name))
@@ -197,6 +204,7 @@ class AutoDistributedModel:
                 tuning_mode=tuning_mode,
                 pre_seq_len=pre_seq_len,
                 num_labels=num_labels,
+                active_adapter=active_adapter,
                 dtype=dtype or torch_dtype or torch.float32,
                 device=device,
                 **others,

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from client.adapters.prompts import Prompts
 from client.hf.access import SwarmAccess
 from client.hf.blocks import RemoteSequential
 from client.hf.cache import CURRENT, RemoteCache
 from client.hf.layers import CALL, Call
 from client.hf.padding import check_cached, check_positions, padding_of, positions
-from client.hf.training import Prompts, RemoteSaving
+from client.hf.training import RemoteSaving
 from node.model.checkpoint.architecture import Architecture
 
 # The library gives padding positions too, where a call names none.

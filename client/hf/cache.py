@@ -15,7 +15,7 @@ import trio
 from torch import Tensor
 from transformers import Cache
 
-from client.hf.training import Prompts
+from client.adapters.prompts import Prompts
 
 if TYPE_CHECKING:
     from client.hf.access import SwarmAccess

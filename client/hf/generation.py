@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from client.adapters.prompts import Prompts
 from client.hf.access import SwarmAccess
 from client.hf.blocks import RemoteSequential
 from client.hf.cache import CURRENT, RemoteCache
 from client.hf.native import NativeRun, one_prompt, settings_for
-from client.hf.training import Prompts
 
 if TYPE_CHECKING:
     from client.hf.blocks import InferenceSession

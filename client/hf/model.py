@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from client.adapters.ends import sharing
+from client.adapters.prompts import Prompts
 from client.hf.base import LAST_ONLY, RemoteBase
 from client.hf.blocks import RemoteSequential
 from client.hf.generation import RemoteGeneration
 from client.hf.layers import RemoteLayer
-from client.hf.training import Prompts, RemoteSaving
+from client.hf.training import RemoteSaving
 from node.model.blocks.span import library_class, library_config
 from node.model.checkpoint.architecture import Architecture
 

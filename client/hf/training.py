@@ -1,4 +1,4 @@
-"""What is trained over a swarm, prompts and heads, and its files: with the revision of the model."""
+"""The files of what is trained over a swarm, prompts, heads and adapters: with the revision of the model."""
 
 from __future__ import annotations
 
@@ -7,31 +7,16 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from client.adapters.hf_model import RemoteAdapters, adapter_parameters, save_adapter_of
 from client.hf.access import SwarmAccess
 
 KEY = "raceme"  # in config.json
 WEIGHTS = "model.safetensors"
 
 
-class Prompts(nn.Module):
-    """What prompt tuning trains: `soft` [length, hidden] in front of the tokens, `deep` at each block.
-
-    Lester et al., arXiv:2104.08691 (soft); Liu et al., arXiv:2110.07602 (deep), in the form of Petals:
-    `deep` [blocks, length, hidden] is added to the first positions of every block's input.
-    """
-
-    def __init__(self, length: int, hidden: int, blocks: int | None, scale: float) -> None:
-        """blocks: of the model, for deep prompts; None: soft ones alone.  scale: of the initial values."""
-        super().__init__()
-        self.length = length
-        self.soft = nn.Parameter(torch.randn(length, hidden) * scale)
-        self.deep = None if blocks is None else nn.Parameter(torch.zeros(blocks, length, hidden))
-
-
-class RemoteSaving:
+class RemoteSaving(RemoteAdapters):
     """Mixed into every model over a swarm: saves what it trains, and ends with its swarm.
 
     swarm: of the model.  owns_swarm: whether `close` leaves it.
@@ -43,11 +28,20 @@ class RemoteSaving:
     def save_pretrained(self, save_directory: Any, state_dict: Any = None, **arguments: Any) -> None:
         """Write the trained parameters and buffers, and the config with the model and its revision.
 
+        An adapter that is in use is written in the form of peft.
         Nothing of the frozen model is written.  Other arguments of the library's method (push_to_hub, ...)
         are followed.  Raises ValueError where nothing is trainable.
         """
         model = cast(nn.Module, self)
-        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        has_adapter = save_adapter_of(model, Path(save_directory))
+        adapted = adapter_parameters(model)
+        trained = {
+            name: one
+            for name, one in model.named_parameters()
+            if one.requires_grad and id(one) not in adapted
+        }
+        if not trained and has_adapter:
+            return
         if not trained:
             raise ValueError(
                 "nothing to save: no parameter requires a gradient; tuning_mode='ptune' trains prompts"

@@ -74,6 +74,16 @@ def test_a_tuned_prompt_lowers_the_loss_is_the_same_when_it_is_loaded_and_chats(
     assert tuned != output("chat_transformers.py", *lengths, "HELLO")
 
 
+def test_lora_lowers_the_loss_and_is_saved_for_peft(output: Callable[..., list[str]], tmp_path: Path) -> None:
+    lines = output("lora.py", "--steps", "4", "--save", str(tmp_path))
+    losses = [float(each) for each in LOSS.findall("\n".join(lines))]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert lines[-1].startswith("Alice wa")
+    assert len(lines[-1]) > 8
+
+
 def test_a_text_that_is_too_short_to_tune_on_is_a_clear_error(
     output: Callable[..., list[str]], tmp_path: Path
 ) -> None:

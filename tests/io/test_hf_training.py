@@ -182,11 +182,6 @@ def test_a_head_for_a_task_is_trained_on_the_swarm_s_blocks(
         assert again.config.num_labels == 3
 
 
-def test_an_adapter_of_a_server_is_refused_before_the_swarm_is_joined() -> None:
-    with pytest.raises(ValueError, match="active_adapter is 'poems': the servers hold no adapters"):
-        hf.AutoDistributedModelForCausalLM.from_pretrained(peers=["nobody"], active_adapter="poems")
-
-
 def test_a_task_that_the_library_has_not_is_refused(nodes: Nodes) -> None:
     class Other(hf.AutoDistributedModel):
         auto = "AutoModelForMaskedLM"
