@@ -281,7 +281,7 @@ def _own_adapters(config: NodeConfig, folder: ModelFolder) -> list[OwnAdapter]:
     """Runs in the torch thread: the adapters that the node keeps for everybody.  Raises ConfigError."""
     from node.serving.adapters.own import own_adapters
 
-    return own_adapters(config.adapters, folder)
+    return own_adapters(config.adapters, folder, config.network.limits)
 
 
 def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, threads: int) -> float:

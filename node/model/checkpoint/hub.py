@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -78,12 +78,6 @@ class Hub:
                 lambda: snapshot_download(model, revision=commit, allow_patterns=list(_SMALL_FILES)),
             )
         )
-
-    def files(self, name: str, patterns: Sequence[str]) -> Path:
-        """Fetch some small files of the newest commit; the folder they lie in.  For adapters."""
-        from huggingface_hub import snapshot_download
-
-        return Path(_answer(name, lambda: snapshot_download(name, allow_patterns=list(patterns))))
 
     def tensors(self, model: str, commit: str) -> dict[str, TensorEntry]:
         """The headers of all weight files, without their content."""

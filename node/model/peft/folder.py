@@ -87,8 +87,13 @@ def adapter_folder(name: str | Path, revision: str | None = None, hub: Hub | Non
     Config and safetensors alone are fetched.  revision: a branch, tag or commit of the hub.
     Raises ConfigError.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or not HUB_NAME.fullmatch(str(name)):
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot open {shown(str(name))} as an adapter's folder: {why}") from None
+    if is_folder or not HUB_NAME.fullmatch(str(name)):
         if revision is not None:
             raise ConfigError(f"a revision can be chosen for an adapter of the hub only, and {name} is none")
         return path
