@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from routing.chains.alternatives import Constraints
+from routing.chains.alternatives import Constraints, has_adapter
 from routing.chains.hops import NoChain
 from routing.view.records import Record
 from routing.view.view import SwarmView
@@ -28,9 +28,11 @@ def explain(none: NoChain, view: SwarmView, model: str, revision: str, constrain
         return NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours])
     of_use = [span for span in view.spans(revision, none.blocks, silent=True) if _serves_missing(span, none)]
     answering = [span for span in of_use if span.peer not in view.silent]
+    adapter = constraints.adapter or ""
     none.explain(
         silent=len(of_use) - len(answering),
         constrained=sum(not constraints.admits(span) for span in answering),
+        adapter="" if not answering or any(has_adapter(span, adapter) for span in answering) else adapter,
     )
     return none
 

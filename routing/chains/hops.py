@@ -45,6 +45,7 @@ class NoChain(Exception):
     asked_tokens, session_tokens: the length of the session, in tokens, and the longest that servers of the
         missing blocks take; 0 where length is not the reason.
     silent: number of peers that serve missing blocks by their records, and do not answer.
+    adapter: the name of an adapter that no peer of the missing blocks keeps; "" where that is not the reason.
     after: the last error while a chain was looked for, or None; for people.
     """
 
@@ -52,6 +53,7 @@ class NoChain(Exception):
     asked_tokens: int = 0
     session_tokens: int = 0
     silent: int = 0
+    adapter: str = ""
     after: Exception | None = None
 
     def __init__(
@@ -84,12 +86,14 @@ class NoChain(Exception):
         constrained: int = 0,
         asked_tokens: int = 0,
         session_tokens: int = 0,
+        adapter: str = "",
         after: Exception | None = None,
     ) -> None:
         """Add details, by the fields of the class; a detail that is not given stays."""
         self.silent, self.constrained = silent or self.silent, constrained or self.constrained
         self.asked_tokens = asked_tokens or self.asked_tokens
         self.session_tokens = session_tokens or self.session_tokens
+        self.adapter = adapter or self.adapter
         self.after = after or self.after
 
     def __str__(self) -> str:
@@ -100,6 +104,8 @@ class NoChain(Exception):
         if self.constrained:
             peers = "1 peer that serves" if self.constrained == 1 else f"{self.constrained} peers that serve"
             kept_out += f"; constraints leave out {peers} some of them"
+        if self.adapter:
+            kept_out += f"; none of these keeps an adapter {self.adapter!r}"
         if self.session_tokens:
             kept_out += (
                 f"; a session of {self.asked_tokens} tokens was asked for, servers of these blocks take"

@@ -117,6 +117,24 @@ async def test_prompts_go_only_to_peers_that_say_that_they_take_them(autojump_cl
             prompted.choose()
 
 
+async def test_an_adapter_that_no_server_keeps_is_named(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 6)
+        view = world.view()
+        entries = {
+            peer: replace(entry, record=replace(entry.record, adapters=("poems#0123456789abcdef",)))
+            for peer, entry in view.entries.items()
+        }
+        for name, kept in (("poems", True), ("poems#0123456789abcdef", True), ("prose", False)):
+            routes = world.routes(constraints=Constraints(adapter=name))
+            routes.view = lambda: replace(view, entries=entries)
+            if kept:
+                assert names(routes.choose()) == "a"
+                continue
+            with pytest.raises(NoChain, match="none of these keeps an adapter 'prose'"):
+                routes.choose()
+
+
 def silent(world, *names):
     """What the view says of peers that do not answer."""
     return lambda: replace(world.view(), silent=frozenset(map(PeerId, names)))

@@ -47,6 +47,10 @@ def test_what_else_is_known_follows():
         ({"constrained": 1}, "; constraints leave out 1 peer that serves some of them"),
         ({"constrained": 2}, "; constraints leave out 2 peers that serve some of them"),
         (
+            {"constrained": 1, "adapter": "poems"},
+            "; constraints leave out 1 peer that serves some of them; none of these keeps an adapter 'poems'",
+        ),
+        (
             {"asked_tokens": 9, "session_tokens": 8},
             "; a session of 9 tokens was asked for, servers of these blocks take 8 at most",
         ),
