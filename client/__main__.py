@@ -158,6 +158,11 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
         metavar="N",
         help=f"in one answer (default: {default})",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="compute with this adapter: a name that servers keep, a folder of peft, or a hub's org/name",
+    )
     _add_sampling(parser)
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument(

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -25,6 +25,9 @@ from node.config import ConfigError
 from node.runtime.console import one_line, put, put_line, read_text, say, text_for
 from routing.chains.alternatives import Constraints
 from routing.chains.hops import Chain, NoChain
+
+if TYPE_CHECKING:
+    from client.adapters.upload import AnyAdapter
 
 
 @dataclass(slots=True)
@@ -63,9 +66,10 @@ async def run_generate(flags: argparse.Namespace) -> None:
         if flags.show_route:
             say(describe_route(swarm, route))
         measured, texts, trace = Measured(), [], Trace()
+        adapter = await adapter_of_flags(flags, swarm)
         settings = swarm.settings(prompt, options)
         _say_settings(settings)
-        tokens = swarm.generate(prompt, options, trace=trace)
+        tokens = swarm.generate(prompt, options, adapter=adapter, trace=trace)
         with traced(trace, flags.trace):
             async with aclosing(tokens):
                 async for token in tokens:
@@ -92,7 +96,8 @@ async def run_chat(flags: argparse.Namespace) -> None:
         await wait_for_route(swarm, flags.wait)
         _say_settings(swarm.settings([0], options))
         length = swarm.usual_length() if flags.max_length is None else flags.max_length
-        chat = Chat(swarm, swarm.conversation(length), length, options)
+        adapter = await adapter_of_flags(flags, swarm)
+        chat = Chat(swarm, swarm.conversation(length, adapter=adapter), length, options)
         if flags.system:
             chat.history.append({"role": "system", "content": flags.system})
         say(f"{swarm.info.name}; an empty line or Ctrl-D ends the chat")
@@ -236,6 +241,21 @@ def describe_route(swarm: SwarmLike, chain: Chain) -> str:
         name = f" ({one_line(record.name)})" if record and record.name else ""
         lines.append(f"  {hop.peer}{name}  blocks {hop.start}:{hop.stop}  {compute * 1e3:.1f} ms")
     return "\n".join(lines)
+
+
+async def adapter_of_flags(flags: argparse.Namespace, swarm: SwarmLike) -> AnyAdapter | None:
+    """The adapter of --adapter: out of a folder or of the hub, or the name of one that servers keep.
+
+    Raises ConfigError.
+    """
+    named: str | None = flags.adapter
+    if named is None:
+        return None
+    from client.adapters.folder import is_to_be_read, load_adapter
+
+    if not is_to_be_read(named):
+        return named
+    return await trio.to_thread.run_sync(load_adapter, named, swarm)
 
 
 def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike]:

@@ -39,6 +39,11 @@ def load_adapter(
     return Adapter(read_adapter(folder, _ends(swarm).modules, dtype)).requires_grad_(False)
 
 
+def is_to_be_read(named: str | Path) -> bool:
+    """Whether this is an adapter's folder or its name at the hub; else it is a name that servers keep."""
+    return isinstance(named, Path) or "/" in named or Path(named).is_dir()
+
+
 def save_adapter(adapter: Adapter, path: str | Path, *, dtype: AdapterDtype | None = None) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads.
 

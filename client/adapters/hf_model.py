@@ -17,7 +17,6 @@ from client.adapters.ends import apply_ends, remove_ends
 from client.adapters.folder import load_adapter, new_adapter, save_adapter
 from client.adapters.prompts import Prompts
 from client.hf.access import SwarmAccess
-from node.model.peft.folder import CONFIG_NAME
 from node.runtime.values import shown
 
 if TYPE_CHECKING:
@@ -244,11 +243,6 @@ class RemoteAdapters:
         if not len(found.kept):
             raise ValueError(NONE_LOADED)
         return found
-
-
-def is_adapter_folder(name: str | Path) -> bool:
-    """Whether this is a folder with an adapter in the form of peft."""
-    return (Path(name) / CONFIG_NAME).is_file()
 
 
 def save_adapter_of(model: nn.Module, folder: Path) -> bool:

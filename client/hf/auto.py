@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from client.adapters.adapter import Adapter
-from client.adapters.hf_model import is_adapter_folder
+from client.adapters.folder import is_to_be_read
 from client.config import client_config
 from client.connect import connect_sync
 from client.hf.access import SwarmAccess
@@ -82,8 +82,8 @@ def from_swarm(
     swarm: of `connect_sync`, or of `connect` under trio or asyncio; then the model is used in other threads.
     task: one of the Auto classes here; None: the causal language model.
     tuning_mode: "ptune" trains a soft prompt of `pre_seq_len`, "deep_ptune" one at each block too.
-    active_adapter: a folder of peft, or an adapter, as for `load_adapter`; another text is the name of an
-    adapter that servers keep.
+    active_adapter: an adapter, a folder of peft or a name of the hub (org/name), as for `load_adapter`;
+    another text is the name of an adapter that servers keep.
     dtype, device: of embedding, norm, head and prompts; the servers have their own.  dtype "auto": that of
     the checkpoint.  config_overrides: entries of the model's config.
     Raises ValueError for values that are not allowed.
@@ -109,10 +109,12 @@ def from_swarm(
         "num_labels": num_labels,
         "overrides": overrides,
     }
-    if isinstance(active_adapter, Adapter | Path) or (active_adapter and is_adapter_folder(active_adapter)):
+    if active_adapter is None:
+        return model
+    if isinstance(active_adapter, Adapter) or is_to_be_read(active_adapter):
         cast(Any, model).load_adapter(active_adapter)
-    elif active_adapter is not None:
-        access.use(active_adapter)
+    else:
+        access.use(str(active_adapter))
     return model
 
 
