@@ -88,6 +88,11 @@ class SwarmAccess:
             return adapter
         return adapter.content() if adapter.is_in_blocks else None
 
+    @property
+    def is_at_ends(self) -> bool:
+        """Whether the adapter has a part here: a prompt, or values at embedding, norm or head."""
+        return isinstance(self.adapter, Adapter) and self.adapter.tensors.is_at_ends
+
     def run(self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None) -> Tensor:
         """Blocks [start, stop) on hidden states [batch, tokens, hidden], with a gradient if one is wanted."""
         adapter = self.adapter if isinstance(self.adapter, str) or self.content is not None else None

@@ -20,6 +20,7 @@ from client.adapters.prompts import Prompts
 if TYPE_CHECKING:
     from client.hf.access import SwarmAccess
     from client.session.session import Session
+    from tensor_codec.adapters import AdapterContent
     from tensor_codec.messages.contract import Reply
 
 
@@ -78,6 +79,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
         self._groups: list[Group] = []
         self._successor: RemoteCache | None = None
         self._finalizer: Any = None  # Any: of weakref.finalize
+        self._adapter: AdapterContent | str | None = None  # of the sessions
 
     # --- what the library asks ---
 
@@ -231,6 +233,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
             self._open(rows, tokens)
         elif rows != self.batch_size:
             raise ValueError(f"{rows} rows, the cache has {self.batch_size}")
+        check_adapter(self)
         given = hidden.detach().to("cpu", torch.float32)
         groups = self._groups
         if len(groups) == 1:
@@ -320,7 +323,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
 
     def adopt(self, groups: Sequence[Group]) -> None:
         """Use these sessions; they end with the cache."""
-        self._groups = list(groups)
+        self._groups, self._adapter = list(groups), self.swarm.content
         self._finalizer = weakref.finalize(self, _close, self.swarm, _sessions(groups))
 
     @property
@@ -361,6 +364,17 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
 
     def __repr__(self) -> str:
         return f"RemoteCache({self._seen} positions, {max(self.batch_size, 0)} rows)"
+
+
+def check_adapter(cache: RemoteCache) -> None:
+    """Raise ValueError where the cached positions have other values of an adapter than the model now."""
+    was, now = cache._adapter, cache.swarm.content
+    if not cache.is_initialized or was is now:
+        return
+    if getattr(was, "id", was) != getattr(now, "id", now):
+        raise ValueError(
+            "the cache was filled with another adapter, or with other values of it: a new one is needed"
+        )
 
 
 async def send(

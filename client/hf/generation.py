@@ -160,7 +160,7 @@ class RemoteGeneration:
             return False
         if cache is not None and cache.is_initialized and cache.single is None:
             return False
-        if any(name in vars(model) for name in _REPLACED):
+        if any(name in vars(model) for name in _REPLACED) or self.swarm.is_at_ends:
             return False
         changed = [module._forward_hooks or module._forward_pre_hooks for module in (model, model.base_model)]
         return (

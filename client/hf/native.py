@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.generation.generation_config import GenerationDefaults, defaults_of, settle
 from client.generation.options import GenerateOptions
-from client.hf.cache import RemoteCache
+from client.hf.cache import RemoteCache, check_adapter
 
 if TYPE_CHECKING:
     from client.generation.generate import Token
@@ -91,6 +91,7 @@ class NativeRun:
     def run(self, ids: list[int], streamer: Any = None) -> list[int]:  # Any: a streamer of the library
         """The new tokens after `ids`.  Raises NoChain, PeerFault, Refused, ValueError."""
         swarm, cache, found = self._swarm, self._cache, list[int]()
+        check_adapter(cache)
         conversation = swarm.swarm.conversation(self._length(len(ids)), adapter=swarm.content)
         if (session := cache.single) is not None:  # a cache that has positions already
             conversation.adopt(session, ids[: cache.get_seq_length()])

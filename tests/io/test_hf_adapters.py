@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import client
-from client.hf import AutoDistributedModelForSequenceClassification, from_swarm
+from client.hf import AutoDistributedModelForSequenceClassification, RemoteCache, from_swarm
 from node.config import ConfigError
 from node.model.checkpoint.source import resolve
 from node.model.embed_and_head import load_embed_and_head
@@ -26,7 +26,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 EVERYWHERE = {
     "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj", "embed_tokens"],
-    "modules_to_save": ["lm_head"], "rank_pattern": {"layers.4.self_attn.q_proj": 2}, "use_rslora": True,
+    "modules_to_save": ["lm_head", "model.norm"], "rank_pattern": {"layers.4.self_attn.q_proj": 2}, "use_rslora": True,
 }  # fmt: skip
 
 
@@ -108,6 +108,7 @@ def test_a_saved_adapter_generates_what_one_process_generates(
     for one in (model, again):
         assert torch.equal(one.generate(IDS, **GREEDY), expected)
         assert torch.equal(one.generate(IDS, use_cache=False, **GREEDY), expected)
+        assert torch.equal(one.generate(IDS[:1], **GREEDY), expected[:1])  # not by the client's own loop
     torch.testing.assert_close(again(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -132,6 +133,41 @@ def test_a_head_that_is_replaced_is_not_computed_with_the_loaded_weights(nodes: 
     head = model.get_adapter().tensors.ends["lm_head"].values["weight"]
     head.data.mul_(2.0)  # past torch's count of changes
     torch.testing.assert_close(model(IDS).logits, 2 * plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_client_s_own_loop_is_left_to_adapters_of_blocks_alone(nodes: Nodes, folder: Path) -> None:
+    model = from_swarm(nodes.swarm)
+    model.add_adapter({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["model.norm"]}, dtype="fp32")
+    shake(model)
+    plain = PlainLora(local(folder), model.get_adapter())
+    expected = plain.model.generate(IDS[:1], **GREEDY)
+    assert torch.equal(model.generate(IDS[:1], **GREEDY), expected)
+    shake(model)
+    expected = PlainLora(local(folder), model.get_adapter()).model.generate(IDS[:1], **GREEDY)
+    assert torch.equal(model.generate(IDS[:1], **GREEDY), expected)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_with_the_adapter_that_it_was_filled_with_alone(nodes: Nodes) -> None:
+    model = from_swarm(nodes.swarm)
+    model.add_adapter(CONFIG, "one")
+    shake(model)
+    for ids in (IDS, IDS[:1]):  # by the library's loop, and by the client's own
+        cache = RemoteCache(model.swarm, 64)
+        text = model.generate(ids, past_key_values=cache, **GREEDY)
+        more = torch.cat([text, text[:, :1]], 1)
+        model.disable_adapters()
+        with pytest.raises(ValueError, match="the cache was filled with another adapter"):
+            model.generate(more, past_key_values=cache, **GREEDY)
+        model.enable_adapters()
+        text = model.generate(more, past_key_values=cache, **GREEDY)
+        assert text.shape[1] > more.shape[1]
+        shake(model)
+        more = torch.cat([text, text[:, :1]], 1)
+        with pytest.raises(ValueError, match="or with other values of it"):
+            model.generate(more, past_key_values=cache, **GREEDY)
+        cache.close()
 
 
 @torch.no_grad()
