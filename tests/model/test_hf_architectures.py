@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 from client.hf import AutoDistributedModel, from_swarm
 from tests.hf_swarm import nodes_of
 from tests.model_fixtures import TINY, save_tiny, save_tiny_tokenizer
+from tests.plain_lora import PlainLora
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
+ATTENTION = ("att", "Wqkv", "conv")  # in the paths of attention, and of what stands in its place
 
 
 @dataclass
@@ -108,3 +111,36 @@ def test_the_model_without_a_head_is_the_library_s(pair: Pair) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     pair.base.close()  # the swarm is not its own, and goes on
     assert pair.base(pair.ids).last_hidden_state.shape == mine.shape
+
+
+def test_a_step_of_lora_at_attention_is_that_of_one_process(pair: Pair) -> None:
+    model = from_swarm(pair.remote.swarm.handle)
+    modules = model.swarm.swarm.local_model.modules.modules.values()
+    attention = [each.path for each in modules if each.site and any(kind in each.path for kind in ATTENTION)]
+    model.add_adapter({"r": 2, "lora_alpha": 6, "target_modules": attention}, dtype="fp32")
+    adapter = model.get_adapter()
+    assert all(adapter.manifest.blocks)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for each in adapter.parameters():
+            each.add_(torch.randn_like(each) * 0.1)
+    plain = PlainLora(copy.deepcopy(pair.local), adapter)
+    named = adapter.named_parameters()
+    mine, theirs = list(named.values()), [plain.values[name] for name in named]
+    ids = torch.where(pair.mask == 0, 3, pair.ids)
+    losses = [one(ids, labels=ids).loss for one in (model, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for loss, values in zip(losses, (mine, theirs), strict=True):
+        loss.backward()
+        torch.optim.SGD(values, lr=0.5).step()
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5 * float(other.grad.abs().max()))
+    assert any(each.grad.any() for each in mine)
+    with torch.no_grad():
+        logits = [one(ids).logits for one in (model, plain)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(logits[0], pair.remote(ids).logits, rtol=1e-3, atol=1e-3)
+        tokens = [one.generate(ids[2:], max_new_tokens=6, **GREEDY) for one in (model, plain.model)]
+        assert torch.equal(*tokens)
