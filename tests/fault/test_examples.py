@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.lib.processes import local_swarm
 from node.network.transport.membership import new_swarm_key
 from tests.fault.test_processes import wait_until
 from tests.forked import Forked, forked_run
@@ -66,6 +67,39 @@ def run_to_the_end(name: str, *arguments: str) -> str:
     ran = forked_run(EXAMPLES / name, *arguments, seconds=START_SECONDS)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+LOSSES = re.compile(r"loss after \d+ steps: ([\d.]+)")
+
+
+def test_lora_trains_on_where_all_of_its_servers_are_replaced_in_the_middle(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    flags = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"]
+    with local_swarm([str(tiny_llama), *flags], spawn=Forked) as swarm:
+        swarm.start("bootstrap").wait_online()
+        swarm.start_spans([(0, 3), (3, 6)])
+        words = ["--peers", *swarm.peers, "--model", str(tiny_llama), "--steps", "12"]
+        undisturbed = run_to_the_end("lora.py", *words, "--save", str(tmp_path / "one"))
+        output = tmp_path / "output"
+        command = [sys.executable, str(EXAMPLES / "lora.py"), *words, "--save", str(tmp_path / "two")]
+        example = Forked(command, {**os.environ, "PYTHONUNBUFFERED": "1"}, output)
+        try:
+            wait_until(lambda: output.exists() and "after 1 steps" in output.read_text(), START_SECONDS)
+            example.send_signal(signal.SIGSTOP)  # while others come up
+            swarm.start_spans([(0, 3), (3, 6)])
+            for node in swarm.nodes[1:3]:
+                node.kill()
+            example.send_signal(signal.SIGCONT)
+            assert example.wait(START_SECONDS) == 0, output.read_text()
+        finally:
+            example.kill()
+        losses = LOSSES.findall(output.read_text())
+        assert losses == LOSSES.findall(undisturbed)
+        assert len(losses) == 13
+        assert float(losses[-1]) < float(losses[0])
+        saved = [tmp_path / each / "adapter_model.safetensors" for each in ("one", "two")]
+        assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 @pytest.fixture(scope="module")
