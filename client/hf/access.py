@@ -60,7 +60,7 @@ class SwarmAccess:
         self, batch: int, max_length: int, start: int, stop: int, prompts: Tensor | None = None
     ) -> Session:
         """Open a session for `batch` rows over blocks [start, stop).  prompts: at each block, if any."""
-        given = _given(prompts=prompts, adapter=self.content)
+        given = _given(prompts=prompts, adapter=self.renewed())
         return self.call(
             partial(
                 self.swarm.open_session,
@@ -88,6 +88,12 @@ class SwarmAccess:
             return adapter
         return adapter.content() if adapter.is_in_blocks else None
 
+    def renewed(self) -> AdapterContent | str | None:
+        """`content` after a look at every value: an optimizer may write past torch's count of changes."""
+        if isinstance(self.adapter, Adapter) and self.adapter.is_in_blocks:
+            return self.adapter.renew()
+        return self.content
+
     @property
     def is_at_ends(self) -> bool:
         """Whether the adapter has a part here: a prompt, or values at embedding, norm or head."""
@@ -95,14 +101,16 @@ class SwarmAccess:
 
     def run(self, hidden: Tensor, start: int, stop: int, prompts: Tensor | None = None) -> Tensor:
         """Blocks [start, stop) on hidden states [batch, tokens, hidden], with a gradient if one is wanted."""
-        adapter = self.adapter if isinstance(self.adapter, str) or self.content is not None else None
+        adapter = self.adapter
+        if isinstance(adapter, Adapter) and not adapter.is_in_blocks:
+            adapter = None
         trained = adapter.parameters_of(start, stop) if isinstance(adapter, Adapter) else []
         if torch.is_grad_enabled() and any(
             one is not None and one.requires_grad for one in (hidden, prompts, *trained)
         ):
             call = Asked(self, start, stop, adapter)
             return cast(Tensor, cast(Any, Through).apply(hidden, prompts, call, *trained))
-        given = _given(prompts=prompts, adapter=self.content)
+        given = _given(prompts=prompts, adapter=self.renewed())
         found = self.call(partial(self.swarm.forward, hidden, start=start, stop=stop, **given))
         return found.to(hidden.device, hidden.dtype)
 
@@ -143,7 +151,6 @@ class Through(torch.autograd.Function):
         trained: the adapter's parameters in these blocks.
         """
         swarm = asked.swarm
-        # An optimizer may write past torch's count of changes, so every value is looked at.
         own = asked.adapter.renew() if isinstance(asked.adapter, Adapter) else asked.adapter
         given = _given(prompts=prompts, adapter=own)
         output, kept = swarm.call(

@@ -91,8 +91,9 @@ class NativeRun:
     def run(self, ids: list[int], streamer: Any = None) -> list[int]:  # Any: a streamer of the library
         """The new tokens after `ids`.  Raises NoChain, PeerFault, Refused, ValueError."""
         swarm, cache, found = self._swarm, self._cache, list[int]()
+        own = swarm.renewed()
         check_adapter(cache)
-        conversation = swarm.swarm.conversation(self._length(len(ids)), adapter=swarm.content)
+        conversation = swarm.swarm.conversation(self._length(len(ids)), adapter=own)
         if (session := cache.single) is not None:  # a cache that has positions already
             conversation.adopt(session, ids[: cache.get_seq_length()])
 

@@ -64,9 +64,9 @@ class Deaths:
         living = [node for node in self.swarm.nodes if node.process.poll() is None]
         for node in living:
             await trio.to_thread.run_sync(node.wait_online)
-        hops = (await handle.route()).hops
-        peer = self.random.choice(hops).peer
-        return next(node for node in living if node.facts["peer_id"] == peer)
+        nodes = {node.facts["peer_id"]: node for node in living}
+        hops = [hop for hop in (await handle.route()).hops if hop.peer in nodes]
+        return nodes[self.random.choice(hops).peer]
 
     async def kill(self, node: NodeProcess, handle: Any) -> None:
         record = handle.view().get(node.facts["peer_id"])

@@ -136,6 +136,21 @@ def test_a_head_that_is_replaced_is_not_computed_with_the_loaded_weights(nodes: 
 
 
 @torch.no_grad()
+def test_values_that_changed_past_torch_s_count_are_those_that_are_computed_with(nodes: Nodes) -> None:
+    model = from_swarm(nodes.swarm)
+    model.add_adapter({"r": 4, "target_modules": "all-linear"})
+    plain = model(IDS).logits
+    text = model.generate(IDS[:1], **GREEDY)
+    torch.manual_seed(5)
+    for each in model.get_adapter().parameters():
+        each.data.add_(torch.randn_like(each) * 0.3)
+    assert not torch.equal(model.generate(IDS[:1], **GREEDY), text)
+    for each in model.get_adapter().parameters():
+        each.data.zero_()
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_client_s_own_loop_is_left_to_adapters_of_blocks_alone(nodes: Nodes, folder: Path) -> None:
     model = from_swarm(nodes.swarm)
     model.add_adapter({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["model.norm"]}, dtype="fp32")
