@@ -20,6 +20,8 @@ class PlainLora(nn.Module):
     rounded: the blocks compute with values of bfloat16, as servers do that get these.
     """
 
+    model: Any  # the library's own class
+
     def __init__(self, model: Any, adapter: Adapter, *, rounded: bool = False) -> None:
         super().__init__()
         vars(self)["model"] = model.requires_grad_(False)

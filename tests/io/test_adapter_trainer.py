@@ -82,6 +82,11 @@ class FakeSwarm:
         return Gradients(hidden, None, flat)
 
 
+def for_swarm(fake: FakeSwarm) -> Any:
+    """The fake has the part of a handle that a trainer uses."""
+    return fake
+
+
 def rows(seed: int) -> Tensor:
     return torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
@@ -100,7 +105,7 @@ def plain_steps(steps: int, batches: int) -> list[Tensor]:
 
 async def test_steps_over_a_swarm_are_those_of_one_process_in_every_bit():
     swarm, own = FakeSwarm(), adapter()
-    trainer = train(swarm, own, torch.optim.AdamW(own.parameters(), lr=0.1))
+    trainer = train(for_swarm(swarm), own, torch.optim.AdamW(own.parameters(), lr=0.1))
     for number in range(4):
         async with trainer.step() as step:
             output = (await step.forward(rows(number))).requires_grad_()
@@ -115,7 +120,7 @@ async def test_steps_over_a_swarm_are_those_of_one_process_in_every_bit():
 
 async def test_gradients_of_several_passes_add_up_in_one_step():
     swarm, own = FakeSwarm(), adapter()
-    trainer = train(swarm, own, torch.optim.AdamW(own.parameters(), lr=0.1))
+    trainer = train(for_swarm(swarm), own, torch.optim.AdamW(own.parameters(), lr=0.1))
     for number in range(2):
         async with trainer.step() as step:
             outputs = [await step.forward(rows(2 * number + batch)) for batch in range(2)]
@@ -137,7 +142,7 @@ async def test_the_gradient_of_the_input_comes_back():
     given = rows(0).requires_grad_()
     output = through(given, list(own.parameters()))
     expected = torch.autograd.grad(output.sum(), given)[0]
-    async with train(FakeSwarm(), own, torch.optim.SGD(own.parameters(), lr=0.1)).step() as step:
+    async with train(for_swarm(FakeSwarm()), own, torch.optim.SGD(own.parameters(), lr=0.1)).step() as step:
         found = await step.backward(torch.ones_like(await step.forward(rows(0))))
     assert torch.equal(found, expected)
 
@@ -148,7 +153,7 @@ async def test_a_step_that_fails_changes_nothing():
 
     swarm, own = FakeSwarm(), adapter()
     optimizer = torch.optim.AdamW(own.parameters(), lr=0.1)
-    trainer = train(swarm, own, optimizer)
+    trainer = train(for_swarm(swarm), own, optimizer)
     before = own.id
 
     async def failing_step() -> None:
@@ -175,7 +180,7 @@ async def test_a_backward_that_fails_may_be_asked_again_in_its_step():
             raise error
 
     own = adapter()
-    trainer = train(FakeSwarm(fails=once), own, torch.optim.AdamW(own.parameters(), lr=0.1))
+    trainer = train(for_swarm(FakeSwarm(fails=once)), own, torch.optim.AdamW(own.parameters(), lr=0.1))
     async with trainer.step() as step:
         output = await step.forward(rows(0))
         with pytest.raises(PeerGone):
@@ -188,7 +193,7 @@ async def test_a_backward_that_fails_may_be_asked_again_in_its_step():
 async def test_a_step_without_a_backward_is_no_step():
     own = adapter()
     optimizer = torch.optim.AdamW(own.parameters(), lr=0.1, weight_decay=0.5)
-    trainer = train(FakeSwarm(), own, optimizer)
+    trainer = train(for_swarm(FakeSwarm()), own, optimizer)
     before = own.id
     async with trainer.step() as step:
         await step.forward(rows(0))
@@ -198,7 +203,7 @@ async def test_a_step_without_a_backward_is_no_step():
 
 async def test_values_that_were_changed_past_torch_s_count_reach_the_servers():
     swarm, own = FakeSwarm(), adapter()
-    trainer = train(swarm, own, torch.optim.SGD(own.parameters(), lr=0.1))
+    trainer = train(for_swarm(swarm), own, torch.optim.SGD(own.parameters(), lr=0.1))
     for _ in range(2):
         async with trainer.step() as step:
             await step.forward(rows(0))
@@ -211,7 +216,9 @@ async def test_frozen_parameters_get_no_gradient():
     frozen = own.parameters()[::2]
     for each in frozen:
         each.requires_grad_(False)
-    async with train(FakeSwarm(), own, torch.optim.SGD(own.parameters()[1::2], lr=0.1)).step() as step:
+    async with train(
+        for_swarm(FakeSwarm()), own, torch.optim.SGD(own.parameters()[1::2], lr=0.1)
+    ).step() as step:
         await step.backward(await step.forward(rows(0)))
         assert all(each.grad is None for each in frozen)
         assert all(each.grad is not None for each in own.parameters()[1::2])
@@ -226,7 +233,7 @@ def test_a_blocking_program_has_the_same_steps():
             return trio.run(lambda: super(Blocking, self).gradients(kept, grad))
 
     own = adapter()
-    trainer = train_sync(Blocking(), own, torch.optim.AdamW(own.parameters(), lr=0.1))
+    trainer = train_sync(for_swarm(Blocking()), own, torch.optim.AdamW(own.parameters(), lr=0.1))
     for number in range(2):
         with trainer.step() as step:
             step.backward(2 * step.forward(rows(number)))
@@ -237,6 +244,6 @@ def test_what_cannot_be_trained_is_refused_at_once():
     own, other = adapter(), adapter()
     swarm = FakeSwarm(info=SimpleNamespace(revision="r2"))
     with pytest.raises(ValueError, match="the adapter is for revision r1, the swarm serves r2"):
-        train(swarm, own, torch.optim.SGD(own.parameters(), lr=0.1))
+        train(for_swarm(swarm), own, torch.optim.SGD(own.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="the optimizer has no parameter of the adapter"):
-        train(FakeSwarm(), own, torch.optim.SGD(other.parameters(), lr=0.1))
+        train(for_swarm(FakeSwarm()), own, torch.optim.SGD(other.parameters(), lr=0.1))

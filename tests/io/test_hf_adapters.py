@@ -26,7 +26,8 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 EVERYWHERE = {
     "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj", "embed_tokens"],
-    "modules_to_save": ["lm_head", "model.norm"], "rank_pattern": {"layers.4.self_attn.q_proj": 2}, "use_rslora": True,
+    "modules_to_save": ["lm_head", "model.norm"], "rank_pattern": {"layers.4.self_attn.q_proj": 2},
+    "use_rslora": True,
 }  # fmt: skip
 
 
