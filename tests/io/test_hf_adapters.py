@@ -302,20 +302,25 @@ def trained(nodes: Nodes, steps: int, kill: Any = None) -> tuple[list[Tensor], l
 
 def test_deaths_of_servers_change_no_bit_of_twenty_steps(folder: Path) -> None:
     random = Random(7)
-    with nodes_of(folder, [(0, 2), (2, 4), (4, 6)] * 3) as nodes:
+    spans = [(0, 2), (2, 4), (4, 6)]
+    with nodes_of(folder, spans * 3) as nodes:
         losses, values = trained(nodes, 20)
         deaths = sorted(random.sample(range(1, 20), 5))
-        copies = dict.fromkeys((0, 2, 4), 3)
+        killed: list[int] = []
 
         def kill_a_server_in_use(step: int) -> None:
             if step in deaths:
-                hops = [hop for hop in nodes.swarm.route().hops if copies[hop.start] > 1]
-                hop = random.choice(hops)
-                copies[hop.start] -= 1
-                nodes.kill(nodes.ids.index(hop.peer))
+                used = [nodes.ids.index(hop.peer) for hop in nodes.swarm.route().hops]
+                left = [number for number in range(9) if number not in killed]
+                copies = [sum(number % 3 == span for number in left) for span in range(3)]
+                victim = random.choice(
+                    [number for number in used if number in left and copies[number % 3] > 1]
+                )
+                killed.append(victim)
+                nodes.kill(victim)
 
         mine, own = trained(nodes, 20, kill_a_server_in_use)
-    assert sum(copies.values()) == 9 - len(deaths)
+    assert len(killed) == len(deaths) == 5
     assert all(torch.equal(*pair) for pair in zip(losses, mine, strict=True))
     assert all(torch.equal(*pair) for pair in zip(values, own, strict=True))
     expected, theirs = plainly_trained(folder, 20)

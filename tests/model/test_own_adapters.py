@@ -126,7 +126,7 @@ def test_an_adapter_of_another_base_model_is_refused_by_the_shape_that_differs(l
 def test_the_limits_of_guests_hold_for_operators_too(llama, tmp_path):
     model, ends = llama
     adapter = saved(ends, tmp_path / "poems")
-    assert "rank 2 at 'q_proj', 1..1 is allowed" in refusal(
+    assert "rank 2 at 'down_proj', 1..1 is allowed" in refusal(
         model, tmp_path / "poems", limits=Limits(max_adapter_rank=1)
     )
     with torch.no_grad():
