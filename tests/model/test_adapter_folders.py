@@ -245,6 +245,21 @@ def test_modules_to_save_are_replaced_here(llama, tmp_path):
     torch.testing.assert_close(adapted.head(hidden), logits.detach())
 
 
+def test_a_folder_has_the_values_that_are_computed_with(llama, tmp_path):
+    _, ends = llama
+    config = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    adapter = shaken(new_adapter(config, ends, dtype="bf16"))
+    save_adapter(adapter, tmp_path)
+    again = load_adapter(tmp_path, ends)
+    assert again.id == adapter.id  # in bfloat16, as servers get it
+    mine, theirs = adapter.named_parameters(), again.named_parameters()
+    for name in mine:
+        if ".layers." not in name:
+            assert torch.equal(mine[name], theirs[name])  # float32, as the client computes
+    save_adapter(adapter, tmp_path, dtype="bf16")
+    assert {each.dtype for each in load_file(tmp_path / WEIGHTS).values()} == {torch.bfloat16}
+
+
 def test_a_head_of_another_task_is_refused_where_it_is_missing(llama, tmp_path):
     _, ends = llama
     save_adapter(new_adapter({"target_modules": ["q_proj"]}, ends), tmp_path)

@@ -61,13 +61,17 @@ class _Found:
 def read_adapter(path: Path, model: ModelModules, dtype: AdapterDtype | None = None) -> AdapterTensors:
     """An adapter out of a folder, for this model.
 
-    dtype: of the bytes for servers; None: bf16 where all of the file is, else fp32, which loses nothing.
+    dtype: of the bytes for servers; None: bf16 where all of the file in blocks is, else fp32, which loses
+    nothing.
     Raises ConfigError that names the file or the field.
     """
     fields = read_fields(path)
     tensors = _read_tensors(path)
     kind = fields.get("peft_type")
-    own = all(each.dtype == torch.bfloat16 for each in tensors.values())
+    in_blocks = [
+        each for name, each in tensors.items() if model.block_of(name.removeprefix(PREFIX)) is not None
+    ]
+    own = all(each.dtype == torch.bfloat16 for each in in_blocks or tensors.values())
     chosen: AdapterDtype = dtype or ("bf16" if own else "fp32")
     if kind == PROMPT_TUNING:
         return read_prompt(fields, tensors, model, chosen, str(path))
@@ -115,12 +119,20 @@ def read_fields(path: Path) -> dict[str, Any]:  # Any: JSON
 def write_adapter(adapter: AdapterTensors, path: Path, dtype: AdapterDtype | None = None) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads; files of these names are replaced.
 
-    dtype: of the values in the file; None: as servers get them.  Raises ConfigError where the disk refuses.
+    dtype: of the values in the file; None: as they are computed with, in blocks as servers get them, at
+    embedding, norm and head in float32.  Raises ConfigError where the disk refuses.
     """
     from safetensors.torch import save
 
+    ends = tuple(f"{PREFIX}{path}." for path in adapter.ends)
+
+    def kind(name: str) -> torch.dtype:
+        if dtype is None and name.startswith(ends):
+            return torch.float32
+        return ADAPTER_TORCH[dtype or adapter.dtype]
+
     tensors = {
-        name: tensor.detach().to("cpu", ADAPTER_TORCH[dtype or adapter.dtype]).contiguous().clone()
+        name: tensor.detach().to("cpu", kind(name)).contiguous().clone()
         for name, tensor in file_tensors(adapter).items()
     }
     config = json.dumps({**adapter.fields, "inference_mode": True}, indent=2, sort_keys=True) + "\n"
