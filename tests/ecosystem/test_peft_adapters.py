@@ -176,4 +176,6 @@ def test_all_linears_are_those_of_peft_but_for_experts_and_their_choosers(
     mine = {name: one.shape for name, one in adapter.named_parameters().items()}
     left_out = (".router.", ".gate.", ".experts.")
     assert not {name for name in theirs.keys() - mine.keys() if not any(part in name for part in left_out)}
+    if any(".experts." in name for name in theirs):  # peft leaves out dense layers in between
+        mine = {name: shape for name, shape in mine.items() if ".mlp." not in name}
     assert mine.items() <= theirs.items()
