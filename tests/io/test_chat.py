@@ -38,8 +38,8 @@ class Talker:
     def usual_length(self, batch: int = 1) -> int:
         return self.usual
 
-    def conversation(self, max_length):
-        self.opened_for = max_length
+    def conversation(self, max_length, *, adapter):
+        self.opened_for, self.adapter = max_length, adapter
         return SimpleNamespace(trace=Trace(), close=lambda: None)
 
     async def route(self):
@@ -76,7 +76,7 @@ async def chat(
     options = GenerateOptions(max_new_tokens=8, **sampling)
     monkeypatch.setattr(terminal, "options_of_flags", lambda flags: options)
     monkeypatch.setattr(terminal, "_ask_for_text", ask)
-    flags = argparse.Namespace(wait=1.0, system="be", max_length=max_length, trace=None)
+    flags = argparse.Namespace(wait=1.0, system="be", max_length=max_length, trace=None, adapter="poems")
     await terminal.run_chat(flags)
     assert not lines
 
@@ -84,6 +84,7 @@ async def chat(
 async def test_a_full_talk_drops_its_oldest_turns_says_so_and_goes_on(monkeypatch, capsys):
     swarm = Talker()
     await chat(monkeypatch, ["12345"] * 5, swarm)
+    assert swarm.adapter == "poems", "the name of one that servers keep"
     assert swarm.opened_for == 40, "what the swarm says where nothing was asked for"
     told = capsys.readouterr().err
     # 4 for the system message and the opening, 11 a turn: the fourth message makes 43, and 30 of 40 may stay.
