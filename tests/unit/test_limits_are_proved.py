@@ -195,8 +195,8 @@ PROOFS = {
     "log_lines_per_peer_per_second": "unit/test_logs.py::"
     "test_of_one_kind_a_peer_gets_five_lines_a_second_and_the_others_are_counted",
     "log_lines_per_second": "unit/test_logs.py::test_ids_made_up_for_each_line_do_not_fill_the_log",
-    "max_adapter_sites": "unit/test_adapters.py::test_a_bad_manifest_is_refused_by_its_field",
-    "max_adapter_manifest_bytes": "unit/test_adapters.py::"
+    "max_adapter_sites": "unit/test_adapter_manifests.py::test_a_bad_manifest_is_refused_by_its_field",
+    "max_adapter_manifest_bytes": "unit/test_adapter_manifests.py::"
     "test_a_large_manifest_of_different_blocks_fits_its_limit",
     "adapter_idle_seconds": "unit/test_adapter_store.py::test_what_nobody_uses_is_forgotten_after_its_time",
     "adapter_upload_seconds": "io/test_adapter_listener.py::"
