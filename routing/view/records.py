@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-import msgpack
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from routing.blocks import MAX_BLOCKS, Blocks
 from routing.names import PUBLIC_KEY_BYTES, PeerId, peer_id_of, public_key_of
+from routing.signed import SIGNATURE_BYTES, packed, public_key_in, signed, verified
 from tensor_codec.errors import MessageError, PeerFault
 from tensor_codec.header import Header, unpack_map
 from tensor_codec.limits import Limits
@@ -42,8 +41,6 @@ MAX_SEQ = 2**63
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
 MIN_RATE_SECONDS = 1e-7  # one token through one block; 0: not yet measured
 MAX_RTT_SECONDS = 60.0
-_SIGNATURE_BYTES = 64
-_TAIL_BYTES = 2 + PUBLIC_KEY_BYTES + 2 + _SIGNATURE_BYTES  # each with its msgpack bin 8 header
 
 
 class RecordError(PeerFault):
@@ -116,12 +113,10 @@ def sign_record(record: Record, private_key: bytes) -> bytes:
     private_key: 32 raw bytes of Ed25519.
     Raises ValueError for a record that no peer would accept: a bug of this node.
     """
-    key = Ed25519PrivateKey.from_private_bytes(private_key)
-    public_key = key.public_key().public_bytes_raw()
+    public_key = Ed25519PrivateKey.from_private_bytes(private_key).public_key().public_bytes_raw()
     if record.peer != peer_id_of(public_key):
         raise ValueError(f"the record of {record.peer} cannot be signed by {peer_id_of(public_key)}")
-    payload = _pack(_to_wire(record))
-    wire = _pack([payload, public_key, key.sign(DOMAIN + payload)])
+    wire = signed(DOMAIN, packed(_to_wire(record)), private_key)
     try:
         verify_record(wire, swarm=record.swarm, limits=Limits())
     except RecordError as error:
@@ -139,7 +134,7 @@ def fit_record(record: Record, limits: Limits) -> Record:
     while True:
         rtt = MappingProxyType(dict(nearest))
         fitted = replace(record, rtt=rtt, addresses=tuple(addresses))
-        size = len(_pack([_pack(_to_wire(fitted)), bytes(PUBLIC_KEY_BYTES), bytes(_SIGNATURE_BYTES)]))
+        size = len(packed([packed(_to_wire(fitted)), bytes(PUBLIC_KEY_BYTES), bytes(SIGNATURE_BYTES)]))
         if size <= limits.max_record_bytes or not (nearest or addresses[1:]):
             return fitted
         (nearest or addresses).pop()
@@ -150,36 +145,18 @@ def signer(wire: bytes) -> bytes:
 
     Empty where the bytes are too short for a record.
     """
-    if len(wire) < _TAIL_BYTES:
-        return b""
-    return wire[len(wire) - _TAIL_BYTES + 2 :][:PUBLIC_KEY_BYTES]
+    return public_key_in(wire)
 
 
 def verify_record(wire: bytes, *, swarm: str, limits: Limits) -> Record:
     """Check a record from the wire: size, signature, swarm, every field.  Raises RecordError."""
     if len(wire) > limits.max_record_bytes:
         raise RecordError(f"a record of {len(wire)} bytes, at most {limits.max_record_bytes} are allowed")
-    payload, public_key, signature = _parts(wire)
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, DOMAIN + payload)
-    except (InvalidSignature, ValueError):
-        raise RecordError(f"the signature is not that of {peer_id_of(public_key)}") from None
-    try:
+        payload, public_key = verified(DOMAIN, wire, "a record")
         return _from_wire(Header(unpack_map(payload)), peer_id_of(public_key), swarm)
     except MessageError as error:
         raise RecordError(str(error)) from None
-
-
-def _parts(wire: bytes) -> tuple[bytes, bytes, bytes]:
-    """Payload, public key and signature.  One record has one form: anything else is refused."""
-    key_at = len(wire) - _TAIL_BYTES
-    head = 3 if wire[1:2] == b"\xc4" else 4  # array header, and bin 8 or bin 16 header of the payload
-    if key_at < head:
-        raise RecordError(f"a record of {len(wire)} bytes has no room for a key and a signature")
-    parts = wire[head:key_at], signer(wire), wire[-_SIGNATURE_BYTES:]
-    if _pack(parts) != wire:
-        raise RecordError("a record is the msgpack array of payload, public key and signature")
-    return parts
 
 
 def _to_wire(record: Record) -> dict[str, object]:
@@ -321,11 +298,6 @@ def check_address(text: str) -> None:
             raise ValueError(f"{_brief(text)} names no single host")
     elif protocol not in ("dns", "dns4", "dns6") or not _HOST_NAME.fullmatch(host):
         raise ValueError(f"{_brief(text)} has host {_brief(host)}, which {protocol} cannot be")
-
-
-def _pack(value: object) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
-    return packed
 
 
 def _brief(text: str) -> str:
