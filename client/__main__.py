@@ -33,9 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> int:
+    if words[:1] == ["adapters"]:
+        from client.sharing.arguments import run_adapters
+
+        return run_adapters(words[1:])
     parser = Parser(
         prog="python -m client",
-        description="Use a swarm: generate text, or chat.",
+        description="Use a swarm: generate text, chat, or share adapters.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,6 +67,7 @@ def _command(words: list[str]) -> int:
         metavar="N",
         help="with --json: log probabilities, of N others too",
     )
+    commands.add_parser("adapters", help="list, show, fetch and give shared adapters", add_help=False)
     for command, tokens in ((generate, None), (chat, 256)):
         _add_options(command, tokens)
     flags = parser.parse_args(words)

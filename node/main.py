@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.network.streams import FramedStream
+    from node.network.transport.identity import Identity
     from node.serving.adapters.desk import OwnAdapter
     from node.serving.served_span import ServingSetup
     from node.serving.server import Server
@@ -73,6 +74,7 @@ async def serve(config: NodeConfig) -> None:
 async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> None:
     """Take part in the network until a signal.  Raises ConfigError."""
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
+        from node.network.sharing.announcing import keep_announced, keys_of
         from node.serving.server import Server
 
         setup, blocks = await find_setup(config, node, compute)
@@ -90,6 +92,9 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
         await server.begin(blocks)
         nursery.start_soon(server.keep_record_true)
+        if (table := node.directory.table) is not None and setup.shared:
+            keys = keys_of(setup.shared, node.host.swarm_id)
+            nursery.start_soon(keep_announced, table, keys, random.Random())
         nursery.start_soon(guard_of(config.network, node, server).run)
         if config.vitals_file is not None:
             nursery.start_soon(
@@ -135,6 +140,7 @@ def guard_of(config: NetworkConfig, node: Node, server: Server | None = None) ->
 async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[ServingSetup, Blocks]:
     """Find the model, and choose the blocks, their precision and the caches.  Raises ConfigError."""
     from node.serving.adapters.desk import open_desk
+    from node.serving.adapters.own_cards import sign_own
     from node.serving.served_span import ServingSetup
 
     limits = config.network.limits
@@ -172,7 +178,10 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
     setup = ServingSetup(
         folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
         limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training, bound,
-        open_desk(limits, info.blocks, device, bound.adapters, bound.sums, own),
+        open_desk(
+            limits, info.blocks, device, bound.adapters, bound.sums, own,
+            sign=partial(sign_own, node.identity, info.name, limits),
+        ),
     )  # fmt: skip
     return setup, blocks
 
@@ -184,6 +193,7 @@ class Node:
     config: NetworkConfig
     host: Host
     directory: Directory
+    identity: Identity
 
     @property
     def joining_address(self) -> str:
@@ -230,7 +240,7 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
             ) as directory,
         ):
             try:
-                yield Node(config, host, directory)
+                yield Node(config, host, directory, identity)
             finally:
                 with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
                     await directory.leave()

@@ -150,6 +150,18 @@ class Limits:
     adapter_upload_burst_bytes: int = 64 * MIB
     adapter_offers_per_second: float = 4.0  # of one peer: a step of training has one
     adapter_offers_burst: int = 32
+    # Adapters that are shared
+    max_adapter_card_bytes: int = 1 * KIB  # as a record: 200 characters of text and 16 sites fit
+    max_adapter_cards_per_page: int = 64  # a page is half of the frames that need no place
+    max_adapter_cards_per_seeder: int = 256  # that a client takes: four pages, checked at 0.3 ms each
+    max_adapter_seeders: int = (
+        24  # that a client asks in one look, as many as are met in one look for servers
+    )
+    max_adapter_downloads_per_peer: int = 2
+    max_adapter_downloads: int = 8  # with a piece of 120 KiB each in hand
+    adapter_seed_bytes_per_second: int = 8 * MIB  # of all downloads: steps of sessions need the link too
+    adapter_seed_burst_bytes: int = 16 * MIB
+    adapter_seed_share_per_prefix: float = 0.5  # of both, for a public address
     sum_bytes: int = 512 * MIB  # gradients of adapters in float64; a large adapter of 8 blocks takes 84
     sum_share_per_peer: float = 0.25
     max_sums_per_peer: int = 4
@@ -187,7 +199,7 @@ class Limits:
     max_providers: int = 2048  # 1 KiB each
     max_providers_per_key: int = 64
     max_providers_per_network: int = 8  # of a key
-    max_provider_keys_per_peer: int = 4  # revisions that a peer serves, and served a moment ago
+    max_provider_keys_per_peer: int = 8  # two revisions, their shared adapters, and four adapters
     provider_life_seconds: float = 300.0  # written again every minute
 
     # Leaving

@@ -24,6 +24,7 @@ from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
 from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
+from node.network.sharing.seeds import Seeds
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.runtime.nurseries import background_nursery
@@ -80,6 +81,11 @@ class ServingSetup:
     training_bytes: int = 0
     stated: memory.Memory | None = None
     adapters: AdapterDesk | None = None
+
+    @property
+    def shared(self) -> Seeds:
+        """The adapters that the node gives to others."""
+        return Seeds() if self.adapters is None else self.adapters.seeder.seeds
 
     def spec(self, blocks: Blocks) -> SpanSpec:
         """The spec for serving these blocks."""

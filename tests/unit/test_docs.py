@@ -125,7 +125,7 @@ def test_the_manual_shows_every_command():
     shown = {(module, words[0]) for path in DOCS for module, words in commands(path) if words}
     for command in ("bootstrap", "status", "models", "new-swarm-key"):
         assert ("node", command) in shown
-    assert {("client", "generate"), ("client", "chat")} <= shown
+    assert {("client", "generate"), ("client", "chat"), ("client", "adapters")} <= shown
 
 
 # Flags
@@ -133,7 +133,15 @@ def test_the_manual_shows_every_command():
 
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "node": ("", "bootstrap", "status", "models", "prepare", "new-swarm-key"),
-    "client": ("generate", "chat"),
+    "client": (
+        "generate",
+        "chat",
+        "adapters",
+        "adapters list",
+        "adapters show",
+        "adapters get",
+        "adapters seed",
+    ),
 }
 BENCHMARKS = {"benchmarks": tuple(NAMES_OF_BENCHMARKS)}
 SCRIPTS = [
@@ -150,7 +158,7 @@ def help_of(module: str, command: str = "") -> str:
     program = importlib.import_module(f"{module}.__main__")
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr("sys.argv", [module, *([command] if command else []), "--help"])
+        patch.setattr("sys.argv", [module, *command.split(), "--help"])
         with pytest.raises(SystemExit, match=r"^0$"):
             program.main()
     return printed.getvalue()

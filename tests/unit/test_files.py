@@ -59,7 +59,7 @@ def node_of_nobody() -> Node:
         peer_id = "nobody"
         addresses = ()
 
-    return Node(NetworkConfig(), Host(), None)  # type: ignore[arg-type]
+    return Node(NetworkConfig(), Host(), None, None)  # type: ignore[arg-type]
 
 
 def write_a_ready_file(path: Path) -> None:

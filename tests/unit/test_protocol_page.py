@@ -28,7 +28,7 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
-from tensor_codec.messages import adapter, fields, forward_backward, gradients, info, session
+from tensor_codec.messages import adapter, fields, forward_backward, gradients, info, session, sharing
 from tensor_codec.messages.contract import CODEC_BYTES, REPLIES, Contract, codec_for
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
@@ -123,6 +123,19 @@ KINDS = {
     ),
     "held": Kind(adapter.encode_held(adapter.HeldAdapter(600.0)), adapter.decode_held),
     "drop": Kind(adapter.encode_drop(adapter.Drop(ADAPTER.id)), adapter.decode_offer),
+    "cards": Kind(sharing.encode_question(sharing.AskCards("r", ADAPTER.id)), sharing.decode_question),
+    "page": Kind(
+        sharing.encode_page(sharing.CardsPage((b"card",), True)),
+        lambda frame: sharing.decode_page(frame, LIMITS),
+    ),
+    "manifest": Kind(sharing.encode_question(sharing.AskManifest(ADAPTER.id)), sharing.decode_question),
+    "content": Kind(
+        sharing.encode_content(ADAPTER.manifest, ADAPTER.digests),
+        lambda frame: sharing.decode_content(frame, ADAPTER.id, LIMITS),
+    ),
+    "blobs": Kind(
+        sharing.encode_question(sharing.AskBlobs(ADAPTER.id, Blocks(0, 2))), sharing.decode_question
+    ),
     "describe": Kind(info.encode_describe(), info.decode_describe),
     "info": Kind(info.encode_info(INFO), info.decode_info),
     "output": Kind(

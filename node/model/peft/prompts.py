@@ -69,7 +69,13 @@ def new_prompt(model: ModelModules, tokens: int, scale: float) -> AdapterTensors
 
 def new_prefix(model: ModelModules, tokens: int, dtype: AdapterDtype = "bf16") -> AdapterTensors:
     """A prefix with random values, as peft begins: of a standard normal distribution."""
-    size = model.kv_heads * model.head_dim
+    shape = (model.blocks, 2, tokens, model.kv_heads, model.head_dim)
+    return prefix_of(model, torch.randn(*shape), dtype)
+
+
+def prefix_of(model: ModelModules, prefix: Tensor, dtype: AdapterDtype) -> AdapterTensors:
+    """A prefix of these keys and values [blocks, 2, n, kv_heads, head_dim]."""
+    tokens, size = prefix.shape[2], model.kv_heads * model.head_dim
     fields = {
         **_usual(PREFIX_TUNING, tokens, model),
         "token_dim": size,
@@ -77,8 +83,7 @@ def new_prefix(model: ModelModules, tokens: int, dtype: AdapterDtype = "bf16") -
         "encoder_hidden_size": size,
         "prefix_projection": False,
     }
-    shape = (model.blocks, 2, tokens, model.kv_heads, model.head_dim)
-    return _without_sites(fields, model, dtype, prefix=torch.randn(*shape))
+    return _without_sites(fields, model, dtype, prefix=prefix)
 
 
 def _usual(kind: str, tokens: int, model: ModelModules) -> dict[str, Any]:  # Any: JSON

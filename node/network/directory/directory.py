@@ -22,7 +22,7 @@ from node.config import ConfigError
 from node.network.addresses import bootstrap_peers
 from node.network.directory.announcer import Announcer, AnnouncerHost
 from node.network.directory.discovery import FIND_SECONDS, Discovery, Finder
-from node.network.directory.kademlia.kademlia import KademliaHost, Knowledge, open_kademlia
+from node.network.directory.kademlia.kademlia import Kademlia, KademliaHost, Knowledge, open_kademlia
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
 from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_watching
@@ -88,7 +88,10 @@ class DirectoryHost(AnnouncerHost, ExchangeHost, KademliaHost, PingHost, Protoco
 
 
 class Directory:
-    """The view of the swarm, and the record of this node.  Made by `open_directory`."""
+    """The view of the swarm, and the record of this node.  Made by `open_directory`.
+
+    table: the Kademlia table, for other keys than those of servers; None without one.
+    """
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class Directory:
         wall_clock: Callable[[], float],
     ) -> None:
         self.peer_id = host.peer_id
+        self.table = finder if isinstance(finder, Kademlia) else None
         self._host = host
         self._rng = rng
         bootstrap = bootstrap_peers(config.bootstrap)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -11,10 +11,13 @@ import trio
 
 from node.model.adapters.blobs import read_block
 from node.model.adapters.low_rank import SpanAdapter
+from node.network.sharing.seeder import Seeder
+from node.network.sharing.seeds import Seed, Seeds
 from node.runtime.compute_thread import Runner
 from node.serving.adapters.store import AdapterStore, Block
 from node.serving.adapters.sums import GradientSums, Shape, Shapes
 from node.serving.adapters.uploads import Uploads
+from routing.sharing.cards import verify_card
 from tensor_codec.adapters import AdapterManifest, LoraSite
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
@@ -34,19 +37,21 @@ class OwnAdapter:
     """An adapter that the operator keeps for everybody.
 
     name: at most 28 characters.  id: of the content.  blobs: of every block of the model.
+    card: signed by its author, where there is one; else the node signs one.
     """
 
     name: str
     id: str
     manifest: AdapterManifest
     blobs: Sequence[Buffer] = field(repr=False)
+    card: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterDesk:
     """A node's adapters, and the sums of their gradients.
 
-    blocks: of the model.  read: of a blob.  own: the operator's.
+    blocks: of the model.  read: of a blob.  own: the operator's.  seeder: gives the operator's to others.
     """
 
     store: AdapterStore
@@ -54,6 +59,7 @@ class AdapterDesk:
     sums: GradientSums
     blocks: int
     read: ReadBlock
+    seeder: Seeder
     own: tuple[OwnAdapter, ...] = ()
 
     async def load_own(self, blocks: Sequence[int], shapes: Shapes, compute: Runner) -> None:
@@ -74,17 +80,38 @@ class AdapterDesk:
 
 
 def open_desk(
-    limits: Limits, blocks: int, device: str, capacity: int, sum_capacity: int, own: Sequence[OwnAdapter] = ()
+    limits: Limits,
+    blocks: int,
+    device: str,
+    capacity: int,
+    sum_capacity: int,
+    own: Sequence[OwnAdapter] = (),
+    sign: Callable[[OwnAdapter], bytes] | None = None,
 ) -> AdapterDesk:
     """The adapters of a node that serves a model of so many blocks.
 
     capacity, sum_capacity: bytes for guests' adapters, and for the sums of their gradients.
+    sign: a card for an adapter without one; None: the operator's adapters are given to nobody.
     """
     store = AdapterStore(limits, capacity, SpanAdapter)
     for each in own:
         store.keep(each.name, each.id, each.manifest)
-    read = partial(_read_on, device)
-    return AdapterDesk(store, Uploads(limits), GradientSums(limits, sum_capacity), blocks, read, tuple(own))
+    seeds = [] if sign is None else [_seed(each, sign, limits) for each in own]
+    return AdapterDesk(
+        store,
+        Uploads(limits),
+        GradientSums(limits, sum_capacity),
+        blocks,
+        partial(_read_on, device),
+        Seeder(Seeds(seeds), limits),
+        tuple(own),
+    )
+
+
+def _seed(own: OwnAdapter, sign: Callable[[OwnAdapter], bytes], limits: Limits) -> Seed:
+    is_own = bool(own.card) and verify_card(own.card, limits).id == own.id
+    wire = own.card if is_own else sign(own)
+    return Seed.of(verify_card(wire, limits), wire, own.manifest, own.blobs)
 
 
 def _read_on(device: str, sites: Sequence[LoraSite], shapes: Shape, dtype: str, blob: Buffer) -> Block:

@@ -1,6 +1,7 @@
 """The entry point of guests' adapters.
 
-    /raceme/adapter/1   a client offers an adapter, sends the blobs that this node lacks, and may then name it
+    /raceme/adapter/1   a client offers an adapter, sends the blobs that this node lacks, and may name it;
+                        any peer asks for the cards and the content of the operator's own adapters
 
 Everything that can be known from an offer is checked before memory is taken: model, blocks, sites, ranks,
 sizes and the id.  Then each blob is compared with its hash, and its values are looked at.  A fault ends the
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
+from node.network.sharing.seeder import next_frame
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving.adapters.desk import AdapterDesk
@@ -34,7 +36,6 @@ from tensor_codec.errors import (
     SlowPeer,
     TooManyStreams,
 )
-from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.adapter import (
     PIECE_BYTES,
@@ -51,6 +52,7 @@ from tensor_codec.messages.adapter import (
 )
 from tensor_codec.messages.contract import HEADER_BYTES
 from tensor_codec.messages.fields import Failed, encode_failed
+from tensor_codec.messages.sharing import decode_question, is_question
 
 
 @dataclass(slots=True)
@@ -74,10 +76,13 @@ class AdapterListener:
         goes_on = True
         while goes_on:
             stream.limit = offer_bytes(self.limits, self.desk.blocks)
-            if (frame := await _next_frame(stream, seconds)) is None:
+            if (frame := await next_frame(stream, seconds)) is None:
                 return
-            message = decode_offer(frame)
             seconds = self.limits.compute_idle_seconds
+            if is_question(frame):
+                goes_on = await self.desk.seeder.answer(stream, decode_question(frame))
+                continue
+            message = decode_offer(frame)
             if isinstance(message, Drop):
                 self.desk.store.drop(stream.peer, message.adapter)
             else:
@@ -201,10 +206,3 @@ class AdapterListener:
         if block not in shapes:
             raise Draining(LEAVING)
         return await self.compute.run(self.desk.read, sites, shapes[block], dtype, blob)
-
-
-async def _next_frame(stream: PeekStream, seconds: float) -> Buffer | None:
-    """The next frame; None at the end of the stream, or after `seconds` without a byte.  Raises PeerFault."""
-    with trio.move_on_after(seconds):
-        return await stream.receive()
-    return await stream.receive() if stream.in_frame else None

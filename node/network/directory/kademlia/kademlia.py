@@ -52,8 +52,21 @@ Handler = Callable[[ByteStream, PeerId, str], Awaitable[None]]
 
 def provider_key(swarm: str, revision: str) -> bytes:
     """The key under which servers of a model revision are found: a SHA-256 multihash."""
-    text = "\0".join(("raceme-providers-1", swarm, revision))
-    return _SHA256_MULTIHASH + hashlib.sha256(text.encode()).digest()
+    return _key("raceme-providers-1", swarm, revision)
+
+
+def catalogue_key(swarm: str, revision: str) -> bytes:
+    """The key under which peers are found that give cards of adapters for a model revision."""
+    return _key("raceme-catalogue-1", swarm, revision)
+
+
+def adapter_key(swarm: str, adapter: str) -> bytes:
+    """The key under which peers are found that give the adapter of this id."""
+    return _key("raceme-adapter-1", swarm, adapter)
+
+
+def _key(domain: str, swarm: str, name: str) -> bytes:
+    return _SHA256_MULTIHASH + hashlib.sha256("\0".join((domain, swarm, name)).encode()).digest()
 
 
 class KademliaHost(Protocol):
@@ -124,8 +137,11 @@ class Kademlia:
 
     async def provide(self, revision: str) -> None:
         """Write into the table that this node serves a model revision; takes 10 s at the most."""
+        await self.provide_key(provider_key(self._knowledge.swarm, revision))
+
+    async def provide_key(self, key: bytes) -> None:
+        """Write into the table that this node provides a key; takes 10 s at the most."""
         own = Contact(self._host.peer_id, self._host.addresses[:MAX_ADDRESSES])
-        key = provider_key(self._knowledge.swarm, revision)
         if not own.addresses:
             return
         self.providers.add(key, own, trio.current_time())
@@ -144,12 +160,15 @@ class Kademlia:
                     nursery.start_soon(tell, contact)
 
     async def find(self, revision: str, seconds: float) -> Mapping[PeerId, tuple[str, ...]]:
-        """The servers in the table that were found within `seconds`, with addresses.
+        """The servers of a model revision: see `find_key`."""
+        return await self.find_key(provider_key(self._knowledge.swarm, revision), seconds)
+
+    async def find_key(self, key: bytes, seconds: float) -> Mapping[PeerId, tuple[str, ...]]:
+        """The peers in the table that were found within `seconds`, with addresses.
 
         They come in turns of the peers that named them, those of our own configuration first: a liar's long
         list is no more likely to be used than the short list of an honest peer.
         """
-        key = provider_key(self._knowledge.swarm, revision)
         _, named = await self._look_up(key, Kind.GET_PROVIDERS, seconds)
         own = self.providers.of(key, trio.current_time(), self._rng)
         trusted = [list(named.pop(peer)) for peer in list(named) if peer in self._knowledge.ways_in]

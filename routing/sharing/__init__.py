@@ -1,0 +1,1 @@
+"""Adapters that people share: their cards, and what is known of a name.  Pure."""
