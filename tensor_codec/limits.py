@@ -154,9 +154,7 @@ class Limits:
     max_adapter_card_bytes: int = 1 * KIB  # as a record: 200 characters of text and 16 sites fit
     max_adapter_cards_per_page: int = 64  # a page is half of the frames that need no place
     max_adapter_cards_per_seeder: int = 256  # that a client takes: four pages, checked at 0.3 ms each
-    max_adapter_seeders: int = (
-        24  # that a client asks in one look, as many as are met in one look for servers
-    )
+    max_adapter_seeders: int = 24  # that a client asks in one look: a look for servers meets as many
     max_adapter_downloads_per_peer: int = 2
     max_adapter_downloads: int = 8  # with a piece of 120 KiB each in hand
     adapter_seed_bytes_per_second: int = 8 * MIB  # of all downloads: steps of sessions need the link too
