@@ -10,6 +10,7 @@ from pathlib import Path
 from node.config import ConfigError
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.hub import Hub
+from node.model.peft.cards import read_card
 from node.model.peft.folder import adapter_folder, read_adapter
 from node.model.peft.modules import ModelModules, model_modules
 from node.serving.adapters.desk import OwnAdapter
@@ -57,8 +58,9 @@ def name_of(named: str) -> str:
 
 
 def _read(named: str, modules: ModelModules, limits: Limits, hub: Hub | None) -> OwnAdapter:
-    adapter = read_adapter(adapter_folder(named, hub=hub), modules)
-    name = name_of(named)
+    folder = adapter_folder(named, hub=hub)
+    adapter = read_adapter(folder, modules)
+    name, signed = name_of(named), read_card(folder, limits)
     if adapter.is_at_ends or not adapter.is_in_blocks:
         raise ConfigError(
             f"--adapter {named} has parts outside of the blocks, which a client computes: clients bring it"
@@ -69,7 +71,8 @@ def _read(named: str, modules: ModelModules, limits: Limits, hub: Hub | None) ->
     except (ValueError, MessageError) as error:
         raise ConfigError(f"--adapter {named}: {error}") from None
     log.info("adapter %s#%s for everybody: %d bytes", name, content.id[:SHORT_ID], content.nbytes)
-    return OwnAdapter(name, content.id, content.manifest, content.blobs)
+    card = signed.wire if signed is not None and signed.card.id == content.id else b""
+    return OwnAdapter(name, content.id, content.manifest, content.blobs, card)
 
 
 def _check(content: AdapterContent, modules: ModelModules, limits: Limits) -> None:
