@@ -46,9 +46,22 @@ class SessionLengths:
         """Of the longest session of `batch` rows."""
         return min(self._allowed(batch, run))[0]
 
-    def check(self, length: int, what: str, batch: int = 1, run: Blocks | None = None) -> None:
-        """Raises ValueError where a session of `batch` rows cannot have `length`.  what: for the message."""
+    def check(
+        self,
+        length: int,
+        what: str,
+        batch: int = 1,
+        run: Blocks | None = None,
+        *,
+        virtual_tokens: int = 0,
+    ) -> None:
+        """Raises ValueError where a session of `batch` rows cannot have `length`.  what: for the message.
+
+        virtual_tokens: of a prefix, in front of the length.
+        """
         longest, why = min(self._allowed(batch, run))
+        if virtual_tokens:
+            longest, why = longest - virtual_tokens, f"{why}, and a prefix takes {virtual_tokens}"
         if not 0 < length <= longest:
             raise ValueError(_too_long(length, what, longest, why))
 

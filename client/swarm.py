@@ -236,8 +236,14 @@ class Swarm:
         from client.generation.head_batches import HeadBatches
         from client.session.trace import Trace
 
-        max_length = self.usual_length() if max_length is None else values.whole("max_length", max_length)
-        self._lengths.check(max_length, f"a conversation of {max_length} tokens")
+        use = self._uploads.use_of(adapter, self.last_view)
+        first = 0 if use is None else use.virtual_tokens
+        if max_length is None:
+            max_length = max(1, self.usual_length() - first)
+        max_length = values.whole("max_length", max_length)
+        self._lengths.check(
+            max_length, f"a conversation of {max_length} tokens", virtual_tokens=first
+        )
         ends, heads = self.local_model, self._heads
         if isinstance(adapter, Adapter) and adapter.tensors.is_at_ends:
             ends = ends_with(ends, adapter)
@@ -246,10 +252,11 @@ class Swarm:
             local_model=ends,
             compute=self._compute,
             heads=heads,
-            open_chain=partial(self.open_chain, adapter=self._uploads.use_of(adapter, self.last_view)),
+            open_chain=partial(self.open_chain, adapter=use),
             worked=lambda session: self.routes.worked(session.working_hops),
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
+            first_position=first,
             trace=Trace() if trace is None else trace,
         )
 
@@ -269,7 +276,8 @@ class Swarm:
         batch: rows.  max_length: positions of each row; None: see `usual_length`.
         start, stop: the blocks [start, stop) that it goes through, by default all.
         prompts: deep prompts [stop - start, n, hidden], see `forward`: for positions below n of every row.
-        adapter: see `generate`; the session keeps it as it is now.
+        adapter: see `generate`; the session keeps it as it is now.  After a prefix the first position of the
+        model is `virtual_tokens` of its manifest: where embeddings are learned they begin there.
         A hop that fails is replaced; `step` raises when its deadline (`give_up_seconds`) has passed, and
         the session may be used again then.  `session.trace` has the events.
         Raises ValueError (a length that the model or the servers do not allow, blocks that the model does
@@ -302,7 +310,9 @@ class Swarm:
         batch = values.whole("batch", batch)
         if max_length is not None:
             max_length = values.whole("max_length", max_length)
-        max_length = max_length or self._lengths.usual(batch, run)
+        use = self._uploads.use_of(adapter, self.last_view)
+        first = 0 if use is None else use.virtual_tokens
+        max_length = max_length or max(1, self._lengths.usual(batch, run) - first)
         position = 4 * batch * self.info.hidden_size
         if not self.config.limits.step_tokens(position):
             raise ValueError(
@@ -310,8 +320,8 @@ class Swarm:
                 f" {self.config.limits.max_frame_bytes}"
             )
         rows = f"{batch} rows of " if batch > 1 else ""
-        self._lengths.check(max_length, f"a session of {rows}{max_length} positions", batch, run)
-        use = self._uploads.use_of(adapter, self.last_view)
+        what = f"a session of {rows}{max_length} positions"
+        self._lengths.check(max_length, what, batch, run, virtual_tokens=first)
         return await self.open_chain(
             max_length=max_length, batch=batch, start=run.start, stop=run.stop, prompts=prompts, adapter=use
         )
@@ -332,7 +342,7 @@ class Swarm:
         bfloat16, else in float32.
         prompts: deep prompts [stop - start, n, hidden]: every block adds its own to the first n positions of
         its input, in all rows.  Only servers whose records say that they take prompts are asked then.
-        adapter: see `generate`.
+        adapter: see `generate`; for a prefix see `session`.
         A large batch is cut by rows into requests, several of them under way at a time.  A server
         that fails is replaced, and its part alone is done again.
         Raises ValueError (a shape, a dtype or a value that cannot be, a row too long for one request),

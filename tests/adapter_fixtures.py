@@ -14,7 +14,7 @@ SITES = ("q_proj", "v_proj")
 
 
 def shapes(start: int, stop: int) -> dict[int, dict[str, tuple[int, int]]]:
-    """(in, out) of the linears of blocks [start, stop), as a server knows them."""
+    """(in, out) of the linears of blocks [start, stop), as a server of a model without prefixes knows them."""
     return {block: dict.fromkeys(SITES, (HIDDEN, HIDDEN)) for block in range(start, stop)}
 
 
@@ -40,6 +40,16 @@ def content(
         numbers = values or [float((seed + 7 * block + at) % 11 - 5) for at in range(count)]
         blobs.append(struct.pack(f"<{count}f", *numbers[:count]))
     return AdapterContent(AdapterManifest(revision, "fp32", table), tuple(blobs))
+
+
+def prefix(virtual_tokens: int = 2, *, blocks: int = 6, seed: int = 0) -> AdapterContent:
+    """A prefix of whole numbers in fp32; a key has HIDDEN values."""
+    count = 2 * virtual_tokens * HIDDEN
+    blobs = (
+        struct.pack(f"<{count}f", *((seed + 5 * block + at) % 7 for at in range(count)))
+        for block in range(blocks)
+    )
+    return AdapterContent(AdapterManifest("r", "fp32", ((),) * blocks, "prefix", virtual_tokens), tuple(blobs))
 
 
 def a_desk(

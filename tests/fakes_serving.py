@@ -26,6 +26,7 @@ from client.session.session import Session, open_session
 from client.session.terms import Terms
 from client.session.trace import Trace
 from node.model.adapters.low_rank import SpanAdapter
+from node.model.blocks.kv_pages import Prefix
 from node.model.blocks.rope import LengthRope
 from node.serving.adapters.desk import AdapterDesk
 from node.serving.adapters.listener import AdapterListener
@@ -42,6 +43,7 @@ from routing.chains.search import Chain, Hop
 from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
+from tensor_codec.adapters import PREFIX
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
@@ -68,12 +70,16 @@ T = TypeVar("T")
 
 
 class FakeCache:
-    """The inputs of every block of the run, [batch, length, hidden] each."""
+    """The inputs of every block of the run, [batch, length, hidden] each.
+
+    prefix: of each block the sum of the keys and values in front, once `begin_with` was called.
+    """
 
     def __init__(self, batch: int, max_length: int) -> None:
         self.batch = batch
         self.max_length = max_length
         self.given: dict[int, Tensor] = {}
+        self.prefix: dict[int, int] = {}
         self.length = 0
         self.closed = False
 
@@ -92,6 +98,12 @@ class FakeCache:
         """Room for the positions before `length`."""
         assert not self.closed
         assert length <= self.max_length
+
+    def begin_with(self, prefix: Prefix) -> None:
+        """Every block adds the sum of its keys and values from now on."""
+        assert not self.length
+        for block, own in prefix.blocks.items():
+            self.prefix[block] = int(own.keys.sum() + own.values.sum())
 
     def close(self) -> None:
         """Give everything back."""
@@ -190,7 +202,7 @@ class FakeSpan:
             given = cache.given.get(block, hidden[:, :0])
             cache.given[block] = torch.cat([given, hidden], dim=1)
             before = cache.given[block].cumsum(1)[:, position:] - hidden
-            added = 0 if adapter is None else adapter.rank
+            added = cache.prefix.get(block, 0) + (0 if adapter is None else adapter.rank)
             hidden = (3 * hidden + block + 1 + before + added) % PRIME
         cache.length += tokens
         self.steps.append((position, tokens, start, stop))
@@ -488,7 +500,8 @@ class World:
         self.nursery.start_soon(engine.run)
         node = self.nodes[peer] = FakeNode(peer, span, compute, listener)
         if desk is not None:
-            shapes = {block: {"q_proj": (HIDDEN, HIDDEN)} for block in range(start, stop)}
+            known = {"q_proj": (HIDDEN, HIDDEN), PREFIX: (HIDDEN, HIDDEN)}
+            shapes = dict.fromkeys(range(start, stop), known)
             node.adapters = AdapterListener(
                 admission, desk, lambda: shapes, compute, self.limits, listener.faults
             )

@@ -163,9 +163,9 @@ class AdapterUploads:
                 f"an adapter for {len(manifest.blocks)} blocks of revision {manifest.revision}, the model has"
                 f" {self.info.blocks} of revision {self.info.revision}"
             )
-        if manifest.kind != "lora":
-            raise ValueError(f"an adapter of kind {manifest.kind!r}: servers take lora")
-        if not any(manifest.blocks):
+        if manifest.virtual_tokens > (most := self.limits.max_adapter_virtual_tokens):
+            raise ValueError(f"a prefix of {manifest.virtual_tokens} virtual tokens, {most} are allowed")
+        if not any(content.blobs):
             return None
         if content.id not in self._sound:
             check_values(content)
@@ -263,12 +263,17 @@ class AdapterUse:
     content: AdapterContent | None
     uploads: AdapterUploads
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Places of a cache in front of the text; a session's positions do not count them."""
+        return 0 if self.content is None else self.content.manifest.virtual_tokens
+
     def within(self, constraints: Constraints) -> Constraints:
         """These constraints, and that every server can compute with the adapter."""
         if self.content is None:
             return replace(constraints, adapter=self.name)
         sites = (site for block in self.content.manifest.blocks for site in block)
-        return replace(constraints, lora=max((site.rank for site in sites), default=0))
+        return replace(constraints, lora=max((site.rank for site in sites), default=1))  # 1: of a prefix
 
     def seconds_for(self, peer: PeerId, blocks: Blocks) -> float:
         """Time to bring the adapter to a server, a part of a hop's opening; 0 where it should be there."""

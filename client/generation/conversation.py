@@ -56,7 +56,8 @@ class Conversation:
     """The tokens of one generation, or of one conversation.
 
     heads: shared by all conversations of the swarm, so that they share a batch.
-    worked: called with the session after every answered step.
+    worked: called with the session after every answered step.  first_position: of the first token, which an
+    adapter's virtual tokens may lie before.
     max_length: the largest number of tokens.  give_up_seconds: for one call of `logits_after`, new
     chains and replays included; while a long prompt or a replay makes progress, as many more seconds
     for every LONG_PART of the tokens.
@@ -69,6 +70,7 @@ class Conversation:
     worked: Callable[[Session], None]
     max_length: int
     give_up_seconds: float
+    first_position: int = 0
     trace: Trace = field(default_factory=Trace)
     session: Session | None = None
     tokens: list[int] = field(default_factory=list)
@@ -164,7 +166,7 @@ class Conversation:
             import torch
 
             ids = torch.tensor([tokens[first:last]])
-            return memoryview(session.encode(self.local_model.embed(ids, first)))
+            return memoryview(session.encode(self.local_model.embed(ids, self.first_position + first)))
 
         # One token takes less time here than its way into the torch thread and back.  A model that keeps
         # state belongs to that thread, where another generation may be using it.

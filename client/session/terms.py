@@ -84,4 +84,5 @@ class Terms:
     @property
     def cache_tokens(self) -> int:
         """Positions of all rows: the most that a hop's cache may have to hold."""
-        return self.batch * self.max_length
+        virtual_tokens = 0 if self.adapter is None else self.adapter.virtual_tokens
+        return self.batch * (virtual_tokens + self.max_length)

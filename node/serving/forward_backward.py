@@ -23,7 +23,8 @@ import trio
 from torch import Tensor
 
 from node.model.adapters.adapted import AdaptedSpan
-from node.model.adapters.low_rank import AdapterGradients, SpanAdapter
+from node.model.adapters.low_rank import AdapterGradients
+from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.forward_backward import (
     Activations,
     Gradients,
@@ -98,7 +99,7 @@ class StatelessEngine(Protocol):
         work: Parts,
         *,
         prefix: str = "",
-        adapter: SpanAdapter | None = None,
+        adapter: AnySpanAdapter | None = None,
     ) -> Answer:
         """Run `work` in the torch thread, one part at each `next`, when the request's parts are due.
 
@@ -116,7 +117,7 @@ class Work:
     held: positions times blocks whose activations a backward may hold (`node.model.blocks.parts`).
     most: positions times blocks of a part; None: the usual number.
     tape: a Forward keeps its graphs there, and a Backward goes back through them.
-    adapter: of the request, for all its blocks.  take: gets the gradients of the adapter's matrices, in the
+    adapter: of the request, for all its blocks.  take: gets the gradients of the adapter's values, in the
     torch thread, once the answer of a backward is encoded; None: they are not computed.
     """
 
@@ -125,7 +126,7 @@ class Work:
     held: int = 0
     most: int | None = None
     tape: Tape | None = None
-    adapter: SpanAdapter | None = None
+    adapter: AnySpanAdapter | None = None
     take: Callable[[AdapterGradients], None] | None = None
 
     @property
@@ -161,7 +162,7 @@ class Work:
             self.take(span.gradients)
         return bodies[0] if len(bodies) == 1 else b"".join(bodies)
 
-    def _adapted(self, span: StatelessSpan, adapter: SpanAdapter) -> AdaptedSpan:
+    def _adapted(self, span: StatelessSpan, adapter: AnySpanAdapter) -> AdaptedSpan:
         """The span with the adapter; of a tape's backward the one that its forward went through."""
         if self.tape is None:
             return AdaptedSpan(span, adapter, trains=self.take is not None)
@@ -397,15 +398,29 @@ class ForwardBackwardListener:
         backward, run = isinstance(request, Backward), request.run
         using = self.admission.using(stream.peer, run.spec, trio.current_time)
         with using as adapter, self._summing(stream, run) as take:
-            more = 0.0 if adapter is None else adapter.kept_bytes
+            self._check_places(adapter, contract)
             async with self.tapes.tape_for(stream.peer, stream.prefix, request, contract, adapter) as kept:
-                held = await self.held(contract.max_length, more) if backward and kept is None else 0
+                held = await self._held(contract, adapter) if backward and kept is None else 0
                 tape = None if kept is None else kept.tape
                 work = Work(request, contract, held, self.engine.part_positions, tape, adapter, take)
                 computed = await self._compute(stream, work, contract)
                 if kept is not None:
                     kept.answered = computed is not None
         return computed, kept is not None and not backward
+
+    def _check_places(self, adapter: AnySpanAdapter | None, contract: Contract) -> None:
+        """Raise Refused where the model has no places for these rows after their prefix."""
+        first, most = _virtual_tokens(adapter), self.admission.spec.max_position
+        if first + contract.max_length > most:
+            raise Refused(
+                f"{contract.max_length} positions after a prefix of {first} were sent, the model has {most}"
+            )
+
+    async def _held(self, contract: Contract, adapter: AnySpanAdapter | None) -> int:
+        """Positions times blocks whose activations a backward may hold: fewer after a prefix, in every row."""
+        tokens = contract.max_length + _virtual_tokens(adapter)
+        more = 0.0 if adapter is None else adapter.kept_bytes
+        return await self.held(tokens, more) * contract.max_length // tokens
 
     def _summing(
         self, stream: PeekStream, run: Run
@@ -483,6 +498,10 @@ class ForwardBackwardListener:
         if contract.max_length > served.max_position:
             raise Refused(f"{contract.max_length} positions were sent, the model has {served.max_position}")
         return contract
+
+
+def _virtual_tokens(adapter: AnySpanAdapter | None) -> int:
+    return 0 if adapter is None else adapter.virtual_tokens
 
 
 class _Unfit(Exception):

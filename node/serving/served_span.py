@@ -17,7 +17,7 @@ import trio
 
 from node.config import VERSION, ConfigError
 from node.model.adapters.kernels import prepare
-from node.model.adapters.sites import site_shapes
+from node.model.adapters.prefix import guest_shapes
 from node.model.blocks.forward_backward import kinds_of_blocks, measure_activations
 from node.model.blocks.span import DTYPES, Span, load_span
 from node.model.checkpoint.folder import ModelFolder
@@ -242,7 +242,7 @@ class ServedSpan:
     async def load_own_adapters(self) -> None:
         """Have the operator's adapters for all blocks.  Raises ConfigError."""
         if (desk := self.setup.adapters) is not None and desk.own:
-            engine, shapes = self.listener.engine, site_shapes(self.listener.engine.span)
+            engine, shapes = self.listener.engine, guest_shapes(self.listener.engine.span)
             try:
                 await desk.load_own(sorted(shapes), shapes, engine.compute)
             except MessageError as error:
@@ -311,7 +311,7 @@ async def load_served_span(
 
 @dataclass(slots=True)
 class KnownShapes:
-    """(in, out) of the linears of each block that the engine has, by name: found once for each span."""
+    """The shapes of each block that the engine has, see `guest_shapes`: found once for each span."""
 
     engine: Engine
     _of: EngineSpan | None = None
@@ -320,7 +320,7 @@ class KnownShapes:
     def __call__(self) -> Shapes:
         """See above."""
         if self._of is not self.engine.span:
-            self._of, self._shapes = self.engine.span, site_shapes(self.engine.span)
+            self._of, self._shapes = self.engine.span, guest_shapes(self.engine.span)
         return self._shapes
 
 

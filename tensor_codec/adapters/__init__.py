@@ -6,6 +6,7 @@ from tensor_codec.adapters.manifest import (
     MAX_SCALE,
     MAX_VALUE,
     MAX_VIRTUAL_TOKENS,
+    PREFIX,
     AdapterContent,
     AdapterDtype,
     AdapterKind,
@@ -17,7 +18,6 @@ from tensor_codec.adapters.manifest import (
     decode_manifest,
     encode_manifest,
     is_adapter_id,
-    prefix_bytes,
     site_bytes,
 )
 
@@ -27,6 +27,7 @@ __all__ = [
     "MAX_SCALE",
     "MAX_VALUE",
     "MAX_VIRTUAL_TOKENS",
+    "PREFIX",
     "AdapterContent",
     "AdapterDtype",
     "AdapterKind",
@@ -38,6 +39,5 @@ __all__ = [
     "decode_manifest",
     "encode_manifest",
     "is_adapter_id",
-    "prefix_bytes",
     "site_bytes",
 ]

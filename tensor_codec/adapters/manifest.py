@@ -7,6 +7,10 @@ each of its sites A [rank, in], then B [out, rank], little-endian in C order.
 
 The id is a hash of the manifest and of the hashes of all blobs.  A hop that has the hashes and the blobs of
 its own blocks can verify it.
+
+A prefix (Li and Liang, arXiv:2101.00190) is keys and values of virtual tokens in front of the text.  Each
+block has one part of it, named PREFIX, and a blob with the keys and then the values, [virtual tokens,
+kv_heads, head_dim] each.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ ADAPTER_KINDS = ("lora", "prefix")
 ID_DOMAIN = b"raceme-adapter-1\0"
 MAX_VALUE = 1e4  # of A and B: what is larger overflows the 16 bits of a row
 MAX_SCALE = 1e4  # peft's largest in use: alpha 256 at rank 1
-MAX_VIRTUAL_TOKENS = 4096  # positions of a prefix, those of a short context
+MAX_VIRTUAL_TOKENS = 4096  # positions of a soft prompt, those of a short context
+PREFIX = "keys and values"  # the name of a block's part of a prefix: no linear has it
 _ID = re.compile("[0-9a-f]{64}")
 _NAME = re.compile("[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SITE = struct.Struct("<BHd")  # place of the name, rank, scale
@@ -68,6 +73,15 @@ class AdapterManifest:
     blocks: tuple[tuple[LoraSite, ...], ...]
     kind: AdapterKind = "lora"
     virtual_tokens: int = 0
+
+    def parts(self, block: int) -> tuple[LoraSite, ...]:
+        """The parts of a block's blob: its sites; of a prefix the keys and values, by the name PREFIX.
+
+        The rank of that one part is the number of virtual tokens.
+        """
+        if self.kind == "prefix":
+            return (LoraSite(PREFIX, self.virtual_tokens, 1.0),)
+        return self.blocks[block]
 
 
 @dataclass(frozen=True)
@@ -121,27 +135,25 @@ def site_bytes(site: LoraSite, ins: int, outs: int, dtype: str) -> int:
 
 
 def blob_bytes(sites: Sequence[LoraSite], shapes: Mapping[str, tuple[int, int]], dtype: str) -> int:
-    """Bytes of a block's blob.  shapes: (in, out) of the block's linears by their names.
+    """Bytes of a block's blob.
 
-    Raises MessageError for a site that the block lacks, and for a rank above a linear's smaller side.
+    sites: see `AdapterManifest.parts`.  shapes: (in, out) of the block's linears by their names; under PREFIX
+    the values of a key and of a value, where the block can have a prefix.
+    Raises MessageError for a site that the block lacks, for a rank above a linear's smaller side, and for a
+    prefix where the block can have none.
     """
     total = 0
     for site in sites:
-        if (shape := shapes.get(site.name)) is None:
-            known = ", ".join(sorted(shapes)) or "none"
+        shape = shapes.get(site.name)
+        if shape is None and site.name == PREFIX:
+            raise MessageError("a prefix: the cache of this model's blocks takes none")
+        if shape is None:
+            known = ", ".join(sorted(shapes.keys() - {PREFIX})) or "none"
             raise MessageError(f"an adapter's site {site.name!r}, the block has {known}")
-        if site.rank > min(shape):
+        if site.rank > min(shape) and site.name != PREFIX:
             raise MessageError(f"rank {site.rank} at {site.name!r} of {shape[0]} x {shape[1]}")
         total += site_bytes(site, *shape, dtype)
     return total
-
-
-def prefix_bytes(virtual_tokens: int, kv_values: int, dtype: str) -> int:
-    """Bytes of a block's blob of a prefix: keys, then values [virtual tokens, kv_heads, head_dim].
-
-    kv_values: kv_heads * head_dim.
-    """
-    return 2 * virtual_tokens * kv_values * ADAPTER_DTYPES[dtype]
 
 
 def encode_manifest(manifest: AdapterManifest) -> bytes:
@@ -185,7 +197,7 @@ def decode_manifest(data: Buffer, limits: Limits) -> AdapterManifest:
         dtype=cast(AdapterDtype, header.choice("dtype", frozenset(ADAPTER_DTYPES))),
         blocks=_blocks(_bytes(fields, "blocks"), _tables(header, _bytes(fields, "tables"), limits)),
         kind=cast(AdapterKind, header.choice("kind", frozenset(ADAPTER_KINDS))),
-        virtual_tokens=header.integer("virtual_tokens", 0, MAX_VIRTUAL_TOKENS),
+        virtual_tokens=header.integer("virtual_tokens", 0, limits.max_adapter_virtual_tokens),
     )
     is_prefix = manifest.kind == "prefix"
     sites = sum(map(len, manifest.blocks))

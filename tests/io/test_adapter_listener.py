@@ -37,7 +37,7 @@ from tensor_codec.messages.adapter import (
 )
 from tensor_codec.messages.fields import Failed
 from tensor_codec.span_spec import SpanSpec
-from tests.adapter_fixtures import SITES, a_desk, content, shapes
+from tests.adapter_fixtures import SITES, a_desk, content, prefix, shapes
 from tests.fakes_serving import HIDDEN, FakeCompute, FakeStream, stream_pair
 
 RUN = Blocks(1, 4)
@@ -199,7 +199,7 @@ REFUSED = {
     "a site that the blocks lack": (with_id(OWN, UNKNOWN), {}, "refused", "site 'experts'"),
     "a rank above a linear's smaller side": (with_id(OWN, HIGH), {}, "refused", f"rank {HIDDEN + 1}"),
     "a prefix": (
-        with_id(OWN, AdapterManifest("r", "fp32", ((),) * 6, "prefix", 4)), {}, "refused", "kind 'prefix'",
+        prefix(), {}, "refused", "a prefix: the cache of this model's blocks takes none",
     ),
 }  # fmt: skip
 

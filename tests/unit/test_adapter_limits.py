@@ -32,3 +32,13 @@ def test_a_manifest_is_as_long_as_max_adapter_manifest_bytes_allows():
     less = replace(LIMITS, max_adapter_manifest_bytes=len(data) - 1)
     with pytest.raises(MessageError, match=f"{len(data)} bytes, {len(data) - 1} are allowed"):
         decode_manifest(data, less)
+
+
+def test_a_prefix_has_as_many_virtual_tokens_as_max_adapter_virtual_tokens_allows():
+    most = LIMITS.max_adapter_virtual_tokens
+    blocks = ((),) * 2
+    data = encode_manifest(AdapterManifest("r", "bf16", blocks, "prefix", most))
+    assert decode_manifest(data, LIMITS).virtual_tokens == most
+    more = encode_manifest(AdapterManifest("r", "bf16", blocks, "prefix", most + 1))
+    with pytest.raises(MessageError, match=f"virtual_tokens is {most + 1}"):
+        decode_manifest(more, LIMITS)

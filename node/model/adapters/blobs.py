@@ -1,4 +1,4 @@
-"""From the bytes of a block's blob to its low-rank matrices, checked."""
+"""From the bytes of a block's blob to its low-rank matrices, or its part of a prefix, checked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from node.model.adapters.low_rank import BlockAdapter, LowRank
-from tensor_codec.adapters import LoraSite, blob_bytes
+from node.model.adapters.low_rank import BlockAdapter, LowRank, SpanAdapter
+from node.model.adapters.prefix import AnySpanAdapter, KeyValues, SpanPrefix
+from tensor_codec.adapters import PREFIX, LoraSite, blob_bytes
 from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 
@@ -23,12 +24,12 @@ def read_block(
     dtype: str,
     blob: Buffer,
     device: torch.device | str = "cpu",
-) -> BlockAdapter:
+) -> BlockAdapter | KeyValues:
     """A block's part of an adapter, out of its blob; the values are copied.
 
-    sites: of the block, in the order of the blob.  shapes: (in, out) of its linears by name.  dtype: "bf16"
-    or "fp32".  Raises MessageError for another size, for a site that the block lacks, and for a value that is
-    not finite or above MAX_VALUE.
+    sites: `AdapterManifest.parts` of the block, in the order of the blob.  shapes: see `blob_bytes`.  dtype:
+    "bf16" or "fp32".  Raises MessageError for another size, for a site that the block lacks, and for a value
+    that is not finite or above MAX_VALUE.
     """
     expected = blob_bytes(sites, shapes, dtype)
     if len(blob) != expected:
@@ -37,6 +38,11 @@ def read_block(
         return {}
     writable = blob if isinstance(blob, bytearray) else bytearray(blob)  # as torch wants it; nothing writes
     values = torch.frombuffer(writable, dtype=DTYPES[dtype])
+    if sites[0].name == PREFIX:
+        keys, own = values.view(2, sites[0].rank, -1)
+        _check(keys)
+        _check(own)
+        return KeyValues(keys.to(device, copy=True), own.to(device, copy=True))
     found, begin = {}, 0
     for site in sites:
         ins, outs = shapes[site.name]
@@ -47,6 +53,14 @@ def read_block(
         found[site.name] = LowRank(a.to(device, copy=True), b.to(device, copy=True), site.scale)
         begin = end
     return found
+
+
+def span_adapter(id: str, blocks: Mapping[int, BlockAdapter | KeyValues]) -> AnySpanAdapter:
+    """What a span computes with, of what `read_block` has made of the blobs of its blocks."""
+    kept = {block: own for block, own in blocks.items() if isinstance(own, KeyValues)}
+    if kept:
+        return SpanPrefix(id, kept)
+    return SpanAdapter(id, {block: own for block, own in blocks.items() if not isinstance(own, KeyValues)})
 
 
 def _check(values: Tensor) -> None:

@@ -124,6 +124,15 @@ class SpanAdapter:
             default=0,
         )
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions in front of the text: those of a prefix."""
+        return 0
+
+    def pairs(self, block: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is trained in a block: A and B by the names of their linears."""
+        return {name: (low.a, low.b) for name, low in self.blocks[block].items()}
+
     def values(self, start: int, stop: int) -> int:
         """Numbers in the matrices of blocks [start, stop).  Raises LocalProtocolError for a missing block."""
         self.check(start, stop)

@@ -281,10 +281,10 @@ class _Graph:
 
 
 def _matrices(span: StatelessSpan, start: int, stop: int) -> list[Tensor]:
-    """The adapter's matrices whose gradients are wanted: A and B of each linear."""
+    """The adapter's tensors whose gradients are wanted: A and B of each linear, or a prefix."""
     if not isinstance(span, AdaptedSpan):
         return []
-    return [each for _, _, low in span.leaves(start, stop) for each in (low.a, low.b)]
+    return [each for _, _, pair in span.leaves(start, stop) for each in pair]
 
 
 def _of(prompts: Tensor | None, first: int, last: int) -> Tensor | None:

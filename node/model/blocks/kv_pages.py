@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -58,6 +58,30 @@ class BlockShape:
     def values(self) -> int:
         """Numbers for each position."""
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+class KeysAndValues(Protocol):
+    """A block's part of a prefix, [virtual tokens, heads * head_dim] each."""
+
+    @property
+    def keys(self) -> Tensor:
+        """As they lie in the cache, without rotary angles."""
+
+    @property
+    def values(self) -> Tensor:
+        """See `keys`."""
+
+
+class Prefix(Protocol):
+    """The part of `node.model.adapters.prefix.SpanPrefix` that a cache needs."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions in front of the text."""
+
+    @property
+    def blocks(self) -> Mapping[int, KeysAndValues]:
+        """By the blocks' numbers in the model."""
 
 
 class RowStates(Protocol):
@@ -250,6 +274,7 @@ class SpanCache:
     rows: their numbers in the pool's table, [batch].  length: positions that every block of the session's run
     has computed.  The caller moves it after the whole step, so a failed step leaves no trace in it.  A
     convolution's state may have moved by then: its session must begin again.
+    virtual_tokens: of a prefix, in the first places of every row.  Lengths and positions do not count them.
     """
 
     pool: PagePool
@@ -259,6 +284,7 @@ class SpanCache:
     pages: int = 0  # of each row
     states: dict[int, RowStates] = field(default_factory=dict)  # of convolutions, by block
     closed: bool = False
+    virtual_tokens: int = 0
 
     @property
     def batch(self) -> int:
@@ -281,7 +307,7 @@ class SpanCache:
         """Own pages for the positions [0, length) of every row."""
         if self.closed or length > self.max_length:
             raise LocalProtocolError(f"{length} positions in a cache of {self.max_length}")
-        more = -(-length // self.pool.page_tokens) - self.pages
+        more = -(-(self.virtual_tokens + length) // self.pool.page_tokens) - self.pages
         if more > 0:
             if more * self.batch * self.pool.page_tokens > self.pool.free_tokens:
                 raise LocalProtocolError(
@@ -304,7 +330,24 @@ class SpanCache:
                 raise CannotCut(f"a convolution's state cannot go back from {self.length} to {length}")
             self.states.clear()
         self.length = length
-        self._keep(-(-length // self.pool.page_tokens))
+        self._keep(self._filled)
+
+    def begin_with(self, prefix: Prefix) -> None:
+        """Put a prefix into the first places of every row of an empty cache, and own the pages for it.
+
+        prefix: for the blocks of the session's run.  Runs in the torch thread.
+        """
+        if self.length or self.virtual_tokens:
+            raise LocalProtocolError(f"a prefix in a cache of {self.length} tokens")
+        count = self.virtual_tokens = prefix.virtual_tokens
+        self.reserve(0)
+        rows = torch.from_numpy(self.pool.slots(self.rows, count)).to(self.pool.device)
+        for block, own in prefix.blocks.items():
+            index = block - self.pool.start
+            for store, given in ((self.pool.keys[index], own.keys), (self.pool.values[index], own.values)):
+                wide = given.detach().to(store.device, store.dtype).view(count, *store.shape[1:])
+                for slots in rows:
+                    store.index_copy_(0, slots, wide)
 
     def select(self, order: Sequence[int]) -> None:
         """Row i becomes the former row order[i], over all positions.  order: [batch], each below batch.
@@ -317,7 +360,7 @@ class SpanCache:
         first[np.unique(named, return_index=True)[1]] = True
         rows = self.rows[named]
         rows[~first] = np.delete(self.rows, named)
-        filled = -(-self.length // self.pool.page_tokens)
+        filled = self._filled
         if filled and not first.all():
             sources, targets = self.rows[named[~first]], rows[~first]
             self.pool.copy(*(self.pool.table(each, filled).ravel() for each in (sources, targets)))
@@ -333,6 +376,11 @@ class SpanCache:
             self.pool.close_rows(self.rows)
             self.states.clear()
             self.closed = True
+
+    @property
+    def _filled(self) -> int:
+        """Pages of each row that the length takes."""
+        return -(-(self.virtual_tokens + self.length) // self.pool.page_tokens)
 
     def _keep(self, pages: int) -> None:
         if pages < self.pages:

@@ -7,6 +7,7 @@ is read in place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,38 @@ class ArenaRun(_FullAttention):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Most positions of a row."""
         return int(self.pool.max_length)
+
+
+class AfterPrefix(_FullAttention):
+    """Keys and values in front of whole rows, for a pass with gradients: nothing is kept of the rows.
+
+    pairs: of each block of the run the keys and the values, [tokens, heads * head_dim] each, for all rows.
+    """
+
+    def __init__(self, pairs: Mapping[int, tuple[Tensor, Tensor]], tokens: int) -> None:
+        self._pairs = pairs
+        self._tokens = tokens
+        super().__init__(layers=[LinearAttentionLayer() for _ in range(max(pairs) + 1)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The prefix and then the rows, [rows, heads, tokens and the rows' tokens, head_dim]."""
+        keys, values = self._pairs[layer_idx]
+        return self._before(keys, key_states), self._before(values, value_states)
+
+    def _before(self, own: Tensor, new: Tensor) -> Tensor:
+        rows, heads, _, size = new.shape
+        wide = own.to(new.device, new.dtype).view(-1, heads, size).transpose(0, 1)
+        return torch.cat([wide.expand(rows, -1, -1, -1), new], 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the rows."""
+        return self._tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(positions that attention sees, position of the first)."""
+        return self._tokens + query_length, 0
 
 
 class ShapeProbe(_FullAttention):

@@ -243,6 +243,7 @@ class Span:
         groups: Groups,
     ) -> Tensor:
         """`forward` through a run of blocks, without a change of the cache's length."""
+        position += cache.virtual_tokens
         if self._fused is not None:
             return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
         tokens = hidden.shape[1]
@@ -276,7 +277,8 @@ class Span:
         pool = rows[0].pool
         hidden = hidden.to(self.device, self.dtype)
         numbers = np.concatenate([cache.rows for cache in rows])
-        lengths = np.repeat([cache.length for cache in rows], [cache.batch for cache in rows])
+        reached = [cache.virtual_tokens + cache.length for cache in rows]
+        lengths = np.repeat(reached, [cache.batch for cache in rows])
         groups: Groups = ()
         if adapters is not None:
             groups = groups_of(adapters, [cache.batch for cache in rows])
@@ -311,12 +313,13 @@ class Span:
         wholes: the length whose angles each row takes, [rows].
         """
         answers: list[Tensor] = []
-        together = len({cache.length for cache in rows}) == 1 and not any(cache.states for cache in rows)
+        reached = {cache.virtual_tokens + cache.length for cache in rows}
+        together = len(reached) == 1 and not any(cache.states for cache in rows)
         blocks = numbered_blocks(self, start, stop) if groups else {}
         first = 0
         for turn in [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]:
             numbers = np.concatenate([cache.rows for cache in turn])
-            length, last = turn[0].length, first + len(numbers)
+            length, last = turn[0].virtual_tokens + turn[0].length, first + len(numbers)
             pool, part = turn[0].pool, hidden[first:last, None]
             write = pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
             run = ArenaRun(pool, numbers, write, length + 1, turn[0].states)

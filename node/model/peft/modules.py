@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from node.model.adapters.prefix import why_no_prefix
 from node.model.adapters.sites import site_paths
 from node.model.blocks.span import library_class, library_config
 from node.model.checkpoint.architecture import Architecture, architecture_of
@@ -44,7 +45,8 @@ class ModuleShape:
 class ModelModules:
     """All modules of a model.  Made by `model_modules`.
 
-    head: the path of the output embedding.  hidden: of a position.  kv_heads, head_dim: of attention.
+    head: the path of the output embedding.  hidden: of a position.  kv_heads, head_dim: of attention, as they
+    are cached.  no_prefix: why blocks can have no prefix; None where they can.
     """
 
     architecture: Architecture
@@ -55,6 +57,7 @@ class ModelModules:
     kv_heads: int
     head_dim: int
     revision: str = ""
+    no_prefix: str | None = None
 
     @cached_property
     def shapes(self) -> tuple[Mapping[str, tuple[int, int]], ...]:
@@ -99,10 +102,18 @@ def model_modules(folder: ModelFolder) -> ModelModules:
         blocks=config.num_hidden_layers,
         head=head,
         hidden=config.hidden_size,
-        kv_heads=_first(config, "num_key_value_heads", default=heads),
+        kv_heads=_kv_heads(config, heads),
         head_dim=_first(config, "head_dim", default=config.hidden_size // heads),
         revision=folder.revision,
+        no_prefix=why_no_prefix(config),
     )
+
+
+def _kv_heads(config: Any, heads: int) -> int:  # Any: the library's config
+    """Heads of the cached keys.  falcon has one for all queries, or repeats them before it caches them."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return _first(config, "num_key_value_heads", default=heads)
 
 
 def _first(config: Any, *names: str, default: int = 1) -> int:  # Any: the library's config

@@ -21,6 +21,7 @@ from tensor_codec.adapters import MAX_VIRTUAL_TOKENS, AdapterDtype
 
 PROMPT_TUNING, PREFIX_TUNING = "PROMPT_TUNING", "PREFIX_TUNING"
 TENSOR = "prompt_embeddings"
+NEW = "the adapter's config"  # where there is no folder yet
 
 
 def read_prompt(
@@ -43,7 +44,12 @@ def read_prefix(
     dtype: AdapterDtype,
     where: str,
 ) -> AdapterTensors:
-    """A prefix.  Raises ConfigError."""
+    """A prefix.  Raises ConfigError.
+
+    A folder has the keys and values themselves: peft writes the answers of its `prefix_projection`, and reads
+    them so.
+    """
+    _check_takes_prefix(model, where)
     tokens, heads, size = _tokens(fields, where), model.kv_heads, model.head_dim
     for name, own in (
         ("num_attention_heads", heads),
@@ -54,7 +60,7 @@ def read_prefix(
             raise ConfigError(f"{where}: {name} is {shown(found)}, the model's cache has {own}")
     flat = _tensor(tensors, where, (tokens, model.blocks * 2 * heads * size))
     prefix = flat.view(tokens, model.blocks, 2, heads, size).permute(1, 2, 0, 3, 4).contiguous()
-    return _without_sites(fields, model, dtype, prefix=prefix)
+    return _without_sites({**fields, "prefix_projection": False}, model, dtype, prefix=prefix)
 
 
 def new_prompt(model: ModelModules, tokens: int, scale: float) -> AdapterTensors:
@@ -68,7 +74,8 @@ def new_prompt(model: ModelModules, tokens: int, scale: float) -> AdapterTensors
 
 
 def new_prefix(model: ModelModules, tokens: int, dtype: AdapterDtype = "bf16") -> AdapterTensors:
-    """A prefix with random values, as peft begins: of a standard normal distribution."""
+    """A prefix with random values, as peft begins: of a standard normal distribution.  Raises ConfigError."""
+    _check_takes_prefix(model, NEW)
     shape = (model.blocks, 2, tokens, model.kv_heads, model.head_dim)
     return prefix_of(model, torch.randn(*shape), dtype)
 
@@ -84,6 +91,11 @@ def prefix_of(model: ModelModules, prefix: Tensor, dtype: AdapterDtype) -> Adapt
         "prefix_projection": False,
     }
     return _without_sites(fields, model, dtype, prefix=prefix)
+
+
+def _check_takes_prefix(model: ModelModules, where: str) -> None:
+    if model.no_prefix is not None:
+        raise ConfigError(f"{where}: the model takes no prefix: {model.no_prefix}")
 
 
 def _usual(kind: str, tokens: int, model: ModelModules) -> dict[str, Any]:  # Any: JSON

@@ -9,8 +9,7 @@ from typing import Protocol
 
 import trio
 
-from node.model.adapters.blobs import read_block
-from node.model.adapters.low_rank import SpanAdapter
+from node.model.adapters.blobs import read_block, span_adapter
 from node.network.sharing.seeder import Seeder
 from node.network.sharing.seeds import Seed, Seeds
 from node.runtime.compute_thread import Runner
@@ -19,6 +18,7 @@ from node.serving.adapters.sums import GradientSums, Shape, Shapes
 from node.serving.adapters.uploads import Uploads
 from routing.sharing.cards import verify_card
 from tensor_codec.adapters import AdapterManifest, LoraSite
+from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 
@@ -65,6 +65,8 @@ class AdapterDesk:
     async def load_own(self, blocks: Sequence[int], shapes: Shapes, compute: Runner) -> None:
         """Have the operator's adapters for these blocks.  Raises MessageError."""
         for each in self.own:
+            if each.manifest.kind == "prefix":  # a client must know where its text begins
+                raise MessageError(f"{each.name} is a prefix: clients bring theirs, only lora is kept for all")
             for block in self.store.own_missing(each.id, blocks):
                 sites, dtype = each.manifest.blocks[block], each.manifest.dtype
                 blob = each.blobs[block]
@@ -93,7 +95,7 @@ def open_desk(
     capacity, sum_capacity: bytes for guests' adapters, and for the sums of their gradients.
     sign: a card for an adapter without one; None: the operator's adapters are given to nobody.
     """
-    store = AdapterStore(limits, capacity, SpanAdapter)
+    store = AdapterStore(limits, capacity, span_adapter)
     for each in own:
         store.keep(each.name, each.id, each.manifest)
     seeds = [] if sign is None else [_seed(each, sign, limits) for each in own]

@@ -59,7 +59,7 @@ from tensor_codec.messages.sharing import decode_question, is_question
 class AdapterListener:
     """Takes adapters for one span.
 
-    admission: to the served span.  shapes: (in, out) of the linears of each block of the span, by name.
+    admission: to the served span.  shapes: of each block of the span, see `blob_bytes`.
     faults: of peers, counted.
     """
 
@@ -130,12 +130,10 @@ class AdapterListener:
         self.admission.admits(replace(frame.spec, adapter=None))
         offer = frame.checked(self.limits, self.desk.blocks)
         manifest, blocks = offer.manifest, offer.spec.blocks
-        if manifest.kind != "lora":
-            raise Refused(f"an adapter of kind {manifest.kind!r}: only lora is taken here")
         shapes = self.shapes()
         try:
             sizes = {
-                block: blob_bytes(manifest.blocks[block], shapes[block], manifest.dtype)
+                block: blob_bytes(manifest.parts(block), shapes[block], manifest.dtype)
                 for block in range(*blocks)
             }
         except MessageError as unfit:  # an honest client may not know what can carry an adapter here
@@ -201,7 +199,7 @@ class AdapterListener:
 
     async def _read(self, offer: Offer, block: int, blob: bytearray) -> Block:
         """What a blob adds to its block.  Raises MessageError."""
-        sites, dtype = offer.manifest.blocks[block], offer.manifest.dtype
+        sites, dtype = offer.manifest.parts(block), offer.manifest.dtype
         shapes = self.shapes()
         if block not in shapes:
             raise Draining(LEAVING)

@@ -44,7 +44,8 @@ class _Content:
 
 def manifest_bytes(manifest: AdapterManifest) -> int:
     """Bytes kept of a manifest, and of what is made for each of its sites: an estimate from above."""
-    return CLAIM_BYTES + SITE_BYTES * sum(map(len, manifest.blocks)) + 8 * len(manifest.blocks)
+    blocks = len(manifest.blocks)
+    return CLAIM_BYTES + SITE_BYTES * sum(len(manifest.parts(block)) for block in range(blocks)) + 8 * blocks
 
 
 class AdapterStore:

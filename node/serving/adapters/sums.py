@@ -27,7 +27,7 @@ from tensor_codec.messages.gradients import SUM_DTYPES, Collect, Summed, encode_
 from tensor_codec.span_spec import SpanSpec
 
 AGAIN_SECONDS = 5.0  # another sum was collected or has ended by then
-Shape = Mapping[str, tuple[int, int]]  # (in, out) of the linears of a block, by name
+Shape = Mapping[str, tuple[int, int]]  # of a block, see `blob_bytes`
 Shapes = Mapping[int, Shape]
 Gradients = Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]  # `AdapterGradients` of node.model.adapters
 Send = Callable[[list[Buffer]], Awaitable[None]]
@@ -85,13 +85,13 @@ class GradientSum:
     def encoded(self, dtype: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of the sum as it travels, by default all; multiples of a value's bytes.
 
-        Block after block, site after site A [rank, in] and B [out, rank].  dtype: "fp32" or "fp64".  Of a sum
-        with requests in it.  Runs in the torch thread.
+        Block after block, site after site A [rank, in] and B [out, rank]; of a prefix keys and values.
+        dtype: "fp32" or "fp64".  Of a sum with requests in it.  Runs in the torch thread.
         """
         item, parts, at = SUM_DTYPES[dtype], [], 0
         stop = self.encoded_size(dtype) if stop is None else stop
         for block in range(*self.run):
-            for site in self.manifest.blocks[block]:
+            for site in self.manifest.parts(block):
                 for part in self._sums[block, site.name]:
                     first, last = max(start - at, 0) // item, max(stop - at, 0) // item
                     own = part.view(-1)[first:last]
@@ -243,8 +243,8 @@ class SpanSums:
 
 
 def sum_size(manifest: AdapterManifest, run: Blocks, shapes: Shapes) -> int:
-    """Bytes of a sum over the blocks of `run`.  shapes: (in, out) of the linears of each block."""
+    """Bytes of a sum over the blocks of `run`.  shapes: see `blob_bytes`, of each block."""
     values = sum(
-        site.rank * sum(shapes[block][site.name]) for block in range(*run) for site in manifest.blocks[block]
+        site.rank * sum(shapes[block][site.name]) for block in range(*run) for site in manifest.parts(block)
     )
     return values * SUM_DTYPES["fp64"]

@@ -22,6 +22,7 @@ import trio
 from torch import Tensor
 
 from node.model.adapters.low_rank import SpanAdapter
+from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
 from node.runtime.compute_thread import Runner
@@ -261,7 +262,7 @@ class Engine:
         parts: Sequence[tuple[int, int]],
         work: Parts,
         *,
-        adapter: SpanAdapter | None = None,
+        adapter: AnySpanAdapter | None = None,
         prefix: str = "",
     ) -> Answer:
         """Run `work` in the torch thread, a part for each batch that the batcher gives this request.
@@ -279,7 +280,7 @@ class Engine:
             job = self._with_adapter(job, adapter)
         return await self._answer(_Request(job, self._clock(), work=work))
 
-    def _with_adapter(self, job: Job, adapter: SpanAdapter) -> Job:
+    def _with_adapter(self, job: Job, adapter: AnySpanAdapter) -> Job:
         values = self.span.block_values * (job.stop - job.start)
         weight = 1 + adapter.values(job.start, job.stop) / max(values, 1.0)
         return replace(job, weight=weight, adapter=adapter.id)

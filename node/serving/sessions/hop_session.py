@@ -9,6 +9,8 @@ from typing import Protocol
 import trio
 from torch import Tensor
 
+from node.model.adapters.prefix import SpanPrefix
+from node.model.blocks.kv_pages import Prefix
 from node.network.budgets.large_frames import FramePlace
 from node.serving.adapters.store import HopAdapter
 from node.serving.executor.engine import Answer, StepCache
@@ -61,6 +63,9 @@ class SessionCache(StepCache, Protocol):
     def select(self, order: Sequence[int]) -> None:
         """Row i becomes the former row order[i]."""
 
+    def begin_with(self, prefix: Prefix) -> None:
+        """Put a prefix in front of all positions of an empty cache.  Runs in the torch thread."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -102,11 +107,21 @@ class KeptOutputs:
 class Guests:
     """What a client adds to the blocks of its session, so that their cache is its own.
 
-    prompts: deep prompts, [blocks, positions, hidden].  adapter: of all steps.
+    prompts: deep prompts, [blocks, positions, hidden].  adapter: of all steps.  prefix: keys and values of
+    `virtual_tokens` in the first places of the cache; the session's positions do not count them.
     """
 
     prompts: Tensor | None = None
     adapter: HopAdapter | None = None
+    prefix: Prefix | None = None
+    virtual_tokens: int = 0
+
+    @classmethod
+    def of(cls, prompts: Tensor | None, adapter: HopAdapter | None) -> Guests:
+        """Of a session that was opened with these."""
+        if isinstance(adapter, SpanPrefix):
+            return cls(prompts, prefix=adapter, virtual_tokens=adapter.virtual_tokens)
+        return cls(prompts, adapter)
 
     def prompts_at(self, position: int) -> Tensor | None:
         """The prompts for a step from `position` on; None where there are none or they end before it."""

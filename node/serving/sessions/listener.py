@@ -163,10 +163,11 @@ class Listener:
                 with place.opening, holding, adapting as adapter:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
-                    await self._cache_admission.admit(
-                        key, stream.peer, opened.batch, opened.max_length, stream.prefix
-                    )
-                    with self._place(stream, opened, Guests(prompts, adapter)) as hop:
+                    guests = Guests.of(prompts, adapter)
+                    length = self._cache_length(opened, guests)
+                    await self._cache_admission.admit(key, stream.peer, opened.batch, length, stream.prefix)
+                    with self._place(stream, opened, guests) as hop:
+                        await self._begin(hop)
                         await self._run(hop)
                 if place.refusal is not None:
                     raise place.refusal
@@ -305,6 +306,22 @@ class Listener:
         """The deep prompts of a session, checked in the torch thread.  Raises BadResult."""
         contract = prompts_contract(self._contract(opened), opened.prompts)
         return await self.engine.compute.run(decode_hidden, opened.body, contract)
+
+    def _cache_length(self, opened: Open, guests: Guests) -> int:
+        """Positions of each row in the cache.  Raises Refused where the model has fewer."""
+        length, most = guests.virtual_tokens + opened.max_length, self.admission.spec.max_position
+        if length > most:
+            raise Refused(
+                f"a session of {opened.max_length} positions after a prefix of {guests.virtual_tokens},"
+                f" the model has {most}"
+            )
+        return length
+
+    async def _begin(self, hop: HopSession) -> None:
+        """Put the session's prefix into its cache.  Raises CacheFull."""
+        if hop.guests.prefix is not None:
+            await self._cache_admission.grow(hop.key, hop.guests.virtual_tokens)
+            await self.engine.compute.run(hop.cache.begin_with, hop.guests.prefix)
 
     def _contract(self, opened: Open) -> Contract:
         hidden = self.admission.spec.hidden

@@ -254,7 +254,7 @@ class HopWorker:
         """Forget positions from `length` on, those of an interrupted step too."""
         hop = self.hop
         self.engine.before_next(partial(_cut_cache, hop.cache, length))
-        self.admission.shrink(hop.key, length)
+        self.admission.shrink(hop.key, hop.guests.virtual_tokens + length)
         if hop.kept.journal is not None:
             self.journals.cut(hop.kept.journal, length)
 
@@ -323,7 +323,7 @@ class HopWorker:
         hop, what = self.hop, decision.what
         if hop.cache.length > what.position:
             self._cut(what.position)
-        await self.admission.grow(hop.key, what.position + what.tokens)
+        await self.admission.grow(hop.key, hop.guests.virtual_tokens + what.position + what.tokens)
         if decision.reorder and decision.step is not None:
             hop.state.reordered(decision)
             self.engine.before_next(partial(hop.cache.select, what.rows))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.model.adapters.low_rank import SpanAdapter
+from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.forward_backward import Tape
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import MessageError, NoTape, Refused
@@ -208,7 +208,7 @@ class Tapes:
         prefix: str,
         request: Forward | Backward,
         contract: Contract,
-        adapter: SpanAdapter | None = None,
+        adapter: AnySpanAdapter | None = None,
     ) -> AsyncIterator[KeptTape | None]:
         """The tape for the time in which a request is computed.  adapter: of the request.
 
@@ -261,16 +261,18 @@ class Tapes:
         return kept
 
     async def _opened(
-        self, peer: str, prefix: str, run: Run, contract: Contract, adapter: SpanAdapter | None
+        self, peer: str, prefix: str, run: Run, contract: Contract, adapter: AnySpanAdapter | None
     ) -> KeptTape | None:
         if not self.budget.capacity:
             return None
-        positions, blocks = contract.batch * contract.max_length, contract.stop - contract.start
-        of_a_position, copies = await self.activations(contract.max_length), 0
+        tokens, blocks = contract.max_length, contract.stop - contract.start
+        if adapter is not None:
+            tokens += adapter.virtual_tokens  # a prefix takes places in every row
+        of_a_position, copies = await self.activations(tokens), 0
         if adapter is not None:
             of_a_position += adapter.kept_bytes
             copies = 4 * adapter.values(contract.start, contract.stop)  # float32, leaves of the graph
-        activations = int(of_a_position * positions * blocks) + copies
+        activations = int(of_a_position * contract.batch * tokens * blocks) + copies
         if activations > self.free():
             return None
         size = max(activations, blocks * GRAPH_BYTES, self.budget.capacity // MAX_TAPES)
