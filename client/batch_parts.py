@@ -194,9 +194,11 @@ class BatchCutter:
         grad: Tensor | None = None,
         prompts: Tensor | None = None,
         tensors: int = 1,
+        first: int = 0,
     ) -> list[Part]:
         """The parts of a call.  tensors: of the largest request for a part, in hidden states.
 
+        first: places of a prefix in front of every row.
         Runs in the torch thread.  Raises ValueError.
         """
         if not 0 <= start < stop <= self.info.blocks:
@@ -204,10 +206,13 @@ class BatchCutter:
         hidden = self.checked("hidden", hidden, "batch, tokens")
         grad = None if grad is None else self.gradient(grad, hidden.shape)
         batch, tokens, _ = hidden.shape
-        if tokens > self.info.max_position:
-            raise ValueError(f"rows of {tokens} positions, the model has {self.info.max_position}")
+        if first + tokens > self.info.max_position:
+            after = f" after a prefix of {first}" if first else ""
+            raise ValueError(f"rows of {tokens} positions{after}, the model has {self.info.max_position}")
         prompts = None if prompts is None else self.prompts(prompts, stop - start, tokens)
         rows = max(1, min(self._room(tokens, tensors, prompts), REQUEST_POSITIONS) // tokens)
+        if first:
+            rows = max(1, min(rows, self.limits.max_step_tokens // (first + tokens)))
         parts = []
         for i in range(0, batch, rows):
             own = None if grad is None else grad[i : i + rows]

@@ -230,14 +230,9 @@ class ForwardBackward:
 
         The chain that the first one would take says whether small parts pay.
         """
-        cut = partial(self._cutter.cut, grad=grad, prompts=prompts, tensors=tensors)
-        whole: list[Part] = await self.compute.run(cut, hidden, *run)
         first = 0 if adapter is None else adapter.virtual_tokens
-        if first + hidden.shape[1] > self.info.max_position:
-            raise ValueError(
-                f"rows of {hidden.shape[1]} positions after a prefix of {first}, the model has"
-                f" {self.info.max_position}"
-            )
+        cut = partial(self._cutter.cut, grad=grad, prompts=prompts, tensors=tensors, first=first)
+        whole: list[Part] = await self.compute.run(cut, hidden, *run)
         parts = [replace(part, adapter=adapter) for part in whole]
         positions = sum(part.positions for part in parts)
         if positions <= LEAST_POSITIONS:

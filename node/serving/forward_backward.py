@@ -133,7 +133,8 @@ class Work:
     def parts(self) -> list[tuple[int, int]]:
         """The blocks [start, stop) of each part, in order."""
         contract = self.contract
-        positions, run = contract.batch * contract.max_length, (contract.start, contract.stop)
+        first = 0 if self.adapter is None else self.adapter.virtual_tokens
+        positions, run = contract.batch * (first + contract.max_length), (contract.start, contract.stop)
         if isinstance(self.request, Backward) and self.tape is not None:
             return self.tape.runs[::-1]
         if isinstance(self.request, Backward):
@@ -398,9 +399,9 @@ class ForwardBackwardListener:
         backward, run = isinstance(request, Backward), request.run
         using = self.admission.using(stream.peer, run.spec, trio.current_time)
         with using as adapter, self._summing(stream, run) as take:
-            self._check_places(adapter, contract)
+            tokens, more = self._tokens(contract, adapter), 0.0 if adapter is None else adapter.kept_bytes
             async with self.tapes.tape_for(stream.peer, stream.prefix, request, contract, adapter) as kept:
-                held = await self._held(contract, adapter) if backward and kept is None else 0
+                held = await self.held(tokens, more) if backward and kept is None else 0
                 tape = None if kept is None else kept.tape
                 work = Work(request, contract, held, self.engine.part_positions, tape, adapter, take)
                 computed = await self._compute(stream, work, contract)
@@ -408,19 +409,22 @@ class ForwardBackwardListener:
                     kept.answered = computed is not None
         return computed, kept is not None and not backward
 
-    def _check_places(self, adapter: AnySpanAdapter | None, contract: Contract) -> None:
-        """Raise Refused where the model has no places for these rows after their prefix."""
-        first, most = _virtual_tokens(adapter), self.admission.spec.max_position
-        if first + contract.max_length > most:
+    def _tokens(self, contract: Contract, adapter: AnySpanAdapter | None) -> int:
+        """Of a row, with the places of its prefix.  Raises Refused where there is no room for them."""
+        if adapter is None or not adapter.virtual_tokens:
+            return contract.max_length
+        first, most = adapter.virtual_tokens, self.admission.spec.max_position
+        tokens, rows = first + contract.max_length, self.limits.max_step_tokens
+        if tokens > most:
             raise Refused(
                 f"{contract.max_length} positions after a prefix of {first} were sent, the model has {most}"
             )
-
-    async def _held(self, contract: Contract, adapter: AnySpanAdapter | None) -> int:
-        """Positions times blocks whose activations a backward may hold: fewer after a prefix, in every row."""
-        tokens = contract.max_length + _virtual_tokens(adapter)
-        more = 0.0 if adapter is None else adapter.kept_bytes
-        return await self.held(tokens, more) * contract.max_length // tokens
+        if contract.batch * tokens > rows:
+            raise Refused(
+                f"{contract.batch} rows of {contract.max_length} positions after a prefix of {first} were"
+                f" sent, {rows} positions are allowed with those of the prefix (--max-step-tokens)"
+            )
+        return tokens
 
     def _summing(
         self, stream: PeekStream, run: Run
@@ -498,10 +502,6 @@ class ForwardBackwardListener:
         if contract.max_length > served.max_position:
             raise Refused(f"{contract.max_length} positions were sent, the model has {served.max_position}")
         return contract
-
-
-def _virtual_tokens(adapter: AnySpanAdapter | None) -> int:
-    return 0 if adapter is None else adapter.virtual_tokens
 
 
 class _Unfit(Exception):

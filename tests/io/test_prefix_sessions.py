@@ -11,15 +11,19 @@ import trio
 from torch import Tensor
 
 from client.adapters.upload import AdapterUploads, Needs
+from client.batch_parts import BatchCutter
 from client.chains.chain_choice import chooser_for
 from client.session.session import Session
 from node.serving.adapters.desk import OwnAdapter, open_desk
+from node.serving.forward_backward import ForwardBackwardListener
+from node.serving.span_admission import SpanAdmission
 from routing.names import PeerId
 from tensor_codec.adapters import AdapterContent
 from tensor_codec.blocks import Blocks
-from tensor_codec.errors import MessageError
+from tensor_codec.errors import MessageError, Refused
 from tensor_codec.limits import MIB, Limits
 from tensor_codec.messages.adapter import ADAPTER_PROTOCOL
+from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import Opened
 from tensor_codec.span_spec import SpanSpec
@@ -190,6 +194,37 @@ async def test_a_prefix_is_no_adapter_that_an_operator_keeps_for_all() -> None:
     desk = open_desk(Limits(), BLOCKS, "cpu", MIB, MIB, (own,))
     with pytest.raises(MessageError, match="poems is a prefix: clients bring theirs, only lora is kept"):
         await desk.load_own(range(*Blocks(0, 2)), shapes(0, 2), FakeCompute())
+
+
+def test_rows_are_cut_so_that_they_fit_with_the_places_of_their_prefix() -> None:
+    info: Any = SimpleNamespace(blocks=BLOCKS, hidden_size=HIDDEN, max_position=64)
+    cutter = BatchCutter(info, Limits(max_step_tokens=100), "fp32")
+    hidden = torch.zeros(7, 5, HIDDEN)
+    assert [len(part.hidden) for part in cutter.cut(hidden, 0, BLOCKS)] == [7]
+    assert [len(part.hidden) for part in cutter.cut(hidden, 0, BLOCKS, first=COUNT)] == [4, 3]
+    with pytest.raises(ValueError, match=r"rows of 45 positions after a prefix of 20, the model has 64"):
+        cutter.cut(torch.zeros(1, 45, HIDDEN), 0, BLOCKS, first=COUNT)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "words"),
+    [
+        (1, 81, "81 positions after a prefix of 20 were sent, the model has 100"),
+        (5, 21, "5 rows of 21 positions after a prefix of 20 were sent, 200 positions are allowed"),
+    ],
+)
+def test_a_server_refuses_rows_for_which_it_has_no_room_after_a_prefix(
+    batch: int, tokens: int, words: str
+) -> None:
+    spec = SpanSpec("m", "r", Blocks(0, BLOCKS), "float32", hidden=HIDDEN, max_position=100)
+    engine: Any = None
+    listener = ForwardBackwardListener(SpanAdmission(spec), engine, Limits(max_step_tokens=200))
+    contract = Contract(b"", 0, BLOCKS, batch, tokens, HIDDEN, "fp32", 200)
+    adapter: Any = SimpleNamespace(virtual_tokens=COUNT)
+    with pytest.raises(Refused, match=words):
+        listener._tokens(contract, adapter)
+    assert listener._tokens(Contract(b"", 0, BLOCKS, 2, 80, HIDDEN, "fp32", 200), adapter) == 100
+    assert listener._tokens(contract, None) == tokens
 
 
 def test_the_fixture_has_a_key_of_hidden_values() -> None:

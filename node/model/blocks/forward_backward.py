@@ -110,7 +110,7 @@ def forward_in_parts(
 
     most: see `forward_parts`.
     """
-    for begin, end in forward_parts(hidden.shape[0] * hidden.shape[1], start, stop, most):
+    for begin, end in forward_parts(_positions(span, hidden), start, stop, most):
         hidden = _without_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start))
         if end < stop:
             yield
@@ -131,7 +131,7 @@ def backward_in_parts(
 
     prompts: see `forward`.  held, most: see `backward_groups`.
     """
-    groups = backward_groups(hidden.shape[0] * hidden.shape[1], start, stop, held, most)
+    groups = backward_groups(_positions(span, hidden), start, stop, held, most)
     inputs: list[Tensor] = []
     for group in groups[:-1]:
         inputs.append(hidden)
@@ -176,7 +176,7 @@ class Tape:
         most: int | None = None,
     ) -> Generator[None, None, Tensor]:
         """`forward_in_parts` that keeps its graphs here: the same values."""
-        for begin, end in forward_parts(hidden.shape[0] * hidden.shape[1], start, stop, most):
+        for begin, end in forward_parts(_positions(span, hidden), start, stop, most):
             graph = _with_grad(span, hidden, begin, end, _of(prompts, begin - start, end - start))
             self.runs.append((begin, end))
             self._graphs.append(graph)
@@ -285,6 +285,12 @@ def _matrices(span: StatelessSpan, start: int, stop: int) -> list[Tensor]:
     if not isinstance(span, AdaptedSpan):
         return []
     return [each for _, _, pair in span.leaves(start, stop) for each in pair]
+
+
+def _positions(span: StatelessSpan, hidden: Tensor) -> int:
+    """Of hidden states [batch, tokens, hidden], with the places of a prefix in every row."""
+    first = span.adapter.virtual_tokens if isinstance(span, AdaptedSpan) else 0
+    return hidden.shape[0] * (first + hidden.shape[1])
 
 
 def _of(prompts: Tensor | None, first: int, last: int) -> Tensor | None:

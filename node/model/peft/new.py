@@ -44,6 +44,11 @@ def new_adapter(
         tokens = fields.get("num_virtual_tokens")
         if type(tokens) is not int or tokens < 1:
             raise ConfigError(f"{WHERE}: num_virtual_tokens is {shown(tokens)}, a number from 1 is needed")
+        if fields.get("prefix_projection"):
+            raise ConfigError(
+                f"{WHERE}: prefix_projection is true: keys and values are trained themselves (folders of peft"
+                " that were trained so are read)"
+            )
         if kind == PREFIX_TUNING:
             return new_prefix(model, tokens, dtype)
         return new_prompt(model, tokens, PROMPT_SCALE)
