@@ -241,9 +241,7 @@ class Swarm:
         if max_length is None:
             max_length = max(1, self.usual_length() - first)
         max_length = values.whole("max_length", max_length)
-        self._lengths.check(
-            max_length, f"a conversation of {max_length} tokens", virtual_tokens=first
-        )
+        self._lengths.check(max_length, f"a conversation of {max_length} tokens", virtual_tokens=first)
         ends, heads = self.local_model, self._heads
         if isinstance(adapter, Adapter) and adapter.tensors.is_at_ends:
             ends = ends_with(ends, adapter)

@@ -137,7 +137,9 @@ class Limits:
     # Adapters of guests
     max_adapter_rank: int = 64  # vLLM's default is 16, its largest 512; QLoRA trains 64
     max_adapter_sites: int = 16  # of a block; the most linears that a supported block has are 11
-    max_adapter_virtual_tokens: int = 2048  # peft's examples have 8 to 128; Cartridges (arXiv:2506.06266) 2048
+    max_adapter_virtual_tokens: int = (
+        2048  # peft's examples have 8 to 128; Cartridges (arXiv:2506.06266) 2048
+    )
     max_adapter_manifest_bytes: int = 64 * KIB  # 200 blocks of 7 sites, all different, take 16 KiB
     adapter_bytes: int = 1 * GIB  # of all guests, where an eighth of the weights is as much
     adapter_share_per_peer: float = 0.25

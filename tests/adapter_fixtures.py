@@ -49,7 +49,9 @@ def prefix(virtual_tokens: int = 2, *, blocks: int = 6, seed: int = 0) -> Adapte
         struct.pack(f"<{count}f", *((seed + 5 * block + at) % 7 for at in range(count)))
         for block in range(blocks)
     )
-    return AdapterContent(AdapterManifest("r", "fp32", ((),) * blocks, "prefix", virtual_tokens), tuple(blobs))
+    return AdapterContent(
+        AdapterManifest("r", "fp32", ((),) * blocks, "prefix", virtual_tokens), tuple(blobs)
+    )
 
 
 def a_desk(

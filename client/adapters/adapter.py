@@ -45,6 +45,11 @@ class Adapter:
         return self.tensors.is_in_blocks
 
     @property
+    def virtual_tokens(self) -> int:
+        """Of a prefix: positions before the text's first, which embeddings of learned positions count from."""
+        return self.manifest.virtual_tokens
+
+    @property
     def id(self) -> str:
         """The hash of the present values, 64 hexadecimal digits; another one after every optimizer step."""
         return self.content().id

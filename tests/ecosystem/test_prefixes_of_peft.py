@@ -42,7 +42,9 @@ class Case:
     def held(self, tensors: AdapterTensors) -> SpanPrefix:
         content, shapes = tensors.content(), guest_shapes(self.span)
         read = {
-            block: read_block(content.manifest.parts(block), shapes[block], tensors.dtype, content.blobs[block])
+            block: read_block(
+                content.manifest.parts(block), shapes[block], tensors.dtype, content.blobs[block]
+            )
             for block in range(BLOCKS)
         }
         found = span_adapter(content.id, read)

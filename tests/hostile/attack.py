@@ -15,6 +15,8 @@ Check = Callable[[Mapping[str, Any]], list[str]]  # Any: JSON
 CONNECTIONS = Thresholds(newcomers_in=0.95)
 # Prompts and tokens are work for anybody, and a chunk is no shorter than a pass over the weights.
 SHARED = Thresholds(honest_share=0.7, p95_ratio=3.0)
+# Uploads of adapters are paced, hashed in pieces and refused; hardly anybody's token waits for them.
+UPLOADS = Thresholds(p95_ratio=1.2)
 
 
 def nothing_more(got: Mapping[str, Any]) -> list[str]:

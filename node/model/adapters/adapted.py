@@ -86,9 +86,7 @@ def _leaves(adapter: AnySpanAdapter, device: torch.device) -> AnySpanAdapter:
     return SpanAdapter(adapter.id, leaves)
 
 
-def _after_prefix(
-    model: Callable[..., Any], prefix: SpanPrefix, start: int, stop: int
-) -> Callable[..., Any]:
+def _after_prefix(model: Callable[..., Any], prefix: SpanPrefix, start: int, stop: int) -> Callable[..., Any]:
     """The library's model of blocks [start, stop) on whole rows whose positions come after a prefix."""
     count = prefix.virtual_tokens
     pairs = {block: (prefix.blocks[block].keys, prefix.blocks[block].values) for block in range(start, stop)}

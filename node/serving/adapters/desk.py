@@ -66,7 +66,9 @@ class AdapterDesk:
         """Have the operator's adapters for these blocks.  Raises MessageError."""
         for each in self.own:
             if each.manifest.kind == "prefix":  # a client must know where its text begins
-                raise MessageError(f"{each.name} is a prefix: clients bring theirs, only lora is kept for all")
+                raise MessageError(
+                    f"{each.name} is a prefix: clients bring theirs, only lora is kept for all"
+                )
             for block in self.store.own_missing(each.id, blocks):
                 sites, dtype = each.manifest.blocks[block], each.manifest.dtype
                 blob = each.blobs[block]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.hostile.attack import CONNECTIONS, SHARED, Attack
+from tests.hostile.attack import CONNECTIONS, SHARED, UPLOADS, Attack
 from tests.hostile.attacks import adapters, connections, directory, frames, hops, kademlia, sessions, streams
 
 TWO_COPIES, TWO_HOPS = ((0, 30), (0, 30)), ((0, 15), (15, 30))
@@ -31,7 +31,7 @@ _ALL = (
     Attack(sessions.session_holding, SHARED),
     Attack(sessions.greedy_prefills, SHARED),
     Attack(sessions.junk_uploads),
-    Attack(adapters.junk_adapters),
+    Attack(adapters.junk_adapters, UPLOADS, check=adapters.blobs_sent),
     Attack(sessions.giant_backward),
     Attack(sessions.many_backwards, SHARED),
     Attack(directory.record_flood, check=directory.seen_by_all, announces=True),
