@@ -18,6 +18,7 @@ from node.serving.adapters.desk import OwnAdapter, open_desk
 from node.serving.forward_backward import ForwardBackwardListener
 from node.serving.span_admission import SpanAdmission
 from routing.names import PeerId
+from routing.view.view import SwarmView
 from tensor_codec.adapters import AdapterContent
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import MessageError, Refused
@@ -175,7 +176,7 @@ def test_more_virtual_tokens_than_servers_take_are_refused_before_anything_is_se
         async with trio.open_nursery() as nursery:
             world = World(nursery, Limits(max_adapter_virtual_tokens=COUNT - 1))
             with pytest.raises(ValueError, match=f"a prefix of {COUNT} virtual tokens, {COUNT - 1} are"):
-                uploads(world).use_of(OWN, world.view())
+                uploads(world).use_of(OWN, SwarmView("", entries={}))
 
     trio.run(main)
 
