@@ -46,7 +46,7 @@ class Adapter:
 
     @property
     def virtual_tokens(self) -> int:
-        """Of a prefix: positions before the text's first, which embeddings of learned positions count from."""
+        """Of a prefix: positions in front of the text, whose own begin after them where they are learned."""
         return self.manifest.virtual_tokens
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from client.adapters.folder import new_adapter
 from client.session.trace import Trace
 from tests.hf_swarm import Nodes, nodes_of
 from tests.lora_fixtures import blocks_of
-from tests.model_fixtures import BLOCKS, save_tiny
+from tests.model_fixtures import BLOCKS, save_tiny, save_tiny_tokenizer
 
 PROMPT = [5, 6, 7, 8, 9]
 COUNT, NEW = 6, 12
@@ -42,6 +41,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     path = tmp_path_factory.mktemp(request.param) / "model"
     whole = save_tiny(request.param, path)
+    save_tiny_tokenizer(path)
     with nodes_of(path, [(0, 2), (2, 6), (2, 6)]) as nodes:
         torch.manual_seed(11)
         config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": COUNT}
