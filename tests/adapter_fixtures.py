@@ -14,7 +14,7 @@ SITES = ("q_proj", "v_proj")
 
 
 def shapes(start: int, stop: int) -> dict[int, dict[str, tuple[int, int]]]:
-    """(in, out) of the linears of blocks [start, stop), as a server of a model without prefixes knows them."""
+    """(in, out) of the linears of blocks [start, stop), as a server of a model without prefixes has them."""
     return {block: dict.fromkeys(SITES, (HIDDEN, HIDDEN)) for block in range(start, stop)}
 
 

@@ -46,7 +46,7 @@ class Adapter:
 
     @property
     def virtual_tokens(self) -> int:
-        """Of a prefix: positions in front of the text, whose own begin after them where they are learned."""
+        """Of a prefix: positions in front of the text; learned positions of the text begin after them."""
         return self.manifest.virtual_tokens
 
     @property

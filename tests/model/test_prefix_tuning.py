@@ -176,7 +176,7 @@ def test_sessions_after_other_prefixes_decode_in_one_batch_as_the_library_does(c
 
 
 def through_the_whole(case: Case, ids: Tensor, direction: Tensor) -> dict[str, Tensor]:
-    """Input and output of all blocks after the first prefix, and the gradients of the input and the prefix."""
+    """Input and output of all blocks after the first prefix, and gradients of the input and the prefix."""
     blocks, seen = blocks_of(case.whole), dict[str, Tensor]()
 
     def enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
