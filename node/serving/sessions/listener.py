@@ -164,10 +164,12 @@ class Listener:
                     prompts = await self._prompts_of(opened) if opened.prompts else None
                     opened = replace(opened, body=b"")
                     guests = Guests.of(prompts, adapter)
-                    length = self._cache_length(opened, guests)
+                    length = _cache_length(opened, guests, self.admission.spec.max_position)
                     await self._cache_admission.admit(key, stream.peer, opened.batch, length, stream.prefix)
                     with self._place(stream, opened, guests) as hop:
-                        await self._begin(hop)
+                        if guests.prefix is not None:  # before any step: its pages are the row's first
+                            await self._cache_admission.grow(key, guests.virtual_tokens)
+                            await self.engine.compute.run(hop.cache.begin_with, guests.prefix)
                         await self._run(hop)
                 if place.refusal is not None:
                     raise place.refusal
@@ -307,22 +309,6 @@ class Listener:
         contract = prompts_contract(self._contract(opened), opened.prompts)
         return await self.engine.compute.run(decode_hidden, opened.body, contract)
 
-    def _cache_length(self, opened: Open, guests: Guests) -> int:
-        """Positions of each row in the cache.  Raises Refused where the model has fewer."""
-        length, most = guests.virtual_tokens + opened.max_length, self.admission.spec.max_position
-        if length > most:
-            raise Refused(
-                f"a session of {opened.max_length} positions after a prefix of {guests.virtual_tokens},"
-                f" the model has {most}"
-            )
-        return length
-
-    async def _begin(self, hop: HopSession) -> None:
-        """Put the session's prefix into its cache.  Raises CacheFull."""
-        if hop.guests.prefix is not None:
-            await self._cache_admission.grow(hop.key, hop.guests.virtual_tokens)
-            await self.engine.compute.run(hop.cache.begin_with, hop.guests.prefix)
-
     def _contract(self, opened: Open) -> Contract:
         hidden = self.admission.spec.hidden
         return Contract(
@@ -406,6 +392,17 @@ class Listener:
         finally:
             hop.inbox.close()
             await hop.outlet.aclose()
+
+
+def _cache_length(opened: Open, guests: Guests, most: int) -> int:
+    """Positions of each row in the cache.  most: that the model has.  Raises Refused where these are fewer."""
+    length = guests.virtual_tokens + opened.max_length
+    if length > most:
+        raise Refused(
+            f"a session of {opened.max_length} positions after a prefix of {guests.virtual_tokens},"
+            f" the model has {most}"
+        )
+    return length
 
 
 def _leaving() -> PeerGone:
