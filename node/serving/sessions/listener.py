@@ -395,7 +395,7 @@ class Listener:
 
 
 def _cache_length(opened: Open, guests: Guests, most: int) -> int:
-    """Positions of each row in the cache.  most: that the model has.  Raises Refused where these are fewer."""
+    """Positions of each row in the cache.  most: of the model.  Raises Refused where these are fewer."""
     length = guests.virtual_tokens + opened.max_length
     if length > most:
         raise Refused(
