@@ -12,7 +12,7 @@ import torch
 import client
 from benchmarks.lib.processes import local_swarm
 from node.model.adapters.adapted import AdaptedSpan
-from node.model.adapters.blobs import read_block
+from node.model.adapters.blobs import read_lora
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.sites import site_shapes
 from node.model.blocks.forward_backward import backward_in_parts, finish, forward
@@ -52,7 +52,7 @@ def random_content(revision: str, whole: Span, rank: int = 4, seed: int = 0) -> 
 def in_process(own: AdapterContent, whole: Span) -> SpanAdapter:
     shapes = site_shapes(whole)
     blocks = {
-        block: read_block(own.manifest.blocks[block], shapes[block], "fp32", own.blobs[block])
+        block: read_lora(own.manifest.blocks[block], shapes[block], "fp32", own.blobs[block])
         for block in shapes
     }
     return SpanAdapter(own.id, blocks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from node.model.adapters.adapted import AdaptedSpan
-from node.model.adapters.blobs import read_block
+from node.model.adapters.blobs import read_lora
 from node.model.adapters.hooks import adapted
 from node.model.adapters.low_rank import AdapterGradients, Group, LowRank, SpanAdapter, groups_of, part_of
 from node.model.adapters.sites import shapes_of, site_shapes, sites_of
@@ -267,14 +267,14 @@ def test_a_blob_is_a_and_b_of_each_site():
     values = torch.arange(float(VALUES))
     for dtype, torch_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         blob = values.to(torch_dtype).view(torch.uint8).numpy().tobytes()
-        found = read_block(SITES, SHAPES, dtype, blob)
+        found = read_lora(SITES, SHAPES, dtype, blob)
         assert torch.equal(found["q_proj"].a.float(), values[:8].view(2, 4))
         assert torch.equal(found["q_proj"].b.float(), values[8:20].view(6, 2))
         assert torch.equal(found["v_proj"].a.float(), values[20:24].view(1, 4))
         assert torch.equal(found["v_proj"].b.float(), values[24:].view(2, 1))
         assert [found[site.name].scale for site in SITES] == [0.5, 2.0]
         assert found["q_proj"].a.dtype == torch_dtype
-    assert read_block((), SHAPES, "bf16", b"") == {}
+    assert read_lora((), SHAPES, "bf16", b"") == {}
 
 
 @pytest.mark.parametrize(
@@ -290,11 +290,11 @@ def test_a_blob_that_would_spoil_its_rows_is_refused(value, said):
     blob = bytearray(4 * VALUES)
     blob[4 * 17 : 4 * 18] = struct.pack("<f", value)
     with pytest.raises(MessageError, match=said):
-        read_block(SITES, SHAPES, "fp32", blob)
+        read_lora(SITES, SHAPES, "fp32", blob)
 
 
 def test_a_blob_of_another_size_is_refused():
     with pytest.raises(MessageError, match=f"a blob of an adapter has 7 bytes, its sites take {2 * VALUES}"):
-        read_block(SITES, SHAPES, "bf16", bytes(7))
+        read_lora(SITES, SHAPES, "bf16", bytes(7))
     with pytest.raises(MessageError, match="'k_proj'"):
-        read_block((LoraSite("k_proj", 1, 1.0),), SHAPES, "bf16", b"")
+        read_lora((LoraSite("k_proj", 1, 1.0),), SHAPES, "bf16", b"")

@@ -242,7 +242,7 @@ def test_an_adapter_that_is_trained_takes_no_more_than_the_bound_counts():
     assert adapter.nbytes == room
     base = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
     span = AdaptedSpan(base, adapter, trains=True)
-    leaves = [each for _, _, one in span.leaves(0, 1) for each in (one.a, one.b)]
+    leaves = [each for _, _, pair in span.leaves(0, 1) for each in pair]
     span.learn(0, 1, [torch.ones_like(each) for each in leaves])
     gradients = [each for pair in span.gradients[0].values() for each in pair]
     held = sum(each.nbytes for each in (*leaves, *gradients))

@@ -31,18 +31,23 @@ def read_block(
     "bf16" or "fp32".  Raises MessageError for another size, for a site that the block lacks, and for a value
     that is not finite or above MAX_VALUE.
     """
-    expected = blob_bytes(sites, shapes, dtype)
-    if len(blob) != expected:
-        raise MessageError(f"a blob of an adapter has {len(blob)} bytes, its sites take {expected}")
-    if not sites:
-        return {}
-    writable = blob if isinstance(blob, bytearray) else bytearray(blob)  # as torch wants it; nothing writes
-    values = torch.frombuffer(writable, dtype=DTYPES[dtype])
-    if sites[0].name == PREFIX:
-        keys, own = values.view(2, sites[0].rank, -1)
-        _check(keys)
-        _check(own)
-        return KeyValues(keys.to(device, copy=True), own.to(device, copy=True))
+    if not sites or sites[0].name != PREFIX:
+        return read_lora(sites, shapes, dtype, blob, device)
+    keys, own = _values(sites, shapes, dtype, blob).view(2, sites[0].rank, -1)
+    _check(keys)
+    _check(own)
+    return KeyValues(keys.to(device, copy=True), own.to(device, copy=True))
+
+
+def read_lora(
+    sites: Sequence[LoraSite],
+    shapes: Mapping[str, tuple[int, int]],
+    dtype: str,
+    blob: Buffer,
+    device: torch.device | str = "cpu",
+) -> BlockAdapter:
+    """`read_block` of an adapter of kind "lora"."""
+    values = _values(sites, shapes, dtype, blob)
     found, begin = {}, 0
     for site in sites:
         ins, outs = shapes[site.name]
@@ -53,6 +58,18 @@ def read_block(
         found[site.name] = LowRank(a.to(device, copy=True), b.to(device, copy=True), site.scale)
         begin = end
     return found
+
+
+def _values(
+    sites: Sequence[LoraSite], shapes: Mapping[str, tuple[int, int]], dtype: str, blob: Buffer
+) -> Tensor:
+    expected = blob_bytes(sites, shapes, dtype)
+    if len(blob) != expected:
+        raise MessageError(f"a blob of an adapter has {len(blob)} bytes, its sites take {expected}")
+    if not blob:
+        return torch.empty(0, dtype=DTYPES[dtype])
+    writable = blob if isinstance(blob, bytearray) else bytearray(blob)  # as torch wants it; nothing writes
+    return torch.frombuffer(writable, dtype=DTYPES[dtype])
 
 
 def span_adapter(id: str, blocks: Mapping[int, BlockAdapter | KeyValues]) -> AnySpanAdapter:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from node.config import ConfigError
-from node.model.adapters.blobs import read_block
+from node.model.adapters.blobs import read_lora
 from node.model.peft.config import lora_settings
 from node.model.peft.modules import ModelModules
 from node.model.peft.prompts import prefix_of
 from node.model.peft.targets import find_targets
 from node.model.peft.tensors import ADAPTER_TORCH, AdapterTensors
-from tensor_codec.adapters import AdapterContent, AdapterManifest, LoraSite, blob_bytes, prefix_bytes
+from tensor_codec.adapters import PREFIX, AdapterContent, AdapterManifest, LoraSite, blob_bytes
 from tensor_codec.errors import MessageError
 
 WHERE = "the adapter"
@@ -37,7 +37,8 @@ def blob_sizes(manifest: AdapterManifest, model: ModelModules) -> list[int]:
         )
     if manifest.kind == "prefix":
         values = model.kv_heads * model.head_dim
-        return [prefix_bytes(manifest.virtual_tokens, values, manifest.dtype)] * model.blocks
+        shapes = {PREFIX: (values, values)}
+        return [blob_bytes(manifest.parts(block), shapes, manifest.dtype) for block in range(model.blocks)]
     try:
         pairs = zip(manifest.blocks, model.shapes, strict=True)
         return [blob_bytes(sites, shapes, manifest.dtype) for sites, shapes in pairs]
@@ -63,7 +64,7 @@ def tensors_of(content: AdapterContent, model: ModelModules, name: str) -> Adapt
     blocks = []
     try:
         for sites, shapes, blob in zip(manifest.blocks, model.shapes, content.blobs, strict=True):
-            found = read_block(sites, shapes, manifest.dtype, blob)
+            found = read_lora(sites, shapes, manifest.dtype, blob)
             blocks.append({site: (low.a.float(), low.b.float()) for site, low in found.items()})
     except MessageError as error:
         raise ConfigError(f"{WHERE}: {error}") from None
