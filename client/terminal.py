@@ -95,8 +95,10 @@ async def run_chat(flags: argparse.Namespace) -> None:
             raise ValueError(f"{swarm.info.name} has no chat template: use generate")
         await wait_for_route(swarm, flags.wait)
         _say_settings(swarm.settings([0], options))
-        length = swarm.usual_length() if flags.max_length is None else flags.max_length
         adapter = await adapter_of_flags(flags, swarm)
+        own = None if adapter is None or isinstance(adapter, str) else adapter.content().manifest
+        taken = 0 if own is None else own.virtual_tokens
+        length = max(1, swarm.usual_length() - taken) if flags.max_length is None else flags.max_length
         chat = Chat(swarm, swarm.conversation(length, adapter=adapter), length, options)
         if flags.system:
             chat.history.append({"role": "system", "content": flags.system})

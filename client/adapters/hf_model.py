@@ -112,6 +112,8 @@ class Adapters(nn.Module):
         served = swarm.swarm.info.revision
         if adapter.revision != served:
             raise ValueError(f"the adapter is for revision {adapter.revision}, the swarm serves {served}")
+        if adapter.virtual_tokens and self._ends.architecture.positions:
+            raise ValueError("a prefix before learned positions: compute with it by swarm.generate")
         if adapter.tensors.prompt is not None:
             base = _prompted(model)
             if base.prompts is not None:

@@ -76,6 +76,11 @@ class SwarmAccess:
         """End a session, without waiting; for any thread, and for a garbage collection."""
         self.calls.soon(session.close)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Places that the adapter's prefix takes in a session, besides its positions."""
+        return self.adapter.virtual_tokens if isinstance(self.adapter, Adapter) else 0
+
     def use(self, adapter: Adapter | str | None) -> None:
         """Compute with this adapter from now on, or with none."""
         self.adapter = adapter

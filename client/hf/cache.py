@@ -304,7 +304,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # the library is untyped
     def _open(self, rows: int, tokens: int) -> None:
         """Open the sessions for each length of padding."""
         pads = [0] * rows if self.pads is None else self.pads.tolist()
-        usual = self.swarm.swarm.usual_length(rows)
+        usual = max(1, self.swarm.swarm.usual_length(rows) - self.swarm.virtual_tokens)
         length = max(usual, tokens) if self.max_length is None else self.max_length
         groups: list[Group] = []
         try:
