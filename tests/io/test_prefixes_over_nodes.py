@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from client.adapters.adapter import Adapter
-from client.adapters.folder import new_adapter
+from client.adapters.folder import new_adapter, save_adapter
+from client.hf import from_swarm
 from client.session.trace import Trace
 from tests.hf_swarm import Nodes, nodes_of
 from tests.lora_fixtures import blocks_of
@@ -146,3 +148,18 @@ def test_tokens_after_a_prefix_are_the_library_s_and_stay_so_where_a_server_ends
     trace = Trace()
     assert swarm_tokens(case, trace, kill_at=4) == expected
     assert trace.counts["rerouted"] == 1
+
+
+def test_the_library_s_model_generates_with_a_prefix_where_positions_are_not_learned(
+    case: Case, tmp_path: Path
+) -> None:
+    save_adapter(case.adapter, tmp_path, dtype="fp32")
+    model = from_swarm(case.nodes.swarm)
+    if case.whole.config.model_type == "gpt2":
+        with pytest.raises(ValueError, match="learned positions"):
+            model.load_adapter(tmp_path)
+        return
+    model.load_adapter(tmp_path)
+    given = torch.tensor([PROMPT])
+    found = model.generate(given, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found[0, len(PROMPT) :].tolist() == library_tokens(case, prefix=True)
