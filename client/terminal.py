@@ -95,9 +95,10 @@ async def run_chat(flags: argparse.Namespace) -> None:
             raise ValueError(f"{swarm.info.name} has no chat template: use generate")
         await wait_for_route(swarm, flags.wait)
         _say_settings(swarm.settings([0], options))
+        from client.adapters.adapter import Adapter
+
         adapter = await adapter_of_flags(flags, swarm)
-        own = None if adapter is None or isinstance(adapter, str) else adapter.content().manifest
-        taken = 0 if own is None else own.virtual_tokens
+        taken = adapter.virtual_tokens if isinstance(adapter, Adapter) else 0
         length = max(1, swarm.usual_length() - taken) if flags.max_length is None else flags.max_length
         chat = Chat(swarm, swarm.conversation(length, adapter=adapter), length, options)
         if flags.system:

@@ -117,7 +117,7 @@ SIMULATED: Mapping[str, Sequence[str]] = {
     "swarm-liars-roomy30-ours": [
         *SWARM, "--servers", "30", *ROOMY, *CLIENTS, "--liars", "0.1", "--seeds", "2",
     ],
-    "eclipse": ["eclipse", "--seeds", "10", "--jobs", "2"],
+    "eclipse": ["eclipse", "--seeds", "10"],
 }  # fmt: skip
 MEASUREMENTS: Mapping[str, Sequence[str]] = {**USUAL, **LONG, **SIMULATED}
 
