@@ -43,7 +43,7 @@ class BatchPolicy:
     absent_slowdown: float = 1.25  # of a batch that an active peer waits for; with 1 no row could join
     rested_slowdown: float = 2.0  # of one with a crowd's rows, which rest afterwards
     resting_slowdown: float = 1.02  # of a batch that a crowd's rows join although they rest
-    crowd_rest: float = 10.0  # times the seconds that a crowd's rows take from others they have no batch
+    crowd_rest: float = 18.0  # times the seconds that a crowd's rows take from others they have no batch
     prefill_rest: float = 1.5  # as `stateless_rest`, after a chunk that cannot be short
     stateless_rest: float = 7.0  # times a part's seconds nothing long begins after it, if others decode
 
