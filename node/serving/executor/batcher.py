@@ -371,7 +371,7 @@ class Batcher:
         policy, positions = self.policy, self.policy.chunk_positions
         # The same for all peers with prefills: else a peer with short chunks would never catch up.
         decoders = self._crowds.waited_for(job, self._peers.short_decoders(now))
-        others = self._queues.lanes[Kind.PREFILL].keys() - {job.peer}
+        others = self._crowds.waited_for(job, self._queues.lanes[Kind.PREFILL].keys() - {job.peer})
         if decoders and (others or decoders - {job.peer}):
             # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
             waiting = [one for queue in self._queues.lanes[Kind.DECODE].values() for one in queue]
