@@ -764,6 +764,16 @@ def test_a_peer_keeps_its_speed_beside_the_prompts_of_a_crowd():
     assert min(beside[1:]) > 0
 
 
+def test_the_prompts_of_a_crowd_do_not_cut_the_prompt_of_another_prefix():
+    batcher = batcher_of()
+    submit(batcher, *(job(f"id {number % 4}", PREFILL, 200, prefix=CROWD) for number in range(32)))
+    submit(batcher, job("honest", prefix=HOME))
+    assert peers_of(run(batcher)) == ["honest"]
+    submit(batcher, job("honest", PREFILL, 10, prefix=HOME))
+    pieces = [piece for _ in range(2) for piece in run(batcher, now=0.1)]
+    assert [piece.tokens for piece in pieces if piece.job.peer == "honest"] == [10]
+
+
 def test_equal_crowds_do_not_rest():
     one = [Client(f"near {number}", think=0.015, prefix=HOME) for number in range(20)]
     other = [Client(f"far {number}", think=0.015, prefix=CROWD) for number in range(20)]

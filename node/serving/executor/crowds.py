@@ -62,9 +62,9 @@ class Crowds:
         """The prefixes whose jobs of a kind rest."""
         return self.known if self.known and now < self._end(kind) else frozenset()
 
-    def waited_for(self, job: Job, decoders: set[str]) -> set[str]:
-        """Those of the peers that decode for which a long job waits: no job of others waits for a crowd."""
-        return decoders if job.prefix in self.known else decoders - self.peers
+    def waited_for(self, job: Job, peers: set[str]) -> set[str]:
+        """Those of the peers for which a long job waits or is cut: no job of others does so for a crowd."""
+        return peers if job.prefix in self.known else peers - self.peers
 
     def ran(self, batch: Batch, seconds: float, one_row: float, now: float) -> None:
         """A batch of steps ran.  one_row: the seconds of a step of one row, which others would have taken.
