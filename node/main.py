@@ -212,38 +212,14 @@ class Node:
 @asynccontextmanager
 async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
     """A host in the swarm's directory; at its end, the node announces that it leaves.  Raises ConfigError."""
-    from node.network.directory.directory import DirectoryConfig, open_directory
-    from node.network.host import open_host
-    from node.network.transport.identity import held_identity
-    from node.network.transport.membership import load_swarm_key, swarm_id
+    from node.network.joining import join
 
-    key = load_swarm_key(config.swarm_key) if config.swarm_key is not None else None
-    with held_identity(config.identity) as identity:
-        async with (
-            open_host(
-                identity=identity,
-                listen=config.listen,
-                announce=config.announce,
-                swarm_key=key,
-                limits=config.limits,
-            ) as host,
-            open_directory(
-                host,
-                identity,
-                DirectoryConfig(
-                    swarm=swarm_id(key),
-                    bootstrap=config.peers,
-                    role=role,
-                    limits=config.limits,
-                    patience_seconds=config.patience_seconds,
-                ),
-            ) as directory,
-        ):
-            try:
-                yield Node(config, host, directory, identity)
-            finally:
-                with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
-                    await directory.leave()
+    async with join(config, role) as joined:
+        try:
+            yield Node(config, joined.host, joined.directory, joined.identity)
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
+                await joined.directory.leave()
 
 
 @dataclass(slots=True)

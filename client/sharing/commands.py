@@ -16,10 +16,10 @@ from typing import Any
 import trio
 
 from client.sharing.catalogue import Sharing
-from client.sharing.connection import SharingConfig, join
+from client.sharing.connection import open_sharing
 from client.sharing.fetch import fetch
 from client.sharing.folder import check_new_folder, read_shareable, write_shared
-from node.config import DEFAULT_LISTEN, ConfigError
+from node.config import DEFAULT_LISTEN, ConfigError, NetworkConfig
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.progress import progress_bar
 from node.model.checkpoint.source import cache_dir, resolve
@@ -42,7 +42,7 @@ IN_BLOCKS = ("lora", "prefix")  # the kinds of adapters whose content is fetched
 
 async def run_list(flags: argparse.Namespace) -> None:
     """Print the shared adapters.  Raises ConfigError."""
-    async with join(_config(flags)) as joined:
+    async with open_sharing(_config(flags)) as joined:
         found = await all_shared(joined.sharing)
     if flags.json:
         put_line(json.dumps([_facts(each) for each in found], indent=2))
@@ -55,7 +55,7 @@ async def run_list(flags: argparse.Namespace) -> None:
 
 async def run_show(flags: argparse.Namespace) -> None:
     """Print all that the card of an adapter says.  Raises ConfigError."""
-    async with join(_config(flags)) as joined:
+    async with open_sharing(_config(flags)) as joined:
         one = await named(joined.sharing, flags.adapter, flags.author)
     if flags.json:
         put_line(json.dumps(_facts(one), indent=2))
@@ -69,7 +69,7 @@ async def run_get(flags: argparse.Namespace) -> None:
     out: Path = flags.out
     check_new_folder(out)
     folder, modules = await trio.to_thread.run_sync(_model, flags.model, abandon_on_cancel=True)
-    async with join(_config(flags)) as joined:
+    async with open_sharing(_config(flags)) as joined:
         one = await named(joined.sharing, flags.adapter, flags.author)
         check_fits(one.card, folder)
         for line in lines_of(one):
@@ -89,7 +89,7 @@ async def run_seed(flags: argparse.Namespace) -> None:
     identity = load_or_create_identity(flags.identity)
     signed = own_card(flags, path, content, folder.name, identity, limits)
     seeds = Seeds([Seed.of(signed.card, signed.wire, content.manifest, content.blobs)])
-    async with join(config) as joined:
+    async with open_sharing(config) as joined:
         joined.host.handle(ADAPTER_PROTOCOL, Seeder(seeds, limits).serve)
         card = signed.card
         put_line(
@@ -217,8 +217,8 @@ def _facts(one: Listed) -> dict[str, Any]:  # Any: JSON
     return {**facts_of(one.card), "seeders": list(one.seeders)}
 
 
-def _config(flags: argparse.Namespace) -> SharingConfig:
-    return SharingConfig(
+def _config(flags: argparse.Namespace) -> NetworkConfig:
+    return NetworkConfig(
         peers=tuple(flags.peers),
         swarm_key=flags.swarm_key,
         identity=getattr(flags, "identity", None),
