@@ -1,6 +1,6 @@
 """Serve a swarm's text over HTTP: Starlette and uvicorn on uvloop, an asyncio program.
 
-    pip install "raceme[web]"
+    pip install "raceme[gateway]"
     python examples/web_app.py --peers /ip4/.../p2p/12D3...
     curl -N "http://127.0.0.1:8000/generate?prompt=The+capital+of+France+is"
 

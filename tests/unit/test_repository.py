@@ -318,7 +318,8 @@ def pins() -> dict[str, Version]:
 
 def test_every_dependency_is_pinned_within_the_range_that_we_promise():
     groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
-    for requirement in (Requirement(line) for group in groups for line in group):
+    lines = (line for group in groups for line in group if not line.startswith("raceme["))
+    for requirement in map(Requirement, lines):
         pin = pins().get(canonicalize_name(requirement.name))
         assert pin is not None, f"constraints.txt pins no {requirement.name}"
         assert pin in requirement.specifier, f"{requirement} does not admit the tested version {pin}"
