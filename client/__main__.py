@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from node.config import DEFAULT_MODEL
-from node.runtime.arguments import Parser, add_addresses, one_address_each, positive, seconds, threads
+from client.arguments import add_servers, add_swarm
+from node.runtime.arguments import Parser, one_address_each, positive, seconds
 from node.runtime.console import argument_text, fail, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
-from tensor_codec.messages.contract import CODEC_BYTES
-from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 EPILOG = """\
 examples:
@@ -37,9 +34,13 @@ def _command(words: list[str]) -> int:
         from client.sharing.arguments import run_adapters
 
         return run_adapters(words[1:])
+    if words[:1] == ["gateway"]:
+        from client.gateway.arguments import run_gateway
+
+        return run_gateway(words[1:])
     parser = Parser(
         prog="python -m client",
-        description="Use a swarm: generate text, chat, or share adapters.",
+        description="Use a swarm: generate text, chat, share adapters, or serve OpenAI's API.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,6 +69,7 @@ def _command(words: list[str]) -> int:
         help="with --json: log probabilities, of N others too",
     )
     commands.add_parser("adapters", help="list, show, fetch and give shared adapters", add_help=False)
+    commands.add_parser("gateway", help="serve OpenAI's HTTP API, and a page", add_help=False)
     for command, tokens in ((generate, None), (chat, 256)):
         _add_options(command, tokens)
     flags = parser.parse_args(words)
@@ -150,11 +152,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
-    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
-    parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
-    parser.add_argument(
-        "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
-    )
+    add_swarm(parser)
     default = f"{tokens}" if tokens else "what the model's generation_config.json says, else 64"
     parser.add_argument(
         "--max-new-tokens",
@@ -169,38 +167,13 @@ def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
         help="compute with this adapter: a name that servers keep, a folder of peft, or a hub's org/name",
     )
     _add_sampling(parser)
-    half = max(1, (os.cpu_count() or 2) // 2)
-    parser.add_argument(
-        "--threads", type=threads, default=half, metavar="N", help=f"threads of torch (default: {half})"
-    )
     parser.add_argument(
         "--wait", type=seconds, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
     )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write the events of the session, one JSON object a line"
     )
-    parser.add_argument(
-        "--max-session-tokens", type=positive, metavar="N",
-        help="the longest session to open (default: as model and swarm allow)",
-    )  # fmt: skip
-    servers = parser.add_argument_group("servers", "Which servers may be used, as replacements too.")
-    servers.add_argument(
-        "--allow-peer", action="append", metavar="ID", help="only this peer; may be given again"
-    )
-    servers.add_argument("--block-peer", action="append", default=[], metavar="ID", help="never this peer")
-    servers.add_argument(
-        "--server-dtype", action="append", choices=DTYPES, help="only servers that compute in this"
-    )
-    servers.add_argument(
-        "--server-quantize",
-        action="append",
-        choices=QUANTIZE,
-        help="only servers with matrices like this",
-    )
-    servers.add_argument("--max-hops", type=int, metavar="N", help="the most servers of one chain")
-    parser.add_argument(
-        "--codec", choices=("auto", *CODEC_BYTES), default="auto", help="hidden states on the wire"
-    )
+    add_servers(parser)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from client.session.trace import Trace
     from node.model.checkpoint.info import ModelInfo
     from node.model.embed_and_head import EmbedAndHead
+    from routing.chains.alternatives import Constraints
     from routing.chains.hops import Chain
     from routing.view.view import SwarmView
     from tensor_codec.messages.contract import Reply
@@ -166,6 +167,7 @@ class SwarmFacts(Protocol):
         *,
         adapter: AnyAdapter | None = None,
         trace: Trace | None = None,
+        constraints: Constraints | None = None,
     ) -> ConversationLike:
         """See `Swarm.conversation`."""
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.runtime.compute_thread import Runner
+    from routing.chains.alternatives import Constraints
     from routing.view.view import SwarmView
     from tensor_codec.messages.info import PeerInfo
 
@@ -222,12 +223,14 @@ class Swarm:
         *,
         adapter: AnyAdapter | None = None,
         trace: Trace | None = None,
+        constraints: Constraints | None = None,
     ) -> Conversation:
         """A session whose caches outlive one `generate`: later prompts send their new tokens alone.
 
         Give it to `generate(conversation=...)` and `close` it at the end.  max_length: in tokens; None: see
         `usual_length`.  adapter: see `generate`; as it is now, whatever is trained later: the caches depend
         on it.  trace: records the events; `conversation.trace` if not given.
+        constraints: in place of those of `connect`.
         Raises ValueError for a length that the model or the servers do not allow.
         """
         from client.adapters.adapter import Adapter
@@ -250,7 +253,7 @@ class Swarm:
             local_model=ends,
             compute=self._compute,
             heads=heads,
-            open_chain=partial(self.open_chain, adapter=use),
+            open_chain=partial(self.open_chain, adapter=use, constraints=constraints),
             worked=lambda session: self.routes.worked(session.working_hops),
             max_length=max_length,
             give_up_seconds=self.config.give_up_seconds,
@@ -451,12 +454,13 @@ class Swarm:
         stop: int | None = None,
         prompts: Tensor | None = None,
         adapter: AdapterUse | None = None,
+        constraints: Constraints | None = None,
         deadline: float | None = None,
         trace: Trace | None = None,
     ) -> Session:
         """Open a session along the best chain, waiting up to `wait_seconds` for one to come up.
 
-        start, stop, prompts: as in `session`.  adapter: of all hops.
+        start, stop, prompts: as in `session`.  adapter: of all hops.  constraints: in place of this client's.
         deadline: on trio's clock, in place of `wait_seconds`.
         Peers that have failed lately are used only when nothing else covers these blocks.
         Raises ValueError for blocks that the model does not have and for prompts of another shape; NoChain,
@@ -474,7 +478,7 @@ class Swarm:
             info.name, info.revision, _blocks(info, start, stop), info.hidden_size, batch, max_length,
             self.config.codec, self.local_model.rope,
         )  # fmt: skip
-        routes = self.routes
+        routes = self.routes if constraints is None else replace(self.routes, constraints=constraints)
         if prompts is not None:
             cutter = BatchCutter(info, self.config.limits, self.config.codec)
             terms = replace(terms, prompts=await self._compute.run(cutter.for_session, prompts, terms))

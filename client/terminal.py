@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from client.api import ConversationLike, SwarmLike
+from client.arguments import constraints_of
 from client.connect import connect
 from client.generation.generate import Token
 from client.generation.generation_config import Settings
@@ -23,7 +24,6 @@ from client.generation.options import GenerateOptions
 from client.session.trace import Trace
 from node.config import ConfigError
 from node.runtime.console import one_line, put, put_line, read_text, say, text_for
-from routing.chains.alternatives import Constraints
 from routing.chains.hops import Chain, NoChain
 
 if TYPE_CHECKING:
@@ -271,13 +271,7 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         give_up_seconds=max(flags.wait, 1.0),
         codec=flags.codec,
         max_session_tokens=flags.max_session_tokens,
-        constraints=Constraints(
-            allowed=flags.allow_peer,
-            blocked=flags.block_peer,
-            dtypes=flags.server_dtype,
-            quantize=flags.server_quantize,
-            most_hops=flags.max_hops,
-        ),
+        constraints=constraints_of(flags),
     )
 
 

@@ -33,6 +33,7 @@ MANY_FIELDS = {
 }
 MANY_PARAMETERS = {
     "client.config.client_config": "the arguments of `client.connect`, by name",
+    "client.swarm.Swarm.open_chain": "a session as its openers know it, by name",
     "client.hf.auto": "the arguments that transformers and Petals have, by name",
     "node.model.weights.kernels": "compiled: numba and LLVM take flat arguments",
     "node.model.weights.decode_kernels": "compiled: numba and LLVM take flat arguments",

@@ -1,0 +1,63 @@
+"""The command-line options that every client has: the swarm, its model, and the servers that may be used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from node.config import DEFAULT_MODEL
+from node.runtime.arguments import add_addresses, positive, threads
+from routing.chains.alternatives import Constraints
+from tensor_codec.messages.contract import CODEC_BYTES
+from tensor_codec.span_spec import DTYPES, QUANTIZE
+
+
+def add_swarm(parser: argparse.ArgumentParser) -> None:
+    """Add the options of joining."""
+    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
+    parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
+    )
+    half = max(1, (os.cpu_count() or 2) // 2)
+    parser.add_argument(
+        "--threads", type=threads, default=half, metavar="N", help=f"threads of torch (default: {half})"
+    )
+
+
+def add_servers(parser: argparse.ArgumentParser) -> None:
+    """Add the options of sessions: their length, their servers, the codec."""
+    parser.add_argument(
+        "--max-session-tokens", type=positive, metavar="N",
+        help="the longest session to open (default: as model and swarm allow)",
+    )  # fmt: skip
+    servers = parser.add_argument_group("servers", "Which servers may be used, as replacements too.")
+    servers.add_argument(
+        "--allow-peer", action="append", metavar="ID", help="only this peer; may be given again"
+    )
+    servers.add_argument("--block-peer", action="append", default=[], metavar="ID", help="never this peer")
+    servers.add_argument(
+        "--server-dtype", action="append", choices=DTYPES, help="only servers that compute in this"
+    )
+    servers.add_argument(
+        "--server-quantize",
+        action="append",
+        choices=QUANTIZE,
+        help="only servers with matrices like this",
+    )
+    servers.add_argument("--max-hops", type=int, metavar="N", help="the most servers of one chain")
+    parser.add_argument(
+        "--codec", choices=("auto", *CODEC_BYTES), default="auto", help="hidden states on the wire"
+    )
+
+
+def constraints_of(flags: argparse.Namespace) -> Constraints:
+    """The constraints that the options of `add_servers` say."""
+    return Constraints(
+        allowed=flags.allow_peer,
+        blocked=flags.block_peer,
+        dtypes=flags.server_dtype,
+        quantize=flags.server_quantize,
+        most_hops=flags.max_hops,
+    )

@@ -1,0 +1,116 @@
+"""The body of a request: bounded in bytes and in time, then JSON, strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from client.gateway.door.limits import HttpLimits
+from client.gateway.openai.errors import RequestError, invalid
+
+LEFT_SECONDS = 2.0  # for a client to stop sending a body that is refused, and to read why
+LEFT_BYTES = 64 << 20
+
+
+async def read_json(request: Request, limits: HttpLimits) -> dict[str, Any]:  # Any: JSON
+    """The object that the body holds.  Raises RequestError (400, 408, 413, 415), ClientDisconnect."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(415, f"content-encoding {encoding[:40]!r}: send the body as it is")
+    return json_object(await _body(request, limits))
+
+
+async def _body(request: Request, limits: HttpLimits) -> bytes:
+    most = limits.max_body_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced[:20]) > most:
+        raise too_large(most)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise too_large(most)
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise RequestError(
+            408,
+            f"the body has not come within {limits.body_seconds:g} s",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
+
+
+def json_object(body: bytes) -> dict[str, Any]:  # Any: JSON
+    """A JSON object.  Raises RequestError for anything else, and for what JSON does not have (NaN)."""
+    try:
+        text = body.decode("utf-8")
+        found = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+    except ValueError as error:  # not UTF-8, not JSON, a number of thousands of digits
+        raise invalid(f"the body is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise invalid(f"the body is {_kind(found)}, a JSON object is needed")
+    if "\\u" in text:
+        try:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise invalid("the body holds half of a surrogate pair: that is no text") from None
+    return found
+
+
+def too_large(most: int) -> RequestError:
+    """413, and the end of the connection."""
+    return RequestError(
+        413,
+        f"the body has more than {most} bytes (--max-body)",
+        code="request_too_large",
+        headers={"connection": "close"},
+    )
+
+
+class LateAnswer(JSONResponse):
+    """An answer to a request whose body still comes: what comes is dropped for a moment.
+
+    A socket that is closed with unread bytes is reset, and the client would lose the answer.
+    """
+
+    def __init__(self, error: RequestError, receive: Receive) -> None:
+        super().__init__(error.body(), error.status, dict(error.headers))
+        self._receive = receive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the whole answer, then wait for the client, then end it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        dropped = 0
+        try:
+            async with asyncio.timeout(LEFT_SECONDS):
+                while dropped < LEFT_BYTES:
+                    message = await self._receive()
+                    dropped += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,1 @@
+"""OpenAI's endpoints: requests read and checked, answers and streams in OpenAI's shapes."""
