@@ -303,7 +303,9 @@ async def load_served_span(
     if desk is not None:
         await compute.run(prepare, span)
         shapes = KnownShapes(engine)
-        served.adapters = AdapterListener(admission, desk, shapes, compute, limits, setup.faults)
+        served.adapters = AdapterListener(
+            admission, desk, shapes, compute, limits, setup.faults, engine.others_decode
+        )
         stateless.sums = SpanSums(desk.sums, desk.store, shapes, compute)
         await served.load_own_adapters()
     return served

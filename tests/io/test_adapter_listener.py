@@ -394,6 +394,17 @@ async def test_uploads_beyond_their_rate_are_read_later(autojump_clock: object) 
         assert 0.9 <= trio.current_time() - began <= 1.1
 
 
+async def test_uploads_are_read_slowly_while_clients_of_other_prefixes_decode(autojump_clock: object) -> None:
+    size = sum(len(OWN.blobs[block]) for block in range(*RUN))
+    limits = Limits(adapter_upload_burst_bytes=1, adapter_upload_bytes_per_second=size)
+    for peer, where, seconds in (("guest", "203.0.113.1/32", 1), ("home", "192.0.2.1/32", 4)):
+        async with server(limits) as one:
+            one.listener.others_decode = lambda party: party != "203.0.113.1/32"
+            began = trio.current_time()
+            assert isinstance(await bring(one.stream(peer, where), OWN), HeldAdapter)
+            assert seconds - 0.4 <= trio.current_time() - began <= seconds + 0.1
+
+
 async def test_bytes_that_are_no_message_reset_the_stream(autojump_clock: object) -> None:
     async with server() as one:
         stream = one.stream()

@@ -17,7 +17,7 @@ from node.network.transport.upgrade import Upgrade
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
-_TURN_SECONDS = 0.05  # between two looks at whether a handshake may begin
+_TURN_SECONDS = 0.15  # between two looks at whether a handshake may begin
 _UNUSED_SECONDS = 5.0  # between two looks at the connections that are not in use
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -60,7 +60,8 @@ class AdapterListener:
     """Takes adapters for one span.
 
     admission: to the served span.  shapes: of each block of the span, see `blob_bytes`.
-    faults: of peers, counted.
+    faults: of peers, counted.  others_decode: whether a peer decodes now that is not of this prefix, or is
+    not this peer where it has no prefix.
     """
 
     admission: SpanAdmission
@@ -69,6 +70,7 @@ class AdapterListener:
     compute: Runner
     limits: Limits
     faults: Faults
+    others_decode: Callable[[str], bool] = field(default=lambda party: False)
 
     async def serve(self, stream: PeekStream) -> None:
         """Take offer after offer until the client ends the stream.  Raises PeerFault."""
@@ -191,7 +193,8 @@ class AdapterListener:
                 )
             blob += part.data
             digest.update(part.data)
-            if pause := self.desk.uploads.pause(len(part.data), trio.current_time()):
+            beside = self.others_decode(stream.prefix or stream.peer)
+            if pause := self.desk.uploads.pause(len(part.data), trio.current_time(), beside_steps=beside):
                 await trio.sleep(pause)
         if digest.digest() != offer.digests[block]:
             raise MessageError(f"the blob of block {block} has another hash than was offered")

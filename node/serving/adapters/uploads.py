@@ -80,14 +80,18 @@ class Uploads:
         """Its place is free."""
         self._under_way.remove(upload)
 
-    def pause(self, size: int, now: float) -> float:
-        """Count bytes that have come; the seconds until more is read."""
+    def pause(self, size: int, now: float, *, beside_steps: bool = False) -> float:
+        """Count bytes that have come; the seconds until more is read.
+
+        beside_steps: clients of other prefixes decode meanwhile: each byte counts for several.
+        """
         if self._bytes is None:
             limits = self.limits
             self._bytes = TokenBucket.full(
                 limits.adapter_upload_bytes_per_second, limits.adapter_upload_burst_bytes, now
             )
-        return self._bytes.take(size, now)
+        weight = self.limits.adapter_upload_weight_beside_steps if beside_steps else 1
+        return self._bytes.take(size * weight, now)
 
     def _last_of_most(self, prefix: str) -> Upload | None:
         """The upload that makes room for one of this prefix; None where no prefix has more."""

@@ -169,12 +169,18 @@ class Batcher:
         self._peers.touch(job.peer, now, short_decode=short_decode)
         if (known := self._parties.by_name.get(party)) is not None:
             known.last_active_at = now  # as `touch` does, in no call
+            if short_decode:
+                known.last_short_decode_at = now
         else:
-            self._parties.touch(party, now, short_decode=False)
+            self._parties.touch(party, now, short_decode=short_decode)
         if newcomer:
             self._peers.charge_as_newcomer(job.peer)
         if new_party:
             self._parties.charge_as_newcomer(party)
+
+    def others_decode(self, party: str, now: float) -> bool:
+        """Whether a prefix other than this one, or a peer without one, runs short decode steps now."""
+        return bool(self._parties.short_decoders(now) - {party})
 
     def cancel(self, number: int) -> None:
         """Forget a job, if it is still there; if it is running, no further piece of it will run."""

@@ -192,6 +192,11 @@ class Engine:
         """The mean wait of a decode step, as a multiple of its computing: a record announces it."""
         return round(self.waits.queue(self._clock()), 2)
 
+    def others_decode(self, party: str) -> bool:
+        """Whether a prefix other than this one, or a peer without one, runs short decode steps now."""
+        with self._lock:
+            return self.batcher.others_decode(party, self._clock())
+
     async def run(self) -> None:
         """Compute the queued jobs, until cancelled.  An exception that escapes is our bug."""
         while True:
