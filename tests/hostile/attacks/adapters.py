@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import random
+import math
+import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import trio
 
-from tensor_codec.adapters import AdapterContent, AdapterManifest, LoraSite
+from tensor_codec.adapters import AdapterManifest, LoraSite, adapter_id, blob_digest
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages.adapter import (
     ADAPTER_PROTOCOL,
@@ -31,6 +32,11 @@ SITES = (LoraSite("q_proj", RANK, 1.0), LoraSite("o_proj", RANK, 1.0))
 BLOB_VALUES = len(SITES) * RANK * 2 * HIDDEN
 
 
+def blob_of(last: float) -> bytes:
+    """A blob of zeros but for the last value."""
+    return bytes(4 * BLOB_VALUES - 4) + struct.pack("<f", last)
+
+
 async def junk_adapters(stage: Stage) -> None:
     """64 ids that upload adapters at full speed: other bytes than were hashed, NaN, and sound ones."""
     info = await served_by(stage.target)
@@ -39,15 +45,18 @@ async def junk_adapters(stage: Stage) -> None:
     manifest = AdapterManifest(info.revision, "fp32", (SITES,) * info.blocks)
     await stage.ready()
 
+    blobs = {"other bytes": blob_of(1.0), "not a number": blob_of(math.nan), "sound": blob_of(0.0)}
+    digests = {kind: blob_digest(blob) for kind, blob in blobs.items()}
+    digests["other bytes"] = digests["sound"]
+
     async def upload() -> None:
         kind = next(kinds)
-        last = float("nan") if kind == "not a number" else 0.0
-        blob = struct.pack("<f", random.random()) + bytes(4 * BLOB_VALUES - 8) + struct.pack("<f", last)
-        own = AdapterContent(manifest, (blob,) * info.blocks)
+        # An attacker hashes nothing anew: any digest of the last block makes an id of the offer's own.
+        own = (*(digests[kind],) * (info.blocks - 1), secrets.token_bytes(32))
         async with connection_to(stage) as connection:
             stream = framed(connection, ADAPTER_PROTOCOL)
-            named = replace(spec, adapter=own.id)
-            await stream.send(encode_offer(Offer(named, own.manifest, own.digests)))
+            named = replace(spec, adapter=adapter_id(manifest, own))
+            await stream.send(encode_offer(Offer(named, manifest, own)))
             stage.got["offers"] += 1
             frame = await stream.receive()
             if frame is None:
@@ -57,7 +66,7 @@ async def junk_adapters(stage: Stage) -> None:
                 stage.got[f"answered: {type(answer).__name__}"] += 1
                 await trio.sleep(0.1)
                 return
-            sent = blob if kind != "other bytes" else blob[:-1] + b"\1"
+            sent = blobs[kind]
             for block in answer.blocks:
                 for part in pieces(block, sent):
                     await stream.send(encode_blob_part(part))
