@@ -44,10 +44,10 @@ class Limits:
     suspect_connections_per_prefix: int = 2  # of an address with several banned ids
     known_good_connection_share: float = 0.25  # of the inbound places, for peers that did useful work
     idle_connection_seconds: float = 60.0  # without a stream
-    sockets_per_prefix_per_second: float = 100.0  # accepted; a silent one costs 0.3 ms
-    sockets_per_prefix_burst: int = 200
+    sockets_per_prefix_per_second: float = 20.0  # accepted; a silent one costs 0.3 ms, one that waits 1 ms
+    sockets_per_prefix_burst: int = 128  # those that wait for a handshake, too
     handshakes_per_prefix_per_second: float = 10.0  # a handshake costs 5 ms: 5 % of a core
-    handshakes_per_prefix_burst: int = 64  # a whole swarm that starts on one machine
+    handshakes_per_prefix_burst: int = 32  # a swarm that starts on one machine or behind one address
     scarce_connections_per_second: float = 1.0  # of one public address, where places are scarce
     scarce_connections_burst: int = 16
     max_unauthenticated_connections: int = 32
@@ -152,7 +152,8 @@ class Limits:
     adapter_upload_bytes_per_second: int = 32 * MIB  # of all uploads: 5 % of a core for hashes and copies
     adapter_upload_burst_bytes: int = 64 * MIB
     # While others decode: on two cores 32 MiB/s beside them took a fifth of their speed, 8 MiB/s little.
-    adapter_upload_weight_beside_steps: int = 4
+    adapter_upload_bytes_per_second_beside_steps: int = 8 * MIB
+    adapter_upload_burst_bytes_beside_steps: int = 4 * MIB  # a small adapter, in the time of some steps
     adapter_offers_per_second: float = 4.0  # of one peer: a step of training has one
     adapter_offers_burst: int = 32
     # Adapters that are shared

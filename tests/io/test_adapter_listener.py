@@ -396,7 +396,12 @@ async def test_uploads_beyond_their_rate_are_read_later(autojump_clock: object) 
 
 async def test_uploads_are_read_slowly_while_clients_of_other_prefixes_decode(autojump_clock: object) -> None:
     size = sum(len(OWN.blobs[block]) for block in range(*RUN))
-    limits = Limits(adapter_upload_burst_bytes=1, adapter_upload_bytes_per_second=size)
+    limits = Limits(
+        adapter_upload_burst_bytes=1,
+        adapter_upload_bytes_per_second=size,
+        adapter_upload_burst_bytes_beside_steps=1,
+        adapter_upload_bytes_per_second_beside_steps=size // 4,
+    )
     for peer, where, seconds in (("guest", "203.0.113.1/32", 1), ("home", "192.0.2.1/32", 4)):
         async with server(limits) as one:
             one.listener.others_decode = lambda party: party != "203.0.113.1/32"

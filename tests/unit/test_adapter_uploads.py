@@ -63,11 +63,13 @@ def test_offers_of_made_up_peers_take_no_memory():
     assert len(one._offers) <= MAX_BUCKETS
 
 
-def test_beside_steps_of_others_each_byte_counts_for_four():
+def test_beside_steps_of_others_uploads_have_a_lower_rate():
     one = Uploads(LIMITS)
-    assert one.pause(16 * MIB, 0.0, beside_steps=True) == 0.0
-    assert one.pause(16 * MIB, 0.0, beside_steps=True) == 16 * LIMITS.adapter_upload_weight_beside_steps / 32
-    assert one.pause(16 * MIB, 2.0) == 0.5
+    rate = LIMITS.adapter_upload_bytes_per_second_beside_steps
+    assert one.pause(LIMITS.adapter_upload_burst_bytes_beside_steps, 0.0, beside_steps=True) == 0.0
+    assert one.pause(16 * MIB, 0.0, beside_steps=True) == 16 * MIB / rate
+    assert one.pause(32 * MIB, 0.0) == 0.0
+    assert one.pause(16 * MIB, 0.0) == 0.125
 
 
 def test_uploads_together_have_a_rate_beyond_a_burst():

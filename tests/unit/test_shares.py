@@ -59,8 +59,8 @@ def sockets(
 @pytest.mark.parametrize("prefix", [PUBLIC, LOCAL])
 def test_where_places_are_plenty_only_a_flood_is_turned_away(prefix: str):
     arrivals = Arrivals(LIMITS)
-    assert sockets(arrivals, prefix, 0.0) == LIMITS.sockets_per_prefix_burst == 200
-    assert sockets(arrivals, prefix, 1.0) == LIMITS.sockets_per_prefix_per_second == 100
+    assert sockets(arrivals, prefix, 0.0) == LIMITS.sockets_per_prefix_burst == 128
+    assert sockets(arrivals, prefix, 1.0) == LIMITS.sockets_per_prefix_per_second == 20
 
 
 def test_where_places_are_scarce_a_public_address_brings_one_a_second_and_loopback_as_many_as_before():
@@ -76,7 +76,7 @@ def test_a_suspect_address_brings_two_and_then_one_in_eight_seconds():
     assert sockets(arrivals, PUBLIC, 0.0, suspect=True) == 2
     assert sockets(arrivals, PUBLIC, 7.9, suspect=True) == 0
     assert sockets(arrivals, PUBLIC, 8.0, suspect=True) == 1
-    assert sockets(arrivals, LOCAL, 0.0, suspect=True) == 200
+    assert sockets(arrivals, LOCAL, 0.0, suspect=True) == 128
 
 
 def test_a_network_of_many_addresses_has_the_rate_of_four():
@@ -92,7 +92,7 @@ def test_handshakes_wait_for_their_rate():
     def begun(now: float) -> int:
         return sum(arrivals.handshake(LOCAL, now) for _ in range(1000))
 
-    assert begun(0.0) == LIMITS.handshakes_per_prefix_burst == 64
+    assert begun(0.0) == LIMITS.handshakes_per_prefix_burst == 32
     assert begun(1.0) == LIMITS.handshakes_per_prefix_per_second == 10
     assert arrivals.handshake(PUBLIC, 0.0)
 

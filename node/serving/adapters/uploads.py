@@ -37,6 +37,7 @@ class Uploads:
     _under_way: list[Upload] = field(default_factory=list)
     _offers: dict[str, TokenBucket] = field(default_factory=dict)
     _bytes: TokenBucket | None = None
+    _beside_steps: TokenBucket | None = None
 
     @property
     def count(self) -> int:
@@ -83,15 +84,20 @@ class Uploads:
     def pause(self, size: int, now: float, *, beside_steps: bool = False) -> float:
         """Count bytes that have come; the seconds until more is read.
 
-        beside_steps: clients of other prefixes decode meanwhile: each byte counts for several.
+        beside_steps: clients of other prefixes decode meanwhile, so the bytes have a lower rate.
         """
-        if self._bytes is None:
-            limits = self.limits
+        limits = self.limits
+        if self._bytes is None or self._beside_steps is None:
             self._bytes = TokenBucket.full(
                 limits.adapter_upload_bytes_per_second, limits.adapter_upload_burst_bytes, now
             )
-        weight = self.limits.adapter_upload_weight_beside_steps if beside_steps else 1
-        return self._bytes.take(size * weight, now)
+            self._beside_steps = TokenBucket.full(
+                limits.adapter_upload_bytes_per_second_beside_steps,
+                limits.adapter_upload_burst_bytes_beside_steps,
+                now,
+            )
+        wait = self._bytes.take(size, now)
+        return max(wait, self._beside_steps.take(size, now)) if beside_steps else wait
 
     def _last_of_most(self, prefix: str) -> Upload | None:
         """The upload that makes room for one of this prefix; None where no prefix has more."""
