@@ -68,7 +68,7 @@ def test_where_places_are_scarce_a_public_address_brings_one_a_second_and_loopba
     assert sockets(arrivals, PUBLIC, 0.0, scarce=True) == LIMITS.scarce_connections_burst == 16
     assert sockets(arrivals, PUBLIC, 3.0, scarce=True) == 3
     assert sockets(arrivals, NEIGHBOUR, 3.0, scarce=True) == 16
-    assert sockets(arrivals, LOCAL, 3.0, scarce=True) == 200
+    assert sockets(arrivals, LOCAL, 3.0, scarce=True) == 128
 
 
 def test_a_suspect_address_brings_two_and_then_one_in_eight_seconds():
