@@ -17,6 +17,7 @@ import trio
 from benchmarks.lib.processes import equal_spans, local_swarm
 
 if TYPE_CHECKING:
+    from node.model.checkpoint.folder import ModelFolder
     from tensor_codec.adapters import AdapterContent
 
 HOPS = 3
@@ -57,17 +58,12 @@ def opening_row(model: str | None, *, rounds: int, rank: int = 16) -> dict[str, 
 
 
 async def _measured(
-    model: str | None, peers: Sequence[str], folder: Any, rounds: int, rank: int
+    model: str | None, peers: Sequence[str], folder: ModelFolder, rounds: int, rank: int
 ) -> Mapping[str, list[float]]:
     """Seconds of every opening, by case; the size of an adapter under "mib"."""
     import client
-    from node.model.adapters.sites import site_shapes
-    from node.model.blocks.span import DTYPES, load_span
-    from node.model.checkpoint.info import read_info
 
-    # the blocks of a llama are alike
-    one = site_shapes(load_span(folder, 0, 1, dtype=DTYPES["float32"], device="cpu"))[0]
-    shapes = [one] * read_info(folder).blocks
+    shapes = shapes_of(folder)
     found: dict[str, list[float]] = {"none": [], "cold": [], "warm": [], "mib": []}
     async with client.connect(model, peers=peers) as swarm:
         await swarm.route()
@@ -83,6 +79,16 @@ async def _measured(
                 if seed >= 0:  # the first round makes the connections
                     found[case].append(seconds)
     return found
+
+
+def shapes_of(folder: ModelFolder) -> list[Mapping[str, tuple[int, int]]]:
+    """Of each block its linears: features in and out.  The blocks of a llama are alike."""
+    from node.model.adapters.sites import site_shapes
+    from node.model.blocks.span import DTYPES, load_span
+    from node.model.checkpoint.info import read_info
+
+    one = site_shapes(load_span(folder, 0, 1, dtype=DTYPES["float32"], device="cpu"))[0]
+    return [one] * read_info(folder).blocks
 
 
 def random_content(

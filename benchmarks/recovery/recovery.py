@@ -7,11 +7,14 @@
     python -m benchmarks recovery --fault-rate 0 1e-4 1e-3 1e-2 --tokens 128 1024
     python -m benchmarks recovery --mode clients --runs 50
     python -m benchmarks recovery --mode slow --times 10 --runs 5
+    python -m benchmarks recovery --adapter-rank 16 --runs 20
 
 Real processes: a bootstrap node and two servers for each span, one torch thread in each.  The client
 is this process.  Every run strikes a server of the chain in use once, at a random moment of one
 token's time.  Afterwards everything is mended, and the next run has a new client, without knowledge of
-faults.  The tokens are compared with those of the whole model in one process.
+faults.  The tokens are compared with those of the whole model in one process; with --adapter-rank with
+those of a generation before the fault.  Then every run has another adapter (LoRA, bfloat16, at all
+linears), which the server that takes over does not have yet.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ import trio
 
 from benchmarks.lib.processes import Spawn, Worker, equal_spans, spawn
 from benchmarks.lib.results import Run
+from benchmarks.network.adapter_opening import random_content, shapes_of
 from benchmarks.network.netns import Network, command_inside, why_not
 from benchmarks.recovery.fault_rates import fault_rates
 from benchmarks.recovery.lost_clients import lost_clients
 from benchmarks.recovery.replicas import FAULTS, Replica, ReplicatedSwarm, Slowdown, kill, replicated_swarm
 from benchmarks.recovery.watched import (
+    WARM_UP_TOKENS,
     Strike,
     Watched,
     fresh_client,
@@ -51,6 +56,7 @@ from client.generation.conversation import Conversation
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
+from tensor_codec.adapters import AdapterContent
 
 PREFILL_TOKENS = 300
 SOCKETS_GONE_SECONDS = 60.0
@@ -122,6 +128,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=180.0,
         help="seconds for one generation with --fault-rate (%(default)s)",
     )
+    parser.add_argument(
+        "--adapter-rank", type=int, metavar="R", help="generate with a random adapter (LoRA) of this rank"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -177,9 +186,12 @@ async def struck_once(
         fault = slowdown if flags.mode == "slow" else FAULTS[flags.mode]
         strike = Strike(replicas, fault, rng, flags.hop)
         async with fresh_client(flags.model, replicas, flags.give_up) as swarm:
-            usual = await undisturbed(swarm, ids)
+            adapter = None if flags.adapter_rank is None else await new_adapter(flags, run)
+            tokens = WARM_UP_TOKENS if adapter is None else flags.tokens[0]
+            usual = await undisturbed(swarm, ids, adapter, tokens)
+            expected = expected if adapter is None else usual.tokens
             step, first = usual.typical, usual.seconds[0]
-            conversation = swarm.conversation(len(ids) + flags.tokens[0])
+            conversation = swarm.conversation(len(ids) + flags.tokens[0], adapter=adapter)
 
             async with trio.open_nursery() as nursery:
 
@@ -200,6 +212,13 @@ async def struck_once(
     await trio.to_thread.run_sync(replicas.mend)
     print(f"run {run + 1} of {flags.runs}: {json.dumps(row)}", file=sys.stderr)
     return row
+
+
+async def new_adapter(flags: argparse.Namespace, run: int) -> AdapterContent:
+    """A random adapter of a run."""
+    folder = resolve(flags.model, cache_dir=cache_dir())
+    shapes = await trio.to_thread.run_sync(shapes_of, folder)
+    return random_content(folder.revision, shapes, flags.adapter_rank, flags.seed * 1_000_003 + run)
 
 
 def strike_number(when: str, tokens: int, rng: random.Random) -> int:
@@ -314,6 +333,7 @@ def summary(flags: argparse.Namespace, rows: list[Result]) -> Result:
         "servers": flags.servers,
         "copies": flags.copies,
         "tokens": flags.tokens[0],
+        "adapter_rank": flags.adapter_rank,
         "runs": len(rows),
         "tokens_equal": all(row["tokens_equal"] for row in rows),
     }

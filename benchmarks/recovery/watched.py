@@ -25,6 +25,7 @@ from client.generation.conversation import Conversation
 from client.swarm import Swarm, open_swarm
 from node.model.checkpoint.source import cache_dir, resolve
 from routing.chains.search import NoChain
+from tensor_codec.adapters import AdapterContent
 from tensor_codec.errors import PeerFault, Refused
 
 LOOK_SECONDS = 0.001
@@ -136,12 +137,14 @@ async def until_known(swarm: Swarm, condition: Callable[..., bool]) -> None:
     raise ProcessError(f"the client did not know the whole swarm after {WHOLE_SECONDS} s")
 
 
-async def undisturbed(swarm: Swarm, ids: list[int]) -> Watched:
-    """The second of two short generations without a fault: caches are warm then."""
+async def undisturbed(
+    swarm: Swarm, ids: list[int], adapter: AdapterContent | None = None, tokens: int = WARM_UP_TOKENS
+) -> Watched:
+    """The second of two generations without a fault: caches are warm then."""
     watched = Watched()
     for _ in range(2):
-        conversation = swarm.conversation(len(ids) + WARM_UP_TOKENS)
-        watched = await watch(swarm, conversation, ids, WARM_UP_TOKENS)
+        conversation = swarm.conversation(len(ids) + tokens, adapter=adapter)
+        watched = await watch(swarm, conversation, ids, tokens)
         conversation.close()
     if watched.error is not None:
         raise ProcessError(f"a generation without a fault failed: {watched.error}")
