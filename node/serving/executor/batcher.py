@@ -114,7 +114,7 @@ class Batcher:
     _queues: JobQueues = field(init=False)
     costs: BatchCosts = field(init=False)
     _peers: ActivePeers = field(init=False)
-    _parties: ActivePeers = field(init=False)  # prefixes; peers without one
+    parties: ActivePeers = field(init=False)  # prefixes; peers without one
     _crowds: Crowds = field(init=False)
     _running: Batch | None = None
     _cool_down_until: float = -math.inf
@@ -130,7 +130,7 @@ class Batcher:
             self.decode_seconds_per_block, self.prefill_seconds_per_block_token, policy.joint_slowdown
         )
         self._peers = ActivePeers(policy.recently_active_seconds)
-        self._parties = ActivePeers(policy.recently_active_seconds)
+        self.parties = ActivePeers(policy.recently_active_seconds)
         self._crowds = Crowds(policy.recently_active_seconds, policy.crowd_rest)
 
     @property
@@ -167,20 +167,16 @@ class Batcher:
         queues.add(job, self._running or ())
         short_decode = job.kind is Kind.DECODE and not self.costs.is_long(job)
         self._peers.touch(job.peer, now, short_decode=short_decode)
-        if (known := self._parties.by_name.get(party)) is not None:
+        if (known := self.parties.by_name.get(party)) is not None:
             known.last_active_at = now  # as `touch` does, in no call
             if short_decode:
                 known.last_short_decode_at = now
         else:
-            self._parties.touch(party, now, short_decode=short_decode)
+            self.parties.touch(party, now, short_decode=short_decode)
         if newcomer:
             self._peers.charge_as_newcomer(job.peer)
         if new_party:
-            self._parties.charge_as_newcomer(party)
-
-    def others_decode(self, party: str, now: float) -> bool:
-        """Whether a prefix other than this one, or a peer without one, runs short decode steps now."""
-        return bool(self._parties.short_decoders(now) - {party})
+            self.parties.charge_as_newcomer(party)
 
     def cancel(self, number: int) -> None:
         """Forget a job, if it is still there; if it is running, no further piece of it will run."""
@@ -201,7 +197,7 @@ class Batcher:
         """The batch to run now, or None.  The next call comes after `finished`."""
         if self._running is not None:
             raise LocalProtocolError("a batch was asked for while one is running")
-        if now >= self._queues.next_deadline or now >= min(self._peers.look_at, self._parties.look_at):
+        if now >= self._queues.next_deadline or now >= min(self._peers.look_at, self.parties.look_at):
             self._look_at_clock(now)
         lanes = self._queues.lanes
         for kind in self._kinds_in_order():
@@ -235,7 +231,7 @@ class Batcher:
                 self._cool_down_until = max(self._cool_down_until, now + rest)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
             peer.compute_seconds += seconds * share
-            if (party := self._parties.by_name.get(job.prefix or job.peer)) is not None:
+            if (party := self.parties.by_name.get(job.prefix or job.peer)) is not None:
                 party.last_active_at = now
                 party.compute_seconds += seconds * share
             if job.number not in queues.jobs:
@@ -244,7 +240,7 @@ class Batcher:
                 queues.remove(job)
             else:
                 queues.done[job.number] += 1 if job.parts else piece.tokens
-        if batch[0].job.kind is not Kind.STATELESS and len(self._parties.by_name) > 1:
+        if batch[0].job.kind is not Kind.STATELESS and len(self.parties.by_name) > 1:
             self._crowds.ran(batch, seconds, self.costs.least_row(batch), now)
         self.costs.learn(batch[0].job.kind, blocks, work, seconds)
         return blocks, positions
@@ -282,7 +278,7 @@ class Batcher:
         blocks, peers, parties, adapters = set[int](), set[str](), set[str](), dict[str, float]()
         full = set[str]()  # peers with a step that did not fit: later steps must not overtake it
         max_seconds = max_crowd = max_resting = math.nan
-        cooling, several = now < self._cool_down_until, len(self._parties.by_name) > 1
+        cooling, several = now < self._cool_down_until, len(self.parties.by_name) > 1
         jobs, resting, crowds = self._queues.in_rounds(Kind.DECODE), frozenset[str](), frozenset[str]()
         if several:
             prefills = itertools.chain.from_iterable(self._queues.lanes[Kind.PREFILL].values())
@@ -308,7 +304,7 @@ class Batcher:
                 limit = max_seconds
             elif several and job.prefix in parties:
                 if math.isnan(max_crowd):  # every prefix's first step is in by now
-                    together = self._parties.by_name.keys() <= parties
+                    together = self.parties.by_name.keys() <= parties
                     slowdown = self.policy.crowd_slowdown if together else self.policy.absent_slowdown
                     max_crowd = slowdown * self.costs.least_row(pieces)
                 limit = max_crowd
@@ -340,7 +336,7 @@ class Batcher:
         heads = self._heads(kind, now)
         if not heads:
             return ()
-        party = self._parties.choose([job.prefix or job.peer for job in heads], kind)
+        party = self.parties.choose([job.prefix or job.peer for job in heads], kind)
         heads = [job for job in heads if (job.prefix or job.peer) == party]
         peer = self._peers.choose([job.peer for job in heads], kind)
         job = next(job for job in heads if job.peer == peer)
@@ -403,8 +399,8 @@ class Batcher:
             self._queues.expire(now, {piece.job.number for piece in self._running or ()})
         if now >= self._peers.look_at:
             self._peers.forget(now, self._queues.waiting_of)
-        if now >= self._parties.look_at:
-            self._parties.forget(now, self._queues.waiting_of_party)
+        if now >= self.parties.look_at:
+            self.parties.forget(now, self._queues.waiting_of_party)
 
     def _check_seconds(self, job: Job, now: float) -> None:
         """Raise Refused, TooManyStreams where a stateless request would take, or wait for, too long."""

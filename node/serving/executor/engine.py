@@ -195,7 +195,7 @@ class Engine:
     def others_decode(self, party: str) -> bool:
         """Whether a prefix other than this one, or a peer without one, runs short decode steps now."""
         with self._lock:
-            return self.batcher.others_decode(party, self._clock())
+            return bool(self.batcher.parties.short_decoders(self._clock()) - {party})
 
     async def run(self) -> None:
         """Compute the queued jobs, until cancelled.  An exception that escapes is our bug."""
