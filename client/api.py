@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from client.generation.generate import Token
     from client.generation.generation_config import Settings
     from client.generation.options import GenerateArguments, GenerateOptions
+    from client.monitor.events import SwarmEvent
+    from client.monitor.sessions import SessionStatus
     from client.session.steps import StepTimes
     from client.session.trace import Trace
     from node.model.checkpoint.info import ModelInfo
     from node.model.embed_and_head import EmbedAndHead
     from routing.chains.alternatives import Constraints
     from routing.chains.hops import Chain
+    from routing.names import PeerId
+    from routing.view.answers import Liveness
     from routing.view.view import SwarmView
     from tensor_codec.messages.contract import Reply
     from tensor_codec.messages.info import PeerInfo
@@ -145,6 +149,10 @@ class SwarmFacts(Protocol):
     def ends(self) -> EmbedAndHead:
         """Another name of `local_model`."""
 
+    @property
+    def peer_id(self) -> PeerId:
+        """The id by which the swarm's peers know this client."""
+
     def view(self) -> SwarmView:
         """See `Swarm.view`."""
 
@@ -177,6 +185,21 @@ class SwarmLike(SwarmFacts, Protocol):
 
     async def changed(self, since: SwarmView) -> None:
         """See `Swarm.changed`."""
+
+    async def rtts(self) -> dict[PeerId, float]:
+        """See `Swarm.rtts`."""
+
+    async def answers(self, peer: str) -> bool:
+        """See `Swarm.answers`."""
+
+    async def liveness(self) -> dict[PeerId, Liveness]:
+        """See `Swarm.liveness`."""
+
+    async def sessions(self) -> list[SessionStatus]:
+        """See `Swarm.sessions`."""
+
+    def events(self) -> AsyncGenerator[SwarmEvent, None]:
+        """See `Swarm.events`.  A few events may wait for a slow consumer besides."""
 
     async def route(self) -> Chain:
         """See `Swarm.route`."""
@@ -278,6 +301,21 @@ class SyncSwarm(SwarmFacts, Protocol):
 
     def changed(self, since: SwarmView) -> None:
         """See `Swarm.changed`."""
+
+    def rtts(self) -> dict[PeerId, float]:
+        """See `Swarm.rtts`."""
+
+    def answers(self, peer: str) -> bool:
+        """See `Swarm.answers`."""
+
+    def liveness(self) -> dict[PeerId, Liveness]:
+        """See `Swarm.liveness`."""
+
+    def sessions(self) -> list[SessionStatus]:
+        """See `Swarm.sessions`."""
+
+    def events(self) -> Generator[SwarmEvent, None, None]:
+        """See `Swarm.events`.  A few events may wait for a slow consumer besides."""
 
     def route(self) -> Chain:
         """See `Swarm.route`."""

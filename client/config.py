@@ -29,6 +29,8 @@ class ClientConfig:
     codec: of hidden states on the wire: "auto" (nothing is lost), "fp32" or "bf16".
     constraints: the servers that may be used, and their number in one chain.
     limits: max_session_tokens bounds the sessions of this client; None: the servers' own bound holds.
+    monitor: ping more servers from the start, for pages that show who answers; else from the first use of
+    `Swarm.liveness` or `Swarm.events` on.
     """
 
     peers: tuple[str, ...]
@@ -43,6 +45,7 @@ class ClientConfig:
     codec: str = "auto"
     constraints: Constraints = field(default_factory=Constraints)
     limits: Limits = field(default_factory=Limits)
+    monitor: bool = False
 
 
 def client_config(
@@ -61,6 +64,7 @@ def client_config(
     max_session_tokens: int | None = None,
     max_step_tokens: int | None = None,
     max_frame_bytes: int | None = None,
+    monitor: bool = False,
 ) -> ClientConfig:
     """The arguments of `client.connect` and `client.connect_sync`, which explain them, as a checked value.
 
@@ -85,6 +89,7 @@ def client_config(
                 max_step_tokens=_tokens("max_step_tokens", max_step_tokens),
                 max_frame_bytes=_tokens("max_frame_bytes", max_frame_bytes),
             ),
+            monitor=_flag("monitor", monitor),
         )
     check(config)
     return config
@@ -102,6 +107,13 @@ def _key(name: str, value: Any) -> Path | bytes:  # Any: to be checked
 def _tokens(name: str, value: Any) -> int | None:  # Any: to be checked
     """None or a whole number.  Raises ValueError."""
     return None if value is None else values.whole(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:  # Any: to be checked
+    """Raises ValueError for another value than True and False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {values.shown(value)}, True or False is needed")
+    return value
 
 
 def check(config: ClientConfig) -> None:

@@ -64,7 +64,8 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     sessions, `generate`, `forward` and `backward`, and for replacements of servers that failed.
     max_session_tokens: rows times positions of the longest session to open; None: the bound of the model
     and the servers.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
-    `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much. Works
+    `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much.
+    monitor: ping more servers from the start (see `Swarm.liveness`), for a page that shows the swarm.  Works
     under trio, and under asyncio (any event loop) through a trio thread of its own; the handle has the same
     methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a number out of
     range, constraints that nothing can meet), on entry if the model is not found, no peer could be reached,

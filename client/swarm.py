@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from client.generation.generate import Generation, Token
     from client.generation.generation_config import GenerationDefaults, Settings
     from client.generation.head_batches import HeadBatches
+    from client.monitor.events import SwarmEvent
+    from client.monitor.sessions import SessionStatus
+    from client.monitor.watching import Watching
     from client.session.session import Session
     from client.session.trace import Trace
     from node.model.checkpoint.info import ModelInfo
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from node.network.host import Host
     from node.runtime.compute_thread import Runner
     from routing.chains.alternatives import Constraints
+    from routing.view.answers import Liveness
     from routing.view.view import SwarmView
     from tensor_codec.messages.info import PeerInfo
 
@@ -74,13 +78,16 @@ class Swarm:
     _uploads: AdapterUploads = field(init=False)
     _lengths: SessionLengths = field(init=False)
     _stateless: ForwardBackward = field(init=False)
+    _watching: Watching = field(init=False)
 
     def __post_init__(self) -> None:
         from client.adapters.upload import AdapterUploads
         from client.chains.chain_choice import find_run
         from client.forward_backward import ForwardBackward
+        from client.monitor.watching import Watching
 
         config = self.config
+        self._watching = Watching(self._directory, self._nursery, always=config.monitor)
         self._uploads = AdapterUploads(
             config.limits, self.info, partial(self.routes.open_stream, protocol=ADAPTER_PROTOCOL)
         )
@@ -111,6 +118,11 @@ class Swarm:
         """Another name of `local_model`."""
         return self.local_model
 
+    @property
+    def peer_id(self) -> PeerId:
+        """The id by which the swarm's peers know this client."""
+        return self._directory.peer_id
+
     def view(self) -> SwarmView:
         """The present view of the swarm."""
         return self._directory.view()
@@ -123,6 +135,40 @@ class Swarm:
     async def changed(self, since: SwarmView) -> None:
         """Return when the view differs from `since`.  Set your own deadline."""
         await self._directory.changed(since)
+
+    async def rtts(self) -> dict[PeerId, float]:
+        """The round trips to the peers that have answered within the last minute, in seconds."""
+        await trio.lowlevel.checkpoint()
+        return self._directory.rtts()
+
+    async def answers(self, peer: str) -> bool:
+        """Whether that peer answers a ping of this moment, within two seconds; False for an unknown peer."""
+        return await self._directory.answers(PeerId(peer))
+
+    async def liveness(self) -> dict[PeerId, Liveness]:
+        """Whether each peer of the view answers, by the pings of the last seconds.
+
+        A first question has this client ping more peers for a minute, every 2.4 to 3.6 s: those of its live
+        sessions (64 at most), and the 64 with the rarest blocks.  Until a peer was asked it is "unknown".  A
+        peer with two unanswered pings is "silent", and the view counts no block of it (`SwarmView.silent`).
+        """
+        await trio.lowlevel.checkpoint()
+        return self._watching.liveness()
+
+    async def sessions(self) -> list[SessionStatus]:
+        """The live sessions of this client, the oldest first: hops, times, rates."""
+        await trio.lowlevel.checkpoint()
+        return self._watching.sessions()
+
+    def events(self) -> AsyncGenerator[SwarmEvent, None]:
+        """The events from now on: of peers (joined, left, moved, silent, back), and of our own sessions.
+
+        A fault is told at its moment, before the next token.  Servers are pinged as by `liveness` while
+        somebody listens.  A listener that is 1,024 events behind loses the oldest, and reads how many in
+        `lost`.  At most 32 listen at a time, a further one gets RuntimeError.  Leave the loop early under
+        `contextlib.aclosing`.
+        """
+        return self._watching.events()
 
     async def route(self) -> Chain:
         """The chain that a session would take now.  Raises NoChain."""
@@ -471,6 +517,7 @@ class Swarm:
         from client.chains.chain_choice import chooser_for
         from client.session.session import open_session
         from client.session.terms import Terms
+        from client.session.trace import Trace
 
         wait_until = trio.current_time() + self.config.wait_seconds
         info = self.info
@@ -487,7 +534,9 @@ class Swarm:
                 replace(terms, adapter=adapter),
                 chooser_for(routes, Needs(prompts is not None, adapter)),
             )
-        return await open_session(
+        trace = Trace() if trace is None else trace
+        name = self._watching.traced(trace)
+        session = await open_session(
             terms,
             routes,
             nursery=self._nursery,
@@ -497,6 +546,8 @@ class Swarm:
             deadline=wait_until if deadline is None else min(deadline, wait_until),
             trace=trace,
         )
+        self._watching.opened(name, session)
+        return session
 
     def blocking_calls(self) -> BlockingCalls:
         """Blocking calls into this swarm's event loop, for the program's other threads."""

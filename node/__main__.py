@@ -29,7 +29,14 @@ from node.runtime.console import argument_text, put_line, run_command, run_proce
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
 from tensor_codec.blocks import Blocks
-from tensor_codec.limits import CHOICES, Limits, limits_with
+from tensor_codec.limits import (
+    CHOICES,
+    LEAST_SHARE,
+    Limits,
+    limits_with,
+    share_of_a_peer,
+    with_shares,
+)
 from tensor_codec.span_spec import QUANTIZE
 
 MAX_REPLICAS = 1000
@@ -300,6 +307,11 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         help=f"between two steps of a session (default: {USUAL.session_idle_seconds:g})",
     )  # fmt: skip
     limits.add_argument(
+        "--share", type=_share, action="append", default=[], metavar="PEER=SHARE",
+        help="give this peer, a gateway for instance, so much of cache, streams, sessions and waiting steps"
+        f" ({LEAST_SHARE:g} to 1), in place of {USUAL.cache_share_per_peer:g} or less; may be repeated",
+    )  # fmt: skip
+    limits.add_argument(
         "--tape-bytes", type=int, metavar="N",
         help="of the memory for gradients, for graphs of forwards that a backward follows; 0: none is kept"
         f" (default: {USUAL.tape_bytes})",
@@ -360,9 +372,10 @@ def _balance(flags: argparse.Namespace) -> BalanceConfig:
 def _limits(flags: argparse.Namespace) -> Limits:
     """Raises ConfigError."""
     try:
-        return limits_with(
+        limits = limits_with(
             **{name: getattr(flags, name, None) for name in CHOICES}
         )  # bootstrap lacks these flags
+        return with_shares(limits, getattr(flags, "share", []))
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None
@@ -392,6 +405,17 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         limits=limits,
         ready_file=flags.ready_file,
     )
+
+
+def _share(text: str) -> tuple[str, float]:
+    from routing.names import PeerId, public_key_of
+
+    try:
+        peer, share = share_of_a_peer(text)
+        public_key_of(PeerId(peer))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return peer, share
 
 
 def _blocks(text: str) -> Blocks:

@@ -6,6 +6,9 @@ prints the same table for users.  One frozen value is built in `main` and handed
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import index
@@ -13,6 +16,8 @@ from operator import index
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+LEAST_SHARE = 0.01  # that a peer may be given: below it one session has no room
+MAX_SHARES = 64  # peers with a share of their own: gateways, of which a fleet has a few
 MAX_HEADER_BYTES = 4 * KIB  # 1 MiB of msgpack can become 72 MiB of objects
 # What an operator or a program may choose, least and most.  What every client may count on is not lowered.
 CHOICES: dict[str, tuple[int, int]] = {
@@ -110,6 +115,9 @@ class Limits:
     session_life_seconds: float = 1800.0
     session_position_seconds: float = 0.25  # of life more for each position that it was opened for
     cache_share_per_peer: float = 0.25
+    # Peers with a share of their own, each with it: of the cache, of streams, sessions and waiting steps.  An
+    # operator names the gateways of a private swarm here: each is one peer, and has many users.
+    peer_shares: tuple[tuple[str, float], ...] | None = None
     least_share_tokens: int = 8192  # a peer's share is never less, where the cache has so many
     max_prompt_bytes: int = 64 * MIB  # deep prompts that sessions hold
     max_prompt_bytes_per_peer: int = 16 * MIB  # those of one frame
@@ -214,6 +222,61 @@ class Limits:
         """Positions of all rows that one step may carry, each of so many bytes; 0 where none fits."""
         room = self.max_frame_bytes - 2 * self.max_header_bytes
         return max(0, min(self.max_step_tokens, room // token_bytes))
+
+    def own_share(self, peer: str) -> float | None:
+        """The share that the operator has given a peer; None for a peer with the usual bounds."""
+        return None if self.peer_shares is None else dict(self.peer_shares).get(peer)
+
+    def streams_of(self, peer: str) -> int:
+        """Streams that a peer may have open."""
+        return self._part_of(peer, self.max_streams, self.max_streams_per_peer)
+
+    def streams_on_a_connection_of(self, peer: str) -> int:
+        """The same, on one connection."""
+        return self._part_of(peer, self.max_streams, self.max_streams_per_connection)
+
+    def sessions_of(self, peer: str) -> int:
+        """Sessions that a peer may have open; each has a stream."""
+        return self._part_of(peer, self.max_streams, self.max_sessions_per_peer)
+
+    def waiting_steps_of(self, peer: str) -> int:
+        """Steps of a peer that may wait for compute."""
+        return self._part_of(peer, self.max_waiting_steps, self.max_waiting_steps_per_peer)
+
+    def prefix_of(self, peer: str, prefix: str) -> str:
+        """The network prefix with which a peer shares what it uses; "" for one with a share of its own."""
+        return prefix if self.own_share(peer) is None else ""
+
+    def _part_of(self, peer: str, total: int, usual: int) -> int:
+        share = self.own_share(peer)
+        return usual if share is None else max(1, int(share * total))
+
+
+def share_of_a_peer(text: str) -> tuple[str, float]:
+    """PEER=SHARE, as an operator writes it: a peer and its part of what all peers may have.
+
+    Raises ValueError for another form, or a share outside LEAST_SHARE to 1.
+    """
+    peer, mark, number = text.partition("=")
+    try:
+        share = float(number) if mark and peer else math.nan
+    except ValueError:
+        share = math.nan
+    if not LEAST_SHARE <= share <= 1:
+        raise ValueError(f"{text[:80]!r} is not PEER=SHARE with a share of {LEAST_SHARE:g} to 1")
+    return peer, share
+
+
+def with_shares(limits: Limits, shares: Sequence[tuple[str, float]]) -> Limits:
+    """The limits with shares of these peers.  Raises ValueError, which begins with `share`."""
+    if not shares:
+        return limits
+    twice = [peer for peer, count in Counter(peer for peer, _ in shares).items() if count > 1]
+    if twice:
+        raise ValueError(f"share names {twice[0]} more than once")
+    if len(shares) > MAX_SHARES:
+        raise ValueError(f"share names {len(shares)} peers, {MAX_SHARES} are allowed")
+    return replace(limits, peer_shares=tuple(shares))
 
 
 def limits_with(limits: Limits | None = None, **chosen: float | None) -> Limits:

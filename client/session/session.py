@@ -47,7 +47,7 @@ from tensor_codec.row_order import row_order
 LONG_PART = 2048  # positions: a caller's wait for one step suffices to fill caches with this number
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Session:
     """A session.  Made by `open_session`; its tasks run in the swarm's nursery until `close`.
 

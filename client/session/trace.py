@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 MAX_EVENTS = 20_000  # about 10 MB; the oldest go first
+
+log = logging.getLogger("raceme")
 
 Kind = Literal["opened", "step", "fault", "rerouted", "replayed", "recovered", "relayed", "ended"]
 
@@ -36,17 +39,50 @@ class Event:
     data: Mapping[str, Any]  # Any: JSON
 
 
+Listener = Callable[[Event], object]
+
+
 @dataclass(slots=True)
 class Trace:
-    """The events of one session, oldest first; at most `MAX_EVENTS`."""
+    """The events of one session, oldest first; at most `MAX_EVENTS`.
+
+    on_event: called with each event at its moment, in the thread of the swarm's event loop (trio), before
+    anything else goes on: it must return at once and not wait.  So a program hears of a server that died
+    before the next token comes.  An error of it is logged, and it is not called again.
+    """
 
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     counts: Counter[str] = field(default_factory=Counter)
+    on_event: Listener | None = None
+    _others: tuple[Listener, ...] = ()
 
     def add(self, kind: Kind, **data: Any) -> None:  # Any: JSON
         """Note an event of now."""
         self.counts[kind] += 1
-        self.events.append(Event(time.perf_counter(), kind, data))
+        event = Event(time.perf_counter(), kind, data)
+        self.events.append(event)
+        if self.on_event is not None or self._others:
+            self._tell(event)
+
+    def listen(self, listener: Listener) -> None:
+        """Have another function called with each event from now on, as `on_event`.  From any thread."""
+        self._others = (*self._others, listener)
+
+    def unlisten(self, listener: Listener) -> None:
+        """Call that function no more; nothing happens where it is not called."""
+        self._others = tuple(each for each in self._others if each != listener)
+
+    def _tell(self, event: Event) -> None:
+        for listener in (self.on_event, *self._others):
+            if listener is None:
+                continue
+            try:
+                listener(event)
+            except Exception:  # the program's, whatever it is: the session of many goes on
+                log.exception("a listener of a trace has failed, and is not called again")
+                if listener is self.on_event:
+                    self.on_event = None
+                self.unlisten(listener)
 
     def of(self, *kinds: Kind) -> Iterator[Event]:
         """The events of these kinds."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -15,10 +15,8 @@ import trio
 from node.config import DEFAULT_MODEL, NetworkConfig
 from node.network.peer_info import QuestionStream, ask_for_info
 from node.runtime.console import OutputText, one_line, put_line
-from routing.blocks import Blocks, coverage, gaps
-from routing.names import ModelId, PeerId, Revision
-from routing.view.records import Record, State
-from routing.view.view import ModelKey, SwarmView
+from routing.names import PeerId
+from routing.view.description import MAX_ASKED, UNREACHABLE, describe, worth_asking
 from tensor_codec.errors import PeerFault, Refused
 from tensor_codec.messages.info import INFO_PROTOCOL
 
@@ -27,11 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_NAMED = 4  # peers of a bottleneck
-PRESENT: tuple[State, ...] = ("online", "joining", "draining")
-MAX_ASKED = 64  # servers that `status` pings, servers of the rarest blocks first
 ASKED_AT_ONCE = 16  # servers that `status` asks for their state
 ASK_SECONDS = 2.5  # for the answers; a little longer than the timeout of one ping
-UNREACHABLE = "unreachable"  # a state that pings find; no peer announces it
 PIPE_COLUMNS = 160
 MIN_COLUMNS = 20  # fewer are a wrong COLUMNS
 SETTLE_SECONDS = 0.3  # after the first digest, for records on their way
@@ -47,13 +42,21 @@ async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0, 
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
         await node.directory.measure(worth_asking(node.directory.view(), node.host.peer_id), ASK_SECONDS)
-        facts = describe(node.directory.view(), dict(node.directory.rtts()), chains)
+        facts = describe(node.directory.view(), node.directory.rtts(), chains)
         if ask:
             await ask_servers(partial(node.open_stream, protocol=INFO_PROTOCOL), facts["peers"])
     if as_json:
         put_line(json.dumps(facts, indent=2))
     else:
         print_status(facts)
+        put_line(page_of(config))
+
+
+def page_of(config: NetworkConfig) -> str:
+    """One line: the command that shows this swarm live, in a browser."""
+    key = "" if config.swarm_key is None else f" --swarm-key {shlex.quote(str(config.swarm_key))}"
+    peers = " ".join(map(shlex.quote, config.peers[:1]))
+    return one_line(f"see it live: python -m client gateway --peers {peers}{key}")
 
 
 async def ask_servers(
@@ -82,143 +85,6 @@ async def ask_servers(
             peer["sessions"] = None
         for peer in [peer for peer in servers if peer["state"] in ("online", "draining")][:MAX_ASKED]:
             nursery.start_soon(ask, peer)
-
-
-def worth_asking(view: SwarmView, me: PeerId, most: int = MAX_ASKED) -> list[PeerId]:
-    """The peers to ping before the status is shown, the most important first."""
-    from routing.placement.cover_gaps import watched
-    from routing.placement.rebalance import holders
-
-    records = [r for r in view.records() if r.role != "client" and r.addresses and r.peer != me]
-    first = [
-        peer
-        for key in _models(records)
-        for peer in watched(holders(view.spans(key.revision, key.blocks, PRESENT)), key.blocks, me, most)
-    ]
-    others = sorted(records, key=lambda record: record.role != "serve")
-    can_be_asked = {record.peer for record in records}
-    first = [peer for peer in first if peer in can_be_asked]
-    return list(dict.fromkeys([*first, *(record.peer for record in others)]))[:most]
-
-
-def describe(view: SwarmView, rtts: dict[PeerId, float], chains: int = 0) -> dict[str, Any]:  # Any: JSON
-    """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and `chains`.
-
-    rtts: seconds from here to a peer and back.  chains: how many to list for each model.
-    A peer without an answer (`view.silent`) is unreachable for any announcement, and covers no block.
-    """
-    records = [record for record in view.records() if record.role != "client"]
-    states = {r.peer: UNREACHABLE if r.peer in view.silent else r.state for r in records}
-    return {
-        "swarm": view.swarm,
-        "servers": {
-            state: sum(record.role == "serve" and states[record.peer] == state for record in records)
-            for state in (*PRESENT, UNREACHABLE)
-        },
-        "peers": [_peer(record, states[record.peer], rtts.get(record.peer)) for record in records],
-        "models": [_model(view, key, rtts, chains) for key in _models(records)],
-    }
-
-
-def _models(records: Sequence[Record]) -> list[ModelKey]:
-    """One for each revision, under the first of the names that its peers give it."""
-    served = sorted((r.model, r.revision, r.blocks) for r in records if r.role == "serve")
-    first = {(revision, blocks): name for name, revision, blocks in reversed(served)}
-    return sorted(
-        ModelKey(ModelId(name), Revision(revision), blocks) for (revision, blocks), name in first.items()
-    )
-
-
-def _model(
-    view: SwarmView, key: ModelKey, rtts: dict[PeerId, float], chains: int
-) -> dict[str, Any]:  # Any: JSON
-    spans = view.spans(key.revision, key.blocks)
-    held = coverage(spans, key.blocks)
-    missing = gaps(spans, Blocks(0, key.blocks))
-    return {
-        "model": key.model,
-        "revision": key.revision,
-        "blocks": key.blocks,
-        "coverage": list(held),
-        "holes": [list(run) for run in missing],
-        "unreachable": [
-            span.peer
-            for span in view.spans(key.revision, key.blocks, silent=True)
-            if span.peer in view.silent
-        ],
-        "complete": not missing,
-        "survives_any_loss": min(held) > 1,
-        **_throughput(spans, key.blocks),
-        **({"chains": _chains(spans, key.blocks, rtts, chains)} if chains else {}),
-    }
-
-
-def _chains(
-    spans: Sequence[Record], blocks: int, rtts: dict[PeerId, float], most: int
-) -> list[dict[str, Any]]:  # Any: JSON
-    """The best chains from here, with as few servers in common as possible."""
-    from routing.chains.alternatives import best_chains
-    from routing.chains.search import CostInputs, NoChain, cheapest_chain
-
-    try:
-        found = best_chains(partial(cheapest_chain, spans, blocks, known=CostInputs(client_rtt=rtts)), most)
-    except NoChain:
-        return []
-    return [
-        {
-            "expected_ms_per_token": round(chain.expected_seconds * 1e3, 3),
-            "hops": [{"peer": hop.peer, "blocks": [hop.start, hop.stop]} for hop in chain.hops],
-        }
-        for chain in found
-    ]
-
-
-def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any: JSON
-    """Tokens per second of all peers together, by their announced rates, and the bottleneck.
-
-    One token of one session at a time in each server: batches do more.  A moving peer counts with the
-    blocks that it still serves.
-    """
-    from routing.placement.rebalance import holders
-    from routing.placement.throughput import bottleneck, bound
-
-    held = holders([replace(span, next_start=0, next_stop=0) for span in spans])
-    narrow = bottleneck(held, blocks)
-    limiting = set(narrow.blocks)
-    return {
-        "capacity_tokens_per_s": round(narrow.capacity, 3),
-        "bound_tokens_per_s": round(bound(held, blocks), 3),
-        "bottleneck_blocks": list(narrow.blocks),
-        "bottleneck_peers": [h.peer for h in held if not limiting.isdisjoint(range(h.start, h.stop))],
-    }
-
-
-def _peer(record: Record, state: str, rtt: float | None) -> dict[str, Any]:  # Any: JSON
-    return {
-        "peer": record.peer,
-        "name": record.name,
-        "role": record.role,
-        "state": state,
-        "announced_state": record.state,
-        "model": record.model,
-        "blocks": [record.start, record.stop] if record.role == "serve" else None,
-        "next_blocks": [record.next_start, record.next_stop] if record.moves else None,
-        "dtype": record.dtype,
-        "quantize": record.quantize,
-        "decode_ms_per_block": round(record.seconds_per_block * 1e3, 4),
-        "prefill_tokens_per_s": round(_prefill_rate(record), 1),
-        "free_cache_tokens": record.cache_tokens,
-        "queue": record.queue,
-        "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
-        "addresses": list(record.addresses),
-        "version": record.version,
-    }
-
-
-def _prefill_rate(record: Record) -> float:
-    """Prefill tokens per second through the whole span of a peer; 0 where not measured."""
-    seconds = record.prefill_seconds_per_token * (record.stop - record.start)
-    return 1 / seconds if seconds > 0 else 0.0
 
 
 def print_status(facts: dict[str, Any]) -> None:  # Any: JSON
@@ -258,7 +124,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         table.add_row(
             "…" + peer["peer"][-6:],
             one_line(peer["name"]),
-            peer["state"] if serves or peer["state"] == UNREACHABLE else peer["role"],
+            _state(peer) if serves or peer["state"] == UNREACHABLE else peer["role"],
             _blocks(peer) if serves else "",
             one_line(peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none")),
             f"{peer['decode_ms_per_block']:.2f}" if measured else "",
@@ -290,6 +156,12 @@ def _sessions(peer: dict[str, Any]) -> str:  # Any: JSON
     """The open sessions of a server that has said them."""
     found = peer.get("sessions")
     return "" if found is None else str(found)
+
+
+def _state(peer: dict[str, Any]) -> str:  # Any: JSON
+    """Of a silent peer that is watched, for how long too."""
+    seconds = peer.get("silent_s")
+    return peer["state"] if seconds is None else f"{peer['state']} {seconds:.0f} s"
 
 
 def _blocks(peer: dict[str, Any]) -> str:  # Any: JSON

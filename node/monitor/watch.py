@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import Any, NamedTuple
 import trio
 
 from node.config import NetworkConfig
-from node.monitor.status import ASK_SECONDS, SETTLE_SECONDS, describe, tables, wide_console, worth_asking
+from node.monitor.status import ASK_SECONDS, SETTLE_SECONDS, tables, wide_console
 from node.runtime.console import put_line
 from routing.names import PeerId
+from routing.view.description import describe, worth_asking
 from routing.view.records import Record
 
 LOOK_SECONDS = 2.0  # between two looks
@@ -94,14 +96,16 @@ async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0)
     changes = Changes()
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
-        began = trio.current_time()
+        began, pings = trio.current_time(), node.directory.pings
+        pings.monitor(math.inf, tuple)
         with _screen(as_json) as show:
             while True:
                 asked = worth_asking(node.directory.view(), node.host.peer_id)
                 await node.directory.measure(asked, ASK_SECONDS)
                 view, seconds = node.directory.view(), trio.current_time() - began
                 changes.look(view.records(), seconds)
-                facts = describe(view, dict(node.directory.rtts()), chains)
+                liveness = pings.liveness([record.peer for record in view.records()])
+                facts = describe(view, node.directory.rtts(), chains, liveness=liveness)
                 show({"seconds": round(seconds, 1), **facts, **changes.facts()})
                 await trio.sleep(LOOK_SECONDS)
 

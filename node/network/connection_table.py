@@ -163,15 +163,17 @@ class ConnectionTable:
             place.used_at = now
         of_peer = self._streams_of(self._by_peer.get(own.peer, [own]))
         in_time = self.arrivals.stream(own.peer, own.prefix, now)
-        if not in_time or of_peer >= self._limits.max_streams_per_peer:
+        if not in_time or of_peer >= self._limits.streams_of(own.peer):
             return StreamRoom(admitted=False)
         if sum(map(self._streams_of, self._by_peer.values())) < self._limits.max_streams:
             return StreamRoom(admitted=True)
+        named = dict(self._limits.peer_shares or ())
         users = [
-            User(peer, held[0].prefix, self._streams_of(held), self._is_good(peer))
+            User(peer, held[0].prefix, self._streams_of(held), self._is_good(peer), peer in named)
             for peer, held in self._by_peer.items()
         ]
-        loser = gives_way(User(own.peer, own.prefix, of_peer), users)
+        newcomer = User(own.peer, own.prefix, of_peer, own_share=own.peer in named)
+        loser = gives_way(newcomer, users)
         if loser is None:
             return StreamRoom(admitted=False)
         theirs = [each for one in self._by_peer[PeerId(loser.peer)] for each in one.served_streams()]

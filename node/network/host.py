@@ -298,7 +298,7 @@ class Host:
         connection = Connection(
             channel,
             YamuxLimits(
-                max_inbound_streams=limits.max_streams_per_connection,
+                max_inbound_streams=limits.streams_on_a_connection_of(peer),
                 max_unread_bytes=limits.max_unread_bytes_per_connection,
             ),
             large_frames=self._large_frames,

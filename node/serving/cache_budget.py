@@ -8,7 +8,7 @@ no deadlock follows.  The bytes of a token are the model's (`ModelInfo.kv_bytes_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -83,6 +83,7 @@ class CacheBudget:
     tokens: of all sessions together.  share_per_peer: the part of them that one peer may hold, but never less
     than `least_share_tokens`.  page_tokens: positions of a page.  Parts of a page are never used.
     max_session_tokens: of one session, and of all long sessions of a peer; None: all.
+    own_shares: peers with another part than `share_per_peer`, and that part.
     """
 
     tokens: int
@@ -90,6 +91,7 @@ class CacheBudget:
     least_share_tokens: int = 8192
     page_tokens: int = 16
     max_session_tokens: int | None = None
+    own_shares: Mapping[str, float] = field(default_factory=dict)
     _sessions: dict[Hashable, _Session] = field(default_factory=dict)  # oldest first
 
     @property
@@ -104,8 +106,8 @@ class CacheBudget:
 
     @property
     def peer_tokens(self) -> int:
-        """Tokens of the pages that one peer may hold, its long sessions left out."""
-        return self.page_tokens * self._peer_pages
+        """Tokens of the pages that a peer without a share of its own may hold, its long sessions left out."""
+        return self.page_tokens * self._pages_of("")
 
     @property
     def session_tokens(self) -> int:
@@ -126,7 +128,7 @@ class CacheBudget:
         if session in self._sessions:
             raise LocalProtocolError("a session was admitted twice")
         max_pages = rows * self._pages(max_length)
-        new = _Session(peer, rows, max_length, max_pages, max_pages > self._peer_pages, prefix)
+        new = _Session(peer, rows, max_length, max_pages, max_pages > self._pages_of(peer), prefix)
         if max_pages > self._session_pages:
             raise CacheFull(
                 f"a session of {rows} x {max_length} tokens takes {max_pages * self.page_tokens} in pages of"
@@ -159,16 +161,17 @@ class CacheBudget:
         """End a session: take back its pages."""
         del self._sessions[session]
 
-    def prefix_of(self, session: Hashable) -> str:
-        """Of the address of a session's peer."""
-        return self._sessions[session].prefix
+    def asker_of(self, session: Hashable) -> tuple[str, str]:
+        """The prefix of the address of a session's peer, and the peer."""
+        found = self._sessions[session]
+        return found.prefix, found.peer
 
-    def make_yield(self, prefix: str) -> Hashable | None:
+    def make_yield(self, prefix: str, peer: str = "") -> Hashable | None:
         """The session that has to end so that a peer of this prefix gets pages; None where none has to.
 
         It is not named again.  See `node.serving.fair_shares`.
         """
-        found = who_yields(self._sessions.values(), prefix, self._all_pages)
+        found = who_yields(self._sessions.values(), prefix, self._all_pages, peer, self.own_shares)
         if found is None:
             return None
         found.yields = True
@@ -178,9 +181,10 @@ class CacheBudget:
     def _all_pages(self) -> int:
         return self.tokens // self.page_tokens
 
-    @property
-    def _peer_pages(self) -> int:
-        share = max(int(self.tokens * self.share_per_peer), min(self.tokens, self.least_share_tokens))
+    def _pages_of(self, peer: str) -> int:
+        """Pages that a peer may hold."""
+        part = self.own_shares.get(peer, self.share_per_peer)
+        share = max(int(self.tokens * part), min(self.tokens, self.least_share_tokens))
         return share // self.page_tokens
 
     @property
@@ -215,7 +219,7 @@ class CacheBudget:
         """Raise CacheFull unless `mine` may have `more` pages."""
         page = self.page_tokens
         alike = [session for session in self._of(mine.peer) if session.long == mine.long]
-        share, what = self._peer_pages, "a peer here"
+        share, what = self._pages_of(mine.peer), "a peer here"
         if mine.long:
             share, what = self._session_pages, "the long sessions of a peer here"
         spare = _spare(mine, alike, share)
@@ -270,7 +274,7 @@ class CacheAdmission:
     async def admit(self, session: Hashable, peer: str, rows: int, max_length: int, prefix: str = "") -> None:
         """See `CacheBudget.admit`, after a bounded wait."""
         take = partial(self.budget.admit, session, peer, rows, max_length, prefix)
-        await self._with_patience(take, lambda: prefix)
+        await self._with_patience(take, lambda: (prefix, peer))
 
     async def grow(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.grow`, after a bounded wait."""
@@ -278,7 +282,7 @@ class CacheAdmission:
             self.budget.grow(session, length)  # mostly; for every token
         except CacheFull:
             take = partial(self.budget.grow, session, length)
-            await self._with_patience(take, partial(self.budget.prefix_of, session))
+            await self._with_patience(take, partial(self.budget.asker_of, session))
 
     def shrink(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.shrink`; waiting callers try again."""
@@ -290,7 +294,7 @@ class CacheAdmission:
         self.budget.release(session)
         self.wake()
 
-    async def _with_patience(self, take: Callable[[], None], prefix: Callable[[], str]) -> None:
+    async def _with_patience(self, take: Callable[[], None], asker: Callable[[], tuple[str, str]]) -> None:
         began = trio.current_time()
         ask_at, deadline = began + self.wait_seconds / 2, began + self.wait_seconds
         while True:
@@ -302,7 +306,7 @@ class CacheAdmission:
                     raise
             yields = None
             if now >= ask_at and again == FREE_AGAIN_SECONDS:
-                yields = self.budget.make_yield(prefix())
+                yields = self.budget.make_yield(*asker())
             if yields is not None:
                 self.end(yields)
             with trio.move_on_at(ask_at if now < ask_at else deadline):

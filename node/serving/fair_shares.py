@@ -8,8 +8,9 @@ on one machine or behind one NAT, may hold everything, and nothing is taken from
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, TypeVar
 
 
 class Holder(Protocol):
@@ -35,24 +36,60 @@ class Holder(Protocol):
 H = TypeVar("H", bound=Holder)
 
 
-def who_yields(holders: Iterable[H], prefix: str, capacity: int) -> H | None:
+def who_yields(
+    holders: Iterable[H],
+    prefix: str,
+    capacity: int,
+    peer: str = "",
+    own_shares: Mapping[str, float] = MappingProxyType({}),
+) -> H | None:
     """The holder that gives way to a peer of this prefix; None where none has to.
 
     The youngest one of the largest peer of the largest prefix.  holders: the oldest first.  capacity: of all.
+    own_shares: peers with a part of the capacity of their own, and that part: each of them stands beside the
+    prefixes, which have equal parts of the rest.  peer: the asking one, where it may be one of these.
     """
-    if not prefix:
+    asks = _Party.of(peer, prefix, own_shares)
+    if not asks.name:
         return None
-    named = [each for each in holders if each.prefix and each.weight and not each.yields]
-    parts = Counter[str]({prefix: 0})
-    for each in named:
-        parts[each.prefix] += each.weight
-    share = capacity / len(parts)
-    largest, part = max(parts.items(), key=lambda item: item[1])
-    if part <= share or parts[prefix] >= share:
+    named = [
+        (party, each)
+        for each in holders
+        if each.weight and not each.yields and (party := _Party.of(each.peer, each.prefix, own_shares)).name
+    ]
+    parts = Counter[_Party]({asks: 0})
+    for party, each in named:
+        parts[party] += each.weight
+    equal = _equal_part(parts, capacity)
+    over = {
+        party: part - (equal if party.share is None else party.share * capacity)
+        for party, part in parts.items()
+    }
+    largest = max(over, key=over.__getitem__)
+    if over[largest] <= 0 or over[asks] >= 0:
         return None
     peers = Counter[str]()
-    for each in named:
-        if each.prefix == largest:
+    for party, each in named:
+        if party == largest:
             peers[each.peer] += each.weight
     owner = max(reversed(peers), key=peers.__getitem__)
-    return next(each for each in reversed(named) if (each.prefix, each.peer) == (largest, owner))
+    return next(each for party, each in reversed(named) if party == largest and each.peer == owner)
+
+
+class _Party(NamedTuple):
+    """A prefix, or a peer with a share of its own."""
+
+    name: str
+    share: float | None = None
+
+    @classmethod
+    def of(cls, peer: str, prefix: str, own_shares: Mapping[str, float]) -> _Party:
+        share = own_shares.get(peer)
+        return cls(prefix) if share is None else cls(peer, share)
+
+
+def _equal_part(parties: Collection[_Party], capacity: int) -> float:
+    """Of each prefix: an equal part of what the parties with a share of their own leave, if they use it."""
+    own = sum(party.share for party in parties if party.share is not None)
+    others = sum(party.share is None for party in parties)
+    return capacity * max(0.0, 1.0 - own) / others if others else 0.0

@@ -282,7 +282,7 @@ async def load_served_span(
     pool = await compute.run(span.new_arena, setup.cache_tokens, setup.info.max_position)
     budget = CacheBudget(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
-        limits.max_session_tokens,
+        limits.max_session_tokens, dict(limits.peer_shares or ()),
     )  # fmt: skip
     desk = setup.adapters
     admission = SpanAdmission(setup.spec(blocks), adapters=None if desk is None else desk.store)

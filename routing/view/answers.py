@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from routing.names import PeerId
 from routing.view.records import MAX_RTT_SECONDS
@@ -27,10 +28,28 @@ _SAMPLES = 32  # round trips kept of one peer
 _MAX_PEERS = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    """Whether a peer answers this one.
+
+    silent_seconds: since its last answer; of a peer that has never answered, since its first question.  None
+    for a peer that is not silent.
+    rtt: seconds to the peer and back, None where unknown.
+    """
+
+    answers: Literal["yes", "silent", "unknown"]
+    silent_seconds: float | None = None
+    rtt: float | None = None
+
+
+UNKNOWN = Liveness("unknown")
+
+
 @dataclass(slots=True)
 class _Peer:
     asked: float | None = None  # when the question under way went out
     tried: float = -math.inf  # when the last question went out
+    began: float = math.inf  # when the first question went out
     answered: float = -math.inf  # when the last answer came
     failures: int = 0
     silent: bool = False
@@ -53,6 +72,7 @@ class Answers:
                 del self._peers[known]
         known_peer = self._peers.setdefault(peer, _Peer())
         known_peer.asked = known_peer.tried = now
+        known_peer.began = min(known_peer.began, now)
 
     def answered(self, peer: PeerId, rtt: float, now: float) -> None:
         """An answer came after `rtt` seconds."""
@@ -118,6 +138,20 @@ class Answers:
             rtt = min(fresh, default=known.samples[-1][1])
             if rtt < MAX_RTT_SECONDS:
                 found[peer] = rtt
+        return found
+
+    def liveness(self, peers: Iterable[PeerId], now: float) -> dict[PeerId, Liveness]:
+        """Whether each of these peers answers."""
+        rtts, found = self.rtts(now), {}
+        for peer in peers:
+            known = self._peers.get(peer)
+            if known is not None and known.silent:
+                since = known.answered if known.answered > -math.inf else min(known.began, now)
+                found[peer] = Liveness("silent", now - since)
+            elif self.has_answered(peer, now):
+                found[peer] = Liveness("yes", None, rtts.get(peer))
+            else:
+                found[peer] = UNKNOWN
         return found
 
     def silent(self) -> frozenset[PeerId]:

@@ -61,6 +61,7 @@ HELPERS = {
     "node/network/prefixes.py": "reads addresses",
     "node/network/budgets/stream_place.py": "holds the place of a large frame",
     "node/serving/sessions/step_room.py": "counts the bytes of waiting steps",
+    "client/monitor/watching.py": "knows the open sessions, for programs that show them",
     "node/runtime/faults.py": "remembers faults",
     "tensor_codec/token_bucket.py": "counts what a client asks for",
 }

@@ -9,8 +9,21 @@ import pytest
 import trio
 
 from node.network.connection_table import NoPlaceLeft
-from node.network.directory.pings import ASKED_AT_ONCE, DIALLED_AT_ONCE, PING_SECONDS, WATCH_SECONDS, Asker
+from node.network.directory.pings import (
+    ASKED_AT_ONCE,
+    DIALLED_AT_ONCE,
+    LOOK_SECONDS,
+    MAX_ON_ROUTES,
+    PING_SECONDS,
+    WATCH_SECONDS,
+    Asker,
+    worth_monitoring,
+)
 from routing.names import PeerId
+from routing.view.answers import FAILURES
+from routing.view.description import MAX_ASKED
+from routing.view.records import Record
+from routing.view.view import Entry, SwarmView
 from tensor_codec.errors import PeerGone
 
 PEERS = [PeerId(f"peer {number}") for number in range(40)]
@@ -132,3 +145,64 @@ async def test_time_in_which_this_process_stood_still_is_not_held_against_the_pe
     await trio.sleep(0.05)
     assert asking.answers.silent() == set()
     assert asking.answers.under_way(PEERS[0]) is not None
+
+
+async def test_only_while_somebody_monitors_more_peers_are_asked(autojump_clock, asking):
+    asking._host.answering = set(PEERS)
+    routes, given = PEERS[5:7], []
+
+    def monitored(on_routes):
+        given.append(list(on_routes))
+        return [*on_routes, *PEERS[:4]]
+
+    with trio.move_on_after(30.0):
+        await asking.watch(lambda wanted: PEERS[:1], random.Random(1), monitored)
+    assert set(asking._host.pings) == set(PEERS[:1])
+    assert given == []
+    asking._host.pings.clear()
+    asking.monitor(30.0, lambda: routes)
+    with trio.move_on_after(100.0):
+        await asking.watch(lambda wanted: PEERS[:1], random.Random(1), monitored)
+    assert set(asking._host.pings) == {*routes, *PEERS[:4]}
+    assert given[0] == routes
+    for peer in routes:
+        assert (
+            30 / (1.2 * WATCH_SECONDS) - 1 <= asking._host.pings.count(peer) <= 30 / (0.8 * WATCH_SECONDS) + 2
+        )
+    assert asking._host.pings.count(PEERS[0]) > 2 * asking._host.pings.count(PEERS[1])
+
+
+async def test_a_monitored_peer_whose_connection_ends_is_asked_at_the_next_look(autojump_clock, asking):
+    host = asking._host
+    host.answering = host.linked = set(PEERS[:2])
+    asking.monitor(1000.0, tuple)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(asking.watch, lambda wanted: (), random.Random(1), lambda routes: PEERS[:2])
+        for _ in range(20):
+            await trio.sleep(5.0)
+            assert asking.answers.silent() == set()
+            host.answering, host.linked = set(PEERS[1:2]), set(PEERS[1:2])
+            host.fault = None
+            await trio.sleep(LOOK_SECONDS + FAILURES * PING_SECONDS + 0.1)
+            assert asking.liveness(PEERS[:2])[PEERS[0]].answers == "silent"
+            host.answering = host.linked = set(PEERS[:2])
+            await trio.sleep(2 * WATCH_SECONDS)
+        nursery.cancel_scope.cancel()
+
+
+def test_a_monitor_asks_the_peers_of_sessions_and_those_with_the_rarest_blocks():
+    def span(peer, start, stop):
+        return Record(
+            peer=peer, role="serve", model="m", revision="r", blocks=6, start=start, stop=stop,
+            addresses=("/ip4/10.0.0.1/tcp/1",), seconds_per_block=0.01,
+        )  # fmt: skip
+
+    many = [PeerId(f"many {number:03}") for number in range(200)]
+    records = [*(span(peer, 0, 3) for peer in many), span(PeerId("rare"), 3, 6)]
+    view = SwarmView("public", entries={each.peer: Entry(each, b"", 0.0) for each in records})
+    found = worth_monitoring(ME, lambda: view, [many[150], PeerId("gone"), *many[100:190]])
+    assert found[:2] == [many[150], many[100]]
+    assert len(found) <= MAX_ON_ROUTES + MAX_ASKED
+    assert PeerId("rare") in found
+    assert PeerId("gone") not in found
+    assert found.index(PeerId("rare")) == MAX_ON_ROUTES

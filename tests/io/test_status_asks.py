@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import trio
 
-from node.monitor.status import ASK_SECONDS, ask_servers, describe, tables
+from node.monitor.status import ASK_SECONDS, ask_servers, tables
 from node.network.peer_info import ask_for_info
 from node.network.streams import FramedStream
 from routing.names import PeerId
+from routing.view.description import describe
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
 from tensor_codec.errors import PeerGone

@@ -495,7 +495,8 @@ def swarm_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
     async def measure(*words: object) -> None:
         pass
 
-    directory = SimpleNamespace(view=lambda: view, measure=measure, rtts=dict, silent=frozenset)
+    pings = SimpleNamespace(monitor=lambda *words: None, liveness=lambda peers: {})
+    directory = SimpleNamespace(view=lambda: view, measure=measure, rtts=dict, pings=pings)
 
     @asynccontextmanager
     async def open_node(*words: object, **options: object) -> AsyncIterator[Any]:
@@ -556,6 +557,7 @@ def test_status_shows_names_as_they_are_and_in_their_line(
         return  # 80 columns: names are cut
     assert ("..." if encoding in ("ascii", "latin-1") else "…") + PEER[-6:] in lines[2]
     assert r"[link=http://x]n[/link]\n\u202e" in lines[2]
+    assert lines[-1].startswith("see it live: python -m client gateway --peers /ip4/")
 
 
 @pytest.mark.usefixtures("swarm_of_records")

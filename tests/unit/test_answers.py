@@ -3,7 +3,7 @@
 import pytest
 
 from routing.names import PeerId
-from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
+from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, UNKNOWN, Answers, Liveness
 
 A, B = PeerId("a"), PeerId("b")
 
@@ -126,3 +126,32 @@ def test_of_very_many_peers_those_asked_last_are_kept():
         answers.done(PeerId(f"{number}"))
     assert len(answers._peers) <= 4096
     assert not answers.is_due(PeerId("9999"), 9999.0)
+
+
+def test_a_peer_that_answers_is_told_with_its_distance():
+    answers = known(at=10.0, rtt=0.02)
+    assert answers.liveness([A, B], 12.0) == {A: Liveness("yes", None, 0.02), B: UNKNOWN}
+    answers.ask(B, 12.0)
+    assert answers.liveness([B], 12.5) == {B: UNKNOWN}  # it may still answer
+
+
+def test_silence_is_counted_from_the_last_answer():
+    answers = known(at=10.0)
+    for failure in range(FAILURES):
+        answers.failed(A, 13.0 + failure)
+    assert answers.liveness([A], 15.0) == {A: Liveness("silent", 5.0)}
+    answers.answered(A, 0.02, 16.0)
+    assert answers.liveness([A], 16.0)[A].answers == "yes"
+
+
+def test_silence_of_a_peer_that_never_answered_is_counted_from_its_first_question():
+    answers = Answers()
+    for at in (20.0, 23.0, 26.0):
+        answers.ask(A, at)
+        answers.failed(A, at + 2.0)
+        answers.done(A)
+    assert answers.liveness([A], 30.0) == {A: Liveness("silent", 10.0)}
+
+
+def test_an_answer_of_more_than_a_minute_ago_says_nothing():
+    assert known().liveness([A], FRESH_SECONDS + 1.0) == {A: UNKNOWN}

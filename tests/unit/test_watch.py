@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from node.__main__ import main
-from node.monitor.status import describe, tables, worth_asking
+from node.monitor.status import tables
 from node.monitor.watch import Changes, change_lines
 from routing.names import PeerId
+from routing.view.answers import Liveness
+from routing.view.description import describe, worth_asking
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
 
@@ -85,6 +88,25 @@ def test_who_does_not_answer_covers_no_block():
     lines = tables(facts(span("a", 0, 3), span("b", 3, 6), silent="b"))
     assert "m (r), 6 blocks: served by nobody: blocks 3:6" in lines
     assert "public: 1 online, 1 unreachable" in str(lines[0].title)
+
+
+def test_a_program_that_watches_sees_who_answers_and_for_how_long_others_are_silent():
+    view = view_of(span("a", 0, 3), span("b", 3, 6), span("c", 3, 6), silent="bc")
+    a, b, c = map(PeerId, "abc")
+    liveness = {a: Liveness("yes", None, 0.002), b: Liveness("silent", 3.04)}
+    peers = {peer["peer"]: peer for peer in describe(view, {a: 0.002}, liveness=liveness)["peers"]}
+    assert [(each["answers"], each["silent_s"]) for each in peers.values()] == [
+        ("yes", None),
+        ("silent", 3.0),
+        ("silent", None),  # the view knows it, and the answers have been forgotten
+    ]
+    assert [peers[each]["revision"] for each in (a, b, c)] == ["r"] * 3
+    (table, *_) = tables(describe(view, {}, liveness=liveness))
+    assert "unreachable 3 s" in list(cast(Table, table).columns[2].cells)
+    late = describe(view_of(span("b", 3, 6)), {}, liveness=liveness)["peers"][0]
+    assert (late["state"], late["answers"]) == ("online", "unknown")  # never two words for one peer
+    plain = describe(view, {})["peers"][0]
+    assert not {"answers", "silent_s", "revision"} & plain.keys()
 
 
 def test_a_model_of_which_nobody_answers_is_shown_as_such():

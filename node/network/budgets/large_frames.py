@@ -7,14 +7,16 @@ place is given back when its reader asks for the next frame, or leaves the strea
 On one connection frames up to a quarter of `beside_bytes` share `beside_bytes`, and larger ones come one
 after the other.  Where the node's room is used up, the network with the most bytes (a /24, or a /48 of IPv6)
 loses its youngest frame to one of a network that has fewer with it; inside one network the same holds for
-addresses, and at one address for peers.
+addresses, and at one address for peers.  A peer with a share of its own (`Limits.peer_shares`) stands beside
+these.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from node.network.prefixes import network_of
 from tensor_codec.limits import KIB, Limits
@@ -48,8 +50,15 @@ class LargeFrames:
         peers with no more than its own have all the room.
     """
 
-    def __init__(self, max_bytes: int, beside_bytes: int) -> None:
+    def __init__(
+        self, max_bytes: int, beside_bytes: int, own_shares: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """own_shares: peers with a part of `max_bytes` of their own, and that part.
+
+        Up to it they lose no place, and others make room for them whatever these have.
+        """
         self.bytes = 0  # of all places
+        self._own = {peer: int(share * max_bytes) for peer, share in own_shares.items()}
         self._max_bytes = max_bytes
         self._beside_bytes = beside_bytes
         self._places: dict[FramePlace, None] = {}  # the oldest first
@@ -60,7 +69,8 @@ class LargeFrames:
     @classmethod
     def of(cls, limits: Limits) -> LargeFrames:
         """The places that these limits allow to frames of peers."""
-        return cls(limits.max_large_frames * limits.max_frame_bytes, limits.large_bytes_per_connection)
+        most = limits.max_large_frames * limits.max_frame_bytes
+        return cls(most, limits.large_bytes_per_connection, dict(limits.peer_shares or ()))
 
     def ask(self, place: FramePlace) -> None:
         """Wait for a place; `granted` may be called at once."""
@@ -133,9 +143,10 @@ class LargeFrames:
             return False
         missing = self.bytes + place.size - self._max_bytes
         victims: list[FramePlace] = []
-        places = list(self._places) if missing > 0 else []
+        places = self._losers() if missing > 0 else []
+        insists = missing > 0 and self._used_by(place.peer) + place.size <= self._own.get(place.peer, 0)
         while missing > 0:
-            victim = _of_the_largest(places, place)
+            victim = _of_all(places) if insists else _of_the_largest(places, place)
             if victim is None:
                 return False
             victims.append(victim)
@@ -145,6 +156,25 @@ class LargeFrames:
             self._remove(victim)
             news.append(victim.evicted)
         return True
+
+    def _used_by(self, peer: str) -> int:
+        return sum(place.size for place in self._places if place.peer == peer)
+
+    def _losers(self) -> list[FramePlace]:
+        """The places that may be lost to others, the oldest first."""
+        safe = {peer for peer, own in self._own.items() if self._used_by(peer) <= own}
+        return [place for place in self._places if place.peer not in safe]
+
+
+def _of_all(places: Sequence[FramePlace]) -> FramePlace | None:
+    """The youngest frame of the network with most bytes, of the address and peer in it with most."""
+    for part in (_network_of, _prefix_of, _peer_of):
+        used = Counter[str]()
+        for each in places:
+            used[part(each)] += each.size
+        largest = max(used, key=lambda key: used[key], default="")
+        places = [each for each in places if part(each) == largest]
+    return places[-1] if places else None
 
 
 def _of_the_largest(places: Sequence[FramePlace], newcomer: FramePlace) -> FramePlace | None:

@@ -25,7 +25,7 @@ from node.network.directory.discovery import FIND_SECONDS, Discovery, Finder
 from node.network.directory.kademlia.kademlia import Kademlia, KademliaHost, Knowledge, open_kademlia
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
-from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_watching
+from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_monitoring, worth_watching
 from node.network.directory.visits import visit_strangers
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
@@ -91,6 +91,7 @@ class Directory:
     """The view of the swarm, and the record of this node.  Made by `open_directory`.
 
     table: the Kademlia table, for other keys than those of servers; None without one.
+    pings: who answers, and at which distance.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Directory:
             own_record=self._overtaken,
             rng=rng,
         )
-        self._asker = Asker(
+        self.pings = Asker(
             host,
             nursery,
             addresses=self._live.addresses,
@@ -128,7 +129,7 @@ class Directory:
         )
         self._discovery = Discovery(self.peer_id, self._live, self._neighbours, finder, rng)
         self._announcer = Announcer(
-            host, identity, config.limits, self._live, self._neighbours, self._asker, wall_clock
+            host, identity, config.limits, self._live, self._neighbours, self.pings, wall_clock
         )
 
     # --- the view ---------------------------------------------------------------------------------
@@ -179,15 +180,15 @@ class Directory:
 
     def rtts(self, seconds: float = FRESH_SECONDS) -> dict[PeerId, float]:
         """The round-trip times, in seconds, of peers that have answered within the last `seconds`."""
-        return self._asker.answers.rtts(trio.current_time(), seconds)
+        return self.pings.answers.rtts(trio.current_time(), seconds)
 
     def late(self) -> frozenset[PeerId]:
         """Peers with a ping under way and no answer at once: see `routing.view.answers`."""
-        return self._asker.answers.late(trio.current_time())
+        return self.pings.answers.late(trio.current_time())
 
     def unknown(self, peers: Iterable[PeerId]) -> list[PeerId]:
         """The peers among these that have neither answered nor been found silent."""
-        return self._asker.answers.unknown(peers, trio.current_time())
+        return self.pings.answers.unknown(peers, trio.current_time())
 
     async def answers(self, peer: PeerId, seconds: float = PING_SECONDS) -> bool:
         """Whether that peer answers a new ping within `seconds`."""
@@ -210,7 +211,7 @@ class Directory:
         enough: Callable[[Mapping[PeerId, float]], bool] | None = None,
     ) -> dict[PeerId, float]:
         """The round-trip times of the answering peers among these: see `Asker.measure`."""
-        return await self._asker.measure(peers, seconds, enough)
+        return await self.pings.measure(peers, seconds, enough)
 
     # --- tasks ------------------------------------------------------------------------------------
 
@@ -233,11 +234,12 @@ class Directory:
         nursery.start_soon(visit_strangers, self._neighbours, bootstrap, self._rng)
         if config.watches:  # after the first view, so that silent servers are known when a chain is chosen
             watched = partial(worth_watching, self.peer_id, self._live.view)
-            nursery.start_soon(self._asker.watch, watched, self._rng)
+            monitored = partial(worth_monitoring, self.peer_id, self._live.view)
+            nursery.start_soon(self.pings.watch, watched, self._rng, monitored)
         nursery.start_soon(self._discovery.run, lambda: self._announcer.served_revision)
 
     def _silent(self) -> frozenset[PeerId]:
-        return self._asker.answers.silent()
+        return self.pings.answers.silent()
 
     def _overtaken(self, record: Record, told_by: PeerId) -> None:
         self._announcer.overtaken(record)

@@ -17,7 +17,8 @@ import trio
 
 from routing.chains.load_sharing import rendezvous
 from routing.names import PeerId
-from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers
+from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers, Liveness
+from routing.view.description import worth_asking
 from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault, PeerGone
 
@@ -31,6 +32,7 @@ QUIET_SECONDS = 0.02
 STEP_SECONDS = 0.1
 MAX_WANTED = 64
 WATCHED = 16  # servers that a client pings periodically, besides the servers that it wants to use
+MAX_ON_ROUTES = 64  # peers of live sessions that a monitor pings, besides the 64 with the rarest blocks
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,8 @@ class Asker:
         self._connecting = 0
         self._quiet = trio.Event()
         self._wanted: dict[PeerId, float] = {}  # peers whose distance was asked for, and the time
+        self._routes: Callable[[], Iterable[PeerId]] = tuple  # of a monitor
+        self._monitored_until = -math.inf
 
     async def measure(
         self,
@@ -116,22 +120,45 @@ class Asker:
             self.answers.ask(peer, trio.current_time())
             self._nursery.start_soon(self._ask, peer)
 
+    def monitor(self, seconds: float, routes: Callable[[], Iterable[PeerId]]) -> None:
+        """For so many seconds from now, `watch` also pings what its `monitored` says.
+
+        routes: the peers of live sessions, at the time of each look.  A monitored peer whose connection ends
+        is asked at the next look.
+        """
+        self._routes = routes
+        self._monitored_until = max(self._monitored_until, trio.current_time() + seconds)
+
+    def liveness(self, peers: Iterable[PeerId]) -> dict[PeerId, Liveness]:
+        """Whether each of these peers answers, by the pings so far."""
+        return self.answers.liveness(peers, trio.current_time())
+
     async def watch(
-        self, servers: Callable[[Collection[PeerId]], Collection[PeerId]], rng: random.Random
+        self,
+        servers: Callable[[Collection[PeerId]], Collection[PeerId]],
+        rng: random.Random,
+        monitored: Callable[[Iterable[PeerId]], Collection[PeerId]] = tuple,
     ) -> None:
         """Ping these servers periodically until cancelled; new servers at once.
 
         servers: the important ones, given the peers that were asked for within the last minute.
+        monitored: further ones, for as long as somebody monitors the swarm, given the peers of live sessions.
         """
-        again = -math.inf
+        again, more, linked = -math.inf, dict[PeerId, None](), set[PeerId]()
         while True:
             now = trio.current_time()
             self._want((), now)
-            matter = servers(self._wanted)
+            if now >= self._monitored_until:
+                more = {}
+            elif now >= again or not more:
+                more = dict.fromkeys(monitored(self._routes()))
+            matter = {**more, **dict.fromkeys(servers(self._wanted))}
             self.answers.forget({*matter, *self._wanted}, now)
+            lost = linked - self._host.connected()
             for peer in matter:
-                if now >= again or self.answers.is_due(peer, now):
+                if now >= again or peer in lost or self.answers.is_due(peer, now):
                     self.ask(peer)
+            linked = self._host.connected() & more.keys()
             if now >= again:
                 again = now + WATCH_SECONDS * rng.uniform(0.8, 1.2)
             await trio.sleep(min(LOOK_SECONDS, again - now))
@@ -216,3 +243,12 @@ def worth_watching(
     more = WATCHED - sum(peer in wanted for peer in servers)
     others = [peer for peer in servers if peer not in wanted and peer != peer_id]
     return [peer for peer in servers if peer in wanted] + rendezvous(peer_id, others, max(0, more))
+
+
+def worth_monitoring(
+    peer_id: PeerId, view: Callable[[], SwarmView], routes: Iterable[PeerId]
+) -> list[PeerId]:
+    """The peers of live sessions, and the 64 peers with the rarest blocks: a page shows these as they are."""
+    now = view()
+    on_routes = [peer for peer in dict.fromkeys(routes) if now.get(peer) is not None and peer != peer_id]
+    return list(dict.fromkeys([*on_routes[:MAX_ON_ROUTES], *worth_asking(now, peer_id)]))

@@ -241,7 +241,8 @@ class Engine:
         now = self._clock()
         job = Job(
             next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
-            now + self.limits.step_wait_seconds, prefix=prefix,
+            now + self.limits.step_wait_seconds,
+            prefix=prefix if self.limits.peer_shares is None else self.limits.prefix_of(peer, prefix),
         )  # fmt: skip
         if adapter is not None:
             job = self._with_adapter(job, adapter)
@@ -279,7 +280,7 @@ class Engine:
         start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
         job = Job(
             next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts),
-            prefix=prefix,
+            prefix=self.limits.prefix_of(peer, prefix),
         )  # fmt: skip
         if adapter is not None:
             job = self._with_adapter(job, adapter)

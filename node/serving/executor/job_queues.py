@@ -62,8 +62,10 @@ class JobQueues:
             waiting, allowed = len(self.jobs) - self._stateless, self.limits.max_waiting_steps
             mine = len(lanes[Kind.DECODE].get(job.peer, ())) + len(lanes[Kind.PREFILL].get(job.peer, ()))
             allowed_mine = self.limits.max_waiting_steps_per_peer
+            if self.limits.peer_shares is not None:
+                allowed_mine = self.limits.waiting_steps_of(job.peer)
         yields = None
-        if waiting >= allowed and mine < allowed_mine and job.prefix:
+        if waiting >= allowed and mine < allowed_mine and (job.prefix or self._has_own_share(job)):
             yields = self._last_of_most(job, running)
         if (waiting >= allowed and yields is None) or mine >= allowed_mine:
             what = "stateless requests" if stateless else "steps"
@@ -108,11 +110,14 @@ class JobQueues:
         alike = [job for job in self.jobs.values() if (job.kind is Kind.STATELESS) == stateless]
         counts = Counter(job.prefix for job in alike if job.prefix)
         most = max(counts.values(), default=0)
-        if counts[new.prefix] + 1 >= most:
+        if not most or (counts[new.prefix] + 1 >= most and not self._has_own_share(new)):
             return None
         begun = {piece.job.number for piece in running}
         waiting = [job for job in alike if not self.done[job.number] and job.number not in begun]
         return next((job for job in reversed(waiting) if counts[job.prefix] == most), None)
+
+    def _has_own_share(self, job: Job) -> bool:
+        return self.limits.own_share(job.peer) is not None
 
     def expire(self, now: float, running: Container[int]) -> None:
         """Move the jobs whose deadline has come to `expired`, except those that have begun.

@@ -372,7 +372,7 @@ class Listener:
                 f" {self.limits.max_frame_bytes} has no room for it (--max-frame-bytes)"
             )
         mine = self._sessions.count_of(peer)
-        if mine >= self.limits.max_sessions_per_peer:
+        if mine >= self.limits.sessions_of(peer):
             raise TooManyStreams(f"{mine} sessions of yours are open, that is the limit", 5.0)
 
     def _check_still_served(self, opened: Open) -> None:

@@ -34,7 +34,7 @@ class StepRoom:
 
     def __post_init__(self) -> None:
         most = self.limits.max_large_steps * self.limits.max_frame_bytes
-        self._frames = LargeFrames(most, most)
+        self._frames = LargeFrames(most, most, dict(self.limits.peer_shares or ()))
 
     @property
     def bytes(self) -> int:
