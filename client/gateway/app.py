@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from client.gateway.door.middleware import Door
 from client.gateway.gateway import Gateway
+from client.gateway.monitor import routes as monitor_routes
 from client.gateway.openai import models
 from client.gateway.openai.errors import RequestError
 
@@ -23,6 +24,7 @@ def create_app(gateway: Gateway) -> Starlette:
     routes: list[BaseRoute] = [
         *_health(gateway),
         *models.routes(gateway),
+        *monitor_routes(gateway),
     ]
     app = Starlette(
         routes=routes,

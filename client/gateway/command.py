@@ -32,6 +32,7 @@ from client.gateway.door.keys import KeyRing
 from client.gateway.door.limits import HttpLimits
 from client.gateway.door.protocol import bounded
 from client.gateway.gateway import Gateway
+from client.gateway.monitor import Monitor
 from client.gateway.served import read_adapters, served_models
 from client.gateway.settings import CHAIN_SECONDS, GIVE_UP_SECONDS, GatewaySettings
 from node.config import ConfigError
@@ -100,7 +101,7 @@ async def _serve(
         async with joined(flags, signals) as swarm:
             adapters = await asyncio.to_thread(read_adapters, settings.adapters, swarm)
             served = served_models(swarm, settings.served_name, adapters, int(time.time()))
-            gateway = Gateway(swarm, settings, served, keys)
+            gateway = Gateway(swarm, settings, served, keys, Monitor(swarm))
             async with gateway.background():
                 await _run(gateway, create_app(gateway), listener, signals)
 
@@ -119,6 +120,7 @@ async def joined(flags: argparse.Namespace, signals: Signals) -> AsyncIterator[S
         codec=flags.codec,
         max_session_tokens=flags.max_session_tokens,
         constraints=constraints_of(flags),
+        monitor=True,
     )
     entering = asyncio.ensure_future(connection.__aenter__())
     stop = asyncio.ensure_future(signals.stop.wait())

@@ -75,10 +75,11 @@ class Gateway:
 
     @asynccontextmanager
     async def background(self) -> AsyncIterator[None]:
-        """Close kept conversations in time, within the block and at its end."""
+        """Close kept conversations in time, within the block and at its end; the monitor runs too."""
         task = asyncio.create_task(self._expire())
         try:
-            yield
+            async with self.monitor.running():
+                yield
         finally:
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -151,6 +152,7 @@ class Gateway:
     def drain(self) -> None:
         """Take no new request from now on."""
         self.is_draining = True
+        self.monitor.stop()
 
     def stop_running(self) -> None:
         """End the requests that run, each with an error that says why."""

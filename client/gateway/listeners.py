@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from client.gateway.requests import ActiveRequest
@@ -39,6 +40,12 @@ class RequestMonitor(Protocol):
 
     def request(self, id: str, kind: str, model: str, max_tokens: int) -> RequestWatch:
         """A new request."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Its own tasks run within the block."""
+
+    def stop(self) -> None:
+        """The gateway is about to end: listeners leave."""
 
 
 class RequestMetrics(Protocol):
@@ -92,6 +99,13 @@ class NoMonitor:
     def request(self, id: str, kind: str, model: str, max_tokens: int) -> RequestWatch:
         """See `RequestMonitor`."""
         return NoWatch()
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """See `RequestMonitor`."""
+        return nullcontext()
+
+    def stop(self) -> None:
+        """See `RequestMonitor`."""
 
 
 class NoMetrics:

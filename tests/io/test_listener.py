@@ -133,6 +133,25 @@ async def test_a_peer_has_so_many_sessions_and_no_more_and_others_have_theirs(au
             await end(one)
 
 
+async def test_a_peer_with_a_share_of_its_own_has_more_sessions_than_others(autojump_clock):
+    limits = Limits(max_sessions_per_peer=1, max_streams=10, peer_shares=(("gateway", 0.5),))
+    async with swarm(limits) as world:
+        world.add("a", 0, 4)
+        clients = []
+        for peer, most in (("gateway", 5), ("somebody", 1)):
+            for number in range(most):
+                session = (3 * peer.encode())[:15] + bytes([number])
+                client, answer = await RawClient.open(world, "a", peer, session=session)
+                assert isinstance(answer, Opened)
+                clients.append(client)
+            refused, answer = await RawClient.open(world, "a", peer, session=b"x" * 16)
+            assert isinstance(answer, Failed)
+            assert f"{most} sessions of yours are open" in answer.message
+            clients.append(refused)
+        for one in clients:
+            await end(one)
+
+
 async def test_a_session_for_which_there_is_no_cache_is_refused_before_anything_is_made(autojump_clock):
     async with swarm() as world:
         node = world.add("a", 0, 4, tokens=64)
