@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import trio
 
 import client
 from benchmarks.lib.processes import local_swarm
@@ -73,6 +75,46 @@ async def tokens(handle: Any, adapter: Any, count: int = 12, kill: Any = None, a
     return found
 
 
+def new_adapter(handle: Any) -> Any:
+    torch.manual_seed(1)
+    return client.new_adapter({"r": 2, "target_modules": ["q_proj", "down_proj"]}, handle, dtype="bf16")
+
+
+def hidden_and_grad(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, grad = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(step))
+    return hidden, grad
+
+
+async def trained_under_trio(handle: Any) -> str:
+    """The id of an adapter after two steps; of asyncio's handles too."""
+    adapter = new_adapter(handle)
+    trainer = client.train(handle, adapter, torch.optim.AdamW(adapter.parameters(), lr=0.01))
+    for number in range(2):
+        hidden, grad = hidden_and_grad(number)
+        async with trainer.step() as step:
+            await step.forward(hidden)
+            await step.backward(grad)
+    found: str = adapter.content().id
+    return found
+
+
+async def trained_under_asyncio(model: Path, peers: Any) -> str:
+    async with client.connect(str(model), peers=peers) as handle:
+        return await trained_under_trio(handle)
+
+
+def trained_blocking(handle: Any) -> str:
+    adapter = new_adapter(handle)
+    trainer = client.train(handle, adapter, torch.optim.AdamW(adapter.parameters(), lr=0.01))
+    for number in range(2):
+        hidden, grad = hidden_and_grad(number)
+        with trainer.step() as step:
+            step.forward(hidden)
+            step.backward(grad)
+    found: str = adapter.content().id
+    return found
+
+
 async def test_tokens_with_an_adapter_stay_the_same_where_a_hop_is_killed(
     tiny_llama: Path, folder: ModelFolder, whole: Span
 ) -> None:
@@ -107,6 +149,7 @@ async def test_tokens_with_an_adapter_stay_the_same_where_a_hop_is_killed(
 async def test_gradients_of_an_adapter_have_the_same_bits_where_a_server_is_killed(
     tiny_llama: Path, folder: ModelFolder, whole: Span
 ) -> None:
+    """Steps of training under trio, under asyncio and in a blocking program make the same adapter, too."""
     own = random_content(folder.revision, whole)
     hidden, grad = torch.randn(2, 9, 100, 32, generator=torch.Generator().manual_seed(0))
     with local_swarm([str(tiny_llama), *FLAGS], spawn=Forked) as swarm:
@@ -137,5 +180,16 @@ async def test_gradients_of_an_adapter_have_the_same_bits_where_a_server_is_kill
             assert found.adapter is not None
             assert all(torch.equal(found.adapter[block], undisturbed.adapter[block]) for block in range(6))
             assert torch.equal(output, await handle.forward(hidden, adapter=own))
+
+            with client.connect_sync(str(tiny_llama), peers=swarm.peers) as blocking:
+                kinds = [
+                    await trained_under_trio(handle),
+                    await trio.to_thread.run_sync(
+                        asyncio.run, trained_under_asyncio(tiny_llama, swarm.peers)
+                    ),
+                    await trio.to_thread.run_sync(trained_blocking, blocking),
+                ]
+            assert kinds[0] != new_adapter(handle).content().id
+            assert kinds[1:] == kinds[:1] * 2
         others = [node for node in nodes if node is not victim]
         assert [node.stop() for node in others] == [0, 0]
