@@ -28,6 +28,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "startup": decode.startup_block,
     "black-holed": decode.black_holed_block,
     "recovery": recovery.recovery_block,
+    "recovery-adapter": recovery.adapter_recovery_block,
     "faults": recovery.faults_block,
     "no-replacement": recovery.no_replacement_block,
     "lost-clients": recovery.lost_clients_block,

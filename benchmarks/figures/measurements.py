@@ -44,6 +44,8 @@ LONG: Mapping[str, Sequence[str]] = {
     "adapters": ["adapters"],
     "flood": ["flood", "--quantize", "int8"],
     "recovery-kill": ["recovery", "--runs", "10"],
+    "recovery-adapter-none": ["recovery", "--runs", "8"],
+    "recovery-adapter": ["recovery", "--adapter-rank", "16", "--runs", "8"],
     "recovery-freeze": ["recovery", "--mode", "freeze", "--runs", "10"],
     "recovery-drain": ["recovery", "--mode", "drain", "--runs", "10"],
     "recovery-prefill": ["recovery", "--kill-at", "prefill", "--runs", "5"],
@@ -71,6 +73,7 @@ LONG: Mapping[str, Sequence[str]] = {
         for tape in (True, False)
     },
     "training-bfloat16-1": ["training", "--dtype", "bfloat16"],
+    "training-lora-1": ["training", "--lora"],
     "training-int8-1": ["training", "--quantize", "int8"],
     "hostile": ["hostile", "--all"],
     "soak": ["soak", "--minutes", "30"],

@@ -105,7 +105,7 @@ async def trained_under_asyncio(model: Path, peers: Any) -> str:
 
 def trained_blocking(handle: Any) -> str:
     adapter = new_adapter(handle)
-    trainer = client.train(handle, adapter, torch.optim.AdamW(adapter.parameters(), lr=0.01))
+    trainer = client.train_sync(handle, adapter, torch.optim.AdamW(adapter.parameters(), lr=0.01))
     for number in range(2):
         hidden, grad = hidden_and_grad(number)
         with trainer.step() as step:

@@ -123,6 +123,9 @@ def training_block(figures: Figures) -> str:
     if (bfloat16 := figures.get("training-bfloat16-1")) is not None:  # minutes on a CPU that widens it
         runs.append(bfloat16)
         heads.append("1 server, bfloat16")
+    if (lora := figures.get("training-lora-1")) is not None:
+        runs.append(lora)
+        heads.append("1 server, again, and with LoRA")
     rows = [
         ("gradients equal", [yes(run["gradients_equal"]) for run in runs]),
         ("a step, of one process", column(runs, "{share_of_plain:.2f}")),
@@ -130,6 +133,10 @@ def training_block(figures: Figures) -> str:
         ("a step, tokens/s", column(runs, "{tokens_per_s:.0f}")),
         ("one process, tokens/s", column(runs, "{plain_tokens_per_s:.0f}")),
     ]
+    shares = [run.get("lora_share") for run in runs]
+    if any(shares):
+        name = "blocks with LoRA r8 q,v, of those without"
+        rows.append((name, ["" if share is None else f"{share:.2f}" for share in shares]))
     for servers in ("3", "6"):
         name = f"model: blocks with {servers} servers on machines of their own"
         shares = [run.get("scheduled_share", {}).get(servers) for run in runs]

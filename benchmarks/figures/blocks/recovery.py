@@ -32,6 +32,19 @@ def recovery_block(figures: Figures) -> str:
     return with_note(markdown_table([f"server {how}" for how in RECOVERIES.values()], rows), *runs)
 
 
+def adapter_recovery_block(figures: Figures) -> str:
+    """A killed server, with an adapter that the server in its place has to get first, and without one."""
+    runs = [figures["recovery-adapter-none"], figures["recovery-adapter"]]
+    rows = [
+        ("runs", column(runs, "{runs}")),
+        ("tokens equal", [yes(run["tokens_equal"]) for run in runs]),
+        ("a token without a failure, s", column(runs, "{typical_step_s_p50:.3f}")),
+        ("gap, s (p95)", column(runs, "{gap_s_p50:.3f} ({gap_s_p95:.3f})")),
+    ]
+    heads = ["server killed", f"the same with an adapter, r{runs[1]['adapter_rank']} at all linears"]
+    return with_note(markdown_table(heads, rows), *runs)
+
+
 def faults_block(figures: Figures) -> str:
     """Every measured failure of a server, by the number of its fault."""
     runs = [figures[f"recovery-{name}"] for _, name, _ in FAULTS]
