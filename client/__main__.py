@@ -29,20 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(partial(_command, words))
 
 
-def _command(words: list[str]) -> int:
-    if words[:1] == ["adapters"]:
-        from client.sharing.arguments import run_adapters
+def parsers() -> list[Parser]:
+    """The parser of each command."""
+    from client.gateway import arguments as gateway
+    from client.sharing import arguments as sharing
 
-        return run_adapters(words[1:])
-    if words[:1] == ["gateway"]:
-        from client.gateway.arguments import run_gateway
+    return [_parser(), sharing.adapters_parser(parsers), gateway.parser(parsers)]
 
-        return run_gateway(words[1:])
+
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m client",
         description="Use a swarm: generate text, chat, share adapters, or serve OpenAI's API.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        family=parsers,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -72,7 +73,19 @@ def _command(words: list[str]) -> int:
     commands.add_parser("gateway", help="serve OpenAI's HTTP API, and a page", add_help=False)
     for command, tokens in ((generate, None), (chat, 256)):
         _add_options(command, tokens)
-    flags = parser.parse_args(words)
+    return parser
+
+
+def _command(words: list[str]) -> int:
+    if words[:1] == ["adapters"]:
+        from client.sharing.arguments import run_adapters
+
+        return run_adapters(words[1:], parsers)
+    if words[:1] == ["gateway"]:
+        from client.gateway.arguments import run_gateway
+
+        return run_gateway(words[1:], parsers)
+    flags = _parser().parse_args(words)
     set_up_logging("text")
     try:
         return _run(_with_texts(flags))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from node.config import DEFAULT_MODEL
-from node.runtime.arguments import add_addresses, positive, threads
+from node.runtime.arguments import add_addresses, add_max_disk, positive, threads
 from routing.chains.alternatives import Constraints
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.span_spec import DTYPES, QUANTIZE
@@ -20,6 +20,7 @@ def add_swarm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
     )
+    add_max_disk(parser)
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument(
         "--threads", type=threads, default=half, metavar="N", help=f"threads of torch (default: {half})"

@@ -28,6 +28,7 @@ class ClientConfig:
     part of a request, with new chains and replays.
     codec: of hidden states on the wire: "auto" (nothing is lost), "fp32" or "bf16".
     constraints: the servers that may be used, and their number in one chain.
+    max_disk_bytes: of all models in the cache; those unused for longest make room.
     limits: max_session_tokens bounds the sessions of this client; None: the servers' own bound holds.
     monitor: ping more servers from the start, for pages that show who answers; else from the first use of
     `Swarm.liveness` or `Swarm.events` on.
@@ -38,6 +39,7 @@ class ClientConfig:
     swarm_key: Path | bytes | None = None
     identity: Path | None = None
     cache_dir: Path | None = None
+    max_disk_bytes: int | None = None
     threads: int | None = None
     wait_seconds: float = 30.0
     step_seconds: float = 30.0
@@ -55,6 +57,7 @@ def client_config(
     swarm_key: str | os.PathLike[str] | bytes | None = None,
     identity: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    max_disk_bytes: int | None = None,
     threads: int | None = None,
     wait_seconds: float = 30.0,
     step_seconds: float = 30.0,
@@ -78,6 +81,9 @@ def client_config(
             swarm_key=None if swarm_key is None else _key("swarm_key", swarm_key),
             identity=None if identity is None else values.path("identity", identity),
             cache_dir=None if cache_dir is None else values.path("cache_dir", cache_dir),
+            max_disk_bytes=None
+            if max_disk_bytes is None
+            else values.whole("max_disk_bytes", max_disk_bytes, 1, values.MAX_BYTES),
             threads=None if threads is None else values.whole("threads", threads, 1, values.MAX_THREADS),
             wait_seconds=values.seconds("wait_seconds", wait_seconds),
             step_seconds=values.seconds("step_seconds", step_seconds, above=True),

@@ -58,6 +58,7 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     model: a folder, a hub id, or a built-in name; None for the default model.
     peers: multiaddrs (with /p2p/ID) of one or more nodes of the swarm, bootstrap nodes or others.
     swarm_key: a key file, or the key's 32 bytes, where the swarm is private.
+    max_disk_bytes: of all models in the cache; those unused for longest make room, never one in use.
     threads: of torch in this process; None leaves them as they are.
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
     constraints: servers that may be used or may not, and the number of hops of a chain; they hold for

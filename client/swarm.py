@@ -645,7 +645,12 @@ def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, Generati
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with progress_bar(sys.stderr) as progress:
-        folder = resolve(config.model, cache_dir=config.cache_dir or cache_dir(), progress=progress)
+        folder = resolve(
+            config.model,
+            cache_dir=config.cache_dir or cache_dir(),
+            progress=progress,
+            max_disk_bytes=config.max_disk_bytes,
+        )
         local_model = load_embed_and_head(folder, progress=progress)
         local_model.compile_head()
     _ = local_model.tokenizer  # opened here, so that the event loop never waits for it

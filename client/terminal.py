@@ -266,6 +266,7 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         flags.model,
         peers=flags.peers,
         swarm_key=flags.swarm_key,
+        max_disk_bytes=flags.max_disk,
         threads=flags.threads,
         wait_seconds=flags.wait,
         give_up_seconds=max(flags.wait, 1.0),

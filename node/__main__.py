@@ -24,7 +24,15 @@ from node.config import (
     NetworkConfig,
     NodeConfig,
 )
-from node.runtime.arguments import Parser, add_addresses, at_least_none, one_address_each, positive, threads
+from node.runtime.arguments import (
+    Parser,
+    add_addresses,
+    add_max_disk,
+    at_least_none,
+    one_address_each,
+    positive,
+    threads,
+)
 from node.runtime.console import argument_text, put_line, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -48,7 +56,7 @@ commands:
   python -m node [MODEL] ...            serve blocks of a model (default: {DEFAULT_MODEL})
   python -m node bootstrap ...          help others find each other; needs no model
   python -m node status --peers ...     show a swarm: peers, blocks, rates, coverage
-  python -m node models                 list the models in the cache, or fetch one
+  python -m node models                 list the models in the cache, fetch one, or bound them all
   python -m node prepare MODEL OUT      write a model in 8 bits, so that a node opens it at once
   python -m node new-swarm-key FILE     make the key of a private swarm
 
@@ -75,7 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(partial(command, words[1:]) if command else partial(_serve, words))
 
 
-def _serve(words: list[str]) -> int:
+def parsers() -> list[Parser]:
+    """The parser of each command."""
+    return [
+        _serve_parser(),
+        _bootstrap_parser(),
+        _status_parser(),
+        _models_parser(),
+        _prepare_parser(),
+        _new_swarm_key_parser(),
+    ]
+
+
+def _serve_parser() -> Parser:
     parser = _parser("", "Serve blocks of a model in a swarm.", epilog=EPILOG)
     parser.add_argument(
         "model", nargs="?", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"
@@ -117,6 +137,7 @@ def _serve(words: list[str]) -> int:
         metavar="N",
         help="outputs kept for a replay should the next server die (default: as many tokens as the cache)",
     )
+    add_max_disk(parser)
     parser.add_argument(
         "--vitals-file",
         type=Path,
@@ -125,7 +146,11 @@ def _serve(words: list[str]) -> int:
     )
     _add_limit_options(parser)
     _add_balance_options(parser)
-    flags = parser.parse_args(words)
+    return parser
+
+
+def _serve(words: list[str]) -> int:
+    flags = _serve_parser().parse_args(words)
     set_up_logging(flags.log_format)
     config = NodeConfig(
         network=_network(flags),
@@ -140,6 +165,7 @@ def _serve(words: list[str]) -> int:
         journal_tokens=flags.journal_tokens,
         balance=_balance(flags),
         vitals_file=flags.vitals_file,
+        max_disk_bytes=flags.max_disk,
         adapters=tuple(flags.adapter),
     )
     from node.main import serve
@@ -147,17 +173,21 @@ def _serve(words: list[str]) -> int:
     return _run(partial(serve, config))
 
 
-def _bootstrap(words: list[str]) -> int:
+def _bootstrap_parser() -> Parser:
     parser = _parser("bootstrap", "Help the nodes of a swarm find each other; serves no model.")
     _add_network_options(parser)
-    flags = parser.parse_args(words)
+    return parser
+
+
+def _bootstrap(words: list[str]) -> int:
+    flags = _bootstrap_parser().parse_args(words)
     set_up_logging(flags.log_format)
     from node.main import run_bootstrap
 
     return _run(partial(run_bootstrap, _network(flags)))
 
 
-def _status(words: list[str]) -> int:
+def _status_parser() -> Parser:
     parser = _parser("status", "Show a swarm: its peers, their blocks and rates, the coverage of each block.")
     add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
@@ -171,6 +201,11 @@ def _status(words: list[str]) -> int:
         "--ask", action="store_true",
         help="ask servers for their free cache, queue and sessions of this moment; not with --watch",
     )  # fmt: skip
+    return parser
+
+
+def _status(words: list[str]) -> int:
+    parser = _status_parser()
     flags = parser.parse_args(words)
     if flags.ask and flags.watch:
         parser.error("--ask goes without --watch")
@@ -184,23 +219,28 @@ def _status(words: list[str]) -> int:
     return _run(partial(show_status, config, as_json=flags.json, chains=flags.chains, ask=flags.ask))
 
 
-def _models(words: list[str]) -> int:
-    parser = _parser("models", "List the models in the cache and the built-in default.")
+def _models_parser() -> Parser:
+    parser = _parser("models", "List the models in the cache, and the built-in default.")
     parser.add_argument("--fetch", metavar="MODEL", help="fetch a model into the cache")
+    add_max_disk(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    flags = parser.parse_args(words)
+    return parser
+
+
+def _models(words: list[str]) -> int:
+    flags = _models_parser().parse_args(words)
     set_up_logging("text", logging.WARNING)
-    from node.monitor.status import fetch_model, show_models
+    from node.monitor.models import fetch_model, show_models
 
     let_interrupts_through()
     if flags.fetch is not None:
-        fetch_model(flags.fetch)
+        fetch_model(flags.fetch, max_disk_bytes=flags.max_disk)
     else:
-        show_models(as_json=flags.json)
+        show_models(as_json=flags.json, max_disk_bytes=flags.max_disk)
     return 0
 
 
-def _prepare(words: list[str]) -> int:
+def _prepare_parser() -> Parser:
     parser = _parser("prepare", "Write a model's checkpoint in 8 bits, so that a node opens it at once.")
     parser.add_argument("model", metavar="MODEL", help="a folder, a Hugging Face id, or a built-in name")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; empty or not there yet")
@@ -210,7 +250,12 @@ def _prepare(words: list[str]) -> int:
         choices=("float32", "bfloat16"),
         help="dtype of the tensors that are not quantised (default: unchanged)",
     )
-    flags = parser.parse_args(words)
+    add_max_disk(parser)
+    return parser
+
+
+def _prepare(words: list[str]) -> int:
+    flags = _prepare_parser().parse_args(words)
     set_up_logging("text", logging.WARNING)
     from node.model.blocks.span import DTYPES
     from node.model.checkpoint.folder import HashMemo
@@ -220,7 +265,7 @@ def _prepare(words: list[str]) -> int:
 
     let_interrupts_through()
     with progress_bar(sys.stderr) as progress:
-        folder = resolve(flags.model, cache_dir=cache_dir(), progress=progress)
+        folder = resolve(flags.model, cache_dir=cache_dir(), progress=progress, max_disk_bytes=flags.max_disk)
         dtype = None if flags.dtype is None else DTYPES[flags.dtype]
         memo = HashMemo(cache_dir() / "hashes.json")
         prepare(folder, flags.out, memo=memo, dtype=dtype, progress=progress)
@@ -229,10 +274,14 @@ def _prepare(words: list[str]) -> int:
     return 0
 
 
-def _new_swarm_key(words: list[str]) -> int:
+def _new_swarm_key_parser() -> Parser:
     parser = _parser("new-swarm-key", "Make the key of a private swarm; every member needs a copy.")
     parser.add_argument("file", type=Path, metavar="FILE", help="where to write it; must not exist")
-    flags = parser.parse_args(words)
+    return parser
+
+
+def _new_swarm_key(words: list[str]) -> int:
+    flags = _new_swarm_key_parser().parse_args(words)
     from node.network.transport.membership import new_swarm_key
 
     new_swarm_key(flags.file)
@@ -254,6 +303,7 @@ def _parser(command: str, description: str, epilog: str | None = None) -> Parser
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        family=parsers,
     )
 
 

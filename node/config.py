@@ -106,6 +106,7 @@ class NodeConfig:
     journal_tokens: int | None = None
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     vitals_file: Path | None = None  # what the node holds, once a second
+    max_disk_bytes: int | None = None  # of all models in the cache
     adapters: tuple[str, ...] = ()  # folders of peft or names of the hub, kept for everybody
 
     def __post_init__(self) -> None:
@@ -122,6 +123,7 @@ class NodeConfig:
                 ("threads", 1, values.MAX_THREADS),
                 ("cache_tokens", 1, values.MAX_TOKENS),
                 ("journal_tokens", 0, values.MAX_TOKENS),
+                ("max_disk_bytes", 1, values.MAX_BYTES),
             ):
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, values.whole(name, value, least, most))

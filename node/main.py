@@ -259,7 +259,9 @@ def _find_model(config: NodeConfig) -> tuple[ModelFolder, ModelInfo]:
     from node.model.checkpoint.source import cache_dir, resolve
 
     with progress_bar(sys.stderr) as progress:
-        folder = resolve(config.model, cache_dir=cache_dir(), progress=progress)
+        folder = resolve(
+            config.model, cache_dir=cache_dir(), progress=progress, max_disk_bytes=config.max_disk_bytes
+        )
     return folder, read_info(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,7 +11,7 @@ from client.arguments import add_servers, add_swarm
 from client.gateway.door.limits import HttpLimits, PrefixLimits, QueueLimits
 from client.gateway.settings import GatewaySettings
 from node.config import ConfigError
-from node.runtime.arguments import Parser, at_least_none, positive, seconds
+from node.runtime.arguments import Family, Parser, at_least_none, positive, seconds, size
 from node.runtime.console import argument_text
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -26,13 +25,11 @@ A line of the file of keys is NAME SHA256 [REQUESTS [TOKENS]], the last two for 
 exit codes: 0 after Ctrl-C or SIGTERM, 2 for what you must fix, 3 when the swarm is not complete after --wait
 """
 MAX_PORT = 65535
-_SIZE = re.compile(r"([0-9]{1,9}) ?([kmgt]?)(i?b)?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def run_gateway(words: Sequence[str]) -> int:
+def run_gateway(words: Sequence[str], family: Family | None = None) -> int:
     """Run the gateway; returns the exit code.  Raises ConfigError."""
-    flags = parser().parse_args(words)
+    flags = parser(family).parse_args(words)
     set_up_logging("text")
     settings = settings_of(flags)
     check_listener(settings, no_keys=flags.no_keys)
@@ -46,13 +43,14 @@ def run_gateway(words: Sequence[str]) -> int:
     return serve(flags, settings)
 
 
-def parser() -> Parser:
-    """The parser, with all flags."""
+def parser(family: Family | None = None) -> Parser:
+    """The parser, with all flags.  family: that of `Parser`."""
     made = Parser(
         prog="python -m client gateway",
         description="Serve a swarm over OpenAI's HTTP API, with a page that shows the swarm.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        family=family,
     )
     add_swarm(made)
     made.add_argument(
@@ -205,13 +203,4 @@ def _temperature(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 2:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no temperature: 0 to 2 is allowed")
-    return value
-
-
-def size(text: str) -> int:
-    """A number of bytes such as 4MiB, 20G or 4096, for argparse."""
-    found = _SIZE.fullmatch(text.strip())
-    value = int(found[1]) * 1024 ** _POWERS[found[2].lower()] if found else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size: 4MiB or a number of bytes is allowed")
     return value

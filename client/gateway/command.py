@@ -114,6 +114,7 @@ async def joined(flags: argparse.Namespace, signals: Signals) -> AsyncIterator[S
         peers=flags.peers,
         swarm_key=flags.swarm_key,
         identity=flags.identity,
+        max_disk_bytes=flags.max_disk,
         threads=flags.threads,
         wait_seconds=CHAIN_SECONDS,
         give_up_seconds=GIVE_UP_SECONDS,

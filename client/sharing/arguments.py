@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from node.config import DEFAULT_LISTEN, DEFAULT_MODEL
-from node.runtime.arguments import Parser, add_addresses
+from node.runtime.arguments import Family, Parser, add_addresses, add_max_disk
 from node.runtime.console import argument_text, fail
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -26,20 +26,26 @@ A command's own options: python -m client adapters COMMAND --help
 TEXTS = ("name", "licence", "tag", "text")
 
 
-def run_adapters(words: Sequence[str]) -> int:
-    """Run a command; returns the exit code.  Raises ConfigError."""
+def adapters_parser(family: Family | None = None) -> Parser:
+    """The parser of `python -m client adapters` and of its commands.  family: that of `Parser`."""
     parser = Parser(
         prog="python -m client adapters",
         description="Shared adapters of a swarm: list, show, fetch, and give your own.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        family=family,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_list(commands.add_parser("list", help="the adapters that somebody gives now"))
     _add_show(commands.add_parser("show", help="all that an adapter's card says, with its licence"))
     _add_get(commands.add_parser("get", help="fetch an adapter into a folder of peft"))
     _add_seed(commands.add_parser("seed", help="give the adapter of a folder to others"))
-    flags = parser.parse_args(words)
+    return parser
+
+
+def run_adapters(words: Sequence[str], family: Family | None = None) -> int:
+    """Run a command; returns the exit code.  Raises ConfigError."""
+    flags = adapters_parser(family).parse_args(words)
     set_up_logging("text")
     try:
         return _run(_with_texts(flags))
@@ -128,6 +134,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         help=f"the adapter's: a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})",
     )
+    add_max_disk(parser)
 
 
 def _add_swarm(parser: argparse.ArgumentParser) -> None:

@@ -68,7 +68,9 @@ async def run_get(flags: argparse.Namespace) -> None:
     """Fetch an adapter into a folder.  Raises ConfigError, PeerGone."""
     out: Path = flags.out
     check_new_folder(out)
-    folder, modules = await trio.to_thread.run_sync(_model, flags.model, abandon_on_cancel=True)
+    folder, modules = await trio.to_thread.run_sync(
+        _model, flags.model, flags.max_disk, abandon_on_cancel=True
+    )
     async with open_sharing(_config(flags)) as joined:
         one = await named(joined.sharing, flags.adapter, flags.author)
         check_fits(one.card, folder)
@@ -83,7 +85,9 @@ async def run_get(flags: argparse.Namespace) -> None:
 async def run_seed(flags: argparse.Namespace) -> None:
     """Give the adapter of a folder to others until the program is ended.  Raises ConfigError."""
     path: Path = flags.folder
-    folder, modules = await trio.to_thread.run_sync(_model, flags.model, abandon_on_cancel=True)
+    folder, modules = await trio.to_thread.run_sync(
+        _model, flags.model, flags.max_disk, abandon_on_cancel=True
+    )
     content = await trio.to_thread.run_sync(read_shareable, path, modules)
     config, limits = _config(flags), Limits()
     identity = load_or_create_identity(flags.identity)
@@ -227,8 +231,8 @@ def _config(flags: argparse.Namespace) -> NetworkConfig:
     )
 
 
-def _model(model: str | None) -> tuple[ModelFolder, ModelModules]:
+def _model(model: str | None, max_disk_bytes: int | None = None) -> tuple[ModelFolder, ModelModules]:
     """A model's folder, and the shapes of its modules.  Raises ConfigError."""
     with progress_bar(sys.stderr) as progress:
-        folder = resolve(model, cache_dir=cache_dir(), progress=progress)
+        folder = resolve(model, cache_dir=cache_dir(), progress=progress, max_disk_bytes=max_disk_bytes)
     return folder, model_modules(folder)

@@ -1,10 +1,9 @@
-"""The output of `python -m node status` and `models`: a swarm's peers, and the models in the cache."""
+"""The output of `python -m node status`: a swarm's peers, their blocks and rates."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import trio
 
-from node.config import DEFAULT_MODEL, NetworkConfig
+from node.config import NetworkConfig
 from node.network.peer_info import QuestionStream, ask_for_info
 from node.runtime.console import OutputText, one_line, put_line
 from routing.names import PeerId
@@ -230,35 +229,3 @@ def _runs(counts: Sequence[int]) -> str:
             parts.append(f"{begin}:{block} x{counts[begin]}")
             begin = block
     return ", ".join(parts)
-
-
-def fetch_model(name: str) -> None:
-    """Fetch a model into the cache, with a progress bar.  Raises ConfigError."""
-    from node.model.checkpoint.progress import progress_bar
-    from node.model.checkpoint.source import cache_dir, resolve
-
-    with progress_bar(sys.stderr) as progress:
-        folder = resolve(name, cache_dir=cache_dir(), progress=progress)
-        folder.need({entry.file for entry in folder.tensors.values()}, progress)
-    put_line(f"{folder.name} (revision {folder.revision}) is in {folder.path}")
-
-
-def show_models(*, as_json: bool) -> None:
-    """Print the models in the cache, and the default."""
-    from node.model.checkpoint.source import cache_dir, list_models
-
-    found = list_models(cache_dir())
-    if as_json:
-        models = [
-            {"name": model.name, "path": None if model.path is None else str(model.path), "bytes": model.size}
-            for model in found
-        ]
-        put_line(
-            json.dumps({"default": DEFAULT_MODEL, "cache": str(cache_dir()), "models": models}, indent=2)
-        )
-        return
-    put_line(f"cache: {cache_dir()}")
-    for model in found:
-        where = "not fetched yet" if model.path is None else f"{model.size / 1e6:.0f} MB in {model.path}"
-        default = ", the default" if model.name == DEFAULT_MODEL else ""
-        put_line(f"  {model.name}: {where}{default}")

@@ -21,6 +21,7 @@ from typing import NoReturn, TextIO
 
 from node.config import ConfigError
 from node.runtime.interrupts import end_at_once_on_interrupt
+from node.runtime.settings.origins import with_origins
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))  # by their file descriptors
 INTERRUPTED = 130
@@ -65,10 +66,10 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def fail(error: Exception | str, code: int) -> int:
-    """Say an error in one line; `code`."""
+    """Say an error in one line, with the file or variable that a setting in it came from; `code`."""
     with suppress(OutputError):
         flush()
-    say("error: " + one_line(str(error) or type(error).__name__))
+    say("error: " + one_line(with_origins(str(error)) or type(error).__name__))
     return code
 
 

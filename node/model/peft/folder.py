@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from node.config import ConfigError
+from node.model.checkpoint.disk.model_cache import ModelCache
+from node.model.checkpoint.disk.plan import Key
 from node.model.checkpoint.folder import read_json
 from node.model.checkpoint.hub import Hub, Unreachable
-from node.model.checkpoint.source import HUB_NAME
+from node.model.checkpoint.source import HUB_NAME, cache_dir
 from node.model.peft.config import LoraSettings, lora_settings
 from node.model.peft.modules import ModelModules
 from node.model.peft.prompts import PREFIX_TUNING, PROMPT_TUNING, read_prefix, read_prompt
@@ -102,9 +105,13 @@ def adapter_folder(name: str | Path, revision: str | None = None, hub: Hub | Non
             raise ConfigError(f"a revision can be chosen for an adapter of the hub only, and {name} is none")
         return path
     try:
-        return (hub or Hub()).adapter(str(name), revision, (CONFIG_NAME, WEIGHTS_NAME))
+        found = (hub or Hub()).adapter(str(name), revision, (CONFIG_NAME, WEIGHTS_NAME))
     except Unreachable as error:
         raise ConfigError(f"{name} is not in the hub's cache, and the hub: {error}") from None
+    if hub is None:
+        with suppress(ConfigError):  # without a cache of ours nothing is counted
+            ModelCache(cache_dir()).hold(Key("hub", str(name).replace("/", "--"), found.name), found).close()
+    return found
 
 
 def read_fields(path: Path) -> dict[str, Any]:  # Any: JSON

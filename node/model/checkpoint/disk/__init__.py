@@ -1,0 +1,1 @@
+"""The models in the cache: their sizes, the processes that use them, and a bound for all of them."""

@@ -1,0 +1,87 @@
+"""The precedence of settings: the command line, then the environment, then the file, then the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from node.config import ConfigError
+from node.runtime.settings.file import Entry
+from node.runtime.settings.flags import UNSET, Flag, from_text, from_toml
+
+PRECEDENCE = (
+    "A flag's value is that of the command line, else of its environment variable (--swarm-key:"
+    " RACEME_SWARM_KEY), else of its key in the file (swarm-key), else its default."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A flag's value and its origin: "RACEME_THREADS", or "raceme.toml: [node] threads"."""
+
+    value: Any  # the type of the flag
+    origin: str
+
+
+def of_environment(flags: Sequence[Flag], environ: Mapping[str, str]) -> dict[str, Setting]:
+    """The settings of the environment by the flag's `dest`; an empty variable counts as none.
+
+    Raises ConfigError for a value that the flag does not take.
+    """
+    found = {}
+    for flag in flags:
+        if text := environ.get(flag.variable):
+            try:
+                found[flag.action.dest] = Setting(from_text(flag, text), flag.variable)
+            except ValueError as error:
+                raise ConfigError(f"{flag.variable}: {error}") from None
+    return found
+
+
+def of_file(flags: Sequence[Flag], entries: Sequence[Entry]) -> dict[str, Setting]:
+    """The settings of a file by the flag's `dest`; later entries win.
+
+    Raises ConfigError for a value that the flag does not take.
+    """
+    by_name = {flag.name: flag for flag in flags}
+    found = {}
+    for entry in entries:
+        flag = by_name[entry.name]
+        try:
+            found[flag.action.dest] = Setting(from_toml(flag, entry.value), entry.where)
+        except ValueError as error:
+            raise ConfigError(f"{entry.where}: {error}") from None
+    return found
+
+
+def in_force(
+    given: Collection[str],
+    sources: Sequence[Mapping[str, Setting]],
+    exclusive: Sequence[Collection[str]] = (),
+) -> dict[str, Setting]:
+    """The settings that replace defaults, by `dest`.
+
+    given: the flags of the command line, which no source changes.  sources: those of more weight first.
+    exclusive: flags of which one may be given: that of the weightiest source counts.  Raises ConfigError
+    where one source has two of these.
+    """
+    decided = set(given)
+    found: dict[str, Setting] = {}
+    closed = [frozenset(group) for group in exclusive if decided.intersection(group)]
+    for source in sources:
+        new = {
+            dest: setting
+            for dest, setting in source.items()
+            if dest not in decided and not any(dest in group for group in closed)
+        }
+        decided.update(new)
+        new = {dest: setting for dest, setting in new.items() if setting.value is not UNSET}
+        for group in exclusive:
+            origins = [setting.origin for dest, setting in new.items() if dest in group]
+            if len(origins) > 1:
+                raise ConfigError(f"{origins[0]} and {origins[1]} exclude each other: leave one out")
+            if origins:
+                closed.append(frozenset(group))
+        found |= new
+    return found
