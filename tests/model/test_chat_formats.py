@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -13,7 +14,7 @@ from client.gateway.formats.requests import ResponseFormat, ToolChoice, Tools
 from client.gateway.formats.templates import ChatTemplate
 from tests.chat_fixtures import CHATML, END, TEMPLATES, chat_tokenizer
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -32,7 +33,7 @@ def formats(template, special=()):
 
 
 def prepare(template="hermes", messages=ASKED, *, special=(), **fields):
-    types = {"tools": Tools, "tool_choice": ToolChoice, "response_format": ResponseFormat}
+    types: dict[str, Any] = {"tools": Tools, "tool_choice": ToolChoice, "response_format": ResponseFormat}
     given = {
         name: TypeAdapter(types[name]).validate_python(value) if name in types else value
         for name, value in fields.items()

@@ -61,7 +61,7 @@ def generate(constraint, *, added=(), seed=0, greedy=False, most=400, first="", 
     width = len(own) + 3
     random = torch.Generator().manual_seed(seed)
     options = GenerateOptions(
-        temperature=0 if greedy else 1.0, seed=seed, logits_processor=[constraint.processor()]
+        temperature=0 if greedy else 1.0, seed=seed, logits_processor=(constraint.processor(),)
     )
     prompt = [5, 6, 7]
     sampler = Sampler(options, end_ids=[own.eos_token_id], prompt_tokens=len(prompt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,7 +158,7 @@ def test_whatever_comes_numbers_go_up_and_what_is_added_is_done_and_adds_up(toke
     calls = itertools.count()
     latest, made = -1, []
     for token in tokens:
-        own = []
+        own: list[Any] = []
         for piece in token:
             if piece == "call":
                 latest = next(calls)

@@ -177,7 +177,7 @@ def _xml_body(family: Family, function: Function, grammars: Grammars, name: str)
     schema = argument_schema(function)
     properties = schema.get("properties")
     required = schema.get("required") or ()
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts, rules = [grammars.literal(f"<function={function.name}>\n")], []
     end = "\n</parameter>\n"
     for place, (key, each) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):

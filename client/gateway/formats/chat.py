@@ -68,7 +68,7 @@ class WantedCalls:
 
 
 class ChatFormats:
-    """The forms of a model's texts.  For any thread: `prepare` takes milliseconds, a large schema a second."""
+    """The forms of a model's texts.  For any thread: `prepare` takes milliseconds, or a second."""
 
     def __init__(
         self,

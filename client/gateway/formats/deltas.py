@@ -62,6 +62,10 @@ class Call:
     name: str
     arguments: str = ""
 
+    def append(self, text: str) -> None:
+        """The next piece of the arguments."""
+        self.arguments += text
+
 
 @dataclass(slots=True)
 class Message:
@@ -81,7 +85,7 @@ class Message:
             case CallBegun(_, id, name):
                 self.calls.append(Call(id, name))
             case CallArguments(index, text):
-                self.calls[index].arguments += text
+                self.calls[index].append(text)
 
     def as_chat(self) -> dict[str, Any]:
         """The `message` of a chat.completion; `content` is null where there are calls and no text."""

@@ -184,7 +184,7 @@ class MessageReader:
 
 
 def id_maker(characters: int) -> Callable[[], str]:
-    """Makes ids of calls: letters and digits by chance, after `call_` where the family's templates allow it."""
+    """Makes ids of calls: letters and digits by chance, after `call_` where templates allow it."""
 
     def make() -> str:
         made = "".join(secrets.choice(_ID_LETTERS) for _ in range(characters))

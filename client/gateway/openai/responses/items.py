@@ -6,14 +6,12 @@ its output, or a thought.  A chat's message holds its text, its calls and its th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from client.gateway.formats.requests import Part
-
-MAX_ITEMS = 4096  # a body has 4 MiB; the prompt's length is the true bound
 
 
 class TextPart(Part):
@@ -79,14 +77,32 @@ class ReasoningItem(Part):
     """A thought that comes back."""
 
     type: Literal["reasoning"]
-    summary: list[Thought] = []
+    summary: Annotated[list[Thought], Field(default_factory=list)]
     content: list[Thought] | None = None
     id: str | None = None
     status: Status | None = None
     encrypted_content: None = None  # there is none of ours
 
 
-Item = MessageItem | CallItem | CallOutputItem | ReasoningItem
+def _kind(item: Any) -> str | None:
+    """An item's type; without one it is a message."""
+    if not isinstance(item, Mapping):
+        return getattr(item, "type", None)
+    kind = item.get("type", "message")
+    return kind if isinstance(kind, str) else None
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(
+        _kind,
+        custom_error_type="kind_of_item",
+        custom_error_message="message, function_call, function_call_output and reasoning are allowed as type",
+    ),
+]
 
 
 def messages_of(given: str | Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
