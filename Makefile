@@ -12,7 +12,7 @@ TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foregrou
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick test-ecosystem lint format types bench figures hostile mutants clean
+.PHONY: help env demo test test-quick test-ecosystem test-metrics lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ test-quick: env ## Run the tests without real models, processes and swarms: test
 test-ecosystem: env ## Run other packages (peft, trl, lm-eval, outlines) over a swarm, in an environment of their own
 	@PYTHON=$(BIN)/python sh scripts/ecosystem.sh
 	@OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m pytest -n 0 tests/ecosystem $(ARGS)
+
+test-metrics: env ## Check scrapes, rules and the configuration of Prometheus with promtool, which is brought here
+	@command -v promtool >/dev/null 2>&1 || sh scripts/promtool.sh
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/unit/test_promtool.py tests/unit/test_metrics_page.py $(ARGS)
 
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check
@@ -59,5 +63,5 @@ mutants: env ## Change the pure modules in small ways and count the changes that
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
-	rm -rf .venv .venv-ecosystem build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-ecosystem .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

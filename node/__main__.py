@@ -329,6 +329,15 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--ready-file", type=Path, metavar="PATH", help="write a JSON object here once the node is online"
     )
+    network.add_argument(
+        "--metrics", metavar="HOST:PORT",
+        help="serve /metrics (Prometheus) and /health there, for instance 127.0.0.1:9464",
+    )  # fmt: skip
+    network.add_argument(
+        "--metrics-host", action="append", default=[], metavar="NAME",
+        help="a name under which other machines may ask for metrics, * for any; needed where the address of"
+        " --metrics is not of this machine alone",
+    )  # fmt: skip
     network.add_argument("--log-format", choices=("text", "json"), default="text")
 
 
@@ -454,6 +463,8 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         patience_seconds=PATIENCE_SECONDS,
         limits=limits,
         ready_file=flags.ready_file,
+        metrics=flags.metrics,
+        metrics_hosts=tuple(flags.metrics_host),
     )
 
 

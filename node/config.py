@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from node.monitor.metrics.address import MetricsAddress
 from node.runtime import values
 from routing.placement.goals import MIN_REPLICAS, QUALITY
 from tensor_codec.blocks import Blocks
@@ -55,9 +56,16 @@ class NetworkConfig:
     patience_seconds: float = 0.0  # for peers that do not answer yet: they may be starting too
     limits: Limits = field(default_factory=Limits)
     ready_file: Path | None = None
+    metrics: str | None = None  # HOST:PORT of /metrics and /health
+    metrics_hosts: tuple[str, ...] = ()  # names, besides localhost, under which these may be asked
 
     def __post_init__(self) -> None:
         with config_errors():
+            object.__setattr__(
+                self, "metrics_hosts", values.texts("metrics_hosts", self.metrics_hosts, "names")
+            )
+            if self.metrics is not None:
+                MetricsAddress.parse(self.metrics, self.metrics_hosts)
             for name in ("peers", "listen", "announce"):
                 object.__setattr__(self, name, values.texts(name, getattr(self, name), "multiaddrs"))
             for name in ("swarm_key", "identity", "ready_file"):
@@ -66,6 +74,11 @@ class NetworkConfig:
             values.seconds("patience_seconds", self.patience_seconds)
             if not isinstance(self.name, str):
                 raise ValueError(f"name is {values.shown(self.name)}, a text is needed")
+
+    @property
+    def metrics_address(self) -> MetricsAddress | None:
+        """Where metrics are served; None: nowhere."""
+        return None if self.metrics is None else MetricsAddress.parse(self.metrics, self.metrics_hosts)
 
 
 @dataclass(frozen=True, slots=True)

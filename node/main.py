@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
+from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
 from node.runtime.files import write_atomically, write_fault
@@ -38,6 +39,7 @@ from node.serving.memory import Precision
 from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.placement.rebalance import choose_blocks
+from routing.view.description import describe
 from routing.view.records import Record, Role
 from routing.view.view import ONLINE_SOON
 from tensor_codec.errors import PeerGone
@@ -50,6 +52,7 @@ from tensor_codec.span_spec import SpanSpec
 if TYPE_CHECKING:
     from node.model.checkpoint.folder import ModelFolder
     from node.model.checkpoint.info import ModelInfo
+    from node.monitor.metrics.node import NodeMetrics
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.network.streams import FramedStream
@@ -74,16 +77,19 @@ async def serve(config: NodeConfig) -> None:
 async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> None:
     """Take part in the network until a signal.  Raises ConfigError."""
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
+        metrics = await open_metrics(config.network, node, "serve", nursery)
         from node.network.sharing.announcing import keep_announced, keys_of
         from node.serving.server import Server
 
-        setup, blocks = await find_setup(config, node, compute)
+        setup, blocks = await find_setup(config, node, compute, metrics and metrics.meters)
 
         def came_online(spec: SpanSpec) -> None:
             write_ready_file(config.network, node, spec, serving=stopping.online)
             tell_how_to_join(node, f"online with blocks {spec.blocks} of {spec.model}")
 
         server = Server(setup, node.directory, compute, nursery, came_online)
+        if metrics is not None:
+            metrics.server = server
         node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
         # a hop pushes what a client has arranged, who may have told its hops different things
         node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push, bans=False)
@@ -120,11 +126,29 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         background_nursery() as nursery,
     ):
         nursery.start_soon(guard_of(config, node).run)
+        await open_metrics(config, node, "bootstrap", nursery)
         await node.directory.announce(Record(role="bootstrap", name=config.name, version=VERSION))
         write_ready_file(config, node, None)
         tell_how_to_join(node, "online as a bootstrap node")
         stopping.started()
         await stopping.requested.wait()
+
+
+async def open_metrics(
+    config: NetworkConfig, node: Node, role: Role, nursery: trio.Nursery
+) -> NodeMetrics | None:
+    """Serve metrics where the operator asks for them; None where not.  Raises ConfigError."""
+    if (address := config.metrics_address) is None:
+        return None
+    from node.monitor.metrics.endpoint import open_endpoint, pages_of
+    from node.monitor.metrics.node import NodeMetrics
+
+    metrics = NodeMetrics(
+        role, node.host, ServingMeters(batches=BatchMeters()),
+        facts=lambda: describe(node.directory.view(), node.directory.rtts()),
+    )  # fmt: skip
+    await open_endpoint(address, pages_of(metrics), config.limits, nursery)
+    return metrics
 
 
 def guard_of(config: NetworkConfig, node: Node, server: Server | None = None) -> Guard:
@@ -137,7 +161,9 @@ def guard_of(config: NetworkConfig, node: Node, server: Server | None = None) ->
     )
 
 
-async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[ServingSetup, Blocks]:
+async def find_setup(
+    config: NodeConfig, node: Node, compute: Runner, meters: ServingMeters | None = None
+) -> tuple[ServingSetup, Blocks]:
     """Find the model, and choose the blocks, their precision and the caches.  Raises ConfigError."""
     from node.serving.adapters.desk import open_desk
     from node.serving.adapters.own_cards import sign_own
@@ -182,6 +208,7 @@ async def find_setup(config: NodeConfig, node: Node, compute: Runner) -> tuple[S
             limits, info.blocks, device, bound.adapters, bound.sums, own,
             sign=partial(sign_own, node.identity, info.name, limits),
         ),
+        meters or ServingMeters(),
     )  # fmt: skip
     return setup, blocks
 

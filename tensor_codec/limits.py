@@ -200,6 +200,9 @@ class Limits:
     memory_retry_seconds: float = 5.0
     watermark_seconds: float = 1.0  # a reading takes 0.1 ms
     min_free_disk_bytes: int = 2 * GIB  # of a disk smaller than 20 GiB a tenth
+    max_metrics_connections: int = 16  # to `--metrics`: two Prometheus servers, probes, and a person
+    max_metrics_request_bytes: int = 8 * KIB  # line and headers; a scrape of Prometheus has 300 bytes
+    metrics_seconds: float = 5.0  # of a request and its answer: half of Prometheus' usual timeout
     log_lines_per_peer_per_second: int = 5  # of one kind; the others of the second are counted
     log_lines_per_second: int = 20  # of one kind, of all peers: ids are free, and a line is 100 to 300 bytes
 

@@ -21,6 +21,7 @@ from client.adapters.upload import Needs
 from client.chains.avoided_peers import AvoidedPeers
 from client.forward_backward import ForwardBackward
 from node.model.blocks.forward_backward import finish
+from node.monitor.metrics.meters import ServingMeters
 from node.serving.executor.engine import Answer
 from node.serving.forward_backward import ForwardBackwardListener, PeekStream
 from node.serving.span_admission import SpanAdmission
@@ -124,6 +125,7 @@ class ToyEngine:
     most_waiting: int = 0
     asked: list[tuple[int, int]] = field(default_factory=list)
     part_positions: int | None = None
+    meters: ServingMeters = field(default_factory=ServingMeters)
 
     async def stateless(
         self,

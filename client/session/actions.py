@@ -10,7 +10,7 @@ from client.session.hop_state import HopState
 from client.session.steps import Pending
 from routing.chains.hops import Hop
 from routing.names import PeerId
-from tensor_codec.errors import PeerFault, Refused
+from tensor_codec.errors import Draining, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import Here, Result, Step
 
@@ -184,6 +184,25 @@ class Note:
 
     kind: Kind
     data: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON
+
+
+def fault_note(peer: PeerId, error: PeerFault | Refused, text: str | None = None) -> Note:
+    """The trace's entry of a fault.  text: for people; None: the error's own.
+
+    why: gone, slow, bad, draining or refused.
+    """
+    match error:
+        case Draining():
+            why = "draining"
+        case Refused():
+            why = "refused"
+        case SlowPeer():
+            why = "slow"
+        case PeerGone():
+            why = "gone"
+        case _:
+            why = "bad"
+    return Note("fault", {"peer": peer, "error": str(error) if text is None else text, "why": why})
 
 
 Action = (

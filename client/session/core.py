@@ -42,6 +42,7 @@ from client.session.actions import (
     StepsGivenUp,
     StopSwitching,
     Unanswered,
+    fault_note,
 )
 from client.session.hop_state import HopState
 from client.session.repair.judgement import HALF, judge
@@ -306,7 +307,7 @@ class ClientSession:
         if not self.route.has_choice():
             hop.set_leaving(False)
             return []
-        fault = Note("fault", {"peer": hop.hop.peer, "error": why})
+        fault = fault_note(hop.hop.peer, SlowPeer(why))
         return [fault, Postpone(hop.hop.peer, busy_seconds(held)), *self._break(why, now)]
 
     def _lost(
@@ -317,7 +318,7 @@ class ClientSession:
             return []
         error.about(hop.hop.peer)
         hop.fail(error, blame=share > 0)
-        fault = Note("fault", {"peer": hop.hop.peer, "error": str(error)})
+        fault = fault_note(hop.hop.peer, error)
         actions = self.note(hop.hop.peer, error, share) if share else [fault]
         if hop in self.route.hops or self.state is State.SWITCHING:
             actions += self._break(str(error), now)
@@ -327,7 +328,7 @@ class ClientSession:
         """The reports on a peer's fault, or a share of one, or refusal.  Our own bugs never come here."""
         error.about(peer)
         self.last_error = error
-        fault = Note("fault", {"peer": peer, "error": f"{type(error).__name__}: {error}"})
+        fault = fault_note(peer, error, f"{type(error).__name__}: {error}")
         if isinstance(error, Refused):
             return [fault, Postpone(peer, self.route.replacement.refused(peer, error))]
         return [fault, Blame(peer, error, share)]

@@ -26,7 +26,7 @@ class Event:
     opened      hops, codec: of hidden states; seconds
     step        step, position, tokens, seconds, hops: for each (seconds held, seconds computed),
                 sent, received: bytes of hidden states
-    fault       peer, error
+    fault       peer, error; why: gone, slow, bad, draining or refused
     rerouted    why, kept, opened: peers; hops, codec, seconds
     replayed    sender, peer, start, stop: positions; bytes
     recovered   seconds since the fault, replay_seconds: from the new route to the next answer

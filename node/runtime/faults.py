@@ -48,6 +48,9 @@ class Faults:
         self._on_ban = on_ban
         self._counts: Counter[tuple[str, str]] = Counter()
         self._prefix_counts: Counter[tuple[str, str]] = Counter()
+        self._kinds: Counter[str] = (
+            Counter()
+        )  # of all peers; never forgotten, there are few classes of errors
         window, longest = limits.fault_window_seconds, limits.longest_ban_seconds
         self._peers = Bans(BanRule(limits.faults_before_ban, window, limits.ban_seconds, longest))
         self._prefixes = Bans(BanRule(limits.bans_before_suspect, window, limits.suspect_seconds, longest))
@@ -60,6 +63,7 @@ class Faults:
         """
         kind, prefix = type(fault).__name__, self._prefix_of(peer)
         _count(self._counts, (peer, kind))
+        self._kinds[kind] += 1
         if prefix:
             _count(self._prefix_counts, (prefix, kind))
         if not bans or fault.may_be_the_network:
@@ -106,6 +110,10 @@ class Faults:
     def counts(self) -> dict[tuple[str, str], int]:
         """Every count, by peer and kind; a copy."""
         return dict(self._counts)
+
+    def kinds(self) -> dict[str, int]:
+        """The faults of all peers together since the start, by kind; a copy."""
+        return dict(self._kinds)
 
     def prefix_counts(self) -> dict[tuple[str, str], int]:
         """Every count, by the prefix of connected peers and kind; a copy."""

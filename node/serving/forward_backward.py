@@ -34,6 +34,7 @@ from node.model.blocks.forward_backward import (
     forward_in_parts,
 )
 from node.model.blocks.parts import backward_parts, forward_parts
+from node.monitor.metrics.meters import ServingMeters, reason_of
 from node.network.admission.rates import NamedRates
 from node.network.prefixes import sharer
 from node.runtime.compute_thread import Runner
@@ -85,6 +86,10 @@ class PeekStream(FrameStream, Protocol):
 
 class StatelessEngine(Protocol):
     """The part of `node.serving.executor.engine.Engine` that computes requests."""
+
+    @property
+    def meters(self) -> ServingMeters:
+        """Counters of the node."""
 
     @property
     def part_positions(self) -> int:
@@ -263,6 +268,7 @@ class ForwardBackwardListener:
             with self._admit(stream) as serving, serving.scope:
                 await self._serve(stream, serving)
         except Refused as refusal:
+            self.engine.meters.requests_refused[reason_of(refusal)] += 1
             await stream.send(encode_failed(Failed.of(refusal)))
 
     async def drain(self) -> None:
@@ -378,6 +384,7 @@ class ForwardBackwardListener:
             with serving.computing(spec.blocks):
                 computed, taped = await self._computed(stream, request, contract)
         except Refused as refusal:
+            self.engine.meters.requests_refused[reason_of(refusal)] += 1
             self._refused.take(sharer(stream.peer, stream.prefix), trio.current_time(), len(frame))
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:

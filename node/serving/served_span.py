@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,7 @@ from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
 from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
+from node.monitor.metrics.meters import ServingMeters, reason_of
 from node.network.sharing.seeds import Seeds
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
@@ -65,6 +67,7 @@ class ServingSetup:
     name: of the node.  precision: of the weights, and of the computing.  open_push: a stream to
     a peer, for pushing.  faults: of peers, counted.  training_bytes: see `memory.training_bytes_that_fit`.
     stated: the memory of the span and of all that peers can add to it.  adapters: None: none are taken.
+    meters: counters over all spans.
     """
 
     folder: ModelFolder
@@ -81,6 +84,7 @@ class ServingSetup:
     training_bytes: int = 0
     stated: memory.Memory | None = None
     adapters: AdapterDesk | None = None
+    meters: ServingMeters = field(default_factory=ServingMeters)
 
     @property
     def shared(self) -> Seeds:
@@ -278,7 +282,7 @@ async def load_served_span(
     file, key = kept_rates(setup.info.revision, setup.device, setup.precision, setup.threads)
     rates = await compute.run(rates_at_start, span, file, key)
     limits = setup.limits
-    engine = Engine(span, compute, rates, limits)
+    engine = Engine(span, compute, rates, limits, meters=setup.meters)
     pool = await compute.run(span.new_arena, setup.cache_tokens, setup.info.max_position)
     budget = CacheBudget(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
@@ -383,10 +387,11 @@ class StreamDispatch:
     """Passes each stream to the span that is served now; where there is none, the peer is asked to come back.
 
     leaving: the span before, while its sessions move elsewhere.  admitting: new sessions and requests; False
-    where memory is short.
+    where memory is short.  meters: of the node.
     """
 
     limits: Limits
+    meters: ServingMeters = field(default_factory=ServingMeters)
     served_span: ServedSpan | None = None
     leaving: ServedSpan | None = None
     admitting: bool = True
@@ -403,14 +408,14 @@ class StreamDispatch:
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one session.  Raises PeerFault."""
         if self.served_span is None or not self.admitting:
-            await self._refuse(stream)
+            await self._refuse(stream, self.meters.sessions_refused)
         else:
             await self.served_span.listener.serve_session(stream)
 
     async def serve_request(self, stream: PeekStream) -> None:
         """Serve a stream of requests without a session.  Raises PeerFault."""
         if self.served_span is None or not self.admitting:
-            await self._refuse(stream)
+            await self._refuse(stream, self.meters.requests_refused)
         else:
             await self.served_span.stateless.serve(stream)
 
@@ -434,7 +439,7 @@ class StreamDispatch:
         """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
         await read_pushes(stream, _Listeners(self), self._frames)
 
-    async def _refuse(self, stream: FrameStream) -> None:
+    async def _refuse(self, stream: FrameStream, count: Counter[str] | None = None) -> None:
         loading = Draining("this node is loading other blocks", RETRY_SECONDS)
         no = self._short_of_memory() if self.served_span is not None else loading
         stream.judge = lambda _beginning, _size: no  # nothing is kept of a large one
@@ -443,6 +448,8 @@ class StreamDispatch:
                 return
         except Refused:
             pass  # of `judge`
+        if count is not None:
+            count[reason_of(no)] += 1
         await stream.send(encode_failed(Failed.of(no)))
 
     def _short_of_memory(self) -> Refused:

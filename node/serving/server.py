@@ -39,7 +39,7 @@ class Server:
     """Serves a span, and another one after a move.
 
     nursery: for the computing.  came_online: called with the spec of each span that is served.
-    moving: blocks of two spans may be in memory.
+    moving: blocks of two spans may be in memory.  moves, moves_failed: so far.
     """
 
     setup: ServingSetup
@@ -50,12 +50,14 @@ class Server:
     load: Load = load_served_span
     load_blocks: LoadBlocks = load_blocks
     moving: bool = field(default=False, init=False)
+    moves: int = field(default=0, init=False)
+    moves_failed: int = field(default=0, init=False)
     dispatch: StreamDispatch = field(init=False)
     _own: OwnRecord = field(init=False)
     _loader: SpanLoader = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dispatch = StreamDispatch(self.setup.limits)
+        self.dispatch = StreamDispatch(self.setup.limits, self.setup.meters)
         self._own = OwnRecord(self.setup, self.directory, self.dispatch)
         self._loader = SpanLoader(self.setup, self.compute, self.load, self.load_blocks)
 
@@ -110,6 +112,10 @@ class Server:
         self.moving = True
         try:
             await self._move(blocks)
+            self.moves += 1
+        except MoveFailed:
+            self.moves_failed += 1
+            raise
         finally:
             self.moving = False
 

@@ -1056,7 +1056,7 @@ async def test_a_hop_that_becomes_the_last_one_keeps_no_journal_any_more(reply, 
 async def test_what_a_hop_said_it_has_is_there_until_it_was_asked_for(autojump_clock):
     """However much others write meanwhile."""
     async with swarm() as world, pushing_pair(world) as (client, behind):
-        world.nodes[PeerId("a")].listener._journals.tokens = 60
+        world.nodes[PeerId("a")].listener.journals.tokens = 60
         await client.stream.send(step(0, 0, 55))
         await behind.receive(world)
         await client.stream.send(encode_relink(Relink(1, relay=True)))
@@ -1079,7 +1079,7 @@ async def test_a_replay_is_passed_on_from_where_it_is_wanted_whatever_the_journa
 ):
     async with swarm() as world:
         node = world.add("a", 0, 2)
-        node.listener._journals.tokens = 0
+        node.listener.journals.tokens = 0
         client, _ = await RawClient.open(world, "a", relay=True, held=True, batch=batch)
         await client.stream.send(encode_resume(Resume(0, 0, has=3)))
         hidden = some_hidden(5, batch)

@@ -35,7 +35,7 @@ async def test_thirty_two_thousand_tokens_go_through_and_what_they_take_is_count
         for node in world.nodes.values():
             assert node.budget.tokens - node.budget.free_tokens == -(-used // 16) * 16
         # The first hop keeps what it sent on, the client what it sent: every position once, and no more.
-        assert world.nodes[PeerId("A")].listener._journals.held == used
+        assert world.nodes[PeerId("A")].listener.journals.held == used
         assert conversation.session is not None
         journal = conversation.session._journal
         assert (journal.tokens, journal.row_bytes) == (used, 4 * HIDDEN)

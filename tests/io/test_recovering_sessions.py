@@ -213,7 +213,7 @@ async def test_a_journal_that_was_too_small_only_costs_a_longer_replay(autojump_
     async with swarm() as world:
         replicas(world)
         for name in "ABC":
-            world.nodes[PeerId(name)].listener._journals.tokens = 80
+            world.nodes[PeerId(name)].listener.journals.tokens = 80
         conversation = conversation_of(world, max_length=300)
         prompt = [index % 26 for index in range(200)]
         found = await continued(conversation, prompt, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,10 +13,16 @@ import torch
 import trio
 import trio.lowlevel
 import trio.testing
+from prometheus_client.parser import text_string_to_metric_families
 
 from node.config import VERSION, ConfigError
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
+from node.monitor.metrics.exposition import exposition
+from node.monitor.metrics.meters import BatchMeters
+from node.monitor.metrics.node import NodeMetrics
+from node.network.host import Host
+from node.network.streams import Traffic
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
@@ -30,6 +37,7 @@ from node.serving.span_admission import SpanAdmission
 from node.serving.training.tapes import KeptTape, TapeBudget
 from routing.blocks import Blocks
 from routing.names import ModelId, PeerId, Revision
+from routing.view.description import describe
 from routing.view.records import Record
 from routing.view.view import SwarmView
 from tensor_codec.codecs import decode_hidden, encode_hidden
@@ -150,7 +158,7 @@ class Loader:
             raise RuntimeError("not enough memory")
         self.loaded.append(blocks)
         span = FakeSpan(*blocks)
-        engine = Engine(span, FakeCompute(), Rates(1.0, 1.0), LIMITS)
+        engine = Engine(span, FakeCompute(), Rates(1.0, 1.0), LIMITS, meters=setup.meters)
         admission = SpanAdmission(setup.spec(blocks))
         listener = Listener(admission, engine, FakeArena(), CacheBudget(10**6), nowhere, LIMITS)
         stateless = ForwardBackwardListener(admission, engine, LIMITS, Faults())
@@ -226,6 +234,8 @@ async def test_after_a_move_the_new_blocks_are_served_and_the_old_are_not(
         refused = (await setting.open(0, 3, 3))[1]
         assert isinstance(refused, Failed)
         assert refused.code == "wrong_revision"
+        assert (setting.server.moves, setting.server.moves_failed) == (1, 0)
+        assert setting.server.setup.meters.sessions_refused == {"WrongRevision": 1}
 
 
 async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_back(
@@ -255,6 +265,7 @@ async def test_a_node_short_of_memory_admits_nothing_and_serves_on(autojump_cloc
         refused = (await setting.open(0, 3, 1))[1]
         assert isinstance(refused, Failed)
         assert (refused.code, refused.retry_after_seconds) == ("too_many", 5.0)
+        assert setting.server.setup.meters.sessions_refused == {"TooManyStreams": 1}
         await first.send(
             encode_step(Step(bytes(16), 0, 0, "all", bytes(encode_hidden(some_hidden(1), "fp32"))))
         )
@@ -380,6 +391,7 @@ async def test_when_the_new_blocks_cannot_be_loaded_the_old_ones_are_served_agai
         with pytest.raises(MoveFailed, match="not enough memory"):
             await setting.server.move(Blocks(3, 6))
         assert setting.directory.said[-1] == ("online", 0, 3)
+        assert (setting.server.moves, setting.server.moves_failed) == (0, 1)
         assert isinstance((await setting.open(0, 3, 1))[1], Opened)
         assert setting.loader.loaded == [(0, 3)] * (1 if room else 2)
 
@@ -607,3 +619,91 @@ async def test_the_window_of_a_move_may_be_on_both_sides_or_within(
             assert setting.directory.said[-1] == ("online", *window)
         await trio.sleep(0.6)
         assert setting.loader.loaded[1:] == [(0, 1), (2, 3), (3, 4), (4, 5), (5, 6)]
+
+
+# The metrics of a node
+
+
+def metrics_of(setting: Setting | None, role: str = "serve") -> NodeMetrics:
+    host = SimpleNamespace(peer_id=ME, faults=Faults(), traffic=Traffic(), connections=[1, 2])
+    metrics = NodeMetrics(role, cast(Host, host), facts=lambda: describe(SwarmView(""), {}))
+    if setting is not None:
+        metrics.server, metrics.meters = setting.server, setting.server.setup.meters
+    return metrics
+
+
+def scraped(metrics: NodeMetrics) -> dict[str, float]:
+    _, body = exposition(metrics.sheet().metrics(), "")
+    return {
+        f"{sample.name}{sample.labels or ''}": sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+
+
+async def test_a_scrape_of_a_serving_node_has_its_blocks_its_sessions_and_its_batches(
+    autojump_clock: object,
+) -> None:
+    async with serving() as setting:
+        setting.server.setup.meters.batches = BatchMeters()
+        stream, _ = await setting.open(0, 3)
+        for position in range(3):
+            body = bytes(encode_hidden(some_hidden(1), "fp32"))
+            await stream.send(encode_step(Step(bytes(16), position, position, "all", body)))
+            assert await stream.receive(1) is not None
+        metrics = metrics_of(setting)
+        metrics.host.faults.add("a", SlowPeer("5 s"))
+        metrics.host.faults.add("b", SlowPeer("5 s"))
+        metrics.host.traffic.sent = 77
+        found = scraped(metrics)
+        assert found["raceme_node_state{'state': 'online'}"] == 1
+        assert found["raceme_node_state{'state': 'joining'}"] == 0
+        assert (found["raceme_node_block_start"], found["raceme_node_block_stop"]) == (0, 3)
+        assert found["raceme_node_sessions"] == 1
+        assert found["raceme_node_batches_total{'kind': 'decode'}"] == 3
+        assert found["raceme_node_tokens_total{'kind': 'decode'}"] == 3
+        assert found["raceme_node_batch_rows_bucket{'kind': 'decode', 'le': '1.0'}"] == 3
+        assert found["raceme_node_step_wait_seconds_count"] == 3
+        assert found["raceme_node_cache_tokens"] == 10**6
+        assert found["raceme_node_cache_free_tokens"] < 10**6
+        assert found["raceme_node_peer_faults_total{'error': 'SlowPeer'}"] == 2
+        assert found["raceme_node_peer_faults_total{'error': 'BadResult'}"] == 0
+        assert found["raceme_node_connections"] == 2
+        assert found["raceme_node_sent_bytes_total"] == 77
+        assert metrics.health() == {
+            "status": "ok", "role": "serve", "state": "online", "peer": "me", "version": VERSION,
+            "model": "m", "revision": "r", "blocks": [0, 3], "sessions": 1,
+        }  # fmt: skip
+        labels = {"role": "serve", "model": "m", "revision": "r", "dtype": "float32", "device": "cpu"}
+        (build,) = [name for name in found if name.startswith("raceme_build_info")]
+        assert all(f"'{key}': '{value}'" in build for key, value in labels.items())
+
+
+async def test_a_node_without_a_span_is_joining_and_one_that_leaves_is_draining(
+    autojump_clock: object,
+) -> None:
+    assert metrics_of(None).state == "joining"
+    assert scraped(metrics_of(None))["raceme_node_state{'state': 'joining'}"] == 1
+    assert metrics_of(None).health()["blocks"] is None
+    async with serving() as setting:
+        metrics = metrics_of(setting)
+        await setting.server.leave()
+        assert metrics.state == metrics.health()["state"] == "draining"
+
+
+def test_a_bootstrap_node_has_connections_and_a_swarm_and_no_blocks() -> None:
+    found = scraped(metrics_of(None, "bootstrap"))
+    assert found["raceme_node_connections"] == 2
+    assert found["raceme_swarm_servers{'state': 'online'}"] == 0
+    assert not any("block" in name or "sessions" in name for name in found)
+    assert "blocks" not in metrics_of(None, "bootstrap").health()
+
+
+async def test_without_a_scrape_no_batch_is_counted(autojump_clock: object) -> None:
+    async with serving() as setting:
+        stream, _ = await setting.open(0, 3)
+        body = bytes(encode_hidden(some_hidden(1), "fp32"))
+        await stream.send(encode_step(Step(bytes(16), 0, 0, "all", body)))
+        assert await stream.receive(1) is not None
+        assert setting.server.setup.meters.batches is None
+        assert not any("batch" in name for name in scraped(metrics_of(setting)))

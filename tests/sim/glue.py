@@ -87,7 +87,7 @@ def left_over(listener: Listener) -> list[str]:
         "waiting steps": listener.engine.batcher.waiting,
         "links": len(listener._links._links),
         "session ids": len(listener._sessions.places),
-        "tokens of journals": listener._journals.held,
+        "tokens of journals": listener.journals.held,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]
 

@@ -345,15 +345,15 @@ def test_a_better_chain_is_another_one():
 
 def test_faults_refusals_and_ends_are_noted_with_their_peer_and_reason():
     reports = [
-        (Failed("protocol", "no"), "RemoteProtocolError: no", "no", True),
-        (Failed("ended", "idle"), "idle", "idle", False),
-        (Failed("cache_full", "full", 2.0, step=0), "CacheFull: full", "B refused a step", False),
+        (Failed("protocol", "no"), "RemoteProtocolError: no", "bad", "no", True),
+        (Failed("ended", "idle"), "idle", "gone", "idle", False),
+        (Failed("cache_full", "full", 2.0, step=0), "CacheFull: full", "refused", "B refused a step", False),
     ]
-    for failed, error, why, blamed in reports:
+    for failed, error, kind, why, blamed in reports:
         session = sound_session()
         hop = session.route.hops[1]
         actions = session.receive(Reported(hop, failed), 2.0)
-        assert actions[0] == Note("fault", {"peer": "B", "error": error})
+        assert actions[0] == Note("fault", {"peer": "B", "error": error, "why": kind})
         assert Repair(why) in actions
         assert hop.blamed == blamed
     session = sound_session()

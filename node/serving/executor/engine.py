@@ -25,6 +25,7 @@ from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
+from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.runtime.compute_thread import Runner
 from node.serving.executor.batcher import CHUNK_POSITIONS, Batcher
 from node.serving.executor.job_queues import RETRY_SECONDS
@@ -161,7 +162,7 @@ class Engine:
     """The compute of a serving node.  `run` must be running for anything to be answered.
 
     rates: measured at start, then updated by every batch.  waits: of decode steps.
-    clock: in seconds; every time here is on it.
+    clock: in seconds; every time here is on it.  meters: of the node.
     """
 
     def __init__(
@@ -171,12 +172,14 @@ class Engine:
         rates: Rates,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        meters: ServingMeters | None = None,
     ) -> None:
         self.span = span
         self.compute = compute
         self.rates = rates
         self.limits = limits or Limits()
         self.waits = Waits()
+        self.meters = meters or ServingMeters()
         self.batcher = Batcher(
             rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, self.limits
         )
@@ -356,6 +359,8 @@ class Engine:
                 size = self.batcher.finished(batch, ended - began, ended)
                 resume_at = -math.inf if self.batcher.waiting else math.inf
         self._observe(batch[0].job.kind, size, works, began, ended)
+        if self.meters.batches is not None:
+            _count(self.meters.batches, batch, size[1], [began - work.since for work in works], ended - began)
         return settled, resume_at
 
     def _observe(
@@ -476,6 +481,22 @@ class Engine:
             settled.append((step, outcome.Error(own)))
         else:
             settled.append((step, outcome.Value(Answer(body, int(step.seconds * 1e6)))))
+
+
+def _count(
+    meters: BatchMeters, batch: Batch, positions: int, waited: Sequence[float], seconds: float
+) -> None:
+    """Count a batch for those that scrape.  positions: its rows times tokens.  waited: seconds, by piece."""
+    first = batch[0]
+    kind, rows = first.job.kind, 0
+    for piece in batch:
+        rows += piece.job.rows
+    if kind is Kind.STATELESS and not first.last:
+        positions = 0  # the parts of a request go through its blocks one after the other
+    meters.computed(kind.name.lower(), rows, positions, seconds)
+    if kind is Kind.DECODE:
+        for wait in waited:
+            meters.waits.observe(wait)
 
 
 def _by_adapter(steps: Sequence[_Step], active: Sequence[int]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import trio
 from torch import Tensor
 
 from node.model.blocks.kv_pages import BlockShape
+from node.monitor.metrics.meters import reason_of
 from node.network.prefixes import sharer
 from node.runtime.faults import Faults
 from node.serving.cache_budget import FREE_AGAIN_SECONDS, CacheAdmission, CacheBudget
@@ -117,7 +118,7 @@ class Listener:
     _frames: FrameBudget = field(init=False)
     _links: PushLinks = field(init=False)
     _cache_admission: CacheAdmission = field(init=False)
-    _journals: JournalBudget = field(init=False)
+    journals: JournalBudget = field(init=False)
     _bytes: SessionBytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class Listener:
         self._bytes = SessionBytes(PromptBudget(self.limits), StepRoom(self.limits))
         self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds, self._give_way)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
-        self._journals = JournalBudget(tokens)
+        self.journals = JournalBudget(tokens)
         self._frames = FrameBudget(FrameRates(self.limits), self._sessions.count_of)
 
     @property
@@ -176,6 +177,7 @@ class Listener:
             finally:
                 self._sessions.free(key)
         except Refused as refusal:
+            self.engine.meters.sessions_refused[reason_of(refusal)] += 1
             await stream.send(encode_failed(Failed.of(refusal)))
 
     def feeds(self, peer: PeerId) -> bool:
@@ -301,7 +303,7 @@ class Listener:
 
     def _worker(self, hop: HopSession) -> HopWorker:
         return HopWorker(
-            hop, self.engine, self._cache_admission, self._journals, self.faults, self.limits, self._frames
+            hop, self.engine, self._cache_admission, self.journals, self.faults, self.limits, self._frames
         )
 
     async def _prompts_of(self, opened: Open) -> Tensor:
@@ -352,7 +354,7 @@ class Listener:
         finally:
             self.engine.before_next(cache.close)  # a batch may still be computing with its pages
             self._cache_admission.release(key)
-            self._journals.close(key)
+            self.journals.close(key)
 
     def _check(self, peer: PeerId, key: SessionKey, opened: Open) -> None:
         """Check an Open against the served span.  Raises Refused, MessageError."""

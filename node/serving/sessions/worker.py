@@ -248,6 +248,7 @@ class HopWorker:
             if journal is None or not journal.start <= order.has < order.stop <= journal.stop:
                 raise RemoteProtocolError(f"outputs of {order.has}:{order.stop} are not here")
             for start, stop, rope_length in journal.parts(order.has, order.stop, hop.contract.replay_part):
+                self.engine.meters.replayed["sent"] += (stop - start) * hop.contract.batch
                 await self._send_replay(start, journal.read(start, stop, order.step), (), rope_length)
 
     def _cut(self, length: int) -> None:
@@ -313,6 +314,8 @@ class HopWorker:
             self.journals.append(journal, what.position, what.tokens, answer.body, what.rope_length)
         if decision.step is not None:
             hop.kept.answer = answer
+        else:
+            self.engine.meters.replayed["computed"] += what.tokens * contract.batch
         return answer
 
     async def _allocate(self, decision: Compute) -> None:

@@ -1,0 +1,1 @@
+"""What a gateway tells those that watch it: metrics for Prometheus, spans for OpenTelemetry."""

@@ -1,0 +1,1 @@
+"""Numbers for programs: the metrics of a process, in the formats of Prometheus."""
