@@ -81,7 +81,8 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         from node.network.sharing.announcing import keep_announced, keys_of
         from node.serving.server import Server
 
-        setup, blocks = await find_setup(config, node, compute, metrics and metrics.meters)
+        meters = None if metrics is None else metrics.meters
+        setup, blocks = await find_setup(config, node, compute, meters)
 
         def came_online(spec: SpanSpec) -> None:
             write_ready_file(config.network, node, spec, serving=stopping.online)

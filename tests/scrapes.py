@@ -136,6 +136,7 @@ def gateway_metrics() -> GatewayMetrics:
     metrics.first_token(request)
     metrics.token(request)
     metrics.ended(request, 200, "client")
+    metrics.answered(request.route, 200)
     metrics.rejected("queue_full")
     return metrics
 

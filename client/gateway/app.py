@@ -14,6 +14,7 @@ from client.gateway.gateway import Gateway
 from client.gateway.monitor import routes as monitor_routes
 from client.gateway.openai import models
 from client.gateway.openai.errors import RequestError
+from client.gateway.telemetry import scrape
 
 
 def create_app(gateway: Gateway) -> Starlette:
@@ -25,6 +26,7 @@ def create_app(gateway: Gateway) -> Starlette:
         *_health(gateway),
         *models.routes(gateway),
         *monitor_routes(gateway),
+        *scrape.routes(gateway),
     ]
     app = Starlette(
         routes=routes,

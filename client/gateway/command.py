@@ -32,9 +32,11 @@ from client.gateway.door.keys import KeyRing
 from client.gateway.door.limits import HttpLimits
 from client.gateway.door.protocol import bounded
 from client.gateway.gateway import Gateway
+from client.gateway.listeners import NoMetrics
 from client.gateway.monitor import Monitor
 from client.gateway.served import read_adapters, served_models
 from client.gateway.settings import CHAIN_SECONDS, GIVE_UP_SECONDS, GatewaySettings
+from client.gateway.telemetry.metrics import GatewayMetrics
 from node.config import ConfigError
 from node.runtime.console import fail, say
 from routing.chains.hops import NoChain
@@ -101,7 +103,9 @@ async def _serve(
         async with joined(flags, signals) as swarm:
             adapters = await asyncio.to_thread(read_adapters, settings.adapters, swarm)
             served = served_models(swarm, settings.served_name, adapters, int(time.time()))
-            gateway = Gateway(swarm, settings, served, keys, Monitor(swarm))
+            metrics = None if settings.metrics == "off" else GatewayMetrics()
+            monitor = Monitor(swarm, listener=None if metrics is None else metrics.sessions.listener)
+            gateway = Gateway(swarm, settings, served, keys, monitor, metrics or NoMetrics())
             async with gateway.background():
                 await _run(gateway, create_app(gateway), listener, signals)
 

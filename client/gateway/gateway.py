@@ -67,6 +67,7 @@ class Gateway:
             settings.http.max_header_bytes,
             frozenset({"/metrics"}) if settings.metrics == "open" else frozenset(),
             self.metrics.rejected,
+            self.metrics.answered,
         )
 
     def missing_blocks(self) -> tuple[Blocks, ...]:

@@ -58,13 +58,16 @@ class RequestMetrics(Protocol):
         """Its first token, this long after it came."""
 
     def token(self, request: ActiveRequest) -> None:
-        """A token, the first one too."""
+        """A token after the first."""
 
     def ended(self, request: ActiveRequest, status: int, cancelled_by: str) -> None:
         """Its end.  cancelled_by: "client", "deadline", "shutdown", or "" where it was answered."""
 
     def rejected(self, reason: str) -> None:
         """A request was not taken."""
+
+    def answered(self, path: str, status: int) -> None:
+        """An answer of any kind has begun."""
 
 
 class NoWatch:
@@ -124,4 +127,7 @@ class NoMetrics:
         """See `RequestMetrics`."""
 
     def rejected(self, reason: str) -> None:
+        """See `RequestMetrics`."""
+
+    def answered(self, path: str, status: int) -> None:
         """See `RequestMetrics`."""

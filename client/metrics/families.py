@@ -17,6 +17,10 @@ ROUTES = (
     "/tokenize",
     "/detokenize",
     "/api",
+    "/health",
+    "/ready",
+    "/metrics",
+    "page",
     "other",
 )
 REASONS = (

@@ -59,7 +59,6 @@ def test_a_request_with_three_tokens_is_one_first_token_and_two_further_ones():
     assert found[f"raceme_gateway_time_per_output_token_seconds_count{labels}"] == 2
     assert round(found[f"raceme_gateway_time_per_output_token_seconds_sum{labels}"], 6) == 0.06
     assert round(found[f"raceme_gateway_request_seconds_sum{labels}"], 6) == 0.47
-    assert found["raceme_gateway_requests_total" + f"{{'route': '{CHAT}', 'status': '200'}}"] == 1
     assert found["raceme_gateway_prompt_tokens_total"] == 30
     assert found["raceme_gateway_cached_prompt_tokens_total"] == 20
     assert found["raceme_gateway_generated_tokens_total"] == 3
@@ -67,16 +66,31 @@ def test_a_request_with_three_tokens_is_one_first_token_and_two_further_ones():
     assert not any("cancelled" in name for name in found)
 
 
-def test_a_request_that_ends_without_a_token_counts_once():
+def test_a_request_that_ends_without_a_token_leaves_nothing_behind():
     metrics, request = GatewayMetrics(Clock()), Request(completion_tokens=0)
     metrics.request_began(request)
     metrics.ended(request, 503)
     metrics.ended(Request(completion_tokens=0), 429)  # it never began
     found = scrape(metrics)
-    assert found[f"raceme_gateway_requests_total{{'route': '{CHAT}', 'status': '503'}}"] == 1
-    assert found[f"raceme_gateway_requests_total{{'route': '{CHAT}', 'status': '429'}}"] == 1
+    assert found[f"raceme_gateway_request_seconds_count{{'route': '{CHAT}'}}"] == 1
     assert not any("first_token" in name for name in found)
     assert not metrics._running, "nothing is kept of a request that is over"
+
+
+def test_every_answer_counts_once_under_its_route_and_status():
+    metrics = GatewayMetrics(Clock())
+    for path in (CHAT, CHAT, "/v1/models/tiny", "/api/swarm", "/", "/assets/a.js", "/ready", "/x"):
+        metrics.answered(path, 200)
+    metrics.answered(CHAT, 429)
+    found = {name: value for name, value in scrape(metrics).items() if "requests_total" in name}
+    routes = {CHAT: 2, "/v1/models/{id}": 1, "/api": 1, "page": 2, "/ready": 1, "other": 1}
+    assert found == {
+        **{
+            f"raceme_gateway_requests_total{{'route': '{route}', 'status': '200'}}": count
+            for route, count in routes.items()
+        },
+        f"raceme_gateway_requests_total{{'route': '{CHAT}', 'status': '429'}}": 1,
+    }
 
 
 def test_the_time_that_a_caller_has_measured_to_the_first_token_counts():

@@ -35,7 +35,8 @@ SECURITY_HEADERS = {
 class Rules:
     """Whom the gateway answers.
 
-    open_paths: besides the page and /health, without a key.  rejected: called with the reason, for metrics.
+    open_paths: besides the page and /health, without a key.
+    rejected: called with the reason, answered: with each path and status; for metrics.
     """
 
     keys: KeyRing
@@ -44,6 +45,7 @@ class Rules:
     max_header_bytes: int = 32 << 10
     open_paths: frozenset[str] = frozenset()
     rejected: Callable[[str], object] = lambda _: None
+    answered: Callable[[str, int], object] = lambda _path, _status: None
 
     def caller_of(self, scope: Scope, headers: Headers) -> Caller:
         """Whoever asks.  Raises RequestError where that needs a key and none of ours is shown."""
@@ -108,6 +110,7 @@ class Door:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
+                self._rules.answered(scope["path"], message["status"])
                 self._add_headers(MutableHeaders(scope=message), headers, request_id)
             await send(message)
 

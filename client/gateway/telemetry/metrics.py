@@ -72,7 +72,7 @@ class GatewayMetrics:
 
     sessions: of the gateway's client.  clock: in seconds.
     Promises, checked by tests/unit/test_gateway_metrics.py:
-      * a request counts once, when it ends, whether or not it had tokens;
+      * every answer counts once under its route and its status, whatever was asked;
       * its first token is one observation of the time to the first token, and each further one of the time
         per output token;
       * every label comes from a closed set, whatever a route, a reason or a status is.
@@ -108,7 +108,7 @@ class GatewayMetrics:
         """A further token is there."""
         _of_route(self._further, request.route).observe(self._running[id(request)].token(self.clock()))
 
-    def ended(self, request: CountedRequest, status: int, cancelled_by: str = "") -> None:
+    def ended(self, request: CountedRequest, status: int = 200, cancelled_by: str = "") -> None:
         """The request is over.  cancelled_by: client, deadline, shutdown; "" where it was answered."""
         timed = self._running.pop(id(request), None)
         if timed is not None:
@@ -119,12 +119,11 @@ class GatewayMetrics:
         self.generated_tokens += request.completion_tokens
         if cancelled_by:
             self.cancellations[_one_of(cancelled_by, of.CANCELLED_BY, "client")] += 1
-        self.answered(request.route, status)
 
-    def answered(self, route: str, status: int) -> None:
-        """A request of any kind was answered: for those that `ended` does not count."""
+    def answered(self, path: str, status: int) -> None:
+        """An answer to a request of any kind has begun.  path: of its URL."""
         known = str(status) if 100 <= status <= 599 else "other"
-        self._answered[_one_of(route, of.ROUTES), known] += 1
+        self._answered[route_of(path), known] += 1
 
     def rejected(self, reason: str) -> None:
         """A request was turned away before it was served."""
@@ -169,6 +168,17 @@ class GatewayMetrics:
             sheet.put(of.REJECTED, self.rejections[reason], reason=reason)
         for by in of.CANCELLED_BY:
             sheet.put(of.CANCELLED, self.cancellations[by], by=by)
+
+
+def route_of(path: str) -> str:
+    """The route of a path, one of ROUTES."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/{id}"
+    if path.startswith("/api/"):
+        return "/api"
+    if path == "/" or path.startswith("/assets/"):
+        return "page"
+    return _one_of(path, of.ROUTES)
 
 
 def _of_route(histograms: dict[str, Histogram], route: str) -> Histogram:

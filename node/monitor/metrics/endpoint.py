@@ -174,7 +174,7 @@ async def _head(parser: h11.Connection, stream: trio.abc.ReceiveStream, most: in
             raise h11.RemoteProtocolError(f"more than {most} bytes", error_status_hint=431)
         data = await stream.receive_some(min(_READ_BYTES, room))
         room -= len(data)
-        parser.receive_data(data)
+        parser.receive_data(bytes(data))
 
 
 async def open_endpoint(

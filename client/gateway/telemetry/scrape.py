@@ -1,0 +1,44 @@
+"""GET /metrics of a gateway: read in the event loop, written out in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from client.gateway.gateway import Gateway
+from client.gateway.telemetry.metrics import GatewayMetrics, ScrapedGateway
+from routing.view.description import describe
+
+
+def routes(gateway: Gateway) -> list[BaseRoute]:
+    """The route, unless the gateway counts nothing."""
+    metrics = gateway.metrics
+    if not isinstance(metrics, GatewayMetrics):
+        return []
+
+    async def scrape(request: Request) -> Response:
+        state = await present(gateway)
+        accept = request.headers.get("accept", "")
+        content_type, body = await asyncio.to_thread(metrics.scrape, state, accept)
+        return Response(body, headers={"content-type": content_type})
+
+    return [Route("/metrics", scrape, methods=["GET"])]
+
+
+async def present(gateway: Gateway) -> ScrapedGateway:
+    """The state of this moment."""
+    swarm, admission = gateway.swarm, gateway.admission.state
+    liveness = await swarm.liveness()
+    view = swarm.view()
+    rtts = {peer: each.rtt for peer, each in liveness.items() if each.rtt is not None}
+    return ScrapedGateway(
+        active=len(gateway.active) - admission.waiting,
+        queued=admission.waiting,
+        ready=gateway.is_ready and not gateway.is_draining and not gateway.missing_blocks(),
+        model=swarm.info.name,
+        revision=swarm.info.revision,
+        facts=describe(view, rtts, liveness=liveness),
+    )
