@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from client.gateway.gateway import Gateway
+from client.gateway.monitor import Monitor
 from client.gateway.telemetry.metrics import GatewayMetrics, ScrapedGateway
 from routing.view.description import describe
 
@@ -31,14 +32,15 @@ def routes(gateway: Gateway) -> list[BaseRoute]:
 async def present(gateway: Gateway) -> ScrapedGateway:
     """The state of this moment."""
     swarm, admission = gateway.swarm, gateway.admission.state
-    liveness = await swarm.liveness()
-    view = swarm.view()
-    rtts = {peer: each.rtt for peer, each in liveness.items() if each.rtt is not None}
+    if isinstance(gateway.monitor, Monitor):
+        facts = await gateway.monitor.description()
+    else:
+        facts = describe(swarm.view(), await swarm.rtts())
     return ScrapedGateway(
         active=len(gateway.active) - admission.waiting,
         queued=admission.waiting,
         ready=gateway.is_ready and not gateway.is_draining and not gateway.missing_blocks(),
         model=swarm.info.name,
         revision=swarm.info.revision,
-        facts=describe(view, rtts, liveness=liveness),
+        facts=facts,
     )
