@@ -19,6 +19,7 @@ import pytest
 import client
 from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
 from client.gateway.monitor import Monitor, RequestWatch
+from routing.names import PeerId
 from tests.forked import Forked
 
 pytestmark = pytest.mark.process
@@ -68,6 +69,12 @@ class Page:
                 await asyncio.sleep(0.01)
 
 
+async def hear(swarm: Any, heard: list[tuple[str, str]]) -> None:
+    async with aclosing(swarm.events()) as events:
+        async for event in events:
+            heard.append((event.kind, event.what))
+
+
 def whats(page: Page) -> list[str]:
     return [data["what"] for _, kind, data in page.events if kind == "session"]
 
@@ -83,6 +90,9 @@ async def generate(swarm: Any, watch: RequestWatch, page: Page, killed: Callable
                 facts = watch.token()
                 tokens.append(token.id)
                 if len(tokens) == KILLED_AT:
+                    (session,) = await swarm.sessions()
+                    assert [hop.peer for hop in session.hops] == [hop[0] for hop in facts["hops"]]
+                    assert session.state == "sound"
                     killed(facts["hops"][1][0])
                 if "fault" in [event["kind"] for event in facts["events"]]:
                     await asyncio.sleep(0)  # what was published before has been read now
@@ -107,15 +117,28 @@ def test_a_page_sees_a_fault_before_the_next_token_the_silent_server_and_the_new
             monitor = Monitor(swarm)
             async with monitor.running():
                 page = Page(monitor)
-                reading = asyncio.create_task(page.read())
+                heard: list[tuple[str, str]] = []
+                reading = [asyncio.create_task(each) for each in (page.read(), hear(swarm, heard))]
                 try:
                     watch = monitor.request("chatcmpl-1", "chat", "tiny", TOKENS)
                     assert await generate(swarm, watch, page, killed) == expected
                     check_order(page)
                     await check_silence(monitor, page, *victims[0])
+                    assert not await swarm.answers(victims[0][0])
+                    liveness = await swarm.liveness()
+                    assert liveness[PeerId(victims[0][0])].answers == "silent"
+                    assert (await swarm.rtts()).keys() == liveness.keys() - {victims[0][0]}
+                    assert await swarm.sessions() == []
                     await check_newcomer(servers, page)
+                    of_session = [what for kind, what in heard if kind == "session"]
+                    assert of_session[0] == "opened"
+                    assert of_session.index("fault") < of_session.index("recovered")
+                    assert of_session[-1] == "ended"
+                    assert [what for kind, what in heard if kind == "peer"] == ["silent", "joined"]
                 finally:
-                    reading.cancel()
+                    for task in reading:
+                        task.cancel()
+                    await asyncio.gather(*reading, return_exceptions=True)
 
     asyncio.run(main())
 
