@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -13,7 +15,11 @@ from client.gateway.door.middleware import Door
 from client.gateway.gateway import Gateway
 from client.gateway.monitor import routes as monitor_routes
 from client.gateway.openai import models
+from client.gateway.openai.chat import chat
+from client.gateway.openai.completions import completions
+from client.gateway.openai.endpoints import Endpoint
 from client.gateway.openai.errors import RequestError
+from client.gateway.openai.tokenization import detokenize, tokenize
 from client.gateway.telemetry import scrape
 
 
@@ -27,6 +33,7 @@ def create_app(gateway: Gateway) -> Starlette:
         *models.routes(gateway),
         *monitor_routes(gateway),
         *scrape.routes(gateway),
+        *_texts(gateway),
     ]
     app = Starlette(
         routes=routes,
@@ -35,6 +42,20 @@ def create_app(gateway: Gateway) -> Starlette:
     )
     vars(app.router)["redirect_slashes"] = False  # an unknown path is 404, not another path
     return app
+
+
+def _texts(gateway: Gateway) -> list[BaseRoute]:
+    """The endpoints that take a body."""
+    handlers = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": completions,
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+    }
+    return [
+        Route(path, Endpoint(gateway, partial(handler, gateway)), methods=["POST"])
+        for path, handler in handlers.items()
+    ]
 
 
 def _health(gateway: Gateway) -> list[BaseRoute]:

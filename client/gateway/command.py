@@ -32,6 +32,7 @@ from client.gateway.door.keys import KeyRing
 from client.gateway.door.limits import HttpLimits
 from client.gateway.door.protocol import bounded
 from client.gateway.gateway import Gateway
+from client.gateway.language import Language
 from client.gateway.listeners import NoMetrics
 from client.gateway.monitor import Monitor
 from client.gateway.served import read_adapters, served_models
@@ -105,7 +106,8 @@ async def _serve(
             served = served_models(swarm, settings.served_name, adapters, int(time.time()))
             metrics = None if settings.metrics == "off" else GatewayMetrics()
             monitor = Monitor(swarm, listener=None if metrics is None else metrics.sessions.listener)
-            gateway = Gateway(swarm, settings, served, keys, monitor, metrics or NoMetrics())
+            language = await asyncio.to_thread(Language, swarm.local_model, swarm.info.vocab_size)
+            gateway = Gateway(swarm, settings, served, keys, language, monitor, metrics or NoMetrics())
             async with gateway.background():
                 await _run(gateway, create_app(gateway), listener, signals)
 

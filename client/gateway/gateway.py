@@ -16,6 +16,7 @@ from client.gateway.door.middleware import Rules
 from client.gateway.door.queue import AdmissionQueue, NoPlace
 from client.gateway.door.rates import Rates
 from client.gateway.jobs import Job, Running
+from client.gateway.language import Language
 from client.gateway.listeners import NoMetrics, NoMonitor, RequestMetrics, RequestMonitor
 from client.gateway.openai.errors import draining, status_of, too_many
 from client.gateway.prefixes import PrefixPool
@@ -27,6 +28,8 @@ from routing.chains.hops import NoChain
 
 log = logging.getLogger("raceme")
 
+# Of the longest session that servers take, which is most of a cache: kept conversations hold its pages.
+KEPT_SHARE = 0.25
 LOOK_SECONDS = 1.0  # between looks at kept conversations
 
 
@@ -41,6 +44,7 @@ class Gateway:
     settings: GatewaySettings
     served: ServedModels
     keys: KeyRing
+    language: Language
     monitor: RequestMonitor = field(default_factory=NoMonitor)
     metrics: RequestMetrics = field(default_factory=NoMetrics)
     started: float = field(default_factory=time.time)
@@ -87,6 +91,7 @@ class Gateway:
                 await task
             for kept in self.prefixes.clear():
                 kept.conversation.close()
+            self.language.close()
 
     @asynccontextmanager
     async def running(self, job: Job) -> AsyncIterator[Running]:
@@ -121,8 +126,9 @@ class Gateway:
                     watch.began()
                     await self._wait_for_blocks()
                     running = Running(
-                        self.swarm, job, request, watch, self.metrics, self.prefixes, rates.headers()
-                    )
+                        self.swarm, job, request, watch, self.metrics, self.prefixes, rates.headers(),
+                        int(self.served.max_length(self.served.first) * KEPT_SHARE),
+                    )  # fmt: skip
                     self._running.add(running)
                     try:
                         async with running.started(at_once):

@@ -19,6 +19,7 @@ from client.gateway.served import ServedModel
 from client.generation.options import GenerateArguments
 from routing.chains.alternatives import Constraints
 from routing.names import PeerId
+from tensor_codec.errors import Refused
 
 if TYPE_CHECKING:
     from client.generation.generate import Token
@@ -29,7 +30,7 @@ SPARE_TOKENS = 2048  # that a conversation is opened for beyond its first answer
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One answer to compute.  arguments: of `generate`, max_new_tokens among them."""
+    """One answer to compute.  arguments: of `generate`, besides max_new_tokens."""
 
     ids: list[int]
     arguments: GenerateArguments
@@ -101,6 +102,7 @@ class Running:
     metrics: RequestMetrics
     prefixes: PrefixPool
     headers: Mapping[str, str]
+    max_kept_tokens: int
     status: int = 200  # of the answer, as far as it is known
     _items: asyncio.Queue[Piece | BaseException | None] = field(
         default_factory=lambda: asyncio.Queue(PIECES_AHEAD)
@@ -108,7 +110,6 @@ class Running:
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _open: int = 0  # answers that are not over
     _stopped: RequestError | None = None
-    _began: float = field(default_factory=time.perf_counter)
 
     @property
     def usage(self) -> Usage:
@@ -175,6 +176,19 @@ class Running:
             await self._items.put(error)
 
     async def _generate(self, choice: int) -> None:
+        """Compute one answer; where the servers are full, once more without the kept conversations."""
+        before = self.request.completion_tokens
+        try:
+            await self._attempt(choice)
+        except Refused:
+            kept = self.prefixes.clear()
+            for each in kept:
+                each.conversation.close()
+            if not kept or self.request.completion_tokens > before:
+                raise
+            await self._attempt(choice)
+
+    async def _attempt(self, choice: int) -> None:
         prompt = self.job.prompts[choice]
         kept = self._conversation(choice, prompt)
         tokens = list(prompt.ids)
@@ -182,9 +196,11 @@ class Running:
         try:
             try:
                 generated = self.swarm.generate(
-                    prompt.ids, conversation=kept.conversation, **prompt.arguments
+                    prompt.ids,
+                    conversation=kept.conversation,
+                    **(prompt.arguments | {"max_new_tokens": prompt.max_new_tokens}),
                 )
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise invalid(str(error)) from None
             async with aclosing(generated):
                 async for token in generated:
@@ -196,7 +212,8 @@ class Running:
         finally:
             if is_whole:
                 cached = tokens[:-1]  # nobody has computed with the last one
-                for gone in self.prefixes.keep(kept, cached, asyncio.get_running_loop().time()):
+                now = asyncio.get_running_loop().time()
+                for gone in self.prefixes.keep(kept, cached, now, self.max_kept_tokens):
                     gone.conversation.close()
             else:
                 kept.conversation.close()
@@ -229,8 +246,9 @@ class Running:
 
     def _piece(self, choice: int, token: Token) -> Piece:
         request = self.request
-        if not request.completion_tokens:
-            self.metrics.first_token(request, time.perf_counter() - self._began)
+        if request.completion_tokens:
+            self.metrics.token(request)
+        else:
+            self.metrics.first_token(request, time.time() - request.began)
         request.count()
-        self.metrics.token(request)
         return Piece(choice, token, self.watch.token(choice))

@@ -77,16 +77,20 @@ class PrefixPool:
             self._kept.remove(best)
         return best
 
-    def keep(self, kept: Kept, tokens: list[int], now: float) -> list[Kept]:
-        """Keep a conversation; those that have to go for it, perhaps itself.  tokens: in its caches."""
+    def keep(self, kept: Kept, tokens: list[int], now: float, most: int | None = None) -> list[Kept]:
+        """Keep a conversation; those that have to go for it, perhaps itself.
+
+        tokens: in its caches.  most: tokens of all kept conversations, where that is less than the limit.
+        """
         kept.rest(tokens, now)
+        most = min(self.limits.max_tokens, self.limits.max_tokens if most is None else most)
         if len(kept.tokens) < self.limits.least_tokens:
             return [kept]
         self._kept.append(kept)
         gone: list[Kept] = []
-        while len(self._kept) > self.limits.max_conversations or self.tokens > self.limits.max_tokens:
+        while len(self._kept) > self.limits.max_conversations or self.tokens > most:
             # One that is too large alone goes itself, not all the others before it.
-            alone = len(kept.tokens) > self.limits.max_tokens and kept in self._kept
+            alone = len(kept.tokens) > most and kept in self._kept
             gone.append(self._kept.pop(-1 if alone else 0))
         return gone
 

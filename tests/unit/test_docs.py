@@ -125,7 +125,8 @@ def test_the_manual_shows_every_command():
     shown = {(module, words[0]) for path in DOCS for module, words in commands(path) if words}
     for command in ("bootstrap", "status", "models", "new-swarm-key"):
         assert ("node", command) in shown
-    assert {("client", "generate"), ("client", "chat"), ("client", "adapters")} <= shown
+    commands_of_clients = {("client", name) for name in ("generate", "chat", "adapters", "gateway")}
+    assert commands_of_clients <= shown
 
 
 # Flags
@@ -136,6 +137,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "client": (
         "generate",
         "chat",
+        "gateway",
         "adapters",
         "adapters list",
         "adapters show",

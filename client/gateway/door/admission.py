@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from client.gateway.door.limits import QueueLimits
 
@@ -36,7 +38,8 @@ class Admission:
     Promises, checked by tests/unit/test_gateway_admission.py:
       * the answers that are computed are never more than `max_concurrent`, the requests that wait never more
         than `max_queued`;
-      * the next to begin is the caller's with the fewest answers under way, then the one that came first;
+      * the next to begin is a request of the caller with the fewest answers under way; of several callers
+        that of the one whose last turn is longest ago, and of one caller's the first to come;
       * nobody waits while the next in turn would fit;
       * where all places to wait are in use, the caller that has most gives its newest up to a caller that
         has fewer; a caller that has as many as the others is refused.
@@ -46,6 +49,8 @@ class Admission:
     _computing: dict[Ticket, None] = field(default_factory=dict)
     _waiting: dict[Ticket, None] = field(default_factory=dict)  # in the order of arrival
     _arrivals: int = 0
+    _turns: dict[str, int] = field(default_factory=dict)  # the last one of each caller that is here
+    _turn: int = 0
 
     @property
     def computing(self) -> int:
@@ -78,7 +83,10 @@ class Admission:
         """A request has ended, or does not wait any longer; a second call changes nothing."""
         self._computing.pop(ticket, None)
         self._waiting.pop(ticket, None)
-        return Change(self._next())
+        change = Change(self._next())
+        here = {each.caller for each in (*self._computing, *self._waiting)}
+        self._turns = {caller: turn for caller, turn in self._turns.items() if caller in here}
+        return change
 
     def _fits(self, ticket: Ticket) -> bool:
         return self.computing + ticket.weight <= self.limits.max_concurrent
@@ -89,13 +97,18 @@ class Admission:
             under_way: Counter[str] = Counter()
             for each in self._computing:
                 under_way[each.caller] += each.weight
-            first = min(self._waiting, key=lambda each: (under_way[each.caller], each.number))
+            first = min(self._waiting, key=partial(self._rank, under_way))
             if not self._fits(first):
                 break
             del self._waiting[first]
             self._computing[first] = None
+            self._turn += 1
+            self._turns[first.caller] = self._turn
             begin.append(first)
         return tuple(begin)
+
+    def _rank(self, under_way: Mapping[str, int], ticket: Ticket) -> tuple[int, int, int]:
+        return under_way[ticket.caller], self._turns.get(ticket.caller, 0), ticket.number
 
     def _victim(self, caller: str) -> Ticket:
         """The request that gives its place to one of `caller`.  Raises QueueFull."""

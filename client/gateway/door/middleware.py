@@ -111,7 +111,7 @@ class Door:
             if message["type"] == "http.response.start":
                 has_begun = True
                 self._rules.answered(scope["path"], message["status"])
-                self._add_headers(MutableHeaders(scope=message), headers, request_id)
+                self._add_headers(MutableHeaders(scope=message), headers, scope["state"]["request_id"])
             await send(message)
 
         try:

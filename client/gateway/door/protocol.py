@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from client.gateway.door.limits import HttpLimits
 
+CLOSE = "raceme.close"  # of ASGI's extensions: called by an answer, ends the connection after it
 SEND_BUFFER_BYTES = 64 << 10  # of the socket: a slow reader is seen after these, not after megabytes
 LEFT_SECONDS = 1.0  # for a client to read why it is refused
 WRITE_BUFFER_BYTES = 32 << 10  # of the event loop, after which a response waits for its reader
@@ -75,10 +76,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The end of the headers; the middleware looks at their size."""
         self._in_headers, self._header_bytes = False, 0
+        self.scope["extensions"] = {CLOSE: self._close_after_answer}  # type: ignore[typeddict-item]  # our own
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
         super().on_headers_complete()
+
+    def _close_after_answer(self) -> None:
+        """The connection ends with the answer that is being sent."""
+        vars(self.cycle)["keep_alive"] = False
 
     def pause_writing(self) -> None:
         """The reader is slower than the answer."""

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NoReturn, cast
+from uuid import uuid4
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -48,6 +49,8 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
+        if scope["state"]["request_id"] in self._gateway.active:  # a client has used an id twice
+            scope["state"]["request_id"] = uuid4().hex
         request = Request(scope, receive, send)
         try:
             if self._gateway.is_draining:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from client.gateway.door.queue import NoPlace
+from client.gateway.formats.errors import FormatError
 from routing.chains.hops import NoChain
 from tensor_codec.errors import PeerFault, Refused
 
@@ -84,6 +85,8 @@ def known_error(error: BaseException) -> RequestError | None:
     match error:
         case RequestError():
             return error
+        case FormatError():
+            return invalid(error.message, error.param, error.code)
         case NoPlace():
             return too_many(str(error), error.retry_after_seconds, error.headers)
         case NoChain():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -19,7 +20,10 @@ def routes(gateway: Gateway) -> list[Route]:
         )
 
     async def one_model(request: Request) -> JSONResponse:
-        return JSONResponse(served.body(served.find(request.path_params["name"])))
+        name = request.path_params["name"]
+        if not name:
+            raise HTTPException(404)
+        return JSONResponse(served.body(served.find(name)))
 
     return [
         Route("/v1/models", list_models, methods=["GET"]),

@@ -12,14 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from client.gateway.door.limits import HttpLimits
+from client.gateway.door.protocol import CLOSE
 from client.gateway.jobs import Piece, Running
 from client.gateway.openai.endpoints import id_of
-from client.gateway.openai.errors import error_of
+from client.gateway.openai.errors import RequestError, error_of
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-CLOSE = "raceme.close"  # of ASGI's extensions: ends the connection with this answer
 
 
 class Shape(Protocol):
@@ -37,6 +37,9 @@ class Shape(Protocol):
 
     def end(self, running: Running) -> Iterable[bytes]:
         """After the last token."""
+
+    def failed(self, error: RequestError) -> Iterable[bytes]:
+        """In place of the rest."""
 
 
 def event(data: Any, name: str | None = None) -> bytes:  # Any: JSON
@@ -114,7 +117,8 @@ class EventStream(Response):
                     continue
                 await put(await self._piece_or_end(piece))
         except Exception as error:  # noqa: BLE001  the status has been sent: the error is an event
-            await put([event(error_of(error, self._request_id).body()), self._shape.done])
+            failed = error_of(error, self._request_id)
+            await put([*self._shape.failed(failed), self._shape.done])
             closer = scope.get("extensions", {}).get(CLOSE)
             if closer is not None:
                 closer()
