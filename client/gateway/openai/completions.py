@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""POST /v1/completions: a text goes on, whole or as a stream."""
 
 from __future__ import annotations
 
