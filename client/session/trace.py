@@ -54,6 +54,7 @@ class Trace:
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     counts: Counter[str] = field(default_factory=Counter)
     on_event: Listener | None = None
+    route: Event | None = None  # "opened" or "rerouted", whose hops the session has now
     _others: tuple[Listener, ...] = ()
 
     def add(self, kind: Kind, **data: Any) -> None:  # Any: JSON
@@ -61,8 +62,16 @@ class Trace:
         self.counts[kind] += 1
         event = Event(time.perf_counter(), kind, data)
         self.events.append(event)
+        if kind != "step":
+            self._note_route(event)
         if self.on_event is not None or self._others:
             self._tell(event)
+
+    def _note_route(self, event: Event) -> None:
+        if event.kind in ("opened", "rerouted"):
+            self.route = event
+        elif event.kind == "ended":
+            self.route = None
 
     def listen(self, listener: Listener) -> None:
         """Have another function called with each event from now on, as `on_event`.  From any thread."""

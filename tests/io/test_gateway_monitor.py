@@ -337,10 +337,18 @@ def test_a_kept_conversation_is_followed_for_one_request_at_a_time():
                 again.follow(trace)
                 step(trace, 5, 3)
                 step(trace, 8)
-                assert again.token()["events"] == []
+                facts = [again.token(), again.token()]
+                assert [[hop[0] for hop in each["hops"]] for each in facts] == [["a", "b"]] * 2
+                assert [[event["kind"] for event in each["events"]] for each in facts] == [["opened"], []]
             kept = {name: (await one.get(f"/api/traces/{name}"))[1]["events"] for name in ("first", "second")}
             assert [event["kind"] for event in kept["first"]] == ["queued", "opened", "step", "ended"]
-            assert [event["kind"] for event in kept["second"]] == ["queued", "step", "step", "ended"]
+            assert [event["kind"] for event in kept["second"]] == [
+                "queued",
+                "opened",
+                "step",
+                "step",
+                "ended",
+            ]
             assert one.heard == ["opened", "step", "step", "step"]  # the metrics hear of each once
             assert not trace._others[1:]
 

@@ -271,8 +271,13 @@ class RequestWatch:
         return trace
 
     def follow(self, trace: Trace, choice: int = 0) -> None:
-        """The events of a trace that exists already, of a kept conversation, come here until the end."""
+        """The events of a trace that exists already, of a kept conversation, come here until the end.
+
+        Its session was opened for another request: the route that it goes on along is told first.
+        """
         note = self._note(choice)
+        if (route := trace.route) is not None:
+            note(_opened(route))
         trace.listen(note)
         self._notes.append((trace, note))
 
@@ -364,6 +369,12 @@ class RequestWatch:
                 self._monitor.soon(self.drain)
 
         return note
+
+
+def _opened(route: Event) -> Event:
+    """The event with which a request hears of a route that its session has already."""
+    facts = {"hops": route.data["hops"], "codec": route.data.get("codec"), "seconds": 0.0}
+    return Event(time.perf_counter(), "opened", facts)
 
 
 def _report(task: asyncio.Task[None]) -> None:
