@@ -10,9 +10,10 @@ TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout --foregrou
 
 # Where this is set, every process compiles every module anew.
 unexport PYTHONDONTWRITEBYTECODE
+export TEST_BROWSER CHROMIUM SCREENSHOTS
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick test-ecosystem test-metrics lint format types bench figures hostile mutants clean
+.PHONY: help env demo kill test test-quick test-ecosystem test-browser test-metrics lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -21,8 +22,11 @@ help: ## Show this list
 env: ## Make or renew .venv (every other target does so too)
 	@PYTHON="$(PYTHON)" sh scripts/setup.sh
 
-demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them up until Ctrl-C
+demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them up until Ctrl-C, with a page
 	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep) $(ARGS)
+
+kill: ## Kill node NODE=2 of a demo with KEEP=1; its page shows the text going on
+	@$(BIN)/python scripts/demo.py --kill $(or $(NODE),2)
 
 test: env ## Run the tests; ARGS="-k frames -x" goes to pytest, WORKERS=N runs them in N processes
 	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
@@ -37,6 +41,10 @@ test-ecosystem: env ## Run other packages (peft, trl, lm-eval, outlines) over a 
 test-metrics: env ## Check scrapes, rules and the configuration of Prometheus with promtool, which is brought here
 	@command -v promtool >/dev/null 2>&1 || sh scripts/promtool.sh
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/unit/test_promtool.py tests/unit/test_metrics_page.py $(ARGS)
+
+test-browser: env ## Drive the gateway's page with Chromium and Playwright; SCREENSHOTS=1 writes docs/page-dark.png and -light.png
+	@PYTHON=$(BIN)/python sh scripts/browser.sh
+	@OMP_NUM_THREADS=1 $(TIMEOUT) .venv-browser/bin/python -m pytest -n 0 tests/browser $(ARGS)
 
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check
@@ -63,5 +71,5 @@ mutants: env ## Change the pure modules in small ways and count the changes that
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
-	rm -rf .venv .venv-ecosystem .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-ecosystem .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

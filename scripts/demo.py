@@ -25,6 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, cast
 
+import httpx
+import psutil
 from rich.console import Console
 from rich.markup import escape
 
@@ -33,6 +35,10 @@ from node.runtime.console import OutputText, harmless, prepare_streams, run_comm
 
 ROOT = Path(__file__).resolve().parent.parent
 SPANS = ((0, 10), (10, 20), (20, 30))  # SmolLM2-135M has 30 blocks
+SPARE = (10, 20)  # of a demo that stays up: the blocks of the server that people kill
+PAGE_PORT = 8000  # any free one where this is taken
+GATEWAY = "gateway"
+STATE = "demo.json"  # in the demo's folder: the nodes by name, for --kill
 ONLINE_SECONDS = 120.0  # importing torch, reading ten blocks and measuring them take about 8 s on two cores
 STOP_SECONDS = 12.0  # a node finishes its steps in flight; this exceeds its own limit
 LOG_LINES = 20
@@ -78,6 +84,8 @@ def main() -> int:
     Raises OutputError.
     """
     options = parse_options()
+    if options.kill is not None:
+        return kill_node(options.kill)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop_running)
     children: list[Child] = []
@@ -112,7 +120,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="a model of 30 blocks (%(default)s)")
     parser.add_argument("--prompt", default="Once upon a time, in a small village by the sea,")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of the text (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="leave the nodes up until Ctrl-C")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the nodes up until Ctrl-C, with a spare node and a page"
+    )
+    parser.add_argument(
+        "--kill",
+        metavar="NODE",
+        help="kill -9 a node of the demo that runs: 1, 2, 3, or a name as on the page",
+    )
     return parser.parse_args()
 
 
@@ -127,7 +142,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
     with stage("a swarm key, which keeps strangers out"):
         run_to_the_end(children, "new-swarm-key", [*node, "new-swarm-key", str(swarm_key)])
     with stage("three nodes, ten blocks each, are online"):
-        nodes = [planned_node(folder, number, span) for number, span in enumerate(SPANS, 1)]
+        nodes = [planned_node(folder, f"demo-{number}", span) for number, span in enumerate(SPANS, 1)]
         bootstrap = f"{nodes[0].listen}/p2p/{load_or_create_identity(nodes[0].identity).peer_id}"
         join = ["--peers", bootstrap, "--swarm-key", str(swarm_key)]
         for each in nodes:
@@ -157,27 +172,115 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
     if not options.keep:
         console.print("The nodes end now. To keep them up and talk to them: [bold]make demo KEEP=1[/bold]")
         return
+    with stage("a spare for the blocks in the middle, and a gateway with a page"):
+        spare = planned_node(folder, "spare", SPARE)
+        start(children, spare.name, [*node, options.model, *node_flags(spare), *join], spare.log)
+        url = start_gateway(folder, [*join, "--model", options.model], children)
+        wait_until_online([spare], children)
+        wait_until_ready(url, children)
+    write_state(folder, children)
+    tell_what_next(options, join, url)
+    with suppress(Stopped):  # Ctrl-C ends the demo here
+        keep_up(children)
+
+
+def tell_what_next(options: argparse.Namespace, join: Sequence[str], url: str) -> None:
+    """Print the commands for a swarm that stays up, and at last the address of its page."""
     console.print("\nThe swarm stays up until Ctrl-C. In another terminal, in this folder:")
     inside = Path(sys.executable).is_relative_to(ROOT)
     python = os.path.relpath(sys.executable, ROOT) if inside else sys.executable
-    for what, module, arguments in (
-        ("see who serves what", "node", ["status", *join]),
-        ("generate", "client", ["generate", *join, "--model", options.model, "Once upon a time"]),
-        ("talk", "client", ["chat", *join, "--model", options.model]),
-        ("add a node", "node", [options.model, "--num-blocks", "10", *join]),
+    for what, words in (
+        ("see who serves what", ["-m", "node", "status", *join]),
+        ("generate", ["-m", "client", "generate", *join, "--model", options.model, "Once upon a time"]),
+        ("talk", ["-m", "client", "chat", *join, "--model", options.model]),
+        ("add a node", ["-m", "node", options.model, "--num-blocks", "10", *join]),
+        ("kill a server while the page's chat answers: the text goes on", ["scripts/demo.py", "--kill", "2"]),
     ):
         console.print(f"\n# {what}", style="dim")
-        console.print(escape(shlex.join([python, "-m", module, *arguments])))
-    with suppress(Stopped):  # Ctrl-C ends the demo here
-        keep_up(children)
+        console.print(escape(shlex.join([python, *words])))
+    console.print(f"\nopen [bold]{url}[/bold]")
+
+
+# The gateway
+
+
+def start_gateway(folder: Path, flags: Sequence[str], children: list[Child]) -> str:
+    """Start a gateway; the address of its page, which answers later."""
+    port = page_port()
+    command = [sys.executable, "-m", "client", "gateway", *flags, "--port", str(port)]
+    start(children, GATEWAY, command, folder / f"{GATEWAY}.log")
+    return f"http://127.0.0.1:{port}"
+
+
+def page_port() -> int:
+    """The usual port of a gateway, or a free one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", PAGE_PORT))
+        except OSError:
+            return free_port()
+    return PAGE_PORT
+
+
+def wait_until_ready(url: str, children: Sequence[Child]) -> None:
+    """Return when the gateway has computed its first token.  Raises DemoError."""
+    deadline = time.monotonic() + ONLINE_SECONDS
+    while time.monotonic() < deadline:
+        check_alive(children)
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise DemoError(f"the gateway was not ready after {ONLINE_SECONDS:.0f} s")
+
+
+# The kill of a node
+
+
+def write_state(folder: Path, children: Sequence[Child]) -> None:
+    """Leave the names and process ids of the nodes for `--kill`."""
+    nodes = {child.name: child.process.pid for child in children if child.name != GATEWAY}
+    (folder / STATE).write_text(json.dumps(nodes))
+
+
+def kill_node(wanted: str) -> int:
+    """kill -9 a node of the newest demo of this user; the exit code."""
+    demos = [path for path in Path(tempfile.gettempdir()).glob(f"raceme-demo-*/{STATE}") if is_ours(path)]
+    for state in sorted(demos, key=lambda path: path.stat().st_mtime, reverse=True):
+        nodes: dict[str, int] = json.loads(state.read_text())
+        running = {name: pid for name, pid in nodes.items() if is_node(pid, state.parent, name)}
+        if not running:
+            continue  # left by a demo that was itself killed
+        name = f"demo-{wanted}" if wanted.isdigit() else wanted
+        if name not in running:
+            console.print(f"demo: no node {escape(wanted)} runs; there are {', '.join(running)}")
+            return 2
+        os.kill(running[name], signal.SIGKILL)
+        console.print(f"{name} is killed; the page shows it silent in a few seconds")
+        return 0
+    console.print("demo: no demo runs; `make demo KEEP=1` starts one that stays up")
+    return 2
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file and its folder belong to this user; others may write into a shared folder."""
+    return all(each.lstat().st_uid == os.getuid() for each in (path, path.parent))
+
+
+def is_node(pid: int, folder: Path, name: str) -> bool:
+    """Whether this process is that node of the demo in `folder`: ids come again after an end."""
+    try:
+        return str(folder / f"{name}.identity") in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
 
 
 # The nodes
 
 
-def planned_node(folder: Path, number: int, span: tuple[int, int]) -> DemoNode:
+def planned_node(folder: Path, name: str, span: tuple[int, int]) -> DemoNode:
     """Choose the command line of a node."""
-    name = f"demo-{number}"
     return DemoNode(
         name=name,
         start=span[0],
@@ -304,10 +407,11 @@ def keep_up(children: list[Child]) -> None:
 
     Raises DemoError when none is left.
     """
-    while children:
+    while any(child.name != GATEWAY for child in children):
         for child in [child for child in children if child.process.poll() is not None]:
             code = child.process.returncode
-            console.print(f"{child.name} ended (exit code {code}); `status` shows it gone at last after 90 s")
+            seen = "" if child.name == GATEWAY else "; the page shows it silent, and gone at last after 90 s"
+            console.print(f"{child.name} ended (exit code {code}){seen}")
             children.remove(child)
         time.sleep(0.5)
     raise DemoError("no node is left")

@@ -20,6 +20,7 @@ from client.gateway.openai.completions import completions
 from client.gateway.openai.endpoints import Endpoint
 from client.gateway.openai.errors import RequestError
 from client.gateway.openai.tokenization import detokenize, tokenize
+from client.gateway.page import routes as page_routes
 from client.gateway.telemetry import scrape
 
 
@@ -34,6 +35,7 @@ def create_app(gateway: Gateway) -> Starlette:
         *monitor_routes(gateway),
         *scrape.routes(gateway),
         *_texts(gateway),
+        *(page_routes() if gateway.settings.has_page else ()),
     ]
     app = Starlette(
         routes=routes,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -44,8 +45,21 @@ time.sleep(60)
 """
 
 CLIENT = """
-import os, pathlib, time
+import http.server, os, pathlib, signal, sys, time
 
+if sys.argv[1] == "gateway":
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+    pathlib.Path("gateway.pid").write_text(str(os.getpid()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
 pathlib.Path("client.pid").write_text(str(os.getpid()))
 print("a garden", flush=True)
 time.sleep(60 if os.environ.get("WISH") == "endless" else 0)
@@ -78,6 +92,15 @@ class Demo:
                 each for each in running if each.is_running() and each.status() != psutil.STATUS_ZOMBIE
             ]
         return not running
+
+    def kill(self, word: str) -> tuple[int, str]:
+        """Run `demo.py --kill WORD`; its exit code and output."""
+        environment = {**os.environ, "TMPDIR": str(self.folder / "tmp"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "scripts/demo.py", "--kill", word]
+        ran = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        return ran.returncode, ran.stdout
 
     def temporary_folders(self) -> list[Path]:
         return list((self.folder / "tmp").iterdir())
@@ -146,12 +169,43 @@ def test_nothing_outlives_a_demo_that_was_killed(demo: Demo):
 
 
 @pytest.mark.parametrize("demo", ["none --keep"], indirect=True)
-def test_a_kept_swarm_stays_until_ctrl_c(demo: Demo):
-    demo.read_until("add a node")
+def test_a_kept_swarm_stays_until_ctrl_c_and_has_a_page(demo: Demo):
+    said = demo.read_until("open http://127.0.0.1:")
+    assert "spare" in said
+    assert "--kill 2" in said
+    url = said.split()[-1]
+    assert httpx.get(f"{url}/ready").status_code == 200
     assert not demo.everything_ended(0.2)
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(10) == 0
     assert demo.everything_ended(0)
+    assert demo.temporary_folders() == []
+
+
+@pytest.mark.parametrize("demo", ["none --keep"], indirect=True)
+def test_a_node_of_a_kept_swarm_can_be_killed_by_its_number_or_its_name(demo: Demo):
+    demo.read_until("open http://127.0.0.1:")
+    assert demo.kill("9") == (2, "demo: no node 9 runs; there are demo-1, demo-2, demo-3, spare\n")
+    for word, name in (("2", "demo-2"), ("spare", "spare")):
+        pid = int((demo.folder / f"{name}.pid").read_text())
+        code, said = demo.kill(word)
+        assert code == 0
+        assert said.startswith(f"{name} is killed")
+        demo.read_until(f"{name} ended (exit code -9)")
+        assert not psutil.pid_exists(pid)
+    assert demo.kill("2")[1] == "demo: no node 2 runs; there are demo-1, demo-3\n"
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("demo", ["none --keep"], indirect=True)
+def test_nothing_is_killed_where_no_demo_runs(demo: Demo):
+    demo.read_until("open http://127.0.0.1:")
+    demo.process.kill()
+    demo.process.wait(10)
+    assert demo.everything_ended(5)
+    assert demo.temporary_folders()  # what a killed demo leaves
+    assert demo.kill("2") == (2, "demo: no demo runs; `make demo KEEP=1` starts one that stays up\n")
 
 
 @pytest.mark.parametrize("demo", ["broken"], indirect=True)
