@@ -16,6 +16,7 @@ from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -100,15 +101,15 @@ def routes() -> list[BaseRoute]:
 
 
 def asset_response(request: Request, site: Site, path: str) -> Response:
-    """The file at `path`, with or without the digest of this version in front; 404 for anything else.
+    """The file at `path`, with or without the digest of this version in front.
 
-    With the digest a browser keeps the file for good; without it the browser asks before each use.
+    Raises HTTPException, 404, for anything else.  With the digest a browser keeps the file for good; without it the browser asks before each use.
     """
     digest, _, rest = path.partition("/")
     current = digest == site.digest
     file = site.assets.get(rest if current else path)
     if file is None:
-        return Response("no such file\n", 404, {**HEADERS, "cache-control": "no-store"}, "text/plain")
+        raise HTTPException(404, "no such file", {**HEADERS, "cache-control": "no-store"})
     return response_to(request, file, FOREVER if current else ASK_FIRST)
 
 
