@@ -99,7 +99,7 @@ def node_metrics(servers: int = 3) -> NodeMetrics:
 
 def node_scrape(accept: str = "", servers: int = 3) -> str:
     """What a serving node answers."""
-    return exposition(node_metrics(servers).sheet().metrics(), accept)[1].decode()
+    return exposition(node_metrics(servers).sheet(), accept)[1].decode()
 
 
 @dataclass

@@ -45,6 +45,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "loop-lag": compute.loop_lag_block,
     "quality": compute.quality_block,
     "journal": compute.journal_block,
+    "scrape": compute.scrape_block,
     "backward": compute.backward_block,
     "training": compute.training_block,
     "adapters": compute.adapters_block,

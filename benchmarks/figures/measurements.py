@@ -28,6 +28,7 @@ USUAL: Mapping[str, Sequence[str]] = {
     "backward": ["backward"],
     "loop-lag": ["loop_lag"],
     "quality": ["quality"],
+    "scrape": ["scrape"],
     "startup": ["startup"],
     "startup-black-holed": ["startup", "--black-holed", "1"],
     "wire": ["wire"],

@@ -130,7 +130,7 @@ def _throughput(spans: Sequence[Record], blocks: int) -> dict[str, Any]:  # Any:
     from routing.placement.rebalance import holders
     from routing.placement.throughput import bottleneck, bound
 
-    held = holders([replace(span, next_start=0, next_stop=0) for span in spans])
+    held = holders([replace(span, next_start=0, next_stop=0) if span.moves else span for span in spans])
     narrow = bottleneck(held, blocks)
     limiting = set(narrow.blocks)
     return {

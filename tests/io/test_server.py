@@ -633,7 +633,7 @@ def metrics_of(setting: Setting | None, role: str = "serve") -> NodeMetrics:
 
 
 def scraped(metrics: NodeMetrics) -> dict[str, float]:
-    _, body = exposition(metrics.sheet().metrics(), "")
+    _, body = exposition(metrics.sheet(), "")
     return {
         f"{sample.name}{sample.labels or ''}": sample.value
         for family in text_string_to_metric_families(body.decode())

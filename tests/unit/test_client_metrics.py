@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from client.metrics import families as of
 from client.metrics.sessions import SessionMetrics
@@ -38,8 +39,8 @@ def values(metrics: SessionMetrics) -> dict[str, float]:
     metrics.put(sheet)
     return {
         f"{sample.name}{sample.labels or ''}": sample.value
-        for metric in sheet.metrics()
-        for sample in metric.samples
+        for family in text_string_to_metric_families(sheet.text(is_open=False))
+        for sample in family.samples
         if sample.value
     }
 

@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.exposition import generate_latest as plain_text
+from prometheus_client.openmetrics.exposition import generate_latest as open_text
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_open
 from prometheus_client.parser import text_string_to_metric_families as read_text
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from node.monitor.metrics import families as of
 from node.monitor.metrics.address import MetricsAddress
 from node.monitor.metrics.exposition import exposition
-from node.monitor.metrics.families import Family, Sheet
+from node.monitor.metrics.families import Family, Sheet, text
 from node.monitor.metrics.histogram import ROWS, SECONDS, Histogram
 from node.monitor.metrics.meters import KINDS, REASONS, BatchMeters, reason_of
 from node.monitor.metrics.swarm import MAX_PEERS, put_servers, put_swarm
@@ -62,7 +68,7 @@ def test_a_refusal_counts_under_its_class_and_an_unknown_one_as_other():
 
 
 def scraped(sheet: Sheet, accept: str = "") -> dict[str, float]:
-    _, body = exposition(sheet.metrics(), accept)
+    _, body = exposition(sheet, accept)
     read = read_open if accept == OPEN else read_text
     return {
         f"{sample.name}{sample.labels or ''}": sample.value
@@ -91,9 +97,45 @@ def test_a_scrape_in_either_format_has_the_values_that_were_put(accept):
 
 
 def test_the_format_follows_the_accept_header():
-    assert exposition([], "")[0].startswith("text/plain; version=")
-    assert exposition([], OPEN)[0].startswith("application/openmetrics-text; version=1.0.0")
-    assert exposition([], OPEN)[1].endswith(b"# EOF\n")
+    assert exposition(Sheet(), "")[0].startswith("text/plain; version=")
+    assert exposition(Sheet(), OPEN)[0].startswith("application/openmetrics-text; version=1.0.0")
+    assert exposition(Sheet(), OPEN)[1].endswith(b"# EOF\n")
+    assert exposition(Sheet(), OPEN)[1].count(b"# EOF") == 1
+
+
+class Given(Collector):
+    def __init__(self, *metrics: Metric) -> None:
+        self.metrics = metrics
+
+    def collect(self):
+        return self.metrics
+
+
+@given(st.text(), st.floats(), st.lists(st.floats(0, 100), max_size=5))
+def test_a_scrape_is_what_the_library_writes(label, value, observed):
+    histogram = Histogram()
+    for each in observed:
+        histogram.observe(each)
+    shown = text(label)
+    sheet = Sheet()
+    sheet.put(GAUGE, value, kind=shown)
+    sheet.put(of.NODE_SENT, 5)
+    sheet.histogram(of.NODE_BATCH_SECONDS, histogram, kind=shown)
+    gauge = Metric(GAUGE.name, GAUGE.help, "gauge")
+    gauge.add_sample(GAUGE.name, {"kind": shown}, value)
+    counter = Metric(of.NODE_SENT.name, of.NODE_SENT.help, "counter", "bytes")
+    counter.add_sample(of.NODE_SENT.shown, {}, 5)
+    name = of.NODE_BATCH_SECONDS.name
+    times = Metric(name, of.NODE_BATCH_SECONDS.help, "histogram", "seconds")
+    bounds = [*map(floatToGoString, SECONDS), "+Inf"]
+    for bound, count in zip(bounds, histogram.cumulative(), strict=True):
+        times.add_sample(f"{name}_bucket", {"kind": shown, "le": bound}, count)
+    times.add_sample(f"{name}_count", {"kind": shown}, histogram.count)
+    times.add_sample(f"{name}_sum", {"kind": shown}, histogram.total)
+    registry = CollectorRegistry()
+    registry.register(Given(gauge, counter, times))
+    assert sheet.text(is_open=True) + "# EOF\n" == open_text(registry).decode()
+    assert sheet.text(is_open=False) == plain_text(registry).decode()
 
 
 def test_two_samples_of_equal_labels_are_one_and_other_labels_are_a_bug():
@@ -162,12 +204,12 @@ def test_servers_have_series_of_their_own_in_base_units():
     sheet = Sheet()
     put_servers(sheet, facts(peer(1), peer(2, state="unreachable", rtt_ms=None), peer(3, blocks=None)))
     found = scraped(sheet)
-    assert found["raceme_swarm_server_up{'name': 'n1', 'peer': '00000001'}"] == 1
-    assert found["raceme_swarm_server_up{'name': 'n2', 'peer': '00000002'}"] == 0
-    assert found["raceme_swarm_server_rtt_seconds{'name': 'n1', 'peer': '00000001'}"] == 0.002
-    assert found["raceme_swarm_server_seconds_per_block{'name': 'n1', 'peer': '00000001'}"] == 0.004
+    assert found["raceme_swarm_server_up{'peer': '00000001', 'name': 'n1'}"] == 1
+    assert found["raceme_swarm_server_up{'peer': '00000002', 'name': 'n2'}"] == 0
+    assert found["raceme_swarm_server_rtt_seconds{'peer': '00000001', 'name': 'n1'}"] == 0.002
+    assert found["raceme_swarm_server_seconds_per_block{'peer': '00000001', 'name': 'n1'}"] == 0.004
     assert not any("00000003" in name for name in found), "it serves nothing"
-    assert "raceme_swarm_server_rtt_seconds{'name': 'n2', 'peer': '00000002'}" not in found
+    assert "raceme_swarm_server_rtt_seconds{'peer': '00000002', 'name': 'n2'}" not in found
 
 
 def test_beyond_256_servers_only_their_number_is_scraped():

@@ -146,7 +146,7 @@ class GatewayMetrics:
         put_swarm(sheet, gateway.facts)
         put_servers(sheet, gateway.facts)
         sheet.put(NODE_SCRAPE, self._scrape_seconds)
-        found = exposition(sheet.metrics(), accept)
+        found = exposition(sheet, accept)
         self._scrape_seconds = self.clock() - began
         return found
 

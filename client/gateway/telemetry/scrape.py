@@ -13,6 +13,8 @@ from client.gateway.monitor import Monitor
 from client.gateway.telemetry.metrics import GatewayMetrics, ScrapedGateway
 from routing.view.description import describe
 
+FRESH_SECONDS = 2.0  # of a swarm's description: the page has one made as often
+
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
     """The route, unless the gateway counts nothing."""
@@ -33,7 +35,7 @@ async def present(gateway: Gateway) -> ScrapedGateway:
     """The state of this moment."""
     swarm, admission = gateway.swarm, gateway.admission.state
     if isinstance(gateway.monitor, Monitor):
-        facts = await gateway.monitor.description()
+        facts = await gateway.monitor.description(FRESH_SECONDS)
     else:
         facts = describe(swarm.view(), await swarm.rtts())
     return ScrapedGateway(

@@ -51,7 +51,7 @@ def pages_of(metrics: NodeMetrics, clock: Callable[[], float] = time.perf_counte
 
     def scrape(accept: str) -> Answer:
         began = clock()
-        content_type, body = exposition(metrics.sheet().metrics(), accept)
+        content_type, body = exposition(metrics.sheet(), accept)
         metrics.scraped(clock() - began)
         return Answer(200, body, content_type)
 
