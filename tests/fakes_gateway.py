@@ -40,7 +40,7 @@ TEMPLATE = (
 def record(start: int = 0, stop: int = BLOCKS, **more: Any) -> Record:
     return Record(
         peer=PEER, seq=1, swarm="public", role="serve", state="online", model="tiny", revision=REVISION,
-        blocks=BLOCKS, start=start, stop=stop, dtype="float32", **more,
+        blocks=BLOCKS, start=start, stop=stop, dtype="float32", cache_tokens=65_536, **more,
     )  # fmt: skip
 
 

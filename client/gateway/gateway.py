@@ -28,8 +28,6 @@ from routing.chains.hops import NoChain
 
 log = logging.getLogger("raceme")
 
-# Of the longest session that servers take, which is most of a cache: kept conversations hold its pages.
-KEPT_SHARE = 0.25
 LOOK_SECONDS = 1.0  # between looks at kept conversations
 
 
@@ -127,7 +125,7 @@ class Gateway:
                     await self._wait_for_blocks()
                     running = Running(
                         self.swarm, job, request, watch, self.metrics, self.prefixes, rates.headers(),
-                        int(self.served.max_length(self.served.first) * KEPT_SHARE),
+                        self.served.kept_tokens(),
                     )  # fmt: skip
                     self._running.add(running)
                     try:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from client.api import SwarmLike
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from client.adapters.upload import AnyAdapter
 
 log = logging.getLogger("raceme")
+
+KEPT_SHARE = 0.25  # of the cache that is free at a usual server
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,12 @@ class ServedModels:
         swarm = self.swarm
         lengths = SessionLengths(swarm.info, swarm.config.limits, swarm.config.constraints, swarm.view)
         return max(1, lengths.longest(1) - model.virtual_tokens)
+
+    def kept_tokens(self) -> int:
+        """Tokens that idle conversations may hold in the servers' caches, which others need too."""
+        swarm = self.swarm
+        spans = suitable(swarm.view().spans(swarm.info.revision, swarm.info.blocks), swarm.config.constraints)
+        return int(KEPT_SHARE * median(span.cache_tokens for span in spans)) if spans else 0
 
     def body(self, model: ServedModel) -> dict[str, Any]:  # Any: JSON
         """OpenAI's object of a model, with what a caller can know of the swarm."""

@@ -27,8 +27,8 @@ def test_the_numbers_of_the_page_are_those_of_the_code():
         f"`--max-concurrent` answers ({queue.max_concurrent}) are computed at a time",
         f"`--max-queued` requests ({queue.max_queued}) wait for `--queue-seconds` ({queue.queue_seconds:g})",
         f"`--max-kept` ({kept.max_conversations}) of them, {kept.max_tokens:,} tokens together,",
-        f"for {kept.idle_seconds:g} s. A prompt of the same key that begins with the same tokens,"
-        f" {kept.least_tokens} at least",
+        f"for {kept.idle_seconds:g} s, and less where the servers' caches are small or full. A prompt of the"
+        f" same key that begins with the same tokens, {kept.least_tokens} at least",
         f"A reader that takes nothing for {http.reader_seconds:g} s",
         f"headers not whole within {http.header_seconds:g} s, a body not within {http.body_seconds:g} s",
         f"a body above `--max-body` ({http.max_body_bytes >> 20} MiB)",
