@@ -69,6 +69,7 @@ class Monitor:
         self._last_traffic = self.counts.look(1.0)
         self._last_swarm: Json | None = None
         self._described = -DISTANCES_SECONDS  # when it was made
+        self._describing = asyncio.Lock()  # one description serves all who ask at a time
         self.stopping = False  # listeners leave, so that the gateway can end
 
     # --- requests ---
@@ -105,11 +106,11 @@ class Monitor:
 
     async def description(self, seconds: float = FRESH_SECONDS) -> Json:
         """The swarm as /api/swarm shows it, at most so many seconds old."""
-        if self._last_swarm is not None and time.monotonic() - self._described < seconds:
+        async with self._describing:
+            if self._last_swarm is None or time.monotonic() - self._described >= seconds:
+                self._last_swarm = await self._describe()
+                self._described = time.monotonic()
             return {**self._last_swarm, "recent": self.traffic()}
-        self._last_swarm = await self._describe()
-        self._described = time.monotonic()
-        return self._last_swarm
 
     async def _describe(self) -> Json:
         liveness = await self.swarm.liveness()

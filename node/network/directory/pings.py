@@ -28,6 +28,7 @@ ASKED_AT_ONCE = 16
 DIALLED_AT_ONCE = 8  # of these; `Host` holds the same bound, and a place there is never waited for
 WATCH_SECONDS = 3.0  # between two pings to one server: silent ones are known within 8 s
 LOOK_SECONDS = 1.0  # between looks for new servers
+LOOK_SHARE = 0.01  # of the event loop, for the choice of the servers to monitor: 0.1 s of 10,000 peers
 QUIET_SECONDS = 0.02
 STEP_SECONDS = 0.1
 MAX_WANTED = 64
@@ -144,14 +145,16 @@ class Asker:
         servers: the important ones, given the peers that were asked for within the last minute.
         monitored: further ones, for as long as somebody monitors the swarm, given the peers of live sessions.
         """
-        again, more, linked = -math.inf, dict[PeerId, None](), set[PeerId]()
+        again = look_again = -math.inf
+        more, linked = dict[PeerId, None](), set[PeerId]()
         while True:
             now = trio.current_time()
             self._want((), now)
             if now >= self._monitored_until:
                 more = {}
-            elif now >= again or not more:
+            elif (now >= again and now >= look_again) or not more:
                 more = dict.fromkeys(monitored(self._routes()))
+                look_again = now + (trio.current_time() - now) / LOOK_SHARE
             matter = {**more, **dict.fromkeys(servers(self._wanted))}
             self.answers.forget({*matter, *self._wanted}, now)
             lost = linked - self._host.connected()
