@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,14 +95,14 @@ class Balancer:
     """Sends a request to the next gateway that says it is ready; asks another where one is about to end."""
 
     def __init__(self, gateways: Sequence[GatewayProcess]) -> None:
-        self._gateways = itertools.cycle(gateways)
-        self._lock = threading.Lock()
+        self._gateways = list(gateways)
+        self._turns = itertools.count()
         self.answered: list[str] = []
 
     def complete(self, prompt: str, tokens: int) -> dict[str, Any]:
-        for _ in range(2 * GATEWAYS):
-            with self._lock:
-                gateway = next(self._gateways)
+        first = next(self._turns)
+        for turn in range(first, first + 2 * len(self._gateways)):
+            gateway = self._gateways[turn % len(self._gateways)]
             if not gateway.is_ready:
                 continue
             with contextlib.suppress(httpx.TransportError):
