@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TEST_BROWSER CHROMIUM SCREENSHOTS
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo kill test test-quick test-ecosystem test-browser test-metrics lint format types bench figures hostile mutants clean
+.PHONY: help env demo kill test test-quick test-ecosystem test-conformance test-browser test-metrics lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ test-metrics: env ## Check scrapes, rules and the configuration of Prometheus wi
 test-browser: env ## Drive the gateway's page with Chromium and Playwright; SCREENSHOTS=1 writes docs/page-dark.png and -light.png
 	@PYTHON=$(BIN)/python sh scripts/browser.sh
 	@OMP_NUM_THREADS=1 $(TIMEOUT) .venv-browser/bin/python -m pytest -n 0 tests/browser $(ARGS)
+test-conformance: env ## Let clients of OpenAI's API (openai, litellm, langchain, llm, schemathesis) ask a gateway, in an environment of their own
+	@PYTHON=$(BIN)/python sh scripts/conformance.sh
+	@OMP_NUM_THREADS=1 .venv-conformance/bin/python -m pytest -n 0 tests/conformance $(ARGS)
 
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check
@@ -71,5 +74,5 @@ mutants: env ## Change the pure modules in small ways and count the changes that
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
-	rm -rf .venv .venv-ecosystem .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
+	rm -rf .venv .venv-ecosystem .venv-conformance .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

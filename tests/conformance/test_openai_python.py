@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.conformance.conftest import KEY, MODEL, PERSON, WEATHER, Served
 
@@ -68,11 +69,9 @@ def test_a_stream_may_be_left(client: Any) -> None:
 
 
 def test_a_form_is_parsed_by_the_client(client: Any) -> None:
-    pydantic = pytest.importorskip("pydantic")
-
-    class Answer(pydantic.BaseModel):
+    class Answer(BaseModel):
         is_right: bool
-        digit: pydantic.conint(ge=0, le=9)  # type: ignore[valid-type]
+        digit: Annotated[int, Field(ge=0, le=9)]
 
     answer = client.chat.completions.parse(
         model=MODEL, messages=ASKED, response_format=Answer, max_tokens=200, seed=1

@@ -28,6 +28,7 @@ MANY_FIELDS = {
     "tensor_codec.limits.Limits": "a value: every limit in one place",
     "client.generation.options.GenerateArguments": "a value: transformers' options by their names",
     "client.generation.options.SamplingOptions": "a value: transformers' options by their names",
+    "client.gateway.openai.responses.request.ResponseRequest": "a value: OpenAI's fields by their names",
     "routing.view.records.Record": "a value: the record on the wire",
     "tensor_codec.messages.info.PeerInfo": "a value: a server's state on the wire",
 }

@@ -40,7 +40,9 @@ class GrammarLimits:
     """What a client's schemas may cost.  docs/gateway.md has the same table."""
 
     max_grammar_bytes: int = 256 * KIB  # of one request: 128 tools with 2 KiB each
-    max_grammar_symbols: int = 20_000  # 1,500 optional properties, which take 0.4 s; llguidance's own 500,000 a minute
+    max_grammar_symbols: int = (
+        20_000  # 1,500 optional properties, which take 0.4 s; llguidance's own 500,000 a minute
+    )
     max_lexer_states: int = 20_000  # up to 2 KiB each, of one generation; a usual schema needs some hundreds
     max_grammars_kept: int = 32  # compiled, for the next request with the same schema
 
