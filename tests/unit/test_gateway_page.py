@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 from client.gateway.door.limits import HttpLimits, PrefixLimits, QueueLimits, RequestLimits
+from client.gateway.formats.families import FAMILIES
+from client.gateway.formats.grammars import GrammarLimits
+from client.gateway.formats.requests import MAX_TOOLS
 from tests.markdown import in_one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +25,7 @@ def test_every_code_of_an_error_is_on_the_page():
 
 def test_the_numbers_of_the_page_are_those_of_the_code():
     http, queue, kept, request = HttpLimits(), QueueLimits(), PrefixLimits(), RequestLimits()
+    grammars = GrammarLimits()
     text = in_one_line("docs/gateway.md")
     for sentence in (
         f"`--max-concurrent` answers ({queue.max_concurrent}) are computed at a time",
@@ -44,6 +48,11 @@ def test_the_numbers_of_the_page_are_those_of_the_code():
         f" {request.max_completion_logprobs}",
         f"up to {request.max_biases} tokens, -100 to 100",
         f"{request.default_new_tokens:,} at most",
+        f"a grammar of {grammars.max_grammar_bytes >> 10} KiB (`max_grammar_bytes`; 400 beyond),"
+        f" {grammars.max_grammar_symbols:,} symbols",
+        f"{grammars.max_lexer_states:,} states of its lexer",
+        f"{grammars.max_grammars_kept} grammars are kept",
+        f"functions are the only kind of tool, {MAX_TOOLS} at most",
     ):
         assert sentence in text, sentence
 
@@ -52,3 +61,8 @@ def test_every_path_of_the_page_is_served_and_the_other_way_round():
     shown = set(re.findall(r"(?:GET|POST) (/[\w/]+)`", PAGE))
     for path in shown:
         assert f'"{path}"' in CODE, path
+
+
+def test_the_families_of_the_page_are_those_of_the_code():
+    shown = re.findall(r"^\| `([\w-]+)` \| (?:`<tool|`\[TOOL|JSON with)", PAGE, re.MULTILINE)
+    assert sorted(shown) == sorted(family.name for family in FAMILIES)
