@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TEST_BROWSER CHROMIUM SCREENSHOTS
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo kill test test-quick test-ecosystem test-conformance test-browser test-metrics lint format types bench figures hostile mutants clean
+.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-metrics lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,12 @@ demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them
 
 kill: ## Kill node NODE=2 of a demo with KEEP=1; its page shows the text going on
 	@$(BIN)/python scripts/demo.py --kill $(or $(NODE),2)
+
+image: ## Build the image of nodes and gateways with Docker or buildah; BASE=IMAGE, TORCH=cuda, ARGS="--no-cache"
+	@$(or $(PYTHON),python3) scripts/image.py build $(if $(BASE),--base $(BASE)) $(if $(TORCH),--torch $(TORCH)) $(ARGS)
+
+image-base: ## Make a base for the image of Debian's packages, where no registry of images is in reach
+	@$(or $(PYTHON),python3) scripts/image.py base $(ARGS)
 
 test: env ## Run the tests; ARGS="-k frames -x" goes to pytest, WORKERS=N runs them in N processes
 	@OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -22,6 +22,9 @@ from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 from tests.processes import ROOT, children, end
 
+for _name in [name for name in os.environ if name.startswith("RACEME_") and name != "RACEME_CACHE"]:
+    del os.environ[_name]  # flags of a developer's own swarm
+
 # Of other packages: `make test-ecosystem` and `make test-conformance` have environments with them.
 collect_ignore = [] if find_spec("peft") and find_spec("lm_eval") else ["ecosystem"]
 collect_ignore += [] if find_spec("openai") and find_spec("schemathesis") else ["conformance"]

@@ -151,7 +151,11 @@ SCRIPTS = [
     for folder in ("scripts", "examples", "tests/sim", "tests/hostile")
     for path in sorted((ROOT / folder).glob("*.py"))
 ]
-OF_OTHER_PROGRAMS = {"--strict", "--upgrade"}  # of mypy and pip
+OF_OTHER_PROGRAMS = {"--strict", "--upgrade"} | {  # of mypy and pip; of Docker, useradd and systemctl
+    *("--build-arg", "--cap-drop", "--detach", "--entrypoint", "--env", "--file", "--publish", "--read-only"),
+    *("--rm", "--security-opt", "--stop-timeout", "--tmpfs", "--user", "--volume"),
+    *("--home-dir", "--now", "--shell", "--system"),
+}
 
 
 @cache
