@@ -103,7 +103,8 @@ def routes() -> list[BaseRoute]:
 def asset_response(request: Request, site: Site, path: str) -> Response:
     """The file at `path`, with or without the digest of this version in front.
 
-    Raises HTTPException, 404, for anything else.  With the digest a browser keeps the file for good; without it the browser asks before each use.
+    Raises HTTPException, 404, for anything else.  With the digest a browser keeps the file for good; without
+    it the browser asks before each use.
     """
     digest, _, rest = path.partition("/")
     current = digest == site.digest
