@@ -164,7 +164,7 @@ class FakeSwarm:
 class InlineLanguage(Language):
     """Its thread is the test's own: a clock that jumps would not wait for another one."""
 
-    async def run(self, function):
+    async def run(self, function, *, slow=False):
         return function()
 
 

@@ -210,7 +210,7 @@ class Running:
         except ValueError as error:  # the options forbid every token
             raise invalid(str(error)) from None
         finally:
-            if is_whole:
+            if is_whole and self._is_first(choice):
                 cached = tokens[:-1]  # nobody has computed with the last one
                 now = asyncio.get_running_loop().time()
                 for gone in self.prefixes.keep(kept, cached, now, self.max_kept_tokens):
@@ -239,6 +239,11 @@ class Running:
         except ValueError as error:
             raise invalid(str(error)) from None
         return Kept(owner, conversation, room)
+
+    def _is_first(self, choice: int) -> bool:
+        """Whether no earlier answer has the same prompt: one conversation is enough for the next turn."""
+        ids = self.job.prompts[choice].ids
+        return all(earlier.ids is not ids for earlier in self.job.prompts[:choice])
 
     def _longest(self) -> int:
         """Tokens of a session that does not wait for others."""

@@ -9,18 +9,20 @@ from typing import Any, TypeVar
 
 from client.gateway.formats.chat import ChatFormats
 from client.gateway.openai.errors import RequestError, invalid
-from client.gateway.openai.logprobs import TokenTexts
+from client.gateway.openai.logprobs import TokenTexts, is_byte_level
 from client.generation.checks import check_vocabulary
 from node.model.embed_and_head import EmbedAndHead
 
 T = TypeVar("T")
+
+COMPOSED = 4  # characters that a normalizer makes one of, at most
 
 
 class Language:
     """The tokenizer of a gateway's model.
 
     One thread works for all requests, so that the event loop goes on while it reads a long prompt, and so
-    that callers with long prompts wait for each other.
+    that callers with long prompts wait for each other; a second one does what may take longer.
     """
 
     def __init__(self, ends: EmbedAndHead, vocabulary: int) -> None:
@@ -31,10 +33,15 @@ class Language:
         self.texts = TokenTexts(self.tokenizer)
         self._longest_piece = _longest_piece(self.tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raceme-language")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="raceme-grammars")
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """The result of a function of the tokenizer."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def run(self, function: Callable[[], T], *, slow: bool = False) -> T:
+        """The result of a function of the tokenizer.
+
+        slow: it compiles a grammar, which may take a second: others do not wait for it.
+        """
+        thread = self._slow if slow else self._thread
+        return await asyncio.get_running_loop().run_in_executor(thread, function)
 
     def check_length(self, characters: int, longest: int, param: str) -> None:
         """Raise RequestError for a text that is too long by the number of its characters already."""
@@ -61,13 +68,13 @@ class Language:
         return str(self.tokenizer.decode(tokens)) if tokens else ""
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the threads."""
+        for thread in (self._thread, self._slow):
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _longest_piece(tokenizer: Any) -> int:
     """Characters of the longest token; 0 where a token may stand for any text."""
-    vocabulary = tokenizer.get_vocab()
-    if getattr(tokenizer, "unk_token_id", None) is not None:
-        return 0  # one token may stand for any number of characters
-    return max(map(len, vocabulary), default=0)
+    if not is_byte_level(tokenizer):
+        return 0  # the unknown token may stand for any number of characters
+    return COMPOSED * max(map(len, tokenizer.get_vocab()), default=0)

@@ -120,11 +120,22 @@ def test_a_gateway_streams_is_left_and_ends_with_code_0(
             assert streamed.text.endswith("data: [DONE]\n\n")
             again = web.post("/v1/chat/completions", json=chat(max_tokens=12)).json()
             assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+            traced = web.post("/v1/chat/completions", json=chat(stream=True, raceme={"trace": True}))
+            hops = [each["raceme"]["hops"] for each in events(traced.text) if "raceme" in each]
+            assert {peer for peer, _, _ in hops[-1]} == {node.facts["peer_id"] for node in swarm.nodes}
             assert again["choices"] == whole["choices"], "a kept conversation gives the same tokens"
             logprobs = web.post(
                 "/v1/completions", json={"prompt": "ab", "logprobs": 2, "max_tokens": 3}
             ).json()
             assert all(value <= 0 for value in logprobs["choices"][0]["logprobs"]["token_logprobs"])
+            given = {"prompt": "hello there", "logprobs": 1, "temperature": 0, "max_tokens": 6}
+            made = web.post("/v1/completions", json=given).json()["choices"][0]
+            echoed = {**given, "prompt": str(given["prompt"]) + made["text"], "echo": True, "max_tokens": 0}
+            seen = web.post("/v1/completions", json=echoed).json()["choices"][0]
+            assert seen["text"] == echoed["prompt"]
+            assert seen["logprobs"]["token_logprobs"][0] is None
+            own = made["logprobs"]["token_logprobs"]
+            assert seen["logprobs"]["token_logprobs"][-len(own) :] == pytest.approx(own, abs=1e-3)
             with web.stream("POST", "/v1/chat/completions", json=chat(max_tokens=90, stream=True)) as left:
                 next(left.iter_lines())
             assert web.get("/health").json() == {"status": "ok"}

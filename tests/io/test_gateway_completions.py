@@ -83,6 +83,21 @@ def test_echo_puts_the_prompt_in_front(tokenizer, prompt, stream):
         assert found.json()["choices"][0]["text"] == "abche"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_alone_computes_nothing(tokenizer, stream):
+    swarm = FakeSwarm(tokenizer)
+    body = {"prompt": ["abc", "de"], "echo": True, "max_tokens": 0, "stream": stream}
+    found = answered(swarm, body)
+    assert not swarm.calls
+    if stream:
+        choices = [chunk["choices"][0] for chunk in found.events[:-1]]
+    else:
+        choices = found.json()["choices"]
+        assert found.json()["usage"]["completion_tokens"] == 0
+    assert [choice["text"] for choice in choices] == ["abc", "de"]
+    assert [choice["finish_reason"] for choice in choices] == ["length"] * 2
+
+
 def test_log_probabilities_of_a_text_are_equal_with_and_without_a_stream(tokenizer):
     fields = {"prompt": "abc", "logprobs": 2, "max_tokens": 3}
     whole = answered(FakeSwarm(tokenizer), fields).json()["choices"][0]["logprobs"]
@@ -116,7 +131,6 @@ def test_a_stream_of_text(tokenizer):
         ({"prompt": [[5], [2**31 - 1]]}, "prompt.1", None),
         ({"prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
         ({"prompt": "a", "best_of": 1}, "best_of", "unsupported_parameter"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "logprobs", "unsupported_parameter"),
         ({"prompt": "a" * 600}, "prompt", "context_length_exceeded"),
         ({"prompt": "a", "max_tokens": 600}, "prompt", "context_length_exceeded"),
         ({"prompt": "a", "model": "other"}, "model", "model_not_found"),

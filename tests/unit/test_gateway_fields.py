@@ -204,6 +204,7 @@ def test_other_prompts_are_refused(prompt):
         ({"logprobs": 6}, "logprobs", None),
         ({"logprobs": True}, "logprobs", None),
         ({"echo": "yes"}, "echo", None),
+        ({"max_tokens": 0}, "max_tokens", None),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "unknown_parameter"),
     ],
 )

@@ -43,7 +43,8 @@ async def chat(gateway: Gateway, request: Request, body: dict[str, Any]) -> Resp
             parallel_tool_calls=fields.parallel_tool_calls,
             response_format=fields.response_format,
             template_arguments=fields.chat_template_kwargs,
-        )
+        ),
+        slow=fields.response_format is not None or bool(fields.tools),
     )
     tokens = new_tokens(len(prepared.prompt_ids), fields.new_tokens, longest, "messages")
     job = Job(

@@ -15,12 +15,13 @@ from client.gateway.gateway import Gateway
 from client.gateway.jobs import Job, Piece, Prompt, Running
 from client.gateway.language import Language
 from client.gateway.openai.endpoints import caller_of, id_of, stack_of
-from client.gateway.openai.errors import RequestError, invalid, unsupported
+from client.gateway.openai.errors import RequestError, invalid
 from client.gateway.openai.fields import parse
-from client.gateway.openai.logprobs import CompletionLogprobs
+from client.gateway.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from client.gateway.openai.requests import UNSUPPORTED_IN_COMPLETIONS, CompletionRequest
 from client.gateway.openai.sampling import new_tokens, sampling_arguments, servers_of
 from client.gateway.openai.streaming import DONE, event, stream
+from client.gateway.served import ServedModel
 from client.generation.checks import check_vocabulary
 
 PATH = "/v1/completions"
@@ -29,19 +30,20 @@ PATH = "/v1/completions"
 async def completions(gateway: Gateway, request: Request, body: dict[str, Any]) -> Response:  # Any: JSON
     """Continue each prompt."""
     fields = parse(CompletionRequest, body, unsupported=UNSUPPORTED_IN_COMPLETIONS)
-    if fields.echo and fields.logprobs is not None:
-        raise unsupported("logprobs", "not with echo: log probabilities of a prompt are not computed")
     model = gateway.served.find(fields.model)
     longest = gateway.served.max_length(model)
     for prompt in fields.prompts:
         if isinstance(prompt, str):
             gateway.language.check_length(len(prompt), longest, "prompt")
-    prepared = await gateway.language.run(partial(_prepared, gateway.language, fields))
+    prepared = await gateway.language.run(
+        partial(_prepared, gateway.language, fields), slow=fields.response_format is not None
+    )
     prompts, choices = [], []
     for ids, text in prepared:
         tokens = new_tokens(len(ids), fields.max_tokens, longest, "prompt")
         for choice in range(fields.choices):
-            prompts.append(_prompt(gateway, fields, ids, tokens, choice))
+            if tokens:
+                prompts.append(_prompt(gateway, fields, ids, tokens, choice))
             choices.append(_choice(gateway.language, fields, text))
     job = Job(
         "completion",
@@ -54,6 +56,11 @@ async def completions(gateway: Gateway, request: Request, body: dict[str, Any]) 
         servers_of(fields.raceme),
     )
     running = await stack_of(request).enter_async_context(gateway.running(job))
+    if fields.echo and fields.logprobs is not None:
+        await _add_prompts(gateway, fields, model, [ids for ids, _ in prepared], choices)
+    if fields.max_tokens == 0:
+        for each in choices:
+            each.end()
     answer = CompletionAnswer(
         fields, model.name, f"cmpl-{job.request_id}", gateway.served.fingerprint, choices
     )
@@ -101,6 +108,23 @@ def _prompt(gateway: Gateway, fields: CompletionRequest, ids: list[int], tokens:
     return Prompt(ids, arguments, tokens)
 
 
+async def _add_prompts(
+    gateway: Gateway,
+    fields: CompletionRequest,
+    model: ServedModel,
+    prompts: list[list[int]],
+    choices: list[TextChoice],
+) -> None:
+    """Put the log probabilities of the prompts' own tokens in front of their answers'."""
+    for number, ids in enumerate(prompts):
+        found = await prompt_logprobs(gateway.swarm, model.adapter, ids, fields.logprobs or 0)
+        for choice in choices[number * fields.choices : (number + 1) * fields.choices]:
+            assert choice.logprobs is not None
+            choice.logprobs.add(ids[0], None, None)  # nothing comes before it
+            for token, (logprob, top) in zip(ids[1:], found, strict=True):
+                choice.logprobs.add(token, logprob, top)
+
+
 @dataclass(slots=True)
 class TextChoice:
     """One continuation, as it comes.  echoed: the prompt, until it has been sent."""
@@ -120,9 +144,22 @@ class TextChoice:
             self.finish_reason = "length" if token.finish_reason == "length" else "stop"
         return text
 
+    def end(self) -> None:
+        """Nothing follows the echo."""
+        self.text, self.echoed, self.finish_reason = self.echoed, "", "length"
+
     def append(self, text: str) -> None:
         """Text of an answer in one piece."""
         self.text += text
+
+    def body(self, index: int) -> dict[str, Any]:
+        """The answer in one piece."""
+        return {
+            "index": index,
+            "text": self.text,
+            "logprobs": None if self.logprobs is None else self.logprobs.take(),
+            "finish_reason": self.finish_reason,
+        }
 
 
 def _choice(language: Language, fields: CompletionRequest, text: str) -> TextChoice:
@@ -161,15 +198,7 @@ class CompletionAnswer:
 
     def body(self, running: Running) -> dict[str, Any]:
         """The text_completion."""
-        choices = [
-            {
-                "index": index,
-                "text": each.text,
-                "logprobs": None if each.logprobs is None else each.logprobs.take(),
-                "finish_reason": each.finish_reason,
-            }
-            for index, each in enumerate(self.choices)
-        ]
+        choices = [each.body(index) for index, each in enumerate(self.choices)]
         made = {**self.head(), "choices": choices, "usage": running.usage.body()}
         return made | ({"raceme": {"tokens": self.facts}} if self.fields.wants_trace else {})
 
@@ -210,10 +239,13 @@ class CompletionStream:
         yield event(made)
 
     def end(self, running: Running) -> Iterable[bytes]:
-        """The usage, where it is wanted."""
-        if not self._answer.fields.wants_usage:
-            return []
-        return [event({**self._answer.head(), "choices": [], "usage": running.usage.body()})]
+        """The echo where that is all, and the usage where it is wanted."""
+        answer = self._answer
+        if answer.fields.max_tokens == 0:
+            for index, choice in enumerate(answer.choices):
+                yield event({**answer.head(), "choices": [choice.body(index)]})
+        if answer.fields.wants_usage:
+            yield event({**answer.head(), "choices": [], "usage": running.usage.body()})
 
     def failed(self, error: RequestError) -> Iterable[bytes]:
         """An error in place of the rest."""

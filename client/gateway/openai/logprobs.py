@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from client.gateway.openai.errors import unsupported
+
 if TYPE_CHECKING:
+    from client.adapters.upload import AnyAdapter
+    from client.api import SwarmLike
     from client.generation.generate import Token
 
 LEAST = -9999.0  # JSON has no -inf; vLLM's number
 _BYTE = re.compile(r"<0x([0-9a-fA-F]{2})>")
 MAX_CACHED = 1 << 16
+HEAD_POSITIONS = 64  # of a prompt at a time: their logits take 4 bytes for each token of the vocabulary
 
 
 class TokenTexts:
@@ -21,7 +27,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:  # Any: of transformers, untyped
         self._tokenizer = tokenizer
-        self._byte_level = _is_byte_level(tokenizer)
+        self._byte_level = is_byte_level(tokenizer)
         self.text = lru_cache(MAX_CACHED)(self._text)
         self.bytes = lru_cache(MAX_CACHED)(self._bytes)
 
@@ -47,6 +53,38 @@ def chat_entry(texts: TokenTexts, token: Token) -> dict[str, Any]:
     """An item of `choices[].logprobs.content`."""
     top = [texts.entry(each, logprob) for each, logprob in (token.top_logprobs or {}).items()]
     return {**texts.entry(token.id, token.logprob or 0.0), "top_logprobs": top}
+
+
+async def prompt_logprobs(
+    swarm: SwarmLike, adapter: AnyAdapter | None, ids: list[int], count: int
+) -> list[tuple[float, dict[int, float]]]:
+    """How likely each token of a prompt but the first was after those before it, and the `count` likeliest.
+
+    One `forward` of the prompt through the swarm, without a session.  Raises ValueError, NoChain, PeerFault,
+    Refused; RequestError for a model whose ends belong to one thread.
+    """
+    import torch
+
+    ends = swarm.local_model
+    if not ends.stateless:
+        raise unsupported("logprobs", "not with echo for models of this architecture")
+    if len(ids) < 2:
+        return []
+    embedded = await asyncio.to_thread(ends.embed, torch.tensor([ids]), 0)
+    hidden = await swarm.forward(embedded, adapter=adapter)
+
+    def likely() -> list[tuple[float, dict[int, float]]]:
+        found = []
+        for first in range(0, len(ids) - 1, HEAD_POSITIONS):
+            part = hidden[:, first : min(first + HEAD_POSITIONS, len(ids) - 1)]
+            logprobs = ends.head(part)[0].log_softmax(-1)  # [tokens, vocabulary]
+            best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+            for row, token in enumerate(ids[first + 1 : first + 1 + len(logprobs)]):
+                top = dict(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True))
+                found.append((float(logprobs[row, token]), top))
+        return found
+
+    return await asyncio.to_thread(likely)
 
 
 @dataclass(slots=True)
@@ -87,7 +125,8 @@ def _finite(logprob: float) -> float:
     return logprob if logprob > LEAST else LEAST
 
 
-def _is_byte_level(tokenizer: Any) -> bool:
+def is_byte_level(tokenizer: Any) -> bool:  # Any: of transformers, untyped
+    """Whether every byte has a token, as in GPT-2's vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return "ByteLevel" in repr(getattr(backend, "decoder", None))
 

@@ -225,8 +225,15 @@ class CompletionRequest(TextRequest):
         | Annotated[list[str], Field(min_length=1, max_length=LIMITS.max_prompts)]
         | Annotated[list[Ids], Field(min_length=1, max_length=LIMITS.max_prompts)]
     )
+    max_tokens: Annotated[Whole, Field(ge=0, le=MAX_INT32)] | None = None  # 0: the echo alone
     echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=LIMITS.max_completion_logprobs)] | None = None
+
+    @model_validator(mode="after")
+    def _no_tokens_without_an_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, at least 1 is needed without echo")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
