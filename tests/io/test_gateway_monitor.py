@@ -20,6 +20,7 @@ from routing.names import PeerId
 from routing.view.answers import UNKNOWN, Liveness
 from routing.view.records import Record
 from routing.view.view import Entry, SwarmView
+from tests.api_contract import CONTRACTS, SESSION_EVENTS, event_problems, problems
 
 SOON = 10.0  # seconds; nothing here takes as long
 HOPS = [{"peer": "a", "blocks": [0, 3]}, {"peer": "b", "blocks": [3, 6]}]
@@ -302,6 +303,41 @@ def test_a_fault_reaches_the_page_at_its_moment(monkeypatch: pytest.MonkeyPatch)
                     "fault",
                 ]
                 assert stream.of("session")[-1]["peer"] == "b"
+
+    run(main)
+
+
+def test_what_is_sent_keeps_to_the_contract_with_the_page():
+    async def main() -> None:
+        async with case() as one:
+            stream = one.open()
+            await stream.until(lambda: stream.of("swarm"))
+            with one.request() as watch:
+                watch.began()
+                trace = watch.trace()
+                opened(trace)
+                step(trace, 0, 5)
+                assert problems(watch.token(), CONTRACTS["raceme"]) == []
+                trace.add("fault", peer="b", error="StreamReset: ended", why="gone")
+                trace.add(
+                    "rerouted", why="gone", kept=["a"], opened=["c"], hops=HOPS, codec="fp32", seconds=0.1
+                )
+                trace.add("replayed", sender="a", peer="c", start=0, stop=5, bytes=40)
+                trace.add("relayed", sender="a", peer="c")
+                trace.add("recovered", seconds=0.2, replay_seconds=0.1)
+                step(trace, 5)
+                assert problems(watch.token(), CONTRACTS["raceme"]) == []
+                one.swarm.show("b", "c", silent="b")
+                await stream.until(lambda: stream.of("traffic") and len(stream.of("peer")) >= 3)
+                assert problems((await one.get("/api/sessions"))[1], CONTRACTS["sessions"]) == []
+            await stream.until(lambda: stream.of("session")[-1]["what"] == "ended")
+            assert {kind for _, kind, _ in stream.events()} == {"swarm", "peer", "session", "traffic"}
+            assert [event_problems(kind, data) for _, kind, data in stream.events()] == [[]] * len(
+                stream.events()
+            )
+            assert {each["what"] for each in stream.of("session")} == SESSION_EVENTS.keys()
+            assert problems((await one.get("/api/swarm"))[1], CONTRACTS["swarm"]) == []
+            assert problems((await one.get("/api/traces/chatcmpl-1"))[1], CONTRACTS["trace"]) == []
 
     run(main)
 
