@@ -25,8 +25,8 @@ env: ## Make or renew .venv (every other target does so too)
 demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them up until Ctrl-C, with a page
 	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep) $(ARGS)
 
-kill: ## Kill node NODE=2 of a demo with KEEP=1; its page shows the text going on
-	@$(BIN)/python scripts/demo.py --kill $(or $(NODE),2)
+kill: ## Kill the server in use (or NODE=2) of a demo with KEEP=1; on its page the text goes on
+	@$(BIN)/python scripts/demo.py --kill $(NODE)
 
 image: ## Build the image of nodes and gateways with Docker or buildah; BASE=IMAGE, TORCH=cuda, ARGS="--no-cache"
 	@$(or $(PYTHON),python3) scripts/image.py build $(if $(BASE),--base $(BASE)) $(if $(TORCH),--torch $(TORCH)) $(ARGS)

@@ -5,7 +5,7 @@
 set -eu
 
 here=.venv-browser
-packages="playwright axe-playwright-python"
+packages="playwright==1.65.2 axe-playwright-python==0.1.8"
 mark="$here/installed"
 wanted="$packages $(cksum constraints.txt)"
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +125,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--kill",
+        nargs="?",
+        const="",
         metavar="NODE",
-        help="kill -9 a node of the demo that runs: 1, 2, 3, or a name as on the page",
+        help="kill -9 a node of the demo that runs: 1, 2, 3 or a name (default: the middle one in use)",
     )
     return parser.parse_args()
 
@@ -178,7 +180,7 @@ def run_demo(options: argparse.Namespace, folder: Path, children: list[Child]) -
         url = start_gateway(folder, [*join, "--model", options.model], children)
         wait_until_online([spare], children)
         wait_until_ready(url, children)
-    write_state(folder, children)
+    write_state(folder, children, url)
     tell_what_next(options, join, url)
     with suppress(Stopped):  # Ctrl-C ends the demo here
         keep_up(children)
@@ -194,7 +196,7 @@ def tell_what_next(options: argparse.Namespace, join: Sequence[str], url: str) -
         ("generate", ["-m", "client", "generate", *join, "--model", options.model, "Once upon a time"]),
         ("talk", ["-m", "client", "chat", *join, "--model", options.model]),
         ("add a node", ["-m", "node", options.model, "--num-blocks", "10", *join]),
-        ("kill a server while the page's chat answers: the text goes on", ["scripts/demo.py", "--kill", "2"]),
+        ("kill a server while the page's chat answers: the text goes on", ["scripts/demo.py", "--kill"]),
     ):
         console.print(f"\n# {what}", style="dim")
         console.print(escape(shlex.join([python, *words])))
@@ -238,29 +240,44 @@ def wait_until_ready(url: str, children: Sequence[Child]) -> None:
 # The kill of a node
 
 
-def write_state(folder: Path, children: Sequence[Child]) -> None:
-    """Leave the names and process ids of the nodes for `--kill`."""
+def write_state(folder: Path, children: Sequence[Child], url: str) -> None:
+    """Leave the names and process ids of the nodes, and the gateway's address, for `--kill`."""
     nodes = {child.name: child.process.pid for child in children if child.name != GATEWAY}
-    (folder / STATE).write_text(json.dumps(nodes))
+    (folder / STATE).write_text(json.dumps({"nodes": nodes, "gateway": url}))
 
 
 def kill_node(wanted: str) -> int:
-    """kill -9 a node of the newest demo of this user; the exit code."""
+    """kill -9 a node of the newest demo of this user; the exit code.
+
+    wanted: a number, a name, or "" for one of the two nodes of the blocks in the middle: the one in use.
+    """
     demos = [path for path in Path(tempfile.gettempdir()).glob(f"raceme-demo-*/{STATE}") if is_ours(path)]
     for state in sorted(demos, key=lambda path: path.stat().st_mtime, reverse=True):
-        nodes: dict[str, int] = json.loads(state.read_text())
+        facts = json.loads(state.read_text())
+        nodes: dict[str, int] = facts["nodes"]
         running = {name: pid for name, pid in nodes.items() if is_node(pid, state.parent, name)}
         if not running:
             continue  # left by a demo that was itself killed
-        name = f"demo-{wanted}" if wanted.isdigit() else wanted
+        name = f"demo-{wanted}" if wanted.isdigit() else wanted or middle_in_use(facts["gateway"], running)
         if name not in running:
-            console.print(f"demo: no node {escape(wanted)} runs; there are {', '.join(running)}")
+            console.print(f"demo: no node {escape(wanted or name)} runs; there are {', '.join(running)}")
             return 2
         os.kill(running[name], signal.SIGKILL)
         console.print(f"{name} is killed; the page shows it silent in a few seconds")
         return 0
     console.print("demo: no demo runs; `make demo KEEP=1` starts one that stays up")
     return 2
+
+
+def middle_in_use(url: str, running: Mapping[str, int]) -> str:
+    """The node of the middle blocks through which an answer of the gateway runs; demo-2 without one."""
+    middle = [name for name in ("demo-2", "spare") if name in running]
+    with suppress(httpx.HTTPError, ValueError, KeyError):
+        for session in httpx.get(f"{url}/api/sessions", timeout=5).json()["sessions"]:
+            for hop in session["hops"]:
+                if hop["name"] in middle:
+                    return str(hop["name"])
+    return middle[0] if middle else "demo-2"
 
 
 def is_ours(path: Path) -> bool:

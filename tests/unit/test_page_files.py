@@ -92,6 +92,14 @@ def test_the_files_of_the_page_are_part_of_the_package():
         assert any(fnmatch(name_of(path), pattern) for pattern in patterns), name_of(path)
 
 
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_readme_shows_the_page(theme: str):
+    picture = ROOT / "docs" / f"page-{theme}.png"
+    assert f"docs/{picture.name}" in (ROOT / "README.md").read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 300_000
+
+
 # The examples
 
 

@@ -47,12 +47,12 @@ export function Header({ swarm, model }) {
       <//>
       <${Fact} name="blocks" kind=${swarm === null ? "" : whole ? "good" : "bad"}>${completeness(swarm, model)}<//>
       ${model !== null &&
-      html`<${Fact} name="capacity">
+      html`<${Fact} name="capacity" kind="figure">
         ${number(model.capacity_tokens_per_s, 1)} of ${number(model.bound_tokens_per_s, 1)} tok/s
       <//>`}
       ${weakest && html`<${Fact} name="weakest">${weakest}<//>`}
       ${isNumber(swarm?.recent?.tokens_per_second) &&
-      html`<${Fact} name="now">${number(swarm.recent.tokens_per_second, 1)} tok/s<//>`}
+      html`<${Fact} name="now" kind="figure">${number(swarm.recent.tokens_per_second, 1)} tok/s<//>`}
     </dl>
     <${Theme} />
   </header>`;
