@@ -37,6 +37,7 @@ BENCHMARKS: Mapping[str, str] = {
     "soak": "benchmarks.soak.soak",
     "hostile": "benchmarks.recovery.hostile",
     "eclipse": "benchmarks.eclipse.eclipse",
+    "gateway": "benchmarks.gateway.gateway",
     "scrape": "benchmarks.gateway.scrape",
     "figures": "benchmarks.figures.figures",
     "mutants": "benchmarks.mutants.mutants",

@@ -64,14 +64,16 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     seconds: list[float] = []
     outside: list[float] = []
     found: list[int] = []
+    text = ""
     conversation = swarm.conversation(len(ids) + tokens)
     async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, conversation=conversation):
         seconds.append(token.seconds)
         found.append(token.id)
+        text += token.text
         if conversation.session is not None and (times := conversation.session.times) is not None:
             outside.append(times.total - sum(computing for _, computing in times.hops))
     conversation.close()
-    return {"tokens": found, "seconds": seconds, "outside_compute": outside}
+    return {"tokens": found, "text": text, "seconds": seconds, "outside_compute": outside}
 
 
 def _cpu() -> float:

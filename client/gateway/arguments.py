@@ -98,6 +98,11 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
         "--metrics", choices=("open", "key", "off"), default=usual.metrics,
         help=f"/metrics for everybody, for callers with a key, or for nobody (default: {usual.metrics})",
     )  # fmt: skip
+    group.add_argument(
+        "--otlp-endpoint", metavar="URL",
+        help="send a span of each request there, to OpenTelemetry over HTTP, for instance"
+        " http://127.0.0.1:4318 (default: OTEL_EXPORTER_OTLP_ENDPOINT, else none)",
+    )  # fmt: skip
 
 
 def _add_models(group: argparse._ArgumentGroup) -> None:

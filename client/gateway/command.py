@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -38,6 +39,7 @@ from client.gateway.monitor import Monitor
 from client.gateway.served import read_adapters, served_models
 from client.gateway.settings import CHAIN_SECONDS, GIVE_UP_SECONDS, GatewaySettings
 from client.gateway.telemetry.metrics import GatewayMetrics
+from client.gateway.telemetry.spans import open_spans
 from node.config import ConfigError
 from node.runtime.console import fail, say
 from routing.chains.hops import NoChain
@@ -45,6 +47,7 @@ from tensor_codec.errors import PeerFault, Refused
 
 log = logging.getLogger("raceme")
 
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"  # OpenTelemetry's own, as its SDK has it
 BACKLOG = 512
 WARM_UP_SECONDS = 60.0  # for one token: kernels are compiled at the first
 TRY_AGAIN_SECONDS = 2.0  # after a token that failed
@@ -99,7 +102,7 @@ def listening_socket(settings: GatewaySettings) -> Iterator[socket.socket]:
 async def _serve(
     flags: argparse.Namespace, settings: GatewaySettings, keys: KeyRing, listener: socket.socket
 ) -> None:
-    signals = Signals(keys)
+    signals, spans = Signals(keys), open_spans(flags.otlp_endpoint or os.environ.get(OTLP_VARIABLE))
     with signals.handled():
         async with joined(flags, signals) as swarm:
             adapters = await asyncio.to_thread(read_adapters, settings.adapters, swarm)
@@ -107,9 +110,11 @@ async def _serve(
             metrics = None if settings.metrics == "off" else GatewayMetrics()
             monitor = Monitor(swarm, listener=None if metrics is None else metrics.sessions.listener)
             language = await asyncio.to_thread(Language, swarm.local_model, swarm.info.vocab_size)
-            gateway = Gateway(swarm, settings, served, keys, language, monitor, metrics or NoMetrics())
+            counted = metrics or NoMetrics()
+            gateway = Gateway(swarm, settings, served, keys, language, monitor, counted, spans)
             async with gateway.background():
                 await _run(gateway, create_app(gateway), listener, signals)
+            await asyncio.to_thread(spans.close)
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from client.gateway.prefixes import PrefixPool
 from client.gateway.requests import ActiveRequest
 from client.gateway.served import ServedModels
 from client.gateway.settings import CHAIN_SECONDS, GatewaySettings
+from client.gateway.telemetry.spans import NoSpans, Spans
 from routing.blocks import Blocks
 from routing.chains.hops import NoChain
 
@@ -45,7 +46,7 @@ class Gateway:
     language: Language
     monitor: RequestMonitor = field(default_factory=NoMonitor)
     metrics: RequestMetrics = field(default_factory=NoMetrics)
-    started: float = field(default_factory=time.time)
+    spans: Spans = field(default_factory=NoSpans)
     is_ready: bool = False
     is_draining: bool = False
     active: dict[str, ActiveRequest] = field(default_factory=dict)
@@ -116,16 +117,18 @@ class Gateway:
         status, cancelled_by = 200, ""
         self.active[request.id] = request
         self.metrics.request_began(request)
+        span = self.spans.request(request)
         try:
             with self.monitor.request(request.id, job.kind, job.model.name, job.max_new_tokens) as watch:
                 began = clock()
                 async with self.admission.place(job.caller.name, len(job.prompts)) as at_once:
                     request.begin(clock() - began)
                     watch.began()
+                    span.began()
                     await self._wait_for_blocks()
                     running = Running(
                         self.swarm, job, request, watch, self.metrics, self.prefixes, rates.headers(),
-                        self.served.kept_tokens(),
+                        self.served.kept_tokens(), span,
                     )  # fmt: skip
                     self._running.add(running)
                     try:
@@ -149,6 +152,7 @@ class Gateway:
             used = request.prompt_tokens + request.completion_tokens
             self.rates.give_back(job.caller, max(0, rates.tokens - used), clock())
             self.metrics.ended(request, status, cancelled_by)
+            span.ended(status, cancelled_by)
 
     def warmed_up(self) -> None:
         """The swarm has computed a token."""

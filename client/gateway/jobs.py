@@ -16,6 +16,7 @@ from client.gateway.openai.errors import RequestError, invalid, status_of
 from client.gateway.prefixes import Kept, PrefixPool, common_length
 from client.gateway.requests import ActiveRequest, RequestKind, Usage
 from client.gateway.served import ServedModel
+from client.gateway.telemetry.spans import RequestSpan
 from client.generation.options import GenerateArguments
 from routing.chains.alternatives import Constraints
 from routing.names import PeerId
@@ -103,6 +104,7 @@ class Running:
     prefixes: PrefixPool
     headers: Mapping[str, str]
     max_kept_tokens: int
+    span: RequestSpan
     status: int = 200  # of the answer, as far as it is known
     _items: asyncio.Queue[Piece | BaseException | None] = field(
         default_factory=lambda: asyncio.Queue(PIECES_AHEAD)
@@ -229,12 +231,15 @@ class Running:
                 common = common_length(found.tokens, prompt.ids)
                 self.request.reuse(min(common, len(prompt.ids) - 1))
             self.watch.follow(found.conversation.trace, choice)
+            self.span.follow(found.conversation.trace)
             return found
         room = max(length, min(length + SPARE_TOKENS, 2 * length + SPARE_TOKENS // 4, self._longest()))
         constraints = None if job.servers is None else job.servers.within(self.swarm.config.constraints)
+        trace = self.watch.trace(choice)
+        self.span.follow(trace)
         try:
             conversation = self.swarm.conversation(
-                room, adapter=job.model.adapter, trace=self.watch.trace(choice), constraints=constraints
+                room, adapter=job.model.adapter, trace=trace, constraints=constraints
             )
         except ValueError as error:
             raise invalid(str(error)) from None
@@ -256,4 +261,5 @@ class Running:
         else:
             self.metrics.first_token(request, time.time() - request.began)
         request.count()
+        self.span.token(token.finish_reason)
         return Piece(choice, token, self.watch.token(choice))

@@ -18,8 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from client.gateway.door.hosts import Hosts, Origins
 from client.gateway.door.keys import Caller, KeyRing
 from client.gateway.openai.errors import RequestError, error_of
+from client.gateway.telemetry.spans import caller_context
 
 _SOUND_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_TRACE_HEADERS = ("traceparent", "tracestate")  # of W3C
 _OPEN_PATHS = re.compile(r"/(health|assets/.*)?")
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -102,6 +104,8 @@ class Door:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if "traceparent" in headers:
+            caller_context.set({name: headers[name] for name in _TRACE_HEADERS if name in headers})
         given = headers.get("x-request-id", "")
         request_id = given if _SOUND_ID.fullmatch(given) else uuid4().hex
         has_begun = False
