@@ -539,6 +539,19 @@ def test_the_traces_of_the_last_requests_are_kept():
     run(main)
 
 
+@pytest.mark.parametrize("begins", ["", "chatcmpl-", "cmpl-", "resp_"])
+def test_a_trace_is_found_by_the_id_of_the_request_and_by_that_of_its_answer(begins: str):
+    async def main() -> None:
+        async with case() as one:
+            with one.request("5f0c-1"):
+                pass
+            status, found = await one.get(f"/api/traces/{begins}5f0c-1")
+            assert (status, found["id"]) == (200, "5f0c-1")
+            assert (await one.get(f"/api/traces/{begins}5f0c"))[0] == 404
+
+    run(main)
+
+
 def test_two_requests_of_one_name_both_end():
     async def main() -> None:
         async with case() as one:

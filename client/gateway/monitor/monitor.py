@@ -2,7 +2,7 @@
 
     monitor = Monitor(swarm)
     async with monitor.running():
-        with monitor.request("chatcmpl-1", "chat", "m", 100) as watch:
+        with monitor.request("5f0c", "chat", "m", 100) as watch:
             async for token in swarm.generate(..., trace=watch.trace()):
                 facts = watch.token()
 
@@ -45,6 +45,7 @@ LOOK_SECONDS = 0.25  # between two looks at a view that changes all the time
 SHARE = 0.05  # of the event loop, at most, for states of a very large swarm
 MAX_TRACES = 100  # requests whose events /api/traces has
 MAX_INBOX = 4096  # events of one request between two ticks; a token has one
+ANSWERS = ("chatcmpl-", "cmpl-", "resp_")  # that stand before a request's id in the id of its answer
 DISTANCES = ("rtt_ms", "silent_s")
 
 
@@ -93,9 +94,13 @@ class Monitor:
         return {"at": time.time(), "sessions": found}
 
     def trace(self, name: str) -> Json | None:
-        """The events of one of the last MAX_TRACES requests; None of another."""
-        watch = self._traces.get(name)
-        return None if watch is None else {"id": name, "events": watch.events()}
+        """The events of one of the last MAX_TRACES requests; None of another.
+
+        name: the request's id (x-request-id), or that of its answer, which begins with one of ANSWERS.
+        """
+        known = (name.removeprefix(kind) for kind in ("", *ANSWERS) if name.startswith(kind))
+        watch = next((self._traces[each] for each in known if each in self._traces), None)
+        return None if watch is None else {"id": watch.name, "events": watch.events()}
 
     def traffic(self) -> Json:
         """The rates of the last two seconds, and the requests of now."""
