@@ -40,7 +40,7 @@ class Served:
         return f"{self.url}/v1"
 
 
-def save_model(path: Path, *, template: str = "qwen3") -> None:
+def save_model(path: Path, *, template: str = "hermes") -> None:
     """A random model of Llama's kind with a tokenizer of characters and a chat template with tools."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,7 +108,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
         said = log.read_text()
         if "listening at " in said:
             url = said.partition("listening at ")[2].partition(";")[0].strip()
-            if httpx.get(f"{url}/ready").status_code == 200:
+            if httpx.get(f"{url}/ready", headers={"authorization": f"Bearer {KEY}"}).status_code == 200:
                 return url
         time.sleep(0.1)
     raise AssertionError(log.read_text())

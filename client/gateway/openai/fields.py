@@ -69,7 +69,7 @@ def parse(
 def field_error(error: ValidationError, body: Mapping[str, Any]) -> RequestError:  # Any: JSON
     """The error of the field that is wrong; of the kinds of a union that of the one which fits best."""
     found = error.errors(include_url=False, include_context=False)
-    worst = max(found, key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_KIND))
+    worst = max(found, key=lambda each: (each["type"] not in _OTHER_KIND, len(each["loc"])))
     path, message = path_of(worst["loc"], body), worst["msg"].removeprefix("Value error, ")
     if worst["type"] == "missing":
         return invalid(f"{path} is needed", path, "missing_required_parameter")
