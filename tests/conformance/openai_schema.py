@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-PATHS = ("/chat/completions", "/completions", "/models", "/models/{model}", "/responses")
-METHODS = ("get", "post")
+from client.gateway.openai.requests import UNSUPPORTED_IN_CHAT, UNSUPPORTED_IN_COMPLETIONS
+from client.gateway.openai.responses.request import UNSUPPORTED
+
+METHODS = {  # of each path; others list and change what is stored
+    "/chat/completions": ("post",),
+    "/completions": ("post",),
+    "/models": ("get",),
+    "/models/{model}": ("get",),
+    "/responses": ("post",),
+}
+REFUSED = {  # fields for which the answer is 400: the requests that have none say more
+    "/chat/completions": UNSUPPORTED_IN_CHAT,
+    "/completions": UNSUPPORTED_IN_COMPLETIONS,
+    "/responses": {**UNSUPPORTED, "reasoning": "", "truncation": ""},
+}
 
 ERROR: dict[str, Any] = {
     "type": "object",
@@ -45,9 +59,8 @@ def cut(whole: dict[str, Any], model: str) -> dict[str, Any]:
     request would be 404.
     """
     paths = {
-        path: {method: operation for method, operation in whole["paths"][path].items() if method in METHODS}
-        for path in PATHS
-        if path in whole["paths"]
+        path: {method: whole["paths"][path][method] for method in methods}
+        for path, methods in METHODS.items()
     }
     errors = {"description": "An error", "content": {"application/json": {"schema": ERROR}}}
     for operations in paths.values():
@@ -62,6 +75,9 @@ def cut(whole: dict[str, Any], model: str) -> dict[str, Any]:
             schemas[name] = {"type": "string", "enum": [model]}
         elif isinstance(schema, dict):
             _name_model(schema, model)
+    for path, names in REFUSED.items():
+        body = paths[path]["post"]["requestBody"]["content"]["application/json"]
+        body["schema"] = _without(_inlined(body["schema"], schemas), names)
     wanted: dict[str, dict[str, Any]] = {}
     todo = list(_references(paths))
     while todo:
@@ -84,6 +100,25 @@ def _name_model(schema: dict[str, Any], model: str) -> None:
         properties = part.get("properties", {}) if isinstance(part, dict) else {}
         if "model" in properties:
             properties["model"] = {"type": "string", "enum": [model]}
+
+
+def _inlined(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its parts in place of references to them."""
+    if "$ref" in schema:
+        return _inlined(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    made = deepcopy(schema)
+    if "allOf" in made:
+        made["allOf"] = [_inlined(part, schemas) for part in made["allOf"]]
+    return made
+
+
+def _without(schema: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A schema without some properties."""
+    for part in schema.get("allOf", ()):
+        _without(part, names)
+    for name in names:
+        schema.get("properties", {}).pop(name, None)
+    return schema
 
 
 def _references(value: Any) -> Iterator[str]:  # Any: JSON

@@ -45,7 +45,12 @@ def events_of(found: Any) -> list[tuple[str, dict[str, Any]]]:
 def test_a_response_has_openai_s_shape(tokenizer):
     swarm = FakeSwarm(tokenizer)
     found = answered(
-        swarm, instructions="Be brief.", metadata={"a": "b"}, temperature=0.5, max_output_tokens=20
+        swarm,
+        instructions="Be brief.",
+        metadata={"a": "b"},
+        user="somebody",
+        temperature=0.5,
+        max_output_tokens=20,
     )
     body = found.json()
     assert found.status == 200
@@ -80,9 +85,7 @@ def test_a_response_has_openai_s_shape(tokenizer):
         "metadata": {"a": "b"},
         "parallel_tool_calls": True,
         "previous_response_id": None,
-        "prompt_cache_key": None,
         "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": None,
         "service_tier": "default",
         "store": False,
         "background": False,
@@ -90,7 +93,7 @@ def test_a_response_has_openai_s_shape(tokenizer):
         "top_p": 1.0,
         "top_logprobs": 0,
         "truncation": "disabled",
-        "user": None,
+        "user": "somebody",
         "tools": [],
         "tool_choice": "auto",
         "text": {"format": {"type": "text"}},

@@ -110,9 +110,7 @@ def _repeated(fields: ResponseRequest, model: str, default_temperature: float) -
         "metadata": fields.metadata or {},
         "parallel_tool_calls": fields.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "prompt_cache_key": fields.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": fields.safety_identifier,
         "service_tier": "default",
         "store": False,
         "background": False,
@@ -120,7 +118,7 @@ def _repeated(fields: ResponseRequest, model: str, default_temperature: float) -
         "top_p": 1.0 if fields.top_p is None else fields.top_p,
         "top_logprobs": fields.top_logprobs or 0,
         "truncation": "disabled",
-        "user": fields.user,
+        **fields.model_dump(include={"prompt_cache_key", "safety_identifier", "user"}, exclude_none=True),
         **repeated(fields.tools, fields.tool_choice, fields.text),
     }
 
