@@ -78,7 +78,7 @@ async def _prepared(gateway: Gateway, fields: ResponseRequest, longest: int) -> 
         response_format=chat_format(fields.text),
     )
     try:
-        return await language.run(prepare)
+        return await language.run(prepare, slow=bool(fields.tools) or fields.text is not None)
     except FormatError as error:
         raise own_error(error) from None
 
