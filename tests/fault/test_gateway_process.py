@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from benchmarks.lib.processes import LocalSwarm, local_swarm
+from tests.fault.test_operator_adapters import adapter_in
 from tests.forked import Forked
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 
@@ -186,6 +187,36 @@ def test_an_incomplete_swarm_is_code_3_and_a_lazy_gateway_waits(tmp_path: Path, 
             half.start("--blocks", "3:6").wait_online()
             process.wait_ready()
             assert process.stop() == 0
+
+
+def test_a_server_that_dies_costs_no_token_and_an_adapter_is_a_model(tmp_path: Path, model: Path) -> None:
+    adapter_in(tmp_path / "poems", model)
+    with local_swarm([str(model), *FLAGS], spawn=Forked) as swarm:
+        for blocks in ("0:3", "3:6", "3:6"):
+            swarm.start("--blocks", blocks).wait_online()
+        nodes = {node.facts["peer_id"]: node for node in swarm.nodes[1:]}
+        with (
+            gateway(tmp_path, model, swarm, "--adapter", str(tmp_path / "poems")) as process,
+            httpx.Client(base_url=process.url, timeout=60) as web,
+        ):
+            process.wait_ready()
+            text, killed = "", False
+            body = chat(max_tokens=80, stream=True, raceme={"trace": True})
+            with web.stream("POST", "/v1/chat/completions", json=body) as found:
+                for line in found.iter_lines():
+                    for each in events(line):
+                        text += each["choices"][0]["delta"].get("content", "")
+                        hops = [hop[0] for hop in each.get("raceme", {}).get("hops", [])]
+                        if len(text) > 20 and hops and not killed:
+                            killed = True
+                            next(nodes[peer] for peer in hops if peer in nodes).kill()
+            assert killed
+            whole = web.post("/v1/chat/completions", json=chat(max_tokens=80)).json()
+            assert whole["choices"][0]["message"]["content"] == text
+            assert [each["id"] for each in web.get("/v1/models").json()["data"]] == ["tiny", "tiny:poems"]
+            other = web.post("/v1/chat/completions", json=chat(max_tokens=80, model="tiny:poems")).json()
+            assert other["model"] == "tiny:poems"
+            assert other["choices"][0]["message"]["content"] != text
 
 
 def test_a_port_in_use_is_code_2(tmp_path: Path, model: Path, swarm: LocalSwarm) -> None:

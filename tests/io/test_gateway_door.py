@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from client.gateway.door.limits import HttpLimits, PrefixLimits, QueueLimits
+from client.gateway.listeners import NoMetrics
 from client.gateway.settings import GatewaySettings
 from tests.asgi_client import Exchange, ask, exchange
 from tests.asyncio_clock import run
@@ -306,17 +307,39 @@ def test_a_caller_that_floods_does_not_keep_another_one_waiting(tokenizer, keys)
     run(main)
 
 
+class Recorded(NoMetrics):
+    """How requests ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[int, str]] = []
+        self.reasons: list[str] = []
+
+    def ended(self, request: Any, status: int, cancelled_by: str) -> None:
+        self.ends.append((status, cancelled_by))
+
+    def rejected(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
 def test_a_client_that_goes_gives_its_place_in_the_queue_back(tokenizer):
     async def main() -> None:
-        swarm = slow_swarm(tokenizer)
+        swarm, metrics = slow_swarm(tokenizer), Recorded()
         settings = GatewaySettings(queue=QueueLimits(1, 5, 300))
-        async with gateway_of(swarm, settings) as (gateway, app), exchange(app, "POST", CHAT, HELLO) as first:
+        async with (
+            gateway_of(swarm, settings, metrics=metrics) as (gateway, app),
+            exchange(app, "POST", CHAT, HELLO) as first,
+        ):
             async with exchange(app, "POST", CHAT, HELLO):
                 await asyncio.sleep(0.5)
                 assert gateway.admission.state.waiting == 1
             assert gateway.admission.state.waiting == 0
+            assert metrics.ends == [(200, "client")]
             await first.end()
             assert len(swarm.calls) == 1
+            await asyncio.sleep(0.1)
+            assert metrics.ends == [(200, "client"), (200, "")]
+            await ask(app, "GET", "/health", headers={"host": "evil.example"})
+            assert metrics.reasons == ["host"]
 
     run(main)
 
