@@ -18,7 +18,7 @@ from client.gateway.door.rates import Rates
 from client.gateway.jobs import Job, Running
 from client.gateway.language import Language
 from client.gateway.listeners import NoMetrics, NoMonitor, RequestMetrics, RequestMonitor
-from client.gateway.openai.errors import draining, status_of, too_many
+from client.gateway.openai.errors import shutting_down, status_of, too_many
 from client.gateway.prefixes import PrefixPool
 from client.gateway.requests import ActiveRequest
 from client.gateway.served import ServedModels
@@ -100,7 +100,7 @@ class Gateway:
         """
         if self.is_draining:
             self.metrics.rejected("draining")
-            raise draining()
+            raise shutting_down()
         request = ActiveRequest(
             job.request_id, job.kind, job.route, job.model.name, job.caller.name, time.time(),
             job.max_new_tokens, job.prompt_tokens,
@@ -166,7 +166,7 @@ class Gateway:
     def stop_running(self) -> None:
         """End the requests that run, each with an error that says why."""
         for running in list(self._running):
-            running.stop(draining())
+            running.stop(shutting_down())
 
     async def _wait_for_blocks(self) -> None:
         """Return once every block has a server.  Raises NoChain after CHAIN_SECONDS."""

@@ -197,7 +197,10 @@ async def server(revision: str, blocks: int) -> Any:
 
 
 def flags(command: str, peer: str, **given: object) -> argparse.Namespace:
-    usual = {"command": command, "peers": [peer], "swarm_key": None, "json": False, "author": None}
+    usual = {
+        "command": command, "peers": [peer], "swarm_key": None, "json": False, "author": None,
+        "max_disk": None,
+    }  # fmt: skip
     return argparse.Namespace(**usual, **given)
 
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from client.gateway.monitor.history import MAX_LISTENERS, SWARM, Listener, frame_of
 from client.gateway.monitor.monitor import MAX_TRACES, Monitor
-from client.gateway.openai.errors import RequestError, draining, invalid
+from client.gateway.openai.errors import RequestError, invalid, shutting_down
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -66,7 +66,7 @@ def routes(gateway: Monitored) -> list[Route]:
         last = None if given is None else int(given)
         first = await monitor.description()
         if monitor.stopping:
-            return draining().response()
+            return shutting_down().response()
         listener = monitor.feed.listen(last)
         if listener is None:
             return RequestError(

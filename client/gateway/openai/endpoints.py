@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from client.gateway.door.body import LateAnswer, read_json
 from client.gateway.door.keys import Caller
 from client.gateway.gateway import Gateway
-from client.gateway.openai.errors import RequestError, draining, error_of
+from client.gateway.openai.errors import RequestError, error_of, shutting_down
 
 Handler = Callable[[Request, dict[str, Any]], Awaitable[Response]]  # Any: JSON
 
@@ -54,7 +54,7 @@ class Endpoint:
         request = Request(scope, receive, send)
         try:
             if self._gateway.is_draining:
-                raise draining()
+                raise shutting_down()
             body = await read_json(request, self._gateway.settings.http)
         except ClientDisconnect:
             return

@@ -69,7 +69,7 @@ def too_many(
     )
 
 
-def draining() -> RequestError:
+def shutting_down() -> RequestError:
     """The gateway ends: 503."""
     return RequestError(
         503,
