@@ -182,7 +182,7 @@ class ResponseWriter:
             "incomplete_details": incomplete,
             **self.fields,
             "output": [_copied(item) for item in self._output],
-            "usage": usage,
+            **({} if usage is None else {"usage": usage}),
         }
 
     def _numbered(self, events: list[Json]) -> list[Json]:
