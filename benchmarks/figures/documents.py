@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from benchmarks.figures.blocks import compute, decode, hf, hostile, network, recovery, swarm
+from benchmarks.figures.blocks import compute, decode, gateway, hf, hostile, network, recovery, swarm
 from benchmarks.figures.tables import Figures, NotMeasured
 
 DOCUMENTS = (
@@ -45,7 +45,8 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "loop-lag": compute.loop_lag_block,
     "quality": compute.quality_block,
     "journal": compute.journal_block,
-    "scrape": compute.scrape_block,
+    "scrape": gateway.scrape_block,
+    "gateway": gateway.gateway_block,
     "backward": compute.backward_block,
     "training": compute.training_block,
     "adapters": compute.adapters_block,

@@ -43,6 +43,7 @@ LONG: Mapping[str, Sequence[str]] = {
         "--dtype", "float32", "bfloat16",
     ],
     "adapters": ["adapters"],
+    "gateway": ["gateway"],
     "flood": ["flood", "--quantize", "int8"],
     "recovery-kill": ["recovery", "--runs", "10"],
     "recovery-adapter-none": ["recovery", "--runs", "8"],

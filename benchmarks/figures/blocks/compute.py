@@ -71,24 +71,6 @@ def journal_block(figures: Figures) -> str:
     return with_note(markdown_table(["median"], rows), run)
 
 
-def scrape_block(figures: Figures) -> str:
-    """The time of a scrape in a large swarm."""
-    run = figures["scrape"]
-    rows = [
-        (
-            name,
-            [
-                f"{run[f'{key}_text_ms']:.1f}",
-                f"{run[f'{key}_openmetrics_ms']:.1f}",
-                f"{run[f'{key}_bytes']:,.0f}",
-            ],
-        )
-        for name, key in (("a node", "node"), ("a gateway", "gateway"))
-    ]
-    head = [f"{run['servers']:.0f} servers: text, ms", "OpenMetrics, ms", "bytes"]
-    return with_note(markdown_table(head, rows), run)
-
-
 def adapters_block(figures: Figures) -> str:
     """What adapters add to a step of many rows, and to the opening of a session."""
     runs = figures["adapters"]
