@@ -50,7 +50,7 @@ test-metrics: env ## Check scrapes, rules and the configuration of Prometheus wi
 
 test-browser: env ## Drive the gateway's page with Chromium and Playwright; SCREENSHOTS=1 writes docs/page-dark.png and -light.png
 	@PYTHON=$(BIN)/python sh scripts/browser.sh
-	@OMP_NUM_THREADS=1 $(TIMEOUT) .venv-browser/bin/python -m pytest -n 0 tests/browser $(ARGS)
+	@OMP_NUM_THREADS=1 $(TIMEOUT) .venv-browser/bin/python -m pytest -n $(if $(ARGS),0,2) tests/browser $(ARGS)
 
 test-conformance: env ## Let clients of OpenAI's API (openai, litellm, langchain, llm, schemathesis) ask a gateway, in an environment of their own
 	@PYTHON=$(BIN)/python sh scripts/conformance.sh

@@ -18,7 +18,7 @@ import pytest
 from tests.browser.fake_gateway import FakeGateway
 
 CHROMIUMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
-WAIT_MS = 10_000
+WAIT_MS = 30_000  # beside a swarm that starts, on two cores
 SIZE = {"width": 1280, "height": 900}
 # What a browser itself logs about an answer that is no success, or about a gateway that is gone.
 OF_THE_NETWORK = re.compile(r"Failed to load resource|net::ERR_|ERR_INCOMPLETE_CHUNKED")

@@ -173,7 +173,7 @@ def test_a_chat_goes_on_and_a_new_one_forgets(chat, gateway):
     assert [each["content"] for each in gateway.bodies[1]["messages"]] == ["One", "Hello.", "Two"]
     chat.get_by_role("button", name="Send").wait_for()
     chat.get_by_role("button", name="New chat").click()
-    assert chat.get_by_role("article").count() == 0
+    chat.get_by_role("article").first.wait_for(state="detached")
     ask(chat, "Three")
     said(chat, "Hello.")
     assert [each["content"] for each in gateway.bodies[2]["messages"]] == ["Three"]

@@ -97,10 +97,14 @@ function useQuiet(live) {
   return quiet;
 }
 
-function readyWords(swarm, model) {
-  if (swarm === null) return "The page waits for the gateway.";
-  if (model === null || holesOf(model).length) return "The model is not complete: an answer waits for the missing blocks.";
-  return `Ask ${modelName(model)} something. Each token goes through the servers of a route; the servers can read the text.`;
+/** Whether the model can answer, and what a chat without a message says of that. */
+function readiness(swarm, model) {
+  if (swarm === null) return { yes: true, words: "The page waits for the gateway." };
+  if (model === null || holesOf(model).length) {
+    return { yes: false, words: "The model is not complete: an answer waits for the missing blocks." };
+  }
+  const words = `Ask ${modelName(model)} something. Each token goes through the servers of a route; the servers can read the text.`;
+  return { yes: true, words };
 }
 
 function Page() {
@@ -145,7 +149,7 @@ function Page() {
           sessions=${sessions}
           nameOf=${nameOf}
           models=${models}
-          ready=${readyWords(swarm, model)}
+          complete=${readiness(swarm, model)}
           onKey=${askKey}
         />
         <${Log} log=${state.log} quiet=${quiet} />

@@ -126,13 +126,14 @@ function figuresOf(answer) {
   return parts.join(" · ");
 }
 
-function Waiting({ session, nameOf }) {
+function Waiting({ session, complete }) {
   const words = {
     queued: "The request waits in the gateway's queue.",
     prefill: "The servers read the prompt.",
     recovering: "A server is gone; another one takes over.",
   };
-  return html`<p class="muted">${words[session?.state] ?? "Waiting for the first token."}</p>`;
+  const usual = complete ? "Waiting for the first token." : "Waiting for servers of the missing blocks.";
+  return html`<p class="muted">${(complete && words[session?.state]) || usual}</p>`;
 }
 
 function Failure({ answer, onRetry, onKey, busy }) {
@@ -158,13 +159,13 @@ function Failure({ answer, onRetry, onKey, busy }) {
   </div>`;
 }
 
-export function Answer({ answer, session, nameOf, latest, busy, onRetry, onKey }) {
+export function Answer({ answer, session, nameOf, complete, latest, busy, onRetry, onKey }) {
   const [chosen, setChosen] = useState(null);
   const shown = chosen !== null && chosen < answer.tokens.length;
   const waits = answer.state === "waiting" || (answer.state === "streaming" && session?.state === "recovering");
   return html`<article class="turn answer" aria-label="answer" aria-busy=${waits || answer.state === "streaming"}>
     <${Tokens} answer=${answer} nameOf=${nameOf} chosen=${chosen} onChoose=${setChosen} />
-    ${waits && html`<${Waiting} session=${session} nameOf=${nameOf} />`}
+    ${waits && html`<${Waiting} session=${session} complete=${complete} />`}
     ${shown && html`<${Detail} answer=${answer} index=${chosen} nameOf=${nameOf} />`}
     <${Changes} answer=${answer} nameOf=${nameOf} />
     ${answer.error && latest && html`<${Failure} answer=${answer} onRetry=${onRetry} onKey=${onKey} busy=${busy} />`}

@@ -107,7 +107,7 @@ function useFollow(conversation) {
   return [view, scrolled];
 }
 
-export function Chat({ conversation, sessions, nameOf, models, ready, onKey }) {
+export function Chat({ conversation, sessions, nameOf, models, complete, onKey }) {
   useConversation(conversation);
   useEscape(conversation);
   const [settings, setSettings] = useState(loadSettings);
@@ -132,7 +132,7 @@ export function Chat({ conversation, sessions, nameOf, models, ready, onKey }) {
   </div>`;
   return html`<${Panel} id="chat" title="Chat" aside=${aside}>
     <div class="turns" ref=${view} onScroll=${scrolled} tabindex="0" role="group" aria-label="conversation">
-      ${turns.length === 0 && html`<p class="muted">${ready}</p>`}
+      ${turns.length === 0 && html`<p class="muted">${complete.words}</p>`}
       ${turns.map((turn, index) =>
         turn.role === "user"
           ? html`<${Question} key=${turn.id} turn=${turn} />`
@@ -141,6 +141,7 @@ export function Chat({ conversation, sessions, nameOf, models, ready, onKey }) {
               answer=${turn}
               session=${sessionOf(turn, sessions)}
               nameOf=${nameOf}
+              complete=${complete.yes}
               latest=${index === turns.length - 1}
               busy=${conversation.busy}
               onRetry=${() => conversation.retry(asked)}
