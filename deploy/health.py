@@ -32,11 +32,13 @@ def main(process: int = MAIN_PROCESS) -> int:
 
 
 def fault_of(words: Sequence[str], process: int) -> str:
-    """What is wrong with a process that was started with these words; empty: nothing.  Raises ValueError."""
+    """What is wrong with a process that was started with these words; empty: nothing."""
     found = [word for word in words if word]
-    program, *rest = found[found.index("-m") + 1 :]
+    program, *rest = (
+        found[found.index("-m") + 1 :] if "-m" in found[:-1] else found[:1] or ["a process that ended"]
+    )
     if program not in ("node", "client"):
-        raise ValueError(f"{program} is no program of Raceme")
+        return f"{program} is no program of Raceme"
     from node.runtime.arguments import one_address_each
 
     parsers = {

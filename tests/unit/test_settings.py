@@ -393,6 +393,13 @@ def test_an_error_of_a_file_is_one_line_and_code_2(tmp_path, capsys):
     )
 
 
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_with_two_characters(tmp_path):
+    file = tmp_path / "raceme.toml"
+    file.write_bytes(b'\xef\xbb\xbfthreads = 2\r\nname = "x"\r\n')
+    found = a_parser().parse_args(["--config", str(file)])
+    assert (found.threads, found.name) == (2, "x")
+
+
 def test_a_path_of_a_file_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parsed(tmp_path, 'swarm-key = "~/swarm.key"').swarm_key == tmp_path / "swarm.key"

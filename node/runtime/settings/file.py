@@ -45,7 +45,7 @@ def read_document(path: Path) -> dict[str, Any]:  # Any: of TOML
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"the configuration {path} has more than {MAX_FILE_BYTES} bytes")
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not TOML: byte {error.start + 1} is not UTF-8") from None
     except RecursionError:

@@ -8,6 +8,7 @@ counts as nothing and is removed with the next use.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -79,6 +80,8 @@ class Uses:
                 f"another process has been busy with the model cache for {WAIT_SECONDS:.0f} s;"
                 f" it holds {lock.lock_file}"
             ) from None
+        except NotImplementedError as error:  # a file system without locks
+            raise OSError(errno.ENOLCK, str(error), str(self._root)) from None
         try:
             yield
         finally:
