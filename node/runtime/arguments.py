@@ -114,7 +114,8 @@ class Parser(argparse.ArgumentParser):
         set_here = [flag for flag in flags if flag.action.dest in settings]
         remember_origins({flag.name: settings[flag.action.dest].origin for flag in set_here})
         if "print_config" in given:
-            put(settings_text(self.command, flags, _in_force(flags, given, settings), list(os.environ)))
+            values = _in_force(flags, given, self._given(words, converted=False), settings)
+            put(settings_text(self.command, flags, values, list(os.environ)))
             self.exit()
         with self._defaults_from(settings):
             return super().parse_known_args(words, namespace)
@@ -132,13 +133,19 @@ class Parser(argparse.ArgumentParser):
             help="print the value of each flag and its origin, and do nothing else",
         )  # fmt: skip
 
-    def _given(self, words: list[str]) -> dict[str, Any]:  # Any: the types of the flags
-        """What the words alone say, by `dest`.  Ends the process for wrong words, and after --help."""
+    def _given(self, words: list[str], *, converted: bool = True) -> dict[str, Any]:  # Any: of the flags
+        """What the words alone say, by `dest`; not converted: as texts.
+
+        Ends the process for wrong words, and after --help.
+        """
         missing = object()
         defaults, self._defaults = self._defaults, {}
         self._before = [(action, action.default, action.required) for action in self._actions]
         groups = [(group, group.required) for group in self._mutually_exclusive_groups]
+        types = [(action, action.type, action.choices) for action in self._actions]
         try:
+            for action in self._actions if not converted else ():
+                action.type = action.choices = None
             for action in self._actions:
                 action.default = argparse.SUPPRESS if action.option_strings else missing
                 action.required = False
@@ -148,6 +155,8 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._restore()
             self._defaults = defaults
+            for action, kind, choices in types:
+                action.type, action.choices = kind, choices
             for group, required in groups:
                 group.required = required
         return {dest: value for dest, value in vars(found).items() if value is not missing}
@@ -227,14 +236,15 @@ class Parser(argparse.ArgumentParser):
 def _in_force(
     flags: Sequence[Flag],
     given: Mapping[str, Any],  # Any: the types of the flags
+    texts: Mapping[str, Any],
     settings: Mapping[str, Setting],
 ) -> dict[str, Setting]:
-    """The value of every flag by `dest`, whatever its origin."""
+    """The value of every flag by `dest`, whatever its origin.  texts: of `given`."""
     found = {}
     for flag in flags:
         dest = flag.action.dest
         if dest in given:
-            found[dest] = Setting(given[dest], COMMAND_LINE)
+            found[dest] = Setting(given[dest], COMMAND_LINE, texts[dest])
         else:
             found[dest] = settings.get(dest) or Setting(flag.action.default, DEFAULT)
     return found

@@ -107,6 +107,18 @@ def from_text(flag: Flag, text: str) -> Any:  # Any: the type of the flag
     return _listed(flag, [_converted(flag, each) for each in _SPLIT.split(text) if each])
 
 
+def words_of(flag: Flag, value: Any) -> Any:  # Any: of TOML, or the text of a variable
+    """What a source says, before it is converted: a list of a flag that is one, else the value."""
+    if not flag.is_list or isinstance(value, list):
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError, KeyError):
+            return [value]
+    return [each for each in _SPLIT.split(value) if each] if isinstance(value, str) else [value]
+
+
 def from_toml(flag: Flag, value: Any) -> Any:  # Any: of TOML; the type of the flag
     """The value of a key.  Raises ValueError that says what was found and what is allowed."""
     if flag.is_switch:

@@ -8,7 +8,7 @@ from typing import Any
 
 from node.config import ConfigError
 from node.runtime.settings.file import Entry
-from node.runtime.settings.flags import UNSET, Flag, from_text, from_toml
+from node.runtime.settings.flags import UNSET, Flag, from_text, from_toml, words_of
 
 PRECEDENCE = (
     "A flag's value is that of the command line, else of its environment variable (--swarm-key:"
@@ -18,10 +18,14 @@ PRECEDENCE = (
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A flag's value and its origin: "RACEME_THREADS", or "raceme.toml: [node] threads"."""
+    """A flag's value and its origin: "RACEME_THREADS", or "raceme.toml: [node] threads".
+
+    words: what the source says, before it was converted; a list for a flag that is one.
+    """
 
     value: Any  # the type of the flag
     origin: str
+    words: Any = None  # of TOML, or texts
 
 
 def of_environment(flags: Sequence[Flag], environ: Mapping[str, str]) -> dict[str, Setting]:
@@ -33,7 +37,8 @@ def of_environment(flags: Sequence[Flag], environ: Mapping[str, str]) -> dict[st
     for flag in flags:
         if text := environ.get(flag.variable):
             try:
-                found[flag.action.dest] = Setting(from_text(flag, text), flag.variable)
+                words = words_of(flag, text)
+                found[flag.action.dest] = Setting(from_text(flag, text), flag.variable, words)
             except ValueError as error:
                 raise ConfigError(f"{flag.variable}: {error}") from None
     return found
@@ -49,7 +54,8 @@ def of_file(flags: Sequence[Flag], entries: Sequence[Entry]) -> dict[str, Settin
     for entry in entries:
         flag = by_name[entry.name]
         try:
-            found[flag.action.dest] = Setting(from_toml(flag, entry.value), entry.where)
+            words = entry.value if not flag.is_list or isinstance(entry.value, list) else [entry.value]
+            found[flag.action.dest] = Setting(from_toml(flag, entry.value), entry.where, words)
         except ValueError as error:
             raise ConfigError(f"{entry.where}: {error}") from None
     return found

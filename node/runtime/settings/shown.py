@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from node.runtime.settings.file import Command
@@ -24,7 +25,7 @@ def settings_text(
     values: Mapping[str, Setting],
     variables: Sequence[str] = (),
 ) -> str:
-    """TOML of the values by `dest`, which name all flags; a flag without a value is a comment.
+    """TOML of the values by `dest`, which name all flags; defaults are comments.
 
     variables: names in the environment.  Those that look like a flag's and are none are mentioned.
     Texts that are secret by the name of their flag are hidden, and logins in URLs; paths are shown.
@@ -32,9 +33,10 @@ def settings_text(
     lines = [f"# python -m {' '.join(command)}", f"# {PRECEDENCE}", f"[{'.'.join(command)}]"]
     for flag in flags:
         setting = values[flag.action.dest]
-        text = _toml(_hidden(flag.name, flag.as_written(setting.value)))
-        shown = f"# {flag.name} =" if text is None else f"{flag.name} = {text}"
-        lines.append(f"{shown}  # {_plain(setting.origin)}")
+        text = _toml(_hidden(flag.name, _plain_value(flag.as_written(setting.value), setting.words)))
+        shown = f"{flag.name} =" if text is None else f"{flag.name} = {text}"
+        comment = "# " if text is None or setting.origin == DEFAULT else ""
+        lines.append(f"{comment}{shown}  # {_plain(setting.origin)}")
     known = {flag.variable for flag in flags} | set(OTHER_VARIABLES)
     lines += [
         f"# {_plain(name)} is set, which is no flag of this command"
@@ -44,8 +46,18 @@ def settings_text(
     return "\n".join(lines) + "\n"
 
 
+def _plain_value(value: Any, words: Any) -> Any:  # Any: the type of the flag; of TOML
+    """The value in types of TOML: numbers and texts as they are, others as they were written."""
+    if type(value) is list:
+        each = words if isinstance(words, list) and len(words) == len(value) else [None] * len(value)
+        return [_plain_value(*pair) for pair in zip(value, each, strict=True)]
+    if value is None or isinstance(value, str | int | float | PurePath):
+        return value
+    return str(value if words is None else words)
+
+
 def _hidden(name: str, value: Any) -> Any:  # Any: the type of the flag
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_hidden(name, each) for each in value]
     if not isinstance(value, str):
         return value
@@ -54,13 +66,13 @@ def _hidden(name: str, value: Any) -> Any:  # Any: the type of the flag
 
 def _toml(value: Any) -> str | None:  # Any: the type of the flag
     """A value of TOML; None for None and for an empty list."""
-    if value is None or (isinstance(value, list | tuple) and type(value) in (list, tuple) and not value):
+    if value is None or value == []:
         return None
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    if type(value) in (list, tuple):
+    if isinstance(value, list):
         return f"[{', '.join(_toml(each) or '' for each in value)}]"
     # JSON's escapes are TOML's too; lone surrogates, which TOML forbids, are bytes of a command line.
     text = str(value).encode("utf-8", "replace").decode()
