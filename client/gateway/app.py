@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from client.gateway.door.body import Bodies
 from client.gateway.door.middleware import Door
 from client.gateway.gateway import Gateway
 from client.gateway.monitor import routes as monitor_routes
@@ -56,8 +57,9 @@ def _texts(gateway: Gateway) -> list[BaseRoute]:
         "/tokenize": tokenize,
         "/detokenize": detokenize,
     }
+    bodies = Bodies(gateway.settings.http.max_bodies_bytes)
     return [
-        Route(path, Endpoint(gateway, partial(handler, gateway)), methods=["POST"])
+        Route(path, Endpoint(gateway, partial(handler, gateway), bodies), methods=["POST"])
         for path, handler in handlers.items()
     ]
 

@@ -197,6 +197,27 @@ def test_a_large_body_is_413_and_read_no_further(tokenizer):
     run(main)
 
 
+def test_all_bodies_together_are_bounded_and_give_their_bytes_back(tokenizer):
+    async def main() -> None:
+        settings = GatewaySettings(http=HttpLimits(max_bodies_bytes=1000))
+        async with gateway_of(slow_swarm(tokenizer), settings) as (_, app):
+            async with (
+                exchange(app, "POST", CHAT, parts=[b"x" * 600], hangs=True),
+                exchange(app, "POST", CHAT, parts=[b"x" * 600], hangs=True) as second,
+            ):
+                await second.wait_for("overloaded")
+                assert second.status == 503
+                await second.end()
+                assert (await ask(app, "POST", CHAT, b"x" * 300)).status == 400  # there is room for that
+            async with exchange(app, "POST", CHAT, {**HELLO, "user": "u" * 700}) as held:
+                await asyncio.sleep(0.5)  # it is being answered
+                assert (await ask(app, "POST", CHAT, b"x" * 600)).status == 503
+                await held.end()
+            assert (await ask(app, "POST", CHAT, b"x" * 600)).status == 400
+
+    run(main)
+
+
 def test_a_body_that_drips_is_408_after_its_time(tokenizer):
     async def main() -> None:
         async with gateway_of(FakeSwarm(tokenizer)) as (_, app):

@@ -37,7 +37,7 @@ def test_the_numbers_of_the_page_are_those_of_the_code():
         f"headers not whole within {http.header_seconds:g} s, a body not within {http.body_seconds:g} s",
         f"a body above `--max-body` ({http.max_body_bytes >> 20} MiB)",
         f"headers above {http.max_header_bytes >> 10} KiB",
-        f"or {http.max_connections:,} connections are open",
+        f"or {http.max_connections:,} connections are open, or bodies of {http.max_bodies_bytes >> 20} MiB",
         f"waits for its first token, {http.first_token_seconds:g} s at most",
         f"After {http.keep_alive_seconds:g} s of silence",
         f"those under way have {http.drain_seconds:g} s",

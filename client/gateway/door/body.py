@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,15 +19,54 @@ LEFT_SECONDS = 2.0  # for a client to stop sending a body that is refused, and t
 LEFT_BYTES = 64 << 20
 
 
-async def read_json(request: Request, limits: HttpLimits) -> dict[str, Any]:  # Any: JSON
-    """The object that the body holds.  Raises RequestError (400, 408, 413, 415), ClientDisconnect."""
+class Bodies:
+    """The bytes of all bodies that are held, within a bound."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """One request's part: call it with each number of bytes; they are given back after the block.
+
+        It raises RequestError (503) where all requests together would hold more than is allowed.
+        """
+        mine = 0
+
+        def add(size: int) -> None:
+            nonlocal mine
+            if self.held + size > self._most:
+                raise RequestError(
+                    503,
+                    f"all requests together hold {self.held} bytes, {self._most} are allowed",
+                    type="server_error",
+                    code="overloaded",
+                    headers={"retry-after": "5", "connection": "close"},
+                )
+            self.held += size
+            mine += size
+
+        try:
+            yield add
+        finally:
+            self.held -= mine
+
+
+async def read_json(
+    request: Request, limits: HttpLimits, hold: Callable[[int], None]
+) -> dict[str, Any]:  # Any: JSON
+    """The object that the body holds.  hold: called with the bytes that come, before they are kept.
+
+    Raises RequestError (400, 408, 413, 415, 503), ClientDisconnect.
+    """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise RequestError(415, f"content-encoding {encoding[:40]!r}: send the body as it is")
-    return json_object(await _body(request, limits))
+    return json_object(await _body(request, limits, hold))
 
 
-async def _body(request: Request, limits: HttpLimits) -> bytes:
+async def _body(request: Request, limits: HttpLimits, hold: Callable[[int], None]) -> bytes:
     most = limits.max_body_bytes
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > most:
@@ -37,9 +78,11 @@ async def _body(request: Request, limits: HttpLimits) -> bytes:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                body += message.get("body", b"")
-                if len(body) > most:
+                part = message.get("body", b"")
+                if len(body) + len(part) > most:
                     raise too_large(most)
+                hold(len(part))
+                body += part
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:

@@ -10,6 +10,9 @@ class HttpLimits:
     """Limits of one connection and one request.  docs/gateway.md says the answer to each breach."""
 
     max_body_bytes: int = 4 << 20  # a prompt of a million tokens, as text; more than any context here
+    max_bodies_bytes: int = (
+        256 << 20
+    )  # of all requests that are read, wait or are answered: 64 of the largest
     max_header_bytes: int = 32 << 10  # of all headers and the URL: twice the usual limit of proxies
     header_seconds: float = 10.0  # from a connection, or from its last answer's end, to a whole header
     body_seconds: float = 30.0  # for a whole body

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from client.gateway.door.body import LateAnswer, read_json
+from client.gateway.door.body import Bodies, LateAnswer, read_json
 from client.gateway.door.keys import Caller
 from client.gateway.gateway import Gateway
 from client.gateway.openai.errors import RequestError, error_of, shutting_down
@@ -43,23 +43,29 @@ def id_of(request: Request) -> str:
 class Endpoint:
     """An ASGI application for one path."""
 
-    def __init__(self, gateway: Gateway, handler: Handler) -> None:
+    def __init__(self, gateway: Gateway, handler: Handler, bodies: Bodies) -> None:
+        """bodies: of all endpoints together."""
         self._gateway = gateway
         self._handler = handler
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["state"]["request_id"] in self._gateway.active:  # a client has used an id twice
             scope["state"]["request_id"] = uuid4().hex
+        with self._bodies.share() as hold:
+            await self._serve(scope, receive, send, hold)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, hold: Callable[[int], None]) -> None:
         request = Request(scope, receive, send)
         try:
             if self._gateway.is_draining:
                 raise shutting_down()
-            body = await read_json(request, self._gateway.settings.http)
+            body = await read_json(request, self._gateway.settings.http, hold)
         except ClientDisconnect:
             return
         except RequestError as error:
-            late = error.status in (408, 413)
+            late = error.status in (408, 413) or error.code == "overloaded"
             answer = LateAnswer(error, receive) if late else error.response()
             await answer(scope, receive, send)
             return
