@@ -199,15 +199,15 @@ def test_nothing_is_wider_than_the_screen(new_page, gateway, width):
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
 
 
-def test_a_click_shows_the_hops_of_a_token_on_a_phone(new_page, gateway):
+def test_a_tap_shows_the_hops_of_a_token(new_page, gateway):
     gateway.swarm = swarm([*DEMO, SPARE])
     gateway.answers.append(Answer(STORY))
-    page = open_page(new_page, gateway, viewport=PHONE)
+    page = open_page(new_page, gateway, viewport=PHONE, has_touch=True)
     page.get_by_label("Message", exact=True).fill("Tell")
-    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Send").tap()
     answer = said(page, "there was")
     page.locator("article.answer[aria-busy='false']").wait_for()  # its last line has its place
-    answer.locator(".token").nth(4).click()
+    answer.locator(".token").nth(4).tap()
     answer.get_by_text("token 5 “there”: demo-1 17 ms → spare 24 ms").wait_for()
 
 
