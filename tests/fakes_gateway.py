@@ -103,6 +103,9 @@ class FakeSwarm:
     def view(self) -> SwarmView:
         return self.seen
 
+    async def rtts(self) -> dict[PeerId, float]:
+        return {each.peer: 0.002 for each in self.seen.records()}
+
     def change(self, view: SwarmView) -> None:
         self.seen = view
         if self.news is not None:
