@@ -38,6 +38,12 @@ class MessageError(PeerFault):
     """The frame is whole but its content is not a message that the contract allows."""
 
 
+class ForgedContent(MessageError):
+    """Bytes that are not those whose hash the same peer has stated: no network changes a bit of them."""
+
+    is_grave = True
+
+
 class RemoteProtocolError(PeerFault):
     """A well-formed message that is not allowed at this moment."""
 

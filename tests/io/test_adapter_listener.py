@@ -271,7 +271,8 @@ async def test_a_blob_with_another_hash_is_not_kept(autojump_clock: object) -> N
         assert isinstance(found, Failed)
         assert found.message == "the blob of block 1 has another hash than was offered"
         assert one.kept == 0
-        assert one.faults() == {("guest", "MessageError"): 1}
+        assert one.faults() == {("guest", "ForgedContent"): 1}
+        assert one.listener.faults.banned_seconds("guest") > 30, "no network changes a hash"
 
 
 ORDERS = {

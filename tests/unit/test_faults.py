@@ -9,6 +9,7 @@ from node.network.transport.yamux_limits import YamuxError
 from node.runtime.faults import MAX_COUNTED, MAX_GOOD, Faults
 from tensor_codec.errors import (
     BadResult,
+    ForgedContent,
     FrameError,
     MessageError,
     NotAMember,
@@ -101,9 +102,10 @@ def test_a_fault_that_another_peer_can_have_caused_is_counted_and_bans_nobody():
     assert account.banned == []
 
 
-def test_one_broken_rule_of_the_muxer_bans_for_a_minute():
+@pytest.mark.parametrize("fault", [YamuxError("window"), ForgedContent("hash")])
+def test_one_broken_rule_of_the_muxer_or_one_forged_blob_bans_for_a_minute(fault):
     account = Account()
-    account.charge("a", YamuxError("window"))
+    account.charge("a", fault)
     assert account.faults.banned_seconds("a") == 60
 
 

@@ -28,6 +28,7 @@ from node.serving.span_admission import LEAVING, SpanAdmission
 from tensor_codec.adapters import blob_bytes
 from tensor_codec.errors import (
     Draining,
+    ForgedContent,
     MessageError,
     PeerFault,
     PeerGone,
@@ -197,7 +198,7 @@ class AdapterListener:
             if pause := self.desk.uploads.pause(len(part.data), trio.current_time(), beside_steps=beside):
                 await trio.sleep(pause)
         if digest.digest() != offer.digests[block]:
-            raise MessageError(f"the blob of block {block} has another hash than was offered")
+            raise ForgedContent(f"the blob of block {block} has another hash than was offered")
         return blob
 
     async def _read(self, offer: Offer, block: int, blob: bytearray) -> Block:
