@@ -79,7 +79,7 @@ class Limits:
     faults_before_ban: int = 3  # within the window
     fault_window_seconds: float = 60.0
     ban_seconds: float = 15.0  # the first; each further one twice as long
-    muxer_ban_seconds: float = 60.0  # for one broken rule of the muxer, which no honest peer breaks
+    grave_fault_ban_seconds: float = 60.0  # for one fault that no honest peer commits: `PeerFault.is_grave`
     longest_ban_seconds: float = 3600.0
     bans_before_suspect: int = 3  # of ids of one address, within the window
     suspect_seconds: float = 60.0  # the first time; each further time twice as long

@@ -69,7 +69,7 @@ class Faults:
         if not bans or fault.may_be_the_network:
             return
         now = self._clock()
-        at_least = self._limits.muxer_ban_seconds if fault.is_grave else None
+        at_least = self._limits.grave_fault_ban_seconds if fault.is_grave else None
         seconds = self._peers.fault(peer, now, at_least=at_least)
         if seconds:
             logger.info("%s is banned for %g s: %s: %s", peer, seconds, kind, fault)

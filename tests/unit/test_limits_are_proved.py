@@ -80,7 +80,7 @@ PROOFS = {
     "fault_window_seconds": "unit/test_bans.py::test_faults_that_are_far_apart_ban_nobody",
     "ban_seconds": "unit/test_faults.py::"
     "test_three_faults_of_its_own_accord_ban_a_peer_for_a_quarter_of_a_minute",
-    "muxer_ban_seconds": "unit/test_faults.py::"
+    "grave_fault_ban_seconds": "unit/test_faults.py::"
     "test_one_broken_rule_of_the_muxer_or_one_forged_blob_bans_for_a_minute",
     "longest_ban_seconds": "unit/test_bans.py::test_a_relapse_is_banned_for_twice_as_long_up_to_an_hour",
     "bans_before_suspect": "unit/test_faults.py::"

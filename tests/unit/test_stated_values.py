@@ -74,7 +74,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (PROTOCOL, "resets, credit\\) \\| N KiB", (YAMUX.max_control_bytes / KIB,)),
     (PROTOCOL, "and the peer does not \\| N s", (YAMUX.linger_seconds,)),
-    (PROTOCOL, "ban N s", (LIMITS.muxer_ban_seconds,)),
+    (PROTOCOL, "ban N s", (LIMITS.grave_fault_ban_seconds,)),
     (
         PROTOCOL,
         "their connection for N minutes without a pause",
@@ -112,7 +112,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         "have N connections there, and bring one in N s",
         (LIMITS.suspect_connections_per_prefix, rates.SUSPECT_COST / LIMITS.scarce_connections_per_second),
     ),
-    (PROTOCOL, "the peer is not let in for N s", (LIMITS.muxer_ban_seconds,)),
+    (PROTOCOL, "the peer is not let in for N s", (LIMITS.grave_fault_ban_seconds,)),
     (
         PROTOCOL,
         "\\| N bytes there and the same N bytes back, up to N times",
