@@ -51,8 +51,8 @@ class Limits:
     idle_connection_seconds: float = 60.0  # without a stream
     sockets_per_prefix_per_second: float = 20.0  # accepted; a silent one costs 0.3 ms, one that waits 1 ms
     sockets_per_prefix_burst: int = 128  # those that wait for a handshake, too
-    handshakes_per_prefix_per_second: float = 10.0  # a handshake costs 5 ms: 5 % of a core
-    handshakes_per_prefix_burst: int = 32  # a swarm that starts on one machine or behind one address
+    handshakes_per_prefix_per_second: float = 4.0  # a handshake and what follows cost 12 ms: 5 % of a core
+    handshakes_per_prefix_burst: int = 16  # a swarm that starts behind one address; 32 of it on one machine
     scarce_connections_per_second: float = 1.0  # of one public address, where places are scarce
     scarce_connections_burst: int = 16
     max_unauthenticated_connections: int = 32

@@ -13,6 +13,7 @@ from tensor_codec.limits import Limits
 MAX_NAMES = 4096  # of one rate
 NETWORK_ADDRESSES = 4  # a network has the rates of four addresses
 SUSPECT_COST = 8  # an arrival at a suspect prefix counts for so many
+LOCAL_COST = 0.5  # a handshake from loopback or a private network: a swarm may start on one machine
 _ROUNDING = 1e-6  # seconds
 
 
@@ -91,9 +92,10 @@ class Arrivals:
 
     def handshake(self, prefix: str, now: float) -> bool:
         """Count a handshake that begins; False: it has to wait."""
-        if not self._handshakes.may(prefix, now):
+        cost = LOCAL_COST if is_local(prefix) else 1.0
+        if not self._handshakes.may(prefix, now, cost):
             return False
-        self._handshakes.take(prefix, now)
+        self._handshakes.take(prefix, now, cost)
         return True
 
     def stream(self, peer: str, prefix: str, now: float) -> bool:
