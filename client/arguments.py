@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from node.config import DEFAULT_MODEL
-from node.runtime.arguments import add_addresses, add_max_disk, positive, threads
+from node.config import DEFAULT_MODEL, DTYPE_CHOICES
+from node.runtime.arguments import add_addresses, add_max_disk, device, positive, threads
 from routing.chains.alternatives import Constraints
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.span_spec import DTYPES, QUANTIZE
@@ -24,6 +24,19 @@ def add_swarm(parser: argparse.ArgumentParser) -> None:
     half = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument(
         "--threads", type=threads, default=half, metavar="N", help=f"threads of torch (default: {half})"
+    )
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cpu",
+        metavar="DEVICE",
+        help="where embedding and head compute: cpu, cuda, cuda:1 for a second GPU, mps, auto (default: cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="auto",
+        help="what they compute in (auto: float32 on the CPU, else bfloat16 where the hardware has it)",
     )
 
 

@@ -8,13 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from node.config import ConfigError, config_errors
+from node.config import DTYPE_CHOICES, ConfigError, config_errors
+from node.devices import device_named
 from node.runtime import values
 from routing.chains.alternatives import Constraints
 from tensor_codec.limits import Limits, limits_with
 from tensor_codec.messages.contract import CODEC_BYTES
 
 SWARM_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class EndsConfig:
+    """Where embedding, norm and head compute.
+
+    device: "auto" is the fastest that is there.
+    dtype: "auto" is the smaller one in which a GPU computes, and float32 on the CPU.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,7 @@ class ClientConfig:
     `backward` at one hop may take three times as long.  give_up_seconds: for one token, or one hop's
     part of a request, with new chains and replays.
     codec: of hidden states on the wire: "auto" (nothing is lost), "fp32" or "bf16".
+    ends: where embedding, norm and head compute, which are the client's part.
     constraints: the servers that may be used, and their number in one chain.
     max_disk_bytes: of all models in the cache; those unused for longest make room.
     limits: max_session_tokens bounds the sessions of this client; None: the servers' own bound holds.
@@ -45,6 +59,7 @@ class ClientConfig:
     step_seconds: float = 30.0
     give_up_seconds: float = 120.0
     codec: str = "auto"
+    ends: EndsConfig = field(default_factory=EndsConfig)
     constraints: Constraints = field(default_factory=Constraints)
     limits: Limits = field(default_factory=Limits)
     monitor: bool = False
@@ -63,6 +78,8 @@ def client_config(
     step_seconds: float = 30.0,
     give_up_seconds: float = 120.0,
     codec: str = "auto",
+    device: str = "cpu",
+    dtype: str = "auto",
     constraints: Constraints | None = None,
     max_session_tokens: int | None = None,
     max_step_tokens: int | None = None,
@@ -89,6 +106,7 @@ def client_config(
             step_seconds=values.seconds("step_seconds", step_seconds, above=True),
             give_up_seconds=values.seconds("give_up_seconds", give_up_seconds, above=True),
             codec=codec,
+            ends=EndsConfig(device_named(device), _dtype(dtype)),
             constraints=Constraints() if constraints is None else constraints,
             limits=limits_with(
                 max_session_tokens=_tokens("max_session_tokens", max_session_tokens),
@@ -113,6 +131,13 @@ def _key(name: str, value: Any) -> Path | bytes:  # Any: to be checked
 def _tokens(name: str, value: Any) -> int | None:  # Any: to be checked
     """None or a whole number.  Raises ValueError."""
     return None if value is None else values.whole(name, value)
+
+
+def _dtype(value: Any) -> str:  # Any: to be checked
+    """A dtype's name.  Raises ValueError."""
+    if not isinstance(value, str) or value not in DTYPE_CHOICES:
+        raise ValueError(f"dtype is {values.shown(value)}, one of {', '.join(DTYPE_CHOICES)} is allowed")
+    return value
 
 
 def _flag(name: str, value: Any) -> bool:  # Any: to be checked

@@ -60,6 +60,9 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     swarm_key: a key file, or the key's 32 bytes, where the swarm is private.
     max_disk_bytes: of all models in the cache; those unused for longest make room, never one in use.
     threads: of torch in this process; None leaves them as they are.
+    device, dtype: of embedding, norm and head, which are the client's part: "cpu" ("cuda", "cuda:1", "mps",
+    "auto") and "auto" ("float32", "bfloat16", "float16"), which is float32 on the CPU.  A large head reads
+    gigabytes for each token: a GPU does so in the time of a block.
     wait_seconds, step_seconds, give_up_seconds: see `ClientConfig`.
     constraints: servers that may be used or may not, and the number of hops of a chain; they hold for
     sessions, `generate`, `forward` and `backward`, and for replacements of servers that failed.

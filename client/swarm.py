@@ -17,6 +17,8 @@ import trio
 from client.config import ClientConfig, check
 from client.generation.options import GenerateArguments, GenerateOptions, options_of
 from client.lengths import SessionLengths, check_room
+from node.config import config_errors
+from node.devices import best_dtype, find_device, use_device
 from node.runtime import values
 from routing.blocks import Blocks
 from routing.chains.hops import Chain
@@ -633,10 +635,14 @@ def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
 
 
 def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, GenerationDefaults]:
-    """Runs in the torch thread: find the model's folder and load its embeddings, norm and head."""
+    """Runs in the torch thread: find the model's folder and load its embeddings, norm and head.
+
+    Raises ConfigError.
+    """
     import torch
 
     from client.generation.generation_config import FILE, read_defaults
+    from node.model.blocks.span import DTYPES
     from node.model.checkpoint.info import read_info
     from node.model.checkpoint.progress import progress_bar
     from node.model.checkpoint.source import cache_dir, resolve
@@ -644,6 +650,12 @@ def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, Generati
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    with config_errors():
+        device = find_device(config.ends.device)
+    use_device(device)
+    dtype = config.ends.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else best_dtype(device)
     with progress_bar(sys.stderr) as progress:
         folder = resolve(
             config.model,
@@ -651,7 +663,7 @@ def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, Generati
             progress=progress,
             max_disk_bytes=config.max_disk_bytes,
         )
-        local_model = load_embed_and_head(folder, progress=progress)
+        local_model = load_embed_and_head(folder, dtype=DTYPES[dtype], device=device, progress=progress)
         local_model.compile_head()
     _ = local_model.tokenizer  # opened here, so that the event loop never waits for it
     info = read_info(folder)

@@ -268,6 +268,8 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         swarm_key=flags.swarm_key,
         max_disk_bytes=flags.max_disk,
         threads=flags.threads,
+        device=flags.device,
+        dtype=flags.dtype,
         wait_seconds=flags.wait,
         give_up_seconds=max(flags.wait, 1.0),
         codec=flags.codec,

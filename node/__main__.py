@@ -17,7 +17,6 @@ from pathlib import Path
 from node.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
-    DEVICES,
     DTYPE_CHOICES,
     BalanceConfig,
     ConfigError,
@@ -29,6 +28,7 @@ from node.runtime.arguments import (
     add_addresses,
     add_max_disk,
     at_least_none,
+    device,
     one_address_each,
     positive,
     threads,
@@ -106,7 +106,13 @@ def _serve_parser() -> Parser:
         "--num-blocks", type=positive, metavar="N", help="serve the N blocks that the swarm needs most"
     )
     _add_network_options(parser)
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:1 for a second GPU, mps (default: the fastest that is there)",
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPE_CHOICES,

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from node.devices import device_named
 from node.monitor.metrics.address import MetricsAddress
 from node.runtime import values
 from routing.placement.goals import MIN_REPLICAS, QUALITY
@@ -22,7 +23,6 @@ from tensor_codec.span_spec import DTYPES, QUANTIZE
 VERSION = version("raceme")
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPE_CHOICES = ("auto", *DTYPES)
 
 
@@ -140,8 +140,8 @@ class NodeConfig:
             ):
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, values.whole(name, value, least, most))
+            device_named(self.device)
             for name, known in (
-                ("device", DEVICES),
                 ("dtype", DTYPE_CHOICES),
                 ("quantize", (None, *QUANTIZE)),
             ):

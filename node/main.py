@@ -26,7 +26,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig
+from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig, config_errors
+from node.devices import (
+    best_dtype,
+    find_device,
+    is_out_of_memory,
+    kind_of,
+    set_up_allocator,
+    use_device,
+)
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
@@ -97,7 +105,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
         node.host.handle(ADAPTER_PROTOCOL, server.dispatch.serve_adapter)
         node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
-        await server.begin(blocks)
+        await _begin(server, blocks)
         nursery.start_soon(server.keep_record_true)
         if (table := node.directory.table) is not None and setup.shared:
             keys = keys_of(setup.shared, node.host.swarm_id)
@@ -117,6 +125,20 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
             await stopping.requested.wait()
         log.info("leaving, %d sessions are open", server.session_count)
         await server.leave()
+
+
+async def _begin(server: Server, blocks: Blocks) -> None:
+    """Load the blocks and serve them.  Raises ConfigError."""
+    try:
+        await server.begin(blocks)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        setup = server.setup
+        raise ConfigError(
+            f"memory of {setup.device} ended while blocks {blocks} were loaded, with {setup.cache_tokens:,}"
+            " cache tokens: other programs take it; choose fewer (--num-blocks, --cache-tokens)"
+        ) from None
 
 
 async def run_bootstrap(config: NetworkConfig) -> None:
@@ -176,16 +198,17 @@ async def find_setup(
     device, dtype, threads = await compute.run(_device_and_dtype, config)
     quantize = info.quantize if info.quantize != "none" else config.quantize
     if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
-        quantize = "int8" if device == "cuda" else "none"
+        quantize = "int8" if kind_of(device) == "cuda" else "none"
     free = await compute.run(memory.free_bytes, device)
     process = memory.process_bytes()
     precision = Precision(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
+    _warn_of_overflow(info, precision)
     known = await compute.run(known_seconds_per_block, info, device, precision, threads)
-    blocks = await _choose_blocks(config, node, info, precision, free, known)
+    blocks = await _choose_blocks(config, node, info, precision, free, known, device)
     cache_tokens = config.cache_tokens or memory.cache_tokens_that_fit(
         info, blocks.size, precision, free, device
     )
-    memory.check_fits(info, blocks.size, precision, cache_tokens, free, limits.max_step_tokens)
+    memory.check_fits(info, blocks.size, precision, cache_tokens, free, limits.max_step_tokens, device)
     journal_tokens = config.journal_tokens
     if journal_tokens is None:
         journal_tokens = memory.journal_tokens_that_fit(info, cache_tokens, device, memory.free_bytes())
@@ -200,7 +223,8 @@ async def find_setup(
         "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
         blocks, info.name, info.revision, dtype, quantize, device, threads,
     )  # fmt: skip
-    bound = replace(span_alone, training=training)
+    reserve = memory.reserved_bytes(info, precision, device, free)
+    bound = replace(span_alone, training=training, reserve=reserve)
     log.info("%s", memory.in_one_line(bound, info, blocks.size, cache_tokens, free))
     setup = ServingSetup(
         folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
@@ -312,8 +336,24 @@ def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, 
     return 0.0 if known is None else known.alone
 
 
+def _warn_of_overflow(info: ModelInfo, precision: Precision) -> None:
+    from node.model.checkpoint.architecture import OVERFLOW_FLOAT16
+
+    if precision.computes == "float16" and info.architecture in OVERFLOW_FLOAT16:
+        log.warning(
+            "%s: hidden states of %s exceed float16, steps will fail; --dtype float32 computes them",
+            info.name, info.architecture,
+        )  # fmt: skip
+
+
 async def _choose_blocks(
-    config: NodeConfig, node: Node, info: ModelInfo, precision: Precision, free: int, seconds_per_block: float
+    config: NodeConfig,
+    node: Node,
+    info: ModelInfo,
+    precision: Precision,
+    free: int,
+    seconds_per_block: float,
+    device: str = "cpu",
 ) -> Blocks:
     """The blocks to serve: the config's, else the blocks that the swarm needs most.  Raises ConfigError.
 
@@ -324,11 +364,11 @@ async def _choose_blocks(
         if not whole.contains(config.blocks):
             raise ConfigError(f"blocks {config.blocks} of {info.name}, which has {whole}")
         return config.blocks
-    count = config.num_blocks or memory.blocks_that_fit(info, precision, config.cache_tokens, free)
+    count = config.num_blocks or memory.blocks_that_fit(info, precision, config.cache_tokens, free, device)
     if not 0 < count <= info.blocks:
         if config.num_blocks is None:
             cache_tokens = config.cache_tokens or memory.MIN_CACHE_TOKENS
-            memory.check_fits(info, 1, precision, cache_tokens, free)
+            memory.check_fits(info, 1, precision, cache_tokens, free, device=device)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(
@@ -343,6 +383,7 @@ async def _choose_blocks(
 
 def _prepare_torch(threads: int) -> None:
     """Runs in the torch thread: the seconds of importing, and the number of threads that it may use."""
+    set_up_allocator()
     import torch
 
     torch.set_num_threads(threads)
@@ -353,26 +394,11 @@ def _device_and_dtype(config: NodeConfig) -> tuple[str, str, int]:
     """Runs in the torch thread: device, dtype and threads on this machine.  Raises ConfigError."""
     import torch
 
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = config.device
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if have[name])
-    if not have[device]:
-        raise ConfigError(f"device {device} is not there; {', '.join(n for n in have if have[n])} would be")
-    dtype = _best_dtype(device) if config.dtype == "auto" else config.dtype
+    with config_errors():
+        device = find_device(config.device)
+    use_device(device)
+    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
     return device, dtype, torch.get_num_threads()
-
-
-def _best_dtype(device: str) -> str:
-    """The smaller dtype, where the hardware computes in it."""
-    import torch
-
-    if device == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    if device == "mps":
-        return "float16"
-    # without support in the CPU it is slower than float32
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def _activations(dtype: str, quantize: str, device: str) -> str:
@@ -383,7 +409,7 @@ def _activations(dtype: str, quantize: str, device: str) -> str:
     from node.model.blocks.span import DTYPES
     from node.model.weights.quantize import has_bfloat16, packing_for
 
-    computes = packing_for(quantize, DTYPES[dtype], device, bfloat16=has_bfloat16()).dtype
+    computes = packing_for(quantize, DTYPES[dtype], kind_of(device), bfloat16=has_bfloat16()).dtype
     return next(name for name, known in DTYPES.items() if known == computes)
 
 

@@ -1,15 +1,21 @@
 """The executor alone, without a network: one session and many, in one batch and one by one.
 
     python -m benchmarks executor --sessions 1 4 8 16 --quantize none int8 --dtype float32
+    python -m benchmarks executor --device cuda --shapes llama-3-8b bloom-176b --quantize none int8 nf4
 
 Each row is measured in turn with the whole model in the library (`generate`, greedy, one stream,
 float32), so that a noisy machine is noisy for both.  Nothing here imports libp2p.
+
+`share_of_floor` is the time in which the machine reads the weights once (`floor_ms`, by the rate at which
+this run read memory), divided by the time of a step.  With `--contexts` the sessions have caches of these
+lengths, filled with zeros: what is in them takes no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import logging
 import pstats
 import statistics
 import sys
@@ -20,28 +26,42 @@ from typing import Any
 
 import psutil
 
+from benchmarks.compute.shapes import SHAPES, read_bytes_per_second, shape_folder
+from benchmarks.compute.shapes import timed as timed_on
 from benchmarks.lib.results import Run
-from node.config import ConfigError
+from node.config import ConfigError, config_errors
+from node.devices import find_device, free_device_bytes, has_own_memory, index_of, kind_of, use_device
+from node.runtime.arguments import device as device_argument
+from tensor_codec.span_spec import QUANTIZE
 
 PROMPT_TOKENS = 32
+ROOM = 16  # positions of a session beyond its context and its steps
+CACHE_SHARE = 0.5  # of the free memory, for the caches of a row; larger ones are left out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     flags, run = parse(arguments), Run()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
     import torch
 
     from node.model.checkpoint.source import cache_dir, resolve
 
     torch.set_num_threads(flags.threads)
+    rows = []
     try:
-        folder = resolve(flags.model, cache_dir=cache_dir())
-        rows = [
-            row
-            for dtype in flags.dtype
-            for quantize in flags.quantize
-            for row in measure(flags, folder, dtype, quantize)
-        ]
+        with config_errors():
+            use_device(find_device(flags.device))
+        rate = read_bytes_per_second(flags.device, 1 << 24 if flags.small else None)
+        print(f"{flags.device} reads {rate / 1e9:.1f} GB/s", flush=True)
+        for shape in flags.shapes or [None]:
+            if shape is None:
+                folder = resolve(flags.model, cache_dir=cache_dir())
+            else:
+                folder = shape_folder(shape, flags.shape_blocks, flags.device)
+            for dtype in flags.dtype:
+                for quantize in flags.quantize:
+                    rows += measure(flags, folder, dtype, quantize, rate)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,21 +75,62 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks executor", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=tuple(SHAPES),
+        help="random weights in these shapes, without a reference",
+    )
+    parser.add_argument(
+        "--shape-blocks", type=int, metavar="N", help="of such a model (default: 8 of llama, 1)"
+    )
     parser.add_argument("--blocks", metavar="A:B", help="default: all")
-    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--quantize", nargs="+", default=["none"], choices=("none", "int8", "nf4"))
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--sessions", type=int, nargs="+", help="default: 1 4 8 16; on a GPU and with --contexts 1 4 16 64"
+    )
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", metavar="N",
+        help=f"positions of each session (default: prompts of {PROMPT_TOKENS}; on a GPU 100 1000 8000)",
+    )  # fmt: skip
+    parser.add_argument("--quantize", nargs="+", choices=QUANTIZE, help="default: none; on a GPU none int8")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", type=device_argument)
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="decode steps of a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of both in turn (%(default)s)")
     parser.add_argument("--no-reference", action="store_true", help="without the library's whole model")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny shapes, contexts and rounds: whether it runs, on any machine",
+    )
     parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args(arguments)
+    return with_defaults(parser.parse_args(arguments))
 
 
-def measure(flags: argparse.Namespace, folder: Any, dtype: str, quantize: str) -> list[dict[str, Any]]:
-    """The rows for one way to keep the weights.  folder: the model's."""
+def with_defaults(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with defaults for this device where they are not given."""
+    gpu = has_own_memory(flags.device)
+    if flags.small:
+        flags.shapes = flags.shapes or ["small-llama", "small-bloom"]
+        flags.shapes = [
+            name if name.startswith("small") else f"small-{name.split('-')[0]}" for name in flags.shapes
+        ]
+        flags.contexts, flags.sessions = flags.contexts or [16, 64], flags.sessions or [1, 4]
+        flags.tokens, flags.rounds = min(flags.tokens, 4), 1
+    if flags.contexts is None and gpu:
+        flags.contexts = [100, 1000, 8000]
+    flags.sessions = flags.sessions or ([1, 4, 16, 64] if flags.contexts else [1, 4, 8, 16])
+    flags.quantize = flags.quantize or (["none", "int8"] if gpu else ["none"])
+    flags.dtype = flags.dtype or (["bfloat16"] if gpu else ["float32"])
+    flags.no_reference = flags.no_reference or flags.shapes is not None
+    return flags
+
+
+def measure(
+    flags: argparse.Namespace, folder: Any, dtype: str, quantize: str, rate: float
+) -> list[dict[str, Any]]:
+    """The rows for one way to keep the weights.  folder: the model's.  rate: bytes read in a second."""
     from node.model.blocks.span import DTYPES, load_span
     from node.model.checkpoint.info import read_info
 
@@ -78,53 +139,120 @@ def measure(flags: argparse.Namespace, folder: Any, dtype: str, quantize: str) -
     before = psutil.Process().memory_info().rss
     span = load_span(folder, start, stop, dtype=DTYPES[dtype], device=flags.device, quantize=quantize)
     reference = None if flags.no_reference else library(folder, flags)
-    pool = span.new_arena(max(flags.sessions) * (PROMPT_TOKENS + flags.tokens + 16))
     rows = []
-    for sessions in flags.sessions:
-        run = Sessions(span, pool, sessions)
-        batched, single, alone = [], [], []
-        run.decode(2)
-        for _ in range(flags.rounds):
-            if reference is not None:
-                alone.append(reference())
-            run.restart()
-            batched.append(run.decode(flags.tokens))
-            run.restart()
-            single.append(run.one_by_one(max(2, flags.tokens // sessions)))
-        step = statistics.median(batched)
-        rate = statistics.median(alone) if alone else None
-        row = {
-            "sessions": sessions,
-            "quantize": quantize,
-            "dtype": dtype,
-            "device": flags.device,
-            "threads": flags.threads,
-            "blocks": [start, stop],
-            "fused": span.fused,
-            "tokens_per_s": sessions / step,
-            "one_by_one_tokens_per_s": 1 / statistics.median(single),
-            "reference_tokens_per_s": rate,
-            "share_of_reference": None if rate is None else sessions / step / rate,
-            "ms_per_step": step * 1e3,
-            "prefill_tokens_per_s": run.prefill(256),
-            "python_share": run.python_share(),
-            "weights_mib": span.nbytes / 2**20,
-            "cache_mib_in_use": run.cache_bytes() / 2**20,
-            "resident_growth_mib": (psutil.Process().memory_info().rss - before) / 2**20,
-        }
-        run.close()
-        report(row)
-        rows.append(row)
+    for context in flags.contexts or [None]:
+        for sessions in flags.sessions:
+            length = PROMPT_TOKENS if context is None else context
+            if not fits(span, sessions, length + flags.tokens + ROOM, flags.device):
+                print(f"{sessions} sessions of {length} positions do not fit", flush=True)
+                continue
+            run = Sessions(span, sessions, context, flags.tokens)
+            row = {
+                "model": str(folder.name),
+                "sessions": sessions,
+                "context": length,
+                "quantize": quantize,
+                "dtype": dtype,
+                "device": flags.device,
+                "threads": flags.threads,
+                "blocks": [start, stop],
+                "fused": span.fused,
+                **figures(flags, run, reference),
+                **floor(span, run, rate),
+                "resident_growth_mib": (psutil.Process().memory_info().rss - before) / 2**20,
+            }
+            row["share_of_floor"] = row["floor_ms"] / row["ms_per_step"]
+            run.close()
+            del run
+            report(row)
+            rows.append(row)
     return rows
 
 
-class Sessions:
-    """`count` sessions of different lengths in one page pool, which decode together or in turn."""
+def fits(span: Any, sessions: int, length: int, device: str) -> bool:  # Any: torch is not imported yet
+    """Whether the caches of so many sessions leave the device room to compute."""
+    free = free_device_bytes(device) if has_own_memory(device) else psutil.virtual_memory().available
+    position = sum(shape.values for shape in span.shapes if shape) * span.dtype.itemsize
+    return bool(sessions * length * position <= CACHE_SHARE * free)
 
-    def __init__(self, span: Any, pool: Any, count: int) -> None:  # Any: torch is not imported yet
+
+def figures(
+    flags: argparse.Namespace, run: Sessions, reference: Callable[[], float] | None
+) -> dict[str, Any]:
+    """What the rounds say: medians."""
+    batched, single, alone = [], [], []
+    plain = run.context is None  # sessions that were filled by their prompts
+    reset_peak(flags.device)
+    first = run.decode(1)
+    run.decode(2)
+    for _ in range(flags.rounds):
+        if reference is not None:
+            alone.append(reference())
+        run.restart()
+        batched.append(run.decode(flags.tokens))
+        if plain:
+            run.restart()
+            single.append(run.one_by_one(max(2, flags.tokens // run.count)))
+    step = statistics.median(batched)
+    rate = statistics.median(alone) if alone else None
+    return {
+        "tokens_per_s": run.count / step,
+        "one_by_one_tokens_per_s": 1 / statistics.median(single) if single else None,
+        "reference_tokens_per_s": rate,
+        "share_of_reference": None if rate is None else run.count / step / rate,
+        "ms_per_step": step * 1e3,
+        "first_step_ms": first * 1e3,
+        "prefill_tokens_per_s": run.prefill(256),
+        "prefill_1024_tokens_per_s": run.prefill(1024) if has_own_memory(flags.device) else None,
+        "python_share": run.python_share() if plain else None,
+        "cache_mib_in_use": run.cache_bytes() / 2**20,
+        "vram_peak_mib": peak_mib(flags.device),
+    }
+
+
+def floor(span: Any, run: Sessions, rate: float) -> dict[str, Any]:  # Any: torch is not imported yet
+    """The least time of a step: what reads the weights once, and what reads the caches too."""
+    weights = span.nbytes
+    return {
+        "weights_mib": weights / 2**20,
+        "read_gb_per_s": rate / 1e9,
+        "floor_ms": weights / rate * 1e3,
+        "floor_with_cache_ms": (weights + run.cache_bytes()) / rate * 1e3,
+    }
+
+
+def reset_peak(device: str) -> None:
+    """Count a GPU's memory anew."""
+    if kind_of(device) == "cuda":
         import torch
 
-        self.span, self.pool, self.count = span, pool, count
+        torch.cuda.reset_peak_memory_stats(index_of(device))
+
+
+def peak_mib(device: str) -> float | None:
+    """The most memory of a GPU that torch has held since then; None elsewhere."""
+    if kind_of(device) != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_reserved(index_of(device)) / 2**20
+
+
+class Sessions:
+    """`count` sessions of different lengths in one page pool, which decode together or in turn.
+
+    context: positions of their caches; None: prompts of PROMPT_TOKENS are computed.  steps: of a round.
+    """
+
+    def __init__(self, span: Any, count: int, context: int | None, steps: int) -> None:
+        # Any: torch is not imported yet
+        import torch
+
+        self.span, self.count, self.context = span, count, context
+        self.length = (PROMPT_TOKENS if context is None else context) + steps + ROOM
+        self.pool = span.new_arena(count * -(-self.length // ROOM) * ROOM, self.length)
+        if hasattr(span, "record"):
+            span.record(self.pool)
         self.hidden = torch.randn(count, span.hidden_size, generator=torch.Generator().manual_seed(0))
         self.caches: list[Any] = []
         self.restart()
@@ -135,9 +263,14 @@ class Sessions:
 
         self.close()
         for number in range(self.count):
-            cache = self.pool.open(1, PROMPT_TOKENS + 1024)
-            tokens = PROMPT_TOKENS - number % 16
-            self.span.forward(torch.randn(1, tokens, self.span.hidden_size), cache, 0)
+            cache = self.pool.open(1, self.length)
+            if self.context is None:
+                tokens = PROMPT_TOKENS - number % 16
+                self.span.forward(torch.randn(1, tokens, self.span.hidden_size), cache, 0)
+            else:
+                tokens = max(1, self.context - number % 16)
+                cache.reserve(tokens)
+                cache.length = tokens
             self.caches.append(cache)
 
     def decode(self, steps: int) -> float:
@@ -153,14 +286,15 @@ class Sessions:
         )
 
     def prefill(self, tokens: int) -> float:
-        """Tokens a second of a prompt of `tokens` tokens, in a session of its own."""
+        """Tokens a second of a prompt of `tokens` tokens, in a session of its own, until all is computed."""
         import torch
 
         hidden = torch.randn(1, tokens, self.span.hidden_size)
         seconds = []
         for _ in range(3):
             cache = self.span.new_cache(1, tokens)
-            seconds.append(timed(lambda cache=cache: self.span.forward(hidden, cache, 0)))  # type: ignore[misc]
+            work = lambda cache=cache: self.span.forward(hidden, cache, 0)  # noqa: E731
+            seconds.append(timed_on(work, self.span.device))
         return tokens / statistics.median(seconds)
 
     def python_share(self) -> float:
@@ -188,9 +322,8 @@ class Sessions:
     def _step(self, caches: Sequence[Any], hidden: Any) -> None:
         for cache in caches:
             cache.reserve(cache.length + 1)
-        answer = self.span.decode(hidden, caches, self.span.start, self.span.stop)
-        if answer.is_cuda:
-            answer.cpu()  # as for the wire; before this read torch may have computed nothing
+        # as for the wire; before this copy a device may have computed nothing
+        self.span.decode(hidden, caches, self.span.start, self.span.stop).cpu()
         for cache in caches:
             cache.length += 1
 
@@ -200,7 +333,8 @@ def library(folder: Any, flags: argparse.Namespace) -> Callable[[], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32, local_files_only=True)
+    dtype = torch.bfloat16 if has_own_memory(flags.device) else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, local_files_only=True)
     model = model.to(flags.device)
     ids = torch.arange(100, 100 + PROMPT_TOKENS, device=flags.device)[None]
 
@@ -221,7 +355,7 @@ def library(folder: Any, flags: argparse.Namespace) -> Callable[[], float]:
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, which returns when its answer is here."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
@@ -230,10 +364,14 @@ def timed(function: Callable[[], object]) -> float:
 def report(row: dict[str, Any]) -> None:
     """One line for people."""
     share = "" if row["share_of_reference"] is None else f" = {row['share_of_reference']:.1f} x the library's"
+    single, python = row["one_by_one_tokens_per_s"], row["python_share"]
+    more = "" if single is None else f"; one by one {single:.1f}"
+    more += "" if python is None else f"; {100 * python:.0f} % of a step is Python"
+    more += "" if row["vram_peak_mib"] is None else f"; peak {row['vram_peak_mib']:.0f} MiB"
     print(
-        f"{row['dtype']} {row['quantize']}, {row['sessions']} sessions: {row['tokens_per_s']:.1f} tokens/s"
-        f"{share}; one by one {row['one_by_one_tokens_per_s']:.1f}; {row['ms_per_step']:.1f} ms a step,"
-        f" {100 * row['python_share']:.0f} % of it Python; prefill"
-        f" {row['prefill_tokens_per_s']:.0f} tokens/s; weights {row['weights_mib']:.0f} MiB",
+        f"{row['model']} {row['dtype']} {row['quantize']}, {row['sessions']} sessions of {row['context']}:"
+        f" {row['tokens_per_s']:.1f} tokens/s{share}; {row['ms_per_step']:.2f} ms a step,"
+        f" {row['share_of_floor']:.2f} of the floor{more};"
+        f" prefill {row['prefill_tokens_per_s']:.0f} tokens/s; weights {row['weights_mib']:.0f} MiB",
         flush=True,
     )

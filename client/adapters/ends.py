@@ -110,7 +110,10 @@ def ends_with(ends: EmbedAndHead, adapter: Adapter) -> EmbedAndHead:
         return ends
     model = sharing(ends.model)
     frozen = Adapter(replace(adapter.tensors, sites=(), paths=(), blocks=())).requires_grad_(False)
+    if ends.device.type != "cpu":
+        frozen = copy.deepcopy(frozen)  # the adapter itself stays where it is
     apply_ends(model, frozen, ends.architecture.prefix)
+    model.to(ends.device)
     adapted = EmbedAndHead(model, ends.architecture, ends.folder)
     vars(adapted)["tokenizer"] = ends.tokenizer
     return adapted

@@ -127,6 +127,8 @@ async def joined(flags: argparse.Namespace, signals: Signals) -> AsyncIterator[S
         identity=flags.identity,
         max_disk_bytes=flags.max_disk,
         threads=flags.threads,
+        device=flags.device,
+        dtype=flags.dtype,
         wait_seconds=CHAIN_SECONDS,
         give_up_seconds=GIVE_UP_SECONDS,
         codec=flags.codec,

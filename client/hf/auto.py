@@ -18,7 +18,8 @@ from client.connect import connect_sync
 from client.hf.access import SwarmAccess
 from client.hf.model import base_model, task_model
 from client.hf.training import load_trained, read_about
-from node.model.blocks.span import library_class, library_config
+from node.devices import kind_of
+from node.model.blocks.span import DTYPES, library_class, library_config
 from node.runtime.values import shown
 from routing.chains.alternatives import Constraints
 
@@ -73,8 +74,8 @@ def from_swarm(
     pre_seq_len: int = 0,
     num_labels: int | None = None,
     active_adapter: str | Path | Adapter | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
     **config_overrides: Any,
 ) -> Any:  # Any: the library's own classes
     """A model over a swarm that the program has joined already.
@@ -84,8 +85,9 @@ def from_swarm(
     tuning_mode: "ptune" trains a soft prompt of `pre_seq_len`, "deep_ptune" one at each block too.
     active_adapter: an adapter, a folder of peft or a name of the hub (org/name), as for `load_adapter`;
     another text is the name of an adapter that servers keep.
-    dtype, device: of embedding, norm, head and prompts; the servers have their own.  dtype "auto": that of
-    the checkpoint.  config_overrides: entries of the model's config.
+    dtype, device: of embedding, norm, head and prompts; the servers have their own.  None: those with which
+    the swarm was joined.  dtype "auto": that of the checkpoint.
+    config_overrides: entries of the model's config.
     Raises ValueError for values that are not allowed.
     """
     kind = task or AutoDistributedModelForCausalLM
@@ -96,8 +98,8 @@ def from_swarm(
     causal = base_model(
         access,
         ends,
-        dtype=dtype_of(dtype, ends),
-        device=device,
+        dtype=dtype_of(ends.dtype if dtype is None else dtype, ends),
+        device=ends.device if device is None else device,
         pre_seq_len=tuning.pre_seq_len,
         deep=tuning.tuning_mode == "deep_ptune",
         overrides=overrides,
@@ -116,6 +118,14 @@ def from_swarm(
     else:
         access.use(str(active_adapter))
     return model
+
+
+def _ends_of(device: torch.device | str, dtype: torch.dtype | str) -> dict[str, Any]:
+    """The arguments of `client.connect` for ends like this on a GPU; none where it knows no such ends."""
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in DTYPES or kind_of(device) not in ("cuda", "mps"):
+        return {}
+    return {"device": str(device), "dtype": kind}
 
 
 def dtype_of(dtype: torch.dtype | str, ends: Any) -> torch.dtype:
@@ -181,6 +191,8 @@ class AutoDistributedModel:
         name: as in `client.connect`; or a folder of `save_pretrained`, whose prompts and heads are loaded
         over the swarm's model of the same revision.  peers: multiaddrs; initial_peers is Petals' name.
         allowed_servers, blocked_servers: peer ids, into `constraints`.  active_adapter: see `from_swarm`.
+        device, dtype: see `from_swarm`; on a GPU the swarm is joined with them, so that the weights are
+        loaded once.
         Every other argument of `client.connect` goes there; what is none overrides the model's config.
         Raises ConfigError as `connect_sync`, ValueError for values that are not allowed.
         """
@@ -198,6 +210,8 @@ class AutoDistributedModel:
             given = {"allowed": allowed_servers, "blocked": blocked_servers}
             fields = {key: frozenset(map(str, value)) for key, value in given.items() if value is not None}
             joining["constraints"] = replace(constraints, **cast(Any, fields))
+        dtype = dtype or torch_dtype or torch.float32
+        joining |= _ends_of(device, dtype)
         swarm = connect_sync(model=joining.pop("model", name), peers=[*peers, *initial_peers], **joining)
         try:
             model = from_swarm(
@@ -207,7 +221,7 @@ class AutoDistributedModel:
                 pre_seq_len=pre_seq_len,
                 num_labels=num_labels,
                 active_adapter=active_adapter,
-                dtype=dtype or torch_dtype or torch.float32,
+                dtype=dtype,
                 device=device,
                 **others,
             )

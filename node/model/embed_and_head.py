@@ -64,8 +64,8 @@ class EmbedAndHead:
 
     @property
     def stateless(self) -> bool:
-        """Whether several threads may use it at a time."""
-        return self._plain is not None
+        """Whether several threads may use it at a time; a GPU is asked from the torch thread alone."""
+        return self._plain is not None and self.device.type == "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +107,10 @@ class EmbedAndHead:
 
     @torch.inference_mode()
     def embed(self, ids: Tensor, position: int) -> Tensor:
-        """Token ids [batch, tokens], the first at `position` -> hidden states before the first block."""
+        """Token ids [batch, tokens], the first at `position` -> hidden states before the first block.
+
+        They are on `device`, in `dtype`.
+        """
         if self._plain is not None:
             return cast(Tensor, self._plain[0](ids.to(self.device)))
         tokens = ids.shape[1]
@@ -118,7 +121,7 @@ class EmbedAndHead:
     @torch.inference_mode()
     def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """Hidden states after the last block [batch, tokens, hidden_size] -> float32 logits
-        [batch, tokens, vocab_size], one for each position that is given.
+        [batch, tokens, vocab_size] on the CPU, one for each position that is given.
 
         best_only: only the place and the value of the largest logit matter; others may be -inf.
         """
@@ -130,7 +133,7 @@ class EmbedAndHead:
                     flat = self._exact_argmax(normed.flatten(0, -2), threads)
                     return flat.view(*hidden.shape[:-1], -1)
                 return self._product(normed, threads)
-            return cast(Tensor, head(norm(hidden.to(self.device, self.dtype)))).float()
+            return _logits(head(norm(hidden.to(self.device, self.dtype))))
         self.remote.answer = hidden.to(self.device, self.dtype)
         try:
             # The library must embed a token to go on; the remote block ignores it.
@@ -139,7 +142,7 @@ class EmbedAndHead:
         finally:
             self.remote.answer = None
             self.remote.take()
-        return cast(Tensor, logits).float()
+        return _logits(logits)
 
     @cached_property
     def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
@@ -161,6 +164,10 @@ class EmbedAndHead:
         if found is None:
             found = self.folder.config.get("eos_token_id")
         return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def _logits(found: Tensor) -> Tensor:
+    return found.to("cpu", torch.float32)
 
 
 def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not typed

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from node.devices import device_named
 from node.runtime.console import one_line, put
 from node.runtime.settings.file import Command, entries_for, read_document
 from node.runtime.settings.flags import CONFIG_VARIABLE, Flag, flags_of
@@ -266,6 +267,14 @@ def at_least_none(text: str) -> int:
 def threads(text: str) -> int:
     """A number of threads, for argparse."""
     return positive(text, MAX_THREADS)
+
+
+def device(text: str) -> str:
+    """A device's name, for argparse."""
+    try:
+        return device_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def seconds(text: str) -> float:

@@ -41,6 +41,7 @@ from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
 from node.serving.adapters.sums import SpanSums
 from node.serving.executor.engine import Answer, NotFinite, Parts
+from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.span_admission import SpanAdmission
 from node.serving.training.tapes import Tapes, no_tapes
@@ -74,6 +75,7 @@ from tensor_codec.messages.gradients import Collect
 
 MAX_REST_SECONDS = 30.0  # until the next request of a peer whose requests were refused is read
 RETRY_SECONDS = 2.0  # until a peer asks again: one of its streams has probably ended by then
+MEMORY_SECONDS = Limits().memory_retry_seconds  # until it asks again where there was no memory
 
 
 class PeekStream(FrameStream, Protocol):
@@ -223,6 +225,7 @@ class HeldActivations:
         """Positions times blocks whose activations may be held now.
 
         tokens: of a row.  more: bytes of a position in one block besides those that are measured.
+        Raises OutOfMemory.
         """
         held = self.part + min(self.most, self.free())
         return int(held / (await self.of_a_position(tokens) + more))
@@ -230,7 +233,8 @@ class HeldActivations:
     async def of_a_position(self, tokens: int) -> float:
         """Bytes of a position in one block.  tokens: of its row."""
         if self._activations is None:
-            kinds = [await self.compute.run(measure) for measure in self.measures()]
+            measures = [or_refused(measure, "a backward", MEMORY_SECONDS) for measure in self.measures()]
+            kinds = [await self.compute.run(measure) for measure in measures]
             self._activations = Activations.most(kinds)
         return self._activations.of_a_position(tokens)
 
@@ -386,6 +390,8 @@ class ForwardBackwardListener:
         except Refused as refusal:
             self.engine.meters.requests_refused[reason_of(refusal)] += 1
             self._refused.take(sharer(stream.peer, stream.prefix), trio.current_time(), len(frame))
+            if isinstance(refusal, OutOfMemory):
+                self.tapes.budget.drop_all()  # they hold a device's memory
             return encode_failed(Failed.of(refusal))
         except NotFinite as own:
             return encode_failed(Failed.of(own))

@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 
 from node.config import ConfigError
+from node.devices import free_device_bytes, has_own_memory
 from node.model.blocks.parts import PART_POSITIONS
+from node.model.checkpoint.architecture import architecture_of
 from node.model.checkpoint.info import UNBOUNDED_POSITIONS, ModelInfo, memory_needed
 from node.network.budgets.large_frames import SMALL_FRAME
 from node.network.directory.kademlia.contact import KEY_BITS, NEAREST
-from node.serving.executor.batcher import CHUNK_POSITIONS
+from node.serving.executor.batcher import CHUNK_POSITIONS, policy_for
 from node.serving.sessions.step_room import SMALL_STEP
 from tensor_codec.limits import KIB, MIB, Limits
 
@@ -24,7 +26,12 @@ MEMORY_SHARE = 0.8  # of the memory that is free now; other programs keep the re
 CACHE_SHARE = 0.25  # for KV caches, of the rest after weights and workspace; a GPU's memory is taken whole
 MIN_CACHE_TOKENS = 2048
 USUAL_CACHE_TOKENS = USUAL.least_share_tokens  # so one peer can fill a cache of the usual size
-MAX_CACHE_TOKENS = 65_536  # more only for a peer's share as long as the model's longest session
+MAX_CACHE_TOKENS = 65_536  # on a CPU more only for a peer's share as long as the model's longest session
+# Of a GPU's free memory nothing takes these: they are for kernels that are loaded at their first use, holes
+# between tensors, and another program's window.
+GPU_RESERVE_BYTES = 1024 * MIB
+GPU_RESERVE_SHARE = 0.05
+CUBLAS_BYTES = 2 * 32 * MIB  # its workspace on Hopper, for the stream of the steps and for that of recordings
 DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
 
 MAX_TRAINING_BYTES = (
@@ -105,7 +112,7 @@ class Memory:
     weights, cache, workspace, training and adapters are in a device's own memory.  training: activations
     that a long backward holds besides those in the workspace.  adapters: of guests.  sums: of the gradients
     of these, always in the machine's memory.  trained: what one request at a time holds besides for the
-    adapter that it trains.
+    adapter that it trains.  reserve: of a device's memory, see `reserved_bytes`.
     """
 
     weights: int
@@ -120,6 +127,7 @@ class Memory:
     adapters: int = 0
     sums: int = 0
     trained: int = 0
+    reserve: int = 0
 
     @property
     def needed(self) -> int:
@@ -143,25 +151,16 @@ class Memory:
 
 
 def free_bytes(device: str = "cpu") -> int:
-    """Free memory of a device, in bytes.  Imports torch for devices other than the CPU."""
-    if device == "cuda":
-        import torch
+    """Free memory of a device, in bytes, with what torch holds of a GPU and does not use.
 
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    Imports torch for a GPU.
+    """
+    return free_device_bytes(device) if has_own_memory(device) else int(psutil.virtual_memory().available)
 
 
 def free_for_training(device: str = "cpu") -> int:
-    """Memory that the activations of a backward may take now, in bytes: a share of the free memory.
-
-    Memory of a device that torch has reserved and does not use counts as free.
-    """
-    unused = 0
-    if device == "cuda":
-        import torch
-
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(TRAINING_SHARE * (free_bytes(device) + unused))
+    """Memory that the activations of a backward may take now, in bytes: a share of the free memory."""
+    return int(TRAINING_SHARE * free_bytes(device))
 
 
 def servers_on_this_machine() -> int:
@@ -191,8 +190,45 @@ def process_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def reserved_bytes(info: ModelInfo, precision: Precision, device: str, free: int) -> int:
+    """Bytes of a GPU's memory that neither weights nor caches nor activations may take; 0 elsewhere.
+
+    A reserve, the workspaces of cuBLAS, the outputs of a recorded batch of the most rows, those of a chunk
+    beyond the one of `workspace_bytes`, and one block's matrices as a product without a kernel unpacks them.
+    The context is in place before free memory is read.
+    """
+    if not has_own_memory(device):
+        return 0
+    policy, item = policy_for(device), _item_bytes(info, precision)
+    rows = policy.max_rows + policy.chunk_positions - CHUNK_POSITIONS
+    unpacked = max(info.matrix_values, default=0) if precision.quantize != "none" else 0
+    reserve = GPU_RESERVE_BYTES + int(GPU_RESERVE_SHARE * free)
+    return reserve + CUBLAS_BYTES + int(item * (rows * _outputs(info) + unpacked))
+
+
+def usable_bytes(info: ModelInfo, precision: Precision, device: str, free: int) -> float:
+    """The part of a device's free memory that a span may take with all that it computes."""
+    if has_own_memory(device):
+        return max(0, free - reserved_bytes(info, precision, device, free))
+    return MEMORY_SHARE * free
+
+
+def _item_bytes(info: ModelInfo, precision: Precision) -> float:
+    """Of a number in hidden states and caches."""
+    return info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+
+
+def _outputs(info: ModelInfo) -> int:
+    """Numbers that a block computes for each position, in all its matrices and between them."""
+    return max(info.matrix_rows, default=8 * info.hidden_size) + 4 * info.hidden_size
+
+
 def workspace_bytes(
-    info: ModelInfo, precision: Precision, cache_tokens: int, step_tokens: int = USUAL.max_step_tokens
+    info: ModelInfo,
+    precision: Precision,
+    cache_tokens: int,
+    step_tokens: int = USUAL.max_step_tokens,
+    device: str = "cpu",
 ) -> int:
     """Memory for a moment of computing, in bytes: an estimate from above, the largest of three.
 
@@ -200,15 +236,17 @@ def workspace_bytes(
     all matrices of a block, attention's scores, and a copy of one block's keys and values for a batch.
     Training: the activations that `backward` holds of the blocks that it computes again.
     step_tokens: of a request without a session; above the usual limit its scores are counted too.
+    On a GPU the attention of blocks that are our own keeps no scores of a chunk (flash attention,
+    arXiv:2205.14135).
     """
-    item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+    item = _item_bytes(info, precision)
     loading = 4 * max(info.block_values) if precision.quantize not in ("none", info.quantize) else 0
-    outputs = max(info.matrix_rows, default=8 * info.hidden_size) + 4 * info.hidden_size
     heads = -(-info.hidden_size // MIN_HEAD_DIM)
     longest = min(info.max_position, cache_tokens)
-    scores = CHUNK_POSITIONS * longest * heads * 4
+    flash = has_own_memory(device) and architecture_of(info.architecture).fused
+    scores = 0 if flash else CHUNK_POSITIONS * longest * heads * 4
     copied = cache_tokens * info.kv_bytes_per_token_per_block(precision.computes)
-    chunk = int(CHUNK_POSITIONS * outputs * item) + scores + copied
+    chunk = int(CHUNK_POSITIONS * _outputs(info) * item) + scores + copied
     training = part_bytes(info, precision, step_tokens)
     row = min(step_tokens, info.max_position)
     if row > USUAL.max_step_tokens:
@@ -218,7 +256,7 @@ def workspace_bytes(
 
 def part_bytes(info: ModelInfo, precision: Precision, step_tokens: int = USUAL.max_step_tokens) -> int:
     """Bytes of the activations of one part of a backward: room for them is always kept."""
-    item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+    item = _item_bytes(info, precision)
     return int(max(PART_POSITIONS, step_tokens) * TRAINED_VALUES * info.hidden_size * item)
 
 
@@ -238,10 +276,15 @@ def training_bytes_that_fit(
     memory that the span leaves, on a device all of it.
     """
     used = memory_of(
-        info, blocks, precision, cache_tokens, limits=replace(USUAL, max_step_tokens=step_tokens)
+        info, blocks, precision, cache_tokens,
+        device=device, limits=replace(USUAL, max_step_tokens=step_tokens),
+    )  # fmt: skip
+    on_cpu = not has_own_memory(device)
+    room = (
+        usable_bytes(info, precision, device, free)
+        - used.needed
+        - (used.journal if on_cpu else used.adapters)
     )
-    on_cpu = device in ("cpu", "mps")
-    room = MEMORY_SHARE * free - used.needed - (used.journal if on_cpu else 0)
     most = min(MAX_TRAINING_BYTES, _largest_training(info, blocks, precision, step_tokens))
     return max(0, min(most, int((TRAINING_SHARE if on_cpu else 1.0) * room)))
 
@@ -255,7 +298,7 @@ def tape_bytes_of(training: int, limits: Limits) -> int:
 
 
 def _largest_training(info: ModelInfo, blocks: int, precision: Precision, step_tokens: int) -> int:
-    item = info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
+    item = _item_bytes(info, precision)
     return int(step_tokens * blocks * LARGEST_TRAINED_VALUES * info.hidden_size * item)
 
 
@@ -273,7 +316,8 @@ def memory_of(
     """The memory that a span of `blocks` takes, with caches for `cache_tokens` tokens.
 
     process: bytes of `process_bytes`, before anything is loaded.  journal_tokens: None for as many as the
-    caches hold.  Activations of a long backward are not in it (`training_bytes_that_fit`).
+    caches hold.  Activations of a long backward (`training_bytes_that_fit`) and a device's reserve
+    (`reserved_bytes`) are not in it.
     """
     limits = limits or Limits()
     token_bytes = info.kv_bytes_per_token_per_block(precision.computes)
@@ -281,12 +325,12 @@ def memory_of(
     return Memory(
         weights=blocks * info.block_bytes(precision.dtype, precision.quantize),
         cache=blocks * cache_tokens * token_bytes,
-        workspace=workspace_bytes(info, precision, cache_tokens, limits.max_step_tokens),
+        workspace=workspace_bytes(info, precision, cache_tokens, limits.max_step_tokens, device),
         process=process,
         network=peer_bytes(limits).total,
         answers=2 * cache_tokens * _journal_bytes(info),
         journal=(cache_tokens if journal_tokens is None else journal_tokens) * _journal_bytes(info),
-        on_device=device not in ("cpu", "mps"),
+        on_device=has_own_memory(device),
         adapters=adapters,
         sums=sum_bytes(adapters, limits),
         trained=trained_bytes(info.hidden_size, adapters, limits),
@@ -338,11 +382,12 @@ def peer_bytes(limits: Limits) -> PeerBytes:
 def in_one_line(memory: Memory, info: ModelInfo, blocks: int, cache_tokens: int, free: int) -> str:
     """The number of blocks served and the uses of the memory, for the log."""
     guests = memory.adapters + memory.sums + memory.trained
+    reserve = f", kept free {_gib(memory.reserve)}" if memory.reserve else ""
     return (
         f"{blocks} of {info.blocks} blocks: weights {_gib(memory.weights)},"
         f" KV cache {_gib(memory.cache)} for {cache_tokens:,} tokens,"
         f" journal {_gib(memory.journal)}, workspace {_gib(memory.workspace)},"
-        f" gradients {_gib(memory.training)}, adapters {_gib(guests)};"
+        f" gradients {_gib(memory.training)}, adapters {_gib(guests)}{reserve};"
         f" bound {_gib(memory.resident_bound)} resident; {_gib(free)} free"
     )
 
@@ -354,37 +399,46 @@ def cache_tokens_that_fit(
     free: int,
     device: str = "cpu",
 ) -> int:
-    """Cache tokens for a span of `blocks` when `free` bytes are free: 2,048 to 65,536, or four times the
-    model's positions, so that one session of full length is within a peer's share.
+    """Cache tokens for a span of `blocks` when `free` bytes are free: on a CPU 2,048 to 65,536, or four times
+    the model's positions, so that one session of full length is within a peer's share; on a GPU all that its
+    memory has room for.
 
-    Caches get a share of the memory that the weights leave, so that they do not fill a machine; but at least
-    the usual number of tokens where these fit.  The workspace for so many tokens fits too, and on a CPU
-    their journal.
+    On a CPU caches get a share of the memory that the weights leave, so that they do not fill a machine; but
+    at least the usual number of tokens where these fit.  The workspace for so many tokens fits too, and on a
+    CPU their journal.
     """
-    most = MAX_CACHE_TOKENS
+    on_gpu, most = has_own_memory(device), MAX_CACHE_TOKENS
     if info.max_position < UNBOUNDED_POSITIONS:
         most = max(most, int(info.max_position / USUAL.cache_share_per_peer))
     token_bytes = info.kv_bytes_per_token_per_block(precision.computes) * blocks
     if not token_bytes:
         return most  # convolutions alone: nothing grows with the tokens
     weights = blocks * info.block_bytes(precision.dtype, precision.quantize)
-    training = 0
-    if device not in ("cpu", "mps"):
-        largest = _largest_training(info, blocks, precision, USUAL.max_step_tokens)
-        training = min(MAX_TRAINING_BYTES, largest, int(DEVICE_TRAINING_SHARE * free))
-    room = MEMORY_SHARE * free - weights - training - workspace_bytes(info, precision, USUAL_CACHE_TOKENS)
-    share = CACHE_SHARE if device in ("cpu", "mps") else 1.0
+    usable = usable_bytes(info, precision, device, free)
+    training = _besides_cache(info, blocks, precision, free) if on_gpu else 0
+    usual = workspace_bytes(info, precision, USUAL_CACHE_TOKENS, device=device)
+    room = usable - weights - training - usual
+    share = 1.0 if on_gpu else CACHE_SHARE
     tokens = int(max(share * room, min(room, USUAL_CACHE_TOKENS * token_bytes)) // token_bytes)
 
     def fits(tokens: int) -> bool:
-        needed = weights + training + tokens * token_bytes + workspace_bytes(info, precision, tokens)
-        journal = tokens * _journal_bytes(info) if device in ("cpu", "mps") else 0
-        return needed + journal <= MEMORY_SHARE * free
+        workspace = workspace_bytes(info, precision, tokens, device=device)
+        needed = weights + training + tokens * token_bytes + workspace
+        journal = 0 if on_gpu else tokens * _journal_bytes(info)
+        return needed + journal <= usable
 
+    most = max(most, tokens) if on_gpu else most
     least = min(USUAL_CACHE_TOKENS, tokens)
     candidates = range(least, min(most, tokens) + 1)
     fitting = bisect.bisect_left(candidates, True, key=lambda tokens: not fits(tokens))
     return max(MIN_CACHE_TOKENS, min(most, least + max(0, fitting - 1)))
+
+
+def _besides_cache(info: ModelInfo, blocks: int, precision: Precision, free: int) -> int:
+    """Bytes of a GPU's memory for activations of long backwards and for the adapters of guests."""
+    largest = _largest_training(info, blocks, precision, USUAL.max_step_tokens)
+    training = min(MAX_TRAINING_BYTES, largest, int(DEVICE_TRAINING_SHARE * free))
+    return training + adapter_bytes(info, blocks, precision, USUAL)
 
 
 def journal_tokens_that_fit(info: ModelInfo, cache_tokens: int, device: str, free: int) -> int:
@@ -393,7 +447,7 @@ def journal_tokens_that_fit(info: ModelInfo, cache_tokens: int, device: str, fre
     free: bytes of the machine's memory.  Where the cache is in a device's memory, the journal takes no larger
     share of the machine's memory than a cache would.
     """
-    if device in ("cpu", "mps"):
+    if not has_own_memory(device):
         return cache_tokens
     fitting = int(MEMORY_SHARE * CACHE_SHARE * free) // _journal_bytes(info)
     return max(MIN_CACHE_TOKENS, min(cache_tokens, fitting))
@@ -404,15 +458,20 @@ def _journal_bytes(info: ModelInfo) -> int:
     return info.hidden_size * 4
 
 
-def blocks_that_fit(info: ModelInfo, precision: Precision, cache_tokens: int | None, free: int) -> int:
+def blocks_that_fit(
+    info: ModelInfo, precision: Precision, cache_tokens: int | None, free: int, device: str = "cpu"
+) -> int:
     """The largest number of blocks that fits with its caches, up to the whole model; 0 if none does.
 
     cache_tokens: None for the usual number, or for the smallest where no block would fit with that.
     """
     if cache_tokens is None:
-        usual = blocks_that_fit(info, precision, USUAL_CACHE_TOKENS, free)
-        return usual or blocks_that_fit(info, precision, MIN_CACHE_TOKENS, free)
-    left = MEMORY_SHARE * free - workspace_bytes(info, precision, cache_tokens)
+        usual = blocks_that_fit(info, precision, USUAL_CACHE_TOKENS, free, device)
+        return usual or blocks_that_fit(info, precision, MIN_CACHE_TOKENS, free, device)
+    usable = usable_bytes(info, precision, device, free)
+    left = usable - workspace_bytes(info, precision, cache_tokens, device=device)
+    if has_own_memory(device):
+        left -= _besides_cache(info, info.blocks, precision, free)
     one = memory_needed(info, 1, precision.dtype, cache_tokens, precision.quantize, precision.computes)
     return max(0, min(info.blocks, int(left // one)))
 
@@ -424,20 +483,23 @@ def check_fits(
     cache_tokens: int,
     free: int,
     step_tokens: int = USUAL.max_step_tokens,
+    device: str = "cpu",
 ) -> int:
     """The bytes that a span needs, its caches and workspace included.
 
-    Raises ConfigError if `free` bytes are too few.
+    Raises ConfigError if `free` bytes are too few; on a GPU if they leave no reserve (`reserved_bytes`).
     """
     dtype, quantize = precision.dtype, precision.quantize
     needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, precision.computes)
-    needed += workspace_bytes(info, precision, cache_tokens, step_tokens)
-    if needed > free:
-        fit = blocks_that_fit(info, precision, cache_tokens, free)
+    needed += workspace_bytes(info, precision, cache_tokens, step_tokens, device)
+    reserve = reserved_bytes(info, precision, device, free)
+    if needed + reserve > free:
+        fit = blocks_that_fit(info, precision, cache_tokens, free, device)
         kept = dtype if quantize == "none" else quantize
+        beside = f" and {_gib(reserve)} beside them" if reserve else ""
         raise ConfigError(
             f"{blocks} blocks of {info.name} as {kept} with {cache_tokens} cache tokens need"
-            f" {_gib(needed)}, {_gib(free)} are free: {fit} blocks would fit"
+            f" {_gib(needed)}{beside}, {_gib(free)} are free: {fit} blocks would fit"
         )
     return needed
 

@@ -17,6 +17,7 @@ from functools import partial
 import trio
 
 from node.config import VERSION, ConfigError
+from node.devices import empty_cache, kind_of
 from node.model.adapters.kernels import prepare
 from node.model.adapters.prefix import guest_shapes
 from node.model.blocks.forward_backward import kinds_of_blocks, measure_activations
@@ -36,6 +37,7 @@ from node.serving.adapters.desk import AdapterDesk
 from node.serving.adapters.listener import AdapterListener
 from node.serving.adapters.sums import Shapes, SpanSums
 from node.serving.cache_budget import CacheBudget
+from node.serving.executor.batcher import policy_for
 from node.serving.executor.engine import Engine, EngineSpan
 from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
 from node.serving.forward_backward import ForwardBackwardListener, HeldActivations, PeekStream
@@ -131,7 +133,7 @@ class ServingSetup:
         """
         free = memory.free_bytes(self.device)
         step_tokens = self.limits.max_step_tokens
-        memory.check_fits(self.info, count, self.precision, self.cache_tokens, free, step_tokens)
+        memory.check_fits(self.info, count, self.precision, self.cache_tokens, free, step_tokens, self.device)
 
 
 @dataclass(slots=True, eq=False)
@@ -282,7 +284,7 @@ async def load_served_span(
     file, key = kept_rates(setup.info.revision, setup.device, setup.precision, setup.threads)
     rates = await compute.run(rates_at_start, span, file, key)
     limits = setup.limits
-    engine = Engine(span, compute, rates, limits, meters=setup.meters)
+    engine = Engine(span, compute, rates, limits, meters=setup.meters, policy=policy_for(setup.device))
     pool = await compute.run(span.new_arena, setup.cache_tokens, setup.info.max_position)
     budget = CacheBudget(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
@@ -359,10 +361,8 @@ def forget_unused(device: str) -> None:
     """Give back the memory of objects without a reference.  Runs in the torch thread."""
     gc.unfreeze()
     gc.collect()
-    if device == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
+    if kind_of(device) != "cpu":
+        empty_cache()
 
 
 # Errors of loading that are not a bug: torch raises RuntimeError where there is no memory.

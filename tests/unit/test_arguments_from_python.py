@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import client
+from client.config import EndsConfig
 from node.config import ConfigError, NetworkConfig, NodeConfig
 from node.runtime import values
 
@@ -34,6 +35,7 @@ def config_of(**given: Any) -> Any:
         ({"identity": "a"}, "identity", Path("a")),
         ({"cache_dir": Path("a")}, "cache_dir", Path("a")),
         ({"threads": numpy.int64(3)}, "threads", 3),
+        ({"device": "cuda:1", "dtype": "bfloat16"}, "ends", EndsConfig("cuda:1", "bfloat16")),
         ({"threads": torch.tensor(3)}, "threads", 3),
         ({"wait_seconds": numpy.float32(0.5)}, "wait_seconds", 0.5),
         ({"wait_seconds": torch.tensor(0.5)}, "wait_seconds", 0.5),
@@ -73,6 +75,13 @@ def test_what_is_clear_is_taken(given: dict[str, Any], name: str, taken: object)
             for bad in (math.nan, math.inf, -1, True, numpy.bool_(True), "5", None, [1.0], 1j, torch.ones(2))
         ),
         ({"step_seconds": 0}, "above 0 and at most 1,000,000"),
+        (
+            {"device": "gpu"},
+            "device is 'gpu', one of auto, cpu, cuda, mps is allowed (cuda:1 for a second GPU)",
+        ),
+        ({"device": torch.device("cuda")}, "device is device(type='cuda') (device)"),
+        ({"dtype": "int8"}, "dtype is 'int8', one of auto, float32, bfloat16, float16 is allowed"),
+        ({"dtype": torch.float32}, "dtype is torch.float32 (dtype)"),
         ({"codec": "fp8"}, "the codec is 'fp8', one of auto, fp32, bf16 is allowed"),
         ({"codec": torch.float32}, "the codec is torch.float32 (dtype)"),
         ({"constraints": {"most_hops": 1}}, "client.Constraints(...) is needed"),

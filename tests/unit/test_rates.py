@@ -76,6 +76,20 @@ def test_what_an_idle_node_measures_replaces_what_it_believed_at_start():
     assert (rates.decode_seconds_per_block, rates.alone) == (0.001, 0.001)
 
 
+def test_steps_that_were_served_outweigh_a_measurement_that_says_about_the_same():
+    rates = Rates(0.001, 0.0001)
+    for _ in range(200):
+        rates.observe(1, 10, 0.014, decode=True)  # caches of real lengths
+    learnt = rates.alone
+    assert learnt == pytest.approx(0.0014)
+    rates.measured(0.001)
+    assert rates.alone == rates.decode_seconds_per_block == learnt
+    rates.measured(0.0005)  # the machine was busy then
+    assert rates.alone == rates.decode_seconds_per_block == 0.0005
+    rates.measured(0.0006)
+    assert rates.alone == 0.0006  # nothing was served since
+
+
 def test_prefills_go_by_the_token_and_short_ones_count_for_less_or_not_at_all():
     whole, short, tiny = (Rates(0.001, 0.001) for _ in range(3))
     tiny.observe(15, 10, 15 * 10 * 0.002, decode=False)  # a decode step takes as long
@@ -173,6 +187,32 @@ def test_decode_steps_are_those_of_one_growing_session_and_the_first_does_not_co
     assert measure_decode(span, 5.1) == pytest.approx(0.001)
     assert len(span.steps) >= 8
     assert all(after[0] == before[0] + 1 for before, after in pairwise(span.steps))
+
+
+def test_a_gpu_s_set_up_does_not_count_however_long_it_takes(monkeypatch):
+    """The first steps compile kernels and record a graph; a short look must not end with them."""
+    clock = Clock(monkeypatch)
+    span = TimedSpan(clock, 0.01, 0.0)
+    span.device = torch.device("cuda:1")  # type: ignore[attr-defined]
+    real, slow = span.forward, iter([3.0, 7.0, 2.0])
+
+    def forward(*args: Any) -> torch.Tensor:
+        clock.now += next(slow, 0.0)
+        return real(*args)
+
+    monkeypatch.setattr(span, "forward", forward)
+    assert measure_decode(span, 0.1) == pytest.approx(0.001)
+    assert 8 <= len(span.steps) <= 64
+    assert all(after[0] == before[0] + 1 for before, after in pairwise(span.steps))
+
+
+def test_a_gpu_s_prefill_is_measured_with_a_client_s_chunk(monkeypatch):
+    clock = Clock(monkeypatch)
+    span = TimedSpan(clock, 0.005, 1e-5)
+    span.device = torch.device("cuda")  # type: ignore[attr-defined]
+    rates = measure_rates(span, 2.0)
+    assert max(tokens for _, tokens in span.steps) == 256
+    assert rates.prefill_seconds_per_block_token == pytest.approx((0.005 / 256 + 1e-5) / 10)
 
 
 def test_a_real_span_is_measured(tiny_llama, tmp_path):

@@ -245,8 +245,8 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (
         OPERATING,
-        "it gets N % of the memory that the weights leave of N % of free memory .on a GPU all of that.:"
-        " N to N tokens, and N at least",
+        "it gets N % of the memory that the weights leave of N % of free memory: N to N tokens,"
+        " and N at least",
         (
             100 * memory.CACHE_SHARE,
             100 * memory.MEMORY_SHARE,

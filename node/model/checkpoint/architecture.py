@@ -16,6 +16,10 @@ from node.config import ConfigError
 Merge = Literal["mask", "masks", "padding", "never"]
 
 
+# Their hidden states reach 98,561 and more in the middle blocks; float16 ends at 65,504.
+OVERFLOW_FLOAT16 = frozenset({"gemma", "gemma2", "gemma3_text"})
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """The places of the parts in one of the library's model families.

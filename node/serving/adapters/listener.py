@@ -23,6 +23,7 @@ from node.serving.adapters.desk import AdapterDesk
 from node.serving.adapters.store import Block, manifest_bytes
 from node.serving.adapters.sums import Shapes
 from node.serving.adapters.uploads import AGAIN_SECONDS, Upload
+from node.serving.executor.out_of_memory import or_refused
 from node.serving.forward_backward import PeekStream
 from node.serving.span_admission import LEAVING, SpanAdmission
 from tensor_codec.adapters import blob_bytes
@@ -202,9 +203,10 @@ class AdapterListener:
         return blob
 
     async def _read(self, offer: Offer, block: int, blob: bytearray) -> Block:
-        """What a blob adds to its block.  Raises MessageError."""
+        """What a blob adds to its block.  Raises MessageError, OutOfMemory."""
         sites, dtype = offer.manifest.parts(block), offer.manifest.dtype
         shapes = self.shapes()
         if block not in shapes:
             raise Draining(LEAVING)
-        return await self.compute.run(self.desk.read, sites, shapes[block], dtype, blob)
+        read = or_refused(self.desk.read, "an adapter", self.limits.memory_retry_seconds)
+        return await self.compute.run(read, sites, shapes[block], dtype, blob)

@@ -16,6 +16,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+from node.devices import has_own_memory
 from node.serving.executor.active_peers import ActivePeers
 from node.serving.executor.batch_cost import BatchCosts
 from node.serving.executor.crowds import Crowds
@@ -50,6 +51,17 @@ class BatchPolicy:
     def rest(self, kind: Kind) -> float:
         """Times the seconds of a long batch for which nothing long begins after it, if others decode."""
         return {Kind.PREFILL: self.prefill_rest, Kind.STATELESS: self.stateless_rest}.get(kind, 1.0)
+
+
+# A GPU reads the weights of a block in the time in which it multiplies some hundred rows with them: a smaller
+# chunk or batch wastes it.  1,024 rows of a chunk keep an H100 busy.
+CPU_POLICY = BatchPolicy()
+GPU_POLICY = BatchPolicy(chunk_positions=1024, max_rows=256)
+
+
+def policy_for(device: object) -> BatchPolicy:
+    """The sizes of batches on a device, by its name."""
+    return GPU_POLICY if has_own_memory(device) else CPU_POLICY
 
 
 @dataclass(slots=True)

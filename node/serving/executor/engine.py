@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, cast
 
@@ -21,19 +22,21 @@ import torch
 import trio
 from torch import Tensor
 
+from node.devices import empty_cache, is_out_of_memory
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.runtime.compute_thread import Runner
-from node.serving.executor.batcher import CHUNK_POSITIONS, Batcher
+from node.serving.executor import out_of_memory
+from node.serving.executor.batcher import Batcher, BatchPolicy
 from node.serving.executor.job_queues import RETRY_SECONDS
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
-from tensor_codec.errors import BadResult, TooManyStreams
+from tensor_codec.errors import BadResult, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, StepRange
@@ -162,7 +165,10 @@ class Engine:
     """The compute of a serving node.  `run` must be running for anything to be answered.
 
     rates: measured at start, then updated by every batch.  waits: of decode steps.
-    clock: in seconds; every time here is on it.  meters: of the node.
+    clock: in seconds; every time here is on it.  meters: of the node.  policy: of batches, by the device.
+
+    Where memory ends in the middle of a batch, decode steps run again in halves and chunks in smaller ones;
+    what then still finds none is refused alone (see `node.serving.executor.out_of_memory`).
     """
 
     def __init__(
@@ -173,6 +179,7 @@ class Engine:
         limits: Limits | None = None,
         clock: Callable[[], float] = time.perf_counter,
         meters: ServingMeters | None = None,
+        policy: BatchPolicy | None = None,
     ) -> None:
         self.span = span
         self.compute = compute
@@ -181,8 +188,10 @@ class Engine:
         self.waits = Waits()
         self.meters = meters or ServingMeters()
         self.batcher = Batcher(
-            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, self.limits
-        )
+            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, self.limits,
+            policy or BatchPolicy(),
+        )  # fmt: skip
+        self._short = False  # whether memory ended in this batch: its time says nothing
         self._clock = clock
         self._lock = threading.Lock()  # around the batcher: the torch thread takes batches from it
         self._works: dict[int, _Work] = {}
@@ -261,7 +270,7 @@ class Engine:
     def part_positions(self) -> int:
         """Positions times blocks of a part of a stateless request: at most half a second's."""
         each = self.batcher.costs.of[Kind.STATELESS].per_position
-        return int(min(PART_POSITIONS, max(CHUNK_POSITIONS, MAX_PART_SECONDS / each)))
+        return int(min(PART_POSITIONS, max(self.batcher.policy.chunk_positions, MAX_PART_SECONDS / each)))
 
     async def stateless(
         self,
@@ -302,7 +311,9 @@ class Engine:
         seconds = self.rates.alone * (self.span.stop - self.span.start)
         if self.batcher.waiting or seconds > MAX_MEASURED_STEP_SECONDS:
             return
-        self.rates.measured(await self.compute.run(measure_decode, self.span, IDLE_MEASURE_SECONDS))
+        measure = out_of_memory.or_refused(measure_decode, "a measurement", 0.0)
+        with suppress(out_of_memory.OutOfMemory):  # the figures stay as they are
+            self.rates.measured(await self.compute.run(measure, self.span, IDLE_MEASURE_SECONDS))
 
     def before_next(self, chore: Callable[[], None]) -> None:
         """Run `chore` in the torch thread after the batch that runs now and before the next one.
@@ -348,6 +359,7 @@ class Engine:
                 return settled, self.batcher.resume_at(now)
             works = [self._works[piece.job.number] for piece in batch]
         began = self._clock()
+        self._short = False
         try:
             self._compute(batch, works, settled)
         finally:
@@ -358,7 +370,8 @@ class Engine:
                         self.batcher.cancel(work.job.number)
                 size = self.batcher.finished(batch, ended - began, ended)
                 resume_at = -math.inf if self.batcher.waiting else math.inf
-        self._observe(batch[0].job.kind, size, works, began, ended)
+        if not self._short:
+            self._observe(batch[0].job.kind, size, works, began, ended)
         if self.meters.batches is not None:
             _count(self.meters.batches, batch, size[1], [began - work.since for work in works], ended - began)
         return settled, resume_at
@@ -396,19 +409,39 @@ class Engine:
                 self._chunk(piece, step, self._clock(), settled)
             return None
         sound, hidden = _decoded(steps, settled)
-        if not sound:
-            return None
-        bodies = _encoded(sound, self._decode(sound, hidden))
-        micros = int((self._clock() - began) * 1e6)
-        for step, body in zip(sound, bodies, strict=True):
-            if isinstance(body, NotFinite):
-                settled.append((step, outcome.Error(body)))
-            else:
-                settled.append((step, outcome.Value(Answer(body, micros))))
-        return None
+        return self._rows(sound, hidden, began, settled) if sound else None
+
+    def _rows(self, steps: Sequence[_Step], hidden: Tensor, began: float, settled: Settled) -> None:
+        """Decode steps in one batch; where there is no memory for it, in two."""
+        try:
+            bodies = _encoded(steps, self._decode(steps, hidden))
+        except out_of_memory.FAULTS as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            micros = int((self._clock() - began) * 1e6)
+            for step, body in zip(steps, bodies, strict=True):
+                if isinstance(body, NotFinite):
+                    settled.append((step, outcome.Error(body)))
+                else:
+                    settled.append((step, outcome.Value(Answer(body, micros))))
+            return
+        # By now the error is gone, and with it all that the attempt held.
+        self._short = True
+        empty_cache()
+        untouched = all(step.cache.length == step.what.position for step in steps)
+        if len(steps) == 1 or not self.span.can_cut or not untouched:
+            for step in steps:
+                settled.append((step, outcome.Error(_no_memory(step, self.span, self.limits))))
+            return
+        half = len(steps) // 2
+        first = sum(step.contract.batch for step in steps[:half])
+        self._rows(steps[:half], hidden[:first], began, settled)
+        self._rows(steps[half:], hidden[first:], began, settled)
 
     def _part(self, piece: Piece, request: _Request, began: float, settled: Settled) -> None:
         """A part of a stateless request; the answer when it was the last one."""
+        short = False
         try:
             if request.under_way is None:
                 request.under_way = request.work(self.span)
@@ -419,9 +452,18 @@ class Engine:
             settled.append((request, outcome.Value(Answer(end.value, int(request.seconds * 1e6)))))
         except BadResult as bad:
             settled.append((request, outcome.Error(bad)))
+        except out_of_memory.FAULTS as error:
+            if not is_out_of_memory(error):
+                raise
+            short = True
         else:
             assert not piece.last, "more parts than were announced"
             request.seconds += self._clock() - began
+        if short:
+            request.under_way = None
+            self._short = True
+            empty_cache()
+            settled.append((request, outcome.Error(_no_memory(request, self.span, self.limits))))
 
     def _decode(self, steps: Sequence[_Step], hidden: Tensor) -> Tensor:
         """One position of every step's rows: hidden [rows, hidden_size] -> the same shape.
@@ -457,7 +499,7 @@ class Engine:
 
     def _chunk(self, piece: Piece, step: _Step, began: float, settled: Settled) -> None:
         """A chunk of a prefill; the answer when it was the last one."""
-        contract = step.contract
+        contract, short = step.contract, False
         try:
             if step.hidden is None:
                 step.hidden = decode_hidden(step.body, contract)
@@ -479,8 +521,36 @@ class Engine:
         except BadResult as bad:
             own = bad if step.hidden is None else NotFinite(str(bad))
             settled.append((step, outcome.Error(own)))
+        except out_of_memory.FAULTS as error:
+            if not is_out_of_memory(error):
+                raise
+            short = True
         else:
             settled.append((step, outcome.Value(Answer(body, int(step.seconds * 1e6)))))
+        if short:
+            self._short = True
+            empty_cache()
+            self._chunk_in_halves(piece, step, settled)
+
+    def _chunk_in_halves(self, piece: Piece, step: _Step, settled: Settled) -> None:
+        """A chunk for which there was no memory, in two; refused where the cache has taken it in part."""
+        untouched = self.span.can_cut and step.cache.length == step.what.position + piece.offset
+        if not untouched or piece.tokens <= out_of_memory.LEAST_TOKENS:
+            settled.append((step, outcome.Error(_no_memory(step, self.span, self.limits))))
+            return
+        half, answered = piece.tokens // 2, len(settled)
+        self._chunk(replace(piece, tokens=half), step, self._clock(), settled)
+        if len(settled) == answered:
+            rest = replace(piece, offset=piece.offset + half, tokens=piece.tokens - half)
+            self._chunk(rest, step, self._clock(), settled)
+
+
+def _no_memory(work: _Work, span: EngineSpan, limits: Limits) -> Refused:
+    """The answer where memory ended.  The session of a step goes on if its cache can be cut."""
+    is_step = isinstance(work, _Step)
+    what = f"a {'step' if is_step else 'request'} of {work.job.rows} x {work.job.tokens} positions"
+    whole = is_step and span.can_cut
+    return out_of_memory.refusal(what, limits.memory_retry_seconds, cache_is_whole=whole)
 
 
 def _count(

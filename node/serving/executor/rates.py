@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from node.devices import has_own_memory, index_of, kind_of
 from node.runtime.files import write_atomically
 from node.serving.executor.batch_cost import OUTLIER_FACTOR
 from routing.names import Revision
@@ -45,6 +46,10 @@ MEASURED_TOKENS = 64  # of a prefill at start, and decode steps after it
 MIN_PREFILL_TOKENS = 8
 CHECK_SECONDS = 0.2  # for checking whether the kept figures are still about right
 ABOUT_RIGHT = 2.0  # times slower or faster
+SAME = 1.5  # times slower or faster: caches of real lengths make so much of a difference, and no more
+SET_UP_STEPS = 3  # on a GPU: one that compiles kernels, one that records a graph, the graph's first one
+GPU_CHUNK = 256  # tokens of a prefill there: a client's chunk; fewer take as long
+GPU_STEPS = 16  # decode steps that such a chunk takes at the most
 FILE_FORMAT = 2  # before: prefills of few tokens counted, and made the figure ten times too large
 MAX_KEPT = 128  # figures in the file; the oldest are dropped
 MAX_FILE_BYTES = 1 << 20
@@ -62,6 +67,7 @@ class Rates:
     prefill_seconds_per_block_token: float
     alone: float = field(init=False)
     _served: bool = False  # since the last `relax`
+    _learnt: bool = False  # whether steps that were served say what `alone` is
 
     def __post_init__(self) -> None:
         self.alone = self.decode_seconds_per_block
@@ -77,6 +83,7 @@ class Rates:
             self._served = True
             if rows_tokens == 1 or per_block < self.alone:  # more rows never make it faster
                 self.alone += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * self.alone) - self.alone)
+                self._learnt = True
             known = self.decode_seconds_per_block
             known += EMA_WEIGHT * (min(per_block, OUTLIER_FACTOR * known) - known)
             self.decode_seconds_per_block = known
@@ -96,8 +103,15 @@ class Rates:
         return idle
 
     def measured(self, seconds_per_block: float) -> None:
-        """Replace the figures of decode steps by a measurement of one that ran alone."""
+        """Replace the figures of decode steps by a measurement of one that ran alone.
+
+        A figure of steps that were served stays where the measurement says about the same: their caches had
+        real lengths, and this one's is short.
+        """
+        if self._learnt and self.alone / SAME <= seconds_per_block <= self.alone * SAME:
+            return
         self.decode_seconds_per_block = self.alone = seconds_per_block
+        self._learnt = False
 
 
 class MeasuredSpan(Protocol):
@@ -148,8 +162,10 @@ def measure_rates(span: MeasuredSpan, seconds: float = 2.0) -> Rates:
     # So many tokens that two prefills are done in half of the time even if a token costs a whole step.
     step = measure_decode(span, seconds / 8)
     blocks = span.stop - span.start
-    fitting = int(seconds / 4 / max(step * blocks, 1e-9))
-    tokens = max(MIN_PREFILL_TOKENS, min(MEASURED_TOKENS, fitting))
+    fitting, most = int(seconds / 4 / max(step * blocks, 1e-9)), MEASURED_TOKENS
+    if _is_on_gpu(span):
+        fitting, most = GPU_STEPS * fitting, GPU_CHUNK
+    tokens = max(MIN_PREFILL_TOKENS, min(most, fitting))
     until = time.perf_counter() + seconds / 2
     prefills: list[float] = []
     while not prefills or (len(prefills) < 9 and time.perf_counter() + prefills[-1] < until):
@@ -163,14 +179,22 @@ def measure_rates(span: MeasuredSpan, seconds: float = 2.0) -> Rates:
 def measure_decode(span: MeasuredSpan, seconds: float) -> float:
     """Seconds that one decode step takes in a block, from up to `seconds` of them, at least two.
 
-    The median, without the first, which pays for lazy set-up.  Runs in the torch thread.
+    The median, without the first, which pays for lazy set-up.  A GPU's set-up takes several steps, which do
+    not count and may take any time.  Runs in the torch thread.
     """
     cache = span.new_cache(1, MEASURED_TOKENS)
+    first = SET_UP_STEPS if _is_on_gpu(span) else 0
+    for position in range(first):
+        _timed(span, cache, 1, position)
     until = time.perf_counter() + seconds
-    found = [_timed(span, cache, 1, 0), _timed(span, cache, 1, 1)]
-    while len(found) < MEASURED_TOKENS and time.perf_counter() + found[-1] < until:
-        found.append(_timed(span, cache, 1, len(found)))
+    found = [_timed(span, cache, 1, first), _timed(span, cache, 1, first + 1)]
+    while first + len(found) < MEASURED_TOKENS and time.perf_counter() + found[-1] < until:
+        found.append(_timed(span, cache, 1, first + len(found)))
     return statistics.median(found[1:]) / (span.stop - span.start)
+
+
+def _is_on_gpu(span: MeasuredSpan) -> bool:
+    return has_own_memory(getattr(span, "device", "cpu"))  # one without a device computes here
 
 
 def _timed(span: MeasuredSpan, cache: Any, tokens: int, position: int) -> float:  # Any: of the span's kind
@@ -191,11 +215,11 @@ def rates_key(
 
 
 def device_name(device: str) -> str:
-    """The hardware that "cpu", "cuda" or "mps" stands for.  Imports torch for CUDA."""
-    if device == "cuda":
+    """The hardware that "cpu", "cuda:1" or "mps" stands for.  Imports torch for a GPU."""
+    if kind_of(device) == "cuda":
         import torch
 
-        return str(torch.cuda.get_device_name())
+        return str(torch.cuda.get_device_name(index_of(device)))
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

@@ -24,6 +24,7 @@ from node.network.prefixes import sharer
 from node.runtime.faults import Faults
 from node.serving.cache_budget import FREE_AGAIN_SECONDS, CacheAdmission, CacheBudget
 from node.serving.executor.engine import Engine
+from node.serving.executor.out_of_memory import or_refused
 from node.serving.sessions.frame_rates import FrameBudget, FrameRates
 from node.serving.sessions.hop_session import (
     FrameStream,
@@ -170,7 +171,9 @@ class Listener:
                     with self._place(stream, opened, guests) as hop:
                         if guests.prefix is not None:  # before any step: its pages are the row's first
                             await self._cache_admission.grow(key, guests.virtual_tokens)
-                            await self.engine.compute.run(hop.cache.begin_with, guests.prefix)
+                            begin = partial(hop.cache.begin_with, guests.prefix)
+                            seconds = self.limits.memory_retry_seconds
+                            await self.engine.compute.run(or_refused(begin, "a prefix", seconds))
                         await self._run(hop)
                 if place.refusal is not None:
                     raise place.refusal

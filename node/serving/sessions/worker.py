@@ -7,6 +7,7 @@ until Resume has said how much of the cache stays good and which outputs are to 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ import trio
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission
 from node.serving.executor.engine import Answer, Engine, NotFinite
+from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import HopSession, SessionCache
 from node.serving.sessions.inbox import Arrived
@@ -329,7 +331,7 @@ class HopWorker:
         await self.admission.grow(hop.key, hop.guests.virtual_tokens + what.position + what.tokens)
         if decision.reorder and decision.step is not None:
             hop.state.reordered(decision)
-            self.engine.before_next(partial(hop.cache.select, what.rows))
+            self.engine.before_next(_reordering(hop, what.rows, self.limits.memory_retry_seconds))
             if hop.kept.journal is not None:
                 self.journals.reorder(hop.kept.journal, what.position, decision.step, what.rows)
 
@@ -403,6 +405,20 @@ def _from_position(body: Buffer, contract: Contract, position: int) -> Buffer:
     skipped = position * contract.row_bytes // contract.batch
     whole = memoryview(body)
     return b"".join(whole[row * size + skipped : (row + 1) * size] for row in range(contract.batch))
+
+
+def _reordering(hop: HopSession, rows: Sequence[int], seconds: float) -> Callable[[], None]:
+    """Reorders the rows in the torch thread; where there is no memory for it, the session ends."""
+    token = trio.lowlevel.current_trio_token()
+    select = or_refused(hop.cache.select, "rows in another order", seconds)
+
+    def chore() -> None:
+        try:
+            select(rows)
+        except OutOfMemory as refused:
+            token.run_sync_soon(hop.end, refused)
+
+    return chore
 
 
 def _cut_cache(cache: SessionCache, length: int) -> None:

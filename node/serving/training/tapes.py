@@ -18,6 +18,7 @@ import trio
 
 from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.forward_backward import Tape
+from node.serving.executor.out_of_memory import OutOfMemory
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import MessageError, NoTape, Refused
 from tensor_codec.messages.contract import Contract
@@ -213,8 +214,8 @@ class Tapes:
         """The tape for the time in which a request is computed.  adapter: of the request.
 
         None for a request without one, and for a forward where there is no memory for it.  A forward's is
-        kept afterwards where the block says `answered`; a backward's where the block raises Refused: then
-        nothing was done.
+        kept afterwards where the block says `answered`; a backward's where the block raises Refused and not
+        OutOfMemory: then nothing was done.
         Raises NoTape, and MessageError for a backward that does not fit to the forward of its tape.
         """
         backward = isinstance(request, Backward)
@@ -229,8 +230,8 @@ class Tapes:
         try:
             yield kept
             stays = not backward
-        except Refused:
-            stays = backward
+        except Refused as refusal:
+            stays = backward and not isinstance(refusal, OutOfMemory)
             raise
         finally:
             if kept is not None and stays and (backward or kept.answered):

@@ -1,0 +1,199 @@
+"""A device by its name: what the command line takes, what is there, which of torch's calls get its number."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from node import devices, main
+from node.config import ConfigError, NetworkConfig, NodeConfig
+from node.model.checkpoint.architecture import ARCHITECTURES, OVERFLOW_FLOAT16
+from node.runtime.arguments import device as device_argument
+from node.serving import memory, served_span
+from node.serving.executor import batcher, rates
+
+
+class FakeCuda:
+    """Torch's calls about GPUs.  count: of them.  bfloat16: whether they compute in it.  asked: by number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 2, *, bfloat16: bool = True) -> None:
+        self.current, self.asked, self.emptied = 0, list[tuple[str, int]](), 0
+        self.synchronized: list[int] = []
+
+        def of(index: int | None) -> int:
+            return self.current if index is None else index
+
+        def noted(what: str, index: int | None, value: Any) -> Any:
+            self.asked.append((what, of(index)))
+            return value
+
+        def emptied() -> None:
+            self.emptied += 1
+
+        fakes: dict[str, Any] = {
+            "is_available": lambda: count > 0,
+            "device_count": lambda: count,
+            "set_device": lambda index: setattr(self, "current", index),
+            "is_bf16_supported": lambda including_emulation=True: including_emulation or bfloat16,
+            "mem_get_info": lambda index=None: noted("free", index, ((1 + of(index)) * 1000, 9000)),
+            "memory_reserved": lambda index=None: noted("reserved", index, 300),
+            "memory_allocated": lambda index=None: noted("allocated", index, 100),
+            "get_device_name": lambda index=None: noted("name", index, f"GPU {of(index)}"),
+            "empty_cache": emptied,
+            "synchronize": lambda index=None: self.synchronized.append(of(index)),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:1", "cuda:15", "mps"])
+def test_names_of_devices_are_taken_everywhere(name):
+    assert devices.device_named(name) == device_argument(name) == name
+    assert NodeConfig(NetworkConfig(), device=name).device == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["xpu", "xpu:0", "gpu", "cuda:", "cuda:-1", "cuda:01", "cuda:x", "CUDA", "cuda:1 ", " cuda", "cpu:0",
+     "mps:0", "cuda:1000", "cuda:١", "cuda\n", "", None, 1, torch.device("cuda")],
+    ids=repr,
+)  # fmt: skip
+def test_other_names_are_refused_with_those_that_are_allowed(name):
+    with pytest.raises(ConfigError, match="one of auto, cpu, cuda, mps is allowed") as caught:
+        NodeConfig(NetworkConfig(), device=name)
+    assert "cuda:1" in str(caught.value)
+    if isinstance(name, str):
+        with pytest.raises(argparse.ArgumentTypeError, match="is allowed"):
+            device_argument(name)
+
+
+def test_a_number_changes_nothing_about_the_kind_of_a_device():
+    for name in ("cuda", "cuda:0", "cuda:3", torch.device("cuda:1"), torch.device("cuda")):
+        assert devices.kind_of(name) == "cuda"
+        assert devices.has_own_memory(name)
+        assert batcher.policy_for(name) is batcher.GPU_POLICY
+    for name in ("cpu", "mps", torch.device("cpu")):
+        assert not devices.has_own_memory(name)
+        assert batcher.policy_for(name) is batcher.CPU_POLICY
+    assert (devices.index_of("cuda"), devices.index_of("cuda:0"), devices.index_of("cuda:12")) == (
+        None,
+        0,
+        12,
+    )
+
+
+def test_batches_of_a_cpu_are_as_they_were_and_those_of_a_gpu_larger():
+    assert batcher.BatchPolicy() == batcher.CPU_POLICY
+    assert (batcher.CPU_POLICY.chunk_positions, batcher.CPU_POLICY.max_rows) == (256, 64)
+    assert batcher.GPU_POLICY.chunk_positions >= 1024
+    assert batcher.GPU_POLICY.max_rows == 256
+
+
+def test_the_fastest_device_that_is_there_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    FakeCuda(monkeypatch, 0)
+    assert devices.find_device("auto") == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.find_device("auto") == "mps"
+    for count in (1, 2):
+        FakeCuda(monkeypatch, count)
+        assert devices.find_device("auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("count", "there"), [(0, "cpu"), (1, "cpu, cuda"), (3, "cpu, cuda:2, cuda:1, cuda:0")]
+)
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, count, there):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    FakeCuda(monkeypatch, count)
+    with pytest.raises(ValueError, match=f"device cuda:3 is not there; {there} would be"):
+        devices.find_device("cuda:3")
+    for index in range(count):
+        assert devices.find_device(f"cuda:{index}") == f"cuda:{index}"
+    if count:
+        assert devices.find_device("cuda") == "cuda"
+
+
+def test_a_node_on_the_second_gpu_asks_the_second_gpu(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    config = NodeConfig(NetworkConfig(), device="cuda:1")
+    assert main._device_and_dtype(config)[:2] == ("cuda:1", "bfloat16")
+    assert cuda.current == 1
+    cuda.current = 0  # each call names it all the same
+    assert memory.free_bytes("cuda:1") == 2000 + 300 - 100  # what torch holds and does not use is free
+    assert memory.free_for_training("cuda:1") == int(memory.TRAINING_SHARE * 2200)
+    assert rates.device_name("cuda:1") == "GPU 1"
+    devices.synchronize("cuda:1")
+    assert {index for _, index in cuda.asked} == {1} == set(cuda.synchronized)
+    served_span.forget_unused("cuda:1")
+    assert cuda.emptied == 1
+    served_span.forget_unused("cpu")
+    assert cuda.emptied == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_bfloat16_that_is_emulated_is_not_chosen(monkeypatch, device):
+    FakeCuda(monkeypatch, bfloat16=False)
+    assert main._device_and_dtype(NodeConfig(NetworkConfig(), device=device))[1] == "float16"
+    asked = NodeConfig(NetworkConfig(), device=device, dtype="float32")
+    assert main._device_and_dtype(asked)[1] == "float32"
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3_text", "llama"])
+def test_models_that_exceed_float16_are_named_in_a_warning(architecture, caplog):
+    info: Any = SimpleNamespace(name="m", architecture=architecture)
+    main._warn_of_overflow(info, memory.Precision("bfloat16"))
+    assert not caplog.text
+    main._warn_of_overflow(info, memory.Precision("float16"))
+    assert ("--dtype float32" in caplog.text) == (architecture in OVERFLOW_FLOAT16)
+    assert ("--dtype float32" in caplog.text) == (architecture != "llama")
+
+
+def test_models_that_exceed_float16_are_in_the_table():
+    assert set(ARCHITECTURES) >= OVERFLOW_FLOAT16
+
+
+@pytest.mark.parametrize(
+    ("version", "before", "name"),
+    [
+        ("2.13.0+cu130", {}, "PYTORCH_ALLOC_CONF"),
+        ("2.9.0", {}, "PYTORCH_ALLOC_CONF"),
+        ("2.8.1", {}, "PYTORCH_CUDA_ALLOC_CONF"),
+        ("2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+        ("2.13.0", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ("2.13.0", {"PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ("2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": ""}, "PYTORCH_ALLOC_CONF"),
+    ],
+)
+def test_memory_of_a_gpu_can_grow_in_place_unless_the_operator_has_chosen(monkeypatch, version, before, name):
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    environment = dict(before)
+    devices.set_up_allocator(environment)
+    if name is None:
+        assert environment == before
+    else:
+        assert environment == {**before, name: "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (torch.OutOfMemoryError(), True),
+        (MemoryError("x"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported"), True),
+        (RuntimeError("HIP out of memory. Tried to allocate 20 MiB"), True),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+        (OSError("Cannot allocate memory"), False),
+    ],
+    ids=str,
+)
+def test_what_torch_says_where_it_finds_no_memory(error, is_one):
+    assert devices.is_out_of_memory(error) is is_one
