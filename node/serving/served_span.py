@@ -286,6 +286,7 @@ async def load_served_span(
     limits = setup.limits
     engine = Engine(span, compute, rates, limits, meters=setup.meters, policy=policy_for(setup.device))
     pool = await compute.run(span.new_arena, setup.cache_tokens, setup.info.max_position)
+    await compute.run(span.record, pool)
     budget = CacheBudget(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
         limits.max_session_tokens, dict(limits.peer_shares or ()),

@@ -81,9 +81,15 @@ class LowRank:
 
         Computed in the wider dtype of x and the values, in the order of peft's Linear.
         """
+        if self.a.device != x.device:
+            self._move(x.device)
         wide = torch.promote_types(x.dtype, self.a.dtype)
-        low = functional.linear(x.to(wide), self.a.to(x.device, wide))
-        return (functional.linear(low, self.b.to(x.device, wide)) * self.scale).to(dtype)
+        low = functional.linear(x.to(wide), self.a.to(wide))
+        return (functional.linear(low, self.b.to(wide)) * self.scale).to(dtype)
+
+    def _move(self, device: torch.device) -> None:
+        """Keep the values on another device from now on, and there alone: once, and not for each step."""
+        self.a, self._b, self._tiles = self.a.to(device), self.b.to(device), None
 
 
 BlockAdapter = Mapping[str, LowRank]

@@ -8,7 +8,7 @@ come out of one matrix, and so do gate and up.
 A block is computed in two ways.  `step` takes positions of one session (prefill) with torch's attention.
 `decode` takes one position of many rows of different lengths.  In float32 on the CPU everything before
 attention is one compiled call, and everything after it another.  For `decode`, attention over the pages of
-the page pool is a third.
+the page pool is a third.  On other devices `node.model.blocks.device.steps` computes both.
 
 `fuse` answers None for a block that is not known to be equal, and the library computes it.  Reasons are
 other activations, rotary angles that depend on the length, and layers that cannot be merged.
@@ -19,10 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import ModuleType
+from functools import partial
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,95 +28,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from node.model.adapters.hooks import with_low_rank
-from node.model.adapters.low_rank import Groups, parts_of
-from node.model.blocks.graphs import MIN_LENGTH, DecodeGraphs, Inputs, bucket
+from node.model.adapters.low_rank import Groups
+from node.model.adapters.products import QKV, Products
+from node.model.blocks.device.steps import DeviceSteps
+from node.model.blocks.fused_block import FusedBlock, Heads, decode_kernels, kept_in
 from node.model.blocks.kv_pages import PagePool
 from node.model.checkpoint.architecture import Architecture
-from node.model.weights.quantize import PackedLinear, kernels, merge_linears
+from node.model.weights.quantize import PackedLinear, merge_linears
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 Halves = tuple[Callable[..., None], Callable[..., None]]
-_NOTHING = np.empty(0, np.float32)
 _NO_UPDATES = np.zeros(0, np.int64)
 _FIRST_ANGLES = 1024  # positions; doubled for a longer session
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """A block as the kernels take it: numpy views of its vectors, addresses of its matrices.
-
-    query_norm, key_norm: empty where the model has none.  inner: outputs of the gate.
-    """
-
-    norm: NDArray[np.float32]
-    mlp_norm: NDArray[np.float32]
-    query_norm: NDArray[np.float32]
-    key_norm: NDArray[np.float32]
-    qkv: NDArray[np.int64]
-    out: NDArray[np.int64]
-    gate_up: NDArray[np.int64]
-    down: NDArray[np.int64]
-    inner: int
-
-
-@dataclass(frozen=True)
-class FusedBlock:
-    """One block.  Norms' weights are vectors, the others are linear layers.
-
-    query_norm, key_norm: [head_dim] each, or None.  window: positions that attention sees, 0 for all.
-    """
-
-    norm: Tensor
-    qkv: nn.Module
-    out: nn.Module
-    mlp_norm: Tensor
-    gate_up: nn.Module
-    down: nn.Module
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    rotary: bool
-    window: int
-    scale: float
-    eps: float
-
-    @property
-    def matrices(self) -> tuple[nn.Module, ...]:
-        """The linear layers of the block."""
-        return self.qkv, self.out, self.gate_up, self.down
-
-    @cached_property
-    def compiled(self) -> Compiled:
-        """The block for the kernels.  The layers' tensors must keep their addresses from now on."""
-        qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
-        return Compiled(
-            norm=self.norm.numpy(),
-            mlp_norm=self.mlp_norm.numpy(),
-            query_norm=_NOTHING if self.query_norm is None else self.query_norm.numpy(),
-            key_norm=_NOTHING if self.key_norm is None else self.key_norm.numpy(),
-            qkv=qkv,
-            out=out,
-            gate_up=gate_up,
-            down=down,
-            inner=cast(Tensor, self.gate_up.weight).shape[0] // 2,
-        )
-
-
-def _kept_in(linear: nn.Module) -> torch.dtype | None:
-    """The dtype of a layer's weights, where the kernels can read them as they lie."""
-    if not isinstance(linear, PackedLinear) and type(linear) is not nn.Linear:
-        return None
-    weight, bias = linear.weight, cast("Tensor | None", linear.bias)
-    sound = weight.is_contiguous() and (isinstance(linear, PackedLinear) or weight.dtype == torch.float32)
-    sound = sound and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
-    return weight.dtype if sound else None
-
-
-def _addresses(linear: nn.Module) -> NDArray[np.int64]:
-    found = decode_kernels()
-    assert found is not None
-    scale = linear.scale if isinstance(linear, PackedLinear) else None
-    return cast("NDArray[np.int64]", found.addresses_of(linear.weight, scale, linear.bias))
 
 
 def fuse(
@@ -191,34 +112,6 @@ class _Where:
     groups: Groups
 
 
-_QKV = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class _Low:
-    """What adapters add to the products of a block in torch's own operations.  rows: of the batch."""
-
-    groups: Groups
-    block: int
-    rows: int
-
-    def product(
-        self, matrix: nn.Module, x: Tensor, sites: Sequence[str], widths: Sequence[int] | None = None
-    ) -> Tensor:
-        """x [rows, tokens, in] times a matrix, whose outputs are those of `sites` side by side.
-
-        widths: the outputs of each site; None: all have as many.
-        """
-        answer: Tensor = matrix(x)
-        last = 0
-        for number, name in enumerate(sites if self.groups else ()):
-            first, last = last, last + (widths[number] if widths else answer.shape[-1] // len(sites))
-            if parts := parts_of(self.groups, self.block, name):
-                own = answer[..., first:last]
-                own.copy_(with_low_rank(own, x, parts, self.rows))
-        return answer
-
-
 class FusedSpan:
     """Runs of fused blocks over a page pool.  Made by `fuse`, `part` and `joined`."""
 
@@ -235,14 +128,17 @@ class FusedSpan:
         self.key_heads = int(config.num_key_value_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         # Outputs of the product for queries, keys and values.
-        self._widths = [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
+        heads = Heads(self.heads, self.key_heads, self.head_dim)
+        self._widths = heads.widths
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
-        kept = {_kept_in(linear) for block in blocks for linear in block.matrices}
+        kept = {kept_in(linear) for block in blocks for linear in block.matrices}
         # The dtype that the compiled kernels read, if all matrices have one dtype.
         self._kept = kept.pop() if len(kept) == 1 else None
-        self._graphs: WeakKeyDictionary[PagePool, DecodeGraphs] = WeakKeyDictionary()
         self._config = config
+        self.steps = DeviceSteps(self.blocks, start, heads, rotary)
+        # None on a CPU, where compiled code, or else torch's, computes each step.
+        self.on_device = None if self.steps.device.type == "cpu" else self.steps
 
     def part(self, start: int, stop: int) -> FusedSpan:
         """A run of the blocks [start, stop) alone."""
@@ -267,32 +163,34 @@ class FusedSpan:
 
         groups: the rows of the batch with an adapter.
         """
+        if self.on_device is not None:
+            return self.on_device.step(hidden, pool, rows, position, start, stop, groups)
         batch, tokens, _ = hidden.shape
         if tokens == 1 and self._compiled(hidden):
             lengths = np.full(batch, position)
             return self.decode(hidden[:, 0], pool, rows, lengths, start, stop, groups)[:, None]
         length = position + tokens
         positions = np.arange(position, length)
-        write = _on(pool.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))), hidden)
-        read = _on(pool.slots(rows, length), hidden)
+        write = _tensor(pool.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))))
+        read = _tensor(pool.slots(rows, length))
         cos, sin = (angles[position:length, None] for angles in self._angles_for(length, hidden))
         masks = {
             block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
         }
         where = _Where(pool, write.view(-1), read.view(-1), position, masks, (cos, sin), groups)
         if not self._compiled(hidden) or not self._compiled_for(batch * tokens):
-            for index, block in self._numbered(start, stop):
+            for index, block in self._numbered(start, stop, pool):
                 hidden = self._torch_block(index, block, hidden, where)
             return hidden
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         updates = self._updates(groups, tokens)
         with self._halves() as halves:
-            for index, block in self._numbered(start, stop):
+            for index, block in self._numbered(start, stop, pool):
                 self._compiled_block(halves, index, block, hidden, where, updates)
         return hidden
 
     def _torch_block(self, index: int, block: FusedBlock, hidden: Tensor, where: _Where) -> Tensor:
-        low = _Low(where.groups, self.start + index, len(hidden))
+        low = Products(where.groups, where.pool.start + index, len(hidden))
         q, k, v = self._query_key_value(block, hidden, *where.angles, low)
         keys, values = where.pool.keys[index], where.pool.values[index]
         keys.index_copy_(0, where.write, k.reshape(-1, *keys.shape[1:]))
@@ -312,7 +210,7 @@ class FusedSpan:
         before, after = halves
         it = block.compiled
         batch, tokens, width = hidden.shape
-        low = _address(updates), self.start + index
+        low = _address(updates), where.pool.start + index
         residual = hidden.view(batch * tokens, width).numpy()
         qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
         keys, values = where.pool.keys[index].numpy(), where.pool.values[index].numpy()
@@ -363,23 +261,15 @@ class FusedSpan:
 
         groups: the rows with an adapter.
         """
+        if self.on_device is not None:
+            return self.on_device.decode(hidden, pool, rows, lengths, start, stop, groups)
         longest = int(lengths.max()) + 1
         self._angles_for(longest, hidden)
         if self._compiled(hidden):
             return self._decode_compiled(hidden, pool, rows, lengths, start, stop, groups)
         slots = pool.slots_of(rows, lengths)
-        inputs = Inputs(
-            hidden, _on(lengths, hidden), _on(slots, hidden), _on(pool.slots(rows, longest), hidden)
-        )
-
-        def run(hidden: Tensor, places: Tensor, write: Tensor, read: Tensor) -> Tensor:
-            return self._decode_torch(hidden, pool, places, write, read, (start, stop), groups)
-
-        if hidden.device.type != "cuda" or groups:  # a graph has no place for the addresses of adapters
-            return inputs.run(run)
-        self._angles_for(bucket(longest, MIN_LENGTH), hidden)  # a graph still reads its memory
-        graphs = self._graphs.setdefault(pool, DecodeGraphs(pool.nobodys_page * pool.page_tokens))
-        return graphs.run(run, (start, stop), inputs)
+        places, write, read = map(_tensor, (lengths, slots, pool.slots(rows, longest)))
+        return self._decode_torch(hidden, pool, places, write, read, (start, stop), groups)
 
     def _decode_torch(
         self,
@@ -391,7 +281,7 @@ class FusedSpan:
         run: tuple[int, int],
         groups: Groups = (),
     ) -> Tensor:
-        """`decode` in torch's own operations: fixed shapes and no host sync, so a graph can record it.
+        """`decode` on a CPU in torch's own operations.
 
         places: positions before each row.  write: [rows] slots.  read: [rows, longest] slots.
         """
@@ -400,8 +290,8 @@ class FusedSpan:
         cos, sin = (table[places][:, None, None] for table in self._angles)
         seen = torch.arange(longest, device=hidden.device)
         hidden = hidden[:, None]  # [rows, 1, hidden_size]
-        for index, block in self._numbered(*run):
-            low = _Low(groups, self.start + index, rows)
+        for index, block in self._numbered(*run, pool):
+            low = Products(groups, pool.start + index, rows)
             q, k, v = self._query_key_value(block, hidden, cos, sin, low)
             keys, values = pool.keys[index], pool.values[index]
             keys.index_copy_(0, write, k[:, 0])
@@ -447,17 +337,17 @@ class FusedSpan:
         attended = np.empty((rows, self.heads * self.head_dim), np.float32)
         seen, page = lengths + 1, pool.page_tokens
         with self._halves() as (before, after):
-            for index, block in self._numbered(start, stop):
+            for index, block in self._numbered(start, stop, pool):
                 it = block.compiled
                 keys, values = pool.keys[index].numpy(), pool.values[index].numpy()
                 before(
                     it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values, lengths, slots, cos,
-                    sin, block.rotary, it.query_norm, it.key_norm, low, self.start + index,
+                    sin, block.rotary, it.query_norm, it.key_norm, low, pool.start + index,
                 )  # fmt: skip
                 attend(qkv, keys, values, table, seen, page, block.scale, block.window, attended)
                 after(
                     it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual, low,
-                    self.start + index,
+                    pool.start + index,
                 )  # fmt: skip
         return hidden
 
@@ -487,11 +377,11 @@ class FusedSpan:
             yield partial(before, *given), partial(after, *given)
 
     def _query_key_value(
-        self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor, low: _Low
+        self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor, low: Products
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, tokens, heads, head_dim] each, normed and rotated."""
         normed = _rms_norm(hidden, block.norm, block.eps)
-        q, k, v = self._split(low.product(block.qkv, normed, _QKV, self._widths))
+        q, k, v = self._split(low.product(block.qkv, normed, QKV, self._widths))
         if block.query_norm is not None and block.key_norm is not None:
             q, k = _rms_norm(q, block.query_norm, block.eps), _rms_norm(k, block.key_norm, block.eps)
         if block.rotary:
@@ -503,17 +393,16 @@ class FusedSpan:
         q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
         return q, k, v
 
-    def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor, low: _Low) -> Tensor:
+    def _after(self, block: FusedBlock, hidden: Tensor, attended: Tensor, low: Products) -> Tensor:
         """The part of the block after attention."""
         hidden = hidden + low.product(block.out, attended, ("o_proj",))
         normed = _rms_norm(hidden, block.mlp_norm, block.eps)
         gate, up = low.product(block.gate_up, normed, ("gate_proj", "up_proj")).chunk(2, -1)
         return hidden + low.product(block.down, functional.silu(gate) * up, ("down_proj",))
 
-    def _numbered(self, start: int, stop: int) -> list[tuple[int, FusedBlock]]:
+    def _numbered(self, start: int, stop: int, pool: PagePool) -> list[tuple[int, FusedBlock]]:
         """The blocks of a run with their numbers in the page pool."""
-        first = start - self.start
-        return list(enumerate(self._run(start, stop), first))
+        return list(enumerate(self._run(start, stop), start - pool.start))
 
     def _run(self, start: int, stop: int) -> tuple[FusedBlock, ...]:
         return self.blocks[start - self.start : stop - self.start]
@@ -535,21 +424,11 @@ class FusedSpan:
             positions = torch.arange(most, device=like.device)[None]
             cos, sin = self._rotary(like[:0], positions)
             self._angles = cos[0].contiguous(), sin[0].contiguous()
-            self._graphs.clear()  # they read the old ones
         return self._angles
 
 
 def _address(updates: NDArray[np.int64]) -> int:
     return int(updates.ctypes.data) if updates.size else 0
-
-
-def decode_kernels() -> ModuleType | None:
-    """node/model/weights/decode_kernels.py; None where numba cannot be imported."""
-    if kernels() is None:
-        return None
-    from node.model.weights import decode_kernels
-
-    return decode_kernels
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -576,5 +455,5 @@ def _mask(position: int, tokens: int, window: int, like: Tensor) -> Tensor | Non
     return visible & (keys > queries - window) if window else visible
 
 
-def _on(numbers: NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(like.device)
+def _tensor(numbers: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers))

@@ -1,6 +1,7 @@
 """The keys and values of all sessions of a span, in pages: memory follows the most that was in use at a time.
 
-Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.
+Each block has one store of keys and one of values, [tokens, heads, head_dim], made once at start.  On a CPU
+each has memory of its own; on other devices stores of one shape are parts of one tensor (`StoreBlocks`).
 A row of a session owns pages of 16 positions, in any order; a list of each row names the page of each of
 its positions (the idea of PagedAttention, arXiv:2309.06180).  A page is never moved: a session that grows
 takes another page, and going back sets a number.  A page takes memory once it has been written to, and keeps
@@ -30,6 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from node.model.blocks.device.staging import numbers_on
+from node.model.blocks.device.stores import Store, StoreBlocks
 from tensor_codec.errors import LocalProtocolError, Refused
 from tensor_codec.memory import forget, set_aside
 
@@ -116,6 +119,7 @@ class PagePool:
         self.device = torch.device(device)
         self.start = start
         self.shapes: tuple[BlockShape | None, ...] = ()
+        self._blocks = StoreBlocks(self.dtype, self.device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._opening = threading.Lock()
@@ -130,21 +134,35 @@ class PagePool:
 
         Sessions that use no other blocks go on undisturbed.
         """
+        if self.device.type != "cpu":
+            return self._hold_on_device(start, shapes)
         both = zip(self.keys, self.values, strict=True)
         known = {self.start + index: stores for index, stores in enumerate(both)}
         stores = [known.get(block) or self._new(shape) for block, shape in enumerate(shapes, start)]
         self.start, self.shapes = start, tuple(shapes)
         self.keys, self.values = [keys for keys, _ in stores], [values for _, values in stores]
         self._stores = [store for store in (*self.keys, *self.values) if store.numel()]
+        return None
+
+    def _hold_on_device(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
+        slots = (self.pages + 1) * self.page_tokens
+        wanted: dict[Store, tuple[int, ...]] = {}
+        for block, shape in enumerate(shapes, start):
+            key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
+            value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
+            wanted[block, "keys"], wanted[block, "values"] = (slots, *key), (slots, *value)
+        found = self._blocks.hold(wanted)
+        self.start, self.shapes = start, tuple(shapes)
+        blocks = range(start, start + len(shapes))
+        self.keys = [found[block, "keys"] for block in blocks]
+        self.values = [found[block, "values"] for block in blocks]
+        self._stores = self._blocks.tensors
 
     def _new(self, shape: BlockShape | None) -> tuple[Tensor, Tensor]:
         slots = (self.pages + 1) * self.page_tokens
         key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
         value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
-        return (
-            _zeros((slots, *key), self.dtype, self.device),
-            _zeros((slots, *value), self.dtype, self.device),
-        )
+        return _zeros((slots, *key), self.dtype), _zeros((slots, *value), self.dtype)
 
     @property
     def nobodys_page(self) -> int:
@@ -159,7 +177,7 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Bytes of the stores when all of them are in use."""
-        return sum(store.nbytes for store in (*self.keys, *self.values))
+        return sum(store.nbytes for store in self._stores)
 
     def open(self, batch: int, max_length: int) -> SpanCache:
         """A cache for `batch` rows of up to `max_length` positions; it owns no page yet."""
@@ -210,16 +228,26 @@ class PagePool:
             grown[: len(pages)] = pages
             self._pages[row] = pages = grown
         near = int(pages[first - 1]) + 1 if first else self.pages
+        begin = near
         for index in range(first, first + count):
             if near >= self._window or not self._free[near]:
-                near = self._roomiest()
+                self._clear(begin, near)
+                begin = near = self._roomiest()
             pages[index] = near
             self._free[near] = False
             self._free_pages -= 1
-            # Another session may have left NaN there, and a masked NaN is still NaN.
-            for store in self._stores:
-                store[near * self.page_tokens : (near + 1) * self.page_tokens].zero_()
             near += 1
+        self._clear(begin, near)
+
+    def _clear(self, first: int, last: int) -> None:
+        """Zero the pages [first, last), one call for each store.
+
+        Another session may have left NaN there, and a masked NaN is still NaN.
+        """
+        if first < last:
+            begin, count = first * self.page_tokens, (last - first) * self.page_tokens
+            for store in self._stores:
+                store.narrow(-3, begin, count).zero_()
 
     def give_back(self, row: int, first: int, count: int) -> None:
         """Take the pages first ... first + count - 1 of `row` away."""
@@ -232,10 +260,12 @@ class PagePool:
                 self._pages[row] = np.empty(0, np.int64)
 
     def give_back_memory(self) -> None:
-        """Give the memory of pages without an owner back to the system, where it can take it.
+        """Give the memory of pages without an owner back to the system, where it can take it: from a CPU.
 
         Runs in the torch thread, which alone takes pages.
         """
+        if self.device.type != "cpu":
+            return
         for start, stop in _runs(self._free):
             for store in self._stores:
                 give_back(store[start * self.page_tokens : stop * self.page_tokens])
@@ -244,7 +274,7 @@ class PagePool:
         """Copy the pages `sources`, [n], to the pages `targets`, [n], none of which is a source."""
         copy = copy_runs if self.device.type == "cpu" else copy_indexed
         for store in self._stores:
-            copy(store.view(-1, self.page_tokens, *store.shape[1:]), sources, targets)
+            copy(store.view(*store.shape[:-3], -1, self.page_tokens, *store.shape[-2:]), sources, targets)
 
     def close_rows(self, rows: NDArray[np.int64]) -> None:
         """Let rows without pages be used again."""
@@ -341,7 +371,7 @@ class SpanCache:
             raise LocalProtocolError(f"a prefix in a cache of {self.length} tokens")
         count = self.virtual_tokens = prefix.virtual_tokens
         self.reserve(0)
-        rows = torch.from_numpy(self.pool.slots(self.rows, count)).to(self.pool.device)
+        (rows,) = numbers_on(self.pool.device, self.pool.slots(self.rows, count))
         for block, own in prefix.blocks.items():
             index = block - self.pool.start
             for store, given in ((self.pool.keys[index], own.keys), (self.pool.values[index], own.values)):
@@ -396,32 +426,31 @@ def _runs(chosen: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def give_back(slots: Tensor) -> None:
-    """Give the memory of these neighbouring slots of a store back: they read as zeros afterwards."""
-    if slots.device.type == "cpu":
-        forget(slots.data_ptr(), slots.nbytes)
+    """Give the memory of these neighbouring slots of a store on a CPU back: they read as zeros afterwards."""
+    forget(slots.data_ptr(), slots.nbytes)
 
 
 def copy_runs(pages: Tensor, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-    """Copy pages run by run of neighbours, without memory beside them: the way of a CPU."""
+    """Copy pages run by run of neighbours, without memory beside them: the way of a CPU.
+
+    pages: [..., pages, positions, heads, head_dim].
+    """
     breaks = np.flatnonzero((np.diff(sources) != 1) | (np.diff(targets) != 1)) + 1
     for first, last in pairwise([0, *breaks.tolist(), len(sources)]):
         given, taken, size = int(sources[first]), int(targets[first]), last - first
-        pages[taken : taken + size].copy_(pages[given : given + size])
+        pages.narrow(-4, taken, size).copy_(pages.narrow(-4, given, size))
 
 
 def copy_indexed(pages: Tensor, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
     """Copy pages with few kernels, up to COPIED_BYTES at a time: the way of a GPU."""
-    at_once = max(1, COPIED_BYTES // pages[0].nbytes)
-    indices = (torch.from_numpy(each).to(pages.device) for each in (sources, targets))
-    parts = (torch.split(each, at_once) for each in indices)
-    for given, taken in zip(*parts, strict=True):
-        pages.index_copy_(0, taken, pages.index_select(0, given))
+    at_once = max(1, COPIED_BYTES // pages.select(-4, 0).nbytes)
+    both = numbers_on(pages.device, sources, targets)
+    for given, taken in zip(*(torch.split(each, at_once) for each in both), strict=True):
+        pages.index_copy_(-4, taken, pages.index_select(-4, given))
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros that take memory only once they are written to, where the system can do that."""
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that take memory only once they are written to, where the system can do that."""
     size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     if not size:
         return torch.zeros(shape, dtype=dtype)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from node.model.blocks.device.staging import numbers_on
 from node.model.blocks.kv_pages import BlockShape, PagePool, RowStates
 
 
@@ -53,21 +54,25 @@ class ArenaRun(_FullAttention):
         write: NDArray[np.int64],
         length: int,
         states: dict[int, RowStates] | None = None,
+        given: NDArray[np.int64] | None = None,
     ) -> None:
         """write: slots of the new positions, [rows, tokens].  length: positions to read.
 
         states: of convolutions, by block; made here where they are missing.
+        given: other numbers that are wanted on the device: one copy brings them all.
         """
         self.pool = pool
         self.rows = len(rows)
         self.length = length
         self.tokens: int = write.shape[1]
-        self._write = torch.from_numpy(write.reshape(-1)).to(pool.device)
         slots = pool.slots(rows, length)
         first = int(slots[0, 0])
         together = len(rows) == 1 and int(slots[0, -1]) == first + length - 1
         self._first = first if together and bool((np.diff(slots[0]) == 1).all()) else None
-        self._read = None if self._first is not None else torch.from_numpy(slots.reshape(-1)).to(pool.device)
+        more = () if self._first is not None else (slots.reshape(-1),)
+        given = np.zeros((0, 0), np.int64) if given is None else given
+        self._write, self.given, *read = numbers_on(pool.device, write.reshape(-1), given, *more)
+        self._read = read[0] if read else None
         layers: list[Any] = [None] * (pool.start + len(pool.shapes))
         for index, shape in enumerate(pool.shapes):
             if shape is None and states is not None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from node.model.blocks.device.staging import numbers_on
 from node.model.blocks.rope import LengthRope, length_rope
 from node.model.checkpoint.architecture import Architecture
 
@@ -41,17 +42,18 @@ class RotaryByLength(nn.Module):
             groups[lengths == length] = group
         if len(first) == 1:
             return self._of_length(int(groups.flat[0]), x, position_ids, *args, **kwargs)
+        chosen = [np.flatnonzero(groups == length) for length in first.values()]
         answer: list[Tensor] | None = None
         single = False
-        for length in first.values():
-            chosen = torch.from_numpy(groups == length).to(position_ids.device)
-            part = self._of_length(length, x, position_ids[chosen][None], *args, **kwargs)
+        for length, places in zip(first.values(), numbers_on(position_ids.device, *chosen), strict=True):
+            own = position_ids.reshape(-1).index_select(0, places)[None]
+            part = self._of_length(length, x, own, *args, **kwargs)
             single = isinstance(part, Tensor)
             tensors = (part,) if isinstance(part, Tensor) else part
             if answer is None:
                 answer = [one.new_empty(*position_ids.shape, one.shape[-1]) for one in tensors]
             for whole, one in zip(answer, tensors, strict=True):
-                whole[chosen] = one[0]
+                whole.view(-1, one.shape[-1]).index_copy_(0, places, one[0])
         assert answer is not None
         return answer[0] if single else tuple(answer)
 

@@ -33,10 +33,12 @@ from node.config import ConfigError
 from node.model.adapters.hooks import adapted
 from node.model.adapters.low_rank import Group, Groups, SpanAdapter, groups_of, part_of
 from node.model.adapters.sites import numbered_blocks, shapes_of
+from node.model.blocks.device.staging import on_device
 from node.model.blocks.forward_backward import with_prompt
 from node.model.blocks.fused import FusedSpan, fuse
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
 from node.model.blocks.library_cache import ArenaRun, ShapeProbe
+from node.model.blocks.ragged import ragged_mask, ragged_parts
 from node.model.blocks.rope import check_rope, stretched
 from node.model.blocks.rotary import by_length, rotary_by_length
 from node.model.checkpoint.architecture import Architecture, architecture_of
@@ -221,10 +223,10 @@ class Span:
                 f"{tokens} tokens at {position} do not continue a cache of {cache.length}/{cache.max_length}"
             )
         cache.reserve(position + tokens)
-        hidden = hidden.to(self.device, self.dtype)
         if prompts is None or position >= prompts.shape[1]:
             hidden = self._prefill(hidden, cache, position, start, stop, rope_length, groups)
         else:
+            hidden = on_device(hidden, self.device, self.dtype)
             here = prompts[:, position : position + tokens].to(self.device, self.dtype)
             for block, prompt in zip(range(start, stop), here, strict=True):
                 hidden = with_prompt(hidden, prompt)
@@ -244,16 +246,17 @@ class Span:
     ) -> Tensor:
         """`forward` through a run of blocks, without a change of the cache's length."""
         position += cache.virtual_tokens
+        hidden = _moved(self, hidden)
         if self._fused is not None:
             return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
         tokens = hidden.shape[1]
         positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
         write = cache.pool.slots_of(cache.rows[:, None], positions)
-        run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states)
         where = positions[:1].copy()
+        run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states, where)
         lengths = np.maximum(where + 1, rope_length)
         with adapted(numbered_blocks(self, start, stop) if groups else {}, groups, len(hidden)):
-            return self._library(hidden, run, torch.from_numpy(where), None, start, stop, lengths)
+            return self._library(hidden, run, run.given, None, start, stop, lengths)
 
     @torch.inference_mode()
     def decode(
@@ -275,7 +278,7 @@ class Span:
         """
         start, stop = self._run_of(start, stop)
         pool = rows[0].pool
-        hidden = hidden.to(self.device, self.dtype)
+        hidden = _moved(self, hidden)
         numbers = np.concatenate([cache.rows for cache in rows])
         reached = [cache.virtual_tokens + cache.length for cache in rows]
         lengths = np.repeat(reached, [cache.batch for cache in rows])
@@ -291,13 +294,32 @@ class Span:
             wholes = np.maximum(wholes, np.repeat(rope_lengths, [cache.batch for cache in rows]))
         if self.architecture.merge == "never" or bool((lengths == lengths[0]).all()):
             return self._decode_in_turn(hidden, rows, wholes, start, stop, groups)
+        answers = []
+        for first, last in [(0, len(lengths))] if self.device.type == "cpu" else ragged_parts(lengths):
+            here = slice(first, last)
+            run, own = (start, stop), part_of(groups, first, last)
+            answers.append(
+                self._ragged(hidden[here], pool, numbers[here], lengths[here], wholes[here], run, own)
+            )
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+    def _ragged(
+        self,
+        hidden: Tensor,
+        pool: PagePool,
+        numbers: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        wholes: NDArray[np.int64],
+        blocks: tuple[int, int],
+        groups: Groups,
+    ) -> Tensor:
+        """The library's step of rows of several lengths, masked behind the end of each."""
         write = pool.slots_of(numbers, lengths)[:, None]
         longest = int(lengths.max()) + 1
-        mask = self._ragged_mask(torch.from_numpy(lengths).to(self.device), longest)
-        positions = torch.from_numpy(lengths)[:, None]
-        run = ArenaRun(pool, numbers, write, longest)
-        with adapted(numbered_blocks(self, start, stop) if groups else {}, groups, len(hidden)):
-            return self._library(hidden[:, None], run, positions, mask, start, stop, wholes[:, None])[:, 0]
+        run = ArenaRun(pool, numbers, write, longest, None, lengths[:, None])
+        mask = ragged_mask(self.architecture.merge, self.config, self.dtype, run.given[:, 0], longest)
+        with adapted(numbered_blocks(self, *blocks) if groups else {}, groups, len(hidden)):
+            return self._library(hidden[:, None], run, run.given, mask, *blocks, wholes[:, None])[:, 0]
 
     def _decode_in_turn(
         self,
@@ -322,11 +344,11 @@ class Span:
             length, last = turn[0].virtual_tokens + turn[0].length, first + len(numbers)
             pool, part = turn[0].pool, hidden[first:last, None]
             write = pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
-            run = ArenaRun(pool, numbers, write, length + 1, turn[0].states)
+            where = np.full((1 if self._rotary is None else len(numbers), 1), length)
+            run = ArenaRun(pool, numbers, write, length + 1, turn[0].states, where)
             whole = wholes[first:last, None]
-            positions = torch.full((1 if self._rotary is None else len(numbers), 1), length)
             with adapted(blocks, part_of(groups, first, last), len(numbers)):
-                answers.append(self._library(part, run, positions, None, start, stop, whole)[:, 0])
+                answers.append(self._library(part, run, run.given, None, start, stop, whole)[:, 0])
             first = last
         return torch.cat(answers)
 
@@ -342,7 +364,7 @@ class Span:
     ) -> Tensor:
         """The library's forward over a run of blocks, hidden [rows, tokens, hidden_size].
 
-        lengths: see `RotaryByLength`.
+        positions: int64 [rows or 1, tokens], on the span's device.  lengths: see `RotaryByLength`.
         """
         model, entry = self._view(start, stop)
         entry.given = hidden
@@ -353,7 +375,7 @@ class Span:
                 inputs_embeds=hidden,
                 attention_mask=mask,
                 past_key_values=cache,
-                position_ids=positions.to(self.device),
+                position_ids=positions,
                 use_cache=True,
             )
         finally:
@@ -362,31 +384,13 @@ class Span:
                 self._rotary.lengths = None
         return cast(Tensor, answer.last_hidden_state)
 
-    def _ragged_mask(self, lengths: Tensor, longest: int) -> object:
-        """The mask of one new position of each row, in the form that the architecture takes.
+    def record(self, pool: PagePool) -> None:
+        """Record the graphs of decode steps over `pool`, where a device has them: seconds, at a node's start.
 
-        lengths: positions before it, [rows].
+        Runs in the torch thread.
         """
-        keys = torch.arange(longest, device=self.device)
-        seen = keys <= lengths[:, None]  # [rows, longest]
-        if self.architecture.merge == "padding":
-            return seen.long()
-        config = cast(Any, self.config)
-        window = getattr(config, "sliding_window", None)
-        near = seen & (keys > lengths[:, None] - window) if window else seen
-        if self.architecture.merge == "mask":
-            return self._four_dimensions(near)
-        return {
-            "full_attention": self._four_dimensions(seen),
-            "sliding_attention": self._four_dimensions(near),
-        }
-
-    def _four_dimensions(self, visible: Tensor) -> Tensor:
-        visible = visible[:, None, None]  # [rows, 1, 1, longest]
-        if cast(Any, self.config)._attn_implementation != "eager":
-            return visible
-        least = torch.finfo(self.dtype).min
-        return torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, least)
+        if self._fused is not None and self._fused.on_device is not None:
+            self._fused.on_device.record(pool)
 
     def _run_of(self, start: int | None, stop: int | None) -> tuple[int, int]:
         start, stop = self.start if start is None else start, self.stop if stop is None else stop
@@ -399,7 +403,8 @@ class Span:
         """Run one token through the blocks and note the shapes that each block would cache."""
         probe = ShapeProbe(self.stop)
         hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-        self._library(hidden, probe, torch.zeros(1, 1, dtype=torch.long), None, self.start, self.stop)
+        where = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._library(hidden, probe, where, None, self.start, self.stop)
         return tuple(probe.shapes.get(block) for block in range(self.start, self.stop))
 
     def _view(self, start: int, stop: int) -> tuple[nn.Module, _Entry]:
@@ -411,6 +416,13 @@ class Span:
             model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
             self._views[start, stop] = model, entry
         return self._views[start, stop]
+
+
+def _moved(span: Span, hidden: Tensor) -> Tensor:
+    """Hidden states in the span's dtype on its device; left alone where a step moves them itself."""
+    if span._fused is not None and span._fused.on_device is not None:
+        return hidden
+    return on_device(hidden, span.device, span.dtype)
 
 
 class _Entry(nn.Module):
@@ -436,7 +448,9 @@ class _NoPosition(nn.Module):
     """Replaces learned positions, which the client has added: adds nothing."""
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return torch.zeros(())
+        # On the device of the positions: the library would copy it there, and wait.
+        device = next((each.device for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        return torch.zeros((), device=device)
 
 
 def load_span(

@@ -25,6 +25,7 @@ from torch import Tensor
 from node.devices import empty_cache, is_out_of_memory
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.prefix import AnySpanAdapter
+from node.model.blocks.device.staging import on_device
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
@@ -477,7 +478,9 @@ class Engine:
             jobs.append(step.job)
             mixed = mixed or step.adapter is not None
         parts = list(torch.split(hidden, rows_of))
-        for start, stop, active in segments(jobs):
+        runs = segments(jobs)
+        join = torch.cat if len(runs) == 1 else _joined
+        for start, stop, active in runs:
             caches, lengths, given, sizes = [], [], [], []
             adapters: list[SpanAdapter | None] | None = None
             if mixed:
@@ -488,14 +491,12 @@ class Engine:
                 lengths.append(steps[index].what.rope_length)
                 given.append(parts[index])
                 sizes.append(rows_of[index])
-            rows = self.span.decode(
-                torch.cat(given), caches, start, stop, rope_lengths=lengths, adapters=adapters
-            )
+            rows = self.span.decode(join(given), caches, start, stop, rope_lengths=lengths, adapters=adapters)
             for index, part in zip(active, torch.split(rows, sizes), strict=True):
                 parts[index] = part
         for step in steps:
             step.cache.length = step.what.position + 1
-        return torch.cat(parts)
+        return rows if len(runs) == 1 and not mixed else join(parts)
 
     def _chunk(self, piece: Piece, step: _Step, began: float, settled: Settled) -> None:
         """A chunk of a prefill; the answer when it was the last one."""
@@ -569,6 +570,22 @@ def _count(
             meters.waits.observe(wait)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows one below the other.
+
+    Steps that begin at a later block bring rows that are still on the CPU next to rows of a device, and the
+    rows of a span over several devices come from each of them: all meet where the last such rows are.
+    """
+    device = next((part.device for part in reversed(parts) if not part.is_cpu), None)
+    if device is None or all(part.device == device for part in parts):
+        return torch.cat(list(parts))
+    dtype = next(part.dtype for part in parts if part.device == device)
+    fresh = [part for part in parts if part.is_cpu]
+    moved = on_device(torch.cat(fresh), device, dtype) if fresh else torch.empty(0)  # one copy for all
+    there = iter(torch.split(moved, [len(part) for part in fresh]))
+    return torch.cat([next(there) if part.is_cpu else part.to(device, dtype) for part in parts])
+
+
 def _by_adapter(steps: Sequence[_Step], active: Sequence[int]) -> tuple[int, ...]:
     """These indices of steps, those of one adapter next to each other; those without one come first."""
 
@@ -617,6 +634,8 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
 
     The bytes are a step's own where there are several: a session keeps them, and not those of a whole batch.
     """
+    if not hidden.is_cpu:
+        hidden = hidden.cpu()  # one copy, whatever the codecs are
     wires: dict[str, tuple[list[bool], memoryview]] = {}
     bodies: list[Buffer | NotFinite] = []
     begin = 0

@@ -1,0 +1,117 @@
+"""One block of the llama family in our own code: its vectors, its linear layers, its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from node.model.weights.quantize import PackedLinear, kernels
+
+_NOTHING = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of the queries, and of the keys and values."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+
+    @property
+    def widths(self) -> list[int]:
+        """Outputs of the product for queries, keys and values."""
+        return [count * self.head_dim for count in (self.heads, self.key_heads, self.key_heads)]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A block as the kernels take it: numpy views of its vectors, addresses of its matrices.
+
+    query_norm, key_norm: empty where the model has none.  inner: outputs of the gate.
+    """
+
+    norm: NDArray[np.float32]
+    mlp_norm: NDArray[np.float32]
+    query_norm: NDArray[np.float32]
+    key_norm: NDArray[np.float32]
+    qkv: NDArray[np.int64]
+    out: NDArray[np.int64]
+    gate_up: NDArray[np.int64]
+    down: NDArray[np.int64]
+    inner: int
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """One block.  Norms' weights are vectors, the others are linear layers.
+
+    query_norm, key_norm: [head_dim] each, or None.  window: positions that attention sees, 0 for all.
+    """
+
+    norm: Tensor
+    qkv: nn.Module
+    out: nn.Module
+    mlp_norm: Tensor
+    gate_up: nn.Module
+    down: nn.Module
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    rotary: bool
+    window: int
+    scale: float
+    eps: float
+
+    @property
+    def matrices(self) -> tuple[nn.Module, ...]:
+        """The linear layers of the block."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The block for the kernels.  The layers' tensors must keep their addresses from now on."""
+        qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
+        return Compiled(
+            norm=self.norm.numpy(),
+            mlp_norm=self.mlp_norm.numpy(),
+            query_norm=_NOTHING if self.query_norm is None else self.query_norm.numpy(),
+            key_norm=_NOTHING if self.key_norm is None else self.key_norm.numpy(),
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            inner=cast(Tensor, self.gate_up.weight).shape[0] // 2,
+        )
+
+
+def kept_in(linear: nn.Module) -> torch.dtype | None:
+    """The dtype of a layer's weights, where the kernels can read them as they lie."""
+    if not isinstance(linear, PackedLinear) and type(linear) is not nn.Linear:
+        return None
+    weight, bias = linear.weight, cast("Tensor | None", linear.bias)
+    sound = weight.is_contiguous() and (isinstance(linear, PackedLinear) or weight.dtype == torch.float32)
+    sound = sound and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+    return weight.dtype if sound else None
+
+
+def _addresses(linear: nn.Module) -> NDArray[np.int64]:
+    found = decode_kernels()
+    assert found is not None
+    scale = linear.scale if isinstance(linear, PackedLinear) else None
+    return cast("NDArray[np.int64]", found.addresses_of(linear.weight, scale, linear.bias))
+
+
+def decode_kernels() -> ModuleType | None:
+    """node/model/weights/decode_kernels.py; None where numba cannot be imported."""
+    if kernels() is None:
+        return None
+    from node.model.weights import decode_kernels
+
+    return decode_kernels

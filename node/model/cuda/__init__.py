@@ -1,0 +1,1 @@
+"""A block's operations on a GPU, each of them one call."""
