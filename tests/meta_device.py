@@ -16,42 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("meta")
 # They launch nothing.
-VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "transpose",
-        "t",
-        "permute",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "detach",
-        "alias",
-        "as_strided",
-        "_reshape_alias",
-        "narrow",
-        "flatten",
-        "unflatten",
-        "unbind",
-        "empty",
-        "lift_fresh",
-        "empty_like",
-        "new_empty",
-        "empty_strided",
-        "view_as",
-        "numpy_T",
-        "contiguous",
-        "is_pinned",
-    ]
-)
+VIEWS = frozenset({
+    "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "unsqueeze", "squeeze", "expand",
+    "expand_as", "slice", "select", "split", "split_with_sizes", "chunk", "detach", "alias",
+    "as_strided", "_reshape_alias", "narrow", "flatten", "unflatten", "unbind", "empty", "lift_fresh",
+    "empty_like", "new_empty", "empty_strided", "view_as", "numpy_T", "contiguous", "is_pinned",
+})  # fmt: skip
 WAITS = frozenset(("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_unique2", "unique_dim"))
 COPIES = frozenset(("to", "_to_copy", "copy_", "cpu"))
 

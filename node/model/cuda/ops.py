@@ -26,8 +26,8 @@ _SCHEMAS = (
     "norm(Tensor hidden, Tensor weight, float eps) -> Tensor",
     "add_norm(Tensor hidden, Tensor addend, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rope_and_write(Tensor qkv, int heads, int key_heads, Tensor cos, Tensor sin, Tensor places,"
-    " Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor? query_norm, Tensor? key_norm, float eps, bool rotary)"
-    " -> Tensor",
+    " Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor? query_norm, Tensor? key_norm, float eps,"
+    " bool rotary) -> Tensor",
     "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, float scale,"
     " int window, int page_tokens) -> Tensor",
     "silu_mul(Tensor gate_up) -> Tensor",
