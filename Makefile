@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TEST_BROWSER CHROMIUM SCREENSHOTS
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-metrics lint format types bench figures hostile mutants clean
+.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-metrics test-gpu lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ test-ecosystem: env ## Run other packages (peft, trl, lm-eval, outlines) over a 
 test-metrics: env ## Check scrapes, rules and the configuration of Prometheus with promtool, which is brought here
 	@command -v promtool >/dev/null 2>&1 || sh scripts/promtool.sh
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/unit/test_promtool.py tests/unit/test_metrics_page.py $(ARGS)
+
+test-gpu: env ## Run the check for machines with a GPU on this one's CPU, in tiny sizes: scripts/gpu_check.sh
+	@mkdir -p build && OUT=build PYTHON=$(BIN)/python OMP_NUM_THREADS=1 sh scripts/gpu_check.sh --device cpu --small $(ARGS)
 
 test-browser: env ## Drive the gateway's page with Chromium and Playwright; SCREENSHOTS=1 writes docs/page-dark.png and -light.png
 	@PYTHON=$(BIN)/python sh scripts/browser.sh
