@@ -113,7 +113,7 @@ def assert_nobody_waits(counted: Counted) -> None:
     assert counted.pageable == 0, "a copy that the host waits for"
 
 
-@pytest.mark.parametrize("quantize", ["none"])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 async def test_a_decode_step_is_ten_launches_a_block_and_one_copy_each_way(
     variant, quantize, tmp_path, autojump_clock

@@ -33,6 +33,7 @@ from node.model.weights.quantize import (
     PackedLinear,
     Packing,
     Plan,
+    SideBySide,
     Way,
     choose_plan,
     dequantize_rows,
@@ -43,6 +44,7 @@ from node.model.weights.quantize import (
     quantize_rows,
     training_products,
 )
+from tests.meta_device import DEVICE, Counted
 from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
@@ -605,7 +607,8 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
         ("nf4", F32, "cpu", False, Packing("nf4", F32)),
         ("nf4", BF16, "cpu", True, Packing("nf4", BF16)),
         ("none", BF16, "cuda", False, Packing("plain", BF16)),
-        ("int8", F16, "cuda", False, Packing("llm_int8", F16)),
+        ("int8", F16, "cuda", False, Packing("int8", F16)),
+        ("llm_int8", F16, "cuda", False, Packing("llm_int8", F16)),
         ("nf4", BF16, "cuda", False, Packing("nf4", BF16)),
         ("none", F16, "mps", False, Packing("plain", F16)),
     ],
@@ -716,6 +719,39 @@ def test_bitsandbytes_int8_gets_the_same_codes(llama, monkeypatch):
         largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
         assert torch.allclose(largest / CODES, twin.scale)
     assert_close(outputs(span), outputs(ours), 0.05)  # activations are rounded to 8 bits as well
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+def test_a_product_on_a_device_is_one_operation_and_has_a_derivative(shape):
+    weight, scale = random_rows(3, 12, 8, torch.int8)
+    layer = PackedLinear(weight, scale, torch.randn(12))
+    x = torch.randn(*shape, 8)
+    expected, _ = exact(x, weight, scale, layer.bias)
+    assert_close(layer._there(x).double(), expected, 1e-6)
+    layer.to(DEVICE)
+    there = torch.empty(*shape, 8, device=DEVICE, dtype=torch.bfloat16)
+    with Counted() as counted, torch.inference_mode():
+        answer = layer(there)
+    assert (answer.shape, answer.dtype) == ((*shape, 12), torch.bfloat16)
+    assert counted.launched == {"int8_linear": 1}
+    there.requires_grad_()
+    (found,) = torch.autograd.grad(layer(there).sum(), there)
+    assert (found.shape, found.dtype) == (there.shape, torch.bfloat16)
+
+
+def test_layers_of_bitsandbytes_on_a_device_stand_side_by_side_unmerged():
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for kind in (Linear4bit, Linear8bitLt):
+        parts = [kind(16, outs, bias=False, device="meta").requires_grad_(False) for outs in (4, 8)]
+        merged = merge_linears(parts)
+        assert isinstance(merged, SideBySide)
+        assert list(merged.parts) == parts
+        here = [kind(16, 4, bias=False).requires_grad_(False) for _ in range(2)]
+        assert merge_linears(here) is None, "the library computes them on a CPU"
+    ones = [nn.Linear(3, outs) for outs in (2, 5)]
+    x = torch.randn(4, 3)
+    assert torch.equal(SideBySide(ones)(x), torch.cat([each(x) for each in ones], -1))
 
 
 def test_nf4_is_bitsandbytes_four_bits(llama):

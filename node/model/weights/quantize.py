@@ -36,6 +36,7 @@ from torch.nn import functional
 from node.config import ConfigError
 from node.model.checkpoint.info import SCALE_SUFFIX, is_matrix
 from node.model.checkpoint.progress import Progress, silent
+from node.model.cuda import ops
 from tensor_codec.span_spec import QUANTIZE
 
 log = logging.getLogger("raceme")
@@ -129,7 +130,7 @@ def _between(seconds: Mapping[int, float], measured: Sequence[int], rows: int) -
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16, on the CPU.
+    """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16.
 
     weight: int8 or bfloat16 [out, in].  scale: float32 [out], None for bfloat16.  bias: [out] or
     None.  Takes x [..., in] of any float dtype and answers [..., out] in x's dtype.  Has a derivative
@@ -137,6 +138,7 @@ class PackedLinear(nn.Module):
 
     A row of float32 has the same result alone and in any batch that goes the "compiled" way (see
     node/model/weights/kernels.py); torch's own products, for the other ways, do not promise it.
+    On other devices than the CPU a product is one operation (node/model/cuda/ops.py).
     """
 
     weight: Tensor
@@ -165,6 +167,7 @@ class PackedLinear(nn.Module):
         """Put the kernels' arguments into plain attributes: a module's own cost 2 us each."""
         self._rows: Any = None  # Any: `Rows` of a module that is imported only when it is used
         self._pack_scale: Tensor | None = None
+        self._is_here = self.weight.device.type == "cpu"
         found = kernels()
         if found is not None and self.weight.device.type == "cpu":
             bias = None if self.bias is None else self.bias.detach().float()
@@ -182,6 +185,8 @@ class PackedLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """`forward` without a derivative."""
+        if not self._is_here:
+            return self._there(x)
         if _IN_TRAINING.get() and self.scale is None and self._rounds():
             return self._rounded(x)
         return _WAYS[self.plan.way(x.numel() // self.in_features)](self, x)
@@ -212,6 +217,13 @@ class PackedLinear(nn.Module):
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         self._prepare()
         return self
+
+    def _there(self, x: Tensor) -> Tensor:
+        """`product` on a device."""
+        if self.scale is None:
+            return self._dequantise(x)
+        flat = ops.int8_linear(x.reshape(-1, self.in_features), self.weight, self.scale, self.bias)
+        return flat.view(*x.shape[:-1], self.out_features)
 
     def _compiled(self, x: Tensor) -> Tensor:
         if self._rows is None:
@@ -289,13 +301,27 @@ def fits_int8pack(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+class SideBySide(nn.Module):
+    """Layers with one input whose outputs stand side by side, where their weights cannot: bitsandbytes'."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., the outputs of all]."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
 def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
     """One linear layer with the outputs of these layers side by side; None where it cannot be made.
 
-    parts: of one kind (nn.Linear, or PackedLinear), for the same input.  They still work, on parts of the
-    merged layer's memory, so nothing is kept twice.
+    parts: of one kind (nn.Linear, PackedLinear, or bitsandbytes' on a device), for the same input.  They
+    still work, on parts of the merged layer's memory, so nothing is kept twice.
     """
     kinds = {type(part) for part in parts}
+    if all(_is_of_bitsandbytes(part) for part in parts):
+        return SideBySide(parts)
     if len(kinds) != 1 or kinds.isdisjoint((nn.Linear, PackedLinear)):
         return None
     linears = cast("Sequence[nn.Linear | PackedLinear]", parts)
@@ -324,6 +350,13 @@ def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
         else:
             part.weight = nn.Parameter(view, requires_grad=False)
     return merged.train(parts[0].training)
+
+
+def _is_of_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether bitsandbytes computes a layer on a device; on the CPU the library calls its layers."""
+    weight = getattr(layer, "weight", None)
+    known = type(layer).__module__.startswith("bitsandbytes.") and isinstance(weight, Tensor)
+    return known and cast(Tensor, weight).device.type != "cpu"
 
 
 def _merged_bias(linears: Sequence[nn.Linear | PackedLinear]) -> Tensor | None:
@@ -430,6 +463,7 @@ def _timed(linear: PackedLinear, way: Way, activations: torch.dtype) -> dict[int
     return seconds
 
 
+LLM_INT8 = "llm_int8"
 Maker = Callable[["Matrix", "nn.Parameter | None"], nn.Module]
 Kind = Literal["plain", "int8", "bfloat16", "llm_int8", "nf4"]
 
@@ -450,16 +484,18 @@ def packing_for(quantize: str, dtype: torch.dtype, device: str, *, bfloat16: boo
     """The packing for the operator's options on this device.  Raises ConfigError.
 
     device: "cpu", "cuda" or another type.  bfloat16: whether the CPU computes in it.
+    "int8" is rows with scales and activations in `dtype`; LLM_INT8 is bitsandbytes' (arXiv:2208.07339).
     A CPU without fast bfloat16 arithmetic keeps the weights in bfloat16 and computes in float32.  No CPU
     has fast float16 arithmetic.
     """
-    if quantize not in QUANTIZE:
+    if quantize not in (*QUANTIZE, LLM_INT8):
         raise ConfigError(f"quantization {quantize!r} is not one of {', '.join(QUANTIZE)}")
     if quantize != "none" and device not in ("cpu", "cuda"):
         raise ConfigError(f"{quantize} works on cpu and cuda, not on {device}")
     if device != "cpu":
-        kind: Kind = "llm_int8" if quantize == "int8" else "nf4" if quantize == "nf4" else "plain"
-        return Packing(kind, dtype)
+        return Packing("plain" if quantize == "none" else cast(Kind, quantize), dtype)
+    if quantize == LLM_INT8:
+        raise ConfigError(f"{quantize} works on cuda, not on {device}")
     if quantize == "none":
         rows = dtype == torch.bfloat16 and not bfloat16
         return Packing("bfloat16", torch.float32) if rows else Packing("plain", dtype)
@@ -626,7 +662,7 @@ def fill(
             layer = make(matrix, awaiting.bias)
         _replace(model, path, layer.eval())
     packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
-    if packed:
+    if packed and device.type == "cpu":
         plan = measured_plan(max(packed, key=lambda layer: layer.weight.numel()), packing.dtype)
         for layer in packed:
             layer.plan = plan
@@ -686,7 +722,8 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
 def _packed_linear(
     matrix: Matrix, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    return PackedLinear(matrix.weight, matrix.scale, bias)
+    scale = None if matrix.scale is None else matrix.scale.to(device)
+    return PackedLinear(matrix.weight.to(device), scale, bias)
 
 
 def _llm_int8_linear(
