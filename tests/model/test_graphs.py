@@ -185,12 +185,24 @@ def test_a_step_that_lacks_memory_says_so():
 
 def test_the_least_recently_used_graph_is_dropped_and_cleared_graphs_share_no_memory(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "USES_AFTER_DROPPING", 0)
     recorder = Recorder()
     steps = DecodeGraphs(CPU, recorder)
-    for rows in (1, 1, 2, 2, 1, 4, 4, 1, 2):
+    for rows in (1, 1, 2, 2, 1, 4, 4, 1, 2, 2):
         step = Step(rows, 1)
         assert torch.equal(step.through(steps), step.expected)
     assert (recorder.recorded, recorder.made) == (4, 1)
     steps.clear()
-    step.through(steps)
+    Step(1, 1).through(steps)
     assert (recorder.recorded, recorder.made) == (5, 2), "memory of graphs that are gone is taken by no other"
+
+
+def test_more_runs_of_blocks_than_graphs_do_not_record_at_every_step(monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 4)
+    recorder = Recorder()
+    steps = DecodeGraphs(CPU, recorder)
+    step, uses = Step(2, 1), 200
+    for _ in range(uses):
+        for start in range(6):  # more than there is place for, in turn
+            assert torch.equal(step.through(steps, (start, 9)), step.expected)
+    assert recorder.recorded < 0.05 * 6 * uses

@@ -34,6 +34,7 @@ ROWS = tuple(1 << power for power in range(MAX_ROWS.bit_length()))  # of the gra
 MAX_GRAPHS = 64  # all rows for seven widths of tables or runs of blocks
 SEEN_BEFORE = 1  # uses of a graph before it is worth recording
 USES_AFTER_NO_MEMORY = 1024  # before recording is tried again
+USES_AFTER_DROPPING = 64  # of a graph, before it is recorded again: a recording takes some steps' time
 
 Step = Callable[[Inputs], Tensor]  # its answer: hidden states [rows, hidden_size]
 Fill = Callable[[Tensor], None]  # writes a step's inputs into bytes on the device
@@ -96,7 +97,8 @@ class DecodeGraphs:
         if not self._works or seen <= SEEN_BEFORE:
             return None
         if len(self._graphs) == MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+            dropped, _ = self._graphs.popitem(last=False)
+            self._seen[dropped] = -USES_AFTER_DROPPING
         if not self._graphs:
             self._capture = None
         try:

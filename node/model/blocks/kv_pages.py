@@ -396,9 +396,10 @@ class SpanCache:
             sources, targets = self.rows[named[~first]], rows[~first]
             self.pool.copy(*(self.pool.table(each, filled).ravel() for each in (sources, targets)))
         self.rows = rows
-        index = torch.from_numpy(named)
-        for state in self.states.values():
-            state.reorder_cache(index)
+        if self.states:
+            (index,) = numbers_on(self.pool.device, named)
+            for state in self.states.values():
+                state.reorder_cache(index)
 
     def close(self) -> None:
         """Give everything back."""
