@@ -373,8 +373,9 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     limits.add_argument(
         "--share", type=_share, action="append", default=[], metavar="PEER=SHARE",
-        help="give this peer, a gateway for instance, so much of cache, streams, sessions and waiting steps"
-        f" ({LEAST_SHARE:g} to 1), in place of {USUAL.cache_share_per_peer:g} or less; may be repeated",
+        help="give this peer, a gateway for instance, so much of all that peers share (cache, streams, steps,"
+        f" adapters; {LEAST_SHARE:g} to 1), in place of {USUAL.cache_share_per_peer:g} or less;"
+        " may be repeated",
     )  # fmt: skip
     limits.add_argument(
         "--tape-bytes", type=int, metavar="N",

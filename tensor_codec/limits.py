@@ -115,8 +115,9 @@ class Limits:
     session_life_seconds: float = 1800.0
     session_position_seconds: float = 0.25  # of life more for each position that it was opened for
     cache_share_per_peer: float = 0.25
-    # Peers with a share of their own, each with it: of the cache, of streams, sessions and waiting steps.  An
-    # operator names the gateways of a private swarm here: each is one peer, and has many users.
+    # Peers with a share of their own, each with it, in place of the bounds for one peer: of the cache,
+    # streams, sessions, waiting steps and requests, prompts, tapes, adapters and sums.  An operator names the
+    # gateways of a private swarm here: each is one peer, and has many users.
     peer_shares: tuple[tuple[str, float], ...] | None = None
     least_share_tokens: int = 8192  # a peer's share is never less, where the cache has so many
     max_prompt_bytes: int = 64 * MIB  # deep prompts that sessions hold
@@ -230,27 +231,42 @@ class Limits:
         """The share that the operator has given a peer; None for a peer with the usual bounds."""
         return None if self.peer_shares is None else dict(self.peer_shares).get(peer)
 
+    @property
+    def own_shares(self) -> dict[str, float]:
+        """The peers with a share of their own, and their shares."""
+        return dict(self.peer_shares or ())
+
+    def share_of(self, peer: str, usual: float) -> float:
+        """The part of something that a peer may have, where others may have `usual`."""
+        share = self.own_share(peer)
+        return usual if share is None else share
+
+    def number_of(self, peer: str, usual: int, usual_share: float) -> int:
+        """How many things a peer may have, where others may have `usual` of them in `usual_share`."""
+        return self.part_of(peer, int(usual / usual_share), usual)
+
     def streams_of(self, peer: str) -> int:
         """Streams that a peer may have open."""
-        return self._part_of(peer, self.max_streams, self.max_streams_per_peer)
+        return self.part_of(peer, self.max_streams, self.max_streams_per_peer)
 
     def streams_on_a_connection_of(self, peer: str) -> int:
         """The same, on one connection."""
-        return self._part_of(peer, self.max_streams, self.max_streams_per_connection)
+        return self.part_of(peer, self.max_streams, self.max_streams_per_connection)
 
     def sessions_of(self, peer: str) -> int:
         """Sessions that a peer may have open; each has a stream."""
-        return self._part_of(peer, self.max_streams, self.max_sessions_per_peer)
+        return self.part_of(peer, self.max_streams, self.max_sessions_per_peer)
 
     def waiting_steps_of(self, peer: str) -> int:
         """Steps of a peer that may wait for compute."""
-        return self._part_of(peer, self.max_waiting_steps, self.max_waiting_steps_per_peer)
+        return self.part_of(peer, self.max_waiting_steps, self.max_waiting_steps_per_peer)
 
     def prefix_of(self, peer: str, prefix: str) -> str:
         """The network prefix with which a peer shares what it uses; "" for one with a share of its own."""
         return prefix if self.own_share(peer) is None else ""
 
-    def _part_of(self, peer: str, total: int, usual: int) -> int:
+    def part_of(self, peer: str, total: int, usual: int) -> int:
+        """Places of `total` that a peer may have, where others may have `usual`; at least one."""
         share = self.own_share(peer)
         return usual if share is None else max(1, int(share * total))
 

@@ -167,7 +167,7 @@ class ConnectionTable:
             return StreamRoom(admitted=False)
         if sum(map(self._streams_of, self._by_peer.values())) < self._limits.max_streams:
             return StreamRoom(admitted=True)
-        named = dict(self._limits.peer_shares or ())
+        named = self._limits.own_shares
         users = [
             User(peer, held[0].prefix, self._streams_of(held), self._is_good(peer), peer in named)
             for peer, held in self._by_peer.items()

@@ -76,6 +76,19 @@ def who_yields(
     return next(each for party, each in reversed(named) if party == largest and each.peer == owner)
 
 
+def party_of(peer: str, prefix: str, own_shares: Mapping[str, float]) -> str:
+    """Whose parts those of a peer are counted with: its prefix's, or its own where it has its own share."""
+    return peer if peer in own_shares else prefix
+
+
+def counted(party: str, part: float, capacity: float, own_shares: Mapping[str, float]) -> float:
+    """What counts of a party's part: all of a prefix's, of a peer with its own share what exceeds that share.
+
+    So where the one that holds most gives way to one that holds less, nobody within its own share does.
+    """
+    return max(0.0, part - own_shares[party] * capacity) if party in own_shares else part
+
+
 class _Party(NamedTuple):
     """A prefix, or a peer with a share of its own."""
 

@@ -36,6 +36,7 @@ from node.model.blocks.forward_backward import (
 from node.model.blocks.parts import backward_parts, forward_parts
 from node.monitor.metrics.meters import ServingMeters, reason_of
 from node.network.admission.rates import NamedRates
+from node.network.admission.shares import places_of_most
 from node.network.prefixes import sharer
 from node.runtime.compute_thread import Runner
 from node.runtime.faults import Faults
@@ -318,14 +319,16 @@ class ForwardBackwardListener:
         """Hold a stream's place: the number of places bounds the memory of requests.  Raises Refused."""
         peer, limits = stream.peer, self.limits
         self.admission.check_open()
-        if self._by_peer[peer] >= limits.max_compute_streams_per_peer:
+        if self._by_peer[peer] >= limits.part_of(
+            peer, limits.max_compute_streams, limits.max_compute_streams_per_peer
+        ):
             raise TooManyStreams(f"{self._by_peer[peer]} such streams of yours are open", RETRY_SECONDS)
         if sum(not each.yields for each in self._streams.values()) >= limits.max_compute_streams:
-            if (last := self._last_of_most(stream.prefix)) is None:
+            if (last := self._last_of_most(peer, stream.prefix)) is None:
                 raise TooManyStreams(f"{len(self._streams)} such streams are open here", RETRY_SECONDS)
             last.yields = True
             last.scope.cancel()
-        serving = _Serving(stream.prefix)
+        serving = _Serving(limits.prefix_of(peer, stream.prefix))
         self._streams[id(serving)] = serving
         self._by_peer[peer] += 1
         try:
@@ -338,18 +341,14 @@ class ForwardBackwardListener:
             if not self._streams:
                 self._quiet.set()
 
-    def _last_of_most(self, prefix: str) -> _Serving | None:
-        """The stream that makes room for one of this prefix: of the prefix with the most, an idle one first.
+    def _last_of_most(self, peer: str, prefix: str) -> _Serving | None:
+        """The stream that makes room for one of this peer: of the prefix with the most, an idle one first.
 
         None where no other prefix has more.
         """
-        serving = [each for each in self._streams.values() if each.prefix and not each.yields]
-        counts = Counter(each.prefix for each in serving)
-        most = max(counts.values(), default=0)
-        if not prefix or counts[prefix] + 1 >= most:
-            return None
-        of_most = [each for each in reversed(serving) if counts[each.prefix] == most]
-        return min(of_most, key=lambda each: each.busy)
+        has_share = self.limits.own_share(peer) is not None
+        of_most = places_of_most(list(self._streams.values()), prefix, own_share=has_share)
+        return min(of_most, key=lambda each: each.busy, default=None)
 
     async def _serve(self, stream: PeekStream, serving: _Serving) -> None:
         idle_seconds = self.limits.frame_start_seconds

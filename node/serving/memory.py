@@ -351,10 +351,11 @@ def sum_bytes(adapters: int, limits: Limits) -> int:
 def trained_bytes(hidden: int, adapters: int, limits: Limits) -> int:
     """Bytes for the adapter that a request trains: of one peer, and one request is under way at a time.
 
-    Copies and gradients of all that a peer may have; and in float32, for one part of a backward, the inputs
-    of the linears (see `SpanAdapter.kept_bytes`).  hidden: values of a hidden state.
+    Copies and gradients of all that a peer may have, whatever its share; and in float32, for one part of a
+    backward, the inputs of the linears (see `SpanAdapter.kept_bytes`).  hidden: values of a hidden state.
     """
-    copies = TRAINED_COPIES * int(limits.adapter_share_per_peer * adapters)
+    share = max(limits.adapter_share_per_peer, *limits.own_shares.values(), 0.0)
+    copies = TRAINED_COPIES * int(share * adapters)
     return copies + max(PART_POSITIONS, limits.max_step_tokens) * TRAINED_VALUES * hidden * 4
 
 

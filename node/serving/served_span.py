@@ -289,7 +289,7 @@ async def load_served_span(
     await compute.run(span.record, pool)
     budget = CacheBudget(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,
-        limits.max_session_tokens, dict(limits.peer_shares or ()),
+        limits.max_session_tokens, limits.own_shares,
     )  # fmt: skip
     desk = setup.adapters
     admission = SpanAdmission(setup.spec(blocks), adapters=None if desk is None else desk.store)
@@ -304,7 +304,9 @@ async def load_served_span(
         part, setup.training_bytes - for_tapes, free, compute,
         lambda: [partial(measure_activations, engine.span, block) for block in kinds_of_blocks(engine.span)],
     )  # fmt: skip
-    tapes = Tapes(TapeBudget(for_tapes, limits.tape_idle_seconds), held.of_a_position, free)
+    tapes = Tapes(
+        TapeBudget(for_tapes, limits.tape_idle_seconds, limits.own_shares), held.of_a_position, free
+    )
     stateless = ForwardBackwardListener(admission, engine, limits, setup.faults, held.positions, tapes)
     served = ServedSpan(setup, admission, listener, stateless)
     if desk is not None:

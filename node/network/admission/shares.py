@@ -7,12 +7,42 @@ network that holds most; in it, the address that holds most; there, the peer tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from node.network.prefixes import network_of
 
 Key = TypeVar("Key")
+
+
+class Place(Protocol):
+    """A place among few.  yields: it was told to give way, and is about to end."""
+
+    @property
+    def prefix(self) -> str:
+        """Of its peer's address; "" where unknown, or with a share of its own: it never gives way."""
+
+    @property
+    def yields(self) -> bool:
+        """See above."""
+
+
+P = TypeVar("P", bound=Place)
+
+
+def places_of_most(held: Sequence[P], prefix: str, *, own_share: bool = False) -> list[P]:
+    """The places of which one goes to a newcomer where all are taken, the newest first; none: it gets none.
+
+    They are those of the prefix that has most, if that has more than the newcomer's would have with it.
+    held: the oldest first.  prefix: of the newcomer; "" where unknown: nobody gives way to it.
+    own_share: the newcomer is within a share of its own, so any prefix gives way to it.
+    """
+    named = [each for each in held if each.prefix and not each.yields]
+    counts = Counter(each.prefix for each in named)
+    most = max(counts.values(), default=0)
+    if not own_share and (not prefix or counts[prefix] + 1 >= most):
+        return []
+    return [each for each in reversed(named) if counts[each.prefix] == most]
 
 
 class Rank(NamedTuple):

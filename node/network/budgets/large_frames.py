@@ -70,7 +70,7 @@ class LargeFrames:
     def of(cls, limits: Limits) -> LargeFrames:
         """The places that these limits allow to frames of peers."""
         most = limits.max_large_frames * limits.max_frame_bytes
-        return cls(most, limits.large_bytes_per_connection, dict(limits.peer_shares or ()))
+        return cls(most, limits.large_bytes_per_connection, limits.own_shares)
 
     def ask(self, place: FramePlace) -> None:
         """Wait for a place; `granted` may be called at once."""

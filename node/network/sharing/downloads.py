@@ -6,10 +6,10 @@ the place of the newest download of the prefix that has most, as with uploads.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from node.network.admission.shares import places_of_most
 from node.network.prefixes import is_local
 from tensor_codec.errors import TooManyStreams
 from tensor_codec.limits import Limits
@@ -36,7 +36,8 @@ class Downloads:
     Promises, checked by tests/unit/test_downloads.py:
       * downloads never exceed the places of all and of a peer;
       * a prefix that has most gives a place up for one that has fewer;
-      * bytes keep to the rate of all, and those of a public address to its share.
+      * bytes keep to the rate of all, and those of a public address to its share;
+      * a peer with a share of its own has so much of places and rate, and stands beside the prefixes.
     """
 
     limits: Limits
@@ -64,14 +65,16 @@ class Downloads:
 
     def begin(self, peer: str, prefix: str, end: Callable[[], None]) -> Download:
         """A place for a download, until `finish`.  Raises TooManyStreams."""
+        limits, prefix = self.limits, self.limits.prefix_of(peer, prefix)
         mine = sum(each.peer == peer for each in self._under_way)
-        if mine >= self.limits.max_adapter_downloads_per_peer:
+        if mine >= limits.part_of(peer, limits.max_adapter_downloads, limits.max_adapter_downloads_per_peer):
             raise TooManyStreams(f"{mine} downloads of yours are under way", AGAIN_SECONDS)
-        if sum(not each.yields for each in self._under_way) >= self.limits.max_adapter_downloads:
-            if (last := self._last_of_most(prefix)) is None:
+        if sum(not each.yields for each in self._under_way) >= limits.max_adapter_downloads:
+            has_share = limits.own_share(peer) is not None
+            if not (of_most := places_of_most(self._under_way, prefix, own_share=has_share)):
                 raise TooManyStreams(f"{self.count} downloads are under way here", AGAIN_SECONDS)
-            last.yields = True
-            last.end()
+            of_most[0].yields = True
+            of_most[0].end()
         download = Download(peer, prefix, end)
         self._under_way.append(download)
         return download
@@ -80,26 +83,20 @@ class Downloads:
         """Its place is free."""
         self._under_way.remove(download)
 
-    def pause(self, prefix: str, size: int, now: float) -> float:
-        """Count bytes that go out; the seconds until they may."""
+    def pause(self, prefix: str, size: int, now: float, peer: str = "") -> float:
+        """Count bytes that go out; the seconds until they may.  peer: the one that takes them."""
         limits = self.limits
         rate, burst = limits.adapter_seed_bytes_per_second, limits.adapter_seed_burst_bytes
         if self._all is None:
             self._all = TokenBucket.full(rate, burst, now)
         wait = self._all.take(size, now)
-        if is_local(prefix):
+        if (own := limits.own_share(peer)) is not None:
+            party, share = peer, own
+        elif is_local(prefix):
             return wait
-        share = limits.adapter_seed_share_per_prefix
-        return max(wait, _bucket(self._prefixes, prefix, rate * share, burst * share, now).take(size, now))
-
-    def _last_of_most(self, prefix: str) -> Download | None:
-        """The download that makes room for one of this prefix; None where no prefix has more."""
-        named = [each for each in self._under_way if each.prefix and not each.yields]
-        counts = Counter(each.prefix for each in named)
-        most = max(counts.values(), default=0)
-        if not prefix or counts[prefix] + 1 >= most:
-            return None
-        return next(each for each in reversed(named) if counts[each.prefix] == most)
+        else:
+            party, share = prefix, limits.adapter_seed_share_per_prefix
+        return max(wait, _bucket(self._prefixes, party, rate * share, burst * share, now).take(size, now))
 
 
 def _bucket(buckets: dict[str, TokenBucket], key: str, rate: float, burst: float, now: float) -> TokenBucket:

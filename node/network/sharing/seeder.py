@@ -116,7 +116,8 @@ class Seeder:
                 for block in range(*blocks):
                     for part in shared_pieces(block, seed.blobs[block]):
                         now = trio.current_time()
-                        await self.sleep(self.downloads.pause(stream.prefix, len(part.data), now))
+                        size_now = len(part.data)
+                        await self.sleep(self.downloads.pause(stream.prefix, size_now, now, stream.peer))
                         await stream.send(encode_blob_part(part))
         finally:
             self.downloads.finish(download)

@@ -1,4 +1,8 @@
-"""Peers' claims to adapters that they have brought, within a budget: whose makes room for whose.  Pure."""
+"""Peers' claims to adapters that they have brought, within a budget: whose makes room for whose.  Pure.
+
+A peer with a share of its own (`Limits.peer_shares`) stands beside the prefixes: up to its share none of its
+claims makes room for another peer's, and the prefix that holds most makes room for it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from node.network.prefixes import is_local
+from node.serving.fair_shares import counted, party_of
 from tensor_codec.errors import Refused, TooManyStreams
 from tensor_codec.limits import Limits
 
@@ -48,6 +53,7 @@ class Claims:
         self.limits = limits
         self.capacity = capacity
         self._forgotten = forgotten
+        self._own_shares = limits.own_shares
         self._claims: dict[tuple[str, str], Claim] = {}
 
     @property
@@ -55,10 +61,9 @@ class Claims:
         """Bytes of all claims."""
         return sum(claim.size for claim in self._claims.values())
 
-    @property
-    def room_per_peer(self) -> int:
-        """Bytes that the claims of one peer may have."""
-        return int(self.capacity * self.limits.adapter_share_per_peer)
+    def room_of(self, peer: str) -> int:
+        """Bytes that the claims of a peer may have."""
+        return int(self.capacity * self.limits.share_of(peer, self.limits.adapter_share_per_peer))
 
     def get(self, peer: str, adapter: str) -> Claim | None:
         """A peer's claim; None without one."""
@@ -76,16 +81,15 @@ class Claims:
         overhead: bytes more of a claim that is new.
         Claims without a use make room, those that were not used for longest first: the peer's own where it
         has its share, then those of the prefix that holds most, with these bytes.  A prefix that holds less
-        than the peer's makes no room for it.
+        than the peer's makes no room for it, but for a peer with a share of its own every prefix does.
         """
         self.expire(now)
+        prefix = self.limits.prefix_of(peer, prefix)
         new = Claim(peer, prefix, adapter, now, overhead=overhead)
         claim = self._claims.get((peer, adapter), new)
         more = size + (overhead if claim is new else 0)
-        if more > self.room_per_peer:
-            raise Refused(
-                f"an adapter of {more} bytes for these blocks, {self.room_per_peer} are allowed here"
-            )
+        if more > (room := self.room_of(peer)):
+            raise Refused(f"an adapter of {more} bytes for these blocks, {room} are allowed here")
         self._make_room(peer, prefix, adapter, more)
         self._claims[peer, adapter] = claim
         claim.coming += size
@@ -106,9 +110,10 @@ class Claims:
 
     def _make_room(self, peer: str, prefix: str, adapter: str, size: int) -> None:
         """Give claims up until `size` more bytes of a peer fit everywhere.  Raises TooManyStreams."""
-        limits, most = self.limits, self.room_per_peer
+        limits, most = self.limits, self.room_of(peer)
         self._shrink("of yours", lambda claim: claim.peer == peer, most - size, adapter)
-        count = limits.max_adapters_per_peer - ((peer, adapter) not in self._claims)
+        count = limits.number_of(peer, limits.max_adapters_per_peer, limits.adapter_share_per_peer)
+        count -= (peer, adapter) not in self._claims
         while len(mine := self._where(lambda claim: claim.peer == peer)) > count:
             if not self._drop_oldest(mine, adapter):
                 raise TooManyStreams(f"{len(mine)} adapters of yours are in use, the limit", AGAIN_SECONDS)
@@ -116,21 +121,29 @@ class Claims:
             share = int(self.capacity * limits.adapter_share_per_prefix)
             self._shrink("of your network", lambda claim: claim.prefix == prefix, share - size, adapter)
         while self.used + size > self.capacity:
-            if not any(self._drop_oldest(claims, adapter) for claims in self._giving(prefix, size)):
+            if not any(self._drop_oldest(claims, adapter) for claims in self._giving(peer, prefix, size)):
                 raise TooManyStreams(
                     f"no room for an adapter of {size} bytes: {self.used} of {self.capacity} are used",
                     AGAIN_SECONDS,
                 )
 
-    def _giving(self, prefix: str, size: int) -> list[list[Claim]]:
-        """The claims of each prefix that holds no less than this one with `size` more, the largest first."""
-        parts = Counter({prefix: size})
+    def _giving(self, peer: str, prefix: str, size: int) -> list[list[Claim]]:
+        """The claims of each prefix that holds no less than this one with `size` more, the largest first.
+
+        Those of a peer with a share of its own, within which it is, make room for it alone, and the last.
+        """
+        own = self._own_shares
+        asks = party_of(peer, prefix, own)
+        parts = Counter({asks: size})
         for claim in self._claims.values():
-            parts[claim.prefix] += claim.size
-        names = sorted(
-            (name for name in parts if parts[name] >= parts[prefix]), key=lambda name: -parts[name]
-        )
-        return [[claim for claim in self._claims.values() if claim.prefix == name] for name in names]
+            parts[party_of(claim.peer, claim.prefix, own)] += claim.size
+        count = {party: counted(party, part, self.capacity, own) for party, part in parts.items()}
+        names = [name for name in parts if name == asks or (count[name] and count[name] >= count[asks])]
+        names.sort(key=lambda name: -count[name])
+        claims = self._claims.values()
+        return [
+            [claim for claim in claims if party_of(claim.peer, claim.prefix, own) == name] for name in names
+        ]
 
     def _where(self, wanted: Callable[[Claim], bool]) -> list[Claim]:
         return [claim for claim in self._claims.values() if wanted(claim)]

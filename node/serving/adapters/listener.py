@@ -165,7 +165,7 @@ class AdapterListener:
         seconds = self.limits.adapter_upload_seconds + left / self.limits.frame_floor_bytes_per_second
         try:
             with trio.move_on_after(seconds) as time, upload.scope:
-                need = Need(tuple(sizes), store.claims.room_per_peer)
+                need = Need(tuple(sizes), store.claims.room_of(stream.peer))
                 await stream.send(encode_need(need, offer.spec.blocks))
                 stream.limit = HEADER_BYTES + PIECE_BYTES
                 for block, size in sizes.items():

@@ -6,6 +6,7 @@ client that has lost one asks for its requests again, here or elsewhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,10 +109,12 @@ def _zeros_like(gradient: Tensor) -> Tensor:
 class GradientSums:
     """The sums of a node, within a budget.  Times are the caller's clock, in seconds.
 
-    capacity: bytes of all sums.
+    capacity: bytes of all sums.  Nobody's sum makes room for another one, except for a peer with a share of
+    its own (`Limits.peer_shares`): for it sums are forgotten that no request is adding to.
 
     Promises, checked by tests/unit/test_gradient_sums.py:
       * the sums never exceed the capacity, nor a peer's or a prefix's share, nor a peer's number;
+      * up to a share of its own a peer loses nothing to others, and they make room for it;
       * a sum belongs to the peer that began it, to one adapter and one run of blocks;
       * a sum is collected once at a time, and counts until the last of it was made;
       * what was not used for `sum_idle_seconds` is gone.
@@ -136,7 +139,7 @@ class GradientSums:
         self.expire(wanted.used_at)
         found = self._sums.get(key)
         if found is None:
-            self._check_room(wanted)
+            self._make_room(wanted)
             found = self._sums[key] = wanted
         elif (found.adapter, found.run) != (wanted.adapter, wanted.run):
             raise RemoteProtocolError("a sum of gradients of another adapter, or of other blocks")
@@ -174,24 +177,45 @@ class GradientSums:
         old = now - self.limits.sum_idle_seconds
         self._sums = {key: each for key, each in self._sums.items() if each.under_way or each.used_at >= old}
 
-    def _check_room(self, wanted: GradientSum) -> None:
-        limits, size = self.limits, wanted.size
-        mine = [each for each in self._sums.values() if each.peer == wanted.peer]
-        if len(mine) >= limits.max_sums_per_peer:
+    def _make_room(self, wanted: GradientSum) -> None:
+        limits, peer, size = self.limits, wanted.peer, wanted.size
+        wanted.prefix = limits.prefix_of(peer, wanted.prefix)
+        mine = [each for each in self._sums.values() if each.peer == peer]
+        if len(mine) >= limits.number_of(peer, limits.max_sums_per_peer, limits.sum_share_per_peer):
             raise TooManyStreams(f"{len(mine)} sums of gradients of yours are open", AGAIN_SECONDS)
         bounds: list[tuple[Sequence[GradientSum], float]] = [
-            (mine, limits.sum_share_per_peer),
-            (list(self._sums.values()), 1.0),
+            (mine, limits.share_of(peer, limits.sum_share_per_peer))
         ]
         if not is_local(wanted.prefix):
             near = [each for each in self._sums.values() if each.prefix == wanted.prefix]
             bounds.append((near, limits.adapter_share_per_prefix))
         for sums, share in bounds:
-            free = int(self.capacity * share) - sum(each.size for each in sums)
-            if size > free:
-                raise TooManyStreams(
-                    f"a sum of {size} bytes of gradients, {max(0, free)} are free", AGAIN_SECONDS
-                )
+            self._check(size, int(self.capacity * share) - sum(each.size for each in sums))
+        victims = self._in_the_way(wanted) if limits.own_share(peer) is not None else []
+        self._check(size, self.capacity - self.used + sum(each.size for each in victims))
+        self._sums = {key: each for key, each in self._sums.items() if each not in victims}
+
+    def _check(self, size: int, free: int) -> None:
+        if size > free:
+            raise TooManyStreams(
+                f"a sum of {size} bytes of gradients, {max(0, free)} are free", AGAIN_SECONDS
+            )
+
+    def _in_the_way(self, wanted: GradientSum) -> list[GradientSum]:
+        """Sums that make room for a peer within its own share: of the largest prefix, the oldest first."""
+        own, missing = self.limits.own_shares, self.used + wanted.size - self.capacity
+        others = [each for each in self._sums.values() if each.peer not in own]
+        parts, victims = Counter[str](), list[GradientSum]()
+        for each in others:
+            parts[each.prefix or each.peer] += each.size
+        idle = sorted((each for each in others if not each.under_way), key=lambda each: each.used_at)
+        while missing > 0 and idle:
+            victim = max(idle, key=lambda each: parts[each.prefix or each.peer])  # the first of the largest
+            idle.remove(victim)
+            victims.append(victim)
+            parts[victim.prefix or victim.peer] -= victim.size
+            missing -= victim.size
+        return victims
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,17 @@
 """Places for uploads of adapters, and their pace: what guests send costs others no place and no time.  Pure.
 
 All places may be taken by one network prefix while nobody else wants one.  A peer of another prefix then gets
-the place of the newest upload of the prefix that has most.
+the place of the newest upload of the prefix that has most.  A peer with a share of its own
+(`Limits.peer_shares`) stands beside the prefixes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import trio
 
+from node.network.admission.shares import places_of_most
 from tensor_codec.errors import TooManyStreams
 from tensor_codec.limits import Limits
 from tensor_codec.token_bucket import TokenBucket
@@ -65,14 +66,16 @@ class Uploads:
 
     def begin(self, peer: str, prefix: str) -> Upload:
         """A place for an upload, until `end`.  Raises TooManyStreams."""
+        limits, prefix = self.limits, self.limits.prefix_of(peer, prefix)
         mine = sum(each.peer == peer for each in self._under_way)
-        if mine >= self.limits.max_adapter_uploads_per_peer:
+        if mine >= limits.part_of(peer, limits.max_adapter_uploads, limits.max_adapter_uploads_per_peer):
             raise TooManyStreams(f"{mine} adapters of yours are on their way", AGAIN_SECONDS)
-        if sum(not each.yields for each in self._under_way) >= self.limits.max_adapter_uploads:
-            if (last := self._last_of_most(prefix)) is None:
+        if sum(not each.yields for each in self._under_way) >= limits.max_adapter_uploads:
+            has_share = limits.own_share(peer) is not None
+            if not (of_most := places_of_most(self._under_way, prefix, own_share=has_share)):
                 raise TooManyStreams(f"{self.count} adapters are on their way here", AGAIN_SECONDS)
-            last.yields = True
-            last.scope.cancel()
+            of_most[0].yields = True
+            of_most[0].scope.cancel()
         upload = Upload(peer, prefix)
         self._under_way.append(upload)
         return upload
@@ -98,12 +101,3 @@ class Uploads:
             )
         wait = self._bytes.take(size, now)
         return max(wait, self._beside_steps.take(size, now)) if beside_steps else wait
-
-    def _last_of_most(self, prefix: str) -> Upload | None:
-        """The upload that makes room for one of this prefix; None where no prefix has more."""
-        named = [each for each in self._under_way if each.prefix and not each.yields]
-        counts = Counter(each.prefix for each in named)
-        most = max(counts.values(), default=0)
-        if not prefix or counts[prefix] + 1 >= most:
-            return None
-        return next(each for each in reversed(named) if counts[each.prefix] == most)

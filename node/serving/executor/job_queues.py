@@ -57,7 +57,8 @@ class JobQueues:
         lanes, stateless = self.lanes, job.kind is Kind.STATELESS
         if stateless:
             waiting, allowed = self._stateless, self.max_stateless
-            mine, allowed_mine = len(lanes[job.kind].get(job.peer, ())), self.max_stateless_per_peer
+            mine = len(lanes[job.kind].get(job.peer, ()))
+            allowed_mine = self.limits.part_of(job.peer, self.max_stateless, self.max_stateless_per_peer)
         else:
             waiting, allowed = len(self.jobs) - self._stateless, self.limits.max_waiting_steps
             mine = len(lanes[Kind.DECODE].get(job.peer, ())) + len(lanes[Kind.PREFILL].get(job.peer, ()))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from node.serving.fair_shares import counted, party_of
 from node.serving.span_admission import SpanAdmission
 from tensor_codec.errors import CacheFull, Refused
 from tensor_codec.limits import Limits
@@ -39,7 +40,8 @@ class PromptBudget:
     """Admits prompts up to `max_prompt_bytes`, and those of one peer up to `max_prompt_bytes_per_peer`.
 
     Where all are in use, the prefix that has most ends its youngest sessions for one of a prefix that has
-    less with the new one.  In one prefix nobody makes way: honest peers share an address too.
+    less with the new one.  In one prefix nobody makes way: honest peers share an address too.  A peer with a
+    share of its own has that part of `max_prompt_bytes`, and stands beside the prefixes.
     """
 
     limits: Limits
@@ -53,10 +55,11 @@ class PromptBudget:
     def check(self, new: HeldPrompts) -> list[HeldPrompts]:
         """The prompts that have to make way for these.  Raises CacheFull where there is no room."""
         used = sum(each.size for each in self._held if each.peer == new.peer)
-        most = self.limits.max_prompt_bytes_per_peer
+        limits = self.limits
+        most = limits.part_of(new.peer, limits.max_prompt_bytes, limits.max_prompt_bytes_per_peer)
         victims = self._in_the_way(new)
         if victims is None and new.size <= most - used:
-            used, most = self.used, self.limits.max_prompt_bytes
+            used, most = self.used, limits.max_prompt_bytes
         if victims is None or new.size > most - used:
             free = max(0, most - used)
             raise CacheFull(f"prompts of {new.size} bytes, {free} of {most} are free", AGAIN_SECONDS)
@@ -92,17 +95,25 @@ class PromptBudget:
 
     def _in_the_way(self, new: HeldPrompts) -> list[HeldPrompts] | None:
         """The youngest prompts of the prefixes with most, until the new ones fit; None: they never do."""
-        missing = new.size - (self.limits.max_prompt_bytes - self.used)
+        capacity, own_shares = self.limits.max_prompt_bytes, self.limits.own_shares
+        missing = new.size - (capacity - self.used)
+        asks = party_of(new.peer, new.prefix, own_shares)
         counts: Counter[str] = Counter()
         for each in self._held:
-            counts[each.prefix] += each.size
-        own, victims = counts.pop(new.prefix, 0) + new.size, list[HeldPrompts]()
+            counts[party_of(each.peer, each.prefix, own_shares)] += each.size
+        own, victims = counts.pop(asks, 0) + new.size, list[HeldPrompts]()
+
+        def weight(party: str, size: int) -> float:
+            return counted(party, size, capacity, own_shares)
+
         while missing > 0:
-            largest = max(counts, key=lambda prefix: counts[prefix], default="")
-            if not new.prefix or counts[largest] <= own:
+            largest = max(counts, key=lambda party: weight(party, counts[party]), default="")
+            if not asks or weight(largest, counts[largest]) <= weight(asks, own):
                 return None
             youngest = next(
-                each for each in reversed(self._held) if each.prefix == largest and each not in victims
+                each
+                for each in reversed(self._held)
+                if party_of(each.peer, each.prefix, own_shares) == largest and each not in victims
             )
             victims.append(youngest)
             counts[largest] -= youngest.size

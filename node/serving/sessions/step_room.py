@@ -34,7 +34,7 @@ class StepRoom:
 
     def __post_init__(self) -> None:
         most = self.limits.max_large_steps * self.limits.max_frame_bytes
-        self._frames = LargeFrames(most, most, dict(self.limits.peer_shares or ()))
+        self._frames = LargeFrames(most, most, self.limits.own_shares)
 
     @property
     def bytes(self) -> int:

@@ -3,14 +3,15 @@
 A backward over a tape computes nothing again; one without a tape runs its blocks forward once more, so a tape
 that is dropped costs time and no result.  The memory goes to those who train: one peer may have all of it
 while nobody else asks.  Where it is used up the network prefix that holds most gives way, in it the peer that
-holds most, with its oldest tape.
+holds most, with its oldest tape.  A peer with a share of its own (`Limits.peer_shares`) stands beside the
+prefixes, and what it holds up to its share does not count.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import trio
 from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.forward_backward import Tape
 from node.serving.executor.out_of_memory import OutOfMemory
+from node.serving.fair_shares import counted, party_of
 from tensor_codec.blocks import Blocks
 from tensor_codec.errors import MessageError, NoTape, Refused
 from tensor_codec.messages.contract import Contract
@@ -72,6 +74,8 @@ class KeptTape:
 class TapeBudget:
     """Which tapes are kept: pure.
 
+    capacity: bytes.  own_shares: peers with a part of it of their own, and that part.
+
     Promises, checked by tests/unit/test_tapes.py:
       * all tapes together never have more than `capacity` bytes;
       * while there is room nothing is dropped before it was idle for `idle_seconds`, counted from the last
@@ -80,11 +84,13 @@ class TapeBudget:
       * a tape is dropped for a new one only if it is of the same peer, or if its prefix would hold more than
         the new one's, or if both have one prefix and its peer would; of the largest holder, the oldest first;
       * nothing is dropped for a tape that does not fit in the end;
+      * a peer within its own share loses no tape to others, and any that holds something makes room for it;
       * nobody but its own peer gets a tape.
     """
 
     capacity: int
     idle_seconds: float
+    own_shares: Mapping[str, float] = field(default_factory=dict)
     _tapes: dict[tuple[str, bytes], KeptTape] = field(default_factory=dict)  # the oldest first
 
     @property
@@ -105,7 +111,7 @@ class TapeBudget:
         if before is not None and before.busy:
             return False
         others = [each for each in self._tapes.values() if each is not before]
-        dropped = list(_dropped_for(new, others, self.capacity))
+        dropped = list(_dropped_for(new, others, self.capacity, self.own_shares))
         if sum(each.size for each in others) - sum(each.size for each in dropped) + new.size > self.capacity:
             return False
         for each in (before, *dropped):
@@ -160,33 +166,43 @@ class TapeBudget:
             self.close(each)
 
 
-def _dropped_for(new: KeptTape, others: list[KeptTape], capacity: int) -> Iterator[KeptTape]:
+def _dropped_for(
+    new: KeptTape, others: list[KeptTape], capacity: int, own_shares: Mapping[str, float]
+) -> Iterator[KeptTape]:
     """The tapes that make way for a new one, until it fits or nobody has to."""
     left = list(others)
     while sum(each.size for each in left) + new.size > capacity:
-        victim = _victim(new, left)
+        victim = _victim(new, left, capacity, own_shares)
         if victim is None:
             return
         left.remove(victim)
         yield victim
 
 
-def _victim(new: KeptTape, tapes: list[KeptTape]) -> KeptTape | None:
+def _victim(
+    new: KeptTape, tapes: list[KeptTape], capacity: int, own_shares: Mapping[str, float]
+) -> KeptTape | None:
     """The oldest idle tape of the largest peer of the largest prefix that has one; the new one counts."""
-    parties, peers = Counter[str](), Counter[str]()
+    parts, peers = Counter[str](), Counter[str]()
+
+    def party_with(tape: KeptTape) -> str:
+        return party_of(tape.peer, tape.party, own_shares)
+
     for each in (new, *tapes):
-        parties[each.party] += each.size
+        parts[party_with(each)] += each.size
         peers[each.peer] += each.size
+    parties = {party: counted(party, part, capacity, own_shares) for party, part in parts.items()}
+    asks = party_with(new)
 
     def may_go(tape: KeptTape) -> bool:
         if tape.busy or tape.peer == new.peer:
             return not tape.busy
-        if tape.party == new.party:
+        if party_with(tape) == asks:
             return peers[tape.peer] > peers[new.peer]
-        return parties[tape.party] > parties[new.party]
+        return parties[party_with(tape)] > parties[asks]
 
     going = filter(may_go, tapes)
-    return max(going, key=lambda tape: (parties[tape.party], peers[tape.peer]), default=None)
+    return max(going, key=lambda tape: (parties[party_with(tape)], peers[tape.peer]), default=None)
 
 
 @dataclass(slots=True)
