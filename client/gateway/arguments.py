@@ -15,6 +15,7 @@ from node.runtime.arguments import Family, Parser, at_least_none, positive, seco
 from node.runtime.console import argument_text
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
+from node.runtime.settings.flags import OwnName
 
 EPILOG = """\
 examples:
@@ -95,7 +96,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--no-ui", action="store_true", help="no page at /")
     group.add_argument(
-        "--metrics", choices=("open", "key", "off"), default=usual.metrics,
+        "--metrics", action=OwnName, choices=("open", "key", "off"), default=usual.metrics,
         help=f"/metrics for everybody, for callers with a key, or for nobody (default: {usual.metrics})",
     )  # fmt: skip
     group.add_argument(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from node.devices import device_named
 from node.runtime.console import one_line, put
 from node.runtime.settings.file import Command, entries_for, read_document
-from node.runtime.settings.flags import CONFIG_VARIABLE, Flag, flags_of
+from node.runtime.settings.flags import CONFIG_VARIABLE, Flag, command_of, flags_of
 from node.runtime.settings.merge import PRECEDENCE, Setting, in_force, of_environment, of_file
 from node.runtime.settings.origins import remember_origins
 from node.runtime.settings.shown import COMMAND_LINE, DEFAULT, settings_text
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
     @property
     def command(self) -> Command:
         """The words that name the command: ("node", "status")."""
-        return tuple(self.prog.removeprefix("python -m ").split())
+        return command_of(self)
 
     def commands(self) -> list[Parser]:
         """The parsers of the subcommands, or this one where it has none."""

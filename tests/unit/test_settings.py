@@ -13,6 +13,7 @@ import node.__main__
 from node.config import ConfigError
 from node.runtime.arguments import Parser, positive, size
 from node.runtime.settings.flags import Flag, flags_of, from_text
+from node.runtime.settings.merge import of_environment
 
 PEER = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8"
 SAMPLES = ("0:1", "3", "0.5", "20GiB", "a-word", "/ip4/127.0.0.1/tcp/1", f"{PEER.rpartition('/')[2]}=0.5")
@@ -101,6 +102,63 @@ def test_every_flag_of_every_command_has_a_key_and_a_variable(parser, flag, tmp_
         assert (
             getattr(parser.parse_args(words), flag.action.dest) == flag.action.default
         )  # nothing stays behind
+
+
+def test_every_flag_has_a_variable_for_each_table_and_the_narrower_one_wins():
+    for flag in [flag for parser in COMMANDS for flag in flags_of(parser)]:
+        *narrower, widest = flag.variables
+        assert narrower
+        if (text := sample_of(flag)) is None:
+            continue
+        for variable in narrower:
+            found = of_environment([flag], {widest: "no such value", variable: text})[flag.action.dest]
+            assert (found.value, found.origin) == (from_text(flag, text), variable)
+
+
+def test_variables_name_the_tables_of_a_file():
+    action = a_parser()._actions[1]
+    assert Flag("api-key", action, ("node",)).variables == ("RACEME_NODE_API_KEY", "RACEME_API_KEY")
+    assert Flag("port", action, ("client", "gateway")).variables == (
+        "RACEME_GATEWAY_PORT", "RACEME_CLIENT_GATEWAY_PORT", "RACEME_CLIENT_PORT", "RACEME_PORT",
+    )  # fmt: skip
+
+
+def test_no_variable_has_two_meanings():
+    """One environment serves several programs: a variable has values that all flags of its name take."""
+    by_variable: dict[str, list[Flag]] = {}
+    for flag in [flag for parser in COMMANDS for flag in flags_of(parser)]:
+        for variable in flag.variables:
+            by_variable.setdefault(variable, []).append(flag)
+    for variable, flags in by_variable.items():
+        assert len({flag.name for flag in flags}) == 1, variable
+        assert len({(flag.action.type, flag.is_switch, flag.action.choices is None) for flag in flags}) == 1
+        assert flags[0].action.choices is None or set.intersection(
+            *(set(flag.action.choices or ()) for flag in flags)
+        ), f"{variable}: {[flag.action.choices for flag in flags]}"
+
+
+def test_metrics_of_a_node_and_of_a_gateway_have_variables_of_their_own(monkeypatch):
+    by_command = {parser.command: parser for parser in COMMANDS}
+    node_s, gateway_s = by_command["node",], by_command["client", "gateway"]
+    words = required_words(gateway_s)
+    monkeypatch.setenv("RACEME_METRICS", "127.0.0.1:9464")
+    assert node_s.parse_args([]).metrics == "127.0.0.1:9464"
+    assert gateway_s.parse_args(words).metrics == "key"
+    monkeypatch.setenv("RACEME_METRICS", "open")
+    with pytest.raises(
+        ConfigError, match=r"RACEME_METRICS is open: .* has the variable RACEME_GATEWAY_METRICS"
+    ):
+        gateway_s.parse_args(words)
+    monkeypatch.setenv("RACEME_METRICS", "127.0.0.1:9464")
+    monkeypatch.setenv("RACEME_NODE_METRICS", "127.0.0.1:9465")
+    monkeypatch.setenv("RACEME_GATEWAY_METRICS", "off")
+    assert node_s.parse_args([]).metrics == "127.0.0.1:9465"
+    assert gateway_s.parse_args(words).metrics == "off"
+    monkeypatch.setenv("RACEME_GATEWAY_METRICS", "127.0.0.1:9464")
+    with pytest.raises(
+        ConfigError, match=r"RACEME_GATEWAY_METRICS: '127.0.0.1:9464' is not one of open, key, off"
+    ):
+        gateway_s.parse_args(words)
 
 
 @pytest.mark.parametrize(("parser", "flag"), EVERY_FLAG)

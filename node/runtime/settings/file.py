@@ -18,10 +18,11 @@ from node.config import ConfigError
 
 MAX_FILE_BYTES = 1 << 20  # a thousand times what all flags together need
 PROGRAMS = ("node", "client", "gateway")
-_SHORT = {"gateway": ("client", "gateway")}
 
 Command = tuple[str, ...]
 """The words of a command: ("node",), ("node", "status"), ("client", "adapters", "list")."""
+
+SHORT: Mapping[str, Command] = {"gateway": ("client", "gateway")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _tables(
         for key, value in content.items():
             if not isinstance(value, dict):
                 continue
-            below = _SHORT.get(key, (key,)) if not table else (*table, key)
+            below = SHORT.get(key, (key,)) if not table else (*table, key)
             if table and below not in known:
                 raise ConfigError(_no_table(path, below, [each[-1] for each in known if each[:-1] == table]))
             if not table and key not in programs:

@@ -1,8 +1,10 @@
 """The flags of an argparse parser as keys of a file and variables of the environment.
 
 Everything is derived from the parser, so a new flag has its key (`swarm-key`) and its variable
-(`RACEME_SWARM_KEY`) at once.  Values go through the flag's own `type` and `choices`, as words of a command
-line do, and keep its errors.
+(`RACEME_SWARM_KEY`) at once.  A variable may name a command too, as the tables of a file do:
+RACEME_NODE_THREADS is for `python -m node` and its commands, RACEME_GATEWAY_PORT for the gateway alone; the
+narrower one wins.
+Values go through the flag's own `type` and `choices`, as words of a command line do, and keep its errors.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from node.runtime.settings.file import SHORT, Command
 
 PREFIX = "RACEME_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -36,17 +40,40 @@ class _Unset:
 UNSET: Final = _Unset()
 
 
+class OwnName(argparse._StoreAction):
+    """The action of a flag whose name means something else elsewhere: its variables name its command."""
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag, or one argument that may be left out.  name: its key in a file ("swarm-key")."""
+    """One flag, or one argument that may be left out.
+
+    name: its key in a file ("swarm-key").  command: that has it.
+    """
 
     name: str
     action: argparse.Action
+    command: Command = ()
+
+    @property
+    def has_own_name(self) -> bool:
+        """See `OwnName`."""
+        return isinstance(self.action, OwnName)
 
     @property
     def variable(self) -> str:
-        """Its variable in the environment ("RACEME_SWARM_KEY")."""
-        return variable_of(self.name)
+        """Its variable in the environment ("RACEME_SWARM_KEY"): the widest one."""
+        return self.variables[0 if self.has_own_name else -1]
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """All of its variables, the narrowest first: "RACEME_NODE_SWARM_KEY", "RACEME_SWARM_KEY"."""
+        found = []
+        for length in range(len(self.command), 0, -1):
+            table = self.command[:length]
+            short = [(name,) for name, command in SHORT.items() if command == table]
+            found += [variable_of("-".join((*each, self.name))) for each in (*short, table)]
+        return tuple(found) if self.has_own_name else (*found, variable_of(self.name))
 
     @property
     def is_switch(self) -> bool:
@@ -73,7 +100,13 @@ def variable_of(name: str) -> str:
 
 def flags_of(parser: argparse.ArgumentParser) -> list[Flag]:
     """The flags of a command, in the order of its help; required arguments are none."""
-    return [Flag(name, action) for name, action in _named(parser) if name not in OWN]
+    command = command_of(parser)
+    return [Flag(name, action, command) for name, action in _named(parser) if name not in OWN]
+
+
+def command_of(parser: argparse.ArgumentParser) -> Command:
+    """The words that name a parser's command: ("node", "status")."""
+    return tuple(parser.prog.removeprefix("python -m ").split())
 
 
 def _named(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from node.config import ConfigError
 from node.runtime.settings.file import Entry
-from node.runtime.settings.flags import UNSET, Flag, from_text, from_toml, words_of
+from node.runtime.settings.flags import UNSET, Flag, from_text, from_toml, variable_of, words_of
 
 PRECEDENCE = (
     "A flag's value is that of the command line, else of its environment variable (--swarm-key:"
-    " RACEME_SWARM_KEY), else of its key in the file (swarm-key), else its default."
+    " RACEME_SWARM_KEY, or RACEME_NODE_SWARM_KEY for one program), else of its key in the file (swarm-key),"
+    " else its default."
 )
 
 
@@ -31,17 +32,37 @@ class Setting:
 def of_environment(flags: Sequence[Flag], environ: Mapping[str, str]) -> dict[str, Setting]:
     """The settings of the environment by the flag's `dest`; an empty variable counts as none.
 
-    Raises ConfigError for a value that the flag does not take.
+    Of a flag's variables the narrowest counts.  Raises ConfigError for a value that the flag does not take,
+    and for one that it would take in a variable that is another flag's.
     """
     found = {}
     for flag in flags:
-        if text := environ.get(flag.variable):
-            try:
-                words = words_of(flag, text)
-                found[flag.action.dest] = Setting(from_text(flag, text), flag.variable, words)
-            except ValueError as error:
-                raise ConfigError(f"{flag.variable}: {error}") from None
+        variable = next((each for each in flag.variables if environ.get(each)), None)
+        if variable is None:
+            _refuse_taken(flag, environ)
+            continue
+        text = environ[variable]
+        try:
+            words = words_of(flag, text)
+            found[flag.action.dest] = Setting(from_text(flag, text), variable, words)
+        except ValueError as error:
+            raise ConfigError(f"{variable}: {error}") from None
     return found
+
+
+def _refuse_taken(flag: Flag, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where a flag with a name of its own was meant by the variable of another flag."""
+    wide = variable_of(flag.name)
+    if not flag.has_own_name or not (text := environ.get(wide)):
+        return
+    try:
+        from_text(flag, text)
+    except ValueError:
+        return  # it was meant for the other one
+    command = " ".join(flag.command)
+    raise ConfigError(
+        f"{wide} is {text}: --{flag.name} of python -m {command} has the variable {flag.variable}"
+    )
 
 
 def of_file(flags: Sequence[Flag], entries: Sequence[Entry]) -> dict[str, Setting]:

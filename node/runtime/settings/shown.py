@@ -37,7 +37,7 @@ def settings_text(
         shown = f"{flag.name} =" if text is None else f"{flag.name} = {text}"
         comment = "# " if text is None or setting.origin == DEFAULT else ""
         lines.append(f"{comment}{shown}  # {_plain(setting.origin)}")
-    known = {flag.variable for flag in flags} | set(OTHER_VARIABLES)
+    known = {name for flag in flags for name in flag.variables} | set(OTHER_VARIABLES)
     lines += [
         f"# {_plain(name)} is set, which is no flag of this command"
         for name in sorted(variables)
