@@ -103,7 +103,7 @@ class Gateway:
             raise shutting_down()
         request = ActiveRequest(
             job.request_id, job.kind, job.route, job.model.name, job.caller.name, time.time(),
-            job.max_new_tokens, job.prompt_tokens,
+            job.max_new_tokens, job.prompt_tokens, traced=job.traced,
         )  # fmt: skip
         clock = asyncio.get_running_loop().time
         rates = self.rates.take(job.caller, job.prompt_tokens + job.max_new_tokens, clock())

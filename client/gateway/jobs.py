@@ -67,6 +67,7 @@ class Job:
     """A request as it is to be computed.
 
     prompts: of its answers.  prompt_tokens: of all different prompts together, for the usage.
+    traced: the caller wants to know the steps (`raceme.trace`): its span has them too.
     """
 
     kind: RequestKind
@@ -77,6 +78,7 @@ class Job:
     prompts: Sequence[Prompt]
     prompt_tokens: int
     servers: Servers | None = None
+    traced: bool = False
 
     @property
     def max_new_tokens(self) -> int:
@@ -231,12 +233,12 @@ class Running:
                 common = common_length(found.tokens, prompt.ids)
                 self.request.reuse(min(common, len(prompt.ids) - 1))
             self.watch.follow(found.conversation.trace, choice)
-            self.span.follow(found.conversation.trace)
+            self.span.follow(found.conversation.trace, choice)
             return found
         room = max(length, min(length + SPARE_TOKENS, 2 * length + SPARE_TOKENS // 4, self._longest()))
         constraints = None if job.servers is None else job.servers.within(self.swarm.config.constraints)
         trace = self.watch.trace(choice)
-        self.span.follow(trace)
+        self.span.follow(trace, choice)
         try:
             conversation = self.swarm.conversation(
                 room, adapter=job.model.adapter, trace=trace, constraints=constraints

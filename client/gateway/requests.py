@@ -13,7 +13,7 @@ class ActiveRequest:
     """One request from its arrival to its end.
 
     id: of its answers and of its trace.  route: its path, one of a few.  caller: of the key.
-    began: Unix time.  queued_seconds: until it began to compute.
+    began: Unix time.  queued_seconds: until it began to compute.  traced: its caller wants to know its steps.
     """
 
     id: str
@@ -27,6 +27,7 @@ class ActiveRequest:
     cached_tokens: int = 0
     completion_tokens: int = 0
     queued_seconds: float = 0.0
+    traced: bool = False
 
     def begin(self, queued_seconds: float) -> None:
         """It has left the queue."""

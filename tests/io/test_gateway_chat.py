@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from client.gateway.settings import GatewaySettings
+from client.gateway.telemetry.spans import NoSpan, NoSpans
 from routing.blocks import Blocks
 from routing.chains.hops import NoChain
 from tensor_codec.errors import CacheFull, PeerGone
@@ -357,6 +358,41 @@ def test_a_trace_is_told_where_it_is_asked_for(tokenizer):
     assert [chunk for chunk in chunks if "raceme" in chunk]
     plain = answered(FakeSwarm(tokenizer), chat(stream=True)).events[:-1]
     assert not [chunk for chunk in plain if "raceme" in chunk]
+
+
+class RecordedSpans(NoSpans):
+    """The requests that have had a span, and the answers that each has followed."""
+
+    def __init__(self) -> None:
+        self.traced: list[bool] = []
+        self.followed: list[int] = []
+
+    def request(self, request: Any) -> Any:
+        self.traced.append(request.traced)
+        span = NoSpan()
+        span.follow = lambda trace, choice=0: self.followed.append(choice)
+        return span
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answers"),
+    [
+        (CHAT, {"messages": HELLO, "n": 2}, [0, 1]),
+        ("/v1/completions", {"prompt": "say hello"}, [0]),
+        ("/v1/responses", {"input": "say hello"}, [0]),
+    ],
+)
+def test_a_trace_is_in_the_span_too_where_it_is_asked_for(tokenizer, path, fields, answers):
+    async def main() -> RecordedSpans:
+        spans = RecordedSpans()
+        async with gateway_of(FakeSwarm(tokenizer), spans=spans) as (_, app):
+            for more in ({}, {"raceme": {"trace": True}}):
+                assert (await ask(app, "POST", path, {**fields, **more})).status == 200
+        return spans
+
+    spans = run(main)
+    assert spans.traced == [False, True]
+    assert sorted(spans.followed) == sorted(answers * 2)
 
 
 def test_text_beyond_ascii_is_sent_as_it_is(tokenizer):

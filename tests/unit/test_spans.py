@@ -104,6 +104,51 @@ def test_a_request_is_one_span_with_queue_chain_prefill_and_recovery_below_it(re
     assert whole.status.is_ok
 
 
+STEP = {
+    "step": 0,
+    "position": 0,
+    "tokens": 1,
+    "seconds": 0.1,
+    "hops": [[0.02, 0.01]],
+    "sent": 1,
+    "received": 1,
+}
+
+
+def test_a_request_that_asks_for_a_trace_has_its_steps_and_repairs_as_events(recorded: Recorded):
+    span = recorded.spans.request(request(traced=True))
+    first, second = Trace(), Trace()
+    first.add("opened", hops=HOPS, codec="fp32", seconds=0.0)  # by an earlier request: a kept conversation
+    span.follow(first, 0)
+    span.follow(second, 1)
+    first.add("step", **STEP)
+    second.add("opened", hops=HOPS, codec="fp32", seconds=0.0)
+    second.add("fault", peer="a", error="PeerGone: gone", why="gone")
+    second.add("rerouted", why="gone", kept=[], opened=["b"], hops=HOPS, codec="fp32", seconds=0.0)
+    second.add("recovered", seconds=0.1, replay_seconds=0.05)
+    span.ended(200, "")
+    first.add("step", **STEP)  # of the next request
+    *children, whole = recorded.finished()
+    assert [child.name for child in children] == ["open_chain", "raceme.recovery"]
+    assert [(event.name, event.attributes["raceme.choice"]) for event in whole.events] == [
+        ("raceme.step", 0),
+        ("raceme.fault", 1),
+        ("raceme.rerouted", 1),
+        ("raceme.recovered", 1),
+    ]
+    assert whole.events[0].attributes["raceme.hops"] == ("a 0:10",)
+    assert whole.events[0].attributes["raceme.computed_seconds"] == (0.01,)
+    assert all(whole.start_time <= event.timestamp <= whole.end_time for event in whole.events)
+
+
+def test_without_a_trace_a_span_has_no_events(recorded: Recorded):
+    span, trace = recorded.spans.request(request()), Trace()
+    span.follow(trace)
+    trace.add("step", **STEP)
+    span.ended(200, "")
+    assert recorded.finished()[-1].events == ()
+
+
 def test_after_its_end_a_request_hears_nothing_more_of_a_session_that_lives_on(recorded: Recorded):
     span, trace = recorded.spans.request(request()), Trace()
     span.follow(trace)

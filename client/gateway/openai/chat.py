@@ -56,6 +56,7 @@ async def chat(gateway: Gateway, request: Request, body: dict[str, Any]) -> Resp
         [_prompt(gateway, fields, prepared, tokens, choice) for choice in range(fields.choices)],
         len(prepared.prompt_ids),
         servers_of(fields.raceme),
+        fields.wants_trace,
     )
     running = await stack_of(request).enter_async_context(gateway.running(job))
     answer = ChatAnswer(

@@ -54,6 +54,7 @@ async def completions(gateway: Gateway, request: Request, body: dict[str, Any]) 
         prompts,
         sum(len(ids) for ids, _ in prepared),
         servers_of(fields.raceme),
+        fields.wants_trace,
     )
     running = await stack_of(request).enter_async_context(gateway.running(job))
     if fields.echo and fields.logprobs is not None:

@@ -2,6 +2,8 @@
 
 open_chain          the session was opened at its hops
 raceme.recovery     from the first fault to the next answer, with the peers that were lost and that took over
+
+A request with `raceme.trace` has events in its own span besides: every step, and what a recovery consists of.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 from client.session.trace import Event
 
-Value = str | int | float | bool | tuple[str, ...]
+Value = str | int | float | bool | tuple[str, ...] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,71 @@ class ChildSpan:
     ended: float
     attributes: Mapping[str, Value] = field(default_factory=dict)
     failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SpanEvent:
+    """A moment of a request.  at: on the clock of events, in seconds."""
+
+    name: str
+    at: float
+    attributes: Mapping[str, Value]
+
+
+@dataclass(slots=True)
+class SessionEvents:
+    """Turns the events of one session into events of a span.  hops: of the session now, see `hops_of`.
+
+    Promises, checked by tests/unit/test_span_children.py:
+      * every step is an event, with its hops and the time that each had it and computed;
+      * every fault, reroute, replay, recovery and relay is an event;
+      * no text of a prompt or an answer is in one.
+    """
+
+    hops: tuple[str, ...] = ()
+
+    def take(self, event: Event) -> SpanEvent | None:
+        """The event of the span for this one; None for the opening, which is a span, and for the end."""
+        data = event.data
+        if event.kind in ("opened", "rerouted"):
+            self.hops = hops_of(data)
+        found: dict[str, Value | None]
+        match event.kind:
+            case "step":
+                found = self._step(data)
+            case "fault":
+                found = {"peer": data["peer"], "why": data["why"], "error": data["error"]}
+            case "rerouted":
+                found = {
+                    "why": data["why"],
+                    "kept_peers": tuple(data["kept"]),
+                    "opened_peers": tuple(data["opened"]),
+                    "hops": self.hops,
+                    "seconds": data["seconds"],
+                }
+            case "replayed":
+                found = {key: data.get(key) for key in ("sender", "peer", "start", "stop", "bytes")}
+            case "recovered":
+                found = {"seconds": data["seconds"], "replay_seconds": data.get("replay_seconds")}
+            case "relayed":
+                found = {"sender": data["sender"], "peer": data["peer"]}
+            case _:
+                return None
+        attributes = {f"raceme.{key}": value for key, value in found.items() if value is not None}
+        return SpanEvent(f"raceme.{event.kind}", event.at, attributes)
+
+    def _step(self, data: Mapping[str, Any]) -> dict[str, Value | None]:  # Any: JSON
+        return {
+            "step": data.get("step"),
+            "position": data.get("position"),
+            "tokens": data["tokens"],
+            "seconds": data["seconds"],
+            "hops": self.hops,
+            "held_seconds": tuple(float(held) for held, _ in data["hops"]),
+            "computed_seconds": tuple(float(computed) for _, computed in data["hops"]),
+            "sent_bytes": data.get("sent"),
+            "received_bytes": data.get("received"),
+        }
 
 
 @dataclass(slots=True)

@@ -1,7 +1,9 @@
 """Spans of requests for OpenTelemetry (the extra `raceme[otel]`): one a request, children for its parts.
 
 Names and attributes are those of OpenTelemetry's conventions for generative AI, as far as there are any; the
-others begin with `raceme.`.  Prompts and answers are in no span.  Spans leave in batches, from a thread of
+others begin with `raceme.`.  A request with `raceme.trace` has an event in its span for each step, and for
+each fault and what mends it; the SDK keeps the last 128 events of a span, OTEL_SPAN_EVENT_COUNT_LIMIT says
+otherwise.  Prompts and answers are in no span.  Spans leave in batches, from a thread of
 the SDK.  Nothing here is imported unless an endpoint is set.
 """
 
@@ -15,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from client.gateway.telemetry.children import ChildSpan, SessionSpans, Value
+from client.gateway.telemetry.children import ChildSpan, SessionEvents, SessionSpans, Value, hops_of
 from node.config import VERSION, ConfigError
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ class RequestSpan(Protocol):
     def began(self) -> None:
         """It has left the admission queue."""
 
-    def follow(self, trace: Trace) -> None:
-        """An answer of it is computed by a session with this trace, until the request's end."""
+    def follow(self, trace: Trace, choice: int = 0) -> None:
+        """Its answer with this index is computed by a session with this trace, until the request's end."""
 
     def token(self, finish_reason: str | None) -> None:
         """A token has come."""
@@ -67,7 +69,7 @@ class NoSpan:
     def began(self) -> None:
         """See `RequestSpan`."""
 
-    def follow(self, trace: Trace) -> None:
+    def follow(self, trace: Trace, choice: int = 0) -> None:
         """See `RequestSpan`."""
 
     def token(self, finish_reason: str | None) -> None:
@@ -143,9 +145,15 @@ class _RequestSpan:
         self._began = time.perf_counter()
         self._child(ChildSpan("queue", self._arrived, self._began))
 
-    def follow(self, trace: Trace) -> None:
+    def follow(self, trace: Trace, choice: int = 0) -> None:
         """See `RequestSpan`."""
-        listener = partial(self._take, SessionSpans())
+        self._listen(trace, partial(self._take, SessionSpans()))
+        if self.request.traced and self.span.is_recording():
+            route = trace.route
+            events = SessionEvents(() if route is None else hops_of(route.data))
+            self._listen(trace, partial(self._note, events, choice))
+
+    def _listen(self, trace: Trace, listener: Callable[[Event], None]) -> None:
         trace.listen(listener)
         self._followed.append((trace, listener))
 
@@ -189,6 +197,12 @@ class _RequestSpan:
         """An event of a session, in trio's thread."""
         if (child := session.take(event)) is not None:
             self._child(child)
+
+    def _note(self, events: SessionEvents, choice: int, event: Event) -> None:
+        """An event of a session that the caller wants to know, in trio's thread."""
+        if (noted := events.take(event)) is not None:
+            attributes = dict(noted.attributes) | {"raceme.choice": choice}
+            self.span.add_event(noted.name, attributes, self._nanoseconds(noted.at))
 
     def _child(self, child: ChildSpan) -> None:
         from opentelemetry.trace import Status, StatusCode, set_span_in_context

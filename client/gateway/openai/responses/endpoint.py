@@ -51,6 +51,7 @@ async def responses(gateway: Gateway, request: Request, body: dict[str, Any]) ->
         [_prompt(gateway, fields, prepared, tokens)],
         len(prepared.prompt_ids),
         servers_of(fields.raceme),
+        fields.wants_trace,
     )
     running = await stack_of(request).enter_async_context(gateway.running(job))
     repeats = _repeated(fields, model.name, gateway.settings.default_temperature)
