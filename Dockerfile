@@ -2,6 +2,7 @@
 #
 #   BASE    Debian with Python 3.11 to 3.13; `make image-base` makes one where no registry is in reach
 #   TORCH   cpu, cuda (the general build, several gigabytes), or a requirement of pip
+#   EXTRAS  of pyproject.toml: gateway, metrics, otel
 
 ARG BASE=python:3.12-slim-bookworm
 
@@ -27,7 +28,8 @@ COPY tensor_codec tensor_codec
 COPY routing routing
 COPY node node
 COPY client client
-RUN python3 scripts/image_environment.py raceme /opt/raceme
+ARG EXTRAS=gateway,metrics,otel
+RUN python3 scripts/image_environment.py raceme /opt/raceme --extras "${EXTRAS}"
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="Raceme" \

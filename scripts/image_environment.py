@@ -1,10 +1,10 @@
 """Fills the environment of the image, in the build stage of Dockerfile.
 
     python3 scripts/image_environment.py packages /opt/raceme --torch cpu
-    python3 scripts/image_environment.py raceme /opt/raceme
+    python3 scripts/image_environment.py raceme /opt/raceme --extras gateway,metrics,otel
 
 `packages` installs from requirements/*.lock, with hashes; `raceme` installs this source tree, and removes the
-packages that neither it nor its gateway needs (tools of developers).  Uses the standard library alone.
+packages that neither it nor these extras need (tools of developers).  Uses the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import argparse
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = ("--no-deps", "--require-hashes", "--no-build-isolation")
-EXTRAS = ("gateway", "metrics")
+EXTRAS = "gateway,metrics,otel"
 NO_CPU_TORCH = """\
 no index of pip's has {pin}+cpu.  Either give the address of PyTorch's index for CPUs (see CONTRIBUTING.md):
     --build-arg PIP_EXTRA_INDEX_URL=ADDRESS
@@ -55,12 +56,14 @@ def main(words: Sequence[str] | None = None) -> int:
         step.add_argument("folder", type=Path, help="of the environment")
         if name == "packages":
             step.add_argument("--torch", default="cpu", help="cpu, cuda, or a requirement")
+        else:
+            step.add_argument("--extras", default=EXTRAS, help="of pyproject.toml (default: %(default)s)")
     flags = parser.parse_args(words)
     try:
         if flags.step == "packages":
             install_packages(flags.folder, flags.torch)
         else:
-            install_raceme(flags.folder)
+            install_raceme(flags.folder, extras_of(flags.extras, (ROOT / "pyproject.toml").read_text()))
     except subprocess.CalledProcessError as error:
         print(f"image: {' '.join(map(str, error.cmd))} failed", file=sys.stderr)
         return 1
@@ -113,18 +116,26 @@ def torch_pin(constraints: str) -> str:
     return found[0]
 
 
-def install_raceme(folder: Path) -> None:
+def extras_of(text: str, project: str) -> tuple[str, ...]:
+    """The extras that a text names, between commas or blanks.  Raises LookupError for one that is none."""
+    names = tuple(dict.fromkeys(re.split(r"[,\s]+", text.strip()))) if text.strip() else ()
+    known = tomllib.loads(project)["project"]["optional-dependencies"]
+    if wrong := [name for name in names if name not in known]:
+        raise LookupError(f"EXTRAS has {', '.join(map(repr, wrong))}, {', '.join(sorted(known))} are there")
+    return names
+
+
+def install_raceme(folder: Path, extras: Sequence[str]) -> None:
     """Install this source tree, and remove what it does not need.  Raises CalledProcessError."""
-    extras = ",".join(EXTRAS)
     pip(folder, "install", "--no-deps", "--no-build-isolation", ".")
-    script = UNNEEDED.replace("EXTRAS", repr(EXTRAS))
+    script = UNNEEDED.replace("EXTRAS", repr(tuple(extras)))
     ran = subprocess.run(
         [folder / "bin" / "python", "-c", script], check=True, stdout=subprocess.PIPE, text=True
     )
     if names := ran.stdout.split():
         pip(folder, "uninstall", "--yes", *names)
     pip(folder, "check")
-    print(f"image: {folder} has raceme[{extras}], without {len(names)} packages of the locks")
+    print(f"image: {folder} has raceme[{','.join(extras)}], without {len(names)} packages of the locks")
 
 
 def pip(folder: Path, command: str, *words: str | Path) -> None:

@@ -247,6 +247,22 @@ def test_torch_for_cpus_is_taken_with_hashes_else_by_its_version_else_an_error_s
     assert asked[0][-1].endswith("torch.lock")
 
 
+def test_the_extras_of_the_image_are_all_that_a_node_and_a_gateway_can_use():
+    project = (ROOT / "pyproject.toml").read_text()
+    known = tomllib.loads(project)["project"]["optional-dependencies"]
+    extras = ENVIRONMENT.extras_of(ENVIRONMENT.EXTRAS, project)
+    assert set(extras) == set(known) - {"dev"}
+    assert f"ARG EXTRAS={ENVIRONMENT.EXTRAS}" in DOCKERFILE.splitlines()
+    lock = (ROOT / "requirements" / "all.lock").read_text()
+    for extra in extras:
+        for requirement in known[extra]:
+            assert re.search(rf"^{re.split('[><=]', requirement)[0]}==", lock, re.MULTILINE), requirement
+    assert ENVIRONMENT.extras_of("gateway, otel gateway", project) == ("gateway", "otel")
+    assert ENVIRONMENT.extras_of("", project) == ()
+    with pytest.raises(LookupError, match="EXTRAS has 'telemetry', dev, gateway, metrics, otel are there"):
+        ENVIRONMENT.extras_of("gateway,telemetry", project)
+
+
 # Health
 
 
