@@ -2,11 +2,10 @@
 # Make or renew .venv-browser: what is in .venv, and Playwright with axe-core to drive the gateway's page.
 # The browser is Debian's Chromium, or any that is installed; CHROMIUM=/path/to/chromium names another.
 # With TEST_BROWSER=optional a machine that cannot have these is no failure: the tests then skip, with the reason.
-set -eu
+. "$(dirname "$0")/lib.sh"
 
 here=.venv-browser
 packages="playwright==1.65.2 axe-playwright-python==0.1.8"
-mark="$here/installed"
 wanted="$packages $(cksum constraints.txt)"
 
 find_browser() {
@@ -48,18 +47,12 @@ if ! find_browser > /dev/null && ! { install_browser && find_browser > /dev/null
     [ "${TEST_BROWSER:-}" = optional ] || exit 1
 fi
 
-if [ -f "$mark" ] && [ "$(cat "$mark")" = "$wanted" ]; then
+if is_finished "$here" "$wanted"; then
     exit 0
 fi
-echo "  installing $packages into $here"
-rm -rf "$here"
-"$PYTHON" -m venv "$here"
-# The packages of .venv are found behind those of this environment.
-"$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-    > "$("$here/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-# shellcheck disable=SC2086  # several words
-if ! "$here/bin/pip" install --quiet -c constraints.txt $packages; then
+begin "$here" "$packages"
+if ! install_into "$here" constraints.txt "$packages"; then
     [ "${TEST_BROWSER:-}" = optional ] || exit 1
     exit 0
 fi
-echo "$wanted" > "$mark"
+finish "$here" "$wanted"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Brings promtool, of Debian's package prometheus, into .promtool without installing anything.
-set -eu
-cd "$(dirname "$0")/.."
+. "$(dirname "$0")/lib.sh"
+
 [ -x .promtool/usr/bin/promtool ] && exit 0
 if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
     echo "test-metrics: promtool is not on the PATH, and this system has no apt-get to bring it" >&2
