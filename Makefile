@@ -28,8 +28,9 @@ demo: env ## Start three nodes and let text come out of them; KEEP=1 leaves them
 kill: ## Kill the server in use (or NODE=2) of a demo with KEEP=1; on its page the text goes on
 	@$(BIN)/python scripts/demo.py --kill $(NODE)
 
-image: ## Build the image of nodes and gateways with Docker or buildah; BASE=IMAGE, TORCH=cuda, ARGS="--no-cache"
-	@$(or $(PYTHON),python3) scripts/image.py build $(if $(BASE),--base $(BASE)) $(if $(TORCH),--torch $(TORCH)) $(ARGS)
+image: ## Build the image of nodes and gateways with Docker or buildah; BASE=IMAGE, TORCH=cuda, EXTRAS=gateway,metrics, ARGS="--no-cache"
+	@$(or $(PYTHON),python3) scripts/image.py build $(if $(BASE),--base $(BASE)) $(if $(TORCH),--torch $(TORCH)) \
+		$(if $(EXTRAS),--build-arg EXTRAS=$(EXTRAS)) $(ARGS)
 
 image-base: ## Make a base for the image of Debian's packages, where no registry of images is in reach
 	@$(or $(PYTHON),python3) scripts/image.py base $(ARGS)
@@ -46,7 +47,8 @@ test-ecosystem: env ## Run other packages (peft, trl, lm-eval, outlines) over a 
 
 test-metrics: env ## Check scrapes, rules and the configuration of Prometheus with promtool, which is brought here
 	@command -v promtool >/dev/null 2>&1 || sh scripts/promtool.sh
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/unit/test_promtool.py tests/unit/test_metrics_page.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/unit/test_promtool.py tests/unit/test_metrics_page.py \
+		tests/fault/test_metrics_processes.py $(ARGS)
 
 test-gpu: env ## Run the check for machines with a GPU on this one's CPU, in tiny sizes: scripts/gpu_check.sh
 	@mkdir -p build && OUT=build PYTHON=$(BIN)/python OMP_NUM_THREADS=1 sh scripts/gpu_check.sh --device cpu --small $(ARGS)
