@@ -178,7 +178,7 @@ def test_rows_of_zeros_give_the_bias():
     [("haswell", "+avx,+avx2,+fma,+f16c"), ("x86-64", "+sse2"), ("skylake-avx512", "")],
     ids=["AVX2", "SSE2", "AVX-512 without VNNI"],
 )
-def test_other_cpus_of_the_family_compute_the_same(cpu, features, tmp_path):
+def test_other_cpus_of_the_family_compute_the_same(cpu, features, pytestconfig):
     if platform.machine() != "x86_64":
         pytest.skip("x86 only")
     if cpu == "skylake-avx512" and kernels.LANES != 16:
@@ -197,7 +197,9 @@ for outs, width in ((70, 199), (12, 64), (1, 5)):
         assert error.max() < 1e-4, (outs, width, weight.dtype, error.max())
 print(kernels.LANES, kernels.INTEGERS)
 """
-    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    # Compiled once for each state of the source, as the kernels of this CPU are.
+    kept = pytestconfig.cache.mkdir(f"kernels-{cpu}")
+    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CACHE_DIR": str(kept), "OMP_NUM_THREADS": "1"}
     if features:
         environment["NUMBA_CPU_FEATURES"] = features
     done = subprocess.run(

@@ -403,7 +403,7 @@ def test_a_release_has_its_section_of_changes():
 # Names and messages
 
 
-def literals() -> list[str]:
+def literals() -> set[str]:
     """Every text in our code as a reader may see it: what is filled in is a NUL."""
 
     def shown(node: ast.expr) -> str:
@@ -413,13 +413,14 @@ def literals() -> list[str]:
             return shown(node.left) + shown(node.right)
         return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "\0"
 
-    return [
+    found = (
         shown(node)
         for folder in ("tensor_codec", "routing", "node", "client")
         for path in sorted((ROOT / folder).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.expr)
-    ]
+        if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp)
+    )
+    return {text for text in found if text.strip("\0")}
 
 
 FILLED_IN = r"\b(?:A:B|0:N|[A-Z]\d?|FILE|FOLDER|\d+|cuda)\b|\.\.\."

@@ -179,7 +179,7 @@ def test_no_block_loses_its_last_online_holder_in_whatever_order_the_moves_are_m
         now = [h._replace(start=kept[0], stop=max(kept)) if h.peer == move.peer else h for h in now]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10_000), st.randoms(use_true_random=False))
 def test_everyone_ranks_the_moves_alike_and_the_first_are_made(seed, rng):
     held = swarm_of(seed)

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ class Import:
     at_start: bool  # outside functions and `if TYPE_CHECKING`: runs when the module is imported
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@cache
+def imports_of(path: Path) -> tuple[Import, ...]:
     """Every import in a file.  `from a import b` counts as both a and a.b, since b may be a module."""
     tree = ast.parse(path.read_text(), str(path))
     importer = module_name(path)
@@ -62,7 +64,7 @@ def imports_of(path: Path) -> Iterator[Import]:
             for child in ast.iter_child_nodes(node):
                 yield from visit(child, at_start and not later)
 
-    yield from visit(tree, True)
+    return tuple(visit(tree, True))
 
 
 def within(module: str, *packages: str) -> bool:
