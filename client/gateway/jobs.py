@@ -233,12 +233,12 @@ class Running:
                 common = common_length(found.tokens, prompt.ids)
                 self.request.reuse(min(common, len(prompt.ids) - 1))
             self.watch.follow(found.conversation.trace, choice)
-            self.span.follow(found.conversation.trace, choice)
+            self.span.follow(found.conversation.trace)
             return found
         room = max(length, min(length + SPARE_TOKENS, 2 * length + SPARE_TOKENS // 4, self._longest()))
         constraints = None if job.servers is None else job.servers.within(self.swarm.config.constraints)
         trace = self.watch.trace(choice)
-        self.span.follow(trace, choice)
+        self.span.follow(trace)
         try:
             conversation = self.swarm.conversation(
                 room, adapter=job.model.adapter, trace=trace, constraints=constraints

@@ -119,8 +119,8 @@ def test_a_request_that_asks_for_a_trace_has_its_steps_and_repairs_as_events(rec
     span = recorded.spans.request(request(traced=True))
     first, second = Trace(), Trace()
     first.add("opened", hops=HOPS, codec="fp32", seconds=0.0)  # by an earlier request: a kept conversation
-    span.follow(first, 0)
-    span.follow(second, 1)
+    span.follow(first)
+    span.follow(second)
     first.add("step", **STEP)
     second.add("opened", hops=HOPS, codec="fp32", seconds=0.0)
     second.add("fault", peer="a", error="PeerGone: gone", why="gone")
@@ -130,11 +130,11 @@ def test_a_request_that_asks_for_a_trace_has_its_steps_and_repairs_as_events(rec
     first.add("step", **STEP)  # of the next request
     *children, whole = recorded.finished()
     assert [child.name for child in children] == ["open_chain", "raceme.recovery"]
-    assert [(event.name, event.attributes["raceme.choice"]) for event in whole.events] == [
-        ("raceme.step", 0),
-        ("raceme.fault", 1),
-        ("raceme.rerouted", 1),
-        ("raceme.recovered", 1),
+    assert [(event.name, event.attributes["raceme.session"]) for event in whole.events] == [
+        ("raceme.step", 1),
+        ("raceme.fault", 2),
+        ("raceme.rerouted", 2),
+        ("raceme.recovered", 2),
     ]
     assert whole.events[0].attributes["raceme.hops"] == ("a 0:10",)
     assert whole.events[0].attributes["raceme.computed_seconds"] == (0.01,)

@@ -43,8 +43,8 @@ class RequestSpan(Protocol):
     def began(self) -> None:
         """It has left the admission queue."""
 
-    def follow(self, trace: Trace, choice: int = 0) -> None:
-        """Its answer with this index is computed by a session with this trace, until the request's end."""
+    def follow(self, trace: Trace) -> None:
+        """An answer of it is computed by a session with this trace, until the request's end."""
 
     def token(self, finish_reason: str | None) -> None:
         """A token has come."""
@@ -69,7 +69,7 @@ class NoSpan:
     def began(self) -> None:
         """See `RequestSpan`."""
 
-    def follow(self, trace: Trace, choice: int = 0) -> None:
+    def follow(self, trace: Trace) -> None:
         """See `RequestSpan`."""
 
     def token(self, finish_reason: str | None) -> None:
@@ -138,6 +138,7 @@ class _RequestSpan:
     _had_token: bool = False
     _reasons: list[str] = field(default_factory=list)
     _followed: list[tuple[Trace, Callable[[Event], None]]] = field(default_factory=list)
+    _traced: int = 0  # sessions whose events are noted
     _offset: int = field(default_factory=lambda: time.time_ns() - time.perf_counter_ns())
 
     def began(self) -> None:
@@ -145,13 +146,14 @@ class _RequestSpan:
         self._began = time.perf_counter()
         self._child(ChildSpan("queue", self._arrived, self._began))
 
-    def follow(self, trace: Trace, choice: int = 0) -> None:
+    def follow(self, trace: Trace) -> None:
         """See `RequestSpan`."""
         self._listen(trace, partial(self._take, SessionSpans()))
         if self.request.traced and self.span.is_recording():
             route = trace.route
+            self._traced += 1
             events = SessionEvents(() if route is None else hops_of(route.data))
-            self._listen(trace, partial(self._note, events, choice))
+            self._listen(trace, partial(self._note, events, self._traced))
 
     def _listen(self, trace: Trace, listener: Callable[[Event], None]) -> None:
         trace.listen(listener)
@@ -198,10 +200,10 @@ class _RequestSpan:
         if (child := session.take(event)) is not None:
             self._child(child)
 
-    def _note(self, events: SessionEvents, choice: int, event: Event) -> None:
+    def _note(self, events: SessionEvents, session: int, event: Event) -> None:
         """An event of a session that the caller wants to know, in trio's thread."""
         if (noted := events.take(event)) is not None:
-            attributes = dict(noted.attributes) | {"raceme.choice": choice}
+            attributes = dict(noted.attributes) | {"raceme.session": session}
             self.span.add_event(noted.name, attributes, self._nanoseconds(noted.at))
 
     def _child(self, child: ChildSpan) -> None:
