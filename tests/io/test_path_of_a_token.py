@@ -39,6 +39,8 @@ HELPERS = {
     "client/chains/avoided_peers.py": "remembers faults",
     "client/session/repair/lost_time.py": "adds up seconds",
     "client/session/trace.py": "takes notes",
+    "node/model/blocks/device/staging.py": "moves hidden states",
+    "node/model/blocks/fused_block.py": "holds a block",
     "node/serving/executor/batch_cost.py": "adds up seconds",
     "node/serving/executor/crowds.py": "counts the steps of prefixes",
     "node/network/connection_table.py": "holds the connection in use",
