@@ -322,13 +322,14 @@ def _leaf(span: StatelessSpan, tensor: Tensor) -> Tensor:
 
 def _run(span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Tensor | None) -> Tensor:
     if prompts is None:
-        return _through(span, hidden, start, stop)
+        return through(span, hidden, start, stop)
     for block, prompt in zip(range(start, stop), prompts, strict=True):
-        hidden = _through(span, with_prompt(hidden, prompt), block, block + 1)
+        hidden = through(span, with_prompt(hidden, prompt), block, block + 1)
     return hidden
 
 
-def _through(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
+def through(span: StatelessSpan, hidden: Tensor, start: int, stop: int) -> Tensor:
+    """Blocks [start, stop) on hidden states on the span's device and in its dtype, for autograd or not."""
     model, entry = span._view(start, stop)
     entry.given = hidden
     try:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -59,6 +59,9 @@ from node.model.weights.quantize import (
 )
 from tensor_codec import span_spec
 from tensor_codec.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from node.model.parallel.group import Ranks
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in span_spec.DTYPES}
 
@@ -462,6 +465,7 @@ def load_span(
     device: torch.device | str = "cpu",
     quantize: str = "none",
     progress: Progress = silent,
+    group: Ranks | None = None,
 ) -> Span:
     """Read the blocks [start, stop) of a model.  Raises ConfigError that names the fault.
 
@@ -469,6 +473,7 @@ def load_span(
     tensors that are not quantised.  A CPU without bfloat16 arithmetic keeps matrices in bfloat16 and
     computes in float32, so `Span.dtype` may differ (see `packing_for`). On the CPU, weights whose file has
     `dtype` stay mapped from the file.
+    group: the ranks that compute each block together, of which this process has a part; None: all of it.
     """
     device = torch.device(device)
     wanted = folder.quantize if quantize == "none" else quantize
@@ -477,6 +482,7 @@ def load_span(
     architecture = architecture_of(folder.config.get("model_type"))
     base = library_class(architecture, architecture.base)
     config = library_config(base, folder)
+    shard = None if group is None else group.shard_of(config)
     check_blocks(start, stop, config.num_hidden_layers)
     packed = packing_of(folder)
     tensors = load_tensors(folder, block_tensors(folder, start, stop), progress)
@@ -485,8 +491,11 @@ def load_span(
     if packing.kind != "plain":
         transposed = architecture.model_type in TRANSPOSED
         matrices = take_matrices(
-            tensors, packing.kind, transposed=transposed, what=f"{folder.path}: {what}", progress=progress
-        )
+            tensors, packing.kind, transposed=transposed, what=f"{folder.path}: {what}", progress=progress,
+            shard=shard,
+        )  # fmt: skip
+    if shard is not None:
+        tensors, config = shard.of_tensors(tensors), shard.trimmed(config)
 
     def trim(model: nn.Module) -> None:
         container = model.get_submodule(architecture.container)
@@ -503,6 +512,9 @@ def load_span(
     check_loaded(folder, what, missing=(), unexpected=homeless, mismatched=wrong)
     model = model.to(device)
     fill(model, matrices, packing, device)
+    if group is not None:
+        for block in _blocks(model, architecture):
+            group.divide(block)
     try:
         return Span(model, architecture, start, stop)
     except torch.OutOfMemoryError:

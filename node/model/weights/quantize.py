@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from node.model.checkpoint.info import SCALE_SUFFIX, is_matrix
 from node.model.checkpoint.progress import Progress, silent
 from node.model.cuda import ops
 from tensor_codec.span_spec import QUANTIZE
+
+if TYPE_CHECKING:
+    from node.model.parallel.shard import Shard
 
 log = logging.getLogger("raceme")
 
@@ -545,14 +548,20 @@ _RENAMED = ("block_sparse_moe", "mlp")
 
 
 def take_matrices(
-    tensors: dict[str, Tensor], kind: Kind, *, transposed: bool, what: str, progress: Progress = silent
+    tensors: dict[str, Tensor],
+    kind: Kind,
+    *,
+    transposed: bool,
+    what: str,
+    progress: Progress = silent,
+    shard: Shard | None = None,
 ) -> dict[str, Matrix | Experts]:
     """Take the matrices out of a span's tensors, packed; path of the layer in the model -> matrix.
 
     tensors: by name in the model; int8 ones come with their scales.  Each is removed as it is taken, so at
     most one original matrix is in memory at a time.
     transposed: floats are kept as [in, out] (gpt2).  what: for errors and the progress.
-    Raises ConfigError.
+    shard: the rows and columns to keep.  Raises ConfigError.
     """
     names = [name for name, tensor in tensors.items() if is_matrix(name, tuple(tensor.shape))]
     total = sum(tensors[name].nbytes for name in names)
@@ -561,6 +570,9 @@ def take_matrices(
         weight = tensors.pop(name)
         scale = tensors.pop(name + SCALE_SUFFIX, None)
         done += weight.nbytes
+        if shard is not None:
+            weight = shard.rows(name, weight).clone()  # or the whole matrix stays in memory
+            scale = None if scale is None else shard.rows(name, scale).clone()
         if weight.dtype == torch.int8:
             if scale is None or scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
                 raise ConfigError(f"{what}: the int8 tensor {name} has no {weight.shape[0]} float32 scales")
@@ -572,6 +584,8 @@ def take_matrices(
                 weight, scale = _quantised(weight, f"{what}: {name}")
             elif kind == "bfloat16":
                 weight = weight.to(torch.bfloat16)
+        if shard is not None:
+            weight = shard.columns(name, weight)
         taken[name.removesuffix(".weight")] = Matrix(weight, scale)
         if kind not in ("bfloat16", "plain"):
             progress(f"quantising {what}", done, total)

@@ -1,0 +1,238 @@
+"""Rank 0's side of tensor parallelism: the processes of the other ranks, and their end.
+
+A process at each device and not threads of one: a thread waits for Python's lock between two small kernels,
+and a CUDA graph cannot record two devices (docs/decisions/ says more).  Rank 0 is the node.  It starts the
+others, which live no longer than it does, and tells each what the next step is.
+
+Every wait has an end.  A rank that ends is seen by the thread that waits for its process, and operations with
+it end with an error at once; a rank that hangs ends them after COLLECTIVE_SECONDS.  Either way the team is
+lost for good: `lost` says why, and every later call raises SpanLost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+
+from node.config import ConfigError
+from node.model.parallel import commands
+from node.model.parallel.commands import Message, packed, unpacked
+from node.model.parallel.group import Ranks, SpanLost, join, leave
+
+START_SECONDS = 180.0  # for importing torch and transformers, on a slow disk, and making a CUDA context
+LOAD_SECONDS = 3600.0  # for loading what rank 0 has loaded meanwhile: 100 GB from a disk of 30 MB/s
+END_SECONDS = 5.0  # until a rank whose pipe was closed is killed
+MAX_REPLY_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+
+class Team:
+    """The ranks 1 to n - 1 and the group of all.  Made by `open_team`; used in the torch thread, but for
+    `later`.
+
+    lost: why the ranks cannot compute any more; None while they can.
+    """
+
+    def __init__(self, group: Ranks, workers: Sequence[_Worker], on_lost: Callable[[str], None]) -> None:
+        self.group = group
+        self.lost: str | None = None
+        self._workers = tuple(workers)
+        self._on_lost = on_lost
+        self._numbers = itertools.count()
+        self._later: deque[Message] = deque()
+        self._closing = False
+        for worker in self._workers:
+            threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
+
+    def number(self) -> int:
+        """A new number for a span, a pool, rows or a graph."""
+        return next(self._numbers)
+
+    def later(self, do: str, **what: object) -> None:
+        """Send a message before the next `tell`.  From any thread, and while a step runs."""
+        self._later.append({"do": do, **what})
+
+    def tell(self, do: str, **what: object) -> None:
+        """Send a message to all ranks.  Raises SpanLost."""
+        self._check()
+        messages = []
+        while self._later:
+            messages.append(packed(self._later.popleft()))
+        try:
+            for data in (*messages, packed({"do": do, **what})):
+                for worker in self._workers:
+                    worker.connection.send_bytes(data)
+        except OSError as error:
+            self._fail(f"a rank takes no message: {error.strerror or error}")
+            self._check()
+
+    def answers(self, seconds: float) -> list[Message]:
+        """The answer of each rank to the message that was told last.  Raises SpanLost."""
+        until = time.monotonic() + seconds
+        found = []
+        for worker in self._workers:
+            try:
+                if not worker.connection.poll(max(0.0, until - time.monotonic())):
+                    self._fail(f"rank {worker.rank} did not answer in {seconds:g} s")
+                else:
+                    found.append(unpacked(worker.connection.recv_bytes(MAX_REPLY_BYTES)))
+            except (EOFError, OSError):
+                self._fail(f"rank {worker.rank} {_ended(worker)}")
+            self._check()
+        return found
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """The other ranks compute what the block computes: a fault in it leaves them out of step.
+
+        Raises SpanLost in place of any fault.
+        """
+        self._check()
+        try:
+            yield
+        except SpanLost:
+            raise
+        except Exception as error:
+            self._fail(" ".join(str(error).split("\n")[0].split()) or type(error).__name__)
+            raise SpanLost(f"{self.lost}") from error
+
+    def give(self, tensor: Tensor) -> Tensor:
+        """Hidden states to all ranks, whole and on this rank's device.  Raises SpanLost."""
+        with self.in_step():
+            return self.group.from_first(tensor)
+
+    def close(self) -> None:
+        """End the other ranks.  Bounded."""
+        self._closing = True
+        self.lost = self.lost or "the ranks have been ended"
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            try:
+                worker.process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+        leave()
+
+    def _check(self) -> None:
+        if self.lost is not None:
+            raise SpanLost(self.lost)
+
+    def _fail(self, why: str) -> None:
+        if self.lost is None:
+            self.lost = f"tensor parallelism over {self.group.ranks} devices has ended: {why}"
+            if not self._closing:
+                self._on_lost(self.lost)
+
+    def _watch(self, worker: _Worker) -> None:
+        """Runs in a thread of its own: notice the end of a rank, even while nothing is computed."""
+        worker.process.wait()
+        if self._closing:
+            return
+        self._fail(f"rank {worker.rank} {_ended(worker)}")
+        if self.group.device.type == "cuda":
+            with suppress(Exception):  # or the GPU waits for the rank: a sum over ranks is a kernel there
+                distributed.distributed_c10d._get_default_group().abort()
+
+
+def _ended(worker: _Worker) -> str:
+    with suppress(subprocess.TimeoutExpired):
+        worker.process.wait(1.0)
+    code = worker.process.returncode
+    if code is None:
+        return "closed its pipe"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def open_team(
+    devices: Sequence[str], *, threads: int = 1, on_lost: Callable[[str], None] = lambda _: None
+) -> Team:
+    """Start a process for each device but the first, which is this process's, and meet them.
+
+    threads: of torch, in each.  on_lost: called once, from another thread, with the reason why the ranks
+    cannot compute any more.  Runs in the torch thread.  Raises ConfigError.
+    """
+    _prefer_loopback()
+    folder = Path(tempfile.mkdtemp(prefix="raceme-ranks-"))
+    workers: list[_Worker] = []
+    try:
+        for rank in range(1, len(devices)):
+            workers.append(_started(rank))
+            first = {
+                "do": commands.START, "rank": rank, "ranks": len(devices), "device": devices[rank],
+                "threads": threads, "meeting": str(folder / "meeting"),
+            }  # fmt: skip
+            workers[-1].connection.send_bytes(packed(first))
+        until = time.monotonic() + START_SECONDS
+        for worker in workers:
+            _await_start(worker, until)
+        group = join(0, len(devices), torch.device(devices[0]), folder / "meeting")
+    except (OSError, RuntimeError, ConfigError) as error:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+            worker.connection.close()
+        raise ConfigError(f"the {len(devices)} ranks do not start: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Team(group, workers, on_lost)
+
+
+def _started(rank: int) -> _Worker:
+    ours, theirs = Pipe()
+    root = str(Path(__file__).resolve().parents[3])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "node.model.parallel.worker", str(theirs.fileno())],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    theirs.close()  # so that the pipe ends when the process does
+    return _Worker(rank, process, ours)
+
+
+def _await_start(worker: _Worker, until: float) -> None:
+    """Return when a rank is ready to meet the others.  Raises ConfigError."""
+    try:
+        if worker.connection.poll(max(0.0, until - time.monotonic())):
+            worker.connection.recv_bytes(MAX_REPLY_BYTES)
+            return
+    except (EOFError, OSError):
+        raise ConfigError(f"rank {worker.rank} {_ended(worker)}") from None
+    raise ConfigError(f"rank {worker.rank} was not ready within {START_SECONDS:g} s")
+
+
+def _prefer_loopback() -> None:
+    """Let gloo meet over the loopback interface: all ranks are of this machine.
+
+    It would take the interface of the host's name, which may have no address, or be open to others.
+    """
+    import psutil
+
+    for name in ("lo", "lo0"):
+        if name in psutil.net_if_addrs():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
