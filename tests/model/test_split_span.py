@@ -36,7 +36,8 @@ def hidden_of(span: Any, rows: int, tokens: int, seed: int = 1) -> torch.Tensor:
 
 def answers(span: Span) -> list[torch.Tensor]:
     """Prefill in chunks, a session of a part of the blocks, ragged decodes, a cut, other rows, gradients."""
-    pool = span.new_arena(512)
+    pool: Any = span.new_arena(512)
+    span.record(pool)
     whole, part = pool.open(2, 64), pool.open(1, 64)
     hidden = hidden_of(span, 2, 12)
     found = [span.forward(hidden[:, :7], whole, 0), span.forward(hidden[:, 7:], whole, 7)]

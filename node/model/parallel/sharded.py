@@ -171,6 +171,12 @@ class ShardedSpan(Span):
         )
         return ShardedPool(own, self.team, number)
 
+    def record(self, pool: ShardedPool) -> None:  # type: ignore[override]
+        """See `Span.record`: all ranks record, as sums over them are in the graphs.  Raises SpanLost."""
+        self.team.tell(commands.RECORD, span=self.number, pool=pool.number)
+        with self.team.in_step():
+            self.own.record(pool.own)
+
     def new_cache(self, batch: int, max_length: int) -> ShardedCache:  # type: ignore[override]
         """An empty cache of `batch` rows in page pools of its own."""
         row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS

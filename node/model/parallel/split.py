@@ -227,6 +227,11 @@ class SplitSpan(Span):
             ]
         )  # fmt: skip
 
+    def record(self, pool: SplitPool) -> None:  # type: ignore[override]
+        """See `Span.record`: each device over its own pool."""
+        for part in self.parts:
+            part.span.record(pool.pools[part.place])
+
     def new_cache(self, batch: int, max_length: int) -> SplitCache:  # type: ignore[override]
         """An empty cache of `batch` rows in page pools of its own."""
         row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
