@@ -94,6 +94,10 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
         "--max-body", type=size, default=HttpLimits().max_body_bytes, metavar="SIZE",
         help="of a request (default: 4MiB)",
     )  # fmt: skip
+    group.add_argument(
+        "--max-connections-per-address", type=positive, default=HttpLimits().max_connections_per_address,
+        metavar="N", help="but the loopback (default: 128; 1024 behind a balancer on another machine)",
+    )  # fmt: skip
     group.add_argument("--no-ui", action="store_true", help="no page at /")
     group.add_argument(
         "--metrics", action=OwnName, choices=("open", "key", "off"), default=usual.metrics,
@@ -163,7 +167,10 @@ def settings_of(flags: argparse.Namespace) -> GatewaySettings:
         metrics=flags.metrics,
         lazy=flags.lazy,
         wait_seconds=flags.wait,
-        http=HttpLimits(max_body_bytes=flags.max_body),
+        http=HttpLimits(
+            max_body_bytes=flags.max_body,
+            max_connections_per_address=flags.max_connections_per_address,
+        ),
         queue=QueueLimits(flags.max_concurrent, flags.max_queued, flags.queue_seconds),
         prefixes=PrefixLimits(max_conversations=flags.max_kept),
     )

@@ -119,11 +119,12 @@ class Gateway:
         self.metrics.request_began(request)
         span = self.spans.request(request)
         try:
-            with self.monitor.request(request.id, job.kind, job.model.name, job.max_new_tokens) as watch:
+            lengths = [prompt.max_new_tokens for prompt in job.prompts]
+            with self.monitor.request(request.id, job.kind, job.model.name, *lengths) as watch:
                 began = clock()
                 async with self.admission.place(job.caller.name, len(job.prompts)) as at_once:
                     request.begin(clock() - began)
-                    watch.began()
+                    watch.began(at_once)
                     span.began()
                     await self._wait_for_blocks()
                     running = Running(

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from client.api import SwarmLike
@@ -24,8 +25,10 @@ from tensor_codec.errors import Refused
 
 if TYPE_CHECKING:
     from client.generation.generate import Token
+    from client.session.trace import Event
 
 PIECES_AHEAD = 8  # tokens of a request that wait for its reader, besides TOKENS_AHEAD of each answer
+NO_FACTS: Mapping[str, Any] = MappingProxyType({})  # Any: JSON
 SPARE_TOKENS = 2048  # that a conversation is opened for beyond its first answer, for the next turns
 
 
@@ -67,7 +70,7 @@ class Job:
     """A request as it is to be computed.
 
     prompts: of its answers.  prompt_tokens: of all different prompts together, for the usage.
-    traced: the caller wants to know the steps (`raceme.trace`): its span has them too.
+    traced: the caller wants to know the steps (`raceme.trace`): its pieces and its span have them.
     """
 
     kind: RequestKind
@@ -87,11 +90,39 @@ class Job:
 
 
 class Piece(NamedTuple):
-    """A token of one answer.  facts: its hops and events, where somebody watches.  Any: JSON."""
+    """A token of one answer.  facts: its hops and events, where they are wanted.  Any: JSON."""
 
     choice: int
     token: Token
     facts: Mapping[str, Any]
+
+
+@dataclass(eq=False, slots=True)
+class Reuse:
+    """Positions of a prompt that no server computes for a request: `take` hears its session's events.
+
+    A session that has to be opened computes all of them; a server that takes another one's place computes
+    those that are replayed to it; and a step computes from its position on.
+    """
+
+    tokens: int
+
+    def take(self, event: Event) -> None:
+        """One event of the session's trace, before the first token.  For trio's thread."""
+        match event.kind:
+            case "opened":
+                self.tokens = 0
+            case "replayed":
+                self.tokens = min(self.tokens, event.data["start"])
+            case "step":
+                self.tokens = min(self.tokens, event.data["position"])
+
+
+class _Silence:
+    """Stands for a time without a token."""
+
+
+_SILENCE = _Silence()
 
 
 @dataclass(eq=False, slots=True)
@@ -108,9 +139,10 @@ class Running:
     max_kept_tokens: int
     span: RequestSpan
     status: int = 200  # of the answer, as far as it is known
-    _items: asyncio.Queue[Piece | BaseException | None] = field(
+    _items: asyncio.Queue[Piece | _Silence | BaseException | None] = field(
         default_factory=lambda: asyncio.Queue(PIECES_AHEAD)
     )
+    _failure: BaseException | None = None  # came after the last pieces that were taken
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _open: int = 0  # answers that are not over
     _stopped: RequestError | None = None
@@ -143,16 +175,47 @@ class Running:
         Raises RequestError, NoChain, PeerFault, Refused.  May be cancelled and called again.
         """
         while self._open:
-            if self._stopped is not None:
-                raise self._stopped
-            item = await self._items.get()
-            if isinstance(item, BaseException):
-                self.status = status_of(item)
-                raise item
-            if item is not None:
-                return item
-            self._open -= 1
+            if (piece := self._accepted(await self._item())) is not None:
+                return piece
         return None
+
+    async def batch(self) -> list[Piece] | None:
+        """The next token, and all others that are there already; none after `end_silence`.
+
+        None after the last one.  Raises as `next`.
+        """
+        found: list[Piece] = []
+        while self._open and not (found and self._items.empty()):
+            item = await self._item()
+            if item is _SILENCE:
+                return found
+            if isinstance(item, BaseException) and found:
+                self._failure = item  # after these
+                return found
+            if (piece := self._accepted(item)) is not None:
+                found.append(piece)
+        return found or None
+
+    def end_silence(self) -> None:
+        """Have a `batch` that waits return without a token."""
+        if self._items.empty():
+            self._items.put_nowait(_SILENCE)
+
+    async def _item(self) -> Piece | _Silence | BaseException | None:
+        if self._stopped is not None:
+            return self._stopped
+        if self._failure is not None:
+            return self._failure
+        return await self._items.get()
+
+    def _accepted(self, item: Piece | _Silence | BaseException | None) -> Piece | None:
+        """The token among what the answers' tasks put into the queue; counts the answers that end."""
+        if isinstance(item, BaseException):
+            self.status = status_of(item)
+            raise item
+        if item is None:
+            self._open -= 1
+        return item if isinstance(item, Piece) else None
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """All tokens; raises as `next`."""
@@ -172,7 +235,10 @@ class Running:
         """Compute one answer into the queue."""
         try:
             async with places:
-                await self._generate(choice)
+                try:
+                    await self._generate(choice)
+                finally:
+                    self.watch.answered(choice)
             await self._items.put(None)
         except asyncio.CancelledError:
             raise
@@ -197,6 +263,8 @@ class Running:
         kept = self._conversation(choice, prompt)
         tokens = list(prompt.ids)
         is_whole = False
+        reuse = Reuse(min(common_length(kept.tokens, prompt.ids), len(prompt.ids) - 1))
+        kept.conversation.trace.listen(reuse.take)
         try:
             try:
                 generated = self.swarm.generate(
@@ -208,12 +276,18 @@ class Running:
                 raise invalid(str(error)) from None
             async with aclosing(generated):
                 async for token in generated:
+                    if len(tokens) == len(prompt.ids):
+                        kept.conversation.trace.unlisten(reuse.take)
+                        if self._is_first(choice):
+                            self.request.reuse(reuse.tokens)
                     tokens.append(token.id)
                     is_whole = token.finish_reason is not None
                     await self._items.put(self._piece(choice, token))
         except ValueError as error:  # the options forbid every token
             raise invalid(str(error)) from None
         finally:
+            kept.conversation.trace.unlisten(reuse.take)
+            self.span.leave(kept.conversation.trace)
             if is_whole and self._is_first(choice):
                 cached = tokens[:-1]  # nobody has computed with the last one
                 now = asyncio.get_running_loop().time()
@@ -229,9 +303,6 @@ class Running:
         length = len(prompt.ids) + prompt.max_new_tokens
         found = self.prefixes.take(owner, prompt.ids, length, asyncio.get_running_loop().time())
         if found is not None:
-            if choice == 0:
-                common = common_length(found.tokens, prompt.ids)
-                self.request.reuse(min(common, len(prompt.ids) - 1))
             self.watch.follow(found.conversation.trace, choice)
             self.span.follow(found.conversation.trace)
             return found
@@ -264,4 +335,4 @@ class Running:
             self.metrics.first_token(request, time.time() - request.began)
         request.count()
         self.span.token(token.finish_reason)
-        return Piece(choice, token, self.watch.token(choice))
+        return Piece(choice, token, self.watch.token(choice) if self.job.traced else NO_FACTS)

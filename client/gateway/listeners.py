@@ -22,8 +22,11 @@ class RequestWatch(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def began(self) -> None:
-        """It has left the admission queue."""
+    def began(self, choices: int | None = None) -> None:
+        """It has left the admission queue.  choices: that are computed at a time; None: all."""
+
+    def answered(self, choice: int) -> None:
+        """One of its answers is over; its session may serve another request from now on."""
 
     def trace(self, choice: int = 0) -> Trace:
         """A trace for a new session of one of its answers."""
@@ -38,8 +41,8 @@ class RequestWatch(Protocol):
 class RequestMonitor(Protocol):
     """Follows all requests."""
 
-    def request(self, id: str, kind: str, model: str, max_tokens: int) -> RequestWatch:
-        """A new request."""
+    def request(self, id: str, kind: str, model: str, *max_tokens: int | None) -> RequestWatch:
+        """A new request.  max_tokens: of each of its answers."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """Its own tasks run within the block."""
@@ -81,7 +84,10 @@ class NoWatch:
     ) -> None:
         return None
 
-    def began(self) -> None:
+    def began(self, choices: int | None = None) -> None:
+        """See `RequestWatch`."""
+
+    def answered(self, choice: int) -> None:
         """See `RequestWatch`."""
 
     def trace(self, choice: int = 0) -> Trace:
@@ -99,7 +105,7 @@ class NoWatch:
 class NoMonitor:
     """A gateway without a monitor."""
 
-    def request(self, id: str, kind: str, model: str, max_tokens: int) -> RequestWatch:
+    def request(self, id: str, kind: str, model: str, *max_tokens: int | None) -> RequestWatch:
         """See `RequestMonitor`."""
         return NoWatch()
 

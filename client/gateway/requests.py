@@ -34,8 +34,8 @@ class ActiveRequest:
         self.queued_seconds = queued_seconds
 
     def reuse(self, tokens: int) -> None:
-        """So many tokens of its prompt are in the caches already."""
-        self.cached_tokens = tokens
+        """So many tokens more of its prompts were in the caches, and were not computed again."""
+        self.cached_tokens += tokens
 
     def count(self) -> None:
         """A token more."""
@@ -44,7 +44,7 @@ class ActiveRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The tokens of an answer.  cached_tokens: of the prompt, that were in the servers' caches already."""
+    """The tokens of an answer.  cached_tokens: of the prompt, those that no server has computed for it."""
 
     prompt_tokens: int
     completion_tokens: int

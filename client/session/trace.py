@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal
 MAX_EVENTS = 20_000  # about 10 MB; the oldest go first
 
 log = logging.getLogger("raceme")
+_CHANGING = threading.Lock()  # of a trace's listeners, from several threads
 
 Kind = Literal["opened", "step", "fault", "rerouted", "replayed", "recovered", "relayed", "ended"]
 
@@ -75,11 +77,13 @@ class Trace:
 
     def listen(self, listener: Listener) -> None:
         """Have another function called with each event from now on, as `on_event`.  From any thread."""
-        self._others = (*self._others, listener)
+        with _CHANGING:
+            self._others = (*self._others, listener)
 
     def unlisten(self, listener: Listener) -> None:
-        """Call that function no more; nothing happens where it is not called."""
-        self._others = tuple(each for each in self._others if each != listener)
+        """Call that function no more; nothing happens where it is not called.  From any thread."""
+        with _CHANGING:
+            self._others = tuple(each for each in self._others if each != listener)
 
     def _tell(self, event: Event) -> None:
         for listener in (self.on_event, *self._others):

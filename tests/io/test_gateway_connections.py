@@ -14,6 +14,7 @@ import pytest
 import uvloop
 
 from client.gateway.command import Server, uvicorn_config
+from client.gateway.door.addresses import REFUSED_AT_ONCE
 from client.gateway.door.limits import HttpLimits
 from tests.fakes_gateway import FakeSwarm, gateway_of, tiny_tokenizer
 
@@ -109,6 +110,34 @@ def test_connections_beyond_the_bound_are_503(tokenizer):
                 writer.close()
 
     run(main)
+
+
+def test_connections_of_one_address_beyond_its_bound_are_refused_and_then_closed(tokenizer, monkeypatch):
+    monkeypatch.setattr("client.gateway.door.addresses._counted", lambda address: address)  # the loopback too
+
+    async def main() -> None:
+        async with served(FakeSwarm(tokenizer), HttpLimits(max_connections_per_address=2)) as port:
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            refused = [await asyncio.open_connection("127.0.0.1", port) for _ in range(REFUSED_AT_ONCE)]
+            assert code_of(await refused[0][0].read()) == (503, "overloaded")
+            assert b"2 connections of this address" in await refused[-1][0].read()
+            flood = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2 * REFUSED_AT_ONCE)]
+            heard = [await ending(reader) for reader, _ in flood]
+            assert b"" in heard, "those beyond a few are closed without a word"
+            for _, writer in (*held, *refused, *flood):
+                writer.close()
+            await asyncio.sleep(0.1)
+            async with httpx.AsyncClient() as web:
+                assert (await web.get(f"http://127.0.0.1:{port}/health")).status_code == 200
+
+    run(main)
+
+
+async def ending(reader: asyncio.StreamReader) -> bytes:
+    """All that comes before a connection ends, however it ends."""
+    with suppress(ConnectionError):
+        return await reader.read()
+    return b""
 
 
 def test_a_large_body_is_refused_and_the_answer_is_read(tokenizer):

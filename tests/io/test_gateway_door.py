@@ -436,6 +436,54 @@ def test_the_next_turn_of_a_chat_begins_where_the_last_one_ended(tokenizer):
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("kind", "data", "cached"),
+    [
+        ("opened", {"hops": [], "codec": "fp32", "seconds": 0.1}, 0),
+        ("replayed", {"sender": "client", "peer": "a", "start": 0, "stop": 40, "bytes": 1}, 0),
+        ("replayed", {"sender": "a", "peer": "b", "start": 5, "stop": 40, "bytes": 1}, 5),
+        ("step", {"position": 7, "tokens": 30, "received": 1, "seconds": 0.1, "hops": []}, 7),
+        ("recovered", {"seconds": 0.1, "replay_seconds": 0.1}, None),
+    ],
+)
+def test_cached_tokens_are_those_that_no_server_has_computed_again(tokenizer, kind, data, cached):
+    body = {"messages": [{"role": "user", "content": "hello there, how are you?"}]}
+
+    async def main() -> None:
+        swarm = FakeSwarm(tokenizer)
+        async with gateway_of(swarm) as (_, app):
+            await ask(app, "POST", CHAT, body)
+            trace = swarm.conversations[0].trace
+            swarm.step = lambda number: trace.add(kind, **data) if number == 0 else None
+            usage = (await ask(app, "POST", CHAT, body)).json()["usage"]
+            expected = usage["prompt_tokens"] - 1 if cached is None else cached
+            assert usage["prompt_tokens_details"]["cached_tokens"] == expected
+            assert len(swarm.conversations) == 1
+            # What happens to the session after the first token concerns later tokens alone.
+            swarm.step = lambda number: trace.add(kind, **data) if number == 3 else None
+            usage = (await ask(app, "POST", CHAT, body)).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+    run(main)
+
+
+def test_several_answers_count_the_cached_tokens_of_each_prompt_once(tokenizer):
+    body = {"prompt": ["hello there, how are you?", "what is it?", "one more"], "n": 2, "max_tokens": 3}
+
+    async def main() -> None:
+        swarm = FakeSwarm(tokenizer)
+        async with gateway_of(swarm) as (_, app):
+            for _ in range(2):
+                found = await ask(app, "POST", "/v1/completions", body)
+            usage = found.json()["usage"]
+            lengths = [len(call.prompt) for call in swarm.calls[-6::2]]
+            long = [length for length in lengths if length >= 16]
+            assert usage["prompt_tokens"] == sum(lengths)
+            assert usage["prompt_tokens_details"]["cached_tokens"] == sum(length - 1 for length in long) > 0
+
+    run(main)
+
+
 def test_conversations_are_closed_with_the_gateway_and_where_none_are_kept(tokenizer):
     async def main(limits: PrefixLimits) -> list[int]:
         swarm = FakeSwarm(tokenizer)

@@ -361,6 +361,49 @@ def test_choices_of_one_request_are_sessions_of_their_own():
     run(main)
 
 
+def test_each_choice_has_its_own_bound_and_its_own_end():
+    async def main() -> None:
+        async with case() as one:
+            stream = one.open()
+            await stream.until(lambda: stream.of("swarm"))
+            with one.monitor.request("r", "completion", "model", 5, 7, 9) as watch:
+                found = (await one.get("/api/sessions"))[1]["sessions"]
+                assert [(each["id"], each["max_tokens"]) for each in found] == [
+                    ("r", 5),
+                    ("r.1", 7),
+                    ("r.2", 9),
+                ]
+                assert {each["state"] for each in found} == {"queued"}
+                watch.began(2)
+                found = (await one.get("/api/sessions"))[1]["sessions"]
+                assert [each["state"] for each in found] == ["prefill", "prefill", "queued"]
+                traces = [watch.trace(choice) for choice in range(2)]
+                for trace in traces:
+                    opened(trace)
+                    step(trace, 0, 5)
+                watch.answered(0)
+                step(traces[0], 5)  # its kept session serves another request
+                found = (await one.get("/api/sessions"))[1]["sessions"]
+                assert [(each["id"], each["state"]) for each in found] == [
+                    ("r.1", "decode"),
+                    ("r.2", "queued"),
+                ]
+            await stream.until(
+                lambda: len([each for each in stream.of("session") if each["what"] == "ended"]) == 3
+            )
+            ends = {each["id"]: each["tokens"] for each in stream.of("session") if each["what"] == "ended"}
+            assert ends == {"r": 1, "r.1": 1, "r.2": 0}
+            waits = {
+                each["id"]: each["max_tokens"] for each in stream.of("session") if each["what"] == "queued"
+            }
+            assert waits == {"r": 5, "r.1": 7, "r.2": 9}
+            kept = (await one.get("/api/traces/r"))[1]["events"]
+            own = [each for each in kept if each["kind"] in ("queued", "ended")]
+            assert [each.get("max_tokens", each.get("tokens")) for each in own] == [21, 2]
+
+    run(main)
+
+
 def test_a_kept_conversation_is_followed_for_one_request_at_a_time():
     async def main() -> None:
         async with case() as one:

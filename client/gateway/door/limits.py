@@ -20,6 +20,9 @@ class HttpLimits:
     max_connections: int = (
         1024  # streams, requests that wait, idle connections; of descriptors there are more
     )
+    # Of one address (of IPv6: of one /64) besides the loopback's: more than a browser's six and a busy
+    # program's pool of 100; eight such addresses fill all.
+    max_connections_per_address: int = 128
     idle_seconds: float = 75.0  # of a connection between two requests: longer than balancers keep one (60 s)
     first_token_seconds: float = 2.0  # for an error to become a status, before a stream's status is sent
     keep_alive_seconds: float = 10.0  # of silence in a stream; balancers cut at 60

@@ -13,6 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from client.gateway.door.addresses import REFUSED_AT_ONCE, Addresses
 from client.gateway.door.limits import HttpLimits
 
 CLOSE = "raceme.close"  # of ASGI's extensions: called by an answer, ends the connection after it
@@ -22,9 +23,10 @@ WRITE_BUFFER_BYTES = 32 << 10  # of the event loop, after which a response waits
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection.  Made by `bounded`, which sets `limits`."""
+    """One connection.  Made by `bounded`, which sets `limits`, and `addresses` of all its connections."""
 
     limits = HttpLimits()
+    addresses = Addresses(HttpLimits().max_connections_per_address)
 
     def __init__(self, *args: Any, **arguments: Any) -> None:  # Any: uvicorn's own
         super().__init__(*args, **arguments)
@@ -42,17 +44,31 @@ class BoundedProtocol(HttpToolsProtocol):
         found: socket.socket | None = transport.get_extra_info("socket")
         if found is not None and found.family in (socket.AF_INET, socket.AF_INET6):
             found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        if len(self.connections) > self.limits.max_connections:
-            most = self.limits.max_connections
+        verdict = self.addresses.came(self._address)
+        most = self.limits.max_connections
+        beyond = len(self.connections) - most
+        if verdict == "closed" or beyond > REFUSED_AT_ONCE:
+            self._is_refused = True
+            transport.abort()
+        elif verdict == "refused":
+            most = self.addresses.most
+            self._refuse(503, "overloaded", f"{most} connections of this address are open, the most allowed")
+        elif beyond > 0:
             self._refuse(503, "overloaded", f"{most} connections are open, that is the most allowed")
-            return
-        self._wait_for_headers()
+        else:
+            self._wait_for_headers()
+
+    @property
+    def _address(self) -> str | None:
+        """Of the client."""
+        return None if self.client is None else self.client[0]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         for timer in (self._header_timer, self._reader_timer):
             if timer is not None:
                 timer.cancel()
+        self.addresses.left(self._address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -150,4 +166,5 @@ REASONS = {
 
 def bounded(limits: HttpLimits) -> type[BoundedProtocol]:
     """The class of connections with these limits."""
-    return type("Connection", (BoundedProtocol,), {"limits": limits, "__doc__": BoundedProtocol.__doc__})
+    own = {"limits": limits, "addresses": Addresses(limits.max_connections_per_address)}
+    return type("Connection", (BoundedProtocol,), {**own, "__doc__": BoundedProtocol.__doc__})

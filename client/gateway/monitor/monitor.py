@@ -18,7 +18,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -75,15 +75,15 @@ class Monitor:
 
     # --- requests ---
 
-    def request(self, id: str, kind: str, model: str, max_tokens: int | None) -> RequestWatch:
-        """A request has come; it may have to queue."""
-        watch = RequestWatch(self, id, kind, model, max_tokens)
+    def request(self, id: str, kind: str, model: str, *max_tokens: int | None) -> RequestWatch:
+        """A request has come; it may have to queue.  max_tokens: of each of its choices."""
+        watch = RequestWatch(self, id, kind, model, max_tokens or (None,))
         self._live[watch] = None
         self._traces.pop(id, None)
         self._traces[id] = watch
         while len(self._traces) > MAX_TRACES:
             del self._traces[next(iter(self._traces))]
-        watch.say("queued", kind=kind, model=model, max_tokens=max_tokens)
+        watch.wait()
         return watch
 
     def sessions(self) -> Json:
@@ -237,15 +237,17 @@ class RequestWatch:
     For the gateway's event loop, but for the events of traces, which come from trio's thread.
     """
 
-    def __init__(self, monitor: Monitor, name: str, kind: str, model: str, max_tokens: int | None) -> None:
+    def __init__(
+        self, monitor: Monitor, name: str, kind: str, model: str, max_tokens: Sequence[int | None]
+    ) -> None:
+        """max_tokens: of each choice."""
         self.name = name
         self.began_at = time.time()
         self._monitor = monitor
         self._facts: Json = {"kind": kind, "model": model, "began": self.began_at}
-        self._max_tokens = max_tokens
-        self._choices = {0: Choice()}
+        self._choices = {index: Choice(index, most) for index, most in enumerate(max_tokens)}
         self._inbox: deque[tuple[int, Event]] = deque(maxlen=MAX_INBOX)
-        self._notes: list[tuple[Trace, Listener]] = []  # that end with the request
+        self._notes: list[tuple[int, Trace, Listener]] = []  # each ends with its choice
         self._own: deque[Kept] = deque(maxlen=8)  # events of the request itself
         self._numbers = itertools.count()
         self._over = False
@@ -263,10 +265,23 @@ class RequestWatch:
         """Whether the request waits for its turn."""
         return all(choice.state == "queued" for choice in self._choices.values())
 
-    def began(self) -> None:
-        """The request has left the queue."""
+    def wait(self) -> None:
+        """The request has come."""
+        most = [choice.max_tokens for choice in self._choices.values()]
+        said = {"kind": self._facts["kind"], "model": self._facts["model"]}
+        self._note_own("queued", **said, max_tokens=None if None in most else sum(each or 0 for each in most))
         for choice in self._choices.values():
+            self._tell(choice, "queued", **said, max_tokens=choice.max_tokens)
+
+    def began(self, choices: int | None = None) -> None:
+        """The request has left the queue.  choices: that are computed at a time; None: all."""
+        for choice in list(self._choices.values())[:choices]:
             choice.begin()
+
+    def answered(self, choice: int) -> None:
+        """A choice is over; others of the request may go on, and its session serves another request."""
+        self.drain()
+        self._end(choice)
 
     def trace(self, choice: int = 0) -> Trace:
         """A new trace for one choice; its events come here until the end of the request."""
@@ -285,7 +300,7 @@ class RequestWatch:
         if (route := trace.route) is not None:
             note(_opened(route))
         trace.listen(note)
-        self._notes.append((trace, note))
+        self._notes.append((choice, trace, note))
 
     def token(self, choice: int = 0) -> Json:
         """For each token: {"hops": [[peer, held_ms, computed_ms]...], "events": [{"kind", "at", ...}]}."""
@@ -297,33 +312,41 @@ class RequestWatch:
         if self._over:
             return
         self.drain()
-        self.summarise()
+        for index in list(self._choices):
+            self._end(index)
         self._over = True
         self._inbox.clear()
-        for trace, note in self._notes:
-            trace.unlisten(note)
-        self._notes.clear()
-        for choice in self._choices.values():
-            choice.end()
-        self.say("ended", tokens=sum(choice.tokens for choice in self._choices.values()))
+        self._note_own("ended", tokens=sum(choice.tokens for choice in self._choices.values()))
         self._monitor.ended(self)
+
+    def _end(self, index: int) -> None:
+        """A choice is over; a second call does nothing."""
+        for trace, note in [(trace, note) for each, trace, note in self._notes if each == index]:
+            trace.unlisten(note)
+        self._notes = [each for each in self._notes if each[0] != index]
+        choice = self._choices.get(index)
+        if choice is not None and choice.state != "ended":
+            self.summarise()
+            choice.end()
+            self._tell(choice, "ended", tokens=choice.tokens)
 
     # --- for the monitor ---
 
     def sessions(self, names: dict[str, str], now: float) -> list[Json]:
-        """Each choice as /api/sessions shows it."""
+        """Each choice that is not over, as /api/sessions shows it."""
         return [
             {
                 "id": self._id(index),
                 **self._facts,
                 "hops": choice.hops(names),
                 "tokens": choice.tokens,
-                "max_tokens": self._max_tokens,
+                "max_tokens": choice.max_tokens,
                 "tokens_per_second": round(choice.rate(now), 3),
                 "state": choice.state,
                 "recoveries": choice.recoveries,
             }
             for index, choice in self._choices.items()
+            if choice.state != "ended"
         ]
 
     def events(self) -> list[Json]:
@@ -342,6 +365,8 @@ class RequestWatch:
             index, event = self._inbox.popleft()
             choice = self._choices.setdefault(index, Choice(index))
             self._monitor.counts.add(event)
+            if choice.state == "ended":
+                continue
             told = choice.take_in(event, event.at + offset, next(self._numbers))
             if told is not None:
                 self.summarise()
@@ -355,12 +380,13 @@ class RequestWatch:
                 facts = {"at": time.time(), "id": self._id(index), **told}
                 self._monitor.publish(facts, often=True)
 
-    def say(self, what: str, **data: Any) -> None:  # Any: JSON
-        """An event of the request itself."""
-        at = time.time()
-        self._own.append((next(self._numbers), {**data, "kind": what, "at": at}))
-        for index in self._choices:
-            self._monitor.publish({"at": at, "id": self._id(index), "what": what, **data})
+    def _note_own(self, what: str, **data: Any) -> None:  # Any: JSON
+        """An event of the request itself, for its trace."""
+        self._own.append((next(self._numbers), {**data, "kind": what, "at": time.time()}))
+
+    def _tell(self, choice: Choice, what: str, **data: Any) -> None:  # Any: JSON
+        """An event of a choice, for the listeners."""
+        self._monitor.publish({"at": time.time(), "id": self._id(choice.index), "what": what, **data})
 
     def _id(self, index: int) -> str:
         """The id of a choice's session: the request's own, and for further choices a number after it."""

@@ -60,10 +60,12 @@ class Window:
 class Choice:
     """One choice of a request: one session, or several one after the other.
 
-    index: among the choices of the request.  Times are seconds of the caller's clock, `at` Unix seconds.
+    index: among the choices of the request.  max_tokens: of its answer, None where there is no bound.
+    Times are seconds of the caller's clock, `at` Unix seconds.
     """
 
     index: int = 0
+    max_tokens: int | None = None
     state: State = "queued"
     route: list[tuple[str, list[int]]] = field(default_factory=list)  # peer, blocks
     tokens: int = 0

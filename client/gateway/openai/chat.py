@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from client.gateway.openai.fields import parse
 from client.gateway.openai.logprobs import TokenTexts, chat_entry
 from client.gateway.openai.requests import HARMLESS_IN_CHAT, UNSUPPORTED_IN_CHAT, ChatRequest
 from client.gateway.openai.sampling import new_tokens, sampling_arguments, servers_of
-from client.gateway.openai.streaming import DONE, event, stream
+from client.gateway.openai.streaming import DONE, Chunks, event, stream
 
 PATH = "/v1/chat/completions"
 
@@ -160,6 +160,14 @@ class ChatStream:
 
     def __init__(self, answer: ChatAnswer) -> None:
         self._answer = answer
+        head = {
+            "id": answer.id,
+            "object": "chat.completion.chunk",
+            "created": answer.created,
+            "model": answer.model,
+            "system_fingerprint": answer.fingerprint,
+        }
+        self._chunks = Chunks(head, wants_usage=answer.fields.wants_usage)
 
     def begin(self) -> Iterable[bytes]:
         """The role of each answer."""
@@ -189,21 +197,11 @@ class ChatStream:
         """The usage, where it is wanted."""
         if not self._answer.fields.wants_usage:
             return []
-        return [event({**self._head(), "choices": [], "usage": running.usage.body()})]
+        return [self._chunks.usage(running.usage)]
 
     def failed(self, error: RequestError) -> Iterable[bytes]:
         """An error in place of the rest."""
         return [event(error.body())]
-
-    def _head(self) -> dict[str, Any]:
-        answer = self._answer
-        return {
-            "id": answer.id,
-            "object": "chat.completion.chunk",
-            "created": answer.created,
-            "model": answer.model,
-            "system_fingerprint": answer.fingerprint,
-        }
 
     def _chunk(
         self,
@@ -212,7 +210,7 @@ class ChatStream:
         *,
         logprobs: list[dict[str, Any]] | None = None,
         finish_reason: str | None = None,
-        facts: Any = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> bytes:
         choice = {
             "index": index,
@@ -220,9 +218,4 @@ class ChatStream:
             "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
             "finish_reason": finish_reason,
         }
-        made = {**self._head(), "choices": [choice]}
-        if self._answer.fields.wants_usage:
-            made["usage"] = None
-        if facts is not None:
-            made["raceme"] = facts
-        return event(made)
+        return self._chunks.chunk(choice, facts)

@@ -20,7 +20,7 @@ from client.gateway.openai.fields import parse
 from client.gateway.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from client.gateway.openai.requests import UNSUPPORTED_IN_COMPLETIONS, CompletionRequest
 from client.gateway.openai.sampling import new_tokens, sampling_arguments, servers_of
-from client.gateway.openai.streaming import DONE, event, stream
+from client.gateway.openai.streaming import DONE, Chunks, event, stream
 from client.gateway.served import ServedModel
 from client.generation.checks import check_vocabulary
 
@@ -211,6 +211,7 @@ class CompletionStream:
 
     def __init__(self, answer: CompletionAnswer) -> None:
         self._answer = answer
+        self._chunks = Chunks(answer.head(), wants_usage=answer.fields.wants_usage)
 
     def begin(self) -> Iterable[bytes]:
         """Nothing: the first token is the first chunk."""
@@ -222,22 +223,13 @@ class CompletionStream:
         text = choice.read(piece)
         if not (text or choice.finish_reason or choice.logprobs or answer.fields.wants_trace):
             return
-        made: dict[str, Any] = {
-            **answer.head(),
-            "choices": [
-                {
-                    "index": piece.choice,
-                    "text": text,
-                    "logprobs": None if choice.logprobs is None else choice.logprobs.take(),
-                    "finish_reason": choice.finish_reason,
-                }
-            ],
+        made = {
+            "index": piece.choice,
+            "text": text,
+            "logprobs": None if choice.logprobs is None else choice.logprobs.take(),
+            "finish_reason": choice.finish_reason,
         }
-        if answer.fields.wants_usage:
-            made["usage"] = None
-        if answer.fields.wants_trace:
-            made["raceme"] = piece.facts
-        yield event(made)
+        yield self._chunks.chunk(made, piece.facts if answer.fields.wants_trace else None)
 
     def end(self, running: Running) -> Iterable[bytes]:
         """The echo where that is all, and the usage where it is wanted."""
@@ -246,7 +238,7 @@ class CompletionStream:
             for index, choice in enumerate(answer.choices):
                 yield event({**answer.head(), "choices": [choice.body(index)]})
         if answer.fields.wants_usage:
-            yield event({**answer.head(), "choices": [], "usage": running.usage.body()})
+            yield self._chunks.usage(running.usage)
 
     def failed(self, error: RequestError) -> Iterable[bytes]:
         """An error in place of the rest."""

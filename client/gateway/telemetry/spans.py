@@ -44,7 +44,10 @@ class RequestSpan(Protocol):
         """It has left the admission queue."""
 
     def follow(self, trace: Trace) -> None:
-        """An answer of it is computed by a session with this trace, until the request's end."""
+        """An answer of it is computed by a session with this trace, until `leave` or the request's end."""
+
+    def leave(self, trace: Trace) -> None:
+        """That answer is over; the session may serve another request."""
 
     def token(self, finish_reason: str | None) -> None:
         """A token has come."""
@@ -70,6 +73,9 @@ class NoSpan:
         """See `RequestSpan`."""
 
     def follow(self, trace: Trace) -> None:
+        """See `RequestSpan`."""
+
+    def leave(self, trace: Trace) -> None:
         """See `RequestSpan`."""
 
     def token(self, finish_reason: str | None) -> None:
@@ -158,6 +164,13 @@ class _RequestSpan:
     def _listen(self, trace: Trace, listener: Callable[[Event], None]) -> None:
         trace.listen(listener)
         self._followed.append((trace, listener))
+
+    def leave(self, trace: Trace) -> None:
+        """See `RequestSpan`."""
+        for followed, listener in self._followed:
+            if followed is trace:
+                followed.unlisten(listener)
+        self._followed = [each for each in self._followed if each[0] is not trace]
 
     def token(self, finish_reason: str | None) -> None:
         """See `RequestSpan`."""
