@@ -37,7 +37,9 @@ def test_the_numbers_of_the_page_are_those_of_the_code():
         f"headers not whole within {http.header_seconds:g} s, a body not within {http.body_seconds:g} s",
         f"a body above `--max-body` ({http.max_body_bytes >> 20} MiB)",
         f"headers above {http.max_header_bytes >> 10} KiB",
-        f"or {http.max_connections:,} connections are open, or bodies of {http.max_bodies_bytes >> 20} MiB",
+        f"or {http.max_connections:,} connections are open, or {http.max_connections_per_address} of one"
+        f" address, or bodies of {http.max_bodies_bytes >> 20} MiB",
+        f"{http.max_connections:,} connections are open at a time, {http.max_connections_per_address} of one",
         f"waits for its first token, {http.first_token_seconds:g} s at most",
         f"After {http.keep_alive_seconds:g} s of silence",
         f"those under way have {http.drain_seconds:g} s",
