@@ -150,7 +150,7 @@ class Swarm:
     async def liveness(self) -> dict[PeerId, Liveness]:
         """Whether each peer of the view answers, by the pings of the last seconds.
 
-        A first question has this client ping more peers for a minute, every 2.4 to 3.6 s: those of its live
+        A first question has this client ping more peers for a minute, every 1.1 to 1.7 s: those of its live
         sessions (64 at most), and the 64 with the rarest blocks.  Until a peer was asked it is "unknown".  A
         peer with two unanswered pings is "silent", and the view counts no block of it (`SwarmView.silent`).
         """

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -79,7 +80,8 @@ class Forked:
     def send_signal(self, sig: int) -> None:
         """Nothing happens where it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, sig)
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, sig)
 
     def kill(self) -> None:
         """SIGKILL."""

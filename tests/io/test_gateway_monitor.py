@@ -361,6 +361,22 @@ def test_choices_of_one_request_are_sessions_of_their_own():
     run(main)
 
 
+def test_a_server_that_falls_silent_or_answers_again_is_shown_before_the_next_state(monkeypatch):
+    monkeypatch.setattr(monitor, "SWARM_SECONDS", 1000.0)  # so that nothing else shows a state
+
+    async def main() -> None:
+        async with case() as one:
+            stream = one.open()
+            await stream.until(lambda: stream.of("swarm"))
+            for silent, state in (("a", "unreachable"), ("", "online")):
+                one.swarm.show("a", "b", silent=silent)
+                await stream.until(
+                    lambda: state in [each["state"] for each in stream.of("swarm")[-1]["peers"][:1]]  # noqa: B023
+                )
+
+    run(main)
+
+
 def test_each_choice_has_its_own_bound_and_its_own_end():
     async def main() -> None:
         async with case() as one:

@@ -12,8 +12,10 @@ from node.network.connection_table import NoPlaceLeft
 from node.network.directory.pings import (
     ASKED_AT_ONCE,
     DIALLED_AT_ONCE,
+    LINKED_SECONDS,
     LOOK_SECONDS,
     MAX_ON_ROUTES,
+    MONITOR_SECONDS,
     PING_SECONDS,
     WATCH_SECONDS,
     Asker,
@@ -166,9 +168,8 @@ async def test_only_while_somebody_monitors_more_peers_are_asked(autojump_clock,
     assert set(asking._host.pings) == {*routes, *PEERS[:4]}
     assert given[0] == routes
     for peer in routes:
-        assert (
-            30 / (1.2 * WATCH_SECONDS) - 1 <= asking._host.pings.count(peer) <= 30 / (0.8 * WATCH_SECONDS) + 2
-        )
+        most, least = (30 / (part * MONITOR_SECONDS) for part in (0.8, 1.2))
+        assert least - 1 <= asking._host.pings.count(peer) <= most + 2
     assert asking._host.pings.count(PEERS[0]) > 2 * asking._host.pings.count(PEERS[1])
 
 
@@ -187,6 +188,41 @@ async def test_a_monitored_peer_whose_connection_ends_is_asked_at_the_next_look(
             assert asking.liveness(PEERS[:2])[PEERS[0]].answers == "silent"
             host.answering = host.linked = set(PEERS[:2])
             await trio.sleep(2 * WATCH_SECONDS)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_monitored_peer_that_stands_still_is_silent_within_5_s(autojump_clock, asking):
+    host = asking._host
+    host.linked = {PEERS[0]}
+    asking.monitor(10_000.0, tuple)
+    rng = random.Random(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(asking.watch, lambda wanted: (), random.Random(2), lambda routes: PEERS[:1])
+        for _ in range(50):
+            host.answering = {PEERS[0]}
+            await trio.sleep(10.0 + rng.uniform(0.0, 3.0))
+            assert asking.answers.silent() == set()
+            host.answering = set()  # its connection stays open
+            await trio.sleep(1.2 * MONITOR_SECONDS + FAILURES * LINKED_SECONDS + 0.05)
+            assert asking.answers.silent() == {PEERS[0]}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_far_peer_has_more_time_for_its_answer(autojump_clock, asking):
+    host = asking._host
+    host.linked = host.answering = {PEERS[0]}
+    asking.monitor(10_000.0, tuple)
+
+    async def slow(peer, addresses):
+        await trio.sleep(1.8)
+        return 1.8
+
+    host.ping = slow
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(asking.watch, lambda wanted: (), random.Random(2), lambda routes: PEERS[:1])
+        for _ in range(20):
+            await trio.sleep(3.0)
+            assert asking.answers.silent() == set()
         nursery.cancel_scope.cancel()
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("raceme")
 
 TICK_SECONDS = 0.25  # between two summaries of a session's steps
-SWARM_SECONDS = 2.0  # between two states of the swarm, at least
+SWARM_SECONDS = 2.0  # between two states of the swarm, at least, unless a peer falls silent or answers again
 DISTANCES_SECONDS = 10.0  # the same, where nothing but round trips and times of silence has changed
 FRESH_SECONDS = 0.5  # for which a description serves all who ask
 LOOK_SECONDS = 0.25  # between two looks at a view that changes all the time
@@ -70,6 +70,7 @@ class Monitor:
         self._last_traffic = self.counts.look(1.0)
         self._last_swarm: Json | None = None
         self._described = -DISTANCES_SECONDS  # when it was made
+        self._answers_changed = asyncio.Event()  # a peer has fallen silent, or answers again
         self._describing = asyncio.Lock()  # one description serves all who ask at a time
         self.stopping = False  # listeners leave, so that the gateway can end
 
@@ -160,6 +161,8 @@ class Monitor:
             after = self.swarm.view()
             for change in peer_changes(before, after):
                 self.feed.publish("peer", _peer_event(change), time.monotonic())
+                if change.what in ("silent", "back"):
+                    self._answers_changed.set()
             if after is not before:
                 self._name(after)
                 self.wake()
@@ -171,15 +174,20 @@ class Monitor:
         told, said = -DISTANCES_SECONDS, dict[str, Any]()  # Any: JSON
         while True:
             began = time.monotonic()
+            fresh = 0.0 if self._answers_changed.is_set() else FRESH_SECONDS
+            self._answers_changed.clear()
             if self.feed.listeners:
-                found = await self.description()
+                found = await self.description(fresh)
                 lasting = _lasting(found)
                 if lasting != said or began - told >= DISTANCES_SECONDS:
                     told, said = began, lasting
                     self.feed.publish(SWARM, found, began)
                     self.wake()
             took = time.monotonic() - began
-            await asyncio.sleep(max(SWARM_SECONDS, took / SHARE))
+            await asyncio.sleep(took / SHARE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, SWARM_SECONDS - took / SHARE)):
+                    await self._answers_changed.wait()
 
     async def _tick(self) -> None:
         """Summaries of steps, and the traffic."""

@@ -27,6 +27,11 @@ OVERDUE_SECONDS = 1.0  # after which a peer without any answer counts as silent
 ASKED_AT_ONCE = 16
 DIALLED_AT_ONCE = 8  # of these; `Host` holds the same bound, and a place there is never waited for
 WATCH_SECONDS = 3.0  # between two pings to one server: silent ones are known within 8 s
+# The same while somebody monitors, and the least time for an answer of a peer with a connection and a known
+# distance: a server that stands still is silent on a page within 5 s, 1.2 * 1.4 + FAILURES * 1.5.
+MONITOR_SECONDS = 1.4
+LINKED_SECONDS = 1.5
+LINKED_TRIPS = 4  # round trips, where these take longer
 LOOK_SECONDS = 1.0  # between looks for new servers
 LOOK_SHARE = 0.01  # of the event loop, for the choice of the servers to monitor: 0.1 s of 10,000 peers
 QUIET_SECONDS = 0.02
@@ -130,6 +135,10 @@ class Asker:
         self._routes = routes
         self._monitored_until = max(self._monitored_until, trio.current_time() + seconds)
 
+    @property
+    def _monitors(self) -> bool:
+        return trio.current_time() < self._monitored_until
+
     def liveness(self, peers: Iterable[PeerId]) -> dict[PeerId, Liveness]:
         """Whether each of these peers answers, by the pings so far."""
         return self.answers.liveness(peers, trio.current_time())
@@ -150,7 +159,7 @@ class Asker:
         while True:
             now = trio.current_time()
             self._want((), now)
-            if now >= self._monitored_until:
+            if not self._monitors:
                 more = {}
             elif (now >= again and now >= look_again) or not more:
                 more = dict.fromkeys(monitored(self._routes()))
@@ -163,7 +172,7 @@ class Asker:
                     self.ask(peer)
             linked = self._host.connected() & more.keys()
             if now >= again:
-                again = now + WATCH_SECONDS * rng.uniform(0.8, 1.2)
+                again = now + (MONITOR_SECONDS if self._monitors else WATCH_SECONDS) * rng.uniform(0.8, 1.2)
             await trio.sleep(min(LOOK_SECONDS, again - now))
 
     def _want(self, peers: Iterable[PeerId], now: float) -> None:
@@ -174,23 +183,27 @@ class Asker:
     async def _ask(self, peer: PeerId) -> None:
         before = peer in self.answers.silent()
         try:
-            limiter = self._turns if peer in self._host.connected() else self._dials
-            async with limiter:
-                tries = FAILURES if self.answers.has_answered(peer, trio.current_time()) else 1
-                for _ in range(tries):
-                    if await self._try(peer):
+            linked = peer in self._host.connected()
+            async with self._turns if linked else self._dials:
+                now, seconds = trio.current_time(), PING_SECONDS
+                known = self.answers.has_answered(peer, now)
+                if known and linked and self._monitors:
+                    trips = LINKED_TRIPS * self.answers.rtts(now).get(peer, PING_SECONDS)
+                    seconds = min(PING_SECONDS, max(LINKED_SECONDS, trips))
+                for _ in range(FAILURES if known else 1):
+                    if await self._try(peer, seconds):
                         break
         finally:
             self.answers.done(peer)
             self._tell(before != (peer in self.answers.silent()))
 
-    async def _try(self, peer: PeerId) -> bool:
-        """Whether a retry is unnecessary."""
+    async def _try(self, peer: PeerId, seconds: float) -> bool:
+        """Ask once, for so long; whether a retry is unnecessary."""
         from node.network.connection_table import NoPlaceLeft
 
         done = False
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._be_patient, peer, nursery.cancel_scope)
+            nursery.start_soon(self._be_patient, peer, seconds, nursery.cancel_scope)
             try:
                 self.answers.answered(peer, await self._round_trip(peer), trio.current_time())
                 done = True
@@ -204,9 +217,9 @@ class Asker:
             self.answers.failed(peer, trio.current_time())
         return done
 
-    async def _be_patient(self, peer: PeerId, question: trio.CancelScope) -> None:
+    async def _be_patient(self, peer: PeerId, seconds: float, question: trio.CancelScope) -> None:
         """End a ping at its deadline.  Time in which this process is suspended does not count."""
-        steps = round(PING_SECONDS / STEP_SECONDS)
+        steps = round(seconds / STEP_SECONDS)
         for step in range(steps):
             if step == round(OVERDUE_SECONDS / STEP_SECONDS):
                 self.answers.overdue(peer, trio.current_time())
