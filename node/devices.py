@@ -86,13 +86,14 @@ def use_device(device: object) -> None:
 
     Imports torch for a GPU.
     cuDNN's attention is switched off: it builds a plan for every new length, 0.4 s each, and lengths of
-    sessions change with every step.
+    sessions change with every step.  Its convolutions compute float32 as float32, as products do.
     """
     if kind_of(device) != "cuda":
         return
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
     if (index := index_of(device)) is not None:
         torch.cuda.set_device(index)
 

@@ -54,17 +54,18 @@ from tensor_codec.span_spec import QUANTIZE  # noqa: E402
 
 # Seconds of each section; all together are less than eight minutes.
 SECTIONS: Mapping[str, int] = {
-    "env": 25,
+    "env": 20,
     "correct": 70,
-    "speed": 100,
-    "linear": 40,
-    "attention": 40,
+    "families": 45,
+    "speed": 90,
+    "linear": 35,
+    "attention": 35,
     "count": 35,
     "memory": 35,
-    "pytest": 60,
-    "swarm": 70,
+    "pytest": 45,
+    "swarm": 65,
 }
-TESTS = ("tests/model/test_graphs.py", "tests/model/test_quantize.py")
+TESTS = ("tests/model/test_graphs.py", "tests/model/test_device_steps.py", "tests/model/test_quantize.py")
 BF16 = torch.bfloat16
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative to the CPU's float32.  int8 has 8 bits of a row's largest value, nf4 has 4 of 64 values'.
@@ -249,10 +250,29 @@ def correct(check: Check) -> None:
         _backward(check, right)
 
 
+def families(check: Check) -> None:
+    """Every supported architecture, tiny and random, in float32: the device's answers next to the CPU's."""
+    from node.model.blocks.span import load_span
+    from node.model.checkpoint.folder import HashMemo, open_folder
+    from tests.model_fixtures import TINY, save_tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        memo = HashMemo(Path(folder) / "hashes.json")
+        for name in TINY:
+            with check.tried(name):
+                save_tiny(name, Path(folder) / name)
+                model = open_folder(Path(folder) / name, memo=memo)
+                right, span = (load_span(model, 0, 2, device=each) for each in ("cpu", check.device))
+                given = torch.randn(3, 40, right.hidden_size, generator=torch.Generator().manual_seed(0))
+                pairs = zip(_walk(span, given), _walk(right, given), strict=True)
+                worst = max(rel(one, two) for one, two in pairs)
+                check.expect(name, worst <= 1e-4, worst=worst, fused=span.fused)
+
+
 def _walk(span: Any, given: Tensor) -> list[Tensor]:
     """What three sessions of different lengths answer: two chunks of each, then steps of all together."""
-    pool, found = span.new_arena(2048, 512), []
-    caches = [pool.open(1, 400) for _ in range(3)]
+    pool, found = span.new_arena(256, 64), []
+    caches = [pool.open(1, 40) for _ in range(3)]
     if hasattr(span, "record"):
         span.record(pool)
     for index, cache in enumerate(caches):
@@ -628,8 +648,8 @@ def _generated(check: Check, whole: Any, path: Path, peers: Sequence[str], *, ex
 
 
 RUN: Mapping[str, Callable[[Check], None]] = {
-    "env": env, "correct": correct, "speed": speed, "linear": linear, "attention": attention, "count": count,
-    "memory": memory, "pytest": pytest, "swarm": swarm,
+    "env": env, "correct": correct, "families": families, "speed": speed, "linear": linear,
+    "attention": attention, "count": count, "memory": memory, "pytest": pytest, "swarm": swarm,
 }  # fmt: skip
 
 
@@ -655,7 +675,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     out = Path(os.environ.get("OUT", tempfile.gettempdir())) / "gpu_check.jsonl"
     if flags.inside:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
+        be_quiet()
         check = Check(flags.sections[0], find_device(flags.device), flags.small, out)
         use_device(check.device)
         guard = contextlib.nullcontext() if check.section == "correct" else torch.inference_mode()
@@ -668,6 +688,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed.append(section)
     print("failed:", ", ".join(failed) if failed else "nothing", flush=True)
     return 1 if failed else 0
+
+
+def be_quiet() -> None:
+    """Leave the terminal to the findings."""
+    from transformers.utils import logging as library
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
+    library.disable_progress_bar()
+    library.set_verbosity_error()
 
 
 def passes(section: str, flags: argparse.Namespace, out: Path) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.lib.results import Run
 from benchmarks.network.adapter_opening import opening_row
 from node.config import ConfigError
+from node.runtime.arguments import device as device_argument
 
 PROMPT_TOKENS = 17  # of the first session; the others have up to 15 more
 ATTENTION = ("q_proj", "v_proj")  # peft's default targets for llama
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=16, help="of a step (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantize", default="int8", choices=("none", "int8", "nf4"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", type=device_argument)
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of a case in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="of all cases in turn (%(default)s)")

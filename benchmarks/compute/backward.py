@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import Run
+from node.devices import synchronize
+from node.runtime.arguments import device as device_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--positions", type=int, default=1024, help="of all rows (%(default)s)")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", type=device_argument)
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn (%(default)s)")
     parser.add_argument("--json", type=Path)
@@ -112,8 +114,5 @@ def clock_of(device: str) -> Callable[[], float]:
 
 def finished(began: float, device: str) -> float:
     """Seconds since `began`, when the device has computed everything."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+    synchronize(device)
     return clock_of(device)() - began

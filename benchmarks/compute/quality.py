@@ -24,6 +24,7 @@ from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
 from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
+from node.runtime.arguments import device as device_argument
 from tensor_codec.span_spec import QUANTIZE
 
 TEXT = Path(__file__).with_name("quality.txt")
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="float32",
         help="of what is not quantised (default: float32)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", default="cpu", type=device_argument)
     parser.add_argument("--tokens", type=int, default=512, help="of the text that are used (default: 512)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -237,7 +237,7 @@ def workspace_bytes(
     Training: the activations that `backward` holds of the blocks that it computes again.
     step_tokens: of a request without a session; above the usual limit its scores are counted too.
     On a GPU the attention of blocks that are our own keeps no scores of a chunk (flash attention,
-    arXiv:2205.14135).
+    arXiv:2205.14135), and copies one session's keys and values at the most.
     """
     item = _item_bytes(info, precision)
     loading = 4 * max(info.block_values) if precision.quantize not in ("none", info.quantize) else 0
@@ -245,7 +245,7 @@ def workspace_bytes(
     longest = min(info.max_position, cache_tokens)
     flash = has_own_memory(device) and architecture_of(info.architecture).fused
     scores = 0 if flash else CHUNK_POSITIONS * longest * heads * 4
-    copied = cache_tokens * info.kv_bytes_per_token_per_block(precision.computes)
+    copied = (longest if flash else cache_tokens) * info.kv_bytes_per_token_per_block(precision.computes)
     chunk = int(CHUNK_POSITIONS * _outputs(info) * item) + scores + copied
     training = part_bytes(info, precision, step_tokens)
     row = min(step_tokens, info.max_position)

@@ -45,7 +45,7 @@ def test_a_section_that_is_not_there_is_refused(script, capsys):
     assert "no section sped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("section", ["env", "correct", "linear", "attention", "memory"])
+@pytest.mark.parametrize("section", ["env", "correct", "families", "linear", "attention", "memory"])
 def test_a_section_runs_without_a_gpu_and_keeps_what_it_found(section, script, tmp_path):
     assert script.main([section, "--inside", "--device", "cpu", "--small"]) == 0
     found = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
