@@ -18,6 +18,7 @@ from node.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DTYPE_CHOICES,
+    QUANTIZE_CHOICES,
     BalanceConfig,
     ConfigError,
     NetworkConfig,
@@ -45,7 +46,6 @@ from tensor_codec.limits import (
     share_of_a_peer,
     with_shares,
 )
-from tensor_codec.span_spec import QUANTIZE
 
 MAX_REPLICAS = 1000
 USUAL = Limits()
@@ -121,8 +121,9 @@ def _serve_parser() -> Parser:
     )
     parser.add_argument(
         "--quantize",
-        choices=QUANTIZE,
-        help="keep the blocks' matrices in 8 or 4 bits (default: int8 on CUDA, none elsewhere)",
+        choices=QUANTIZE_CHOICES,
+        help="keep the blocks' matrices in 8 or 4 bits (default: int8 on CUDA, none elsewhere); llm_int8:"
+        " 8 bits as bitsandbytes multiplies them, on CUDA alone",
     )
     _add_adapter_option(parser)
     parser.add_argument(

@@ -24,6 +24,8 @@ VERSION = version("raceme")
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DTYPE_CHOICES = ("auto", *DTYPES)
+LLM_INT8 = "llm_int8"  # int8 rows that bitsandbytes multiplies (arXiv:2208.07339), on CUDA alone
+QUANTIZE_CHOICES = (*QUANTIZE, LLM_INT8)
 
 
 class ConfigError(Exception):
@@ -143,11 +145,12 @@ class NodeConfig:
             device_named(self.device)
             for name, known in (
                 ("dtype", DTYPE_CHOICES),
-                ("quantize", (None, *QUANTIZE)),
+                ("quantize", (None, *QUANTIZE_CHOICES)),
             ):
                 if (value := getattr(self, name)) not in known:
-                    allowed = ", ".join(each for each in known if each)
-                    raise ValueError(f"{name} is {values.shown(value)}, one of {allowed} is allowed")
+                    allowed = ", ".join(each for each in known if each and each != LLM_INT8)
+                    also = f" ({LLM_INT8} on CUDA)" if LLM_INT8 in known else ""
+                    raise ValueError(f"{name} is {values.shown(value)}, one of {allowed} is allowed{also}")
 
 
 def _blocks(blocks: Any) -> Blocks:  # Any: to be checked

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from node.config import VERSION, ConfigError, NetworkConfig, NodeConfig, config_errors
+from node.config import LLM_INT8, VERSION, ConfigError, NetworkConfig, NodeConfig, config_errors
 from node.devices import (
     best_dtype,
     find_device,
@@ -196,12 +196,11 @@ async def find_setup(
     folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
     own = await compute.run(_own_adapters, config, folder) if config.adapters else []
     device, dtype, threads = await compute.run(_device_and_dtype, config)
-    quantize = info.quantize if info.quantize != "none" else config.quantize
-    if quantize is None:  # where it costs no speed, and the CPU's users chose their dtype for a reason
-        quantize = "int8" if kind_of(device) == "cuda" else "none"
+    quantize, product = _quantize(config, info, device)
     free = await compute.run(memory.free_bytes, device)
     process = memory.process_bytes()
-    precision = Precision(dtype, quantize, await compute.run(_activations, dtype, quantize, device))
+    computes = await compute.run(_activations, dtype, product or quantize, device)
+    precision = Precision(dtype, quantize, computes, product)
     _warn_of_overflow(info, precision)
     known = await compute.run(known_seconds_per_block, info, device, precision, threads)
     blocks = await _choose_blocks(config, node, info, precision, free, known, device)
@@ -221,7 +220,7 @@ async def find_setup(
     )  # fmt: skip
     log.info(
         "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
-        blocks, info.name, info.revision, dtype, quantize, device, threads,
+        blocks, info.name, info.revision, dtype, precision.packing, device, threads,
     )  # fmt: skip
     reserve = memory.reserved_bytes(info, precision, device, free)
     bound = replace(span_alone, training=training, reserve=reserve)
@@ -334,6 +333,16 @@ def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, 
     file, key = kept_rates(info.revision, device, precision, threads)
     known = file.get(key)
     return 0.0 if known is None else known.alone
+
+
+def _quantize(config: NodeConfig, info: ModelInfo, device: str) -> tuple[str, str]:
+    """How matrices are kept, and how they are multiplied where that leaves a choice."""
+    if config.quantize == LLM_INT8:
+        return "int8", LLM_INT8
+    if info.quantize != "none":
+        return info.quantize, ""
+    # int8 where it costs no speed; and the CPU's users chose their dtype for a reason
+    return config.quantize or ("int8" if kind_of(device) == "cuda" else "none"), ""
 
 
 def _warn_of_overflow(info: ModelInfo, precision: Precision) -> None:

@@ -40,6 +40,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.compute.shapes import read_bytes_per_second, shape_folder, timed  # noqa: E402
+from node.config import LLM_INT8  # noqa: E402
 from node.devices import (  # noqa: E402
     find_device,
     free_device_bytes,
@@ -233,6 +234,8 @@ def correct(check: Check) -> None:
     expected = _walk(right, given)
     ways = [("float32", "none"), ("bfloat16", "none"), ("float16", "none")]
     ways += [("bfloat16", kind) for kind in QUANTIZE if kind != "none"] + [("float16", "int8")]
+    if check.cuda:
+        ways.append(("bfloat16", LLM_INT8))
     for dtype, quantize in ways:
         with check.tried(f"{dtype} {quantize}"):
             span = check.span(blocks, FLOATS[dtype], quantize)

@@ -29,10 +29,9 @@ import psutil
 from benchmarks.compute.shapes import SHAPES, read_bytes_per_second, shape_folder
 from benchmarks.compute.shapes import timed as timed_on
 from benchmarks.lib.results import Run
-from node.config import ConfigError, config_errors
+from node.config import QUANTIZE_CHOICES, ConfigError, config_errors
 from node.devices import find_device, free_device_bytes, has_own_memory, index_of, kind_of, use_device
 from node.runtime.arguments import device as device_argument
-from tensor_codec.span_spec import QUANTIZE
 
 PROMPT_TOKENS = 32
 ROOM = 16  # positions of a session beyond its context and its steps
@@ -92,7 +91,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--contexts", type=int, nargs="+", metavar="N",
         help=f"positions of each session (default: prompts of {PROMPT_TOKENS}; on a GPU 100 1000 8000)",
     )  # fmt: skip
-    parser.add_argument("--quantize", nargs="+", choices=QUANTIZE, help="default: none; on a GPU none int8")
+    parser.add_argument(
+        "--quantize", nargs="+", choices=QUANTIZE_CHOICES, help="default: none; on a GPU none int8"
+    )
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", type=device_argument)
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")

@@ -146,7 +146,7 @@ def measure(name: str, rounds: int | None = None) -> int:
 
 def run_demo() -> dict[str, Any]:
     """The output of the demo without lines that name a file of this machine.  Raises CalledProcessError."""
-    from node.main import _best_dtype
+    from node.devices import best_dtype
 
     about, elsewhere = machine(), Elsewhere()
     words = [sys.executable, str(ROOT / "scripts" / "demo.py")]
@@ -157,7 +157,7 @@ def run_demo() -> dict[str, Any]:
         "command": "make demo",
         "commit": commit(),
         "machine": about,
-        "dtype": _best_dtype("cpu"),
+        "dtype": best_dtype("cpu"),
         "lines": without_files(done.stdout.splitlines()),
     }
 

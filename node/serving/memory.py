@@ -60,12 +60,19 @@ class Precision:
     """The formats of a span's numbers, in memory and in computing: the bytes of the span follow from them.
 
     dtype: of the weights, as loaded.  quantize: how matrices are kept.  activations: the dtype of hidden
-    states and caches; "": the same as `dtype`.
+    states and caches; "": the same as `dtype`.  product: how they are multiplied, where `quantize` leaves a
+    choice: "llm_int8".
     """
 
     dtype: str
     quantize: str = "none"
     activations: str = ""
+    product: str = ""
+
+    @property
+    def packing(self) -> str:
+        """What `packing_for` takes: how matrices are kept and multiplied."""
+        return self.product or self.quantize
 
     @property
     def computes(self) -> str:
@@ -245,7 +252,10 @@ def workspace_bytes(
     longest = min(info.max_position, cache_tokens)
     flash = has_own_memory(device) and architecture_of(info.architecture).fused
     scores = 0 if flash else CHUNK_POSITIONS * longest * heads * 4
-    copied = (longest if flash else cache_tokens) * info.kv_bytes_per_token_per_block(precision.computes)
+    copied = cache_tokens * info.kv_bytes_per_token_per_block(precision.computes)
+    if flash:  # which has no float32: there keys and values are repeated for all heads
+        heads_bytes = 2 * 4 * info.hidden_size if precision.computes == "float32" else 0
+        copied = longest * max(info.kv_bytes_per_token_per_block(precision.computes), heads_bytes)
     chunk = int(CHUNK_POSITIONS * _outputs(info) * item) + scores + copied
     training = part_bytes(info, precision, step_tokens)
     row = min(step_tokens, info.max_position)

@@ -345,7 +345,7 @@ async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: Runner) -> l
 
 def kept_rates(revision: Revision, device: str, precision: Precision, threads: int) -> tuple[RatesFile, str]:
     """The file with figures of earlier runs, and the key of the figures of a run like this one."""
-    key = rates_key(revision, device_name(device), precision.dtype, precision.quantize, threads, VERSION)
+    key = rates_key(revision, device_name(device), precision.dtype, precision.packing, threads, VERSION)
     return RatesFile(cache_dir() / "rates.json"), key
 
 
@@ -356,7 +356,7 @@ def _load_span(setup: ServingSetup, blocks: Blocks) -> Span:
         *blocks,
         dtype=DTYPES[setup.precision.dtype],
         device=setup.device,
-        quantize=setup.precision.quantize,
+        quantize=setup.precision.packing,
     )
 
 

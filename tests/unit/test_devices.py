@@ -143,6 +143,32 @@ def test_bfloat16_that_is_emulated_is_not_chosen(monkeypatch, device):
     assert main._device_and_dtype(asked)[1] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept", "device", "found"),
+    [
+        (None, "none", "cuda:1", ("int8", "")),
+        (None, "none", "cpu", ("none", "")),
+        ("none", "none", "cuda", ("none", "")),
+        (None, "int8", "cpu", ("int8", "")),  # a prepared folder
+        ("nf4", "none", "cuda", ("nf4", "")),
+        ("llm_int8", "none", "cuda", ("int8", "llm_int8")),
+        ("llm_int8", "int8", "cuda", ("int8", "llm_int8")),
+    ],
+)
+def test_rows_of_bitsandbytes_are_int8_for_everybody_else(asked, kept, device, found):
+    config = NodeConfig(NetworkConfig(), quantize=asked)
+    info: Any = SimpleNamespace(quantize=kept)
+    assert main._quantize(config, info, device) == found
+    precision = memory.Precision("bfloat16", found[0], "", found[1])
+    assert precision.packing == (found[1] or found[0])
+
+
+def test_bitsandbytes_rows_are_refused_where_there_is_no_cuda():
+    with pytest.raises(ConfigError, match="llm_int8 works on cuda, not on cpu"):
+        main._activations("bfloat16", "llm_int8", "cpu")
+    assert main._activations("bfloat16", "llm_int8", "cuda:1") == "bfloat16"
+
+
 @pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3_text", "llama"])
 def test_models_that_exceed_float16_are_named_in_a_warning(architecture, caplog):
     info: Any = SimpleNamespace(name="m", architecture=architecture)

@@ -161,10 +161,16 @@ def test_what_a_kernel_less_product_unpacks_is_a_part_of_the_reserve():
 
 def test_scores_of_a_chunk_take_no_memory_where_attention_keeps_none():
     info = replace(llama_3_8b(), max_position=131_072)
-    here, there = (memory.workspace_bytes(info, PLAIN, 131_072, device=device) for device in ("cpu", "cuda"))
+    half = Precision("bfloat16")
+    here, there = (memory.workspace_bytes(info, half, 131_072, device=device) for device in ("cpu", "cuda"))
     assert here - there == 256 * 131_072 * 64 * 4
+    # Copied are one session's keys and values; attention in float32 has them for all heads.
+    more = [memory.workspace_bytes(info, half, tokens, device="cuda") for tokens in (2**17, 2**20)]
+    assert more[0] == more[1]
+    wide = memory.workspace_bytes(info, PLAIN, 131_072, device="cuda")
+    assert wide - 2 * there == 131_072 * 2 * 4 * (4096 - 1024)
     library = replace(info, architecture="gemma2")  # its blocks are the library's
-    assert memory.workspace_bytes(library, PLAIN, 131_072, device="cuda") == here
+    assert memory.workspace_bytes(library, half, 131_072, device="cuda") == here
 
 
 def test_on_a_large_machine_the_cache_is_as_large_as_makes_a_whole_session_a_peer_s_share():
