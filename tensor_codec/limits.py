@@ -52,7 +52,7 @@ class Limits:
     sockets_per_prefix_per_second: float = 20.0  # accepted; a silent one costs 0.3 ms, one that waits 1 ms
     sockets_per_prefix_burst: int = 128  # those that wait for a handshake, too
     handshakes_per_prefix_per_second: float = 4.0  # a handshake and what follows cost 12 ms: 5 % of a core
-    handshakes_per_prefix_burst: int = 16  # a swarm that starts behind one address; 32 of it on one machine
+    handshakes_per_prefix_burst: int = 6  # more at once lengthen the steps of others; 30 on one machine
     scarce_connections_per_second: float = 1.0  # of one public address, where places are scarce
     scarce_connections_burst: int = 16
     max_unauthenticated_connections: int = 32

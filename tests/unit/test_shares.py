@@ -92,10 +92,10 @@ def test_handshakes_wait_for_their_rate():
     def begun(prefix: str, now: float) -> int:
         return sum(arrivals.handshake(prefix, now) for _ in range(1000))
 
-    assert begun(PUBLIC, 0.0) == LIMITS.handshakes_per_prefix_burst == 16
+    assert begun(PUBLIC, 0.0) == LIMITS.handshakes_per_prefix_burst == 6
     assert begun(PUBLIC, 1.0) == LIMITS.handshakes_per_prefix_per_second == 4
-    assert begun(LOCAL, 0.0) == 32  # a swarm may start on one machine
-    assert begun(LOCAL, 1.0) == 8
+    assert begun(LOCAL, 0.0) == 30  # a swarm may start on one machine
+    assert begun(LOCAL, 1.0) == 20
 
 
 # --- streams ---

@@ -13,7 +13,7 @@ from tensor_codec.limits import Limits
 MAX_NAMES = 4096  # of one rate
 NETWORK_ADDRESSES = 4  # a network has the rates of four addresses
 SUSPECT_COST = 8  # an arrival at a suspect prefix counts for so many
-LOCAL_COST = 0.5  # a handshake from loopback or a private network: a swarm may start on one machine
+LOCAL_COST = 0.2  # a handshake from loopback or a private network: a swarm may start on one machine
 _ROUNDING = 1e-6  # seconds
 
 
