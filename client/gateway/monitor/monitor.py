@@ -68,8 +68,7 @@ class Monitor:
         self.counts = Traffic()
         self._looked = time.monotonic()
         self._last_traffic = self.counts.look(1.0)
-        self._last_swarm: Json | None = None
-        self._described = -DISTANCES_SECONDS  # when it was made
+        self._last_swarm: tuple[float, Json] | None = None  # the description, and when it was made
         self._answers_changed = asyncio.Event()  # a peer has fallen silent, or answers again
         self._describing = asyncio.Lock()  # one description serves all who ask at a time
         self.stopping = False  # listeners leave, so that the gateway can end
@@ -113,10 +112,10 @@ class Monitor:
     async def description(self, seconds: float = FRESH_SECONDS) -> Json:
         """The swarm as /api/swarm shows it, at most so many seconds old."""
         async with self._describing:
-            if self._last_swarm is None or time.monotonic() - self._described >= seconds:
-                self._last_swarm = await self._describe()
-                self._described = time.monotonic()
-            return {**self._last_swarm, "recent": self.traffic()}
+            if self._last_swarm is None or time.monotonic() - self._last_swarm[0] >= seconds:
+                found = await self._describe()
+                self._last_swarm = time.monotonic(), found
+            return {**self._last_swarm[1], "recent": self.traffic()}
 
     async def _describe(self) -> Json:
         liveness = await self.swarm.liveness()
