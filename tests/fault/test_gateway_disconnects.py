@@ -179,7 +179,7 @@ def test_a_reader_that_takes_nothing_stops_the_nodes_and_is_left(
         after = nodes.until_still()
         assert after - begun < len(nodes.ports) * MOST_TOKENS
         until("the reader is not left", lambda: gauge(served, "raceme_gateway_active") == 0)
-        assert nodes.computed == after
+        assert nodes.until_still() <= after + len(nodes.ports)  # a step that waited for its reader
         with contextlib.suppress(ConnectionResetError):
             while connection.recv(1 << 16):
                 pass

@@ -133,6 +133,9 @@ class Span:
     def follow(self, trace: Trace) -> None:
         self.said.append("follow")
 
+    def leave(self, trace: Trace) -> None:
+        self.said.append("leave")
+
     def token(self, finish_reason: str | None) -> None:
         self.said.append(finish_reason)
 
@@ -161,5 +164,5 @@ def test_the_span_of_a_request_is_told_of_its_parts_and_its_caller(tokenizer):
     )
     assert answer.status == 200
     assert spans.said == [
-        COMPLETIONS, {"traceparent": TRACEPARENT}, "began", "follow", None, "length", (200, ""),
+        COMPLETIONS, {"traceparent": TRACEPARENT}, "began", "follow", None, "length", "leave", (200, ""),
     ]  # fmt: skip
