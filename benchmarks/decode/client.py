@@ -46,7 +46,9 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
 
     async def one(index: int) -> None:
-        results[index] = await generate(swarm, prompts[index], question["tokens"])
+        results[index] = await generate(
+            swarm, prompts[index], question["tokens"], tell=bool(question.get("tell"))
+        )
 
     async with trio.open_nursery() as nursery:
         for index in range(len(prompts)):
@@ -59,8 +61,11 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Generate greedily; the token ids, the seconds of each, and their part outside the hops' computing."""
+async def generate(swarm: Swarm, ids: list[int], tokens: int, *, tell: bool = False) -> dict[str, Any]:
+    """Generate greedily; the token ids, the seconds of each, and their part outside the hops' computing.
+
+    tell: print the peers of the chain with each token, so that somebody may kill one of them.
+    """
     seconds: list[float] = []
     outside: list[float] = []
     found: list[int] = []
@@ -70,6 +75,8 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
         seconds.append(token.seconds)
         found.append(token.id)
         text += token.text
+        if tell and conversation.session is not None:
+            print(json.dumps({"hops": [hop.peer for hop in conversation.session.chain.hops]}), flush=True)
         if conversation.session is not None and (times := conversation.session.times) is not None:
             outside.append(times.total - sum(computing for _, computing in times.hops))
     conversation.close()

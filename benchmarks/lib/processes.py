@@ -242,9 +242,13 @@ class Worker:
     def ask(self, question: object) -> Any:  # Any: JSON
         """Send a question and wait for its answer.  Raises ProcessError when the process ends instead."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:  # Any: JSON
+        """Wait for a further answer to the last question.  Raises ProcessError."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise ProcessError(f"a worker ended with exit code {self.process.wait()}")
