@@ -1,6 +1,6 @@
 """A gateway in front of a swarm, next to a client without one: tokens, first tokens, cancels, a kill, a chat.
 
-    python -m benchmarks gateway [--rounds 5] [--tokens 64] [--kills 3] [--json FILE]
+    python -m benchmarks gateway [--rounds 5] [--tokens 64] [--kills 5] [--json FILE]
 
 Three nodes, a copy of the middle one, a gateway and a client in Python, all processes of this machine.
 Rounds of the two alternate with equal prompts, which are new each time, so that no cache helps; the one
@@ -9,8 +9,9 @@ that goes first is the other one each time.  All figures are medians but for can
     share_of_direct_1, _16   tokens per second through the gateway, as a share of `swarm.generate`'s
     ttft_extra_ms            time to the first token, beyond that of `swarm.generate`; median of pairs
     cancelled_after_s        from the end of a caller's connection to the last token that a node computes
-    kill_gap_s               longest pause of a stream whose server is killed; recovery_s: that of
-                             `swarm.generate` where its server is killed
+    kill_gap_s               longest pause of a stream whose server is killed
+    recovery_s               longest pause of `swarm.generate` whose server is killed
+    kill_gap_extra_s         what the stream's pause is longer; median of pairs
     turn_5_of_turn_1         time to the first token of a chat's fifth turn, as a share of its first's
     tokens_equal             every text through the gateway is the direct client's, after kills too
 """
@@ -24,9 +25,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,9 +52,6 @@ TEXT = (
     "Once upon a time there was a small village at the foot of a mountain, where an old clockmaker lived with"
     " his daughter. Every morning she walked along the river to the market. Story number "
 )
-D = TypeVar("D")
-G = TypeVar("G")
-
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 QUESTIONS = (
     "Name three animals that live in the sea.",
@@ -63,7 +62,10 @@ QUESTIONS = (
 )
 READY_SECONDS = 120.0
 WATCH_SECONDS = 2.0  # after a cancel
-KILL_AFTER = 24  # texts of a stream
+KILL_AFTER = 24  # tokens of a generation, texts of a stream
+
+D = TypeVar("D")
+G = TypeVar("G")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--json", type=Path)
     flags, run = parser.parse_args(arguments), Run()
     with ExitStack() as stack:
@@ -116,14 +118,14 @@ class Setting:
         ids: list[int] = self.direct.ask({"text": f"{self.prompts}. {TEXT}{self.prompts}: "})["ids"]
         return ids
 
-    async def pair(self, direct: Awaitable[D], ours: Awaitable[G]) -> tuple[D, G]:
+    async def pair(self, direct: Callable[[], Awaitable[D]], ours: Callable[[], Awaitable[G]]) -> tuple[D, G]:
         """Both, one after the other, in the other order than the last time."""
         self.direct_first = not self.direct_first
         if self.direct_first:
-            found = await direct
-            return found, await ours
-        other = await ours
-        return await direct, other
+            found = await direct()
+            return found, await ours()
+        other = await ours()
+        return await direct(), other
 
     def kill(self, peer: str) -> None:
         """Kill a node."""
@@ -205,7 +207,7 @@ async def measure(setting: Setting, flags: argparse.Namespace) -> dict[str, Any]
         result[f"share_of_direct_{clients}"] = statistics.median(ours / direct for direct, ours in pairs)
     firsts = [await first_tokens(setting) for _ in range(4 * flags.rounds)]
     result["ttft_direct_ms"] = statistics.median(direct for direct, _ in firsts) * 1e3
-    result["ttft_extra_ms"] = statistics.median(ours - direct for direct, ours in firsts) * 1e3
+    result["ttft_extra_ms"] = extra(firsts) * 1e3
     result["cancelled_after_s"] = max([await cancelled_after(setting) for _ in range(flags.rounds)])
     chats = [await turns(setting, number) for number in range(flags.rounds)]
     result["turn_1_ms"] = statistics.median(first for first, _ in chats) * 1e3
@@ -214,8 +216,18 @@ async def measure(setting: Setting, flags: argparse.Namespace) -> dict[str, Any]
     if kills:
         result["kill_gap_s"] = statistics.median(gap for _, gap in kills)
         result["recovery_s"] = statistics.median(recovery for recovery, _ in kills)
-        result["kill_gap_extra_s"] = result["kill_gap_s"] - result["recovery_s"]
+        result["kill_gap_extra_s"] = extra(kills)
     return {**result, "tokens_equal": not setting.differing}
+
+
+def extra(pairs: Sequence[tuple[float, float]]) -> float:
+    """What the gateway takes more than the client in Python: the median of (direct, ours)."""
+    return statistics.median(ours - direct for direct, ours in pairs)
+
+
+def longest_pause(at: Sequence[float], *, since: float) -> float:
+    """The longest time between two texts that came at `since` or later, in seconds."""
+    return max((later - earlier for earlier, later in pairwise(at) if earlier >= since), default=0.0)
 
 
 async def ask_direct(setting: Setting, prompts: list[list[int]], tokens: int) -> dict[str, Any]:  # Any: JSON
@@ -230,7 +242,7 @@ async def rates(setting: Setting, clients: int, tokens: int) -> tuple[float, flo
     """Tokens per second of `clients` generations at a time: direct, and through the gateway."""
     prompts = [setting.prompt() for _ in range(clients)]
     direct, (answers, seconds) = await setting.pair(
-        ask_direct(setting, prompts, tokens), ask_gateway(setting, prompts, tokens)
+        partial(ask_direct, setting, prompts, tokens), partial(ask_gateway, setting, prompts, tokens)
     )
     count = 0
     for answer, generated in zip(answers, direct["generations"], strict=True):
@@ -257,7 +269,7 @@ async def first_tokens(setting: Setting) -> tuple[float, float]:
     """Seconds to the first token of one new prompt: direct, and through the gateway."""
     prompts = [setting.prompt()]
     direct, (answers, _) = await setting.pair(
-        ask_direct(setting, prompts, 4), ask_gateway(setting, prompts, 4)
+        partial(ask_direct, setting, prompts, 4), partial(ask_gateway, setting, prompts, 4)
     )
     return direct["generations"][0]["seconds"][0], answers[0].first
 
@@ -307,7 +319,8 @@ async def kill(setting: Setting, tokens: int) -> tuple[float, float]:
     """Kill a server of a generation, and another one of a stream: the longest pause of each."""
     prompt = setting.prompt()
     (recovery, text), (gap, answer) = await setting.pair(
-        asyncio.to_thread(direct_kill, setting, prompt, tokens), gateway_kill(setting, prompt, tokens)
+        partial(asyncio.to_thread, direct_kill, setting, prompt, tokens),
+        partial(gateway_kill, setting, prompt, tokens),
     )
     setting.compare(answer, text)
     return recovery, gap
@@ -338,6 +351,5 @@ async def gateway_kill(setting: Setting, prompt: list[int], tokens: int) -> tupl
             if not killed_at and len(answer.texts) >= KILL_AFTER:
                 setting.kill(answer.hops[1])
                 killed_at = answer.at[-1]
-    late = [at for at in answer.at if at >= killed_at]
     await asyncio.to_thread(setting.start, setting.spans[1])
-    return max(later - earlier for earlier, later in pairwise(late)), answer
+    return longest_pause(answer.at, since=killed_at), answer
