@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from client.arguments import add_servers, add_swarm
-from node.runtime.arguments import Parser, one_address_each, positive, seconds
+from node.runtime.arguments import Parser, command_first, one_address_each, positive, seconds
 from node.runtime.console import argument_text, fail, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -23,9 +23,12 @@ exit codes: 0, 2 for what you must fix, 3 when the swarm cannot serve the model 
 """
 
 
+COMMANDS = ("generate", "chat", "adapters", "gateway")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    words = one_address_each(sys.argv[1:] if arguments is None else arguments)
+    words = command_first(one_address_each(sys.argv[1:] if arguments is None else arguments), COMMANDS)
     return run_command(partial(_command, words))
 
 

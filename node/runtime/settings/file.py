@@ -8,8 +8,10 @@ table wins.  A key that no command of its table has is an error, so that a missp
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ Command = tuple[str, ...]
 """The words of a command: ("node",), ("node", "status"), ("client", "adapters", "list")."""
 
 SHORT: Mapping[str, Command] = {"gateway": ("client", "gateway")}
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key of TOML that needs no quotes
+_MOST_SHOWN = 40  # characters of a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,9 @@ def read_document(path: Path) -> dict[str, Any]:  # Any: of TOML
     except RecursionError:
         raise ConfigError(f"{path} is not TOML that can be read: it is nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        # The library's words for a key that is there twice.
+        twice = ": a key is there twice" if str(error).startswith("Cannot overwrite a value") else ""
+        raise ConfigError(f"{path} is not TOML: {error}{twice}") from None
 
 
 def entries_for(
@@ -67,19 +73,22 @@ def entries_for(
     for a key or a table that no command has.
     """
     found = []
-    for table, content in _tables(document, path, command, names):
+    seen: dict[tuple[Command, str], str] = {}
+    for table, header, content in _tables(document, path, command, names):
         allowed = frozenset().union(*(each for other, each in names.items() if _is_below(other, table)))
         if len(table) > 1 and table in names:
             allowed = names[table]
-        seen: set[str] = set()
         for key, value in content.items():
             name = key.replace("_", "-")
-            where = f"{path}: {_header(table)}{key}"
+            shown = f"{header}{_quoted(key)}"
+            where = f"{path}: {shown}"
             if name not in allowed:
+                if key in _tables_in(table, names):
+                    raise ConfigError(_no_value(where, (*table, key), value))
                 raise ConfigError(_unknown(where, key, value, table or command[:1], allowed))
-            if name in seen:
-                raise ConfigError(f"{where} is there twice, as {name} and as {name.replace('-', '_')}")
-            seen.add(name)
+            if (table, name) in seen:
+                raise ConfigError(f"{where} is there twice, as {seen[table, name]} and as {shown}")
+            seen[table, name] = shown
             if name in names[command] and _is_below(command, table):
                 found.append(Entry(name, value, where))
     return found
@@ -90,48 +99,82 @@ def _tables(
     path: Path,
     command: Command,
     names: Mapping[Command, frozenset[str]],
-) -> Iterator[tuple[Command, dict[str, Any]]]:
-    """The tables of the command's program with their keys, without the tables in them; the widest first.
+) -> Iterator[tuple[Command, str, dict[str, Any]]]:
+    """The tables of the command's program, the widest first: the command, as written ("[gateway] "), keys.
 
-    Raises ConfigError for a table that is neither a program nor a command of this one.
+    The tables in a table are none of its keys.  Raises ConfigError for a table that is neither a program
+    nor a command of this one.
     """
-    programs = sorted({*PROGRAMS, command[0]})
     known = {other[:length] for other in names for length in range(1, len(other) + 1)}
-    waiting: list[tuple[Command, Mapping[str, Any]]] = [((), document)]
-    found: list[tuple[Command, dict[str, Any]]] = []
+    waiting: list[tuple[Command, Command, Mapping[str, Any]]] = [((), (), document)]
+    found: list[tuple[Command, str, dict[str, Any]]] = []
     while waiting:
-        table, content = waiting.pop(0)
-        found.append((table, {key: value for key, value in content.items() if not isinstance(value, dict)}))
+        table, written, content = waiting.pop(0)
+        keys = {key: value for key, value in content.items() if not isinstance(value, dict)}
+        found.append((table, f"[{_dotted(written)}] " if written else "", keys))
+        allowed = {*_tables_in(table, names), *(() if table else command[:1])}
         for key, value in content.items():
             if not isinstance(value, dict):
                 continue
             below = SHORT.get(key, (key,)) if not table else (*table, key)
-            if table and below not in known:
-                raise ConfigError(_no_table(path, below, [each[-1] for each in known if each[:-1] == table]))
-            if not table and key not in programs:
-                raise ConfigError(_no_table(path, below, programs))
+            if key not in allowed:
+                raise ConfigError(_no_table(path, (*written, key), allowed, names))
             if below in known:  # the tables of other programs are theirs to check
-                waiting.append((below, value))
+                waiting.append((below, (*written, key), value))
     yield from sorted(found, key=lambda each: len(each[0]))
+
+
+def _tables_in(table: Command, names: Mapping[Command, frozenset[str]]) -> set[str]:
+    """The names of the tables that a table may have."""
+    if not table:
+        return {*PROGRAMS, *(command[0] for command in names)}
+    size = len(table)
+    return {command[size] for command in names if len(command) > size and _is_below(command, table)}
 
 
 def _is_below(command: Command, table: Command) -> bool:
     return command[: len(table)] == table
 
 
-def _header(table: Command) -> str:
-    return f"[{'.'.join(table)}] " if table else ""
+def _quoted(key: str) -> str:
+    """A key as TOML has it."""
+    return key if _BARE.fullmatch(key) else json.dumps(key, ensure_ascii=False)
 
 
-def _no_table(path: Path, table: Command, allowed: Sequence[str]) -> str:
-    above = "".join(f"{each}." for each in table[:-1])
-    listed = ", ".join(f"[{above}{each}]" for each in sorted(allowed)) or "none"
-    return f"{path}: [{'.'.join(table)}] is no command's table; tables here: {listed}"
+def _dotted(table: Command) -> str:
+    return ".".join(_quoted(each) for each in table)
+
+
+def _no_table(
+    path: Path, written: Command, allowed: Collection[str], names: Mapping[Command, frozenset[str]]
+) -> str:
+    *above, last = written
+    found = f"{path}: [{_dotted(written)}]"
+    if any(last.replace("_", "-") in each for each in names.values()):
+        return f"{found} is no table: {_quoted(last)} is a flag, with a value after ="
+    listed = ", ".join(f"[{_dotted((*above, each))}]" for each in sorted(allowed)) or "none"
+    meant = sorted(_dotted(command) for command in names if len(command) > 1 and command[-1] == last)
+    hint = f"; did you mean [{meant[0]}]?" if meant else ""
+    return f"{found} is no command's table; tables here: {listed}{hint}"
+
+
+def _no_value(where: str, table: Command, value: Any) -> str:  # Any: TOML
+    """A value in the place of a table, [[node]] included."""
+    header = f"[{_dotted(table)}]"
+    return f"{where} = {_brief(value)}: {header} is a table of flags, which begins with a line {header}"
 
 
 def _unknown(where: str, key: str, value: Any, command: Command, allowed: frozenset[str]) -> str:  # Any: TOML
-    close = difflib.get_close_matches(key.replace("_", "-"), sorted(allowed), n=1)
-    program = f"python -m {' '.join(command)}"
-    found = repr(value) if len(repr(value)) <= 40 else repr(value)[:40] + "..."
+    name = key.replace("_", "-").lstrip("-").lower()
+    if name in allowed:
+        return f"{where} = {_brief(value)}: the key of this flag is {name}"
+    close = difflib.get_close_matches(name, sorted(allowed), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{where} = {found}: {program} has no flag --{key.replace('_', '-')}, see its --help{hint}"
+    program = f"python -m {' '.join(command)}"
+    flag = f"--{name}" if _BARE.fullmatch(name) else "of this name"
+    return f"{where} = {_brief(value)}: {program} has no flag {flag}, see its --help{hint}"
+
+
+def _brief(value: Any) -> str:  # Any: TOML
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."

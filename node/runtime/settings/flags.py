@@ -133,10 +133,7 @@ def from_text(flag: Flag, text: str) -> Any:  # Any: the type of the flag
     if not flag.is_list:
         return _converted(flag, text)
     if text.lstrip().startswith("["):
-        try:
-            return from_toml(flag, tomllib.loads(f"value = {text}")["value"])
-        except (tomllib.TOMLDecodeError, RecursionError, KeyError) as error:
-            raise ValueError(f"{_shown(text)} is not an array of TOML: {error}") from None
+        return from_toml(flag, _array(text))
     return _listed(flag, [_converted(flag, each) for each in _SPLIT.split(text) if each])
 
 
@@ -146,10 +143,22 @@ def words_of(flag: Flag, value: Any) -> Any:  # Any: of TOML, or the text of a v
         return value
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return tomllib.loads(f"value = {value}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError, KeyError):
+            return _array(value)
+        except ValueError:
             return [value]
     return [each for each in _SPLIT.split(value) if each] if isinstance(value, str) else [value]
+
+
+def _array(text: str) -> list[Any]:  # Any: of TOML
+    """Raises ValueError for anything but one array."""
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{_shown(text)} is not an array of TOML: {error}") from None
+    if len(document) != 1 or not isinstance(document["value"], list):
+        raise ValueError(f"{_shown(text)} is not an array of TOML: something follows it")
+    values: list[Any] = document["value"]
+    return values
 
 
 def from_toml(flag: Flag, value: Any) -> Any:  # Any: of TOML; the type of the flag
@@ -194,21 +203,29 @@ def _converted(flag: Flag, text: str) -> Any:  # Any: the type of the flag
     if "\0" in text:
         raise ValueError(f"{_shown(text)} has a character NUL")
     convert = flag.action.type
+    if convert is Path and not text:
+        raise ValueError("'' is empty, a path is needed")
     try:
         found = convert(text) if callable(convert) else text
-        if isinstance(found, Path) and text.startswith("~"):
-            found = found.expanduser()
     except argparse.ArgumentTypeError as error:
         raise ValueError(str(error)) from None
     except (TypeError, ValueError) as error:
         kind = _KINDS.get(convert) if isinstance(convert, type) else None
         raise ValueError(f"{_shown(text)} is not {kind}" if kind else str(error)) from None
-    except RuntimeError as error:  # no such user
-        raise ValueError(str(error)) from None
+    if isinstance(found, Path) and text.startswith("~"):
+        found = at_home(found)
     if flag.action.choices is not None and found not in flag.action.choices:
         allowed = ", ".join(str(each) for each in flag.action.choices)
         raise ValueError(f"{_shown(found)} is not one of {allowed}")
     return found
+
+
+def at_home(path: Path) -> Path:
+    """A path with ~ resolved, as a shell would have done.  Raises ValueError for a user that is not there."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{_shown(str(path))} begins with the home folder of no user") from None
 
 
 def _is_number(text: str) -> bool:
