@@ -171,8 +171,9 @@ def _unknown(where: str, key: str, value: Any, command: Command, allowed: frozen
     close = difflib.get_close_matches(name, sorted(allowed), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     program = f"python -m {' '.join(command)}"
-    flag = f"--{name}" if _BARE.fullmatch(name) else "of this name"
-    return f"{where} = {_brief(value)}: {program} has no flag {flag}, see its --help{hint}"
+    if not _BARE.fullmatch(name):
+        return f"{where} = {_brief(value)}: {program} has no flag of this name, see its --help{hint}"
+    return f"{where} = {_brief(value)}: {program} has no flag --{name}, see its --help{hint}"
 
 
 def _brief(value: Any) -> str:  # Any: TOML
