@@ -1,6 +1,6 @@
 """A gateway in front of a swarm, next to a client without one: tokens, first tokens, cancels, a kill, a chat.
 
-    python -m benchmarks gateway [--rounds 5] [--tokens 64] [--kills 5] [--json FILE]
+    python -m benchmarks gateway [--rounds 5] [--tokens 64] [--kills 4] [--json FILE]
 
 Three nodes, a copy of the middle one, a gateway and a client in Python, all processes of this machine.
 Rounds of the two alternate with equal prompts, which are new each time, so that no cache helps; the one
@@ -60,7 +60,9 @@ QUESTIONS = (
     "What does it eat?",
     "Tell me one more thing about it.",
 )
+BEGAN = time.monotonic()
 READY_SECONDS = 120.0
+WARM_TOKENS = 16
 WATCH_SECONDS = 2.0  # after a cancel
 KILL_AFTER = 24  # tokens of a generation, texts of a stream
 
@@ -76,11 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--json", type=Path)
     flags, run = parser.parse_args(arguments), Run()
     with ExitStack() as stack:
         setting = stack.enter_context(set_up(flags))
+        print(f"  {time.monotonic() - BEGAN:4.0f} s  four nodes and a gateway are up", file=sys.stderr)
         result = asyncio.run(measure(setting, flags))
     for name, found in result.items():
         print(f"  {name:24} {found if isinstance(found, bool) else f'{found:.4g}'}")
@@ -199,25 +202,33 @@ def is_ready(port: int) -> bool:
 
 async def measure(setting: Setting, flags: argparse.Namespace) -> dict[str, Any]:
     """All figures, the keys of the module's docstring among them."""
-    result: dict[str, Any] = {"tokens": flags.tokens}
-    for clients in (1, 16):
-        await rates(setting, clients, flags.tokens)  # the first round warms up
-        pairs = [await rates(setting, clients, flags.tokens) for _ in range(flags.rounds)]
+    result: dict[str, Any] = {"tokens": flags.tokens, "tokens_16": (flags.tokens + 1) // 2}
+    few = (flags.rounds + 1) // 2  # of what takes long
+    for clients, rounds, tokens in ((1, flags.rounds, flags.tokens), (16, few, result["tokens_16"])):
+        await rates(setting, clients, min(tokens, WARM_TOKENS))  # the first round warms up
+        pairs = [await rates(setting, clients, tokens) for _ in progress(rounds, f"{clients} at a time")]
         result[f"direct_tokens_per_s_{clients}"] = statistics.median(direct for direct, _ in pairs)
         result[f"share_of_direct_{clients}"] = statistics.median(ours / direct for direct, ours in pairs)
-    firsts = [await first_tokens(setting) for _ in range(4 * flags.rounds)]
+    firsts = [await first_tokens(setting) for _ in progress(4 * flags.rounds, "first tokens")]
     result["ttft_direct_ms"] = statistics.median(direct for direct, _ in firsts) * 1e3
     result["ttft_extra_ms"] = extra(firsts) * 1e3
-    result["cancelled_after_s"] = max([await cancelled_after(setting) for _ in range(flags.rounds)])
-    chats = [await turns(setting, number) for number in range(flags.rounds)]
+    result["cancelled_after_s"] = max([await cancelled_after(setting) for _ in progress(few, "cancels")])
+    chats = [await turns(setting, number) for number in progress(few, "chats")]
     result["turn_1_ms"] = statistics.median(first for first, _ in chats) * 1e3
     result["turn_5_of_turn_1"] = statistics.median(fifth / first for first, fifth in chats)
-    kills = [await kill(setting, flags.tokens + KILL_AFTER) for _ in range(flags.kills)]
+    kills = [await kill(setting, flags.tokens + KILL_AFTER) for _ in progress(flags.kills, "kills")]
     if kills:
         result["kill_gap_s"] = statistics.median(gap for _, gap in kills)
         result["recovery_s"] = statistics.median(recovery for recovery, _ in kills)
         result["kill_gap_extra_s"] = extra(kills)
     return {**result, "tokens_equal": not setting.differing}
+
+
+def progress(rounds: int, what: str) -> Iterator[int]:
+    """The numbers of the rounds; a line about each on standard error, with the time since the start."""
+    for number in range(rounds):
+        print(f"  {time.monotonic() - BEGAN:4.0f} s  {what}, {number + 1} of {rounds}", file=sys.stderr)
+        yield number
 
 
 def extra(pairs: Sequence[tuple[float, float]]) -> float:
