@@ -1,49 +1,60 @@
-"""Serve a swarm's text over HTTP: Starlette and uvicorn on uvloop, an asyncio program.
+"""Compare texts by their meaning over HTTP: hidden states of a swarm, in an asyncio program on uvloop.
 
     pip install "raceme[gateway]"
     python examples/web_app.py --peers /ip4/.../p2p/12D3...
-    curl -N "http://127.0.0.1:8000/generate?prompt=The+capital+of+France+is"
+    curl "http://127.0.0.1:8000/nearest?text=a+ship+at+sea&among=a+small+boat&among=the+price+of+bread"
 
-The answer is a stream of server-sent events, one for each token: data: {"text": " Paris"}
+The answer is {"nearest": [["a small boat", 0.83], ["the price of bread", 0.71]]}.  For a program that wants
+texts of a swarm there is `python -m client gateway`, with OpenAI's API.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import client
 
+MAX_TEXTS = 16  # of one request: each is a request to the swarm
 
-async def generate(request: Request) -> Response:
-    """GET /generate?prompt=...&max_new_tokens=..."""
+
+async def nearest(request: Request) -> Response:
+    """GET /nearest?text=...&among=...&among=...: the texts of `among`, the most similar one first."""
     swarm: client.SwarmLike = request.app.state.swarm
+    texts = [request.query_params.get("text", ""), *request.query_params.getlist("among")]
     try:
-        count = int(request.query_params.get("max_new_tokens", 32))
-        tokens = swarm.generate(request.query_params.get("prompt", ""), max_new_tokens=count)
-    except ValueError as error:  # an empty prompt, too many tokens: refused before anything is sent
-        return PlainTextResponse(str(error), status_code=400)
-    return StreamingResponse(events(tokens), media_type="text/event-stream")
+        if not 2 <= len(texts) <= MAX_TEXTS:
+            raise ValueError(f"{len(texts) - 1} texts to compare with, 1 to {MAX_TEXTS - 1} are allowed")
+        asked, *others = await asyncio.gather(*(meaning(swarm, text) for text in texts))
+    except ValueError as error:
+        return JSONResponse({"error": str(error)}, 400)
+    except (client.NoChain, client.PeerFault, client.Refused) as error:
+        return JSONResponse({"error": str(error)}, 503)
+    found = [(text, round(float(asked @ other), 3)) for text, other in zip(texts[1:], others, strict=True)]
+    return JSONResponse({"nearest": sorted(found, key=lambda each: -each[1])})
 
 
-async def events(tokens: AsyncGenerator[client.Token, None]) -> AsyncIterator[str]:
-    """Each token as an event.  When the browser goes away the generation ends, on the servers too."""
-    try:
-        async with aclosing(tokens):
-            async for token in tokens:
-                yield f"data: {json.dumps({'text': token.text, 'finish_reason': token.finish_reason})}\n\n"
-    except (client.NoChain, client.PeerFault, client.Refused) as error:  # the status has been sent already
-        yield f"event: error\ndata: {json.dumps({'error': str(error)})}\n\n"
+async def meaning(swarm: client.SwarmLike, text: str) -> torch.Tensor:
+    """The mean hidden state of a text after half of the blocks, float32 [hidden], of length 1."""
+    ids = swarm.local_model.tokenizer(text)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"{text!r} has {len(ids)} tokens, at least 2 are needed")
+    hidden = await swarm.forward(
+        swarm.local_model.embed(torch.tensor([ids]), 0), stop=max(1, swarm.info.blocks // 2)
+    )
+    # The first position's state is much larger than all others, whatever the text is (arXiv:2309.17453).
+    return torch.nn.functional.normalize(hidden[0, 1:].float().mean(0), dim=0)  # [1, tokens, hidden] before
 
 
 @asynccontextmanager
@@ -57,13 +68,13 @@ async def joined(app: Starlette, flags: argparse.Namespace) -> AsyncIterator[Non
 
 def main() -> None:
     """Read the command line and serve until Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Serve a swarm's text over HTTP.")
+    parser = argparse.ArgumentParser(description="Compare texts by hidden states of a swarm, over HTTP.")
     parser.add_argument("--peers", action="append", required=True, help="address of a node; may come again")
     parser.add_argument("--swarm-key", type=Path, help="the key file of a private swarm")
     parser.add_argument("--model", help="the model that the swarm serves (default: the built-in one)")
     parser.add_argument("--port", type=int, default=8000)
     flags = parser.parse_args()
-    app = Starlette(routes=[Route("/generate", generate)], lifespan=partial(joined, flags=flags))
+    app = Starlette(routes=[Route("/nearest", nearest)], lifespan=partial(joined, flags=flags))
     uvicorn.run(app, port=flags.port, loop="uvloop", timeout_graceful_shutdown=5)
 
 

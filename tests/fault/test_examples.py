@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.lib.processes import local_swarm
 from node.network.transport.membership import new_swarm_key
@@ -135,7 +136,20 @@ def test_a_node_says_in_one_line_what_its_operator_must_fix():
     assert "Traceback" not in ran.stderr
 
 
-def test_the_web_application_streams_tokens_to_one_browser_after_another(joining: list[str], tmp_path: Path):
+def similarity(folder: Path, one: str, other: str) -> float:
+    """The cosine of two texts' mean states after half of the blocks, by the library's own model."""
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    means = []
+    for text in (one, other):
+        with torch.no_grad():
+            found = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+        means.append(found[model.config.num_hidden_layers // 2][0, 1:].mean(0))
+    return float(torch.nn.functional.cosine_similarity(means[0], means[1], dim=0))
+
+
+def test_the_web_application_compares_texts_by_the_states_that_the_whole_model_has(
+    joining: list[str], tiny_llama: Path, tmp_path: Path
+):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     output = tmp_path / "output"
@@ -149,17 +163,18 @@ def test_the_web_application_streams_tokens_to_one_browser_after_another(joining
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS, trust_env=False
         ) as http:
-            with http.stream("GET", "/generate", params={"prompt": "HELLO", "max_new_tokens": 5}) as answer:
-                assert answer.headers["content-type"].startswith("text/event-stream")
-                events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
-            assert len(events) == 5 or events[-1]["finish_reason"] == "end"
-            assert [event["finish_reason"] for event in events[:-1]] == [None] * (len(events) - 1)
-            text = "".join(event["text"] for event in events)
-            wrong = http.get("/generate", params={"prompt": "HELLO", "max_new_tokens": 100_000})
-            assert (wrong.status_code, "positions" in wrong.text) == (400, True)
-            # A browser that goes away in the middle does no harm to the next one.
-            with http.stream("GET", "/generate", params={"prompt": "BYE", "max_new_tokens": 100}) as answer:
-                next(answer.iter_lines())
-            with http.stream("GET", "/generate", params={"prompt": "HELLO", "max_new_tokens": 5}) as answer:
-                again = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
-            assert "".join(event["text"] for event in again) == text
+            for _ in range(2):  # requests share the swarm
+                answer = http.get("/nearest", params={"text": "HELLO", "among": ["BYE BYE", "HELLO"]})
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["nearest"] == [
+                    ["HELLO", pytest.approx(1.0, abs=2e-3)],
+                    ["BYE BYE", pytest.approx(similarity(tiny_llama, "HELLO", "BYE BYE"), abs=2e-3)],
+                ]
+            for wrong, words in (
+                ({"text": "HELLO"}, "0 texts to compare with, 1 to 15 are allowed"),
+                ({"text": "HELLO", "among": ["BYE"] * 16}, "16 texts"),
+                ({"text": "HELLO", "among": [""]}, "'' has 0 tokens"),
+            ):
+                refused = http.get("/nearest", params=wrong)
+                assert refused.status_code == 400
+                assert words in refused.json()["error"]
