@@ -19,6 +19,7 @@ import pytest
 import client
 from benchmarks.lib.processes import LocalSwarm, NodeProcess, local_swarm
 from client.gateway.monitor import Monitor, RequestWatch
+from routing.chains.alternatives import Constraints
 from routing.names import PeerId
 from tests.forked import Forked
 
@@ -27,6 +28,9 @@ pytestmark = pytest.mark.process
 FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "1024"]
 GENEROUS_SECONDS = 60.0
 SILENT_SECONDS = 5.0  # from kill -9 until a page shows it
+# Of a server that stands still, from its last answer on: 5 s as `node.network.directory.pings` has it, and as
+# many for a machine with other work, on which the process that asks has to wait too.
+STANDING_SECONDS = 10.0
 TOKENS = 24
 KILLED_AT = 8
 
@@ -167,3 +171,95 @@ async def check_newcomer(servers: LocalSwarm, page: Page) -> None:
     await asyncio.to_thread(newcomer.wait_online)
     assert joined["peer"] == newcomer.facts["peer_id"]
     assert joined["blocks"] == [2, 4]
+
+
+def test_a_server_that_stands_still_is_silent_though_its_connection_lasts_and_answers_again_when_it_goes_on(
+    servers: LocalSwarm, tiny_llama: Path
+) -> None:
+    async def main() -> None:
+        async with client.connect(str(tiny_llama), peers=servers.peers, monitor=True, threads=1) as swarm:
+            monitor = Monitor(swarm)
+            async with monitor.running():
+                page = Page(monitor)
+                reading = asyncio.create_task(page.read())
+                try:
+                    await all_answer(swarm)
+                    expected = await generated(swarm)
+                    for _ in range(2):  # it may happen again
+                        page.events.clear()
+                        await check_still(servers, swarm, page, expected)
+                finally:
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+async def all_answer(swarm: Any) -> None:
+    async with asyncio.timeout(GENEROUS_SECONDS):
+        while True:
+            if {each.answers for each in (await swarm.liveness()).values()} == {"yes"}:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def generated(swarm: Any) -> tuple[list[int], list[str]]:
+    """The tokens of a text, and the peers of its chain."""
+    conversation = swarm.conversation(64)
+    tokens = [
+        token.id
+        async for token in swarm.generate(
+            "the sea", max_new_tokens=4, do_sample=False, conversation=conversation
+        )
+    ]
+    peers = route_of(conversation)
+    conversation.close()
+    return tokens, peers
+
+
+def route_of(conversation: Any) -> list[str]:
+    """The peers of the chain that its session was opened along."""
+    opened = next(event for event in conversation.trace.events if event.kind == "opened")
+    return [hop["peer"] for hop in opened.data["hops"]]
+
+
+async def check_still(
+    servers: LocalSwarm, swarm: Any, page: Page, expected: tuple[list[int], list[str]]
+) -> None:
+    """Stop the middle of the chain, which has a copy, and let it go on."""
+    victim = expected[1][1]
+    node = node_of(servers, victim)
+    node.freeze()
+    try:
+        await page.until(lambda kind, data: kind == "peer" and data["what"] == "silent")
+        found = (await swarm.liveness())[PeerId(victim)]
+        assert found.answers == "silent"
+        assert found.silent_seconds is not None
+        assert found.silent_seconds < STANDING_SECONDS
+        assert node.process.poll() is None  # it has neither ended nor closed its connections
+        await page.until(lambda kind, data: kind == "swarm" and state_of(data, victim) == "unreachable")
+        tokens, peers = await generated(swarm)  # along its copy
+        assert (tokens, victim in peers) == (expected[0], False)
+    finally:
+        node.thaw()
+    await page.until(lambda kind, data: kind == "peer" and data["what"] == "back")
+    await page.until(lambda kind, data: kind == "swarm" and state_of(data, victim) == "online")
+    assert (await swarm.liveness())[PeerId(victim)].answers == "yes"
+    told = [(data["what"], data["peer"]) for _, kind, data in page.events if kind == "peer"]
+    assert told == [("silent", victim), ("back", victim)]  # it never left, and nobody else was silent
+    alone = Constraints(blocked=frozenset({copy_of(servers, victim)}))
+    conversation = swarm.conversation(64, constraints=alone)
+    again = swarm.generate("the sea", max_new_tokens=4, do_sample=False, conversation=conversation)
+    assert [token.id async for token in again] == expected[0]
+    assert victim in route_of(conversation)
+    conversation.close()
+
+
+def state_of(described: dict[str, Any], peer: str) -> str:
+    return next(each["state"] for each in described["peers"] if each["peer"] == peer)
+
+
+def copy_of(servers: LocalSwarm, peer: str) -> PeerId:
+    """The other server of the blocks in the middle."""
+    middle = [servers.nodes[place].facts["peer_id"] for place in (1, 3)]
+    return PeerId(next(each for each in middle if each != peer))
