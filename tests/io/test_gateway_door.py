@@ -98,6 +98,21 @@ def test_a_key_opens_and_its_case_of_bearer_does_not_matter(tokenizer, keys):
     assert [each.status for each in found] == [200, 200]
 
 
+@pytest.mark.parametrize("key", ["sk-schl\u00fcssel", "sk-\u00e0", "sk-\u2026", "sk-\u9375\U0001f511"])
+@pytest.mark.parametrize("coding", ["utf-8", "latin-1"])
+def test_a_key_that_is_not_ascii_opens_in_the_codings_that_clients_send(tokenizer, tmp_path, key, coding):
+    path = tmp_path / "keys"
+    path.write_text(f"ann {sha256(key.encode()).hexdigest()}\n")
+    path.chmod(0o600)
+    sent = f"Bearer {key} ".encode(coding, "ignore")
+    header = {"authorization": sent.decode("latin-1")}
+    (found,) = asked(
+        FakeSwarm(tokenizer), GatewaySettings(key_file=path), ("GET", "/v1/models", None, header)
+    )
+    is_whole = sent.decode(coding) == f"Bearer {key} "
+    assert found.status == (200 if is_whole else 401)
+
+
 @pytest.mark.parametrize(("access", "status"), [("open", 404), ("key", 401)])
 def test_metrics_may_be_open(tokenizer, keys, access, status):
     settings = GatewaySettings(key_file=keys, metrics=access, has_page=False)

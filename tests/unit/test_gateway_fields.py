@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -300,10 +301,33 @@ def test_servers_of_a_request():
         (b"true", "true or false"),
         (b'{"a": NaN}', "NaN is no number"),
         (b'{"a": -Infinity}', "Infinity"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "the body has a number of more than 4300 digits"),
         (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' + b"[" * 128 + b"]" * 128 + b"}", "nested too deeply: 128 levels are allowed"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, "nested too deeply"),
         (b'{"a": "\\ud800"}', "surrogate"),
     ],
 )
 def test_what_is_no_object_of_json_is_refused(body, says):
     assert says in refused(json_object, body).message
+
+
+def test_as_many_levels_as_are_allowed_are_read_and_brackets_in_a_text_are_none():
+    deep = b'{"a":' + b"[" * 127 + b"]" * 127 + b"}"
+    assert json_object(deep) == json.loads(deep)
+    assert json_object(b'{"a": [' + b"[]," * 1000 + b"[]]}") == {"a": [[]] * 1001}
+    assert json_object(json.dumps({"a": "[{" * 1000}).encode()) == {"a": "[{" * 1000}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"stop": [None]}, "stop.0 is null: "),
+        ({"n": True}, "n is true: "),
+        ({"stop": 7}, "stop is 7: "),
+        ({"seed": "\u00e9"}, 'seed is "\u00e9": '),
+        ({"logit_bias": [None, False]}, "logit_bias is [null, false]: "),
+    ],
+)
+def test_a_wrong_value_is_shown_as_it_stands_in_json(fields, says):
+    assert refused(chat, **fields).message.startswith(says)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from client.gateway.door.limits import HttpLimits
 from client.gateway.openai.errors import RequestError, invalid
 
+LIMITS = HttpLimits()
 LEFT_SECONDS = 2.0  # for a client to stop sending a body that is refused, and to read why
 LEFT_BYTES = 64 << 20
 
@@ -63,7 +65,7 @@ async def read_json(
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise RequestError(415, f"content-encoding {encoding[:40]!r}: send the body as it is")
-    return json_object(await _body(request, limits, hold))
+    return json_object(await _body(request, limits, hold), limits.max_body_levels)
 
 
 async def _body(request: Request, limits: HttpLimits, hold: Callable[[int], None]) -> bytes:
@@ -94,23 +96,43 @@ async def _body(request: Request, limits: HttpLimits, hold: Callable[[int], None
         ) from None
 
 
-def json_object(body: bytes) -> dict[str, Any]:  # Any: JSON
-    """A JSON object.  Raises RequestError for anything else, and for what JSON does not have (NaN)."""
+def json_object(body: bytes, max_levels: int = LIMITS.max_body_levels) -> dict[str, Any]:  # Any: JSON
+    """A JSON object.  Raises RequestError for anything else, and for what JSON does not have (NaN).
+
+    max_levels: of lists and objects in one another.
+    """
+    too_deep = invalid(f"the body is nested too deeply: {max_levels} levels are allowed")
     try:
         text = body.decode("utf-8")
         found = json.loads(text, parse_constant=_refuse)
     except RecursionError:
-        raise invalid("the body is nested too deeply") from None
-    except ValueError as error:  # not UTF-8, not JSON, a number of thousands of digits
+        raise too_deep from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise invalid(f"the body is not JSON: {error}") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise invalid(f"the body has a number of more than {most} digits") from None
     if not isinstance(found, dict):
         raise invalid(f"the body is {_kind(found)}, a JSON object is needed")
+    if text.count("[") + text.count("{") > max_levels and _levels(found, max_levels) > max_levels:
+        raise too_deep
     if "\\u" in text:
         try:
             json.dumps(found, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise invalid("the body holds half of a surrogate pair: that is no text") from None
     return found
+
+
+def _levels(found: dict[str, Any], most: int) -> int:  # Any: JSON
+    """Lists and objects in one another, counted up to `most` + 1.  O(n), without recursion."""
+    level: list[dict[str, Any] | list[Any]] = [found]
+    count = 0
+    while level and count <= most:
+        count += 1
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in children for child in each if isinstance(child, dict | list)]
+    return count
 
 
 def too_large(most: int) -> RequestError:
@@ -151,7 +173,7 @@ class LateAnswer(JSONResponse):
 
 
 def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number of JSON")
+    raise invalid(f"the body is not JSON: {word} is no number of JSON")
 
 
 def _kind(value: object) -> str:

@@ -60,14 +60,18 @@ class KeyRing:
     def find(self, shown: str) -> Key | None:
         """The key that a caller shows; None where it is none of ours.
 
+        shown: bytes of a header, each as one character (ISO-8859-1, as ASGI's programs read headers).  A key
+        that is not ASCII comes as UTF-8 (curl) or as ISO-8859-1 (requests); its digest is that of its UTF-8.
         Every key of the file is compared, each in constant time: the time tells nothing about a key.
         """
         if len(shown) > MAX_KEY_CHARACTERS:
             return None
-        digest, found = sha256(shown.encode("utf-8", "surrogateescape")).digest(), None
-        for key in self._keys:
-            if hmac.compare_digest(key.digest, digest):
-                found = key
+        forms = [shown.encode("utf-8", "surrogateescape"), shown.encode("latin-1", "backslashreplace")]
+        found = None
+        for digest in (sha256(form).digest() for form in forms):
+            for key in self._keys:
+                if hmac.compare_digest(key.digest, digest):
+                    found = key
         return found
 
     def reload(self) -> None:

@@ -13,6 +13,9 @@ class HttpLimits:
     max_bodies_bytes: int = (
         256 << 20
     )  # of all requests that are read, wait or are answered: 64 of the largest
+    # Lists and objects in one another: a schema of OpenAI's 10 levels has 30, and code that reads a body
+    # calls itself at each level (Python's own bound is 1,000 calls).
+    max_body_levels: int = 128
     max_header_bytes: int = 32 << 10  # of all headers and the URL: twice the usual limit of proxies
     header_seconds: float = 10.0  # from a connection, or from its last answer's end, to a whole header
     body_seconds: float = 30.0  # for a whole body

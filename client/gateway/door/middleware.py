@@ -55,7 +55,7 @@ class Rules:
         if not self.keys.is_needed:
             return Caller(client[0] if client else "local")
         kind, _, shown = headers.get("authorization", "").partition(" ")
-        key = self.keys.find(shown.strip()) if kind.lower() == "bearer" else None
+        key = self.keys.find(shown.strip(" \t")) if kind.lower() == "bearer" else None
         if key is not None:
             return Caller(key.name, key.requests_per_minute, key.tokens_per_minute)
         if _OPEN_PATHS.fullmatch(scope["path"]) or scope["path"] in self.open_paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -107,5 +108,6 @@ def _is_equal(one: object, other: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    """A value as JSON has it; one that came of JSON is cut."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
