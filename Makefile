@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TEST_BROWSER CHROMIUM SCREENSHOTS
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-metrics test-gpu lint format types bench figures hostile mutants clean
+.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-metrics test-triton test-gpu lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,11 @@ test-conformance: env ## Let clients of OpenAI's API (openai, litellm, langchain
 	@PYTHON=$(BIN)/python sh scripts/conformance.sh
 	@OMP_NUM_THREADS=1 .venv-conformance/bin/python -m pytest -n 0 tests/conformance $(ARGS)
 
+test-triton: env ## Compare the kernels for GPUs with float64 in Triton's interpreter and compile them for two cards, in an environment of its own
+	@PYTHON=$(BIN)/python sh scripts/triton.sh
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n 0 tests/model/test_triton_kernels.py $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n $(if $(ARGS),0,2) tests/model/test_triton_compile.py $(ARGS)
+
 lint: env ## Check style and formatting
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -86,5 +91,5 @@ mutants: env ## Change the pure modules in small ways and count the changes that
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
-	rm -rf .venv .venv-ecosystem .venv-conformance .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
+	rm -rf .venv .venv-ecosystem .venv-conformance .venv-triton .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -296,6 +298,20 @@ def test_attention_behind_the_first_chunk_has_no_mask_where_flash_takes_it(monke
     assert (late["enable_gqa"], late["heads"], late["is_causal"]) == (True, 2, False)
     assert type(late["attn_mask"]).__name__ == "CausalBias"
     assert (first["enable_gqa"], first["is_causal"], first["attn_mask"]) == (True, True, None)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(4, 12), (12, 12), (1, 12)])
+def test_flash_is_asked_about_what_it_will_compute(monkeypatch, tokens, length):
+    def takes(
+        parameters: tuple[Any, ...],
+    ) -> bool:  # as torch does: `is_causal` is for as many queries as keys
+        q, k, _, _, _, is_causal, _ = parameters
+        return not is_causal or q.shape[2] == k.shape[2]
+
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *parameters: parameters)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", takes)
+    q, k = (SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, each, 8)) for each in (tokens, length))
+    assert causal._by_flash(*cast(Any, (q, k, k)))
 
 
 def test_angles_grow_with_a_session_and_graphs_of_the_old_ones_go(llama, monkeypatch):

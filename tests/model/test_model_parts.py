@@ -13,7 +13,8 @@ import torch
 from node.model.blocks.forward_backward import backward
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
-from node.model.weights.quantize import PackedLinear, Plan
+from node.model.weights.plans import Plan
+from node.model.weights.quantize import PackedLinear
 from tensor_codec.errors import LocalProtocolError
 from tests.model_fixtures import BLOCKS, TINY, save_tiny
 

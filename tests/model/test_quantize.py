@@ -27,15 +27,13 @@ from node.model.checkpoint.architecture import architecture_of
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.checkpoint.info import TRANSPOSED, is_matrix
 from node.model.weights import compiling, kernels, quantize
+from node.model.weights.plans import Plan, Way, choose_plan
 from node.model.weights.quantize import (
     CODES,
     PackedExperts,
     PackedLinear,
     Packing,
-    Plan,
     SideBySide,
-    Way,
-    choose_plan,
     dequantize_rows,
     fits_int8pack,
     measured_plan,

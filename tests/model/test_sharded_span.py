@@ -25,7 +25,7 @@ from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.parallel.shard import FAMILIES
 from node.model.parallel.sharded import ShardedSpan, load_sharded
 from node.model.parallel.team import Team, open_team
-from node.model.weights.quantize import Plan
+from node.model.weights.plans import Plan
 from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from node.devices import is_out_of_memory
 from node.model.blocks.device.staging import Inputs, Layout
+from node.model.cuda.launches import side_stream
 
 log = logging.getLogger("raceme")
 
@@ -136,7 +137,7 @@ class CudaCapture:
     """Records steps on one side stream into one pool of memory.  Raises RuntimeError where it cannot."""
 
     def __init__(self, device: torch.device) -> None:
-        self._side = _side_stream(device)
+        self._side = side_stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -158,13 +159,3 @@ class CudaCapture:
             return answer
 
         return replay
-
-
-_SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device: cuBLAS keeps a workspace for every stream."""
-    if device not in _SIDE_STREAMS:
-        _SIDE_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _SIDE_STREAMS[device]

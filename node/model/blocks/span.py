@@ -55,6 +55,7 @@ from node.model.weights.quantize import (
     has_bfloat16,
     misplaced,
     packing_for,
+    plan_on_device,
     take_matrices,
 )
 from tensor_codec import span_spec
@@ -516,11 +517,22 @@ def load_span(
         for block in _blocks(model, architecture):
             group.divide(block)
     try:
-        return Span(model, architecture, start, stop)
+        span = Span(model, architecture, start, stop)
     except torch.OutOfMemoryError:
         raise
     except _UNLOADABLE as error:  # a run of one token shows sizes that do not fit together
         raise ConfigError(f"{folder.path}: {what} cannot be computed: {_one_line(error)}") from error
+    if device.type != "cpu":
+        plan_on_device(_layers(span), packing.dtype)
+    return span
+
+
+def _layers(span: Span) -> Iterator[nn.Module]:
+    """The layers that compute a span's steps."""
+    fused = span._fused
+    parts = [span.model] if fused is None else [each for block in fused.blocks for each in block.matrices]
+    for part in parts:
+        yield from part.modules()
 
 
 def _one_line(error: Exception) -> str:

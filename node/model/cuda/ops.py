@@ -5,24 +5,32 @@ operations, and has a shape on the meta device.  None waits for the device or re
 CUDA graph can record all of them.  None has a derivative.
 
 All tensors of a call lie on one device.  "rows" are positions of any sessions.  Integers are int32 or int64.
+Without Triton (node/model/cuda/available.py) torch's operations give equal answers within rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from node.devices import is_out_of_memory
 from node.model.cuda import torch_ops
+from node.model.cuda.available import give_up, kernel_of, usable
+from node.model.cuda.launches import on
 
 __all__ = ["add_norm", "int8_linear", "paged_attention", "rope_and_write", "silu_mul", "usable"]
 
+Int8Way = Literal["auto", "triton", "dequantise"]
 PAGE_TOKENS = 16
+# Above these rows a product takes longer than a cast of the weights, and cuBLAS's products are faster.
+MOST_TRITON_ROWS = 256
 
 _SCHEMAS = (
-    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str way) -> Tensor",
     "norm(Tensor hidden, Tensor weight, float eps) -> Tensor",
     "add_norm(Tensor hidden, Tensor addend, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rope_and_write(Tensor qkv, int heads, int key_heads, Tensor cos, Tensor sin, Tensor places,"
@@ -37,18 +45,17 @@ for _schema in _SCHEMAS:
     _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
-def usable(device: torch.device | str) -> bool:
-    """Whether Triton's kernels are used on a device; else torch's operations are.  No kernel is here yet."""
-    return False
-
-
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, way: Int8Way = "auto"
+) -> Tensor:
     """x @ (weight * scale).T + bias: [rows, in] -> [rows, out] in x's dtype, accumulated in float32.
 
     x: bfloat16, float16 or float32.  weight: int8 [out, in].  scale: float32 [out].  bias: [out] of any
-    float dtype.  The weights are written out in x's dtype, rounded, for cuBLAS.
+    float dtype.
+    way: "triton" reads int8 and casts it in registers, exactly; "dequantise" writes the weights out in x's
+    dtype, rounded, for cuBLAS.  "auto" takes the first for up to MOST_TRITON_ROWS, where it can be used.
     """
-    return cast(Tensor, torch.ops.raceme.int8_linear(x, weight, scale, bias))
+    return cast(Tensor, torch.ops.raceme.int8_linear(x, weight, scale, bias, way))
 
 
 def add_norm(hidden: Tensor, addend: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -120,15 +127,34 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.raceme.silu_mul(gate_up))
 
 
-def _add_norm(hidden: Tensor, addend: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = hidden + addend
-    return total, torch_ops.norm(total, weight, eps)
+# By Triton where it can be used, else by torch's operations
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, way: Int8Way) -> Tensor:
+    if way == "dequantise" or (way == "auto" and len(x) > MOST_TRITON_ROWS):
+        return torch_ops.int8_linear(x, weight, scale, bias)
+    return cast(Tensor, _computed("int8_linear", x, weight, scale, bias))
+
+
+def _computed(name: str, first: Tensor, *others: object) -> object:
+    """An operation on the device of its first tensor."""
+    device = first.device
+    kernel = kernel_of(name, device)
+    if kernel is not None:
+        try:
+            with on(device):
+                return kernel(first, *others)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            give_up(name, device, error)
+    return getattr(torch_ops, name)(first, *others)
 
 
 # Shapes, for the meta device
 
 
-def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _int8_linear_shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, way: str) -> Tensor:
     return x.new_empty(len(x), len(weight))
 
 
@@ -152,14 +178,15 @@ def _silu_mul_shape(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
 
 
-_FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-    "int8_linear": (torch_ops.int8_linear, _int8_linear_shape),
-    "norm": (torch_ops.norm, _norm_shape),
-    "add_norm": (_add_norm, _add_norm_shape),
-    "rope_and_write": (torch_ops.rope_and_write, _rope_and_write_shape),
-    "paged_attention": (torch_ops.paged_attention, _paged_attention_shape),
-    "silu_mul": (torch_ops.silu_mul, _silu_mul_shape),
+_SHAPES: dict[str, Callable[..., object]] = {
+    "int8_linear": _int8_linear_shape,
+    "norm": _norm_shape,
+    "add_norm": _add_norm_shape,
+    "rope_and_write": _rope_and_write_shape,
+    "paged_attention": _paged_attention_shape,
+    "silu_mul": _silu_mul_shape,
 }
-for _name, (_function, _shape) in _FUNCTIONS.items():
+for _name, _shape in _SHAPES.items():
+    _function = _int8_linear if _name == "int8_linear" else partial(_computed, _name)
     _library.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     _library.impl(_name, _shape, "Meta")  # type: ignore[no-untyped-call]

@@ -35,6 +35,12 @@ def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(hidden.dtype)
 
 
+def add_norm(hidden: Tensor, addend: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `node.model.cuda.ops.add_norm`."""
+    total = hidden + addend
+    return total, norm(total, weight, eps)
+
+
 def rope_and_write(
     qkv: Tensor,
     heads: int,

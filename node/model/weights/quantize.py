@@ -20,12 +20,11 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -36,15 +35,14 @@ from torch.nn import functional
 from node.config import ConfigError
 from node.model.checkpoint.info import SCALE_SUFFIX, is_matrix
 from node.model.checkpoint.progress import Progress, silent
-from node.model.cuda import ops
+from node.model.cuda import measured, ops, torch_ops
+from node.model.weights.plans import Plan, Way, choose_plan
 from tensor_codec.span_spec import QUANTIZE
 
 if TYPE_CHECKING:
     from node.model.parallel.shard import Shard
 
 log = logging.getLogger("raceme")
-
-Way = Literal["compiled", "int8pack", "dequantise"]
 
 CODES = 127  # the largest code: -128 is not used, so that a row and its negative have the same codes
 PIECE_VALUES = 1 << 22  # weights that are quantised at a time: 16 MiB of float32
@@ -82,56 +80,6 @@ def dequantize_rows(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
     return (codes.to(scale.dtype) * scale[..., None]).to(dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The way of a product, by its number of rows.
-
-    steps: (least number of rows, way) in ascending order, the first from 1.
-    """
-
-    steps: tuple[tuple[int, Way], ...]
-
-    def way(self, rows: int) -> Way:
-        """The way for this number of rows."""
-        chosen = self.steps[0][1]
-        for least, way in self.steps:
-            if rows < least:
-                break
-            chosen = way
-        return chosen
-
-
-def choose_plan(seconds: Mapping[Way, Mapping[int, float]]) -> Plan:
-    """The fastest way for every number of rows.
-
-    seconds: of each way at some numbers of rows, equal for all ways.  Between two numbers, time is assumed
-    to grow linearly; beyond the last number, its fastest way is kept.  A tie goes to the first way.
-    """
-    measured = sorted(next(iter(seconds.values())))
-
-    def fastest(rows: int) -> Way:
-        return min(seconds, key=lambda way: _between(seconds[way], measured, rows))
-
-    steps: list[tuple[int, Way]] = [(1, fastest(measured[0]))]
-    for low, high in pairwise(measured):
-        while steps[-1][1] != fastest(high):
-            before = steps[-1][1]
-            first = next(rows for rows in range(low, high + 1) if fastest(rows) != before)
-            steps.append((first, fastest(first)))
-            low = first
-    return Plan(tuple(steps))
-
-
-def _between(seconds: Mapping[int, float], measured: Sequence[int], rows: int) -> float:
-    """Seconds for `rows`, on the straight line between the measurements next to it."""
-    high = next(each for each in measured if each >= rows)
-    low = max((each for each in measured if each <= rows), default=high)
-    if low == high:
-        return seconds[high]
-    share = (rows - low) / (high - low)
-    return seconds[low] + share * (seconds[high] - seconds[low])
-
-
 class PackedLinear(nn.Module):
     """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16.
 
@@ -152,7 +100,8 @@ class PackedLinear(nn.Module):
         if (scale is not None) != (weight.dtype == torch.int8) or weight.dtype not in _PACKED:
             raise ValueError(f"int8 rows have scales and bfloat16 rows have none, not {weight.dtype}")
         self.out_features, self.in_features = weight.shape
-        self.plan = Plan(((1, "compiled" if kernels() else "dequantise"),))
+        self._is_here = True
+        self.plan = _first_plan(self._is_here)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("weight", None)
         self.register_buffer("scale", None)
@@ -170,7 +119,9 @@ class PackedLinear(nn.Module):
         """Put the kernels' arguments into plain attributes: a module's own cost 2 us each."""
         self._rows: Any = None  # Any: `Rows` of a module that is imported only when it is used
         self._pack_scale: Tensor | None = None
-        self._is_here = self.weight.device.type == "cpu"
+        is_here = self.weight.device.type == "cpu"
+        if is_here is not self._is_here:
+            self._is_here, self.plan = is_here, _first_plan(is_here)
         found = kernels()
         if found is not None and self.weight.device.type == "cpu":
             bias = None if self.bias is None else self.bias.detach().float()
@@ -197,15 +148,20 @@ class PackedLinear(nn.Module):
     def back(self, gradient: Tensor) -> Tensor:
         """The derivative of `forward`: gradient [..., out] -> [..., in], in its dtype.
 
-        Scales are applied to the gradient, and the codes are only cast.  A CPU with products of bfloat16
-        rounds the gradient to it, by at most 2^-9 of each value; int8 codes are exact in it.
+        On a CPU scales are applied to the gradient, and the codes are only cast.  A CPU with products of
+        bfloat16 rounds the gradient to it, by at most 2^-9 of each value; int8 codes are exact in it.
+        On a device the weights are written out, rounded: a gradient of float16 has no digits for scales.
         """
+        if not self._is_here:
+            return gradient @ self.dequantized(gradient.dtype)
         scaled = gradient if self.scale is None else gradient * self.scale
         dtype = torch.bfloat16 if self._rounds() else gradient.dtype
         return (scaled.to(dtype) @ self.weight.to(dtype)).to(gradient.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weights [out, in] as `dtype`."""
+        if self.scale is not None and not self._is_here:
+            return torch_ops.dequantised(self.weight, self.scale, dtype)
         return dequantize_rows(self.weight, self.scale, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -225,7 +181,9 @@ class PackedLinear(nn.Module):
         """`product` on a device."""
         if self.scale is None:
             return self._dequantise(x)
-        flat = ops.int8_linear(x.reshape(-1, self.in_features), self.weight, self.scale, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        way = cast(ops.Int8Way, self.plan.way(len(rows)))
+        flat = ops.int8_linear(rows, self.weight, self.scale, self.bias, way)
         return flat.view(*x.shape[:-1], self.out_features)
 
     def _compiled(self, x: Tensor) -> Tensor:
@@ -262,6 +220,13 @@ class PackedLinear(nn.Module):
         out = torch._weight_int8pack_mm(rows, self.weight, self._pack_scale)
         out = out if self.bias is None else out.add_(self.bias)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+def _first_plan(is_here: bool) -> Plan:
+    """Until the ways have been timed.  is_here: on the CPU."""
+    if not is_here:
+        return Plan(((1, "auto"),))
+    return Plan(((1, "compiled" if kernels() else "dequantise"),))
 
 
 class _Product(torch.autograd.Function):
@@ -448,6 +413,22 @@ def measured_plan(linear: PackedLinear, activations: torch.dtype) -> Plan:
         ways = ways_for(linear.weight.dtype, activations)
         _plans[key] = choose_plan({way: _timed(part, way, activations) for way in ways})
     return _plans[key]
+
+
+def plan_on_device(layers: Iterable[nn.Module], activations: torch.dtype) -> None:
+    """Time the ways of int8 layers on a device, and keep the fastest for each shape; nothing on a CPU.
+
+    layers: of a span, those that compute its steps.
+    """
+    alike: dict[tuple[int, ...], list[PackedLinear]] = {}
+    for layer in layers:
+        if isinstance(layer, PackedLinear) and layer.scale is not None and not layer._is_here:
+            alike.setdefault(tuple(layer.weight.shape), []).append(layer)
+    for same in alike.values():
+        weights = [(layer.weight, cast(Tensor, layer.scale)) for layer in same]
+        plan = measured.measured_plan(weights, activations)
+        for layer in same:
+            layer.plan = plan
 
 
 def _timed(linear: PackedLinear, way: Way, activations: torch.dtype) -> dict[int, float]:
@@ -748,6 +729,7 @@ def _llm_int8_linear(
 
     assert matrix.scale is not None
     outs, width = matrix.weight.shape
+    check_sums(matrix, bias)
     layer = Linear8bitLt(
         width, outs, bias=False, has_fp16_weights=False, threshold=LLM_INT8_THRESHOLD, device="meta"
     )
@@ -756,6 +738,25 @@ def _llm_int8_linear(
     layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=largest)
     layer.bias = bias
     return cast(nn.Module, layer)
+
+
+def check_sums(matrix: Matrix, bias: Tensor | None) -> None:
+    """Raise ConfigError for int8 weights whose sums bitsandbytes could not keep.
+
+    It keeps the sums of activations below the threshold in float16, and what is above is multiplied and
+    added in the activations' dtype.  The largest sum is that of activations at the threshold with the
+    weights' signs.
+    """
+    assert matrix.scale is not None
+    step = max(1, PIECE_VALUES // matrix.weight.shape[1])
+    sums = torch.cat([piece.short().abs().sum(1) for piece in torch.split(matrix.weight, step)])
+    largest = LLM_INT8_THRESHOLD * float((sums * matrix.scale.abs()).amax())
+    largest += 0.0 if bias is None else float(bias.detach().abs().amax())
+    if not largest <= torch.finfo(torch.float16).max:
+        raise ConfigError(
+            f"a sum of {LLM_INT8} may be {largest:.0f} here, and bitsandbytes keeps sums in float16, 65504"
+            " at most; --quantize int8 keeps them in float32"
+        )
 
 
 def _nf4_linear(

@@ -47,10 +47,14 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0) -> 
 
 
 def _by_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether flash attention takes these, [batch, heads, positions, dim], with grouped heads and causal."""
+    """Whether flash attention takes these, [batch, heads, positions, dim], with grouped heads and causal.
+
+    torch refuses it for `is_causal` and fewer queries than keys; `causal_lower_right` does not say it either.
+    """
     if q.device.type != "cuda":
         return False
-    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
+    square = q.shape[2] == k.shape[2]
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, square, True)
     return bool(torch.backends.cuda.can_use_flash_attention(parameters))
 
 
