@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,11 @@ from node.runtime.console import OutputText, harmless, prepare_streams, run_comm
 ROOT = Path(__file__).resolve().parent.parent
 SPANS = ((0, 10), (10, 20), (20, 30))  # SmolLM2-135M has 30 blocks
 SPARE = (10, 20)  # of a demo that stays up: the blocks of the server that people kill
+SPAN_OF = {**{f"demo-{number}": span for number, span in enumerate(SPANS, 1)}, "spare": SPARE}
 PAGE_PORT = 8000  # any free one where this is taken
 GATEWAY = "gateway"
 STATE = "demo.json"  # in the demo's folder: the nodes by name, for --kill
+KEPT_VARIABLES = ("RACEME_CACHE", "RACEME_TORCH")  # others would change the demo's nodes
 ONLINE_SECONDS = 120.0  # importing torch, reading ten blocks and measuring them take about 8 s on two cores
 STOP_SECONDS = 12.0  # a node finishes its steps in flight; this exceeds its own limit
 LOG_LINES = 20
@@ -251,37 +253,79 @@ def kill_node(wanted: str) -> int:
 
     wanted: a number, a name, or "" for one of the two nodes of the blocks in the middle: the one in use.
     """
-    demos = [path for path in Path(tempfile.gettempdir()).glob(f"raceme-demo-*/{STATE}") if is_ours(path)]
-    for state in sorted(demos, key=lambda path: path.stat().st_mtime, reverse=True):
-        facts = json.loads(state.read_text())
-        nodes: dict[str, int] = facts["nodes"]
-        running = {name: pid for name, pid in nodes.items() if is_node(pid, state.parent, name)}
-        if not running:
-            continue  # left by a demo that was itself killed
-        name = f"demo-{wanted}" if wanted.isdigit() else wanted or middle_in_use(facts["gateway"], running)
-        if name not in running:
-            console.print(f"demo: no node {escape(wanted or name)} runs; there are {', '.join(running)}")
+    for url, running in demos_that_run():
+        middle = [name for name in running if SPAN_OF.get(name) == SPARE]
+        if wanted:
+            name = f"demo-{wanted}" if wanted.isdigit() else wanted
+        elif middle:
+            name = middle_in_use(url, middle)
+        else:
+            found = ", ".join(running)
+            console.print(f"demo: {blocks_of(SPARE)} have no node any more that could be killed; {found} run")
             return 2
-        os.kill(running[name], signal.SIGKILL)
-        console.print(f"{name} is killed; the page shows it silent in a few seconds")
+        if name not in running:
+            console.print(f"demo: no node {escape(wanted)} runs; there are {', '.join(running)}")
+            return 2
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(running[name], signal.SIGKILL)
+        console.print(
+            f"{name} is killed; the page shows it silent in a few seconds{hole_after(name, running)}"
+        )
         return 0
-    console.print("demo: no demo runs; `make demo KEEP=1` starts one that stays up")
+    console.print(
+        "demo: no demo runs that stays up: start one with `make demo KEEP=1`, and wait for its address"
+    )
     return 2
 
 
-def middle_in_use(url: str, running: Mapping[str, int]) -> str:
-    """The node of the middle blocks through which an answer of the gateway runs; demo-2 without one."""
-    middle = [name for name in ("demo-2", "spare") if name in running]
-    with suppress(httpx.HTTPError, ValueError, KeyError):
+def demos_that_run() -> Iterator[tuple[str, dict[str, int]]]:
+    """The demos of this user, the newest first: the gateway's address, the ids of the nodes that run."""
+    states = []
+    for path in Path(tempfile.gettempdir()).glob(f"raceme-demo-*/{STATE}"):
+        with suppress(OSError):  # a demo that ends removes its folder
+            if is_ours(path):
+                states.append((path.stat().st_mtime, path))
+    for _, path in sorted(states, reverse=True):
+        try:
+            facts = json.loads(path.read_text())
+        except (OSError, ValueError):  # it ends now, or is half written
+            continue
+        nodes: dict[str, int] = facts["nodes"]
+        running = {name: pid for name, pid in nodes.items() if is_node(pid, path.parent, name)}
+        if running:  # else a demo that was itself killed has left it
+            yield facts["gateway"], running
+
+
+def hole_after(name: str, running: Iterable[str]) -> str:
+    """What to say of blocks that nobody serves after a node's end; empty where others serve them."""
+    span = SPAN_OF.get(name)
+    if span is None or any(SPAN_OF.get(other) == span for other in running if other != name):
+        return ""
+    return (
+        f". {blocks_of(span).capitalize()} have no server now: the page shows the command of a node for them"
+    )
+
+
+def blocks_of(span: tuple[int, int]) -> str:
+    """A span in words."""
+    return f"blocks {span[0]}:{span[1]}"
+
+
+def middle_in_use(url: str, middle: Sequence[str]) -> str:
+    """The node of the middle blocks through which an answer of the gateway runs; the first without any."""
+    with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
         for session in httpx.get(f"{url}/api/sessions", timeout=5).json()["sessions"]:
             for hop in session["hops"]:
                 if hop["name"] in middle:
                     return str(hop["name"])
-    return middle[0] if middle else "demo-2"
+    return middle[0]
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file and its folder belong to this user; others may write into a shared folder."""
+    """Whether a file and its folder belong to this user; others may write into a shared folder.
+
+    Raises OSError where they have gone.
+    """
     return all(each.lstat().st_uid == os.getuid() for each in (path, path.parent))
 
 
@@ -372,7 +416,7 @@ def start(children: list[Child], name: str, command: Sequence[str], log: Path | 
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**plain_environment(os.environ), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -384,6 +428,15 @@ def start(children: list[Child], name: str, command: Sequence[str], log: Path | 
             output.close()
     children.append(Child(name, process, log))
     return children[-1]
+
+
+def plain_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without settings of other nodes, which the demo's would take too."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("RACEME_") or name in KEPT_VARIABLES
+    }
 
 
 def end_with_parent() -> Callable[[], None] | None:

@@ -30,6 +30,8 @@ def value(flag):
 name = value("--name")
 wish = os.environ.get("WISH")
 pathlib.Path(name + ".pid").write_text(str(os.getpid()))
+ours = sorted(variable for variable in os.environ if variable.startswith("RACEME_"))
+pathlib.Path(name + ".variables").write_text(" ".join(ours))
 if wish == "deaf" and name == "demo-2":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
@@ -121,12 +123,18 @@ def demo(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Demo]:
         (tmp_path / package / "__main__.py").write_text(program)
     wish, *flags = request.param.split()
     environment = {**os.environ, "WISH": wish, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "RACEME_PEERS": "/ip4/10.0.0.5/tcp/1",
+        "RACEME_BLOCKS": "0:1",
+        "RACEME_CACHE": str(tmp_path),
+    }
     command = [sys.executable, "-u", "scripts/demo.py", *flags]
     with running(command, cwd=tmp_path, stderr=subprocess.STDOUT, environment=environment) as process:
         yield Demo(tmp_path, process)
 
 
 pytestmark = pytest.mark.process
+NO_DEMO = "demo: no demo runs that stays up: start one with `make demo KEEP=1`, and wait for its address\n"
 
 
 @pytest.mark.parametrize("demo", ["none"], indirect=True)
@@ -188,17 +196,22 @@ def test_a_kept_swarm_stays_until_ctrl_c_and_has_a_page(demo: Demo):
 def test_a_node_of_a_kept_swarm_can_be_killed_by_its_number_or_because_it_is_in_use(demo: Demo):
     demo.read_until("open http://127.0.0.1:")
     assert demo.kill("9") == (2, "demo: no node 9 runs; there are demo-1, demo-2, demo-3, spare\n")
-    for word, name in (("", "spare"), ("2", "demo-2")):
+    hole = ". Blocks 10:20 have no server now: the page shows the command of a node for them"
+    for word, name, after in (("", "spare", ""), ("2", "demo-2", hole)):
         pid = int((demo.folder / f"{name}.pid").read_text())
         code, said = demo.kill(word)
         assert code == 0
-        assert said.startswith(f"{name} is killed")
+        assert said == f"{name} is killed; the page shows it silent in a few seconds{after}\n"
         demo.read_until(f"{name} ended (exit code -9)")
         assert not psutil.pid_exists(pid)
-    assert demo.kill("")[0] == demo.kill("spare")[0] == 2
+    none_left = "demo: blocks 10:20 have no node any more that could be killed; demo-1, demo-3 run\n"
+    assert demo.kill("") == (2, none_left)
+    assert demo.kill("spare") == (2, "demo: no node spare runs; there are demo-1, demo-3\n")
+    assert demo.kill("gateway") == (2, "demo: no node gateway runs; there are demo-1, demo-3\n")
     assert demo.kill("2")[1] == "demo: no node 2 runs; there are demo-1, demo-3\n"
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(10) == 0
+    assert demo.kill("") == (2, NO_DEMO)
 
 
 @pytest.mark.parametrize("demo", ["none --keep"], indirect=True)
@@ -208,7 +221,26 @@ def test_nothing_is_killed_where_no_demo_runs(demo: Demo):
     demo.process.wait(10)
     assert demo.everything_ended(5)
     assert demo.temporary_folders()  # what a killed demo leaves
-    assert demo.kill("2") == (2, "demo: no demo runs; `make demo KEEP=1` starts one that stays up\n")
+    assert demo.kill("2") == (2, NO_DEMO)
+    [folder] = demo.temporary_folders()
+    (folder / "demo.json").write_text('{"nodes": {"de')
+    assert demo.kill("2") == (2, NO_DEMO)
+
+
+@pytest.mark.parametrize("demo", ["endless"], indirect=True)
+def test_nothing_is_killed_of_a_demo_that_has_not_said_its_address(demo: Demo):
+    demo.read_until("a garden")
+    assert demo.kill("") == (2, NO_DEMO)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(10) == 130
+
+
+@pytest.mark.parametrize("demo", ["none"], indirect=True)
+def test_settings_of_other_nodes_do_not_reach_the_demo_s(demo: Demo):
+    demo.read_until("make demo KEEP=1")
+    assert demo.process.wait(10) == 0
+    [variables] = {path.read_text() for path in demo.folder.glob("*.variables")}
+    assert variables == "RACEME_CACHE"
 
 
 @pytest.mark.parametrize("demo", ["broken"], indirect=True)

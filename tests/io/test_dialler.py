@@ -243,6 +243,25 @@ async def test_a_name_that_resolves_to_an_inner_address_is_not_dialled(
     assert wire.dials == []
 
 
+async def test_a_configured_name_that_resolves_to_a_private_address_is_dialled_and_its_network_with_it(
+    autojump_clock: trio.testing.MockClock, wire: Wire, monkeypatch: pytest.MonkeyPatch
+):
+    """A client, which listens nowhere, with the name of a node of its own network: so does a compose file."""
+
+    async def resolve(_: Address) -> list[Address]:
+        await trio.lowlevel.checkpoint()
+        return [parse_address("/ip4/172.18.0.2/tcp/31330")]
+
+    monkeypatch.setattr(module, "resolve", resolve)
+    wire.answering |= {"172.18.0.2", "172.18.0.3"}
+    dialler = dialler_of()
+    dialler.networks.set_own([], listens=False)
+    dialler.networks.configure([parse_address("/dns4/bootstrap/tcp/31330")])
+    assert "a peer's 172.16.0.0/12" in str(await dial(dialler, peer(2), "/dns4/stranger/tcp/31330"))
+    assert not isinstance(await dial(dialler, peer(1), "/dns4/bootstrap/tcp/31330"), str)
+    assert not isinstance(await dial(dialler, peer(2), "/ip4/172.18.0.3/tcp/31330"), str)
+
+
 async def test_of_a_successor_two_addresses_are_dialled_those_reached_before_first(
     autojump_clock: trio.testing.MockClock, wire: Wire
 ):

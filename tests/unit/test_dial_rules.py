@@ -80,6 +80,24 @@ def test_a_host_that_only_dials_for_its_program_dials_everything():
     assert not refused([], LOOPBACK)
 
 
+def test_what_a_configured_name_resolves_to_is_configured_and_its_block_with_it():
+    """A client that listens nowhere: a gateway in the network of a compose file."""
+    networks, name = OwnNetworks(), parse_address("/dns4/bootstrap/tcp/1")
+    networks.set_own([], listens=False)
+    networks.configure([name])
+    lan, neighbour = parse_address(LAN), parse_address("/ip4/192.168.9.9/tcp/7")
+    assert networks.why_not(lan) is not None
+    networks.resolved(parse_address("/dns4/a-stranger-s/tcp/1"), [lan])
+    assert networks.why_not(lan) is not None
+    networks.resolved(name, [lan])
+    assert networks.is_configured(lan)
+    assert networks.why_not(lan) is networks.why_not(neighbour) is None
+    assert networks.why_not(parse_address("/ip4/10.0.0.1/tcp/1")) is not None
+    networks.resolved(name, [parse_address(PUBLIC)])
+    assert not networks.is_configured(lan)
+    assert networks.why_not(neighbour) is not None
+
+
 def test_a_name_is_judged_by_what_it_resolves_to():
     assert not refused(["8.8.4.4"], "/dns4/localhost/tcp/1")
 

@@ -15,7 +15,7 @@ from node.network.addresses import Address, dial_order, parse_address
 from node.network.connection_table import ConnectionTable
 from node.network.dialling.backoff import Backoff, DialPaused
 from node.network.dialling.networks import OwnNetworks
-from node.network.dialling.race import Race, open_tcp, resolve
+from node.network.dialling.race import MAX_ANSWERS, Race, open_tcp, resolve
 from node.network.prefixes import address_prefix, is_local
 from node.network.transport.connection import Connection
 from node.network.transport.link import SocketLink
@@ -182,7 +182,13 @@ class Dialler:
     ) -> Race[SecureChannel]:
         """earlier: failures of the other addresses; None: this is the first dial to any of them."""
         attempt = partial(self._attempt, peer, earlier is None)
-        return Race(attempt, resolve, lambda late: late.link.close(), earlier or [], silent)
+        return Race(attempt, self._resolve, lambda late: late.link.close(), earlier or [], silent)
+
+    async def _resolve(self, name: Address) -> list[Address]:
+        """As `resolve`, MAX_ANSWERS at most.  Raises PeerGone."""
+        found = (await resolve(name))[:MAX_ANSWERS]
+        self.networks.resolved(name, found)
+        return found
 
     async def _attempt(self, peer: PeerId, first: bool, address: Address) -> SecureChannel:
         """One dial to an IP address.  Raises PeerFault; PeerGone where the rules forbid it.

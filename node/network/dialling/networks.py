@@ -45,6 +45,7 @@ class OwnNetworks:
     _listens: bool = False
     _own: frozenset[str] = frozenset()
     _configured: set[Address] = field(default_factory=set)
+    _resolved: dict[Address, frozenset[Address]] = field(default_factory=dict)  # of configured names
 
     def set_own(self, hosts: Iterable[str], *, listens: bool) -> None:
         """The IP addresses of this node."""
@@ -54,9 +55,14 @@ class OwnNetworks:
         """The operator has named these addresses."""
         self._configured.update(addresses)
 
+    def resolved(self, name: Address, found: Iterable[Address]) -> None:
+        """The present IP addresses of a name: a configured name's are configured until it has others."""
+        if name in self._configured:
+            self._resolved[name] = frozenset(found)
+
     def is_configured(self, address: Address) -> bool:
-        """Whether the operator has named this address."""
-        return address in self._configured
+        """Whether the operator has named this address, or a name that resolves to it."""
+        return address in self._configured or any(address in found for found in self._resolved.values())
 
     def why_not(self, address: Address, connected_from: Iterable[str] = ()) -> str | None:
         """The reason not to dial this address; None to dial it.  Names count once they are resolved.
@@ -65,9 +71,10 @@ class OwnNetworks:
         """
         if address.kind not in ("ip4", "ip6") or not (self._listens or self._configured):
             return None
-        if address in self._configured or (block := block_of(address.host)) == PUBLIC:
+        if self.is_configured(address) or (block := block_of(address.host)) == PUBLIC:
             return None if reach_of(address.host) is not None else "names no single host"
-        named = {block_of(each.host) for each in self._configured if each.kind in ("ip4", "ip6")}
+        addresses = self._configured.union(*self._resolved.values())
+        named = {block_of(each.host) for each in addresses if each.kind in ("ip4", "ip6")}
         if block in self._own or block in named or block in set(map(block_of, connected_from)):
             return None
         return f"a peer's {block} address, and this node is not there"
