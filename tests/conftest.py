@@ -6,7 +6,8 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes
 
@@ -20,8 +21,9 @@ from hypothesis import Phase, settings
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.source import cache_dir, resolve
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
-from tests.processes import ROOT, children, end
+from tests.processes import ROOT, children, end, python
 
+gc.disable()  # until all is collected: of the million objects that imports and tests make, most stay
 for _name in [name for name in os.environ if name.startswith("RACEME_") and name != "RACEME_CACHE"]:
     del os.environ[_name]  # flags of a developer's own swarm
 
@@ -42,16 +44,41 @@ settings.load_profile("raceme")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before the workers start, one process compiles the kernels that all of them and their nodes use."""
+    """Before the workers start, one process compiles the kernels that all of them and their nodes use.
+
+    In a new clone another one compiles the tests meanwhile, which else each worker would do by itself.
+    """
     config = session.config
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        command = [sys.executable, "-m", "node.model.weights.precompile"]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=PRECOMPILE_SECONDS)
+    if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        return
+    modules: list[tuple[str, ...]] = [("node.model.weights.precompile",)]
+    if not (sys.dont_write_bytecode or any(Path(__file__).parent.glob("unit/__pycache__/*-pytest-*"))):
+        modules.append(("pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"))
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(subprocess.Popen(python(*words), cwd=ROOT, stdout=subprocess.DEVNULL))
+            for words in modules
+        ]
+        for process in started:
+            stack.callback(process.kill)
+        codes = [process.wait(COMPILE_SECONDS) for process in started]
+    if codes[0]:  # a test that cannot be collected is told by the workers
+        raise subprocess.CalledProcessError(codes[0], python(*modules[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What was imported and collected stays: no later collection of garbage visits it."""
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any: pytest-xdist's own types
-    """Each file goes to the next free worker, in the order of `ORDER`; tests/fault is as two files.
+    """Each file goes to the next free worker, in the order of `ORDER`; tests/fault is as two equal files.
 
     A file stays together: the models that its fixtures write are written once.
     """
@@ -60,14 +87,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any:
     class ProcessesInTwoWorkers(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "processes" if file.startswith("tests/fault/") and file != ALONE else file
+            if file.startswith("tests/fault/"):
+                return f"processes {Path(file).stem in HALF}"
+            return file
 
     config.option.loadscopereorder = False  # newer versions would begin with the files of many tests
     return ProcessesInTwoWorkers(config, log)
 
 
-PRECOMPILE_SECONDS = 300.0  # half a minute on two idle cores
-ALONE = "tests/fault/test_recovery.py"  # takes about as long as the others of its folder together
+COMPILE_SECONDS = 300.0  # half a minute on two idle cores
+# Half of the time of tests/fault.
+HALF = {"test_recovery", "test_gateway_disconnects", "test_gateway_process", "test_adapter_steps"}
 ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/")
 
 

@@ -1,8 +1,8 @@
 """Processes of `python -m node` that have not to import torch first: a test starts many of them.
 
 They are forked from a process that has imported the libraries and done nothing else.  From then on they are
-as any other: signals, exit codes, output.  Only a server measures its speed at the start within a tenth of a
-second.  A test of the start itself uses `subprocess`.
+as any other: signals, exit codes, output.  Only a server measures its speed at the start within 20
+milliseconds.  A test of the start itself uses `subprocess`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.processes import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
-MEASURE_SECONDS = 0.1
+MEASURE_SECONDS = 0.02
 
 
 class Forked:

@@ -85,7 +85,7 @@ def nodes_of(model: Path, spans: Sequence[tuple[int, int]], **settings: Any) -> 
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("RACEME_CACHE", cache)
-        patch.setattr("node.serving.served_span.rates_at_start", partial(rates_at_start, seconds=0.1))
+        patch.setattr("node.serving.served_span.rates_at_start", partial(rates_at_start, seconds=0.02))
         patch.setattr("client.session.repair.watchdog.MIN_HOP_SECONDS", 20.0)  # for a busy machine
         with open_sync(cast(Any, None), opened) as swarm:
             yield Nodes(swarm, scopes, addresses, ids)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +254,29 @@ def tiny_model(variant: str) -> Any:
 
 def save_tiny(variant: str, path: Path, max_shard_size: str = "40KB") -> Any:
     """Write a tiny model as a sharded checkpoint; the model as the library opens it again."""
+    import torch
+
+    files, opened = _saved(variant, max_shard_size, repr(TINY[variant]))
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    torch.manual_seed(sum(map(ord, variant)))  # whether it was made just now or before
+    model = copy.deepcopy(opened)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
+
+
+@cache
+def _saved(variant: str, max_shard_size: str, settings: str) -> tuple[dict[str, bytes], Any]:
+    """The files of a tiny model, and what the library makes of them: once in a process, for all its tests.
+
+    settings: of the variant in `TINY`, which a test may have changed.
+    """
     model = tiny_model(variant)
-    model.save_pretrained(path, max_shard_size=max_shard_size)
-    return type(model).from_pretrained(path)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        return files, type(model).from_pretrained(folder)
 
 
 # Small enough to convert at once; the names of the tensors are those of the real file.

@@ -32,6 +32,11 @@ LINGER = struct.pack("ii", 1, 0)  # a close that resets the connection
 WITHOUT_END = {"logit_bias": {"1": -100, "2": -100}, "temperature": 0, "max_tokens": MOST_TOKENS}
 
 
+def scraped(url: str, name: str) -> float:
+    """A number of a scrape.  Certificates, which http:// has none of, would be read anew for each scrape."""
+    return value(httpx.get(f"{url}/metrics", verify=False).text, name)
+
+
 @dataclass(slots=True)
 class Nodes:
     """The scrapes of a swarm's nodes."""
@@ -45,7 +50,7 @@ class Nodes:
         self.swarm.start(str(model), "--blocks", blocks, *scrape).wait_online()
 
     def sum_of(self, name: str) -> float:
-        return sum(value(httpx.get(f"http://127.0.0.1:{port}/metrics").text, name) for port in self.ports)
+        return sum(scraped(f"http://127.0.0.1:{port}", name) for port in self.ports)
 
     @property
     def computed(self) -> float:
@@ -117,7 +122,7 @@ def until(what: str, found: Any) -> None:
 
 
 def gauge(process: GatewayProcess, name: str) -> float:
-    return value(httpx.get(f"{process.url}/metrics").text, name)
+    return scraped(process.url, name)
 
 
 def check_idle(process: GatewayProcess, nodes: Nodes) -> None:

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.process
 # Relative to the largest value.  Requests have other numbers of rows than the batch here, so their
 # products may be summed in another order.
 TOLERANCE = 5e-6
+GENEROUS_SECONDS = 60.0
+COMPUTES_SECONDS = 0.1  # of CPU: a server that does nothing takes a tenth of that in a minute
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -73,13 +75,16 @@ async def test_a_gradient_over_two_servers_is_that_of_one_process_also_when_one_
                 assert error(torch.cat([first, rest], 1), prompted) <= 10 * TOLERANCE
 
             victim, answers = nodes[2], []
+            idle = victim.cpu_seconds()
 
             async def step() -> None:
                 answers.append(cast(torch.Tensor, await handle.backward(hidden, grad)))
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(step)
-                await trio.sleep(0.3)
+                with trio.fail_after(GENEROUS_SECONDS):
+                    while victim.cpu_seconds() < idle + COMPUTES_SECONDS:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
                 assert not answers
                 victim.kill()
             assert error(answers[0], gradient) <= TOLERANCE

@@ -69,8 +69,7 @@ class Directory:
 
     def watch(self, rng: random.Random) -> None:
         """Ping the servers in the view, if the time has come; two failures in a row make one silent."""
-        now = trio.current_time()
-        if not self.watches or now < self._pings_at:
+        if not self.watches or (now := self.network.now()) < self._pings_at:
             return
         self._pings_at = now + WATCH_SECONDS * rng.uniform(0.8, 1.2)
         for record in self.live.view().records():
@@ -156,7 +155,7 @@ class Gossip:
         """A participant comes, or comes back; one server that can be reached sends its view."""
         now = trio.current_time()
         me = self.directories[peer]
-        others = [each for each in self._servers if each != peer and self._passes(each, peer)]
+        others = [each for each in self._servers if each != peer and self._network.passes(each, peer)]
         if not others:
             return
         view = self.directories[self._rng.choice(others)].view()
@@ -169,10 +168,13 @@ class Gossip:
         """Deliver the records that are due."""
         while True:
             await trio.sleep(TICK_SECONDS)
+            now = self._network.now()
             for peer, directory in self.directories.items():
                 if self._network.participants[peer].alive:
-                    self._deliver(directory)
-                    directory.view()
+                    if directory.due and directory.due[0][0] <= now:
+                        self._deliver(directory)
+                    if directory.last_view.next_expiry <= now:
+                        directory.view()
                     directory.watch(self._rng)
                     if self._rng.random() < TICK_SECONDS / AGAIN_SECONDS:
                         self._heal(peer)
@@ -185,21 +187,12 @@ class Gossip:
         now, arrivals = trio.current_time(), []
         while directory.due and directory.due[0][0] <= now:
             _, number, said, record = heapq.heappop(directory.due)
-            if record.peer == directory.me or self._passes(record.peer, directory.me):
+            if record.peer == directory.me or self._network.passes(record.peer, directory.me):
                 arrivals.append(Arrival(record, b"", now - said))
             else:
                 heapq.heappush(directory.due, (now + AGAIN_SECONDS, number, said, record))
         if arrivals:
             directory.take_in(arrivals)
-
-    def _passes(self, one: PeerId, other: PeerId) -> bool:
-        network, now = self._network, trio.current_time()
-        return (
-            network.participants[one].alive
-            and network.participants[other].alive
-            and network.silent_until(one, other) <= now
-            and max(network.frozen_until(one), network.frozen_until(other)) <= now
-        )
 
 
 def numbered(record: Record, last_seq: int, wall: float) -> Record:

@@ -23,10 +23,12 @@ def open_pool(jobs: int) -> ProcessPoolExecutor:
 
 def run_many(seeds: Sequence[int], pool: ProcessPoolExecutor) -> Iterator[Outcome]:
     """The outcomes, in the order of the seeds."""
-    return pool.map(_run_one, seeds)
+    return pool.map(run_in_time, seeds)
 
 
-def _run_one(seed: int) -> Outcome:
+def run_in_time(seed: int) -> Outcome:
+    """The outcome of one seed, in the main thread.  Raises TimeoutError after SEED_SECONDS."""
+
     def too_long(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"a busy loop, or {SEED_SECONDS:g} s were not enough")
 

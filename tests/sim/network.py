@@ -100,7 +100,7 @@ class End:
     closed: bool = False
     ended: bool = False
     gone_at: float = math.inf  # the other side has let go of the stream, and we hear of it
-    _changed: trio.Event = field(default_factory=trio.Event)
+    _changed: trio.Event | None = None  # while a task waits here
     other: End = field(init=False)
 
     @property
@@ -111,8 +111,20 @@ class End:
 
     def wake(self) -> None:
         """The tasks that wait here look again."""
-        self._changed.set()
-        self._changed = trio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _wait_until(self, at: float) -> None:
+        """Return when something has changed here, or at that time."""
+        if self._changed is None:
+            self._changed = trio.Event()
+        changed = self._changed
+        if at == math.inf:
+            await changed.wait()
+        else:
+            with trio.move_on_at(at):
+                await changed.wait()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes; b"" at the end.  Raises BrokenResourceError, ClosedResourceError."""
@@ -122,15 +134,13 @@ class End:
                 raise trio.ClosedResourceError("closed on this side")
             if self.ended:
                 return b""
-            now, ready = trio.current_time(), self._ready()
+            now, ready = self.network.now(), self._ready()
             if ready <= now:
                 return self._take()
             broken = self.broken_at
             if broken <= now:
                 raise trio.BrokenResourceError("the connection broke")
-            changed = self._changed
-            with trio.move_on_at(min(ready, broken)):
-                await changed.wait()
+            await self._wait_until(min(ready, broken))
 
     def _ready(self) -> float:
         """When the first that is under way is here, as far as is known now."""
@@ -146,7 +156,7 @@ class End:
     def _take(self) -> bytes:
         data = self.inbox.popleft()[1]
         if data is None:
-            self.gone_at = trio.current_time()
+            self.gone_at = self.network.now()
             raise trio.BrokenResourceError("the peer reset the stream")
         self.unread -= len(data)
         self.ended = not data
@@ -155,7 +165,7 @@ class End:
 
     def send_now(self, data: bytes) -> bool:
         """Send if there is room."""
-        if self.closed or self.broken_at <= trio.current_time() or self._is_full():
+        if self.closed or self.broken_at <= self.network.now() or self._is_full():
             return False
         self._post(data)
         return True
@@ -166,13 +176,11 @@ class End:
         while True:
             if self.closed:
                 raise trio.ClosedResourceError("closed on this side")
-            if self.broken_at <= trio.current_time():
+            if self.broken_at <= self.network.now():
                 raise trio.BrokenResourceError("the connection broke")
             if not self._is_full():
                 return self._post(data)
-            changed = self._changed
-            with trio.move_on_at(self.broken_at):
-                await changed.wait()
+            await self._wait_until(self.broken_at)
 
     def _is_full(self) -> bool:
         return self.other.unread >= self.network.window
@@ -206,7 +214,7 @@ class End:
             self._let_go()
 
     def _post(self, data: bytes | None) -> None:
-        if self.broken_at <= trio.current_time():
+        if self.broken_at <= self.network.now():
             return  # it reaches no end
         size = len(data or b"")
         at = self.network.arrival(self.connection, self.me, self.peer, size)
@@ -222,10 +230,14 @@ class End:
 
 
 class Network:
-    """All ways and connections.  trace: a checksum over everything that was ever sent, and when."""
+    """All ways and connections.  trace: a checksum over everything that was ever sent, and when.
+
+    now: the time of the run, asked for at every step.
+    """
 
     def __init__(self, plan: Plan, limits: Limits, rng: random.Random) -> None:
         self.limits = limits
+        self.now = trio.lowlevel.current_clock().current_time
         self.window = plan.window
         self.participants: dict[PeerId, Participant] = {}
         self.connections: dict[frozenset[PeerId], Connection] = {}
@@ -262,13 +274,24 @@ class Network:
         """Until when one hears no answer of the other: TCP needs both ways."""
         return max(self.silent_until(one, other), self.silent_until(other, one))
 
+    def passes(self, one: PeerId, other: PeerId) -> bool:
+        """Whether both are there, and the other hears now what the one says."""
+        now, people, frozen = self.now(), self.participants, self._frozen
+        return (
+            people[one].alive
+            and people[other].alive
+            and frozen.get(one, now) <= now
+            and frozen.get(other, now) <= now
+            and self.silent_until(one, other) <= now
+        )
+
     def freeze(self, name: PeerId, seconds: float) -> None:
         """Stop a process, as SIGSTOP does; its kernel goes on."""
-        self._frozen[name] = max(self.frozen_until(name), trio.current_time() + seconds)
+        self._frozen[name] = max(self.frozen_until(name), self.now() + seconds)
 
     def silence(self, one: PeerId, other: PeerId, seconds: float) -> None:
         """Let nothing through this way for a while."""
-        now = trio.current_time()
+        now = self.now()
         way = self.way(one, other)
         way.silent_until = max(way.silent_until, now + seconds)
         if seconds > KEEPALIVE_SECONDS and (connection := self._connection(one, other)):
@@ -278,12 +301,12 @@ class Network:
     def cut(self, one: PeerId, other: PeerId) -> None:
         """Reset the connection between two, if there is one."""
         if connection := self._connection(one, other):
-            connection.break_at(one, trio.current_time())
-            connection.break_at(other, trio.current_time())
+            connection.break_at(one, self.now())
+            connection.break_at(other, self.now())
 
     def gone(self, name: PeerId, *, vanished: bool) -> None:
         """A process has ended; its kernel tells the others, or has vanished with it."""
-        now = trio.current_time()
+        now = self.now()
         for pair, connection in list(self.connections.items()):
             if name in pair:
                 if vanished:
@@ -297,7 +320,7 @@ class Network:
 
     def arrival(self, connection: Connection, one: PeerId, other: PeerId, size: int) -> float:
         """When bytes that are sent now will be there, if nothing happens."""
-        now, way, rng = trio.current_time(), self.way(one, other), self._rng
+        now, way, rng = self.now(), self.way(one, other), self._rng
         begun = max(now, way.free_at, self.frozen_until(one))
         way.free_at = begun + size / self._plan.bytes_per_second
         at = way.free_at + way.delay + rng.random() * self._plan.jitter
@@ -312,7 +335,7 @@ class Network:
     def note(self, *what: object) -> None:
         """Count something that happened in the trace."""
         self.frames += 1
-        self.trace = zlib.crc32(repr((trio.current_time(), *what)).encode(), self.trace)
+        self.trace = zlib.crc32(repr((self.now(), *what)).encode(), self.trace)
 
     async def open_stream(self, me: PeerId, to: PeerId, protocol: str, seconds: float) -> FramedStream:
         """Dial, or use the connection that there is.  Raises PeerGone, SlowPeer."""
@@ -324,16 +347,16 @@ class Network:
 
     def _connection(self, me: PeerId, to: PeerId) -> Connection | None:
         connection = self.connections.get(frozenset((me, to)))
-        return connection if connection and trio.current_time() < connection.broken[me] else None
+        return connection if connection and self.now() < connection.broken[me] else None
 
     async def _dial(self, me: PeerId, to: PeerId) -> Connection:
         way = self.way(me, to)
         await trio.sleep(2 * way.delay)
-        if trio.current_time() < way.unreachable_until:
+        if self.now() < way.unreachable_until:
             raise PeerGone(f"{to} cannot be reached: no route")
         while (  # noqa: ASYNC110  it may be blocked for longer meanwhile
             blocked := max(self.mute_until(me, to), self.frozen_until(to))
-        ) > trio.current_time():
+        ) > self.now():
             await trio.sleep_until(blocked)
         if not self._is_up(to):
             raise PeerGone(f"{to} cannot be reached: connection refused")
@@ -342,7 +365,7 @@ class Network:
         if connection is None:
             connection = self.connections[frozenset((me, to))] = Connection(self, me, to)
             if not self._is_up(to):
-                connection.break_at(to, trio.current_time())
+                connection.break_at(to, self.now())
         return connection
 
     def _is_up(self, name: PeerId) -> bool:
@@ -365,8 +388,8 @@ class Network:
 
     async def until_here(self, end: End) -> None:
         """Wait until the first packet of a stream that comes in is here."""
-        at = trio.current_time() + self.way(end.peer, end.me).delay
-        while trio.current_time() < at:
+        at = self.now() + self.way(end.peer, end.me).delay
+        while self.now() < at:
             await trio.sleep_until(at)
             at = max(at, self.silent_until(end.peer, end.me), self.frozen_until(end.me))
             if at == math.inf:
