@@ -4,7 +4,8 @@
 
 Three nodes, a copy of the middle one, a gateway and a client in Python, all processes of this machine.
 Rounds of the two alternate with equal prompts, which are new each time, so that no cache helps; the one
-that goes first is the other one each time.  All figures are medians but for cancelled_after_s, the longest.
+that goes first is the other one each time, and each begins when the servers have forgotten the other's
+steps.  All figures are medians but for cancelled_after_s, the longest.
 
     share_of_direct_1, _16   tokens per second through the gateway, as a share of `swarm.generate`'s
     ttft_extra_ms            time to the first token, beyond that of `swarm.generate`; median of pairs
@@ -47,6 +48,7 @@ from benchmarks.lib.processes import (
 from benchmarks.lib.results import Run
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
+from node.serving.executor.batcher import BatchPolicy
 
 TEXT = (
     "Once upon a time there was a small village at the foot of a mountain, where an old clockmaker lived with"
@@ -63,6 +65,7 @@ QUESTIONS = (
 BEGAN = time.monotonic()
 READY_SECONDS = 120.0
 WARM_TOKENS = 16
+APART_SECONDS = BatchPolicy().recently_active_seconds + 0.2  # between two peers' requests
 WATCH_SECONDS = 2.0  # after a cancel
 KILL_AFTER = 24  # tokens of a generation, texts of a stream
 
@@ -122,12 +125,19 @@ class Setting:
         return ids
 
     async def pair(self, direct: Callable[[], Awaitable[D]], ours: Callable[[], Awaitable[G]]) -> tuple[D, G]:
-        """Both, one after the other, in the other order than the last time."""
+        """Both, one after the other, in the other order than the last time.
+
+        The servers share their compute between peers that were active a moment ago: the second one would have
+        its prompt computed in small parts, next to steps that do not come any more.
+        """
         self.direct_first = not self.direct_first
+        await asyncio.sleep(APART_SECONDS)
         if self.direct_first:
             found = await direct()
+            await asyncio.sleep(APART_SECONDS)
             return found, await ours()
         other = await ours()
+        await asyncio.sleep(APART_SECONDS)
         return await direct(), other
 
     def kill(self, peer: str) -> None:
@@ -209,7 +219,7 @@ async def measure(setting: Setting, flags: argparse.Namespace) -> dict[str, Any]
         pairs = [await rates(setting, clients, tokens) for _ in progress(rounds, f"{clients} at a time")]
         result[f"direct_tokens_per_s_{clients}"] = statistics.median(direct for direct, _ in pairs)
         result[f"share_of_direct_{clients}"] = statistics.median(ours / direct for direct, ours in pairs)
-    firsts = [await first_tokens(setting) for _ in progress(4 * flags.rounds, "first tokens")]
+    firsts = [await first_tokens(setting) for _ in progress(2 * flags.rounds, "first tokens")]
     result["ttft_direct_ms"] = statistics.median(direct for direct, _ in firsts) * 1e3
     result["ttft_extra_ms"] = extra(firsts) * 1e3
     result["cancelled_after_s"] = max([await cancelled_after(setting) for _ in progress(few, "cancels")])

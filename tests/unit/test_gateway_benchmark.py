@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import trio
 
 from benchmarks.gateway import gateway
 from benchmarks.gateway.gateway import KILL_AFTER, Setting, direct_kill, extra, longest_pause
 from benchmarks.lib.processes import LocalSwarm, NodeProcess, Worker
+from node.serving.executor.batcher import BatchPolicy
 
 
 class Direct:
@@ -51,19 +53,25 @@ def setting_of(direct: Direct | None = None, **nodes: Node) -> Setting:
     return made
 
 
-def test_the_side_that_goes_first_is_the_other_one_each_time():
-    setting, order = setting_of(), []
+def test_the_side_that_goes_first_is_the_other_one_each_time_after_a_pause(monkeypatch: pytest.MonkeyPatch):
+    setting, order = setting_of(), list[str]()
 
     async def side(name: str) -> str:
         order.append(name)
         return name
 
+    async def pause(seconds: float) -> None:
+        assert seconds > BatchPolicy().recently_active_seconds
+        order.append("pause")
+
     async def pairs() -> None:
         for _ in range(4):
             assert await setting.pair(lambda: side("direct"), lambda: side("ours")) == ("direct", "ours")
 
-    trio.run(pairs)
-    assert order == ["ours", "direct", "direct", "ours"] * 2
+    monkeypatch.setattr(gateway, "asyncio", SimpleNamespace(sleep=pause))
+    asyncio.run(pairs())
+    sides = ["ours", "direct", "direct", "ours"] * 2
+    assert order == [each for name in sides for each in ("pause", name)]
 
 
 def test_the_client_in_python_loses_the_middle_of_its_chain_and_its_pause_is_the_longest_afterwards(
