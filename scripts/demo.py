@@ -260,8 +260,8 @@ def kill_node(wanted: str) -> int:
         elif middle:
             name = middle_in_use(url, middle)
         else:
-            found = ", ".join(running)
-            console.print(f"demo: {blocks_of(SPARE)} have no node any more that could be killed; {found} run")
+            left = ", ".join(running)
+            console.print(f"demo: no node of {blocks_of(SPARE)} is left to be killed; there are {left}")
             return 2
         if name not in running:
             console.print(f"demo: no node {escape(wanted)} runs; there are {', '.join(running)}")
@@ -297,12 +297,13 @@ def demos_that_run() -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def hole_after(name: str, running: Iterable[str]) -> str:
-    """What to say of blocks that nobody serves after a node's end; empty where others serve them."""
+    """What to say of blocks that no node of the demo serves after a node's end; empty where one does."""
     span = SPAN_OF.get(name)
     if span is None or any(SPAN_OF.get(other) == span for other in running if other != name):
         return ""
     return (
-        f". {blocks_of(span).capitalize()} have no server now: the page shows the command of a node for them"
+        f". No other node of the demo has {blocks_of(span)}: where nobody else has, the page shows the command"
+        " of one"
     )
 
 

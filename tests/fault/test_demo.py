@@ -196,7 +196,7 @@ def test_a_kept_swarm_stays_until_ctrl_c_and_has_a_page(demo: Demo):
 def test_a_node_of_a_kept_swarm_can_be_killed_by_its_number_or_because_it_is_in_use(demo: Demo):
     demo.read_until("open http://127.0.0.1:")
     assert demo.kill("9") == (2, "demo: no node 9 runs; there are demo-1, demo-2, demo-3, spare\n")
-    hole = ". Blocks 10:20 have no server now: the page shows the command of a node for them"
+    hole = ". No other node of the demo has blocks 10:20: where nobody else has, the page shows the command of one"
     for word, name, after in (("", "spare", ""), ("2", "demo-2", hole)):
         pid = int((demo.folder / f"{name}.pid").read_text())
         code, said = demo.kill(word)
@@ -204,7 +204,7 @@ def test_a_node_of_a_kept_swarm_can_be_killed_by_its_number_or_because_it_is_in_
         assert said == f"{name} is killed; the page shows it silent in a few seconds{after}\n"
         demo.read_until(f"{name} ended (exit code -9)")
         assert not psutil.pid_exists(pid)
-    none_left = "demo: blocks 10:20 have no node any more that could be killed; demo-1, demo-3 run\n"
+    none_left = "demo: no node of blocks 10:20 is left to be killed; there are demo-1, demo-3\n"
     assert demo.kill("") == (2, none_left)
     assert demo.kill("spare") == (2, "demo: no node spare runs; there are demo-1, demo-3\n")
     assert demo.kill("gateway") == (2, "demo: no node gateway runs; there are demo-1, demo-3\n")

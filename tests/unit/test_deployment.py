@@ -460,3 +460,20 @@ def test_ignored_files_never_reach_the_builder():
     patterns = (ROOT / ".dockerignore").read_text().splitlines()
     assert patterns[1] == "*"  # everything that is not named afterwards
     assert any(fnmatch.fnmatch("node/__pycache__", each.replace("**/", "*/")) for each in patterns)
+
+
+# Balancers
+
+
+def test_the_balancers_of_the_page_ask_whether_a_gateway_is_ready_as_it_must_be_asked():
+    """With a key, for every path but /health needs one, and in HTTP/1.1 with a Host that the gateway answers."""
+    page = (ROOT / "docs" / "fleet.md").read_text()
+    blocks = dict(re.findall(r"^(nginx|haproxy|Caddy):\n\n((?:    .*\n|\n)+)", page, re.MULTILINE))
+    [host] = re.findall(r"--allowed-host (\S+?)`", page)
+    assert "GET uri /ready ver HTTP/1.1" in blocks["haproxy"]
+    assert f'hdr Host {host} hdr Authorization "Bearer ' in blocks["haproxy"]
+    assert "health_uri /ready" in blocks["Caddy"]
+    assert 'Authorization "Bearer ' in blocks["Caddy"]
+    # A request that a gateway refuses because it ends goes to the next one, POST included.
+    assert re.search(r"proxy_next_upstream .*http_503 non_idempotent;", blocks["nginx"])
+    assert re.search(r"retry-on .*503", blocks["haproxy"])
