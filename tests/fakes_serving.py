@@ -151,6 +151,14 @@ class FakeSpan:
         self.poison: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
     can_cut = True
+    repeats = True
+
+    def new_stage(self) -> None:
+        """Nothing is copied."""
+
+    def planned(self, stage: object, *caches_and_run: Any, **how: Any) -> Callable[[Tensor], Tensor]:
+        """See `Span.planned`."""
+        return lambda hidden: self.decode(hidden, *caches_and_run, **how)
 
     @property
     def shapes(self) -> tuple[None, ...]:

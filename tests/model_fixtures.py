@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ _LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # their blocks are our own
 _EVERY_OTHER = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GPT2: dict[str, Any] = {
@@ -282,6 +284,22 @@ def _saved(variant: str, max_shard_size: str, settings: str) -> tuple[dict[str, 
 # Small enough to convert at once; the names of the tensors are those of the real file.
 GGUF_BLOCKS, GGUF_HIDDEN, GGUF_HEADS, _KV_HEADS, _WIDE = 2, 32, 2, 1, 64
 _TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "1", "2", "ab"]
+
+
+def saved(variant: str, path: Path, **changes: object) -> Any:
+    """A tiny model as a folder (`ModelFolder`), with other values in its config."""
+    from node.model.checkpoint.folder import HashMemo, open_folder
+
+    save_tiny(variant, path / "model")
+    config = path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
+
+
+def assert_close(got: Any, expected: Any, tolerance: float = 5e-6) -> None:
+    """tolerance: of the largest value; sums are taken in another order."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def write_gguf(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Peers:
     def __init__(self, held: Mapping[str, tuple[int, int]], **seconds: float) -> None:
         self.held = {PeerId(peer): blocks for peer, blocks in held.items()}
         self.seconds = seconds
+        self.position_seconds = 1.0  # of a prompt, in one block
         self.dtypes: dict[str, str] = {}
         self.asked: list[dict[str, object]] = []
         self.blame = AvoidedPeers()
@@ -69,6 +70,10 @@ class Peers:
             hops.append(Hop(best, start, min(stop, self.held[best][1])))
             start = hops[-1].stop
         return Chain(tuple(hops), self.cost(hops, observed or {}))
+
+    def seconds_per_position(self, hops: Sequence[Hop]) -> float:
+        """See `Chooser.seconds_per_position`."""
+        return sum(self.position_seconds * (hop.stop - hop.start) for hop in hops)
 
     def cost(self, hops: Sequence[Hop], observed: Mapping[PeerId, float]) -> float:
         """Seconds of a step."""

@@ -30,7 +30,15 @@ from benchmarks.compute.shapes import SHAPES, read_bytes_per_second, shape_folde
 from benchmarks.compute.shapes import timed as timed_on
 from benchmarks.lib.results import Run
 from node.config import QUANTIZE_CHOICES, ConfigError, config_errors
-from node.devices import find_device, free_device_bytes, has_own_memory, index_of, kind_of, use_device
+from node.devices import (
+    find_device,
+    free_device_bytes,
+    has_own_memory,
+    index_of,
+    kind_of,
+    set_up_allocator,
+    use_device,
+)
 from node.runtime.arguments import device as device_argument
 
 PROMPT_TOKENS = 32
@@ -42,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     flags, run = parse(arguments), Run()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
+    set_up_allocator()  # as a node does
     import torch
 
     from node.model.checkpoint.source import cache_dir, resolve

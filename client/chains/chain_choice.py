@@ -186,9 +186,15 @@ class ChainChooser:
         if len(records) < len(hops) or not hops:
             return math.inf
         self._spans(records)
-        records = [self._with_queue(record) for record in records]
+        records = [_with_queue(self, record) for record in records]
         rates = {**self.measured.rates(records, trio.current_time(), 1), **observed}
         return costs(records, CostInputs(measured=rates, distances=self._few.distances)).chain(hops)
+
+    def seconds_per_position(self, hops: Sequence[Hop]) -> float:
+        """See `client.chains.chooser.Chooser.seconds_per_position`."""
+        records = [self.view().get(hop.peer) for hop in hops]
+        rates = [(record.prefill_seconds_per_token if record else 0.0) or math.inf for record in records]
+        return sum((hop.stop - hop.start) * rate for hop, rate in zip(hops, rates, strict=True))
 
     def kind_of(self, peer: PeerId) -> str | None:
         """See `client.chains.chooser.Chooser.kind_of`."""
@@ -221,7 +227,7 @@ class ChainChooser:
     def report_queue(self, peer: PeerId, queue: float) -> bool:
         """See `client.chains.chooser.SwarmAccess.report_queue`."""
         record = self.view().get(peer)
-        known = 0.0 if record is None else self._with_queue(record).queue
+        known = 0.0 if record is None else _with_queue(self, record).queue
         return self._queues.report(peer, queue, known, trio.current_time())
 
     def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
@@ -237,11 +243,6 @@ class ChainChooser:
         """A peer has computed many positions at once.  seconds: for each position and block."""
         self.measured.learn(peer, seconds, self.view().get(peer), trio.current_time(), prefill=True)
 
-    def _with_queue(self, record: Record) -> Record:
-        """The record with the queue that the peer reported after its record."""
-        sent = self.view().entries[record.peer].sent
-        return self._queues.current(record, sent, trio.current_time())
-
     def _spans(self, others: Sequence[Record] = (), *, silent: bool = False) -> Sequence[Record]:
         """The peers that this client compares, with updated distances.
 
@@ -250,7 +251,7 @@ class ChainChooser:
         self.changes.look(self.view())
         looked_at = self.considered(silent=silent)
         self._few.distances.update((*looked_at, *others), self.rtts())
-        return [self._with_queue(span) for span in looked_at]
+        return [_with_queue(self, span) for span in looked_at]
 
     def _cheapest(self, spans: Sequence[Record], wanted: Wanted, factors: Mapping[PeerId, float]) -> Chain:
         most, now = self.constraints.most_hops, trio.current_time()
@@ -364,3 +365,9 @@ def _avoided(blame: AvoidedPeers, view: SwarmView, now: float) -> list[PeerId]:
 def _kind(record: Record) -> str:
     """The properties of a server that affect the tokens, besides the weights."""
     return f"{record.dtype} {record.quantize}"
+
+
+def _with_queue(chooser: ChainChooser, record: Record) -> Record:
+    """The record with the queue that the peer reported after its record."""
+    sent = chooser.view().entries[record.peer].sent
+    return chooser._queues.current(record, sent, trio.current_time())

@@ -61,6 +61,9 @@ class Chooser(Protocol):
     def cost(self, hops: Sequence[Hop], observed: Mapping[PeerId, float]) -> float:
         """Expected seconds of a step along these hops; infinite where a peer has left the view."""
 
+    def seconds_per_position(self, hops: Sequence[Hop]) -> float:
+        """Of a prompt at all of these hops, as they announce it; infinite where a peer has left the view."""
+
     def kind_of(self, peer: PeerId) -> str | None:
         """The kind of a peer's arithmetic; peers of one kind give equal tokens.  None: the peer has left."""
 

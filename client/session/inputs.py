@@ -25,6 +25,10 @@ from tensor_codec.messages.session import Result
 
 CHUNKS_UNDER_WAY = 6  # of the 8 that a hop takes (Limits.max_steps_in_flight)
 PREFILL_TOKENS = 256  # the most positions, of all rows, of one chunk: several hops work on one input
+# The most on a chain of one hop that computes so many within LONG_CHUNK_SECONDS: a GPU wastes a shorter
+# chunk, and no other hop could work meanwhile.
+LONG_PREFILL_TOKENS = 1024
+LONG_CHUNK_SECONDS = 0.25
 # The fixed cost of a step at a hop, in positions: on CPUs 32 in float32, 4 in int8.
 STEP_COST_TOKENS = 24
 
@@ -95,10 +99,11 @@ class Feed:
         under_way: deque[tuple[int, Pending]] = deque()
         try:
             chunk = 1 if stop - begin == 1 else self._chunk(stop - begin)
+            most = max(2, CHUNKS_UNDER_WAY * PREFILL_TOKENS // max(PREFILL_TOKENS, chunk * self.rows))
             for first in range(begin, stop, chunk):
                 last = min(first + chunk, stop)
                 body = await body_of(first, last)
-                if len(under_way) == CHUNKS_UNDER_WAY:
+                if len(under_way) == most:
                     await self._collect(under_way, answered)
                 reply: Reply = "none" if self.reply == "last" and last < stop else self.reply
                 pending = await self.session.submit(
@@ -114,7 +119,8 @@ class Feed:
 
     def _chunk(self, tokens: int) -> int:
         """Positions of each row in one chunk."""
-        of_all_rows = chunk_tokens(tokens * self.rows, len(self.session.chain.hops))
+        chain = self.session.chain
+        of_all_rows = chunk_tokens(tokens * self.rows, len(chain.hops), chain.seconds_per_position)
         return min(math.ceil(of_all_rows / self.rows), self.session.max_step_tokens)
 
     async def _collect(
@@ -127,17 +133,20 @@ class Feed:
         return result
 
 
-def chunk_tokens(tokens: int, hops: int) -> int:
+def chunk_tokens(tokens: int, hops: int, seconds_per_position: float = math.inf) -> int:
     """Positions of each step of an input with the least time on a chain of `hops`.
 
     The last hop computes all steps after every other hop has computed the first.  Few long steps make
     hops wait for each other, many short ones cost more (STEP_COST_TOKENS).  Ties go to the longer steps.
+    seconds_per_position: of an input, at all hops together.
     """
 
     def cost(steps: int) -> float:
         return (tokens / steps + STEP_COST_TOKENS) * (steps + hops - 1)
 
-    min_steps, max_steps = math.ceil(tokens / PREFILL_TOKENS), math.ceil(tokens / STEP_COST_TOKENS)
+    is_fast = hops == 1 and LONG_PREFILL_TOKENS * seconds_per_position <= LONG_CHUNK_SECONDS
+    longest = LONG_PREFILL_TOKENS if is_fast else PREFILL_TOKENS
+    min_steps, max_steps = math.ceil(tokens / longest), math.ceil(tokens / STEP_COST_TOKENS)
     return math.ceil(tokens / min(range(min_steps, max_steps + 1), key=cost))
 
 

@@ -173,7 +173,7 @@ class RouteState:
         """
         before, self.hops = self.hops, list(made)
         hops = tuple(hop.hop for hop in made)
-        self.chain = Chain(hops, self.chooser.cost(hops, {}))
+        self.chain = Chain(hops, self.chooser.cost(hops, {}), self.chooser.seconds_per_position(hops))
         self.replacement.adopt(hops)
         notes = self._notes(before, why, seconds)
         if not line_up.held:

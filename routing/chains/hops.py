@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,13 @@ class Chain:
     """Hops that cover a run of blocks, in order, each peer at most once.
 
     expected_seconds: of one decode step, from the client and back to it.
+    seconds_per_position: of a prompt, at all hops together, as they announce it; infinite where that is not
+    known.
     """
 
     hops: tuple[Hop, ...]
     expected_seconds: float
+    seconds_per_position: float = math.inf
 
 
 class NoChain(Exception):

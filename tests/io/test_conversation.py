@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import pytest
@@ -137,6 +138,17 @@ async def test_a_long_prompt_over_k_hops_costs_little_more_than_one_of_them(auto
 def test_the_more_hops_the_shorter_the_steps_of_a_prompt(tokens, hops, steps):
     chunk = chunk_tokens(tokens, hops)
     assert -(-tokens // chunk) == steps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hops", "seconds", "chunk"),
+    [
+        (5000, 1, 1e-4, 1000), (1024, 1, 1e-4, 1024), (100, 1, 1e-4, 100), (5000, 1, 3e-4, 250),
+        (5000, 2, 1e-6, 250), (5000, 1, math.inf, 250),
+    ],
+)  # fmt: skip
+def test_a_chain_of_one_fast_hop_takes_longer_steps_of_a_prompt(tokens, hops, seconds, chunk):
+    assert chunk_tokens(tokens, hops, seconds) == chunk
 
 
 @given(st.integers(1, 8192), st.integers(1, 64))

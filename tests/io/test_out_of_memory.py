@@ -217,7 +217,7 @@ async def test_a_prefill_that_finds_no_memory_at_all_is_refused_and_comes_again(
 
 async def test_a_session_that_cannot_go_back_ends_and_nothing_is_computed_twice(autojump_clock):
     async with running() as (engine, span):
-        span.can_cut = False
+        span.can_cut = span.repeats = False
         ones = [One(engine, f"peer {index}", index) for index in range(4)]
         await together(ones)
         span.passes.clear()
@@ -227,6 +227,34 @@ async def test_a_session_that_cannot_go_back_ends_and_nothing_is_computed_twice(
         for one in ones:
             (refusal,) = one.refusals
             assert refusal.code == "too_many"
+
+
+async def test_a_session_that_cannot_go_back_goes_on_where_its_step_can_be_repeated(autojump_clock):
+    async with running() as (engine, span):
+        span.can_cut = False
+        ones = [One(engine, f"peer {index}", index) for index in range(5)]
+        await together(ones)
+        span.full = lambda hidden: hidden.shape[0] > 2
+        await together(ones)
+        for one in ones:
+            one.check()
+        span.full = lambda hidden: True
+        await together(ones)
+        assert [type(one.refusals[0]) for one in ones] == [CacheFull] * 5
+        span.full = lambda hidden: False
+        await together(ones)
+        for one in ones:
+            one.check()
+
+
+async def test_a_later_chunk_without_memory_ends_a_session_that_cannot_go_back(autojump_clock):
+    async with running() as (engine, span):
+        span.can_cut = False
+        one = One(engine, "a", 1)
+        span.full = lambda hidden: len(span.passes) > 1 and hidden.shape[1] > 1
+        await one.step(300)
+        assert one.cache.length == 256, "the first chunk is in the cache"
+        assert [each.code for each in one.refusals] == ["too_many"]
 
 
 async def test_a_batch_that_found_no_memory_says_nothing_about_the_node_s_speed(autojump_clock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 import trio
 
-from client.session.inputs import CHUNKS_UNDER_WAY, PREFILL_TOKENS
+from client.session.inputs import CHUNKS_UNDER_WAY, LONG_PREFILL_TOKENS, PREFILL_TOKENS
+from client.session.session import Session
 from routing.blocks import Blocks
 from routing.chains.hops import Hop, NoChain
 from routing.names import PeerId
@@ -142,6 +144,36 @@ async def test_a_prefill_of_3000_positions_over_two_hops_is_one_forward(reply, a
             assert torch.equal(found, expected[:, :3000] if reply == "all" else expected[:, 2999:3000])
         assert session.length == 3000
         assert torch.equal(await session.step(hidden[:, 3000:]), expected[:, 3000:])
+        await session.aclose()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batch", "longest"),
+    [(1e-5, 1, LONG_PREFILL_TOKENS), (1e-5, 3, LONG_PREFILL_TOKENS), (1e-3, 1, PREFILL_TOKENS)],
+)
+async def test_a_fast_server_of_the_whole_run_takes_longer_chunks(
+    seconds, batch, longest, monkeypatch, autojump_clock
+):
+    record, submit, sent, under_way = World.record, Session.submit, list[int](), list[int]()
+
+    async def noted(self, body, position, tokens, reply, **how):
+        sent.append(tokens * batch)
+        pending = await submit(self, body, position, tokens, reply, **how)
+        under_way.append(len(self.core.steps.pending))
+        return pending
+
+    monkeypatch.setattr(
+        World, "record", lambda self, node: replace(record(self, node), prefill_seconds_per_token=seconds)
+    )
+    monkeypatch.setattr(Session, "submit", noted)
+    async with swarm() as world:
+        world.add("whole", 0, 6, seconds=1)
+        session = await world.open(max_length=3100, batch=batch)
+        hidden = some_hidden(3000 // batch, batch)
+        found = await session.prefill(hidden)
+        assert torch.equal(found, whole_model(hidden, 0, 6))
+        assert longest / 2 < max(sent) <= longest + batch
+        assert max(under_way) * max(sent) <= 2 * LONG_PREFILL_TOKENS + 2 * batch, "as many positions as else"
         await session.aclose()
 
 

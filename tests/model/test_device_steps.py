@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,26 +18,18 @@ from node.model.blocks.device import causal, staging, steps
 from node.model.blocks.device.causal import attended
 from node.model.blocks.kv_pages import SpanCache
 from node.model.blocks.span import Span, load_span
-from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.folder import ModelFolder
 from tests.lora_fixtures import random_adapter
-from tests.model_fixtures import BLOCKS, save_tiny
+from tests.model_fixtures import BLOCKS, FUSED, assert_close, saved
 
 torch.set_num_threads(1)
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 TOLERANCE = {"none": 5e-6, "int8": 1e-4}  # of the largest value: rows are rounded to 16 bits next to int8
 
 
-@pytest.fixture(scope="module", params=FAMILY)
+@pytest.fixture(scope="module", params=FUSED)
 def folder(request, tmp_path_factory) -> ModelFolder:
     return saved(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def saved(variant: str, path: Path, **changes: object) -> ModelFolder:
-    save_tiny(variant, path / "model")
-    config = path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    return open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
 
 
 def as_on_a_device(span: Span) -> Span:
@@ -54,11 +44,6 @@ def both(
 ) -> tuple[Span, Span]:
     ours, theirs = (load_span(folder, 0, BLOCKS, dtype=dtype, quantize=quantize) for _ in range(2))
     return as_on_a_device(ours), theirs
-
-
-def assert_close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE["none"]) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def poisoned(span: Span, tokens: int = 800) -> tuple[Span, list[SpanCache]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numba
 import numpy as np
 import pytest
@@ -12,28 +9,20 @@ import torch
 
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.architecture import ARCHITECTURES
-from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.checkpoint.folder import ModelFolder
 from node.model.weights import decode_kernels, kernels
 from node.model.weights import low_rank_kernel as kernel
 from tests.lora_fixtures import random_adapter
-from tests.model_fixtures import BLOCKS, TINY, save_tiny
+from tests.model_fixtures import BLOCKS, FUSED, TINY, assert_close, saved
 
 torch.set_num_threads(1)
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 TOLERANCE = 5e-6  # relative to the largest value: sums are taken in another order
 
 
-@pytest.fixture(scope="module", params=FAMILY)
+@pytest.fixture(scope="module", params=FUSED)
 def folder(request, tmp_path_factory) -> ModelFolder:
     return saved(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def saved(variant: str, path: Path, **changes: object) -> ModelFolder:
-    save_tiny(variant, path / "model")
-    config = path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    return open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
 
 
 def library(span: Span) -> Span:
@@ -42,17 +31,12 @@ def library(span: Span) -> Span:
     return span
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
-
-
 def test_the_table_names_the_family_and_only_these_blocks_are_ours(folder):
-    assert tuple(sorted(name for name, row in ARCHITECTURES.items() if row.fused)) == tuple(sorted(FAMILY))
+    assert tuple(sorted(name for name, row in ARCHITECTURES.items() if row.fused)) == tuple(sorted(FUSED))
     assert load_span(folder, 1, 4).fused
 
 
-@pytest.mark.parametrize("variant", sorted(set(TINY) - set(FAMILY))[:4])
+@pytest.mark.parametrize("variant", sorted(set(TINY) - set(FUSED))[:4])
 def test_other_blocks_are_the_librarys(variant, tmp_path):
     assert not load_span(saved(variant, tmp_path), 0, 2).fused
 

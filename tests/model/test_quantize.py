@@ -739,6 +739,17 @@ def test_a_product_on_a_device_is_one_operation_and_has_a_derivative(shape):
     assert (found.shape, found.dtype) == (there.shape, torch.bfloat16)
 
 
+@pytest.mark.parametrize("shape", [(3, 32), (2, 3, 32)])
+def test_what_is_computed_on_a_device_may_be_written_into(shape):
+    layer = PackedLinear(*quantize_rows(torch.randn(8, 32)))
+    layer._is_here = False
+    leaf = torch.randn(shape, requires_grad=True)
+    answer = layer(leaf)
+    answer += 1
+    answer.sum().backward()
+    assert torch.allclose(leaf.grad, layer.back(torch.ones_like(answer)))
+
+
 def test_layers_of_bitsandbytes_on_a_device_stand_side_by_side_unmerged():
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 

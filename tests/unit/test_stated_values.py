@@ -137,6 +137,11 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
     ),
     (
         PROTOCOL,
+        "one hop that announces N positions in N s or less",
+        (inputs.LONG_PREFILL_TOKENS, inputs.LONG_CHUNK_SECONDS),
+    ),
+    (
+        PROTOCOL,
         "requests of about N positions, up to N at a time and N to one peer",
         (batch_parts.REQUEST_POSITIONS, forward_backward.UNDER_WAY, forward_backward.UNDER_WAY_PER_PEER),
     ),

@@ -90,6 +90,12 @@ class Prefix(Protocol):
 class RowStates(Protocol):
     """A convolution's states of a session's rows, as the library keeps them."""
 
+    def begin(self, position: int, tokens: int) -> None:
+        """A step comes, the next one or the last one again."""
+
+    def go_back(self, position: int) -> None:
+        """Undo the last step where it began at this position."""
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes the former row beam_idx[i]."""
 
@@ -116,6 +122,7 @@ class PagePool:
         self.pages = -(-tokens // page_tokens)
         self.max_length = max_length
         self.device = torch.device(device)
+        self.keeps_last_states = self.device.type != "cpu"  # of convolutions, so that a step can come again
         self.start = start
         self.shapes: tuple[BlockShape | None, ...] = ()
         self._blocks = StoreBlocks(dtype, self.device)
@@ -304,7 +311,8 @@ class SpanCache:
 
     rows: their numbers in the pool's table, [batch].  length: positions that every block of the session's run
     has computed.  The caller moves it after the whole step, so a failed step leaves no trace in it.  A
-    convolution's state may have moved by then: its session must begin again.
+    convolution's state may have moved by then: on a device it goes back when the step comes again, on a CPU
+    its session must begin again.
     virtual_tokens: of a prefix, in the first places of every row.  Lengths and positions do not count them.
     """
 
@@ -399,6 +407,7 @@ class SpanCache:
         if self.states:
             (index,) = numbers_on(self.pool.device, named)
             for state in self.states.values():
+                state.go_back(self.virtual_tokens + self.length)  # a step may have failed
                 state.reorder_cache(index)
 
     def close(self) -> None:

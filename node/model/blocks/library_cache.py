@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from node.model.blocks.device.staging import numbers_on
-from node.model.blocks.kv_pages import BlockShape, PagePool, RowStates
+from node.model.blocks.device.staging import Stage
+from node.model.blocks.kv_pages import BlockShape, PagePool, RowStates, SpanCache
+from tensor_codec.errors import LocalProtocolError
 
 
 class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not typed
@@ -44,22 +45,67 @@ class _FullAttention(Cache):  # type: ignore[misc]  # the library's class is not
         return False
 
 
+class ConvolutionState(LinearAttentionLayer):  # type: ignore[misc]  # the library's class is not typed
+    """A convolution's state of a session's rows.
+
+    On a device a step may find no memory in the middle and be computed again, so there the state before the
+    last step is kept next to the newest one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reached: int | None = None
+        self._before: tuple[int, Tensor | None] | None = None
+
+    def begin(self, position: int, tokens: int) -> None:
+        """A step of `tokens` positions from `position` on comes: the next one, or the last one again.
+
+        Raises LocalProtocolError for any other step.
+        """
+        self.go_back(position)
+        if self._reached not in (None, position):
+            raise LocalProtocolError(f"a step at {position}, a convolution's state is at {self._reached}")
+        own: Tensor | None = self.conv_states[0]
+        self._before, self._reached = (position, own), position + tokens
+        # The library writes into the tensor that it finds.
+        self._set(None if own is None else own.clone())
+
+    def go_back(self, position: int) -> None:
+        """Undo the last step, if it began at `position` and was not the last but one."""
+        if self._before is not None and self._before[0] == position != self._reached:
+            self._reached = position
+            self._set(self._before[1])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See `RowStates`."""
+        self._before = None
+        super().reorder_cache(beam_idx)
+
+    def _set(self, state: Tensor | None) -> None:
+        self.conv_states[0] = state
+        self.is_conv_states_initialized[0] = self.has_previous_state[0] = state is not None
+
+
 class ArenaRun(_FullAttention):
-    """The rows of one run of blocks: `tokens` new positions after `seen` old ones of the longest row."""
+    """The rows of one run of blocks: `tokens` new positions after `seen` old ones of the longest row.
+
+    Its numbers are parts of a stage: nothing is read before they were sent.
+    """
 
     def __init__(
         self,
+        stage: Stage,
         pool: PagePool,
         rows: NDArray[np.int64],
         write: NDArray[np.int64],
         length: int,
-        states: dict[int, RowStates] | None = None,
-        given: NDArray[np.int64] | None = None,
+        given: NDArray[np.int64],
+        states: Mapping[int, RowStates] | None = None,
     ) -> None:
         """write: slots of the new positions, [rows, tokens].  length: positions to read.
 
-        states: of convolutions, by block; made here where they are missing.
-        given: other numbers that are wanted on the device: one copy brings them all.
+        given: other numbers that are wanted on the device.
+        states: of convolutions, by block (see `states_of`).
         """
         self.pool = pool
         self.rows = len(rows)
@@ -69,16 +115,19 @@ class ArenaRun(_FullAttention):
         first = int(slots[0, 0])
         together = len(rows) == 1 and int(slots[0, -1]) == first + length - 1
         self._first = first if together and bool((np.diff(slots[0]) == 1).all()) else None
-        more = () if self._first is not None else (slots.reshape(-1),)
-        given = np.zeros((0, 0), np.int64) if given is None else given
-        self._write, self.given, *read = numbers_on(pool.device, write.reshape(-1), given, *more)
-        self._read = read[0] if read else None
+        self._stage = stage
+        self._write = stage.add(write.reshape(-1))
+        self._given = stage.add(given)
+        self._read = stage.add(slots.reshape(-1)) if self._first is None else -1
         layers: list[Any] = [None] * (pool.start + len(pool.shapes))
-        for index, shape in enumerate(pool.shapes):
-            if shape is None and states is not None:
-                block = pool.start + index
-                layers[block] = states.setdefault(block, LinearAttentionLayer())
+        for block, state in (states or {}).items():
+            layers[block] = state
         super().__init__(layers=layers)
+
+    @property
+    def given(self) -> Tensor:
+        """The other numbers, on the device."""
+        return self._stage[self._given]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -92,11 +141,11 @@ class ArenaRun(_FullAttention):
 
     def _write_and_read(self, store: Tensor, new: Tensor) -> Tensor:
         # [rows, heads, tokens, head_dim] -> [rows * tokens, heads, head_dim]
-        store.index_copy_(0, self._write, new.transpose(1, 2).reshape(-1, *store.shape[1:]).to(store.dtype))
+        written = self._stage[self._write]
+        store.index_copy_(0, written, new.transpose(1, 2).reshape(-1, *store.shape[1:]).to(store.dtype))
         if self._first is not None:
             return store.narrow(0, self._first, self.length).transpose(0, 1).unsqueeze(0)
-        assert self._read is not None
-        gathered = store.index_select(0, self._read)
+        gathered = store.index_select(0, self._stage[self._read])
         return gathered.view(self.rows, self.length, *store.shape[1:]).transpose(1, 2)
 
     # The library's questions to a cache.  All blocks have seen the same tokens, so the answers do not
@@ -113,6 +162,23 @@ class ArenaRun(_FullAttention):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Most positions of a row."""
         return int(self.pool.max_length)
+
+
+def states_of(cache: SpanCache, run: tuple[int, int], position: int, tokens: int) -> dict[int, RowStates]:
+    """The states of a session's convolutions in the blocks [start, stop) of a run, for a step; new ones too.
+
+    position: in the cache's pages.
+    """
+    pool, found = cache.pool, {}
+    for block in range(*run):
+        if pool.shapes[block - pool.start] is None:
+            state = cache.states.get(block)
+            if state is None:
+                state = cache.states[block] = ConvolutionState()
+            if pool.keeps_last_states:
+                state.begin(position, tokens)
+            found[block] = state
+    return found
 
 
 class AfterPrefix(_FullAttention):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -10,46 +11,64 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from node.model.blocks.device.staging import numbers_on
+from node.model.blocks.device.staging import Stage
 from node.model.blocks.rope import LengthRope, length_rope
 from node.model.checkpoint.architecture import Architecture
 
 Angles = Tensor | tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """The lengths whose angles the positions of a call take.
+
+    parts: each length with the places of its positions, among all of the call, as a part of a stage; None
+    where it has all of them.
+    """
+
+    stage: Stage
+    parts: tuple[tuple[int, int | None], ...]
+
+
 class RotaryByLength(nn.Module):
     """Replaces the library's module.
 
-    lengths: int [rows or 1, tokens or 1], of the positions of the next call; None: each call holds whole
-    sequences from their first position on, as in the library.
+    lengths: of the positions of the next call (see `planned`); None: each call holds whole sequences from
+    their first position on, as in the library.
     """
 
     def __init__(self, library: nn.Module, rope: LengthRope) -> None:
         super().__init__()
         self.library = library
         self.rope = rope
-        self.lengths: NDArray[np.int64] | None = None
+        self.lengths: Lengths | None = None
+
+    def planned(self, stage: Stage, lengths: NDArray[np.int64]) -> Lengths:
+        """The lengths of a call, int [rows or 1, tokens], one for each of its positions."""
+        first: dict[tuple[int, ...], int] = {}
+        groups = np.empty(lengths.shape, np.int64)
+        for length in np.unique(lengths):
+            group = first.setdefault(self.rope.factors(int(length)), int(length))
+            groups[lengths == length] = group
+        if len(first) == 1:
+            return Lengths(stage, ((int(groups.flat[0]), None),))
+        parts = [(length, stage.add(np.flatnonzero(groups == length))) for length in first.values()]
+        return Lengths(stage, tuple(parts))
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Angles:
         """The answer of the library's module for `position_ids`, int [rows or 1, tokens]."""
         if self.lengths is None:
             return cast(Angles, self._fresh()(x, position_ids, *args, **kwargs))
-        lengths = np.broadcast_to(self.lengths, position_ids.shape)
-        first: dict[tuple[int, ...], int] = {}
-        groups = np.empty(position_ids.shape, np.int64)
-        for length in np.unique(lengths):
-            group = first.setdefault(self.rope.factors(int(length)), int(length))
-            groups[lengths == length] = group
-        if len(first) == 1:
-            return self._of_length(int(groups.flat[0]), x, position_ids, *args, **kwargs)
-        chosen = [np.flatnonzero(groups == length) for length in first.values()]
         answer: list[Tensor] | None = None
         single = False
-        for length, places in zip(first.values(), numbers_on(position_ids.device, *chosen), strict=True):
+        for length, part in self.lengths.parts:
+            if part is None:
+                return self._of_length(length, x, position_ids, *args, **kwargs)
+            places = self.lengths.stage[part]
             own = position_ids.reshape(-1).index_select(0, places)[None]
-            part = self._of_length(length, x, own, *args, **kwargs)
-            single = isinstance(part, Tensor)
-            tensors = (part,) if isinstance(part, Tensor) else part
+            found = self._of_length(length, x, own, *args, **kwargs)
+            single = isinstance(found, Tensor)
+            tensors = (found,) if isinstance(found, Tensor) else found
             if answer is None:
                 answer = [one.new_empty(*position_ids.shape, one.shape[-1]) for one in tensors]
             for whole, one in zip(answer, tensors, strict=True):

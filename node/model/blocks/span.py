@@ -17,7 +17,7 @@ span out of loaded blocks, and blocks without a span are freed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
@@ -33,14 +33,14 @@ from node.config import ConfigError
 from node.model.adapters.hooks import adapted
 from node.model.adapters.low_rank import Group, Groups, SpanAdapter, groups_of, part_of
 from node.model.adapters.sites import numbered_blocks, shapes_of
-from node.model.blocks.device.staging import on_device
+from node.model.blocks.device.staging import Stage, on_device
 from node.model.blocks.forward_backward import with_prompt
 from node.model.blocks.fused import FusedSpan, fuse
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
-from node.model.blocks.library_cache import ArenaRun, ShapeProbe
+from node.model.blocks.library_cache import ArenaRun, ShapeProbe, states_of
 from node.model.blocks.ragged import ragged_mask, ragged_parts
 from node.model.blocks.rope import check_rope, stretched
-from node.model.blocks.rotary import by_length, rotary_by_length
+from node.model.blocks.rotary import Lengths, by_length, rotary_by_length
 from node.model.checkpoint.architecture import Architecture, architecture_of
 from node.model.checkpoint.folder import CONFIG_FILE, ModelFolder
 from node.model.checkpoint.info import TRANSPOSED, UNSAID_POSITIONS
@@ -123,6 +123,11 @@ class Span:
     def can_cut(self) -> bool:
         """Whether a session's cache can go back to any earlier position."""
         return None not in self.shapes
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a step that failed in the middle may be computed again with the same caches."""
+        return self.can_cut or self.device.type != "cpu"
 
     @property
     def fused(self) -> bool:
@@ -250,15 +255,18 @@ class Span:
     ) -> Tensor:
         """`forward` through a run of blocks, without a change of the cache's length."""
         position += cache.virtual_tokens
-        hidden = _moved(self, hidden)
         if self._fused is not None:
+            hidden = _moved(self, hidden)
             return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
         tokens = hidden.shape[1]
         positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
         write = cache.pool.slots_of(cache.rows[:, None], positions)
         where = positions[:1].copy()
-        run = ArenaRun(cache.pool, cache.rows, write, position + tokens, cache.states, where)
-        lengths = np.maximum(where + 1, rope_length)
+        states = states_of(cache, (start, stop), position, tokens)
+        stage = Stage(self.device, self.dtype)
+        run = ArenaRun(stage, cache.pool, cache.rows, write, position + tokens, where, states)
+        lengths = _lengths(self, stage, np.maximum(where + 1, rope_length))
+        hidden = stage.send(hidden)
         with adapted(numbered_blocks(self, start, stop) if groups else {}, groups, len(hidden)):
             return self._library(hidden, run, run.given, None, start, stop, lengths)
 
@@ -280,81 +288,54 @@ class Span:
         rope_lengths: of each session, as in `forward`; None: 0.
         adapters: of each session; None: nowhere.  Sessions of one adapter stand next to each other.
         """
-        start, stop = self._run_of(start, stop)
-        pool = rows[0].pool
-        hidden = _moved(self, hidden)
-        numbers = np.concatenate([cache.rows for cache in rows])
-        reached = [cache.virtual_tokens + cache.length for cache in rows]
-        lengths = np.repeat(reached, [cache.batch for cache in rows])
-        groups: Groups = ()
-        if adapters is not None:
-            groups = groups_of(adapters, [cache.batch for cache in rows])
-            for group in groups:
-                group.adapter.check(start, stop)
         if self._fused is not None:
-            return self._fused.decode(hidden, pool, numbers, lengths, start, stop, groups)
+            start, stop = self._run_of(start, stop)
+            numbers, lengths, groups = _numbers_of(rows, start, stop, adapters)
+            hidden = _moved(self, hidden)
+            return self._fused.decode(hidden, rows[0].pool, numbers, lengths, start, stop, groups)
+        stage = Stage(self.device, self.dtype)
+        compute = self.planned(stage, rows, start, stop, rope_lengths=rope_lengths, adapters=adapters)
+        return compute(stage.send(hidden))
+
+    def new_stage(self) -> Stage | None:
+        """A stage for several calls of `planned` that one copy serves; None where nothing is copied."""
+        return None if self.device.type == "cpu" else Stage(self.device, self.dtype)
+
+    def planned(
+        self,
+        stage: Stage,
+        rows: Sequence[SpanCache],
+        start: int,
+        stop: int,
+        *,
+        rope_lengths: Sequence[int] | None = None,
+        adapters: Sequence[SpanAdapter | None] | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """`decode` in two parts: what it needs on the device is added to a stage, and the answer computes.
+
+        The answer takes hidden states that lie on the device in `dtype`, after the stage was sent.
+        """
+        start, stop = self._run_of(start, stop)
+        numbers, lengths, groups = _numbers_of(rows, start, stop, adapters)
+        pool = rows[0].pool
+        if self._fused is not None:
+            assert self._fused.on_device is not None
+            run = self._fused.on_device.planned(stage, pool, numbers, lengths, start, stop, groups)
+            return torch.inference_mode()(run)
         wholes = lengths + 1
         if rope_lengths is not None:
             wholes = np.maximum(wholes, np.repeat(rope_lengths, [cache.batch for cache in rows]))
         if self.architecture.merge == "never" or bool((lengths == lengths[0]).all()):
-            return self._decode_in_turn(hidden, rows, wholes, start, stop, groups)
-        answers = []
-        for first, last in [(0, len(lengths))] if self.device.type == "cpu" else ragged_parts(lengths):
-            here = slice(first, last)
-            run, own = (start, stop), part_of(groups, first, last)
-            answers.append(
-                self._ragged(hidden[here], pool, numbers[here], lengths[here], wholes[here], run, own)
+            return _turns(self, stage, rows, wholes, (start, stop), groups)
+        parts = [(0, len(lengths))] if self.device.type == "cpu" else ragged_parts(lengths)
+        turns = []
+        for first, last in parts:
+            here, own = slice(first, last), part_of(groups, first, last)
+            ragged = _ragged(
+                self, stage, pool, numbers[here], lengths[here], wholes[here], (start, stop), own
             )
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
-
-    def _ragged(
-        self,
-        hidden: Tensor,
-        pool: PagePool,
-        numbers: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        wholes: NDArray[np.int64],
-        blocks: tuple[int, int],
-        groups: Groups,
-    ) -> Tensor:
-        """The library's step of rows of several lengths, masked behind the end of each."""
-        write = pool.slots_of(numbers, lengths)[:, None]
-        longest = int(lengths.max()) + 1
-        run = ArenaRun(pool, numbers, write, longest, None, lengths[:, None])
-        mask = ragged_mask(self.architecture.merge, self.config, self.dtype, run.given[:, 0], longest)
-        with adapted(numbered_blocks(self, *blocks) if groups else {}, groups, len(hidden)):
-            return self._library(hidden[:, None], run, run.given, mask, *blocks, wholes[:, None])[:, 0]
-
-    def _decode_in_turn(
-        self,
-        hidden: Tensor,
-        rows: Sequence[SpanCache],
-        wholes: NDArray[np.int64],
-        start: int,
-        stop: int,
-        groups: Groups,
-    ) -> Tensor:
-        """Rows of equal length together, the others one session after the other.
-
-        wholes: the length whose angles each row takes, [rows].
-        """
-        answers: list[Tensor] = []
-        reached = {cache.virtual_tokens + cache.length for cache in rows}
-        together = len(reached) == 1 and not any(cache.states for cache in rows)
-        blocks = numbered_blocks(self, start, stop) if groups else {}
-        first = 0
-        for turn in [tuple(rows)] if together and self.can_cut else [(cache,) for cache in rows]:
-            numbers = np.concatenate([cache.rows for cache in turn])
-            length, last = turn[0].virtual_tokens + turn[0].length, first + len(numbers)
-            pool, part = turn[0].pool, hidden[first:last, None]
-            write = pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
-            where = np.full((1 if self._rotary is None else len(numbers), 1), length)
-            run = ArenaRun(pool, numbers, write, length + 1, turn[0].states, where)
-            whole = wholes[first:last, None]
-            with adapted(blocks, part_of(groups, first, last), len(numbers)):
-                answers.append(self._library(part, run, run.given, None, start, stop, whole)[:, 0])
-            first = last
-        return torch.cat(answers)
+            turns.append((first, last, ragged))
+        return _one_by_one(turns)
 
     def _library(
         self,
@@ -364,7 +345,7 @@ class Span:
         mask: object,
         start: int,
         stop: int,
-        lengths: NDArray[np.int64] | None = None,
+        lengths: Lengths | None = None,
     ) -> Tensor:
         """The library's forward over a run of blocks, hidden [rows, tokens, hidden_size].
 
@@ -420,6 +401,111 @@ class Span:
             model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
             self._views[start, stop] = model, entry
         return self._views[start, stop]
+
+
+def _numbers_of(
+    rows: Sequence[SpanCache], start: int, stop: int, adapters: Sequence[SpanAdapter | None] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Groups]:
+    """The rows of several sessions in their pool, the positions in their pages, and the adapters' groups.
+
+    Raises LocalProtocolError for an adapter without one of the blocks.
+    """
+    numbers = np.concatenate([cache.rows for cache in rows])
+    reached = [cache.virtual_tokens + cache.length for cache in rows]
+    lengths = np.repeat(reached, [cache.batch for cache in rows])
+    groups: Groups = ()
+    if adapters is not None:
+        groups = groups_of(adapters, [cache.batch for cache in rows])
+        for group in groups:
+            group.adapter.check(start, stop)
+    return numbers, lengths, groups
+
+
+def _ragged(
+    span: Span,
+    stage: Stage,
+    pool: PagePool,
+    numbers: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    wholes: NDArray[np.int64],
+    blocks: tuple[int, int],
+    groups: Groups,
+) -> Callable[[Tensor], Tensor]:
+    """The library's step of rows of several lengths, masked behind the end of each."""
+    write = pool.slots_of(numbers, lengths)[:, None]
+    longest = int(lengths.max()) + 1
+    run = ArenaRun(stage, pool, numbers, write, longest, lengths[:, None])
+    angles = _lengths(span, stage, wholes[:, None])
+
+    def compute(hidden: Tensor) -> Tensor:
+        mask = ragged_mask(span.architecture.merge, span.config, span.dtype, run.given[:, 0], longest)
+        with adapted(numbered_blocks(span, *blocks) if groups else {}, groups, len(hidden)):
+            return span._library(hidden[:, None], run, run.given, mask, *blocks, angles)[:, 0]
+
+    return compute
+
+
+def _turns(
+    span: Span,
+    stage: Stage,
+    rows: Sequence[SpanCache],
+    wholes: NDArray[np.int64],
+    run: tuple[int, int],
+    groups: Groups,
+) -> Callable[[Tensor], Tensor]:
+    """Rows of equal length together, the others one session after the other.
+
+    wholes: the length whose angles each row takes, [rows].
+    """
+    reached = {cache.virtual_tokens + cache.length for cache in rows}
+    together = len(reached) == 1 and not any(cache.states for cache in rows) and span.can_cut
+    turns, first = [], 0
+    for turn in [tuple(rows)] if together else [(cache,) for cache in rows]:
+        last = first + sum(cache.batch for cache in turn)
+        own = part_of(groups, first, last)
+        turns.append((first, last, _turn(span, stage, turn, wholes[first:last, None], run, own)))
+        first = last
+    return _one_by_one(turns)
+
+
+def _turn(
+    span: Span,
+    stage: Stage,
+    turn: Sequence[SpanCache],
+    wholes: NDArray[np.int64],
+    run: tuple[int, int],
+    groups: Groups,
+) -> Callable[[Tensor], Tensor]:
+    """The library's step of rows of one length.  wholes: as in `_turns`, [rows, 1]."""
+    numbers = np.concatenate([cache.rows for cache in turn])
+    length = turn[0].virtual_tokens + turn[0].length
+    write = turn[0].pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
+    where = np.full((1 if span._rotary is None else len(numbers), 1), length)
+    states = {} if span.can_cut else states_of(turn[0], run, length, 1)
+    cached = ArenaRun(stage, turn[0].pool, numbers, write, length + 1, where, states)
+    angles = _lengths(span, stage, wholes)
+
+    def compute(hidden: Tensor) -> Tensor:
+        blocks = numbered_blocks(span, *run) if groups else {}
+        with adapted(blocks, groups, len(hidden)):
+            return span._library(hidden[:, None], cached, cached.given, None, *run, angles)[:, 0]
+
+    return compute
+
+
+def _lengths(span: Span, stage: Stage, lengths: NDArray[np.int64]) -> Lengths | None:
+    return None if span._rotary is None else span._rotary.planned(stage, lengths)
+
+
+def _one_by_one(turns: Sequence[tuple[int, int, Callable[[Tensor], Tensor]]]) -> Callable[[Tensor], Tensor]:
+    """Several computations, each of some rows [first, last), as one."""
+
+    @torch.inference_mode()
+    def compute(hidden: Tensor) -> Tensor:
+        answers = [turn(hidden[first:last]) for first, last, turn in turns]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+    return compute
 
 
 def _moved(span: Span, hidden: Tensor) -> Tensor:

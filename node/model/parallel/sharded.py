@@ -249,6 +249,9 @@ class ShardedSpan(Span):
                 hidden, [cache.own for cache in rows], start, stop, rope_lengths=rope_lengths
             )
 
+    def new_stage(self) -> None:
+        """None: each part copies what it needs."""
+
     def _given(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.device, self.dtype).contiguous()
 

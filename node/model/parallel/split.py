@@ -282,6 +282,9 @@ class SplitSpan(Span):
             hidden = part.span.decode(hidden, own, first, last, rope_lengths=rope_lengths, adapters=adapters)
         return hidden
 
+    def new_stage(self) -> None:
+        """None: each part copies what it needs."""
+
     def _runs(self, start: int, stop: int) -> Iterator[tuple[Part, Run]]:
         """The parts that blocks [start, stop) lie in, each with its blocks of these."""
         for part in self.parts:

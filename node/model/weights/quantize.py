@@ -18,6 +18,7 @@ says so.  Experts with a matrix each are quantised, and become layers of their o
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from node.config import ConfigError
 from node.model.checkpoint.info import SCALE_SUFFIX, is_matrix
 from node.model.checkpoint.progress import Progress, silent
 from node.model.cuda import measured, ops, torch_ops
+from node.model.weights import experts as of_experts
 from node.model.weights.plans import Plan, Way, choose_plan
 from tensor_codec.span_spec import QUANTIZE
 
@@ -236,7 +238,9 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, linear: PackedLinear) -> Tensor:
         """Keeps the module and no activations: the derivative does not depend on x."""
         ctx.linear = linear
-        return linear.product(x)
+        answer = linear.product(x)
+        # A block may write into the answer (falcon), which autograd forbids for a view made in here.
+        return torch.ops.aten._unsafe_view(answer, answer.shape) if answer._is_view() else answer
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -686,9 +690,12 @@ class PackedExperts(nn.Module):
         )
         self.down = nn.ModuleList(make(experts.down.pop(each), None) for each in numbers)
         self.activation = activation
+        self._stacked: tuple[of_experts.Stacked, of_experts.Stacked] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden].  The others: experts and weights of tokens, [tokens, k]."""
+        if not hidden_states.is_cpu:
+            return self.on_device(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= len(self.down):  # the library's number for "none"
@@ -699,6 +706,36 @@ class PackedExperts(nn.Module):
             answer = answer * top_k_weights[token, place, None]
             result = result.index_add(0, token, answer.to(result.dtype))
         return result
+
+    def on_device(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """`forward` where the host should not read which experts are chosen."""
+        stacked = None if x.requires_grad and torch.is_grad_enabled() else self._in_one_tensor(x.device)
+        if stacked is not None:
+            values = sum(math.prod(each.weight.shape[1:]) for each in stacked)
+            if experts.numel() * values <= of_experts.GATHERED_VALUES:
+                return of_experts.chosen(x, experts, weights, *stacked, self.activation)
+        layers = [*self.gate_up], [*self.down]
+        return of_experts.sorted_by_expert(x, experts, weights, *layers, self.activation)
+
+    def _in_one_tensor(self, device: torch.device) -> tuple[of_experts.Stacked, of_experts.Stacked] | None:
+        """The matrices of all experts, whose layers share their memory; None where they are no int8 rows."""
+        if self._stacked is None or self._stacked[0].weight.device != device:
+            both = _stacked(self.gate_up), _stacked(self.down)
+            if both[0] is None or both[1] is None:
+                return None
+            self._stacked = both[0], both[1]
+        return self._stacked
+
+
+def _stacked(layers: nn.ModuleList) -> of_experts.Stacked | None:
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear) and layer.scale is not None]
+    if len(packed) < len(layers):
+        return None
+    weight = torch.stack([layer.weight for layer in packed])
+    scale = torch.stack([cast(Tensor, layer.scale) for layer in packed])
+    for layer, own, own_scale in zip(packed, weight, scale, strict=True):
+        layer.keep(own, own_scale)
+    return of_experts.Stacked(weight, scale)
 
 
 def _joined(gate: Matrix, up: Matrix) -> Matrix:

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, cast
@@ -22,10 +22,10 @@ import torch
 import trio
 from torch import Tensor
 
-from node.devices import empty_cache, is_out_of_memory
+from node.devices import empty_cache, is_out_of_memory, synchronize
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.prefix import AnySpanAdapter
-from node.model.blocks.device.staging import on_device
+from node.model.blocks.device.staging import Coming, Stage, on_device
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
@@ -33,7 +33,7 @@ from node.runtime.compute_thread import Runner
 from node.serving.executor import out_of_memory
 from node.serving.executor.batcher import Batcher, BatchPolicy
 from node.serving.executor.job_queues import RETRY_SECONDS
-from node.serving.executor.jobs import Batch, Job, Kind, Piece, segments
+from node.serving.executor.jobs import Batch, Job, Kind, Piece, Segment, segments
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
@@ -79,6 +79,10 @@ class EngineSpan(MeasuredSpan, Protocol):
         """Whether a session's cache can go back to any earlier position."""
 
     @property
+    def repeats(self) -> bool:
+        """Whether a step that failed in the middle may be computed again with the same caches."""
+
+    @property
     def block_values(self) -> float:
         """Numbers in the matrices of a block, on the average."""
 
@@ -119,6 +123,22 @@ class EngineSpan(MeasuredSpan, Protocol):
         adapters: Sequence[SpanAdapter | None] | None = None,
     ) -> Tensor:
         """See `Span.decode`."""
+
+    def new_stage(self) -> Stage | None:
+        """See `Span.new_stage`."""
+
+    def planned(
+        self,
+        stage: Stage,
+        caches: Sequence[Any],
+        start: int,
+        stop: int,
+        /,
+        *,
+        rope_lengths: Sequence[int],
+        adapters: Sequence[SpanAdapter | None] | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """See `Span.planned`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -193,6 +213,7 @@ class Engine:
             policy or BatchPolicy(),
         )  # fmt: skip
         self._short = False  # whether memory ended in this batch: its time says nothing
+        self._ahead: dict[int, Tensor] = {}  # hidden states of steps that wait, read while a device computed
         self._clock = clock
         self._lock = threading.Lock()  # around the batcher: the torch thread takes batches from it
         self._works: dict[int, _Work] = {}
@@ -336,6 +357,8 @@ class Engine:
             with self._lock:
                 self.batcher.cancel(number)
                 del self._works[number]
+                if self._ahead:
+                    self._ahead.pop(number, None)
         assert work.result is not None
         return work.result.unwrap()
 
@@ -409,13 +432,14 @@ class Engine:
             for piece, step in zip(batch, steps, strict=True):
                 self._chunk(piece, step, self._clock(), settled)
             return None
-        sound, hidden = _decoded(steps, settled)
+        sound, hidden = _taken(self._ahead, steps, settled) if self._ahead else _decoded(steps, settled)
         return self._rows(sound, hidden, began, settled) if sound else None
 
     def _rows(self, steps: Sequence[_Step], hidden: Tensor, began: float, settled: Settled) -> None:
         """Decode steps in one batch; where there is no memory for it, in two."""
         try:
-            bodies = _encoded(steps, self._decode(steps, hidden))
+            computed = self._decode(steps, hidden)
+            bodies = _encoded(steps, computed if computed.is_cpu else _fetched(self, steps, computed))
         except out_of_memory.FAULTS as error:
             if not is_out_of_memory(error):
                 raise
@@ -431,7 +455,7 @@ class Engine:
         self._short = True
         empty_cache()
         untouched = all(step.cache.length == step.what.position for step in steps)
-        if len(steps) == 1 or not self.span.can_cut or not untouched:
+        if len(steps) == 1 or not self.span.repeats or not untouched:
             for step in steps:
                 settled.append((step, outcome.Error(_no_memory(step, self.span, self.limits))))
             return
@@ -459,6 +483,7 @@ class Engine:
             short = True
         else:
             assert not piece.last, "more parts than were announced"
+            synchronize(getattr(self.span, "device", "cpu"))  # or the time would be that of the launches
             request.seconds += self._clock() - began
         if short:
             request.under_way = None
@@ -477,8 +502,10 @@ class Engine:
             rows_of.append(step.contract.batch)
             jobs.append(step.job)
             mixed = mixed or step.adapter is not None
-        parts = list(torch.split(hidden, rows_of))
         runs = segments(jobs)
+        if len(runs) > 1 and (stage := self.span.new_stage()) is not None:
+            return _staged(self.span, stage, steps, hidden, runs, mixed=mixed)
+        parts = list(torch.split(hidden, rows_of))
         join = torch.cat if len(runs) == 1 else _joined
         for start, stop, active in runs:
             caches, lengths, given, sizes = [], [], [], []
@@ -513,6 +540,8 @@ class Engine:
             if wanted_from < piece.tokens:
                 # in the wire's dtype, so that outputs take no more memory than the step
                 step.parts.append(answer[:, max(0, wanted_from) :].to(WIRE_DTYPES[contract.codec]))
+            if not piece.last:
+                synchronize(answer.device)  # or the time would be that of the launches
             step.seconds += self._clock() - began
             if not piece.last:
                 return
@@ -535,7 +564,7 @@ class Engine:
 
     def _chunk_in_halves(self, piece: Piece, step: _Step, settled: Settled) -> None:
         """A chunk for which there was no memory, in two; refused where the cache has taken it in part."""
-        untouched = self.span.can_cut and step.cache.length == step.what.position + piece.offset
+        untouched = self.span.repeats and step.cache.length == step.what.position + piece.offset
         if not untouched or piece.tokens <= out_of_memory.LEAST_TOKENS:
             settled.append((step, outcome.Error(_no_memory(step, self.span, self.limits))))
             return
@@ -546,11 +575,87 @@ class Engine:
             self._chunk(rest, step, self._clock(), settled)
 
 
+def _fetched(engine: Engine, steps: Sequence[_Step], hidden: Tensor) -> Tensor:
+    """A batch's answer on the host, by one copy.  Meanwhile the steps that wait are read."""
+    coming, own = Coming(hidden), {step.job.number for step in steps}
+    while not coming.is_here and _read_ahead(engine, own):
+        pass
+    return coming.wait()
+
+
+def _read_ahead(engine: Engine, running: Collection[int]) -> bool:
+    """Read the hidden states of decode steps that have come since the batch began; whether any has.
+
+    running: the numbers of the batch's own.
+    """
+    with engine._lock:
+        fresh = [
+            work
+            for number, work in engine._works.items()
+            if isinstance(work, _Step)
+            and work.job.kind is Kind.DECODE
+            and number not in engine._ahead
+            and number not in running
+        ]
+    sound, hidden = _decoded(fresh, []) if fresh else ([], None)
+    if hidden is not None:
+        parts = torch.split(hidden, [step.contract.batch for step in sound])
+        with engine._lock:  # those that were cancelled meanwhile are left out
+            for step, rows in zip(sound, parts, strict=True):
+                if step.job.number in engine._works:
+                    engine._ahead[step.job.number] = rows
+    return bool(sound)
+
+
+def _taken(ahead: dict[int, Tensor], steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Tensor]:
+    """`_decoded` of steps of which some were read ahead."""
+    known = [step for step in steps if step.job.number in ahead]
+    fresh = [step for step in steps if step.job.number not in ahead]
+    parts = [ahead.pop(step.job.number) for step in known]
+    if fresh:
+        sound, hidden = _decoded(fresh, settled)
+        known, parts = known + sound, [*parts, hidden]
+    return known, torch.cat(parts)
+
+
+def _staged(
+    span: EngineSpan,
+    stage: Stage,
+    steps: Sequence[_Step],
+    hidden: Tensor,
+    runs: Sequence[Segment],
+    *,
+    mixed: bool,
+) -> Tensor:
+    """All runs of blocks after one copy to the device."""
+    plans: list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = []
+    for start, stop, active in runs:
+        active = _by_adapter(steps, active) if mixed else active
+        own = [steps[index] for index in active]
+        compute = span.planned(
+            stage, [step.cache for step in own], start, stop,
+            rope_lengths=[step.what.rope_length for step in own],
+            adapters=[step.adapter for step in own] if mixed else None,
+        )  # fmt: skip
+        plans.append((active, compute))
+    parts = list(torch.split(stage.send(hidden), [step.contract.batch for step in steps]))
+    for active, compute in plans:
+        given = [parts[index] for index in active]
+        answer = compute(given[0] if len(given) == 1 else torch.cat(given))
+        for index, part in zip(active, torch.split(answer, [len(each) for each in given]), strict=True):
+            parts[index] = part
+    for step in steps:
+        step.cache.length = step.what.position + 1
+    return torch.cat(parts)
+
+
 def _no_memory(work: _Work, span: EngineSpan, limits: Limits) -> Refused:
     """The answer where memory ended.  The session of a step goes on if its cache can be cut."""
     is_step = isinstance(work, _Step)
     what = f"a {'step' if is_step else 'request'} of {work.job.rows} x {work.job.tokens} positions"
-    whole = is_step and span.can_cut
+    whole = isinstance(work, _Step) and (
+        span.can_cut or (span.repeats and work.cache.length == work.what.position)
+    )
     return out_of_memory.refusal(what, limits.memory_retry_seconds, cache_is_whole=whole)
 
 
@@ -632,10 +737,9 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
     """Each step's rows of hidden [rows, hidden_size] as bytes of its codec, or why they must not leave.
 
+    hidden: on the host.
     The bytes are a step's own where there are several: a session keeps them, and not those of a whole batch.
     """
-    if not hidden.is_cpu:
-        hidden = hidden.cpu()  # one copy, whatever the codecs are
     wires: dict[str, tuple[list[bool], memoryview]] = {}
     bodies: list[Buffer | NotFinite] = []
     begin = 0

@@ -64,7 +64,10 @@ class Piece:
 Batch = tuple[Piece, ...]
 
 
-def segments(jobs: Sequence[Job]) -> list[tuple[int, int, tuple[int, ...]]]:
+Segment = tuple[int, int, tuple[int, ...]]  # blocks [start, stop), and the indices of jobs
+
+
+def segments(jobs: Sequence[Job]) -> list[Segment]:
     """Runs of blocks in order: (start, stop, indices of the jobs that are active there).
 
     A job joins at its first block and leaves after its last one; blocks without a job are left out.

@@ -7,7 +7,8 @@ at once writes nowhere into the last one's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +39,32 @@ def on_device(hidden: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
     return _sent(host.copy_(hidden), device)
 
 
+class Coming:
+    """A tensor on its way from a device to the host."""
+
+    def __init__(self, there: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if there.device.type != "cuda":
+            self._host = there.cpu()
+            return
+        self._host = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+        with torch.cuda.device(there.device):
+            self._host.copy_(there, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether nobody has to wait any more."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Tensor:
+        """The tensor on the host, when it is here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 def numbers_on(device: torch.device, *arrays: NDArray[np.int64]) -> list[Tensor]:
     """These arrays as int64 tensors on a device, by one copy; on a CPU without any."""
     if device.type == "cpu":
@@ -50,6 +77,68 @@ def numbers_on(device: torch.device, *arrays: NDArray[np.int64]) -> list[Tensor]
     there = _sent(host, device)
     parts = torch.split(there, [each.size for each in arrays])
     return [part.view(each.shape) for part, each in zip(parts, arrays, strict=True)]
+
+
+@dataclass(slots=True)
+class Stage:
+    """Everything that a step needs on a device, gathered on the host first: one copy brings all of it.
+
+    Parts are added and numbered, `send` brings them with the hidden states, and from then on they are read.
+    dtype: of hidden states.  A CPU takes arrays as they are.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    _sizes: list[int] = field(default_factory=list, init=False)
+    _writes: list[Callable[[Tensor], object]] = field(default_factory=list, init=False)
+    _views: list[Callable[[Tensor], Tensor]] = field(default_factory=list, init=False)
+    _there: list[Tensor] = field(default_factory=list, init=False)
+
+    def add(self, array: NDArray[np.int64]) -> int:
+        """Bring an array; its number.  It arrives as an int64 tensor of its shape."""
+        if self.device.type == "cpu":
+            self._there.append(torch.from_numpy(np.ascontiguousarray(array)))
+            return len(self._there) - 1
+
+        def write(content: Tensor) -> None:
+            content.view(torch.int64).numpy()[:] = array.ravel()
+
+        return self._added(8 * array.size, write, lambda content: content.view(torch.int64).view(array.shape))
+
+    def add_bytes(self, count: int, write: Callable[[Tensor], object]) -> int:
+        """Bring bytes that `write` writes into its argument, uint8 [count]; their number."""
+        return self._added(count, write, lambda content: content)
+
+    def send(self, hidden: Tensor) -> Tensor:
+        """Bring all parts, and the hidden states: on the device in the stage's dtype."""
+        if not self._sizes:
+            return on_device(hidden, self.device, self.dtype)
+        staged = hidden.device.type == "cpu"
+        own = hidden.numel() * self.dtype.itemsize if staged else 0
+        wide = [*map(_aligned, self._sizes), own]
+        host = host_bytes(sum(wide), self.device)
+        *parts, last = torch.split(host, wide)
+        for part, size, write in zip(parts, self._sizes, self._writes, strict=True):
+            write(part[:size])
+        if staged:
+            last.view(self.dtype).view(hidden.shape).copy_(hidden)
+        *parts, last = torch.split(_sent(host, self.device), wide)
+        self._there = [
+            view(part[:size]) for part, size, view in zip(parts, self._sizes, self._views, strict=True)
+        ]
+        if staged:
+            return last.view(self.dtype).view(hidden.shape)
+        return hidden.to(self.device, self.dtype)
+
+    def __getitem__(self, number: int) -> Tensor:
+        """A part on the device, after `send`."""
+        return self._there[number]
+
+    def _added(self, size: int, write: Callable[[Tensor], object], view: Callable[[Tensor], Tensor]) -> int:
+        self._sizes.append(size)
+        self._writes.append(write)
+        self._views.append(view)
+        return len(self._sizes) - 1
 
 
 def chunk_on(
@@ -172,6 +261,15 @@ def to_device(
     content[: len(host)].copy_(host, non_blocking=content.device.type not in WAITED)
     if not staged:
         own[:count].copy_(hidden)
+
+
+def from_stage(numbers: Tensor, layout: Layout, hidden: Tensor, content: Tensor) -> None:
+    """`to_device` of a step whose numbers, uint8 [layout.numbers_bytes], and hidden states are there."""
+    own = layout.hidden(content)
+    if len(hidden) < layout.rows:
+        own[len(hidden) :].zero_()
+    content[: layout.numbers_bytes].copy_(numbers)
+    own[: len(hidden)].copy_(hidden)
 
 
 def _sent(host: Tensor, device: torch.device) -> Tensor:

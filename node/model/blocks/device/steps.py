@@ -6,7 +6,8 @@ norm after it.  The kernels and what replaces them are in `node.model.cuda.ops`.
 
 A decode step reads lengths and pages from the device, so its launches depend on its number of rows alone,
 and they are replayed as a CUDA graph (`node.model.blocks.graphs`).  Rows with an adapter are computed
-without one: a graph has no place for an adapter's addresses.
+without one: a graph has no place for an adapter's addresses.  So are products of LLM.int8(), which wait for
+the device to know their outliers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,8 +33,10 @@ from node.model.blocks.device.staging import (
     Inputs,
     Layout,
     Rows,
+    Stage,
     bucket,
     chunk_on,
+    from_stage,
     to_device,
 )
 from node.model.blocks.fused_block import FusedBlock, Heads
@@ -82,17 +85,19 @@ class DeviceSteps:
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
     _hidden_size: int = field(init=False)
+    _waits: bool = field(init=False)  # whether a product's launches depend on values
     _angles: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     _graphs: WeakKeyDictionary[PagePool, DecodeGraphs] = field(default_factory=WeakKeyDictionary, init=False)
 
     def __post_init__(self) -> None:
         norm = self.blocks[0].norm
         self.device, self.dtype, self._hidden_size = norm.device, norm.dtype, len(norm)
+        self._waits = any(_waits(matrix) for block in self.blocks for matrix in block.matrices)
 
     @property
     def records(self) -> bool:
         """Whether decode steps become graphs."""
-        return self.device.type == "cuda" or self.new_capture is not None
+        return not self._waits and (self.device.type == "cuda" or self.new_capture is not None)
 
     def record(self, pool: PagePool, most_rows: int = MAX_ROWS) -> None:
         """Record the graphs of all blocks, the largest first, so that no session waits for them."""
@@ -120,20 +125,59 @@ class DeviceSteps:
         groups: Groups = (),
     ) -> Tensor:
         """See `FusedSpan.decode`.  hidden: on the CPU or on the device, in any float dtype."""
+        numbers, layout = self._numbers(pool, rows, lengths, groups)
+        fill = partial(self._fill, numbers, layout, hidden, pool)
+        with self._here():
+            if self._is_recorded(len(lengths), groups):
+                return self._by_graph(pool, (start, stop), layout, fill)[: len(lengths)]
+            content = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+            fill(content)
+            return self._decode(layout.inputs(content), pool, (start, stop), groups)
+
+    def planned(
+        self,
+        stage: Stage,
+        pool: PagePool,
+        rows: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        start: int,
+        stop: int,
+        groups: Groups = (),
+    ) -> Callable[[Tensor], Tensor]:
+        """`decode` in two parts: its numbers are added to a stage, and the answer computes when they came."""
+        numbers, layout = self._numbers(pool, rows, lengths, groups)
+        part = stage.add_bytes(
+            layout.numbers_bytes,
+            lambda content: numbers.fill(content, layout, pool.nobodys_page, pool.page_tokens),
+        )
+
+        def compute(hidden: Tensor) -> Tensor:
+            with self._here():
+                if self._is_recorded(len(lengths), groups):
+                    fill = partial(from_stage, stage[part], layout, hidden)
+                    return self._by_graph(pool, (start, stop), layout, fill)[: len(lengths)]
+                inputs = Inputs(hidden, *layout.numbers(stage[part]))
+                return self._decode(inputs, pool, (start, stop), groups)
+
+        return compute
+
+    def _numbers(
+        self, pool: PagePool, rows: NDArray[np.int64], lengths: NDArray[np.int64], groups: Groups
+    ) -> tuple[Rows, Layout]:
         longest, count = int(lengths.max()) + 1, len(lengths)
         self._angles_for(max(longest, min(pool.max_length, MOST_FIRST_ANGLES)))
         table = pool.table(rows, -(-longest // pool.page_tokens))
-        numbers = Rows(lengths, pool.slots_of(rows, lengths), table)
-        recorded = self.records and count <= MAX_ROWS and not groups
-        layout = self._layout(bucket(count) if recorded else count, table.shape[1])
-        step = partial(self._decode, pool=pool, run=(start, stop), groups=groups)
-        fill = partial(self._fill, numbers, layout, hidden, pool)
-        with self._here():
-            if recorded:
-                return self._graphs_over(pool).run((start, stop), layout, step, fill)[:count]
-            content = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
-            fill(content)
-            return step(layout.inputs(content))
+        wide = bucket(count) if self._is_recorded(count, groups) else count
+        return Rows(lengths, pool.slots_of(rows, lengths), table), self._layout(wide, table.shape[1])
+
+    def _is_recorded(self, rows: int, groups: Groups) -> bool:
+        return self.records and rows <= MAX_ROWS and not groups
+
+    def _by_graph(
+        self, pool: PagePool, run: tuple[int, int], layout: Layout, fill: Callable[[Tensor], None]
+    ) -> Tensor:
+        step = partial(self._decode, pool=pool, run=run, groups=())
+        return self._graphs_over(pool).run(run, layout, step, fill)
 
     def step(
         self,
@@ -243,3 +287,9 @@ class DeviceSteps:
     def _here(self) -> AbstractContextManager[object]:
         """Kernels are launched on the current device of CUDA."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def _waits(matrix: nn.Module) -> bool:
+    """Whether a product reads on the host what it launches: LLM.int8() looks for outliers (bitsandbytes)."""
+    layers: list[Any] = [each for each in matrix.modules() if type(each).__name__ == "Linear8bitLt"]
+    return any(layer.state.threshold > 0 for layer in layers)
