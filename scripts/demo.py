@@ -301,10 +301,7 @@ def hole_after(name: str, running: Iterable[str]) -> str:
     span = SPAN_OF.get(name)
     if span is None or any(SPAN_OF.get(other) == span for other in running if other != name):
         return ""
-    return (
-        f". No other node of the demo has {blocks_of(span)}: where nobody else has, the page shows the command"
-        " of one"
-    )
+    return f". No other node of the demo has {blocks_of(span)}: the page shows how to add one"
 
 
 def blocks_of(span: tuple[int, int]) -> str:

@@ -196,7 +196,7 @@ def test_a_kept_swarm_stays_until_ctrl_c_and_has_a_page(demo: Demo):
 def test_a_node_of_a_kept_swarm_can_be_killed_by_its_number_or_because_it_is_in_use(demo: Demo):
     demo.read_until("open http://127.0.0.1:")
     assert demo.kill("9") == (2, "demo: no node 9 runs; there are demo-1, demo-2, demo-3, spare\n")
-    hole = ". No other node of the demo has blocks 10:20: where nobody else has, the page shows the command of one"
+    hole = ". No other node of the demo has blocks 10:20: the page shows how to add one"
     for word, name, after in (("", "spare", ""), ("2", "demo-2", hole)):
         pid = int((demo.folder / f"{name}.pid").read_text())
         code, said = demo.kill(word)

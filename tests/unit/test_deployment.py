@@ -466,7 +466,7 @@ def test_ignored_files_never_reach_the_builder():
 
 
 def test_the_balancers_of_the_page_ask_whether_a_gateway_is_ready_as_it_must_be_asked():
-    """With a key, for every path but /health needs one, and in HTTP/1.1 with a Host that the gateway answers."""
+    """With a key, for only /health needs none, and in HTTP/1.1 with a Host that the gateway answers."""
     page = (ROOT / "docs" / "fleet.md").read_text()
     blocks = dict(re.findall(r"^(nginx|haproxy|Caddy):\n\n((?:    .*\n|\n)+)", page, re.MULTILINE))
     [host] = re.findall(r"--allowed-host (\S+?)`", page)
