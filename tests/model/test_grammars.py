@@ -218,6 +218,22 @@ def test_a_schema_that_cannot_be_held_to_is_refused_in_one_line(schema):
     assert len(caught.value.message) < 400
 
 
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"$ref": "#"}, "no text can satisfy it"),
+        ({"$ref": "#/nowhere"}, "failed to compile JSON schema: Pointer '/nowhere' does not exist"),
+        ({"type": "string", "pattern": "("}, "JSON schema: regex parse error: ( ^ error: unclosed group"),
+        ({"enum": []}, "failed to compile JSON schema: Unsatisfiable schema: anyOf is empty"),
+    ],
+)
+def test_the_error_of_a_schema_is_about_the_schema_alone(schema, says):
+    with pytest.raises(FormatError) as caught:
+        compile_answer(grammars(), schema=schema, calls=None, thinking="none")
+    assert caught.value.message.endswith(says)
+    assert "x-guidance" not in caught.value.message  # ours
+
+
 def test_a_grammar_larger_than_max_grammar_bytes_is_refused():
     own = tokenizer()
     small = Grammars(own, vocabulary=len(own), end_ids=[2], limits=GrammarLimits(max_grammar_bytes=1000))

@@ -128,6 +128,8 @@ def test_what_openai_takes_is_taken(fields):
         ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
         ({"tools": [LOOKUP] * 129}, "tools"),
         ({"tool_choice": "never"}, "tool_choice"),
+        ({"tool_choice": {}}, "tool_choice"),
+        ({"tool_choice": {"function": {"name": "look_up"}}}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),

@@ -225,5 +225,7 @@ def _quoted(text: str) -> str:
 
 
 def _reason(error: str) -> str:
-    """llguidance's text without the places in a grammar that the client did not write."""
-    return one_line(re.sub(r"^(?:\d+\(\d+\):\s*)+|\(?\bat \d+\(\d+\)\)?:?\s*", "", error.strip()))
+    """llguidance's text without the grammar and the places in it, which the client did not write."""
+    said = re.split(r"\n\s*\d+ \| ", error.strip(), maxsplit=1)[0].replace("<non-verbose/>", "")
+    said = re.sub(r"^(?:\d+\(\d+\):\s*)+|\(?\bat \d+\(\d+\)\)?:?\s*", "", said)
+    return one_line(re.sub(r"\bNoExtension(?:Bias)?\b", "no text can satisfy it", said))

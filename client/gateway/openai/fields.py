@@ -71,7 +71,8 @@ def field_error(error: ValidationError, body: Mapping[str, Any]) -> RequestError
     """The error of the field that is wrong; of the kinds of a union that of the one which fits best."""
     found = error.errors(include_url=False, include_context=False)
     worst = max(found, key=lambda each: (each["type"] not in _OTHER_KIND, len(each["loc"])))
-    path, message = path_of(worst["loc"], body), worst["msg"].removeprefix("Value error, ")
+    path = path_of(worst["loc"], body, absent=worst["type"] == "missing")
+    message = worst["msg"].removeprefix("Value error, ")
     if worst["type"] == "missing":
         return invalid(f"{path} is needed", path, "missing_required_parameter")
     if worst["type"] == "extra_forbidden":
@@ -83,16 +84,16 @@ def field_error(error: ValidationError, body: Mapping[str, Any]) -> RequestError
     return invalid(f"{path or 'the request'} is {_shown(worst['input'])}: {message}", path or None)
 
 
-def path_of(loc: Sequence[int | str], body: Any) -> str:  # Any: JSON
+def path_of(loc: Sequence[int | str], body: Any, *, absent: bool) -> str:  # Any: JSON
     """A path such as messages.0.content: of pydantic's path the parts that are in the body.
 
-    The others name kinds of a union.  The last part may be a field that is missing.
+    The others name kinds of a union.  absent: the last part is a field that is missing.
     """
     parts: list[str] = []
     value = body
     for place, part in enumerate(loc):
         if isinstance(value, Mapping):
-            if part not in value and place < len(loc) - 1:
+            if part not in value and not (absent and place == len(loc) - 1):
                 continue
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
