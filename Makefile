@@ -63,7 +63,7 @@ test-conformance: env ## Let clients of OpenAI's API (openai, litellm, langchain
 
 test-triton: env ## Compare the kernels for GPUs with float64 in Triton's interpreter and compile them for two cards, in an environment of its own
 	@PYTHON=$(BIN)/python sh scripts/triton.sh
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n 0 tests/model/test_triton_kernels.py $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n $(if $(ARGS),0,2) tests/model/test_triton_kernels.py $(ARGS)
 	@OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n $(if $(ARGS),0,2) tests/model/test_triton_compile.py $(ARGS)
 
 lint: env ## Check style and formatting

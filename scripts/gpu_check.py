@@ -454,7 +454,11 @@ def _ways(
     }
     with check.tried("our own int8"):
         int8_linear = kernels().int8_linear
-        ways["int8, our own"] = (1, lambda given, at: int8_linear(given, codes[at], scales[at]))
+
+        def ours(way: str) -> Callable[[Tensor, int], Tensor]:
+            return lambda given, at: cast(Tensor, int8_linear(given, codes[at], scales[at], None, way))
+
+        ways |= {f"int8, {way}": (1, ours(way)) for way in ("triton", "dequantise")}
     with check.tried("bitsandbytes"):
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 

@@ -12,7 +12,17 @@ from node.config import ConfigError
 from node.model.cuda import available, measured, ops, torch_ops
 from node.model.weights import quantize
 from node.model.weights.plans import Plan
-from node.model.weights.quantize import Matrix, PackedLinear, check_sums, plan_on_device, quantize_rows
+from node.model.weights.quantize import (
+    Experts,
+    Matrix,
+    PackedLinear,
+    Packing,
+    await_matrices,
+    check_sums,
+    fill,
+    plan_on_device,
+    quantize_rows,
+)
 
 CPU = torch.device("cpu")
 
@@ -215,6 +225,17 @@ def test_int8_weights_with_sums_beyond_float16_are_refused_for_bitsandbytes():
         check_sums(Matrix(codes, torch.tensor([0.1, -0.9])), None)
     with pytest.raises(ConfigError, match="may be 66440"):
         check_sums(Matrix(codes, torch.tensor([0.1, -0.8])), torch.tensor([0.0, -5000.0]))
+
+
+def test_loading_for_bitsandbytes_names_the_layer_with_such_weights():
+    model = nn.Sequential(nn.Linear(100, 2, bias=False), nn.Linear(100, 2, bias=False))
+    small, large = (
+        Matrix(torch.full((2, 100), 127, dtype=torch.int8), torch.full((2,), s)) for s in (0.1, 1)
+    )
+    matrices: dict[str, Matrix | Experts] = {"0": small, "1": large}
+    await_matrices(model, matrices)
+    with pytest.raises(ConfigError, match=r"^1: a sum of llm_int8 may be 76200 here"):
+        fill(model, matrices, Packing("llm_int8", torch.bfloat16), CPU)
 
 
 def test_the_sums_of_real_weights_are_far_from_float16s_end():

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from node.model.blocks.span import load_span
+from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.cuda import available, ops, torch_ops
+from node.model.weights.plans import Plan
+from node.model.weights.quantize import PackedLinear
+from tests.model_fixtures import save_tiny
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter is asked for with `make test-triton`", allow_module_level=True)
@@ -32,6 +38,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed)).to(dtype)
+
+
+def folder_of(variant: str, path: Path) -> ModelFolder:
+    if not (path / "model").exists():
+        save_tiny(variant, path / "model")
+    return open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -376,3 +388,23 @@ def test_a_kernel_that_does_not_compile_is_left_out_and_the_others_are_not(monke
     monkeypatch.setattr(probe, "KERNELS", dict.fromkeys(probe.KERNELS, fails))
     with pytest.raises(RuntimeError, match="PassManager"):
         probe.wrong_on(CPU)
+
+
+# All together
+
+
+def test_prefills_and_steps_of_an_int8_block_are_those_of_the_compiled_one(tmp_path):
+    ours, theirs = (load_span(folder_of("llama", tmp_path), 0, 1, quantize="int8") for _ in range(2))
+    assert ours._fused is not None
+    for block in ours._fused.blocks:
+        for matrix in block.matrices:
+            assert isinstance(matrix, PackedLinear)
+            matrix._is_here, matrix.plan = False, Plan(((1, "triton"),))
+    ours._fused.on_device = ours._fused.steps
+    mine, other = ours.new_cache(2, 64), theirs.new_cache(2, 64)
+    position = 0
+    for tokens in (18, 1, 3):
+        hidden = randn(2, tokens, ours.hidden_size, seed=tokens)
+        got, expected = ours.forward(hidden, mine, position), theirs.forward(hidden, other, position)
+        assert_close(got, expected, 1e-4)  # the compiled kernels round rows to 16 bits
+        position += tokens

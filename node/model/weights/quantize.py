@@ -649,16 +649,22 @@ def misplaced(
 def fill(
     model: nn.Module, matrices: dict[str, Matrix | Experts], packing: Packing, device: torch.device
 ) -> None:
-    """Replace each Awaiting by a layer with its matrix; `matrices` is emptied on the way."""
+    """Replace each Awaiting by a layer with its matrix; `matrices` is emptied on the way.
+
+    Raises ConfigError for a matrix that cannot be multiplied in this packing.
+    """
     make = partial(_MAKERS[packing.kind], dtype=packing.dtype, device=device) if matrices else None
     for path in list(matrices):
         matrix = matrices.pop(path)
         awaiting = cast(Awaiting, model.get_submodule(path))
         assert make is not None
-        if isinstance(matrix, Experts):
-            layer: nn.Module = PackedExperts(matrix, cast(Any, awaiting.activation), make)
-        else:
-            layer = make(matrix, awaiting.bias)
+        try:
+            if isinstance(matrix, Experts):
+                layer: nn.Module = PackedExperts(matrix, cast(Any, awaiting.activation), make)
+            else:
+                layer = make(matrix, awaiting.bias)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
         _replace(model, path, layer.eval())
     packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     if packed and device.type == "cpu":
