@@ -30,9 +30,10 @@ from node.runtime.arguments import (
     add_max_disk,
     at_least_none,
     command_first,
-    device,
+    devices,
     one_address_each,
     positive,
+    ranks,
     threads,
 )
 from node.runtime.console import argument_text, put_line, run_command, run_process
@@ -107,13 +108,7 @@ def _serve_parser() -> Parser:
         "--num-blocks", type=positive, metavar="N", help="serve the N blocks that the swarm needs most"
     )
     _add_network_options(parser)
-    parser.add_argument(
-        "--device",
-        type=device,
-        default="auto",
-        metavar="DEVICE",
-        help="auto, cpu, cuda, cuda:1 for a second GPU, mps (default: the fastest that is there)",
-    )
+    _add_device_options(parser)
     parser.add_argument(
         "--dtype",
         choices=DTYPE_CHOICES,
@@ -166,6 +161,7 @@ def _serve(words: list[str]) -> int:
         blocks=flags.blocks,
         num_blocks=flags.num_blocks,
         device=flags.device,
+        tensor_parallel=flags.tensor_parallel,
         dtype=flags.dtype,
         quantize=flags.quantize,
         threads=flags.threads,
@@ -384,6 +380,25 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         help="of the memory for gradients, for graphs of forwards that a backward follows; 0: none is kept"
         f" (default: {USUAL.tape_bytes})",
     )  # fmt: skip
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=devices,
+        default="auto",
+        metavar="DEVICE[,DEVICE]",
+        help="auto, cpu, cuda, cuda:1 for a second GPU, mps (default: the fastest that is there);"
+        " cuda:0,cuda:1: the blocks lie on both, one after the other, by their free memory",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=ranks,
+        default=1,
+        metavar="N",
+        help="divide each block among N devices, the first ones or those of --device, each with a process of"
+        " its own; without adapters (default: 1)",
+    )
 
 
 def _add_adapter_option(parser: argparse.ArgumentParser) -> None:

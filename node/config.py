@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from node.devices import device_named
+from node.devices import MAX_DEVICES, devices_named
 from node.monitor.metrics.address import MetricsAddress
 from node.runtime import values
 from routing.placement.goals import MIN_REPLICAS, QUALITY
@@ -103,7 +103,9 @@ class NodeConfig:
     """A serving node.
 
     blocks: the blocks to serve, a `Blocks` or any pair (start, stop); num_blocks: their number alone, placed
-    where the swarm needs them most; neither: as many as fit.  threads: of torch; None: the cores divided by
+    where the swarm needs them most; neither: as many as fit.  device: one name, or several
+    ("cuda:0,cuda:1") that have the blocks one after the other.  tensor_parallel: the number of devices that
+    divide each block among them.  threads: of torch; None: the cores divided by
     the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept
     for replays; None for as many as the caches hold.  balance: unless `blocks` is given.  adapters: at most
     four.  Raises ConfigError for a value of another kind or out of range.
@@ -114,6 +116,7 @@ class NodeConfig:
     blocks: Blocks | None = None
     num_blocks: int | None = None
     device: str = "auto"
+    tensor_parallel: int = 1
     dtype: str = "auto"
     quantize: str | None = None  # int8 on CUDA, none elsewhere
     threads: int | None = None
@@ -142,7 +145,7 @@ class NodeConfig:
             ):
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, values.whole(name, value, least, most))
-            device_named(self.device)
+            self._check_devices()
             for name, known in (
                 ("dtype", DTYPE_CHOICES),
                 ("quantize", (None, *QUANTIZE_CHOICES)),
@@ -151,6 +154,25 @@ class NodeConfig:
                     allowed = ", ".join(each for each in known if each and each != LLM_INT8)
                     also = f" ({LLM_INT8} on CUDA)" if LLM_INT8 in known else ""
                     raise ValueError(f"{name} is {values.shown(value)}, one of {allowed} is allowed{also}")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names in `device`."""
+        return devices_named(self.device)
+
+    def _check_devices(self) -> None:
+        """Raise ValueError for devices that do not go together."""
+        names, ranks = devices_named(self.device), self.tensor_parallel
+        ranks = values.whole("tensor_parallel", ranks, 1, MAX_DEVICES)
+        if ranks > 1 and len(names) not in (1, ranks):
+            raise ValueError(
+                f"tensor_parallel is {ranks}, device names {len(names)} devices ({self.device}):"
+                f" {ranks} names or one kind of device (cuda, cpu) are allowed"
+            )
+        if ranks > 1 and self.adapters:
+            raise ValueError(
+                f"tensor_parallel is {ranks}, and adapters are given: devices that divide blocks keep none"
+            )
 
 
 def _blocks(blocks: Any) -> Blocks:  # Any: to be checked

@@ -14,6 +14,7 @@ from collections.abc import MutableMapping
 from node.runtime.values import shown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+MAX_DEVICES = 64  # of one node: no machine has more
 _NAME = re.compile(r"auto|cpu|mps|cuda(?::(?:0|[1-9][0-9]{0,2}))?")
 
 # Memory of a device that is reserved can grow in place, so sizes that change with each step leave no holes.
@@ -35,6 +36,25 @@ def device_named(name: object) -> str:
         allowed = f"one of {', '.join(DEVICES)} is allowed (cuda:1 for a second GPU)"
         raise ValueError(f"device is {shown(name)}, {allowed}")
     return name
+
+
+def devices_named(names: object) -> tuple[str, ...]:
+    """The devices of a list as the command line takes it: one name, or several with commas between them.
+
+    Several are GPUs by their numbers, each once, or the CPU several times.  Raises ValueError for others.
+    """
+    if not isinstance(names, str) or "," not in names:
+        return (device_named(names),)
+    found = tuple(names.split(",", MAX_DEVICES))
+    if len(found) <= MAX_DEVICES:
+        kinds = {kind_of(device_named(each)) for each in found}
+        if kinds == {"cpu"}:
+            return found
+        numbers = [index_of(each) or 0 for each in found]
+        if kinds == {"cuda"} and len(set(numbers)) == len(numbers):
+            return tuple(f"cuda:{number}" for number in numbers)
+    allowed = f"up to {MAX_DEVICES} GPUs, each once (cuda:0,cuda:1), or cpu several times"
+    raise ValueError(f"device is {shown(names)}, a list may have {allowed}")
 
 
 def kind_of(device: object) -> str:
@@ -79,6 +99,31 @@ def find_device(name: str) -> str:
     if alike not in here:
         raise ValueError(f"device {name} is not there; {', '.join(reversed(here))} would be")
     return name
+
+
+def find_devices(names: tuple[str, ...], ranks: int = 1) -> tuple[str, ...]:
+    """The devices that names of the command line mean.
+
+    ranks: that divide each block among them: one name of a kind then stands for the first devices of it.
+    Imports torch.  Raises ValueError where this machine has no such devices, or not as many.
+    """
+    if len(names) > 1 and ranks not in (1, len(names)):
+        raise ValueError(
+            f"{ranks} ranks are asked for, and {len(names)} devices are named ({','.join(names)})"
+        )
+    if len(names) > 1 or ranks == 1:
+        return tuple(find_device(name) for name in names)
+    name = find_device(names[0])
+    if kind_of(name) == "cpu":
+        return (name,) * ranks
+    if index_of(names[0]) is not None or kind_of(name) != "cuda":
+        raise ValueError(f"{ranks} ranks need {ranks} devices, {names[0]} is one")
+    here = [each for each in devices_here() if kind_of(each) == "cuda"]
+    if len(here) < ranks:
+        raise ValueError(
+            f"{ranks} ranks need {ranks} devices, {', '.join(here)} {'are' if len(here) > 1 else 'is'} there"
+        )
+    return tuple(here[:ranks])
 
 
 def use_device(device: object) -> None:

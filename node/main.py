@@ -18,7 +18,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,12 +29,13 @@ import trio
 from node.config import LLM_INT8, VERSION, ConfigError, NetworkConfig, NodeConfig, config_errors
 from node.devices import (
     best_dtype,
-    find_device,
+    find_devices,
     is_out_of_memory,
     kind_of,
     set_up_allocator,
     use_device,
 )
+from node.model.parallel.lost import SpanLost
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
@@ -65,7 +66,9 @@ if TYPE_CHECKING:
     from node.network.host import Host
     from node.network.streams import FramedStream
     from node.network.transport.identity import Identity
-    from node.serving.adapters.desk import OwnAdapter
+    from node.serving.adapters.desk import AdapterDesk, OwnAdapter
+    from node.serving.placement.placement import Placement
+    from node.serving.placement.room import Room
     from node.serving.served_span import ServingSetup
     from node.serving.server import Server
 
@@ -78,53 +81,86 @@ async def serve(config: NodeConfig) -> None:
     """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
     async with stopped_by_signals() as stopping, open_compute_thread() as compute:
         # Two threads that import at once only slow each other down: torch first, then the network.
-        await compute.run(_prepare_torch, config.threads or memory.threads_for_this_node())
+        await compute.run(_prepare_torch, _threads(config))
         await _serve(config, compute, stopping)
 
 
 async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> None:
     """Take part in the network until a signal.  Raises ConfigError."""
+    from node.serving.placement.ranks import open_placement
+
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
         metrics = await open_metrics(config.network, node, "serve", nursery)
-        from node.network.sharing.announcing import keep_announced, keys_of
-        from node.serving.server import Server
+        folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
+        devices, dtype, threads = await compute.run(_devices_and_dtype, config)
+        model = Model(folder, info, dtype, threads)
+        dividing = open_placement(
+            devices, folder, compute, ranks=config.tensor_parallel, threads=threads, on_lost=stopping.lose
+        )
+        async with dividing as placement:
+            meters = None if metrics is None else metrics.meters
+            setup, blocks = await find_setup(config, node, compute, placement, model, meters)
+            await _serve_blocks(config, node, setup, blocks, compute, stopping, nursery, metrics)
 
-        meters = None if metrics is None else metrics.meters
-        setup, blocks = await find_setup(config, node, compute, meters)
 
-        def came_online(spec: SpanSpec) -> None:
-            write_ready_file(config.network, node, spec, serving=stopping.online)
-            tell_how_to_join(node, f"online with blocks {spec.blocks} of {spec.model}")
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model that a node serves, and the dtype and the threads with which it computes."""
 
-        server = Server(setup, node.directory, compute, nursery, came_online)
-        if metrics is not None:
-            metrics.server = server
-        node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
-        # a hop pushes what a client has arranged, who may have told its hops different things
-        node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push, bans=False)
-        node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
-        node.host.handle(ADAPTER_PROTOCOL, server.dispatch.serve_adapter)
-        node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
-        await _begin(server, blocks)
-        nursery.start_soon(server.keep_record_true)
-        if (table := node.directory.table) is not None and setup.shared:
-            keys = keys_of(setup.shared, node.host.swarm_id)
-            nursery.start_soon(keep_announced, table, keys, random.Random())
-        nursery.start_soon(guard_of(config.network, node, server).run)
-        if config.vitals_file is not None:
-            nursery.start_soon(
-                write_vitals, config.vitals_file, lambda: node.host.connections, lambda: server.session_count
-            )
-        stopping.started()
-        async with background_nursery() as moving:
-            if config.blocks is None:
-                rng = random.Random()
-                better = by_capacity(config.balance, rng)
-                balancer = Balancer(server, config.balance, rng, better, node.directory.answers)
-                moving.start_soon(balancer.run)
-            await stopping.requested.wait()
-        log.info("leaving, %d sessions are open", server.session_count)
-        await server.leave()
+    folder: ModelFolder
+    info: ModelInfo
+    dtype: str
+    threads: int
+
+
+async def _serve_blocks(
+    config: NodeConfig,
+    node: Node,
+    setup: ServingSetup,
+    blocks: Blocks,
+    compute: Runner,
+    stopping: Stopping,
+    nursery: trio.Nursery,
+    metrics: NodeMetrics | None,
+) -> None:
+    """Load the blocks and serve them until a signal.  Raises ConfigError."""
+    from node.network.sharing.announcing import keep_announced, keys_of
+    from node.serving.server import Server
+
+    def came_online(spec: SpanSpec) -> None:
+        write_ready_file(config.network, node, spec, serving=stopping.online)
+        tell_how_to_join(node, f"online with blocks {spec.blocks} of {spec.model}")
+
+    server = Server(setup, node.directory, compute, nursery, came_online)
+    if metrics is not None:
+        metrics.server = server
+    node.host.handle(SESSION_PROTOCOL, server.dispatch.serve_session)
+    # a hop pushes what a client has arranged, who may have told its hops different things
+    node.host.handle(PUSH_PROTOCOL, server.dispatch.serve_push, bans=False)
+    node.host.handle(COMPUTE_PROTOCOL, server.dispatch.serve_request)
+    node.host.handle(ADAPTER_PROTOCOL, server.dispatch.serve_adapter)
+    node.host.handle(INFO_PROTOCOL, server.dispatch.serve_info, max_frame_bytes=INFO_FRAME_BYTES)
+    await _begin(server, blocks)
+    nursery.start_soon(server.keep_record_true)
+    if (table := node.directory.table) is not None and setup.shared:
+        keys = keys_of(setup.shared, node.host.swarm_id)
+        nursery.start_soon(keep_announced, table, keys, random.Random())
+    nursery.start_soon(guard_of(config.network, node, server).run)
+    if config.vitals_file is not None:
+        nursery.start_soon(
+            write_vitals, config.vitals_file, lambda: node.host.connections, lambda: server.session_count
+        )
+    stopping.started()
+    async with background_nursery() as moving:
+        if config.blocks is None:
+            rng = random.Random()
+            better = by_capacity(config.balance, rng)
+            balancer = Balancer(server, config.balance, rng, better, node.directory.answers)
+            moving.start_soon(balancer.run)
+        await stopping.requested.wait()
+    log.info("leaving, %d sessions are open", server.session_count)
+    await server.leave()
+    stopping.check()
 
 
 async def _begin(server: Server, blocks: Blocks) -> None:
@@ -136,8 +172,9 @@ async def _begin(server: Server, blocks: Blocks) -> None:
             raise
         setup = server.setup
         raise ConfigError(
-            f"memory of {setup.device} ended while blocks {blocks} were loaded, with {setup.cache_tokens:,}"
-            " cache tokens: other programs take it; choose fewer (--num-blocks, --cache-tokens)"
+            f"memory of {setup.placement} ended while blocks {blocks} were loaded, with"
+            f" {setup.cache_tokens:,} cache tokens: other programs take it; choose fewer"
+            " (--num-blocks, --cache-tokens)"
         ) from None
 
 
@@ -185,34 +222,34 @@ def guard_of(config: NetworkConfig, node: Node, server: Server | None = None) ->
 
 
 async def find_setup(
-    config: NodeConfig, node: Node, compute: Runner, meters: ServingMeters | None = None
+    config: NodeConfig,
+    node: Node,
+    compute: Runner,
+    placement: Placement,
+    model: Model,
+    meters: ServingMeters | None = None,
 ) -> tuple[ServingSetup, Blocks]:
-    """Find the model, and choose the blocks, their precision and the caches.  Raises ConfigError."""
-    from node.serving.adapters.desk import open_desk
-    from node.serving.adapters.own_cards import sign_own
+    """Choose the blocks of a model, their precision and the caches.  Raises ConfigError."""
     from node.serving.served_span import ServingSetup
 
-    limits = config.network.limits
-    folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
-    own = await compute.run(_own_adapters, config, folder) if config.adapters else []
-    device, dtype, threads = await compute.run(_device_and_dtype, config)
-    quantize, product = _quantize(config, info, device)
-    free = await compute.run(memory.free_bytes, device)
+    limits, device, dtype, threads = config.network.limits, placement.device, model.dtype, model.threads
+    own = await compute.run(_own_adapters, config, model.folder) if config.adapters else []
+    quantize, product = _quantize(config, model.info, device)
+    room = await compute.run(placement.room)
     process = memory.process_bytes()
     computes = await compute.run(_activations, dtype, product or quantize, device)
     precision = Precision(dtype, quantize, computes, product)
-    _warn_of_overflow(info, precision)
-    known = await compute.run(known_seconds_per_block, info, device, precision, threads)
-    blocks = await _choose_blocks(config, node, info, precision, free, known, device)
-    cache_tokens = config.cache_tokens or memory.cache_tokens_that_fit(
-        info, blocks.size, precision, free, device
-    )
-    memory.check_fits(info, blocks.size, precision, cache_tokens, free, limits.max_step_tokens, device)
+    _warn_of_overflow(model.info, precision)
+    known = await compute.run(known_seconds_per_block, model.info, placement, precision, threads)
+    info = placement.sized(model.info)
+    blocks = await _choose_blocks(config, node, info, precision, room, known)
+    cache_tokens = config.cache_tokens or room.cache_tokens_that_fit(info, blocks.size, precision)
+    room.check_fits(info, blocks.size, precision, cache_tokens, limits.max_step_tokens)
     journal_tokens = config.journal_tokens
     if journal_tokens is None:
         journal_tokens = memory.journal_tokens_that_fit(info, cache_tokens, device, memory.free_bytes())
-    training = memory.training_bytes_that_fit(
-        info, blocks.size, precision, cache_tokens, free, device=device, step_tokens=limits.max_step_tokens
+    training = room.training_bytes_that_fit(
+        info, blocks.size, precision, cache_tokens, limits.max_step_tokens
     )
     span_alone = memory.memory_of(
         info, blocks.size, precision, cache_tokens,
@@ -220,21 +257,35 @@ async def find_setup(
     )  # fmt: skip
     log.info(
         "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
-        blocks, info.name, info.revision, dtype, precision.packing, device, threads,
+        blocks, info.name, info.revision, dtype, precision.packing, placement, threads,
     )  # fmt: skip
-    reserve = memory.reserved_bytes(info, precision, device, free)
-    bound = replace(span_alone, training=training, reserve=reserve)
-    log.info("%s", memory.in_one_line(bound, info, blocks.size, cache_tokens, free))
+    bound = replace(span_alone, training=training, reserve=room.reserved_bytes(info, precision))
+    if not placement.takes_adapters:
+        bound = replace(bound, adapters=0, sums=0, trained=0)
+    of_each = "" if placement.team is None else f"on each of {len(placement.devices)} devices: "
+    log.info("%s%s", of_each, memory.in_one_line(bound, info, blocks.size, cache_tokens, room.free_bytes))
     setup = ServingSetup(
-        folder, info, config.network.name, device, precision, threads, cache_tokens, journal_tokens,
-        limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training, bound,
-        open_desk(
-            limits, info.blocks, device, bound.adapters, bound.sums, own,
-            sign=partial(sign_own, node.identity, info.name, limits),
-        ),
-        meters or ServingMeters(),
+        model.folder, model.info, config.network.name, placement, precision, threads, cache_tokens,
+        journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training,
+        bound, _open_desk(node, model.info, placement, bound, own), meters or ServingMeters(),
     )  # fmt: skip
     return setup, blocks
+
+
+def _open_desk(
+    node: Node, info: ModelInfo, placement: Placement, bound: memory.Memory, own: Sequence[OwnAdapter]
+) -> AdapterDesk | None:
+    """The node's adapters; None where it takes none."""
+    from node.serving.adapters.desk import open_desk
+    from node.serving.adapters.own_cards import sign_own
+
+    if not placement.takes_adapters:
+        return None
+    limits = node.config.limits
+    return open_desk(
+        limits, info.blocks, placement.device, bound.adapters, bound.sums, own,
+        sign=partial(sign_own, node.identity, info.name, limits),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +331,22 @@ class Stopping:
     requested: trio.Event
     scope: trio.CancelScope
     online: bool = False
+    fault: str | None = None  # why the node ends without a signal
 
     def started(self) -> None:
         """The node is online: from now on the first signal only sets `requested`."""
         self.online = True
+
+    def lose(self, why: str) -> None:
+        """The node cannot compute any more: it is to leave as after a signal, and then to say why."""
+        if self.fault is None:
+            self.fault = why
+        self.requested.set()
+
+    def check(self) -> None:
+        """Raise SpanLost where that was so."""
+        if self.fault is not None:
+            raise SpanLost(self.fault)
 
     async def watch(self, signals: AsyncIterator[int]) -> None:
         """Act on each signal."""
@@ -323,14 +386,14 @@ def _own_adapters(config: NodeConfig, folder: ModelFolder) -> list[OwnAdapter]:
     return own_adapters(config.adapters, folder, config.network.limits)
 
 
-def known_seconds_per_block(info: ModelInfo, device: str, precision: Precision, threads: int) -> float:
+def known_seconds_per_block(
+    info: ModelInfo, placement: Placement, precision: Precision, threads: int
+) -> float:
     """Seconds of a decode step through one block in an earlier run of this kind; 0 without an earlier run.
 
     Runs in the torch thread.
     """
-    from node.serving.served_span import kept_rates
-
-    file, key = kept_rates(info.revision, device, precision, threads)
+    file, key = placement.kept_rates(info.revision, precision, threads)
     known = file.get(key)
     return 0.0 if known is None else known.alone
 
@@ -360,9 +423,8 @@ async def _choose_blocks(
     node: Node,
     info: ModelInfo,
     precision: Precision,
-    free: int,
+    room: Room,
     seconds_per_block: float,
-    device: str = "cpu",
 ) -> Blocks:
     """The blocks to serve: the config's, else the blocks that the swarm needs most.  Raises ConfigError.
 
@@ -373,11 +435,11 @@ async def _choose_blocks(
         if not whole.contains(config.blocks):
             raise ConfigError(f"blocks {config.blocks} of {info.name}, which has {whole}")
         return config.blocks
-    count = config.num_blocks or memory.blocks_that_fit(info, precision, config.cache_tokens, free, device)
+    count = config.num_blocks or room.blocks_that_fit(info, precision, config.cache_tokens)
     if not 0 < count <= info.blocks:
         if config.num_blocks is None:
             cache_tokens = config.cache_tokens or memory.MIN_CACHE_TOKENS
-            memory.check_fits(info, 1, precision, cache_tokens, free, device=device)
+            room.check_fits(info, 1, precision, cache_tokens)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(
@@ -399,15 +461,27 @@ def _prepare_torch(threads: int) -> None:
     import transformers.modeling_utils  # noqa: F401  most imports of a model's own module
 
 
-def _device_and_dtype(config: NodeConfig) -> tuple[str, str, int]:
-    """Runs in the torch thread: device, dtype and threads on this machine.  Raises ConfigError."""
+def _threads(config: NodeConfig) -> int:
+    """Of torch in this process: ranks on a CPU divide the node's cores among them."""
+    if config.threads is not None:
+        return config.threads
+    return max(1, memory.threads_for_this_node() // config.tensor_parallel)
+
+
+def _devices_and_dtype(config: NodeConfig) -> tuple[tuple[str, ...], str, int]:
+    """Runs in the torch thread: devices, dtype and threads on this machine.  Raises ConfigError."""
     import torch
 
     with config_errors():
-        device = find_device(config.device)
-    use_device(device)
-    dtype = best_dtype(device) if config.dtype == "auto" else config.dtype
-    return device, dtype, torch.get_num_threads()
+        devices = find_devices(config.devices, config.tensor_parallel)
+    if config.dtype != "auto":
+        dtype = config.dtype
+    else:
+        # Of several the one that all have.  A rank's device is left to its rank.
+        asked = devices if config.tensor_parallel == 1 else devices[:1]
+        dtype = max({best_dtype(device) for device in asked}, key=("bfloat16", "float16", "float32").index)
+    use_device(devices[0])
+    return devices, dtype, torch.get_num_threads()
 
 
 def _activations(dtype: str, quantize: str, device: str) -> str:

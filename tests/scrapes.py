@@ -78,7 +78,7 @@ def node_metrics(servers: int = 3) -> NodeMetrics:
     spec = SimpleNamespace(blocks=Blocks(0, 10), model="tiny", revision="r1")
     span = SimpleNamespace(listener=listener, spec=spec, admission=SimpleNamespace(draining=False))
     setup = SimpleNamespace(
-        info=SimpleNamespace(name="tiny", revision="r1"), device="cpu",
+        info=SimpleNamespace(name="tiny", revision="r1"), placement="cpu",
         precision=SimpleNamespace(dtype="float32", quantize="none"),
     )  # fmt: skip
     server = SimpleNamespace(

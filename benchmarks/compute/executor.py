@@ -3,11 +3,14 @@
     python -m benchmarks executor --sessions 1 4 8 16 --quantize none int8 --dtype float32
     python -m benchmarks executor --device cuda --shapes llama-3-8b bloom-176b --quantize none int8 nf4
 
+    python -m benchmarks executor --device cuda --tensor-parallel 2 --shapes llama-3-8b
+
 Each row is measured in turn with the whole model in the library (`generate`, greedy, one stream,
 float32), so that a noisy machine is noisy for both.  Nothing here imports libp2p.
 
 `share_of_floor` is the time in which the machine reads the weights once (`floor_ms`, by the rate at which
-this run read memory), divided by the time of a step.  With `--contexts` the sessions have caches of these
+this run read memory), divided by the time of a step.  With `--tensor-parallel` they are the weights of one
+device, which all read at once.  With `--contexts` the sessions have caches of these
 lengths, filled with zeros: what is in them takes no time.
 """
 
@@ -20,9 +23,10 @@ import pstats
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -31,15 +35,19 @@ from benchmarks.compute.shapes import timed as timed_on
 from benchmarks.lib.results import Run
 from node.config import QUANTIZE_CHOICES, ConfigError, config_errors
 from node.devices import (
-    find_device,
-    free_device_bytes,
+    devices_named,
+    find_devices,
     has_own_memory,
     index_of,
     kind_of,
     set_up_allocator,
     use_device,
 )
-from node.runtime.arguments import device as device_argument
+from node.runtime.arguments import devices, ranks
+from routing.blocks import Blocks
+
+if TYPE_CHECKING:
+    from node.serving.placement.placement import Placement
 
 PROMPT_TOKENS = 32
 ROOM = 16  # positions of a session beyond its context and its steps
@@ -58,18 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(flags.threads)
     rows = []
     try:
-        with config_errors():
-            use_device(find_device(flags.device))
-        rate = read_bytes_per_second(flags.device, 1 << 24 if flags.small else None)
-        print(f"{flags.device} reads {rate / 1e9:.1f} GB/s", flush=True)
-        for shape in flags.shapes or [None]:
-            if shape is None:
-                folder = resolve(flags.model, cache_dir=cache_dir())
-            else:
-                folder = shape_folder(shape, flags.shape_blocks, flags.device)
-            for dtype in flags.dtype:
-                for quantize in flags.quantize:
-                    rows += measure(flags, folder, dtype, quantize, rate)
+        with open_placement(flags) as placement:
+            rate = read_bytes_per_second(placement.device, 1 << 24 if flags.small else None)
+            print(f"{placement.device} reads {rate / 1e9:.1f} GB/s", flush=True)
+            for shape in flags.shapes or [None]:
+                if shape is None:
+                    folder = resolve(flags.model, cache_dir=cache_dir())
+                else:
+                    folder = shape_folder(shape, flags.shape_blocks, placement.device)
+                for dtype in flags.dtype:
+                    for quantize in flags.quantize:
+                        rows += measure(flags, placement, folder, dtype, quantize, rate)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,7 +111,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quantize", nargs="+", choices=QUANTIZE_CHOICES, help="default: none; on a GPU none int8"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", type=device_argument)
+    parser.add_argument("--device", default="cpu", type=devices, help="or several: cuda:0,cuda:1")
+    parser.add_argument(
+        "--tensor-parallel", type=ranks, default=1, metavar="N", help="divide each block among N devices"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="decode steps of a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of both in turn (%(default)s)")
@@ -120,7 +130,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def with_defaults(flags: argparse.Namespace) -> argparse.Namespace:
     """The flags, with defaults for this device where they are not given."""
-    gpu = has_own_memory(flags.device)
+    gpu = has_own_memory(devices_named(flags.device)[0])
     if flags.small:
         flags.shapes = flags.shapes or ["small-llama", "small-bloom"]
         flags.shapes = [
@@ -137,23 +147,43 @@ def with_defaults(flags: argparse.Namespace) -> argparse.Namespace:
     return flags
 
 
+@contextmanager
+def open_placement(flags: argparse.Namespace) -> Iterator[Placement]:
+    """The devices, and the processes that divide blocks among them.  Raises ConfigError."""
+    from node.serving.placement.placement import Placement
+
+    with config_errors():
+        found = find_devices(devices_named(flags.device), flags.tensor_parallel)
+    use_device(found[0])
+    if flags.tensor_parallel == 1:
+        yield Placement(found)
+        return
+    from node.model.parallel.team import open_team
+
+    team = open_team(found, threads=flags.threads)
+    try:
+        yield Placement(found, team)
+    finally:
+        team.close()
+
+
 def measure(
-    flags: argparse.Namespace, folder: Any, dtype: str, quantize: str, rate: float
+    flags: argparse.Namespace, placement: Placement, folder: Any, dtype: str, quantize: str, rate: float
 ) -> list[dict[str, Any]]:
     """The rows for one way to keep the weights.  folder: the model's.  rate: bytes read in a second."""
-    from node.model.blocks.span import DTYPES, load_span
     from node.model.checkpoint.info import read_info
+    from node.serving.memory import Precision
 
     blocks = read_info(folder).blocks
     start, stop = (int(part) for part in (flags.blocks or f"0:{blocks}").split(":"))
     before = psutil.Process().memory_info().rss
-    span = load_span(folder, start, stop, dtype=DTYPES[dtype], device=flags.device, quantize=quantize)
-    reference = None if flags.no_reference else library(folder, flags)
+    span = placement.load(folder, Blocks(start, stop), Precision(dtype, quantize))
+    reference = None if flags.no_reference else library(folder, flags, placement.device)
     rows = []
     for context in flags.contexts or [None]:
         for sessions in flags.sessions:
             length = PROMPT_TOKENS if context is None else context
-            if not fits(span, sessions, length + flags.tokens + ROOM, flags.device):
+            if not fits(span, sessions, length + flags.tokens + ROOM, placement.room().free_bytes):
                 print(f"{sessions} sessions of {length} positions do not fit", flush=True)
                 continue
             run = Sessions(span, sessions, context, flags.tokens)
@@ -163,11 +193,11 @@ def measure(
                 "context": length,
                 "quantize": quantize,
                 "dtype": dtype,
-                "device": flags.device,
+                "device": str(placement),
                 "threads": flags.threads,
                 "blocks": [start, stop],
                 "fused": span.fused,
-                **figures(flags, run, reference),
+                **figures(flags, placement.device, run, reference),
                 **floor(span, run, rate),
                 "resident_growth_mib": (psutil.Process().memory_info().rss - before) / 2**20,
             }
@@ -179,20 +209,19 @@ def measure(
     return rows
 
 
-def fits(span: Any, sessions: int, length: int, device: str) -> bool:  # Any: torch is not imported yet
-    """Whether the caches of so many sessions leave the device room to compute."""
-    free = free_device_bytes(device) if has_own_memory(device) else psutil.virtual_memory().available
+def fits(span: Any, sessions: int, length: int, free: int) -> bool:  # Any: torch is not imported yet
+    """Whether the caches of so many sessions leave room to compute.  free: bytes."""
     position = sum(shape.values for shape in span.shapes if shape) * span.dtype.itemsize
     return bool(sessions * length * position <= CACHE_SHARE * free)
 
 
 def figures(
-    flags: argparse.Namespace, run: Sessions, reference: Callable[[], float] | None
+    flags: argparse.Namespace, device: str, run: Sessions, reference: Callable[[], float] | None
 ) -> dict[str, Any]:
-    """What the rounds say: medians."""
+    """What the rounds say: medians.  device: the first one."""
     batched, single, alone = [], [], []
     plain = run.context is None  # sessions that were filled by their prompts
-    reset_peak(flags.device)
+    reset_peak(device)
     first = run.decode(1)
     run.decode(2)
     for _ in range(flags.rounds):
@@ -213,10 +242,10 @@ def figures(
         "ms_per_step": step * 1e3,
         "first_step_ms": first * 1e3,
         "prefill_tokens_per_s": run.prefill(256),
-        "prefill_1024_tokens_per_s": run.prefill(1024) if has_own_memory(flags.device) else None,
+        "prefill_1024_tokens_per_s": run.prefill(1024) if has_own_memory(device) else None,
         "python_share": run.python_share() if plain else None,
         "cache_mib_in_use": run.cache_bytes() / 2**20,
-        "vram_peak_mib": peak_mib(flags.device),
+        "vram_peak_mib": peak_mib(device),
     }
 
 
@@ -303,7 +332,8 @@ class Sessions:
         seconds = []
         for _ in range(3):
             cache = self.span.new_cache(1, tokens)
-            work = lambda cache=cache: self.span.forward(hidden, cache, 0)  # noqa: E731
+            # the copy waits for the last of several devices
+            work = lambda cache=cache: self.span.forward(hidden, cache, 0)[:, -1:].cpu()  # noqa: E731
             seconds.append(timed_on(work, self.span.device))
         return tokens / statistics.median(seconds)
 
@@ -338,15 +368,15 @@ class Sessions:
             cache.length += 1
 
 
-def library(folder: Any, flags: argparse.Namespace) -> Callable[[], float]:
-    """A function that generates with the library's whole model and answers tokens a second."""
+def library(folder: Any, flags: argparse.Namespace, device: str) -> Callable[[], float]:
+    """A function that generates with the library's whole model on a device and answers tokens a second."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if has_own_memory(flags.device) else torch.float32
+    dtype = torch.bfloat16 if has_own_memory(device) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, local_files_only=True)
-    model = model.to(flags.device)
-    ids = torch.arange(100, 100 + PROMPT_TOKENS, device=flags.device)[None]
+    model = model.to(device)
+    ids = torch.arange(100, 100 + PROMPT_TOKENS, device=device)[None]
 
     def generate() -> float:
         seconds = timed(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from node.config import ConfigError
-from node.devices import device_named
+from node.devices import MAX_DEVICES, device_named, devices_named
 from node.runtime.console import one_line, put
 from node.runtime.settings.file import Command, entries_for, read_document
 from node.runtime.settings.flags import CONFIG_VARIABLE, Flag, at_home, command_of, flags_of
@@ -303,6 +303,19 @@ def device(text: str) -> str:
         return device_named(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def devices(text: str) -> str:
+    """A device's name or a list of them, for argparse."""
+    try:
+        return ",".join(devices_named(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def ranks(text: str) -> int:
+    """A number of devices that divide each block, for argparse."""
+    return positive(text, MAX_DEVICES)
 
 
 def seconds(text: str) -> float:

@@ -21,10 +21,9 @@ from node.devices import empty_cache, kind_of
 from node.model.adapters.kernels import prepare
 from node.model.adapters.prefix import guest_shapes
 from node.model.blocks.forward_backward import kinds_of_blocks, measure_activations
-from node.model.blocks.span import DTYPES, Span, load_span
+from node.model.blocks.span import Span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
-from node.model.checkpoint.source import cache_dir
 from node.model.checkpoint.tensors import block_tensors
 from node.monitor.metrics.meters import ServingMeters, reason_of
 from node.network.sharing.seeds import Seeds
@@ -39,9 +38,10 @@ from node.serving.adapters.sums import Shapes, SpanSums
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.batcher import policy_for
 from node.serving.executor.engine import Engine, EngineSpan
-from node.serving.executor.rates import RatesFile, device_name, rates_at_start, rates_key
+from node.serving.executor.rates import rates_at_start
 from node.serving.forward_backward import ForwardBackwardListener, HeldActivations, PeekStream
 from node.serving.memory import Precision
+from node.serving.placement.placement import Placement
 from node.serving.sessions.frame_rates import FrameBudget, FrameRates
 from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Listener
@@ -50,9 +50,9 @@ from node.serving.sessions.push_reader import read_pushes
 from node.serving.span_admission import SpanAdmission
 from node.serving.training.tapes import TapeBudget, Tapes
 from routing.blocks import Blocks
-from routing.names import PeerId, Revision
+from routing.names import PeerId
 from routing.view.records import Record, State
-from tensor_codec.errors import Draining, MessageError, Refused, TooManyStreams
+from tensor_codec.errors import Draining, MessageError, Refused, TooManyStreams, WrongRevision
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.messages.fields import Failed, encode_failed
@@ -66,16 +66,16 @@ log = logging.getLogger("raceme")
 class ServingSetup:
     """The settings and resources with which a node serves any span.
 
-    name: of the node.  precision: of the weights, and of the computing.  open_push: a stream to
-    a peer, for pushing.  faults: of peers, counted.  training_bytes: see `memory.training_bytes_that_fit`.
-    stated: the memory of the span and of all that peers can add to it.  adapters: None: none are taken.
-    meters: counters over all spans.
+    name: of the node.  placement: its devices.  precision: of the weights, and of the computing.  open_push:
+    a stream to a peer, for pushing.  faults: of peers, counted.  training_bytes: see
+    `memory.training_bytes_that_fit`.  stated: the memory of the span and of all that peers can add to it.
+    adapters: None: none are taken.  meters: counters over all spans.
     """
 
     folder: ModelFolder
     info: ModelInfo
     name: str
-    device: str
+    placement: Placement
     precision: Precision
     threads: int
     cache_tokens: int
@@ -87,6 +87,11 @@ class ServingSetup:
     stated: memory.Memory | None = None
     adapters: AdapterDesk | None = None
     meters: ServingMeters = field(default_factory=ServingMeters)
+
+    @property
+    def device(self) -> str:
+        """The first device, which says of what kind all are."""
+        return self.placement.device
 
     @property
     def shared(self) -> Seeds:
@@ -131,9 +136,8 @@ class ServingSetup:
 
         Runs in the torch thread.
         """
-        free = memory.free_bytes(self.device)
-        step_tokens = self.limits.max_step_tokens
-        memory.check_fits(self.info, count, self.precision, self.cache_tokens, free, step_tokens, self.device)
+        info, step_tokens = self.placement.sized(self.info), self.limits.max_step_tokens
+        self.placement.room().check_fits(info, count, self.precision, self.cache_tokens, step_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -281,7 +285,7 @@ async def load_served_span(
         del first, others
     else:
         span = await compute.run(_load_span, setup, blocks)
-    file, key = kept_rates(setup.info.revision, setup.device, setup.precision, setup.threads)
+    file, key = setup.placement.kept_rates(setup.info.revision, setup.precision, setup.threads)
     rates = await compute.run(rates_at_start, span, file, key)
     limits = setup.limits
     engine = Engine(span, compute, rates, limits, meters=setup.meters, policy=policy_for(setup.device))
@@ -298,7 +302,7 @@ async def load_served_span(
         journal_tokens=setup.journal_tokens,
     )  # fmt: skip
     part = memory.part_bytes(setup.info, setup.precision, limits.max_step_tokens)
-    free = partial(memory.free_for_training, setup.device)
+    free = setup.placement.free_for_training
     for_tapes = memory.tape_bytes_of(setup.training_bytes, limits)
     held = HeldActivations(
         part, setup.training_bytes - for_tapes, free, compute,
@@ -340,24 +344,16 @@ async def load_blocks(setup: ServingSetup, blocks: Blocks, compute: Runner) -> l
 
     Raises as `load_served_span`.
     """
-    return [await compute.run(_load_span, setup, Blocks(block, block + 1)) for block in range(*blocks)]
+    places = await compute.run(setup.placement.places, blocks.size)
+    return [
+        await compute.run(_load_span, setup, Blocks(block, block + 1), (place,))
+        for block, place in zip(range(*blocks), places, strict=True)
+    ]
 
 
-def kept_rates(revision: Revision, device: str, precision: Precision, threads: int) -> tuple[RatesFile, str]:
-    """The file with figures of earlier runs, and the key of the figures of a run like this one."""
-    key = rates_key(revision, device_name(device), precision.dtype, precision.packing, threads, VERSION)
-    return RatesFile(cache_dir() / "rates.json"), key
-
-
-def _load_span(setup: ServingSetup, blocks: Blocks) -> Span:
+def _load_span(setup: ServingSetup, blocks: Blocks, places: Sequence[int] | None = None) -> Span:
     """Runs in the torch thread."""
-    return load_span(
-        setup.folder,
-        *blocks,
-        dtype=DTYPES[setup.precision.dtype],
-        device=setup.device,
-        quantize=setup.precision.packing,
-    )
+    return setup.placement.load(setup.folder, blocks, setup.precision, places)
 
 
 def forget_unused(device: str) -> None:
@@ -372,6 +368,7 @@ def forget_unused(device: str) -> None:
 LOAD_FAULTS = (ConfigError, OSError, MemoryError, RuntimeError)
 
 
+NO_ADAPTERS = "this node divides its blocks among several devices, and takes no adapters"
 RETRY_SECONDS = 2.0  # until a client asks again: the new blocks may be loaded by then
 
 
@@ -424,8 +421,10 @@ class StreamDispatch:
 
     async def serve_adapter(self, stream: PeekStream) -> None:
         """Take adapters that a client brings.  Raises PeerFault."""
-        if (span := self.served_span) is None or not self.admitting or span.adapters is None:
+        if (span := self.served_span) is None or not self.admitting:
             await self._refuse(stream)
+        elif span.adapters is None:
+            await self._refuse_with(stream, WrongRevision(NO_ADAPTERS))
         else:
             await span.adapters.serve(stream)
 
@@ -445,6 +444,10 @@ class StreamDispatch:
     async def _refuse(self, stream: FrameStream, count: Counter[str] | None = None) -> None:
         loading = Draining("this node is loading other blocks", RETRY_SECONDS)
         no = self._short_of_memory() if self.served_span is not None else loading
+        await self._refuse_with(stream, no, count)
+
+    async def _refuse_with(self, stream: FrameStream, no: Refused, count: Counter[str] | None = None) -> None:
+        """Answer the first message with a refusal."""
         stream.judge = lambda _beginning, _size: no  # nothing is kept of a large one
         try:
             if await stream.receive(self.limits.frame_start_seconds) is None:

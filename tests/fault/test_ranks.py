@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
-from node.model.parallel.group import SpanLost
+from node.model.parallel.lost import SpanLost
 from node.model.parallel.sharded import load_sharded
 from node.model.parallel.team import open_team
 from tests.model_fixtures import save_tiny
@@ -53,6 +53,34 @@ def test_a_rank_that_is_killed_or_stopped_ends_steps_with_its_reason(folder, num
         assert len(reasons) == 1
     finally:
         team._workers[0].process.kill()
+        team.close()
+
+
+def test_a_step_that_takes_too_long_is_ended_although_no_operation_ends_it(folder, monkeypatch):
+    """So it is on a GPU: there nothing else watches sums within graphs."""
+    monkeypatch.setattr("node.model.parallel.team.CPU_STEP_SECONDS", 1.0)
+    reasons: list[str] = []
+    team = open_team(["cpu", "cpu"], on_lost=reasons.append)
+    try:
+        span = load_sharded(team, folder, 0, 2)
+        cache, hidden = span.new_cache(1, 64), torch.randn(1, 1, span.hidden_size)
+        span.forward(hidden, cache, 0)
+        process = team._workers[0].process
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(SpanLost, match="a step took too long, a rank hangs"):
+            span.forward(hidden, cache, 1)
+        assert process.wait(10) == -signal.SIGKILL
+        assert len(reasons) == 1
+    finally:
+        team._workers[0].process.kill()
+        team.close()
+
+
+def test_free_memory_is_asked_of_the_ranks(folder):
+    team = open_team(["cpu", "cpu", "cpu"])
+    try:
+        assert team.free_bytes() == [0, 0]  # a CPU's memory is the node's to count
+    finally:
         team.close()
 
 

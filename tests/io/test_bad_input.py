@@ -12,6 +12,7 @@ import pytest
 import client.__main__
 import node.__main__
 from node.network.transport.identity import held_identity
+from tests.model_fixtures import save_tiny
 
 PEER = "12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8"
 
@@ -153,6 +154,19 @@ def test_a_device_that_is_not_there_is_refused(capsys, tiny_llama):
     line = refused(capsys, node.__main__, tiny_llama, "--device", "mps", "--blocks", "0:1")
     assert "mps" in line
     assert "cpu" in line
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused_with_those_that_do(capsys, tiny_llama):
+    line = refused(capsys, node.__main__, tiny_llama, "--device", "cpu", "--tensor-parallel", "3")
+    assert "--tensor-parallel 3: 4 heads and 2 key heads cannot be divided among 3 ranks" in line
+    assert "the number of ranks can be 2, 4" in line
+
+
+def test_a_family_whose_blocks_cannot_be_divided_is_named_with_those_that_can(capsys, tmp_path):
+    save_tiny("bloom", tmp_path / "bloom")
+    line = refused(capsys, node.__main__, tmp_path / "bloom", "--device", "cpu", "--tensor-parallel", "2")
+    assert "the blocks of bloom cannot be divided among 2 ranks; those of gemma, " in line
+    assert "llama" in line
 
 
 def test_an_architecture_that_is_not_supported_is_named(capsys, tmp_path, tiny_llama):

@@ -30,6 +30,7 @@ from node.serving.executor.rates import Rates
 from node.serving.forward_backward import ForwardBackwardListener
 from node.serving.memory import Precision
 from node.serving.mover import MoveFailed
+from node.serving.placement.placement import Placement
 from node.serving.served_span import ServedSpan, ServingSetup
 from node.serving.server import Server
 from node.serving.sessions.listener import Listener
@@ -43,6 +44,7 @@ from routing.view.view import SwarmView
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import MessageError, SlowPeer
 from tensor_codec.limits import Limits
+from tensor_codec.messages.adapter import ADAPTER_PROTOCOL, Drop, decode_held, encode_drop
 from tensor_codec.messages.contract import Contract
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import Run
@@ -107,7 +109,7 @@ class FakeSetup(ServingSetup):
 def setup_with(memory: FakeMemory) -> FakeSetup:
     return FakeSetup(
         folder=cast(ModelFolder, None),  # nothing is read
-        info=INFO, name="name", device="cpu", precision=Precision("float32"), threads=1,
+        info=INFO, name="name", placement=Placement(("cpu",)), precision=Precision("float32"), threads=1,
         cache_tokens=10**6, journal_tokens=None, limits=LIMITS, open_push=nowhere, faults=Faults(),
         memory=memory,
     )  # fmt: skip
@@ -255,6 +257,20 @@ async def test_clients_are_told_before_their_sessions_end_and_new_ones_to_come_b
         assert (answer.code, answer.retry_after_seconds) == ("draining", 2.0)
         await trio.sleep(10)
         assert isinstance((await setting.open(3, 6, 2))[1], Opened)
+
+
+async def test_a_node_that_takes_no_adapters_says_so_and_not_to_come_back(autojump_clock: object) -> None:
+    async with serving() as setting:
+        served = setting.server.dispatch.served_span
+        assert served is not None
+        assert served.record("online").lora == 0
+        ours, theirs = stream_pair(CLIENT, PeerId("me"), ADAPTER_PROTOCOL, LIMITS)
+        setting.nursery.start_soon(setting.server.dispatch.serve_adapter, theirs)
+        await ours.send(encode_drop(Drop("a" * 64)))
+        refused = decode_held(await ours.receive(5) or b"")
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.retry_after_seconds) == ("wrong_revision", None)
+        assert "takes no adapters" in refused.message
 
 
 async def test_a_node_short_of_memory_admits_nothing_and_serves_on(autojump_clock: object) -> None:

@@ -52,6 +52,21 @@ def test_what_is_not_given_follows_the_device():
     assert small.shapes == ["small-bloom"]
 
 
+def test_several_devices_are_timed_as_one_span(tmp_path):
+    words = ["--small", "--shapes", "llama-3-8b", "--sessions", "2", "--contexts", "16", "--device", "cpu"]
+    (one,) = rows_of(tmp_path, *words)
+    (divided,) = rows_of(tmp_path, *words, "--tensor-parallel", "2")
+    (split,) = rows_of(tmp_path, *words[:-1], "cpu,cpu")
+    assert [row["device"] for row in (one, divided, split)] == ["cpu", "cpu,cpu in parallel", "cpu,cpu"]
+    assert one["weights_mib"] == split["weights_mib"] > 1.5 * divided["weights_mib"]
+    assert all(row["ms_per_step"] > 0 for row in (divided, split))
+
+
+def test_what_cannot_be_divided_is_one_line(capsys):
+    assert executor.main(["--small", "--shapes", "bloom-176b", "--tensor-parallel", "2"]) == 2
+    assert "the blocks of bloom cannot be divided among 2 ranks" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_is_one_line(capsys):
     assert executor.main(["--device", "cuda:7", "--small"]) == 2
     assert "device cuda:7 is not there" in capsys.readouterr().err

@@ -10,11 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from node.model.blocks.forward_backward import backward, backward_in_parts, finish, forward, kinds_of_blocks
+from node.model.adapters.adapted import AdaptedSpan
+from node.model.adapters.prefix import KeyValues, SpanPrefix, why_no_prefix
+from node.model.adapters.sites import site_shapes
+from node.model.blocks.forward_backward import (
+    backward,
+    backward_in_parts,
+    finish,
+    forward,
+    kinds_of_blocks,
+    measure_activations,
+)
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
-from node.model.parallel.split import ELSEWHERE, SplitSpan, load_split
+from node.model.parallel.split import ELSEWHERE, Part, SplitSpan, load_split
 from tensor_codec.errors import LocalProtocolError
+from tests.lora_fixtures import random_adapter
+from tests.meta_device import DEVICE, Counted
 from tests.model_fixtures import BLOCKS, save_tiny
 
 torch.set_num_threads(1)
@@ -135,3 +147,53 @@ def test_a_gap_is_refused_and_so_is_a_step_that_does_not_continue(tmp_path):
 def test_kinds_of_blocks_are_found_at_all_devices(folder):
     split, one = load_split(folder, 0, PLACES, CPU), load_span(folder, 0, BLOCKS)
     assert kinds_of_blocks(split) == kinds_of_blocks(one)
+
+
+def half_on_meta(name: str, path: Path) -> SplitSpan:
+    """The first three blocks on the CPU, the others on a device that computes nothing."""
+    save_tiny(name, path / "model")
+    folder = open_folder(path / "model", memo=HashMemo(path / "hashes.json"))
+    later = load_span(folder, 3, BLOCKS)
+    there = Span(later.model.to(DEVICE), later.architecture, 3, BLOCKS)
+    return SplitSpan([Part(0, load_span(folder, 0, 3)), Part(1, there)], (torch.device("cpu"), DEVICE))
+
+
+@pytest.mark.parametrize(
+    "name", ["olmo2", "bloom", "gemma2"]
+)  # compiled kernels take adapters on a CPU alone
+def test_what_a_session_brings_goes_to_the_device_of_each_block(name, tmp_path):
+    """Low-rank matrices, prompts, prefixes, gradients: no operation mixes devices."""
+    split = half_on_meta(name, tmp_path)
+    adapter = random_adapter(site_shapes(split), 1)
+    pool = split.new_arena(256)
+    with Counted():
+        split.record(pool)
+        one, two = pool.open(1, 64), pool.open(2, 64)
+        hidden = hidden_of(split, 2, 9)
+        answer = split.forward(hidden[:1], one, 0, prompts=hidden_of(split, BLOCKS, 2), adapter=adapter)
+        assert answer.device == DEVICE
+        split.forward(hidden[:, :4], two, 0)
+        for cache in (one, two):
+            cache.reserve(cache.length + 1)
+        rows = torch.cat([hidden[:1, 0], hidden[:, 1]])
+        assert split.decode(rows, [one, two], 0, BLOCKS, adapters=[adapter, None]).device == DEVICE
+        frozen = AdaptedSpan(split, adapter)
+        forward(frozen, hidden, 0, BLOCKS)
+        backward(frozen, hidden, hidden, 1, BLOCKS)
+        for block in kinds_of_blocks(split):
+            measure_activations(split, block)
+        trained = AdaptedSpan(split, adapter, trains=True)
+        run = backward_in_parts(trained, hidden, hidden, 0, BLOCKS, hidden_of(split, BLOCKS, 2), most=100)
+        assert finish(run).hidden.shape == hidden.shape
+        assert set(trained.gradients) == set(range(BLOCKS))
+        values = next(shape for shape in split.shapes if shape is not None)
+        if why_no_prefix(split.config) is None and values.key_dim:
+            width = values.key_heads * values.key_dim
+            prefix = SpanPrefix("p", {n: KeyValues(*torch.randn(2, 3, width)) for n in range(BLOCKS)})
+            three = pool.open(1, 64)
+            three.begin_with(prefix)
+            split.forward(hidden[:1], three, 0)
+            run = backward_in_parts(
+                AdaptedSpan(split, prefix, trains=True), hidden, hidden, 0, BLOCKS, most=100
+            )
+            assert finish(run).hidden.shape == hidden.shape

@@ -13,6 +13,7 @@ from node import devices, main
 from node.config import ConfigError, NetworkConfig, NodeConfig
 from node.model.checkpoint.architecture import ARCHITECTURES, OVERFLOW_FLOAT16
 from node.runtime.arguments import device as device_argument
+from node.runtime.arguments import devices as devices_argument
 from node.serving import memory, served_span
 from node.serving.executor import batcher, rates
 
@@ -71,6 +72,101 @@ def test_other_names_are_refused_with_those_that_are_allowed(name):
             device_argument(name)
 
 
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("cpu", ("cpu",)),
+        ("auto", ("auto",)),
+        ("cpu,cpu,cpu", ("cpu",) * 3),
+        ("cuda:0,cuda:1", ("cuda:0", "cuda:1")),
+        ("cuda,cuda:2", ("cuda:0", "cuda:2")),
+        ("cuda:3,cuda:0", ("cuda:3", "cuda:0")),
+    ],
+)
+def test_a_list_of_devices_is_gpus_by_number_or_the_cpu(names, found):
+    assert devices.devices_named(names) == found
+    assert NodeConfig(NetworkConfig(), device=names).devices == found
+    assert devices_argument(names) == ",".join(found)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "cuda:0,cuda:0",
+        "cuda,cuda:0",
+        "cuda:0,cpu",
+        "auto,auto",
+        "mps,mps",
+        ",".join(["cpu"] * 65),
+        "cpu," * 999,
+    ],
+    ids=lambda names: names[:20],
+)
+def test_other_lists_are_refused_with_what_is_allowed(names):
+    with pytest.raises(ConfigError, match=r"allowed|a list may have up to 64 GPUs") as caught:
+        NodeConfig(NetworkConfig(), device=names)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(argparse.ArgumentTypeError):
+        devices_argument(names)
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "found"),
+    [
+        ("auto", 2, ("cuda:0", "cuda:1")),
+        ("cuda", 3, ("cuda:0", "cuda:1", "cuda:2")),
+        ("cuda:2,cuda:0", 2, ("cuda:2", "cuda:0")),
+        ("cpu", 3, ("cpu",) * 3),
+        ("cuda:2", 1, ("cuda:2",)),
+        ("cuda:2,cuda:1", 1, ("cuda:2", "cuda:1")),
+    ],
+)
+def test_ranks_have_the_devices_that_are_named_or_the_first_ones(monkeypatch, device, ranks, found):
+    cuda = FakeCuda(monkeypatch, 3)
+    config = NodeConfig(NetworkConfig(), device=device, tensor_parallel=ranks)
+    assert main._devices_and_dtype(config)[0] == found
+    if found[0] != "cpu":
+        assert f"cuda:{cuda.current}" == found[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "said"),
+    [
+        ("auto", 4, "4 ranks need 4 devices, cuda:0, cuda:1, cuda:2 are there"),
+        ("cuda:1", 2, "2 ranks need 2 devices, cuda:1 is one"),
+        ("cuda:0,cuda:7", 2, "device cuda:7 is not there"),
+        ("cuda:0,cuda:7", 1, "device cuda:7 is not there"),
+    ],
+)
+def test_devices_that_are_not_there_are_named(monkeypatch, device, ranks, said):
+    FakeCuda(monkeypatch, 3)
+    with pytest.raises(ConfigError, match=said):
+        main._devices_and_dtype(NodeConfig(NetworkConfig(), device=device, tensor_parallel=ranks))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"tensor_parallel": 3, "device": "cpu,cpu"}, "tensor_parallel is 3, device names 2 devices"),
+        ({"tensor_parallel": 0}, "tensor_parallel is 0"),
+        ({"tensor_parallel": 65}, "tensor_parallel is 65"),
+        ({"tensor_parallel": True}, "tensor_parallel"),
+        ({"tensor_parallel": 2, "adapters": ("folder",)}, "adapters are given"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_read(how, said):
+    with pytest.raises(ConfigError, match=said):
+        NodeConfig(NetworkConfig(), **how)
+
+
+def test_the_dtype_of_several_devices_is_one_that_all_have(monkeypatch):
+    FakeCuda(monkeypatch, 2)
+    found = {"cuda:0": "bfloat16", "cuda:1": "float16"}
+    monkeypatch.setattr(main, "best_dtype", lambda device: found[device])
+    assert main._devices_and_dtype(NodeConfig(NetworkConfig(), device="cuda:0,cuda:1"))[1] == "float16"
+    assert main._devices_and_dtype(NodeConfig(NetworkConfig(), device="cuda:0"))[1] == "bfloat16"
+
+
 def test_a_number_changes_nothing_about_the_kind_of_a_device():
     for name in ("cuda", "cuda:0", "cuda:3", torch.device("cuda:1"), torch.device("cuda")):
         assert devices.kind_of(name) == "cuda"
@@ -121,7 +217,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, 
 def test_a_node_on_the_second_gpu_asks_the_second_gpu(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     config = NodeConfig(NetworkConfig(), device="cuda:1")
-    assert main._device_and_dtype(config)[:2] == ("cuda:1", "bfloat16")
+    assert main._devices_and_dtype(config)[:2] == (("cuda:1",), "bfloat16")
     assert cuda.current == 1
     cuda.current = 0  # each call names it all the same
     assert memory.free_bytes("cuda:1") == 2000 + 300 - 100  # what torch holds and does not use is free
@@ -138,9 +234,9 @@ def test_a_node_on_the_second_gpu_asks_the_second_gpu(monkeypatch):
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_bfloat16_that_is_emulated_is_not_chosen(monkeypatch, device):
     FakeCuda(monkeypatch, bfloat16=False)
-    assert main._device_and_dtype(NodeConfig(NetworkConfig(), device=device))[1] == "float16"
+    assert main._devices_and_dtype(NodeConfig(NetworkConfig(), device=device))[1] == "float16"
     asked = NodeConfig(NetworkConfig(), device=device, dtype="float32")
-    assert main._device_and_dtype(asked)[1] == "float32"
+    assert main._devices_and_dtype(asked)[1] == "float32"
 
 
 @pytest.mark.parametrize(

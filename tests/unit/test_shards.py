@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from node.config import ConfigError
-from node.model.parallel.shard import Shard, bounds, possible_ranks
+from node.model.checkpoint.architecture import ARCHITECTURES
+from node.model.parallel.shard import FAMILIES, Shard, bounds, possible_ranks
 from node.model.parallel.shares import places_of, shares
 
 
@@ -50,6 +51,17 @@ def test_a_family_whose_linears_have_other_names_is_refused():
     other.model_type = "bloom"
     with pytest.raises(ConfigError, match="the blocks of bloom cannot be divided"):
         Shard.of(other, 2, 0)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_every_served_family_is_divided_or_refused_by_its_name(family):
+    model = config(8, 8)
+    model.model_type = family
+    if family in FAMILIES:
+        assert Shard.of(model, 2, 1).own_heads == (4, 8)
+    else:
+        with pytest.raises(ConfigError, match=f"the blocks of {family} cannot be divided among 2 ranks"):
+            Shard.of(model, 2, 0)
 
 
 @pytest.mark.parametrize(

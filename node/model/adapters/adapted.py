@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class AdaptedSpan:
         self.gradients: AdapterGradients = {}
         if trains:
             with torch.inference_mode(False):
-                self.adapter = _leaves(adapter, self.device)
+                self.adapter = _leaves(adapter, self.device, getattr(span, "block_devices", {}))
         self._trains = trains
 
     def _view(self, start: int, stop: int) -> tuple[Callable[..., Any], Any]:
@@ -76,11 +76,14 @@ class AdaptedSpan:
         self.gradients = {**self.gradients, **learnt}
 
 
-def _leaves(adapter: AnySpanAdapter, device: torch.device) -> AnySpanAdapter:
+def _leaves(
+    adapter: AnySpanAdapter, device: torch.device, devices: Mapping[int, torch.device]
+) -> AnySpanAdapter:
+    """The adapter's values as leaves.  devices: of blocks that are not on `device`."""
     if isinstance(adapter, SpanPrefix):
         return adapter.leaves(device)
     leaves = {
-        block: {name: leaves_of(low, device) for name, low in matrices.items()}
+        block: {name: leaves_of(low, devices.get(block, device)) for name, low in matrices.items()}
         for block, matrices in adapter.blocks.items()
     }
     return SpanAdapter(adapter.id, leaves)

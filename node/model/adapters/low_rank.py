@@ -89,7 +89,8 @@ class LowRank:
 
     def _move(self, device: torch.device) -> None:
         """Keep the values on another device from now on, and there alone: once, and not for each step."""
-        self.a, self._b, self._tiles = self.a.to(device), self.b.to(device), None
+        with torch.inference_mode(False):  # a backward may be what uses them next
+            self.a, self._b, self._tiles = self.a.to(device), self.b.to(device), None
 
 
 BlockAdapter = Mapping[str, LowRank]

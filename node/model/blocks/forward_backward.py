@@ -324,7 +324,8 @@ def _run(span: StatelessSpan, hidden: Tensor, start: int, stop: int, prompts: Te
     if prompts is None:
         return through(span, hidden, start, stop)
     for block, prompt in zip(range(start, stop), prompts, strict=True):
-        hidden = through(span, with_prompt(hidden, prompt), block, block + 1)
+        own = prompt.to(hidden.device)  # the device of the block before, where a span has several
+        hidden = through(span, with_prompt(hidden, own), block, block + 1)
     return hidden
 
 

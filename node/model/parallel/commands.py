@@ -1,8 +1,8 @@
 """The messages from rank 0 to the other ranks: what to load, and which step over which rows comes next.
 
 They are small, msgpack in the frames of a pipe.  Hidden states do not go this way: ranks broadcast them.
-A rank answers only `load`, with nothing or with the reason why it could not; after any other failure it ends,
-and rank 0 sees that.
+A rank answers only `load`, with nothing or with the reason why it could not, and `room`; after any other
+failure it ends, and rank 0 sees that.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FORWARD, DECODE = "forward", "decode"  # steps of sessions
 APART, BACK = "apart", "back"  # blocks on whole rows, and back through them
 FORGET = "forget"  # a span, a pool or a graph that nobody uses any more
 RECORD = "record"  # CUDA graphs at start
+ROOM = "room"  # give unused memory back, and say how much is free
 
 
 def packed(message: Mapping[str, Any]) -> bytes:

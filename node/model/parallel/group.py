@@ -1,8 +1,9 @@
 """The ranks that compute one span together: sums over all of them, inside a block and in its derivative.
 
 One process at each device, joined by torch.distributed: NCCL on CUDA, gloo on a CPU.  Every rank calls the
-same operations in the same order; an operation ends with an error where a rank is gone, and after
-COLLECTIVE_SECONDS where a rank is silent.
+same operations in the same order.  On a CPU an operation ends with an error where a rank is gone, and after
+COLLECTIVE_SECONDS where a rank is silent.  On CUDA, where operations are kernels, also within graphs that
+NCCL does not watch, rank 0 ends them (`node.model.parallel.team`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import FileStore
 
-from node.config import ConfigError
 from node.model.parallel.shard import Shard
 
 COLLECTIVE_SECONDS = 60.0  # ranks compute equal parts, so one waits for another for milliseconds
-
-
-class SpanLost(ConfigError):
-    """A rank is gone or out of step: the span cannot compute any more."""
+# NCCL's own watchdog ends the whole process: rank 0 is to have acted long before.
+NCCL_SECONDS = 1800.0
 
 
 class Ranks:
@@ -140,7 +138,7 @@ def join(rank: int, ranks: int, device: torch.device, meeting: Path) -> Ranks:
         store=FileStore(str(meeting), ranks),
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        timeout=timedelta(seconds=NCCL_SECONDS if device.type == "cuda" else COLLECTIVE_SECONDS),
         device_id=device if device.type == "cuda" else None,
     )
     return Ranks(rank, ranks, device)

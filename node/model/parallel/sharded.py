@@ -19,23 +19,23 @@ from torch import Tensor
 from node.config import ConfigError
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.blocks.forward_backward import through
-from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, Prefix, SpanCache
+from node.model.blocks.kv_pages import BlockShape, PagePool, Prefix, SpanCache
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.tensors import block_tensors
 from node.model.parallel import commands
 from node.model.parallel.commands import folder_message
-from node.model.parallel.team import LOAD_SECONDS, Team
+from node.model.parallel.team import LOAD_SECONDS, RECORD_SECONDS, Team
 from tensor_codec.errors import LocalProtocolError
 
 
 class ShardedCache:
     """One session's rows at all ranks.  own: this rank's.  length: as in `SpanCache`."""
 
-    def __init__(self, own: SpanCache, pool: int, team: Team) -> None:
+    def __init__(self, own: SpanCache, pool: ShardedPool, team: Team) -> None:
         self.own = own
-        self._pool = pool
+        self._pool = pool  # lives as long as its rows do
         self._team = team
         self._number = team.number()
         self._known = False  # to the other ranks
@@ -72,7 +72,7 @@ class ShardedCache:
     def described(self) -> list[int]:
         """The rows as a message has them.  From now on the other ranks know them."""
         self._known = True
-        return [self._number, self._pool, self.batch, self.max_length, self.length]
+        return [self._number, self._pool.number, self.batch, self.max_length, self.length]
 
     def reserve(self, length: int) -> None:
         """See `SpanCache.reserve`; the other ranks do so with the step."""
@@ -124,7 +124,7 @@ class ShardedPool:
 
     def open(self, batch: int, max_length: int) -> ShardedCache:
         """See `PagePool.open`."""
-        return ShardedCache(self.own.open(batch, max_length), self.number, self._team)
+        return ShardedCache(self.own.open(batch, max_length), self, self._team)
 
     def hold(self, start: int, shapes: Sequence[BlockShape | None]) -> None:
         """See `PagePool.hold`."""
@@ -174,16 +174,12 @@ class ShardedSpan(Span):
     def record(self, pool: ShardedPool) -> None:  # type: ignore[override]
         """See `Span.record`: all ranks record, as sums over them are in the graphs.  Raises SpanLost."""
         self.team.tell(commands.RECORD, span=self.number, pool=pool.number)
-        with self.team.in_step():
+        with self.team.in_step(RECORD_SECONDS):
             self.own.record(pool.own)
 
     def new_cache(self, batch: int, max_length: int) -> ShardedCache:  # type: ignore[override]
-        """An empty cache of `batch` rows in page pools of its own."""
-        row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
-        pool = self.new_arena(batch * row, max_length)
-        cache = pool.open(batch, max_length)
-        cache.pool = pool  # type: ignore[attr-defined]  # lives as long as the cache does
-        return cache
+        """See `Span.new_cache`."""
+        return cast(ShardedCache, super().new_cache(batch, max_length))
 
     @torch.inference_mode()
     def forward(  # type: ignore[override]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from node.model.adapters.low_rank import SpanAdapter
-from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, KeysAndValues, PagePool, Prefix, SpanCache
+from node.model.blocks.kv_pages import BlockShape, KeysAndValues, PagePool, Prefix, SpanCache
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.progress import Progress, silent
@@ -191,6 +191,13 @@ class SplitSpan(Span):
         super().__init__(whole.model, first.architecture, whole.start, whole.stop, (None, shapes))
 
     @property
+    def block_devices(self) -> dict[int, torch.device]:
+        """The device of each block."""
+        return {
+            block: part.span.device for part in self.parts for block in range(part.span.start, part.span.stop)
+        }
+
+    @property
     def fused(self) -> bool:
         """Whether all blocks run through our own code."""
         return all(part.span.fused for part in self.parts)
@@ -233,9 +240,8 @@ class SplitSpan(Span):
             part.span.record(pool.pools[part.place])
 
     def new_cache(self, batch: int, max_length: int) -> SplitCache:  # type: ignore[override]
-        """An empty cache of `batch` rows in page pools of its own."""
-        row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
-        return self.new_arena(batch * row, max_length).open(batch, max_length)
+        """See `Span.new_cache`."""
+        return cast(SplitCache, super().new_cache(batch, max_length))
 
     @torch.inference_mode()
     def forward(  # type: ignore[override]
@@ -293,9 +299,11 @@ class SplitSpan(Span):
                 yield part, (first, last)
 
     def _view(self, start: int, stop: int) -> tuple[Any, Any]:
-        """See `Span._view`.  Any: of a run on several devices it is the views one after the other."""
+        """See `Span._view`: the answer is on the device of the last block.  Any: a function in place of the
+        library's model, where there are several devices.
+        """
         runs = list(self._runs(start, stop))
-        if len(runs) == 1:
+        if all(part.span.device == self.device for part in self.parts) and len(runs) == 1:
             return runs[0][0].span._view(start, stop)
         views = [(part.span._view(*run), part.span.device) for part, run in runs]
 
@@ -310,7 +318,7 @@ class SplitSpan(Span):
                 hidden = answer.last_hidden_state
             return SimpleNamespace(last_hidden_state=hidden)
 
-        return run_all, SimpleNamespace(given=None)
+        return run_all, views[0][0][1] if len(views) == 1 else SimpleNamespace(given=None)
 
 
 def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:

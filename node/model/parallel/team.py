@@ -5,7 +5,8 @@ and a CUDA graph cannot record two devices (docs/decisions/ says more).  Rank 0 
 others, which live no longer than it does, and tells each what the next step is.
 
 Every wait has an end.  A rank that ends is seen by the thread that waits for its process, and operations with
-it end with an error at once; a rank that hangs ends them after COLLECTIVE_SECONDS.  Either way the team is
+it end with an error at once.  One that hangs ends operations of a CPU after COLLECTIVE_SECONDS; on a GPU,
+where nothing else would, a thread that watches the time of a step kills the ranks.  Either way the team is
 lost for good: `lost` says why, and every later call raises SpanLost.
 """
 
@@ -34,11 +35,17 @@ from torch import Tensor, distributed
 from node.config import ConfigError
 from node.model.parallel import commands
 from node.model.parallel.commands import Message, packed, unpacked
-from node.model.parallel.group import Ranks, SpanLost, join, leave
+from node.model.parallel.group import Ranks, join, leave
+from node.model.parallel.lost import SpanLost
 
 START_SECONDS = 180.0  # for importing torch and transformers, on a slow disk, and making a CUDA context
 LOAD_SECONDS = 3600.0  # for loading what rank 0 has loaded meanwhile: 100 GB from a disk of 30 MB/s
+STEP_SECONDS = 60.0  # on a GPU a step takes milliseconds, the first ones with compilers seconds
+CPU_STEP_SECONDS = 1800.0  # of a large model on a slow machine; each operation has its own end
+RECORD_SECONDS = 600.0  # for recording all graphs: compilers run too, the first time on a machine
+ROOM_SECONDS = 60.0  # for a rank's answer when it computes nothing
 END_SECONDS = 5.0  # until a rank whose pipe was closed is killed
+WATCH_SECONDS = 0.5  # between two looks at a step's time
 MAX_REPLY_BYTES = 1 << 20
 
 
@@ -63,9 +70,11 @@ class Team:
         self._on_lost = on_lost
         self._numbers = itertools.count()
         self._later: deque[Message] = deque()
-        self._closing = False
+        self._closing = threading.Event()
+        self._ends_at: float | None = None  # of the step under way, on the monotonic clock
         for worker in self._workers:
             threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
+        threading.Thread(target=self._watch_steps, daemon=True).start()
 
     def number(self) -> int:
         """A new number for a span, a pool, rows or a graph."""
@@ -104,30 +113,45 @@ class Team:
             self._check()
         return found
 
+    def free_bytes(self) -> list[int]:
+        """Memory that is free at the device of each other rank; unused memory is given back first.
+
+        Raises SpanLost.
+        """
+        self.tell(commands.ROOM)
+        return [int(answer["free"]) for answer in self.answers(ROOM_SECONDS)]
+
     @contextmanager
-    def in_step(self) -> Iterator[None]:
+    def in_step(self, seconds: float | None = None) -> Iterator[None]:
         """The other ranks compute what the block computes: a fault in it leaves them out of step.
 
-        Raises SpanLost in place of any fault.
+        seconds: that it may take; None: as long as a step may.  On a GPU it has been computed by the end of
+        the block.  Raises SpanLost in place of any fault.
         """
         self._check()
+        on_gpu = self.group.device.type == "cuda"
+        self._ends_at = time.monotonic() + (seconds or (STEP_SECONDS if on_gpu else CPU_STEP_SECONDS))
         try:
             yield
+            if on_gpu:
+                torch.cuda.synchronize(self.group.device)  # sums that were ended leave any numbers
+                self._check()
         except SpanLost:
             raise
         except Exception as error:
             self._fail(" ".join(str(error).split("\n")[0].split()) or type(error).__name__)
             raise SpanLost(f"{self.lost}") from error
+        finally:
+            self._ends_at = None
 
     def give(self, tensor: Tensor) -> Tensor:
-        """Hidden states to all ranks, whole and on this rank's device.  Raises SpanLost."""
-        with self.in_step():
-            return self.group.from_first(tensor)
+        """Hidden states to all ranks, whole and on this rank's device.  Within `in_step`."""
+        return self.group.from_first(tensor)
 
     def close(self) -> None:
-        """End the other ranks.  Bounded."""
-        self._closing = True
-        self.lost = self.lost or "the ranks have been ended"
+        """End the other ranks.  Bounded.  From any thread, also while a step waits for a rank."""
+        self._closing.set()
+        sound, self.lost = self.lost is None, self.lost or "the ranks have been ended"
         for worker in self._workers:
             worker.connection.close()
         for worker in self._workers:
@@ -136,7 +160,8 @@ class Team:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
-        leave()
+        if sound or self.group.device.type != "cuda":  # NCCL was ended by `_watch`
+            leave()
 
     def _check(self) -> None:
         if self.lost is not None:
@@ -145,18 +170,28 @@ class Team:
     def _fail(self, why: str) -> None:
         if self.lost is None:
             self.lost = f"tensor parallelism over {self.group.ranks} devices has ended: {why}"
-            if not self._closing:
+            if not self._closing.is_set():
                 self._on_lost(self.lost)
 
     def _watch(self, worker: _Worker) -> None:
         """Runs in a thread of its own: notice the end of a rank, even while nothing is computed."""
         worker.process.wait()
-        if self._closing:
+        if self._closing.is_set():
             return
         self._fail(f"rank {worker.rank} {_ended(worker)}")
         if self.group.device.type == "cuda":
             with suppress(Exception):  # or the GPU waits for the rank: a sum over ranks is a kernel there
                 distributed.distributed_c10d._get_default_group().abort()
+
+    def _watch_steps(self) -> None:
+        """Runs in a thread of its own: end a step that takes too long."""
+        while not self._closing.wait(WATCH_SECONDS):
+            ends_at = self._ends_at
+            if ends_at is not None and time.monotonic() > ends_at:
+                self._fail("a step took too long, a rank hangs")
+                for worker in self._workers:
+                    worker.process.kill()  # then `_watch` sees its end, and so do sums with it
+                return
 
 
 def _ended(worker: _Worker) -> str:

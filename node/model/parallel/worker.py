@@ -82,6 +82,7 @@ class _Rank:
             commands.CUT: self._cut, commands.ORDER: self._order, commands.CLOSE: self._close,
             commands.FORWARD: self._forward, commands.DECODE: self._decode,
             commands.APART: self._apart, commands.BACK: self._back, commands.FORGET: self._forget,
+            commands.ROOM: self._room,
         }  # fmt: skip
 
     def _load(self, message: Message) -> None:
@@ -192,6 +193,18 @@ class _Rank:
             self.rows = {each: cache for each, cache in self.rows.items() if cache.pool is not pool}
         else:
             {"span": self.spans, "graph": self.graphs}[message["kind"]].pop(number, None)
+
+    def _room(self, _: Message) -> None:
+        import gc
+
+        from node.devices import empty_cache, free_device_bytes
+
+        gc.collect()
+        free = 0
+        if self.device.type == "cuda":
+            empty_cache()
+            free = free_device_bytes(self.device)
+        self.connection.send_bytes(packed({"free": free}))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ BUILD_INFO = Family(
     labels={
         "version": "of Raceme", "role": "serve, bootstrap, gateway, client", "model": "served or used",
         "revision": "of the model", "dtype": "of the computing", "quantize": "of the weights",
-        "device": "cpu, cuda, cuda:1, mps",
+        "device": "cpu, cuda, cuda:1, mps, a list of them",
     },
 )  # fmt: skip
 NODE_STATE = Family("raceme_node_state", "gauge", "1 for the node's present state.",

@@ -91,7 +91,7 @@ class NodeMetrics:
                 "revision": setup.info.revision,
                 "dtype": setup.precision.dtype,
                 "quantize": setup.precision.quantize,
-                "device": setup.device,
+                "device": str(setup.placement),
             }
         sheet.put(of.BUILD_INFO, 1, **labels)
 

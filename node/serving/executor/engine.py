@@ -28,6 +28,7 @@ from node.model.adapters.prefix import AnySpanAdapter
 from node.model.blocks.device.staging import Coming, Stage, on_device
 from node.model.blocks.kv_pages import BlockShape
 from node.model.blocks.parts import PART_POSITIONS
+from node.model.parallel.lost import SpanLost
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.runtime.compute_thread import Runner
 from node.serving.executor import out_of_memory
@@ -37,7 +38,7 @@ from node.serving.executor.jobs import Batch, Job, Kind, Piece, Segment, segment
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
-from tensor_codec.errors import BadResult, Refused, TooManyStreams
+from tensor_codec.errors import BadResult, Draining, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import Contract, StepRange
@@ -190,6 +191,7 @@ class Engine:
 
     Where memory ends in the middle of a batch, decode steps run again in halves and chunks in smaller ones;
     what then still finds none is refused alone (see `node.serving.executor.out_of_memory`).
+    Where the span is lost, everything is refused as by a node that leaves: sessions go on elsewhere.
     """
 
     def __init__(
@@ -334,7 +336,7 @@ class Engine:
         if self.batcher.waiting or seconds > MAX_MEASURED_STEP_SECONDS:
             return
         measure = out_of_memory.or_refused(measure_decode, "a measurement", 0.0)
-        with suppress(out_of_memory.OutOfMemory):  # the figures stay as they are
+        with suppress(out_of_memory.OutOfMemory, Draining):  # the figures stay as they are
             self.rates.measured(await self.compute.run(measure, self.span, IDLE_MEASURE_SECONDS))
 
     def before_next(self, chore: Callable[[], None]) -> None:
@@ -386,6 +388,11 @@ class Engine:
         self._short = False
         try:
             self._compute(batch, works, settled)
+        except SpanLost:
+            self._short = True
+            answered = {id(work) for work, _ in settled}
+            refused = [work for work in works if id(work) not in answered]
+            settled += [(work, outcome.Error(out_of_memory.span_lost())) for work in refused]
         finally:
             ended = self._clock()
             with self._lock:
