@@ -35,9 +35,13 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="Raceme" \
       org.opencontainers.image.description="Nodes, clients and gateways of a swarm that runs a language model" \
       org.opencontainers.image.licenses="Apache-2.0"
-# hadolint ignore=DL3008
+ARG BUILD_PACKAGES="gcc libc6-dev libgmp-dev"
+ARG TORCH=cpu
+# Triton compiles kernels for a GPU on the machine that has it.
+# hadolint ignore=DL3008,SC2046,SC2086
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates libgmp10 \
+        $([ "${TORCH}" != cuda ] || echo ${BUILD_PACKAGES}) \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 raceme \
     && useradd --uid 10001 --gid 10001 --home-dir /data --no-create-home --shell /usr/sbin/nologin raceme \

@@ -477,3 +477,13 @@ def test_the_balancers_of_the_page_ask_whether_a_gateway_is_ready_as_it_must_be_
     # A request that a gateway refuses because it ends goes to the next one, POST included.
     assert re.search(r"proxy_next_upstream .*http_503 non_idempotent;", blocks["nginx"])
     assert re.search(r"retry-on .*503", blocks["haproxy"])
+
+
+@pytest.mark.parametrize(
+    ("torch", "found"), [("cpu", ""), ("torch==2.13.0", ""), ("cuda", "gcc python3-dev")]
+)
+def test_an_image_for_gpus_has_the_compiler_of_their_kernels_and_no_other_has(torch, found):
+    (run,) = re.findall(r"libgmp10 \\\n +(\$\(.+\)) \\\n", DOCKERFILE)
+    environment = {"TORCH": torch, "BUILD_PACKAGES": "gcc python3-dev", "PATH": os.environ["PATH"]}
+    words = subprocess.run(["sh", "-euc", f"echo {run}"], env=environment, capture_output=True, check=True)
+    assert words.stdout.decode().strip() == found
