@@ -277,7 +277,7 @@ def sockets_gone(replicas: ReplicatedSwarm, strike: Strike) -> float | None:
     while (waited := time.perf_counter() - strike.at) < SOCKETS_GONE_SECONDS:
         if not any(connected(pid, link.address) for pid in pids):
             return waited
-        time.sleep(0.1)
+        time.sleep(0.25)  # a look reads every connection of every process
     return None
 
 

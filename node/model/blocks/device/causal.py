@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0) -> Tensor:
@@ -35,8 +36,6 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0) -> 
     if not window and (tokens == length or tokens == 1):
         pass
     elif not window and (flash or q.device.type == "cuda"):
-        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler: a second of a start
-
         mask = causal_lower_right(tokens, length)
     else:
         mask = _band(tokens, length, window or length, q.device)
