@@ -1,6 +1,6 @@
 """Compare texts by their meaning over HTTP: hidden states of a swarm, in an asyncio program on uvloop.
 
-    pip install "raceme[gateway]"
+    pip install ".[gateway]"
     python examples/web_app.py --peers /ip4/.../p2p/12D3...
     curl "http://127.0.0.1:8000/nearest?text=a+ship+at+sea&among=a+small+boat&among=the+price+of+bread"
 

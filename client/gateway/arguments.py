@@ -38,7 +38,8 @@ def run_gateway(words: Sequence[str], family: Family | None = None) -> int:
         from client.gateway.command import serve
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f'the gateway needs {error.name}, which is not installed: pip install "raceme[gateway]"'
+            f'the gateway needs {error.name}, which is not installed: pip install ".[gateway]"'
+            " in Raceme's folder"
         ) from None
     let_interrupts_through()
     return serve(flags, settings)

@@ -35,7 +35,7 @@ def test_an_endpoint_is_a_url(endpoint: str):
 
 def test_where_the_packages_are_missing_the_error_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r'pip install "raceme\[otel\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[otel\]"'):
         open_spans("http://127.0.0.1:4318")
 
 

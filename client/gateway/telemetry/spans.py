@@ -251,7 +251,9 @@ def open_spans(endpoint: str | None) -> Spans:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise ConfigError('spans need the packages of OpenTelemetry: pip install "raceme[otel]"') from None
+        raise ConfigError(
+            'spans need the packages of OpenTelemetry: pip install ".[otel]" in Raceme\'s folder'
+        ) from None
     known: dict[str, Any] = {"service.version": VERSION}  # Any: the SDK's
     resource = Resource.create(known)
     if resource.attributes.get("service.name", "unknown_service").startswith("unknown_service"):
