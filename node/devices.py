@@ -126,6 +126,20 @@ def find_devices(names: tuple[str, ...], ranks: int = 1) -> tuple[str, ...]:
     return tuple(here[:ranks])
 
 
+def hardware(device: object) -> str:
+    """ "NVIDIA H100, CUDA 13.0", for the log; a build of torch for ROCm says ROCm.  "" but for a GPU.
+
+    Imports torch for a GPU.
+    """
+    if kind_of(device) != "cuda":
+        return ""
+    import torch
+
+    hip = torch.version.hip
+    platform = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}"
+    return f"{torch.cuda.get_device_name(index_of(device))}, {platform}"
+
+
 def use_device(device: object) -> None:
     """Let streams, graphs and kernels of the calling thread be those of this device.
 

@@ -30,6 +30,7 @@ from node.config import LLM_INT8, VERSION, ConfigError, NetworkConfig, NodeConfi
 from node.devices import (
     best_dtype,
     find_devices,
+    hardware,
     is_out_of_memory,
     kind_of,
     set_up_allocator,
@@ -255,9 +256,10 @@ async def find_setup(
         info, blocks.size, precision, cache_tokens,
         device=device, limits=limits, process=process, journal_tokens=journal_tokens,
     )  # fmt: skip
+    where = f"{placement} ({found})" if (found := hardware(placement.device)) else str(placement)
     log.info(
         "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
-        blocks, info.name, info.revision, dtype, precision.packing, placement, threads,
+        blocks, info.name, info.revision, dtype, precision.packing, where, threads,
     )  # fmt: skip
     bound = replace(span_alone, training=training, reserve=room.reserved_bytes(info, precision))
     if not placement.takes_adapters:

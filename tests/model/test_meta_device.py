@@ -15,16 +15,19 @@ import pytest
 import torch
 import trio
 from torch import Tensor
+from torch.nn import functional
 
 from node.model.adapters.adapted import AdaptedSpan
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.sites import site_shapes
+from node.model.blocks import span as span_module
 from node.model.blocks.forward_backward import backward, backward_in_parts, finish, forward
 from node.model.blocks.kv_pages import PagePool
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, open_folder
 from node.model.weights import experts
-from node.model.weights.quantize import PackedExperts, PackedLinear
+from node.model.weights import quantize as quantize_module
+from node.model.weights.quantize import PackedExperts, PackedLinear, Packing
 from node.serving.executor.engine import Engine
 from node.serving.executor.rates import Rates, measure_decode
 from tensor_codec.codecs import encode_hidden
@@ -36,6 +39,7 @@ from tests.model_fixtures import FUSED, TINY, save_tiny
 T = TypeVar("T")
 COUNT = 3  # blocks
 MOST_LAUNCHES = 10  # a block and decode step: nine kernels, and one for the last addition
+ADAPTER_LAUNCHES = 56  # of an adapter: eight at each of the seven products of a block
 AROUND = 4  # launches of a step outside of its blocks
 
 
@@ -50,7 +54,8 @@ def span_of(variant: str, path: Path, quantize: str = "none", count: int = COUNT
     for layer in model.modules():
         if isinstance(layer, PackedLinear) and layer.bias is not None:  # `.to` leaves all of it as it is
             layer.bias = torch.nn.Parameter(layer.bias.to(torch.bfloat16), requires_grad=False)
-    return Span(model, span.architecture, 0, count)
+    with Counted():  # which answers what the library's blocks read on the host
+        return Span(model, span.architecture, 0, count)
 
 
 @contextmanager
@@ -189,6 +194,34 @@ async def test_four_bits_are_four_more_products_a_block_and_a_graph(tmp_path, au
         assert recorded(span, sessions.pool) == 9
 
 
+async def test_llm_int8_waits_for_its_outliers_inside_our_own_blocks_and_without_graphs(
+    tmp_path, autojump_clock, monkeypatch
+):
+    import bitsandbytes
+
+    def product(a: Tensor, b: Tensor, bias: Tensor | None, state: Any) -> Tensor:
+        """Its own looks for outliers too, and has no shape on this device."""
+        bool((a.abs() >= state.threshold).any())
+        return functional.linear(a, state.CB.to(a.dtype), bias)
+
+    monkeypatch.setattr(bitsandbytes, "matmul", product)
+    monkeypatch.setattr(
+        quantize_module, "packing_for", lambda *args, **how: Packing("llm_int8", torch.float32)
+    )
+    monkeypatch.setattr(span_module, "packing_for", quantize_module.packing_for)
+    span = span_of("llama", tmp_path, "int8")
+    assert span.fused
+    async with serving(span) as (sessions, compute):
+        step = sessions.open()
+        await step(5)
+        await step()
+        for counted in compute.batches:
+            assert (counted.to_device, counted.to_host) == (1, 1)
+            assert len(counted.waits) == 7 * COUNT
+        assert compute.batches[-1].launched["paged_attention"] == COUNT
+        assert recorded(span, sessions.pool) == 0
+
+
 def recorded(span: Span, pool: PagePool) -> int:
     """Graphs that a device would record."""
     own, found = span._fused.steps, list[Tensor]()
@@ -249,6 +282,8 @@ async def test_an_adapter_is_brought_to_the_device_once(tmp_path, autojump_clock
         for counted in compute.batches:
             assert (counted.to_device, counted.to_host) == (1, 1)
             assert_nobody_waits(counted)
+            most = MOST_LAUNCHES + ADAPTER_LAUNCHES * 2
+            assert counted.launches <= most * COUNT + AROUND
 
 
 async def test_a_step_that_is_a_graph_launches_nothing_else(tmp_path, autojump_clock):

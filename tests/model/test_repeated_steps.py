@@ -23,9 +23,9 @@ def span(tmp_path_factory) -> Span:
 
 def opened(span: Span, batch: int = 1) -> SpanCache:
     """A cache as on a device."""
-    pool = span.new_arena(400)
-    pool.keeps_last_states = True
-    return pool.open(batch, 64)
+    cache = span.new_arena(400).open(batch, 64)
+    cache.keeps_last_states = True
+    return cache
 
 
 def failing(span: Span, block: int, times: int = 1):
@@ -131,7 +131,7 @@ def test_a_state_takes_the_next_step_or_the_last_one_again():
 def test_a_span_of_a_cpu_says_that_its_steps_cannot_come_again(span):
     assert not span.repeats
     cache = span.new_cache(1, 16)
-    assert not cache.pool.keeps_last_states
+    assert not cache.keeps_last_states
     state = cache.states
     span.forward(torch.zeros(1, 2, span.hidden_size), cache, 0)
     own = next(iter(state.values())).conv_states[0]

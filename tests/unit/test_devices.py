@@ -231,6 +231,16 @@ def test_a_node_on_the_second_gpu_asks_the_second_gpu(monkeypatch):
     assert cuda.emptied == 1
 
 
+@pytest.mark.parametrize(("hip", "platform"), [(None, "CUDA 13.0"), ("6.4.1", "ROCm 6.4.1")])
+def test_the_log_names_the_card_and_what_torch_was_built_for(monkeypatch, hip, platform):
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+    assert devices.hardware("cuda:1") == f"GPU 1, {platform}"
+    assert devices.hardware("cuda") == f"GPU 0, {platform}"
+    assert devices.hardware("cpu") == devices.hardware("mps") == ""
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_bfloat16_that_is_emulated_is_not_chosen(monkeypatch, device):
     FakeCuda(monkeypatch, bfloat16=False)

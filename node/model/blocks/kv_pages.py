@@ -122,7 +122,6 @@ class PagePool:
         self.pages = -(-tokens // page_tokens)
         self.max_length = max_length
         self.device = torch.device(device)
-        self.keeps_last_states = self.device.type != "cpu"  # of convolutions, so that a step can come again
         self.start = start
         self.shapes: tuple[BlockShape | None, ...] = ()
         self._blocks = StoreBlocks(dtype, self.device)
@@ -196,7 +195,7 @@ class PagePool:
                 self._free_rows.append(len(self._pages))
                 self._pages.append(np.empty(0, np.int64))
             rows_taken = np.array([self._free_rows.pop() for _ in range(batch)], dtype=np.int64)
-        return SpanCache(self, rows_taken, max_length)
+        return SpanCache(self, rows_taken, max_length, keeps_last_states=self.device.type != "cpu")
 
     def table(self, rows: NDArray[np.int64], pages: int) -> NDArray[np.int64]:
         """The first pages of these rows, `nobodys_page` where a row has fewer: [rows, pages]."""
@@ -324,6 +323,7 @@ class SpanCache:
     states: dict[int, RowStates] = field(default_factory=dict)  # of convolutions, by block
     closed: bool = False
     virtual_tokens: int = 0
+    keeps_last_states: bool = False  # of convolutions, so that a step can come again
 
     @property
     def batch(self) -> int:

@@ -175,7 +175,7 @@ def states_of(cache: SpanCache, run: tuple[int, int], position: int, tokens: int
             state = cache.states.get(block)
             if state is None:
                 state = cache.states[block] = ConvolutionState()
-            if pool.keeps_last_states:
+            if cache.keeps_last_states:
                 state.begin(position, tokens)
             found[block] = state
     return found

@@ -112,7 +112,7 @@ class Span:
         self._rotary = rotary_by_length(model, architecture)
         if made is None:
             self._fused = fuse(model, architecture, _blocks(model, architecture), start)
-            self.shapes = self._probe()
+            self.shapes = _probed(self)
         else:
             self._fused, self.shapes = made
         found = [shapes_of(block) for block in _blocks(model, architecture)]
@@ -383,15 +383,6 @@ class Span:
             raise LocalProtocolError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
         return start, stop
 
-    @torch.inference_mode()
-    def _probe(self) -> tuple[BlockShape | None, ...]:
-        """Run one token through the blocks and note the shapes that each block would cache."""
-        probe = ShapeProbe(self.stop)
-        hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-        where = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self._library(hidden, probe, where, None, self.start, self.stop)
-        return tuple(probe.shapes.get(block) for block in range(self.start, self.stop))
-
     def _view(self, start: int, stop: int) -> tuple[nn.Module, _Entry]:
         """The model that runs these blocks, and where the hidden states go in."""
         if (start, stop) not in self._views:
@@ -401,6 +392,16 @@ class Span:
             model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
             self._views[start, stop] = model, entry
         return self._views[start, stop]
+
+
+@torch.inference_mode()
+def _probed(span: Span) -> tuple[BlockShape | None, ...]:
+    """Run one token through the blocks and note the shapes that each block would cache."""
+    probe = ShapeProbe(span.stop)
+    hidden = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
+    where = torch.zeros(1, 1, dtype=torch.long, device=span.device)
+    span._library(hidden, probe, where, None, span.start, span.stop)
+    return tuple(probe.shapes.get(block) for block in range(span.start, span.stop))
 
 
 def _numbers_of(
