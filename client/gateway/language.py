@@ -64,7 +64,7 @@ class Language:
         try:
             check_vocabulary(tokens, self.vocabulary)
         except ValueError as error:
-            raise invalid(str(error)) from None
+            raise invalid(str(error), "tokens") from None
         return str(self.tokenizer.decode(tokens)) if tokens else ""
 
     def close(self) -> None:

@@ -101,6 +101,31 @@ def test_what_is_not_http_is_400(tokenizer):
     run(main)
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.1])  # the body comes with the headers, or while it is waited for
+def test_a_body_that_is_not_http_is_400_and_one_after_a_request_under_way_ends_the_connection(
+    tokenizer, pause
+):
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n".encode()
+    chunked, wrong = head + b"transfer-encoding: chunked\r\n\r\n5\r\n{    \r\n", b"ZZ\r\nabc\r\n"
+    body = json.dumps(HELLO).encode()
+    whole = head + b"content-length: %d\r\n\r\n" % len(body) + body
+
+    async def main() -> None:
+        swarm = FakeSwarm(tokenizer)
+        async with served(swarm, HttpLimits()) as port:
+            parts = [chunked, wrong] if pause else [chunked + wrong]
+            assert code_of(await said(port, *parts, pause=pause)) == (400, "invalid_http")
+            assert not swarm.calls
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(whole + chunked + wrong)
+            answer = await ending(reader)
+            writer.close()
+            assert answer.count(b"HTTP/1.1 ") <= 1, "never an answer out of its turn"
+            assert b"invalid_http" not in answer
+
+    run(main)
+
+
 def test_connections_beyond_the_bound_are_503(tokenizer):
     async def main() -> None:
         async with served(FakeSwarm(tokenizer), HttpLimits(max_connections=2)) as port:

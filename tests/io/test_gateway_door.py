@@ -193,6 +193,21 @@ def test_many_headers_are_431(tokenizer):
         assert found.headers["connection"] == "close"
 
 
+@pytest.mark.parametrize("path", ["/" + "a" * 40_000, "/v1/models?" + "a=1&" * 10_000])
+def test_a_long_url_is_431(tokenizer, path):
+    (found,) = asked(FakeSwarm(tokenizer), GatewaySettings(), ("GET", path, None, {}))
+    assert code_of(found) == (431, "headers_too_large")
+
+
+def test_of_two_hosts_each_must_be_ours(tokenizer):
+    for hosts, status in (
+        (["localhost", "evil.example"], 403), (["evil.example", "localhost"], 403), (["localhost"] * 2, 200),
+    ):  # fmt: skip
+        headers = [("host", host) for host in hosts]
+        (found,) = asked(FakeSwarm(tokenizer), GatewaySettings(), ("GET", "/v1/models", None, headers))
+        assert found.status == status
+
+
 def test_a_large_body_is_413_and_read_no_further(tokenizer):
     async def main() -> None:
         settings = GatewaySettings(http=HttpLimits(max_body_bytes=1000))

@@ -328,8 +328,23 @@ def test_as_many_levels_as_are_allowed_are_read_and_brackets_in_a_text_are_none(
         ({"n": True}, "n is true: "),
         ({"stop": 7}, "stop is 7: "),
         ({"seed": "\u00e9"}, 'seed is "\u00e9": '),
-        ({"logit_bias": [None, False]}, "logit_bias is [null, false]: "),
+        ({"logit_bias": [None, False]}, "logit_bias is [null, false]: Input should be an object"),
+        ({"messages": [[]]}, "messages.0 is []: Input should be an object"),
+        ({"response_format": "json"}, 'response_format is "json": Input should be an object'),
     ],
 )
 def test_a_wrong_value_is_shown_as_it_stands_in_json(fields, says):
     assert refused(chat, **fields).message.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"content": "a"}], "messages.0.role"),
+        ([{"role": "tool", "content": "a"}], "messages.0.tool_call_id"),
+    ],
+)
+def test_a_field_that_is_missing_has_its_code_whoever_misses_it(messages, param):
+    error = refused(chat, messages=messages)
+    assert (error.param, error.code) == (param, "missing_required_parameter")

@@ -72,8 +72,9 @@ class Rules:
 
     def check_host(self, headers: Headers) -> None:
         """Raise RequestError for a name that is not ours, and for a page that may not ask."""
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not self.hosts.admits(host):
+        named, origin = headers.getlist("host") or [""], headers.get("origin")
+        host = next((each for each in named if not self.hosts.admits(each)), None)
+        if host is not None:
             self.rejected("host")
             raise RequestError(
                 403,
@@ -81,7 +82,7 @@ class Rules:
                 type="permission_error",
                 code="host_not_allowed",
             )
-        if origin is not None and not self.origins.admits(origin, host):
+        if origin is not None and not self.origins.admits(origin, named[0]):
             self.rejected("origin")
             raise RequestError(
                 403,
@@ -129,11 +130,12 @@ class Door:
     def _look(self, scope: Scope, headers: Headers, request_id: str) -> Response | None:
         """The answer where there is nothing more to ask; None where the request goes on."""
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        size += len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
         state: dict[str, Any] = scope.setdefault("state", {})  # Any: starlette's
         state["request_id"] = request_id
         if size > self._rules.max_header_bytes:
             most = self._rules.max_header_bytes
-            return headers_too_large(f"the headers take {size} bytes, {most} are allowed").response()
+            return headers_too_large(f"headers and URL take {size} bytes, {most} are allowed").response()
         try:
             self._rules.check_host(headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:

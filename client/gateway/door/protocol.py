@@ -143,8 +143,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.abort()  # the answer to the request before is not over
-            return
+            if self.pipeline or self.cycle.response_started or not self.cycle.more_body:
+                self.transport.abort()  # the answer to the request before is not over
+                return
+            vars(self.cycle)["disconnected"] = True  # its body is wrong: it is answered here
+            self.cycle.message_event.set()
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
         body = json.dumps({"error": error}).encode()
         head = (

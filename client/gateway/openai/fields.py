@@ -12,7 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from client.gateway.openai.errors import RequestError, invalid
 
 SHOWN_CHARACTERS = 60  # of a value in a message
+MISSING = "missing_required_parameter"
 _FIELD = re.compile(r"[a-z][a-z_]*")
+# What is no word of JSON in pydantic's messages.
+_AN_OBJECT = re.compile(r"a valid dictionary(?: or instance of \w+| or object to extract fields from)?")
 # Of a kind of a union that the value is not at all: another kind's error says more.
 _OTHER_KIND = frozenset({"string_type", "list_type", "int_type", "dict_type", "model_type", "bool_type"})
 
@@ -72,15 +75,18 @@ def field_error(error: ValidationError, body: Mapping[str, Any]) -> RequestError
     found = error.errors(include_url=False, include_context=False)
     worst = max(found, key=lambda each: (each["type"] not in _OTHER_KIND, len(each["loc"])))
     path = path_of(worst["loc"], body, absent=worst["type"] == "missing")
-    message = worst["msg"].removeprefix("Value error, ")
+    message = _AN_OBJECT.sub("an object", worst["msg"].removeprefix("Value error, "))
     if worst["type"] == "missing":
-        return invalid(f"{path} is needed", path, "missing_required_parameter")
+        return invalid(f"{path} is needed", path, MISSING)
     if worst["type"] == "extra_forbidden":
         return invalid(f"{path} is not a field of this request", path, "unknown_parameter")
     if worst["type"] == "value_error":  # ours: it begins with the field
         name = message.partition(" ")[0]
         where = f"{path}." if path else ""
-        return invalid(f"{where}{message}", f"{where}{name}" if _FIELD.fullmatch(name) else path or None)
+        param = f"{where}{name}" if _FIELD.fullmatch(name) else path or None
+        return invalid(
+            f"{where}{message}", param, MISSING if message.startswith(f"{name} is needed") else None
+        )
     return invalid(f"{path or 'the request'} is {_shown(worst['input'])}: {message}", path or None)
 
 
