@@ -170,6 +170,24 @@ def test_a_kernel_keeps_all_numbers_in_registers_and_fits_twice_on_a_processor(c
         assert 2 * each.threads * each.registers <= REGISTERS
 
 
+def test_numbers_that_are_one_become_constants_of_a_program_and_may(compiled):
+    linear(1, 1, 1, BF16)()
+    rope(1, 1, 16, True, True, BF16)()
+    between(1, 1, 1, FP16)()
+    store, one = empty(16, 1, 16, dtype=BF16), torch.ones(1, 1, dtype=torch.int64)
+    attention.paged_attention(empty(1, 1, 16, dtype=BF16), store, store, one, one[0], 1.0, 1, 16)
+    names = ["_product", "_rope_and_write", "_add_norm", "_add_norm", "_silu_mul", "_part"]
+    assert [each.kernel for each in compiled] == names
+
+
+def test_a_window_and_pages_of_another_size_compile(compiled):
+    q, store = empty(2, 8, 64, dtype=BF16), empty(640, 2, 64, dtype=BF16)
+    table, lengths = empty(2, 80, dtype=torch.int32), empty(2, dtype=torch.int64)
+    attention.paged_attention(q, store, store, table, lengths, 1.0, 1000, 8)
+    assert [each.kernel for each in compiled] == ["_part", "_together"]
+    assert all(each.stack_bytes == 0 for each in compiled)
+
+
 @pytest.mark.parametrize("rows", [1, 64])
 def test_a_product_is_computed_by_tensor_cores_and_its_weights_come_while_it_computes(compiled, rows):
     linear(rows, 6144, 4096, BF16)()
