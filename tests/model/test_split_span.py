@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from node.model.blocks.forward_backward import (
 )
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
+from node.model.parallel import split as split_module
 from node.model.parallel.split import ELSEWHERE, Part, SplitSpan, load_split
 from tensor_codec.errors import LocalProtocolError
 from tests.lora_fixtures import random_adapter
@@ -197,3 +200,50 @@ def test_what_a_session_brings_goes_to_the_device_of_each_block(name, tmp_path):
                 AdaptedSpan(split, prefix, trains=True), hidden, hidden, 0, BLOCKS, most=100
             )
             assert finish(run).hidden.shape == hidden.shape
+
+
+def test_kernels_of_a_part_are_launched_on_its_device(monkeypatch, tmp_path):
+    """Triton and graphs take the thread's own device, wherever the tensors are."""
+    split, current, seen = half_on_meta("olmo2", tmp_path), list[torch.device](), list[torch.device]()
+
+    @contextmanager
+    def launching_on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def checked(device: torch.device, function: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            assert current[-1:] == [device]
+            seen.append(device)
+            return function(*args, **named)
+
+        return call
+
+    monkeypatch.setattr(split_module, "launching_on", launching_on)
+    for part in split.parts:
+        own, view = part.span, part.span._view
+        for name in ("forward", "decode", "record"):
+            monkeypatch.setattr(own, name, checked(own.device, getattr(own, name)))
+
+        def checked_view(*run: int, device: torch.device = own.device, view: Any = view) -> Any:
+            model, entry = view(*run)
+            return checked(device, model), entry
+
+        monkeypatch.setattr(own, "_view", checked_view)
+    pool = split.new_arena(64)
+    for run in ((0, BLOCKS), (3, BLOCKS), (0, 3)):
+        del seen[:]
+        hidden, cache = hidden_of(split, 1, 4), pool.open(1, 16)
+        with Counted():
+            split.record(pool)
+            split.forward(hidden[:, :3], cache, 0, *run)
+            cache.reserve(4)
+            split.decode(hidden[:, 3], [cache], *run)
+            forward(split, hidden, *run)
+        here = [
+            part.span.device for part in split.parts if part.span.start < run[1] and run[0] < part.span.stop
+        ]
+        assert set(here) <= set(seen)
+        assert len(seen) >= 2 + 3 * len(here)
+    assert current == []

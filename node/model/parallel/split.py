@@ -9,6 +9,7 @@ them.  (vLLM and others call it pipeline parallelism; here one step is at one de
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -46,6 +47,11 @@ def placed(shapes: Sequence[BlockShape | None], places: Sequence[int]) -> Placed
     found = PlacedShapes(shapes)
     found.places = tuple(places)
     return found
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Within the context kernels are launched on this device: Triton's and graphs go to the thread's own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +243,8 @@ class SplitSpan(Span):
     def record(self, pool: SplitPool) -> None:  # type: ignore[override]
         """See `Span.record`: each device over its own pool."""
         for part in self.parts:
-            part.span.record(pool.pools[part.place])
+            with launching_on(part.span.device):
+                part.span.record(pool.pools[part.place])
 
     def new_cache(self, batch: int, max_length: int) -> SplitCache:  # type: ignore[override]
         """See `Span.new_cache`."""
@@ -263,10 +270,11 @@ class SplitSpan(Span):
         tokens = hidden.shape[1]
         for part, (first, last) in self._runs(start, stop):
             own = None if prompts is None else prompts[first - start : last - start]
-            hidden = part.span.forward(
-                hidden, cache.at(part.place), position, first, last,
-                rope_length=rope_length, prompts=own, adapter=adapter,
-            )  # fmt: skip
+            with launching_on(part.span.device):
+                hidden = part.span.forward(
+                    hidden, cache.at(part.place), position, first, last,
+                    rope_length=rope_length, prompts=own, adapter=adapter,
+                )  # fmt: skip
         cache.length = position + tokens
         return hidden
 
@@ -285,7 +293,10 @@ class SplitSpan(Span):
         start, stop = self._run_of(start, stop)
         for part, (first, last) in self._runs(start, stop):
             own = [cache.at(part.place) for cache in rows]
-            hidden = part.span.decode(hidden, own, first, last, rope_lengths=rope_lengths, adapters=adapters)
+            with launching_on(part.span.device):
+                hidden = part.span.decode(
+                    hidden, own, first, last, rope_lengths=rope_lengths, adapters=adapters
+                )
         return hidden
 
     def new_stage(self) -> None:
@@ -312,7 +323,8 @@ class SplitSpan(Span):
             for (model, entry), device in views:
                 hidden = entry.given = hidden.to(device)
                 try:
-                    answer = model(inputs_embeds=hidden, position_ids=position_ids.to(device), **named)
+                    with launching_on(device):
+                        answer = model(inputs_embeds=hidden, position_ids=position_ids.to(device), **named)
                 finally:
                     entry.given = None
                 hidden = answer.last_hidden_state
@@ -350,10 +362,12 @@ def load_split(
     first = 0
     for index in range(1, len(places) + 1):
         if index == len(places) or places[index] != places[first]:
-            span = load_span(
-                folder, start + first, start + index, dtype=dtype, device=devices[places[first]],
-                quantize=quantize, progress=progress,
-            )  # fmt: skip
+            device = devices[places[first]]
+            with launching_on(device):
+                span = load_span(
+                    folder, start + first, start + index, dtype=dtype, device=device, quantize=quantize,
+                    progress=progress,
+                )  # fmt: skip
             parts.append(Part(places[first], span))
             first = index
     return SplitSpan(parts, devices)

@@ -45,6 +45,7 @@ CPU_STEP_SECONDS = 1800.0  # of a large model on a slow machine; each operation 
 RECORD_SECONDS = 600.0  # for recording all graphs: compilers run too, the first time on a machine
 ROOM_SECONDS = 60.0  # for a rank's answer when it computes nothing
 END_SECONDS = 5.0  # until a rank whose pipe was closed is killed
+NOTICE_SECONDS = 1.0  # after an error: a rank's sockets close a moment before its process is seen to end
 WATCH_SECONDS = 0.5  # between two looks at a step's time
 MAX_REPLY_BYTES = 1 << 20
 
@@ -139,7 +140,7 @@ class Team:
         except SpanLost:
             raise
         except Exception as error:
-            self._fail(" ".join(str(error).split("\n")[0].split()) or type(error).__name__)
+            self._fail(self._reason(error))
             raise SpanLost(f"{self.lost}") from error
         finally:
             self._ends_at = None
@@ -162,6 +163,16 @@ class Team:
                 worker.process.wait()
         if sound or self.group.device.type != "cuda":  # NCCL was ended by `_watch`
             leave()
+
+    def _reason(self, error: Exception) -> str:
+        """The end of a rank, where that is what an operation ran into; else the first line of its error."""
+        until = time.monotonic() + NOTICE_SECONDS
+        while time.monotonic() < until:
+            for worker in self._workers:
+                if worker.process.poll() is not None:
+                    return f"rank {worker.rank} {_ended(worker)}"
+            time.sleep(0.01)
+        return " ".join(str(error).split("\n")[0].split()) or type(error).__name__
 
     def _check(self) -> None:
         if self.lost is not None:
@@ -226,11 +237,14 @@ def open_team(
         for worker in workers:
             _await_start(worker, until)
         group = join(0, len(devices), torch.device(devices[0]), folder / "meeting")
+        for worker in workers:  # one that has not met all others yet still reads the file
+            _await_start(worker, until)
     except (OSError, RuntimeError, ConfigError) as error:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
             worker.connection.close()
+        leave()
         raise ConfigError(f"the {len(devices)} ranks do not start: {error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -251,7 +265,7 @@ def _started(rank: int) -> _Worker:
 
 
 def _await_start(worker: _Worker, until: float) -> None:
-    """Return when a rank is ready to meet the others.  Raises ConfigError."""
+    """Return when a rank is ready to meet the others, or has met them.  Raises ConfigError."""
     try:
         if worker.connection.poll(max(0.0, until - time.monotonic())):
             worker.connection.recv_bytes(MAX_REPLY_BYTES)

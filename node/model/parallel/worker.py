@@ -72,6 +72,7 @@ class _Rank:
         self.connection = connection
         self.device = torch.device(first["device"])
         self.group = join(first["rank"], first["ranks"], self.device, Path(first["meeting"]))
+        connection.send_bytes(packed({}))  # from now on the meeting's file may go
         self.spans: dict[int, Any] = {}
         self.pools: dict[int, Any] = {}
         self.rows: dict[int, Any] = {}
