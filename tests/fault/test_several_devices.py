@@ -50,7 +50,7 @@ def until_gone(processes: list[psutil.Process]) -> None:
 
 def assert_left(node: NodeProcess) -> None:
     """It ends by itself, with one line that says why."""
-    assert node.process.wait(60) == 2
+    assert node.process.wait(60) == 2, node.tail(60)
     assert LOST_LINE in node.tail()
     assert "Traceback" not in node.log.read_text()
 
