@@ -99,7 +99,9 @@ class Feed:
         under_way: deque[tuple[int, Pending]] = deque()
         try:
             chunk = 1 if stop - begin == 1 else self._chunk(stop - begin)
-            most = max(2, CHUNKS_UNDER_WAY * PREFILL_TOKENS // max(PREFILL_TOKENS, chunk * self.rows))
+            # About as many positions as there are in the usual number of usual chunks.
+            most = round(CHUNKS_UNDER_WAY * PREFILL_TOKENS / max(PREFILL_TOKENS, chunk * self.rows))
+            most = max(2, most)
             for first in range(begin, stop, chunk):
                 last = min(first + chunk, stop)
                 body = await body_of(first, last)
