@@ -9,7 +9,7 @@ NCCL does not watch, rank 0 ends them (`node.model.parallel.team`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -147,4 +147,5 @@ def join(rank: int, ranks: int, device: torch.device, meeting: Path) -> Ranks:
 def leave() -> None:
     """Part from the other ranks; where they are gone already, that is no fault."""
     if distributed.is_initialized():
-        distributed.destroy_process_group()
+        with suppress(Exception):  # of a group that broke in the middle of an operation
+            distributed.destroy_process_group()
