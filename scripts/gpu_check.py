@@ -66,9 +66,19 @@ SECTIONS: Mapping[str, int] = {
     "pytest": 45,
     "swarm": 65,
 }
-TESTS = tuple(
-    f"tests/model/{name}.py"
-    for name in ("test_graphs", "test_device_steps", "test_quantize", "test_experts_on_a_device")
+TESTS = (
+    "tests/model/test_graphs.py",
+    "tests/model/test_device_steps.py",
+    "tests/model/test_experts_on_a_device.py",
+    *(
+        f"tests/model/test_quantize.py::test_{name}"
+        for name in (
+            "a_product_on_a_device_is_one_operation_and_has_a_derivative",
+            "what_is_computed_on_a_device_may_be_written_into",
+            "layers_of_bitsandbytes_on_a_device_stand_side_by_side_unmerged",
+            "nf4_is_bitsandbytes_four_bits",
+        )
+    ),
 )
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 BF16 = torch.bfloat16
@@ -613,7 +623,7 @@ def _shortage(check: Check) -> None:
 def pytest(check: Check) -> None:
     """The tests of the parts that differ on a GPU, under this machine's packages."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-x"],
+        [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={check.out.parent}/pytest", *TESTS, "-x"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     last = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
