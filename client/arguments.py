@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from node.config import DEFAULT_MODEL, DTYPE_CHOICES
-from node.runtime.arguments import add_addresses, add_max_disk, device, positive, threads
+from node.runtime.arguments import add_addresses, add_max_disk, devices, positive, threads
 from routing.chains.alternatives import Constraints
 from tensor_codec.messages.contract import CODEC_BYTES
 from tensor_codec.span_spec import DTYPES, QUANTIZE
@@ -27,10 +27,11 @@ def add_swarm(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        type=device,
+        type=devices,
         default="cpu",
         metavar="DEVICE",
-        help="where embedding and head compute: cpu, cuda, cuda:1 for a second GPU, mps, auto (default: cpu)",
+        help="where embedding and head compute: cpu, cuda, cuda:1 for a second GPU, mps, auto, or the first of"
+        " a list as nodes take it (default: cpu)",
     )
     parser.add_argument(
         "--dtype",

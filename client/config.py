@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from node.config import DTYPE_CHOICES, ConfigError, config_errors
-from node.devices import device_named
+from node.devices import devices_named
 from node.runtime import values
 from routing.chains.alternatives import Constraints
 from tensor_codec.limits import Limits, limits_with
@@ -22,7 +22,7 @@ SWARM_KEY_BYTES = 32
 class EndsConfig:
     """Where embedding, norm and head compute.
 
-    device: "auto" is the fastest that is there.
+    device: "auto" is the fastest that is there; of a list, as nodes take it, the first.
     dtype: "auto" is the smaller one in which a GPU computes, and float32 on the CPU.
     """
 
@@ -106,7 +106,7 @@ def client_config(
             step_seconds=values.seconds("step_seconds", step_seconds, above=True),
             give_up_seconds=values.seconds("give_up_seconds", give_up_seconds, above=True),
             codec=codec,
-            ends=EndsConfig(device_named(device), _dtype(dtype)),
+            ends=EndsConfig(devices_named(device)[0], _dtype(dtype)),
             constraints=Constraints() if constraints is None else constraints,
             limits=limits_with(
                 max_session_tokens=_tokens("max_session_tokens", max_session_tokens),

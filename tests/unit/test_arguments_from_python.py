@@ -36,6 +36,7 @@ def config_of(**given: Any) -> Any:
         ({"cache_dir": Path("a")}, "cache_dir", Path("a")),
         ({"threads": numpy.int64(3)}, "threads", 3),
         ({"device": "cuda:1", "dtype": "bfloat16"}, "ends", EndsConfig("cuda:1", "bfloat16")),
+        ({"device": "cuda:1,cuda:0"}, "ends", EndsConfig("cuda:1", "auto")),
         ({"threads": torch.tensor(3)}, "threads", 3),
         ({"wait_seconds": numpy.float32(0.5)}, "wait_seconds", 0.5),
         ({"wait_seconds": torch.tensor(0.5)}, "wait_seconds", 0.5),

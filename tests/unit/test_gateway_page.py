@@ -36,7 +36,7 @@ def test_the_numbers_of_the_page_are_those_of_the_code():
         f"A reader that takes nothing for {http.reader_seconds:g} s",
         f"headers not whole within {http.header_seconds:g} s, a body not within {http.body_seconds:g} s",
         f"a body above `--max-body` ({http.max_body_bytes >> 20} MiB)",
-        f"headers above {http.max_header_bytes >> 10} KiB",
+        f"headers and URL above {http.max_header_bytes >> 10} KiB",
         f"or {http.max_connections:,} connections are open, or {http.max_connections_per_address} of one"
         f" address, or bodies of {http.max_bodies_bytes >> 20} MiB",
         f"{http.max_connections:,} connections are open at a time, {http.max_connections_per_address} of one",

@@ -21,10 +21,17 @@ SHAPE = BlockShape(2, 3, 1, 4)
 
 
 class NoState:
-    """What stands for the states of a convolution.  orders: that its rows were given."""
+    """What stands for the states of a convolution.  orders: that its rows were given; positions: of each."""
 
     def __init__(self) -> None:
         self.orders: list[list[int]] = []
+        self.positions: list[int] = []
+
+    def begin(self, position: int, tokens: int) -> None:
+        raise AssertionError("no step is computed here")
+
+    def go_back(self, position: int) -> None:
+        self.positions.append(position)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.orders.append(beam_idx.tolist())
@@ -312,7 +319,7 @@ def test_rows_become_the_rows_that_an_order_names(length, batch, data):
         )
         state = cache.states[6]
         assert isinstance(state, NoState)
-        assert state.orders[-1] == order
+        assert (state.orders[-1], state.positions[-1]) == (order, length)
 
 
 @given(st.permutations(range(5)), st.integers(0, 60))
