@@ -30,8 +30,8 @@ def add_swarm(parser: argparse.ArgumentParser) -> None:
         type=devices,
         default="cpu",
         metavar="DEVICE",
-        help="where embedding and head compute: cpu, cuda, cuda:1 for a second GPU, mps, auto; of a list, which"
-        " nodes take, the first (default: cpu)",
+        help="where embedding and head compute: cpu, cuda, cuda:1 for a second GPU, mps, auto; of a list the"
+        " first (default: cpu)",
     )
     parser.add_argument(
         "--dtype",
