@@ -81,6 +81,7 @@ def test_a_section_that_hangs_is_ended_with_all_that_it_started(script, tmp_path
     )
     monkeypatch.setattr(script, "__file__", str(hanging))
     monkeypatch.setattr(script, "SECTIONS", {"env": 3})
+    monkeypatch.setattr(script, "CPU_TIMES", 1)
     assert not script.passes("env", flags, tmp_path / "out.jsonl")
     assert "not done within 3 s" in (tmp_path / "out.jsonl").read_text()
     child = int(pid.read_text())
