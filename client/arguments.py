@@ -9,7 +9,7 @@ from pathlib import Path
 from node.config import DEFAULT_MODEL, DTYPE_CHOICES
 from node.runtime.arguments import add_addresses, add_max_disk, devices, positive, threads
 from routing.chains.alternatives import Constraints
-from tensor_codec.messages.contract import CODEC_BYTES
+from tensor_codec.messages.contract import CODEC_CHOICES
 from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 
@@ -63,7 +63,11 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
     )
     servers.add_argument("--max-hops", type=int, metavar="N", help="the most servers of one chain")
     parser.add_argument(
-        "--codec", choices=("auto", *CODEC_BYTES), default="auto", help="hidden states on the wire"
+        "--codec",
+        choices=CODEC_CHOICES,
+        default="auto",
+        help="hidden states on the wire; auto and exact lose nothing; fast may send 8 bits a value over slow"
+        " links, where every server reads them",
     )
 
 

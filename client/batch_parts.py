@@ -21,7 +21,7 @@ from routing.chains.hops import Hop
 from routing.names import PeerId
 from tensor_codec.codecs import encode_hidden
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES
+from tensor_codec.messages.contract import WHOLE_CODECS, vector_bytes
 from tensor_codec.messages.gradients import Summed
 
 # Of all rows of one request, unless one row is longer: see client.generation.conversation.
@@ -178,7 +178,7 @@ class KeptInputs:
 class BatchCutter:
     """Checks the tensors of a call, and cuts them into parts.
 
-    codec: "auto" for each hop's own, else "fp32" or "bf16".
+    codec: "fp32" or "bf16"; else each hop's own, which loses nothing.
     """
 
     info: ModelInfo
@@ -262,7 +262,7 @@ class BatchCutter:
         """How many vectors of a hidden state's size fit into a frame."""
         limits = self.limits
         return (limits.max_frame_bytes - 2 * limits.max_header_bytes) // (
-            self.info.hidden_size * CODEC_BYTES[codec]
+            vector_bytes(codec, self.info.hidden_size)
         )
 
     def prompts(self, prompts: Tensor, blocks: int, tokens: int) -> Tensor:
@@ -286,7 +286,7 @@ class BatchCutter:
         With the hops' own codec a long row may still fit at two bytes a value.  Prompts of all blocks get
         up to half of a frame; where a row has no room next to them, they go block by block.
         """
-        codecs = ("fp32", "bf16") if self.codec == "auto" else (self.codec,)
+        codecs = (self.codec,) if self.codec in WHOLE_CODECS else ("fp32", "bf16")
         room: list[int] = []
         for codec in codecs:
             vectors = [0]

@@ -13,7 +13,7 @@ from node.devices import devices_named
 from node.runtime import values
 from routing.chains.alternatives import Constraints
 from tensor_codec.limits import Limits, limits_with
-from tensor_codec.messages.contract import CODEC_BYTES
+from tensor_codec.messages.contract import CODEC_CHOICES
 
 SWARM_KEY_BYTES = 32
 
@@ -39,7 +39,8 @@ class ClientConfig:
     wait_seconds: for a chain to come up.  step_seconds: for one step; one request of `forward` and
     `backward` at one hop may take three times as long.  give_up_seconds: for one token, or one hop's
     part of a request, with new chains and replays.
-    codec: of hidden states on the wire: "auto" (nothing is lost), "fp32" or "bf16".
+    codec: of hidden states on the wire: "auto" or "exact" (nothing is lost), "fast" (int8o, which loses
+    a little, where a link of the chain is slow and every hop reads it), "fp32" or "bf16".
     ends: where embedding, norm and head compute, which are the client's part.
     constraints: the servers that may be used, and their number in one chain.
     max_disk_bytes: of all models in the cache; those unused for longest make room.
@@ -154,8 +155,8 @@ def check(config: ClientConfig) -> None:
     if not config.peers:
         raise ConfigError("a client needs the address of at least one node of the swarm (--peers)")
     bootstrap_peers(config.peers)
-    if config.codec not in ("auto", *CODEC_BYTES):
-        allowed = ", ".join(("auto", *CODEC_BYTES))
+    if config.codec not in CODEC_CHOICES:
+        allowed = ", ".join(CODEC_CHOICES)
         raise ConfigError(f"the codec is {values.shown(config.codec)}, one of {allowed} is allowed")
     constraints: object = config.constraints
     if not isinstance(constraints, Constraints):

@@ -47,7 +47,7 @@ from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import BadResult, NoAdapter, NoTape, PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import codec_for
+from tensor_codec.messages.contract import WHOLE_CODECS, codec_for
 from tensor_codec.messages.forward_backward import (
     TAPE_ID_BYTES,
     Backward,
@@ -126,7 +126,7 @@ class ForwardBackward:
 
     find_chain, dtype_of (None: the peer has left), open_stream: the swarm's.  learn: takes the seconds
     of a peer for a request, divided by positions and blocks.
-    codec: "auto" for each hop's own, which loses nothing; else "fp32" or "bf16".
+    codec: "fp32" or "bf16"; else each hop's own, which loses nothing: gradients never travel in int8o.
     step_seconds: a request at one hop may take REQUEST_STEPS times as long.  give_up_seconds: for one
     hop's part, with all its retries and new chains.
     """
@@ -494,7 +494,7 @@ class ForwardBackward:
 
 def _codec(chosen: str, dtype: str | None) -> str:
     """The codec of requests to a hop.  dtype: of its computing; None: unknown."""
-    return codec_for(frozenset({dtype or ""})) if chosen == "auto" else chosen
+    return chosen if chosen in WHOLE_CODECS else codec_for(frozenset({dtype or ""}))
 
 
 async def _collect_one(

@@ -100,7 +100,7 @@ class Swarm:
             info=self.info,
             find_chain=partial(find_run, self.routes, config.wait_seconds),
             learn=self.routes.observe_prefill,
-            dtype_of=self.routes.dtype_of,
+            dtype_of=partial(_dtype_of, self.routes),
             open_stream=partial(self.routes.open_stream, protocol=COMPUTE_PROTOCOL),
             compute=self._compute,
             blame=self.routes.blame,
@@ -626,6 +626,12 @@ def _blocks(info: ModelInfo, start: int, stop: int | None) -> Blocks:
     if not start < stop <= info.blocks:
         raise ValueError(f"blocks {start}:{stop} of a model that has 0:{info.blocks}")
     return Blocks(start, stop)
+
+
+def _dtype_of(routes: ChainChooser, peer: PeerId) -> str | None:
+    """The dtype that a peer announces, or None where the peer has left."""
+    record = routes.view().get(peer)
+    return None if record is None else record.dtype
 
 
 def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:

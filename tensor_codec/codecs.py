@@ -3,7 +3,8 @@
 The residual stream of a language model has outliers beyond fp16's range (98,561 in Gemma-3-270m),
 so fp16 never travels.  fp32 is exact; bf16 adds a relative error of at most 2^-8 per value, which
 is 6e-6 to 2e-5 of KL divergence in the logits of small models, and nothing where the sender
-computes in bf16.  The length of a row of values is known to both sides from the contract.
+computes in bf16.  int8o (`outlier_rows`) takes half of bf16's bytes, and loses about ten times as much.
+The length of a row of values is known to both sides from the contract.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from torch import Tensor
 
 from tensor_codec.errors import BadResult, LocalProtocolError
 from tensor_codec.frame import Buffer
-from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, vector_bytes
+from tensor_codec.outlier_rows import pack_rows, unpack_rows
 
-WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of decoded values.  What int8o decodes to is exact in float32 alone.
+WIRE_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    OUTLIER_CODEC: torch.float32,
+}
 
 
 def encode_hidden(hidden: Tensor, codec: str) -> memoryview:
@@ -24,43 +31,94 @@ def encode_hidden(hidden: Tensor, codec: str) -> memoryview:
 
     Raises BadResult if a value is NaN or infinite: it must not leave this machine.
     """
+    if codec == OUTLIER_CODEC:
+        return _packed(hidden.detach().to("cpu").flatten(0, -2))
     wire = hidden.detach().to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
     if not _all_finite(wire):
         raise BadResult("computed hidden states hold NaN or infinity")
     return _bytes_of(wire)
 
 
+def encode_finite_rows(hidden: Tensor, codec: str) -> tuple[list[bool], memoryview]:
+    """Encode rows [rows, hidden], and say of each whether all of its values are finite in the codec.
+
+    The bytes of a row that is not finite are not to be sent.
+    """
+    if codec == OUTLIER_CODEC:
+        rows = hidden.detach().to(device="cpu", dtype=torch.float32)
+        finite = torch.isfinite(rows.to(torch.bfloat16)).all(-1)
+        return finite.tolist(), _packed(torch.where(finite[:, None], rows, 0.0))
+    wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
+    finite = torch.isfinite(wire).all(-1)
+    return finite.tolist(), memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+
+
 def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
     """Decode a body to a float tensor [batch, tokens, hidden] in the codec's dtype, in memory of its own.
 
-    The body's size was checked by `messages`.  Raises BadResult if a value is NaN or infinite.
+    The body's size was checked by `messages`.  Raises BadResult if a value is NaN or infinite, and for a
+    row that int8o cannot have.
     """
     tokens, rest = divmod(len(body), contract.row_bytes)
     if rest:
         raise LocalProtocolError(f"a body of {len(body)} bytes reached the codec unchecked")
     shape = (contract.batch, tokens, contract.hidden)
-    hidden = torch.empty(shape, dtype=WIRE_DTYPES[contract.codec])
+    return decode_rows(body, contract.codec, contract.hidden).view(shape)
+
+
+def decode_rows(body: Buffer, codec: str, hidden: int) -> Tensor:
+    """Decode whole rows of `hidden` values to [rows, hidden] as `decode_hidden` does.  Raises BadResult."""
+    if codec == OUTLIER_CODEC:
+        return _unpacked(body, hidden)
+    rows = torch.empty((len(body) // vector_bytes(codec, hidden), hidden), dtype=WIRE_DTYPES[codec])
     # A copy, because the body starts anywhere in its frame: kernels want aligned memory.
-    _bytes_of(hidden)[:] = memoryview(body)
-    if not _all_finite(hidden):
+    _bytes_of(rows)[:] = memoryview(body)
+    if not _all_finite(rows):
         raise BadResult("received hidden states hold NaN or infinity")
-    return hidden
+    return rows
 
 
-def check_finite(body: Buffer, codec: str) -> None:
-    """Raises BadResult if a value of an encoded body is NaN or infinite."""
-    if len(body) and not _all_finite(_values(body, codec)):
-        raise BadResult("received hidden states hold NaN or infinity")
+def check_finite(body: Buffer, codec: str, hidden: int) -> None:
+    """Raises BadResult for an encoded body that `decode_rows` would refuse."""
+    if len(body):
+        decode_rows(body, codec, hidden)
 
 
-def recode(body: Buffer, codec: str, to: str) -> Buffer:
+def recode(body: Buffer, codec: str, to: str, hidden: int) -> Buffer:
     """Equal values, in equal order, in another codec; the body itself where `to` is its codec.
 
-    To fp32 no value changes; to bf16 every value is rounded to the nearest, as `encode_hidden` does.
+    hidden: values of a row.  To fp32 no value changes; to bf16 and int8o every value is rounded as
+    `encode_hidden` does.
     """
     if codec == to:
         return body
-    return _bytes_of(_values(body, codec).to(WIRE_DTYPES[to]))
+    values = _unpacked(body, hidden) if codec == OUTLIER_CODEC else _values(body, codec)
+    if to == OUTLIER_CODEC:
+        return _packed(values.view(-1, hidden))
+    return _bytes_of(values.to(WIRE_DTYPES[to]))
+
+
+def as_sent(hidden: Tensor, codec: str, kept: str) -> Buffer:
+    """Hidden states [batch, tokens, hidden] in the codec `kept`, with the values that arrive by `codec`.
+
+    To be kept for a replay in any later codec.  Raises BadResult for a value beyond the codec's range.
+    """
+    if codec == OUTLIER_CODEC:
+        return recode(encode_hidden(hidden, codec), codec, kept, hidden.shape[-1])
+    if codec != kept:
+        encode_hidden(hidden, codec)  # raises; narrowed when it is sent
+    return encode_hidden(hidden, kept)
+
+
+def _packed(rows: Tensor) -> memoryview:
+    return memoryview(pack_rows(rows).reshape(-1).data)
+
+
+def _unpacked(body: Buffer, hidden: int) -> Tensor:
+    if not len(body):
+        return torch.empty(0, hidden)
+    packed = np.frombuffer(body, np.uint8)
+    return unpack_rows(packed.reshape(-1, vector_bytes(OUTLIER_CODEC, hidden)), hidden)
 
 
 def _values(body: Buffer, codec: str) -> Tensor:

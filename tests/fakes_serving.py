@@ -49,7 +49,7 @@ from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import Limits
 from tensor_codec.messages.adapter import ADAPTER_PROTOCOL
-from tensor_codec.messages.contract import Contract
+from tensor_codec.messages.contract import OUTLIER_CODEC, Contract
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.forward_backward import Run
 from tensor_codec.messages.session import (
@@ -464,6 +464,7 @@ class World:
     """Nodes that reach each other by name, over streams in memory.
 
     unreachable: pairs (from, to) that have no way.  limits: of all nodes.  prefixes: of peers' addresses.
+    link_seconds: the round trip between any two.  old: peers that read no other codec than fp32 and bf16.
     """
 
     def __init__(self, nursery: trio.Nursery, limits: Limits | None = None) -> None:
@@ -472,6 +473,8 @@ class World:
         self.nodes: dict[PeerId, FakeNode] = {}
         self.unreachable: set[tuple[PeerId, PeerId]] = set()
         self.out_of_sight: set[PeerId] = set()
+        self.link_seconds = 1e-3
+        self.old: set[PeerId] = set()
         self.prefixes: dict[PeerId, str] = {}
         self.frozen: dict[PeerId, trio.Event] = {}
         self.client_streams: list[FakeStream] = []
@@ -533,7 +536,8 @@ class World:
             quantize="none",
             seconds_per_block=node.compute.seconds / served.blocks.size or 1e-3,
             session_tokens=node.listener.budget.session_tokens,
-            rtt=dict.fromkeys(self.nodes, 1e-3),
+            rtt=dict.fromkeys(self.nodes, self.link_seconds),
+            codecs=() if node.peer in self.old else (OUTLIER_CODEC,),
             lora=0 if node.adapters is None else self.limits.max_adapter_rank,
             adapters=() if node.adapters is None else node.adapters.desk.store.announced,
             seq=1,
@@ -568,7 +572,7 @@ class World:
             "r",
             self.blocks,
             view=self.view,
-            rtts=lambda: dict.fromkeys(self.nodes, 1e-3),
+            rtts=lambda: dict.fromkeys(self.nodes, self.link_seconds),
             dial=dial,
             changes=ViewChanges(changed),
             constraints=constraints or Constraints(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from client.chains.avoided_peers import AvoidedPeers
+from client.chains.chooser import HopTerms
 from client.session.core import ClientSession, State
 from client.session.hop_state import HopState
 from client.session.repair.contracts import Contracts
@@ -33,6 +34,8 @@ class Peers:
         self.seconds = seconds
         self.position_seconds = 1.0  # of a prompt, in one block
         self.dtypes: dict[str, str] = {}
+        self.codecs: dict[str, tuple[str, ...]] = {}
+        self.link_seconds = 0.0
         self.asked: list[dict[str, object]] = []
         self.blame = AvoidedPeers()
 
@@ -84,11 +87,16 @@ class Peers:
 
     def kind_of(self, peer: PeerId) -> str | None:
         """Its dtype."""
-        return self.dtype_of(peer)
-
-    def dtype_of(self, peer: PeerId) -> str | None:
-        """float32 where nothing else was said."""
         return self.dtypes.get(peer, "float32") if peer in self.held else None
+
+    def terms_of(self, hops: Sequence[Hop]) -> list[HopTerms | None]:
+        """float32, the codecs of every version, and links without delay, where nothing else was said."""
+        return [
+            HopTerms(self.dtypes.get(hop.peer, "float32"), self.codecs.get(hop.peer, ()), self.link_seconds)
+            if hop.peer in self.held
+            else None
+            for hop in hops
+        ]
 
 
 HELD = {"A": (0, 2), "B": (2, 4), "C": (4, 6), "a": (0, 2), "b": (2, 4), "c": (4, 6)}

@@ -21,7 +21,7 @@ from client.chains.chain_wait import (
     measure_candidates,
     wait_for_chain,
 )
-from client.chains.chooser import PeerStream
+from client.chains.chooser import HopTerms, PeerStream
 from client.chains.considered import Considered
 from client.chains.no_chain import explain, explain_length
 from client.chains.queue_reports import QueueReports
@@ -201,10 +201,16 @@ class ChainChooser:
         record = self.view().get(peer)
         return None if record is None else _kind(record)
 
-    def dtype_of(self, peer: PeerId) -> str | None:
-        """See `client.chains.chooser.Chooser.dtype_of`."""
-        record = self.view().get(peer)
-        return None if record is None else record.dtype
+    def terms_of(self, hops: Sequence[Hop]) -> list[HopTerms | None]:
+        """See `client.chains.chooser.Chooser.terms_of`."""
+        view, between, before = self.view(), self._few.distances.between, CLIENT
+        found: list[HopTerms | None] = []
+        for hop in hops:
+            record = view.get(hop.peer)
+            seconds = between(before, hop.peer)
+            found.append(None if record is None else HopTerms(record.dtype, record.codecs, seconds))
+            before = hop.peer
+        return found
 
     async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:
         """See `client.chains.chooser.SwarmAccess.open_stream`."""

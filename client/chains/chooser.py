@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from client.chains.avoided_peers import AvoidedPeers
@@ -31,6 +32,19 @@ class PeerStream(Protocol):
 
     async def reset(self) -> None:
         """End both sides at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopTerms:
+    """What a session has to know of a hop to agree on a codec with it.
+
+    dtype: of its computing.  codecs: that it reads besides fp32 and bf16.  link_seconds: the round trip
+    from the hop before it, or from the client.
+    """
+
+    dtype: str
+    codecs: tuple[str, ...] = ()
+    link_seconds: float = 0.0
 
 
 class Chooser(Protocol):
@@ -67,8 +81,8 @@ class Chooser(Protocol):
     def kind_of(self, peer: PeerId) -> str | None:
         """The kind of a peer's arithmetic; peers of one kind give equal tokens.  None: the peer has left."""
 
-    def dtype_of(self, peer: PeerId) -> str | None:
-        """The dtype that a peer announces, or None where the peer has left."""
+    def terms_of(self, hops: Sequence[Hop]) -> list[HopTerms | None]:
+        """What the peers of a chain announce, in order; None for a peer that has left."""
 
     @property
     def blame(self) -> AvoidedPeers:

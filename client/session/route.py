@@ -174,7 +174,7 @@ class Route:
             pending.step,
             what.position,
             what.reply,
-            recode(pending.body, self.core.terms.kept_codec, contract.codec),
+            recode(pending.body, self.core.terms.kept_codec, contract.codec, contract.hidden),
             epoch=self.core.route.epoch,
             bulk=send.bulk,
             rope_length=what.rope_length,
@@ -370,7 +370,7 @@ class Route:
         part = min(REPLAY_TOKENS, contract.max_tokens)
         for start, stop, rope_length in self.journal.parts(refill.client_from, refill.position, part):
             kept = self.journal.read(start, stop, refill.step)
-            body = recode(kept, self.core.terms.kept_codec, contract.codec)
+            body = recode(kept, self.core.terms.kept_codec, contract.codec, contract.hidden)
             step = Step(contract.session, 0, start, "replay", body, (), line_up.epoch, True, rope_length)
             with self._noting(first) as link:
                 await link.send_step(step, self.limits.session_idle_seconds)
@@ -413,7 +413,8 @@ class Route:
                     match decode_from_hop(frame, contracts.current, contracts.in_epoch):
                         case Result() as result:
                             if hop.near.relay:  # the next hop would be the one to complain
-                                check_finite(result.body, contracts.in_epoch(result.epoch).codec)
+                                contract = contracts.in_epoch(result.epoch)
+                                check_finite(result.body, contract.codec, contract.hidden)
                             event = Answered(hop, result)
                         case Failed() as failed:
                             event = Reported(hop, failed)

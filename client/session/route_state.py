@@ -9,7 +9,7 @@ from itertools import pairwise
 from client.chains.chooser import Chooser
 from client.session.actions import Action, Carry, Leave, Note, Postpone
 from client.session.hop_state import HopState, Neighbours
-from client.session.repair.contracts import Contracts
+from client.session.repair.contracts import Contracts, outliers_over
 from client.session.repair.replacement import Replacement
 from client.session.repair.replay_plan import HopOrder, ResumePoint, plan
 from client.session.steps import Pending
@@ -119,11 +119,13 @@ class RouteState:
         known = {hop.hop: hop for hop in self.opened if hop.alive}
         states = [known.get(hop) for hop in chain.hops]
         kept = any(states)
+        found = self.chooser.terms_of(chain.hops)
         dtypes = [
-            state.dtype if state else self.chooser.dtype_of(hop.peer)
-            for hop, state in zip(chain.hops, states, strict=True)
+            state.dtype if state else terms.dtype if terms else None
+            for terms, state in zip(found, states, strict=True)
         ]
-        contract = self.contracts.agree(self.epoch, dtypes, kept=kept)
+        outliers = "none" if self.terms.prompts is not None else outliers_over(found)
+        contract = self.contracts.agree(self.epoch, dtypes, kept=kept, outliers=outliers)
         places = tuple(
             Place(hop, state, dtype, self.replacement.neighbours(chain.hops, index))
             for index, (hop, state, dtype) in enumerate(zip(chain.hops, states, dtypes, strict=True))

@@ -35,12 +35,12 @@ from client.session.terms import Terms
 from client.session.trace import Trace
 from node.runtime.compute_thread import Runner
 from routing.chains.hops import Chain, Hop
-from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
+from tensor_codec.codecs import WIRE_DTYPES, as_sent, decode_hidden
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES, SESSION_ID_BYTES, Contract, Reply, StepRange
+from tensor_codec.messages.contract import SESSION_ID_BYTES, Contract, Reply, StepRange, vector_bytes
 from tensor_codec.messages.session import Result
 from tensor_codec.row_order import row_order
 
@@ -78,7 +78,7 @@ class Session:
             max_length=terms.max_length,
             hidden=terms.hidden,
             codec=terms.kept_codec,
-            max_step_tokens=self.limits.step_tokens(terms.hidden * CODEC_BYTES[terms.kept_codec]),
+            max_step_tokens=self.limits.step_tokens(vector_bytes(terms.kept_codec, terms.hidden)),
         )
         self.max_step_tokens = contract.max_tokens
         self._journal = Journal(terms.batch, contract.row_bytes, terms.max_length)
@@ -109,12 +109,10 @@ class Session:
     def encode(self, hidden: Tensor) -> Buffer:
         """Hidden states [batch, tokens, hidden] as `submit` takes them.  Raises BadResult for NaN.
 
-        They are narrowed to the codec at the time of sending, since the hops may be others by then.
+        They are narrowed to the codec at the time of sending, since the hops may be others by then.  Where
+        that loses values by the row, what is kept has lost them already: a replay sends what was sent.
         """
-        kept, now = self.terms.kept_codec, self.core.route.contracts.current.codec
-        if now != kept:
-            encode_hidden(hidden, now)  # raises for a value beyond its range
-        return encode_hidden(hidden, kept)
+        return as_sent(hidden, self.core.route.contracts.current.codec, self.terms.kept_codec)
 
     def decode(self, result: Result) -> Tensor:
         """The hidden states [batch, tokens, hidden] of an answer, in the codec's dtype.  Raises BadResult."""

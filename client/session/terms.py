@@ -9,6 +9,7 @@ from routing.blocks import Blocks
 from tensor_codec.errors import Refused
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
+from tensor_codec.messages.contract import VALUE_BYTES, WHOLE_CODECS
 
 if TYPE_CHECKING:
     from client.adapters.upload import AdapterUse
@@ -27,11 +28,16 @@ class SessionPrompts:
     codec: str
     body: Buffer
 
+    @property
+    def hidden(self) -> int:
+        """Values of each vector."""
+        return len(self.body) // (self.run.size * self.positions * VALUE_BYTES[self.codec])
+
     def body_for(self, blocks: Blocks, codec: str, limits: Limits) -> Buffer:
         """The prompts of these blocks in a codec.  Raises Refused where a frame has no room for them."""
         from tensor_codec.codecs import recode  # not at the start: the core of a session needs no torch
 
-        own = recode(self._of(blocks), self.codec, codec)
+        own = recode(self._of(blocks), self.codec, codec, self.hidden)
         room = limits.max_frame_bytes - 2 * limits.max_header_bytes
         if len(own) > room:
             raise Refused(
@@ -55,7 +61,8 @@ class Terms:
     """The model, the blocks, the size and the codec of a session.
 
     run: the blocks that the session goes through.  max_length: positions of each of the `batch` rows.
-    codec: of hidden states: "fp32" or "bf16", or "auto", which is exact for the present hops.
+    codec: of hidden states: "fp32" or "bf16"; "auto" or "exact", which lose nothing of the present hops; or
+    "fast", which may lose where a link is slow.
     rope: the model's angles that depend on a sequence's length; None without them.  prompts: every hop gets
     those of its blocks when it is opened.  adapter: of all blocks; a hop has it before it is opened.
     """
@@ -74,7 +81,7 @@ class Terms:
     @property
     def kept_codec(self) -> str:
         """The codec of the client's own journal: the exact one, where later hops may need it."""
-        return "fp32" if self.codec == "auto" else self.codec
+        return self.codec if self.codec in WHOLE_CODECS else "fp32"
 
     @property
     def adapter_name(self) -> str | None:

@@ -54,7 +54,7 @@ from routing.names import PeerId
 from routing.view.records import Record, State
 from tensor_codec.errors import Draining, MessageError, Refused, TooManyStreams, WrongRevision
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES
+from tensor_codec.messages.contract import OUTLIER_CODEC, vector_bytes
 from tensor_codec.messages.fields import Failed, encode_failed
 from tensor_codec.messages.info import PeerInfo, decode_describe, encode_info
 from tensor_codec.span_spec import SpanSpec
@@ -169,8 +169,9 @@ class ServedSpan:
             prefill_seconds_per_token=engine.rates.prefill_seconds_per_block_token,
             cache_tokens=listener.budget.free_tokens,
             session_tokens=listener.budget.session_tokens,
-            step_tokens=listener.limits.step_tokens(self.spec.hidden * CODEC_BYTES["fp32"]),
+            step_tokens=listener.limits.step_tokens(vector_bytes("fp32", self.spec.hidden)),
             prompts=True,
+            codecs=(OUTLIER_CODEC,),
             queue=engine.queue,
             lora=self.lora,
             adapters=() if self.setup.adapters is None else self.setup.adapters.store.announced,

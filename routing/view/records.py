@@ -35,6 +35,7 @@ STATES = frozenset(get_args(State))
 DOMAIN = b"raceme-record-1"
 MAX_ADDRESSES = 8
 MAX_ADAPTERS = 8
+MAX_CODECS = 8
 MAX_RANK = 4096  # of an adapter: as much as the hidden size of a large model
 MAX_RTTS = 16
 MAX_SEQ = 2**63
@@ -62,6 +63,7 @@ class Record:
     session_tokens: of the longest session that the peer takes, rows times positions; 0: not said.
     step_tokens: of the largest step that the peer takes, in float32; 0: not said.
     prompts: whether the peer takes deep prompts; older versions do not say.
+    codecs: of hidden states that the peer reads besides fp32 and bf16; older versions read no other.
     queue: waiting time of a decode step, in times of its own computing; the mean of the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
     seq: order among this peer's records; only the highest counts.
@@ -88,6 +90,7 @@ class Record:
     session_tokens: int = 0
     step_tokens: int = 0
     prompts: bool = False
+    codecs: tuple[str, ...] = ()
     lora: int = 0
     queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -190,6 +193,8 @@ def _to_wire(record: Record) -> dict[str, object]:
     fields |= {name: tokens for name, tokens in most.items() if tokens}
     if record.prompts:
         fields["prompts"] = True
+    if record.codecs:
+        fields["codecs"] = list(record.codecs)
     if record.lora:
         fields["lora"] = record.lora
     return dict(sorted(fields.items()))
@@ -233,6 +238,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         session_tokens=_tokens(fields, "session_tokens"),
         step_tokens=_tokens(fields, "step_tokens"),
         prompts=fields.flag("prompts", absent=False),
+        codecs=_texts(fields, "codecs", MAX_CODECS, 16) if "codecs" in fields else (),
         lora=fields.integer("lora", 0, MAX_RANK, absent=0),
         queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),

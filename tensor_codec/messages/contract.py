@@ -9,8 +9,15 @@ from tensor_codec.limits import MAX_HEADER_BYTES
 
 SESSION_ID_BYTES = 16
 HEADER_BYTES = 2 + MAX_HEADER_BYTES  # with its length
-CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # bytes per value on the wire
-CODECS = frozenset(CODEC_BYTES)
+VALUE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # of the codecs that keep every value by itself
+WHOLE_CODECS = frozenset(VALUE_BYTES)  # of prompts, gradients and training too
+OUTLIER_CODEC = "int8o"  # rows of int8, their largest values kept apart: `tensor_codec.outlier_rows`
+CODECS = WHOLE_CODECS | {OUTLIER_CODEC}
+# What a user may ask for.  auto and exact: the smallest that loses nothing; fast: may lose on slow links.
+CODEC_CHOICES = ("auto", "exact", "fast", *VALUE_BYTES)
+SCALE_BYTES = 4  # float32
+MAX_OUTLIERS, VALUES_PER_OUTLIER = 8, 16  # of a row; SmolLM2: KL 2e-4 over four boundaries
+OUTLIER_BYTES = 2  # bfloat16, besides its place in the row
 MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the limits
 MAX_CACHE_TOKENS = 1 << 40  # of a server, rows times positions
 MAX_RATE_SECONDS = 60.0  # one token through one block
@@ -50,7 +57,7 @@ class Contract:
     frame_bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        row_bytes = self.batch * self.hidden * CODEC_BYTES[self.codec]
+        row_bytes = self.batch * vector_bytes(self.codec, self.hidden)
         max_tokens = min(self.max_length, max(1, self.max_step_tokens // self.batch))
         object.__setattr__(self, "row_bytes", row_bytes)  # the class is frozen
         object.__setattr__(self, "max_tokens", max_tokens)
@@ -86,6 +93,28 @@ class StepRange:
     def reply_tokens(self) -> int:
         """How many positions are sent back."""
         return {"all": self.tokens, "last": 1, "none": 0, "replay": 0}[self.reply]
+
+
+def outliers_of(hidden: int) -> int:
+    """How many values of a row of `hidden` values int8o keeps apart."""
+    return min(MAX_OUTLIERS, hidden // VALUES_PER_OUTLIER)
+
+
+def place_bytes(hidden: int) -> int:
+    """Of an outlier's place in a row of `hidden` values: a whole number, little-endian."""
+    return 2 if hidden <= 1 << 16 else 4
+
+
+def vector_bytes(codec: str, hidden: int) -> int:
+    """Wire bytes of the hidden state of one position of one row, `hidden` values."""
+    if codec != OUTLIER_CODEC:
+        return hidden * VALUE_BYTES[codec]
+    return hidden + outliers_of(hidden) * (place_bytes(hidden) + OUTLIER_BYTES) + SCALE_BYTES
+
+
+def keeps_values(codec: str, to: str) -> bool:
+    """Whether a body in `codec` has the same values in the codec `to`."""
+    return to in (codec, "fp32")
 
 
 def codec_for(dtypes: frozenset[str]) -> str:

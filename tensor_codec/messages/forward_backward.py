@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import pack_header
-from tensor_codec.messages.contract import CODEC_BYTES, CODECS, MAX_TOKENS, Contract
+from tensor_codec.messages.contract import MAX_TOKENS, VALUE_BYTES, WHOLE_CODECS, Contract, vector_bytes
 from tensor_codec.messages.fields import Failed, no_body, read_failed, read_message, read_spec, read_timings
 from tensor_codec.messages.gradients import Collect, Summed, read_collect, read_summed
 from tensor_codec.span_spec import SpanSpec
@@ -157,7 +157,7 @@ def decode_request(frame: Buffer) -> Request | Collect:
     run = Run(
         read_spec(header),
         header.integer("batch", 1, MAX_TOKENS),
-        header.choice("codec", CODECS),
+        header.choice("codec", WHOLE_CODECS),
         header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
         header.binary("tape", TAPE_ID_BYTES) if "tape" in header else b"",
         read_summed(header) if message.kind == "backward" else None,
@@ -167,7 +167,7 @@ def decode_request(frame: Buffer) -> Request | Collect:
 
 def prompts_bytes(run: Run, hidden: int) -> int:
     """Bytes of a request's prompts.  hidden: values per position in the model."""
-    return run.spec.blocks.size * run.prompts * hidden * CODEC_BYTES[run.codec]
+    return run.spec.blocks.size * run.prompts * hidden * VALUE_BYTES[run.codec]
 
 
 def prompts_contract(contract: Contract, prompts: int) -> Contract:
@@ -185,7 +185,7 @@ def request_contract(message: Forward | Backward, hidden: int, max_step_tokens: 
     given, what = message.hidden, "hidden states"
     if isinstance(message, Backward) and message.of_tape:
         given, what = message.grad, "a gradient"
-    row_bytes = run.batch * hidden * CODEC_BYTES[run.codec]
+    row_bytes = run.batch * vector_bytes(run.codec, hidden)
     tokens, rest = divmod(len(given), row_bytes)
     room = max_step_tokens // run.batch
     if rest or not 0 < tokens <= room:

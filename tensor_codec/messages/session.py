@@ -23,7 +23,6 @@ from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header
 from tensor_codec.messages.contract import (
-    CODEC_BYTES,
     CODECS,
     MAX_EPOCH,
     MAX_QUEUE,
@@ -32,6 +31,8 @@ from tensor_codec.messages.contract import (
     REPLIES,
     REPLY_CODES,
     SESSION_ID_BYTES,
+    VALUE_BYTES,
+    WHOLE_CODECS,
     Contract,
     Reply,
 )
@@ -65,7 +66,8 @@ class Open:
     epoch: of the session's route; grows with every change of it.
     held: steps are to wait for a Resume.
     prompts: positions of deep prompts, 0 without them: each block adds its own to its input there.
-    body: the prompts, [blocks, prompts, hidden] in the codec of the opening, the same for all rows.
+    body: the prompts, [blocks, prompts, hidden] in the codec of the opening, the same for all rows.  That
+    codec keeps every value by itself, so it is not int8o.
     """
 
     session: bytes
@@ -283,7 +285,9 @@ def _check_body(opened: Open, body_bytes: int) -> None:
         if body_bytes:
             raise MessageError(f"{body_bytes} body bytes after 'open', which has none")
         return
-    vectors = opened.spec.blocks.size * opened.prompts * CODEC_BYTES[opened.codec]
+    if opened.codec not in WHOLE_CODECS:
+        raise MessageError(f"prompts in {opened.codec}, {' or '.join(sorted(WHOLE_CODECS))} is allowed")
+    vectors = opened.spec.blocks.size * opened.prompts * VALUE_BYTES[opened.codec]
     if not body_bytes or body_bytes % vectors:
         raise MessageError(f"{body_bytes} body bytes are not prompts of {opened.prompts} positions")
 
@@ -293,7 +297,7 @@ def check_prompts(opened: Open, hidden: int, body_bytes: int | None = None) -> N
 
     hidden: values per position in the model.  body_bytes: of a body that has not come yet.
     """
-    size = opened.spec.blocks.size * opened.prompts * hidden * CODEC_BYTES[opened.codec]
+    size = opened.spec.blocks.size * opened.prompts * hidden * VALUE_BYTES[opened.codec]
     found = len(opened.body) if body_bytes is None else body_bytes
     if found != size:
         raise MessageError(f"{found} body bytes, prompts of {opened.prompts} positions take {size}")

@@ -12,6 +12,7 @@ import trio.testing
 
 import node.serving.sessions.worker
 from routing.names import PeerId
+from tensor_codec.codecs import decode_rows, encode_hidden
 from tensor_codec.errors import PeerGone, RemoteProtocolError
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import (
@@ -252,6 +253,125 @@ async def test_a_hop_that_does_not_know_how_to_change_the_codec_is_replaced(auto
         assert found.shape == step.shape
         assert any("cannot go on in codec fp32" in e.data["error"] for e in session.trace.of("fault"))
         await session.aclose()
+
+
+# --- int8o ---
+
+
+def packed(hidden):
+    """What arrives of hidden states that go out in int8o."""
+    return decode_rows(encode_hidden(hidden, "int8o"), "int8o", HIDDEN).view(hidden.shape)
+
+
+class Packed(Expected):
+    """The same with int8o between the parts and at both ends, until `widen`."""
+
+    def __init__(self):
+        super().__init__(a=False, b=False, c=False)
+        self.way = packed
+
+    def step(self, hidden):
+        hidden = self.way(hidden)
+        for part in self.parts.values():
+            hidden = self.way(part.step(hidden))
+        return hidden
+
+    def widen(self):
+        self.way = lambda hidden: hidden
+
+
+def codecs_at_hops(world):
+    nodes = [node for node in world.nodes.values() if node.alive]
+    return {hop.contract.codec for node in nodes for hop in node.listener._sessions.all()}
+
+
+async def test_a_fast_session_over_slow_links_travels_in_int8o_all_the_way(autojump_clock):
+    async with swarm() as world:
+        world.link_seconds = 0.04
+        for name in "ABC":
+            add(world, name)
+        session = await world.open(codec="fast", batch=2, max_length=600)
+        expected, hidden = Packed(), some_hidden(310, 2)
+        for begin, stop in ((0, 300), (300, 301), (301, 310)):
+            step = hidden[:, begin:stop]
+            assert torch.equal(await session.step(step), expected.step(step))
+        assert session.route.contract.codec == "int8o"
+        assert codecs_at_hops(world) == {"int8o"}
+        assert not torch.equal(packed(hidden), hidden)
+        await session.aclose()
+
+
+@pytest.mark.parametrize(
+    ("codec", "seconds", "old"),
+    [("auto", 0.04, ""), ("exact", 0.04, ""), ("fast", 1e-4, ""), ("fast", 0.04, "B")],
+)
+async def test_without_leave_on_near_links_and_for_older_servers_nothing_is_lost(
+    codec, seconds, old, autojump_clock
+):
+    async with swarm() as world:
+        world.link_seconds = seconds
+        world.old |= {PeerId(old)}
+        for name in "ABC":
+            add(world, name)
+        session = await world.open(codec=codec)
+        expected = Expected(a=False, b=False, c=False)
+        for seed in range(3):
+            step = some_hidden(2, seed=seed)
+            assert torch.equal(await session.step(step), expected.step(step))
+        assert codecs_at_hops(world) == {"fp32"}
+        await session.aclose()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("victim", ["a", "b", "c"])
+@pytest.mark.parametrize("old", [False, True])
+async def test_a_replay_sends_what_was_sent_in_int8o_whatever_the_new_hop_reads(
+    old, victim, carried, batch, autojump_clock
+):
+    async with swarm() as world:
+        world.link_seconds = 0.04
+        for name in "ABC":
+            add(world, name)
+        if carried:
+            world.unreachable |= {(PeerId(x), PeerId(y)) for x in "ABCabc" for y in "ABCabc"}
+        session = await world.open(codec="fast", batch=batch, max_length=600)
+        expected, hidden = Packed(), some_hidden(308, batch)
+        for begin, stop in ((0, 300), (300, 301), (301, 302)):
+            step = hidden[:, begin:stop]
+            assert torch.equal(await session.step(step), expected.step(step))
+        if old:
+            world.old.add(PeerId(victim))
+        add(world, victim)
+        await lose(world, victim.upper())
+        expected.replace(victim, narrow=False)
+        if old:
+            expected.widen()
+        sent = packed(hidden[:, 302:303])  # encoded while the route was in int8o
+        first = expected.step(sent if old else hidden[:, 302:303])
+        assert torch.equal(await session.step(hidden[:, 302:303]), first)
+        for at in range(303, 308):
+            token = hidden[:, at : at + 1]
+            assert torch.equal(await session.step(token), expected.step(token))
+        (change,) = session.trace.of("rerouted")
+        assert change.data["codec"] == ("fp32" if old else "int8o")
+        assert codecs_at_hops(world) == {change.data["codec"]}
+        await session.aclose()
+
+
+async def test_rows_that_no_encoding_gives_end_a_session_and_blame_its_client(autojump_clock):
+    async with swarm() as world:
+        add(world, "a")
+        client, _ = await RawClient.open(world, "a", codec="int8o")
+        good = encode_hidden(some_hidden(1), "int8o")
+        await client.stream.send(encode_step(Step(bytes(16), 0, 0, "all", good)))
+        assert len((await client.receive(world)).body) == len(good)
+        bad = b"\x80" + bytes(good)[1:]
+        await client.stream.send(encode_step(Step(bytes(16), 1, 1, "all", bad)))
+        failed = await client.receive(world)
+        assert isinstance(failed, Failed)
+        assert failed.message == "received hidden states hold the code -128, -127 to 127 are allowed"
+        await client.stream.aclose()
 
 
 # --- what a hop answers ---

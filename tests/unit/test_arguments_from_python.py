@@ -83,7 +83,7 @@ def test_what_is_clear_is_taken(given: dict[str, Any], name: str, taken: object)
         ({"device": torch.device("cuda")}, "device is device(type='cuda') (device)"),
         ({"dtype": "int8"}, "dtype is 'int8', one of auto, float32, bfloat16, float16 is allowed"),
         ({"dtype": torch.float32}, "dtype is torch.float32 (dtype)"),
-        ({"codec": "fp8"}, "the codec is 'fp8', one of auto, fp32, bf16 is allowed"),
+        ({"codec": "fp8"}, "the codec is 'fp8', one of auto, exact, fast, fp32, bf16 is allowed"),
         ({"codec": torch.float32}, "the codec is torch.float32 (dtype)"),
         ({"constraints": {"most_hops": 1}}, "client.Constraints(...) is needed"),
         ({"constraints": ()}, "client.Constraints(...) is needed"),

@@ -7,9 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden, recode
+from tensor_codec.codecs import WIRE_DTYPES, as_sent, decode_hidden, encode_hidden, recode
 from tensor_codec.errors import BadResult, LocalProtocolError
-from tensor_codec.messages.contract import CODEC_BYTES, Contract, codec_for
+from tensor_codec.messages.contract import (
+    CODECS,
+    VALUE_BYTES,
+    Contract,
+    codec_for,
+    keeps_values,
+    vector_bytes,
+)
 
 HIDDEN = 6
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
@@ -64,7 +71,7 @@ def test_fp32_keeps_outliers_that_float16_could_not_hold():
     assert torch.isfinite(there_and_back(hidden, "bf16")).all()
 
 
-@pytest.mark.parametrize("codec", sorted(CODEC_BYTES))
+@pytest.mark.parametrize("codec", sorted(VALUE_BYTES))
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 7, 3 * 4 * HIDDEN - 1])
 def test_a_value_that_is_not_finite_is_refused_on_the_way_out_and_on_the_way_in(codec, bad, at):
@@ -73,7 +80,7 @@ def test_a_value_that_is_not_finite_is_refused_on_the_way_out_and_on_the_way_in(
     hidden.view(-1)[at] = bad
     with pytest.raises(BadResult, match="computed"):
         encode_hidden(hidden, codec)
-    size = CODEC_BYTES[codec]
+    size = VALUE_BYTES[codec]
     body[at * size : (at + 1) * size] = bytes(
         torch.tensor([bad], dtype=WIRE_DTYPES[codec]).view(torch.uint8).tolist()
     )
@@ -100,7 +107,7 @@ def test_the_largest_values_are_finite_although_their_sum_is_not():
 
 @given(st.binary(max_size=200))
 def test_of_any_bytes_come_finite_values_or_a_bad_result(data):
-    for codec in CODEC_BYTES:
+    for codec in CODECS:
         terms = contract(codec)
         body = data[: len(data) // terms.row_bytes * terms.row_bytes]
         try:
@@ -111,7 +118,7 @@ def test_of_any_bytes_come_finite_values_or_a_bad_result(data):
         assert torch.isfinite(hidden).all()
 
 
-@pytest.mark.parametrize("codec", sorted(CODEC_BYTES))
+@pytest.mark.parametrize("codec", sorted(VALUE_BYTES))
 @pytest.mark.parametrize("offset", range(8))
 def test_a_body_may_begin_anywhere_in_its_frame(codec, offset):
     hidden = torch.arange(2.0 * HIDDEN).reshape(1, 2, HIDDEN)
@@ -121,7 +128,7 @@ def test_a_body_may_begin_anywhere_in_its_frame(codec, offset):
     assert found.data_ptr() % 16 == 0
 
 
-@pytest.mark.parametrize("codec", sorted(CODEC_BYTES))
+@pytest.mark.parametrize("codec", sorted(VALUE_BYTES))
 def test_what_is_decoded_has_memory_of_its_own(codec):
     hidden = torch.ones(1, 2, HIDDEN)
     frame = bytearray(encode_hidden(hidden, codec))
@@ -131,7 +138,7 @@ def test_what_is_decoded_has_memory_of_its_own(codec):
     found.zero_()
 
 
-@pytest.mark.parametrize("codec", sorted(CODEC_BYTES))
+@pytest.mark.parametrize("codec", sorted(VALUE_BYTES))
 def test_hidden_states_need_not_lie_in_one_piece(codec):
     whole = torch.arange(2.0 * 5 * HIDDEN).reshape(2, 5, HIDDEN)
     for part in (whole[:, 3:], whole[:, ::2], whole.transpose(0, 1)[1:3], whole[:, -1:].double().half()):
@@ -166,7 +173,31 @@ def test_the_codec_is_the_smallest_that_loses_nothing(dtypes, codec):
 def test_a_body_in_another_codec_is_what_would_have_been_encoded_so(values):
     hidden = torch.tensor(values).clamp(-LARGEST_BF16, LARGEST_BF16)[None, :, None]
     wide, narrow = (bytes(encode_hidden(hidden, codec)) for codec in ("fp32", "bf16"))
-    assert recode(wide, "fp32", "bf16") == narrow
+    assert recode(wide, "fp32", "bf16", 1) == narrow
     anywhere = memoryview(b"x" + narrow)[1:]
-    assert recode(anywhere, "bf16", "fp32") == encode_hidden(hidden.bfloat16(), "fp32")
-    assert recode(wide, "fp32", "fp32") is wide
+    assert recode(anywhere, "bf16", "fp32", 1) == encode_hidden(hidden.bfloat16(), "fp32")
+    assert recode(wide, "fp32", "fp32", 1) is wide
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_what_is_kept_for_a_replay_has_the_values_that_are_sent(codec):
+    torch.manual_seed(3)
+    hidden = torch.randn(2, 3, 64) * 10.0 ** torch.randint(-3, 4, (2, 3, 64))
+    terms = contract(codec, 2, 64)
+    kept = as_sent(hidden, codec, "fp32")
+    sent = recode(kept, "fp32", codec, 64)
+    assert sent == encode_hidden(hidden, codec)
+    if codec != "bf16":  # of which the kept values are narrowed only on their way
+        assert torch.equal(decode_hidden(kept, contract("fp32", 2, 64)), decode_hidden(sent, terms).float())
+
+
+@given(st.sampled_from(sorted(CODECS)), st.sampled_from(sorted(CODECS)))
+def test_a_change_of_codec_that_keeps_values_keeps_them(codec, to):
+    torch.manual_seed(5)
+    body = bytes(encode_hidden(torch.randn(1, 4, 64) * 9, codec))
+    other = recode(body, codec, to, 64)
+    assert len(other) == 4 * vector_bytes(to, 64)
+    before, after = decode_hidden(body, contract(codec, 1, 64)), decode_hidden(other, contract(to, 1, 64))
+    if keeps_values(codec, to):
+        assert torch.equal(before.float(), after.float())
+    assert keeps_values(codec, to) == (to in (codec, "fp32"))

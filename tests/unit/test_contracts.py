@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from client.chains.chooser import HopTerms
 from client.session.actions import Lost
-from client.session.repair.contracts import Contracts
+from client.session.repair.contracts import NEAR_SECONDS, Contracts, Outliers, outliers_over
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages.contract import Contract
 from tests.session_world import Peers, change_route, sound_session
@@ -39,6 +42,49 @@ def test_a_codec_that_the_user_chose_stays(codec):
     agreed = contracts(codec)
     found = [agreed.agree(epoch, [dtype], kept=False).codec for epoch, dtype in enumerate((NARROW, EXACT), 1)]
     assert found == [codec, codec]
+
+
+def fast(outliers: Outliers = "pay", hidden: int = 64) -> Contracts:
+    agreed = Contracts("fast", Contract(bytes(16), 0, 6, 1, 64, hidden, "fp32", 2048))
+    agreed.agree(1, [NARROW], kept=False, outliers=outliers)
+    return agreed
+
+
+@pytest.mark.parametrize("wanted", ["auto", "exact", "fp32", "bf16"])
+def test_without_the_user_s_word_nothing_is_ever_sent_in_int8o(wanted):
+    agreed = Contracts(wanted, Contract(bytes(16), 0, 6, 1, 64, 64, "fp32", 2048))
+    assert agreed.agree(1, [NARROW], kept=False, outliers="pay").codec in ("bf16", "fp32")
+
+
+def test_fast_takes_int8o_where_it_pays_and_else_loses_nothing():
+    assert fast().current.codec == "int8o"
+    assert fast("read").current.codec == "bf16"
+    assert fast("none").current.codec == "bf16"
+    assert fast(hidden=1).current.codec == "bf16"  # no bytes would be saved
+
+
+def test_a_session_stays_in_int8o_while_every_hop_reads_it_and_goes_on_in_fp32_else():
+    agreed = fast()
+    agreed.sent()
+    assert agreed.agree(2, [NARROW], kept=True, outliers="read").codec == "int8o"
+    assert agreed.agree(3, [NARROW], kept=True, outliers="none").codec == "fp32"
+    for kept in (True, False):  # bf16 would round what was sent
+        assert agreed.agree(4 + kept, [NARROW], kept=kept, outliers="pay").codec == "fp32"
+
+
+def test_before_anything_was_sent_a_session_leaves_int8o_for_the_codec_of_its_hops():
+    agreed = fast()
+    assert agreed.agree(2, [NARROW], kept=False, outliers="none").codec == "bf16"
+    assert agreed.agree(3, [NARROW], kept=False, outliers="pay").codec == "bf16"
+
+
+def test_what_int8o_is_to_a_chain_follows_from_what_its_hops_read_and_from_its_slowest_link():
+    reads = HopTerms(NARROW, ("int8o",), 0.0)
+    slow = replace(reads, link_seconds=NEAR_SECONDS)
+    assert outliers_over([reads, slow]) == "pay"
+    assert outliers_over([reads, reads]) == "read"
+    assert outliers_over([slow, HopTerms(NARROW, ("int9",), 1.0)]) == "none"
+    assert outliers_over([slow, None]) == "pay"  # its opening fails anyway
 
 
 def test_an_answer_is_read_in_the_codec_of_its_epoch():

@@ -28,7 +28,7 @@ from tensor_codec.errors import (
     WrongRevision,
 )
 from tensor_codec.header import pack_header, split_message
-from tensor_codec.messages.contract import CODEC_BYTES, MAX_HOPS, MAX_TOKENS, Contract, StepRange
+from tensor_codec.messages.contract import MAX_HOPS, MAX_TOKENS, VALUE_BYTES, Contract, StepRange
 from tensor_codec.messages.fields import FAULTS, Failed, encode_failed, read_message
 from tensor_codec.messages.forward_backward import (
     Backward,
@@ -226,7 +226,7 @@ def opens(draw):
         ),
         batch=draw(st.integers(1, MAX_TOKENS)),
         max_length=draw(st.integers(1, MAX_TOKENS)),
-        codec=draw(st.sampled_from(sorted(CODEC_BYTES))),
+        codec=draw(st.sampled_from(sorted(VALUE_BYTES))),
         predecessor=draw(st.none() | names),
         successor=draw(st.none() | names),
     )
@@ -375,7 +375,7 @@ def test_a_failure_comes_back_as_it_was(code, text, retry, step, peer):
 @given(opens(), st.integers(1, 6), st.booleans(), st.data())
 def test_a_stateless_request_comes_back_as_it_was(like, tokens, backward, data):
     run = Run(like.spec, 2, like.codec)
-    size = tokens * 2 * 4 * CODEC_BYTES[run.codec]
+    size = tokens * 2 * 4 * VALUE_BYTES[run.codec]
     hidden, grad = (data.draw(st.binary(min_size=size, max_size=size)) for _ in range(2))
     message = Backward(run, hidden, grad) if backward else Forward(run, hidden)
     found, contract = read_request(joined(encode_request(message)))
@@ -389,7 +389,7 @@ def test_a_stateless_request_comes_back_as_it_was(like, tokens, backward, data):
 @given(opens(), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
 def test_a_stateless_request_with_prompts_comes_back_as_it_was(like, tokens, prompts, backward, data):
     run = Run(like.spec, 2, like.codec, min(prompts, tokens))
-    vector = 4 * CODEC_BYTES[run.codec]
+    vector = 4 * VALUE_BYTES[run.codec]
     size = tokens * 2 * vector
     hidden, grad = (data.draw(st.binary(min_size=size, max_size=size)) for _ in range(2))
     own = bytes([7]) * (like.spec.blocks.size * run.prompts * vector)
@@ -410,7 +410,7 @@ def test_a_request_with_a_tape_comes_back_as_it_was_and_a_backward_is_a_gradient
     like, tokens, tape, backward, data
 ):
     run = Run(like.spec, 2, like.codec, data.draw(st.integers(0, tokens)), tape)
-    vector = 4 * CODEC_BYTES[run.codec]
+    vector = 4 * VALUE_BYTES[run.codec]
     states = data.draw(st.binary(min_size=2 * tokens * vector, max_size=2 * tokens * vector))
     prompts = bytes(like.spec.blocks.size * run.prompts * vector)
     message = Backward(run, b"", states) if backward else Forward(run, states, prompts)

@@ -81,6 +81,12 @@ def test_a_signed_record_is_read_back_as_it_was():
     assert peer_id_of(signer(WIRE)) == PEER
 
 
+def test_codecs_are_read_back_and_left_out_where_there_are_none():
+    assert "codecs" not in payload_of(GOOD)
+    several = replace(GOOD, codecs=("int8o", "of-a-later-version"))
+    assert verify(sign_record(several, KEY)) == several
+
+
 def test_every_flipped_bit_is_refused():
     for bit in range(len(WIRE) * 8):
         wire = bytearray(WIRE)

@@ -37,7 +37,13 @@ from node.serving.executor.job_queues import RETRY_SECONDS
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, Segment, segments
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
-from tensor_codec.codecs import WIRE_DTYPES, decode_hidden, encode_hidden
+from tensor_codec.codecs import (
+    WIRE_DTYPES,
+    decode_hidden,
+    decode_rows,
+    encode_finite_rows,
+    encode_hidden,
+)
 from tensor_codec.errors import BadResult, Draining, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
@@ -712,7 +718,7 @@ def _by_adapter(steps: Sequence[_Step], active: Sequence[int]) -> tuple[int, ...
 def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Tensor]:
     """The steps' hidden states one below the other, [rows, hidden_size], and the steps in that order.
 
-    A step that holds NaN or infinity is answered so, and left out.
+    A step that holds NaN, infinity or bytes that its codec cannot have is answered so, and left out.
     """
     sound: list[_Step] = []
     rows: list[Tensor] = []
@@ -723,22 +729,18 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
         bodies = bytearray()
         for step in same:
             bodies += step.body
-        flat = torch.frombuffer(bodies, dtype=WIRE_DTYPES[codec])
-        wide = flat.view(-1, same[0].contract.hidden).float()
-        if not bool(torch.isfinite(wide).all()):
-            kept = []
-            for step, part in zip(
-                same, torch.split(wide, [step.contract.batch for step in same]), strict=True
-            ):
-                if bool(torch.isfinite(part).all()):
-                    kept.append((step, part))
-                else:
-                    bad = BadResult("received hidden states hold NaN or infinity")
+        width = same[0].contract.hidden
+        try:
+            rows.append(decode_rows(bodies, codec, width).float())
+            sound += same
+        except BadResult:
+            for step in same:
+                try:
+                    rows.append(decode_rows(step.body, codec, width).float())
+                    sound.append(step)
+                except BadResult as bad:
                     settled.append((step, outcome.Error(bad)))
-            same, wide = [step for step, _ in kept], torch.cat([part for _, part in kept] or [wide[:0]])
-        sound += same
-        rows.append(wide)
-    return sound, torch.cat(rows)
+    return sound, torch.cat(rows) if rows else torch.empty(0, steps[0].contract.hidden)
 
 
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
@@ -753,9 +755,7 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
     for step in steps:
         end, codec = begin + step.contract.batch, step.contract.codec
         if codec not in wires:
-            wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
-            finite = torch.isfinite(wire).all(-1).tolist()
-            wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+            wires[codec] = encode_finite_rows(hidden, codec)
         finite, data = wires[codec]
         row = data.nbytes // len(finite)
         if not all(finite[begin:end]):

@@ -22,7 +22,7 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
-from tensor_codec.messages.contract import CODEC_BYTES, Contract
+from tensor_codec.messages.contract import Contract, keeps_values
 from tensor_codec.messages.session import Relink, Step, owner_tag
 
 # The tag of a session's owner (`owner_tag`), and its id.  An id alone is no secret: others may open it too.
@@ -204,7 +204,7 @@ class HopSession:
         if order.epoch <= self.route.epoch:
             raise RemoteProtocolError(f"epoch {order.epoch} after {self.route.epoch}")
         codec = order.codec or self.contract.codec
-        if self.state.length and CODEC_BYTES[codec] < CODEC_BYTES[self.contract.codec]:
+        if self.state.length and not keeps_values(self.contract.codec, codec):
             raise RemoteProtocolError(f"codec {codec} after {self.contract.codec}, which loses less")
         self.contract = replace(self.contract, codec=codec)
         self.stream.limit = self.contract.frame_bytes

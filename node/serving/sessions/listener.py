@@ -58,7 +58,7 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import CODEC_BYTES, HEADER_BYTES, Contract
+from tensor_codec.messages.contract import HEADER_BYTES, Contract, vector_bytes
 from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
 from tensor_codec.messages.forward_backward import prompts_contract
 from tensor_codec.messages.session import (
@@ -324,7 +324,7 @@ class Listener:
             max_length=opened.max_length,
             hidden=hidden,
             codec=opened.codec,
-            max_step_tokens=self.limits.step_tokens(hidden * CODEC_BYTES[opened.codec]),
+            max_step_tokens=self.limits.step_tokens(vector_bytes(opened.codec, hidden)),
         )
 
     @contextmanager
@@ -370,7 +370,7 @@ class Listener:
             check_prompts(opened, served.hidden)
         if opened.max_length > served.max_position:
             raise Refused(f"a session of {opened.max_length} positions, the model has {served.max_position}")
-        position = opened.batch * served.hidden * CODEC_BYTES[opened.codec]
+        position = opened.batch * vector_bytes(opened.codec, served.hidden)
         if not self.limits.step_tokens(position):
             raise Refused(
                 f"one position of {opened.batch} rows takes {position} bytes, a frame of"

@@ -210,14 +210,16 @@ class HopWorker:
         if before == contract.codec:
             return
         if kept.answer is not None:
-            kept.answer = replace(kept.answer, body=recode(kept.answer.body, before, contract.codec))
+            kept.answer = replace(
+                kept.answer, body=recode(kept.answer.body, before, contract.codec, contract.hidden)
+            )
         if (old := kept.journal) is None:
             return
         old.pinned = True  # it is being read
         kept.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
         kept.journal.pinned = True
         for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
-            body = recode(old.read(start, stop, before=0), before, contract.codec)
+            body = recode(old.read(start, stop, before=0), before, contract.codec, contract.hidden)
             kept.journal.append(start, stop - start, body, rope_length)
             old.give_back(stop)  # no session takes its journal's memory twice
             await trio.lowlevel.checkpoint()  # a long one takes milliseconds
