@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensor_codec.errors import BadResult, LocalProtocolError
 from tensor_codec.frame import Buffer
-from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, vector_bytes
+from tensor_codec.messages.contract import OUTLIER_CODEC, VALUE_BYTES, Contract, vector_bytes
 from tensor_codec.outlier_rows import pack_rows, unpack_rows
 
 # Of decoded values.  What int8o decodes to is exact in float32 alone.
@@ -70,7 +70,7 @@ def decode_rows(body: Buffer, codec: str, hidden: int) -> Tensor:
     """Decode whole rows of `hidden` values to [rows, hidden] as `decode_hidden` does.  Raises BadResult."""
     if codec == OUTLIER_CODEC:
         return _unpacked(body, hidden)
-    rows = torch.empty((len(body) // vector_bytes(codec, hidden), hidden), dtype=WIRE_DTYPES[codec])
+    rows = torch.empty((len(body) // (hidden * VALUE_BYTES[codec]), hidden), dtype=WIRE_DTYPES[codec])
     # A copy, because the body starts anywhere in its frame: kernels want aligned memory.
     _bytes_of(rows)[:] = memoryview(body)
     if not _all_finite(rows):

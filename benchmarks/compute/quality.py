@@ -1,11 +1,15 @@
-"""The cost of rounded weights: perplexity, and distance from float32.
+"""The cost of rounded weights and of each codec between machines: perplexity, and distance from float32.
 
     python -m benchmarks quality
     python -m benchmarks quality --quantize int8 nf4 --dtype bfloat16 --json quality.json
+    python -m benchmarks quality --boundaries 1 4              # codecs between machines, in place of weights
 
 The text is the first chapter of Jane Austen's "Pride and Prejudice" (1813), in quality.txt next to this
 file.  All blocks run as one span.  Embedding and head stay in float32, so only the rounding of the blocks'
 weights and activations differs.
+
+With --boundaries the weights stay in float32, and hidden states are encoded and decoded between parts of
+(nearly) equal numbers of blocks: one boundary is that between two machines.
 """
 
 from __future__ import annotations
@@ -13,18 +17,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.lib.results import Run
-from node.model.blocks.span import DTYPES, load_span
+from node.model.blocks.span import DTYPES, Span, load_span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
 from node.model.embed_and_head import EmbedAndHead, load_embed_and_head
 from node.runtime.arguments import device as device_argument
+from node.runtime.arguments import positive
+from tensor_codec.codecs import decode_rows, encode_hidden
+from tensor_codec.messages.contract import CODECS, vector_bytes
 from tensor_codec.span_spec import QUANTIZE
 
 TEXT = Path(__file__).with_name("quality.txt")
@@ -47,6 +55,21 @@ class Row:
     same_best: float
 
 
+@dataclass(frozen=True, slots=True)
+class CodecRow:
+    """One codec at every boundary between parts of the model; perplexity, kl and same_best as in Row.
+
+    bytes_per_value: on the wire.
+    """
+
+    codec: str
+    boundaries: int
+    bytes_per_value: float
+    perplexity: float
+    kl: float
+    same_best: float
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality")
@@ -61,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="float32",
         help="of what is not quantised (default: float32)",
     )
+    parser.add_argument(
+        "--boundaries", nargs="+", type=positive, default=[], metavar="N",
+        help="each codec at so many boundaries between machines, in place of weights",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", type=device_argument)
     parser.add_argument("--tokens", type=int, default=512, help="of the text that are used (default: 512)")
     parser.add_argument("--threads", type=int, default=1)
@@ -70,6 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = resolve(flags.model, cache_dir=cache_dir())
     ends = load_embed_and_head(folder)
     ids = torch.tensor([ends.tokenizer(TEXT.read_text()).input_ids[: flags.tokens]])
+    if flags.boundaries:
+        print(f"{folder.name}, {ids.shape[1]} tokens of text")
+        codec_rows = compare_codecs(folder, ends, ids, flags.boundaries, flags.device)
+        run.write(flags.json, [asdict(row) for row in codec_rows])
+        return 0
     ways = [("float32", "float32", "none"), ("bfloat16", "bfloat16", "none")]
     ways += [(how, flags.dtype, how) for how in flags.quantize]
     print(f"{folder.name}, {ids.shape[1]} tokens of text")
@@ -100,6 +132,45 @@ def answers(
     cache = span.new_cache(1, ids.shape[1])
     hidden = span.forward(ends.embed(ids, 0), cache, 0)
     return ends.head(hidden), str(span.dtype).removeprefix("torch."), span.nbytes
+
+
+@torch.inference_mode()
+def compare_codecs(
+    folder: ModelFolder, ends: EmbedAndHead, ids: Tensor, boundaries: Sequence[int], device: str
+) -> list[CodecRow]:
+    """A row for each codec and number of boundaries; prints each."""
+    info = read_info(folder)
+    span = load_span(folder, 0, info.blocks, dtype=torch.float32, device=device, quantize="none")
+    print(f"{'codec':8} {'boundaries':>10} {'bytes':>6} {'perplexity':>11} {'KL':>9} {'same best':>10}")
+    exact = answers_over(span, ends, ids, [0, info.blocks], "fp32")
+    rows: list[CodecRow] = []
+    for codec in sorted(CODECS):
+        for count in boundaries:
+            parts = [info.blocks * part // (count + 1) for part in range(count + 2)]
+            logits = answers_over(span, ends, ids, parts, codec)
+            size = vector_bytes(codec, info.hidden_size) / info.hidden_size
+            row = CodecRow(codec, count, size, perplexity(logits, ids), *distance(exact, logits))
+            rows.append(row)
+            print(
+                f"{row.codec:8} {row.boundaries:10} {row.bytes_per_value:6.3f} {row.perplexity:11.3f}"
+                f" {row.kl:9.1e} {row.same_best:10.3f}",
+                flush=True,
+            )
+    return rows
+
+
+def answers_over(span: Span, ends: EmbedAndHead, ids: Tensor, parts: Sequence[int], codec: str) -> Tensor:
+    """Logits [1, tokens, vocab_size], with hidden states in `codec` between parts of the span.
+
+    parts: the first block of each, and the end of the last one.
+    """
+    hidden = ends.embed(ids, 0)
+    for start, stop in pairwise(parts):
+        if start:
+            body = encode_hidden(hidden, codec)
+            hidden = decode_rows(body, codec, hidden.shape[-1]).view(hidden.shape).float()
+        hidden = span.forward(hidden, span.new_cache(1, ids.shape[1]), 0, start, stop)
+    return ends.head(hidden.float())
 
 
 def perplexity(logits: Tensor, ids: Tensor) -> float:

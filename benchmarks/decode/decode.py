@@ -26,6 +26,7 @@ from benchmarks.lib.results import Run
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
+from tensor_codec.messages.contract import CODEC_CHOICES
 
 TEXT = (
     "Once upon a time there was a small village at the foot of a mountain, where an old clockmaker"
@@ -82,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a generation (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantize", default="none", choices=("none", "int8", "nf4"), help="of the nodes")
-    parser.add_argument("--codec", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--codec", default="auto", choices=CODEC_CHOICES)
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (%(default)s)")
     parser.add_argument("--json", metavar="FILE")

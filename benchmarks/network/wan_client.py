@@ -27,7 +27,7 @@ from tensor_codec.messages.session import Result
 
 async def serve_lines(flags: argparse.Namespace) -> None:
     """Connect, then answer lines of JSON on standard input."""
-    config = ClientConfig(tuple(flags.peers), flags.model, threads=flags.threads)
+    config = ClientConfig(tuple(flags.peers), flags.model, threads=flags.threads, codec=flags.codec)
     async with open_swarm(config) as swarm:
         while line := await trio.to_thread.run_sync(sys.stdin.readline):
             question = json.loads(line)
@@ -74,8 +74,8 @@ async def bulk(swarm: Swarm, ids: list[int]) -> None:
 async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     """Greedy, in a new session: the tokens, and for each token the parts of its time.
 
-    open_seconds: of the first token's, until the session was open.  For each token its `seconds`,
-    `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`: for each
+    open_seconds: of the first token's, until the session was open.  codec: of the session.  For each token
+    its `seconds`, `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`: for each
     step that it took, [held, computing] of each hop.
     """
     watch = Watch(swarm.local_model)
@@ -86,9 +86,11 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
             ids, max_new_tokens=tokens, temperature=0, conversation=conversation
         ):
             found.append({"id": token.id, "seconds": token.seconds, **watch.take()})
+        assert conversation.session is not None
+        codec = conversation.session.route.contract.codec
     finally:
         conversation.close()
-    return {"tokens": found, "open_seconds": watch.open_seconds}
+    return {"tokens": found, "open_seconds": watch.open_seconds, "codec": codec}
 
 
 class Watch:
@@ -179,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--peers", nargs="+", required=True)
+    parser.add_argument("--codec", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     trio.run(serve_lines, parser.parse_args())
 

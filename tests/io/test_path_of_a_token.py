@@ -69,6 +69,7 @@ HELPERS = {
 }
 # Public coroutines, and functions by which one package enters another, that the page may leave out.
 UNNAMED = {
+    "vector_bytes": "sizes of bodies",
     "Answers.has_answered": "within Answers",
     "Answers.is_due": "within Asker.measure",
     "Answers.late": "within Directory.late",

@@ -44,3 +44,26 @@ def test_it_compares_each_way_with_float32(tmp_path, monkeypatch, capsys):
     assert rows[2]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)
     assert rows[2]["weights_mib"] < 0.5 * rows[0]["weights_mib"]
     assert "int8" in capsys.readouterr().out
+
+
+def test_it_compares_each_codec_at_each_number_of_boundaries(tmp_path, monkeypatch):
+    monkeypatch.setenv("RACEME_CACHE", str(tmp_path / "cache"))
+    save_tiny("llama", tmp_path / "model")
+    save_tiny_tokenizer(tmp_path / "model")
+    file = tmp_path / "rows.json"
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--boundaries",
+        "1",
+        "2",
+        "--tokens",
+        "40",
+        "--json",
+        str(file),
+    ]
+    assert quality.main(words) == 0
+    found = {(row["codec"], row["boundaries"]): row["kl"] for row in json.loads(file.read_text())}
+    assert found.keys() == {(codec, count) for codec in ("fp32", "bf16", "int8o") for count in (1, 2)}
+    assert max(found["fp32", 1], found["fp32", 2]) < 1e-6
+    assert found["int8o", 1] > 0
