@@ -18,6 +18,8 @@ and a replay sends the same values (`test_a_second_encoding_changes_nothing`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -43,6 +45,8 @@ def pack_rows(hidden: Tensor) -> NDArray[np.uint8]:
     Raises BadResult for NaN, infinity, and values beyond bfloat16's range.
     """
     rows, width = hidden.shape
+    if not rows:
+        return np.empty((0, vector_bytes(OUTLIER_CODEC, width)), np.uint8)
     values = hidden.detach().to(torch.float32)
     count = outliers_of(width)
     largest, places = values.abs().topk(min(count + 1, width), dim=1)
@@ -115,15 +119,15 @@ def _check(codes: NDArray[np.int8], places: NDArray[np.int64], scale: NDArray[np
         raise BadResult("received hidden states hold a code at the place of an outlier")
 
 
-def _place_dtype(hidden: int) -> np.dtype[np.unsignedinteger]:  # type: ignore[type-arg]
+def _place_dtype(hidden: int) -> np.dtype[Any]:  # Any: uint16 or uint32
     return np.dtype(f"<u{place_bytes(hidden)}")
 
 
-def _as_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     """[rows, n] of any dtype as bytes [rows, n * itemsize]."""
     return np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
 
 
-def _values_of(packed: NDArray[np.uint8], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """The reverse; a copy, because the columns begin anywhere."""
-    return np.ascontiguousarray(packed).reshape(-1).view(dtype).reshape(len(packed), -1)
+def _values_of(packed: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:  # Any: as dtype
+    """The reverse; a copy, because the columns begin anywhere and the bytes may be another's."""
+    return np.array(packed).reshape(-1).view(dtype).reshape(len(packed), -1)

@@ -75,8 +75,8 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     """Greedy, in a new session: the tokens, and for each token the parts of its time.
 
     open_seconds: of the first token's, until the session was open.  codec: of the session.  For each token
-    its `seconds`, `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`: for each
-    step that it took, [held, computing] of each hop.
+    its `seconds`, `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`:
+    for each step that it took, [held, computing] of each hop.
     """
     watch = Watch(swarm.local_model)
     conversation = watch.watched(swarm.conversation(len(ids) + tokens), swarm)

@@ -235,6 +235,8 @@ def opens(draw):
 @given(opens())
 def test_an_open_comes_back_as_it_was(message):
     assert decode_open(joined(encode_open(message))) == message
+    packed = replace(message, codec="int8o")
+    assert decode_open(joined(encode_open(packed))) == packed
 
 
 FULL_OPEN = Open(
@@ -667,6 +669,7 @@ BAD_OPENS: dict[str, bytes] = {
     "a dtype with a prefix": open_frame(dtype="torch.float32"),
     "a codec that nobody knows": open_frame(codec="int3"),
     "a codec that is nil": open_frame(codec=None),
+    "prompts in a codec of whole rows": open_frame(bytes(612 * 9), codec="int8o", prompts=3),
     "a predecessor that is a number": open_frame(predecessor=1),
     "a predecessor that is empty": open_frame(predecessor=""),
     "a successor with a long name": open_frame(successor="p" * 129),
@@ -701,6 +704,7 @@ BAD_REQUESTS: dict[str, bytes] = {
     "a stop beyond any model": request_frame(stop=MAX_BLOCKS + 1),
     "a dtype of another library": request_frame(dtype="complex128"),
     "a codec that nobody knows": request_frame(codec="int3"),
+    "a codec that loses": request_frame(bytes(2 * 8 * 3), codec="int8o"),
     "an adapter that is a list": request_frame(adapter=["a"]),
 }
 
