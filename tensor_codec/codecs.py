@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensor_codec.errors import BadResult, LocalProtocolError
 from tensor_codec.frame import Buffer
-from tensor_codec.messages.contract import OUTLIER_CODEC, VALUE_BYTES, Contract, vector_bytes
+from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, vector_bytes
 from tensor_codec.outlier_rows import pack_rows, unpack_rows
 
 # Of decoded values.  What int8o decodes to is exact in float32 alone.
@@ -39,18 +39,14 @@ def encode_hidden(hidden: Tensor, codec: str) -> memoryview:
     return _bytes_of(wire)
 
 
-def encode_finite_rows(hidden: Tensor, codec: str) -> tuple[list[bool], memoryview]:
-    """Encode rows [rows, hidden], and say of each whether all of its values are finite in the codec.
+def pack_finite_rows(hidden: Tensor) -> tuple[list[bool], memoryview]:
+    """Encode rows [rows, hidden] in int8o, and say of each whether all of its values are finite there.
 
     The bytes of a row that is not finite are not to be sent.
     """
-    if codec == OUTLIER_CODEC:
-        rows = hidden.detach().to(device="cpu", dtype=torch.float32)
-        finite = torch.isfinite(rows.to(torch.bfloat16)).all(-1)
-        return finite.tolist(), _packed(torch.where(finite[:, None], rows, 0.0))
-    wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
-    finite = torch.isfinite(wire).all(-1)
-    return finite.tolist(), memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+    rows = hidden.detach().to(device="cpu", dtype=torch.float32)
+    finite = torch.isfinite(rows.to(torch.bfloat16)).all(-1)
+    return finite.tolist(), _packed(torch.where(finite[:, None], rows, 0.0))
 
 
 def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
@@ -63,19 +59,24 @@ def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
     if rest:
         raise LocalProtocolError(f"a body of {len(body)} bytes reached the codec unchecked")
     shape = (contract.batch, tokens, contract.hidden)
-    return decode_rows(body, contract.codec, contract.hidden).view(shape)
+    if contract.codec == OUTLIER_CODEC:
+        return _unpacked(body, contract.hidden).view(shape)
+    hidden = torch.empty(shape, dtype=WIRE_DTYPES[contract.codec])
+    # A copy, because the body starts anywhere in its frame: kernels want aligned memory.
+    _bytes_of(hidden)[:] = memoryview(body)
+    if not _all_finite(hidden):
+        raise BadResult("received hidden states hold NaN or infinity")
+    return hidden
 
 
 def decode_rows(body: Buffer, codec: str, hidden: int) -> Tensor:
     """Decode whole rows of `hidden` values to [rows, hidden] as `decode_hidden` does.  Raises BadResult."""
     if codec == OUTLIER_CODEC:
         return _unpacked(body, hidden)
-    rows = torch.empty((len(body) // (hidden * VALUE_BYTES[codec]), hidden), dtype=WIRE_DTYPES[codec])
-    # A copy, because the body starts anywhere in its frame: kernels want aligned memory.
-    _bytes_of(rows)[:] = memoryview(body)
-    if not _all_finite(rows):
+    values = _values(body, codec)
+    if not _all_finite(values):
         raise BadResult("received hidden states hold NaN or infinity")
-    return rows
+    return values.view(-1, hidden)
 
 
 def check_finite(body: Buffer, codec: str, hidden: int) -> None:

@@ -261,7 +261,7 @@ def full_record() -> tuple[Record, bytes]:
         addresses=("/ip4/10.0.0.5/tcp/1",), role="serve", model="m", revision="r", blocks=6, start=0, stop=3,
         next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
         prefill_seconds_per_token=1e-3, cache_tokens=64, session_tokens=64, step_tokens=64, queue=1.0, seq=1,
-        prompts=True, lora=64, name="n", version="0",
+        prompts=True, codecs=("int8o",), lora=64, name="n", version="0",
     )  # fmt: skip
     return record, key
 

@@ -41,13 +41,13 @@ from tensor_codec.codecs import (
     WIRE_DTYPES,
     decode_hidden,
     decode_rows,
-    encode_finite_rows,
     encode_hidden,
+    pack_finite_rows,
 )
 from tensor_codec.errors import BadResult, Draining, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import Contract, StepRange
+from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, StepRange
 
 IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
 MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
@@ -729,18 +729,43 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
         bodies = bytearray()
         for step in same:
             bodies += step.body
-        width = same[0].contract.hidden
-        try:
-            rows.append(decode_rows(bodies, codec, width).float())
+        if codec == OUTLIER_CODEC:
+            same, wide = _unpacked(same, bodies, settled)
             sound += same
-        except BadResult:
-            for step in same:
-                try:
-                    rows.append(decode_rows(step.body, codec, width).float())
-                    sound.append(step)
-                except BadResult as bad:
+            rows.append(wide)
+            continue
+        flat = torch.frombuffer(bodies, dtype=WIRE_DTYPES[codec])
+        wide = flat.view(-1, same[0].contract.hidden).float()
+        if not bool(torch.isfinite(wide).all()):
+            kept = []
+            for step, part in zip(
+                same, torch.split(wide, [step.contract.batch for step in same]), strict=True
+            ):
+                if bool(torch.isfinite(part).all()):
+                    kept.append((step, part))
+                else:
+                    bad = BadResult("received hidden states hold NaN or infinity")
                     settled.append((step, outcome.Error(bad)))
-    return sound, torch.cat(rows) if rows else torch.empty(0, steps[0].contract.hidden)
+            same, wide = [step for step, _ in kept], torch.cat([part for _, part in kept] or [wide[:0]])
+        sound += same
+        rows.append(wide)
+    return sound, torch.cat(rows)
+
+
+def _unpacked(steps: Sequence[_Step], bodies: bytearray, settled: Settled) -> tuple[Sequence[_Step], Tensor]:
+    """`_decoded` of steps in int8o.  bodies: theirs, one after the other."""
+    width = steps[0].contract.hidden
+    try:
+        return steps, decode_rows(bodies, OUTLIER_CODEC, width)
+    except BadResult:
+        sound, rows = [], [torch.empty(0, width)]
+        for step in steps:
+            try:
+                rows.append(decode_rows(step.body, OUTLIER_CODEC, width))
+                sound.append(step)
+            except BadResult as bad:
+                settled.append((step, outcome.Error(bad)))
+        return sound, torch.cat(rows)
 
 
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
@@ -755,7 +780,12 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
     for step in steps:
         end, codec = begin + step.contract.batch, step.contract.codec
         if codec not in wires:
-            wires[codec] = encode_finite_rows(hidden, codec)
+            if codec == OUTLIER_CODEC:
+                wires[codec] = pack_finite_rows(hidden)
+            else:
+                wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
+                finite = torch.isfinite(wire).all(-1).tolist()
+                wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
         finite, data = wires[codec]
         row = data.nbytes // len(finite)
         if not all(finite[begin:end]):
