@@ -730,8 +730,8 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
         for step in same:
             bodies += step.body
         if codec == OUTLIER_CODEC:
-            same, wide = _unpacked(same, bodies, settled)
-            sound += same
+            fit, wide = _unpacked(same, bodies, settled)
+            sound += fit
             rows.append(wide)
             continue
         flat = torch.frombuffer(bodies, dtype=WIRE_DTYPES[codec])
