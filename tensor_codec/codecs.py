@@ -16,7 +16,7 @@ from torch import Tensor
 from tensor_codec.errors import BadResult, LocalProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, vector_bytes
-from tensor_codec.outlier_rows import pack_rows, unpack_rows
+from tensor_codec.rows.outlier_rows import pack_rows, unpack_rows
 
 # Of decoded values.  What int8o decodes to is exact in float32 alone.
 WIRE_DTYPES: dict[str, torch.dtype] = {

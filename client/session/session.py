@@ -42,7 +42,7 @@ from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import SESSION_ID_BYTES, Contract, Reply, StepRange, vector_bytes
 from tensor_codec.messages.session import Result
-from tensor_codec.row_order import row_order
+from tensor_codec.rows.row_order import row_order
 
 LONG_PART = 2048  # positions: a caller's wait for one step suffices to fill caches with this number
 

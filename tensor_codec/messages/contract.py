@@ -11,7 +11,7 @@ SESSION_ID_BYTES = 16
 HEADER_BYTES = 2 + MAX_HEADER_BYTES  # with its length
 VALUE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}  # of the codecs that keep every value by itself
 WHOLE_CODECS = frozenset(VALUE_BYTES)  # of prompts, gradients and training too
-OUTLIER_CODEC = "int8o"  # rows of int8, their largest values kept apart: `tensor_codec.outlier_rows`
+OUTLIER_CODEC = "int8o"  # rows of int8, their largest values kept apart: `tensor_codec.rows.outlier_rows`
 CODECS = WHOLE_CODECS | {OUTLIER_CODEC}
 # What a user may ask for.  auto and exact: the smallest that loses nothing; fast: may lose on slow links.
 CODEC_CHOICES = ("auto", "exact", "fast", *VALUE_BYTES)

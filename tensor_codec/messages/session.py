@@ -48,7 +48,7 @@ from tensor_codec.messages.fields import (
     read_spec,
     read_timings,
 )
-from tensor_codec.row_order import MAX_ORDERED_ROWS, ROW_BYTES, decode_rows, encode_rows
+from tensor_codec.rows.row_order import MAX_ORDERED_ROWS, ROW_BYTES, decode_rows, encode_rows
 from tensor_codec.span_spec import SpanSpec
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop

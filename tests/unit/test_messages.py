@@ -80,7 +80,7 @@ from tensor_codec.messages.session import (
     step_epoch,
     step_session,
 )
-from tensor_codec.row_order import MAX_ORDERED_ROWS
+from tensor_codec.rows.row_order import MAX_ORDERED_ROWS
 from tensor_codec.span_spec import SpanSpec
 
 ID = bytes(range(16))

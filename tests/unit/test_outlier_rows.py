@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tensor_codec.codecs import decode_rows, encode_hidden, pack_finite_rows
 from tensor_codec.errors import BadResult
 from tensor_codec.messages.contract import outliers_of, vector_bytes
-from tensor_codec.outlier_rows import LEAST_SCALE, pack_rows, unpack_rows
+from tensor_codec.rows.outlier_rows import LEAST_SCALE, pack_rows, unpack_rows
 
 WIDTHS = (1, 2, 15, 16, 33, 64, 128, 200)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensor_codec.errors import MessageError
-from tensor_codec.row_order import MAX_ORDERED_ROWS, decode_rows, encode_rows, row_order
+from tensor_codec.rows.row_order import MAX_ORDERED_ROWS, decode_rows, encode_rows, row_order
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.lists(st.integers(0, n - 1), min_size=n, max_size=n)))

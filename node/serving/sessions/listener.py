@@ -72,7 +72,7 @@ from tensor_codec.messages.session import (
     step_epoch,
     step_session,
 )
-from tensor_codec.row_order import MAX_ORDERED_ROWS
+from tensor_codec.rows.row_order import MAX_ORDERED_ROWS
 
 OPEN_AGAIN_SECONDS = 1.0  # until a session that was given up has ended
 

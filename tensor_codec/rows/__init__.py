@@ -1,0 +1,1 @@
+"""Rows of hidden states: the bytes of each, and their order."""
