@@ -322,6 +322,10 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     )
     add_addresses(network, "--listen", help=f"where to listen (default: {DEFAULT_LISTEN}, this machine only)")
     add_addresses(network, "--announce", help="addresses for others to dial, in place of those listened on")
+    network.add_argument(
+        "--require-reach", action="store_true",
+        help="end with exit code 2 where other nodes cannot dial this one and none relays for it",
+    )  # fmt: skip
     network.add_argument("--name", default="", metavar="TEXT", help="a name to show in the status")
     network.add_argument(
         "--record-ttl",
@@ -489,6 +493,7 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         ready_file=flags.ready_file,
         metrics=flags.metrics,
         metrics_hosts=tuple(flags.metrics_host),
+        require_reach=flags.require_reach,
     )
 
 

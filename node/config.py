@@ -60,6 +60,7 @@ class NetworkConfig:
     ready_file: Path | None = None
     metrics: str | None = None  # HOST:PORT of /metrics and /health
     metrics_hosts: tuple[str, ...] = ()  # names, besides localhost, under which these may be asked
+    require_reach: bool = False  # end where no peer can dial this node, and no relay helps
 
     def __post_init__(self) -> None:
         with config_errors():

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from node.monitor.metrics.node import NodeMetrics
     from node.network.directory.directory import Directory
     from node.network.host import Host
+    from node.network.reachability.watch import ReachWatch
     from node.network.streams import FramedStream
     from node.network.transport.identity import Identity
     from node.serving.adapters.desk import AdapterDesk, OwnAdapter
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("raceme")
 
 LEAVE_SECONDS = 2.5  # the directory takes 2 at most
+REACH_SECONDS = 20.0  # for peers to dial back, and for a relay to be found, where --require-reach says so
 
 
 async def serve(config: NodeConfig) -> None:
@@ -91,6 +93,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
     from node.serving.placement.ranks import open_placement
 
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
+        await check_reach(node)
         metrics = await open_metrics(config.network, node, "serve", nursery)
         folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
         devices, dtype, threads = await compute.run(_devices_and_dtype, config)
@@ -186,6 +189,7 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         open_node(config, "bootstrap") as node,
         background_nursery() as nursery,
     ):
+        await check_reach(node)
         nursery.start_soon(guard_of(config, node).run)
         await open_metrics(config, node, "bootstrap", nursery)
         await node.directory.announce(Record(role="bootstrap", name=config.name, version=VERSION))
@@ -193,6 +197,20 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         tell_how_to_join(node, "online as a bootstrap node")
         stopping.started()
         await stopping.requested.wait()
+
+
+async def check_reach(node: Node) -> None:
+    """Where the operator requires it: find out whether others reach this node.
+
+    Raises ConfigError where nobody does.  A node that finds nobody to ask goes on, and says so.
+    """
+    if not node.config.require_reach or node.reach is None:
+        return
+    found = await node.reach.known(REACH_SECONDS)
+    if found.reach == "none":
+        raise ConfigError(node.reach.summary)
+    if found.reach == "unknown":
+        log.warning("--require-reach: %s", node.reach.summary)
 
 
 async def open_metrics(
@@ -292,25 +310,29 @@ def _open_desk(
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A process in the network: its host and its view of the swarm.  Made by `open_node`."""
+    """A process in the network: its host, its view of the swarm, its reach.  Made by `open_node`."""
 
     config: NetworkConfig
     host: Host
     directory: Directory
     identity: Identity
+    reach: ReachWatch | None = None
 
     @property
     def joining_address(self) -> str:
         """The address that others pass to --peers."""
-        return f"{self.host.addresses[0]}/p2p/{self.host.peer_id}"
+        known = () if self.reach is None else self.reach.own.addresses
+        addresses = known or self.host.addresses
+        return f"{addresses[0]}/p2p/{self.host.peer_id}"
 
     async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
         """A stream to a peer of our own verified view.  Raises PeerGone, SlowPeer, NotAMember."""
-        record = self.directory.view().get(peer)
+        view = self.directory.view()
+        record = view.get(peer)
         if record is None or not self.directory.is_vouched(peer):
             raise PeerGone(f"{peer} is not in our view of the swarm")
         seconds = self.config.limits.dial_seconds
-        return await self.host.open_stream(peer, record.addresses, protocol, seconds=seconds)
+        return await self.host.open_stream(peer, view.dialled_at(record), protocol, seconds=seconds)
 
 
 @asynccontextmanager
@@ -320,7 +342,7 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
 
     async with join(config, role) as joined:
         try:
-            yield Node(config, joined.host, joined.directory, joined.identity)
+            yield Node(config, joined.host, joined.directory, joined.identity, joined.reach)
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
                 await joined.directory.leave()

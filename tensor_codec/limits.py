@@ -194,6 +194,12 @@ class Limits:
     record_ttl_seconds: float = 90.0
     announce_seconds: float = 30.0
 
+    # Questions whether a peer can be reached, each of which has this node dial
+    reach_question_seconds: float = 20.0  # between two of a peer; a node asks three peers in a quarter of an hour
+    max_reach_addresses: int = 4  # that are dialled for one question
+    max_reach_questions: int = 2  # dialled for at once, of all peers
+    reach_dial_seconds: float = 3.0  # of one address: twice the round trips of a slow satellite
+
     # The node itself
     descriptor_share: float = 0.8  # of RLIMIT_NOFILE: the rest is for files, pushes and our own dials
     memory_share: float = 0.9  # of the stated bound of resident memory

@@ -214,8 +214,9 @@ class ChainChooser:
 
     async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:
         """See `client.chains.chooser.SwarmAccess.open_stream`."""
-        record = self.view().get(peer)
-        return await self.dial(peer, record.addresses if record is not None else (), protocol)
+        view = self.view()
+        record = view.get(peer)
+        return await self.dial(peer, view.dialled_at(record) if record is not None else (), protocol)
 
     def fault(self, peer: PeerId, error: PeerFault, share: float = 1.0) -> None:
         """See `client.chains.chooser.SwarmAccess.fault`."""

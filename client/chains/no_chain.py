@@ -27,7 +27,7 @@ def explain(none: NoChain, view: SwarmView, model: str, revision: str, constrain
         instead = [f"{key.model} (revision {key.revision})" for key in served]
         return NoChain(none.missing, none.blocks, alone=True, instead=[*instead, ours])
     of_use = [span for span in view.spans(revision, none.blocks, silent=True) if _serves_missing(span, none)]
-    answering = [span for span in of_use if span.peer not in view.silent]
+    answering = [span for span in of_use if span.peer not in view.silent and view.reaches(span)]
     adapter = constraints.adapter or ""
     none.explain(
         silent=len(of_use) - len(answering),

@@ -112,6 +112,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for column in ("peer", "name", "state", "blocks", "dtype"):
         table.add_column(column, no_wrap=True)
+    table.add_column("reach", no_wrap=True)
     for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
         table.add_column(column, justify="right", no_wrap=True)
     asked = any("sessions" in peer for peer in facts["peers"])
@@ -126,6 +127,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
             _state(peer) if serves or peer["state"] == UNREACHABLE else peer["role"],
             _blocks(peer) if serves else "",
             one_line(peer["dtype"] + f" {peer['quantize']}" * (serves and peer["quantize"] != "none")),
+            _reach(peer),
             f"{peer['decode_ms_per_block']:.2f}" if measured else "",
             f"{peer['prefill_tokens_per_s']:.0f}" if measured else "",
             str(peer["free_cache_tokens"]) if measured else "",
@@ -144,11 +146,29 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
         if model["unreachable"]:
             parts.append(f"  no answer from {_named(model['unreachable'])}: not counted")
         parts.append(f"  servers of each block: {_runs(model['coverage'])}")
+        if model["relayed"]:
+            parts.append(_relayed(model))
         if model["complete"]:
             parts.append(_what_if(model))
         parts.append(_limit(model))
         parts += _chain_lines(model.get("chains", []))
     return parts
+
+
+def _reach(peer: dict[str, Any]) -> str:  # Any: JSON
+    """How a peer is reached, by its own record: "public", "v6", "via …3KVD8B", "no"; empty where unknown."""
+    if peer["reach"] == "relayed":
+        return "via " + ", ".join("…" + relay[-6:] for relay in peer["relays"][:1])
+    if peer["reach"] == "public" and all(text.startswith("/ip6/") for text in peer["addresses"]):
+        return "v6"
+    return {"public": "public", "none": "no"}.get(peer["reach"], "")
+
+
+def _relayed(model: dict[str, Any]) -> str:  # Any: JSON
+    """One line: the servers that are reached through relays, and the blocks that nobody else has."""
+    runs = ", ".join(f"{start}:{stop}" for start, stop in model["relayed_blocks"])
+    line = f"  through relays: {_named(model['relayed'])}"
+    return line + (f"; blocks {runs} only through them" if runs else "")
 
 
 def _sessions(peer: dict[str, Any]) -> str:  # Any: JSON

@@ -31,6 +31,7 @@ from node.network.libp2p_adapter import Libp2pConnection
 from node.network.libp2p_host import make_libp2p_host
 from node.network.own_addresses import OwnAddresses, find_own_addresses
 from node.network.prefixes import address_prefix
+from node.network.reachability.probing import Prober
 from node.network.streams import FramedStream, Traffic
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import Identity
@@ -79,6 +80,8 @@ class Host:
     traffic: payload bytes of all framed streams.
     connections: to peers, with their caps and their places.
     reception: of the peers that connect.
+    own: where this node is, as last read.
+    probe: a dial that reuses nothing, to see whether a peer answers at an address.
     raw: py-libp2p's host, for identify alone.
     """
 
@@ -102,16 +105,17 @@ class Host:
         self.traffic = Traffic()
         self.connections = ConnectionTable(limits, self.faults, members_only=swarm_key is not None)
         self._find_addresses = find_addresses
-        self._addresses: tuple[str, ...] = ()
+        self.own = OwnAddresses((), (), False)
         self._limits = limits
         self._large_frames = LargeFrames.of(limits)
-        self._upgrade = Upgrade(identity, swarm_key, limits)
-        self._dialler = Dialler(self.peer_id, limits, self._upgrade, self.connections, self._add)
+        upgrade = Upgrade(identity, swarm_key, limits)
+        self.probe = Prober(upgrade, limits)
+        self._dialler = Dialler(self.peer_id, limits, upgrade, self.connections, self._add)
         self.read_addresses()
-        self.reception = Reception(limits, self._upgrade, self.connections, nursery, self._add, self.charge)
+        self.reception = Reception(limits, upgrade, self.connections, nursery, self._add, self.charge)
         self._nursery = nursery
         self._services: dict[str, _Service | ByteHandler] = {}
-        self.raw: BasicHost = make_libp2p_host(identity, lambda: self._addresses, limits)
+        self.raw: BasicHost = make_libp2p_host(identity, lambda: self.own.announced, limits)
         self.handle(PING_PROTOCOL, partial(_answer_pings, limits), max_frame_bytes=_PING_BYTES)
 
     # --- for the rest of the node ---
@@ -119,14 +123,14 @@ class Host:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Multiaddrs at which this node can be dialled, without /p2p, as last read."""
-        return self._addresses
+        return self.own.announced
 
     def read_addresses(self) -> bool:
         """Read the machine's interfaces again; whether this node's addresses have changed."""
         found = self._find_addresses()
         self._dialler.networks.set_own(found.hosts, listens=found.listens)
-        before, self._addresses = self._addresses, found.announced
-        return self._addresses != before
+        before, self.own = self.own, found
+        return self.addresses != before.announced
 
     def configure_peers(self, multiaddrs: Iterable[str]) -> None:
         """The operator has named these addresses: they are dialled wherever they are, and at any time."""

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import trio
+
 from node.config import NetworkConfig
 from node.network.directory.directory import Directory, DirectoryConfig, open_directory
 from node.network.host import Host, open_host
+from node.network.reachability.listener import ReachListener
+from node.network.reachability.seen import learn_seen
+from node.network.reachability.watch import ReachWatch
 from node.network.transport.identity import Identity, held_identity
 from node.network.transport.membership import load_swarm_key, swarm_id
+from node.runtime.nurseries import background_nursery
 from routing.view.records import Role
+from tensor_codec.messages.reach import REACH_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A process that has joined.  Made by `join`."""
+    """A process that has joined.  Made by `join`.
+
+    reach: whether others can dial it; a client never finds out.
+    """
 
     host: Host
     directory: Directory
     identity: Identity
+    reach: ReachWatch
 
 
 @asynccontextmanager
@@ -47,5 +59,22 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
                     patience_seconds=config.patience_seconds,
                 ),
             ) as directory,
+            background_nursery() as nursery,
         ):
-            yield Joined(host, directory, identity)
+            yield Joined(host, directory, identity, _watch_reach(host, directory, config, role, nursery))
+
+
+def _watch_reach(
+    host: Host, directory: Directory, config: NetworkConfig, role: Role, nursery: trio.Nursery
+) -> ReachWatch:
+    """Start what finds out how others reach this process."""
+    limits, rng = config.limits, random.Random()
+    watch = ReachWatch(host, directory.view, directory.addresses, directory.set_reach, limits, rng)
+    if role == "client":
+        nursery.start_soon(
+            learn_seen, host, directory.view, directory.addresses, directory.set_seen, limits, rng
+        )
+    else:
+        host.handle_bytes(REACH_PROTOCOL, ReachListener(limits, host.probe).serve)
+        nursery.start_soon(watch.run)
+    return watch

@@ -10,11 +10,19 @@ from node.network.interfaces import read_interfaces
 
 
 class OwnAddresses(NamedTuple):
-    """announced: multiaddrs for others.  hosts: IP addresses of this node.  listens: anywhere at all."""
+    """Where this node is.
+
+    announced: multiaddrs for others.  hosts: IP addresses of this node.  listens: anywhere at all.
+    chosen: the operator has named the announced ones.  found: multiaddrs by the interfaces, where it listens.
+    listening: as the node was told to listen, with the present ports.
+    """
 
     announced: tuple[str, ...]
     hosts: tuple[str, ...]
     listens: bool
+    chosen: bool = False
+    found: tuple[str, ...] = ()
+    listening: tuple[Address, ...] = ()
 
 
 def find_own_addresses(chosen: tuple[str, ...], listened_on: Sequence[Address]) -> OwnAddresses:
@@ -32,7 +40,11 @@ def find_own_addresses(chosen: tuple[str, ...], listened_on: Sequence[Address]) 
         for each in interface.addresses
         if reach_of(each.host) is not Reach.LOOPBACK
     ]
-    texts = chosen if chosen or not listened_on else announced(listened_on, interfaces)
+    found = announced(listened_on, interfaces) if listened_on else ()
+    texts = chosen or found
     named = [text.split("/") for text in texts]
     hosts += [parts[2] for parts in named if parts[1] in ("ip4", "ip6")]
-    return OwnAddresses(texts, tuple(dict.fromkeys(hosts)), bool(listened_on))
+    listening = tuple(listened_on)
+    return OwnAddresses(
+        texts, tuple(dict.fromkeys(hosts)), bool(listened_on), bool(chosen), found, listening
+    )

@@ -7,7 +7,8 @@ end, for instance in the same house.  The lower bound, |one leg - other leg|, is
 estimate that is too long costs a detour, and one that is too short would reward false claims.
 
 The client is a common neighbour too, and no peer can falsify the client's distances.  The client's distance
-to a peer that it has not measured is estimated in the same way.
+to a peer that it has not measured is estimated in the same way.  A peer behind a relay is an exception: only
+the peers that relay for it lead to it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Distances:
         of_joined = [(p, other) for p, span in new.items() if joined for other in span.rtt if other in joined]
         self._enter((*stale, *own, *of_joined))
         self._estimate(affected | self._about([self._row[peer] for peer in changed]))
+        self._lead_over_relays()
 
     def between(self, one: PeerId, other: PeerId) -> float:
         """The round trip between two peers."""
@@ -151,6 +153,28 @@ class Distances:
             ways[across] = np.minimum(ways[across], legs[:, None] + legs)
         self.seconds = self._known_or_estimated(self._announced, ways)
         np.fill_diagonal(self.seconds, np.inf)
+
+    def _lead_over_relays(self) -> None:
+        """Estimate the distances of relayed peers anew: the way to them is the way over a relay of theirs.
+
+        Another common neighbour may be nearer to both, and its connection to a relayed peer is of no use to
+        anybody else.
+        """
+        relayed = {
+            self._row[peer]: [self._row[relay] for relay in record.relays if relay in self._row]
+            for peer, record in self._records.items()
+            if record.reach == "relayed"
+        }
+        if not relayed:
+            return
+        ways = np.full(self._announced.shape, np.inf)
+        for row, relays in relayed.items():
+            legs = self._announced[row, relays]
+            ways[row] = (self._announced[relays] + legs[:, None]).min(axis=0, initial=np.inf)
+        for row in relayed:
+            over = np.minimum(ways[row], ways[:, row])  # either end's relays, where both are relayed
+            self.seconds[row, :] = self.seconds[:, row] = self._known_or_estimated(self._announced[row], over)
+            self.seconds[row, row] = np.inf
 
     def _known_or_estimated(self, announced: Seconds, ways: Seconds) -> Seconds:
         return np.where(announced < np.inf, announced, np.where(ways < np.inf, ways, self.default))

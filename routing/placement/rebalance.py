@@ -63,6 +63,7 @@ def holders(spans: Sequence[Record]) -> list[Holder]:
             s.next_stop if s.moves else s.stop,
             rates.get(s.peer, usual),
             s.state == "online" and not s.moves,
+            s.relays if s.reach == "relayed" else (),
         )
         for s in sorted(spans, key=lambda s: s.peer)
     ]
@@ -131,7 +132,7 @@ def best_window(
         lack += found[: blocks - count + 1] / total
     number = np.array(coverage(held, blocks))
     filled = _windows(number == 0, count)
-    spare = _windows(number < min_replicas, count)
+    spare = _windows(replicas(held, blocks, min_replicas) < min_replicas, count)
     seams = {holder.start for holder in held} | {holder.stop for holder in held} | {0, blocks}
     worse = ((lack - lack.min()) / ALIKE).astype(int)  # from the least on: equals differ in the last digits
     order = [
@@ -142,6 +143,21 @@ def best_window(
     tied = [start for start, key in enumerate(order) if key == best]
     start = rng.choice(tied) if rng is not None else tied[0]
     return Blocks(start, start + count)
+
+
+def replicas(held: Sequence[Holder], blocks: int, min_replicas: int) -> NDArray[np.int64]:
+    """How many holders each block has, as far as they do not all hang on one peer.
+
+    A block whose holders are all reached through one and the same relay lacks a holder, however many there
+    are: the end of that relay takes them all away.
+    """
+    number = np.array(coverage(held, blocks))
+    direct = coverage((holder for holder in held if not holder.relays), blocks)
+    for block in np.flatnonzero((number > 0) & (np.array(direct) == 0)):
+        ways = {relay for holder in held if holder.start <= block < holder.stop for relay in holder.relays}
+        if len(ways) < 2:
+            number[block] = min(int(number[block]), min_replicas - 1)
+    return number
 
 
 class Move(NamedTuple):
@@ -236,7 +252,8 @@ def _single_moves(
     enough = min(quality, GOOD) * most  # capacity from which replicas count too
     good = 0 < enough <= now_able
     last = good and now_able < quality * most  # the last few percent: a small set of blocks may lack them
-    if good and not last and number.min() >= min_replicas:
+    safe = replicas(held, blocks, min_replicas)
+    if good and not last and safe.min() >= min_replicas:
         return []
     levels = ((1 + quality) / 2,) if good else LEVELS
     movers = _movers(held, blocks, added, MAX_MOVERS * len(LEVELS) // len(levels))
@@ -255,7 +272,7 @@ def _single_moves(
     found = []
     for row, (mover, keep) in enumerate(movers):
         gains = now - lack[row]
-        more = _replicas_gained(number, mover, room[row], min_replicas)
+        more = _replicas_gained(safe, mover, room[row], min_replicas)
         worth = gains.copy()
         worth[: len(more)] += (REPLICA_WORTH if good else REPLICA_HINT) * more
         worth[gains < (-np.inf if good else MIN_GAIN)] = -np.inf

@@ -30,6 +30,7 @@ class Holder(NamedTuple):
     """A peer that holds the blocks [start, stop) and computes `rate` block-tokens per second.
 
     online: whether it serves them now; else it is loading them.
+    relays: the peers through which alone it can be dialled; empty where it can be dialled directly.
     """
 
     peer: PeerId
@@ -37,6 +38,7 @@ class Holder(NamedTuple):
     stop: int
     rate: float
     online: bool = True
+    relays: tuple[PeerId, ...] = ()
 
     @property
     def blocks(self) -> Blocks:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from routing.blocks import Blocks, coverage, gaps
+from routing.blocks import Blocks, coverage, gaps, merged
 from routing.names import ModelId, PeerId, Revision
 from routing.view.answers import UNKNOWN, Liveness
 from routing.view.records import Record, State
@@ -50,10 +50,11 @@ def describe(
     rtts: seconds from here to a peer and back.  chains: how many to list for each model.
     liveness: of a program that watches the peers: then each peer also has its `revision`, `answers` ("yes",
     "silent" or "unknown") and `silent_s`, the seconds of its silence or None.
-    A peer without an answer (`view.silent`) is unreachable for any announcement, and covers no block.
+    A peer without an answer (`view.silent`), or one that nobody can dial, is unreachable for any announcement, and
+    covers no block.
     """
     records = [record for record in view.records() if record.role != "client"]
-    states = {r.peer: UNREACHABLE if r.peer in view.silent else r.state for r in records}
+    states = {r.peer: UNREACHABLE if r.peer in view.silent or not view.reaches(r) else r.state for r in records}
     return {
         "swarm": view.swarm,
         "servers": {
@@ -92,13 +93,23 @@ def _model(
         "unreachable": [
             span.peer
             for span in view.spans(key.revision, key.blocks, silent=True)
-            if span.peer in view.silent
+            if span.peer in view.silent or not view.reaches(span)
         ],
+        "relayed": [span.peer for span in spans if span.reach == "relayed"],
+        "relayed_blocks": [list(run) for run in _relayed_blocks(spans, key.blocks)],
         "complete": not missing,
         "survives_any_loss": min(held) > 1,
         **_throughput(spans, key.blocks),
         **({"chains": _chains(spans, key.blocks, rtts, chains)} if chains else {}),
     }
+
+
+def _relayed_blocks(spans: Sequence[Record], blocks: int) -> list[Blocks]:
+    """The served blocks all of whose servers are reached through relays alone."""
+    direct = gaps([span for span in spans if span.reach != "relayed"], Blocks(0, blocks))
+    held = merged(span.span for span in spans)
+    found = [run.overlap(whole) for run in direct for whole in held]
+    return [run for run in found if run.size]
 
 
 def _chains(
@@ -159,6 +170,8 @@ def _peer(record: Record, state: str, rtt: float | None) -> dict[str, Any]:  # A
         "queue": record.queue,
         "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
         "addresses": list(record.addresses),
+        "reach": record.reach,
+        "relays": list(record.relays),
         "version": record.version,
     }
 

@@ -28,16 +28,21 @@ from tensor_codec.messages.contract import MAX_CACHE_TOKENS, MAX_QUEUE, MAX_RATE
 
 Role = Literal["serve", "bootstrap", "client"]
 State = Literal["joining", "online", "draining", "offline"]
+Reach = Literal["unknown", "public", "relayed", "none"]
 
 NOBODY = PeerId("")
 ROLES = frozenset(get_args(Role))
 STATES = frozenset(get_args(State))
+REACHES = frozenset(get_args(Reach))
 DOMAIN = b"raceme-record-1"
 MAX_ADDRESSES = 8
 MAX_ADAPTERS = 8
 MAX_CODECS = 8
 MAX_RANK = 4096  # of an adapter: as much as the hidden size of a large model
 MAX_RTTS = 16
+MAX_RELAYS = 3
+MAX_LAN = 2  # private addresses
+MAX_IP_CHARACTERS = 45  # an IPv4 address in the longest form of IPv6
 MAX_SEQ = 2**63
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
 MIN_RATE_SECONDS = 1e-7  # one token through one block; 0: not yet measured
@@ -66,6 +71,10 @@ class Record:
     codecs: of hidden states that the peer reads besides fp32 and bf16; older versions read no other.
     queue: waiting time of a decode step, in times of its own computing; the mean of the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
+    reach: whether others can dial this peer, as others have tried it: "public" at its addresses, "relayed"
+        through its relays alone, "none" not at all, "unknown" where nobody has tried.
+    relays: peers through which this one can be dialled.  helps: it relays for others.
+    lan: private addresses, for peers with the same `seen`: the IP address under which others see this peer.
     seq: order among this peer's records; only the highest counts.
     """
 
@@ -94,6 +103,11 @@ class Record:
     lora: int = 0
     queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    reach: Reach = "unknown"
+    relays: tuple[PeerId, ...] = ()
+    lan: tuple[str, ...] = ()
+    seen: str = ""
+    helps: bool = False
     seq: int = 0
     ttl_seconds: float = 90.0
     name: str = ""
@@ -130,17 +144,19 @@ def sign_record(record: Record, private_key: bytes) -> bytes:
 def fit_record(record: Record, limits: Limits) -> Record:
     """The record with as much of its lists as fits into max_record_bytes.
 
-    The longest round-trip times are dropped first, then the last addresses; one address stays.
+    The private addresses are dropped first, then the longest round-trip times, then the last addresses; one
+    address stays.
     """
+    lan = list(record.lan[:MAX_LAN])
     nearest = sorted(record.rtt.items(), key=lambda item: (item[1], item[0]))[:MAX_RTTS]
     addresses = list(record.addresses[:MAX_ADDRESSES])
     while True:
         rtt = MappingProxyType(dict(nearest))
-        fitted = replace(record, rtt=rtt, addresses=tuple(addresses))
+        fitted = replace(record, rtt=rtt, addresses=tuple(addresses), lan=tuple(lan))
         size = len(packed([packed(_to_wire(fitted)), bytes(PUBLIC_KEY_BYTES), bytes(SIGNATURE_BYTES)]))
-        if size <= limits.max_record_bytes or not (nearest or addresses[1:]):
+        if size <= limits.max_record_bytes or not (lan or nearest or addresses[1:]):
             return fitted
-        (nearest or addresses).pop()
+        (lan or nearest or addresses).pop()
 
 
 def signer(wire: bytes) -> bytes:
@@ -197,7 +213,23 @@ def _to_wire(record: Record) -> dict[str, object]:
         fields["codecs"] = list(record.codecs)
     if record.lora:
         fields["lora"] = record.lora
-    return dict(sorted(fields.items()))
+    return dict(sorted((fields | _reach_to_wire(record)).items()))
+
+
+def _reach_to_wire(record: Record) -> dict[str, object]:
+    """The keys that say how the peer is reached; absent without a value."""
+    fields: dict[str, object] = {}
+    if record.reach != "unknown":
+        fields["reach"] = record.reach
+    if record.relays:
+        fields["relays"] = [public_key_of(peer) for peer in record.relays]
+    if record.lan:
+        fields["lan"] = list(record.lan)
+    if record.seen:
+        fields["seen"] = record.seen
+    if record.helps:
+        fields["helps"] = True
+    return fields
 
 
 def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
@@ -206,6 +238,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         raise RecordError(f"a record of swarm {theirs}, ours is {swarm}")
     role: Any = fields.choice("role", ROLES)  # Any: mypy cannot see that the choice is a Literal
     state: Any = fields.choice("state", STATES)
+    reach: Any = fields.choice("reach", REACHES) if "reach" in fields else "unknown"
     serves = role == "serve"
     blocks = fields.integer("blocks", int(serves), MAX_BLOCKS if serves else 0)
     start = fields.integer("start", 0, max(blocks - 1, 0))
@@ -242,6 +275,11 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         lora=fields.integer("lora", 0, MAX_RANK, absent=0),
         queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),
+        reach=reach,
+        relays=_relays(fields.items("relays", MAX_RELAYS, absent=True)),
+        lan=tuple(_address(text) for text in _texts(fields, "lan", MAX_LAN, 128)) if "lan" in fields else (),
+        seen=_ip(fields.text("seen", MAX_IP_CHARACTERS)) if "seen" in fields else "",
+        helps=fields.flag("helps", absent=False),
         seq=fields.integer("seq", 0, MAX_SEQ),
         ttl_seconds=fields.number("ttl_seconds", MIN_TTL_SECONDS, MAX_TTL_SECONDS),
         name=fields.text("name", 64, empty=True),
@@ -275,6 +313,22 @@ def _rtt(pairs: list[Any]) -> Mapping[PeerId, float]:
     if len(rtt) != len(pairs):
         raise RecordError("rtt names a peer twice")
     return MappingProxyType(rtt)
+
+
+def _relays(keys: list[Any]) -> tuple[PeerId, ...]:
+    if any(type(key) is not bytes or len(key) != PUBLIC_KEY_BYTES for key in keys) or len({*keys}) < len(keys):
+        raise RecordError(f"relays are not different keys of {PUBLIC_KEY_BYTES} bytes")
+    return tuple(map(peer_id_of, keys))
+
+
+def _ip(text: str) -> str:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise RecordError(f"seen is {_brief(text)}, an IP address is allowed") from None
+    if address.is_unspecified or address.is_multicast or "%" in text:
+        raise RecordError(f"seen is {_brief(text)}, which is no single host")
+    return text
 
 
 _LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"

@@ -47,6 +47,7 @@ class SwarmView:
     ended: expired records, remembered so that gossip cannot bring them back; at most max_records.
     next_expiry: no entry expires before this time.
     silent: peers that do not answer this peer; the view keeps their records and counts no span of theirs.
+    seen: the IP addresses under which others see this peer: peers with one of them are in its house.
     """
 
     swarm: str
@@ -55,12 +56,21 @@ class SwarmView:
     ended: Mapping[PeerId, Entry] = field(default_factory=dict)
     next_expiry: float = field(default=math.inf, compare=False)
     silent: frozenset[PeerId] = frozenset()
+    seen: frozenset[str] = frozenset()
     life_seconds: float = Limits().record_life_seconds
 
     def get(self, peer: PeerId) -> Record | None:
         """The record of that peer, or None where it is unknown or has left."""
         entry = self.entries.get(peer)
         return None if entry is None or entry.record.state == "offline" else entry.record
+
+    def reaches(self, record: Record) -> bool:
+        """Whether this peer may hope to dial that one: not where nobody else could, unless it is next door."""
+        return record.reach != "none" or (bool(record.lan) and record.seen in self.seen)
+
+    def dialled_at(self, record: Record) -> tuple[str, ...]:
+        """The addresses at which this peer dials that one: private ones only where both are in one house."""
+        return record.addresses + record.lan if record.seen in self.seen else record.addresses
 
     def records(self) -> tuple[Record, ...]:
         """The records of all peers that have not left, in the order of their ids."""
@@ -81,7 +91,7 @@ class SwarmView:
 
         blocks: of the whole model, where the caller knows it; peers that claim another number are left out.
         states: ONLINE for new sessions; ONLINE_SOON when a new node chooses its blocks.
-        silent: whether silent peers are included.
+        silent: whether silent peers are included, and peers that nobody reaches.
         """
         found = [
             entry.record
@@ -90,7 +100,7 @@ class SwarmView:
             and entry.record.state in states
             and entry.record.revision == revision
             and blocks in (None, entry.record.blocks)
-            and (silent or peer not in self.silent)
+            and (silent or (peer not in self.silent and self.reaches(entry.record)))
         ]
         return tuple(sorted(found, key=_by_peer))
 

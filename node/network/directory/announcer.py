@@ -12,6 +12,7 @@ import trio
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import Neighbours
 from node.network.directory.pings import Asker
+from node.network.reachability.own_reach import OwnReach
 from routing.names import PeerId
 from routing.view.answers import FRESH_SECONDS
 from routing.view.records import MAX_RTTS, Record, fit_record, sign_record
@@ -72,6 +73,7 @@ class Announcer:
         self._neighbours = neighbours
         self._asker = asker
         self._wall_clock = wall_clock
+        self._reach: OwnReach | None = None  # not asked
         self._seq = 0
         self._overtaken_at = -OVERTAKEN_SECONDS
 
@@ -90,6 +92,12 @@ class Announcer:
         await trio.lowlevel.checkpoint()
         self._publish(record)
         self.announced = record
+
+    def set_reach(self, reach: OwnReach) -> None:
+        """How others reach this node, as far as is known; announced at once where the node is announced."""
+        self._reach = reach
+        if self.announced is not None:
+            self._publish(self.announced)
 
     async def leave(self) -> None:
         """Announce that this node is gone, and wait until the neighbours have it: at most 2 s."""
@@ -113,7 +121,7 @@ class Announcer:
             seq=self._seq,
             ttl_seconds=self._limits.record_ttl_seconds,
         )
-        record = fit_record(record, self._limits)
+        record = fit_record(_with_reach(record, self._reach), self._limits)
         wire = sign_record(record, self._identity.private_key)
         self._neighbours.pass_on(self._live.merge([Arrival(record, wire)]), None)
 
@@ -171,6 +179,26 @@ class Announcer:
             await trio.sleep(ADJACENT_PAUSE_SECONDS)
             with trio.move_on_after(FRESH_SECONDS):
                 await self._live.changed(view)
+
+
+def _with_reach(record: Record, reach: OwnReach | None) -> Record:
+    """The record with what is known of the node's reach.
+
+    A server that nobody can dial says that it is still joining: clients of older versions leave it alone.
+    """
+    if reach is None:
+        return record
+    away = record.state == "online" and record.role == "serve" and not reach.is_there
+    return replace(
+        record,
+        state="joining" if away else record.state,
+        addresses=reach.addresses,
+        reach=reach.reach,
+        relays=reach.relays,
+        lan=reach.lan,
+        seen=reach.seen,
+        helps=reach.helps,
+    )
 
 
 def _is_news(measured: Mapping[PeerId, float], said: Mapping[PeerId, float]) -> bool:

@@ -27,6 +27,7 @@ from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
 from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_monitoring, worth_watching
 from node.network.directory.visits import visit_strangers
+from node.network.reachability.own_reach import OwnReach
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
 from routing.view.answers import FRESH_SECONDS
@@ -92,6 +93,7 @@ class Directory:
 
     table: the Kademlia table, for other keys than those of servers; None without one.
     pings: who answers, and at which distance.
+    set_seen: see `LiveView.set_seen`.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Directory:
         host.configure_peers(address for addresses in bootstrap.values() for address in addresses)
         silent = self._silent if config.watches else None
         self._live = LiveView(config.swarm, config.limits.max_records, bootstrap, silent)
+        self.set_seen = self._live.set_seen
         self._neighbours = Neighbours(
             host,
             self._live,
@@ -175,6 +178,11 @@ class Directory:
     async def leave(self) -> None:
         """See `Announcer.leave`."""
         await self._announcer.leave()
+
+    def set_reach(self, reach: OwnReach) -> None:
+        """How others reach this node: for its record, and for the view's neighbours next door."""
+        self.set_seen([reach.seen] if reach.seen else [])
+        self._announcer.set_reach(reach)
 
     # --- pings ------------------------------------------------------------------------------------
 

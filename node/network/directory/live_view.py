@@ -30,6 +30,7 @@ class LiveView:
         self.swarm = swarm
         self._bootstrap = bootstrap
         self._silent_peers = silent
+        self._seen: frozenset[str] = frozenset()
         self._view = self._shown = SwarmView(swarm, max_records)
         self._news = trio.Event()
 
@@ -56,7 +57,8 @@ class LiveView:
     def addresses(self, peer: PeerId) -> tuple[str, ...]:
         """The addresses of that peer: from its own record, else from our configuration; empty if unknown."""
         record = self.view().get(peer)
-        return record.addresses if record and record.addresses else self._bootstrap.get(peer, ())
+        known = self._shown.dialled_at(record) if record else ()
+        return known or self._bootstrap.get(peer, ())
 
     def merge(self, arrivals: Sequence[Arrival], met: Container[PeerId] = ()) -> tuple[PeerId, ...]:
         """Take in verified records; return the peers with news, in order.
@@ -72,6 +74,12 @@ class LiveView:
     def mark_silent(self) -> None:
         """A peer has fallen silent, or answers again."""
         if self._silent_peers is not None and self._silent() != self._shown.silent:
+            self._show()
+
+    def set_seen(self, hosts: Iterable[str]) -> None:
+        """The IP addresses under which others see this node: see `SwarmView.seen`."""
+        if (seen := frozenset(hosts)) != self._seen:
+            self._seen = seen
             self._show()
 
     async def expire_on_time(self) -> None:
@@ -90,6 +98,7 @@ class LiveView:
 
     def _show(self) -> None:
         silent = self._silent()
-        self._shown = replace(self._view, silent=silent) if silent else self._view
+        seen = self._seen
+        self._shown = replace(self._view, silent=silent, seen=seen) if silent or seen else self._view
         self._news.set()
         self._news = trio.Event()

@@ -229,7 +229,7 @@ class Asker:
 
     async def _round_trip(self, peer: PeerId) -> float:
         addresses = self._addresses(peer)
-        if not addresses:
+        if not addresses and peer not in self._host.connected():
             raise PeerGone(f"no address of {peer} is known")
         self._connecting += 1
         try:

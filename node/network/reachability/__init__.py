@@ -1,0 +1,1 @@
+"""Whether others can dial this node: peers are asked to try, and the answer stands in the node's record."""

@@ -1,0 +1,98 @@
+"""Which addresses are asked about, which are dialled back, and which peers are asked.  All of it is pure."""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+from collections.abc import Collection, Iterable, Sequence
+
+from node.network.addresses import Address, Reach, parse_address, reach_of
+from routing.names import PeerId
+from routing.view.networks import draw, network_of
+from routing.view.records import Record
+from tensor_codec.messages.reach import MAX_ADDRESSES
+
+_ANY = {"ip4": "0.0.0.0", "ip6": "::"}  # noqa: S104  # stands for the address that the other side sees
+
+
+def to_ask_about(
+    announced: Iterable[str], listening: Iterable[Address], further: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """The addresses of a question, at most MAX_ADDRESSES; empty where this machine alone reaches the node.
+
+    announced: the node's own multiaddrs.  listening: where it listens; each port is asked about at the address
+    that others see, in case a router passes it on.  further: addresses that a port mapping has promised.
+    Names are left out: they are dialled for nobody.
+    """
+    open_ports = [each for each in listening if reach_of_address(each) is not Reach.LOOPBACK]
+    if not open_ports:
+        return ()
+    seen_at = [str(Address(each.kind, _ANY[each.kind], each.port)) for each in open_ports]
+    named = [str(each) for each in map(parse_address, [*further, *announced]) if is_asked_about(each)]
+    return tuple(dict.fromkeys([*seen_at, *named]))[:MAX_ADDRESSES]
+
+
+def is_asked_about(address: Address) -> bool:
+    """Whether others can say something about this address: not about a name, nor this machine's inside."""
+    return address.kind in _ANY and reach_of_address(address) in (Reach.PUBLIC, Reach.PRIVATE)
+
+
+def reach_of_address(address: Address) -> Reach | None:
+    """The reach of an IP address or a name; None for one that names no single host."""
+    return reach_of(address.host) if address.kind in _ANY else Reach.PUBLIC
+
+
+def seen_as(text: str, host: str) -> str:
+    """The multiaddr of a question with the address that the other side sees in place of 0.0.0.0 or ::."""
+    address = parse_address(text)
+    if not address.is_wildcard or ipaddress.ip_address(host).version != _version(address):
+        return text
+    return str(Address(address.kind, host, address.port))
+
+
+def to_dial_back(texts: Sequence[str], seen: str, most: int) -> dict[int, Address]:
+    """The addresses of a question that are dialled, by index: those of the IP address from which it came.
+
+    A peer has a node dial the peer's own machine and nobody else's.  seen: an IP address.  Raises ValueError for
+    an address that cannot be read.
+    """
+    found: dict[int, Address] = {}
+    host = canonical(seen)
+    for index, text in enumerate(texts):
+        address = parse_address(seen_as(text, host))
+        if address.kind in _ANY and canonical(address.host) == host and address.port and len(found) < most:
+            if Address(address.kind, host, address.port) not in found.values():
+                found[index] = Address(address.kind, host, address.port)
+    return found
+
+
+def canonical(host: str) -> str:
+    """An IP address without its zone, and as IPv4 where IPv6 only carries one."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or address)
+    return str(address)
+
+
+def whom_to_ask(
+    records: Sequence[Record], but_for: Collection[PeerId], connected: Collection[PeerId], rng: random.Random
+) -> list[PeerId]:
+    """The peers that may be asked, the best first: public ones before neighbours in a private network.
+
+    Each network (/24, /48) gives one peer before any gives a second, so that one network's word is one of
+    three.  records: of the view.  but_for: this node, and peers that were asked.
+    """
+    usable = {
+        record.peer: record.addresses
+        for record in records
+        if record.peer not in but_for
+        and record.role != "client"
+        and (record.addresses or record.peer in connected)
+    }
+    far = {peer: addresses for peer, addresses in usable.items() if network_of(addresses)}
+    near = {peer: addresses for peer, addresses in usable.items() if peer not in far}
+    return draw(far, len(far), rng) + draw(near, len(near), rng)
+
+
+def _version(address: Address) -> int:
+    return 4 if address.kind == "ip4" else 6

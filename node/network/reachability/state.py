@@ -1,0 +1,164 @@
+"""What this node knows about its own reach: whom it has asked, what they said, and when it asks again.
+
+Pure: the time is passed in, and nobody is dialled here.  Three peers are asked in a round; where one gives no
+answer another is asked in its place.  One peer may be wrong or lie, so an address counts as verified when two
+peers have reached it, and the node as out of reach when two have failed at every address that they tried.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from node.network.addresses import Address, Reach, dial_order, parse_address, reach_of
+from node.network.reachability.candidates import reach_of_address
+from routing.names import PeerId
+from tensor_codec.messages.reach import Outcome
+
+ASKED = 3  # answers of a round
+AGREED = 2  # of these that decide
+MAX_TRIED = 9  # peers of a round: those of an older version give no answer
+CHECK_SECONDS = 900.0  # between two rounds
+FIRST_PAUSE_SECONDS = 5.0  # before another round where one decided nothing; doubles up to CHECK_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One peer's answer.  seen: this node's IP address.  outcomes: by multiaddr, of those that were dialled."""
+
+    seen: str
+    outcomes: Mapping[str, Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether others can dial this node.
+
+    reach: "public" with a verified address, "none" where all fail, else "unknown".
+    verified: multiaddrs, the best first.  reached_by: of each, how many peers.
+    failures: of each other address that was tried, the most frequent reason.
+    answers: how many peers have said something.  seen: the node's IP addresses as peers on the Internet see them.
+    """
+
+    reach: str = "unknown"
+    verified: tuple[str, ...] = ()
+    reached_by: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    answers: int = 0
+    seen: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Reachability:
+    """The rounds of questions of one node, and their verdict.
+
+    Promises, checked by tests/unit/test_reachability.py:
+      * no peer alone makes a node public or unreachable where a second one could be asked;
+      * at most ASKED peers are asked at once, and MAX_TRIED in a round;
+      * what private neighbours say counts only where nobody on the Internet says anything;
+      * new addresses end the round and begin another.
+    """
+
+    verdict: Verdict = field(default_factory=Verdict)
+    addresses: tuple[str, ...] = ()
+    _told: dict[PeerId, Told | None] = field(default_factory=dict)  # None: no answer
+    _under_way: set[PeerId] = field(default_factory=set)
+    _due: float = 0.0  # of the next round; while one runs, of the present one
+    _pause: float = FIRST_PAUSE_SECONDS
+
+    def set_addresses(self, addresses: Sequence[str], now: float) -> bool:
+        """The addresses to ask about; True where they differ: earlier answers no longer count."""
+        if tuple(addresses) == self.addresses:
+            return False
+        self.addresses = tuple(addresses)
+        self.verdict = Verdict()
+        self._begin(now)
+        return True
+
+    def check_again(self, now: float) -> None:
+        """Begin a round now; the verdict stands until it is over."""
+        self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self._told, self._under_way = {}, set()
+        self._due, self._pause = now, FIRST_PAUSE_SECONDS
+
+    def to_ask(self, peers: Sequence[PeerId], now: float) -> list[PeerId]:
+        """The peers to ask now, out of these, the best first; they count as under way.
+
+        Ends the round where nobody is left to ask.
+        """
+        if not self.addresses or now < self._due:
+            return []
+        answers = sum(told is not None for told in self._told.values())
+        tried = len(self._told) + len(self._under_way)
+        missing = min(ASKED - answers - len(self._under_way), MAX_TRIED - tried)
+        fresh = [p for p in peers if p not in self._told and p not in self._under_way]
+        chosen = fresh[: max(0, missing)]
+        self._under_way.update(chosen)
+        if not self._under_way:
+            self._end(now)
+        return chosen
+
+    def answered(self, peer: PeerId, told: Told | None, now: float) -> None:
+        """A peer's answer; None: it gave none.  Ignored where the round that asked it is over."""
+        if peer not in self._under_way:
+            return
+        self._under_way.discard(peer)
+        self._told[peer] = told
+        found = self._judge(over=False)
+        if found.reach != "unknown":
+            self.verdict = found
+
+    def _end(self, now: float) -> None:
+        """The round is over: judge it, and say when the next one begins."""
+        if any(self._told.values()):
+            self.verdict = self._judge(over=True)
+        decided = self.verdict.reach != "unknown" and any(self._told.values())
+        self._due = now + (CHECK_SECONDS if decided else self._pause)
+        self._pause = FIRST_PAUSE_SECONDS if decided else min(CHECK_SECONDS, 2 * self._pause)
+        if not self._told:
+            self._pause = FIRST_PAUSE_SECONDS  # nobody to ask yet: looking costs nothing
+        self._told = {}
+
+    def seconds_left(self, now: float) -> float:
+        """Seconds until the next round; 0 within a round."""
+        return max(0.0, self._due - now)
+
+    def _judge(self, *, over: bool) -> Verdict:
+        """The verdict of the answers so far; over: no others will come."""
+        told = [each for each in self._told.values() if each is not None]
+        far = [each for each in told if reach_of(each.seen) is Reach.PUBLIC]
+        near = [each for each in told if reach_of(each.seen) is Reach.PRIVATE]
+        counted = far or near
+        reached, failed = Counter[str](), Counter[str]()
+        reasons: dict[str, Counter[str]] = {}
+        for each in counted:
+            for address, outcome in each.outcomes.items():
+                if outcome == "reached":
+                    reached[address] += 1
+                else:
+                    failed[address] += 1
+                    reasons.setdefault(address, Counter())[outcome] += 1
+        enough = min(AGREED, len(counted)) if over else AGREED
+        verified = [address for address in reached if reached[address] >= enough]
+        # one peer is believed in bad news only where there was no second one to ask
+        fatal = 1 if over and len(self._told) == 1 else AGREED
+        tried = reached.keys() | failed.keys()
+        refuted = tried and not verified and all(failed[address] >= fatal for address in tried)
+        reach = "public" if verified else "none" if refuted and not self._untried(tried, far) else "unknown"
+        return Verdict(
+            reach,
+            tuple(str(each) for each in dial_order(map(parse_address, verified))),
+            dict(reached),
+            {address: found.most_common(1)[0][0] for address, found in reasons.items() if address not in verified},
+            len(counted),
+            tuple(dict.fromkeys(each.seen for each in far)),
+        )
+
+    def _untried(self, tried: set[str], far: Sequence[Told]) -> bool:
+        """Whether a public address is left that nobody could try: one of IPv6, where all came over IPv4."""
+        addresses: list[Address] = [parse_address(text) for text in self.addresses]
+        public = [str(a) for a in addresses if not a.is_wildcard and reach_of_address(a) is Reach.PUBLIC]
+        return bool(far) and any(address not in tried for address in public)
