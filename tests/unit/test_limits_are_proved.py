@@ -18,6 +18,7 @@ LISTS = {"test_limits_are_proved.py", "test_protocol_page.py", "test_stated_valu
 ARRIVALS = "unit/test_shares.py::"
 LISTENER = "io/test_listener.py::"
 HOST = "io/test_host.py::"
+REACH = "io/test_reach_listener.py::"
 TABLE = "io/test_kademlia.py::test_the_limits_of_the_table_are_those_of_the_node"
 PROOFS = {
     "max_header_bytes": "unit/test_header.py::test_a_header_may_not_be_larger_than_4_kib_whatever_is_in_it",
@@ -52,6 +53,10 @@ PROOFS = {
     "membership_seconds": "io/test_upgrade.py::"
     "test_a_stranger_that_knows_the_private_name_and_says_nothing_has_one_second",
     "negotiation_seconds": HOST + "test_a_stream_that_names_no_protocol_is_reset",
+    "reach_question_seconds": REACH + "test_a_peer_has_one_question_in_twenty_seconds",
+    "max_reach_addresses": REACH + "test_four_addresses_of_the_asker_s_own_machine_are_dialled",
+    "max_reach_questions": REACH + "test_two_questions_are_dialled_for_at_once",
+    "reach_dial_seconds": REACH + "test_a_dial_that_nobody_answers_ends_after_three_seconds",
     "dial_seconds": HOST + "test_all_addresses_together_have_the_time_of_one_dial",
     "max_dials": "io/test_dialler.py::test_silent_peers_that_are_pinged_delay_no_session",
     "first_dial_pause_seconds": "unit/test_dial_rules.py::"

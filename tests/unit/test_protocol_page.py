@@ -28,7 +28,7 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
-from tensor_codec.messages import adapter, fields, forward_backward, gradients, info, session, sharing
+from tensor_codec.messages import adapter, fields, forward_backward, gradients, info, reach, session, sharing
 from tensor_codec.messages.contract import CODECS, REPLIES, Contract, codec_for, vector_bytes
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
@@ -136,6 +136,11 @@ KINDS = {
     "blobs": Kind(
         sharing.encode_question(sharing.AskBlobs(ADAPTER.id, Blocks(0, 2))), sharing.decode_question
     ),
+    "reach": Kind(
+        reach.encode_reach(reach.ReachQuestion(("/ip4/192.0.2.1/tcp/1",), bytes(8))), reach.decode_reach
+    ),
+    "seen": Kind(reach.encode_seen(reach.Seen("/ip4/192.0.2.1/tcp/2", bytes(8))), reach.decode_seen),
+    "reached": Kind(reach.encode_reached(reach.Reached({0: "reached"}, bytes(8))), reach.decode_reached),
     "describe": Kind(info.encode_describe(), info.decode_describe),
     "info": Kind(info.encode_info(INFO), info.decode_info),
     "output": Kind(
@@ -243,6 +248,7 @@ def test_the_protocols_of_the_page_are_the_code_s():
     ours = [
         session.SESSION_PROTOCOL, session.PUSH_PROTOCOL, forward_backward.COMPUTE_PROTOCOL,
         adapter.ADAPTER_PROTOCOL, info.INFO_PROTOCOL, neighbours.PROTOCOL, host.PING_PROTOCOL,
+        reach.REACH_PROTOCOL,
     ]  # fmt: skip
     assert ids[: len(ours)] == ours
     first = PAGE[: PAGE.index("## 2. Streams")]
@@ -261,7 +267,8 @@ def full_record() -> tuple[Record, bytes]:
         addresses=("/ip4/10.0.0.5/tcp/1",), role="serve", model="m", revision="r", blocks=6, start=0, stop=3,
         next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
         prefill_seconds_per_token=1e-3, cache_tokens=64, session_tokens=64, step_tokens=64, queue=1.0, seq=1,
-        prompts=True, codecs=("int8o",), lora=64, name="n", version="0",
+        prompts=True, codecs=("int8o",), lora=64, reach="relayed", relays=(identity_of(bytes(32)).peer_id,),
+        lan=("/ip4/192.168.1.5/tcp/1",), seen="192.0.2.1", helps=True, name="n", version="0",
     )  # fmt: skip
     return record, key
 
@@ -296,6 +303,7 @@ def test_a_record_has_the_fields_of_the_page_and_can_do_without_those_that_may_b
 def test_roles_and_states_are_those_of_the_page():
     assert set(words(FIELDS["role"])) == records.ROLES
     assert set(words(FIELDS["state"])) == records.STATES
+    assert set(words(FIELDS["reach"])) == records.REACHES
 
 
 @pytest.mark.parametrize(
