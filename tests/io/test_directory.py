@@ -17,6 +17,7 @@ from node.network.directory import announcer, neighbours, pings
 from node.network.directory.directory import Directory, DirectoryConfig, open_directory
 from node.network.directory.neighbours import PROTOCOL
 from node.network.directory.pings import PING_SECONDS, worth_watching
+from node.network.reachability.own_reach import OwnReach
 from routing.names import peer_id_of
 from routing.view import exchange
 from routing.view.answers import GRACE_SECONDS
@@ -603,6 +604,31 @@ async def test_who_keeps_its_addresses_announces_no_oftener(autojump_clock, swar
     node._announcer._publish = publish
     await trio.sleep(10 * LIMITS.announce_seconds)
     assert len(said) <= 12  # one for distances that have changed
+
+
+async def test_a_server_that_nobody_reaches_covers_no_block_but_in_its_own_house(autojump_clock, swarm):
+    home = OwnReach("none", (), (), ("/ip4/192.168.1.11/tcp/4001",), "203.0.113.7")
+    await full_swarm(swarm, 2)
+    server, client = swarm.nodes[2], await swarm.add(None)
+    await swarm.settled()
+    assert len(client.view().spans(SERVER.revision)) == 2
+    server.set_reach(home)
+    await trio.sleep(1.0)
+    view = client.view()
+    assert [span.peer for span in view.spans(SERVER.revision)] == [swarm.nodes[1].peer_id]
+    assert view.get(server.peer_id).state == "online"  # for peers next door, who have the same outside address
+    assert view.dialled_at(view.get(server.peer_id)) == ()
+    client.set_seen(["203.0.113.7"])
+    view = client.view()
+    assert len(view.spans(SERVER.revision)) == 2
+    assert client.addresses(server.peer_id) == home.lan
+    server.set_reach(dataclasses.replace(home, lan=()))
+    await trio.sleep(1.0)
+    assert client.view().get(server.peer_id).state == "joining"  # older versions know no better
+    server.set_reach(OwnReach("public", ("/ip4/203.0.113.7/tcp/4001",)))
+    await trio.sleep(1.0)
+    record = client.view().get(server.peer_id)
+    assert (record.state, record.reach, record.addresses) == ("online", "public", ("/ip4/203.0.113.7/tcp/4001",))
 
 
 async def test_the_first_node_of_a_swarm_waits_for_nobody(autojump_clock, swarm):

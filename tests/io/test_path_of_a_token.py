@@ -101,6 +101,7 @@ UNNAMED = {
     "ChainChooser.is_covered_by": "asked by Asker.measure",
     "Route.end_bulk": "nothing to end for a single token",
     "ServedSpan.run": "goes on when Engine.run does",
+    "SwarmView.dialled_at": "the addresses of that record, for a dial",
     "SwarmView.get": "a record of the view",
     "SwarmView.records": "the records of the view",
     "TokenBucket.try_take": "within PushLinks.acquire",

@@ -82,3 +82,38 @@ def test_what_was_known_before_makes_no_difference(views):
         for one in (*PEERS, CLIENT):
             for other in (*PEERS, CLIENT):
                 assert kept.between(one, other) == anew.between(one, other)
+
+
+def test_only_its_relays_lead_to_a_peer_behind_one():
+    near, relay, home, other = (peer_id_of(bytes([n]) * 32) for n in (41, 42, 43, 44))
+    records = [
+        Record(peer=near, rtt={home: 0.001, other: 0.001}),  # its own connection to the peer is of no use to others
+        Record(peer=relay, rtt={home: 0.02, other: 0.03}),
+        Record(peer=home, reach="relayed", relays=(relay,)),
+        Record(peer=other),
+    ]
+    distances = Distances()
+    distances.update(records, {near: 0.001, relay: 0.05})
+    assert distances.between(CLIENT, home) == pytest.approx(0.07)
+    assert distances.between(other, home) == pytest.approx(0.05)
+    assert distances.between(near, home) == pytest.approx(0.001)
+    records[2] = Record(peer=home)  # reachable after all
+    distances.update(records, {near: 0.001, relay: 0.05})
+    assert distances.between(CLIENT, home) == pytest.approx(0.002)
+    records[2] = Record(peer=home, reach="relayed", relays=(peer_id_of(bytes([45]) * 32),))
+    distances.update(records, {near: 0.001, relay: 0.05})
+    assert distances.between(CLIENT, home) == 0.1  # over a peer of which nothing is known
+
+
+def test_between_two_relayed_peers_either_end_s_relay_may_lead():
+    one, two, relay, further = (peer_id_of(bytes([n]) * 32) for n in (51, 52, 53, 54))
+    records = [
+        Record(peer=one, reach="relayed", relays=(relay,)),
+        Record(peer=two, reach="relayed", relays=(further,)),
+        Record(peer=relay, rtt={one: 0.01, two: 0.02}),
+        Record(peer=further, rtt={one: 0.2, two: 0.2}),
+    ]
+    for order in (records, records[::-1]):
+        distances = Distances()
+        distances.update(order)
+        assert distances.between(one, two) == pytest.approx(0.03)

@@ -53,7 +53,8 @@ PROOFS = {
     "membership_seconds": "io/test_upgrade.py::"
     "test_a_stranger_that_knows_the_private_name_and_says_nothing_has_one_second",
     "negotiation_seconds": HOST + "test_a_stream_that_names_no_protocol_is_reset",
-    "reach_question_seconds": REACH + "test_a_peer_has_one_question_in_twenty_seconds",
+    "reach_question_seconds": REACH + "test_a_peer_has_three_questions_at_once_and_one_in_twenty_seconds",
+    "reach_questions_burst": REACH + "test_a_peer_has_three_questions_at_once_and_one_in_twenty_seconds",
     "max_reach_addresses": REACH + "test_four_addresses_of_the_asker_s_own_machine_are_dialled",
     "max_reach_questions": REACH + "test_two_questions_are_dialled_for_at_once",
     "reach_dial_seconds": REACH + "test_a_dial_that_nobody_answers_ends_after_three_seconds",

@@ -14,6 +14,7 @@ from routing.names import PeerId, peer_id_of
 from routing.placement.cover_gaps import opens_gap
 from routing.placement.goals import MIN_REPLICAS, QUALITY
 from routing.placement.rebalance import (
+    replicas,
     GOOD,
     RANK_CHANCE,
     REPLICA_WORTH,
@@ -319,3 +320,19 @@ def test_a_move_of_the_second_rank_is_made_with_a_chance_of_one_in_four_and_so_o
     spread = 4 * (expected * (1 - RANK_CHANCE**rank)) ** 0.5
     assert abs(times - made.count(None) - expected) <= spread
     assert RANK_CHANCE == 0.25
+
+
+def test_blocks_that_hang_on_one_relay_lack_a_holder():
+    relay, other = (peer_id_of(bytes([n]) * 32) for n in (91, 92))
+
+    def behind(number, start, stop, *relays):
+        return replace(span(number, start, stop), reach="relayed", relays=relays)
+
+    same = [behind(1, 0, 12, relay), behind(2, 0, 12, relay)]
+    assert list(replicas(holders(same), 12, 2)) == [1] * 12
+    assert list(replicas(holders([same[0], behind(2, 0, 12, other)]), 12, 2)) == [2] * 12
+    assert list(replicas(holders([same[0], span(2, 0, 12)]), 12, 2)) == [2] * 12
+    # a newcomer goes where two hang on one relay, not where two are reached directly
+    found = [behind(1, 0, 6, relay), behind(2, 0, 6, relay), span(3, 6, 12), span(4, 6, 12)]
+    assert choose_blocks(found, 12, 6, min_replicas=2) == Blocks(0, 6)
+    assert choose_blocks(found[::-1], 12, 6, min_replicas=2) == Blocks(0, 6)

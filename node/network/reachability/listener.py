@@ -26,12 +26,14 @@ from tensor_codec.messages.reach import (
     encode_seen,
 )
 
+from tensor_codec.token_bucket import TokenBucket
+
 if TYPE_CHECKING:
     from node.network.streams import FramedStream
     from node.network.transport.connection import MuxedStream
 
 BUSY_SECONDS = 5.0  # for a peer to come again where others are dialled back
-MAX_REMEMBERED = 4096  # peers, with the time of their last question
+MAX_REMEMBERED = 4096  # peers that have asked
 
 Probe = Callable[[PeerId, Address], Awaitable[Outcome]]
 
@@ -43,7 +45,7 @@ class ReachListener:
         self._limits = limits
         self._probe = probe
         self._busy = 0  # questions for which addresses are dialled now
-        self._asked: OrderedDict[PeerId, float] = OrderedDict()
+        self._asked: OrderedDict[PeerId, TokenBucket] = OrderedDict()
 
     async def serve(self, stream: MuxedStream, peer: PeerId, prefix: str) -> None:
         """A stream of a peer.  Raises PeerFault, for the host to count."""
@@ -88,15 +90,17 @@ class ReachListener:
         if reach_of(host) is Reach.LOOPBACK:
             dialled = {}  # a peer of this machine says nothing about the way from elsewhere
         now, limits = trio.current_time(), self._limits
-        if (last := self._asked.get(peer)) is not None and now < last + limits.reach_question_seconds:
-            left = last + limits.reach_question_seconds - now
-            raise TooManyStreams(f"one question in {limits.reach_question_seconds:g} s is answered", left)
-        if self._busy >= limits.max_reach_questions:
-            raise TooManyStreams("others are being dialled back", BUSY_SECONDS)
-        self._asked[peer] = now
+        rate = 1 / limits.reach_question_seconds
+        asked = self._asked.setdefault(peer, TokenBucket.full(rate, limits.reach_questions_burst, now))
         self._asked.move_to_end(peer)
         while len(self._asked) > MAX_REMEMBERED:
             self._asked.popitem(last=False)
+        if (missing := 1 - asked.level_at(now)) > 0:
+            seconds = limits.reach_question_seconds
+            raise TooManyStreams(f"one question in {seconds:g} s is answered", missing * seconds)
+        if self._busy >= limits.max_reach_questions:
+            raise TooManyStreams("others are being dialled back", BUSY_SECONDS)
+        asked.take(1, now)
         outcomes: dict[int, Outcome] = {}
 
         async def probe(index: int, address: Address) -> None:

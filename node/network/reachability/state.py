@@ -68,11 +68,15 @@ class Reachability:
     _pause: float = FIRST_PAUSE_SECONDS
 
     def set_addresses(self, addresses: Sequence[str], now: float) -> bool:
-        """The addresses to ask about; True where they differ: earlier answers no longer count."""
+        """The addresses to ask about; True where they differ: answers under way no longer count.
+
+        The verdict stands until the next where addresses are only added.
+        """
         if tuple(addresses) == self.addresses:
             return False
+        if not set(self.addresses) <= set(addresses):
+            self.verdict = Verdict()
         self.addresses = tuple(addresses)
-        self.verdict = Verdict()
         self._begin(now)
         return True
 

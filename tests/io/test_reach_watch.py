@@ -1,0 +1,243 @@
+"""A node in a world of routers: it learns whether others reach it, and its record follows what it learns."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+
+from node.network.addresses import Address
+from node.network.own_addresses import OwnAddresses
+from node.network.reachability.listener import ReachListener
+from node.network.reachability.own_reach import OwnReach
+from node.network.reachability.seen import learn_seen
+from node.network.reachability.state import CHECK_SECONDS
+from node.network.reachability.watch import ReachWatch
+from node.network.streams import FramedStream
+from routing.names import PeerId
+from routing.view.records import Record
+from routing.view.view import Entry, SwarmView
+from tensor_codec.errors import PeerGone, RemoteProtocolError, SlowPeer
+from tensor_codec.limits import Limits
+from tensor_codec.messages.reach import Outcome
+from tests.fakes import memory_framed_pair
+
+LIMITS = Limits()
+ME, OUTSIDE, PORT = PeerId("me"), "203.0.113.7", 31330
+DIRECT = f"/ip4/{OUTSIDE}/tcp/{PORT}"
+LISTENING = (Address("ip4", "0.0.0.0", PORT),)  # noqa: S104  # no socket is opened
+
+
+def at_home(last: int = 11) -> OwnAddresses:
+    """A machine behind a router."""
+    inside = f"/ip4/192.168.1.{last}/tcp/{PORT}"
+    return OwnAddresses((inside,), (f"192.168.1.{last}",), True, False, (inside,), LISTENING)
+
+
+@dataclass
+class World:
+    """Peers that can be asked, and the addresses at which this node is reached from outside.
+
+    Its face is that of a host.  old: peers that do not speak the protocol.
+    """
+
+    nursery: trio.Nursery
+    own: OwnAddresses = field(default_factory=at_home)
+    reached: set[str] = field(default_factory=set)
+    old: set[PeerId] = field(default_factory=set)
+    outside: str = OUTSIDE
+    peers: int = 4
+    asked: list[PeerId] = field(default_factory=list)
+    peer_id: PeerId = ME
+
+    def __post_init__(self) -> None:
+        self.listeners = {record.peer: ReachListener(LIMITS, self._probe) for record in self.records()}
+
+    def records(self) -> list[Record]:
+        return [
+            Record(peer=PeerId(f"p{n}"), role="bootstrap", addresses=(f"/ip4/1.{n}.1.1/tcp/1",))
+            for n in range(self.peers)
+        ]
+
+    def view(self) -> SwarmView:
+        entries = {record.peer: Entry(record, b"", 0.0) for record in self.records()}
+        return SwarmView("public", entries=entries)
+
+    def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        record = self.view().get(peer)
+        return record.addresses if record else ()
+
+    def connected(self) -> set[PeerId]:
+        return set()
+
+    async def open_stream(
+        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
+    ) -> FramedStream:
+        assert addresses == self.addresses(peer)
+        self.asked.append(peer)
+        await trio.sleep(0.05)
+        if peer in self.old:
+            raise RemoteProtocolError(f"{peer} does not speak {protocol}")
+        ours, theirs = memory_framed_pair(peers=(peer, ME))
+        self.nursery.start_soon(self._serve, peer, theirs)
+        return ours
+
+    async def _serve(self, peer: PeerId, stream: FramedStream) -> None:
+        try:
+            await self.listeners[peer].answer(stream, (self.outside, 40_000))
+            await stream.aclose()
+        except (PeerGone, SlowPeer):
+            await stream.reset()
+
+    async def _probe(self, peer: PeerId, address: Address) -> Outcome:
+        if str(address) in self.reached:
+            return "reached"
+        await trio.sleep(LIMITS.reach_dial_seconds)
+        return "timed out"
+
+
+@asynccontextmanager
+async def watched(world: World) -> AsyncIterator[tuple[ReachWatch, list[OwnReach]]]:
+    """A watch that runs, and what it has told the record."""
+    told: list[OwnReach] = []
+    watch = ReachWatch(world, world.view, world.addresses, told.append, LIMITS, random.Random(1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        yield watch, told
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with trio.open_nursery() as nursery:
+        yield World(nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_node_behind_a_router_knows_within_five_seconds_that_nobody_reaches_it(
+    autojump_clock: object, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with watched(world) as (watch, told):
+        await trio.sleep(5.0)
+        assert (watch.own.reach, watch.own.addresses) == ("none", ())
+        assert (watch.own.lan, watch.own.seen) == (world.own.found, OUTSIDE)
+        assert told == [watch.own]
+    (line,) = [each.getMessage() for each in caplog.records if "reachable" in each.getMessage()]
+    assert line.startswith(f"not reachable ({OUTSIDE}:{PORT}: timed out; ")
+    assert f"forward TCP {PORT} to 192.168.1.11" in line
+
+
+async def test_a_port_that_the_router_passes_on_is_found_and_announced(
+    autojump_clock: object, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    world.reached.add(DIRECT)
+    async with watched(world) as (watch, _):
+        with trio.fail_after(5.0):
+            found = await watch.known(5.0)
+        assert (found.reach, found.addresses) == ("public", (DIRECT,))
+    assert f"reachable at {DIRECT} (2 of 2 peers)" in caplog.text
+
+
+async def test_a_node_that_this_machine_alone_reaches_asks_nobody(autojump_clock: object, world: World) -> None:
+    text = f"/ip4/127.0.0.1/tcp/{PORT}"
+    listening = (Address("ip4", "127.0.0.1", PORT),)
+    world.own = OwnAddresses((text,), ("127.0.0.1",), True, False, (text,), listening)
+    async with watched(world) as (watch, told):
+        await trio.sleep(2 * CHECK_SECONDS)
+        assert (world.asked, told, watch.own.addresses) == ([], [], (text,))
+
+
+async def test_peers_of_older_versions_leave_everything_as_it_was(autojump_clock: object, world: World) -> None:
+    world.old = {record.peer for record in world.records()}
+    async with watched(world) as (watch, told):
+        await trio.sleep(60.0)
+        assert len(world.asked) > len(world.old)  # it goes on asking
+        assert (told, watch.own.reach, watch.own.addresses) == ([], "unknown", world.own.announced)
+
+
+async def test_the_first_node_of_a_swarm_asks_as_soon_as_others_come(
+    autojump_clock: object, world: World
+) -> None:
+    peers, world.peers = world.peers, 0
+    async with watched(world) as (watch, _):
+        await trio.sleep(500.0)
+        assert watch.own.reach == "unknown"
+        world.peers = peers
+        await trio.sleep(10.0)
+        assert watch.own.reach == "none"
+
+
+async def test_another_address_is_asked_about_at_once_and_announced_when_it_is_verified(
+    autojump_clock: object, world: World
+) -> None:
+    world.reached.add(DIRECT)
+    async with watched(world) as (watch, told):
+        await trio.sleep(30.0)
+        world.own, world.outside = at_home(12), "198.51.100.9"
+        moved = f"/ip4/198.51.100.9/tcp/{PORT}"
+        world.reached = {moved}
+        await trio.sleep(2.0)
+        assert (watch.own.reach, watch.own.addresses) == ("public", (moved,))
+        assert [each.reach for each in told] == ["public", "unknown", "public"]
+
+
+async def test_a_router_that_forgets_its_port_is_noticed_within_a_quarter_of_an_hour(
+    autojump_clock: object, world: World
+) -> None:
+    world.reached.add(DIRECT)
+    async with watched(world) as (watch, _):
+        await trio.sleep(30.0)
+        world.reached.clear()
+        await trio.sleep(CHECK_SECONDS - 60)
+        assert watch.own.reach == "public"
+        await trio.sleep(60.0)
+        assert watch.own.reach == "none"
+
+
+async def test_a_mapped_port_is_announced_once_others_have_reached_it(autojump_clock: object, world: World) -> None:
+    mapped = f"/ip4/{OUTSIDE}/tcp/50123"
+    async with watched(world) as (watch, told):
+        await trio.sleep(30.0)
+        watch.offer("nat-pmp", [mapped])
+        await trio.sleep(5.0)
+        assert watch.own.reach == "none"  # promised, and not true
+        world.reached.add(mapped)
+        await trio.sleep(CHECK_SECONDS + 5.0)
+        assert (watch.own.reach, watch.own.addresses) == ("public", (mapped,))
+        assert all(mapped not in each.addresses for each in told[:-1])
+
+
+async def test_a_relay_makes_a_node_behind_a_router_relayed_and_its_end_none(
+    autojump_clock: object, world: World
+) -> None:
+    async with watched(world) as (watch, _):
+        await trio.sleep(5.0)
+        watch.set_relays([PeerId("r")])
+        assert (watch.own.reach, watch.own.relays) == ("relayed", (PeerId("r"),))
+        watch.set_relays([])
+        assert watch.own.reach == "none"
+
+
+async def test_a_client_learns_its_own_address_only_where_a_server_may_be_next_door(
+    autojump_clock: object, world: World
+) -> None:
+    found: set[str] = set()
+    view = world.view()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            learn_seen, world, lambda: view, world.addresses, found.update, LIMITS, random.Random(1)
+        )
+        await trio.sleep(60.0)
+        assert (world.asked, found) == ([], set())
+        home = Record(peer=PeerId("home"), role="serve", reach="none", lan=("/ip4/192.168.1.11/tcp/1",), seen=OUTSIDE)
+        view = SwarmView("public", entries={**view.entries, home.peer: Entry(home, b"", 0.0)})
+        await trio.sleep(10.0)
+        assert (len(world.asked), found) == (1, {OUTSIDE})
+        nursery.cancel_scope.cancel()
