@@ -196,7 +196,9 @@ class Limits:
 
     # Questions whether a peer can be reached, each of which has this node dial
     reach_question_seconds: float = 20.0  # between two of a peer; a node asks once in a quarter of an hour
-    reach_questions_burst: int = 3  # of a peer: at its start it finds a mapped port a moment later, or a relay
+    reach_questions_burst: int = (
+        3  # of a peer: at its start it finds a mapped port a moment later, or a relay
+    )
     max_reach_addresses: int = 4  # that are dialled for one question
     max_reach_questions: int = 2  # dialled for at once, of all peers
     reach_dial_seconds: float = 3.0  # of one address: twice the round trips of a slow satellite

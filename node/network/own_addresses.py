@@ -45,6 +45,4 @@ def find_own_addresses(chosen: tuple[str, ...], listened_on: Sequence[Address]) 
     named = [text.split("/") for text in texts]
     hosts += [parts[2] for parts in named if parts[1] in ("ip4", "ip6")]
     listening = tuple(listened_on)
-    return OwnAddresses(
-        texts, tuple(dict.fromkeys(hosts)), bool(listened_on), bool(chosen), found, listening
-    )
+    return OwnAddresses(texts, tuple(dict.fromkeys(hosts)), bool(listened_on), bool(chosen), found, listening)

@@ -50,11 +50,13 @@ def describe(
     rtts: seconds from here to a peer and back.  chains: how many to list for each model.
     liveness: of a program that watches the peers: then each peer also has its `revision`, `answers` ("yes",
     "silent" or "unknown") and `silent_s`, the seconds of its silence or None.
-    A peer without an answer (`view.silent`), or one that nobody can dial, is unreachable for any announcement, and
-    covers no block.
+    A peer without an answer (`view.silent`), or one that nobody can dial, is unreachable for any
+    announcement, and covers no block.
     """
     records = [record for record in view.records() if record.role != "client"]
-    states = {r.peer: UNREACHABLE if r.peer in view.silent or not view.reaches(r) else r.state for r in records}
+    states = {
+        r.peer: UNREACHABLE if r.peer in view.silent or not view.reaches(r) else r.state for r in records
+    }
     return {
         "swarm": view.swarm,
         "servers": {

@@ -316,7 +316,9 @@ def _rtt(pairs: list[Any]) -> Mapping[PeerId, float]:
 
 
 def _relays(keys: list[Any]) -> tuple[PeerId, ...]:
-    if any(type(key) is not bytes or len(key) != PUBLIC_KEY_BYTES for key in keys) or len({*keys}) < len(keys):
+    if any(type(key) is not bytes or len(key) != PUBLIC_KEY_BYTES for key in keys) or len({*keys}) < len(
+        keys
+    ):
         raise RecordError(f"relays are not different keys of {PUBLIC_KEY_BYTES} bytes")
     return tuple(map(peer_id_of, keys))
 

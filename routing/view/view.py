@@ -65,7 +65,7 @@ class SwarmView:
         return None if entry is None or entry.record.state == "offline" else entry.record
 
     def reaches(self, record: Record) -> bool:
-        """Whether this peer may hope to dial that one: not where nobody else could, unless it is next door."""
+        """Whether this peer may dial that one: not where nobody else could, unless it is next door."""
         return record.reach != "none" or (bool(record.lan) and record.seen in self.seen)
 
     def dialled_at(self, record: Record) -> tuple[str, ...]:

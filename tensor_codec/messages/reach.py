@@ -1,8 +1,8 @@
 """Whether a peer can be reached: it asks another one, which dials back, and says what came of it.
 
-The question has the addresses; the answer comes in two parts: at once the address from which the question came,
-and after the dials what became of each.  As libp2p's AutoNAT, with the rule of its second version that a peer
-dials nothing for a stranger but the stranger's own machine.
+The question has the addresses; the answer comes in two parts: at once the address from which the question
+came, and after the dials what became of each.  The idea and the rule that a peer dials nothing for another
+but the other's own IP address are those of libp2p's AutoNAT.
 """
 
 from __future__ import annotations

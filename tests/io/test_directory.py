@@ -616,7 +616,9 @@ async def test_a_server_that_nobody_reaches_covers_no_block_but_in_its_own_house
     await trio.sleep(1.0)
     view = client.view()
     assert [span.peer for span in view.spans(SERVER.revision)] == [swarm.nodes[1].peer_id]
-    assert view.get(server.peer_id).state == "online"  # for peers next door, who have the same outside address
+    assert (
+        view.get(server.peer_id).state == "online"
+    )  # for peers next door, who have the same outside address
     assert view.dialled_at(view.get(server.peer_id)) == ()
     client.set_seen(["203.0.113.7"])
     view = client.view()
@@ -628,7 +630,11 @@ async def test_a_server_that_nobody_reaches_covers_no_block_but_in_its_own_house
     server.set_reach(OwnReach("public", ("/ip4/203.0.113.7/tcp/4001",)))
     await trio.sleep(1.0)
     record = client.view().get(server.peer_id)
-    assert (record.state, record.reach, record.addresses) == ("online", "public", ("/ip4/203.0.113.7/tcp/4001",))
+    assert (record.state, record.reach, record.addresses) == (
+        "online",
+        "public",
+        ("/ip4/203.0.113.7/tcp/4001",),
+    )
 
 
 async def test_the_first_node_of_a_swarm_waits_for_nobody(autojump_clock, swarm):

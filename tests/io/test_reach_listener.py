@@ -1,4 +1,4 @@
-"""Peers that ask whether they are reached: dialled back at their own machine alone, seldom, and with an end."""
+"""Peers that ask whether they are reached: dialled back at their own machine alone, and seldom."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ from node.network.reachability.probing import Prober
 from node.network.reachability.watch import ask_for_reach
 from node.network.transport.upgrade import Upgrade
 from routing.names import PeerId
-from tensor_codec.errors import MessageError, PeerFault, PeerGone, Refused, RemoteProtocolError, TooManyStreams
+from tensor_codec.errors import (
+    MessageError,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    TooManyStreams,
+)
 from tensor_codec.limits import Limits
-from tensor_codec.messages.reach import Outcome, Reached, ReachQuestion, Seen, encode_reach, encode_reached, encode_seen
+from tensor_codec.messages.reach import (
+    Outcome,
+    Reached,
+    ReachQuestion,
+    Seen,
+    encode_reach,
+    encode_reached,
+    encode_seen,
+)
 from tests.fakes import ALICE, BOB, MemoryLink, memory_framed_pair
 
 LIMITS = Limits()

@@ -30,7 +30,7 @@ from tests.fakes import memory_framed_pair
 LIMITS = Limits()
 ME, OUTSIDE, PORT = PeerId("me"), "203.0.113.7", 31330
 DIRECT = f"/ip4/{OUTSIDE}/tcp/{PORT}"
-LISTENING = (Address("ip4", "0.0.0.0", PORT),)  # noqa: S104  # no socket is opened
+LISTENING = (Address("ip4", "0.0.0.0", PORT),)  # no socket is opened
 
 
 def at_home(last: int = 11) -> OwnAddresses:
@@ -145,7 +145,9 @@ async def test_a_port_that_the_router_passes_on_is_found_and_announced(
     assert f"reachable at {DIRECT} (2 of 2 peers)" in caplog.text
 
 
-async def test_a_node_that_this_machine_alone_reaches_asks_nobody(autojump_clock: object, world: World) -> None:
+async def test_a_node_that_this_machine_alone_reaches_asks_nobody(
+    autojump_clock: object, world: World
+) -> None:
     text = f"/ip4/127.0.0.1/tcp/{PORT}"
     listening = (Address("ip4", "127.0.0.1", PORT),)
     world.own = OwnAddresses((text,), ("127.0.0.1",), True, False, (text,), listening)
@@ -154,7 +156,9 @@ async def test_a_node_that_this_machine_alone_reaches_asks_nobody(autojump_clock
         assert (world.asked, told, watch.own.addresses) == ([], [], (text,))
 
 
-async def test_peers_of_older_versions_leave_everything_as_it_was(autojump_clock: object, world: World) -> None:
+async def test_peers_of_older_versions_leave_everything_as_it_was(
+    autojump_clock: object, world: World
+) -> None:
     world.old = {record.peer for record in world.records()}
     async with watched(world) as (watch, told):
         await trio.sleep(60.0)
@@ -201,7 +205,9 @@ async def test_a_router_that_forgets_its_port_is_noticed_within_a_quarter_of_an_
         assert watch.own.reach == "none"
 
 
-async def test_a_mapped_port_is_announced_once_others_have_reached_it(autojump_clock: object, world: World) -> None:
+async def test_a_mapped_port_is_announced_once_others_have_reached_it(
+    autojump_clock: object, world: World
+) -> None:
     mapped = f"/ip4/{OUTSIDE}/tcp/50123"
     async with watched(world) as (watch, told):
         await trio.sleep(30.0)
@@ -236,7 +242,9 @@ async def test_a_client_learns_its_own_address_only_where_a_server_may_be_next_d
         )
         await trio.sleep(60.0)
         assert (world.asked, found) == ([], set())
-        home = Record(peer=PeerId("home"), role="serve", reach="none", lan=("/ip4/192.168.1.11/tcp/1",), seen=OUTSIDE)
+        home = Record(
+            peer=PeerId("home"), role="serve", reach="none", lan=("/ip4/192.168.1.11/tcp/1",), seen=OUTSIDE
+        )
         view = SwarmView("public", entries={**view.entries, home.peer: Entry(home, b"", 0.0)})
         await trio.sleep(10.0)
         assert (len(world.asked), found) == (1, {OUTSIDE})

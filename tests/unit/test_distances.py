@@ -87,7 +87,9 @@ def test_what_was_known_before_makes_no_difference(views):
 def test_only_its_relays_lead_to_a_peer_behind_one():
     near, relay, home, other = (peer_id_of(bytes([n]) * 32) for n in (41, 42, 43, 44))
     records = [
-        Record(peer=near, rtt={home: 0.001, other: 0.001}),  # its own connection to the peer is of no use to others
+        Record(
+            peer=near, rtt={home: 0.001, other: 0.001}
+        ),  # its own connection to the peer is of no use to others
         Record(peer=relay, rtt={home: 0.02, other: 0.03}),
         Record(peer=home, reach="relayed", relays=(relay,)),
         Record(peer=other),

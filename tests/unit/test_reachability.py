@@ -1,4 +1,4 @@
-"""What a node believes about its own reach: rounds of questions, verdicts, the words of its record and its log."""
+"""A node's own reach: rounds of questions, verdicts, the words of its record and of its log."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_one_peer_decides_only_in_a_swarm_of_two() -> None:
     assert state.verdict.reach == "unknown"
 
 
-def test_a_round_without_answers_is_tried_again_ever_more_rarely_and_a_verdict_stands_for_a_quarter_of_an_hour() -> None:
+def test_a_round_without_answers_is_repeated_ever_more_rarely_and_a_verdict_stands_for_15_minutes() -> None:
     state, now, pauses = fresh(), 0.0, []
     for _ in range(4):
         round_of(state, [None, None], now)

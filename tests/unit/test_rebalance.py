@@ -14,7 +14,6 @@ from routing.names import PeerId, peer_id_of
 from routing.placement.cover_gaps import opens_gap
 from routing.placement.goals import MIN_REPLICAS, QUALITY
 from routing.placement.rebalance import (
-    replicas,
     GOOD,
     RANK_CHANCE,
     REPLICA_WORTH,
@@ -27,6 +26,7 @@ from routing.placement.rebalance import (
     in_turn,
     moves,
     plausible,
+    replicas,
 )
 from routing.placement.throughput import Holder, bound, capacity, ends, reach
 from routing.view.records import Record

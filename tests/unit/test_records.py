@@ -446,3 +446,40 @@ def test_a_peer_can_only_go_to_blocks_that_there_are(wrong):
     payload = payload_of(GOOD) | wrong
     with pytest.raises(RecordError):
         verify(signed(dict(sorted(payload.items()))))
+
+
+def test_how_a_peer_is_reached_is_optional_and_checked():
+    relay = peer_id_of(b"r" * 32)
+    said = replace(
+        GOOD,
+        reach="relayed",
+        relays=(relay,),
+        lan=("/ip4/192.168.1.11/tcp/1",),
+        seen="203.0.113.7",
+        helps=True,
+    )
+    assert verify(sign_record(said, KEY)) == said
+    plain = msgpack.unpackb(msgpack.unpackb(sign_record(GOOD, KEY))[0])
+    assert not {"reach", "relays", "lan", "seen", "helps"} & plain.keys()  # as older versions have it
+    for wrong in (
+        {"reach": "maybe"},
+        {"relays": [b"short"]},
+        {"relays": [b"r" * 32] * 2},
+        {"relays": [bytes([n]) * 32 for n in range(4)]},
+        {"lan": ["/ip4/192.168.1.11/tcp/1"] * 3},
+        {"lan": ["nonsense"]},
+        {"seen": "nonsense"},
+        {"seen": "0.0.0.0"},
+        {"helps": 1},
+    ):
+        with pytest.raises(RecordError):
+            verify(signed(plain | wrong))
+
+
+def test_a_record_too_long_loses_its_private_addresses_first():
+    far = {peer_id_of(bytes([n]) * 32): 0.001 * n for n in range(1, MAX_RTTS + 1)}
+    lan = tuple(f"/ip6/fd00:1111:2222:3333:4444:5555:6666:777{n}/tcp/31330" for n in range(2))
+    fitted = fit_record(replace(GOOD, rtt=far, lan=lan, seen="203.0.113.7"), LIMITS)
+    assert fitted.lan == ()
+    assert fitted.seen
+    assert len(fitted.rtt) >= len(fit_record(replace(GOOD, rtt=far, seen="203.0.113.7"), LIMITS).rtt)

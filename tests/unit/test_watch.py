@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from node.__main__ import main
-from node.monitor.status import tables
+from node.monitor.status import _reach, tables
 from node.monitor.watch import Changes, change_lines
 from routing.names import PeerId
 from routing.view.answers import Liveness
@@ -222,3 +222,24 @@ def test_what_a_balancer_cannot_do_is_said_in_one_line(
 ) -> None:
     assert main(words) == 2
     assert capsys.readouterr().err == f"error: {complaint}\n"
+
+
+def test_how_each_server_is_reached_is_a_column_and_blocks_behind_relays_are_named():
+    relay = PeerId("12D3KooW3KVD8B")
+    found = facts(
+        replace(span("a", 0, 3), reach="public", addresses=("/ip4/203.0.113.7/tcp/1",)),
+        replace(span("b", 0, 3), reach="public", addresses=("/ip6/2606:4700::7/tcp/1",)),
+        replace(span("c", 2, 6), reach="relayed", relays=(relay,)),
+        replace(span("d", 0, 6), reach="none"),
+        span("e", 0, 1),
+    )
+    peers = {peer["peer"]: peer for peer in found["peers"]}
+    assert [_reach(peers[name]) for name in "abcde"] == ["public", "v6", "via …3KVD8B", "no", ""]
+    assert (peers["c"]["reach"], peers["c"]["relays"]) == ("relayed", [relay])
+    assert (peers["d"]["state"], peers["d"]["announced_state"]) == ("unreachable", "online")
+    (model,) = found["models"]
+    assert (model["coverage"], model["unreachable"]) == ([3, 2, 3, 1, 1, 1], ["d"])
+    assert (model["relayed"], model["relayed_blocks"]) == (["c"], [[3, 6]])
+    lines = tables(found)
+    assert "  no answer from …d: not counted" in lines
+    assert "  through relays: …c; blocks 3:6 only through them" in lines

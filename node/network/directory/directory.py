@@ -120,7 +120,7 @@ class Directory:
             self._live,
             bootstrap=bootstrap,
             limits=config.limits,
-            own_record=self._overtaken,
+            own_record=lambda record, told_by: self._announcer.overtaken(record),
             rng=rng,
         )
         self.pings = Asker(
@@ -248,9 +248,6 @@ class Directory:
 
     def _silent(self) -> frozenset[PeerId]:
         return self.pings.answers.silent()
-
-    def _overtaken(self, record: Record, told_by: PeerId) -> None:
-        self._announcer.overtaken(record)
 
     def close(self) -> None:
         """Take no more streams, and end the streams that peers opened."""

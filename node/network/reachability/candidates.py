@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Sequence
 
 from node.network.addresses import Address, Reach, parse_address, reach_of
 from routing.names import PeerId
-from routing.view.networks import draw, network_of
+from routing.view.networks import draw
 from routing.view.records import Record
 from tensor_codec.messages.reach import MAX_ADDRESSES
 
-_ANY = {"ip4": "0.0.0.0", "ip6": "::"}  # noqa: S104  # stands for the address that the other side sees
+_ANY = {"ip4": "0.0.0.0", "ip6": "::"}  # stands for the address that the other side sees
 
 
 def to_ask_about(
@@ -20,8 +20,8 @@ def to_ask_about(
 ) -> tuple[str, ...]:
     """The addresses of a question, at most MAX_ADDRESSES; empty where this machine alone reaches the node.
 
-    announced: the node's own multiaddrs.  listening: where it listens; each port is asked about at the address
-    that others see, in case a router passes it on.  further: addresses that a port mapping has promised.
+    announced: the node's own multiaddrs.  listening: where it listens; each port is asked about at the
+    address that others see, in case a router passes it on.  further: those that a port mapping has promised.
     Names are left out: they are dialled for nobody.
     """
     open_ports = [each for each in listening if reach_of_address(each) is not Reach.LOOPBACK]
@@ -53,16 +53,18 @@ def seen_as(text: str, host: str) -> str:
 def to_dial_back(texts: Sequence[str], seen: str, most: int) -> dict[int, Address]:
     """The addresses of a question that are dialled, by index: those of the IP address from which it came.
 
-    A peer has a node dial the peer's own machine and nobody else's.  seen: an IP address.  Raises ValueError for
-    an address that cannot be read.
+    A peer has a node dial the peer's own machine and nobody else's.  seen: an IP address.
+    Raises ValueError for an address that cannot be read.
     """
     found: dict[int, Address] = {}
     host = canonical(seen)
     for index, text in enumerate(texts):
         address = parse_address(seen_as(text, host))
-        if address.kind in _ANY and canonical(address.host) == host and address.port and len(found) < most:
-            if Address(address.kind, host, address.port) not in found.values():
-                found[index] = Address(address.kind, host, address.port)
+        if address.kind not in _ANY or canonical(address.host) != host or not address.port:
+            continue
+        own = Address(address.kind, host, address.port)
+        if own not in found.values() and len(found) < most:
+            found[index] = own
     return found
 
 
@@ -89,9 +91,16 @@ def whom_to_ask(
         and record.role != "client"
         and (record.addresses or record.peer in connected)
     }
-    far = {peer: addresses for peer, addresses in usable.items() if network_of(addresses)}
+    far = {peer: addresses for peer, addresses in usable.items() if any(map(_is_public, addresses))}
     near = {peer: addresses for peer, addresses in usable.items() if peer not in far}
     return draw(far, len(far), rng) + draw(near, len(near), rng)
+
+
+def _is_public(text: str) -> bool:
+    try:
+        return reach_of_address(parse_address(text)) is Reach.PUBLIC
+    except ValueError:
+        return False
 
 
 def _version(address: Address) -> int:

@@ -25,7 +25,6 @@ from tensor_codec.messages.reach import (
     encode_reached,
     encode_seen,
 )
-
 from tensor_codec.token_bucket import TokenBucket
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def own_reach(
     """What the record says after this verdict.
 
     Verified addresses alone are announced, once it is known which; until then all are, as older versions do.
-    Addresses that the operator has chosen are announced in any case.  relays: with a reservation of this node.
+    Addresses that the operator has chosen are announced in any case.  relays: that hold a reservation for it.
     helps: it relays, which a public node alone can.
     """
     seen = verdict.seen[0] if verdict.seen else ""

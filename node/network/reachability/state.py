@@ -25,7 +25,7 @@ FIRST_PAUSE_SECONDS = 5.0  # before another round where one decided nothing; dou
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One peer's answer.  seen: this node's IP address.  outcomes: by multiaddr, of those that were dialled."""
+    """One peer's answer.  seen: this node's IP address.  outcomes: by multiaddr, of those dialled."""
 
     seen: str
     outcomes: Mapping[str, Outcome]
@@ -38,7 +38,7 @@ class Verdict:
     reach: "public" with a verified address, "none" where all fail, else "unknown".
     verified: multiaddrs, the best first.  reached_by: of each, how many peers.
     failures: of each other address that was tried, the most frequent reason.
-    answers: how many peers have said something.  seen: the node's IP addresses as peers on the Internet see them.
+    answers: how many peers have said something.  seen: the node's IP addresses as the Internet sees them.
     """
 
     reach: str = "unknown"
@@ -156,7 +156,11 @@ class Reachability:
             reach,
             tuple(str(each) for each in dial_order(map(parse_address, verified))),
             dict(reached),
-            {address: found.most_common(1)[0][0] for address, found in reasons.items() if address not in verified},
+            {
+                address: found.most_common(1)[0][0]
+                for address, found in reasons.items()
+                if address not in verified
+            },
             len(counted),
             tuple(dict.fromkeys(each.seen for each in far)),
         )
