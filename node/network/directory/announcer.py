@@ -83,6 +83,11 @@ class Announcer:
         announced = self.announced
         return announced.revision if announced is not None and announced.role == "serve" else None
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Those that are announced: the verified ones, where they are known."""
+        return self._host.addresses if self._reach is None else self._reach.addresses
+
     async def announce(self, record: Record) -> None:
         """Announce this record: now, and again every `announce_seconds` until `leave`.
 

@@ -279,7 +279,12 @@ async def open_directory(
         rng = rng or random.Random()
         if finder is None and config.kademlia:
             ways_in = bootstrap_peers(config.bootstrap)
-            knowledge = Knowledge(config.swarm, ways_in, lambda peer: directory.addresses(peer))
+            knowledge = Knowledge(
+                config.swarm,
+                ways_in,
+                addresses=lambda peer: directory.addresses(peer),
+                own=lambda: directory._announcer.addresses,
+            )
             serves = config.role != "client"
             table = open_kademlia(host, knowledge, config.limits, rng, serves=serves)
             finder = await stack.enter_async_context(table)

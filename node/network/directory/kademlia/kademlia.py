@@ -103,12 +103,13 @@ class Knowledge:
     """What a table needs to know of the swarm.
 
     swarm: its id.  ways_in: peers of our own configuration, asked first.  addresses: of a peer, by its signed
-    record; empty where unknown.
+    record; empty where unknown.  own: the addresses at which others dial this node; None: all of the host's.
     """
 
     swarm: str
     ways_in: Mapping[PeerId, tuple[str, ...]] = field(default_factory=dict)
     addresses: Callable[[PeerId], tuple[str, ...]] = lambda _: ()
+    own: Callable[[], tuple[str, ...]] | None = None
 
 
 class Kademlia:
@@ -141,7 +142,8 @@ class Kademlia:
 
     async def provide_key(self, key: bytes) -> None:
         """Write into the table that this node provides a key; takes 10 s at the most."""
-        own = Contact(self._host.peer_id, self._host.addresses[:MAX_ADDRESSES])
+        addresses = self._host.addresses if self._knowledge.own is None else self._knowledge.own()
+        own = Contact(self._host.peer_id, addresses[:MAX_ADDRESSES])
         if not own.addresses:
             return
         self.providers.add(key, own, trio.current_time())
