@@ -110,9 +110,8 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     servers = ", ".join(f"{count} {state}" for state, count in facts["servers"].items() if count)
     title = f"swarm {one_line(facts['swarm'])}: {servers or 'no servers'}"
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for column in ("peer", "name", "state", "blocks", "dtype"):
+    for column in ("peer", "name", "state", "blocks", "dtype", "reach"):
         table.add_column(column, no_wrap=True)
-    table.add_column("reach", no_wrap=True)
     for column in ("ms/block", "prefill/s", "cache", "queue", "rtt ms"):
         table.add_column(column, justify="right", no_wrap=True)
     asked = any("sessions" in peer for peer in facts["peers"])
