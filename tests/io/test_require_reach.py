@@ -1,0 +1,80 @@
+"""`--require-reach`: a node that nobody reaches ends with one line; one that nobody can judge goes on."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import pytest
+import trio
+
+from node.__main__ import main
+from node.config import ConfigError, NetworkConfig
+from node.main import REACH_SECONDS, Node, check_reach
+from node.network.reachability.own_reach import OwnReach
+from routing.names import PeerId
+
+LINE = "not reachable (203.0.113.7:31330: timed out; 3 peers)"
+
+
+class Reach:
+    """A watch that knows this after `seconds`."""
+
+    summary = LINE
+
+    def __init__(self, own: OwnReach, seconds: float = 0.0) -> None:
+        self.own, self.seconds = own, seconds
+
+    async def known(self, seconds: float) -> OwnReach:
+        await trio.sleep(min(self.seconds, seconds))
+        return self.own
+
+
+def node(reach: Reach, *, required: bool = True) -> Node:
+    nothing = cast(Any, None)
+    return Node(NetworkConfig(require_reach=required), nothing, nothing, nothing, cast(Any, reach))
+
+
+async def test_a_node_that_nobody_reaches_ends_with_the_line_of_its_log(autojump_clock: object) -> None:
+    began = trio.current_time()
+    with pytest.raises(ConfigError) as error:
+        await check_reach(node(Reach(OwnReach("none", ()), seconds=1e9)))
+    assert str(error.value) == LINE
+    assert trio.current_time() - began == REACH_SECONDS
+
+
+@pytest.mark.parametrize(
+    "reach", [OwnReach("public", ("/ip4/203.0.113.7/tcp/1",)), OwnReach("relayed", (), (PeerId("r"),))]
+)
+async def test_a_node_that_is_reached_or_relayed_goes_on_at_once(
+    autojump_clock: object, reach: OwnReach
+) -> None:
+    began = trio.current_time()
+    await check_reach(node(Reach(reach)))
+    assert trio.current_time() == began
+
+
+async def test_a_node_of_which_nothing_is_known_goes_on_and_says_so(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    await check_reach(node(Reach(OwnReach("unknown", ()))))
+    assert [(each.levelno, LINE in each.getMessage()) for each in caplog.records] == [(logging.WARNING, True)]
+
+
+async def test_without_the_flag_nobody_waits(autojump_clock: object) -> None:
+    await check_reach(node(Reach(OwnReach("none", ()), seconds=1e9), required=False))
+
+
+@pytest.mark.parametrize("command", [[], ["bootstrap"]])
+def test_the_flag_is_the_network_s(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[NetworkConfig] = []
+
+    async def take(config: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        seen.append(getattr(config, "network", config))
+
+    monkeypatch.setattr("node.main.serve", take)
+    monkeypatch.setattr("node.main.run_bootstrap", take)
+    assert main([*command, "--require-reach"]) == 0
+    assert main(command) == 0
+    assert [each.require_reach for each in seen] == [True, False]
