@@ -26,7 +26,7 @@ def worth_asking(view: SwarmView, me: PeerId, most: int = MAX_ASKED) -> list[Pee
     from routing.placement.cover_gaps import watched
     from routing.placement.rebalance import holders
 
-    records = [r for r in view.records() if r.role != "client" and r.addresses and r.peer != me]
+    records = [r for r in view.records() if r.role != "client" and view.is_dialled(r) and r.peer != me]
     first = [
         peer
         for key in _models(records)

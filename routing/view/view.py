@@ -68,6 +68,10 @@ class SwarmView:
         """Whether this peer may dial that one: not where nobody else could, unless it is next door."""
         return record.reach != "none" or (bool(record.lan) and record.seen in self.seen)
 
+    def is_dialled(self, record: Record) -> bool:
+        """Whether there is a way to that peer: an address, or a relay."""
+        return bool(self.dialled_at(record) or record.relays)
+
     def dialled_at(self, record: Record) -> tuple[str, ...]:
         """The addresses at which this peer dials that one: private ones only where both are in one house."""
         return record.addresses + record.lan if record.seen in self.seen else record.addresses

@@ -200,7 +200,7 @@ class Directory:
 
     async def answers(self, peer: PeerId, seconds: float = PING_SECONDS) -> bool:
         """Whether that peer answers a new ping within `seconds`."""
-        if not (addresses := self.addresses(peer)):
+        if not (addresses := self.addresses(peer)) and peer not in self._host.connected():
             await trio.lowlevel.checkpoint()
             return False
         with trio.move_on_after(seconds):

@@ -255,7 +255,8 @@ def worth_watching(
     peer_id: PeerId, view: Callable[[], SwarmView], wanted: Collection[PeerId]
 ) -> list[PeerId]:
     """The wanted servers and a few more: in a large swarm each client watches others (rendezvous hashing)."""
-    servers = [record.peer for record in view().records() if record.role == "serve" and record.addresses]
+    now = view()
+    servers = [record.peer for record in now.records() if record.role == "serve" and now.is_dialled(record)]
     more = WATCHED - sum(peer in wanted for peer in servers)
     others = [peer for peer in servers if peer not in wanted and peer != peer_id]
     return [peer for peer in servers if peer in wanted] + rendezvous(peer_id, others, max(0, more))
