@@ -58,7 +58,7 @@ def test_servers_that_nobody_reaches_cover_no_block_and_the_others_serve_the_mod
 
 @pytest.mark.parametrize("seed", range(10))
 def test_no_block_hangs_on_one_relay_while_servers_are_plenty(seed: int) -> None:
-    kinds: list[Reach] = [("relayed", "public")[number % 2] for number in range(SERVERS)]  # type: ignore[misc]
+    kinds: list[Reach] = [("relayed", "public")[number % 2] for number in range(SERVERS)]
     held = holders(swarm_of(seed, kinds).spans(REVISION, BLOCKS))
     assert replicas(held, BLOCKS, 2).min() >= 2
 

@@ -75,7 +75,7 @@ def test_two_peers_that_reach_the_node_are_enough_before_the_third_has_spoken() 
 def test_two_that_fail_outvote_one_that_says_it_reached() -> None:
     state = fresh()
     round_of(state, [told("reached"), told("timed out"), told("refused")])
-    assert state.verdict.reach == "unknown"  # neither two that reached it nor failures alone
+    assert state.verdict.reach == "none"
     state = fresh()
     round_of(state, [told("timed out"), told("timed out"), told("refused")])
     assert (state.verdict.reach, state.verdict.failures) == ("none", {DIRECT: "timed out"})

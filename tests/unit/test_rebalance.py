@@ -332,7 +332,8 @@ def test_blocks_that_hang_on_one_relay_lack_a_holder():
     assert list(replicas(holders(same), 12, 2)) == [1] * 12
     assert list(replicas(holders([same[0], behind(2, 0, 12, other)]), 12, 2)) == [2] * 12
     assert list(replicas(holders([same[0], span(2, 0, 12)]), 12, 2)) == [2] * 12
-    # a newcomer goes where two hang on one relay, not where two are reached directly
-    found = [behind(1, 0, 6, relay), behind(2, 0, 6, relay), span(3, 6, 12), span(4, 6, 12)]
-    assert choose_blocks(found, 12, 6, min_replicas=2) == Blocks(0, 6)
-    assert choose_blocks(found[::-1], 12, 6, min_replicas=2) == Blocks(0, 6)
+    # of two windows that help the capacity alike a newcomer takes the one with blocks that hang on one relay
+    left = [behind(1, 0, 6, relay), behind(2, 0, 6, relay), span(3, 6, 12), span(4, 6, 12)]
+    right = [span(1, 0, 6), span(2, 0, 6), behind(3, 6, 12, relay), behind(4, 6, 12, relay)]
+    assert choose_blocks(left, 12, 6, min_replicas=2) == Blocks(2, 8)
+    assert choose_blocks(right, 12, 6, min_replicas=2) == Blocks(4, 10)
