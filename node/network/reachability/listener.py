@@ -11,6 +11,7 @@ import trio
 
 from node.network.addresses import Address, Reach, reach_of
 from node.network.reachability.candidates import canonical, to_dial_back
+from node.network.streams import FramedStream
 from routing.names import PeerId
 from tensor_codec.errors import MessageError, PeerGone, Refused, TooManyStreams
 from tensor_codec.limits import Limits
@@ -28,7 +29,6 @@ from tensor_codec.messages.reach import (
 from tensor_codec.token_bucket import TokenBucket
 
 if TYPE_CHECKING:
-    from node.network.streams import FramedStream
     from node.network.transport.connection import MuxedStream
 
 BUSY_SECONDS = 5.0  # for a peer to come again where others are dialled back
@@ -48,8 +48,6 @@ class ReachListener:
 
     async def serve(self, stream: MuxedStream, peer: PeerId, prefix: str) -> None:
         """A stream of a peer.  Raises PeerFault, for the host to count."""
-        from node.network.streams import FramedStream
-
         limits = replace(self._limits, max_frame_bytes=REACH_FRAME_BYTES)
         framed = FramedStream(stream, peer, REACH_PROTOCOL, limits, prefix=prefix)
         remote = stream.connection.channel.link.remote
