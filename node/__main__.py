@@ -18,6 +18,7 @@ from node.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DTYPE_CHOICES,
+    LAN_LISTEN,
     QUANTIZE_CHOICES,
     BalanceConfig,
     ConfigError,
@@ -66,6 +67,7 @@ examples:
   python -m node                                          a new swarm, with as many blocks as fit
   python -m node --peers /ip4/10.0.0.5/tcp/31330/p2p/12D3...   join it from another machine
   python -m node --listen /ip4/0.0.0.0/tcp/31330          be reachable from other machines
+  python -m node --lan                                    join, or found, a swarm of the local network
 
 A command's own options: python -m node COMMAND --help
 """
@@ -326,6 +328,17 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
         "--require-reach", action="store_true",
         help="end with exit code 2 where other nodes cannot dial this one and none relays for it",
     )  # fmt: skip
+    lan = network.add_mutually_exclusive_group()
+    lan.add_argument(
+        "--lan", action="store_true",
+        help="announce this node in the local network and join what is there; without --listen, listen on all"
+        " IPv4 interfaces (default: where --listen is beyond loopback; it joins where --peers is not given)",
+    )  # fmt: skip
+    lan.add_argument("--no-lan", action="store_true", help="neither announce nor look in the local network")
+    network.add_argument(
+        "--no-port-mapping", action="store_true",
+        help="do not ask the router to forward the port of --listen (by NAT-PMP or UPnP)",
+    )  # fmt: skip
     network.add_argument("--name", default="", metavar="TEXT", help="a name to show in the status")
     network.add_argument(
         "--record-ttl",
@@ -485,8 +498,10 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         peers=tuple(flags.peers),
         swarm_key=flags.swarm_key,
         identity=flags.identity,
-        listen=tuple(flags.listen) or (DEFAULT_LISTEN,),
+        listen=tuple(flags.listen) or (LAN_LISTEN if flags.lan else DEFAULT_LISTEN,),
         announce=tuple(flags.announce),
+        port_mapping=not flags.no_port_mapping,
+        lan=True if flags.lan else False if flags.no_lan else None,
         name=name,
         patience_seconds=PATIENCE_SECONDS,
         limits=limits,

@@ -22,6 +22,7 @@ from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 VERSION = version("raceme")
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
+LAN_LISTEN = "/ip4/0.0.0.0/tcp/0"  # with --lan alone
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DTYPE_CHOICES = ("auto", *DTYPES)
 LLM_INT8 = "llm_int8"  # int8 rows that bitsandbytes multiplies (arXiv:2208.07339), on CUDA alone
@@ -46,6 +47,8 @@ class NetworkConfig:
     """How a process takes part in the network.
 
     peers: multiaddrs with /p2p/ID of nodes of the swarm; empty founds a new swarm.
+    lan: announce this process in its local network, and join what is there; None: where it listens on more
+    than loopback, and there joins only without `peers`.
     Raises ConfigError for a value of another kind.
     """
 
@@ -61,6 +64,8 @@ class NetworkConfig:
     metrics: str | None = None  # HOST:PORT of /metrics and /health
     metrics_hosts: tuple[str, ...] = ()  # names, besides localhost, under which these may be asked
     require_reach: bool = False  # end where no peer can dial this node, and no relay helps
+    port_mapping: bool = False  # have the router forward the ports of listeners beyond loopback
+    lan: bool | None = False
 
     def __post_init__(self) -> None:
         with config_errors():
@@ -77,6 +82,11 @@ class NetworkConfig:
             values.seconds("patience_seconds", self.patience_seconds)
             if not isinstance(self.name, str):
                 raise ValueError(f"name is {values.shown(self.name)}, a text is needed")
+
+    @property
+    def looks_in_lan(self) -> bool:
+        """Whether peers of the local network are waited for at the start, where it is used at all."""
+        return self.lan is True or (self.lan is None and not self.peers)
 
     @property
     def metrics_address(self) -> MetricsAddress | None:

@@ -202,6 +202,11 @@ class Limits:
     max_reach_addresses: int = 4  # that are dialled for one question
     max_reach_questions: int = 2  # dialled for at once, of all peers
     reach_dial_seconds: float = 3.0  # of one address: twice the round trips of a slow satellite
+    # The local network, where anybody may announce anything by multicast
+    max_lan_announcement_bytes: int = 1300  # RFC 6763, section 6.2: it fits a packet; ours have up to 500
+    max_lan_peers: int = 256  # remembered, so that none is dialled again within a minute
+    lan_dials_per_second: float = 1.0
+    lan_dials_burst: int = 16  # a room of laptops
 
     # The node itself
     descriptor_share: float = 0.8  # of RLIMIT_NOFILE: the rest is for files, pushes and our own dials

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -12,6 +13,8 @@ import trio
 from node.config import NetworkConfig
 from node.network.directory.directory import Directory, DirectoryConfig, open_directory
 from node.network.host import Host, open_host
+from node.network.lan.discovery import open_lan
+from node.network.mapping.mapper import open_mapper
 from node.network.reachability.listener import ReachListener
 from node.network.reachability.seen import learn_seen
 from node.network.reachability.watch import ReachWatch
@@ -20,6 +23,8 @@ from node.network.transport.membership import load_swarm_key, swarm_id
 from node.runtime.nurseries import background_nursery
 from routing.view.records import Role
 from tensor_codec.messages.reach import REACH_PROTOCOL
+
+log = logging.getLogger("raceme")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,11 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
                 ),
             ) as directory,
             background_nursery() as nursery,
+            AsyncExitStack() as stack,
         ):
-            yield Joined(host, directory, identity, _watch_reach(host, directory, config, role, nursery))
+            reach = _watch_reach(host, directory, config, role, nursery)
+            await _use_the_local_network(config, host, directory, reach, stack)
+            yield Joined(host, directory, identity, reach)
 
 
 def _watch_reach(
@@ -78,3 +86,24 @@ def _watch_reach(
         host.handle_bytes(REACH_PROTOCOL, ReachListener(limits, host.probe).serve)
         nursery.start_soon(watch.run)
     return watch
+
+
+async def _use_the_local_network(
+    config: NetworkConfig, host: Host, directory: Directory, reach: ReachWatch, stack: AsyncExitStack
+) -> None:
+    """Have the router forward our ports, and join the peers of the local network, as far as configured."""
+
+    def listening() -> Sequence[str]:
+        return host.own.found
+
+    if all(address.is_loopback for address in host.own.listening):
+        return
+    if config.port_mapping and not config.announce:
+        await stack.enter_async_context(open_mapper(listening, reach.offer))
+    if config.lan is not False:
+        swarm = host.swarm_id
+        lan = await stack.enter_async_context(open_lan(host.peer_id, swarm, listening, config.limits))
+        nursery = await stack.enter_async_context(background_nursery())
+        nursery.start_soon(lan.introduce, directory.meet)
+        if config.looks_in_lan and not await lan.first_peer():
+            log.info("no peer of the swarm %r answers in the local network", swarm)

@@ -26,7 +26,7 @@ from node.network.directory.kademlia.kademlia import Kademlia, KademliaHost, Kno
 from node.network.directory.live_view import LiveView
 from node.network.directory.neighbours import PROTOCOL, ExchangeHost, Neighbours
 from node.network.directory.pings import PING_SECONDS, Asker, PingHost, worth_monitoring, worth_watching
-from node.network.directory.visits import visit_strangers
+from node.network.directory.visits import meet, visit_strangers
 from node.network.reachability.own_reach import OwnReach
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
@@ -94,6 +94,7 @@ class Directory:
     table: the Kademlia table, for other keys than those of servers; None without one.
     pings: who answers, and at which distance.
     set_seen: see `LiveView.set_seen`.
+    meet: exchange records with a peer that is said to listen somewhere: see `visits.meet`.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Directory:
             own_record=lambda record, told_by: self._announcer.overtaken(record),
             rng=rng,
         )
+        self.meet = partial(meet, self._neighbours, self._live.view)
         self.pings = Asker(
             host,
             nursery,

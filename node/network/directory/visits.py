@@ -8,15 +8,31 @@ them may have been away when this node joined.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import trio
 
 from node.network.directory.neighbours import DIALS_AT_ONCE, Neighbours
 from routing.names import PeerId
+from routing.view.view import SwarmView
 
 FIRST_VISIT_SECONDS, VISIT_SECONDS = 4.0, 30.0  # between visits: records live for 90 s, so one may fail
 LONGEST_VISIT_SECONDS = 10.0
+
+
+async def meet(
+    neighbours: Neighbours, view: Callable[[], SwarmView], peer: PeerId, addresses: Sequence[str]
+) -> bool:
+    """Exchange records with a peer that is not in the view; whether it is there afterwards.
+
+    addresses: where it is said to listen.  The peer counts as any stranger: it is no bootstrap peer.
+    """
+    if view().get(peer) is not None or not neighbours.strangers([peer]):
+        await trio.lowlevel.checkpoint()
+        return False
+    with trio.move_on_after(LONGEST_VISIT_SECONDS):
+        await neighbours.ask_once(peer, addresses)
+    return view().get(peer) is not None
 
 
 async def visit_strangers(neighbours: Neighbours, bootstrap: Collection[PeerId], rng: random.Random) -> None:

@@ -1,0 +1,149 @@
+"""Announces a node in its local network, and dials the peers of its swarm that announce themselves there."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from node.network.lan.announcement import LanPeer, LanPeers, interfaces_of, write_announcement
+from node.network.lan.multicast import LanError, Multicast, ZeroconfMulticast
+from node.runtime.nurseries import background_nursery
+from routing.names import PeerId
+from tensor_codec.limits import Limits
+
+log = logging.getLogger(__name__)
+
+Meet = Callable[[PeerId, Sequence[str]], Awaitable[bool]]
+"""Exchange records with a peer at these addresses; whether it answered."""
+
+LOOK_SECONDS = 3.0  # for a first peer, at a start without --peers: an answer takes 0.5 s (seen), a start 2
+ADDRESSES_SECONDS = 10.0  # between looks at the addresses of this machine, which costs nothing
+AFTER_FAILURE_SECONDS = 60.0
+CLOSE_SECONDS = 3.0  # a goodbye takes 0.4 s; a registration under way 2 s
+WAITING_ANNOUNCEMENTS = 64  # from the library's thread to ours; older ones are lost under a flood
+
+
+class LanDiscovery:
+    """One node in its local network.  Made by `open_lan`.
+
+    listening: the multiaddrs on which this node listens now.  make: a new `Multicast` for each set of
+    interfaces.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        swarm: str,
+        listening: Callable[[], Sequence[str]],
+        limits: Limits,
+        make: Callable[[], Multicast],
+    ) -> None:
+        self._peer = peer
+        self._swarm = swarm
+        self._listening = listening
+        self._limits = limits
+        self._make = make
+        self._peers = LanPeers(peer, swarm, limits, trio.current_time())
+        self._token = trio.lowlevel.current_trio_token()
+        self._texts: deque[bytes] = deque(maxlen=WAITING_ANNOUNCEMENTS)
+        self._heard = trio.Event()
+        self._met = trio.Event()
+        self._failed = trio.Event()
+        self._said: str | None = None
+
+    async def run(self) -> None:
+        """Announce this node, and listen, on the interfaces of the moment."""
+        while True:
+            listening = tuple(self._listening())
+            if hosts := interfaces_of(listening):
+                await self._stay(listening, hosts)
+            else:
+                self._failed.set()
+                await trio.sleep(ADDRESSES_SECONDS)
+
+    async def _stay(self, listening: tuple[str, ...], hosts: tuple[str, ...]) -> None:
+        """Be in the local network until this machine's addresses change."""
+        multicast, one = self._make(), trio.CapacityLimiter(1)
+        in_thread = partial(trio.to_thread.run_sync, limiter=one, abandon_on_cancel=True)
+        port = int(listening[0].split("/")[4])
+        try:
+            await in_thread(multicast.open, hosts, self._take)
+            text = write_announcement(self._peer, self._swarm, listening)
+            await in_thread(multicast.announce, hosts, port, text)
+            self._said = None
+            while tuple(self._listening()) == listening:  # noqa: ASYNC110  the kernel tells nobody here
+                await trio.sleep(ADDRESSES_SECONDS)
+        except LanError as error:
+            if str(error) != self._said:
+                log.info("nobody finds this node in the local network: %s", error)
+            self._said = str(error)
+            self._failed.set()
+            await trio.sleep(AFTER_FAILURE_SECONDS)
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
+                await in_thread(multicast.close)
+
+    def _take(self, text: bytes) -> None:
+        """Runs in the library's thread."""
+        if len(text) > self._limits.max_lan_announcement_bytes:
+            return
+        self._texts.append(text)
+        try:
+            self._token.run_sync_soon(self._wake, idempotent=True)
+        except trio.RunFinishedError:
+            return
+
+    def _wake(self) -> None:
+        self._heard.set()
+
+    async def introduce(self, meet: Meet) -> None:
+        """Dial each peer of the swarm that announces itself."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._heard.wait()
+                self._heard = trio.Event()
+                while self._texts:
+                    found = self._peers.take(self._texts.popleft(), trio.current_time())
+                    if found is not None:
+                        nursery.start_soon(self._meet, meet, found)
+
+    async def _meet(self, meet: Meet, found: LanPeer) -> None:
+        if await meet(found.peer, found.addresses):
+            log.info("found %s at %s in the local network", found.peer, found.addresses[0])
+            self._met.set()
+
+    async def first_peer(self) -> bool:
+        """Wait for a peer of the swarm, LOOK_SECONDS at most; whether there was one."""
+        with trio.move_on_after(LOOK_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for event in (self._met, self._failed):
+                    nursery.start_soon(_cancel_after, event, nursery.cancel_scope)
+        return self._met.is_set()
+
+
+async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+@asynccontextmanager
+async def open_lan(
+    peer: PeerId,
+    swarm: str,
+    listening: Callable[[], Sequence[str]],
+    limits: Limits,
+    make: Callable[[], Multicast] = ZeroconfMulticast,
+) -> AsyncIterator[LanDiscovery]:
+    """Be in the local network until the end of the block.  Dials nobody before `introduce`.
+
+    swarm: its id; peers of others are not dialled.
+    """
+    lan = LanDiscovery(peer, swarm, listening, limits, make)
+    async with background_nursery() as nursery:
+        nursery.start_soon(lan.run)
+        yield lan
