@@ -80,6 +80,9 @@ class NetworkConfig:
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, values.path(name, value))
             values.seconds("patience_seconds", self.patience_seconds)
+            if self.lan not in (None, False, True) or self.port_mapping not in (False, True):
+                found = f"lan is {values.shown(self.lan)}, port_mapping is {values.shown(self.port_mapping)}"
+                raise ValueError(f"{found}: False and True are allowed, and None for lan")
             if not isinstance(self.name, str):
                 raise ValueError(f"name is {values.shown(self.name)}, a text is needed")
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from node.config import NetworkConfig
+from node.network import joining
+from node.network.addresses import Reach, reach_of
+from node.network.interfaces import read_interfaces
 from node.network.lan import discovery
 from node.network.lan.announcement import write_announcement
 from node.network.lan.discovery import WAITING_ANNOUNCEMENTS, LanDiscovery, open_lan
 from node.network.lan.multicast import LanError, ZeroconfMulticast
 from routing.names import PeerId
+from routing.view.records import Record
 from tensor_codec.limits import Limits
 from tests.fakes import ALICE, BOB
-from tests.io.test_directory import SERVER, Swarm
+from tests.io.test_directory import Swarm
 
 HOME = ["/ip4/192.168.1.11/tcp/31330"]
 NEXT_DOOR = ["/ip4/192.168.1.12/tcp/31330"]
@@ -221,6 +227,86 @@ async def test_whoever_announces_an_address_where_nobody_answers_costs_a_dial_an
         nursery.cancel_scope.cancel()
 
 
+# Nodes as `python -m node` makes them
+
+
+@pytest.fixture
+def own_host() -> str:
+    """A private IPv4 address of this machine; skips where it has none."""
+    for interface in read_interfaces():
+        for each in interface.addresses if interface.is_up else ():
+            if "." in each.host and reach_of(each.host) is Reach.PRIVATE:
+                return each.host
+    pytest.skip("this machine has no private IPv4 address")
+
+
+async def test_a_node_without_peers_joins_the_swarm_of_the_local_network(
+    own_host: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(discovery, "LOOK_SECONDS", 0.2)
+    room = Room()
+    monkeypatch.setattr(joining, "open_lan", partial(open_lan, make=room.multicast))
+    config = NetworkConfig(listen=(f"/ip4/{own_host}/tcp/0",), lan=None)
+    async with joining.join(config, "bootstrap") as first:
+        await first.directory.announce(Record(role="bootstrap"))
+        monkeypatch.setattr(discovery, "LOOK_SECONDS", 30.0)  # a busy machine; an answer ends it
+        async with joining.join(config, "bootstrap") as second:
+            assert first.host.peer_id in second.directory.view().entries
+    assert room.texts == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "announced"),
+    [
+        ({}, True),
+        ({"lan": True}, True),
+        ({"lan": False}, False),
+        ({"listen": ("/ip4/127.0.0.1/tcp/0",)}, False),
+        ({"listen": ()}, False),
+    ],
+    ids=str,
+)
+async def test_a_node_is_announced_where_it_listens_beyond_loopback_unless_it_may_not(
+    changes: dict, announced: bool, own_host: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(discovery, "LOOK_SECONDS", 0.2)
+    room = Room()
+    monkeypatch.setattr(joining, "open_lan", partial(open_lan, make=room.multicast))
+    config = replace(NetworkConfig(listen=(f"/ip4/{own_host}/tcp/0",), lan=None), **changes)
+    async with joining.join(config, "bootstrap"):
+        with trio.move_on_after(30 if announced else 0.2):
+            while not room.texts:  # noqa: ASYNC110  of threads
+                await trio.sleep(0.01)
+    assert bool(room.opened) is announced
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, True),
+        ({"port_mapping": False}, False),
+        ({"announce": ("/ip4/203.0.113.7/tcp/31330",)}, False),
+        ({"listen": ("/ip4/127.0.0.1/tcp/0",)}, False),
+    ],
+    ids=str,
+)
+async def test_the_router_is_asked_where_a_node_listens_beyond_loopback_unless_it_may_not(
+    changes: dict, asked: bool, own_host: str, monkeypatch: pytest.MonkeyPatch
+):
+    opened = []
+
+    @asynccontextmanager
+    async def fake_mapper(listening, offer):
+        opened.append(tuple(listening()))
+        await trio.lowlevel.checkpoint()
+        yield
+
+    monkeypatch.setattr(joining, "open_mapper", fake_mapper)
+    usual = NetworkConfig(listen=(f"/ip4/{own_host}/tcp/0",), lan=False, port_mapping=True)
+    async with joining.join(replace(usual, **changes), "bootstrap") as node:
+        assert opened == ([node.host.own.found] if asked else [])
+
+
 # zeroconf itself, on loopback
 
 
@@ -239,7 +325,7 @@ def loopback_room() -> Callable[[], ZeroconfMulticast]:
 
 async def test_zeroconf_brings_an_announcement_from_one_node_to_the_other_and_ends(loopback_room):
     text = write_announcement(BOB.peer_id, "public", NEXT_DOOR)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     heard: list[bytes] = []
     arrived, token = trio.Event(), trio.lowlevel.current_trio_token()
 
@@ -259,4 +345,5 @@ async def test_zeroconf_brings_an_announcement_from_one_node_to_the_other_and_en
         await trio.to_thread.run_sync(alice.close)
         await trio.to_thread.run_sync(bob.close)
     assert text in heard
-    assert not [each for each in threading.enumerate()[before:] if "zeroconf" in each.name.lower()]
+    left = [each.name for each in set(threading.enumerate()) - before]
+    assert not [name for name in left if "zeroconf" in name.lower() or "_run_loop" in name]

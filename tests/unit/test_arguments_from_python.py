@@ -115,6 +115,8 @@ def test_connect_says_what_cannot_be(given: dict[str, Any], says: str):
         ({"ready_file": 5}, "ready_file is 5"),
         ({"patience_seconds": math.nan}, "patience_seconds is nan"),
         ({"name": 5}, "name is 5"),
+        ({"lan": "yes"}, "lan is 'yes'"),
+        ({"port_mapping": None}, "port_mapping is None"),
     ],
     ids=str,
 )
