@@ -88,7 +88,7 @@ class NetworkConfig:
 
     @property
     def looks_in_lan(self) -> bool:
-        """Whether peers of the local network are waited for at the start, where it is used at all."""
+        """Whether peers of the local network are joined, where this process is announced there at all."""
         return self.lan is True or (self.lan is None and not self.peers)
 
     @property

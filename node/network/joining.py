@@ -68,7 +68,7 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
             AsyncExitStack() as stack,
         ):
             reach = _watch_reach(host, directory, config, role, nursery)
-            await _use_the_local_network(config, host, directory, reach, stack)
+            await _use_the_local_network(config, role, host, directory, reach, stack)
             yield Joined(host, directory, identity, reach)
 
 
@@ -89,9 +89,12 @@ def _watch_reach(
 
 
 async def _use_the_local_network(
-    config: NetworkConfig, host: Host, directory: Directory, reach: ReachWatch, stack: AsyncExitStack
+    config: NetworkConfig, role: Role, host: Host, directory: Directory, reach: ReachWatch, stack: AsyncExitStack
 ) -> None:
-    """Have the router forward our ports, and join the peers of the local network, as far as configured."""
+    """Have the router forward our ports, and join the peers of the local network, as far as configured.
+
+    A server waits for the first one: it is about to choose its blocks.
+    """
 
     def listening() -> Sequence[str]:
         return host.own.found
@@ -103,7 +106,8 @@ async def _use_the_local_network(
     if config.lan is not False:
         swarm = host.swarm_id
         lan = await stack.enter_async_context(open_lan(host.peer_id, swarm, listening, config.limits))
-        nursery = await stack.enter_async_context(background_nursery())
-        nursery.start_soon(lan.introduce, directory.meet)
-        if config.looks_in_lan and not await lan.first_peer():
-            log.info("no peer of the swarm %r answers in the local network", swarm)
+        if config.looks_in_lan:
+            nursery = await stack.enter_async_context(background_nursery())
+            nursery.start_soon(lan.introduce, directory.meet)
+            if role == "serve" and not await lan.first_peer():
+                log.info("no peer of the swarm %r answers in the local network", swarm)

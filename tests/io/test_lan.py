@@ -250,7 +250,7 @@ async def test_a_node_without_peers_joins_the_swarm_of_the_local_network(
     async with joining.join(config, "bootstrap") as first:
         await first.directory.announce(Record(role="bootstrap"))
         monkeypatch.setattr(discovery, "LOOK_SECONDS", 30.0)  # a busy machine; an answer ends it
-        async with joining.join(config, "bootstrap") as second:
+        async with joining.join(config, "serve") as second:
             assert first.host.peer_id in second.directory.view().entries
     assert room.texts == {}
 
