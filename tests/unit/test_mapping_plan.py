@@ -43,7 +43,7 @@ def grant(plan: MappingPlan, now: float, *, host: str = OUTSIDE, lease: int = LE
 
 
 def refuse_round(plan: MappingPlan, now: float) -> list[str]:
-    methods = []
+    methods: list[str] = []
     while isinstance(ask := plan.next(now), Ask):
         methods.append(ask.method)
         plan.refused(ask, "no", now)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from zeroconf import RecordUpdate, RecordUpdateListener, ServiceBrowser, ServiceInfo, Zeroconf
 
 
+TXT = 16  # the type of a record (RFC 1035)
+
+
 class LanError(Exception):
     """A local network in which nothing can be announced or found, with the reason in one line."""
 
@@ -69,9 +72,11 @@ class ZeroconfMulticast:
         """See `Multicast`."""
         from zeroconf import Error
 
+        if self._browser is not None:
+            self._browser.cancel()  # its own thread, which outlives `close`
         if self._zeroconf is not None:
             with contextlib.suppress(Error, OSError, TimeoutError):
-                self._zeroconf.close()  # ends the browser too, and unregisters
+                self._zeroconf.close()  # with a goodbye
 
 
 def service_info(name: str, hosts: Sequence[str], port: int, text: bytes) -> ServiceInfo:
@@ -93,14 +98,15 @@ def _text_listener(heard: Callable[[bytes], None]) -> RecordUpdateListener:
 
     The browser's own way, a question for each name, would wait for names without an answer.
     """
-    from zeroconf import DNSText, RecordUpdateListener
+    from zeroconf import RecordUpdateListener
 
     class Listener(RecordUpdateListener):
         def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
             for record in (update.new for update in records):
-                is_ours = isinstance(record, DNSText) and record.name.lower().endswith(f".{SERVICE}")
-                if is_ours and record.ttl > 0:  # 0: it says goodbye
-                    heard(record.text)
+                text = getattr(record, "text", None)  # of TXT records alone
+                is_ours = record.type == TXT and record.name.lower().endswith(f".{SERVICE}")
+                if is_ours and isinstance(text, bytes) and record.ttl > 0:  # 0: it says goodbye
+                    heard(text)
 
     return Listener()
 
