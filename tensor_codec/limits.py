@@ -75,6 +75,26 @@ class Limits:
     large_bytes_per_connection: int = 4 * MIB  # those up to 1 MiB; larger ones come one at a time
     max_large_frames: int = 32  # of all peers, in frames of `max_frame_bytes`: 512 MiB
 
+    # Relaying (circuit relay v2)
+    max_reservations: int = 16  # peers that this node relays to; go-libp2p has 128 for a public relay
+    max_bootstrap_reservations: int = 128  # the same, of a bootstrap node, which computes nothing
+    max_reservations_per_prefix: int = 8  # of one public address, as in go-libp2p
+    reservation_seconds: float = 1800.0  # without a refresh; go-libp2p has an hour
+    max_circuits: int = 64
+    max_circuits_from_peer: int = 8  # a client with a chain of eight relayed hops
+    max_circuits_to_peer: int = 16  # as in go-libp2p
+    circuit_open_seconds: float = 5.0  # from the question to the answer; a handshake over it has as long
+    circuit_idle_seconds: float = 120.0  # without a byte either way; go-libp2p ends every circuit then
+    circuit_bytes_in_hand: int = 64 * KIB  # each way, between two streams: a frame of the muxer
+    relay_bytes_per_second: int = 6_250_000  # 50 Mbit/s, of all circuits: a tenth of a core
+    relay_burst_bytes: int = 1 * MIB  # a prompt of 128 positions of a large model
+    max_circuits_per_peer: int = 2  # connections through relays, next to direct ones: one each way
+    max_circuit_handshakes: int = 8  # under way, of peers that come through relays
+    max_relay_message_bytes: int = 4 * KIB  # circuit v2's own bound
+    max_punches: int = 4  # at once; each dials two addresses that a peer has named
+    punch_seconds: float = 5.0  # of dials to these; DCUtR over TCP succeeds in the first of them, or never
+    punch_dial_seconds: float = 1.5  # of one dial: a SYN is repeated after a second
+
     # Bans, of what a peer does of its own accord
     faults_before_ban: int = 3  # within the window
     fault_window_seconds: float = 60.0

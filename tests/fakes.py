@@ -45,6 +45,7 @@ class MemoryLink:
     """A link over one end of a memory stream pair; every write waits."""
 
     remote: tuple[str, int] | None = None
+    relayed_by: PeerId | None = None
 
     def __init__(self, stream: trio.StapledStream) -> None:
         self._stream = stream

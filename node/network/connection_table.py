@@ -5,7 +5,7 @@ Decides and counts; opens, closes and awaits nothing.  `node.network.admission` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from node.network.admission.half_open import HalfOpen
@@ -48,6 +48,7 @@ class ConnectionTable:
 
     def __init__(self, limits: Limits, faults: Faults, *, members_only: bool = False) -> None:
         self.accepting = True  # see `node.runtime.watermarks`
+        self.reserved: Container[str] = ()  # peers that this node relays to: their connections stay
         self.handshakes = HalfOpen(limits.max_unauthenticated_connections)
         self.arrivals = Arrivals(limits)
         self._limits = limits
@@ -71,8 +72,19 @@ class ConnectionTable:
         return list(self._by_peer.get(peer, ()))
 
     def live(self, peer: PeerId) -> Connection | None:
-        """A connection to the peer on which streams can be opened."""
-        return next((each for each in self._by_peer.get(peer, ()) if each.is_established), None)
+        """A connection to the peer on which streams can be opened; a direct one where there is one."""
+        relayed = None
+        for each in self._by_peer.get(peer, ()):
+            if each.is_established:
+                if each.relayed_by is None:
+                    return each
+                relayed = relayed or each
+        return relayed
+
+    def direct(self, peer: PeerId) -> Connection | None:
+        """A live connection to the peer that no relay carries."""
+        live = self.live(peer)
+        return live if live is not None and live.relayed_by is None else None
 
     def connected(self) -> set[PeerId]:
         """The peers with a live connection."""
@@ -108,11 +120,17 @@ class ConnectionTable:
         if (seconds := self._faults.banned_seconds(peer)) > 0:
             raise PeerGone(f"{peer} broke the rules, and is let in again in {seconds:.0f} s")
 
-    def check(self, peer: PeerId) -> None:
-        """Raises PeerGone when a ban or the peer's cap forbids one more connection to this peer."""
+    def check(self, peer: PeerId, *, relayed: bool = False) -> None:
+        """Raises PeerGone when a ban or the peer's cap forbids one more connection to this peer.
+
+        relayed: by a relay; such connections have a cap of their own.
+        """
         self.raise_if_banned(peer)
-        if len(self._by_peer.get(peer, ())) >= self._limits.max_connections_per_peer:
-            raise PeerGone(f"{peer} has {self._limits.max_connections_per_peer} connections already")
+        limits = self._limits
+        most = limits.max_circuits_per_peer if relayed else limits.max_connections_per_peer
+        alike = [each for each in self._by_peer.get(peer, ()) if (each.relayed_by is not None) is relayed]
+        if len(alike) >= most:
+            raise PeerGone(f"{peer} has {most} {'circuits' if relayed else 'connections'} already")
 
     def make_room(self, peer: PeerId, prefix: str, now: float) -> Connection | None:
         """For an inbound connection: the connection that has to end for it.  Raises NoPlaceLeft."""
@@ -151,7 +169,7 @@ class ConnectionTable:
         return [
             each
             for each, place in self._inbound.items()
-            if place.used_at <= last and not self._is_good(place.peer)
+            if place.used_at <= last and not self._is_good(place.peer) and place.peer not in self.reserved
         ]
 
     # --- streams ---

@@ -150,5 +150,6 @@ class Libp2pConnection(IMuxedConn):  # type: ignore[misc]  # py-libp2p has no ty
         return [Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host.partition('%')[0]}/tcp/{port}")]
 
     def get_connection_type(self) -> ConnectionType:
-        """Never through a relay."""
-        return ConnectionType.DIRECT
+        """Through a relay, or direct."""
+        relayed = self._connection.relayed_by is not None
+        return ConnectionType.RELAYED if relayed else ConnectionType.DIRECT

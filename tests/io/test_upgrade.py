@@ -23,7 +23,7 @@ class SlowLink:
 
     def __init__(self, link, seconds):
         self.link, self.seconds, self.remote, self.close = link, seconds, link.remote, link.close
-        self.other, self.arrives_at = self, 0.0
+        self.other, self.arrives_at, self.relayed_by = self, 0.0, None
 
     async def receive_into(self, buffer):
         size = await self.link.receive_into(buffer)

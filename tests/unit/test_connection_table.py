@@ -51,6 +51,7 @@ class FakeConnection:
     prefix: str
     is_initiator: bool = False
     is_established: bool = True
+    relayed_by: PeerId | None = None
     core: FakeCore = field(default_factory=FakeCore)
     served: list[FakeStream] = field(default_factory=list)
 

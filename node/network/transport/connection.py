@@ -100,6 +100,17 @@ class MuxedStream:
         connection.flush_now()
         return True
 
+    def send_some_now(self, data: memoryview) -> int:
+        """Send as much of the data as needs no waiting; the number of those bytes.  Raises PeerGone."""
+        connection, sent = self.connection, 0
+        connection.raise_if_closed()
+        while sent < len(data) and connection.can_send_now:
+            if not (size := connection.core.send(self.state, data[sent:])):
+                break
+            sent += size
+            connection.flush_now()
+        return sent
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send, waiting for the peer's credit and the kernel.  Raises PeerGone.
 
@@ -122,6 +133,10 @@ class MuxedStream:
 
     async def aclose(self) -> None:
         """End our side, and discard the peer's further bytes."""
+        self.close_now()
+
+    def close_now(self) -> None:
+        """As `aclose`.  Twice does no harm."""
         self.place.end()
         self._end(self.connection.core.abandon)
         self.wake()
@@ -384,6 +399,11 @@ class Connection:
         """Of the peer's address, as `address_prefix` has it; "" where that is unknown."""
         remote = self.channel.link.remote
         return address_prefix(remote[0]) if remote else ""
+
+    @property
+    def relayed_by(self) -> PeerId | None:
+        """The relay that carries this connection; None for a direct one."""
+        return self.channel.link.relayed_by
 
     @property
     def is_initiator(self) -> bool:

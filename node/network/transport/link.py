@@ -12,6 +12,7 @@ from typing import Protocol
 
 import trio
 
+from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import KIB
 
@@ -22,6 +23,10 @@ class Link(Protocol):
     @property
     def remote(self) -> tuple[str, int] | None:
         """Address and port of the other end; None without them."""
+
+    @property
+    def relayed_by(self) -> PeerId | None:
+        """The relay that carries the bytes; None for a direct way."""
 
     async def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes and put them into the buffer; their number, 0 at the end.  Raises PeerGone."""
@@ -38,6 +43,8 @@ class Link(Protocol):
 
 class SocketLink:
     """A link over a connected TCP socket; nobody else uses the socket."""
+
+    relayed_by: PeerId | None = None
 
     def __init__(self, stream: trio.SocketStream | socket.socket, user_timeout_seconds: float) -> None:
         """Take the socket out of a trio stream, which is of no use afterwards."""

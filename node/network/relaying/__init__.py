@@ -1,0 +1,1 @@
+"""Reaching peers behind NAT: circuits through relays, and direct ways that come of them."""

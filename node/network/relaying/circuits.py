@@ -1,0 +1,91 @@
+"""Circuits that this node asks for: the relays of a peer, and a connection through one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
+
+from node.network.relaying.circuit_link import CircuitLink
+from node.network.relaying.messages import (
+    HOP_PROTOCOL,
+    Status,
+    decode_hop_answer,
+    encode_hop_connect,
+    read_delimited,
+)
+from node.network.transport.connection import Connection, MuxedStream
+from node.network.transport.noise import SecureChannel
+from node.network.transport.upgrade import Upgrade
+from routing.names import PeerId
+from tensor_codec.errors import PeerGone, SlowPeer
+from tensor_codec.limits import Limits
+
+
+class RelayAt(NamedTuple):
+    """A relay, and the multiaddrs at which it listens."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+
+
+class Routes(NamedTuple):
+    """The relays of a peer, the nearest first.
+
+    at_once: the peer cannot be reached without a relay, so a circuit need not wait for its addresses.
+    """
+
+    relays: tuple[RelayAt, ...] = ()
+    at_once: bool = False
+
+
+@dataclass(slots=True)
+class Circuits:
+    """Makes connections through relays.
+
+    upgrade, add: make a connection of a link, as for a socket.
+    routes_to: the relays of a peer, as far as known; to be set by those that know records.
+    """
+
+    limits: Limits
+    upgrade: Upgrade
+    add: Callable[[SecureChannel], Awaitable[Connection]]
+    routes_to: Callable[[PeerId], Routes] = lambda _: Routes()
+
+    async def dial(self, relay: Connection, peer: PeerId) -> Connection:
+        """A connection to a peer through a connected relay.
+
+        Takes three round trips: the question, and the handshake's two.  Raises PeerFault.
+        """
+        if relay.relayed_by is not None:
+            raise PeerGone(f"{relay.peer} is itself reached through a relay")
+        seconds = self.limits.circuit_open_seconds
+        with trio.move_on_after(seconds):
+            stream = relay.open()
+            try:
+                await self._ask(stream, peer)
+                where = f"{peer} through {relay.peer}"
+                return await self.add(await self.upgrade.outbound(CircuitLink(stream), peer, where))
+            except BaseException:
+                stream.reset_now()
+                raise
+        raise SlowPeer(f"no circuit through {relay.peer} within {seconds:g} s")
+
+    async def _ask(self, stream: MuxedStream, peer: PeerId) -> None:
+        """Raises PeerGone where the relay refuses."""
+        stream.propose(HOP_PROTOCOL)
+        await stream.send_all(encode_hop_connect(peer))
+        data = await read_delimited(stream.receive_some, self.limits.max_relay_message_bytes)
+        answer = decode_hop_answer(data)
+        if answer.status != Status.OK:
+            raise PeerGone(f"relay {stream.connection.peer} refuses: {reason_of(answer.status)}")
+
+
+def reason_of(status: int) -> str:
+    """A status in words."""
+    try:
+        return Status(status).name.lower().replace("_", " ")
+    except ValueError:
+        return f"status {status}"

@@ -1,0 +1,131 @@
+"""Keeps the reservations of a node behind NAT: acts on what `ReservationPlan` decides."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from node.network.addresses import Address
+from node.network.relaying.circuits import reason_of
+from node.network.relaying.messages import (
+    HOP_PROTOCOL,
+    Status,
+    decode_hop_answer,
+    decode_observed,
+    encode_reserve,
+    read_delimited,
+)
+from node.network.relaying.own_reservations import Candidate, ReservationPlan
+from node.network.transport.connection import Connection
+from routing.names import PeerId
+from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+from tensor_codec.limits import KIB, Limits
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # between two looks: a lost relay is replaced within five
+IDENTIFY = "/ipfs/id/1.0.0"
+_MAX_IDENTIFY_BYTES = 16 * KIB  # with a signed record and forty addresses
+
+
+@dataclass(slots=True)
+class Keeper:
+    """The reservations of one node.
+
+    connect: makes sure of a direct connection, from the port that this node listens on.  Raises PeerFault.
+    candidates: the peers that relay, as far as known.
+    wanted: whether this node needs relays now.
+    on_change: called with the relays to be announced, when they have changed.
+    """
+
+    limits: Limits
+    connect: Callable[[PeerId, Sequence[str]], Awaitable[Connection]]
+    candidates: Callable[[], Sequence[Candidate]] = tuple
+    wanted: Callable[[], bool] = lambda: False
+    on_change: Callable[[tuple[PeerId, ...]], None] = lambda _: None
+    wall_clock: Callable[[], float] = time.time
+    plan: ReservationPlan = field(default_factory=ReservationPlan)
+    _over: dict[PeerId, Connection] = field(default_factory=dict)
+    _told: tuple[PeerId, ...] = ()
+
+    def is_reserved_at(self, peer: PeerId) -> bool:
+        """Whether this peer relays to us, or is about to."""
+        return peer in self.plan.held or peer in self._over
+
+    async def run(self) -> None:
+        """Look every second, until cancelled."""
+        while True:
+            await self.look()
+            await trio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Ask for what is due, all at once."""
+        for peer, connection in list(self._over.items()):
+            if connection.closed.is_set():
+                self._forget(peer)
+        if self.wanted():
+            async with trio.open_nursery() as nursery:
+                for candidate in self.plan.due(self.candidates(), trio.current_time()):
+                    nursery.start_soon(self._reserve, candidate)
+        else:
+            for peer in self.plan.relays:
+                self._forget(peer)
+        if self.plan.relays != self._told:
+            self._told = self.plan.relays
+            self.on_change(self._told)
+
+    def _forget(self, peer: PeerId) -> None:
+        self._over.pop(peer, None)
+        self.plan.lost(peer)
+
+    async def _reserve(self, candidate: Candidate) -> None:
+        peer = candidate.peer
+        try:
+            with trio.move_on_after(self.limits.circuit_open_seconds + self.limits.dial_seconds) as scope:
+                connection = await self.connect(peer, candidate.addresses)
+                self._over[peer] = connection
+                seconds = await self._ask(connection)
+                seen_at = await self._observed(connection)
+                self.plan.granted(candidate, seconds, trio.current_time(), seen_at)
+            if scope.cancelled_caught:
+                raise SlowPeer("no answer to the question for a reservation")
+        except PeerFault as fault:
+            logger.debug("no reservation at %s: %s", peer, fault)
+            self.plan.refused(peer, trio.current_time())
+            if peer not in self.plan.held:
+                self._over.pop(peer, None)
+
+    async def _ask(self, connection: Connection) -> float:
+        """The seconds that a relay grants.  Raises PeerGone where it refuses."""
+        stream = connection.open()
+        try:
+            stream.propose(HOP_PROTOCOL)
+            await stream.send_all(encode_reserve())
+            most = self.limits.max_relay_message_bytes
+            answer = decode_hop_answer(await read_delimited(stream.receive_some, most))
+        finally:
+            await stream.aclose()
+        if answer.status != Status.OK:
+            raise PeerGone(f"relay {connection.peer} refuses: {reason_of(answer.status)}")
+        limits = self.limits
+        if answer.expires_at is None:
+            return limits.reservation_seconds
+        # a relay whose clock is wrong is asked again now and then, not at once and not never
+        seconds = answer.expires_at - self.wall_clock()
+        return min(max(seconds, limits.circuit_idle_seconds), 2 * limits.reservation_seconds)
+
+    async def _observed(self, connection: Connection) -> Address | None:
+        """The address at which a relay sees us, by libp2p's identify; None where it does not say."""
+        stream = connection.open()
+        try:
+            stream.propose(IDENTIFY)
+            return decode_observed(await read_delimited(stream.receive_some, _MAX_IDENTIFY_BYTES))
+        except PeerFault as fault:
+            logger.debug("%s does not say where it sees us: %s", connection.peer, fault)
+            return None
+        finally:
+            await stream.aclose()
