@@ -575,6 +575,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     from client.generation.head_batches import HeadBatches
     from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
+    from node.network.relaying.service import open_relaying
     from node.network.transport.identity import load_or_create_identity
     from node.network.transport.membership import load_swarm_key, swarm_id
     from node.runtime.compute_thread import open_compute_thread
@@ -586,6 +587,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     async with (
         open_compute_thread() as compute,
         open_host(identity=identity, listen=(), swarm_key=key, limits=config.limits) as host,
+        open_relaying(host),
         open_directory(
             host,
             identity,

@@ -339,6 +339,17 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
         "--no-port-mapping", action="store_true",
         help="do not ask the router to forward the port of --listen (by NAT-PMP or UPnP)",
     )  # fmt: skip
+    add_addresses(
+        network, "--relay", help="peers that shall relay to this node, also ones of another libp2p network"
+    )
+    network.add_argument(
+        "--no-relay", action="store_true", help="carry no bytes between peers behind NAT and others"
+    )
+    network.add_argument(
+        "--relay-mbit", type=positive, metavar="MBIT",
+        help="for all peers to which this node relays, in Mbit/s"
+        f" (default: {8 * USUAL.relay_bytes_per_second / 1e6:g})",
+    )  # fmt: skip
     network.add_argument("--name", default="", metavar="TEXT", help="a name to show in the status")
     network.add_argument(
         "--record-ttl",
@@ -488,6 +499,8 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         if not 1 <= flags.record_ttl <= most:
             raise ConfigError(f"--record-ttl is {flags.record_ttl}, 1 to {most:g} seconds are allowed")
         limits = replace(limits, record_ttl_seconds=flags.record_ttl, announce_seconds=flags.record_ttl / 3)
+    if flags.relay_mbit is not None:
+        limits = replace(limits, relay_bytes_per_second=flags.relay_mbit * 1_000_000 // 8)
     try:
         name = argument_text(flags.name, "--name")
     except ValueError as error:
@@ -509,6 +522,8 @@ def _network(flags: argparse.Namespace) -> NetworkConfig:
         metrics=flags.metrics,
         metrics_hosts=tuple(flags.metrics_host),
         require_reach=flags.require_reach,
+        relays=tuple(flags.relay),
+        relay=not flags.no_relay,
     )
 
 

@@ -66,6 +66,8 @@ class NetworkConfig:
     require_reach: bool = False  # end where no peer can dial this node, and no relay helps
     port_mapping: bool = False  # have the router forward the ports of listeners beyond loopback
     lan: bool | None = False
+    relays: tuple[str, ...] = ()  # multiaddrs of peers that shall relay to this node, whoever they are
+    relay: bool = True  # carry circuits for others, where this node can be reached
 
     def __post_init__(self) -> None:
         with config_errors():
@@ -74,7 +76,7 @@ class NetworkConfig:
             )
             if self.metrics is not None:
                 MetricsAddress.parse(self.metrics, self.metrics_hosts)
-            for name in ("peers", "listen", "announce"):
+            for name in ("peers", "listen", "announce", "relays"):
                 object.__setattr__(self, name, values.texts(name, getattr(self, name), "multiaddrs"))
             for name in ("swarm_key", "identity", "ready_file"):
                 if (value := getattr(self, name)) is not None:

@@ -115,9 +115,13 @@ class ConnectionTable:
         if len(self) >= most:
             raise NoPlaceLeft(f"all {most} connections that this node allows are in use")
 
+    def banned_seconds(self, peer: PeerId) -> float:
+        """Seconds until the end of the peer's ban; 0 without one."""
+        return self._faults.banned_seconds(peer)
+
     def raise_if_banned(self, peer: PeerId) -> None:
         """Raises PeerGone until the end of the peer's ban."""
-        if (seconds := self._faults.banned_seconds(peer)) > 0:
+        if (seconds := self.banned_seconds(peer)) > 0:
             raise PeerGone(f"{peer} broke the rules, and is let in again in {seconds:.0f} s")
 
     def check(self, peer: PeerId, *, relayed: bool = False) -> None:

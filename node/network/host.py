@@ -27,6 +27,7 @@ from node.network.admission.reception import Reception
 from node.network.budgets.large_frames import LargeFrames
 from node.network.connection_table import ConnectionTable
 from node.network.dialling.dialler import Dialler, Purpose
+from node.network.dialling.from_port import share_port
 from node.network.libp2p_adapter import Libp2pConnection
 from node.network.libp2p_host import make_libp2p_host
 from node.network.own_addresses import OwnAddresses, find_own_addresses
@@ -82,6 +83,7 @@ class Host:
     reception: of the peers that connect.
     own: where this node is, as last read.
     probe: a dial that reuses nothing, to see whether a peer answers at an address.
+    dialler: of its dials, also through relays.
     raw: py-libp2p's host, for identify alone.
     """
 
@@ -110,7 +112,7 @@ class Host:
         self._large_frames = LargeFrames.of(limits)
         upgrade = Upgrade(identity, swarm_key, limits)
         self.probe = Prober(upgrade, limits)
-        self._dialler = Dialler(self.peer_id, limits, upgrade, self.connections, self._add)
+        self.dialler = Dialler(self.peer_id, limits, upgrade, self.connections, self._add)
         self.read_addresses()
         self.reception = Reception(limits, upgrade, self.connections, nursery, self._add, self.charge)
         self._nursery = nursery
@@ -128,17 +130,17 @@ class Host:
     def read_addresses(self) -> bool:
         """Read the machine's interfaces again; whether this node's addresses have changed."""
         found = self._find_addresses()
-        self._dialler.networks.set_own(found.hosts, listens=found.listens)
+        self.dialler.networks.set_own(found.hosts, listens=found.listens)
         before, self.own = self.own, found
         return self.addresses != before.announced
 
     def configure_peers(self, multiaddrs: Iterable[str]) -> None:
         """The operator has named these addresses: they are dialled wherever they are, and at any time."""
-        self._dialler.networks.configure(map(parse_address, multiaddrs))
+        self.dialler.networks.configure(map(parse_address, multiaddrs))
 
     def sign_of_life(self, names: Iterable[str]) -> None:
         """These peers and multiaddrs may be back: see `node.network.dialling.backoff`."""
-        self._dialler.backoff.sign_of_life(names)
+        self.dialler.backoff.sign_of_life(names)
 
     def handle(
         self, protocol: str, handler: Handler, *, max_frame_bytes: int | None = None, bans: bool = True
@@ -186,7 +188,7 @@ class Host:
         if connection is None:
             purpose = _PURPOSES.get(protocol, "session")
             most = self._limits.max_successor_addresses if protocol in _NAMED_BY_CLIENTS else None
-            connection = await self._dialler.connect(peer, addresses, seconds, purpose, most)
+            connection = await self.dialler.connect(peer, addresses, seconds, purpose, most)
         stream = connection.open()
         stream.propose(protocol)
         return stream
@@ -194,7 +196,7 @@ class Host:
     async def connect(self, peer: PeerId, addresses: Sequence[str], *, seconds: float) -> None:
         """Make sure that there is a connection.  Raises what `open_stream` raises."""
         if self.connections.live(peer) is None:
-            await self._dialler.connect(peer, addresses, seconds, "ping")
+            await self.dialler.connect(peer, addresses, seconds, "ping")
 
     async def ping(self, peer: PeerId, addresses: Sequence[str], *, seconds: float | None = None) -> float:
         """The least round trip of `_PINGS` pings to a peer, in seconds.
@@ -294,7 +296,8 @@ class Host:
     async def _add(self, channel: SecureChannel) -> Connection:
         """Make a connection of a secured channel, unless a cap or a ban forbids it.  Raises PeerGone."""
         peer, limits = channel.remote, self._limits
-        self.connections.check(peer)
+        relayed = channel.link.relayed_by is not None
+        self.connections.check(peer, relayed=relayed)
         if channel.initiator:
             self.connections.raise_if_full()
         else:
@@ -323,7 +326,7 @@ class Host:
             connection.close_now("not wanted any more")
             raise
         connection.raise_if_closed()
-        if channel.initiator:
+        if channel.initiator and not relayed:
             self.faults.worked(peer)  # it proved its id where it said that it listens
         return connection
 
@@ -383,6 +386,8 @@ async def open_host(
         async with trio.open_nursery() as nursery:
             find_addresses = partial(find_own_addresses, chosen, listened_on)
             host = Host(identity, find_addresses, swarm_key, limits, nursery)
+            for address in listened_on:
+                host.dialler.ports.listens(address.kind, address.port)
             async with host.raw.run([]):
                 listening = trio.CancelScope()
                 nursery.start_soon(_serve_listeners, host, listeners, listening)
@@ -398,6 +403,7 @@ async def open_host(
                     listening.cancel()
                     with trio.CancelScope(shield=True):
                         await host.close_connections()
+                        host.dialler.ports.close()
                     nursery.cancel_scope.cancel()
     finally:
         for listener in listeners:
@@ -447,6 +453,7 @@ async def _listen(address: Address) -> tuple[list[socket.socket], Address]:
     listeners = [socket.socket(fileno=each.socket.detach()) for each in opened]
     for each in listeners:
         each.setblocking(False)
+        share_port(each)
     port = listeners[0].getsockname()[1]
     return listeners, Address(address.kind, address.host, port)
 

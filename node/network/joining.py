@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import trio
 
 from node.config import NetworkConfig
+from node.network.addresses import bootstrap_peers
 from node.network.directory.directory import Directory, DirectoryConfig, open_directory
 from node.network.host import Host, open_host
 from node.network.lan.discovery import open_lan
@@ -18,6 +19,8 @@ from node.network.mapping.mapper import open_mapper
 from node.network.reachability.listener import ReachListener
 from node.network.reachability.seen import learn_seen
 from node.network.reachability.watch import ReachWatch
+from node.network.relaying.own_reservations import Candidate
+from node.network.relaying.service import Relaying, open_relaying
 from node.network.transport.identity import Identity, held_identity
 from node.network.transport.membership import load_swarm_key, swarm_id
 from node.runtime.nurseries import background_nursery
@@ -38,6 +41,7 @@ class Joined:
     directory: Directory
     identity: Identity
     reach: ReachWatch
+    relaying: Relaying
 
 
 @asynccontextmanager
@@ -53,6 +57,7 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
                 swarm_key=key,
                 limits=config.limits,
             ) as host,
+            open_relaying(host, reservations=_reservations(config, role)) as relaying,
             open_directory(
                 host,
                 identity,
@@ -69,7 +74,9 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
         ):
             reach = _watch_reach(host, directory, config, role, nursery)
             await _use_the_local_network(config, role, host, directory, reach, stack)
-            yield Joined(host, directory, identity, reach)
+            if config.relays:
+                _ask_chosen(host, relaying, config.relays)
+            yield Joined(host, directory, identity, reach, relaying)
 
 
 def _watch_reach(
@@ -111,3 +118,21 @@ async def _use_the_local_network(
             nursery.start_soon(lan.introduce, directory.meet)
             if role == "serve" and not await lan.first_peer():
                 log.info("no peer of the swarm %r answers in the local network", swarm)
+
+
+def _reservations(config: NetworkConfig, role: Role) -> int:
+    """The peers that a node of this role relays to."""
+    if not config.relay or role not in ("serve", "bootstrap"):
+        return 0
+    limits = config.limits
+    return limits.max_bootstrap_reservations if role == "bootstrap" else limits.max_reservations
+
+
+def _ask_chosen(host: Host, relaying: Relaying, multiaddrs: Sequence[str]) -> None:
+    """Keep reservations at the relays that the operator has named.  Raises ConfigError."""
+    chosen = [
+        Candidate(peer, addresses, is_chosen=True) for peer, addresses in bootstrap_peers(multiaddrs).items()
+    ]
+    host.configure_peers(multiaddrs)
+    relaying.keeper.candidates = lambda: chosen
+    relaying.keeper.wanted = lambda: True

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?) ?(?:([KMGTP])(IB|B)?|B)?", re.IGNORECASE | re.ASCII)
-_OPTIONS = frozenset({"--peers", "--listen", "--announce"})
+_OPTIONS = frozenset({"--peers", "--listen", "--announce", "--relay"})
 
 
 def one_address_each(words: Sequence[str]) -> list[str]:

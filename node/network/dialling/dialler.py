@@ -14,9 +14,11 @@ import trio
 from node.network.addresses import Address, dial_order, parse_address
 from node.network.connection_table import ConnectionTable
 from node.network.dialling.backoff import Backoff, DialPaused
+from node.network.dialling.from_port import OwnPorts, PortTaken, open_tcp_from
 from node.network.dialling.networks import OwnNetworks
-from node.network.dialling.race import MAX_ANSWERS, Race, open_tcp, resolve
+from node.network.dialling.race import MAX_ANSWERS, STAGGER_SECONDS, Race, first_of, open_tcp, resolve
 from node.network.prefixes import address_prefix, is_local
+from node.network.relaying.circuits import Circuits, Routes
 from node.network.transport.connection import Connection
 from node.network.transport.link import SocketLink
 from node.network.transport.noise import SecureChannel
@@ -25,7 +27,7 @@ from routing.names import PeerId
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
-Purpose = Literal["session", "ping", "directory"]
+Purpose = Literal["session", "ping", "directory", "relay"]
 SILENT_SECONDS = 1.0  # after which an address whose dial is given up counts as failed
 PORTS_OF_A_HOST = 2  # that one dial tries, of those that a peer has named: nobody listens on more
 AGAIN_SECONDS = 0.5  # before a second dial to a peer that ended the connection at once: it may be crowded
@@ -41,6 +43,7 @@ class Dialler:
     me: this node's own id, which is never dialled.
     add: turns a secured channel into a connection of the table.  Raises PeerGone.
     networks, backoff: the rules for addresses that peers have named.
+    circuits: connections through relays.  ports: from which relays and punched peers are dialled.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Dialler:
     ) -> None:
         self.networks = OwnNetworks()
         self.backoff = Backoff(limits, rng or random.Random())
+        self.circuits = Circuits(limits, upgrade, add)
+        self.ports = OwnPorts()
         self._me = me
         self._limits = limits
         self._upgrade = upgrade
@@ -88,14 +93,105 @@ class Dialler:
                     if live is not None:
                         return live
                     readable, unreadable = self._readable(addresses, peer, most_addresses)
+                    dial = partial(self._dial, peer, readable, unreadable, silent)
                     async with self._places[purpose]:
-                        return await self._dial(peer, readable, unreadable, silent)
+                        if not (routes := self.circuits.routes_to(peer)).relays:
+                            return await dial()
+                        return await self._dial_or_relay(peer, routes, dial if readable else None)
             said_nothing = f": not a word from {', '.join(map(str, silent))}" if silent else ""
             raise SlowPeer(f"no connection to {peer} within {seconds:g} s{said_nothing}")
         finally:
-            statistics = lock.statistics()
-            if not statistics.locked and not statistics.tasks_waiting:
-                self._locks.pop(peer, None)
+            self._forget_lock(peer, lock)
+
+    def _forget_lock(self, peer: PeerId, lock: trio.Lock) -> None:
+        statistics = lock.statistics()
+        if not statistics.locked and not statistics.tasks_waiting:
+            self._locks.pop(peer, None)
+
+    # --- relays ---
+
+    async def _dial_or_relay(
+        self, peer: PeerId, routes: Routes, dial: Callable[[], Awaitable[Connection]] | None
+    ) -> Connection:
+        """A new connection, direct or through a relay: the first that is there.  Raises PeerFault.
+
+        dial: makes a direct one; None where the peer has no address.
+        """
+        through = [
+            partial(self.dial_through, relay, peer, addresses)
+            for relay, addresses in routes.relays
+            if relay not in (self._me, peer)
+        ]
+        direct = [] if dial is None else [dial]
+        head_start = 0.0 if routes.at_once else STAGGER_SECONDS
+        return await first_of([*direct, *through], [head_start, *(STAGGER_SECONDS for _ in through)])
+
+    async def dial_through(
+        self, relay: PeerId, peer: PeerId, addresses: Sequence[str] = ()
+    ) -> Connection:
+        """A new connection to a peer through a relay.
+
+        addresses: of the relay, where it is not connected.  Raises PeerFault.
+        """
+        name = f"{peer} through {relay}"
+        self._raise_if_paused(name, f"{name}: ")
+        try:
+            connection = self._connections.direct(relay) or await self.connect_to_relay(relay, addresses)
+            made = await self.circuits.dial(connection, peer)
+        except PeerFault:
+            self.backoff.failed(name, trio.current_time())
+            raise
+        self.backoff.worked(name)
+        return made
+
+    async def connect_to_relay(self, relay: PeerId, addresses: Sequence[str]) -> Connection:
+        """A direct connection from the port that this node listens on, so that others see that port's address.
+
+        Another direct connection where that one cannot be made.  Raises PeerFault.
+        """
+        lock, purpose = self._locks.setdefault(relay, trio.Lock()), "relay"
+        readable, unreadable = self._readable(addresses, relay, None)
+        try:
+            async with lock:
+                if (connection := self._from_own_port(relay)) is not None:
+                    return connection
+                async with self._places[purpose]:
+                    return await self._dial(relay, readable, unreadable, [], from_own_port=True)
+        except PeerFault:
+            if (direct := self._connections.direct(relay)) is None:
+                raise
+            return direct
+        finally:
+            self._forget_lock(relay, lock)
+
+    async def connect_directly(self, peer: PeerId, addresses: Sequence[str]) -> Connection:
+        """A direct connection to a peer, also next to a circuit.  Raises PeerFault."""
+        lock, purpose = self._locks.setdefault(peer, trio.Lock()), "relay"
+        readable, unreadable = self._readable(addresses, peer, None)
+        try:
+            async with lock:
+                if (direct := self._connections.direct(peer)) is not None:
+                    return direct
+                async with self._places[purpose]:
+                    return await self._dial(peer, readable, unreadable, [])
+        finally:
+            self._forget_lock(peer, lock)
+
+    def _from_own_port(self, peer: PeerId) -> Connection | None:
+        """A live connection that others would see as they see our listener."""
+        for each in self._connections.of(peer):
+            link = each.channel.link
+            if each.is_established and isinstance(link, SocketLink) and self.ports.has(link.local_port):
+                return each
+        return None
+
+    async def dial_from_own_port(self, address: Address) -> SocketLink:
+        """Connect to an address that a peer behind NAT has named, to meet its own dial.  Raises PeerGone."""
+        self._raise_unless_allowed(address)
+        stream = await open_tcp_from(self.ports.of(address.kind), address)
+        return SocketLink(stream, self._limits.tcp_user_timeout_seconds)
+
+    # --- addresses ---
 
     def _readable(
         self, texts: Sequence[str], peer: PeerId, most: int | None
@@ -130,7 +226,12 @@ class Dialler:
         return self.networks.is_configured(address) or self.backoff.was_reached(str(address))
 
     async def _dial(
-        self, peer: PeerId, addresses: list[Address], unreadable: list[str], silent: list[Address]
+        self,
+        peer: PeerId,
+        addresses: list[Address],
+        unreadable: list[str],
+        silent: list[Address],
+        from_own_port: bool = False,
     ) -> Connection:
         """A new connection, `dial_seconds` for all addresses together.
 
@@ -142,7 +243,7 @@ class Dialler:
         self._connections.raise_if_full()
         if not any(self.networks.is_configured(each) or self.backoff.is_new(str(each)) for each in addresses):
             self._raise_if_paused(peer, f"{peer} cannot be reached: ")
-        race = self._race(peer, silent)
+        race = self._race(peer, silent, from_own_port=from_own_port)
         channel, seconds, done = None, self._limits.dial_seconds, False
         try:
             with trio.move_on_after(seconds):
@@ -155,7 +256,7 @@ class Dialler:
                 if channel is None and turned:
                     await trio.sleep(AGAIN_SECONDS)
                     others = [failure for failure in race.failures if failure not in turned]
-                    race = self._race(peer, silent, others)
+                    race = self._race(peer, silent, others, from_own_port=from_own_port)
                     channel = await race.run([address for address, _ in turned])
             done = True
         finally:
@@ -178,10 +279,15 @@ class Dialler:
         raise PeerGone(f"{peer} cannot be reached: {'; '.join(reasons) or 'none of its addresses is known'}")
 
     def _race(
-        self, peer: PeerId, silent: list[Address], earlier: list[tuple[Address, PeerFault]] | None = None
+        self,
+        peer: PeerId,
+        silent: list[Address],
+        earlier: list[tuple[Address, PeerFault]] | None = None,
+        *,
+        from_own_port: bool = False,
     ) -> Race[SecureChannel]:
         """earlier: failures of the other addresses; None: this is the first dial to any of them."""
-        attempt = partial(self._attempt, peer, earlier is None)
+        attempt = partial(self._attempt, peer, earlier is None, from_own_port)
         return Race(attempt, self._resolve, lambda late: late.link.close(), earlier or [], silent)
 
     async def _resolve(self, name: Address) -> list[Address]:
@@ -190,7 +296,9 @@ class Dialler:
         self.networks.resolved(name, found)
         return found
 
-    async def _attempt(self, peer: PeerId, first: bool, address: Address) -> SecureChannel:
+    async def _attempt(
+        self, peer: PeerId, first: bool, from_own_port: bool, address: Address
+    ) -> SecureChannel:
         """One dial to an IP address.  Raises PeerFault; PeerGone where the rules forbid it.
 
         first: where the peer ends the connection at once another dial follows, so no pause begins.
@@ -198,7 +306,8 @@ class Dialler:
         self._raise_unless_allowed(address)
         began, name = trio.current_time(), str(address)
         try:
-            link = SocketLink(await open_tcp(address), self._limits.tcp_user_timeout_seconds)
+            stream = await (self._open_from_own_port(address) if from_own_port else open_tcp(address))
+            link = SocketLink(stream, self._limits.tcp_user_timeout_seconds)
             try:
                 channel = await self._upgrade.outbound(link, peer, name)
             except PeerGone as gone:
@@ -217,6 +326,13 @@ class Dialler:
             raise
         self.backoff.worked(name)
         return channel
+
+    async def _open_from_own_port(self, address: Address) -> trio.SocketStream:
+        """As `open_tcp`, from our own port unless an earlier connection to the address has it."""
+        try:
+            return await open_tcp_from(self.ports.of(address.kind), address)
+        except PortTaken:
+            return await open_tcp(address)
 
     def _raise_unless_allowed(self, address: Address) -> None:
         connected_from = (each.prefix.partition("/")[0] for each in self._connections if each.prefix)

@@ -6,6 +6,7 @@ which a relay sees this node is the one at which others meet it, if both dials l
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import trio
@@ -26,19 +27,63 @@ def share_port(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
+class PortTaken(PeerGone):
+    """Another connection between this port and this address is there."""
+
+
+class OwnPorts:
+    """The ports from which relays and punched peers are dialled: a listener's, or else one kept for that."""
+
+    def __init__(self) -> None:
+        self._ports: dict[str, int] = {}
+        self._kept: list[socket.socket] = []
+
+    def listens(self, kind: str, port: int) -> None:
+        """A listener of this family ("ip4", "ip6") is at this port; the first one counts."""
+        self._ports.setdefault(kind, port)
+
+    def has(self, port: int) -> bool:
+        """Whether a dial from this port was one from our own."""
+        return port in self._ports.values()
+
+    def of(self, kind: str) -> int:
+        """The port of a family.  Raises PeerGone where this machine has no such family."""
+        if kind not in self._ports:
+            kept = socket.socket(_FAMILIES[kind], socket.SOCK_STREAM)
+            self._kept.append(kept)
+            try:
+                _share(kept)
+                kept.bind((_ANY_HOST[kind], 0))
+            except OSError as error:
+                raise PeerGone(error.strerror or str(error)) from error
+            self._ports[kind] = int(kept.getsockname()[1])
+        return self._ports[kind]
+
+    def close(self) -> None:
+        """Give the ports back that were kept."""
+        for each in self._kept:
+            each.close()
+        self._kept.clear()
+
+
 async def open_tcp_from(port: int, address: Address) -> trio.SocketStream:
-    """Connect to an IP address from a port of this machine.  Raises PeerGone."""
+    """Connect to an IP address from a port of this machine.  Raises PeerGone, PortTaken."""
     dialled = trio.socket.socket(_FAMILIES[address.kind], socket.SOCK_STREAM)
     try:
-        dialled.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "SO_REUSEPORT"):
-            dialled.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _share(dialled)
         await dialled.bind((_ANY_HOST[address.kind], port))
         await dialled.connect((address.host, address.port))
     except OSError as error:
         dialled.close()
-        raise PeerGone(error.strerror or str(error)) from error
+        taken = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+        raise (PortTaken if taken else PeerGone)(error.strerror or str(error)) from error
     except BaseException:
         dialled.close()
         raise
     return trio.SocketStream(dialled)
+
+
+def _share(sock: socket.socket | trio.socket.SocketType) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "SO_REUSEPORT"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import trio
 
 from node.network.addresses import Address, dial_order
-from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
+from tensor_codec.errors import NotAMember, PeerFault, PeerGone, SlowPeer
 
 STAGGER_SECONDS = 0.25  # until the next address is tried too; RFC 8305, section 8
 TRIED_AT_ONCE = 4
@@ -112,6 +112,43 @@ class Race(Generic[T]):
         """Discard surplus results: two attempts may succeed at the same moment."""
         while len(self._won) > but:
             self.discard(self._won.pop())
+
+
+async def first_of(
+    attempts: Sequence[Callable[[], Awaitable[T]]], head_starts: Sequence[float]
+) -> T:
+    """The result of the first attempt that succeeds, the others cancelled.
+
+    head_starts: seconds that each attempt has before the next one begins; its failure ends them.
+    Raises the fault of the first attempt, with those of the others in its text, PeerGone where there is none.
+    """
+    results: list[T] = []
+    faults: list[PeerFault] = []
+
+    async def run(attempt: Callable[[], Awaitable[T]], failed: trio.Event) -> None:
+        try:
+            results.append(await attempt())
+        except PeerFault as fault:
+            faults.append(fault)
+            failed.set()
+        else:
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for attempt, seconds in zip(attempts, head_starts, strict=False):
+            failed = trio.Event()
+            nursery.start_soon(run, attempt, failed)
+            with trio.move_on_after(seconds):
+                await failed.wait()
+    if results:
+        return results[0]
+    for fault in faults:
+        if isinstance(fault, NotAMember):  # the operator should read this one first
+            raise fault
+    if not faults:
+        raise PeerGone("neither an address nor a relay is known")
+    kind = type(faults[0]) if isinstance(faults[0], PeerGone | SlowPeer) else PeerGone
+    raise kind("; ".join(map(str, faults))) from faults[0]
 
 
 async def resolve(address: Address) -> list[Address]:

@@ -9,27 +9,24 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.network.addresses import Address
 from node.network.relaying.circuits import reason_of
 from node.network.relaying.messages import (
     HOP_PROTOCOL,
     Status,
     decode_hop_answer,
-    decode_observed,
     encode_reserve,
     read_delimited,
 )
+from node.network.relaying.observed import ask_observed
 from node.network.relaying.own_reservations import Candidate, ReservationPlan
 from node.network.transport.connection import Connection
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone, SlowPeer
-from tensor_codec.limits import KIB, Limits
+from tensor_codec.limits import Limits
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between two looks: a lost relay is replaced within five
-IDENTIFY = "/ipfs/id/1.0.0"
-_MAX_IDENTIFY_BYTES = 16 * KIB  # with a signed record and forty addresses
 
 
 @dataclass(slots=True)
@@ -89,7 +86,7 @@ class Keeper:
                 connection = await self.connect(peer, candidate.addresses)
                 self._over[peer] = connection
                 seconds = await self._ask(connection)
-                seen_at = await self._observed(connection)
+                seen_at = await ask_observed(connection, self.limits.negotiation_seconds)
                 self.plan.granted(candidate, seconds, trio.current_time(), seen_at)
             if scope.cancelled_caught:
                 raise SlowPeer("no answer to the question for a reservation")
@@ -117,15 +114,3 @@ class Keeper:
         # a relay whose clock is wrong is asked again now and then, not at once and not never
         seconds = answer.expires_at - self.wall_clock()
         return min(max(seconds, limits.circuit_idle_seconds), 2 * limits.reservation_seconds)
-
-    async def _observed(self, connection: Connection) -> Address | None:
-        """The address at which a relay sees us, by libp2p's identify; None where it does not say."""
-        stream = connection.open()
-        try:
-            stream.propose(IDENTIFY)
-            return decode_observed(await read_delimited(stream.receive_some, _MAX_IDENTIFY_BYTES))
-        except PeerFault as fault:
-            logger.debug("%s does not say where it sees us: %s", connection.peer, fault)
-            return None
-        finally:
-            await stream.aclose()

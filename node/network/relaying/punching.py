@@ -39,7 +39,8 @@ class Punching:
     """Makes direct connections beside circuits.
 
     upgrade, add: make a connection of a link, as for a socket.
-    seen_at: the addresses at which others see this node's listening ports; none: it punches nothing.
+    seen_at: the addresses at which others see the port that this node dials from, as a circuit's relay has
+        them; none: it punches nothing.
     dial: connects to an address from the port that this node listens on.  Raises PeerFault.
     dial_directly: a usual dial to a peer at these addresses.  Raises PeerFault.
     public_addresses: at which a peer can be dialled, as far as its record says.
@@ -48,9 +49,9 @@ class Punching:
     limits: Limits
     upgrade: Upgrade
     add: Callable[[SecureChannel], Awaitable[Connection]]
+    seen_at: Callable[[Connection], Awaitable[Sequence[Address]]]
     dial: Callable[[Address], Awaitable[Link]]
     dial_directly: Callable[[PeerId, Sequence[str]], Awaitable[object]]
-    seen_at: Callable[[], Sequence[Address]] = tuple
     public_addresses: Callable[[PeerId], Sequence[str]] = lambda _: ()
     under_way: set[PeerId] = field(default_factory=set)
     done: int = 0  # punched connections
@@ -65,9 +66,10 @@ class Punching:
             if await self._reverse(circuit.peer):
                 return True
             for _ in range(TRIES):
-                if not self.seen_at() or circuit.closed.is_set():
+                own = tuple(await self.seen_at(circuit))
+                if not own or circuit.closed.is_set():
                     return False
-                if await self._punch(circuit):
+                if await self._punch(circuit, own):
                     return True
         except PeerFault as fault:
             logger.debug("no direct way to %s: %s", circuit.peer, fault)
@@ -86,7 +88,7 @@ class Punching:
             return False
         return True
 
-    async def _punch(self, circuit: Connection) -> bool:
+    async def _punch(self, circuit: Connection, own: tuple[Address, ...]) -> bool:
         """One try.  Raises PeerFault where the peer does not take part."""
         seconds = self.limits.punch_seconds
         with trio.move_on_after(seconds):
@@ -94,7 +96,7 @@ class Punching:
             try:
                 stream.propose(DCUTR_PROTOCOL)
                 sent_at = trio.current_time()
-                await stream.send_all(encode_punch(Punch(False, tuple(self.seen_at()))))
+                await stream.send_all(encode_punch(Punch(False, own)))
                 theirs = await self._receive(stream)
                 round_trip = trio.current_time() - sent_at
                 await stream.send_all(encode_punch(Punch(is_sync=True)))
@@ -116,7 +118,8 @@ class Punching:
         try:
             with trio.move_on_after(self.limits.punch_seconds) as scope:
                 theirs = await self._receive(stream)
-                await stream.send_all(encode_punch(Punch(False, tuple(self.seen_at()))))
+                own = tuple(await self.seen_at(circuit))
+                await stream.send_all(encode_punch(Punch(False, own)))
                 if not (await self._receive(stream)).is_sync:
                     raise RemoteProtocolError("another message than a sync in a punch")
             if scope.cancelled_caught:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
+from node.network.addresses import Address
 from node.network.budgets.fair_rate import FairRate
-from node.network.relaying.circuits import Circuits
+from node.network.connection_table import ConnectionTable
+from node.network.host import Host
 from node.network.relaying.hop import Relay
 from node.network.relaying.keeping import Keeper
+from node.network.relaying.messages import DCUTR_PROTOCOL, HOP_PROTOCOL, STOP_PROTOCOL
+from node.network.relaying.observed import ask_observed
 from node.network.relaying.punching import Punching
 from node.network.relaying.reservations import RelayTable
 from node.network.relaying.stop import StopListener
 from node.network.transport.connection import Connection
-from tensor_codec.limits import Limits
+from node.runtime.nurseries import background_nursery
+from routing.names import PeerId
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +34,89 @@ UNUSED_SECONDS = 60.0  # any circuit without a stream
 
 @dataclass(slots=True)
 class Relaying:
-    """What a host does about relays.
+    """What a host does about relays.  Made by `open_relaying`.
 
+    keeper: this node's own reservations.  punching: direct ways next to circuits.
     relay: None where this node carries nothing for others.
     """
 
-    circuits: Circuits
-    stop: StopListener
     keeper: Keeper
     punching: Punching
     relay: Relay | None = None
-    idle: CircuitsInUse = field(default_factory=lambda: CircuitsInUse())
 
-    async def run(self, nursery: trio.Nursery, connections: Callable[[], Iterable[Connection]]) -> None:
-        """Keep reservations, look for direct ways, and close unused circuits; until cancelled."""
-        self.stop.on_circuit = partial(nursery.start_soon, self.punching.improve)
-        nursery.start_soon(self.keeper.run)
-        while True:
-            await trio.sleep(LOOK_SECONDS)
-            for circuit in self.idle.unused(list(connections()), trio.current_time()):
-                logger.debug("the circuit of %s is not in use", circuit.peer)
-                await circuit.close()
+    @property
+    def relayed_bytes(self) -> int:
+        """Carried for others, both ways."""
+        return 0 if self.relay is None else self.relay.table.carried_bytes
+
+
+@asynccontextmanager
+async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[Relaying]:
+    """Let a host use relays, and be one, until the end of the block.
+
+    reservations: peers behind NAT that it relays to; 0: it carries nothing for others.
+    """
+    limits, dialler = host.dialler.circuits.limits, host.dialler
+    upgrade, add = dialler.circuits.upgrade, dialler.circuits.add
+    keeper = Keeper(limits, dialler.connect_to_relay)
+    seen_at = partial(_seen_at, host, keeper)
+    punching = Punching(
+        limits, upgrade, add, seen_at, dialler.dial_from_own_port, dialler.connect_directly
+    )
+    relaying = Relaying(keeper, punching)
+    async with background_nursery() as nursery:
+        stop = StopListener(
+            limits,
+            upgrade,
+            add,
+            host.charge,
+            is_reserved_at=keeper.is_reserved_at,
+            is_banned=lambda peer: host.connections.banned_seconds(peer) > 0,
+            on_circuit=partial(nursery.start_soon, punching.improve),
+        )
+        host.handle_bytes(STOP_PROTOCOL, stop.serve)
+        host.handle_bytes(DCUTR_PROTOCOL, punching.serve)
+        if reservations:
+            relay = relaying.relay = _make_relay(host, reservations)
+            host.connections.reserved = relay.table
+            host.handle_bytes(HOP_PROTOCOL, relay.serve)
+        nursery.start_soon(keeper.run)
+        nursery.start_soon(_close_unused, host.connections)
+        yield relaying
+
+
+def _make_relay(host: Host, most: int) -> Relay:
+    limits, direct = host.dialler.circuits.limits, host.connections.direct
+    table = RelayTable(limits, most, lambda peer: direct(PeerId(peer)) is not None)
+    rate = FairRate(limits.relay_bytes_per_second, limits.relay_burst_bytes)
+    return Relay(
+        limits, table, rate, direct, lambda: [f"{each}/p2p/{host.peer_id}" for each in host.addresses]
+    )
+
+
+async def _seen_at(host: Host, keeper: Keeper, circuit: Connection) -> Sequence[Address]:
+    """The addresses at which others see the port that this node dials from; none where no punch can work.
+
+    Raises PeerFault.
+    """
+    if keeper.plan.is_symmetric or circuit.relayed_by is None:
+        return ()
+    if keeper.plan.seen_at:
+        return keeper.plan.seen_at
+    where = _dialled_at(host.connections, circuit.relayed_by)
+    relay = await host.dialler.connect_to_relay(circuit.relayed_by, where)
+    address = await ask_observed(relay, host.dialler.circuits.limits.negotiation_seconds)
+    return () if address is None else (address,)
+
+
+async def _close_unused(connections: ConnectionTable) -> None:
+    """Close the circuits that are not in use, until cancelled."""
+    idle = CircuitsInUse()
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        for circuit in idle.unused(list(connections), trio.current_time()):
+            logger.debug("the circuit of %s is not in use", circuit.peer)
+            await circuit.close()
 
 
 @dataclass(slots=True)
@@ -69,15 +137,7 @@ class CircuitsInUse:
         ]
 
 
-def make_relay(
-    limits: Limits,
-    most: int,
-    direct: Callable[[str], Connection | None],
-    addresses: Callable[[], Sequence[str]],
-) -> Relay:
-    """A relay for so many peers.  direct: a peer's direct connection.  addresses: with /p2p/ID."""
-    table = RelayTable(limits, most, lambda peer: direct(peer) is not None)
-    rate = FairRate(limits.relay_bytes_per_second, limits.relay_burst_bytes)
-    return Relay(limits, table, rate, direct, addresses)
-
-
+def _dialled_at(connections: ConnectionTable, peer: PeerId) -> list[str]:
+    """The addresses at which we have reached a peer."""
+    remotes = [each.channel.link.remote for each in connections.of(peer) if each.is_initiator]
+    return [f"/{'ip6' if ':' in each[0] else 'ip4'}/{each[0]}/tcp/{each[1]}" for each in remotes if each]

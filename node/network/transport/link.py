@@ -57,8 +57,9 @@ class SocketLink:
         try:
             name = self._socket.getpeername()
             self.remote: tuple[str, int] | None = (str(name[0]), int(name[1]))
+            self.local_port = int(self._socket.getsockname()[1])
         except OSError:
-            self.remote = None
+            self.remote, self.local_port = None, 0
         self._socket.setblocking(False)
         self._descriptor = self._socket.fileno()
         self._closed = False
