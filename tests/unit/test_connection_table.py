@@ -424,3 +424,34 @@ def test_peers_of_one_address_open_streams_no_faster_with_many_connections_and_i
     assert admitted == 4 * 3 + 10, "three of each id, and ten together"
     assert opens(node.come(PUBLIC)), "a newcomer of the address has a few of its own"
     assert sum(opens(connection) for connection in [node.come(OTHER)] * 50) == 3 + 10
+
+
+def test_a_peer_has_two_connections_through_relays_next_to_its_direct_ones():
+    node = Node()
+    peer = PeerId("p")
+
+    def add(relay: str | None) -> FakeConnection:
+        node.table.check(peer, relayed=relay is not None)
+        made = FakeConnection(peer, "", relayed_by=None if relay is None else PeerId(relay))
+        node.table.add(cast(Connection, made), 0.0)
+        return made
+
+    circuits = [add("r"), add("s")]
+    assert node.table.live(peer) is circuits[0]
+    assert node.table.direct(peer) is None
+    with pytest.raises(PeerGone, match="p has 2 circuits already"):
+        add("t")
+    direct = [add(None), add(None)]
+    assert node.table.live(peer) is direct[0], "later streams take the direct way"
+    assert node.table.direct(peer) is direct[0]
+    with pytest.raises(PeerGone, match="p has 2 connections already"):
+        add(None)
+
+
+def test_a_connection_of_a_peer_that_we_relay_to_stays_without_a_stream():
+    node = Node()
+    kept, other = (FakeConnection(PeerId(name), PUBLIC) for name in ("kept", "other"))
+    for each in (kept, other):
+        node.table.add(cast(Connection, each), 0.0)
+    node.table.reserved = {"kept"}
+    assert node.table.unused(120.0) == [other]

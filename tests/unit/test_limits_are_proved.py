@@ -19,6 +19,8 @@ ARRIVALS = "unit/test_shares.py::"
 LISTENER = "io/test_listener.py::"
 HOST = "io/test_host.py::"
 REACH = "io/test_reach_listener.py::"
+RELAYING = "io/test_relaying.py::"
+RELAY_TABLE = "unit/test_relay_table.py::"
 TABLE = "io/test_kademlia.py::test_the_limits_of_the_table_are_those_of_the_node"
 PROOFS = {
     "max_header_bytes": "unit/test_header.py::test_a_header_may_not_be_larger_than_4_kib_whatever_is_in_it",
@@ -81,6 +83,35 @@ PROOFS = {
     "test_frames_of_up_to_a_mebibyte_share_four_of_them_and_larger_ones_come_one_after_the_other",
     "max_large_frames": "unit/test_large_frames.py::"
     "test_the_usual_limits_leave_room_for_32_of_the_largest_frames",
+    "max_reservations": RELAY_TABLE
+    + "test_max_reservations_are_given_and_the_next_peer_is_refused_while_others_refresh",
+    "max_bootstrap_reservations": RELAY_TABLE + "test_a_bootstrap_node_has_max_bootstrap_reservations",
+    "max_reservations_per_prefix": RELAY_TABLE
+    + "test_a_public_address_has_max_reservations_per_prefix_and_another_one_its_own",
+    "reservation_seconds": RELAY_TABLE
+    + "test_a_reservation_ends_after_reservation_seconds_unless_it_is_asked_for_again",
+    "max_circuits": RELAY_TABLE + "test_there_are_max_circuits_and_no_more",
+    "max_circuits_from_peer": RELAY_TABLE
+    + "test_a_source_has_max_circuits_from_peer_and_a_target_max_circuits_to_peer",
+    "max_circuits_to_peer": RELAY_TABLE
+    + "test_a_source_has_max_circuits_from_peer_and_a_target_max_circuits_to_peer",
+    "circuit_open_seconds": RELAYING + "test_a_target_that_says_nothing_costs_circuit_open_seconds",
+    "circuit_idle_seconds": RELAYING + "test_a_circuit_without_a_byte_ends_after_circuit_idle_seconds",
+    "circuit_bytes_in_hand": RELAYING + "test_a_slow_target_stops_the_source_and_the_relay_holds_a_window",
+    "relay_bytes_per_second": RELAYING
+    + "test_all_circuits_together_have_relay_bytes_per_second_and_each_its_part",
+    "relay_burst_bytes": "unit/test_fair_rate.py::"
+    "test_flows_that_always_ask_get_as_much_as_each_other_and_together_the_rate",
+    "max_circuits_per_peer": "unit/test_connection_table.py::"
+    "test_a_peer_has_two_connections_through_relays_next_to_its_direct_ones",
+    "max_circuit_handshakes": RELAYING + "test_only_a_relay_that_was_asked_brings_peers_and_few_at_once",
+    "max_relay_message_bytes": "unit/test_relay_messages.py::"
+    "test_a_message_beyond_the_limit_max_relay_message_bytes_is_not_read",
+    "max_punches": "io/test_punching.py::test_there_are_max_punches_at_once",
+    "punch_seconds": "io/test_punching.py::"
+    "test_where_nobody_is_let_in_the_circuit_stays_and_two_tries_have_punch_seconds_each",
+    "punch_dial_seconds": "io/test_punching.py::"
+    "test_where_nobody_is_let_in_the_circuit_stays_and_two_tries_have_punch_seconds_each",
     "faults_before_ban": "unit/test_faults.py::"
     "test_three_faults_of_its_own_accord_ban_a_peer_for_a_quarter_of_a_minute",
     "fault_window_seconds": "unit/test_bans.py::test_faults_that_are_far_apart_ban_nobody",

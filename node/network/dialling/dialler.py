@@ -126,9 +126,7 @@ class Dialler:
         head_start = 0.0 if routes.at_once else STAGGER_SECONDS
         return await first_of([*direct, *through], [head_start, *(STAGGER_SECONDS for _ in through)])
 
-    async def dial_through(
-        self, relay: PeerId, peer: PeerId, addresses: Sequence[str] = ()
-    ) -> Connection:
+    async def dial_through(self, relay: PeerId, peer: PeerId, addresses: Sequence[str] = ()) -> Connection:
         """A new connection to a peer through a relay.
 
         addresses: of the relay, where it is not connected.  Raises PeerFault.
@@ -145,7 +143,7 @@ class Dialler:
         return made
 
     async def connect_to_relay(self, relay: PeerId, addresses: Sequence[str]) -> Connection:
-        """A direct connection from the port that this node listens on, so that others see that port's address.
+        """A direct connection from the port that this node listens on: others see that port's address.
 
         Another direct connection where that one cannot be made.  Raises PeerFault.
         """

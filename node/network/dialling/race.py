@@ -114,9 +114,7 @@ class Race(Generic[T]):
             self.discard(self._won.pop())
 
 
-async def first_of(
-    attempts: Sequence[Callable[[], Awaitable[T]]], head_starts: Sequence[float]
-) -> T:
+async def first_of(attempts: Sequence[Callable[[], Awaitable[T]]], head_starts: Sequence[float]) -> T:
     """The result of the first attempt that succeeds, the others cancelled.
 
     head_starts: seconds that each attempt has before the next one begins; its failure ends them.

@@ -70,7 +70,7 @@ class HopAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Punch:
-    """A message of DCUtR.  is_sync: dial now.  addresses: at which its sender was seen, IP addresses alone."""
+    """A message of DCUtR.  is_sync: dial now.  addresses: IP addresses at which its sender was seen."""
 
     is_sync: bool
     addresses: tuple[Address, ...] = ()

@@ -1,9 +1,9 @@
 """A direct way between two peers that have a circuit: reversal, and hole punching by DCUtR over TCP.
 
 The circuit's target acts.  Where the dialler listens at a public address the target dials it (reversal).
-Else both dial each other at one moment from the ports that they listen on: each NAT sees its own side open the
-connection, and TCP's simultaneous open makes one of the two (DCUtR, libp2p's specs/relay/DCUtR).  Of 4.4 million
-attempts on a public network 70 % succeeded, of these 97.6 % at the first try (arXiv:2510.27500).
+Else both dial each other at one moment from the ports that they listen on: each NAT sees its own side open
+the connection, and TCP's simultaneous open makes one of the two (DCUtR, libp2p's specs/relay/DCUtR).  Of 4.4
+million attempts on a public network 70 % succeeded, of these 97.6 % at the first try (arXiv:2510.27500).
 
 The kernel tells neither side who connected.  So the circuit's dialler is the initiator of Noise and yamux.
 """

@@ -1,0 +1,305 @@
+"""Circuits over three peers in memory: a relay, its target behind NAT, and a source."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from node.network.relaying.messages import (
+    STOP_PROTOCOL,
+    Status,
+    decode_hop_answer,
+    decode_stop_status,
+    delimited,
+    encode_hop_connect,
+    encode_reserve,
+    encode_stop_connect,
+    read_delimited,
+)
+from node.network.transport.connection import Connection, MuxedStream
+from node.network.transport.identity import identity_of
+from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
+from tensor_codec.limits import KIB, MIB, Limits
+from tests.fakes import ALICE, BOB
+from tests.relay_fixtures import ECHO, Peer, ask, connect, receive_exactly
+
+CAROL = identity_of(bytes(31) + b"c")
+RELAY = identity_of(bytes(31) + b"r")
+QUICK = Limits(relay_bytes_per_second=1 << 40, relay_burst_bytes=1 << 40)
+
+
+@asynccontextmanager
+async def world(limits: Limits = QUICK, key: bytes | None = None) -> AsyncIterator[tuple[Peer, Peer, Peer]]:
+    """Source, relay and target; both are connected to the relay, and the target has a reservation."""
+    async with trio.open_nursery() as nursery:
+        source, relay, target = (Peer(each, nursery, limits, key) for each in (ALICE, RELAY, BOB))
+        await connect(source, relay)
+        await connect(target, relay)
+        assert (await reserved(target, relay)) == Status.OK
+        yield source, relay, target
+        nursery.cancel_scope.cancel()
+
+
+async def status(stream: MuxedStream) -> int:
+    return decode_hop_answer(await read_delimited(stream.receive_some, 4096)).status
+
+
+async def reserved(peer: Peer, relay: Peer) -> int:
+    stream = await ask(peer, relay, encode_reserve())
+    found = await status(stream)
+    await stream.aclose()
+    return found
+
+
+async def through(source: Peer, relay: Peer, target: Peer) -> Connection:
+    return await source.circuits.dial(source.to(relay), target.peer_id)
+
+
+async def opened(circuit: Connection) -> MuxedStream:
+    stream = circuit.open()
+    stream.propose(ECHO)
+    return stream
+
+
+@pytest.mark.parametrize("key", [None, b"k" * 32])
+async def test_bytes_go_both_ways_over_a_circuit_and_both_ends_are_proved(
+    autojump_clock: trio.testing.MockClock, key: bytes | None
+):
+    async with world(key=key) as (source, relay, target):
+        circuit = await through(source, relay, target)
+        assert (circuit.peer, circuit.relayed_by) == (BOB.peer_id, RELAY.peer_id)
+        (inbound,) = target.circuits_in
+        assert (inbound.peer, inbound.relayed_by) == (ALICE.peer_id, RELAY.peer_id)
+        assert circuit.channel.link.remote is None
+        assert inbound.prefix == ""
+        payload = bytes(range(256)) * 8000
+        stream = await opened(circuit)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, payload)
+            assert await receive_exactly(stream, len(payload)) == payload
+        await stream.send_eof()
+        assert await stream.receive_some(1) == b""
+        assert relay.table.carried_bytes > 2 * len(payload)
+        assert not source.faults + relay.faults + target.faults
+
+
+async def test_the_end_of_either_ends_the_circuit_and_its_place(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, target):
+        circuit = await through(source, relay, target)
+        await circuit.close()
+        await target.circuits_in[0].closed.wait()
+        await trio.sleep(1)
+        assert not list(relay.table)
+        circuit = await through(source, relay, target)
+        target.to(relay).close_now("a crash")
+        await circuit.closed.wait()
+        await trio.sleep(1)
+        assert not list(relay.table)
+        with pytest.raises(PeerGone, match="no reservation"):
+            await through(source, relay, target)
+
+
+async def test_a_reservation_names_its_end_and_the_relay_s_addresses(autojump_clock: trio.testing.MockClock):
+    async with world() as (_source, relay, target):
+        stream = await ask(target, relay, encode_reserve())
+        answer = decode_hop_answer(await read_delimited(stream.receive_some, 4096))
+        assert answer.expires_at == 1000 + 1800
+        assert not answer.is_limited
+
+
+async def test_a_relay_takes_the_peer_of_the_connection_and_no_other(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, _target):
+        forged = encode_hop_connect(CAROL.peer_id)[1:].replace(
+            b"\x08\x01", b"\x08\x00", 1
+        )  # RESERVE, for Carol
+        stream = await ask(source, relay, delimited(forged))
+        assert await status(stream) == Status.OK
+        assert ALICE.peer_id in relay.table
+        assert CAROL.peer_id not in relay.table
+
+
+async def test_circuits_are_refused_with_the_specification_s_words(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, target):
+        for peer, word in ((CAROL, "no reservation"), (ALICE, "permission denied")):
+            with pytest.raises(PeerGone, match=f"refuses: {word}"):
+                await source.circuits.dial(source.to(relay), peer.peer_id)
+        target.wanted = False
+        with pytest.raises(PeerGone, match="refuses: connection failed"):
+            await through(source, relay, target)
+        assert not list(relay.table)
+
+
+async def test_nobody_hops_over_a_circuit(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, target):
+        circuit = await through(source, relay, target)
+        for question in (encode_reserve(), encode_hop_connect(RELAY.peer_id)):
+            stream = circuit.open()
+            stream.propose("/libp2p/circuit/relay/0.2.0/hop")
+            await stream.send_all(question)
+            assert await status(stream) == Status.PERMISSION_DENIED
+        with pytest.raises(PeerGone, match="itself reached through a relay"):
+            await source.circuits.dial(circuit, CAROL.peer_id)
+
+
+async def test_only_a_relay_that_was_asked_brings_peers_and_few_at_once(
+    autojump_clock: trio.testing.MockClock,
+):
+    limits = QUICK
+    async with world(limits) as (_source, relay, target):
+
+        async def brought() -> int:
+            stream = await ask(relay, target, encode_stop_connect(ALICE.peer_id), STOP_PROTOCOL)
+            return decode_stop_status(await read_delimited(stream.receive_some, 4096))
+
+        answers = [await brought() for _ in range(limits.max_circuit_handshakes + 1)]
+        assert answers == [Status.OK] * 8 + [Status.RESOURCE_LIMIT_EXCEEDED]
+        await trio.sleep(limits.handshake_seconds)  # none of them said a word
+        assert await brought() == Status.OK
+        target.wanted = False
+        assert await brought() == Status.PERMISSION_DENIED
+
+
+async def test_a_question_that_is_no_message_is_a_fault_and_so_is_none_within_circuit_open_seconds(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, _target):
+        await ask(source, relay, delimited(b"\xff\xff"))
+        await ask(source, relay, b"\x05")
+        await trio.sleep(4.9)
+        assert [type(fault) for _, fault in relay.faults] == [RemoteProtocolError]
+        await trio.sleep(0.2)
+        assert "no question to the relay within 5 s" in str(relay.faults[1][1])
+
+
+async def test_a_target_that_says_nothing_costs_circuit_open_seconds(
+    autojump_clock: trio.testing.MockClock,
+):
+    async def silent(*_: object) -> None:
+        await trio.sleep_forever()
+
+    async with world() as (source, relay, target):
+        target.handlers[STOP_PROTOCOL] = silent
+        stream = await ask(source, relay, encode_hop_connect(BOB.peer_id))
+        began = trio.current_time()
+        assert await status(stream) == Status.CONNECTION_FAILED
+        assert trio.current_time() - began == pytest.approx(5.0, abs=0.1)
+        assert not list(relay.table)
+
+
+async def test_a_circuit_without_a_byte_ends_after_circuit_idle_seconds(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        circuit = await through(source, relay, target)
+        for _ in range(3):  # bytes keep it
+            await trio.sleep(100)
+            stream = await opened(circuit)
+            await stream.send_all(b".")
+            assert await stream.receive_some() == b"."
+        began = trio.current_time()
+        await circuit.closed.wait()
+        assert trio.current_time() - began == pytest.approx(120.0, abs=5)
+        assert not relay.faults
+
+
+async def raw_circuit(source: Peer, relay: Peer, target: Peer) -> tuple[MuxedStream, MuxedStream]:
+    """The streams of a circuit's ends, without a connection in them."""
+    arrived: list[MuxedStream] = []
+    done = trio.Event()
+
+    async def accept(stream: MuxedStream, *_: object) -> None:
+        await read_delimited(stream.receive_some, 4096)
+        await stream.send_all(delimited(b"\x08\x01\x20\x64"))  # STATUS, OK
+        arrived.append(stream)
+        done.set()
+        await trio.sleep_forever()
+
+    target.handlers[STOP_PROTOCOL] = accept
+    stream = await ask(source, relay, encode_hop_connect(target.peer_id))
+    assert await status(stream) == Status.OK
+    await done.wait()
+    return stream, arrived[0]
+
+
+async def test_a_slow_target_stops_the_source_and_the_relay_holds_a_window(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        ours, theirs = await raw_circuit(source, relay, target)
+        with trio.move_on_after(60):
+            await ours.send_all(bytes(64 * MIB))
+        held = sum(each.core.unread_bytes for each in relay.connections)
+        assert held <= MIB, "what has no credit yet"
+        sent = relay.table.carried_bytes
+        assert sent <= 2 * MIB, "the target's own window"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ours.send_all, bytes(4 * MIB))
+            await receive_exactly(theirs, 4 * MIB)  # and it goes on
+        ours.reset_now()
+
+
+async def test_one_end_may_end_its_side_and_hear_the_other_out(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, target):
+        ours, theirs = await raw_circuit(source, relay, target)
+        await ours.send_all(b"question")
+        await ours.send_eof()
+        assert await receive_exactly(theirs, 8) == b"question"
+        assert await theirs.receive_some() == b""
+        await theirs.send_all(b"answer")
+        await theirs.send_eof()
+        assert await receive_exactly(ours, 6) == b"answer"
+        assert await ours.receive_some() == b""
+        await trio.sleep(1)
+        assert not list(relay.table)
+
+
+async def test_all_circuits_together_have_relay_bytes_per_second_and_each_its_part(
+    autojump_clock: trio.testing.MockClock,
+):
+    limits = Limits(relay_bytes_per_second=1 * MIB, relay_burst_bytes=64 * KIB)
+    async with world(limits) as (source, relay, target):
+        ends = [await raw_circuit(source, relay, target) for _ in range(2)]
+        got = [0, 0, 0]
+
+        async def flow(number: int) -> None:
+            ours, theirs = ends[number]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ours.send_all, bytes(64 * MIB))
+                while True:
+                    got[number] += len(await theirs.receive_some())
+
+        with trio.move_on_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(flow, 0)
+                nursery.start_soon(flow, 1)
+        assert sum(got) == pytest.approx(10 * MIB, rel=0.1)
+        assert got[0] == pytest.approx(got[1], rel=0.1)
+
+
+async def test_a_stranger_has_no_circuit_into_a_private_swarm(autojump_clock: trio.testing.MockClock):
+    async with world(key=b"k" * 32) as (source, relay, _target):
+        stranger = Peer(CAROL, source.nursery, QUICK, b"o" * 32)
+        outcome: list[PeerFault] = []
+        try:
+            await connect(stranger, relay)
+        except* (NotAMember, PeerGone) as group:
+            outcome += [each for each in group.exceptions if isinstance(each, PeerFault)]
+        assert outcome
+
+
+async def test_a_faulty_handshake_over_a_circuit_is_not_the_relay_s_fault(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        stream = await ask(source, relay, encode_hop_connect(BOB.peer_id))
+        assert await status(stream) == Status.OK
+        await stream.send_all(b"\x05nope\n")
+        await trio.sleep(10)
+        assert len(target.faults) == 1
+        assert not target.circuits_in
+        circuit = await through(source, relay, target)
+        assert circuit.is_established
