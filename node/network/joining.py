@@ -96,7 +96,12 @@ def _watch_reach(
 
 
 async def _use_the_local_network(
-    config: NetworkConfig, role: Role, host: Host, directory: Directory, reach: ReachWatch, stack: AsyncExitStack
+    config: NetworkConfig,
+    role: Role,
+    host: Host,
+    directory: Directory,
+    reach: ReachWatch,
+    stack: AsyncExitStack,
 ) -> None:
     """Have the router forward our ports, and join the peers of the local network, as far as configured.
 
