@@ -95,7 +95,10 @@ async def world(limits: Limits = LIMITS, *, public: Sequence[str] = ()) -> Async
                 if "198.18.1" not in addresses[0]:
                     raise PeerGone("silence")
 
-            made = Punching(limits, peer.upgrade, peer.add, seen_at, dial, dial_directly)
+            def is_direct(whom: PeerId) -> bool:
+                return peer.direct(whom) is not None
+
+            made = Punching(limits, peer.upgrade, peer.add, is_direct, seen_at, dial, dial_directly)
             peer.handlers[DCUTR_PROTOCOL] = made.serve
             return made
 
@@ -120,6 +123,8 @@ async def test_two_peers_behind_nat_meet_and_the_circuit_s_dialler_is_the_initia
         assert {address for address, _ in swarm.nats.dials} == {AT_ALICE, AT_BOB}
         assert swarm.punching["target"].done == 1
         assert not swarm.source.faults + swarm.target.faults
+        assert await swarm.improve(), "there is a direct way"
+        assert len(swarm.nats.dials) == 2
         assert not swarm.punching["source"].under_way | swarm.punching["target"].under_way
 
 

@@ -153,6 +153,10 @@ class Dialler:
             async with lock:
                 if (connection := self._from_own_port(relay)) is not None:
                     return connection
+                if not readable:
+                    raise PeerGone(
+                        f"no address of relay {relay} is known{''.join(map('; {}'.format, unreadable))}"
+                    )
                 async with self._places[purpose]:
                     return await self._dial(relay, readable, unreadable, [], from_own_port=True)
         except PeerFault:

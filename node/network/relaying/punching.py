@@ -39,6 +39,7 @@ class Punching:
     """Makes direct connections beside circuits.
 
     upgrade, add: make a connection of a link, as for a socket.
+    is_direct: whether there is a direct connection to a peer.
     seen_at: the addresses at which others see the port that this node dials from, as a circuit's relay has
         them; none: it punches nothing.
     dial: connects to an address from the port that this node listens on.  Raises PeerFault.
@@ -49,6 +50,7 @@ class Punching:
     limits: Limits
     upgrade: Upgrade
     add: Callable[[SecureChannel], Awaitable[Connection]]
+    is_direct: Callable[[PeerId], bool]
     seen_at: Callable[[Connection], Awaitable[Sequence[Address]]]
     dial: Callable[[Address], Awaitable[Link]]
     dial_directly: Callable[[PeerId, Sequence[str]], Awaitable[object]]
@@ -60,6 +62,8 @@ class Punching:
 
     async def improve(self, circuit: Connection) -> bool:
         """Look for a direct way to the peer that a circuit came from; whether there is one now."""
+        if self.is_direct(circuit.peer):
+            return True
         if not self._begin(circuit.peer):
             return False
         try:

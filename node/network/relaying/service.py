@@ -60,7 +60,13 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
     upgrade, add = dialler.circuits.upgrade, dialler.circuits.add
     keeper = Keeper(limits, dialler.connect_to_relay)
     seen_at = partial(_seen_at, host, keeper)
-    punching = Punching(limits, upgrade, add, seen_at, dialler.dial_from_own_port, dialler.connect_directly)
+
+    def is_direct(peer: PeerId) -> bool:
+        return host.connections.direct(peer) is not None
+
+    punching = Punching(
+        limits, upgrade, add, is_direct, seen_at, dialler.dial_from_own_port, dialler.connect_directly
+    )
     relaying = Relaying(keeper, punching)
     async with background_nursery() as nursery:
         stop = StopListener(
