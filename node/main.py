@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from node.network.directory.directory import Directory
     from node.network.host import Host
     from node.network.reachability.watch import ReachWatch
+    from node.network.relaying.service import Relaying
     from node.network.streams import FramedStream
     from node.network.transport.identity import Identity
     from node.serving.adapters.desk import AdapterDesk, OwnAdapter
@@ -225,6 +226,7 @@ async def open_metrics(
     metrics = NodeMetrics(
         role, node.host, ServingMeters(batches=BatchMeters()),
         facts=lambda: describe(node.directory.view(), node.directory.rtts()),
+        relayed_bytes=lambda: 0 if node.relaying is None else node.relaying.relayed_bytes,
     )  # fmt: skip
     await open_endpoint(address, pages_of(metrics), config.limits, nursery)
     return metrics
@@ -317,6 +319,7 @@ class Node:
     directory: Directory
     identity: Identity
     reach: ReachWatch | None = None
+    relaying: Relaying | None = None
 
     @property
     def joining_address(self) -> str:
@@ -342,7 +345,7 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
 
     async with join(config, role) as joined:
         try:
-            yield Node(config, joined.host, joined.directory, joined.identity, joined.reach)
+            yield Node(config, joined.host, joined.directory, joined.identity, joined.reach, joined.relaying)
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
                 await joined.directory.leave()

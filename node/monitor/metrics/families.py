@@ -121,6 +121,9 @@ NODE_SENT = Family("raceme_node_sent_bytes", "counter", "Bytes of frames sent to
 NODE_RECEIVED = Family(
     "raceme_node_received_bytes", "counter", "Bytes of frames received from peers.", "bytes"
 )
+NODE_RELAYED = Family(
+    "raceme_node_relayed_bytes", "counter", "Bytes carried between other peers, both ways.", "bytes"
+)
 NODE_SCRAPE = Family(
     "raceme_scrape_seconds", "gauge", "Time that the scrape before this one took.", "seconds"
 )
@@ -164,7 +167,7 @@ NODE_FAMILIES = (
     NODE_SESSIONS_REFUSED, NODE_REQUESTS_REFUSED, NODE_CACHE, NODE_CACHE_FREE, NODE_JOURNAL, NODE_WAITING,
     NODE_QUEUE, NODE_BATCHES, NODE_BATCH_ROWS, NODE_BATCH_SECONDS, NODE_TOKENS, NODE_STEP_WAIT,
     NODE_PER_BLOCK, NODE_REPLAYED, NODE_FAULTS, NODE_BANNED, NODE_CONNECTIONS, NODE_SENT, NODE_RECEIVED,
-    NODE_SCRAPE,
+    NODE_RELAYED, NODE_SCRAPE,
 )  # fmt: skip
 SWARM_FAMILIES = (SWARM_SERVERS, SWARM_BLOCK_MIN, SWARM_MISSING, SWARM_CAPACITY, SWARM_BOUND)
 SERVER_FAMILIES = (SERVER_UP, SERVER_RTT, SERVER_QUEUE, SERVER_PER_BLOCK, SERVERS_UNTRACKED)

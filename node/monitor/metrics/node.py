@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class NodeMetrics:
     """The node that is scraped.  server: once there is one; a bootstrap node never has one.
 
+    relayed_bytes: carried between other peers.
     meters: of the server's setup.  facts: the swarm as this node sees it, see `put_swarm`.
     """
 
@@ -31,6 +32,7 @@ class NodeMetrics:
     meters: ServingMeters = field(default_factory=ServingMeters)
     server: Server | None = None
     facts: Callable[[], Mapping[str, Any]] | None = None  # Any: JSON
+    relayed_bytes: Callable[[], int] = lambda: 0
     _scrape_seconds: float = 0.0
 
     @property
@@ -140,6 +142,7 @@ class NodeMetrics:
         sheet.put(of.NODE_CONNECTIONS, len(host.connections))
         sheet.put(of.NODE_SENT, host.traffic.sent)
         sheet.put(of.NODE_RECEIVED, host.traffic.received)
+        sheet.put(of.NODE_RELAYED, self.relayed_bytes())
 
 
 def error_names() -> set[str]:
