@@ -86,7 +86,10 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
             host.handle_bytes(HOP_PROTOCOL, relay.serve)
         nursery.start_soon(keeper.run)
         nursery.start_soon(_close_unused, host.connections)
-        yield relaying
+        try:
+            yield relaying
+        finally:
+            stop.on_circuit = lambda _: None  # the host may still be asked while it closes
 
 
 def _make_relay(host: Host, most: int) -> Relay:
