@@ -71,20 +71,18 @@ class ConnectionTable:
         """The connections to one peer; a copy."""
         return list(self._by_peer.get(peer, ()))
 
-    def live(self, peer: PeerId) -> Connection | None:
-        """A connection to the peer on which streams can be opened; a direct one where there is one."""
+    def live(self, peer: PeerId, *, direct: bool = False) -> Connection | None:
+        """A connection to the peer on which streams can be opened; one without a relay where there is one.
+
+        direct: none with a relay.
+        """
         relayed = None
         for each in self._by_peer.get(peer, ()):
             if each.is_established:
                 if each.relayed_by is None:
                     return each
                 relayed = relayed or each
-        return relayed
-
-    def direct(self, peer: PeerId) -> Connection | None:
-        """A live connection to the peer that no relay carries."""
-        live = self.live(peer)
-        return live if live is not None and live.relayed_by is None else None
+        return None if direct else relayed
 
     def connected(self) -> set[PeerId]:
         """The peers with a live connection."""
@@ -115,13 +113,9 @@ class ConnectionTable:
         if len(self) >= most:
             raise NoPlaceLeft(f"all {most} connections that this node allows are in use")
 
-    def banned_seconds(self, peer: PeerId) -> float:
-        """Seconds until the end of the peer's ban; 0 without one."""
-        return self._faults.banned_seconds(peer)
-
     def raise_if_banned(self, peer: PeerId) -> None:
         """Raises PeerGone until the end of the peer's ban."""
-        if (seconds := self.banned_seconds(peer)) > 0:
+        if (seconds := self._faults.banned_seconds(peer)) > 0:
             raise PeerGone(f"{peer} broke the rules, and is let in again in {seconds:.0f} s")
 
     def check(self, peer: PeerId, *, relayed: bool = False) -> None:

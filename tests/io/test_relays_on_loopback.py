@@ -125,7 +125,7 @@ async def test_an_address_that_answers_is_faster_than_a_relay_and_one_that_does_
             await asked(client, server, (f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}",))
         assert [each.relayed_by for each in client.connections.of(server.peer_id)] == [relay.peer_id]
         await client.dialler.connect_directly(server.peer_id, server.addresses)
-        direct = client.connections.direct(server.peer_id)
+        direct = client.connections.live(server.peer_id, direct=True)
         assert direct is not None
         assert client.connections.live(server.peer_id) is direct, "new streams take the direct way"
         for connection in client.connections.of(server.peer_id):

@@ -134,7 +134,9 @@ class Dialler:
         name = f"{peer} through {relay}"
         self._raise_if_paused(name, f"{name}: ")
         try:
-            connection = self._connections.direct(relay) or await self.connect_to_relay(relay, addresses)
+            connection = self._connections.live(relay, direct=True) or await self.connect_to_relay(
+                relay, addresses
+            )
             made = await self.circuits.dial(connection, peer)
         except PeerFault:
             self.backoff.failed(name, trio.current_time())
@@ -160,7 +162,7 @@ class Dialler:
                 async with self._places[purpose]:
                     return await self._dial(relay, readable, unreadable, [], from_own_port=True)
         except PeerFault:
-            if (direct := self._connections.direct(relay)) is None:
+            if (direct := self._connections.live(relay, direct=True)) is None:
                 raise
             return direct
         finally:
@@ -172,7 +174,7 @@ class Dialler:
         readable, unreadable = self._readable(addresses, peer, None)
         try:
             async with lock:
-                if (direct := self._connections.direct(peer)) is not None:
+                if (direct := self._connections.live(peer, direct=True)) is not None:
                     return direct
                 async with self._places[purpose]:
                     return await self._dial(peer, readable, unreadable, [])

@@ -62,7 +62,7 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
     seen_at = partial(_seen_at, host, keeper)
 
     def is_direct(peer: PeerId) -> bool:
-        return host.connections.direct(peer) is not None
+        return host.connections.live(peer, direct=True) is not None
 
     punching = Punching(
         limits, upgrade, add, is_direct, seen_at, dialler.dial_from_own_port, dialler.connect_directly
@@ -75,7 +75,7 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
             add,
             host.charge,
             is_reserved_at=keeper.is_reserved_at,
-            is_banned=lambda peer: host.connections.banned_seconds(peer) > 0,
+            is_banned=lambda peer: host.faults.banned_seconds(peer) > 0,
             on_circuit=partial(nursery.start_soon, punching.improve),
         )
         host.handle_bytes(STOP_PROTOCOL, stop.serve)
@@ -93,7 +93,7 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
 
 
 def _make_relay(host: Host, most: int) -> Relay:
-    limits, direct = host.dialler.circuits.limits, host.connections.direct
+    limits, direct = host.dialler.circuits.limits, partial(host.connections.live, direct=True)
     table = RelayTable(limits, most, lambda peer: direct(PeerId(peer)) is not None)
     rate = FairRate(limits.relay_bytes_per_second, limits.relay_burst_bytes)
     return Relay(

@@ -200,6 +200,7 @@ class Connection:
     large_frames: the places of all connections; None: of this one alone.
     on_fault: called when the peer broke a rule of yamux or of the channel; the connection is closed then.
     on_closed: called once, after any end of the connection.
+    relayed_by: the relay that carries it; None for a direct one.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Connection:
     ) -> None:
         self.channel = channel
         self.peer: PeerId = channel.remote
+        self.relayed_by = channel.link.relayed_by
         self.core = Yamux(channel.initiator, limits, trio.current_time(), channel.round_trip_seconds)
         self.failure: str | None = None
         self.closed = trio.Event()
@@ -399,11 +401,6 @@ class Connection:
         """Of the peer's address, as `address_prefix` has it; "" where that is unknown."""
         remote = self.channel.link.remote
         return address_prefix(remote[0]) if remote else ""
-
-    @property
-    def relayed_by(self) -> PeerId | None:
-        """The relay that carries this connection; None for a direct one."""
-        return self.channel.link.relayed_by
 
     @property
     def is_initiator(self) -> bool:
