@@ -189,6 +189,9 @@ class Host:
             purpose = _PURPOSES.get(protocol, "session")
             most = self._limits.max_successor_addresses if protocol in _NAMED_BY_CLIENTS else None
             connection = await self.dialler.connect(peer, addresses, seconds, purpose, most)
+        if connection.relayed_by is not None and protocol not in _PURPOSES:
+            direct = partial(self.connections.live, direct=True)
+            connection = await self.dialler.circuits.settled(connection, direct)
         stream = connection.open()
         stream.propose(protocol)
         return stream

@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.network.relaying.circuits import SETTLING_SECONDS
 from node.network.relaying.messages import (
     STOP_PROTOCOL,
     Status,
@@ -303,3 +304,30 @@ async def test_a_faulty_handshake_over_a_circuit_is_not_the_relay_s_fault(
         assert not target.circuits_in
         circuit = await through(source, relay, target)
         assert circuit.is_established
+
+
+async def test_a_session_waits_a_moment_for_a_direct_way_and_no_longer(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        circuits, began = source.circuits, trio.current_time()
+        circuit = await through(source, relay, target)
+        assert await circuits.settled(circuit, source.direct) is circuit
+        assert trio.current_time() - began == pytest.approx(SETTLING_SECONDS, abs=0.1)
+        assert await circuits.settled(circuit, source.direct) is circuit, "it has settled"
+        assert trio.current_time() - began < SETTLING_SECONDS + 0.2
+        await circuit.close()
+        circuit = await through(source, relay, target)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect, target, source)
+            began = trio.current_time()
+            assert (await circuits.settled(circuit, source.direct)).relayed_by is None
+        assert trio.current_time() - began < 0.5
+
+
+async def test_a_session_waits_no_longer_where_the_punch_has_failed(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, target):
+        circuit, began = await through(source, relay, target), trio.current_time()
+        source.circuits.settles_at.pop(circuit)
+        assert await source.circuits.settled(circuit, source.direct) is circuit
+        assert trio.current_time() == began

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -22,6 +23,10 @@ from node.network.transport.upgrade import Upgrade
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import Limits
+
+
+SETTLING_SECONDS = 1.5  # a punch takes eight round trips: 1.3 s over two lines of 40 ms each
+_LOOK_SECONDS = 0.02
 
 
 class RelayAt(NamedTuple):
@@ -47,12 +52,14 @@ class Circuits:
 
     upgrade, add: make a connection of a link, as for a socket.
     routes_to: the relays of a peer, as far as known; to be set by those that know records.
+    settles_at: of circuits that we asked for, the time until which a direct way is likely to come.
     """
 
     limits: Limits
     upgrade: Upgrade
     add: Callable[[SecureChannel], Awaitable[Connection]]
     routes_to: Callable[[PeerId], Routes] = lambda _: Routes()
+    settles_at: WeakKeyDictionary[Connection, float] = field(default_factory=WeakKeyDictionary)
 
     async def dial(self, relay: Connection, peer: PeerId) -> Connection:
         """A connection to a peer through a connected relay.
@@ -67,11 +74,24 @@ class Circuits:
             try:
                 await self._ask(stream, peer)
                 where = f"{peer} through {relay.peer}"
-                return await self.add(await self.upgrade.outbound(CircuitLink(stream), peer, where))
+                made = await self.add(await self.upgrade.outbound(CircuitLink(stream), peer, where))
+                self.settles_at[made] = trio.current_time() + SETTLING_SECONDS
+                return made
             except BaseException:
                 stream.reset_now()
                 raise
         raise SlowPeer(f"no circuit through {relay.peer} within {seconds:g} s")
+
+    async def settled(self, circuit: Connection, live: Callable[[PeerId], Connection | None]) -> Connection:
+        """The way on which a session begins: a direct one, if it comes a moment after the circuit.
+
+        live: the direct connection to a peer, None without one.
+        """
+        while trio.current_time() < self.settles_at.get(circuit, 0.0) and not circuit.closed.is_set():
+            if (direct := live(circuit.peer)) is not None:
+                return direct
+            await trio.sleep(_LOOK_SECONDS)
+        return live(circuit.peer) or circuit
 
     async def _ask(self, stream: MuxedStream, peer: PeerId) -> None:
         """Raises PeerGone where the relay refuses."""

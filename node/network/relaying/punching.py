@@ -44,6 +44,7 @@ class Punching:
         them; none: it punches nothing.
     dial: connects to an address from the port that this node listens on.  Raises PeerFault.
     dial_directly: a usual dial to a peer at these addresses.  Raises PeerFault.
+    on_end: called with a circuit of ours when its target's try is over.
     public_addresses: at which a peer can be dialled, as far as its record says.
     """
 
@@ -55,6 +56,7 @@ class Punching:
     dial: Callable[[Address], Awaitable[Link]]
     dial_directly: Callable[[PeerId, Sequence[str]], Awaitable[object]]
     public_addresses: Callable[[PeerId], Sequence[str]] = lambda _: ()
+    on_end: Callable[[Connection], object] = lambda _: None
     under_way: set[PeerId] = field(default_factory=set)
     done: int = 0  # punched connections
 
@@ -132,6 +134,7 @@ class Punching:
             await self._meet(peer, theirs.addresses, upgrade)
         finally:
             self.under_way.discard(peer)
+            self.on_end(circuit)
 
     # --- both ---
 
