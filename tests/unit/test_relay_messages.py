@@ -100,6 +100,14 @@ def test_a_limited_circuit_is_known():
     assert decode_hop_answer(answer.SerializeToString()).is_limited
 
 
+@pytest.mark.parametrize(
+    "decode", [decode_hop, decode_hop_answer, decode_stop, decode_stop_status, decode_punch]
+)
+def test_a_message_without_its_type_is_refused(decode: Any):
+    with pytest.raises(RemoteProtocolError):
+        decode(b"")
+
+
 @given(st.binary(max_size=300), st.sampled_from(DECODERS))
 def test_no_bytes_raise_anything_but_a_broken_rule(data: bytes, decode: Any):
     with suppress(RemoteProtocolError):

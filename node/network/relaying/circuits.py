@@ -24,7 +24,6 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerGone, SlowPeer
 from tensor_codec.limits import Limits
 
-
 SETTLING_SECONDS = 1.5  # a punch takes eight round trips: 1.3 s over two lines of 40 ms each
 _LOOK_SECONDS = 0.02
 

@@ -229,6 +229,8 @@ def _parsed(message: Message, data: bytes) -> Message:
         message.ParseFromString(data)
     except DecodeError as error:
         raise RemoteProtocolError(f"{len(data)} bytes that are no {type(message).__name__}") from error
+    if "type" in message.DESCRIPTOR.fields_by_name and not message.HasField("type"):
+        raise RemoteProtocolError(f"a {type(message).__name__} without its type")
     return message
 
 
