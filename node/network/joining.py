@@ -135,9 +135,7 @@ def _reservations(config: NetworkConfig, role: Role) -> int:
 
 def _ask_chosen(host: Host, relaying: Relaying, multiaddrs: Sequence[str]) -> None:
     """Keep reservations at the relays that the operator has named.  Raises ConfigError."""
-    chosen = [
+    host.configure_peers(multiaddrs)
+    relaying.keeper.chosen = [
         Candidate(peer, addresses, is_chosen=True) for peer, addresses in bootstrap_peers(multiaddrs).items()
     ]
-    host.configure_peers(multiaddrs)
-    relaying.keeper.candidates = lambda: chosen
-    relaying.keeper.wanted = lambda: True

@@ -34,6 +34,7 @@ class Keeper:
     """The reservations of one node.
 
     connect: makes sure of a direct connection, from the port that this node listens on.  Raises PeerFault.
+    chosen: relays that the operator has named; they are asked whether or not relays are wanted.
     candidates: the peers that relay, as far as known.
     wanted: whether this node needs relays now.
     on_change: called with the relays to be announced, when they have changed.
@@ -41,6 +42,7 @@ class Keeper:
 
     limits: Limits
     connect: Callable[[PeerId, Sequence[str]], Awaitable[Connection]]
+    chosen: Sequence[Candidate] = ()
     candidates: Callable[[], Sequence[Candidate]] = tuple
     wanted: Callable[[], bool] = lambda: False
     on_change: Callable[[tuple[PeerId, ...]], None] = lambda _: None
@@ -64,13 +66,15 @@ class Keeper:
         for peer, connection in list(self._over.items()):
             if connection.closed.is_set():
                 self._forget(peer)
-        if self.wanted():
-            async with trio.open_nursery() as nursery:
-                for candidate in self.plan.due(self.candidates(), trio.current_time()):
-                    nursery.start_soon(self._reserve, candidate)
-        else:
-            for peer in self.plan.relays:
+        wanted = self.wanted()
+        candidates = [*self.chosen, *(self.candidates() if wanted else ())]
+        if not wanted:
+            chosen = {each.peer for each in self.chosen}
+            for peer in [each for each in self.plan.relays if each not in chosen]:
                 self._forget(peer)
+        async with trio.open_nursery() as nursery:
+            for candidate in self.plan.due(candidates, trio.current_time()):
+                nursery.start_soon(self._reserve, candidate)
         if self.plan.relays != self._told:
             self._told = self.plan.relays
             self.on_change(self._told)
