@@ -93,7 +93,8 @@ def test_the_bytes_are_those_of_libp2p():
 
 
 def test_a_limited_circuit_is_known():
-    answer: Any = HopMessage(type=HopMessage.STATUS, status=100)
+    answer: Any = HopMessage(type=HopMessage.STATUS)
+    answer.status = 100
     answer.limit.duration = 0
     assert not decode_hop_answer(answer.SerializeToString()).is_limited
     answer.limit.data = 1 << 17

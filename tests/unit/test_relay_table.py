@@ -132,10 +132,10 @@ class AnyOrder(RuleBasedStateMachine):
         answer = self.relay.reserve(peer, prefix, self.now)
         assert answer is not Status.OK or peer in self.connected
 
-    @rule(source=PEERS, target=PEERS)
-    def connects(self, source: str, target: str) -> None:
-        answer = self.relay.begin(source, target, self.now)
-        assert not isinstance(answer, Circuit) or target in self.connected
+    @rule(source=PEERS, whom=PEERS)
+    def connects(self, source: str, whom: str) -> None:
+        answer = self.relay.begin(source, whom, self.now)
+        assert not isinstance(answer, Circuit) or whom in self.connected
 
     @rule(number=st.integers(0, 70))
     def ends(self, number: int) -> None:

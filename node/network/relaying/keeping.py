@@ -67,7 +67,7 @@ class Keeper:
             if connection.closed.is_set():
                 self._forget(peer)
         wanted = self.wanted()
-        candidates = [*self.chosen, *(self.candidates() if wanted else ())]
+        candidates = [*(self.candidates() if wanted else ()), *self.chosen]
         if not wanted:
             chosen = {each.peer for each in self.chosen}
             for peer in [each for each in self.plan.relays if each not in chosen]:

@@ -130,7 +130,9 @@ def encode_hop_connect(peer: PeerId) -> bytes:
 
 def encode_hop_status(status: Status) -> bytes:
     """A relay's answer without a reservation.  It names no limit: the specification's word for none."""
-    return delimited(HopMessage(type=HopMessage.STATUS, status=status.value).SerializeToString())
+    message: Any = HopMessage(type=HopMessage.STATUS)
+    message.status = status.value
+    return delimited(message.SerializeToString())
 
 
 def encode_reservation(expires_at: int, addresses: Iterable[str]) -> bytes:
@@ -138,7 +140,8 @@ def encode_reservation(expires_at: int, addresses: Iterable[str]) -> bytes:
 
     expires_at: Unix seconds.  addresses: of the relay, multiaddrs with /p2p/ID.
     """
-    message = HopMessage(type=HopMessage.STATUS, status=Status.OK.value)
+    message: Any = HopMessage(type=HopMessage.STATUS)
+    message.status = Status.OK.value
     message.reservation.expire = expires_at
     message.reservation.addrs.extend(Multiaddr(each).to_bytes() for each in addresses)
     return delimited(message.SerializeToString())
@@ -176,7 +179,9 @@ def encode_stop_connect(source: PeerId) -> bytes:
 
 def encode_stop_status(status: Status) -> bytes:
     """The target's answer."""
-    return delimited(StopMessage(type=StopMessage.STATUS, status=status.value).SerializeToString())
+    message: Any = StopMessage(type=StopMessage.STATUS)
+    message.status = status.value
+    return delimited(message.SerializeToString())
 
 
 def decode_stop(data: bytes) -> Connect:

@@ -77,7 +77,7 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
             host.charge,
             is_reserved_at=keeper.is_reserved_at,
             is_banned=lambda peer: host.faults.banned_seconds(peer) > 0,
-            on_circuit=partial(nursery.start_soon, punching.improve),
+            on_circuit=lambda circuit: nursery.start_soon(punching.improve, circuit),
         )
         host.handle_bytes(STOP_PROTOCOL, stop.serve)
         host.handle_bytes(DCUTR_PROTOCOL, punching.serve)
