@@ -123,6 +123,7 @@ async def test_two_peers_behind_nat_meet_and_the_circuit_s_dialler_is_the_initia
         assert {address for address, _ in swarm.nats.dials} == {AT_ALICE, AT_BOB}
         assert swarm.punching["target"].done == 1
         assert not swarm.source.faults + swarm.target.faults
+        await trio.sleep(1)  # the source has the end of it too
         assert await swarm.improve(), "there is a direct way"
         assert len(swarm.nats.dials) == 2
         assert not swarm.punching["source"].under_way | swarm.punching["target"].under_way

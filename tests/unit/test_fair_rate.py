@@ -63,9 +63,9 @@ def test_a_flow_that_was_silent_has_saved_nothing_up():
         queue.grant(queue.ask("busy", 100), float(now))
     late = [queue.ask("late", 100) for _ in range(3)]
     busy = queue.ask("busy", 100)
-    for ticket in (late[0], late[1], busy, late[2]):
-        assert queue.wait(ticket, 1000.0) == 0.0
-        queue.grant(ticket, 1000.0)
+    for now, ticket in enumerate((late[0], late[1], busy, late[2]), 1000):
+        assert queue.wait(ticket, float(now)) == 0.0
+        queue.grant(ticket, float(now))
 
 
 def test_a_question_that_is_given_up_holds_nobody_up():

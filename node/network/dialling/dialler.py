@@ -123,8 +123,8 @@ class Dialler:
             if relay not in (self._me, peer)
         ]
         direct = [] if dial is None else [dial]
-        head_start = 0.0 if routes.at_once else STAGGER_SECONDS
-        return await first_of([*direct, *through], [head_start, *(STAGGER_SECONDS for _ in through)])
+        head_starts = [0.0 if routes.at_once else STAGGER_SECONDS for _ in direct]
+        return await first_of([*direct, *through], [*head_starts, *(STAGGER_SECONDS for _ in through)])
 
     async def dial_through(self, relay: PeerId, peer: PeerId, addresses: Sequence[str] = ()) -> Connection:
         """A new connection to a peer through a relay.

@@ -97,7 +97,7 @@ class Punching:
     async def _punch(self, circuit: Connection, own: tuple[Address, ...]) -> bool:
         """One try.  Raises PeerFault where the peer does not take part."""
         seconds = self.limits.punch_seconds
-        with trio.move_on_after(seconds):
+        with trio.move_on_after(seconds) as scope:
             stream = circuit.open()
             try:
                 stream.propose(DCUTR_PROTOCOL)
@@ -109,8 +109,9 @@ class Punching:
                 await trio.sleep(round_trip / 2)
             finally:
                 await stream.aclose()
-            return await self._meet(circuit.peer, theirs.addresses, self.upgrade.inbound)
-        raise SlowPeer(f"no answer to a punch within {seconds:g} s")
+        if scope.cancelled_caught:
+            raise SlowPeer(f"no answer to a punch within {seconds:g} s")
+        return await self._meet(circuit.peer, theirs.addresses, self.upgrade.inbound)
 
     # --- the circuit's dialler ---
 
