@@ -89,7 +89,7 @@ def dialler_of(network: Network, monkeypatch: pytest.MonkeyPatch) -> Dialler:
     return made
 
 
-async def way(dialler: Dialler, *addresses: str) -> tuple[PeerId | None, float] | str:
+async def way(dialler: Dialler, *addresses: str) -> tuple[PeerId | None, Any] | str:
     """The relay of the connection that was made, None for a direct one, and the seconds that it took."""
     began = trio.current_time()
     try:
