@@ -20,6 +20,7 @@ from node.network.reachability.listener import ReachListener
 from node.network.reachability.seen import learn_seen
 from node.network.reachability.watch import ReachWatch
 from node.network.relaying.own_reservations import Candidate
+from node.network.relaying.routes import public_addresses, relay_candidates, routes_to
 from node.network.relaying.service import Relaying, open_relaying
 from node.network.transport.identity import Identity, held_identity
 from node.network.transport.membership import load_swarm_key, swarm_id
@@ -35,6 +36,7 @@ class Joined:
     """A process that has joined.  Made by `join`.
 
     reach: whether others can dial it; a client never finds out.
+    relaying: what it does about relays.
     """
 
     host: Host
@@ -74,6 +76,7 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
         ):
             reach = _watch_reach(host, directory, config, role, nursery)
             await _use_the_local_network(config, role, host, directory, reach, stack)
+            _use_relays(host, directory, reach, relaying)
             if config.relays:
                 _ask_chosen(host, relaying, config.relays)
             yield Joined(host, directory, identity, reach, relaying)
@@ -123,6 +126,17 @@ async def _use_the_local_network(
             nursery.start_soon(lan.introduce, directory.meet)
             if role == "serve" and not await lan.first_peer():
                 log.info("no peer of the swarm %r answers in the local network", swarm)
+
+
+def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: Relaying) -> None:
+    """Find relays in the swarm where nobody reaches this node, and the relays of others."""
+    keeper = relaying.keeper
+    host.dialler.circuits.routes_to = lambda peer: routes_to(directory.view(), directory.rtts(), peer)
+    relaying.punching.public_addresses = lambda peer: public_addresses(directory.view(), peer)
+    keeper.candidates = lambda: relay_candidates(directory.view(), directory.rtts(), host.peer_id)
+    keeper.wanted = lambda: reach.state.verdict.reach == "none"
+    keeper.on_change = reach.set_relays
+    reach.set_helps(relaying.relay is not None)
 
 
 def _reservations(config: NetworkConfig, role: Role) -> int:

@@ -20,7 +20,7 @@ from routing.names import PeerId
 from routing.view.answers import FAILURES, FRESH_SECONDS, GRACE_SECONDS, Answers, Liveness
 from routing.view.description import worth_asking
 from routing.view.view import SwarmView
-from tensor_codec.errors import PeerFault, PeerGone
+from tensor_codec.errors import PeerFault
 
 PING_SECONDS = 2.0  # for the answer to a ping, a connection included
 OVERDUE_SECONDS = 1.0  # after which a peer without any answer counts as silent
@@ -229,8 +229,6 @@ class Asker:
 
     async def _round_trip(self, peer: PeerId) -> float:
         addresses = self._addresses(peer)
-        if not addresses and peer not in self._host.connected():
-            raise PeerGone(f"no address of {peer} is known")
         self._connecting += 1
         try:
             await self._host.connect(peer, addresses, seconds=self._dial_seconds)
