@@ -15,8 +15,13 @@ RTTS = {NEAR: 0.01, FAR: 0.1}
 
 def public(peer: PeerId, octet: int, **more: object) -> Record:
     record = Record(
-        peer=peer, addresses=(f"/ip4/198.18.{octet}.1/tcp/4001",), role="serve", reach="public", helps=True, seq=1
-    )  # fmt: skip
+        peer=peer,
+        addresses=(f"/ip4/198.18.{octet}.1/tcp/4001",),
+        role="serve",
+        reach="public",
+        helps=True,
+        seq=1,
+    )
     return replace(record, **more)  # type: ignore[arg-type]
 
 

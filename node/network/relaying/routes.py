@@ -1,4 +1,4 @@
-"""What the swarm's records say of relays: whom to ask for a reservation, and through whom to reach a peer; pure."""
+"""Relays as records tell of them: whom to ask for a reservation, through whom to reach a peer; pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def relay_candidates(view: SwarmView, rtts: Mapping[PeerId, float], me: PeerId) 
 
 
 def routes_to(view: SwarmView, rtts: Mapping[PeerId, float], peer: PeerId) -> Routes:
-    """The relays of a peer, the shortest way first: from here to the relay, and from the relay to the peer."""
+    """The relays of a peer, the shortest way first: from here to a relay, and from there to the peer."""
     if (record := view.get(peer)) is None or not record.relays:
         return Routes()
 
