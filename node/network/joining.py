@@ -17,10 +17,10 @@ from node.network.host import Host, open_host
 from node.network.lan.discovery import open_lan
 from node.network.mapping.mapper import open_mapper
 from node.network.reachability.listener import ReachListener
+from node.network.reachability.routes import public_addresses, relay_candidates, routes_to
 from node.network.reachability.seen import learn_seen
 from node.network.reachability.watch import ReachWatch
 from node.network.relaying.own_reservations import Candidate
-from node.network.relaying.routes import public_addresses, relay_candidates, routes_to
 from node.network.relaying.service import Relaying, open_relaying
 from node.network.transport.identity import Identity, held_identity
 from node.network.transport.membership import load_swarm_key, swarm_id

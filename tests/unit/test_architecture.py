@@ -31,6 +31,7 @@ MANY_FIELDS = {
     "client.gateway.openai.responses.request.ResponseRequest": "a value: OpenAI's fields by their names",
     "routing.view.records.Record": "a value: the record on the wire",
     "tensor_codec.messages.info.PeerInfo": "a value: a server's state on the wire",
+    "node.config.NetworkConfig": "a value: the flags of the network, by name",
 }
 MANY_PARAMETERS = {
     "client.config.client_config": "the arguments of `client.connect`, by name",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from node.network.relaying.routes import public_addresses, relay_candidates, routes_to
+from node.network.reachability.routes import public_addresses, relay_candidates, routes_to
 from routing.names import PeerId, peer_id_of
 from routing.view.records import Record
 from routing.view.view import Arrival, SwarmView, merge
