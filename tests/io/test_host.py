@@ -523,7 +523,7 @@ async def test_connections_beyond_the_caps_are_closed():
     async with host(limits=limits) as bob, host() as alice, host() as carol, host() as dave:
         await alice.connect(bob.peer_id, bob.addresses, seconds=PATIENT_SECONDS)
         link = SocketLink(await trio.open_tcp_stream("127.0.0.1", _port(bob)), 10)
-        second = await alice._dialler._upgrade.outbound(link, bob.peer_id, "there")
+        second = await alice.dialler._upgrade.outbound(link, bob.peer_id, "there")
         with trio.fail_after(PATIENT_SECONDS):
             assert await second.receive() == b""  # one per peer
         link.close()
