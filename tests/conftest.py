@@ -80,7 +80,8 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any: pytest-xdist's own types
     """Each file goes to the next free worker, in the order of `ORDER`; tests/fault is as two equal files.
 
-    A file stays together: the models that its fixtures write are written once.
+    A file stays together: the models that its fixtures write are written once.  So does tests/lab: the
+    process from which its nodes are forked starts once.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -89,6 +90,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any:
             file = nodeid.partition("::")[0]
             if file.startswith("tests/fault/"):
                 return f"processes {Path(file).stem in HALF}"
+            if file.startswith("tests/lab/"):
+                return "lab"
             return file
 
     config.option.loadscopereorder = False  # newer versions would begin with the files of many tests
@@ -98,7 +101,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # Any:
 COMPILE_SECONDS = 300.0  # half a minute on two idle cores
 # Half of the time of tests/fault.
 HALF = {"test_recovery", "test_gateway_disconnects", "test_gateway_process", "test_adapter_steps"}
-ORDER = ("tests/fault/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/")
+ORDER = ("tests/fault/", "tests/lab/", "tests/sim/", "tests/model/", "tests/io/", "tests/unit/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

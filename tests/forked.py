@@ -17,42 +17,45 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TextIO
 
-from benchmarks.network import netns
 from node.serving import served_span
 from node.serving.executor.rates import rates_at_start
+from tests.netlab.namespaces import Of, enter, entered
 from tests.processes import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
 MEASURE_SECONDS = 0.02
+Stream = Path | Connection  # a file, or an end of a pipe
 
 
 class Forked:
     """A `subprocess.Popen` of a command `python -m MODULE ...` or `python FILE ...`, as far as tests need it.
 
-    The command may begin with `ip netns exec NAME`.
+    The command may begin with the words of `Lab.enter`.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        output: Path,
+        output: Stream,
         errors: Path | None = None,
-        given: Path = Path(os.devnull),
+        given: Stream = Path(os.devnull),
     ) -> None:
         """output: of both streams; errors: of standard error, apart.  given: as standard input."""
-        namespace = None
-        if tuple(command[:3]) == ("ip", "netns", "exec"):
-            namespace, command = command[3], command[4:]
+        namespaces = entered(command)
+        if namespaces is not None:
+            command = command[namespaces[2] :]
         python, *words = command
         assert python == sys.executable, f"only this Python is forked: {command}"
         assert words[0] == "-m" or words[0].endswith(".py"), f"neither a module nor a file: {command}"
         self.args = command
         streams = (given, output, errors or output)
-        self._process = CONTEXT.Process(target=_run, args=(words, dict(environment), streams, namespace))
+        self._process = CONTEXT.Process(target=_run, args=(words, dict(environment), streams, namespaces))
         self._process.start()
 
     @property
@@ -106,29 +109,41 @@ def forked_run(*words: object, seconds: float = 120, text: str = "") -> subproce
         return subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
 
 
+class ForkedWithPipes(Forked):
+    """One with a pipe to its standard input and one from its output; standard error goes to a file."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], errors: Path) -> None:
+        given, stdin = CONTEXT.Pipe(duplex=False)
+        stdout, output = CONTEXT.Pipe(duplex=False)
+        with given, stdin, stdout, output:
+            super().__init__(command, environment, output, errors, given)
+            self.stdin: TextIO = os.fdopen(os.dup(stdin.fileno()), "w")
+            self.stdout: TextIO = os.fdopen(os.dup(stdout.fileno()))
+        self.stderr = None
+
+
 def _run(
     words: Sequence[str],
     environment: Mapping[str, str],
-    streams: tuple[Path, Path, Path],
-    namespace: str | None,
+    streams: tuple[Stream, Stream, Stream],
+    namespaces: tuple[int, list[Of], int] | None,
 ) -> None:
     """The forked process: it runs as `python WORDS` from here on."""
     given, output, errors = streams
-    with given.open("rb") as standard_input, output.open("wb") as file:
-        os.dup2(standard_input.fileno(), 0)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if errors != output:
-        with errors.open("wb") as file:
-            os.dup2(file.fileno(), 2)
+    _open_as(given, os.O_RDONLY, 0)
+    _open_as(output, os.O_WRONLY, 1)
+    if errors == output:
+        os.dup2(1, 2)
+    else:
+        _open_as(errors, os.O_WRONLY, 2)
     sys.stdin = os.fdopen(0, "r", closefd=False)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
+    if namespaces is not None:
+        enter(*namespaces[:2])
     os.chdir(ROOT)
-    if namespace is not None:
-        netns.enter(namespace)
     vars(served_span)["rates_at_start"] = partial(rates_at_start, seconds=MEASURE_SECONDS)
     if words[0] == "-m":
         sys.argv = list(words[1:])
@@ -137,3 +152,15 @@ def _run(
         sys.argv = list(words)
         sys.path[0] = str(Path(words[0]).parent)
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _open_as(stream: Stream, flags: int, descriptor: int) -> None:
+    """Put a stream in the place of a descriptor; a file is begun anew where it is written."""
+    if isinstance(stream, Path):
+        written = os.O_CREAT | os.O_TRUNC if flags == os.O_WRONLY else 0
+        opened = os.open(stream, flags | written)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    else:
+        with stream:
+            os.dup2(stream.fileno(), descriptor)

@@ -1,4 +1,4 @@
-"""The benchmark of recovery over links of its own, with forked nodes: run by `netns.command_inside`."""
+"""The benchmark of recovery over links of its own, with forked nodes: run by `command_inside` of the lab."""
 
 from __future__ import annotations
 

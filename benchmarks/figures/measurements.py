@@ -53,7 +53,7 @@ LONG: Mapping[str, Sequence[str]] = {
     "recovery-prefill": ["recovery", "--kill-at", "prefill", "--runs", "5"],
     "recovery-kill-every": ["recovery", "--tokens", "300", "--kill-every", "60", "--runs", "2"],
     "recovery-no-copy": ["recovery", "--copies", "1", "--give-up", "10", "--runs", "3"],
-    "recovery-halfopen": ["recovery", "--mode", "halfopen", "--runs", "5"],  # as root
+    "recovery-halfopen": ["recovery", "--mode", "halfopen", "--runs", "5"],
     "recovery-slow": ["recovery", "--mode", "slow", "--runs", "5"],
     "recovery-clients": ["recovery", "--mode", "clients", "--runs", "50"],
     "recovery-rates": [
@@ -83,7 +83,7 @@ LONG: Mapping[str, Sequence[str]] = {
     "swarm-decisions": ["swarm", "--decisions-only", "60", "1000", "10000"],
     "wan": ["wan"],
     "wan-bulk": ["wan", "--rtt-ms", "20", "--mbit", "10", "--servers", "2", "--bulk"],
-    "wire-rtt40": ["wire", "--rtt-ms", "40"],  # as root, as the next one
+    "wire-rtt40": ["wire", "--rtt-ms", "40"],
     "wire-rtt160": ["wire", "--rtt-ms", "160"],
 }  # fmt: skip
 # Simulated: the machine does not matter, and hours pass.

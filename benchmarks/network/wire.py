@@ -7,7 +7,8 @@ Prints the median, p10 and p90 of round trips of one frame, MB/s of frames one w
 a small message while bulk goes the same way on its connection.
 
 With `--rtt-ms` it prints JSON in place of that: the time of 8 MiB one way over a line with this delay and
-rate, on fresh connections of our host and of raw TCP in turn (benchmarks/wire_line.py).  Needs root.
+rate, on fresh connections of our host and of raw TCP in turn (benchmarks/network/wire_line.py), between
+two network namespaces (tests/netlab).
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from typing import Any, Protocol
 import trio
 
 from benchmarks.lib.results import Run
-from benchmarks.network.delayed_line import why_not
-from benchmarks.network.netns import command_inside
 from benchmarks.network.wire_line import measure as measure_line
 from node.network.host import Host, open_host
 from node.network.streams import FramedStream
@@ -35,6 +34,8 @@ from node.network.transport.identity import load_or_create_identity
 from routing.names import PeerId
 from tensor_codec.frame import FrameDecoder, encode_frame
 from tensor_codec.limits import KIB, MIB
+from tests.netlab.lab import cannot
+from tests.netlab.namespaces import command_inside
 
 TRANSFER_MIB = 8
 ECHO, SINK = "/raceme/bench-echo/1", "/raceme/bench-sink/1"
@@ -220,7 +221,7 @@ def over_a_line(options: argparse.Namespace, words: Sequence[str]) -> int:
         if options.rtt_ms < 0 or options.mbit <= 0 or options.transfers < 1:
             print("error: --rtt-ms must be 0 or more, --mbit above 0, --transfers 1 or more", file=sys.stderr)
             return 2
-        if (reason := why_not()) is not None:
+        if (reason := cannot(homes=False)) is not None:
             print(f"error: no line with a delay can be made here: {reason}", file=sys.stderr)
             return 2
         command = command_inside("benchmarks", ["wire", *words, "--inside"])

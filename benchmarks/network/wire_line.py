@@ -18,12 +18,13 @@ from pathlib import Path
 
 import trio
 
-from benchmarks.network.delayed_line import FAR, delayed_line
 from node.network.host import open_host
 from node.network.streams import FramedStream
 from node.network.transport.identity import load_or_create_identity
 from routing.names import PeerId
 from tensor_codec.limits import KIB, MIB
+from tests.netlab.lab import Lab
+from tests.netlab.topology import Line
 
 SINK = "/raceme/bench-sink/1"
 FRAME_BYTES = 1 * MIB
@@ -37,20 +38,22 @@ def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, obje
     """The figures of one line, each transfer on a new connection, and a second one on that connection.
 
     rtt_ms: there and back.  mbit: a second, each way.  rounds: that count; one before them does not.
-    Runs in namespaces of its own (`netns.command_inside`).
+    Runs in a namespace of its own (`tests.netlab.namespaces.command_inside`).
     """
     size = mib * MIB
     ours: list[list[float]] = []
     raw: list[list[float]] = []
-    with (
-        delayed_line(rtt_ms, mbit) as at_the_far_end,
-        _server(at_the_far_end, "ours") as (peer, address),
-        _server(at_the_far_end, "raw"),
-    ):
-        for number in range(rounds + 1):
-            ours.append(trio.run(_over_our_host, PeerId(peer), address, size))
-            raw.append(_over_raw_tcp(size))
-            print(f"round {number} of {rounds}", file=sys.stderr)
+    with Lab(here=True) as lab:
+        far = lab.public("far", Line(rtt_ms / 2, mbit)).ip4
+        at_the_far_end = lab.enter("far")
+        with (
+            _server(at_the_far_end, "ours", far) as (peer, address),
+            _server(at_the_far_end, "raw", far),
+        ):
+            for number in range(rounds + 1):
+                ours.append(trio.run(_over_our_host, PeerId(peer), address, size))
+                raw.append(_over_raw_tcp(far, size))
+                print(f"round {number} of {rounds}", file=sys.stderr)
     figures: dict[str, object] = {
         "rtt_ms": rtt_ms,
         "mbit": mbit,
@@ -91,10 +94,10 @@ async def _over_our_host(peer: PeerId, address: str, size: int) -> list[float]:
     return found
 
 
-def _over_raw_tcp(size: int) -> list[float]:
+def _over_raw_tcp(host: str, size: int) -> list[float]:
     """Seconds of two transfers on a new connection."""
     found = []
-    with socket.create_connection((FAR, RAW_PORT), timeout=SECONDS) as connection:
+    with socket.create_connection((host, RAW_PORT), timeout=SECONDS) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         data = _SIZE.pack(size) + bytes(size)
         for _ in range(2):
@@ -106,12 +109,12 @@ def _over_raw_tcp(size: int) -> list[float]:
     return found
 
 
-def serve(kind: str) -> None:
-    """Take all bytes and answer after the last one, until killed."""
+def serve(kind: str, host: str) -> None:
+    """Take all bytes at an IP address of this machine and answer after the last one, until killed."""
     if kind == "ours":
-        trio.run(_serve_our_host)
+        trio.run(_serve_our_host, host)
         return
-    with socket.create_server((FAR, RAW_PORT)) as listener:
+    with socket.create_server((host, RAW_PORT)) as listener:
         print("up", "up", flush=True)
         memory = memoryview(bytearray(READ_BYTES))
         while True:
@@ -124,8 +127,8 @@ def serve(kind: str) -> None:
                     connection.sendall(b".")
 
 
-async def _serve_our_host() -> None:
-    async with open_host(identity=load_or_create_identity(None), listen=[f"/ip4/{FAR}/tcp/0"]) as host:
+async def _serve_our_host(ip: str) -> None:
+    async with open_host(identity=load_or_create_identity(None), listen=[f"/ip4/{ip}/tcp/0"]) as host:
         host.handle(SINK, _sink)
         print(host.peer_id, host.addresses[0], flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
@@ -138,9 +141,9 @@ async def _sink(frames: FramedStream) -> None:
 
 
 @contextmanager
-def _server(prefix: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
+def _server(prefix: Sequence[str], kind: str, ip: str) -> Iterator[tuple[str, str]]:
     """A receiver's process at the line's far end; the two words of its first answer."""
-    command = [*prefix, sys.executable, "-m", "benchmarks.network.wire_line", kind]
+    command = [*prefix, sys.executable, "-m", "benchmarks.network.wire_line", kind, ip]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -151,4 +154,4 @@ def _server(prefix: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -26,7 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import psutil
@@ -35,7 +35,6 @@ import trio
 from benchmarks.lib.processes import Spawn, Worker, equal_spans, spawn
 from benchmarks.lib.results import Run
 from benchmarks.network.adapter_opening import random_content, shapes_of
-from benchmarks.network.netns import Network, command_inside, why_not
 from benchmarks.recovery.fault_rates import fault_rates
 from benchmarks.recovery.lost_clients import lost_clients
 from benchmarks.recovery.replicas import FAULTS, Replica, ReplicatedSwarm, Slowdown, kill, replicated_swarm
@@ -57,6 +56,8 @@ from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
 from tensor_codec.adapters import AdapterContent
+from tests.netlab.lab import Lab, cannot
+from tests.netlab.namespaces import command_inside
 
 PREFILL_TOKENS = 300
 SOCKETS_GONE_SECONDS = 60.0
@@ -69,10 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     flags = parse(words)
     if flags.mode == "halfopen" and not flags.inside:
-        if (reason := why_not()) is not None:
+        if (reason := cannot(homes=False, lines=False)) is not None:
             print(f"error: --mode halfopen needs network namespaces: {reason}", file=sys.stderr)
             return 2
-        os.execvp("unshare", command_inside("benchmarks", ["recovery", *words, "--inside"]))
+        inside = command_inside("benchmarks", ["recovery", *words, "--inside"])
+        os.execvp(inside[0], inside)
     run = Run()
     try:
         result = measure(flags)
@@ -160,12 +162,13 @@ def measure(flags: argparse.Namespace, spawn: Spawn = spawn, reference: Referenc
     """
     folder = resolve(flags.model, cache_dir=cache_dir())
     spans = equal_spans(read_info(folder).blocks, flags.servers)
-    namespaces = Network() if flags.mode == "halfopen" else None
     copies = 1 if flags.mode == "clients" else flags.copies
     common = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "8192"]
-    with replicated_swarm(
-        spans, copies, model=flags.model, flags=common, namespaces=namespaces, spawn=spawn
-    ) as replicas:
+    with ExitStack() as stack:
+        lab = stack.enter_context(Lab(here=True)) if flags.mode == "halfopen" else None
+        replicas = stack.enter_context(
+            replicated_swarm(spans, copies, model=flags.model, flags=common, lab=lab, spawn=spawn)
+        )
         if flags.mode == "clients":
             return lost_clients(flags, replicas)
         if flags.fault_rate is not None:

@@ -21,9 +21,10 @@ from benchmarks.lib.processes import (
     local_swarm,
     spawn,
 )
-from benchmarks.network.netns import Link, Network
 from routing.names import PeerId
 from routing.view.view import SwarmView
+from tests.netlab.lab import Lab
+from tests.netlab.topology import INTERNET
 
 LOOPBACK = "/ip4/127.0.0.1/tcp"
 END_SECONDS = 60.0  # for a process to end after SIGTERM; draining takes at most 20 s
@@ -31,11 +32,37 @@ LOOK_SECONDS = 0.05  # between two looks of the supervisor
 TURN_SECONDS = 0.05  # in which a slow server runs once: about the time of a token
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A server's own host in a lab, and its cable."""
+
+    lab: Lab
+    name: str
+
+    @property
+    def address(self) -> str:
+        """Its IPv4 address."""
+        return self.lab.hosts[self.name].ip4
+
+    @property
+    def prefix(self) -> list[str]:
+        """The words before a command, to run it there."""
+        return self.lab.enter(self.name)
+
+    def down(self) -> None:
+        """From here on no packet passes, and no connection is reset."""
+        self.lab.cut(self.name)
+
+    def up(self) -> None:
+        """Packets pass again."""
+        self.lab.mend(self.name)
+
+
 @dataclass(slots=True)
 class Replica:
     """One of a span's servers: one peer, in one process after another.
 
-    peer: known once it has been online.  link: its way to the others, where it has a namespace.
+    peer: known once it has been online.  link: its way to the others, where it has a host of its own.
     ending: it was asked to end, which may take a while.
     """
 
@@ -110,7 +137,7 @@ def drain(replica: Replica) -> None:
 
 def cut(replica: Replica) -> None:
     """Take its link down: no packet passes, and no connection is reset."""
-    assert replica.link is not None, "only a server in a namespace has a link"
+    assert replica.link is not None, "only a server with a host of its own has a link"
     replica.link.down()
 
 
@@ -231,23 +258,24 @@ def replicated_swarm(
     model: str | None = None,
     flags: Sequence[str] = (),
     network: Sequence[str] = (),
-    namespaces: Network | None = None,
+    lab: Lab | None = None,
     proxied: Callable[[int], int] | None = None,
     spawn: Spawn = spawn,
 ) -> Iterator[ReplicatedSwarm]:
     """`copies` servers for each span, all online; all processes end with the block.
 
-    flags: of the servers; network: of these and of the bootstrap node.  namespaces: where each server
-    has one of its own.  proxied: the port to dial for a listening port.  spawn: starts the processes.
+    flags: of the servers; network: of these and of the bootstrap node.  lab: each server gets a host of its
+    own there, and this process is there too.  proxied: the port to dial for a listening port.  spawn: starts
+    the processes.
     Raises ProcessError.
     """
     with local_swarm(flags, network, {"OMP_NUM_THREADS": "1"}, spawn) as swarm:
-        here = [] if namespaces is None else ["--listen", f"/ip4/{namespaces.address}/tcp/0"]
+        here = [] if lab is None else ["--listen", f"/ip4/{lab.hosts[INTERNET].ip4}/tcp/0"]
         bootstrap = swarm.start("bootstrap", *here, peers=[])
         bootstrap.wait_online()
         found = ReplicatedSwarm(swarm, bootstrap)
         for number, (span, _) in enumerate(product(spans, range(copies))):
-            link = None if namespaces is None else namespaces.add()
+            link = None if lab is None else Link(lab, lab.public(f"server{number}").name)
             listen = [] if link is None else ["--listen", f"/ip4/{link.address}/tcp/0"]
             if proxied is not None:
                 port = free_port()

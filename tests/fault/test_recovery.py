@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lib.processes import ROOT, Worker
-from benchmarks.network.netns import command_inside, why_not
 from benchmarks.recovery.recovery import killed_again_and_again, measure, parse
 from benchmarks.recovery.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
 from benchmarks.recovery.watched import Watched, peers_in_use, trace_events, until_known, watch
@@ -37,6 +36,8 @@ from tests.fault_link import WAYS
 from tests.forked import Forked
 from tests.in_namespaces import reference
 from tests.model_fixtures import BLOCKS, VOCAB, save_tiny_tokenizer
+from tests.netlab.lab import cannot
+from tests.netlab.namespaces import command_inside
 
 pytestmark = pytest.mark.process
 
@@ -461,7 +462,7 @@ async def test_bits_flipped_below_the_encryption_cost_connections_and_no_token(
 
 
 def test_a_link_that_goes_down_without_a_reset_costs_no_token(model: Path) -> None:
-    if (reason := why_not()) is not None:
+    if (reason := cannot(homes=False, lines=False)) is not None:
         pytest.skip(f"no network namespaces: {reason}")
     words = ["--mode", "halfopen", "--kill-at", "middle", "--servers", "2", "--model", str(model)]
     command = command_inside("tests.in_namespaces", words)

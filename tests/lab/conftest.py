@@ -1,0 +1,30 @@
+"""A lab for one test, where namespaces can be made; else the test is skipped with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.forking import ForkingLab
+from tests.netlab.lab import Lab, cannot
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    if (reason := cannot()) is not None:
+        pytest.skip(f"no lab: {reason}")
+    with ForkingLab(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def figure(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Say a figure in the output of the test run, whether or not pytest keeps the rest for itself."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")  # noqa: T201
+
+    return say
