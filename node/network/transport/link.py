@@ -12,6 +12,7 @@ from typing import Protocol
 
 import trio
 
+from node.network.transport.congestion import use_for_distance
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import KIB
@@ -142,3 +143,4 @@ def _tune(sock: socket.socket, user_timeout_seconds: float) -> None:
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    use_for_distance(sock)
