@@ -16,6 +16,7 @@ from node.network.directory.directory import Directory, DirectoryConfig, open_di
 from node.network.host import Host, open_host
 from node.network.lan.discovery import open_lan
 from node.network.mapping.mapper import open_mapper
+from node.network.reachability.asking import Questions
 from node.network.reachability.listener import ReachListener
 from node.network.reachability.routes import public_addresses, relay_candidates, routes_to
 from node.network.reachability.seen import learn_seen
@@ -69,14 +70,15 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
                     role=role,
                     limits=config.limits,
                     patience_seconds=config.patience_seconds,
+                    relayed_bytes=lambda: relaying.relayed_bytes,
                 ),
             ) as directory,
             background_nursery() as nursery,
             AsyncExitStack() as stack,
         ):
             reach = _watch_reach(host, directory, config, role, nursery)
-            await _use_the_local_network(config, role, host, directory, reach, stack)
             _use_relays(host, directory, reach, relaying)
+            await _use_the_local_network(config, role, host, directory, reach, stack)
             if config.relays:
                 _ask_chosen(host, relaying, config.relays)
             yield Joined(host, directory, identity, reach, relaying)
@@ -87,13 +89,16 @@ def _watch_reach(
 ) -> ReachWatch:
     """Start what finds out how others reach this process."""
     limits, rng = config.limits, random.Random()
-    watch = ReachWatch(host, directory.view, directory.addresses, directory.set_reach, limits, rng)
+    questions = Questions(host, limits)
+    watch = ReachWatch(questions, directory.view, directory.addresses, directory.set_reach, limits, rng)
     if role == "client":
         nursery.start_soon(
-            learn_seen, host, directory.view, directory.addresses, directory.set_seen, limits, rng
+            learn_seen, questions, directory.view, directory.addresses, directory.set_seen, limits, rng
         )
     else:
-        host.handle_bytes(REACH_PROTOCOL, ReachListener(limits, host.probe).serve)
+        listener = ReachListener(limits, host.probe)
+        watch.askers = lambda: listener.askers
+        host.handle_bytes(REACH_PROTOCOL, listener.serve)
         nursery.start_soon(watch.run)
     return watch
 
@@ -117,7 +122,8 @@ async def _use_the_local_network(
     if all(address.is_loopback for address in host.own.listening):
         return
     if config.port_mapping and not config.announce:
-        await stack.enter_async_context(open_mapper(listening, reach.offer))
+        mapper = await stack.enter_async_context(open_mapper(listening, reach.offer))
+        reach.on_failed_offer = mapper.look_again
     if config.lan is not False:
         swarm = host.swarm_id
         lan = await stack.enter_async_context(open_lan(host.peer_id, swarm, listening, config.limits))
@@ -134,9 +140,12 @@ def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: R
     host.dialler.circuits.routes_to = lambda peer: routes_to(directory.view(), directory.rtts(), peer)
     relaying.punching.public_addresses = lambda peer: public_addresses(directory.view(), peer)
     keeper.candidates = lambda: relay_candidates(directory.view(), directory.rtts(), host.peer_id)
-    keeper.wanted = lambda: reach.state.verdict.reach == "none"
+    keeper.wanted = lambda: reach.wants_relays
     keeper.on_change = reach.set_relays
-    reach.set_helps(relaying.relay is not None)
+    reach.on_want = keeper.look_soon
+    reach.seen_by_relays = lambda: {each.host for each in keeper.plan.seen_at}
+    if relaying.relay is not None:
+        reach.set_helps(host.dialler.circuits.limits.relay_bytes_per_second * 8 // 1_000_000)
 
 
 def _reservations(config: NetworkConfig, role: Role) -> int:

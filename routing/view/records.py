@@ -29,11 +29,13 @@ from tensor_codec.messages.contract import MAX_CACHE_TOKENS, MAX_QUEUE, MAX_RATE
 Role = Literal["serve", "bootstrap", "client"]
 State = Literal["joining", "online", "draining", "offline"]
 Reach = Literal["unknown", "public", "relayed", "none"]
+Unreached = Literal["", "timed out", "refused", "another peer"]
 
 NOBODY = PeerId("")
 ROLES = frozenset(get_args(Role))
 STATES = frozenset(get_args(State))
 REACHES = frozenset(get_args(Reach))
+UNREACHED = frozenset(get_args(Unreached))
 DOMAIN = b"raceme-record-1"
 MAX_ADDRESSES = 8
 MAX_ADAPTERS = 8
@@ -42,6 +44,7 @@ MAX_RANK = 4096  # of an adapter: as much as the hidden size of a large model
 MAX_RTTS = 16
 MAX_RELAYS = 3
 MAX_LAN = 2  # private addresses
+MAX_RELAY_MBIT = 1_000_000
 MAX_IP_CHARACTERS = 45  # an IPv4 address in the longest form of IPv6
 MAX_SEQ = 2**63
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 3600.0
@@ -73,7 +76,9 @@ class Record:
     rtt: seconds to other peers and back, as this peer measured them.
     reach: whether others can dial this peer, as others have tried it: "public" at its addresses, "relayed"
         through its relays alone, "none" not at all, "unknown" where nobody has tried.
-    relays: peers through which this one can be dialled.  helps: it relays for others.
+    unreached: what came of dials to a peer that others do not reach directly; "" where it was not said.
+    relays: peers through which this one can be dialled.  helps: it relays for others, at `relay_mbit`
+        (10**6 bits per second; 0: not said), and has carried `relayed_bytes` since its start, both ways.
     lan: private addresses, for peers with the same `seen`: the IP address under which others see this peer.
     seq: order among this peer's records; only the highest counts.
     """
@@ -108,6 +113,9 @@ class Record:
     lan: tuple[str, ...] = ()
     seen: str = ""
     helps: bool = False
+    relay_mbit: int = 0
+    relayed_bytes: int = 0
+    unreached: Unreached = ""
     seq: int = 0
     ttl_seconds: float = 90.0
     name: str = ""
@@ -229,6 +237,12 @@ def _reach_to_wire(record: Record) -> dict[str, object]:
         fields["seen"] = record.seen
     if record.helps:
         fields["helps"] = True
+    if record.unreached:
+        fields["unreached"] = record.unreached
+    if record.relay_mbit:
+        fields["relay_mbit"] = record.relay_mbit
+    if record.relayed_bytes:
+        fields["relayed_bytes"] = record.relayed_bytes
     return fields
 
 
@@ -239,6 +253,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
     role: Any = fields.choice("role", ROLES)  # Any: mypy cannot see that the choice is a Literal
     state: Any = fields.choice("state", STATES)
     reach: Any = fields.choice("reach", REACHES) if "reach" in fields else "unknown"
+    unreached: Any = fields.choice("unreached", UNREACHED) if "unreached" in fields else ""
     serves = role == "serve"
     blocks = fields.integer("blocks", int(serves), MAX_BLOCKS if serves else 0)
     start = fields.integer("start", 0, max(blocks - 1, 0))
@@ -280,6 +295,9 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         lan=tuple(_address(text) for text in _texts(fields, "lan", MAX_LAN, 128)) if "lan" in fields else (),
         seen=_ip(fields.text("seen", MAX_IP_CHARACTERS)) if "seen" in fields else "",
         helps=fields.flag("helps", absent=False),
+        relay_mbit=fields.integer("relay_mbit", 0, MAX_RELAY_MBIT, absent=0),
+        relayed_bytes=fields.integer("relayed_bytes", 0, MAX_SEQ, absent=0),
+        unreached=unreached,
         seq=fields.integer("seq", 0, MAX_SEQ),
         ttl_seconds=fields.number("ttl_seconds", MIN_TTL_SECONDS, MAX_TTL_SECONDS),
         name=fields.text("name", 64, empty=True),

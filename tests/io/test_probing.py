@@ -9,8 +9,8 @@ import trio.testing
 
 from node.network.addresses import Address, parse_address
 from node.network.host import open_host
+from node.network.reachability.asking import ask_for_reach
 from node.network.reachability.listener import ReachListener
-from node.network.reachability.watch import ask_for_reach
 from node.network.transport.identity import load_or_create_identity
 from tensor_codec.limits import Limits
 from tensor_codec.messages.reach import REACH_PROTOCOL

@@ -6,9 +6,9 @@ import pytest
 import trio
 
 from node.network.addresses import Address
+from node.network.reachability.asking import ask_for_reach
 from node.network.reachability.listener import ReachListener
 from node.network.reachability.probing import Prober
-from node.network.reachability.watch import ask_for_reach
 from node.network.transport.upgrade import Upgrade
 from routing.names import PeerId
 from tensor_codec.errors import (
@@ -161,7 +161,7 @@ NONCE = b"\1" * 8
 async def test_an_answer_that_cannot_be_is_a_fault(
     autojump_clock: object, monkeypatch: pytest.MonkeyPatch, address: str, nonce: bytes
 ) -> None:
-    monkeypatch.setattr("node.network.reachability.watch.secrets.token_bytes", lambda size: NONCE)
+    monkeypatch.setattr("node.network.reachability.asking.secrets.token_bytes", lambda size: NONCE)
     ours, theirs = memory_framed_pair()
     await theirs.send(encode_seen(Seen(address, nonce)))
     await theirs.send(encode_reached(Reached({}, nonce)))

@@ -13,9 +13,11 @@ import trio
 
 from node.network.addresses import Address
 from node.network.own_addresses import OwnAddresses
+from node.network.reachability.candidates import Family
 from node.network.reachability.listener import ReachListener
 from node.network.reachability.own_reach import OwnReach
 from node.network.reachability.seen import learn_seen
+from node.network.reachability.silence import SILENCE_SECONDS
 from node.network.reachability.state import CHECK_SECONDS
 from node.network.reachability.watch import ReachWatch
 from node.network.streams import FramedStream
@@ -30,6 +32,8 @@ from tests.fakes import memory_framed_pair
 LIMITS = Limits()
 ME, OUTSIDE, PORT = PeerId("me"), "203.0.113.7", 31330
 DIRECT = f"/ip4/{OUTSIDE}/tcp/{PORT}"
+SIX = "2606:4700:7::11"
+DIRECT6 = f"/ip6/{SIX}/tcp/{PORT}"
 LISTENING = (Address("ip4", "0.0.0.0", PORT),)  # no socket is opened
 
 
@@ -39,11 +43,19 @@ def at_home(last: int = 11) -> OwnAddresses:
     return OwnAddresses((inside,), (f"192.168.1.{last}",), True, False, (inside,), LISTENING)
 
 
+def with_six() -> OwnAddresses:
+    """The same machine with IPv6, of which it has a second address in the same network."""
+    home, other = at_home(), f"/ip6/2606:4700:7::77/tcp/{PORT}"
+    listening = (*LISTENING, Address("ip6", "::", PORT))
+    return home._replace(announced=(other, *home.announced), found=(other, *home.found), listening=listening)
+
+
 @dataclass
 class World:
     """Peers that can be asked, and the addresses at which this node is reached from outside.
 
-    Its face is that of a host.  old: peers that do not speak the protocol.
+    Its face is that of a host.  old: peers that do not speak the protocol.  six: each peer has IPv6 too.
+    links: inbound and outbound connections.  from_own_port: peers that were dialled from the listening port.
     """
 
     nursery: trio.Nursery
@@ -52,16 +64,23 @@ class World:
     old: set[PeerId] = field(default_factory=set)
     outside: str = OUTSIDE
     peers: int = 4
+    six: bool = False
+    links: tuple[int, int] = (0, 0)
+    from_own_port: set[PeerId] = field(default_factory=set)
     asked: list[PeerId] = field(default_factory=list)
+    over: list[Family] = field(default_factory=list)
     peer_id: PeerId = ME
 
     def __post_init__(self) -> None:
         self.listeners = {record.peer: ReachListener(LIMITS, self._probe) for record in self.records()}
 
     def records(self) -> list[Record]:
-        return [
-            Record(peer=PeerId(f"p{n}"), role="bootstrap", addresses=(f"/ip4/1.{n}.1.1/tcp/1",))
+        of_each = [
+            (f"/ip4/1.{n}.1.1/tcp/1", *([f"/ip6/2606:4700:{n}::1/tcp/1"] * self.six))
             for n in range(self.peers)
+        ]
+        return [
+            Record(peer=PeerId(f"p{n}"), role="bootstrap", addresses=each) for n, each in enumerate(of_each)
         ]
 
     def view(self) -> SwarmView:
@@ -72,24 +91,29 @@ class World:
         record = self.view().get(peer)
         return record.addresses if record else ()
 
-    def connected(self) -> set[PeerId]:
+    def connected(self, kind: Family) -> set[PeerId]:
         return set()
 
-    async def open_stream(
-        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
-    ) -> FramedStream:
+    def opened(self) -> tuple[int, int]:
+        return self.links
+
+    def met_from_own_port(self, peer: PeerId) -> bool:
+        return peer in self.from_own_port
+
+    async def open_question(self, peer: PeerId, addresses: Sequence[str], kind: Family) -> FramedStream:
         assert addresses == self.addresses(peer)
         self.asked.append(peer)
+        self.over.append(kind)
         await trio.sleep(0.05)
         if peer in self.old:
-            raise RemoteProtocolError(f"{peer} does not speak {protocol}")
+            raise RemoteProtocolError(f"{peer} does not speak this protocol")
         ours, theirs = memory_framed_pair(peers=(peer, ME))
-        self.nursery.start_soon(self._serve, peer, theirs)
+        self.nursery.start_soon(self._serve, peer, theirs, self.outside if kind == "ip4" else SIX)
         return ours
 
-    async def _serve(self, peer: PeerId, stream: FramedStream) -> None:
+    async def _serve(self, peer: PeerId, stream: FramedStream, outside: str) -> None:
         try:
-            await self.listeners[peer].answer(stream, (self.outside, 40_000))
+            await self.listeners[peer].answer(stream, (outside, 40_000))
             await stream.aclose()
         except (PeerGone, SlowPeer):
             await stream.reset()
@@ -129,7 +153,7 @@ async def test_a_node_behind_a_router_knows_within_five_seconds_that_nobody_reac
         assert (watch.own.lan, watch.own.seen) == (world.own.found, OUTSIDE)
         assert told == [watch.own]
     (line,) = [each.getMessage() for each in caplog.records if "reachable" in each.getMessage()]
-    assert line.startswith(f"not reachable ({OUTSIDE}:{PORT}: timed out; ")
+    assert line.startswith(f"not reachable at {OUTSIDE}:{PORT} (")
     assert f"forward TCP {PORT} to 192.168.1.11" in line
 
 
@@ -174,7 +198,7 @@ async def test_the_first_node_of_a_swarm_asks_as_soon_as_others_come(
         await trio.sleep(500.0)
         assert watch.own.reach == "unknown"
         world.peers = peers
-        await trio.sleep(10.0)
+        await trio.sleep(5.0)
         assert watch.own.reach == "none"
 
 
@@ -229,6 +253,111 @@ async def test_a_relay_makes_a_node_behind_a_router_relayed_and_its_end_none(
         assert (watch.own.reach, watch.own.relays) == ("relayed", (PeerId("r"),))
         watch.set_relays([])
         assert watch.own.reach == "none"
+
+
+async def test_ipv6_is_asked_about_over_ipv6_and_alone_makes_a_node_public(
+    autojump_clock: object, world: World
+) -> None:
+    world.six, world.own, world.reached = True, with_six(), {DIRECT6}
+    async with watched(world) as (watch, _):
+        await trio.sleep(5.0)
+        assert sorted(world.over) == ["ip4"] * 3 + ["ip6"] * 3
+        assert (watch.own.reach, watch.own.addresses) == ("public", (DIRECT6,))
+        assert watch.own.seen == OUTSIDE  # a house has one IPv4 address, and many of IPv6
+        assert watch.wants_relays  # for peers without IPv6
+        watch.set_relays([PeerId("r")])
+        assert (watch.own.reach, watch.own.relays) == ("public", (PeerId("r"),))
+
+
+@pytest.mark.parametrize("six", [False, True])
+async def test_a_node_that_nobody_reaches_over_either_family_knows_it_within_five_seconds(
+    autojump_clock: object, world: World, six: bool
+) -> None:
+    """six: peers have IPv6 too; without it nobody can say anything about this node's."""
+    world.six, world.own = six, with_six()
+    async with watched(world) as (watch, _):
+        await trio.sleep(5.0)
+        assert (watch.own.reach, watch.own.unreached, watch.own.seen) == ("none", "timed out", OUTSIDE)
+
+
+async def test_a_node_to_which_nobody_comes_any_more_asks_again_at_once(
+    autojump_clock: object, world: World
+) -> None:
+    world.reached.add(DIRECT)
+    world.links = (2, 3)
+    async with watched(world) as (watch, _):
+        await trio.sleep(60.0)
+        asked = len(world.asked)
+        world.reached.clear()
+        world.links = (0, 3)
+        await trio.sleep(SILENCE_SECONDS + 5.0)
+        assert watch.own.reach == "none"
+        asked_again = len(world.asked)
+        assert asked_again > asked
+        await trio.sleep(300.0)
+        assert len(world.asked) == asked_again  # once for each silence
+
+
+async def test_a_router_with_another_address_is_noticed_by_its_relays(
+    autojump_clock: object, world: World
+) -> None:
+    async with watched(world) as (watch, _):
+        watch.seen_by_relays = lambda: {OUTSIDE}
+        watch.set_relays([PeerId("r")])
+        await trio.sleep(30.0)
+        assert (watch.own.reach, watch.own.seen) == ("relayed", OUTSIDE)
+        world.outside = "198.51.100.9"
+        watch.seen_by_relays = lambda: {"198.51.100.9"}
+        await trio.sleep(5.0)
+        assert (watch.own.reach, watch.own.seen) == ("relayed", "198.51.100.9")
+        asked = len(world.asked)
+        watch.seen_by_relays = lambda: {"198.51.100.10"}  # a router with many addresses: once for each
+        await trio.sleep(60.0)
+        assert len(world.asked) <= asked + 3
+
+
+async def test_a_failed_dial_to_a_mapped_port_has_the_router_asked_again(
+    autojump_clock: object, world: World
+) -> None:
+    looks: list[float] = []
+    async with watched(world) as (watch, _):
+        watch.on_failed_offer = lambda: looks.append(trio.current_time())
+        world.reached.add(f"/ip4/{OUTSIDE}/tcp/50123")
+        watch.offer("nat-pmp", [f"/ip4/{OUTSIDE}/tcp/50123"])
+        await trio.sleep(30.0)
+        assert (watch.own.reach, looks) == ("public", [])
+        world.reached.clear()
+        await trio.sleep(CHECK_SECONDS)
+        assert (watch.own.reach, len(looks)) == ("none", 1)
+
+
+async def test_a_peer_that_the_router_may_let_in_as_a_friend_makes_no_node_public(
+    autojump_clock: object, world: World
+) -> None:
+    """This node has dialled the peer from the port on which it listens: that port is open for this peer."""
+    world.reached.add(DIRECT)
+    world.from_own_port = {PeerId("p0"), PeerId("p1"), PeerId("p2")}
+    async with watched(world) as (watch, _):
+        await trio.sleep(5.0)
+        assert world.asked[0] == PeerId("p3")
+        assert watch.own.reach == "unknown"
+
+
+async def test_a_peer_that_has_asked_is_asked_back_before_it_has_a_record(
+    autojump_clock: object, world: World
+) -> None:
+    world.peers = 0
+    world.reached.add(DIRECT)
+    async with watched(world) as (watch, _):
+        await trio.sleep(100.0)
+        home = PeerId("home")
+        watch.askers = lambda: [home]
+        world.listeners[home] = ReachListener(LIMITS, world._probe)
+        await trio.sleep(2.0)
+        assert world.asked == []  # not connected
+        world.connected = lambda kind: {home} if kind == "ip4" else set()  # type: ignore[method-assign]
+        await trio.sleep(1.5)
+        assert (world.asked, watch.own.reach) == ([home], "public")
 
 
 async def test_a_client_learns_its_own_address_only_where_a_server_may_be_next_door(

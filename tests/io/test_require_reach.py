@@ -14,7 +14,7 @@ from node.main import REACH_SECONDS, Node, check_reach
 from node.network.reachability.own_reach import OwnReach
 from routing.names import PeerId
 
-LINE = "not reachable (203.0.113.7:31330: timed out; 3 peers)"
+LINE = "not reachable at 203.0.113.7:31330 (3 peers: timed out)"
 
 
 class Reach:

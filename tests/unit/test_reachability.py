@@ -10,9 +10,17 @@ from hypothesis import strategies as st
 
 from node.network.addresses import Address, parse_address
 from node.network.own_addresses import OwnAddresses
-from node.network.reachability.candidates import seen_as, to_ask_about, to_dial_back, whom_to_ask
+from node.network.reachability.candidates import (
+    FAMILIES,
+    of_family,
+    seen_as,
+    to_ask_about,
+    to_dial_back,
+    whom_to_ask,
+)
 from node.network.reachability.own_reach import own_reach, report
 from node.network.reachability.state import (
+    ALONE_SECONDS,
     ASKED,
     CHECK_SECONDS,
     FIRST_PAUSE_SECONDS,
@@ -20,6 +28,7 @@ from node.network.reachability.state import (
     Reachability,
     Told,
     Verdict,
+    together,
 )
 from routing.names import PeerId
 from routing.view.records import Record
@@ -108,8 +117,8 @@ def test_who_finds_nobody_to_ask_looks_again_soon_however_long_it_has_been_alone
     state, now = fresh(), 0.0
     for _ in range(10):
         assert state.to_ask([], now) == []
-        assert state.seconds_left(now) == FIRST_PAUSE_SECONDS
-        now += FIRST_PAUSE_SECONDS
+        assert state.seconds_left(now) == ALONE_SECONDS
+        now += ALONE_SECONDS
 
 
 def test_other_addresses_end_the_round_and_its_answers_count_no_more() -> None:
@@ -142,14 +151,42 @@ def test_peers_of_the_same_machine_say_nothing() -> None:
     assert (state.verdict.reach, state.verdict.answers) == ("unknown", 0)
 
 
-def test_ipv6_counts_separately() -> None:
-    state = fresh(ANY, SIX)
-    six = told("reached", "2606:4700::7", SIX)
-    round_of(state, [six, six, told("timed out")])
-    assert (state.verdict.reach, state.verdict.verified) == ("public", (SIX,))
-    state = fresh(ANY, SIX)
-    round_of(state, [told("timed out"), told("timed out"), told("timed out")])
-    assert state.verdict.reach == "unknown"  # nobody came over IPv6 and could try it
+def test_each_family_has_its_own_verdict_and_one_that_is_public_is_enough() -> None:
+    four, six = fresh(ANY), fresh("/ip6/::/tcp/31330", SIX)
+    assert together([four, six]).reach == "unknown"
+    round_of(four, [told("timed out"), told("timed out")])
+    assert (four.verdict.reach, together([four, six]).reach) == ("none", "unknown")  # IPv6 may yet work
+    reached = told("reached", "2606:4700::7", SIX)
+    round_of(six, [reached, reached, reached])
+    both = together([four, six])
+    assert (both.reach, both.verified, both.answers) == ("public", (SIX,), 3)
+    assert both.seen == (OUTSIDE, "2606:4700::7")
+    assert both.failures == {DIRECT: "timed out"}
+
+
+def test_a_family_over_which_nobody_can_be_asked_decides_nothing() -> None:
+    four, six = fresh(ANY), fresh("/ip6/::/tcp/31330", SIX)
+    round_of(four, [told("timed out"), told("timed out")])
+    assert six.to_ask([], 0.0) == []  # its round is over
+    assert together([four, six]).reach == "none"
+    nothing = Reachability()
+    assert together([four, nothing]).reach == "none"  # it does not listen on IPv6
+    assert together([nothing, nothing]).reach == "unknown"
+
+
+def test_a_second_address_of_the_same_ipv6_network_is_as_good_as_tried() -> None:
+    for other, reach in (("2606:4700::99", "none"), ("2606:4700:1::99", "unknown")):
+        state = fresh("/ip6/::/tcp/31330", SIX, f"/ip6/{other}/tcp/31330")
+        failed = told("timed out", "2606:4700::7", SIX)
+        round_of(state, [failed, failed, failed])
+        assert state.verdict.reach == reach
+
+
+def test_a_round_in_which_nobody_could_try_anything_changes_nothing() -> None:
+    state = fresh()
+    round_of(state, [told("timed out"), told("timed out")])
+    round_of(state, [told(None), told(None)], CHECK_SECONDS)
+    assert state.verdict.reach == "none"
 
 
 ANSWERS = st.one_of(
@@ -193,6 +230,8 @@ def test_a_question_has_the_ports_at_the_address_that_others_see_and_no_name_and
     assert to_ask_about(texts, [Address("ip4", "127.0.0.1", 5)]) == ()
     many = [f"/ip4/198.51.100.{number}/tcp/1" for number in range(20)]
     assert len(to_ask_about(many, listening)) == 8
+    both = [*many, SIX]
+    assert [of_family(to_ask_about(both, listening), kind)[-1] for kind in FAMILIES] == [many[6], SIX]
 
 
 def test_nobody_is_dialled_but_the_machine_that_asks() -> None:
@@ -232,6 +271,11 @@ def test_peers_on_the_internet_are_asked_first_each_of_another_network() -> None
         assert len(found) == 12
         assert "alone" in found[:2]
         assert set(found[-2:]) == {"near", "linked"}
+        assert whom_to_ask(records, (), {PeerId("linked")}, random.Random(seed), "ip6") == ["linked"]
+        new = whom_to_ask(
+            records, (), {PeerId("new")}, random.Random(seed), askers=[PeerId("new"), PeerId("far")]
+        )
+        assert (new[-1], len(new)) == ("new", 12)
 
 
 # --- the record and the log ---
@@ -247,6 +291,7 @@ def test_only_verified_addresses_are_announced_and_private_ones_for_the_house() 
     assert (found.reach, found.addresses, found.lan, found.seen) == ("public", (DIRECT,), (PRIVATE,), OUTSIDE)
     found = own_reach(NONE, OWN)
     assert (found.reach, found.addresses, found.lan) == ("none", (), (PRIVATE,))
+    assert (found.unreached, own_reach(PUBLIC, OWN).unreached) == ("timed out", "")
     found = own_reach(NONE, OWN, PEERS)
     assert (found.reach, found.addresses, found.relays) == ("relayed", (), tuple(PEERS[:3]))
     found = own_reach(Verdict(), OWN)
@@ -260,8 +305,8 @@ def test_chosen_addresses_are_announced_whatever_others_say() -> None:
 
 
 def test_a_node_helps_others_only_where_it_is_public() -> None:
-    assert own_reach(PUBLIC, OWN, helps=True).helps
-    assert not own_reach(NONE, OWN, helps=True).helps
+    assert own_reach(PUBLIC, OWN, relay_mbit=50).relay_mbit == 50
+    assert not own_reach(NONE, OWN, relay_mbit=50).helps
 
 
 @pytest.mark.parametrize(
@@ -273,7 +318,7 @@ def test_a_node_helps_others_only_where_it_is_public() -> None:
             OWN,
             (),
             [
-                "not reachable (203.0.113.7:31330: timed out; 3 peers)",
+                "not reachable at 203.0.113.7:31330 (3 peers: timed out)",
                 "forward TCP 31330 to 192.168.1.11 on the router",
             ],
         ),

@@ -153,7 +153,7 @@ class Dialler:
         readable, unreadable = self._readable(addresses, relay, None)
         try:
             async with lock:
-                if (connection := self._from_own_port(relay)) is not None:
+                if (connection := self.dialled_from_own_port(relay)) is not None:
                     return connection
                 if not readable:
                     raise PeerGone(
@@ -168,21 +168,29 @@ class Dialler:
         finally:
             self._forget_lock(relay, lock)
 
-    async def connect_directly(self, peer: PeerId, addresses: Sequence[str]) -> Connection:
-        """A direct connection to a peer, also next to a circuit.  Raises PeerFault."""
+    async def connect_directly(
+        self, peer: PeerId, addresses: Sequence[str], kind: Literal["ip4", "ip6"] | None = None
+    ) -> Connection:
+        """A direct connection to a peer, also next to a circuit.
+
+        kind: the family of IP; with one there is a new connection, also next to one of the other family.
+        Raises PeerFault.
+        """
         lock, purpose = self._locks.setdefault(peer, trio.Lock()), "relay"
         readable, unreadable = self._readable(addresses, peer, None)
+        if kind is not None:
+            readable = _over(kind, readable)
         try:
             async with lock:
-                if (direct := self._connections.live(peer, direct=True)) is not None:
+                if kind is None and (direct := self._connections.live(peer, direct=True)) is not None:
                     return direct
                 async with self._places[purpose]:
                     return await self._dial(peer, readable, unreadable, [])
         finally:
             self._forget_lock(peer, lock)
 
-    def _from_own_port(self, peer: PeerId) -> Connection | None:
-        """A live connection that others would see as they see our listener."""
+    def dialled_from_own_port(self, peer: PeerId) -> Connection | None:
+        """A live connection to a peer, which sees us there as it would see our listener."""
         for each in self._connections.of(peer):
             link = each.channel.link
             if each.is_established and isinstance(link, SocketLink) and self.ports.has(link.local_port):
@@ -358,6 +366,13 @@ class Dialler:
         if pause:
             self.backoff.failed(str(address), now)
         self.backoff.host_failed(address.host, now)
+
+
+def _over(kind: Literal["ip4", "ip6"], addresses: Sequence[Address]) -> list[Address]:
+    """The addresses of one family of IP; a name of both stands for that family."""
+    name: Literal["dns4", "dns6"] = "dns4" if kind == "ip4" else "dns6"
+    found = [replace(each, kind=name) if each.kind == "dns" else each for each in addresses]
+    return [each for each in found if each.kind in (kind, name)]
 
 
 def _readable(texts: Sequence[str], peer: PeerId) -> tuple[list[Address], list[str]]:

@@ -12,6 +12,7 @@ import socket
 import trio
 
 from node.network.addresses import Address
+from node.network.dialling.race import prefer_lasting_address
 from tensor_codec.errors import PeerGone
 
 _FAMILIES = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6}
@@ -71,6 +72,8 @@ async def open_tcp_from(port: int, address: Address) -> trio.SocketStream:
     dialled = trio.socket.socket(_FAMILIES[address.kind], socket.SOCK_STREAM)
     try:
         _share(dialled)
+        if address.kind == "ip6":
+            prefer_lasting_address(dialled)
         await dialled.bind((_ANY_HOST[address.kind], port))
         await dialled.connect((address.host, address.port))
     except OSError as error:

@@ -8,8 +8,10 @@ has succeeded when the peer has proved its id.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from tensor_codec.errors import NotAMember, PeerFault, PeerGone, SlowPeer
 STAGGER_SECONDS = 0.25  # until the next address is tried too; RFC 8305, section 8
 TRIED_AT_ONCE = 4
 TURN_SECONDS = 1.0  # after which an untried address replaces an address without an answer
+_IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC = 72, 0x0002  # linux/in6.h; Python's socket lacks them
 MAX_ANSWERS = 8  # addresses of one name that are tried
 
 T = TypeVar("T")
@@ -170,9 +173,30 @@ async def resolve(address: Address) -> list[Address]:
 async def open_tcp(address: Address) -> trio.SocketStream:
     """Connect to an IP address.  Raises PeerGone."""
     try:
+        if address.kind == "ip6":
+            return await _open_tcp6(address)
         return await trio.open_tcp_stream(address.host, address.port)
     except OSError as error:
         cause: BaseException = error.__cause__ or error
         while isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
         raise PeerGone(getattr(cause, "strerror", None) or str(cause)) from error
+
+
+async def _open_tcp6(address: Address) -> trio.SocketStream:
+    """As `trio.open_tcp_stream`, from this machine's lasting address: peers see the one that it announces."""
+    dialled = trio.socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    try:
+        prefer_lasting_address(dialled)
+        await dialled.connect((address.host, address.port))
+    except BaseException:
+        dialled.close()
+        raise
+    return trio.SocketStream(dialled)
+
+
+def prefer_lasting_address(dialled: trio.socket.SocketType) -> None:
+    """Leave by the lasting IPv6 address and not by a temporary one, where the system can (RFC 5014)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            dialled.setsockopt(socket.IPPROTO_IPV6, _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC)

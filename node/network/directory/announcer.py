@@ -53,6 +53,7 @@ class Announcer:
     """Signs and repeats the record of this node until `leave`.
 
     announced: the record as the node gave it; None before the first and after `leave`.
+    relayed_bytes: carried for others so far.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Announcer:
         wall_clock: Callable[[], float],
     ) -> None:
         self.announced: Record | None = None
+        self.relayed_bytes: Callable[[], int] = lambda: 0
         self._host = host
         self._identity = identity
         self._limits = limits
@@ -82,6 +84,11 @@ class Announcer:
         """The model revision that this node serves."""
         announced = self.announced
         return announced.revision if announced is not None and announced.role == "serve" else None
+
+    @property
+    def is_dialled(self) -> bool:
+        """Whether others dial this node at its addresses, as far as is known."""
+        return self._reach is None or self._reach.reach in ("public", "unknown")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -126,7 +133,9 @@ class Announcer:
             seq=self._seq,
             ttl_seconds=self._limits.record_ttl_seconds,
         )
-        record = fit_record(_with_reach(record, self._reach), self._limits)
+        if (reach := self._reach) is not None and reach.helps:
+            record = replace(record, relayed_bytes=self.relayed_bytes())
+        record = fit_record(_with_reach(record, reach), self._limits)
         wire = sign_record(record, self._identity.private_key)
         self._neighbours.pass_on(self._live.merge([Arrival(record, wire)]), None)
 
@@ -203,6 +212,8 @@ def _with_reach(record: Record, reach: OwnReach | None) -> Record:
         lan=reach.lan,
         seen=reach.seen,
         helps=reach.helps,
+        relay_mbit=reach.relay_mbit,
+        unreached=reach.unreached,
     )
 
 

@@ -54,6 +54,7 @@ class DirectoryConfig:
     patience_seconds: the time for which silent bootstrap peers are dialled again.
     required: raise ConfigError where no bootstrap peer can be reached; otherwise go on, and keep trying.
     kademlia: False for no table at all.
+    relayed_bytes: that this node has carried for others, for its record.
     watch: ping servers periodically, and mark silent ones in the view; None: a client does.
     """
 
@@ -65,6 +66,7 @@ class DirectoryConfig:
     patience_seconds: float = 0.0
     kademlia: bool = True
     watch: bool | None = None
+    relayed_bytes: Callable[[], int] = lambda: 0
 
     @property
     def watches(self) -> bool:
@@ -136,6 +138,7 @@ class Directory:
         self._announcer = Announcer(
             host, identity, config.limits, self._live, self._neighbours, self.pings, wall_clock
         )
+        self._announcer.relayed_bytes = config.relayed_bytes
 
     # --- the view ---------------------------------------------------------------------------------
 
@@ -283,6 +286,7 @@ async def open_directory(
                 ways_in,
                 addresses=lambda peer: directory.addresses(peer),
                 own=lambda: directory._announcer.addresses,
+                is_dialled=lambda: directory._announcer.is_dialled,
             )
             serves = config.role != "client"
             table = open_kademlia(host, knowledge, config.limits, rng, serves=serves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import random
 from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
 
 from node.network.addresses import Address, Reach, parse_address, reach_of
 from routing.names import PeerId
@@ -12,13 +13,17 @@ from routing.view.networks import draw
 from routing.view.records import Record
 from tensor_codec.messages.reach import MAX_ADDRESSES
 
+Family = Literal["ip4", "ip6"]
+FAMILIES: tuple[Family, ...] = ("ip4", "ip6")
 _ANY = {"ip4": "0.0.0.0", "ip6": "::"}  # stands for the address that the other side sees
 
 
 def to_ask_about(
     announced: Iterable[str], listening: Iterable[Address], further: Iterable[str] = ()
 ) -> tuple[str, ...]:
-    """The addresses of a question, at most MAX_ADDRESSES; empty where this machine alone reaches the node.
+    """The addresses to ask about, at most MAX_ADDRESSES of each family of IP.
+
+    None where this machine alone reaches the node.
 
     announced: the node's own multiaddrs.  listening: where it listens; each port is asked about at the
     address that others see, in case a router passes it on.  further: those that a port mapping has promised.
@@ -29,7 +34,8 @@ def to_ask_about(
         return ()
     seen_at = [str(Address(each.kind, _ANY[each.kind], each.port)) for each in open_ports]
     named = [str(each) for each in map(parse_address, [*further, *announced]) if is_asked_about(each)]
-    return tuple(dict.fromkeys([*seen_at, *named]))[:MAX_ADDRESSES]
+    asked = list(dict.fromkeys([*seen_at, *named]))
+    return tuple(text for kind in FAMILIES for text in of_family(asked, kind)[:MAX_ADDRESSES])
 
 
 def is_asked_about(address: Address) -> bool:
@@ -76,24 +82,38 @@ def canonical(host: str) -> str:
     return str(address)
 
 
+def of_family(addresses: Iterable[str], kind: Family) -> tuple[str, ...]:
+    """The multiaddrs that are dialled over this family of IP; a name of both counts for either."""
+    names = (kind, "dns4" if kind == "ip4" else "dns6", "dns")
+    return tuple(text for text in addresses if text.split("/", 2)[1] in names)
+
+
 def whom_to_ask(
-    records: Sequence[Record], but_for: Collection[PeerId], connected: Collection[PeerId], rng: random.Random
+    records: Sequence[Record],
+    but_for: Collection[PeerId],
+    connected: Collection[PeerId],
+    rng: random.Random,
+    kind: Family = "ip4",
+    askers: Collection[PeerId] = (),
 ) -> list[PeerId]:
-    """The peers that may be asked, the best first: public ones before neighbours in a private network.
+    """The peers that may be asked over this family, the best first: public ones before private neighbours.
 
     Each network (/24, /48) gives one peer before any gives a second, so that one network's word is one of
     three.  records: of the view.  but_for: this node, and peers that were asked.
+    connected: over this family.  askers: peers that have asked this node the same: they speak the protocol,
+    whether or not there is a record of them yet.
     """
     usable = {
-        record.peer: record.addresses
+        record.peer: addresses
         for record in records
         if record.peer not in but_for
         and record.role != "client"
-        and (record.addresses or record.peer in connected)
+        and ((addresses := of_family(record.addresses, kind)) or record.peer in connected)
     }
     far = {peer: addresses for peer, addresses in usable.items() if any(map(_is_public, addresses))}
     near = {peer: addresses for peer, addresses in usable.items() if peer not in far}
-    return draw(far, len(far), rng) + draw(near, len(near), rng)
+    new = sorted(peer for peer in askers if peer in connected and peer not in usable and peer not in but_for)
+    return draw(far, len(far), rng) + draw(near, len(near), rng) + new
 
 
 def _is_public(text: str) -> bool:

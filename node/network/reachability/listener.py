@@ -46,6 +46,11 @@ class ReachListener:
         self._busy = 0  # questions for which addresses are dialled now
         self._asked: OrderedDict[PeerId, TokenBucket] = OrderedDict()
 
+    @property
+    def askers(self) -> list[PeerId]:
+        """The peers that have asked, the latest first."""
+        return list(reversed(self._asked))
+
     async def serve(self, stream: MuxedStream, peer: PeerId, prefix: str) -> None:
         """A stream of a peer.  Raises PeerFault, for the host to count."""
         limits = replace(self._limits, max_frame_bytes=REACH_FRAME_BYTES)

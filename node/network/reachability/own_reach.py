@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from node.network.addresses import Reach as AddressReach
 from node.network.addresses import parse_address
@@ -11,7 +13,7 @@ from node.network.own_addresses import OwnAddresses
 from node.network.reachability.candidates import is_asked_about, reach_of_address
 from node.network.reachability.state import Verdict
 from routing.names import PeerId
-from routing.view.records import MAX_LAN, MAX_RELAYS, Reach
+from routing.view.records import MAX_LAN, MAX_RELAYS, Reach, Unreached
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,13 @@ class OwnReach:
     relays: tuple[PeerId, ...] = ()
     lan: tuple[str, ...] = ()
     seen: str = ""
-    helps: bool = False
+    relay_mbit: int = 0
+    unreached: Unreached = ""
+
+    @property
+    def helps(self) -> bool:
+        """Whether it relays for others."""
+        return self.relay_mbit > 0
 
     @property
     def is_there(self) -> bool:
@@ -32,26 +40,29 @@ class OwnReach:
 
 
 def own_reach(
-    verdict: Verdict, own: OwnAddresses, relays: Sequence[PeerId] = (), *, helps: bool = False
+    verdict: Verdict, own: OwnAddresses, relays: Sequence[PeerId] = (), *, relay_mbit: int = 0
 ) -> OwnReach:
     """What the record says after this verdict.
 
     Verified addresses alone are announced, once it is known which; until then all are, as older versions do.
     Addresses that the operator has chosen are announced in any case.  relays: that hold a reservation for it.
-    helps: it relays, which a public node alone can.
+    relay_mbit: it relays at this rate, which a public node alone can; 0: it does not.
+    A node that is public over IPv6 alone may have relays too, for peers without IPv6.
     """
-    seen = verdict.seen[0] if verdict.seen else ""
+    seen = min(verdict.seen, key=lambda host: ":" in host, default="")  # IPv4 first: a house has one of it
     private = [t for t in own.found if reach_of_address(parse_address(t)) is AddressReach.PRIVATE]
     lan = tuple(private[:MAX_LAN]) if seen else ()
     relays = tuple(relays[:MAX_RELAYS])
     if verdict.reach == "public":
         kept = [*own.announced, *verdict.verified] if own.chosen else verdict.verified
         outside = tuple(address for address in lan if address not in kept)
-        return OwnReach("public", tuple(dict.fromkeys(kept)), (), outside, seen, helps)
+        return OwnReach("public", tuple(dict.fromkeys(kept)), relays, outside, seen, relay_mbit)
     if own.chosen:
         return OwnReach("unknown", own.announced, relays, lan, seen)
     if verdict.reach == "none":
-        return OwnReach("relayed" if relays else "none", (), relays, lan, seen)
+        why = Counter(verdict.failures.values()).most_common(1)
+        reason = cast("Unreached", why[0][0]) if why else ""
+        return OwnReach("relayed" if relays else "none", (), relays, lan, seen, unreached=reason)
     return OwnReach("unknown", own.announced, relays, (), seen)
 
 
@@ -65,11 +76,11 @@ def report(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
         return line + "".join(f"; the announced {a} is not: {verdict.failures[a]}" for a in failed)
     if verdict.reach != "none":
         return "whether others reach this node is not known: no peer could tell"
-    where = ", ".join(f"{_place(address)}: {reason}" for address, reason in verdict.failures.items())
-    line = f"not reachable ({where}; {peers})"
+    where, why = ", ".join(map(_place, verdict.failures)), ", ".join(dict.fromkeys(verdict.failures.values()))
+    line = f"not reachable at {where} ({peers}: {why})"
     if reach.relays:
         line += f"; relayed by {', '.join('…' + peer[-6:] for peer in reach.relays)}"
-    return line + _advice(verdict, own)
+    return line + _advice(verdict, reach, own)
 
 
 def _place(text: str) -> str:
@@ -77,16 +88,16 @@ def _place(text: str) -> str:
     return f"[{address.host}]:{address.port}" if address.kind == "ip6" else f"{address.host}:{address.port}"
 
 
-def _advice(verdict: Verdict, own: OwnAddresses) -> str:
+def _advice(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
     """What an operator can do: behind a router something else than with a public address."""
     inside = [a for a in map(parse_address, own.found) if is_asked_about(a)]
     private = [a for a in inside if reach_of_address(a) is AddressReach.PRIVATE]
     if own.chosen:
         return ". The announced addresses stay in its record: check --announce"
     if private and verdict.seen and private[0].host not in verdict.seen:
-        first = private[0]
+        first, aim = private[0], "To be faster" if reach.relays else "To be reached"
         return (
-            f". To be reached directly: forward TCP {first.port} to {first.host} on the router,"
+            f". {aim}: forward TCP {first.port} to {first.host} on the router,"
             " or allow port mapping (UPnP, NAT-PMP) there"
         )
     ports = ", ".join(dict.fromkeys(str(a.port) for a in inside))

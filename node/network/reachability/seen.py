@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable
 import trio
 
 from node.network.addresses import Reach, reach_of
-from node.network.reachability.candidates import whom_to_ask
-from node.network.reachability.watch import ReachHost, ask_for_reach
+from node.network.reachability.asking import ReachHost, ask_for_reach
+from node.network.reachability.candidates import FAMILIES, Family, whom_to_ask
 from routing.names import PeerId
 from routing.view.view import SwarmView
 from tensor_codec.errors import PeerFault, Refused
 from tensor_codec.limits import Limits
-from tensor_codec.messages.reach import REACH_PROTOCOL
 
 LOOK_SECONDS = 5.0  # between looks at whether some server has private addresses
 LEARN_SECONDS = 900.0  # between two questions; a laptop changes its place
@@ -34,7 +33,7 @@ async def learn_seen(
 ) -> None:
     """Until cancelled: while a server with private addresses is known, ask peers how they see us.
 
-    A swarm without such a server is asked nothing.  found: called with the IP addresses.
+    Over IPv4 and IPv6.  A swarm without such a server is asked nothing.  found: called with the IP addresses.
     """
     while True:
         present = view()
@@ -42,22 +41,25 @@ async def learn_seen(
             await trio.sleep(LOOK_SECONDS)
             continue
         seen = set[str]()
-        connected = host.connected()
-        for peer in whom_to_ask(present.records(), {host.peer_id}, connected, rng)[: 2 * MAX_ASKED]:
-            host_seen = await _ask(host, peer, addresses(peer), limits)
-            if host_seen is not None and reach_of(host_seen) is Reach.PUBLIC:
-                seen.add(host_seen)
-                break
+        for kind in FAMILIES:
+            peers = whom_to_ask(present.records(), {host.peer_id}, host.connected(kind), rng, kind)
+            for peer in peers[: 2 * MAX_ASKED]:
+                host_seen = await _ask(host, peer, addresses(peer), kind, limits)
+                if host_seen is not None and reach_of(host_seen) is Reach.PUBLIC:
+                    seen.add(host_seen)
+                    break
         if seen:
             found(seen)
         await trio.sleep(LEARN_SECONDS if seen else LOOK_SECONDS * 12)
 
 
-async def _ask(host: ReachHost, peer: PeerId, addresses: tuple[str, ...], limits: Limits) -> str | None:
-    """The IP address at which one peer sees us; None without an answer."""
+async def _ask(
+    host: ReachHost, peer: PeerId, addresses: tuple[str, ...], kind: Family, limits: Limits
+) -> str | None:
+    """The IP address at which one peer sees us over this family; None without an answer."""
     try:
         with trio.move_on_after(2 * limits.dial_seconds):
-            stream = await host.open_stream(peer, addresses, REACH_PROTOCOL, seconds=limits.dial_seconds)
+            stream = await host.open_question(peer, addresses, kind)
             return (await ask_for_reach(stream, (), limits)).seen
     except (PeerFault, Refused) as fault:
         log.debug("%s does not say how it sees us: %s", peer, fault)

@@ -3,13 +3,16 @@
 Pure: the time is passed in, and nobody is dialled here.  Three peers are asked in a round; where one gives no
 answer another is asked in its place.  One peer may be wrong or lie, so an address counts as verified when two
 peers have reached it, and the node as out of reach when two have failed at every address that they tried.
+IPv4 and IPv6 have rounds of their own: a router may let in one and not the other.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from node.network.addresses import Address, Reach, dial_order, parse_address, reach_of
 from node.network.reachability.candidates import reach_of_address
@@ -21,6 +24,7 @@ AGREED = 2  # of these that decide
 MAX_TRIED = 9  # peers of a round: those of an older version give no answer
 CHECK_SECONDS = 900.0  # between two rounds
 FIRST_PAUSE_SECONDS = 5.0  # before another round where one decided nothing; doubles up to CHECK_SECONDS
+ALONE_SECONDS = 1.0  # before another look where there was nobody to ask, which costs nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class Verdict:
 
 @dataclass(slots=True)
 class Reachability:
-    """The rounds of questions of one node, and their verdict.
+    """The rounds of questions of one node over one family of IP, and their verdict.
+
+    addresses: to ask about, all of that family.  rounds: that have ended, with these addresses.
 
     Promises, checked by tests/unit/test_reachability.py:
       * no peer alone makes a node public or unreachable where a second one could be asked;
@@ -62,6 +68,7 @@ class Reachability:
 
     verdict: Verdict = field(default_factory=Verdict)
     addresses: tuple[str, ...] = ()
+    rounds: int = 0
     _told: dict[PeerId, Told | None] = field(default_factory=dict)  # None: no answer
     _under_way: set[PeerId] = field(default_factory=set)
     _due: float = 0.0  # of the next round; while one runs, of the present one
@@ -76,7 +83,7 @@ class Reachability:
             return False
         if not set(self.addresses) <= set(addresses):
             self.verdict = Verdict()
-        self.addresses = tuple(addresses)
+        self.addresses, self.rounds = tuple(addresses), 0
         self._begin(now)
         return True
 
@@ -117,14 +124,24 @@ class Reachability:
 
     def _end(self, now: float) -> None:
         """The round is over: judge it, and say when the next one begins."""
-        if any(self._told.values()):
-            self.verdict = self._judge(over=True)
+        found = self._judge(over=True)
+        if any(told is not None and told.outcomes for told in self._told.values()) or (
+            self.verdict.reach == "unknown" and any(self._told.values())
+        ):
+            self.verdict = found  # a round in which nobody could try anything changes nothing
+        self.rounds += 1
         decided = self.verdict.reach != "unknown" and any(self._told.values())
-        self._due = now + (CHECK_SECONDS if decided else self._pause)
-        self._pause = FIRST_PAUSE_SECONDS if decided else min(CHECK_SECONDS, 2 * self._pause)
         if not self._told:
-            self._pause = FIRST_PAUSE_SECONDS  # nobody to ask yet: looking costs nothing
+            self._due, self._pause = now + ALONE_SECONDS, FIRST_PAUSE_SECONDS
+        else:
+            self._due = now + (CHECK_SECONDS if decided else self._pause)
+            self._pause = FIRST_PAUSE_SECONDS if decided else min(CHECK_SECONDS, 2 * self._pause)
         self._told = {}
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether peers are asked now."""
+        return bool(self._under_way)
 
     def seconds_left(self, now: float) -> float:
         """Seconds until the next round; 0 within a round."""
@@ -166,7 +183,45 @@ class Reachability:
         )
 
     def _untried(self, tried: set[str], far: Sequence[Told]) -> bool:
-        """Whether a public address is left that nobody could try: one of IPv6, where all came over IPv4."""
+        """Whether a public address is left that nobody could try, on another network than those tried."""
+        networks = {_network(parse_address(text)) for text in tried}
         addresses: list[Address] = [parse_address(text) for text in self.addresses]
-        public = [str(a) for a in addresses if not a.is_wildcard and reach_of_address(a) is Reach.PUBLIC]
-        return bool(far) and any(address not in tried for address in public)
+        public = [
+            each for each in addresses if not each.is_wildcard and reach_of_address(each) is Reach.PUBLIC
+        ]
+        return bool(far) and any(_network(each) not in networks for each in public)
+
+
+def together(states: Sequence[Reachability]) -> Verdict:
+    """The verdict over all families, IPv4 first: public where one is.
+
+    A family whose round is over without a verdict had nobody to ask, or nobody to tell: it leads nobody here.
+    """
+    verdicts = [each.verdict for each in states if each.addresses]
+    reaches = [each.reach for each in verdicts]
+    open_ones = [
+        each for each in states if each.addresses and each.verdict.reach == "unknown" and not each.rounds
+    ]
+    reach = "unknown"
+    if "public" in reaches:
+        reach = "public"
+    elif "none" in reaches and not open_ones:
+        reach = "none"
+    verified = chain.from_iterable(each.verified for each in verdicts)
+    of_reach = [each for each in verdicts if each.reach == reach] or verdicts
+    return Verdict(
+        reach,
+        tuple(str(each) for each in dial_order(map(parse_address, verified))),
+        {address: count for each in verdicts for address, count in each.reached_by.items()},
+        {address: reason for each in verdicts for address, reason in each.failures.items()},
+        max((each.answers for each in of_reach), default=0),
+        tuple(dict.fromkeys(chain.from_iterable(each.seen for each in verdicts))),
+    )
+
+
+def _network(address: Address) -> str:
+    """An IPv4 address, or the 64 bits of an IPv6 address: a machine has several addresses in one network."""
+    host = ipaddress.ip_address(address.host)
+    if host.version == 4:
+        return address.host
+    return str(ipaddress.ip_network((host, 64), strict=False))

@@ -4,107 +4,23 @@ from __future__ import annotations
 
 import logging
 import random
-import secrets
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection, Sequence
 
 import trio
 
-from node.network.addresses import parse_address
-from node.network.own_addresses import OwnAddresses
-from node.network.peer_info import QuestionStream
-from node.network.reachability.candidates import seen_as, to_ask_about, whom_to_ask
+from node.network.reachability.asking import ReachHost, ask_for_reach
+from node.network.reachability.candidates import FAMILIES, Family, of_family, to_ask_about, whom_to_ask
 from node.network.reachability.own_reach import OwnReach, own_reach, report
-from node.network.reachability.state import Reachability, Told
+from node.network.reachability.silence import InboundSilence
+from node.network.reachability.state import Reachability, Told, Verdict, together
 from routing.names import PeerId
 from routing.view.view import SwarmView
-from tensor_codec.errors import PeerFault, PeerGone, Refused, RemoteProtocolError
+from tensor_codec.errors import PeerFault, Refused
 from tensor_codec.limits import Limits
-from tensor_codec.messages.fields import Failed
-from tensor_codec.messages.reach import (
-    NONCE_BYTES,
-    REACH_PROTOCOL,
-    ReachQuestion,
-    decode_reached,
-    decode_seen,
-    encode_reach,
-)
-
-if TYPE_CHECKING:
-    from node.network.streams import FramedStream
 
 LOOK_SECONDS = 1.0  # between looks at this node's addresses and at the peers that can be asked
 
 log = logging.getLogger("raceme")
-
-
-class ReachHost(Protocol):
-    """The part of `node.network.host.Host` that questions need."""
-
-    own: OwnAddresses
-
-    @property
-    def peer_id(self) -> PeerId:
-        """This node's own."""
-
-    def connected(self) -> set[PeerId]:
-        """The peers with a live connection."""
-
-    async def open_stream(
-        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
-    ) -> FramedStream:
-        """A new stream; seconds: for the connection.  Raises PeerFault."""
-
-
-async def ask_for_reach(stream: QuestionStream, addresses: Sequence[str], limits: Limits) -> Told:
-    """One question, on a new stream of REACH_PROTOCOL, which is closed then.
-
-    addresses: empty to learn one's own IP address alone.  Raises PeerFault, Refused.
-    """
-    nonce = secrets.token_bytes(NONCE_BYTES)
-    try:
-        seconds = limits.frame_start_seconds
-        await stream.send(encode_reach(ReachQuestion(tuple(addresses), nonce)), seconds)
-        seen = decode_seen(await _next(stream, seconds))
-        if isinstance(seen, Failed):
-            raise seen.error()
-        _check(seen.nonce, nonce)
-        host = _host_of(seen.address)
-        outcomes = {}
-        if addresses:
-            reached = decode_reached(await _next(stream, seconds + limits.reach_dial_seconds))
-            if isinstance(reached, Failed):
-                raise reached.error()
-            _check(reached.nonce, nonce)
-            known = {index: each for index, each in reached.outcomes.items() if index < len(addresses)}
-            outcomes = {seen_as(addresses[index], host): outcome for index, outcome in known.items()}
-    except BaseException:
-        await stream.reset()
-        raise
-    await stream.aclose()
-    return Told(host, outcomes)
-
-
-async def _next(stream: QuestionStream, seconds: float) -> bytes | bytearray | memoryview:
-    frame = await stream.receive(seconds)
-    if frame is None:
-        raise PeerGone("the stream was closed instead of an answer")
-    return frame
-
-
-def _check(found: bytes, nonce: bytes) -> None:
-    if found != nonce:
-        raise RemoteProtocolError("an answer to another question")
-
-
-def _host_of(text: str) -> str:
-    try:
-        address = parse_address(text)
-    except ValueError as error:
-        raise RemoteProtocolError(f"it sees us at an address that is none: {error}") from None
-    if address.kind not in ("ip4", "ip6") or address.is_wildcard:
-        raise RemoteProtocolError(f"it sees us at {text}, which is no single host")
-    return address.host
 
 
 class ReachWatch:
@@ -112,6 +28,10 @@ class ReachWatch:
 
     view: the swarm as known now.  addresses: of a peer; empty where unknown.
     changed: called with what the record should say, whenever that is another.
+    askers: the peers that have asked this node.
+    on_failed_offer: called after a round in which peers have not reached an offered address.
+    on_want: called when relays may be wanted, or no more.
+    seen_by_relays: the IP addresses at which relays see this node now.
     """
 
     def __init__(
@@ -123,8 +43,12 @@ class ReachWatch:
         limits: Limits,
         rng: random.Random,
     ) -> None:
-        self.state = Reachability()
-        self.own: OwnReach = own_reach(self.state.verdict, host.own)
+        self.askers: Callable[[], Collection[PeerId]] = tuple
+        self.on_failed_offer: Callable[[], None] = lambda: None
+        self.on_want: Callable[[], None] = lambda: None
+        self.seen_by_relays: Callable[[], Collection[str]] = tuple
+        self.states: dict[Family, Reachability] = {kind: Reachability() for kind in FAMILIES}
+        self.own: OwnReach = own_reach(Verdict(), host.own)
         self._host = host
         self._view = view
         self._addresses = addresses
@@ -133,8 +57,9 @@ class ReachWatch:
         self._rng = rng
         self._offers: dict[str, tuple[str, ...]] = {}  # by origin
         self._relays: tuple[PeerId, ...] = ()
-        self._helps = False
+        self._relay_mbit = 0  # it carries nothing for others
         self._news = trio.Event()
+        self._relays_saw: frozenset[str] = frozenset()
         self._reported: OwnReach | None = None
 
     def offer(self, origin: str, addresses: Sequence[str]) -> None:
@@ -147,12 +72,13 @@ class ReachWatch:
 
     def set_relays(self, relays: Sequence[PeerId]) -> None:
         """The peers that relay for this node now."""
-        self._relays = tuple(relays)
-        self._tell()
+        if tuple(relays) != self._relays:
+            self._relays = tuple(relays)
+            self._tell()
 
-    def set_helps(self, helps: bool) -> None:
-        """Whether this node relays for others."""
-        self._helps = helps
+    def set_helps(self, mbit: int) -> None:
+        """This node relays for others, at so many 10**6 bits per second."""
+        self._relay_mbit = max(1, mbit)
         self._tell()
 
     async def known(self, seconds: float) -> OwnReach:
@@ -163,52 +89,100 @@ class ReachWatch:
         return self.own
 
     @property
+    def verdict(self) -> Verdict:
+        """Over all families of IP."""
+        return together(list(self.states.values()))
+
+    @property
+    def wants_relays(self) -> bool:
+        """Whether nobody reaches this node, or nobody over IPv4, which more peers have than IPv6."""
+        return self.verdict.reach == "none" or self.states["ip4"].verdict.reach == "none"
+
+    @property
     def summary(self) -> str:
         """One line for the operator."""
-        return report(self.state.verdict, self.own, self._host.own)
+        return report(self.verdict, self.own, self._host.own)
 
     async def run(self) -> None:
         """Ask until cancelled.  A node that this machine alone reaches asks nobody."""
+        silence = InboundSilence()
         async with trio.open_nursery() as nursery:
             while True:
-                now, own, state = trio.current_time(), self._host.own, self.state
-                further = [address for offered in self._offers.values() for address in offered]
-                if state.set_addresses(to_ask_about(own.announced, own.listening, further), now):
-                    self._tell()
-                if state.addresses and not state.seconds_left(now):
-                    view, connected = self._view(), self._host.connected()
-                    peers = whom_to_ask(view.records(), {self._host.peer_id}, connected, self._rng)
-                    for peer in state.to_ask(peers, now):
-                        nursery.start_soon(self._ask, peer, state.addresses)
-                    self._tell()
+                now, own = trio.current_time(), self._host.own
+                asked = to_ask_about(own.announced, own.listening, self._offered())
+                if silence.is_due(*self._host.opened(), now):
+                    self.check_again("nobody comes to this node any more")
+                if self._has_moved():
+                    self.check_again("relays see this node at another address")
+                for kind, state in self.states.items():
+                    if state.set_addresses(of_family(asked, kind), now):
+                        self._tell()
+                    if state.addresses and not state.seconds_left(now):
+                        self._go_on(kind, state, nursery)
                 with trio.move_on_after(LOOK_SECONDS):
                     await self._news.wait()
 
-    async def _ask(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+    def check_again(self, why: str) -> None:
+        """Ask anew; what is known stands until then."""
+        log.debug("whether others reach this node is asked again: %s", why)
+        for state in self.states.values():
+            state.check_again(trio.current_time())
+
+    def _has_moved(self) -> bool:
+        """Whether relays see this node elsewhere than the peers did that were asked; once for each place."""
+        elsewhere = frozenset(self.seen_by_relays())
+        if elsewhere == self._relays_saw or any(state.is_under_way for state in self.states.values()):
+            return False
+        self._relays_saw = elsewhere
+        seen = self.verdict.seen
+        return bool(seen and elsewhere) and elsewhere.isdisjoint(seen)
+
+    def _go_on(self, kind: Family, state: Reachability, nursery: trio.Nursery) -> None:
+        """Ask those whose turn it is, or end the round."""
+        peers = whom_to_ask(
+            self._view().records(),
+            {self._host.peer_id},
+            self._host.connected(kind),
+            self._rng,
+            kind,
+            self.askers(),
+        )
+        before = state.rounds
+        for peer in state.to_ask(sorted(peers, key=self._host.met_from_own_port), trio.current_time()):
+            nursery.start_soon(self._ask, peer, kind, state.addresses)
+        self._tell()
+        if state.rounds > before and not state.verdict.failures.keys().isdisjoint(self._offered()):
+            self.on_failed_offer()
+
+    def _offered(self) -> list[str]:
+        return [address for offered in self._offers.values() for address in offered]
+
+    async def _ask(self, peer: PeerId, kind: Family, addresses: tuple[str, ...]) -> None:
         """Ask one peer: the one place that catches its faults."""
-        told = None
-        seconds = self._limits.dial_seconds
+        told, state = None, self.states[kind]
         try:
-            with trio.move_on_after(3 * seconds):
-                stream = await self._host.open_stream(
-                    peer, self._addresses(peer), REACH_PROTOCOL, seconds=seconds
-                )
+            with trio.move_on_after(3 * self._limits.dial_seconds):
+                stream = await self._host.open_question(peer, self._addresses(peer), kind)
                 told = await ask_for_reach(stream, addresses, self._limits)
         except (PeerFault, Refused) as fault:  # an older version does not know the protocol
             log.debug("%s does not say whether it reaches us: %s", peer, fault)
-        if addresses == self.state.addresses:
-            self.state.answered(peer, told, trio.current_time())
+        if told is not None and self._host.met_from_own_port(peer):
+            told = Told(told.seen, {each: said for each, said in told.outcomes.items() if said != "reached"})
+        if addresses == state.addresses:
+            state.answered(peer, told, trio.current_time())
         self._tell()
         self._wake()
 
     def _tell(self) -> None:
         """Let the record say what is known now, and the log once."""
-        own = own_reach(self.state.verdict, self._host.own, self._relays, helps=self._helps)
+        verdict = self.verdict
+        own = own_reach(verdict, self._host.own, self._relays, relay_mbit=self._relay_mbit)
         if own != self.own:
             self.own = own
             self._changed(own)
+            self.on_want()
             self._wake()
-        if self.state.verdict.reach != "unknown" and own != self._reported:
+        if verdict.reach != "unknown" and own != self._reported:
             self._reported = own
             log.log(logging.INFO if own.reach == "public" else logging.WARNING, "%s", self.summary)
 

@@ -50,16 +50,23 @@ class Keeper:
     plan: ReservationPlan = field(default_factory=ReservationPlan)
     _over: dict[PeerId, Connection] = field(default_factory=dict)
     _told: tuple[PeerId, ...] = ()
+    _news: trio.Event = field(default_factory=trio.Event)
 
     def is_reserved_at(self, peer: PeerId) -> bool:
         """Whether this peer relays to us, or is about to."""
         return peer in self.plan.held or peer in self._over
 
     async def run(self) -> None:
-        """Look every second, until cancelled."""
+        """Look every second, and when it is told to, until cancelled."""
         while True:
             await self.look()
-            await trio.sleep(LOOK_SECONDS)
+            with trio.move_on_after(LOOK_SECONDS):
+                await self._news.wait()
+            self._news = trio.Event()
+
+    def look_soon(self) -> None:
+        """What is wanted has changed, or who relays: look now."""
+        self._news.set()
 
     async def look(self) -> None:
         """Ask for what is due, all at once."""

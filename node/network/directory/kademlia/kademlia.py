@@ -104,12 +104,14 @@ class Knowledge:
 
     swarm: its id.  ways_in: peers of our own configuration, asked first.  addresses: of a peer, by its signed
     record; empty where unknown.  own: the addresses at which others dial this node; None: all of the host's.
+    is_dialled: whether others dial this node: else it only asks, as a client does.
     """
 
     swarm: str
     ways_in: Mapping[PeerId, tuple[str, ...]] = field(default_factory=dict)
     addresses: Callable[[PeerId], tuple[str, ...]] = lambda _: ()
     own: Callable[[], tuple[str, ...]] | None = None
+    is_dialled: Callable[[], bool] = lambda: True
 
 
 class Kademlia:
@@ -237,7 +239,13 @@ class Kademlia:
     # --- questions of others ---
 
     async def serve(self, stream: ByteStream, peer: PeerId, prefix: str) -> None:
-        """Answer one stream.  Raises PeerFault, for the host to count."""
+        """Answer one stream; end it where others cannot dial this node.
+
+        Raises PeerFault, for the host to count.
+        """
+        if not self._knowledge.is_dialled():
+            await trio.lowlevel.checkpoint()
+            return  # a table with such nodes has long lookups for everybody
         now, seconds = trio.current_time(), self._limits.libp2p_stream_seconds
         scope = trio.CancelScope(deadline=now + seconds)
         place = ServedStream(PROTOCOL, peer, prefix, now, scope.cancel)
