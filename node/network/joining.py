@@ -97,7 +97,7 @@ def _watch_reach(
         )
     else:
         listener = ReachListener(limits, host.probe)
-        watch.askers = lambda: listener.askers
+        watch.hooks.askers = lambda: listener.askers
         host.handle_bytes(REACH_PROTOCOL, listener.serve)
         nursery.start_soon(watch.run)
     return watch
@@ -123,7 +123,7 @@ async def _use_the_local_network(
         return
     if config.port_mapping and not config.announce:
         mapper = await stack.enter_async_context(open_mapper(listening, reach.offer))
-        reach.on_failed_offer = mapper.look_again
+        reach.hooks.on_failed_offer = mapper.look_again
     if config.lan is not False:
         swarm = host.swarm_id
         lan = await stack.enter_async_context(open_lan(host.peer_id, swarm, listening, config.limits))
@@ -142,8 +142,8 @@ def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: R
     keeper.candidates = lambda: relay_candidates(directory.view(), directory.rtts(), host.peer_id)
     keeper.wanted = lambda: reach.wants_relays
     keeper.on_change = reach.set_relays
-    reach.on_want = keeper.look_soon
-    reach.seen_by_relays = lambda: {each.host for each in keeper.plan.seen_at}
+    reach.hooks.on_change = keeper.look_soon
+    reach.hooks.seen_by_relays = lambda: {each.host for each in keeper.plan.seen_at}
     if relaying.relay is not None:
         reach.set_helps(host.dialler.circuits.limits.relay_bytes_per_second * 8 // 1_000_000)
 

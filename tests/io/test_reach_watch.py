@@ -302,16 +302,16 @@ async def test_a_router_with_another_address_is_noticed_by_its_relays(
     autojump_clock: object, world: World
 ) -> None:
     async with watched(world) as (watch, _):
-        watch.seen_by_relays = lambda: {OUTSIDE}
+        watch.hooks.seen_by_relays = lambda: {OUTSIDE}
         watch.set_relays([PeerId("r")])
         await trio.sleep(30.0)
         assert (watch.own.reach, watch.own.seen) == ("relayed", OUTSIDE)
         world.outside = "198.51.100.9"
-        watch.seen_by_relays = lambda: {"198.51.100.9"}
+        watch.hooks.seen_by_relays = lambda: {"198.51.100.9"}
         await trio.sleep(5.0)
         assert (watch.own.reach, watch.own.seen) == ("relayed", "198.51.100.9")
         asked = len(world.asked)
-        watch.seen_by_relays = lambda: {"198.51.100.10"}  # a router with many addresses: once for each
+        watch.hooks.seen_by_relays = lambda: {"198.51.100.10"}  # a router with many addresses: once for each
         await trio.sleep(60.0)
         assert len(world.asked) <= asked + 3
 
@@ -321,7 +321,7 @@ async def test_a_failed_dial_to_a_mapped_port_has_the_router_asked_again(
 ) -> None:
     looks: list[float] = []
     async with watched(world) as (watch, _):
-        watch.on_failed_offer = lambda: looks.append(trio.current_time())
+        watch.hooks.on_failed_offer = lambda: looks.append(trio.current_time())
         world.reached.add(f"/ip4/{OUTSIDE}/tcp/50123")
         watch.offer("nat-pmp", [f"/ip4/{OUTSIDE}/tcp/50123"])
         await trio.sleep(30.0)
@@ -339,7 +339,7 @@ async def test_a_peer_that_the_router_may_let_in_as_a_friend_makes_no_node_publi
     world.from_own_port = {PeerId("p0"), PeerId("p1"), PeerId("p2")}
     async with watched(world) as (watch, _):
         await trio.sleep(5.0)
-        assert world.asked[0] == PeerId("p3")
+        assert PeerId("p3") in world.asked[:3]
         assert watch.own.reach == "unknown"
 
 
@@ -351,11 +351,11 @@ async def test_a_peer_that_has_asked_is_asked_back_before_it_has_a_record(
     async with watched(world) as (watch, _):
         await trio.sleep(100.0)
         home = PeerId("home")
-        watch.askers = lambda: [home]
+        watch.hooks.askers = lambda: [home]
         world.listeners[home] = ReachListener(LIMITS, world._probe)
         await trio.sleep(2.0)
         assert world.asked == []  # not connected
-        world.connected = lambda kind: {home} if kind == "ip4" else set()  # type: ignore[method-assign]
+        world.connected = lambda kind: {home} if kind == "ip4" else set()
         await trio.sleep(1.5)
         assert (world.asked, watch.own.reach) == ([home], "public")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -23,15 +24,27 @@ LOOK_SECONDS = 1.0  # between looks at this node's addresses and at the peers th
 log = logging.getLogger("raceme")
 
 
+@dataclass(slots=True)
+class Hooks:
+    """The other parts of a node that reach has to do with; whoever assembles the node sets them.
+
+    askers: the peers that have asked this node.
+    on_failed_offer: called after a round in which peers have not reached an offered address.
+    on_change: called when relays may be wanted, or no more.
+    seen_by_relays: the IP addresses at which relays see this node now.
+    """
+
+    askers: Callable[[], Collection[PeerId]] = tuple
+    on_failed_offer: Callable[[], None] = lambda: None
+    on_change: Callable[[], None] = lambda: None
+    seen_by_relays: Callable[[], Collection[str]] = tuple
+
+
 class ReachWatch:
     """Asks peers whether they reach this node, for as long as `run` runs.
 
     view: the swarm as known now.  addresses: of a peer; empty where unknown.
     changed: called with what the record should say, whenever that is another.
-    askers: the peers that have asked this node.
-    on_failed_offer: called after a round in which peers have not reached an offered address.
-    on_want: called when relays may be wanted, or no more.
-    seen_by_relays: the IP addresses at which relays see this node now.
     """
 
     def __init__(
@@ -43,10 +56,7 @@ class ReachWatch:
         limits: Limits,
         rng: random.Random,
     ) -> None:
-        self.askers: Callable[[], Collection[PeerId]] = tuple
-        self.on_failed_offer: Callable[[], None] = lambda: None
-        self.on_want: Callable[[], None] = lambda: None
-        self.seen_by_relays: Callable[[], Collection[str]] = tuple
+        self.hooks = Hooks()
         self.states: dict[Family, Reachability] = {kind: Reachability() for kind in FAMILIES}
         self.own: OwnReach = own_reach(Verdict(), host.own)
         self._host = host
@@ -130,7 +140,7 @@ class ReachWatch:
 
     def _has_moved(self) -> bool:
         """Whether relays see this node elsewhere than the peers did that were asked; once for each place."""
-        elsewhere = frozenset(self.seen_by_relays())
+        elsewhere = frozenset(self.hooks.seen_by_relays())
         if elsewhere == self._relays_saw or any(state.is_under_way for state in self.states.values()):
             return False
         self._relays_saw = elsewhere
@@ -145,14 +155,14 @@ class ReachWatch:
             self._host.connected(kind),
             self._rng,
             kind,
-            self.askers(),
+            self.hooks.askers(),
         )
         before = state.rounds
         for peer in state.to_ask(sorted(peers, key=self._host.met_from_own_port), trio.current_time()):
             nursery.start_soon(self._ask, peer, kind, state.addresses)
         self._tell()
         if state.rounds > before and not state.verdict.failures.keys().isdisjoint(self._offered()):
-            self.on_failed_offer()
+            self.hooks.on_failed_offer()
 
     def _offered(self) -> list[str]:
         return [address for offered in self._offers.values() for address in offered]
@@ -180,7 +190,7 @@ class ReachWatch:
         if own != self.own:
             self.own = own
             self._changed(own)
-            self.on_want()
+            self.hooks.on_change()
             self._wake()
         if verdict.reach != "unknown" and own != self._reported:
             self._reported = own
