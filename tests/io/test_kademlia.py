@@ -44,6 +44,7 @@ class Tables:
         self.network = FakeNetwork()
         self.nursery = nursery
         self.hosts: list[FakeHost] = []
+        self.unreached: set[PeerId] = set()  # nobody can dial these
 
     async def add(self, *, serves: bool = True, ways_in: int = 1, limits: Limits = LIMITS) -> Kademlia:
         """One more host; its ways in are the first ones."""
@@ -55,7 +56,10 @@ class Tables:
     async def _run(
         self, host: FakeHost, ways_in: list[FakeHost], serves: bool, limits: Limits, task_status: object
     ) -> None:
-        knowledge = Knowledge("public", {each.peer_id: each.addresses for each in ways_in}, self.addresses)
+        knowledge = Knowledge(
+            "public", {each.peer_id: each.addresses for each in ways_in}, self.addresses,
+            is_dialled=lambda: host.peer_id not in self.unreached,
+        )  # fmt: skip
         async with open_kademlia(host, knowledge, limits, random.Random(1), serves=serves) as table:
             task_status.started(table)  # type: ignore[attr-defined]  # trio's TaskStatus
             await trio.sleep_forever()
@@ -103,6 +107,25 @@ async def test_peers_that_ask_enter_the_table_once_they_have_answered_and_client
     assert tables.hosts[1].peer_id in first.table
     assert len(first.table) == 1
     assert tables.hosts[0].peer_id in client.table
+
+
+async def test_a_node_that_nobody_can_dial_asks_as_a_client_does_and_leaves_the_tables_of_others(
+    autojump_clock: object, tables: Tables
+):
+    first, home = await tables.add(), await tables.add()
+    await home.provide("r")
+    await trio.sleep(1.0)
+    peer = tables.hosts[1].peer_id
+    assert peer in first.table
+    tables.unreached.add(peer)
+    contact = Contact(peer, tables.hosts[1].addresses)
+    assert await first.ask(contact, Message(Kind.FIND_NODE, KEY)) is None
+    assert await home.find("r", 1.0) is not None
+    for _ in range(3):
+        await first.ask(contact, Message(Kind.FIND_NODE, KEY))
+    assert peer not in first.table
+    tables.unreached.clear()
+    assert await first.ask(contact, Message(Kind.FIND_NODE, KEY)) is not None
 
 
 async def test_a_peer_that_nobody_is_connected_to_enters_no_table(autojump_clock: object, tables: Tables):

@@ -457,10 +457,16 @@ def test_how_a_peer_is_reached_is_optional_and_checked():
         lan=("/ip4/192.168.1.11/tcp/1",),
         seen="203.0.113.7",
         helps=True,
+        relay_mbit=50,
+        relayed_bytes=2**40,
+        unreached="timed out",
     )
     assert verify(sign_record(said, KEY)) == said
     plain = msgpack.unpackb(msgpack.unpackb(sign_record(GOOD, KEY))[0])
-    assert not {"reach", "relays", "lan", "seen", "helps"} & plain.keys()  # as older versions have it
+    assert (
+        not {"reach", "relays", "lan", "seen", "helps", "relay_mbit", "relayed_bytes", "unreached"}
+        & plain.keys()
+    )  # as older versions have it
     for wrong in (
         {"reach": "maybe"},
         {"relays": [b"short"]},
@@ -471,6 +477,9 @@ def test_how_a_peer_is_reached_is_optional_and_checked():
         {"seen": "nonsense"},
         {"seen": "0.0.0.0"},
         {"helps": 1},
+        {"relay_mbit": -1},
+        {"relayed_bytes": "many"},
+        {"unreached": "a story"},
     ):
         with pytest.raises(RecordError):
             verify(signed(plain | wrong))
