@@ -113,6 +113,22 @@ def test_a_round_without_answers_is_repeated_ever_more_rarely_and_a_verdict_stan
     assert state.to_ask(PEERS, now + CHECK_SECONDS) == PEERS[:3]
 
 
+def test_homes_that_nobody_can_ask_keep_no_home_from_learning_its_reach() -> None:
+    """A swarm of one public node and several homes, and another one with a second public node."""
+    for other, reach in ((None, "none"), (told("reached"), "unknown")):
+        state = fresh()
+        asked = state.to_ask(PEERS[:3], 0.0)
+        state.answered(A, told("timed out"), 0.1)
+        state.unreached(B, 0.1)
+        if other is None:
+            state.unreached(C, 0.1)
+        else:
+            state.answered(C, other, 0.1)
+        assert asked == PEERS[:3]
+        assert state.to_ask(PEERS[:3], 0.1) == []
+        assert state.verdict.reach == reach
+
+
 def test_who_finds_nobody_to_ask_looks_again_soon_however_long_it_has_been_alone() -> None:
     state, now = fresh(), 0.0
     for _ in range(10):

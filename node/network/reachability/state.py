@@ -70,6 +70,7 @@ class Reachability:
     addresses: tuple[str, ...] = ()
     rounds: int = 0
     _told: dict[PeerId, Told | None] = field(default_factory=dict)  # None: no answer
+    _gone: set[PeerId] = field(default_factory=set)  # of these, the ones that could not be asked
     _under_way: set[PeerId] = field(default_factory=set)
     _due: float = 0.0  # of the next round; while one runs, of the present one
     _pause: float = FIRST_PAUSE_SECONDS
@@ -92,7 +93,7 @@ class Reachability:
         self._begin(now)
 
     def _begin(self, now: float) -> None:
-        self._told, self._under_way = {}, set()
+        self._told, self._gone, self._under_way = {}, set(), set()
         self._due, self._pause = now, FIRST_PAUSE_SECONDS
 
     def to_ask(self, peers: Sequence[PeerId], now: float) -> list[PeerId]:
@@ -122,6 +123,12 @@ class Reachability:
         if found.reach != "unknown":
             self.verdict = found
 
+    def unreached(self, peer: PeerId, now: float) -> None:
+        """A peer could not be asked: there is no connection to it.  It counts as if it were not there."""
+        if peer in self._under_way:
+            self._gone.add(peer)
+            self.answered(peer, None, now)
+
     def _end(self, now: float) -> None:
         """The round is over: judge it, and say when the next one begins."""
         found = self._judge(over=True)
@@ -136,7 +143,7 @@ class Reachability:
         else:
             self._due = now + (CHECK_SECONDS if decided else self._pause)
             self._pause = FIRST_PAUSE_SECONDS if decided else min(CHECK_SECONDS, 2 * self._pause)
-        self._told = {}
+        self._told, self._gone = {}, set()
 
     @property
     def is_under_way(self) -> bool:
@@ -165,7 +172,7 @@ class Reachability:
         enough = min(AGREED, len(counted)) if over else AGREED
         verified = [address for address in reached if reached[address] >= enough]
         # one peer is believed in bad news only where there was no second one to ask
-        fatal = 1 if over and len(self._told) == 1 else AGREED
+        fatal = 1 if over and len(self._told) - len(self._gone) == 1 else AGREED
         tried = reached.keys() | failed.keys()
         refuted = tried and not verified and all(failed[address] >= fatal for address in tried)
         reach = "public" if verified else "none" if refuted and not self._untried(tried, far) else "unknown"

@@ -179,7 +179,10 @@ class ReachWatch:
         if told is not None and self._host.met_from_own_port(peer):
             told = Told(told.seen, {each: said for each, said in told.outcomes.items() if said != "reached"})
         if addresses == state.addresses:
-            state.answered(peer, told, trio.current_time())
+            if told is None and peer not in self._host.connected(kind):
+                state.unreached(peer, trio.current_time())
+            else:
+                state.answered(peer, told, trio.current_time())
         self._tell()
         self._wake()
 
