@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import random
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -575,6 +576,8 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     from client.generation.head_batches import HeadBatches
     from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
+    from node.network.joining import dial_relayed_peers
+    from node.network.reachability.seen import learn_seen
     from node.network.relaying.service import open_relaying
     from node.network.transport.identity import load_or_create_identity
     from node.network.transport.membership import load_swarm_key, swarm_id
@@ -587,7 +590,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     async with (
         open_compute_thread() as compute,
         open_host(identity=identity, listen=(), swarm_key=key, limits=config.limits) as host,
-        open_relaying(host),
+        open_relaying(host) as relaying,
         open_directory(
             host,
             identity,
@@ -600,6 +603,16 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         heads = HeadBatches(local_model, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
         nursery.start_soon(trio.to_thread.run_sync, local_model.make_exact_argmax)
+        dial_relayed_peers(host, directory, relaying)
+        nursery.start_soon(
+            learn_seen,
+            host,
+            directory.view,
+            directory.addresses,
+            directory.set_seen,
+            config.limits,
+            random.Random(),
+        )
         routes = ChainChooser(
             info.name,
             info.revision,

@@ -137,8 +137,7 @@ async def _use_the_local_network(
 def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: Relaying) -> None:
     """Find relays in the swarm where nobody reaches this node, and the relays of others."""
     keeper = relaying.keeper
-    host.dialler.circuits.routes_to = lambda peer: routes_to(directory.view(), directory.rtts(), peer)
-    relaying.punching.public_addresses = lambda peer: public_addresses(directory.view(), peer)
+    dial_relayed_peers(host, directory, relaying)
     keeper.candidates = lambda: relay_candidates(directory.view(), directory.rtts(), host.peer_id)
     keeper.wanted = lambda: reach.wants_relays
     keeper.on_change = reach.set_relays
@@ -146,6 +145,12 @@ def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: R
     reach.hooks.seen_by_relays = lambda: {each.host for each in keeper.plan.seen_at}
     if relaying.relay is not None:
         reach.set_helps(host.dialler.circuits.limits.relay_bytes_per_second * 8 // 1_000_000)
+
+
+def dial_relayed_peers(host: Host, directory: Directory, relaying: Relaying) -> None:
+    """Dial peers through their relays, and dial peers back that listen in public, as records say."""
+    host.dialler.circuits.routes_to = lambda peer: routes_to(directory.view(), directory.rtts(), peer)
+    relaying.punching.public_addresses = lambda peer: public_addresses(directory.view(), peer)
 
 
 def _reservations(config: NetworkConfig, role: Role) -> int:
