@@ -132,6 +132,9 @@ class Limits:
     )
     session_first_step_seconds: float = 10.0
     session_idle_seconds: float = 60.0
+    session_detached_seconds: float = (
+        15.0  # the kernel gives a silent connection up after 10 s, and then a dial
+    )
     session_life_seconds: float = 1800.0
     session_position_seconds: float = 0.25  # of life more for each position that it was opened for
     cache_share_per_peer: float = 0.25

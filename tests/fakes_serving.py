@@ -324,6 +324,8 @@ class FakeStream:
     ) -> None:
         self.peer = peer
         self.prefix = ""
+        self.relayed = False
+        self.is_direct_now: Callable[[], bool] = lambda: False
         self.protocol = protocol
         self.limits = limits
         self.closed = False
@@ -334,6 +336,11 @@ class FakeStream:
         self._receive = receive_channel
         self.judge: Callable[[bytes, int], Refused | None] | None = None  # frames come whole
         self._decoder = FrameDecoder(limits.max_frame_bytes)
+
+    @property
+    def has_better_way(self) -> bool:
+        """Whether it runs through a relay, and a new stream would not."""
+        return self.relayed and self.is_direct_now()
 
     @property
     def limit(self) -> int:
@@ -387,6 +394,10 @@ class FakeStream:
                 frame = decoder.take(data)
             return frame
         raise SlowPeer(f"no whole frame from {self.peer} within {seconds} s")
+
+    async def send_eof(self) -> None:
+        """End our side; frames may still be received."""
+        self._send.close()
 
     async def aclose(self) -> None:
         """End our side cleanly, and want nothing more."""
@@ -463,7 +474,8 @@ class FakeNode:
 class World:
     """Nodes that reach each other by name, over streams in memory.
 
-    unreachable: pairs (from, to) that have no way.  limits: of all nodes.  prefixes: of peers' addresses.
+    unreachable: pairs (from, to) that have no way.  relayed: those whose new streams run through a relay.
+    limits: of all nodes.  prefixes: of peers' addresses.
     link_seconds: the round trip between any two.  old: peers that read no other codec than fp32 and bf16.
     """
 
@@ -472,6 +484,7 @@ class World:
         self.limits = limits or Limits()
         self.nodes: dict[PeerId, FakeNode] = {}
         self.unreachable: set[tuple[PeerId, PeerId]] = set()
+        self.relayed: set[tuple[PeerId, PeerId]] = set()
         self.out_of_sight: set[PeerId] = set()
         self.link_seconds = 1e-3
         self.old: set[PeerId] = set()
@@ -595,6 +608,8 @@ class World:
             raise PeerGone(f"{to} cannot be reached")
         ours, theirs = stream_pair(me, to, protocol, self.limits)
         ours.frozen = theirs.frozen = self.frozen
+        ours.relayed = theirs.relayed = (me, to) in self.relayed
+        ours.is_direct_now = lambda: (me, to) not in self.relayed
         theirs.prefix = self.prefixes.get(me, "")
         node.streams.append(theirs)
         if me in self.nodes:

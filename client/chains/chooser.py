@@ -21,6 +21,10 @@ class PeerStream(Protocol):
     def peer(self) -> PeerId:
         """The authenticated peer at the other end."""
 
+    @property
+    def has_better_way(self) -> bool:
+        """Whether it runs through a relay, and a direct connection to the peer is there."""
+
     async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, to be taken within `seconds`.  Raises SlowPeer, PeerGone."""
 

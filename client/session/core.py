@@ -49,6 +49,7 @@ from client.session.repair.judgement import HALF, judge
 from client.session.repair.pauses import Pauses
 from client.session.repair.relocation import Relocation
 from client.session.repair.watchdog import Watchdog
+from client.session.repair.ways import Ways
 from client.session.route_state import LineUp, Refill, RouteState, cannot_reorder
 from client.session.steps import Pending, StepSource, StepTimes
 from client.session.terms import Terms
@@ -145,6 +146,7 @@ class ClientSession:
     last_error: PeerFault | Refused | None = None
     outage: Outage = field(default_factory=lambda: Outage("opening", 0.0))
     pauses: Pauses = field(default_factory=Pauses)
+    ways: Ways = field(default_factory=Ways)
     relocation: Relocation = field(init=False)
     watchdog: Watchdog = field(init=False)
 
@@ -163,6 +165,8 @@ class ClientSession:
         for hop in self.route.hops:
             if hop.leaving:
                 return Move("draining")
+        if self.ways.known and self.ways.is_move_due(self.route.hops):
+            self._break("a direct way is there", now)
         return None
 
     def search(self) -> Move | None:
@@ -211,6 +215,8 @@ class ClientSession:
             case Located(hop, here):
                 hop.answer(here)
                 return []
+            case Lost(hop, error, _) if self.ways.broke(hop, error):
+                return [*self._break(str(error), now), StopSwitching()]
             case Lost(hop, error, blame):
                 _confirm(self.chooser, [hop])
                 return self._lost(hop, error, now, share=float(blame))
@@ -368,6 +374,8 @@ class ClientSession:
         A step that was answered meanwhile goes out too: some hop may not have seen it.
         """
         leave: list[Action] = [Leave(hop) for hop in self.route.leave_others()]
+        if self.ways.known:
+            self.ways.keep(self.route.hops)
         return leave + [self._send(pending, now) for pending in self.steps.again]
 
     def end_switch(self, now: float, error: PeerFault | Refused | None, *, done: bool) -> None:

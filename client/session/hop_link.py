@@ -10,9 +10,11 @@ import trio
 from client.adapters.upload import AdapterUse
 from client.chains.chooser import PeerStream
 from client.session.hop_state import HopState
-from tensor_codec.errors import NoAdapter, PeerFault, RemoteProtocolError, SlowPeer
+from client.session.repair.ways import Ways
+from tensor_codec.errors import NoAdapter, PeerFault, PeerGone, Refused, RemoteProtocolError, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
+from tensor_codec.messages.attach import Attach, decode_attach_reply, encode_attach
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import (
     Open,
@@ -27,17 +29,23 @@ from tensor_codec.messages.session import (
     encode_where,
 )
 
+ATTACH_SECONDS = 2.0  # for a hop's answer on another stream, without the dial
+
 
 @dataclass(slots=True, eq=False)
 class HopLink:
     """The streams to one hop, as long as the session uses it.
 
     state: of the hop.  scope: of the task that reads the stream.
+    moves: another stream may take the place of this one.
     """
 
     state: HopState
     stream: PeerStream
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    moves: bool = False
+    _reading: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _attached: trio.Event = field(default_factory=trio.Event)
     _relinked: Relinked | None = None
     _answered: trio.Event = field(default_factory=trio.Event)
     _bulk: PeerStream | None = None
@@ -53,6 +61,48 @@ class HopLink:
         if isinstance(reply, Failed):
             raise reply.error()
         self.state.opened(reply)
+        self.moves = reply.moves
+
+    async def receive(self, is_saved: Callable[[PeerFault], bool]) -> Buffer:
+        """The next frame, of whichever stream is in use.  Raises PeerFault.
+
+        is_saved: called with the fault of the present stream; whether another one will take its place.
+        """
+        while True:
+            stream = self.stream
+            fault: PeerFault = PeerGone(f"{self.state.hop.peer} ended the session")
+            with trio.CancelScope() as self._reading:
+                try:
+                    frame = await stream.receive()
+                    if frame is not None and stream is self.stream:
+                        return frame
+                except PeerFault as error:
+                    fault = error
+            if stream is self.stream:
+                attached = self._attached
+                if not is_saved(fault):
+                    raise fault
+                await attached.wait()
+
+    async def attach(self, stream: PeerStream, session: bytes) -> None:
+        """Have the hop go on with the session over this stream.
+
+        Raises PeerFault, Refused; then the stream before stays in use, and this one is closed.
+        """
+        try:
+            await stream.send(encode_attach(Attach(session)))
+            if (frame := await stream.receive(ATTACH_SECONDS)) is None:
+                raise PeerGone(f"{self.state.hop.peer} closed the stream instead of answering")
+            if (failed := decode_attach_reply(frame)) is not None:
+                raise failed.error()
+        except BaseException:
+            await stream.reset()
+            raise
+        before, self.stream = self.stream, stream
+        attached, self._attached = self._attached, trio.Event()
+        attached.set()
+        self._reading.cancel()
+        await before.reset()
 
     async def relink(self, order: Relink, seconds: float) -> None:
         """Give the hop its new neighbours, and wait for its position.  Raises PeerFault."""
@@ -117,6 +167,20 @@ class HopLink:
                 await self.stream.aclose()
             except PeerFault:
                 await self.stream.reset()
+
+
+async def move(
+    link: HopLink, ways: Ways, open_stream: Callable[[], Awaitable[PeerStream]], session: bytes
+) -> None:
+    """Give a hop another stream, where it wants one.  Raises PeerFault, Refused where it has none then."""
+    try:
+        stream = await open_stream()
+        await link.attach(stream, session)
+    except (PeerFault, Refused):
+        if not ways.stays(link.state):
+            raise
+    else:
+        ways.moved(link.state)
 
 
 async def open_link(

@@ -8,7 +8,7 @@ missing positions (`_fill_up`), and begins again after any fault on the way.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,7 +36,7 @@ from client.session.actions import (
     Unanswered,
 )
 from client.session.core import ClientSession, State
-from client.session.hop_link import HopLink, open_link
+from client.session.hop_link import HopLink, move, open_link
 from client.session.hop_state import HopState
 from client.session.route_state import LineUp, Place, Refill
 from client.session.trace import Trace
@@ -45,6 +45,7 @@ from routing.chains.hops import Chain
 from routing.names import PeerId
 from tensor_codec.codecs import check_finite, recode
 from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import REPLAY_TOKENS, Contract
@@ -324,6 +325,8 @@ class Route:
             raise
         self._links[state] = link
         self.core.route.add(state)
+        if link.moves:
+            self.core.ways.add(state, lambda: link.stream.has_better_way)
         await self.nursery.start(self._listen, link)
         return state
 
@@ -331,6 +334,9 @@ class Route:
         near, link = place.neighbours, self._link(state)
         state.relink(near)
         await link.end_bulk()
+        if self.core.ways.wants(state):
+            open_stream = partial(self.swarm.open_stream, state.hop.peer, SESSION_PROTOCOL)
+            await move(link, self.core.ways, open_stream, line_up.contract.session)
         seconds = RELINK_SECONDS + (self.limits.successor_seconds if near.successor is not None else 0.0)
         codec = line_up.contract.codec if state.codec != line_up.contract.codec else None
         await link.relink(Relink(line_up.epoch, near.predecessor, near.successor, near.relay, codec), seconds)
@@ -405,10 +411,18 @@ class Route:
     async def _listen(self, link: HopLink, task_status: trio.TaskStatus[None]) -> None:
         """Read a hop's frames until the session leaves it; then send a goodbye."""
         core, hop, contracts = self.core, link.state, self.core.route.contracts
+
+        def is_saved(fault: PeerFault) -> bool:
+            self.tell(Lost(hop, fault))
+            return hop.alive
+
         try:
             with link.scope:
                 task_status.started()
-                while (frame := await link.stream.receive()) is not None:
+                receive: Callable[[], Awaitable[Buffer | None]] = link.stream.receive
+                if link.moves:
+                    receive = partial(link.receive, is_saved)
+                while (frame := await receive()) is not None:
                     event: Event
                     match decode_from_hop(frame, contracts.current, contracts.in_epoch):
                         case Result() as result:

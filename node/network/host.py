@@ -178,7 +178,7 @@ class Host:
         stream = await self.open_bytes(peer, addresses, protocol, seconds=seconds)
         service = self._services.get(protocol)
         limits = service.limits if isinstance(service, _Service) else self._limits
-        return FramedStream(stream, peer, protocol, limits, self.traffic, stream.connection.prefix)
+        return _framed(self, stream, protocol, limits)
 
     async def open_bytes(
         self, peer: PeerId, addresses: Sequence[str], protocol: str, *, seconds: float
@@ -263,8 +263,7 @@ class Host:
                 await stream.aclose()
                 return
             handler, limits, bans = service
-            prefix = stream.connection.prefix
-            framed = FramedStream(stream, peer, protocol, limits, self.traffic, prefix)
+            framed = _framed(self, stream, protocol, limits)
             await handler(framed)
             await framed.aclose()
         except PeerFault as fault:
@@ -420,6 +419,14 @@ async def _serve_listeners(host: Host, listeners: Sequence[socket.socket], scope
         async with trio.open_nursery() as nursery:
             for listener in listeners:
                 nursery.start_soon(keep_door, listener, host.reception.may_enter, host.reception.enter)
+
+
+def _framed(host: Host, stream: MuxedStream, protocol: str, limits: Limits) -> FramedStream:
+    connection = stream.connection
+    framed = FramedStream(stream, connection.peer, protocol, limits, host.traffic, connection.prefix)
+    if connection.relayed_by is not None:
+        framed.direct = partial(host.connections.live, connection.peer, direct=True)
+    return framed
 
 
 async def _answer_pings(limits: Limits, stream: FramedStream) -> None:

@@ -85,6 +85,7 @@ class FramedStream:
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
+    direct: of a stream that runs through a relay, the direct connection to the peer, if there is one.
     judge: called with the beginning of a frame above SMALL_FRAME, at least its header, and with its size,
     before the frame has a place.  It may raise a PeerFault.  A Refused that it returns is raised by `receive`
     once the frame has passed by, of which nothing is kept then.
@@ -106,6 +107,7 @@ class FramedStream:
         self._stream = stream
         self._traffic = traffic or Traffic()
         self.judge: Judge | None = None
+        self.direct: Callable[[], object | None] | None = None
         self._decoder = FrameDecoder(self._limits.max_frame_bytes)
         self._has_place = False  # the frame that has begun is a large one
         self._refusal: Refused | None = None  # to be raised after the frame that has begun
@@ -113,10 +115,19 @@ class FramedStream:
         self._sending = trio.Lock()
         # an ability of muxed streams, and not of trio's streams
         self._send_now: Callable[[bytes], bool] | None = getattr(stream, "send_now", None)
-        self._reset_now: Callable[[], None] | None = getattr(stream, "reset_now", None)
         self._reader: CountedReader = (
             cast(CountedReader, stream) if hasattr(stream, "receive_held") else PlainReader(stream)
         )
+
+    @property
+    def relayed(self) -> bool:
+        """Whether it runs through a relay."""
+        return self.direct is not None
+
+    @property
+    def has_better_way(self) -> bool:
+        """Whether it runs through a relay, and a direct connection to the peer is there."""
+        return self.direct is not None and self.direct() is not None
 
     @property
     def limit(self) -> int:
@@ -205,8 +216,9 @@ class FramedStream:
 
     async def reset(self) -> None:
         """End both sides at once; a frame in the middle is cut.  Never raises, needs no waiting."""
-        if self._reset_now is not None:
-            self._reset_now()
+        reset_now: Callable[[], None] | None = getattr(self._stream, "reset_now", None)
+        if reset_now is not None:
+            reset_now()
         else:
             await trio.aclose_forcefully(self._stream)  # type: ignore[arg-type]  # needs aclose alone
 

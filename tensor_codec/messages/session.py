@@ -91,12 +91,14 @@ class Opened:
     push: it has a stream to the successor (else relay).  cut: its caches can go back to a lower
     position; where not, only to none.  queue: the wait of a decode step there now, as a multiple of its
     computing, as in the hop's record, which may be older.  rows: it can reorder the session's rows.
+    moves: the session may go on over another stream (`tensor_codec.messages.attach`).
     """
 
     push: bool
     cut: bool = True
     queue: float = 0.0
     rows: bool = False
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,12 @@ def decode_open(frame: Buffer) -> Open:
 
     Prompts are whole numbers; `check_prompts` compares them with the size of the model.
     """
-    opened = _read_open(read_message(frame, frozenset({"open"})))
+    return read_open(read_message(frame, frozenset({"open"})))
+
+
+def read_open(message: Message) -> Open:
+    """As `decode_open`."""
+    opened = _read_open(message)
     _check_body(opened, len(opened.body))
     return opened
 
@@ -310,6 +317,8 @@ def encode_opened(message: Opened) -> list[Buffer]:
     fields = {"k": "opened", "push": message.push, "cut": message.cut, "q": float(message.queue)}
     if message.rows:
         fields["w"] = True
+    if message.moves:
+        fields["m"] = True
     return [pack_header(fields)]
 
 
@@ -321,8 +330,8 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
     no_body(message)
     header = message.header
     queue = header.number("q", 0.0, MAX_QUEUE) if "q" in header else 0.0
-    rows = header.flag("w", absent=False)
-    return Opened(header.flag("push"), header.flag("cut", absent=True), queue, rows)
+    rows, moves = header.flag("w", absent=False), header.flag("m", absent=False)
+    return Opened(header.flag("push"), header.flag("cut", absent=True), queue, rows, moves)
 
 
 def encode_relink(message: Relink) -> list[Buffer]:

@@ -25,7 +25,7 @@ from node.runtime.compute_thread import ComputeThread, open_compute_thread
 from routing.blocks import Blocks
 from routing.names import PeerId
 from tensor_codec.limits import Limits
-from tests.fakes_serving import World, continued, conversation_of, generated, swarm
+from tests.fakes_serving import CLIENT, World, continued, conversation_of, generated, swarm
 from tests.traced import PACKAGES, ROOT, Called, Tracer
 
 PAGE = ROOT / "docs" / "path-of-a-token.md"
@@ -387,6 +387,11 @@ async def part(world: World) -> None:
     await world.kill("B")
 
 
+async def meet(world: World) -> None:
+    """A hop is reached without a relay from now on."""
+    world.relayed.clear()
+
+
 async def drain(world: World) -> None:
     """A hop leaves."""
     world.nursery.start_soon(world.nodes[PeerId("B")].listener.drain)
@@ -399,6 +404,7 @@ EVENTS = {
     "A hop says no": fill,
     "Two hops cannot reach each other": part,
     "A hop has become slow": slow,
+    "A direct way comes": meet,
     "The client goes away": nothing,
     "A hop leaves": drain,
 }
@@ -417,6 +423,8 @@ async def test_what_the_page_says_of_trouble_is_what_is_called(case: str, autoju
         for start, pair in ((0, "Aa"), (3, "Bb"), (6, "Cc")):
             for name in pair:
                 world.add(name, start, start + 3, seconds=0.01)
+        if EVENTS[case] is meet:
+            world.relayed.add((CLIENT, PeerId("B")))
         conversation = conversation_of(world)
         found = await continued(conversation, PROMPT, 8)
         tracer.start()

@@ -28,7 +28,17 @@ from tensor_codec.blocks import Blocks
 from tensor_codec.errors import REFUSALS, MessageError, PeerFault
 from tensor_codec.header import pack_header, split_message
 from tensor_codec.limits import Limits
-from tensor_codec.messages import adapter, fields, forward_backward, gradients, info, reach, session, sharing
+from tensor_codec.messages import (
+    adapter,
+    attach,
+    fields,
+    forward_backward,
+    gradients,
+    info,
+    reach,
+    session,
+    sharing,
+)
 from tensor_codec.messages.contract import CODECS, REPLIES, Contract, codec_for, vector_bytes
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
@@ -93,11 +103,15 @@ def offer(frame: bytes) -> object:
 
 KINDS = {
     "open": Kind(session.encode_open(OPEN), session.decode_open),
-    "opened": Kind(session.encode_opened(session.Opened(True, True, 1.5, True)), session.decode_open_reply),
+    "opened": Kind(
+        session.encode_opened(session.Opened(True, True, 1.5, True, True)), session.decode_open_reply
+    ),
     "step": Kind(session.encode_step(STEP), from_client),
     "result": Kind(session.encode_result(session.Result(3, 5, ROW, ((1, 2),), 1, True, 9)), from_hop),
     "failed": Kind(fields.encode_failed(fields.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
     "close": Kind(session.encode_close(), from_client),
+    "attach": Kind(attach.encode_attach(attach.Attach(bytes(16))), attach.decode_first),
+    "attached": Kind(attach.encode_attached(), attach.decode_attach_reply),
     "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32")), from_client),
     "relinked": Kind(session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32", 4)), from_hop),
     "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5, 4)), from_client),

@@ -47,11 +47,18 @@ class FrameStream(Protocol):
     def prefix(self) -> str:
         """The network prefix of the peer's address; "" where it has none."""
 
+    @property
+    def relayed(self) -> bool:
+        """Whether it runs through a relay."""
+
     async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
         """Send one frame; raises SlowPeer or PeerGone."""
 
     async def receive(self, seconds: float | None = None) -> Buffer | None:
         """The next frame, None at a clean end; raises PeerFault."""
+
+    async def reset(self) -> None:
+        """End both sides at once."""
 
 
 class SessionCache(StepCache, Protocol):

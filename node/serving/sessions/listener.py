@@ -36,6 +36,7 @@ from node.serving.sessions.hop_session import (
     SessionRoute,
 )
 from node.serving.sessions.inbox import Inbox
+from node.serving.sessions.moving.client_stream import ClientStream
 from node.serving.sessions.prompt_budget import HeldPrompts, PromptBudget
 from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.session_table import Place, SessionTable
@@ -58,6 +59,7 @@ from tensor_codec.errors import (
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
+from tensor_codec.messages.attach import Attach, decode_first
 from tensor_codec.messages.contract import HEADER_BYTES, Contract, vector_bytes
 from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
 from tensor_codec.messages.forward_backward import prompts_contract
@@ -65,7 +67,6 @@ from tensor_codec.messages.session import (
     Open,
     Opened,
     check_prompts,
-    decode_open,
     encode_opened,
     owner_tag,
     read_step,
@@ -141,16 +142,18 @@ class Listener:
         return len(self._sessions)
 
     async def serve_session(self, stream: FrameStream) -> None:
-        """Serve the stream of one client until its session ends.  Raises PeerFault."""
+        """Serve the stream of one client until its session ends, or goes on elsewhere.  Raises PeerFault."""
         stream.limit = HEADER_BYTES + self.limits.max_prompt_bytes_per_peer
         stream.judge = partial(self._bytes.prompts.judge, self.admission, stream.peer, stream.prefix)
         try:
             frame = await stream.receive(self.limits.frame_start_seconds)
             if frame is None:
                 return
-            opened = decode_open(frame)
+            opened = decode_first(frame)
             del frame  # with its prompts it is large
             stream.judge = None  # of the frames of a session its contract is the limit
+            if isinstance(opened, Attach):
+                return await self._sessions.attach(stream, opened)
             key = owner_tag(stream.peer), opened.session
             await self._end_earlier(key, opened)
             self._check(stream.peer, key, opened)
@@ -336,7 +339,9 @@ class Listener:
             self._check_still_served(opened)  # it may have waited since it was checked
             hop = HopSession(
                 contract=contract,
-                stream=stream,
+                stream=ClientStream(stream, self.limits.session_detached_seconds)
+                if stream.relayed
+                else stream,
                 state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
                 outlet=Outlet(
@@ -392,10 +397,13 @@ class Listener:
         try:
             push = await worker.connect_successor()
             rows = 1 < hop.contract.batch <= MAX_ORDERED_ROWS
-            await hop.stream.send(encode_opened(Opened(push, hop.state.can_cut, self.engine.queue, rows)))
+            opened = Opened(push, hop.state.can_cut, self.engine.queue, rows, moves=hop.stream.relayed)
+            await hop.stream.send(encode_opened(opened))
             await worker.run()
         finally:
             hop.inbox.close()
+            if isinstance(hop.stream, ClientStream):
+                hop.stream.release()
             await hop.outlet.aclose()
 
 

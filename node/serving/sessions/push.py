@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +26,7 @@ BULK_OPENS_PER_SECOND = 8.0
 BULK_OPENS_BURST = 24
 MAX_BULK_STREAMS = 24
 CLIENTS_KEPT = 1024  # whose dials are counted
+DRAIN_SECONDS = 2.0  # in which a next hop reads the single tokens that are under way
 
 
 class Sender(Protocol):
@@ -35,6 +37,20 @@ class Sender(Protocol):
 
     async def aclose(self) -> None:
         """Close it."""
+
+    @property
+    def relayed(self) -> bool:
+        """Whether it runs through a relay."""
+
+    @property
+    def has_better_way(self) -> bool:
+        """Whether it runs through a relay, and a direct connection to the peer is there."""
+
+    async def send_eof(self) -> None:
+        """End this side; the peer closes its own once it has read everything.  Raises PeerGone."""
+
+    async def receive(self, seconds: float | None = None) -> Buffer | None:
+        """None at the end of the peer's side.  Raises PeerFault."""
 
 
 @dataclass(slots=True)
@@ -63,6 +79,8 @@ class PushLink:
         makes that harmless.
         """
         stream = self._stream
+        if stream is not None and stream.relayed and stream.has_better_way:
+            stream = await self._move_over()
         if stream is not None:
             try:
                 await stream.send(parts)
@@ -78,6 +96,23 @@ class PushLink:
         except PeerFault:
             await self._forget(stream)
             raise
+
+    async def _move_over(self) -> Sender:
+        """Change to a stream over the direct connection, where no frame overtakes earlier ones.
+
+        The peer closes its side of the old stream once it has read everything there.  Raises PeerFault.
+        """
+        async with self._lock:
+            stream = self._stream
+            if stream is not None and stream.has_better_way:
+                self._stream = None
+                with suppress(PeerFault):
+                    await stream.send_eof()
+                    await stream.receive(DRAIN_SECONDS)
+                await _close(stream)
+            if self._stream is None:
+                self._stream = await self._open(self.peer)
+            return self._stream
 
     async def open_bulk(self) -> Sender | None:
         """A stream for one session alone, to be closed by `close_bulk`; None where too many are open.

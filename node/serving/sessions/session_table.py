@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.serving.sessions.hop_session import HopSession, SessionKey
-from tensor_codec.errors import Refused
+from node.serving.sessions.hop_session import FrameStream, HopSession, SessionKey
+from node.serving.sessions.moving.client_stream import ClientStream
+from tensor_codec.errors import PeerGone, Refused
+from tensor_codec.messages.attach import Attach
+from tensor_codec.messages.fields import Failed, encode_failed
+from tensor_codec.messages.session import owner_tag
 
 REMEMBERED_SECONDS = 60.0  # a step that travels longer is late by any measure
 MAX_REMEMBERED = 4096
@@ -93,6 +97,15 @@ class SessionTable:
             hop.end(reason)
         elif (place := self.places.get(key)) is not None:
             place.refuse(reason)
+
+    async def attach(self, stream: FrameStream, asked: Attach) -> None:
+        """Let a client go on with its session over this stream, as long as it does.  Raises PeerFault."""
+        hop = self.by_key.get((owner_tag(stream.peer), asked.session))
+        if hop is None or hop.scope.cancel_called or not isinstance(hop.stream, ClientStream):
+            none = PeerGone("no session of yours that could go on here is open under this id")
+            await stream.send(encode_failed(Failed.of(none)))
+        else:
+            await hop.stream.follow(stream)
 
     def free(self, key: SessionKey) -> None:
         """Give the place of a session back that has ended, or that never began."""
