@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import random
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -576,8 +575,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     from client.generation.head_batches import HeadBatches
     from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
-    from node.network.joining import dial_relayed_peers
-    from node.network.reachability.seen import learn_seen
+    from node.network.joining import use_ways_of_others
     from node.network.relaying.service import open_relaying
     from node.network.transport.identity import load_or_create_identity
     from node.network.transport.membership import load_swarm_key, swarm_id
@@ -603,16 +601,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         heads = HeadBatches(local_model, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
         nursery.start_soon(trio.to_thread.run_sync, local_model.make_exact_argmax)
-        dial_relayed_peers(host, directory, relaying)
-        nursery.start_soon(
-            learn_seen,
-            host,
-            directory.view,
-            directory.addresses,
-            directory.set_seen,
-            config.limits,
-            random.Random(),
-        )
+        use_ways_of_others(host, directory, relaying, nursery, config.limits)
         routes = ChainChooser(
             info.name,
             info.revision,

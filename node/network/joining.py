@@ -27,6 +27,7 @@ from node.network.transport.identity import Identity, held_identity
 from node.network.transport.membership import load_swarm_key, swarm_id
 from node.runtime.nurseries import background_nursery
 from routing.view.records import Role
+from tensor_codec.limits import Limits
 from tensor_codec.messages.reach import REACH_PROTOCOL
 
 log = logging.getLogger("raceme")
@@ -92,9 +93,8 @@ def _watch_reach(
     questions = Questions(host, limits)
     watch = ReachWatch(questions, directory.view, directory.addresses, directory.set_reach, limits, rng)
     if role == "client":
-        nursery.start_soon(
-            learn_seen, questions, directory.view, directory.addresses, directory.set_seen, limits, rng
-        )
+        seen = directory.set_seen
+        nursery.start_soon(learn_seen, questions, directory.view, directory.addresses, seen, limits, rng)
     else:
         listener = ReachListener(limits, host.probe)
         watch.hooks.askers = lambda: listener.askers
@@ -151,6 +151,19 @@ def dial_relayed_peers(host: Host, directory: Directory, relaying: Relaying) -> 
     """Dial peers through their relays, and dial peers back that listen in public, as records say."""
     host.dialler.circuits.routes_to = lambda peer: routes_to(directory.view(), directory.rtts(), peer)
     relaying.punching.public_addresses = lambda peer: public_addresses(directory.view(), peer)
+
+
+def use_ways_of_others(
+    host: Host, directory: Directory, relaying: Relaying, nursery: trio.Nursery, limits: Limits
+) -> None:
+    """What a program that only dials needs: relays of others, and its own address on the Internet.
+
+    Without it a server in the same house is not known as such.
+    """
+    dial_relayed_peers(host, directory, relaying)
+    questions, rng = Questions(host, limits), random.Random()
+    seen = directory.set_seen
+    nursery.start_soon(learn_seen, questions, directory.view, directory.addresses, seen, limits, rng)
 
 
 def _reservations(config: NetworkConfig, role: Role) -> int:

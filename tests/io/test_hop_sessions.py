@@ -45,7 +45,7 @@ class Sent:
         self.prefix = ""
         self.limit = 0
         self.judge: Callable[[bytes, int], Refused | None] | None = None
-        self.closed = False
+        self.closed = self.relayed = self.has_better_way = False
 
     async def send(self, frame: object, seconds: float | None = None) -> None:
         await trio.lowlevel.checkpoint()
@@ -53,8 +53,13 @@ class Sent:
     async def receive(self, seconds: float | None = None) -> None:
         await trio.sleep_forever()
 
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def aclose(self) -> None:
         self.closed = True
+
+    reset = aclose
 
 
 async def open_sent(peer: PeerId) -> Sent:
