@@ -572,6 +572,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     """The trio side of `connect`.  Raises ConfigError."""
     from client.chains.chain_choice import ChainChooser
     from client.chains.chain_wait import ViewChanges
+    from client.chains.considered import Considered
     from client.generation.head_batches import HeadBatches
     from node.network.directory.directory import DirectoryConfig, open_directory
     from node.network.host import open_host
@@ -616,6 +617,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             late=directory.late,
             constraints=replace(config.constraints, step_tokens=_step_tokens(config, info)),
             spread=identity.peer_id,
+            few=Considered(position_bytes=2 * info.hidden_size),
         )
         token = trio.lowlevel.current_trio_token()
         yield Swarm(

@@ -159,7 +159,7 @@ async def _serve_blocks(
     async with background_nursery() as moving:
         if config.blocks is None:
             rng = random.Random()
-            better = by_capacity(config.balance, rng)
+            better = by_capacity(config.balance, rng, 2 * setup.info.hidden_size)
             balancer = Balancer(server, config.balance, rng, better, node.directory.answers)
             moving.start_soon(balancer.run)
         await stopping.requested.wait()
@@ -476,6 +476,7 @@ async def _choose_blocks(
         random.Random(),
         seconds_per_block=seconds_per_block,
         min_replicas=config.balance.min_replicas,
+        position_bytes=2 * info.hidden_size,
     )
 
 

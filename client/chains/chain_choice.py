@@ -66,6 +66,7 @@ class ChainChooser:
     constraints: on chains, at every choice.
     spread: this client's own bias, so that clients choose different ones of nearly equal chains
     (`routing.chains.load_sharing`); None: always the cheapest.
+    few: the peers that are compared.
     """
 
     model: str
@@ -81,8 +82,8 @@ class ChainChooser:
     late: Callable[[], Collection[PeerId]] = tuple
     constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
+    few: Considered = field(default_factory=Considered)
     _queues: QueueReports = field(default_factory=QueueReports)
-    _few: Considered = field(default_factory=Considered)
 
     def choose(
         self,
@@ -172,7 +173,7 @@ class ChainChooser:
             spans, always = _usable(self, silent=silent), self.measured.decode
             return sample(spans, self.spread or "", always=always, answering=self.rtts())
 
-        return self._few.servers(self.view(), self.constraints, silent, draw)
+        return self.few.servers(self.view(), self.constraints, silent, draw)
 
     def is_covered_by(self, peers: Collection[PeerId], run: Blocks) -> bool:
         """Whether these peers hold all blocks of a run that any considered peer holds."""
@@ -188,7 +189,9 @@ class ChainChooser:
         self._spans(records)
         records = [_with_queue(self, record) for record in records]
         rates = {**self.measured.rates(records, trio.current_time(), 1), **observed}
-        return costs(records, CostInputs(measured=rates, distances=self._few.distances)).chain(hops)
+        carrying = self.few.carrying(self.view(), records, 1)
+        known = CostInputs(measured=rates, distances=self.few.distances, carrying=carrying)
+        return costs(records, known).chain(hops)
 
     def seconds_per_position(self, hops: Sequence[Hop]) -> float:
         """See `client.chains.chooser.Chooser.seconds_per_position`."""
@@ -203,7 +206,7 @@ class ChainChooser:
 
     def terms_of(self, hops: Sequence[Hop]) -> list[HopTerms | None]:
         """See `client.chains.chooser.Chooser.terms_of`."""
-        view, between, before = self.view(), self._few.distances.between, CLIENT
+        view, between, before = self.view(), self.few.distances.between, CLIENT
         found: list[HopTerms | None] = []
         for hop in hops:
             record = view.get(hop.peer)
@@ -239,7 +242,7 @@ class ChainChooser:
 
     def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
         """See `client.chains.chooser.SwarmAccess.observe_step`."""
-        view, now, between = self.view(), trio.current_time(), self._few.distances.between
+        view, now, between = self.view(), trio.current_time(), self.few.distances.between
         peers = [CLIENT, *[hop.peer for hop in hops], CLIENT]
         network = sum([between(one, two) for one, two in pairwise(peers)]) / 2
         blocks = [hop.stop - hop.start for hop in hops]
@@ -257,7 +260,7 @@ class ChainChooser:
         """
         self.changes.look(self.view())
         looked_at = self.considered(silent=silent)
-        self._few.distances.update((*looked_at, *others), self.rtts())
+        self.few.distances.update((*looked_at, *others), self.rtts())
         return [_with_queue(self, span) for span in looked_at]
 
     def _cheapest(self, spans: Sequence[Record], wanted: Wanted, factors: Mapping[PeerId, float]) -> Chain:
@@ -267,7 +270,8 @@ class ChainChooser:
             measured={**self.measured.rates(spans, now, wanted.positions), **wanted.observed},
             waiting=wanted.waiting,
             positions=wanted.positions,
-            distances=self._few.distances,
+            carrying=self.few.carrying(self.view(), spans, wanted.positions),
+            distances=self.few.distances,
         )
         cheapest = partial(
             cheapest_chain,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from routing.chains.alternatives import Constraints
 from routing.chains.distances import Distances
+from routing.names import PeerId
 from routing.view.records import Record
 from routing.view.view import SwarmView
 
@@ -16,9 +17,11 @@ class Considered:
     """Few of many servers, drawn once for each view and its constraints.
 
     distances: kept from view to view.
+    position_bytes: of one position's hidden state on the wire; 0: not known, and relays carry it in no time.
     """
 
     distances: Distances = field(default_factory=Distances)
+    position_bytes: int = 0
     _drawn: dict[bool, tuple[SwarmView, Constraints, Sequence[Record]]] = field(default_factory=dict)
 
     def servers(
@@ -29,3 +32,8 @@ class Considered:
         if known is None or known[0] is not view or known[1] is not constraints:
             known = self._drawn[silent] = view, constraints, draw()
         return known[2]
+
+    def carrying(self, view: SwarmView, spans: Sequence[Record], positions: int) -> dict[PeerId, float]:
+        """Seconds that so many positions take through the relays of each relayed peer."""
+        size = positions * self.position_bytes
+        return {s.peer: size / view.relayed_rate(s) for s in spans if s.reach == "relayed"}

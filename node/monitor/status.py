@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from node.main import Node
+
 MAX_NAMED = 4  # peers of a bottleneck
 ASKED_AT_ONCE = 16  # servers that `status` asks for their state
 ASK_SECONDS = 2.5  # for the answers; a little longer than the timeout of one ping
@@ -41,7 +43,7 @@ async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0, 
     async with open_node(config, "client") as node:
         await trio.sleep(SETTLE_SECONDS)
         await node.directory.measure(worth_asking(node.directory.view(), node.host.peer_id), ASK_SECONDS)
-        facts = describe(node.directory.view(), node.directory.rtts(), chains)
+        facts = describe(node.directory.view(), node.directory.rtts(), chains, direct=direct_peers(node))
         if ask:
             await ask_servers(partial(node.open_stream, protocol=INFO_PROTOCOL), facts["peers"])
     if as_json:
@@ -49,6 +51,12 @@ async def show_status(config: NetworkConfig, *, as_json: bool, chains: int = 0, 
     else:
         print_status(facts)
         put_line(page_of(config))
+
+
+def direct_peers(node: Node) -> set[PeerId]:
+    """The peers with a connection that goes through no relay."""
+    connections = node.host.connections
+    return {peer for peer in connections.connected() if connections.live(peer, direct=True) is not None}
 
 
 def page_of(config: NetworkConfig) -> str:
@@ -155,19 +163,28 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
 
 
 def _reach(peer: dict[str, Any]) -> str:  # Any: JSON
-    """How a peer is reached, by its own record: "public", "v6", "via …3KVD8B", "no"; empty where unknown."""
+    """How a peer is reached: "public", "v6", "punch", "via …3KVD8B", "no: timed out"; empty where unknown.
+
+    By its own record; punched it was from here.
+    """
+    if peer["punched"]:
+        return "punch"
     if peer["reach"] == "relayed":
         return "via " + ", ".join("…" + relay[-6:] for relay in peer["relays"][:1])
     if peer["reach"] == "public" and all(text.startswith("/ip6/") for text in peer["addresses"]):
         return "v6"
-    return {"public": "public", "none": "no"}.get(peer["reach"], "")
+    no = f"no: {peer['unreached']}" if peer["unreached"] else "no"
+    return {"public": "public", "none": no}.get(peer["reach"], "")
 
 
 def _relayed(model: dict[str, Any]) -> str:  # Any: JSON
-    """One line: the servers that are reached through relays, and the blocks that nobody else has."""
+    """One line: how many servers are reached through relays, and the blocks that nobody else has."""
     runs = ", ".join(f"{start}:{stop}" for start, stop in model["relayed_blocks"])
-    line = f"  through relays: {_named(model['relayed'])}"
-    return line + (f"; blocks {runs} only through them" if runs else "")
+    count, all_of_them = len(model["relayed"]), model["reached"]
+    line = (
+        f"  {count} of {all_of_them} server{'s' * (all_of_them != 1)} {'is' if count == 1 else 'are'} relayed"
+    )
+    return line + (f"; blocks {runs} only by relayed ones" if runs else "")
 
 
 def _sessions(peer: dict[str, Any]) -> str:  # Any: JSON

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import trio
 
 from node.config import NetworkConfig
-from node.monitor.status import ASK_SECONDS, SETTLE_SECONDS, tables, wide_console
+from node.monitor.status import ASK_SECONDS, SETTLE_SECONDS, direct_peers, tables, wide_console
 from node.runtime.console import put_line
 from routing.names import PeerId
 from routing.view.description import describe, worth_asking
@@ -105,7 +105,8 @@ async def watch_status(config: NetworkConfig, *, as_json: bool, chains: int = 0)
                 view, seconds = node.directory.view(), trio.current_time() - began
                 changes.look(view.records(), seconds)
                 liveness = pings.liveness([record.peer for record in view.records()])
-                facts = describe(view, node.directory.rtts(), chains, liveness=liveness)
+                rtts, direct = node.directory.rtts(), direct_peers(node)
+                facts = describe(view, rtts, chains, liveness=liveness, direct=direct)
                 show({"seconds": round(seconds, 1), **facts, **changes.facts()})
                 await trio.sleep(LOOK_SECONDS)
 

@@ -58,11 +58,14 @@ class Better(Protocol):
         """spans: online and joining, of one model revision.  blocks: of the model."""
 
 
-def by_capacity(config: BalanceConfig, rng: random.Random) -> Better:
-    """Finds the blocks with which the swarm gains most capacity (`routing.placement.rebalance`)."""
+def by_capacity(config: BalanceConfig, rng: random.Random, position_bytes: int = 0) -> Better:
+    """Finds the blocks with which the swarm gains most capacity (`routing.placement.rebalance`).
+
+    position_bytes: of one position's hidden state on the wire; 0: not known.
+    """
 
     def better(spans: Sequence[Record], blocks: int, me: PeerId) -> Blocks | None:
-        held = holders(spans)
+        held = holders(spans, position_bytes)
         count = next(holder.stop - holder.start for holder in held if holder.peer == me)
         return better_window(
             held, blocks, me, count, quality=config.quality, min_replicas=config.min_replicas, rng=rng

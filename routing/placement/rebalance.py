@@ -17,6 +17,7 @@ since a server computes only the share of its blocks that the others leave, and 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from routing.placement.cover_gaps import MOVE_EFFORT
 from routing.placement.goals import MIN_REPLICAS, QUALITY
 from routing.placement.throughput import Floats, Holder, bound, capacity, ends, narrowest, reach
 from routing.view.records import Record
+from routing.view.view import RELAYED_BYTES_PER_SECOND
 
 Single = NDArray[np.float32]
 
@@ -47,8 +49,11 @@ MAX_MOVERS = 32  # servers whose moves are compared, at all levels; a decision's
 RANK_CHANCE = 0.25  # that a move of rank 1 is made, in case the best moves are not; to the power of the rank
 
 
-def holders(spans: Sequence[Record]) -> list[Holder]:
+def holders(spans: Sequence[Record], position_bytes: int = 0) -> list[Holder]:
     """The blocks and rates of these peers, in the order of their ids.
+
+    position_bytes: of one position's hidden state on the wire; 0: not known.  A relayed peer computes no more
+    than its relay carries: each token's hidden state goes in and comes out.
 
     A peer that has not measured its rate counts as the median of the others; where no peer has, as one block
     per second.  Claimed rates count as `plausible` says.  A peer that is about to move counts at its new
@@ -56,12 +61,19 @@ def holders(spans: Sequence[Record]) -> list[Holder]:
     """
     rates = plausible({s.peer: 1.0 / s.seconds_per_block for s in spans if s.seconds_per_block > 0})
     usual = sorted(rates.values())[len(rates) // 2] if rates else 1.0
+    through_relay = RELAYED_BYTES_PER_SECOND / (2 * position_bytes) if position_bytes else math.inf
+
+    def rate_of(span: Record) -> float:
+        held = span.next_stop - span.next_start if span.moves else span.stop - span.start
+        most = through_relay * held if span.reach == "relayed" else math.inf
+        return min(rates.get(span.peer, usual), most)
+
     return [
         Holder(
             s.peer,
             s.next_start if s.moves else s.start,
             s.next_stop if s.moves else s.stop,
-            rates.get(s.peer, usual),
+            rate_of(s),
             s.state == "online" and not s.moves,
             s.relays if s.reach == "relayed" else (),
         )
@@ -92,13 +104,15 @@ def choose_blocks(
     *,
     seconds_per_block: float = 0.0,
     min_replicas: int = MIN_REPLICAS,
+    position_bytes: int = 0,
 ) -> Blocks:
     """The window of `count` blocks that a joining server takes: `best_window` of records.
 
     spans: of the same model revision, joining peers too.
     seconds_per_block: the server's own; 0 where it has not measured: then it counts as the median.
+    position_bytes: see `holders`.
     """
-    held = holders(spans)
+    held = holders(spans, position_bytes)
     rates = sorted(holder.rate for holder in held)
     usual = rates[len(rates) // 2] if rates else 1.0
     rate = 1.0 / seconds_per_block if seconds_per_block > 0 else usual

@@ -5,7 +5,7 @@ A value in, a value out: the view, the round trips from here, and the answers to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,12 +44,14 @@ def describe(
     chains: int = 0,
     *,
     liveness: Mapping[PeerId, Liveness] | None = None,
+    direct: Collection[PeerId] = (),
 ) -> dict[str, Any]:  # Any: JSON
     """The swarm as plain values: `peers`, and for each model its `coverage`, `holes` and `chains`.
 
     rtts: seconds from here to a peer and back.  chains: how many to list for each model.
     liveness: of a program that watches the peers: then each peer also has its `revision`, `answers` ("yes",
     "silent" or "unknown") and `silent_s`, the seconds of its silence or None.
+    direct: the peers with a direct connection from here: one of a relayed peer was punched.
     A peer without an answer (`view.silent`), or one that nobody can dial, is unreachable for any
     announcement, and covers no block.
     """
@@ -64,7 +66,9 @@ def describe(
             for state in (*PRESENT, UNREACHABLE)
         },
         "peers": [
-            _peer(record, states[record.peer], rtts.get(record.peer)) | _answers(record, view, liveness)
+            _peer(record, states[record.peer], rtts.get(record.peer))
+            | {"punched": record.reach == "relayed" and record.peer in direct}
+            | _answers(record, view, liveness)
             for record in records
         ],
         "models": [_model(view, key, rtts, chains) for key in _models(records)],
@@ -97,6 +101,7 @@ def _model(
             for span in view.spans(key.revision, key.blocks, silent=True)
             if span.peer in view.silent or not view.reaches(span)
         ],
+        "reached": len(spans),
         "relayed": [span.peer for span in spans if span.reach == "relayed"],
         "relayed_blocks": [list(run) for run in _relayed_blocks(spans, key.blocks)],
         "complete": not missing,
@@ -173,7 +178,10 @@ def _peer(record: Record, state: str, rtt: float | None) -> dict[str, Any]:  # A
         "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
         "addresses": list(record.addresses),
         "reach": record.reach,
+        "unreached": record.unreached,
         "relays": list(record.relays),
+        "helps": record.helps,
+        "relayed_bytes": record.relayed_bytes,
         "version": record.version,
     }
 

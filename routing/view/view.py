@@ -34,6 +34,7 @@ REMEMBER_SECONDS = MAX_TTL_SECONDS
 # A peer's claim counts up to four times the median's speed; more counts only when measured.
 MAX_CLAIMED_SPEED = 4.0
 __all__ = ["Arrival", "Entry", "SwarmView", "believed_rates", "expire", "likely_adjacent", "merge"]
+RELAYED_BYTES_PER_SECOND = 6.25e6  # 50 Mbit/s: the rate of a relay where its operator has chosen no other
 ONLINE: frozenset[State] = frozenset({"online"})
 ONLINE_SOON: frozenset[State] = frozenset({"joining", "online"})
 
@@ -75,6 +76,17 @@ class SwarmView:
     def dialled_at(self, record: Record) -> tuple[str, ...]:
         """The addresses at which this peer dials that one: private ones only where both are in one house."""
         return record.addresses + record.lan if record.seen in self.seen else record.addresses
+
+    def relayed_rate(self, record: Record) -> float:
+        """Bytes per second through the relays of a peer: of the fastest, as they say; infinite without one.
+
+        A relay shares its rate among its circuits, so nobody gets more than RELAYED_BYTES_PER_SECOND.
+        """
+        if record.reach != "relayed":
+            return math.inf
+        relays = [relay for peer in record.relays if (relay := self.get(peer)) is not None]
+        said = [relay.relay_mbit * 125_000.0 for relay in relays if relay.relay_mbit]
+        return min(max(said, default=math.inf), RELAYED_BYTES_PER_SECOND)
 
     def records(self) -> tuple[Record, ...]:
         """The records of all peers that have not left, in the order of their ids."""

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from client.chains.considered import Considered
 from routing.blocks import coverage
-from routing.chains.search import cheapest_chain
+from routing.chains.search import CostInputs, cheapest_chain
 from routing.names import peer_id_of
 from routing.placement.rebalance import choose_blocks, holders, replicas
 from routing.view.records import Reach, Record
@@ -81,3 +82,24 @@ def test_a_server_next_door_counts_for_those_in_its_house_alone() -> None:
         inside = replace(view, seen=frozenset({seen}))
         assert len(inside.spans(REVISION, BLOCKS)) == counts
         assert len(inside.dialled_at(near)) == counts
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_prompts_go_round_relays_where_public_servers_hold_every_block(seed: int) -> None:
+    """Half of the servers are behind relays and nearer; 1,024 positions of 8 KiB take 1.3 s there."""
+    kinds: list[Reach] = [("relayed", "public")[number % 2] for number in range(SERVERS)]
+    view = swarm_of(seed, kinds)
+    spans = view.spans(REVISION, BLOCKS)
+    public = [span for span in spans if span.reach == "public"]
+    rtts = {span.peer: 0.002 if span.reach == "relayed" else 0.2 for span in spans}
+    of_use = min(coverage(public, BLOCKS)) >= 1
+    few = Considered(position_bytes=8192)
+    ways = {}
+    for positions in (1, 1024):
+        carrying = few.carrying(view, spans, positions)
+        assert carrying.keys() == {span.peer for span in spans if span.reach == "relayed"}
+        chain = cheapest_chain(spans, BLOCKS, known=CostInputs(rtts, positions=positions, carrying=carrying))
+        ways[positions] = {view.entries[hop.peer].record.reach for hop in chain.hops}
+    if of_use:
+        assert ways[1024] == {"public"}
+    assert "relayed" in ways[1]

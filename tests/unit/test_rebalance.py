@@ -30,6 +30,7 @@ from routing.placement.rebalance import (
 )
 from routing.placement.throughput import Holder, bound, capacity, ends, reach
 from routing.view.records import Record
+from routing.view.view import RELAYED_BYTES_PER_SECOND
 
 
 def span(number, start, stop, seconds=0.01, blocks=12):
@@ -337,3 +338,15 @@ def test_blocks_that_hang_on_one_relay_lack_a_holder():
     right = [span(1, 0, 6), span(2, 0, 6), behind(3, 6, 12, relay), behind(4, 6, 12, relay)]
     assert choose_blocks(left, 12, 6, min_replicas=2) == Blocks(2, 8)
     assert choose_blocks(right, 12, 6, min_replicas=2) == Blocks(4, 10)
+
+
+def test_a_relayed_server_counts_for_no_more_than_its_relay_carries():
+    relay = peer_id_of(bytes([93]) * 32)
+    fast = [replace(span(number, 0, 6, 1e-4), reach=reach, relays=relays)
+            for number, reach, relays in ((1, "public", ()), (2, "relayed", (relay,)))]  # fmt: skip
+    rates = {size: [holder.rate for holder in holders(fast, size)] for size in (0, 8192)}
+    assert rates[0] == pytest.approx([10_000, 10_000])
+    assert rates[8192] == pytest.approx([10_000, RELAYED_BYTES_PER_SECOND / (2 * 8192) * 6])
+    for first, low, high in ((1, 0, 2), (0, 4, 6)):  # a joining server takes the blocks of the relayed one
+        held = [replace(fast[first], start=0, stop=6), replace(fast[1 - first], start=6, stop=12)]
+        assert low <= choose_blocks(held, 12, 6, seconds_per_block=1e-4, position_bytes=8192).start <= high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -33,9 +34,11 @@ def view_of(*records: Record, silent: str = "") -> SwarmView:
     return SwarmView("public", entries=entries, silent=frozenset(map(PeerId, silent)))
 
 
-def facts(*records: Record, chains: int = 0, silent: str = "") -> dict[str, Any]:
+def facts(*records: Record, chains: int = 0, silent: str = "", direct: Sequence[str] = ()) -> dict[str, Any]:
     view = view_of(*records, silent=silent)
-    found: dict[str, Any] = json.loads(json.dumps(describe(view, {}, chains)))
+    found: dict[str, Any] = json.loads(
+        json.dumps(describe(view, {}, chains, direct=set(map(PeerId, direct))))
+    )
     return found
 
 
@@ -230,16 +233,21 @@ def test_how_each_server_is_reached_is_a_column_and_blocks_behind_relays_are_nam
         replace(span("a", 0, 3), reach="public", addresses=("/ip4/203.0.113.7/tcp/1",)),
         replace(span("b", 0, 3), reach="public", addresses=("/ip6/2606:4700::7/tcp/1",)),
         replace(span("c", 2, 6), reach="relayed", relays=(relay,)),
-        replace(span("d", 0, 6), reach="none"),
+        replace(span("d", 0, 6), reach="none", unreached="timed out"),
         span("e", 0, 1),
+        replace(span("f", 3, 4), reach="relayed", relays=(relay,), unreached="refused"),
+        replace(span("g", 0, 6), reach="none"),
+        direct=("f", "a"),
     )
     peers = {peer["peer"]: peer for peer in found["peers"]}
-    assert [_reach(peers[name]) for name in "abcde"] == ["public", "v6", "via …3KVD8B", "no", ""]
+    assert [_reach(peers[name]) for name in "abcdefg"] == [
+        "public", "v6", "via …3KVD8B", "no: timed out", "", "punch", "no",
+    ]  # fmt: skip
     assert (peers["c"]["reach"], peers["c"]["relays"]) == ("relayed", [relay])
     assert (peers["d"]["state"], peers["d"]["announced_state"]) == ("unreachable", "online")
     (model,) = found["models"]
-    assert (model["coverage"], model["unreachable"]) == ([3, 2, 3, 1, 1, 1], ["d"])
-    assert (model["relayed"], model["relayed_blocks"]) == (["c"], [[3, 6]])
+    assert (model["coverage"], model["unreachable"]) == ([3, 2, 3, 2, 1, 1], ["d", "g"])
+    assert (model["relayed"], model["relayed_blocks"]) == (["c", "f"], [[3, 6]])
     lines = tables(found)
-    assert "  no answer from …d: not counted" in lines
-    assert "  through relays: …c; blocks 3:6 only through them" in lines
+    assert "  no answer from …d, …g: not counted" in lines
+    assert "  2 of 5 servers are relayed; blocks 3:6 only by relayed ones" in lines
