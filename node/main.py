@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from node.monitor.metrics.node import NodeMetrics
     from node.network.directory.directory import Directory
     from node.network.host import Host
+    from node.network.lan.discovery import LanDiscovery
     from node.network.reachability.watch import ReachWatch
     from node.network.relaying.service import Relaying
     from node.network.streams import FramedStream
@@ -320,6 +321,7 @@ class Node:
     identity: Identity
     reach: ReachWatch | None = None
     relaying: Relaying | None = None
+    lan: LanDiscovery | None = None
 
     @property
     def joining_address(self) -> str:
@@ -345,7 +347,8 @@ async def open_node(config: NetworkConfig, role: Role) -> AsyncIterator[Node]:
 
     async with join(config, role) as joined:
         try:
-            yield Node(config, joined.host, joined.directory, joined.identity, joined.reach, joined.relaying)
+            own = joined.identity
+            yield Node(config, joined.host, joined.directory, own, joined.reach, joined.relaying, joined.lan)
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(LEAVE_SECONDS):
                 await joined.directory.leave()
@@ -468,6 +471,8 @@ async def _choose_blocks(
             cache_tokens = config.cache_tokens or memory.MIN_CACHE_TOKENS
             room.check_fits(info, 1, precision, cache_tokens)
         raise ConfigError(f"{count} blocks of {info.name}, which has {info.blocks}")
+    if node.lan is not None:
+        await node.lan.start.settled()
     spans = node.directory.view().spans(info.revision, info.blocks, ONLINE_SOON)
     return choose_blocks(
         spans,

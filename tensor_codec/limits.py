@@ -227,7 +227,7 @@ class Limits:
     reach_dial_seconds: float = 3.0  # of one address: twice the round trips of a slow satellite
     # The local network, where anybody may announce anything by multicast
     max_lan_announcement_bytes: int = 1300  # RFC 6763, section 6.2: it fits a packet; ours have up to 500
-    max_lan_peers: int = 256  # remembered, so that none is dialled again within a minute
+    max_lan_peers: int = 256  # remembered, to be dialled again ever more rarely; some 100 KiB
     lan_dials_per_second: float = 1.0
     lan_dials_burst: int = 16  # a room of laptops
 

@@ -14,7 +14,7 @@ from node.config import NetworkConfig
 from node.network.addresses import bootstrap_peers
 from node.network.directory.directory import Directory, DirectoryConfig, open_directory
 from node.network.host import Host, open_host
-from node.network.lan.discovery import open_lan
+from node.network.lan.discovery import LanDiscovery, open_lan
 from node.network.mapping.mapper import open_mapper
 from node.network.reachability.asking import Questions
 from node.network.reachability.listener import ReachListener
@@ -39,6 +39,7 @@ class Joined:
 
     reach: whether others can dial it; a client never finds out.
     relaying: what it does about relays.
+    lan: the local network, where it joins what is there.
     """
 
     host: Host
@@ -46,6 +47,7 @@ class Joined:
     identity: Identity
     reach: ReachWatch
     relaying: Relaying
+    lan: LanDiscovery | None = None
 
 
 @asynccontextmanager
@@ -79,10 +81,10 @@ async def join(config: NetworkConfig, role: Role) -> AsyncIterator[Joined]:
         ):
             reach = _watch_reach(host, directory, config, role, nursery)
             _use_relays(host, directory, reach, relaying)
-            await _use_the_local_network(config, role, host, directory, reach, stack)
+            lan = await _use_the_local_network(config, role, host, directory, reach, stack)
             if config.relays:
                 _ask_chosen(host, relaying, config.relays)
-            yield Joined(host, directory, identity, reach, relaying)
+            yield Joined(host, directory, identity, reach, relaying, lan)
 
 
 def _watch_reach(
@@ -110,28 +112,31 @@ async def _use_the_local_network(
     directory: Directory,
     reach: ReachWatch,
     stack: AsyncExitStack,
-) -> None:
+) -> LanDiscovery | None:
     """Have the router forward our ports, and join the peers of the local network, as far as configured.
 
-    A server waits for the first one: it is about to choose its blocks.
+    A server waits for the first one: it is about to choose its blocks.  Returns what finds them, if it does.
     """
 
     def listening() -> Sequence[str]:
         return host.own.found
 
     if all(address.is_loopback for address in host.own.listening):
-        return
+        return None
     if config.port_mapping and not config.announce:
         mapper = await stack.enter_async_context(open_mapper(listening, reach.offer))
         reach.hooks.on_failed_offer = mapper.look_again
-    if config.lan is not False:
-        swarm = host.swarm_id
-        lan = await stack.enter_async_context(open_lan(host.peer_id, swarm, listening, config.limits))
-        if config.looks_in_lan:
-            nursery = await stack.enter_async_context(background_nursery())
-            nursery.start_soon(lan.introduce, directory.meet)
-            if role == "serve" and not await lan.first_peer():
-                log.info("no peer of the swarm %r answers in the local network", swarm)
+    if config.lan is False:
+        return None
+    swarm = host.swarm_id
+    lan = await stack.enter_async_context(open_lan(host.peer_id, swarm, listening, config.limits))
+    if not config.looks_in_lan:
+        return None
+    nursery = await stack.enter_async_context(background_nursery())
+    nursery.start_soon(lan.introduce, directory.meet, lambda peer: directory.view().get(peer) is not None)
+    if role == "serve" and not await lan.start.first_peer() and not config.peers:
+        log.info("no node of the swarm %r answers in the local network: this one starts it there", swarm)
+    return lan
 
 
 def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: Relaying) -> None:

@@ -15,10 +15,12 @@ from trio.testing import MockClock
 from node.config import NetworkConfig
 from node.network import joining, own_addresses
 from node.network.addresses import Interface, InterfaceAddress
-from node.network.lan import announcement, discovery
+from node.network.directory.visits import Meeting
+from node.network.lan import announcement, discovery, start
 from node.network.lan.announcement import write_announcement
 from node.network.lan.discovery import WAITING_ANNOUNCEMENTS, LanDiscovery, open_lan
 from node.network.lan.multicast import LanError, ZeroconfMulticast
+from node.network.mapping.mapper import open_mapper
 from routing.names import PeerId
 from routing.view.records import Record
 from tensor_codec.limits import Limits
@@ -79,15 +81,21 @@ class Meetings:
     """Stands for a directory: notes who was to be met."""
 
     met: list[tuple[PeerId, tuple[str, ...]]] = field(default_factory=list)
-    answers: bool = True
+    outcome: Meeting = "known"
+    gate: trio.Event | None = None  # to be waited for, before an answer
     news: trio.Event = field(default_factory=trio.Event)
 
-    async def meet(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+    async def meet(self, peer: PeerId, addresses: Sequence[str]) -> Meeting:
         await trio.lowlevel.checkpoint()
         self.met.append((peer, tuple(addresses)))
         self.news.set()
         self.news = trio.Event()
-        return self.answers
+        if self.gate is not None:
+            await self.gate.wait()
+        return self.outcome
+
+    def is_known(self, peer: PeerId) -> bool:
+        return self.outcome == "known" and peer in [each for each, _ in self.met]
 
     async def wait(self, count: int = 1) -> None:
         with trio.fail_after(30):
@@ -105,7 +113,7 @@ async def open_node(
         open_lan(identity.peer_id, swarm, lambda: where, Limits(), room.multicast) as lan,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(lan.introduce, meetings.meet)
+        nursery.start_soon(lan.introduce, meetings.meet, meetings.is_known)
         yield lan, meetings
         nursery.cancel_scope.cancel()
 
@@ -113,8 +121,8 @@ async def open_node(
 async def test_two_nodes_of_one_room_find_each_other_whoever_comes_first():
     room = Room()
     async with open_node(room) as (alice, hers), open_node(room, BOB, NEXT_DOOR) as (bob, his):
-        assert await alice.first_peer()
-        assert await bob.first_peer()
+        assert await alice.start.first_peer()
+        assert await bob.start.first_peer()
         assert hers.met == [(BOB.peer_id, tuple(NEXT_DOOR))]
         assert his.met == [(ALICE.peer_id, tuple(HOME))]
     assert room.texts == room.listeners == {}
@@ -137,18 +145,66 @@ async def test_a_private_swarm_is_found_by_its_id_and_no_other_swarm_is():
 async def test_no_call_of_the_library_runs_in_trio_s_thread():
     room = Room()
     async with open_node(room), open_node(room, BOB, NEXT_DOOR) as (bob, _):
-        assert await bob.first_peer()
+        assert await bob.start.first_peer()
     assert threading.get_ident() not in room.threads
     assert room.threads
 
 
 async def test_what_answers_no_dial_is_no_first_peer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(discovery, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(start, "LOOK_SECONDS", 0.2)
     room = Room()
     async with open_node(room, BOB, NEXT_DOOR), open_node(room) as (alice, hers):
-        hers.answers = False
+        hers.outcome = "silent"
         await hers.wait()
-        assert not await alice.first_peer()
+        assert not await alice.start.first_peer()
+
+
+async def test_a_dial_under_way_is_waited_for_before_a_node_thinks_itself_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(start, "QUIET_SECONDS", 0.05)
+    room = Room()
+    async with open_node(room, BOB, NEXT_DOOR), open_node(room) as (alice, hers):
+        hers.gate = trio.Event()
+        await hers.wait()
+        async with trio.open_nursery() as nursery:
+
+            async def answer_later() -> None:
+                await trio.sleep(0.2)
+                hers.gate.set()
+
+            nursery.start_soon(answer_later)
+            assert await alice.start.first_peer()
+
+
+async def test_of_nodes_that_start_at_one_moment_the_least_chooses_its_blocks_first(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(start, "SETTLE_SECONDS", 30.0)
+    room, (low, high) = Room(), sorted([ALICE, BOB], key=lambda each: each.peer_id)
+    async with open_node(room, low) as (first, its), open_node(room, high, NEXT_DOOR) as (second, others):
+        its.outcome = others.outcome = "starting"
+        await its.wait()
+        await others.wait()
+        assert await second.start.first_peer(), "a peer that starts is there"
+        with trio.fail_after(5):
+            await first.start.settled()
+        others.outcome = "known"  # the record of the first one
+        before = len(others.met)
+        await second.start.settled()
+        assert len(others.met) > before or others.is_known(low.peer_id)
+    assert not second.start._starting
+
+
+async def test_a_peer_without_a_record_is_starting_and_known_with_its_record(autojump_clock: MockClock):
+    async with trio.open_nursery() as nursery:
+        swarm = Swarm(nursery)
+        one, other = await swarm.add(None, bootstrap=[]), await swarm.add(None, bootstrap=[])
+        at = swarm.hosts[1].addresses
+        assert await one.meet(other.peer_id, at) == "starting"
+        await other.announce(Record(role="bootstrap"))
+        assert await one.meet(other.peer_id, at) == "known"
+        nursery.cancel_scope.cancel()
 
 
 async def test_without_multicast_nobody_waits_and_one_line_says_why(caplog: pytest.LogCaptureFixture):
@@ -156,7 +212,7 @@ async def test_without_multicast_nobody_waits_and_one_line_says_why(caplog: pyte
     room = Room(fault="no multicast at 192.168.1.11: Operation not permitted")
     async with open_node(room) as (alice, _):
         with trio.fail_after(2.0):  # LOOK_SECONDS are not waited for
-            assert not await alice.first_peer()
+            assert not await alice.start.first_peer()
     assert [text for text in caplog.messages if "local network" in text] == [
         f"nobody finds this node in the local network: {room.fault}"
     ]
@@ -166,7 +222,7 @@ async def test_a_machine_without_a_network_waits_for_nobody():
     room = Room()
     async with open_node(room, listening=["/ip4/127.0.0.1/tcp/31330"]) as (alice, _):
         with trio.fail_after(2.0):
-            assert not await alice.first_peer()
+            assert not await alice.start.first_peer()
     assert room.opened == []
 
 
@@ -195,7 +251,7 @@ async def test_a_flood_of_announcements_is_held_in_a_bounded_queue():
         assert len(lan._texts) == WAITING_ANNOUNCEMENTS
         assert max(map(len, lan._texts)) < 1000
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lan.introduce, meetings.meet)
+            nursery.start_soon(lan.introduce, meetings.meet, meetings.is_known)
             await meetings.wait()
             nursery.cancel_scope.cancel()
     assert meetings.met == [(BOB.peer_id, tuple(NEXT_DOOR))]
@@ -207,11 +263,12 @@ async def test_two_swarms_of_one_room_become_one_when_two_of_their_nodes_meet(au
         one, other = await swarm.add(bootstrap=[]), await swarm.add(bootstrap=[])
         third = await swarm.add(bootstrap=[swarm.hosts[1].multiaddr])
         assert one.peer_id not in third.view().entries
-        assert await one.meet(other.peer_id, swarm.hosts[1].addresses)
+        assert await one.meet(other.peer_id, swarm.hosts[1].addresses) == "known"
         await trio.sleep(5)
         assert one.peer_id in other.view().entries
         assert one.peer_id in third.view().entries
-        assert not await one.meet(other.peer_id, swarm.hosts[1].addresses), "known peers are not met again"
+        swarm.hosts[0].network.kill(other.peer_id)
+        assert await one.meet(other.peer_id, NEXT_DOOR) == "known", "whose record is here is not dialled"
         nursery.cancel_scope.cancel()
 
 
@@ -221,7 +278,7 @@ async def test_whoever_announces_an_address_where_nobody_answers_costs_a_dial_an
     async with trio.open_nursery() as nursery:
         swarm = Swarm(nursery)
         node = await swarm.add()
-        assert not await node.meet(BOB.peer_id, NEXT_DOOR)
+        assert await node.meet(BOB.peer_id, NEXT_DOOR) == "silent"
         assert node.view().get(BOB.peer_id) is None
         nursery.cancel_scope.cancel()
 
@@ -243,13 +300,13 @@ def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_node_without_peers_joins_the_swarm_of_the_local_network(
     on_loopback: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(discovery, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(start, "LOOK_SECONDS", 0.2)
     room = Room()
     monkeypatch.setattr(joining, "open_lan", partial(open_lan, make=room.multicast))
     config = NetworkConfig(listen=(ALL,), lan=None)
     async with joining.join(config, "bootstrap") as first:
         await first.directory.announce(Record(role="bootstrap"))
-        monkeypatch.setattr(discovery, "LOOK_SECONDS", 30.0)  # a busy machine; an answer ends it
+        monkeypatch.setattr(start, "LOOK_SECONDS", 30.0)  # a busy machine; an answer ends it
         async with joining.join(config, "serve") as second:
             assert first.host.peer_id in second.directory.view().entries
     assert room.texts == {}
@@ -269,7 +326,7 @@ async def test_a_node_without_peers_joins_the_swarm_of_the_local_network(
 async def test_a_node_is_announced_where_it_listens_beyond_loopback_unless_it_may_not(
     changes: dict, announced: bool, on_loopback: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(discovery, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(start, "LOOK_SECONDS", 0.2)
     room = Room()
     monkeypatch.setattr(joining, "open_lan", partial(open_lan, make=room.multicast))
     config = replace(NetworkConfig(listen=(ALL,), lan=None), **changes)
@@ -298,8 +355,8 @@ async def test_the_router_is_asked_where_a_node_listens_beyond_loopback_unless_i
     @asynccontextmanager
     async def fake_mapper(listening, offer):
         opened.append(tuple(listening()))
-        await trio.lowlevel.checkpoint()
-        yield
+        async with open_mapper(lambda: (), offer, {}) as mapper:
+            yield mapper
 
     monkeypatch.setattr(joining, "open_mapper", fake_mapper)
     usual = NetworkConfig(listen=(ALL,), lan=False, port_mapping=True)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from node.network.lan.announcement import (
-    AGAIN_SECONDS,
     MAX_ADDRESSES,
     LanPeer,
-    LanPeers,
     interfaces_of,
     read_announcement,
     write_announcement,
 )
-from node.network.transport.identity import identity_of
 from tensor_codec.limits import Limits
 from tests.fakes import ALICE, BOB
 
@@ -33,10 +28,6 @@ def txt(*strings: str | bytes) -> bytes:
 
 def dnsaddr(address: str = HOME, peer: str = BOB.peer_id) -> str:
     return f"dnsaddr={address}/p2p/{peer}"
-
-
-def peers(limits: Limits = LIMITS) -> LanPeers:
-    return LanPeers(ALICE.peer_id, "public", limits, 0.0)
 
 
 def read(text: bytes, swarm: str = "public") -> LanPeer | None:
@@ -123,36 +114,3 @@ def test_a_node_of_loopback_alone_or_of_a_public_address_is_not_announced_anywhe
         "10.0.0.2",
     )
     assert write_announcement(BOB.peer_id, "public", ["/ip4/127.0.0.1/tcp/1"]) == txt("raceme=public")
-
-
-def announcements(count: int) -> Sequence[bytes]:
-    ids = [identity_of(number.to_bytes(32, "big")).peer_id for number in range(1, count + 1)]
-    return [write_announcement(peer, "public", [HOME]) for peer in ids]
-
-
-def test_a_peer_is_dialled_once_a_minute_however_often_it_says_that_it_is_there():
-    known, text = peers(), write_announcement(BOB.peer_id, "public", [HOME])
-    assert known.take(text, 0.0) is not None
-    assert known.take(text, AGAIN_SECONDS - 1) is None
-    assert known.take(text, AGAIN_SECONDS) is not None
-
-
-def test_a_node_does_not_dial_itself():
-    assert peers().take(write_announcement(ALICE.peer_id, "public", [HOME]), 0.0) is None
-
-
-def test_invented_ids_are_dialled_at_lan_dials_per_second_after_lan_dials_burst():
-    known, invented = peers(), announcements(LIMITS.lan_dials_burst + 10)
-    assert sum(known.take(text, 0.0) is not None for text in invented) == LIMITS.lan_dials_burst
-    later = 3 / LIMITS.lan_dials_per_second
-    assert sum(known.take(text, later) is not None for text in invented) == 3
-
-
-def test_max_lan_peers_are_remembered():
-    known = peers(Limits(max_lan_peers=2, lan_dials_burst=100))
-    first, *others = announcements(3)
-    assert known.take(first, 0.0) is not None
-    assert known.take(first, 1.0) is None
-    for text in others:
-        assert known.take(text, 2.0) is not None
-    assert known.take(first, 3.0) is not None  # forgotten in between

@@ -122,8 +122,8 @@ class Neighbours:
         await self._lost.wait()
         self._lost = trio.Event()
 
-    async def ask_once(self, peer: PeerId, addresses: Sequence[str] = ()) -> None:
-        """Exchange records with a peer until we have its view, and it has ours.
+    async def ask_once(self, peer: PeerId, addresses: Sequence[str] = ()) -> bool:
+        """Exchange records with a peer until we have its view, and it has ours; whether it answered.
 
         addresses: by default those of its record, or of our configuration.
         """
@@ -131,10 +131,12 @@ class Neighbours:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._converse, peer, addresses, answered)
             await answered.wait()
+            there = [each for each in self._neighbours if each.greeted is answered]
             with trio.move_on_after(FLUSH_SECONDS):
-                for neighbour in [each for each in self._neighbours if each.greeted is answered]:
+                for neighbour in there:
                     await neighbour.flushed()
             nursery.cancel_scope.cancel()
+        return bool(there)
 
     async def serve(self, stream: FramedStream) -> None:
         """Exchange records on a stream that a peer opened.  Raises PeerFault, for the host to count."""

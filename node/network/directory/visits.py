@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import trio
 
@@ -19,20 +20,26 @@ from routing.view.view import SwarmView
 FIRST_VISIT_SECONDS, VISIT_SECONDS = 4.0, 30.0  # between visits: records live for 90 s, so one may fail
 LONGEST_VISIT_SECONDS = 10.0
 
+Meeting = Literal["known", "starting", "silent"]
+"""The outcome of a meeting: the peer's record is known; the peer answers and has none yet; no answer."""
+
 
 async def meet(
     neighbours: Neighbours, view: Callable[[], SwarmView], peer: PeerId, addresses: Sequence[str]
-) -> bool:
-    """Exchange records with a peer that is not in the view; whether it is there afterwards.
+) -> Meeting:
+    """Exchange records with a peer that is not in the view, and see whether it is there afterwards.
 
     addresses: where it is said to listen.  The peer counts as any stranger: it is no bootstrap peer.
     """
-    if view().get(peer) is not None or not neighbours.strangers([peer]):
+    answered = False
+    if view().get(peer) is None and peer not in neighbours.peers and neighbours.strangers([peer]):
+        with trio.move_on_after(LONGEST_VISIT_SECONDS):
+            answered = await neighbours.ask_once(peer, addresses)
+    else:
         await trio.lowlevel.checkpoint()
-        return False
-    with trio.move_on_after(LONGEST_VISIT_SECONDS):
-        await neighbours.ask_once(peer, addresses)
-    return view().get(peer) is not None
+    if view().get(peer) is not None:
+        return "known"
+    return "starting" if answered or peer in neighbours.peers else "silent"
 
 
 async def visit_strangers(neighbours: Neighbours, bootstrap: Collection[PeerId], rng: random.Random) -> None:

@@ -10,18 +10,15 @@ membership.
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from node.network.addresses import Address, Reach, parse_address, reach_of
 from routing.names import PeerId
 from tensor_codec.limits import Limits
-from tensor_codec.token_bucket import TokenBucket
 
 SERVICE = "_p2p._udp.local."
 MAX_ADDRESSES = 4  # of one peer: as many as a node announces
-AGAIN_SECONDS = 60.0  # until a peer that announces itself again is dialled again
 _ADDRESS, _SWARM = b"dnsaddr=", b"raceme="
 _MAX_STRING_BYTES = 255  # a string's length has one byte (RFC 1035, section 3.3)
 
@@ -98,33 +95,3 @@ def interfaces_of(listening: Iterable[str]) -> tuple[str, ...]:
 def packed(hosts: Iterable[str]) -> list[bytes]:
     """The bytes of IP addresses, as DNS has them."""
     return [ipaddress.ip_address(host).packed for host in hosts]
-
-
-class LanPeers:
-    """Which announcements lead to a dial: at a bounded rate, each peer once a minute.
-
-    It remembers `max_lan_peers`, those heard of last: a flood of invented ids costs its own rate of dials.
-    """
-
-    def __init__(self, own: PeerId, swarm: str, limits: Limits, now: float) -> None:
-        self._own = own
-        self._swarm = swarm
-        self._limits = limits
-        self._rate = TokenBucket.full(limits.lan_dials_per_second, limits.lan_dials_burst, now)
-        self._heard: OrderedDict[PeerId, float] = OrderedDict()  # with the time of the last dial
-
-    def take(self, text: bytes, now: float) -> LanPeer | None:
-        """The peer to dial for an announcement; None for no peer, or one that was dialled lately."""
-        found = read_announcement(text, self._swarm, self._limits)
-        if found is None or found.peer == self._own:
-            return None
-        last = self._heard.get(found.peer)
-        if last is not None and now < last + AGAIN_SECONDS:
-            return None
-        if not self._rate.try_take(1, now):
-            return None
-        self._heard[found.peer] = now
-        self._heard.move_to_end(found.peer)
-        while len(self._heard) > self._limits.max_lan_peers:
-            self._heard.popitem(last=False)
-        return found

@@ -10,18 +10,20 @@ from functools import partial
 
 import trio
 
-from node.network.lan.announcement import LanPeer, LanPeers, interfaces_of, write_announcement
+from node.network.directory.visits import Meeting
+from node.network.lan.announcement import LanPeer, interfaces_of, write_announcement
+from node.network.lan.lan_peers import LanPeers
 from node.network.lan.multicast import LanError, Multicast, ZeroconfMulticast
+from node.network.lan.start import Start
 from node.runtime.nurseries import background_nursery
 from routing.names import PeerId
 from tensor_codec.limits import Limits
 
 log = logging.getLogger(__name__)
 
-Meet = Callable[[PeerId, Sequence[str]], Awaitable[bool]]
-"""Exchange records with a peer at these addresses; whether it answered."""
+Meet = Callable[[PeerId, Sequence[str]], Awaitable[Meeting]]
+"""Exchange records with a peer at these addresses."""
 
-LOOK_SECONDS = 3.0  # for a first peer, at a start without --peers: an answer takes 0.5 s (seen), a start 2
 ADDRESSES_SECONDS = 10.0  # between looks at the addresses of this machine, which costs nothing
 AFTER_FAILURE_SECONDS = 60.0
 CLOSE_SECONDS = 3.0  # a goodbye takes 0.4 s; a registration under way 2 s
@@ -32,7 +34,7 @@ class LanDiscovery:
     """One node in its local network.  Made by `open_lan`.
 
     listening: the multiaddrs on which this node listens now.  make: a new `Multicast` for each set of
-    interfaces.
+    interfaces.  start: the waits of a server that starts.
     """
 
     def __init__(
@@ -52,8 +54,7 @@ class LanDiscovery:
         self._token = trio.lowlevel.current_trio_token()
         self._texts: deque[bytes] = deque(maxlen=WAITING_ANNOUNCEMENTS)
         self._heard = trio.Event()
-        self._met = trio.Event()
-        self._failed = trio.Event()
+        self.start = Start(peer)
         self._said: str | None = None
 
     async def run(self) -> None:
@@ -63,7 +64,7 @@ class LanDiscovery:
             if hosts := interfaces_of(listening):
                 await self._stay(listening, hosts)
             else:
-                self._failed.set()
+                self.start.failed.set()
                 await trio.sleep(ADDRESSES_SECONDS)
 
     async def _stay(self, listening: tuple[str, ...], hosts: tuple[str, ...]) -> None:
@@ -75,6 +76,7 @@ class LanDiscovery:
             await in_thread(multicast.open, hosts, self._take)
             text = write_announcement(self._peer, self._swarm, listening)
             await in_thread(multicast.announce, hosts, port, text)
+            self.start.announced.set()
             self._said = None
             while tuple(self._listening()) == listening:  # noqa: ASYNC110  the kernel tells nobody here
                 await trio.sleep(ADDRESSES_SECONDS)
@@ -82,7 +84,7 @@ class LanDiscovery:
             if str(error) != self._said:
                 log.info("nobody finds this node in the local network: %s", error)
             self._said = str(error)
-            self._failed.set()
+            self.start.failed.set()
             await trio.sleep(AFTER_FAILURE_SECONDS)
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
@@ -101,34 +103,36 @@ class LanDiscovery:
     def _wake(self) -> None:
         self._heard.set()
 
-    async def introduce(self, meet: Meet) -> None:
-        """Dial each peer of the swarm that announces itself."""
+    async def introduce(self, meet: Meet, is_known: Callable[[PeerId], bool]) -> None:
+        """Meet each peer that announces itself, until its record is known, and look for it later."""
         async with trio.open_nursery() as nursery:
             while True:
-                await self._heard.wait()
-                self._heard = trio.Event()
+                now = trio.current_time()
                 while self._texts:
-                    found = self._peers.take(self._texts.popleft(), trio.current_time())
-                    if found is not None:
+                    self._peers.hear(self._texts.popleft(), now)
+                for peer in self._peers.due(now):
+                    if is_known(peer):
+                        self._over(peer, "known")
+                    elif (found := self._peers.begin(peer, now)) is not None:
+                        self.start.begins()
                         nursery.start_soon(self._meet, meet, found)
+                with trio.move_on_after(self._peers.seconds_left(now)):
+                    await self._heard.wait()
+                self._heard = trio.Event()
 
     async def _meet(self, meet: Meet, found: LanPeer) -> None:
-        if await meet(found.peer, found.addresses):
-            log.info("found %s at %s in the local network", found.peer, found.addresses[0])
-            self._met.set()
+        try:
+            outcome = await meet(found.peer, found.addresses)
+        finally:
+            self.start.over()
+        self._over(found.peer, outcome)
 
-    async def first_peer(self) -> bool:
-        """Wait for a peer of the swarm, LOOK_SECONDS at most; whether there was one."""
-        with trio.move_on_after(LOOK_SECONDS):
-            async with trio.open_nursery() as nursery:
-                for event in (self._met, self._failed):
-                    nursery.start_soon(_cancel_after, event, nursery.cancel_scope)
-        return self._met.is_set()
-
-
-async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
+    def _over(self, peer: PeerId, outcome: Meeting) -> None:
+        """A meeting is over, or a record came by itself."""
+        if (found := self._peers.met(peer, outcome, trio.current_time())) is not None:
+            log.info("found %s at %s in the local network", peer, found.addresses[0])
+        self.start.met(peer, outcome)
+        self._heard.set()  # the next one may be due sooner
 
 
 @asynccontextmanager
