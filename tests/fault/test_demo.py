@@ -29,7 +29,9 @@ def value(flag):
 
 name = value("--name")
 wish = os.environ.get("WISH")
-pathlib.Path(name + ".pid").write_text(str(os.getpid()))
+whole = pathlib.Path(name + ".part")  # renamed: whoever is killed here leaves no half of a file
+whole.write_text(str(os.getpid()))
+whole.rename(name + ".pid")
 ours = sorted(variable for variable in os.environ if variable.startswith("RACEME_"))
 pathlib.Path(name + ".variables").write_text(" ".join(ours))
 if wish == "deaf" and name == "demo-2":
@@ -60,11 +62,13 @@ if sys.argv[1] == "gateway":
         def log_message(self, *words):
             pass
 
-    pathlib.Path("gateway.pid").write_text(str(os.getpid()))
+    pathlib.Path("gateway.part").write_text(str(os.getpid()))
+    pathlib.Path("gateway.part").rename("gateway.pid")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     port = int(sys.argv[sys.argv.index("--port") + 1])
     http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
-pathlib.Path("client.pid").write_text(str(os.getpid()))
+pathlib.Path("client.part").write_text(str(os.getpid()))
+pathlib.Path("client.part").rename("client.pid")
 print("a garden", flush=True)
 time.sleep(60 if os.environ.get("WISH") == "endless" else 0)
 """
