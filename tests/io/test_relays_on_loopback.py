@@ -16,6 +16,9 @@ from node.config import ConfigError
 from node.network.addresses import Address
 from node.network.dialling.from_port import OwnPorts, PortTaken, open_tcp_from
 from node.network.host import Host, open_host
+from node.network.reachability.asking import Questions, ask_for_reach
+from node.network.reachability.candidates import FAMILIES
+from node.network.reachability.listener import ReachListener
 from node.network.relaying.circuits import RelayAt, Routes
 from node.network.relaying.own_reservations import Candidate
 from node.network.relaying.service import CircuitsInUse, Relaying, open_relaying
@@ -23,6 +26,7 @@ from node.network.streams import FramedStream
 from node.network.transport.identity import load_or_create_identity
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
+from tensor_codec.messages.reach import REACH_PROTOCOL
 
 ECHO = "/raceme/test-echo/1"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -114,6 +118,26 @@ async def test_a_relay_is_dialled_from_the_port_that_the_node_listens_on():
         (seen,) = served.keeper.plan.seen_at
         assert [str(seen)] == list(server.addresses)
         assert not served.keeper.plan.is_symmetric
+        assert Questions(server, LATE).met_from_own_port(relay.peer_id)
+        assert not Questions(relay, LATE).met_from_own_port(server.peer_id), "it has accepted, not dialled"
+
+
+async def test_a_question_goes_over_a_connection_of_its_family_next_to_others():
+    async with peer(listen=(LOOPBACK, "/ip6/::1/tcp/0")) as (answers, _), peer() as (asks, _):
+        questions = Questions(asks, LATE)
+        answers.handle_bytes(REACH_PROTOCOL, ReachListener(LATE, answers.probe).serve)
+        seen = {}
+        for kind in FAMILIES:
+            assert questions.connected(kind) == set()
+            stream = await questions.open_question(answers.peer_id, answers.addresses, kind)
+            seen[kind] = (await ask_for_reach(stream, (), LATE)).seen
+            assert questions.connected(kind) == {answers.peer_id}
+        assert seen == {"ip4": "127.0.0.1", "ip6": "::1"}
+        assert len(asks.connections.of(answers.peer_id)) == 2
+        await (await questions.open_question(answers.peer_id, (), "ip6")).reset()
+        assert len(asks.connections.of(answers.peer_id)) == 2
+        assert questions.opened() == (0, 2)
+        assert Questions(answers, LATE).opened() == (0, 0), "loopback is not the Internet"
 
 
 async def test_an_address_that_answers_is_faster_than_a_relay_and_one_that_does_not_costs_a_moment():

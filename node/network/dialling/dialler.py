@@ -153,7 +153,7 @@ class Dialler:
         readable, unreadable = self._readable(addresses, relay, None)
         try:
             async with lock:
-                if (connection := self.dialled_from_own_port(relay)) is not None:
+                if (connection := self._from_own_port(relay)) is not None:
                     return connection
                 if not readable:
                     raise PeerGone(
@@ -189,7 +189,7 @@ class Dialler:
         finally:
             self._forget_lock(peer, lock)
 
-    def dialled_from_own_port(self, peer: PeerId) -> Connection | None:
+    def _from_own_port(self, peer: PeerId) -> Connection | None:
         """A live connection to a peer, which sees us there as it would see our listener."""
         for each in self._connections.of(peer):
             link = each.channel.link

@@ -14,6 +14,7 @@ from node.network.peer_info import QuestionStream
 from node.network.reachability.candidates import Family, canonical, of_family, seen_as
 from node.network.reachability.state import Told
 from node.network.streams import FramedStream
+from node.network.transport.link import SocketLink
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, RemoteProtocolError, SlowPeer
 from tensor_codec.limits import Limits
@@ -88,7 +89,10 @@ class Questions:
 
     def met_from_own_port(self, peer: PeerId) -> bool:
         """See `ReachHost.met_from_own_port`."""
-        return self._host.dialler.dialled_from_own_port(peer) is not None
+        ports = self._host.dialler.ports
+        own = [each for each in self._host.connections.of(peer) if each.is_initiator]
+        links = [each.channel.link for each in own]
+        return any(isinstance(link, SocketLink) and ports.has(link.local_port) for link in links)
 
     async def open_question(self, peer: PeerId, addresses: Sequence[str], kind: Family) -> QuestionStream:
         """See `ReachHost.open_question`."""
