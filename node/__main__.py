@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from node.config import (
+    CODECS_OF_A_NODE,
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DTYPE_CHOICES,
@@ -142,6 +143,13 @@ def _serve_parser() -> Parser:
         metavar="N",
         help="outputs kept for a replay should the next server die (default: as many tokens as the cache)",
     )
+    parser.add_argument(
+        "--codec",
+        choices=CODECS_OF_A_NODE,
+        default="auto",
+        help="hidden states on the wire; auto: as each client chooses; exact: none that lose values, to or"
+        " from this node, and clients with --codec fast take it so (default: auto)",
+    )
     add_max_disk(parser)
     parser.add_argument(
         "--vitals-file",
@@ -169,6 +177,7 @@ def _serve(words: list[str]) -> int:
         threads=flags.threads,
         cache_tokens=flags.cache_tokens,
         journal_tokens=flags.journal_tokens,
+        codec=flags.codec,
         balance=_balance(flags),
         vitals_file=flags.vitals_file,
         max_disk_bytes=flags.max_disk,

@@ -27,6 +27,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DTYPE_CHOICES = ("auto", *DTYPES)
 LLM_INT8 = "llm_int8"  # int8 rows that bitsandbytes multiplies (arXiv:2208.07339), on CUDA alone
 QUANTIZE_CHOICES = (*QUANTIZE, LLM_INT8)
+CODECS_OF_A_NODE = ("auto", "exact")
 
 
 class ConfigError(Exception):
@@ -123,8 +124,9 @@ class NodeConfig:
     ("cuda:0,cuda:1") that have the blocks one after the other.  tensor_parallel: the number of devices that
     divide each block among them.  threads: of torch; None: the cores divided by
     the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept
-    for replays; None for as many as the caches hold.  balance: unless `blocks` is given.  adapters: at most
-    four.  Raises ConfigError for a value of another kind or out of range.
+    for replays; None for as many as the caches hold.  codec: "auto": hidden states may lose a little on their
+    way, where a client asks for it and a link is slow; "exact": never here.  balance: unless `blocks` is
+    given.  adapters: at most four.  Raises ConfigError for a value of another kind or out of range.
     """
 
     network: NetworkConfig
@@ -138,6 +140,7 @@ class NodeConfig:
     threads: int | None = None
     cache_tokens: int | None = None
     journal_tokens: int | None = None
+    codec: str = "auto"
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     vitals_file: Path | None = None  # what the node holds, once a second
     max_disk_bytes: int | None = None  # of all models in the cache
@@ -165,6 +168,7 @@ class NodeConfig:
             for name, known in (
                 ("dtype", DTYPE_CHOICES),
                 ("quantize", (None, *QUANTIZE_CHOICES)),
+                ("codec", CODECS_OF_A_NODE),
             ):
                 if (value := getattr(self, name)) not in known:
                     allowed = ", ".join(each for each in known if each and each != LLM_INT8)

@@ -260,7 +260,7 @@ async def find_setup(
     room = await compute.run(placement.room)
     process = memory.process_bytes()
     computes = await compute.run(_activations, dtype, product or quantize, device)
-    precision = Precision(dtype, quantize, computes, product)
+    precision = Precision(dtype, quantize, computes, product, packs=config.codec == "auto")
     _warn_of_overflow(model.info, precision)
     known = await compute.run(known_seconds_per_block, model.info, placement, precision, threads)
     info = placement.sized(model.info)

@@ -9,6 +9,8 @@ The length of a row of values is known to both sides from the contract.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,28 +41,19 @@ def encode_hidden(hidden: Tensor, codec: str) -> memoryview:
     return _bytes_of(wire)
 
 
-def pack_finite_rows(hidden: Tensor) -> tuple[list[bool], memoryview]:
-    """Encode rows [rows, hidden] in int8o, and say of each whether all of its values are finite there.
-
-    The bytes of a row that is not finite are not to be sent.
-    """
-    rows = hidden.detach().to(device="cpu", dtype=torch.float32)
-    finite = torch.isfinite(rows.to(torch.bfloat16)).all(-1)
-    return finite.tolist(), _packed(torch.where(finite[:, None], rows, 0.0))
-
-
-def decode_hidden(body: Buffer, contract: Contract) -> Tensor:
+def decode_hidden(body: Buffer, contract: Contract, *, packed: bool = False) -> Tensor:
     """Decode a body to a float tensor [batch, tokens, hidden] in the codec's dtype, in memory of its own.
 
+    packed: the body is in int8o.  Its values are rounded to the contract's codec, as a sender keeps them.
     The body's size was checked by `messages`.  Raises BadResult if a value is NaN or infinite, and for a
     row that int8o cannot have.
     """
-    tokens, rest = divmod(len(body), contract.row_bytes)
+    tokens, rest = divmod(len(body), contract.packed_row_bytes if packed else contract.row_bytes)
     if rest:
         raise LocalProtocolError(f"a body of {len(body)} bytes reached the codec unchecked")
     shape = (contract.batch, tokens, contract.hidden)
-    if contract.codec == OUTLIER_CODEC:
-        return _unpacked(body, contract.hidden).view(shape)
+    if packed:
+        return _unpacked(body, contract.hidden).view(shape).to(WIRE_DTYPES[contract.codec])
     hidden = torch.empty(shape, dtype=WIRE_DTYPES[contract.codec])
     # A copy, because the body starts anywhere in its frame: kernels want aligned memory.
     _bytes_of(hidden)[:] = memoryview(body)
@@ -99,16 +92,24 @@ def recode(body: Buffer, codec: str, to: str, hidden: int) -> Buffer:
     return _bytes_of(values.to(WIRE_DTYPES[to]))
 
 
-def as_sent(hidden: Tensor, codec: str, kept: str) -> Buffer:
-    """Hidden states [batch, tokens, hidden] in the codec `kept`, with the values that arrive by `codec`.
+@dataclass(frozen=True, slots=True)
+class PackedBody:
+    """Hidden states that travel in int8o.
 
-    To be kept for a replay in any later codec.  Raises BadResult for a value beyond the codec's range.
+    wire: in int8o.  kept: the values that arrive, in another codec: a replay sends these.
     """
-    if codec == OUTLIER_CODEC:
-        return recode(encode_hidden(hidden, codec), codec, kept, hidden.shape[-1])
-    if codec != kept:
-        encode_hidden(hidden, codec)  # raises; narrowed when it is sent
-    return encode_hidden(hidden, kept)
+
+    wire: Buffer
+    kept: Buffer
+
+
+def pack(body: Buffer, codec: str, hidden: int) -> PackedBody:
+    """An encoded body in int8o, and the values that are left in its own codec.
+
+    hidden: values of a row.  Raises BadResult for a value beyond bfloat16's range.
+    """
+    wire = recode(body, codec, OUTLIER_CODEC, hidden)
+    return PackedBody(wire, recode(wire, OUTLIER_CODEC, codec, hidden))
 
 
 def _packed(rows: Tensor) -> memoryview:

@@ -39,6 +39,8 @@ from node.serving.sessions.listener import Listener
 from node.serving.sessions.push_reader import read_pushes
 from node.serving.span_admission import SpanAdmission
 from routing.chains.alternatives import Constraints
+from routing.chains.link_speeds import LinkSpeeds
+from routing.chains.measured import Measured
 from routing.chains.search import Chain, Hop
 from routing.names import PeerId
 from routing.view.records import Record
@@ -329,6 +331,7 @@ class FakeStream:
         self.protocol = protocol
         self.limits = limits
         self.closed = False
+        self.speed = 0
         self.pipe = pipe
         self.other: FakeStream
         self.frozen: dict[PeerId, trio.Event] = {}  # peers whose process is stopped
@@ -477,6 +480,7 @@ class World:
     unreachable: pairs (from, to) that have no way.  relayed: those whose new streams run through a relay.
     limits: of all nodes.  prefixes: of peers' addresses.
     link_seconds: the round trip between any two.  old: peers that read no other codec than fp32 and bf16.
+    speeds: of links, as far as a client knows them.
     """
 
     def __init__(self, nursery: trio.Nursery, limits: Limits | None = None) -> None:
@@ -488,6 +492,7 @@ class World:
         self.out_of_sight: set[PeerId] = set()
         self.link_seconds = 1e-3
         self.old: set[PeerId] = set()
+        self.speeds = LinkSpeeds()
         self.prefixes: dict[PeerId, str] = {}
         self.frozen: dict[PeerId, trio.Event] = {}
         self.client_streams: list[FakeStream] = []
@@ -589,6 +594,7 @@ class World:
             dial=dial,
             changes=ViewChanges(changed),
             constraints=constraints or Constraints(),
+            measured=Measured(speeds=self.speeds),
         )
 
     def add_chain(self, *boundaries: int, seconds: float = 0.0) -> Chain:

@@ -35,7 +35,7 @@ class Peers:
         self.position_seconds = 1.0  # of a prompt, in one block
         self.dtypes: dict[str, str] = {}
         self.codecs: dict[str, tuple[str, ...]] = {}
-        self.link_seconds = 0.0
+        self.link_seconds, self.link_speed = 0.0, 0.0
         self.asked: list[dict[str, object]] = []
         self.blame = AvoidedPeers()
 
@@ -92,7 +92,12 @@ class Peers:
     def terms_of(self, hops: Sequence[Hop]) -> list[HopTerms | None]:
         """float32, the codecs of every version, and links without delay, where nothing else was said."""
         return [
-            HopTerms(self.dtypes.get(hop.peer, "float32"), self.codecs.get(hop.peer, ()), self.link_seconds)
+            HopTerms(
+                self.dtypes.get(hop.peer, "float32"),
+                self.codecs.get(hop.peer, ()),
+                self.link_seconds,
+                self.link_speed,
+            )
             if hop.peer in self.held
             else None
             for hop in hops

@@ -210,8 +210,8 @@ class ChainChooser:
         found: list[HopTerms | None] = []
         for hop in hops:
             record = view.get(hop.peer)
-            seconds = between(before, hop.peer)
-            found.append(None if record is None else HopTerms(record.dtype, record.codecs, seconds))
+            seconds, speed = between(before, hop.peer), self.measured.speeds.of(before, hop.peer)
+            found.append(None if record is None else HopTerms(record.dtype, record.codecs, seconds, speed))
             before = hop.peer
         return found
 

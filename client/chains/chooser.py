@@ -9,6 +9,7 @@ from typing import Protocol
 from client.chains.avoided_peers import AvoidedPeers
 from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop
+from routing.chains.measured import Measured
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
 from tensor_codec.frame import Buffer
@@ -42,13 +43,15 @@ class PeerStream(Protocol):
 class HopTerms:
     """What a session has to know of a hop to agree on a codec with it.
 
-    dtype: of its computing.  codecs: that it reads besides fp32 and bf16.  link_seconds: the round trip
-    from the hop before it, or from the client.
+    dtype: of its computing.  codecs: that it reads besides fp32 and bf16.
+    link_seconds: the round trip from the hop before it, or from the client.  link_speed: of that link, bytes
+    per second; 0.0: unknown.
     """
 
     dtype: str
     codecs: tuple[str, ...] = ()
     link_seconds: float = 0.0
+    link_speed: float = 0.0
 
 
 class Chooser(Protocol):
@@ -114,6 +117,10 @@ class SwarmAccess(Chooser, Protocol):
 
     def report_queue(self, peer: PeerId, queue: float) -> bool:
         """A hop reports the present wait of steps; whether it is much longer than was known."""
+
+    @property
+    def measured(self) -> Measured:
+        """The figures of this client's sessions."""
 
     def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
         """A decode step of one row took `total` seconds.  held: seconds at each hop, by its report."""

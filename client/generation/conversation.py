@@ -21,7 +21,9 @@ from client.session.session import Session, deadlines
 from client.session.trace import Trace
 from node.model.blocks.rope import LengthRope
 from node.runtime.compute_thread import Runner
+from tensor_codec.codecs import PackedBody
 from tensor_codec.errors import BadResult, SlowPeer
+from tensor_codec.frame import Buffer
 from tensor_codec.messages.session import Result
 
 T = TypeVar("T")
@@ -159,14 +161,14 @@ class Conversation:
         self.worked(session)
         return picked
 
-    async def _embed(self, session: Session, tokens: list[int], first: int, last: int) -> memoryview:
+    async def _embed(self, session: Session, tokens: list[int], first: int, last: int) -> Buffer | PackedBody:
         """Tokens [first, last) to the encoded hidden states [1, last - first, hidden] of a step."""
 
-        def embed() -> memoryview:
+        def embed() -> Buffer | PackedBody:
             import torch
 
             ids = torch.tensor([tokens[first:last]])
-            return memoryview(session.encode(self.local_model.embed(ids, self.first_position + first)))
+            return session.encode(self.local_model.embed(ids, self.first_position + first))
 
         # One token takes less time here than its way into the torch thread and back.  A model that keeps
         # state belongs to that thread, where another generation may be using it.

@@ -179,6 +179,14 @@ class Observe:
 
 
 @dataclass(frozen=True, slots=True)
+class ObserveSpeeds:
+    """A step came to these hops, the first one from the client, at `speeds`: see `Result`."""
+
+    hops: Sequence[Hop]
+    speeds: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """An entry for the session's trace."""
 
@@ -206,5 +214,17 @@ def fault_note(peer: PeerId, error: PeerFault | Refused, text: str | None = None
 
 
 Action = (
-    Send | Carry | Ask | Deliver | Repair | Move | StopSwitching | Leave | Blame | Postpone | Observe | Note
+    Send
+    | Carry
+    | Ask
+    | Deliver
+    | Repair
+    | Move
+    | StopSwitching
+    | Leave
+    | Blame
+    | Postpone
+    | Observe
+    | ObserveSpeeds
+    | Note
 )

@@ -34,6 +34,7 @@ from client.session.actions import (
     Moving,
     Note,
     Observe,
+    ObserveSpeeds,
     Postpone,
     Reordering,
     Repair,
@@ -179,10 +180,15 @@ class ClientSession:
                 hop.set_leaving()
         return Move("slow") if leave else None
 
-    def submit(self, what: StepRange, body: Buffer, now: float) -> tuple[Pending, Send | None]:
-        """A new step, and the action that sends it; None: it goes out once the route is sound again."""
+    def submit(
+        self, what: StepRange, body: Buffer, now: float, packed: Buffer | None = None
+    ) -> tuple[Pending, Send | None]:
+        """A new step, and the action that sends it; None: it goes out once the route is sound again.
+
+        packed: see `Pending`.
+        """
         bulk = what.tokens * self.route.contracts.current.row_bytes > BULK_BYTES
-        pending = self.steps.add(what, body, bulk, now)
+        pending = self.steps.add(what, body, bulk, now, packed)
         return pending, self._send(pending, now) if self.state is State.SOUND else None
 
     def collected(self, pending: Pending, result: Result, now: float) -> tuple[StepTimes, Action | None]:
@@ -199,7 +205,7 @@ class ClientSession:
         if self.outage.refilled_at is not None and self.state is State.SOUND:
             return times, self.outage.recovered(now)
         if pending.what.tokens > 1:
-            return times, None
+            return times, _speeds(self.route, pending, result)
         self.relocation.observe(self.route.chain.hops, times, self.route.chain.expected_seconds)
         if self.terms.batch > 1 or not alone:  # rows and steps wait for each other
             return times, None
@@ -425,3 +431,10 @@ def _confirm(chooser: Chooser, hops: Iterable[HopState]) -> None:
 
 def _silence(hop: HopState, seconds: float) -> SlowPeer:
     return SlowPeer(f"{hop.hop.peer} has said nothing for {seconds:.2g} s")
+
+
+def _speeds(route: RouteState, pending: Pending, result: Result) -> Action | None:
+    """Of the links to the hops after the last point at which the client carried the step."""
+    if not result.speeds or result.epoch != route.epoch:
+        return None
+    return ObserveSpeeds(route.chain.hops[len(pending.timings) :], result.speeds)

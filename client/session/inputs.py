@@ -19,6 +19,7 @@ from client.session.steps import Pending
 from client.session.terms import Terms
 from node.runtime import values
 from routing.chains.hops import Chain
+from tensor_codec.codecs import PackedBody
 from tensor_codec.frame import Buffer
 from tensor_codec.messages.contract import Reply
 from tensor_codec.messages.session import Result
@@ -46,7 +47,7 @@ class StepTaker(Protocol):
 
     async def submit(
         self,
-        body: Buffer,
+        body: Buffer | PackedBody,
         position: int,
         tokens: int,
         reply: Reply,
@@ -87,7 +88,7 @@ class Feed:
         self,
         begin: int,
         stop: int,
-        body_of: Callable[[int, int], Awaitable[Buffer]],
+        body_of: Callable[[int, int], Awaitable[Buffer | PackedBody]],
         answered: Callable[[int, Result], object],
     ) -> Result:
         """Send positions [begin, stop), one at least; the answer to the last chunk.

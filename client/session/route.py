@@ -28,6 +28,7 @@ from client.session.actions import (
     Lost,
     Note,
     Observe,
+    ObserveSpeeds,
     Postpone,
     Repair,
     Reported,
@@ -41,6 +42,7 @@ from client.session.hop_state import HopState
 from client.session.route_state import LineUp, Place, Refill
 from client.session.trace import Trace
 from node.runtime.nurseries import background_nursery
+from routing.chains.distances import CLIENT
 from routing.chains.hops import Chain
 from routing.names import PeerId
 from tensor_codec.codecs import check_finite, recode
@@ -147,6 +149,8 @@ class Route:
                     self.swarm.refused(peer, seconds)
                 case Observe(hops, held, total):
                     self.swarm.observe_step(hops, held, total)
+                case ObserveSpeeds(hops, speeds):
+                    self.swarm.measured.speeds.learn([CLIENT, *[hop.peer for hop in hops]], speeds)
                 case _:
                     raise LocalProtocolError(f"{action} takes time")
 
@@ -169,17 +173,21 @@ class Route:
     async def send(self, send: Send) -> None:
         """Send a step to the first hop.  Raises PeerFault, which the core knows then."""
         pending, contract = send.pending, self.core.route.contracts.current
-        what = pending.what
+        what, packed = pending.what, pending.packed if self.core.route.pack else None
+        body = packed
+        if body is None:
+            body = recode(pending.body, self.core.terms.kept_codec, contract.codec, contract.hidden)
         step = Step(
             contract.session,
             pending.step,
             what.position,
             what.reply,
-            recode(pending.body, self.core.terms.kept_codec, contract.codec, contract.hidden),
+            body,
             epoch=self.core.route.epoch,
             bulk=send.bulk,
             rope_length=what.rope_length,
             rows=what.rows,
+            packed=packed is not None,
         )
         try:
             await self._link(send.hop).send_step(step, self.limits.session_idle_seconds)
@@ -313,6 +321,7 @@ class Route:
             relay=near.relay,
             epoch=line_up.epoch,
             held=line_up.held,
+            pack=place.pack,
             prompts=0 if prompts is None else prompts.positions,
             body=body,
         )
@@ -339,7 +348,8 @@ class Route:
             await move(link, self.core.ways, open_stream, line_up.contract.session)
         seconds = RELINK_SECONDS + (self.limits.successor_seconds if near.successor is not None else 0.0)
         codec = line_up.contract.codec if state.codec != line_up.contract.codec else None
-        await link.relink(Relink(line_up.epoch, near.predecessor, near.successor, near.relay, codec), seconds)
+        order = Relink(line_up.epoch, near.predecessor, near.successor, near.relay, codec, place.pack)
+        await link.relink(order, seconds)
 
     async def _fill_up(self, line_up: LineUp, made: Sequence[HopState], began: float) -> None:
         """Fill every hop with its missing positions, and send the steps without an answer again.

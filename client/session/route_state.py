@@ -9,7 +9,7 @@ from itertools import pairwise
 from client.chains.chooser import Chooser
 from client.session.actions import Action, Carry, Leave, Note, Postpone
 from client.session.hop_state import HopState, Neighbours
-from client.session.repair.contracts import Contracts, outliers_over
+from client.session.repair.contracts import Contracts, packs_over
 from client.session.repair.replacement import Replacement
 from client.session.repair.replay_plan import HopOrder, ResumePoint, plan
 from client.session.steps import Pending
@@ -30,12 +30,14 @@ class Place:
 
     state: of the hop, where it serves the session already; else it is opened.
     dtype: of its computation; None where the peer has just left the swarm.
+    pack: for the link to the next hop, see `Open`.
     """
 
     hop: Hop
     state: HopState | None
     dtype: str | None
     neighbours: Neighbours
+    pack: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,14 @@ class LineUp:
     """A route before the agreement with its hops.
 
     contract: of its epoch.  held: new hops come into a session that has positions already.
+    pack: for the link from the client to the first hop, see `Open`.
     """
 
     places: tuple[Place, ...]
     epoch: int
     contract: Contract
     held: bool
+    pack: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class RouteState:
     hops: of the present route.  opened: all hops that serve the session, the present route's included.
     chain: of the hops.  refilling: a replay may still be under way, which no step may overtake.
     reorders: steps reorder the rows, which every hop has to be able to do.
+    pack: steps of at least so many rows go to the first hop in int8o; 0: none does.
     """
 
     terms: Terms
@@ -85,6 +90,7 @@ class RouteState:
     chain: Chain = field(default_factory=lambda: Chain((), 0.0))
     refilling: bool = False
     reorders: bool = False
+    pack: int = 0
     replacement: Replacement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,14 +130,16 @@ class RouteState:
             state.dtype if state else terms.dtype if terms else None
             for terms, state in zip(found, states, strict=True)
         ]
-        outliers = "none" if self.terms.prompts is not None else outliers_over(found)
-        contract = self.contracts.agree(self.epoch, dtypes, kept=kept, outliers=outliers)
+        contract = self.contracts.agree(self.epoch, dtypes, kept=kept)
+        packs = packs_over(found, contract) if self.terms.codec == "fast" else [0] * len(found)
         places = tuple(
-            Place(hop, state, dtype, self.replacement.neighbours(chain.hops, index))
-            for index, (hop, state, dtype) in enumerate(zip(chain.hops, states, dtypes, strict=True))
+            Place(hop, state, dtype, self.replacement.neighbours(chain.hops, index), pack)
+            for index, (hop, state, dtype, pack) in enumerate(
+                zip(chain.hops, states, dtypes, [*packs[1:], 0], strict=True)
+            )
         )
         held = kept or position > 0
-        return LineUp(places, self.epoch, contract, held), [Leave(hop) for hop in elsewhere]
+        return LineUp(places, self.epoch, contract, held, packs[0]), [Leave(hop) for hop in elsewhere]
 
     def reorder_rows(self) -> list[HopState]:
         """Steps reorder the rows from now on: the hops that cannot do it."""
@@ -173,7 +181,7 @@ class RouteState:
 
         point: of the resumption.  why: the reason of the change.  seconds: of the agreement.
         """
-        before, self.hops = self.hops, list(made)
+        before, self.hops, self.pack = self.hops, list(made), line_up.pack
         hops = tuple(hop.hop for hop in made)
         self.chain = Chain(hops, self.chooser.cost(hops, {}), self.chooser.seconds_per_position(hops))
         self.replacement.adopt(hops)

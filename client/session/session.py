@@ -35,12 +35,19 @@ from client.session.terms import Terms
 from client.session.trace import Trace
 from node.runtime.compute_thread import Runner
 from routing.chains.hops import Chain, Hop
-from tensor_codec.codecs import WIRE_DTYPES, as_sent, decode_hidden
+from tensor_codec.codecs import WIRE_DTYPES, PackedBody, decode_hidden, encode_hidden, pack
 from tensor_codec.errors import BadResult, PeerFault, PeerGone, SlowPeer
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import SESSION_ID_BYTES, Contract, Reply, StepRange, vector_bytes
+from tensor_codec.messages.contract import (
+    SESSION_ID_BYTES,
+    Contract,
+    Reply,
+    StepRange,
+    are_packed,
+    vector_bytes,
+)
 from tensor_codec.messages.session import Result
 from tensor_codec.rows.row_order import row_order
 
@@ -106,13 +113,20 @@ class Session:
         """The hops without a known fault."""
         return tuple([hop.hop for hop in self.core.route.hops if hop.alive and not hop.refused])
 
-    def encode(self, hidden: Tensor) -> Buffer:
+    def encode(self, hidden: Tensor) -> Buffer | PackedBody:
         """Hidden states [batch, tokens, hidden] as `submit` takes them.  Raises BadResult for NaN.
 
         They are narrowed to the codec at the time of sending, since the hops may be others by then.  Where
-        that loses values by the row, what is kept has lost them already: a replay sends what was sent.
+        they go in int8o, what is kept has lost as much already: a replay sends what was sent.
         """
-        return as_sent(hidden, self.core.route.contracts.current.codec, self.terms.kept_codec)
+        kept, now = self.terms.kept_codec, self.core.route.contracts.current.codec
+        if now != kept:
+            encode_hidden(hidden, now)  # raises for a value beyond its range
+        body = encode_hidden(hidden, kept)
+        pack_from = self.core.route.pack
+        if pack_from and are_packed(hidden.shape[0] * hidden.shape[1], pack_from):
+            return pack(body, kept, hidden.shape[2])
+        return body
 
     def decode(self, result: Result) -> Tensor:
         """The hidden states [batch, tokens, hidden] of an answer, in the codec's dtype.  Raises BadResult."""
@@ -207,7 +221,7 @@ class Session:
         whole = stop if rope_length is None else rope_length
         results: list[Result] = []
 
-        async def body_of(first: int, last: int) -> Buffer:
+        async def body_of(first: int, last: int) -> Buffer | PackedBody:
             return await self.compute.run(self.encode, hidden[:, first - begin : last - begin])
 
         feed = Feed(self, reply, deadline, until, self.give_up_seconds, whole, self.terms.batch)
@@ -232,7 +246,7 @@ class Session:
 
     async def submit(
         self,
-        body: Buffer,
+        body: Buffer | PackedBody,
         position: int,
         tokens: int,
         reply: Reply,
@@ -270,9 +284,12 @@ class Session:
             )
         if order:
             self._journal.reorder(position, self.core.steps.next_step, order)
+        packed: Buffer | None = None
+        if isinstance(body, PackedBody):
+            packed, body = body.wire, body.kept
         self._journal.append(position, tokens, body, rope_length)
         what = StepRange(position, tokens, reply, rope_length, order)
-        pending, send = self.core.submit(what, body, trio.current_time())
+        pending, send = self.core.submit(what, body, trio.current_time(), packed)
         try:
             if send is not None:
                 with contextlib.suppress(PeerFault):  # the core knows; `collect` repairs it

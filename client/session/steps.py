@@ -99,7 +99,8 @@ class StepWatch:
 class Pending:
     """A step on its way.
 
-    body: its hidden states in the client's journal codec.  bulk: it takes a stream of its own from hop to
+    body: its hidden states in the client's journal codec.  packed: the same in int8o, where they were made
+    to travel so.  bulk: it takes a stream of its own from hop to
     hop.
     began: time of its submission.  timings: of the hops before the last point at which the client carried it.
     """
@@ -109,6 +110,7 @@ class Pending:
     body: Buffer
     bulk: bool
     began: float
+    packed: Buffer | None = None
     result: Result | None = None
     timings: tuple[tuple[int, int], ...] = ()
     given_up: bool = False
@@ -150,14 +152,16 @@ class StepSource:
     ordered: int = -1
     _ordered_before: int = -1
 
-    def add(self, what: StepRange, body: Buffer, bulk: bool, now: float) -> Pending:
-        """Number a step.  bulk: the step is long.
+    def add(
+        self, what: StepRange, body: Buffer, bulk: bool, now: float, packed: Buffer | None = None
+    ) -> Pending:
+        """Number a step.  bulk: the step is long.  packed: see `Pending`.
 
         All pending steps travel on one stream, that of the oldest: on two streams one could overtake another.
         """
         if self.pending:
             bulk = next(iter(self.pending.values())).bulk
-        pending = Pending(self.next_step, what, body, bulk, now)
+        pending = Pending(self.next_step, what, body, bulk, now, packed)
         self.next_step += 1
         self.pending[pending.step] = pending
         self.sent.append(Sent(pending.step, what))

@@ -62,12 +62,14 @@ class Precision:
     dtype: of the weights, as loaded.  quantize: how matrices are kept.  activations: the dtype of hidden
     states and caches; "": the same as `dtype`.  product: how they are multiplied, where `quantize` leaves a
     choice: "llm_int8".
+    packs: whether hidden states may travel to and from it in int8o, where a client asks for it.
     """
 
     dtype: str
     quantize: str = "none"
     activations: str = ""
     product: str = ""
+    packs: bool = True
 
     @property
     def packing(self) -> str:

@@ -171,7 +171,7 @@ class ServedSpan:
             session_tokens=listener.budget.session_tokens,
             step_tokens=listener.limits.step_tokens(vector_bytes("fp32", self.spec.hidden)),
             prompts=True,
-            codecs=(OUTLIER_CODEC,),
+            codecs=(OUTLIER_CODEC,) if self.setup.precision.packs else (),
             queue=engine.queue,
             lora=self.lora,
             adapters=() if self.setup.adapters is None else self.setup.adapters.store.announced,
@@ -300,7 +300,7 @@ async def load_served_span(
     admission = SpanAdmission(setup.spec(blocks), adapters=None if desk is None else desk.store)
     listener = Listener(
         admission, engine, pool, budget, setup.open_push, limits, setup.faults,
-        journal_tokens=setup.journal_tokens,
+        journal_tokens=setup.journal_tokens, packs=setup.precision.packs,
     )  # fmt: skip
     part = memory.part_bytes(setup.info, setup.precision, limits.max_step_tokens)
     free = setup.placement.free_for_training

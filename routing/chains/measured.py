@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from routing.chains.link_speeds import LinkSpeeds
 from routing.names import PeerId
 from routing.view.records import MIN_RATE_SECONDS, Record
 from routing.view.view import believed_rates
@@ -62,11 +63,12 @@ class Seen:
 class Measured:
     """The figures of one client.  Times are the caller's clock, in seconds.
 
-    decode: one step through one block.  prefill: one token of many through one block.
+    decode: one step through one block.  prefill: one token of many through one block.  speeds: of links.
     """
 
     decode: dict[PeerId, Seen] = field(default_factory=dict)
     prefill: dict[PeerId, Seen] = field(default_factory=dict)
+    speeds: LinkSpeeds = field(default_factory=LinkSpeeds)
 
     def learn(
         self, peer: PeerId, seconds: float, claims: Record | None, now: float, *, prefill: bool = False

@@ -22,6 +22,7 @@ MAX_TOKENS = 1 << 24  # a sanity bound; the real ones are the contract and the l
 MAX_CACHE_TOKENS = 1 << 40  # of a server, rows times positions
 MAX_RATE_SECONDS = 60.0  # one token through one block
 MAX_HOPS = 64
+MAX_SPEED = 1 << 40  # of a link, bytes per second
 MAX_QUEUE = 1e6  # a step's wait, as a multiple of its computing
 REPLAY_TOKENS = 256  # positions of one part of a replay
 REPLAY_BYTES = 1 << 20  # of one part: small enough for hops to work on several parts at once
@@ -38,9 +39,10 @@ class Contract:
     """The terms of a session, agreed at its opening; every later message is read against them.
 
     batch: rows.  hidden: values per position.  max_length: positions a row that the cache may hold.
-    codec: how hidden states travel.  max_step_tokens: batch * tokens of one step, but never less than one
-    position of all rows.
-    row_bytes: wire bytes of one position of all rows.  max_tokens: positions that one step may carry.
+    codec: how hidden states travel and are kept, one of WHOLE_CODECS.  packs: whether a step may also come in
+    int8o.  max_step_tokens: batch * tokens of one step, but never less than one position of all rows.
+    row_bytes: wire bytes of one position of all rows, packed_row_bytes: in int8o.  max_tokens: positions that
+    one step may carry.
     frame_bytes: of the longest message of the session.
     """
 
@@ -52,7 +54,9 @@ class Contract:
     hidden: int
     codec: str
     max_step_tokens: int
+    packs: bool = True
     row_bytes: int = field(init=False, repr=False, compare=False)
+    packed_row_bytes: int = field(init=False, repr=False, compare=False)
     max_tokens: int = field(init=False, repr=False, compare=False)
     frame_bytes: int = field(init=False, repr=False, compare=False)
 
@@ -60,6 +64,8 @@ class Contract:
         row_bytes = self.batch * vector_bytes(self.codec, self.hidden)
         max_tokens = min(self.max_length, max(1, self.max_step_tokens // self.batch))
         object.__setattr__(self, "row_bytes", row_bytes)  # the class is frozen
+        packed = self.batch * vector_bytes(OUTLIER_CODEC, self.hidden)
+        object.__setattr__(self, "packed_row_bytes", packed)
         object.__setattr__(self, "max_tokens", max_tokens)
         object.__setattr__(self, "frame_bytes", HEADER_BYTES + max_tokens * row_bytes)
 
@@ -112,9 +118,12 @@ def vector_bytes(codec: str, hidden: int) -> int:
     return hidden + outliers_of(hidden) * (place_bytes(hidden) + OUTLIER_BYTES) + SCALE_BYTES
 
 
-def keeps_values(codec: str, to: str) -> bool:
-    """Whether a body in `codec` has the same values in the codec `to`."""
-    return to in (codec, "fp32")
+def are_packed(rows: int, pack: int) -> bool:
+    """Whether a step of so many rows of hidden states, batch * tokens, travels in int8o.
+
+    pack: the least number of rows that do, over this link; 0: none.
+    """
+    return 0 < pack <= rows
 
 
 def codec_for(dtypes: frozenset[str]) -> str:

@@ -18,7 +18,7 @@ from tensor_codec.errors import (
 )
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header, split_message
-from tensor_codec.messages.contract import CODECS, MAX_HOPS, MAX_STEP
+from tensor_codec.messages.contract import MAX_HOPS, MAX_SPEED, MAX_STEP, WHOLE_CODECS
 from tensor_codec.span_spec import DTYPES, SpanSpec
 
 _DTYPES = frozenset(DTYPES)
@@ -129,7 +129,7 @@ def optional_step(header: Header) -> int | None:
 
 def optional_codec(header: Header) -> str | None:
     """A codec's name, where there is one."""
-    return header.choice("codec", CODECS) if "codec" in header else None
+    return header.choice("codec", WHOLE_CODECS) if "codec" in header else None
 
 
 def optional_peer(header: Header, name: str) -> str | None:
@@ -147,6 +147,14 @@ def read_timings(header: Header, max_hops: int = MAX_HOPS) -> tuple[tuple[int, i
         if type(held) is not int or type(computing) is not int or held < 0 or computing < 0:
             raise MessageError("timings are pairs of microseconds")
         found.append((held, computing))
+    return tuple(found)
+
+
+def read_speeds(header: Header, max_hops: int = MAX_HOPS) -> tuple[int, ...]:
+    """Bytes per second of the link to each hop that was passed, 0: unknown; none without the field."""
+    found = header.items("v", max_hops, absent=True)
+    if any(type(speed) is not int or not 0 <= speed <= MAX_SPEED for speed in found):
+        raise MessageError(f"speeds are whole numbers of bytes per second, 0 to {MAX_SPEED}")
     return tuple(found)
 
 

@@ -23,11 +23,11 @@ from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import Header, pack_header
 from tensor_codec.messages.contract import (
-    CODECS,
     MAX_EPOCH,
     MAX_QUEUE,
     MAX_STEP,
     MAX_TOKENS,
+    OUTLIER_CODEC,
     REPLIES,
     REPLY_CODES,
     SESSION_ID_BYTES,
@@ -46,6 +46,7 @@ from tensor_codec.messages.fields import (
     read_failed,
     read_message,
     read_spec,
+    read_speeds,
     read_timings,
 )
 from tensor_codec.rows.row_order import MAX_ORDERED_ROWS, ROW_BYTES, decode_rows, encode_rows
@@ -66,8 +67,8 @@ class Open:
     epoch: of the session's route; grows with every change of it.
     held: steps are to wait for a Resume.
     prompts: positions of deep prompts, 0 without them: each block adds its own to its input there.
-    body: the prompts, [blocks, prompts, hidden] in the codec of the opening, the same for all rows.  That
-    codec keeps every value by itself, so it is not int8o.
+    body: the prompts, [blocks, prompts, hidden] in the codec of the opening, the same for all rows.
+    pack: steps of at least so many rows (batch * tokens) go to the successor in int8o; 0: none does.
     """
 
     session: bytes
@@ -82,6 +83,7 @@ class Open:
     held: bool = False
     prompts: int = 0
     body: Buffer = b""
+    pack: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class Relink:
     The hop answers with Relinked, and takes no step before Resume.
     codec: how hidden states travel from this epoch on, where that changes; the hop brings its kept outputs
     into it.  Only to a wider one, once the cache holds anything.
+    pack: see `Open`, from this epoch on.
     """
 
     epoch: int
@@ -115,6 +118,7 @@ class Relink:
     successor: str | None = None
     relay: bool = False
     codec: str | None = None
+    pack: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,8 @@ class Step:
     reply: which positions the last hop sends back to the client; "replay": none.  A replay has no number; it
     fills a new hop's cache with the inputs of the hop that it replaces.
     timings: for each hop passed so far, microseconds (in its hands, computing).
-    body: [batch, tokens, hidden] in the contract's codec.
+    body: [batch, tokens, hidden] in the contract's codec, or packed: in int8o.
+    speeds: for each hop passed so far, bytes per second of the link to it, 0: unknown; fewer where unknown.
     epoch: of its route.  bulk: it does not travel with other sessions' single tokens.
     rope_length, rows: see `StepRange`.
     owner: tag of the peer that opened the session, on the way from hop to hop: `step_session` reads it.
@@ -195,6 +200,8 @@ class Step:
     rope_length: int = 0
     rows: tuple[int, ...] = ()
     owner: bytes = b""
+    packed: bool = False
+    speeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +210,7 @@ class Result:
 
     position: of the first token of the body in the session.
     epoch: of the route.  replay: no answer to a step of the client; the client carries it to the next hop.
-    rope_length: of a replay, see `StepRange`.
+    rope_length: of a replay, see `StepRange`.  speeds: see `Step`.
     """
 
     step: int
@@ -213,6 +220,7 @@ class Result:
     epoch: int = 0
     replay: bool = False
     rope_length: int = 0
+    speeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +245,7 @@ def encode_open(message: Open) -> list[Buffer]:
     }
     named = {"predecessor": message.predecessor, "successor": message.successor, "adapter": spec.adapter}
     fields |= {name: value for name, value in named.items() if value is not None}
-    for name in ("relay", "epoch", "held", "prompts"):
+    for name in ("relay", "epoch", "held", "pack", "prompts"):
         if value := getattr(message, name):
             fields[name] = value
     return [pack_header(fields), message.body] if message.prompts else [pack_header(fields)]
@@ -276,7 +284,7 @@ def _read_open(message: Message) -> Open:
         spec=read_spec(header),
         batch=header.integer("batch", 1, MAX_TOKENS),
         max_length=header.integer("max_length", 1, MAX_TOKENS),
-        codec=header.choice("codec", CODECS),
+        codec=header.choice("codec", WHOLE_CODECS),
         predecessor=optional_peer(header, "predecessor"),
         successor=optional_peer(header, "successor"),
         relay=header.flag("relay", absent=False),
@@ -284,6 +292,7 @@ def _read_open(message: Message) -> Open:
         held=header.flag("held", absent=False),
         prompts=header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
         body=message.body,
+        pack=header.integer("pack", 0, MAX_TOKENS, absent=0),
     )
 
 
@@ -292,8 +301,6 @@ def _check_body(opened: Open, body_bytes: int) -> None:
         if body_bytes:
             raise MessageError(f"{body_bytes} body bytes after 'open', which has none")
         return
-    if opened.codec not in WHOLE_CODECS:
-        raise MessageError(f"prompts in {opened.codec}, {' or '.join(sorted(WHOLE_CODECS))} is allowed")
     vectors = opened.spec.blocks.size * opened.prompts * VALUE_BYTES[opened.codec]
     if not body_bytes or body_bytes % vectors:
         raise MessageError(f"{body_bytes} body bytes are not prompts of {opened.prompts} positions")
@@ -337,7 +344,7 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
 def encode_relink(message: Relink) -> list[Buffer]:
     """The parts of a frame."""
     fields: dict[str, object] = {"k": "relink", "e": message.epoch}
-    for name in ("predecessor", "successor", "relay", "codec"):
+    for name in ("predecessor", "successor", "relay", "codec", "pack"):
         if value := getattr(message, name):
             fields[name] = value
     return [pack_header(fields)]
@@ -410,6 +417,10 @@ def encode_step(message: Step) -> list[Buffer]:
         fields["w"] = encode_rows(message.rows)
     if message.owner:
         fields["o"] = message.owner
+    if message.packed:
+        fields["c"] = OUTLIER_CODEC
+    if message.speeds:
+        fields["v"] = message.speeds
     return [pack_header(fields), message.body]
 
 
@@ -444,12 +455,14 @@ def read_step(message: Message, contract: Contract) -> Step:
     if session != contract.session:
         raise MessageError("a step of another session")
     position = header.integer("p", 0, contract.max_length - 1)
-    tokens, rest = divmod(len(message.body), contract.row_bytes)
+    packed = "c" in header.names and _is_packed(header, contract)
+    row_bytes = contract.packed_row_bytes if packed else contract.row_bytes
+    tokens, rest = divmod(len(message.body), row_bytes)
     room = min(contract.max_tokens, contract.max_length - position)
     if rest or not 0 < tokens <= room:
         raise MessageError(
             f"{len(message.body)} body bytes at position {position}, 1..{room} positions of"
-            f" {contract.row_bytes} bytes are allowed"
+            f" {row_bytes} bytes are allowed"
         )
     reply = REPLIES[header.integer("r", 0, len(REPLIES) - 1)]
     rows: tuple[int, ...] = ()
@@ -470,7 +483,17 @@ def read_step(message: Message, contract: Contract) -> Step:
         bulk=header.flag("b", absent=False),
         rope_length=header.integer("l", 0, contract.max_length, absent=0),
         rows=rows,
+        packed=packed,
+        speeds=read_speeds(header) if "v" in header.names else (),
     )
+
+
+def _is_packed(header: Header, contract: Contract) -> bool:
+    """Of a step that names a codec other than its contract's.  Raises MessageError where none is taken."""
+    codec = header.choice("c", _STEP_CODECS)
+    if not contract.packs:
+        raise MessageError(f"a step in {codec}, which this node does not take (--codec exact)")
+    return True
 
 
 def encode_result(message: Result) -> list[Buffer]:
@@ -484,6 +507,8 @@ def encode_result(message: Result) -> list[Buffer]:
         fields["replay"] = True
     if message.rope_length:
         fields["l"] = message.rope_length
+    if message.speeds:
+        fields["v"] = message.speeds
     return [pack_header(fields), message.body]
 
 
@@ -496,6 +521,7 @@ FromClient = Step | Close | Relink | Resume | Where
 FromHop = Result | Failed | Relinked | Here
 _FROM_CLIENT = frozenset({"step", "close", "relink", "resume", "where"})
 _FROM_HOP = frozenset({"result", "failed", "relinked", "here"})
+_STEP_CODECS = frozenset({OUTLIER_CODEC})
 
 
 def decode_from_client(frame: Buffer, contract: Contract) -> FromClient:
@@ -541,6 +567,7 @@ def _read_result(message: Message, contract: Contract, epoch: int) -> Result:
         epoch,
         message.header.flag("replay", absent=False),
         message.header.integer("l", 0, contract.max_length, absent=0),
+        read_speeds(message.header) if "v" in message.header.names else (),
     )
 
 
@@ -551,6 +578,7 @@ def _read_relink(header: Header) -> Relink:
         optional_peer(header, "successor"),
         header.flag("relay", absent=False),
         optional_codec(header),
+        header.integer("pack", 0, MAX_TOKENS, absent=0),
     )
 
 

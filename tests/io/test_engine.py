@@ -15,7 +15,7 @@ import trio.testing
 from node.model.adapters.low_rank import LowRank, SpanAdapter
 from node.model.blocks import parts
 from node.serving.executor.batcher import Batcher
-from node.serving.executor.engine import Answer, Engine, NotFinite
+from node.serving.executor.engine import Answer, Engine, NotFinite, Packing
 from node.serving.executor.jobs import Job
 from node.serving.executor.rates import Rates
 from node.serving.forward_backward import ForwardBackwardListener, Work
@@ -60,18 +60,22 @@ class One:
         self.cache = FakeCache(batch, 1024)
         self.hidden = some_hidden(1024, batch, seed)
         self.steps = 0
+        self.packing = Packing()
 
     async def step(self, tokens: int = 1, *, poison: bool = False, reply="all") -> Answer:
         begin = self.cache.length
         given = self.hidden[:, begin : begin + tokens].clone()
-        body = bytearray(encode_hidden(given, "fp32"))
+        body = bytearray(encode_hidden(given, "int8o" if self.packing.given else "fp32"))
         if poison:
-            body[:4] = b"\x00\x00\xc0\x7f"
+            body[:4] = b"\x80" * 4 if self.packing.given else b"\x00\x00\xc0\x7f"
+        if self.packing.given and not poison:  # what is left of it
+            self.hidden[:, begin : begin + tokens] = decode_hidden(body, self.contract, packed=True)
         what = StepRange(begin, tokens, reply)
         self.steps += 1
         return await self.engine.step(
-            self.peer, self.contract, self.cache, what, memoryview(body), whole=False, adapter=self.adapter
-        )
+            self.peer, self.contract, self.cache, what, memoryview(body), whole=False, adapter=self.adapter,
+            packing=self.packing,
+        )  # fmt: skip
 
     def check(self, answer: Answer | Exception) -> None:
         """Whether the last positions are what the blocks make of everything so far."""
@@ -479,3 +483,44 @@ async def test_a_queue_that_is_full_refuses_and_what_was_queued_is_answered(auto
         assert len(refused) == 1
         for index in {0, 1, 2}.difference(refused):
             ones[index].check(answers[index])
+
+
+# --- int8o ---
+
+
+async def test_steps_that_come_or_go_on_packed_share_a_batch_with_the_others(autojump_clock):
+    async with running() as engine:
+        ones = [One(engine, str(number), number, batch=1 + number) for number in range(3)]
+        ones[0].packing = Packing(given=True)
+        ones[1].packing = Packing(given=True, onward=True)
+        for _ in range(2):
+            began = trio.current_time()
+            answers = await all_at_once(ones)
+            assert trio.current_time() - began == 1.0
+            assert [answer.packed is None for _, answer in sorted(answers.items())] == [True, False, True]
+            ones[0].check(answers[0])
+            ones[2].check(answers[2])
+            kept = decode_hidden(answers[1].body, ones[1].contract)
+            assert torch.equal(decode_hidden(answers[1].packed, ones[1].contract, packed=True), kept)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+async def test_a_packed_step_that_no_encoding_gives_fails_alone(tokens, autojump_clock):
+    async with running() as engine:
+        ones = [One(engine, str(number), number) for number in range(2)]
+        ones[0].packing = Packing(given=True)
+        answers = await all_at_once(ones, **{"0": {"tokens": tokens, "poison": True}})
+        assert isinstance(answers[0], BadResult)
+        assert "code -128" in str(answers[0])
+        ones[1].check(answers[1])
+        assert ones[0].cache.length == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+async def test_outputs_beyond_the_range_of_int8o_are_the_span_s_own_fault(tokens, autojump_clock):
+    async with running() as engine:
+        engine.span.poison = lambda hidden: hidden * 0 + torch.finfo(torch.float32).max
+        one = One(engine, "a", 0)
+        one.packing = Packing(onward=True)
+        with pytest.raises(NotFinite):
+            await one.step(tokens)

@@ -10,9 +10,12 @@ import torch
 import trio
 import trio.testing
 
+import client.session.hop_link
 import node.serving.sessions.worker
+from routing.chains.distances import CLIENT
+from routing.chains.link_speeds import LinkSpeeds
 from routing.names import PeerId
-from tensor_codec.codecs import decode_rows, encode_hidden
+from tensor_codec.codecs import decode_hidden, decode_rows, encode_hidden
 from tensor_codec.errors import PeerGone, RemoteProtocolError
 from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import (
@@ -263,62 +266,110 @@ def packed(hidden):
     return decode_rows(encode_hidden(hidden, "int8o"), "int8o", HIDDEN).view(hidden.shape)
 
 
-class Packed(Expected):
-    """The same with int8o between the parts and at both ends, until `widen`."""
+SLOW = 1000  # bytes per second: a token waits for its bytes
+SLOWISH = 12_000  # two tokens do
+ALL = frozenset({("client", "a"), ("a", "b"), ("b", "c")})
 
-    def __init__(self):
+
+class Packed(Expected):
+    """The same with int8o over some of the links; the last hop answers exactly.
+
+    links: pairs of parts.  least: positions of a step that is packed.
+    """
+
+    def __init__(self, links=ALL, least=1):
         super().__init__(a=False, b=False, c=False)
-        self.way = packed
+        self.links, self.least = links, least
 
     def step(self, hidden):
-        hidden = self.way(hidden)
-        for part in self.parts.values():
-            hidden = self.way(part.step(hidden))
+        before = "client"
+        for name, part in self.parts.items():
+            if (before, name) in self.links and hidden.shape[1] >= self.least:
+                hidden = packed(hidden)
+            hidden, before = part.step(hidden), name
         return hidden
 
-    def widen(self):
-        self.way = lambda hidden: hidden
+
+def slow_links(world, speed=SLOW, *names):
+    """Links of this speed between all these peers, from the client on."""
+    peers = [CLIENT, *map(PeerId, names or (*"ABC", *"abc"))]
+    for one in peers:
+        for two in peers:
+            world.speeds.learn([one, two], [speed])
 
 
-def codecs_at_hops(world):
-    nodes = [node for node in world.nodes.values() if node.alive]
-    return {hop.contract.codec for node in nodes for hop in node.listener._sessions.all()}
+@pytest.fixture
+def sent(monkeypatch):
+    """Of each step that was sent, from hop to hop too: its positions and whether it was packed."""
+    found = []
+
+    def note(step):
+        found.append((step.position, step.packed, step.reply == "replay"))
+        return encode_step(step)
+
+    for module in (client.session.hop_link, node.serving.sessions.worker):
+        monkeypatch.setattr(module, "encode_step", note)
+    return found
 
 
-async def test_a_fast_session_over_slow_links_travels_in_int8o_all_the_way(autojump_clock):
+@pytest.mark.parametrize(("speed", "least"), [(SLOW, 1), (SLOWISH, 2)])
+@pytest.mark.parametrize("batch", [1, 2])
+async def test_prompts_are_packed_over_slow_links_and_tokens_where_one_row_waits_too(
+    speed, least, batch, autojump_clock, sent
+):
     async with swarm() as world:
-        world.link_seconds = 0.04
         for name in "ABC":
             add(world, name)
-        session = await world.open(codec="fast", batch=2, max_length=600)
-        expected, hidden = Packed(), some_hidden(310, 2)
+        slow_links(world, speed)
+        session = await world.open(codec="fast", batch=batch, max_length=600)
+        expected, hidden = Packed(least=-(-least // batch)), some_hidden(310, batch)
         for begin, stop in ((0, 300), (300, 301), (301, 310)):
             step = hidden[:, begin:stop]
             assert torch.equal(await session.step(step), expected.step(step))
-        assert session.route.contract.codec == "int8o"
-        assert codecs_at_hops(world) == {"int8o"}
         assert not torch.equal(packed(hidden), hidden)
+        assert [each[1] for each in sent] == [True] * 3 + [batch >= least] * 3 + [True] * 3
+        await session.aclose()
+
+
+async def test_only_the_slow_link_of_a_chain_is_packed(autojump_clock, sent):
+    async with swarm() as world:
+        for name in "ABC":
+            add(world, name)
+        slow_links(world, 10**9)
+        world.speeds = LinkSpeeds()
+        world.speeds.learn([CLIENT, *map(PeerId, "ABC")], [10**9, SLOW, 10**9])
+        session = await world.open(codec="fast")
+        expected, hidden = Packed(links={("a", "b")}), some_hidden(9)
+        assert torch.equal(await session.step(hidden), expected.step(hidden))
+        assert [each[1] for each in sent] == [False, True, False]
         await session.aclose()
 
 
 @pytest.mark.parametrize(
     ("codec", "seconds", "old"),
-    [("auto", 0.04, ""), ("exact", 0.04, ""), ("fast", 1e-4, ""), ("fast", 0.04, "B")],
+    [
+        ("auto", 0.04, "ABC"),
+        ("exact", 0.04, ""),
+        ("auto", 0.04, ""),
+        ("fast", 1e-4, ""),
+        ("fast", 0.04, "ABC"),
+    ],
 )
 async def test_without_leave_on_near_links_and_for_older_servers_nothing_is_lost(
     codec, seconds, old, autojump_clock
 ):
     async with swarm() as world:
         world.link_seconds = seconds
-        world.old |= {PeerId(old)}
+        world.old |= set(map(PeerId, old))
         for name in "ABC":
             add(world, name)
+        if seconds > 0.01:
+            slow_links(world)
         session = await world.open(codec=codec)
         expected = Expected(a=False, b=False, c=False)
         for seed in range(3):
             step = some_hidden(2, seed=seed)
             assert torch.equal(await session.step(step), expected.step(step))
-        assert codecs_at_hops(world) == {"fp32"}
         await session.aclose()
 
 
@@ -326,17 +377,18 @@ async def test_without_leave_on_near_links_and_for_older_servers_nothing_is_lost
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("victim", ["a", "b", "c"])
 @pytest.mark.parametrize("old", [False, True])
-async def test_a_replay_sends_what_was_sent_in_int8o_whatever_the_new_hop_reads(
-    old, victim, carried, batch, autojump_clock
+async def test_a_replay_sends_the_values_that_were_sent_in_int8o_whatever_the_new_hop_reads(
+    old, victim, carried, batch, autojump_clock, sent
 ):
     async with swarm() as world:
-        world.link_seconds = 0.04
         for name in "ABC":
             add(world, name)
         if carried:
             world.unreachable |= {(PeerId(x), PeerId(y)) for x in "ABCabc" for y in "ABCabc"}
+        slow_links(world)
         session = await world.open(codec="fast", batch=batch, max_length=600)
-        expected, hidden = Packed(), some_hidden(308, batch)
+        expected = Packed({("client", "a")} if carried else ALL)  # the client carries outputs as they came
+        hidden = some_hidden(308, batch)
         for begin, stop in ((0, 300), (300, 301), (301, 302)):
             step = hidden[:, begin:stop]
             assert torch.equal(await session.step(step), expected.step(step))
@@ -345,32 +397,110 @@ async def test_a_replay_sends_what_was_sent_in_int8o_whatever_the_new_hop_reads(
         add(world, victim)
         await lose(world, victim.upper())
         expected.replace(victim, narrow=False)
+        before = expected.links
         if old:
-            expected.widen()
-        sent = packed(hidden[:, 302:303])  # encoded while the route was in int8o
-        first = expected.step(sent if old else hidden[:, 302:303])
-        assert torch.equal(await session.step(hidden[:, 302:303]), first)
+            expected.links = {link for link in before if link[1] != victim}
+        # A step that was encoded before the loss was known has lost what int8o loses.
+        step = hidden[:, 302:303]
+        given = packed(step) if old and ("client", victim) in before else step
+        assert torch.equal(await session.step(step), expected.step(given))
         for at in range(303, 308):
             token = hidden[:, at : at + 1]
             assert torch.equal(await session.step(token), expected.step(token))
         (change,) = session.trace.of("rerouted")
-        assert change.data["codec"] == ("fp32" if old else "int8o")
-        assert codecs_at_hops(world) == {change.data["codec"]}
+        assert change.data["codec"] == "fp32"
+        assert [each for each in sent if each[2]]  # there was a replay
+        assert not any(is_packed for _, is_packed, replay in sent if replay)
+        await session.aclose()
+
+
+async def test_where_int8o_saves_no_bytes_the_slowest_link_stays_exact(autojump_clock, sent):
+    async with swarm() as world:
+        for name in "ABC":
+            add(world, name, **NARROW)
+        slow_links(world, 1)
+        session = await world.open(codec="fast")  # four values in bf16 take as many bytes as in int8o
+        expected, hidden = Expected(), some_hidden(8)
+        assert torch.equal((await session.step(hidden)).float(), expected.step(hidden))
+        assert session.route.contract.codec == "bf16"
+        assert [each[1] for each in sent] == [False] * 3
+        await session.aclose()
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+async def test_a_hop_keeps_the_values_that_the_next_one_gets(codec, tokens, autojump_clock, monkeypatch):
+    pushed = []
+
+    def note(step):
+        pushed.append(step)
+        return encode_step(step)
+
+    monkeypatch.setattr(node.serving.sessions.worker, "encode_step", note)
+    async with swarm() as world:
+        add(world, "a")
+        add(world, "b")
+        client, _ = await RawClient.open(world, "a", codec=codec, successor="b", pack=1)
+        body = encode_hidden(some_hidden(tokens) / 7, codec)
+        await client.stream.send(encode_step(Step(bytes(16), 0, 0, "all", body)))
+        await until(lambda: bool(pushed))
+        (hop,) = world.nodes[PeerId("a")].listener._sessions.all()
+        arrived = decode_hidden(pushed[0].body, hop.contract, packed=True)
+        kept = decode_hidden(hop.kept.journal.read(0, tokens, before=0), hop.contract)
+        assert pushed[0].packed
+        assert torch.equal(kept, arrived)
+        assert hop.kept.answer.packed is None  # a retry sends the same values, and nothing is held twice
+        await client.stream.aclose()
+
+
+async def test_the_links_of_a_session_tell_their_speeds_to_later_ones(autojump_clock):
+    async with swarm() as world:
+        for name in "ABC":
+            add(world, name)
+        session = await world.open(codec="fast", max_length=600)
+        for hop, speed in zip("ABC", (3000, 2000, 0), strict=True):
+            for stream in world.nodes[PeerId(hop)].streams:
+                stream.speed = speed  # as if its next frames were long and came slowly
+        await session.step(some_hidden(300))
+        assert world.speeds.of(CLIENT, PeerId("A")) == 3000
+        assert world.speeds.of(PeerId("A"), PeerId("B")) == 2000
+        assert world.speeds.of(PeerId("B"), PeerId("C")) == 0
         await session.aclose()
 
 
 async def test_rows_that_no_encoding_gives_end_a_session_and_blame_its_client(autojump_clock):
     async with swarm() as world:
         add(world, "a")
-        client, _ = await RawClient.open(world, "a", codec="int8o")
+        client, _ = await RawClient.open(world, "a", codec="fp32")
         good = encode_hidden(some_hidden(1), "int8o")
-        await client.stream.send(encode_step(Step(bytes(16), 0, 0, "all", good)))
-        assert len((await client.receive(world)).body) == len(good)
+        await client.stream.send(encode_step(Step(bytes(16), 0, 0, "all", good, packed=True)))
+        assert len((await client.receive(world)).body) == 4 * HIDDEN
         bad = b"\x80" + bytes(good)[1:]
-        await client.stream.send(encode_step(Step(bytes(16), 1, 1, "all", bad)))
+        await client.stream.send(encode_step(Step(bytes(16), 1, 1, "all", bad, packed=True)))
         failed = await client.receive(world)
         assert isinstance(failed, Failed)
         assert "received hidden states hold the code -128, -127 to 127 are allowed" in failed.message
+        await client.stream.aclose()
+
+
+@pytest.mark.parametrize("pack", [0, 1])
+async def test_a_node_that_loses_nothing_packs_for_nobody_and_refuses_what_is_packed(
+    pack, autojump_clock, sent
+):
+    async with swarm() as world:
+        for name in "ab":
+            add(world, name)
+        world.nodes[PeerId("a")].listener.packs = False
+        client, _ = await RawClient.open(world, "a", codec="fp32", successor="b", pack=pack)
+        await client.stream.send(encode_step(Step(bytes(16), 0, 0, "all", bytes(4 * HIDDEN))))
+        await until(lambda: bool(sent))
+        assert sent == [(0, False, False)]
+        body = encode_hidden(some_hidden(1), "int8o")
+        await client.stream.send(encode_step(Step(bytes(16), 1, 1, "all", body, packed=True)))
+        failed = await client.receive(world)
+        while not isinstance(failed, Failed) or failed.code != "message":
+            failed = await client.receive(world)
+        assert "a step in int8o, which this node does not take (--codec exact)" in failed.message
         await client.stream.aclose()
 
 

@@ -26,6 +26,7 @@ MANY_METHODS = {
 }
 MANY_FIELDS = {
     "tensor_codec.limits.Limits": "a value: every limit in one place",
+    "node.config.NodeConfig": "a value: an operator's choices by their names",
     "client.generation.options.GenerateArguments": "a value: transformers' options by their names",
     "client.generation.options.SamplingOptions": "a value: transformers' options by their names",
     "client.gateway.openai.responses.request.ResponseRequest": "a value: OpenAI's fields by their names",

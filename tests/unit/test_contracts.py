@@ -8,7 +8,7 @@ import pytest
 
 from client.chains.chooser import HopTerms
 from client.session.actions import Lost
-from client.session.repair.contracts import NEAR_SECONDS, Contracts, Outliers, outliers_over
+from client.session.repair.contracts import Contracts, packs_over
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages.contract import Contract
 from tests.session_world import Peers, change_route, sound_session
@@ -17,7 +17,7 @@ NARROW, EXACT = "bfloat16", "float32"
 
 
 def contracts(codec: str = "auto") -> Contracts:
-    kept = "fp32" if codec == "auto" else codec
+    kept = codec if codec in ("fp32", "bf16") else "fp32"
     return Contracts(codec, Contract(bytes(16), 0, 6, 1, 64, 4, kept, 2048))
 
 
@@ -44,47 +44,41 @@ def test_a_codec_that_the_user_chose_stays(codec):
     assert found == [codec, codec]
 
 
-def fast(outliers: Outliers = "pay", hidden: int = 64) -> Contracts:
-    agreed = Contracts("fast", Contract(bytes(16), 0, 6, 1, 64, hidden, "fp32", 2048))
-    agreed.agree(1, [NARROW], kept=False, outliers=outliers)
-    return agreed
+@pytest.mark.parametrize("wanted", ["auto", "exact", "fast"])
+def test_the_codec_of_a_session_loses_nothing_of_the_hops_that_it_was_opened_with(wanted):
+    agreed = contracts(wanted)
+    assert agreed.agree(1, [NARROW], kept=False).codec == "bf16"
+    assert agreed.agree(2, [NARROW, EXACT], kept=False).codec == "fp32"
 
 
-@pytest.mark.parametrize("wanted", ["auto", "exact", "fp32", "bf16"])
-def test_without_the_user_s_word_nothing_is_ever_sent_in_int8o(wanted):
-    agreed = Contracts(wanted, Contract(bytes(16), 0, 6, 1, 64, 64, "fp32", 2048))
-    assert agreed.agree(1, [NARROW], kept=False, outliers="pay").codec in ("bf16", "fp32")
+SLOW = 1.25e6  # bytes per second: 10 Mbit/s
 
 
-def test_fast_takes_int8o_where_it_pays_and_else_loses_nothing():
-    assert fast().current.codec == "int8o"
-    assert fast("read").current.codec == "bf16"
-    assert fast("none").current.codec == "bf16"
-    assert fast(hidden=1).current.codec == "bf16"  # no bytes would be saved
+def test_a_step_is_packed_over_those_links_alone_that_are_slow_and_whose_hop_reads_it():
+    reads = HopTerms(NARROW, ("int8o",), 0.05, SLOW)
+    terms = Contract(bytes(16), 0, 6, 1, 64, 576, "bf16", 2048)
+    fast, old = replace(reads, link_speed=1e9), replace(reads, codecs=("int9",))
+    unknown, near = replace(reads, link_speed=0.0), replace(reads, link_speed=0.0, link_seconds=1e-4)
+    found = packs_over([reads, fast, old, None, unknown, near], terms)
+    assert found == [3, 0, 0, 0, 28, 0]
 
 
-def test_a_session_stays_in_int8o_while_every_hop_reads_it_and_goes_on_in_fp32_else():
-    agreed = fast()
-    agreed.sent()
-    assert agreed.agree(2, [NARROW], kept=True, outliers="read").codec == "int8o"
-    assert agreed.agree(3, [NARROW], kept=True, outliers="none").codec == "fp32"
-    for kept in (True, False):  # bf16 would round what was sent
-        assert agreed.agree(4 + kept, [NARROW], kept=kept, outliers="pay").codec == "fp32"
+def chain_of(codec: str) -> list[tuple[int, int]]:
+    """For the route of a session: `pack` of the line-up, and of each place."""
+    peers = Peers({"a": (0, 3), "b": (3, 6)})
+    peers.codecs, peers.link_seconds, peers.link_speed = {"a": ("int8o",), "b": ("int8o",)}, 0.05, 1e3
+    session = sound_session(peers, codec=codec)
+    line_up, _ = session.route.line_up(session.route.chain, 0)
+    return [(line_up.pack, 0), *[(0, place.pack) for place in line_up.places]]
 
 
-def test_before_anything_was_sent_a_session_leaves_int8o_for_the_codec_of_its_hops():
-    agreed = fast()
-    assert agreed.agree(2, [NARROW], kept=False, outliers="none").codec == "bf16"
-    assert agreed.agree(3, [NARROW], kept=False, outliers="pay").codec == "bf16"
+def test_each_hop_is_told_of_the_link_to_the_next_one_and_the_last_answers_exactly():
+    assert chain_of("fast") == [(1, 0), (0, 1), (0, 0)]
 
 
-def test_what_int8o_is_to_a_chain_follows_from_what_its_hops_read_and_from_its_slowest_link():
-    reads = HopTerms(NARROW, ("int8o",), 0.0)
-    slow = replace(reads, link_seconds=NEAR_SECONDS)
-    assert outliers_over([reads, slow]) == "pay"
-    assert outliers_over([reads, reads]) == "read"
-    assert outliers_over([slow, HopTerms(NARROW, ("int9",), 1.0)]) == "none"
-    assert outliers_over([slow, None]) == "pay"  # its opening fails anyway
+@pytest.mark.parametrize("codec", ["auto", "exact", "fp32", "bf16"])
+def test_without_the_user_s_word_nothing_is_ever_packed(codec):
+    assert chain_of(codec) == [(0, 0), (0, 0), (0, 0)]
 
 
 def test_an_answer_is_read_in_the_codec_of_its_epoch():

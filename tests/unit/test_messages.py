@@ -160,6 +160,7 @@ ORDERS = [
     (encode_relink, Relink(1), decode_from_client),
     (encode_relink, Relink(2**31, "before", "behind", relay=True), decode_from_client),
     (encode_relink, Relink(1, codec="fp32"), decode_from_client),
+    (encode_relink, Relink(1, pack=2), decode_from_client),
     (encode_resume, Resume(3, 10, 4, 9), decode_from_client),
     (encode_resume, Resume(3, 10, 4, 9, 0), decode_from_client),
     (encode_resume, Resume(3, 10, 4, 9, 2**53), decode_from_client),
@@ -235,8 +236,8 @@ def opens(draw):
 @given(opens())
 def test_an_open_comes_back_as_it_was(message):
     assert decode_open(joined(encode_open(message))) == message
-    packed = replace(message, codec="int8o")
-    assert decode_open(joined(encode_open(packed))) == packed
+    packing = replace(message, pack=3)
+    assert decode_open(joined(encode_open(packing))) == packing
 
 
 FULL_OPEN = Open(
@@ -311,6 +312,23 @@ def test_a_step_comes_back_as_it_was(number, position, tokens, reply, times, rop
     found = decode_from_client(joined(encode_step(message)), CONTRACT)
     assert isinstance(found, Step)
     assert replace(found, body=bytes(found.body)) == message
+
+
+@given(st.integers(1, 6), st.lists(st.integers(0, 1 << 40), max_size=MAX_HOPS))
+def test_a_packed_step_comes_back_as_it_was_and_with_it_the_speeds_of_the_links(tokens, speeds):
+    body = bytes(tokens * CONTRACT.packed_row_bytes)
+    message = Step(ID, 3, 1, "last", body, packed=True, speeds=tuple(speeds))
+    found = decode_from_client(joined(encode_step(message)), CONTRACT)
+    assert isinstance(found, Step)
+    assert replace(found, body=bytes(found.body)) == message
+    result = Result(3, 1, bytes(ROW), speeds=tuple(speeds))
+    assert decode_from_hop(joined(encode_result(result)), CONTRACT) == result
+
+
+def test_a_packed_step_is_refused_where_nothing_may_be_lost():
+    step = step_frame(bytes(CONTRACT.packed_row_bytes), c="int8o")
+    with pytest.raises(MessageError, match="a step in int8o, which this node does not take"):
+        decode_from_client(step, replace(CONTRACT, packs=False))
 
 
 @given(numbers, st.tuples(st.integers(0, 1), st.integers(0, 1)))
@@ -535,6 +553,12 @@ def test_unknown_header_fields_are_ignored_so_that_a_later_version_may_add_some(
 
 # (what is wrong, the frame): each is refused with a MessageError.
 BAD_STEPS: dict[str, bytes] = {
+    "a codec that nobody knows": step_frame(c="int3"),
+    "a codec that is the session's own": step_frame(c="fp32"),
+    "a packed body of another size": step_frame(bytes(CONTRACT.packed_row_bytes + 1), c="int8o"),
+    "speeds below 0": step_frame(v=[-1]),
+    "speeds that are no whole numbers": step_frame(v=[1.5]),
+    "speeds of too many hops": step_frame(v=[1] * (MAX_HOPS + 1)),
     "nothing at all": b"",
     "no body": step_frame(b""),
     "one byte too few": step_frame(bytes(ROW - 1)),
@@ -601,6 +625,8 @@ BAD_STEPS: dict[str, bytes] = {
 }
 
 BAD_RESULTS: dict[str, bytes] = {
+    "speeds that are no list": result_frame(v=1),
+    "speeds beyond any link": result_frame(v=[1 << 41]),
     "nothing at all": b"",
     "one byte too few": result_frame(bytes(ROW - 1)),
     "one byte too many": result_frame(bytes(ROW + 1)),
@@ -669,7 +695,8 @@ BAD_OPENS: dict[str, bytes] = {
     "a dtype with a prefix": open_frame(dtype="torch.float32"),
     "a codec that nobody knows": open_frame(codec="int3"),
     "a codec that is nil": open_frame(codec=None),
-    "prompts in a codec of whole rows": open_frame(bytes(612 * 9), codec="int8o", prompts=3),
+    "a codec of whole rows": open_frame(codec="int8o"),
+    "a number of rows below 0": open_frame(pack=-1),
     "a predecessor that is a number": open_frame(predecessor=1),
     "a predecessor that is empty": open_frame(predecessor=""),
     "a successor with a long name": open_frame(successor="p" * 129),

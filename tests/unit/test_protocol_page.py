@@ -39,7 +39,14 @@ from tensor_codec.messages import (
     session,
     sharing,
 )
-from tensor_codec.messages.contract import CODECS, REPLIES, Contract, codec_for, vector_bytes
+from tensor_codec.messages.contract import (
+    CODECS,
+    REPLIES,
+    WHOLE_CODECS,
+    Contract,
+    codec_for,
+    vector_bytes,
+)
 from tensor_codec.messages.fields import FAULTS
 from tensor_codec.span_spec import DTYPES, SpanSpec
 from tests.adapter_fixtures import content
@@ -60,11 +67,12 @@ OFFER = adapter.Offer(OFFERED, ADAPTER.manifest, ADAPTER.digests)
 RUN = forward_backward.Run(SPEC, 1, "fp32", prompts=1, tape=bytes(16))
 SUMMED = replace(RUN, summed=gradients.Summed(bytes(16), 3))
 PROMPTS = ROW + ROW  # of two blocks
-STEP = session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, True, 9, (0,), bytes(8))
+PACKED = bytes(CONTRACT.packed_row_bytes)
+STEP = session.Step(bytes(16), 3, 5, "last", PACKED, ((1, 2),), 1, True, 9, (0,), bytes(8), True, (7,))
 INFO = info.PeerInfo(
     "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0"
 )
-OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS)
+OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS, 2)
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,12 @@ KINDS = {
         session.encode_opened(session.Opened(True, True, 1.5, True, True)), session.decode_open_reply
     ),
     "step": Kind(session.encode_step(STEP), from_client),
-    "result": Kind(session.encode_result(session.Result(3, 5, ROW, ((1, 2),), 1, True, 9)), from_hop),
+    "result": Kind(session.encode_result(session.Result(3, 5, ROW, ((1, 2),), 1, True, 9, (7,))), from_hop),
     "failed": Kind(fields.encode_failed(fields.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
     "close": Kind(session.encode_close(), from_client),
     "attach": Kind(attach.encode_attach(attach.Attach(bytes(16))), attach.decode_first),
     "attached": Kind(attach.encode_attached(), attach.decode_attach_reply),
-    "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32")), from_client),
+    "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32", 2)), from_client),
     "relinked": Kind(session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32", 4)), from_hop),
     "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5, 4)), from_client),
     "where": Kind(session.encode_where(), from_client),
@@ -164,6 +172,7 @@ KINDS = {
 WITHOUT = {  # other bodies of messages without a key
     ("open", "prompts"): b"",
     ("backward", "tape"): ROW + PROMPTS + ROW,
+    ("step", "c"): ROW,
 }
 MESSAGES = {row[0]: row[1:] for row in table(PAGE, "## 4. Sessions")}
 
@@ -242,7 +251,7 @@ def test_the_codecs_and_dtypes_of_the_page_are_the_code_s():
             assert size == vector_bytes(codec, hidden), (codec, hidden)
     keys = {row[0]: row for row in table(PAGE, "**`open`** is")}
     assert set(words(keys["dtype"][1])) == set(DTYPES)
-    assert set(words(keys["codec"][1])) == CODECS
+    assert set(words(keys["codec"][1])) == WHOLE_CODECS
     assert codec_for(frozenset({"bfloat16"})) == "bf16"
     assert {codec_for(frozenset({"bfloat16", other})) for other in ("float32", "float16")} == {"fp32"}
 

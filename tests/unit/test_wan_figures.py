@@ -28,7 +28,7 @@ ROUND = {
 
 
 def test_the_limit_of_a_step_is_its_delays_its_bytes_and_what_computes():
-    figures = decode_figures([ROUND], LINKS, servers=2, step_bytes=5000)
+    figures = decode_figures([ROUND], LINKS, step_bytes=[5000] * 3)
     least = 3 * (0.05 + 0.005) + 0.02 + 0.03 + 0.005
     assert figures["limit_steps_per_s"] == pytest.approx(1 / least)
     assert figures["steps_per_s"] == pytest.approx(4)
@@ -48,7 +48,7 @@ def test_a_prompts_ratio_is_its_time_less_opening_and_delays_to_what_the_slowest
 
 
 def test_links_without_a_bound_take_no_time_for_bytes():
-    figures = decode_figures([ROUND], Links(0, None), servers=2, step_bytes=5000)
+    figures = decode_figures([ROUND], Links(0, None), step_bytes=[5000] * 3)
     assert figures["limit_steps_per_s"] == pytest.approx(1 / 0.055)
 
 

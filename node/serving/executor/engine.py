@@ -40,9 +40,8 @@ from node.serving.executor.waits import Waits
 from tensor_codec.codecs import (
     WIRE_DTYPES,
     decode_hidden,
-    decode_rows,
     encode_hidden,
-    pack_finite_rows,
+    pack,
 )
 from tensor_codec.errors import BadResult, Draining, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
@@ -60,10 +59,25 @@ class NotFinite(BadResult):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Encoded hidden states [batch, tokens, hidden], and the microseconds spent on computing them."""
+    """Encoded hidden states [batch, tokens, hidden], and the microseconds spent on computing them.
+
+    packed: the same in int8o, where they go on so; the body has the values that are left then.
+    """
 
     body: Buffer
     compute_micros: int
+    packed: Buffer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """given: a step's body is in int8o.  onward: its outputs go on in int8o."""
+
+    given: bool = False
+    onward: bool = False
+
+
+AS_AGREED = Packing()
 
 
 class StepCache(Protocol):
@@ -170,6 +184,7 @@ class _Step(_Work):
     wanted: int = field(kw_only=True)
     prompts: Tensor | None = field(kw_only=True, default=None)
     adapter: SpanAdapter | None = field(kw_only=True, default=None)
+    packing: Packing = field(kw_only=True, default=AS_AGREED)
     hidden: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
 
@@ -267,6 +282,7 @@ class Engine:
         prompts: Tensor | None = None,
         adapter: SpanAdapter | None = None,
         prefix: str = "",
+        packing: Packing = AS_AGREED,
     ) -> Answer:
         """Compute one step: hidden states in the contract's codec in, and its outputs in that codec out.
 
@@ -275,7 +291,7 @@ class Engine:
         whole: answer with all positions, not only with those that the step wants back.
         prompts: deep prompts for some of its positions, see `Span.forward`; the step then runs as a prefill.
         adapter: of the session, for all its blocks.
-        prefix: of the peer's network address.
+        prefix: of the peer's network address.  packing: where the step, or its outputs, travel in int8o.
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
         nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
         """
@@ -292,7 +308,7 @@ class Engine:
         return await self._answer(
             _Step(
                 job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted,
-                prompts=prompts, adapter=adapter,
+                prompts=prompts, adapter=adapter, packing=packing,
             )
         )  # fmt: skip
 
@@ -461,6 +477,8 @@ class Engine:
             for step, body in zip(steps, bodies, strict=True):
                 if isinstance(body, NotFinite):
                     settled.append((step, outcome.Error(body)))
+                elif step.packing.onward:
+                    settled.append((step, _packed(step, body, micros)))
                 else:
                     settled.append((step, outcome.Value(Answer(body, micros))))
             return
@@ -543,7 +561,7 @@ class Engine:
         contract, short = step.contract, False
         try:
             if step.hidden is None:
-                step.hidden = decode_hidden(step.body, contract)
+                step.hidden = decode_hidden(step.body, contract, packed=step.packing.given)
             given = step.hidden[:, piece.offset : piece.offset + piece.tokens]
             answer = self.span.forward(
                 given, step.cache, step.what.position + piece.offset, contract.start, contract.stop,
@@ -569,7 +587,10 @@ class Engine:
                 raise
             short = True
         else:
-            settled.append((step, outcome.Value(Answer(body, int(step.seconds * 1e6)))))
+            micros = int(step.seconds * 1e6)
+            is_packed = step.packing.onward and len(body)
+            plain = outcome.Value(Answer(body, micros))
+            settled.append((step, _packed(step, body, micros) if is_packed else plain))
         if short:
             self._short = True
             empty_cache()
@@ -724,16 +745,22 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
     rows: list[Tensor] = []
     by_codec: dict[str, list[_Step]] = {}
     for step in steps:
-        by_codec.setdefault(step.contract.codec, []).append(step)
+        packed = step.packing.given
+        by_codec.setdefault(OUTLIER_CODEC if packed else step.contract.codec, []).append(step)
     for codec, same in by_codec.items():
+        if codec == OUTLIER_CODEC:
+            for step in same:  # few: these rows come over slow links
+                try:
+                    unpacked = decode_hidden(step.body, step.contract, packed=True)
+                except BadResult as error:
+                    settled.append((step, outcome.Error(error)))
+                else:
+                    sound.append(step)
+                    rows.append(unpacked.flatten(0, 1).float())
+            continue
         bodies = bytearray()
         for step in same:
             bodies += step.body
-        if codec == OUTLIER_CODEC:
-            fit, wide = _unpacked(same, bodies, settled)
-            sound += fit
-            rows.append(wide)
-            continue
         flat = torch.frombuffer(bodies, dtype=WIRE_DTYPES[codec])
         wide = flat.view(-1, same[0].contract.hidden).float()
         if not bool(torch.isfinite(wide).all()):
@@ -749,23 +776,16 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
             same, wide = [step for step, _ in kept], torch.cat([part for _, part in kept] or [wide[:0]])
         sound += same
         rows.append(wide)
-    return sound, torch.cat(rows)
+    return sound, torch.cat(rows or [torch.empty(0, steps[0].contract.hidden)])
 
 
-def _unpacked(steps: Sequence[_Step], bodies: bytearray, settled: Settled) -> tuple[Sequence[_Step], Tensor]:
-    """`_decoded` of steps in int8o.  bodies: theirs, one after the other."""
-    width = steps[0].contract.hidden
+def _packed(step: _Step, body: Buffer, micros: int) -> outcome.Outcome[Answer]:
+    """The answer to a step whose outputs go on in int8o.  body: they, in the contract's codec."""
     try:
-        return steps, decode_rows(bodies, OUTLIER_CODEC, width)
-    except BadResult:
-        sound, rows = [], [torch.empty(0, width)]
-        for step in steps:
-            try:
-                rows.append(decode_rows(step.body, OUTLIER_CODEC, width))
-                sound.append(step)
-            except BadResult as bad:
-                settled.append((step, outcome.Error(bad)))
-        return sound, torch.cat(rows)
+        both = pack(body, step.contract.codec, step.contract.hidden)
+    except BadResult as bad:  # beyond bfloat16's range
+        return outcome.Error(NotFinite(str(bad)))
+    return outcome.Value(Answer(both.kept, micros, both.wire))
 
 
 def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]:
@@ -780,12 +800,9 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
     for step in steps:
         end, codec = begin + step.contract.batch, step.contract.codec
         if codec not in wires:
-            if codec == OUTLIER_CODEC:
-                wires[codec] = pack_finite_rows(hidden)
-            else:
-                wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
-                finite = torch.isfinite(wire).all(-1).tolist()
-                wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
+            wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
+            finite = torch.isfinite(wire).all(-1).tolist()
+            wires[codec] = finite, memoryview(wire.view(torch.uint8).numpy().data).cast("B")
         finite, data = wires[codec]
         row = data.nbytes // len(finite)
         if not all(finite[begin:end]):

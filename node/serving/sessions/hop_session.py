@@ -22,7 +22,7 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerFault, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
-from tensor_codec.messages.contract import Contract, keeps_values
+from tensor_codec.messages.contract import VALUE_BYTES, Contract
 from tensor_codec.messages.session import Relink, Step, owner_tag
 
 # The tag of a session's owner (`owner_tag`), and its id.  An id alone is no secret: others may open it too.
@@ -42,6 +42,10 @@ class FrameStream(Protocol):
     @property
     def peer(self) -> PeerId:
         """The authenticated peer at the other end."""
+
+    @property
+    def speed(self) -> int:
+        """At which the last frame came, bytes per second; 0: unknown."""
 
     @property
     def prefix(self) -> str:
@@ -82,13 +86,14 @@ class SessionRoute:
     """The neighbours of this hop in one epoch of a session; steps of other epochs are forgotten.
 
     predecessor: the peer that pushes steps, or None where the client sends them.  successor: the peer that
-    gets the outputs, or None.  relay: the client carries the outputs to the next hop.
+    gets the outputs, or None.  relay: the client carries the outputs to the next hop.  pack: see `Open`.
     """
 
     epoch: int
     predecessor: str | None
     successor: str | None
     relay: bool
+    pack: int = 0
 
     @property
     def sends_on(self) -> bool:
@@ -183,26 +188,26 @@ class HopSession:
         self.inbox.close()
         self.scope.cancel()
 
-    def put(self, step: Step, sender: PeerId, place: FramePlace | None = None) -> None:
+    def put(self, step: Step, sender: PeerId, speed: int = 0, place: FramePlace | None = None) -> None:
         """Put a step into the inbox, unless it took an older route.  Raises RemoteProtocolError.
 
-        place: of its bytes, where there is one already.
+        speed: see `Arrived`.  place: of its bytes, where there is one already.
         """
         if step.epoch == self.route.epoch:
             try:
-                self.inbox.put(Arrived(step, sender, trio.current_time()), place)
+                self.inbox.put(Arrived(step, sender, trio.current_time(), speed), place)
             except Refused as refusal:
                 self.end(refusal)
         else:
             self.inbox.room.remove(place)
 
-    async def put_when_it_fits(self, step: Step, sender: PeerId) -> None:
+    async def put_when_it_fits(self, step: Step, sender: PeerId, speed: int = 0) -> None:
         """The same for a part of a long prompt or replay: its sender waits for space in the inbox."""
         if step.epoch != self.route.epoch:
             return
         fits, place = await self.inbox.wait_for_space(len(step.body))
         if fits:
-            self.put(step, sender, place)
+            self.put(step, sender, speed, place)
         else:
             self.inbox.room.remove(place)
 
@@ -211,11 +216,11 @@ class HopSession:
         if order.epoch <= self.route.epoch:
             raise RemoteProtocolError(f"epoch {order.epoch} after {self.route.epoch}")
         codec = order.codec or self.contract.codec
-        if self.state.length and not keeps_values(self.contract.codec, codec):
+        if self.state.length and VALUE_BYTES[codec] < VALUE_BYTES[self.contract.codec]:
             raise RemoteProtocolError(f"codec {codec} after {self.contract.codec}, which loses less")
         self.contract = replace(self.contract, codec=codec)
         self.stream.limit = self.contract.frame_bytes
-        self.route = SessionRoute(order.epoch, order.predecessor, order.successor, order.relay)
+        self.route = SessionRoute(order.epoch, order.predecessor, order.successor, order.relay, order.pack)
         self.inbox.order(order)
         if self._interruptible is not None:
             self._interruptible.cancel()

@@ -16,11 +16,15 @@ from tensor_codec.messages.session import Relink, Resume, Step
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A step, its sender, and the time of its arrival on trio's clock."""
+    """A step, its sender, and the time of its arrival on trio's clock.
+
+    speed: of the link that it came by, bytes per second; 0: unknown.
+    """
 
     step: Step
     sender: PeerId
     at: float
+    speed: int = 0
 
 
 class Inbox:

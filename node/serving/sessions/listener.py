@@ -106,6 +106,7 @@ class Listener:
     admission: of requests for blocks.  pool: of the caches' pages; budget: how many each session may hold.
     open_stream: to a peer of our view, for pushing.  faults: of peers, counted.
     journal_tokens: tokens of outputs that are kept for replays; None: as many as the caches hold.
+    packs: whether hidden states may lose values on their way, in int8o, where the client asks for it.
     """
 
     admission: SpanAdmission
@@ -116,6 +117,7 @@ class Listener:
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
     journal_tokens: int | None = None
+    packs: bool = True
     _sessions: SessionTable = field(default_factory=SessionTable)
     _frames: FrameBudget = field(init=False)
     _links: PushLinks = field(init=False)
@@ -207,15 +209,18 @@ class Listener:
             return False
         return False
 
-    async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
-        """One step that `peer` pushes; False where it is of no session that goes on.  Raises PeerFault."""
+    async def take_push(self, frame: Buffer, peer: PeerId, speed: int = 0) -> bool:
+        """One step that `peer` pushes; False where it is of no session that goes on.  Raises PeerFault.
+
+        speed: see `Arrived`.
+        """
         message = read_message(frame, frozenset({"step"}))
         session, owner = step_session(message)
         named = self._sessions.by_id.get(session, ())
         for hop in named:
             feeder = hop.route.predecessor or hop.stream.peer  # `feeder`, for every token
             if feeder == peer and (not owner or owner == hop.key[0]):
-                return await self._take(message, hop, peer)
+                return await self._take(message, hop, peer, speed)
         if self._sessions.ended.forgives(peer, session, trio.current_time()):
             return True  # it ended while the step travelled
         # A hop that has been replaced, a thief, or a client that opened its two hops differently.
@@ -226,7 +231,7 @@ class Listener:
             self.faults.add(peer, fault, bans=False)
         return False
 
-    async def _take(self, message: Message, hop: HopSession, peer: PeerId) -> bool:
+    async def _take(self, message: Message, hop: HopSession, peer: PeerId, speed: int) -> bool:
         """Whether the step is of the session's present route."""
         if hop.scope.cancel_called:
             return True  # it ends just now
@@ -235,9 +240,9 @@ class Listener:
                 return False  # it took an older route, perhaps with another codec
             step = read_step(message, hop.contract)
             if step.bulk:
-                await hop.put_when_it_fits(step, peer)
+                await hop.put_when_it_fits(step, peer, speed)
             else:
-                hop.put(step, peer)
+                hop.put(step, peer, speed)
         except (MessageError, RemoteProtocolError) as fault:
             self._worker(hop).end_for(fault, peer)
         return True
@@ -328,6 +333,7 @@ class Listener:
             hidden=hidden,
             codec=opened.codec,
             max_step_tokens=self.limits.step_tokens(vector_bytes(opened.codec, hidden)),
+            packs=self.packs,
         )
 
     @contextmanager
@@ -352,7 +358,9 @@ class Listener:
                     held=opened.held,
                     room=self._bytes.steps.of_session(stream.peer, stream.prefix),
                 ),
-                route=SessionRoute(opened.epoch, opened.predecessor, opened.successor, opened.relay),
+                route=SessionRoute(
+                    opened.epoch, opened.predecessor, opened.successor, opened.relay, opened.pack
+                ),
                 kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),
                 guests=guests,

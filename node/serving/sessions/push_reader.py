@@ -26,7 +26,7 @@ class StepTaker(Protocol):
     def wants(self, beginning: bytes, size: int, peer: PeerId) -> bool:
         """See `Listener.wants`."""
 
-    async def take_push(self, frame: Buffer, peer: PeerId) -> bool:
+    async def take_push(self, frame: Buffer, peer: PeerId, speed: int = 0) -> bool:
         """See `Listener.take_push`."""
 
 
@@ -49,7 +49,7 @@ async def read_pushes(stream: FrameStream, takers: Iterable[StepTaker], frames: 
                 break
             state.in_hand = True
             for taker in takers:
-                if await taker.take_push(frame, stream.peer):
+                if await taker.take_push(frame, stream.peer, stream.speed):
                     state.steps += 1
                     break
             else:

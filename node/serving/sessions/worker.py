@@ -15,7 +15,7 @@ import trio
 
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission
-from node.serving.executor.engine import Answer, Engine, NotFinite
+from node.serving.executor.engine import Answer, Engine, NotFinite, Packing
 from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import HopSession, SessionCache
@@ -27,7 +27,7 @@ from tensor_codec.errors import BadResult, CacheFull, PeerFault, PeerGone, Refus
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal, JournalBudget
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import MAX_HOPS, REPLAY_TOKENS, Contract, StepRange
+from tensor_codec.messages.contract import MAX_HOPS, REPLAY_TOKENS, Contract, StepRange, are_packed
 from tensor_codec.messages.fields import Failed, encode_failed
 from tensor_codec.messages.session import (
     Close,
@@ -124,7 +124,7 @@ class HopWorker:
         match message:
             case Step():
                 if hop.route.predecessor is None:
-                    hop.put(message, hop.stream.peer)
+                    hop.put(message, hop.stream.peer, hop.stream.speed)
                 elif message.epoch == hop.route.epoch:
                     raise RemoteProtocolError("a step from the client, where another hop sends them")
                 if message.epoch != hop.route.epoch:
@@ -269,7 +269,7 @@ class HopWorker:
         Raises Refused, NotFinite, and PeerFault for a fault of the step's sender.
         """
         step, hop, contract = arrived.step, self.hop, self.hop.contract  # a Relink may change it meanwhile
-        tokens = len(step.body) // contract.row_bytes
+        tokens = len(step.body) // (contract.packed_row_bytes if step.packed else contract.row_bytes)
         what = StepRange(step.position, tokens, step.reply, step.rope_length, step.rows)
         replay = step.reply == "replay"
         decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
@@ -302,6 +302,7 @@ class HopWorker:
                     prompts=None if guests.prompts is None else guests.prompts_at(what.position),
                     prefix=hop.stream.prefix,
                     adapter=guests.adapter,
+                    packing=_packing(hop, step, what),
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
@@ -317,7 +318,7 @@ class HopWorker:
         if (journal := hop.kept.journal) is not None and whole:
             self.journals.append(journal, what.position, what.tokens, answer.body, what.rope_length)
         if decision.step is not None:
-            hop.kept.answer = answer
+            hop.kept.answer = replace(answer, packed=None) if answer.packed is not None else answer
         else:
             self.engine.meters.replayed["computed"] += what.tokens * contract.batch
         return answer
@@ -342,13 +343,19 @@ class HopWorker:
         held = int((trio.current_time() - arrived.at) * 1e6)
         # The next hop takes no more, whatever came in.
         timings = (*step.timings, (held, answer.compute_micros))[-MAX_HOPS:]
+        speeds = _speeds(arrived) if arrived.speed or step.speeds else ()
         if step.reply == "replay":
             await self._pass_on_replay(what, answer, timings)
         elif hop.route.successor is None:
             position = what.position if hop.route.relay else what.reply_position
-            await self._answer(Result(step.step, position, answer.body, timings, hop.route.epoch))
+            result = Result(step.step, position, answer.body, timings, hop.route.epoch)
+            await self._answer(replace(result, speeds=speeds) if speeds else result)
         else:
-            onward = replace(step, body=answer.body, timings=timings, owner=hop.key[0])
+            packed = answer.packed if hop.route.pack else None
+            body = answer.body if packed is None else packed
+            onward = replace(
+                step, body=body, packed=packed is not None, timings=timings, speeds=speeds, owner=hop.key[0]
+            )
             await self._push(onward, bulk=step.bulk)
 
     async def _pass_on_replay(
@@ -397,6 +404,19 @@ class HopWorker:
             self.faults.add(str(peer), fault, bans=False)
             notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
             await send_to_client(hop, notice)
+
+
+def _packing(hop: HopSession, step: Step, what: StepRange) -> Packing:
+    """How a step came, and how its outputs go on.  A replay goes on as exactly as it came."""
+    rows, contract, route = what.tokens * hop.contract.batch, hop.contract, hop.route
+    onward = route.pack and route.successor is not None and contract.packs and step.reply != "replay"
+    return Packing(step.packed, onward=bool(onward) and are_packed(rows, route.pack))
+
+
+def _speeds(arrived: Arrived) -> tuple[int, ...]:
+    """Of the links to each hop so far, this one's the last; 0 for a hop that did not say it."""
+    before = arrived.step.speeds, len(arrived.step.timings)
+    return (*before[0][: before[1]], *[0] * (before[1] - len(before[0])), arrived.speed)[-MAX_HOPS:]
 
 
 def _from_position(body: Buffer, contract: Contract, position: int) -> Buffer:

@@ -53,6 +53,11 @@ class ClientStream:
     def limit(self, size: int) -> None:
         self._read_from.limit = size
 
+    @property
+    def speed(self) -> int:
+        """See FrameStream."""
+        return self._read_from.speed
+
     async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
         """Send one frame, if there is a stream that takes it.  Raises SlowPeer."""
         try:
