@@ -18,7 +18,7 @@ from node.network.lan.discovery import LanDiscovery, open_lan
 from node.network.mapping.mapper import open_mapper
 from node.network.reachability.asking import Questions
 from node.network.reachability.listener import ReachListener
-from node.network.reachability.routes import public_addresses, relay_candidates, routes_to
+from node.network.reachability.routes import named_in_record, public_addresses, relay_candidates, routes_to
 from node.network.reachability.seen import learn_seen
 from node.network.reachability.watch import ReachWatch
 from node.network.relaying.own_reservations import Candidate
@@ -145,7 +145,10 @@ def _use_relays(host: Host, directory: Directory, reach: ReachWatch, relaying: R
     dial_relayed_peers(host, directory, relaying)
     keeper.candidates = lambda: relay_candidates(directory.view(), directory.rtts(), host.peer_id)
     keeper.wanted = lambda: reach.wants_relays
-    keeper.on_change = reach.set_relays
+    is_public = host.swarm_id == swarm_id(None)
+    keeper.on_change = lambda relays: reach.set_relays(
+        *named_in_record(relays, keeper.chosen, is_public=is_public)
+    )
     reach.hooks.on_change = keeper.look_soon
     reach.hooks.seen_by_relays = lambda: {each.host for each in keeper.plan.seen_at}
     if relaying.relay is not None:

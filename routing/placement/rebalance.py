@@ -75,7 +75,7 @@ def holders(spans: Sequence[Record], position_bytes: int = 0) -> list[Holder]:
             s.next_stop if s.moves else s.stop,
             rate_of(s),
             s.state == "online" and not s.moves,
-            s.relays if s.reach == "relayed" else (),
+            s.every_relay if s.reach == "relayed" else (),
         )
         for s in sorted(spans, key=lambda s: s.peer)
     ]

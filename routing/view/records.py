@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -43,6 +43,7 @@ MAX_CODECS = 8
 MAX_RANK = 4096  # of an adapter: as much as the hidden size of a large model
 MAX_RTTS = 16
 MAX_RELAYS = 3
+MAX_THROUGH = 2  # multiaddrs of relays that are no peers of the swarm
 MAX_LAN = 2  # private addresses
 MAX_RELAY_MBIT = 1_000_000
 MAX_IP_CHARACTERS = 45  # an IPv4 address in the longest form of IPv6
@@ -77,7 +78,8 @@ class Record:
     reach: whether others can dial this peer, as others have tried it: "public" at its addresses, "relayed"
         through its relays alone, "none" not at all, "unknown" where nobody has tried.
     unreached: what came of dials to a peer that others do not reach directly; "" where it was not said.
-    relays: peers through which this one can be dialled.  helps: it relays for others, at `relay_mbit`
+    relays: peers through which this one can be dialled.  through: multiaddrs with /p2p/ID of relays of which
+        there may be no record.  helps: it relays for others, at `relay_mbit`
         (10**6 bits per second; 0: not said), and has carried `relayed_bytes` since its start, both ways.
     lan: private addresses, for peers with the same `seen`: the IP address under which others see this peer.
     seq: order among this peer's records; only the highest counts.
@@ -110,6 +112,7 @@ class Record:
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     reach: Reach = "unknown"
     relays: tuple[PeerId, ...] = ()
+    through: tuple[str, ...] = ()
     lan: tuple[str, ...] = ()
     seen: str = ""
     helps: bool = False
@@ -127,9 +130,19 @@ class Record:
         return Blocks(self.start, self.stop)
 
     @property
+    def every_relay(self) -> tuple[PeerId, ...]:
+        """The peers of `relays` and of `through`, each once."""
+        return tuple(dict.fromkeys((*self.relays, *peers_of(self.through))))
+
+    @property
     def moves(self) -> bool:
         """Whether this peer is about to serve other blocks."""
         return self.next_stop > 0
+
+
+def peers_of(through: Sequence[str]) -> tuple[PeerId, ...]:
+    """The peers of multiaddrs that end with /p2p/ID."""
+    return tuple(PeerId(text.rpartition("/p2p/")[2]) for text in through)
 
 
 def sign_record(record: Record, private_key: bytes) -> bytes:
@@ -231,6 +244,8 @@ def _reach_to_wire(record: Record) -> dict[str, object]:
         fields["reach"] = record.reach
     if record.relays:
         fields["relays"] = [public_key_of(peer) for peer in record.relays]
+    if record.through:
+        fields["through"] = list(record.through)
     if record.lan:
         fields["lan"] = list(record.lan)
     if record.seen:
@@ -292,6 +307,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),
         reach=reach,
         relays=_relays(fields.items("relays", MAX_RELAYS, absent=True)),
+        through=_through(fields),
         lan=tuple(_address(text) for text in _texts(fields, "lan", MAX_LAN, 128)) if "lan" in fields else (),
         seen=_ip(fields.text("seen", MAX_IP_CHARACTERS)) if "seen" in fields else "",
         helps=fields.flag("helps", absent=False),
@@ -341,6 +357,19 @@ def _relays(keys: list[Any]) -> tuple[PeerId, ...]:
     return tuple(map(peer_id_of, keys))
 
 
+def _through(fields: Header) -> tuple[str, ...]:
+    """Addresses of relays, each after /p2p/ the relay's id, which may be of any kind of key."""
+    if "through" not in fields:
+        return ()
+    texts = _texts(fields, "through", MAX_THROUGH, 192)
+    for text in texts:
+        address, _, peer = text.rpartition("/p2p/")
+        _address(address)
+        if not _PEER_ID.fullmatch(peer):
+            raise RecordError(f"{_brief(text)} does not end with a peer id")
+    return texts
+
+
 def _ip(text: str) -> str:
     try:
         address = ipaddress.ip_address(text)
@@ -353,6 +382,7 @@ def _ip(text: str) -> str:
 
 _LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\.?")
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{40,60}")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 

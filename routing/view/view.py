@@ -71,7 +71,7 @@ class SwarmView:
 
     def is_dialled(self, record: Record) -> bool:
         """Whether there is a way to that peer: an address, or a relay."""
-        return bool(self.dialled_at(record) or record.relays)
+        return bool(self.dialled_at(record) or record.every_relay)
 
     def dialled_at(self, record: Record) -> tuple[str, ...]:
         """The addresses at which this peer dials that one: private ones only where both are in one house."""

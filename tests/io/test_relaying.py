@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
 import trio.testing
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, StopMessage
 
+from node.network.relaying.circuit_link import is_limited
 from node.network.relaying.circuits import SETTLING_SECONDS
 from node.network.relaying.messages import (
+    HOP_PROTOCOL,
     STOP_PROTOCOL,
     Status,
     decode_hop_answer,
@@ -23,6 +28,8 @@ from node.network.relaying.messages import (
 )
 from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.identity import identity_of
+from node.network.transport.yamux import StreamReset
+from routing.names import PeerId
 from tensor_codec.errors import NotAMember, PeerFault, PeerGone, RemoteProtocolError
 from tensor_codec.limits import KIB, MIB, Limits
 from tests.fakes import ALICE, BOB
@@ -323,6 +330,70 @@ async def test_a_session_waits_a_moment_for_a_direct_way_and_no_longer(
             began = trio.current_time()
             assert (await circuits.settled(circuit, source.direct)).relayed_by is None
         assert trio.current_time() - began < 0.5
+
+
+class LimitedRelay:
+    """Another program's relay: it says that it ends circuits after so many bytes, and does."""
+
+    def __init__(self, relay: Peer, target: Peer, most: int) -> None:
+        self.relay, self.target, self.most = relay, target, most
+        relay.handlers[HOP_PROTOCOL] = self.serve
+
+    async def serve(self, stream: MuxedStream, peer: PeerId, prefix: str) -> None:
+        await read_delimited(stream.receive_some, 4096)
+        asked = StopMessage(type=StopMessage.CONNECT)
+        asked.peer.id = ID.from_base58(peer).to_bytes()
+        asked.limit.data = self.most
+        other = await ask(self.relay, self.target, delimited(asked.SerializeToString()), STOP_PROTOCOL)
+        await read_delimited(other.receive_some, 4096)
+        answer = HopMessage(type=HopMessage.STATUS)
+        answer.status = Status.OK.value  # type: ignore[assignment]  # the stubs want their own enumeration
+        answer.limit.data = self.most
+        await stream.send_all(delimited(answer.SerializeToString()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._carry, stream, other)
+            await self._carry(other, stream)
+            nursery.cancel_scope.cancel()
+
+    async def _carry(self, one: MuxedStream, other: MuxedStream) -> None:
+        left = self.most
+        with contextlib.suppress(PeerGone):
+            while left > 0 and (data := await one.receive_some(left)):
+                await other.send_all(data)
+                left -= len(data)
+        one.reset_now()
+        other.reset_now()
+
+
+async def test_no_session_begins_on_a_circuit_with_a_limit_unless_a_direct_way_comes(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        LimitedRelay(relay, target, 1 << 20)
+        circuit, began = await through(source, relay, target), trio.current_time()
+        assert is_limited(circuit)
+        assert is_limited(target.circuits_in[0])
+        with pytest.raises(PeerGone, match="ends circuits after a while"):
+            await source.circuits.settled(circuit, source.direct)
+        assert trio.current_time() - began == pytest.approx(QUICK.punch_seconds, abs=0.1)
+        await connect(target, source)
+        assert (await source.circuits.settled(circuit, source.direct)).relayed_by is None
+
+
+async def test_a_circuit_that_ends_by_its_limit_is_nobody_s_fault(autojump_clock: trio.testing.MockClock):
+    async with world() as (source, relay, target):
+        LimitedRelay(relay, target, 100_001)
+        circuit = await through(source, relay, target)
+        stream = await opened(circuit)
+        with contextlib.suppress(PeerGone):
+            await stream.send_all(b"x" * 500_000)
+        with pytest.raises(PeerGone):
+            await receive_exactly(stream, 500_000)
+        await trio.sleep(1)
+        assert circuit.closed.is_set()
+        assert target.circuits_in[0].closed.is_set()
+        faults = source.faults + relay.faults + target.faults
+        assert {type(fault) for _, fault in faults} <= {PeerGone, StreamReset}, "which bans nobody"
 
 
 async def test_a_session_waits_no_longer_where_the_punch_has_failed(autojump_clock: trio.testing.MockClock):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol
 from libp2p.tools.anyio_service import background_trio_service
 
@@ -20,6 +21,7 @@ from node.network.reachability.asking import Questions, ask_for_reach
 from node.network.reachability.candidates import FAMILIES
 from node.network.reachability.listener import ReachListener
 from node.network.relaying.circuits import RelayAt, Routes
+from node.network.relaying.messages import read_delimited
 from node.network.relaying.own_reservations import Candidate
 from node.network.relaying.service import CircuitsInUse, Relaying, open_relaying
 from node.network.streams import FramedStream
@@ -159,6 +161,20 @@ async def test_an_address_that_answers_is_faster_than_a_relay_and_one_that_does_
         live = client.connections.live(server.peer_id)
         assert live is not None
         assert live.relayed_by is None
+
+
+async def test_identify_names_the_protocol_of_a_relay_and_of_no_other_node():
+    async with peer(8) as (relay, _), peer() as (other, _), peer(listen=()) as (client, _):
+        for host, relays in ((relay, True), (other, False)):
+            await client.connect(host.peer_id, host.addresses, seconds=PATIENT_SECONDS)
+            connection = client.connections.live(host.peer_id)
+            assert connection is not None
+            stream = connection.open()
+            stream.propose("/ipfs/id/1.0.0")
+            said: Any = Identify()
+            said.ParseFromString(await read_delimited(stream.receive_some, 16_384))
+            assert ("/libp2p/circuit/relay/0.2.0/hop" in said.protocols) is relays
+            assert "/ipfs/id/1.0.0" in said.protocols
 
 
 async def test_a_circuit_through_py_libp2p_s_relay():

@@ -291,6 +291,7 @@ def full_record() -> tuple[Record, bytes]:
         next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
         prefill_seconds_per_token=1e-3, cache_tokens=64, session_tokens=64, step_tokens=64, queue=1.0, seq=1,
         prompts=True, codecs=("int8o",), lora=64, reach="relayed", relays=(identity_of(bytes(32)).peer_id,),
+        through=("/ip4/192.0.2.1/tcp/1/p2p/QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN",),
         lan=("/ip4/192.168.1.5/tcp/1",), seen="192.0.2.1", helps=True, relay_mbit=50, relayed_bytes=1,
         unreached="timed out", name="n", version="0",
     )  # fmt: skip

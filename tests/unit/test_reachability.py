@@ -310,6 +310,10 @@ def test_only_verified_addresses_are_announced_and_private_ones_for_the_house() 
     assert (found.unreached, own_reach(PUBLIC, OWN).unreached) == ("timed out", "")
     found = own_reach(NONE, OWN, PEERS)
     assert (found.reach, found.addresses, found.relays) == ("relayed", (), tuple(PEERS[:3]))
+    through = [f"/ip4/198.18.{n}.1/tcp/4001/p2p/12D3KooWabc12{n}" for n in range(3)]
+    found = own_reach(NONE, OWN, (), through)
+    assert (found.reach, found.through) == ("relayed", tuple(through[:2]))
+    assert "relayed by …abc120, …abc121" in report(NONE, found, OWN)
     found = own_reach(Verdict(), OWN)
     assert (found.reach, found.addresses, found.lan) == ("unknown", (PRIVATE,), ())
 

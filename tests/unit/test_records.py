@@ -448,12 +448,16 @@ def test_a_peer_can_only_go_to_blocks_that_there_are(wrong):
         verify(signed(dict(sorted(payload.items()))))
 
 
+RSA_RELAY = "QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN"
+
+
 def test_how_a_peer_is_reached_is_optional_and_checked():
     relay = peer_id_of(b"r" * 32)
     said = replace(
         GOOD,
         reach="relayed",
         relays=(relay,),
+        through=(f"/ip4/198.18.7.1/tcp/1/p2p/{RSA_RELAY}",),
         lan=("/ip4/192.168.1.11/tcp/1",),
         seen="203.0.113.7",
         helps=True,
@@ -462,9 +466,10 @@ def test_how_a_peer_is_reached_is_optional_and_checked():
         unreached="timed out",
     )
     assert verify(sign_record(said, KEY)) == said
+    assert said.every_relay == (relay, RSA_RELAY)
     plain = msgpack.unpackb(msgpack.unpackb(sign_record(GOOD, KEY))[0])
     assert (
-        not {"reach", "relays", "lan", "seen", "helps", "relay_mbit", "relayed_bytes", "unreached"}
+        not {"reach", "relays", "lan", "seen", "helps", "relay_mbit", "relayed_bytes", "unreached", "through"}
         & plain.keys()
     )  # as older versions have it
     for wrong in (
@@ -474,6 +479,10 @@ def test_how_a_peer_is_reached_is_optional_and_checked():
         {"relays": [bytes([n]) * 32 for n in range(4)]},
         {"lan": ["/ip4/192.168.1.11/tcp/1"] * 3},
         {"lan": ["nonsense"]},
+        {"through": ["/ip4/198.18.7.1/tcp/1"]},
+        {"through": [f"/ip4/0.0.0.0/tcp/1/p2p/{RSA_RELAY}"]},
+        {"through": ["/ip4/198.18.7.1/tcp/1/p2p/0OIl"]},
+        {"through": [f"/ip4/198.18.7.{n}/tcp/1/p2p/{RSA_RELAY}" for n in range(3)]},
         {"seen": "nonsense"},
         {"seen": "0.0.0.0"},
         {"helps": 1},

@@ -99,6 +99,13 @@ def test_a_limited_circuit_is_known():
     assert not decode_hop_answer(answer.SerializeToString()).is_limited
     answer.limit.data = 1 << 17
     assert decode_hop_answer(answer.SerializeToString()).is_limited
+    asked = StopMessage(type=StopMessage.CONNECT)
+    asked.peer.id = ID.from_base58(BOB.peer_id).to_bytes()
+    assert not decode_stop(asked.SerializeToString()).is_limited
+    asked.limit.data, asked.limit.duration = 4 << 30, 1800
+    assert not decode_stop(asked.SerializeToString()).is_limited, "enough for a session"
+    asked.limit.duration = 120
+    assert decode_stop(asked.SerializeToString()) == Connect(BOB.peer_id, is_limited=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from node.network.reachability.routes import public_addresses, relay_candidates, routes_to
+from node.network.reachability.routes import named_in_record, public_addresses, relay_candidates, routes_to
+from node.network.relaying.own_reservations import Candidate
 from routing.names import PeerId, peer_id_of
 from routing.view.records import Record
 from routing.view.view import Arrival, SwarmView, merge
@@ -61,6 +62,33 @@ def test_the_shortest_way_to_a_relayed_peer_comes_first():
 def test_a_relay_without_a_record_stays_a_way_of_last_resort():
     routes = routes_to(view_of(public(NEAR, 2), home()), RTTS, HOME)
     assert [(each.peer, bool(each.addresses)) for each in routes.relays] == [(NEAR, True), (FAR, False)]
+
+
+RSA = PeerId("QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN")
+FOREIGN = f"/ip4/198.18.7.1/tcp/4001/p2p/{RSA}"
+
+
+def test_a_relay_that_is_no_peer_of_the_swarm_is_dialled_where_the_record_says():
+    view = view_of(public(NEAR, 2), home(through=(FOREIGN, f"/dns4/r.example/tcp/1/p2p/{NEAR}")))
+    routes = routes_to(view, RTTS, HOME)
+    assert [each.peer for each in routes.relays] == [NEAR, FAR, RSA]
+    assert routes.relays[0].addresses == ("/ip4/198.18.2.1/tcp/4001", "/dns4/r.example/tcp/1")
+    assert routes.relays[2].addresses == ("/ip4/198.18.7.1/tcp/4001",)
+    only = public(HOME, 9, addresses=(), helps=False, reach="relayed", through=(FOREIGN,))
+    assert [each.peer for each in routes_to(view_of(only), RTTS, HOME).relays] == [RSA]
+    assert view_of(only).is_dialled(only)
+
+
+def test_the_operator_s_relays_are_named_by_their_addresses_in_a_public_swarm():
+    chosen = [
+        Candidate(RSA, ("/ip4/198.18.7.1/tcp/4001",), is_chosen=True),
+        Candidate(FAR, (f"/ip4/198.18.4.1/tcp/4001/p2p/{FAR}",), is_chosen=True),
+        Candidate(STRANGER, ("/ip4/198.18.5.1/tcp/4001",), is_chosen=True),
+    ]
+    relays = (NEAR, RSA, FAR)
+    through = (FOREIGN, f"/ip4/198.18.4.1/tcp/4001/p2p/{FAR}")
+    assert named_in_record(relays, chosen, is_public=True) == ((NEAR, FAR), through)
+    assert named_in_record(relays, chosen, is_public=False) == ((NEAR, FAR), ())
 
 
 def test_a_circuit_waits_for_the_addresses_of_a_peer_that_may_have_some():

@@ -209,6 +209,7 @@ def _with_reach(record: Record, reach: OwnReach | None) -> Record:
         addresses=reach.addresses,
         reach=reach.reach,
         relays=reach.relays,
+        through=reach.through,
         lan=reach.lan,
         seen=reach.seen,
         helps=reach.helps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from node.network.addresses import Reach as AddressReach
@@ -13,7 +14,7 @@ from node.network.own_addresses import OwnAddresses
 from node.network.reachability.candidates import is_asked_about, reach_of_address
 from node.network.reachability.state import Verdict
 from routing.names import PeerId
-from routing.view.records import MAX_LAN, MAX_RELAYS, Reach, Unreached
+from routing.view.records import MAX_LAN, MAX_RELAYS, MAX_THROUGH, Reach, Unreached, peers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,12 @@ class OwnReach:
     seen: str = ""
     relay_mbit: int = 0
     unreached: Unreached = ""
+    through: tuple[str, ...] = ()
+
+    @property
+    def every_relay(self) -> tuple[PeerId, ...]:
+        """The peers that relay for it, each once."""
+        return tuple(dict.fromkeys((*self.relays, *peers_of(self.through))))
 
     @property
     def helps(self) -> bool:
@@ -40,30 +47,38 @@ class OwnReach:
 
 
 def own_reach(
-    verdict: Verdict, own: OwnAddresses, relays: Sequence[PeerId] = (), *, relay_mbit: int = 0
+    verdict: Verdict,
+    own: OwnAddresses,
+    relays: Sequence[PeerId] = (),
+    through: Sequence[str] = (),
+    *,
+    relay_mbit: int = 0,
 ) -> OwnReach:
     """What the record says after this verdict.
 
     Verified addresses alone are announced, once it is known which; until then all are, as older versions do.
     Addresses that the operator has chosen are announced in any case.  relays: that hold a reservation for it.
+    through: the multiaddrs, with /p2p/ID, of those that the operator has named.
     relay_mbit: it relays at this rate, which a public node alone can; 0: it does not.
     A node that is public over IPv6 alone may have relays too, for peers without IPv6.
     """
     seen = min(verdict.seen, key=lambda host: ":" in host, default="")  # IPv4 first: a house has one of it
     private = [t for t in own.found if reach_of_address(parse_address(t)) is AddressReach.PRIVATE]
     lan = tuple(private[:MAX_LAN]) if seen else ()
-    relays = tuple(relays[:MAX_RELAYS])
+    said = partial(
+        OwnReach, relays=tuple(relays[:MAX_RELAYS]), seen=seen, through=tuple(through[:MAX_THROUGH])
+    )
     if verdict.reach == "public":
         kept = [*own.announced, *verdict.verified] if own.chosen else verdict.verified
         outside = tuple(address for address in lan if address not in kept)
-        return OwnReach("public", tuple(dict.fromkeys(kept)), relays, outside, seen, relay_mbit)
+        return said("public", tuple(dict.fromkeys(kept)), lan=outside, relay_mbit=relay_mbit)
     if own.chosen:
-        return OwnReach("unknown", own.announced, relays, lan, seen)
+        return said("unknown", own.announced, lan=lan)
     if verdict.reach == "none":
         why = Counter(verdict.failures.values()).most_common(1)
         reason = cast("Unreached", why[0][0]) if why else ""
-        return OwnReach("relayed" if relays else "none", (), relays, lan, seen, unreached=reason)
-    return OwnReach("unknown", own.announced, relays, (), seen)
+        return said("relayed" if relays or through else "none", (), lan=lan, unreached=reason)
+    return said("unknown", own.announced)
 
 
 def report(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
@@ -78,8 +93,8 @@ def report(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
         return "whether others reach this node is not known: no peer could tell"
     where, why = ", ".join(map(_place, verdict.failures)), ", ".join(dict.fromkeys(verdict.failures.values()))
     line = f"not reachable at {where} ({peers}: {why})"
-    if reach.relays:
-        line += f"; relayed by {', '.join('…' + peer[-6:] for peer in reach.relays)}"
+    if reach.every_relay:
+        line += f"; relayed by {', '.join('…' + peer[-6:] for peer in reach.every_relay)}"
     return line + _advice(verdict, reach, own)
 
 
@@ -95,7 +110,7 @@ def _advice(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
     if own.chosen:
         return ". The announced addresses stay in its record: check --announce"
     if private and verdict.seen and private[0].host not in verdict.seen:
-        first, aim = private[0], "To be faster" if reach.relays else "To be reached"
+        first, aim = private[0], "To be faster" if reach.every_relay else "To be reached"
         return (
             f". {aim}: forward TCP {first.port} to {first.host} on the router,"
             " or allow port mapping (UPnP, NAT-PMP) there"

@@ -66,7 +66,7 @@ class ReachWatch:
         self._limits = limits
         self._rng = rng
         self._offers: dict[str, tuple[str, ...]] = {}  # by origin
-        self._relays: tuple[PeerId, ...] = ()
+        self._relays: tuple[tuple[PeerId, ...], tuple[str, ...]] = (), ()
         self._relay_mbit = 0  # it carries nothing for others
         self._news = trio.Event()
         self._relays_saw: frozenset[str] = frozenset()
@@ -80,10 +80,10 @@ class ReachWatch:
         self._offers[origin] = tuple(addresses)
         self._wake()
 
-    def set_relays(self, relays: Sequence[PeerId]) -> None:
-        """The peers that relay for this node now."""
-        if tuple(relays) != self._relays:
-            self._relays = tuple(relays)
+    def set_relays(self, relays: Sequence[PeerId], through: Sequence[str] = ()) -> None:
+        """The peers that relay for this node now, and the multiaddrs of those that the operator has named."""
+        if (found := (tuple(relays), tuple(through))) != self._relays:
+            self._relays = found
             self._tell()
 
     def set_helps(self, mbit: int) -> None:
@@ -189,7 +189,7 @@ class ReachWatch:
     def _tell(self) -> None:
         """Let the record say what is known now, and the log once."""
         verdict = self.verdict
-        own = own_reach(verdict, self._host.own, self._relays, relay_mbit=self._relay_mbit)
+        own = own_reach(verdict, self._host.own, *self._relays, relay_mbit=self._relay_mbit)
         if own != self.own:
             self.own = own
             self._changed(own)

@@ -5,17 +5,21 @@ Noise, the proof of membership and yamux run inside it from end to end; the rela
 
 from __future__ import annotations
 
-from node.network.transport.connection import MuxedStream
+from node.network.transport.connection import Connection, MuxedStream
 from routing.names import PeerId
 from tensor_codec.errors import LocalProtocolError, PeerGone
 
 
 class CircuitLink:
-    """A Link over a stream of a relay's connection, after the relay's answer; nobody else uses the stream."""
+    """A Link over a stream of a relay's connection, after the relay's answer; nobody else uses the stream.
+
+    is_limited: the relay ends it too soon for a session.
+    """
 
     remote: tuple[str, int] | None = None  # the relay's address is not the peer's
 
-    def __init__(self, stream: MuxedStream) -> None:
+    def __init__(self, stream: MuxedStream, *, is_limited: bool = False) -> None:
+        self.is_limited = is_limited
         self.relayed_by: PeerId | None = stream.connection.peer
         self._stream = stream
         self._closed = False
@@ -51,3 +55,9 @@ class CircuitLink:
     def _raise_if_closed(self) -> None:
         if self._closed:
             raise PeerGone("the circuit was closed on this side")
+
+
+def is_limited(connection: Connection) -> bool:
+    """Whether a connection is a circuit that its relay ends too soon for a session."""
+    link = connection.channel.link
+    return isinstance(link, CircuitLink) and link.is_limited

@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from node.network.relaying.circuit_link import CircuitLink
+from node.network.relaying.circuit_link import CircuitLink, is_limited
 from node.network.relaying.messages import (
     HOP_PROTOCOL,
+    HopAnswer,
     Status,
     decode_hop_answer,
     encode_hop_connect,
@@ -71,10 +72,15 @@ class Circuits:
         with trio.move_on_after(seconds):
             stream = relay.open()
             try:
-                await self._ask(stream, peer)
+                answer = await self._ask(stream, peer)
                 where = f"{peer} through {relay.peer}"
-                made = await self.add(await self.upgrade.outbound(CircuitLink(stream), peer, where))
-                self.settles_at[made] = trio.current_time() + SETTLING_SECONDS
+                made = await self.add(
+                    await self.upgrade.outbound(
+                        CircuitLink(stream, is_limited=answer.is_limited), peer, where
+                    )
+                )
+                patience = self.limits.punch_seconds if is_limited(made) else SETTLING_SECONDS
+                self.settles_at[made] = trio.current_time() + patience
                 return made
             except BaseException:
                 stream.reset_now()
@@ -85,21 +91,28 @@ class Circuits:
         """The way on which a session begins: a direct one, if it comes a moment after the circuit.
 
         live: the direct connection to a peer, None without one.
+        Raises PeerGone where there is none, and the relay would end the circuit in mid-session.
         """
         while trio.current_time() < self.settles_at.get(circuit, 0.0) and not circuit.closed.is_set():
             if (direct := live(circuit.peer)) is not None:
                 return direct
             await trio.sleep(_LOOK_SECONDS)
-        return live(circuit.peer) or circuit
+        if (direct := live(circuit.peer)) is None and is_limited(circuit):
+            raise PeerGone(
+                f"{circuit.peer} has no direct way, and relay {circuit.relayed_by} ends circuits after"
+                " a while: no session begins there"
+            )
+        return direct or circuit
 
-    async def _ask(self, stream: MuxedStream, peer: PeerId) -> None:
-        """Raises PeerGone where the relay refuses."""
+    async def _ask(self, stream: MuxedStream, peer: PeerId) -> HopAnswer:
+        """The relay's yes.  Raises PeerGone where the relay refuses."""
         stream.propose(HOP_PROTOCOL)
         await stream.send_all(encode_hop_connect(peer))
         data = await read_delimited(stream.receive_some, self.limits.max_relay_message_bytes)
         answer = decode_hop_answer(data)
         if answer.status != Status.OK:
             raise PeerGone(f"relay {stream.connection.peer} refuses: {reason_of(answer.status)}")
+        return answer
 
 
 def reason_of(status: int) -> str:

@@ -120,6 +120,8 @@ class Keeper:
         if answer.status != Status.OK:
             raise PeerGone(f"relay {connection.peer} refuses: {reason_of(answer.status)}")
         limits = self.limits
+        if answer.is_limited:
+            logger.debug("relay %s ends circuits after a while: they serve for a direct way", connection.peer)
         if answer.expires_at is None:
             return limits.reservation_seconds
         # a relay whose clock is wrong is asked again now and then, not at once and not never

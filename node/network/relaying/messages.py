@@ -21,11 +21,15 @@ from multiaddr import Multiaddr
 from node.network.addresses import Address, parse_address
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, RemoteProtocolError
+from tensor_codec.limits import MIB
 
 HOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"
 STOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/stop"
 DCUTR_PROTOCOL = "/libp2p/dcutr"
 MAX_ADDRESSES = 8  # that are read of a message; the others are left out
+# Of other programs' relays: with less a session does not begin.  libp2p's usual limits are 120 s and 128 KiB.
+# A session outlives the end of a circuit, but 2048 positions are 32 MiB in float32, and 32 MiB back.
+MIN_CIRCUIT_SECONDS, MIN_CIRCUIT_BYTES = 600, 128 * MIB
 _MAX_ID_BYTES = 64  # an Ed25519 id has 38, an RSA id 34
 _MAX_ADDRESS_BYTES = 256
 
@@ -50,9 +54,13 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """hop: a circuit to this peer, please.  stop: this peer asks for a circuit."""
+    """hop: a circuit to this peer, please.  stop: this peer asks for a circuit.
+
+    is_limited: see `HopAnswer`.
+    """
 
     peer: PeerId
+    is_limited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ class HopAnswer:
     """A relay's answer.
 
     status: one of Status, or a number that we do not know.  expires_at: of a reservation, Unix seconds.
-    is_limited: the relay ends the circuit after a time or a number of bytes.
+    is_limited: the relay ends the circuit before MIN_CIRCUIT_SECONDS or MIN_CIRCUIT_BYTES.
     """
 
     status: int
@@ -162,9 +170,8 @@ def decode_hop_answer(data: bytes) -> HopAnswer:
     message: Any = _parsed(HopMessage(), data)
     if message.type != HopMessage.STATUS:
         raise RemoteProtocolError(f"an answer of type {message.type} from a relay, expected 2")
-    limited = message.HasField("limit") and bool(message.limit.duration or message.limit.data)
     expires_at = message.reservation.expire if message.HasField("reservation") else None
-    return HopAnswer(message.status, expires_at, limited)
+    return HopAnswer(message.status, expires_at, _is_limited(message))
 
 
 # --- stop: a relay and its target ---
@@ -189,7 +196,7 @@ def decode_stop(data: bytes) -> Connect:
     message: Any = _parsed(StopMessage(), data)
     if message.type != StopMessage.CONNECT:
         raise RemoteProtocolError(f"a question of type {message.type} from a relay, expected 0")
-    return Connect(_peer(message.peer.id))
+    return Connect(_peer(message.peer.id), _is_limited(message))
 
 
 def decode_stop_status(data: bytes) -> int:
@@ -237,6 +244,14 @@ def _parsed(message: Message, data: bytes) -> Message:
     if "type" in message.DESCRIPTOR.fields_by_name and not message.HasField("type"):
         raise RemoteProtocolError(f"a {type(message).__name__} without its type")
     return message
+
+
+def _is_limited(message: Any) -> bool:  # Any: protobuf's classes have no types
+    """Whether a limit is named that is too small for a session; 0 is none."""
+    if not message.HasField("limit"):
+        return False
+    seconds, size = int(message.limit.duration), int(message.limit.data)
+    return 0 < seconds < MIN_CIRCUIT_SECONDS or 0 < size < MIN_CIRCUIT_BYTES
 
 
 def _peer(data: bytes) -> PeerId:

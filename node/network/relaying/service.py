@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
 
 from node.network.addresses import Address
 from node.network.budgets.fair_rate import FairRate
@@ -85,12 +87,22 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
             relay = relaying.relay = _make_relay(host, reservations)
             host.connections.reserved = relay.table
             host.handle_bytes(HOP_PROTOCOL, relay.serve)
+            _name_in_identify(host, HOP_PROTOCOL)
         nursery.start_soon(keeper.run)
         nursery.start_soon(_close_unused, host.connections)
         try:
             yield relaying
         finally:
             stop.on_circuit = lambda _: None  # the host may still be asked while it closes
+
+
+def _name_in_identify(host: Host, protocol: str) -> None:
+    """Let other programs know of a protocol, which they look for in identify; `Host` serves its streams."""
+
+    async def never(stream: INetStream) -> None:
+        await stream.reset()
+
+    host.raw.set_stream_handler(TProtocol(protocol), never)
 
 
 def _make_relay(host: Host, most: int) -> Relay:

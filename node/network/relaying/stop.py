@@ -60,7 +60,8 @@ class StopListener:
         try:
             with trio.move_on_after(seconds):
                 await stream.send_all(encode_stop_status(status))
-                return await self._secure(CircuitLink(stream)) if status is Status.OK else None
+                link = CircuitLink(stream, is_limited=question.is_limited)
+                return await self._secure(link) if status is Status.OK else None
             raise SlowPeer(f"the handshake over a circuit was not done within {seconds:g} s")
         except PeerFault as fault:
             self.charge(relay, fault, bans=False)
