@@ -52,6 +52,16 @@ def test_the_two_nearest_and_a_bootstrap_node_are_asked():
     assert asked(ReservationPlan(), [far, D]) == ["d", "far"], "an unknown distance comes last"
 
 
+def test_two_bootstrap_nodes_are_asked_where_no_other_relay_is():
+    other = candidate("other", 0.6, bootstrap=True)
+    assert asked(ReservationPlan(), [BOOT, other]) == ["boot", "other"]
+    assert asked(ReservationPlan(), [BOOT, other, A]) == ["a", "boot"]
+    plan = holding(BOOT, other)
+    assert asked(plan, [BOOT, other, A, B]) == ["a"], "three in all"
+    plan.lost(BOOT.peer)
+    assert asked(plan, [BOOT, other, A, B]) == ["a", "b"]
+
+
 def test_relays_at_different_addresses_come_first():
     near = candidate("n", 0.011, "198.18.97.1")  # where A is
     assert asked(ReservationPlan(), [A, near, D]) == ["a", "d"]

@@ -1,7 +1,7 @@
 """The relays of a node behind NAT: where it asks for a reservation, and when again.
 
 Decides; dials and asks nothing.  Two relays and a bootstrap node, at different addresses where there are
-such, so that one of them may end while a session lasts.
+such, so that one of them may end while a session lasts.  Where no others relay it is two bootstrap nodes.
 """
 
 from __future__ import annotations
@@ -95,11 +95,15 @@ class ReservationPlan:
         again = [known[peer] for peer, held in self.held.items() if held.refresh_at <= now and peer in known]
         free = [each for each in known.values() if each.peer not in self.held and self._may_ask(each, now)]
         asked = [each for each in free if each.is_chosen]
-        for is_bootstrap, most in ((False, RELAYS), (True, BOOTSTRAP_RELAYS)):
-            missing = most - sum(held.is_bootstrap is is_bootstrap for held in self.held.values())
-            kind = [each for each in free if each.is_bootstrap is is_bootstrap and not each.is_chosen]
-            asked += self._nearest_apart(kind, missing)
-        return again + asked
+        bootstrap = sum(held.is_bootstrap for held in self.held.values())
+        others = len(self.held) - bootstrap
+        new = [each for each in free if not each.is_chosen and not each.is_bootstrap]
+        new = self._nearest_apart(new, min(RELAYS, RELAYS + BOOTSTRAP_RELAYS - bootstrap) - others)
+        others += len(new)
+        spare = [each for each in free if not each.is_chosen and each.is_bootstrap]
+        # two relays where there are only bootstrap nodes
+        new += self._nearest_apart(spare, max(BOOTSTRAP_RELAYS, RELAYS - others) - bootstrap)
+        return again + asked + new
 
     def granted(self, candidate: Candidate, seconds: float, now: float, seen_at: Address | None) -> None:
         """A relay has said yes, for so many seconds."""
