@@ -17,7 +17,7 @@ class Answerer:
     """A program on a host of a lab that answers lines of JSON; it ends with the lab."""
 
     def __init__(self, lab: Lab, host: str, module: str, arguments: Sequence[str] = ()) -> None:
-        self.host = host
+        self.host, self._lab = host, lab
         self.started_at = time.time()
         self.process = lab.worker(host, module, arguments)
 
@@ -32,7 +32,8 @@ class Answerer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise LabError(f"{self.host}: a program ended with exit code {self.process.wait()}")
+            said = self._lab.errors_of(self.process)
+            raise LabError(f"{self.host}: a program ended with exit code {self.process.wait()}\n{said}")
         return json.loads(line)
 
     def ask(self, order: object) -> Any:  # Any: JSON

@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import trio
 
 from node.config import VERSION, NetworkConfig
 from node.main import Node, open_node
 from node.network.streams import FramedStream
-from node.network.transport.connection import Connection
 from routing.names import PeerId
 from routing.view.records import Record
 from tensor_codec.errors import PeerFault, Refused
@@ -35,13 +34,6 @@ LOOK_SECONDS = 0.005  # between two looks at what is waited for
 SECONDS = 30.0  # for one order
 
 Order = Mapping[str, Any]  # Any: JSON
-
-
-class DialsThrough(Protocol):
-    """The part of a host that opens circuits."""
-
-    async def dial_through(self, relay: PeerId, peer: PeerId) -> Connection:
-        """A connection to a peer through a relay.  Raises PeerFault."""
 
 
 async def serve_lines(config: NetworkConfig) -> None:
@@ -103,9 +95,8 @@ async def connect(node: Node, order: Order) -> Order:
 
 async def through(node: Node, order: Order) -> Order:
     """seconds: until there is a connection to `peer` through the relay `relay`."""
-    dialler = cast("DialsThrough", vars(node.host)["dialler"])
     began = time.perf_counter()
-    await dialler.dial_through(PeerId(order["relay"]), PeerId(order["peer"]))
+    await node.host.dialler.dial_through(PeerId(order["relay"]), PeerId(order["peer"]))
     return {"seconds": time.perf_counter() - began}
 
 
@@ -126,7 +117,7 @@ def _way(node: Node, peer: PeerId) -> Order:
     live = node.host.connections.live(peer)
     if live is None:
         return {"way": "none"}
-    return {"way": "circuit" if live.channel.link.remote is None else "direct"}
+    return {"way": "direct" if live.relayed_by is None else "circuit"}
 
 
 async def echo(node: Node, order: Order) -> Order:
@@ -162,22 +153,40 @@ async def records(node: Node, order: Order) -> Order:
             record.peer: {
                 "addresses": list(record.addresses),
                 "state": record.state,
-                "reach": getattr(record, "reach", None),
-                "relays": [str(each) for each in getattr(record, "relays", ())],
+                "reach": record.reach,
+                "relays": list(record.relays),
             }
             for record in node.directory.view().records()
         }
     }
 
 
-async def until_reach_known(node: Node, order: Order) -> Order:
-    """seconds: until the record of `peer` says whether the peer can be reached; reach: what it says."""
+async def relayed(node: Node, order: Order) -> Order:
+    """bytes: that this node has carried for others, both ways, so far."""
+    return {"bytes": node.relaying.relayed_bytes}
+
+
+async def until_reach(node: Node, order: Order) -> Order:
+    """seconds: until the record of `peer` says one of `reach`; reach: what it says.
+
+    reach: where the order has none, all but "unknown" are awaited.
+    """
+    peer, began = PeerId(order["peer"]), time.perf_counter()
+    awaited = order.get("reach", ["public", "relayed", "none"])
+    while True:
+        record = node.directory.view().get(peer)
+        if record is not None and record.reach in awaited:
+            return {"seconds": time.perf_counter() - began, "reach": record.reach, "at": time.time()}
+        await trio.sleep(LOOK_SECONDS)
+
+
+async def until_relays(node: Node, order: Order) -> Order:
+    """seconds: until the record of `peer` names `count` relays."""
     peer, began = PeerId(order["peer"]), time.perf_counter()
     while True:
         record = node.directory.view().get(peer)
-        reach = getattr(record, "reach", None)
-        if reach not in (None, "unknown"):
-            return {"seconds": time.perf_counter() - began, "reach": reach, "at": time.time()}
+        if record is not None and len(record.relays) >= order["count"]:
+            return {"seconds": time.perf_counter() - began}
         await trio.sleep(LOOK_SECONDS)
 
 
@@ -197,7 +206,19 @@ async def until_usable(node: Node, order: Order) -> Order:
 
 ORDERS: Mapping[str, Callable[[Node, Order], Awaitable[Order]]] = {
     each.__name__: each
-    for each in (connect, through, way, until_direct, echo, bulk, records, until_reach_known, until_usable)
+    for each in (
+        connect,
+        through,
+        way,
+        until_direct,
+        echo,
+        bulk,
+        records,
+        relayed,
+        until_reach,
+        until_relays,
+        until_usable,
+    )
 }
 
 

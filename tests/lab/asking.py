@@ -39,7 +39,7 @@ async def serve_lines(config: ClientConfig) -> None:
 
 
 def way(connection) -> str:
-    return "circuit" if connection.channel.link.remote is None else "direct"
+    return "direct" if connection.relayed_by is None else "circuit"
 
 
 def say(answer: object) -> None:

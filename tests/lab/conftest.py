@@ -1,8 +1,9 @@
-"""A lab for one test, where namespaces can be made; else the test is skipped with the reason."""
+"""A lab for one test or one module, where namespaces can be made; else they are skipped with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,22 @@ from tests.netlab.lab import Lab, cannot
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
+    with _made(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One lab for the tests of a module."""
+    with _made(tmp_path_factory.mktemp("lab")) as made:
+        yield made
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Lab]:
     if (reason := cannot()) is not None:
         pytest.skip(f"no lab: {reason}")
-    with ForkingLab(tmp_path) as made:
+    with ForkingLab(folder) as made:
         yield made
 
 

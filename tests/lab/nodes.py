@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,16 @@ EVERYWHERE = f"/ip4/0.0.0.0/tcp/{PORT}"
 EVERYWHERE6 = f"/ip6/::/tcp/{PORT}"
 FLAGS = ["--threads", "1", "--dtype", "float32", "--device", "cpu", "--cache-tokens", "2048"]
 PROMPT_TOKENS = 12
+LOOK_SECONDS = 0.05
+
+
+def until(done: Callable[[], bool], seconds: float) -> float:
+    """The seconds until it is so.  Fails after `seconds`."""
+    began = time.monotonic()
+    while not done():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        time.sleep(LOOK_SECONDS)
+    return time.monotonic() - began
 
 
 class Client(Answerer):
@@ -92,10 +103,22 @@ class LabSwarm:
         peers: Sequence[str] | None = None,
     ) -> NodeProcess:
         """A server of blocks [start, stop), online."""
-        words = [str(self.model), "--blocks", f"{start}:{stop}", *_listening(listen), *flags]
-        node = self.processes.start(*words, peers=peers, prefix=self.lab.enter(host))
+        node = self.start(host, start, stop, *flags, listen=listen, peers=peers)
         node.wait_online()
         return node
+
+    def start(
+        self,
+        host: str,
+        start: int,
+        stop: int,
+        *flags: str,
+        listen: Sequence[str] = (EVERYWHERE,),
+        peers: Sequence[str] | None = None,
+    ) -> NodeProcess:
+        """As `serve`, without a wait."""
+        words = [str(self.model), "--blocks", f"{start}:{stop}", *_listening(listen), *flags]
+        return self.processes.start(*words, peers=peers, prefix=self.lab.enter(host))
 
     def client(self, host: str, *flags: str, peers: Sequence[str] | None = None) -> Client:
         """A client that has joined."""

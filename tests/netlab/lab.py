@@ -15,7 +15,19 @@ from typing import Any
 from tests.netlab.line import TUN
 from tests.netlab.namespaces import LabError, Namespaces, Program
 from tests.netlab.rules import Kind
-from tests.netlab.topology import INTERNET, Cable, Host, Ip, Line, Namespace, Rules, Setting, Step, Topology
+from tests.netlab.topology import (
+    INTERNET,
+    Cable,
+    Home,
+    Host,
+    Ip,
+    Line,
+    Namespace,
+    Rules,
+    Setting,
+    Step,
+    Topology,
+)
 
 _TOOLS = ("ip", "nsenter", "unshare", "setpriv")
 _SETTINGS = (  # of each host, before its devices are there
@@ -84,6 +96,11 @@ class Lab:
         """Every host and router, and the Internet itself, by name."""
         return self._topology.hosts
 
+    @property
+    def homes(self) -> Mapping[str, Home]:
+        """Every home, by name."""
+        return self._topology.homes
+
     def public(self, name: str, line: Line | None = None) -> Host:
         """A host with public addresses and no filter."""
         self._take(self._topology.public(name, line))
@@ -139,6 +156,10 @@ class Lab:
         """Start `python -m MODULE` on a host, with text in and out by pipes; killed at the end of the lab."""
         command = [sys.executable, "-m", module, *arguments]
         return self.popen(host, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def errors_of(self, process: Program) -> str:
+        """What a worker has written to its standard error, where the lab has it; else ""."""
+        return ""
 
     def keep(self, process: Program) -> None:
         """Kill this process at the end of the lab, too."""

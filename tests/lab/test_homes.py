@@ -1,0 +1,130 @@
+"""Servers at home and clients elsewhere: the tokens are the whole model's, whatever way they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reach.hosts import Peer
+from tests.lab.nodes import expected, prompt, until
+from tests.lab.world import KNOWN_SECONDS, World, open_world
+from tests.netlab.lab import Lab
+
+pytestmark = pytest.mark.process
+
+TOKENS = 24
+LONG_PROMPT = 100
+DIRECT_SECONDS = 2.0
+PUNCHED_SECONDS = 5.0  # of all tries together
+KEPT_BYTES = 4096  # of pings on a circuit that is not closed yet
+
+
+@pytest.fixture(scope="module")
+def world(shared_lab: Lab, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with open_world(shared_lab, tiny_llama, tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+def test_a_server_behind_nat_serves_a_public_client_directly(
+    world: World, tiny_llama: Path, figure: Callable[[str], None]
+) -> None:
+    server, ids = world.cones.ready(), prompt()
+    client = world.cones.client("p2")
+    began = time.monotonic()
+    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
+    took = time.monotonic() - began
+    seconds = until(lambda: client.ways().get(server) == "direct", DIRECT_SECONDS)
+    figure(
+        f"a server at home, a public client: {TOKENS} tokens in {took:.2f} s, direct {seconds:.2f} s later"
+    )
+    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
+    assert client.ways()[server] == "direct"
+
+
+@pytest.mark.parametrize("home", ["b", "c"])
+def test_two_homes_punch_and_the_relay_carries_no_more(
+    world: World, home: str, tiny_llama: Path, figure: Callable[[str], None]
+) -> None:
+    server, ids = world.cones.ready(), prompt(tokens=LONG_PROMPT)
+    client = world.cones.client(f"{home}1")
+    began = time.monotonic()
+    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
+    took = time.monotonic() - began
+    punched = until(lambda: client.ways().get(server) == "direct", PUNCHED_SECONDS)
+    carried = world.cones.relayed_bytes()
+    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
+    more = world.cones.relayed_bytes() - carried
+    figure(
+        f"cone and {world.lab.homes[home].kind}, 20 ms a line: {TOKENS} tokens in {took:.2f} s, direct "
+        f"{punched:.2f} s later; of the next {TOKENS} the relay had {more} of {carried + more} bytes"
+    )
+    assert carried > 0
+    assert more < KEPT_BYTES
+
+
+def test_symmetric_homes_get_their_tokens_through_a_relay_and_through_another_when_it_is_killed(
+    world: World, tiny_llama: Path, figure: Callable[[str], None]
+) -> None:
+    swarm, ids = world.symmetric, prompt()
+    server = swarm.ready()
+    client = swarm.client("t1")
+    client.begin(ids, TOKENS)
+    before = {relay.peer: relay.do("relayed")["bytes"] for relay in swarm.relays}
+    began = time.monotonic()
+    tokens = client.take(TOKENS // 2)
+    took = time.monotonic() - began
+    carried = {relay.peer: relay.do("relayed")["bytes"] - before[relay.peer] for relay in swarm.relays}
+    assert client.ways()[server] == "circuit"
+    used = max(swarm.relays, key=lambda relay: carried[relay.peer])
+    used.process.kill()
+    began = time.monotonic()
+    tokens += client.take(TOKENS // 2)
+    figure(
+        f"two symmetric homes: {TOKENS // 2} tokens in {took:.2f} s, {carried[used.peer] / 1024:.0f} KiB "
+        f"through the relay; it was killed, and {TOKENS // 2} more took {time.monotonic() - began:.2f} s"
+    )
+    assert tokens == expected(tiny_llama, ids, TOKENS)
+    assert carried[used.peer] > 0
+
+
+def test_a_forwarded_port_makes_a_home_public(world: World, figure: Callable[[str], None]) -> None:
+    home, (watcher,) = world.forwarded, world.cones.relays
+    known = watcher.do("until_reach", peer=home.peer, reach=["public"], seconds=KNOWN_SECONDS)
+    figure(f"a forwarded port: public {known['at'] - home.started_at:.2f} s after its start, at most")
+    record = watcher.do("records")["peers"][home.peer]
+    outside = f"/ip4/{world.lab.hosts['f'].ip4}/tcp/31330"
+    assert record["addresses"] == [outside], "no address that was not verified"
+    dialler = Peer(world.lab, "p2", world.cones.addresses, ["--listen", "/ip4/0.0.0.0/tcp/31334"])
+    assert dialler.do("connect", peer=home.peer)["way"] == "direct"
+
+
+def test_a_server_behind_a_firewall_of_ipv6_serves_a_public_client(
+    world: World, tiny_llama: Path, figure: Callable[[str], None]
+) -> None:
+    server, ids = world.firewall6.ready(), prompt()
+    client = world.firewall6.client("p2")
+    began = time.monotonic()
+    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
+    took = time.monotonic() - began
+    seconds = until(lambda: client.ways().get(server) == "direct", DIRECT_SECONDS)
+    figure(
+        f"a firewall of IPv6, a public client: {TOKENS} tokens in {took:.2f} s, direct {seconds:.2f} s later"
+    )
+
+
+def test_a_private_swarm_uses_a_relay_and_a_stranger_is_refused_by_it(
+    world: World, figure: Callable[[str], None]
+) -> None:
+    relay, home, dialler = world.private
+    dialler.do("until_relays", peer=home.peer, count=1, seconds=KNOWN_SECONDS)
+    found = dialler.do("connect", peer=home.peer)
+    figure(f"a private swarm: a circuit after {found['seconds'] * 1e3:.0f} ms")
+    assert found["way"] == "circuit"
+    stranger = Peer(world.lab, "p2", flags=["--listen", "/ip4/0.0.0.0/tcp/31335"])
+    answer = stranger.ask({"do": "connect", "peer": relay.peer, "addresses": relay.addresses[:1]})
+    assert "NotAMember" in answer["error"]
+    answer = stranger.ask({"do": "through", "relay": relay.peer, "peer": home.peer})
+    assert "error" in answer
