@@ -163,7 +163,7 @@ async def records(node: Node, order: Order) -> Order:
 
 async def relayed(node: Node, order: Order) -> Order:
     """bytes: that this node has carried for others, both ways, so far."""
-    return {"bytes": node.relaying.relayed_bytes}
+    return {"bytes": 0 if node.relaying is None else node.relaying.relayed_bytes}
 
 
 async def until_reach(node: Node, order: Order) -> Order:

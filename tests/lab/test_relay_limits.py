@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -39,7 +39,7 @@ class Hopping(Answerer):
 
 
 @pytest.fixture(scope="module")
-def relay(shared_lab: Lab) -> Iterator[Peer]:
+def relay(shared_lab: Lab) -> Peer:
     for name in ("relay", "thief", "victim", "q0", "q1", "q2"):
         shared_lab.public(name)
     return Peer(shared_lab, "relay")
