@@ -218,12 +218,28 @@ async def test_without_multicast_nobody_waits_and_one_line_says_why(caplog: pyte
     ]
 
 
-async def test_a_machine_without_a_network_waits_for_nobody():
+async def test_after_a_failure_other_addresses_of_the_machine_are_tried_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(discovery, "ADDRESSES_SECONDS", 0.01)
+    room, listening = Room(fault="no multicast at 192.168.1.11"), list(HOME)
+    async with open_node(room, ALICE, listening) as (alice, _):
+        assert not await alice.start.first_peer()
+        room.fault = None
+        listening[:] = NEXT_DOOR
+        with trio.fail_after(30):
+            while not room.texts:  # noqa: ASYNC110  of threads
+                await trio.sleep(0.01)
+
+
+async def test_a_machine_without_a_network_waits_for_nobody(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     room = Room()
     async with open_node(room, listening=["/ip4/127.0.0.1/tcp/31330"]) as (alice, _):
         with trio.fail_after(2.0):
             assert not await alice.start.first_peer()
     assert room.opened == []
+    assert caplog.messages == ["nobody finds this node in the local network: this machine has no network"]
 
 
 async def test_another_address_of_the_machine_is_announced(monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from node.network.mapping.nat_pmp import TRIES_SECONDS, NatPmp
 from node.network.mapping.plan import (
     FIRST_PAUSE_SECONDS,
     LEASE_SECONDS,
+    RENEWAL_SECONDS,
     Ask,
     Forwarding,
     MappingError,
@@ -139,8 +140,16 @@ async def test_no_port_is_opened_for_an_address_on_which_nobody_listens():
 
 
 async def test_a_machine_without_a_router_asks_nobody():
-    with pytest.raises(MappingError, match="no default route"):
+    with pytest.raises(MappingError, match="default route"):
         await NatPmp(lambda: None).forward(ASK)
+
+
+async def test_upnp_searches_nothing_on_a_machine_without_a_default_route():
+    def never() -> Device:
+        raise AssertionError
+
+    with pytest.raises(MappingError, match="no default route"):
+        await Upnp(never, offline=lambda: True).forward(UPNP_ASK)
 
 
 # UPnP
@@ -201,7 +210,7 @@ UPNP_ASK = ASK._replace(method="upnp")
 
 
 def upnp_of(device: Device) -> Upnp:
-    return Upnp(lambda: device, random.Random(1))
+    return Upnp(lambda: device, random.Random(1), offline=lambda: False)
 
 
 async def test_upnp_opens_a_port_under_our_name_and_closes_it():
@@ -309,7 +318,8 @@ async def test_a_forwarded_port_is_offered_renewed_and_closed_at_the_end(autojum
         assert found.now == {"nat-pmp": [FORWARDED], "upnp": []}
         assert [str(address) for address, _ in mapper.extra] == [FORWARDED]
         await trio.sleep(LEASE_SECONDS)
-        assert [round(at) for at in first.asked_at] == [0, LEASE_SECONDS / 2, LEASE_SECONDS]
+        every = RENEWAL_SECONDS["nat-pmp"]
+        assert [round(at) for at in first.asked_at[:3]] == [0, every, 2 * every]
         assert len(found.log) == 2, "what stays is offered once"
         assert first.held == {31330: 31330}
     assert first.held == {}
@@ -335,6 +345,16 @@ async def test_a_home_without_such_a_router_is_told_once_and_asked_rarely(
         "no router forwards a port to this node: no NAT-PMP; no UPnP"
     ]
     assert len(first.asked_at) < 20
+
+
+async def test_one_reason_of_both_protocols_is_said_once(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    offline = Gateway("this machine has no default route")
+    async with open_mapper(lambda: HOME, Offers().take, gateways(offline, offline)):
+        await trio.sleep(60)
+    assert caplog.messages == ["no router forwards a port to this node: this machine has no default route"]
 
 
 async def test_a_machine_that_moves_to_another_network_asks_its_router(autojump_clock: MockClock):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from node.network.mapping.default_route import default_gateway
+from node.network.mapping.default_route import default_gateway, default_routes
 from node.network.mapping.plan import (
     FIRST_PAUSE_SECONDS,
     LEASE_SECONDS,
     LEAST_RENEWAL_SECONDS,
     LONGEST_PAUSE_SECONDS,
     MAX_PORTS,
+    METHODS,
+    RENEWAL_SECONDS,
     Ask,
     Forwarding,
     MappingPlan,
+    Method,
     Release,
     Wait,
     ports_to_map,
@@ -67,14 +70,33 @@ def test_nat_pmp_is_asked_first_then_upnp_and_afterwards_the_one_that_worked():
 def test_a_forwarding_is_renewed_at_half_its_lease_and_with_its_port():
     plan = plan_for(31330)
     ask = asked(plan, 0.0)
-    plan.granted(ask, Forwarding("nat-pmp", 31330, OUTSIDE, 40_000, 1000), 0.0)
-    assert plan.next(1.0) == Wait(499.0)
-    assert asked(plan, 500.0).outside_port == 40_000
+    plan.granted(ask, Forwarding("nat-pmp", 31330, OUTSIDE, 40_000, 100), 0.0)
+    assert plan.next(1.0) == Wait(49.0)
+    assert asked(plan, 50.0).outside_port == 40_000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_router_that_has_started_again_with_another_address_is_noticed_long_before_the_lease_ends(
+    method: Method,
+):
+    plan = plan_for(31330)
+    if method == "upnp":
+        plan.refused(asked(plan, 0.0), "silence", 0.0)
+    grant(plan, 0.0)
+    later = RENEWAL_SECONDS[method]
+    assert later < LEASE_SECONDS / 2
+    assert asked(plan, later).method == method
+    grant(plan, later, host="198.51.100.9")
+    assert addresses(plan) == [("/ip4/198.51.100.9/tcp/31330", method)]
 
 
 @pytest.mark.parametrize(
     ("lease", "renewed_after"),
-    [(1, LEAST_RENEWAL_SECONDS), (0, LEASE_SECONDS / 2), (10**9, LEASE_SECONDS / 2)],
+    [
+        (1, LEAST_RENEWAL_SECONDS),
+        (0, RENEWAL_SECONDS["nat-pmp"]),
+        (10**9, RENEWAL_SECONDS["nat-pmp"]),
+    ],
 )
 def test_the_strangest_lease_leads_neither_to_a_flood_nor_to_sleep(lease: int, renewed_after: float):
     plan = plan_for(31330)
@@ -215,4 +237,11 @@ def test_the_router_is_the_gateway_of_the_default_route_that_is_up_and_has_the_l
 
 @pytest.mark.parametrize("table", ["", "Iface\n", "Iface\nnonsense\n", "Iface\na b c d e f g h\n"])
 def test_a_table_without_a_default_route_has_no_router(table: str):
+    assert default_gateway(table) is None
+    assert default_routes(table) == []
+
+
+def test_a_default_route_without_a_gateway_as_of_a_vpn_is_a_way_out_without_a_router():
+    table = "Iface\nwg0\t00000000\t00000000\t0001\t0\t0\t0\t00000000\t0\t0\t0\n"
+    assert default_routes(table) == [(0, None)]
     assert default_gateway(table) is None

@@ -92,6 +92,11 @@ def interfaces_of(listening: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(local))
 
 
+def is_alone(listening: Iterable[str]) -> bool:
+    """Whether no other machine can dial a node that listens there, at all."""
+    return not any(map(_can_be_dialled, map(parse_address, listening)))
+
+
 def packed(hosts: Iterable[str]) -> list[bytes]:
     """The bytes of IP addresses, as DNS has them."""
     return [ipaddress.ip_address(host).packed for host in hosts]

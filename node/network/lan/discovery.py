@@ -11,7 +11,7 @@ from functools import partial
 import trio
 
 from node.network.directory.visits import Meeting
-from node.network.lan.announcement import LanPeer, interfaces_of, write_announcement
+from node.network.lan.announcement import LanPeer, interfaces_of, is_alone, write_announcement
 from node.network.lan.lan_peers import LanPeers
 from node.network.lan.multicast import LanError, Multicast, ZeroconfMulticast
 from node.network.lan.start import Start
@@ -26,7 +26,7 @@ Meet = Callable[[PeerId, Sequence[str]], Awaitable[Meeting]]
 
 ADDRESSES_SECONDS = 10.0  # between looks at the addresses of this machine, which costs nothing
 AFTER_FAILURE_SECONDS = 60.0
-CLOSE_SECONDS = 3.0  # a goodbye takes 0.4 s; a registration under way 2 s
+CLOSE_SECONDS = 1.0  # a goodbye takes 0.4 s; a registration under way, 2 s, is left to the end of the process
 WAITING_ANNOUNCEMENTS = 64  # from the library's thread to ours; older ones are lost under a flood
 
 
@@ -64,8 +64,10 @@ class LanDiscovery:
             if hosts := interfaces_of(listening):
                 await self._stay(listening, hosts)
             else:
+                if is_alone(listening):
+                    self._say("this machine has no network")
                 self.start.failed.set()
-                await trio.sleep(ADDRESSES_SECONDS)
+                await self._until_others_than(listening)
 
     async def _stay(self, listening: tuple[str, ...], hosts: tuple[str, ...]) -> None:
         """Be in the local network until this machine's addresses change."""
@@ -78,17 +80,26 @@ class LanDiscovery:
             await in_thread(multicast.announce, hosts, port, text)
             self.start.announced.set()
             self._said = None
-            while tuple(self._listening()) == listening:  # noqa: ASYNC110  the kernel tells nobody here
-                await trio.sleep(ADDRESSES_SECONDS)
+            await self._until_others_than(listening)
         except LanError as error:
-            if str(error) != self._said:
-                log.info("nobody finds this node in the local network: %s", error)
-            self._said = str(error)
+            self._say(str(error))
             self.start.failed.set()
-            await trio.sleep(AFTER_FAILURE_SECONDS)
+            with trio.move_on_after(AFTER_FAILURE_SECONDS):
+                await self._until_others_than(listening)
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
                 await in_thread(multicast.close)
+
+    def _say(self, why: str) -> None:
+        """Why there is no local network, once."""
+        if why != self._said:
+            log.info("nobody finds this node in the local network: %s", why)
+        self._said = why
+
+    async def _until_others_than(self, listening: tuple[str, ...]) -> None:
+        """Wait until this machine has other addresses."""
+        while tuple(self._listening()) == listening:  # noqa: ASYNC110  the kernel tells nobody here
+            await trio.sleep(ADDRESSES_SECONDS)
 
     def _take(self, text: bytes) -> None:
         """Runs in the library's thread."""

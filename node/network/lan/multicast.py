@@ -6,6 +6,7 @@ The library bounds what it keeps of a network: 10,000 records, and packets of 9 
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -50,6 +51,8 @@ class ZeroconfMulticast:
         """See `Multicast`."""
         from zeroconf import Error, IPVersion, ServiceBrowser, Zeroconf
 
+        # its warnings, with tracebacks, are of interfaces that went away and of packets that anybody sends
+        logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
         try:
             self._zeroconf = Zeroconf(interfaces=list(hosts), ip_version=IPVersion.V4Only, use_asyncio=False)
             self._zeroconf.add_listener(_text_listener(heard), None)

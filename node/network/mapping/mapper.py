@@ -116,7 +116,7 @@ class PortMapper:
             self._extra = extra
             for method in METHODS:
                 self._offer(method, [str(address) for address, origin in extra if origin == method])
-        why = "; ".join(self._plan.refusals.values()) if not extra else None
+        why = "; ".join(dict.fromkeys(self._plan.refusals.values())) if not extra else None
         if why and why != self._said:
             log.info("no router forwards a port to this node: %s", why)
         self._said = why

@@ -19,8 +19,8 @@ from typing import TypeVar
 
 import trio
 
-from node.network.mapping.default_route import read_default_gateway
-from node.network.mapping.plan import Ask, Forwarding, MappingError
+from node.network.mapping.default_route import is_offline, read_default_gateway
+from node.network.mapping.plan import NO_ROUTER, Ask, Forwarding, MappingError
 
 PORT = 5351
 TRIES_SECONDS = (0.25, 0.5, 1.0)  # RFC 6886 doubles nine times, up to 64 s: a router on a LAN needs 1 ms
@@ -122,7 +122,7 @@ class NatPmp:
         """Only the router's packets arrive at a connected socket.  Raises MappingError."""
         gateway = self._find_gateway()
         if gateway is None:
-            raise MappingError("this machine has no default route")
+            raise MappingError(NO_ROUTER if is_offline() else "the default route leads to no router")
         try:
             await sock.connect((gateway, self._port))
         except OSError as error:

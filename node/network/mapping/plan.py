@@ -19,8 +19,14 @@ METHODS: tuple[Method, ...] = ("nat-pmp", "upnp")  # in the order of their costs
 
 LEASE_SECONDS = 3600  # RFC 6886 advises 7200; the port of a node that was killed stays open this long
 LEAST_RENEWAL_SECONDS = 10.0  # whatever short lease a router gives
+# A router that starts again forgets its ports and may come back with another address, and tells nobody.
+# Asking by NAT-PMP is two packets, by UPnP a search and four exchanges.
+RENEWAL_SECONDS: Mapping[Method, float] = {"nat-pmp": 120.0, "upnp": 900.0}
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 60.0, 1800.0  # after a refusal; most homes stay as they are
 MAX_PORTS = 4  # forwarded for one node: IPv4 listeners beyond that are an operator's own affair
+
+
+NO_ROUTER = "this machine has no default route"
 
 
 class MappingError(Exception):
@@ -96,7 +102,8 @@ class MappingPlan:
 
     Promises, checked by tests/unit/test_mapping_plan.py:
       * NAT-PMP is asked before UPnP, and afterwards the method that worked;
-      * a forwarding is renewed at half its lease, and gives an address until its lease is over;
+      * a forwarding is renewed at half its lease, and after RENEWAL_SECONDS at most;
+      * it gives an address until its lease is over, or until the router has another one;
       * after a round of refusals the next one comes after a minute, then ever later, up to half an hour;
       * a router whose own address is not public forwards to nowhere: its port is released;
       * a port without a listener is released, and at the end all are.
@@ -162,7 +169,7 @@ class MappingPlan:
         port.forwarding, port.ends = forwarding, now + lease if forwarding.lease_seconds else float("inf")
         port.order = (ask.method, *(method for method in METHODS if method != ask.method))
         port.tried = port.rounds_refused = 0
-        port.due = now + max(LEAST_RENEWAL_SECONDS, min(lease, LEASE_SECONDS) / 2)
+        port.due = now + max(LEAST_RENEWAL_SECONDS, min(lease / 2, RENEWAL_SECONDS[ask.method]))
         self.refusals.pop(ask.method, None)
 
     def refused(self, ask: Ask, why: str, now: float) -> None:

@@ -13,7 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
-from node.network.mapping.plan import Ask, Forwarding, MappingError
+from node.network.mapping.default_route import is_offline
+from node.network.mapping.plan import NO_ROUTER, Ask, Forwarding, MappingError
 from node.runtime.console import one_line
 
 SEARCH_MILLISECONDS = 1000  # routers are to answer at a random moment within it
@@ -67,11 +68,18 @@ def _miniupnpc() -> Device:
 class Upnp:
     """Asks a router that a search has found.  Only one call runs at a time.
 
-    make: a new `Device`, which has found nothing yet.
+    make: a new `Device`, which has found nothing yet.  offline: there is no way to any router: a search would
+    write the system's errors to standard error, past our log.
     """
 
-    def __init__(self, make: Callable[[], Device] = _miniupnpc, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Device] = _miniupnpc,
+        rng: random.Random | None = None,
+        offline: Callable[[], bool] = is_offline,
+    ) -> None:
         self._make = make
+        self._offline = offline
         self._rng = rng or random.Random()
         self._device: Device | None = None  # used by one thread at a time
         self._one = trio.CapacityLimiter(1)
@@ -111,6 +119,8 @@ class Upnp:
         return Forwarding("upnp", ask.port, host, outside, lease)
 
     def _find(self) -> Device:
+        if self._offline():
+            raise MappingError(NO_ROUTER)
         device = self._make()
         device.discoverdelay = SEARCH_MILLISECONDS
         if not _call("a search", device.discover):
