@@ -79,6 +79,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("raceme")
 
 LEAVE_SECONDS = 2.5  # the directory takes 2 at most
+UNREACHED_SECONDS = 60.0  # after which a node leaves there: a router that restarts takes as long
 REACH_SECONDS = 20.0  # for peers to dial back, and for a relay to be found, where --require-reach says so
 
 
@@ -157,6 +158,7 @@ async def _serve_blocks(
             write_vitals, config.vitals_file, lambda: node.host.connections, lambda: server.session_count
         )
     stopping.started()
+    nursery.start_soon(leave_unreached, node, stopping)
     async with background_nursery() as moving:
         if config.blocks is None:
             rng = random.Random()
@@ -198,7 +200,9 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         write_ready_file(config, node, None)
         tell_how_to_join(node, "online as a bootstrap node")
         stopping.started()
+        nursery.start_soon(leave_unreached, node, stopping)
         await stopping.requested.wait()
+    stopping.check()
 
 
 async def check_reach(node: Node) -> None:
@@ -213,6 +217,13 @@ async def check_reach(node: Node) -> None:
         raise ConfigError(node.reach.summary)
     if found.reach == "unknown":
         log.warning("--require-reach: %s", node.reach.summary)
+
+
+async def leave_unreached(node: Node, stopping: Stopping) -> None:
+    """Where the operator requires reach: leave when the node has lost it for UNREACHED_SECONDS."""
+    if node.config.require_reach and node.reach is not None:
+        await node.reach.lost(UNREACHED_SECONDS)
+        stopping.lose(node.reach.summary)
 
 
 async def open_metrics(
@@ -325,9 +336,11 @@ class Node:
 
     @property
     def joining_address(self) -> str:
-        """The address that others pass to --peers."""
-        known = () if self.reach is None else self.reach.own.addresses
-        addresses = known or self.host.addresses
+        """The address that others pass to --peers: another node's where nobody can dial this one."""
+        own = None if self.reach is None else self.reach.own
+        if own is not None and own.reach in ("relayed", "none") and self.config.peers:
+            return self.config.peers[0]
+        addresses = (() if own is None else own.addresses) or self.host.addresses
         return f"{addresses[0]}/p2p/{self.host.peer_id}"
 
     async def open_stream(self, peer: PeerId, protocol: str) -> FramedStream:
@@ -368,13 +381,13 @@ class Stopping:
         self.online = True
 
     def lose(self, why: str) -> None:
-        """The node cannot compute any more: it is to leave as after a signal, and then to say why."""
+        """The node cannot go on: it is to leave as after a signal, and then to say why."""
         if self.fault is None:
             self.fault = why
         self.requested.set()
 
     def check(self) -> None:
-        """Raise SpanLost where that was so."""
+        """Raise SpanLost where that was so: exit code 2."""
         if self.fault is not None:
             raise SpanLost(self.fault)
 

@@ -360,6 +360,29 @@ async def test_a_peer_that_has_asked_is_asked_back_before_it_has_a_record(
         assert (world.asked, watch.own.reach) == ([home], "public")
 
 
+async def test_a_moment_without_a_relay_is_no_loss_of_reach(autojump_clock: object, world: World) -> None:
+    relays = [PeerId("r")]
+    async with watched(world) as (watch, _), trio.open_nursery() as nursery:
+        watch.set_relays(relays)
+        await trio.sleep(5.0)
+        lost = trio.Event()
+
+        async def wait() -> None:
+            await watch.lost(60.0)
+            lost.set()
+
+        nursery.start_soon(wait)
+        for _ in range(3):
+            watch.set_relays([])
+            await trio.sleep(50.0)
+            watch.set_relays(relays)
+            await trio.sleep(50.0)
+        assert not lost.is_set()
+        watch.set_relays([])
+        with trio.fail_after(61.0):
+            await lost.wait()
+
+
 async def test_a_client_learns_its_own_address_only_where_a_server_may_be_next_door(
     autojump_clock: object, world: World
 ) -> None:

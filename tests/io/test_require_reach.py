@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,7 +12,7 @@ import trio
 
 from node.__main__ import main
 from node.config import ConfigError, NetworkConfig
-from node.main import REACH_SECONDS, Node, check_reach
+from node.main import REACH_SECONDS, UNREACHED_SECONDS, Node, Stopping, check_reach, leave_unreached
 from node.network.reachability.own_reach import OwnReach
 from routing.names import PeerId
 
@@ -24,6 +26,9 @@ class Reach:
 
     def __init__(self, own: OwnReach, seconds: float = 0.0) -> None:
         self.own, self.seconds = own, seconds
+
+    async def lost(self, seconds: float) -> None:
+        await trio.sleep(self.seconds + seconds)
 
     async def known(self, seconds: float) -> OwnReach:
         await trio.sleep(min(self.seconds, seconds))
@@ -59,6 +64,33 @@ async def test_a_node_of_which_nothing_is_known_goes_on_and_says_so(
 ) -> None:
     await check_reach(node(Reach(OwnReach("unknown", ()))))
     assert [(each.levelno, LINE in each.getMessage()) for each in caplog.records] == [(logging.WARNING, True)]
+
+
+async def test_a_node_that_loses_its_reach_leaves_after_a_minute(autojump_clock: object) -> None:
+    stopping = Stopping(trio.Event(), trio.CancelScope())
+    began = trio.current_time()
+    await leave_unreached(node(Reach(OwnReach("none", ()), seconds=100.0), required=False), stopping)
+    assert not stopping.requested.is_set()
+    await leave_unreached(node(Reach(OwnReach("none", ()), seconds=100.0)), stopping)
+    assert trio.current_time() - began == 100.0 + UNREACHED_SECONDS
+    assert stopping.requested.is_set()
+    with pytest.raises(ConfigError, match=re.escape(LINE)):
+        stopping.check()
+
+
+def test_others_are_told_to_join_where_they_can() -> None:
+    host = SimpleNamespace(addresses=("/ip4/192.168.1.11/tcp/1",), peer_id="me")
+    boot = "/ip4/203.0.113.1/tcp/1/p2p/boot"
+    verified = "/ip4/203.0.113.7/tcp/1"
+    for own, peers, found in (
+        (OwnReach("public", (verified,)), (boot,), f"{verified}/p2p/me"),
+        (OwnReach("relayed", (), (PeerId("r"),)), (boot,), boot),
+        (OwnReach("none", ()), (), f"{host.addresses[0]}/p2p/me"),
+        (OwnReach("unknown", host.addresses), (boot,), f"{host.addresses[0]}/p2p/me"),
+    ):
+        config = NetworkConfig(peers=peers)
+        made = Node(config, cast(Any, host), cast(Any, None), cast(Any, None), cast(Any, Reach(own)))
+        assert made.joining_address == found
 
 
 async def test_without_the_flag_nobody_waits(autojump_clock: object) -> None:

@@ -98,6 +98,17 @@ class ReachWatch:
                 await self._news.wait()
         return self.own
 
+    async def lost(self, seconds: float) -> None:
+        """Return when for so many seconds nobody has reached this node, nor any relay relayed to it."""
+        while True:
+            while self.own.reach != "none":
+                await self._news.wait()
+            with trio.move_on_after(seconds) as patience:
+                while self.own.reach == "none":
+                    await self._news.wait()
+            if patience.cancelled_caught:
+                return
+
     @property
     def verdict(self) -> Verdict:
         """Over all families of IP."""
