@@ -178,6 +178,28 @@ async def test_ports_of_one_host_are_dialled_at_a_rate(autojump_clock: trio.test
     assert len(wire.dials) <= LIMITS.failed_dials_per_host_burst + 31
 
 
+async def test_punches_to_one_host_have_the_same_rate_and_private_hosts_get_none(
+    autojump_clock: trio.testing.MockClock, wire: Wire, monkeypatch: pytest.MonkeyPatch
+):
+    async def open_tcp_from(_port: int, address: Address) -> Address:
+        return await wire.open_tcp(address)
+
+    monkeypatch.setattr(module, "open_tcp_from", open_tcp_from)
+    dialler, number = dialler_of(), 0
+    while trio.current_time() < 30.0:
+        number += 1
+        with pytest.raises(PeerGone):
+            await dialler.dial_from_own_port(Address("ip4", "8.8.8.8", number))
+        await trio.sleep(0.05)
+    assert number > 300
+    assert len(wire.dials) <= LIMITS.failed_dials_per_host_burst + 31
+    before = len(wire.dials)
+    with pytest.raises(PeerGone):
+        await dialler.dial_from_own_port(Address("ip4", "192.168.1.7", 22))
+    assert len(wire.dials) == before
+    dialler.ports.close()
+
+
 async def test_a_dial_that_is_given_up_by_its_caller_counts_as_failed_if_it_took_long(
     autojump_clock: trio.testing.MockClock, wire: Wire
 ):

@@ -43,7 +43,7 @@ class Sent:
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
         self.prefix = ""
-        self.limit = 0
+        self.limit = self.speed = 0
         self.judge: Callable[[bytes, int], Refused | None] | None = None
         self.closed = self.relayed = self.has_better_way = False
 

@@ -12,7 +12,7 @@ import trio.testing
 
 from node.network.addresses import Address, parse_address
 from node.network.relaying.messages import DCUTR_PROTOCOL, Punch, encode_punch
-from node.network.relaying.punching import Punching, dialled
+from node.network.relaying.punching import MAX_DIALS, Punching, dialled
 from node.network.transport.connection import Connection
 from node.network.transport.identity import identity_of
 from node.network.transport.link import Link
@@ -146,7 +146,17 @@ async def test_where_nobody_is_let_in_the_circuit_stays_and_two_tries_have_punch
         assert trio.current_time() - began == pytest.approx(2 * LIMITS.punch_seconds, abs=0.5)
         assert swarm.circuit.is_established
         dials = sorted(at for address, at in swarm.nats.dials if address == AT_ALICE)
+        assert len(dials) <= 2 * MAX_DIALS
         assert dials[1] - dials[0] == pytest.approx(LIMITS.punch_dial_seconds + 0.05)
+
+
+async def test_a_third_party_that_a_peer_names_is_dialled_a_few_times(autojump_clock: trio.testing.MockClock):
+    async with world() as swarm:
+        swarm.nats.resets = 1000  # nobody there has asked for it
+        assert not await swarm.improve()
+        for address in (AT_ALICE, AT_BOB):
+            assert len([to for to, _ in swarm.nats.dials if to == address]) == 2 * MAX_DIALS
+        assert swarm.circuit.is_established
 
 
 async def test_a_peer_that_listens_in_public_is_dialled_and_nobody_punches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
@@ -139,6 +140,35 @@ async def test_circuits_are_refused_with_the_specification_s_words(autojump_cloc
         with pytest.raises(PeerGone, match="refuses: connection failed"):
             await through(source, relay, target)
         assert not list(relay.table)
+
+
+async def test_a_target_has_sixteen_circuits_and_the_next_one_waits_for_the_end_of_one(
+    autojump_clock: trio.testing.MockClock,
+):
+    limits = replace(QUICK, max_circuits_from_peer=20, max_circuit_handshakes=20)
+    async with world(limits) as (source, relay, target):
+        circuits = [await through(source, relay, target) for _ in range(16)]
+        stream = await ask(source, relay, encode_hop_connect(target.peer_id))
+        assert await status(stream) == Status.RESOURCE_LIMIT_EXCEEDED
+        assert len(list(relay.table)) == len(target.circuits_in) == 16
+        await circuits.pop().close()
+        await trio.sleep(0.1)
+        assert (await through(source, relay, target)).is_established
+
+
+async def test_a_banned_peer_comes_through_no_relay_and_costs_no_handshake(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        target.stop.is_banned = lambda peer: peer == ALICE.peer_id
+        for _ in range(3):
+            with pytest.raises(PeerGone, match="refuses: connection failed"):
+                await through(source, relay, target)
+        assert not target.circuits_in
+        assert target.stop.handshakes == 0
+        assert not list(relay.table)
+        target.stop.is_banned = lambda _: False
+        assert (await through(source, relay, target)).is_established
 
 
 async def test_nobody_hops_over_a_circuit(autojump_clock: trio.testing.MockClock):

@@ -198,9 +198,21 @@ class Dialler:
         return None
 
     async def dial_from_own_port(self, address: Address) -> SocketLink:
-        """Connect to an address that a peer behind NAT has named, to meet its own dial.  Raises PeerGone."""
+        """Connect to an address that a peer behind NAT has named, to meet its own dial.  Raises PeerGone.
+
+        A failure counts for the rate of failed dials to the host, whoever is there.
+        """
         self._raise_unless_allowed(address)
-        stream = await open_tcp_from(self.ports.of(address.kind), address)
+        began = trio.current_time()
+        try:
+            stream = await open_tcp_from(self.ports.of(address.kind), address)
+        except PeerGone:
+            self._failed(address, pause=False)
+            raise
+        except trio.Cancelled:
+            if trio.current_time() >= began + SILENT_SECONDS:
+                self._failed(address, pause=False)
+            raise
         return SocketLink(stream, self._limits.tcp_user_timeout_seconds)
 
     # --- addresses ---

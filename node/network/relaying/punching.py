@@ -30,7 +30,8 @@ from tensor_codec.limits import Limits
 logger = logging.getLogger(__name__)
 
 TRIES = 2  # one repeat
-_AGAIN_SECONDS = 0.05  # between two dials of one try: a reset of the peer's NAT came too early
+MAX_DIALS = 4  # to one address in a try: nobody has a node dial a third party often
+_AGAIN_SECONDS = 0.05  # after a first dial, then twice as long: the peer's NAT reset it too early
 _MAX_DIALLED = 2  # addresses that a peer has named: one of each family
 
 
@@ -172,15 +173,18 @@ class Punching:
     async def _dial_until(
         self, peer: PeerId, address: Address, upgrade: Callable[[Link], Awaitable[SecureChannel]]
     ) -> Connection | None:
-        """None where another peer than this one is there."""
-        while True:
+        """None where nobody is there after MAX_DIALS, or another peer than this one."""
+        link = None
+        for number in range(MAX_DIALS):
             try:
                 with trio.move_on_after(self.limits.punch_dial_seconds):
                     link = await self.dial(address)
                     break
             except PeerFault as fault:
                 logger.debug("a punch to %s: %s", address, fault)
-            await trio.sleep(_AGAIN_SECONDS)
+            await trio.sleep(_AGAIN_SECONDS * 2**number)
+        if link is None:
+            return None
         try:
             channel = await upgrade(link)
             if channel.remote != peer:
