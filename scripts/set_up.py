@@ -86,6 +86,7 @@ def set_up() -> None:
     install_locked("the dependencies", "all.lock")
     pip_install("Raceme", "--no-deps", "--no-build-isolation", "-e", ".")
     link_trio_types()
+    compile_kernels()
     STAMP.write_text(wanted_stamp())
 
 
@@ -382,6 +383,15 @@ def link_trio_types() -> None:
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(installed)
+
+
+def compile_kernels() -> None:
+    """Compile the usual nodes' kernels into the user's cache, so that a first start takes less time."""
+    with stage("compiling kernels"):
+        try:
+            run([str(VENV / "bin" / "python"), "-m", "node.model.weights.precompile"])
+        except CommandFailed as error:  # a node compiles what it lacks, and says what it cannot
+            log(f"# {error}")
 
 
 def pinned(distribution: str) -> str:

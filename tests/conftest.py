@@ -26,6 +26,8 @@ from tests.processes import ROOT, children, end, python
 gc.disable()  # until all is collected: of the million objects that imports and tests make, most stay
 for _name in [name for name in os.environ if name.startswith("RACEME_") and name != "RACEME_CACHE"]:
     del os.environ[_name]  # flags of a developer's own swarm
+# Nodes whose tests have caches of models of their own read the kernels that are there.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "kernels"))
 
 # Of other packages: `make test-ecosystem` and `make test-conformance` have environments with them.
 collect_ignore = [] if find_spec("peft") and find_spec("lm_eval") else ["ecosystem"]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -266,7 +267,8 @@ def test_rows_that_do_not_lie_together_are_put_together_first():
     assert torch.equal(rows(x), rows(x.contiguous()))
 
 
-def test_without_a_folder_for_the_cache_kernels_are_compiled_each_time(monkeypatch):
+def test_where_the_cache_cannot_be_used_kernels_are_compiled_each_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     asked = []
 
     def njit(signature, **options):
@@ -280,7 +282,7 @@ def test_without_a_folder_for_the_cache_kernels_are_compiled_each_time(monkeypat
 
     monkeypatch.setattr(compiling, "njit", njit)
     assert compiling.compiled(kernels._called, types.void(types.int8)) is kernels._called
-    assert asked == [True, False]
+    assert asked == [True, True, False]
 
 
 # What is kept

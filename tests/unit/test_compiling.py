@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import pytest
 
 numba = pytest.importorskip("numba")
 
-from node.model.weights import compiling  # noqa: E402  # it imports numba
+from node.model.weights import compiling, kernel_cache  # noqa: E402  # they import numba
+from tests.processes import ROOT  # noqa: E402
 
 
 def answer() -> int:
@@ -57,10 +61,18 @@ class Clock:
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the compiled kernels."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    found = kernel_cache.opened()
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     fake = Compiler()
     monkeypatch.setattr(compiling, "njit", fake)
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     return fake
 
 
@@ -72,10 +84,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def other_process(tmp_path: Path) -> Iterator[int]:
+def other_process(folder: Path) -> Iterator[int]:
     """Another process's open lock file: a lock belongs to it and not to a process."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     yield file
     os.close(file)
@@ -117,10 +127,59 @@ def test_another_function_is_not_waited_for(compiler: Compiler, clock: Clock, ot
     assert clock.seconds == 0.0
 
 
-def test_without_a_folder_for_locks_each_process_compiles(
+def test_without_a_folder_each_process_compiles_in_memory(
     compiler: Compiler, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file"))
     assert compiling.compiled(answer, "int64()") is answer
-    assert clock.seconds == 0.0
+    assert (compiler.asked, clock.seconds) == ([False], 0.0)
+
+
+OF_OURS = compile("def twice(x):\n    return 2 * x\n", str(kernel_cache.HERE / "kernels.py"), "exec")
+
+
+def compiled_here() -> tuple[int, int]:
+    """How often a function was compiled, and how often it was read."""
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(OF_OURS, names)
+    kernel: Any = compiling.compiled(names["twice"], "int64(int64)")
+    assert kernel(21) == 42
+    return sum(kernel.stats.cache_misses.values()), sum(kernel.stats.cache_hits.values())
+
+
+def test_a_broken_file_is_compiled_anew(folder: Path):
+    assert [compiled_here(), compiled_here()] == [(1, 0), (0, 1)]
+    [data] = folder.glob("*.nbc")
+    data.write_bytes(data.read_bytes()[:100])
+    assert [compiled_here(), compiled_here()] == [(1, 0), (0, 1)]
+
+
+AS_A_PROCESS = """
+import sys
+from tests.unit.test_compiling import compiled_here
+print("ready", flush=True)
+sys.stdin.readline()
+print(*compiled_here())
+"""
+
+
+def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path):
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", AS_A_PROCESS],
+                    cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                    env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+                )
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        for process in started:
+            stack.callback(process.kill)
+            assert process.stdout.readline() == "ready\n"
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert sorted(process.stdout.read() for process in started) == ["0 1\n", "1 0\n"]

@@ -99,6 +99,18 @@ def test_a_changed_requirement_installs_again_into_the_same_environment(
     assert not any("venv" in command for command in set_up.ran)
 
 
+def test_kernels_are_compiled_last_and_a_machine_that_cannot_is_set_up_all_the_same(set_up: SetUp):
+    def fail(command: list[str]) -> None:
+        if command[-1].endswith("precompile"):
+            raise set_up.script.CommandFailed("no compiler")
+
+    set_up.on_run = fail
+    assert set_up.script.main() == 0
+    assert set_up.ran[-1][1:] == ["-m", "node.model.weights.precompile"]
+    assert set_up.script.STAMP.exists()
+    assert "no compiler" in set_up.script.LOG.read_text()
+
+
 def test_an_interrupted_set_up_runs_again(set_up: SetUp, capsys: pytest.CaptureFixture[str]):
     def interrupt(command: list[str]) -> None:
         if command[-1].endswith("all.lock"):

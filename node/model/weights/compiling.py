@@ -1,7 +1,8 @@
-"""Functions as machine code: from numba's cache, or compiled by one of the processes that start at once.
+"""Functions as machine code: from the cache, or compiled by one of the processes that start at once.
 
-A compiler takes seconds and holds the interpreter's lock meanwhile, so nothing is compiled twice: a process
-that finds another one compiling a function waits for it, and then reads the cache.
+A compiler takes seconds and holds the interpreter's lock meanwhile, so a machine compiles nothing twice: a
+process that finds another one compiling a function waits for it, and then reads the cache
+(node/model/weights/kernel_cache.py).
 """
 
 from __future__ import annotations
@@ -10,26 +11,25 @@ import fcntl
 import os
 import pickle
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numba
 from numba import cfunc, njit
 from numba.core.errors import NumbaError
+
+from node.model.weights import kernel_cache
 
 Kernel = Callable[..., Any]
 WAIT_SECONDS = 60.0  # for another process's compiler: a function takes some seconds, more on a busy machine
 LOOK_SECONDS = 0.02  # between two looks whether it is done
-_SOURCES = ("compiling.py", "kernels.py", "low_rank_kernel.py", "decode_kernels.py")
 
-# numba's cache knows the age of a function's own file alone, so keys of the cache must include all files.
-FINGERPRINT = zlib.crc32(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES))
-
-# No writable folder, a full disk, or a truncated file.
-_CACHE_FAULTS = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError)
+# No writable folder, a full disk, or a file that is no pickle of numba's.
+_CACHE_FAULTS = (
+    OSError, RuntimeError, EOFError, pickle.UnpicklingError, NumbaError,
+    ValueError, TypeError, LookupError, AttributeError, ImportError,
+)  # fmt: skip
 
 
 def compiled(function: Callable[..., Any], signature: Any, **options: Any) -> Kernel:
@@ -37,11 +37,9 @@ def compiled(function: Callable[..., Any], signature: Any, **options: Any) -> Ke
 
     options: of numba's, besides nogil.
     """
-    with _alone(function):
-        try:
-            return njit(signature, nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except _CACHE_FAULTS:
-            return njit(signature, nogil=True, **options)(function)  # type: ignore[no-any-return]
+    return _kept(  # type: ignore[no-any-return]
+        function, lambda keep: njit(signature, nogil=True, cache=keep, **options)(function)
+    )
 
 
 def callback(function: Callable[..., Any], signature: Any) -> Any:
@@ -49,22 +47,35 @@ def callback(function: Callable[..., Any], signature: Any) -> Any:
 
     Where it raises, it answers 0: it must answer something else where it does not.
     """
-    with _alone(function):
+    return _kept(function, lambda keep: cfunc(signature, nopython=True, cache=keep)(function))
+
+
+def _kept(function: Callable[..., Any], make: Callable[[bool], Any]) -> Any:
+    """The answer of `make(True)`, which may use the cache; of `make(False)` where there is none.
+
+    Files that cannot be read are removed, and the function is compiled anew.
+    """
+    folder = kernel_cache.opened()
+    if folder is None:
+        return make(False)
+    with _alone(folder, function):
         try:
-            return cfunc(signature, nopython=True, cache=True)(function)
+            return make(True)
         except _CACHE_FAULTS:
-            return cfunc(signature, nopython=True)(function)
+            kernel_cache.forget(folder, function)
+        try:
+            return make(True)
+        except _CACHE_FAULTS:
+            return make(False)
 
 
 @contextmanager
-def _alone(function: Callable[..., Any]) -> Iterator[None]:
+def _alone(folder: Path, function: Callable[..., Any]) -> Iterator[None]:
     """Hold this function's lock among the processes with this cache.
 
-    Without a folder that can be written, or after WAIT_SECONDS, without the lock.
+    Where no file can be made, or after WAIT_SECONDS, without the lock.
     """
-    folder = Path(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = os.open(
             folder / f"{function.__module__}.{function.__name__}.lock", os.O_RDWR | os.O_CREAT, 0o600
         )

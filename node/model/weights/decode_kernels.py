@@ -20,7 +20,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from node.model.weights import kernels
-from node.model.weights.compiling import FINGERPRINT, compiled
+from node.model.weights.compiling import compiled
 from node.model.weights.low_rank_kernel import word
 
 # Sums may be taken in lanes and products fused, so that the compiler makes vectors.  NaN and infinity
@@ -266,15 +266,12 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     [head_dim], or empty where the model has none.  updates: the address of what adapters add in this step
     (see node/model/weights/low_rank_kernel.py), 0 for nothing; block: the place in the adapters' tables.
     """
-    fingerprint = FINGERPRINT  # becomes part of the cache's key
 
     def before(
         item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
         heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
         query_norm: Any, key_norm: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
-        if fingerprint < 0:
-            return
         normed = np.empty(hidden.shape, np.float32)
         _normed(hidden, norm, eps, normed)
         _multiplied(item, size, threads, matrix, normed, qkv)
@@ -290,8 +287,6 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         item: Any, size: Any, threads: Any, out: Any, norm: Any, eps: Any, gate_up: Any, down: Any,
         inner: Any, attended: Any, hidden: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
-        if fingerprint < 0:
-            return
         rows, width = hidden.shape
         given, both = np.empty((rows, width), np.float32), np.empty((rows, 2 * inner), np.float32)
         gated = np.empty((rows, inner), np.float32)

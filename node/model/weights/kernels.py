@@ -26,8 +26,8 @@ Rows of the matrix lie one after the other, and a tile of four outputs reads fou
 which hardware prefetchers do not follow.  The tile asks for the memory in its own order instead, some
 KiB ahead: for one row and 106 million weights that made 7 ms of 19.
 
-Importing this module imports numba.  A kernel is compiled at its first use (a few seconds), and kept in
-`__pycache__` or numba's own folder if one of them can be written (node/model/weights/compiling.py).
+Importing this module imports numba.  A kernel is compiled at its first use (a few seconds), and kept in the
+user's cache for every process with these sources (node/model/weights/kernel_cache.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from node.model.weights.compiling import FINGERPRINT, Kernel, callback, compiled
+from node.model.weights.compiling import Kernel, callback, compiled
 
 # numba takes a layer of threads when the first code for several is compiled or read.  With the layer of
 # OpenMP, torch too would compute with these threads from then on; the third needs a library of its own.
@@ -566,13 +566,12 @@ def product_of(dtype: torch.dtype) -> Any:
 
     So blocks and adapters are compiled once for all dtypes, and without tiles, which take seconds.
     """
-    item, fingerprint = _ZEROS[dtype], FINGERPRINT  # parts of the cache's key
+    item = _ZEROS[dtype]  # a part of the cache's key
 
     def multiply(
         size: int, x: int, w: int, scale: int, bias: int, out: int, m: int, n: int, k: int, stride: int
     ) -> int:
-        if fingerprint >= 0:
-            _whole(item, size, x, w, scale, bias, out, m, n, k, stride, 1)
+        _whole(item, size, x, w, scale, bias, out, m, n, k, stride, 1)
         return 1
 
     return callback(multiply, types.int64(*[types.int64] * 10))

@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from node.model.weights import kernels
-from node.model.weights.compiling import FINGERPRINT, callback
+from node.model.weights.compiling import callback
 
 LANES = kernels.LANES
 
@@ -263,13 +263,11 @@ def _added(
 @cache
 def function() -> Any:
     """The compiled function; the first call compiles it, in seconds, or reads it from the cache."""
-    fingerprint = FINGERPRINT  # becomes part of the cache's key
 
     def add(
         updates: int, block: int, site: int, sites: int, x: int, k: int, out: int, stride: int, outs: int
     ) -> int:
-        if fingerprint >= 0:
-            _added(updates, block, site, sites, x, k, out, stride, outs)
+        _added(updates, block, site, sites, x, k, out, stride, outs)
         return 1
 
     return callback(add, types.int64(*[types.int64] * 9))
