@@ -152,7 +152,7 @@ CLAIMS: list[tuple[str, str, tuple[float, ...]]] = [
         (tapes.GRAPH_BYTES / KIB, tapes.MAX_TAPES),
     ),
     (PROTOCOL, "speak for another. At most N KiB", (LIMITS.max_record_bytes / KIB,)),
-    (PROTOCOL, "up to N multiaddrs", (records.MAX_ADDRESSES,)),
+    (PROTOCOL, "`addresses` \\| up to N multiaddrs", (records.MAX_ADDRESSES,)),
     (PROTOCOL, "up to N pairs \\(public key, seconds\\)", (records.MAX_RTTS,)),
     (
         PROTOCOL,

@@ -26,7 +26,7 @@ SWARM = (span(0, 0, 3, 0.01), span(1, 3, 6, 0.1), span(2, 1, 4, 0.01))
 
 async def chosen(seconds_per_block: float) -> tuple[int, int]:
     view = SwarmView("public", entries={record.peer: Entry(record, b"", 0.0) for record in SWARM})
-    node: Any = SimpleNamespace(directory=SimpleNamespace(view=lambda: view))
+    node: Any = SimpleNamespace(directory=SimpleNamespace(view=lambda: view), lan=None)
     config = NodeConfig(NetworkConfig(), num_blocks=3)
     return await _choose_blocks(config, node, INFO, PRECISION, Room(("cpu",), (0,)), seconds_per_block)
 
