@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export TEST_BROWSER CHROMIUM SCREENSHOTS
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-metrics test-triton test-gpu lint format types bench figures hostile mutants clean
+.PHONY: help env demo kill image image-base test test-quick test-ecosystem test-conformance test-browser test-js test-metrics test-triton test-gpu lint format types bench figures hostile mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ test-browser: env ## Drive the gateway's page with Chromium and Playwright; SCRE
 	@PYTHON=$(BIN)/python sh scripts/browser.sh
 	@OMP_NUM_THREADS=1 $(TIMEOUT) .venv-browser/bin/python -m pytest -n $(if $(ARGS),0,2) tests/browser $(ARGS)
 
+test-js: env ## Let a relay of js-libp2p, which npm brings, carry a home's tokens in a lab of network namespaces
+	@sh scripts/js_libp2p.sh
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/lab/test_foreign_relays.py $(ARGS)
+
 test-conformance: env ## Let clients of OpenAI's API (openai, litellm, langchain, llm, schemathesis) ask a gateway, in an environment of their own
 	@PYTHON=$(BIN)/python sh scripts/conformance.sh
 	@OMP_NUM_THREADS=1 .venv-conformance/bin/python -m pytest -n 0 tests/conformance $(ARGS)
@@ -91,5 +95,5 @@ mutants: env ## Change the pure modules in small ways and count the changes that
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutants --json docs/figures/mutants.json $(ARGS)
 
 clean: ## Remove .venv and every cache in this folder (not the models)
-	rm -rf .venv .venv-ecosystem .venv-conformance .venv-triton .promtool build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
+	rm -rf .venv .venv-ecosystem .venv-conformance .venv-triton .promtool .js-libp2p build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv-browser
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -190,6 +190,16 @@ async def until_relays(node: Node, order: Order) -> Order:
         await trio.sleep(LOOK_SECONDS)
 
 
+async def until_address(node: Node, order: Order) -> Order:
+    """at: the time from which the record of `peer` names `address`, also for its own LAN."""
+    peer = PeerId(order["peer"])
+    while True:
+        record = node.directory.view().get(peer)
+        if record is not None and order["address"] in (*record.addresses, *record.lan):
+            return {"at": time.time()}
+        await trio.sleep(LOOK_SECONDS)
+
+
 async def until_usable(node: Node, order: Order) -> Order:
     """at: the time of the first connection to a peer of this name that worked; tries: up to then."""
     for number in range(1, sys.maxsize):
@@ -217,6 +227,7 @@ ORDERS: Mapping[str, Callable[[Node, Order], Awaitable[Order]]] = {
         relayed,
         until_reach,
         until_relays,
+        until_address,
         until_usable,
     )
 }
