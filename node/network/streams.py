@@ -17,7 +17,6 @@ from tensor_codec.errors import PeerGone, Refused, SlowPeer
 from tensor_codec.frame import PREFIX_BYTES, Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import KIB, MAX_HEADER_BYTES, Limits
 
-LEAST_TIMED_BYTES = 8 * KIB  # of a frame, after its first bytes: fewer come in a burst or two
 _READ_BYTES = 256 * KIB
 _HEADER_BYTES = 2 + MAX_HEADER_BYTES  # with its length
 Judge = Callable[[bytes, int], Refused | None]
@@ -76,23 +75,6 @@ class Traffic:
     received: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """The arrival of a frame: when its bytes were first counted, and how many were there.
-
-    A frame that was sent at once is stretched by the slowest link of its way (packet-train dispersion: Jain
-    and Dovrolis, "End-to-end available bandwidth", SIGCOMM 2002).  Bytes that waited here do not count.
-    """
-
-    began: float
-    held: int
-
-    def speed(self, size: int, now: float) -> int:
-        """Bytes per second of a frame of `size` bytes that is whole now; 0: too short to say."""
-        seconds, later = now - self.began, size + PREFIX_BYTES - self.held
-        return int(later / seconds) if later >= LEAST_TIMED_BYTES and seconds > 0 else 0
-
-
 class FramedStream:
     """Whole frames to and from one peer.
 
@@ -104,8 +86,6 @@ class FramedStream:
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
     direct: of a stream that runs through a relay, the direct connection to the peer, if there is one.
-    speed: at which the bytes of the last frame came, per second: of the slowest part of the way, where the
-    sender had the whole frame.  0: unknown, of a frame that was short or came at once.
     judge: called with the beginning of a frame above SMALL_FRAME, at least its header, and with its size,
     before the frame has a place.  It may raise a PeerFault.  A Refused that it returns is raised by `receive`
     once the frame has passed by, of which nothing is kept then.
@@ -128,13 +108,12 @@ class FramedStream:
         self._traffic = traffic or Traffic()
         self.judge: Judge | None = None
         self.direct: Callable[[], object | None] | None = None
-        self.speed = 0
         self._decoder = FrameDecoder(self._limits.max_frame_bytes)
-        # Of the frame that has begun: whether it is a large one, or the reason to raise after it.
-        self._large: bool | Refused = False
+        self._has_place = False  # the frame that has begun is a large one
+        self._refusal: Refused | None = None  # to be raised after the frame that has begun
         self._receiving = False
         self._sending = trio.Lock()
-        # an ability of muxed streams, and not of trio's streams, as `reset_now` is
+        # an ability of muxed streams, and not of trio's streams
         self._send_now: Callable[[bytes], bool] | None = getattr(stream, "send_now", None)
         self._reader: CountedReader = (
             cast(CountedReader, stream) if hasattr(stream, "receive_held") else PlainReader(stream)
@@ -158,6 +137,12 @@ class FramedStream:
     @limit.setter
     def limit(self, size: int) -> None:
         self._decoder.max_frame = min(size, self._limits.max_frame_bytes)
+
+    @property
+    def speed(self) -> int:
+        """Bytes per second of the way here, as the connection found it last; 0: unknown."""
+        connection = getattr(self._stream, "connection", None)  # of muxed streams
+        return 0 if connection is None else int(connection.channel.speed)
 
     @property
     def in_frame(self) -> bool:
@@ -199,9 +184,8 @@ class FramedStream:
         must be whole within `frame_start_seconds` and the time of its size at the slowest rate allowed.
         Raises SlowPeer, PeerGone, FrameError, and the errors of `judge`.
         """
-        if not self._large:
+        if not self._has_place:
             self._reader.place.end()  # of the frame before, which was in hand
-        self.speed = 0
         turns = self._reader.turns
         if turns.frames >= FRAMES_PER_TURN:
             await turns.next()
@@ -252,25 +236,22 @@ class FramedStream:
             if (frame := self._take()) is not None:
                 return frame
         begun, allowed = trio.current_time(), seconds or 0.0
-        arrival = Arrival(begun, decoder.held)
         with trio.CancelScope() as scope:
             if seconds is not None:
                 scope.deadline = begun + seconds
             while (frame := self._take()) is None:
-                if isinstance(self._large, Refused) and not decoder.in_frame:
+                if self._refusal is not None and not decoder.in_frame:
                     self._raise_refusal()
                 if self._lacks_place():
                     if seconds is None:
                         scope.deadline = float("inf")  # the wait has an end of its own, and is not the peer's
                     await self._get_place()
                     begun = trio.current_time()
-                    arrival = Arrival(begun, decoder.held)
                 if seconds is None:
                     allowed = max(allowed, self._seconds_for(decoder.missing_bytes))
                     scope.deadline = begun + allowed
                 if not await self._read():
                     return None
-            self.speed = arrival.speed(len(frame), trio.current_time())
             return frame
         if seconds is not None:
             raise SlowPeer(f"no whole frame from {self.peer} within {seconds:g} s")
@@ -282,34 +263,36 @@ class FramedStream:
     def _take(self) -> bytearray | None:
         """The next frame if it is whole; its bytes are the caller's from now on."""
         frame = self._decoder.take()
-        if not self._large:
+        if not self._has_place:
             self._reader.hold(self._decoder.held)
         elif frame is not None:
-            self._large = False
+            self._has_place = False
             self._reader.place.arrived()
         return frame
 
     def _lacks_place(self) -> bool:
         """Whether a large frame has begun, is known by its header, and has no place yet."""
         size = self._decoder.size
-        if size is None or size + PREFIX_BYTES <= SMALL_FRAME or self._large:
+        if size is None or size + PREFIX_BYTES <= SMALL_FRAME or self._has_place:
             return False
         return self._decoder.held - PREFIX_BYTES >= min(size, _HEADER_BYTES)
 
     async def _get_place(self) -> None:
         """Have the frame judged, and wait for a place.  Raises PeerFault."""
         size = self._decoder.size or 0
-        refusal = None if self.judge is None else self.judge(self._decoder.beginning(_HEADER_BYTES), size)
-        if refusal is None:
+        if self.judge is not None:
+            self._refusal = self.judge(self._decoder.beginning(_HEADER_BYTES), size)
+        if self._refusal is None:
             await self._reader.place.begin(size, self._seconds_for(size))
         else:
             self._decoder.discard()
-        self._large = refusal or True
+        self._has_place = True
         self._reader.hold(0)
 
     def _raise_refusal(self) -> None:
-        refusal, self._large = self._large, False
-        assert isinstance(refusal, Refused)
+        refusal, self._refusal = self._refusal, None
+        self._has_place = False
+        assert refusal is not None
         raise refusal
 
     async def _read(self) -> bool:
@@ -317,14 +300,14 @@ class FramedStream:
         if self._decoder.ended:
             return False
         # of a large frame no byte more than belongs to it: the following ones have no place
-        size = min(_READ_BYTES, self._decoder.missing_bytes) if self._large else _READ_BYTES
+        size = min(_READ_BYTES, self._decoder.missing_bytes) if self._has_place else _READ_BYTES
         try:
             data = await self._reader.receive_held(size)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise PeerGone(str(error)) from error
         if data:
             self._decoder.add(data)
-            if self._large:
+            if self._has_place:
                 self._reader.hold(0)
             return True
         self._decoder.close()

@@ -1,8 +1,8 @@
 """The speed of each link, as frames that came over it show, and the steps that are worth packing there.
 
-A hop times the bytes of each long frame that it receives (`node.network.streams.Arrival`) and says the speed
-with the step's answer.  One client remembers the speeds of its own sessions.  They are averaged as times per
-byte: a frame that waited in a buffer seems to have come faster than the line, and weighs little then.
+A hop times the pieces in which a long message comes (`node.network.transport.noise`), and says the speed with
+the step's answer.  One client remembers the speeds of its own sessions.  They are averaged as times per byte:
+what waited in a buffer seems to have come faster than the line, and weighs little then.
 """
 
 from __future__ import annotations

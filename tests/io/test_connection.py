@@ -4,12 +4,13 @@ import trio.testing
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamReset
 
 from node.network.libp2p_adapter import Libp2pConnection
+from node.network.streams import FramedStream
 from node.network.transport.multistream import HEADER, encode_lines, proposal
 from node.network.transport.yamux import HEADER as YAMUX_HEADER
 from node.network.transport.yamux_limits import INITIAL_WINDOW, YamuxError
 from tensor_codec.errors import PeerGone, RemoteProtocolError
 from tensor_codec.limits import KIB
-from tests.fakes import connection_pair, memory_link_pair
+from tests.fakes import MemoryLink, connection_pair, memory_link_pair
 
 
 async def opened(alice, bob):
@@ -294,3 +295,31 @@ async def test_streams_that_ended_are_forgotten(autojump_clock):
         assert alice.core.streams == bob.core.streams == 0
         assert len(alice._streams) < 30
         assert len(bob._streams) < 30
+
+
+class PacedLink(MemoryLink):
+    """Reads at most 1 KiB, each after as many seconds as it takes at `pace` bytes per second."""
+
+    pace = 100_000.0
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        count = await super().receive_into(buffer[:1024])
+        await trio.sleep(count / self.pace)
+        return count
+
+
+@pytest.mark.parametrize("pace", [1e5, 1e7])
+async def test_a_long_message_tells_the_speed_of_its_way_and_short_ones_leave_it(pace, autojump_clock):
+    first, second = trio.testing.memory_stream_pair()
+    links = MemoryLink(first), PacedLink(second)
+    async with connection_pair(links=links) as (alice, bob):
+        links[1].pace = pace
+        ours, theirs = await opened(alice, bob)
+        for size, found in ((1, 0), (6 * 1024, 0), (40 * 1024, pytest.approx(pace, rel=0.05))):
+            await ours.send_all(bytes(size))
+            await receive_exactly(theirs, size)
+            assert FramedStream(theirs, bob.peer, "test").speed == found
+        await ours.send_all(bytes(100))
+        await receive_exactly(theirs, 100)
+        assert FramedStream(theirs, bob.peer, "test").speed == pytest.approx(pace, rel=0.05)
+        assert FramedStream(first, bob.peer, "test").speed == 0

@@ -5,7 +5,7 @@ import trio
 import trio.testing
 
 from node.network.budgets.large_frames import SMALL_FRAME, LargeFrames
-from node.network.streams import Arrival, FramedStream, Traffic
+from node.network.streams import FramedStream, Traffic
 from node.network.transport.yamux_limits import INITIAL_WINDOW, YamuxError, YamuxLimits
 from tensor_codec.errors import FrameError, LocalProtocolError, MessageError, PeerGone, Refused, SlowPeer
 from tensor_codec.frame import encode_frame
@@ -291,7 +291,7 @@ async def test_many_streams_of_one_connection_have_one_turn_together(autojump_cl
 
 def held_bytes(connection, readers):
     """Bytes that are kept for a peer: in the muxer, and in frames that are not whole."""
-    return connection.core.unread_bytes + sum(reader._decoder.held for reader in readers if reader._large)
+    return connection.core.unread_bytes + sum(reader._decoder.held for reader in readers if reader._has_place)
 
 
 @asynccontextmanager
@@ -337,7 +337,7 @@ async def test_what_a_connection_holds_is_bounded_whatever_frames_its_streams_be
             assert all(
                 len(reader._stream.state.unread) + reader._stream.state.held <= INITIAL_WINDOW
                 for reader in readers
-                if not reader._large
+                if not reader._has_place
             )
 
 
@@ -364,7 +364,7 @@ async def test_a_large_frame_waits_for_its_place_and_nobody_is_blamed_for_the_wa
         flooded(1, 3 * MIB, 2 * MIB, frames) as (_, (holder,), _),
         flooded(1, 2 * MIB, 2 * MIB + 4, frames) as (bob, (waiting,), whole),
     ):
-        assert not waiting._large
+        assert not waiting._has_place
         assert bob.core.unread_bytes <= INITIAL_WINDOW
         await holder.reset()
         await trio.testing.wait_all_tasks_blocked()
@@ -471,37 +471,3 @@ async def test_what_all_connections_hold_is_bounded_and_each_has_its_share(autoj
         assert frames.bytes == 30 * MIB
         assert 30 * MIB < sum(held) <= 32 * MIB + 4 * 8 * MIB
         assert max(held) <= 8 * MIB + 16 * MIB
-
-
-async def test_a_long_frame_tells_the_speed_of_its_way_and_a_short_one_or_one_that_waited_does_not(
-    autojump_clock,
-):
-    ours, theirs = trio.testing.memory_stream_pair()
-    receiver = framed(theirs)
-
-    async def send(size: int, part: int, seconds: float) -> None:
-        data = encode_frame(b"x" * size)
-        for begin in range(0, len(data), part):
-            await ours.send_all(data[begin : begin + part])
-            await trio.sleep(seconds)
-
-    found = []
-    async with trio.open_nursery() as nursery:
-        for size in (100 * KIB, 40 * KIB, 4 * KIB):
-            nursery.start_soon(send, size, 1024, 0.01)
-            frame = await receiver.receive()
-            assert frame is not None
-            found.append(receiver.speed)
-            await trio.sleep(1)
-        nursery.start_soon(send, 100 * KIB, 1 << 20, 0)
-        await receiver.receive()
-        found.append(receiver.speed)
-    assert found[:2] == [pytest.approx(102_400, rel=0.03)] * 2
-    assert found[2:] == [0, 0]
-
-
-def test_bytes_that_were_here_before_say_nothing_of_the_speed():
-    arrival = Arrival(10.0, 4)
-    assert arrival.speed(100_000, 12.0) == 50_000
-    assert Arrival(10.0, 99_000).speed(100_000, 12.0) == 0  # most of it had come before
-    assert arrival.speed(100_000, 10.0) == 0

@@ -27,6 +27,9 @@ from tensor_codec.messages.session import Relink, Step, owner_tag
 
 # The tag of a session's owner (`owner_tag`), and its id.  An id alone is no secret: others may open it too.
 SessionKey = tuple[bytes, bytes]
+LEAST_TOLD_BYTES = (
+    4096  # of a step that tells the speed of its link: prompts do, and nearly all tokens do not
+)
 
 
 class FrameStream(Protocol):
@@ -45,7 +48,7 @@ class FrameStream(Protocol):
 
     @property
     def speed(self) -> int:
-        """At which the last frame came, bytes per second; 0: unknown."""
+        """Bytes per second of the way here; 0: unknown."""
 
     @property
     def prefix(self) -> str:

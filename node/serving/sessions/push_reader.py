@@ -10,7 +10,7 @@ import trio
 
 from node.runtime.nurseries import background_nursery
 from node.serving.sessions.frame_rates import FrameBudget
-from node.serving.sessions.hop_session import FrameStream
+from node.serving.sessions.hop_session import LEAST_TOLD_BYTES, FrameStream
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, Refused
 from tensor_codec.frame import Buffer
@@ -48,8 +48,9 @@ async def read_pushes(stream: FrameStream, takers: Iterable[StepTaker], frames: 
             if frame is None:
                 break
             state.in_hand = True
+            speed = stream.speed if len(frame) > LEAST_TOLD_BYTES else 0
             for taker in takers:
-                if await taker.take_push(frame, stream.peer, stream.speed):
+                if await taker.take_push(frame, stream.peer, speed):
                     state.steps += 1
                     break
             else:

@@ -15,10 +15,10 @@ import trio
 
 from node.runtime.faults import Faults
 from node.serving.cache_budget import CacheAdmission
-from node.serving.executor.engine import Answer, Engine, NotFinite, Packing
+from node.serving.executor.engine import AS_AGREED, Answer, Engine, NotFinite, Packing
 from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.frame_rates import FrameBudget
-from node.serving.sessions.hop_session import HopSession, SessionCache
+from node.serving.sessions.hop_session import LEAST_TOLD_BYTES, HopSession, SessionCache
 from node.serving.sessions.inbox import Arrived
 from node.serving.sessions.state import Compute
 from routing.names import PeerId
@@ -124,7 +124,8 @@ class HopWorker:
         match message:
             case Step():
                 if hop.route.predecessor is None:
-                    hop.put(message, hop.stream.peer, hop.stream.speed)
+                    speed = hop.stream.speed if len(message.body) > LEAST_TOLD_BYTES else 0
+                    hop.put(message, hop.stream.peer, speed)
                 elif message.epoch == hop.route.epoch:
                     raise RemoteProtocolError("a step from the client, where another hop sends them")
                 if message.epoch != hop.route.epoch:
@@ -302,7 +303,7 @@ class HopWorker:
                     prompts=None if guests.prompts is None else guests.prompts_at(what.position),
                     prefix=hop.stream.prefix,
                     adapter=guests.adapter,
-                    packing=_packing(hop, step, what),
+                    packing=_packing(hop, step, what) if step.packed or hop.route.pack else AS_AGREED,
                 )
         except CacheFull as full:
             hop.state.dropped(decision)
