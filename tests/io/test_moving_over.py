@@ -206,7 +206,7 @@ async def test_the_last_stream_of_many_has_the_session(autojump_clock: trio.test
             streams.append(stream)
         # the session's own, and that of the present stream
         await until(lambda: len(world.nodes[HOPS[0]].handlers) == 2)
-        assert [each.pipe.reset for each in streams] == [True] * 5 + [False]
+        await until(lambda: [each.pipe.reset for each in streams] == [True] * 5 + [False])
         for each in streams:
             await each.aclose()
         await until(lambda: world.nodes[HOPS[0]].listener.session_count == 0)
