@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from client.arguments import add_servers, add_swarm
-from node.runtime.arguments import Parser, command_first, one_address_each, positive, seconds
+from node.runtime.arguments import Parser, command_first, one_address_each, positive, seconds, with_peers
 from node.runtime.console import argument_text, fail, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -120,6 +120,7 @@ def _run(flags: argparse.Namespace) -> int:
         "chat": run_chat,
     }
     let_interrupts_through()
+    flags = with_peers(flags)
     try:
         run(partial(commands[flags.command], flags))
     except NoChain as error:
@@ -167,7 +168,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_options(parser: argparse.ArgumentParser, tokens: int | None) -> None:
+def _add_options(parser: Parser, tokens: int | None) -> None:
     add_swarm(parser)
     default = f"{tokens}" if tokens else "what the model's generation_config.json says, else 64"
     parser.add_argument(

@@ -7,15 +7,15 @@ import os
 from pathlib import Path
 
 from node.config import DEFAULT_MODEL, DTYPE_CHOICES
-from node.runtime.arguments import add_addresses, add_max_disk, devices, positive, threads
+from node.runtime.arguments import Parser, add_max_disk, add_ways_in, devices, positive, threads
 from routing.chains.alternatives import Constraints
 from tensor_codec.messages.contract import CODEC_CHOICES
 from tensor_codec.span_spec import DTYPES, QUANTIZE
 
 
-def add_swarm(parser: argparse.ArgumentParser) -> None:
+def add_swarm(parser: Parser) -> None:
     """Add the options of joining."""
-    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
+    add_ways_in(parser)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument(
         "--model", help=f"a folder, a Hugging Face id, or a built-in name (default: {DEFAULT_MODEL})"

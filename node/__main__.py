@@ -30,6 +30,7 @@ from node.runtime.arguments import (
     Parser,
     add_addresses,
     add_max_disk,
+    add_ways_in,
     at_least_none,
     command_first,
     devices,
@@ -37,6 +38,7 @@ from node.runtime.arguments import (
     positive,
     ranks,
     threads,
+    with_peers,
 )
 from node.runtime.console import argument_text, put_line, run_command, run_process
 from node.runtime.interrupts import let_interrupts_through
@@ -204,7 +206,7 @@ def _bootstrap(words: list[str]) -> int:
 
 def _status_parser() -> Parser:
     parser = _parser("status", "Show a swarm: its peers, their blocks and rates, the coverage of each block.")
-    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
+    add_ways_in(parser)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch a line each time")
     parser.add_argument("--watch", action="store_true", help="repeat until Ctrl-C, and show each move")
@@ -228,7 +230,7 @@ def _status(words: list[str]) -> int:
     from node.monitor.status import show_status
     from node.monitor.watch import watch_status
 
-    config = NetworkConfig(peers=tuple(flags.peers), swarm_key=flags.swarm_key, listen=())
+    config = NetworkConfig(peers=tuple(with_peers(flags).peers), swarm_key=flags.swarm_key, listen=())
     if flags.watch:
         return _run(partial(watch_status, config, as_json=flags.json, chains=flags.chains))
     return _run(partial(show_status, config, as_json=flags.json, chains=flags.chains, ask=flags.ask))

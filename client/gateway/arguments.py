@@ -11,7 +11,7 @@ from client.arguments import add_servers, add_swarm
 from client.gateway.door.limits import HttpLimits, PrefixLimits, QueueLimits
 from client.gateway.settings import GatewaySettings
 from node.config import ConfigError
-from node.runtime.arguments import Family, Parser, at_least_none, positive, seconds, size
+from node.runtime.arguments import Family, Parser, at_least_none, positive, seconds, size, with_peers
 from node.runtime.console import argument_text
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -42,6 +42,7 @@ def run_gateway(words: Sequence[str], family: Family | None = None) -> int:
             " in Raceme's folder"
         ) from None
     let_interrupts_through()
+    flags = with_peers(flags)
     return serve(flags, settings)
 
 

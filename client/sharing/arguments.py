@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from node.config import DEFAULT_LISTEN, DEFAULT_MODEL
-from node.runtime.arguments import Family, Parser, add_addresses, add_max_disk
+from node.runtime.arguments import Family, Parser, add_addresses, add_max_disk, add_ways_in, with_peers
 from node.runtime.console import argument_text, fail
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
@@ -65,6 +65,7 @@ def _run(flags: argparse.Namespace) -> int:
         "seed": run_seed,
     }
     let_interrupts_through()
+    flags = with_peers(flags)
     try:
         run(partial(commands[flags.command], flags))
     except (PeerFault, Refused) as error:
@@ -85,18 +86,18 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_list(parser: argparse.ArgumentParser) -> None:
+def _add_list(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_swarm(parser)
 
 
-def _add_show(parser: argparse.ArgumentParser) -> None:
+def _add_show(parser: Parser) -> None:
     _add_name(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_swarm(parser)
 
 
-def _add_get(parser: argparse.ArgumentParser) -> None:
+def _add_get(parser: Parser) -> None:
     _add_name(parser)
     parser.add_argument(
         "-o", "--out", type=_path, required=True, metavar="FOLDER", help="to write; empty or not there yet"
@@ -105,7 +106,7 @@ def _add_get(parser: argparse.ArgumentParser) -> None:
     _add_swarm(parser)
 
 
-def _add_seed(parser: argparse.ArgumentParser) -> None:
+def _add_seed(parser: Parser) -> None:
     parser.add_argument("folder", type=_path, metavar="FOLDER", help="a folder of peft")
     parser.add_argument(
         "--licence",
@@ -137,6 +138,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add_max_disk(parser)
 
 
-def _add_swarm(parser: argparse.ArgumentParser) -> None:
-    add_addresses(parser, "--peers", help="nodes of the swarm", required=True)
+def _add_swarm(parser: Parser) -> None:
+    add_ways_in(parser)
     parser.add_argument("--swarm-key", type=Path, metavar="FILE", help="the key of a private swarm")

@@ -91,6 +91,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:  # Any: the library's arguments
         super().__init__(*args, **kwargs)
         self.family = family
+        self.one_of: Sequence[str] = ()  # flags of which one must be given
         self._before: list[tuple[argparse.Action, Any, bool]] = []  # while the words alone are read
 
     @property
@@ -141,7 +142,10 @@ class Parser(argparse.ArgumentParser):
             put(settings_text(self.command, flags, values, list(os.environ)))
             self.exit()
         with self._defaults_from(settings):
-            return super().parse_known_args(words, namespace)
+            found, others = super().parse_known_args(words, namespace)
+        if self.one_of and not any(getattr(found, name) for name in self.one_of):
+            self.error(f"one of the arguments {' '.join('--' + name for name in self.one_of)} is required")
+        return found, others
 
     def _add_configuration(self) -> None:
         if any("--config" in action.option_strings for action in self._actions):
@@ -355,6 +359,27 @@ def add_max_disk(parser: argparse._ActionsContainer) -> None:
         help="of all models in the cache together, as in 20GiB: those unused for longest make room, never one"
         " in use (default: no bound)",
     )
+
+
+def add_ways_in(parser: Parser) -> None:
+    """Add --peers and --lan, of which a program that serves nobody needs one: see `with_peers`."""
+    add_addresses(parser, "--peers", help="nodes of the swarm")
+    parser.add_argument(
+        "--lan", action="store_true", help="without --peers: join the nodes found in the local network"
+    )
+    parser.one_of = ("peers", "lan")
+
+
+def with_peers(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with the nodes found in the local network in `peers` where --lan stands in its place.
+
+    Blocks for seconds where it looks.  Raises ConfigError.
+    """
+    if flags.peers or not flags.lan:
+        return flags
+    from node.network.lan.looking import find_peers
+
+    return argparse.Namespace(**{**vars(flags), "peers": list(find_peers(flags.swarm_key))})
 
 
 def add_addresses(

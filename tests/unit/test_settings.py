@@ -48,6 +48,8 @@ def required_words(parser: Parser, but: str = "") -> list[str]:
             words.append("a-word")
         elif action.required and action.option_strings and action.dest != but:
             words.append(f"{action.option_strings[-1]}={PEER}")
+    if parser.one_of and but != parser.one_of[0]:
+        words.append(f"--{parser.one_of[0]}={PEER}")
     return words
 
 
