@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 import client.__main__
+import client.gateway.arguments
+import client.sharing.arguments
 import node.__main__
 from node.config import ConfigError
 from node.network.lan import looking
@@ -111,6 +113,8 @@ def test_each_command_of_a_client_needs_peers_or_lan_and_with_lan_it_looks(
         raise ConfigError("nobody answers here")
 
     monkeypatch.setattr(looking, "find_peers", nobody)
+    for module in (client.__main__, client.gateway.arguments, client.sharing.arguments, node.__main__):
+        monkeypatch.setattr(module, "set_up_logging", lambda *_arguments: None)  # of this whole process
     with pytest.raises(SystemExit) as ended:
         program.main(words)
     assert ended.value.code == 2
