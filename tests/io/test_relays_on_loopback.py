@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,15 +21,19 @@ from node.network.host import Host, open_host
 from node.network.reachability.asking import Questions, ask_for_reach
 from node.network.reachability.candidates import FAMILIES
 from node.network.reachability.listener import ReachListener
+from node.network.relaying import circuits
 from node.network.relaying.circuits import RelayAt, Routes
 from node.network.relaying.messages import read_delimited
 from node.network.relaying.own_reservations import Candidate
 from node.network.relaying.service import CircuitsInUse, Relaying, open_relaying
 from node.network.streams import FramedStream
 from node.network.transport.identity import load_or_create_identity
+from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
 from tensor_codec.messages.reach import REACH_PROTOCOL
+from tensor_codec.messages.session import SESSION_PROTOCOL
+from tests.fakes_serving import World, continued, conversation_of, generated
 
 ECHO = "/raceme/test-echo/1"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -161,6 +166,45 @@ async def test_an_address_that_answers_is_faster_than_a_relay_and_one_that_does_
         live = client.connections.live(server.peer_id)
         assert live is not None
         assert live.relayed_by is None
+
+
+async def test_a_session_leaves_the_relay_for_a_direct_connection_and_comes_back_where_that_dies(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(circuits, "SETTLING_SECONDS", 0.0)
+    async with (
+        peer(8) as (relay, carrying),
+        peer() as (server, served),
+        peer(listen=()) as (client, _),
+        trio.open_nursery() as nursery,
+    ):
+        relayed_by(served, relay)
+        await eventually(lambda: served.keeper.plan.relays)
+        client.dialler.circuits.routes_to = lambda _: way(relay)
+        world = World(nursery)
+        node = world.add(server.peer_id, 0, 3)
+        server.handle(SESSION_PROTOCOL, node.listener.serve_session)
+
+        async def dial(whom: PeerId, addresses: Sequence[str], protocol: str) -> FramedStream:
+            return await client.open_stream(whom, (), protocol, seconds=PATIENT_SECONDS)
+
+        conversation = conversation_of(world, replace(world.routes(), dial=dial))
+        found = await continued(conversation, [3, 1, 4], 4)
+        began = carrying.relayed_bytes
+        assert began > 0
+        direct = await client.dialler.connect_directly(server.peer_id, server.addresses)
+        found += await continued(conversation, [3, 1, 4, *found], 1)
+        moved = carrying.relayed_bytes
+        found += await continued(conversation, [3, 1, 4, *found], 40)
+        assert carrying.relayed_bytes - moved < 1000, "the end of the old stream, and nothing of the 40 steps"
+        await direct.close()
+        found += await continued(conversation, [3, 1, 4, *found], 4)
+        assert carrying.relayed_bytes > moved + 1000
+        assert found == generated([3, 1, 4], 49, 3)
+        assert [position for position, *_ in node.span.steps] == [0, *range(3, 51)], "nothing twice"
+        assert not server.faults.counts()
+        conversation.close()
+        nursery.cancel_scope.cancel()
 
 
 async def test_identify_names_the_protocol_of_a_relay_and_of_no_other_node():
