@@ -425,7 +425,9 @@ def _framed(host: Host, stream: MuxedStream, protocol: str, limits: Limits) -> F
     connection = stream.connection
     framed = FramedStream(stream, connection.peer, protocol, limits, host.traffic, connection.prefix)
     if connection.relayed_by is not None:
-        framed.direct = partial(host.connections.live, connection.peer, direct=True)
+        framed.better = lambda: host.connections.live(connection.peer, direct=True) is not None
+    elif connection in host.dialler.circuits.replaced_by:
+        framed.better = lambda: False
     return framed
 
 

@@ -85,7 +85,7 @@ class FramedStream:
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
-    direct: of a stream that runs through a relay, the direct connection to the peer, if there is one.
+    better: of a stream that runs through a relay, or instead of one, whether there is a better way now.
     judge: called with the beginning of a frame above SMALL_FRAME, at least its header, and with its size,
     before the frame has a place.  It may raise a PeerFault.  A Refused that it returns is raised by `receive`
     once the frame has passed by, of which nothing is kept then.
@@ -107,7 +107,7 @@ class FramedStream:
         self._stream = stream
         self._traffic = traffic or Traffic()
         self.judge: Judge | None = None
-        self.direct: Callable[[], object | None] | None = None
+        self.better: Callable[[], bool] | None = None
         self._decoder = FrameDecoder(self._limits.max_frame_bytes)
         self._has_place = False  # the frame that has begun is a large one
         self._refusal: Refused | None = None  # to be raised after the frame that has begun
@@ -121,13 +121,13 @@ class FramedStream:
 
     @property
     def relayed(self) -> bool:
-        """Whether it runs through a relay."""
-        return self.direct is not None
+        """Whether it runs through a relay, or over a direct connection that came of one."""
+        return self.better is not None
 
     @property
     def has_better_way(self) -> bool:
         """Whether it runs through a relay, and a direct connection to the peer is there."""
-        return self.direct is not None and self.direct() is not None
+        return self.better is not None and self.better()
 
     @property
     def limit(self) -> int:

@@ -64,6 +64,7 @@ class World:
     punching: dict[str, Punching]
     circuit: Connection  # as the target has it
     reached: list[tuple[PeerId, tuple[str, ...]]] = field(default_factory=list)
+    made: list[Connection] = field(default_factory=list)  # by the target
 
     async def improve(self) -> bool:
         return await self.punching["target"].improve(self.circuit)
@@ -90,10 +91,14 @@ async def world(limits: Limits = LIMITS, *, public: Sequence[str] = ()) -> Async
             async def dial(address: Address) -> Link:
                 return await nats.dial(own, address)
 
-            async def dial_directly(whom: PeerId, addresses: Sequence[str]) -> None:
+            async def dial_directly(whom: PeerId, addresses: Sequence[str]) -> Connection:
                 reached.append((whom, tuple(addresses)))
                 if "198.18.1" not in addresses[0]:
                     raise PeerGone("silence")
+                await connect(peer, source if peer is target else target)
+                made = peer.direct(whom)
+                assert made is not None
+                return made
 
             def is_direct(whom: PeerId) -> bool:
                 return peer.direct(whom) is not None
@@ -107,7 +112,9 @@ async def world(limits: Limits = LIMITS, *, public: Sequence[str] = ()) -> Async
         await source.circuits.dial(source.to(relay), target.peer_id)
         while not target.circuits_in:  # noqa: ASYNC110  # a test's clock jumps
             await trio.sleep(0.01)
-        yield World(source, target, nats, both, target.circuits_in[0], reached)
+        swarm = World(source, target, nats, both, target.circuits_in[0], reached)
+        both["target"].on_direct = swarm.made.append
+        yield swarm
         nursery.cancel_scope.cancel()
 
 
@@ -123,6 +130,7 @@ async def test_two_peers_behind_nat_meet_and_the_circuit_s_dialler_is_the_initia
         assert not of_target.is_initiator
         assert {address for address, _ in swarm.nats.dials} == {AT_ALICE, AT_BOB}
         assert swarm.punching["target"].done == 1
+        assert swarm.made == [of_target], "its sessions may go on over another circuit"
         assert not swarm.source.faults + swarm.target.faults
         await trio.sleep(1)  # the source has the end of it too
         assert await swarm.improve(), "there is a direct way"
@@ -166,6 +174,7 @@ async def test_a_peer_that_listens_in_public_is_dialled_and_nobody_punches(
     async with world(public=["/ip4/198.18.1.11/tcp/1"]) as swarm:
         assert await swarm.improve()
         assert swarm.reached == [(ALICE.peer_id, ("/ip4/198.18.1.11/tcp/1",))]
+        assert swarm.made == [swarm.target.direct(ALICE.peer_id)]
         assert not swarm.nats.dials
 
 

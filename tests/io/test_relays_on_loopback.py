@@ -14,6 +14,7 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol
 from libp2p.tools.anyio_service import background_trio_service
 
+from client.generation.conversation import Conversation
 from node.config import ConfigError
 from node.network.addresses import Address
 from node.network.dialling.from_port import OwnPorts, PortTaken, open_tcp_from
@@ -80,6 +81,18 @@ def relayed_by(relaying: Relaying, relay: Host) -> None:
 
 def way(relay: Host, *, at_once: bool = True) -> Routes:
     return Routes((RelayAt(relay.peer_id, relay.addresses),), at_once)
+
+
+def session_over_hosts(nursery: trio.Nursery, client: Host, server: Host) -> tuple[World, Conversation]:
+    """A client's tokens from three blocks of a server; the blocks compute with small integers."""
+    world = World(nursery)
+    node = world.add(server.peer_id, 0, 3)
+    server.handle(SESSION_PROTOCOL, node.listener.serve_session)
+
+    async def dial(whom: PeerId, addresses: Sequence[str], protocol: str) -> FramedStream:
+        return await client.open_stream(whom, (), protocol, seconds=PATIENT_SECONDS)
+
+    return world, conversation_of(world, replace(world.routes(), dial=dial))
 
 
 async def asked(client: Host, server: Host, addresses: tuple[str, ...] = ()) -> None:
@@ -181,14 +194,7 @@ async def test_a_session_leaves_the_relay_for_a_direct_connection_and_comes_back
         relayed_by(served, relay)
         await eventually(lambda: served.keeper.plan.relays)
         client.dialler.circuits.routes_to = lambda _: way(relay)
-        world = World(nursery)
-        node = world.add(server.peer_id, 0, 3)
-        server.handle(SESSION_PROTOCOL, node.listener.serve_session)
-
-        async def dial(whom: PeerId, addresses: Sequence[str], protocol: str) -> FramedStream:
-            return await client.open_stream(whom, (), protocol, seconds=PATIENT_SECONDS)
-
-        conversation = conversation_of(world, replace(world.routes(), dial=dial))
+        world, conversation = session_over_hosts(nursery, client, server)
         found = await continued(conversation, [3, 1, 4], 4)
         began = carrying.relayed_bytes
         assert began > 0
@@ -201,8 +207,36 @@ async def test_a_session_leaves_the_relay_for_a_direct_connection_and_comes_back
         found += await continued(conversation, [3, 1, 4, *found], 4)
         assert carrying.relayed_bytes > moved + 1000
         assert found == generated([3, 1, 4], 49, 3)
-        assert [position for position, *_ in node.span.steps] == [0, *range(3, 51)], "nothing twice"
+        steps = world.nodes[server.peer_id].span.steps
+        assert [position for position, *_ in steps] == [0, *range(3, 51)], "nothing twice"
         assert not server.faults.counts()
+        conversation.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_session_on_a_direct_way_that_came_of_a_circuit_outlives_it():
+    async with (
+        peer(8) as (relay, carrying),
+        peer() as (server, served),
+        peer() as (client, _),
+        trio.open_nursery() as nursery,
+    ):
+        relayed_by(served, relay)
+        await eventually(lambda: served.keeper.plan.relays)
+        client.dialler.circuits.routes_to = lambda _: way(relay)
+        served.punching.public_addresses = lambda _: client.addresses
+        world, conversation = session_over_hosts(nursery, client, server)
+        found = await continued(conversation, [3, 1, 4], 4)
+        direct = client.connections.live(server.peer_id, direct=True)
+        assert direct is not None, "the server has dialled back"
+        served.punching.public_addresses = lambda _: ()
+        await direct.close()
+        began = carrying.relayed_bytes
+        found += await continued(conversation, [3, 1, 4, *found], 4)
+        assert carrying.relayed_bytes > began
+        assert found == generated([3, 1, 4], 8, 3)
+        steps = world.nodes[server.peer_id].span.steps
+        assert [position for position, *_ in steps] == [0, *range(3, 10)], "nothing twice"
         conversation.close()
         nursery.cancel_scope.cancel()
 

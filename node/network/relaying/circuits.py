@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import trio
 
@@ -53,6 +53,7 @@ class Circuits:
     upgrade, add: make a connection of a link, as for a socket.
     routes_to: the relays of a peer, as far as known; to be set by those that know records.
     settles_at: of circuits that we asked for, the time until which a direct way is likely to come.
+    replaced_by: the direct connections that came of circuits to us; their peers cannot dial us.
     """
 
     limits: Limits
@@ -60,6 +61,7 @@ class Circuits:
     add: Callable[[SecureChannel], Awaitable[Connection]]
     routes_to: Callable[[PeerId], Routes] = lambda _: Routes()
     settles_at: WeakKeyDictionary[Connection, float] = field(default_factory=WeakKeyDictionary)
+    replaced_by: WeakSet[Connection] = field(default_factory=WeakSet)
 
     async def dial(self, relay: Connection, peer: PeerId) -> Connection:
         """A connection to a peer through a connected relay.

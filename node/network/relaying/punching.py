@@ -46,6 +46,7 @@ class Punching:
     dial: connects to an address from the port that this node listens on.  Raises PeerFault.
     dial_directly: a usual dial to a peer at these addresses.  Raises PeerFault.
     on_end: called with a circuit of ours when its target's try is over.
+    on_direct: called with each direct connection that came of a circuit to us.
     public_addresses: at which a peer can be dialled, as far as its record says.
     """
 
@@ -55,9 +56,10 @@ class Punching:
     is_direct: Callable[[PeerId], bool]
     seen_at: Callable[[Connection], Awaitable[Sequence[Address]]]
     dial: Callable[[Address], Awaitable[Link]]
-    dial_directly: Callable[[PeerId, Sequence[str]], Awaitable[object]]
+    dial_directly: Callable[[PeerId, Sequence[str]], Awaitable[Connection]]
     public_addresses: Callable[[PeerId], Sequence[str]] = lambda _: ()
     on_end: Callable[[Connection], object] = lambda _: None
+    on_direct: Callable[[Connection], object] = lambda _: None
     under_way: set[PeerId] = field(default_factory=set)
     done: int = 0  # punched connections
 
@@ -89,7 +91,7 @@ class Punching:
         if not addresses:
             return False
         try:
-            await self.dial_directly(peer, addresses)
+            self.on_direct(await self.dial_directly(peer, addresses))
         except PeerFault as fault:
             logger.debug("%s is not reached at its public addresses: %s", peer, fault)
             return False
@@ -112,7 +114,10 @@ class Punching:
                 await stream.aclose()
         if scope.cancelled_caught:
             raise SlowPeer(f"no answer to a punch within {seconds:g} s")
-        return await self._meet(circuit.peer, theirs.addresses, self.upgrade.inbound)
+        met = await self._meet(circuit.peer, theirs.addresses, self.upgrade.inbound)
+        if met is not None:
+            self.on_direct(met)
+        return met is not None
 
     # --- the circuit's dialler ---
 
@@ -154,8 +159,8 @@ class Punching:
         peer: PeerId,
         addresses: Sequence[Address],
         upgrade: Callable[[Link], Awaitable[SecureChannel]],
-    ) -> bool:
-        """Dial until the other side's dial meets ours; whether there is a direct connection now."""
+    ) -> Connection | None:
+        """Dial until the other side's dial meets ours: a direct connection, or None."""
         made: list[Connection] = []
 
         async def dial(address: Address, scope: trio.CancelScope) -> None:
@@ -168,7 +173,7 @@ class Punching:
                 for address in dialled(addresses):
                     nursery.start_soon(dial, address, nursery.cancel_scope)
         self.done += bool(made)
-        return bool(made)
+        return made[0] if made else None
 
     async def _dial_until(
         self, peer: PeerId, address: Address, upgrade: Callable[[Link], Awaitable[SecureChannel]]

@@ -1,6 +1,6 @@
 """The stream to a session's client, where another stream of the same client may take its place.
 
-A session that began over a circuit moves over to a direct connection, and back to a circuit where that one
+A session that began over a circuit moves over to a direct connection, and to another circuit where its way
 dies.  Its cache and its place stay.  What a dead stream does not take is dropped: after each move the client
 agrees with all hops on a new epoch, and asks for what it lacks.
 """
