@@ -85,6 +85,7 @@ LONG: Mapping[str, Sequence[str]] = {
     "wan-bulk": ["wan", "--rtt-ms", "20", "--mbit", "10", "--servers", "2", "--bulk"],
     "wire-rtt40": ["wire", "--rtt-ms", "40"],
     "wire-rtt160": ["wire", "--rtt-ms", "160"],
+    "wire-rtt160-reno": ["wire", "--rtt-ms", "160", "--control", "reno"],
 }  # fmt: skip
 # Simulated: the machine does not matter, and hours pass.
 SIMULATED: Mapping[str, Sequence[str]] = {

@@ -1,14 +1,14 @@
 """The wire alone: frames between two processes on loopback, our stack and py-libp2p's own.
 
     python -m benchmarks wire [--rounds N] [--bulk-mib N] [--json FILE]
-    python -m benchmarks wire --rtt-ms 160 --mbit 1000 [--transfers N] [--json FILE]
+    python -m benchmarks wire --rtt-ms 160 --mbit 1000 [--transfers N] [--control NAME] [--json FILE]
 
 Prints the median, p10 and p90 of round trips of one frame, MB/s of frames one way, and the round trip of
 a small message while bulk goes the same way on its connection.
 
 With `--rtt-ms` it prints JSON in place of that: the time of 8 MiB one way over a line with this delay and
-rate, on fresh connections of our host and of raw TCP in turn (benchmarks/network/wire_line.py), between
-two network namespaces (tests/netlab).
+rate, on fresh connections of our host and of raw TCP in turn, and after a pause
+(benchmarks/network/wire_line.py), between two network namespaces (tests/netlab).
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def over_a_line(options: argparse.Namespace, words: Sequence[str]) -> int:
         command = command_inside("benchmarks", ["wire", *words, "--inside"])
         return subprocess.run(command, check=False).returncode
     run = Run()
-    figures = measure_line(options.rtt_ms, options.mbit, TRANSFER_MIB, options.transfers)
+    figures = measure_line(options.rtt_ms, options.mbit, TRANSFER_MIB, options.transfers, options.control)
     print(json.dumps(figures, indent=2))
     run.write(options.json, figures)
     return 0
@@ -246,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rtt-ms", type=float, help="of a line between two network namespaces")
     parser.add_argument("--mbit", type=float, default=1000.0, help="a second each way, of that line")
     parser.add_argument("--transfers", type=int, default=7, help="over that line, of each kind")
+    parser.add_argument("--control", choices=["reno", "bbr"], help="TCP's congestion control, of that line")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["ours", "stock"], help=argparse.SUPPRESS)
     options = parser.parse_args(words)

@@ -1,7 +1,8 @@
 """Bytes one way across a delayed line: our host's connection, and raw TCP over that line in turn.
 
-Every transfer has a new connection.  TCP's slow start and the growth of our windows are part of the time;
-the making of the connection is not.  The time ends with the receiver's answer that it has all bytes.
+The first transfer has a new connection.  TCP's slow start and the growth of our windows are part of the time;
+the making of the connection is not.  The time ends with the receiver's answer that it has all bytes.  A
+second transfer follows at once, and a third one after a pause, in which TCP may forget the line.
 """
 
 from __future__ import annotations
@@ -30,14 +31,22 @@ SINK = "/raceme/bench-sink/1"
 FRAME_BYTES = 1 * MIB
 READ_BYTES = 256 * KIB
 SECONDS = 60  # for one transfer
+PAUSES = (
+    0.0,
+    0.0,
+    3.0,
+)  # seconds before each transfer of a connection: the last one is of a chat's next prompt
+PREFIXES = ("", "second_", "paused_")  # of their figures
+CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")  # of the network namespace of whoever reads it
 RAW_PORT = 4002
 _SIZE = struct.Struct(">Q")  # header of a transfer over raw TCP
 
 
-def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, object]:
-    """The figures of one line, each transfer on a new connection, and a second one on that connection.
+def measure(rtt_ms: float, mbit: float, mib: int, rounds: int, control: str | None) -> dict[str, object]:
+    """The figures of one line, each first transfer on a new connection, and others on that connection.
 
     rtt_ms: there and back.  mbit: a second, each way.  rounds: that count; one before them does not.
+    control: the system's congestion control at both ends; None: as this machine has it.
     Runs in a namespace of its own (`tests.netlab.namespaces.command_inside`).
     """
     size = mib * MIB
@@ -46,6 +55,10 @@ def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, obje
     with Lab(here=True) as lab:
         far = lab.public("far", Line(rtt_ms / 2, mbit)).ip4
         at_the_far_end = lab.enter("far")
+        if control is not None:
+            CONTROL.write_text(control)
+            lab.run("far", ["sh", "-c", 'printf %s "$1" > "$2"', "sh", control, str(CONTROL)])
+        control = CONTROL.read_text().strip()
         with (
             _server(at_the_far_end, "ours", far) as (peer, address),
             _server(at_the_far_end, "raw", far),
@@ -59,9 +72,9 @@ def measure(rtt_ms: float, mbit: float, mib: int, rounds: int) -> dict[str, obje
         "mbit": mbit,
         "mib": mib,
         "rounds": rounds,
-        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "congestion_control": control,
     }
-    for index, prefix in enumerate(("", "second_")):
+    for index, prefix in enumerate(PREFIXES):
         figures |= _compared(prefix, [each[index] for each in ours[1:]], [each[index] for each in raw[1:]])
     return figures
 
@@ -77,12 +90,13 @@ def _compared(prefix: str, ours: Sequence[float], raw: Sequence[float]) -> dict[
 
 
 async def _over_our_host(peer: PeerId, address: str, size: int) -> list[float]:
-    """Seconds of two transfers on a connection of a new host."""
+    """Seconds of the transfers on a connection of a new host."""
     async with open_host(identity=load_or_create_identity(None), listen=[]) as host:
         frames = await host.open_stream(peer, [address], SINK, seconds=10)
         frame = bytes(FRAME_BYTES)
         found = []
-        for _ in range(2):
+        for pause in PAUSES:
+            await trio.sleep(pause)
             started = time.perf_counter()
             with trio.fail_after(SECONDS):
                 for _ in range(size // FRAME_BYTES):
@@ -95,12 +109,13 @@ async def _over_our_host(peer: PeerId, address: str, size: int) -> list[float]:
 
 
 def _over_raw_tcp(host: str, size: int) -> list[float]:
-    """Seconds of two transfers on a new connection."""
+    """Seconds of the transfers on a new connection."""
     found = []
     with socket.create_connection((host, RAW_PORT), timeout=SECONDS) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         data = _SIZE.pack(size) + bytes(size)
-        for _ in range(2):
+        for pause in PAUSES:
+            time.sleep(pause)
             started = time.perf_counter()
             connection.sendall(data)
             if connection.recv(1) != b".":

@@ -72,10 +72,12 @@ def wire_block(figures: Figures) -> str:
 
 def wire_line_block(figures: Figures) -> str:
     """A transfer over a line with a delay, through our host and through raw TCP."""
-    runs = [figures[f"wire-rtt{rtt}"] for rtt in (40, 160)]
-    keys = (
-        "transfer_ms", "raw_tcp_ms", "ratio", "second_transfer_ms", "second_raw_tcp_ms", "second_ratio",
-    )  # fmt: skip
+    runs = [figures[f"wire-rtt{line}"] for line in ("40", "160", "160-reno")]
+    keys = [
+        f"{prefix}{key}"
+        for prefix in ("", "second_", "paused_")
+        for key in ("transfer_ms", "raw_tcp_ms", "ratio")
+    ]
     rows = [(f"`{key}`", [f"{run[key]:,}" for run in runs]) for key in keys]
     head = [f"{run['rtt_ms']:g} ms, {run['mbit']:g} Mbit/s, {run['congestion_control']}" for run in runs]
     return with_note(markdown_table(head, rows), *runs)
