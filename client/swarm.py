@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from client.bridges.sync import BlockingCalls
     from client.chains.avoided_peers import AvoidedPeers
     from client.chains.chain_choice import ChainChooser
+    from client.chains.chooser import PeerStream
     from client.forward_backward import ForwardBackward, Gradients
     from client.generation.conversation import Conversation
     from client.generation.generate import Generation, Token
@@ -567,6 +568,15 @@ class Swarm:
         return self._lengths.usual(values.whole("batch", batch))
 
 
+async def _dial_hop(
+    host: Host, directory: Directory, seconds: float, peer: PeerId, addresses: Sequence[str], protocol: str
+) -> PeerStream:
+    """A stream to a hop, whose connection stays open for the next session.  Raises PeerFault."""
+    stream = await host.open_stream(peer, addresses, protocol, seconds=seconds)
+    directory.pings.use(peer)
+    return stream
+
+
 @asynccontextmanager
 async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
     """The trio side of `connect`.  Raises ConfigError."""
@@ -609,7 +619,7 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
             info.blocks,
             view=directory.view,
             rtts=directory.rtts,
-            dial=partial(host.open_stream, seconds=config.limits.dial_seconds),
+            dial=partial(_dial_hop, host, directory, config.limits.dial_seconds),
             changes=ViewChanges(
                 directory.changed, partial(directory.find_peers, info.revision, FIND_SECONDS)
             ),

@@ -48,7 +48,7 @@ class Limits:
     max_connections_per_prefix: int = 8  # of one public address, where places are scarce
     suspect_connections_per_prefix: int = 2  # of an address with several banned ids
     known_good_connection_share: float = 0.25  # of the inbound places, for peers that did useful work
-    idle_connection_seconds: float = 60.0  # without a stream
+    idle_connection_seconds: float = 90.0  # without a stream; servers next to each other ping once a minute
     sockets_per_prefix_per_second: float = 20.0  # accepted; a silent one costs 0.3 ms, one that waits 1 ms
     sockets_per_prefix_burst: int = 128  # those that wait for a handshake, too
     handshakes_per_prefix_per_second: float = 4.0  # a handshake and what follows cost 12 ms: 5 % of a core

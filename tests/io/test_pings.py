@@ -15,8 +15,10 @@ from node.network.directory.pings import (
     LINKED_SECONDS,
     LOOK_SECONDS,
     MAX_ON_ROUTES,
+    MAX_WANTED,
     MONITOR_SECONDS,
     PING_SECONDS,
+    USED_SECONDS,
     WATCH_SECONDS,
     Asker,
     worth_monitoring,
@@ -117,6 +119,23 @@ async def test_what_somebody_wanted_to_know_is_watched_for_a_minute(autojump_clo
         await asking.watch(note, random.Random(1))
     assert {frozenset(wanted) for at, wanted in seen if at < 59} == {frozenset(PEERS[:1])}
     assert {frozenset(wanted) for at, wanted in seen if at > 61} == {frozenset()}
+
+
+async def test_the_hop_of_a_session_is_watched_while_somebody_reads_the_answer(autojump_clock, asking):
+    asking._host.answering = set(PEERS)
+    asking.use(PEERS[0])
+    with trio.move_on_after(USED_SECONDS + 60.0):
+        await asking.watch(list, random.Random(1))
+    count = asking._host.pings.count(PEERS[0])
+    assert USED_SECONDS / (1.2 * WATCH_SECONDS) - 1 <= count <= USED_SECONDS / (0.8 * WATCH_SECONDS) + 1
+
+
+async def test_as_many_hops_are_watched_as_peers_can_be_wanted(autojump_clock, asking):
+    for number in range(3 * MAX_WANTED):
+        asking.use(PeerId(f"hop {number}"))
+        await trio.sleep(0.001)
+    assert len(asking._used) == MAX_WANTED
+    assert PeerId(f"hop {3 * MAX_WANTED - 1}") in asking._used
 
 
 async def test_a_place_that_we_do_not_have_ourselves_says_nothing_of_the_peer(autojump_clock, asking):

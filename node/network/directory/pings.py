@@ -32,6 +32,7 @@ WATCH_SECONDS = 3.0  # between two pings to one server: silent ones are known wi
 MONITOR_SECONDS = 1.4
 LINKED_SECONDS = 1.5
 LINKED_TRIPS = 4  # round trips, where these take longer
+USED_SECONDS = 600.0  # for which the hops of sessions are pinged afterwards: somebody reads the answer
 LOOK_SECONDS = 1.0  # between looks for new servers
 LOOK_SHARE = 0.01  # of the event loop, for the choice of the servers to monitor: 0.1 s of 10,000 peers
 QUIET_SECONDS = 0.02
@@ -88,6 +89,7 @@ class Asker:
         self._connecting = 0
         self._quiet = trio.Event()
         self._wanted: dict[PeerId, float] = {}  # peers whose distance was asked for, and the time
+        self._used: dict[PeerId, float] = {}  # hops of sessions, and the time of the last opening
         self._routes: Callable[[], Iterable[PeerId]] = tuple  # of a monitor
         self._monitored_until = -math.inf
 
@@ -125,6 +127,11 @@ class Asker:
         if self.answers.under_way(peer) is None:
             self.answers.ask(peer, trio.current_time())
             self._nursery.start_soon(self._ask, peer)
+
+    def use(self, peer: PeerId) -> None:
+        """This peer is a hop of a session: `watch` keeps its connection open for USED_SECONDS from now."""
+        now = trio.current_time()
+        self._used = _latest({**self._used, peer: now}, now - USED_SECONDS)
 
     def monitor(self, seconds: float, routes: Callable[[], Iterable[PeerId]]) -> None:
         """For so many seconds from now, `watch` also pings what its `monitored` says.
@@ -164,7 +171,8 @@ class Asker:
             elif (now >= again and now >= look_again) or not more:
                 more = dict.fromkeys(monitored(self._routes()))
                 look_again = now + (trio.current_time() - now) / LOOK_SHARE
-            matter = {**more, **dict.fromkeys(servers(self._wanted))}
+            self._used = _latest(self._used, now - USED_SECONDS)
+            matter = {**more, **dict.fromkeys(servers(self._wanted.keys() | self._used.keys()))}
             self.answers.forget({*matter, *self._wanted}, now)
             lost = linked - self._host.connected()
             for peer in matter:
@@ -176,9 +184,7 @@ class Asker:
             await trio.sleep(min(LOOK_SECONDS, again - now))
 
     def _want(self, peers: Iterable[PeerId], now: float) -> None:
-        wanted = {**self._wanted, **dict.fromkeys(peers, now)}
-        latest = sorted(wanted.items(), key=lambda each: each[1])[-MAX_WANTED:]
-        self._wanted = {peer: when for peer, when in latest if when > now - FRESH_SECONDS}
+        self._wanted = _latest({**self._wanted, **dict.fromkeys(peers, now)}, now - FRESH_SECONDS)
 
     async def _ask(self, peer: PeerId) -> None:
         before = peer in self.answers.silent()
@@ -247,6 +253,12 @@ class Asker:
         self._news = trio.Event()
         if changed:
             self._changed()
+
+
+def _latest(peers: Mapping[PeerId, float], after: float) -> dict[PeerId, float]:
+    """The MAX_WANTED latest of these with a time after this one."""
+    latest = sorted(peers.items(), key=lambda each: each[1])[-MAX_WANTED:]
+    return {peer: when for peer, when in latest if when > after}
 
 
 def worth_watching(
