@@ -408,10 +408,11 @@ class StreamDispatch:
 
     async def serve_session(self, stream: FrameStream) -> None:
         """Serve the stream of one session.  Raises PeerFault."""
-        if self.served_span is None or not self.admitting:
+        if not self.served_spans:
             await self._refuse(stream, self.meters.sessions_refused)
-        else:
-            await self.served_span.listener.serve_session(stream)
+        else:  # a session that is open may go on over this stream even where there is no room for another
+            admits = self.served_span is not None and self.admitting
+            await self.served_spans[0].listener.serve_session(stream, None if admits else self._refusal())
 
     async def serve_request(self, stream: PeekStream) -> None:
         """Serve a stream of requests without a session.  Raises PeerFault."""
@@ -443,9 +444,11 @@ class StreamDispatch:
         await read_pushes(stream, _Listeners(self), self._frames)
 
     async def _refuse(self, stream: FrameStream, count: Counter[str] | None = None) -> None:
+        await self._refuse_with(stream, self._refusal(), count)
+
+    def _refusal(self) -> Refused:
         loading = Draining("this node is loading other blocks", RETRY_SECONDS)
-        no = self._short_of_memory() if self.served_span is not None else loading
-        await self._refuse_with(stream, no, count)
+        return self._short_of_memory() if self.served_span is not None else loading
 
     async def _refuse_with(self, stream: FrameStream, no: Refused, count: Counter[str] | None = None) -> None:
         """Answer the first message with a refusal."""

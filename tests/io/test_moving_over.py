@@ -10,11 +10,11 @@ import trio
 import trio.testing
 
 from routing.names import PeerId
-from tensor_codec.errors import PeerGone
+from tensor_codec.errors import CacheFull, PeerGone
 from tensor_codec.limits import Limits
 from tensor_codec.messages.attach import Attach, decode_attach_reply, encode_attach
 from tensor_codec.messages.fields import Failed
-from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL
+from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL, encode_open
 from tests.fakes_serving import (
     CLIENT,
     FakeStream,
@@ -25,6 +25,7 @@ from tests.fakes_serving import (
     generated,
     hops_of,
     some_hidden,
+    stream_pair,
     swarm,
     until,
     whole_model,
@@ -192,6 +193,28 @@ async def test_nobody_goes_on_with_the_session_of_another_peer(autojump_clock: t
             assert failed.code == "ended"
             await stream.aclose()
         assert world.nodes[HOPS[0]].listener.session_count == 1
+        await client.stream.aclose()
+
+
+async def test_a_session_goes_on_where_there_is_no_room_for_another_one(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with swarm() as world:
+        homes(world)
+        client, _ = await RawClient.open(world, "hop0")
+        listener = world.nodes[HOPS[0]].listener
+        full = CacheFull("no room", 1.0)
+        going_on = encode_attach(Attach(client.opened.session))
+        for question, answer in ((going_on, None), (encode_open(client.opened), "cache_full")):
+            ours, theirs = stream_pair(CLIENT, HOPS[0], SESSION_PROTOCOL, world.limits)
+            world.nursery.start_soon(listener.serve_session, theirs, full)
+            await ours.send(question)
+            frame = await ours.receive(10.0)
+            assert frame is not None
+            failed = decode_attach_reply(frame)
+            assert (None if failed is None else failed.code) == answer
+            await ours.aclose()
+        await until(lambda: listener.session_count == 0)
         await client.stream.aclose()
 
 

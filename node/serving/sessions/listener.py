@@ -143,10 +143,14 @@ class Listener:
         """Sessions that are open."""
         return len(self._sessions)
 
-    async def serve_session(self, stream: FrameStream) -> None:
-        """Serve the stream of one client until its session ends, or goes on elsewhere.  Raises PeerFault."""
+    async def serve_session(self, stream: FrameStream, refusal: Refused | None = None) -> None:
+        """Serve the stream of one client until its session ends, or goes on elsewhere.  Raises PeerFault.
+
+        refusal: of every new session, for now.
+        """
         stream.limit = HEADER_BYTES + self.limits.max_prompt_bytes_per_peer
-        stream.judge = partial(self._bytes.prompts.judge, self.admission, stream.peer, stream.prefix)
+        judge = partial(self._bytes.prompts.judge, self.admission, stream.peer, stream.prefix)
+        stream.judge = judge if refusal is None else lambda _beginning, _size: refusal
         try:
             frame = await stream.receive(self.limits.frame_start_seconds)
             if frame is None:
@@ -156,6 +160,8 @@ class Listener:
             stream.judge = None  # of the frames of a session its contract is the limit
             if isinstance(opened, Attach):
                 return await self._sessions.attach(stream, opened)
+            if refusal is not None:
+                raise refusal
             key = owner_tag(stream.peer), opened.session
             await self._end_earlier(key, opened)
             self._check(stream.peer, key, opened)
