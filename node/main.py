@@ -159,6 +159,7 @@ async def _serve_blocks(
         )
     stopping.started()
     nursery.start_soon(leave_unreached, node, stopping)
+    nursery.start_soon(keep_telling, node)
     async with background_nursery() as moving:
         if config.blocks is None:
             rng = random.Random()
@@ -201,6 +202,7 @@ async def run_bootstrap(config: NetworkConfig) -> None:
         tell_how_to_join(node, "online as a bootstrap node")
         stopping.started()
         nursery.start_soon(leave_unreached, node, stopping)
+        nursery.start_soon(keep_telling, node)
         await stopping.requested.wait()
     stopping.check()
 
@@ -574,5 +576,22 @@ def write_ready_file(
 def tell_how_to_join(node: Node, what: str) -> None:
     """Log that the node is online, and the flags with which others join it."""
     log.info("%s, peer %s", what, node.host.peer_id)
+    _tell_peers(node)
+
+
+def _tell_peers(node: Node) -> str:
+    """Log the address for --peers; returns it."""
     key = f" --swarm-key {node.config.swarm_key}" if node.config.swarm_key else ""
-    log.info("others join with: --peers %s%s", node.joining_address, key)
+    log.info("others join with: --peers %s%s", address := node.joining_address, key)
+    return address
+
+
+async def keep_telling(node: Node) -> None:
+    """Log the address for --peers again whenever it is another one: peers find out which is right."""
+    if node.reach is None:
+        return
+    said = node.joining_address
+    while True:
+        await node.reach.changed()
+        if node.joining_address != said:
+            said = _tell_peers(node)

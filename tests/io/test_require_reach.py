@@ -12,7 +12,15 @@ import trio
 
 from node.__main__ import main
 from node.config import ConfigError, NetworkConfig
-from node.main import REACH_SECONDS, UNREACHED_SECONDS, Node, Stopping, check_reach, leave_unreached
+from node.main import (
+    REACH_SECONDS,
+    UNREACHED_SECONDS,
+    Node,
+    Stopping,
+    check_reach,
+    keep_telling,
+    leave_unreached,
+)
 from node.network.reachability.own_reach import OwnReach
 from routing.names import PeerId
 
@@ -26,6 +34,15 @@ class Reach:
 
     def __init__(self, own: OwnReach, seconds: float = 0.0) -> None:
         self.own, self.seconds = own, seconds
+        self.news = trio.Event()
+
+    async def changed(self) -> None:
+        await self.news.wait()
+
+    def learn(self, own: OwnReach) -> None:
+        self.own = own
+        self.news.set()
+        self.news = trio.Event()
 
     async def lost(self, seconds: float) -> None:
         await trio.sleep(self.seconds + seconds)
@@ -91,6 +108,24 @@ def test_others_are_told_to_join_where_they_can() -> None:
         config = NetworkConfig(peers=peers)
         made = Node(config, cast(Any, host), cast(Any, None), cast(Any, None), cast(Any, Reach(own)))
         assert made.joining_address == found
+
+
+async def test_the_address_for_others_is_said_again_when_peers_have_found_the_right_one(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    private, public = "/ip4/192.168.1.11/tcp/1", "/ip4/203.0.113.7/tcp/1"
+    host = SimpleNamespace(addresses=(private,), peer_id="me")
+    reach = Reach(OwnReach("unknown", (private,)))
+    made = Node(NetworkConfig(), cast(Any, host), cast(Any, None), cast(Any, None), cast(Any, reach))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_telling, made)
+        for own in (OwnReach("unknown", (private,)), *2 * [OwnReach("public", (public,))]):
+            await trio.sleep(1)
+            reach.learn(own)
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert caplog.messages == [f"others join with: --peers {public}/p2p/me"]
 
 
 async def test_without_the_flag_nobody_waits(autojump_clock: object) -> None:

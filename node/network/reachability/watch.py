@@ -98,6 +98,10 @@ class ReachWatch:
                 await self._news.wait()
         return self.own
 
+    async def changed(self) -> None:
+        """Return when something was learnt, or may have been."""
+        await self._news.wait()
+
     async def lost(self, seconds: float) -> None:
         """Return when for so many seconds nobody has reached this node, nor any relay relayed to it."""
         while True:
