@@ -28,6 +28,7 @@ USUAL: Mapping[str, Sequence[str]] = {
     "backward": ["backward"],
     "loop-lag": ["loop_lag"],
     "quality": ["quality"],
+    "quality-codecs": ["quality", "--boundaries", "1", "4"],
     "scrape": ["scrape"],
     "startup": ["startup"],
     "startup-black-holed": ["startup", "--black-holed", "1"],
@@ -82,6 +83,14 @@ LONG: Mapping[str, Sequence[str]] = {
     "routing": ["routing", "--servers", "1000", "10000"],
     "swarm-decisions": ["swarm", "--decisions-only", "60", "1000", "10000"],
     "wan": ["wan"],
+    **{
+        f"wan-{codec}{'' if blocks is None else f'-{blocks}'}": [
+            "wan", "--rtt-ms", "100", "--mbit", "10", "--codec", codec,
+            *([] if blocks is None else ["--first-blocks", blocks]),
+        ]
+        for codec in ("bf16", "fast")
+        for blocks in (None, "3")
+    },
     "wan-bulk": ["wan", "--rtt-ms", "20", "--mbit", "10", "--servers", "2", "--bulk"],
     "wire-rtt40": ["wire", "--rtt-ms", "40"],
     "wire-rtt160": ["wire", "--rtt-ms", "160"],

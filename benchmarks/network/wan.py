@@ -20,9 +20,11 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,9 +32,11 @@ import psutil
 from benchmarks.decode.decode import prompts_of
 from benchmarks.lib.processes import LocalSwarm, ProcessError, Worker, equal_spans, free_port, local_swarm
 from benchmarks.lib.results import Run
+from benchmarks.network.first_blocks import write_first_blocks
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
+from node.runtime.arguments import positive
 from tensor_codec.messages.contract import CODEC_CHOICES
 
 THREADS = {"OMP_NUM_THREADS": "1"}
@@ -67,6 +71,20 @@ TABLE = (Links(0, None, proxied=False), Links(0, None), Links(5, 1000), Links(5,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if the tokens differ where the codec loses nothing."""
     flags, run = parse(arguments), Run()
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.first_blocks is not None:
+            try:
+                model = resolve(flags.model, cache_dir=cache_dir()).path
+            except ConfigError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            flags.model = str(Path(folder) / "first-blocks")
+            write_first_blocks(model, flags.first_blocks, Path(flags.model))
+        return run_rows(flags, run)
+
+
+def run_rows(flags: argparse.Namespace, run: Run) -> int:
+    """As `main`.  run: whose results are written."""
     rows = TABLE if flags.rtt_ms is None else (Links(flags.rtt_ms, flags.mbit),)
     try:
         blocks = read_info(resolve(flags.model, cache_dir=cache_dir())).blocks
@@ -109,6 +127,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--codec", choices=CODEC_CHOICES, default="auto", help="of the clients (default: auto)"
     )
     parser.add_argument("--model", help="a folder or a name (default: the built-in model)")
+    parser.add_argument(
+        "--first-blocks", type=positive, metavar="N",
+        help="of the model alone: servers whose computing hardly counts, as on GPUs",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE")
     flags = parser.parse_args(arguments)
     if flags.mbit is not None and flags.rtt_ms is None:
@@ -204,6 +226,7 @@ def measure(
         "session_codec": rounds[-1]["codec"],
         "token_bytes": sum(step_bytes),
         **decode_figures(rounds[1:], links, step_bytes),
+        "prefill_limit_s": prefill_limit(rounds[-1]["prompt_row_bytes"], links, len(ids)),
         **prefill_figures(rounds[1:], links, flags.servers, len(ids)),
     }
     if flags.bulk:
@@ -245,6 +268,14 @@ def decode_figures(
         "computing_ms": statistics.median(computing) * 1e3,
         "ends_ms": statistics.median(step["ends"] for step in steps) * 1e3,
     }
+
+
+def prefill_limit(row_bytes: Sequence[int], links: Links, tokens: int) -> float:
+    """Seconds of a prompt if nothing computed, and if all links carried parts of it at once.
+
+    row_bytes: of a token of the prompt, on each link; the last one carries the answer alone.
+    """
+    return len(row_bytes) * links.one_way_seconds + tokens * max(row_bytes[:-1]) / links.bytes_per_second
 
 
 def prefill_figures(

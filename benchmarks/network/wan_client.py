@@ -77,7 +77,7 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     """Greedy, in a new session: the tokens, and for each token the parts of its time.
 
     open_seconds: of the first token's, until the session was open.  codec: of the session.  row_bytes: of a
-    token on each link, from the client on.  For each token
+    token on each link, from the client on; prompt_row_bytes: of one of a prompt's.  For each token
     its `seconds`, `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`:
     for each step that it took, [held, computing] of each hop.
     """
@@ -90,19 +90,25 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
         ):
             found.append({"id": token.id, "seconds": token.seconds, **watch.take()})
         assert conversation.session is not None
-        row_bytes = bytes_of_a_row(conversation.session, swarm)
+        row_bytes, prompt_row_bytes = (bytes_of_a_row(conversation.session, swarm, n) for n in (1, len(ids)))
         codec = conversation.session.route.contract.codec
     finally:
         conversation.close()
-    return {"tokens": found, "open_seconds": watch.open_seconds, "codec": codec, "row_bytes": row_bytes}
+    return {
+        "tokens": found,
+        "open_seconds": watch.open_seconds,
+        "codec": codec,
+        "row_bytes": row_bytes,
+        "prompt_row_bytes": prompt_row_bytes,
+    }
 
 
-def bytes_of_a_row(session: Session, swarm: Swarm) -> list[int]:
-    """Of the hidden states of one token, on each link of the session's chain, the answer's included."""
+def bytes_of_a_row(session: Session, swarm: Swarm, rows: int) -> list[int]:
+    """Of the hidden states of one token of `rows`, on each link of the chain, the answer's included."""
     contract, hops = session.route.contract, session.chain.hops
     is_fast = session.terms.codec == "fast"
     packs = packs_over(swarm.routes.terms_of(hops), contract) if is_fast else [0] * len(hops)
-    packed = (contract.packed_row_bytes if are_packed(1, pack) else contract.row_bytes for pack in packs)
+    packed = (contract.packed_row_bytes if are_packed(rows, pack) else contract.row_bytes for pack in packs)
     return [*packed, contract.row_bytes]
 
 

@@ -211,7 +211,9 @@ class ChainChooser:
         for hop in hops:
             record = view.get(hop.peer)
             seconds, speed = between(before, hop.peer), self.measured.speeds.of(before, hop.peer)
-            found.append(None if record is None else HopTerms(record.dtype, record.codecs, seconds, speed))
+            home = between(hop.peer, CLIENT)
+            terms = None if record is None else HopTerms(record.dtype, record.codecs, seconds, speed, home)
+            found.append(terms)
             before = hop.peer
         return found
 

@@ -45,13 +45,14 @@ class HopTerms:
 
     dtype: of its computing.  codecs: that it reads besides fp32 and bf16.
     link_seconds: the round trip from the hop before it, or from the client.  link_speed: of that link, bytes
-    per second; 0.0: unknown.
+    per second; 0.0: unknown.  home_seconds: the round trip to the client.
     """
 
     dtype: str
     codecs: tuple[str, ...] = ()
     link_seconds: float = 0.0
     link_speed: float = 0.0
+    home_seconds: float = 0.0
 
 
 class Chooser(Protocol):

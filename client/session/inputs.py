@@ -123,7 +123,10 @@ class Feed:
     def _chunk(self, tokens: int) -> int:
         """Positions of each row in one chunk."""
         chain = self.session.chain
-        of_all_rows = chunk_tokens(tokens * self.rows, len(chain.hops), chain.seconds_per_position)
+        of_all_rows = chunk_tokens(
+            tokens * self.rows, len(chain.hops), chain.seconds_per_position,
+            delay=chain.delay_seconds, line=chain.line_seconds / self.rows,
+        )  # fmt: skip
         return min(math.ceil(of_all_rows / self.rows), self.session.max_step_tokens)
 
     async def _collect(
@@ -136,16 +139,35 @@ class Feed:
         return result
 
 
-def chunk_tokens(tokens: int, hops: int, seconds_per_position: float = math.inf) -> int:
+def chunk_tokens(
+    tokens: int,
+    hops: int,
+    seconds_per_position: float = math.inf,
+    *,
+    delay: float = 0.0,
+    line: float = 0.0,
+) -> int:
     """Positions of each step of an input with the least time on a chain of `hops`.
 
     The last hop computes all steps after every other hop has computed the first.  Few long steps make
-    hops wait for each other, many short ones cost more (STEP_COST_TOKENS).  Ties go to the longer steps.
-    seconds_per_position: of an input, at all hops together.
+    hops wait for each other, many short ones cost more (STEP_COST_TOKENS).  At most CHUNKS_UNDER_WAY steps
+    are on their way: over long ways each further one waits for an answer first, and so goes later than it
+    could.  Ties go to the longer steps.
+    seconds_per_position: of an input, at all hops together.  delay: seconds along the chain and back, without
+    bytes.  line: seconds of a position on the slowest link.  Without the first the other two say nothing.
+    O(tokens / STEP_COST_TOKENS).
     """
+    is_known = seconds_per_position < math.inf
+    each = seconds_per_position / hops if is_known else 1.0
+    if not is_known:
+        delay = line = 0.0
 
     def cost(steps: int) -> float:
-        return (tokens / steps + STEP_COST_TOKENS) * (steps + hops - 1)
+        computing, sending = (tokens / steps + STEP_COST_TOKENS) * each, tokens / steps * line
+        slower = max(computing, sending)
+        first = delay + hops * (computing + sending)
+        rounds, others = divmod(steps - 1, CHUNKS_UNDER_WAY)
+        return rounds * max(CHUNKS_UNDER_WAY * slower, first) + others * slower + first
 
     is_fast = hops == 1 and LONG_PREFILL_TOKENS * seconds_per_position <= LONG_CHUNK_SECONDS
     longest = LONG_PREFILL_TOKENS if is_fast else PREFILL_TOKENS

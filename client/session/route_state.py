@@ -9,7 +9,7 @@ from itertools import pairwise
 from client.chains.chooser import Chooser
 from client.session.actions import Action, Carry, Leave, Note, Postpone
 from client.session.hop_state import HopState, Neighbours
-from client.session.repair.contracts import Contracts, packs_over
+from client.session.repair.contracts import Contracts, packs_over, way_of
 from client.session.repair.replacement import Replacement
 from client.session.repair.replay_plan import HopOrder, ResumePoint, plan
 from client.session.steps import Pending
@@ -183,7 +183,13 @@ class RouteState:
         """
         before, self.hops, self.pack = self.hops, list(made), line_up.pack
         hops = tuple(hop.hop for hop in made)
-        self.chain = Chain(hops, self.chooser.cost(hops, {}), self.chooser.seconds_per_position(hops))
+        packs = [line_up.pack, *(place.pack for place in line_up.places[:-1])]
+        self.chain = Chain(
+            hops,
+            self.chooser.cost(hops, {}),
+            self.chooser.seconds_per_position(hops),
+            *way_of(self.chooser.terms_of(hops), line_up.contract, packs),
+        )
         self.replacement.adopt(hops)
         notes = self._notes(before, why, seconds)
         if not line_up.held:

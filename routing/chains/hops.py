@@ -31,11 +31,15 @@ class Chain:
     expected_seconds: of one decode step, from the client and back to it.
     seconds_per_position: of a prompt, at all hops together, as they announce it; infinite where that is not
     known.
+    delay_seconds: of the way along the hops and back to the client, without computing and without bytes.
+    line_seconds: of one position of a prompt on the slowest link, as far as links were timed.
     """
 
     hops: tuple[Hop, ...]
     expected_seconds: float
     seconds_per_position: float = math.inf
+    delay_seconds: float = 0.0
+    line_seconds: float = 0.0
 
 
 class NoChain(Exception):

@@ -151,6 +151,21 @@ def test_a_chain_of_one_fast_hop_takes_longer_steps_of_a_prompt(tokens, hops, se
     assert chunk_tokens(tokens, hops, seconds) == chunk
 
 
+@pytest.mark.parametrize(
+    ("delay", "line", "steps"),
+    [
+        (0.0, 0.0, 7),
+        (0.2, 0.0, 6),  # the seventh would wait for the answer to the first
+        (0.2, 0.0005, 6),
+        (0.0, 0.01, 22),  # the line is the slowest, and each step costs nothing there
+    ],
+)
+def test_over_long_ways_as_many_steps_of_a_prompt_as_may_be_under_way(delay, line, steps):
+    chunk = chunk_tokens(512, 3, 3e-4, delay=delay, line=line)
+    assert -(-512 // chunk) == steps
+    assert chunk_tokens(512, 3, delay=delay, line=line) == chunk_tokens(512, 3)  # rates are not known
+
+
 @given(st.integers(1, 8192), st.integers(1, 64))
 def test_no_step_of_a_prompt_is_empty_or_longer_than_allowed(tokens, hops):
     assert 1 <= chunk_tokens(tokens, hops) <= min(tokens, PREFILL_TOKENS)

@@ -8,7 +8,7 @@ import pytest
 
 from client.chains.chooser import HopTerms
 from client.session.actions import Lost
-from client.session.repair.contracts import Contracts, packs_over
+from client.session.repair.contracts import Contracts, packs_over, way_of
 from tensor_codec.errors import PeerGone
 from tensor_codec.messages.contract import Contract
 from tests.session_world import Peers, change_route, sound_session
@@ -61,6 +61,18 @@ def test_a_step_is_packed_over_those_links_alone_that_are_slow_and_whose_hop_rea
     unknown, near = replace(reads, link_speed=0.0), replace(reads, link_speed=0.0, link_seconds=1e-4)
     found = packs_over([reads, fast, old, None, unknown, near], terms)
     assert found == [3, 0, 0, 0, 28, 0]
+
+
+def test_the_way_of_a_chain_is_its_delays_and_its_slowest_link_that_was_timed():
+    terms = Contract(bytes(16), 0, 6, 1, 64, 576, "bf16", 2048)
+    hops = [
+        HopTerms(NARROW, (), 0.02, SLOW, 0.02),
+        None,
+        HopTerms(NARROW, ("int8o",), 0.06, SLOW, 0.1),
+        HopTerms(NARROW, ("int8o",), 0.04, 0.0, 0.08),
+    ]
+    assert way_of(hops, terms, [0, 0, 3, 3]) == (pytest.approx(0.06 + 0.04), 1152 / SLOW)
+    assert way_of(hops[2:], terms, [3, 3]) == (pytest.approx(0.05 + 0.04), 612 / SLOW)
 
 
 def chain_of(codec: str) -> list[tuple[int, int]]:

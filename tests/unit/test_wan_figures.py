@@ -8,7 +8,14 @@ import socket
 import pytest
 
 from benchmarks.lib.processes import ProcessError
-from benchmarks.network.wan import Links, check_all_proxied, decode_figures, parse, prefill_figures
+from benchmarks.network.wan import (
+    Links,
+    check_all_proxied,
+    decode_figures,
+    parse,
+    prefill_figures,
+    prefill_limit,
+)
 
 LINKS = Links(rtt_ms=100, mbit=8)  # a megabyte a second
 
@@ -62,3 +69,8 @@ def test_a_connection_past_the_links_is_found():
         check_all_proxied([os.getpid()], os.getpid())  # this process is both
         with pytest.raises(ProcessError, match="not all are a link's"):
             check_all_proxied([os.getpid()], os.getppid())
+
+
+def test_a_prompt_takes_its_delays_and_its_bytes_over_the_slowest_link_at_least():
+    assert prefill_limit([1000, 2000, 4000], LINKS, tokens=500) == pytest.approx(3 * 0.05 + 500 * 0.002)
+    assert prefill_limit([1000, 1000], Links(0, None), tokens=500) == 0

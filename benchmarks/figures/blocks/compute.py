@@ -59,6 +59,20 @@ def quality_block(figures: Figures) -> str:
     return with_note(markdown_table(["perplexity", "KL", "equal likeliest token", "MiB"], rows), *runs)
 
 
+def quality_codecs_block(figures: Figures) -> str:
+    """The cost of codecs between machines."""
+    runs = figures["quality-codecs"]
+    rows = [
+        (f"{run['codec']}, {run['boundaries']} boundar{'y' if run['boundaries'] == 1 else 'ies'}",
+         [f"{run['bytes_per_value']:.2f}", f"{run['perplexity']:.3f}", f"{run['kl']:.1e}",
+          f"{run['same_best']:.3f}"])
+        for run in runs
+    ]  # fmt: skip
+    return with_note(
+        markdown_table(["bytes a value", "perplexity", "KL", "equal likeliest token"], rows), *runs
+    )
+
+
 def journal_block(figures: Figures) -> str:
     """The cost of the journal."""
     run = figures["journal"]

@@ -25,6 +25,21 @@ def wan_block(figures: Figures) -> str:
     return with_note(markdown_table([link_name(run) for run in runs], rows), *runs)
 
 
+def wan_codecs_block(figures: Figures) -> str:
+    """A prompt and tokens over slow links, with and without int8o."""
+    runs = [figures[f"wan-{codec}{blocks}"] for blocks in ("", "-3") for codec in ("bf16", "fast")]
+    rows = [
+        ("prefill, s", column(runs, "{prefill_seconds:.2f}")),
+        ("its limit by the links alone, s", column(runs, "{prefill_limit_s:.2f}")),
+        ("the slowest hop computes, s", column(runs, "{prefill_slowest_hop_s:.2f}")),
+        ("prefill, tokens/s", column(runs, "{prefill_tokens_per_s:.0f}")),
+        ("steps/s", column(runs, "{steps_per_s:.3g}")),
+        ("bytes of a token, all links", column(runs, "{token_bytes}")),
+    ]
+    names = [f"{where}, {codec}" for where in ("30 blocks", "3 blocks") for codec in ("bf16", "fast")]
+    return with_note(markdown_table(names, rows), *runs)
+
+
 def link_name(run: Any) -> str:
     """A sort of link in a few words."""
     if not run["proxied"]:

@@ -30,6 +30,19 @@ def packs_over(hops: Sequence[HopTerms | None], contract: Contract) -> list[int]
     ]
 
 
+def way_of(hops: Sequence[HopTerms | None], contract: Contract, packs: Sequence[int]) -> tuple[float, float]:
+    """`delay_seconds` and `line_seconds` of a chain of these hops.  packs: see `packs_over`."""
+    delay, line, home = 0.0, 0.0, 0.0
+    for hop, pack in zip(hops, packs, strict=True):
+        if hop is None:
+            continue
+        delay, home = delay + hop.link_seconds / 2, hop.home_seconds / 2
+        if hop.link_speed:
+            size = contract.packed_row_bytes if pack else contract.row_bytes
+            line = max(line, size / hop.link_speed)
+    return delay + home, line
+
+
 @dataclass(slots=True)
 class Contracts:
     """The contracts of the present epoch and of earlier epochs, in which late answers come.
