@@ -95,8 +95,8 @@ class Node:
     def connected(self, kind: Family) -> set[PeerId]:
         return self.two.online - {self.peer_id} if kind == "ip4" else set()
 
-    def opened(self) -> tuple[int, int]:
-        return (0, 1) if self.peer_id == HOME else (1, 0)
+    def links(self) -> tuple[Sequence[int], Sequence[int]]:
+        return ((), (1,)) if self.peer_id == HOME else ((1,), ())
 
     def met_from_own_port(self, peer: PeerId) -> bool:
         return False

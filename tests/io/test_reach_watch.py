@@ -14,10 +14,10 @@ import trio
 from node.network.addresses import Address
 from node.network.own_addresses import OwnAddresses
 from node.network.reachability.candidates import Family
+from node.network.reachability.link_watch import SILENCE_SECONDS
 from node.network.reachability.listener import ReachListener
 from node.network.reachability.own_reach import OwnReach
 from node.network.reachability.seen import learn_seen
-from node.network.reachability.silence import SILENCE_SECONDS
 from node.network.reachability.state import CHECK_SECONDS
 from node.network.reachability.watch import ReachWatch
 from node.network.streams import FramedStream
@@ -55,7 +55,7 @@ class World:
     """Peers that can be asked, and the addresses at which this node is reached from outside.
 
     Its face is that of a host.  old: peers that do not speak the protocol.  six: each peer has IPv6 too.
-    links: inbound and outbound connections.  from_own_port: peers that were dialled from the listening port.
+    inbound, outbound: live connections.  from_own_port: peers that were dialled from the listening port.
     """
 
     nursery: trio.Nursery
@@ -65,7 +65,8 @@ class World:
     outside: str = OUTSIDE
     peers: int = 4
     six: bool = False
-    links: tuple[int, int] = (0, 0)
+    inbound: tuple[int, ...] = ()
+    outbound: tuple[int, ...] = ()
     from_own_port: set[PeerId] = field(default_factory=set)
     asked: list[PeerId] = field(default_factory=list)
     over: list[Family] = field(default_factory=list)
@@ -94,8 +95,8 @@ class World:
     def connected(self, kind: Family) -> set[PeerId]:
         return set()
 
-    def opened(self) -> tuple[int, int]:
-        return self.links
+    def links(self) -> tuple[Sequence[int], Sequence[int]]:
+        return self.inbound, self.outbound
 
     def met_from_own_port(self, peer: PeerId) -> bool:
         return peer in self.from_own_port
@@ -284,18 +285,36 @@ async def test_a_node_to_which_nobody_comes_any_more_asks_again_at_once(
     autojump_clock: object, world: World
 ) -> None:
     world.reached.add(DIRECT)
-    world.links = (2, 3)
+    world.inbound, world.outbound = (1, 2), (3, 4)
     async with watched(world) as (watch, _):
         await trio.sleep(60.0)
         asked = len(world.asked)
         world.reached.clear()
-        world.links = (0, 3)
+        world.inbound = ()
         await trio.sleep(SILENCE_SECONDS + 5.0)
         assert watch.own.reach == "none"
         asked_again = len(world.asked)
         assert asked_again > asked
         await trio.sleep(300.0)
         assert len(world.asked) == asked_again  # once for each silence
+
+
+async def test_a_public_node_whose_router_has_another_address_says_so_as_soon_as_it_is_connected_again(
+    autojump_clock: object, world: World
+) -> None:
+    world.reached.add(DIRECT)
+    world.outbound = (3, 4)
+    async with watched(world) as (watch, told):
+        await trio.sleep(60.0)
+        world.outside, moved = "198.51.100.9", f"/ip4/198.51.100.9/tcp/{PORT}"
+        world.reached = {moved}
+        world.outbound = ()
+        await trio.sleep(15.0)
+        assert watch.own.addresses == (DIRECT,)  # it cannot know yet
+        world.outbound = (5,)
+        await trio.sleep(5.0)
+        assert (watch.own.reach, watch.own.addresses) == ("public", (moved,))
+        assert {each.reach for each in told} == {"public"}
 
 
 async def test_a_router_with_another_address_is_noticed_by_its_relays(

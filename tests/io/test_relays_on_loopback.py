@@ -156,8 +156,9 @@ async def test_a_question_goes_over_a_connection_of_its_family_next_to_others():
         assert len(asks.connections.of(answers.peer_id)) == 2
         await (await questions.open_question(answers.peer_id, (), "ip6")).reset()
         assert len(asks.connections.of(answers.peer_id)) == 2
-        assert questions.opened() == (0, 2)
-        assert Questions(answers, LATE).opened() == (0, 0), "loopback is not the Internet"
+        theirs, ours = questions.links()
+        assert (len(theirs), len(ours)) == (0, 2)
+        assert Questions(answers, LATE).links() == ([], []), "loopback is not the Internet"
 
 
 async def test_an_address_that_answers_is_faster_than_a_relay_and_one_that_does_not_costs_a_moment():

@@ -182,7 +182,7 @@ class Dialler:
             readable = _over(kind, readable)
         try:
             async with lock:
-                if kind is None and (direct := self._connections.live(peer, direct=True)) is not None:
+                if (direct := _direct(self._connections, peer, kind)) is not None:
                     return direct
                 async with self._places[purpose]:
                     return await self._dial(peer, readable, unreadable, [])
@@ -378,6 +378,23 @@ class Dialler:
         if pause:
             self.backoff.failed(str(address), now)
         self.backoff.host_failed(address.host, now)
+
+
+def family_of(connection: Connection) -> Literal["ip4", "ip6"] | None:
+    """The family of IP of a direct connection; None of one that is not live or goes through a relay."""
+    remote = connection.channel.link.remote
+    if remote is None or not connection.is_established:
+        return None
+    return "ip6" if ":" in remote[0].removeprefix("::ffff:") else "ip4"
+
+
+def _direct(
+    connections: ConnectionTable, peer: PeerId, kind: Literal["ip4", "ip6"] | None
+) -> Connection | None:
+    """A live direct connection to a peer, of this family of IP if one is given."""
+    if kind is None:
+        return connections.live(peer, direct=True)
+    return next((each for each in connections.of(peer) if family_of(each) == kind), None)
 
 
 def _over(kind: Literal["ip4", "ip6"], addresses: Sequence[Address]) -> list[Address]:

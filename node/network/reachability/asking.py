@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from node.network.addresses import Reach, parse_address, reach_of
+from node.network.dialling.dialler import family_of
 from node.network.own_addresses import OwnAddresses
 from node.network.peer_info import QuestionStream
-from node.network.reachability.candidates import Family, canonical, of_family, seen_as
+from node.network.reachability.candidates import Family, of_family, seen_as
 from node.network.reachability.state import Told
 from node.network.streams import FramedStream
 from node.network.transport.link import SocketLink
@@ -47,8 +48,8 @@ class ReachHost(Protocol):
     def connected(self, kind: Family) -> set[PeerId]:
         """The peers with a live direct connection over this family."""
 
-    def opened(self) -> tuple[int, int]:
-        """How many live connections peers of the Internet have opened, and how many this node has."""
+    def links(self) -> tuple[Collection[Hashable], Collection[Hashable]]:
+        """The live direct connections: those that peers of the Internet have opened, and this node's own."""
 
     def met_from_own_port(self, peer: PeerId) -> bool:
         """Whether this node has dialled that peer from the port on which it listens.
@@ -81,11 +82,11 @@ class Questions:
         """See `ReachHost.connected`."""
         return {each.peer for each in self._host.connections if family_of(each) == kind}
 
-    def opened(self) -> tuple[int, int]:
-        """See `ReachHost.opened`."""
+    def links(self) -> tuple[Collection[Hashable], Collection[Hashable]]:
+        """See `ReachHost.links`."""
         live = [each for each in self._host.connections if each.is_established and each.relayed_by is None]
-        ours = sum(each.is_initiator for each in live)
-        return sum(not each.is_initiator and _comes_from_afar(each) for each in live), ours
+        others = [each for each in live if not each.is_initiator and _comes_from_afar(each)]
+        return others, [each for each in live if each.is_initiator]
 
     def met_from_own_port(self, peer: PeerId) -> bool:
         """See `ReachHost.met_from_own_port`."""
@@ -98,26 +99,14 @@ class Questions:
         """See `ReachHost.open_question`."""
         seconds = self._limits.dial_seconds
         with trio.move_on_after(seconds):
-            known = [each for each in self._host.connections.of(peer) if family_of(each) == kind]
-            connection = (
-                known[0]
-                if known
-                else await self._host.dialler.connect_directly(peer, of_family(addresses, kind), kind)
-            )
+            ways = of_family(addresses, kind)
+            connection = await self._host.dialler.connect_directly(peer, ways, kind)
             stream = connection.open()
             stream.propose(REACH_PROTOCOL)
             return FramedStream(
                 stream, peer, REACH_PROTOCOL, self._limits, self._host.traffic, connection.prefix
             )
         raise SlowPeer(f"no connection to {peer} within {seconds:g} s")
-
-
-def family_of(connection: Connection) -> Family | None:
-    """The family of IP of a direct connection; None of one that is not live or goes through a relay."""
-    remote = connection.channel.link.remote
-    if remote is None or not connection.is_established:
-        return None
-    return "ip6" if ":" in canonical(remote[0]) else "ip4"
 
 
 def _comes_from_afar(connection: Connection) -> bool:

@@ -11,8 +11,8 @@ import trio
 
 from node.network.reachability.asking import ReachHost, ask_for_reach
 from node.network.reachability.candidates import FAMILIES, Family, of_family, to_ask_about, whom_to_ask
+from node.network.reachability.link_watch import LinkWatch
 from node.network.reachability.own_reach import OwnReach, own_reach, report
-from node.network.reachability.silence import InboundSilence
 from node.network.reachability.state import Reachability, Told, Verdict, together
 from routing.names import PeerId
 from routing.view.view import SwarmView
@@ -130,13 +130,13 @@ class ReachWatch:
 
     async def run(self) -> None:
         """Ask until cancelled.  A node that this machine alone reaches asks nobody."""
-        silence = InboundSilence()
+        links = LinkWatch()
         async with trio.open_nursery() as nursery:
             while True:
                 now, own = trio.current_time(), self._host.own
                 asked = to_ask_about(own.announced, own.listening, self._offered())
-                if silence.is_due(*self._host.opened(), now):
-                    self.check_again("nobody comes to this node any more")
+                if (why := links.why_ask(*self._host.links(), now)) is not None:
+                    self.check_again(why)
                 if self._has_moved():
                     self.check_again("relays see this node at another address")
                 for kind, state in self.states.items():
