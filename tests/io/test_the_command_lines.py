@@ -500,7 +500,9 @@ def swarm_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @asynccontextmanager
     async def open_node(*words: object, **options: object) -> AsyncIterator[Any]:
-        yield SimpleNamespace(directory=directory, host=SimpleNamespace(peer_id=PeerId("me")))
+        connections = SimpleNamespace(connected=set)
+        host = SimpleNamespace(peer_id=PeerId("me"), connections=connections)
+        yield SimpleNamespace(directory=directory, host=host)
 
     monkeypatch.setattr(node.main, "open_node", open_node)
     monkeypatch.setattr("node.monitor.status.SETTLE_SECONDS", 0)
