@@ -124,7 +124,7 @@ async def _use_the_local_network(
     if all(address.is_loopback for address in host.own.listening):
         return None
     if config.port_mapping and not config.announce:
-        mapper = await stack.enter_async_context(open_mapper(listening, reach.offer))
+        mapper = await stack.enter_async_context(open_mapper(listening, reach.offer, peer=host.peer_id))
         reach.hooks.on_failed_offer = mapper.look_again
     if config.lan is False:
         return None

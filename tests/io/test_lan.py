@@ -369,9 +369,9 @@ async def test_the_router_is_asked_where_a_node_listens_beyond_loopback_unless_i
     opened = []
 
     @asynccontextmanager
-    async def fake_mapper(listening, offer):
+    async def fake_mapper(listening, offer, peer):
         opened.append(tuple(listening()))
-        async with open_mapper(lambda: (), offer, {}) as mapper:
+        async with open_mapper(lambda: (), offer, {}, peer=peer) as mapper:
             yield mapper
 
     monkeypatch.setattr(joining, "open_mapper", fake_mapper)

@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -246,6 +247,22 @@ async def test_a_router_that_knows_no_leases_forwards_without_an_end():
     assert device.held[PORT][3] == 0
 
 
+@pytest.mark.parametrize("leases", [True, False])
+async def test_a_router_that_renews_nothing_that_it_has_is_made_to_forget_it_first(leases: bool):
+    class Stubborn(Device):
+        def addportmapping(self, outside: int, *words: Any) -> bool:
+            if outside in self.held:
+                raise Exception("ConflictInMappingEntry")
+            return super().addportmapping(outside, *words)
+
+    device = Stubborn()
+    device.leases = leases
+    asking = upnp_of(device)
+    first = await asking.forward(UPNP_ASK)
+    assert await asking.forward(UPNP_ASK) == first
+    assert device.held == {PORT: ("127.0.0.1", PORT, "Raceme", LEASE_SECONDS if leases else 0)}
+
+
 @pytest.mark.parametrize("said", ["", "203.0.113", "203.0.113.7; rm", "\x1b[2J" * 1000, "2001:db8::1"])
 async def test_an_address_that_is_none_is_refused_in_a_short_line(said: str):
     device = Device()
@@ -311,9 +328,12 @@ def gateways(nat_pmp: Gateway, upnp: Gateway):
     return found
 
 
-async def test_a_forwarded_port_is_offered_renewed_and_closed_at_the_end(autojump_clock: MockClock):
+async def test_a_forwarded_port_is_offered_renewed_and_closed_at_the_end(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
     first, second, found = Gateway(), Gateway(), Offers()
-    async with open_mapper(lambda: HOME, found.take, gateways(first, second)) as mapper:
+    async with open_mapper(lambda: HOME, found.take, gateways(first, second), peer="me") as mapper:
         await trio.sleep(1)
         assert found.now == {"nat-pmp": [FORWARDED], "upnp": []}
         assert [str(address) for address, _ in mapper.extra] == [FORWARDED]
@@ -322,13 +342,14 @@ async def test_a_forwarded_port_is_offered_renewed_and_closed_at_the_end(autojum
         assert [round(at) for at in first.asked_at[:3]] == [0, every, 2 * every]
         assert len(found.log) == 2, "what stays is offered once"
         assert first.held == {31330: 31330}
+    assert caplog.messages == [f"the router forwards {FORWARDED}/p2p/me to this node (NAT-PMP)"]
     assert first.held == {}
     assert second.asked_at == []
 
 
 async def test_upnp_is_asked_where_nat_pmp_is_silent_for_ever(autojump_clock: MockClock):
     first, second, found = Gateway(seconds=1e9), Gateway(), Offers()
-    async with open_mapper(lambda: HOME, found.take, gateways(first, second)):
+    async with open_mapper(lambda: HOME, found.take, gateways(first, second), peer="me"):
         await trio.sleep(60)
         assert found.now == {"nat-pmp": [], "upnp": [FORWARDED]}
 
@@ -338,7 +359,7 @@ async def test_a_home_without_such_a_router_is_told_once_and_asked_rarely(
 ):
     caplog.set_level("INFO")
     first, second, found = Gateway("no NAT-PMP"), Gateway("no UPnP"), Offers()
-    async with open_mapper(lambda: HOME, found.take, gateways(first, second)):
+    async with open_mapper(lambda: HOME, found.take, gateways(first, second), peer="me"):
         await trio.sleep(6 * 3600)
     assert found.log == []
     assert [text for text in caplog.messages if "no router forwards" in text] == [
@@ -352,14 +373,14 @@ async def test_one_reason_of_both_protocols_is_said_once(
 ):
     caplog.set_level("INFO")
     offline = Gateway("this machine has no default route")
-    async with open_mapper(lambda: HOME, Offers().take, gateways(offline, offline)):
+    async with open_mapper(lambda: HOME, Offers().take, gateways(offline, offline), peer="me"):
         await trio.sleep(60)
     assert caplog.messages == ["no router forwards a port to this node: this machine has no default route"]
 
 
 async def test_a_machine_that_moves_to_another_network_asks_its_router(autojump_clock: MockClock):
     first, found, listening = Gateway(), Offers(), list(HOME)
-    async with open_mapper(lambda: listening, found.take, gateways(first, Gateway())):
+    async with open_mapper(lambda: listening, found.take, gateways(first, Gateway()), peer="me"):
         await trio.sleep(1)
         first.host, listening[:] = "198.51.100.9", ["/ip4/10.0.0.5/tcp/31330"]
         await trio.sleep(ADDRESSES_SECONDS + 1)
@@ -372,7 +393,7 @@ async def test_a_machine_that_moves_to_another_network_asks_its_router(autojump_
 
 async def test_look_again_asks_at_once(autojump_clock: MockClock):
     first = Gateway("not yet")
-    async with open_mapper(lambda: HOME, Offers().take, gateways(first, Gateway("no"))) as mapper:
+    async with open_mapper(lambda: HOME, Offers().take, gateways(first, Gateway("no")), peer="me") as mapper:
         await trio.sleep(1)
         first.why = None
         mapper.look_again()
@@ -389,7 +410,7 @@ async def test_a_request_that_is_under_way_at_the_end_leaves_no_port_open(autoju
             raise AssertionError
 
     slow = Slow()
-    async with open_mapper(lambda: HOME, Offers().take, gateways(slow, Gateway())):
+    async with open_mapper(lambda: HOME, Offers().take, gateways(slow, Gateway()), peer="me"):
         await trio.sleep(1)
         assert slow.held
     assert not slow.held
@@ -397,7 +418,7 @@ async def test_a_request_that_is_under_way_at_the_end_leaves_no_port_open(autoju
 
 async def test_a_router_that_is_silent_at_the_end_holds_nobody_up(autojump_clock: MockClock):
     first = Gateway()
-    async with open_mapper(lambda: HOME, Offers().take, gateways(first, Gateway())):
+    async with open_mapper(lambda: HOME, Offers().take, gateways(first, Gateway()), peer="me"):
         await trio.sleep(1)
         first.seconds = 1e9
         began = trio.current_time()

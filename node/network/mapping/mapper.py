@@ -48,12 +48,17 @@ class Gateway(Protocol):
 class PortMapper:
     """The forwarded ports of this node.  Made by `open_mapper`.
 
-    listening: the multiaddrs on which this node listens now.  offer: see `open_mapper`.
+    listening: the multiaddrs on which this node listens now.  offer, peer: see `open_mapper`.
     """
 
     def __init__(
-        self, listening: Callable[[], Sequence[str]], offer: Offer, gateways: Mapping[Method, Gateway]
+        self,
+        listening: Callable[[], Sequence[str]],
+        offer: Offer,
+        gateways: Mapping[Method, Gateway],
+        peer: str,
     ) -> None:
+        self._peer = peer
         self._listening = listening
         self._offer = offer
         self._gateways = gateways
@@ -112,7 +117,8 @@ class PortMapper:
         if extra != self._extra:
             for address, origin in extra:
                 if (address, origin) not in self._extra:
-                    log.info("the router forwards %s to this node (%s)", address, NAMES[origin])
+                    where = f"{address}/p2p/{self._peer}"
+                    log.info("the router forwards %s to this node (%s)", where, NAMES[origin])
             self._extra = extra
             for method in METHODS:
                 self._offer(method, [str(address) for address, origin in extra if origin == method])
@@ -134,15 +140,17 @@ async def open_mapper(
     listening: Callable[[], Sequence[str]],
     offer: Offer,
     gateways: Mapping[Method, Gateway] | None = None,
+    *,
+    peer: str,
 ) -> AsyncIterator[PortMapper]:
     """Keep the ports of this node forwarded until the end of the block.
 
     listening: the multiaddrs on which this node listens now.  gateways: in place of this machine's router.
     offer: called with a method and all the multiaddrs that it gives now, whenever these are others.  They are
-    to be verified by dials from outside before they are announced.
+    to be verified by dials from outside before they are announced.  peer: this node's id, for the log.
     """
     mapper = PortMapper(
-        listening, offer, {"nat-pmp": NatPmp(), "upnp": Upnp()} if gateways is None else gateways
+        listening, offer, {"nat-pmp": NatPmp(), "upnp": Upnp()} if gateways is None else gateways, peer
     )
     try:
         async with background_nursery() as nursery:

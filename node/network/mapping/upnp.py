@@ -107,16 +107,29 @@ class Upnp:
             raise MappingError(
                 f"the router's own address is {_short(said)}, which is no IPv4 address"
             ) from None
-        outside = self._free_port(device, ask)
-        lease = ask.lease_seconds
-        try:
-            self._add(device, ask, outside, lease)
-        except MappingError as error:
-            if _ONLY_WITHOUT_END not in str(error):
-                raise
-            lease = 0
-            self._add(device, ask, outside, lease)
+        outside, is_ours = self._free_port(device, ask)
+        lease = self._lease(device, ask, outside, is_ours=is_ours)
         return Forwarding("upnp", ask.port, host, outside, lease)
+
+    def _lease(self, device: Device, ask: Ask, outside: int, *, is_ours: bool) -> int:
+        """Have a port forwarded; the seconds of its lease, 0 without an end.  Raises MappingError.
+
+        is_ours: it leads to this node already.
+        """
+        lease = ask.lease_seconds
+        while True:
+            try:
+                self._add(device, ask, outside, lease)
+            except MappingError as error:
+                if lease and _ONLY_WITHOUT_END in str(error):
+                    lease = 0
+                elif is_ours:  # some routers renew nothing that they have
+                    is_ours = False
+                    _call("the end of a lease", device.deleteportmapping, outside, "TCP")
+                else:
+                    raise
+            else:
+                return lease
 
     def _find(self) -> Device:
         if self._offline():
@@ -128,16 +141,20 @@ class Upnp:
         _call("a choice of the router", device.selectigd)
         return device
 
-    def _free_port(self, device: Device, ask: Ask) -> int:
-        """The wanted port, or another where it is another machine's.  Raises MappingError."""
+    def _free_port(self, device: Device, ask: Ask) -> tuple[int, bool]:
+        """The wanted port, or another where it is another machine's; whether it leads to this node already.
+
+        Raises MappingError.
+        """
         others = [self._rng.choice(OTHER_PORTS) for _ in range(OTHER_TRIES)]
         for port in (ask.outside_port, *others):
             try:
                 holder = _call("a look at a port", device.getspecificportmapping, port, "TCP")
             except MappingError:
                 holder = None  # some routers have an error for a free port
-            if holder is None or tuple(holder[:2]) == (device.lanaddr, ask.port):
-                return port
+            is_ours = holder is not None and tuple(holder[:2]) == (device.lanaddr, ask.port)
+            if holder is None or is_ours:
+                return port, is_ours
         raise MappingError(f"the router's port {ask.outside_port} and {OTHER_TRIES} others are taken")
 
     def _add(self, device: Device, ask: Ask, outside: int, lease: int) -> None:
