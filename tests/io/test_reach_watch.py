@@ -147,7 +147,7 @@ async def world() -> AsyncIterator[World]:
 async def test_a_node_behind_a_router_knows_within_five_seconds_that_nobody_reaches_it(
     autojump_clock: object, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "raceme")
     async with watched(world) as (watch, told):
         await trio.sleep(5.0)
         assert (watch.own.reach, watch.own.addresses) == ("none", ())
@@ -161,7 +161,7 @@ async def test_a_node_behind_a_router_knows_within_five_seconds_that_nobody_reac
 async def test_a_port_that_the_router_passes_on_is_found_and_announced(
     autojump_clock: object, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "raceme")
     world.reached.add(DIRECT)
     async with watched(world) as (watch, _):
         with trio.fail_after(5.0):

@@ -113,7 +113,7 @@ def test_others_are_told_to_join_where_they_can() -> None:
 async def test_the_address_for_others_is_said_again_when_peers_have_found_the_right_one(
     autojump_clock: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "raceme")
     private, public = "/ip4/192.168.1.11/tcp/1", "/ip4/203.0.113.7/tcp/1"
     host = SimpleNamespace(addresses=(private,), peer_id="me")
     reach = Reach(OwnReach("unknown", (private,)))
