@@ -44,7 +44,7 @@ class Limits:
     # Connections (go-libp2p's figures where it has one)
     max_connections: int = 128
     max_inbound_connections: int = 64
-    max_connections_per_peer: int = 2
+    max_connections_per_peer: int = 3  # one of each family of IP, and one from the port that it listens on
     max_connections_per_prefix: int = 8  # of one public address, where places are scarce
     suspect_connections_per_prefix: int = 2  # of an address with several banned ids
     known_good_connection_share: float = 0.25  # of the inbound places, for peers that did useful work

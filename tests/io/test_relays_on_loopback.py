@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,11 +57,11 @@ async def echo(stream: FramedStream) -> None:
 
 @asynccontextmanager
 async def peer(
-    reservations: int = 0, listen: tuple[str, ...] = (LOOPBACK,)
+    reservations: int = 0, listen: tuple[str, ...] = (LOOPBACK,), limits: Limits = LATE
 ) -> AsyncIterator[tuple[Host, Relaying]]:
     identity = load_or_create_identity(None)
     async with (
-        open_host(identity=identity, listen=listen, limits=LATE) as host,
+        open_host(identity=identity, listen=listen, limits=limits) as host,
         open_relaying(host, reservations=reservations) as relaying,
     ):
         host.handle(ECHO, echo)
@@ -140,6 +141,24 @@ async def test_a_relay_is_dialled_from_the_port_that_the_node_listens_on():
         assert not served.keeper.plan.is_symmetric
         assert Questions(server, LATE).met_from_own_port(relay.peer_id)
         assert not Questions(relay, LATE).met_from_own_port(server.peer_id), "it has accepted, not dialled"
+
+
+async def test_what_a_relay_sees_of_another_port_says_nothing_of_the_listener_s():
+    few = replace(LATE, max_connections_per_peer=1)
+    async with peer(8) as (relay, _), peer(limits=few) as (server, served):
+        await server.connect(relay.peer_id, relay.addresses, seconds=PATIENT_SECONDS)  # from any port
+        relayed_by(served, relay)
+        await eventually(lambda: served.keeper.plan.relays)
+        assert served.keeper.plan.seen_at == ()
+
+
+async def test_a_question_waits_for_a_dial_under_way_and_takes_its_connection():
+    async with peer() as (answers, _), peer() as (asks, _), trio.open_nursery() as nursery:
+        dialled = partial(asks.connect, answers.peer_id, answers.addresses, seconds=PATIENT_SECONDS)
+        nursery.start_soon(dialled)
+        nursery.start_soon(asks.dialler.connect_directly, answers.peer_id, answers.addresses, "ip4")
+        await eventually(lambda: not nursery.child_tasks)
+        assert len(asks.connections.of(answers.peer_id)) == 1
 
 
 async def test_a_question_goes_over_a_connection_of_its_family_next_to_others():

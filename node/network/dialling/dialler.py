@@ -173,7 +173,7 @@ class Dialler:
     ) -> Connection:
         """A direct connection to a peer, also next to a circuit.
 
-        kind: the family of IP; with one there is a new connection, also next to one of the other family.
+        kind: the family of IP; with one the connection is over it, also next to one of the other family.
         Raises PeerFault.
         """
         lock, purpose = self._locks.setdefault(peer, trio.Lock()), "relay"
@@ -192,8 +192,7 @@ class Dialler:
     def _from_own_port(self, peer: PeerId) -> Connection | None:
         """A live connection to a peer, which sees us there as it would see our listener."""
         for each in self._connections.of(peer):
-            link = each.channel.link
-            if each.is_established and isinstance(link, SocketLink) and self.ports.has(link.local_port):
+            if each.is_established and self.ports.are_left_by(each):
                 return each
         return None
 

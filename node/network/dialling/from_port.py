@@ -13,6 +13,8 @@ import trio
 
 from node.network.addresses import Address
 from node.network.dialling.race import prefer_lasting_address
+from node.network.transport.connection import Connection
+from node.network.transport.link import SocketLink
 from tensor_codec.errors import PeerGone
 
 _FAMILIES = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6}
@@ -46,6 +48,11 @@ class OwnPorts:
     def has(self, port: int) -> bool:
         """Whether a dial from this port was one from our own."""
         return port in self._ports.values()
+
+    def are_left_by(self, connection: Connection) -> bool:
+        """Whether the other side sees a connection at our listener's port, or at a router's port for it."""
+        link = connection.channel.link
+        return isinstance(link, SocketLink) and self.has(link.local_port)
 
     def of(self, kind: str) -> int:
         """The port of a family.  Raises PeerGone where this machine has no such family."""

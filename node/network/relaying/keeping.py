@@ -37,6 +37,8 @@ class Keeper:
     chosen: relays that the operator has named; they are asked whether or not relays are wanted.
     candidates: the peers that relay, as far as known.
     wanted: whether this node needs relays now.
+    is_from_own_port: whether a connection leaves from the port that this node listens on: what a relay sees
+        of another one says nothing of that port.
     on_change: called with the relays to be announced, when they have changed.
     """
 
@@ -46,6 +48,7 @@ class Keeper:
     candidates: Callable[[], Sequence[Candidate]] = tuple
     wanted: Callable[[], bool] = lambda: False
     on_change: Callable[[tuple[PeerId, ...]], None] = lambda _: None
+    is_from_own_port: Callable[[Connection], bool] = lambda _: True
     wall_clock: Callable[[], float] = time.time
     plan: ReservationPlan = field(default_factory=ReservationPlan)
     _over: dict[PeerId, Connection] = field(default_factory=dict)
@@ -97,7 +100,9 @@ class Keeper:
                 connection = await self.connect(peer, candidate.addresses)
                 self._over[peer] = connection
                 seconds = await self._ask(connection)
-                seen_at = await ask_observed(connection, self.limits.negotiation_seconds)
+                seen_at = None
+                if self.is_from_own_port(connection):
+                    seen_at = await ask_observed(connection, self.limits.negotiation_seconds)
                 self.plan.granted(candidate, seconds, trio.current_time(), seen_at)
             if scope.cancelled_caught:
                 raise SlowPeer("no answer to the question for a reservation")

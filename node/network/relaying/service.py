@@ -60,7 +60,7 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
     """
     limits, dialler = host.dialler.circuits.limits, host.dialler
     upgrade, add = dialler.circuits.upgrade, dialler.circuits.add
-    keeper = Keeper(limits, dialler.connect_to_relay)
+    keeper = Keeper(limits, dialler.connect_to_relay, is_from_own_port=dialler.ports.are_left_by)
     seen_at = partial(_seen_at, host, keeper)
 
     def is_direct(peer: PeerId) -> bool:
@@ -126,6 +126,8 @@ async def _seen_at(host: Host, keeper: Keeper, circuit: Connection) -> Sequence[
         return keeper.plan.seen_at
     where = _dialled_at(host.connections, circuit.relayed_by)
     relay = await host.dialler.connect_to_relay(circuit.relayed_by, where)
+    if not host.dialler.ports.are_left_by(relay):
+        return ()
     address = await ask_observed(relay, host.dialler.circuits.limits.negotiation_seconds)
     return () if address is None else (address,)
 
