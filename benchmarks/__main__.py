@@ -22,6 +22,7 @@ BENCHMARKS: Mapping[str, str] = {
     "hf": "benchmarks.hf.hf",
     "wan": "benchmarks.network.wan",
     "wire": "benchmarks.network.wire",
+    "reach": "benchmarks.reach.reach",
     "recovery": "benchmarks.recovery.recovery",
     "balance": "benchmarks.recovery.balance",
     "executor": "benchmarks.compute.executor",

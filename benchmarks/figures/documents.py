@@ -42,6 +42,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "wan-bulk": network.wan_bulk_block,
     "wire": network.wire_block,
     "wire-line": network.wire_line_block,
+    "reach": network.reach_block,
     "executor": compute.executor_block,
     "loop-lag": compute.loop_lag_block,
     "quality": compute.quality_block,

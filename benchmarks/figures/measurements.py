@@ -95,6 +95,7 @@ LONG: Mapping[str, Sequence[str]] = {
     "wire-rtt40": ["wire", "--rtt-ms", "40"],
     "wire-rtt160": ["wire", "--rtt-ms", "160"],
     "wire-rtt160-reno": ["wire", "--rtt-ms", "160", "--control", "reno"],
+    "reach": ["reach"],
 }  # fmt: skip
 # Simulated: the machine does not matter, and hours pass.
 SIMULATED: Mapping[str, Sequence[str]] = {

@@ -48,13 +48,28 @@ class Peer(Answerer):
     peer: its id.  address: the first one that it announces.
     """
 
-    def __init__(self, lab: Lab, host: str, peers: Sequence[str] = (), flags: Sequence[str] = ()) -> None:
-        """Wait until it takes part.  Raises LabError."""
+    peer: str
+    addresses: list[str]
+
+    def __init__(
+        self,
+        lab: Lab,
+        host: str,
+        peers: Sequence[str] = (),
+        flags: Sequence[str] = (),
+        *,
+        wait: bool = True,
+    ) -> None:
+        """Wait until it takes part, unless `take_part` is called later.  Raises LabError."""
         join = ["--peers", *peers] if peers else []
         super().__init__(lab, host, "benchmarks.reach.peer", [*join, *flags])
+        if wait:
+            self.take_part()
+
+    def take_part(self) -> None:
+        """Wait until it takes part.  Raises LabError."""
         facts = self.hear()
-        self.peer: str = facts["peer"]
-        self.addresses: list[str] = facts["addresses"]
+        self.peer, self.addresses = facts["peer"], facts["addresses"]
 
     @property
     def address(self) -> str:

@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from node.network.streams import FramedStream
 from routing.names import PeerId
 from routing.view.records import Record
 from tensor_codec.errors import PeerFault, Refused
-from tensor_codec.limits import MIB
+from tensor_codec.limits import MIB, Limits
 
 ECHO, SINK = "/raceme/bench-echo/1", "/raceme/bench-sink/1"
 FRAME_BYTES = 1 * MIB
@@ -240,8 +241,14 @@ def main() -> None:
     parser.add_argument("--listen", nargs="*", default=["/ip4/0.0.0.0/tcp/31330"])
     parser.add_argument("--swarm-key", type=Path)
     parser.add_argument("--name", default="")
+    parser.add_argument("--relay-mbit", type=int, help="of all circuits together")
     flags = parser.parse_args()
-    config = NetworkConfig(tuple(flags.peers), flags.swarm_key, listen=tuple(flags.listen), name=flags.name)
+    limits = Limits()
+    if flags.relay_mbit is not None:
+        limits = replace(limits, relay_bytes_per_second=flags.relay_mbit * 125_000)
+    config = NetworkConfig(
+        tuple(flags.peers), flags.swarm_key, listen=tuple(flags.listen), name=flags.name, limits=limits
+    )
     trio.run(serve_lines, config)
 
 

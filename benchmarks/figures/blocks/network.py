@@ -96,3 +96,19 @@ def wire_line_block(figures: Figures) -> str:
     rows = [(f"`{key}`", [f"{run[key]:,}" for run in runs]) for key in keys]
     head = [f"{run['rtt_ms']:g} ms, {run['mbit']:g} Mbit/s, {run['congestion_control']}" for run in runs]
     return with_note(markdown_table(head, rows), *runs)
+
+
+def reach_block(figures: Figures) -> str:
+    """Nodes behind NAT: circuits, punches, a relay's cost, the time until a node is of use."""
+    run = figures["reach"]
+    punches = ", ".join(f"{pair} {worked} of {run['rounds']}" for pair, worked in run["punches"].items())
+    rows = [
+        (f"`{key}`", ["none" if run[key] is None else f"{run[key]:{form}}"])
+        for key, form in (
+            ("circuit_ms", ",.0f"), ("punched_ms", ",.0f"), ("punch_success", ".2f"),
+            ("relayed_extra_ms", ".2f"), ("relay_mb_s", ",.0f"), ("transfer_ratio", ".3f"),
+            ("reach_known_s", ".2f"), ("usable_s", ".2f"),
+        )
+    ]  # fmt: skip
+    rows.append(("punches that worked", [punches]))
+    return with_note(markdown_table([f"{run['one_way_ms']:g} ms one way, each home"], rows), run)
