@@ -242,12 +242,18 @@ def main() -> None:
     parser.add_argument("--swarm-key", type=Path)
     parser.add_argument("--name", default="")
     parser.add_argument("--relay-mbit", type=int, help="of all circuits together")
+    parser.add_argument("--no-relay", action="store_true")
     flags = parser.parse_args()
     limits = Limits()
     if flags.relay_mbit is not None:
         limits = replace(limits, relay_bytes_per_second=flags.relay_mbit * 125_000)
     config = NetworkConfig(
-        tuple(flags.peers), flags.swarm_key, listen=tuple(flags.listen), name=flags.name, limits=limits
+        tuple(flags.peers),
+        flags.swarm_key,
+        listen=tuple(flags.listen),
+        name=flags.name,
+        limits=limits,
+        relay=not flags.no_relay,
     )
     trio.run(serve_lines, config)
 

@@ -5,7 +5,7 @@ Everything starts at once, for a node at home learns its reach only after a dial
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,54 +18,61 @@ from tests.netlab.topology import Line
 
 KNOWN_SECONDS = 20.0
 FAR = Line(20)
+ANY4, ANY6 = "/ip4/0.0.0.0/tcp", "/ip6/::/tcp"
 
 
 @dataclass(slots=True)
 class Swarm:
-    """relays: peers on the Internet, all that there are.  server: of all blocks, at home."""
+    """relays: peers on the Internet, all that relay.  servers: by their hosts."""
 
     lab: Lab
     model: Path
     relays: list[Peer]
-    server: NodeProcess
+    servers: Mapping[str, NodeProcess]
 
     @property
     def addresses(self) -> list[str]:
         """For --peers."""
         return [relay.address for relay in self.relays]
 
-    def ready(self) -> str:
-        """Wait until the server is online and known to be relayed by every relay; its id."""
-        if not self.server.facts:
-            self.server.wait_online()
-        peer: str = self.server.facts["peer_id"]
+    def ready(self) -> dict[str, str]:
+        """Wait until all servers are online, and every relay relays to those at home; all ids, by host."""
+        for server in self.servers.values():
+            if not server.facts:
+                server.wait_online()
+        peers: dict[str, str] = {host: server.facts["peer_id"] for host, server in self.servers.items()}
         for relay in self.relays:
-            relay.do("until_relays", peer=peer, count=len(self.relays), seconds=KNOWN_SECONDS)
-        return peer
+            for host, peer in peers.items():
+                if self.lab.hosts[host].home:
+                    count = len(self.relays)
+                    relay.do("until_relays", peer=peer, count=count, seconds=KNOWN_SECONDS)
+        return peers
 
     def client(self, host: str) -> Client:
         """A client that has joined."""
         return Client(self.lab, host, self.model, self.addresses)
 
-    def relayed_bytes(self) -> int:
-        """What the relays have carried so far."""
-        return sum(relay.do("relayed")["bytes"] for relay in self.relays)
+    def relayed_bytes(self) -> list[int]:
+        """What each relay has carried so far."""
+        return [relay.do("relayed")["bytes"] for relay in self.relays]
 
 
 @dataclass(slots=True)
 class World:
-    """cones, symmetric, firewall6: swarms whose server is at such a home.
+    """cone, mixed, firewall6: swarms with servers at such homes; of mixed, one is public, and two relay.
 
     private: the relay and two members of a private swarm, at symmetric homes.
     forwarded: a peer at a home whose router forwards its port.
+    unreached: a server that must be reached, at a home in a swarm where nobody relays.
     """
 
     lab: Lab
-    cones: Swarm
-    symmetric: Swarm
+    cone: Swarm
+    mixed: Swarm
     firewall6: Swarm
     private: tuple[Peer, Peer, Peer]
     forwarded: Peer
+    unreached: NodeProcess
 
 
 @contextmanager
@@ -83,24 +90,37 @@ def open_world(lab: Lab, model: Path, folder: Path) -> Iterator[World]:
     key = folder / "swarm.key"
     run_on(lab, "p1", "node", "new-swarm-key", str(key))
     with lab_swarm(lab, model) as nodes:
-        cones = _swarm(nodes, "a1", ("p1",), 31330)
-        symmetric = _swarm(nodes, "s1", ("p1", "p2"), 31331)
-        firewall6 = _swarm(nodes, "c1", ("p1",), 31332, "/ip6/::/tcp")
-        member = ["--swarm-key", str(key), "--listen", "/ip4/0.0.0.0/tcp/31333"]
+        cone = _swarm(nodes, ("p1",), {"a1": (0, 6)}, f"{ANY4}/31330")
+        thirds = {"a1": (0, 2), "s1": (2, 4), "p2": (4, 6)}
+        mixed = _swarm(nodes, ("p1", "p2"), thirds, f"{ANY4}/31331", f"{ANY4}/31332")
+        firewall6 = _swarm(nodes, ("p1",), {"c1": (0, 6)}, f"{ANY6}/31333")
+        member = ["--swarm-key", str(key), "--listen", f"{ANY4}/31334"]
         relay = Peer(lab, "p1", flags=member)
         home, dialler = (Peer(lab, host, [relay.address], member) for host in ("s1", "t1"))
-        forwarded = Peer(lab, "f1", cones.addresses)
-        yield World(lab, cones, symmetric, firewall6, (relay, home, dialler), forwarded)
+        forwarded = Peer(lab, "f1", cone.addresses)
+        useless = Peer(lab, "p1", flags=["--listen", f"{ANY4}/31335", "--no-relay"])
+        unreached = nodes.start(
+            "a1", 0, 6, "--require-reach", listen=[f"{ANY4}/31335"], peers=[useless.address]
+        )
+        yield World(lab, cone, mixed, firewall6, (relay, home, dialler), forwarded, unreached)
 
 
 def _swarm(
-    nodes: LabSwarm, home: str, relays: Sequence[str], port: int, listen: str = "/ip4/0.0.0.0/tcp"
+    nodes: LabSwarm,
+    relays: Sequence[str],
+    servers: Mapping[str, tuple[int, int]],
+    listen: str,
+    server_listen: str | None = None,
 ) -> Swarm:
+    """listen: of relays, and of servers where these have none of their own.  Public servers relay nothing."""
     first: list[str] = []
     peers = []
     for host in relays:
-        peers.append(Peer(nodes.lab, host, first, ["--listen", f"{listen}/{port}"]))
+        peers.append(Peer(nodes.lab, host, first, ["--listen", listen]))
         first = first or [peers[0].address]
     addresses = [peer.address for peer in peers]
-    server = nodes.start(home, 0, 6, listen=[f"{listen}/{port}"], peers=addresses)
-    return Swarm(nodes.lab, nodes.model, peers, server)
+    started = {
+        host: nodes.start(host, start, stop, "--no-relay", listen=[server_listen or listen], peers=addresses)
+        for host, (start, stop) in servers.items()
+    }
+    return Swarm(nodes.lab, nodes.model, peers, started)
