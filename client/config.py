@@ -39,8 +39,8 @@ class ClientConfig:
     wait_seconds: for a chain to come up.  step_seconds: for one step; one request of `forward` and
     `backward` at one hop may take three times as long.  give_up_seconds: for one token, or one hop's
     part of a request, with new chains and replays.
-    codec: of hidden states on the wire: "auto" or "exact" (nothing is lost), "fast" (int8o, which loses
-    a little, where a link of the chain is slow and every hop reads it), "fp32" or "bf16".
+    codec: of hidden states on the wire: "auto" or "exact" (nothing is lost), "fast" (prompts in int8o, which
+    loses a little, over links that are slow, and tokens over very slow ones), "fp32" or "bf16".
     ends: where embedding, norm and head compute, which are the client's part.
     constraints: the servers that may be used, and their number in one chain.
     max_disk_bytes: of all models in the cache; those unused for longest make room.

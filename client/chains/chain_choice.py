@@ -210,7 +210,8 @@ class ChainChooser:
         found: list[HopTerms | None] = []
         for hop in hops:
             record = view.get(hop.peer)
-            seconds, speed = between(before, hop.peer), self.measured.speeds.of(before, hop.peer)
+            seconds = between(before, hop.peer)
+            speed = self.measured.speeds.of(before, hop.peer) or _announced_speed(view, before, hop.peer)
             home = between(hop.peer, CLIENT)
             terms = None if record is None else HopTerms(record.dtype, record.codecs, seconds, speed, home)
             found.append(terms)
@@ -296,6 +297,13 @@ class ChainChooser:
             return cheapest(excluded=wanted.excluded.union(avoided))
         except NoChain as none:
             raise explain(none, view, self.model, self.revision, self.constraints) from None
+
+
+def _announced_speed(view: SwarmView, one: PeerId, two: PeerId) -> float:
+    """Bytes per second of a link that nobody has timed, where it leads through a relay; else 0.0."""
+    ends = [record for peer in (one, two) if (record := view.get(peer)) is not None]
+    speed = min((view.relayed_rate(record) for record in ends), default=math.inf)
+    return speed if speed < math.inf else 0.0
 
 
 def _usable(chooser: ChainChooser, *, silent: bool = False) -> list[Record]:

@@ -273,3 +273,30 @@ async def test_of_many_servers_each_client_measures_a_few_of_its_own(autojump_cl
             asked.append(set(routes.pings.asked))
         assert {len(some) for some in asked} <= {PINGED_PEERS, PINGED_PEERS + 1}, "and who was chosen"
         assert asked[0] != asked[1]
+
+
+async def test_the_link_to_a_relayed_server_is_as_slow_as_its_relay_says_until_a_step_has_timed_it(
+    autojump_clock,
+):
+    async with swarm() as world:
+        for name in "AB":
+            world.add(name, *{"A": (0, 3), "B": (3, 6)}[name])
+        plain = world.view()
+
+        def view():
+            records = {
+                "A": {"relay_mbit": 8},
+                "B": {"reach": "relayed", "relays": (PeerId("A"),)},
+            }
+            entries = {
+                peer: replace(entry, record=replace(entry.record, **records[peer]))
+                for peer, entry in plain.entries.items()
+            }
+            return replace(plain, entries=entries)
+
+        hops = (Hop(PeerId("A"), 0, 3), Hop(PeerId("B"), 3, 6))
+        routes = replace(world.routes(), view=view)
+        routes.choose()
+        assert [terms.link_speed for terms in routes.terms_of(hops)] == [0, 1e6]
+        routes.measured.speeds.learn([PeerId("A"), PeerId("B")], [5000])
+        assert [terms.link_speed for terms in routes.terms_of(hops)] == [0, pytest.approx(5000)]

@@ -192,6 +192,17 @@ async def test_each_hop_has_the_codec_that_loses_nothing_of_what_it_computes(aut
         assert (await swarm.client(codec="fp32").forward(STATES, 0, 4)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("codec", ["auto", "exact", "fast"])
+async def test_training_loses_nothing_whatever_sessions_may_lose(codec, autojump_clock):
+    async with toy_swarm() as swarm:
+        three_hops(swarm)
+        client = swarm.client(codec=codec)
+        finer = STATES + 2.0**-12  # which neither bf16 nor int8o keeps
+        assert torch.equal(await client.forward(finer, 0, 6), blocks_on(finer, 0, 6))
+        gradient, *_ = await client.backward(finer, GRAD + 2.0**-12, 0, 6)
+        assert torch.equal(gradient, gradient_of(finer, GRAD + 2.0**-12, 0, 6))
+
+
 async def test_a_hop_of_another_dtype_that_replaces_one_is_asked_in_its_own_codec(autojump_clock):
     async with toy_swarm() as swarm:
         swarm.add("a", 0, 2)
