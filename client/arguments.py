@@ -66,8 +66,8 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
         "--codec",
         choices=CODEC_CHOICES,
         default="auto",
-        help="hidden states on the wire; auto and exact lose nothing; fast may send prompts in 8 bits a value over"
-        " slow links, where the servers read them",
+        help="hidden states on the wire; auto and exact lose nothing; fast may send prompts in 8 bits a value"
+        " over slow links, where the servers read them",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -284,7 +285,7 @@ async def test_the_link_to_a_relayed_server_is_as_slow_as_its_relay_says_until_a
         plain = world.view()
 
         def view():
-            records = {
+            records: dict[str, dict[str, Any]] = {
                 "A": {"relay_mbit": 8},
                 "B": {"reach": "relayed", "relays": (PeerId("A"),)},
             }
