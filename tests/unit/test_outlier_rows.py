@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tensor_codec.codecs import decode_rows, encode_hidden
 from tensor_codec.errors import BadResult
 from tensor_codec.messages.contract import outliers_of, vector_bytes
-from tensor_codec.rows.outlier_rows import LEAST_SCALE, pack_rows, unpack_rows
+from tensor_codec.rows.outlier_rows import FEW_ROWS, LEAST_SCALE, pack_rows, unpack_rows
 
 WIDTHS = (1, 2, 15, 16, 33, 64, 128, 200)
 
@@ -58,6 +58,24 @@ def test_a_second_encoding_changes_nothing(values: torch.Tensor) -> None:
     assert torch.equal(unpack_rows(pack_rows(once), values.shape[1]), once)
 
 
+@settings(max_examples=300)
+@given(rows())
+def test_few_rows_are_packed_as_many_are(values: torch.Tensor) -> None:
+    many = pack_rows(values.repeat(FEW_ROWS + 1, 1))
+    few = np.concatenate([pack_rows(row[None]) for row in values])
+    width = values.shape[1]
+    found, expected = unpack_rows(few, width), unpack_rows(many[: len(values)], width)
+    # Of equal values another one may be kept apart.
+    differs = (found != expected).sum(1)
+    ties = [len(row) - len(row.abs().unique()) for row in values]
+    assert all(count <= 2 * tie for count, tie in zip(differs.tolist(), ties, strict=True))
+    assert torch.equal(
+        unpack_rows(pack_rows(expected.repeat(FEW_ROWS + 1, 1))[: len(values)], width), expected
+    )
+    again = torch.cat([unpack_rows(pack_rows(row[None]), width) for row in expected])
+    assert torch.equal(again, expected)  # what went out with many comes again alone
+
+
 def test_the_eight_largest_values_of_a_row_are_kept_apart() -> None:
     values = torch.linspace(-1, 1, 576)[None]
     places = torch.tensor([0, 5, 100, 101, 300, 400, 574, 575])
@@ -72,8 +90,9 @@ def test_the_eight_largest_values_of_a_row_are_kept_apart() -> None:
 def test_what_bfloat16_cannot_hold_does_not_leave(bad: float, at: int) -> None:
     values = torch.ones(2, 64)
     values[1, at] = bad
-    with pytest.raises(BadResult, match="computed"):
-        encode_hidden(values[None], "int8o")
+    for repeated in (1, FEW_ROWS):
+        with pytest.raises(BadResult, match="computed"):
+            encode_hidden(values.repeat(repeated, 1)[None], "int8o")
 
 
 HIDDEN = 64  # 4 outliers: codes 0:64, places 64:72, outliers 72:80, scale 80:84
