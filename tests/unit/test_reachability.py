@@ -25,6 +25,7 @@ from node.network.reachability.state import (
     CHECK_SECONDS,
     FIRST_PAUSE_SECONDS,
     MAX_TRIED,
+    NEAR_SECONDS,
     Reachability,
     Told,
     Verdict,
@@ -156,6 +157,7 @@ def test_neighbours_in_one_house_count_where_nobody_outside_says_anything() -> N
     near = told("reached", "192.168.1.11", PRIVATE)
     round_of(state, [near, near])
     assert (state.verdict.reach, state.verdict.verified, state.verdict.seen) == ("public", (PRIVATE,), ())
+    assert state.seconds_left(0.0) == NEAR_SECONDS, "a friend outside may join, who dials no private address"
     state = fresh()
     round_of(state, [near, told("timed out"), told("timed out")])
     assert (state.verdict.reach, state.verdict.seen) == ("none", (OUTSIDE,))

@@ -23,6 +23,7 @@ ASKED = 3  # answers of a round
 AGREED = 2  # of these that decide
 MAX_TRIED = 9  # peers of a round: those of an older version give no answer
 CHECK_SECONDS = 900.0  # between two rounds
+NEAR_SECONDS = 60.0  # the same, where neighbours alone have answered: somebody outside may have come
 FIRST_PAUSE_SECONDS = 5.0  # before another round where one decided nothing; doubles up to CHECK_SECONDS
 ALONE_SECONDS = 1.0  # before another look where there was nobody to ask, which costs nothing
 
@@ -141,7 +142,8 @@ class Reachability:
         if not self._told:
             self._due, self._pause = now + ALONE_SECONDS, FIRST_PAUSE_SECONDS
         else:
-            self._due = now + (CHECK_SECONDS if decided else self._pause)
+            again = CHECK_SECONDS if self.verdict.seen else NEAR_SECONDS
+            self._due = now + (again if decided else self._pause)
             self._pause = FIRST_PAUSE_SECONDS if decided else min(CHECK_SECONDS, 2 * self._pause)
         self._told, self._gone = {}, set()
 
