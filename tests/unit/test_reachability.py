@@ -344,7 +344,7 @@ def test_a_node_helps_others_only_where_it_is_public() -> None:
                 "forward TCP 31330 to 192.168.1.11 on the router",
             ],
         ),
-        (NONE, OWN, (PeerId("12D3KooWabc123"),), ["relayed by …abc123"]),
+        (NONE, OWN, (PeerId("12D3KooWabc123"),), ["relayed by …abc123. To be faster: forward"]),
         (NONE, CHOSEN, (), ["check --announce"]),
         (
             NONE,

@@ -109,11 +109,12 @@ def _advice(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
     private = [a for a in inside if reach_of_address(a) is AddressReach.PRIVATE]
     if own.chosen:
         return ". The announced addresses stay in its record: check --announce"
+    aim = "To be faster" if reach.every_relay else "To be reached"
     if private and verdict.seen and private[0].host not in verdict.seen:
-        first, aim = private[0], "To be faster" if reach.every_relay else "To be reached"
+        first = private[0]
         return (
             f". {aim}: forward TCP {first.port} to {first.host} on the router,"
             " or allow port mapping (UPnP, NAT-PMP) there"
         )
     ports = ", ".join(dict.fromkeys(str(a.port) for a in inside))
-    return f". To be reached: let TCP {ports} in through this machine's firewall"
+    return f". {aim}: let TCP {ports} in through this machine's firewall"
