@@ -104,6 +104,7 @@ UNNAMED = {
     "SwarmView.dialled_at": "the addresses of that record, for a dial",
     "SwarmView.get": "a record of the view",
     "SwarmView.records": "the records of the view",
+    "SwarmView.relayed_rate": "the rate of a peer's relays, for the codec",
     "TokenBucket.try_take": "within PushLinks.acquire",
     "is_local": "names the client of a dial",
     "admitted": "within ChainChooser.observe_step",
