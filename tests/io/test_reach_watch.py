@@ -256,6 +256,37 @@ async def test_a_relay_makes_a_node_behind_a_router_relayed_and_its_end_none(
         assert watch.own.reach == "none"
 
 
+class Room(World):
+    """A swarm of one local network.  relay: besides a member that relays, and is on the Internet."""
+
+    relay = False
+
+    def records(self) -> list[Record]:
+        room = [
+            Record(
+                peer=PeerId(f"p{n}"), role="serve", addresses=(f"/ip4/192.168.1.{20 + n}/tcp/1",), helps=True
+            )
+            for n in range(3)
+        ]
+        return room + [Record(peer=PeerId("r"), addresses=("/ip4/1.9.1.1/tcp/1",), helps=True)] * self.relay
+
+
+async def test_a_node_that_its_neighbours_alone_reach_wants_relays_once_the_swarm_has_one_outside(
+    autojump_clock: object,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        room = Room(nursery, outside="192.168.1.11", reached=set(at_home().announced))
+        async with watched(room) as (watch, _):
+            await trio.sleep(5.0)
+            assert (watch.own.reach, watch.own.addresses) == ("public", at_home().announced)
+            assert not watch.wants_relays
+            room.relay = True
+            assert watch.wants_relays
+            watch.set_relays([PeerId("r")])
+            assert (watch.own.reach, watch.own.relays) == ("public", (PeerId("r"),))
+        nursery.cancel_scope.cancel()
+
+
 async def test_ipv6_is_asked_about_over_ipv6_and_alone_makes_a_node_public(
     autojump_clock: object, world: World
 ) -> None:

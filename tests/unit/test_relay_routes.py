@@ -48,6 +48,12 @@ def test_peers_that_help_are_asked_for_reservations_and_no_others():
     assert found[NEAR].addresses == ("/ip4/198.18.2.1/tcp/4001",)
 
 
+def test_a_relay_of_the_same_room_serves_where_none_is_on_the_internet():
+    room = public(NEAR, 2, addresses=("/ip4/192.168.1.12/tcp/4001",))
+    assert [each.peer for each in relay_candidates(view_of(room), RTTS, ME)] == [NEAR]
+    assert [each.peer for each in relay_candidates(view_of(room, public(FAR, 4)), RTTS, ME)] == [FAR]
+
+
 def test_the_shortest_way_to_a_relayed_peer_comes_first():
     view = view_of(public(NEAR, 2), public(FAR, 4), home())
     routes = routes_to(view, RTTS, HOME)

@@ -116,6 +116,11 @@ def whom_to_ask(
     return draw(far, len(far), rng) + draw(near, len(near), rng) + new
 
 
+def is_public(record: Record) -> bool:
+    """Whether a peer announces an address of the Internet."""
+    return any(map(_is_public, record.addresses))
+
+
 def _is_public(text: str) -> bool:
     try:
         return reach_of_address(parse_address(text)) is Reach.PUBLIC

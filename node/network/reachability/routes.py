@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from node.network.addresses import Reach, parse_address
-from node.network.reachability.candidates import reach_of_address
+from node.network.reachability.candidates import is_public, reach_of_address
 from node.network.relaying.circuits import RelayAt, Routes
 from node.network.relaying.own_reservations import Candidate
 from routing.names import PeerId, public_key_of
@@ -14,14 +14,15 @@ from routing.view.view import SwarmView
 
 
 def relay_candidates(view: SwarmView, rtts: Mapping[PeerId, float], me: PeerId) -> list[Candidate]:
-    """The peers that relay for others, as their records say.
+    """The peers that relay for others, as their records say: those on the Internet, if any are.
 
     rtts: seconds from here to a peer and back, as far as known.
     """
+    helpers = [each for each in view.records() if each.helps and each.peer != me]
     return [
         Candidate(record.peer, addresses, rtts.get(record.peer), record.role == "bootstrap")
-        for record in view.records()
-        if record.helps and record.peer != me and (addresses := view.dialled_at(record))
+        for record in list(filter(is_public, helpers)) or helpers
+        if (addresses := view.dialled_at(record))
     ]
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import trio
 
 from node.network.reachability.asking import ReachHost, ask_for_reach
-from node.network.reachability.candidates import FAMILIES, Family, of_family, to_ask_about, whom_to_ask
+from node.network.reachability.candidates import (
+    FAMILIES,
+    Family,
+    is_public,
+    of_family,
+    to_ask_about,
+    whom_to_ask,
+)
 from node.network.reachability.link_watch import LinkWatch
 from node.network.reachability.own_reach import OwnReach, own_reach, report
 from node.network.reachability.state import Reachability, Told, Verdict, together
@@ -120,8 +127,15 @@ class ReachWatch:
 
     @property
     def wants_relays(self) -> bool:
-        """Whether nobody reaches this node, or nobody over IPv4, which more peers have than IPv6."""
-        return self.verdict.reach == "none" or self.states["ip4"].verdict.reach == "none"
+        """Whether nobody reaches this node, or nobody over IPv4, which more peers have than IPv6.
+
+        Or whether its neighbours alone do, while a relay in the swarm can be dialled from the Internet.
+        """
+        verdict = self.verdict
+        if verdict.reach == "none" or self.states["ip4"].verdict.reach == "none":
+            return True
+        is_near = verdict.reach == "public" and not verdict.seen and not self._host.own.chosen
+        return is_near and any(each.helps and is_public(each) for each in self._view().records())
 
     @property
     def summary(self) -> str:
