@@ -23,7 +23,7 @@ ASKED = 3  # answers of a round
 AGREED = 2  # of these that decide
 MAX_TRIED = 9  # peers of a round: those of an older version give no answer
 CHECK_SECONDS = 900.0  # between two rounds
-NEAR_SECONDS = 60.0  # the same, where neighbours alone have answered: somebody outside may have come
+NEAR_SECONDS = 30.0  # the same, where neighbours alone have answered: somebody outside may have come
 FIRST_PAUSE_SECONDS = 5.0  # before another round where one decided nothing; doubles up to CHECK_SECONDS
 ALONE_SECONDS = 1.0  # before another look where there was nobody to ask, which costs nothing
 
