@@ -41,6 +41,7 @@ from node.runtime.arguments import (
     with_peers,
 )
 from node.runtime.console import argument_text, put_line, run_command, run_process
+from node.runtime.imports import uncollected_imports
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
 from tensor_codec.blocks import Blocks
@@ -185,7 +186,8 @@ def _serve(words: list[str]) -> int:
         max_disk_bytes=flags.max_disk,
         adapters=tuple(flags.adapter),
     )
-    from node.main import serve
+    with uncollected_imports():
+        from node.main import serve
 
     return _run(partial(serve, config))
 

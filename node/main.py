@@ -41,6 +41,7 @@ from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
 from node.runtime.files import write_atomically, write_fault
+from node.runtime.imports import uncollected_imports
 from node.runtime.nurseries import background_nursery
 from node.runtime.watermarks import Guard
 from node.serving import memory
@@ -503,10 +504,15 @@ async def _choose_blocks(
 def _prepare_torch(threads: int) -> None:
     """Runs in the torch thread: the seconds of importing, and the number of threads that it may use."""
     set_up_allocator()
-    import torch
+    with uncollected_imports():
+        import torch
 
+        import node.network.joining
+        import node.serving.server  # noqa: F401
+        from node.model.blocks.fused_block import decode_kernels
+
+        decode_kernels()
     torch.set_num_threads(threads)
-    import transformers.modeling_utils  # noqa: F401  most imports of a model's own module
 
 
 def _threads(config: NodeConfig) -> int:

@@ -88,7 +88,7 @@ def base_model(
     """
     folder, architecture = ends.folder, ends.architecture
     whole = library_class(architecture, architecture.whole)
-    model = sharing(ends.model)
+    model = sharing(ends.library_model)
     base = model.get_submodule(architecture.prefix)
     container = base.get_submodule(architecture.container)
     layers = nn.ModuleList([RemoteLayer(architecture.answers_tuple)])

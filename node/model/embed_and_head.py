@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from node.config import ConfigError
 from node.model.blocks.kv_pages import tensor_bytes
 from node.model.blocks.rope import length_rope
-from node.model.blocks.span import LibraryConfig, library_class, library_config, load_trimmed, sliced_config
+from node.model.blocks.span import LibraryConfig, class_and_config, load_trimmed, sliced_config
 from node.model.checkpoint.architecture import Architecture, architecture_of
 from node.model.checkpoint.folder import ModelFolder, read_json
 from node.model.checkpoint.packed import packing_of, unpacked
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.tensors import end_tensors, load_tensors
+from node.model.llama.modules import LlamaForCausalLM
 
 if TYPE_CHECKING:
     from node.model.peft.modules import ModelModules
@@ -39,7 +40,7 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktok
 class EmbedAndHead:
     """Embedding, head and tokenizer of a model.  Made by `load_embed_and_head`.
 
-    model: the library's causal language model; `remote` stands where its blocks were.
+    model: the library's causal language model, or ours; `remote` stands where its blocks were.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, folder: ModelFolder) -> None:
@@ -145,6 +146,15 @@ class EmbedAndHead:
         return _logits(logits)
 
     @cached_property
+    def library_model(self) -> nn.Module:
+        """`model` as the library's class, with the same weights."""
+        if not isinstance(self.model, LlamaForCausalLM):
+            return self.model
+        kind = class_and_config(self.architecture, self.architecture.whole, self.folder, own=False)
+        made = _ends_of(kind, self.folder, self.architecture, self.model.state_dict(), self.dtype)
+        return made.to(self.device)
+
+    @cached_property
     def tokenizer(self) -> Any:  # Any: the library's tokenizers are not typed
         """The folder's tokenizer, with its chat template if the model has one."""
         return open_tokenizer(self.folder.path)
@@ -228,11 +238,22 @@ def load_embed_and_head(
     the CPU, weights whose file has `dtype` stay mapped from the file.
     """
     architecture = architecture_of(folder.config.get("model_type"))
-    whole = library_class(architecture, architecture.whole)
-    config = library_config(whole, folder)
+    kind = class_and_config(architecture, architecture.whole, folder)
     packed = packing_of(folder)
     tensors = load_tensors(folder, end_tensors(folder, architecture), progress)
     tensors = unpacked(tensors, packed, folder.config, dtype)
+    model = _ends_of(kind, folder, architecture, tensors, dtype)
+    return EmbedAndHead(model.to(device), architecture, folder)
+
+
+def _ends_of(
+    kind: tuple[type[nn.Module], LibraryConfig],
+    folder: ModelFolder,
+    architecture: Architecture,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The causal language model with one remote block.  kind: see `class_and_config`."""
 
     def trim(model: nn.Module) -> None:
         base = model.get_submodule(architecture.prefix)
@@ -242,8 +263,7 @@ def load_embed_and_head(
         for module in (model, base, container):
             cast(Any, module).config = one_block
 
-    model = load_trimmed(whole, trim, config, tensors, folder, "the ends", dtype)
-    return EmbedAndHead(model.to(device), architecture, folder)
+    return load_trimmed(kind[0], trim, kind[1], tensors, folder, "the ends", dtype)
 
 
 def _remote(base: nn.Module, architecture: Architecture) -> RemoteBlocks:

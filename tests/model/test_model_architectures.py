@@ -171,7 +171,7 @@ def test_calling_the_plain_ends_by_themselves_changes_no_bit(case):
     ends, ids = case.ends, ids_of(4)
     hidden = torch.randn(2, 3, ends.hidden_size)
     embedded, logits = ends.embed(ids, 5), ends.head(hidden)
-    general = EmbedAndHead(ends.model, replace(ends.architecture, plain_ends=False), ends.folder)
+    general = EmbedAndHead(ends.library_model, replace(ends.architecture, plain_ends=False), ends.folder)
     assert torch.equal(embedded, general.embed(ids, 5))
     assert torch.equal(logits, general.head(hidden))
     assert logits.dtype == torch.float32

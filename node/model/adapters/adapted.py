@@ -12,7 +12,6 @@ from node.model.adapters.hooks import adapted, leaves_of
 from node.model.adapters.low_rank import AdapterGradients, Group, SpanAdapter
 from node.model.adapters.prefix import AnySpanAdapter, SpanPrefix
 from node.model.adapters.sites import numbered_blocks
-from node.model.blocks.library_cache import AfterPrefix
 
 
 class AdaptedSpan:
@@ -91,6 +90,8 @@ def _leaves(
 
 def _after_prefix(model: Callable[..., Any], prefix: SpanPrefix, start: int, stop: int) -> Callable[..., Any]:
     """The library's model of blocks [start, stop) on whole rows whose positions come after a prefix."""
+    from node.model.blocks.library_cache import AfterPrefix
+
     count = prefix.virtual_tokens
     pairs = {block: (prefix.blocks[block].keys, prefix.blocks[block].values) for block in range(start, stop)}
 

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from node.config import ConfigError
 from node.model.adapters.hooks import adapted
@@ -37,7 +36,6 @@ from node.model.blocks.device.staging import Stage, on_device
 from node.model.blocks.forward_backward import with_prompt
 from node.model.blocks.fused import FusedSpan, fuse
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
-from node.model.blocks.library_cache import ArenaRun, ShapeProbe, states_of
 from node.model.blocks.ragged import ragged_mask, ragged_parts
 from node.model.blocks.rope import check_rope, stretched
 from node.model.blocks.rotary import Lengths, by_length, rotary_by_length
@@ -47,6 +45,9 @@ from node.model.checkpoint.info import TRANSPOSED, UNSAID_POSITIONS
 from node.model.checkpoint.packed import PACKING_KEYS, packing_of, unpacked
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.tensors import block_tensors, check_blocks, check_loaded, load_tensors
+from node.model.llama.config import LlamaConfig, config_of
+from node.model.llama.loading import load_own
+from node.model.llama.modules import LlamaForCausalLM, LlamaModel
 from node.model.weights.quantize import (
     Experts,
     Matrix,
@@ -62,6 +63,8 @@ from tensor_codec import span_spec
 from tensor_codec.errors import LocalProtocolError
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
     from node.model.parallel.group import Ranks
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in span_spec.DTYPES}
@@ -258,6 +261,8 @@ class Span:
         if self._fused is not None:
             hidden = _moved(self, hidden)
             return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
+        from node.model.blocks.library_cache import ArenaRun, states_of
+
         tokens = hidden.shape[1]
         positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
         write = cache.pool.slots_of(cache.rows[:, None], positions)
@@ -396,7 +401,11 @@ class Span:
 
 @torch.inference_mode()
 def _probed(span: Span) -> tuple[BlockShape | None, ...]:
-    """Run one token through the blocks and note the shapes that each block would cache."""
+    """The shapes that each block caches, which a run of one token through the library's blocks shows."""
+    if isinstance(config := span.config, LlamaConfig):
+        return (BlockShape(*(config.num_key_value_heads, config.head_dim) * 2),) * (span.stop - span.start)
+    from node.model.blocks.library_cache import ShapeProbe
+
     probe = ShapeProbe(span.stop)
     hidden = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
     where = torch.zeros(1, 1, dtype=torch.long, device=span.device)
@@ -433,6 +442,8 @@ def _ragged(
     groups: Groups,
 ) -> Callable[[Tensor], Tensor]:
     """The library's step of rows of several lengths, masked behind the end of each."""
+    from node.model.blocks.library_cache import ArenaRun
+
     write = pool.slots_of(numbers, lengths)[:, None]
     longest = int(lengths.max()) + 1
     run = ArenaRun(stage, pool, numbers, write, longest, lengths[:, None])
@@ -478,6 +489,8 @@ def _turn(
     groups: Groups,
 ) -> Callable[[Tensor], Tensor]:
     """The library's step of rows of one length.  wholes: as in `_turns`, [rows, 1]."""
+    from node.model.blocks.library_cache import ArenaRun, states_of
+
     numbers = np.concatenate([cache.rows for cache in turn])
     length = turn[0].virtual_tokens + turn[0].length
     write = turn[0].pool.slots_of(numbers, np.full(len(numbers), length))[:, None]
@@ -568,8 +581,7 @@ def load_span(
     packing = packing_for(wanted, dtype, device.type, bfloat16=has_bfloat16())
     what = f"blocks {start}:{stop}"
     architecture = architecture_of(folder.config.get("model_type"))
-    base = library_class(architecture, architecture.base)
-    config = library_config(base, folder)
+    base, config = class_and_config(architecture, architecture.base, folder, own=group is None)
     shard = None if group is None else group.shard_of(config)
     check_blocks(start, stop, config.num_hidden_layers)
     packed = packing_of(folder)
@@ -628,6 +640,27 @@ def _one_line(error: Exception) -> str:
     return named if len(named) <= 200 else named[:197] + "..."
 
 
+def class_and_config(
+    architecture: Architecture, name: str, folder: ModelFolder, *, own: bool = True
+) -> tuple[type[nn.Module], LibraryConfig]:
+    """The class of this name, ours where there is one and it is wanted, and the folder's config for it.
+
+    Raises ConfigError for a config that the library's class refuses.
+    """
+    config = config_of(folder.config) if own else None
+    if config is not None and (ours := _OWN.get(name)) is not None:
+        return ours, config
+    library = library_class(architecture, name)
+    return library, library_config(library, folder)
+
+
+_OWN = {
+    f"{family}{part.removeprefix('Llama')}": cast("type[nn.Module]", whole)
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    for part, whole in (("LlamaModel", LlamaModel), ("LlamaForCausalLM", LlamaForCausalLM))
+}
+
+
 def library_class(architecture: Architecture, name: str) -> type[nn.Module]:
     """A class of the library; imports only the module of the class."""
     module = import_module(f"transformers.models.{architecture.module}.modeling_{architecture.module}")
@@ -658,10 +691,18 @@ def load_trimmed(
     what: str,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A model of the library's class that `trim` has cut down, filled with these tensors.
+    """A model of this class that `trim` has cut down, filled with these tensors.
 
-    Raises ConfigError unless each tensor finds its place, with its shape, and none is missing.
+    whole: the library's class, or ours.  Raises ConfigError unless each tensor finds its place, with its
+    shape, and none is missing.
     """
+    if issubclass(whole, LlamaModel | LlamaForCausalLM):
+        model = load_own(whole, cast(LlamaConfig, config), trim, tensors, dtype)
+        if model is not None:
+            return model.requires_grad_(False).eval()
+        architecture = architecture_of(folder.config.get("model_type"))
+        name = architecture.base if issubclass(whole, LlamaModel) else architecture.whole
+        whole, config = class_and_config(architecture, name, folder, own=False)
 
     def __init__(self: nn.Module, config: LibraryConfig) -> None:
         whole.__init__(self, config)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0) -> Tensor:
@@ -36,6 +35,9 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0) -> 
     if not window and (tokens == length or tokens == 1):
         pass
     elif not window and (flash or q.device.type == "cuda"):
+        # With it come torch's compilers: a second and a half, for which a node on a CPU has no use.
+        from torch.nn.attention.bias import causal_lower_right
+
         mask = causal_lower_right(tokens, length)
     else:
         mask = _band(tokens, length, window or length, q.device)

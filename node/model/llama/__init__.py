@@ -1,0 +1,1 @@
+"""Llama's family in our own modules: a node of it starts without the library's modelling code."""
