@@ -661,14 +661,17 @@ def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, Generati
 
     Raises ConfigError.
     """
-    import torch
+    from node.imports import uncollected_imports
 
-    from client.generation.generation_config import FILE, read_defaults
-    from node.model.blocks.span import DTYPES
-    from node.model.checkpoint.info import read_info
-    from node.model.checkpoint.progress import progress_bar
-    from node.model.checkpoint.source import cache_dir, resolve
-    from node.model.embed_and_head import load_embed_and_head
+    with uncollected_imports():
+        import torch
+
+        from client.generation.generation_config import FILE, read_defaults
+        from node.model.blocks.span import DTYPES
+        from node.model.checkpoint.info import read_info
+        from node.model.checkpoint.progress import progress_bar
+        from node.model.checkpoint.source import cache_dir, resolve
+        from node.model.embed_and_head import load_embed_and_head
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -687,7 +690,8 @@ def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, Generati
         )
         local_model = load_embed_and_head(folder, dtype=DTYPES[dtype], device=device, progress=progress)
         local_model.compile_head()
-    _ = local_model.tokenizer  # opened here, so that the event loop never waits for it
+    with uncollected_imports():
+        _ = local_model.tokenizer  # opened here, so that the event loop never waits for it
     info = read_info(folder)
     defaults = read_defaults(folder.path, info.vocab_size)
     if defaults.unsupported:

@@ -26,6 +26,7 @@ from node.config import (
     NetworkConfig,
     NodeConfig,
 )
+from node.imports import uncollected_imports
 from node.runtime.arguments import (
     Parser,
     add_addresses,
@@ -41,7 +42,6 @@ from node.runtime.arguments import (
     with_peers,
 )
 from node.runtime.console import argument_text, put_line, run_command, run_process
-from node.runtime.imports import uncollected_imports
 from node.runtime.interrupts import let_interrupts_through
 from node.runtime.logs import set_up_logging
 from tensor_codec.blocks import Blocks

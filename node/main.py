@@ -36,12 +36,12 @@ from node.devices import (
     set_up_allocator,
     use_device,
 )
+from node.imports import uncollected_imports
 from node.model.parallel.lost import SpanLost
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.monitor.vitals import write_vitals
 from node.runtime.compute_thread import Runner, open_compute_thread
 from node.runtime.files import write_atomically, write_fault
-from node.runtime.imports import uncollected_imports
 from node.runtime.nurseries import background_nursery
 from node.runtime.watermarks import Guard
 from node.serving import memory
@@ -100,6 +100,7 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         await check_reach(node)
         metrics = await open_metrics(config.network, node, "serve", nursery)
         folder, info = await trio.to_thread.run_sync(_find_model, config, abandon_on_cancel=True)
+        await compute.run(_prepare_library, folder)
         devices, dtype, threads = await compute.run(_devices_and_dtype, config)
         model = Model(folder, info, dtype, threads)
         dividing = open_placement(
@@ -513,6 +514,15 @@ def _prepare_torch(threads: int) -> None:
 
         decode_kernels()
     torch.set_num_threads(threads)
+
+
+def _prepare_library(folder: ModelFolder) -> None:
+    """Runs in the torch thread: imports for a model that the library computes, before memory is measured."""
+    from node.model.llama.config import config_of
+
+    if config_of(folder.config) is None:
+        with uncollected_imports():
+            import transformers.modeling_utils  # noqa: F401
 
 
 def _threads(config: NodeConfig) -> int:

@@ -4,7 +4,8 @@
     python -m benchmarks startup --black-holed 1
 
 The model must be in the cache.  Nodes start one after the other; the client starts while the last
-third of the model is still missing, with a time to wait.
+third of the model is still missing, with a time to wait.  Then all nodes start at one moment, with kernels
+compiled before and with an empty cache of kernels.
 
 With --black-holed the swarm is complete, and new clients come one after the other, alternately without and
 with further servers.  The further servers have records, claim the speed of the fastest, and answer nothing.
@@ -17,6 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -64,7 +66,7 @@ def one_run(flags: argparse.Namespace, model: list[str], blocks: int) -> dict[st
     *most, last = equal_spans(blocks, flags.servers)
     with local_swarm(common, environment=threads) as swarm:
         swarm.start_spans(most[:1], *model)
-        alone = swarm.nodes[0].online_seconds or 0.0
+        alone, cpu = swarm.nodes[0].online_seconds or 0.0, swarm.nodes[0].cpu_seconds()
         swarm.start_spans(most[1:], *model)
         waiting = start_client(flags, swarm.peers)
         node = swarm.start(*model, "--blocks", f"{last[0]}:{last[1]}")
@@ -74,11 +76,29 @@ def one_run(flags: argparse.Namespace, model: list[str], blocks: int) -> dict[st
             raise ProcessError(f"the client ended with exit code {waiting.returncode}")
         answer: dict[str, Any] = json.loads(first)
         online = node.ready_file.stat().st_mtime
-        return {
+        found = {
             "node_alone_online_s": alone,
+            "node_alone_cpu_s": cpu,
             "last_node_online_s": node.online_seconds or 0.0,
             "first_token_after_last_node_online_s": answer["first_token_at"] - online,
         }
+    found["at_once_online_s"] = at_once(common, model, [*most, last], threads)
+    with tempfile.TemporaryDirectory() as empty:
+        cold = {**threads, "NUMBA_CACHE_DIR": empty}
+        found["at_once_cold_online_s"] = at_once(common, model, [*most, last], cold)
+    return found
+
+
+def at_once(
+    common: Sequence[str], model: Sequence[str], spans: Sequence[tuple[int, int]], environment: dict[str, str]
+) -> float:
+    """Seconds until the last one of nodes that start at one moment is online, each in a swarm of its own."""
+    with local_swarm(common, environment=environment) as swarm:
+        for start, stop in spans:
+            swarm.start(*model, "--blocks", f"{start}:{stop}", peers=())
+        for node in swarm.nodes:
+            node.wait_online()
+        return max(node.online_seconds or 0.0 for node in swarm.nodes)
 
 
 def start_client(flags: argparse.Namespace, peers: Sequence[str]) -> subprocess.Popen[str]:

@@ -41,6 +41,7 @@ HELPERS = {
     "client/session/trace.py": "takes notes",
     "node/model/blocks/device/staging.py": "moves hidden states",
     "node/model/blocks/fused_block.py": "holds a block",
+    "node/model/llama/modules.py": "holds weights, and the angles of positions",
     "node/serving/executor/batch_cost.py": "adds up seconds",
     "node/serving/executor/crowds.py": "counts the steps of prefixes",
     "node/network/connection_table.py": "holds the connection in use",

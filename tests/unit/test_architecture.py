@@ -32,6 +32,7 @@ MANY_FIELDS = {
     "client.gateway.openai.responses.request.ResponseRequest": "a value: OpenAI's fields by their names",
     "routing.view.records.Record": "a value: the record on the wire",
     "tensor_codec.messages.info.PeerInfo": "a value: a server's state on the wire",
+    "node.model.llama.config.LlamaConfig": "a value: transformers' settings by their names",
     "node.config.NetworkConfig": "a value: the flags of the network, by name",
 }
 MANY_PARAMETERS = {

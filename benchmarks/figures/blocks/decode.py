@@ -155,11 +155,14 @@ def startup_block(figures: Figures) -> str:
     run = figures["startup"]
     rows = [
         ("a node alone is online after", [f"{run['node_alone_online_s']:.1f}"]),
+        ("CPU time of its start", [f"{run['node_alone_cpu_s']:.1f}"]),
         ("the last node of the swarm is online after", [f"{run['last_node_online_s']:.1f}"]),
         (
             "the waiting client's first token, after that",
             [f"{run['first_token_after_last_node_online_s']:.2f}"],
         ),
+        ("all nodes at one moment: the last one is online after", [f"{run['at_once_online_s']:.1f}"]),
+        ("the same with no kernel compiled before", [f"{run['at_once_cold_online_s']:.1f}"]),
     ]
     return with_note(markdown_table([f"s, median of {len(run['runs'])} runs"], rows), run)
 

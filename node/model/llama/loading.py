@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from node.model.llama.config import LlamaConfig
 from node.model.llama.modules import LlamaForCausalLM, LlamaModel
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ANGLES = "rotary_emb.inv_freq"  # in old checkpoints: computed here, as in the library
 
 
@@ -34,13 +35,19 @@ def load_own(
         for name, each in tensors.items()
         if not name.endswith(_ANGLES)
     }
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    tied = config.tie_word_embeddings and head in wanted and head not in given
-    if tied and embedding in given:
-        given[head] = given[embedding]
+    tied = config.tie_word_embeddings and _HEAD in wanted and _is_one(given)
+    if tied:
+        given[_HEAD] = given[_EMBEDDING]
     if wanted != {name: each.shape for name, each in given.items()}:
         return None
     model.load_state_dict(given, assign=True)
     if tied and isinstance(model, LlamaForCausalLM):
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def _is_one(given: Mapping[str, Tensor]) -> bool:
+    """Whether the embedding is the head too: the file has no head, or the same numbers."""
+    if _EMBEDDING not in given:
+        return False
+    return _HEAD not in given or torch.equal(given[_HEAD], given[_EMBEDDING])
