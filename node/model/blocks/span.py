@@ -581,7 +581,9 @@ def load_span(
     packing = packing_for(wanted, dtype, device.type, bfloat16=has_bfloat16())
     what = f"blocks {start}:{stop}"
     architecture = architecture_of(folder.config.get("model_type"))
-    base, config = class_and_config(architecture, architecture.base, folder, own=group is None)
+    # bitsandbytes' layers are made ready by a first run, and ranks divide the library's modules.
+    own = group is None and packing.kind in ("plain", "int8", "bfloat16")
+    base, config = class_and_config(architecture, architecture.base, folder, own=own)
     shard = None if group is None else group.shard_of(config)
     check_blocks(start, stop, config.num_hidden_layers)
     packed = packing_of(folder)
