@@ -21,6 +21,11 @@ class Answerer:
         self.started_at = time.time()
         self.process = lab.worker(host, module, arguments)
 
+    def kill(self) -> None:
+        """Kill it, and wait until it has ended: its ports are free then."""
+        self.process.kill()
+        self.process.wait()
+
     def tell(self, order: object) -> None:
         """Give an order, and do not wait."""
         assert self.process.stdin is not None

@@ -25,9 +25,16 @@ def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield made
 
 
+@pytest.fixture
+def lines() -> None:
+    """For a test whose lab has lines: they need more than namespaces."""
+    if (reason := cannot()) is not None:
+        pytest.skip(f"no lines: {reason}")
+
+
 @contextmanager
 def _made(folder: Path) -> Iterator[Lab]:
-    if (reason := cannot()) is not None:
+    if (reason := cannot(lines=False)) is not None:
         pytest.skip(f"no lab: {reason}")
     with ForkingLab(folder) as made:
         yield made

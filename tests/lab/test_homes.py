@@ -15,7 +15,7 @@ from tests.netlab.lab import Lab
 
 pytestmark = pytest.mark.process
 
-TOKENS = 24
+TOKENS = 16
 LONG_PROMPT = 100
 DIRECT_SECONDS = 2.0
 PUNCHED_SECONDS = 5.0  # of all tries together
@@ -58,7 +58,7 @@ def test_two_homes_punch_and_the_relay_carries_no_more(
     assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
     more = world.cone.relayed_bytes()[0] - carried
     figure(
-        f"cone and {world.lab.homes[home].kind}, 20 ms a line: {TOKENS} tokens in {took:.2f} s, direct "
+        f"cone and {world.lab.homes[home].kind}: {TOKENS} tokens in {took:.2f} s, direct "
         f"{punched:.2f} s later; of the next {TOKENS} the relay had {more} of {carried + more} bytes"
     )
     assert carried > 0
@@ -84,7 +84,7 @@ def test_a_chain_over_two_homes_goes_through_a_relay_and_through_another_when_it
         "p2": "direct",
     }
     used = swarm.relays[carried.index(max(carried))]
-    used.process.kill()
+    used.kill()
     began = time.monotonic()
     tokens += client.take(TOKENS // 2)
     figure(

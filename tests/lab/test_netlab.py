@@ -89,6 +89,7 @@ def test_a_forwarded_port_leads_in_until_the_router_starts_again(lab: Lab) -> No
     assert dial(lab, "p1", lab.hosts["a"].ip4) == "timed out"
 
 
+@pytest.mark.usefixtures("lines")
 def test_a_cut_cable_is_silent_and_a_mended_one_carries_again(lab: Lab) -> None:
     lab.public("p1")
     lab.public("p2", Line(1))
@@ -112,6 +113,7 @@ def test_a_host_with_another_address_is_found_there_alone(lab: Lab) -> None:
     assert lab.hosts["a1"].ip4 == "192.168.1.77"
 
 
+@pytest.mark.usefixtures("lines")
 def test_a_line_delays_every_packet_by_its_time(lab: Lab, figure: Callable[[str], None]) -> None:
     near, far = lab.public("p1"), lab.public("p2", Line(40))
     code = (

@@ -53,7 +53,7 @@ def test_a_reservation_is_the_connected_peer_s_whatever_the_message_names(
     assert dialler.connect(victim.peer) == "NO_RESERVATION"
     assert dialler.connect(thief.peer) == "OK", "it has reserved for itself"
     for each in (thief, victim, dialler):
-        each.process.kill()
+        each.kill()
 
 
 def test_a_seventeenth_circuit_to_one_target_and_a_ninth_from_one_source_are_refused(
@@ -66,10 +66,10 @@ def test_a_seventeenth_circuit_to_one_target_and_a_ninth_from_one_source_are_ref
             assert source.connect(target.peer) == "OK"
     assert sources[0].connect(target.peer) == "RESOURCE_LIMIT_EXCEEDED"
     assert sources[2].connect(target.peer) == "RESOURCE_LIMIT_EXCEEDED", "a seventeenth"
-    sources[1].process.kill()
+    sources[1].kill()
     until(lambda: sources[2].connect(target.peer) == "OK", GONE_SECONDS)
     for each in (target, *sources):
-        each.process.kill()
+        each.kill()
 
 
 def test_a_target_that_reads_nothing_does_not_grow_the_relay(
