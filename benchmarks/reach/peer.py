@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--name", default="")
     parser.add_argument("--relay-mbit", type=int, help="of all circuits together")
     parser.add_argument("--no-relay", action="store_true")
+    parser.add_argument("--port-mapping", action="store_true")
     flags = parser.parse_args()
     limits = Limits()
     if flags.relay_mbit is not None:
@@ -254,6 +255,7 @@ def main() -> None:
         name=flags.name,
         limits=limits,
         relay=not flags.no_relay,
+        port_mapping=flags.port_mapping,
     )
     trio.run(serve_lines, config)
 

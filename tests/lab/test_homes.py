@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,27 @@ LONG_PROMPT = 100
 DIRECT_SECONDS = 2.0
 PUNCHED_SECONDS = 5.0  # of all tries together
 KEPT_BYTES = 4096  # of pings on a circuit that is not closed yet
+MAPPER = shutil.which("miniupnpd", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+MAPPER_SETTINGS = """ext_ifname=wan
+ext_ip=8.8.8.8
+listening_ip=lan
+enable_natpmp=yes
+enable_upnp=yes
+secure_mode=no
+port=5000
+uuid=00000000-0000-0000-0000-000000000001
+"""
+# the chains that miniupnpd fills, as its package makes them; the router lets in what they have forwarded
+MAPPER_CHAINS = """table inet filter {
+    chain forward { type filter hook forward priority filter; policy accept; jump miniupnpd; }
+    chain prerouting { type nat hook prerouting priority dstnat; jump prerouting_miniupnpd; }
+    chain postrouting { type nat hook postrouting priority srcnat; jump postrouting_miniupnpd; }
+    chain miniupnpd { }
+    chain prerouting_miniupnpd { }
+    chain postrouting_miniupnpd { }
+}
+insert rule inet lab forward ct status dnat accept
+"""
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +126,28 @@ def test_a_forwarded_port_makes_a_home_public(world: World, figure: Callable[[st
     outside = f"/ip4/{world.lab.hosts['f'].ip4}/tcp/31330"
     assert record["addresses"] == [outside], "no address that was not verified"
     dialler = Peer(world.lab, "p2", world.cone.addresses, ["--listen", "/ip4/0.0.0.0/tcp/31336"])
+    assert dialler.do("connect", peer=home.peer)["way"] == "direct"
+
+
+@pytest.mark.skipif(MAPPER is None, reason="no miniupnpd is installed (package miniupnpd-nftables)")
+def test_a_router_that_maps_ports_makes_a_home_public(
+    world: World, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    """ext_ip: miniupnpd takes the lab's own addresses for no public ones, but forwards whatever comes."""
+    lab, (watcher,) = world.lab, world.cone.relays
+    lab.home("u", "cone", ipv6=False)
+    rules, settings = tmp_path / "rules.nft", tmp_path / "miniupnpd.conf"
+    rules.write_text(MAPPER_CHAINS)
+    lab.run("u", ["nft", "-f", str(rules)])
+    settings.write_text(MAPPER_SETTINGS)
+    words = [str(MAPPER), "-d", "-f", str(settings), "-P", str(tmp_path / "pid")]
+    with (tmp_path / "log").open("w") as log:
+        lab.popen("u", words, stdout=log, stderr=log)
+    until(lambda: "Listening for NAT-PMP" in (tmp_path / "log").read_text(), KNOWN_SECONDS)
+    home = Peer(lab, "u1", world.cone.addresses, ["--port-mapping"])
+    known = watcher.do("until_reach", peer=home.peer, reach=["public"], seconds=KNOWN_SECONDS)
+    figure(f"a router that maps ports: public {known['at'] - home.started_at:.2f} s after the node's start")
+    dialler = Peer(lab, "p2", world.cone.addresses, ["--listen", "/ip4/0.0.0.0/tcp/31338"])
     assert dialler.do("connect", peer=home.peer)["way"] == "direct"
 
 
