@@ -65,6 +65,7 @@ class World:
     outside: str = OUTSIDE
     peers: int = 4
     six: bool = False
+    house: str = ""  # of the peers, by their records
     inbound: tuple[int, ...] = ()
     outbound: tuple[int, ...] = ()
     from_own_port: set[PeerId] = field(default_factory=set)
@@ -81,7 +82,8 @@ class World:
             for n in range(self.peers)
         ]
         return [
-            Record(peer=PeerId(f"p{n}"), role="bootstrap", addresses=each) for n, each in enumerate(of_each)
+            Record(peer=PeerId(f"p{n}"), role="bootstrap", addresses=each, seen=self.house)
+            for n, each in enumerate(of_each)
         ]
 
     def view(self) -> SwarmView:
@@ -431,6 +433,23 @@ async def test_a_moment_without_a_relay_is_no_loss_of_reach(autojump_clock: obje
         watch.set_relays([])
         with trio.fail_after(61.0):
             await lost.wait()
+
+
+async def test_a_node_whose_neighbours_are_known_outside_wants_relays_within_a_minute(
+    autojump_clock: object, world: World
+) -> None:
+    """Two laptops found a swarm at home, and a friend elsewhere joins through the other one."""
+    world.outside, inside = "192.168.1.11", f"/ip4/192.168.1.11/tcp/{PORT}"
+    world.reached.add(inside)
+    async with watched(world) as (watch, _):
+        await trio.sleep(30.0)
+        assert (watch.own.reach, watch.own.addresses, watch.own.seen) == ("public", (inside,), "")
+        world.house = OUTSIDE
+        await trio.sleep(60.0)
+        assert (watch.own.reach, watch.own.lan, watch.own.seen) == ("none", (inside,), OUTSIDE)
+        assert watch.wants_relays
+        watch.set_relays([PeerId("p0")])
+        assert (watch.own.reach, watch.own.lan) == ("relayed", (inside,))
 
 
 async def test_a_client_learns_its_own_address_only_where_a_server_may_be_next_door(

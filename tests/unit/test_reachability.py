@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,24 @@ def test_neighbours_in_one_house_count_where_nobody_outside_says_anything() -> N
     state = fresh()
     round_of(state, [near, told("timed out"), told("timed out")])
     assert (state.verdict.reach, state.verdict.seen) == ("none", (OUTSIDE,))
+
+
+def test_neighbours_that_are_known_outside_make_a_node_no_public_one() -> None:
+    near = told("reached", "192.168.1.11", PRIVATE)
+    state = fresh()
+    round_of(state, [near, near])
+    assert (state.verdict.reach, state.seconds_left(0.0)) == ("public", NEAR_SECONDS)
+    round_of(state, [replace(near, house=OUTSIDE), near], NEAR_SECONDS)
+    assert (state.verdict.reach, state.verdict.seen, state.verdict.verified) == ("none", (OUTSIDE,), ())
+    assert state.seconds_left(NEAR_SECONDS) == NEAR_SECONDS
+    found = own_reach(state.verdict, OWN, [A])
+    assert (found.reach, found.lan, found.seen) == ("relayed", (PRIVATE,), OUTSIDE)
+    assert "2 peers of this network answered" in report(state.verdict, found, OWN)
+    round_of(state, [replace(near, house=OUTSIDE), told("reached")], 2 * NEAR_SECONDS)
+    assert (state.verdict.reach, state.verdict.verified) == (
+        "public",
+        (DIRECT,),
+    )  # somebody outside has tried
 
 
 def test_peers_of_the_same_machine_say_nothing() -> None:

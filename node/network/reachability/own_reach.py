@@ -93,6 +93,8 @@ def report(verdict: Verdict, reach: OwnReach, own: OwnAddresses) -> str:
         return "whether others reach this node is not known: no peer could tell"
     where, why = ", ".join(map(_place, verdict.failures)), ", ".join(dict.fromkeys(verdict.failures.values()))
     line = f"not reachable at {where} ({peers}: {why})"
+    if not where:
+        line = f"not known to be reachable from outside ({peers} of this network answered, and nobody else)"
     if reach.every_relay:
         line += f"; relayed by {', '.join('…' + peer[-6:] for peer in reach.every_relay)}"
     return line + _advice(verdict, reach, own)

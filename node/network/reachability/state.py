@@ -30,10 +30,14 @@ ALONE_SECONDS = 1.0  # before another look where there was nobody to ask, which 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One peer's answer.  seen: this node's IP address.  outcomes: by multiaddr, of those dialled."""
+    """One peer's answer.  seen: this node's IP address.  outcomes: by multiaddr, of those dialled.
+
+    house: of a neighbour in the same private network, where it is said to be: its own outer IP address.
+    """
 
     seen: str
     outcomes: Mapping[str, Outcome]
+    house: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class Reachability:
     Promises, checked by tests/unit/test_reachability.py:
       * no peer alone makes a node public or unreachable where a second one could be asked;
       * at most ASKED peers are asked at once, and MAX_TRIED in a round;
-      * what private neighbours say counts only where nobody on the Internet says anything;
+      * what private neighbours say counts only where nobody on the Internet says anything, and makes nobody
+        public whose neighbours are known outside;
       * new addresses end the round and begin another.
     """
 
@@ -142,7 +147,8 @@ class Reachability:
         if not self._told:
             self._due, self._pause = now + ALONE_SECONDS, FIRST_PAUSE_SECONDS
         else:
-            again = CHECK_SECONDS if self.verdict.seen else NEAR_SECONDS
+            seen = [told.seen for told in self._told.values() if told is not None]
+            again = CHECK_SECONDS if any(reach_of(host) is Reach.PUBLIC for host in seen) else NEAR_SECONDS
             self._due = now + (again if decided else self._pause)
             self._pause = FIRST_PAUSE_SECONDS if decided else min(CHECK_SECONDS, 2 * self._pause)
         self._told, self._gone = {}, set()
@@ -162,6 +168,10 @@ class Reachability:
         far = [each for each in told if reach_of(each.seen) is Reach.PUBLIC]
         near = [each for each in told if reach_of(each.seen) is Reach.PRIVATE]
         counted = far or near
+        if not far and (houses := dict.fromkeys(each.house for each in near if each.house)):
+            # peers outside use this swarm too, and none of them has tried this node
+            known = over or len(near) >= AGREED
+            return Verdict("none" if known else "unknown", answers=len(near), seen=tuple(houses))
         reached, failed = Counter[str](), Counter[str]()
         reasons: dict[str, Counter[str]] = {}
         for each in counted:

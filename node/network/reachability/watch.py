@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
+from node.network.addresses import Reach, reach_of
 from node.network.reachability.asking import ReachHost, ask_for_reach
 from node.network.reachability.candidates import (
     FAMILIES,
@@ -207,6 +208,9 @@ class ReachWatch:
             log.debug("%s does not say whether it reaches us: %s", peer, fault)
         if told is not None and self._host.met_from_own_port(peer):
             told = Told(told.seen, {each: said for each, said in told.outcomes.items() if said != "reached"})
+        if told is not None and reach_of(told.seen) is Reach.PRIVATE:
+            record = self._view().get(peer)
+            told = replace(told, house=record.seen if record is not None else "")
         if addresses == state.addresses:
             if told is None and peer not in self._host.connected(kind):
                 state.unreached(peer, trio.current_time())
