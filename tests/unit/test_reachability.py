@@ -172,6 +172,10 @@ def test_neighbours_that_are_known_outside_make_a_node_no_public_one() -> None:
     round_of(state, [replace(near, house=OUTSIDE), near], NEAR_SECONDS)
     assert (state.verdict.reach, state.verdict.seen, state.verdict.verified) == ("none", (OUTSIDE,), ())
     assert state.seconds_left(NEAR_SECONDS) == NEAR_SECONDS
+    alone = fresh()
+    round_of(alone, [near])
+    round_of(alone, [Told("192.168.1.11", {}, OUTSIDE)], NEAR_SECONDS)  # its relay: its dials prove nothing
+    assert (alone.verdict.reach, alone.verdict.seen) == ("none", (OUTSIDE,))
     found = own_reach(state.verdict, OWN, [A])
     assert (found.reach, found.lan, found.seen) == ("relayed", (PRIVATE,), OUTSIDE)
     assert "2 peers of this network answered" in report(state.verdict, found, OWN)

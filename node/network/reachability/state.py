@@ -138,8 +138,11 @@ class Reachability:
     def _end(self, now: float) -> None:
         """The round is over: judge it, and say when the next one begins."""
         found = self._judge(over=True)
-        if any(told is not None and told.outcomes for told in self._told.values()) or (
-            self.verdict.reach == "unknown" and any(self._told.values())
+        tried = any(told is not None and told.outcomes for told in self._told.values())
+        if (
+            tried
+            or found.reach != "unknown"
+            or (self.verdict.reach == "unknown" and any(self._told.values()))
         ):
             self.verdict = found  # a round in which nobody could try anything changes nothing
         self.rounds += 1
