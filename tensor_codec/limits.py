@@ -83,6 +83,9 @@ class Limits:
     max_circuits: int = 64
     max_circuits_from_peer: int = 8  # a client with a chain of eight relayed hops
     max_circuits_to_peer: int = 16  # as in go-libp2p
+    max_circuits_from_prefix: int = 16  # of one public address, a quarter of all
+    circuits_per_prefix_per_second: float = 2.0  # each costs the target a handshake, and dials of a punch
+    circuits_per_prefix_burst: int = 32  # two gateways with eight relayed hops, that lose them and come again
     circuit_open_seconds: float = 5.0  # from the question to the answer; a handshake over it has as long
     circuit_idle_seconds: float = 120.0  # without a byte either way; go-libp2p ends every circuit then
     circuit_bytes_in_hand: int = 64 * KIB  # each way, between two streams: a frame of the muxer

@@ -147,6 +147,7 @@ async def test_a_target_has_sixteen_circuits_and_the_next_one_waits_for_the_end_
 ):
     limits = replace(QUICK, max_circuits_from_peer=20, max_circuit_handshakes=20)
     async with world(limits) as (source, relay, target):
+        relay.prefix = "127.0.0.1/32"  # a public address would have eight of them
         circuits = [await through(source, relay, target) for _ in range(16)]
         stream = await ask(source, relay, encode_hop_connect(target.peer_id))
         assert await status(stream) == Status.RESOURCE_LIMIT_EXCEEDED
@@ -154,6 +155,22 @@ async def test_a_target_has_sixteen_circuits_and_the_next_one_waits_for_the_end_
         await circuits.pop().close()
         await trio.sleep(0.1)
         assert (await through(source, relay, target)).is_established
+
+
+async def test_a_peer_that_opens_circuits_without_end_costs_its_target_few_handshakes(
+    autojump_clock: trio.testing.MockClock,
+):
+    async with world() as (source, relay, target):
+        relay.prefix = "8.8.8.8/32"  # at which the relay sees the source
+        tried = 0
+        while trio.current_time() < 20:
+            tried += 1
+            with contextlib.suppress(PeerGone):
+                await (await through(source, relay, target)).close()
+            await trio.sleep(0.05)
+        assert tried > 200
+        assert len(target.circuits_in) <= QUICK.circuits_per_prefix_burst + 41
+        assert not list(relay.table)
 
 
 async def test_a_banned_peer_comes_through_no_relay_and_costs_no_handshake(

@@ -16,6 +16,7 @@ from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol
 from libp2p.tools.anyio_service import background_trio_service
 
 from client.generation.conversation import Conversation
+from client.session import hop_link, route
 from node.config import ConfigError
 from node.network.addresses import Address
 from node.network.dialling.from_port import OwnPorts, PortTaken, open_tcp_from
@@ -82,6 +83,12 @@ def relayed_by(relaying: Relaying, relay: Host) -> None:
 
 def way(relay: Host, *, at_once: bool = True) -> Routes:
     return Routes((RelayAt(relay.peer_id, relay.addresses),), at_once)
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no reason to give a hop up."""
+    monkeypatch.setattr(hop_link, "ATTACH_SECONDS", PATIENT_SECONDS)
+    monkeypatch.setattr(route, "RELINK_SECONDS", PATIENT_SECONDS)
 
 
 def session_over_hosts(nursery: trio.Nursery, client: Host, server: Host) -> tuple[World, Conversation]:
@@ -205,6 +212,7 @@ async def test_a_session_leaves_the_relay_for_a_direct_connection_and_comes_back
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(circuits, "SETTLING_SECONDS", 0.0)
+    be_patient(monkeypatch)
     async with (
         peer(8) as (relay, carrying),
         peer() as (server, served),
@@ -234,7 +242,8 @@ async def test_a_session_leaves_the_relay_for_a_direct_connection_and_comes_back
         nursery.cancel_scope.cancel()
 
 
-async def test_a_session_on_a_direct_way_that_came_of_a_circuit_outlives_it():
+async def test_a_session_on_a_direct_way_that_came_of_a_circuit_outlives_it(monkeypatch: pytest.MonkeyPatch):
+    be_patient(monkeypatch)
     async with (
         peer(8) as (relay, carrying),
         peer() as (server, served),

@@ -95,6 +95,12 @@ PROOFS = {
     + "test_a_source_has_max_circuits_from_peer_and_a_target_max_circuits_to_peer",
     "max_circuits_to_peer": RELAY_TABLE
     + "test_a_source_has_max_circuits_from_peer_and_a_target_max_circuits_to_peer",
+    "max_circuits_from_prefix": RELAY_TABLE
+    + "test_a_public_address_has_max_circuits_from_prefix_and_of_one_target_as_many_as_a_peer",
+    "circuits_per_prefix_per_second": RELAY_TABLE
+    + "test_a_public_address_opens_circuits_per_prefix_burst_at_once_and_circuits_per_prefix_per_second_then",
+    "circuits_per_prefix_burst": RELAY_TABLE
+    + "test_a_public_address_opens_circuits_per_prefix_burst_at_once_and_circuits_per_prefix_per_second_then",
     "circuit_open_seconds": RELAYING + "test_a_target_that_says_nothing_costs_circuit_open_seconds",
     "circuit_idle_seconds": RELAYING + "test_a_circuit_without_a_byte_ends_after_circuit_idle_seconds",
     "circuit_bytes_in_hand": RELAYING + "test_a_slow_target_stops_the_source_and_the_relay_holds_a_window",

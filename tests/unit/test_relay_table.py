@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from node.network.relaying.messages import Status
-from node.network.relaying.reservations import Circuit, RelayTable
+from node.network.relaying.reservations import MAX_PREFIXES, Circuit, RelayTable
 from tensor_codec.limits import Limits
 
 PUBLIC, OTHER, LOOPBACK = "8.8.8.8/32", "9.9.9.9/32", "127.0.0.1/32"
@@ -92,6 +92,50 @@ def test_there_are_max_circuits_and_no_more():
     made = [relay.begin(f"s{number}", targets[number % 8], 0.0) for number in range(65)]
     assert all(isinstance(each, Circuit) for each in made[:64])
     assert made[64] is Status.RESOURCE_LIMIT_EXCEEDED
+
+
+def test_a_public_address_has_max_circuits_from_prefix_and_of_one_target_as_many_as_a_peer():
+    relay = table({"a", "b", "c"})
+    for each in ("a", "b", "c"):
+        relay.reserve(each, PUBLIC, 0.0)
+    for target, most in (("a", 8), ("b", 8), ("c", 0)):
+        made = [relay.begin(f"{target}{number}", target, 0.0, PUBLIC) for number in range(10)]
+        assert [isinstance(each, Circuit) for each in made] == [number < most for number in range(10)]
+    assert isinstance(relay.begin("else", "a", 0.0, OTHER), Circuit), "another address has its own"
+    assert all(isinstance(relay.begin(f"h{n}", "c", 0.0, LOOPBACK), Circuit) for n in range(16))
+
+
+def test_a_public_address_opens_circuits_per_prefix_burst_at_once_and_circuits_per_prefix_per_second_then():
+    relay = table({"a"})
+    relay.reserve("a", PUBLIC, 0.0)
+
+    def opened(now: float) -> int:
+        made = [relay.begin(f"s{number}", "a", now, PUBLIC) for number in range(100)]
+        for each in made:
+            if isinstance(each, Circuit):
+                relay.end(each)
+        return sum(isinstance(each, Circuit) for each in made)
+
+    def opened_one_by_one(now: float) -> int:
+        found = 0
+        while isinstance(circuit := relay.begin("s", "a", now, PUBLIC), Circuit):
+            relay.end(circuit)
+            found += 1
+        return found
+
+    assert opened_one_by_one(0.0) == LIMITS.circuits_per_prefix_burst
+    assert opened(1.0) == LIMITS.circuits_per_prefix_per_second
+    assert opened_one_by_one(100.0) == LIMITS.circuits_per_prefix_burst
+
+
+def test_the_rates_of_many_addresses_take_no_more_memory():
+    relay = table({"a"})
+    relay.reserve("a", PUBLIC, 0.0)
+    for number in range(2 * MAX_PREFIXES):
+        circuit = relay.begin("s", "a", 0.0, f"8.8.{number // 256}.{number % 256}/32")
+        assert isinstance(circuit, Circuit)
+        relay.end(circuit)
+    assert len(relay._openings) == MAX_PREFIXES
 
 
 def test_nobody_has_a_circuit_to_itself():

@@ -22,7 +22,7 @@ from node.network.transport.connection import Connection, MuxedStream
 from node.network.transport.noise import SecureChannel
 from node.network.transport.upgrade import Upgrade
 from routing.names import PeerId
-from tensor_codec.errors import PeerGone, SlowPeer
+from tensor_codec.errors import PeerGone, Refused, SlowPeer
 from tensor_codec.limits import Limits
 
 SETTLING_SECONDS = 1.5  # a punch takes eight round trips: 1.3 s over two lines of 40 ms each
@@ -84,6 +84,9 @@ class Circuits:
                 patience = self.limits.punch_seconds if is_limited(made) else SETTLING_SECONDS
                 self.settles_at[made] = trio.current_time() + patience
                 return made
+            except Refused as refused:
+                stream.close_now()  # answered: many resets would break a rule of the muxer
+                raise PeerGone(str(refused)) from None
             except BaseException:
                 stream.reset_now()
                 raise
@@ -107,13 +110,13 @@ class Circuits:
         return direct or circuit
 
     async def _ask(self, stream: MuxedStream, peer: PeerId) -> HopAnswer:
-        """The relay's yes.  Raises PeerGone where the relay refuses."""
+        """The relay's yes.  Raises Refused, PeerFault."""
         stream.propose(HOP_PROTOCOL)
         await stream.send_all(encode_hop_connect(peer))
         data = await read_delimited(stream.receive_some, self.limits.max_relay_message_bytes)
         answer = decode_hop_answer(data)
         if answer.status != Status.OK:
-            raise PeerGone(f"relay {stream.connection.peer} refuses: {reason_of(answer.status)}")
+            raise Refused(f"relay {stream.connection.peer} refuses: {reason_of(answer.status)}")
         return answer
 
 

@@ -69,7 +69,7 @@ class Relay:
         elif isinstance(question, Reserve):
             await self._reserve(stream, peer, prefix)
         else:
-            await self._connect(stream, peer, question.peer)
+            await self._connect(stream, peer, question.peer, prefix)
 
     async def _reserve(self, stream: MuxedStream, peer: PeerId, prefix: str) -> None:
         status = self.table.reserve(peer, prefix, trio.current_time())
@@ -79,8 +79,8 @@ class Relay:
         expires_at = int(self.wall_clock() + self.limits.reservation_seconds)
         await self._say(stream, encode_reservation(expires_at, self.addresses()))
 
-    async def _connect(self, stream: MuxedStream, source: PeerId, target: PeerId) -> None:
-        circuit = self.table.begin(source, target, trio.current_time())
+    async def _connect(self, stream: MuxedStream, source: PeerId, target: PeerId, prefix: str) -> None:
+        circuit = self.table.begin(source, target, trio.current_time(), prefix)
         if not isinstance(circuit, Circuit):
             await self._refuse(stream, circuit)
             return

@@ -33,6 +33,8 @@ class ClientStream:
         self._wait_seconds = wait_seconds
         self._reading = trio.CancelScope()
         self._replaced = trio.Event()
+        self._greeted = trio.Event()  # the present stream has our answer, and other frames may follow
+        self._greeted.set()
 
     @property
     def peer(self) -> PeerId:
@@ -61,6 +63,7 @@ class ClientStream:
     async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
         """Send one frame, if there is a stream that takes it.  Raises SlowPeer."""
         try:
+            await self._greeted.wait()
             await self._write_to.send(frame)
         except PeerGone:
             await trio.lowlevel.checkpoint()
@@ -89,18 +92,22 @@ class ClientStream:
         """Go on over this stream, until another one takes its place or the session ends.  Raises PeerGone."""
         before, replaced = self._read_from, self._replaced
         stream.limit, ended = before.limit, trio.Event()
-        self._read_from, self._replaced = stream, ended
+        self._read_from, self._replaced, self._greeted = stream, ended, trio.Event()
+        greeted = self._greeted
         replaced.set()
         self._reading.cancel()
         try:
             await stream.send(encode_attached())
+            if self._read_from is stream:
+                self._write_to = stream
         except PeerGone:
             if self._read_from is stream:
                 self._read_from = before
                 self._reading.cancel()
             raise
-        if self._read_from is stream:
-            self._write_to = stream
+        finally:
+            greeted.set()
+        if self._write_to is stream:
             await before.reset()
             await ended.wait()
 
