@@ -426,7 +426,7 @@ def _framed(host: Host, stream: MuxedStream, protocol: str, limits: Limits) -> F
     framed = FramedStream(stream, connection.peer, protocol, limits, host.traffic, connection.prefix)
     if connection.relayed_by is not None:
         framed.better = lambda: host.connections.live(connection.peer, direct=True) is not None
-    elif connection in host.dialler.circuits.replaced_by:
+    elif host.dialler.circuits.came_of_one(connection):
         framed.better = lambda: False
     return framed
 

@@ -35,8 +35,8 @@ from routing.names import PeerId
 from tensor_codec.errors import PeerGone
 from tensor_codec.limits import Limits
 from tensor_codec.messages.reach import REACH_PROTOCOL
-from tensor_codec.messages.session import SESSION_PROTOCOL
-from tests.fakes_serving import World, continued, conversation_of, generated
+from tensor_codec.messages.session import PUSH_PROTOCOL, SESSION_PROTOCOL
+from tests.fakes_serving import World, continued, conversation_of, generated, serve_push
 
 ECHO = "/raceme/test-echo/1"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -96,6 +96,7 @@ def session_over_hosts(nursery: trio.Nursery, client: Host, server: Host) -> tup
     world = World(nursery)
     node = world.add(server.peer_id, 0, 3)
     server.handle(SESSION_PROTOCOL, node.listener.serve_session)
+    server.handle(PUSH_PROTOCOL, lambda stream: serve_push(node.listener, stream, world.frames))
 
     async def dial(whom: PeerId, addresses: Sequence[str], protocol: str) -> FramedStream:
         return await client.open_stream(whom, (), protocol, seconds=PATIENT_SECONDS)
@@ -254,10 +255,12 @@ async def test_a_session_on_a_direct_way_that_came_of_a_circuit_outlives_it(monk
         await eventually(lambda: served.keeper.plan.relays)
         client.dialler.circuits.routes_to = lambda _: way(relay)
         served.punching.public_addresses = lambda _: client.addresses
+        await client.connect(server.peer_id, (), seconds=PATIENT_SECONDS)
+        await eventually(lambda: client.connections.live(server.peer_id, direct=True))  # dialled back
+        direct = client.connections.live(server.peer_id, direct=True)
+        assert direct is not None
         world, conversation = session_over_hosts(nursery, client, server)
         found = await continued(conversation, [3, 1, 4], 4)
-        direct = client.connections.live(server.peer_id, direct=True)
-        assert direct is not None, "the server has dialled back"
         served.punching.public_addresses = lambda _: ()
         await direct.close()
         began = carrying.relayed_bytes

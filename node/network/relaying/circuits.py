@@ -54,6 +54,7 @@ class Circuits:
     routes_to: the relays of a peer, as far as known; to be set by those that know records.
     settles_at: of circuits that we asked for, the time until which a direct way is likely to come.
     replaced_by: the direct connections that came of circuits to us; their peers cannot dial us.
+    replacing: the peers to which a direct way is looked for now, over a circuit.
     """
 
     limits: Limits
@@ -62,6 +63,11 @@ class Circuits:
     routes_to: Callable[[PeerId], Routes] = lambda _: Routes()
     settles_at: WeakKeyDictionary[Connection, float] = field(default_factory=WeakKeyDictionary)
     replaced_by: WeakSet[Connection] = field(default_factory=WeakSet)
+    replacing: set[PeerId] = field(default_factory=set)
+
+    def came_of_one(self, connection: Connection) -> bool:
+        """Whether a direct connection came of a circuit, or does just now: its peer may use it at once."""
+        return connection in self.replaced_by or connection.peer in self.replacing
 
     async def dial(self, relay: Connection, peer: PeerId) -> Connection:
         """A connection to a peer through a connected relay.

@@ -69,6 +69,7 @@ async def open_relaying(host: Host, *, reservations: int = 0) -> AsyncIterator[R
     punching = Punching(
         limits, upgrade, add, is_direct, seen_at, dialler.dial_from_own_port, dialler.connect_directly
     )
+    punching.under_way = dialler.circuits.replacing
     punching.on_direct = dialler.circuits.replaced_by.add
     punching.on_end = lambda circuit: dialler.circuits.settles_at.pop(circuit, None)
     relaying = Relaying(keeper, punching)
