@@ -226,7 +226,7 @@ class Limits:
         3  # of a peer: at its start it finds a mapped port a moment later, or a relay
     )
     max_reach_addresses: int = 4  # that are dialled for one question
-    max_reach_questions: int = 2  # dialled for at once, of all peers
+    max_reach_questions: int = 8  # dialled for at once, of all peers; each dials the asking machine alone
     reach_dial_seconds: float = 3.0  # of one address: twice the round trips of a slow satellite
     # The local network, where anybody may announce anything by multicast
     max_lan_announcement_bytes: int = 1300  # RFC 6763, section 6.2: it fits a packet; ours have up to 500

@@ -255,6 +255,7 @@ def main() -> None:
         name=flags.name,
         limits=limits,
         relay=not flags.no_relay,
+        patience_seconds=SECONDS,  # many peers start at once
         port_mapping=flags.port_mapping,
     )
     trio.run(serve_lines, config)

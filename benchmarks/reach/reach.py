@@ -36,7 +36,7 @@ PAIRS: Sequence[tuple[Kind, Kind]] = (
     ("rejecting", "rejecting"),
 )
 PUNCH_SECONDS = 8.0  # all tries of a punch take 5 s
-KNOWN_SECONDS = 30.0
+KNOWN_SECONDS = 60.0  # of many homes that start at once
 STEP_BYTES = 4096
 ECHOES = 200
 BULK_MIB = 128

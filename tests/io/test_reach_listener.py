@@ -111,7 +111,7 @@ async def test_four_addresses_of_the_asker_s_own_machine_are_dialled(autojump_cl
     assert set(outcomes) == set(texts[: LIMITS.max_reach_addresses])
 
 
-async def test_two_questions_are_dialled_for_at_once(autojump_clock: object) -> None:
+async def test_eight_questions_are_dialled_for_at_once(autojump_clock: object) -> None:
     listener = ReachListener(Limits(reach_questions_burst=100), Dials(seconds=3.0))
     refused: list[Refused] = []
 

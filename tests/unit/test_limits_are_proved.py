@@ -58,7 +58,7 @@ PROOFS = {
     "reach_question_seconds": REACH + "test_a_peer_has_three_questions_at_once_and_one_in_twenty_seconds",
     "reach_questions_burst": REACH + "test_a_peer_has_three_questions_at_once_and_one_in_twenty_seconds",
     "max_reach_addresses": REACH + "test_four_addresses_of_the_asker_s_own_machine_are_dialled",
-    "max_reach_questions": REACH + "test_two_questions_are_dialled_for_at_once",
+    "max_reach_questions": REACH + "test_eight_questions_are_dialled_for_at_once",
     "reach_dial_seconds": REACH + "test_a_dial_that_nobody_answers_ends_after_three_seconds",
     "dial_seconds": HOST + "test_all_addresses_together_have_the_time_of_one_dial",
     "max_dials": "io/test_dialler.py::test_silent_peers_that_are_pinged_delay_no_session",
