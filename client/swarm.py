@@ -607,12 +607,13 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[Swarm]:
         ) as directory,
         background_nursery() as nursery,
     ):
+        # At once: the first ping finds a relayed server through its relays.
+        use_ways_of_others(host, directory, relaying, nursery, config.limits)
         info, local_model, defaults = await compute.run(_load_model, config)
         gc.freeze()  # these objects stay: later collections need not visit a million of them
         heads = HeadBatches(local_model, compute)
         # Not to be abandoned: a thread that compiles while the interpreter ends takes the process with it.
         nursery.start_soon(trio.to_thread.run_sync, local_model.make_exact_argmax)
-        use_ways_of_others(host, directory, relaying, nursery, config.limits)
         routes = ChainChooser(
             info.name,
             info.revision,

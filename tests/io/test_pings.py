@@ -17,7 +17,9 @@ from node.network.directory.pings import (
     MAX_ON_ROUTES,
     MAX_WANTED,
     MONITOR_SECONDS,
+    OVERDUE_SECONDS,
     PING_SECONDS,
+    RELAYED_SECONDS,
     USED_SECONDS,
     WATCH_SECONDS,
     Asker,
@@ -96,6 +98,17 @@ async def test_more_are_asked_at_a_time_where_nobody_has_to_be_dialled(autojump_
     assert asking._host.most == ASKED_AT_ONCE
 
 
+async def test_a_peer_behind_a_relay_has_longer_to_answer(autojump_clock, asking):
+    """Two connections are made on the way to it, the second one over the first."""
+    asking._addresses = lambda peer: () if peer == PEERS[0] else ("/ip4/10.0.0.1/tcp/1",)
+    for peer in PEERS[:2]:
+        asking.ask(peer)
+    await trio.sleep(OVERDUE_SECONDS + RELAYED_SECONDS / 2)
+    assert asking.answers.silent() == {PEERS[1]}
+    await trio.sleep(PING_SECONDS + RELAYED_SECONDS)
+    assert asking.answers.silent() == set(PEERS[:2])
+
+
 async def test_a_watched_peer_is_asked_every_few_seconds(autojump_clock, asking):
     asking._host.answering = set(PEERS[:2])
     with trio.move_on_after(60.0):
@@ -150,6 +163,7 @@ async def test_a_place_that_we_do_not_have_ourselves_says_nothing_of_the_peer(au
 
 async def test_a_peer_without_an_address_cannot_be_reached(autojump_clock, asking):
     asking._addresses = lambda peer: ()
+    asking._host.fault = PeerGone("none of its addresses is known")
     assert await asking.measure(PEERS[:1]) == {}
     assert asking.answers.silent() == set(PEERS[:1])
 

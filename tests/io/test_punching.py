@@ -159,6 +159,26 @@ async def test_where_nobody_is_let_in_the_circuit_stays_and_two_tries_have_punch
         assert dials[1] - dials[0] == pytest.approx(LIMITS.punch_dial_seconds + 0.05)
 
 
+@pytest.mark.parametrize("symmetric", ["source", "target"])
+async def test_where_one_is_behind_a_symmetric_nat_both_know_at_once_that_there_is_no_punch(
+    autojump_clock: trio.testing.MockClock, symmetric: str
+):
+    async def nowhere(circuit: Connection) -> Sequence[Address]:
+        return ()
+
+    async with world() as swarm:
+        swarm.punching[symmetric].seen_at = nowhere
+        ended: list[float] = []
+        swarm.punching["source"].on_end = lambda circuit: ended.append(trio.current_time())
+        began = trio.current_time()
+        assert not await swarm.improve()
+        await trio.sleep(1)
+        assert len(ended) == 1, "the source's sessions wait for nothing"
+        assert ended[0] - began < 0.1
+        assert swarm.nats.dials == []
+        assert not swarm.source.faults + swarm.target.faults
+
+
 async def test_a_third_party_that_a_peer_names_is_dialled_a_few_times(autojump_clock: trio.testing.MockClock):
     async with world() as swarm:
         swarm.nats.resets = 1000  # nobody there has asked for it

@@ -24,6 +24,9 @@ from tensor_codec.errors import PeerFault
 
 PING_SECONDS = 2.0  # for the answer to a ping, a connection included
 OVERDUE_SECONDS = 1.0  # after which a peer without any answer counts as silent
+RELAYED_SECONDS = (
+    1.0  # more of both where only a relay leads to the peer: two connections, at twice the distance
+)
 ASKED_AT_ONCE = 16
 DIALLED_AT_ONCE = 8  # of these; `Host` holds the same bound, and a place there is never waited for
 WATCH_SECONDS = 3.0  # between two pings to one server: silent ones are known within 8 s
@@ -196,20 +199,21 @@ class Asker:
                 if known and linked and self._monitors:
                     trips = LINKED_TRIPS * self.answers.rtts(now).get(peer, PING_SECONDS)
                     seconds = min(PING_SECONDS, max(LINKED_SECONDS, trips))
+                patience = 0.0 if linked or self._addresses(peer) else RELAYED_SECONDS
                 for _ in range(FAILURES if known else 1):
-                    if await self._try(peer, seconds):
+                    if await self._try(peer, seconds, patience):
                         break
         finally:
             self.answers.done(peer)
             self._tell(before != (peer in self.answers.silent()))
 
-    async def _try(self, peer: PeerId, seconds: float) -> bool:
-        """Ask once, for so long; whether a retry is unnecessary."""
+    async def _try(self, peer: PeerId, seconds: float, patience: float) -> bool:
+        """Ask once, for so long; whether a retry is unnecessary.  patience: further seconds."""
         from node.network.connection_table import NoPlaceLeft
 
         done = False
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._be_patient, peer, seconds, nursery.cancel_scope)
+            nursery.start_soon(self._be_patient, peer, seconds, patience, nursery.cancel_scope)
             try:
                 self.answers.answered(peer, await self._round_trip(peer), trio.current_time())
                 done = True
@@ -223,11 +227,13 @@ class Asker:
             self.answers.failed(peer, trio.current_time())
         return done
 
-    async def _be_patient(self, peer: PeerId, seconds: float, question: trio.CancelScope) -> None:
+    async def _be_patient(
+        self, peer: PeerId, seconds: float, patience: float, question: trio.CancelScope
+    ) -> None:
         """End a ping at its deadline.  Time in which this process is suspended does not count."""
-        steps = round(seconds / STEP_SECONDS)
+        steps = round((seconds + patience) / STEP_SECONDS)
         for step in range(steps):
-            if step == round(OVERDUE_SECONDS / STEP_SECONDS):
+            if step == round((OVERDUE_SECONDS + patience) / STEP_SECONDS):
                 self.answers.overdue(peer, trio.current_time())
                 self._tell(True)
             await trio.sleep(STEP_SECONDS)

@@ -76,7 +76,10 @@ class Punching:
                 return True
             for _ in range(TRIES):
                 own = tuple(await self.seen_at(circuit))
-                if not own or circuit.closed.is_set():
+                if circuit.closed.is_set():
+                    return False
+                if not own:
+                    await self._decline(circuit)
                     return False
                 if await self._punch(circuit, own):
                     return True
@@ -97,6 +100,16 @@ class Punching:
             return False
         return True
 
+    async def _decline(self, circuit: Connection) -> None:
+        """Tell the circuit's dialler that no punch can work, so that its sessions need not wait for one."""
+        with trio.move_on_after(self.limits.punch_seconds):
+            stream = circuit.open()
+            try:
+                stream.propose(DCUTR_PROTOCOL)
+                await stream.send_all(encode_punch(Punch(False)))
+            finally:
+                await stream.aclose()
+
     async def _punch(self, circuit: Connection, own: tuple[Address, ...]) -> bool:
         """One try.  Raises PeerFault where the peer does not take part."""
         seconds = self.limits.punch_seconds
@@ -107,6 +120,8 @@ class Punching:
                 sent_at = trio.current_time()
                 await stream.send_all(encode_punch(Punch(False, own)))
                 theirs = await self._receive(stream)
+                if not theirs.addresses:
+                    raise PeerGone("others see it at no address that could be dialled")
                 round_trip = trio.current_time() - sent_at
                 await stream.send_all(encode_punch(Punch(is_sync=True)))
                 await trio.sleep(round_trip / 2)
@@ -131,8 +146,12 @@ class Punching:
         try:
             with trio.move_on_after(self.limits.punch_seconds) as scope:
                 theirs = await self._receive(stream)
+                if not theirs.addresses:
+                    return
                 own = tuple(await self.seen_at(circuit))
                 await stream.send_all(encode_punch(Punch(False, own)))
+                if not own:
+                    return
                 if not (await self._receive(stream)).is_sync:
                     raise RemoteProtocolError("another message than a sync in a punch")
             if scope.cancelled_caught:
