@@ -45,6 +45,7 @@ HELPERS = {
     "node/serving/executor/batch_cost.py": "adds up seconds",
     "node/serving/executor/crowds.py": "counts the steps of prefixes",
     "node/network/connection_table.py": "holds the connection in use",
+    "node/network/relaying/circuits.py": "says whether a connection came of a circuit",
     "node/network/admission/rates.py": "counts the streams that are opened",
     "node/network/libp2p_adapter.py": "runs the connection for py-libp2p",
     "node/network/transport/yamux_limits.py": "counts windows and pings",
