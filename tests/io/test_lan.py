@@ -208,7 +208,7 @@ async def test_a_peer_without_a_record_is_starting_and_known_with_its_record(aut
 
 
 async def test_without_multicast_nobody_waits_and_one_line_says_why(caplog: pytest.LogCaptureFixture):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "node")
     room = Room(fault="no multicast at 192.168.1.11: Operation not permitted")
     async with open_node(room) as (alice, _):
         with trio.fail_after(2.0):  # LOOK_SECONDS are not waited for
@@ -233,7 +233,7 @@ async def test_after_a_failure_other_addresses_of_the_machine_are_tried_at_once(
 
 
 async def test_a_machine_without_a_network_waits_for_nobody(caplog: pytest.LogCaptureFixture):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "node")
     room = Room()
     async with open_node(room, listening=["/ip4/127.0.0.1/tcp/31330"]) as (alice, _):
         with trio.fail_after(2.0):

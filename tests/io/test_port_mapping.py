@@ -331,7 +331,7 @@ def gateways(nat_pmp: Gateway, upnp: Gateway):
 async def test_a_forwarded_port_is_offered_renewed_and_closed_at_the_end(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "node")
     first, second, found = Gateway(), Gateway(), Offers()
     async with open_mapper(lambda: HOME, found.take, gateways(first, second), peer="me") as mapper:
         await trio.sleep(1)
@@ -357,7 +357,7 @@ async def test_upnp_is_asked_where_nat_pmp_is_silent_for_ever(autojump_clock: Mo
 async def test_a_home_without_such_a_router_is_told_once_and_asked_rarely(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "node")
     first, second, found = Gateway("no NAT-PMP"), Gateway("no UPnP"), Offers()
     async with open_mapper(lambda: HOME, found.take, gateways(first, second), peer="me"):
         await trio.sleep(6 * 3600)
@@ -371,7 +371,7 @@ async def test_a_home_without_such_a_router_is_told_once_and_asked_rarely(
 async def test_one_reason_of_both_protocols_is_said_once(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "node")
     offline = Gateway("this machine has no default route")
     async with open_mapper(lambda: HOME, Offers().take, gateways(offline, offline), peer="me"):
         await trio.sleep(60)

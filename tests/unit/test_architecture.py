@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -160,3 +161,9 @@ def test_the_states_in_the_architecture_page_are_those_of_the_core():
     page = (ROOT / "docs" / "architecture.md").read_text()
     arrows = set(re.findall(r"^    ([A-Z]+) --> ([A-Z]+)", page, re.MULTILINE))
     assert arrows == {(one.name, other.name) for one, others in NEXT.items() for other in others}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name, so that one of the two would be refused."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

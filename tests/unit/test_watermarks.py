@@ -78,7 +78,7 @@ class Guarded:
 
 
 async def test_connections_wait_until_descriptors_are_free_again_and_the_log_says_each_change_once(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "raceme")
     guarded = Guarded()
     guard = guarded.guard()
     for descriptors, accepting in ((100, True), (900, False), (950, False), (700, True), (700, True)):
@@ -93,7 +93,7 @@ async def test_connections_wait_until_descriptors_are_free_again_and_the_log_say
 
 
 async def test_at_the_bound_the_youngest_sessions_end_one_after_the_other_and_the_log_says_it_once(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "raceme")
     guarded = Guarded()
     guard = guarded.guard()
     for gib, admitting, sessions in ((9.5, False, 3), (10.5, False, 2), (10.2, False, 1), (8, True, 1)):
