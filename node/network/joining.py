@@ -95,8 +95,7 @@ def _watch_reach(
     questions = Questions(host, limits)
     watch = ReachWatch(questions, directory.view, directory.addresses, directory.set_reach, limits, rng)
     if role == "client":
-        seen = directory.set_seen
-        nursery.start_soon(learn_seen, questions, directory.view, directory.addresses, seen, limits, rng)
+        _learn_own_address(questions, directory, nursery, limits)
     else:
         listener = ReachListener(limits, host.probe)
         watch.hooks.askers = lambda: listener.askers
@@ -169,9 +168,14 @@ def use_ways_of_others(
     Without it a server in the same house is not known as such.
     """
     dial_relayed_peers(host, directory, relaying)
-    questions, rng = Questions(host, limits), random.Random()
-    seen = directory.set_seen
-    nursery.start_soon(learn_seen, questions, directory.view, directory.addresses, seen, limits, rng)
+    _learn_own_address(Questions(host, limits), directory, nursery, limits)
+
+
+def _learn_own_address(
+    questions: Questions, directory: Directory, nursery: trio.Nursery, limits: Limits
+) -> None:
+    view, addresses, found = directory.view, directory.addresses, directory.set_seen
+    nursery.start_soon(learn_seen, questions, view, addresses, found, limits, random.Random())
 
 
 def _reservations(config: NetworkConfig, role: Role) -> int:

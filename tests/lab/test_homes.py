@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reach.hosts import Peer
-from tests.lab.nodes import expected, prompt, until
+from tests.lab.nodes import Client, expected, prompt, until
 from tests.lab.world import KNOWN_SECONDS, World, open_world
 from tests.netlab.lab import Lab
 
@@ -51,15 +51,20 @@ def world(shared_lab: Lab, tiny_llama: Path, tmp_path_factory: pytest.TempPathFa
         yield made
 
 
+def served_directly(client: Client, server: str, model: Path) -> tuple[float, float]:
+    """Seconds of a generation with the whole model's tokens, and then until the server is direct."""
+    ids, began = prompt(), time.monotonic()
+    assert client.generate(ids, TOKENS) == expected(model, ids, TOKENS)
+    took = time.monotonic() - began
+    return took, until(lambda: client.ways().get(server) == "direct", DIRECT_SECONDS)
+
+
 def test_a_server_behind_nat_serves_a_public_client_directly(
     world: World, tiny_llama: Path, figure: Callable[[str], None]
 ) -> None:
     server, ids = world.cone.ready()["a1"], prompt()
     client = world.cone.client("p2")
-    began = time.monotonic()
-    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
-    took = time.monotonic() - began
-    seconds = until(lambda: client.ways().get(server) == "direct", DIRECT_SECONDS)
+    took, seconds = served_directly(client, server, tiny_llama)
     figure(
         f"a server at home, a public client: {TOKENS} tokens in {took:.2f} s, direct {seconds:.2f} s later"
     )
@@ -154,12 +159,9 @@ def test_a_router_that_maps_ports_makes_a_home_public(
 def test_a_server_behind_a_firewall_of_ipv6_serves_a_public_client(
     world: World, tiny_llama: Path, figure: Callable[[str], None]
 ) -> None:
-    server, ids = world.firewall6.ready()["c1"], prompt()
+    server = world.firewall6.ready()["c1"]
     client = world.firewall6.client("p2")
-    began = time.monotonic()
-    assert client.generate(ids, TOKENS) == expected(tiny_llama, ids, TOKENS)
-    took = time.monotonic() - began
-    seconds = until(lambda: client.ways().get(server) == "direct", DIRECT_SECONDS)
+    took, seconds = served_directly(client, server, tiny_llama)
     figure(
         f"a firewall of IPv6, a public client: {TOKENS} tokens in {took:.2f} s, direct {seconds:.2f} s later"
     )
