@@ -127,6 +127,7 @@ class Limits:
     max_session_tokens: int | None = None  # batch * max_length; None: as many as the cache holds
     max_step_tokens: int = 2048  # batch * tokens of one step; longer prefill comes in chunks
     max_steps_in_flight: int = 8  # chunks of one prefill on their way through a hop
+    max_steps_per_frame: int = 64  # a decode batch on a CPU (`BatchPolicy.max_rows`)
     max_large_steps: int = 16  # above 32 KiB, waiting or computed, in frames of `max_frame_bytes`: 256 MiB
     max_waiting_steps: int = 256  # waiting for compute, of all peers
     max_waiting_steps_per_peer: int = 64

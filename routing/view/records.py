@@ -73,6 +73,7 @@ class Record:
     step_tokens: of the largest step that the peer takes, in float32; 0: not said.
     prompts: whether the peer takes deep prompts; older versions do not say.
     codecs: of hidden states that the peer reads besides fp32 and bf16; older versions read no other.
+    batches: whether the peer takes and sends frames of many sessions' steps; older versions do not say.
     queue: waiting time of a decode step, in times of its own computing; the mean of the last seconds.
     rtt: seconds to other peers and back, as this peer measured them.
     reach: whether others can dial this peer, as others have tried it: "public" at its addresses, "relayed"
@@ -107,6 +108,7 @@ class Record:
     step_tokens: int = 0
     prompts: bool = False
     codecs: tuple[str, ...] = ()
+    batches: bool = False
     lora: int = 0
     queue: float = 0.0
     rtt: Mapping[PeerId, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -232,6 +234,8 @@ def _to_wire(record: Record) -> dict[str, object]:
         fields["prompts"] = True
     if record.codecs:
         fields["codecs"] = list(record.codecs)
+    if record.batches:
+        fields["batches"] = True
     if record.lora:
         fields["lora"] = record.lora
     return dict(sorted((fields | _reach_to_wire(record)).items()))
@@ -302,6 +306,7 @@ def _from_wire(fields: Header, peer: PeerId, swarm: str) -> Record:
         step_tokens=_tokens(fields, "step_tokens"),
         prompts=fields.flag("prompts", absent=False),
         codecs=_texts(fields, "codecs", MAX_CODECS, 16) if "codecs" in fields else (),
+        batches=fields.flag("batches", absent=False),
         lora=fields.integer("lora", 0, MAX_RANK, absent=0),
         queue=fields.number("queue", 0.0, MAX_QUEUE),
         rtt=_rtt(fields.items("rtt", MAX_RTTS)),

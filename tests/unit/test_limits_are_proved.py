@@ -152,6 +152,7 @@ PROOFS = {
     "max_session_tokens": "io/test_hop_sessions.py::"
     "test_a_session_of_exactly_as_many_tokens_as_are_allowed_is_taken",
     "max_step_tokens": "unit/test_messages.py::test_the_limits_of_a_contract_are_reached_and_not_passed",
+    "max_steps_per_frame": "unit/test_shared_steps.py::test_no_frame_has_more_steps_than_the_limit",
     "max_steps_in_flight": LISTENER + "test_so_many_steps_may_wait_and_one_more_ends_the_session",
     "max_large_steps": "io/test_session_frames.py::"
     "test_steps_have_room_up_to_the_bound_and_the_place_is_given_back",

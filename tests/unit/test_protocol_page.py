@@ -38,6 +38,7 @@ from tensor_codec.messages import (
     reach,
     session,
     sharing,
+    steps,
 )
 from tensor_codec.messages.contract import (
     CODECS,
@@ -116,6 +117,18 @@ KINDS = {
     ),
     "step": Kind(session.encode_step(STEP), from_client),
     "result": Kind(session.encode_result(session.Result(3, 5, ROW, ((1, 2),), 1, True, 9, (7,))), from_hop),
+    "steps": Kind(
+        steps.encode_steps([session.Step(bytes(16), 3, 5, "last", ROW, ((1, 2),), 1, owner=bytes(8))]),
+        lambda frame: steps.read_steps(fields.read_message(frame, frozenset({"steps"})), 64),
+    ),
+    "results": Kind(
+        steps.encode_results([(bytes(16), session.Result(3, 5, ROW, ((1, 2),), 1))]),
+        lambda frame: steps.read_results(fields.read_message(frame, frozenset({"results"})), 64),
+    ),
+    "gather": Kind(
+        steps.encode_gather(),
+        lambda frame: steps.read_gather(fields.read_message(frame, frozenset({"gather"}))),
+    ),
     "failed": Kind(fields.encode_failed(fields.Failed("ended", "idle", 1.0, 3, "p")), from_hop),
     "close": Kind(session.encode_close(), from_client),
     "attach": Kind(attach.encode_attach(attach.Attach(bytes(16))), attach.decode_first),
@@ -290,7 +303,8 @@ def full_record() -> tuple[Record, bytes]:
         addresses=("/ip4/10.0.0.5/tcp/1",), role="serve", model="m", revision="r", blocks=6, start=0, stop=3,
         next_start=3, next_stop=6, dtype="float32", adapters=("a",), seconds_per_block=1e-3,
         prefill_seconds_per_token=1e-3, cache_tokens=64, session_tokens=64, step_tokens=64, queue=1.0, seq=1,
-        prompts=True, codecs=("int8o",), lora=64, reach="relayed", relays=(identity_of(bytes(32)).peer_id,),
+        prompts=True, codecs=("int8o",), batches=True, lora=64, reach="relayed",
+        relays=(identity_of(bytes(32)).peer_id,),
         through=("/ip4/192.0.2.1/tcp/1/p2p/QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN",),
         lan=("/ip4/192.168.1.5/tcp/1",), seen="192.0.2.1", helps=True, relay_mbit=50, relayed_bytes=1,
         unreached="timed out", name="n", version="0",
