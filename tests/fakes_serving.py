@@ -154,6 +154,7 @@ class FakeSpan:
 
     can_cut = True
     repeats = True
+    fused = True
 
     def new_stage(self) -> None:
         """Nothing is copied."""
@@ -227,18 +228,19 @@ class FakeSpan:
         *,
         rope_lengths: Sequence[int],
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Tensor:
-        """One position of each row of several sessions: [rows, hidden] -> the same shape."""
+        """The next positions of each row of several sessions: [positions, hidden] -> the same shape."""
         parts, first = [], 0
-        owners = adapters or [None] * len(caches)
+        owners, counts = adapters or [None] * len(caches), tokens or [1] * len(caches)
         self.batches.append([None if each is None else each.id for each in owners])
-        for cache, rope_length, adapter in zip(caches, rope_lengths, owners, strict=True):
-            length = cache.length
-            rows = hidden[first : first + cache.batch, None]
+        for cache, rope_length, adapter, count in zip(caches, rope_lengths, owners, counts, strict=True):
+            length, last = cache.length, first + cache.batch * count
+            rows = hidden[first:last].view(cache.batch, count, -1)
             answer = self.forward(rows, cache, length, start, stop, rope_length=rope_length, adapter=adapter)
-            parts.append(answer[:, 0])
+            parts.append(answer.flatten(0, 1))
             cache.length = length  # the caller that merged them moves it on
-            first += cache.batch
+            first = last
         return torch.cat(parts)
 
 

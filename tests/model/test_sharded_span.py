@@ -66,6 +66,11 @@ def answers(span: Span) -> dict[str, torch.Tensor]:
         found[f"decode {step}"] = span.decode(hidden[[0, 1, 0], step], [whole, part], 1, BLOCKS - 1)
         for cache in (whole, part):
             cache.length += 1
+    if span.fused:
+        for cache, tokens in ((whole, 3), (part, 1)):
+            cache.reserve(cache.length + tokens)
+        rows = hidden[0, [0, 1, 2, 3, 4, 5, 0]]
+        found["several tokens"] = span.decode(rows, [whole, part], 1, BLOCKS - 1, tokens=[3, 1])
     whole.select([1, 1])
     whole.cut(5)
     part.close()

@@ -60,6 +60,11 @@ def answers(span: Span) -> list[torch.Tensor]:
     for cache in (whole, part):
         cache.reserve(cache.length + 1)
     found.append(span.decode(hidden[[0, 1, 0], 3], [whole, part], 1, BLOCKS - 1))
+    if span.fused:
+        whole.reserve(whole.length + 3)
+        found.append(
+            span.decode(hidden[0, [0, 1, 2, 3, 4, 5, 0]], [whole, part], 1, BLOCKS - 1, tokens=[3, 1])
+        )
     if span.can_cut:
         whole.select([1, 1])
         whole.cut(5)

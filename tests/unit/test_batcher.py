@@ -147,6 +147,21 @@ def test_a_sessions_rows_are_never_split_and_a_job_of_more_than_max_rows_runs_al
     assert [[piece.job for piece in run(batcher)] for _ in jobs] == [[each] for each in jobs]
 
 
+def test_each_token_of_a_step_is_a_row_of_its_decode_batch():
+    batcher = batcher_of(max_rows=16)
+    submit(batcher, job(tokens=8), job(tokens=7), job(tokens=2), job(), job(tokens=16), job())
+    assert [sum(piece.tokens for piece in run(batcher)) for _ in range(4)] == [15, 3, 16, 1]
+    batcher = batcher_of()
+    submit(batcher, job("a", tokens=4), job("b"))
+    batch = batcher.next(0.0)
+    assert batch is not None
+    compute = {name: peer.compute_seconds for name, peer in batcher._peers.by_name.items()}
+    assert batcher.finished(batch, 1.0, 0.0) == (BLOCKS, 5)
+    now = batcher._peers.by_name
+    charged = [now[peer].compute_seconds - compute[peer] for peer in ("a", "b")]
+    assert charged == pytest.approx([0.8, 0.2]), "peers are charged by their tokens"
+
+
 def test_every_peers_first_step_is_in_the_next_batch_and_who_did_not_fit_comes_first_then():
     batcher = batcher_of(max_rows=3)
     submit(batcher, *(job(peer) for peer in "aaabbcdd"))
@@ -728,6 +743,7 @@ def answers(clients: Sequence[Client], server: Callable[[Batch], float], seconds
 SHORT_FLOOD = [Client("flood")] * 32 + [Client("flood", PREFILL, 512)] * 32
 LONG_FLOODS = {
     "sessions of many rows": [Client("flood", rows=64)] * 8,
+    "drafts": [Client("flood", tokens=16)] * 8,
     "prefills of many rows": [Client("flood", PREFILL, 64, rows=64)] * 8,
     "large stateless requests": [Client("flood", STATELESS, 256)] * 8,
 }

@@ -134,7 +134,10 @@ class Span:
 
     @property
     def fused(self) -> bool:
-        """Whether blocks run through our own code (see node/model/blocks/fused.py) and not the library's."""
+        """Whether blocks run through our own code (see node/model/blocks/fused.py) and not the library's.
+
+        Then `decode` takes several positions of a session.
+        """
         return self._fused is not None
 
     @property
@@ -285,21 +288,28 @@ class Span:
         *,
         rope_lengths: Sequence[int] | None = None,
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Tensor:
-        """Compute one position of each row of several sessions: [rows, hidden_size] -> the same shape.
+        """Compute the next positions of each row of several sessions: [positions, hidden_size], and so back.
 
         rows: the sessions' caches, all of one page pool, in the order of their rows in `hidden`.  Each
-        cache has reserved a position more than its length; the caller then moves the length.
+        cache has reserved its new positions; the caller then moves the length.
         rope_lengths: of each session, as in `forward`; None: 0.
         adapters: of each session; None: nowhere.  Sessions of one adapter stand next to each other.
+        tokens: positions of each session, where the span is `fused`; None: one each.  Of a session the
+        positions of its first row come first.  Each sees those before it: the keys and values of all of them
+        are in the pages before attention begins.  So every position is a row of its own for the kernels, and
+        has the bits that it has alone.
         """
         if self._fused is not None:
             start, stop = self._run_of(start, stop)
-            numbers, lengths, groups = _numbers_of(rows, start, stop, adapters)
+            numbers, lengths, groups = _numbers_of(rows, start, stop, adapters, tokens)
             hidden = _moved(self, hidden)
             return self._fused.decode(hidden, rows[0].pool, numbers, lengths, start, stop, groups)
         stage = Stage(self.device, self.dtype)
-        compute = self.planned(stage, rows, start, stop, rope_lengths=rope_lengths, adapters=adapters)
+        compute = self.planned(
+            stage, rows, start, stop, rope_lengths=rope_lengths, adapters=adapters, tokens=tokens
+        )
         return compute(stage.send(hidden))
 
     def new_stage(self) -> Stage | None:
@@ -315,13 +325,16 @@ class Span:
         *,
         rope_lengths: Sequence[int] | None = None,
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """`decode` in two parts: what it needs on the device is added to a stage, and the answer computes.
 
         The answer takes hidden states that lie on the device in `dtype`, after the stage was sent.
         """
+        if tokens is not None and not self.fused:
+            raise LocalProtocolError("several positions of a session in a step of the library's blocks")
         start, stop = self._run_of(start, stop)
-        numbers, lengths, groups = _numbers_of(rows, start, stop, adapters)
+        numbers, lengths, groups = _numbers_of(rows, start, stop, adapters, tokens)
         pool = rows[0].pool
         if self._fused is not None:
             assert self._fused.on_device is not None
@@ -414,18 +427,29 @@ def _probed(span: Span) -> tuple[BlockShape | None, ...]:
 
 
 def _numbers_of(
-    rows: Sequence[SpanCache], start: int, stop: int, adapters: Sequence[SpanAdapter | None] | None
+    rows: Sequence[SpanCache],
+    start: int,
+    stop: int,
+    adapters: Sequence[SpanAdapter | None] | None,
+    tokens: Sequence[int] | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Groups]:
     """The rows of several sessions in their pool, the positions in their pages, and the adapters' groups.
 
+    A row of several new positions is there as often, each time one position further.
     Raises LocalProtocolError for an adapter without one of the blocks.
     """
     numbers = np.concatenate([cache.rows for cache in rows])
     reached = [cache.virtual_tokens + cache.length for cache in rows]
-    lengths = np.repeat(reached, [cache.batch for cache in rows])
+    counts = [cache.batch for cache in rows]
+    lengths = np.repeat(reached, counts)
+    if tokens is not None:
+        each = np.repeat(tokens, counts)
+        numbers, lengths = np.repeat(numbers, each), np.repeat(lengths, each)
+        lengths += np.arange(len(lengths)) - np.repeat(np.cumsum(each) - each, each)
+        counts = [count * own for count, own in zip(counts, tokens, strict=True)]
     groups: Groups = ()
     if adapters is not None:
-        groups = groups_of(adapters, [cache.batch for cache in rows])
+        groups = groups_of(adapters, counts)
         for group in groups:
             group.adapter.check(start, stop)
     return numbers, lengths, groups

@@ -228,6 +228,7 @@ class ShardedSpan(Span):
         *,
         rope_lengths: Sequence[int] | None = None,
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Span.decode`; without adapters.  Raises SpanLost."""
         start, stop = self._run_of(start, stop)
@@ -238,11 +239,12 @@ class ShardedSpan(Span):
             commands.DECODE, span=self.number, run=[start, stop], shape=list(hidden.shape),
             caches=[cache.described() for cache in rows],
             ropes=None if rope_lengths is None else list(rope_lengths),
+            tokens=None if tokens is None else list(tokens),
         )  # fmt: skip
         with self.team.in_step():
             self.team.give(hidden)
             return self.own.decode(
-                hidden, [cache.own for cache in rows], start, stop, rope_lengths=rope_lengths
+                hidden, [cache.own for cache in rows], start, stop, rope_lengths=rope_lengths, tokens=tokens
             )
 
     def new_stage(self) -> None:

@@ -288,6 +288,7 @@ class SplitSpan(Span):
         *,
         rope_lengths: Sequence[int] | None = None,
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Span.decode`: the answer is on the device of the last block of the run."""
         start, stop = self._run_of(start, stop)
@@ -295,8 +296,9 @@ class SplitSpan(Span):
             own = [cache.at(part.place) for cache in rows]
             with launching_on(part.span.device):
                 hidden = part.span.decode(
-                    hidden, own, first, last, rope_lengths=rope_lengths, adapters=adapters
-                )
+                    hidden, own, first, last,
+                    rope_lengths=rope_lengths, adapters=adapters, tokens=tokens,
+                )  # fmt: skip
         return hidden
 
     def new_stage(self) -> None:

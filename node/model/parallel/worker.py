@@ -161,10 +161,11 @@ class _Rank:
 
     def _decode(self, message: Message) -> None:
         span, caches = self.spans[message["span"]], [self._cache(each) for each in message["caches"]]
-        for cache in caches:
-            cache.reserve(cache.length + 1)
+        tokens = message["tokens"]
+        for cache, count in zip(caches, tokens or [1] * len(caches), strict=True):
+            cache.reserve(cache.length + count)
         hidden = self._given(span, message["shape"])
-        span.decode(hidden, caches, *message["run"], rope_lengths=message["ropes"])
+        span.decode(hidden, caches, *message["run"], rope_lengths=message["ropes"], tokens=tokens)
 
     def _apart(self, message: Message) -> None:
         import torch

@@ -91,7 +91,12 @@ NODE_QUEUE = Family(
     "raceme_node_queue_ratio", "gauge", "Mean wait of a decode step as a multiple of its computing.", "ratio"
 )
 NODE_BATCHES = Family("raceme_node_batches", "counter", "Batches that were computed.", labels=_KIND)
-NODE_BATCH_ROWS = Family("raceme_node_batch_rows", "histogram", "Rows of a batch.", labels=_KIND)
+NODE_BATCH_ROWS = Family(
+    "raceme_node_batch_rows",
+    "histogram",
+    "Rows of a batch; each token of a decode step is one.",
+    labels=_KIND,
+)
 NODE_BATCH_SECONDS = Family(
     "raceme_node_batch_seconds", "histogram", "Time to compute a batch.", "seconds", _KIND
 )

@@ -36,6 +36,7 @@ class BatchPolicy:
 
     chunk_positions: int = CHUNK_POSITIONS
     max_rows: int = 64  # of a decode batch: beyond it the compute takes the time, not the weights
+    decode_tokens: int = 16  # of a step in a decode batch, each of them a row: drafts that are verified
     max_stateless: int = MAX_STATELESS
     max_stateless_per_peer: int = MAX_STATELESS_PER_PEER
     recently_active_seconds: float = 2.0  # a token's way through a chain over slow links
@@ -47,6 +48,14 @@ class BatchPolicy:
     crowd_rest: float = 18.0  # times the seconds that a crowd's rows take from others they have no batch
     prefill_rest: float = 1.5  # as `stateless_rest`, after a chunk that cannot be short
     stateless_rest: float = 7.0  # times a part's seconds nothing long begins after it, if others decode
+
+    def decodes(self, rows: int, tokens: int, position: int) -> bool:
+        """Whether a step of several tokens joins the decode batches, as drafts that are verified do.
+
+        The first tokens of a session are a prompt, and a long step is a chunk of one: its attention reads the
+        positions before it once for all tokens.
+        """
+        return position > 0 and tokens <= self.decode_tokens and rows * tokens <= self.max_rows
 
     def rest(self, kind: Kind) -> float:
         """Times the seconds of a long batch for which nothing long begins after it, if others decode."""
@@ -326,13 +335,13 @@ class Batcher:
             if job.adapter:
                 read = adapters | {job.adapter: (job.weight - 1) * (job.stop - job.start)}
             too_slow = limit < math.inf and cost.seconds(len(wider) + sum(read.values()), more) > limit
-            if pieces and (rows + job.rows > self.policy.max_rows or too_slow):
+            if pieces and (rows + job.rows * job.tokens > self.policy.max_rows or too_slow):
                 full.add(job.peer)
                 continue
             pieces.append(Piece(job, 0, job.tokens))
             peers.add(job.peer)
             parties.add(party)
-            blocks, work, rows, adapters = wider, more, rows + job.rows, read
+            blocks, work, rows, adapters = wider, more, rows + job.rows * job.tokens, read
         return tuple(pieces)
 
     def _max_decode_seconds(self, pieces: list[Piece], peers: set[str]) -> float:

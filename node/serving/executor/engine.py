@@ -104,6 +104,10 @@ class EngineSpan(MeasuredSpan, Protocol):
         """Whether a step that failed in the middle may be computed again with the same caches."""
 
     @property
+    def fused(self) -> bool:
+        """Whether `decode` takes several positions of a session."""
+
+    @property
     def block_values(self) -> float:
         """Numbers in the matrices of a block, on the average."""
 
@@ -142,6 +146,7 @@ class EngineSpan(MeasuredSpan, Protocol):
         *,
         rope_lengths: Sequence[int],
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Span.decode`."""
 
@@ -158,6 +163,7 @@ class EngineSpan(MeasuredSpan, Protocol):
         *,
         rope_lengths: Sequence[int],
         adapters: Sequence[SpanAdapter | None] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """See `Span.planned`."""
 
@@ -290,12 +296,16 @@ class Engine:
         cache: at the step's position by then (see `before_next`), with pages to be had for its tokens.
         whole: answer with all positions, not only with those that the step wants back.
         prompts: deep prompts for some of its positions, see `Span.forward`; the step then runs as a prefill.
+        A step of a few tokens behind others runs in decode batches, see `BatchPolicy.decodes`.
         adapter: of the session, for all its blocks.
         prefix: of the peer's network address.  packing: where the step, or its outputs, travel in int8o.
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
         nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
         """
-        kind = Kind.DECODE if what.tokens == 1 and prompts is None else Kind.PREFILL
+        joins = what.tokens == 1 or (
+            self.span.fused and self.batcher.policy.decodes(contract.batch, what.tokens, what.position)
+        )
+        kind = Kind.DECODE if joins and prompts is None else Kind.PREFILL
         now = self._clock()
         job = Job(
             next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
@@ -491,7 +501,7 @@ class Engine:
                 settled.append((step, outcome.Error(_no_memory(step, self.span, self.limits))))
             return
         half = len(steps) // 2
-        first = sum(step.contract.batch for step in steps[:half])
+        first = sum(_rows_of(step) for step in steps[:half])
         self._rows(steps[:half], hidden[:first], began, settled)
         self._rows(steps[half:], hidden[first:], began, settled)
 
@@ -523,19 +533,21 @@ class Engine:
             settled.append((request, outcome.Error(_no_memory(request, self.span, self.limits))))
 
     def _decode(self, steps: Sequence[_Step], hidden: Tensor) -> Tensor:
-        """One position of every step's rows: hidden [rows, hidden_size] -> the same shape.
+        """The positions of every step's rows: hidden [rows, hidden_size] -> the same shape.
 
         Each step joins at its first block and leaves after its last.
         """
-        rows_of, jobs, mixed = [], [], False
+        rows_of, jobs, mixed, ragged = [], [], False, False
         for step in steps:
-            step.cache.reserve(step.what.position + 1)
-            rows_of.append(step.contract.batch)
-            jobs.append(step.job)
+            job = step.job
+            step.cache.reserve(step.what.position + job.tokens)
+            rows_of.append(job.rows * job.tokens)
+            jobs.append(job)
             mixed = mixed or step.adapter is not None
+            ragged = ragged or job.tokens > 1
         runs = segments(jobs)
         if len(runs) > 1 and (stage := self.span.new_stage()) is not None:
-            return _staged(self.span, stage, steps, hidden, runs, mixed=mixed)
+            return _staged(self.span, stage, steps, hidden, runs, mixed=mixed, ragged=ragged)
         parts = list(torch.split(hidden, rows_of))
         join = torch.cat if len(runs) == 1 else _joined
         for start, stop, active in runs:
@@ -549,11 +561,14 @@ class Engine:
                 lengths.append(steps[index].what.rope_length)
                 given.append(parts[index])
                 sizes.append(rows_of[index])
-            rows = self.span.decode(join(given), caches, start, stop, rope_lengths=lengths, adapters=adapters)
+            rows = self.span.decode(
+                join(given), caches, start, stop, rope_lengths=lengths, adapters=adapters,
+                tokens=[jobs[index].tokens for index in active] if ragged else None,
+            )  # fmt: skip
             for index, part in zip(active, torch.split(rows, sizes), strict=True):
                 parts[index] = part
         for step in steps:
-            step.cache.length = step.what.position + 1
+            step.cache.length = step.what.position + step.job.tokens
         return rows if len(runs) == 1 and not mixed else join(parts)
 
     def _chunk(self, piece: Piece, step: _Step, began: float, settled: Settled) -> None:
@@ -633,7 +648,7 @@ def _read_ahead(engine: Engine, running: Collection[int]) -> bool:
         ]
     sound, hidden = _decoded(fresh, []) if fresh else ([], None)
     if hidden is not None:
-        parts = torch.split(hidden, [step.contract.batch for step in sound])
+        parts = torch.split(hidden, [_rows_of(step) for step in sound])
         with engine._lock:  # those that were cancelled meanwhile are left out
             for step, rows in zip(sound, parts, strict=True):
                 if step.job.number in engine._works:
@@ -660,8 +675,9 @@ def _staged(
     runs: Sequence[Segment],
     *,
     mixed: bool,
+    ragged: bool,
 ) -> Tensor:
-    """All runs of blocks after one copy to the device."""
+    """All runs of blocks after one copy to the device.  ragged: some steps have several tokens."""
     plans: list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = []
     for start, stop, active in runs:
         active = _by_adapter(steps, active) if mixed else active
@@ -670,16 +686,17 @@ def _staged(
             stage, [step.cache for step in own], start, stop,
             rope_lengths=[step.what.rope_length for step in own],
             adapters=[step.adapter for step in own] if mixed else None,
+            tokens=[step.job.tokens for step in own] if ragged else None,
         )  # fmt: skip
         plans.append((active, compute))
-    parts = list(torch.split(stage.send(hidden), [step.contract.batch for step in steps]))
+    parts = list(torch.split(stage.send(hidden), [_rows_of(step) for step in steps]))
     for active, compute in plans:
         given = [parts[index] for index in active]
         answer = compute(given[0] if len(given) == 1 else torch.cat(given))
         for index, part in zip(active, torch.split(answer, [len(each) for each in given]), strict=True):
             parts[index] = part
     for step in steps:
-        step.cache.length = step.what.position + 1
+        step.cache.length = step.what.position + step.job.tokens
     return torch.cat(parts)
 
 
@@ -700,7 +717,7 @@ def _count(
     first = batch[0]
     kind, rows = first.job.kind, 0
     for piece in batch:
-        rows += piece.job.rows
+        rows += piece.job.rows * piece.job.tokens if kind is Kind.DECODE else piece.job.rows
     if kind is Kind.STATELESS and not first.last:
         positions = 0  # the parts of a request go through its blocks one after the other
     meters.computed(kind.name.lower(), rows, positions, seconds)
@@ -736,6 +753,11 @@ def _by_adapter(steps: Sequence[_Step], active: Sequence[int]) -> tuple[int, ...
     return tuple(sorted(active, key=place))
 
 
+def _rows_of(step: _Step) -> int:
+    """Rows of a decode batch that are a step's: of each row of its session, one for each token."""
+    return step.job.rows * step.job.tokens
+
+
 def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Tensor]:
     """The steps' hidden states one below the other, [rows, hidden_size], and the steps in that order.
 
@@ -765,9 +787,7 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
         wide = flat.view(-1, same[0].contract.hidden).float()
         if not bool(torch.isfinite(wide).all()):
             kept = []
-            for step, part in zip(
-                same, torch.split(wide, [step.contract.batch for step in same]), strict=True
-            ):
+            for step, part in zip(same, torch.split(wide, [_rows_of(step) for step in same]), strict=True):
                 if bool(torch.isfinite(part).all()):
                     kept.append((step, part))
                 else:
@@ -798,7 +818,7 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
     bodies: list[Buffer | NotFinite] = []
     begin = 0
     for step in steps:
-        end, codec = begin + step.contract.batch, step.contract.codec
+        end, codec = begin + step.job.rows * step.job.tokens, step.contract.codec
         if codec not in wires:
             wire = hidden.to(device="cpu", dtype=WIRE_DTYPES[codec]).contiguous()
             finite = torch.isfinite(wire).all(-1).tolist()
@@ -807,10 +827,11 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
         row = data.nbytes // len(finite)
         if not all(finite[begin:end]):
             bodies.append(NotFinite("computed hidden states hold NaN or infinity"))
-        elif step.wanted:
+        elif step.wanted == step.job.tokens:
             body = data[begin * row : end * row]
             bodies.append(bytes(body) if len(steps) > 1 else body)
-        else:
-            bodies.append(b"")
+        else:  # of each of its rows the last positions
+            lasts = range(begin + step.job.tokens, end + 1, step.job.tokens)
+            bodies.append(b"".join(data[(last - step.wanted) * row : last * row] for last in lasts))
         begin = end
     return bodies
