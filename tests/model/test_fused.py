@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+from itertools import pairwise
+from typing import Any, cast
+
 import numba
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch
 from node.model.blocks.span import Span, load_span
 from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import ModelFolder
-from node.model.weights import decode_kernels, kernels
+from node.model.weights import arena, decode_kernels, kernels
 from node.model.weights import low_rank_kernel as kernel
 from tests.lora_fixtures import random_adapter
 from tests.model_fixtures import BLOCKS, FUSED, TINY, assert_close, saved
@@ -166,3 +170,13 @@ def test_several_threads_change_no_bit_of_a_block():
         assert np.array_equal(one, many)
         assert np.abs(one).sum() > 0
     assert (numba.threading_layer(), torch.get_num_threads()) == ("workqueue", 1), "torch keeps its own"
+
+
+def test_a_span_s_matrices_lie_in_the_order_in_which_a_step_reads_them(folder, monkeypatch):
+    monkeypatch.setattr(arena, "HUGE_BYTES", mmap.PAGESIZE)  # the model is tiny
+    span = load_span(folder, 0, 4)
+    weights = [cast(Any, each).weight for block in cast(Any, span)._fused.blocks for each in block.matrices]
+    for one, two in pairwise(weights):
+        assert one.data_ptr() + one.nbytes == two.data_ptr()
+    attention = cast(Any, span.model).layers[0].self_attn
+    assert attention.o_proj.weight.data_ptr() == weights[1].data_ptr(), "nothing is kept twice"

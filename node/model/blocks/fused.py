@@ -34,7 +34,8 @@ from node.model.blocks.device.steps import DeviceSteps
 from node.model.blocks.fused_block import FusedBlock, Heads, decode_kernels, kept_in
 from node.model.blocks.kv_pages import PagePool
 from node.model.checkpoint.architecture import Architecture
-from node.model.weights.quantize import PackedLinear, merge_linears
+from node.model.weights.arena import WeightArena, arena_bytes
+from node.model.weights.quantize import Join, PackedLinear, matrices_of, merge_linears, move_weights
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 Halves = tuple[Callable[..., None], Callable[..., None]]
@@ -56,9 +57,10 @@ def fuse(
     )
     if not architecture.fused or not plain or getattr(rotary, "rope_type", None) not in _FIXED_ROTARY:
         return None
+    join = WeightArena(sum(arena_bytes(matrices_of(block)) for block in blocks)).joined
     fused = []
     for number, block in enumerate(blocks):
-        one = _fuse_block(block, config, start + number)
+        one = _fuse_block(block, config, start + number, join)
         if one is None:
             return None
         fused.append(one)
@@ -66,13 +68,18 @@ def fuse(
 
 
 def _fuse_block(
-    block: Any, config: Any, number: int
+    block: Any, config: Any, number: int, join: Join
 ) -> FusedBlock | None:  # Any: the library's block and config
     attention, mlp = block.self_attn, block.mlp
-    qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
-    if qkv is None or gate_up is None:
+    qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj], join)
+    if qkv is None:
         return None
+    # In the order in which a step reads them.
+    move_weights(attention.o_proj, join)
+    gate_up = merge_linears([mlp.gate_proj, mlp.up_proj], join)
+    if gate_up is None:
+        return None
+    move_weights(mlp.down_proj, join)
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if types is not None and types[number] != "sliding_attention":

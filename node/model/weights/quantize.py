@@ -285,11 +285,15 @@ class SideBySide(nn.Module):
         return torch.cat([part(x) for part in self.parts], -1)
 
 
-def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
+Join = Callable[[list[Tensor]], Tensor]  # a copy of tensors, one after the other
+
+
+def merge_linears(parts: Sequence[nn.Module], join: Join = torch.cat) -> nn.Module | None:
     """One linear layer with the outputs of these layers side by side; None where it cannot be made.
 
     parts: of one kind (nn.Linear, PackedLinear, or bitsandbytes' on a device), for the same input.  They
     still work, on parts of the merged layer's memory, so nothing is kept twice.
+    join: makes the merged weights.
     """
     kinds = {type(part) for part in parts}
     if all(_is_of_bitsandbytes(part) for part in parts):
@@ -303,7 +307,7 @@ def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
     if any(weight.requires_grad for weight in weights):
         return None
     bias = _merged_bias(linears)
-    weight = torch.cat([each.detach() for each in weights])
+    weight = join([each.detach() for each in weights])
     merged: nn.Module
     if kinds == {PackedLinear}:
         packed = cast("Sequence[PackedLinear]", parts)
@@ -322,6 +326,25 @@ def merge_linears(parts: Sequence[nn.Module]) -> nn.Module | None:
         else:
             part.weight = nn.Parameter(view, requires_grad=False)
     return merged.train(parts[0].training)
+
+
+def matrices_of(block: nn.Module) -> list[Tensor]:
+    """The matrices of a block's layers that lie in the CPU's memory."""
+    weights = [getattr(layer, "weight", None) for layer in block.modules()]
+    return [each for each in weights if isinstance(each, Tensor) and each.dim() == 2 and each.is_cpu]
+
+
+def move_weights(layer: nn.Module, join: Join) -> None:
+    """Compute with a copy of a layer's weights from now on, where they lie in the CPU's memory.
+
+    Layers of other kinds than `merge_linears` takes stay as they are.
+    """
+    if not cast(Tensor, layer.weight).is_cpu:
+        return
+    if isinstance(layer, PackedLinear):
+        layer.keep(join([layer.weight]), layer.scale)
+    elif type(layer) is nn.Linear and not layer.weight.requires_grad:
+        layer.weight = nn.Parameter(join([layer.weight.detach()]), requires_grad=False)
 
 
 def _is_of_bitsandbytes(layer: nn.Module) -> bool:
