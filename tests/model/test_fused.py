@@ -16,6 +16,7 @@ from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import ModelFolder
 from node.model.weights import arena, decode_kernels, kernels
 from node.model.weights import low_rank_kernel as kernel
+from node.model.weights.plans import Plan
 from tests.lora_fixtures import random_adapter
 from tests.model_fixtures import BLOCKS, FUSED, TINY, assert_close, saved
 
@@ -124,6 +125,34 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(folder, dtype, quantize):
     together = span.decode(rows, opened(), 0, BLOCKS)
     alone = torch.cat([span.decode(rows[i : i + 1], [cache], 0, BLOCKS) for i, cache in enumerate(opened())])
     assert torch.equal(together, alone)
+
+
+def test_float32_steps_of_several_tokens_go_where_they_are_fastest(folder, monkeypatch):
+    calls = []
+    span = load_span(folder, 0, BLOCKS)
+    fused = span._fused
+    assert fused is not None
+
+    def note(name: str) -> None:
+        own = getattr(fused, name)
+
+        def noted(*each: object) -> object:
+            calls.append(name)
+            return own(*each)
+
+        monkeypatch.setattr(fused, name, noted)
+
+    note("_compiled_block")
+    note("_torch_block")
+    hidden = torch.randn(1, 12, span.hidden_size, generator=torch.Generator().manual_seed(6))
+    answers = []
+    for way in ("compiled", "dequantise"):
+        monkeypatch.setattr(fused, "_float_plan", Plan(((1, "compiled"), (8, way))))
+        cache = span.new_cache(1, 64)
+        answers.append([span.forward(hidden[:, :2], cache, 0), span.forward(hidden[:, 2:], cache, 2)])
+    assert calls == ["_compiled_block"] * 3 * BLOCKS + ["_torch_block"] * BLOCKS
+    assert torch.equal(answers[0][0], answers[1][0])
+    assert_close(answers[0][1], answers[1][1], TOLERANCE)
 
 
 def test_several_threads_change_no_bit_of_a_block():

@@ -390,9 +390,32 @@ def test_a_plan_is_measured_once_for_layers_of_a_kind(monkeypatch):
 
 def test_the_ways_are_really_timed(monkeypatch):
     monkeypatch.setattr(quantize, "MEASURED_ROWS", (1, 2))
+    monkeypatch.setattr(quantize, "LEAST_MEASURED", 0)
     monkeypatch.setattr(quantize, "_plans", {})
     plan = measured_plan(PackedLinear(*random_rows(1, 8, 8, torch.int8)), torch.float32)
     assert set(plan.steps[0]) <= {1, "compiled", "dequantise"}
+
+
+def test_float32_layers_have_a_plan_too_and_small_layers_are_not_measured(monkeypatch):
+    monkeypatch.setattr(quantize, "_plans", {})
+    seconds = {"compiled": {1: 1.0, 256: 300.0}, "dequantise": {1: 2.0, 256: 200.0}}
+    monkeypatch.setattr(quantize, "_timed", lambda part, way, dtype: seconds[way])
+    large, small = torch.nn.Linear(512, 256), torch.nn.Linear(64, 64)
+    assert measured_plan(large, torch.float32).way(256) == "dequantise"
+    assert measured_plan(small, torch.float32) == Plan(((1, "compiled"),))
+    x = torch.randn(3, 512, generator=seeded(5))
+    ways = [quantize._runner(quantize._part(large, 100), way)(x) for way in ("compiled", "dequantise")]
+    assert_near = torch.testing.assert_close
+    assert_near(ways[0], ways[1])
+    assert_near(ways[0], torch.nn.functional.linear(x, large.weight[:100]))
+
+
+def test_the_compiled_way_is_left_for_a_gain_alone():
+    seconds: dict[Way, dict[int, float]] = {
+        "compiled": {1: 1.0, 16: 11.0, 64: 60.0}, "dequantise": {1: 9.0, 16: 10.0, 64: 40.0},
+    }  # fmt: skip
+    assert choose_plan(seconds, 1.2).way(16) == "compiled"
+    assert choose_plan(seconds, 1.2).way(64) == choose_plan(seconds).way(16) == "dequantise"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,15 @@ from node.model.blocks.fused_block import FusedBlock, Heads, decode_kernels, kep
 from node.model.blocks.kv_pages import PagePool
 from node.model.checkpoint.architecture import Architecture
 from node.model.weights.arena import WeightArena, arena_bytes
-from node.model.weights.quantize import Join, PackedLinear, matrices_of, merge_linears, move_weights
+from node.model.weights.plans import Plan
+from node.model.weights.quantize import (
+    Join,
+    PackedLinear,
+    matrices_of,
+    measured_plan,
+    merge_linears,
+    move_weights,
+)
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 Halves = tuple[Callable[..., None], Callable[..., None]]
@@ -146,6 +154,7 @@ class FusedSpan:
         self.steps = DeviceSteps(self.blocks, start, heads, rotary)
         # None on a CPU, where compiled code, or else torch's, computes each step.
         self.on_device = None if self.steps.device.type == "cpu" else self.steps
+        self._float_plan = self._planned()
 
     def part(self, start: int, stop: int) -> FusedSpan:
         """A run of the blocks [start, stop) alone."""
@@ -422,7 +431,15 @@ class FusedSpan:
     def _compiled_for(self, rows: int) -> bool:
         """Whether products of this number of rows are fastest in the kernels."""
         matrices = (matrix for block in self.blocks for matrix in block.matrices)
-        return all(isinstance(each, PackedLinear) and each.plan.way(rows) == "compiled" for each in matrices)
+        plans = (each.plan if isinstance(each, PackedLinear) else self._float_plan for each in matrices)
+        return all(plan is not None and plan.way(rows) == "compiled" for plan in plans)
+
+    def _planned(self) -> Plan | None:
+        """The plan of layers in float32 on a CPU with kernels; None for others, which have their own."""
+        if self._kept != torch.float32 or self.on_device is not None or decode_kernels() is None:
+            return None
+        linears = cast("tuple[nn.Linear, ...]", self.blocks[0].matrices)
+        return measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
 
     def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [at least length, head_dim], by the library's own module."""

@@ -30,16 +30,23 @@ class Plan:
         return chosen
 
 
-def choose_plan(seconds: Mapping[Way, Mapping[int, float]]) -> Plan:
+def choose_plan(seconds: Mapping[Way, Mapping[int, float]], preference: float = 1.0) -> Plan:
     """The fastest way for every number of rows.
 
     seconds: of each way at some numbers of rows, equal for all ways.  Between two numbers, time is assumed
     to grow linearly; beyond the last number, its fastest way is kept.  A tie goes to the first way.
+    preference: the others' seconds are multiplied by it, so that the first way is left for a gain alone.
     """
     measured = sorted(next(iter(seconds.values())))
+    first_way = next(iter(seconds))
 
     def fastest(rows: int) -> Way:
-        return min(seconds, key=lambda way: _between(seconds[way], measured, rows))
+        return min(
+            seconds,
+            key=lambda way: (
+                _between(seconds[way], measured, rows) * (1.0 if way == first_way else preference)
+            ),
+        )
 
     steps: list[tuple[int, Way]] = [(1, fastest(measured[0]))]
     for low, high in pairwise(measured):

@@ -50,6 +50,8 @@ CODES = 127  # the largest code: -128 is not used, so that a row and its negativ
 PIECE_VALUES = 1 << 22  # weights that are quantised at a time: 16 MiB of float32
 MEASURED_ROWS = (1, 16, 64, 256)
 MEASURED_WEIGHTS = 1 << 20
+LEAST_MEASURED = 1 << 16  # weights of a layer: of smaller ones the measurement shows the calls' own time
+PREFERENCE = 1.15  # the compiled way keeps a row's bits in any batch: others must be so much faster
 LLM_INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits, as in the paper
 
 
@@ -427,19 +429,31 @@ def ways_for(weight: torch.dtype, activations: torch.dtype) -> tuple[Way, ...]:
 _plans: dict[tuple[torch.dtype, torch.dtype, int, int], Plan] = {}
 
 
-def measured_plan(linear: PackedLinear, activations: torch.dtype) -> Plan:
+def measured_plan(linear: PackedLinear | nn.Linear, activations: torch.dtype) -> Plan:
     """The plan for layers of this kind, measured by each way on a part of the layer; about 0.1 s, once.
 
-    The time of compilation does not count.
+    The time of compilation does not count.  Small layers are not measured: nothing is gained there.
+    linear: an nn.Linear has float32 weights; its way "dequantise" is torch's own product.
     """
     key = linear.weight.dtype, activations, linear.in_features, torch.get_num_threads()
     if key not in _plans:
-        outs = max(1, min(linear.out_features, MEASURED_WEIGHTS // linear.in_features))
-        scale = None if linear.scale is None else linear.scale[:outs]
-        part = PackedLinear(linear.weight[:outs], scale)
         ways = ways_for(linear.weight.dtype, activations)
-        _plans[key] = choose_plan({way: _timed(part, way, activations) for way in ways})
+        outs = max(1, min(linear.out_features, MEASURED_WEIGHTS // linear.in_features))
+        if len(ways) == 1 or outs * linear.in_features < LEAST_MEASURED:
+            _plans[key] = Plan(((1, ways[0]),))
+        else:
+            part = _part(linear, outs)
+            _plans[key] = choose_plan({way: _timed(part, way, activations) for way in ways}, PREFERENCE)
     return _plans[key]
+
+
+def _part(linear: PackedLinear | nn.Linear, outs: int) -> PackedLinear | nn.Linear:
+    """A layer with the first outputs of a layer, without bias."""
+    if isinstance(linear, PackedLinear):
+        return PackedLinear(linear.weight[:outs], None if linear.scale is None else linear.scale[:outs])
+    part = nn.Linear(linear.in_features, outs, bias=False, device="meta")
+    part.weight = nn.Parameter(linear.weight.detach()[:outs], requires_grad=False)
+    return part
 
 
 def plan_on_device(layers: Iterable[nn.Module], activations: torch.dtype) -> None:
@@ -458,10 +472,10 @@ def plan_on_device(layers: Iterable[nn.Module], activations: torch.dtype) -> Non
             layer.plan = plan
 
 
-def _timed(linear: PackedLinear, way: Way, activations: torch.dtype) -> dict[int, float]:
+def _timed(linear: PackedLinear | nn.Linear, way: Way, activations: torch.dtype) -> dict[int, float]:
     """Seconds of one way, the least of three, for each of MEASURED_ROWS."""
     seconds = {}
-    run = partial(_WAYS[way], linear)
+    run = _runner(linear, way)
     run(torch.zeros(1, linear.in_features, dtype=activations))  # compiles
     for rows in MEASURED_ROWS:
         x = torch.ones(rows, linear.in_features, dtype=activations)
@@ -472,6 +486,18 @@ def _timed(linear: PackedLinear, way: Way, activations: torch.dtype) -> dict[int
             taken.append(time.perf_counter() - began)
         seconds[rows] = min(taken)
     return seconds
+
+
+def _runner(linear: PackedLinear | nn.Linear, way: Way) -> Callable[[Tensor], Tensor]:
+    """The product of a layer by one way."""
+    if isinstance(linear, PackedLinear):
+        return partial(_WAYS[way], linear)
+    if way == "dequantise":
+        return linear
+    found = kernels()
+    assert found is not None
+    rows = found.Rows(linear.weight, None, None)
+    return lambda x: cast(Tensor, rows(x, torch.get_num_threads()))
 
 
 LLM_INT8 = "llm_int8"
